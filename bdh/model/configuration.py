@@ -1,0 +1,108 @@
+"""The shape of a model, as transformers stores it in ``config.json``."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from bdh.ops.dispatch import ATTENTION_FORMS
+
+
+def shape_faults(n_embd: int, n_head: int, n_layer: int, multiplier: int, vocab_size: int) -> list[str]:
+    """What is wrong with the sizes of a model, one sentence a fault; empty where they fit together."""
+    sizes = {
+        "n_embd": n_embd,
+        "n_head": n_head,
+        "n_layer": n_layer,
+        "mlp_internal_dim_multiplier": multiplier,
+        "vocab_size": vocab_size,
+    }
+    faults = [f"{name} is {size}: must be at least 1" for name, size in sizes.items() if size < 1]
+    if faults:
+        return faults
+    neurons = n_embd * multiplier
+    if neurons % n_head:
+        return [
+            f"n_embd * mlp_internal_dim_multiplier = {n_embd} * {multiplier} = {neurons} neurons cannot be split "
+            f"over n_head = {n_head} heads: {neurons} % {n_head} = {neurons % n_head}, must be 0"
+        ]
+    if neurons // n_head % 2:
+        return [
+            f"n_embd * mlp_internal_dim_multiplier / n_head = {n_embd} * {multiplier} / {n_head} = "
+            f"{neurons // n_head} neurons in a head: must be even, since rotary positions turn pairs of neurons"
+        ]
+    return []
+
+
+@strict
+class BDHConfig(PreTrainedConfig):
+    """Configuration of a BDH model.
+
+    The names are those of the published reference code; the usual transformers names (``hidden_size``,
+    ``num_attention_heads``, ``num_hidden_layers``) are aliases.
+
+    Args:
+        vocab_size: V, entries of the vocabulary.
+        n_embd: D, the width of the residual stream.
+        n_head: H, heads.
+        n_layer: L, passes through the one shared layer.
+        mlp_internal_dim_multiplier: neurons of all heads together, in multiples of D.
+        dropout: share of the neurons' outputs x * y that training drops.
+        rope_theta: base of the rotary frequencies.
+        layer_norm_eps: added to the variance in every layer norm.
+        initializer_range: standard deviation of fresh weights.
+        attention_form: "parallel", "chunked", "recurrent", or "auto", which takes the cheapest.
+        chunk_size: tokens in a chunk of the chunked form.
+
+    Raises:
+        ValueError: sizes that do not divide; the message has the numbers.
+    """
+
+    model_type = "bdh"
+    keys_to_ignore_at_inference = ("past_key_values",)
+    attribute_map = {  # noqa: RUF012 (transformers declares it as a class variable)
+        "hidden_size": "n_embd",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+    }
+
+    vocab_size: int = 256
+    n_embd: int = 256
+    n_head: int = 4
+    n_layer: int = 6
+    mlp_internal_dim_multiplier: int = 128
+    dropout: float | int = 0.1
+    rope_theta: float | int = 65536.0
+    layer_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    attention_form: str = "auto"
+    chunk_size: int = 128
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    @property
+    def neurons_per_head(self) -> int:
+        """N."""
+        return self.n_embd * self.mlp_internal_dim_multiplier // self.n_head
+
+    @property
+    def state_bytes_per_sequence(self) -> int:
+        """Bytes of one sequence's float32 state, at any length of text."""
+        return self.n_layer * self.n_head * self.neurons_per_head * self.n_embd * 4
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)  # resolves the aliases
+        faults = shape_faults(
+            self.n_embd, self.n_head, self.n_layer, self.mlp_internal_dim_multiplier, self.vocab_size
+        )
+        if not 0 <= self.dropout < 1:
+            faults.append(f"dropout is {self.dropout}: must be at least 0 and below 1")
+        if self.chunk_size < 1:
+            faults.append(f"chunk_size is {self.chunk_size}: must be at least 1")
+        if self.attention_form not in ATTENTION_FORMS:
+            faults.append(
+                f"attention_form is {self.attention_form!r}: must be one of {', '.join(ATTENTION_FORMS)}"
+            )
+        if faults:
+            raise ValueError("; ".join(faults))

@@ -1,0 +1,196 @@
+"""Reads and writes checkpoints of the published reference code.
+
+That code keeps raw parameters: ``encoder`` and ``encoder_v`` (H, D, N), ``decoder`` (H*N, D), ``lm_head``
+(D, V), ``embed.weight`` (V, D), and a float32 buffer ``attn.freqs`` (1, 1, 1, N) of rotary frequencies in
+turns per token. Here they are ``nn.Linear`` weights, which are stored output-major. Converting moves numbers
+and changes none of them.
+"""
+
+import math
+import pickle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bdh.model.configuration import BDHConfig
+
+if TYPE_CHECKING:
+    from bdh.model.modeling import BDHForCausalLM
+
+WEIGHT_KEYS = ("embed.weight", "encoder", "encoder_v", "decoder", "lm_head")
+FREQUENCY_KEY = "attn.freqs"
+_WRAPPER_PREFIXES = ("_orig_mod.", "module.")
+_CONFIG_FIELDS = (
+    "n_layer",
+    "n_embd",
+    "n_head",
+    "mlp_internal_dim_multiplier",
+    "dropout",
+    "vocab_size",
+)
+
+
+def load_reference(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
+    """Reads a published ``.pt`` file: a bare state dict, or a dict with ``model`` or ``model_state_dict``.
+
+    Only tensors and plain containers are unpickled.
+
+    Returns:
+        The state dict, and the file's ``config`` where it holds one.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no checkpoint, or needs code to be unpickled.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no checkpoint file {path}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds Python objects other than tensors, which are not loaded since they could run code: save "
+            f"its state dict, and the configuration as a plain dict, again ({str(error).splitlines()[0]})"
+        ) from error
+    except (RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is not a complete PyTorch checkpoint: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}: must be a state dict")
+    config = content.get("config")
+    for key in ("model", "model_state_dict"):
+        if isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    if not any(isinstance(value, torch.Tensor) for value in content.values()):
+        raise ValueError(f"{path} has no tensors under {sorted(map(str, content))}: must be a state dict")
+    return content, config if isinstance(config, dict) else None
+
+
+def model_from_reference(
+    state_dict: dict[str, torch.Tensor], config: BDHConfig | dict[str, Any] | None = None
+) -> "BDHForCausalLM":
+    """A model with the weights of ``state_dict``.
+
+    Args:
+        state_dict: keys may carry the prefixes that ``torch.compile`` and ``DistributedDataParallel`` add.
+        config: a :class:`BDHConfig`, or a dict with the reference's field names. The sizes that the tensors
+            show may be left out; the number of passes, ``n_layer``, shows nowhere and may not.
+
+    Raises:
+        ValueError: tensors are missing, or unknown, or do not have the shapes of the configuration.
+    """
+    from bdh.model.modeling import BDHForCausalLM
+
+    tensors = {_without_wrappers(key): value for key, value in state_dict.items()}
+    missing = [key for key in WEIGHT_KEYS if key not in tensors]
+    unknown = sorted(set(tensors) - {*WEIGHT_KEYS, FREQUENCY_KEY})
+    if missing or unknown:
+        raise ValueError(
+            f"not a BDH reference state dict: it lacks {missing or 'nothing'} and has the unknown {unknown or 'nothing'}"
+        )
+    if not isinstance(config, BDHConfig):
+        config = BDHConfig(**_complete_fields(tensors, config or {}))
+    _check_shapes(tensors, config)
+    if FREQUENCY_KEY in tensors:
+        _check_frequencies(tensors[FREQUENCY_KEY], config)
+
+    H, D, N = tensors["encoder"].shape
+    converted = {
+        "embed.weight": tensors["embed.weight"],
+        "encoder.weight": tensors["encoder"].transpose(1, 2).reshape(H * N, D),
+        **{f"encoder_v.{h}.weight": tensors["encoder_v"][h].T for h in range(H)},
+        "decoder.weight": tensors["decoder"].T,
+        "lm_head.weight": tensors["lm_head"].T,
+    }
+    model = BDHForCausalLM(config).to(tensors["encoder"].dtype)
+    model.load_state_dict(converted)
+    return model.eval()
+
+
+def reference_state_dict(model: "BDHForCausalLM") -> dict[str, torch.Tensor]:
+    """The weights of ``model`` under the reference's names and shapes, its ``attn.freqs`` buffer included."""
+    config = model.config
+    D, H, N = config.n_embd, config.n_head, config.neurons_per_head
+    tensors = {
+        "embed.weight": model.embed.weight,
+        "encoder": model.encoder.weight.view(H, N, D).transpose(1, 2),
+        "encoder_v": torch.stack([head.weight.T for head in model.encoder_v]),
+        "decoder": model.decoder.weight.T,
+        "lm_head": model.lm_head.weight.T,
+        FREQUENCY_KEY: reference_frequencies(N, config.rope_theta),
+    }
+    return {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+
+
+def reference_config(config: BDHConfig) -> dict[str, Any]:
+    """The fields of ``config`` that the reference code knows, as a plain dict."""
+    return {field: getattr(config, field) for field in _CONFIG_FIELDS}
+
+
+def reference_frequencies(num_neurons: int, theta: float) -> torch.Tensor:
+    """The reference's buffer: float32 (1, 1, 1, N), both neurons of a pair with the same frequency.
+
+    Computed in float32, step by step as that code does, so that files come out equal to the last bit.
+    """
+    pair = torch.floor(torch.arange(0, num_neurons, 1, dtype=torch.float32) / 2) * 2
+    frequencies = 1.0 / (theta ** (pair / num_neurons)) / (2 * math.pi)
+    return frequencies.view(1, 1, 1, num_neurons)
+
+
+def _without_wrappers(key: str) -> str:
+    while key.startswith(_WRAPPER_PREFIXES):
+        key = key.split(".", 1)[1]
+    return key
+
+
+def _complete_fields(tensors: dict[str, torch.Tensor], given: dict[str, Any]) -> dict[str, Any]:
+    """The configuration's fields: what is given, and what the tensors show."""
+    fields = {name: given[name] for name in _CONFIG_FIELDS if name in given}
+    if "n_layer" not in fields:
+        raise ValueError(
+            "the checkpoint has no configuration, and the number of passes, n_layer, does not show in the "
+            "weights: give it (the reference's default is 6)"
+        )
+    if tensors["encoder"].ndim != 3:
+        raise ValueError(
+            f"encoder has shape {tuple(tensors['encoder'].shape)}: must be (heads, width, neurons)"
+        )
+    H, D, N = tensors["encoder"].shape
+    fields.setdefault("n_head", H)
+    fields.setdefault("n_embd", D)
+    fields.setdefault("mlp_internal_dim_multiplier", H * N // D)
+    fields.setdefault("vocab_size", tensors["embed.weight"].shape[0])
+    return fields
+
+
+def _check_shapes(tensors: dict[str, torch.Tensor], config: BDHConfig) -> None:
+    D, H, N, V = config.n_embd, config.n_head, config.neurons_per_head, config.vocab_size
+    expected = {
+        "embed.weight": (V, D),
+        "encoder": (H, D, N),
+        "encoder_v": (H, D, N),
+        "decoder": (H * N, D),
+        "lm_head": (D, V),
+    }
+    faults = [
+        f"{key} is {tuple(tensors[key].shape)}, not {shape}"
+        for key, shape in expected.items()
+        if tuple(tensors[key].shape) != shape
+    ]
+    if faults:
+        raise ValueError("the tensors do not have the shapes of the configuration: " + "; ".join(faults))
+
+
+def _check_frequencies(stored: torch.Tensor, config: BDHConfig) -> None:
+    expected = reference_frequencies(config.neurons_per_head, config.rope_theta)
+    if stored.numel() != expected.numel():
+        raise ValueError(
+            f"{FREQUENCY_KEY} has {stored.numel()} entries: the configuration needs {expected.numel()}"
+        )
+    # float32 rounding differs between platforms by a few units in the last place, another theta by far more.
+    error = (stored.flatten() / expected.flatten() - 1).abs().max().item()
+    if error > 1e-5:
+        raise ValueError(
+            f"{FREQUENCY_KEY} differs from the frequencies of rope_theta = {config.rope_theta:g} by up to "
+            f"{error:.1e} of their value: the model was trained with other ones, and would not work with these"
+        )

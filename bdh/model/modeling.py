@@ -1,0 +1,294 @@
+"""The model: one layer that the text passes through L times."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from bdh.model.configuration import BDHConfig
+from bdh.model.state import SynapticState
+from bdh.model.text import TextGenerationMixin
+from bdh.ops.attention import sum_dtype
+from bdh.ops.dispatch import attend
+from bdh.ops.loss import chunked_cross_entropy, cross_entropy
+from bdh.ops.norm import layer_norm
+from bdh.ops.rope import rotate, rotation_table
+
+# Above this many logits (128 MiB in float32) the loss is computed in chunks of tokens.
+MAX_LOGITS_IN_ONE_PIECE = 2**25
+
+
+@dataclass
+class BDHOutput(CausalLMOutputWithPast):
+    """What ``forward`` returns. ``logits`` is None where the loss was computed in chunks."""
+
+    past_key_values: SynapticState | None = None  # type: ignore[assignment]
+
+
+class BDHForCausalLM(TextGenerationMixin, PreTrainedModel, GenerationMixin):
+    """A Dragon Hatchling language model (arXiv 2509.26507).
+
+    The weights, with the names of the published reference code and those of the paper:
+
+    ============  ========  ==========================  =================================================
+    module        paper     shape                       what it does
+    ============  ========  ==========================  =================================================
+    encoder       D_x       Linear D -> H * N           which neurons fire on the residual stream: x
+    encoder_v     D_y       H Linears D -> N            which neurons fire on what attention recalls: y
+    decoder       E         Linear H * N -> D           back to the residual stream, where both fire
+    embed                   Embedding V -> D
+    lm_head                 Linear D -> V
+    ============  ========  ==========================  =================================================
+
+    ``embed`` and ``lm_head`` are not tied, no layer has a bias and no layer norm has parameters. The same
+    layer is applied ``config.n_layer`` times. The attention is linear, its state a :class:`SynapticState`.
+    """
+
+    config: BDHConfig
+    config_class = BDHConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _is_stateful = True  # a sum cannot be rolled back, so no assisted generation
+    _no_split_modules: list[str] = []  # noqa: RUF012 (transformers declares it as a class variable)
+
+    def __init__(self, config: BDHConfig):
+        super().__init__(config)
+        D, H, N = config.n_embd, config.n_head, config.neurons_per_head
+        self.embed = nn.Embedding(config.vocab_size, D)
+        self.encoder = nn.Linear(D, H * N, bias=False)
+        self.encoder_v = nn.ModuleList(nn.Linear(D, N, bias=False) for _ in range(H))
+        self.decoder = nn.Linear(H * N, D, bias=False)
+        self.lm_head = nn.Linear(D, config.vocab_size, bias=False)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: SynapticState | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        shift_labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        attention_form: str | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BDHOutput | tuple[Any, ...]:
+        """Logits of the next token at every position, and the loss where labels are given.
+
+        Args:
+            input_ids: int64 (B, T).
+            attention_mask: (B, T), or (B, columns fed before + T): 0 marks padding, which neither is seen by
+                other tokens nor takes up a position.
+            past_key_values: the state to go on from; it is advanced in place. None starts a text.
+            inputs_embeds: (B, T, D) instead of ``input_ids``.
+            labels: (B, T), aligned with ``input_ids`` as in all of transformers: the label of a position is
+                its own token, and the loss is of predicting it from the ones before. -100 is not counted.
+            shift_labels: (B, T) labels already shifted: that of a position is the token behind it.
+            num_items_in_batch: divides the summed loss instead of the number of counted labels.
+            use_cache: return the state. By default yes where one was given, or outside of training.
+            logits_to_keep: compute the logits of the last so many positions only (0: of all), or of the
+                positions in an index tensor.
+            attention_form: overrides the configuration's.
+            output_hidden_states: return v before the first and after each pass, (B, T, D) each.
+
+        Returns:
+            :class:`BDHOutput`. With labels and more than ``MAX_LOGITS_IN_ONE_PIECE`` logits, the loss is
+            computed in chunks of tokens and ``logits`` is None.
+
+        Raises:
+            ValueError: wrong shapes, token ids outside of the vocabulary (on the CPU), or a state of
+                another model or batch size.
+        """
+        config = self.config
+        return_dict = config.return_dict if return_dict is None else return_dict
+        if output_hidden_states is None:
+            output_hidden_states = bool(config.output_hidden_states)
+        if use_cache is None:
+            use_cache = past_key_values is not None or (config.use_cache and not self.training)
+
+        v = self._embed(input_ids, inputs_embeds)  # (B, T, D)
+        B, T, _ = v.shape
+        mask = self._new_columns(attention_mask, B, T)  # (B, T) or None
+        state = past_key_values
+        if state is not None:
+            self._check_state(state, B)
+        elif use_cache:
+            shape = (B, config.n_head, config.neurons_per_head, config.n_embd)
+            state = SynapticState.zeros(shape, 0, device=v.device)  # the passes add their sums
+        table = self._rotation_table(state, mask, T, v)
+
+        hidden_states = [v]
+        for index in range(config.n_layer):
+            sums = past_key_values.sums[index] if past_key_values is not None else None
+            arguments = (v, table, mask, sums, attention_form or config.attention_form, use_cache)
+            if self.gradient_checkpointing and self.training:
+                v, sums = self._gradient_checkpointing_func(self._layer_pass, *arguments)
+            else:
+                v, sums = self._layer_pass(*arguments)
+            if use_cache and state is not None and sums is not None:
+                state.sums[index : index + 1] = [sums]
+            if output_hidden_states:
+                hidden_states.append(v)
+        if use_cache and state is not None:
+            state.positions = state.positions + (T if mask is None else mask.sum(1))
+            state.num_columns += T
+
+        loss, logits = self._loss_and_logits(v, labels, shift_labels, num_items_in_batch, logits_to_keep)
+        output = BDHOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=state if use_cache else None,
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+        )
+        return output if return_dict else output.to_tuple()
+
+    def _layer_pass(
+        self,
+        v: torch.Tensor,
+        table: torch.Tensor,
+        mask: torch.Tensor | None,
+        sums: torch.Tensor | None,
+        form: str,
+        keep_state: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One pass: (B, T, D) to (B, T, D), and the new sums (B, H, N, D) where they are kept."""
+        config = self.config
+        H, N, eps = config.n_head, config.neurons_per_head, config.layer_norm_eps
+        dtype = self.embed.weight.dtype  # autocast, where it is on, overrides it
+        v_in = v.to(dtype)
+        x = F.relu(self.encoder(v_in))  # (B, T, H*N): which neurons fire
+        if mask is not None:
+            x = x * mask.to(x.dtype)[..., None]
+        q = rotate(x.unflatten(-1, (H, N)).transpose(1, 2), table).contiguous()  # (B, H, T, N)
+        a, sums = attend(q, v_in, sums, form=form, chunk_size=config.chunk_size, keep_state=keep_state)
+        a = layer_norm(a, eps).to(dtype)  # (B, H, T, D)
+        y = F.relu(torch.cat([head(a[:, h]) for h, head in enumerate(self.encoder_v)], dim=-1))  # (B, T, H*N)
+        z = F.dropout(x * y, config.dropout, training=self.training)
+        return layer_norm(v + layer_norm(self.decoder(z), eps), eps), sums
+
+    def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("forward takes either input_ids or inputs_embeds: give exactly one of them")
+        if input_ids is not None:
+            if input_ids.ndim != 2 or input_ids.shape[1] == 0:
+                raise ValueError(
+                    f"input_ids has shape {tuple(input_ids.shape)}: must be (batch, tokens) with at least 1 token"
+                )
+            if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+                lowest, highest = input_ids.min().item(), input_ids.max().item()
+                if lowest < 0 or highest >= self.config.vocab_size:
+                    raise ValueError(
+                        f"input_ids has ids from {lowest} to {highest}: must be within 0 to "
+                        f"{self.config.vocab_size - 1}, the model's vocabulary"
+                    )
+            inputs_embeds = self.embed(input_ids)
+        assert inputs_embeds is not None
+        return layer_norm(inputs_embeds, self.config.layer_norm_eps)
+
+    @staticmethod
+    def _new_columns(attention_mask: torch.Tensor | None, B: int, T: int) -> torch.Tensor | None:
+        """The part of a mask that belongs to the T new columns, as bool (B, T)."""
+        if attention_mask is None:
+            return None
+        if attention_mask.ndim != 2 or attention_mask.shape[0] != B or attention_mask.shape[1] < T:
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}: must be ({B}, {T}), or ({B}, n) with "
+                f"n counting the columns fed before too"
+            )
+        return attention_mask[:, -T:].bool()
+
+    def _check_state(self, state: SynapticState, B: int) -> None:
+        config = self.config
+        expected = (B, config.n_head, config.neurons_per_head, config.n_embd)
+        shapes = {tuple(s.shape) for s in state.sums}
+        if len(state.sums) != config.n_layer or shapes != {expected}:
+            raise ValueError(
+                f"the state has sums of shapes {sorted(shapes)} for {len(state.sums)} passes: this model and batch "
+                f"need {expected} for {config.n_layer}"
+            )
+
+    def _rotation_table(
+        self, state: SynapticState | None, mask: torch.Tensor | None, T: int, v: torch.Tensor
+    ) -> torch.Tensor:
+        """The rotation of the T new tokens: (1 or B, 1, T, N/2), one row where all stand at the same position."""
+        if mask is None:
+            steps = torch.arange(T, device=v.device)[None]  # (1, T)
+        else:
+            steps = (mask.long().cumsum(1) - 1).clamp_min(0)  # (B, T)
+        positions = steps if state is None or not state.sums else steps + state.positions[:, None]
+        table = rotation_table(positions, self.config.neurons_per_head, self.config.rope_theta, v.dtype)
+        return table[:, None]
+
+    def _loss_and_logits(
+        self,
+        v: torch.Tensor,
+        labels: torch.Tensor | None,
+        shift_labels: torch.Tensor | None,
+        num_items: torch.Tensor | int | None,
+        logits_to_keep: int | torch.Tensor,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        v = v.to(self.embed.weight.dtype)
+        if labels is not None and shift_labels is None:
+            shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
+        if shift_labels is None:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            return None, self.lm_head(v[:, kept])
+        targets = shift_labels.reshape(-1).to(v.device)
+        if targets.numel() * self.config.vocab_size > MAX_LOGITS_IN_ONE_PIECE:
+            loss = chunked_cross_entropy(
+                v.flatten(0, 1),
+                self.lm_head,
+                targets,
+                tokens_per_chunk=max(1, MAX_LOGITS_IN_ONE_PIECE // self.config.vocab_size),
+                num_items=num_items,
+            )
+            return loss, None
+        logits = self.lm_head(v)
+        return cross_entropy(logits.flatten(0, 1), targets, num_items=num_items), logits
+
+    def new_state(self, batch_size: int = 1) -> SynapticState:
+        """The state before the first token, for ``past_key_values``."""
+        config = self.config
+        shape = (batch_size, config.n_head, config.neurons_per_head, config.n_embd)
+        return SynapticState.zeros(shape, config.n_layer, dtype=sum_dtype(self.dtype), device=self.device)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embed = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = new_embeddings
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        """Tells `generate` to make no cache of keys and values: ``forward`` makes the state."""
+        return False
+
+    @classmethod
+    def from_reference(
+        cls, state_dict: dict[str, torch.Tensor], config: BDHConfig | dict[str, Any] | None = None
+    ) -> "BDHForCausalLM":
+        """A model with the weights of the published reference code; see :mod:`bdh.model.conversion`."""
+        from bdh.model.conversion import model_from_reference
+
+        return model_from_reference(state_dict, config)
+
+    def to_reference(self) -> dict[str, torch.Tensor]:
+        """The weights in the layout of the published reference code, ``attn.freqs`` included."""
+        from bdh.model.conversion import reference_state_dict
+
+        return reference_state_dict(self)

@@ -1,0 +1,78 @@
+"""How the next token is chosen, as settings."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from bdh.validation import Faults
+
+
+@dataclass
+class SamplingOptions:
+    max_new_tokens: int = 200
+    """Tokens generated at most."""
+    temperature: float = 1.0
+    """Divides the logits: below 1 sharper, above 1 flatter, 0 takes the likeliest token (greedy)."""
+    top_k: int = 0
+    """Sample from the k likeliest tokens only; 0 for all."""
+    top_p: float = 1.0
+    """Sample from the likeliest tokens that together have this probability."""
+    min_p: float = 0.0
+    """Drop tokens less likely than this share of the likeliest one's probability."""
+    repetition_penalty: float = 1.0
+    """Divides the scores of tokens already in the text; 1 for none."""
+    num_beams: int = 1
+    """Beams of a beam search; 1 for none."""
+    num_return_sequences: int = 1
+    """Continuations of each prompt."""
+    seed: int | None = None
+    """Seed of the sampling: the same seed gives the same text. None for a different one each time."""
+    stop: list[str] = field(default_factory=list)
+    """Strings that end the text; they are not part of it."""
+
+    def collect_faults(self, faults: Faults) -> None:
+        faults.require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1 token")
+        faults.require(self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or above")
+        faults.require(self.top_k >= 0, "top_k", self.top_k, "0 (all tokens) or above")
+        faults.require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, up to 1")
+        faults.require(0 <= self.min_p < 1, "min_p", self.min_p, "at least 0 and below 1")
+        faults.require(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "above 0")
+        faults.require(self.num_beams >= 1, "num_beams", self.num_beams, "at least 1")
+        faults.require(
+            self.num_return_sequences >= 1, "num_return_sequences", self.num_return_sequences, "at least 1"
+        )
+        faults.require(all(self.stop), "stop", self.stop, "strings of at least one character")
+        greedy = self.temperature == 0
+        faults.require(
+            not greedy or self.num_beams > 1 or self.num_return_sequences == 1,
+            "num_return_sequences",
+            self.num_return_sequences,
+            "1 with temperature 0, which always gives the same text",
+        )
+        faults.require(
+            self.num_beams == 1 or self.num_return_sequences <= self.num_beams,
+            "num_return_sequences",
+            self.num_return_sequences,
+            f"at most num_beams, {self.num_beams}",
+        )
+
+    def validated(self) -> "SamplingOptions":
+        """This object, or a ``ValueError`` that lists all faults."""
+        faults = Faults()
+        self.collect_faults(faults)
+        faults.raise_if_any()
+        return self
+
+    def generate_arguments(self) -> dict[str, Any]:
+        """The arguments of transformers' ``generate`` that mean the same. Neutral values are left out."""
+        arguments: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": self.temperature > 0}
+        if self.num_beams > 1:
+            arguments["num_beams"] = self.num_beams
+        if self.num_return_sequences > 1:
+            arguments["num_return_sequences"] = self.num_return_sequences
+        if self.repetition_penalty != 1:
+            arguments["repetition_penalty"] = self.repetition_penalty
+        if self.temperature > 0:
+            arguments |= {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+            if self.min_p > 0:
+                arguments["min_p"] = self.min_p
+        return arguments

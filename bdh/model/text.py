@@ -1,0 +1,307 @@
+"""From prompt to text: whole characters as they come, and nothing behind a stop string."""
+
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedTokenizerFast, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from bdh.model.sampling import SamplingOptions
+
+if TYPE_CHECKING:
+    from bdh.model.modeling import BDHForCausalLM
+
+REPLACEMENT = "\ufffd"  # what decoders put for bytes that are no character (yet)
+# A character has at most 4 bytes, so at most 3 bytes of an unfinished one can stand at the end.
+_MAX_UNFINISHED = 3
+_WINDOW_TOKENS, _CONTEXT_TOKENS = 64, 8
+
+
+class TextDecoder:
+    """Turns token ids into text as they come, holding back what is not certain yet.
+
+    Held back are unfinished characters, and text that may become a stop string. ``stopped`` turns true with
+    a stop string, and nothing comes out after it.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: Sequence[str] = ()):
+        self._tokenizer = tokenizer
+        self._stop = list(stop)
+        self._window: list[int] = []  # the last tokens: decoding all of them anew for each would be quadratic
+        self._num_decoded = 0  # characters of the window's text that went on to `_pending`
+        self._pending = ""  # decoded, but perhaps the beginning of a stop string
+        self.stopped = False
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """The text that is certain after these further tokens; often none."""
+        if self.stopped:
+            return ""
+        self._window.extend(token_ids)
+        text = self._decode(self._window)
+        num_unfinished = len(text) - len(text.rstrip(REPLACEMENT))
+        certain = len(text) - min(num_unfinished, _MAX_UNFINISHED)
+        new = text[self._num_decoded : certain]
+        self._num_decoded = max(self._num_decoded, certain)
+        if num_unfinished == 0 and len(self._window) >= _WINDOW_TOKENS:
+            self._window = self._window[-_CONTEXT_TOKENS:]
+            self._num_decoded = len(self._decode(self._window))
+        return self._release(new)
+
+    def flush(self) -> str:
+        """The rest, at the end of the text."""
+        if self.stopped:
+            return ""
+        rest = self._release(self._decode(self._window)[self._num_decoded :])
+        rest, self._pending = rest + self._pending, ""
+        return rest
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+
+    def _release(self, new: str) -> str:
+        self._pending += new
+        starts = [at for s in self._stop if (at := self._pending.find(s)) >= 0]
+        if starts:
+            released, self._pending, self.stopped = self._pending[: min(starts)], "", True
+            return released
+        held = max((_overlap(self._pending, s) for s in self._stop), default=0)
+        cut = len(self._pending) - held
+        released, self._pending = self._pending[:cut], self._pending[cut:]
+        return released
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of ``text`` are the beginning of ``stop``."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class TextGenerationMixin:
+    """``generate_text`` and its relatives, for a model with transformers' ``generate``."""
+
+    def generate_text(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        prompt: str,
+        options: SamplingOptions | None = None,
+        **settings: Any,
+    ) -> str:
+        """The continuation of ``prompt``, without the prompt.
+
+        Args:
+            options: how to sample; or give the fields of :class:`SamplingOptions` as keywords.
+
+        Raises:
+            ValueError: a setting out of range, or an empty prompt where the tokenizer has no ``<bos>``.
+        """
+        return self.generate_texts(tokenizer, [prompt], options, **settings)[0][0]
+
+    def generate_texts(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        prompts: Sequence[str],
+        options: SamplingOptions | None = None,
+        **settings: Any,
+    ) -> list[list[str]]:
+        """For each prompt its continuations, ``num_return_sequences`` of them, all in one batch."""
+        options = _options(options, settings)
+        ids, mask = _encode_batch(self, tokenizer, prompts)
+        decoders = _BatchDecoder(tokenizer, options, prompt_columns=ids.shape[1])
+        with _seeded(options.seed, ids.device):
+            sequences = self.generate(  # type: ignore[attr-defined]
+                ids,
+                attention_mask=mask,
+                stopping_criteria=StoppingCriteriaList([decoders] if options.stop else []),
+                **_special_tokens(tokenizer),
+                **options.generate_arguments(),
+            )
+        texts = [decoders.text_of(row) for row in sequences]
+        n = options.num_return_sequences
+        return [texts[i * n : (i + 1) * n] for i in range(len(prompts))]
+
+    def stream_text(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        prompt: str,
+        options: SamplingOptions | None = None,
+        **settings: Any,
+    ) -> Iterator[str]:
+        """The continuation of ``prompt`` piece by piece, in whole characters, as it is generated.
+
+        Generation runs in a thread of its own, and ends when the iterator is closed.
+
+        Raises:
+            ValueError: as :meth:`generate_text`; also with beams or several sequences, which cannot stream.
+        """
+        options = _options(options, settings)
+        if options.num_beams > 1 or options.num_return_sequences > 1:
+            raise ValueError(
+                f"a stream carries one text: num_beams is {options.num_beams} and num_return_sequences "
+                f"{options.num_return_sequences}, both must be 1"
+            )
+        ids, mask = _encode_batch(self, tokenizer, [prompt])
+        return _stream(self, tokenizer, ids, mask, options)
+
+
+def _stream(
+    model: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    options: SamplingOptions,
+) -> Iterator[str]:
+    streamer = _TextQueue(TextDecoder(tokenizer, options.stop))
+
+    def run() -> None:
+        try:
+            with _seeded(options.seed, ids.device):
+                model.generate(
+                    ids,
+                    attention_mask=mask,
+                    streamer=streamer,
+                    stopping_criteria=StoppingCriteriaList([streamer.criterion]),
+                    **_special_tokens(tokenizer),
+                    **options.generate_arguments(),
+                )
+        except BaseException as error:  # handed on to the thread that reads
+            streamer.queue.put(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        while not isinstance(piece := streamer.queue.get(), _End):
+            if isinstance(piece, BaseException):
+                raise piece
+            yield piece
+    finally:
+        streamer.cancelled = True
+        thread.join()
+
+
+class _End:
+    """Marks the end in a queue of texts."""
+
+
+class _TextQueue(BaseStreamer):
+    """Receives tokens from ``generate`` and queues their text."""
+
+    def __init__(self, decoder: TextDecoder):
+        self.queue: queue.SimpleQueue[str | _End | BaseException] = queue.SimpleQueue()
+        self.decoder = decoder
+        self.cancelled = False
+        self.criterion = _StopWhen(lambda: self.cancelled or self.decoder.stopped)
+        self._prompt_seen = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self._prompt_seen:  # `generate` puts the prompt first
+            self._prompt_seen = True
+            return
+        if text := self.decoder.push(value.flatten().tolist()):
+            self.queue.put(text)
+
+    def end(self) -> None:
+        if text := self.decoder.flush():
+            self.queue.put(text)
+        self.queue.put(_End())
+
+
+class _StopWhen(StoppingCriteria):
+    def __init__(self, condition: Any):
+        self._condition = condition
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), self._condition(), device=input_ids.device)
+
+
+class _BatchDecoder(StoppingCriteria):
+    """Stops each row of a batch at its stop string, and cuts its text there.
+
+    Rows change places in a beam search, so each row is decoded from its tokens, of which those that can
+    matter for a stop string are the last ones.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, options: SamplingOptions, prompt_columns: int):
+        self._tokenizer = tokenizer
+        self._options = options
+        self._prompt_columns = prompt_columns
+        # A token has at least one byte, except special ones, which decode to nothing.
+        self._tail_tokens = max((len(s.encode()) for s in options.stop), default=0) + _CONTEXT_TOKENS
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        start = max(self._prompt_columns, input_ids.shape[1] - self._tail_tokens)
+        texts = [
+            self._tokenizer.decode(row, skip_special_tokens=True) for row in input_ids[:, start:].tolist()
+        ]
+        stopped = [any(s in text for s in self._options.stop) for text in texts]
+        return torch.tensor(stopped, device=input_ids.device)
+
+    def text_of(self, row: torch.Tensor) -> str:
+        ids = row[self._prompt_columns :].tolist()
+        end = self._tokenizer.eos_token_id
+        if end in ids:
+            ids = ids[: ids.index(end)]  # behind it stands padding
+        decoder = TextDecoder(self._tokenizer, self._options.stop)
+        return decoder.push(ids) + decoder.flush()
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
+    """The ids of a prompt. Text that looks like a special token is text; an empty prompt is ``<bos>``.
+
+    Raises:
+        ValueError: the prompt is empty and the tokenizer has neither ``<bos>`` nor ``<eos>`` to start from.
+    """
+    ids = tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    if ids:
+        return list(ids)
+    for start in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if start is not None:
+            return [start]
+    raise ValueError(
+        "the prompt is empty, and this tokenizer has no <bos> token to start from: give at least one character"
+    )
+
+
+def _options(options: SamplingOptions | None, settings: dict[str, Any]) -> SamplingOptions:
+    if options is not None and settings:
+        raise ValueError(f"give either options or keywords, not both: got {', '.join(settings)} too")
+    return (options or SamplingOptions(**settings)).validated()
+
+
+def _encode_batch(
+    model: "BDHForCausalLM | Any", tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Left-padded ids and their mask, int64 (B, T)."""
+    if len(tokenizer) != model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} entries and the model {model.config.vocab_size}: they do not "
+            "belong together"
+        )
+    rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    T = max(map(len, rows))
+    pad = tokenizer.pad_token_id or 0  # never seen: the mask hides it
+    ids = torch.tensor([[pad] * (T - len(row)) + row for row in rows], device=model.device)
+    mask = torch.tensor([[0] * (T - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    return ids, mask
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+    """Where a text ends, and what stands behind its end in a batch."""
+    tokens = {"pad_token_id": tokenizer.pad_token_id or 0}
+    if tokenizer.eos_token_id is not None:
+        tokens["eos_token_id"] = tokenizer.eos_token_id
+    return tokens
+
+
+@contextmanager
+def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Sampling from ``seed``, with the generators outside left as they were; None changes nothing."""
+    if seed is None:
+        yield
+        return
+    devices = [device.index or 0] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield

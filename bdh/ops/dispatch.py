@@ -1,0 +1,60 @@
+"""Chooses the form of attention, in one place."""
+
+from typing import Literal, get_args
+
+import torch
+
+from bdh.ops.attention import chunked_attention, parallel_attention, recurrent_attention
+
+AttentionForm = Literal["auto", "parallel", "chunked", "recurrent"]
+ATTENTION_FORMS: tuple[str, ...] = get_args(AttentionForm)
+
+
+def choose_form(requested: str, num_tokens: int, width: int, *, has_state: bool) -> str:
+    """The form that ``attend`` takes: ``requested``, or for "auto" the one with the least work.
+
+    One token on top of a state is a recurrent step. Otherwise the scores of T tokens cost T (N + D) / 2
+    multiplications a token and neuron-independent state reads and writes cost 2 N D, so that parallel wins up
+    to about T = 2 D, and chunked beyond.
+
+    Raises:
+        ValueError: ``requested`` is not a form.
+    """
+    if requested not in ATTENTION_FORMS:
+        raise ValueError(
+            f"attention form {requested!r} is unknown: must be one of {', '.join(ATTENTION_FORMS)}"
+        )
+    if requested != "auto":
+        return requested
+    if num_tokens == 1 and has_state:
+        return "recurrent"
+    return "parallel" if num_tokens <= max(2 * width, 256) else "chunked"
+
+
+def attend(
+    q: torch.Tensor,
+    v: torch.Tensor,
+    state: torch.Tensor | None = None,
+    *,
+    form: str = "auto",
+    chunk_size: int = 128,
+    keep_state: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention of rotated queries ``q`` (B, H, T, N) over values ``v`` (B, T, D) and an earlier ``state``.
+
+    Args:
+        state: (B, H, N, D) of the tokens before, or None where there are none. The recurrent form without
+            gradients writes to it.
+        form: one of :data:`ATTENTION_FORMS`.
+        chunk_size: tokens in a chunk of the chunked form.
+        keep_state: return the state behind the last token too.
+
+    Returns:
+        ``a`` (B, H, T, D) in float32 (float64 for float64), and the new state or None.
+    """
+    chosen = choose_form(form, q.shape[2], v.shape[-1], has_state=state is not None)
+    if chosen == "parallel":
+        return parallel_attention(q, v, state, keep_state=keep_state)
+    if chosen == "chunked":
+        return chunked_attention(q, v, state, chunk_size=chunk_size, keep_state=keep_state)
+    return recurrent_attention(q, v, state, keep_state=keep_state)
