@@ -1,0 +1,173 @@
+"""The settings of a training run, one dataclass a section. A docstring under a field is its help text."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from bdh.data.config import DataConfig
+from bdh.monitor.config import MonitorConfig
+from bdh.tokenizer.config import TokenizerConfig
+from bdh.validation import Faults
+
+
+@dataclass
+class ModelSettings:
+    n_layer: int = 6
+    """L, passes through the one shared layer."""
+    n_embd: int = 256
+    """D, width of the residual stream."""
+    n_head: int = 4
+    """H, heads. They must divide n_embd * mlp_internal_dim_multiplier into even parts."""
+    mlp_internal_dim_multiplier: int = 128
+    """Neurons of all heads together, in multiples of n_embd."""
+    dropout: float = 0.1
+    """Share of the neurons' outputs that training drops, 0 to below 1."""
+    rope_theta: float = 65536.0
+    """Base of the rotary frequencies."""
+    attention_form: Literal["auto", "parallel", "chunked", "recurrent"] = "auto"
+    """How attention is computed; the results are equal. auto takes the cheapest for the length."""
+    chunk_size: int = 128
+    """Tokens in a chunk of the chunked form."""
+    vocab_size: int | None = None
+    """Entries of the vocabulary. It follows from the tokenizer; given, it must agree with it."""
+
+    def collect_faults(self, faults: Faults) -> None:
+        sizes = ("n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier", "chunk_size")
+        for name in sizes:
+            faults.require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        faults.require(0 <= self.dropout < 1, "dropout", self.dropout, "at least 0 and below 1")
+        faults.require(self.rope_theta > 1, "rope_theta", self.rope_theta, "above 1")
+        if min(getattr(self, name) for name in sizes) >= 1:
+            neurons = self.n_embd * self.mlp_internal_dim_multiplier
+            faults.require(
+                neurons % (2 * self.n_head) == 0,
+                "n_head",
+                self.n_head,
+                f"such that {self.n_embd} * {self.mlp_internal_dim_multiplier} = {neurons} neurons "
+                "(n_embd * mlp_internal_dim_multiplier) divide into an even number for each head",
+            )
+
+
+@dataclass
+class TrainSettings:
+    max_steps: int = 3000
+    """Optimizer steps of the whole run; the learning-rate schedule spans them."""
+    stop_at_step: int | None = None
+    """Save and stop early at this step, the schedule unchanged. The run can be resumed."""
+    block_size: int = 512
+    """Tokens of a training sequence."""
+    batch_size: int = 32
+    """Sequences in one forward pass."""
+    gradient_accumulation_steps: int = 1
+    """Forward passes whose gradients are added up for one step."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: for the neurons' matrices, with AdamW for embedding and head (its products are bfloat16: slow on a CPU)."""
+    learning_rate: float = 1e-3
+    """Highest learning rate of the schedule. Muon's updates are scaled to fit AdamW's."""
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """Course of the learning rate behind the warm-up; wsd: constant, then linear decay over decay_steps."""
+    warmup_steps: int = 100
+    """Steps over which the learning rate rises from 0."""
+    decay_steps: int | None = None
+    """wsd: steps of the final decay; None for a fifth of max_steps."""
+    min_learning_rate_ratio: float = 0.1
+    """Learning rate at the end of the schedule, as a share of learning_rate."""
+    weight_decay: float = 0.1
+    """Decay of the matrices' weights for each step, times the learning rate."""
+    decay_embeddings: bool = False
+    """Decay the embedding and the head too."""
+    beta1: float = 0.9
+    """AdamW's decay of the mean gradient."""
+    beta2: float = 0.95
+    """AdamW's decay of the mean squared gradient."""
+    grad_clip: float = 1.0
+    """Largest norm of the gradient; 0 does not clip."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Arithmetic of the forward pass; weights stay float32. auto: bfloat16 on hardware that has it, else float32."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps. auto takes the first accelerator."""
+    compile: bool = False
+    """Compile the model with torch.compile: minutes at the start, faster steps."""
+    gradient_checkpointing: bool = False
+    """Recompute each pass in the backward pass: about a third more work, a fraction of the memory."""
+    seed: int = 1337
+    """Seed of the weights, the data order, the dropout and the samples."""
+    eval_every_steps: int = 250
+    """Steps between evaluations on the validation windows; there is always one at the end."""
+    eval_windows: int = 64
+    """Windows of block_size tokens in the fixed validation set."""
+    patience: int | None = None
+    """Stop after so many evaluations in a row without a better validation loss; None never does."""
+    sample_every_steps: int = 500
+    """Steps between text samples; 0 for none."""
+    sample_prompts: list[str] = field(default_factory=lambda: ["The "])
+    """Prompts of the text samples."""
+    sample_max_new_tokens: int = 100
+    """Tokens of a text sample."""
+
+    def collect_faults(self, faults: Faults) -> None:
+        positive = ("max_steps", "block_size", "batch_size", "gradient_accumulation_steps", "eval_every_steps")
+        for name in (*positive, "eval_windows", "sample_max_new_tokens"):
+            faults.require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("warmup_steps", "weight_decay", "grad_clip", "sample_every_steps", "seed"):
+            faults.require(getattr(self, name) >= 0, name, getattr(self, name), "0 or above")
+        for name in ("stop_at_step", "patience", "decay_steps"):
+            value = getattr(self, name)
+            faults.require(value is None or value >= 1, name, value, "at least 1, or null")
+        faults.require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
+        faults.require(
+            0 <= self.min_learning_rate_ratio <= 1, "min_learning_rate_ratio", self.min_learning_rate_ratio, "0 to 1"
+        )
+        for name in ("beta1", "beta2"):
+            faults.require(0 <= getattr(self, name) < 1, name, getattr(self, name), "at least 0 and below 1")
+        faults.require(
+            self.warmup_steps <= self.max_steps, "warmup_steps", self.warmup_steps, f"at most max_steps, {self.max_steps}"
+        )
+        faults.require(
+            (self.decay_steps or 0) + self.warmup_steps <= self.max_steps or self.schedule != "wsd",
+            "decay_steps",
+            self.decay_steps,
+            f"at most max_steps - warmup_steps, {self.max_steps - self.warmup_steps}",
+        )
+        device = self.device.split(":")[0]
+        faults.require(
+            device in ("auto", "cpu", "cuda", "mps"), "device", self.device, "auto, cpu, cuda, cuda:N or mps"
+        )
+        faults.require(all(self.sample_prompts), "sample_prompts", self.sample_prompts, "non-empty texts")
+
+
+@dataclass
+class CheckpointSettings:
+    every_steps: int = 500
+    """Steps between checkpoints; there is always one at the end."""
+    keep_last: int = 2
+    """Newest checkpoints that are kept; the best one is kept besides."""
+    export: Literal["last", "best", "none"] = "last"
+    """Which weights are exported to <run_dir>/model at the end: the last, or those of the best validation loss."""
+
+    def collect_faults(self, faults: Faults) -> None:
+        faults.require(self.every_steps >= 1, "every_steps", self.every_steps, "at least 1")
+        faults.require(self.keep_last >= 1, "keep_last", self.keep_last, "at least 1")
+
+
+@dataclass
+class RunSettings:
+    model: ModelSettings = field(default_factory=ModelSettings)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    run_dir: str | None = None
+    """Folder of the run; by default runs/ and the time of the start. It must not hold a run yet."""
+    resume: bool = False
+    """Continue the run in run_dir from its newest checkpoint."""
+    resume_step: int | None = None
+    """With resume: continue from the checkpoint of this step instead of the newest."""
+
+    def collect_faults(self, faults: Faults) -> None:
+        faults.require(
+            not self.resume or self.run_dir is not None, "run_dir", self.run_dir, "the folder of the run to resume"
+        )
+        faults.require(
+            self.resume_step is None or self.resume, "resume_step", self.resume_step, "given together with --resume"
+        )

@@ -1,0 +1,153 @@
+"""From a run to a folder that ``from_pretrained`` loads, with a card that says what the model is."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+import bdh
+from bdh.model import BDHForCausalLM
+from bdh.train.checkpoint import Checkpoint
+
+FACTS_FILE = "data.json"
+
+
+def export_model(
+    model: BDHForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    card: str,
+    *,
+    replace: bool = False,
+) -> None:
+    """Writes model, tokenizer, generation settings and card into ``folder``, which appears when it is complete.
+
+    Raises:
+        FileExistsError: the folder is there and not empty, and ``replace`` is not set.
+    """
+    if folder.exists() and not replace and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists already and is not empty: choose another folder")
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        model.generation_config = GenerationConfig(
+            do_sample=True,
+            temperature=0.8,
+            top_k=50,
+            max_new_tokens=200,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def model_card(
+    model: BDHForCausalLM, checkpoint: Checkpoint, data_facts: dict[str, Any], *, bits_per_byte: float | None = None
+) -> str:
+    """The README of an exported model: only what the run knows.
+
+    Args:
+        data_facts: :attr:`bdh.data.Corpus.facts`.
+    """
+    config, training = model.config, checkpoint.training
+    settings, progress = training["settings"], training["progress"]
+    train = settings["train"]
+    metrics = progress["last_metrics"]
+    num_parameters = sum(p.numel() for p in model.parameters())
+    batch = train["batch_size"] * train["gradient_accumulation_steps"]
+    rows = {
+        "parameters": f"{num_parameters:,}",
+        "passes through the shared layer": config.n_layer,
+        "width": config.n_embd,
+        "heads": config.n_head,
+        "neurons per head": f"{config.neurons_per_head:,}",
+        "vocabulary": f"{config.vocab_size:,} ({settings['tokenizer']['path']} tokenizer)",
+        "state of one sequence": f"{config.state_bytes_per_sequence:,} bytes, at any length",
+    }
+    trained = {
+        "data": f"`{data_facts['source']}`" if isinstance(data_facts["source"], str) else str(data_facts["source"]),
+        **{
+            label: f"{data_facts[key]:,}"
+            for label, key in (("training tokens in it", "train_tokens"), ("validation tokens in it", "val_tokens"))
+            if data_facts.get(key) is not None
+        },
+        "steps": f"{progress['step']:,} of {train['max_steps']:,}",
+        "tokens seen": f"{progress['tokens_seen']:,}",
+        "sequence length": f"{train['block_size']:,} tokens",
+        "sequences a step": batch,
+        "optimizer": f"{train['optimizer']}, learning rate {train['learning_rate']:g}, {train['schedule']} schedule "
+        f"with {train['warmup_steps']} warm-up steps, weight decay {train['weight_decay']:g}",
+        "dropout": settings["model"]["dropout"],
+        "seed": train["seed"],
+    }
+    measured = {
+        "loss, nats per token": f"{metrics['loss']:.4f}",
+        "perplexity": f"{metrics['perplexity']:.3f}",
+        "bits per byte": f"{metrics['bits_per_byte']:.4f}",
+        "next-token accuracy": f"{metrics['accuracy']:.1%}",
+    } if metrics else {}
+    prompt = train["sample_prompts"][0] if train["sample_prompts"] else "The "
+    parts = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [bdh, dragon-hatchling]",
+        "---",
+        "",
+        f"# A BDH language model of {num_parameters:,} parameters",
+        "",
+        "Architecture: Dragon Hatchling (arXiv 2509.26507), a recurrent language model with sparse, non-negative "
+        "activations and linear attention.",
+        "",
+        _table(rows),
+        "",
+        "## Training",
+        "",
+        _table(trained),
+        "",
+    ]
+    if measured:
+        parts += [
+            "## Validation",
+            "",
+            f"On {train['eval_windows']} fixed windows of {train['block_size']} tokens that were not trained on, at the "
+            f"last evaluation up to step {progress['step']:,}:",
+            "",
+            _table(measured),
+            "",
+        ]
+    parts += [
+        "## Use",
+        "",
+        "```python",
+        "import bdh",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'folder = "."  # this folder',
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        "model = AutoModelForCausalLM.from_pretrained(folder)",
+        f"print(model.generate_text(tokenizer, {json.dumps(prompt)}, temperature=0.8, top_k=50))",
+        "```",
+        "",
+        f"Written by bdh {bdh.__version__}, PyTorch {torch.__version__}, transformers {transformers.__version__}.",
+        "",
+    ]
+    return "\n".join(parts)
+
+
+def _table(rows: dict[str, Any]) -> str:
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())])

@@ -1,0 +1,79 @@
+"""Optimizers, and the course of the learning rate."""
+
+import math
+
+import torch
+from torch import nn
+
+from bdh.train.config import TrainSettings
+
+
+def learning_rate_factor(step: int, settings: TrainSettings) -> float:
+    """The learning rate of step ``step`` (counted from 0), as a share of ``settings.learning_rate``.
+
+    It depends on the step alone, so a resumed run needs to restore nothing.
+    """
+    warmup, total, floor = settings.warmup_steps, settings.max_steps, settings.min_learning_rate_ratio
+    if step < warmup:
+        return (step + 1) / warmup
+    if settings.schedule == "constant":
+        return 1.0
+    if settings.schedule == "wsd":
+        decay = settings.decay_steps if settings.decay_steps is not None else max(1, total // 5)
+        start = max(warmup, total - decay)
+    else:
+        start = warmup
+    if step < start:
+        return 1.0
+    progress = min(1.0, (step - start) / max(1, total - start))
+    share = (1 + math.cos(math.pi * progress)) / 2 if settings.schedule == "cosine" else 1 - progress
+    return floor + (1 - floor) * share
+
+
+class Optimizers:
+    """The optimizers of a model, stepped together.
+
+    AdamW for everything, or Muon for the neurons' matrices (``encoder``, ``encoder_v``, ``decoder``) with
+    AdamW for the embedding and the head.
+    """
+
+    def __init__(self, model: nn.Module, settings: TrainSettings):
+        self._settings = settings
+        ends = [p for name, p in model.named_parameters() if name.startswith(("embed.", "lm_head."))]
+        ends_ids = {id(p) for p in ends}
+        matrices = [p for p in model.parameters() if id(p) not in ends_ids]
+        decayed = {"weight_decay": settings.weight_decay}
+        ends_decay = {"weight_decay": settings.weight_decay if settings.decay_embeddings else 0.0}
+        lr = settings.learning_rate
+        groups = [{"params": ends, **ends_decay}]
+        self.all: list[torch.optim.Optimizer] = []
+        if settings.optimizer == "muon":
+            # match_rms_adamw scales the updates to AdamW's size, so that one learning rate fits both.
+            self.all.append(torch.optim.Muon(matrices, lr=lr, adjust_lr_fn="match_rms_adamw", **decayed))
+        else:
+            groups.append({"params": matrices, **decayed})
+        device = next(model.parameters()).device.type
+        fused = device in ("cpu", "cuda")
+        self.all.append(torch.optim.AdamW(groups, lr=lr, betas=(settings.beta1, settings.beta2), fused=fused))
+
+    def set_learning_rate(self, step: int) -> float:
+        """Sets and returns the learning rate of a step."""
+        lr = self._settings.learning_rate * learning_rate_factor(step, self._settings)
+        for optimizer in self.all:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+        return lr
+
+    def zero_grad(self) -> None:
+        for optimizer in self.all:
+            optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> list[dict]:
+        return [optimizer.state_dict() for optimizer in self.all]
+
+    def load_state_dict(self, states: list[dict]) -> None:
+        """Raises ``ValueError`` when the states are those of other optimizers."""
+        if len(states) != len(self.all):
+            raise ValueError(f"the checkpoint has {len(states)} optimizers, the settings ask for {len(self.all)}")
+        for optimizer, state in zip(self.all, states, strict=True):
+            optimizer.load_state_dict(state)

@@ -1,0 +1,212 @@
+"""A training run: its folder, its parts, and what goes into its checkpoints."""
+
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import PreTrainedTokenizerFast
+
+import bdh
+from bdh.data import Corpus, prepare_corpus
+from bdh.model import BDHConfig, BDHForCausalLM
+from bdh.tokenizer import load_tokenizer
+from bdh.train.checkpoint import Checkpoint, Checkpointer
+from bdh.train.config import RunSettings
+from bdh.train.optim import Optimizers
+from bdh.train.runtime import Runtime, choose_runtime, random_states, restore_random_states
+
+CONFIG_FILE = "config.yaml"
+# A run cannot go on exactly, or at all, if one of these is another: name of the section, and its fields.
+_FIXED = {
+    "model": None,
+    "tokenizer": None,
+    "data": None,
+    "train": ("block_size", "batch_size", "gradient_accumulation_steps", "optimizer", "seed"),
+}
+_FREE = {"model.attention_form", "model.chunk_size", "model.dropout", "data.cache_dir"}
+_NOT_STORED = ("run_dir", "resume", "resume_step")
+
+
+@dataclass
+class Progress:
+    """How far a run is."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    tokens_seen: int = 0
+    best_loss: float | None = None
+    """Best validation loss, nats per token."""
+    best_step: int | None = None
+    evaluations_without_gain: int = 0
+    last_metrics: dict[str, float] = field(default_factory=dict)
+    """Of the last evaluation."""
+
+
+@dataclass
+class Run:
+    """Everything that the training loop works with."""
+
+    settings: RunSettings
+    folder: Path
+    tokenizer: PreTrainedTokenizerFast
+    corpus: Corpus
+    model: BDHForCausalLM
+    optimizers: Optimizers
+    runtime: Runtime
+    scaler: torch.amp.GradScaler
+    loader: Any
+    checkpointer: Checkpointer
+    progress: Progress
+
+    def save(self, *, is_best: bool = False) -> Path:
+        """Writes a checkpoint of this moment; see :meth:`Checkpointer.save`."""
+        training = {
+            "bdh_version": bdh.__version__,
+            "progress": asdict(self.progress),
+            "settings": settings_to_store(self.settings),
+            "data_fingerprint": self.corpus.fingerprint,
+            "optimizers": self.optimizers.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "loader": self.loader.state_dict(),
+            "random_states": random_states(self.runtime.device),
+        }
+        return self.checkpointer.save(self.progress.step, self.model.state_dict(), training, is_best=is_best)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Puts every part back to where it was when the checkpoint was written.
+
+        Raises:
+            ValueError: the data are not the ones that the run was trained on.
+        """
+        training = checkpoint.training
+        if training["data_fingerprint"] != self.corpus.fingerprint:
+            raise ValueError(
+                f"data.source {self.settings.data.source!r} has changed since the run was started (its fingerprint was "
+                f"{training['data_fingerprint']}, now it is {self.corpus.fingerprint}): nothing was changed"
+            )
+        self.model.load_state_dict(checkpoint.weights)
+        self.optimizers.load_state_dict(training["optimizers"])
+        self.scaler.load_state_dict(training["scaler"])
+        self.loader.load_state_dict(training["loader"])
+        restore_random_states(training["random_states"], self.runtime.device)
+        self.progress = Progress(**training["progress"])
+
+
+def open_run(settings: RunSettings, *, progress: Any = None) -> Run:
+    """Makes or, with ``settings.resume``, restores a run. All faults come up here, before the first step.
+
+    A fresh run's folder is made last, when nothing can fail any more but the disk.
+
+    Args:
+        progress: passed to :func:`bdh.data.prepare_corpus`, for its bars.
+
+    Raises:
+        ValueError: settings, tokenizer and data do not go together, or not with the run that is resumed.
+        FileExistsError: the folder holds a run already.
+        FileNotFoundError: there is nothing to resume.
+    """
+    folder = Path(settings.run_dir) if settings.run_dir else Path("runs") / time.strftime("%Y-%m-%d_%H-%M-%S")
+    checkpointer = Checkpointer(folder, settings.checkpoint.keep_last)
+    checkpoint = None
+    if settings.resume:
+        check_unchanged(settings, stored_settings(folder))
+        checkpoint = checkpointer.load(settings.resume_step)
+    elif holds_run(folder):
+        raise FileExistsError(
+            f"{folder} already holds a run, which is never overwritten: continue it with --resume, or give another "
+            "--run_dir"
+        )
+
+    runtime = choose_runtime(settings.train)
+    tokenizer = load_tokenizer(settings.tokenizer)
+    config = model_config(settings, tokenizer)
+    corpus = prepare_corpus(settings.data, tokenizer, settings.train.block_size, progress=progress)
+
+    torch.manual_seed(settings.train.seed)
+    model = BDHForCausalLM(config).to(runtime.device)
+    if settings.train.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    run = Run(
+        settings=settings,
+        folder=folder,
+        tokenizer=tokenizer,
+        corpus=corpus,
+        model=model,
+        optimizers=Optimizers(model, settings.train),
+        runtime=runtime,
+        scaler=runtime.gradient_scaler(),
+        loader=corpus.train_loader(
+            settings.train.batch_size * settings.train.gradient_accumulation_steps, settings.train.seed
+        ),
+        checkpointer=checkpointer,
+        progress=Progress(),
+    )
+    if checkpoint is not None:
+        run.restore(checkpoint)
+        checkpointer.forget_after(run.progress.step)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_FILE).write_text(yaml.safe_dump(settings_to_store(settings), sort_keys=False), encoding="utf-8")
+    return run
+
+
+def model_config(settings: RunSettings, tokenizer: PreTrainedTokenizerFast) -> BDHConfig:
+    """The model's configuration; its vocabulary and special tokens are the tokenizer's.
+
+    Raises:
+        ValueError: ``model.vocab_size`` is given and is another.
+    """
+    fields = asdict(settings.model)
+    if fields.pop("vocab_size") not in (None, len(tokenizer)):
+        raise ValueError(
+            f"model.vocab_size is {settings.model.vocab_size}: the tokenizer {settings.tokenizer.path!r} has "
+            f"{len(tokenizer)} entries; leave model.vocab_size out, and it follows from the tokenizer"
+        )
+    return BDHConfig(
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **fields,
+    )
+
+
+def holds_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (CONFIG_FILE, "checkpoints", "metrics.jsonl", "model"))
+
+
+def settings_to_store(settings: RunSettings) -> dict[str, Any]:
+    """The settings as plain data, without those that say where this start of the run reads and writes."""
+    stored = asdict(settings)
+    for name in _NOT_STORED:
+        del stored[name]
+    return stored
+
+
+def stored_settings(folder: Path) -> dict[str, Any]:
+    """What a run's ``config.yaml`` holds.
+
+    Raises:
+        FileNotFoundError: the folder holds no run.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no run to resume in {folder}: it has no {CONFIG_FILE}")
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def check_unchanged(settings: RunSettings, stored: dict[str, Any]) -> None:
+    """Raises ``ValueError`` naming every field of the model or the data that is not as it was stored."""
+    now = settings_to_store(settings)
+    changed = [
+        f"{section}.{name}: {stored[section].get(name)!r} in the run, {value!r} now"
+        for section, names in _FIXED.items()
+        for name, value in now[section].items()
+        if (names is None or name in names)
+        and f"{section}.{name}" not in _FREE
+        and stored[section].get(name) != value
+    ]
+    if changed:
+        raise ValueError("a resumed run keeps its model and data, but these differ: " + "; ".join(changed))

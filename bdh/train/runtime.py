@@ -1,0 +1,73 @@
+"""Where, and in which arithmetic, a run computes."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from bdh.train.config import TrainSettings
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    device: torch.device
+    dtype: torch.dtype
+    """Of the matrix products; the weights are float32."""
+    reason: str
+    """Why this device and dtype, in a few words, for the banner."""
+
+    def autocast(self) -> AbstractContextManager:
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def gradient_scaler(self) -> torch.amp.GradScaler:
+        """Keeps small gradients in float16's range; does nothing for the other dtypes."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+
+
+def choose_runtime(settings: TrainSettings) -> Runtime:
+    """The device and dtype that the settings ask for, or the best ones there are.
+
+    Raises:
+        ValueError: the device is not there.
+    """
+    device = _choose_device(settings.device)
+    if settings.dtype != "auto":
+        return Runtime(device, _DTYPES[settings.dtype], f"{settings.dtype} as set")
+    if device.type != "cuda":
+        return Runtime(device, torch.float32, f"float32, the fast one on {device.type}")
+    # Without this argument the question is answered with yes on a T4, which emulates bfloat16 slowly.
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return Runtime(device, torch.bfloat16, "bfloat16, which this GPU has in hardware")
+    return Runtime(device, torch.float32, "float32: this GPU has no bfloat16; float16 is faster, if you set it")
+
+
+def _choose_device(wanted: str) -> torch.device:
+    available = ["cpu"]
+    if torch.backends.mps.is_available():
+        available.append("mps")
+    if torch.cuda.is_available():
+        available.extend(["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
+    if wanted == "auto":
+        return torch.device("cuda" if "cuda" in available else available[-1])
+    if wanted not in available:
+        raise ValueError(f"train.device is {wanted!r}: this machine and PyTorch build have {', '.join(available)}")
+    return torch.device(wanted)
+
+
+def random_states(device: torch.device) -> dict[str, torch.Tensor]:
+    """The states of the generators that training draws from."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def restore_random_states(states: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Puts the generators back to ``random_states`` of a run on the same kind of device."""
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)

@@ -1,0 +1,31 @@
+#!/bin/sh
+# Trains a small model on Python's own documentation, and lets it talk. Needs no network.
+set -eu
+run=runs/demo
+
+if [ -f "$run/model/config.json" ]; then
+    echo "$run holds a trained model already: using it. Remove the folder to train again."
+elif [ -f "$run/config.yaml" ]; then
+    echo "$run was interrupted: going on with it."
+    bdh train --run_dir "$run" --resume
+else
+    bdh train --config configs/tiny.yaml --run_dir "$run"
+fi
+
+for prompt in "The " "A class is " "If the file "; do
+    echo
+    echo "--- bdh generate $run/model --prompt '$prompt'"
+    bdh generate "$run/model" --prompt "$prompt" --max_new_tokens 160 --temperature 0.7 --seed 1
+done
+
+echo
+bdh plot "$run" --output "$run/loss.png"
+cat <<END
+
+What next:
+  bdh generate $run/model --prompt "import "              more text
+  bdh eval $run/model --data.source pydoc                 loss, perplexity, bits per byte
+  tensorboard --logdir $run/tensorboard                   the curves of the run
+  bdh train --config configs/small.yaml --data.source FILE    a larger model on a text of yours
+  bdh train --help                                        every setting
+END
