@@ -1,0 +1,86 @@
+"""bdh convert: between checkpoints of the published reference code and model folders."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from bdh.cli.settings import parse_settings
+
+
+@dataclass
+class ConvertSettings:
+    source: str
+    """Checkpoint of the reference code (.pt); with --to-reference: a model folder, a run, or a hub id."""
+    out: str
+    """Folder to write; with --to-reference: the .pt file to write."""
+    to_reference: bool = False
+    """Convert back: write a model as a checkpoint of the reference code."""
+    tokenizer: str = "byte"
+    """Tokenizer to store with the model: byte, a tokenizer.json file, a folder, or a hub id."""
+    n_layer: int | None = None
+    """Passes, for checkpoints that carry no configuration (the weights do not show them)."""
+
+
+def run(argv: list[str]) -> int:
+    settings = parse_settings(
+        ConvertSettings,
+        argv,
+        prog="bdh convert",
+        description="Convert a checkpoint of the published reference code into a model folder, or back.",
+        positionals=("source", "out"),
+    )
+    out = Path(settings.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} exists already: choose another name")
+    if settings.to_reference:
+        return _to_reference(settings, out)
+    return _from_reference(settings, out)
+
+
+def _from_reference(settings: ConvertSettings, out: Path) -> int:
+    from bdh.model.conversion import load_reference, model_from_reference
+    from bdh.tokenizer import TokenizerConfig, load_tokenizer
+
+    state_dict, config = load_reference(settings.source)
+    fields = {} if settings.n_layer is None else {"n_layer": settings.n_layer}
+    if settings.n_layer is not None and config and config.get("n_layer", settings.n_layer) != settings.n_layer:
+        raise ValueError(f"n_layer is {settings.n_layer}, but the checkpoint's configuration says {config['n_layer']}")
+    model = model_from_reference(state_dict, {**(config or {}), **fields})
+    tokenizer = load_tokenizer(TokenizerConfig(path=settings.tokenizer))
+    if len(tokenizer) != model.config.vocab_size:
+        raise ValueError(
+            f"the model has a vocabulary of {model.config.vocab_size}, the tokenizer {settings.tokenizer!r} of "
+            f"{len(tokenizer)}: give the tokenizer that it was trained with, with --tokenizer"
+        )
+    model.config.eos_token_id = tokenizer.eos_token_id
+    model.config.bos_token_id = tokenizer.bos_token_id
+    model.config.pad_token_id = tokenizer.pad_token_id
+    from bdh.train.export import export_model
+
+    num_parameters = sum(p.numel() for p in model.parameters())
+    export_model(model, tokenizer, out, _card(Path(settings.source).name, num_parameters))
+    print(
+        f"{out}: {num_parameters:,} parameters, {model.config.n_layer} passes, vocabulary {model.config.vocab_size:,}"
+    )
+    return 0
+
+
+def _to_reference(settings: ConvertSettings, out: Path) -> int:
+    import torch
+
+    from bdh.cli.models import load_model
+    from bdh.model.conversion import reference_config
+
+    model, _ = load_model(settings.source)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"model": model.to_reference(), "config": reference_config(model.config)}, out)
+    print(f"{out}: model and config, for the reference code")
+    return 0
+
+
+def _card(name: str, num_parameters: int) -> str:
+    return (
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [bdh, dragon-hatchling]\n---\n\n"
+        f"# A BDH language model of {num_parameters:,} parameters\n\n"
+        f"Converted from the checkpoint `{name}` of the published reference code (arXiv 2509.26507). The checkpoint "
+        "does not say what it was trained on.\n"
+    )

@@ -1,0 +1,31 @@
+"""bdh export: writes a run's weights as a model folder."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from bdh.cli.settings import parse_settings
+
+
+@dataclass
+class ExportSettings:
+    run: str
+    """Folder of the run."""
+    out: str
+    """Folder to write: config.json, model.safetensors, tokenizer files, generation_config.json, README.md."""
+    checkpoint: str = "last"
+    """Which weights: last, best (of the validation loss), or a step."""
+
+
+def run(argv: list[str]) -> int:
+    settings = parse_settings(
+        ExportSettings,
+        argv,
+        prog="bdh export",
+        description="Write the weights of a run as a folder that from_pretrained loads, with its model card.",
+        positionals=("run", "out"),
+    )
+    from bdh.train.export import export_run
+
+    step = export_run(Path(settings.run), Path(settings.out), which=settings.checkpoint)
+    print(f"{settings.out}: the weights of step {step}")
+    return 0

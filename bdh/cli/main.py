@@ -1,0 +1,89 @@
+"""The command `bdh`: finds the module of a command, runs it, and reports errors for the person who reads them."""
+
+import difflib
+import importlib
+import sys
+import traceback
+
+import bdh
+
+COMMANDS = {
+    "train": "train a model, or go on with a run",
+    "generate": "continue prompts",
+    "eval": "measure a model on a text",
+    "tokenizer": "train a tokenizer",
+    "export": "write a run's weights as a model folder",
+    "convert": "take or give checkpoints of the published reference code",
+    "plot": "draw the loss curves of runs",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command line, and returns its exit status: 0, 2 for bad input, 1 for a fault of the program."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        return _run(arguments)
+    except BrokenPipeError:
+        # The reader, `head` say, has gone. Python would complain once more when it flushes at exit.
+        sys.stdout = None  # type: ignore[assignment]
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ImportError) as error:
+        if debug:
+            traceback.print_exc()
+        else:
+            _print_error(str(error) or type(error).__name__)
+        return 2
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        else:
+            _print_error(f"unexpected {type(error).__name__}: {error} (the same with --debug shows where)")
+        return 1
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0
+    command, *rest = arguments
+    if command in ("-V", "--version"):
+        print(f"bdh {bdh.__version__}")
+        return 0
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+        raise ValueError(f"{command!r} is not a command: {hint}")
+    # Imported when it runs: `bdh --help` should not wait for PyTorch.
+    return importlib.import_module(f"bdh.cli.{command}").run(rest) or 0
+
+
+def _usage() -> str:
+    lines = [
+        "usage: bdh COMMAND [ARGUMENTS]",
+        "",
+        "Train, understand and serve Dragon Hatchling language models.",
+        "",
+        "commands:",
+        *(f"  {name:<12}{summary}" for name, summary in COMMANDS.items()),
+        "",
+        "options:",
+        "  --help      this text; after a command: its settings",
+        "  --version   the version",
+        "  --debug     show the traceback of an error",
+    ]
+    return "\n".join(lines)
+
+
+def _print_error(message: str) -> None:
+    first, *others = message.splitlines()
+    red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() else ("", "")
+    print(f"{red}error: {first}{plain}", *others, sep="\n", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,324 @@
+"""From YAML files and flags to a dataclass of settings, with every fault reported at once.
+
+A settings class is a dataclass whose fields are values, or dataclasses: sections, whose fields are named with a
+dot. The docstring under a field is its help text. `jsonargparse` converts and checks each value; this module
+decides which of several values of a field counts, and gathers what is wrong: left to itself, `jsonargparse` stops at
+the first fault, and lets a file that stands behind a flag override it.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from docstring_parser import parse_from_object
+from jsonargparse import ArgumentError, ArgumentParser
+
+from bdh.validation import Faults
+
+SettingsType = TypeVar("SettingsType")
+_MISSING = dataclasses.MISSING
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """One setting."""
+
+    name: str
+    """With its section: data.source."""
+    type: Any
+    default: Any
+    help: str
+
+
+def parse_settings(
+    settings_class: type[SettingsType],
+    argv: Sequence[str],
+    *,
+    prog: str,
+    description: str,
+    positionals: Sequence[str] = (),
+    base: Mapping[str, Any] | None = None,
+) -> SettingsType:
+    """The settings that a command line asks for.
+
+    Defaults are overridden by ``base``, that by the files given with ``--config`` in their order, those by the
+    flags, wherever they stand. ``--help`` and ``--print_config`` print and exit.
+
+    Args:
+        positionals: fields that are given by their place; the last one may be a list, and takes the rest.
+        base: nested settings, as a YAML file would hold them.
+
+    Raises:
+        FileNotFoundError: a configuration file is missing.
+        ValueError: lists all unknown settings, values of a wrong type, and values out of range.
+        SystemExit: with status 0, behind ``--help`` or ``--print_config``.
+    """
+    leaves = {leaf.name: leaf for leaf in _leaves(settings_class)}
+    command_line = _CommandLine(leaves, positionals, argv)
+    if command_line.wants_help:
+        _print_help(settings_class, prog, description, positionals)
+        raise SystemExit(0)
+
+    faults = Faults()
+    layers = [("the run's stored configuration", base or {})]
+    layers += [(path, _read_yaml(Path(path))) for path in command_line.config_files]
+    raw: dict[str, Any] = {}
+    for origin, tree in layers:
+        raw |= _flattened(tree, leaves, origin, faults)
+    raw |= command_line.values
+    faults.found.extend(command_line.faults)
+
+    values = {
+        name: value for name, given in raw.items() if (value := _converted(leaves[name], given, faults)) is not _MISSING
+    }
+    required = [leaf for leaf in leaves.values() if leaf.default is _MISSING]
+    for leaf in required:
+        if leaf.name not in raw:
+            faults.add(f"{leaf.name} is missing: {leaf.help}")
+    settings = _built(settings_class, values, fill_missing=bool(faults.found))
+    _collect_range_faults(settings, faults, with_top=all(leaf.name in values for leaf in required))
+    faults.raise_if_any()
+    if command_line.wants_config:
+        print(to_yaml(settings, with_help=True), end="")
+        raise SystemExit(0)
+    return settings
+
+
+def to_yaml(settings: Any, *, with_help: bool = False) -> str:
+    """The settings as YAML that ``--config`` reads back; ``with_help`` puts each setting's help above it."""
+    lines: list[str] = []
+    section = ""
+    for leaf in _leaves(type(settings)):
+        *path, name = leaf.name.split(".")
+        value = settings
+        for part in (*path, name):
+            value = getattr(value, part)
+        if path and path[0] != section:
+            section = path[0]
+            lines.append(f"{section}:")
+        indent = "  " if path else ""
+        if with_help and leaf.help:
+            lines.append(f"{indent}# {leaf.help}")
+        written = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6)
+        lines.append(f"{indent}{name}: {written.removesuffix('...' + chr(10)).strip()}")
+    return "\n".join(lines) + "\n"
+
+
+class _CommandLine:
+    """What an argv says: values of settings, configuration files, and the two questions it may ask."""
+
+    def __init__(self, leaves: Mapping[str, _Leaf], positionals: Sequence[str], argv: Sequence[str]):
+        self.values: dict[str, Any] = {}
+        self.config_files: list[str] = []
+        self.wants_help = self.wants_config = False
+        self.faults: list[str] = []
+        self._leaves = leaves
+        by_place: list[str] = []
+        arguments = list(argv)
+        while arguments:
+            argument = arguments.pop(0)
+            if argument == "--":
+                by_place += arguments
+                break
+            if argument.startswith("--"):
+                self._option(argument, arguments)
+            elif argument == "-h":
+                self.wants_help = True
+            elif argument.startswith("-") and len(argument) > 1 and not argument[1].isdigit():
+                self.faults.append(f"{argument} is not a setting: settings start with two dashes")
+            else:
+                by_place.append(argument)
+        self._take_places(positionals, by_place)
+
+    def _option(self, argument: str, rest: list[str]) -> None:
+        written, equals, value = argument[2:].partition("=")
+        name = written.replace("-", "_")
+        if name == "help":
+            self.wants_help = True
+            return
+        if name == "print_config":
+            self.wants_config = True
+            return
+        leaf = self._leaves.get(name)
+        is_switch = leaf is not None and leaf.type is bool
+        follows = bool(rest) and not rest[0].startswith("--")
+        if not equals and is_switch:
+            value = rest.pop(0) if follows and rest[0].lower() in ("true", "false", "yes", "no") else "true"
+        elif not equals and follows:
+            value = rest.pop(0)
+        elif not equals and (leaf is not None or name == "config"):
+            self.faults.append(f"--{written} is given without a value")
+            return
+        if name == "config":
+            self.config_files.append(value)
+        elif leaf is None:
+            self.faults.append(f"--{written} is not a setting{_suggestion(name, self._leaves)}")
+        else:
+            self.values[name] = value
+
+    def _take_places(self, positionals: Sequence[str], by_place: list[str]) -> None:
+        for name in positionals:
+            if _is_list(self._leaves[name].type):
+                if by_place:
+                    self.values[name], by_place = by_place, []
+            elif by_place:
+                self.values[name] = by_place.pop(0)
+        for argument in by_place:
+            self.faults.append(f"{argument!r} is not expected here: settings start with two dashes")
+
+
+def _leaves(settings_class: Any, prefix: str = "") -> Iterator[_Leaf]:
+    hints = typing.get_type_hints(settings_class)
+    helps = _helps(settings_class)
+    for field in dataclasses.fields(settings_class):
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from _leaves(hints[field.name], f"{prefix}{field.name}.")
+            continue
+        default = field.default if field.default_factory is _MISSING else field.default_factory()
+        yield _Leaf(prefix + field.name, hints[field.name], default, helps.get(field.name, ""))
+
+
+def _helps(settings_class: Any) -> dict[str, str]:
+    """The docstrings under the fields, those of the classes above included."""
+    helps: dict[str, str] = {}
+    for each in reversed(settings_class.__mro__[:-1]):
+        for parameter in parse_from_object(each).params:
+            if parameter.description:
+                helps[parameter.arg_name] = " ".join(parameter.description.split())
+    return helps
+
+
+def _read_yaml(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no configuration file {path}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise ValueError(f"{path}{line} is not YAML: {getattr(error, 'problem', None) or error}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: byte {error.start}") from error
+    if content is None:
+        raise ValueError(f"{path} is empty: a configuration file holds at least one setting")
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}: must hold settings, as `name: value`")
+    return content
+
+
+def _flattened(tree: Mapping[Any, Any], leaves: Mapping[str, _Leaf], origin: str, faults: Faults) -> dict[str, Any]:
+    """The settings of a tree by their dotted names."""
+    flat: dict[str, Any] = {}
+    sections = {name.rpartition(".")[0] for name in leaves} - {""}
+
+    def walk(branch: Mapping[Any, Any], prefix: str) -> None:
+        for key, value in branch.items():
+            name = f"{prefix}{key}"
+            if name in leaves:
+                flat[name] = value
+            elif name in sections and isinstance(value, dict):
+                walk(value, f"{name}.")
+            elif name in sections and value is not None:
+                faults.add(f"{name} is {value!r} in {origin}: must be a section, with settings under it")
+            elif name not in sections:
+                faults.add(f"{name} in {origin} is not a setting{_suggestion(name, leaves)}")
+
+    walk(tree, "")
+    return flat
+
+
+def _suggestion(name: str, leaves: Mapping[str, _Leaf]) -> str:
+    same_end = [leaf for leaf in leaves if leaf.rpartition(".")[2] == name.rpartition(".")[2]]
+    near = same_end or difflib.get_close_matches(name, leaves, n=1, cutoff=0.6)
+    if not near:
+        ends = {leaf.rpartition(".")[2]: leaf for leaf in leaves}
+        near = [ends[end] for end in difflib.get_close_matches(name.rpartition(".")[2], ends, n=1, cutoff=0.7)]
+    return f": did you mean {near[0]}?" if near else "; --help lists them"
+
+
+def _converted(leaf: _Leaf, given: Any, faults: Faults) -> Any:
+    """``given`` in the type of the setting, or MISSING and a fault."""
+    if _is_list(leaf.type) and isinstance(given, str) and not given.lstrip().startswith("["):
+        given = [given]  # one value need not be written as a list
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=leaf.type)
+    try:
+        return parser.parse_object({"value": given}).value
+    except ArgumentError:
+        faults.require(False, leaf.name, given, _in_words(leaf.type))
+        return _MISSING
+
+
+def _is_list(annotation: Any) -> bool:
+    return typing.get_origin(annotation) is list
+
+
+def _in_words(annotation: Any) -> str:
+    """What a type allows, for a person."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if origin in (typing.Union, types.UnionType):
+        return ", or ".join(_in_words(argument) for argument in arguments)
+    if origin is list:
+        return "a list, as [a, b]"
+    if origin is dict:
+        return "a mapping, as {name: value}"
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    return words.get(annotation, str(annotation))
+
+
+def _built(settings_class: Any, values: Mapping[str, Any], *, fill_missing: bool, prefix: str = "") -> Any:
+    """An instance from the values by dotted name; the rest has its defaults."""
+    hints = typing.get_type_hints(settings_class)
+    arguments = {}
+    for field in dataclasses.fields(settings_class):
+        name = prefix + field.name
+        if dataclasses.is_dataclass(hints[field.name]):
+            arguments[field.name] = _built(hints[field.name], values, fill_missing=fill_missing, prefix=f"{name}.")
+        elif name in values:
+            arguments[field.name] = values[name]
+        elif fill_missing and field.default is _MISSING and field.default_factory is _MISSING:
+            arguments[field.name] = None  # it is among the faults; the others are still to be found
+    return settings_class(**arguments)
+
+
+def _collect_range_faults(settings: Any, faults: Faults, *, with_top: bool) -> None:
+    if with_top and hasattr(settings, "collect_faults"):
+        settings.collect_faults(faults)
+    for field in dataclasses.fields(settings):
+        section = getattr(settings, field.name)
+        if dataclasses.is_dataclass(section):
+            _collect_range_faults(section, faults.with_prefix(field.name), with_top=True)
+
+
+def _print_help(settings_class: Any, prog: str, description: str, positionals: Sequence[str]) -> None:
+    usage = " ".join([prog, *(name.upper() for name in positionals), "[--config FILE ...] [--SETTING VALUE ...]"])
+    parser = argparse.ArgumentParser(prog=prog, usage=usage, description=description, add_help=False)
+    groups: dict[str, Any] = {"": parser.add_argument_group("settings")}
+    general = parser.add_argument_group("general")
+    general.add_argument("--config", metavar="FILE", help="YAML file with settings; several are read in order")
+    general.add_argument("--print_config", action="store_true", help="print the resulting configuration and exit")
+    general.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    general.add_argument("--help", action="store_true", help="print this text and exit")
+    for leaf in _leaves(settings_class):
+        section, _, end = leaf.name.rpartition(".")
+        if section not in groups:
+            groups[section] = parser.add_argument_group(f"section {section}")
+        text = leaf.help
+        if leaf.name in positionals:
+            groups[section].add_argument(leaf.name, metavar=leaf.name.upper(), help=text.replace("%", "%%"))
+            continue
+        about = _in_words(leaf.type)
+        if leaf.default is not _MISSING:
+            shown = yaml.safe_dump(leaf.default, default_flow_style=True).removesuffix("...\n").strip()
+            about += f"; default: {shown}"
+        groups[section].add_argument(f"--{leaf.name}", metavar=end.upper(), help=f"{text} ({about})".replace("%", "%%"))
+    parser.print_help()

@@ -1,0 +1,43 @@
+"""bdh tokenizer: trains a tokenizer."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from bdh.cli.settings import parse_settings
+from bdh.data.config import DataConfig
+from bdh.validation import Faults
+
+
+@dataclass(kw_only=True)
+class TokenizerTrainSettings:
+    data: DataConfig = field(default_factory=DataConfig)
+    kind: Literal["bpe", "wordpiece", "unigram"] = "bpe"
+    """bpe and unigram give every text back exactly; wordpiece loses white space and rare characters."""
+    vocab_size: int = 8192
+    """Entries of the vocabulary, special tokens included."""
+    out: str
+    """Folder to write."""
+
+    def collect_faults(self, faults: Faults) -> None:
+        faults.require(self.vocab_size >= 1, "vocab_size", self.vocab_size, "at least 1")
+
+
+def run(argv: list[str]) -> int:
+    if not argv or argv[0] != "train":
+        wrong = f"{argv[0]!r} is unknown" if argv and argv[0] not in ("-h", "--help") else ""
+        usage = "bdh tokenizer train --data.source SOURCE --kind bpe --vocab_size 8192 --out DIR"
+        if wrong or not argv:
+            raise ValueError(f"{wrong or 'no command is given'}: use {usage}")
+        print(f"usage: {usage}\n\n`bdh tokenizer train --help` lists the settings.")
+        return 0
+    settings = parse_settings(
+        TokenizerTrainSettings,
+        argv[1:],
+        prog="bdh tokenizer train",
+        description="Train a tokenizer on any data source, and measure it on the held-out part.",
+    )
+    out = Path(settings.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} exists already and is not empty: choose another --out")
+    raise NotImplementedError

@@ -1,0 +1,50 @@
+"""``metrics.jsonl``: one JSON object for each logged step."""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+
+class MetricsFile:
+    """Appends to ``metrics.jsonl``.
+
+    A file that is there already, of the run that goes on, is cut back to ``start_step`` first: later steps will
+    be taken again, and a last line that a kill has torn is dropped.
+    """
+
+    def __init__(self, path: Path, start_step: int = 0):
+        if path.exists():
+            kept = [row for row in read_metrics(path) if row["step"] <= start_step]
+            temporary = path.with_name(f".{path.name}.tmp")
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            os.replace(temporary, path)
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        row = {"step": step, "time": round(time.time(), 3)}
+        row |= {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps(row) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a ``metrics.jsonl``. What is not finite is None. A torn last line is left out.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line before the last is not JSON.
+    """
+    rows = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number}, is not JSON: {error}") from error
+    return rows

@@ -1,0 +1,114 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bdh import BDHConfig, BDHForCausalLM
+from bdh.evaluate.loss import evaluate_text, evaluate_windows
+
+TOLERANCE = 1e-6  # float32 logits, summed in float64
+
+
+@pytest.fixture
+def model() -> BDHForCausalLM:
+    torch.manual_seed(3)
+    config = BDHConfig(n_embd=16, n_layer=2, n_head=2, mlp_internal_dim_multiplier=4, vocab_size=32, dropout=0.5)
+    return BDHForCausalLM(config)
+
+
+@pytest.fixture
+def tokens() -> np.ndarray:
+    return np.random.default_rng(4).integers(0, 32, 203).astype(np.uint8)
+
+
+def loss_by_hand(model, tokens, pieces) -> tuple[float, float]:
+    """Mean loss and accuracy over (start, first predicted, end) pieces, one plain forward pass each."""
+    model.eval()
+    nats, hits = [], []
+    for start, first, end in pieces:
+        ids = torch.from_numpy(tokens[start : end + 1].astype(np.int64))[None]
+        with torch.no_grad():
+            logits = model(ids[:, :-1]).logits[0]
+        targets = ids[0, 1:]
+        kept = slice(first - start - 1, None)
+        nats += F.cross_entropy(logits, targets, reduction="none")[kept].tolist()
+        hits += (logits.argmax(-1) == targets)[kept].tolist()
+    return sum(nats) / len(nats), sum(hits) / len(hits)
+
+
+def test_windows_one_after_the_other_with_a_short_last_one(model, tokens):
+    metrics = evaluate_text(model, tokens, bytes_per_token=1.0, block_size=50, max_batch_size=3)
+    pieces = [(s, s + 1, min(s + 50, 202)) for s in range(0, 202, 50)]
+    loss, accuracy = loss_by_hand(model, tokens, pieces)
+    assert metrics.num_tokens == 202
+    assert metrics.loss == pytest.approx(loss, abs=TOLERANCE)
+    assert metrics.accuracy == pytest.approx(accuracy)
+
+
+@pytest.mark.parametrize("stride", [1, 7, 20, 49])
+def test_a_stride_predicts_every_token_once_with_more_context(model, tokens, stride):
+    metrics = evaluate_text(model, tokens, bytes_per_token=1.0, block_size=50, stride=stride)
+    pieces, known, start = [], 0, 0
+    while known < 202:
+        end = min(start + 50, 202)
+        pieces.append((start, known + 1, end))
+        known, start = end, start + stride
+    loss, _ = loss_by_hand(model, tokens, pieces)
+    assert metrics.num_tokens == 202
+    assert metrics.loss == pytest.approx(loss, abs=TOLERANCE)
+
+
+def test_a_carried_state_sees_the_whole_text(model, tokens):
+    metrics = evaluate_text(model, tokens, bytes_per_token=1.0, block_size=50, carry_state=True)
+    loss, _ = loss_by_hand(model, tokens, [(0, 1, 202)])
+    # The text is summed in other chunks than in one piece.
+    assert metrics.loss == pytest.approx(loss, abs=1e-5)
+
+
+@pytest.mark.parametrize("length", [2, 3, 50, 51, 52])
+def test_lengths_around_one_block(model, tokens, length):
+    metrics = evaluate_text(model, tokens[:length], bytes_per_token=1.0, block_size=50)
+    assert metrics.num_tokens == length - 1
+
+
+def test_bits_per_byte_count_the_bytes_of_a_token(model, tokens):
+    metrics = evaluate_text(model, tokens, bytes_per_token=2.5, block_size=50)
+    assert metrics.bits_per_byte == pytest.approx(metrics.loss / math.log(2) / 2.5)
+    assert metrics.perplexity == pytest.approx(math.exp(metrics.loss))
+    assert metrics.nats_per_byte == pytest.approx(metrics.loss / 2.5)
+
+
+def test_evaluation_draws_no_random_numbers_and_keeps_the_mode(model, tokens):
+    model.train()
+    before = torch.get_rng_state()
+    windows = torch.from_numpy(tokens[:200].astype(np.int64)).view(4, 50)
+    first = evaluate_windows(model, windows, bytes_per_token=1.0)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.training
+    assert evaluate_windows(model, windows, bytes_per_token=1.0) == first  # dropout 0.5 is off
+
+
+def test_the_batch_size_does_not_change_the_result(model, tokens):
+    windows = torch.from_numpy(tokens[:200].astype(np.int64)).view(8, 25)
+    one, all_at_once = (evaluate_windows(model, windows, bytes_per_token=1.0, max_batch_size=n) for n in (1, 8))
+    assert one.loss == pytest.approx(all_at_once.loss, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"stride": 0}, "stride is 0: must be within 1 and block_size, 10"),
+        ({"stride": 11}, "stride is 11"),
+        ({"stride": 5, "carry_state": True}, "with carry_state it must be block_size"),
+    ],
+)
+def test_a_stride_that_fits_nothing_is_refused(model, tokens, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate_text(model, tokens, bytes_per_token=1.0, block_size=10, **arguments)
+
+
+def test_a_text_without_anything_to_predict_is_refused(model):
+    with pytest.raises(ValueError, match="1 tokens: at least 2"):
+        evaluate_text(model, np.zeros(1, dtype=np.uint8), bytes_per_token=1.0, block_size=10)

@@ -1,0 +1,126 @@
+import resource
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from bdh.train.checkpoint import MANIFEST, TRAINING, WEIGHTS, Checkpointer, CheckpointError
+
+WEIGHT = {"w": torch.arange(12, dtype=torch.float32).view(3, 4)}
+
+
+def saved(folder: Path, *steps: int, keep_last: int = 2) -> Checkpointer:
+    checkpointer = Checkpointer(folder, keep_last=keep_last)
+    for step in steps:
+        checkpointer.save(step, {"w": WEIGHT["w"] + step}, {"step": step, "nested": [torch.ones(2), {"a": 1.5}]})
+    return checkpointer
+
+
+def test_what_is_saved_comes_back(tmp_path):
+    checkpoint = saved(tmp_path, 10).load()
+    assert checkpoint.step == 10
+    assert torch.equal(checkpoint.weights["w"], WEIGHT["w"] + 10)
+    assert checkpoint.training["step"] == 10
+    assert torch.equal(checkpoint.training["nested"][0], torch.ones(2))
+
+
+def test_latest_names_the_newest_and_an_earlier_one_can_be_asked_for(tmp_path):
+    checkpointer = saved(tmp_path, 10, 20)
+    assert checkpointer.load().step == 20
+    assert checkpointer.load(10).step == 10
+    assert (tmp_path / "checkpoints" / "latest").read_text().strip() == "step-0000020"
+
+
+def test_the_last_k_and_the_best_are_kept(tmp_path):
+    checkpointer = Checkpointer(tmp_path, keep_last=2)
+    for step in (1, 2, 3, 4, 5):
+        checkpointer.save(step, WEIGHT, {}, is_best=step == 2)
+    assert checkpointer.steps() == [2, 4, 5]
+    assert checkpointer.step_of("best") == 2
+
+
+def test_a_checkpoint_without_its_marker_does_not_count(tmp_path):
+    checkpointer = saved(tmp_path, 10, 20)
+    (tmp_path / "checkpoints" / "step-0000020" / MANIFEST).unlink()
+    assert checkpointer.steps() == [10]
+    with pytest.raises(ValueError, match=r"manifest.json is missing.*step-0000010.*--resume_step 10"):
+        checkpointer.load()
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, TRAINING])
+def test_a_cut_off_file_is_refused_and_the_newest_whole_one_named(tmp_path, name):
+    checkpointer = saved(tmp_path, 10, 20)
+    path = tmp_path / "checkpoints" / "step-0000020" / name
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=rf"{name} has \d+ bytes instead of \d+.*newest complete one is step-0000010"):
+        checkpointer.load()
+
+
+def test_a_flipped_bit_is_refused(tmp_path):
+    checkpointer = saved(tmp_path, 10)
+    path = tmp_path / "checkpoints" / "step-0000010" / WEIGHTS
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"SHA-256.*there is no complete one besides it"):
+        checkpointer.load()
+
+
+def test_what_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
+        Checkpointer(tmp_path).load()
+    with pytest.raises(FileNotFoundError, match="no checkpoint of step 15.*there are 10"):
+        saved(tmp_path, 10).load(15)
+
+
+def test_going_back_forgets_the_later_checkpoints(tmp_path):
+    checkpointer = saved(tmp_path, 10, 20)
+    checkpointer.forget_after(10)
+    assert checkpointer.steps() == [10]
+    assert checkpointer.load().step == 10
+
+
+def test_a_leftover_of_a_killed_save_is_ignored_and_replaced(tmp_path):
+    checkpointer = saved(tmp_path, 10)
+    shutil.copytree(tmp_path / "checkpoints" / "step-0000010", tmp_path / "checkpoints" / ".step-0000020.tmp")
+    assert checkpointer.load().step == 10
+    saved(tmp_path, 20)
+    assert checkpointer.steps() == [10, 20]
+    assert not list((tmp_path / "checkpoints").glob(".step*"))
+
+
+def test_a_save_that_the_disk_refuses_leaves_the_one_before(tmp_path):
+    """A file-size limit makes the kernel refuse the write, as a full disk does."""
+    saved(tmp_path, 10)
+    script = textwrap.dedent(
+        f"""
+        import resource, signal, torch
+        from pathlib import Path
+        from bdh.train.checkpoint import Checkpointer, CheckpointError
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, {resource.RLIM_INFINITY}))
+        checkpointer = Checkpointer(Path({str(tmp_path)!r}))
+        big = torch.zeros(1_000_000)
+        for weights, training in (({{"w": big}}, {{}}), ({{"w": big[:10]}}, {{"optimizer": big}})):
+            try:
+                checkpointer.save(20, weights, training)
+            except CheckpointError as error:
+                print("refused:", error)
+        """
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.count("refused: the checkpoint of step 20 could not be written") == 2
+    checkpointer = Checkpointer(tmp_path)
+    assert checkpointer.steps() == [10]
+    assert checkpointer.load().step == 10
+    assert not list((tmp_path / "checkpoints").glob(".step*"))
+
+
+def test_a_folder_that_cannot_be_made_is_a_checkpoint_error(tmp_path):
+    (tmp_path / "checkpoints").write_text("a file where the folder should be")
+    with pytest.raises(CheckpointError, match="step 1 could not be written"):
+        Checkpointer(tmp_path).save(1, WEIGHT, {})
