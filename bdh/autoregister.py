@@ -1,8 +1,9 @@
-"""Makes ``AutoModelForCausalLM`` know BDH after ``import bdh``, without loading PyTorch for it.
+"""Makes transformers' auto classes know BDH after ``import bdh``, without loading PyTorch for it.
 
-Registering needs the model class, and so PyTorch and transformers: seconds that neither ``bdh --help`` nor a
-program that never loads a model should pay. So the registration waits until transformers' auto classes are
-themselves imported.
+Registering needs our classes, and so transformers and PyTorch: seconds that neither ``bdh --help`` nor a
+program that never loads a model should pay. So each registration waits until the auto class that it is for
+is itself imported: ``AutoConfig``, and ``AutoModelForCausalLM``. They are two steps, since transformers loads
+the first while its model classes, which ours need, are not there yet.
 """
 
 import importlib
@@ -13,27 +14,44 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-_AUTO_CLASSES = "transformers.models.auto.modeling_auto"
+# A module of transformers, and the one of ours that registers itself there when it is imported.
+_REGISTERED_BY = {
+    "transformers.models.auto.configuration_auto": "bdh.model.configuration",
+    "transformers.models.auto.modeling_auto": "bdh.model.modeling",
+}
 
 
 def install() -> None:
-    """Registers now if the auto classes are loaded already, else as soon as they are."""
-    if _AUTO_CLASSES in sys.modules:
-        importlib.import_module("bdh.model")
-    elif not any(isinstance(finder, _AutoClassesFinder) for finder in sys.meta_path):
+    """Registers with those auto classes that are loaded already; with the others as soon as they are."""
+    for auto_module in _REGISTERED_BY:
+        if auto_module in sys.modules:
+            _register(auto_module)
+    if not any(isinstance(finder, _AutoClassesFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AutoClassesFinder())
+
+
+def _register(auto_module: str) -> None:
+    ours = _REGISTERED_BY[auto_module]
+    if ours not in sys.modules:  # else it is what is importing transformers, and registers itself
+        importlib.import_module(ours)
 
 
 class _AutoClassesFinder(importlib.abc.MetaPathFinder):
     """Lets Python find the auto classes as ever, and adds a step behind their loading."""
 
+    def __init__(self) -> None:
+        self._being_found: set[str] = set()
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != _AUTO_CLASSES:
+        if fullname not in _REGISTERED_BY or fullname in self._being_found:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self._being_found.add(fullname)
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._being_found.remove(fullname)
         if spec is not None and spec.loader is not None:
             spec.loader = _ThenRegister(spec.loader)
         return spec
@@ -52,5 +70,4 @@ class _ThenRegister(importlib.abc.Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
         self._loader.exec_module(module)
-        if "bdh.model" not in sys.modules:  # else bdh.model is what is importing transformers, and registers
-            importlib.import_module("bdh.model")
+        _register(module.__name__)

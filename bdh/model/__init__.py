@@ -1,12 +1,22 @@
-"""Configuration, model, state and conversion. Importing it makes transformers' auto classes know "bdh"."""
+"""Configuration, model, state and conversion.
 
-from transformers import AutoConfig, AutoModelForCausalLM
+The names load their modules when they are first used: settings that only mention a model stay cheap.
+"""
 
-from bdh.model.configuration import BDHConfig
-from bdh.model.modeling import BDHForCausalLM
-from bdh.model.state import SynapticState
+import importlib
+from typing import TYPE_CHECKING, Any
 
-AutoConfig.register("bdh", BDHConfig, exist_ok=True)
-AutoModelForCausalLM.register(BDHConfig, BDHForCausalLM, exist_ok=True)
+if TYPE_CHECKING:
+    from bdh.model.configuration import BDHConfig
+    from bdh.model.modeling import BDHForCausalLM
+    from bdh.model.state import SynapticState
 
 __all__ = ["BDHConfig", "BDHForCausalLM", "SynapticState"]
+
+_MODULE_OF = {"BDHConfig": "configuration", "BDHForCausalLM": "modeling", "SynapticState": "state"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULE_OF:
+        return getattr(importlib.import_module(f"bdh.model.{_MODULE_OF[name]}"), name)
+    raise AttributeError(f"module 'bdh.model' has no attribute {name!r}")

@@ -1,7 +1,11 @@
 """The shape of a model, as transformers stores it in ``config.json``."""
 
+import difflib
+import math
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from bdh.ops.dispatch import ATTENTION_FORMS
 
@@ -49,11 +53,14 @@ class BDHConfig(PreTrainedConfig):
         rope_theta: base of the rotary frequencies.
         layer_norm_eps: added to the variance in every layer norm.
         initializer_range: standard deviation of fresh weights.
+        tie_word_embeddings: only False: the two are separate weights.
         attention_form: "parallel", "chunked", "recurrent", or "auto", which takes the cheapest.
         chunk_size: tokens in a chunk of the chunked form.
 
     Raises:
-        ValueError: sizes that do not divide; the message has the numbers.
+        ValueError: sizes that do not divide, a value out of range, a name given beside its alias with another
+            value, or a misspelt name; the message has the numbers. Names that are like none of these are kept
+            as attributes, as in all of transformers.
     """
 
     model_type = "bdh"
@@ -92,17 +99,40 @@ class BDHConfig(PreTrainedConfig):
         return self.n_layer * self.n_head * self.neurons_per_head * self.n_embd * 4
 
     def __post_init__(self, **kwargs):
+        faults = self._name_faults(kwargs)
         super().__post_init__(**kwargs)  # resolves the aliases
-        faults = shape_faults(
+        faults += shape_faults(
             self.n_embd, self.n_head, self.n_layer, self.mlp_internal_dim_multiplier, self.vocab_size
         )
         if not 0 <= self.dropout < 1:
             faults.append(f"dropout is {self.dropout}: must be at least 0 and below 1")
+        for name in ("rope_theta", "layer_norm_eps", "initializer_range"):
+            if not 0 < getattr(self, name) < math.inf:
+                faults.append(f"{name} is {getattr(self, name)}: must be a number above 0")
         if self.chunk_size < 1:
             faults.append(f"chunk_size is {self.chunk_size}: must be at least 1")
         if self.attention_form not in ATTENTION_FORMS:
-            faults.append(
-                f"attention_form is {self.attention_form!r}: must be one of {', '.join(ATTENTION_FORMS)}"
-            )
+            faults.append(f"attention_form is {self.attention_form!r}: must be one of {', '.join(ATTENTION_FORMS)}")
+        if self.tie_word_embeddings:
+            faults.append("tie_word_embeddings is True: must be False, embed and lm_head are separate weights")
         if faults:
             raise ValueError("; ".join(faults))
+
+    def _name_faults(self, extra: dict[str, Any]) -> list[str]:
+        """What is wrong with the names given beside the fields."""
+        fields = type(self).__dataclass_fields__
+        faults = []
+        for name, value in extra.items():
+            if name in self.attribute_map:
+                field = self.attribute_map[name]
+                given = getattr(self, field)
+                if given not in (value, fields[field].default):
+                    faults.append(f"{name} is {value} and {field} is {given}: they are the same, give one of them")
+            elif not hasattr(PreTrainedConfig, name):
+                near = difflib.get_close_matches(name, [*fields, *self.attribute_map], n=1, cutoff=0.8)
+                if near:
+                    faults.append(f"{name} is unknown: did you mean {near[0]}?")
+        return faults
+
+
+AutoConfig.register("bdh", BDHConfig, exist_ok=True)

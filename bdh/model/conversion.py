@@ -6,8 +6,9 @@ turns per token. Here they are ``nn.Linear`` weights, which are stored output-ma
 and changes none of them.
 """
 
+import functools
 import math
-import pickle
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,13 +48,10 @@ def load_reference(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str,
         raise FileNotFoundError(f"there is no checkpoint file {path}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} holds Python objects other than tensors, which are not loaded since they could run code: save "
-            f"its state dict, and the configuration as a plain dict, again ({str(error).splitlines()[0]})"
-        ) from error
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is not a complete PyTorch checkpoint: {error}") from error
+    except OSError:
+        raise
+    except Exception as error:  # garbage makes the unpickler raise nearly anything
+        raise ValueError(_why_not_loaded(path, error)) from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}: must be a state dict")
     config = content.get("config")
@@ -66,6 +64,15 @@ def load_reference(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str,
     return content, config if isinstance(config, dict) else None
 
 
+def _why_not_loaded(path: str | Path, error: Exception) -> str:
+    if unsafe := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        return (
+            f"{path} asks for the Python object {unsafe[1]}, which is not loaded since it could run code: save its "
+            f"state dict again, with the configuration as a plain dict"
+        )
+    return f"{path} is not a complete PyTorch checkpoint: {str(error).strip() or type(error).__name__}"
+
+
 def model_from_reference(
     state_dict: dict[str, torch.Tensor], config: BDHConfig | dict[str, Any] | None = None
 ) -> "BDHForCausalLM":
@@ -73,21 +80,25 @@ def model_from_reference(
 
     Args:
         state_dict: keys may carry the prefixes that ``torch.compile`` and ``DistributedDataParallel`` add.
-        config: a :class:`BDHConfig`, or a dict with the reference's field names. The sizes that the tensors
-            show may be left out; the number of passes, ``n_layer``, shows nowhere and may not.
+        config: a :class:`BDHConfig`, or a dict with its field names, of which the reference's are the first
+            ones; others, such as settings of the training, are not read. The sizes that the tensors show may
+            be left out; the number of passes, ``n_layer``, shows nowhere and may not.
 
     Raises:
         ValueError: tensors are missing, or unknown, or do not have the shapes of the configuration.
     """
     from bdh.model.modeling import BDHForCausalLM
 
-    tensors = {_without_wrappers(key): value for key, value in state_dict.items()}
+    tensors = {_without_wrappers(str(key)): value for key, value in state_dict.items()}
     missing = [key for key in WEIGHT_KEYS if key not in tensors]
     unknown = sorted(set(tensors) - {*WEIGHT_KEYS, FREQUENCY_KEY})
     if missing or unknown:
         raise ValueError(
-            f"not a BDH reference state dict: it lacks {missing or 'nothing'} and has the unknown {unknown or 'nothing'}"
+            f"not a BDH reference state dict: it lacks {missing or 'nothing'} and has the unknown "
+            f"{unknown or 'nothing'}"
         )
+    if len(tensors) < len(state_dict):
+        raise ValueError(f"the state dict has a weight twice, under different prefixes: {sorted(map(str, state_dict))}")
     if not isinstance(config, BDHConfig):
         config = BDHConfig(**_complete_fields(tensors, config or {}))
     _check_shapes(tensors, config)
@@ -102,7 +113,9 @@ def model_from_reference(
         "decoder.weight": tensors["decoder"].T,
         "lm_head.weight": tensors["lm_head"].T,
     }
-    model = BDHForCausalLM(config).to(tensors["encoder"].dtype)
+    # Weights of several dtypes take the narrowest that holds them all, so that no number changes.
+    dtype = functools.reduce(torch.promote_types, (tensors[key].dtype for key in WEIGHT_KEYS))
+    model = BDHForCausalLM(config).to(dtype=dtype)
     model.load_state_dict(converted)
     return model.eval()
 
@@ -114,7 +127,7 @@ def reference_state_dict(model: "BDHForCausalLM") -> dict[str, torch.Tensor]:
     tensors = {
         "embed.weight": model.embed.weight,
         "encoder": model.encoder.weight.view(H, N, D).transpose(1, 2),
-        "encoder_v": torch.stack([head.weight.T for head in model.encoder_v]),
+        "encoder_v": torch.stack(list(model.encoder_v.parameters())).transpose(1, 2),
         "decoder": model.decoder.weight.T,
         "lm_head": model.lm_head.weight.T,
         FREQUENCY_KEY: reference_frequencies(N, config.rope_theta),
@@ -145,17 +158,18 @@ def _without_wrappers(key: str) -> str:
 
 def _complete_fields(tensors: dict[str, torch.Tensor], given: dict[str, Any]) -> dict[str, Any]:
     """The configuration's fields: what is given, and what the tensors show."""
-    fields = {name: given[name] for name in _CONFIG_FIELDS if name in given}
+    known = {*BDHConfig.__annotations__, *BDHConfig.attribute_map} - {"attribute_map"}
+    fields = {BDHConfig.attribute_map.get(name, name): value for name, value in given.items() if name in known}
     if "n_layer" not in fields:
         raise ValueError(
             "the checkpoint has no configuration, and the number of passes, n_layer, does not show in the "
             "weights: give it (the reference's default is 6)"
         )
     if tensors["encoder"].ndim != 3:
-        raise ValueError(
-            f"encoder has shape {tuple(tensors['encoder'].shape)}: must be (heads, width, neurons)"
-        )
+        raise ValueError(f"encoder has shape {tuple(tensors['encoder'].shape)}: must be (heads, width, neurons)")
     H, D, N = tensors["encoder"].shape
+    if H * N % D:
+        raise ValueError(f"encoder is {(H, D, N)}: its {H} * {N} = {H * N} neurons are no multiple of its width {D}")
     fields.setdefault("n_head", H)
     fields.setdefault("n_embd", D)
     fields.setdefault("mlp_internal_dim_multiplier", H * N // D)
@@ -184,9 +198,7 @@ def _check_shapes(tensors: dict[str, torch.Tensor], config: BDHConfig) -> None:
 def _check_frequencies(stored: torch.Tensor, config: BDHConfig) -> None:
     expected = reference_frequencies(config.neurons_per_head, config.rope_theta)
     if stored.numel() != expected.numel():
-        raise ValueError(
-            f"{FREQUENCY_KEY} has {stored.numel()} entries: the configuration needs {expected.numel()}"
-        )
+        raise ValueError(f"{FREQUENCY_KEY} has {stored.numel()} entries: the configuration needs {expected.numel()}")
     # float32 rounding differs between platforms by a few units in the last place, another theta by far more.
     error = (stored.flatten() / expected.flatten() - 1).abs().max().item()
     if error > 1e-5:

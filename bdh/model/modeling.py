@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from bdh.model.configuration import BDHConfig
@@ -14,7 +14,7 @@ from bdh.model.state import SynapticState
 from bdh.model.text import TextGenerationMixin
 from bdh.ops.attention import sum_dtype
 from bdh.ops.dispatch import attend
-from bdh.ops.loss import chunked_cross_entropy, cross_entropy
+from bdh.ops.loss import IGNORE_INDEX, chunked_cross_entropy, cross_entropy
 from bdh.ops.norm import layer_norm
 from bdh.ops.rope import rotate, rotation_table
 
@@ -87,16 +87,19 @@ class BDHForCausalLM(TextGenerationMixin, PreTrainedModel, GenerationMixin):
         Args:
             input_ids: int64 (B, T).
             attention_mask: (B, T), or (B, columns fed before + T): 0 marks padding, which neither is seen by
-                other tokens nor takes up a position.
-            past_key_values: the state to go on from; it is advanced in place. None starts a text.
-            inputs_embeds: (B, T, D) instead of ``input_ids``.
+                other tokens nor takes up a position. What it says of columns fed before is not read again.
+            past_key_values: the state to go on from; it is advanced in place, unless ``use_cache`` is False.
+                None starts a text.
+            inputs_embeds: (B, T, D) instead of ``input_ids``; the first layer norm is applied to them too.
             labels: (B, T), aligned with ``input_ids`` as in all of transformers: the label of a position is
                 its own token, and the loss is of predicting it from the ones before. -100 is not counted.
-            shift_labels: (B, T) labels already shifted: that of a position is the token behind it.
+            shift_labels: (B, T) labels already shifted: that of a position is the token behind it. They are
+                taken where both are given.
             num_items_in_batch: divides the summed loss instead of the number of counted labels.
-            use_cache: return the state. By default yes where one was given, or outside of training.
+            use_cache: return the state. By default yes where one was given; else outside of training and
+                without labels.
             logits_to_keep: compute the logits of the last so many positions only (0: of all), or of the
-                positions in an index tensor.
+                positions in an index tensor. Not together with labels, which need all of them.
             attention_form: overrides the configuration's.
             output_hidden_states: return v before the first and after each pass, (B, T, D) each.
 
@@ -106,18 +109,21 @@ class BDHForCausalLM(TextGenerationMixin, PreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: wrong shapes, token ids outside of the vocabulary (on the CPU), or a state of
-                another model or batch size.
+                another model or batch size; the state is left as it was.
         """
         config = self.config
         return_dict = config.return_dict if return_dict is None else return_dict
         if output_hidden_states is None:
             output_hidden_states = bool(config.output_hidden_states)
         if use_cache is None:
-            use_cache = past_key_values is not None or (config.use_cache and not self.training)
+            has_labels = labels is not None or shift_labels is not None
+            use_cache = past_key_values is not None or (config.use_cache and not self.training and not has_labels)
 
         v = self._embed(input_ids, inputs_embeds)  # (B, T, D)
         B, T, _ = v.shape
-        mask = self._new_columns(attention_mask, B, T)  # (B, T) or None
+        num_earlier = past_key_values.num_columns if past_key_values is not None else 0
+        mask = self._new_columns(attention_mask, B, T, num_earlier)  # (B, T) or None
+        targets = self._targets(labels, shift_labels, logits_to_keep, B, T)  # (B, T) or None
         state = past_key_values
         if state is not None:
             self._check_state(state, B)
@@ -142,7 +148,7 @@ class BDHForCausalLM(TextGenerationMixin, PreTrainedModel, GenerationMixin):
             state.positions = state.positions + (T if mask is None else mask.sum(1))
             state.num_columns += T
 
-        loss, logits = self._loss_and_logits(v, labels, shift_labels, num_items_in_batch, logits_to_keep)
+        loss, logits = self._loss_and_logits(v, targets, num_items_in_batch, logits_to_keep)
         output = BDHOutput(
             loss=loss,
             logits=logits,
@@ -179,7 +185,7 @@ class BDHForCausalLM(TextGenerationMixin, PreTrainedModel, GenerationMixin):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("forward takes either input_ids or inputs_embeds: give exactly one of them")
         if input_ids is not None:
-            if input_ids.ndim != 2 or input_ids.shape[1] == 0:
+            if input_ids.ndim != 2 or 0 in input_ids.shape:
                 raise ValueError(
                     f"input_ids has shape {tuple(input_ids.shape)}: must be (batch, tokens) with at least 1 token"
                 )
@@ -192,19 +198,46 @@ class BDHForCausalLM(TextGenerationMixin, PreTrainedModel, GenerationMixin):
                     )
             inputs_embeds = self.embed(input_ids)
         assert inputs_embeds is not None
+        if inputs_embeds.ndim != 3 or 0 in inputs_embeds.shape or inputs_embeds.shape[2] != self.config.n_embd:
+            raise ValueError(
+                f"inputs_embeds has shape {tuple(inputs_embeds.shape)}: must be (batch, tokens, "
+                f"{self.config.n_embd}) with at least 1 token"
+            )
         return layer_norm(inputs_embeds, self.config.layer_norm_eps)
 
     @staticmethod
-    def _new_columns(attention_mask: torch.Tensor | None, B: int, T: int) -> torch.Tensor | None:
-        """The part of a mask that belongs to the T new columns, as bool (B, T)."""
+    def _new_columns(attention_mask: torch.Tensor | None, B: int, T: int, num_earlier: int) -> torch.Tensor | None:
+        """The part of a mask that belongs to the T new columns, as bool (B, T); None where nothing is masked."""
         if attention_mask is None:
             return None
-        if attention_mask.ndim != 2 or attention_mask.shape[0] != B or attention_mask.shape[1] < T:
-            raise ValueError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}: must be ({B}, {T}), or ({B}, n) with "
-                f"n counting the columns fed before too"
-            )
-        return attention_mask[:, -T:].bool()
+        if tuple(attention_mask.shape) not in {(B, T), (B, num_earlier + T)}:
+            earlier = f" or, with the columns fed before, {(B, num_earlier + T)}" if num_earlier else ""
+            raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}: must be {(B, T)}{earlier}")
+        mask = attention_mask[:, -T:].bool()
+        # A mask costs one more sweep over the neurons, and a rotation for each row.
+        if not torch.compiler.is_compiling() and bool(mask.all()):
+            return None
+        return mask
+
+    @staticmethod
+    def _targets(
+        labels: torch.Tensor | None,
+        shift_labels: torch.Tensor | None,
+        logits_to_keep: int | torch.Tensor,
+        B: int,
+        T: int,
+    ) -> torch.Tensor | None:
+        """What is to be predicted at each position, (B, T); None without labels."""
+        for name, given in (("labels", labels), ("shift_labels", shift_labels)):
+            if given is None:
+                continue
+            if tuple(given.shape) != (B, T):
+                raise ValueError(f"{name} has shape {tuple(given.shape)}: must be {(B, T)}, that of the tokens")
+            if isinstance(logits_to_keep, torch.Tensor) or logits_to_keep != 0:
+                raise ValueError(f"logits_to_keep was given with {name}: the loss needs the logits of all positions")
+        if shift_labels is None and labels is not None:
+            return F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+        return shift_labels
 
     def _check_state(self, state: SynapticState, B: int) -> None:
         config = self.config
@@ -215,14 +248,19 @@ class BDHForCausalLM(TextGenerationMixin, PreTrainedModel, GenerationMixin):
                 f"the state has sums of shapes {sorted(shapes)} for {len(state.sums)} passes: this model and batch "
                 f"need {expected} for {config.n_layer}"
             )
+        dtypes = {s.dtype for s in state.sums}
+        if dtypes != {sum_dtype(self.dtype)}:
+            raise ValueError(
+                f"the state has sums in {', '.join(sorted(map(str, dtypes)))}: a model in {self.dtype} keeps them in "
+                f"{sum_dtype(self.dtype)}"
+            )
 
     def _rotation_table(
         self, state: SynapticState | None, mask: torch.Tensor | None, T: int, v: torch.Tensor
     ) -> torch.Tensor:
         """The rotation of the T new tokens: (1 or B, 1, T, N/2), one row where all stand at the same position."""
-        if mask is None:
-            steps = torch.arange(T, device=v.device)[None]  # (1, T)
-        else:
+        steps = torch.arange(T, device=v.device)[None]  # (1, T)
+        if mask is not None:
             steps = (mask.long().cumsum(1) - 1).clamp_min(0)  # (B, T)
         positions = steps if state is None or not state.sums else steps + state.positions[:, None]
         table = rotation_table(positions, self.config.neurons_per_head, self.config.rope_theta, v.dtype)
@@ -231,18 +269,15 @@ class BDHForCausalLM(TextGenerationMixin, PreTrainedModel, GenerationMixin):
     def _loss_and_logits(
         self,
         v: torch.Tensor,
-        labels: torch.Tensor | None,
-        shift_labels: torch.Tensor | None,
+        targets: torch.Tensor | None,
         num_items: torch.Tensor | int | None,
         logits_to_keep: int | torch.Tensor,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         v = v.to(self.embed.weight.dtype)
-        if labels is not None and shift_labels is None:
-            shift_labels = F.pad(labels[:, 1:], (0, 1), value=-100)
-        if shift_labels is None:
+        if targets is None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             return None, self.lm_head(v[:, kept])
-        targets = shift_labels.reshape(-1).to(v.device)
+        targets = targets.reshape(-1).to(v.device)
         if targets.numel() * self.config.vocab_size > MAX_LOGITS_IN_ONE_PIECE:
             loss = chunked_cross_entropy(
                 v.flatten(0, 1),
@@ -264,13 +299,13 @@ class BDHForCausalLM(TextGenerationMixin, PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Module:
         return self.embed
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.embed = value
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.lm_head = new_embeddings
 
     @classmethod
@@ -292,3 +327,6 @@ class BDHForCausalLM(TextGenerationMixin, PreTrainedModel, GenerationMixin):
         from bdh.model.conversion import reference_state_dict
 
         return reference_state_dict(self)
+
+
+AutoModelForCausalLM.register(BDHConfig, BDHForCausalLM, exist_ok=True)

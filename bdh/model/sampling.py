@@ -37,9 +37,7 @@ class SamplingOptions:
         faults.require(0 <= self.min_p < 1, "min_p", self.min_p, "at least 0 and below 1")
         faults.require(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "above 0")
         faults.require(self.num_beams >= 1, "num_beams", self.num_beams, "at least 1")
-        faults.require(
-            self.num_return_sequences >= 1, "num_return_sequences", self.num_return_sequences, "at least 1"
-        )
+        faults.require(self.num_return_sequences >= 1, "num_return_sequences", self.num_return_sequences, "at least 1")
         faults.require(all(self.stop), "stop", self.stop, "strings of at least one character")
         greedy = self.temperature == 0
         faults.require(

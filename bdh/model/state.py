@@ -81,9 +81,7 @@ class SynapticState:
             raise ValueError("concat got no states: it needs at least one")
         shapes = {tuple((*s.shape[1:], s.dtype) for s in state.sums) for state in states}
         if len(shapes) > 1:
-            raise ValueError(
-                f"states of different models cannot be joined: their shapes are {sorted(shapes, key=str)}"
-            )
+            raise ValueError(f"states of different models cannot be joined: their shapes are {sorted(shapes, key=str)}")
         sums = [torch.cat(parts) for parts in zip(*(state.sums for state in states), strict=True)]
         positions = torch.cat([state.positions for state in states])
         return cls(sums, positions, max(state.num_columns for state in states))

@@ -3,10 +3,11 @@
 import queue
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedTokenizerFast, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
@@ -26,13 +27,20 @@ class TextDecoder:
 
     Held back are unfinished characters, and text that may become a stop string. ``stopped`` turns true with
     a stop string, and nothing comes out after it.
+
+    Args:
+        stop: the stop strings.
+        context: the tokens in front of the text. Whether a word-piece begins with a space depends on whether
+            anything stands before it.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: Sequence[str] = ()):
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: Sequence[str] = (), context: Sequence[int] = ()):
         self._tokenizer = tokenizer
         self._stop = list(stop)
-        self._window: list[int] = []  # the last tokens: decoding all of them anew for each would be quadratic
-        self._num_decoded = 0  # characters of the window's text that went on to `_pending`
+        # The last tokens: decoding all of them anew for each would be quadratic.
+        self._window: list[int] = list(context[-_CONTEXT_TOKENS:])
+        # Characters of the window's text that went on to `_pending`, or are not of this text.
+        self._num_decoded = len(self._decode(self._window))
         self._pending = ""  # decoded, but perhaps the beginning of a stop string
         self.stopped = False
 
@@ -60,7 +68,9 @@ class TextDecoder:
         return rest
 
     def _decode(self, token_ids: list[int]) -> str:
-        return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        # Cleaning up spaces looks at the characters on both sides: it would change text that is out already.
+        text = self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return cast(str, text)  # a list for lists of lists
 
     def _release(self, new: str) -> str:
         self._pending += new
@@ -110,7 +120,7 @@ class TextGenerationMixin:
         options = _options(options, settings)
         ids, mask = _encode_batch(self, tokenizer, prompts)
         decoders = _BatchDecoder(tokenizer, options, prompt_columns=ids.shape[1])
-        with _seeded(options.seed, ids.device):
+        with _sampling_from(options.seed, ids.device):
             sequences = self.generate(  # type: ignore[attr-defined]
                 ids,
                 attention_mask=mask,
@@ -153,11 +163,11 @@ def _stream(
     mask: torch.Tensor,
     options: SamplingOptions,
 ) -> Iterator[str]:
-    streamer = _TextQueue(TextDecoder(tokenizer, options.stop))
+    streamer = _TextQueue(TextDecoder(tokenizer, options.stop, context=ids[0].tolist()))
 
     def run() -> None:
         try:
-            with _seeded(options.seed, ids.device):
+            with _sampling_from(options.seed, ids.device):
                 model.generate(
                     ids,
                     attention_mask=mask,
@@ -220,7 +230,7 @@ class _BatchDecoder(StoppingCriteria):
     """Stops each row of a batch at its stop string, and cuts its text there.
 
     Rows change places in a beam search, so each row is decoded from its tokens, of which those that can
-    matter for a stop string are the last ones.
+    matter for a stop string that ends with the newest one are the last ones.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, options: SamplingOptions, prompt_columns: int):
@@ -232,19 +242,21 @@ class _BatchDecoder(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         start = max(self._prompt_columns, input_ids.shape[1] - self._tail_tokens)
-        texts = [
-            self._tokenizer.decode(row, skip_special_tokens=True) for row in input_ids[:, start:].tolist()
-        ]
-        stopped = [any(s in text for s in self._options.stop) for text in texts]
+        stopped = [self._decoded(row, start)[0].stopped for row in input_ids]
         return torch.tensor(stopped, device=input_ids.device)
 
     def text_of(self, row: torch.Tensor) -> str:
-        ids = row[self._prompt_columns :].tolist()
+        decoder, text = self._decoded(row, self._prompt_columns)
+        return text + decoder.flush()
+
+    def _decoded(self, row: torch.Tensor, start: int) -> tuple[TextDecoder, str]:
+        """The text of a row's tokens from ``start`` on, up to its end, and the decoder behind it."""
+        context, ids = row[max(0, start - _CONTEXT_TOKENS) : start].tolist(), row[start:].tolist()
         end = self._tokenizer.eos_token_id
         if end in ids:
             ids = ids[: ids.index(end)]  # behind it stands padding
-        decoder = TextDecoder(self._tokenizer, self._options.stop)
-        return decoder.push(ids) + decoder.flush()
+        decoder = TextDecoder(self._tokenizer, self._options.stop, context)
+        return decoder, decoder.push(ids)
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
@@ -279,6 +291,8 @@ def _encode_batch(
             f"the tokenizer has {len(tokenizer)} entries and the model {model.config.vocab_size}: they do not "
             "belong together"
         )
+    if not prompts:
+        raise ValueError("there are no prompts: give at least one")
     rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     T = max(map(len, rows))
     pad = tokenizer.pad_token_id or 0  # never seen: the mask hides it
@@ -295,13 +309,24 @@ def _special_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     return tokens
 
 
-@contextmanager
-def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Sampling from ``seed``, with the generators outside left as they were; None changes nothing."""
-    if seed is None:
-        yield
-        return
-    devices = [device.index or 0] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield
+def _sampling_from(seed: int | None, device: torch.device) -> AbstractContextManager[Any]:
+    """Within it this thread samples from ``seed``; with None, from PyTorch's own generator as ever."""
+    return nullcontext() if seed is None else _SamplingFrom(torch.Generator(device).manual_seed(seed))
+
+
+class _SamplingFrom(TorchFunctionMode):
+    """Draws of this thread come from a generator of their own.
+
+    transformers' ``generate`` takes no generator, and seeding the global one for the while would disturb, and
+    be disturbed by, whatever else draws: a second stream, or a training.
+    """
+
+    def __init__(self, generator: torch.Generator):
+        super().__init__()
+        self._generator = generator
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.multinomial:
+            kwargs.setdefault("generator", self._generator)
+        return func(*args, **kwargs)

@@ -60,13 +60,16 @@ def chunked_attention(
 def recurrent_attention(
     q: torch.Tensor, v: torch.Tensor, state: torch.Tensor | None = None, *, keep_state: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Token by token. Without gradients a given ``state`` is updated in place, so that no copy is made."""
+    """Token by token. With ``keep_state`` and without gradients, a given ``state`` is updated in place."""
     B, H, T, N = q.shape
     D = v.shape[-1]
     dtype = sum_dtype(q.dtype)
-    in_place = not (torch.is_grad_enabled() and (q.requires_grad or v.requires_grad))
+    has_gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (q, v, state) if t is not None)
     if state is None:
         state = q.new_zeros(B, H, N, D, dtype=dtype)
+        in_place = not has_gradients
+    else:
+        in_place = keep_state and not has_gradients
     flat_state = state.view(B * H, N, D)
     with torch.autocast(q.device.type, enabled=False):
         rows = q.to(dtype).transpose(1, 2).reshape(B, T, H * N)
@@ -104,9 +107,10 @@ def _attention_within(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 def _scaled_for_float16(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Queries and keys whose scores, and sums of scores, stay in float16's range, and the factor left out.
 
-    By Cauchy-Schwarz every score q_t . k_s is at most |q_t| max_s |k_s|: with those divided out, and a
-    further sqrt(T) against the sum over T tokens, nothing exceeds 1. The factor is put back in float32, so the
-    result is the unscaled one; since it cancels exactly, it is a constant for the gradients.
+    By Cauchy-Schwarz every score q_t . k_s is at most |q_t| max_s |k_s|. With those divided out, and a further
+    sqrt(T), no score exceeds 1 / sqrt(T), and no sum of T of them times a layer-normed value, which is at most
+    sqrt(D), exceeds sqrt(T D): below 65,504 up to T = 10^7 at D = 256. The factor is put back in float32, so
+    the result is the unscaled one; since it cancels exactly, it is a constant for the gradients.
     """
     T = q.shape[-2]
     norms = torch.linalg.vector_norm(q.detach(), dim=-1, keepdim=True, dtype=torch.float32)

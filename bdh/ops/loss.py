@@ -28,9 +28,7 @@ def chunked_cross_entropy(
         num_items: divides the sum instead of the number of counted targets.
     """
     total = hidden.new_zeros((), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
-    for hidden_chunk, target_chunk in zip(
-        hidden.split(tokens_per_chunk), targets.split(tokens_per_chunk), strict=True
-    ):
+    for hidden_chunk, target_chunk in zip(hidden.split(tokens_per_chunk), targets.split(tokens_per_chunk), strict=True):
         total = total + checkpoint(
             _summed_loss, hidden_chunk, target_chunk, head, use_reentrant=False, preserve_rng_state=False
         )
