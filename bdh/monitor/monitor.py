@@ -96,11 +96,11 @@ class Monitor:
 
     def message(self, text: str) -> None:
         """Prints a line, above the bar."""
-        self._console.print(text, markup=False)
+        self._console.print(text, markup=False, highlight=False)
 
     def warn(self, text: str) -> None:
         """Prints a line that should be seen."""
-        self._console.print(f"warning: {text}", style="yellow", markup=False)
+        self._console.print(f"warning: {text}", style="yellow", markup=False, highlight=False)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -1,0 +1,126 @@
+import io
+import json
+import math
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from bdh.monitor import Monitor, MonitorConfig, read_metrics
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO(), soft_wrap=True)
+
+
+def opened(run_dir, *, start_step=0, console=None, **config) -> Monitor:
+    return Monitor(run_dir, MonitorConfig(**config), total_steps=100, start_step=start_step, console=console or quiet())
+
+
+def test_metrics_come_back_from_both_files(tmp_path):
+    with opened(tmp_path) as monitor:
+        monitor.log(10, {"train/loss": 2.5, "train/tokens": 640})
+        monitor.log(20, {"train/loss": 2.25, "val/loss": 2.0})
+        monitor.log_text(20, "samples/0", "The snake\nis long")
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(row["step"], row["train/loss"]) for row in rows] == [(10, 2.5), (20, 2.25)]
+    assert rows[1]["val/loss"] == 2.0
+
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(10, 2.5), (20, 2.25)]
+    assert "samples/0/text_summary" in events.Tags()["tensors"]
+
+
+def test_a_run_that_goes_on_drops_what_it_will_do_again(tmp_path):
+    with opened(tmp_path) as monitor:
+        for step in (10, 20, 30):
+            monitor.log(step, {"train/loss": float(step)})
+    with opened(tmp_path, start_step=20) as monitor:
+        monitor.log(30, {"train/loss": -1.0})
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(row["step"], row["train/loss"]) for row in rows] == [(10, 10.0), (20, 20.0), (30, -1.0)]
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(10, 10.0), (20, 20.0), (30, -1.0)]
+
+
+def test_a_line_torn_by_a_kill_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "train/loss": 3.0}\n{"step": 2, "trai')
+    assert [row["step"] for row in read_metrics(path)] == [1]
+    with opened(tmp_path, start_step=1, tensorboard="off") as monitor:
+        monitor.log(2, {"train/loss": 2.0})
+    assert [row["step"] for row in read_metrics(path)] == [1, 2]
+
+
+def test_what_is_not_finite_is_null_in_valid_json(tmp_path):
+    with opened(tmp_path, tensorboard="off") as monitor:
+        monitor.log(1, {"a": math.nan, "b": math.inf, "c": 1.0})
+    row = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
+    assert (row["a"], row["b"], row["c"]) == (None, None, 1.0)
+
+
+def test_a_broken_line_in_the_middle_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\nrubbish\n{"step": 3}\n')
+    with pytest.raises(ValueError, match="line 2, is not JSON"):
+        read_metrics(path)
+
+
+def test_without_a_terminal_lines_are_printed(tmp_path):
+    console = quiet()
+    with opened(tmp_path, console=console, tensorboard="off") as monitor:
+        monitor.progress(100, loss=1.5, tokens_per_second=2000.0)
+    assert "step 100/100: loss 1.5000, 2,000 tokens/s" in console.file.getvalue()
+
+
+def test_the_bar_shows_loss_speed_and_time_left(tmp_path):
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    with opened(tmp_path, console=console, tensorboard="off") as monitor:
+        monitor.progress(50, loss=1.5, tokens_per_second=2000.0)
+        monitor.message("a [line] above the bar")
+    shown = console.file.getvalue()
+    assert "loss 1.5000" in shown
+    assert "2,000 tokens/s" in shown
+    assert "a [line] above the bar" in shown
+
+
+def test_a_writer_that_the_disk_refuses_is_left_out_and_named_at_the_end(tmp_path):
+    """A file-size limit makes the kernel refuse the write, as a full disk does."""
+    script = textwrap.dedent(
+        f"""
+        import resource, signal, sys
+        from pathlib import Path
+        from bdh.monitor import Monitor, MonitorConfig
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, {2**40}))
+        with Monitor(Path({str(tmp_path)!r}), MonitorConfig(tensorboard="off"), total_steps=9) as monitor:
+            for step in range(200):
+                monitor.log(step, {{"train/loss": 1.0}})
+            print("went on")
+        """
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "went on" in done.stdout
+    assert done.stderr.count("metrics.jsonl cannot be written") == 1
+    assert "metrics.jsonl is incomplete" in done.stderr
+
+
+def test_tensorboard_can_be_switched_off(tmp_path):
+    with opened(tmp_path, tensorboard="off") as monitor:
+        monitor.log(1, {"a": 1.0})
+    assert not (tmp_path / "tensorboard").exists()
+
+
+@pytest.mark.parametrize(("choice", "outcome"), [("auto", "announced"), ("on", "refused")])
+def test_a_missing_tensorboard_is_announced_or_refused(tmp_path, monkeypatch, choice, outcome):
+    monkeypatch.setattr("bdh.monitor.monitor.importlib.util.find_spec", lambda name: None)
+    console = quiet()
+    if outcome == "refused":
+        with pytest.raises(ValueError, match=r"pip install \"bdh\[monitor\]\""):
+            opened(tmp_path, tensorboard=choice)
+    else:
+        opened(tmp_path, tensorboard=choice, console=console).close()
+        assert "No TensorBoard files" in console.file.getvalue()
