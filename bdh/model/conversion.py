@@ -115,7 +115,7 @@ def model_from_reference(
     }
     # Weights of several dtypes take the narrowest that holds them all, so that no number changes.
     dtype = functools.reduce(torch.promote_types, (tensors[key].dtype for key in WEIGHT_KEYS))
-    model = BDHForCausalLM(config).to(dtype=dtype)
+    model = BDHForCausalLM(config).to(dtype=dtype)  # type: ignore[call-arg]  # transformers wraps `to`
     model.load_state_dict(converted)
     return model.eval()
 

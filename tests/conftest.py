@@ -1,0 +1,16 @@
+"""What holds for every test: no network, few threads, and no memory that was never written."""
+
+import os
+
+
+def pytest_configure(config):
+    # Before anything imports huggingface_hub, which reads it once.
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+    import torch
+
+    torch.set_num_threads(2)
+    # Deterministic mode fills what torch.empty returns with NaN (integers with their largest value), so that
+    # reading it before writing to it fails a test. Operations without a deterministic form only warn.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
