@@ -60,7 +60,7 @@ def run(argv: list[str]) -> int:
     from rich.console import Console
 
     from bdh.cli.models import load_model
-    from bdh.cli.progress import corpus_progress, token_progress
+    from bdh.cli.progress import stage_progress, token_progress
     from bdh.data import prepare_corpus
     from bdh.evaluate.loss import evaluate_text
 
@@ -68,7 +68,7 @@ def run(argv: list[str]) -> int:
     if len(tokenizer) != model.config.vocab_size:
         raise ValueError(f"the tokenizer has {len(tokenizer)} entries, the model {model.config.vocab_size}")
     console = Console(stderr=True, highlight=False)
-    with corpus_progress(console) as progress:
+    with stage_progress(console, "bytes") as progress:
         corpus = prepare_corpus(settings.data, tokenizer, block_size=1, progress=progress)
     parts = {"validation": [corpus.validation_tokens], "train": [corpus.train_tokens]}
     parts["all"] = [corpus.train_tokens, corpus.validation_tokens]

@@ -4,7 +4,36 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+StageProgress = Callable[[str, int, int | None], None]
+
+
+@contextmanager
+def stage_progress(console: Console, unit: str) -> Iterator[StageProgress]:
+    """A line for each stage of some work; yields a function of the stage, how far it is, and of how much.
+
+    The total is None where nobody knows it.
+    """
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.fields[done]}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        tasks: dict[str, int] = {}
+
+        def report(stage: str, done: int, total: int | None) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=None, done="")
+            share = f" of {total:,}" if total else ""
+            bar.update(tasks[stage], done=f"{done:,}{share} {unit}" if done else "")  # type: ignore[arg-type]
+
+        yield report
 
 
 @contextmanager

@@ -21,14 +21,14 @@ def run(argv: list[str]) -> int:
         base=_settings_to_resume(argv),
     )
     # Imported here, so that `--help` and faults in the settings do not wait for PyTorch.
-    from bdh.cli.progress import corpus_progress
+    from bdh.cli.progress import stage_progress
     from bdh.monitor import Monitor
     from bdh.train.export import export_run
     from bdh.train.loop import fit
     from bdh.train.run import open_run
 
     console = Console(stderr=True, highlight=False)
-    with corpus_progress(console) as progress:
+    with stage_progress(console, "bytes") as progress:
         training = open_run(settings, progress=progress)
     print_banner(console, training)
     with Monitor(

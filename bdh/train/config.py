@@ -120,7 +120,10 @@ class TrainSettings:
         for name in ("beta1", "beta2"):
             faults.require(0 <= getattr(self, name) < 1, name, getattr(self, name), "at least 0 and below 1")
         faults.require(
-            self.warmup_steps <= self.max_steps, "warmup_steps", self.warmup_steps, f"at most max_steps, {self.max_steps}"
+            self.warmup_steps <= self.max_steps,
+            "warmup_steps",
+            self.warmup_steps,
+            f"at most max_steps, {self.max_steps}",
         )
         faults.require(
             (self.decay_steps or 0) + self.warmup_steps <= self.max_steps or self.schedule != "wsd",

@@ -10,10 +10,44 @@ import transformers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 import bdh
-from bdh.model import BDHForCausalLM
-from bdh.train.checkpoint import Checkpoint
+from bdh.model import BDHConfig, BDHForCausalLM
+from bdh.tokenizer import load_tokenizer
+from bdh.train.checkpoint import Checkpoint, Checkpointer
 
-FACTS_FILE = "data.json"
+
+def export_run(run_dir: Path, folder: Path, *, which: str = "last", replace: bool = False) -> int:
+    """Exports a checkpoint of a run into ``folder``, and returns its step.
+
+    Args:
+        which: "last", "best" (of the validation loss), or a step.
+
+    Raises:
+        FileNotFoundError: ``run_dir`` holds no run, or the run has no such checkpoint.
+        FileExistsError: ``folder`` is there and not empty, and ``replace`` is not set.
+        ValueError: the checkpoint is damaged, or ``which`` is neither of the above.
+    """
+    model, tokenizer, checkpoint = load_run(run_dir, which)
+    export_model(model, tokenizer, folder, model_card(model, checkpoint), replace=replace)
+    return checkpoint.step
+
+
+def load_run(run_dir: Path, which: str = "last") -> tuple[BDHForCausalLM, PreTrainedTokenizerFast, Checkpoint]:
+    """The model and tokenizer of a run, straight from one of its checkpoints; see :func:`export_run`."""
+    if not (run_dir / "checkpoints").is_dir():
+        raise FileNotFoundError(f"{run_dir} holds no run: it has no folder checkpoints")
+    checkpointer = Checkpointer(run_dir)
+    if which == "last":
+        step = None
+    elif which == "best":
+        step = checkpointer.step_of("best")
+    elif which.isdigit():
+        step = int(which)
+    else:
+        raise ValueError(f"checkpoint is {which!r}: must be last, best, or a step")
+    checkpoint = checkpointer.load(step)
+    model = BDHForCausalLM(BDHConfig(**checkpoint.training["model_config"]))
+    model.load_state_dict(checkpoint.weights)
+    return model.eval(), load_tokenizer(run_dir / "tokenizer"), checkpoint
 
 
 def export_model(
@@ -55,15 +89,10 @@ def export_model(
         raise
 
 
-def model_card(
-    model: BDHForCausalLM, checkpoint: Checkpoint, data_facts: dict[str, Any], *, bits_per_byte: float | None = None
-) -> str:
-    """The README of an exported model: only what the run knows.
-
-    Args:
-        data_facts: :attr:`bdh.data.Corpus.facts`.
-    """
+def model_card(model: BDHForCausalLM, checkpoint: Checkpoint) -> str:
+    """The README of an exported model: only what the run knows."""
     config, training = model.config, checkpoint.training
+    data_facts = training["data_facts"]
     settings, progress = training["settings"], training["progress"]
     train = settings["train"]
     metrics = progress["last_metrics"]
@@ -94,12 +123,16 @@ def model_card(
         "dropout": settings["model"]["dropout"],
         "seed": train["seed"],
     }
-    measured = {
-        "loss, nats per token": f"{metrics['loss']:.4f}",
-        "perplexity": f"{metrics['perplexity']:.3f}",
-        "bits per byte": f"{metrics['bits_per_byte']:.4f}",
-        "next-token accuracy": f"{metrics['accuracy']:.1%}",
-    } if metrics else {}
+    measured = (
+        {
+            "loss, nats per token": f"{metrics['loss']:.4f}",
+            "perplexity": f"{metrics['perplexity']:.3f}",
+            "bits per byte": f"{metrics['bits_per_byte']:.4f}",
+            "next-token accuracy": f"{metrics['accuracy']:.1%}",
+        }
+        if metrics
+        else {}
+    )
     prompt = train["sample_prompts"][0] if train["sample_prompts"] else "The "
     parts = [
         "---",

@@ -27,6 +27,10 @@ _FIXED = {
     "train": ("block_size", "batch_size", "gradient_accumulation_steps", "optimizer", "seed"),
 }
 _FREE = {"model.attention_form", "model.chunk_size", "model.dropout", "data.cache_dir"}
+_MODEL_FIELDS = (
+    *("vocab_size", "n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier", "dropout", "rope_theta"),
+    *("attention_form", "chunk_size", "pad_token_id", "bos_token_id", "eos_token_id"),
+)
 _NOT_STORED = ("run_dir", "resume", "resume_step")
 
 
@@ -67,6 +71,8 @@ class Run:
             "bdh_version": bdh.__version__,
             "progress": asdict(self.progress),
             "settings": settings_to_store(self.settings),
+            "model_config": {name: getattr(self.model.config, name) for name in _MODEL_FIELDS},
+            "data_facts": self.corpus.facts,
             "data_fingerprint": self.corpus.fingerprint,
             "optimizers": self.optimizers.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -148,6 +154,8 @@ def open_run(settings: RunSettings, *, progress: Any = None) -> Run:
         run.restore(checkpoint)
         checkpointer.forget_after(run.progress.step)
     folder.mkdir(parents=True, exist_ok=True)
+    if checkpoint is None:
+        tokenizer.save_pretrained(folder / "tokenizer")
     (folder / CONFIG_FILE).write_text(yaml.safe_dump(settings_to_store(settings), sort_keys=False), encoding="utf-8")
     return run
 
@@ -204,9 +212,7 @@ def check_unchanged(settings: RunSettings, stored: dict[str, Any]) -> None:
         f"{section}.{name}: {stored[section].get(name)!r} in the run, {value!r} now"
         for section, names in _FIXED.items()
         for name, value in now[section].items()
-        if (names is None or name in names)
-        and f"{section}.{name}" not in _FREE
-        and stored[section].get(name) != value
+        if (names is None or name in names) and f"{section}.{name}" not in _FREE and stored[section].get(name) != value
     ]
     if changed:
         raise ValueError("a resumed run keeps its model and data, but these differ: " + "; ".join(changed))

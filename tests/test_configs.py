@@ -1,0 +1,26 @@
+from pathlib import Path
+
+import pytest
+
+from bdh.cli.settings import parse_settings
+from bdh.train.config import RunSettings
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_configuration_is_valid(path):
+    settings = parse_settings(RunSettings, ["--config", str(path)], prog="bdh train", description="")
+    assert settings.model.n_embd > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "num_parameters"),
+    [("tiny", 0.2e6), ("small", 1.6e6), ("base", 25e6), ("large", 101e6)],
+)
+def test_the_configurations_have_the_sizes_that_they_name(name, num_parameters):
+    path = next(path for path in CONFIGS if path.stem == name)
+    model = parse_settings(RunSettings, ["--config", str(path)], prog="bdh train", description="").model
+    D, V = model.n_embd, 256
+    ours = 3 * D * D * model.mlp_internal_dim_multiplier + 2 * V * D
+    assert ours == pytest.approx(num_parameters, rel=0.25)

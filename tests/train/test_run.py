@@ -1,0 +1,295 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+
+from bdh.cli.main import main
+from bdh.monitor import Monitor, MonitorConfig
+from bdh.train.config import RunSettings
+from bdh.train.loop import TrainingStopped, fit
+from bdh.train.run import open_run
+
+from .conftest import TINY, losses, samples, weights
+
+
+def assert_same_run(one, other):
+    assert losses(one) == losses(other)
+    assert losses(one, "val/loss") == losses(other, "val/loss")
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert samples(one) == samples(other)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"train.optimizer": "muon"},
+        {"train.dtype": "float16"},
+        {"data.streaming": "true"},
+        {"train.gradient_accumulation_steps": 2, "train.schedule": "wsd"},
+        {"train.gradient_checkpointing": "true"},
+    ],
+    ids=lambda o: "-".join(map(str, o.values())) or "default",
+)
+def test_resume_is_bit_equal(train, tmp_path, overrides):
+    """12 steps in one go, and 5 and 7 with dropout on: the same losses, samples and weights."""
+    straight, halves = tmp_path / "straight", tmp_path / "halves"
+    assert train(straight, **overrides) == 0
+    assert train(halves, **overrides, **{"train.stop_at_step": 5}) == 0
+    assert main(["train", "--run_dir", str(halves), "--resume"]) == 0
+    assert_same_run(straight, halves)
+
+
+def test_resume_from_an_earlier_checkpoint_is_bit_equal(train, tmp_path):
+    straight, again = tmp_path / "straight", tmp_path / "again"
+    assert train(straight) == 0
+    assert train(again) == 0
+    assert train(again, "--resume", "--resume_step", "3") == 0
+    assert losses(straight) == losses(again)
+    assert all(torch.equal(a, b) for a, b in zip(weights(straight).values(), weights(again).values(), strict=True))
+
+
+def test_evaluating_and_saving_more_often_trains_just_the_same(train, tmp_path):
+    assert train(tmp_path / "often", **{"train.eval_every_steps": 1, "checkpoint.every_steps": 1}) == 0
+    assert train(tmp_path / "seldom", **{"train.eval_every_steps": 12, "train.sample_every_steps": 0}) == 0
+    assert losses(tmp_path / "often") == losses(tmp_path / "seldom")
+
+
+def test_accumulation_of_two_halves_is_one_batch(train, tmp_path):
+    quiet = {"model.dropout": 0.0}
+    assert train(tmp_path / "whole", **quiet) == 0
+    assert train(tmp_path / "halves", **quiet, **{"train.batch_size": 2, "train.gradient_accumulation_steps": 2}) == 0
+    # Sums of float32 in another order, carried through 12 optimizer steps.
+    assert losses(tmp_path / "halves") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+
+
+def test_training_learns(train, tmp_path):
+    assert train(tmp_path / "run", **{"train.max_steps": 60, "train.eval_every_steps": 60}) == 0
+    validation = losses(tmp_path / "run", "val/loss")[-1]
+    # 256 equally likely bytes are 5.55 nats, the letters of this text by their frequency alone 2.6.
+    assert validation < 2.6
+
+
+def test_the_folder_holds_what_the_docs_promise(train, tmp_path):
+    run = tmp_path / "run"
+    assert train(run, **{"monitor.tensorboard": "on"}) == 0
+    for name in (
+        "config.yaml",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "tensorboard",
+        "checkpoints/latest",
+        "checkpoints/best",
+        "checkpoints/step-0000012/manifest.json",
+        "model/config.json",
+        "model/model.safetensors",
+        "model/generation_config.json",
+        "model/tokenizer.json",
+        "model/README.md",
+    ):
+        assert (run / name).exists(), name
+
+
+def test_the_stored_configuration_runs_again_to_the_same_weights(train, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert train(first) == 0
+    assert main(["train", "--config", str(first / "config.yaml"), "--run_dir", str(second)]) == 0
+    assert_same_run(first, second)
+
+
+def test_the_model_card_has_the_facts_of_the_run(train, tmp_path, text_file):
+    run = tmp_path / "run"
+    assert train(run) == 0
+    card = (run / "model" / "README.md").read_text()
+    metadata = yaml.safe_load(card.split("---")[1])
+    assert metadata["library_name"] == "transformers"
+    num_parameters = sum(w.numel() for w in weights(run).values())
+    for fact in (f"{num_parameters:,} parameters", str(text_file), "12 of 12", f"{12 * 4 * 32:,}"):
+        assert fact in card
+    assert f"{losses(run, 'val/loss')[-1]:.4f}" in card
+
+
+def test_export_takes_the_best_or_any_step(train, tmp_path):
+    run = tmp_path / "run"
+    assert train(run) == 0
+    assert main(["export", str(run), str(tmp_path / "last")]) == 0
+    assert (tmp_path / "last" / "model.safetensors").read_bytes() == (run / "model" / "model.safetensors").read_bytes()
+    assert main(["export", str(run), str(tmp_path / "three"), "--checkpoint", "3"]) == 0
+    assert main(["export", str(run), str(tmp_path / "best"), "--checkpoint", "best"]) == 0
+    assert main(["export", str(run), str(tmp_path / "three"), "--checkpoint", "3"]) == 2  # it is there already
+    assert main(["export", str(run), str(tmp_path / "four"), "--checkpoint", "4"]) == 2
+    assert not (tmp_path / "four").exists()
+
+
+def test_a_run_is_never_overwritten(train, tmp_path, capsys):
+    assert train(tmp_path / "run") == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    capsys.readouterr()
+    assert train(tmp_path / "run") == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"model.n_layer": 3}, "model.n_layer: 2 in the run, 3 now"),
+        ({"data.val_fraction": 0.2}, "data.val_fraction: 0.1 in the run, 0.2 now"),
+        ({"train.batch_size": 8, "train.seed": 3}, "train.batch_size: 4 in the run, 8 now; train.seed"),
+        ({"tokenizer.special_tokens": "true"}, "tokenizer.special_tokens"),
+    ],
+)
+def test_a_resume_with_another_model_or_data_is_refused_by_name(train, tmp_path, capsys, change, named):
+    assert train(tmp_path / "run", **{"train.stop_at_step": 5}) == 0
+    capsys.readouterr()
+    assert train(tmp_path / "run", "--resume", **change) == 2
+    assert named in capsys.readouterr().err
+    assert train(tmp_path / "run", "--resume") == 0
+
+
+def test_a_resume_with_another_text_under_the_same_name_is_refused(train, tmp_path, text_file, capsys):
+    assert train(tmp_path / "run", **{"train.stop_at_step": 5}) == 0
+    text_file.write_text(text_file.read_text()[::-1])
+    capsys.readouterr()
+    assert train(tmp_path / "run", "--resume") == 2
+    assert "has changed since the run was started" in capsys.readouterr().err
+
+
+def test_resuming_nothing_is_refused(train, tmp_path, capsys):
+    assert train(tmp_path / "run", "--resume") == 2
+    assert "there is no run to resume" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_prolonged_run_goes_on(train, tmp_path):
+    assert train(tmp_path / "run") == 0
+    assert main(["train", "--run_dir", str(tmp_path / "run"), "--resume", "--train.max_steps", "15"]) == 0
+    assert len(losses(tmp_path / "run")) == 15
+
+
+def test_bad_settings_write_nothing(train, tmp_path, capsys):
+    assert train(tmp_path / "run", **{"train.learning_rate": -1, "model.n_head": 3, "train.device": "tpu"}) == 2
+    shown = capsys.readouterr().err
+    assert "train.learning_rate is -1.0: must be above 0" in shown
+    assert "model.n_head is 3: must be such that 16 * 8 = 128 neurons" in shown
+    assert "train.device is 'tpu'" in shown
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_text_shorter_than_a_block_names_both_numbers_and_writes_nothing(train, tmp_path, text_file, capsys):
+    text_file.write_text("short")
+    assert train(tmp_path / "run") == 2
+    shown = capsys.readouterr().err
+    assert "33" in shown
+    assert not (tmp_path / "run").exists()
+    assert not list((tmp_path / "cache").rglob("*")) if (tmp_path / "cache").exists() else True
+
+
+def test_a_vocabulary_that_is_not_the_tokenizers_is_refused(train, tmp_path, capsys):
+    assert train(tmp_path / "run", **{"model.vocab_size": 300}) == 2
+    assert "model.vocab_size is 300: the tokenizer 'byte' has 256 entries" in capsys.readouterr().err
+
+
+def test_patience_stops_a_run_that_gets_no_better(train, tmp_path):
+    quiet = {"train.patience": 2, "train.eval_every_steps": 1, "train.max_steps": 200, "train.learning_rate": 1e-12}
+    assert train(tmp_path / "run", **quiet) == 0
+    assert 3 <= len(losses(tmp_path / "run", "val/loss")) < 200
+
+
+def opened(text_file, folder, **overrides):
+    from bdh.cli.settings import parse_settings
+
+    flags = {**TINY, "data.source": text_file, "run_dir": folder, **overrides}
+    argv = [f"--{name}={value}" for name, value in flags.items()]
+    return open_run(parse_settings(RunSettings, argv, prog="p", description="d"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_step(text_file, tmp_path, monkeypatch, dtype):
+    monkeypatch.setenv("BDH_CACHE", str(tmp_path / "cache"))
+    run = opened(text_file, tmp_path / "run", **{"train.dtype": dtype})
+    with torch.no_grad():
+        run.model.lm_head.weight[3, 0] = float("nan")
+    before = {name: w.clone() for name, w in run.model.state_dict().items()}
+    with (
+        Monitor(run.folder, MonitorConfig(tensorboard="off"), total_steps=12) as monitor,
+        pytest.raises(TrainingStopped, match="step 1: the loss is nan"),
+    ):
+        fit(run, monitor)
+    assert all(torch.equal(before[name].nan_to_num(), w.nan_to_num()) for name, w in run.model.state_dict().items())
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_update(text_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("BDH_CACHE", str(tmp_path / "cache"))
+    run = opened(text_file, tmp_path / "run")
+    run.model.decoder.weight.register_hook(lambda gradient: gradient * float("inf"))
+    before = run.model.encoder.weight.clone()
+    with (
+        Monitor(run.folder, MonitorConfig(tensorboard="off"), total_steps=12) as monitor,
+        pytest.raises(TrainingStopped, match="step 1: the gradient's norm is"),
+    ):
+        fit(run, monitor)
+    assert torch.equal(before, run.model.encoder.weight)
+
+
+def test_float16_skips_a_step_whose_gradients_overflow(text_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("BDH_CACHE", str(tmp_path / "cache"))
+    run = opened(text_file, tmp_path / "run", **{"train.dtype": "float16", "train.max_steps": 3})
+    calls = []
+
+    def overflow_once(gradient):
+        calls.append(1)
+        return gradient * float("inf") if len(calls) == 1 else gradient
+
+    run.model.decoder.weight.register_hook(overflow_once)
+    scale = run.scaler.get_scale()
+    with Monitor(run.folder, MonitorConfig(tensorboard="off"), total_steps=3) as monitor:
+        assert fit(run, monitor) == "finished"
+    assert run.scaler.get_scale() == scale / 2
+    assert all(torch.isfinite(w).all() for w in run.model.state_dict().values())
+
+
+def started(tmp_path, text_file, run_dir, **overrides) -> subprocess.Popen:
+    flags = {**TINY, "data.source": text_file, "run_dir": run_dir, "train.max_steps": 400, **overrides}
+    argv = [sys.executable, "-m", "bdh", "train", *(f"--{name}={value}" for name, value in flags.items())]
+    return subprocess.Popen(argv, env={**os.environ, "BDH_CACHE": str(tmp_path / "cache")}, stderr=subprocess.PIPE)
+
+
+def wait_for_checkpoint(process, run_dir):
+    for _ in range(600):
+        if (run_dir / "checkpoints" / "latest").exists():
+            return
+        assert process.poll() is None, process.stderr.read().decode()
+        time.sleep(0.1)
+    pytest.fail("no checkpoint after a minute")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
+)
+def test_a_run_stopped_by_a_signal_goes_on_to_the_same_end(train, tmp_path, text_file, number, status):
+    few = {
+        "train.max_steps": 150,
+        "train.eval_every_steps": 50,
+        "train.sample_every_steps": 50,
+        "checkpoint.every_steps": 9,
+    }
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    process = started(tmp_path, text_file, stopped, **few)
+    wait_for_checkpoint(process, stopped)
+    process.send_signal(number)
+    assert process.wait(timeout=60) == status
+    if number != signal.SIGKILL:
+        assert b"everything is saved" in process.stderr.read()
+    assert main(["train", "--run_dir", str(stopped), "--resume"]) == 0
+    assert train(straight, **few) == 0
+    assert losses(straight) == losses(stopped)
+    assert all(torch.equal(a, b) for a, b in zip(weights(straight).values(), weights(stopped).values(), strict=True))
