@@ -1,0 +1,30 @@
+"""Data: sources of text, token streams on disk, streaming, the loader.
+
+Importing this package is cheap: its names load what they need when they are first used.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from bdh.data.config import DataConfig
+
+if TYPE_CHECKING:
+    from bdh.data.corpus import Corpus, Loader, prepare_corpus
+    from bdh.data.texts import training_texts, validation_texts
+
+__all__ = ["Corpus", "DataConfig", "Loader", "prepare_corpus", "training_texts", "validation_texts"]
+
+_MODULES = {
+    "Corpus": "corpus",
+    "Loader": "corpus",
+    "prepare_corpus": "corpus",
+    "training_texts": "texts",
+    "validation_texts": "texts",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        from importlib import import_module
+
+        return getattr(import_module(f"bdh.data.{_MODULES[name]}"), name)
+    raise AttributeError(f"module 'bdh.data' has no attribute {name!r}")

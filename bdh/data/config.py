@@ -1,0 +1,59 @@
+"""Settings of the section ``data``."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from bdh.validation import Faults
+
+
+@dataclass
+class DataConfig:
+    source: str | list[str] = "pydoc"
+    """Built-in (pydoc, stdlib, shakespeare), hub id, file, glob or folder; several with commas or as a list."""
+    name: str | None = None
+    """Hub: configuration of the data set."""
+    split: str = "train"
+    """Hub: split to train on."""
+    revision: str | None = None
+    """Hub: branch, tag or commit of the data set."""
+    text_column: str | None = None
+    """Column that holds the text, in tables. None takes the only column of strings, if there is only one."""
+    encoding_errors: Literal["strict", "replace"] = "strict"
+    """Bytes that are not UTF-8: strict stops and says where, replace puts U+FFFD in their place."""
+    val_split: str | None = None
+    """Hub: split to validate on, instead of val_fraction."""
+    val_source: str | list[str] | None = None
+    """Files to validate on, instead of val_fraction."""
+    val_fraction: float = 0.1
+    """Share of the documents that is held out, from the end; of the text's bytes where there is one document."""
+    streaming: bool = False
+    """Read, shuffle and tokenize while training: nothing is written to disk, and memory stays flat."""
+    shuffle_buffer_documents: int = 1000
+    """Streaming: documents that are shuffled among each other; the buffer also ends at 64 MiB of text."""
+    val_max_tokens: int = 262_144
+    """Streaming: most tokens that are collected for validation."""
+    cache_dir: str | None = None
+    """Folder of the token cache. None takes $BDH_CACHE, or else ~/.cache/bdh."""
+
+    def collect_faults(self, faults: Faults) -> None:
+        for field in ("source", "val_source"):
+            value = getattr(self, field)
+            items = value if isinstance(value, list) else [value]
+            is_right = bool(items) and all(item is None or item.strip() for item in items)
+            faults.require(is_right, field, value, "a name, or a list of names, none of them empty")
+        faults.require_one_of("encoding_errors", self.encoding_errors, ("strict", "replace"))
+        faults.require(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "above 0 and below 1")
+        for field in ("shuffle_buffer_documents", "val_max_tokens"):
+            faults.require(getattr(self, field) >= 1, field, getattr(self, field), "at least 1")
+        faults.require(
+            self.val_split is None or self.val_source is None,
+            "val_split",
+            self.val_split,
+            f"left out when val_source is given ({self.val_source!r})",
+        )
+        faults.require(
+            self.val_split is None or self.val_split != self.split,
+            "val_split",
+            self.val_split,
+            "another split than the one that is trained on",
+        )

@@ -1,0 +1,163 @@
+"""Local files: which there are, what each holds, and readers for them."""
+
+import glob
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bdh.data.parts import Skipped
+from bdh.data.readers import (
+    EMPTY_FILES,
+    DocumentsReader,
+    Reader,
+    State,
+    TableReader,
+    TextFileReader,
+    first_bad_byte,
+    not_utf8,
+)
+from bdh.data.tables import ColumnError, text_column
+
+TEXT_TYPES = (".txt", ".md", ".py")
+TABLE_TYPES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+COMPRESSED = (".gz", ".zst")
+OTHER_TYPES = "files of other types"
+
+
+def file_type(path: Path) -> str | None:
+    """The suffix that says what a file holds, without that of its compression; None if it is no known one."""
+    name = path.name.lower()
+    for suffix in COMPRESSED:
+        name = name.removesuffix(suffix)
+    suffix = os.path.splitext(name)[1]
+    return suffix if suffix in TEXT_TYPES or suffix in TABLE_TYPES else None
+
+
+def known_types() -> str:
+    return f"{', '.join([*TEXT_TYPES, *TABLE_TYPES])}, each also as {' or '.join(COMPRESSED)}"
+
+
+def find_files(item: str, skipped: Skipped) -> list[Path] | None:
+    """The files that a file's or folder's name or a glob stands for, in the same order on every system.
+
+    In folders and globs, files of other types are counted as skipped, hidden files and folders are left out.
+
+    Returns:
+        None if it can only be a hub id: there is nothing of that name, and nothing says that there should be.
+
+    Raises:
+        FileNotFoundError: there is nothing of that name, or the folder or the glob gives no file of a known type.
+        ValueError: the file is of an unknown type.
+    """
+    path = Path(item).expanduser()
+    if path.is_file():
+        if file_type(path) is None:
+            raise ValueError(f"data.source {item!r} is of an unknown type: known are {known_types()}")
+        return [path]
+    if path.is_dir():
+        found = _in_folder(path)
+    elif glob.has_magic(item):
+        found = [Path(name) for name in glob.glob(os.path.expanduser(item), recursive=True)]
+        found = sorted((path for path in found if path.is_file()), key=Path.as_posix)
+    elif _is_meant_as_path(item):
+        raise FileNotFoundError(f"data.source {item!r}: there is no such file or folder")
+    else:
+        return None
+    files = [path for path in found if file_type(path) is not None]
+    if len(files) < len(found):
+        skipped.add(OTHER_TYPES, len(found) - len(files))
+    if not files:
+        raise FileNotFoundError(
+            f"data.source {item!r} gives no file to read ({len(found)} of other types): known are {known_types()}"
+        )
+    return files
+
+
+def open_file(path: Path, column: str | None, encoding_errors: str, skipped: Skipped, state: State | None) -> Reader:
+    """A reader of a file's documents, by its type.
+
+    Raises:
+        ValueError: a table without the column, or of which no single column can be guessed, or that is damaged.
+    """
+    if file_type(path) in TEXT_TYPES:
+        return TextFileReader(path, encoding_errors, skipped, state)
+    if path.stat().st_size == 0:
+        if state is None:
+            skipped.add(EMPTY_FILES)
+        return DocumentsReader(0, lambda number: None)
+
+    def explain(error: Exception) -> Exception:
+        return _explain(path, error)
+
+    try:
+        rows = _rows(path, encoding_errors)
+        column = text_column(rows, column, str(path))
+        if column is None:  # there are no rows
+            skipped.add(EMPTY_FILES)
+            return DocumentsReader(0, lambda number: None)
+        rows = _rows(path, encoding_errors, column)
+    except ColumnError:
+        raise
+    except Exception as error:  # pyarrow, pandas, fsspec and datasets each raise their own
+        raise explain(error) from error
+    return TableReader(rows, column, str(path), encoding_errors, skipped, explain, state)
+
+
+def identity(files: Sequence[Path]) -> list[Any]:
+    """Path, size and time of each file: another list where a file has been changed."""
+    found = [(path.resolve(), path.stat()) for path in files]
+    return [[path.as_posix(), stat.st_size, stat.st_mtime_ns] for path, stat in found]
+
+
+def _rows(path: Path, encoding_errors: str, column: str | None = None) -> Any:
+    """A ``datasets.IterableDataset`` over a table; with ``column``, of this one alone where that is cheaper."""
+    import datasets
+
+    kind = TABLE_TYPES[file_type(path) or ""]
+    options: dict[str, Any] = {}
+    if kind == "json":
+        # Any other spelling than "utf-8" lets datasets check the bytes, and heed encoding_errors.
+        options = {"encoding": "utf8", "encoding_errors": encoding_errors, "parse_agent_traces": False}
+    elif kind == "csv":
+        # A cell that spells NA or null is text.
+        options = {"encoding_errors": encoding_errors, "keep_default_na": False}
+        if column is not None:
+            options.update(usecols=[column], converters={column: str})
+    elif column is not None:
+        options = {"columns": [column]}
+    # A list of one path: a bare string would be taken for a glob.
+    name = glob.escape(str(path.resolve()))
+    return datasets.load_dataset(kind, data_files=[name], split="train", streaming=True, **options)
+
+
+def _explain(path: Path, error: Exception) -> Exception:
+    """What is wrong with a table, in terms of its file."""
+    if TABLE_TYPES[file_type(path) or ""] != "parquet":
+        try:
+            bad = first_bad_byte(path)
+        except ValueError as damaged:
+            return damaged
+        if bad is not None:
+            return not_utf8(path, *bad)
+    reason = (str(error).splitlines() or [""])[0]
+    return ValueError(f"{path} cannot be read as {file_type(path)}: {type(error).__name__}: {reason}")
+
+
+def _in_folder(root: Path) -> list[Path]:
+    found = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        found += [Path(folder, name) for name in names if not name.startswith(".")]
+    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+
+
+def _is_meant_as_path(item: str) -> bool:
+    """A hub id is NAME or ORGANISATION/NAME; a known suffix tells a file."""
+    return (
+        file_type(Path(item)) is not None
+        or item.startswith((".", "/", "~"))
+        or item.endswith("/")
+        or "\\" in item
+        or item.count("/") > 1
+    )

@@ -1,0 +1,143 @@
+"""Data sets of the hub, and local folders in the hub's layout."""
+
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from bdh.data.parts import Skipped
+from bdh.data.readers import State, TableReader
+from bdh.data.tables import text_column
+
+SHAKESPEARE_ID = "karpathy/tiny_shakespeare"
+# The hub's own conversion: the repository itself is a loading script, which datasets no longer runs.
+SHAKESPEARE_REVISION = "refs/convert/parquet"
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.\w+$")
+_FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*(\n|\Z)", re.DOTALL)
+
+
+class HubSet:
+    """One split of a data set."""
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        name: str | None = None,
+        split: str = "train",
+        revision: str | None = None,
+        column: str | None = None,
+        encoding_errors: str = "strict",
+        streaming: bool = False,
+    ):
+        """Finds the split; with ``streaming`` nothing but its description is fetched.
+
+        Raises:
+            FileNotFoundError: there is no such data set, or the hub cannot be reached.
+            ValueError: it has no such configuration or split, or no column that holds the text.
+        """
+        self.where = f"{path}, split {split}"
+        self._encoding_errors = encoding_errors
+        self._load = partial(load_split, path, name=name, split=split, revision=revision, streaming=streaming)
+        rows = self._load()
+        found = text_column(rows, column, self.where)
+        if found is None:
+            raise ValueError(f"{self.where} has no rows")
+        self.column = found
+        self.identity: str | None = getattr(rows, "_fingerprint", None)
+        """Equal for equal data, where datasets knows it; None when streaming."""
+
+    def open(self, skipped: Skipped, state: State | None) -> TableReader:
+        """A reader of its rows."""
+        import datasets
+
+        rows = self._load()  # anew, as a streamed data set carries the position of its one reader
+        if rows.features is not None:
+            rows = rows.select_columns([self.column])  # else every column of every row would be decoded
+        if isinstance(rows, datasets.Dataset):
+            rows = rows.to_iterable_dataset()
+        return TableReader(rows, self.column, self.where, self._encoding_errors, skipped, self._explain, state)
+
+    def _explain(self, error: Exception) -> Exception:
+        reason = (str(error).splitlines() or [""])[0]
+        return ValueError(f"{self.where} cannot be read: {type(error).__name__}: {reason}")
+
+
+def load_split(path: str, *, name: str | None, split: str, revision: str | None, streaming: bool) -> Any:
+    """``datasets.load_dataset``, with errors for the reader; folders of ``save_to_disk`` open too."""
+    import datasets
+
+    folder = Path(path)
+    if folder.is_dir() and _is_saved_to_disk(folder):
+        loaded = datasets.load_from_disk(path)
+        if isinstance(loaded, datasets.DatasetDict):
+            if split not in loaded:
+                raise ValueError(f"{path} has no split {split!r}: it has {', '.join(loaded)}")
+            return loaded[split]
+        return loaded
+    # A local folder is read where it is; copying it into the cache of datasets would gain nothing.
+    streaming = streaming or folder.is_dir()
+    try:
+        return datasets.load_dataset(path, name, split=split, revision=revision, streaming=streaming)
+    except OSError as error:
+        if folder.is_dir():
+            raise
+        raise FileNotFoundError(_unreachable(path, error)) from error
+    except (ValueError, RuntimeError) as error:
+        settings = f"data.name {name!r}, data.split {split!r}, data.revision {revision!r}"
+        raise ValueError(f"{path} cannot be loaded with {settings}: {' '.join(str(error).split())}") from error
+
+
+def shakespeare() -> bytes:
+    """The 1.1 MB of "tiny shakespeare". Its three splits were cut from one text, and are joined to it again.
+
+    Raises:
+        FileNotFoundError: the hub cannot be reached, and the data set is not in its cache.
+    """
+    splits = ("train", "validation", "test")
+    loaded = [
+        load_split(SHAKESPEARE_ID, name=None, split=split, revision=SHAKESPEARE_REVISION, streaming=False)
+        for split in splits
+    ]
+    return "".join(text for rows in loaded for text in rows["text"]).encode()
+
+
+def is_hub_layout(folder: Path) -> bool:
+    """Whether a folder says itself which of its files are which split.
+
+    Either its README.md has ``configs`` or ``dataset_info`` in its YAML header, or its ``data`` folder holds
+    files named like ``train-00000-of-00001.parquet``, or ``datasets`` saved it to disk.
+    """
+    if _is_saved_to_disk(folder):
+        return True
+    data = folder / "data"
+    if data.is_dir() and any(_SHARD.search(path.name) for path in data.iterdir()):
+        return True
+    card = folder / "README.md"
+    if not card.is_file():
+        return False
+    header = _FRONT_MATTER.match(card.read_text(encoding="utf-8", errors="replace"))
+    if header is None:
+        return False
+    import yaml
+
+    try:
+        fields = yaml.safe_load(header.group(1))
+    except yaml.YAMLError:
+        return False  # a page with a line that looks like a header: text like any other
+    return isinstance(fields, dict) and ("configs" in fields or "dataset_info" in fields)
+
+
+def _is_saved_to_disk(folder: Path) -> bool:
+    return (folder / "dataset_dict.json").is_file() or (
+        (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+    )
+
+
+def _unreachable(path: str, error: Exception) -> str:
+    reason = (str(error).splitlines() or [""])[0]
+    return (
+        f"data.source {path!r} is no file, folder or built-in text, and the hub did not give a data set of that name "
+        f"({reason}). Without a network these work: pydoc and stdlib, local files and folders, and data sets that "
+        "are in the hub's cache, with HF_HUB_OFFLINE=1"
+    )

@@ -1,0 +1,206 @@
+"""From ``data.source`` to something that can be read, as often as it takes."""
+
+import glob
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bdh.data import builtin
+from bdh.data.config import DataConfig
+from bdh.data.files import file_type, find_files, identity, open_file
+from bdh.data.hub import HubSet, is_hub_layout, shakespeare
+from bdh.data.parts import Skipped
+from bdh.data.readers import ChainReader, DocumentsReader, Reader, State
+
+_FINGERPRINT_BYTES = 1 << 16
+
+OpenShard = Callable[[Skipped, State | None], Reader]
+
+
+@dataclass
+class Source:
+    """A text that can be read: shards in order, and what makes it the text it is."""
+
+    shards: list[OpenShard]
+    identity: list[Any]
+    """Plain data; another where the text may be another. For the cache."""
+    files: list[Path]
+    """The local files among it."""
+    num_bytes: int | None
+    """Bytes of text, where they are known beforehand. For progress bars."""
+    skipped: Skipped
+    """What was left out when the source was looked up."""
+    single_document: bool = False
+
+    def open(self, skipped: Skipped | None = None, state: State | None = None) -> ChainReader:
+        """A reader from the beginning, or from where another one was."""
+        counts = skipped or Skipped()
+
+        def bound(open_shard: OpenShard) -> Callable[[State | None], Reader]:
+            return lambda inner: open_shard(counts, inner)
+
+        return ChainReader([bound(shard) for shard in self.shards], state)
+
+    def fingerprint(self) -> str:
+        """A hash that knows files by their names, sizes, beginnings and ends: the same on another machine."""
+        known = [entry for entry in self.identity if entry[0] != "files"]
+        digest = hashlib.sha256(repr(known).encode())
+        for path in self.files:
+            size = path.stat().st_size
+            digest.update(repr((path.name, size)).encode())
+            with path.open("rb") as file:
+                digest.update(file.read(_FINGERPRINT_BYTES))
+                file.seek(max(0, size - _FINGERPRINT_BYTES))
+                digest.update(file.read(_FINGERPRINT_BYTES))
+        return digest.hexdigest()
+
+
+def training_source(config: DataConfig) -> Source:
+    """What ``data.source`` names, without the files of ``data.val_source``.
+
+    Raises:
+        FileNotFoundError: a file is missing, or the hub does not give the data set.
+        ValueError: a setting does not go with the source, or nothing is left to train on.
+    """
+    held_out = set()
+    if config.val_source is not None:
+        held_out = {path.resolve() for path in validation_source(config).files}  # type: ignore[union-attr]
+    return _resolve(config, _items(config.source), config.split, held_out)
+
+
+def validation_source(config: DataConfig) -> Source | None:
+    """What is validated on, or None if it is a share of the training source."""
+    if config.val_split is not None:
+        items = _items(config.source)
+        if len(items) != 1 or items[0] in builtin.BUILTIN or not _is_hub(items[0], config):
+            raise ValueError(
+                f"data.val_split is {config.val_split!r}, but only data sets of the hub have splits, not "
+                f"{config.source!r}: use data.val_source or data.val_fraction"
+            )
+        return _resolve(config, items, config.val_split, set())
+    if config.val_source is None:
+        return None
+    items = _items(config.val_source)
+    skipped = Skipped()
+    files: list[Path] = []
+    for item in items:
+        found = None if item in builtin.BUILTIN else find_files(item, skipped)
+        if found is None:
+            raise FileNotFoundError(
+                f"data.val_source {item!r}: there is no such file or folder; for a split of a hub data set, use "
+                "data.val_split"
+            )
+        files += found
+    return _of_files(config, files, skipped)
+
+
+def _items(source: str | Sequence[str]) -> list[str]:
+    """The names in a setting. One that exists as it is may hold commas."""
+    if not isinstance(source, str):
+        return [item.strip() for item in source]
+    if Path(source).expanduser().exists():
+        return [source]
+    return [item.strip() for item in source.split(",") if item.strip()]
+
+
+def _is_hub(item: str, config: DataConfig) -> bool:
+    folder = Path(item).expanduser()
+    if not folder.exists():
+        return not glob.has_magic(item) and find_files(item, Skipped()) is None
+    if not folder.is_dir():
+        return False
+    asks_for_split = config.name is not None or config.split != "train" or config.val_split is not None
+    return asks_for_split or is_hub_layout(folder)
+
+
+def _resolve(config: DataConfig, items: list[str], split: str, held_out: set[Path]) -> Source:
+    if len(items) == 1 and items[0] not in builtin.BUILTIN and _is_hub(items[0], config):
+        return _of_hub(config, items[0], split)
+    for field, default in (("name", None), ("split", "train"), ("revision", None)):
+        value = getattr(config, field)
+        if value != default:
+            raise ValueError(
+                f"data.{field} is {value!r}, but data.source {config.source!r} is no data set of the hub: leave it out"
+            )
+    skipped = Skipped()
+    parts: list[Source] = []
+    for item in items:
+        if item in builtin.BUILTIN:
+            parts.append(_of_builtin(item))
+            continue
+        if _is_hub(item, config):
+            raise ValueError(f"data.source names several texts, and {item!r} is a data set: it can only stand alone")
+        found = find_files(item, skipped) or []
+        kept = [path for path in found if path.resolve() not in held_out]
+        if len(kept) < len(found):
+            skipped.add("files of data.val_source", len(found) - len(kept))
+        if kept:
+            parts.append(_of_files(config, kept, Skipped()))
+    if not parts:
+        raise ValueError(f"data.source {config.source!r}: nothing is left to train on without data.val_source")
+    sizes = [part.num_bytes for part in parts]
+    return Source(
+        shards=[shard for part in parts for shard in part.shards],
+        identity=[entry for part in parts for entry in part.identity],
+        files=[path for part in parts for path in part.files],
+        num_bytes=None if None in sizes else sum(size or 0 for size in sizes),
+        skipped=skipped,
+    )
+
+
+def _of_files(config: DataConfig, files: list[Path], skipped: Skipped) -> Source:
+    column, errors = config.text_column, config.encoding_errors
+
+    def opener(path: Path) -> OpenShard:
+        return lambda counts, state: open_file(path, column, errors, counts, state)
+
+    is_plain = all(file_type(path) == path.suffix.lower() and path.suffix.lower() != ".parquet" for path in files)
+    return Source(
+        shards=[opener(path) for path in files],
+        identity=[["files", *identity(files)]],
+        files=files,
+        num_bytes=sum(path.stat().st_size for path in files) if is_plain else None,
+        skipped=skipped,
+    )
+
+
+def _of_builtin(name: str) -> Source:
+    if name == "stdlib":
+        paths = builtin.stdlib_files()
+        shard: OpenShard = lambda counts, state: DocumentsReader(  # noqa: E731
+            len(paths), builtin.stdlib_document(paths, counts), state
+        )
+        return Source([shard], [[name, builtin.python_version(), len(paths)]], [], None, Skipped())
+    documents = [shakespeare()] if name == "shakespeare" else builtin.pydoc_documents()
+    version = hashlib.sha256(b"\0".join(documents)).hexdigest()
+    return Source(
+        shards=[lambda counts, state: DocumentsReader(len(documents), documents.__getitem__, state)],
+        identity=[[name, version]],
+        files=[],
+        num_bytes=sum(map(len, documents)),
+        skipped=Skipped(),
+    )
+
+
+def _of_hub(config: DataConfig, path: str, split: str) -> Source:
+    hub_set = HubSet(
+        str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path,
+        name=config.name,
+        split=split,
+        revision=config.revision,
+        column=config.text_column,
+        encoding_errors=config.encoding_errors,
+        streaming=config.streaming,
+    )
+    folder = Path(path).expanduser()
+    files = sorted(f for f in folder.rglob("*") if f.is_file()) if folder.is_dir() else []
+    name = [path, config.name, split, config.revision, hub_set.column]
+    return Source(
+        shards=[hub_set.open],
+        identity=[["hub", *name, hub_set.identity], ["files", *identity(files)]],
+        files=files,
+        num_bytes=None,
+        skipped=Skipped(),
+    )

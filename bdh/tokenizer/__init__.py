@@ -1,0 +1,45 @@
+"""Tokenizers: byte-level, training of BPE / WordPiece / Unigram, loading, fast exact encoding.
+
+All of them are ``transformers.PreTrainedTokenizerFast``: a folder that one is saved to opens with
+``AutoTokenizer`` and none of our code. Importing this package is cheap: its names load what they need when
+they are first used.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from bdh.tokenizer.config import TokenizerConfig
+
+if TYPE_CHECKING:
+    from bdh.tokenizer.byte_level import byte_tokenizer, is_byte_tokenizer
+    from bdh.tokenizer.encoding import TextEncoder, compression_ratio, encode_texts
+    from bdh.tokenizer.loading import load_tokenizer
+    from bdh.tokenizer.training import train_tokenizer
+
+__all__ = [
+    "TextEncoder",
+    "TokenizerConfig",
+    "byte_tokenizer",
+    "compression_ratio",
+    "encode_texts",
+    "is_byte_tokenizer",
+    "load_tokenizer",
+    "train_tokenizer",
+]
+
+_MODULES = {
+    "TextEncoder": "encoding",
+    "byte_tokenizer": "byte_level",
+    "compression_ratio": "encoding",
+    "encode_texts": "encoding",
+    "is_byte_tokenizer": "byte_level",
+    "load_tokenizer": "loading",
+    "train_tokenizer": "training",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        from importlib import import_module
+
+        return getattr(import_module(f"bdh.tokenizer.{_MODULES[name]}"), name)
+    raise AttributeError(f"module 'bdh.tokenizer' has no attribute {name!r}")

@@ -1,0 +1,80 @@
+"""Opens tokenizers: the built-in one, a folder, a hub id."""
+
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from bdh.tokenizer.byte_level import byte_tokenizer
+from bdh.tokenizer.config import BYTE, TokenizerConfig
+
+_TOKENIZER_FILE = "tokenizer.json"
+
+
+def load_tokenizer(config: TokenizerConfig | str | Path) -> PreTrainedTokenizerFast:
+    """The tokenizer that a setting names.
+
+    Args:
+        config: the settings, or just their ``path``: ``byte``, a folder, or a hub id.
+
+    Raises:
+        FileNotFoundError: the folder is missing or holds no tokenizer; the hub has none or cannot be reached.
+        ValueError: what is there cannot be read as a fast tokenizer.
+    """
+    settings = config if isinstance(config, TokenizerConfig) else TokenizerConfig(path=str(config))
+    name = settings.path
+    if name == BYTE:
+        return byte_tokenizer(settings.special_tokens)
+    folder = Path(name)
+    if folder.is_file():
+        raise ValueError(f"tokenizer.path is {name!r}, a file: give the folder that holds {_TOKENIZER_FILE}")
+    if folder.is_dir():
+        if not (folder / _TOKENIZER_FILE).is_file():
+            raise FileNotFoundError(
+                f"tokenizer.path is {name!r}: this folder holds no {_TOKENIZER_FILE}, so it is neither a tokenizer "
+                "nor an exported model"
+            )
+        return _from_folder(name)
+    if _is_no_hub_id(name):
+        raise FileNotFoundError(f"tokenizer.path is {name!r}: there is no such folder")
+    return _from_hub(name)
+
+
+def _is_no_hub_id(name: str) -> bool:
+    """A hub id is NAME or ORGANISATION/NAME: anything else can only have been meant as a path."""
+    return name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1 or name.endswith("/")
+
+
+def _from_folder(name: str) -> PreTrainedTokenizerFast:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True)
+    # The tokenizers library raises plain Exception for a damaged file; there is nothing narrower to catch.
+    except Exception as error:
+        raise ValueError(
+            f"tokenizer.path is {name!r}: its tokenizer files cannot be read: {_first_line(error)}"
+        ) from error
+    return _checked(tokenizer, name)
+
+
+def _from_hub(name: str) -> PreTrainedTokenizerFast:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"tokenizer.path is {name!r}: there is no such folder here, and the hub gave no tokenizer of that name "
+            f"({_first_line(error)}). Without a network these work: byte, a folder that holds {_TOKENIZER_FILE}, and "
+            "what the hub's cache holds already, with HF_HUB_OFFLINE=1"
+        ) from error
+    return _checked(tokenizer, name)
+
+
+def _checked(tokenizer: object, name: str) -> PreTrainedTokenizerFast:
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(
+            f"tokenizer.path is {name!r}: it is a {type(tokenizer).__name__}, not a fast tokenizer; convert it to one "
+            f"that saves {_TOKENIZER_FILE}"
+        )
+    return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or ['no reason given'])[0]}"

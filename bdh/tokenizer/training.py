@@ -1,0 +1,121 @@
+"""Training of tokenizers, on a stream of texts that is never held in memory.
+
+All kinds share the special tokens ``<pad> <bos> <eos> <unk>`` with ids 0 to 3.
+
+``bpe`` and ``unigram`` work on the bytes of the text, each written as one printable character (GPT-2's table).
+All 256 are in the vocabulary, the table is one to one, the splitter's pieces cover the text without a gap, and
+the pieces of a text join to it again: so every Unicode text comes back exactly, whatever the corpus was. The
+splitter separates letters, digits, signs and white space, so that no piece of text can spell a special token:
+``<eos>`` in a document is ``<``, ``eos``, ``>``.
+
+``wordpiece`` splits at white space and around punctuation and drops the white space. It cannot give back: runs
+of spaces, tabs and line ends; which side of a punctuation mark a space was on; words with a character that the
+training corpus did not have, or of more than 100 characters (each becomes one ``<unk>``).
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, get_args
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from bdh.tokenizer.byte_level import NUM_BYTES, SPECIAL_TOKENS
+
+Kind = Literal["bpe", "wordpiece", "unigram"]
+
+_SPECIALS = list(SPECIAL_TOKENS.values())
+_UNKNOWN = SPECIAL_TOKENS["unk_token"]
+_logger = logging.getLogger(__name__)
+
+
+def train_tokenizer(
+    texts: Iterable[str],
+    kind: Kind,
+    vocab_size: int,
+    *,
+    min_frequency: int = 2,
+    progress: Callable[[str, int, int | None], None] | None = None,
+) -> PreTrainedTokenizerFast:
+    """Learns a vocabulary from texts.
+
+    Args:
+        texts: documents or parts of them, read once. What is held are the different words, not the texts.
+        kind: ``bpe`` or ``unigram``, which are exact, or ``wordpiece``, which is not: see this module's text.
+        vocab_size: entries of the vocabulary, the 4 special tokens and, where there are any, the 256 bytes included.
+        min_frequency: ``bpe`` and ``wordpiece``: a pair must occur so often to become an entry.
+        progress: called with ("reading", bytes of text read so far, None), then with ("training", 0, None).
+
+    Returns:
+        The tokenizer. ``len`` of it is ``vocab_size``, or less, which is logged as a warning, if the corpus has
+        too few different words for that many.
+
+    Raises:
+        ValueError: the kind is unknown, the vocabulary is too small for its smallest entries, or there is no text.
+    """
+    if kind not in get_args(Kind):
+        raise ValueError(f"kind is {kind!r}: must be one of {', '.join(get_args(Kind))}")
+    smallest = len(_SPECIALS) + (1 if kind == "wordpiece" else NUM_BYTES)
+    if vocab_size <= smallest:
+        entries = f"{len(_SPECIALS)} special tokens" + ("" if kind == "wordpiece" else f" and {NUM_BYTES} bytes")
+        raise ValueError(f"vocab_size is {vocab_size}: a {kind} tokenizer has {entries}, so at least {smallest + 1}")
+
+    backend, trainer = _untrained(kind, vocab_size, min_frequency)
+    reader = _Reader(texts, progress)
+    backend.train_from_iterator(reader, trainer)
+    if reader.num_bytes == 0:
+        raise ValueError("there is no text to train a tokenizer on: the corpus is empty")
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **SPECIAL_TOKENS)
+    if len(tokenizer) > vocab_size:
+        raise ValueError(
+            f"vocab_size is {vocab_size}: the characters of this corpus alone take {len(tokenizer)} entries; "
+            f"give at least that many, or the kind bpe or unigram, which need no more than {smallest + 1}"
+        )
+    if len(tokenizer) < vocab_size:
+        _logger.warning(
+            "the vocabulary has %d entries, not the %d asked for: the corpus of %d bytes supports no more",
+            len(tokenizer),
+            vocab_size,
+            reader.num_bytes,
+        )
+    return tokenizer
+
+
+class _Reader:
+    """Hands the texts to the trainer, counting their bytes."""
+
+    def __init__(self, texts: Iterable[str], progress: Callable[[str, int, int | None], None] | None):
+        self._texts = texts
+        self._progress = progress
+        self.num_bytes = 0
+
+    def __iter__(self) -> Iterator[str]:
+        for text in self._texts:
+            self.num_bytes += len(text.encode())
+            if self._progress is not None:
+                self._progress("reading", self.num_bytes, None)
+            yield text
+        if self._progress is not None:
+            self._progress("training", 0, None)
+
+
+def _untrained(kind: Kind, vocab_size: int, min_frequency: int) -> tuple[Tokenizer, Any]:
+    common: dict[str, Any] = {"vocab_size": vocab_size, "special_tokens": _SPECIALS, "show_progress": False}
+    if kind == "wordpiece":
+        backend = Tokenizer(models.WordPiece(unk_token=_UNKNOWN))
+        backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        backend.decoder = decoders.WordPiece(cleanup=False)
+        return backend, trainers.WordPieceTrainer(min_frequency=min_frequency, **common)
+
+    trainer: Any
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    if kind == "bpe":
+        backend = Tokenizer(models.BPE())
+        trainer = trainers.BpeTrainer(min_frequency=min_frequency, initial_alphabet=alphabet, **common)
+    else:
+        backend = Tokenizer(models.Unigram())
+        trainer = trainers.UnigramTrainer(initial_alphabet=alphabet, unk_token=_UNKNOWN, **common)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    backend.decoder = decoders.ByteLevel()
+    return backend, trainer
