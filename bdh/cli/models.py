@@ -37,6 +37,8 @@ def load_model(
         raise ValueError(f"checkpoint is {checkpoint!r}, but {name} is not a run: leave it out")
     if path.exists() and not (path / "config.json").is_file():
         raise FileNotFoundError(f"{name} holds no model: it has neither config.json nor checkpoints")
+    if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
+        raise FileNotFoundError(f"there is no folder {name}")  # a hub id is NAME or ORGANISATION/NAME
     model = _pretrained(name, is_local=path.exists())
     from bdh.tokenizer import TokenizerConfig, load_tokenizer
 

@@ -27,7 +27,7 @@ def run(argv: list[str]) -> int:
     from bdh.train.loop import fit
     from bdh.train.run import open_run
 
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
     with stage_progress(console, "bytes") as progress:
         training = open_run(settings, progress=progress)
     print_banner(console, training)

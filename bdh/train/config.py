@@ -92,7 +92,7 @@ class TrainSettings:
     seed: int = 1337
     """Seed of the weights, the data order, the dropout and the samples."""
     eval_every_steps: int = 250
-    """Steps between evaluations on the validation windows; there is always one at the end."""
+    """Steps between evaluations on the validation windows; there is one at max_steps too."""
     eval_windows: int = 64
     """Windows of block_size tokens in the fixed validation set."""
     patience: int | None = None

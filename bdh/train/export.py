@@ -8,11 +8,13 @@ from typing import Any
 import torch
 import transformers
 from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 import bdh
 from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.tokenizer import load_tokenizer
 from bdh.train.checkpoint import Checkpoint, Checkpointer
+from bdh.train.run import TOKENIZER_FOLDER
 
 
 def export_run(run_dir: Path, folder: Path, *, which: str = "last", replace: bool = False) -> int:
@@ -47,7 +49,7 @@ def load_run(run_dir: Path, which: str = "last") -> tuple[BDHForCausalLM, PreTra
     checkpoint = checkpointer.load(step)
     model = BDHForCausalLM(BDHConfig(**checkpoint.training["model_config"]))
     model.load_state_dict(checkpoint.weights)
-    return model.eval(), load_tokenizer(run_dir / "tokenizer"), checkpoint
+    return model.eval(), load_tokenizer(run_dir / TOKENIZER_FOLDER), checkpoint
 
 
 def export_model(
@@ -68,6 +70,7 @@ def export_model(
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    logging.disable_progress_bar()
     try:
         model.generation_config = GenerationConfig(
             do_sample=True,

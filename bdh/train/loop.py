@@ -70,7 +70,7 @@ def fit(run: Run, monitor: Monitor) -> str:
             monitor.progress(step, loss=loss, tokens_per_second=speed.tokens_per_second())
 
             is_best = False
-            if step % settings.eval_every_steps == 0 or step == last_step:
+            if step % settings.eval_every_steps == 0 or step == settings.max_steps:
                 with speed.paused():
                     is_best = evaluate(run, monitor, validation)
             if settings.sample_every_steps and (step % settings.sample_every_steps == 0 or step == settings.max_steps):
@@ -161,11 +161,11 @@ def evaluate(run: Run, monitor: Monitor, validation: torch.Tensor) -> bool:
 def sample(run: Run, monitor: Monitor) -> None:
     """Continues the fixed prompts, from the run's seed, and writes the texts to ``samples.jsonl``."""
     settings, step = run.settings.train, run.progress.step
-    options = SamplingOptions(
-        max_new_tokens=settings.sample_max_new_tokens, temperature=0.8, top_k=50, seed=settings.seed
-    )
     run.model.eval()
     for number, prompt in enumerate(settings.sample_prompts):
+        options = SamplingOptions(
+            max_new_tokens=settings.sample_max_new_tokens, temperature=0.8, top_k=50, seed=settings.seed + number
+        )
         text = run.model.generate_text(run.tokenizer, prompt, options)
         monitor.log_text(step, f"samples/{number}", prompt + text)
         monitor.message(f"step {step}: {prompt!r} goes on: {json.dumps(text, ensure_ascii=False)}")

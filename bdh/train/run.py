@@ -18,7 +18,7 @@ from bdh.train.config import RunSettings
 from bdh.train.optim import Optimizers
 from bdh.train.runtime import Runtime, choose_runtime, random_states, restore_random_states
 
-CONFIG_FILE = "config.yaml"
+CONFIG_FILE, TOKENIZER_FOLDER = "config.yaml", "tokenizer"
 # A run cannot go on exactly, or at all, if one of these is another: name of the section, and its fields.
 _FIXED = {
     "model": None,
@@ -127,7 +127,8 @@ def open_run(settings: RunSettings, *, progress: Any = None) -> Run:
         )
 
     runtime = choose_runtime(settings.train)
-    tokenizer = load_tokenizer(settings.tokenizer)
+    # A run keeps the tokenizer that it was started with.
+    tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER if checkpoint else settings.tokenizer)
     config = model_config(settings, tokenizer)
     corpus = prepare_corpus(settings.data, tokenizer, settings.train.block_size, progress=progress)
 
@@ -155,7 +156,7 @@ def open_run(settings: RunSettings, *, progress: Any = None) -> Run:
         checkpointer.forget_after(run.progress.step)
     folder.mkdir(parents=True, exist_ok=True)
     if checkpoint is None:
-        tokenizer.save_pretrained(folder / "tokenizer")
+        tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
     (folder / CONFIG_FILE).write_text(yaml.safe_dump(settings_to_store(settings), sort_keys=False), encoding="utf-8")
     return run
 
