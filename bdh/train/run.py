@@ -135,7 +135,7 @@ def open_run(settings: RunSettings, *, progress: Any = None) -> Run:
     torch.manual_seed(settings.train.seed)
     model = BDHForCausalLM(config).to(runtime.device)
     if settings.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     run = Run(
         settings=settings,
         folder=folder,

@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import subprocess
@@ -32,7 +33,6 @@ def assert_same_run(one, other):
         {},
         {"train.optimizer": "muon"},
         {"train.dtype": "float16"},
-        {"data.streaming": "true"},
         {"train.gradient_accumulation_steps": 2, "train.schedule": "wsd"},
         {"train.gradient_checkpointing": "true"},
     ],
@@ -43,6 +43,19 @@ def test_resume_is_bit_equal(train, tmp_path, overrides):
     straight, halves = tmp_path / "straight", tmp_path / "halves"
     assert train(straight, **overrides) == 0
     assert train(halves, **overrides, **{"train.stop_at_step": 5}) == 0
+    assert main(["train", "--run_dir", str(halves), "--resume"]) == 0
+    assert_same_run(straight, halves)
+
+
+def test_a_streaming_run_resumes_bit_equal(train, tmp_path):
+    """In the middle of a pass over the data, with documents waiting in the shuffle buffer."""
+    lines = [json.dumps({"text": f"Document {i} says that {i} and {i + 1} are neighbours. " * 3}) for i in range(300)]
+    source = tmp_path / "documents.jsonl"
+    source.write_text("\n".join(lines))
+    streaming = {"data.source": source, "data.streaming": "true", "data.shuffle_buffer_documents": 20}
+    straight, halves = tmp_path / "straight", tmp_path / "halves"
+    assert train(straight, **streaming) == 0
+    assert train(halves, **streaming, **{"train.stop_at_step": 5}) == 0
     assert main(["train", "--run_dir", str(halves), "--resume"]) == 0
     assert_same_run(straight, halves)
 
