@@ -10,7 +10,7 @@ BYTE = "byte"
 @dataclass
 class TokenizerConfig:
     path: str = BYTE
-    """byte (a token is a byte), a folder that `bdh tokenizer train` or an export wrote, or a hub id."""
+    """byte (a token is a byte), a folder that `bdh tokenizer train` or an export wrote, a tokenizer.json, or a hub id."""
     special_tokens: bool = False
     """byte only: add <pad> <bos> <eos> <unk> behind the 256 bytes. With them, <eos> ends every document."""
 

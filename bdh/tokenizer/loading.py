@@ -2,19 +2,20 @@
 
 from pathlib import Path
 
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from bdh.tokenizer.byte_level import byte_tokenizer
+from bdh.tokenizer.byte_level import SPECIAL_TOKENS, byte_tokenizer
 from bdh.tokenizer.config import BYTE, TokenizerConfig
 
-_TOKENIZER_FILE = "tokenizer.json"
+_TOKENIZER_FILE, _CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 
 
 def load_tokenizer(config: TokenizerConfig | str | Path) -> PreTrainedTokenizerFast:
     """The tokenizer that a setting names.
 
     Args:
-        config: the settings, or just their ``path``: ``byte``, a folder, or a hub id.
+        config: the settings, or just their ``path``: ``byte``, a folder, a ``tokenizer.json``, or a hub id.
 
     Raises:
         FileNotFoundError: the folder is missing or holds no tokenizer; the hub has none or cannot be reached.
@@ -26,7 +27,7 @@ def load_tokenizer(config: TokenizerConfig | str | Path) -> PreTrainedTokenizerF
         return byte_tokenizer(settings.special_tokens)
     folder = Path(name)
     if folder.is_file():
-        raise ValueError(f"tokenizer.path is {name!r}, a file: give the folder that holds {_TOKENIZER_FILE}")
+        return _from_file(folder)
     if folder.is_dir():
         if not (folder / _TOKENIZER_FILE).is_file():
             raise FileNotFoundError(
@@ -53,6 +54,21 @@ def _from_folder(name: str) -> PreTrainedTokenizerFast:
             f"tokenizer.path is {name!r}: its tokenizer files cannot be read: {_first_line(error)}"
         ) from error
     return _checked(tokenizer, name)
+
+
+def _from_file(path: Path) -> PreTrainedTokenizerFast:
+    """A bare ``tokenizer.json``. Its special tokens are found by their usual names."""
+    if (path.parent / _CONFIG_FILE).is_file() and path.name == _TOKENIZER_FILE:
+        return _from_folder(str(path.parent))
+    try:
+        backend = Tokenizer.from_file(str(path))
+    # The tokenizers library raises plain Exception for a damaged file; there is nothing narrower to catch.
+    except Exception as error:
+        raise ValueError(
+            f"tokenizer.path is {str(path)!r}: it is no {_TOKENIZER_FILE} of the tokenizers library: {_first_line(error)}"
+        ) from error
+    special = {role: token for role, token in SPECIAL_TOKENS.items() if backend.token_to_id(token) is not None}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special)
 
 
 def _from_hub(name: str) -> PreTrainedTokenizerFast:

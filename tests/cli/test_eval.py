@@ -1,0 +1,63 @@
+import json
+import math
+
+import numpy as np
+import pytest
+
+from bdh.cli.main import main
+from bdh.cli.models import load_model
+from bdh.evaluate.loss import evaluate_text
+
+TEXT = "The quick brown fox jumps over the lazy dog. " * 40
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def evaluated(capsys, *argv) -> dict:
+    assert main(["eval", *map(str, argv), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("part", "text"), [("validation", TEXT[-180:]), ("train", TEXT[:-180]), ("all", TEXT)], ids=["val", "train", "all"]
+)
+def test_figures_are_those_of_the_part_that_is_asked_for(model_folder, text_file, capsys, part, text):
+    figures = evaluated(capsys, model_folder, "--data.source", text_file, "--part", part, "--block_size", 32)
+    model, _ = load_model(str(model_folder))
+    tokens = np.frombuffer(text.encode(), np.uint8)
+    expected = evaluate_text(model, tokens, bytes_per_token=1.0, block_size=32)
+    assert figures["tokens"] == len(text) - 1
+    assert figures["loss"] == pytest.approx(expected.loss, rel=1e-6)
+    assert figures["bits_per_byte"] == pytest.approx(expected.loss / math.log(2), rel=1e-6)
+
+
+def test_strides_and_the_carried_state(model_folder, text_file, capsys):
+    common = (model_folder, "--data.source", text_file, "--block_size", 32)
+    plain, stride, carried = (evaluated(capsys, *common, *more) for more in ((), ("--stride", 8), ("--carry_state",)))
+    assert plain["tokens"] == stride["tokens"] == carried["tokens"]
+    assert len({plain["loss"], stride["loss"], carried["loss"]}) == 3
+
+
+def test_lines_for_people(model_folder, text_file, capsys):
+    assert main(["eval", str(model_folder), "--data.source", str(text_file)]) == 0
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("perplexity", "bits per byte", "accuracy", "nats per byte"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--stride", "64", "--block_size", "32"], "stride is 64: must be within 1 and block_size, 32"),
+        (["--stride", "8", "--carry_state"], "left out with carry_state"),
+        (["--part", "test"], "part is 'test': must be one of validation, train, all"),
+        (["--data.source", "/nowhere/x.txt"], "/nowhere/x.txt"),
+    ],
+)
+def test_bad_input_gets_status_2_and_says_why(model_folder, text_file, capsys, argv, message):
+    assert main(["eval", str(model_folder), "--data.source", str(text_file), *argv]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,121 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bdh.cli.main import main
+
+
+def generate(*argv) -> int:
+    return main(["generate", *map(str, argv)])
+
+
+def test_the_printed_text_is_the_models(model_folder, capsys):
+    assert generate(model_folder, "--prompt", "The ", "--temperature", 0, "--max_new_tokens", 12) == 0
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    expected = model.generate_text(tokenizer, "The ", temperature=0, max_new_tokens=12)
+    assert capsys.readouterr().out == f"The {expected}\n"
+
+
+def test_a_seed_gives_the_same_text_in_another_process(model_folder):
+    argv = [sys.executable, "-m", "bdh", "generate", str(model_folder), "--prompt", "a", "--max_new_tokens", "20"]
+    texts = [
+        subprocess.run([*argv, "--seed", seed], capture_output=True, check=True).stdout for seed in ("1", "1", "2")
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_prompts_of_a_file_go_into_json_lines_in_order(model_folder, tmp_path, capsys):
+    prompts = ["one", "two is longer ", "drei ü"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n\n")
+    output = tmp_path / "out.jsonl"
+    flags = ("--temperature", 0, "--max_new_tokens", 8)
+    assert (
+        generate(
+            model_folder, "--prompts_file", tmp_path / "prompts.txt", "--output", output, "--batch_size", 2, *flags
+        )
+        == 0
+    )
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == prompts
+    for row in rows:  # greedy: a row of a batch is what it is alone
+        capsys.readouterr()
+        assert generate(model_folder, "--prompt", row["prompt"], *flags) == 0
+        assert capsys.readouterr().out == f"{row['prompt']}{row['text']}\n"
+
+
+def test_several_sequences_and_beams(model_folder, tmp_path):
+    output = tmp_path / "out.jsonl"
+    assert (
+        generate(model_folder, "--prompt", "a", "--num_return_sequences", 3, "--max_new_tokens", 5, "--output", output)
+        == 0
+    )
+    assert len(output.read_text().splitlines()) == 3
+    assert generate(model_folder, "--prompt", "a", "--num_beams", 3, "--temperature", 0, "--max_new_tokens", 5) == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "give either --prompt or --prompts_file"),
+        (["--prompt", "a", "--prompts_file", "b"], "give either --prompt or --prompts_file"),
+        (["--prompt", ""], "the prompt is empty"),
+        (["--prompt", "a", "--temperature", "-1"], "temperature is -1.0: must be 0 (greedy) or above"),
+        (["--prompt", "a", "--top_p", "2", "--max_new_tokens", "0"], "2 settings are wrong"),
+        (["--prompts_file", "nowhere.txt"], "nowhere.txt"),
+        (["--prompt", "a", "--checkpoint", "best"], "is not a run: leave it out"),
+        (["--prompt", "a", "--temprature", "1"], "did you mean temperature?"),
+    ],
+)
+def test_bad_input_gets_status_2_and_says_why(model_folder, capsys, argv, message):
+    assert generate(model_folder, *argv) == 2
+    shown = capsys.readouterr()
+    assert message in shown.err
+    assert shown.out == ""
+
+
+def test_an_existing_output_is_not_overwritten(model_folder, tmp_path, capsys):
+    output = tmp_path / "out.jsonl"
+    output.write_text("precious")
+    assert generate(model_folder, "--prompt", "a", "--output", output) == 2
+    assert output.read_text() == "precious"
+
+
+def test_prompts_that_are_not_utf8_or_not_there_are_named(model_folder, tmp_path, capsys):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(b"abc\xffdef")
+    assert generate(model_folder, "--prompts_file", path) == 2
+    assert f"{path} is not UTF-8: byte 3 is 0xff" in capsys.readouterr().err
+    path.write_text("\n\n")
+    assert generate(model_folder, "--prompts_file", path) == 2
+    assert "holds no prompts" in capsys.readouterr().err
+
+
+def test_what_is_no_model_is_named(tmp_path, capsys):
+    assert generate(tmp_path, "--prompt", "a") == 2
+    assert f"{tmp_path} holds no model" in capsys.readouterr().err
+    assert generate(tmp_path / "nowhere", "--prompt", "a") == 2
+    assert "there is no folder" in capsys.readouterr().err
+    assert generate("an-org/a-model", "--prompt", "a") == 2
+    assert "nor a model that the hub gives" in capsys.readouterr().err
+
+
+def test_weights_that_are_cut_off_are_named(model_folder, tmp_path, capsys):
+    import shutil
+
+    broken = shutil.copytree(model_folder, tmp_path / "broken")
+    path = broken / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert generate(broken, "--prompt", "a") == 2
+    assert "cut off or damaged" in capsys.readouterr().err
+
+
+def test_another_architecture_is_refused(model_folder, tmp_path, capsys):
+    folder = tmp_path / "other"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_embd": 8}))
+    assert generate(folder, "--prompt", "a") == 2
+    assert "is no BDH model" in capsys.readouterr().err
