@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
         return _run(arguments)
     except BrokenPipeError:
         # The reader, `head` say, has gone. Python would complain once more when it flushes at exit.
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = None
         return 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -32,7 +32,7 @@ def load_model(
         from bdh.train.export import load_run
 
         model, tokenizer, _ = load_run(path, checkpoint or "last")
-        return model.to(target), tokenizer
+        return model.to(target), tokenizer  # type: ignore[arg-type]
     if checkpoint is not None:
         raise ValueError(f"checkpoint is {checkpoint!r}, but {name} is not a run: leave it out")
     if path.exists() and not (path / "config.json").is_file():
@@ -42,7 +42,7 @@ def load_model(
     model = _pretrained(name, is_local=path.exists())
     from bdh.tokenizer import TokenizerConfig, load_tokenizer
 
-    return model.to(target).eval(), load_tokenizer(TokenizerConfig(path=name))
+    return model.to(target).eval(), load_tokenizer(TokenizerConfig(path=name))  # type: ignore[arg-type]
 
 
 def _pretrained(name: str, *, is_local: bool) -> "BDHForCausalLM":

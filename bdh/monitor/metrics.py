@@ -24,7 +24,7 @@ class MetricsFile:
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        row = {"step": step, "time": round(time.time(), 3)}
+        row: dict[str, Any] = {"step": step, "time": round(time.time(), 3)}
         row |= {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps(row) + "\n")
 

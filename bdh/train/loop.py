@@ -224,13 +224,15 @@ def _deferred_signals() -> Iterator[list[str]]:
 
     def remember(number: int, frame: FrameType | None) -> None:
         received.append(signal.Signals(number).name)
+        restore()
+
+    def restore() -> None:
         for each, handler in before.items():
             signal.signal(each, handler)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, remember)
+    for each in (signal.SIGINT, signal.SIGTERM):
+        before[each] = signal.signal(each, remember)
     try:
         yield received
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        restore()

@@ -42,16 +42,17 @@ class Optimizers:
         ends = [p for name, p in model.named_parameters() if name.startswith(("embed.", "lm_head."))]
         ends_ids = {id(p) for p in ends}
         matrices = [p for p in model.parameters() if id(p) not in ends_ids]
-        decayed = {"weight_decay": settings.weight_decay}
         ends_decay = {"weight_decay": settings.weight_decay if settings.decay_embeddings else 0.0}
         lr = settings.learning_rate
         groups = [{"params": ends, **ends_decay}]
         self.all: list[torch.optim.Optimizer] = []
         if settings.optimizer == "muon":
             # match_rms_adamw scales the updates to AdamW's size, so that one learning rate fits both.
-            self.all.append(torch.optim.Muon(matrices, lr=lr, adjust_lr_fn="match_rms_adamw", **decayed))
+            self.all.append(
+                torch.optim.Muon(matrices, lr=lr, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw")
+            )
         else:
-            groups.append({"params": matrices, **decayed})
+            groups.append({"params": matrices, "weight_decay": settings.weight_decay})
         device = next(model.parameters()).device.type
         fused = device in ("cpu", "cuda")
         self.all.append(torch.optim.AdamW(groups, lr=lr, betas=(settings.beta1, settings.beta2), fused=fused))

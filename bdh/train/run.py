@@ -133,7 +133,7 @@ def open_run(settings: RunSettings, *, progress: Any = None) -> Run:
     corpus = prepare_corpus(settings.data, tokenizer, settings.train.block_size, progress=progress)
 
     torch.manual_seed(settings.train.seed)
-    model = BDHForCausalLM(config).to(runtime.device)
+    model = BDHForCausalLM(config).to(runtime.device)  # type: ignore[arg-type]
     if settings.train.gradient_checkpointing:
         model.activation_checkpointing_enable()
     run = Run(

@@ -14,7 +14,7 @@ FIXTURE = Path(__file__).parent.parent / "fixtures" / "tiny.safetensors"
 def reference(tmp_path) -> Path:
     """A checkpoint as the published code writes it."""
     with safe_open(FIXTURE, "pt") as file:
-        weights = {k.removeprefix("weights."): file.get_tensor(k) for k in file.keys() if k.startswith("weights.")}
+        weights = {k.removeprefix("weights."): file.get_tensor(k) for k in file.keys() if k.startswith("weights.")}  # noqa: SIM118
         config = json.loads(file.metadata()["config"])
     path = tmp_path / "reference.pt"
     torch.save({"model": weights, "config": config, "iters": 3}, path)

@@ -147,7 +147,7 @@ def test_all_faults_are_reported_together(tmp_path):
 
 
 def test_top_level_ranges_are_checked_too():
-    with pytest.raises(ValueError, match="^guests is -1: must be at least 1$"):
+    with pytest.raises(ValueError, match=r"^guests is -1: must be at least 1$"):
         parse("cake", "--guests", "-1")
 
 

@@ -33,7 +33,9 @@ TINY = {
 @pytest.fixture
 def text_file(tmp_path) -> Path:
     """Words in an order that a model can learn something of."""
-    words = random.Random(5).choices("the cat dog sat on a mat and ate some fish ".split(), k=3000)
+    words = random.Random(5).choices(
+        ["the", "cat", "dog", "sat", "on", "a", "mat", "and", "ate", "some", "fish"], k=3000
+    )
     path = tmp_path / "text.txt"
     path.write_text(" ".join(words))
     return path

@@ -73,7 +73,7 @@ def test_a_flipped_bit_is_refused(tmp_path):
 def test_what_is_not_there_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
         Checkpointer(tmp_path).load()
-    with pytest.raises(FileNotFoundError, match="no checkpoint of step 15.*there are 10"):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 15.*there are 10"):
         saved(tmp_path, 10).load(15)
 
 

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 
@@ -19,7 +21,7 @@ def test_every_schedule_warms_up_linearly_to_the_full_rate(schedule):
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
 def test_schedules_fall_to_their_floor_and_never_rise_again(schedule):
     after_warmup = factors(schedule=schedule)[10:]
-    assert all(a >= b for a, b in zip(after_warmup, after_warmup[1:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(after_warmup))
     # One step short of the end: the floor itself is reached at step max_steps.
     assert 0.1 <= after_warmup[-1] < 0.15
 
