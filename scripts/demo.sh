@@ -15,7 +15,7 @@ fi
 for prompt in "The " "A class is " "If the file "; do
     echo
     echo "--- bdh generate $run/model --prompt '$prompt'"
-    bdh generate "$run/model" --prompt "$prompt" --max_new_tokens 160 --temperature 0.7 --seed 1
+    bdh generate "$run/model" --prompt "$prompt" --max_new_tokens 80 --temperature 0.7 --seed 1
 done
 
 echo
