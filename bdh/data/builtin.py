@@ -6,10 +6,9 @@ import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
-from bdh.data.parts import Skipped
+from bdh.data.parts import EMPTY_FILES, NOT_UTF8, Skipped
 
 BUILTIN = ("pydoc", "stdlib", "shakespeare")
-NOT_UTF8 = "files that are not UTF-8"
 _NO_SOURCE_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 
 
@@ -31,7 +30,7 @@ def stdlib_files() -> list[Path]:
 
 
 def stdlib_document(files: list[Path], skipped: Skipped) -> Callable[[int], bytes | None]:
-    """A function that reads the file of a number, or counts it as skipped where it is not UTF-8."""
+    """A function that reads the file of a number, or counts it as skipped where it is empty or not UTF-8."""
 
     def read(number: int) -> bytes | None:
         utf8 = files[number].read_bytes()
@@ -40,6 +39,8 @@ def stdlib_document(files: list[Path], skipped: Skipped) -> Callable[[int], byte
         except UnicodeDecodeError:
             skipped.add(NOT_UTF8)
             return None
+        if not utf8:
+            skipped.add(EMPTY_FILES)
         return utf8
 
     return read

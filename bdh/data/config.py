@@ -30,8 +30,8 @@ class DataConfig:
     """Read, shuffle and tokenize while training: nothing is written to disk, and memory stays flat."""
     shuffle_buffer_documents: int = 1000
     """Streaming: documents that are shuffled among each other; the buffer also ends at 64 MiB of text."""
-    val_max_tokens: int = 262_144
-    """Streaming: most tokens that are collected for validation."""
+    val_tokens: int = 262_144
+    """Streaming: tokens to collect for validation; the document that reaches them is taken whole."""
     cache_dir: str | None = None
     """Folder of the token cache. None takes $BDH_CACHE, or else ~/.cache/bdh."""
 
@@ -43,7 +43,7 @@ class DataConfig:
             faults.require(is_right, field, value, "a name, or a list of names, none of them empty")
         faults.require_one_of("encoding_errors", self.encoding_errors, ("strict", "replace"))
         faults.require(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "above 0 and below 1")
-        for field in ("shuffle_buffer_documents", "val_max_tokens"):
+        for field in ("shuffle_buffer_documents", "val_tokens"):
             faults.require(getattr(self, field) >= 1, field, getattr(self, field), "at least 1")
         faults.require(
             self.val_split is None or self.val_source is None,

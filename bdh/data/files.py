@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bdh.data.parts import Skipped
+from bdh.data.parts import EMPTY_FILES, OTHER_TYPES, Skipped
 from bdh.data.readers import (
-    EMPTY_FILES,
     DocumentsReader,
     Reader,
     State,
@@ -22,7 +21,6 @@ from bdh.data.tables import ColumnError, text_column
 TEXT_TYPES = (".txt", ".md", ".py")
 TABLE_TYPES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 COMPRESSED = (".gz", ".zst")
-OTHER_TYPES = "files of other types"
 
 
 def file_type(path: Path) -> str | None:
@@ -112,23 +110,21 @@ def identity(files: Sequence[Path]) -> list[Any]:
 
 def _rows(path: Path, encoding_errors: str, column: str | None = None) -> Any:
     """A ``datasets.IterableDataset`` over a table; with ``column``, of this one alone where that is cheaper."""
-    import datasets
+    from datasets import Features, IterableDataset, Value
 
-    kind = TABLE_TYPES[file_type(path) or ""]
-    options: dict[str, Any] = {}
+    # Not load_dataset, which reports each call to the hub.
+    name, kind = glob.escape(str(path)), TABLE_TYPES[file_type(path) or ""]
     if kind == "json":
         # Any other spelling than "utf-8" lets datasets check the bytes, and heed encoding_errors.
-        options = {"encoding": "utf8", "encoding_errors": encoding_errors, "parse_agent_traces": False}
-    elif kind == "csv":
-        # A cell that spells NA or null is text.
-        options = {"encoding_errors": encoding_errors, "keep_default_na": False}
-        if column is not None:
-            options.update(usecols=[column], converters={column: str})
-    elif column is not None:
-        options = {"columns": [column]}
-    # A list of one path: a bare string would be taken for a glob.
-    name = glob.escape(str(path.resolve()))
-    return datasets.load_dataset(kind, data_files=[name], split="train", streaming=True, **options)
+        return IterableDataset.from_json(
+            name, encoding="utf8", encoding_errors=encoding_errors, parse_agent_traces=False
+        )
+    if kind == "parquet":
+        return IterableDataset.from_parquet(name, columns=None if column is None else [column])
+    # Given no type, pandas guesses one for each 10,000 rows anew; and without keep_default_na=False, a cell that
+    # spells NA or null would be missing.
+    one_column = {} if column is None else {"usecols": [column], "features": Features({column: Value("string")})}
+    return IterableDataset.from_csv(name, encoding_errors=encoding_errors, keep_default_na=False, **one_column)
 
 
 def _explain(path: Path, error: Exception) -> Exception:

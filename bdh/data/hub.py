@@ -7,7 +7,7 @@ from typing import Any
 
 from bdh.data.parts import Skipped
 from bdh.data.readers import State, TableReader
-from bdh.data.tables import text_column
+from bdh.data.tables import ColumnError, text_column
 
 SHAKESPEARE_ID = "karpathy/tiny_shakespeare"
 # The hub's own conversion: the repository itself is a loading script, which datasets no longer runs.
@@ -38,20 +38,27 @@ class HubSet:
         """
         self.where = f"{path}, split {split}"
         self._encoding_errors = encoding_errors
-        self._load = partial(load_split, path, name=name, split=split, revision=revision, streaming=streaming)
-        rows = self._load()
-        found = text_column(rows, column, self.where)
+        load = partial(load_split, path, name=name, split=split, revision=revision, streaming=streaming)
+        rows = load()
+        try:
+            found = text_column(rows, column, self.where)
+        except ColumnError:
+            raise
+        except Exception as error:  # pyarrow, pandas, fsspec and datasets each raise their own
+            raise self._explain(error) from error
         if found is None:
             raise ValueError(f"{self.where} has no rows")
         self.column = found
         self.identity: str | None = getattr(rows, "_fingerprint", None)
         """Equal for equal data, where datasets knows it; None when streaming."""
+        # A streamed data set carries the position of its one reader: each reader loads its own.
+        self._rows = load if self.identity is None else lambda: rows
 
     def open(self, skipped: Skipped, state: State | None) -> TableReader:
         """A reader of its rows."""
         import datasets
 
-        rows = self._load()  # anew, as a streamed data set carries the position of its one reader
+        rows = self._rows()
         if rows.features is not None:
             rows = rows.select_columns([self.column])  # else every column of every row would be decoded
         if isinstance(rows, datasets.Dataset):

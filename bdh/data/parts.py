@@ -9,6 +9,13 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 PART_BYTES = 1 << 18
+# Kinds of things that are left out, and counted.
+NO_TEXT = "rows without text"
+EMPTY_FILES = "empty files"
+NOT_UTF8 = "files that are not UTF-8"
+OTHER_TYPES = "files of other types"
+HELD_OUT_FILES = "files of data.val_source"
+
 _SPACES = b" \t\n\v\f\r"
 _MAX_LINE_ENDS = 64  # tried for the best cut: a file of empty lines has none
 

@@ -10,11 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from bdh.data.parts import PART_BYTES, Part, Skipped, cut_position, split_document, to_utf8
+from bdh.data.parts import EMPTY_FILES, NO_TEXT, PART_BYTES, Part, Skipped, cut_position, split_document, to_utf8
 
 _COMPRESSED_CHUNK_BYTES = 1 << 14
-NO_TEXT = "rows without text"
-EMPTY_FILES = "empty files"
 
 State = dict[str, Any]
 

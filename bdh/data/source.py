@@ -11,7 +11,7 @@ from bdh.data import builtin
 from bdh.data.config import DataConfig
 from bdh.data.files import file_type, find_files, identity, open_file
 from bdh.data.hub import HubSet, is_hub_layout, shakespeare
-from bdh.data.parts import Skipped
+from bdh.data.parts import HELD_OUT_FILES, Skipped
 from bdh.data.readers import ChainReader, DocumentsReader, Reader, State
 
 _FINGERPRINT_BYTES = 1 << 16
@@ -32,7 +32,6 @@ class Source:
     """Bytes of text, where they are known beforehand. For progress bars."""
     skipped: Skipped
     """What was left out when the source was looked up."""
-    single_document: bool = False
 
     def open(self, skipped: Skipped | None = None, state: State | None = None) -> ChainReader:
         """A reader from the beginning, or from where another one was."""
@@ -135,7 +134,7 @@ def _resolve(config: DataConfig, items: list[str], split: str, held_out: set[Pat
         found = find_files(item, skipped) or []
         kept = [path for path in found if path.resolve() not in held_out]
         if len(kept) < len(found):
-            skipped.add("files of data.val_source", len(found) - len(kept))
+            skipped.add(HELD_OUT_FILES, len(found) - len(kept))
         if kept:
             parts.append(_of_files(config, kept, Skipped()))
     if not parts:
@@ -168,25 +167,33 @@ def _of_files(config: DataConfig, files: list[Path], skipped: Skipped) -> Source
 
 def _of_builtin(name: str) -> Source:
     if name == "stdlib":
-        paths = builtin.stdlib_files()
-        shard: OpenShard = lambda counts, state: DocumentsReader(  # noqa: E731
-            len(paths), builtin.stdlib_document(paths, counts), state
-        )
-        return Source([shard], [[name, builtin.python_version(), len(paths)]], [], None, Skipped())
+        return _of_stdlib()
     documents = [shakespeare()] if name == "shakespeare" else builtin.pydoc_documents()
-    version = hashlib.sha256(b"\0".join(documents)).hexdigest()
     return Source(
         shards=[lambda counts, state: DocumentsReader(len(documents), documents.__getitem__, state)],
-        identity=[[name, version]],
+        identity=[[name, hashlib.sha256(b"\0".join(documents)).hexdigest()]],
         files=[],
         num_bytes=sum(map(len, documents)),
         skipped=Skipped(),
     )
 
 
+def _of_stdlib() -> Source:
+    paths = builtin.stdlib_files()
+    num_bytes = sum(path.stat().st_size for path in paths)
+    return Source(
+        shards=[lambda counts, state: DocumentsReader(len(paths), builtin.stdlib_document(paths, counts), state)],
+        identity=[["stdlib", builtin.python_version(), len(paths), num_bytes]],
+        files=[],
+        num_bytes=num_bytes,
+        skipped=Skipped(),
+    )
+
+
 def _of_hub(config: DataConfig, path: str, split: str) -> Source:
+    folder = Path(path).expanduser()
     hub_set = HubSet(
-        str(Path(path).expanduser()) if Path(path).expanduser().is_dir() else path,
+        str(folder) if folder.is_dir() else path,
         name=config.name,
         split=split,
         revision=config.revision,
@@ -194,9 +201,8 @@ def _of_hub(config: DataConfig, path: str, split: str) -> Source:
         encoding_errors=config.encoding_errors,
         streaming=config.streaming,
     )
-    folder = Path(path).expanduser()
     files = sorted(f for f in folder.rglob("*") if f.is_file()) if folder.is_dir() else []
-    name = [path, config.name, split, config.revision, hub_set.column]
+    name = [folder.name if files else path, config.name, split, config.revision, hub_set.column]
     return Source(
         shards=[hub_set.open],
         identity=[["hub", *name, hub_set.identity], ["files", *identity(files)]],

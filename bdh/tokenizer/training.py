@@ -13,8 +13,10 @@ of spaces, tabs and line ends; which side of a punctuation mark a space was on; 
 training corpus did not have, or of more than 100 characters (each becomes one ``<unk>``).
 """
 
+import json
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from math import ceil
 from typing import Any, Literal, get_args
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -26,6 +28,9 @@ Kind = Literal["bpe", "wordpiece", "unigram"]
 
 _SPECIALS = list(SPECIAL_TOKENS.values())
 _UNKNOWN = SPECIAL_TOKENS["unk_token"]
+# The trainer throws pieces away in large steps, and may end below the size it was asked for though the corpus has
+# more: so it is asked for more, and the least likely pieces are left out. Texts shrink as well either way.
+_UNIGRAM_SURPLUS = 1.25
 _logger = logging.getLogger(__name__)
 
 
@@ -66,6 +71,8 @@ def train_tokenizer(
     if reader.num_bytes == 0:
         raise ValueError("there is no text to train a tokenizer on: the corpus is empty")
 
+    if kind == "unigram":
+        backend = _of_size(backend, vocab_size)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **SPECIAL_TOKENS)
     if len(tokenizer) > vocab_size:
         raise ValueError(
@@ -115,7 +122,25 @@ def _untrained(kind: Kind, vocab_size: int, min_frequency: int) -> tuple[Tokeniz
         trainer = trainers.BpeTrainer(min_frequency=min_frequency, initial_alphabet=alphabet, **common)
     else:
         backend = Tokenizer(models.Unigram())
+        common["vocab_size"] = ceil(vocab_size * _UNIGRAM_SURPLUS)
         trainer = trainers.UnigramTrainer(initial_alphabet=alphabet, unk_token=_UNKNOWN, **common)
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     backend.decoder = decoders.ByteLevel()
     return backend, trainer
+
+
+def _of_size(backend: Tokenizer, vocab_size: int) -> Tokenizer:
+    """The Unigram tokenizer with its special tokens, its bytes, and the most likely of its other pieces."""
+    parts = json.loads(backend.to_str())
+    vocabulary = parts["model"]["vocab"]  # pairs of piece and score: special tokens first, then by falling score
+    alphabet = set(pre_tokenizers.ByteLevel.alphabet())
+    specials, pieces = vocabulary[: len(_SPECIALS)], vocabulary[len(_SPECIALS) :]
+    room = vocab_size - len(specials) - len(alphabet)
+    kept = []
+    for piece, score in pieces:
+        is_byte = piece in alphabet
+        if is_byte or room > 0:
+            kept.append([piece, score])
+            room -= not is_byte
+    parts["model"]["vocab"] = specials + kept
+    return Tokenizer.from_str(json.dumps(parts))

@@ -1,0 +1,122 @@
+"""Data sets in the hub's layout, from local folders; and a hub that cannot be reached."""
+
+import datasets
+import pytest
+
+from bdh.data import DataConfig, training_texts, validation_texts
+from tests.data.conftest import documents_of, write_table, write_text
+
+TRAIN = [f"train {i}" for i in range(10)]
+TEST = [f"test {i}" for i in range(3)]
+README = """---
+license: mit
+configs:
+- config_name: plain
+  default: true
+  data_files:
+  - {split: train, path: data/plain-train.jsonl}
+  - {split: test, path: data/plain-test.jsonl}
+- config_name: other
+  data_files:
+  - {split: train, path: data/other.jsonl}
+---
+# A data set
+"""
+
+
+@pytest.fixture
+def with_card(tmp_path):
+    """A folder whose README.md says which file is what."""
+    write_text(tmp_path / "README.md", README)
+    for name, texts in (("train", TRAIN), ("test", TEST)):
+        write_table(tmp_path / "data" / f"plain-{name}.jsonl", [{"n": 1, "body": text} for text in texts])
+    write_table(tmp_path / "data" / "other.jsonl", [{"body": f"other {i}"} for i in range(4)])
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def _no_folder_yet(tmp_path):
+    (tmp_path / "data").mkdir()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_split_and_validation_split_are_taken_as_the_card_says(with_card, streaming):
+    config = DataConfig(source=str(with_card), val_split="test", streaming=streaming)
+    assert list(training_texts(config)) == TRAIN
+    assert list(validation_texts(config)) == TEST
+
+
+def test_configuration_is_taken_by_name(with_card, corpus_of):
+    assert documents_of(corpus_of(with_card, name="other")) == [f"other {i}" for i in range(4)]
+
+
+def test_default_configuration_of_a_folder_with_a_card(with_card, corpus_of):
+    assert documents_of(corpus_of(with_card)) == TRAIN
+    assert documents_of(corpus_of(with_card, split="test")) == TEST
+
+
+def test_shards_named_after_splits_need_no_card(tmp_path, corpus_of):
+    for number in range(2):
+        rows = [{"text": text} for text in TRAIN[5 * number : 5 * number + 5]]
+        write_table(tmp_path / "data" / f"train-0000{number}-of-00002.parquet", rows)
+    write_table(tmp_path / "data" / "test-00000-of-00001.parquet", [{"text": text} for text in TEST])
+    assert documents_of(corpus_of(tmp_path)) == TRAIN
+    corpus = corpus_of(tmp_path, val_split="test")
+    assert corpus.facts["val_documents"] == 3
+    assert documents_of(corpus) == TRAIN + TEST
+
+
+def test_folder_that_datasets_saved_opens(tmp_path, corpus_of):
+    rows = datasets.Dataset.from_dict({"text": TRAIN})
+    rows.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=rows, test=datasets.Dataset.from_dict({"text": TEST})).save_to_disk(tmp_path / "two")
+    assert documents_of(corpus_of(tmp_path / "one")) == TRAIN
+    assert documents_of(corpus_of(tmp_path / "two", val_split="test")) == TRAIN + TEST
+    with pytest.raises(ValueError, match="no split 'dev': it has train, test"):
+        corpus_of(tmp_path / "two", split="dev")
+
+
+def test_readme_of_a_plain_folder_is_a_document(tmp_path, corpus_of):
+    write_text(tmp_path / "README.md", "---\ntitle: x\n---\n# text\n")
+    write_text(tmp_path / "a.txt", "another text")
+    assert len(documents_of(corpus_of(tmp_path))) == 2
+
+
+def test_changed_file_of_a_data_set_is_seen(with_card, corpus_of):
+    before = corpus_of(with_card)
+    write_table(with_card / "data" / "plain-train.jsonl", [{"n": 1, "body": text} for text in [*TRAIN, "more"]])
+    after = corpus_of(with_card)
+    assert documents_of(after) == [*TRAIN, "more"]
+    assert after.fingerprint != before.fingerprint
+
+
+def test_unknown_split_and_configuration_name_those_there_are(with_card, corpus_of):
+    with pytest.raises(ValueError, match=r"data\.split 'dev'.*train.*test"):
+        corpus_of(with_card, split="dev")
+    with pytest.raises(ValueError, match=r"data\.name 'third'.*plain.*other"):
+        corpus_of(with_card, name="third")
+
+
+def test_damaged_data_set_is_named(with_card, corpus_of):
+    write_text(with_card / "data" / "other.jsonl", "no json at all")
+    with pytest.raises(ValueError, match="split train cannot be read: ArrowInvalid"):
+        corpus_of(with_card, name="other")
+
+
+def test_missing_column_of_a_data_set_names_its_columns(with_card, corpus_of):
+    with pytest.raises(ValueError, match=r"'text', but .*split train has no such column: it has n, body"):
+        corpus_of(with_card, text_column="text")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("source", ["some-organisation/some-set", "some-set", "shakespeare"])
+def test_hub_out_of_reach_says_so_and_what_works_offline(source, streaming, corpus_of):
+    """The test suite runs with HF_HUB_OFFLINE=1."""
+    with pytest.raises(FileNotFoundError, match=r"the hub did not give.*pydoc and stdlib, local files.*HF_HUB_OFFLINE"):
+        corpus_of(source, streaming=streaming)
+
+
+def test_hub_set_stands_alone(tmp_path, corpus_of):
+    write_text(tmp_path / "a.txt", "text")
+    with pytest.raises(ValueError, match="'organisation/set' is a data set: it can only stand alone"):
+        corpus_of([str(tmp_path / "a.txt"), "organisation/set"])

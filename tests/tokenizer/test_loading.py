@@ -1,0 +1,65 @@
+"""Opening tokenizers, and what is said when that fails."""
+
+import pytest
+
+from bdh.tokenizer import TokenizerConfig, byte_tokenizer, load_tokenizer, train_tokenizer
+from bdh.validation import Faults
+from tests.tokenizer.conftest import TRAINING_TEXT
+
+
+def test_byte_is_built_in():
+    assert len(load_tokenizer("byte")) == 256
+    assert len(load_tokenizer(TokenizerConfig())) == 256
+    assert len(load_tokenizer(TokenizerConfig(special_tokens=True))) == 260
+
+
+@pytest.mark.parametrize("kind", ["byte", "bpe", "wordpiece", "unigram"])
+def test_saved_tokenizer_opens(tmp_path, kind):
+    tokenizer = byte_tokenizer(True) if kind == "byte" else train_tokenizer([TRAINING_TEXT], kind, 300)
+    tokenizer.save_pretrained(tmp_path)
+    for name in (tmp_path, str(tmp_path), TokenizerConfig(path=str(tmp_path))):
+        assert load_tokenizer(name).get_vocab() == tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize("name", ["./missing", "/no/such/folder", "a/b/c", "missing/"])
+def test_missing_folder_is_named(name):
+    with pytest.raises(FileNotFoundError, match=f"tokenizer.path is '{name}': there is no such folder"):
+        load_tokenizer(name)
+
+
+def test_folder_without_a_tokenizer_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"this folder holds no tokenizer\.json"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "no json", "{}", '{"version": "1.0", "model": null}'])
+def test_damaged_tokenizer_is_named(tmp_path, text):
+    byte_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(ValueError, match="its tokenizer files cannot be read"):
+        load_tokenizer(tmp_path)
+
+
+def test_file_instead_of_a_folder_is_named(tmp_path):
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="a file: give the folder"):
+        load_tokenizer(tmp_path / "tokenizer.json")
+
+
+@pytest.mark.parametrize("name", ["some-organisation/some-model", "some-model"])
+def test_hub_out_of_reach_says_so_and_what_works_offline(name):
+    """The test suite runs with HF_HUB_OFFLINE=1."""
+    with pytest.raises(FileNotFoundError, match=f"'{name}': .* the hub gave no tokenizer.*byte, a folder.*OFFLINE"):
+        load_tokenizer(name)
+
+
+def test_settings_that_do_not_go_together_are_faults():
+    faults = Faults()
+    TokenizerConfig().collect_faults(faults)
+    TokenizerConfig(special_tokens=True).collect_faults(faults)
+    TokenizerConfig(path="folder").collect_faults(faults)
+    assert faults.found == []
+    TokenizerConfig(path="").collect_faults(faults)
+    TokenizerConfig(path="folder", special_tokens=True).collect_faults(faults)
+    assert faults.found[0].startswith("path is ''")
+    assert faults.found[1].startswith("special_tokens is True: must be false with the tokenizer 'folder'")
