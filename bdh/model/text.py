@@ -74,9 +74,11 @@ class TextDecoder:
 
     def _release(self, new: str) -> str:
         self._pending += new
-        starts = [at for s in self._stop if (at := self._pending.find(s)) >= 0]
-        if starts:
-            released, self._pending, self.stopped = self._pending[: min(starts)], "", True
+        found = [(at + len(s), at) for s in self._stop if (at := self._pending.find(s)) >= 0]
+        if found:
+            # The one that was complete first: so it is for text that comes character by character too.
+            _, start = min(found)
+            released, self._pending, self.stopped = self._pending[:start], "", True
             return released
         held = max((_overlap(self._pending, s) for s in self._stop), default=0)
         cut = len(self._pending) - held

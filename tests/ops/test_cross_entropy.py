@@ -48,7 +48,7 @@ def test_no_more_logits_than_asked_for_exist_at_once(problem):
 
     chunked_cross_entropy(hidden, counted, targets, tokens_per_chunk=8).backward()
     # Each chunk's logits are computed twice, forward and again for the backward pass.
-    assert sizes == [8, 8, 8, 8, 5] + [5, 8, 8, 8, 8]
+    assert sizes == [8, 8, 8, 8, 5, 5, 8, 8, 8, 8]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

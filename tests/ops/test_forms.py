@@ -72,7 +72,7 @@ def test_outputs_state_and_gradients_are_those_of_naive(form, shape, with_state)
 @pytest.mark.parametrize("form", FORMS)
 def test_without_the_state_outputs_and_gradients_stay_the_same(form, shape):
     inputs, make = random_inputs(*shape, with_state=True)
-    B, H, T, N, D = shape
+    B, H, T, _, D = shape
     weight = make(B, H, T, D)
     expected = attention_from(*inputs)[0]
     result, state = FORMS[form](*inputs, keep_state=False)

@@ -40,10 +40,21 @@ def test_damaged_tokenizer_is_named(tmp_path, text):
         load_tokenizer(tmp_path)
 
 
-def test_file_instead_of_a_folder_is_named(tmp_path):
-    byte_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="a file: give the folder"):
-        load_tokenizer(tmp_path / "tokenizer.json")
+@pytest.mark.parametrize("has_config", [True, False])
+def test_bare_file_opens_with_its_special_tokens(tmp_path, has_config):
+    train_tokenizer([TRAINING_TEXT], "bpe", 300).save_pretrained(tmp_path)
+    if not has_config:
+        (tmp_path / "tokenizer_config.json").unlink()
+    tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
+    assert len(tokenizer) == 300
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 2)
+
+
+def test_file_that_is_no_tokenizer_is_named(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("notes")
+    with pytest.raises(ValueError, match=r"notes\.txt': it is no tokenizer\.json"):
+        load_tokenizer(path)
 
 
 @pytest.mark.parametrize("name", ["some-organisation/some-model", "some-model"])

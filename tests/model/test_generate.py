@@ -1,0 +1,86 @@
+"""transformers' own `generate`, on the state."""
+
+import pytest
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+
+def generate(model, ids, **arguments):
+    torch.manual_seed(0)
+    return model.generate(ids, max_new_tokens=12, pad_token_id=0, **arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"do_sample": False},
+        {"do_sample": True, "temperature": 0.7, "top_k": 9},
+        {"do_sample": True, "top_p": 0.8},
+        {"do_sample": False, "num_beams": 4},
+        {"do_sample": False, "num_beams": 4, "num_return_sequences": 3},
+        {"do_sample": True, "num_return_sequences": 3},
+        {"do_sample": False, "repetition_penalty": 1.3},
+    ],
+    ids=str,
+)
+def test_with_the_state_it_is_what_it_is_without(model, tokens, arguments):
+    """use_cache=False reads the whole text again for each token."""
+    ids = tokens[:, :6]
+    assert torch.equal(generate(model, ids, **arguments), generate(model, ids, use_cache=False, **arguments))
+
+
+def test_a_left_padded_batch_is_its_rows_alone(model, tokens):
+    rows = [tokens[0, :9], tokens[1, :4], tokens[0, 9:10]]
+    width = max(map(len, rows))
+    ids = torch.stack([torch.nn.functional.pad(row, (width - len(row), 0)) for row in rows])
+    mask = torch.stack([torch.nn.functional.pad(torch.ones_like(row), (width - len(row), 0)) for row in rows])
+    batch = generate(model, ids, attention_mask=mask, do_sample=False)
+    for row, out in zip(rows, batch, strict=True):
+        assert torch.equal(generate(model, row[None], do_sample=False)[0, len(row) :], out[width:])
+
+
+def test_it_goes_on_from_a_given_state(model, tokens):
+    ids = tokens[:1, :10]
+    whole = generate(model, ids, do_sample=False)
+    state = model(ids[:, :7], use_cache=True).past_key_values
+    assert torch.equal(generate(model, ids, past_key_values=state, do_sample=False), whole)
+
+
+def test_the_state_that_comes_back_goes_on(model, tokens):
+    first = generate(model, tokens[:1, :5], do_sample=False, return_dict_in_generate=True)
+    again = generate(model, first.sequences, past_key_values=first.past_key_values, do_sample=False)
+    torch.manual_seed(0)
+    straight = model.generate(tokens[:1, :5], max_new_tokens=24, do_sample=False, pad_token_id=0)
+    assert torch.equal(again, straight)
+
+
+def test_streamers_see_every_token_once(model, tokens):
+    class Collector(BaseStreamer):
+        seen: list[int] = []  # noqa: RUF012
+        ended = False
+
+        def put(self, value):
+            self.seen.extend(value.flatten().tolist())
+
+        def end(self):
+            self.ended = True
+
+    streamer = Collector()
+    out = generate(model, tokens[:1, :4], do_sample=False, streamer=streamer)
+    assert streamer.seen == out[0].tolist()
+    assert streamer.ended
+
+
+def test_stopping_criteria_stop(model, tokens):
+    class AfterThree(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.full((input_ids.shape[0],), input_ids.shape[1] >= 7)
+
+    out = generate(model, tokens[:1, :4], do_sample=False, stopping_criteria=StoppingCriteriaList([AfterThree()]))
+    assert out.shape == (1, 7)
+
+
+def test_assisted_generation_says_that_it_cannot(model, make_model, tokens):
+    with pytest.raises(ValueError, match="stateful"):
+        generate(model, tokens[:1, :4], do_sample=False, assistant_model=make_model(seed=1))

@@ -1,0 +1,116 @@
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from bdh import SynapticState
+
+
+@pytest.fixture
+def state():
+    generator = torch.Generator().manual_seed(0)
+    sums = [torch.randn(3, 2, 6, 4, generator=generator) for _ in range(2)]
+    return SynapticState(sums, torch.tensor([5, 7, 10**9]), 12)
+
+
+def assert_equal(a: SynapticState, b: SynapticState) -> None:
+    assert len(a.sums) == len(b.sums)
+    assert all(torch.equal(x, y) for x, y in zip(a.sums, b.sums, strict=True))
+    assert torch.equal(a.positions, b.positions)
+    assert a.num_columns == b.num_columns
+
+
+def test_filter_takes_rows_in_the_given_order_and_more_than_once(state):
+    chosen = state.filter([2, 0, 2])
+    assert chosen.positions.tolist() == [10**9, 5, 10**9]
+    assert all(torch.equal(s, whole[[2, 0, 2]]) for s, whole in zip(chosen.sums, state.sums, strict=True))
+    chosen.sums[0].zero_()
+    assert state.sums[0].any()
+
+
+def test_concat_undoes_filter(state):
+    assert_equal(SynapticState.concat([state.filter([0]), state.filter(torch.tensor([1, 2]))]), state)
+
+
+def test_concat_refuses_states_of_different_models_and_none_at_all(state):
+    other = SynapticState.zeros((1, 2, 6, 5), 2)
+    with pytest.raises(ValueError, match=r"different models cannot be joined.*\(2, 6, 4, .*\(2, 6, 5, "):
+        SynapticState.concat([state, other])
+    with pytest.raises(ValueError, match="concat got no states"):
+        SynapticState.concat([])
+
+
+def test_a_clone_shares_no_memory(state):
+    clone = state.clone()
+    assert_equal(clone, state)
+    for tensor in (*clone.sums, clone.positions):
+        tensor.zero_()
+    assert state.positions.tolist() == [5, 7, 10**9]
+    assert all(s.all() for s in state.sums)
+
+
+def test_a_model_that_goes_on_from_a_clone_leaves_the_original(model, tokens):
+    with torch.no_grad():
+        original = model(tokens[:, :10], use_cache=True).past_key_values
+        kept = original.clone()
+        model(tokens[:, 10:11], past_key_values=original.clone())
+        assert_equal(original, kept)
+        model(tokens[:, 10:11], past_key_values=original)
+    assert original.positions.tolist() == [11, 11]
+    assert not torch.equal(original.sums[0], kept.sums[0])
+
+
+def test_nbytes_counts_sums_and_positions(state):
+    assert state.nbytes == 2 * 3 * 2 * 6 * 4 * 4 + 3 * 8
+
+
+def test_the_size_is_that_which_the_configuration_tells(model, tokens):
+    short = model(tokens[:, :2], use_cache=True).past_key_values
+    long = model(tokens, use_cache=True).past_key_values
+    assert short.nbytes == long.nbytes == 2 * (model.config.state_bytes_per_sequence + 8)
+
+
+def test_detach_cuts_the_graph_and_keeps_the_numbers(model, tokens):
+    attached = model(tokens, use_cache=True).past_key_values
+    assert attached.sums[0].requires_grad
+    detached = attached.detach()
+    assert not any(s.requires_grad for s in detached.sums)
+    assert_equal(detached, attached)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_saved_state_comes_back_bit_for_bit(state, dtype, tmp_path):
+    state = SynapticState([s.to(dtype) for s in state.sums], state.positions, state.num_columns)
+    state.save(tmp_path / "state.safetensors")
+    loaded = SynapticState.load(tmp_path / "state.safetensors")
+    assert_equal(loaded, state)
+    assert loaded.sums[0].dtype == dtype
+
+
+def test_a_text_goes_on_from_a_saved_state_as_if_never_stopped(model, tokens, tmp_path):
+    with torch.no_grad():
+        whole = model(tokens).logits
+        model(tokens[:, :13], use_cache=True).past_key_values.save(tmp_path / "s")
+        rest = model(tokens[:, 13:], past_key_values=SynapticState.load(tmp_path / "s")).logits
+    # The state regroups float32 sums.
+    torch.testing.assert_close(rest, whole[:, 13:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.999])
+def test_a_cut_off_file_is_refused(state, share, tmp_path):
+    path = tmp_path / "state.safetensors"
+    state.save(path)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(ValueError, match=r"state\.safetensors is not a complete state file"):
+        SynapticState.load(path)
+
+
+def test_other_files_are_refused(tmp_path):
+    save_file({"sums.0": torch.zeros(2)}, tmp_path / "weights.safetensors")
+    with pytest.raises(ValueError, match=r"weights\.safetensors is not a saved state"):
+        SynapticState.load(tmp_path / "weights.safetensors")
+    (tmp_path / "text").write_text("To be or not to be, that is the question")
+    with pytest.raises(ValueError, match="text is not a complete state file"):
+        SynapticState.load(tmp_path / "text")
+    with pytest.raises(FileNotFoundError, match=r"there is no state file .*missing"):
+        SynapticState.load(tmp_path / "missing")
