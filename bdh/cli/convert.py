@@ -69,10 +69,12 @@ def _to_reference(settings: ConvertSettings, out: Path) -> int:
 
     from bdh.cli.models import load_model
     from bdh.model.conversion import reference_config
+    from bdh.storage import whole_file
 
     model, _ = load_model(settings.source)
     out.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"model": model.to_reference(), "config": reference_config(model.config)}, out)
+    with whole_file(out) as path:
+        torch.save({"model": model.to_reference(), "config": reference_config(model.config)}, path)
     print(f"{out}: model and config, for the reference code")
     return 0
 

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import re
 import sys
 import traceback
 
@@ -36,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         else:
-            _print_error(str(error) or type(error).__name__)
+            _print_error(re.sub(r"^\[Errno \d+\] ", "", str(error)) or type(error).__name__)
         return 2
     except Exception as error:
         if debug:

@@ -63,6 +63,6 @@ def _pretrained(name: str, *, is_local: bool) -> "BDHForCausalLM":
         if is_local:
             raise
         raise FileNotFoundError(
-            f"{name!r} is neither a folder here nor a model that the hub gives: {str(error).splitlines()[0]}. Without "
+            f"{name!r} is neither a folder here nor a model that the hub gives: {str(error).splitlines()[0].rstrip('.')}. Without "
             "a network, give the folder of an export or of a run"
         ) from error

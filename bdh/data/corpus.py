@@ -222,9 +222,9 @@ def _tokenize(
     for source in (training, validation):
         for what, number in source.skipped.counts.items() if source else ():
             skipped.add(what, number)
-    announce(config, skipped)
     if writer.num_bytes == 0:
         raise ValueError(f"data.source {config.source!r} holds no text" + describe(skipped))
+    announce(config, skipped)
     check_long_enough(config, train_tokens, writer.num_tokens - train_tokens, block_size)
     return writer.finish(encoder, train_tokens, train_bytes, val_documents, skipped.counts)
 
@@ -237,4 +237,4 @@ def announce(config: DataConfig, skipped: Skipped) -> None:
 def describe(skipped: Skipped) -> str:
     if not skipped.counts:
         return ""
-    return ": left out " + ", ".join(f"{number:,} {what}" for what, number in skipped.counts.items())
+    return ": left out " + ", ".join(f"{what} ({number:,})" for what, number in skipped.counts.items())

@@ -50,9 +50,9 @@ class StreamingCorpus(Corpus):
             collector.read(((part, False) for part in self._source.open(skipped)), needs_validation=False)
         else:
             collector.read(_marked(self._source.open(skipped), config.val_fraction))
-        announce(config, skipped)
         if collector.num_read_bytes == 0:
             raise ValueError(f"data.source {config.source!r} holds no text" + describe(skipped))
+        announce(config, skipped)
         self._validation = collector.tokens()
         check_long_enough(config, collector.num_train_tokens, len(self._validation), block_size)
 

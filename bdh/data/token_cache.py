@@ -11,8 +11,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,11 +19,11 @@ from typing import IO, Any
 import numpy as np
 
 from bdh.data.parts import Part
+from bdh.storage import DiskFullError, whole_folder
 from bdh.tokenizer.encoding import TextEncoder
 
 _FORMAT = 1
 _BATCH_BYTES = 1 << 22
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _logger = logging.getLogger(__name__)
 
 
@@ -89,7 +87,8 @@ class TokenCache:
             write: writes the tokens. An error that it raises leaves nothing behind.
 
         Raises:
-            OSError: the disk is full, or the folder cannot be written.
+            DiskFullError: there is no room for it.
+            OSError: the folder cannot be written.
         """
         from filelock import FileLock
 
@@ -98,14 +97,9 @@ class TokenCache:
             parent.mkdir(parents=True, exist_ok=True)
             with FileLock(parent / f"{self.folder.name}.lock"):
                 return self.load() or self._build(write)
+        except DiskFullError as error:
+            raise DiskFullError(f"{error}: make room, or choose another disk with data.cache_dir") from error
         except OSError as error:
-            if error.errno in _DISK_FULL:
-                raise OSError(
-                    error.errno,
-                    f"the disk is full ({os.strerror(error.errno)}): the token cache could not be written, and what "
-                    "there was of it has been removed. Make room, or choose another disk with data.cache_dir",
-                    str(parent),
-                ) from error
             if isinstance(error, PermissionError) or error.errno == errno.EROFS:
                 raise PermissionError(
                     error.errno,
@@ -116,24 +110,10 @@ class TokenCache:
             raise
 
     def _build(self, write: Callable[["TokenWriter"], TokenMeta]) -> TokenMeta:
-        prefix = f".{self.folder.name}."
-        for left_over in self.folder.parent.glob(f"{prefix}*"):
-            shutil.rmtree(left_over)  # of a process that was killed: the lock says that no other is at work
-        temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=self.folder.parent))
-        try:
+        with whole_folder(self.folder) as temporary:
             with (temporary / "tokens.bin").open("wb") as file:
                 meta = write(TokenWriter(file, temporary))
-                _sync(file)
-            with (temporary / "meta.json").open("w", encoding="utf-8") as file:
-                json.dump(asdict(meta), file, indent=2)
-                _sync(file)
-            if self.folder.exists():  # not whole, else it would have been taken
-                shutil.rmtree(self.folder)
-            os.chmod(temporary, 0o755)
-            temporary.rename(self.folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        _sync_folder(self.folder.parent)
+            (temporary / "meta.json").write_text(json.dumps(asdict(meta), indent=2), encoding="utf-8")
         return meta
 
 
@@ -215,19 +195,3 @@ def _batches(parts: Iterable[Part]) -> Iterable[list[Part]]:
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def _sync(file: IO[Any]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes the renaming last; where folders cannot be opened (Windows), the system does so by itself."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

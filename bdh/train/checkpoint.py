@@ -11,7 +11,6 @@ leaves the ones before untouched.
 
 import hashlib
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from bdh.storage import whole_folder, write_text
 
 WEIGHTS, TRAINING, MANIFEST = "model.safetensors", "training.pt", "manifest.json"
 
@@ -62,27 +63,22 @@ class Checkpointer:
             CheckpointError: the disk is full or refuses.
         """
         final = self.folder / _name(step)
-        temporary = self.folder / f".{_name(step)}.tmp"
         try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, temporary / WEIGHTS)
-            torch.save(training, temporary / TRAINING)
-            files = {name: _facts(temporary / name) for name in (WEIGHTS, TRAINING)}
-            (temporary / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1))
-            for path in (*temporary.iterdir(), temporary):
-                _sync(path)
-            if final.exists():
-                shutil.rmtree(final)
-            temporary.rename(final)
-            _sync(self.folder)
+            with whole_folder(final) as folder:
+                save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, folder / WEIGHTS)
+                torch.save(training, folder / TRAINING)
+                files = {name: _facts(folder / name) for name in (WEIGHTS, TRAINING)}
+                (folder / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1))
             self._point("latest", step)
             if is_best:
                 self._point("best", step)
-        # PyTorch and safetensors report a full disk in errors of their own.
+        # PyTorch and safetensors report what the disk refuses in errors of their own.
         except (OSError, RuntimeError, SafetensorError) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise CheckpointError(f"the checkpoint of step {step} could not be written to {final}: {error}") from error
+            latest = self._named("latest")
+            raise CheckpointError(
+                f"the checkpoint of step {step} is not saved: {error}; "
+                + (f"the newest one is that of step {latest}" if latest is not None else "there is none before it")
+            ) from error
         self._remove_old()
         return final
 
@@ -105,7 +101,8 @@ class Checkpointer:
         if fault := _fault(path):
             whole = [s for s in self.steps() if s != wanted and not _fault(self.folder / _name(s))]
             advice = (
-                f"the newest complete one is {_name(max(whole))}: continue from it with --resume_step {max(whole)}"
+                f"the newest complete one is {_name(max(whole))}: train on from it with --resume_step {max(whole)}, "
+                f"read it with --checkpoint {max(whole)}"
                 if whole
                 else "there is no complete one besides it"
             )
@@ -141,11 +138,7 @@ class Checkpointer:
         return int(pointer.read_text().strip().removeprefix("step-")) if pointer.is_file() else None
 
     def _point(self, which: str, step: int) -> None:
-        temporary = self.folder / f".{which}.tmp"
-        temporary.write_text(_name(step) + "\n")
-        _sync(temporary)
-        temporary.rename(self.folder / which)
-        _sync(self.folder)
+        write_text(self.folder / which, _name(step) + "\n")
 
     def _remove_old(self) -> None:
         kept = {*self.steps()[-self._keep_last :], self._named("latest"), self._named("best")}
@@ -179,11 +172,3 @@ def _fault(path: Path) -> str | None:
         if _facts(path / name) != facts:
             return f"the SHA-256 of {name} is not the recorded one"
     return None
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

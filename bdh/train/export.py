@@ -1,7 +1,6 @@
 """From a run to a folder that ``from_pretrained`` loads, with a card that says what the model is."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from transformers.utils import logging
 
 import bdh
 from bdh.model import BDHConfig, BDHForCausalLM
+from bdh.storage import whole_folder
 from bdh.tokenizer import load_tokenizer
 from bdh.train.checkpoint import Checkpoint, Checkpointer
 from bdh.train.run import TOKENIZER_FOLDER
@@ -64,32 +64,24 @@ def export_model(
 
     Raises:
         FileExistsError: the folder is there and not empty, and ``replace`` is not set.
+        DiskFullError: there is no room for it.
     """
     if folder.exists() and not replace and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists already and is not empty: choose another folder")
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     logging.disable_progress_bar()
-    try:
-        model.generation_config = GenerationConfig(
-            do_sample=True,
-            temperature=0.8,
-            top_k=50,
-            max_new_tokens=200,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=0.8,
+        top_k=50,
+        max_new_tokens=200,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with whole_folder(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         (temporary / "README.md").write_text(card, encoding="utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def model_card(model: BDHForCausalLM, checkpoint: Checkpoint) -> str:

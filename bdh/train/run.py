@@ -1,5 +1,6 @@
 """A training run: its folder, its parts, and what goes into its checkpoints."""
 
+import shutil
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 import bdh
 from bdh.data import Corpus, prepare_corpus
 from bdh.model import BDHConfig, BDHForCausalLM
+from bdh.storage import whole_folder, write_text
 from bdh.tokenizer import load_tokenizer
 from bdh.train.checkpoint import Checkpoint, Checkpointer
 from bdh.train.config import RunSettings
@@ -113,6 +115,7 @@ def open_run(settings: RunSettings, *, progress: Any = None) -> Run:
         ValueError: settings, tokenizer and data do not go together, or not with the run that is resumed.
         FileExistsError: the folder holds a run already.
         FileNotFoundError: there is nothing to resume.
+        DiskFullError: there is no room for the run's folder.
     """
     folder = Path(settings.run_dir) if settings.run_dir else Path("runs") / time.strftime("%Y-%m-%d_%H-%M-%S")
     checkpointer = Checkpointer(folder, settings.checkpoint.keep_last)
@@ -153,12 +156,24 @@ def open_run(settings: RunSettings, *, progress: Any = None) -> Run:
     )
     if checkpoint is not None:
         run.restore(checkpoint)
+    _write_folder(run, is_new=checkpoint is None)
+    if checkpoint is not None:
         checkpointer.forget_after(run.progress.step)
-    folder.mkdir(parents=True, exist_ok=True)
-    if checkpoint is None:
-        tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
-    (folder / CONFIG_FILE).write_text(yaml.safe_dump(settings_to_store(settings), sort_keys=False), encoding="utf-8")
     return run
+
+
+def _write_folder(run: Run, *, is_new: bool) -> None:
+    existed = run.folder.exists()
+    try:
+        if is_new:
+            with whole_folder(run.folder / TOKENIZER_FOLDER) as temporary:
+                run.tokenizer.save_pretrained(temporary)
+        stored = yaml.safe_dump(settings_to_store(run.settings), sort_keys=False)
+        write_text(run.folder / CONFIG_FILE, stored)
+    except OSError:
+        if is_new:
+            shutil.rmtree(run.folder / TOKENIZER_FOLDER if existed else run.folder, ignore_errors=True)
+        raise
 
 
 def model_config(settings: RunSettings, tokenizer: PreTrainedTokenizerFast) -> BDHConfig:

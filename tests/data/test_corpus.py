@@ -196,7 +196,7 @@ def test_left_over_of_a_killed_process_is_removed(tmp_path, corpus_of, cache):
     path = write_text(tmp_path / "t.txt", WORDS)
     folder = Path(corpus_of(path).facts["cache"])
     (folder / "meta.json").unlink()
-    left_over = folder.parent / f".{folder.name}.killed"
+    left_over = folder.parent / f".{folder.name}.tmp"
     left_over.mkdir()
     (left_over / "tokens.bin").write_bytes(b"half of it")
     assert corpus_of(path).facts["train_tokens"] > 0

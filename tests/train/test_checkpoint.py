@@ -113,7 +113,7 @@ def test_a_save_that_the_disk_refuses_leaves_the_one_before(tmp_path):
         """
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.count("refused: the checkpoint of step 20 could not be written") == 2
+    assert done.stdout.count("refused: the checkpoint of step 20 is not saved: the disk is full") == 2
     checkpointer = Checkpointer(tmp_path)
     assert checkpointer.steps() == [10]
     assert checkpointer.load().step == 10
@@ -122,5 +122,5 @@ def test_a_save_that_the_disk_refuses_leaves_the_one_before(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_a_checkpoint_error(tmp_path):
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
-    with pytest.raises(CheckpointError, match="step 1 could not be written"):
+    with pytest.raises(CheckpointError, match="step 1 is not saved"):
         Checkpointer(tmp_path).save(1, WEIGHT, {})
