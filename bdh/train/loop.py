@@ -183,7 +183,9 @@ def save(run: Run, monitor: Monitor, *, is_best: bool, is_last: bool) -> None:
         run.save(is_best=is_best)
     except CheckpointError as error:
         if is_last and run.checkpointer.steps():
-            raise CheckpointError(f"{error}, and `bdh train --run_dir {run.folder} --resume` goes on from it") from error
+            raise CheckpointError(
+                f"{error}, and `bdh train --run_dir {run.folder} --resume` goes on from it"
+            ) from error
         if is_last:
             raise
         monitor.warn(f"{error}. The training goes on")

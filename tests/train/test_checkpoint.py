@@ -113,7 +113,7 @@ def test_a_save_that_the_disk_refuses_leaves_the_one_before(tmp_path):
         """
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.count("refused: the checkpoint of step 20 is not saved: the disk is full") == 2
+    assert done.stdout.count("refused: the checkpoint of step 20 is not saved") == 2
     checkpointer = Checkpointer(tmp_path)
     assert checkpointer.steps() == [10]
     assert checkpointer.load().step == 10
