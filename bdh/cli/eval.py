@@ -8,6 +8,8 @@ from bdh.cli.settings import parse_settings
 from bdh.data.config import DataConfig
 from bdh.validation import Faults
 
+_UNKNOWN_BLOCK_SIZE = 512
+
 
 @dataclass(kw_only=True)
 class EvalSettings:
@@ -16,8 +18,8 @@ class EvalSettings:
     data: DataConfig = field(default_factory=DataConfig)
     part: Literal["validation", "train", "all"] = "validation"
     """Part of the data: what training would validate on, what it would train on, or both."""
-    block_size: int = 512
-    """Tokens that a window reads. The length that the model was trained at fits best."""
+    block_size: int | None = None
+    """Tokens that a window reads. None takes the length that the model was trained at, or 512 if it is unknown."""
     stride: int | None = None
     """Tokens between the starts of two windows; less than block_size gives more context, at more work."""
     carry_state: bool = False
@@ -32,20 +34,20 @@ class EvalSettings:
     """Print one JSON object instead of lines."""
 
     def collect_faults(self, faults: Faults) -> None:
-        faults.require(self.block_size >= 1, "block_size", self.block_size, "at least 1")
+        faults.require(self.block_size is None or self.block_size >= 1, "block_size", self.block_size, "at least 1")
         faults.require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
-        faults.require(
-            self.stride is None or 1 <= self.stride <= self.block_size,
-            "stride",
-            self.stride,
-            f"within 1 and block_size, {self.block_size}",
-        )
+        self.collect_stride_faults(self.block_size, faults)
         faults.require(
             not self.carry_state or self.stride in (None, self.block_size),
             "stride",
             self.stride,
             "left out with carry_state, which reads every token once",
         )
+
+    def collect_stride_faults(self, block_size: int | None, faults: Faults) -> None:
+        is_right = self.stride is None or 1 <= self.stride <= (block_size or self.stride)
+        limit = "at least 1" if block_size is None else f"within 1 and block_size, {block_size}"
+        faults.require(is_right, "stride", self.stride, limit)
 
 
 def run(argv: list[str]) -> int:
@@ -67,29 +69,45 @@ def run(argv: list[str]) -> int:
     model, tokenizer = load_model(settings.model, checkpoint=settings.checkpoint, device=settings.device)
     if len(tokenizer) != model.config.vocab_size:
         raise ValueError(f"the tokenizer has {len(tokenizer)} entries, the model {model.config.vocab_size}")
+    block_size = settings.block_size or model.config.train_block_size or _UNKNOWN_BLOCK_SIZE
+    faults = Faults()
+    settings.collect_stride_faults(block_size, faults)
+    faults.raise_if_any()
     console = Console(stderr=True, highlight=False)
     with stage_progress(console, "bytes") as progress:
         corpus = prepare_corpus(settings.data, tokenizer, block_size=1, progress=progress)
-    parts = {"validation": [corpus.validation_tokens], "train": [corpus.train_tokens]}
-    parts["all"] = [corpus.train_tokens, corpus.validation_tokens]
-    tokens = np.concatenate([read() for read in parts[settings.part]])
+    parts = []
+    if settings.part in ("train", "all"):
+        parts.append((corpus.train_tokens(), corpus.facts["train_bytes"]))
+    if settings.part in ("validation", "all"):
+        parts.append((corpus.validation_tokens(), corpus.facts["val_bytes"]))
+    tokens = np.concatenate([part for part, _ in parts])
+    num_bytes = sum(number for _, number in parts)
     with token_progress(console, len(tokens) - 1) as advance:
         metrics = evaluate_text(
             model,
             tokens,
-            bytes_per_token=corpus.val_bytes_per_token,
-            block_size=settings.block_size,
+            bytes_per_token=num_bytes / len(tokens),
+            block_size=block_size,
             stride=settings.stride,
             carry_state=settings.carry_state,
             max_batch_size=settings.batch_size,
             progress=advance,
         )
     if settings.json:
-        print(json.dumps({**metrics.as_dict(), "nats_per_byte": metrics.nats_per_byte, "tokens": metrics.num_tokens}))
+        figures = {**metrics.as_dict(), "nats_per_byte": metrics.nats_per_byte}
+        print(json.dumps({**figures, "tokens": metrics.num_tokens, "block_size": block_size}))
         return 0
     print(f"tokens         {metrics.num_tokens:,} of {corpus.facts['source']} ({settings.part})")
+    print(f"windows        {block_size:,} tokens, {_describe(settings)}")
     print(f"loss           {metrics.loss:.4f} nats per token, {metrics.nats_per_byte:.4f} nats per byte")
     print(f"perplexity     {metrics.perplexity:.4f}")
     print(f"bits per byte  {metrics.bits_per_byte:.4f}")
     print(f"accuracy       {metrics.accuracy:.2%}")
     return 0
+
+
+def _describe(settings: EvalSettings) -> str:
+    if settings.carry_state:
+        return "the state carried on"
+    return f"one every {settings.stride}" if settings.stride else "each read from nothing"

@@ -56,6 +56,7 @@ class BDHConfig(PreTrainedConfig):
         tie_word_embeddings: only False: the two are separate weights.
         attention_form: "parallel", "chunked", "recurrent", or "auto", which takes the cheapest.
         chunk_size: tokens in a chunk of the chunked form.
+        train_block_size: tokens in the blocks that the model was trained on, where that is known. It limits nothing.
 
     Raises:
         ValueError: sizes that do not divide, a value out of range, a name given beside its alias with another
@@ -82,6 +83,7 @@ class BDHConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     attention_form: str = "auto"
     chunk_size: int = 128
+    train_block_size: int | None = None
     use_cache: bool = True
     tie_word_embeddings: bool = False
     pad_token_id: int | None = None
@@ -111,6 +113,8 @@ class BDHConfig(PreTrainedConfig):
                 faults.append(f"{name} is {getattr(self, name)}: must be a number above 0")
         if self.chunk_size < 1:
             faults.append(f"chunk_size is {self.chunk_size}: must be at least 1")
+        if self.train_block_size is not None and self.train_block_size < 1:
+            faults.append(f"train_block_size is {self.train_block_size}: must be at least 1, or None")
         if self.attention_form not in ATTENTION_FORMS:
             faults.append(f"attention_form is {self.attention_form!r}: must be one of {', '.join(ATTENTION_FORMS)}")
         if self.tie_word_embeddings:

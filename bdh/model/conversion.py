@@ -81,7 +81,7 @@ def model_from_reference(
     Args:
         state_dict: keys may carry the prefixes that ``torch.compile`` and ``DistributedDataParallel`` add.
         config: a :class:`BDHConfig`, or a dict with its field names, of which the reference's are the first
-            ones; others, such as settings of the training, are not read. The sizes that the tensors show may
+            ones; others, such as settings of the training, are not read, but for its ``block_size``. The sizes that the tensors show may
             be left out; the number of passes, ``n_layer``, shows nowhere and may not.
 
     Raises:
@@ -170,6 +170,8 @@ def _complete_fields(tensors: dict[str, torch.Tensor], given: dict[str, Any]) ->
     H, D, N = tensors["encoder"].shape
     if H * N % D:
         raise ValueError(f"encoder is {(H, D, N)}: its {H} * {N} = {H * N} neurons are no multiple of its width {D}")
+    if isinstance(given.get("block_size"), int):
+        fields.setdefault("train_block_size", given["block_size"])
     fields.setdefault("n_head", H)
     fields.setdefault("n_embd", D)
     fields.setdefault("mlp_internal_dim_multiplier", H * N // D)

@@ -29,10 +29,6 @@ _FIXED = {
     "train": ("block_size", "batch_size", "gradient_accumulation_steps", "optimizer", "seed"),
 }
 _FREE = {"model.attention_form", "model.chunk_size", "model.dropout", "data.cache_dir"}
-_MODEL_FIELDS = (
-    *("vocab_size", "n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier", "dropout", "rope_theta"),
-    *("attention_form", "chunk_size", "pad_token_id", "bos_token_id", "eos_token_id"),
-)
 _NOT_STORED = ("run_dir", "resume", "resume_step")
 
 
@@ -73,7 +69,7 @@ class Run:
             "bdh_version": bdh.__version__,
             "progress": asdict(self.progress),
             "settings": settings_to_store(self.settings),
-            "model_config": {name: getattr(self.model.config, name) for name in _MODEL_FIELDS},
+            "model_config": {name: getattr(self.model.config, name) for name in BDHConfig.__annotations__},
             "data_facts": self.corpus.facts,
             "data_fingerprint": self.corpus.fingerprint,
             "optimizers": self.optimizers.state_dict(),
@@ -190,6 +186,7 @@ def model_config(settings: RunSettings, tokenizer: PreTrainedTokenizerFast) -> B
         )
     return BDHConfig(
         vocab_size=len(tokenizer),
+        train_block_size=settings.train.block_size,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

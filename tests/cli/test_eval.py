@@ -43,6 +43,36 @@ def test_strides_and_the_carried_state(model_folder, text_file, capsys):
     assert len({plain["loss"], stride["loss"], carried["loss"]}) == 3
 
 
+def test_the_block_size_is_the_trained_one_or_512_where_it_is_unknown(model_folder, text_file, capsys):
+    common = (model_folder, "--data.source", text_file)
+    assert evaluated(capsys, *common) == evaluated(capsys, *common, "--block_size", 512)
+    path = model_folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"train_block_size": 24}))
+    assert evaluated(capsys, *common) == evaluated(capsys, *common, "--block_size", 24)
+    assert main(["eval", *map(str, common), "--stride", "25"]) == 2
+    assert "stride is 25: must be within 1 and block_size, 24" in capsys.readouterr().err
+
+
+def test_bits_per_byte_count_the_bytes_of_the_part(tmp_path, capsys):
+    """A text whose two parts are of unequal density: words that the tokenizer knows, then letters it has to spell."""
+    from bdh.model import BDHConfig, BDHForCausalLM
+    from bdh.tokenizer import train_tokenizer
+
+    known, spelled = "the quick brown fox " * 100, "QZ" * 500
+    (tmp_path / "text.txt").write_text(known)
+    (tmp_path / "val.txt").write_text(spelled)
+    tokenizer = train_tokenizer([known], "bpe", 300)
+    shape = {"n_embd": 8, "n_head": 2, "n_layer": 1, "mlp_internal_dim_multiplier": 4, "vocab_size": len(tokenizer)}
+    BDHForCausalLM(BDHConfig(**shape)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    source = ("--data.source", tmp_path / "text.txt", "--data.val_source", tmp_path / "val.txt")
+    for part, text in (("train", known), ("validation", spelled), ("all", known + spelled)):
+        figures = evaluated(capsys, tmp_path / "model", *source, "--part", part)
+        num_tokens = figures["tokens"] + 1  # the first one is not predicted
+        bits = figures["loss"] / math.log(2) * num_tokens / len(text)
+        assert figures["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
+
+
 def test_lines_for_people(model_folder, text_file, capsys):
     assert main(["eval", str(model_folder), "--data.source", str(text_file)]) == 0
     shown = capsys.readouterr().out

@@ -39,6 +39,12 @@ def test_the_forms_that_are_published(tiny, tmp_path, wrap):
     assert reference_config(model.config) == tiny.config
 
 
+def test_the_block_size_of_a_published_configuration_is_kept(tiny):
+    model = BDHForCausalLM.from_reference(tiny.weights, {**tiny.config, "block_size": 512, "learning_rate": 1e-3})
+    assert model.config.train_block_size == 512
+    assert BDHForCausalLM.from_reference(tiny.weights, tiny.config).config.train_block_size is None
+
+
 def test_a_bare_state_dict_needs_only_the_number_of_passes(tiny, tmp_path):
     torch.save(tiny.weights, tmp_path / "bare.pt")
     weights, config = load_reference(tmp_path / "bare.pt")

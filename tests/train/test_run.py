@@ -108,6 +108,10 @@ def test_the_folder_holds_what_the_docs_promise(train, tmp_path):
         "model/README.md",
     ):
         assert (run / name).exists(), name
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    config = json.loads((run / "model" / "config.json").read_text())
+    assert config["train_block_size"] == settings["train"]["block_size"]
+    assert {name: config[name] for name in settings["model"]} == settings["model"] | {"vocab_size": 256}
 
 
 def test_the_stored_configuration_runs_again_to_the_same_weights(train, tmp_path):
