@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from bdh.data.config import DataConfig
 
 if TYPE_CHECKING:
-    from bdh.data.corpus import Corpus, Loader, prepare_corpus
+    from bdh.data.corpus import Corpus, Loader
+    from bdh.data.prepare import prepare_corpus
     from bdh.data.texts import training_texts, validation_texts
 
 __all__ = ["Corpus", "DataConfig", "Loader", "prepare_corpus", "training_texts", "validation_texts"]
@@ -16,7 +17,7 @@ __all__ = ["Corpus", "DataConfig", "Loader", "prepare_corpus", "training_texts",
 _MODULES = {
     "Corpus": "corpus",
     "Loader": "corpus",
-    "prepare_corpus": "corpus",
+    "prepare_corpus": "prepare",
     "training_texts": "texts",
     "validation_texts": "texts",
 }

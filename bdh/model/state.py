@@ -8,6 +8,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from bdh.storage import whole_file
+
 FILE_FORMAT = "bdh-synaptic-state-1"
 
 
@@ -87,11 +89,16 @@ class SynapticState:
         return cls(sums, positions, max(state.num_columns for state in states))
 
     def save(self, path: str | Path) -> None:
-        """Writes the state to a safetensors file."""
+        """Writes the state to a safetensors file, which is replaced as a whole.
+
+        Raises:
+            DiskFullError: there is no room for it; a file that was there before stays.
+        """
         tensors = {f"sums.{i}": s.contiguous() for i, s in enumerate(self.sums)}
         tensors["positions"] = self.positions
         facts = {"num_columns": self.num_columns, "num_passes": len(self.sums)}
-        save_file(tensors, path, metadata={"format": FILE_FORMAT, "facts": json.dumps(facts)})
+        with whole_file(Path(path)) as temporary:
+            save_file(tensors, temporary, metadata={"format": FILE_FORMAT, "facts": json.dumps(facts)})
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "SynapticState":

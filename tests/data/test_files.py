@@ -80,7 +80,7 @@ def test_rows_without_text_and_empty_files_are_skipped_and_counted(tmp_path, cor
     corpus = corpus_of(tmp_path)
     assert documents_of(corpus) == ["one", "two"]
     assert corpus.facts["skipped"] == {"rows without text": 3, "empty files": 2}
-    assert "3 rows without text, 2 empty files" in caplog.text
+    assert "rows without text (3), empty files (2)" in caplog.text
 
 
 def test_words_that_spell_missing_values_in_csv_are_text(tmp_path, corpus_of):

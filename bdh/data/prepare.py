@@ -1,0 +1,33 @@
+"""From settings and a tokenizer to a corpus that is ready to train on."""
+
+from transformers import PreTrainedTokenizerFast
+
+from bdh.data.config import DataConfig
+from bdh.data.corpus import Corpus
+from bdh.data.mapped import MapCorpus
+from bdh.data.progress import ProgressCallback, no_progress
+from bdh.data.streaming import StreamingCorpus
+from bdh.tokenizer.encoding import TextEncoder
+
+
+def prepare_corpus(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    block_size: int,
+    *,
+    progress: ProgressCallback | None = None,
+) -> Corpus:
+    """Reads, tokenizes, splits and caches a text; or, with ``streaming``, gets ready to do so while training.
+
+    Args:
+        block_size: tokens that a row predicts.
+        progress: see :data:`bdh.data.progress.ProgressCallback`.
+
+    Raises:
+        FileNotFoundError: a file is missing, or the hub does not give the data set.
+        ValueError: settings that do not go together, text that cannot be read, or too little of it. Nothing has
+            been written then.
+        OSError: the cache cannot be written.
+    """
+    kind = StreamingCorpus if config.streaming else MapCorpus
+    return kind(config, TextEncoder(tokenizer), block_size, progress or no_progress)
