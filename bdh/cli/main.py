@@ -15,6 +15,7 @@ COMMANDS = {
     "tokenizer": "train a tokenizer",
     "export": "write a run's weights as a model folder",
     "convert": "take or give checkpoints of the published reference code",
+    "runs": "list the runs of a folder",
     "plot": "draw the loss curves of runs",
 }
 

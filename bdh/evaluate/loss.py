@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ class Metrics:
     """Share of the tokens that were the likeliest prediction."""
     num_tokens: int
     """Tokens that were predicted."""
+    loss_by_position: tuple[float, ...] = ()
+    """Nats per token at each position of the windows, where all were read from nothing and of one length."""
 
     @property
     def perplexity(self) -> float:
@@ -45,12 +47,22 @@ class Metrics:
             f"{prefix}accuracy": self.accuracy,
         }
 
+    def loss_at(self, prefix: str = "") -> dict[str, float]:
+        """The loss by position, in octaves: ``loss_at/8`` is the mean of the positions 8 to 15, counted from 1.
+
+        The model has seen 8 to 15 tokens then. Empty without a loss by position.
+        """
+        starts = [2**i for i in range(len(self.loss_by_position).bit_length())]
+        octaves = {start: self.loss_by_position[start - 1 : 2 * start - 1] for start in starts}
+        return {f"{prefix}loss_at/{start}": sum(part) / len(part) for start, part in octaves.items()}
+
 
 @dataclass
 class _Count:
     nats: float = 0.0
     correct: int = 0
     tokens: int = 0
+    by_position: torch.Tensor | float = 0.0
 
     def metrics(self, bytes_per_token: float) -> Metrics:
         loss = self.nats / self.tokens
@@ -71,10 +83,12 @@ def evaluate_windows(
     """
     count = _Count()
     batch_size = _batch_size(model, windows.shape[1] - 1, max_batch_size)
-    with _inference(model), autocast():
+    with inference(model), autocast():
         for batch in windows.split(batch_size):
-            _score(model, batch, count)
-    return count.metrics(bytes_per_token)
+            nats = _score(model, batch, count)
+            count.by_position = count.by_position + nats.view(len(batch), -1).sum(0, dtype=torch.float64)
+    by_position = (count.by_position / len(windows)).tolist()  # type: ignore[union-attr]  # a tensor by now
+    return replace(count.metrics(bytes_per_token), loss_by_position=tuple(by_position))
 
 
 def evaluate_text(
@@ -113,7 +127,7 @@ def evaluate_text(
     count = _Count()
     batch_size = 1 if carry_state else _batch_size(model, block_size, max_batch_size)
     state = model.new_state() if carry_state else None
-    with _inference(model), autocast():
+    with inference(model), autocast():
         for windows, num_known in _window_batches(tokens, block_size, stride, batch_size):
             _score(model, windows, count, num_known=num_known, state=state)
             progress(count.tokens)
@@ -152,7 +166,8 @@ def _score(
     *,
     num_known: int = 0,
     state: SynapticState | None = None,
-) -> None:
+) -> torch.Tensor:
+    """Counts the predictions of windows (b, T + 1), and returns their losses in nats, (b * (T - num_known),)."""
     windows = windows.to(model.device)
     logits = model(windows[:, :-1], past_key_values=state, use_cache=state is not None).logits[:, num_known:].float()
     targets = windows[:, 1 + num_known :]
@@ -160,6 +175,7 @@ def _score(
     count.nats += nats.sum(dtype=torch.float64).item()
     count.correct += int((logits.argmax(-1) == targets).sum().item())
     count.tokens += targets.numel()
+    return nats
 
 
 def _batch_size(model: BDHForCausalLM, block_size: int, largest: int) -> int:
@@ -167,7 +183,7 @@ def _batch_size(model: BDHForCausalLM, block_size: int, largest: int) -> int:
 
 
 @contextmanager
-def _inference(model: BDHForCausalLM) -> Iterator[None]:
+def inference(model: BDHForCausalLM) -> Iterator[None]:
     """Evaluation mode without gradients; the mode before comes back at the end."""
     was_training = model.training
     model.eval()

@@ -13,6 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bdh.monitor.config import MonitorConfig
 from bdh.monitor.metrics import MetricsFile
 
+_HISTOGRAM_VALUES = 1 << 16  # counting all of millions takes seconds
+
 
 class Monitor:
     """Passes metrics, texts and messages on to whoever shows or writes them. A context manager.
@@ -82,6 +84,12 @@ class Monitor:
             # Markdown would join the lines of the text.
             shown = "    " + text.replace("\n", "\n    ")
             self._try("TensorBoard", lambda: self._writers["TensorBoard"].add_text(name, shown, step))
+
+    def log_histogram(self, step: int, name: str, values: Any) -> None:
+        """Records the distribution of a tensor's values, in TensorBoard; of a large one, of evenly spaced ones."""
+        if "TensorBoard" in self._writers and values.numel() > 0:
+            some = values.detach().flatten()[:: 1 + values.numel() // _HISTOGRAM_VALUES].float().cpu()
+            self._try("TensorBoard", lambda: self._writers["TensorBoard"].add_histogram(name, some, step))
 
     def progress(self, step: int, *, loss: float, tokens_per_second: float) -> None:
         """Moves the bar."""

@@ -6,19 +6,24 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
 import torch
 
+from bdh.evaluate.activity import measure_activity
 from bdh.evaluate.loss import Metrics, evaluate_windows
 from bdh.model.sampling import SamplingOptions
 from bdh.monitor import Monitor
 from bdh.train.checkpoint import CheckpointError
 from bdh.train.run import Run
+from bdh.train.speed import StepClock, matmul_peak, peak_memory_bytes, training_flops_per_token
 
 # The GradScaler halves its scale after each overflow: this many in a row are no longer its search for one.
 _MAX_SKIPPED_STEPS = 25
+# Whose neurons are counted at each evaluation: enough tokens for shares, a fraction of the evaluation's time.
+_ACTIVITY_WINDOWS = 16
 
 
 class TrainingStopped(ValueError):
@@ -39,47 +44,53 @@ def fit(run: Run, monitor: Monitor) -> str:
     step_model = torch.compile(run.model) if settings.compile else run.model
     validation = run.corpus.validation_windows(settings.eval_windows)
     last_step = min(settings.max_steps, settings.stop_at_step or settings.max_steps)
-    speed = _Speed()
+    peak = matmul_peak(run.runtime)
+    flops_per_token = training_flops_per_token(run.model.config, settings.block_size)
+    clock = StepClock()
     skipped = 0
 
     with _deferred_signals() as received:
         while progress.step < last_step:
             learning_rate = run.optimizers.set_learning_rate(progress.step)
-            loss, grad_norm, updated = training_step(run, step_model)
-            skipped = 0 if updated else skipped + 1
+            result = training_step(run, step_model)
+            skipped = 0 if result.updated else skipped + 1
             if skipped > _MAX_SKIPPED_STEPS:
                 raise TrainingStopped(f"step {progress.step + 1}: {skipped} steps in a row overflowed float16")
             progress.step += 1
             step = progress.step
             num_tokens = settings.batch_size * settings.gradient_accumulation_steps * settings.block_size
             progress.tokens_seen += num_tokens
-            speed.count(num_tokens)
+            clock.count(num_tokens, result.data_seconds)
 
             ends = step == last_step or bool(received)
             if step % run.settings.monitor.log_every_steps == 0 or ends:
-                monitor.log(
-                    step,
-                    {
-                        "train/loss": loss,
-                        "train/learning_rate": learning_rate,
-                        "train/grad_norm": grad_norm,
-                        "train/tokens": progress.tokens_seen,
-                        "train/tokens_per_second": speed.tokens_per_second(),
-                    },
-                )
-            monitor.progress(step, loss=loss, tokens_per_second=speed.tokens_per_second())
+                times = clock.take_means()
+                values = {
+                    "train/loss": result.loss,
+                    "train/learning_rate": learning_rate,
+                    "train/grad_norm": result.grad_norm,
+                    "train/tokens": progress.tokens_seen,
+                    "train/tokens_per_second": clock.tokens_per_second(),
+                    **{f"train/{name}": seconds for name, seconds in times.items()},
+                    "train/mfu": flops_per_token * num_tokens / times["step_seconds"] / peak,
+                    **{f"train/grad_norm/{name}": norm for name, norm in result.grad_norms.items()},
+                }
+                if (memory := peak_memory_bytes(run.runtime.device)) is not None:
+                    values["train/peak_memory_bytes"] = memory
+                monitor.log(step, values)
+            monitor.progress(step, loss=result.loss, tokens_per_second=clock.tokens_per_second())
 
             is_best = False
             if step % settings.eval_every_steps == 0 or step == settings.max_steps:
-                with speed.paused():
+                with clock.paused():
                     is_best = evaluate(run, monitor, validation)
             if settings.sample_every_steps and (step % settings.sample_every_steps == 0 or step == settings.max_steps):
-                with speed.paused():
+                with clock.paused():
                     sample(run, monitor)
             out_of_patience = settings.patience is not None and progress.evaluations_without_gain >= settings.patience
             ends = ends or out_of_patience
             if is_best or ends or step % run.settings.checkpoint.every_steps == 0:
-                with speed.paused():
+                with clock.paused():
                     save(run, monitor, is_best=is_best, is_last=ends)
             if received:
                 return received[0]
@@ -88,12 +99,24 @@ def fit(run: Run, monitor: Monitor) -> str:
     return "finished" if progress.step >= settings.max_steps else "stop_at_step"
 
 
-def training_step(run: Run, step_model: Callable[..., Any]) -> tuple[float, float, bool]:
-    """One optimizer step.
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step came to."""
 
-    Returns:
-        The loss in nats per token, the gradient's norm before clipping, and whether the weights were updated
-        (float16 skips a step whose scaled gradients overflow, and lowers the scale).
+    loss: float
+    """Nats per token."""
+    grad_norm: float
+    """Of all gradients together, before clipping."""
+    grad_norms: dict[str, float]
+    """Of each weight's gradient, before clipping."""
+    updated: bool
+    """Whether the weights were: float16 skips a step whose scaled gradients overflow, and lowers the scale."""
+    data_seconds: float
+    """Spent waiting for the data."""
+
+
+def training_step(run: Run, step_model: Callable[..., Any]) -> StepResult:
+    """One optimizer step.
 
     Raises:
         TrainingStopped: the loss or the gradient is not finite. The weights have not been changed.
@@ -102,7 +125,9 @@ def training_step(run: Run, step_model: Callable[..., Any]) -> tuple[float, floa
     run.model.train()
     run.optimizers.zero_grad()
     total = torch.zeros((), device=device)
+    before_data = time.perf_counter()
     rows = run.loader.next()  # (batch_size * accumulation, T + 1)
+    data_seconds = time.perf_counter() - before_data
     for windows in rows.split(settings.batch_size):
         windows = windows.to(device, non_blocking=True)
         with run.runtime.autocast():
@@ -113,9 +138,11 @@ def training_step(run: Run, step_model: Callable[..., Any]) -> tuple[float, floa
 
     for optimizer in run.optimizers.all:
         run.scaler.unscale_(optimizer)
-    limit = settings.grad_clip or math.inf
-    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), limit)
-    loss_value, norm_value = torch.stack([total, norm]).tolist()  # the step's one wait for the device
+    weights = dict(run.model.named_parameters())
+    norms = torch.stack([torch.linalg.vector_norm(p.grad) for p in weights.values() if p.grad is not None])
+    norm = torch.linalg.vector_norm(norms)
+    torch.nn.utils.clip_grads_with_norm_(weights.values(), settings.grad_clip or math.inf, norm)
+    loss_value, norm_value, *norm_values = torch.stack([total, norm, *norms]).tolist()  # the step's one wait
     step = run.progress.step + 1
     if not math.isfinite(loss_value):
         raise TrainingStopped(
@@ -132,7 +159,14 @@ def training_step(run: Run, step_model: Callable[..., Any]) -> tuple[float, floa
         for optimizer in run.optimizers.all:
             run.scaler.step(optimizer)
     run.scaler.update()
-    return loss_value, norm_value, not overflowed
+    named = (name for name, p in weights.items() if p.grad is not None)
+    return StepResult(
+        loss=loss_value,
+        grad_norm=norm_value,
+        grad_norms=dict(zip(named, norm_values, strict=True)),
+        updated=not overflowed,
+        data_seconds=data_seconds,
+    )
 
 
 def evaluate(run: Run, monitor: Monitor, validation: torch.Tensor) -> bool:
@@ -144,8 +178,15 @@ def evaluate(run: Run, monitor: Monitor, validation: torch.Tensor) -> bool:
         bytes_per_token=run.corpus.val_bytes_per_token,
         autocast=run.runtime.autocast,
     )
+    activity = measure_activity(run.model, validation[:_ACTIVITY_WINDOWS, :-1], autocast=run.runtime.autocast)
     progress.last_metrics = metrics.as_dict()
-    monitor.log(progress.step, metrics.as_dict("val/"))
+    values = metrics.as_dict("val/") | metrics.loss_at("val/") | activity.as_dict("val/")
+    monitor.log(progress.step, values | weight_norms(run.model))
+    for name, weight in run.model.named_parameters():
+        monitor.log_histogram(progress.step, f"weights/{name}", weight)
+    for kind, passes in activity.samples.items():
+        for index, fired in enumerate(passes):
+            monitor.log_histogram(progress.step, f"val/{kind}/{index}", fired)
     is_best = progress.best_loss is None or metrics.loss < progress.best_loss
     if is_best:
         progress.best_loss, progress.best_step, progress.evaluations_without_gain = metrics.loss, progress.step, 0
@@ -153,9 +194,19 @@ def evaluate(run: Run, monitor: Monitor, validation: torch.Tensor) -> bool:
         progress.evaluations_without_gain += 1
     monitor.message(
         f"step {progress.step}: validation loss {metrics.loss:.4f} nats per token, perplexity {metrics.perplexity:.2f}, "
-        f"{metrics.bits_per_byte:.3f} bits per byte, accuracy {metrics.accuracy:.1%}{' (best)' if is_best else ''}"
+        f"{metrics.bits_per_byte:.3f} bits per byte, accuracy {metrics.accuracy:.1%}, "
+        f"{_mean(activity.density['x']):.1%} of the neurons fire{' (best)' if is_best else ''}"
     )
     return is_best
+
+
+def weight_norms(model: torch.nn.Module) -> dict[str, float]:
+    """The L2 norm of each weight."""
+    return {f"weights/norm/{name}": weight.detach().norm().item() for name, weight in model.named_parameters()}
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
 
 
 def sample(run: Run, monitor: Monitor) -> None:
@@ -189,32 +240,6 @@ def save(run: Run, monitor: Monitor, *, is_best: bool, is_last: bool) -> None:
         if is_last:
             raise
         monitor.warn(f"{error}. The training goes on")
-
-
-class _Speed:
-    """Tokens per second of the training steps, without the pauses between them."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self._tokens = 0
-        self._rate = 0.0
-
-    def count(self, num_tokens: int) -> None:
-        now = time.perf_counter()
-        rate = num_tokens / max(now - self._start, 1e-9)
-        # The first steps compile and warm up; later ones count for about the last twenty.
-        self._rate = rate if self._tokens < 5 * num_tokens else 0.95 * self._rate + 0.05 * rate
-        self._tokens += num_tokens
-        self._start = now
-
-    def tokens_per_second(self) -> float:
-        return self._rate
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        before = time.perf_counter()
-        yield
-        self._start += time.perf_counter() - before
 
 
 @contextmanager

@@ -112,3 +112,14 @@ def test_a_stride_that_fits_nothing_is_refused(model, tokens, arguments, message
 def test_a_text_without_anything_to_predict_is_refused(model):
     with pytest.raises(ValueError, match="1 tokens: at least 2"):
         evaluate_text(model, np.zeros(1, dtype=np.uint8), bytes_per_token=1.0, block_size=10)
+
+
+def test_loss_by_position_is_the_mean_over_the_windows(model, tokens):
+    windows = torch.from_numpy(tokens[:140].astype(np.int64)).view(7, 20)
+    metrics = evaluate_windows(model, windows, bytes_per_token=1.0, max_batch_size=3)
+    with torch.no_grad():
+        logits = model.eval()(windows[:, :-1]).logits
+    nats = F.cross_entropy(logits.transpose(1, 2), windows[:, 1:], reduction="none")  # (7, 19)
+    assert metrics.loss_by_position == pytest.approx(nats.mean(0).tolist(), abs=TOLERANCE)
+    octaves = {f"loss_at/{start}": nats[:, start - 1 : 2 * start - 1].mean().item() for start in (1, 2, 4, 8, 16)}
+    assert metrics.loss_at() == pytest.approx(octaves, abs=TOLERANCE)

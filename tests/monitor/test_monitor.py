@@ -6,6 +6,7 @@ import sys
 import textwrap
 
 import pytest
+import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -124,3 +125,16 @@ def test_a_missing_tensorboard_is_announced_or_refused(tmp_path, monkeypatch, ch
     else:
         opened(tmp_path, tensorboard=choice, console=console).close()
         assert "No TensorBoard files" in console.file.getvalue()
+
+
+def test_histograms_reach_tensorboard_thinned_out(tmp_path):
+    with opened(tmp_path) as monitor:
+        monitor.log_histogram(3, "weights/a", torch.linspace(-1, 1, 1_000_000, dtype=torch.bfloat16))
+        monitor.log_histogram(3, "weights/b", torch.tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True))
+        monitor.log_histogram(3, "weights/none", torch.empty(0))
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert set(events.Tags()["histograms"]) == {"weights/a", "weights/b"}
+    large, small = (events.Histograms(f"weights/{name}")[0] for name in "ab")
+    assert large.step == 3
+    assert 60_000 < large.histogram_value.num <= 65_537
+    assert (small.histogram_value.num, small.histogram_value.min, small.histogram_value.max) == (4, 1, 4)

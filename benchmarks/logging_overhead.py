@@ -1,0 +1,95 @@
+"""What logging costs: the time that a run spends in its monitor, as a share of its steps.
+
+    python benchmarks/logging_overhead.py [--config configs/tiny.yaml] [--steps 100]
+
+Every step is logged, to metrics.jsonl and TensorBoard, and one evaluation is. Timed are the calls themselves, since
+two runs with and without them differ by less than two equal runs do. A second run, with nothing logged, must end with
+the same loss.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from itertools import pairwise
+from typing import Any
+
+from rich.console import Console
+
+from bdh.cli.settings import parse_settings
+from bdh.monitor import Monitor
+from bdh.train.config import RunSettings
+from bdh.train.loop import fit
+from bdh.train.run import open_run
+
+_WARM_UP = 5  # steps
+
+
+class TimedMonitor(Monitor):
+    """Notes when steps end, and how long its own methods take."""
+
+    def __init__(self, *arguments: Any, **keywords: Any):
+        super().__init__(*arguments, **keywords)
+        self.ends: list[float] = []
+        self.log_seconds: list[float] = []
+        self.histogram_seconds = 0.0
+        self.last_loss = float("nan")
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        start = time.perf_counter()
+        super().log(step, values)
+        self.log_seconds.append(time.perf_counter() - start)
+
+    def log_histogram(self, step: int, name: str, values: Any) -> None:
+        start = time.perf_counter()
+        super().log_histogram(step, name, values)
+        self.histogram_seconds += time.perf_counter() - start
+
+    def progress(self, step: int, *, loss: float, tokens_per_second: float) -> None:
+        super().progress(step, loss=loss, tokens_per_second=tokens_per_second)
+        self.ends.append(time.perf_counter())
+        self.last_loss = loss
+
+
+def trained(config: str, steps: int, log_every: int) -> TimedMonitor:
+    flags = {
+        "config": config,
+        "train.max_steps": steps,
+        "train.warmup_steps": 1,
+        "train.eval_every_steps": steps,
+        "train.sample_every_steps": 0,
+        "checkpoint.every_steps": steps,
+        "monitor.log_every_steps": log_every,
+        "monitor.tensorboard": "on",
+    }
+    argv = [f"--{name}={value}" for name, value in flags.items()]
+    with tempfile.TemporaryDirectory() as folder:
+        settings = parse_settings(
+            RunSettings, [*argv, f"--run_dir={folder}/run"], prog="logging_overhead", description=""
+        )
+        run = open_run(settings)
+        with TimedMonitor(run.folder, settings.monitor, total_steps=steps, console=Console(quiet=True)) as monitor:
+            fit(run, monitor)
+    return monitor
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/tiny.yaml")
+    parser.add_argument("--steps", type=int, default=100)
+    arguments = parser.parse_args()
+
+    silent = trained(arguments.config, arguments.steps, log_every=10**9)
+    monitor = trained(arguments.config, arguments.steps, log_every=1)
+    if silent.last_loss != monitor.last_loss:
+        raise SystemExit(f"the runs do not agree: their last losses are {silent.last_loss} and {monitor.last_loss}")
+    step = statistics.median(b - a for a, b in pairwise(monitor.ends[_WARM_UP:]))
+    log = statistics.mean(monitor.log_seconds[_WARM_UP:])
+    print(f"a step                         {step * 1e3:9.3f} ms")
+    print(f"logging one                    {log * 1e3:9.3f} ms   {log / step:6.2%} of a step")
+    print(f"logging one in ten (default)   {log * 1e2:9.3f} ms   {log / step / 10:6.2%} of a step")
+    print(f"histograms of an evaluation    {monitor.histogram_seconds * 1e3:9.3f} ms")
+
+
+if __name__ == "__main__":
+    main()

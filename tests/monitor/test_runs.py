@@ -1,0 +1,81 @@
+import json
+import time
+
+import pytest
+
+from bdh.cli.main import main
+from bdh.monitor.runs import summarize_runs
+
+NOW = time.time()
+
+
+def made(folder, *, rate=0.001, steps=(10, 20), max_steps=20, age=9_000.0):
+    folder.mkdir(parents=True)
+    settings = {"train": {"max_steps": max_steps, "learning_rate": rate}, "data": {"source": ["a", "b"]}}
+    (folder / "config.yaml").write_text(json.dumps(settings))  # JSON is YAML
+    rows = []
+    for step in steps:
+        rows.append({"step": step, "time": NOW - age, "train/loss": 3 - step / 10, "train/tokens_per_second": 50.0})
+        rows.append({"step": step, "time": NOW - age, "val/loss": abs(step - 10) + 1.5})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_state_and_figures_of_each_run(tmp_path):
+    made(tmp_path / "a")
+    made(tmp_path / "deep" / "b", steps=(10,))
+    made(tmp_path / "c", steps=(10,), age=5)
+    made(tmp_path / "d", steps=())
+    (tmp_path / "no_run").mkdir()
+    found = {run.folder.relative_to(tmp_path).as_posix(): run for run in summarize_runs(tmp_path)}
+    assert list(found) == ["a", "c", "d", "deep/b"]
+    assert [run.state for run in found.values()] == ["finished", "active", "stopped", "stopped"]
+    a, empty = found["a"], found["d"]
+    assert (a.step, a.max_steps, a.train_loss, a.best_val_loss, a.tokens_per_second) == (20, 20, 1.0, 1.5, 50.0)
+    assert a.seconds_since_logged == pytest.approx(9_000, abs=100)
+    assert (empty.step, empty.train_loss, empty.best_val_loss, empty.seconds_since_logged) == (0, None, None, None)
+
+
+def test_differences_are_from_what_most_runs_have(tmp_path):
+    for name, rate in (("a", 0.001), ("b", 0.002), ("c", 0.001)):
+        made(tmp_path / name, rate=rate)
+    assert [run.differences for run in summarize_runs(tmp_path)] == [{}, {"train.learning_rate": 0.002}, {}]
+
+
+def test_a_run_that_cannot_be_read_does_not_hide_the_others(tmp_path, capsys):
+    made(tmp_path / "a")
+    (made(tmp_path / "b") / "config.yaml").write_text("train: [1")
+    (made(tmp_path / "c") / "metrics.jsonl").write_text("{}x\n{}\n")
+    assert main(["runs", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines if not line.startswith(" ")] == [
+        ["run", "state"],
+        ["a", "finished"],
+        ["b", "unreadable"],
+        ["c", "unreadable"],
+    ]
+    assert "config.yaml is not YAML from line 1 on" in lines[3]
+    assert "metrics.jsonl, line 1, is not JSON" in lines[5]
+
+
+def test_the_table_has_the_figures_and_the_differences_below(tmp_path, capsys):
+    made(tmp_path / "a")
+    made(tmp_path / "b", rate=0.5)
+    assert main(["runs", str(tmp_path)]) == 0
+    _, first, second, below = capsys.readouterr().out.splitlines()
+    assert first.split() == ["a", "finished", "20/20", "1.0000", "1.5000", "50", "2", "h", "ago"]
+    assert second.startswith("b ")
+    assert below == "    train.learning_rate=0.5"
+
+
+def test_json_has_one_object_a_run(tmp_path, capsys):
+    made(tmp_path / "a")
+    assert main(["runs", str(tmp_path / "a"), "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert (row["folder"], row["state"], row["step"]) == (str(tmp_path / "a"), "finished", 20)
+
+
+@pytest.mark.parametrize(("name", "message"), [("none", "there is no folder"), (".", "holds no run")])
+def test_no_runs_are_said_with_status_2(tmp_path, capsys, name, message):
+    assert main(["runs", str(tmp_path / name)]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,15 @@
+"""The benchmarks run, and check what they compare before they print."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_logging_overhead(tmp_path, monkeypatch):
+    monkeypatch.setenv("BDH_CACHE", str(tmp_path))
+    command = [sys.executable, "benchmarks/logging_overhead.py", "--steps", "12"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert re.search(r"a step +\d+\.\d+ ms\nlogging one +\d+\.\d+ ms +\d+\.\d+% of a step\n", done.stdout)
