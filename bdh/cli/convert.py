@@ -67,9 +67,9 @@ def _from_reference(settings: ConvertSettings, out: Path) -> int:
 def _to_reference(settings: ConvertSettings, out: Path) -> int:
     import torch
 
-    from bdh.cli.models import load_model
     from bdh.model.conversion import reference_config
     from bdh.storage import whole_file
+    from bdh.train.models import load_model
 
     model, _ = load_model(settings.source)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -61,10 +61,10 @@ def run(argv: list[str]) -> int:
     import numpy as np
     from rich.console import Console
 
-    from bdh.cli.models import load_model
     from bdh.cli.progress import stage_progress, token_progress
     from bdh.data import prepare_corpus
     from bdh.evaluate.loss import evaluate_text
+    from bdh.train.models import load_model
 
     model, tokenizer = load_model(settings.model, checkpoint=settings.checkpoint, device=settings.device)
     if len(tokenizer) != model.config.vocab_size:

@@ -51,7 +51,7 @@ def run(argv: list[str]) -> int:
     if settings.output is not None and Path(settings.output).exists():
         raise FileExistsError(f"{settings.output} exists already: choose another --output")
 
-    from bdh.cli.models import load_model
+    from bdh.train.models import load_model
 
     model, tokenizer = load_model(settings.model, checkpoint=settings.checkpoint, device=settings.device)
     options = settings.sampling()

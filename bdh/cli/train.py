@@ -75,6 +75,8 @@ def print_banner(console: Console, training: Any) -> None:
         "run": str(training.folder)
         + (f", going on from step {training.progress.step}" if training.progress.step else ""),
     }
+    if train.init_from is not None:
+        lines["weights"] = f"those of {train.init_from}, trained further"
     for name, text in lines.items():
         console.print(f"  {name:<10} {text}", markup=False, soft_wrap=True)
 

@@ -89,6 +89,8 @@ class TrainSettings:
     """Compile the model with torch.compile: minutes at the start, faster steps."""
     gradient_checkpointing: bool = False
     """Recompute each pass in the backward pass: about a third more work, a fraction of the memory."""
+    init_from: str | None = None
+    """Model to start from, with a fresh optimizer: an export, a run, or a hub id. Its sizes and tokenizer are taken over."""
     seed: int = 1337
     """Seed of the weights, the data order, the dropout and the samples."""
     eval_every_steps: int = 250

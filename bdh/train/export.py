@@ -10,11 +10,10 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 import bdh
-from bdh.model import BDHConfig, BDHForCausalLM
+from bdh.model import BDHForCausalLM
 from bdh.storage import whole_folder
-from bdh.tokenizer import load_tokenizer
-from bdh.train.checkpoint import Checkpoint, Checkpointer
-from bdh.train.run import TOKENIZER_FOLDER
+from bdh.train.checkpoint import Checkpoint
+from bdh.train.models import load_run
 
 
 def export_run(run_dir: Path, folder: Path, *, which: str = "last", replace: bool = False) -> int:
@@ -31,25 +30,6 @@ def export_run(run_dir: Path, folder: Path, *, which: str = "last", replace: boo
     model, tokenizer, checkpoint = load_run(run_dir, which)
     export_model(model, tokenizer, folder, model_card(model, checkpoint), replace=replace)
     return checkpoint.step
-
-
-def load_run(run_dir: Path, which: str = "last") -> tuple[BDHForCausalLM, PreTrainedTokenizerFast, Checkpoint]:
-    """The model and tokenizer of a run, straight from one of its checkpoints; see :func:`export_run`."""
-    if not (run_dir / "checkpoints").is_dir():
-        raise FileNotFoundError(f"{run_dir} holds no run: it has no folder checkpoints")
-    checkpointer = Checkpointer(run_dir)
-    if which == "last":
-        step = None
-    elif which == "best":
-        step = checkpointer.step_of("best")
-    elif which.isdigit():
-        step = int(which)
-    else:
-        raise ValueError(f"checkpoint is {which!r}: must be last, best, or a step")
-    checkpoint = checkpointer.load(step)
-    model = BDHForCausalLM(BDHConfig(**checkpoint.training["model_config"]))
-    model.load_state_dict(checkpoint.weights)
-    return model.eval(), load_tokenizer(run_dir / TOKENIZER_FOLDER), checkpoint
 
 
 def export_model(
@@ -109,6 +89,7 @@ def model_card(model: BDHForCausalLM, checkpoint: Checkpoint) -> str:
             for label, key in (("training tokens in it", "train_tokens"), ("validation tokens in it", "val_tokens"))
             if data_facts.get(key) is not None
         },
+        **({"started from": f"`{train['init_from']}`"} if train["init_from"] else {}),
         "steps": f"{progress['step']:,} of {train['max_steps']:,}",
         "tokens seen": f"{progress['tokens_seen']:,}",
         "sequence length": f"{train['block_size']:,} tokens",

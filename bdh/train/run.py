@@ -17,16 +17,18 @@ from bdh.storage import whole_folder, write_text
 from bdh.tokenizer import load_tokenizer
 from bdh.train.checkpoint import Checkpoint, Checkpointer
 from bdh.train.config import RunSettings
+from bdh.train.initial import InitialModel
+from bdh.train.models import TOKENIZER_FOLDER
 from bdh.train.optim import Optimizers
 from bdh.train.runtime import Runtime, choose_runtime, random_states, restore_random_states
 
-CONFIG_FILE, TOKENIZER_FOLDER = "config.yaml", "tokenizer"
+CONFIG_FILE = "config.yaml"
 # A run cannot go on exactly, or at all, if one of these is another: name of the section, and its fields.
 _FIXED = {
     "model": None,
     "tokenizer": None,
     "data": None,
-    "train": ("block_size", "batch_size", "gradient_accumulation_steps", "optimizer", "seed"),
+    "train": ("block_size", "batch_size", "gradient_accumulation_steps", "optimizer", "seed", "init_from"),
 }
 _FREE = {"model.attention_form", "model.chunk_size", "model.dropout", "data.cache_dir"}
 _NOT_STORED = ("run_dir", "resume", "resume_step")
@@ -110,7 +112,7 @@ def open_run(settings: RunSettings, *, progress: Any = None) -> Run:
     Raises:
         ValueError: settings, tokenizer and data do not go together, or not with the run that is resumed.
         FileExistsError: the folder holds a run already.
-        FileNotFoundError: there is nothing to resume.
+        FileNotFoundError: there is nothing to resume, or nothing at ``train.init_from``.
         DiskFullError: there is no room for the run's folder.
     """
     folder = Path(settings.run_dir) if settings.run_dir else Path("runs") / time.strftime("%Y-%m-%d_%H-%M-%S")
@@ -126,13 +128,24 @@ def open_run(settings: RunSettings, *, progress: Any = None) -> Run:
         )
 
     runtime = choose_runtime(settings.train)
+    initial = None
+    if checkpoint is None and settings.train.init_from is not None:
+        initial = InitialModel(settings.train.init_from)
+        settings = initial.completed(settings)
     # A run keeps the tokenizer that it was started with.
     tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER if checkpoint else settings.tokenizer)
+    if initial is not None:
+        initial.check_tokenizer(tokenizer)
     config = model_config(settings, tokenizer)
     corpus = prepare_corpus(settings.data, tokenizer, settings.train.block_size, progress=progress)
 
+    if initial is not None:
+        initial.check_data(corpus.fingerprint)
+
     torch.manual_seed(settings.train.seed)
     model = BDHForCausalLM(config).to(runtime.device)  # type: ignore[arg-type]
+    if initial is not None:
+        initial.copy_into(model)
     if settings.train.gradient_checkpointing:
         model.activation_checkpointing_enable()
     run = Run(
@@ -225,7 +238,9 @@ def check_unchanged(settings: RunSettings, stored: dict[str, Any]) -> None:
         f"{section}.{name}: {stored[section].get(name)!r} in the run, {value!r} now"
         for section, names in _FIXED.items()
         for name, value in now[section].items()
-        if (names is None or name in names) and f"{section}.{name}" not in _FREE and stored[section].get(name) != value
+        if (names is None or name in names)
+        and f"{section}.{name}" not in _FREE
+        and stored[section].get(name, value) != value  # a setting that the run's version did not have is new
     ]
     if changed:
         raise ValueError("a resumed run keeps its model and data, but these differ: " + "; ".join(changed))

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from bdh.cli.main import main
-from bdh.cli.models import load_model
 from bdh.evaluate.loss import evaluate_text
+from bdh.train.models import load_model
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 40
 

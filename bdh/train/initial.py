@@ -1,0 +1,90 @@
+"""The model that a run starts from, where it does not start from nothing."""
+
+import logging
+from dataclasses import fields, replace
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerFast
+
+from bdh.model import BDHForCausalLM
+from bdh.tokenizer import TextEncoder, TokenizerConfig, is_byte_tokenizer
+from bdh.tokenizer.byte_level import NUM_BYTES
+from bdh.train.checkpoint import Checkpoint
+from bdh.train.config import ModelSettings, RunSettings
+from bdh.train.models import TOKENIZER_FOLDER, is_run, load_model, load_run
+
+_logger = logging.getLogger(__name__)
+# What the weights fix. The rest, such as dropout, is the new run's to choose.
+_TAKEN_OVER = ("n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier", "rope_theta")
+
+
+class InitialModel:
+    """The model that ``train.init_from`` names: its sizes, its tokenizer and its weights."""
+
+    def __init__(self, name: str):
+        """
+        Raises:
+            FileNotFoundError: there is no such model.
+            ValueError: it is no BDH model, or is damaged.
+        """
+        self.name = name
+        self._checkpoint: Checkpoint | None = None
+        self._model: BDHForCausalLM
+        if is_run(Path(name)):
+            self._model, self._tokenizer, self._checkpoint = load_run(Path(name))
+            self._tokenizer_path = str(Path(name) / TOKENIZER_FOLDER)
+        else:
+            self._model, self._tokenizer = load_model(name, device="cpu")
+            self._tokenizer_path = name
+
+    def completed(self, settings: RunSettings) -> RunSettings:
+        """The settings with the sizes, and unless another was chosen the tokenizer, of this model.
+
+        Raises:
+            ValueError: a size or a vocabulary was chosen that is not this model's.
+        """
+        defaults = {field.name: field.default for field in fields(ModelSettings)}
+        sizes = {name: getattr(self._model.config, name) for name in _TAKEN_OVER}
+        wrong = [
+            f"model.{name} is {value!r}, but {self.name} has {sizes[name]!r}"
+            for name in _TAKEN_OVER
+            if (value := getattr(settings.model, name)) not in (defaults[name], sizes[name])
+        ]
+        if wrong:
+            raise ValueError(
+                f"train.init_from fixes the sizes of the model: {'; '.join(wrong)}. Leave them out, and they follow"
+            )
+        tokenizer = settings.tokenizer if settings.tokenizer != TokenizerConfig() else self._tokenizer_settings()
+        return replace(settings, model=replace(settings.model, **sizes), tokenizer=tokenizer)
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        """Warns where the run's tokenizer gives other tokens than the model was trained on.
+
+        Raises:
+            ValueError: it has another number of entries.
+        """
+        if len(tokenizer) != len(self._tokenizer):
+            raise ValueError(
+                f"the run's tokenizer has {len(tokenizer)} entries, but {self.name} was trained with one of "
+                f"{len(self._tokenizer)}: leave tokenizer.path out, and it takes that one"
+            )
+        if TextEncoder(tokenizer).hash != TextEncoder(self._tokenizer).hash:
+            _logger.warning(
+                "the tokenizer is not the one that %s was trained with: its tokens mean other text", self.name
+            )
+
+    def check_data(self, fingerprint: str) -> None:
+        """Says where the run's data are others than those the model was trained on, if that is known."""
+        if self._checkpoint is not None and self._checkpoint.training["data_fingerprint"] != fingerprint:
+            source = self._checkpoint.training["data_facts"]["source"]
+            _logger.warning("%s was trained on other data, %s", self.name, source)
+
+    def copy_into(self, model: BDHForCausalLM) -> None:
+        """Gives a model of the same sizes the weights, in the model's own dtype."""
+        model.config.layer_norm_eps = self._model.config.layer_norm_eps
+        model.load_state_dict(self._model.state_dict())
+
+    def _tokenizer_settings(self) -> TokenizerConfig:
+        if is_byte_tokenizer(self._tokenizer):
+            return TokenizerConfig(special_tokens=len(self._tokenizer) > NUM_BYTES)
+        return TokenizerConfig(path=self._tokenizer_path)

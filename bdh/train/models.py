@@ -1,0 +1,94 @@
+"""Finds the model that a name stands for: an exported folder, a run, or a hub id."""
+
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from bdh.model import BDHConfig, BDHForCausalLM
+from bdh.tokenizer import TokenizerConfig, load_tokenizer
+from bdh.train.checkpoint import Checkpoint, Checkpointer
+from bdh.train.config import TrainSettings
+from bdh.train.runtime import choose_runtime
+
+TOKENIZER_FOLDER = "tokenizer"
+
+
+def load_model(
+    name: str, *, checkpoint: str | None = None, device: str = "auto"
+) -> tuple[BDHForCausalLM, PreTrainedTokenizerFast]:
+    """The model, in evaluation mode, and its tokenizer.
+
+    Args:
+        name: a folder with ``config.json``; a run's folder, of which the checkpoint is taken; or a hub id.
+        checkpoint: for a run: last (the default), best, or a step.
+        device: as ``train.device``.
+
+    Raises:
+        FileNotFoundError: a folder that holds neither.
+        ValueError: the model on the hub cannot be had, or is no BDH model; or the device is not there.
+    """
+    target = choose_runtime(TrainSettings(device=device)).device
+    path = Path(name)
+    if is_run(path):
+        model, tokenizer, _ = load_run(path, checkpoint or "last")
+        return model.to(target), tokenizer  # type: ignore[arg-type]
+    if checkpoint is not None:
+        raise ValueError(f"checkpoint is {checkpoint!r}, but {name} is not a run: leave it out")
+    if path.exists() and not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{name} holds no model: it has neither config.json nor checkpoints")
+    if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
+        raise FileNotFoundError(f"there is no folder {name}")  # a hub id is NAME or ORGANISATION/NAME
+    model = _pretrained(name, is_local=path.exists())
+    return model.to(target).eval(), load_tokenizer(TokenizerConfig(path=name))  # type: ignore[arg-type]
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / "checkpoints").is_dir()
+
+
+def load_run(run_dir: Path, which: str = "last") -> tuple[BDHForCausalLM, PreTrainedTokenizerFast, Checkpoint]:
+    """The model and tokenizer of a run, straight from one of its checkpoints.
+
+    Args:
+        which: "last", "best" (of the validation loss), or a step.
+
+    Raises:
+        FileNotFoundError: ``run_dir`` holds no run, or the run has no such checkpoint.
+        ValueError: the checkpoint is damaged, or ``which`` is neither of the above.
+    """
+    if not is_run(run_dir):
+        raise FileNotFoundError(f"{run_dir} holds no run: it has no folder checkpoints")
+    checkpointer = Checkpointer(run_dir)
+    if which == "last":
+        step = None
+    elif which == "best":
+        step = checkpointer.step_of("best")
+    elif which.isdigit():
+        step = int(which)
+    else:
+        raise ValueError(f"checkpoint is {which!r}: must be last, best, or a step")
+    checkpoint = checkpointer.load(step)
+    model = BDHForCausalLM(BDHConfig(**checkpoint.training["model_config"]))
+    model.load_state_dict(checkpoint.weights)
+    return model.eval(), load_tokenizer(run_dir / TOKENIZER_FOLDER), checkpoint
+
+
+def _pretrained(name: str, *, is_local: bool) -> BDHForCausalLM:
+    logging.disable_progress_bar()
+    try:
+        config = BDHConfig.from_pretrained(name)
+        if config.model_type != "bdh" or "n_embd" not in config.to_dict():
+            raise ValueError(f"{name} is no BDH model: its model_type is {config.model_type!r}")
+        return BDHForCausalLM.from_pretrained(name, config=config)
+    except SafetensorError as error:
+        raise ValueError(f"the weights of {name} are cut off or damaged: {error}") from error
+    except OSError as error:
+        if is_local:
+            raise
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise FileNotFoundError(
+            f"{name!r} is neither a folder here nor a model that the hub gives: {reason}. Without a network, give the "
+            "folder of an export or of a run"
+        ) from error
