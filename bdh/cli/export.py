@@ -14,6 +14,8 @@ class ExportSettings:
     """Folder to write: config.json, model.safetensors, tokenizer files, generation_config.json, README.md."""
     checkpoint: str = "last"
     """Which weights: last, best (of the validation loss), or a step."""
+    ema: bool = False
+    """The moving average of the weights, of a run with train.ema_decay."""
 
 
 def run(argv: list[str]) -> int:
@@ -26,6 +28,6 @@ def run(argv: list[str]) -> int:
     )
     from bdh.train.export import export_run
 
-    step = export_run(Path(settings.run), Path(settings.out), which=settings.checkpoint)
-    print(f"{settings.out}: the weights of step {step}")
+    step = export_run(Path(settings.run), Path(settings.out), which=settings.checkpoint, ema=settings.ema)
+    print(f"{settings.out}: the {'averaged ' if settings.ema else ''}weights of step {step}")
     return 0

@@ -14,6 +14,7 @@ COMMANDS = {
     "eval": "measure a model on a text",
     "tokenizer": "train a tokenizer",
     "export": "write a run's weights as a model folder",
+    "average": "average the weights of models",
     "convert": "take or give checkpoints of the published reference code",
     "runs": "list the runs of a folder",
     "plot": "draw the loss curves of runs",

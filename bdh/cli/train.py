@@ -48,7 +48,8 @@ def run(argv: list[str]) -> int:
         console.print(f"Stopped after step {step}: the validation loss was best at step {best}.", markup=False)
     if settings.checkpoint.export != "none":
         folder = training.folder / "model"
-        export_run(training.folder, folder, which=settings.checkpoint.export, replace=True)
+        ema = settings.checkpoint.export == "ema"
+        export_run(training.folder, folder, which="last" if ema else settings.checkpoint.export, ema=ema, replace=True)
         console.print(f"Exported to {folder}: bdh generate {folder} --prompt 'The '", markup=False)
     return 0
 

@@ -11,6 +11,7 @@ leaves the ones before untouched.
 
 import hashlib
 import json
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,7 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints that have their marker, ascending."""
-        return sorted(int(path.parent.name.removeprefix("step-")) for path in self.folder.glob(f"step-*/{MANIFEST}"))
+        return sorted(step_of_folder(path.parent) for path in self.folder.glob(f"step-*/{MANIFEST}"))
 
     def save(
         self, step: int, weights: dict[str, torch.Tensor], training: dict[str, Any], *, is_best: bool = False
@@ -149,6 +150,16 @@ class Checkpointer:
 
 def _name(step: int) -> str:
     return f"step-{step:07d}"
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether the folder is that of one checkpoint, complete or not."""
+    return folder.parent.name == "checkpoints" and re.fullmatch(r"step-\d+", folder.name) is not None
+
+
+def step_of_folder(folder: Path) -> int:
+    """The step in the name of a checkpoint's folder."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def _facts(path: Path) -> dict[str, Any]:

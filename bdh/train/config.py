@@ -89,6 +89,8 @@ class TrainSettings:
     """Compile the model with torch.compile: minutes at the start, faster steps."""
     gradient_checkpointing: bool = False
     """Recompute each pass in the backward pass: about a third more work, a fraction of the memory."""
+    ema_decay: float | None = None
+    """Keep an exponential moving average of the weights with this decay, such as 0.999, and evaluate it too. null for none."""
     init_from: str | None = None
     """Model to start from, with a fresh optimizer: an export, a run, or a hub id. Its sizes and tokenizer are taken over."""
     seed: int = 1337
@@ -133,6 +135,8 @@ class TrainSettings:
             self.decay_steps,
             f"at most max_steps - warmup_steps, {self.max_steps - self.warmup_steps}",
         )
+        decay = self.ema_decay
+        faults.require(decay is None or 0 < decay < 1, "ema_decay", decay, "above 0 and below 1, or null")
         device = self.device.split(":")[0]
         faults.require(
             device in ("auto", "cpu", "cuda", "mps"), "device", self.device, "auto, cpu, cuda, cuda:N or mps"
@@ -146,8 +150,8 @@ class CheckpointSettings:
     """Steps between checkpoints; there is always one at the end."""
     keep_last: int = 2
     """Newest checkpoints that are kept; the best one is kept besides."""
-    export: Literal["last", "best", "none"] = "last"
-    """Which weights are exported to <run_dir>/model at the end: the last, or those of the best validation loss."""
+    export: Literal["last", "best", "ema", "none"] = "last"
+    """Which weights are exported to <run_dir>/model at the end: the last, those of the best loss, or the moving average."""
 
     def collect_faults(self, faults: Faults) -> None:
         faults.require(self.every_steps >= 1, "every_steps", self.every_steps, "at least 1")
@@ -175,4 +179,10 @@ class RunSettings:
         )
         faults.require(
             self.resume_step is None or self.resume, "resume_step", self.resume_step, "given together with --resume"
+        )
+        faults.require(
+            self.checkpoint.export != "ema" or self.train.ema_decay is not None,
+            "checkpoint.export",
+            self.checkpoint.export,
+            "last, best or none without train.ema_decay, which keeps the moving average",
         )

@@ -16,19 +16,20 @@ from bdh.train.checkpoint import Checkpoint
 from bdh.train.models import load_run
 
 
-def export_run(run_dir: Path, folder: Path, *, which: str = "last", replace: bool = False) -> int:
+def export_run(run_dir: Path, folder: Path, *, which: str = "last", ema: bool = False, replace: bool = False) -> int:
     """Exports a checkpoint of a run into ``folder``, and returns its step.
 
     Args:
         which: "last", "best" (of the validation loss), or a step.
+        ema: the moving average of the weights instead of the weights.
 
     Raises:
         FileNotFoundError: ``run_dir`` holds no run, or the run has no such checkpoint.
         FileExistsError: ``folder`` is there and not empty, and ``replace`` is not set.
         ValueError: the checkpoint is damaged, or ``which`` is neither of the above.
     """
-    model, tokenizer, checkpoint = load_run(run_dir, which)
-    export_model(model, tokenizer, folder, model_card(model, checkpoint), replace=replace)
+    model, tokenizer, checkpoint = load_run(run_dir, which, ema=ema)
+    export_model(model, tokenizer, folder, model_card(model, checkpoint, ema=ema), replace=replace)
     return checkpoint.step
 
 
@@ -64,13 +65,13 @@ def export_model(
         (temporary / "README.md").write_text(card, encoding="utf-8")
 
 
-def model_card(model: BDHForCausalLM, checkpoint: Checkpoint) -> str:
+def model_card(model: BDHForCausalLM, checkpoint: Checkpoint, *, ema: bool = False) -> str:
     """The README of an exported model: only what the run knows."""
     config, training = model.config, checkpoint.training
     data_facts = training["data_facts"]
     settings, progress = training["settings"], training["progress"]
     train = settings["train"]
-    metrics = progress["last_metrics"]
+    metrics = progress["last_ema_metrics"] if ema else progress["last_metrics"]
     num_parameters = sum(p.numel() for p in model.parameters())
     batch = train["batch_size"] * train["gradient_accumulation_steps"]
     rows = {
@@ -90,6 +91,7 @@ def model_card(model: BDHForCausalLM, checkpoint: Checkpoint) -> str:
             if data_facts.get(key) is not None
         },
         **({"started from": f"`{train['init_from']}`"} if train["init_from"] else {}),
+        **({"weights": f"moving average with decay {train['ema_decay']:g}"} if ema else {}),
         "steps": f"{progress['step']:,} of {train['max_steps']:,}",
         "tokens seen": f"{progress['tokens_seen']:,}",
         "sequence length": f"{train['block_size']:,} tokens",

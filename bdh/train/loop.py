@@ -58,6 +58,8 @@ def fit(run: Run, monitor: Monitor) -> str:
                 raise TrainingStopped(f"step {progress.step + 1}: {skipped} steps in a row overflowed float16")
             progress.step += 1
             step = progress.step
+            if run.average is not None and result.updated:
+                run.average.update(run.model, step)
             num_tokens = settings.batch_size * settings.gradient_accumulation_steps * settings.block_size
             progress.tokens_seen += num_tokens
             clock.count(num_tokens, result.data_seconds)
@@ -172,21 +174,35 @@ def training_step(run: Run, step_model: Callable[..., Any]) -> StepResult:
 def evaluate(run: Run, monitor: Monitor, validation: torch.Tensor) -> bool:
     """Measures the validation windows, and tells whether the loss is the best so far."""
     progress = run.progress
-    metrics: Metrics = evaluate_windows(
-        run.model,
-        validation,
-        bytes_per_token=run.corpus.val_bytes_per_token,
-        autocast=run.runtime.autocast,
-    )
+
+    def measure() -> Metrics:
+        return evaluate_windows(
+            run.model,
+            validation,
+            bytes_per_token=run.corpus.val_bytes_per_token,
+            autocast=run.runtime.autocast,
+        )
+
+    metrics = measure()
     activity = measure_activity(run.model, validation[:_ACTIVITY_WINDOWS, :-1], autocast=run.runtime.autocast)
     progress.last_metrics = metrics.as_dict()
     values = metrics.as_dict("val/") | metrics.loss_at("val/") | activity.as_dict("val/")
-    monitor.log(progress.step, values | weight_norms(run.model))
+    averaged = ""
+    if run.average is not None:
+        run.average.swap(run.model)
+        try:
+            of_average = measure()
+        finally:
+            run.average.swap(run.model)
+        progress.last_ema_metrics = of_average.as_dict()
+        values |= of_average.as_dict("val_ema/")
+        averaged = f"; moving average: loss {of_average.loss:.4f}"
     for name, weight in run.model.named_parameters():
         monitor.log_histogram(progress.step, f"weights/{name}", weight)
     for kind, passes in activity.samples.items():
         for index, fired in enumerate(passes):
             monitor.log_histogram(progress.step, f"val/{kind}/{index}", fired)
+    monitor.log(progress.step, values | weight_norms(run.model))
     is_best = progress.best_loss is None or metrics.loss < progress.best_loss
     if is_best:
         progress.best_loss, progress.best_step, progress.evaluations_without_gain = metrics.loss, progress.step, 0
@@ -195,7 +211,7 @@ def evaluate(run: Run, monitor: Monitor, validation: torch.Tensor) -> bool:
     monitor.message(
         f"step {progress.step}: validation loss {metrics.loss:.4f} nats per token, perplexity {metrics.perplexity:.2f}, "
         f"{metrics.bits_per_byte:.3f} bits per byte, accuracy {metrics.accuracy:.1%}, "
-        f"{_mean(activity.density['x']):.1%} of the neurons fire{' (best)' if is_best else ''}"
+        f"{_mean(activity.density['x']):.1%} of the neurons fire{averaged}{' (best)' if is_best else ''}"
     )
     return is_best
 

@@ -8,7 +8,7 @@ from transformers.utils import logging
 
 from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.tokenizer import TokenizerConfig, load_tokenizer
-from bdh.train.checkpoint import Checkpoint, Checkpointer
+from bdh.train.checkpoint import Checkpoint, Checkpointer, is_checkpoint, step_of_folder
 from bdh.train.config import TrainSettings
 from bdh.train.runtime import choose_runtime
 
@@ -21,7 +21,8 @@ def load_model(
     """The model, in evaluation mode, and its tokenizer.
 
     Args:
-        name: a folder with ``config.json``; a run's folder, of which the checkpoint is taken; or a hub id.
+        name: a folder with ``config.json``; a run's folder, of which the checkpoint is taken; the folder of one of
+            its checkpoints; or a hub id.
         checkpoint: for a run: last (the default), best, or a step.
         device: as ``train.device``.
 
@@ -31,6 +32,8 @@ def load_model(
     """
     target = choose_runtime(TrainSettings(device=device)).device
     path = Path(name)
+    if checkpoint is None and is_checkpoint(path):
+        path, checkpoint = path.parent.parent, str(step_of_folder(path))
     if is_run(path):
         model, tokenizer, _ = load_run(path, checkpoint or "last")
         return model.to(target), tokenizer  # type: ignore[arg-type]
@@ -48,15 +51,18 @@ def is_run(folder: Path) -> bool:
     return (folder / "checkpoints").is_dir()
 
 
-def load_run(run_dir: Path, which: str = "last") -> tuple[BDHForCausalLM, PreTrainedTokenizerFast, Checkpoint]:
+def load_run(
+    run_dir: Path, which: str = "last", *, ema: bool = False
+) -> tuple[BDHForCausalLM, PreTrainedTokenizerFast, Checkpoint]:
     """The model and tokenizer of a run, straight from one of its checkpoints.
 
     Args:
         which: "last", "best" (of the validation loss), or a step.
+        ema: the moving average of the weights instead of the weights.
 
     Raises:
         FileNotFoundError: ``run_dir`` holds no run, or the run has no such checkpoint.
-        ValueError: the checkpoint is damaged, or ``which`` is neither of the above.
+        ValueError: the checkpoint is damaged or has no moving average, or ``which`` is neither of the above.
     """
     if not is_run(run_dir):
         raise FileNotFoundError(f"{run_dir} holds no run: it has no folder checkpoints")
@@ -71,7 +77,10 @@ def load_run(run_dir: Path, which: str = "last") -> tuple[BDHForCausalLM, PreTra
         raise ValueError(f"checkpoint is {which!r}: must be last, best, or a step")
     checkpoint = checkpointer.load(step)
     model = BDHForCausalLM(BDHConfig(**checkpoint.training["model_config"]))
-    model.load_state_dict(checkpoint.weights)
+    weights = checkpoint.training.get("ema") if ema else checkpoint.weights
+    if weights is None:
+        raise ValueError(f"{checkpoint.path} has no moving average of the weights: its run had no train.ema_decay")
+    model.load_state_dict(weights)
     return model.eval(), load_tokenizer(run_dir / TOKENIZER_FOLDER), checkpoint
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 import bdh
 from bdh.data import Corpus, prepare_corpus
 from bdh.model import BDHConfig, BDHForCausalLM
+from bdh.model.averaging import MovingAverage
 from bdh.storage import whole_folder, write_text
 from bdh.tokenizer import load_tokenizer
 from bdh.train.checkpoint import Checkpoint, Checkpointer
@@ -47,6 +48,8 @@ class Progress:
     evaluations_without_gain: int = 0
     last_metrics: dict[str, float] = field(default_factory=dict)
     """Of the last evaluation."""
+    last_ema_metrics: dict[str, float] = field(default_factory=dict)
+    """The same of the moving average of the weights."""
 
 
 @dataclass
@@ -64,6 +67,8 @@ class Run:
     loader: Any
     checkpointer: Checkpointer
     progress: Progress
+    average: MovingAverage | None = None
+    """Of the weights, with ``train.ema_decay``."""
 
     def save(self, *, is_best: bool = False) -> Path:
         """Writes a checkpoint of this moment; see :meth:`Checkpointer.save`."""
@@ -78,6 +83,7 @@ class Run:
             "scaler": self.scaler.state_dict(),
             "loader": self.loader.state_dict(),
             "random_states": random_states(self.runtime.device),
+            "ema": None if self.average is None else {k: v.cpu() for k, v in self.average.weights.items()},
         }
         return self.checkpointer.save(self.progress.step, self.model.state_dict(), training, is_best=is_best)
 
@@ -99,6 +105,9 @@ class Run:
         self.loader.load_state_dict(training["loader"])
         restore_random_states(training["random_states"], self.runtime.device)
         self.progress = Progress(**training["progress"])
+        if self.average is not None:
+            # A run that had no average until now begins one with the weights of this step.
+            self.average.load(training.get("ema") or dict(self.model.named_parameters()))
 
 
 def open_run(settings: RunSettings, *, progress: Any = None) -> Run:
@@ -162,6 +171,7 @@ def open_run(settings: RunSettings, *, progress: Any = None) -> Run:
         ),
         checkpointer=checkpointer,
         progress=Progress(),
+        average=None if settings.train.ema_decay is None else MovingAverage(model, settings.train.ema_decay),
     )
     if checkpoint is not None:
         run.restore(checkpoint)

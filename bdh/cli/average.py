@@ -1,0 +1,82 @@
+"""bdh average: averages the weights of several models of one shape."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bdh.cli.settings import parse_settings
+from bdh.validation import Faults
+
+
+@dataclass(kw_only=True)
+class AverageSettings:
+    models: list[str] = field(default_factory=list)
+    """Exported folders, runs, checkpoints of a run (runs/a/checkpoints/step-0001000), or hub ids."""
+    out: str
+    """Folder to write."""
+    weights: list[float] | None = None
+    """A share for each model, such as [1, 1, 2]; equal ones by default."""
+
+    def collect_faults(self, faults: Faults) -> None:
+        number = len(self.models)
+        faults.require(number >= 1, "models", self.models, "at least one folder or hub id")
+        if self.weights is not None:
+            faults.require(len(self.weights) == number, "weights", self.weights, f"one for each of {number} models")
+            is_right = all(weight >= 0 for weight in self.weights) and sum(self.weights) > 0
+            faults.require(is_right, "weights", self.weights, "0 or above, with a sum above 0")
+
+
+def run(argv: list[str]) -> int:
+    settings = parse_settings(
+        AverageSettings,
+        argv,
+        prog="bdh average",
+        description="Average the weights of models of one shape, such as the last checkpoints of a run.",
+        positionals=("models",),
+    )
+    out = Path(settings.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} exists already and is not empty: choose another --out")
+    import torch
+
+    from bdh.model.averaging import average_weights
+    from bdh.tokenizer import TextEncoder
+    from bdh.train.export import export_model
+    from bdh.train.models import load_model
+
+    first, tokenizer = load_model(settings.models[0], device="cpu")
+    tokenizer_hash = TextEncoder(tokenizer).hash
+
+    def state_dicts() -> Iterator[dict[str, torch.Tensor]]:
+        for name in settings.models:
+            model, its_tokenizer = load_model(name, device="cpu")
+            if model.config.n_layer != first.config.n_layer:
+                raise ValueError(
+                    f"{name} has {model.config.n_layer} passes, {settings.models[0]} {first.config.n_layer}: only models "
+                    "of one shape can be averaged"
+                )
+            if TextEncoder(its_tokenizer).hash != tokenizer_hash:
+                raise ValueError(
+                    f"{name} has another tokenizer than {settings.models[0]}: their tokens differ in meaning"
+                )
+            yield model.state_dict()
+
+    first.load_state_dict(average_weights(state_dicts(), settings.weights))
+    export_model(first, tokenizer, out, _card(settings))
+    print(f"{out}: the average of {len(settings.models)} models")
+    return 0
+
+
+def _card(settings: AverageSettings) -> str:
+    shares = settings.weights or [1.0] * len(settings.models)
+    rows = [f"| `{name}` | {share / sum(shares):.4g} |" for name, share in zip(settings.models, shares, strict=True)]
+    return "\n".join(
+        [
+            "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [bdh, dragon-hatchling]\n---\n",
+            "# A BDH language model, averaged\n",
+            "The mean of the weights of these models (architecture: Dragon Hatchling, arXiv 2509.26507):\n",
+            "| model | share |\n| --- | --- |",
+            *rows,
+            "",
+        ]
+    )
