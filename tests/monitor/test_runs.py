@@ -6,8 +6,6 @@ import pytest
 from bdh.cli.main import main
 from bdh.monitor.runs import summarize_runs
 
-NOW = time.time()
-
 
 def made(folder, *, rate=0.001, steps=(10, 20), max_steps=20, age=9_000.0):
     folder.mkdir(parents=True)
@@ -15,8 +13,10 @@ def made(folder, *, rate=0.001, steps=(10, 20), max_steps=20, age=9_000.0):
     (folder / "config.yaml").write_text(json.dumps(settings))  # JSON is YAML
     rows = []
     for step in steps:
-        rows.append({"step": step, "time": NOW - age, "train/loss": 3 - step / 10, "train/tokens_per_second": 50.0})
-        rows.append({"step": step, "time": NOW - age, "val/loss": abs(step - 10) + 1.5})
+        rows.append(
+            {"step": step, "time": time.time() - age, "train/loss": 3 - step / 10, "train/tokens_per_second": 50.0}
+        )
+        rows.append({"step": step, "time": time.time() - age, "val/loss": abs(step - 10) + 1.5})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
