@@ -49,7 +49,11 @@ def run(argv: list[str]) -> int:
     if settings.checkpoint.export != "none":
         folder = training.folder / "model"
         ema = settings.checkpoint.export == "ema"
-        export_run(training.folder, folder, which="last" if ema else settings.checkpoint.export, ema=ema, replace=True)
+        which = "last" if ema else settings.checkpoint.export
+        if which == "best" and training.progress.best_step is None:
+            which = "last"
+            console.print("No validation loss was measured yet: the last weights are exported, not the best.")
+        export_run(training.folder, folder, which=which, ema=ema, replace=True)
         console.print(f"Exported to {folder}: bdh generate {folder} --prompt 'The '", markup=False)
     return 0
 
@@ -62,7 +66,9 @@ def print_banner(console: Console, training: Any) -> None:
     train, config, facts = settings.train, model.config, training.corpus.facts
     num_parameters = sum(p.numel() for p in model.parameters())
     rows = train.batch_size * train.gradient_accumulation_steps
-    form = choose_form(config.attention_form, train.block_size, config.n_embd, has_state=False)
+    form = choose_form(
+        config.attention_form, train.block_size, config.n_embd, has_state=False, chunk_size=config.chunk_size
+    )
     lines = {
         "model": f"{num_parameters:,} parameters: {config.n_layer} passes, width {config.n_embd}, {config.n_head} heads "
         f"of {config.neurons_per_head:,} neurons, vocabulary {config.vocab_size:,}",

@@ -65,7 +65,7 @@ class BDHConfig(PreTrainedConfig):
     """
 
     model_type = "bdh"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers adds lists to it)
     attribute_map = {  # noqa: RUF012 (transformers declares it as a class variable)
         "hidden_size": "n_embd",
         "num_attention_heads": "n_head",

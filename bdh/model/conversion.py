@@ -136,8 +136,11 @@ def reference_state_dict(model: "BDHForCausalLM") -> dict[str, torch.Tensor]:
 
 
 def reference_config(config: BDHConfig) -> dict[str, Any]:
-    """The fields of ``config`` that the reference code knows, as a plain dict."""
-    return {field: getattr(config, field) for field in _CONFIG_FIELDS}
+    """The fields of ``config`` that the reference code knows, as a plain dict; ``rope_theta`` if it is another."""
+    fields = {field: getattr(config, field) for field in _CONFIG_FIELDS}
+    if config.rope_theta != BDHConfig.rope_theta:
+        fields["rope_theta"] = config.rope_theta
+    return fields
 
 
 def reference_frequencies(num_neurons: int, theta: float) -> torch.Tensor:
@@ -201,9 +204,14 @@ def _check_frequencies(stored: torch.Tensor, config: BDHConfig) -> None:
     expected = reference_frequencies(config.neurons_per_head, config.rope_theta)
     if stored.numel() != expected.numel():
         raise ValueError(f"{FREQUENCY_KEY} has {stored.numel()} entries: the configuration needs {expected.numel()}")
-    # float32 rounding differs between platforms by a few units in the last place, another theta by far more.
-    error = (stored.flatten() / expected.flatten() - 1).abs().max().item()
-    if error > 1e-5:
+    # float32 rounding differs between platforms by a few units in the last place, another theta by far more; and
+    # files in half precision have the buffer rounded too, in float16 down to its smallest numbers.
+    info = torch.finfo(stored.dtype) if stored.is_floating_point() else torch.finfo(torch.float32)
+    rounding = max(1e-5, info.eps)
+    smallest = info.smallest_normal * info.eps
+    difference = (stored.flatten().double() - expected.flatten().double()).abs()
+    error = ((difference - smallest).clamp_min(0) / expected.flatten().double()).max().item()
+    if error > rounding:
         raise ValueError(
             f"{FREQUENCY_KEY} differs from the frequencies of rope_theta = {config.rope_theta:g} by up to "
             f"{error:.1e} of their value: the model was trained with other ones, and would not work with these"

@@ -53,6 +53,7 @@ class BDHForCausalLM(TextGenerationMixin, PreTrainedModel, GenerationMixin):
     base_model_prefix = ""
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True  # num_items_in_batch, for transformers' Trainer
     _is_stateful = True  # a sum cannot be rolled back, so no assisted generation
     _no_split_modules: list[str] = []  # noqa: RUF012 (transformers declares it as a class variable)
 
@@ -74,13 +75,13 @@ class BDHForCausalLM(TextGenerationMixin, PreTrainedModel, GenerationMixin):
         past_key_values: SynapticState | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        shift_labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         attention_form: str | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        **kwargs: Any,
     ) -> BDHOutput | tuple[Any, ...]:
         """Logits of the next token at every position, and the loss where labels are given.
 
@@ -93,8 +94,6 @@ class BDHForCausalLM(TextGenerationMixin, PreTrainedModel, GenerationMixin):
             inputs_embeds: (B, T, D) instead of ``input_ids``; the first layer norm is applied to them too.
             labels: (B, T), aligned with ``input_ids`` as in all of transformers: the label of a position is
                 its own token, and the loss is of predicting it from the ones before. -100 is not counted.
-            shift_labels: (B, T) labels already shifted: that of a position is the token behind it. They are
-                taken where both are given.
             num_items_in_batch: divides the summed loss instead of the number of counted labels.
             use_cache: return the state. By default yes where one was given; else outside of training and
                 without labels.
@@ -102,16 +101,21 @@ class BDHForCausalLM(TextGenerationMixin, PreTrainedModel, GenerationMixin):
                 positions in an index tensor. Not together with labels, which need all of them.
             attention_form: overrides the configuration's.
             output_hidden_states: return v before the first and after each pass, (B, T, D) each.
+            **kwargs: ``shift_labels``, (B, T) labels already shifted: that of a position is the token behind it;
+                they are taken where both are given. (transformers' Trainer wants every named argument with
+                "label" in its name.) And ``output_attentions``, which must not be true: there are no weights.
 
         Returns:
             :class:`BDHOutput`. With labels and more than ``MAX_LOGITS_IN_ONE_PIECE`` logits, the loss is
             computed in chunks of tokens and ``logits`` is None.
 
         Raises:
+            TypeError: an argument that is none of these.
             ValueError: wrong shapes, token ids outside of the vocabulary (on the CPU), or a state of
                 another model or batch size; the state is left as it was.
         """
         config = self.config
+        shift_labels = self._shift_labels(kwargs)
         return_dict = config.return_dict if return_dict is None else return_dict
         if output_hidden_states is None:
             output_hidden_states = bool(config.output_hidden_states)
@@ -180,6 +184,16 @@ class BDHForCausalLM(TextGenerationMixin, PreTrainedModel, GenerationMixin):
         y = F.relu(torch.cat([head(a[:, h]) for h, head in enumerate(self.encoder_v)], dim=-1))  # (B, T, H*N)
         z = F.dropout(x * y, config.dropout, training=self.training)
         return layer_norm(v + layer_norm(self.decoder(z), eps), eps), sums
+
+    @staticmethod
+    def _shift_labels(kwargs: dict[str, Any]) -> torch.Tensor | None:
+        """The only further argument of ``forward``; what else may be given without meaning anything is dropped."""
+        unknown = sorted(set(kwargs) - {"shift_labels", "output_attentions"})
+        if unknown:
+            raise TypeError(f"forward does not know {', '.join(unknown)}")
+        if kwargs.get("output_attentions"):
+            raise ValueError("output_attentions is True: linear attention computes no weights, must be False")
+        return kwargs.get("shift_labels")
 
     def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         if (input_ids is None) == (inputs_embeds is None):

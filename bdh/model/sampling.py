@@ -61,16 +61,18 @@ class SamplingOptions:
         return self
 
     def generate_arguments(self) -> dict[str, Any]:
-        """The arguments of transformers' ``generate`` that mean the same. Neutral values are left out."""
-        arguments: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": self.temperature > 0}
-        if self.num_beams > 1:
-            arguments["num_beams"] = self.num_beams
-        if self.num_return_sequences > 1:
-            arguments["num_return_sequences"] = self.num_return_sequences
-        if self.repetition_penalty != 1:
-            arguments["repetition_penalty"] = self.repetition_penalty
+        """The arguments of transformers' ``generate`` that mean the same.
+
+        Neutral values are among them: left out, those of the model's ``generation_config`` would count.
+        """
+        arguments: dict[str, Any] = {
+            "max_new_tokens": self.max_new_tokens,
+            "do_sample": self.temperature > 0,
+            "num_beams": self.num_beams,
+            "num_return_sequences": self.num_return_sequences,
+            "repetition_penalty": self.repetition_penalty,
+        }
         if self.temperature > 0:
             arguments |= {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
-            if self.min_p > 0:
-                arguments["min_p"] = self.min_p
+            arguments["min_p"] = self.min_p or None
         return arguments

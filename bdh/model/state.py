@@ -68,7 +68,10 @@ class SynapticState:
 
     def filter(self, rows: Sequence[int] | torch.Tensor) -> "SynapticState":
         """A state of the given rows, in that order; a row may be taken more than once."""
-        index = torch.as_tensor(rows, dtype=torch.int64, device=self.positions.device)
+        index = torch.as_tensor(rows, device=self.positions.device)
+        if index.dtype == torch.bool:
+            raise ValueError("filter takes the numbers of the rows, not a mask: give mask.nonzero()[:, 0]")
+        index = index.to(torch.int64)
         sums = [s.index_select(0, index) for s in self.sums]
         return SynapticState(sums, self.positions.index_select(0, index), self.num_columns)
 

@@ -126,12 +126,18 @@ class Checkpointer:
             raise FileNotFoundError(f"{self.folder} has no {which!r}: there is no such checkpoint yet")
         return step
 
-    def forget_after(self, step: int) -> None:
-        """Removes the checkpoints of later steps: the run goes another way from ``step`` on."""
+    def forget_after(self, step: int, best_step: int | None = None) -> None:
+        """Removes the checkpoints of later steps: the run goes another way from ``step`` on.
+
+        Args:
+            best_step: the best one up to ``step``, which ``best`` then names, if its checkpoint is still there.
+        """
         for later in [s for s in self.steps() if s > step]:
             shutil.rmtree(self.folder / _name(later))
         if (self._named("best") or 0) > step:
             (self.folder / "best").unlink()
+            if best_step in self.steps():
+                self._point("best", best_step)
         self._point("latest", step)
 
     def _named(self, which: str) -> int | None:

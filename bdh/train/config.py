@@ -93,6 +93,8 @@ class TrainSettings:
     """Keep an exponential moving average of the weights with this decay, such as 0.999, and evaluate it too. null for none."""
     init_from: str | None = None
     """Model to start from, with a fresh optimizer: an export, a run, or a hub id. Its sizes and tokenizer are taken over."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite: stop before the update, or leave the step out; 26 in a row stop anyway."""
     seed: int = 1337
     """Seed of the weights, the data order, the dropout and the samples."""
     eval_every_steps: int = 250

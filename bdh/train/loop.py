@@ -37,7 +37,7 @@ def fit(run: Run, monitor: Monitor) -> str:
         Why it ended: "finished", "stop_at_step", "patience", "SIGINT" or "SIGTERM".
 
     Raises:
-        TrainingStopped: the loss or a gradient is not finite.
+        TrainingStopped: the loss or a gradient is not finite, and such steps are not to be skipped, or too many were.
         CheckpointError: the last checkpoint could not be written.
     """
     settings, progress = run.settings.train, run.progress
@@ -55,23 +55,30 @@ def fit(run: Run, monitor: Monitor) -> str:
             result = training_step(run, step_model)
             skipped = 0 if result.updated else skipped + 1
             if skipped > _MAX_SKIPPED_STEPS:
-                raise TrainingStopped(f"step {progress.step + 1}: {skipped} steps in a row overflowed float16")
+                raise TrainingStopped(
+                    f"step {progress.step + 1}: {skipped} steps in a row had no finite loss and gradient; the weights "
+                    "are those before them"
+                )
             progress.step += 1
             step = progress.step
+            progress.skipped_steps += not result.updated
+            if result.fault is not None:
+                monitor.warn(f"step {step}: {result.fault}: it did not change the weights")
             if run.average is not None and result.updated:
                 run.average.update(run.model, step)
             num_tokens = settings.batch_size * settings.gradient_accumulation_steps * settings.block_size
             progress.tokens_seen += num_tokens
             clock.count(num_tokens, result.data_seconds)
 
-            ends = step == last_step or bool(received)
-            if step % run.settings.monitor.log_every_steps == 0 or ends:
+            is_evaluated = False
+            if step % run.settings.monitor.log_every_steps == 0 or step == last_step or received:
                 times = clock.take_means()
                 values = {
                     "train/loss": result.loss,
                     "train/learning_rate": learning_rate,
                     "train/grad_norm": result.grad_norm,
                     "train/tokens": progress.tokens_seen,
+                    "train/skipped_steps": progress.skipped_steps,
                     "train/tokens_per_second": clock.tokens_per_second(),
                     **{f"train/{name}": seconds for name, seconds in times.items()},
                     "train/mfu": flops_per_token * num_tokens / times["step_seconds"] / peak,
@@ -85,17 +92,22 @@ def fit(run: Run, monitor: Monitor) -> str:
             is_best = False
             if step % settings.eval_every_steps == 0 or step == settings.max_steps:
                 with clock.paused():
-                    is_best = evaluate(run, monitor, validation)
+                    is_best, is_evaluated = evaluate(run, monitor, validation), True
             if settings.sample_every_steps and (step % settings.sample_every_steps == 0 or step == settings.max_steps):
                 with clock.paused():
                     sample(run, monitor)
-            out_of_patience = settings.patience is not None and progress.evaluations_without_gain >= settings.patience
-            ends = ends or out_of_patience
+            out_of_patience = (
+                is_evaluated
+                and settings.patience is not None
+                and progress.evaluations_without_gain >= settings.patience
+            )
+            stopped_by = received[0] if received else None  # read once: another may come while this step is saved
+            ends = step == last_step or out_of_patience or stopped_by is not None
             if is_best or ends or step % run.settings.checkpoint.every_steps == 0:
                 with clock.paused():
                     save(run, monitor, is_best=is_best, is_last=ends)
-            if received:
-                return received[0]
+            if stopped_by is not None:
+                return stopped_by
             if out_of_patience:
                 return "patience"
     return "finished" if progress.step >= settings.max_steps else "stop_at_step"
@@ -113,6 +125,8 @@ class StepResult:
     """Of each weight's gradient, before clipping."""
     updated: bool
     """Whether the weights were: float16 skips a step whose scaled gradients overflow, and lowers the scale."""
+    fault: str | None
+    """What was not finite, with ``train.on_nonfinite`` "skip"."""
     data_seconds: float
     """Spent waiting for the data."""
 
@@ -121,7 +135,8 @@ def training_step(run: Run, step_model: Callable[..., Any]) -> StepResult:
     """One optimizer step.
 
     Raises:
-        TrainingStopped: the loss or the gradient is not finite. The weights have not been changed.
+        TrainingStopped: the loss or the gradient is not finite, and ``train.on_nonfinite`` is "stop". The weights
+            have not been changed.
     """
     settings, device = run.settings.train, run.runtime.device
     run.model.train()
@@ -145,19 +160,19 @@ def training_step(run: Run, step_model: Callable[..., Any]) -> StepResult:
     norm = torch.linalg.vector_norm(norms)
     torch.nn.utils.clip_grads_with_norm_(weights.values(), settings.grad_clip or math.inf, norm)
     loss_value, norm_value, *norm_values = torch.stack([total, norm, *norms]).tolist()  # the step's one wait
-    step = run.progress.step + 1
+    fault = None
     if not math.isfinite(loss_value):
+        fault = f"the loss is {loss_value}"
+    elif not math.isfinite(norm_value) and not run.scaler.is_enabled():  # else the scaler is looking for its scale
+        fault = f"the gradient's norm is {norm_value}"
+    if fault is not None and settings.on_nonfinite == "stop":
+        step = run.progress.step
         raise TrainingStopped(
-            f"step {step}: the loss is {loss_value}; the weights are those after step {step - 1}. "
-            "A lower train.learning_rate or a longer train.warmup_steps may help"
+            f"step {step + 1}: {fault}; the weights are those after step {step}. A lower train.learning_rate or a "
+            "longer train.warmup_steps may help; train.on_nonfinite=skip leaves such steps out"
         )
-    overflowed = not math.isfinite(norm_value)
-    if overflowed and not run.scaler.is_enabled():
-        raise TrainingStopped(
-            f"step {step}: the gradient's norm is {norm_value}; the weights are those after step {step - 1}. "
-            "A lower train.learning_rate or a longer train.warmup_steps may help"
-        )
-    if not overflowed:
+    updated = fault is None and math.isfinite(norm_value)
+    if updated:
         for optimizer in run.optimizers.all:
             run.scaler.step(optimizer)
     run.scaler.update()
@@ -166,7 +181,8 @@ def training_step(run: Run, step_model: Callable[..., Any]) -> StepResult:
         loss=loss_value,
         grad_norm=norm_value,
         grad_norms=dict(zip(named, norm_values, strict=True)),
-        updated=not overflowed,
+        updated=updated,
+        fault=fault,
         data_seconds=data_seconds,
     )
 
@@ -203,7 +219,7 @@ def evaluate(run: Run, monitor: Monitor, validation: torch.Tensor) -> bool:
         for index, fired in enumerate(passes):
             monitor.log_histogram(progress.step, f"val/{kind}/{index}", fired)
     monitor.log(progress.step, values | weight_norms(run.model))
-    is_best = progress.best_loss is None or metrics.loss < progress.best_loss
+    is_best = math.isfinite(metrics.loss) and (progress.best_loss is None or metrics.loss < progress.best_loss)
     if is_best:
         progress.best_loss, progress.best_step, progress.evaluations_without_gain = metrics.loss, progress.step, 0
     else:

@@ -1,6 +1,7 @@
 """Finds the model that a name stands for: an exported folder, a run, or a hub id."""
 
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
@@ -90,7 +91,11 @@ def _pretrained(name: str, *, is_local: bool) -> BDHForCausalLM:
         config = BDHConfig.from_pretrained(name)
         if config.model_type != "bdh" or "n_embd" not in config.to_dict():
             raise ValueError(f"{name} is no BDH model: its model_type is {config.model_type!r}")
-        return BDHForCausalLM.from_pretrained(name, config=config)
+        loaded: Any = BDHForCausalLM.from_pretrained(name, config=config, output_loading_info=True)
+        model, report = loaded
+        if lacking := sorted(report["missing_keys"]):
+            raise ValueError(f"the weights of {name} are not complete: it lacks {', '.join(lacking)}")
+        return model
     except SafetensorError as error:
         raise ValueError(f"the weights of {name} are cut off or damaged: {error}") from error
     except OSError as error:

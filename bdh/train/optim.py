@@ -1,6 +1,7 @@
 """Optimizers, and the course of the learning rate."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -77,4 +78,11 @@ class Optimizers:
         if len(states) != len(self.all):
             raise ValueError(f"the checkpoint has {len(states)} optimizers, the settings ask for {len(self.all)}")
         for optimizer, state in zip(self.all, states, strict=True):
+            chosen: list[dict[str, Any]] = [
+                {name: group[name] for name in ("weight_decay", "betas") if name in group}
+                for group in optimizer.param_groups
+            ]
             optimizer.load_state_dict(state)
+            # The settings decide, not what they were when the state was stored.
+            for group, values in zip(optimizer.param_groups, chosen, strict=True):
+                group.update(values)

@@ -42,6 +42,8 @@ class Progress:
     step: int = 0
     """Optimizer steps done."""
     tokens_seen: int = 0
+    skipped_steps: int = 0
+    """Steps that did not change the weights: float16's overflows, and those of ``train.on_nonfinite`` "skip"."""
     best_loss: float | None = None
     """Best validation loss, nats per token."""
     best_step: int | None = None
@@ -101,7 +103,8 @@ class Run:
             )
         self.model.load_state_dict(checkpoint.weights)
         self.optimizers.load_state_dict(training["optimizers"])
-        self.scaler.load_state_dict(training["scaler"])
+        if training["scaler"] and self.scaler.is_enabled():  # empty, if the run has not been in float16 until now
+            self.scaler.load_state_dict(training["scaler"])
         self.loader.load_state_dict(training["loader"])
         restore_random_states(training["random_states"], self.runtime.device)
         self.progress = Progress(**training["progress"])
@@ -177,7 +180,7 @@ def open_run(settings: RunSettings, *, progress: Any = None) -> Run:
         run.restore(checkpoint)
     _write_folder(run, is_new=checkpoint is None)
     if checkpoint is not None:
-        checkpointer.forget_after(run.progress.step)
+        checkpointer.forget_after(run.progress.step, best_step=run.progress.best_step)
     return run
 
 

@@ -283,5 +283,10 @@ class TestRefused:
             model(tokens, attention_form="flash")
 
     def test_unknown_arguments(self, model, tokens):
-        with pytest.raises(TypeError, match="output_attentions"):
+        with pytest.raises(TypeError, match="forward does not know position_bias"):
+            model(tokens, position_bias=1)
+
+    def test_attention_weights_which_there_are_none_of(self, model, tokens):
+        assert model(tokens, output_attentions=False).logits is not None
+        with pytest.raises(ValueError, match="output_attentions is True"):
             model(tokens, output_attentions=True)

@@ -257,6 +257,43 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(text_file, tmp_pa
     assert torch.equal(before, run.model.encoder.weight)
 
 
+def test_a_step_that_is_not_finite_can_be_left_out_and_is_counted(text_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("BDH_CACHE", str(tmp_path / "cache"))
+    run = opened(text_file, tmp_path / "run", **{"train.on_nonfinite": "skip", "train.max_steps": 4})
+    calls, seen = [], []
+
+    def break_once(gradient):
+        calls.append(1)
+        seen.append(run.model.encoder.weight.detach().clone())
+        return gradient * float("nan") if len(calls) == 2 else gradient
+
+    run.model.decoder.weight.register_hook(break_once)
+    with Monitor(run.folder, MonitorConfig(tensorboard="off"), total_steps=4) as monitor:
+        assert fit(run, monitor) == "finished"
+    assert torch.equal(seen[2], seen[1])  # the second step changed nothing
+    assert not torch.equal(seen[1], seen[0])
+    assert not torch.equal(seen[3], seen[2])
+    assert losses(run.folder, "train/skipped_steps") == [0, 1, 1, 1]
+    assert "step 2: the gradient's norm is nan: it did not change the weights" in capsys.readouterr().err
+    assert run.checkpointer.load().training["progress"]["skipped_steps"] == 1
+
+
+def test_a_run_of_steps_that_are_not_finite_stops(text_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("BDH_CACHE", str(tmp_path / "cache"))
+    run = opened(
+        text_file,
+        tmp_path / "run",
+        **{"train.on_nonfinite": "skip", "train.max_steps": 40, "train.sample_every_steps": 0},
+    )
+    with torch.no_grad():
+        run.model.lm_head.weight[3, 0] = float("nan")
+    with (
+        Monitor(run.folder, MonitorConfig(tensorboard="off"), total_steps=40) as monitor,
+        pytest.raises(TrainingStopped, match="step 26: 26 steps in a row had no finite loss and gradient"),
+    ):
+        fit(run, monitor)
+
+
 def test_float16_skips_a_step_whose_gradients_overflow(text_file, tmp_path, monkeypatch):
     monkeypatch.setenv("BDH_CACHE", str(tmp_path / "cache"))
     run = opened(text_file, tmp_path / "run", **{"train.dtype": "float16", "train.max_steps": 3})
