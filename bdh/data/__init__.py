@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 from bdh.data.config import DataConfig
 
 if TYPE_CHECKING:
+    from bdh.data.batch import Batch
     from bdh.data.corpus import Corpus, Loader
     from bdh.data.prepare import prepare_corpus
     from bdh.data.texts import training_texts, validation_texts
 
-__all__ = ["Corpus", "DataConfig", "Loader", "prepare_corpus", "training_texts", "validation_texts"]
+__all__ = ["Batch", "Corpus", "DataConfig", "Loader", "prepare_corpus", "training_texts", "validation_texts"]
 
 _MODULES = {
+    "Batch": "batch",
     "Corpus": "corpus",
     "Loader": "corpus",
     "prepare_corpus": "prepare",

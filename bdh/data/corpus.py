@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from bdh.data.batch import Batch
 from bdh.data.config import DataConfig
 from bdh.data.parts import Skipped
 from bdh.data.windows import evenly_spaced_windows
@@ -17,12 +18,12 @@ _logger = logging.getLogger(__name__)
 class Loader(Protocol):
     """An endless supply of training rows, whose position can be stored."""
 
-    def next(self) -> torch.Tensor:
-        """(rows, block_size + 1) token ids, int64."""
+    def next(self) -> Batch:
+        """The rows of the next step that this process gets."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """The position: numbers, strings, lists and tensors."""
+        """The position: numbers, strings, lists and tensors. The same on every process that shares the rows."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bdh.data.batch import Batch
 from bdh.data.config import DataConfig
 from bdh.data.corpus import Corpus, announce, check_long_enough, describe
 from bdh.data.parts import Part, Skipped
@@ -105,8 +106,8 @@ class StreamLoader:
         """How often the source has been read to its end."""
         return self._parts.epoch
 
-    def next(self) -> torch.Tensor:
-        """(rows, block_size + 1) token ids, int64."""
+    def next(self) -> Batch:
+        """The rows of the next step; nothing marks documents."""
         num_new = self._batch_size * self._block_size
         pieces, num_tokens = [self._tokens], len(self._tokens)
         while num_tokens < num_new + 1:
@@ -118,7 +119,7 @@ class StreamLoader:
         tokens = np.concatenate(pieces)
         self._tokens = tokens[num_new:].copy()
         starts = np.arange(self._batch_size)[self._rows] * self._block_size
-        return torch.from_numpy(take_windows(tokens, starts, self._block_size + 1))
+        return Batch(torch.from_numpy(take_windows(tokens, starts, self._block_size + 1)))
 
     def state_dict(self) -> dict[str, Any]:
         tokens = torch.from_numpy(self._tokens.astype(np.int64))

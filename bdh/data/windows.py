@@ -5,6 +5,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from bdh.data.batch import Batch
+
 
 def check_rows(batch_size: int, rank: int, world_size: int) -> slice:
     """The rows of the global batch that a process gets.
@@ -35,13 +37,13 @@ class WindowLoader:
         self._seed = seed
         self._step = 0
 
-    def next(self) -> torch.Tensor:
-        """(rows, block_size + 1) token ids, int64."""
+    def next(self) -> Batch:
+        """The rows of the next step; nothing marks documents."""
         num_starts = len(self._tokens) - self._length + 1
         generator = np.random.Generator(np.random.Philox(key=self._seed, counter=[0, 0, 0, self._step]))
         starts = generator.integers(num_starts, size=self._batch_size)[self._rows]
         self._step += 1
-        return torch.from_numpy(take_windows(self._tokens, starts, self._length))
+        return Batch(torch.from_numpy(take_windows(self._tokens, starts, self._length)))
 
     def state_dict(self) -> dict[str, Any]:
         return {"kind": "windows", "step": self._step, "seed": self._seed}

@@ -143,13 +143,15 @@ def training_step(run: Run, step_model: Callable[..., Any]) -> StepResult:
     run.optimizers.zero_grad()
     total = torch.zeros((), device=device)
     before_data = time.perf_counter()
-    rows = run.loader.next()  # (batch_size * accumulation, T + 1)
+    batch = run.loader.next()  # of all forward passes of the step
     data_seconds = time.perf_counter() - before_data
-    for windows in rows.split(settings.batch_size):
-        windows = windows.to(device, non_blocking=True)
+    num_targets = batch.num_targets
+    for part in batch.split(settings.batch_size):
+        part = part.to(device)
         with run.runtime.autocast():
-            loss = step_model(input_ids=windows[:, :-1], shift_labels=windows[:, 1:], use_cache=False).loss
-        loss = loss / settings.gradient_accumulation_steps
+            loss = step_model(
+                input_ids=part.input_ids, shift_labels=part.targets, num_items_in_batch=num_targets, use_cache=False
+            ).loss
         run.scaler.scale(loss).backward()
         total += loss.detach()
 

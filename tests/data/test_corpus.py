@@ -259,19 +259,19 @@ def test_processes_together_get_the_rows_of_one(tmp_path, corpus_of, world_size)
     alone = corpus.train_loader(4, seed=7)
     shared = [corpus.train_loader(4, 7, rank, world_size) for rank in range(world_size)]
     for _ in range(5):
-        assert torch.equal(alone.next(), torch.cat([loader.next() for loader in shared]))
+        assert torch.equal(alone.next().tokens, torch.cat([loader.next().tokens for loader in shared]))
 
 
 def test_row_depends_on_seed_step_and_its_number_alone(tmp_path, corpus_of):
     corpus = corpus_of(write_text(tmp_path / "t.txt", WORDS), block_size=16)
     small, large, other = (corpus.train_loader(size, seed) for size, seed in ((2, 7), (8, 7), (8, 8)))
-    assert torch.equal(small.next(), large.next()[:2])
-    assert not torch.equal(large.next(), other.next())
+    assert torch.equal(small.next().tokens, large.next().tokens[:2])
+    assert not torch.equal(large.next().tokens, other.next().tokens)
 
 
 def test_rows_are_windows_of_the_training_part(tmp_path, corpus_of):
     corpus = corpus_of(write_text(tmp_path / "t.txt", WORDS), block_size=16)
-    rows = corpus.train_loader(64, seed=7).next()
+    rows = corpus.train_loader(64, seed=7).next().tokens
     assert rows.shape == (64, 17)
     assert rows.dtype == torch.int64
     text = bytes(corpus.train_tokens().astype(np.uint8))
@@ -280,7 +280,7 @@ def test_rows_are_windows_of_the_training_part(tmp_path, corpus_of):
 
 def test_every_window_can_be_drawn(tmp_path, corpus_of):
     corpus = corpus_of(write_text(tmp_path / "t.txt", "0123456789"), block_size=3, val_fraction=0.4)
-    rows = corpus.train_loader(500, seed=7).next()
+    rows = corpus.train_loader(500, seed=7).next().tokens
     assert {bytes(row.tolist()) for row in rows} == {b"0123", b"1234", b"2345"}
 
 
@@ -289,10 +289,10 @@ def test_loader_goes_on_from_its_state(tmp_path, corpus_of):
     loader = corpus.train_loader(4, seed=7)
     loader.next()
     state = json.loads(json.dumps(loader.state_dict()))
-    expected = [loader.next() for _ in range(3)]
+    expected = [loader.next().tokens for _ in range(3)]
     again = corpus.train_loader(4, seed=7)
     again.load_state_dict(state)
-    assert all(torch.equal(again.next(), rows) for rows in expected)
+    assert all(torch.equal(again.next().tokens, rows) for rows in expected)
     with pytest.raises(ValueError, match="seed 7, but now it is 8"):
         corpus.train_loader(4, seed=8).load_state_dict(state)
 

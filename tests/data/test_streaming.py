@@ -37,7 +37,7 @@ def documents(rows, from_the_start=False):
 
 
 def test_rows_overlap_by_one_token_so_that_each_is_predicted_once(folder, corpus_of):
-    rows = corpus_of(folder, block_size=8, **SETTINGS).train_loader(6, seed=1).next()
+    rows = corpus_of(folder, block_size=8, **SETTINGS).train_loader(6, seed=1).next().tokens
     assert rows.shape == (6, 9)
     assert rows.dtype == torch.int64
     assert rows[1:, 0].tolist() == rows[:-1, -1].tolist()
@@ -46,7 +46,7 @@ def test_rows_overlap_by_one_token_so_that_each_is_predicted_once(folder, corpus
 def test_each_pass_gives_every_training_document_once_in_another_order(folder, corpus_of):
     loader = corpus_of(folder, block_size=4, **SETTINGS).train_loader(10, seed=1)
     # A document and its end are 4 tokens: 9 batches of 10 rows are the 90 training documents.
-    rows = torch.cat([loader.next() for _ in range(9 * 3)])
+    rows = torch.cat([loader.next().tokens for _ in range(9 * 3)])
     found = documents(rows, from_the_start=True)
     expected = {f"{i:03}" for i in range(100) if i % 10 != 9}
     passes = [found[0:90], found[90:180], found[180:270]]
@@ -63,7 +63,7 @@ def test_every_tenth_document_is_held_out_and_never_trained_on(folder, corpus_of
     assert corpus.val_bytes_per_token == 3 / 4
     assert corpus.validation_windows(3).shape == (3, 5)
     loader = corpus.train_loader(10, seed=1)
-    trained = Counter(document for _ in range(30) for document in documents(loader.next()))
+    trained = Counter(document for _ in range(30) for document in documents(loader.next().tokens))
     assert not any(document.endswith("9") for document in trained)
 
 
@@ -76,7 +76,7 @@ def test_parts_of_one_long_text_are_held_out_by_the_same_rule(tmp_path, corpus_o
     loader = corpus.train_loader(64, seed=1)
     lines = set(held_out.splitlines()[1:-1])
     for _ in range(50):
-        rows = loader.next()
+        rows = loader.next().tokens
         text_of_rows = bytes([rows[0, 0].item(), *rows[:, 1:].flatten().tolist()]).decode()
         assert lines.isdisjoint(text_of_rows.splitlines()[1:-1])
 
@@ -91,7 +91,7 @@ def test_validation_files_are_never_trained_on(folder, corpus_of):
     corpus = corpus_of(folder, block_size=3, val_source=str(folder / "b.txt"), **SETTINGS)
     assert corpus.validation_tokens().tolist() == [*b"040", EOS]
     loader = corpus.train_loader(10, seed=1)
-    trained = Counter(document for _ in range(300) for document in documents(loader.next()))
+    trained = Counter(document for _ in range(300) for document in documents(loader.next().tokens))
     assert set(trained) == {f"{i:03}" for i in range(100) if i != 40}
 
 
@@ -104,12 +104,12 @@ def test_resume_is_bit_equal(folder, corpus_of, num_steps):
         loader.next()
     stored = io.BytesIO()
     torch.save(loader.state_dict(), stored)
-    expected = [loader.next() for _ in range(40)]
+    expected = [loader.next().tokens for _ in range(40)]
 
     stored.seek(0)
     again = corpus_of(folder, block_size=5, **SETTINGS).train_loader(4, seed=1)
     again.load_state_dict(torch.load(stored, weights_only=True))
-    assert all(torch.equal(again.next(), rows) for rows in expected)
+    assert all(torch.equal(again.next().tokens, rows) for rows in expected)
     assert again.epoch == loader.epoch > 1
 
 
@@ -123,10 +123,10 @@ def test_resume_is_bit_equal_inside_long_documents(tmp_path, corpus_of):
     loader = corpus.train_loader(256, seed=1)
     for _ in range(12):
         state = loader.state_dict()
-        expected = loader.next()
+        expected = loader.next().tokens
         again = corpus.train_loader(256, seed=1)
         again.load_state_dict(state)
-        assert torch.equal(again.next(), expected)
+        assert torch.equal(again.next().tokens, expected)
     assert loader.epoch == 0
 
 
@@ -156,18 +156,18 @@ def test_processes_together_get_the_rows_of_one(folder, corpus_of, world_size):
     alone = corpus.train_loader(4, seed=1)
     shared = [corpus.train_loader(4, 1, rank, world_size) for rank in range(world_size)]
     for _ in range(40):
-        assert torch.equal(alone.next(), torch.cat([loader.next() for loader in shared]))
+        assert torch.equal(alone.next().tokens, torch.cat([loader.next().tokens for loader in shared]))
 
 
 def test_order_depends_on_the_seed(folder, corpus_of):
     corpus = corpus_of(folder, block_size=5, **SETTINGS)
-    assert not torch.equal(corpus.train_loader(9, seed=1).next(), corpus.train_loader(9, seed=2).next())
+    assert not torch.equal(corpus.train_loader(9, seed=1).next().tokens, corpus.train_loader(9, seed=2).next().tokens)
 
 
 def test_nothing_is_written(folder, corpus_of, cache):
     corpus = corpus_of(folder, block_size=5, **SETTINGS)
     for _ in range(20):
-        corpus.train_loader(4, seed=1).next()
+        corpus.train_loader(4, seed=1).next().tokens
     assert list(cache.iterdir()) == []
     json.dumps(corpus.facts)
 
