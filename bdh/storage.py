@@ -27,7 +27,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     Raises:
         DiskFullError: the block or the syncing raised for want of room.
     """
-    temporary, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
+    temporary, old = temporary_name(folder), folder.with_name(f".{folder.name}.old")
     with _removed_on_error(temporary, folder):
         temporary.mkdir(parents=True)
         yield temporary
@@ -41,10 +41,15 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def temporary_name(path: Path) -> Path:
+    """Where a file or folder is written before it takes its place."""
+    return path.with_name(f".{path.name}.tmp")
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """A file's name to write to, which takes the place and name of ``path`` when the block ends; see above."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = temporary_name(path)
     with _removed_on_error(temporary, path):
         yield temporary
         sync(temporary)

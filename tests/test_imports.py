@@ -17,8 +17,9 @@ ALLOWED = {
     "data": {"tokenizer"},
     "monitor": set(),
     "evaluate": {"ops", "model", "tokenizer", "data"},
-    "train": {"ops", "model", "tokenizer", "data", "monitor", "evaluate"},
-    "cli": {"ops", "model", "tokenizer", "data", "monitor", "evaluate", "train"},
+    "distributed": {"ops", "model"},
+    "train": {"ops", "model", "tokenizer", "data", "distributed", "monitor", "evaluate"},
+    "cli": {"ops", "model", "tokenizer", "data", "distributed", "monitor", "evaluate", "train"},
 }
 
 

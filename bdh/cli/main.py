@@ -39,13 +39,13 @@ def main(argv: list[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         else:
-            _print_error(re.sub(r"^\[Errno \d+\] ", "", str(error)) or type(error).__name__)
+            _print_error(_told(re.sub(r"^\[Errno \d+\] ", "", str(error)) or type(error).__name__, error))
         return 2
     except Exception as error:
         if debug:
             traceback.print_exc()
         else:
-            _print_error(f"unexpected {type(error).__name__}: {error} (the same with --debug shows where)")
+            _print_error(_told(f"unexpected {type(error).__name__}: {error} (the same with --debug shows where)", error))
         return 1
 
 
@@ -80,6 +80,11 @@ def _usage() -> str:
         "  --debug     show the traceback of an error",
     ]
     return "\n".join(lines)
+
+
+def _told(message: str, error: Exception) -> str:
+    """The message, with what has been noted about the error since it was raised."""
+    return "; ".join([message, *getattr(error, "__notes__", [])])
 
 
 def _print_error(message: str) -> None:

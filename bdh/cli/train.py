@@ -1,61 +1,84 @@
 """bdh train: trains a model, and exports it."""
 
 import argparse
+import logging
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from bdh.cli.settings import parse_settings
+from bdh.distributed import environment
 from bdh.train.config import RunSettings
-
-_EXIT_STATUS = {"SIGINT": 130, "SIGTERM": 143}
+from bdh.train.signals import EXIT_STATUS
 
 
 def run(argv: list[str]) -> int:
-    settings = parse_settings(
-        RunSettings,
-        argv,
-        prog="bdh train",
-        description="Train a model. A YAML file, or several in order, overrides the defaults; flags override the files.",
-        base=_settings_to_resume(argv),
-    )
+    rank = environment.rank()
+    try:
+        settings = parse_settings(
+            RunSettings,
+            argv,
+            prog="bdh train",
+            description="Train a model. A YAML file, or several in order, overrides the defaults; flags override the files.",
+            base=_settings_to_resume(argv),
+        )
+    except (ValueError, OSError):
+        if rank == 0:
+            raise
+        return 2  # rank 0 says the same
     # Imported here, so that `--help` and faults in the settings do not wait for PyTorch.
     from bdh.cli.progress import stage_progress
-    from bdh.monitor import Monitor
-    from bdh.train.export import export_run
+    from bdh.distributed.errors import reported_to_starter
+    from bdh.monitor import Monitor, SilentMonitor
     from bdh.train.loop import fit
     from bdh.train.run import open_run
 
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    with stage_progress(console, "bytes") as progress:
+    console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=rank > 0)
+    if rank > 0:
+        logging.disable(logging.WARNING)
+    with reported_to_starter(), stage_progress(console, "bytes") as progress:
         training = open_run(settings, progress=progress)
+    settings = training.settings
     print_banner(console, training)
-    with Monitor(
-        training.folder, settings.monitor, total_steps=settings.train.max_steps, start_step=training.progress.step
-    ) as monitor:
+    monitor: Monitor = SilentMonitor()
+    if training.world.is_main:
+        monitor = Monitor(
+            training.folder, settings.monitor, total_steps=settings.train.max_steps, start_step=training.progress.step
+        )
+    with reported_to_starter(), monitor:
         why = fit(training, monitor)
+        training.close()
+    if not training.world.is_main:
+        return EXIT_STATUS.get(why, 0)
 
     step = training.progress.step
     resume = f"bdh train --run_dir {training.folder} --resume"
-    if why in _EXIT_STATUS:
+    if why in EXIT_STATUS:
         console.print(f"Stopped by {why} after step {step}; everything is saved. Go on with: {resume}", markup=False)
-        return _EXIT_STATUS[why]
+        return EXIT_STATUS[why]
     if why == "stop_at_step" and step < settings.train.max_steps:
         console.print(f"Stopped at step {step} as set; everything is saved. Go on with: {resume}", markup=False)
     elif why == "patience":
         best = training.progress.best_step
-        console.print(f"Stopped after step {step}: the validation loss was best at step {best}.", markup=False)
+        metric = settings.checkpoint.best_metric
+        console.print(f"Stopped after step {step}: {metric} was best at step {best}.", markup=False)
     if settings.checkpoint.export != "none":
-        folder = training.folder / "model"
-        ema = settings.checkpoint.export == "ema"
-        which = "last" if ema else settings.checkpoint.export
-        if which == "best" and training.progress.best_step is None:
-            which = "last"
-            console.print("No validation loss was measured yet: the last weights are exported, not the best.")
-        export_run(training.folder, folder, which=which, ema=ema, replace=True)
-        console.print(f"Exported to {folder}: bdh generate {folder} --prompt 'The '", markup=False)
+        _export(console, training)
     return 0
+
+
+def _export(console: Console, training: Any) -> None:
+    from bdh.train.export import export_run
+
+    which = training.settings.checkpoint.export
+    ema = which == "ema"
+    if which == "best" and training.progress.best_step is None:
+        console.print("No validation loss was measured yet: the last weights are exported, not the best.")
+        which = "last"
+    folder = training.folder / "model"
+    export_run(training.folder, folder, which="last" if ema else which, ema=ema, replace=True)
+    console.print(f"Exported to {folder}: bdh generate {folder} --prompt 'The '", markup=False)
 
 
 def print_banner(console: Console, training: Any) -> None:
@@ -65,7 +88,6 @@ def print_banner(console: Console, training: Any) -> None:
     settings, model, runtime = training.settings, training.model, training.runtime
     train, config, facts = settings.train, model.config, training.corpus.facts
     num_parameters = sum(p.numel() for p in model.parameters())
-    rows = train.batch_size * train.gradient_accumulation_steps
     form = choose_form(
         config.attention_form, train.block_size, config.n_embd, has_state=False, chunk_size=config.chunk_size
     )
@@ -74,14 +96,19 @@ def print_banner(console: Console, training: Any) -> None:
         f"of {config.neurons_per_head:,} neurons, vocabulary {config.vocab_size:,}",
         "state": f"{config.state_bytes_per_sequence:,} bytes a sequence, at any length",
         "data": _describe_data(facts),
-        "step": f"{rows * train.block_size:,} tokens: {train.batch_size} sequences of {train.block_size:,}"
-        + (f", {train.gradient_accumulation_steps} times" if train.gradient_accumulation_steps > 1 else ""),
+        "step": f"{training.rows_per_step * train.block_size:,} tokens: {train.batch_size} sequences of "
+        f"{train.block_size:,}"
+        + (f", {train.gradient_accumulation_steps} times" if train.gradient_accumulation_steps > 1 else "")
+        + (f", on each of {training.world.size} processes" if training.world.size > 1 else ""),
         "device": f"{runtime.device} ({runtime.reason}){', compiled' if train.compile else ''}",
+        "processes": f"{training.world.size}: {training.parallel.strategy}",
         "attention": f"{form}{' (chosen)' if config.attention_form == 'auto' else ''}",
         "optimizer": f"{train.optimizer}, {train.schedule} schedule, {train.max_steps:,} steps",
         "run": str(training.folder)
         + (f", going on from step {training.progress.step}" if training.progress.step else ""),
     }
+    if training.world.size == 1:
+        del lines["processes"]
     if train.init_from is not None:
         lines["weights"] = f"those of {train.init_from}, trained further"
     for name, text in lines.items():

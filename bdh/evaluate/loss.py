@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -60,13 +60,13 @@ class Metrics:
 @dataclass
 class _Count:
     nats: float = 0.0
-    correct: int = 0
-    tokens: int = 0
-    by_position: torch.Tensor | float = 0.0
+    correct: float = 0
+    tokens: float = 0
+    by_position: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
 
     def metrics(self, bytes_per_token: float) -> Metrics:
         loss = self.nats / self.tokens
-        return Metrics(loss, loss / math.log(2) / bytes_per_token, self.correct / self.tokens, self.tokens)
+        return Metrics(loss, loss / math.log(2) / bytes_per_token, self.correct / self.tokens, int(self.tokens))
 
 
 def evaluate_windows(
@@ -76,18 +76,30 @@ def evaluate_windows(
     bytes_per_token: float,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     max_batch_size: int = 16,
+    sum_over_processes: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> Metrics:
     """Predicts every token but the first of each window (n, T + 1), each from the ones before it in its window.
 
     It draws no random numbers, and leaves the model in the mode, training or not, that it was in.
+
+    Args:
+        sum_over_processes: where several processes have each a share of the windows, which may be none: sums a
+            float64 tensor over them.
     """
-    count = _Count()
+    count = _Count(by_position=torch.zeros(windows.shape[1] - 1, dtype=torch.float64, device=model.device))
     batch_size = _batch_size(model, windows.shape[1] - 1, max_batch_size)
     with inference(model), autocast():
         for batch in windows.split(batch_size):
             nats = _score(model, batch, count)
             count.by_position = count.by_position + nats.view(len(batch), -1).sum(0, dtype=torch.float64)
-    by_position = (count.by_position / len(windows)).tolist()  # type: ignore[union-attr]  # a tensor by now
+    num_windows: float = len(windows)
+    if sum_over_processes is not None:
+        counts = [count.nats, count.correct, count.tokens, num_windows]
+        numbers = torch.tensor(counts, dtype=torch.float64, device=model.device)
+        sums = sum_over_processes(torch.cat([numbers, count.by_position]))
+        count.by_position = sums[4:]
+        count.nats, count.correct, count.tokens, num_windows = sums[:4].tolist()
+    by_position = (count.by_position / num_windows).tolist()
     return replace(count.metrics(bytes_per_token), loss_by_position=tuple(by_position))
 
 
@@ -130,7 +142,7 @@ def evaluate_text(
     with inference(model), autocast():
         for windows, num_known in _window_batches(tokens, block_size, stride, batch_size):
             _score(model, windows, count, num_known=num_known, state=state)
-            progress(count.tokens)
+            progress(int(count.tokens))
     return count.metrics(bytes_per_token)
 
 
@@ -169,7 +181,8 @@ def _score(
 ) -> torch.Tensor:
     """Counts the predictions of windows (b, T + 1), and returns their losses in nats, (b * (T - num_known),)."""
     windows = windows.to(model.device)
-    logits = model(windows[:, :-1], past_key_values=state, use_cache=state is not None).logits[:, num_known:].float()
+    logits = model(windows[:, :-1], past_key_values=state, use_cache=state is not None).logits[:, num_known:]
+    logits = logits if logits.dtype == torch.float64 else logits.float()
     targets = windows[:, 1 + num_known :]
     nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     count.nats += nats.sum(dtype=torch.float64).item()

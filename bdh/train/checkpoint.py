@@ -1,29 +1,33 @@
 """Checkpoints that are either complete or not there.
 
-    <run_dir>/checkpoints/step-0001000/model.safetensors   the weights
-                                       training.pt         optimizer, random states, position in the data ...
-                                       manifest.json       the marker: size and SHA-256 of the other files
-    <run_dir>/checkpoints/latest, best                     the name of a checkpoint, as text
+    <run_dir>/checkpoints/step-0001000/*.distcp, .metadata  tensors: weights, optimizer, moving average ...
+                                       training.pt          position in the data, random states, settings ...
+                                       manifest.json        the marker: size and SHA-256 of the other files
+    <run_dir>/checkpoints/latest, best                      the name of a checkpoint, as text
 
 A checkpoint is written under a temporary name, synced to the disk, and then renamed: a crash at any moment
-leaves the ones before untouched.
+leaves the ones before untouched. Several processes write their parts of the tensors; rank 0 does the rest. The
+folder must be one that all of them see.
 """
 
 import hashlib
 import json
 import re
 import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
-from bdh.storage import whole_folder, write_text
+from bdh.distributed.tensors import BackgroundWriter, Tensors, read_all, read_tensors, stored_shapes, write_tensors
+from bdh.distributed.world import World
+from bdh.storage import temporary_name, whole_folder, write_text
 
-WEIGHTS, TRAINING, MANIFEST = "model.safetensors", "training.pt", "manifest.json"
+TRAINING, MANIFEST = "training.pt", "manifest.json"
 
 
 class CheckpointError(OSError):
@@ -32,59 +36,145 @@ class CheckpointError(OSError):
 
 @dataclass
 class Checkpoint:
-    """A complete checkpoint, read."""
+    """A complete checkpoint, whose small parts are read."""
 
     path: Path
     step: int
-    weights: dict[str, torch.Tensor]
     training: dict[str, Any]
+
+    def tensors(self, group: str) -> dict[str, torch.Tensor]:
+        """Those whose names begin with ``group`` and a dot, such as "weights", whole, under the rest of their names."""
+        return read_all(self.path, f"{group}.")
+
+    def shapes(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        """Shape and dtype of every tensor."""
+        return stored_shapes(self.path)
+
+    def read_into(self, tensors: Tensors, world: World) -> None:
+        """Fills tensors, sharded or not, all processes together; see :func:`bdh.distributed.tensors.read_tensors`."""
+        read_tensors(self.path, tensors, world)
 
 
 class Checkpointer:
-    """Writes, keeps and finds the checkpoints of one run."""
+    """Writes, keeps and finds the checkpoints of one run. With several processes, all call each method together."""
 
-    def __init__(self, run_dir: Path, keep_last: int = 2):
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        keep_last: int = 2,
+        keep_every_steps: int | None = None,
+        in_background: bool = False,
+        world: World | None = None,
+    ):
+        """
+        Args:
+            keep_last: newest checkpoints that are kept, besides ``latest`` and ``best``.
+            keep_every_steps: keep those of the multiples of so many steps for good.
+            in_background: write while the training goes on.
+        """
         self.folder = run_dir / "checkpoints"
-        self._keep_last = keep_last
+        self._keep_last, self._keep_every_steps = keep_last, keep_every_steps
+        self._world = world or World()
+        self._background = BackgroundWriter(self._world) if in_background else None
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: tuple[int, Future[None]] | None = None
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints that have their marker, ascending."""
         return sorted(step_of_folder(path.parent) for path in self.folder.glob(f"step-*/{MANIFEST}"))
 
-    def save(
-        self, step: int, weights: dict[str, torch.Tensor], training: dict[str, Any], *, is_best: bool = False
-    ) -> Path:
+    def save(self, step: int, tensors: Tensors, training: dict[str, Any], *, is_best: bool = False) -> Path:
         """Writes the checkpoint of ``step``, points ``latest`` to it, and removes what is not kept any more.
 
+        In the background, this waits for the checkpoint before and returns when copying has begun: then call
+        :meth:`wait_until_copied` before the tensors change.
+
         Args:
-            training: anything that ``torch.load(weights_only=True)`` reads back.
+            training: anything that ``torch.load(weights_only=True)`` reads back; that of rank 0 is stored.
             is_best: point ``best`` to it too.
 
         Raises:
-            CheckpointError: the disk is full or refuses.
+            CheckpointError: the disk is full or refuses; in the background, it did so for the checkpoint before.
         """
-        final = self.folder / _name(step)
         try:
-            with whole_folder(final) as folder:
-                save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, folder / WEIGHTS)
-                torch.save(training, folder / TRAINING)
-                files = {name: _facts(folder / name) for name in (WEIGHTS, TRAINING)}
-                (folder / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1))
-            self._point("latest", step)
-            if is_best:
-                self._point("best", step)
-        # PyTorch and safetensors report what the disk refuses in errors of their own.
-        except (OSError, RuntimeError, SafetensorError) as error:
+            self.wait()
+        finally:
+            self._start(step, tensors, training, is_best)
+        return self.folder / _name(step)
+
+    def wait_until_copied(self) -> None:
+        """Afterwards the tensors that are being saved may change."""
+        if self._background is not None:
+            self._background.wait_until_copied()
+
+    def wait(self) -> None:
+        """Waits for the checkpoint that is being written in the background.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        if self._pending is None:
+            return
+        (step, future), self._pending = self._pending, None
+        self._agree(step, _reason(future.result))
+
+    def close(self) -> None:
+        """Waits, and ends the background's threads. Raises as :meth:`wait`."""
+        try:
+            self.wait()
+        finally:
+            self._executor.shutdown()
+            if self._background is not None:
+                self._background.close()
+
+    def _start(self, step: int, tensors: Tensors, training: dict[str, Any], is_best: bool) -> None:
+        final = self.folder / _name(step)
+        stack = ExitStack()
+        self._agree(step, _reason(lambda: self._open_folder(stack, final)))
+        folder = temporary_name(final)
+        written: Callable[[], None]
+        if self._background is not None:
+            written = self._background.start(folder, tensors)
+        else:
+            written = lambda: write_tensors(folder, tensors, self._world)  # noqa: E731
+
+        def complete() -> None:
+            with stack:
+                written()
+                if self._world.is_main:
+                    torch.save(training, folder / TRAINING)
+                    files = {path.name: _facts(path) for path in sorted(folder.iterdir())}
+                    (folder / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1))
+            if self._world.is_main:
+                self._point("latest", step)
+                if is_best:
+                    self._point("best", step)
+                self._remove_old()
+
+        if self._background is not None:
+            self._pending = step, self._executor.submit(complete)
+        else:
+            self._agree(step, _reason(complete))
+
+    def _open_folder(self, stack: ExitStack, final: Path) -> None:
+        if self._world.is_main:
+            for left in self.folder.glob(".step-*"):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            stack.enter_context(whole_folder(final))
+
+    def _agree(self, step: int, reason: str | None) -> None:
+        """Raises the same error on all processes, if any of them has one."""
+        reasons = sorted({reason for reason in self._world.gather(reason) if reason is not None})
+        if reasons:
             latest = self._named("latest")
             raise CheckpointError(
-                f"the checkpoint of step {step} is not saved: {error}; "
+                f"the checkpoint of step {step} is not saved: {'; '.join(reasons)}; "
                 + (f"the newest one is that of step {latest}" if latest is not None else "there is none before it")
-            ) from error
-        self._remove_old()
-        return final
+            )
 
     def load(self, step: int | None = None) -> Checkpoint:
-        """Reads a checkpoint, by default the newest, and checks every byte of it.
+        """Finds a checkpoint, by default the newest, and checks every byte of it.
 
         Raises:
             FileNotFoundError: there is none, or none of that step.
@@ -99,7 +189,7 @@ class Checkpointer:
         if not path.is_dir():
             there = ", ".join(map(str, self.steps())) or "none"
             raise FileNotFoundError(f"there is no checkpoint of step {wanted} in {self.folder}: there are {there}")
-        if fault := _fault(path):
+        if fault := self._world.gather(_fault(path) if self._world.is_main else None)[0]:
             whole = [s for s in self.steps() if s != wanted and not _fault(self.folder / _name(s))]
             advice = (
                 f"the newest complete one is {_name(max(whole))}: train on from it with --resume_step {max(whole)}, "
@@ -108,12 +198,8 @@ class Checkpointer:
                 else "there is no complete one besides it"
             )
             raise ValueError(f"checkpoint {path} is damaged ({fault}); {advice}")
-        return Checkpoint(
-            path=path,
-            step=wanted,
-            weights=load_file(path / WEIGHTS),
-            training=torch.load(path / TRAINING, map_location="cpu", weights_only=True),
-        )
+        training = torch.load(path / TRAINING, map_location="cpu", weights_only=True)
+        return Checkpoint(path=path, step=wanted, training=training)
 
     def step_of(self, which: str) -> int:
         """The step that ``latest`` or ``best`` names.
@@ -132,13 +218,16 @@ class Checkpointer:
         Args:
             best_step: the best one up to ``step``, which ``best`` then names, if its checkpoint is still there.
         """
-        for later in [s for s in self.steps() if s > step]:
-            shutil.rmtree(self.folder / _name(later))
-        if (self._named("best") or 0) > step:
-            (self.folder / "best").unlink()
-            if best_step in self.steps():
-                self._point("best", best_step)
-        self._point("latest", step)
+        if self._world.is_main:
+            # The pointers first: killed in between, they name checkpoints that are there.
+            if (self._named("best") or 0) > step:
+                (self.folder / "best").unlink()
+                if best_step in self.steps():
+                    self._point("best", best_step)
+            self._point("latest", step)
+            for later in [s for s in self.steps() if s > step]:
+                self._remove(later)
+        self._world.wait_for_all()
 
     def _named(self, which: str) -> int | None:
         pointer = self.folder / which
@@ -150,8 +239,24 @@ class Checkpointer:
     def _remove_old(self) -> None:
         kept = {*self.steps()[-self._keep_last :], self._named("latest"), self._named("best")}
         for step in self.steps():
-            if step not in kept:
-                shutil.rmtree(self.folder / _name(step))
+            if step not in kept and (self._keep_every_steps is None or step % self._keep_every_steps):
+                self._remove(step)
+
+    def _remove(self, step: int) -> None:
+        """Out of sight first: what is left of it, if the process is killed meanwhile, is no checkpoint."""
+        folder = self.folder / _name(step)
+        hidden = folder.rename(folder.with_name(f".{folder.name}.old"))
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _reason(action: Callable[[], None]) -> str | None:
+    """Runs ``action``; why it could not write, or None."""
+    try:
+        action()
+    # PyTorch reports some of what the disk refuses in errors of its own.
+    except (OSError, RuntimeError) as error:
+        return str(error)
+    return None
 
 
 def _name(step: int) -> str:

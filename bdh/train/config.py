@@ -1,12 +1,19 @@
 """The settings of a training run, one dataclass a section. A docstring under a field is its help text."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
 from bdh.data.config import DataConfig
+from bdh.distributed.config import DistributedConfig
 from bdh.monitor.config import MonitorConfig
 from bdh.tokenizer.config import TokenizerConfig
 from bdh.validation import Faults
+
+_METRIC = re.compile(
+    r"(val|val_ema)/(loss|perplexity|bits_per_byte|accuracy)"
+    r"|val/(loss_at/\d+|dead_neurons|(density|norm)/(x|y|xy)/\d+)"
+)
 
 
 @dataclass
@@ -56,7 +63,7 @@ class TrainSettings:
     block_size: int = 512
     """Tokens of a training sequence."""
     batch_size: int = 32
-    """Sequences in one forward pass."""
+    """Sequences in one forward pass of a process. A step takes batch_size x gradient_accumulation_steps x processes."""
     gradient_accumulation_steps: int = 1
     """Forward passes whose gradients are added up for one step."""
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -81,8 +88,8 @@ class TrainSettings:
     """AdamW's decay of the mean squared gradient."""
     grad_clip: float = 1.0
     """Largest norm of the gradient; 0 does not clip."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Arithmetic of the forward pass; weights stay float32. auto: bfloat16 on hardware that has it, else float32."""
+    dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
+    """Arithmetic of the forward pass; weights stay float32, or are float64. auto: bfloat16 on hardware that has it, else float32."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps. auto takes the first accelerator."""
     compile: bool = False
@@ -95,6 +102,8 @@ class TrainSettings:
     """Model to start from, with a fresh optimizer: an export, a run, or a hub id. Its sizes and tokenizer are taken over."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is not finite: stop before the update, or leave the step out; 26 in a row stop anyway."""
+    spike_threshold: float | None = None
+    """Treat a gradient's norm that exceeds its running mean by so many standard deviations, such as 6, as on_nonfinite says."""
     seed: int = 1337
     """Seed of the weights, the data order, the dropout and the samples."""
     eval_every_steps: int = 250
@@ -137,6 +146,8 @@ class TrainSettings:
             self.decay_steps,
             f"at most max_steps - warmup_steps, {self.max_steps - self.warmup_steps}",
         )
+        threshold = self.spike_threshold
+        faults.require(threshold is None or threshold > 0, "spike_threshold", threshold, "above 0, or null")
         decay = self.ema_decay
         faults.require(decay is None or 0 < decay < 1, "ema_decay", decay, "above 0 and below 1, or null")
         device = self.device.split(":")[0]
@@ -152,12 +163,28 @@ class CheckpointSettings:
     """Steps between checkpoints; there is always one at the end."""
     keep_last: int = 2
     """Newest checkpoints that are kept; the best one is kept besides."""
+    keep_every_steps: int | None = None
+    """Keep the checkpoints of the multiples of so many steps for good. null for none."""
+    best_metric: str = "val/loss"
+    """Which metric of an evaluation makes a checkpoint the best one, such as val/accuracy or val_ema/loss."""
+    best_mode: Literal["auto", "min", "max"] = "auto"
+    """Whether a lower or a higher best_metric is better; auto: higher for an accuracy, else lower."""
+    in_background: bool = False
+    """Write checkpoints while the training goes on; takes memory for a copy of weights and optimizer state."""
     export: Literal["last", "best", "ema", "none"] = "last"
     """Which weights are exported to <run_dir>/model at the end: the last, those of the best loss, or the moving average."""
 
     def collect_faults(self, faults: Faults) -> None:
         faults.require(self.every_steps >= 1, "every_steps", self.every_steps, "at least 1")
         faults.require(self.keep_last >= 1, "keep_last", self.keep_last, "at least 1")
+        every = self.keep_every_steps
+        faults.require(every is None or every >= 1, "keep_every_steps", every, "at least 1, or null")
+        faults.require(
+            _METRIC.fullmatch(self.best_metric) is not None,
+            "best_metric",
+            self.best_metric,
+            "a metric of the evaluations, such as val/loss, val_ema/loss, val/accuracy or val/loss_at/64",
+        )
 
 
 @dataclass
@@ -168,6 +195,7 @@ class RunSettings:
     train: TrainSettings = field(default_factory=TrainSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     run_dir: str | None = None
     """Folder of the run; by default runs/ and the time of the start. It must not hold a run yet."""
     resume: bool = False
@@ -187,4 +215,10 @@ class RunSettings:
             "checkpoint.export",
             self.checkpoint.export,
             "last, best or none without train.ema_decay, which keeps the moving average",
+        )
+        faults.require(
+            not self.checkpoint.best_metric.startswith("val_ema/") or self.train.ema_decay is not None,
+            "checkpoint.best_metric",
+            self.checkpoint.best_metric,
+            "one of val/... without train.ema_decay, which keeps the moving average",
         )

@@ -2,13 +2,6 @@
 
 import json
 import math
-import signal
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from types import FrameType
-from typing import Any
 
 import torch
 
@@ -18,7 +11,9 @@ from bdh.model.sampling import SamplingOptions
 from bdh.monitor import Monitor
 from bdh.train.checkpoint import CheckpointError
 from bdh.train.run import Run
+from bdh.train.signals import deferred_signals
 from bdh.train.speed import StepClock, matmul_peak, peak_memory_bytes, training_flops_per_token
+from bdh.train.step import TrainingStopped, training_step
 
 # The GradScaler halves its scale after each overflow: this many in a row are no longer its search for one.
 _MAX_SKIPPED_STEPS = 25
@@ -26,38 +21,34 @@ _MAX_SKIPPED_STEPS = 25
 _ACTIVITY_WINDOWS = 16
 
 
-class TrainingStopped(ValueError):
-    """The loss or a gradient is not finite; the weights are as they were before that step."""
-
-
 def fit(run: Run, monitor: Monitor) -> str:
     """Trains until the end, an early stop or a signal, and saves.
 
     Returns:
-        Why it ended: "finished", "stop_at_step", "patience", "SIGINT" or "SIGTERM".
+        Why it ended: "finished", "stop_at_step", "patience", or the name of a signal.
 
     Raises:
         TrainingStopped: the loss or a gradient is not finite, and such steps are not to be skipped, or too many were.
         CheckpointError: the last checkpoint could not be written.
     """
     settings, progress = run.settings.train, run.progress
-    step_model = torch.compile(run.model) if settings.compile else run.model
+    step_model = torch.compile(run.parallel.step_model) if settings.compile else run.parallel.step_model
     validation = run.corpus.validation_windows(settings.eval_windows)
     last_step = min(settings.max_steps, settings.stop_at_step or settings.max_steps)
-    peak = matmul_peak(run.runtime)
+    peak = matmul_peak(run.runtime) * run.world.size
     flops_per_token = training_flops_per_token(run.model.config, settings.block_size)
     clock = StepClock()
     skipped = 0
 
-    with _deferred_signals() as received:
+    with deferred_signals() as received:
         while progress.step < last_step:
             learning_rate = run.optimizers.set_learning_rate(progress.step)
             result = training_step(run, step_model)
             skipped = 0 if result.updated else skipped + 1
             if skipped > _MAX_SKIPPED_STEPS:
                 raise TrainingStopped(
-                    f"step {progress.step + 1}: {skipped} steps in a row had no finite loss and gradient; the weights "
-                    "are those before them"
+                    f"step {progress.step + 1}: {skipped} steps in a row had a loss or gradient not to be trusted; the "
+                    "weights are those before them"
                 )
             progress.step += 1
             step = progress.step
@@ -66,7 +57,7 @@ def fit(run: Run, monitor: Monitor) -> str:
                 monitor.warn(f"step {step}: {result.fault}: it did not change the weights")
             if run.average is not None and result.updated:
                 run.average.update(run.model, step)
-            num_tokens = settings.batch_size * settings.gradient_accumulation_steps * settings.block_size
+            num_tokens = run.rows_per_step * settings.block_size
             progress.tokens_seen += num_tokens
             clock.count(num_tokens, result.data_seconds)
 
@@ -101,7 +92,7 @@ def fit(run: Run, monitor: Monitor) -> str:
                 and settings.patience is not None
                 and progress.evaluations_without_gain >= settings.patience
             )
-            stopped_by = received[0] if received else None  # read once: another may come while this step is saved
+            stopped_by = received.agreed(run.world)  # asked once: another may come while this step is saved
             ends = step == last_step or out_of_patience or stopped_by is not None
             if is_best or ends or step % run.settings.checkpoint.every_steps == 0:
                 with clock.paused():
@@ -113,124 +104,69 @@ def fit(run: Run, monitor: Monitor) -> str:
     return "finished" if progress.step >= settings.max_steps else "stop_at_step"
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step came to."""
-
-    loss: float
-    """Nats per token."""
-    grad_norm: float
-    """Of all gradients together, before clipping."""
-    grad_norms: dict[str, float]
-    """Of each weight's gradient, before clipping."""
-    updated: bool
-    """Whether the weights were: float16 skips a step whose scaled gradients overflow, and lowers the scale."""
-    fault: str | None
-    """What was not finite, with ``train.on_nonfinite`` "skip"."""
-    data_seconds: float
-    """Spent waiting for the data."""
-
-
-def training_step(run: Run, step_model: Callable[..., Any]) -> StepResult:
-    """One optimizer step.
-
-    Raises:
-        TrainingStopped: the loss or the gradient is not finite, and ``train.on_nonfinite`` is "stop". The weights
-            have not been changed.
-    """
-    settings, device = run.settings.train, run.runtime.device
-    run.model.train()
-    run.optimizers.zero_grad()
-    total = torch.zeros((), device=device)
-    before_data = time.perf_counter()
-    batch = run.loader.next()  # of all forward passes of the step
-    data_seconds = time.perf_counter() - before_data
-    num_targets = batch.num_targets
-    for part in batch.split(settings.batch_size):
-        part = part.to(device)
-        with run.runtime.autocast():
-            loss = step_model(
-                input_ids=part.input_ids, shift_labels=part.targets, num_items_in_batch=num_targets, use_cache=False
-            ).loss
-        run.scaler.scale(loss).backward()
-        total += loss.detach()
-
-    for optimizer in run.optimizers.all:
-        run.scaler.unscale_(optimizer)
-    weights = dict(run.model.named_parameters())
-    norms = torch.stack([torch.linalg.vector_norm(p.grad) for p in weights.values() if p.grad is not None])
-    norm = torch.linalg.vector_norm(norms)
-    torch.nn.utils.clip_grads_with_norm_(weights.values(), settings.grad_clip or math.inf, norm)
-    loss_value, norm_value, *norm_values = torch.stack([total, norm, *norms]).tolist()  # the step's one wait
-    fault = None
-    if not math.isfinite(loss_value):
-        fault = f"the loss is {loss_value}"
-    elif not math.isfinite(norm_value) and not run.scaler.is_enabled():  # else the scaler is looking for its scale
-        fault = f"the gradient's norm is {norm_value}"
-    if fault is not None and settings.on_nonfinite == "stop":
-        step = run.progress.step
-        raise TrainingStopped(
-            f"step {step + 1}: {fault}; the weights are those after step {step}. A lower train.learning_rate or a "
-            "longer train.warmup_steps may help; train.on_nonfinite=skip leaves such steps out"
-        )
-    updated = fault is None and math.isfinite(norm_value)
-    if updated:
-        for optimizer in run.optimizers.all:
-            run.scaler.step(optimizer)
-    run.scaler.update()
-    named = (name for name, p in weights.items() if p.grad is not None)
-    return StepResult(
-        loss=loss_value,
-        grad_norm=norm_value,
-        grad_norms=dict(zip(named, norm_values, strict=True)),
-        updated=updated,
-        fault=fault,
-        data_seconds=data_seconds,
-    )
-
-
 def evaluate(run: Run, monitor: Monitor, validation: torch.Tensor) -> bool:
-    """Measures the validation windows, and tells whether the loss is the best so far."""
-    progress = run.progress
+    """Measures the validation windows, which the processes share, and tells whether the model is the best so far."""
+    progress, world = run.progress, run.world
 
     def measure() -> Metrics:
         return evaluate_windows(
             run.model,
-            validation,
+            validation[world.rank :: world.size],
             bytes_per_token=run.corpus.val_bytes_per_token,
             autocast=run.runtime.autocast,
+            sum_over_processes=world.sum if world.size > 1 else None,
         )
 
-    metrics = measure()
-    activity = measure_activity(run.model, validation[:_ACTIVITY_WINDOWS, :-1], autocast=run.runtime.autocast)
+    with run.parallel.whole_model():
+        metrics = measure()
+        values = metrics.as_dict("val/") | metrics.loss_at("val/")
+        if world.is_main:
+            activity = measure_activity(run.model, validation[:_ACTIVITY_WINDOWS, :-1], autocast=run.runtime.autocast)
+            values |= activity.as_dict("val/") | weight_norms(run.model)
+            for name, weight in run.model.named_parameters():
+                monitor.log_histogram(progress.step, f"weights/{name}", weight)
+            for kind, passes in activity.samples.items():
+                for index, sampled in enumerate(passes):
+                    monitor.log_histogram(progress.step, f"val/{kind}/{index}", sampled)
     progress.last_metrics = metrics.as_dict()
-    values = metrics.as_dict("val/") | metrics.loss_at("val/") | activity.as_dict("val/")
     averaged = ""
     if run.average is not None:
         run.average.swap(run.model)
         try:
-            of_average = measure()
+            with run.parallel.whole_model():
+                of_average = measure()
         finally:
             run.average.swap(run.model)
         progress.last_ema_metrics = of_average.as_dict()
         values |= of_average.as_dict("val_ema/")
         averaged = f"; moving average: loss {of_average.loss:.4f}"
-    for name, weight in run.model.named_parameters():
-        monitor.log_histogram(progress.step, f"weights/{name}", weight)
-    for kind, passes in activity.samples.items():
-        for index, fired in enumerate(passes):
-            monitor.log_histogram(progress.step, f"val/{kind}/{index}", fired)
-    monitor.log(progress.step, values | weight_norms(run.model))
-    is_best = math.isfinite(metrics.loss) and (progress.best_loss is None or metrics.loss < progress.best_loss)
-    if is_best:
-        progress.best_loss, progress.best_step, progress.evaluations_without_gain = metrics.loss, progress.step, 0
-    else:
-        progress.evaluations_without_gain += 1
+    values = world.gather(values)[0]  # rank 0 has counted the neurons
+    monitor.log(progress.step, values)
+    is_best = take_best(run, values)
+    fired = [value for name, value in values.items() if name.startswith("val/density/x/")]
     monitor.message(
         f"step {progress.step}: validation loss {metrics.loss:.4f} nats per token, perplexity {metrics.perplexity:.2f}, "
         f"{metrics.bits_per_byte:.3f} bits per byte, accuracy {metrics.accuracy:.1%}, "
-        f"{_mean(activity.density['x']):.1%} of the neurons fire{averaged}{' (best)' if is_best else ''}"
+        f"{sum(fired) / len(fired):.1%} of the neurons fire{averaged}{' (best)' if is_best else ''}"
     )
+    return is_best
+
+
+def take_best(run: Run, values: dict[str, float]) -> bool:
+    """Tells whether ``checkpoint.best_metric`` is better than at all evaluations before, and remembers it."""
+    progress, settings = run.progress, run.settings.checkpoint
+    if settings.best_metric not in values:
+        raise ValueError(
+            f"checkpoint.best_metric is {settings.best_metric!r}, which was not measured: there are {', '.join(values)}"
+        )
+    value = values[settings.best_metric]
+    is_high = settings.best_mode == "max" or (settings.best_mode == "auto" and "accuracy" in settings.best_metric)
+    sign = -1 if is_high else 1
+    is_best = math.isfinite(value) and (progress.best_value is None or sign * value < sign * progress.best_value)
+    if is_best:
+        progress.best_value, progress.best_step, progress.evaluations_without_gain = value, progress.step, 0
+    else:
+        progress.evaluations_without_gain += 1
     return is_best
 
 
@@ -239,33 +175,41 @@ def weight_norms(model: torch.nn.Module) -> dict[str, float]:
     return {f"weights/norm/{name}": weight.detach().norm().item() for name, weight in model.named_parameters()}
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
 def sample(run: Run, monitor: Monitor) -> None:
     """Continues the fixed prompts, from the run's seed, and writes the texts to ``samples.jsonl``."""
-    settings, step = run.settings.train, run.progress.step
+    settings = run.settings.train
+    if run.parallel.strategy != "fsdp" and not run.world.is_main:
+        return
     run.model.eval()
-    for number, prompt in enumerate(settings.sample_prompts):
-        options = SamplingOptions(
-            max_new_tokens=settings.sample_max_new_tokens, temperature=0.8, top_k=50, seed=settings.seed + number
-        )
-        text = run.model.generate_text(run.tokenizer, prompt, options)
-        monitor.log_text(step, f"samples/{number}", prompt + text)
-        monitor.message(f"step {step}: {prompt!r} goes on: {json.dumps(text, ensure_ascii=False)}")
-        line = json.dumps({"step": step, "prompt": prompt, "text": text}, ensure_ascii=False)
-        try:
-            with (run.folder / "samples.jsonl").open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
-        except OSError as error:
-            monitor.warn(f"the sample of step {step} could not be written: {error}")
+    with run.parallel.whole_model():
+        for number, prompt in enumerate(settings.sample_prompts):
+            options = SamplingOptions(
+                max_new_tokens=settings.sample_max_new_tokens, temperature=0.8, top_k=50, seed=settings.seed + number
+            )
+            # transformers keeps the processes of a sharded model in step, so all of them draw the same text.
+            text = run.model.generate_text(run.tokenizer, prompt, options)
+            if run.world.is_main:
+                _record_sample(run, monitor, number, prompt, text)
+
+
+def _record_sample(run: Run, monitor: Monitor, number: int, prompt: str, text: str) -> None:
+    step = run.progress.step
+    monitor.log_text(step, f"samples/{number}", prompt + text)
+    monitor.message(f"step {step}: {prompt!r} goes on: {json.dumps(text, ensure_ascii=False)}")
+    line = json.dumps({"step": step, "prompt": prompt, "text": text}, ensure_ascii=False)
+    try:
+        with (run.folder / "samples.jsonl").open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        monitor.warn(f"the sample of step {step} could not be written: {error}")
 
 
 def save(run: Run, monitor: Monitor, *, is_best: bool, is_last: bool) -> None:
     """Writes a checkpoint. Where the disk refuses, the training goes on, but cannot end well."""
     try:
         run.save(is_best=is_best)
+        if is_last:
+            run.checkpointer.wait()
     except CheckpointError as error:
         if is_last and run.checkpointer.steps():
             raise CheckpointError(
@@ -274,28 +218,3 @@ def save(run: Run, monitor: Monitor, *, is_best: bool, is_last: bool) -> None:
         if is_last:
             raise
         monitor.warn(f"{error}. The training goes on")
-
-
-@contextmanager
-def _deferred_signals() -> Iterator[list[str]]:
-    """Collects the names of SIGINT and SIGTERM, so that a step ends before the run does.
-
-    A second one acts at once, as it does without this.
-    """
-    received: list[str] = []
-    before: dict[int, Any] = {}
-
-    def remember(number: int, frame: FrameType | None) -> None:
-        received.append(signal.Signals(number).name)
-        restore()
-
-    def restore() -> None:
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-    for each in (signal.SIGINT, signal.SIGTERM):
-        before[each] = signal.signal(each, remember)
-    try:
-        yield received
-    finally:
-        restore()

@@ -78,8 +78,8 @@ def load_run(
         raise ValueError(f"checkpoint is {which!r}: must be last, best, or a step")
     checkpoint = checkpointer.load(step)
     model = BDHForCausalLM(BDHConfig(**checkpoint.training["model_config"]))
-    weights = checkpoint.training.get("ema") if ema else checkpoint.weights
-    if weights is None:
+    weights = checkpoint.tensors("ema" if ema else "weights")
+    if not weights:
         raise ValueError(f"{checkpoint.path} has no moving average of the weights: its run had no train.ema_decay")
     model.load_state_dict(weights)
     return model.eval(), load_tokenizer(run_dir / TOKENIZER_FOLDER), checkpoint

@@ -1,7 +1,7 @@
 """Optimizers, and the course of the learning rate."""
 
 import math
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -40,6 +40,7 @@ class Optimizers:
 
     def __init__(self, model: nn.Module, settings: TrainSettings):
         self._settings = settings
+        self._names: dict[torch.Tensor, str] = {p: name for name, p in model.named_parameters()}
         ends = [p for name, p in model.named_parameters() if name.startswith(("embed.", "lm_head."))]
         ends_ids = {id(p) for p in ends}
         matrices = [p for p in model.parameters() if id(p) not in ends_ids]
@@ -70,19 +71,24 @@ class Optimizers:
         for optimizer in self.all:
             optimizer.zero_grad(set_to_none=True)
 
-    def state_dict(self) -> list[dict]:
-        return [optimizer.state_dict() for optimizer in self.all]
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What the optimizers keep of each weight, as "encoder.weight.exp_avg". Settings are not among it."""
+        return {
+            f"{self._names[weight]}.{key}": value
+            for optimizer in self.all
+            for weight, state in optimizer.state.items()
+            for key, value in state.items()
+        }
 
-    def load_state_dict(self, states: list[dict]) -> None:
-        """Raises ``ValueError`` when the states are those of other optimizers."""
-        if len(states) != len(self.all):
-            raise ValueError(f"the checkpoint has {len(states)} optimizers, the settings ask for {len(self.all)}")
-        for optimizer, state in zip(self.all, states, strict=True):
-            chosen: list[dict[str, Any]] = [
-                {name: group[name] for name in ("weight_decay", "betas") if name in group}
-                for group in optimizer.param_groups
-            ]
-            optimizer.load_state_dict(state)
-            # The settings decide, not what they were when the state was stored.
-            for group, values in zip(optimizer.param_groups, chosen, strict=True):
-                group.update(values)
+    def make_room(self, shapes: Mapping[str, tuple[torch.Size, torch.dtype]]) -> None:
+        """Makes tensors of the stored shapes, sharded as the weights are, for :meth:`tensors` to be read into."""
+        for optimizer in self.all:
+            for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
+                prefix = f"{self._names[weight]}."
+                optimizer.state[weight] = {
+                    name.removeprefix(prefix): torch.zeros_like(weight, dtype=dtype)
+                    if shape == weight.shape
+                    else torch.zeros(shape, dtype=dtype, device=weight.device)
+                    for name, (shape, dtype) in shapes.items()
+                    if name.startswith(prefix)
+                }

@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 import bdh
 from bdh.data import Corpus, prepare_corpus
+from bdh.distributed.parallelize import Parallel, choose_strategy, parallelize
+from bdh.distributed.world import World
 from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.model.averaging import MovingAverage
 from bdh.storage import whole_folder, write_text
@@ -29,9 +31,10 @@ _FIXED = {
     "model": None,
     "tokenizer": None,
     "data": None,
-    "train": ("block_size", "batch_size", "gradient_accumulation_steps", "optimizer", "seed", "init_from"),
+    "train": ("block_size", "optimizer", "seed", "init_from"),
 }
 _FREE = {"model.attention_form", "model.chunk_size", "model.dropout", "data.cache_dir"}
+_SEEDS_APART = 1_000_003  # between the processes, whose dropout must differ
 _NOT_STORED = ("run_dir", "resume", "resume_step")
 
 
@@ -44,14 +47,16 @@ class Progress:
     tokens_seen: int = 0
     skipped_steps: int = 0
     """Steps that did not change the weights: float16's overflows, and those of ``train.on_nonfinite`` "skip"."""
-    best_loss: float | None = None
-    """Best validation loss, nats per token."""
+    best_value: float | None = None
+    """Best value of ``checkpoint.best_metric``."""
     best_step: int | None = None
     evaluations_without_gain: int = 0
     last_metrics: dict[str, float] = field(default_factory=dict)
     """Of the last evaluation."""
     last_ema_metrics: dict[str, float] = field(default_factory=dict)
     """The same of the moving average of the weights."""
+    norm_statistics: dict[str, Any] = field(default_factory=dict)
+    """See :class:`bdh.train.spikes.NormStatistics`."""
 
 
 @dataclass
@@ -64,6 +69,8 @@ class Run:
     corpus: Corpus
     model: BDHForCausalLM
     optimizers: Optimizers
+    world: World
+    parallel: Parallel
     runtime: Runtime
     scaler: torch.amp.GradScaler
     loader: Any
@@ -71,6 +78,18 @@ class Run:
     progress: Progress
     average: MovingAverage | None = None
     """Of the weights, with ``train.ema_decay``."""
+
+    @property
+    def rows_per_step(self) -> int:
+        """Sequences of a step, over all forward passes and processes."""
+        return rows_per_step(self.settings, self.world)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds of this moment, sharded as the processes share it."""
+        groups = {"weights": self.model.state_dict(), "optimizer": self.optimizers.tensors()}
+        if self.average is not None:
+            groups["ema"] = self.average.weights
+        return {f"{group}.{name}": tensor for group, tensors in groups.items() for name, tensor in tensors.items()}
 
     def save(self, *, is_best: bool = False) -> Path:
         """Writes a checkpoint of this moment; see :meth:`Checkpointer.save`."""
@@ -81,16 +100,22 @@ class Run:
             "model_config": {name: getattr(self.model.config, name) for name in BDHConfig.__annotations__},
             "data_facts": self.corpus.facts,
             "data_fingerprint": self.corpus.fingerprint,
-            "optimizers": self.optimizers.state_dict(),
+            "rows_per_step": self.rows_per_step,
             "scaler": self.scaler.state_dict(),
             "loader": self.loader.state_dict(),
-            "random_states": random_states(self.runtime.device),
-            "ema": None if self.average is None else {k: v.cpu() for k, v in self.average.weights.items()},
+            "random_states": self.world.gather(random_states(self.runtime.device)),
         }
-        return self.checkpointer.save(self.progress.step, self.model.state_dict(), training, is_best=is_best)
+        return self.checkpointer.save(self.progress.step, self.tensors(), training, is_best=is_best)
+
+    def close(self) -> None:
+        """Waits for what is still being written, and leaves the other processes."""
+        self.checkpointer.close()
+        self.world.leave()
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Puts every part back to where it was when the checkpoint was written.
+
+        The number of processes, and how they share the model, may be another. Then dropout draws other numbers.
 
         Raises:
             ValueError: the data are not the ones that the run was trained on.
@@ -101,22 +126,32 @@ class Run:
                 f"data.source {self.settings.data.source!r} has changed since the run was started (its fingerprint was "
                 f"{training['data_fingerprint']}, now it is {self.corpus.fingerprint}): nothing was changed"
             )
-        self.model.load_state_dict(checkpoint.weights)
-        self.optimizers.load_state_dict(training["optimizers"])
+        shapes = checkpoint.shapes()
+        self.optimizers.make_room(
+            {name.removeprefix("optimizer."): facts for name, facts in shapes.items() if name.startswith("optimizer.")}
+        )
+        has_average = any(name.startswith("ema.") for name in shapes)
+        wanted = {name: tensor for name, tensor in self.tensors().items() if has_average or not name.startswith("ema.")}
+        checkpoint.read_into(wanted, self.world)
         if training["scaler"] and self.scaler.is_enabled():  # empty, if the run has not been in float16 until now
             self.scaler.load_state_dict(training["scaler"])
         self.loader.load_state_dict(training["loader"])
-        restore_random_states(training["random_states"], self.runtime.device)
+        states = training["random_states"]
+        if len(states) == self.world.size:
+            restore_random_states(states[self.world.rank], self.runtime.device)
+        else:
+            torch.manual_seed(self.settings.train.seed + checkpoint.step + _SEEDS_APART * self.world.rank)
         self.progress = Progress(**training["progress"])
-        if self.average is not None:
+        if self.average is not None and not has_average:
             # A run that had no average until now begins one with the weights of this step.
-            self.average.load(training.get("ema") or dict(self.model.named_parameters()))
+            self.average.load(dict(self.model.named_parameters()))
 
 
 def open_run(settings: RunSettings, *, progress: Any = None) -> Run:
     """Makes or, with ``settings.resume``, restores a run. All faults come up here, before the first step.
 
-    A fresh run's folder is made last, when nothing can fail any more but the disk.
+    A fresh run's folder is made last, when nothing can fail any more but the disk. Started by ``torchrun``, all
+    processes call this together.
 
     Args:
         progress: passed to :func:`bdh.data.prepare_corpus`, for its bars.
@@ -127,19 +162,34 @@ def open_run(settings: RunSettings, *, progress: Any = None) -> Run:
         FileNotFoundError: there is nothing to resume, or nothing at ``train.init_from``.
         DiskFullError: there is no room for the run's folder.
     """
-    folder = Path(settings.run_dir) if settings.run_dir else Path("runs") / time.strftime("%Y-%m-%d_%H-%M-%S")
-    checkpointer = Checkpointer(folder, settings.checkpoint.keep_last)
+    runtime = choose_runtime(settings.train)
+    world = World.join(
+        runtime.device.type,
+        settings.distributed.timeout_minutes,
+        even_alone=settings.distributed.strategy == "fsdp" and runtime.device.type == "cuda",
+    )
+    strategy = choose_strategy(settings.distributed, world)
+    name = world.gather(time.strftime("%Y-%m-%d_%H-%M-%S"))[0]
+    folder = Path(settings.run_dir) if settings.run_dir else Path("runs") / name
+    checkpointer = Checkpointer(
+        folder,
+        keep_last=settings.checkpoint.keep_last,
+        keep_every_steps=settings.checkpoint.keep_every_steps,
+        in_background=settings.checkpoint.in_background,
+        world=world,
+    )
     checkpoint = None
     if settings.resume:
-        check_unchanged(settings, stored_settings(folder))
+        stored = stored_settings(folder)
+        check_unchanged(settings, stored)
         checkpoint = checkpointer.load(settings.resume_step)
-    elif holds_run(folder):
+        settings = with_same_rows(settings, stored, checkpoint.training["rows_per_step"], world)
+    elif any(world.gather(holds_run(folder))):
         raise FileExistsError(
             f"{folder} already holds a run, which is never overwritten: continue it with --resume, or give another "
             "--run_dir"
         )
 
-    runtime = choose_runtime(settings.train)
     initial = None
     if checkpoint is None and settings.train.init_from is not None:
         initial = InitialModel(settings.train.init_from)
@@ -149,17 +199,22 @@ def open_run(settings: RunSettings, *, progress: Any = None) -> Run:
     if initial is not None:
         initial.check_tokenizer(tokenizer)
     config = model_config(settings, tokenizer)
-    corpus = prepare_corpus(settings.data, tokenizer, settings.train.block_size, progress=progress)
-
+    with world.one_first():  # which fills the cache
+        corpus = prepare_corpus(settings.data, tokenizer, settings.train.block_size, progress=progress)
     if initial is not None:
         initial.check_data(corpus.fingerprint)
 
     torch.manual_seed(settings.train.seed)
     model = BDHForCausalLM(config).to(runtime.device)  # type: ignore[arg-type]
+    if runtime.dtype == torch.float64:
+        model = model.double()
     if initial is not None:
         initial.copy_into(model)
     if settings.train.gradient_checkpointing:
         model.activation_checkpointing_enable()
+    if world.rank > 0:
+        torch.manual_seed(settings.train.seed + _SEEDS_APART * world.rank)
+    parallel = parallelize(model, strategy, settings.distributed, world)
     run = Run(
         settings=settings,
         folder=folder,
@@ -167,10 +222,12 @@ def open_run(settings: RunSettings, *, progress: Any = None) -> Run:
         corpus=corpus,
         model=model,
         optimizers=Optimizers(model, settings.train),
+        world=world,
+        parallel=parallel,
         runtime=runtime,
         scaler=runtime.gradient_scaler(),
         loader=corpus.train_loader(
-            settings.train.batch_size * settings.train.gradient_accumulation_steps, settings.train.seed
+            rows_per_step(settings, world), settings.train.seed, rank=world.rank, world_size=world.size
         ),
         checkpointer=checkpointer,
         progress=Progress(),
@@ -178,7 +235,9 @@ def open_run(settings: RunSettings, *, progress: Any = None) -> Run:
     )
     if checkpoint is not None:
         run.restore(checkpoint)
-    _write_folder(run, is_new=checkpoint is None)
+    if world.is_main:
+        _write_folder(run, is_new=checkpoint is None)
+    world.wait_for_all()
     if checkpoint is not None:
         checkpointer.forget_after(run.progress.step, best_step=run.progress.best_step)
     return run
@@ -220,6 +279,43 @@ def model_config(settings: RunSettings, tokenizer: PreTrainedTokenizerFast) -> B
     )
 
 
+def rows_per_step(settings: RunSettings, world: World) -> int:
+    return settings.train.batch_size * settings.train.gradient_accumulation_steps * world.size
+
+
+def with_same_rows(settings: RunSettings, stored: dict[str, Any], rows: int, world: World) -> RunSettings:
+    """The settings of a run that goes on, such that a step has as many sequences as before, whoever shares them.
+
+    Args:
+        stored: the run's settings until now.
+        rows: sequences of a step until now.
+
+    Raises:
+        ValueError: the processes cannot share so many, or batch size and accumulation were set to give others.
+    """
+    now = rows_per_step(settings, world)
+    if now == rows:
+        return settings
+    train = settings.train
+    names = ("batch_size", "gradient_accumulation_steps")
+    if any(getattr(train, name) != stored["train"][name] for name in names):
+        raise ValueError(
+            f"train.batch_size {train.batch_size} x train.gradient_accumulation_steps {train.gradient_accumulation_steps} "
+            f"x {world.size} processes are {now} sequences a step: the run has had {rows}, and must go on with as many"
+        )
+    if rows % world.size:
+        fitting = [str(number) for number in range(1, rows + 1) if rows % number == 0]
+        raise ValueError(
+            f"a step of this run has {rows} sequences, which {world.size} processes cannot share evenly: start "
+            f"{', '.join(fitting[:-1])} or {fitting[-1]}"
+        )
+    share = rows // world.size
+    batch_size = max(size for size in range(1, min(share, train.batch_size) + 1) if share % size == 0)
+    return replace(
+        settings, train=replace(train, batch_size=batch_size, gradient_accumulation_steps=share // batch_size)
+    )
+
+
 def holds_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in (CONFIG_FILE, "checkpoints", "metrics.jsonl", "model"))
 
@@ -253,7 +349,7 @@ def check_unchanged(settings: RunSettings, stored: dict[str, Any]) -> None:
         for name, value in now[section].items()
         if (names is None or name in names)
         and f"{section}.{name}" not in _FREE
-        and stored[section].get(name, value) != value  # a setting that the run's version did not have is new
+        and stored.get(section, {}).get(name, value) != value  # a setting that the run's version did not have is new
     ]
     if changed:
         raise ValueError("a resumed run keeps its model and data, but these differ: " + "; ".join(changed))

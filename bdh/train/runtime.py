@@ -1,25 +1,27 @@
 """Where, and in which arithmetic, a run computes."""
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 
+from bdh.distributed import environment
 from bdh.train.config import TrainSettings
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Runtime:
     device: torch.device
     dtype: torch.dtype
-    """Of the matrix products; the weights are float32."""
+    """Of the matrix products; the weights are float32, or float64."""
     reason: str
     """Why this device and dtype, in a few words, for the banner."""
 
     def autocast(self) -> AbstractContextManager:
-        if self.dtype == torch.float32:
+        if self.dtype in (torch.float32, torch.float64):
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
@@ -31,10 +33,19 @@ class Runtime:
 def choose_runtime(settings: TrainSettings) -> Runtime:
     """The device and dtype that the settings ask for, or the best ones there are.
 
+    Of several processes on a machine, each takes the GPU of its number.
+
     Raises:
         ValueError: the device is not there.
     """
     device = _choose_device(settings.device)
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", environment.local_rank())
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(
+                f"process {device.index} of this machine has no GPU: there are {torch.cuda.device_count()}, so start "
+                "torchrun with --nproc_per_node of at most that many"
+            )
     if settings.dtype != "auto":
         return Runtime(device, _DTYPES[settings.dtype], f"{settings.dtype} as set")
     if device.type != "cuda":

@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from bdh.cli.main import main
+from bdh.train.checkpoint import Checkpointer
 
 from .conftest import losses, weights
 
@@ -28,7 +29,7 @@ def test_the_exported_average_has_the_loss_that_was_logged(train, tmp_path):
     exported = load_file(tmp_path / "run" / "model" / "model.safetensors")
     again = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(again[name], weight) for name, weight in exported.items())
-    raw = load_file(tmp_path / "run" / "checkpoints" / "step-0000012" / "model.safetensors")
+    raw = Checkpointer(tmp_path / "run").load(12).tensors("weights")
     assert not torch.equal(exported["encoder.weight"], raw["encoder.weight"])
     loss = losses(tmp_path / "run", "val_ema/loss")[-1]
     card = (tmp_path / "run" / "model" / "README.md").read_text()
@@ -72,7 +73,7 @@ def test_checkpoints_of_a_run_are_averaged(train, tmp_path, capsys):
     capsys.readouterr()
     assert main(["average", *map(str, checkpoints), "--out", str(out), "--weights", "[1, 3]"]) == 0
     assert "the average of 2 models" in capsys.readouterr().out
-    first, second = (load_file(path / "model.safetensors") for path in checkpoints)
+    first, second = (Checkpointer(run).load(step).tensors("weights") for step in (6, 12))
     averaged = load_file(out / "model.safetensors")
     for name, weight in averaged.items():
         torch.testing.assert_close(weight, 0.25 * first[name] + 0.75 * second[name], atol=1e-7, rtol=1e-6)

@@ -8,22 +8,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from bdh.train.checkpoint import MANIFEST, TRAINING, WEIGHTS, Checkpointer, CheckpointError
+from bdh.train.checkpoint import MANIFEST, TRAINING, Checkpointer, CheckpointError
 
-WEIGHT = {"w": torch.arange(12, dtype=torch.float32).view(3, 4)}
+TENSORS = "__0_0.distcp"  # what torch.distributed.checkpoint calls the first file of rank 0
+WEIGHT = {"weights.w": torch.arange(12, dtype=torch.float32).view(3, 4)}
 
 
 def saved(folder: Path, *steps: int, keep_last: int = 2) -> Checkpointer:
     checkpointer = Checkpointer(folder, keep_last=keep_last)
     for step in steps:
-        checkpointer.save(step, {"w": WEIGHT["w"] + step}, {"step": step, "nested": [torch.ones(2), {"a": 1.5}]})
+        checkpointer.save(
+            step, {"weights.w": WEIGHT["weights.w"] + step}, {"step": step, "nested": [torch.ones(2), {"a": 1.5}]}
+        )
     return checkpointer
 
 
 def test_what_is_saved_comes_back(tmp_path):
     checkpoint = saved(tmp_path, 10).load()
     assert checkpoint.step == 10
-    assert torch.equal(checkpoint.weights["w"], WEIGHT["w"] + 10)
+    assert torch.equal(checkpoint.tensors("weights")["w"], WEIGHT["weights.w"] + 10)
     assert checkpoint.training["step"] == 10
     assert torch.equal(checkpoint.training["nested"][0], torch.ones(2))
 
@@ -51,7 +54,7 @@ def test_a_checkpoint_without_its_marker_does_not_count(tmp_path):
         checkpointer.load()
 
 
-@pytest.mark.parametrize("name", [WEIGHTS, TRAINING])
+@pytest.mark.parametrize("name", [TENSORS, ".metadata", TRAINING])
 def test_a_cut_off_file_is_refused_and_the_newest_whole_one_named(tmp_path, name):
     checkpointer = saved(tmp_path, 10, 20)
     path = tmp_path / "checkpoints" / "step-0000020" / name
@@ -62,7 +65,7 @@ def test_a_cut_off_file_is_refused_and_the_newest_whole_one_named(tmp_path, name
 
 def test_a_flipped_bit_is_refused(tmp_path):
     checkpointer = saved(tmp_path, 10)
-    path = tmp_path / "checkpoints" / "step-0000010" / WEIGHTS
+    path = tmp_path / "checkpoints" / "step-0000010" / TENSORS
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)

@@ -159,7 +159,8 @@ def test_a_run_is_never_overwritten(train, tmp_path, capsys):
     [
         ({"model.n_layer": 3}, "model.n_layer: 2 in the run, 3 now"),
         ({"data.val_fraction": 0.2}, "data.val_fraction: 0.1 in the run, 0.2 now"),
-        ({"train.batch_size": 8, "train.seed": 3}, "train.batch_size: 4 in the run, 8 now; train.seed"),
+        ({"train.seed": 3, "model.n_head": 4}, "model.n_head: 2 in the run, 4 now; train.seed"),
+        ({"train.batch_size": 8}, "are 8 sequences a step: the run has had 4"),
         ({"tokenizer.special_tokens": "true"}, "tokenizer.special_tokens"),
     ],
 )
@@ -289,7 +290,7 @@ def test_a_run_of_steps_that_are_not_finite_stops(text_file, tmp_path, monkeypat
         run.model.lm_head.weight[3, 0] = float("nan")
     with (
         Monitor(run.folder, MonitorConfig(tensorboard="off"), total_steps=40) as monitor,
-        pytest.raises(TrainingStopped, match="step 26: 26 steps in a row had no finite loss and gradient"),
+        pytest.raises(TrainingStopped, match="step 26: 26 steps in a row had a loss or gradient not to be trusted"),
     ):
         fit(run, monitor)
 
