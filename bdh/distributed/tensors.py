@@ -50,7 +50,7 @@ def write_tensors(folder: Path, tensors: Tensors, world: World) -> None:
     try:
         with _knowing_that_it_is_alone():
             dcp.save(
-                dict(tensors), storage_writer=_writer(folder), process_group=world.control, no_dist=world.size == 1
+                dict(tensors), storage_writer=_writer(folder), process_group=world.storage, no_dist=world.size == 1
             )
     except CheckpointException as error:
         raise _writing_error(error) from error
@@ -79,7 +79,7 @@ class BackgroundWriter:
             response = dcp.async_save(
                 dict(tensors),
                 storage_writer=_writer(folder),
-                process_group=self._world.control,
+                process_group=self._world.storage,
                 async_stager=self._stager,
                 no_dist=self._world.size == 1,
             )
@@ -126,7 +126,7 @@ def read_tensors(folder: Path, into: Tensors, world: World | None = None) -> Non
             dcp.load(
                 dict(into),
                 storage_reader=_Reader(folder),
-                process_group=None if world is None else world.control,
+                process_group=None if world is None else world.storage,
                 no_dist=world is None or world.size == 1,
             )
 

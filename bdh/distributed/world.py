@@ -23,8 +23,10 @@ class World:
 
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, device_type: str = "cpu"):
         self.rank, self.size, self.local_rank, self.device_type = rank, size, local_rank, device_type
-        # Small things, such as signals and checkpoints' plans, go over the CPU beside the training.
+        # Small things, such as signals, go over the CPU beside the training.
         self.control: dist.ProcessGroup | None = None
+        # A checkpoint that is written in the background talks in between, so it needs a group of its own.
+        self.storage: dist.ProcessGroup | None = None
 
     @classmethod
     def join(cls, device_type: str, timeout_minutes: float = 30.0, *, even_alone: bool = False) -> "World":
@@ -51,14 +53,16 @@ class World:
                 torch.cuda.set_device(local_rank)
                 options["device_id"] = torch.device("cuda", local_rank)
             dist.init_process_group("cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo", **options)
-        world.control = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
+        world.control, world.storage = (
+            dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes)) for _ in range(2)
+        )
         return world
 
     def leave(self) -> None:
         """Says goodbye, so that no other process waits or complains."""
         if self.control is not None:
             dist.destroy_process_group()
-            self.control = None
+            self.control = self.storage = None
 
     @property
     def is_main(self) -> bool:

@@ -1,0 +1,28 @@
+import textwrap
+
+import pytest
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_ends_all_and_is_named(torchrun, tmp_path):
+    script = tmp_path / "fails.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            from bdh.distributed.errors import reported_to_starter
+            from bdh.distributed.world import World
+
+            with reported_to_starter():
+                world = World.join("cpu")
+                if world.rank == 1:
+                    raise ValueError("there is no such star")
+                world.wait_for_all()
+                print("rank 0 went on")
+            """
+        )
+    )
+    done = torchrun(2, str(script))
+    assert done.returncode != 0
+    assert "ValueError: there is no such star" in done.stderr
+    assert "on rank 1 of 2 processes" in done.stderr
+    assert "rank 0 went on" not in done.stdout
