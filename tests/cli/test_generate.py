@@ -57,9 +57,29 @@ def test_several_sequences_and_beams(model_folder, tmp_path):
     assert generate(model_folder, "--prompt", "a", "--num_beams", 3, "--temperature", 0, "--max_new_tokens", 5) == 0
 
 
+@pytest.mark.parametrize("prompt", ["# x", "null", "~", "1e3", "[INST"])
+def test_a_prompt_is_text_whatever_yaml_would_make_of_it(model_folder, capsys, prompt):
+    assert generate(model_folder, "--prompt", prompt, "--max_new_tokens", 2, "--seed", 1) == 0
+    assert capsys.readouterr().out.startswith(prompt)
+
+
+def test_every_stop_string_counts_and_is_text(model_folder, capsys):
+    """The second `--stop` took the place of the first, and `[a]` was the list of a."""
+    flags = ("--prompt", "The ", "--temperature", 0, "--max_new_tokens", 12)
+    assert generate(model_folder, *flags) == 0
+    text = capsys.readouterr().out.removeprefix("The ").removesuffix("\n")
+    for stops in ([text[4], text[8]], [text[8], text[4]]):
+        first = min(map(text.index, stops))
+        assert generate(model_folder, *flags, *(f"--stop={stop}" for stop in stops)) == 0
+        assert capsys.readouterr().out == f"The {text[:first]}\n"
+    assert generate(model_folder, *flags, "--stop", f"[{text[4]}]", "--stop", "[INST") == 0
+    assert capsys.readouterr().out == f"The {text}\n"
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
+        (["--prompt", "a", "--prompt", "b"], "prompt is given twice, as 'a' and 'b': give it once"),
         ([], "give either --prompt or --prompts_file"),
         (["--prompt", "a", "--prompts_file", "b"], "give either --prompt or --prompts_file"),
         (["--prompt", ""], "the prompt is empty"),

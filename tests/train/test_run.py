@@ -60,6 +60,15 @@ def test_a_streaming_run_resumes_bit_equal(train, tmp_path):
     assert_same_run(straight, halves)
 
 
+def test_a_run_whose_folder_stands_in_a_file_resumes_with_its_stored_settings(train, tmp_path):
+    straight, halves, path = tmp_path / "straight", tmp_path / "halves", tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"run_dir": str(halves)}))
+    assert train(straight) == 0
+    assert train(halves, **{"train.stop_at_step": 5}) == 0
+    assert main(["train", "--config", str(path), "--resume"]) == 0
+    assert_same_run(straight, halves)
+
+
 def test_resume_from_an_earlier_checkpoint_is_bit_equal(train, tmp_path):
     straight, again = tmp_path / "straight", tmp_path / "again"
     assert train(straight) == 0
