@@ -237,11 +237,19 @@ def stored_settings(folder: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: the folder holds no run.
+        ValueError: the file is cut off, or holds something else.
     """
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(f"there is no run to resume in {folder}: it has no {CONFIG_FILE}")
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is cut off or damaged: {' '.join(str(error).split())}") from error
+    sections = stored if isinstance(stored, dict) else {}
+    if lacking := [name for name in _FIXED if not isinstance(sections.get(name), dict)]:
+        raise ValueError(f"{path} is cut off or damaged: it has no settings for {', '.join(lacking)}")
+    return stored
 
 
 def check_unchanged(settings: RunSettings, stored: dict[str, Any]) -> None:

@@ -188,6 +188,30 @@ def test_a_resume_with_another_text_under_the_same_name_is_refused(train, tmp_pa
     assert "has changed since the run was started" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda text: "", "it has no settings for model, tokenizer, data, train"),
+        (lambda text: text[: text.index("data:")], "it has no settings for data, train"),
+        (lambda text: text[: text.index("data:") + 5], "it has no settings for data, train"),
+        (lambda text: text + "\n]", "expected <block end>, but found ']'"),
+        (lambda text: text[: text.index("model:") + 9], "it has no settings for model, tokenizer"),
+    ],
+    ids=["empty", "cut between", "cut behind a name", "no yaml", "cut in a name"],
+)
+def test_a_damaged_configuration_of_a_run_is_named(train, tmp_path, capsys, damage, reason):
+    """It was an unexpected error, with status 1."""
+    path = tmp_path / "run" / "config.yaml"
+    assert train(tmp_path / "run", **{"train.stop_at_step": 3}) == 0
+    path.write_text(damage(path.read_text()))
+    capsys.readouterr()
+    assert main(["train", "--run_dir", str(tmp_path / "run"), "--resume"]) == 2
+    shown = capsys.readouterr().err
+    assert f"error: {path} is cut off or damaged: " in shown
+    assert reason in shown
+    assert len(shown.splitlines()) == 1
+
+
 def test_resuming_nothing_is_refused(train, tmp_path, capsys):
     assert train(tmp_path / "run", "--resume") == 2
     assert "there is no run to resume" in capsys.readouterr().err
@@ -201,12 +225,25 @@ def test_a_prolonged_run_goes_on(train, tmp_path):
 
 
 def test_bad_settings_write_nothing(train, tmp_path, capsys):
-    assert train(tmp_path / "run", **{"train.learning_rate": -1, "model.n_head": 3, "train.device": "tpu"}) == 2
+    assert (
+        train(
+            tmp_path / "run",
+            **{"train.learning_rate": -1, "model.n_head": 3, "train.device": "tpu", "train.seed": 2**63},
+        )
+        == 2
+    )
     shown = capsys.readouterr().err
     assert "train.learning_rate is -1.0: must be above 0" in shown
     assert "model.n_head is 3: must be such that 16 * 8 = 128 neurons" in shown
     assert "train.device is 'tpu'" in shown
+    assert f"train.seed is {2**63}: must be at most 2**63 - 1" in shown
     assert not (tmp_path / "run").exists()
+
+
+def test_the_largest_seed_trains_and_samples(train, tmp_path):
+    prompts = ("--train.sample_prompts=a", "--train.sample_prompts=b")
+    assert train(tmp_path / "run", *prompts, **{"train.seed": 2**63 - 1, "train.max_steps": 2}) == 0
+    assert len(samples(tmp_path / "run")) == 2
 
 
 def test_a_text_shorter_than_a_block_names_both_numbers_and_writes_nothing(train, tmp_path, text_file, capsys):
