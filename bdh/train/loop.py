@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -280,9 +281,13 @@ def save(run: Run, monitor: Monitor, *, is_best: bool, is_last: bool) -> None:
 def _deferred_signals() -> Iterator[list[str]]:
     """Collects the names of SIGINT and SIGTERM, so that a step ends before the run does.
 
-    A second one acts at once, as it does without this.
+    A second one acts at once, as it does without this. Outside of the main thread, which alone can set handlers,
+    nothing is collected.
     """
     received: list[str] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
     before: dict[int, Any] = {}
 
     def remember(number: int, frame: FrameType | None) -> None:

@@ -1,9 +1,11 @@
+import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -75,6 +77,7 @@ def test_resume_from_an_earlier_checkpoint_is_bit_equal(train, tmp_path):
     assert train(again) == 0
     assert train(again, "--resume", "--resume_step", "3") == 0
     assert losses(straight) == losses(again)
+    assert samples(straight) == samples(again)  # those after the third step are not there twice
     assert all(torch.equal(a, b) for a, b in zip(weights(straight).values(), weights(again).values(), strict=True))
 
 
@@ -246,6 +249,16 @@ def test_the_largest_seed_trains_and_samples(train, tmp_path):
     assert len(samples(tmp_path / "run")) == 2
 
 
+def test_a_missing_tensorboard_is_told_before_anything_is_written(train, tmp_path, monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "tensorboard" else find(name, *more)
+    )
+    assert train(tmp_path / "run", **{"monitor.tensorboard": "on"}) == 2
+    assert 'pip install "bdh[monitor]"' in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_text_shorter_than_a_block_names_both_numbers_and_writes_nothing(train, tmp_path, text_file, capsys):
     text_file.write_text("short")
     assert train(tmp_path / "run") == 2
@@ -355,6 +368,19 @@ def test_float16_skips_a_step_whose_gradients_overflow(text_file, tmp_path, monk
         assert fit(run, monitor) == "finished"
     assert run.scaler.get_scale() == scale / 2
     assert all(torch.isfinite(w).all() for w in run.model.state_dict().values())
+
+
+def test_a_training_outside_of_the_main_thread_leaves_the_signals_alone(text_file, tmp_path, monkeypatch):
+    """Only the main thread can set their handlers: another one got a ValueError."""
+    monkeypatch.setenv("BDH_CACHE", str(tmp_path / "cache"))
+    run = opened(text_file, tmp_path / "run", **{"train.max_steps": 2})
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with (
+        Monitor(run.folder, MonitorConfig(tensorboard="off"), total_steps=2) as monitor,
+        ThreadPoolExecutor(1) as threads,
+    ):
+        assert threads.submit(fit, run, monitor).result() == "finished"
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def started(tmp_path, text_file, run_dir, **overrides) -> subprocess.Popen:
