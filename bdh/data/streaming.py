@@ -60,7 +60,7 @@ class StreamingCorpus(Corpus):
         self._validation = collector.tokens()
         check_long_enough(config, collector.num_train_tokens, len(self._validation), block_size)
 
-        self.val_bytes_per_token = collector.num_val_bytes / len(self._validation)
+        self.val_bytes_per_token = collector.num_val_bytes / max(1, len(self._validation))
         identity: list[Any] = [self._source.fingerprint()]
         identity.append(validation.fingerprint() if validation else config.val_fraction)
         if self._split is not None and self._split.unit != "parts":
