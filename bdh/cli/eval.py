@@ -75,13 +75,16 @@ def run(argv: list[str]) -> int:
     faults.raise_if_any()
     console = Console(stderr=True, highlight=False)
     with stage_progress(console, "bytes") as progress:
-        corpus = prepare_corpus(settings.data, tokenizer, block_size=1, progress=progress)
+        corpus = prepare_corpus(settings.data, tokenizer, block_size=0, progress=progress)
     parts = []
     if settings.part in ("train", "all"):
         parts.append((corpus.train_tokens(), corpus.facts["train_bytes"]))
     if settings.part in ("validation", "all"):
         parts.append((corpus.validation_tokens(), corpus.facts["val_bytes"]))
     tokens = np.concatenate([part for part, _ in parts])
+    if len(tokens) < 2:
+        source = f"data.source {settings.data.source!r}, part {settings.part}"
+        raise ValueError(f"{source}, has {len(tokens)} tokens: at least 2 are needed to predict one")
     num_bytes = sum(number for _, number in parts)
     with token_progress(console, len(tokens) - 1) as advance:
         metrics = evaluate_text(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TextIO
 
-from bdh.cli.settings import parse_settings
+from bdh.cli.settings import parse_settings, verbatim
 from bdh.model.sampling import SamplingOptions
 from bdh.validation import Faults
 
@@ -16,7 +16,7 @@ from bdh.validation import Faults
 class GenerateSettings(SamplingOptions):
     model: str
     """Folder of an exported model or of a run, or a hub id."""
-    prompt: str | None = None
+    prompt: str | None = verbatim(None)
     """Text to continue."""
     prompts_file: str | None = None
     """File with one prompt a line (UTF-8), instead of --prompt."""

@@ -45,7 +45,9 @@ def main(argv: list[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         else:
-            _print_error(_told(f"unexpected {type(error).__name__}: {error} (the same with --debug shows where)", error))
+            _print_error(
+                _told(f"unexpected {type(error).__name__}: {error} (the same with --debug shows where)", error)
+            )
         return 1
 
 

@@ -3,7 +3,8 @@
 A settings class is a dataclass whose fields are values, or dataclasses: sections, whose fields are named with a
 dot. The docstring under a field is its help text. `jsonargparse` converts and checks each value; this module
 decides which of several values of a field counts, and gathers what is wrong: left to itself, `jsonargparse` stops at
-the first fault, and lets a file that stands behind a flag override it.
+the first fault, and lets a file that stands behind a flag override it. Text is kept from it too, since it would read
+it as YAML: a prompt of `# x` would be nothing, and one of `1e3` a number.
 """
 
 import argparse
@@ -35,6 +36,13 @@ class _Leaf:
     type: Any
     default: Any
     help: str
+    verbatim: bool
+    """Whether even the flag's value `null` is text."""
+
+
+def verbatim(default: Any) -> Any:
+    """A field of text, or None, whose flag takes every value as text: elsewhere `null` stands for None."""
+    return dataclasses.field(default=default, metadata={"verbatim": True})
 
 
 def parse_settings(
@@ -67,17 +75,9 @@ def parse_settings(
         raise SystemExit(0)
 
     faults = Faults()
-    layers = [("the run's stored configuration", base or {})]
-    layers += [(path, _read_yaml(Path(path))) for path in command_line.config_files]
-    raw: dict[str, Any] = {}
-    for origin, tree in layers:
-        raw |= _flattened(tree, leaves, origin, faults)
-    raw |= command_line.values
-    faults.found.extend(command_line.faults)
-
-    values = {
-        name: value for name, given in raw.items() if (value := _converted(leaves[name], given, faults)) is not _MISSING
-    }
+    raw = _flattened(base or {}, leaves, "the run's stored configuration", faults)
+    raw |= command_line.raw_values(faults)
+    values = _all_converted(raw, leaves, faults)
     required = [leaf for leaf in leaves.values() if leaf.default is _MISSING]
     for leaf in required:
         if leaf.name not in raw:
@@ -89,6 +89,18 @@ def parse_settings(
         print(to_yaml(settings, with_help=True), end="")
         raise SystemExit(0)
     return settings
+
+
+def given_settings(settings_class: type, argv: Sequence[str]) -> dict[str, Any]:
+    """What the files and flags of a command line give, by dotted name; what is wrong is left to ``parse_settings``.
+
+    Raises:
+        FileNotFoundError: a configuration file is missing.
+        ValueError: a configuration file is not YAML.
+    """
+    leaves = {leaf.name: leaf for leaf in _leaves(settings_class)}
+    ignored = Faults()
+    return _all_converted(_CommandLine(leaves, (), argv).raw_values(ignored), leaves, ignored)
 
 
 def to_yaml(settings: Any, *, with_help: bool = False) -> str:
@@ -137,6 +149,14 @@ class _CommandLine:
                 by_place.append(argument)
         self._take_places(positionals, by_place)
 
+    def raw_values(self, faults: Faults) -> dict[str, Any]:
+        """The values of the files in their order, and over them those of the flags, not converted yet."""
+        raw: dict[str, Any] = {}
+        for path in self.config_files:
+            raw |= _flattened(_read_yaml(Path(path)), self._leaves, path, faults)
+        faults.found.extend(self.faults)
+        return raw | self.values
+
     def _option(self, argument: str, rest: list[str]) -> None:
         written, equals, value = argument[2:].partition("=")
         name = written.replace("-", "_")
@@ -161,15 +181,26 @@ class _CommandLine:
         elif leaf is None:
             self.faults.append(f"--{written} is not a setting{_suggestion(name, self._leaves)}")
         else:
-            self.values[name] = value
+            self._give(leaf, value)
+
+    def _give(self, leaf: _Leaf, value: str) -> None:
+        """A list grows with each value; anything else is given once."""
+        before = self.values.get(leaf.name, _MISSING)
+        if before is _MISSING:
+            is_null = value == "null" and _holds_text(leaf.type) and not leaf.verbatim
+            self.values[leaf.name] = None if is_null and type(None) in typing.get_args(leaf.type) else value
+        elif _takes_list(leaf.type):
+            self.values[leaf.name] = [*(before if isinstance(before, list) else [before]), value]
+        else:
+            self.faults.append(f"{leaf.name} is given twice, as {before!r} and {value!r}: give it once")
 
     def _take_places(self, positionals: Sequence[str], by_place: list[str]) -> None:
         for name in positionals:
-            if _is_list(self._leaves[name].type):
-                if by_place:
-                    self.values[name], by_place = by_place, []
-            elif by_place:
-                self.values[name] = by_place.pop(0)
+            leaf = self._leaves[name]
+            num_taken = len(by_place) if _takes_list(leaf.type) else 1
+            for value in by_place[:num_taken]:
+                self._give(leaf, value)
+            by_place = by_place[num_taken:]
         for argument in by_place:
             self.faults.append(f"{argument!r} is not expected here: settings start with two dashes")
 
@@ -182,7 +213,8 @@ def _leaves(settings_class: Any, prefix: str = "") -> Iterator[_Leaf]:
             yield from _leaves(hints[field.name], f"{prefix}{field.name}.")
             continue
         default = field.default if field.default_factory is _MISSING else field.default_factory()
-        yield _Leaf(prefix + field.name, hints[field.name], default, helps.get(field.name, ""))
+        is_verbatim = field.metadata.get("verbatim", False)
+        yield _Leaf(prefix + field.name, hints[field.name], default, helps.get(field.name, ""), is_verbatim)
 
 
 def _helps(settings_class: Any) -> dict[str, str]:
@@ -243,9 +275,20 @@ def _suggestion(name: str, leaves: Mapping[str, _Leaf]) -> str:
     return f": did you mean {near[0]}?" if near else "; --help lists them"
 
 
+def _all_converted(raw: Mapping[str, Any], leaves: Mapping[str, _Leaf], faults: Faults) -> dict[str, Any]:
+    """The values in the types of their settings; those that cannot be are left out, and are faults."""
+    values = {name: _converted(leaves[name], given, faults) for name, given in raw.items()}
+    return {name: value for name, value in values.items() if value is not _MISSING}
+
+
 def _converted(leaf: _Leaf, given: Any, faults: Faults) -> Any:
     """``given`` in the type of the setting, or MISSING and a fault."""
-    if _is_list(leaf.type) and isinstance(given, str) and not given.lstrip().startswith("["):
+    is_list_only = typing.get_origin(leaf.type) is list
+    if _holds_text(leaf.type) and isinstance(given, str):
+        return [given] if is_list_only else given
+    if list[str] in _alternatives(leaf.type) and isinstance(given, list) and all(isinstance(v, str) for v in given):
+        return given
+    if is_list_only and isinstance(given, str) and not given.lstrip().startswith("["):
         given = [given]  # one value need not be written as a list
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=leaf.type)
@@ -256,8 +299,19 @@ def _converted(leaf: _Leaf, given: Any, faults: Faults) -> Any:
         return _MISSING
 
 
-def _is_list(annotation: Any) -> bool:
-    return typing.get_origin(annotation) is list
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union; else the type alone."""
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    return typing.get_args(annotation) if is_union else (annotation,)
+
+
+def _takes_list(annotation: Any) -> bool:
+    return any(typing.get_origin(each) is list for each in _alternatives(annotation))
+
+
+def _holds_text(annotation: Any) -> bool:
+    """Whether a value may be any text, or a list of texts."""
+    return any(each in (str, list[str]) for each in _alternatives(annotation))
 
 
 def _in_words(annotation: Any) -> str:
@@ -267,6 +321,8 @@ def _in_words(annotation: Any) -> str:
         return "one of " + ", ".join(map(str, arguments))
     if origin in (typing.Union, types.UnionType):
         return ", or ".join(_in_words(argument) for argument in arguments)
+    if annotation == list[str]:
+        return "a list of texts: a flag for each, or [a, b] in a file"
     if origin is list:
         return "a list, as [a, b]"
     if origin is dict:

@@ -1,13 +1,12 @@
 """bdh train: trains a model, and exports it."""
 
-import argparse
 import logging
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from bdh.cli.settings import parse_settings
+from bdh.cli.settings import given_settings, parse_settings
 from bdh.distributed import environment
 from bdh.train.config import RunSettings
 from bdh.train.signals import EXIT_STATUS
@@ -126,14 +125,11 @@ def _settings_to_resume(argv: list[str]) -> dict[str, Any] | None:
 
     An early stop is not among them: it was meant for the start that it was given to.
     """
-    scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    scan.add_argument("--run_dir", "--run-dir")
-    scan.add_argument("--resume", nargs="?", const="true", default="false")
-    given, _ = scan.parse_known_args(argv)
-    if given.run_dir is None or given.resume.lower() == "false":
+    given = given_settings(RunSettings, argv)
+    if given.get("run_dir") is None or not given.get("resume"):
         return None
     from bdh.train.run import stored_settings
 
-    stored = stored_settings(Path(given.run_dir))
+    stored = stored_settings(Path(given["run_dir"]))
     stored["train"]["stop_at_step"] = None
     return stored

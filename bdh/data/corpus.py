@@ -78,14 +78,14 @@ class Corpus(ABC):
 def check_long_enough(config: DataConfig, train_tokens: int, val_tokens: int, block_size: int) -> None:
     """
     Raises:
-        ValueError: a part is shorter than one row.
+        ValueError: a part is shorter than one row, and ``block_size`` is not 0.
     """
     parts = (
         ("training", train_tokens, "a lower train.block_size"),
         ("validation", val_tokens, "a higher data.val_fraction, data.val_source, or a lower train.block_size"),
     )
     for part, num_tokens, remedy in parts:
-        if num_tokens < block_size + 1:
+        if block_size > 0 and num_tokens < block_size + 1:
             raise ValueError(
                 f"data.source {config.source!r}: the {part} part has {num_tokens} tokens, but one row of "
                 f"block_size {block_size} needs {block_size + 1}: more text or {remedy} would do"

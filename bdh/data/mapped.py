@@ -34,8 +34,8 @@ class MapCorpus(Corpus):
         tokens = cache.tokens(meta)
         self._train, self._validation = tokens[: meta.num_train_tokens], tokens[meta.num_train_tokens :]
         self.fingerprint = meta.content_hash
-        self.val_bytes_per_token = (meta.num_bytes - meta.num_train_bytes) / len(self._validation)
-        self.train_bytes_per_token = meta.num_train_bytes / len(self._train)
+        self.val_bytes_per_token = (meta.num_bytes - meta.num_train_bytes) / max(1, len(self._validation))
+        self.train_bytes_per_token = meta.num_train_bytes / max(1, len(self._train))
         self.facts = {
             "source": config.source,
             "streaming": False,

@@ -20,7 +20,7 @@ def prepare_corpus(
     """Reads, tokenizes, splits and caches a text; or, with ``streaming``, gets ready to do so while training.
 
     Args:
-        block_size: tokens that a row predicts.
+        block_size: tokens that a row predicts; 0 where no rows will be taken: then either part may be of any length.
         progress: see :data:`bdh.data.progress.ProgressCallback`.
 
     Raises:

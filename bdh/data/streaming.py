@@ -18,7 +18,7 @@ from bdh.data.parts import Part, Skipped
 from bdh.data.progress import ProgressCallback
 from bdh.data.readers import ChainReader
 from bdh.data.source import Source, training_source, validation_source
-from bdh.data.split import is_held_out
+from bdh.data.split import StreamSplit, stream_split
 from bdh.data.windows import check_rows, check_state, take_windows
 from bdh.tokenizer.encoding import TextEncoder
 
@@ -32,7 +32,8 @@ class StreamingCorpus(Corpus):
     """A corpus that is read while training.
 
     Without a validation source of its own, every ``round(1 / val_fraction)``-th part of it is held out: a part is
-    a document, or 256 KiB of a longer one. Of the held-out text, the first ``val_tokens`` tokens are kept to
+    a document, or 256 KiB of a longer one. (A source of not more parts is split as it is without streaming, see
+    :func:`bdh.data.split.stream_split`.) Of the held-out text, the first ``val_tokens`` tokens are kept to
     validate on; the search for them ends after 256 MiB of text.
     """
 
@@ -42,7 +43,7 @@ class StreamingCorpus(Corpus):
         self._encoder = encoder
         validation = validation_source(config)
         self._source = training_source(config)
-        self._val_fraction = None if validation is not None else config.val_fraction
+        self._split = None if validation is not None else stream_split(self._source, config.val_fraction)
 
         skipped = Skipped(dict(self._source.skipped.counts))
         collector = _Collector(config, encoder, block_size, progress)
@@ -50,16 +51,20 @@ class StreamingCorpus(Corpus):
             collector.read(((part, True) for part in validation.open(skipped)), needs_training=False)
             collector.read(((part, False) for part in self._source.open(skipped)), needs_validation=False)
         else:
-            collector.read(_marked(self._source.open(skipped), config.val_fraction))
+            assert self._split is not None
+            marked = self._split.marked(self._source.open(skipped))
+            collector.read((part, held_out) for part, held_out, _ in marked)
         if collector.num_read_bytes == 0:
             raise ValueError(f"data.source {config.source!r} holds no text" + describe(skipped))
         announce(config, skipped)
         self._validation = collector.tokens()
         check_long_enough(config, collector.num_train_tokens, len(self._validation), block_size)
 
-        self.val_bytes_per_token = collector.num_val_bytes / len(self._validation)
+        self.val_bytes_per_token = collector.num_val_bytes / max(1, len(self._validation))
         identity: list[Any] = [self._source.fingerprint()]
         identity.append(validation.fingerprint() if validation else config.val_fraction)
+        if self._split is not None and self._split.unit != "parts":
+            identity.append(self._split)
         identity += [config.text_column, config.encoding_errors, encoder.hash]
         self.fingerprint = hashlib.sha256(repr(identity).encode()).hexdigest()[:32]
         self.facts = {
@@ -76,7 +81,7 @@ class StreamingCorpus(Corpus):
 
     def train_loader(self, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> "StreamLoader":
         rows = check_rows(batch_size, rank, world_size)
-        parts = ShuffledParts(self._source, self._val_fraction, self._config.shuffle_buffer_documents, seed)
+        parts = ShuffledParts(self._source, self._split, self._config.shuffle_buffer_documents, seed)
         return StreamLoader(parts, self._encoder, self.block_size, batch_size, rows)
 
     def train_tokens(self) -> np.ndarray:
@@ -142,13 +147,13 @@ class ShuffledParts:
     (seed, pass, k) alone.
     """
 
-    def __init__(self, source: Source, val_fraction: float | None, buffer_documents: int, seed: int):
+    def __init__(self, source: Source, split: StreamSplit | None, buffer_documents: int, seed: int):
         """
         Args:
-            val_fraction: share of the parts to hold out, or None.
+            split: which parts to hold out, or None.
         """
         self._source = source
-        self._val_fraction = val_fraction
+        self._split = split
         self._buffer_documents = buffer_documents
         self.seed = seed
         self.epoch = 0
@@ -157,7 +162,7 @@ class ShuffledParts:
     def _start_pass(self, state: dict[str, Any] | None = None) -> None:
         self._buffer: list[Part] = []
         self._buffer_bytes = 0
-        self._num_read = 0
+        self._num_read = 0  # in units of the split
         self._num_drawn = 0
         self._is_read = False
         self._reader: ChainReader = self._source.open(state=state)
@@ -193,11 +198,13 @@ class ShuffledParts:
             if part is None:
                 self._is_read = True
                 return
-            self._num_read += 1
-            if self._val_fraction is not None and is_held_out(self._num_read - 1, self._val_fraction):
-                continue
-            self._buffer.append(part)
-            self._buffer_bytes += len(part.utf8)
+            if self._split is None:
+                kept = [part]
+            else:
+                marked = list(self._split.marked([part], self._num_read))
+                kept, self._num_read = [piece for piece, held_out, _ in marked if not held_out], marked[-1][2]
+            self._buffer += kept
+            self._buffer_bytes += sum(len(piece.utf8) for piece in kept)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -277,10 +284,6 @@ def encode_parts(parts: list[Part], encoder: TextEncoder) -> np.ndarray:
         if part.ends_document and encoder.eos_token_id is not None:
             pieces.append(np.array([encoder.eos_token_id], dtype=encoder.dtype))
     return np.concatenate(pieces)
-
-
-def _marked(parts: Iterable[Part], val_fraction: float) -> Iterator[tuple[Part, bool]]:
-    return ((part, is_held_out(number, val_fraction)) for number, part in enumerate(parts))
 
 
 def _random_number(seed: int, epoch: int, draw: int) -> int:

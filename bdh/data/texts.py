@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from bdh.data.config import DataConfig
 from bdh.data.parts import Part
 from bdh.data.source import training_source, validation_source
-from bdh.data.split import count_documents, count_if_single, cut, is_held_out, num_kept
+from bdh.data.split import count_documents, count_if_single, cut, num_kept, stream_split
 
 
 def training_texts(config: DataConfig) -> Iterator[str]:
@@ -29,8 +29,8 @@ def _parts(config: DataConfig, held_out: bool) -> Iterator[Part]:
         return
     source = training_source(config)
     if config.streaming:
-        for number, part in enumerate(source.open()):
-            if is_held_out(number, config.val_fraction) == held_out:
+        for part, is_behind, _ in stream_split(source, config.val_fraction).marked(source.open()):
+            if is_behind == held_out:
                 yield part
         return
     single_bytes = count_if_single(source)

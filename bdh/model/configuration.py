@@ -2,9 +2,12 @@
 
 import difflib
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
 from bdh.ops.dispatch import ATTENTION_FORMS
@@ -34,6 +37,16 @@ def shape_faults(n_embd: int, n_head: int, n_layer: int, multiplier: int, vocab_
             f"{neurons // n_head} neurons in a head: must be even, since rotary positions turn pairs of neurons"
         ]
     return []
+
+
+@contextmanager
+def one_line_type_faults(where: str) -> Iterator[None]:
+    """Within it, a field of a wrong type is a ``ValueError`` of one line; ``where`` says whose configuration it is."""
+    try:
+        yield
+    except StrictDataclassError as error:
+        reason = str(error).splitlines()[-1].strip().removeprefix("TypeError: ").split(". Errors: ")[0]
+        raise ValueError(f"{where}: {reason}") from error
 
 
 @strict

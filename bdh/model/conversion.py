@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bdh.model.configuration import BDHConfig
+from bdh.model.configuration import BDHConfig, one_line_type_faults
 
 if TYPE_CHECKING:
     from bdh.model.modeling import BDHForCausalLM
@@ -85,7 +85,8 @@ def model_from_reference(
             be left out; the number of passes, ``n_layer``, shows nowhere and may not.
 
     Raises:
-        ValueError: tensors are missing, or unknown, or do not have the shapes of the configuration.
+        ValueError: tensors are missing, or unknown, or do not have the shapes of the configuration; or it has a value
+            of a wrong type or out of range.
     """
     from bdh.model.modeling import BDHForCausalLM
 
@@ -100,7 +101,9 @@ def model_from_reference(
     if len(tensors) < len(state_dict):
         raise ValueError(f"the state dict has a weight twice, under different prefixes: {sorted(map(str, state_dict))}")
     if not isinstance(config, BDHConfig):
-        config = BDHConfig(**_complete_fields(tensors, config or {}))
+        fields = _complete_fields(tensors, config or {})
+        with one_line_type_faults("the checkpoint's configuration is wrong"):
+            config = BDHConfig(**fields)
     _check_shapes(tensors, config)
     if FREQUENCY_KEY in tensors:
         _check_frequencies(tensors[FREQUENCY_KEY], config)

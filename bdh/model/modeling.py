@@ -327,6 +327,59 @@ class BDHForCausalLM(TextGenerationMixin, PreTrainedModel, GenerationMixin):
         """Tells `generate` to make no cache of keys and values: ``forward`` makes the state."""
         return False
 
+    def prepare_inputs_for_generation(  # type: ignore[override]  # what it calls a cache is a state here
+        self,
+        input_ids: torch.Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: SynapticState | None = None,
+        attention_mask: torch.Tensor | None = None,  # named, as `generate` looks at the names
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """What `generate` feeds in a step; it goes on from a state as transformers does from a cache.
+
+        ``input_ids`` is the whole text of which the state has read the first columns, or only the new tokens, if the
+        ``attention_mask`` has a column for each one read before, too.
+
+        Raises:
+            ValueError: ``input_ids`` has no column that the state has not read and the mask does not say that all
+                are new, or a state is given without ``use_cache``.
+        """
+        if past_key_values is not None and past_key_values.num_columns:
+            num_read = past_key_values.num_columns
+            if next_sequence_length is not None and next_sequence_length < 1:
+                length = num_read + next_sequence_length
+                raise ValueError(
+                    f"the text has {length} tokens, but past_key_values has read {num_read} already: give the whole "
+                    "text, those included; or the new tokens alone, and an attention_mask of "
+                    f"({input_ids.shape[0]}, {num_read} + the number of new tokens)"
+                )
+            if not kwargs.get("use_cache", True):
+                raise ValueError("use_cache is False: must be True to go on from past_key_values")
+        prepare: Any = super().prepare_inputs_for_generation  # type: ignore[misc]
+        return prepare(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        """Repeats each row for its beams or continuations: those of the state too, into a copy of it."""
+        state = model_kwargs.get("past_key_values")
+        given = input_ids if input_ids is not None else model_kwargs.get("inputs_embeds")
+        if expand_size > 1 and state is not None and given is not None and state.batch_size == given.shape[0]:
+            rows = torch.arange(state.batch_size).repeat_interleave(expand_size)
+            model_kwargs["past_key_values"] = state.filter(rows)
+        expand: Any = super()._expand_inputs_for_generation  # type: ignore[misc]
+        return expand(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+
     @classmethod
     def from_reference(
         cls, state_dict: dict[str, torch.Tensor], config: BDHConfig | dict[str, Any] | None = None

@@ -1,9 +1,12 @@
 """How the next token is chosen, as settings."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from bdh.validation import Faults
+
+_SMALLEST_DIVISOR = 1e-6
 
 
 @dataclass
@@ -31,13 +34,20 @@ class SamplingOptions:
 
     def collect_faults(self, faults: Faults) -> None:
         faults.require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1 token")
-        faults.require(self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or above")
+        # The logits divided by less would overflow.
+        is_right = self.temperature == 0 or _SMALLEST_DIVISOR <= self.temperature < math.inf
+        allowed = f"0 (greedy) or above; if above, at least {_SMALLEST_DIVISOR:g}"
+        faults.require(is_right, "temperature", self.temperature, allowed)
         faults.require(self.top_k >= 0, "top_k", self.top_k, "0 (all tokens) or above")
         faults.require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, up to 1")
         faults.require(0 <= self.min_p < 1, "min_p", self.min_p, "at least 0 and below 1")
-        faults.require(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "above 0")
+        is_right = _SMALLEST_DIVISOR <= self.repetition_penalty < math.inf
+        allowed = f"above 0, at least {_SMALLEST_DIVISOR:g}"
+        faults.require(is_right, "repetition_penalty", self.repetition_penalty, allowed)
         faults.require(self.num_beams >= 1, "num_beams", self.num_beams, "at least 1")
         faults.require(self.num_return_sequences >= 1, "num_return_sequences", self.num_return_sequences, "at least 1")
+        is_right = self.seed is None or -(2**63) <= self.seed < 2**64  # what PyTorch takes
+        faults.require(is_right, "seed", self.seed, "from -2**63 to 2**64 - 1, or null")
         faults.require(all(self.stop), "stop", self.stop, "strings of at least one character")
         greedy = self.temperature == 0
         faults.require(

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from bdh.monitor.config import MonitorConfig
+from bdh.monitor.config import MonitorConfig, check_packages
 from bdh.monitor.metrics import MetricsFile
 
 _HISTOGRAM_VALUES = 1 << 16  # counting all of millions takes seconds
@@ -138,10 +138,7 @@ class Monitor:
             return False
         if importlib.util.find_spec("tensorboard") is not None:
             return True
-        if config.tensorboard == "on":
-            raise ValueError(
-                "monitor.tensorboard is 'on', but the package is missing: pip install \"bdh[monitor]\", or set it to off"
-            )
+        check_packages(config)
         self.message('No TensorBoard files: the package is missing (pip install "bdh[monitor]" brings it).')
         return False
 

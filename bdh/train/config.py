@@ -125,6 +125,8 @@ class TrainSettings:
             faults.require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("warmup_steps", "weight_decay", "grad_clip", "sample_every_steps", "seed"):
             faults.require(getattr(self, name) >= 0, name, getattr(self, name), "0 or above")
+        # The seeds of the samples are counted on from it, and PyTorch's end at 2**64 - 1.
+        faults.require(self.seed < 2**63, "seed", self.seed, "at most 2**63 - 1")
         for name in ("stop_at_step", "patience", "decay_steps"):
             value = getattr(self, name)
             faults.require(value is None or value >= 1, name, value, "at least 1, or null")

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from bdh.model import BDHConfig, BDHForCausalLM
+from bdh.model.configuration import one_line_type_faults
 from bdh.tokenizer import TokenizerConfig, load_tokenizer
 from bdh.train.checkpoint import Checkpoint, Checkpointer, is_checkpoint, step_of_folder
 from bdh.train.config import TrainSettings
@@ -29,7 +30,8 @@ def load_model(
 
     Raises:
         FileNotFoundError: a folder that holds neither.
-        ValueError: the model on the hub cannot be had, or is no BDH model; or the device is not there.
+        ValueError: it is no BDH model, its configuration is wrong, or its weights are not those of the configuration,
+            not complete or damaged; or the device is not there.
     """
     target = choose_runtime(TrainSettings(device=device)).device
     path = Path(name)
@@ -87,17 +89,25 @@ def load_run(
 
 def _pretrained(name: str, *, is_local: bool) -> BDHForCausalLM:
     logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what its tables of warnings say is an error here
     try:
-        config = BDHConfig.from_pretrained(name)
-        if config.model_type != "bdh" or "n_embd" not in config.to_dict():
-            raise ValueError(f"{name} is no BDH model: its model_type is {config.model_type!r}")
-        loaded: Any = BDHForCausalLM.from_pretrained(name, config=config, output_loading_info=True)
+        config = _pretrained_config(name)
+        loaded: Any = BDHForCausalLM.from_pretrained(
+            name, config=config, output_loading_info=True, ignore_mismatched_sizes=True
+        )
         model, report = loaded
         if lacking := sorted(report["missing_keys"]):
             raise ValueError(f"the weights of {name} are not complete: it lacks {', '.join(lacking)}")
+        if wrong := sorted(
+            f"{key} is {tuple(has)}, not {tuple(needs)}" for key, has, needs in report["mismatched_keys"]
+        ):
+            raise ValueError(f"the weights of {name} do not have the shapes of its config.json: {'; '.join(wrong)}")
         return model
     except SafetensorError as error:
         raise ValueError(f"the weights of {name} are cut off or damaged: {error}") from error
+    except RuntimeError as error:  # sizes that no machine has room for
+        raise ValueError(f"{name} cannot be loaded: {error}") from error
     except OSError as error:
         if is_local:
             raise
@@ -106,3 +116,16 @@ def _pretrained(name: str, *, is_local: bool) -> BDHForCausalLM:
             f"{name!r} is neither a folder here nor a model that the hub gives: {reason}. Without a network, give the "
             "folder of an export or of a run"
         ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _pretrained_config(name: str) -> BDHConfig:
+    try:
+        with one_line_type_faults(f"the config.json of {name} is wrong"):
+            config = BDHConfig.from_pretrained(name)
+    except (TypeError, AttributeError) as error:  # no object of JSON, or a dtype that PyTorch does not have
+        raise ValueError(f"the config.json of {name} is wrong: {error}") from error
+    if config.model_type != "bdh" or "n_embd" not in config.to_dict():
+        raise ValueError(f"{name} is no BDH model: its model_type is {config.model_type!r}")
+    return config

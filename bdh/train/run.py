@@ -16,6 +16,8 @@ from bdh.distributed.parallelize import Parallel, choose_strategy, parallelize
 from bdh.distributed.world import World
 from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.model.averaging import MovingAverage
+from bdh.monitor.config import check_packages
+from bdh.monitor.metrics import cut_back
 from bdh.storage import whole_folder, write_text
 from bdh.tokenizer import load_tokenizer
 from bdh.train.checkpoint import Checkpoint, Checkpointer
@@ -157,11 +159,13 @@ def open_run(settings: RunSettings, *, progress: Any = None) -> Run:
         progress: passed to :func:`bdh.data.prepare_corpus`, for its bars.
 
     Raises:
-        ValueError: settings, tokenizer and data do not go together, or not with the run that is resumed.
+        ValueError: settings, tokenizer and data do not go together, or not with the run that is resumed; or a
+            package that a setting asks for is missing.
         FileExistsError: the folder holds a run already.
         FileNotFoundError: there is nothing to resume, or nothing at ``train.init_from``.
         DiskFullError: there is no room for the run's folder.
     """
+    check_packages(settings.monitor)
     runtime = choose_runtime(settings.train)
     world = World.join(
         runtime.device.type,
@@ -240,6 +244,8 @@ def open_run(settings: RunSettings, *, progress: Any = None) -> Run:
     world.wait_for_all()
     if checkpoint is not None:
         checkpointer.forget_after(run.progress.step, best_step=run.progress.best_step)
+        if world.is_main:
+            cut_back(folder / "samples.jsonl", run.progress.step)
     return run
 
 
@@ -333,11 +339,19 @@ def stored_settings(folder: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: the folder holds no run.
+        ValueError: the file is cut off, or holds something else.
     """
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(f"there is no run to resume in {folder}: it has no {CONFIG_FILE}")
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is cut off or damaged: {' '.join(str(error).split())}") from error
+    sections = stored if isinstance(stored, dict) else {}
+    if lacking := [name for name in _FIXED if not isinstance(sections.get(name), dict)]:
+        raise ValueError(f"{path} is cut off or damaged: it has no settings for {', '.join(lacking)}")
+    return stored
 
 
 def check_unchanged(settings: RunSettings, stored: dict[str, Any]) -> None:

@@ -56,7 +56,9 @@ def test_a_tokenizer_file_is_stored_with_the_model(reference, tmp_path):
         assert (out / "tokenizer.json").is_file()
 
 
-@pytest.mark.parametrize("case", ["missing", "cut off", "there already", "contradiction", "other vocabulary"])
+@pytest.mark.parametrize(
+    "case", ["missing", "cut off", "there already", "contradiction", "no dropout", "other vocabulary"]
+)
 def test_bad_input_gets_status_2_and_writes_nothing(reference, tmp_path, capsys, case):
     from bdh.tokenizer import byte_tokenizer
 
@@ -73,6 +75,11 @@ def test_bad_input_gets_status_2_and_writes_nothing(reference, tmp_path, capsys,
         message = "exists already"
     elif case == "contradiction":
         argv, message = ["--n_layer", "3"], "n_layer is 3, but the checkpoint's configuration says 2"
+    elif case == "no dropout":
+        checkpoint = torch.load(reference, weights_only=True)
+        checkpoint["config"]["dropout"] = None
+        torch.save(checkpoint, reference)
+        message = "the checkpoint's configuration is wrong: Field 'dropout' with value None"
     else:
         byte_tokenizer(special_tokens=True).save_pretrained(tmp_path / "tokenizer")
         argv, message = ["--tokenizer", str(tmp_path / "tokenizer")], "vocabulary of 256, the tokenizer"

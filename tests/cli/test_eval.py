@@ -36,6 +36,22 @@ def test_figures_are_those_of_the_part_that_is_asked_for(model_folder, text_file
     assert figures["bits_per_byte"] == pytest.approx(expected.loss / math.log(2), rel=1e-6)
 
 
+def test_a_part_that_is_not_measured_may_be_of_any_length(model_folder, tmp_path, capsys):
+    """Of a text whose validation part had less than two tokens, not even all of it was measured."""
+    path = tmp_path / "short.txt"
+    for text, status in (("ten tokens", 0), ("ab", 0), ("a", 2)):
+        path.write_text(text)
+        assert main(["eval", str(model_folder), "--data.source", str(path), "--part", "all", "--json"]) == status
+        shown = capsys.readouterr()
+        if status == 0:
+            assert json.loads(shown.out)["tokens"] == len(text) - 1
+    assert "part all, has 1 tokens: at least 2 are needed to predict one" in shown.err
+    path.write_text("ten tokens")
+    assert evaluated(capsys, model_folder, "--data.source", path, "--part", "train")["tokens"] == 8
+    assert main(["eval", str(model_folder), "--data.source", str(path)]) == 2
+    assert "part validation, has 1 tokens: at least 2 are needed" in capsys.readouterr().err
+
+
 def test_strides_and_the_carried_state(model_folder, text_file, capsys):
     common = (model_folder, "--data.source", text_file, "--block_size", 32)
     plain, stride, carried = (evaluated(capsys, *common, *more) for more in ((), ("--stride", 8), ("--carry_state",)))

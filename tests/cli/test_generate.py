@@ -1,8 +1,10 @@
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bdh.cli.main import main
@@ -26,6 +28,11 @@ def test_a_seed_gives_the_same_text_in_another_process(model_folder):
         subprocess.run([*argv, "--seed", seed], capture_output=True, check=True).stdout for seed in ("1", "1", "2")
     ]
     assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize("flag", ["--temperature", "--repetition_penalty"])
+def test_the_smallest_divisors_of_the_logits_do_not_overflow(model_folder, flag):
+    assert generate(model_folder, "--prompt", "a", "--max_new_tokens", 3, flag, "1e-6") == 0
 
 
 def test_prompts_of_a_file_go_into_json_lines_in_order(model_folder, tmp_path, capsys):
@@ -57,13 +64,36 @@ def test_several_sequences_and_beams(model_folder, tmp_path):
     assert generate(model_folder, "--prompt", "a", "--num_beams", 3, "--temperature", 0, "--max_new_tokens", 5) == 0
 
 
+@pytest.mark.parametrize("prompt", ["# x", "null", "~", "1e3", "[INST"])
+def test_a_prompt_is_text_whatever_yaml_would_make_of_it(model_folder, capsys, prompt):
+    assert generate(model_folder, "--prompt", prompt, "--max_new_tokens", 2, "--seed", 1) == 0
+    assert capsys.readouterr().out.startswith(prompt)
+
+
+def test_every_stop_string_counts_and_is_text(model_folder, capsys):
+    """The second `--stop` took the place of the first, and `[a]` was the list of a."""
+    flags = ("--prompt", "The ", "--temperature", 0, "--max_new_tokens", 12)
+    assert generate(model_folder, *flags) == 0
+    text = capsys.readouterr().out.removeprefix("The ").removesuffix("\n")
+    for stops in ([text[4], text[8]], [text[8], text[4]]):
+        first = min(map(text.index, stops))
+        assert generate(model_folder, *flags, *(f"--stop={stop}" for stop in stops)) == 0
+        assert capsys.readouterr().out == f"The {text[:first]}\n"
+    assert generate(model_folder, *flags, "--stop", f"[{text[4]}]", "--stop", "[INST") == 0
+    assert capsys.readouterr().out == f"The {text}\n"
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
+        (["--prompt", "a", "--prompt", "b"], "prompt is given twice, as 'a' and 'b': give it once"),
         ([], "give either --prompt or --prompts_file"),
         (["--prompt", "a", "--prompts_file", "b"], "give either --prompt or --prompts_file"),
         (["--prompt", ""], "the prompt is empty"),
         (["--prompt", "a", "--temperature", "-1"], "temperature is -1.0: must be 0 (greedy) or above"),
+        (["--prompt", "a", "--temperature", "1e-40"], "temperature is 1e-40: must be 0 (greedy) or above; if above"),
+        (["--prompt", "a", "--repetition_penalty", "1e-40"], "repetition_penalty is 1e-40: must be above 0, at least"),
+        (["--prompt", "a", "--seed", str(2**64)], f"seed is {2**64}: must be from -2**63 to 2**64 - 1"),
         (["--prompt", "a", "--top_p", "2", "--max_new_tokens", "0"], "2 settings are wrong"),
         (["--prompts_file", "nowhere.txt"], "nowhere.txt"),
         (["--prompt", "a", "--checkpoint", "best"], "is not a run: leave it out"),
@@ -104,13 +134,50 @@ def test_what_is_no_model_is_named(tmp_path, capsys):
 
 
 def test_weights_that_are_cut_off_are_named(model_folder, tmp_path, capsys):
-    import shutil
-
     broken = shutil.copytree(model_folder, tmp_path / "broken")
     path = broken / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     assert generate(broken, "--prompt", "a") == 2
     assert "cut off or damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_layer": "two"}, "the config.json of {} is wrong: Field 'n_layer' expected int, got str (value: 'two')"),
+        ({"dropout": None}, "the config.json of {} is wrong: Field 'dropout' with value None"),
+        ({"dtype": "float17"}, "the config.json of {} is wrong: module 'torch' has no attribute 'float17'"),
+        (
+            {"vocab_size": 300},
+            "not have the shapes of its config.json: embed.weight is (256, 16), not (300, 16); lm_head",
+        ),
+        ({"n_embd": 10**9}, "{} cannot be loaded: "),
+        ([1], "the config.json of {} is wrong: "),
+    ],
+    ids=str,
+)
+def test_a_configuration_that_is_wrong_gets_one_line_and_status_2(model_folder, tmp_path, capfd, change, message):
+    """Some of these were unexpected errors, with status 1 and a table of transformers."""
+    broken = shutil.copytree(model_folder, tmp_path / "broken")
+    path = broken / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | change if isinstance(change, dict) else change))
+    assert generate(broken, "--prompt", "a") == 2
+    shown = capfd.readouterr().err
+    assert message.format(broken) in shown
+    assert len(shown.splitlines()) == 1
+
+
+def test_weights_that_are_missing_are_named(model_folder, tmp_path, capfd):
+    """transformers would fill them in with random numbers."""
+    broken = shutil.copytree(model_folder, tmp_path / "broken")
+    path = broken / "model.safetensors"
+    weights = load_file(path)
+    del weights["decoder.weight"], weights["encoder_v.1.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+    assert generate(broken, "--prompt", "a") == 2
+    expected = f"error: the weights of {broken} are not complete: it lacks decoder.weight, encoder_v.1.weight\n"
+    assert capfd.readouterr().err == expected
 
 
 def test_another_architecture_is_refused(model_folder, tmp_path, capsys):

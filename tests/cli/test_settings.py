@@ -5,7 +5,7 @@ from typing import Literal
 import pytest
 import yaml
 
-from bdh.cli.settings import parse_settings, to_yaml
+from bdh.cli.settings import given_settings, parse_settings, to_yaml, verbatim
 from bdh.validation import Faults
 
 
@@ -23,6 +23,12 @@ class Oven:
     """Grams of each thing."""
     door: str | list[str] = "left"
     """Where it opens."""
+    trays: list[float] = field(default_factory=list)
+    """Depths in use, in centimetres."""
+    note: str | None = None
+    """What hangs on it."""
+    label: str | None = verbatim(None)
+    """What is written on it."""
 
     def collect_faults(self, faults: Faults) -> None:
         faults.require(0 < self.heat <= 300, "heat", self.heat, "above 0, up to 300")
@@ -75,11 +81,13 @@ def test_a_flag_before_the_file_still_overrides_it(tmp_path):
         (["--oven.minutes", "null"], Oven(minutes=None)),
         (["--oven.minutes", "3"], Oven(minutes=3)),
         (["--oven.racks", "top"], Oven(racks=["top"])),
-        (["--oven.racks", "[top, middle]"], Oven(racks=["top", "middle"])),
+        (["--oven.racks", "top", "--oven.racks=middle"], Oven(racks=["top", "middle"])),
         (["--oven.racks", "The "], Oven(racks=["The "])),
         (["--oven.weights", "{flour: 1e3}"], Oven(weights={"flour": 1000.0})),
         (["--oven.door", "1e-3"], Oven(door="1e-3")),
-        (["--oven.door", "[left, right]"], Oven(door=["left", "right"])),
+        (["--oven.door", "left", "--oven.door", "right"], Oven(door=["left", "right"])),
+        (["--oven.trays", "[1, 2]"], Oven(trays=[1.0, 2.0])),
+        (["--oven.trays", "1", "--oven.trays", "2e0"], Oven(trays=[1.0, 2.0])),
     ],
 )
 def test_values_take_the_type_of_their_setting(argv, expected):
@@ -89,6 +97,53 @@ def test_values_take_the_type_of_their_setting(argv, expected):
 def test_numbers_in_scientific_notation_work_in_files_too(tmp_path):
     """YAML 1.1 reads 1e2 as text, for want of a dot."""
     assert parse("cake", "--config", written(tmp_path, "a.yaml", "oven: {heat: 1e2}")).oven.heat == 100.0
+
+
+@pytest.mark.parametrize(
+    "text", ["# x", "~", "1e3", "[INST", "[END]", "{a: 1}", "true", "", "a: b", "- a", "'a'", "&a"]
+)
+@pytest.mark.parametrize("setting", ["note", "label", "door", "racks"])
+def test_text_on_the_command_line_is_no_yaml(setting, text):
+    """It was read as YAML: a prompt of `# x` was None, and a stop string `[END]` the list of END."""
+    given = getattr(parse("cake", f"--oven.{setting}", text).oven, setting)
+    assert given == ([text] if setting == "racks" else text)
+    assert parse("--", text).dish == text
+
+
+def test_null_is_none_on_the_command_line_but_for_prompts_and_lists():
+    oven = parse("null", "--oven.note=null", "--oven.label=null", "--oven.racks=null").oven
+    assert (oven.note, oven.label, oven.racks) == (None, "null", ["null"])
+
+
+def test_text_in_files_is_what_yaml_says_and_no_yaml_once_more(tmp_path):
+    path = written(tmp_path, "a.yaml", "oven: {note: null, label: '# x', racks: ['null', '~'], door: '[a, b]'}\n")
+    oven = parse("cake", "--config", path).oven
+    assert (oven.note, oven.label, oven.racks, oven.door) == (None, "# x", ["null", "~"], "[a, b]")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--guests", "3", "--guests", "4"], "guests is given twice, as '3' and '4': give it once"),
+        (["--oven.mode=air", "--oven.mode=grill"], "oven.mode is given twice, as 'air' and 'grill'"),
+        (["--dish", "pie"], "dish is given twice, as 'pie' and 'cake'"),
+        (["--light", "--light=false"], "light is given twice, as 'true' and 'false'"),
+    ],
+)
+def test_two_values_of_what_takes_one_are_a_fault(argv, message):
+    with pytest.raises(ValueError, match=message):
+        parse("cake", *argv)
+
+
+def test_flags_of_a_list_replace_that_of_a_file(tmp_path):
+    path = written(tmp_path, "a.yaml", "oven: {racks: [top]}\n")
+    assert parse("cake", "--config", path, "--oven.racks=a", "--oven.racks=b").oven.racks == ["a", "b"]
+
+
+def test_what_is_given_can_be_asked_before_all_is_checked(tmp_path):
+    path = written(tmp_path, "a.yaml", "guests: 5\nlight: true\noven: {heet: 3}\n")
+    argv = ["cake", "--guests", "7", "--config", path, "--nothing", "--oven.minutes=many"]
+    assert given_settings(Kitchen, argv) == {"guests": 7, "light": True}
 
 
 @pytest.mark.parametrize(
@@ -205,7 +260,16 @@ def test_help_shows_docstrings_types_and_defaults(capsys):
 
 
 def test_print_config_is_read_back_as_it_was(tmp_path, capsys):
-    argv = ("cake", "--oven.heat", "1e-5", "--oven.racks", "[top, 'a: b']", "--light", "--oven.minutes=4")
+    argv = (
+        "cake",
+        "--oven.heat",
+        "1e-5",
+        "--oven.racks=top",
+        "--oven.racks=a: b",
+        "--oven.note=1e3",
+        "--light",
+        "--oven.minutes=4",
+    )
     with pytest.raises(SystemExit) as caught:
         parse(*argv, "--print_config")
     path = written(tmp_path, "printed.yaml", capsys.readouterr().out)
@@ -217,7 +281,17 @@ def test_to_yaml_is_plain_yaml():
     settings = parse("cake")
     assert yaml.safe_load(to_yaml(settings)) == {
         "dish": "cake",
-        "oven": {"heat": 180.0, "mode": "air", "racks": ["middle"], "minutes": None, "weights": {}, "door": "left"},
+        "oven": {
+            "heat": 180.0,
+            "mode": "air",
+            "racks": ["middle"],
+            "minutes": None,
+            "weights": {},
+            "door": "left",
+            "trays": [],
+            "note": None,
+            "label": None,
+        },
         "light": False,
         "guests": 2,
     }

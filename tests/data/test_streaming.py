@@ -10,6 +10,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from bdh.data import DataConfig, training_texts, validation_texts
 from bdh.tokenizer import train_tokenizer
 from tests.data.conftest import write_table, write_text
 
@@ -79,6 +80,57 @@ def test_parts_of_one_long_text_are_held_out_by_the_same_rule(tmp_path, corpus_o
         rows = loader.next().tokens
         text_of_rows = bytes([rows[0, 0].item(), *rows[:, 1:].flatten().tolist()]).decode()
         assert lines.isdisjoint(text_of_rows.splitlines()[1:-1])
+
+
+@pytest.mark.parametrize("num_bytes", [300, 1_100_000, 2_400_000, (10 << 18) - 700])
+def test_a_small_stream_of_one_document_is_split_as_without_streaming(tmp_path, corpus_of, num_bytes):
+    """Its few parts were all trained on, and the command stopped for want of a validation part; or, of the tenth, a few
+    bytes were left to validate on."""
+    text = "".join(f"line {i:07}, ä\n" for i in range(1 + num_bytes // 17))
+    path = write_text(tmp_path / "t.txt", text)
+    plain, stream = (corpus_of(path, block_size=20, streaming=streaming) for streaming in (False, True))
+    held_out = plain.validation_tokens().tolist()
+    assert stream.validation_tokens().tolist() == held_out[: len(stream.validation_tokens())]
+    assert len(held_out) // 2 < stream.facts["val_tokens"] >= num_bytes // 11
+    config = DataConfig(source=str(path), streaming=True)
+    assert "".join(validation_texts(config)) == bytes(held_out[:-1]).decode()
+    train_text = "".join(training_texts(config))
+    assert train_text + "".join(validation_texts(config)) == text
+
+    loader = stream.train_loader(1 + num_bytes // 200, seed=1)
+    lines, trained = set(train_text.splitlines()), set()
+    while loader.epoch < 1:
+        rows = loader.next().tokens
+        trained |= set(
+            bytes([rows[0, 0].item(), *rows[:, 1:].flatten().tolist()]).decode(errors="replace").split("\n")[1:-1]
+        )
+    whole = {line for line in trained if len(line) == 15}
+    assert whole <= lines
+    assert len(whole) > len(lines) // 2  # the others are cut by a row or a batch
+
+
+def test_a_small_stream_of_few_documents_holds_out_the_last(tmp_path, corpus_of):
+    path = write_table(tmp_path / "a.jsonl", [{"text": f"document {i}"} for i in range(5)])
+    corpus = corpus_of(path, block_size=4, streaming=True, special_tokens=False)
+    assert bytes(corpus.validation_tokens().tolist()) == b"document 4"
+    rows = corpus.train_loader(30, seed=1).next().tokens
+    assert b"4" not in bytes(rows.flatten().tolist())
+
+
+@pytest.mark.parametrize("num_documents", [1, 4])
+def test_a_small_stream_resumes_bit_equal(tmp_path, corpus_of, num_documents):
+    for number in range(num_documents):
+        write_text(tmp_path / "texts" / f"{number}.txt", "".join(f"{number} {i:07}\n" for i in range(40_000)))
+    corpus = corpus_of(tmp_path / "texts", block_size=512, streaming=True, shuffle_buffer_documents=2)
+    loader = corpus.train_loader(200, seed=1)
+    for _ in range(20):
+        state = loader.state_dict()
+        expected = loader.next().tokens
+        again = corpus_of(tmp_path / "texts", block_size=512, streaming=True, shuffle_buffer_documents=2)
+        resumed = again.train_loader(200, seed=1)
+        resumed.load_state_dict(state)
+        assert torch.equal(resumed.next().tokens, expected)
+    assert loader.epoch >= 1
 
 
 @pytest.mark.parametrize("val_tokens", [1, 10, 16])

@@ -73,6 +73,24 @@ def test_frequencies_of_another_theta_are_refused(tiny):
         BDHForCausalLM.from_reference(weights, tiny.config)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_checkpoint_in_half_precision_is_converted_as_it_is(tiny, dtype):
+    """Its frequencies are rounded with the rest, and were taken for those of another theta."""
+    weights = {name: weight.to(dtype) for name, weight in tiny.weights.items()}
+    model = BDHForCausalLM.from_reference(weights, tiny.config)
+    assert model.dtype == dtype
+    back = model.to_reference()
+    assert all(torch.equal(back[name], weights[name]) for name in weights if name != "attn.freqs")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_frequencies_of_another_theta_are_refused_in_half_precision_too(tiny, dtype):
+    weights = {name: weight.to(dtype) for name, weight in tiny.weights.items()}
+    weights["attn.freqs"] = (tiny.weights["attn.freqs"] * 1.05).to(dtype)
+    with pytest.raises(ValueError, match=r"attn.freqs differs from the frequencies of rope_theta = 65536"):
+        BDHForCausalLM.from_reference(weights, tiny.config)
+
+
 class Trap:
     def __reduce__(self):
         import pathlib

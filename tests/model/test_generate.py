@@ -47,6 +47,75 @@ def test_it_goes_on_from_a_given_state(model, tokens):
     assert torch.equal(generate(model, ids, past_key_values=state, do_sample=False), whole)
 
 
+@pytest.fixture
+def unpadded(tokens):
+    """Tokens (2, 21) without the padding token, at which `generate` would mask them."""
+    return tokens.clamp_min(1)
+
+
+CHOICES = [
+    {"do_sample": False},
+    {"do_sample": False, "num_beams": 4},
+    {"do_sample": False, "num_beams": 4, "num_return_sequences": 3},
+    {"do_sample": True, "num_return_sequences": 3},
+]
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+@pytest.mark.parametrize("num_read", [2, 5, 10, 18])
+def test_the_whole_text_on_a_state_is_the_text_read_anew(model, unpadded, num_read, choice):
+    """Beams and several sequences refused the state, which has a row for each text, not for each of them."""
+    whole = generate(model, unpadded, **choice)
+    state = model(unpadded[:, :num_read], use_cache=True).past_key_values
+    assert torch.equal(generate(model, unpadded, past_key_values=state, **choice), whole)
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+@pytest.mark.parametrize("num_read", [2, 5, 10, 18])
+def test_new_tokens_alone_with_a_mask_of_all_columns_go_on_from_a_state(model, unpadded, num_read, choice):
+    whole = generate(model, unpadded, **choice)
+    state = model(unpadded[:, :num_read], use_cache=True).past_key_values
+    out = generate(
+        model, unpadded[:, num_read:], past_key_values=state, attention_mask=torch.ones_like(unpadded), **choice
+    )
+    assert torch.equal(out, whole[:, num_read:])
+
+
+@pytest.mark.parametrize("num_new", [2, 6, 7])
+def test_new_tokens_alone_without_such_a_mask_are_refused_not_dropped(model, unpadded, num_new):
+    """Taken for the whole text, of which the state had read the beginning, some of them went missing."""
+    state = model(unpadded[:1, :7], use_cache=True).past_key_values
+    before = state.clone()
+    message = rf"the text has {num_new} tokens, but past_key_values has read 7 already: .*\(1, 7 \+ the number"
+    with pytest.raises(ValueError, match=message):
+        generate(model, unpadded[:1, 7 : 7 + num_new], past_key_values=state, do_sample=False)
+    assert state.num_columns == 7
+    assert all(torch.equal(a, b) for a, b in zip(state.sums, before.sums, strict=True))
+
+
+def test_a_padded_batch_goes_on_from_its_state(model, unpadded):
+    mask = torch.ones_like(unpadded)
+    mask[0, :3] = 0
+    whole = generate(model, unpadded, attention_mask=mask, do_sample=False)
+    state = model(unpadded[:, :9], attention_mask=mask[:, :9], use_cache=True).past_key_values
+    again = generate(model, unpadded[:, 9:], attention_mask=mask, past_key_values=state.clone(), do_sample=False)
+    assert torch.equal(again, whole[:, 9:])
+    assert torch.equal(generate(model, unpadded, attention_mask=mask, past_key_values=state, do_sample=False), whole)
+
+
+def test_several_sequences_leave_the_given_state_as_it_was(model, tokens):
+    state = model(tokens[:1, :7], use_cache=True).past_key_values
+    generate(model, tokens[:1], past_key_values=state, do_sample=True, num_return_sequences=2)
+    assert (state.batch_size, state.num_columns) == (1, 7)
+
+
+def test_a_state_without_use_cache_is_refused(model, tokens):
+    """Each step would have read the whole text again, on top of the state."""
+    state = model(tokens[:1, :7], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="use_cache is False: must be True"):
+        generate(model, tokens[:1], past_key_values=state, use_cache=False, do_sample=False)
+
+
 def test_the_state_that_comes_back_goes_on(model, tokens):
     first = generate(model, tokens[:1, :5], do_sample=False, return_dict_in_generate=True)
     again = generate(model, first.sequences, past_key_values=first.past_key_values, do_sample=False)

@@ -11,6 +11,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bdh.monitor import Monitor, MonitorConfig, read_metrics
+from bdh.monitor.metrics import cut_back
 
 
 def quiet() -> Console:
@@ -47,6 +48,23 @@ def test_a_run_that_goes_on_drops_what_it_will_do_again(tmp_path):
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(10, 10.0), (20, 20.0), (30, -1.0)]
 
 
+def test_texts_of_any_characters_are_cut_back_by_their_lines(tmp_path):
+    """Line separators of Unicode are no ends of lines in JSON lines."""
+    path = tmp_path / "samples.jsonl"
+    texts = ["a\u2028b", "c\x85d", "ü\n"]
+    lines = [json.dumps({"step": step, "text": text}, ensure_ascii=False) + "\n" for step, text in enumerate(texts)]
+    path.write_text("".join(lines) + '{"step": 1, "te', encoding="utf-8")
+    cut_back(path, 1)
+    assert path.read_text(encoding="utf-8") == lines[0] + lines[1]
+    cut_back(tmp_path / "nowhere.jsonl", 1)
+    assert not (tmp_path / "nowhere.jsonl").exists()
+
+
+def test_an_empty_file_has_no_rows(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
 def test_a_line_torn_by_a_kill_is_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "train/loss": 3.0}\n{"step": 2, "trai')
@@ -72,8 +90,10 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
 
 def test_without_a_terminal_lines_are_printed(tmp_path):
     console = quiet()
-    with opened(tmp_path, console=console, tensorboard="off") as monitor:
-        monitor.progress(100, loss=1.5, tokens_per_second=2000.0)
+    with opened(tmp_path, console=console, tensorboard="off", log_every_steps=2) as monitor:
+        for step in range(1, 101):
+            monitor.progress(step, loss=1.5, tokens_per_second=2000.0)
+    assert console.file.getvalue().count("step ") == 5  # every tenth logged step, as the setting's help says
     assert "step 100/100: loss 1.5000, 2,000 tokens/s" in console.file.getvalue()
 
 

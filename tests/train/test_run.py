@@ -1,9 +1,11 @@
+import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -60,12 +62,22 @@ def test_a_streaming_run_resumes_bit_equal(train, tmp_path):
     assert_same_run(straight, halves)
 
 
+def test_a_run_whose_folder_stands_in_a_file_resumes_with_its_stored_settings(train, tmp_path):
+    straight, halves, path = tmp_path / "straight", tmp_path / "halves", tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"run_dir": str(halves)}))
+    assert train(straight) == 0
+    assert train(halves, **{"train.stop_at_step": 5}) == 0
+    assert main(["train", "--config", str(path), "--resume"]) == 0
+    assert_same_run(straight, halves)
+
+
 def test_resume_from_an_earlier_checkpoint_is_bit_equal(train, tmp_path):
     straight, again = tmp_path / "straight", tmp_path / "again"
     assert train(straight) == 0
     assert train(again) == 0
     assert train(again, "--resume", "--resume_step", "3") == 0
     assert losses(straight) == losses(again)
+    assert samples(straight) == samples(again)  # those after the third step are not there twice
     assert all(torch.equal(a, b) for a, b in zip(weights(straight).values(), weights(again).values(), strict=True))
 
 
@@ -180,6 +192,30 @@ def test_a_resume_with_another_text_under_the_same_name_is_refused(train, tmp_pa
     assert "has changed since the run was started" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda text: "", "it has no settings for model, tokenizer, data, train"),
+        (lambda text: text[: text.index("data:")], "it has no settings for data, train"),
+        (lambda text: text[: text.index("data:") + 5], "it has no settings for data, train"),
+        (lambda text: text + "\n]", "expected <block end>, but found ']'"),
+        (lambda text: text[: text.index("model:") + 9], "it has no settings for model, tokenizer"),
+    ],
+    ids=["empty", "cut between", "cut behind a name", "no yaml", "cut in a name"],
+)
+def test_a_damaged_configuration_of_a_run_is_named(train, tmp_path, capsys, damage, reason):
+    """It was an unexpected error, with status 1."""
+    path = tmp_path / "run" / "config.yaml"
+    assert train(tmp_path / "run", **{"train.stop_at_step": 3}) == 0
+    path.write_text(damage(path.read_text()))
+    capsys.readouterr()
+    assert main(["train", "--run_dir", str(tmp_path / "run"), "--resume"]) == 2
+    shown = capsys.readouterr().err
+    assert f"error: {path} is cut off or damaged: " in shown
+    assert reason in shown
+    assert len(shown.splitlines()) == 1
+
+
 def test_resuming_nothing_is_refused(train, tmp_path, capsys):
     assert train(tmp_path / "run", "--resume") == 2
     assert "there is no run to resume" in capsys.readouterr().err
@@ -193,11 +229,34 @@ def test_a_prolonged_run_goes_on(train, tmp_path):
 
 
 def test_bad_settings_write_nothing(train, tmp_path, capsys):
-    assert train(tmp_path / "run", **{"train.learning_rate": -1, "model.n_head": 3, "train.device": "tpu"}) == 2
+    assert (
+        train(
+            tmp_path / "run",
+            **{"train.learning_rate": -1, "model.n_head": 3, "train.device": "tpu", "train.seed": 2**63},
+        )
+        == 2
+    )
     shown = capsys.readouterr().err
     assert "train.learning_rate is -1.0: must be above 0" in shown
     assert "model.n_head is 3: must be such that 16 * 8 = 128 neurons" in shown
     assert "train.device is 'tpu'" in shown
+    assert f"train.seed is {2**63}: must be at most 2**63 - 1" in shown
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_largest_seed_trains_and_samples(train, tmp_path):
+    prompts = ("--train.sample_prompts=a", "--train.sample_prompts=b")
+    assert train(tmp_path / "run", *prompts, **{"train.seed": 2**63 - 1, "train.max_steps": 2}) == 0
+    assert len(samples(tmp_path / "run")) == 2
+
+
+def test_a_missing_tensorboard_is_told_before_anything_is_written(train, tmp_path, monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "tensorboard" else find(name, *more)
+    )
+    assert train(tmp_path / "run", **{"monitor.tensorboard": "on"}) == 2
+    assert 'pip install "bdh[monitor]"' in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
@@ -310,6 +369,19 @@ def test_float16_skips_a_step_whose_gradients_overflow(text_file, tmp_path, monk
         assert fit(run, monitor) == "finished"
     assert run.scaler.get_scale() == scale / 2
     assert all(torch.isfinite(w).all() for w in run.model.state_dict().values())
+
+
+def test_a_training_outside_of_the_main_thread_leaves_the_signals_alone(text_file, tmp_path, monkeypatch):
+    """Only the main thread can set their handlers: another one got a ValueError."""
+    monkeypatch.setenv("BDH_CACHE", str(tmp_path / "cache"))
+    run = opened(text_file, tmp_path / "run", **{"train.max_steps": 2})
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with (
+        Monitor(run.folder, MonitorConfig(tensorboard="off"), total_steps=2) as monitor,
+        ThreadPoolExecutor(1) as threads,
+    ):
+        assert threads.submit(fit, run, monitor).result() == "finished"
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def started(tmp_path, text_file, run_dir, **overrides) -> subprocess.Popen:

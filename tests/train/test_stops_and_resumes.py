@@ -1,0 +1,99 @@
+"""What ends a run, what is exported then, and what may be another when it goes on."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bdh.cli.main import main
+from bdh.cli.settings import parse_settings
+from bdh.monitor import Monitor, MonitorConfig
+from bdh.train import loop
+from bdh.train.config import RunSettings
+from bdh.train.loop import fit
+from bdh.train.run import open_run
+
+from .conftest import TINY, losses, weights
+
+
+@pytest.fixture
+def opened(text_file, tmp_path, monkeypatch):
+    """Opens a run on the text with a tiny model."""
+    monkeypatch.setenv("BDH_CACHE", str(tmp_path / "cache"))
+
+    def open_it(folder, **overrides):
+        settings = {**TINY, "data.source": text_file, "run_dir": folder, **overrides}
+        argv = [f"--{name}={value}" for name, value in settings.items()]
+        return open_run(parse_settings(RunSettings, argv, prog="p", description="d"))
+
+    return open_it
+
+
+@pytest.mark.parametrize("during", ["evaluate", "sample"])
+def test_a_signal_during_an_evaluation_or_a_sample_is_saved_for(opened, tmp_path, monkeypatch, during):
+    """The signal was looked for before them, and the step of one that came later was not saved."""
+    run = opened(tmp_path / "run", **{"checkpoint.every_steps": 100, "train.sample_every_steps": 4})
+    original = getattr(loop, during)
+
+    def interrupted(run, *rest):
+        os.kill(os.getpid(), signal.SIGTERM)
+        original(run, *rest)
+        return False  # not the best loss, for which there would be a checkpoint anyway
+
+    monkeypatch.setattr(loop, during, interrupted)
+    if during == "sample":
+        monkeypatch.setattr(loop, "evaluate", lambda *_: False)
+    with Monitor(run.folder, MonitorConfig(tensorboard="off"), total_steps=12) as monitor:
+        assert fit(run, monitor) == "SIGTERM"
+    assert run.progress.step == 4
+    assert run.checkpointer.load().step == 4
+
+
+def test_the_best_weights_before_any_evaluation_are_the_last(train, tmp_path, capsys):
+    """There was no checkpoint named best, and the training ended with an error."""
+    run = tmp_path / "run"
+    assert train(run, **{"checkpoint.export": "best", "train.stop_at_step": 3}) == 0
+    assert (
+        "No validation loss was measured yet: the last weights are exported, not the best." in capsys.readouterr().err
+    )
+    last = run / "checkpoints" / "step-0000003" / "model.safetensors"
+    assert all(torch.equal(a, b) for a, b in zip(load_file(last).values(), weights(run).values(), strict=True))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_another_weight_decay_counts_from_the_resume_on(train, opened, tmp_path, optimizer):
+    """The optimizer's stored groups brought the old one back."""
+    same = {"train.optimizer": optimizer}
+    assert train(tmp_path / "run", **same, **{"train.stop_at_step": 5}) == 0
+    run = opened(tmp_path / "run", **same, **{"resume": "true", "train.weight_decay": 0.7})
+    decays = {group["weight_decay"] for each in run.optimizers.all for group in each.param_groups}
+    assert decays == {0.0, 0.7}
+    assert all(each.state for each in run.optimizers.all)  # the moments came with it
+
+
+def test_a_float32_run_goes_on_in_float16(train, tmp_path):
+    """Its checkpoint has no loss scale, which was taken for one."""
+    run = tmp_path / "run"
+    assert train(run, **{"train.dtype": "float32", "train.stop_at_step": 5}) == 0
+    assert main(["train", "--run_dir", str(run), "--resume", "--train.dtype", "float16"]) == 0
+    values = losses(run)
+    assert len(values) == 12
+    assert None not in values
+    training = torch.load(run / "checkpoints" / "step-0000012" / "training.pt", weights_only=True)
+    assert training["scaler"]["scale"] > 0
+
+
+def test_patience_is_tested_right_after_an_evaluation_only(train, tmp_path):
+    """A run that it had ended, and that was resumed, ended again after a step, without an evaluation."""
+    run = tmp_path / "run"
+    quiet = {"train.patience": 2, "train.max_steps": 40, "train.learning_rate": 1e-12, "train.sample_every_steps": 0}
+    assert train(run, **quiet) == 0
+    assert len(losses(run)) == 12  # evaluations at 4, which is the best, 8 and 12
+    assert main(["train", "--run_dir", str(run), "--resume"]) == 0
+    assert len(losses(run)) == 16
+    state = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert state["step"] == 16
+    assert "val/loss" in state
