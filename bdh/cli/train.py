@@ -67,12 +67,17 @@ def print_banner(console: Console, training: Any) -> None:
     num_parameters = sum(p.numel() for p in model.parameters())
     rows = train.batch_size * train.gradient_accumulation_steps
     form = choose_form(
-        config.attention_form, train.block_size, config.n_embd, has_state=False, chunk_size=config.chunk_size
+        config.attention_form,
+        train.block_size,
+        config.n_embd,
+        has_state=train.carry_state,
+        chunk_size=config.chunk_size,
     )
     lines = {
         "model": f"{num_parameters:,} parameters: {config.n_layer} passes, width {config.n_embd}, {config.n_head} heads "
         f"of {config.neurons_per_head:,} neurons, vocabulary {config.vocab_size:,}",
-        "state": f"{config.state_bytes_per_sequence:,} bytes a sequence, at any length",
+        "state": f"{config.state_bytes_per_sequence:,} bytes a sequence, at any length"
+        + (f"; carried on for {rows} rows: {config.state_bytes_per_sequence * rows:,} bytes" * train.carry_state),
         "data": _describe_data(facts),
         "step": f"{rows * train.block_size:,} tokens: {train.batch_size} sequences of {train.block_size:,}"
         + (f", {train.gradient_accumulation_steps} times" if train.gradient_accumulation_steps > 1 else ""),

@@ -62,6 +62,8 @@ class TrainSettings:
     """Tokens of a training sequence."""
     batch_size: int = 32
     """Sequences in one forward pass."""
+    carry_state: bool = False
+    """Each row reads on where it ended in the step before, with the state that it had there, up to an <eos>."""
     gradient_accumulation_steps: int = 1
     """Forward passes whose gradients are added up for one step."""
     optimizer: Literal["adamw", "muon"] = "adamw"

@@ -146,12 +146,20 @@ def training_step(run: Run, step_model: Callable[..., Any]) -> StepResult:
     batch = run.loader.next()  # of all forward passes of the step
     data_seconds = time.perf_counter() - before_data
     num_targets = batch.num_targets
-    for part in batch.split(settings.batch_size):
+    for index, part in enumerate(batch.split(settings.batch_size)):
         part = part.to(device)
         with run.runtime.autocast():
-            loss = step_model(
-                input_ids=part.input_ids, shift_labels=part.targets, num_items_in_batch=num_targets, use_cache=False
-            ).loss
+            output = step_model(
+                input_ids=part.input_ids,
+                shift_labels=part.targets,
+                document_starts=part.starts,
+                num_items_in_batch=num_targets,
+                past_key_values=run.carried.before(index) if run.carried else None,
+                use_cache=run.carried is not None,
+            )
+        loss = output.loss
+        if run.carried:
+            run.carried.keep(index, output.past_key_values)
         run.scaler.scale(loss).backward()
         total += loss.detach()
 
@@ -165,6 +173,8 @@ def training_step(run: Run, step_model: Callable[..., Any]) -> StepResult:
     fault = None
     if not math.isfinite(loss_value):
         fault = f"the loss is {loss_value}"
+        if run.carried:
+            run.carried.forget()
     elif not math.isfinite(norm_value) and not run.scaler.is_enabled():  # else the scaler is looking for its scale
         fault = f"the gradient's norm is {norm_value}"
     if fault is not None and settings.on_nonfinite == "stop":
@@ -198,6 +208,7 @@ def evaluate(run: Run, monitor: Monitor, validation: torch.Tensor) -> bool:
             run.model,
             validation,
             bytes_per_token=run.corpus.val_bytes_per_token,
+            document_end=run.document_end,
             autocast=run.runtime.autocast,
         )
 

@@ -16,6 +16,7 @@ from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.model.averaging import MovingAverage
 from bdh.storage import whole_folder, write_text
 from bdh.tokenizer import load_tokenizer
+from bdh.train.carry import CarriedState
 from bdh.train.checkpoint import Checkpoint, Checkpointer
 from bdh.train.config import RunSettings
 from bdh.train.initial import InitialModel
@@ -29,7 +30,15 @@ _FIXED = {
     "model": None,
     "tokenizer": None,
     "data": None,
-    "train": ("block_size", "batch_size", "gradient_accumulation_steps", "optimizer", "seed", "init_from"),
+    "train": (
+        "block_size",
+        "batch_size",
+        "gradient_accumulation_steps",
+        "carry_state",
+        "optimizer",
+        "seed",
+        "init_from",
+    ),
 }
 _FREE = {"model.attention_form", "model.chunk_size", "model.dropout", "data.cache_dir"}
 _NOT_STORED = ("run_dir", "resume", "resume_step")
@@ -71,6 +80,14 @@ class Run:
     progress: Progress
     average: MovingAverage | None = None
     """Of the weights, with ``train.ema_decay``."""
+    carried: CarriedState | None = None
+    """Of this process's rows, with ``train.carry_state``."""
+
+    @property
+    def document_end(self) -> int | None:
+        """The token behind which training, and so its evaluation, sees nothing of what was before; None without."""
+        is_apart = self.settings.train.carry_state or self.settings.data.pack == "documents"
+        return self.tokenizer.eos_token_id if is_apart else None
 
     def save(self, *, is_best: bool = False) -> Path:
         """Writes a checkpoint of this moment; see :meth:`Checkpointer.save`."""
@@ -85,6 +102,7 @@ class Run:
             "scaler": self.scaler.state_dict(),
             "loader": self.loader.state_dict(),
             "random_states": random_states(self.runtime.device),
+            "carried": None if self.carried is None else self.carried.state_dict(),
             "ema": None if self.average is None else {k: v.cpu() for k, v in self.average.weights.items()},
         }
         return self.checkpointer.save(self.progress.step, self.model.state_dict(), training, is_best=is_best)
@@ -106,6 +124,8 @@ class Run:
         if training["scaler"] and self.scaler.is_enabled():  # empty, if the run has not been in float16 until now
             self.scaler.load_state_dict(training["scaler"])
         self.loader.load_state_dict(training["loader"])
+        if self.carried is not None:
+            self.carried.load_state_dict(training["carried"])
         restore_random_states(training["random_states"], self.runtime.device)
         self.progress = Progress(**training["progress"])
         if self.average is not None:
@@ -170,12 +190,16 @@ def open_run(settings: RunSettings, *, progress: Any = None) -> Run:
         runtime=runtime,
         scaler=runtime.gradient_scaler(),
         loader=corpus.train_loader(
-            settings.train.batch_size * settings.train.gradient_accumulation_steps, settings.train.seed
+            settings.train.batch_size * settings.train.gradient_accumulation_steps,
+            settings.train.seed,
+            carry_state=settings.train.carry_state,
         ),
         checkpointer=checkpointer,
         progress=Progress(),
         average=None if settings.train.ema_decay is None else MovingAverage(model, settings.train.ema_decay),
     )
+    if settings.train.carry_state:
+        run.carried = CarriedState(model, settings.train.gradient_accumulation_steps, settings.train.batch_size)
     if checkpoint is not None:
         run.restore(checkpoint)
     _write_folder(run, is_new=checkpoint is None)
