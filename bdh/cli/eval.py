@@ -1,8 +1,9 @@
 """bdh eval: measures a model on a text."""
 
 import json
+import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from bdh.cli.settings import parse_settings
 from bdh.data.config import DataConfig
@@ -24,8 +25,12 @@ class EvalSettings:
     """Tokens between the starts of two windows; less than block_size gives more context, at more work."""
     carry_state: bool = False
     """Read the text once, with the state handed from window to window."""
+    streams: int = 1
+    """With carry_state: stretches of equal length that the text is cut into, each read from nothing, side by side."""
+    blocks: int | None = None
+    """With carry_state: read the text in stretches of so many blocks, each from nothing, and show the loss of each block."""
     batch_size: int = 16
-    """Windows in one forward pass."""
+    """Windows, or stretches, in one forward pass."""
     checkpoint: str | None = None
     """For a run: last (the default), best, or a step."""
     device: str = "auto"
@@ -42,6 +47,15 @@ class EvalSettings:
             "stride",
             self.stride,
             "left out with carry_state, which reads every token once",
+        )
+        faults.require(self.streams >= 1, "streams", self.streams, "at least 1")
+        faults.require(self.streams == 1 or self.carry_state, "streams", self.streams, "given with carry_state")
+        faults.require(self.blocks is None or self.blocks >= 1, "blocks", self.blocks, "at least 1")
+        faults.require(
+            self.blocks is None or (self.carry_state and self.streams == 1),
+            "blocks",
+            self.blocks,
+            "given with carry_state, and without streams, whose number follows from it",
         )
 
     def collect_stride_faults(self, block_size: int | None, faults: Faults) -> None:
@@ -94,11 +108,16 @@ def run(argv: list[str]) -> int:
             block_size=block_size,
             stride=settings.stride,
             carry_state=settings.carry_state,
+            stretch_tokens=_stretch_tokens(settings, block_size, len(tokens) - 1),
+            document_end=tokenizer.eos_token_id if settings.data.pack == "documents" else None,
             max_batch_size=settings.batch_size,
             progress=advance,
         )
+    by_block = metrics.loss_by_block(block_size) if settings.blocks else ()
     if settings.json:
-        figures = {**metrics.as_dict(), "nats_per_byte": metrics.nats_per_byte}
+        figures: dict[str, Any] = {**metrics.as_dict(), "nats_per_byte": metrics.nats_per_byte}
+        if settings.blocks:
+            figures |= {"loss_by_block": by_block, **metrics.loss_at()}
         print(json.dumps({**figures, "tokens": metrics.num_tokens, "block_size": block_size}))
         return 0
     print(f"tokens         {metrics.num_tokens:,} of {corpus.facts['source']} ({settings.part})")
@@ -107,10 +126,22 @@ def run(argv: list[str]) -> int:
     print(f"perplexity     {metrics.perplexity:.4f}")
     print(f"bits per byte  {metrics.bits_per_byte:.4f}")
     print(f"accuracy       {metrics.accuracy:.2%}")
+    for number, loss in enumerate(by_block, start=1):
+        print(f"block {number:<8} {loss:.4f} nats per token")
     return 0
 
 
+def _stretch_tokens(settings: EvalSettings, block_size: int, num_predicted: int) -> int | None:
+    if settings.blocks is not None:
+        return settings.blocks * block_size
+    return math.ceil(num_predicted / settings.streams) if settings.streams > 1 else None
+
+
 def _describe(settings: EvalSettings) -> str:
+    if settings.blocks is not None:
+        return f"the state carried on through stretches of {settings.blocks}"
+    if settings.streams > 1:
+        return f"the state carried on through {settings.streams} streams"
     if settings.carry_state:
         return "the state carried on"
     return f"one every {settings.stride}" if settings.stride else "each read from nothing"

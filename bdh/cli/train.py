@@ -88,12 +88,18 @@ def print_banner(console: Console, training: Any) -> None:
     train, config, facts = settings.train, model.config, training.corpus.facts
     num_parameters = sum(p.numel() for p in model.parameters())
     form = choose_form(
-        config.attention_form, train.block_size, config.n_embd, has_state=False, chunk_size=config.chunk_size
+        config.attention_form,
+        train.block_size,
+        config.n_embd,
+        has_state=train.carry_state,
+        chunk_size=config.chunk_size,
     )
+    rows = training.rows_per_step // training.world.size
     lines = {
         "model": f"{num_parameters:,} parameters: {config.n_layer} passes, width {config.n_embd}, {config.n_head} heads "
         f"of {config.neurons_per_head:,} neurons, vocabulary {config.vocab_size:,}",
-        "state": f"{config.state_bytes_per_sequence:,} bytes a sequence, at any length",
+        "state": f"{config.state_bytes_per_sequence:,} bytes a sequence, at any length"
+        + (f"; carried on for {rows} rows: {config.state_bytes_per_sequence * rows:,} bytes" * train.carry_state),
         "data": _describe_data(facts),
         "step": f"{training.rows_per_step * train.block_size:,} tokens: {train.batch_size} sequences of "
         f"{train.block_size:,}"

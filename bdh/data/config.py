@@ -26,6 +26,8 @@ class DataConfig:
     """Files to validate on, instead of val_fraction."""
     val_fraction: float = 0.1
     """Share of the documents that is held out, from the end; of the text's bytes where there is one document."""
+    pack: Literal["stream", "documents"] = "stream"
+    """stream: a block is read through, whatever it holds. documents: none sees across the end of one, which takes <eos>."""
     streaming: bool = False
     """Read, shuffle and tokenize while training: nothing is written to disk, and memory stays flat."""
     shuffle_buffer_documents: int = 1000
@@ -42,6 +44,7 @@ class DataConfig:
             is_right = bool(items) and all(item is None or item.strip() for item in items)
             faults.require(is_right, field, value, "a name, or a list of names, none of them empty")
         faults.require_one_of("encoding_errors", self.encoding_errors, ("strict", "replace"))
+        faults.require_one_of("pack", self.pack, ("stream", "documents"))
         faults.require(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "above 0 and below 1")
         for field in ("shuffle_buffer_documents", "val_tokens"):
             faults.require(getattr(self, field) >= 1, field, getattr(self, field), "at least 1")

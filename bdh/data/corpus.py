@@ -42,15 +42,19 @@ class Corpus(ABC):
     block_size: int
 
     @abstractmethod
-    def train_loader(self, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> Loader:
+    def train_loader(
+        self, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, *, carry_state: bool = False
+    ) -> Loader:
         """Rows to train on.
 
         Args:
             batch_size: rows of the global batch, of which each process gets ``batch_size / world_size`` in a row:
                 together they get what one process alone would.
+            carry_state: each row goes on in the next step where it ended, and the batches say where a document
+                starts.
 
         Raises:
-            ValueError: the processes cannot share the rows evenly.
+            ValueError: the processes cannot share the rows evenly, or there is too little text for so many rows.
         """
 
     @abstractmethod

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from bdh.data.config import DataConfig
-from bdh.data.corpus import Corpus, announce, check_long_enough, describe
+from bdh.data.continued import ContinuedLoader
+from bdh.data.corpus import Corpus, Loader, announce, check_long_enough, describe
 from bdh.data.parts import Skipped
 from bdh.data.progress import ProgressCallback
 from bdh.data.source import Source, training_source, validation_source
@@ -21,6 +22,8 @@ class MapCorpus(Corpus):
 
     def __init__(self, config: DataConfig, encoder: TextEncoder, block_size: int, progress: ProgressCallback):
         self.block_size = block_size
+        self._eos_token_id = encoder.eos_token_id
+        self._packs_documents = config.pack == "documents"
         validation = validation_source(config)
         training = training_source(config)
         cache = TokenCache(config.cache_dir, _cache_key(config, training, validation, encoder))
@@ -52,9 +55,14 @@ class MapCorpus(Corpus):
             "was_cached": is_cached,
         }
 
-    def train_loader(self, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> WindowLoader:
+    def train_loader(
+        self, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, *, carry_state: bool = False
+    ) -> Loader:
         rows = check_rows(batch_size, rank, world_size)
-        return WindowLoader(self._train, self.block_size, batch_size, rows, seed)
+        if carry_state:
+            return ContinuedLoader(self._train, self.block_size, batch_size, rows, seed, self._eos_token_id)
+        document_end = self._eos_token_id if self._packs_documents else None
+        return WindowLoader(self._train, self.block_size, batch_size, rows, seed, document_end)
 
     def train_tokens(self) -> np.ndarray:
         return self._train

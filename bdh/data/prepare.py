@@ -29,5 +29,11 @@ def prepare_corpus(
             been written then.
         OSError: the cache cannot be written.
     """
+    encoder = TextEncoder(tokenizer)
+    if config.pack == "documents" and encoder.eos_token_id is None:
+        raise ValueError(
+            "data.pack is 'documents', but the tokenizer has no <eos> that would stand between documents: "
+            "tokenizer.special_tokens=true gives the byte tokenizer one, data.pack=stream needs none"
+        )
     kind = StreamingCorpus if config.streaming else MapCorpus
-    return kind(config, TextEncoder(tokenizer), block_size, progress or no_progress)
+    return kind(config, encoder, block_size, progress or no_progress)

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from bdh.data.batch import Batch
+from bdh.data.documents import batch_of_documents, starts_behind
 
 
 def check_rows(batch_size: int, rank: int, world_size: int) -> slice:
@@ -26,24 +27,37 @@ class WindowLoader:
     """Windows of ``block_size + 1`` tokens at random starts.
 
     Row i of step s starts where the i-th draw of Philox, keyed by the seed and counted from s, says: it depends
-    on (seed, s, i) alone, not on how many processes share the rows.
+    on (seed, s, i) alone, not on how many processes share the rows. With ``document_end``, the token behind
+    documents, the batches say where documents start, and those first tokens are not predicted.
     """
 
-    def __init__(self, tokens: np.ndarray, block_size: int, batch_size: int, rows: slice, seed: int):
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        block_size: int,
+        batch_size: int,
+        rows: slice,
+        seed: int,
+        document_end: int | None = None,
+    ):
         self._tokens = tokens
         self._length = block_size + 1
         self._batch_size = batch_size
         self._rows = rows
         self._seed = seed
+        self._document_end = document_end
         self._step = 0
 
     def next(self) -> Batch:
-        """The rows of the next step; nothing marks documents."""
+        """The rows of the next step."""
         num_starts = len(self._tokens) - self._length + 1
         generator = np.random.Generator(np.random.Philox(key=self._seed, counter=[0, 0, 0, self._step]))
         starts = generator.integers(num_starts, size=self._batch_size)[self._rows]
         self._step += 1
-        return Batch(torch.from_numpy(take_windows(self._tokens, starts, self._length)))
+        windows = torch.from_numpy(take_windows(self._tokens, starts, self._length))
+        if self._document_end is None:
+            return Batch(windows)
+        return batch_of_documents(windows, starts_behind(windows, self._document_end))
 
     def state_dict(self) -> dict[str, Any]:
         return {"kind": "windows", "step": self._step, "seed": self._seed}
@@ -64,7 +78,8 @@ def check_state(state: dict[str, Any], kind: str, **fixed: Any) -> None:
     """
     if state.get("kind") != kind:
         raise ValueError(
-            f"the loader's state is of kind {state.get('kind')!r}, not {kind!r}: data.streaming was another"
+            f"the loader's state is of kind {state.get('kind')!r}, not {kind!r}: data.streaming or "
+            "train.carry_state was another"
         )
     for name, value in fixed.items():
         if state[name] != value:

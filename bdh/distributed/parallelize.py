@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from bdh.distributed.config import DistributedConfig
@@ -39,6 +40,12 @@ class Parallel:
             waits = self.step_model.no_sync()
         with waits:
             yield
+
+    def by_rows(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Tensors of this process's rows as parts of those of all processes, for a checkpoint."""
+        if self.mesh is None:
+            return tensors
+        return {name: DTensor.from_local(tensor, self.mesh, [Shard(0)]) for name, tensor in tensors.items()}
 
     @contextmanager
     def whole_model(self) -> Iterator[None]:

@@ -23,6 +23,8 @@ from bdh.distributed.world import World
 
 Tensors = Mapping[str, torch.Tensor]
 
+_ALONE = "torch.distributed is disabled"
+
 # What the file of metadata names: shapes, dtypes, and where in which file a tensor lies.
 _METADATA_CLASSES = {
     "torch.distributed.checkpoint.metadata": {
@@ -61,6 +63,8 @@ class BackgroundWriter:
 
     def __init__(self, world: World):
         self._world = world
+        # In another thread, where warnings cannot be caught for a while only.
+        warnings.filterwarnings("ignore", message=_ALONE)
         pinned = world.device_type == "cuda"
         self._stager = DefaultStager(
             StagingOptions(
@@ -170,7 +174,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 def _knowing_that_it_is_alone() -> Iterator[None]:
     """PyTorch warns of a process that stores tensors alone, which here is as it should be."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        warnings.filterwarnings("ignore", message=_ALONE)
         yield
 
 

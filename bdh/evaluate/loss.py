@@ -3,12 +3,14 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from bdh.data.batch import Batch
+from bdh.data.documents import batch_of_documents, starts_behind
 from bdh.model import BDHForCausalLM, SynapticState
 
 # Logits of one forward pass, at most: 256 MiB in float32.
@@ -28,7 +30,7 @@ class Metrics:
     num_tokens: int
     """Tokens that were predicted."""
     loss_by_position: tuple[float, ...] = ()
-    """Nats per token at each position of the windows, where all were read from nothing and of one length."""
+    """Nats per token at each position behind nothing, where windows of one length, or stretches, were read so."""
 
     @property
     def perplexity(self) -> float:
@@ -56,17 +58,42 @@ class Metrics:
         octaves = {start: self.loss_by_position[start - 1 : 2 * start - 1] for start in starts}
         return {f"{prefix}loss_at/{start}": sum(part) / len(part) for start, part in octaves.items()}
 
+    def loss_by_block(self, block_size: int) -> tuple[float, ...]:
+        """The mean of each ``block_size`` positions; empty without a loss by position."""
+        starts = range(0, len(self.loss_by_position), block_size)
+        blocks = [self.loss_by_position[start : start + block_size] for start in starts]
+        return tuple(sum(block) / len(block) for block in blocks)
+
 
 @dataclass
 class _Count:
     nats: float = 0.0
-    correct: float = 0
-    tokens: float = 0
-    by_position: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
+    correct: int = 0
+    tokens: int = 0
+    nats_at: torch.Tensor | None = None
+    """By position, where that is wanted; and how many tokens were predicted there."""
+    tokens_at: torch.Tensor | None = None
+
+    @classmethod
+    def by_position(cls, length: int) -> "_Count":
+        return cls(nats_at=torch.zeros(length, dtype=torch.float64), tokens_at=torch.zeros(length, dtype=torch.int64))
+
+    def summed(self, total: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> "_Count":
+        """The counts of all processes, of windows of one length."""
+        assert self.nats_at is not None
+        assert self.tokens_at is not None
+        length = len(self.nats_at)
+        numbers = torch.tensor([self.nats, self.correct, self.tokens], dtype=torch.float64)
+        sums = total(torch.cat([numbers, self.nats_at, self.tokens_at.double()]).to(device)).cpu()
+        nats, correct, tokens = sums[:3].tolist()
+        return _Count(nats, int(correct), int(tokens), sums[3 : 3 + length], sums[3 + length :].long())
 
     def metrics(self, bytes_per_token: float) -> Metrics:
         loss = self.nats / self.tokens
-        return Metrics(loss, loss / math.log(2) / bytes_per_token, self.correct / self.tokens, int(self.tokens))
+        by_position: tuple[float, ...] = ()
+        if self.nats_at is not None and self.tokens_at is not None:
+            by_position = tuple((self.nats_at / self.tokens_at).tolist())
+        return Metrics(loss, loss / math.log(2) / bytes_per_token, self.correct / self.tokens, self.tokens, by_position)
 
 
 def evaluate_windows(
@@ -74,33 +101,28 @@ def evaluate_windows(
     windows: torch.Tensor,
     *,
     bytes_per_token: float,
+    document_end: int | None = None,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     max_batch_size: int = 16,
     sum_over_processes: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> Metrics:
     """Predicts every token but the first of each window (n, T + 1), each from the ones before it in its window.
 
-    It draws no random numbers, and leaves the model in the mode, training or not, that it was in.
+    With ``document_end``, a token, nothing is seen across one, and the token behind it is not predicted. It draws no
+    random numbers, and leaves the model in the mode, training or not, that it was in.
 
     Args:
         sum_over_processes: where several processes have each a share of the windows, which may be none: sums a
             float64 tensor over them.
     """
-    count = _Count(by_position=torch.zeros(windows.shape[1] - 1, dtype=torch.float64, device=model.device))
-    batch_size = _batch_size(model, windows.shape[1] - 1, max_batch_size)
+    length = windows.shape[1] - 1
+    count = _Count.by_position(length)
     with inference(model), autocast():
-        for batch in windows.split(batch_size):
-            nats = _score(model, batch, count)
-            count.by_position = count.by_position + nats.view(len(batch), -1).sum(0, dtype=torch.float64)
-    num_windows: float = len(windows)
+        for rows in windows.split(_batch_size(model, length, max_batch_size)) if len(windows) else ():
+            _score(model, _batch(rows, document_end), count)
     if sum_over_processes is not None:
-        counts = [count.nats, count.correct, count.tokens, num_windows]
-        numbers = torch.tensor(counts, dtype=torch.float64, device=model.device)
-        sums = sum_over_processes(torch.cat([numbers, count.by_position]))
-        count.by_position = sums[4:]
-        count.nats, count.correct, count.tokens, num_windows = sums[:4].tolist()
-    by_position = (count.by_position / num_windows).tolist()
-    return replace(count.metrics(bytes_per_token), loss_by_position=tuple(by_position))
+        count = count.summed(sum_over_processes, model.device)
+    return count.metrics(bytes_per_token)
 
 
 def evaluate_text(
@@ -111,6 +133,8 @@ def evaluate_text(
     block_size: int,
     stride: int | None = None,
     carry_state: bool = False,
+    stretch_tokens: int | None = None,
+    document_end: int | None = None,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     max_batch_size: int = 16,
     progress: Callable[[int], None] = lambda num_tokens: None,
@@ -124,10 +148,14 @@ def evaluate_text(
             ``block_size`` gives every prediction more context, at more work. None for ``block_size``.
         carry_state: go through the text once with the state handed from window to window, so that every
             token is predicted from all of the text before it.
+        stretch_tokens: with ``carry_state``, cut the text into stretches of so many tokens, each read from nothing,
+            several at a time: the loss by position then reaches as far. None reads all of it as one.
+        document_end: a token across which nothing is seen; the token behind it is not predicted.
         progress: called with the number of tokens predicted so far.
 
     Raises:
-        ValueError: fewer than two tokens, or a stride that is not within 1 to ``block_size``.
+        ValueError: fewer than two tokens, a stride that is not within 1 to ``block_size``, or stretches without a
+            state to carry through them.
     """
     stride = block_size if stride is None else stride
     if len(tokens) < 2:
@@ -136,14 +164,54 @@ def evaluate_text(
         raise ValueError(f"stride is {stride}: must be within 1 and block_size, {block_size}")
     if carry_state and stride != block_size:
         raise ValueError(f"stride is {stride}: with carry_state it must be block_size, {block_size}")
-    count = _Count()
-    batch_size = 1 if carry_state else _batch_size(model, block_size, max_batch_size)
-    state = model.new_state() if carry_state else None
+    if stretch_tokens is not None and (not carry_state or stretch_tokens < 1):
+        raise ValueError(f"stretch_tokens is {stretch_tokens}: must be at least 1, and is for carry_state only")
+    batch_size = _batch_size(model, block_size, max_batch_size)
     with inference(model), autocast():
-        for windows, num_known in _window_batches(tokens, block_size, stride, batch_size):
-            _score(model, windows, count, num_known=num_known, state=state)
-            progress(int(count.tokens))
+        if carry_state:
+            count = _read_on(model, tokens, block_size, stretch_tokens, batch_size, document_end, progress)
+        else:
+            count = _Count()
+            for windows, num_known in _window_batches(tokens, block_size, stride, batch_size):
+                _score(model, _batch(windows, document_end), count, num_known=num_known)
+                progress(count.tokens)
     return count.metrics(bytes_per_token)
+
+
+def _read_on(
+    model: BDHForCausalLM,
+    tokens: np.ndarray,
+    block_size: int,
+    stretch_tokens: int | None,
+    batch_size: int,
+    document_end: int | None,
+    progress: Callable[[int], None],
+) -> _Count:
+    """Counts the predictions of stretches, ``batch_size`` of them side by side, block by block with the state."""
+    last = len(tokens) - 1
+    stretch = min(stretch_tokens or last, last)
+    count = _Count.by_position(stretch) if stretch_tokens else _Count()
+    whole = list(range(0, last - stretch + 1, stretch))
+    groups = [whole[i : i + batch_size] for i in range(0, len(whole), batch_size)]
+    if (rest := whole[-1] + stretch) < last:
+        groups.append([rest])
+    for group in groups:
+        length = min(stretch, last - group[0])
+        state = model.new_state(len(group))
+        for position in range(0, length, block_size):
+            end = min(position + block_size, length)
+            known = min(position, 1)  # the token before a block may end a document
+            rows = _stack(tokens, [(start + position - known, start + end, 0) for start in group])
+            _score(model, _batch(rows, document_end, known), count, state=state, position=position)
+            progress(count.tokens)
+    return count
+
+
+def _batch(rows: torch.Tensor, document_end: int | None, known: int = 0) -> Batch:
+    """Rows of tokens as a batch, without the first ``known`` columns, which only show whether they end a document."""
+    if document_end is None:
+        return Batch(rows[:, known:])
+    return batch_of_documents(rows[:, known:], starts_behind(rows, document_end)[:, known:])
 
 
 def _window_batches(
@@ -173,22 +241,33 @@ def _stack(tokens: np.ndarray, windows: list[tuple[int, int, int]]) -> torch.Ten
 
 def _score(
     model: BDHForCausalLM,
-    windows: torch.Tensor,
+    batch: Batch,
     count: _Count,
     *,
     num_known: int = 0,
     state: SynapticState | None = None,
-) -> torch.Tensor:
-    """Counts the predictions of windows (b, T + 1), and returns their losses in nats, (b * (T - num_known),)."""
-    windows = windows.to(model.device)
-    logits = model(windows[:, :-1], past_key_values=state, use_cache=state is not None).logits[:, num_known:]
+    position: int = 0,
+) -> None:
+    """Counts the predictions of a batch but for the first ``num_known`` of each row.
+
+    Args:
+        state: goes on behind the rows.
+        position: of the rows' first token, for the loss by position.
+    """
+    batch = batch.to(model.device)
+    output = model(batch.input_ids, document_starts=batch.starts, past_key_values=state, use_cache=state is not None)
+    logits = output.logits[:, num_known:]
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    targets = windows[:, 1 + num_known :]
-    nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    targets = batch.targets[:, num_known:]
+    is_target = targets >= 0
+    nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
     count.nats += nats.sum(dtype=torch.float64).item()
     count.correct += int((logits.argmax(-1) == targets).sum().item())
-    count.tokens += targets.numel()
-    return nats
+    count.tokens += int(is_target.sum().item())
+    if count.nats_at is not None and count.tokens_at is not None:
+        columns = slice(position, position + targets.shape[1])
+        count.nats_at[columns] += nats.sum(0, dtype=torch.float64).cpu()
+        count.tokens_at[columns] += is_target.sum(0).cpu()
 
 
 def _batch_size(model: BDHForCausalLM, block_size: int, largest: int) -> int:

@@ -10,6 +10,7 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
+from bdh.model.decay import decay_fault, half_lives_of_heads
 from bdh.ops.dispatch import ATTENTION_FORMS
 
 
@@ -69,6 +70,9 @@ class BDHConfig(PreTrainedConfig):
         tie_word_embeddings: only False: the two are separate weights.
         attention_form: "parallel", "chunked", "recurrent", or "auto", which takes the cheapest.
         chunk_size: tokens in a chunk of the chunked form.
+        decay: half-life of the state, in tokens: what a head keeps of a token halves with every so many that follow.
+            One number is that of the first head, and doubles from head to head; a list has one for each head, None
+            for a head that never forgets. None for no head that does, as in the paper.
         train_block_size: tokens in the blocks that the model was trained on, where that is known. It limits nothing.
 
     Raises:
@@ -96,6 +100,7 @@ class BDHConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     attention_form: str = "auto"
     chunk_size: int = 128
+    decay: list[float | int | None] | float | int | None = None
     train_block_size: int | None = None
     use_cache: bool = True
     tie_word_embeddings: bool = False
@@ -109,6 +114,11 @@ class BDHConfig(PreTrainedConfig):
         return self.n_embd * self.mlp_internal_dim_multiplier // self.n_head
 
     @property
+    def half_lives(self) -> list[float] | None:
+        """Of each head's state, in tokens; None where the model has no decay."""
+        return half_lives_of_heads(self.decay, self.n_head)
+
+    @property
     def state_bytes_per_sequence(self) -> int:
         """Bytes of one sequence's float32 state, at any length of text."""
         return self.n_layer * self.n_head * self.neurons_per_head * self.n_embd * 4
@@ -119,6 +129,8 @@ class BDHConfig(PreTrainedConfig):
         faults += shape_faults(
             self.n_embd, self.n_head, self.n_layer, self.mlp_internal_dim_multiplier, self.vocab_size
         )
+        if fault := decay_fault(self.decay, self.n_head):
+            faults.append(f"decay is {self.decay}: must be {fault}")
         if not 0 <= self.dropout < 1:
             faults.append(f"dropout is {self.dropout}: must be at least 0 and below 1")
         for name in ("rope_theta", "layer_norm_eps", "initializer_range"):

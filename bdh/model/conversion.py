@@ -124,8 +124,13 @@ def model_from_reference(
 
 
 def reference_state_dict(model: "BDHForCausalLM") -> dict[str, torch.Tensor]:
-    """The weights of ``model`` under the reference's names and shapes, its ``attn.freqs`` buffer included."""
+    """The weights of ``model`` under the reference's names and shapes, its ``attn.freqs`` buffer included.
+
+    Raises:
+        ValueError: the model's state decays, which that code cannot compute.
+    """
     config = model.config
+    _check_no_decay(config)
     D, H, N = config.n_embd, config.n_head, config.neurons_per_head
     tensors = {
         "embed.weight": model.embed.weight,
@@ -139,7 +144,12 @@ def reference_state_dict(model: "BDHForCausalLM") -> dict[str, torch.Tensor]:
 
 
 def reference_config(config: BDHConfig) -> dict[str, Any]:
-    """The fields of ``config`` that the reference code knows, as a plain dict; ``rope_theta`` if it is another."""
+    """The fields of ``config`` that the reference code knows, as a plain dict; ``rope_theta`` if it is another.
+
+    Raises:
+        ValueError: the model's state decays, which that code cannot compute.
+    """
+    _check_no_decay(config)
     fields = {field: getattr(config, field) for field in _CONFIG_FIELDS}
     if config.rope_theta != BDHConfig.rope_theta:
         fields["rope_theta"] = config.rope_theta
@@ -154,6 +164,14 @@ def reference_frequencies(num_neurons: int, theta: float) -> torch.Tensor:
     pair = torch.floor(torch.arange(0, num_neurons, 1, dtype=torch.float32) / 2) * 2
     frequencies = 1.0 / (theta ** (pair / num_neurons)) / (2 * math.pi)
     return frequencies.view(1, 1, 1, num_neurons)
+
+
+def _check_no_decay(config: BDHConfig) -> None:
+    if config.decay is not None:
+        raise ValueError(
+            f"decay is {config.decay}: the reference code has no decay of the state, and would compute other logits "
+            "with these weights; only a model with decay None can be written in its layout"
+        )
 
 
 def _without_wrappers(key: str) -> str:

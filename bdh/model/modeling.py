@@ -10,12 +10,14 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from bdh.model.configuration import BDHConfig
+from bdh.model.positions import token_positions
 from bdh.model.state import SynapticState
 from bdh.model.text import TextGenerationMixin
 from bdh.ops.attention import sum_dtype
 from bdh.ops.dispatch import attend
 from bdh.ops.loss import IGNORE_INDEX, chunked_cross_entropy, cross_entropy
 from bdh.ops.norm import layer_norm
+from bdh.ops.reach import Reach
 from bdh.ops.rope import rotate, rotation_table
 
 # Above this many logits (128 MiB in float32) the loss is computed in chunks of tokens.
@@ -75,6 +77,7 @@ class BDHForCausalLM(TextGenerationMixin, PreTrainedModel, GenerationMixin):
         past_key_values: SynapticState | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        document_starts: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -94,6 +97,8 @@ class BDHForCausalLM(TextGenerationMixin, PreTrainedModel, GenerationMixin):
             inputs_embeds: (B, T, D) instead of ``input_ids``; the first layer norm is applied to them too.
             labels: (B, T), aligned with ``input_ids`` as in all of transformers: the label of a position is
                 its own token, and the loss is of predicting it from the ones before. -100 is not counted.
+            document_starts: bool (B, T): True marks the first token of a document. It and what follows see nothing
+                before it, of this call or of ``past_key_values``, and positions count from it.
             num_items_in_batch: divides the summed loss instead of the number of counted labels.
             use_cache: return the state. By default yes where one was given; else outside of training and
                 without labels.
@@ -127,6 +132,7 @@ class BDHForCausalLM(TextGenerationMixin, PreTrainedModel, GenerationMixin):
         B, T, _ = v.shape
         num_earlier = past_key_values.num_columns if past_key_values is not None else 0
         mask = self._new_columns(attention_mask, B, T, num_earlier)  # (B, T) or None
+        starts = self._starts(document_starts, B, T)  # (B, T) or None
         targets = self._targets(labels, shift_labels, logits_to_keep, B, T)  # (B, T) or None
         state = past_key_values
         if state is not None:
@@ -134,12 +140,16 @@ class BDHForCausalLM(TextGenerationMixin, PreTrainedModel, GenerationMixin):
         elif use_cache:
             shape = (B, config.n_head, config.neurons_per_head, config.n_embd)
             state = SynapticState.zeros(shape, 0, device=v.device)  # the passes add their sums
-        table = self._rotation_table(state, mask, T, v)
+        before = state.positions if state is not None and state.sums else None
+        positions, following = token_positions(T, before=before, mask=mask, starts=starts, device=v.device)
+        # (1 or B, 1, T, N/2): one row where all stand at the same positions.
+        table = rotation_table(positions, config.neurons_per_head, config.rope_theta, v.dtype)[:, None]
+        reach = self._reach(starts, mask)
 
         hidden_states = [v]
         for index in range(config.n_layer):
             sums = past_key_values.sums[index] if past_key_values is not None else None
-            arguments = (v, table, mask, sums, attention_form or config.attention_form, use_cache)
+            arguments = (v, table, mask, reach, sums, attention_form or config.attention_form, use_cache)
             if self.gradient_checkpointing and self.training:
                 v, sums = self._gradient_checkpointing_func(self._layer_pass, *arguments)
             else:
@@ -149,7 +159,7 @@ class BDHForCausalLM(TextGenerationMixin, PreTrainedModel, GenerationMixin):
             if output_hidden_states:
                 hidden_states.append(v)
         if use_cache and state is not None:
-            state.positions = state.positions + (T if mask is None else mask.sum(1))
+            state.positions = following.expand(B).clone()
             state.num_columns += T
 
         loss, logits = self._loss_and_logits(v, targets, num_items_in_batch, logits_to_keep)
@@ -166,6 +176,7 @@ class BDHForCausalLM(TextGenerationMixin, PreTrainedModel, GenerationMixin):
         v: torch.Tensor,
         table: torch.Tensor,
         mask: torch.Tensor | None,
+        reach: Reach | None,
         sums: torch.Tensor | None,
         form: str,
         keep_state: bool,
@@ -179,7 +190,7 @@ class BDHForCausalLM(TextGenerationMixin, PreTrainedModel, GenerationMixin):
         if mask is not None:
             x = x * mask.to(x.dtype)[..., None]
         q = rotate(x.unflatten(-1, (H, N)).transpose(1, 2), table).contiguous()  # (B, H, T, N)
-        a, sums = attend(q, v_in, sums, form=form, chunk_size=config.chunk_size, keep_state=keep_state)
+        a, sums = attend(q, v_in, sums, form=form, chunk_size=config.chunk_size, reach=reach, keep_state=keep_state)
         a = layer_norm(a, eps).to(dtype)  # (B, H, T, D)
         y = F.relu(torch.cat([head(a[:, h]) for h, head in enumerate(self.encoder_v)], dim=-1))  # (B, T, H*N)
         z = F.dropout(x * y, config.dropout, training=self.training)
@@ -234,6 +245,17 @@ class BDHForCausalLM(TextGenerationMixin, PreTrainedModel, GenerationMixin):
         return mask
 
     @staticmethod
+    def _starts(document_starts: torch.Tensor | None, B: int, T: int) -> torch.Tensor | None:
+        if document_starts is None:
+            return None
+        if tuple(document_starts.shape) != (B, T) or document_starts.dtype != torch.bool:
+            raise ValueError(
+                f"document_starts is {document_starts.dtype} of shape {tuple(document_starts.shape)}: must be bool "
+                f"{(B, T)}, that of the tokens"
+            )
+        return document_starts
+
+    @staticmethod
     def _targets(
         labels: torch.Tensor | None,
         shift_labels: torch.Tensor | None,
@@ -269,16 +291,13 @@ class BDHForCausalLM(TextGenerationMixin, PreTrainedModel, GenerationMixin):
                 f"{sum_dtype(self.dtype)}"
             )
 
-    def _rotation_table(
-        self, state: SynapticState | None, mask: torch.Tensor | None, T: int, v: torch.Tensor
-    ) -> torch.Tensor:
-        """The rotation of the T new tokens: (1 or B, 1, T, N/2), one row where all stand at the same position."""
-        steps = torch.arange(T, device=v.device)[None]  # (1, T)
-        if mask is not None:
-            steps = (mask.long().cumsum(1) - 1).clamp_min(0)  # (B, T)
-        positions = steps if state is None or not state.sums else steps + state.positions[:, None]
-        table = rotation_table(positions, self.config.neurons_per_head, self.config.rope_theta, v.dtype)
-        return table[:, None]
+    def _reach(self, starts: torch.Tensor | None, mask: torch.Tensor | None) -> Reach | None:
+        """What weighs the past of a token; None where all of it counts alike."""
+        half_lives = self.config.half_lives
+        if half_lives is None:
+            return None if starts is None else Reach(starts)
+        dtype, device = sum_dtype(self.dtype), self.embed.weight.device
+        return Reach(starts, torch.tensor(half_lives, dtype=dtype, device=device), mask)
 
     def _loss_and_logits(
         self,

@@ -5,6 +5,7 @@ from typing import Literal, get_args
 import torch
 
 from bdh.ops.attention import chunked_attention, parallel_attention, recurrent_attention
+from bdh.ops.reach import Reach
 
 AttentionForm = Literal["auto", "parallel", "chunked", "recurrent"]
 ATTENTION_FORMS: tuple[str, ...] = get_args(AttentionForm)
@@ -41,6 +42,7 @@ def attend(
     *,
     form: str = "auto",
     chunk_size: int = 128,
+    reach: Reach | None = None,
     keep_state: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of rotated queries ``q`` (B, H, T, N) over values ``v`` (B, T, D) and an earlier ``state``.
@@ -50,6 +52,7 @@ def attend(
             it, where ``keep_state`` is given and no gradients are needed.
         form: one of :data:`ATTENTION_FORMS`.
         chunk_size: tokens in a chunk of the chunked form.
+        reach: where documents start and how fast the state decays; None where all of the past counts alike.
         keep_state: return the state behind the last token too.
 
     Returns:
@@ -57,7 +60,7 @@ def attend(
     """
     chosen = choose_form(form, q.shape[2], v.shape[-1], has_state=state is not None, chunk_size=chunk_size)
     if chosen == "parallel":
-        return parallel_attention(q, v, state, keep_state=keep_state)
+        return parallel_attention(q, v, state, reach=reach, keep_state=keep_state)
     if chosen == "chunked":
-        return chunked_attention(q, v, state, chunk_size=chunk_size, keep_state=keep_state)
-    return recurrent_attention(q, v, state, keep_state=keep_state)
+        return chunked_attention(q, v, state, chunk_size=chunk_size, reach=reach, keep_state=keep_state)
+    return recurrent_attention(q, v, state, reach=reach, keep_state=keep_state)

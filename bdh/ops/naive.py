@@ -6,6 +6,7 @@ computes with it: tests and benchmarks do.
 """
 
 import math
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -59,6 +60,39 @@ def attention(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return scores @ v[:, None]
 
 
+def attention_by_state(
+    q: torch.Tensor,
+    v: torch.Tensor,
+    state: torch.Tensor | None = None,
+    *,
+    starts: torch.Tensor | None = None,
+    half_lives: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`attention` as a walk over the tokens, with documents and decay: what those mean.
+
+    Args:
+        state: (B, H, N, D), that of the text before.
+        starts: bool (B, T): before such a token the row's state becomes zero.
+        half_lives: (H,) tokens in which a head's state halves.
+        mask: bool (B, T): at a token that is False nothing happens to the state.
+
+    Returns:
+        (B, H, T, D), and the state behind the last token.
+    """
+    B, H, T, N = q.shape
+    state = q.new_zeros(B, H, N, v.shape[-1]) if state is None else state
+    read = []
+    for t in range(T):
+        if starts is not None:
+            state = torch.where(starts[:, t, None, None, None], 0, state)
+        read.append(q[:, :, t, None] @ state)  # (B, H, 1, D)
+        kept = state if half_lives is None else state * 0.5 ** (1 / half_lives)[:, None, None]
+        after = kept + q[:, :, t, :, None] * v[:, None, t, None]
+        state = after if mask is None else torch.where(mask[:, t, None, None, None], after, state)
+    return torch.cat(read, 2), state
+
+
 def layer_pass(
     v: torch.Tensor,
     weights: Weights,
@@ -67,14 +101,17 @@ def layer_pass(
     theta: float = ROPE_THETA,
     eps: float = LAYER_NORM_EPS,
     dropout_mask: torch.Tensor | None = None,
+    half_lives: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One pass of ``v`` (B, T, D) through the layer.
 
     Args:
+        half_lives: (H,) tokens in which a head's state halves; None for heads that never forget.
         dropout_mask: (B, H, T, N), already divided by the keep probability; None keeps everything.
     """
     x = torch.relu(v[:, None] @ weights.encoder)  # (B, H, T, N)
-    a = attention(rope(x, positions, theta), v)  # (B, H, T, D)
+    q = rope(x, positions, theta)
+    a = attention(q, v) if half_lives is None else attention_by_state(q, v, half_lives=half_lives)[0]  # (B, H, T, D)
     y = torch.relu(layer_norm(a, eps) @ weights.encoder_v)  # (B, H, T, N)
     z = x * y
     if dropout_mask is not None:
@@ -91,10 +128,31 @@ def forward(
     *,
     theta: float = ROPE_THETA,
     eps: float = LAYER_NORM_EPS,
+    half_lives: torch.Tensor | None = None,
+    starts: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Logits (B, T, V) of ``tokens`` (B, T), positions counted from 0, without dropout."""
+    """Logits (B, T, V) of ``tokens`` (B, T), positions counted from 0, without dropout.
+
+    Args:
+        starts: bool (B, T): documents start there. Each is computed alone.
+    """
+    if starts is not None:
+        rows = [_documents(row, at.tolist()) for row, at in zip(tokens, starts, strict=True)]
+        return torch.stack(
+            [
+                torch.cat(
+                    [forward(d[None], weights, num_passes, theta=theta, eps=eps, half_lives=half_lives)[0] for d in row]
+                )
+                for row in rows
+            ]
+        )
     v = layer_norm(weights.embed[tokens], eps)  # (B, T, D)
     positions = torch.arange(tokens.shape[1], device=tokens.device)
     for _ in range(num_passes):
-        v = layer_pass(v, weights, positions, theta=theta, eps=eps)
+        v = layer_pass(v, weights, positions, theta=theta, eps=eps, half_lives=half_lives)
     return v @ weights.lm_head
+
+
+def _documents(row: torch.Tensor, starts: list[bool]) -> list[torch.Tensor]:
+    bounds = [0, *(t for t in range(1, len(row)) if starts[t]), len(row)]
+    return [row[start:end] for start, end in pairwise(bounds)]

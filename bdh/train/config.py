@@ -6,6 +6,7 @@ from typing import Literal
 
 from bdh.data.config import DataConfig
 from bdh.distributed.config import DistributedConfig
+from bdh.model.decay import decay_fault
 from bdh.monitor.config import MonitorConfig
 from bdh.tokenizer.config import TokenizerConfig
 from bdh.validation import Faults
@@ -34,6 +35,8 @@ class ModelSettings:
     """How attention is computed; the results are equal. auto takes the cheapest for the length."""
     chunk_size: int = 128
     """Tokens in a chunk of the chunked form."""
+    decay: list[float | None] | float | None = None
+    """Half-life of the state in tokens: of the first head, twice as long in each further one; or a list, one a head, null for never. null for no decay."""
     vocab_size: int | None = None
     """Entries of the vocabulary. It follows from the tokenizer; given, it must agree with it."""
 
@@ -43,6 +46,8 @@ class ModelSettings:
             faults.require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         faults.require(0 <= self.dropout < 1, "dropout", self.dropout, "at least 0 and below 1")
         faults.require(self.rope_theta > 1, "rope_theta", self.rope_theta, "above 1")
+        if wanted := decay_fault(self.decay, self.n_head):
+            faults.require(False, "decay", self.decay, wanted)
         if min(getattr(self, name) for name in sizes) >= 1:
             neurons = self.n_embd * self.mlp_internal_dim_multiplier
             faults.require(
@@ -64,6 +69,8 @@ class TrainSettings:
     """Tokens of a training sequence."""
     batch_size: int = 32
     """Sequences in one forward pass of a process. A step takes batch_size x gradient_accumulation_steps x processes."""
+    carry_state: bool = False
+    """Each row reads on where it ended in the step before, with the state that it had there, up to an <eos>."""
     gradient_accumulation_steps: int = 1
     """Forward passes whose gradients are added up for one step."""
     optimizer: Literal["adamw", "muon"] = "adamw"

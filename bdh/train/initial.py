@@ -55,7 +55,9 @@ class InitialModel:
                 f"train.init_from fixes the sizes of the model: {'; '.join(wrong)}. Leave them out, and they follow"
             )
         tokenizer = settings.tokenizer if settings.tokenizer != TokenizerConfig() else self._tokenizer_settings()
-        return replace(settings, model=replace(settings.model, **sizes), tokenizer=tokenizer)
+        # A decay may be added, but one that the weights were trained with is not lost by leaving it out.
+        decay = self._model.config.decay if settings.model.decay is None else settings.model.decay
+        return replace(settings, model=replace(settings.model, **sizes, decay=decay), tokenizer=tokenizer)
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> None:
         """Warns where the run's tokenizer gives other tokens than the model was trained on.

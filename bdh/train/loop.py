@@ -113,6 +113,7 @@ def evaluate(run: Run, monitor: Monitor, validation: torch.Tensor) -> bool:
             run.model,
             validation[world.rank :: world.size],
             bytes_per_token=run.corpus.val_bytes_per_token,
+            document_end=run.document_end,
             autocast=run.runtime.autocast,
             sum_over_processes=world.sum if world.size > 1 else None,
         )

@@ -20,6 +20,7 @@ from bdh.monitor.config import check_packages
 from bdh.monitor.metrics import cut_back
 from bdh.storage import whole_folder, write_text
 from bdh.tokenizer import load_tokenizer
+from bdh.train.carry import CarriedState
 from bdh.train.checkpoint import Checkpoint, Checkpointer
 from bdh.train.config import RunSettings
 from bdh.train.initial import InitialModel
@@ -33,7 +34,7 @@ _FIXED = {
     "model": None,
     "tokenizer": None,
     "data": None,
-    "train": ("block_size", "optimizer", "seed", "init_from"),
+    "train": ("block_size", "carry_state", "optimizer", "seed", "init_from"),
 }
 _FREE = {"model.attention_form", "model.chunk_size", "model.dropout", "data.cache_dir"}
 _SEEDS_APART = 1_000_003  # between the processes, whose dropout must differ
@@ -80,6 +81,14 @@ class Run:
     progress: Progress
     average: MovingAverage | None = None
     """Of the weights, with ``train.ema_decay``."""
+    carried: CarriedState | None = None
+    """Of this process's rows, with ``train.carry_state``."""
+
+    @property
+    def document_end(self) -> int | None:
+        """The token behind which training, and so its evaluation, sees nothing of what was before; None without."""
+        is_apart = self.settings.train.carry_state or self.settings.data.pack == "documents"
+        return self.tokenizer.eos_token_id if is_apart else None
 
     @property
     def rows_per_step(self) -> int:
@@ -91,6 +100,8 @@ class Run:
         groups = {"weights": self.model.state_dict(), "optimizer": self.optimizers.tensors()}
         if self.average is not None:
             groups["ema"] = self.average.weights
+        if self.carried is not None:
+            groups["carried"] = self.parallel.by_rows(self.carried.tensors())
         return {f"{group}.{name}": tensor for group, tensors in groups.items() for name, tensor in tensors.items()}
 
     def save(self, *, is_best: bool = False) -> Path:
@@ -135,6 +146,9 @@ class Run:
         has_average = any(name.startswith("ema.") for name in shapes)
         wanted = {name: tensor for name, tensor in self.tensors().items() if has_average or not name.startswith("ema.")}
         checkpoint.read_into(wanted, self.world)
+        if self.carried is not None:
+            group = "carried."
+            self.carried.load({name.removeprefix(group): t for name, t in wanted.items() if name.startswith(group)})
         if training["scaler"] and self.scaler.is_enabled():  # empty, if the run has not been in float16 until now
             self.scaler.load_state_dict(training["scaler"])
         self.loader.load_state_dict(training["loader"])
@@ -231,12 +245,18 @@ def open_run(settings: RunSettings, *, progress: Any = None) -> Run:
         runtime=runtime,
         scaler=runtime.gradient_scaler(),
         loader=corpus.train_loader(
-            rows_per_step(settings, world), settings.train.seed, rank=world.rank, world_size=world.size
+            rows_per_step(settings, world),
+            settings.train.seed,
+            rank=world.rank,
+            world_size=world.size,
+            carry_state=settings.train.carry_state,
         ),
         checkpointer=checkpointer,
         progress=Progress(),
         average=None if settings.train.ema_decay is None else MovingAverage(model, settings.train.ema_decay),
     )
+    if settings.train.carry_state:
+        run.carried = CarriedState(model, settings.train.gradient_accumulation_steps, settings.train.batch_size)
     if checkpoint is not None:
         run.restore(checkpoint)
     if world.is_main:

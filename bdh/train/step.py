@@ -56,16 +56,23 @@ def training_step(run: Run, step_model: Callable[..., Any]) -> StepResult:
 
     total = torch.zeros((), device=device, dtype=run.model.dtype)
     parts = list(batch.split(settings.batch_size))
-    for number, part in enumerate(parts, start=1):
+    for index, part in enumerate(parts):
         part = part.to(device)
-        with run.parallel.accumulating(is_last=number == len(parts)):
+        with run.parallel.accumulating(is_last=index == len(parts) - 1):
             with run.runtime.autocast():
-                loss = step_model(
-                    input_ids=part.input_ids, shift_labels=part.targets, num_items_in_batch=num_targets, use_cache=False
-                ).loss
+                output = step_model(
+                    input_ids=part.input_ids,
+                    shift_labels=part.targets,
+                    document_starts=part.starts,
+                    num_items_in_batch=num_targets,
+                    past_key_values=run.carried.before(index) if run.carried else None,
+                    use_cache=run.carried is not None,
+                )
+            if run.carried:
+                run.carried.keep(index, output.past_key_values)
             # The processes' gradients are averaged, but the loss is a sum over them.
-            run.scaler.scale(loss * world.size).backward()
-        total += loss.detach()
+            run.scaler.scale(output.loss * world.size).backward()
+        total += output.loss.detach()
     world.sum(total)
 
     for optimizer in run.optimizers.all:
@@ -76,6 +83,8 @@ def training_step(run: Run, step_model: Callable[..., Any]) -> StepResult:
     torch.nn.utils.clip_grads_with_norm_(weights.values(), settings.grad_clip or math.inf, norm)
     loss_value, norm_value, *norm_values = torch.stack([total, norm, *norms]).tolist()  # the step's one wait
     fault = _fault(run, loss_value, norm_value)
+    if run.carried and not math.isfinite(loss_value):
+        run.carried.forget()
     if fault is not None and settings.on_nonfinite == "stop":
         step = run.progress.step
         raise TrainingStopped(

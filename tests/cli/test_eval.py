@@ -3,9 +3,12 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
+from bdh import BDHConfig, BDHForCausalLM
 from bdh.cli.main import main
 from bdh.evaluate.loss import evaluate_text
+from bdh.tokenizer import byte_tokenizer
 from bdh.train.models import load_model
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 40
@@ -59,6 +62,39 @@ def test_strides_and_the_carried_state(model_folder, text_file, capsys):
     assert len({plain["loss"], stride["loss"], carried["loss"]}) == 3
 
 
+def test_the_loss_of_each_block_of_stretches_and_streams_side_by_side(model_folder, text_file, capsys):
+    common = (model_folder, "--data.source", text_file, "--block_size", 8, "--carry_state")
+    whole, blocks, streams, stretches = (
+        evaluated(capsys, *common, *more) for more in ((), ("--blocks", 5), ("--streams", 3), ("--blocks", 1))
+    )
+    assert whole["tokens"] == blocks["tokens"] == streams["tokens"] == 179
+    assert len({whole["loss"], blocks["loss"], streams["loss"], stretches["loss"]}) == 4
+    assert len(blocks["loss_by_block"]) == 5
+    # Within the first block nothing is carried yet: it is what windows read from nothing are, but for the last one.
+    assert blocks["loss_by_block"][0] == pytest.approx(stretches["loss"], rel=0.05)
+    assert {f"loss_at/{2**i}" for i in range(6)} <= set(blocks)
+    assert main(["eval", *map(str, common), "--blocks", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "block 1 " in shown
+    assert "block 2 " in shown
+    assert "stretches of 2" in shown
+
+
+def test_documents_are_told_apart_on_request(tmp_path, model_folder, capsys):
+    source = tmp_path / "t.jsonl"
+    source.write_text("".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(40)))
+    argv = ["eval", str(model_folder), "--data.source", str(source), "--data.pack", "documents"]
+    assert main(argv) == 2
+    assert "data.pack is 'documents', but the tokenizer has no <eos>" in capsys.readouterr().err
+    torch.manual_seed(0)
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "mlp_internal_dim_multiplier": 4, "vocab_size": 260}
+    BDHForCausalLM(BDHConfig(**sizes)).save_pretrained(tmp_path / "m")
+    byte_tokenizer(special_tokens=True).save_pretrained(tmp_path / "m")
+    common = (tmp_path / "m", "--data.source", source, "--block_size", 16, "--part", "all", "--carry_state")
+    apart, through = (evaluated(capsys, *common, "--data.pack", pack) for pack in ("documents", "stream"))
+    assert through["tokens"] - apart["tokens"] == 39  # the first tokens of all documents but the first
+
+
 def test_the_block_size_is_the_trained_one_or_512_where_it_is_unknown(model_folder, text_file, capsys):
     common = (model_folder, "--data.source", text_file)
     assert evaluated(capsys, *common) == evaluated(capsys, *common, "--block_size", 512)
@@ -100,6 +136,12 @@ def test_lines_for_people(model_folder, text_file, capsys):
     [
         (["--stride", "64", "--block_size", "32"], "stride is 64: must be within 1 and block_size, 32"),
         (["--stride", "8", "--carry_state"], "left out with carry_state"),
+        (["--blocks", "4"], "blocks is 4: must be given with carry_state"),
+        (["--streams", "4"], "streams is 4: must be given with carry_state"),
+        (
+            ["--streams", "4", "--blocks", "2", "--carry_state"],
+            "blocks is 2: must be given with carry_state, and without",
+        ),
         (["--part", "test"], "part is 'test': must be one of validation, train, all"),
         (["--data.source", "/nowhere/x.txt"], "/nowhere/x.txt"),
     ],

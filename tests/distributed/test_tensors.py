@@ -51,6 +51,6 @@ class _Bomb:
 def test_metadata_that_would_run_code_are_refused_and_run_none(tmp_path, capsys):
     write_tensors(tmp_path, TENSORS, World())
     (tmp_path / ".metadata").write_bytes(pickle.dumps(_Bomb()))
-    with pytest.raises(ValueError, match="builtins.print, which has no place there"):
+    with pytest.raises(ValueError, match=r"builtins\.print, which has no place there"):
         read_all(tmp_path, "")
     assert capsys.readouterr().out == ""

@@ -65,8 +65,11 @@ def test_two_processes_train_as_one(settings, alone, torchrun, tmp_path, strateg
         assert (weights(tmp_path / "two")[name] - weight).abs().max() < 1e-9
 
 
-def test_what_two_processes_saved_others_go_on_with(settings, alone, torchrun, tmp_path):
-    run = tmp_path / "run"
+@pytest.mark.parametrize("carry_state", [False, True])
+def test_what_two_processes_saved_others_go_on_with(settings, torchrun, tmp_path, carry_state):
+    settings["train.carry_state"] = carry_state
+    alone, run = tmp_path / "alone", tmp_path / "run"
+    assert main(["train", *flags(settings | {"run_dir": alone, "train.batch_size": 12})]) == 0
     fsdp = {"run_dir": run, "distributed.strategy": "fsdp", "checkpoint.in_background": True, "train.ema_decay": 0.9}
     train_together(torchrun, 2, settings | fsdp | {"train.batch_size": 6, "train.stop_at_step": 13})
     train_together(torchrun, 3, {"run_dir": run, "train.stop_at_step": 30}, "--resume")

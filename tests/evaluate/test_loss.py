@@ -123,3 +123,70 @@ def test_loss_by_position_is_the_mean_over_the_windows(model, tokens):
     assert metrics.loss_by_position == pytest.approx(nats.mean(0).tolist(), abs=TOLERANCE)
     octaves = {f"loss_at/{start}": nats[:, start - 1 : 2 * start - 1].mean().item() for start in (1, 2, 4, 8, 16)}
     assert metrics.loss_at() == pytest.approx(octaves, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("block_size", [7, 25, 60])
+@pytest.mark.parametrize("max_batch_size", [1, 3])
+def test_stretches_are_read_through_with_the_state_and_their_loss_is_kept_by_position(
+    model, tokens, block_size, max_batch_size
+):
+    metrics = evaluate_text(
+        model,
+        tokens,
+        bytes_per_token=1.0,
+        block_size=block_size,
+        carry_state=True,
+        stretch_tokens=60,
+        max_batch_size=max_batch_size,
+    )
+    loss, accuracy = loss_by_hand(model, tokens, [(s, s + 1, min(s + 60, 202)) for s in range(0, 202, 60)])
+    assert metrics.num_tokens == 202
+    assert metrics.loss == pytest.approx(loss, abs=TOLERANCE)
+    assert metrics.accuracy == pytest.approx(accuracy)
+    assert len(metrics.loss_by_position) == 60
+    for position in (0, 21, 22, 59):  # the last stretch has 22 tokens
+        pieces = [(s, s + position + 1, s + position + 1) for s in range(0, 202, 60) if s + position < 202]
+        assert metrics.loss_by_position[position] == pytest.approx(
+            loss_by_hand(model, tokens, pieces)[0], abs=TOLERANCE
+        )
+    assert metrics.loss_by_block(30) == pytest.approx(
+        [np.mean(metrics.loss_by_position[:30]), np.mean(metrics.loss_by_position[30:])]
+    )
+
+
+@pytest.mark.parametrize("how", [{"carry_state": True}, {"carry_state": True, "stretch_tokens": 101}, {}], ids=str)
+def test_nothing_is_seen_across_the_end_of_a_document(model, tokens, how):
+    """The text is that of its documents, each alone; their first tokens are not predicted."""
+    tokens[[30, 41, 50, 101, 120]] = 9  # ends, some of them the last tokens of a block or a stretch
+    tokens[[t for t in range(203) if tokens[t] == 9 and t not in (30, 41, 50, 101, 120)]] = 8
+    metrics = evaluate_text(model, tokens, bytes_per_token=1.0, block_size=10, document_end=9, **how)
+    cuts = {31, 42, 51, 102, 121}
+    if "stretch_tokens" in how:
+        cuts |= {101}
+    if not how:
+        cuts |= set(range(0, 202, 10))
+    bounds = [0, *sorted(cuts - {0})]
+    ends = {31: 30, 42: 41, 51: 50, 102: 101, 121: 120}  # a cut inside a document shares its token with the next piece
+    pieces = [(start, start + 1, ends.get(end, end)) for start, end in zip(bounds, [*bounds[1:], 202], strict=True)]
+    pieces = [piece for piece in pieces if piece[2] >= piece[1]]
+    loss, _ = loss_by_hand(model, tokens, pieces)
+    assert metrics.num_tokens == 202 - 5 == sum(end - start for start, _, end in pieces)
+    assert metrics.loss == pytest.approx(loss, abs=TOLERANCE)
+
+
+def test_windows_tell_documents_apart_too(model, tokens):
+    windows = torch.from_numpy(np.stack([tokens[:21], tokens[60:81]]).astype(np.int64))
+    windows[windows == 9] = 8
+    windows[0, 12] = 9
+    metrics = evaluate_windows(model, windows, bytes_per_token=1.0, document_end=9)
+    flat = windows.flatten().numpy()
+    loss, _ = loss_by_hand(model, flat, [(0, 1, 12), (13, 14, 20), (21, 22, 41)])
+    assert metrics.num_tokens == 39
+    assert metrics.loss == pytest.approx(loss, abs=TOLERANCE)
+    # At the place behind the end only the other window predicts.
+    assert metrics.loss_by_position[12] == pytest.approx(loss_by_hand(model, flat, [(21, 34, 34)])[0], abs=TOLERANCE)
+
+
+def test_stretches_without_a_state_are_refused(model, tokens):
+    with pytest.raises(ValueError, match="stretch_tokens is 20: must be at least 1, and is for carry_state only"):
+        evaluate_text(model, tokens, bytes_per_token=1.0, block_size=10, stretch_tokens=20)

@@ -17,6 +17,7 @@ def test_every_field_survives_the_file(tmp_path):
         initializer_range=0.5,
         attention_form="chunked",
         chunk_size=32,
+        decay=[1, 2.5, 3, 4, 5, None],
         use_cache=False,
         pad_token_id=0,
         bos_token_id=1,
@@ -47,6 +48,12 @@ def test_derived_sizes():
     assert config.state_bytes_per_sequence == 6 * 4 * 8192 * 256 * 4
 
 
+def test_half_lives_double_from_head_to_head_or_are_given():
+    assert BDHConfig().half_lives is None
+    assert BDHConfig(decay=32).half_lives == [32, 64, 128, 256]
+    assert BDHConfig(decay=[5, None, 0.5, 7]).half_lives == [5, float("inf"), 0.5, 7]
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -70,6 +77,10 @@ def test_derived_sizes():
         ({"rope_theta": 0.0}, "rope_theta is 0.0: must be a number above 0"),
         ({"layer_norm_eps": float("nan")}, "layer_norm_eps is nan: must be a number above 0"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings is True: must be False"),
+        ({"decay": 0}, "decay is 0: must be half-lives in tokens, numbers above 0, or null"),
+        ({"decay": float("inf")}, "decay is inf: must be half-lives in tokens"),
+        ({"decay": [1.0, -2.0, 3.0, 4.0]}, r"decay is \[1.0, -2.0, 3.0, 4.0\]: must be half-lives"),
+        ({"decay": [8.0]}, r"decay is \[8.0\]: must be one half-life for each of the n_head = 4 heads"),
         ({"n_layers": 3}, "n_layers is unknown: did you mean n_layer?"),
         ({"hidden_size": 64, "n_embd": 32}, "hidden_size is 64 and n_embd is 32"),
     ],

@@ -91,6 +91,14 @@ def test_frequencies_of_another_theta_are_refused_in_half_precision_too(tiny, dt
         BDHForCausalLM.from_reference(weights, tiny.config)
 
 
+def test_a_model_with_decay_is_not_written_in_a_layout_without(tiny):
+    model = BDHForCausalLM.from_reference(tiny.weights, {**tiny.config, "decay": 16})
+    assert model.config.half_lives[0] == 16
+    for convert in (model.to_reference, lambda: reference_config(model.config)):
+        with pytest.raises(ValueError, match="decay is 16: the reference code has no decay of the state"):
+            convert()
+
+
 class Trap:
     def __reduce__(self):
         import pathlib

@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 
+from bdh import BDHForCausalLM
 from bdh.cli.main import main
 
 from .conftest import losses, weights
@@ -125,3 +126,17 @@ def test_a_model_that_is_not_there_is_refused_and_nothing_written(fine_tune, tmp
     assert fine_tune(tmp_path / "next", tmp_path / "none") == 2
     assert f"there is no folder {tmp_path / 'none'}" in capsys.readouterr().err
     assert not (tmp_path / "next").exists()
+
+
+def test_the_decay_of_the_model_is_kept_unless_another_is_chosen(train, tmp_path):
+    """Without this a model that was trained with decay went on without."""
+    assert train(tmp_path / "first", **{"model.decay": "[4, null]"}) == 0
+    assert train(tmp_path / "kept", **{"train.init_from": tmp_path / "first"}) == 0
+    assert train(tmp_path / "other", **{"train.init_from": tmp_path / "first", "model.decay": 8}) == 0
+    stored = {
+        name: yaml.safe_load((tmp_path / name / "config.yaml").read_text())["model"]["decay"]
+        for name in ("first", "kept", "other")
+    }
+    assert stored == {"first": [4.0, None], "kept": [4.0, None], "other": 8.0}
+    model = BDHForCausalLM.from_pretrained(tmp_path / "kept" / "model")
+    assert model.config.half_lives == [4.0, float("inf")]

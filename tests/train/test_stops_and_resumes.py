@@ -6,12 +6,12 @@ import signal
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from bdh.cli.main import main
 from bdh.cli.settings import parse_settings
 from bdh.monitor import Monitor, MonitorConfig
 from bdh.train import loop
+from bdh.train.checkpoint import Checkpointer
 from bdh.train.config import RunSettings
 from bdh.train.loop import fit
 from bdh.train.run import open_run
@@ -59,8 +59,8 @@ def test_the_best_weights_before_any_evaluation_are_the_last(train, tmp_path, ca
     assert (
         "No validation loss was measured yet: the last weights are exported, not the best." in capsys.readouterr().err
     )
-    last = run / "checkpoints" / "step-0000003" / "model.safetensors"
-    assert all(torch.equal(a, b) for a, b in zip(load_file(last).values(), weights(run).values(), strict=True))
+    last = Checkpointer(run).load(3).tensors("weights")
+    assert all(torch.equal(last[name], weight) for name, weight in weights(run).items())
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

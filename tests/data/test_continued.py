@@ -1,0 +1,128 @@
+"""Rows that go on from step to step: each is a text read without a gap, whatever the number of processes."""
+
+import json
+from itertools import pairwise
+
+import pytest
+import torch
+
+from tests.data.conftest import write_table, write_text
+
+EOS = 258
+WORDS = " ".join(f"word{i}" for i in range(400))
+
+
+@pytest.fixture
+def documents(tmp_path):
+    return write_table(tmp_path / "t.jsonl", [{"text": f"document {i} of {'x' * (i % 13)}"} for i in range(200)])
+
+
+def rows_over(loader, num_steps):
+    """The tokens that each row reads, (rows, steps * T), and the starts among them."""
+    batches = [loader.next() for _ in range(num_steps)]
+    for one, next_one in pairwise(batches):
+        assert torch.equal(one.tokens[:, -1], next_one.tokens[:, 0])
+    starts = [b.starts if b.starts is not None else torch.zeros_like(b.input_ids, dtype=torch.bool) for b in batches]
+    for batch, at in zip(batches, starts, strict=True):
+        if batch.is_target is not None:
+            assert torch.equal(batch.is_target[:, :-1], ~at[:, 1:])  # a document's first token is not predicted
+    return torch.cat([batch.input_ids for batch in batches], 1), torch.cat(starts, 1)
+
+
+def test_a_mapped_row_reads_the_text_in_a_circle_and_starts_anew_at_its_beginning(tmp_path, corpus_of):
+    corpus = corpus_of(write_text(tmp_path / "t.txt", WORDS), block_size=16, special_tokens=False)
+    text = corpus.train_tokens().tolist()
+    tokens, starts = rows_over(corpus.train_loader(4, seed=7, carry_state=True), 3 * len(text) // 16)
+    distances = set()
+    for row, at in zip(tokens.tolist(), starts.tolist(), strict=True):
+        begin = next(i for i in range(len(text)) if (text + text)[i : i + 40] == row[:40])
+        assert row == (text * 5)[begin : begin + len(row)]
+        assert [i for i, is_start in enumerate(at) if is_start] == [
+            i for i in range(len(row)) if (begin + i) % len(text) == 0
+        ]
+        distances.add(begin % (len(text) // 4))
+    assert len(distances) <= 2  # four equal parts, but for the tokens that are left over
+
+
+def test_every_training_token_is_predicted_once_before_a_row_comes_where_the_next_one_began(tmp_path, corpus_of):
+    text = "".join(f"{i:04}" for i in range(500))
+    corpus = corpus_of(write_text(tmp_path / "t.txt", text), block_size=9, special_tokens=False)
+    num_tokens = len(corpus.train_tokens())
+    assert num_tokens == 1800 == 4 * 9 * 50
+    loader = corpus.train_loader(4, seed=7, carry_state=True)
+    tokens, _ = rows_over(loader, 50)
+    read = sorted(tokens.flatten().tolist())
+    assert read == sorted(corpus.train_tokens().tolist())
+
+
+def test_a_mapped_document_starts_behind_each_end(documents, corpus_of):
+    corpus = corpus_of(documents, block_size=10)
+    tokens, starts = rows_over(corpus.train_loader(4, seed=7, carry_state=True), 100)
+    assert starts.sum() > 50
+    begins = {tuple(corpus.train_tokens()[:8].tolist())}
+    for row, at in zip(tokens.tolist(), starts.tolist(), strict=True):
+        for i in range(1, len(row) - 8):
+            assert at[i] == (row[i - 1] == EOS) or tuple(row[i : i + 8]) in begins
+
+
+def test_a_streaming_row_reads_whole_documents_and_no_two_rows_the_same_one(documents, corpus_of):
+    corpus = corpus_of(documents, block_size=10, streaming=True, shuffle_buffer_documents=20)
+    loader = corpus.train_loader(4, seed=7, carry_state=True)
+    tokens, starts = rows_over(loader, 80)
+    assert loader.epoch == 0
+    texts = []
+    for row, at in zip(tokens, starts, strict=True):
+        assert at[0]
+        assert torch.equal(at[1:], row[:-1] == EOS)
+        whole = bytes(token if token != EOS else 10 for token in row.tolist()).decode().split("\n")
+        texts += whole[:-1]
+    assert len(texts) == len(set(texts)) > 100
+    assert all(text.startswith("document ") for text in texts)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_processes_together_get_the_rows_of_one_and_store_the_same(documents, corpus_of, world_size, streaming):
+    corpus = corpus_of(documents, block_size=10, streaming=streaming)
+    alone = corpus.train_loader(4, seed=7, carry_state=True)
+    shared = [corpus.train_loader(4, 7, rank, world_size, carry_state=True) for rank in range(world_size)]
+    for _ in range(40):
+        batch, parts = alone.next(), [loader.next() for loader in shared]
+        assert torch.equal(batch.tokens, torch.cat([part.tokens for part in parts]))
+        states = {repr(loader.state_dict()) for loader in (alone, *shared)}
+        assert len(states) == 1
+
+
+def test_a_mapped_loader_goes_on_from_its_state(documents, corpus_of):
+    corpus = corpus_of(documents, block_size=10)
+    loader = corpus.train_loader(4, seed=7, carry_state=True)
+    for _ in range(5):
+        loader.next()
+    state = json.loads(json.dumps(loader.state_dict()))
+    expected = [loader.next().tokens for _ in range(3)]
+    again = corpus.train_loader(4, seed=7, carry_state=True)
+    again.load_state_dict(state)
+    assert all(torch.equal(again.next().tokens, tokens) for tokens in expected)
+
+
+def test_where_the_rows_begin_depends_on_the_seed(documents, corpus_of):
+    corpus = corpus_of(documents, block_size=10)
+    one, other = (corpus.train_loader(4, seed, carry_state=True).next().tokens for seed in (7, 8))
+    assert not torch.equal(one, other)
+
+
+def test_a_text_too_short_for_so_many_rows_is_refused_with_the_numbers(tmp_path, corpus_of):
+    corpus = corpus_of(
+        write_text(tmp_path / "t.txt", "0123456789" * 13), block_size=20, special_tokens=False, val_fraction=0.3
+    )
+    corpus.train_loader(4, seed=7, carry_state=True)
+    with pytest.raises(ValueError, match="5 rows read on through 91 training tokens, each 18 tokens behind the next"):
+        corpus.train_loader(5, seed=7, carry_state=True)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_state_of_a_loader_that_does_not_carry_is_refused(documents, corpus_of, streaming):
+    corpus = corpus_of(documents, block_size=10, streaming=streaming)
+    state = corpus.train_loader(4, seed=7).state_dict()
+    with pytest.raises(ValueError, match=r"train\.carry_state was another"):
+        corpus.train_loader(4, seed=7, carry_state=True).load_state_dict(state)
