@@ -25,14 +25,18 @@ def run(argv: list[str]) -> int:
     from bdh.monitor import Monitor
     from bdh.train.export import export_run
     from bdh.train.loop import fit
-    from bdh.train.run import open_run
+    from bdh.train.run import open_run, settings_to_store
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     with stage_progress(console, "bytes") as progress:
         training = open_run(settings, progress=progress)
     print_banner(console, training)
     with Monitor(
-        training.folder, settings.monitor, total_steps=settings.train.max_steps, start_step=training.progress.step
+        training.folder,
+        settings.monitor,
+        total_steps=settings.train.max_steps,
+        start_step=training.progress.step,
+        settings=settings_to_store(training.settings),
     ) as monitor:
         why = fit(training, monitor)
 
@@ -109,4 +113,7 @@ def _settings_to_resume(argv: list[str]) -> dict[str, Any] | None:
 
     stored = stored_settings(Path(given.run_dir))
     stored["train"]["stop_at_step"] = None
+    # The setting of runs that were started before there was monitor.backends.
+    if stored["monitor"].pop("tensorboard", None) == "off":
+        stored["monitor"]["backends"] = ["console", "jsonl"]
     return stored

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from bdh.monitor.metrics import read_metrics
+from bdh.monitor.backends.jsonl import read_metrics
 
 
 def plot_loss(run_dirs: list[Path], output: Path) -> None:

@@ -14,6 +14,7 @@ import bdh
 from bdh.data import Corpus, prepare_corpus
 from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.model.averaging import MovingAverage
+from bdh.monitor import chosen_backends
 from bdh.storage import whole_folder, write_text
 from bdh.tokenizer import load_tokenizer
 from bdh.train.checkpoint import Checkpoint, Checkpointer
@@ -122,11 +123,13 @@ def open_run(settings: RunSettings, *, progress: Any = None) -> Run:
         progress: passed to :func:`bdh.data.prepare_corpus`, for its bars.
 
     Raises:
-        ValueError: settings, tokenizer and data do not go together, or not with the run that is resumed.
+        ValueError: settings, tokenizer and data do not go together, or not with the run that is resumed; or a package
+            that ``monitor.backends`` needs is missing.
         FileExistsError: the folder holds a run already.
         FileNotFoundError: there is nothing to resume, or nothing at ``train.init_from``.
         DiskFullError: there is no room for the run's folder.
     """
+    chosen_backends(settings.monitor)  # raises where one is not there
     folder = Path(settings.run_dir) if settings.run_dir else Path("runs") / time.strftime("%Y-%m-%d_%H-%M-%S")
     checkpointer = Checkpointer(folder, settings.checkpoint.keep_last)
     checkpoint = None

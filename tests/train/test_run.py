@@ -92,7 +92,7 @@ def test_training_learns(train, tmp_path):
 
 def test_the_folder_holds_what_the_docs_promise(train, tmp_path):
     run = tmp_path / "run"
-    assert train(run, **{"monitor.tensorboard": "on"}) == 0
+    assert train(run, **{"monitor.backends": "auto,tensorboard"}) == 0
     for name in (
         "config.yaml",
         "metrics.jsonl",
@@ -237,7 +237,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_step(te
         run.model.lm_head.weight[3, 0] = float("nan")
     before = {name: w.clone() for name, w in run.model.state_dict().items()}
     with (
-        Monitor(run.folder, MonitorConfig(tensorboard="off"), total_steps=12) as monitor,
+        Monitor(run.folder, MonitorConfig(backends=["console", "jsonl"]), total_steps=12) as monitor,
         pytest.raises(TrainingStopped, match="step 1: the loss is nan"),
     ):
         fit(run, monitor)
@@ -250,7 +250,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(text_file, tmp_pa
     run.model.decoder.weight.register_hook(lambda gradient: gradient * float("inf"))
     before = run.model.encoder.weight.clone()
     with (
-        Monitor(run.folder, MonitorConfig(tensorboard="off"), total_steps=12) as monitor,
+        Monitor(run.folder, MonitorConfig(backends=["console", "jsonl"]), total_steps=12) as monitor,
         pytest.raises(TrainingStopped, match="step 1: the gradient's norm is"),
     ):
         fit(run, monitor)
@@ -268,7 +268,7 @@ def test_a_step_that_is_not_finite_can_be_left_out_and_is_counted(text_file, tmp
         return gradient * float("nan") if len(calls) == 2 else gradient
 
     run.model.decoder.weight.register_hook(break_once)
-    with Monitor(run.folder, MonitorConfig(tensorboard="off"), total_steps=4) as monitor:
+    with Monitor(run.folder, MonitorConfig(backends=["console", "jsonl"]), total_steps=4) as monitor:
         assert fit(run, monitor) == "finished"
     assert torch.equal(seen[2], seen[1])  # the second step changed nothing
     assert not torch.equal(seen[1], seen[0])
@@ -288,7 +288,7 @@ def test_a_run_of_steps_that_are_not_finite_stops(text_file, tmp_path, monkeypat
     with torch.no_grad():
         run.model.lm_head.weight[3, 0] = float("nan")
     with (
-        Monitor(run.folder, MonitorConfig(tensorboard="off"), total_steps=40) as monitor,
+        Monitor(run.folder, MonitorConfig(backends=["console", "jsonl"]), total_steps=40) as monitor,
         pytest.raises(TrainingStopped, match="step 26: 26 steps in a row had no finite loss and gradient"),
     ):
         fit(run, monitor)
@@ -305,7 +305,7 @@ def test_float16_skips_a_step_whose_gradients_overflow(text_file, tmp_path, monk
 
     run.model.decoder.weight.register_hook(overflow_once)
     scale = run.scaler.get_scale()
-    with Monitor(run.folder, MonitorConfig(tensorboard="off"), total_steps=3) as monitor:
+    with Monitor(run.folder, MonitorConfig(backends=["console", "jsonl"]), total_steps=3) as monitor:
         assert fit(run, monitor) == "finished"
     assert run.scaler.get_scale() == scale / 2
     assert all(torch.isfinite(w).all() for w in run.model.state_dict().values())
