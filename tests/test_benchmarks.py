@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_logging_overhead(tmp_path, monkeypatch):
     monkeypatch.setenv("BDH_CACHE", str(tmp_path))
     command = [sys.executable, "benchmarks/logging_overhead.py", "--steps", "12"]

@@ -2,6 +2,7 @@
 
 import json
 import sqlite3
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,15 @@ def wandb_runs(run_dir: Path) -> list[dict[str, Any]]:
     # The folders' names have seconds only, so two starts within one are in the order of their files.
     paths = sorted((run_dir / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)
     for path in paths:
+        deadline = time.monotonic() + 20  # its service may still write the end
+        while True:
+            records = [Record.FromString(raw) for raw in _records(path.read_bytes())]
+            if any(record.WhichOneof("record_type") == "exit" for record in records):
+                break
+            assert time.monotonic() < deadline, f"{path} has no end"
+            time.sleep(0.1)
         found: dict[str, Any] = {"history": []}
-        for raw in _records(path.read_bytes()):
-            record = Record.FromString(raw)
+        for record in records:
             kind = record.WhichOneof("record_type")
             if kind == "run":
                 run = record.run

@@ -37,9 +37,11 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of TensorBoard's writer
-@pytest.mark.parametrize(("name", "title"), [("jsonl", "metrics.jsonl"), ("tensorboard", "TensorBoard")])
+@pytest.mark.parametrize(
+    ("name", "title"), [("jsonl", "metrics.jsonl"), ("tensorboard", "TensorBoard"), ("wandb", "W&B")]
+)
 def test_a_full_disk(small_disk, name, title):
-    monitor, shown = opened(small_disk, "console", name)
+    monitor, shown = opened(small_disk, "console", name, wandb_mode="offline")
     with monitor:
         for step in range(1, 4000):
             monitor.log(step, {"train/loss": 1.0, "train/learning_rate": 2.0})
