@@ -2,12 +2,13 @@
 
     python benchmarks/logging_overhead.py [--config configs/tiny.yaml] [--steps 100]
 
-Every step is logged, to metrics.jsonl and TensorBoard, and one evaluation is. Timed are the calls themselves, since
-two runs with and without them differ by less than two equal runs do. A second run, with nothing logged, must end with
-the same loss.
+Every step is logged, and one evaluation is: to metrics.jsonl, TensorBoard, W&B (offline) and Trackio (its local
+database), to each alone. Timed are the calls themselves, since two runs with and without them differ by less than two
+equal runs do. All runs, one with nothing logged among them, must end with the same loss.
 """
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
@@ -23,6 +24,7 @@ from bdh.train.loop import fit
 from bdh.train.run import open_run
 
 _WARM_UP = 5  # steps
+_BACKENDS = ("jsonl", "tensorboard", "wandb", "trackio")
 
 
 class TimedMonitor(Monitor):
@@ -51,7 +53,7 @@ class TimedMonitor(Monitor):
         self.last_loss = loss
 
 
-def trained(config: str, steps: int, log_every: int) -> TimedMonitor:
+def trained(config: str, steps: int, log_every: int, backend: str) -> TimedMonitor:
     flags = {
         "config": config,
         "train.max_steps": steps,
@@ -60,7 +62,8 @@ def trained(config: str, steps: int, log_every: int) -> TimedMonitor:
         "train.sample_every_steps": 0,
         "checkpoint.every_steps": steps,
         "monitor.log_every_steps": log_every,
-        "monitor.tensorboard": "on",
+        "monitor.backends": backend,
+        "monitor.wandb_mode": "offline",
     }
     argv = [f"--{name}={value}" for name, value in flags.items()]
     with tempfile.TemporaryDirectory() as folder:
@@ -79,16 +82,24 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     arguments = parser.parse_args()
 
-    silent = trained(arguments.config, arguments.steps, log_every=10**9)
-    monitor = trained(arguments.config, arguments.steps, log_every=1)
-    if silent.last_loss != monitor.last_loss:
-        raise SystemExit(f"the runs do not agree: their last losses are {silent.last_loss} and {monitor.last_loss}")
-    step = statistics.median(b - a for a, b in pairwise(monitor.ends[_WARM_UP:]))
-    log = statistics.mean(monitor.log_seconds[_WARM_UP:])
-    print(f"a step                         {step * 1e3:9.3f} ms")
-    print(f"logging one                    {log * 1e3:9.3f} ms   {log / step:6.2%} of a step")
-    print(f"logging one in ten (default)   {log * 1e2:9.3f} ms   {log / step / 10:6.2%} of a step")
-    print(f"histograms of an evaluation    {monitor.histogram_seconds * 1e3:9.3f} ms")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TRACKIO_DIR"] = folder  # read when Trackio is imported
+        silent = trained(arguments.config, arguments.steps, 10**9, "jsonl")
+        logged = {name: trained(arguments.config, arguments.steps, 1, name) for name in _BACKENDS}
+    for name, monitor in logged.items():
+        if silent.last_loss != monitor.last_loss:
+            raise SystemExit(
+                f"the runs do not agree: with {name} the loss is {monitor.last_loss}, not {silent.last_loss}"
+            )
+    step = statistics.median(b - a for a, b in pairwise(silent.ends[_WARM_UP:]))
+    print(f"a step {step * 1e3:.3f} ms\n")
+    print("              logging one   of a step   one in ten   histograms of an evaluation")
+    for name, monitor in logged.items():
+        log = statistics.mean(monitor.log_seconds[_WARM_UP:])
+        print(
+            f"{name:<12}{log * 1e3:10.3f} ms{log / step:12.2%}{log / step / 10:13.2%}"
+            f"{monitor.histogram_seconds * 1e3:27.3f} ms"
+        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """What holds for every test: no network, few threads, and no memory that was never written."""
 
 import os
+from pathlib import Path
+
+import pytest
 
 
 def pytest_configure(config):
@@ -14,3 +17,14 @@ def pytest_configure(config):
     # reading it before writing to it fails a test. Operations without a deterministic form only warn.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@pytest.fixture(scope="session")
+def trackio_folder(tmp_path_factory) -> Path:
+    """Where Trackio keeps its databases. It reads the variable once, when it is imported."""
+    folder = tmp_path_factory.mktemp("trackio")
+    os.environ["TRACKIO_DIR"] = str(folder)
+    from trackio.utils import TRACKIO_DIR
+
+    assert folder == TRACKIO_DIR
+    return folder

@@ -1,8 +1,9 @@
-"""bdh eval: measures a model on a text."""
+"""bdh eval: measures a model on a text, on tasks of the LM Evaluation Harness, or on what it recalls."""
 
 import json
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from bdh.cli.settings import parse_settings
@@ -24,13 +25,29 @@ class EvalSettings:
     stride: int | None = None
     """Tokens between the starts of two windows; less than block_size gives more context, at more work."""
     carry_state: bool = False
-    """Read the text once, with the state handed from window to window."""
+    """Read the text once, with the state handed from window to window. With tasks: read all of each context."""
     streams: int = 1
     """With carry_state: stretches of equal length that the text is cut into, each read from nothing, side by side."""
     blocks: int | None = None
     """With carry_state: read the text in stretches of so many blocks, each from nothing, and show the loss of each block."""
     batch_size: int = 16
-    """Windows, or stretches, in one forward pass."""
+    """Windows, stretches or texts in one forward pass."""
+    tasks: list[str] = field(default_factory=list)
+    """Run these tasks of the LM Evaluation Harness: names, YAML files or folders of them, with commas or as a list."""
+    include_path: str | None = None
+    """Tasks: folder with further ones."""
+    num_fewshot: int | None = None
+    """Tasks: solved examples before each question. None for what the task says."""
+    limit: int | None = None
+    """Tasks: documents of each. None for all."""
+    needle: bool = False
+    """Plant a fact in the text, and ask for it at growing distances."""
+    needle_distances: list[int] = field(default_factory=lambda: [64, 128, 256, 512, 1024, 2048, 4096, 8192])
+    """Needle: tokens between the fact and the question."""
+    needle_trials: int = 16
+    """Needle: facts that are planted."""
+    seed: int = 0
+    """Needle: of the facts and the places."""
     checkpoint: str | None = None
     """For a run: last (the default), best, or a step."""
     device: str = "auto"
@@ -41,6 +58,15 @@ class EvalSettings:
     def collect_faults(self, faults: Faults) -> None:
         faults.require(self.block_size is None or self.block_size >= 1, "block_size", self.block_size, "at least 1")
         faults.require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        for name in ("num_fewshot", "limit"):
+            value, least = getattr(self, name), 0 if name == "num_fewshot" else 1
+            faults.require(value is None or value >= least, name, value, f"at least {least}")
+        faults.require(self.needle_trials >= 1, "needle_trials", self.needle_trials, "at least 1")
+        distances = self.needle_distances
+        faults.require(
+            bool(distances) and min(distances) >= 1, "needle_distances", distances, "a list of numbers of at least 1"
+        )
+        faults.require(not (self.needle and self.tasks), "needle", self.needle, "left out with tasks")
         self.collect_stride_faults(self.block_size, faults)
         faults.require(
             not self.carry_state or self.stride in (None, self.block_size),
@@ -69,38 +95,34 @@ def run(argv: list[str]) -> int:
         EvalSettings,
         argv,
         prog="bdh eval",
-        description="Measure loss, perplexity, bits per byte and accuracy on a whole text.",
+        description="Measure loss, perplexity, bits per byte and accuracy on a whole text; or, with --tasks, on tasks of "
+        "the LM Evaluation Harness; or, with --needle, how long a planted fact is remembered.",
         positionals=("model",),
     )
-    import numpy as np
-    from rich.console import Console
-
-    from bdh.cli.progress import stage_progress, token_progress
-    from bdh.data import prepare_corpus
-    from bdh.evaluate.loss import evaluate_text
+    if settings.tasks:
+        _check_harness()
     from bdh.train.models import load_model
 
     model, tokenizer = load_model(settings.model, checkpoint=settings.checkpoint, device=settings.device)
     if len(tokenizer) != model.config.vocab_size:
         raise ValueError(f"the tokenizer has {len(tokenizer)} entries, the model {model.config.vocab_size}")
+    if settings.tasks:
+        return _run_tasks(settings, model, tokenizer)
+    if settings.needle:
+        return _run_needle(settings, model, tokenizer)
+    return _run_text(settings, model, tokenizer)
+
+
+def _run_text(settings: EvalSettings, model: Any, tokenizer: Any) -> int:
+    from bdh.cli.progress import token_progress
+    from bdh.evaluate.loss import evaluate_text
+
     block_size = settings.block_size or model.config.train_block_size or _UNKNOWN_BLOCK_SIZE
     faults = Faults()
     settings.collect_stride_faults(block_size, faults)
     faults.raise_if_any()
-    console = Console(stderr=True, highlight=False)
-    with stage_progress(console, "bytes") as progress:
-        corpus = prepare_corpus(settings.data, tokenizer, block_size=0, progress=progress)
-    parts = []
-    if settings.part in ("train", "all"):
-        parts.append((corpus.train_tokens(), corpus.facts["train_bytes"]))
-    if settings.part in ("validation", "all"):
-        parts.append((corpus.validation_tokens(), corpus.facts["val_bytes"]))
-    tokens = np.concatenate([part for part, _ in parts])
-    if len(tokens) < 2:
-        source = f"data.source {settings.data.source!r}, part {settings.part}"
-        raise ValueError(f"{source}, has {len(tokens)} tokens: at least 2 are needed to predict one")
-    num_bytes = sum(number for _, number in parts)
-    with token_progress(console, len(tokens) - 1) as advance:
+    tokens, num_bytes, source = _text(settings, tokenizer)
+    with token_progress(_console(), len(tokens) - 1) as advance:
         metrics = evaluate_text(
             model,
             tokens,
@@ -120,7 +142,7 @@ def run(argv: list[str]) -> int:
             figures |= {"loss_by_block": by_block, **metrics.loss_at()}
         print(json.dumps({**figures, "tokens": metrics.num_tokens, "block_size": block_size}))
         return 0
-    print(f"tokens         {metrics.num_tokens:,} of {corpus.facts['source']} ({settings.part})")
+    print(f"tokens         {metrics.num_tokens:,} of {source} ({settings.part})")
     print(f"windows        {block_size:,} tokens, {_describe(settings)}")
     print(f"loss           {metrics.loss:.4f} nats per token, {metrics.nats_per_byte:.4f} nats per byte")
     print(f"perplexity     {metrics.perplexity:.4f}")
@@ -135,6 +157,122 @@ def _stretch_tokens(settings: EvalSettings, block_size: int, num_predicted: int)
     if settings.blocks is not None:
         return settings.blocks * block_size
     return math.ceil(num_predicted / settings.streams) if settings.streams > 1 else None
+
+
+def _check_harness() -> None:
+    import importlib.util
+
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ImportError('tasks need the LM Evaluation Harness, which is not installed: pip install "bdh[eval]"')
+
+
+def _run_tasks(settings: EvalSettings, model: Any, tokenizer: Any) -> int:
+    from bdh.evaluate.harness import HarnessModel, evaluate_tasks
+
+    block_size = settings.block_size or model.config.train_block_size or _UNKNOWN_BLOCK_SIZE
+    max_length = None if settings.carry_state else block_size
+    lm = HarnessModel(model, tokenizer, max_length=max_length, batch_size=settings.batch_size)
+    scores = evaluate_tasks(
+        lm,
+        [name.strip() for item in settings.tasks for name in item.split(",") if name.strip()],
+        include_path=settings.include_path,
+        num_fewshot=settings.num_fewshot,
+        limit=settings.limit,
+    )
+    if lm.num_cut:
+        _console().print(
+            f"warning: {lm.num_cut:,} texts were longer than {block_size:,} tokens, of which a prediction sees the last: "
+            "--block_size sets how many, --carry_state lets it see all",
+            style="yellow",
+            markup=False,
+        )
+    if settings.json:
+        figures = [asdict(score) for score in scores]
+        print(json.dumps({"scores": figures, "max_length": max_length, "cut_contexts": lm.num_cut}))
+        return 0
+    rows = [("task", "metric", "value", "± error", "documents")]
+    for score in scores:
+        error = "-" if score.stderr is None else f"{score.stderr:.4f}"
+        documents = "-" if score.num_samples is None else f"{score.num_samples:,}"
+        rows.append((score.task, score.metric, f"{score.value:.4f}", error, documents))
+    _print_table(rows, num_names=2)
+    return 0
+
+
+def _run_needle(settings: EvalSettings, model: Any, tokenizer: Any) -> int:
+    from bdh.cli.progress import token_progress
+    from bdh.evaluate.needle import ModelReader, measure_recall, tokens_to_read
+
+    filler, _, source = _text(settings, tokenizer)
+    reader = ModelReader(model)
+    with token_progress(_console(), tokens_to_read(settings.needle_distances, settings.needle_trials)) as advance:
+        recalls = measure_recall(
+            reader,
+            tokenizer,
+            filler,
+            distances=settings.needle_distances,
+            trials=settings.needle_trials,
+            rows_at_once=reader.rows_that_fit(settings.batch_size),
+            seed=settings.seed,
+            progress=advance,
+        )
+    if settings.json:
+        print(json.dumps({"filler": source, "seed": settings.seed, "recall": [asdict(each) for each in recalls]}))
+        return 0
+    rows = [("distance", "recalled", "guessed", "log-probability", "without the fact", "difference")]
+    for each in recalls:
+        difference = each.log_probability - each.control_log_probability
+        rows.append(
+            (
+                f"{each.distance:,}",
+                f"{each.accuracy:.1%}",
+                f"{each.control_accuracy:.1%}",
+                f"{each.log_probability:.3f}",
+                f"{each.control_log_probability:.3f}",
+                f"{difference:+.3f}",
+            )
+        )
+    _print_table(rows, num_names=0)
+    print(f"{settings.needle_trials} facts in {source}; log-probability in nats per token of the planted value")
+    return 0
+
+
+def _text(settings: EvalSettings, tokenizer: Any) -> tuple[Any, int, str]:
+    """The tokens of the part that is asked for, the bytes of their text, and the source's name."""
+    import numpy as np
+
+    from bdh.cli.progress import stage_progress
+    from bdh.data import prepare_corpus
+
+    with stage_progress(_console(), "bytes") as progress:
+        corpus = prepare_corpus(settings.data, tokenizer, block_size=0, progress=progress)
+    parts = []
+    if settings.part in ("train", "all"):
+        parts.append((corpus.train_tokens(), corpus.facts["train_bytes"]))
+    if settings.part in ("validation", "all"):
+        parts.append((corpus.validation_tokens(), corpus.facts["val_bytes"]))
+    tokens = np.concatenate([part for part, _ in parts])
+    if len(tokens) < 2:
+        source = f"data.source {settings.data.source!r}, part {settings.part}"
+        raise ValueError(f"{source}, has {len(tokens)} tokens: at least 2 are needed to predict one")
+    return tokens, sum(number for _, number in parts), corpus.facts["source"]
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def _print_table(rows: Sequence[Sequence[str]], *, num_names: int) -> None:
+    """In columns, of which the first ones hold names and the others numbers."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [
+            text.ljust(width) if number < num_names else text.rjust(width)
+            for number, (text, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        print("  ".join(cells).rstrip())
 
 
 def _describe(settings: EvalSettings) -> str:

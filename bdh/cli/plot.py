@@ -1,4 +1,4 @@
-"""bdh plot: draws the loss of one or more runs."""
+"""bdh plot: draws what one or more runs have logged."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,8 +10,10 @@ from bdh.cli.settings import parse_settings
 class PlotSettings:
     runs: list[str] = field(default_factory=list)
     """Folders of the runs, drawn over each other."""
+    keys: list[str] = field(default_factory=lambda: ["train/loss", "val/loss"])
+    """What to draw: names of metrics.jsonl, with commas or as a list. What is not a loss has a panel of its own."""
     output: str | None = None
-    """PNG file to write; by default loss.png in the folder of the first run."""
+    """PNG file to write; by default loss.png, or metrics.png with keys, in the folder of the first run."""
 
 
 def run(argv: list[str]) -> int:
@@ -19,14 +21,18 @@ def run(argv: list[str]) -> int:
         PlotSettings,
         argv,
         prog="bdh plot",
-        description="Draw the training and validation loss of runs over their steps.",
+        description="Draw the training and validation loss of runs over their steps, or other metrics.",
         positionals=("runs",),
     )
-    from bdh.monitor.plots import plot_loss
+    from bdh.monitor.plots import LOSS_KEYS, plot_metrics
 
     if not settings.runs:
         raise ValueError("no run is given: name the folder of at least one run")
-    output = Path(settings.output or Path(settings.runs[0]) / "loss.png")
-    plot_loss([Path(run) for run in settings.runs], output)
-    print(f"The loss curve is in {output}")
+    keys = list(dict.fromkeys(key.strip() for item in settings.keys for key in item.split(",") if key.strip()))
+    if not keys:
+        raise ValueError("keys is empty: name at least one metric")
+    name = "loss.png" if set(keys) <= set(LOSS_KEYS) else "metrics.png"
+    output = Path(settings.output or Path(settings.runs[0]) / name)
+    plot_metrics([Path(run) for run in settings.runs], output, keys)
+    print(f"The picture is in {output}")
     return 0

@@ -1,6 +1,7 @@
 """bdh train: trains a model, and exports it."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,9 @@ def run(argv: list[str]) -> int:
     # Imported here, so that `--help` and faults in the settings do not wait for PyTorch.
     from bdh.cli.progress import stage_progress
     from bdh.distributed.errors import reported_to_starter
-    from bdh.monitor import Monitor, SilentMonitor
+    from bdh.monitor import Monitor
     from bdh.train.loop import fit
-    from bdh.train.run import open_run
+    from bdh.train.run import open_run, settings_to_store
 
     console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=rank > 0)
     if rank > 0:
@@ -40,11 +41,14 @@ def run(argv: list[str]) -> int:
         training = open_run(settings, progress=progress)
     settings = training.settings
     print_banner(console, training)
-    monitor: Monitor = SilentMonitor()
-    if training.world.is_main:
-        monitor = Monitor(
-            training.folder, settings.monitor, total_steps=settings.train.max_steps, start_step=training.progress.step
-        )
+    monitor = Monitor(
+        training.folder,
+        settings.monitor if training.world.is_main else replace(settings.monitor, backends=[]),
+        total_steps=settings.train.max_steps,
+        start_step=training.progress.step,
+        settings=settings_to_store(settings),
+        console=console,
+    )
     with reported_to_starter(), monitor:
         why = fit(training, monitor)
         training.close()
@@ -138,4 +142,7 @@ def _settings_to_resume(argv: list[str]) -> dict[str, Any] | None:
 
     stored = stored_settings(Path(given["run_dir"]))
     stored["train"]["stop_at_step"] = None
+    # The setting of runs that were started before there was monitor.backends.
+    if stored["monitor"].pop("tensorboard", None) == "off":
+        stored["monitor"]["backends"] = ["console", "jsonl"]
     return stored

@@ -1,28 +1,71 @@
 """Settings of the monitoring."""
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from bdh.validation import Faults
+
+AUTO = "auto"
+BACKENDS = ("console", "jsonl", "tensorboard", "wandb", "trackio")
+# Imported by those that are not part of the core's dependencies.
+_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
 
 
 @dataclass
 class MonitorConfig:
     log_every_steps: int = 10
-    """Steps between lines of metrics.jsonl and points in TensorBoard."""
+    """Steps between two that are logged."""
+    backends: list[str] = field(default_factory=lambda: [AUTO])
+    """Where to show and record the run: console, jsonl (metrics.jsonl), tensorboard, wandb, trackio, as a list or with
+    commas. auto stands for console, jsonl, and tensorboard where it is installed: `auto,wandb` adds to them."""
     progress_bar: bool = True
-    """Show a live bar with loss, speed and time left; without a terminal, a line every 10 * log_every_steps."""
-    tensorboard: Literal["auto", "on", "off"] = "auto"
-    """Write TensorBoard event files. auto does where the package tensorboard is installed, and says where it is not."""
+    """Console: a live bar with loss, speed and time left; without a terminal, lines."""
+    project: str = "bdh"
+    """W&B, Trackio: project of the run."""
+    run_name: str | None = None
+    """W&B, Trackio: name of the run. None takes the name of its folder."""
+    wandb_mode: Literal["online", "offline"] = "online"
+    """W&B: offline writes files that `wandb sync` sends later; so does online where the server cannot be reached."""
+    wandb_timeout_seconds: float = 30.0
+    """W&B: how long to wait for the server at the start, and for the last figures to arrive at the end."""
 
     def collect_faults(self, faults: Faults) -> None:
         faults.require(self.log_every_steps >= 1, "log_every_steps", self.log_every_steps, "at least 1")
-
-
-def check_packages(config: MonitorConfig) -> None:
-    """Raises ``ValueError``, with the line that installs it, if a package that is asked for is missing."""
-    if config.tensorboard == "on" and importlib.util.find_spec("tensorboard") is None:
-        raise ValueError(
-            "monitor.tensorboard is 'on', but the package is missing: pip install \"bdh[monitor]\", or set it to off"
+        for name in split_names(self.backends):
+            faults.require_one_of("backends", name, (AUTO, *BACKENDS))
+        faults.require(bool(self.project.strip()), "project", self.project, "a name")
+        faults.require(
+            self.wandb_timeout_seconds > 0, "wandb_timeout_seconds", self.wandb_timeout_seconds, "above 0, in seconds"
         )
+
+
+def chosen_backends(config: MonitorConfig) -> list[str]:
+    """The names that ``backends`` stands for, each once, in the order of ``BACKENDS``.
+
+    Raises:
+        ValueError: an unknown name, or one that was asked for by name and whose package is missing.
+    """
+    faults = Faults("monitor.")
+    config.collect_faults(faults)
+    given = split_names(config.backends)
+    for name in given:
+        if name in BACKENDS and not is_installed(name):
+            faults.add(
+                f"monitor.backends names {name}, but the package {_PACKAGES[name]} is missing: "
+                'pip install "bdh[monitor]", or leave it out'
+            )
+    faults.raise_if_any()
+    chosen = set(given)
+    if AUTO in chosen:
+        chosen |= {"console", "jsonl"} | ({"tensorboard"} if is_installed("tensorboard") else set())
+    return [name for name in BACKENDS if name in chosen]
+
+
+def is_installed(name: str) -> bool:
+    return name not in _PACKAGES or importlib.util.find_spec(_PACKAGES[name]) is not None
+
+
+def split_names(backends: list[str]) -> list[str]:
+    """The names in a list whose items may hold several with commas between them."""
+    return [name.strip() for item in backends for name in item.split(",") if name.strip()]

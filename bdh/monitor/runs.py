@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from bdh.monitor.metrics import read_metrics
+from bdh.monitor.backends.jsonl import read_metrics
 
 _ACTIVE_SECONDS = 120
 

@@ -16,8 +16,8 @@ from bdh.distributed.parallelize import Parallel, choose_strategy, parallelize
 from bdh.distributed.world import World
 from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.model.averaging import MovingAverage
-from bdh.monitor.config import check_packages
-from bdh.monitor.metrics import cut_back
+from bdh.monitor import chosen_backends
+from bdh.monitor.backends.jsonl import cut_back
 from bdh.storage import whole_folder, write_text
 from bdh.tokenizer import load_tokenizer
 from bdh.train.carry import CarriedState
@@ -179,7 +179,7 @@ def open_run(settings: RunSettings, *, progress: Any = None) -> Run:
         FileNotFoundError: there is nothing to resume, or nothing at ``train.init_from``.
         DiskFullError: there is no room for the run's folder.
     """
-    check_packages(settings.monitor)
+    chosen_backends(settings.monitor)  # raises where one is not there
     runtime = choose_runtime(settings.train)
     world = World.join(
         runtime.device.type,

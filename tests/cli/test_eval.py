@@ -149,3 +149,82 @@ def test_lines_for_people(model_folder, text_file, capsys):
 def test_bad_input_gets_status_2_and_says_why(model_folder, text_file, capsys, argv, message):
     assert main(["eval", str(model_folder), "--data.source", str(text_file), *argv]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def task_file(tmp_path):
+    rows = [{"question": f"{n} and", "choices": ["one", "two"], "answer": n % 2} for n in range(6)]
+    (tmp_path / "sums.json").write_text("\n".join(map(json.dumps, rows)))
+    fields = {
+        "task": "sums",
+        "dataset_path": "json",
+        "dataset_kwargs": {
+            "data_files": {"test": str(tmp_path / "sums.json")},
+            "cache_dir": str(tmp_path / "datasets"),
+        },
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (tmp_path / "sums.yaml").write_text(json.dumps(fields))  # JSON is YAML
+    return tmp_path / "sums.yaml"
+
+
+def test_tasks_as_a_table_and_as_json(model_folder, task_file, capsys):
+    assert main(["eval", str(model_folder), "--tasks", str(task_file)]) == 0
+    header, row = capsys.readouterr().out.splitlines()
+    assert header.split() == ["task", "metric", "value", "±", "error", "documents"]
+    assert row.split()[:2] == ["sums", "acc"]
+    figures = evaluated(capsys, model_folder, "--tasks", "sums", "--include_path", task_file.parent, "--limit", 4)
+    (score,) = figures["scores"]
+    assert (score["task"], score["metric"], score["num_samples"]) == ("sums", "acc", 4)
+    assert figures["cut_contexts"] == 0
+
+
+def test_contexts_that_are_cut_are_announced(model_folder, task_file, capsys):
+    argv = ["eval", str(model_folder), "--tasks", str(task_file)]
+    assert main([*argv, "--block_size", "4"]) == 0
+    assert "12 texts were longer than 4 tokens" in capsys.readouterr().err
+    assert main([*argv, "--carry_state"]) == 0
+    assert "longer than" not in capsys.readouterr().err
+
+
+def test_a_missing_harness_is_refused_with_the_line_that_installs_it(model_folder, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["eval", str(model_folder), "--tasks", "hellaswag"]) == 2
+    assert 'pip install "bdh[eval]"' in capsys.readouterr().err
+
+
+def test_a_task_that_is_not_there_gets_status_2(model_folder, task_file, capsys):
+    assert main(["eval", str(model_folder), "--tasks", str(task_file.with_name("no.yaml"))]) == 2
+    assert "no.yaml to read tasks from" in capsys.readouterr().err
+
+
+def test_recall_as_a_table_and_as_json(model_folder, text_file, capsys):
+    argv = ("--needle", "--data.source", text_file, "--needle_distances", "[64, 200]", "--needle_trials", "3")
+    figures = evaluated(capsys, model_folder, *argv)
+    assert [(each["distance"], each["trials"]) for each in figures["recall"]] == [(64, 3), (200, 3)]
+    assert all(each["log_probability"] < 0 for each in figures["recall"])
+    assert evaluated(capsys, model_folder, *argv) == figures
+    assert main(["eval", str(model_folder), *map(str, argv)]) == 0
+    header, near, far, below = capsys.readouterr().out.splitlines()
+    assert header.split()[:3] == ["distance", "recalled", "guessed"]
+    assert (near.split()[0], far.split()[0]) == ("64", "200")
+    assert below.startswith("3 facts in ")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--needle", "--tasks", "x"], "needle is True: must be left out with tasks"),
+        (["--needle", "--needle_distances", "[0]"], "needle_distances is [0]"),
+        (["--needle", "--needle_trials", "0"], "needle_trials is 0: must be at least 1"),
+        (["--tasks", "x", "--limit", "0"], "limit is 0: must be at least 1"),
+    ],
+)
+def test_bad_input_for_tasks_and_needles_gets_status_2(model_folder, capsys, argv, message):
+    assert main(["eval", str(model_folder), *argv]) == 2
+    assert message in capsys.readouterr().err

@@ -47,7 +47,7 @@ def test_a_model_trained_with_a_trained_tokenizer_talks_the_same_in_a_new_proces
         "train.max_steps": 10,
         "train.warmup_steps": 1,
         "train.sample_every_steps": 0,
-        "monitor.tensorboard": "off",
+        "monitor.backends": "console,jsonl",
         "run_dir": run,
     }
     assert main(["train", *(f"--{name}={value}" for name, value in flags.items())]) == 0

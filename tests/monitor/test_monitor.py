@@ -10,8 +10,8 @@ import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from bdh.monitor import Monitor, MonitorConfig, read_metrics
-from bdh.monitor.metrics import cut_back
+from bdh.monitor import Monitor, MonitorConfig, chosen_backends, read_metrics
+from bdh.monitor.backends.jsonl import cut_back
 
 
 def quiet() -> Console:
@@ -69,13 +69,13 @@ def test_a_line_torn_by_a_kill_is_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "train/loss": 3.0}\n{"step": 2, "trai')
     assert [row["step"] for row in read_metrics(path)] == [1]
-    with opened(tmp_path, start_step=1, tensorboard="off") as monitor:
+    with opened(tmp_path, start_step=1, backends=["console", "jsonl"]) as monitor:
         monitor.log(2, {"train/loss": 2.0})
     assert [row["step"] for row in read_metrics(path)] == [1, 2]
 
 
 def test_what_is_not_finite_is_null_in_valid_json(tmp_path):
-    with opened(tmp_path, tensorboard="off") as monitor:
+    with opened(tmp_path, backends=["console", "jsonl"]) as monitor:
         monitor.log(1, {"a": math.nan, "b": math.inf, "c": 1.0})
     row = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
     assert (row["a"], row["b"], row["c"]) == (None, None, 1.0)
@@ -90,7 +90,7 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
 
 def test_without_a_terminal_lines_are_printed(tmp_path):
     console = quiet()
-    with opened(tmp_path, console=console, tensorboard="off", log_every_steps=2) as monitor:
+    with opened(tmp_path, console=console, backends=["console", "jsonl"], log_every_steps=2) as monitor:
         for step in range(1, 101):
             monitor.progress(step, loss=1.5, tokens_per_second=2000.0)
     assert console.file.getvalue().count("step ") == 5  # every tenth logged step, as the setting's help says
@@ -99,7 +99,7 @@ def test_without_a_terminal_lines_are_printed(tmp_path):
 
 def test_the_bar_shows_loss_speed_and_time_left(tmp_path):
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
-    with opened(tmp_path, console=console, tensorboard="off") as monitor:
+    with opened(tmp_path, console=console, backends=["console", "jsonl"]) as monitor:
         monitor.progress(50, loss=1.5, tokens_per_second=2000.0)
         monitor.message("a [line] above the bar")
     shown = console.file.getvalue()
@@ -117,7 +117,7 @@ def test_a_writer_that_the_disk_refuses_is_left_out_and_named_at_the_end(tmp_pat
         from bdh.monitor import Monitor, MonitorConfig
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, {2**40}))
-        with Monitor(Path({str(tmp_path)!r}), MonitorConfig(tensorboard="off"), total_steps=9) as monitor:
+        with Monitor(Path({str(tmp_path)!r}), MonitorConfig(backends=["console", "jsonl"]), total_steps=9) as monitor:
             for step in range(200):
                 monitor.log(step, {{"train/loss": 1.0}})
             print("went on")
@@ -129,22 +129,37 @@ def test_a_writer_that_the_disk_refuses_is_left_out_and_named_at_the_end(tmp_pat
     assert "metrics.jsonl is incomplete" in done.stderr
 
 
-def test_tensorboard_can_be_switched_off(tmp_path):
-    with opened(tmp_path, tensorboard="off") as monitor:
+def test_only_the_backends_that_are_named_write(tmp_path):
+    with opened(tmp_path, backends=["jsonl"]) as monitor:
         monitor.log(1, {"a": 1.0})
-    assert not (tmp_path / "tensorboard").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-@pytest.mark.parametrize(("choice", "outcome"), [("auto", "announced"), ("on", "refused")])
-def test_a_missing_tensorboard_is_announced_or_refused(tmp_path, monkeypatch, choice, outcome):
-    monkeypatch.setattr("bdh.monitor.monitor.importlib.util.find_spec", lambda name: None)
+def test_auto_adds_to_what_is_named_and_takes_tensorboard_where_it_is(monkeypatch):
+    assert chosen_backends(MonitorConfig()) == ["console", "jsonl", "tensorboard"]
+    assert chosen_backends(MonitorConfig(backends=["wandb, auto"])) == ["console", "jsonl", "tensorboard", "wandb"]
+    monkeypatch.setattr("bdh.monitor.config.importlib.util.find_spec", lambda name: None)
+    assert chosen_backends(MonitorConfig()) == ["console", "jsonl"]
+
+
+def test_a_missing_tensorboard_is_announced_with_auto(tmp_path, monkeypatch):
+    monkeypatch.setattr("bdh.monitor.config.importlib.util.find_spec", lambda name: None)
     console = quiet()
-    if outcome == "refused":
-        with pytest.raises(ValueError, match=r"pip install \"bdh\[monitor\]\""):
-            opened(tmp_path, tensorboard=choice)
-    else:
-        opened(tmp_path, tensorboard=choice, console=console).close()
-        assert "No TensorBoard files" in console.file.getvalue()
+    opened(tmp_path, console=console).close()
+    assert "No TensorBoard files" in console.file.getvalue()
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
+def test_a_backend_whose_package_is_missing_is_refused_with_the_line_that_installs_it(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("bdh.monitor.config.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=rf"names {name}, but .* missing: pip install \"bdh\[monitor\]\""):
+        opened(tmp_path, backends=["auto", name])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_backend_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match=r"monitor\.backends is 'mlflow': must be one of auto, console, jsonl"):
+        opened(tmp_path, backends=["auto", "mlflow"])
 
 
 def test_histograms_reach_tensorboard_thinned_out(tmp_path):

@@ -26,7 +26,7 @@ TINY = {
     "checkpoint.every_steps": 3,
     "checkpoint.keep_last": 100,
     "monitor.log_every_steps": 1,
-    "monitor.tensorboard": "off",
+    "monitor.backends": "console,jsonl",
 }
 
 

@@ -110,7 +110,7 @@ def test_a_loss_that_is_not_finite_does_not_spoil_the_steps_behind_it(documents,
         return output * float("nan") if len(calls) == 3 else output
 
     handle = run.model.encoder.register_forward_hook(break_once)  # two passes a step: in the second step
-    with Monitor(run.folder, MonitorConfig(tensorboard="off"), total_steps=12) as monitor:
+    with Monitor(run.folder, MonitorConfig(backends=["console", "jsonl"]), total_steps=12) as monitor:
         assert fit(run, monitor) == "finished"
     handle.remove()
     assert run.progress.skipped_steps == 1

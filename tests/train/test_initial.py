@@ -31,7 +31,7 @@ def fine_tune(text_file, tmp_path, monkeypatch):
             "train.sample_every_steps": 0,
             "checkpoint.every_steps": 3,
             "monitor.log_every_steps": 1,
-            "monitor.tensorboard": "off",
+            "monitor.backends": "console,jsonl",
             **overrides,
         }
         return main(["train", *(f"--{name}={value}" for name, value in settings.items()), *more])

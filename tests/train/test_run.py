@@ -104,7 +104,7 @@ def test_training_learns(train, tmp_path):
 
 def test_the_folder_holds_what_the_docs_promise(train, tmp_path):
     run = tmp_path / "run"
-    assert train(run, **{"monitor.tensorboard": "on"}) == 0
+    assert train(run, **{"monitor.backends": "auto,tensorboard"}) == 0
     for name in (
         "config.yaml",
         "metrics.jsonl",
@@ -255,7 +255,7 @@ def test_a_missing_tensorboard_is_told_before_anything_is_written(train, tmp_pat
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *more: None if name == "tensorboard" else find(name, *more)
     )
-    assert train(tmp_path / "run", **{"monitor.tensorboard": "on"}) == 2
+    assert train(tmp_path / "run", **{"monitor.backends": "tensorboard"}) == 2
     assert 'pip install "bdh[monitor]"' in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
@@ -297,7 +297,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_step(te
         run.model.lm_head.weight[3, 0] = float("nan")
     before = {name: w.clone() for name, w in run.model.state_dict().items()}
     with (
-        Monitor(run.folder, MonitorConfig(tensorboard="off"), total_steps=12) as monitor,
+        Monitor(run.folder, MonitorConfig(backends=["console", "jsonl"]), total_steps=12) as monitor,
         pytest.raises(TrainingStopped, match="step 1: the loss is nan"),
     ):
         fit(run, monitor)
@@ -310,7 +310,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(text_file, tmp_pa
     run.model.decoder.weight.register_hook(lambda gradient: gradient * float("inf"))
     before = run.model.encoder.weight.clone()
     with (
-        Monitor(run.folder, MonitorConfig(tensorboard="off"), total_steps=12) as monitor,
+        Monitor(run.folder, MonitorConfig(backends=["console", "jsonl"]), total_steps=12) as monitor,
         pytest.raises(TrainingStopped, match="step 1: the gradient's norm is"),
     ):
         fit(run, monitor)
@@ -328,7 +328,7 @@ def test_a_step_that_is_not_finite_can_be_left_out_and_is_counted(text_file, tmp
         return gradient * float("nan") if len(calls) == 2 else gradient
 
     run.model.decoder.weight.register_hook(break_once)
-    with Monitor(run.folder, MonitorConfig(tensorboard="off"), total_steps=4) as monitor:
+    with Monitor(run.folder, MonitorConfig(backends=["console", "jsonl"]), total_steps=4) as monitor:
         assert fit(run, monitor) == "finished"
     assert torch.equal(seen[2], seen[1])  # the second step changed nothing
     assert not torch.equal(seen[1], seen[0])
@@ -348,7 +348,7 @@ def test_a_run_of_steps_that_are_not_finite_stops(text_file, tmp_path, monkeypat
     with torch.no_grad():
         run.model.lm_head.weight[3, 0] = float("nan")
     with (
-        Monitor(run.folder, MonitorConfig(tensorboard="off"), total_steps=40) as monitor,
+        Monitor(run.folder, MonitorConfig(backends=["console", "jsonl"]), total_steps=40) as monitor,
         pytest.raises(TrainingStopped, match="step 26: 26 steps in a row had a loss or gradient not to be trusted"),
     ):
         fit(run, monitor)
@@ -365,7 +365,7 @@ def test_float16_skips_a_step_whose_gradients_overflow(text_file, tmp_path, monk
 
     run.model.decoder.weight.register_hook(overflow_once)
     scale = run.scaler.get_scale()
-    with Monitor(run.folder, MonitorConfig(tensorboard="off"), total_steps=3) as monitor:
+    with Monitor(run.folder, MonitorConfig(backends=["console", "jsonl"]), total_steps=3) as monitor:
         assert fit(run, monitor) == "finished"
     assert run.scaler.get_scale() == scale / 2
     assert all(torch.isfinite(w).all() for w in run.model.state_dict().values())
@@ -377,7 +377,7 @@ def test_a_training_outside_of_the_main_thread_leaves_the_signals_alone(text_fil
     run = opened(text_file, tmp_path / "run", **{"train.max_steps": 2})
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with (
-        Monitor(run.folder, MonitorConfig(tensorboard="off"), total_steps=2) as monitor,
+        Monitor(run.folder, MonitorConfig(backends=["console", "jsonl"]), total_steps=2) as monitor,
         ThreadPoolExecutor(1) as threads,
     ):
         assert threads.submit(fit, run, monitor).result() == "finished"

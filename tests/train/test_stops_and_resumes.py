@@ -46,7 +46,7 @@ def test_a_signal_during_an_evaluation_or_a_sample_is_saved_for(opened, tmp_path
     monkeypatch.setattr(loop, during, interrupted)
     if during == "sample":
         monkeypatch.setattr(loop, "evaluate", lambda *_: False)
-    with Monitor(run.folder, MonitorConfig(tensorboard="off"), total_steps=12) as monitor:
+    with Monitor(run.folder, MonitorConfig(backends=["console", "jsonl"]), total_steps=12) as monitor:
         assert fit(run, monitor) == "SIGTERM"
     assert run.progress.step == 4
     assert run.checkpointer.load().step == 4

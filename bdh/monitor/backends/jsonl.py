@@ -7,13 +7,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bdh.monitor.backends.base import Backend
 
-class MetricsFile:
+
+class MetricsFile(Backend):
     """Appends to ``metrics.jsonl``.
 
     A file that is there already, of the run that goes on, is cut back to ``start_step`` first: later steps will
     be taken again, and a last line that a kill has torn is dropped.
     """
+
+    title = "metrics.jsonl"
 
     def __init__(self, path: Path, start_step: int = 0):
         cut_back(path, start_step)

@@ -1,0 +1,257 @@
+"""Tasks of the LM Evaluation Harness (lm_eval) on a BDH model. Imported only where lm_eval is installed."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval import simple_evaluate
+from lm_eval.api.model import TemplateLM
+from lm_eval.tasks import TaskManager
+from transformers import PreTrainedTokenizerFast
+
+from bdh.evaluate.loss import inference
+from bdh.model import BDHForCausalLM
+from bdh.model.sampling import SamplingOptions
+
+_MAX_LOGITS = 2**26  # of one forward pass: 256 MiB in float32
+_CHUNK = 1024  # tokens of one forward pass, where the whole of a long text is read
+_GENERATION = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "num_beams"}
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One figure of one task."""
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    num_samples: int | None
+
+
+class HarnessModel(TemplateLM):
+    """What the harness asks of a model.
+
+    Args:
+        max_length: tokens that a prediction sees at most: a longer context loses its beginning, and ``num_cut``
+            counts how often. None reads all of it: the model's state is of one size at any length.
+
+    A tokenizer without ``<bos>`` and ``<eos>`` gets a newline before a text that has nothing before it.
+    """
+
+    def __init__(
+        self,
+        model: BDHForCausalLM,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        max_length: int | None,
+        batch_size: int = 16,
+    ):
+        super().__init__()
+        self._model = model
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.batch_size = batch_size
+        self.num_cut = 0
+        special = [i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None]
+        self._start: list[int] = special[:1] or self.tok_encode("\n")
+
+    @property
+    def eot_token_id(self) -> int:
+        return self._start[0]
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Ids of a text; what looks like a special token in it is text."""
+        return list(self.tokenizer(string, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """For each (context, continuation) the log-probability, and whether greedy decoding would give it."""
+        pairs = []
+        for request in requests:
+            context, continuation = request.args
+            if context:
+                pairs.append(self._encode_pair(context, continuation))
+            else:
+                pairs.append((self._start, self.tok_encode(continuation)))
+        return self._scored([(context or self._start, continuation) for context, continuation in pairs])
+
+    def _loglikelihood_tokens(self, requests: list[Any], **kwargs: Any) -> list[tuple[float, bool]]:
+        return self._scored([(context, continuation) for _, context, continuation in requests])
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """The log-probability of each whole text. A long one is read in windows of ``max_length`` one after the other."""
+        pairs = [(self._start, self.tok_encode(request.args[0])) for request in requests]
+        return [score for score, _ in self._scored(pairs, counts_cuts=False)]
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Continues each context until one of its stop strings."""
+        texts: list[str] = [""] * len(requests)
+        groups: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            groups.setdefault(repr(request.args[1]), []).append(index)
+        for indices in groups.values():
+            options = _sampling(requests[indices[0]].args[1])
+            # Those of like length together: less padding.
+            indices.sort(key=lambda index: len(requests[index].args[0]))
+            for first in range(0, len(indices), self.batch_size):
+                batch = indices[first : first + self.batch_size]
+                prompts = [self._last_part(requests[index].args[0]) for index in batch]
+                found = self._model.generate_texts(self.tokenizer, prompts, options)
+                for index, (text,) in zip(batch, found, strict=True):
+                    texts[index] = text
+        return texts
+
+    def _last_part(self, text: str) -> str:
+        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+        if self.max_length is None or len(encoded["input_ids"]) <= self.max_length:
+            return text or str(self.tokenizer.decode(self._start))
+        self.num_cut += 1
+        return text[encoded["offset_mapping"][-self.max_length][0] :]
+
+    def _scored(
+        self, pairs: Sequence[tuple[list[int], list[int]]], *, counts_cuts: bool = True
+    ) -> list[tuple[float, bool]]:
+        """Sum of log-probabilities of the second of each pair behind the first, and whether each was the likeliest."""
+        rows: list[tuple[int, list[int], int]] = []  # (pair, tokens, how many at their end are predicted)
+        for number, (context, continuation) in enumerate(pairs):
+            tokens = context + continuation
+            longest = self.max_length or len(tokens)
+            for start in range(len(context), len(tokens), longest):
+                end = min(start + longest, len(tokens))
+                rows.append((number, tokens[max(0, end - 1 - longest) : end], end - start))
+            self.num_cut += counts_cuts and len(tokens) - 1 > longest
+        sums, greedy = [0.0] * len(pairs), [True] * len(pairs)
+        rows.sort(key=lambda row: -len(row[1]))
+        while rows:
+            width = min(len(rows[0][1]) - 1, _CHUNK)
+            size = max(1, min(self.batch_size, _MAX_LOGITS // (width * self._model.config.vocab_size)))
+            batch, rows = rows[:size], rows[size:]
+            for (number, _, _), (score, is_greedy) in zip(batch, self._score_rows(batch), strict=True):
+                sums[number] += score
+                greedy[number] &= is_greedy
+        return list(zip(sums, greedy, strict=True))
+
+    def _score_rows(self, rows: list[tuple[int, list[int], int]]) -> list[tuple[float, bool]]:
+        longest = max(len(tokens) for _, tokens, _ in rows)
+        # What pads a row stands behind it, where no prediction sees it.
+        padded = torch.tensor([tokens + [0] * (longest - len(tokens)) for _, tokens, _ in rows])
+        padded = padded.to(self._model.device)
+        state = self._model.new_state(len(rows)) if longest - 1 > _CHUNK else None
+        scores, hits = [], []
+        with inference(self._model):
+            for start in range(0, longest - 1, _CHUNK):
+                inputs = padded[:, start : min(start + _CHUNK, longest - 1)]
+                targets = padded[:, start + 1 : start + 1 + inputs.shape[1]]
+                logits = self._model(inputs, past_key_values=state, use_cache=state is not None).logits.float()
+                scores.append(logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0].double().cpu())
+                hits.append((logits.argmax(-1) == targets).cpu())
+        of_tokens, is_likeliest = torch.cat(scores, 1), torch.cat(hits, 1)  # (B, T - 1)
+        found = []
+        for index, (_, tokens, num_predicted) in enumerate(rows):
+            part = slice(len(tokens) - 1 - num_predicted, len(tokens) - 1)
+            found.append((of_tokens[index, part].sum().item(), bool(is_likeliest[index, part].all())))
+        return found
+
+
+def evaluate_tasks(
+    lm: HarnessModel,
+    tasks: Sequence[str],
+    *,
+    include_path: str | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+) -> list[TaskScore]:
+    """Runs tasks, and gives their figures in the order of their names.
+
+    Args:
+        tasks: names of tasks, groups or tags; YAML files; or folders, of which every task is taken.
+        include_path: a folder with further tasks.
+        num_fewshot: solved examples before each question. None for what the task says.
+        limit: documents of each task; None for all.
+
+    Raises:
+        ValueError: there is no such task.
+        FileNotFoundError: a folder or file is not there.
+    """
+    logging.getLogger("lm_eval").setLevel(logging.WARNING)
+    names, manager = _found_tasks(tasks, include_path)
+    results: Any = simple_evaluate(
+        model=lm,
+        tasks=names,
+        task_manager=manager,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        log_samples=False,
+        bootstrap_iters=1000,
+    )
+    scores = []
+    for task, figures in sorted((results["results"] | results.get("groups", {})).items()):
+        counts = results.get("n-samples", {}).get(task, {})
+        for key, value in figures.items():
+            metric, _, filter_name = key.partition(",")
+            if not isinstance(value, int | float) or not filter_name or metric.endswith("_stderr"):
+                continue
+            stderr = figures.get(f"{metric}_stderr,{filter_name}")
+            shown = metric if filter_name == "none" else f"{metric} ({filter_name})"
+            stderr = stderr if isinstance(stderr, int | float) else None
+            scores.append(TaskScore(task, shown, value, stderr, counts.get("effective")))
+    return scores
+
+
+def _found_tasks(tasks: Sequence[str], include_path: str | None) -> tuple[list[str], TaskManager]:
+    paths = [include_path] if include_path is not None else []
+    names: list[str] = []
+    for task in tasks:
+        path = Path(task)
+        if not path.is_dir() and path.suffix not in (".yaml", ".yml"):
+            names.append(task)
+            continue
+        _check_there(path)
+        paths.append(str(path if path.is_dir() else path.parent))
+        found = TaskManager(include_path=paths[-1], include_defaults=False)
+        if path.is_dir():
+            names += found.all_subtasks
+        else:
+            names += [name for name, entry in found.task_index.items() if entry.yaml_path == path]
+        if not names:
+            raise ValueError(f"{task} holds no task: a task is a YAML file with `task: NAME` in it")
+    for each in paths:
+        _check_there(Path(each))
+    manager = TaskManager(include_path=paths, include_defaults=False)
+    if not set(names) <= set(manager.all_tasks):  # the harness's own are thousands of files to read
+        manager = TaskManager(include_path=paths)
+    if unknown := sorted(set(names) - set(manager.all_tasks)):
+        raise ValueError(
+            f"there is no task {', '.join(unknown)}: `lm-eval ls tasks` lists the harness's own, and tasks may also "
+            "be given as a YAML file or a folder"
+        )
+    return names, manager
+
+
+def _check_there(path: Path) -> None:
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {path} to read tasks from")
+
+
+def _sampling(arguments: dict[str, Any]) -> SamplingOptions:
+    """What a task's ``generation_kwargs`` mean.
+
+    Raises:
+        ValueError: there is one that has no meaning here.
+    """
+    given = dict(arguments)
+    stop = given.pop("until", None) or []
+    stop = [stop] if isinstance(stop, str) else stop
+    max_new_tokens = given.pop("max_gen_toks", 256)
+    samples = given.pop("do_sample", given.get("temperature", 0) > 0)
+    if unknown := sorted(set(given) - _GENERATION):
+        raise ValueError(
+            f"generation_kwargs of the task has {', '.join(unknown)}: known are until, max_gen_toks, do_sample, "
+            f"{', '.join(sorted(_GENERATION))}"
+        )
+    if not samples:
+        given["temperature"] = 0.0
+    return SamplingOptions(max_new_tokens=max_new_tokens, stop=[s for s in stop if s], seed=0, **given).validated()
