@@ -37,3 +37,13 @@ def test_long_context_gets_worse_beyond_the_block_unless_the_state_is_carried(tm
     # Measured was 0.37 above it.
     assert sum(plain[2:]) / 6 > plain[0] + 0.2
     assert (tmp_path / "loss.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--checkpoint.in_background=true", "--train.ema_decay=0.9"]], ids=["", "background"])
+def test_random_kills_lose_nothing(tmp_path, monkeypatch, more):
+    monkeypatch.setenv("BDH_CACHE", str(tmp_path))
+    command = [sys.executable, "benchmarks/random_kills.py", "--kills", "3", "--folder", str(tmp_path), *more]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "losses, samples and weights are those of the undisturbed run, to the bit" in done.stdout, done.stdout
+    assert done.returncode == 0

@@ -96,9 +96,13 @@ class World:
 
     @contextmanager
     def one_first(self) -> Iterator[None]:
-        """Lets the first process of each machine do something, such as filling a cache, before the others do it."""
-        if self.local_rank != 0:
+        """Lets rank 0 do something, such as filling a cache, then the first of each other machine, then the rest.
+
+        So it is done once where the machines share a disk, and once on each where they do not.
+        """
+        turn = 0 if self.rank == 0 else 1 if self.local_rank == 0 else 2
+        for _ in range(turn):
             self.wait_for_all()
         yield
-        if self.local_rank == 0:
+        for _ in range(2 - turn):
             self.wait_for_all()

@@ -81,6 +81,8 @@ class Monitor:
         shows_them = any(type(each).log_histogram is not Backend.log_histogram for each in self._backends)
         if shows_them and values.numel() > 0:
             some = values.detach().flatten()[:: 1 + values.numel() // _HISTOGRAM_VALUES].float().cpu()
+            # A copy: a backend may keep it while the training changes the values, or FSDP frees them.
+            some = some.clone()
             self._each("log_histogram", step, name, some)
 
     def progress(self, step: int, *, loss: float, tokens_per_second: float) -> None:

@@ -38,14 +38,16 @@ class Received:
 def deferred_signals() -> Iterator[Received]:
     """Collects signals, so that a step ends before the run does. A second one acts at once, as it does without this.
 
-    Outside of the main thread, where Python gives none, it collects nothing.
+    Not so SIGUSR1, which may come from Slurm and, passed on, from ``torchrun`` too. Outside of the main thread, where Python gives none, it collects nothing.
     """
     received = Received()
     before: dict[int, Any] = {}
 
     def remember(number: int, frame: FrameType | None) -> None:
-        received.add(signal.Signals(number).name)
-        restore()
+        name = signal.Signals(number).name
+        received.add(name)
+        if name != "SIGUSR1":
+            restore()
 
     def restore() -> None:
         for each, handler in before.items():

@@ -17,6 +17,7 @@ SETTINGS = TINY | {
     "train.sample_every_steps": 50,
     "checkpoint.every_steps": 20,
     "monitor.progress_bar": False,
+    "monitor.backends": "auto",
 }
 
 
