@@ -1,8 +1,9 @@
 """Settings of the section ``data``."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from bdh.data.mix_config import collect_mix_faults
 from bdh.validation import Faults
 
 
@@ -10,6 +11,8 @@ from bdh.validation import Faults
 class DataConfig:
     source: str | list[str] = "pydoc"
     """Built-in (pydoc, stdlib, shakespeare), hub id, file, glob or folder; several with commas or as a list."""
+    mix: list[dict[str, Any]] | None = None
+    """Several sources instead of one: [{source: a.txt, weight: 3}, ...]; entries may set text_column and the like."""
     name: str | None = None
     """Hub: configuration of the data set."""
     split: str = "train"
@@ -36,6 +39,8 @@ class DataConfig:
     """Folder of the token cache. None takes $BDH_CACHE, or else ~/.cache/bdh."""
 
     def collect_faults(self, faults: Faults) -> None:
+        if self.mix is not None:
+            collect_mix_faults(self, faults)
         for field in ("source", "val_source"):
             value = getattr(self, field)
             items = value if isinstance(value, list) else [value]

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from bdh.data.batch import Batch
+from bdh.data.batch import Batch, ValidationPart
 from bdh.data.config import DataConfig
 from bdh.data.parts import Skipped
 from bdh.data.windows import evenly_spaced_windows
@@ -73,6 +73,10 @@ class Corpus(ABC):
             more than the one token that is the last target of a window and the first input of the next.
         """
         return evenly_spaced_windows(self.validation_tokens(), self.block_size, num_windows)
+
+    def validation_parts(self, num_windows: int) -> list[ValidationPart]:
+        """The rows that training is measured on, the same each time; see :meth:`validation_windows`."""
+        return [ValidationPart("", Batch(self.validation_windows(num_windows)), self.val_bytes_per_token)]
 
 
 def check_long_enough(config: DataConfig, train_tokens: int, val_tokens: int, block_size: int) -> None:

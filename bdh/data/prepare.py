@@ -5,6 +5,7 @@ from transformers import PreTrainedTokenizerFast
 from bdh.data.config import DataConfig
 from bdh.data.corpus import Corpus
 from bdh.data.mapped import MapCorpus
+from bdh.data.mixed import MixCorpus
 from bdh.data.progress import ProgressCallback, no_progress
 from bdh.data.streaming import StreamingCorpus
 from bdh.tokenizer.encoding import TextEncoder
@@ -29,5 +30,9 @@ def prepare_corpus(
             been written then.
         OSError: the cache cannot be written.
     """
+    if config.mix is not None:
+        return MixCorpus(
+            config, lambda each: prepare_corpus(each, tokenizer, block_size, progress=progress), block_size
+        )
     kind = StreamingCorpus if config.streaming else MapCorpus
     return kind(config, TextEncoder(tokenizer), block_size, progress or no_progress)

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
+from bdh.data.batch import ValidationPart
 from bdh.evaluate.activity import measure_activity
-from bdh.evaluate.loss import Metrics, evaluate_windows
+from bdh.evaluate.loss import Metrics
+from bdh.evaluate.parts import evaluate_parts
 from bdh.model.sampling import SamplingOptions
 from bdh.monitor import Monitor
 from bdh.train.checkpoint import CheckpointError
@@ -42,7 +44,7 @@ def fit(run: Run, monitor: Monitor) -> str:
     """
     settings, progress = run.settings.train, run.progress
     step_model = torch.compile(run.model) if settings.compile else run.model
-    validation = run.corpus.validation_windows(settings.eval_windows)
+    validation = run.corpus.validation_parts(settings.eval_windows)
     last_step = min(settings.max_steps, settings.stop_at_step or settings.max_steps)
     peak = matmul_peak(run.runtime)
     flops_per_token = training_flops_per_token(run.model.config, settings.block_size)
@@ -145,7 +147,7 @@ def training_step(run: Run, step_model: Callable[..., Any]) -> StepResult:
     before_data = time.perf_counter()
     batch = run.loader.next()  # of all forward passes of the step
     data_seconds = time.perf_counter() - before_data
-    num_targets = batch.num_targets
+    num_targets = max(1, batch.num_targets)  # a step in which nothing counts has a loss of 0
     for part in batch.split(settings.batch_size):
         part = part.to(device)
         with run.runtime.autocast():
@@ -189,32 +191,31 @@ def training_step(run: Run, step_model: Callable[..., Any]) -> StepResult:
     )
 
 
-def evaluate(run: Run, monitor: Monitor, validation: torch.Tensor) -> bool:
+def evaluate(run: Run, monitor: Monitor, validation: list[ValidationPart]) -> bool:
     """Measures the validation windows, and tells whether the loss is the best so far."""
     progress = run.progress
 
-    def measure() -> Metrics:
-        return evaluate_windows(
-            run.model,
-            validation,
-            bytes_per_token=run.corpus.val_bytes_per_token,
-            autocast=run.runtime.autocast,
-        )
+    def measure() -> tuple[Metrics, dict[str, Metrics]]:
+        return evaluate_parts(run.model, validation, autocast=run.runtime.autocast)
 
-    metrics = measure()
-    activity = measure_activity(run.model, validation[:_ACTIVITY_WINDOWS, :-1], autocast=run.runtime.autocast)
+    metrics, by_source = measure()
+    windows = run.corpus.validation_windows(min(run.settings.train.eval_windows, _ACTIVITY_WINDOWS))
+    activity = measure_activity(run.model, windows[:, :-1], autocast=run.runtime.autocast)
     progress.last_metrics = metrics.as_dict()
     values = metrics.as_dict("val/") | metrics.loss_at("val/") | activity.as_dict("val/")
+    for name, of_source in by_source.items():
+        values |= of_source.as_dict(f"val/{name}/")
     averaged = ""
     if run.average is not None:
         run.average.swap(run.model)
         try:
-            of_average = measure()
+            of_average, _ = measure()
         finally:
             run.average.swap(run.model)
         progress.last_ema_metrics = of_average.as_dict()
         values |= of_average.as_dict("val_ema/")
         averaged = f"; moving average: loss {of_average.loss:.4f}"
+    of_sources = "".join(f"; {name}: loss {each.loss:.4f}" for name, each in by_source.items())
     for name, weight in run.model.named_parameters():
         monitor.log_histogram(progress.step, f"weights/{name}", weight)
     for kind, passes in activity.samples.items():
@@ -229,7 +230,7 @@ def evaluate(run: Run, monitor: Monitor, validation: torch.Tensor) -> bool:
     monitor.message(
         f"step {progress.step}: validation loss {metrics.loss:.4f} nats per token, perplexity {metrics.perplexity:.2f}, "
         f"{metrics.bits_per_byte:.3f} bits per byte, accuracy {metrics.accuracy:.1%}, "
-        f"{_mean(activity.density['x']):.1%} of the neurons fire{averaged}{' (best)' if is_best else ''}"
+        f"{_mean(activity.density['x']):.1%} of the neurons fire{of_sources}{averaged}{' (best)' if is_best else ''}"
     )
     return is_best
 

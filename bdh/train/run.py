@@ -98,7 +98,7 @@ class Run:
         training = checkpoint.training
         if training["data_fingerprint"] != self.corpus.fingerprint:
             raise ValueError(
-                f"data.source {self.settings.data.source!r} has changed since the run was started (its fingerprint was "
+                f"the text of {self.corpus.facts['source']} has changed since the run was started (its fingerprint was "
                 f"{training['data_fingerprint']}, now it is {self.corpus.fingerprint}): nothing was changed"
             )
         self.model.load_state_dict(checkpoint.weights)
