@@ -1,8 +1,9 @@
 """bdh eval: measures a model on a text."""
 
 import json
+import sys
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from bdh.cli.settings import parse_settings
 from bdh.data.config import DataConfig
@@ -63,6 +64,7 @@ def run(argv: list[str]) -> int:
 
     from bdh.cli.progress import stage_progress, token_progress
     from bdh.data import prepare_corpus
+    from bdh.data.conversations import holds_chat
     from bdh.evaluate.loss import evaluate_text
     from bdh.train.models import load_model
 
@@ -74,6 +76,8 @@ def run(argv: list[str]) -> int:
     settings.collect_stride_faults(block_size, faults)
     faults.raise_if_any()
     console = Console(stderr=True, highlight=False)
+    if settings.data.mix is None and holds_chat(settings.data):
+        return _measure_answers(settings, model, tokenizer, block_size)
     with stage_progress(console, "bytes") as progress:
         corpus = prepare_corpus(settings.data, tokenizer, block_size=1, progress=progress)
     parts = []
@@ -94,17 +98,47 @@ def run(argv: list[str]) -> int:
             max_batch_size=settings.batch_size,
             progress=advance,
         )
+    _print_metrics(
+        settings,
+        metrics,
+        corpus.facts["source"],
+        block_size,
+        f"windows        {block_size:,} tokens, {_describe(settings)}",
+    )
+    return 0
+
+
+def _measure_answers(settings: EvalSettings, model: Any, tokenizer: Any, block_size: int) -> int:
+    """Of conversations: each read from nothing, in pieces of ``block_size``, and what the assistant writes is measured."""
+    from bdh.data import prepare_corpus
+    from bdh.evaluate.parts import evaluate_part
+
+    wrong: list[tuple[str, Any, bool, str]] = []
+    wrong += [("part", settings.part, settings.part != "validation", "their validation part, or data.val_source")]
+    wrong += [("stride", settings.stride, settings.stride not in (None, block_size), "windows without overlap")]
+    wrong += [("carry_state", True, settings.carry_state, "one conversation at a time")]
+    for name, value, is_wrong, on in wrong:
+        if is_wrong:
+            raise ValueError(f"{name} is {value!r}: conversations are measured on {on}")
+    corpus = prepare_corpus(settings.data, tokenizer, block_size)
+    (part,) = corpus.validation_parts(sys.maxsize)
+    metrics = evaluate_part(model, part, max_batch_size=settings.batch_size)
+    rows = f"conversations  {len(part.batch.tokens):,}, each read from nothing; only answers count"
+    _print_metrics(settings, metrics, corpus.facts["source"], block_size, rows)
+    return 0
+
+
+def _print_metrics(settings: EvalSettings, metrics: Any, source: Any, block_size: int, windows: str) -> None:
     if settings.json:
         figures = {**metrics.as_dict(), "nats_per_byte": metrics.nats_per_byte}
         print(json.dumps({**figures, "tokens": metrics.num_tokens, "block_size": block_size}))
-        return 0
-    print(f"tokens         {metrics.num_tokens:,} of {corpus.facts['source']} ({settings.part})")
-    print(f"windows        {block_size:,} tokens, {_describe(settings)}")
+        return
+    print(f"tokens         {metrics.num_tokens:,} of {source} ({settings.part})")
+    print(windows)
     print(f"loss           {metrics.loss:.4f} nats per token, {metrics.nats_per_byte:.4f} nats per byte")
     print(f"perplexity     {metrics.perplexity:.4f}")
     print(f"bits per byte  {metrics.bits_per_byte:.4f}")
     print(f"accuracy       {metrics.accuracy:.2%}")
-    return 0
 
 
 def _describe(settings: EvalSettings) -> str:

@@ -91,6 +91,13 @@ def print_banner(console: Console, training: Any) -> None:
 def _describe_data(facts: dict[str, Any]) -> str:
     if facts.get("streaming"):
         return f"{facts['source']}, streaming; {facts['val_tokens']:,} tokens for validation"
+    if facts.get("format") == "chat":
+        num_train = facts["documents"] - facts["val_documents"]
+        return (
+            f"{facts['source']}: {num_train:,} conversations (chat) in {facts['rows']:,} rows, "
+            f"{facts['train_answer_tokens']:,} of {facts['train_tokens']:,} tokens are the assistant's and count; "
+            f"{facts['val_documents']:,} for validation"
+        )
     return f"{facts['source']}: {facts['train_tokens']:,} tokens to train on, {facts['val_tokens']:,} for validation"
 
 

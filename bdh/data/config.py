@@ -19,8 +19,10 @@ class DataConfig:
     """Hub: split to train on."""
     revision: str | None = None
     """Hub: branch, tag or commit of the data set."""
+    format: Literal["auto", "text", "chat"] = "auto"
+    """chat: conversations, of which the assistant's part is learned. auto: chat where .jsonl files begin with messages."""
     text_column: str | None = None
-    """Column that holds the text, in tables. None takes the only column of strings, if there is only one."""
+    """Column that holds the text, in tables. None takes the only column of strings, if there is only one; chat: messages."""
     encoding_errors: Literal["strict", "replace"] = "strict"
     """Bytes that are not UTF-8: strict stops and says where, replace puts U+FFFD in their place."""
     val_split: str | None = None
@@ -46,6 +48,7 @@ class DataConfig:
             items = value if isinstance(value, list) else [value]
             is_right = bool(items) and all(item is None or item.strip() for item in items)
             faults.require(is_right, field, value, "a name, or a list of names, none of them empty")
+        faults.require_one_of("format", self.format, ("auto", "text", "chat"))
         faults.require_one_of("encoding_errors", self.encoding_errors, ("strict", "replace"))
         faults.require(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "above 0 and below 1")
         for field in ("shuffle_buffer_documents", "val_tokens"):

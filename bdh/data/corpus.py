@@ -40,6 +40,8 @@ class Corpus(ABC):
     fingerprint: str
     val_bytes_per_token: float
     block_size: int
+    is_chat: bool = False
+    """Whether there are conversations in it."""
 
     @abstractmethod
     def train_loader(self, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> Loader:

@@ -17,6 +17,7 @@ ENTRY_FIELDS = (
     "name",
     "split",
     "revision",
+    "format",
     "text_column",
     "encoding_errors",
     "val_split",

@@ -29,6 +29,7 @@ class MixCorpus(Corpus):
         self._sources = mix_sources(config)
         self._shares = [source.share for source in self._sources]
         self._corpora = [prepare(source.config) for source in self._sources]
+        self.is_chat = any(corpus.is_chat for corpus in self._corpora)
         self.val_bytes_per_token = sum(
             share * corpus.val_bytes_per_token for share, corpus in zip(self._shares, self._corpora, strict=True)
         )

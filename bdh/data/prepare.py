@@ -2,7 +2,9 @@
 
 from transformers import PreTrainedTokenizerFast
 
+from bdh.data.chat import ChatCorpus
 from bdh.data.config import DataConfig
+from bdh.data.conversations import holds_chat
 from bdh.data.corpus import Corpus
 from bdh.data.mapped import MapCorpus
 from bdh.data.mixed import MixCorpus
@@ -34,5 +36,7 @@ def prepare_corpus(
         return MixCorpus(
             config, lambda each: prepare_corpus(each, tokenizer, block_size, progress=progress), block_size
         )
+    if holds_chat(config):
+        return ChatCorpus(config, tokenizer, block_size, progress or no_progress)
     kind = StreamingCorpus if config.streaming else MapCorpus
     return kind(config, TextEncoder(tokenizer), block_size, progress or no_progress)

@@ -12,6 +12,7 @@ from transformers.utils import logging
 import bdh
 from bdh.model import BDHForCausalLM
 from bdh.storage import whole_folder
+from bdh.tokenizer import stop_token_ids
 from bdh.train.checkpoint import Checkpoint
 from bdh.train.models import load_run
 
@@ -57,7 +58,7 @@ def export_model(
         max_new_tokens=200,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=stop_token_ids(tokenizer),
     )
     with whole_folder(folder) as temporary:
         model.save_pretrained(temporary)

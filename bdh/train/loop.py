@@ -18,6 +18,7 @@ from bdh.evaluate.loss import Metrics
 from bdh.evaluate.parts import evaluate_parts
 from bdh.model.sampling import SamplingOptions
 from bdh.monitor import Monitor
+from bdh.tokenizer.chat import question
 from bdh.train.checkpoint import CheckpointError
 from bdh.train.run import Run
 from bdh.train.speed import StepClock, matmul_peak, peak_memory_bytes, training_flops_per_token
@@ -252,7 +253,9 @@ def sample(run: Run, monitor: Monitor) -> None:
         options = SamplingOptions(
             max_new_tokens=settings.sample_max_new_tokens, temperature=0.8, top_k=50, seed=settings.seed + number
         )
-        text = run.model.generate_text(run.tokenizer, prompt, options)
+        # A model that learns to answer is asked.
+        asked = question(run.tokenizer, prompt) if run.corpus.is_chat else prompt
+        text = run.model.generate_text(run.tokenizer, asked, options)
         monitor.log_text(step, f"samples/{number}", prompt + text)
         monitor.message(f"step {step}: {prompt!r} goes on: {json.dumps(text, ensure_ascii=False)}")
         line = json.dumps({"step": step, "prompt": prompt, "text": text}, ensure_ascii=False)

@@ -12,10 +12,11 @@ from transformers import PreTrainedTokenizerFast
 
 import bdh
 from bdh.data import Corpus, prepare_corpus
+from bdh.data.conversations import holds_chat
 from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.model.averaging import MovingAverage
 from bdh.storage import whole_folder, write_text
-from bdh.tokenizer import load_tokenizer
+from bdh.tokenizer import load_tokenizer, stop_token_ids, with_chat_template
 from bdh.train.checkpoint import Checkpoint, Checkpointer
 from bdh.train.config import RunSettings
 from bdh.train.initial import InitialModel
@@ -146,6 +147,9 @@ def open_run(settings: RunSettings, *, progress: Any = None) -> Run:
         settings = initial.completed(settings)
     # A run keeps the tokenizer that it was started with.
     tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER if checkpoint else settings.tokenizer)
+    if checkpoint is None:
+        template = settings.tokenizer.chat_template
+        tokenizer = with_chat_template(tokenizer, template, needs_one=holds_chat(settings.data))
     if initial is not None:
         initial.check_tokenizer(tokenizer)
     config = model_config(settings, tokenizer)
@@ -215,7 +219,7 @@ def model_config(settings: RunSettings, tokenizer: PreTrainedTokenizerFast) -> B
         train_block_size=settings.train.block_size,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=stop_token_ids(tokenizer),
         **fields,
     )
 
