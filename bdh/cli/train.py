@@ -84,6 +84,12 @@ def print_banner(console: Console, training: Any) -> None:
     }
     if train.init_from is not None:
         lines["weights"] = f"those of {train.init_from}, trained further"
+    if train.lora.r:
+        num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        lines["weights"] = (
+            f"those of {train.init_from}, unchanged; {num_trained:,} trained: adapters of rank {train.lora.r} in "
+            f"{', '.join(train.lora.target_modules)}{', and embed and lm_head' if train.lora.embeddings else ''}"
+        )
     for name, text in lines.items():
         console.print(f"  {name:<10} {text}", markup=False, soft_wrap=True)
 

@@ -4,6 +4,7 @@ import copy
 import logging
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -12,8 +13,7 @@ from bdh.model import BDHForCausalLM
 from bdh.tokenizer import TextEncoder, TokenizerConfig, is_byte_tokenizer
 from bdh.tokenizer.byte_level import NUM_BYTES
 from bdh.tokenizer.chat import CHAT_TOKENS, add_special_tokens
-from bdh.train.checkpoint import Checkpoint
-from bdh.train.config import ModelSettings, RunSettings
+from bdh.train.config import LoraSettings, ModelSettings, RunSettings
 from bdh.train.models import TOKENIZER_FOLDER, is_run, load_model, load_run
 
 _logger = logging.getLogger(__name__)
@@ -32,14 +32,17 @@ class InitialModel:
             ValueError: it is no BDH model, or is damaged.
         """
         self.name = name
-        self._checkpoint: Checkpoint | None = None
+        self._data: dict[str, Any] | None = None  # that it was trained on, where it says so
         self._model: BDHForCausalLM
         if is_run(Path(name)):
-            self._model, self._tokenizer, self._checkpoint = load_run(Path(name))
+            self._model, self._tokenizer, checkpoint = load_run(Path(name))
+            training = checkpoint.training
+            self._data = {"source": training["data_facts"]["source"], "fingerprint": training["data_fingerprint"]}
             self._tokenizer_path = str(Path(name) / TOKENIZER_FOLDER)
         else:
             self._model, self._tokenizer = load_model(name, device="cpu")
             self._tokenizer_path = name
+            self._data = getattr(self._model.config, "train_data", None)
 
     def completed(self, settings: RunSettings) -> RunSettings:
         """The settings with the sizes, and unless another was chosen the tokenizer, of this model.
@@ -87,9 +90,8 @@ class InitialModel:
 
     def check_data(self, fingerprint: str) -> None:
         """Says where the run's data are others than those the model was trained on, if that is known."""
-        if self._checkpoint is not None and self._checkpoint.training["data_fingerprint"] != fingerprint:
-            source = self._checkpoint.training["data_facts"]["source"]
-            _logger.warning("%s was trained on other data, %s", self.name, source)
+        if self._data is not None and self._data["fingerprint"] != fingerprint:
+            _logger.warning("%s was trained on other data, %s", self.name, self._data["source"])
 
     def copy_into(self, model: BDHForCausalLM) -> None:
         """Gives a model of the same sizes the weights, in the model's own dtype.
@@ -104,9 +106,17 @@ class InitialModel:
             weights |= {name: torch.cat([weights[name], own[name][V:].cpu()]) for name in _ONE_ROW_A_TOKEN}
         model.load_state_dict(weights)
 
-    @property
-    def vocab_size(self) -> int:
-        return self._model.config.vocab_size
+    def check_lora(self, lora: LoraSettings, model: BDHForCausalLM) -> None:
+        """
+        Raises:
+            ValueError: there are tokens that this model does not know, and nothing would train their weights.
+        """
+        num_new = model.config.vocab_size - self._model.config.vocab_size
+        if lora.r and num_new > 0 and not lora.embeddings:
+            raise ValueError(
+                f"{self.name} does not know the last {num_new} tokens of the vocabulary, and train.lora would leave their "
+                "weights random: set train.lora.embeddings=true, or start from a model that knows them"
+            )
 
     def _tokenizer_settings(self) -> TokenizerConfig:
         if is_byte_tokenizer(self._tokenizer) and self._tokenizer.chat_template is None:

@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from bdh.tokenizer import load_tokenizer, stop_token_ids, with_chat_template
 from bdh.train.checkpoint import Checkpoint, Checkpointer
 from bdh.train.config import RunSettings
 from bdh.train.initial import InitialModel
+from bdh.train.lora import add_adapters, check_peft
 from bdh.train.models import TOKENIZER_FOLDER
 from bdh.train.optim import Optimizers
 from bdh.train.runtime import Runtime, choose_runtime, random_states, restore_random_states
@@ -30,9 +32,16 @@ _FIXED = {
     "model": None,
     "tokenizer": None,
     "data": None,
-    "train": ("block_size", "batch_size", "gradient_accumulation_steps", "optimizer", "seed", "init_from"),
+    "train": ("block_size", "batch_size", "gradient_accumulation_steps", "optimizer", "seed", "init_from", "lora"),
 }
-_FREE = {"model.attention_form", "model.chunk_size", "model.dropout", "data.cache_dir"}
+_FREE = {
+    "model.attention_form",
+    "model.chunk_size",
+    "model.dropout",
+    "data.cache_dir",
+    "train.lora.dropout",
+    "train.lora.merge",
+}
 _NOT_STORED = ("run_dir", "resume", "resume_step")
 
 
@@ -140,6 +149,8 @@ def open_run(settings: RunSettings, *, progress: Any = None) -> Run:
             "--run_dir"
         )
 
+    if settings.train.lora.r:
+        check_peft()
     runtime = choose_runtime(settings.train)
     initial = None
     if checkpoint is None and settings.train.init_from is not None:
@@ -162,6 +173,9 @@ def open_run(settings: RunSettings, *, progress: Any = None) -> Run:
     model = BDHForCausalLM(config).to(runtime.device)  # type: ignore[arg-type]
     if initial is not None:
         initial.copy_into(model)
+        initial.check_lora(settings.train.lora, model)
+    if settings.train.lora.r:
+        add_adapters(model, settings.train.lora)
     if settings.train.gradient_checkpointing:
         model.activation_checkpointing_enable()
     run = Run(
@@ -252,12 +266,21 @@ def check_unchanged(settings: RunSettings, stored: dict[str, Any]) -> None:
     """Raises ``ValueError`` naming every field of the model or the data that is not as it was stored."""
     now = settings_to_store(settings)
     changed = [
-        f"{section}.{name}: {stored[section].get(name)!r} in the run, {value!r} now"
+        f"{name}: {before.get(own)!r} in the run, {value!r} now"
         for section, names in _FIXED.items()
-        for name, value in now[section].items()
-        if (names is None or name in names)
-        and f"{section}.{name}" not in _FREE
-        and stored[section].get(name, value) != value  # a setting that the run's version did not have is new
+        for name, own, value, before in _fields(section, now[section], stored[section])
+        if (names is None or name.split(".")[1] in names)
+        and name not in _FREE
+        and before.get(own, value) != value  # a setting that the run's version did not have is new
     ]
     if changed:
         raise ValueError("a resumed run keeps its model and data, but these differ: " + "; ".join(changed))
+
+
+def _fields(prefix: str, now: dict[str, Any], stored: dict[str, Any]) -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
+    """Of each field, those of nested sections among them: its dotted name, its own, its value, and what was stored."""
+    for own, value in now.items():
+        if isinstance(value, dict):
+            yield from _fields(f"{prefix}.{own}", value, stored.get(own) or {})
+        else:
+            yield f"{prefix}.{own}", own, value, stored
