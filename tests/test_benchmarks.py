@@ -40,7 +40,9 @@ def test_long_context_gets_worse_beyond_the_block_unless_the_state_is_carried(tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [[], ["--checkpoint.in_background=true", "--train.ema_decay=0.9"]], ids=["", "background"])
+@pytest.mark.parametrize(
+    "more", [[], ["--checkpoint.in_background=true", "--train.ema_decay=0.9"]], ids=["", "background"]
+)
 def test_random_kills_lose_nothing(tmp_path, monkeypatch, more):
     monkeypatch.setenv("BDH_CACHE", str(tmp_path))
     command = [sys.executable, "benchmarks/random_kills.py", "--kills", "3", "--folder", str(tmp_path), *more]

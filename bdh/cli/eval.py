@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -115,12 +116,15 @@ def run(argv: list[str]) -> int:
 
 def _run_text(settings: EvalSettings, model: Any, tokenizer: Any) -> int:
     from bdh.cli.progress import token_progress
+    from bdh.data.conversations import holds_chat
     from bdh.evaluate.loss import evaluate_text
 
     block_size = settings.block_size or model.config.train_block_size or _UNKNOWN_BLOCK_SIZE
     faults = Faults()
     settings.collect_stride_faults(block_size, faults)
     faults.raise_if_any()
+    if settings.data.mix is None and holds_chat(settings.data):
+        return _measure_answers(settings, model, tokenizer, block_size)
     tokens, num_bytes, source = _text(settings, tokenizer)
     with token_progress(_console(), len(tokens) - 1) as advance:
         metrics = evaluate_text(
@@ -135,22 +139,49 @@ def _run_text(settings: EvalSettings, model: Any, tokenizer: Any) -> int:
             max_batch_size=settings.batch_size,
             progress=advance,
         )
+    windows = f"windows        {block_size:,} tokens, {_describe(settings)}"
+    _print_metrics(settings, metrics, source, block_size, windows)
+    return 0
+
+
+def _measure_answers(settings: EvalSettings, model: Any, tokenizer: Any, block_size: int) -> int:
+    """Of conversations: each read from nothing, in pieces of ``block_size``, and what the assistant writes is measured."""
+    from bdh.data import prepare_corpus
+    from bdh.evaluate.loss import evaluate_batch
+
+    wrong: list[tuple[str, Any, bool, str]] = []
+    wrong += [("part", settings.part, settings.part != "validation", "their validation part, or data.val_source")]
+    wrong += [("stride", settings.stride, settings.stride not in (None, block_size), "windows without overlap")]
+    wrong += [("carry_state", True, settings.carry_state, "one conversation at a time")]
+    for name, value, is_wrong, on in wrong:
+        if is_wrong:
+            raise ValueError(f"{name} is {value!r}: conversations are measured on {on}")
+    corpus = prepare_corpus(settings.data, tokenizer, block_size)
+    (part,) = corpus.validation_parts(sys.maxsize)
+    metrics = evaluate_batch(
+        model, part.batch, bytes_per_token=part.bytes_per_token, max_batch_size=settings.batch_size
+    )
+    rows = f"conversations  {len(part.batch.tokens):,}, each read from nothing; only answers count"
+    _print_metrics(settings, metrics, corpus.facts["source"], block_size, rows)
+    return 0
+
+
+def _print_metrics(settings: EvalSettings, metrics: Any, source: Any, block_size: int, windows: str) -> None:
     by_block = metrics.loss_by_block(block_size) if settings.blocks else ()
     if settings.json:
         figures: dict[str, Any] = {**metrics.as_dict(), "nats_per_byte": metrics.nats_per_byte}
         if settings.blocks:
             figures |= {"loss_by_block": by_block, **metrics.loss_at()}
         print(json.dumps({**figures, "tokens": metrics.num_tokens, "block_size": block_size}))
-        return 0
+        return
     print(f"tokens         {metrics.num_tokens:,} of {source} ({settings.part})")
-    print(f"windows        {block_size:,} tokens, {_describe(settings)}")
+    print(windows)
     print(f"loss           {metrics.loss:.4f} nats per token, {metrics.nats_per_byte:.4f} nats per byte")
     print(f"perplexity     {metrics.perplexity:.4f}")
     print(f"bits per byte  {metrics.bits_per_byte:.4f}")
     print(f"accuracy       {metrics.accuracy:.2%}")
     for number, loss in enumerate(by_block, start=1):
         print(f"block {number:<8} {loss:.4f} nats per token")
-    return 0
 
 
 def _stretch_tokens(settings: EvalSettings, block_size: int, num_predicted: int) -> int | None:

@@ -16,6 +16,8 @@ class ExportSettings:
     """Which weights: last, best (of the validation loss), or a step."""
     ema: bool = False
     """The moving average of the weights, of a run with train.ema_decay."""
+    merge: bool | None = None
+    """Of a run with train.lora: true merges the adapters into the weights, false writes them alone; by default its setting."""
 
 
 def run(argv: list[str]) -> int:
@@ -28,6 +30,8 @@ def run(argv: list[str]) -> int:
     )
     from bdh.train.export import export_run
 
-    step = export_run(Path(settings.run), Path(settings.out), which=settings.checkpoint, ema=settings.ema)
+    step = export_run(
+        Path(settings.run), Path(settings.out), which=settings.checkpoint, ema=settings.ema, merge=settings.merge
+    )
     print(f"{settings.out}: the {'averaged ' if settings.ema else ''}weights of step {step}")
     return 0

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from bdh.cli.settings import parse_settings, verbatim
 from bdh.model.sampling import SamplingOptions
@@ -20,6 +20,8 @@ class GenerateSettings(SamplingOptions):
     """Text to continue."""
     prompts_file: str | None = None
     """File with one prompt a line (UTF-8), instead of --prompt."""
+    chat: bool = False
+    """Each prompt is a message of the user, which the model answers: put it into the tokenizer's chat template."""
     output: str | None = None
     """File to write results to, one JSON object a line with prompt and text; by default they are printed."""
     batch_size: int = 16
@@ -55,17 +57,17 @@ def run(argv: list[str]) -> int:
 
     model, tokenizer = load_model(settings.model, checkpoint=settings.checkpoint, device=settings.device)
     options = settings.sampling()
+    asked = _asked(tokenizer, prompts, settings.chat)
     streams = len(prompts) == 1 and options.num_return_sequences == 1 and options.num_beams == 1
     if streams and settings.output is None:
-        stream = model.stream_text(tokenizer, prompts[0], options)
-        _print_stream(prompts[0], stream)
+        _print_stream("" if settings.chat else prompts[0], model.stream_text(tokenizer, asked[0], options))
         return 0
 
-    results = _results(model, tokenizer, prompts, options, settings.batch_size)
+    results = _results(model, tokenizer, list(zip(prompts, asked, strict=True)), options, settings.batch_size)
     if settings.output is None:
         for prompt, texts in results:
             for text in texts:
-                print(f"{prompt}{text}\n", flush=True)
+                print(f"{'' if settings.chat else prompt}{text}\n", flush=True)
         return 0
     with Path(settings.output).open("x", encoding="utf-8") as file:
         _write_lines(file, results)
@@ -81,11 +83,20 @@ def _print_stream(prompt: str, stream: Iterator[str]) -> None:
     sys.stdout.write("\n")
 
 
-def _results(model, tokenizer, prompts: list[str], options: SamplingOptions, batch_size: int):
-    """Pairs of a prompt and its continuations, in order."""
+def _asked(tokenizer, prompts: list[str], chat: bool) -> list:
+    """What the model reads: the prompts, or the ids of the conversations that begin with them."""
+    if not chat:
+        return prompts
+    from bdh.tokenizer.chat import question
+
+    return [question(tokenizer, prompt) for prompt in prompts]
+
+
+def _results(model, tokenizer, prompts: list[tuple[str, Any]], options: SamplingOptions, batch_size: int):
+    """Pairs of a prompt and its continuations, in order. Each prompt comes with what the model reads."""
     for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
-        yield from zip(batch, model.generate_texts(tokenizer, batch, options), strict=True)
+        batch, asked = zip(*prompts[start : start + batch_size], strict=True)
+        yield from zip(batch, model.generate_texts(tokenizer, asked, options), strict=True)
 
 
 def _write_lines(file: TextIO, results) -> None:

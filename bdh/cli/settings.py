@@ -106,16 +106,16 @@ def given_settings(settings_class: type, argv: Sequence[str]) -> dict[str, Any]:
 def to_yaml(settings: Any, *, with_help: bool = False) -> str:
     """The settings as YAML that ``--config`` reads back; ``with_help`` puts each setting's help above it."""
     lines: list[str] = []
-    section = ""
+    section: list[str] = []
     for leaf in _leaves(type(settings)):
         *path, name = leaf.name.split(".")
         value = settings
         for part in (*path, name):
             value = getattr(value, part)
-        if path and path[0] != section:
-            section = path[0]
-            lines.append(f"{section}:")
-        indent = "  " if path else ""
+        same = next((depth for depth, (a, b) in enumerate(zip(path, section, strict=False)) if a != b), len(section))
+        lines += [f"{'  ' * depth}{path[depth]}:" for depth in range(min(same, len(path)), len(path))]
+        section = path
+        indent = "  " * len(path)
         if with_help and leaf.help:
             lines.append(f"{indent}# {leaf.help}")
         written = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6)

@@ -120,6 +120,12 @@ def print_banner(console: Console, training: Any) -> None:
         del lines["processes"]
     if train.init_from is not None:
         lines["weights"] = f"those of {train.init_from}, trained further"
+    if train.lora.r:
+        num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        lines["weights"] = (
+            f"those of {train.init_from}, unchanged; {num_trained:,} trained: adapters of rank {train.lora.r} in "
+            f"{', '.join(train.lora.target_modules)}{', and embed and lm_head' if train.lora.embeddings else ''}"
+        )
     for name, text in lines.items():
         console.print(f"  {name:<10} {text}", markup=False, soft_wrap=True)
 
@@ -127,6 +133,13 @@ def print_banner(console: Console, training: Any) -> None:
 def _describe_data(facts: dict[str, Any]) -> str:
     if facts.get("streaming"):
         return f"{facts['source']}, streaming; {facts['val_tokens']:,} tokens for validation"
+    if facts.get("format") == "chat":
+        num_train = facts["documents"] - facts["val_documents"]
+        return (
+            f"{facts['source']}: {num_train:,} conversations (chat) in {facts['rows']:,} rows, "
+            f"{facts['train_answer_tokens']:,} of {facts['train_tokens']:,} tokens are the assistant's and count; "
+            f"{facts['val_documents']:,} for validation"
+        )
     return f"{facts['source']}: {facts['train_tokens']:,} tokens to train on, {facts['val_tokens']:,} for validation"
 
 

@@ -1,8 +1,9 @@
 """Settings of the section ``data``."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from bdh.data.mix_config import collect_mix_faults
 from bdh.validation import Faults
 
 
@@ -10,14 +11,18 @@ from bdh.validation import Faults
 class DataConfig:
     source: str | list[str] = "pydoc"
     """Built-in (pydoc, stdlib, shakespeare), hub id, file, glob or folder; several with commas or as a list."""
+    mix: list[dict[str, Any]] | None = None
+    """Several sources instead of one: [{source: a.txt, weight: 3}, ...]; entries may set text_column and the like."""
     name: str | None = None
     """Hub: configuration of the data set."""
     split: str = "train"
     """Hub: split to train on."""
     revision: str | None = None
     """Hub: branch, tag or commit of the data set."""
+    format: Literal["auto", "text", "chat"] = "auto"
+    """chat: conversations, of which the assistant's part is learned. auto: chat where .jsonl files begin with messages."""
     text_column: str | None = None
-    """Column that holds the text, in tables. None takes the only column of strings, if there is only one."""
+    """Column that holds the text, in tables. None takes the only column of strings, if there is only one; chat: messages."""
     encoding_errors: Literal["strict", "replace"] = "strict"
     """Bytes that are not UTF-8: strict stops and says where, replace puts U+FFFD in their place."""
     val_split: str | None = None
@@ -38,11 +43,14 @@ class DataConfig:
     """Folder of the token cache. None takes $BDH_CACHE, or else ~/.cache/bdh."""
 
     def collect_faults(self, faults: Faults) -> None:
+        if self.mix is not None:
+            collect_mix_faults(self, faults)
         for field in ("source", "val_source"):
             value = getattr(self, field)
             items = value if isinstance(value, list) else [value]
             is_right = bool(items) and all(item is None or item.strip() for item in items)
             faults.require(is_right, field, value, "a name, or a list of names, none of them empty")
+        faults.require_one_of("format", self.format, ("auto", "text", "chat"))
         faults.require_one_of("encoding_errors", self.encoding_errors, ("strict", "replace"))
         faults.require_one_of("pack", self.pack, ("stream", "documents"))
         faults.require(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "above 0 and below 1")

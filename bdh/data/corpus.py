@@ -7,8 +7,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from bdh.data.batch import Batch
+from bdh.data.batch import Batch, ValidationPart
 from bdh.data.config import DataConfig
+from bdh.data.documents import batch_of_documents, starts_behind
 from bdh.data.parts import Skipped
 from bdh.data.windows import evenly_spaced_windows
 
@@ -40,6 +41,8 @@ class Corpus(ABC):
     fingerprint: str
     val_bytes_per_token: float
     block_size: int
+    is_chat: bool = False
+    """Whether there are conversations in it."""
 
     @abstractmethod
     def train_loader(
@@ -77,6 +80,17 @@ class Corpus(ABC):
             more than the one token that is the last target of a window and the first input of the next.
         """
         return evenly_spaced_windows(self.validation_tokens(), self.block_size, num_windows)
+
+    def validation_parts(self, num_windows: int, document_end: int | None = None) -> list[ValidationPart]:
+        """The rows that training is measured on, the same each time; see :meth:`validation_windows`.
+
+        Args:
+            document_end: a token behind which nothing is seen of what was before.
+        """
+        batch = Batch(self.validation_windows(num_windows))
+        if document_end is not None:
+            batch = batch_of_documents(batch.tokens, starts_behind(batch.tokens, document_end))
+        return [ValidationPart("", batch, self.val_bytes_per_token)]
 
 
 def check_long_enough(config: DataConfig, train_tokens: int, val_tokens: int, block_size: int) -> None:

@@ -125,4 +125,4 @@ def _tokenize(
         raise ValueError(f"data.source {config.source!r} holds no text" + describe(skipped))
     announce(config, skipped)
     check_long_enough(config, train_tokens, writer.num_tokens - train_tokens, block_size)
-    return writer.finish(encoder, train_tokens, train_bytes, val_documents, skipped.counts)
+    return writer.finish(encoder.dtype, train_tokens, train_bytes, val_documents, skipped.counts)

@@ -2,9 +2,12 @@
 
 from transformers import PreTrainedTokenizerFast
 
+from bdh.data.chat import ChatCorpus
 from bdh.data.config import DataConfig
+from bdh.data.conversations import holds_chat
 from bdh.data.corpus import Corpus
 from bdh.data.mapped import MapCorpus
+from bdh.data.mixed import MixCorpus
 from bdh.data.progress import ProgressCallback, no_progress
 from bdh.data.streaming import StreamingCorpus
 from bdh.tokenizer.encoding import TextEncoder
@@ -29,6 +32,12 @@ def prepare_corpus(
             been written then.
         OSError: the cache cannot be written.
     """
+    if config.mix is not None:
+        return MixCorpus(
+            config, lambda each: prepare_corpus(each, tokenizer, block_size, progress=progress), block_size
+        )
+    if holds_chat(config):
+        return ChatCorpus(config, tokenizer, block_size, progress or no_progress)
     encoder = TextEncoder(tokenizer)
     if config.pack == "documents" and encoder.eos_token_id is None:
         raise ValueError(

@@ -66,13 +66,13 @@ def training_source(config: DataConfig) -> Source:
     held_out = set()
     if config.val_source is not None:
         held_out = {path.resolve() for path in validation_source(config).files}  # type: ignore[union-attr]
-    return _resolve(config, _items(config.source), config.split, held_out)
+    return _resolve(config, item_names(config.source), config.split, held_out)
 
 
 def validation_source(config: DataConfig) -> Source | None:
     """What is validated on, or None if it is a share of the training source."""
     if config.val_split is not None:
-        items = _items(config.source)
+        items = item_names(config.source)
         if len(items) != 1 or items[0] in builtin.BUILTIN or not _is_hub(items[0], config):
             raise ValueError(
                 f"data.val_split is {config.val_split!r}, but only data sets of the hub have splits, not "
@@ -81,7 +81,7 @@ def validation_source(config: DataConfig) -> Source | None:
         return _resolve(config, items, config.val_split, set())
     if config.val_source is None:
         return None
-    items = _items(config.val_source)
+    items = item_names(config.val_source)
     skipped = Skipped()
     files: list[Path] = []
     for item in items:
@@ -95,7 +95,7 @@ def validation_source(config: DataConfig) -> Source | None:
     return _of_files(config, files, skipped)
 
 
-def _items(source: str | Sequence[str]) -> list[str]:
+def item_names(source: str | Sequence[str]) -> list[str]:
     """The names in a setting. One that exists as it is may hold commas."""
     if not isinstance(source, str):
         return [item.strip() for item in source]

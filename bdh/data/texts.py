@@ -7,7 +7,9 @@ a model is validated on.
 from collections.abc import Iterator
 
 from bdh.data.config import DataConfig
-from bdh.data.parts import Part
+from bdh.data.conversations import chat_texts, holds_chat
+from bdh.data.mix_config import mix_sources
+from bdh.data.parts import Part, split_document
 from bdh.data.source import training_source, validation_source
 from bdh.data.split import count_documents, count_if_single, cut, num_kept, stream_split
 
@@ -23,6 +25,14 @@ def validation_texts(config: DataConfig) -> Iterator[str]:
 
 
 def _parts(config: DataConfig, held_out: bool) -> Iterator[Part]:
+    if config.mix is not None:  # each source once and as a whole, whatever its weight
+        for mixed in mix_sources(config):
+            yield from _parts(mixed.config, held_out)
+        return
+    if holds_chat(config):
+        for text in chat_texts(config, held_out):
+            yield from split_document(text.encode())
+        return
     validation = validation_source(config)
     if validation is not None:
         yield from (validation if held_out else training_source(config)).open()

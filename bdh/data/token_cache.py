@@ -166,13 +166,23 @@ class TokenWriter:
             return np.empty((0, 2), dtype=np.int64)
         return np.memmap(path, dtype=np.int64, mode="r").reshape(-1, 2)
 
+    def append_encoded(self, tokens: np.ndarray, num_bytes: int) -> tuple[int, int]:
+        """Writes the tokens of a document, which stand for so many bytes of text; returns all so far of both."""
+        data = tokens.tobytes()
+        self._file.write(data)
+        self._hash.update(data)
+        self.num_tokens += len(tokens)
+        self.num_bytes += num_bytes
+        self.num_documents += 1
+        return self.num_tokens, self.num_bytes
+
     def finish(
-        self, encoder: TextEncoder, train_tokens: int, train_bytes: int, val_documents: int, skipped: dict[str, int]
+        self, dtype: np.dtype, train_tokens: int, train_bytes: int, val_documents: int, skipped: dict[str, int]
     ) -> TokenMeta:
         (self._folder / "documents.bin").unlink(missing_ok=True)
-        self._hash.update(f"{encoder.dtype} {train_tokens}".encode())
+        self._hash.update(f"{dtype} {train_tokens}".encode())
         return TokenMeta(
-            dtype=encoder.dtype.name,
+            dtype=dtype.name,
             num_tokens=self.num_tokens,
             num_train_tokens=train_tokens,
             num_bytes=self.num_bytes,

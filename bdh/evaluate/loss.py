@@ -91,7 +91,7 @@ class _Count:
     def metrics(self, bytes_per_token: float) -> Metrics:
         loss = self.nats / self.tokens
         by_position: tuple[float, ...] = ()
-        if self.nats_at is not None and self.tokens_at is not None:
+        if self.nats_at is not None and self.tokens_at is not None and bool((self.tokens_at > 0).all()):
             by_position = tuple((self.nats_at / self.tokens_at).tolist())
         return Metrics(loss, loss / math.log(2) / bytes_per_token, self.correct / self.tokens, self.tokens, by_position)
 
@@ -104,22 +104,39 @@ def evaluate_windows(
     document_end: int | None = None,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     max_batch_size: int = 16,
-    sum_over_processes: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> Metrics:
     """Predicts every token but the first of each window (n, T + 1), each from the ones before it in its window.
 
-    With ``document_end``, a token, nothing is seen across one, and the token behind it is not predicted. It draws no
-    random numbers, and leaves the model in the mode, training or not, that it was in.
+    With ``document_end``, a token, nothing is seen across one, and the token behind it is not predicted.
+    """
+    batch = _batch(windows, document_end)
+    return evaluate_batch(
+        model, batch, bytes_per_token=bytes_per_token, autocast=autocast, max_batch_size=max_batch_size
+    )
+
+
+def evaluate_batch(
+    model: BDHForCausalLM,
+    batch: Batch,
+    *,
+    bytes_per_token: float,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    max_batch_size: int = 16,
+    sum_over_processes: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> Metrics:
+    """Predicts what counts in rows, each read from nothing.
+
+    It draws no random numbers, and leaves the model in the mode, training or not, that it was in.
 
     Args:
-        sum_over_processes: where several processes have each a share of the windows, which may be none: sums a
+        sum_over_processes: where several processes have each a share of the rows, which may be none: sums a
             float64 tensor over them.
     """
-    length = windows.shape[1] - 1
+    length = batch.tokens.shape[1] - 1
     count = _Count.by_position(length)
     with inference(model), autocast():
-        for rows in windows.split(_batch_size(model, length, max_batch_size)) if len(windows) else ():
-            _score(model, _batch(rows, document_end), count)
+        for rows in batch.split(_batch_size(model, length, max_batch_size)):
+            _score(model, rows, count)
     if sum_over_processes is not None:
         count = count.summed(sum_over_processes, model.device)
     return count.metrics(bytes_per_token)

@@ -1,6 +1,6 @@
 """Averages of weights: of several models, and of one model over the steps of its training."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -56,24 +56,25 @@ class MovingAverage:
     """An exponential moving average of a model's weights (Polyak averaging).
 
     After step t (counted from 1) it is ``d * average + (1 - d) * weights`` with d the smaller of ``decay`` and
-    (1 + t) / (10 + t): the early steps, whose weights are far from the later ones, are soon forgotten.
+    (1 + t) / (10 + t): the early steps, whose weights are far from the later ones, are soon forgotten. Frozen
+    weights have no average of their own.
     """
 
     def __init__(self, model: torch.nn.Module, decay: float):
         self._decay = decay
-        self.weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+        self.weights = {name: weight.detach().clone() for name, weight in _trained(model)}
 
     @torch.no_grad()
     def update(self, model: torch.nn.Module, step: int) -> None:
         """Takes in the weights after a step."""
         decay = min(self._decay, (1 + step) / (10 + step))
-        for name, weight in model.named_parameters():
+        for name, weight in _trained(model):
             self.weights[name].lerp_(weight, 1 - decay)
 
     @torch.no_grad()
     def swap(self, model: torch.nn.Module) -> None:
         """Exchanges the model's weights and the average; a second time undoes it exactly."""
-        for name, weight in model.named_parameters():
+        for name, weight in _trained(model):
             kept = weight.clone()
             weight.copy_(self.weights[name])
             self.weights[name].copy_(kept)
@@ -82,3 +83,7 @@ class MovingAverage:
         """Takes over an average that was stored."""
         for name, weight in self.weights.items():
             weight.copy_(weights[name])
+
+
+def _trained(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    return ((name, weight) for name, weight in model.named_parameters() if weight.requires_grad)

@@ -21,6 +21,9 @@ REPLACEMENT = "\ufffd"  # what decoders put for bytes that are no character (yet
 _MAX_UNFINISHED = 3
 _WINDOW_TOKENS, _CONTEXT_TOKENS = 64, 8
 
+Prompt = str | Sequence[int]
+"""A text, in which nothing is a special token, or the ids of tokens."""
+
 
 class TextDecoder:
     """Turns token ids into text as they come, holding back what is not certain yet.
@@ -97,13 +100,14 @@ class TextGenerationMixin:
     def generate_text(
         self,
         tokenizer: PreTrainedTokenizerFast,
-        prompt: str,
+        prompt: Prompt,
         options: SamplingOptions | None = None,
         **settings: Any,
     ) -> str:
         """The continuation of ``prompt``, without the prompt.
 
         Args:
+            prompt: a text, or the ids of its tokens.
             options: how to sample; or give the fields of :class:`SamplingOptions` as keywords.
 
         Raises:
@@ -114,20 +118,21 @@ class TextGenerationMixin:
     def generate_texts(
         self,
         tokenizer: PreTrainedTokenizerFast,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         options: SamplingOptions | None = None,
         **settings: Any,
     ) -> list[list[str]]:
         """For each prompt its continuations, ``num_return_sequences`` of them, all in one batch."""
         options = _options(options, settings)
         ids, mask = _encode_batch(self, tokenizer, prompts)
-        decoders = _BatchDecoder(tokenizer, options, prompt_columns=ids.shape[1])
+        special = _special_tokens(self, tokenizer)
+        decoders = _BatchDecoder(tokenizer, options, prompt_columns=ids.shape[1], ends=special["eos_token_id"])
         with _sampling_from(options.seed, ids.device):
             sequences = self.generate(  # type: ignore[attr-defined]
                 ids,
                 attention_mask=mask,
                 stopping_criteria=StoppingCriteriaList([decoders] if options.stop else []),
-                **_special_tokens(tokenizer),
+                **special,
                 **options.generate_arguments(),
             )
         texts = [decoders.text_of(row) for row in sequences]
@@ -137,7 +142,7 @@ class TextGenerationMixin:
     def stream_text(
         self,
         tokenizer: PreTrainedTokenizerFast,
-        prompt: str,
+        prompt: Prompt,
         options: SamplingOptions | None = None,
         **settings: Any,
     ) -> Iterator[str]:
@@ -175,7 +180,7 @@ def _stream(
                     attention_mask=mask,
                     streamer=streamer,
                     stopping_criteria=StoppingCriteriaList([streamer.criterion]),
-                    **_special_tokens(tokenizer),
+                    **_special_tokens(model, tokenizer),
                     **options.generate_arguments(),
                 )
         except BaseException as error:  # handed on to the thread that reads
@@ -235,8 +240,11 @@ class _BatchDecoder(StoppingCriteria):
     matter for a stop string that ends with the newest one are the last ones.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, options: SamplingOptions, prompt_columns: int):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, options: SamplingOptions, prompt_columns: int, ends: list[int] | None
+    ):
         self._tokenizer = tokenizer
+        self._ends = set(ends or ())
         self._options = options
         self._prompt_columns = prompt_columns
         # A token has at least one byte, except special ones, which decode to nothing.
@@ -254,9 +262,8 @@ class _BatchDecoder(StoppingCriteria):
     def _decoded(self, row: torch.Tensor, start: int) -> tuple[TextDecoder, str]:
         """The text of a row's tokens from ``start`` on, up to its end, and the decoder behind it."""
         context, ids = row[max(0, start - _CONTEXT_TOKENS) : start].tolist(), row[start:].tolist()
-        end = self._tokenizer.eos_token_id
-        if end in ids:
-            ids = ids[: ids.index(end)]  # behind it stands padding
+        end = next((place for place, token in enumerate(ids) if token in self._ends), len(ids))
+        ids = ids[:end]  # behind it stands padding
         decoder = TextDecoder(self._tokenizer, self._options.stop, context)
         return decoder, decoder.push(ids)
 
@@ -285,7 +292,7 @@ def _options(options: SamplingOptions | None, settings: dict[str, Any]) -> Sampl
 
 
 def _encode_batch(
-    model: "BDHForCausalLM | Any", tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str]
+    model: "BDHForCausalLM | Any", tokenizer: PreTrainedTokenizerFast, prompts: Sequence[Prompt]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Left-padded ids and their mask, int64 (B, T)."""
     if len(tokenizer) != model.config.vocab_size:
@@ -295,7 +302,7 @@ def _encode_batch(
         )
     if not prompts:
         raise ValueError("there are no prompts: give at least one")
-    rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    rows = [encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
     T = max(map(len, rows))
     pad = tokenizer.pad_token_id or 0  # never seen: the mask hides it
     ids = torch.tensor([[pad] * (T - len(row)) + row for row in rows], device=model.device)
@@ -303,12 +310,14 @@ def _encode_batch(
     return ids, mask
 
 
-def _special_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
-    """Where a text ends, and what stands behind its end in a batch."""
-    tokens = {"pad_token_id": tokenizer.pad_token_id or 0}
-    if tokenizer.eos_token_id is not None:
-        tokens["eos_token_id"] = tokenizer.eos_token_id
-    return tokens
+def _special_tokens(model: Any, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """Where a text ends, by the tokenizer and by the model's settings, and what stands behind its end in a batch."""
+    of_model = model.generation_config.eos_token_id
+    ends = [*(of_model if isinstance(of_model, list) else [of_model]), tokenizer.eos_token_id]
+    return {
+        "pad_token_id": tokenizer.pad_token_id or 0,
+        "eos_token_id": sorted({token for token in ends if token is not None}) or None,
+    }
 
 
 def _sampling_from(seed: int | None, device: torch.device) -> AbstractContextManager[Any]:

@@ -11,11 +11,13 @@ from bdh.tokenizer.config import TokenizerConfig
 
 if TYPE_CHECKING:
     from bdh.tokenizer.byte_level import byte_tokenizer, is_byte_tokenizer
+    from bdh.tokenizer.chat import ChatEncoder, stop_token_ids, with_chat_template
     from bdh.tokenizer.encoding import TextEncoder, compression_ratio, encode_texts
     from bdh.tokenizer.loading import load_tokenizer
     from bdh.tokenizer.training import train_tokenizer
 
 __all__ = [
+    "ChatEncoder",
     "TextEncoder",
     "TokenizerConfig",
     "byte_tokenizer",
@@ -23,17 +25,22 @@ __all__ = [
     "encode_texts",
     "is_byte_tokenizer",
     "load_tokenizer",
+    "stop_token_ids",
     "train_tokenizer",
+    "with_chat_template",
 ]
 
 _MODULES = {
+    "ChatEncoder": "chat",
     "TextEncoder": "encoding",
     "byte_tokenizer": "byte_level",
     "compression_ratio": "encoding",
     "encode_texts": "encoding",
     "is_byte_tokenizer": "byte_level",
     "load_tokenizer": "loading",
+    "stop_token_ids": "chat",
     "train_tokenizer": "training",
+    "with_chat_template": "chat",
 }
 
 

@@ -27,8 +27,11 @@ def byte_tokenizer(special_tokens: bool = False) -> PreTrainedTokenizerFast:
 
 
 def is_byte_tokenizer(tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Whether every text becomes its own UTF-8 bytes, as with :func:`byte_tokenizer`, also once saved and loaded."""
-    if len(tokenizer) not in (NUM_BYTES, NUM_BYTES + len(SPECIAL_TOKENS)):
+    """Whether every text becomes its own UTF-8 bytes, as with :func:`byte_tokenizer`, also once saved and loaded.
+
+    Any special tokens may follow behind the bytes.
+    """
+    if len(tokenizer) < NUM_BYTES:
         return False
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
     model, splitter = parts["model"], parts["pre_tokenizer"] or {}

@@ -59,6 +59,35 @@ class ModelSettings:
             )
 
 
+LORA_LAYERS = ("encoder", "encoder_v", "decoder")
+
+
+@dataclass
+class LoraSettings:
+    r: int = 0
+    """Rank of the adapters that are trained instead of the weights of init_from; 0 trains all weights."""
+    alpha: float = 16.0
+    """The adapters' product is scaled by alpha / r."""
+    dropout: float = 0.0
+    """Share of an adapter's inputs that training drops, 0 to below 1."""
+    target_modules: list[str] = field(default_factory=lambda: list(LORA_LAYERS))
+    """Layers that get adapters, of encoder, encoder_v and decoder."""
+    embeddings: bool = False
+    """Train embed and lm_head too, as a whole: needed for tokens that init_from does not know, as those of chat."""
+    merge: bool = True
+    """Export: the weights with the adapters merged into them; false: a folder of adapters, for peft."""
+
+    def collect_faults(self, faults: Faults) -> None:
+        faults.require(self.r >= 0, "r", self.r, "at least 1, or 0 for none")
+        faults.require(0 < self.alpha < float("inf"), "alpha", self.alpha, "above 0")
+        faults.require(0 <= self.dropout < 1, "dropout", self.dropout, "at least 0 and below 1")
+        is_right = bool(self.target_modules) and set(self.target_modules) <= set(LORA_LAYERS)
+        faults.require(is_right, "target_modules", self.target_modules, f"some of {', '.join(LORA_LAYERS)}")
+        faults.require(
+            self.merge or not self.embeddings, "merge", self.merge, "true with embeddings, which are no adapters"
+        )
+
+
 @dataclass
 class TrainSettings:
     max_steps: int = 3000
@@ -107,6 +136,7 @@ class TrainSettings:
     """Keep an exponential moving average of the weights with this decay, such as 0.999, and evaluate it too. null for none."""
     init_from: str | None = None
     """Model to start from, with a fresh optimizer: an export, a run, or a hub id. Its sizes and tokenizer are taken over."""
+    lora: LoraSettings = field(default_factory=LoraSettings)
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is not finite: stop before the update, or leave the step out; 26 in a row stop anyway."""
     spike_threshold: float | None = None
@@ -157,6 +187,10 @@ class TrainSettings:
         )
         threshold = self.spike_threshold
         faults.require(threshold is None or threshold > 0, "spike_threshold", threshold, "above 0, or null")
+        if self.lora.r > 0:
+            base, optimizer = self.init_from, self.optimizer
+            faults.require(base is not None, "init_from", base, "the model that the adapters of train.lora are for")
+            faults.require(optimizer == "adamw", "optimizer", optimizer, "adamw with train.lora")
         decay = self.ema_decay
         faults.require(decay is None or 0 < decay < 1, "ema_decay", decay, "above 0 and below 1, or null")
         device = self.device.split(":")[0]

@@ -12,16 +12,29 @@ from transformers.utils import logging
 import bdh
 from bdh.model import BDHForCausalLM
 from bdh.storage import whole_folder
+from bdh.tokenizer import stop_token_ids
 from bdh.train.checkpoint import Checkpoint
-from bdh.train.models import load_run
+from bdh.train.config import LoraSettings
+from bdh.train.lora import write_adapters
+from bdh.train.models import load_run, run_weights
 
 
-def export_run(run_dir: Path, folder: Path, *, which: str = "last", ema: bool = False, replace: bool = False) -> int:
+def export_run(
+    run_dir: Path,
+    folder: Path,
+    *,
+    which: str = "last",
+    ema: bool = False,
+    merge: bool | None = None,
+    replace: bool = False,
+) -> int:
     """Exports a checkpoint of a run into ``folder``, and returns its step.
 
     Args:
         which: "last", "best" (of the validation loss), or a step.
         ema: the moving average of the weights instead of the weights.
+        merge: of a run with ``train.lora``, whether adapters are merged into the weights, or written alone; None as the
+            run's settings say.
 
     Raises:
         FileNotFoundError: ``run_dir`` holds no run, or the run has no such checkpoint.
@@ -29,6 +42,18 @@ def export_run(run_dir: Path, folder: Path, *, which: str = "last", ema: bool = 
         ValueError: the checkpoint is damaged, or ``which`` is neither of the above.
     """
     model, tokenizer, checkpoint = load_run(run_dir, which, ema=ema)
+    lora = LoraSettings(**checkpoint.training["settings"]["train"].get("lora") or {})
+    if lora.r and not (lora.merge if merge is None else merge):
+        _export_adapters(model, tokenizer, checkpoint, lora, folder, ema=ema, replace=replace)
+        return checkpoint.step
+    if merge is False:
+        raise ValueError(f"merge is False: {run_dir} has no adapters, it trained all weights")
+    # For whoever trains it further: config.json keeps what the class does not know.
+    facts = checkpoint.training["data_facts"]
+    model.config.train_data = {
+        "source": facts["source"],
+        "fingerprint": checkpoint.training["data_fingerprint"],
+    }
     export_model(model, tokenizer, folder, model_card(model, checkpoint, ema=ema), replace=replace)
     return checkpoint.step
 
@@ -47,8 +72,7 @@ def export_model(
         FileExistsError: the folder is there and not empty, and ``replace`` is not set.
         DiskFullError: there is no room for it.
     """
-    if folder.exists() and not replace and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists already and is not empty: choose another folder")
+    _check_free(folder, replace)
     logging.disable_progress_bar()
     model.generation_config = GenerationConfig(
         do_sample=True,
@@ -57,7 +81,7 @@ def export_model(
         max_new_tokens=200,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=stop_token_ids(tokenizer),
     )
     with whole_folder(folder) as temporary:
         model.save_pretrained(temporary)
@@ -65,8 +89,36 @@ def export_model(
         (temporary / "README.md").write_text(card, encoding="utf-8")
 
 
-def model_card(model: BDHForCausalLM, checkpoint: Checkpoint, *, ema: bool = False) -> str:
-    """The README of an exported model: only what the run knows."""
+def _export_adapters(
+    model: BDHForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    checkpoint: Checkpoint,
+    lora: LoraSettings,
+    folder: Path,
+    *,
+    ema: bool,
+    replace: bool,
+) -> None:
+    """Raises as :func:`export_model`; ``ValueError`` where more than adapters was trained."""
+    if lora.embeddings:
+        raise ValueError("merge is False: the run trained embed and lm_head too, which are no adapters")
+    _check_free(folder, replace)
+    base = checkpoint.training["settings"]["train"]["init_from"]
+    with whole_folder(folder) as temporary:
+        write_adapters(temporary, model.config, run_weights(checkpoint, ema=ema), lora, base)
+        tokenizer.save_pretrained(temporary)
+        (temporary / "README.md").write_text(model_card(model, checkpoint, ema=ema, adapters_of=base), encoding="utf-8")
+
+
+def _check_free(folder: Path, replace: bool) -> None:
+    if folder.exists() and not replace and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists already and is not empty: choose another folder")
+
+
+def model_card(
+    model: BDHForCausalLM, checkpoint: Checkpoint, *, ema: bool = False, adapters_of: str | None = None
+) -> str:
+    """The README of an exported model, or of adapters of the model of that name: only what the run knows."""
     config, training = model.config, checkpoint.training
     data_facts = training["data_facts"]
     settings, progress = training["settings"], training["progress"]
@@ -91,6 +143,7 @@ def model_card(model: BDHForCausalLM, checkpoint: Checkpoint, *, ema: bool = Fal
             if data_facts.get(key) is not None
         },
         **({"started from": f"`{train['init_from']}`"} if train["init_from"] else {}),
+        **_lora_row(train.get("lora")),
         **({"weights": f"moving average with decay {train['ema_decay']:g}"} if ema else {}),
         "steps": f"{progress['step']:,} of {train['max_steps']:,}",
         "tokens seen": f"{progress['tokens_seen']:,}",
@@ -114,12 +167,16 @@ def model_card(model: BDHForCausalLM, checkpoint: Checkpoint, *, ema: bool = Fal
     prompt = train["sample_prompts"][0] if train["sample_prompts"] else "The "
     parts = [
         "---",
-        "library_name: transformers",
+        *(
+            ["library_name: transformers"]
+            if adapters_of is None
+            else ["library_name: peft", f"base_model: {json.dumps(adapters_of)}"]
+        ),
         "pipeline_tag: text-generation",
         "tags: [bdh, dragon-hatchling]",
         "---",
         "",
-        f"# A BDH language model of {num_parameters:,} parameters",
+        f"# {'A' if adapters_of is None else 'Adapters of a'} BDH language model of {num_parameters:,} parameters",
         "",
         "Architecture: Dragon Hatchling (arXiv 2509.26507), a recurrent language model with sparse, non-negative "
         "activations and linear attention.",
@@ -147,10 +204,18 @@ def model_card(model: BDHForCausalLM, checkpoint: Checkpoint, *, ema: bool = Fal
         "```python",
         "import bdh",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        *(["from peft import PeftModel"] if adapters_of is not None else []),
         "",
         'folder = "."  # this folder',
         "tokenizer = AutoTokenizer.from_pretrained(folder)",
-        "model = AutoModelForCausalLM.from_pretrained(folder)",
+        *(
+            ["model = AutoModelForCausalLM.from_pretrained(folder)"]
+            if adapters_of is None
+            else [
+                f"base = AutoModelForCausalLM.from_pretrained({json.dumps(adapters_of)})",
+                "model = PeftModel.from_pretrained(base, folder).merge_and_unload()",
+            ]
+        ),
         f"print(model.generate_text(tokenizer, {json.dumps(prompt)}, temperature=0.8, top_k=50))",
         "```",
         "",
@@ -158,6 +223,13 @@ def model_card(model: BDHForCausalLM, checkpoint: Checkpoint, *, ema: bool = Fal
         "",
     ]
     return "\n".join(parts)
+
+
+def _lora_row(lora: dict[str, Any] | None) -> dict[str, str]:
+    if not lora or not lora["r"]:
+        return {}
+    layers = ", ".join(lora["target_modules"]) + (" (and embed and lm_head as a whole)" if lora["embeddings"] else "")
+    return {"trained weights": f"adapters (LoRA) of rank {lora['r']}, alpha {lora['alpha']:g}, in {layers}"}
 
 
 def _table(rows: dict[str, Any]) -> str:

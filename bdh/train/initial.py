@@ -1,21 +1,25 @@
 """The model that a run starts from, where it does not start from nothing."""
 
+import copy
 import logging
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerFast
 
 from bdh.model import BDHForCausalLM
 from bdh.tokenizer import TextEncoder, TokenizerConfig, is_byte_tokenizer
 from bdh.tokenizer.byte_level import NUM_BYTES
-from bdh.train.checkpoint import Checkpoint
-from bdh.train.config import ModelSettings, RunSettings
+from bdh.tokenizer.chat import CHAT_TOKENS, add_special_tokens
+from bdh.train.config import LoraSettings, ModelSettings, RunSettings
 from bdh.train.models import TOKENIZER_FOLDER, is_run, load_model, load_run
 
 _logger = logging.getLogger(__name__)
 # What the weights fix. The rest, such as dropout, is the new run's to choose.
 _TAKEN_OVER = ("n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier", "rope_theta")
+_ONE_ROW_A_TOKEN = ("embed.weight", "lm_head.weight")
 
 
 class InitialModel:
@@ -28,14 +32,17 @@ class InitialModel:
             ValueError: it is no BDH model, or is damaged.
         """
         self.name = name
-        self._checkpoint: Checkpoint | None = None
+        self._data: dict[str, Any] | None = None  # that it was trained on, where it says so
         self._model: BDHForCausalLM
         if is_run(Path(name)):
-            self._model, self._tokenizer, self._checkpoint = load_run(Path(name))
+            self._model, self._tokenizer, checkpoint = load_run(Path(name))
+            training = checkpoint.training
+            self._data = {"source": training["data_facts"]["source"], "fingerprint": training["data_fingerprint"]}
             self._tokenizer_path = str(Path(name) / TOKENIZER_FOLDER)
         else:
             self._model, self._tokenizer = load_model(name, device="cpu")
             self._tokenizer_path = name
+            self._data = getattr(self._model.config, "train_data", None)
 
     def completed(self, settings: RunSettings) -> RunSettings:
         """The settings with the sizes, and unless another was chosen the tokenizer, of this model.
@@ -54,9 +61,12 @@ class InitialModel:
             raise ValueError(
                 f"train.init_from fixes the sizes of the model: {'; '.join(wrong)}. Leave them out, and they follow"
             )
-        tokenizer = settings.tokenizer if settings.tokenizer != TokenizerConfig() else self._tokenizer_settings()
         # A decay may be added, but one that the weights were trained with is not lost by leaving it out.
         decay = self._model.config.decay if settings.model.decay is None else settings.model.decay
+        tokenizer = settings.tokenizer
+        template = tokenizer.chat_template
+        if tokenizer == TokenizerConfig(chat_template=template):
+            tokenizer = replace(self._tokenizer_settings(), chat_template=template)
         return replace(settings, model=replace(settings.model, **sizes, decay=decay), tokenizer=tokenizer)
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -65,28 +75,52 @@ class InitialModel:
         Raises:
             ValueError: it has another number of entries.
         """
-        if len(tokenizer) != len(self._tokenizer):
+        known = copy.deepcopy(self._tokenizer)
+        if len(tokenizer) > len(known) and tokenizer.chat_template:
+            new = [token for token in CHAT_TOKENS if token in set(tokenizer.get_vocab()) - set(known.get_vocab())]
+            add_special_tokens(known, new)
+            _logger.warning("%s does not know %s: they start from random weights", self.name, ", ".join(new))
+        if len(tokenizer) != len(known):
             raise ValueError(
                 f"the run's tokenizer has {len(tokenizer)} entries, but {self.name} was trained with one of "
                 f"{len(self._tokenizer)}: leave tokenizer.path out, and it takes that one"
             )
-        if TextEncoder(tokenizer).hash != TextEncoder(self._tokenizer).hash:
+        if TextEncoder(tokenizer).hash != TextEncoder(known).hash:
             _logger.warning(
                 "the tokenizer is not the one that %s was trained with: its tokens mean other text", self.name
             )
 
     def check_data(self, fingerprint: str) -> None:
         """Says where the run's data are others than those the model was trained on, if that is known."""
-        if self._checkpoint is not None and self._checkpoint.training["data_fingerprint"] != fingerprint:
-            source = self._checkpoint.training["data_facts"]["source"]
-            _logger.warning("%s was trained on other data, %s", self.name, source)
+        if self._data is not None and self._data["fingerprint"] != fingerprint:
+            _logger.warning("%s was trained on other data, %s", self.name, self._data["source"])
 
     def copy_into(self, model: BDHForCausalLM) -> None:
-        """Gives a model of the same sizes the weights, in the model's own dtype."""
+        """Gives a model of the same sizes the weights, in the model's own dtype.
+
+        Of a larger vocabulary, the entries at its end keep the weights that they have.
+        """
         model.config.layer_norm_eps = self._model.config.layer_norm_eps
-        model.load_state_dict(self._model.state_dict())
+        weights = self._model.state_dict()
+        V = self._model.config.vocab_size
+        if model.config.vocab_size > V:
+            own = model.state_dict()
+            weights |= {name: torch.cat([weights[name], own[name][V:].cpu()]) for name in _ONE_ROW_A_TOKEN}
+        model.load_state_dict(weights)
+
+    def check_lora(self, lora: LoraSettings, model: BDHForCausalLM) -> None:
+        """
+        Raises:
+            ValueError: there are tokens that this model does not know, and nothing would train their weights.
+        """
+        num_new = model.config.vocab_size - self._model.config.vocab_size
+        if lora.r and num_new > 0 and not lora.embeddings:
+            raise ValueError(
+                f"{self.name} does not know the last {num_new} tokens of the vocabulary, and train.lora would leave their "
+                "weights random: set train.lora.embeddings=true, or start from a model that knows them"
+            )
 
     def _tokenizer_settings(self) -> TokenizerConfig:
-        if is_byte_tokenizer(self._tokenizer):
+        if is_byte_tokenizer(self._tokenizer) and self._tokenizer.chat_template is None:
             return TokenizerConfig(special_tokens=len(self._tokenizer) > NUM_BYTES)
         return TokenizerConfig(path=self._tokenizer_path)

@@ -5,10 +5,13 @@ import math
 
 import torch
 
+from bdh.data.batch import ValidationPart
 from bdh.evaluate.activity import measure_activity
-from bdh.evaluate.loss import Metrics, evaluate_windows
+from bdh.evaluate.loss import Metrics
+from bdh.evaluate.parts import evaluate_parts
 from bdh.model.sampling import SamplingOptions
 from bdh.monitor import Monitor
+from bdh.tokenizer.chat import question
 from bdh.train.checkpoint import CheckpointError
 from bdh.train.run import Run
 from bdh.train.signals import deferred_signals
@@ -33,7 +36,7 @@ def fit(run: Run, monitor: Monitor) -> str:
     """
     settings, progress = run.settings.train, run.progress
     step_model = torch.compile(run.parallel.step_model) if settings.compile else run.parallel.step_model
-    validation = run.corpus.validation_windows(settings.eval_windows)
+    validation = run.corpus.validation_parts(settings.eval_windows, run.document_end)
     last_step = min(settings.max_steps, settings.stop_at_step or settings.max_steps)
     peak = matmul_peak(run.runtime) * run.world.size
     flops_per_token = training_flops_per_token(run.model.config, settings.block_size)
@@ -104,25 +107,27 @@ def fit(run: Run, monitor: Monitor) -> str:
     return "finished" if progress.step >= settings.max_steps else "stop_at_step"
 
 
-def evaluate(run: Run, monitor: Monitor, validation: torch.Tensor) -> bool:
-    """Measures the validation windows, which the processes share, and tells whether the model is the best so far."""
+def evaluate(run: Run, monitor: Monitor, validation: list[ValidationPart]) -> bool:
+    """Measures the validation rows, which the processes share, and tells whether the model is the best so far."""
     progress, world = run.progress, run.world
 
-    def measure() -> Metrics:
-        return evaluate_windows(
+    def measure() -> tuple[Metrics, dict[str, Metrics]]:
+        return evaluate_parts(
             run.model,
-            validation[world.rank :: world.size],
-            bytes_per_token=run.corpus.val_bytes_per_token,
-            document_end=run.document_end,
+            validation,
             autocast=run.runtime.autocast,
+            rows=slice(world.rank, None, world.size),
             sum_over_processes=world.sum if world.size > 1 else None,
         )
 
     with run.parallel.whole_model():
-        metrics = measure()
+        metrics, by_source = measure()
         values = metrics.as_dict("val/") | metrics.loss_at("val/")
+        for name, of_source in by_source.items():
+            values |= of_source.as_dict(f"val/{name}/")
         if world.is_main:
-            activity = measure_activity(run.model, validation[:_ACTIVITY_WINDOWS, :-1], autocast=run.runtime.autocast)
+            windows = run.corpus.validation_windows(min(run.settings.train.eval_windows, _ACTIVITY_WINDOWS))
+            activity = measure_activity(run.model, windows[:, :-1], autocast=run.runtime.autocast)
             values |= activity.as_dict("val/") | weight_norms(run.model)
             for name, weight in run.model.named_parameters():
                 monitor.log_histogram(progress.step, f"weights/{name}", weight)
@@ -135,7 +140,7 @@ def evaluate(run: Run, monitor: Monitor, validation: torch.Tensor) -> bool:
         run.average.swap(run.model)
         try:
             with run.parallel.whole_model():
-                of_average = measure()
+                of_average, _ = measure()
         finally:
             run.average.swap(run.model)
         progress.last_ema_metrics = of_average.as_dict()
@@ -144,11 +149,12 @@ def evaluate(run: Run, monitor: Monitor, validation: torch.Tensor) -> bool:
     values = world.gather(values)[0]  # rank 0 has counted the neurons
     monitor.log(progress.step, values)
     is_best = take_best(run, values)
+    of_sources = "".join(f"; {name}: loss {each.loss:.4f}" for name, each in by_source.items())
     fired = [value for name, value in values.items() if name.startswith("val/density/x/")]
     monitor.message(
         f"step {progress.step}: validation loss {metrics.loss:.4f} nats per token, perplexity {metrics.perplexity:.2f}, "
         f"{metrics.bits_per_byte:.3f} bits per byte, accuracy {metrics.accuracy:.1%}, "
-        f"{sum(fired) / len(fired):.1%} of the neurons fire{averaged}{' (best)' if is_best else ''}"
+        f"{sum(fired) / len(fired):.1%} of the neurons fire{of_sources}{averaged}{' (best)' if is_best else ''}"
     )
     return is_best
 
@@ -188,7 +194,9 @@ def sample(run: Run, monitor: Monitor) -> None:
                 max_new_tokens=settings.sample_max_new_tokens, temperature=0.8, top_k=50, seed=settings.seed + number
             )
             # transformers keeps the processes of a sharded model in step, so all of them draw the same text.
-            text = run.model.generate_text(run.tokenizer, prompt, options)
+            # A model that learns to answer is asked.
+            asked = question(run.tokenizer, prompt) if run.corpus.is_chat else prompt
+            text = run.model.generate_text(run.tokenizer, asked, options)
             if run.world.is_main:
                 _record_sample(run, monitor, number, prompt, text)
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
@@ -12,6 +13,7 @@ from bdh.model.configuration import one_line_type_faults
 from bdh.tokenizer import TokenizerConfig, load_tokenizer
 from bdh.train.checkpoint import Checkpoint, Checkpointer, is_checkpoint, step_of_folder
 from bdh.train.config import TrainSettings
+from bdh.train.lora import base_of, merged, with_weights
 from bdh.train.runtime import choose_runtime
 
 TOKENIZER_FOLDER = "tokenizer"
@@ -23,7 +25,7 @@ def load_model(
     """The model, in evaluation mode, and its tokenizer.
 
     Args:
-        name: a folder with ``config.json``; a run's folder, of which the checkpoint is taken; the folder of one of
+        name: a folder with ``config.json``, or of adapters, which are merged into their model; a run's folder, of which the checkpoint is taken; the folder of one of
             its checkpoints; or a hub id.
         checkpoint: for a run: last (the default), best, or a step.
         device: as ``train.device``.
@@ -42,6 +44,9 @@ def load_model(
         return model.to(target), tokenizer  # type: ignore[arg-type]
     if checkpoint is not None:
         raise ValueError(f"checkpoint is {checkpoint!r}, but {name} is not a run: leave it out")
+    if (base := base_of(path)) is not None:
+        model, _ = load_model(base, device=device)
+        return merged(model, path).eval(), load_tokenizer(TokenizerConfig(path=name))
     if path.exists() and not (path / "config.json").is_file():
         raise FileNotFoundError(f"{name} holds no model: it has neither config.json nor checkpoints")
     if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
@@ -80,11 +85,22 @@ def load_run(
         raise ValueError(f"checkpoint is {which!r}: must be last, best, or a step")
     checkpoint = checkpointer.load(step)
     model = BDHForCausalLM(BDHConfig(**checkpoint.training["model_config"]))
-    weights = checkpoint.tensors("ema" if ema else "weights")
-    if not weights:
-        raise ValueError(f"{checkpoint.path} has no moving average of the weights: its run had no train.ema_decay")
-    model.load_state_dict(weights)
+    model = with_weights(model, run_weights(checkpoint, ema=ema), checkpoint.training["settings"]["train"].get("lora"))
     return model.eval(), load_tokenizer(run_dir / TOKENIZER_FOLDER), checkpoint
+
+
+def run_weights(checkpoint: Checkpoint, *, ema: bool) -> dict[str, torch.Tensor]:
+    """The weights of a checkpoint, or their moving average.
+
+    Raises:
+        ValueError: there is no average in it.
+    """
+    if not ema:
+        return checkpoint.tensors("weights")
+    average = checkpoint.tensors("ema")
+    if not average:
+        raise ValueError(f"{checkpoint.path} has no moving average of the weights: its run had no train.ema_decay")
+    return checkpoint.tensors("weights") | average  # frozen weights have none
 
 
 def _pretrained(name: str, *, is_local: bool) -> BDHForCausalLM:

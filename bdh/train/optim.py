@@ -32,7 +32,7 @@ def learning_rate_factor(step: int, settings: TrainSettings) -> float:
 
 
 class Optimizers:
-    """The optimizers of a model, stepped together.
+    """The optimizers of a model's weights, but for frozen ones, stepped together.
 
     AdamW for everything, or Muon for the neurons' matrices (``encoder``, ``encoder_v``, ``decoder``) with
     AdamW for the embedding and the head.
@@ -41,9 +41,10 @@ class Optimizers:
     def __init__(self, model: nn.Module, settings: TrainSettings):
         self._settings = settings
         self._names: dict[torch.Tensor, str] = {p: name for name, p in model.named_parameters()}
-        ends = [p for name, p in model.named_parameters() if name.startswith(("embed.", "lm_head."))]
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        ends = [p for name, p in trained.items() if name.startswith(("embed.", "lm_head."))]
         ends_ids = {id(p) for p in ends}
-        matrices = [p for p in model.parameters() if id(p) not in ends_ids]
+        matrices = [p for p in trained.values() if id(p) not in ends_ids]
         ends_decay = {"weight_decay": settings.weight_decay if settings.decay_embeddings else 0.0}
         lr = settings.learning_rate
         groups = [{"params": ends, **ends_decay}]

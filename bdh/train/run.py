@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 import bdh
 from bdh.data import Corpus, prepare_corpus
+from bdh.data.conversations import holds_chat
 from bdh.distributed.parallelize import Parallel, choose_strategy, parallelize
 from bdh.distributed.world import World
 from bdh.model import BDHConfig, BDHForCausalLM
@@ -19,11 +21,12 @@ from bdh.model.averaging import MovingAverage
 from bdh.monitor import chosen_backends
 from bdh.monitor.backends.jsonl import cut_back
 from bdh.storage import whole_folder, write_text
-from bdh.tokenizer import load_tokenizer
+from bdh.tokenizer import load_tokenizer, stop_token_ids, with_chat_template
 from bdh.train.carry import CarriedState
 from bdh.train.checkpoint import Checkpoint, Checkpointer
 from bdh.train.config import RunSettings
 from bdh.train.initial import InitialModel
+from bdh.train.lora import add_adapters, check_peft
 from bdh.train.models import TOKENIZER_FOLDER
 from bdh.train.optim import Optimizers
 from bdh.train.runtime import Runtime, choose_runtime, random_states, restore_random_states
@@ -34,9 +37,16 @@ _FIXED = {
     "model": None,
     "tokenizer": None,
     "data": None,
-    "train": ("block_size", "carry_state", "optimizer", "seed", "init_from"),
+    "train": ("block_size", "carry_state", "optimizer", "seed", "init_from", "lora"),
 }
-_FREE = {"model.attention_form", "model.chunk_size", "model.dropout", "data.cache_dir"}
+_FREE = {
+    "model.attention_form",
+    "model.chunk_size",
+    "model.dropout",
+    "data.cache_dir",
+    "train.lora.dropout",
+    "train.lora.merge",
+}
 _SEEDS_APART = 1_000_003  # between the processes, whose dropout must differ
 _NOT_STORED = ("run_dir", "resume", "resume_step")
 
@@ -136,7 +146,7 @@ class Run:
         training = checkpoint.training
         if training["data_fingerprint"] != self.corpus.fingerprint:
             raise ValueError(
-                f"data.source {self.settings.data.source!r} has changed since the run was started (its fingerprint was "
+                f"the text of {self.corpus.facts['source']} has changed since the run was started (its fingerprint was "
                 f"{training['data_fingerprint']}, now it is {self.corpus.fingerprint}): nothing was changed"
             )
         shapes = checkpoint.shapes()
@@ -208,12 +218,17 @@ def open_run(settings: RunSettings, *, progress: Any = None) -> Run:
             "--run_dir"
         )
 
+    if settings.train.lora.r:
+        check_peft()
     initial = None
     if checkpoint is None and settings.train.init_from is not None:
         initial = InitialModel(settings.train.init_from)
         settings = initial.completed(settings)
     # A run keeps the tokenizer that it was started with.
     tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER if checkpoint else settings.tokenizer)
+    if checkpoint is None:
+        template = settings.tokenizer.chat_template
+        tokenizer = with_chat_template(tokenizer, template, needs_one=holds_chat(settings.data))
     if initial is not None:
         initial.check_tokenizer(tokenizer)
     config = model_config(settings, tokenizer)
@@ -228,6 +243,9 @@ def open_run(settings: RunSettings, *, progress: Any = None) -> Run:
         model = model.double()
     if initial is not None:
         initial.copy_into(model)
+        initial.check_lora(settings.train.lora, model)
+    if settings.train.lora.r:
+        add_adapters(model, settings.train.lora)
     if settings.train.gradient_checkpointing:
         model.activation_checkpointing_enable()
     if world.rank > 0:
@@ -300,7 +318,7 @@ def model_config(settings: RunSettings, tokenizer: PreTrainedTokenizerFast) -> B
         train_block_size=settings.train.block_size,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=stop_token_ids(tokenizer),
         **fields,
     )
 
@@ -378,12 +396,21 @@ def check_unchanged(settings: RunSettings, stored: dict[str, Any]) -> None:
     """Raises ``ValueError`` naming every field of the model or the data that is not as it was stored."""
     now = settings_to_store(settings)
     changed = [
-        f"{section}.{name}: {stored[section].get(name)!r} in the run, {value!r} now"
+        f"{name}: {before.get(own)!r} in the run, {value!r} now"
         for section, names in _FIXED.items()
-        for name, value in now[section].items()
-        if (names is None or name in names)
-        and f"{section}.{name}" not in _FREE
-        and stored.get(section, {}).get(name, value) != value  # a setting that the run's version did not have is new
+        for name, own, value, before in _fields(section, now[section], stored.get(section, {}))
+        if (names is None or name.split(".")[1] in names)
+        and name not in _FREE
+        and before.get(own, value) != value  # a setting that the run's version did not have is new
     ]
     if changed:
         raise ValueError("a resumed run keeps its model and data, but these differ: " + "; ".join(changed))
+
+
+def _fields(prefix: str, now: dict[str, Any], stored: dict[str, Any]) -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
+    """Of each field, those of nested sections among them: its dotted name, its own, its value, and what was stored."""
+    for own, value in now.items():
+        if isinstance(value, dict):
+            yield from _fields(f"{prefix}.{own}", value, stored.get(own) or {})
+        else:
+            yield f"{prefix}.{own}", own, value, stored

@@ -112,13 +112,14 @@ def test_another_tokenizer_of_the_size_is_warned_of_and_of_another_size_refused(
     assert not (tmp_path / "third").exists()
 
 
-def test_other_data_are_told(train, fine_tune, tmp_path, text_file, caplog):
+@pytest.mark.parametrize("source", ["run", "run/model"])
+def test_other_data_are_told(train, fine_tune, tmp_path, text_file, caplog, source):
     assert train(tmp_path / "run") == 0
-    assert fine_tune(tmp_path / "same", tmp_path / "run") == 0
+    assert fine_tune(tmp_path / "same", tmp_path / source) == 0
     assert caplog.records == []
     other = tmp_path / "other.txt"
     other.write_text(text_file.read_text()[::-1])
-    assert fine_tune(tmp_path / "next", tmp_path / "run", **{"data.source": other}) == 0
+    assert fine_tune(tmp_path / "next", tmp_path / source, **{"data.source": other}) == 0
     assert f"was trained on other data, {text_file}" in caplog.text
 
 

@@ -1,0 +1,154 @@
+"""Several corpora as one, whose rows come from each in proportion to its weight."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from bdh.data.batch import Batch, ValidationPart
+from bdh.data.config import DataConfig
+from bdh.data.corpus import Corpus, Loader
+from bdh.data.mix_config import mix_sources
+from bdh.data.windows import check_rows, check_state
+
+# The draws of the sources and those of the windows within one come from Philox with different keys.
+_KEY = 1 << 64
+
+
+class MixCorpus(Corpus):
+    """The corpora of ``data.mix``. A row is of one source alone, and validation windows are shared by weight."""
+
+    def __init__(self, config: DataConfig, prepare: Callable[[DataConfig], Corpus], block_size: int):
+        """
+        Args:
+            prepare: makes the corpus of one source.
+        """
+        self.block_size = block_size
+        self._sources = mix_sources(config)
+        self._shares = [source.share for source in self._sources]
+        self._corpora = [prepare(source.config) for source in self._sources]
+        self.is_chat = any(corpus.is_chat for corpus in self._corpora)
+        self.val_bytes_per_token = sum(
+            share * corpus.val_bytes_per_token for share, corpus in zip(self._shares, self._corpora, strict=True)
+        )
+        identity = [(share, corpus.fingerprint) for share, corpus in zip(self._shares, self._corpora, strict=True)]
+        self.fingerprint = hashlib.sha256(repr(identity).encode()).hexdigest()[:32]
+        facts = [corpus.facts for corpus in self._corpora]
+        skipped: dict[str, int] = {}
+        for each in facts:
+            for what, number in each["skipped"].items():
+                skipped[what] = skipped.get(what, 0) + number
+        self.facts = {
+            "source": ", ".join(f"{source.share:.1%} {source.label}" for source in self._sources),
+            "streaming": any(each["streaming"] for each in facts),
+            **{name: _sum(each.get(name) for each in facts) for name in ("documents", "train_tokens", "val_tokens")},
+            "val_bytes": _sum(each.get("val_bytes") for each in facts),
+            "skipped": skipped,
+            "fingerprint": self.fingerprint,
+            "mix": [
+                {"label": source.label, "share": source.share, **each}
+                for source, each in zip(self._sources, facts, strict=True)
+            ],
+        }
+
+    def train_loader(
+        self, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, *, carry_state: bool = False
+    ) -> "MixLoader":
+        if carry_state:
+            raise ValueError(
+                "train.carry_state is true, but a row of data.mix is of another source in each step: set false"
+            )
+        rows = check_rows(batch_size, rank, world_size)
+        # Each source gives one row at a time, as many as the draws ask of it. Their seeds differ, so that two sources
+        # of one length do not go through it in step.
+        loaders = [corpus.train_loader(1, seed + number) for number, corpus in enumerate(self._corpora)]
+        return MixLoader(loaders, self._shares, batch_size, rows, seed)
+
+    def train_tokens(self) -> np.ndarray:
+        raise ValueError("a mix has no single text: measure its sources one by one, with data.source")
+
+    def validation_tokens(self) -> np.ndarray:
+        raise ValueError("a mix has no single text: measure its sources one by one, with data.source")
+
+    def validation_windows(self, num_windows: int) -> torch.Tensor:
+        numbers = apportion(num_windows, self._shares)
+        windows = [corpus.validation_windows(n) for corpus, n in zip(self._corpora, numbers, strict=True)]
+        return torch.cat(windows)
+
+    def validation_parts(self, num_windows: int, document_end: int | None = None) -> list[ValidationPart]:
+        """Those of each source, which are shared by weight: the loss over all of them is that of the mix."""
+        numbers = apportion(num_windows, self._shares)
+        return [
+            ValidationPart(source.label, part.batch, part.bytes_per_token)
+            for source, corpus, number in zip(self._sources, self._corpora, numbers, strict=True)
+            for part in corpus.validation_parts(number, document_end)
+        ]
+
+
+class MixLoader:
+    """Rows of several loaders. Which one gives row i of step s depends on (seed, s, i) alone.
+
+    Each process draws all rows of the step and keeps its own, so that every source is at the same place in all of
+    them.
+    """
+
+    def __init__(self, loaders: Sequence[Loader], shares: Sequence[float], batch_size: int, rows: slice, seed: int):
+        """
+        Args:
+            loaders: each gives one row at a time.
+        """
+        self._loaders = loaders
+        self._shares = list(shares)
+        self._batch_size = batch_size
+        self._rows = rows
+        self._seed = seed
+        self._step = 0
+
+    def next(self) -> Batch:
+        """The rows of the next step."""
+        rows = [self._loaders[number].next() for number in self.sources_of(self._step)]
+        self._step += 1
+        return Batch.stack(rows[self._rows])
+
+    def sources_of(self, step: int) -> list[int]:
+        """The number of the source of each row of the global batch."""
+        generator = np.random.Generator(np.random.Philox(key=_KEY + self._seed, counter=[0, 0, 0, step]))
+        bounds = np.cumsum(self._shares)[:-1]  # the last share is what is left: sums of floats may end below 1
+        return np.searchsorted(bounds, generator.random(self._batch_size), side="right").tolist()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "kind": "mix",
+            "step": self._step,
+            "seed": self._seed,
+            "shares": self._shares,
+            "sources": [loader.state_dict() for loader in self._loaders],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """
+        Raises:
+            ValueError: the state is of another kind of loader, of another seed, or of other shares.
+        """
+        check_state(state, "mix", seed=self._seed, shares=self._shares)
+        for loader, inner in zip(self._loaders, state["sources"], strict=True):
+            loader.load_state_dict(inner)
+        self._step = state["step"]
+
+
+def apportion(number: int, shares: Sequence[float]) -> list[int]:
+    """Whole numbers that sum to ``number`` in proportion to the shares (largest remainders), but none below 1."""
+    exact = [number * share for share in shares]
+    found = [int(each) for each in exact]
+    by_remainder = sorted(range(len(shares)), key=lambda i: found[i] - exact[i])
+    for i in by_remainder[: number - sum(found)]:
+        found[i] += 1
+    return [max(1, each) for each in found]
+
+
+def _sum(values: Any) -> int | None:
+    """None where one of them is unknown."""
+    known = list(values)
+    return None if None in known else sum(known)

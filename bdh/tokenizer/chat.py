@@ -1,0 +1,237 @@
+"""Conversations as tokens: the chat template that a tokenizer carries, and which tokens are the assistant's.
+
+A template is Jinja, as in all of transformers, and says with ``{% generation %}`` what the assistant writes: its text
+and the token that ends its turn. The default one gives
+
+    <|system|>Be brief.<|end|><|user|>Hello!<|end|><|assistant|>Hi.<|end|>
+
+where the four names are special tokens, and what counts is ``Hi.<|end|>``.
+"""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import TemplateError
+from tokenizers import Tokenizer
+from transformers import AddedToken, PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from bdh.tokenizer.config import DEFAULT_CHAT_TEMPLATE
+
+ROLES = ("system", "user", "assistant")
+CHAT_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+DEFAULT_TEMPLATE = """\
+{% for message in messages %}
+{% if message['role'] == 'system' %}{{ '<|system|>' + message['content'] + '<|end|>' }}
+{%- elif message['role'] == 'user' %}{{ '<|user|>' + message['content'] + '<|end|>' }}
+{%- elif message['role'] == 'assistant' %}{{ '<|assistant|>' }}
+{%- generation %}{{ message['content'] + '<|end|>' }}{% endgeneration %}
+{%- else %}{{ raise_exception('the role ' + message['role'] + ' is none of system, user, assistant') }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}
+"""
+
+Messages = Sequence[dict[str, str]]
+"""Each with a role and a content."""
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# Around what a message spells like a special token: characters that Unicode keeps for such inner uses.
+_OPEN, _CLOSE = "\ufdd0", "\ufdd1"
+_PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+def with_chat_template(
+    tokenizer: PreTrainedTokenizerFast, setting: str | None, *, needs_one: bool
+) -> PreTrainedTokenizerFast:
+    """The tokenizer with the template that ``tokenizer.chat_template`` asks for, and the chat tokens it spells.
+
+    Args:
+        setting: "default", the name of a file, or None: the tokenizer's own, or the default if ``needs_one``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the template cannot be trained with.
+    """
+    if setting is None and (tokenizer.chat_template or not needs_one):
+        template = tokenizer.chat_template
+    elif setting in (None, DEFAULT_CHAT_TEMPLATE):
+        template = DEFAULT_TEMPLATE
+    else:
+        template = _read(Path(str(setting)))
+    if template is None:
+        return tokenizer
+    if template != tokenizer.chat_template:
+        tokenizer.chat_template = template
+        add_special_tokens(tokenizer, [token for token in CHAT_TOKENS if token in template])
+    if setting is not None or needs_one:
+        ChatEncoder(tokenizer)
+    return tokenizer
+
+
+def add_special_tokens(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str]) -> None:
+    """Puts those of the special tokens that the vocabulary has not yet behind its end, in this order."""
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in tokens], special_tokens=True)
+
+
+class ChatEncoder:
+    """A tokenizer and its chat template made ready for encoding many conversations."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+        """
+        Raises:
+            ValueError: there is no template, it does not mark what the assistant writes, or that does not end with a
+                special token.
+        """
+        template = tokenizer.chat_template
+        if not isinstance(template, str):
+            raise ValueError(
+                "the tokenizer has no chat template: tokenizer.chat_template=default gives a fresh run one"
+            )
+        if not _GENERATION.search(template):
+            raise ValueError(
+                "the chat template does not say what the assistant writes: put {% generation %} and {% endgeneration %} "
+                "around it, its end token included, and give the file with tokenizer.chat_template"
+            )
+        self._template = template
+        self._variables = tokenizer.special_tokens_map
+        tokens = tokenizer.added_tokens_decoder
+        spelled = [token.content for token in tokens.values()]
+        pattern = "|".join(map(re.escape, sorted([*spelled, _OPEN, _CLOSE], key=len, reverse=True)))
+        self._special = re.compile(pattern)
+        self._marked = re.compile(f"{_OPEN}({pattern}){_CLOSE}")
+        self._backend = _plain(tokenizer)
+        self._text_backend = _plain(tokenizer)
+        self._text_backend.encode_special_tokens = True  # their spelling is text
+        state = f"{self._backend.to_str()}{template}{sorted(self._variables.items())}"
+        self.hash: str = hashlib.sha256(state.encode()).hexdigest()
+        """Equal for tokenizers that encode conversations alike."""
+        ids, is_answer = self.encode([_PROBE])[0]
+        last = int(ids[is_answer][-1]) if is_answer.any() else None
+        if last is None or last not in tokens or not tokens[last].special:
+            raise ValueError(
+                "the chat template must end what the assistant writes with a special token, within {% generation %}: "
+                f"a generated answer ends with it. It may use {', '.join(CHAT_TOKENS)} and the tokenizer's own"
+            )
+        self.turn_end_id: int = last
+        """The token behind each of the assistant's messages."""
+
+    def encode(self, conversations: Sequence[Messages]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The token ids of each conversation, int64, and whether each token is written by the assistant, bool.
+
+        The text is encoded up to where the assistant begins to write, and from there on, as it will be when the
+        model answers. What a message spells like a special token is text.
+
+        Raises:
+            ValueError: the template refuses a conversation.
+        """
+        pieces: list[str] = []
+        kinds: list[tuple[int, bool, bool]] = []  # number of the conversation, whether an answer, whether mere text
+        for number, messages in enumerate(conversations):
+            rendered, answers = self._render(messages)
+            for start, end, is_answer in _segments(len(rendered), answers):
+                for index, piece in enumerate(self._marked.split(rendered[start:end])):
+                    if piece:
+                        pieces.append(piece)
+                        kinds.append((number, is_answer, index % 2 == 1))
+        ids: list[list[list[int]]] = [[] for _ in conversations]
+        marks: list[list[np.ndarray]] = [[] for _ in conversations]
+        for (number, is_answer, _), encoded in zip(
+            kinds, self._encode(pieces, [kind[2] for kind in kinds]), strict=True
+        ):
+            ids[number].append(encoded)
+            marks[number].append(np.full(len(encoded), is_answer))
+        return [
+            (
+                np.array(list(chain.from_iterable(each)), dtype=np.int64),
+                np.concatenate([np.empty(0, dtype=bool), *of_each]),
+            )
+            for each, of_each in zip(ids, marks, strict=True)
+        ]
+
+    def prompt(self, messages: Messages) -> list[int]:
+        """The ids of a conversation up to where the assistant is to write.
+
+        Raises:
+            ValueError: the template refuses it.
+        """
+        rendered, _ = self._render(messages, add_generation_prompt=True)
+        pieces = self._marked.split(rendered)
+        return list(chain.from_iterable(self._encode(pieces, [index % 2 == 1 for index in range(len(pieces))])))
+
+    def _encode(self, pieces: list[str], are_text: list[bool]) -> list[list[int]]:
+        encoded = [e.ids for e in self._backend.encode_batch_fast(pieces, add_special_tokens=False)]
+        for index, is_text in enumerate(are_text):
+            if is_text:
+                encoded[index] = self._text_backend.encode(pieces[index], add_special_tokens=False).ids
+        return encoded
+
+    def _render(self, messages: Messages, *, add_generation_prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
+        marked = [
+            {**message, "content": self._special.sub(f"{_OPEN}\\g<0>{_CLOSE}", message["content"])}
+            for message in messages
+        ]
+        try:
+            rendered: Any = render_jinja_template(
+                conversations=[marked],
+                chat_template=self._template,
+                return_assistant_tokens_mask=True,
+                add_generation_prompt=add_generation_prompt,
+                **self._variables,  # type: ignore[arg-type]
+            )
+        except TemplateError as error:
+            raise ValueError(f"the chat template refuses the conversation: {error}") from error
+        (text,), (answers,) = rendered
+        return text, answers
+
+
+def question(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    """The ids of a conversation of one message of the user, up to where the assistant is to write.
+
+    Raises:
+        ValueError: the tokenizer has no usable chat template.
+    """
+    return ChatEncoder(tokenizer).prompt([{"role": "user", "content": text}])
+
+
+def turn_end_id(tokenizer: PreTrainedTokenizerFast) -> int | None:
+    """The token that ends an answer; None where there is no chat template, or none that tells."""
+    if not isinstance(tokenizer.chat_template, str) or not _GENERATION.search(tokenizer.chat_template):
+        return None
+    return ChatEncoder(tokenizer).turn_end_id
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerFast) -> int | list[int] | None:
+    """The tokens behind which nothing is to be generated: the end of a text, and of an answer."""
+    found = sorted({token for token in (tokenizer.eos_token_id, turn_end_id(tokenizer)) if token is not None})
+    return found if len(found) > 1 else next(iter(found), None)
+
+
+def _segments(length: int, answers: Sequence[tuple[int, int]]) -> list[tuple[int, int, bool]]:
+    """The stretches of a text of so many characters, and whether each is an answer."""
+    segments, position = [], 0
+    for start, end in answers:
+        segments += [(position, start, False), (start, end, True)]
+        position = end
+    return [*segments, (position, length, False)]
+
+
+def _plain(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_padding()
+    backend.no_truncation()
+    return backend
+
+
+def _read(path: Path) -> str:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"tokenizer.chat_template is {str(path)!r}: there is no such file; {DEFAULT_CHAT_TEMPLATE!r} takes the one "
+            "that comes with bdh"
+        )
+    return path.read_text(encoding="utf-8")
