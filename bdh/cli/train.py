@@ -54,7 +54,8 @@ def run(argv: list[str]) -> int:
             which = "last"
             console.print("No validation loss was measured yet: the last weights are exported, not the best.")
         export_run(training.folder, folder, which=which, ema=ema, replace=True)
-        console.print(f"Exported to {folder}: bdh generate {folder} --prompt 'The '", markup=False)
+        ask = "--chat --prompt 'Hello!'" if training.corpus.is_chat else "--prompt 'The '"
+        console.print(f"Exported to {folder}: bdh generate {folder} {ask}", markup=False)
     return 0
 
 
