@@ -81,7 +81,8 @@ def _export(console: Console, training: Any) -> None:
         which = "last"
     folder = training.folder / "model"
     export_run(training.folder, folder, which="last" if ema else which, ema=ema, replace=True)
-    console.print(f"Exported to {folder}: bdh generate {folder} --prompt 'The '", markup=False)
+    ask = "--chat --prompt 'Hello!'" if training.corpus.is_chat else "--prompt 'The '"
+    console.print(f"Exported to {folder}: bdh generate {folder} {ask}", markup=False)
 
 
 def print_banner(console: Console, training: Any) -> None:

@@ -165,6 +165,8 @@ def model_card(
         else {}
     )
     prompt = train["sample_prompts"][0] if train["sample_prompts"] else "The "
+    is_chat = data_facts.get("format") == "chat"
+    asked = f"question(tokenizer, {json.dumps(prompt)})" if is_chat else json.dumps(prompt)
     parts = [
         "---",
         *(
@@ -204,6 +206,7 @@ def model_card(
         "```python",
         "import bdh",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        *(["from bdh.tokenizer.chat import question"] if is_chat else []),
         *(["from peft import PeftModel"] if adapters_of is not None else []),
         "",
         'folder = "."  # this folder',
@@ -216,7 +219,7 @@ def model_card(
                 "model = PeftModel.from_pretrained(base, folder).merge_and_unload()",
             ]
         ),
-        f"print(model.generate_text(tokenizer, {json.dumps(prompt)}, temperature=0.8, top_k=50))",
+        f"print(model.generate_text(tokenizer, {asked}, temperature=0.8, top_k=50))",
         "```",
         "",
         f"Written by bdh {bdh.__version__}, PyTorch {torch.__version__}, transformers {transformers.__version__}.",

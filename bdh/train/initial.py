@@ -92,8 +92,9 @@ class InitialModel:
 
     def check_data(self, fingerprint: str) -> None:
         """Says where the run's data are others than those the model was trained on, if that is known."""
-        if self._data is not None and self._data["fingerprint"] != fingerprint:
-            _logger.warning("%s was trained on other data, %s", self.name, self._data["source"])
+        data = self._data or {}
+        if data.get("fingerprint", fingerprint) != fingerprint:
+            _logger.warning("%s was trained on other data, %s", self.name, data["source"])
 
     def copy_into(self, model: BDHForCausalLM) -> None:
         """Gives a model of the same sizes the weights, in the model's own dtype.

@@ -6,6 +6,7 @@ with a few weights more, of which these alone want gradients.
 
 import importlib.util
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,9 @@ def merged(base: BDHForCausalLM, folder: Path) -> BDHForCausalLM:
     from peft import PeftModel
 
     try:
-        return PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks the model by a name that transformers will drop
+            return PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"the adapters of {folder} do not fit the model that they name: {reason}") from error

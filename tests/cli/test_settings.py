@@ -295,3 +295,30 @@ def test_to_yaml_is_plain_yaml():
         "light": False,
         "guests": 2,
     }
+
+
+def test_sections_within_sections_are_printed_and_read_back(tmp_path, capsys):
+    @dataclass
+    class Grill:
+        bars: int = 4
+        """Bars."""
+
+    @dataclass
+    class Stove:
+        heat: int = 1
+        """Heat."""
+        grill: Grill = field(default_factory=Grill)
+        door: str = "left"
+        """Where it opens."""
+
+    @dataclass
+    class House:
+        stove: Stove = field(default_factory=Stove)
+        cellar: Grill = field(default_factory=Grill)
+        rooms: int = 3
+        """Rooms."""
+
+    settings = House(Stove(2, Grill(5), "right"), Grill(6), 7)
+    for with_help in (False, True):
+        path = written(tmp_path, "printed.yaml", to_yaml(settings, with_help=with_help))
+        assert parse_settings(House, ["--config", path], prog="p", description="d") == settings
