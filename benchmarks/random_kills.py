@@ -4,7 +4,8 @@
 
 Half of the kills come at a random moment, the others as soon as a checkpoint is being written. After each, the newest
 checkpoint must load, every byte of it checked, and the training goes on with --resume. At the end all losses, samples
-and weights must be those of the run that nobody disturbed, to the bit. Exits with 1 if anything is not as it should be.
+and weights must be those of the run that nobody disturbed, to the bit. Exits with 1 if anything is not as it should be. Further flags, such as --train.carry_state=true or
+--data.streaming=true, are settings of the training.
 """
 
 import argparse
@@ -32,10 +33,10 @@ SETTINGS = {
     "train.block_size": 64,
     "train.batch_size": 8,
     "train.warmup_steps": 10,
-    "train.eval_every_steps": 100,
+    "train.eval_every_steps": 20,
     "train.eval_windows": 8,
-    "train.sample_every_steps": 100,
-    "train.sample_max_new_tokens": 20,
+    "train.sample_every_steps": 20,
+    "train.sample_max_new_tokens": 10,
     "checkpoint.every_steps": 15,
     "monitor.log_every_steps": 1,
     "monitor.backends": "jsonl",
@@ -52,8 +53,10 @@ def main() -> int:
     steps = given.steps or 40 * given.kills
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.folder or Path(temporary)
-        settings = SETTINGS | {"train.max_steps": steps}
-        flags = [f"--{name}={value}" for name, value in settings.items()] + more
+        settings = SETTINGS | {"train.max_steps": steps} | dict(flag.removeprefix("--").split("=", 1) for flag in more)
+        if "data.mix" in settings:
+            del settings["data.source"]
+        flags = [f"--{name}={value}" for name, value in settings.items()]
         straight, disturbed = folder / "straight", folder / "disturbed"
         subprocess.run(command(straight, flags), check=True, stderr=subprocess.DEVNULL)
         kills, in_saves = disturb(disturbed, flags, given.kills, random.Random(given.seed))
