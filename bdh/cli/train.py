@@ -32,7 +32,8 @@ def run(argv: list[str]) -> int:
     from bdh.distributed.errors import reported_to_starter
     from bdh.monitor import Monitor
     from bdh.train.loop import fit
-    from bdh.train.run import open_run, settings_to_store
+    from bdh.train.run import open_run
+    from bdh.train.stored import settings_to_store
 
     console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=rank > 0)
     if rank > 0:
@@ -152,7 +153,7 @@ def _settings_to_resume(argv: list[str]) -> dict[str, Any] | None:
     given = given_settings(RunSettings, argv)
     if given.get("run_dir") is None or not given.get("resume"):
         return None
-    from bdh.train.run import stored_settings
+    from bdh.train.stored import stored_settings
 
     stored = stored_settings(Path(given["run_dir"]))
     stored["train"]["stop_at_step"] = None

@@ -2,8 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,25 +29,17 @@ from bdh.train.lora import add_adapters, check_peft
 from bdh.train.models import TOKENIZER_FOLDER
 from bdh.train.optim import Optimizers
 from bdh.train.runtime import Runtime, choose_runtime, random_states, restore_random_states
+from bdh.train.stored import (
+    CONFIG_FILE,
+    check_unchanged,
+    holds_run,
+    rows_per_step,
+    settings_to_store,
+    stored_settings,
+    with_same_rows,
+)
 
-CONFIG_FILE = "config.yaml"
-# A run cannot go on exactly, or at all, if one of these is another: name of the section, and its fields.
-_FIXED = {
-    "model": None,
-    "tokenizer": None,
-    "data": None,
-    "train": ("block_size", "carry_state", "optimizer", "seed", "init_from", "lora"),
-}
-_FREE = {
-    "model.attention_form",
-    "model.chunk_size",
-    "model.dropout",
-    "data.cache_dir",
-    "train.lora.dropout",
-    "train.lora.merge",
-}
 _SEEDS_APART = 1_000_003  # between the processes, whose dropout must differ
-_NOT_STORED = ("run_dir", "resume", "resume_step")
 
 
 @dataclass
@@ -321,96 +312,3 @@ def model_config(settings: RunSettings, tokenizer: PreTrainedTokenizerFast) -> B
         eos_token_id=stop_token_ids(tokenizer),
         **fields,
     )
-
-
-def rows_per_step(settings: RunSettings, world: World) -> int:
-    return settings.train.batch_size * settings.train.gradient_accumulation_steps * world.size
-
-
-def with_same_rows(settings: RunSettings, stored: dict[str, Any], rows: int, world: World) -> RunSettings:
-    """The settings of a run that goes on, such that a step has as many sequences as before, whoever shares them.
-
-    Args:
-        stored: the run's settings until now.
-        rows: sequences of a step until now.
-
-    Raises:
-        ValueError: the processes cannot share so many, or batch size and accumulation were set to give others.
-    """
-    now = rows_per_step(settings, world)
-    if now == rows:
-        return settings
-    train = settings.train
-    names = ("batch_size", "gradient_accumulation_steps")
-    if any(getattr(train, name) != stored["train"][name] for name in names):
-        raise ValueError(
-            f"train.batch_size {train.batch_size} x train.gradient_accumulation_steps {train.gradient_accumulation_steps} "
-            f"x {world.size} processes are {now} sequences a step: the run has had {rows}, and must go on with as many"
-        )
-    if rows % world.size:
-        fitting = [str(number) for number in range(1, rows + 1) if rows % number == 0]
-        raise ValueError(
-            f"a step of this run has {rows} sequences, which {world.size} processes cannot share evenly: start "
-            f"{', '.join(fitting[:-1])} or {fitting[-1]}"
-        )
-    share = rows // world.size
-    batch_size = max(size for size in range(1, min(share, train.batch_size) + 1) if share % size == 0)
-    return replace(
-        settings, train=replace(train, batch_size=batch_size, gradient_accumulation_steps=share // batch_size)
-    )
-
-
-def holds_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in (CONFIG_FILE, "checkpoints", "metrics.jsonl", "model"))
-
-
-def settings_to_store(settings: RunSettings) -> dict[str, Any]:
-    """The settings as plain data, without those that say where this start of the run reads and writes."""
-    stored = asdict(settings)
-    for name in _NOT_STORED:
-        del stored[name]
-    return stored
-
-
-def stored_settings(folder: Path) -> dict[str, Any]:
-    """What a run's ``config.yaml`` holds.
-
-    Raises:
-        FileNotFoundError: the folder holds no run.
-        ValueError: the file is cut off, or holds something else.
-    """
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no run to resume in {folder}: it has no {CONFIG_FILE}")
-    try:
-        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is cut off or damaged: {' '.join(str(error).split())}") from error
-    sections = stored if isinstance(stored, dict) else {}
-    if lacking := [name for name in _FIXED if not isinstance(sections.get(name), dict)]:
-        raise ValueError(f"{path} is cut off or damaged: it has no settings for {', '.join(lacking)}")
-    return stored
-
-
-def check_unchanged(settings: RunSettings, stored: dict[str, Any]) -> None:
-    """Raises ``ValueError`` naming every field of the model or the data that is not as it was stored."""
-    now = settings_to_store(settings)
-    changed = [
-        f"{name}: {before.get(own)!r} in the run, {value!r} now"
-        for section, names in _FIXED.items()
-        for name, own, value, before in _fields(section, now[section], stored.get(section, {}))
-        if (names is None or name.split(".")[1] in names)
-        and name not in _FREE
-        and before.get(own, value) != value  # a setting that the run's version did not have is new
-    ]
-    if changed:
-        raise ValueError("a resumed run keeps its model and data, but these differ: " + "; ".join(changed))
-
-
-def _fields(prefix: str, now: dict[str, Any], stored: dict[str, Any]) -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
-    """Of each field, those of nested sections among them: its dotted name, its own, its value, and what was stored."""
-    for own, value in now.items():
-        if isinstance(value, dict):
-            yield from _fields(f"{prefix}.{own}", value, stored.get(own) or {})
-        else:
-            yield f"{prefix}.{own}", own, value, stored
