@@ -35,7 +35,7 @@ MODEL = {
     "train.warmup_steps": 50,
     "train.batch_size": 16,
     "train.sample_every_steps": 0,
-    "monitor.backends": ["console", "jsonl"],
+    "monitor.backends": "console,jsonl",
 }
 VARIANTS: dict[str, dict[str, object]] = {
     "plain": {},
