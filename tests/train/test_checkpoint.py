@@ -46,6 +46,26 @@ def test_the_last_k_and_the_best_are_kept(tmp_path):
     assert checkpointer.step_of("best") == 2
 
 
+def test_those_of_every_so_many_steps_are_kept_for_good(tmp_path):
+    checkpointer = Checkpointer(tmp_path, keep_last=1, keep_every_steps=4)
+    for step in range(2, 14, 2):
+        checkpointer.save(step, WEIGHT, {})
+    assert checkpointer.steps() == [4, 8, 12]
+
+
+def test_a_checkpoint_is_written_in_the_background_as_it_was(tmp_path):
+    checkpointer = Checkpointer(tmp_path, in_background=True)
+    weight = torch.ones(500, 500)
+    for step in (1, 2):
+        checkpointer.save(step, {"weights.w": weight}, {"step": step})
+        checkpointer.wait_until_copied()
+        weight += 1
+    checkpointer.close()
+    assert checkpointer.steps() == [1, 2]
+    for step in (1, 2):
+        assert torch.equal(checkpointer.load(step).tensors("weights")["w"], torch.full((500, 500), float(step)))
+
+
 def test_a_checkpoint_without_its_marker_does_not_count(tmp_path):
     checkpointer = saved(tmp_path, 10, 20)
     (tmp_path / "checkpoints" / "step-0000020" / MANIFEST).unlink()
@@ -96,7 +116,8 @@ def test_a_leftover_of_a_killed_save_is_ignored_and_replaced(tmp_path):
     assert not list((tmp_path / "checkpoints").glob(".step*"))
 
 
-def test_a_save_that_the_disk_refuses_leaves_the_one_before(tmp_path):
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_save_that_the_disk_refuses_leaves_the_one_before(tmp_path, in_background):
     """A file-size limit makes the kernel refuse the write, as a full disk does."""
     saved(tmp_path, 10)
     script = textwrap.dedent(
@@ -106,11 +127,12 @@ def test_a_save_that_the_disk_refuses_leaves_the_one_before(tmp_path):
         from bdh.train.checkpoint import Checkpointer, CheckpointError
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, {resource.RLIM_INFINITY}))
-        checkpointer = Checkpointer(Path({str(tmp_path)!r}))
+        checkpointer = Checkpointer(Path({str(tmp_path)!r}), in_background={in_background})
         big = torch.zeros(1_000_000)
         for weights, training in (({{"w": big}}, {{}}), ({{"w": big[:10]}}, {{"optimizer": big}})):
             try:
                 checkpointer.save(20, weights, training)
+                checkpointer.wait()
             except CheckpointError as error:
                 print("refused:", error)
         """

@@ -13,6 +13,7 @@ import yaml
 
 from bdh.cli.main import main
 from bdh.monitor import Monitor, MonitorConfig
+from bdh.train.checkpoint import Checkpointer
 from bdh.train.config import RunSettings
 from bdh.train.loop import TrainingStopped, fit
 from bdh.train.run import open_run
@@ -338,6 +339,39 @@ def test_a_step_that_is_not_finite_can_be_left_out_and_is_counted(text_file, tmp
     assert run.checkpointer.load().training["progress"]["skipped_steps"] == 1
 
 
+def test_a_spike_is_left_out_and_counted_or_stops(text_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("BDH_CACHE", str(tmp_path / "cache"))
+    more = {"train.spike_threshold": 20, "train.max_steps": 34, "train.eval_every_steps": 34}
+    for what in ("skip", "stop"):
+        run = opened(text_file, tmp_path / what, **more, **{"train.on_nonfinite": what, "train.sample_every_steps": 0})
+        calls = []
+
+        def exaggerate_once(gradient, calls=calls):
+            calls.append(1)
+            return gradient * 1000 if len(calls) == 31 else gradient
+
+        run.model.decoder.weight.register_hook(exaggerate_once)
+        with Monitor(run.folder, MonitorConfig(backends=["console", "jsonl"]), total_steps=34) as monitor:
+            if what == "skip":
+                assert fit(run, monitor) == "finished"
+                assert losses(run.folder, "train/skipped_steps") == [0] * 30 + [1] * 4
+                assert "step 31: the gradient's norm is " in capsys.readouterr().err
+                assert run.checkpointer.load().training["progress"]["norm_statistics"]["count"] == 25
+            else:
+                with pytest.raises(TrainingStopped, match=r"step 31: .* standard deviations above its mean of "):
+                    fit(run, monitor)
+
+
+def test_another_metric_may_make_the_best_checkpoint(train, tmp_path):
+    assert train(tmp_path / "run", **{"checkpoint.best_metric": "val/accuracy"}) == 0
+    accuracies = losses(tmp_path / "run", "val/accuracy")
+    progress = Checkpointer(tmp_path / "run").load().training["progress"]
+    assert progress["best_value"] == max(accuracies)
+    assert progress["best_step"] == 4 * (1 + accuracies.index(max(accuracies)))
+    assert train(tmp_path / "wrong", **{"checkpoint.best_metric": "val/lost"}) == 2
+    assert not (tmp_path / "wrong").exists()
+
+
 def test_a_run_of_steps_that_are_not_finite_stops(text_file, tmp_path, monkeypatch):
     monkeypatch.setenv("BDH_CACHE", str(tmp_path / "cache"))
     run = opened(
@@ -401,7 +435,8 @@ def wait_for_checkpoint(process, run_dir):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
+    ("number", "status"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 75), (signal.SIGKILL, -signal.SIGKILL)],
 )
 def test_a_run_stopped_by_a_signal_goes_on_to_the_same_end(train, tmp_path, text_file, number, status):
     few = {
