@@ -5,7 +5,7 @@ train.carry_state, with model.decay, and with both. Then reads the validation te
 from nothing, the state handed from block to block, and prints the loss of each block; the same as a picture with --png.
 Before that it checks that reading block by block gives what reading a stretch at once gives.
 
-    python benchmarks/long_context.py --png long_context.png     # five to ten minutes on two free CPU cores
+    python benchmarks/long_context.py --png long_context.png     # three minutes on two CPU cores
 """
 
 import argparse
