@@ -100,4 +100,4 @@ def _is_full(error: Exception, folder: Path) -> bool:
         return error.errno in _FULL
     if _SAYS_FULL.search(str(error)):
         return True
-    return isinstance(error, RuntimeError) and folder.is_dir() and shutil.disk_usage(folder).free < _ROOM
+    return isinstance(error, (OSError, RuntimeError)) and folder.is_dir() and shutil.disk_usage(folder).free < _ROOM

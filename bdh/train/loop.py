@@ -216,6 +216,10 @@ def _record_sample(run: Run, monitor: Monitor, number: int, prompt: str, text: s
 def save(run: Run, monitor: Monitor, *, is_best: bool, is_last: bool) -> None:
     """Writes a checkpoint. Where the disk refuses, the training goes on, but cannot end well."""
     try:
+        run.checkpointer.wait()  # for the one before, if it is written in the background
+    except CheckpointError as error:
+        monitor.warn(f"{error}. The training goes on")
+    try:
         run.save(is_best=is_best)
         if is_last:
             run.checkpointer.wait()
