@@ -16,10 +16,12 @@ ALLOWED = {
     "tokenizer": set(),
     "data": {"tokenizer"},
     "monitor": set(),
-    "evaluate": {"ops", "model", "tokenizer", "data"},
+    "generate": {"ops", "model", "tokenizer"},
+    "evaluate": {"ops", "model", "tokenizer", "data", "generate"},
     "distributed": {"ops", "model"},
-    "train": {"ops", "model", "tokenizer", "data", "distributed", "monitor", "evaluate"},
-    "cli": {"ops", "model", "tokenizer", "data", "distributed", "monitor", "evaluate", "train"},
+    "train": {"ops", "model", "tokenizer", "data", "distributed", "monitor", "evaluate", "generate"},
+    "bench": {"ops", "model", "tokenizer", "generate"},
+    "cli": {"ops", "model", "tokenizer", "data", "distributed", "monitor", "evaluate", "train", "generate", "bench"},
 }
 
 

@@ -1,0 +1,1 @@
+"""Measurements: each checks agreement first, then times, next to baselines that anyone can install."""

@@ -1,0 +1,1 @@
+"""Generation at constant cost: sequences that read and write, one state each."""

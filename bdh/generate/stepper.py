@@ -1,0 +1,234 @@
+"""Feeds tokens to sequences: what the engine, the command line and the benchmarks build on.
+
+A :class:`SequenceState` is all that a model remembers of one sequence; a :class:`Stepper` advances several of them at
+once, by one token where a sequence is being continued and by many where a prompt is read.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+from bdh.model.modeling import BDHForCausalLM
+from bdh.model.state import SynapticState
+from bdh.ops.attention import sum_dtype
+from bdh.ops.norm import layer_norm
+from bdh.ops.rope import rotate, rotation_table
+
+WantedLogits = Literal["none", "last", "all"]
+
+
+class SequenceState:
+    """What a model remembers of one sequence. Its size is the same at any length of text.
+
+    Attributes:
+        kind: what the tensors mean; states of one kind and model can be copied into each other.
+        tensors: everything that the state consists of, but for the position, by name.
+        position: tokens read so far. Exact.
+    """
+
+    def __init__(self, kind: str, tensors: dict[str, torch.Tensor], position: int = 0):
+        self.kind = kind
+        self.tensors = tensors
+        self.position = position
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def clone(self) -> "SequenceState":
+        """A copy that shares no memory with this one: a fork of the sequence."""
+        return SequenceState(self.kind, {name: t.clone() for name, t in self.tensors.items()}, self.position)
+
+    def copy_(self, other: "SequenceState") -> None:
+        """Makes this the state of ``other``, in the memory that it has.
+
+        Raises:
+            ValueError: ``other`` is of another kind or shape.
+        """
+        if (self.kind, self._shapes()) != (other.kind, other._shapes()):
+            raise ValueError(
+                f"a state {other.kind} of {other._shapes()} cannot become one {self.kind} of {self._shapes()}"
+            )
+        for name, tensor in self.tensors.items():
+            tensor.copy_(other.tensors[name])
+        self.position = other.position
+
+    def clear(self) -> None:
+        """Forgets everything: the state before the first token."""
+        for tensor in self.tensors.values():
+            tensor.zero_()
+        self.position = 0
+
+    def _shapes(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self.tensors.items()}
+
+
+@dataclass
+class Feed:
+    """Tokens that one sequence reads in a step."""
+
+    state: SequenceState
+    """Advanced in place."""
+    tokens: Sequence[int]
+    """At least one."""
+    logits: WantedLogits = "last"
+    """Of which tokens the logits of the next one are wanted."""
+
+
+class Stepper(ABC):
+    """Advances the states of sequences of one model."""
+
+    def __init__(self, model: BDHForCausalLM):
+        self.model = model
+
+    @property
+    @abstractmethod
+    def path(self) -> str:
+        """Which code runs, and why: a line for people."""
+
+    @abstractmethod
+    def new_state(self) -> SequenceState:
+        """The state of a sequence before its first token."""
+
+    @property
+    @abstractmethod
+    def state_bytes(self) -> int:
+        """Bytes of one sequence's state."""
+
+    @abstractmethod
+    def _step(self, feeds: Sequence[Feed]) -> list[torch.Tensor | None]: ...
+
+    def step(self, feeds: Sequence[Feed]) -> list[torch.Tensor | None]:
+        """Reads the tokens of all feeds, and returns the logits that each wants.
+
+        The sequences do not see each other, and no state may be fed twice in one step.
+
+        Returns:
+            For each feed float32 logits on the CPU: (V,) of its last token, (T, V) of all of them, or None.
+
+        Raises:
+            ValueError: no tokens, or ids outside of the vocabulary; all states are left as they were.
+        """
+        V = self.model.config.vocab_size
+        for feed in feeds:
+            if not len(feed.tokens):
+                raise ValueError("a sequence was fed no tokens: it needs at least one in a step")
+            lowest, highest = min(feed.tokens), max(feed.tokens)
+            if lowest < 0 or highest >= V:
+                wrong = lowest if lowest < 0 else highest
+                raise ValueError(f"token id {wrong} is not in the vocabulary: must be within 0 to {V - 1}")
+        with torch.no_grad():
+            return self._step(feeds)
+
+
+class TorchStepper(Stepper):
+    """The forms of :mod:`bdh.ops.attention`: on every device and in every precision.
+
+    Prompts go in chunks that start at absolute multiples of the configuration's ``chunk_size``, so that pieces which
+    end at such multiples give the bits of the whole; at other places they agree up to rounding. Single tokens
+    of several sequences share their matrix products.
+    """
+
+    def __init__(self, model: BDHForCausalLM, reason: str = "asked for"):
+        super().__init__(model.eval())
+        self._reason = reason
+        config = model.config
+        self._shape = (config.n_layer, config.n_head, config.neurons_per_head, config.n_embd)
+        half_lives = config.half_lives
+        self._kept = None  # (H, 1, 1): what a head keeps of its state at a token
+        if half_lives is not None:
+            lives = torch.tensor(half_lives, dtype=sum_dtype(model.dtype), device=model.device)
+            self._kept = torch.exp2(-1 / lives)[:, None, None]
+
+    @property
+    def path(self) -> str:
+        return f"torch on {self.model.device}, dense recurrent steps ({self._reason})"
+
+    def new_state(self) -> SequenceState:
+        sums = torch.zeros(self._shape, dtype=sum_dtype(self.model.dtype), device=self.model.device)
+        return SequenceState("sums", {"sums": sums})
+
+    @property
+    def state_bytes(self) -> int:
+        return torch.Size(self._shape).numel() * sum_dtype(self.model.dtype).itemsize
+
+    def _step(self, feeds: Sequence[Feed]) -> list[torch.Tensor | None]:
+        results: list[torch.Tensor | None] = [None] * len(feeds)
+        single = [index for index, feed in enumerate(feeds) if len(feed.tokens) == 1]
+        if single:
+            logits = self._continue([feeds[index] for index in single])
+            for index, row in zip(single, logits, strict=True):
+                if feeds[index].logits != "none":
+                    results[index] = row if feeds[index].logits == "last" else row[None]
+        for index, feed in enumerate(feeds):
+            if len(feed.tokens) > 1:
+                results[index] = self._read(feed)
+        return results
+
+    def _continue(self, feeds: Sequence[Feed]) -> torch.Tensor:
+        """One token for each sequence. Returns (B, V)."""
+        model, config = self.model, self.model.config
+        H, N, eps = config.n_head, config.neurons_per_head, config.layer_norm_eps
+        dtype = model.embed.weight.dtype
+        tokens = torch.tensor([feed.tokens[0] for feed in feeds], device=model.device)
+        positions = torch.tensor([feed.state.position for feed in feeds], device=model.device)
+        table = rotation_table(positions, N, config.rope_theta, dtype)[:, None]  # (B, 1, N/2)
+        v = layer_norm(model.embed(tokens), eps)  # (B, D)
+        for index in range(config.n_layer):
+            v_in = v.to(dtype)
+            x = F.relu(model.encoder(v_in))  # (B, H*N)
+            q = rotate(x.unflatten(-1, (H, N)), table).to(sum_dtype(dtype))  # (B, H, N)
+            a = torch.stack([self._attend(feed, index, q[b], v_in[b]) for b, feed in enumerate(feeds)])
+            a = layer_norm(a, eps).to(dtype)  # (B, H, D)
+            y = F.relu(torch.cat([head(a[:, h]) for h, head in enumerate(model.encoder_v)], dim=-1))
+            v = layer_norm(v + layer_norm(model.decoder(x * y), eps), eps)
+        for feed in feeds:
+            feed.state.position += 1
+        return model.lm_head(v.to(dtype)).float().cpu()
+
+    def _attend(self, feed: Feed, index: int, q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """What one sequence recalls, (H, D); its sums are updated in place."""
+        sums = feed.state.tensors["sums"][index]  # (H, N, D)
+        a = torch.bmm(q[:, None], sums)[:, 0]
+        if self._kept is not None:
+            sums.mul_(self._kept)
+        sums.baddbmm_(q[:, :, None], v.to(q.dtype).expand(q.shape[0], 1, -1))
+        return a
+
+    def _read(self, feed: Feed) -> torch.Tensor | None:
+        """Many tokens of one sequence."""
+        config = self.model.config
+        sums = feed.state.tensors["sums"]
+        tokens = torch.tensor([list(feed.tokens)], device=self.model.device)
+        parts = []
+        while tokens.shape[1]:
+            size = config.chunk_size - feed.state.position % config.chunk_size
+            chunk, tokens = tokens[:, :size], tokens[:, size:]
+            positions = torch.tensor([feed.state.position], device=self.model.device)
+            state = SynapticState([s[None] for s in sums], positions, feed.state.position)
+            output = self.model(
+                chunk,
+                past_key_values=state,
+                logits_to_keep=0 if feed.logits == "all" else 1,
+                attention_form="parallel" if chunk.shape[1] > 1 else "recurrent",
+            )
+            for kept, new in zip(sums, state.sums, strict=True):
+                kept.copy_(new[0])
+            feed.state.position += chunk.shape[1]
+            parts.append(output.logits[0].float().cpu())
+        if feed.logits == "none":
+            return None
+        return torch.cat(parts) if feed.logits == "all" else parts[-1][-1]
+
+
+def make_stepper(model: BDHForCausalLM, *, path: str = "auto") -> Stepper:
+    """The fastest stepper for a model and its device.
+
+    Args:
+        path: "auto", or "torch".
+    """
+    return TorchStepper(model)
