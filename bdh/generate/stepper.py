@@ -22,6 +22,7 @@ from bdh.ops.rope import rotate, rotation_table
 from bdh.validation import Faults
 
 WantedLogits = Literal["none", "last", "all"]
+Storage = Literal["float32", "bfloat16"]
 
 
 class SequenceState:
@@ -229,7 +230,7 @@ class TorchStepper(Stepper):
 
 
 def make_stepper(
-    model: BDHForCausalLM, *, path: str = "auto", weights: str = "float32", state: str = "float32"
+    model: BDHForCausalLM, *, path: str = "auto", weights: Storage = "float32", state: Storage = "float32"
 ) -> Stepper:
     """The fastest stepper for a model and its device.
 

@@ -1,7 +1,7 @@
 """A model's weights as the sparse kernels want them, made when they are first needed and again when they change."""
 
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -38,15 +38,14 @@ def recurrence_of(model: "BDHForCausalLM", storage: "Storage" = "float32") -> "R
     """The kernels over this model's weights, stored as ``storage``. Kept until the weights change."""
     from bdh.ops.cpu.recurrence import KernelWeights, Recurrence
 
-    linears = [model.encoder, *model.encoder_v, model.decoder, model.lm_head]
-    version = tuple((weight.data_ptr(), weight._version) for weight in (m.weight for m in [*linears, model.embed]))
+    version = tuple((weight.data_ptr(), weight._version) for weight in model.parameters())
     kept = _made.setdefault(model, {})
     if storage not in kept or kept[storage][0] != version:
         config = model.config
         weights = KernelWeights.of(
             embed=model.embed.weight,
             encoder=model.encoder.weight,
-            encoder_v=[head.weight for head in model.encoder_v],
+            encoder_v=[cast(nn.Linear, head).weight for head in model.encoder_v],
             decoder=model.decoder.weight,
             lm_head=model.lm_head.weight,
             rope_theta=config.rope_theta,

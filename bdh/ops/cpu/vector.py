@@ -106,7 +106,7 @@ def _dot_products(
     builder: Any, weights: list[Any], values: list[Any], pairs: list[tuple[int, int]], length: Any, is_half: bool
 ) -> list[Any]:
     """The products of rows of weights and values at these addresses, as scalars; each row is loaded once."""
-    sums = {width: [] for width in (LANES, 1)}
+    sums: dict[int, list[Any]] = {width: [] for width in (LANES, 1)}
     for width, slots in sums.items():
         zero = ir.Constant(_vector(_F32, width), [0.0] * width)
         for _ in pairs:
