@@ -1,5 +1,7 @@
 """Rows of tokens through the kernels: the weights as they want them, and the memory to work in."""
 
+import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -83,7 +85,7 @@ class Recurrence:
         self._encoder_v = np.array([weight.data_ptr() for weight in weights.encoder_v], np.int64)
         self._embed = weights.embed.numpy()
         self._num_parts = H * kernels.stretches_of(N)
-        self._memory: dict[str, np.ndarray] = {}
+        self._memory = threading.local()  # of each thread its own, so that two may read at once
         self._announce = announce
         self._is_compiled: set[torch.dtype] = set()
 
@@ -99,7 +101,7 @@ class Recurrence:
     ) -> np.ndarray:
         """v behind the last pass, (R, D) float32, of R rows; the states are advanced.
 
-        The result is memory of this object: it is good until the next call.
+        The result is memory of this object: it is good until the next call of this thread.
 
         Args:
             tokens: int64 (R,).
@@ -152,10 +154,11 @@ class Recurrence:
 
     def _array(self, name: str, *shape: int) -> np.ndarray:
         """Memory of this shape, with anything in it, kept from call to call."""
-        size = int(np.prod(shape))
-        if name not in self._memory or self._memory[name].size < size:
-            self._memory[name] = np.empty(size, np.float32)
-        return self._memory[name][:size].reshape(shape)
+        size = math.prod(shape)
+        memory = vars(self._memory)
+        if name not in memory or memory[name].size < size:
+            memory[name] = np.empty(size, np.float32)
+        return memory[name][:size].reshape(shape)
 
     def _warm_up(self, state_dtype: torch.dtype) -> None:
         L, H, N, D = self.weights.shape
