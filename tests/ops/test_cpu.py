@@ -194,3 +194,23 @@ def test_the_path_is_chosen_in_one_place(monkeypatch):
         choose_step_path("kernels", device=cpu, obstacle="a layer has hooks")
     monkeypatch.setattr("bdh.ops.dispatch.unavailable_reason", lambda: "numba cannot be imported: not there")
     assert choose_step_path("auto", device=cpu) == ("torch", "numba cannot be imported: not there")
+
+
+def test_two_threads_may_read_at_once_on_every_threading_layer():
+    """numba's own layer ends the process if two threads use it at once."""
+    program = (
+        "import threading, torch; from bdh import BDHConfig, BDHForCausalLM\n"
+        "from bdh.generate.stepper import Feed, make_stepper\n"
+        "model = BDHForCausalLM(BDHConfig(n_embd=64, n_head=2, n_layer=2, mlp_internal_dim_multiplier=16))\n"
+        "stepper = make_stepper(model)\n"
+        "def read():\n"
+        "    for _ in range(20): stepper.step([Feed(stepper.new_state(), [1, 2, 3])])\n"
+        "threads = [threading.Thread(target=read) for _ in range(4)]\n"
+        "[t.start() for t in threads]; [t.join() for t in threads]\n"
+        "import numba; print(numba.threading_layer())\n"
+    )
+    for layer in ("workqueue", "omp"):
+        environment = {**os.environ, "NUMBA_THREADING_LAYER": layer}
+        run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.strip() == layer
