@@ -145,9 +145,7 @@ class WindowKernelStepper(KernelStepper):
         ValueError: the window is no whole number of at least 1.
     """
 
-    def __init__(
-        self, model: BDHForCausalLM, window: int, *, weights: Storage = "float32", reason: str = "asked for"
-    ):
+    def __init__(self, model: BDHForCausalLM, window: int, *, weights: Storage = "float32", reason: str = "asked for"):
         super().__init__(model, weights=weights, reason=reason)
         self.window = check_window(window)
         self._half_lives = self._settling_tokens = None  # rings need no factors: what fades is a score, not a sum

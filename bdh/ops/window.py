@@ -100,4 +100,3 @@ def _take_in(q: torch.Tensor, v: torch.Tensor, ring: Ring, tokens: torch.Tensor)
     octets = F.pad(pairs, (0, missing)).unflatten(-1, (-1, 8))
     bits = 2 ** torch.arange(8, device=q.device)
     ring.fired[:, columns] = (octets * bits).sum(-1).to(torch.uint8)
-
