@@ -37,6 +37,9 @@ BFLOAT16 = np.zeros(0, np.uint16)
 
 STRETCH_NEURONS = 512
 """Neurons of a head that are summed before their sum is added to that of others; even."""
+BLOCK_NEURONS = 8
+"""Neurons whose weights stay in the nearest cache while all rows are multiplied with them; a multiple of 8."""
+AHEAD = 3  # pairs whose rows are asked for before they are needed
 _LIST = 1024  # neurons that fire, gathered before they are worked off
 _CACHE_LINE = 64
 
@@ -98,25 +101,33 @@ def project(like, weights, v, out, relu):
     D = v.shape[1]
     row_bytes = D * like.itemsize
     num_stretches = (num_neurons + STRETCH_NEURONS - 1) // STRETCH_NEURONS
+    # The next block is asked for a little at a time, with each group of rows its share.
+    groups = max(1, R // 4)
+    share = (4 * row_bytes + groups * _CACHE_LINE - 1) // (groups * _CACHE_LINE) * _CACHE_LINE
     for stretch in prange(num_stretches):
-        first, end = stretch * STRETCH_NEURONS, min(num_neurons, (stretch + 1) * STRETCH_NEURONS)
-        by_4, by_8 = end - (end - first) % 4, end - (end - first) % 8
-        for r in range(0, R - R % 4, 4):
-            value = v.ctypes.data + r * D * 4
-            for n in range(first, by_4, 4):
-                place = out.ctypes.data + (n * R + r) * 4
-                tile_4x4(like, relu, weights + n * row_bytes, row_bytes, value, D * 4, D, place, R * 4)
-            for n in range(by_4, end):
-                place = out.ctypes.data + (n * R + r) * 4
-                tile_1x4(like, relu, weights + n * row_bytes, row_bytes, value, D * 4, D, place, R * 4)
-        for r in range(R - R % 4, R):
-            value = v.ctypes.data + r * D * 4
-            for n in range(first, by_8, 8):
-                place = out.ctypes.data + (n * R + r) * 4
-                tile_8x1(like, relu, weights + n * row_bytes, row_bytes, value, D * 4, D, place, R * 4)
-            for n in range(by_8, end):
-                place = out.ctypes.data + (n * R + r) * 4
-                tile_1x1(like, relu, weights + n * row_bytes, row_bytes, value, D * 4, D, place, R * 4)
+        end = min(num_neurons, (stretch + 1) * STRETCH_NEURONS)
+        for first in range(stretch * STRETCH_NEURONS, end, BLOCK_NEURONS):
+            last = min(end, first + BLOCK_NEURONS)
+            by_4, by_8 = last - (last - first) % 4, last - (last - first) % 8
+            for r in range(0, R - R % 4, 4):
+                value = v.ctypes.data + r * D * 4
+                for n in range(first, by_4, 4):
+                    place = out.ctypes.data + (n * R + r) * 4
+                    following = weights + (n + BLOCK_NEURONS) * row_bytes
+                    for line in range(r // 4 * share, min(4 * row_bytes, (r // 4 + 1) * share), _CACHE_LINE):
+                        prefetch(following + line)
+                    tile_4x4(like, relu, weights + n * row_bytes, row_bytes, value, D * 4, D, place, R * 4)
+                for n in range(by_4, last):
+                    place = out.ctypes.data + (n * R + r) * 4
+                    tile_1x4(like, relu, weights + n * row_bytes, row_bytes, value, D * 4, D, place, R * 4)
+            for r in range(R - R % 4, R):
+                value = v.ctypes.data + r * D * 4
+                for n in range(first, by_8, 8):
+                    place = out.ctypes.data + (n * R + r) * 4
+                    tile_8x1(like, relu, weights + n * row_bytes, row_bytes, value, D * 4, D, place, R * 4)
+                for n in range(by_8, last):
+                    place = out.ctypes.data + (n * R + r) * 4
+                    tile_1x1(like, relu, weights + n * row_bytes, row_bytes, value, D * 4, D, place, R * 4)
 
 
 @jit
@@ -144,8 +155,8 @@ def recall(like, states, starts, x, cos, sin, read_scales, write_scales, v, part
                 read, write = read_scales[row, h], write_scales[row, h]
                 for index in range(count):
                     i = firing[index]
-                    if index + 1 < count:
-                        following = state + 2 * firing[index + 1] * row_bytes
+                    if index + AHEAD < count:
+                        following = state + 2 * firing[index + AHEAD] * row_bytes
                         for line in range(0, 2 * row_bytes, _CACHE_LINE):
                             prefetch(following + line)
                     x_0, x_1 = x[h * N + 2 * i, row], x[h * N + 2 * i + 1, row]
@@ -226,6 +237,10 @@ def respond(like, encoder_v, decoder, x, a, parts, N):
                 n += 1
             whole = count - count % 8
             for index in range(0, whole, 8):
+                for ahead in range(index + 8, min(index + 16, count)):
+                    if weights[ahead] != weights[ahead - 1]:
+                        for line in range(0, row_bytes, _CACHE_LINE):
+                            prefetch(weights[ahead] + line)
                 dots_8(
                     like,
                     weights.ctypes.data + index * 8,
@@ -244,6 +259,10 @@ def respond(like, encoder_v, decoder, x, a, parts, N):
             for index in range(count):
                 if y[index] > 0:
                     n_fired, r = h * N + neurons[index], rows[index]
+                    if index + 8 < count and y[index + 8] > 0:
+                        following = decoder + (h * N + neurons[index + 8]) * row_bytes
+                        for line in range(0, row_bytes, _CACHE_LINE):
+                            prefetch(following + line)
                     add_scaled(
                         like,
                         parts.ctypes.data + (stretch * R + r) * D * 4,

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from bdh.ops.cpu import kernels
-from bdh.ops.cpu.runtime import Announce, compiled, follow_torch_threads, to_stderr
+from bdh.ops.cpu.runtime import Announce, compiled, exclusive, follow_torch_threads, to_stderr
 from bdh.ops.rope import turns_per_token
 
 Storage = Literal["float32", "bfloat16"]
@@ -123,33 +123,35 @@ class Recurrence:
         v = self._array("v", R, D)
         if read_scales is None or write_scales is None:
             read_scales = write_scales = np.ones((R, H), np.float32)
-        kernels.rotations(positions, self._turns, cos, sin)
-        kernels.begin(self._embed, tokens, v, self.weights.eps)
-        kernels.passes(
-            L,
-            self._like,
-            like_states,
-            self.weights.encoder.data_ptr(),
-            self._encoder_v,
-            self.weights.decoder.data_ptr(),
-            states,
-            starts,
-            cos,
-            sin,
-            read_scales,
-            write_scales,
-            v,
-            self._array("x", H * N, R),
-            self._array("a", R, H, D),
-            self._array("parts", self._num_parts, R, D),
-            self.weights.eps,
-        )
+        with exclusive():
+            kernels.rotations(positions, self._turns, cos, sin)
+            kernels.begin(self._embed, tokens, v, self.weights.eps)
+            kernels.passes(
+                L,
+                self._like,
+                like_states,
+                self.weights.encoder.data_ptr(),
+                self._encoder_v,
+                self.weights.decoder.data_ptr(),
+                states,
+                starts,
+                cos,
+                sin,
+                read_scales,
+                write_scales,
+                v,
+                self._array("x", H * N, R),
+                self._array("a", R, H, D),
+                self._array("parts", self._num_parts, R, D),
+                self.weights.eps,
+            )
         return v
 
     def logits(self, v: np.ndarray) -> torch.Tensor:
         """float32 (R, V) of rows of v (R, D)."""
         out = np.empty((self.weights.lm_head.shape[0], len(v)), np.float32)
-        kernels.project(self._like, self.weights.lm_head.data_ptr(), np.ascontiguousarray(v), out, False)
+        with exclusive():
+            kernels.project(self._like, self.weights.lm_head.data_ptr(), np.ascontiguousarray(v), out, False)
         return torch.from_numpy(out).t().contiguous()
 
     def _array(self, name: str, *shape: int) -> np.ndarray:

@@ -4,11 +4,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
 
 Announce = Callable[[str], None]
+_one_at_a_time = threading.RLock()
 _PATIENCE_SECONDS = 0.5  # loading compiled kernels takes less
 
 
@@ -34,6 +36,20 @@ def follow_torch_threads() -> int:
     if numba.get_num_threads() != count:
         numba.set_num_threads(count)
     return count
+
+
+def exclusive() -> AbstractContextManager[object]:
+    """Held while kernels run: by one thread at a time, where numba's threading layer bears no more.
+
+    That is its own one, workqueue, which ends the process otherwise. It serves where there is no OpenMP.
+    """
+    import numba
+
+    try:
+        is_safe = numba.threading_layer() != "workqueue"
+    except ValueError:  # nothing has run yet, so it is not chosen
+        is_safe = False
+    return nullcontext() if is_safe else _one_at_a_time
 
 
 def compiled(run: Callable[[], None], announce: Announce = to_stderr) -> float:
