@@ -21,6 +21,7 @@ from numba import prange
 
 from bdh.ops.cpu import kernels
 from bdh.ops.cpu.kernels import (
+    AHEAD,
     FLOAT32,
     STRETCH_NEURONS,  # whole bytes of marks: no two threads write to one
     bounds_of,
@@ -33,7 +34,7 @@ from bdh.ops.cpu.kernels import (
 )
 from bdh.ops.cpu.memory import get_byte, put_byte, put_float
 from bdh.ops.cpu.recurrence import KernelWeights, Recurrence
-from bdh.ops.cpu.runtime import Announce, compiled, follow_torch_threads, to_stderr
+from bdh.ops.cpu.runtime import Announce, compiled, exclusive, follow_torch_threads, to_stderr
 from bdh.ops.cpu.vector import add_scaled, prefetch
 from bdh.ops.window import Ring, empty_ring
 
@@ -88,8 +89,8 @@ def score(keys, fired, length, starts, positions, x, cos, sin, parts, N):
                 count = enter(x, row, h, N, first, end, marks, place, pair_bytes, firing)
                 for index in range(count):
                     i = firing[index]
-                    if index + 1 < count:
-                        following = table + firing[index + 1] * pair_bytes
+                    if index + AHEAD < count:
+                        following = table + firing[index + AHEAD] * pair_bytes
                         for line in range(0, pair_bytes, _CACHE_LINE):
                             prefetch(following + line)
                     x_0, x_1 = x[h * N + 2 * i, row], x[h * N + 2 * i + 1, row]
@@ -230,27 +231,28 @@ class WindowedRecurrence(Recurrence):
         R, columns = len(tokens), rings[0].keys.shape[-1]
         cos, sin = self._array("cos", N // 2, R), self._array("sin", N // 2, R)
         v = self._array("v", R, D)
-        kernels.rotations(positions, self._turns, cos, sin)
-        kernels.begin(self._embed, tokens, v, self.weights.eps)
-        window_passes(
-            L,
-            self._like,
-            self.weights.encoder.data_ptr(),
-            self._encoder_v,
-            self.weights.decoder.data_ptr(),
-            self._addresses(rings),
-            self._fading,
-            starts,
-            positions,
-            cos,
-            sin,
-            v,
-            self._array("x", H * N, R),
-            self._array("a", R, H, D),
-            self._array("scores", self._num_parts, R, columns),
-            self._array("parts", self._num_parts, R, D),
-            self.weights.eps,
-        )
+        with exclusive():
+            kernels.rotations(positions, self._turns, cos, sin)
+            kernels.begin(self._embed, tokens, v, self.weights.eps)
+            window_passes(
+                L,
+                self._like,
+                self.weights.encoder.data_ptr(),
+                self._encoder_v,
+                self.weights.decoder.data_ptr(),
+                self._addresses(rings),
+                self._fading,
+                starts,
+                positions,
+                cos,
+                sin,
+                v,
+                self._array("x", H * N, R),
+                self._array("a", R, H, D),
+                self._array("scores", self._num_parts, R, columns),
+                self._array("parts", self._num_parts, R, D),
+                self.weights.eps,
+            )
         return v
 
     def _addresses(self, rings: Sequence[Ring]) -> np.ndarray:
