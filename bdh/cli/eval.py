@@ -4,7 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from bdh.cli.settings import parse_settings
@@ -31,6 +31,8 @@ class EvalSettings:
     """With carry_state: stretches of equal length that the text is cut into, each read from nothing, side by side."""
     blocks: int | None = None
     """With carry_state: read the text in stretches of so many blocks, each from nothing, and show the loss of each block."""
+    window: int | None = None
+    """With carry_state: attend to the last so many tokens only, the newest included. None for all of the text."""
     batch_size: int = 16
     """Windows, stretches or texts in one forward pass."""
     tasks: list[str] = field(default_factory=list)
@@ -85,6 +87,15 @@ class EvalSettings:
             "given with carry_state, and without streams, whose number follows from it",
         )
 
+        faults.require(self.window is None or self.window >= 1, "window", self.window, "at least 1")
+        reads_on = self.carry_state and not self.tasks and not self.needle
+        faults.require(
+            self.window is None or reads_on,
+            "window",
+            self.window,
+            "given with carry_state, and without tasks or needle",
+        )
+
     def collect_stride_faults(self, block_size: int | None, faults: Faults) -> None:
         is_right = self.stride is None or 1 <= self.stride <= (block_size or self.stride)
         limit = "at least 1" if block_size is None else f"within 1 and block_size, {block_size}"
@@ -135,9 +146,11 @@ def _run_text(settings: EvalSettings, model: Any, tokenizer: Any) -> int:
             stride=settings.stride,
             carry_state=settings.carry_state,
             stretch_tokens=_stretch_tokens(settings, block_size, len(tokens) - 1),
+            window=settings.window,
             document_end=tokenizer.eos_token_id if settings.data.pack == "documents" else None,
             max_batch_size=settings.batch_size,
             progress=advance,
+            announce=lambda path: print(f"reading by {path}", file=sys.stderr),
         )
     windows = f"windows        {block_size:,} tokens, {_describe(settings)}"
     _print_metrics(settings, metrics, source, block_size, windows)
@@ -307,6 +320,8 @@ def _print_table(rows: Sequence[Sequence[str]], *, num_names: int) -> None:
 
 
 def _describe(settings: EvalSettings) -> str:
+    if settings.window is not None:
+        return f"{_describe(replace(settings, window=None))}, attending to the last {settings.window:,}"
     if settings.blocks is not None:
         return f"the state carried on through stretches of {settings.blocks}"
     if settings.streams > 1:

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 from bdh.data.batch import Batch
 from bdh.data.documents import batch_of_documents, starts_behind
-from bdh.model import BDHForCausalLM, SynapticState
+from bdh.evaluate.reading import Reader, reader_of
+from bdh.model import BDHForCausalLM
 
 # Logits of one forward pass, at most: 256 MiB in float32.
 _MAX_LOGITS = 2**26
@@ -151,10 +152,12 @@ def evaluate_text(
     stride: int | None = None,
     carry_state: bool = False,
     stretch_tokens: int | None = None,
+    window: int | None = None,
     document_end: int | None = None,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     max_batch_size: int = 16,
     progress: Callable[[int], None] = lambda num_tokens: None,
+    announce: Callable[[str], None] = lambda path: None,
 ) -> Metrics:
     """Predicts every token but the first of a whole text, once.
 
@@ -167,12 +170,14 @@ def evaluate_text(
             token is predicted from all of the text before it.
         stretch_tokens: with ``carry_state``, cut the text into stretches of so many tokens, each read from nothing,
             several at a time: the loss by position then reaches as far. None reads all of it as one.
+        window: with ``carry_state``, attend to the last so many tokens only, as :mod:`bdh.ops.window` does.
         document_end: a token across which nothing is seen; the token behind it is not predicted.
         progress: called with the number of tokens predicted so far.
+        announce: with ``carry_state``, called with the code that reads, a line for people.
 
     Raises:
-        ValueError: fewer than two tokens, a stride that is not within 1 to ``block_size``, or stretches without a
-            state to carry through them.
+        ValueError: fewer than two tokens, a stride that is not within 1 to ``block_size``, or stretches or a window
+            without a state to carry through them.
     """
     stride = block_size if stride is None else stride
     if len(tokens) < 2:
@@ -183,10 +188,14 @@ def evaluate_text(
         raise ValueError(f"stride is {stride}: with carry_state it must be block_size, {block_size}")
     if stretch_tokens is not None and (not carry_state or stretch_tokens < 1):
         raise ValueError(f"stretch_tokens is {stretch_tokens}: must be at least 1, and is for carry_state only")
+    if window is not None and not carry_state:
+        raise ValueError(f"window is {window}: it is for carry_state only, where a text is read on")
     batch_size = _batch_size(model, block_size, max_batch_size)
     with inference(model), autocast():
         if carry_state:
-            count = _read_on(model, tokens, block_size, stretch_tokens, batch_size, document_end, progress)
+            reader = reader_of(model, window)
+            announce(reader.path)
+            count = _read_on(reader, tokens, block_size, stretch_tokens, batch_size, document_end, progress)
         else:
             count = _Count()
             for windows, num_known in _window_batches(tokens, block_size, stride, batch_size):
@@ -196,7 +205,7 @@ def evaluate_text(
 
 
 def _read_on(
-    model: BDHForCausalLM,
+    reader: Reader,
     tokens: np.ndarray,
     block_size: int,
     stretch_tokens: int | None,
@@ -214,12 +223,13 @@ def _read_on(
         groups.append([rest])
     for group in groups:
         length = min(stretch, last - group[0])
-        state = model.new_state(len(group))
+        reader.begin(len(group))
         for position in range(0, length, block_size):
             end = min(position + block_size, length)
             known = min(position, 1)  # the token before a block may end a document
             rows = _stack(tokens, [(start + position - known, start + end, 0) for start in group])
-            _score(model, _batch(rows, document_end, known), count, state=state, position=position)
+            batch = _batch(rows, document_end, known)
+            _add(reader.read(batch.input_ids, batch.starts), batch.targets, count, position=position)
             progress(count.tokens)
     return count
 
@@ -256,26 +266,17 @@ def _stack(tokens: np.ndarray, windows: list[tuple[int, int, int]]) -> torch.Ten
     return torch.from_numpy(np.stack([tokens[start : end + 1].astype(np.int64) for start, end, _ in windows]))
 
 
-def _score(
-    model: BDHForCausalLM,
-    batch: Batch,
-    count: _Count,
-    *,
-    num_known: int = 0,
-    state: SynapticState | None = None,
-    position: int = 0,
-) -> None:
-    """Counts the predictions of a batch but for the first ``num_known`` of each row.
-
-    Args:
-        state: goes on behind the rows.
-        position: of the rows' first token, for the loss by position.
-    """
+def _score(model: BDHForCausalLM, batch: Batch, count: _Count, *, num_known: int = 0) -> None:
+    """Counts the predictions of rows that are read from nothing, but for the first ``num_known`` of each."""
     batch = batch.to(model.device)
-    output = model(batch.input_ids, document_starts=batch.starts, past_key_values=state, use_cache=state is not None)
-    logits = output.logits[:, num_known:]
+    output = model(batch.input_ids, document_starts=batch.starts, use_cache=False)
+    _add(output.logits[:, num_known:], batch.targets[:, num_known:], count)
+
+
+def _add(logits: torch.Tensor, targets: torch.Tensor, count: _Count, *, position: int = 0) -> None:
+    """Counts predictions, (B, T, V) of (B, T); ``position`` is that of the first column, for the loss by position."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    targets = batch.targets[:, num_known:]
+    targets = targets.to(logits.device)
     is_target = targets >= 0
     nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
     count.nats += nats.sum(dtype=torch.float64).item()

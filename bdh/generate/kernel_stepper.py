@@ -8,7 +8,7 @@ import torch
 from bdh.generate.stepper import Feed, SequenceState, Stepper
 from bdh.model.kernels import recurrence_of
 from bdh.model.modeling import BDHForCausalLM
-from bdh.ops.cpu.recurrence import DTYPES, Storage
+from bdh.ops.cpu.recurrence import DTYPES, Recurrence, Storage
 
 MAX_ROWS = 128
 """Tokens in one call of the kernels: what they work in grows with it, and the gain has ended before."""
@@ -94,7 +94,6 @@ class KernelStepper(Stepper):
         self, feeds: Sequence[Feed], read: Sequence[int], taken: dict[int, int], found: list[list[torch.Tensor]]
     ) -> None:
         tokens, positions, starts, wanted = [], [], [0], []
-        scales: list[np.ndarray] = []
         for index, count in taken.items():
             feed = feeds[index]
             tokens.append(np.asarray(feed.tokens[read[index] : read[index] + count], np.int64))
@@ -104,34 +103,45 @@ class KernelStepper(Stepper):
                 wanted += [(index, row) for row in range(starts[-2], starts[-1])]
             elif feed.logits == "last" and read[index] + count == len(feed.tokens):
                 wanted.append((index, starts[-1] - 1))
-            if self._half_lives is not None:
-                scales.append(self._scales(feed.state.position, count))
-        L = self._shape[0]
-        addresses = np.array(
-            [[feeds[index].state.tensors["sums"][number].data_ptr() for index in taken] for number in range(L)],
-            np.int64,
-        )
-        read_scales = write_scales = None
-        if scales:
-            read_scales = np.concatenate([each[:-1] for each in scales]).astype(np.float32)
-            write_scales = (1 / np.concatenate([each[1:] for each in scales])).astype(np.float32)
-        recurrence = recurrence_of(self.model, self._weights)
-        v = recurrence.read(
-            np.concatenate(tokens),
-            np.concatenate(positions),
-            np.array(starts),
-            addresses,
-            DTYPES[self._state],
-            read_scales,
-            write_scales,
-        )
-        for index, count in taken.items():
-            feeds[index].state.position += count
-            self._settle(feeds[index].state)
+        states = [feeds[index].state for index in taken]
+        recurrence = self._recurrence()
+        v = self._advance(recurrence, states, np.concatenate(tokens), np.concatenate(positions), np.array(starts))
+        for state, count in zip(states, taken.values(), strict=True):
+            state.position += count
+            self._settle(state)
         if wanted:
             logits = recurrence.logits(v[[row for _, row in wanted]])
             for (index, _), row in zip(wanted, logits, strict=True):
                 found[index].append(row[None])
+
+    def _recurrence(self) -> Recurrence:
+        return recurrence_of(self.model, self._weights)
+
+    def _advance(
+        self,
+        recurrence: Recurrence,
+        states: Sequence[SequenceState],
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        starts: np.ndarray,
+    ) -> np.ndarray:
+        """v behind the last pass, (R, D), of the rows of these sequences; their tensors are advanced."""
+        passes = range(self._shape[0])
+        addresses = [[state.tensors["sums"][number].data_ptr() for state in states] for number in passes]
+        read_scales = write_scales = None
+        if self._half_lives is not None:
+            scales = [self._scales(s.position, n) for s, n in zip(states, np.diff(starts), strict=True)]
+            read_scales = np.concatenate([each[:-1] for each in scales]).astype(np.float32)
+            write_scales = (1 / np.concatenate([each[1:] for each in scales])).astype(np.float32)
+        return recurrence.read(
+            tokens,
+            positions,
+            starts,
+            np.array(addresses, np.int64),
+            DTYPES[self._state],
+            read_scales,
+            write_scales,
+        )
 
     def _scales(self, position: int, count: int) -> np.ndarray:
         """The factors of the rows (count + 1, H) before each of the next tokens, and behind the last."""

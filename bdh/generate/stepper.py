@@ -236,7 +236,12 @@ class TorchStepper(Stepper):
 
 
 def make_stepper(
-    model: BDHForCausalLM, *, path: str = "auto", weights: Storage = "float32", state: Storage = "float32"
+    model: BDHForCausalLM,
+    *,
+    path: str = "auto",
+    weights: Storage = "float32",
+    state: Storage = "float32",
+    window: int | None = None,
 ) -> Stepper:
     """The fastest stepper for a model and its device.
 
@@ -244,6 +249,7 @@ def make_stepper(
         path: one of :data:`bdh.ops.dispatch.STEP_PATHS`; "auto" takes the sparse kernels where they run.
         weights: "float32", or "bfloat16": half the memory and traffic of the kernels' weights.
         state: "float32", or "bfloat16": half the memory and traffic of the states.
+        window: attend to the last so many tokens only (:mod:`bdh.ops.window`); None for all of the text.
 
     Raises:
         ValueError: a value that is none of these, or the kernels, or what only they do, where they do not run.
@@ -251,8 +257,16 @@ def make_stepper(
     faults = Faults()
     for name, value in (("weights", weights), ("state", state)):
         faults.require_one_of(name, value, ("float32", "bfloat16"))
+    if window is not None:
+        is_length = isinstance(window, int) and not isinstance(window, bool) and window >= 1
+        faults.require(is_length, "window", window, "a whole number of tokens, at least 1, or None")
+        faults.require(state == "float32", "state", state, "float32 with a window")
     faults.raise_if_any()
     chosen = choose_step_path(path, device=model.device, obstacle=kernel_obstacle(model))
+    if chosen.name == "kernels" and window is not None:
+        from bdh.generate.window import WindowKernelStepper
+
+        return WindowKernelStepper(model, window, weights=weights, reason=chosen.reason)
     if chosen.name == "kernels":
         from bdh.generate.kernel_stepper import KernelStepper
 
@@ -260,4 +274,8 @@ def make_stepper(
     for name, value in (("weights", weights), ("state", state)):
         faults.require(value == "float32", name, value, f"float32 with torch's operations ({chosen.reason})")
     faults.raise_if_any()
+    if window is not None:
+        from bdh.generate.window import WindowTorchStepper
+
+        return WindowTorchStepper(model, window, chosen.reason)
     return TorchStepper(model, chosen.reason)

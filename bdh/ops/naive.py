@@ -6,6 +6,7 @@ computes with it: tests and benchmarks do.
 """
 
 import math
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -50,13 +51,25 @@ def rope(x: torch.Tensor, positions: torch.Tensor, theta: float = ROPE_THETA) ->
     return rotated
 
 
-def attention(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def attention(
+    q: torch.Tensor, v: torch.Tensor, *, window: int | None = None, half_lives: torch.Tensor | None = None
+) -> torch.Tensor:
     """Sums, for each token, the values of all earlier ones, weighted by the score of their keys.
 
     The keys are the queries ``q`` (B, H, T, N); ``v`` (B, T, D) is shared by the heads. A token does not see
     itself; there is no softmax and no scale. Returns (B, H, T, D).
+
+    Args:
+        window: a token sees the ``window - 1`` before it: with itself, so many are what follows it depends on.
+        half_lives: (H,) tokens in which what a head keeps of another halves.
     """
     scores = (q @ q.transpose(-1, -2)).tril(-1)  # (B, H, T, T)
+    if window is not None:
+        scores = scores.triu(1 - window)
+    if half_lives is not None:
+        position = torch.arange(q.shape[2], device=q.device)
+        distance = (position[:, None] - position - 1).clamp_min(0)
+        scores = scores * 0.5 ** (distance / half_lives[:, None, None])
     return scores @ v[:, None]
 
 
@@ -102,16 +115,21 @@ def layer_pass(
     eps: float = LAYER_NORM_EPS,
     dropout_mask: torch.Tensor | None = None,
     half_lives: torch.Tensor | None = None,
+    window: int | None = None,
 ) -> torch.Tensor:
     """One pass of ``v`` (B, T, D) through the layer.
 
     Args:
         half_lives: (H,) tokens in which a head's state halves; None for heads that never forget.
+        window: tokens that are attended from, as in :func:`attention`; None for all.
         dropout_mask: (B, H, T, N), already divided by the keep probability; None keeps everything.
     """
     x = torch.relu(v[:, None] @ weights.encoder)  # (B, H, T, N)
     q = rope(x, positions, theta)
-    a = attention(q, v) if half_lives is None else attention_by_state(q, v, half_lives=half_lives)[0]  # (B, H, T, D)
+    if half_lives is None or window is not None:
+        a = attention(q, v, window=window, half_lives=half_lives)  # (B, H, T, D)
+    else:
+        a = attention_by_state(q, v, half_lives=half_lives)[0]
     y = torch.relu(layer_norm(a, eps) @ weights.encoder_v)  # (B, H, T, N)
     z = x * y
     if dropout_mask is not None:
@@ -130,26 +148,33 @@ def forward(
     eps: float = LAYER_NORM_EPS,
     half_lives: torch.Tensor | None = None,
     starts: torch.Tensor | None = None,
+    window: int | None = None,
+    first_position: int = 0,
 ) -> torch.Tensor:
-    """Logits (B, T, V) of ``tokens`` (B, T), positions counted from 0, without dropout.
+    """Logits (B, T, V) of ``tokens`` (B, T), without dropout.
 
     Args:
         starts: bool (B, T): documents start there. Each is computed alone.
+        window: tokens that are attended from, in every pass, as in :func:`attention`; None for all.
+        first_position: of each text's first token.
     """
     if starts is not None:
-        rows = [_documents(row, at.tolist()) for row, at in zip(tokens, starts, strict=True)]
-        return torch.stack(
-            [
-                torch.cat(
-                    [forward(d[None], weights, num_passes, theta=theta, eps=eps, half_lives=half_lives)[0] for d in row]
-                )
-                for row in rows
-            ]
+        alone = partial(
+            forward,
+            weights=weights,
+            num_passes=num_passes,
+            theta=theta,
+            eps=eps,
+            half_lives=half_lives,
+            window=window,
+            first_position=first_position,
         )
+        rows = [_documents(row, at.tolist()) for row, at in zip(tokens, starts, strict=True)]
+        return torch.stack([torch.cat([alone(document[None])[0] for document in row]) for row in rows])
     v = layer_norm(weights.embed[tokens], eps)  # (B, T, D)
-    positions = torch.arange(tokens.shape[1], device=tokens.device)
+    positions = first_position + torch.arange(tokens.shape[1], device=tokens.device)
     for _ in range(num_passes):
-        v = layer_pass(v, weights, positions, theta=theta, eps=eps, half_lives=half_lives)
+        v = layer_pass(v, weights, positions, theta=theta, eps=eps, half_lives=half_lives, window=window)
     return v @ weights.lm_head
 
 

@@ -80,6 +80,23 @@ def test_the_loss_of_each_block_of_stretches_and_streams_side_by_side(model_fold
     assert "stretches of 2" in shown
 
 
+def test_a_window_over_one_long_text(model_folder, text_file, capsys):
+    common = ("eval", str(model_folder), "--data.source", str(text_file), "--block_size", "18", "--carry_state")
+    losses = {}
+    for window in ("4", "1000", None):
+        assert main([*common, "--blocks", "10", "--json", *(["--window", window] if window else [])]) == 0
+        shown = capsys.readouterr()
+        figures = json.loads(shown.out)
+        losses[window] = figures["loss"]
+        assert len(figures["loss_by_block"]) == 10
+        (line,) = [line for line in shown.err.splitlines() if line.startswith("reading by ")]
+        assert (f"a window of {window} tokens" in line) == (window is not None)
+    assert losses["1000"] == pytest.approx(losses[None], abs=1e-5)  # the text has 180 tokens
+    assert abs(losses["4"] - losses[None]) > 1e-4
+    assert main([*common, "--window", "4"]) == 0
+    assert "18 tokens, the state carried on, attending to the last 4\n" in capsys.readouterr().out
+
+
 def test_documents_are_told_apart_on_request(tmp_path, model_folder, capsys):
     source = tmp_path / "t.jsonl"
     source.write_text("".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(40)))
@@ -137,6 +154,9 @@ def test_lines_for_people(model_folder, text_file, capsys):
         (["--stride", "64", "--block_size", "32"], "stride is 64: must be within 1 and block_size, 32"),
         (["--stride", "8", "--carry_state"], "left out with carry_state"),
         (["--blocks", "4"], "blocks is 4: must be given with carry_state"),
+        (["--window", "4"], "window is 4: must be given with carry_state"),
+        (["--window", "0", "--carry_state"], "window is 0: must be at least 1"),
+        (["--window", "4", "--carry_state", "--needle"], "window is 4: must be given with carry_state, and without"),
         (["--streams", "4"], "streams is 4: must be given with carry_state"),
         (
             ["--streams", "4", "--blocks", "2", "--carry_state"],

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from bdh import BDHConfig, BDHForCausalLM
 from bdh.evaluate.loss import evaluate_text, evaluate_windows
+from bdh.ops import naive
 
 TOLERANCE = 1e-6  # float32 logits, summed in float64
 
@@ -185,6 +186,69 @@ def test_windows_tell_documents_apart_too(model, tokens):
     assert metrics.loss == pytest.approx(loss, abs=TOLERANCE)
     # At the place behind the end only the other window predicts.
     assert metrics.loss_by_position[12] == pytest.approx(loss_by_hand(model, flat, [(21, 34, 34)])[0], abs=TOLERANCE)
+
+
+def windowed_loss(model, tokens, window, bounds) -> float:
+    """Of pieces read from nothing, (start, end), by the banded scores of naive.py."""
+    reference = model.to_reference()
+    names = ("embed.weight", "encoder", "encoder_v", "decoder", "lm_head")
+    weights = naive.Weights(*(reference[name] for name in names))
+    nats = []
+    for start, end in bounds:
+        ids = torch.from_numpy(tokens[start : end + 1].astype(np.int64))
+        logits = naive.forward(ids[None, :-1], weights, model.config.n_layer, window=window)[0]
+        nats += F.cross_entropy(logits, ids[1:], reduction="none").tolist()
+    return sum(nats) / len(nats)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("stretch_tokens", [None, 60])
+def test_a_window_attends_to_the_last_tokens_only(model, tokens, stretch_tokens, dtype):
+    how = {"carry_state": True, "stretch_tokens": stretch_tokens, "window": 12, "max_batch_size": 3}
+    paths = []
+    metrics = evaluate_text(model.to(dtype), tokens, bytes_per_token=1.0, block_size=50, announce=paths.append, **how)
+    bounds = [(start, min(start + (stretch_tokens or 202), 202)) for start in range(0, 202, stretch_tokens or 202)]
+    assert metrics.loss == pytest.approx(windowed_loss(model, tokens, 12, bounds), abs=1e-5)
+    assert metrics.num_tokens == 202
+    assert model.training
+    (path,) = paths
+    assert ("kernels" if dtype == torch.float32 else "torch") in path
+    assert "window of 12 tokens" in path
+
+
+def test_a_window_ends_where_a_document_starts(model, tokens):
+    tokens[tokens == 9] = 8
+    tokens[[30, 41, 50, 101, 120]] = 9
+    how = {"carry_state": True, "window": 12, "document_end": 9, "max_batch_size": 3}
+    metrics = evaluate_text(model, tokens, bytes_per_token=1.0, block_size=10, **how)
+    bounds = [(0, 30), (31, 41), (42, 50), (51, 101), (102, 120), (121, 202)]
+    assert metrics.num_tokens == 202 - 5
+    assert metrics.loss == pytest.approx(windowed_loss(model, tokens, 12, bounds), abs=1e-5)
+
+
+@pytest.mark.parametrize("how", [{}, {"stretch_tokens": 101}, {"document_end": 9}, {"block_size": 7}], ids=str)
+def test_kernels_and_forward_measure_the_same(model, tokens, how):
+    arguments = {"bytes_per_token": 1.0, "block_size": 50, "carry_state": True, **how}
+    paths = []
+    by_kernels = evaluate_text(model, tokens, announce=paths.append, **arguments)
+    by_forward = evaluate_text(model.double(), tokens, announce=paths.append, **arguments)
+    assert "kernels" in paths[0]
+    assert "forward" in paths[1]
+    assert by_kernels.num_tokens == by_forward.num_tokens
+    assert by_kernels.loss == pytest.approx(by_forward.loss, abs=1e-5)
+    assert by_kernels.loss_by_position == pytest.approx(by_forward.loss_by_position, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"window": 12}, "window is 12: it is for carry_state only"),
+        ({"window": 0, "carry_state": True}, "window is 0: must be a whole number of tokens, at least 1"),
+    ],
+)
+def test_a_window_that_fits_nothing_is_refused(model, tokens, how, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate_text(model, tokens, bytes_per_token=1.0, block_size=10, **how)
 
 
 def test_stretches_without_a_state_are_refused(model, tokens):

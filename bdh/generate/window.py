@@ -1,0 +1,183 @@
+"""Steps with attention to the last tokens only: :mod:`bdh.ops.window`.
+
+The states of both steppers are alike, and what one has read the other goes on from, where both keep it in float32.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from bdh.generate.kernel_stepper import KernelStepper
+from bdh.generate.stepper import Feed, SequenceState, Storage, TorchStepper
+from bdh.model.kernels import recurrence_of
+from bdh.model.modeling import BDHForCausalLM
+from bdh.ops.attention import sum_dtype
+from bdh.ops.cpu.recurrence import Recurrence
+from bdh.ops.cpu.window import WindowedRecurrence
+from bdh.ops.norm import layer_norm
+from bdh.ops.rope import rotate, rotation_table
+from bdh.ops.window import Ring, empty_ring, windowed_attention
+
+MAX_ROWS = 256
+"""Tokens that go through torch's operations together."""
+
+
+def check_window(window: int) -> int:
+    """
+    Raises:
+        ValueError: it is no window.
+    """
+    if not isinstance(window, int) or isinstance(window, bool) or window < 1:
+        raise ValueError(f"window is {window!r}: must be a whole number of tokens, at least 1")
+    return window
+
+
+def _shape(model: BDHForCausalLM) -> tuple[int, int, int, int]:
+    config = model.config
+    return config.n_layer, config.n_head, config.neurons_per_head, config.n_embd
+
+
+def _new_state(model: BDHForCausalLM, window: int) -> SequenceState:
+    ring = empty_ring(window, _shape(model), dtype=model.dtype, device=model.device)
+    return SequenceState(f"window:{window}", ring._asdict())
+
+
+def _state_bytes(model: BDHForCausalLM, window: int) -> int:
+    return sum(tensor.nbytes for tensor in empty_ring(window, _shape(model), dtype=model.dtype, device="meta"))
+
+
+def _ring(state: SequenceState) -> Ring:
+    return Ring(**state.tensors)
+
+
+class WindowTorchStepper(TorchStepper):
+    """On every device and in every precision. A token's bits depend on what it was fed with: up to rounding all agree.
+
+    Args:
+        window: W: a prediction attends from the last W tokens, of which each sees the W - 1 before it.
+
+    Raises:
+        ValueError: the window is no whole number of at least 1.
+    """
+
+    def __init__(self, model: BDHForCausalLM, window: int, reason: str = "asked for"):
+        super().__init__(model, reason)
+        self.window = check_window(window)
+        half_lives = model.config.half_lives
+        self._half_lives: torch.Tensor | None = None  # (H,)
+        if half_lives is not None:
+            self._half_lives = torch.tensor(half_lives, dtype=sum_dtype(model.dtype), device=model.device)
+
+    @property
+    def path(self) -> str:
+        return f"torch on {self.model.device}, a window of {self.window} tokens ({self._reason})"
+
+    def new_state(self) -> SequenceState:
+        return _new_state(self.model, self.window)
+
+    @property
+    def state_bytes(self) -> int:
+        return _state_bytes(self.model, self.window)
+
+    def _step(self, feeds: Sequence[Feed]) -> list[torch.Tensor | None]:
+        parts: list[list[torch.Tensor]] = [[] for _ in feeds]
+        rest = [list(feed.tokens) for feed in feeds]
+        while any(rest):
+            taken: dict[int, list[int]] = {}
+            room = MAX_ROWS
+            for index, tokens in enumerate(rest):
+                if tokens and room:
+                    taken[index], rest[index] = tokens[:room], tokens[room:]
+                    room -= len(taken[index])
+            rows = self._read_rows([feeds[index].state for index in taken], list(taken.values()))
+            for index, v in zip(taken, rows, strict=True):
+                if feeds[index].logits == "all":
+                    parts[index].append(self._logits(v))
+                elif feeds[index].logits == "last" and not rest[index]:
+                    parts[index].append(self._logits(v[-1:]))
+        return [
+            None if feed.logits == "none" else torch.cat(found) if feed.logits == "all" else found[-1][-1]
+            for feed, found in zip(feeds, parts, strict=True)
+        ]
+
+    def _logits(self, v: torch.Tensor) -> torch.Tensor:
+        return self.model.lm_head(v.to(self.model.embed.weight.dtype)).float().cpu()
+
+    def _read_rows(self, states: list[SequenceState], tokens: list[list[int]]) -> tuple[torch.Tensor, ...]:
+        """The next tokens of each sequence, one after the other in one batch of rows. Returns v (T, D) of each."""
+        model, config = self.model, self.model.config
+        H, N, eps = config.n_head, config.neurons_per_head, config.layer_norm_eps
+        dtype, device = model.embed.weight.dtype, model.device
+        counts = [len(each) for each in tokens]
+        positions = torch.cat(
+            [torch.arange(s.position, s.position + n, device=device) for s, n in zip(states, counts, strict=True)]
+        )
+        table = rotation_table(positions, N, config.rope_theta, dtype)[:, None]  # (R, 1, N/2)
+        ids = torch.tensor([token for each in tokens for token in each], device=device)
+        v = layer_norm(model.embed(ids), eps)  # (R, D)
+        for index in range(config.n_layer):
+            v_in = v.to(dtype)
+            x = F.relu(model.encoder(v_in))  # (R, H*N)
+            q = rotate(x.unflatten(-1, (H, N)), table).transpose(0, 1)  # (H, R, N)
+            pieces = zip(states, q.split(counts, dim=1), v_in.split(counts), strict=True)
+            a = torch.cat([self._attend_ring(state, index, *piece) for state, *piece in pieces], dim=1)
+            a = layer_norm(a, eps).to(dtype)  # (H, R, D)
+            y = F.relu(torch.cat([head(a[h]) for h, head in enumerate(model.encoder_v)], dim=-1))
+            v = layer_norm(v + layer_norm(model.decoder(x * y), eps), eps)
+        for state, count in zip(states, counts, strict=True):
+            state.position += count
+        return v.split(counts)
+
+    def _attend_ring(self, state: SequenceState, index: int, q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        ring = _ring(state).of_pass(index)
+        return windowed_attention(q, v, ring, state.position, half_lives=self._half_lives)
+
+
+class WindowKernelStepper(KernelStepper):
+    """The kernels of :mod:`bdh.ops.cpu.window`: the same bits however tokens are fed.
+
+    Args:
+        window: W: a prediction attends from the last W tokens, of which each sees the W - 1 before it.
+
+    Raises:
+        ValueError: the window is no whole number of at least 1.
+    """
+
+    def __init__(self, model: BDHForCausalLM, window: int, *, weights: Storage = "float32", reason: str = "asked for"):
+        super().__init__(model, weights=weights, reason=reason)
+        self.window = check_window(window)
+        self._half_lives = self._settling_tokens = None  # rings need no factors: what fades is a score, not a sum
+        self._made: WindowedRecurrence | None = None
+
+    @property
+    def path(self) -> str:
+        return (
+            f"sparse kernels on the cpu, {torch.get_num_threads()} threads, weights {self._weights}, "
+            f"a window of {self.window} tokens ({self._reason})"
+        )
+
+    def new_state(self) -> SequenceState:
+        return _new_state(self.model, self.window)
+
+    @property
+    def state_bytes(self) -> int:
+        return _state_bytes(self.model, self.window)
+
+    def _recurrence(self) -> WindowedRecurrence:
+        weights = recurrence_of(self.model, self._weights).weights  # others when the model's have changed
+        if self._made is None or self._made.weights is not weights:
+            self._made = WindowedRecurrence(weights, self.window, half_lives=self.model.config.half_lives)
+        return self._made
+
+    def _advance(
+        self,
+        recurrence: Recurrence,
+        states: Sequence[SequenceState],
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        starts: np.ndarray,
+    ) -> np.ndarray:
+        assert isinstance(recurrence, WindowedRecurrence)
+        return recurrence.read_window(tokens, positions, starts, [_ring(state) for state in states])

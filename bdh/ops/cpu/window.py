@@ -1,0 +1,267 @@
+"""The passes of the model with attention to the last tokens only: :mod:`bdh.ops.window` at the price of what fires.
+
+In place of ``recall`` and ``settle`` of :mod:`bdh.ops.cpu.kernels` stand
+
+    score     q K, then the row's key goes into its column        pairs of neurons that fire, or fired there before
+    gather    LN(the values, weighted by their scores)            every column of the ring
+    store     the rows' values go into their columns
+
+Sums run over the neurons of a stretch, over stretches and over the ring's columns, always in this order, and which column
+a token stands in follows from its position: so here too the bits of a result depend neither on the threads, nor on the
+other rows, nor on how a text was cut into calls.
+
+Rings come by address: of each pass and sequence the keys (H, N, C), the marks (H, W - 1, ceil(N / 16)) and the values
+(W - 1, D), as :class:`bdh.ops.window.Ring` has them.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numba import prange
+
+from bdh.ops.cpu import kernels
+from bdh.ops.cpu.kernels import (
+    AHEAD,
+    FLOAT32,
+    STRETCH_NEURONS,  # whole bytes of marks: no two threads write to one
+    bounds_of,
+    finish,
+    jit,
+    jit_inner,
+    normalise,
+    project,
+    respond,
+)
+from bdh.ops.cpu.memory import get_byte, put_byte, put_float
+from bdh.ops.cpu.recurrence import KernelWeights, Recurrence
+from bdh.ops.cpu.runtime import Announce, compiled, exclusive, follow_torch_threads, to_stderr
+from bdh.ops.cpu.vector import add_scaled, prefetch
+from bdh.ops.window import Ring, empty_ring
+
+_CACHE_LINE = 64
+
+
+@jit_inner
+def enter(x, row, h, N, first, end, marks, table, pair_bytes, firing):
+    """Gathers the pairs of a stretch that fire in a row, marks them, and clears what others left in its column.
+
+    ``marks`` is the address of the column's bits, ``table`` that of its place in the rows of the head's first pair.
+    Returns how many pairs fire.
+    """
+    count = 0
+    for octet in range(first // 16, (end + 15) // 16):
+        fires = np.uint8(0)
+        for i in range(8 * octet, min(8 * octet + 8, end // 2)):
+            if x[h * N + 2 * i, row] > 0 or x[h * N + 2 * i + 1, row] > 0:
+                fires |= np.uint8(1 << (i % 8))
+                firing[count] = i
+                count += 1
+        left = get_byte(marks + octet) & ~fires
+        put_byte(marks + octet, fires)
+        if left:
+            for i in range(8 * octet, min(8 * octet + 8, end // 2)):
+                if left & (1 << (i % 8)):
+                    put_float(table + i * pair_bytes, np.float32(0))
+                    put_float(table + i * pair_bytes + pair_bytes // 2, np.float32(0))
+    return count
+
+
+@jit
+def score(keys, fired, length, starts, positions, x, cos, sin, parts, N):
+    """The scores of each stretch, ``parts`` (stretches, R, C), of the rows with the tokens in the ring; their keys enter.
+
+    ``keys`` and ``fired`` (sequences,) are addresses; the rows of sequence s are ``starts[s]`` to ``starts[s + 1]``.
+    """
+    num_stretches, R, C = parts.shape
+    row_bytes = C * 4
+    pair_bytes, mark_bytes = 2 * row_bytes, (N + 15) // 16
+    for stretch in prange(num_stretches):
+        h, first, end = bounds_of(stretch, N)
+        parts[stretch] = 0
+        firing = np.empty(STRETCH_NEURONS // 2, np.int64)
+        for sequence in range(keys.shape[0]):
+            table = keys[sequence] + h * N * row_bytes
+            for row in range(starts[sequence], starts[sequence + 1]):
+                column = positions[row] % length
+                marks = fired[sequence] + (h * length + column) * mark_bytes
+                out = parts.ctypes.data + (stretch * R + row) * row_bytes
+                place = table + column * 4
+                count = enter(x, row, h, N, first, end, marks, place, pair_bytes, firing)
+                for index in range(count):
+                    i = firing[index]
+                    if index + AHEAD < count:
+                        following = table + firing[index + AHEAD] * pair_bytes
+                        for line in range(0, pair_bytes, _CACHE_LINE):
+                            prefetch(following + line)
+                    x_0, x_1 = x[h * N + 2 * i, row], x[h * N + 2 * i + 1, row]
+                    q_0 = x_0 * cos[i, row] - x_1 * sin[i, row]
+                    q_1 = x_1 * cos[i, row] + x_0 * sin[i, row]
+                    add_scaled(FLOAT32, out, table + i * pair_bytes, q_0, C)
+                    add_scaled(FLOAT32, out, table + i * pair_bytes + row_bytes, q_1, C)
+                    # Only now: until here the column held the farthest token that the row sees.
+                    put_float(place + i * pair_bytes, q_0)
+                    put_float(place + i * pair_bytes + row_bytes, q_1)
+
+
+@jit
+def gather(parts, fading, values, length, starts, positions, v, a, eps):
+    """LN of the values in the window weighted by their scores: ``parts`` (H * stretches of a head, R, C) to a (R, H, D).
+
+    ``fading`` (H, W - 1) weighs a token by how many stand between it and the row; ``values`` (sequences,) are addresses.
+    """
+    R, H, D = a.shape
+    C, per_head = parts.shape[2], parts.shape[0] // H
+    ones = np.ones(D, np.float32)
+    sequence_of = np.empty(R, np.int64)
+    for sequence in range(values.shape[0]):
+        sequence_of[starts[sequence] : starts[sequence + 1]] = sequence
+    for item in prange(R * H):
+        r, h = item // H, item % H
+        scores = np.zeros(C, np.float32)
+        for stretch in range(h * per_head, (h + 1) * per_head):
+            for c in range(C):
+                scores[c] += parts[stretch, r, c]
+        a[r, h] = 0
+        sequence = sequence_of[r]
+        num_earlier = r - starts[sequence]  # rows of the sequence whose values are not in the ring yet
+        for c in range(length):
+            if scores[c] != 0:
+                between = (positions[r] - 1 - c) % length
+                value = values[sequence] + c * D * 4
+                if between < num_earlier:
+                    value = v.ctypes.data + (r - 1 - between) * D * 4
+                add_scaled(FLOAT32, a.ctypes.data + (r * H + h) * D * 4, value, scores[c] * fading[h, between], D)
+        normalise(a[r, h], ones, eps)
+
+
+@jit_inner
+def store(values, length, starts, positions, v):
+    """Puts the values of the rows into their columns, as far as they stay there."""
+    D = v.shape[1]
+    for sequence in range(values.shape[0]):
+        for r in range(max(starts[sequence], starts[sequence + 1] - length), starts[sequence + 1]):
+            place = values[sequence] + positions[r] % length * D * 4
+            for d in range(D):
+                put_float(place + d * 4, v[r, d])
+
+
+@jit_inner
+def window_passes(
+    num_passes,
+    like_weights,
+    encoder,
+    encoder_v,
+    decoder,
+    rings,
+    fading,
+    starts,
+    positions,
+    cos,
+    sin,
+    v,
+    x,
+    a,
+    scores,
+    parts,
+    eps,
+):
+    """All passes of the model over v (R, D), in place.
+
+    Args:
+        rings: (L, 3, sequences) addresses of each pass's keys, marks and values.
+        fading: (H, W - 1).
+        x: (H*N, R), a: (R, H, D), scores: (H * stretches of a head, R, C), parts: (the same, R, D): memory to work in.
+    """
+    N, length = x.shape[0] // a.shape[1], fading.shape[1]
+    for index in range(num_passes):
+        project(like_weights, encoder, v, x, True)
+        if length > 0:
+            keys, marks, values = rings[index]
+            score(keys, marks, length, starts, positions, x, cos, sin, scores, N)
+            gather(scores, fading, values, length, starts, positions, v, a, eps)
+            store(values, length, starts, positions, v)
+        else:
+            a[:] = 0
+        respond(like_weights, encoder_v, decoder, x, a, parts, N)
+        finish(parts, v, eps)
+
+
+class WindowedRecurrence(Recurrence):
+    """Reads tokens into rings, at the price of the neurons that fire; bits as :class:`Recurrence` has them.
+
+    Args:
+        window: W.
+        half_lives: (H,) tokens in which what a head keeps of another halves; None where none does.
+    """
+
+    def __init__(
+        self,
+        weights: KernelWeights,
+        window: int,
+        *,
+        half_lives: Sequence[float] | None = None,
+        announce: Announce = to_stderr,
+    ):
+        super().__init__(weights, announce=announce)
+        self.window = window
+        H = weights.shape[1]
+        between = np.arange(window - 1)
+        lives = np.full(H, np.inf) if half_lives is None else np.asarray(half_lives)
+        self._fading = np.exp2(-between / lives[:, None]).astype(np.float32)  # (H, W - 1)
+        self._window_is_compiled = False
+
+    def read_window(
+        self, tokens: np.ndarray, positions: np.ndarray, starts: np.ndarray, rings: Sequence[Ring]
+    ) -> np.ndarray:
+        """v behind the last pass, (R, D) float32, of R rows; the rings are advanced.
+
+        The result is memory of this object: it is good until the next call of this thread.
+
+        Args:
+            tokens: int64 (R,).
+            positions: int64 (R,), absolute.
+            starts: int64 (sequences + 1,): the rows of sequence s are ``starts[s]`` to ``starts[s + 1]``.
+            rings: of each sequence, for all passes, contiguous and on the CPU.
+        """
+        if not self._window_is_compiled:
+            self._window_is_compiled = True
+            compiled(self._warm_up_window, self._announce)
+        follow_torch_threads()
+        L, H, N, D = self.weights.shape
+        R, columns = len(tokens), rings[0].keys.shape[-1]
+        cos, sin = self._array("cos", N // 2, R), self._array("sin", N // 2, R)
+        v = self._array("v", R, D)
+        with exclusive():
+            kernels.rotations(positions, self._turns, cos, sin)
+            kernels.begin(self._embed, tokens, v, self.weights.eps)
+            window_passes(
+                L,
+                self._like,
+                self.weights.encoder.data_ptr(),
+                self._encoder_v,
+                self.weights.decoder.data_ptr(),
+                self._addresses(rings),
+                self._fading,
+                starts,
+                positions,
+                cos,
+                sin,
+                v,
+                self._array("x", H * N, R),
+                self._array("a", R, H, D),
+                self._array("scores", self._num_parts, R, columns),
+                self._array("parts", self._num_parts, R, D),
+                self.weights.eps,
+            )
+        return v
+
+    def _addresses(self, rings: Sequence[Ring]) -> np.ndarray:
+        """int64 (L, 3, sequences)."""
+        parts = list(zip(*rings, strict=True))  # the keys, marks and values of all
+        passes = range(self.weights.num_passes)
+        return np.array([[[tensor[i].data_ptr() for tensor in part] for part in parts] for i in passes], np.int64)
+
+    def _warm_up_window(self) -> None:
+        zero = np.zeros(1, np.int64)
+        ring = empty_ring(self.window, self.weights.shape)
+        self.logits(self.read_window(zero, zero, np.array([0, 1]), [ring]))
