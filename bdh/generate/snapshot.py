@@ -15,7 +15,8 @@ from bdh.model.fingerprint import Identity, identity, model_name
 from bdh.model.modeling import BDHForCausalLM
 from bdh.storage import whole_file
 
-FILE_FORMAT = "bdh-snapshot-1"
+_FORMAT_NAME = "bdh-snapshot-"
+FILE_FORMAT = f"{_FORMAT_NAME}1"
 # Stands in the file where its checksum comes, while that is computed.
 _NO_CHECKSUM = "0" * 64
 _BLOCK_BYTES = 1 << 20
@@ -143,6 +144,15 @@ class Snapshot:
             decoder=facts["decoder"],
             notes=facts["notes"],
         )
+
+
+def is_snapshot(path: Path) -> bool:
+    """Whether a file is a snapshot, of whatever model, so far as its header tells."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return str((file.metadata() or {}).get("format", "")).startswith(_FORMAT_NAME)
+    except (SafetensorError, OSError):
+        return False
 
 
 def _refuse_others(path: Path, model: BDHForCausalLM, stored: dict[str, Any]) -> None:
