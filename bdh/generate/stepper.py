@@ -12,13 +12,17 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+from bdh.model.kernels import kernel_obstacle
 from bdh.model.modeling import BDHForCausalLM
 from bdh.model.state import SynapticState
 from bdh.ops.attention import sum_dtype
+from bdh.ops.dispatch import choose_step_path
 from bdh.ops.norm import layer_norm
 from bdh.ops.rope import rotate, rotation_table
+from bdh.validation import Faults
 
 WantedLogits = Literal["none", "last", "all"]
+Storage = Literal["float32", "bfloat16"]
 
 
 class SequenceState:
@@ -225,10 +229,29 @@ class TorchStepper(Stepper):
         return torch.cat(parts) if feed.logits == "all" else parts[-1][-1]
 
 
-def make_stepper(model: BDHForCausalLM, *, path: str = "auto") -> Stepper:
+def make_stepper(
+    model: BDHForCausalLM, *, path: str = "auto", weights: Storage = "float32", state: Storage = "float32"
+) -> Stepper:
     """The fastest stepper for a model and its device.
 
     Args:
-        path: "auto", or "torch".
+        path: one of :data:`bdh.ops.dispatch.STEP_PATHS`; "auto" takes the sparse kernels where they run.
+        weights: "float32", or "bfloat16": half the memory and traffic of the kernels' weights.
+        state: "float32", or "bfloat16": half the memory and traffic of the states.
+
+    Raises:
+        ValueError: a value that is none of these, or the kernels, or what only they do, where they do not run.
     """
-    return TorchStepper(model)
+    faults = Faults()
+    for name, value in (("weights", weights), ("state", state)):
+        faults.require_one_of(name, value, ("float32", "bfloat16"))
+    faults.raise_if_any()
+    chosen = choose_step_path(path, device=model.device, obstacle=kernel_obstacle(model))
+    if chosen.name == "kernels":
+        from bdh.generate.kernel_stepper import KernelStepper
+
+        return KernelStepper(model, weights=weights, state=state, reason=chosen.reason)
+    for name, value in (("weights", weights), ("state", state)):
+        faults.require(value == "float32", name, value, f"float32 with torch's operations ({chosen.reason})")
+    faults.raise_if_any()
+    return TorchStepper(model, chosen.reason)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -10,11 +11,12 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from bdh.model.configuration import BDHConfig
+from bdh.model.kernels import kernel_obstacle, recurrence_of
 from bdh.model.positions import token_positions
 from bdh.model.state import SynapticState
 from bdh.model.text import TextGenerationMixin
 from bdh.ops.attention import sum_dtype
-from bdh.ops.dispatch import attend
+from bdh.ops.dispatch import attend, choose_step_path
 from bdh.ops.loss import IGNORE_INDEX, chunked_cross_entropy, cross_entropy
 from bdh.ops.norm import layer_norm
 from bdh.ops.reach import Reach
@@ -140,6 +142,11 @@ class BDHForCausalLM(TextGenerationMixin, PreTrainedModel, GenerationMixin):
         elif use_cache:
             shape = (B, config.n_head, config.neurons_per_head, config.n_embd)
             state = SynapticState.zeros(shape, 0, device=v.device)  # the passes add their sums
+        if past_key_values is not None and T == 1 and mask is None and starts is None and targets is None:
+            step = self._kernel_step(input_ids, past_key_values, use_cache, attention_form, output_hidden_states)
+            if step is not None:
+                output = BDHOutput(logits=step, past_key_values=past_key_values)
+                return output if return_dict else output.to_tuple()
         before = state.positions if state is not None and state.sums else None
         positions, following = token_positions(T, before=before, mask=mask, starts=starts, device=v.device)
         # (1 or B, 1, T, N/2): one row where all stand at the same positions.
@@ -195,6 +202,35 @@ class BDHForCausalLM(TextGenerationMixin, PreTrainedModel, GenerationMixin):
         y = F.relu(torch.cat([head(a[:, h]) for h, head in enumerate(self.encoder_v)], dim=-1))  # (B, T, H*N)
         z = F.dropout(x * y, config.dropout, training=self.training)
         return layer_norm(v + layer_norm(self.decoder(z), eps), eps), sums
+
+    def _kernel_step(
+        self,
+        input_ids: torch.Tensor | None,
+        state: SynapticState,
+        use_cache: bool,
+        attention_form: str | None,
+        output_hidden_states: bool,
+    ) -> torch.Tensor | None:
+        """Logits (B, 1, V) of one token for each row, by the sparse kernels; None where they do not serve."""
+        form = attention_form or self.config.attention_form
+        is_plain = use_cache and form == "auto" and not output_hidden_states and not torch.is_grad_enabled()
+        if not is_plain or input_ids is None or self.training or torch.compiler.is_compiling():
+            return None
+        if torch.is_autocast_enabled(self.device.type) or self.config.half_lives is not None:
+            return None
+        if choose_step_path("auto", device=self.device, obstacle=kernel_obstacle(self)).name != "kernels":
+            return None
+        state.sums = [sums.contiguous() for sums in state.sums]
+        v = recurrence_of(self).read(
+            np.ascontiguousarray(input_ids[:, 0], np.int64),
+            state.positions.contiguous().numpy(),
+            np.arange(len(input_ids) + 1),
+            np.array([[row.data_ptr() for row in sums] for sums in state.sums]),
+            torch.float32,
+        )
+        state.positions = state.positions + 1
+        state.num_columns += 1
+        return recurrence_of(self).logits(v)[:, None]
 
     @staticmethod
     def _shift_labels(kwargs: dict[str, Any]) -> torch.Tensor | None:

@@ -1,10 +1,11 @@
-"""Chooses the form of attention, in one place."""
+"""Chooses the form of attention, and the code that takes recurrent steps, in one place."""
 
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
 from bdh.ops.attention import chunked_attention, parallel_attention, recurrent_attention
+from bdh.ops.cpu.runtime import unavailable_reason
 from bdh.ops.reach import Reach
 
 AttentionForm = Literal["auto", "parallel", "chunked", "recurrent"]
@@ -64,3 +65,38 @@ def attend(
     if chosen == "chunked":
         return chunked_attention(q, v, state, chunk_size=chunk_size, reach=reach, keep_state=keep_state)
     return recurrent_attention(q, v, state, reach=reach, keep_state=keep_state)
+
+
+StepPath = Literal["auto", "kernels", "torch"]
+STEP_PATHS: tuple[str, ...] = get_args(StepPath)
+
+
+class ChosenPath(NamedTuple):
+    """What runs the recurrent steps, and why."""
+
+    name: str  # "kernels" or "torch"
+    reason: str
+
+
+def choose_step_path(requested: str, *, device: torch.device, obstacle: str | None = None) -> ChosenPath:
+    """Whether the sparse kernels of :mod:`bdh.ops.cpu` or torch's dense operations take the recurrent steps.
+
+    Args:
+        requested: one of :data:`STEP_PATHS`; "auto" takes the kernels wherever they run.
+        obstacle: what about the model, its precision for one, keeps the kernels from running it; None for nothing.
+
+    Raises:
+        ValueError: ``requested`` is not a path, or is the kernels where they do not run.
+    """
+    if requested not in STEP_PATHS:
+        raise ValueError(f"path is {requested!r}: must be one of {', '.join(STEP_PATHS)}")
+    if requested == "torch":
+        return ChosenPath("torch", "asked for")
+    if device.type != "cpu":
+        obstacle = f"the model is on {device}, the kernels run on the cpu"
+    obstacle = obstacle or unavailable_reason()
+    if obstacle is None:
+        return ChosenPath("kernels", "asked for" if requested == "kernels" else "float32 or bfloat16 on the cpu")
+    if requested == "kernels":
+        raise ValueError(f"path is 'kernels', which cannot run here: {obstacle}; must be auto or torch")
+    return ChosenPath("torch", obstacle)

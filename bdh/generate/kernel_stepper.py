@@ -1,0 +1,147 @@
+"""Steps through the sparse kernels: the path of the CPU."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from bdh.generate.stepper import Feed, SequenceState, Stepper
+from bdh.model.kernels import recurrence_of
+from bdh.model.modeling import BDHForCausalLM
+from bdh.ops.cpu.recurrence import DTYPES, Storage
+
+MAX_ROWS = 128
+"""Tokens in one call of the kernels: what they work in grows with it, and the gain has ended before."""
+_SETTLING_BITS = 32
+_MOST_BITS = 60  # lost at one token: float32 keeps 24, so what is left of what was there has vanished
+
+
+class KernelStepper(Stepper):
+    """The kernels of :mod:`bdh.ops.cpu`: logits and states have the same bits however tokens are fed.
+
+    A head that forgets would have to fade all of its rows at each token. Instead a factor of all its rows fades, which
+    follows from the position alone; what is added is divided by it. At absolute multiples of the tokens in which it
+    loses 32 binary digits the rows are multiplied by it, and it starts again from 1.
+    """
+
+    def __init__(
+        self,
+        model: BDHForCausalLM,
+        *,
+        weights: Storage = "float32",
+        state: Storage = "float32",
+        reason: str = "asked for",
+    ):
+        super().__init__(model.eval())
+        self._weights, self._state, self._reason = weights, state, reason
+        config = model.config
+        self._shape = (config.n_layer, config.n_head, config.neurons_per_head, config.n_embd)
+        self._half_lives: np.ndarray | None = None  # (H,)
+        self._settling_tokens: np.ndarray | None = None  # (H,): tokens after which the rows take up their factor
+        if config.half_lives is not None:
+            self._half_lives = np.maximum(config.half_lives, 1 / _MOST_BITS)
+            settling = np.floor(self._half_lives * _SETTLING_BITS)
+            # The upper bound is for heads that never forget: no text is as long.
+            self._settling_tokens = np.clip(settling, 1, 2.0**62).astype(np.int64)
+
+    @property
+    def path(self) -> str:
+        return (
+            f"sparse kernels on the cpu, {torch.get_num_threads()} threads, weights {self._weights}, "
+            f"state {self._state} ({self._reason})"
+        )
+
+    @property
+    def state_bytes(self) -> int:
+        return torch.Size(self._shape).numel() * DTYPES[self._state].itemsize
+
+    def new_state(self) -> SequenceState:
+        kind = "sums" if self._state == "float32" else f"sums {self._state}"
+        if self._half_lives is not None:
+            kind += ", scaled"
+        return SequenceState(kind, {"sums": torch.zeros(self._shape, dtype=DTYPES[self._state])})
+
+    def _step(self, feeds: Sequence[Feed]) -> list[torch.Tensor | None]:
+        read = [0] * len(feeds)  # tokens of each feed
+        found: list[list[torch.Tensor]] = [[] for _ in feeds]
+        while any(done < len(feed.tokens) for done, feed in zip(read, feeds, strict=True)):
+            taken = self._taken(feeds, read)
+            self._read(feeds, read, taken, found)
+            for index, count in taken.items():
+                read[index] += count
+        return [self._result(feed, parts) for feed, parts in zip(feeds, found, strict=True)]
+
+    @staticmethod
+    def _result(feed: Feed, parts: list[torch.Tensor]) -> torch.Tensor | None:
+        if feed.logits == "none":
+            return None
+        return torch.cat(parts) if feed.logits == "all" else parts[-1][-1]
+
+    def _taken(self, feeds: Sequence[Feed], read: Sequence[int]) -> dict[int, int]:
+        """How many tokens of which feeds go into the next call."""
+        taken: dict[int, int] = {}
+        room = MAX_ROWS
+        for index, feed in enumerate(feeds):
+            count = min(len(feed.tokens) - read[index], room)
+            if self._settling_tokens is not None:
+                count = min(count, int((self._settling_tokens - feed.state.position % self._settling_tokens).min()))
+            if count:
+                taken[index] = count
+                room -= count
+        return taken
+
+    def _read(
+        self, feeds: Sequence[Feed], read: Sequence[int], taken: dict[int, int], found: list[list[torch.Tensor]]
+    ) -> None:
+        tokens, positions, starts, wanted = [], [], [0], []
+        scales: list[np.ndarray] = []
+        for index, count in taken.items():
+            feed = feeds[index]
+            tokens.append(np.asarray(feed.tokens[read[index] : read[index] + count], np.int64))
+            positions.append(np.arange(feed.state.position, feed.state.position + count))
+            starts.append(starts[-1] + count)
+            if feed.logits == "all":
+                wanted += [(index, row) for row in range(starts[-2], starts[-1])]
+            elif feed.logits == "last" and read[index] + count == len(feed.tokens):
+                wanted.append((index, starts[-1] - 1))
+            if self._half_lives is not None:
+                scales.append(self._scales(feed.state.position, count))
+        L = self._shape[0]
+        addresses = np.array(
+            [[feeds[index].state.tensors["sums"][number].data_ptr() for index in taken] for number in range(L)],
+            np.int64,
+        )
+        read_scales = write_scales = None
+        if scales:
+            read_scales = np.concatenate([each[:-1] for each in scales]).astype(np.float32)
+            write_scales = (1 / np.concatenate([each[1:] for each in scales])).astype(np.float32)
+        recurrence = recurrence_of(self.model, self._weights)
+        v = recurrence.read(
+            np.concatenate(tokens),
+            np.concatenate(positions),
+            np.array(starts),
+            addresses,
+            DTYPES[self._state],
+            read_scales,
+            write_scales,
+        )
+        for index, count in taken.items():
+            feeds[index].state.position += count
+            self._settle(feeds[index].state)
+        if wanted:
+            logits = recurrence.logits(v[[row for _, row in wanted]])
+            for (index, _), row in zip(wanted, logits, strict=True):
+                found[index].append(row[None])
+
+    def _scales(self, position: int, count: int) -> np.ndarray:
+        """The factors of the rows (count + 1, H) before each of the next tokens, and behind the last."""
+        assert self._half_lives is not None
+        assert self._settling_tokens is not None
+        first = position % self._settling_tokens  # (H,): tokens since the rows took theirs up
+        return np.exp2(-(first + np.arange(count + 1)[:, None]) / self._half_lives)
+
+    def _settle(self, state: SequenceState) -> None:
+        if self._half_lives is None or self._settling_tokens is None:
+            return
+        for head in np.flatnonzero(state.position % self._settling_tokens == 0):
+            state.tensors["sums"][:, head] *= 2.0 ** -(self._settling_tokens[head] / self._half_lives[head])

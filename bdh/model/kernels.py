@@ -1,0 +1,57 @@
+"""A model's weights as the sparse kernels want them, made when they are first needed and again when they change."""
+
+import weakref
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from bdh.model.modeling import BDHForCausalLM
+    from bdh.ops.cpu.recurrence import Recurrence, Storage
+
+_made: "weakref.WeakKeyDictionary[BDHForCausalLM, dict[Storage, tuple[tuple, Recurrence]]]"
+_made = weakref.WeakKeyDictionary()
+
+
+def kernel_obstacle(model: "BDHForCausalLM") -> str | None:
+    """What keeps the kernels from running this model, whatever the machine; None where nothing does."""
+    linears = [model.encoder, *model.encoder_v, model.decoder, model.lm_head]
+    for module in linears:
+        if type(module) is not nn.Linear or nn.utils.parametrize.is_parametrized(module):
+            return f"a layer is {type(module).__name__}, the kernels take plain nn.Linear"
+        if module.bias is not None:
+            return "a layer has a bias"
+    if type(model.embed) is not nn.Embedding:
+        return f"the embedding is {type(model.embed).__name__}, the kernels take plain nn.Embedding"
+    for module in [*linears, model.embed]:
+        if module._forward_hooks or module._forward_pre_hooks:
+            return "a layer has hooks, which the kernels would pass by"
+        if module.weight.dtype not in (torch.float32, torch.bfloat16):
+            return f"the weights are {module.weight.dtype}, the kernels take float32 and bfloat16"
+        if type(module.weight) is not nn.Parameter or type(module.weight.data) is not torch.Tensor:
+            return f"a weight is {type(module.weight.data).__name__}, the kernels take plain tensors"
+    return None
+
+
+def recurrence_of(model: "BDHForCausalLM", storage: "Storage" = "float32") -> "Recurrence":
+    """The kernels over this model's weights, stored as ``storage``. Kept until the weights change."""
+    from bdh.ops.cpu.recurrence import KernelWeights, Recurrence
+
+    version = tuple((weight.data_ptr(), weight._version) for weight in model.parameters())
+    kept = _made.setdefault(model, {})
+    if storage not in kept or kept[storage][0] != version:
+        config = model.config
+        weights = KernelWeights.of(
+            embed=model.embed.weight,
+            encoder=model.encoder.weight,
+            encoder_v=[cast(nn.Linear, head).weight for head in model.encoder_v],
+            decoder=model.decoder.weight,
+            lm_head=model.lm_head.weight,
+            rope_theta=config.rope_theta,
+            eps=config.layer_norm_eps,
+            num_passes=config.n_layer,
+            storage=storage,
+        )
+        kept[storage] = (version, Recurrence(weights))
+    return kept[storage][1]

@@ -1,0 +1,1 @@
+"""Kernels for the processor that touch only the neurons that fire."""

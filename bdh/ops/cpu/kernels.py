@@ -1,0 +1,323 @@
+"""The passes of the model over rows of tokens, neuron by neuron, skipping those that do not fire.
+
+A *row* is a token of some sequence; the rows of a sequence follow each other in order. The stages of a pass are
+
+    project   x = relu(E v)                                       every neuron, every row
+    recall    a = q S, then S += k v^T                            pairs of neurons that fire
+    settle    LN(a)
+    respond   y = relu(Ev LN(a)), and Dec (x * y)                 y where x fires, Dec where y fires too
+    finish    v = LN(v + LN(sum))
+
+Each runs over stretches of neurons (or rows) in parallel. Whatever is summed over neurons is first summed within each
+stretch and then over the stretches in their order, and sequences never meet in a sum; so the bits of a result depend
+neither on the threads, nor on the other rows, nor on how a text was cut into calls.
+
+Weights and states come by address, one row of D numbers for each neuron, in float32 or as the bits of bfloat16.
+"""
+
+import numpy as np
+from numba import njit, prange
+
+from bdh.ops.cpu.vector import (
+    add_scaled,
+    dot,
+    dots_1,
+    dots_8,
+    prefetch,
+    recall_and_learn,
+    tile_1x1,
+    tile_1x4,
+    tile_4x4,
+    tile_8x1,
+)
+
+FLOAT32 = np.zeros(0, np.float32)
+BFLOAT16 = np.zeros(0, np.uint16)
+"""What says in which of the two formats weights or states are."""
+
+STRETCH_NEURONS = 512
+"""Neurons of a head that are summed before their sum is added to that of others; even."""
+BLOCK_NEURONS = 8
+"""Neurons whose weights stay in the nearest cache while all rows are multiplied with them; a multiple of 8."""
+AHEAD = 3  # pairs whose rows are asked for before they are needed
+_LIST = 1024  # neurons that fire, gathered before they are worked off
+_CACHE_LINE = 64
+
+jit = njit(cache=True, nogil=True, parallel=True, error_model="numpy")
+jit_inner = njit(cache=True, nogil=True, error_model="numpy")
+
+
+@jit_inner
+def stretches_of(N):
+    """Stretches in a head."""
+    return (N + STRETCH_NEURONS - 1) // STRETCH_NEURONS
+
+
+@jit_inner
+def bounds_of(stretch, N):
+    """The head of a stretch, and its first neuron and the one behind its last within the head."""
+    per_head = stretches_of(N)
+    first = stretch % per_head * STRETCH_NEURONS
+    return stretch // per_head, first, min(N, first + STRETCH_NEURONS)
+
+
+@jit_inner
+def normalise(numbers, ones, eps):
+    """LN of a row (D,), in place."""
+    D = numbers.shape[0]
+    mean = dot(FLOAT32, numbers.ctypes.data, ones.ctypes.data, D) / np.float32(D)
+    for d in range(D):
+        numbers[d] -= mean
+    variance = dot(FLOAT32, numbers.ctypes.data, numbers.ctypes.data, D) / np.float32(D)
+    scale = np.float32(1) / np.sqrt(variance + np.float32(eps))
+    for d in range(D):
+        numbers[d] *= scale
+
+
+@jit
+def rotations(positions, turns_per_token, cos, sin):
+    """cos and sin (N/2, R) of each pair's phase at the rows' positions, exact as in ``bdh.ops.rope``."""
+    for i in prange(cos.shape[0]):
+        for r in range(positions.shape[0]):
+            turns = positions[r] * turns_per_token[i]
+            angle = 2 * np.pi * (turns - np.floor(turns))
+            cos[i, r] = np.cos(angle)
+            sin[i, r] = np.sin(angle)
+
+
+@jit
+def begin(embed, tokens, v, eps):
+    """v (R, D) = LN(embed[tokens]) before the first pass."""
+    ones = np.ones(v.shape[1], np.float32)
+    for r in prange(v.shape[0]):
+        v[r] = embed[tokens[r]]
+        normalise(v[r], ones, eps)
+
+
+@jit
+def project(like, weights, v, out, relu):
+    """``out`` (n, R): the products of n rows of weights, by address, with the rows of v (R, D), cut at 0 by ``relu``."""
+    num_neurons, R = out.shape
+    D = v.shape[1]
+    row_bytes = D * like.itemsize
+    num_stretches = (num_neurons + STRETCH_NEURONS - 1) // STRETCH_NEURONS
+    # The next block is asked for a little at a time, with each group of rows its share.
+    groups = max(1, R // 4)
+    share = (4 * row_bytes + groups * _CACHE_LINE - 1) // (groups * _CACHE_LINE) * _CACHE_LINE
+    for stretch in prange(num_stretches):
+        end = min(num_neurons, (stretch + 1) * STRETCH_NEURONS)
+        for first in range(stretch * STRETCH_NEURONS, end, BLOCK_NEURONS):
+            last = min(end, first + BLOCK_NEURONS)
+            by_4, by_8 = last - (last - first) % 4, last - (last - first) % 8
+            for r in range(0, R - R % 4, 4):
+                value = v.ctypes.data + r * D * 4
+                for n in range(first, by_4, 4):
+                    place = out.ctypes.data + (n * R + r) * 4
+                    following = weights + (n + BLOCK_NEURONS) * row_bytes
+                    for line in range(r // 4 * share, min(4 * row_bytes, (r // 4 + 1) * share), _CACHE_LINE):
+                        prefetch(following + line)
+                    tile_4x4(like, relu, weights + n * row_bytes, row_bytes, value, D * 4, D, place, R * 4)
+                for n in range(by_4, last):
+                    place = out.ctypes.data + (n * R + r) * 4
+                    tile_1x4(like, relu, weights + n * row_bytes, row_bytes, value, D * 4, D, place, R * 4)
+            for r in range(R - R % 4, R):
+                value = v.ctypes.data + r * D * 4
+                for n in range(first, by_8, 8):
+                    place = out.ctypes.data + (n * R + r) * 4
+                    tile_8x1(like, relu, weights + n * row_bytes, row_bytes, value, D * 4, D, place, R * 4)
+                for n in range(by_8, last):
+                    place = out.ctypes.data + (n * R + r) * 4
+                    tile_1x1(like, relu, weights + n * row_bytes, row_bytes, value, D * 4, D, place, R * 4)
+
+
+@jit
+def recall(like, states, starts, x, cos, sin, read_scales, write_scales, v, parts, N):
+    """The sums of each stretch, ``parts`` (stretches, R, D), of q S; and S with the rows' keys and values added.
+
+    ``states`` (sequences,) are addresses of (H, N, D); the rows of sequence s are ``starts[s]`` to ``starts[s + 1]``.
+    ``read_scales`` and ``write_scales`` (R, H) multiply queries and keys.
+    """
+    num_stretches, R, D = parts.shape
+    row_bytes = D * like.itemsize
+    for stretch in prange(num_stretches):
+        h, first, end = bounds_of(stretch, N)
+        parts[stretch] = 0
+        firing = np.empty(STRETCH_NEURONS // 2, np.int64)
+        for sequence in range(states.shape[0]):
+            state = states[sequence] + h * N * row_bytes
+            row, last = starts[sequence], starts[sequence + 1]
+            if last - row == 1:
+                # Gathered first: the rows that come next can be asked for while one is worked on.
+                count = 0
+                for i in range(first // 2, end // 2):
+                    firing[count] = i
+                    count += (x[h * N + 2 * i, row] > 0) | (x[h * N + 2 * i + 1, row] > 0)
+                read, write = read_scales[row, h], write_scales[row, h]
+                for index in range(count):
+                    i = firing[index]
+                    if index + AHEAD < count:
+                        following = state + 2 * firing[index + AHEAD] * row_bytes
+                        for line in range(0, 2 * row_bytes, _CACHE_LINE):
+                            prefetch(following + line)
+                    x_0, x_1 = x[h * N + 2 * i, row], x[h * N + 2 * i + 1, row]
+                    q_0 = x_0 * cos[i, row] - x_1 * sin[i, row]
+                    q_1 = x_1 * cos[i, row] + x_0 * sin[i, row]
+                    recall_and_learn(
+                        like,
+                        state + 2 * i * row_bytes,
+                        q_0 * read,
+                        q_1 * read,
+                        q_0 * write,
+                        q_1 * write,
+                        v.ctypes.data + row * D * 4,
+                        parts.ctypes.data + (stretch * R + row) * D * 4,
+                        D,
+                    )
+                continue
+            for i in range(first // 2, end // 2):
+                for r in range(row, last):
+                    x_0, x_1 = x[h * N + 2 * i, r], x[h * N + 2 * i + 1, r]
+                    if not (x_0 > 0 or x_1 > 0):
+                        continue
+                    q_0 = x_0 * cos[i, r] - x_1 * sin[i, r]
+                    q_1 = x_1 * cos[i, r] + x_0 * sin[i, r]
+                    read, write = read_scales[r, h], write_scales[r, h]
+                    recall_and_learn(
+                        like,
+                        state + 2 * i * row_bytes,
+                        q_0 * read,
+                        q_1 * read,
+                        q_0 * write,
+                        q_1 * write,
+                        v.ctypes.data + r * D * 4,
+                        parts.ctypes.data + (stretch * R + r) * D * 4,
+                        D,
+                    )
+
+
+@jit
+def settle(parts, a, eps):
+    """LN of the sums over each head's stretches: ``parts`` (H * stretches of a head, R, D) to a (R, H, D)."""
+    R, H, D = a.shape
+    per_head = parts.shape[0] // H
+    ones = np.ones(D, np.float32)
+    for item in prange(R * H):
+        r, h = item // H, item % H
+        a[r, h] = 0
+        for stretch in range(h * per_head, (h + 1) * per_head):
+            for d in range(D):
+                a[r, h, d] += parts[stretch, r, d]
+        normalise(a[r, h], ones, eps)
+
+
+@jit
+def respond(like, encoder_v, decoder, x, a, parts, N):
+    """The sums of each stretch, ``parts`` (stretches, R, D), of Dec (x * y).
+
+    ``encoder_v`` (H,) are the addresses of Ev, neuron by neuron, one for each head, and ``decoder`` is that of Dec.
+    """
+    num_stretches, R, D = parts.shape
+    H = a.shape[1]
+    row_bytes = D * like.itemsize
+    for stretch in prange(num_stretches):
+        h, first, end = bounds_of(stretch, N)
+        parts[stretch] = 0
+        neurons, rows = np.empty(_LIST + R, np.int64), np.empty(_LIST + R, np.int64)
+        weights, values = np.empty(_LIST + R, np.int64), np.empty(_LIST + R, np.int64)
+        y = np.empty(_LIST + R, np.float32)
+        n = first
+        while n < end:
+            count = 0
+            while n < end and count < _LIST:
+                for r in range(R):
+                    neurons[count], rows[count] = n, r
+                    weights[count] = encoder_v[h] + n * row_bytes
+                    values[count] = a.ctypes.data + (r * H + h) * D * 4
+                    count += x[h * N + n, r] > 0
+                n += 1
+            whole = count - count % 8
+            for index in range(0, whole, 8):
+                for ahead in range(index + 8, min(index + 16, count)):
+                    if weights[ahead] != weights[ahead - 1]:
+                        for line in range(0, row_bytes, _CACHE_LINE):
+                            prefetch(weights[ahead] + line)
+                dots_8(
+                    like,
+                    weights.ctypes.data + index * 8,
+                    values.ctypes.data + index * 8,
+                    D,
+                    y.ctypes.data + index * 4,
+                )
+            for index in range(whole, count):
+                dots_1(
+                    like,
+                    weights.ctypes.data + index * 8,
+                    values.ctypes.data + index * 8,
+                    D,
+                    y.ctypes.data + index * 4,
+                )
+            for index in range(count):
+                if y[index] > 0:
+                    n_fired, r = h * N + neurons[index], rows[index]
+                    if index + 8 < count and y[index + 8] > 0:
+                        following = decoder + (h * N + neurons[index + 8]) * row_bytes
+                        for line in range(0, row_bytes, _CACHE_LINE):
+                            prefetch(following + line)
+                    add_scaled(
+                        like,
+                        parts.ctypes.data + (stretch * R + r) * D * 4,
+                        decoder + n_fired * row_bytes,
+                        x[n_fired, r] * y[index],
+                        D,
+                    )
+
+
+@jit
+def finish(parts, v, eps):
+    """v (R, D) behind the pass, in place: LN(v + LN(the sum over all stretches))."""
+    R, D = v.shape
+    ones = np.ones(D, np.float32)
+    for r in prange(R):
+        total = np.zeros(D, np.float32)
+        for stretch in range(parts.shape[0]):
+            for d in range(D):
+                total[d] += parts[stretch, r, d]
+        normalise(total, ones, eps)
+        for d in range(D):
+            v[r, d] += total[d]
+        normalise(v[r], ones, eps)
+
+
+@jit_inner
+def passes(
+    num_passes,
+    like_weights,
+    like_states,
+    encoder,
+    encoder_v,
+    decoder,
+    states,
+    starts,
+    cos,
+    sin,
+    read_scales,
+    write_scales,
+    v,
+    x,
+    a,
+    parts,
+    eps,
+):
+    """All passes of the model over v (R, D), in place.
+
+    Args:
+        states: (L, sequences) addresses of each pass's sums, (H, N, D).
+        x: (H*N, R), a: (R, H, D), parts: (H * stretches of a head, R, D): memory to work in.
+    """
+    N = x.shape[0] // a.shape[1]
+    for index in range(num_passes):
+        project(like_weights, encoder, v, x, True)
+        recall(like_states, states[index], starts, x, cos, sin, read_scales, write_scales, v, parts, N)
+        settle(parts, a, eps)
+        respond(like_weights, encoder_v, decoder, x, a, parts, N)
+        finish(parts, v, eps)

@@ -1,0 +1,170 @@
+"""Rows of tokens through the kernels: the weights as they want them, and the memory to work in."""
+
+import math
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+
+from bdh.ops.cpu import kernels
+from bdh.ops.cpu.runtime import Announce, compiled, exclusive, follow_torch_threads, to_stderr
+from bdh.ops.rope import turns_per_token
+
+Storage = Literal["float32", "bfloat16"]
+LIKE = {"float32": kernels.FLOAT32, "bfloat16": kernels.BFLOAT16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class KernelWeights:
+    """The weights of a model, neuron by neuron: a row of D numbers for each, contiguous.
+
+    Those that have the dtype and layout already are not copied; of a float32 model that is all but the decoder.
+    """
+
+    embed: torch.Tensor  # (V, D), float32
+    encoder: torch.Tensor  # (H*N, D)
+    encoder_v: list[torch.Tensor]  # H of (N, D)
+    decoder: torch.Tensor  # (H*N, D)
+    lm_head: torch.Tensor  # (V, D)
+    rope_theta: float
+    eps: float
+    num_passes: int
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        embed: torch.Tensor,
+        encoder: torch.Tensor,
+        encoder_v: Sequence[torch.Tensor],
+        decoder: torch.Tensor,
+        lm_head: torch.Tensor,
+        rope_theta: float,
+        eps: float,
+        num_passes: int,
+        storage: Storage = "float32",
+    ) -> "KernelWeights":
+        """From weights in the layout of ``nn.Linear``: ``decoder`` is (D, H*N), the others are as above."""
+
+        def stored(weight: torch.Tensor) -> torch.Tensor:
+            return weight.detach().to(DTYPES[storage]).contiguous()
+
+        return cls(
+            embed=embed.detach().float().contiguous(),
+            encoder=stored(encoder),
+            encoder_v=[stored(weight) for weight in encoder_v],
+            decoder=stored(decoder.detach().t()),
+            lm_head=stored(lm_head),
+            rope_theta=float(rope_theta),
+            eps=eps,
+            num_passes=num_passes,
+        )
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """L, H, N, D."""
+        return self.num_passes, len(self.encoder_v), self.encoder_v[0].shape[0], self.encoder.shape[1]
+
+
+class Recurrence:
+    """Reads tokens into states, at the price of the neurons that fire.
+
+    Every row of tokens is computed in the same order of operations, whichever others are beside it; so its logits and
+    the state behind it have the same bits however texts are cut into pieces, batched, or spread over threads.
+    """
+
+    def __init__(self, weights: KernelWeights, *, announce: Announce = to_stderr):
+        self.weights = weights
+        _, H, N, _ = weights.shape
+        self._like = kernels.FLOAT32 if weights.encoder.dtype == torch.float32 else kernels.BFLOAT16
+        self._turns = turns_per_token(N, weights.rope_theta).numpy()
+        self._encoder_v = np.array([weight.data_ptr() for weight in weights.encoder_v], np.int64)
+        self._embed = weights.embed.numpy()
+        self._num_parts = H * kernels.stretches_of(N)
+        self._memory = threading.local()  # of each thread its own, so that two may read at once
+        self._announce = announce
+        self._is_compiled: set[torch.dtype] = set()
+
+    def read(
+        self,
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        starts: np.ndarray,
+        states: np.ndarray,
+        state_dtype: torch.dtype,
+        read_scales: np.ndarray | None = None,
+        write_scales: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """v behind the last pass, (R, D) float32, of R rows; the states are advanced.
+
+        The result is memory of this object: it is good until the next call of this thread.
+
+        Args:
+            tokens: int64 (R,).
+            positions: int64 (R,), absolute.
+            starts: int64 (sequences + 1,): the rows of sequence s are ``starts[s]`` to ``starts[s + 1]``.
+            states: int64 (L, sequences): the addresses of its sums in each pass, (H, N, D) contiguous.
+            state_dtype: float32 or bfloat16.
+            read_scales: float32 (R, H), what the sums count when they are read; None for 1.
+            write_scales: float32 (R, H), what the rows count when they are added; None for 1.
+        """
+        if state_dtype not in self._is_compiled:
+            self._is_compiled.add(state_dtype)
+            compiled(lambda: self._warm_up(state_dtype), self._announce)
+        follow_torch_threads()
+        L, H, N, D = self.weights.shape
+        R = len(tokens)
+        like_states = kernels.FLOAT32 if state_dtype == torch.float32 else kernels.BFLOAT16
+        cos, sin = self._array("cos", N // 2, R), self._array("sin", N // 2, R)
+        v = self._array("v", R, D)
+        if read_scales is None or write_scales is None:
+            read_scales = write_scales = np.ones((R, H), np.float32)
+        with exclusive():
+            kernels.rotations(positions, self._turns, cos, sin)
+            kernels.begin(self._embed, tokens, v, self.weights.eps)
+            kernels.passes(
+                L,
+                self._like,
+                like_states,
+                self.weights.encoder.data_ptr(),
+                self._encoder_v,
+                self.weights.decoder.data_ptr(),
+                states,
+                starts,
+                cos,
+                sin,
+                read_scales,
+                write_scales,
+                v,
+                self._array("x", H * N, R),
+                self._array("a", R, H, D),
+                self._array("parts", self._num_parts, R, D),
+                self.weights.eps,
+            )
+        return v
+
+    def logits(self, v: np.ndarray) -> torch.Tensor:
+        """float32 (R, V) of rows of v (R, D)."""
+        out = np.empty((self.weights.lm_head.shape[0], len(v)), np.float32)
+        with exclusive():
+            kernels.project(self._like, self.weights.lm_head.data_ptr(), np.ascontiguousarray(v), out, False)
+        return torch.from_numpy(out).t().contiguous()
+
+    def _array(self, name: str, *shape: int) -> np.ndarray:
+        """Memory of this shape, with anything in it, kept from call to call."""
+        size = math.prod(shape)
+        memory = vars(self._memory)
+        if name not in memory or memory[name].size < size:
+            memory[name] = np.empty(size, np.float32)
+        return memory[name][:size].reshape(shape)
+
+    def _warm_up(self, state_dtype: torch.dtype) -> None:
+        L, H, N, D = self.weights.shape
+        sums = torch.zeros(H, N, D, dtype=state_dtype)
+        states = np.full((L, 1), sums.data_ptr(), np.int64)
+        one = np.zeros(1, np.int64)
+        self.logits(self.read(one, one, np.array([0, 1]), states, state_dtype))

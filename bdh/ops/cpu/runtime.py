@@ -1,0 +1,75 @@
+"""Whether the kernels run on this machine, with how many threads, and their compilation."""
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+
+import torch
+
+Announce = Callable[[str], None]
+_one_at_a_time = threading.RLock()
+_PATIENCE_SECONDS = 0.5  # loading compiled kernels takes less
+
+
+def to_stderr(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+@cache
+def unavailable_reason() -> str | None:
+    """Why the kernels cannot run here; None where they can."""
+    try:
+        import numba  # noqa: F401
+    except (ImportError, OSError) as error:  # no such package, or none for this processor
+        return f"numba cannot be imported: {error}"
+    return None
+
+
+def follow_torch_threads() -> int:
+    """Lets the kernels of this thread run on as many threads as torch's operations, and returns how many."""
+    import numba
+
+    count = max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    if numba.get_num_threads() != count:
+        numba.set_num_threads(count)
+    return count
+
+
+def exclusive() -> AbstractContextManager[object]:
+    """Held while kernels run: by one thread at a time, where numba's threading layer bears no more.
+
+    That is its own one, workqueue, which ends the process otherwise. It serves where there is no OpenMP.
+    """
+    import numba
+
+    try:
+        is_safe = numba.threading_layer() != "workqueue"
+    except ValueError:  # nothing has run yet, so it is not chosen
+        is_safe = False
+    return nullcontext() if is_safe else _one_at_a_time
+
+
+def compiled(run: Callable[[], None], announce: Announce = to_stderr) -> float:
+    """Runs something small that uses every kernel, so that they are compiled, or loaded from the disk.
+
+    Says so where it is not quick: compiling takes about ten seconds, once for each version and processor.
+
+    Returns:
+        The seconds that it took.
+    """
+    start = time.perf_counter()
+    begun = threading.Timer(_PATIENCE_SECONDS, announce, ["compiling the kernels for this processor, once ..."])
+    begun.daemon = True
+    begun.start()
+    try:
+        run()
+    finally:
+        begun.cancel()
+    begun.join()
+    seconds = time.perf_counter() - start
+    if seconds > _PATIENCE_SECONDS:
+        announce(f"the kernels are ready, after {seconds:.1f} s")
+    return seconds

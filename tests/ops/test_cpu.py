@@ -1,0 +1,216 @@
+"""The sparse kernels against naive.py, and the vector instructions that they consist of."""
+
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from numba import njit
+
+from bdh.ops import naive
+from bdh.ops.cpu import kernels, vector
+from bdh.ops.cpu.recurrence import KernelWeights, Recurrence
+from bdh.ops.cpu.runtime import compiled, follow_torch_threads
+from bdh.ops.dispatch import choose_step_path
+
+LENGTHS = [1, 2, 15, 16, 17, 48, 63]
+FORMATS = [torch.float32, torch.bfloat16]
+
+
+def numbers(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def like(dtype):
+    return kernels.FLOAT32 if dtype == torch.float32 else kernels.BFLOAT16
+
+
+@njit
+def all_tiles(like, relu, weights, values, length, out):
+    row_bytes = length * like.itemsize
+    vector.tile_8x1(like, relu, weights, row_bytes, values, 4 * length, length, out[0].ctypes.data, 16)
+    for n in range(8):
+        vector.tile_1x1(like, relu, weights + n * row_bytes, 0, values, 0, length, out[1, n].ctypes.data, 0)
+        vector.tile_1x4(like, relu, weights + n * row_bytes, 0, values, 4 * length, length, out[2, n].ctypes.data, 0)
+    for n in (0, 4):
+        place = out[3, n].ctypes.data
+        vector.tile_4x4(like, relu, weights + n * row_bytes, row_bytes, values, 4 * length, length, place, 16)
+    for n in range(8):
+        out[4, n, 0] = vector.dot(like, weights + n * row_bytes, values, length)
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_products_have_the_same_bits_in_every_tile(length, dtype):
+    weights, values = numbers(8, length, dtype=dtype), numbers(4, length, seed=1)
+    out = np.full((5, 8, 4), np.nan, np.float32)
+    all_tiles(like(dtype), False, weights.data_ptr(), values.data_ptr(), length, out)
+    expected = weights.double() @ values.double().T
+    # At most 63 products of numbers of about 1, rounded to 2^-24 each.
+    np.testing.assert_allclose(out[3], expected.numpy(), rtol=0, atol=2e-5)
+    for part, columns in ((0, 1), (1, 1), (2, 4), (4, 1)):
+        np.testing.assert_array_equal(out[part, :, :columns], out[3, :, :columns])
+    all_tiles(like(dtype), True, weights.data_ptr(), values.data_ptr(), length, out)
+    assert (out[3] >= 0).all()
+    np.testing.assert_allclose(out[3], expected.clamp_min(0).numpy(), rtol=0, atol=2e-5)
+
+
+def test_relu_keeps_nan():
+    weights, values = torch.full((8, 3), torch.nan), numbers(4, 3)
+    out = np.zeros((5, 8, 4), np.float32)
+    all_tiles(kernels.FLOAT32, True, weights.data_ptr(), values.data_ptr(), 3, out)
+    assert np.isnan(out[3]).all()
+
+
+@njit
+def sweep(like, rows, factors, value, out, length):
+    vector.recall_and_learn(like, rows, factors[0], factors[1], factors[2], factors[3], value, out, length)
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_a_sweep_reads_before_it_writes(length, dtype):
+    rows, value, out = numbers(2, length, dtype=dtype), numbers(length, seed=1), numbers(length, seed=2)
+    factors = np.array([0.5, -2, 3, 0.25], np.float32)
+    expected_out = out.double() + 0.5 * rows[0].double() - 2 * rows[1].double()
+    exact = rows.double() + torch.tensor([[3.0], [0.25]]) * value.double()
+    sweep(like(dtype), rows.data_ptr(), factors, value.data_ptr(), out.data_ptr(), length)
+    torch.testing.assert_close(out.double(), expected_out, rtol=0, atol=1e-6)
+    # One rounding to float32, and for bfloat16 a second one, to the nearest: where the first one does not fall on a
+    # tie that the exact number is beside, it is that of the exact number.
+    expected = exact.float().to(dtype)
+    assert torch.equal(rows, expected)
+
+
+@pytest.mark.parametrize(("H", "N", "D"), [(1, 2, 1), (3, 10, 7), (2, 1030, 20), (5, 64, 33)])
+def test_passes_are_those_of_naive(H, N, D):
+    """Over rows read at once, and one by one; 1030 neurons are three stretches, of which one has 6."""
+    V, L, T = 19, 3, 30
+    scale = D**-0.5
+    weights = naive.Weights(
+        numbers(V, D), numbers(H, D, N, seed=1) * scale, numbers(H, D, N, seed=2) * scale,
+        numbers(H * N, D, seed=3) * scale, numbers(D, V, seed=4) * scale,
+    )  # fmt: skip
+    tokens = torch.randint(V, (1, T), generator=torch.Generator().manual_seed(5))
+    expected = naive.forward(tokens, naive.Weights(*(w.double() for w in weights)), L)[0]
+    recurrence = Recurrence(
+        KernelWeights.of(
+            embed=weights.embed,
+            encoder=weights.encoder.transpose(1, 2).reshape(H * N, D),
+            encoder_v=list(weights.encoder_v.transpose(1, 2)),
+            decoder=weights.decoder.T,
+            lm_head=weights.lm_head.T,
+            rope_theta=naive.ROPE_THETA,
+            eps=naive.LAYER_NORM_EPS,
+            num_passes=L,
+        )
+    )
+    results = []
+    for cuts in ([0, T], range(T + 1)):
+        sums = torch.zeros(L, 1, H, N, D)
+        addresses = np.array([[s.data_ptr()] for s in sums])
+        logits = []
+        for start, end in zip(list(cuts)[:-1], list(cuts)[1:], strict=True):
+            v = recurrence.read(
+                tokens[0, start:end].numpy(),
+                np.arange(start, end),
+                np.array([0, end - start]),
+                addresses,
+                torch.float32,
+            )
+            logits.append(recurrence.logits(v))
+        results.append(torch.cat(logits))
+    # Float32 through three passes, whose layer norms can amplify what little there is at D = 1.
+    torch.testing.assert_close(results[0].double(), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(*results)
+
+
+def test_rotations_are_exact_at_a_position_of_a_thousand_million():
+    positions = np.array([0, 7, 10**6 + 1, 10**9 - 1, 10**9])
+    turns = (65536.0 ** (-2 * np.arange(4) / 8)) / (2 * np.pi)
+    cos, sin = np.empty((4, 5), np.float32), np.empty((4, 5), np.float32)
+    kernels.rotations(positions, turns, cos, sin)
+    phases = 2 * np.longdouble(np.pi) * np.fmod(positions[None].astype(np.longdouble) * turns[:, None], 1)
+    # The product in float64 is good to 4e-8 turns at 10^9, a phase of 2.4e-7.
+    np.testing.assert_allclose(cos, np.cos(phases).astype(np.float64), rtol=0, atol=4e-7)
+    np.testing.assert_allclose(sin, np.sin(phases).astype(np.float64), rtol=0, atol=4e-7)
+
+
+def test_threads_follow_torch():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert follow_torch_threads() == 1
+        torch.set_num_threads(4096)  # more than there are
+        assert follow_torch_threads() >= 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_compilation_says_that_it_compiles_and_how_long_it_took():
+    said = []
+    compiled(lambda: time.sleep(0.8), said.append)
+    assert "compiling" in said[0]
+    assert "ready, after 0." in said[1] or "ready, after 1." in said[1]
+    said.clear()
+    compiled(lambda: None, said.append)
+    assert said == []
+
+
+def test_kernels_are_compiled_once_and_then_loaded(tmp_path):
+    """In two new processes that share a cache; the first one says that it compiles."""
+    program = (
+        "import torch; from bdh import BDHConfig, BDHForCausalLM; from bdh.generate.stepper import Feed, make_stepper\n"
+        "model = BDHForCausalLM(BDHConfig(n_embd=8, n_head=1, n_layer=1, mlp_internal_dim_multiplier=2))\n"
+        "stepper = make_stepper(model)\n"
+        "print(stepper.path)\n"
+        "stepper.step([Feed(stepper.new_state(), [1, 2])])\n"
+        "from bdh.ops.cpu import kernels\n"
+        "print(sum(kernels.passes.stats.cache_hits.values()))\n"
+    )
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    runs = [
+        subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+        for _ in range(2)
+    ]
+    assert all("sparse kernels" in run.stdout for run in runs)
+    assert [run.stdout.split()[-1] for run in runs] == ["0", "1"]
+    assert "compiling the kernels" in runs[0].stderr
+    assert "the kernels are ready, after" in runs[0].stderr
+
+
+def test_the_path_is_chosen_in_one_place(monkeypatch):
+    cpu = torch.device("cpu")
+    assert choose_step_path("auto", device=cpu).name == "kernels"
+    assert choose_step_path("torch", device=cpu) == ("torch", "asked for")
+    assert choose_step_path("auto", device=torch.device("cuda", 0)).name == "torch"
+    assert choose_step_path("auto", device=cpu, obstacle="a layer has hooks") == ("torch", "a layer has hooks")
+    with pytest.raises(ValueError, match="path is 'fast': must be one of auto, kernels, torch"):
+        choose_step_path("fast", device=cpu)
+    with pytest.raises(ValueError, match="cannot run here: a layer has hooks"):
+        choose_step_path("kernels", device=cpu, obstacle="a layer has hooks")
+    monkeypatch.setattr("bdh.ops.dispatch.unavailable_reason", lambda: "numba cannot be imported: not there")
+    assert choose_step_path("auto", device=cpu) == ("torch", "numba cannot be imported: not there")
+
+
+def test_two_threads_may_read_at_once_on_every_threading_layer():
+    """numba's own layer ends the process if two threads use it at once."""
+    program = (
+        "import threading, torch; from bdh import BDHConfig, BDHForCausalLM\n"
+        "from bdh.generate.stepper import Feed, make_stepper\n"
+        "model = BDHForCausalLM(BDHConfig(n_embd=64, n_head=2, n_layer=2, mlp_internal_dim_multiplier=16))\n"
+        "stepper = make_stepper(model)\n"
+        "def read():\n"
+        "    for _ in range(20): stepper.step([Feed(stepper.new_state(), [1, 2, 3])])\n"
+        "threads = [threading.Thread(target=read) for _ in range(4)]\n"
+        "[t.start() for t in threads]; [t.join() for t in threads]\n"
+        "import numba; print(numba.threading_layer())\n"
+    )
+    for layer in ("workqueue", "omp"):
+        environment = {**os.environ, "NUMBA_THREADING_LAYER": layer}
+        run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.strip() == layer
