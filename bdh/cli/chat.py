@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from bdh.cli.settings import parse_settings, verbatim
 from bdh.generate.chat_options import ChatOptions
@@ -35,6 +35,10 @@ class ChatSettings(ChatOptions):
     """Continue what is typed as text, though the tokenizer has a chat template."""
     max_undo_bytes: int = 1 << 30
     """Memory for the states that /undo goes back to: one for each turn, the oldest are dropped."""
+    weights: Literal["float32", "bfloat16"] = "float32"
+    """How the CPU's kernels hold the weights: bfloat16 halves memory and traffic."""
+    state: Literal["float32", "bfloat16"] = "float32"
+    """How they hold the state."""
     checkpoint: str | None = None
     """For a run: last (the default), best, or a step."""
     device: str = "auto"
@@ -62,7 +66,7 @@ def run(argv: list[str]) -> int:
 
     model, tokenizer = load_model(settings.model, checkpoint=settings.checkpoint, device=settings.device)
     conversation = Conversation(
-        make_stepper(model),
+        make_stepper(model, weights=settings.weights, state=settings.state),
         tokenizer,
         settings.options(),
         system=settings.system,

@@ -71,7 +71,7 @@ def test_piped_lines_are_messages_and_only_replies_are_printed(chat, chat_folder
     assert status == 0
     assert out == "".join(f"{reply}\n" for reply in replies(chat_folder, texts))
     assert "mode       a conversation" in err
-    assert "runs       torch on cpu" in err
+    assert f"runs       {make_stepper(load_model(str(chat_folder))[0]).path}" in err
 
 
 def test_without_a_template_the_text_goes_on(chat, model_folder, chat_folder):

@@ -9,7 +9,7 @@ import torch
 from bdh.generate.chat import Conversation
 from bdh.generate.chat_options import ChatOptions
 from bdh.generate.snapshot import Snapshot
-from bdh.generate.stepper import Feed, SequenceState, TorchStepper
+from bdh.generate.stepper import Feed, SequenceState, TorchStepper, make_stepper
 from bdh.tokenizer import byte_tokenizer, train_tokenizer, with_chat_template
 from bdh.tokenizer.chat import ChatEncoder
 
@@ -22,8 +22,12 @@ def chat_bytes():
 
 
 @pytest.fixture
-def stepper(make_model):
-    return TorchStepper(make_model(vocab_size=260))
+def stepper(make_model, request):
+    return make_stepper(make_model(vocab_size=260), path=getattr(request, "param", "torch"))
+
+
+# For a mark: with torch's operations, and with whatever is fastest here.
+ON_EVERY_PATH = pytest.mark.parametrize("stepper", ["torch", "auto"], indirect=True)
 
 
 @pytest.fixture
@@ -71,6 +75,7 @@ def assert_same_place(a: Conversation, b: Conversation) -> None:
     assert (a.messages, a.system, a._now.lengths) == (b.messages, b.system, b._now.lengths)
 
 
+@ON_EVERY_PATH
 def test_the_state_reads_what_the_template_gives_and_nothing_twice(talk):
     conversation = talk(system="Be brief.")
     replies = [said(conversation, text) for text in ("Hi", "1+1", "<|end|>")]
@@ -124,6 +129,7 @@ def test_the_token_that_ends_an_answer_is_read_with_the_next_message(talk, stepp
     assert spans_of(ended)[2] == [END, USER, *b"1", END, ASSISTANT]
 
 
+@ON_EVERY_PATH
 @pytest.mark.parametrize("temperature", [0, 1])
 @pytest.mark.parametrize("plain", [False, True])
 def test_a_saved_conversation_goes_on_as_if_it_had_never_stopped(talk, tmp_path, plain, temperature):
@@ -148,6 +154,7 @@ def test_a_conversation_of_nothing_is_saved_with_its_generator(talk, tmp_path):
     assert said(restored, "Hi") == said(going, "Hi")
 
 
+@ON_EVERY_PATH
 def test_undo_goes_back_turn_by_turn_to_the_bit(talk, tmp_path):
     conversation, other = talk(), talk()
     said(conversation, "Hi")
@@ -188,6 +195,7 @@ def test_undo_keeps_states_within_its_bytes(talk, stepper):
     said(conversation, "f")
 
 
+@ON_EVERY_PATH
 def test_an_interrupted_reply_stays_as_far_as_it_came(talk):
     conversation, whole = talk(max_tokens=50), talk(max_tokens=50)
     text = said(whole, "Hi")
@@ -212,6 +220,7 @@ def test_a_reply_that_is_not_read_to_its_end_stays_too(talk):
     assert conversation.num_undoable == 1
 
 
+@ON_EVERY_PATH
 def test_a_reply_stopped_before_its_first_token_has_never_been(talk):
     conversation, other = talk(), talk()
     said(conversation, "Hi")
