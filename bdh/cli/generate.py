@@ -1,15 +1,31 @@
 """bdh generate: continues prompts."""
 
-import json
+import os
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from bdh.cli.settings import parse_settings, verbatim
+from bdh.generate.config import EngineConfig
+from bdh.generate.params import SamplingParams
+from bdh.generate.prompts_file import Job, num_done, read_jobs, result_lines
 from bdh.model.sampling import SamplingOptions
 from bdh.validation import Faults
+
+_BEAM_PROMPTS = 16  # searched together
+_ONLY_ENGINE = (
+    "min_tokens",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "stop_token_ids",
+    "ignore_eos",
+    "logprobs",
+    "prompt_logprobs",
+    "echo",
+)
 
 
 @dataclass(kw_only=True)
@@ -19,13 +35,33 @@ class GenerateSettings(SamplingOptions):
     prompt: str | None = verbatim(None)
     """Text to continue."""
     prompts_file: str | None = None
-    """File with one prompt a line (UTF-8), instead of --prompt."""
+    """Prompts instead of --prompt: a text file with one a line, or a .jsonl file of objects with a prompt (or messages) and
+    settings of its own, such as max_tokens or seed; further keys are passed on to the results."""
     chat: bool = False
     """Each prompt is a message of the user, which the model answers: put it into the tokenizer's chat template."""
     output: str | None = None
-    """File to write results to, one JSON object a line with prompt and text; by default they are printed."""
-    batch_size: int = 16
-    """Prompts of a file that are continued together."""
+    """File to write results to, one JSON object a line, in the order of the prompts; by default they are printed."""
+    resume: bool = False
+    """Go on with an output that was interrupted: what it holds is checked, and stays."""
+    min_tokens: int = 0
+    """Tokens generated before the text may end."""
+    presence_penalty: float = 0.0
+    """Is taken from the logits of tokens that have been generated."""
+    frequency_penalty: float = 0.0
+    """Is taken from the logits of a token once for each time that it has been generated."""
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    """Is added to the logits of these tokens."""
+    stop_token_ids: list[int] = field(default_factory=list)
+    """Tokens that end the text, beside the model's own."""
+    ignore_eos: bool = False
+    """Go on behind the model's own end of a text."""
+    logprobs: int | None = None
+    """With output: log-probabilities of each token and of the so many likeliest; 0 for those of the tokens alone."""
+    prompt_logprobs: int | None = None
+    """With output: the same of the prompt's tokens."""
+    echo: bool = False
+    """With output: put the prompt in front of the text."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: str | None = None
     """For a run: last (the default), best, or a step."""
     device: str = "auto"
@@ -33,12 +69,37 @@ class GenerateSettings(SamplingOptions):
 
     def collect_faults(self, faults: Faults) -> None:
         super().collect_faults(faults)
-        faults.require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        known = set(faults.found)
+        own = Faults()
+        self.params().collect_faults(own)
+        names = {"max_tokens": "max_new_tokens", "n": "num_return_sequences"}
+        for fault in own.found:
+            name, rest = fault.split(" ", 1)
+            told = f"{names.get(name, name)} {rest}"
+            if not any(each.startswith(f"{names.get(name, name)} ") for each in known):
+                faults.add(told)
         if (self.prompt is None) == (self.prompts_file is None):
             faults.add("give either --prompt or --prompts_file")
+        for name in ("logprobs", "prompt_logprobs", "echo"):
+            value = getattr(self, name)
+            faults.require(value in (None, False) or self.output is not None, name, value, "given with output")
+        faults.require(not self.resume or self.output is not None, "resume", self.resume, "given with output")
+        if self.num_beams > 1:
+            defaults = SamplingParams()
+            for name in _ONLY_ENGINE:
+                value = getattr(self, name)
+                faults.require(value == getattr(defaults, name), name, value, "left out with num_beams above 1")
 
     def sampling(self) -> SamplingOptions:
         return SamplingOptions(**{f.name: getattr(self, f.name) for f in fields(SamplingOptions)})
+
+    def params(self) -> SamplingParams:
+        shared = [f.name for f in fields(SamplingParams) if hasattr(self, f.name)]
+        return SamplingParams(
+            max_tokens=self.max_new_tokens,
+            n=self.num_return_sequences,
+            **{name: getattr(self, name) for name in shared},
+        )
 
 
 def run(argv: list[str]) -> int:
@@ -49,68 +110,118 @@ def run(argv: list[str]) -> int:
         description="Continue a prompt, printing the text as it comes, or all prompts of a file.",
         positionals=("model",),
     )
-    prompts = [settings.prompt] if settings.prompt is not None else _read_prompts(Path(settings.prompts_file or ""))
-    if settings.output is not None and Path(settings.output).exists():
-        raise FileExistsError(f"{settings.output} exists already: choose another --output")
+    jobs = [Job(settings.prompt, settings.params())] if settings.prompt is not None else []
+    if settings.prompts_file is not None:
+        jobs = read_jobs(Path(settings.prompts_file), settings.params())
+    done = _prepare_output(settings, jobs)
 
     from bdh.train.models import load_model
 
     model, tokenizer = load_model(settings.model, checkpoint=settings.checkpoint, device=settings.device)
-    options = settings.sampling()
-    asked = _asked(tokenizer, prompts, settings.chat)
-    streams = len(prompts) == 1 and options.num_return_sequences == 1 and options.num_beams == 1
-    if streams and settings.output is None:
-        _print_stream("" if settings.chat else prompts[0], model.stream_text(tokenizer, asked[0], options))
-        return 0
+    asked = [_asked(tokenizer, job, settings.chat) for job in jobs]
+    if settings.num_beams > 1:
+        results = _beams(model, tokenizer, jobs[done:], asked[done:], settings.sampling())
+    else:
+        from bdh.generate.engine import Engine
 
-    results = _results(model, tokenizer, list(zip(prompts, asked, strict=True)), options, settings.batch_size)
+        engine = Engine(model, tokenizer, config=settings.engine)
+        print(f"steps by {engine.stepper.path}", file=sys.stderr)
+        if settings.output is None and len(jobs) == 1 and jobs[0].params.n == 1:
+            return _print_stream("" if settings.chat else settings.prompt or "", engine, asked[0], jobs[0].params)
+        results = _by_engine(engine, jobs[done:], asked[done:])
     if settings.output is None:
-        for prompt, texts in results:
-            for text in texts:
-                print(f"{'' if settings.chat else prompt}{text}\n", flush=True)
+        return _print_texts(jobs, results, settings.chat)
+    return _write(Path(settings.output), jobs, done, results)
+
+
+def _prepare_output(settings: GenerateSettings, jobs: list[Job]) -> int:
+    """How many jobs the output holds already; what is torn is cut off."""
+    if settings.output is None or not Path(settings.output).exists():
         return 0
-    with Path(settings.output).open("x", encoding="utf-8") as file:
-        _write_lines(file, results)
-    print(f"{len(prompts)} prompts continued, in {settings.output}", file=sys.stderr)
+    path = Path(settings.output)
+    if not settings.resume:
+        raise FileExistsError(f"{path} exists already: choose another --output, or go on with it by --resume")
+    done, end = num_done(path, jobs)
+    if (cut := path.stat().st_size - end) > 0:
+        os.truncate(path, end)
+        print(f"{path}: {cut:,} bytes of an unfinished result are cut off", file=sys.stderr)
+    print(f"{path}: {done:,} of {len(jobs):,} prompts are done", file=sys.stderr)
+    return done
+
+
+def _asked(tokenizer, job: Job, chat: bool) -> str | list[int]:
+    """What the model reads: the prompt, or the ids of the conversation that begins with it."""
+    from bdh.tokenizer.chat import ChatEncoder, question
+
+    if isinstance(job.prompt, list):
+        return ChatEncoder(tokenizer).prompt(job.prompt)
+    return question(tokenizer, job.prompt) if chat else job.prompt
+
+
+def _by_engine(engine: Any, jobs: list[Job], asked: list) -> Iterator[list[Any]]:
+    encoded = [engine.encode(each) for each in asked]  # before anything is generated, so that a fault is told at once
+    for job in jobs:
+        engine.check(job.params)
+    yield from engine.map(zip(encoded, (job.params for job in jobs), strict=True))
+
+
+def _beams(model: Any, tokenizer: Any, jobs: list[Job], asked: list, options: SamplingOptions) -> Iterator[list[Any]]:
+    from bdh.generate.sequence import Completion
+
+    for start in range(0, len(jobs), _BEAM_PROMPTS):
+        for texts in model.generate_texts(tokenizer, asked[start : start + _BEAM_PROMPTS], options):
+            ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+            yield [Completion(text, tokens, "length") for text, tokens in zip(texts, ids, strict=True)]
+
+
+def _print_stream(prompt: str, engine: Any, asked: str | list[int], params: SamplingParams) -> int:
+    engine.add_request(asked, params)
+    sys.stdout.write(prompt)
+    while engine.has_work:
+        for output in engine.step():
+            sys.stdout.write(output.text)
+            sys.stdout.flush()
+            if output.completion is not None and output.completion.error is not None:
+                raise ValueError(output.completion.error)
+    sys.stdout.write("\n")
     return 0
 
 
-def _print_stream(prompt: str, stream: Iterator[str]) -> None:
-    sys.stdout.write(prompt)
-    for piece in stream:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
+def _print_texts(jobs: list[Job], results: Iterable[list[Any]], chat: bool) -> int:
+    status = 0
+    for job, completions in zip(jobs, results, strict=True):
+        for completion in completions:
+            said = job.prompt if isinstance(job.prompt, str) and not chat else ""
+            print(f"{said}{completion.text}\n", flush=True)
+            if completion.error is not None:
+                print(f"error: {job.prompt!r}: {completion.error}", file=sys.stderr)
+                status = 1
+    return status
 
 
-def _asked(tokenizer, prompts: list[str], chat: bool) -> list:
-    """What the model reads: the prompts, or the ids of the conversations that begin with them."""
-    if not chat:
-        return prompts
-    from bdh.tokenizer.chat import question
+def _write(path: Path, jobs: list[Job], done: int, results: Iterable[list[Any]]) -> int:
+    from rich.console import Console
 
-    return [question(tokenizer, prompt) for prompt in prompts]
+    from bdh.cli.progress import count_progress
 
-
-def _results(model, tokenizer, prompts: list[tuple[str, Any]], options: SamplingOptions, batch_size: int):
-    """Pairs of a prompt and its continuations, in order. Each prompt comes with what the model reads."""
-    for start in range(0, len(prompts), batch_size):
-        batch, asked = zip(*prompts[start : start + batch_size], strict=True)
-        yield from zip(batch, model.generate_texts(tokenizer, asked, options), strict=True)
-
-
-def _write_lines(file: TextIO, results) -> None:
-    for prompt, texts in results:
-        for text in texts:
-            file.write(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False) + "\n")
-        file.flush()
-
-
-def _read_prompts(path: Path) -> list[str]:
+    failed = 0
     try:
-        prompts = [line for line in path.read_text(encoding="utf-8").splitlines() if line]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}") from error
-    if not prompts:
-        raise ValueError(f"{path} holds no prompts: it needs one a line")
-    return prompts
+        with (
+            path.open("a" if done or path.exists() else "x", encoding="utf-8") as file,
+            count_progress(Console(stderr=True), "continuing", "prompts", len(jobs), done) as advance,
+        ):
+            for job, completions in zip(jobs[done:], results, strict=True):
+                file.writelines(result_lines(job, completions))
+                file.flush()
+                failed += any(completion.error is not None for completion in completions)
+                done += 1
+                advance(done)
+    except KeyboardInterrupt:
+        print(
+            f"{done:,} of {len(jobs):,} prompts are in {path}; the same command with --resume goes on", file=sys.stderr
+        )
+        raise
+    print(f"{len(jobs)} prompts continued, in {path}", file=sys.stderr)
+    if failed:
+        print(f"{failed} of them failed: their lines have an error", file=sys.stderr)
+    return 1 if failed else 0

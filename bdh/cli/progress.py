@@ -42,9 +42,18 @@ def stage_progress(console: Console, unit: str) -> Iterator[StageProgress]:
 
 
 @contextmanager
+def count_progress(
+    console: Console, description: str, unit: str, total: int, done: int = 0
+) -> Iterator[Callable[[int], None]]:
+    """A bar over ``total`` things; yields a function that takes the number done so far."""
+    columns = (TextColumn(description), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(description, total=total, completed=done)
+        yield lambda number: bar.update(task, completed=number)
+
+
+@contextmanager
 def token_progress(console: Console, total: int) -> Iterator[Callable[[int], None]]:
     """A bar over ``total`` tokens; yields a function that takes the number done so far."""
-    columns = (TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("evaluating", total=total)
-        yield lambda num_tokens: bar.update(task, completed=num_tokens)
+    with count_progress(console, "evaluating", "tokens", total) as advance:
+        yield advance

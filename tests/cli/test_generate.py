@@ -42,7 +42,14 @@ def test_prompts_of_a_file_go_into_json_lines_in_order(model_folder, tmp_path, c
     flags = ("--temperature", 0, "--max_new_tokens", 8)
     assert (
         generate(
-            model_folder, "--prompts_file", tmp_path / "prompts.txt", "--output", output, "--batch_size", 2, *flags
+            model_folder,
+            "--prompts_file",
+            tmp_path / "prompts.txt",
+            "--output",
+            output,
+            "--engine.max_running",
+            2,
+            *flags,
         )
         == 0
     )

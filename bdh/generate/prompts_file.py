@@ -1,0 +1,144 @@
+"""Files of prompts, and files of results that can be gone on with."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from bdh.generate.params import SamplingParams, params_from
+from bdh.validation import Faults
+
+RESULT_KEYS = ("text", "index", "finish_reason", "num_tokens", "logprobs", "prompt_logprobs", "error")
+_MOST_FAULTS = 10
+
+
+@dataclass
+class Job:
+    """A prompt of a file."""
+
+    prompt: str | list[dict[str, str]]
+    """A text, or the messages of a conversation."""
+    params: SamplingParams
+    passed_on: dict[str, Any] = field(default_factory=dict)
+    """What else its line holds: it goes into the results."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """With what its lines of results begin."""
+        name = "prompt" if isinstance(self.prompt, str) else "messages"
+        return {**self.passed_on, name: self.prompt}
+
+
+def read_jobs(path: Path, params: SamplingParams) -> list[Job]:
+    """The prompts of a file: of a ``.jsonl`` file an object a line, else each line that is not empty.
+
+    An object has a ``prompt``, or the ``messages`` of a conversation, and may have any setting of
+    :class:`SamplingParams` in place of that of ``params``. What else it has is passed on to the results.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not UTF-8, holds no prompts, or lines that are wrong; all those are named.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file of prompts {path}")
+    try:
+        # Not splitlines, for which a line ends at more than what ends a line of a file.
+        lines = [line.removesuffix("\r") for line in path.read_text(encoding="utf-8").split("\n")]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}") from error
+    if path.suffix not in (".jsonl", ".ndjson"):
+        jobs = [Job(line, params) for line in lines if line]
+    else:
+        jobs, faults = [], Faults()
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                try:
+                    jobs.append(_job(line, params))
+                except ValueError as error:
+                    faults.add(f"{path}, line {number}: {' '.join(str(error).split())}")
+        if len(faults.found) > _MOST_FAULTS:
+            faults.found[_MOST_FAULTS:] = [f"... and {len(faults.found) - _MOST_FAULTS} further lines"]
+        faults.raise_if_any()
+    if not jobs:
+        raise ValueError(f"{path} holds no prompts: it needs one a line")
+    return jobs
+
+
+def _job(line: str, params: SamplingParams) -> Job:
+    try:
+        facts = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is not JSON: {error}") from error
+    if not isinstance(facts, dict):
+        raise ValueError(f"it is {type(facts).__name__}, not an object")
+    if ("prompt" in facts) == ("messages" in facts):
+        raise ValueError("it must have either a prompt or messages")
+    prompt = facts.pop("prompt", None)
+    if prompt is None:
+        prompt = facts.pop("messages")
+        if not (isinstance(prompt, list) and prompt and all(isinstance(each, dict) for each in prompt)):
+            raise ValueError(f"messages is {prompt!r}: must be a list of objects with role and content")
+    elif not isinstance(prompt, str):
+        raise ValueError(f"prompt is {prompt!r}: must be a string")
+    if taken := [name for name in facts if name in RESULT_KEYS and name not in SamplingParams.__dataclass_fields__]:
+        raise ValueError(f"{', '.join(taken)} is what results are written under: give it another name")
+    settings = {name: facts.pop(name) for name in list(facts) if name in SamplingParams.__dataclass_fields__}
+    own = params_from(settings)
+    overrides = {name: getattr(own, name) for name in settings}
+    return Job(prompt, replace(params, **overrides).validated(), facts)
+
+
+def result_lines(job: Job, completions: list[Any]) -> Iterator[str]:
+    """The results of a prompt: a line of JSON for each of its completions."""
+    for index, completion in enumerate(completions):
+        facts: dict[str, Any] = {**job.facts, "text": completion.text}
+        if job.params.n > 1:
+            facts["index"] = index
+        facts["finish_reason"] = completion.finish_reason
+        facts["num_tokens"] = len(completion.token_ids)
+        for name in ("logprobs", "prompt_logprobs"):
+            if (entries := getattr(completion, name)) is not None:
+                facts[name] = [None if entry is None else asdict(entry) for entry in entries]
+        if completion.error is not None:
+            facts["error"] = completion.error
+        yield json.dumps(facts, ensure_ascii=False) + "\n"
+
+
+def num_done(path: Path, jobs: list[Job]) -> tuple[int, int]:
+    """How many of the jobs have all of their lines in a file of results, and at which byte those end.
+
+    What is behind, torn by a kill or belonging to a job that is not complete, is to be cut off.
+
+    Raises:
+        ValueError: the file is not one of results of these jobs, in this order.
+    """
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    lines = whole.split(b"\n")[:-1]
+    done, at, end = 0, 0, 0
+    while done < len(jobs) and at + jobs[done].params.n <= len(lines):
+        job = jobs[done]
+        for number in range(at, at + job.params.n):
+            _check_line(lines[number], job, path, number + 1)
+        end += sum(len(line) + 1 for line in lines[at : at + job.params.n])
+        at += job.params.n
+        done += 1
+    if done == len(jobs) and at < len(lines):
+        raise ValueError(f"{path} has {len(lines)} lines, {at} are the results of all prompts: it is another run's")
+    for number in range(at, len(lines)):
+        _check_line(lines[number], jobs[done], path, number + 1)
+    return done, end
+
+
+def _check_line(line: bytes, job: Job, path: Path, number: int) -> None:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        found = None
+    expected = job.facts
+    if not isinstance(found, dict) or any(found.get(name) != value for name, value in expected.items()):
+        raise ValueError(
+            f"{path}, line {number}, is not a result of the prompt that comes there, {job.prompt!r}: give the prompts "
+            "that the file was written from, or another --output"
+        )
