@@ -7,6 +7,7 @@ once, by one token where a sequence is being continued and by many where a promp
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -53,10 +54,8 @@ class SequenceState:
         Raises:
             ValueError: ``other`` is of another kind or shape.
         """
-        if (self.kind, self._shapes()) != (other.kind, other._shapes()):
-            raise ValueError(
-                f"a state {other.kind} of {other._shapes()} cannot become one {self.kind} of {self._shapes()}"
-            )
+        if self.pattern != other.pattern:
+            raise ValueError(f"a state {other.pattern} cannot become one {self.pattern}")
         for name, tensor in self.tensors.items():
             tensor.copy_(other.tensors[name])
         self.position = other.position
@@ -67,8 +66,10 @@ class SequenceState:
             tensor.zero_()
         self.position = 0
 
-    def _shapes(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self.tensors.items()}
+    @property
+    def pattern(self) -> tuple[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
+        """Its kind, and the dtypes and shapes of its tensors: equal for states that can be copied into each other."""
+        return self.kind, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self.tensors.items()}
 
 
 @dataclass
@@ -102,6 +103,11 @@ class Stepper(ABC):
     @abstractmethod
     def state_bytes(self) -> int:
         """Bytes of one sequence's state."""
+
+    @cached_property
+    def pattern(self) -> tuple[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
+        """That of its states."""
+        return self.new_state().pattern
 
     @abstractmethod
     def _step(self, feeds: Sequence[Feed]) -> list[torch.Tensor | None]: ...

@@ -46,9 +46,31 @@ class TextDecoder:
         self._num_decoded = len(self._decode(self._window))
         self._pending = ""  # decoded, but perhaps the beginning of a stop string
         self.stopped = False
+        self.stopped_by: str | None = None
 
-    def push(self, token_ids: Sequence[int]) -> str:
-        """The text that is certain after these further tokens; often none."""
+    def state(self) -> dict[str, Any]:
+        """What it holds, in JSON's types."""
+        return {
+            "window": list(self._window),
+            "num_decoded": self._num_decoded,
+            "pending": self._pending,
+            "stopped": self.stopped,
+        }
+
+    @classmethod
+    def from_state(
+        cls, tokenizer: PreTrainedTokenizerFast, stop: Sequence[str], state: dict[str, Any]
+    ) -> "TextDecoder":
+        """Goes on where :meth:`state` was taken. Text held back is released where no stop string begins with it."""
+        decoder = cls(tokenizer, stop)
+        decoder._window = list(state["window"])
+        decoder._num_decoded = state["num_decoded"]
+        decoder._pending = state["pending"]
+        decoder.stopped = state["stopped"]
+        return decoder
+
+    def push(self, token_ids: Sequence[int], *, stops: bool = True) -> str:
+        """The text that is certain after these further tokens; often none. Without ``stops``, no stop string ends it."""
         if self.stopped:
             return ""
         self._window.extend(token_ids)
@@ -60,6 +82,9 @@ class TextDecoder:
         if num_unfinished == 0 and len(self._window) >= _WINDOW_TOKENS:
             self._window = self._window[-_CONTEXT_TOKENS:]
             self._num_decoded = len(self._decode(self._window))
+        if not stops:
+            new, self._pending = self._pending + new, ""
+            return new
         return self._release(new)
 
     def flush(self) -> str:
@@ -77,10 +102,10 @@ class TextDecoder:
 
     def _release(self, new: str) -> str:
         self._pending += new
-        found = [(at + len(s), at) for s in self._stop if (at := self._pending.find(s)) >= 0]
+        found = [(at + len(s), at, s) for s in self._stop if (at := self._pending.find(s)) >= 0]
         if found:
             # The one that was complete first: so it is for text that comes character by character too.
-            _, start = min(found)
+            _, start, self.stopped_by = min(found)
             released, self._pending, self.stopped = self._pending[:start], "", True
             return released
         held = max((_overlap(self._pending, s) for s in self._stop), default=0)
@@ -310,14 +335,16 @@ def _encode_batch(
     return ids, mask
 
 
-def _special_tokens(model: Any, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """Where a text ends, by the tokenizer and by the model's settings, and what stands behind its end in a batch."""
+def end_token_ids(model: Any, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """The tokens that end a text, by the tokenizer and by the model's settings."""
     of_model = model.generation_config.eos_token_id
     ends = [*(of_model if isinstance(of_model, list) else [of_model]), tokenizer.eos_token_id]
-    return {
-        "pad_token_id": tokenizer.pad_token_id or 0,
-        "eos_token_id": sorted({token for token in ends if token is not None}) or None,
-    }
+    return sorted({token for token in ends if token is not None})
+
+
+def _special_tokens(model: Any, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """Where a text ends, and what stands behind its end in a batch."""
+    return {"pad_token_id": tokenizer.pad_token_id or 0, "eos_token_id": end_token_ids(model, tokenizer) or None}
 
 
 def _sampling_from(seed: int | None, device: torch.device) -> AbstractContextManager[Any]:

@@ -121,11 +121,16 @@ class ChatEncoder:
         self.turn_end_id: int = last
         """The token behind each of the assistant's messages."""
 
-    def encode(self, conversations: Sequence[Messages]) -> list[tuple[np.ndarray, np.ndarray]]:
+    def encode(
+        self, conversations: Sequence[Messages], *, add_generation_prompt: bool = False
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
         """The token ids of each conversation, int64, and whether each token is written by the assistant, bool.
 
         The text is encoded up to where the assistant begins to write, and from there on, as it will be when the
         model answers. What a message spells like a special token is text.
+
+        Args:
+            add_generation_prompt: go on up to where the assistant is to write next.
 
         Raises:
             ValueError: the template refuses a conversation.
@@ -133,7 +138,7 @@ class ChatEncoder:
         pieces: list[str] = []
         kinds: list[tuple[int, bool, bool]] = []  # number of the conversation, whether an answer, whether mere text
         for number, messages in enumerate(conversations):
-            rendered, answers = self._render(messages)
+            rendered, answers = self._render(messages, add_generation_prompt=add_generation_prompt)
             for start, end, is_answer in _segments(len(rendered), answers):
                 for index, piece in enumerate(self._marked.split(rendered[start:end])):
                     if piece:
@@ -160,9 +165,8 @@ class ChatEncoder:
         Raises:
             ValueError: the template refuses it.
         """
-        rendered, _ = self._render(messages, add_generation_prompt=True)
-        pieces = self._marked.split(rendered)
-        return list(chain.from_iterable(self._encode(pieces, [index % 2 == 1 for index in range(len(pieces))])))
+        ids, _ = self.encode([messages], add_generation_prompt=True)[0]
+        return ids.tolist()
 
     def _encode(self, pieces: list[str], are_text: list[bool]) -> list[list[int]]:
         encoded = [e.ids for e in self._backend.encode_batch_fast(pieces, add_special_tokens=False)]
@@ -171,7 +175,7 @@ class ChatEncoder:
                 encoded[index] = self._text_backend.encode(pieces[index], add_special_tokens=False).ids
         return encoded
 
-    def _render(self, messages: Messages, *, add_generation_prompt: bool = False) -> tuple[str, list[tuple[int, int]]]:
+    def _render(self, messages: Messages, *, add_generation_prompt: bool) -> tuple[str, list[tuple[int, int]]]:
         marked = [
             {**message, "content": self._special.sub(f"{_OPEN}\\g<0>{_CLOSE}", message["content"])}
             for message in messages

@@ -1,0 +1,349 @@
+"""bdh chat: a conversation in the terminal, or over a pipe: a message a line."""
+
+import difflib
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from bdh.cli.settings import parse_settings, verbatim
+from bdh.generate.chat_options import ChatOptions
+from bdh.validation import Faults
+
+if TYPE_CHECKING:
+    from bdh.generate.chat import Conversation
+
+_PROMPT = "> "
+_HISTORY_LINES = 1000
+# Codes that would move the cursor or change colours: a model of bytes writes them too.
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+@dataclass(kw_only=True)
+class ChatSettings(ChatOptions):
+    model: str
+    """Folder of an exported model or of a run, or a hub id."""
+    system: str | None = verbatim(None)
+    """System message: how the model is to answer. Without a chat template, text in front of everything."""
+    load: str | None = None
+    """Conversation to go on with, from a file that /save wrote."""
+    plain: bool = False
+    """Continue what is typed as text, though the tokenizer has a chat template."""
+    max_undo_bytes: int = 1 << 30
+    """Memory for the states that /undo goes back to: one for each turn, the oldest are dropped."""
+    weights: Literal["float32", "bfloat16"] = "float32"
+    """How the CPU's kernels hold the weights: bfloat16 halves memory and traffic."""
+    state: Literal["float32", "bfloat16"] = "float32"
+    """How they hold the state."""
+    checkpoint: str | None = None
+    """For a run: last (the default), best, or a step."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+
+    def collect_faults(self, faults: Faults) -> None:
+        super().collect_faults(faults)
+        faults.require(self.max_undo_bytes >= 0, "max_undo_bytes", self.max_undo_bytes, "at least 0")
+
+    def options(self) -> ChatOptions:
+        return ChatOptions(**{f.name: getattr(self, f.name) for f in fields(ChatOptions)})
+
+
+def run(argv: list[str]) -> int:
+    settings = parse_settings(
+        ChatSettings,
+        argv,
+        prog="bdh chat",
+        description="Talk with a model, or, where its tokenizer has no chat template, write a text together.",
+        positionals=("model",),
+    )
+    from bdh.generate.chat import Conversation
+    from bdh.generate.stepper import make_stepper
+    from bdh.train.models import load_model
+
+    model, tokenizer = load_model(settings.model, checkpoint=settings.checkpoint, device=settings.device)
+    conversation = Conversation(
+        make_stepper(model, weights=settings.weights, state=settings.state),
+        tokenizer,
+        settings.options(),
+        system=settings.system,
+        plain=settings.plain,
+        max_undo_bytes=settings.max_undo_bytes,
+        notify=_tell,
+    )
+    session = Session(conversation)
+    if settings.load is not None:
+        session.load(settings.load)
+    session.introduce(settings.model)
+    return session.run()
+
+
+class Session:
+    """Lines from standard input; replies to standard output, and everything else to standard error."""
+
+    def __init__(self, conversation: "Conversation"):
+        self.conversation = conversation
+        self.is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+        self._failed = False
+        self._commands: dict[str, tuple[str, str, Callable[[str], None]]] = {
+            "/help": ("", "this list", self._help),
+            "/temp": ("X", "temperature: 0 takes the likeliest token", self._setter("temperature", float)),
+            "/top_k": ("K", "sample from the K likeliest tokens, 0 for all", self._setter("top_k", int)),
+            "/top_p": ("P", "sample from the likeliest tokens of this probability", self._setter("top_p", float)),
+            "/max_tokens": ("N", "tokens of a reply at most", self._setter("max_tokens", int)),
+            "/seed": ("S", "draw from this seed from here on, none for no fixed one", self._seed),
+            "/system": ("TEXT", 'the system message, "" for none; what was said is read again behind it', self._system),
+            "/reset": ("", "forget what was said", self._reset),
+            "/save": ("FILE", "write the conversation to a file", self._save),
+            "/load": ("FILE", "go on with the conversation of a file", self.load),
+            "/undo": ("", "take back the last turn", self._undo),
+            "/stats": ("", "tokens, speed, the state", self._stats),
+            "/quit": ("", "end, as Ctrl-D does", lambda value: None),
+        }
+
+    def introduce(self, name: str) -> None:
+        conversation = self.conversation
+        _tell(f"  model      {name}")
+        _tell(f"  runs       {conversation.stepper.path}")
+        _tell(f"  mode       {self._mode()}")
+        _tell(f"  memory     a state of {conversation.stepper.state_bytes:,} bytes, at any length of the conversation")
+        if self.is_terminal:
+            _tell("/help lists the commands; Ctrl-C stops a reply, Ctrl-D ends")
+
+    def run(self) -> int:
+        """Until the end of the input. Returns 2 if something of piped input went wrong, else 0."""
+        for stream, settings in ((sys.stdin, {"errors": "surrogateescape"}), (sys.stdout, {"errors": "replace"})):
+            if hasattr(stream, "reconfigure"):  # not if somebody has put something else there
+                stream.reconfigure(**settings)
+        with _history() if self.is_terminal else nullcontext():
+            for line in self._typed() if self.is_terminal else sys.stdin:
+                if line.split()[:1] == ["/quit"]:
+                    break
+                try:
+                    self._take(line.rstrip("\r\n"))
+                except BrokenPipeError:  # nobody reads the replies any more
+                    raise
+                except (ValueError, OSError) as error:
+                    self._failed = True
+                    _complain(str(error))
+                except KeyboardInterrupt:
+                    if not self.is_terminal:
+                        raise
+                    _tell("interrupted: nothing was done")
+        return 2 if self._failed and not self.is_terminal else 0
+
+    def _typed(self) -> Iterator[str]:
+        """Lines from the terminal. One Ctrl-C at the prompt is a slip, two are meant."""
+        slips = 0
+        while True:
+            try:
+                line = input(_PROMPT)
+            except EOFError:
+                print()
+                return
+            except KeyboardInterrupt:
+                print()
+                slips += 1
+                if slips == 2:
+                    return
+                _tell("Ctrl-C again, Ctrl-D or /quit ends the conversation")
+                continue
+            slips = 0
+            yield line
+
+    def _take(self, line: str) -> None:
+        try:
+            line.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"the line is not UTF-8 from character {error.start + 1} on: nothing of it was read"
+            ) from error
+        if line.startswith("//"):
+            self._say(line[1:])
+        elif line.startswith("/"):
+            self._command(*line.partition(" ")[::2])
+        elif line or self.conversation.is_plain:
+            self._say(line)
+
+    def _say(self, text: str) -> None:
+        num_messages = len(self.conversation.messages)
+        pieces = self.conversation.say(text)
+        ended_by_ctrl_c = False
+
+        def stop() -> None:
+            nonlocal ended_by_ctrl_c
+            if ended_by_ctrl_c:  # once more: at once, and as if nothing had been said
+                raise KeyboardInterrupt
+            ended_by_ctrl_c = True
+            self.conversation.interrupt()
+
+        try:
+            with _on_ctrl_c(stop):
+                for piece in pieces:
+                    sys.stdout.write(piece.translate(_CONTROLS) if self.is_terminal else piece)
+                    sys.stdout.flush()
+        except KeyboardInterrupt:
+            pieces.close()  # type: ignore[attr-defined]
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+        if len(self.conversation.messages) == num_messages:
+            _tell("stopped before the reply: the message is taken back")
+        elif ended_by_ctrl_c:
+            _tell("stopped: what was written stays in the conversation")
+
+    def _command(self, name: str, value: str) -> None:
+        if name not in self._commands:
+            near = difflib.get_close_matches(name, self._commands, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else "/help lists them."
+            raise ValueError(f"{name} is not a command: {hint} A message that begins with a slash gets two")
+        takes, _, function = self._commands[name]
+        value = value.strip()
+        if value and not takes:
+            raise ValueError(f"{name} takes no value, and was given {value!r}: nothing was done")
+        if not value and takes == "FILE":
+            raise ValueError(f"{name} is given without a file: {name} FILE")
+        function(value)
+
+    def _help(self, value: str) -> None:
+        _tell(f"This is {self._mode()}.")
+        for name, (takes, about, _) in self._commands.items():
+            _tell(f"  {f'{name} {takes}':<16}{about}")
+        _tell("  //...           a message that begins with a slash")
+        _tell("Without its value a command shows the present one. Ctrl-C stops a reply, Ctrl-D ends.")
+
+    def _mode(self) -> str:
+        if self.conversation.is_plain:
+            return "plain continuation: what you type is put behind the text, and an empty line lets it go on"
+        return "a conversation: each line is a message, put into the tokenizer's chat template"
+
+    def _setter(self, name: str, convert: Callable[[str], Any]) -> Callable[[str], None]:
+        def set_it(value: str) -> None:
+            conversation = self.conversation
+            if value:
+                conversation.options = replace(
+                    conversation.options, **{name: _number(name, value, convert)}
+                ).validated()
+            _tell(f"{name} is {getattr(conversation.options, name)}")
+
+        return set_it
+
+    def _seed(self, value: str) -> None:
+        if value:
+            self.conversation.set_seed(None if value == "none" else _number("seed", value, int))
+        seed = self.conversation.options.seed
+        _tell(f"seed is {'none' if seed is None else seed}")
+
+    def _system(self, value: str) -> None:
+        if value:
+            self.conversation.set_system(None if value == '""' else value)
+            if self.conversation.messages:
+                _tell("what was said before is read again behind it, with the next message")
+        system = self.conversation.system
+        _tell("there is no system message" if system is None else f"the system message is {system!r}")
+
+    def _reset(self, value: str) -> None:
+        self.conversation.reset()
+        _tell("all is forgotten" + ("" if self.conversation.system is None else " but the system message"))
+
+    def _save(self, value: str) -> None:
+        from bdh.generate.snapshot import is_snapshot
+
+        path = Path(value).expanduser()
+        if path.exists() and not is_snapshot(path):
+            raise FileExistsError(f"{path} exists and is no conversation: it was left as it is, choose another name")
+        self.conversation.save(path)
+        _tell(f"{path}: {_counted(len(self.conversation.messages), 'message')}, {path.stat().st_size:,} bytes")
+
+    def load(self, value: str) -> None:
+        conversation = self.conversation
+        conversation.load(Path(value).expanduser())
+        messages = conversation.messages
+        _tell(f"{value}: {_counted(len(messages), 'message')}, at position {conversation.position:,}")
+        for message in messages[-2:]:
+            _tell(f"  {message['role']}: {_shortened(message['content'])}")
+
+    def _undo(self, value: str) -> None:
+        user, _ = self.conversation.undo()
+        reach = self.conversation.num_undoable
+        more = f"{_counted(reach, 'more turn')} can be taken back"
+        _tell(f"taken back: {_shortened(user['content'])} ({more})")
+
+    def _stats(self, value: str) -> None:
+        conversation, stats = self.conversation, self.conversation.stats
+        _tell(f"  read       {_speed(stats.tokens_read, stats.seconds_reading)}")
+        _tell(f"  written    {_speed(stats.tokens_written, stats.seconds_writing)}")
+        _tell(f"  state      {conversation.stepper.state_bytes:,} bytes, at position {conversation.position:,}")
+        turns = len(conversation.messages) // 2
+        _tell(f"  turns      {turns}, of which the last {conversation.num_undoable} can be taken back")
+        _tell(f"  runs       {conversation.stepper.path}")
+
+
+def _number(name: str, value: str, convert: Callable[[str], Any]) -> Any:
+    try:
+        return convert(value)
+    except ValueError:
+        kind = "a whole number" if convert is int else "a number"
+        raise ValueError(f"{name} is {value!r}: must be {kind}") from None
+
+
+def _speed(num_tokens: int, seconds: float) -> str:
+    speed = f", {num_tokens / seconds:,.0f} tokens/s" if num_tokens and seconds else ""
+    return f"{_counted(num_tokens, 'token')} in {seconds:.1f} s{speed}"
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def _shortened(text: str) -> str:
+    text = " ".join(text.translate(_CONTROLS).split())
+    return text if len(text) <= 70 else f"{text[:67]}..."
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _complain(message: str) -> None:
+    red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() else ("", "")
+    _tell(f"{red}error: {message}{plain}")
+
+
+@contextmanager
+def _on_ctrl_c(function: Callable[[], None]) -> Iterator[None]:
+    """Within it Ctrl-C calls a function."""
+    before = signal.signal(signal.SIGINT, lambda number, frame: function())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _history() -> Iterator[None]:
+    """Lines that were typed come back with the arrow keys, also the next time; where there is readline."""
+    try:
+        import readline
+    except ImportError:
+        yield
+        return
+    state_home = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    path = Path(state_home).expanduser() / "bdh" / "chat_history"
+    readline.set_history_length(_HISTORY_LINES)
+    try:
+        if path.exists():
+            readline.read_history_file(path)
+    except OSError as error:
+        _tell(f"the history of earlier lines cannot be read: {error}")
+    try:
+        yield
+    finally:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            readline.write_history_file(path)
+            path.chmod(0o600)
+        except OSError as error:
+            _tell(f"the history of these lines cannot be stored: {error}")

@@ -1,0 +1,445 @@
+"""A conversation that lives in a state: what has been said is never read twice."""
+
+import hashlib
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from bdh.generate.chat_options import ChatOptions
+from bdh.generate.snapshot import Snapshot
+from bdh.generate.stepper import Feed, SequenceState, Stepper
+from bdh.model.text import TextDecoder, encode_prompt
+from bdh.tokenizer.chat import ChatEncoder
+
+Message = dict[str, str]
+
+# Tokens read between two looks at whether the reply is to be stopped, roughly.
+_PIECE_TOKENS = 256
+
+
+@dataclass
+class ChatStats:
+    """Of this process: what was read and written, and how long it took."""
+
+    tokens_read: int = 0
+    tokens_written: int = 0
+    seconds_reading: float = 0.0
+    seconds_writing: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Point:
+    """A conversation between two turns. The snapshot is not advanced, so that undo may come back to it."""
+
+    snapshot: Snapshot | None = None
+    """None where nothing has been read yet."""
+    messages: tuple[Message, ...] = ()
+    lengths: tuple[int, ...] = ()
+    """The snapshot's tokens in spans: so many given, so many written by the model, given, written, and so on."""
+    system: str | None = None
+    """The system message that has been read."""
+
+    @property
+    def spans(self) -> list[list[int]]:
+        if self.snapshot is None:
+            return []
+        tokens = iter(self.snapshot.tokens)
+        return [[next(tokens) for _ in range(length)] for length in self.lengths]
+
+
+@dataclass
+class _Reply:
+    """One that is being written."""
+
+    snapshot: Snapshot
+    """Advanced as it goes."""
+    spans: list[list[int]]
+    """Up to where the model is to write."""
+    has_begun: bool = False
+    """Whether the model has chosen a token."""
+
+    @property
+    def written(self) -> list[int]:
+        return self.snapshot.tokens[sum(map(len, self.spans)) :]
+
+
+class Conversation:
+    """Turns of a user and a model.
+
+    Where the tokenizer has a chat template, a turn is a message, and the state reads what the template adds for it.
+    Elsewhere the text simply goes on: what the user says is put behind it, and the model continues.
+
+    What the model has written stays in its memory as it wrote it, a stop string included; only the token that ends
+    an answer is left to the template.
+
+    Args:
+        options: how replies are sampled; may be replaced between turns, except for the seed. All replies are drawn
+            from one generator, which ``seed`` starts.
+        system: the system message; without a template, text in front of everything.
+        plain: continue text though there is a chat template.
+        max_undo_bytes: of the states kept for :meth:`undo`, a whole one for each turn.
+        notify: is told in a line what goes otherwise than expected.
+
+    Raises:
+        ValueError: the tokenizer is another model's, its chat template cannot be used, or it refuses the system
+            message.
+    """
+
+    def __init__(
+        self,
+        stepper: Stepper,
+        tokenizer: PreTrainedTokenizerFast,
+        options: ChatOptions | None = None,
+        *,
+        system: str | None = None,
+        plain: bool = False,
+        max_undo_bytes: int = 1 << 30,
+        notify: Callable[[str], None] = lambda line: None,
+    ):
+        if len(tokenizer) != stepper.model.config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {len(tokenizer)} entries and the model {stepper.model.config.vocab_size}: they do "
+                "not belong together"
+            )
+        self.stepper = stepper
+        self.options = (options or ChatOptions()).validated()
+        self.max_undo_bytes = max_undo_bytes
+        self.stats = ChatStats()
+        self._tokenizer = tokenizer
+        self._notify = notify
+        self._encoder = None if plain or not tokenizer.chat_template else ChatEncoder(tokenizer)
+        self._ends = self._end_tokens()
+        self._interrupted = self._told_of_rewriting = False
+        self._now = _Point()
+        self._earlier: deque[tuple[_Point, torch.Tensor]] = deque()  # for undo, with the generator's states
+        self.system: str | None = None
+        self.set_system(system)
+        self.reset()
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the text simply goes on, without a chat template."""
+        return self._encoder is None
+
+    @property
+    def messages(self) -> list[Message]:
+        """What has been said, without the system message. Without a template, the pieces of the text."""
+        return [dict(message) for message in self._now.messages]
+
+    @property
+    def position(self) -> int:
+        """Tokens that the state has read."""
+        return self._now.snapshot.state.position if self._now.snapshot else 0
+
+    @property
+    def num_undoable(self) -> int:
+        """Turns that :meth:`undo` can take back."""
+        return len(self._earlier)
+
+    def say(self, text: str) -> Iterator[str]:
+        """One turn: the reply piece by piece, in whole characters.
+
+        The turn begins when the first piece is asked for. Closing the iterator, or :meth:`interrupt`, ends the
+        reply: what has been written stays. If nothing has, or with an error, the turn has never been.
+
+        Raises:
+            ValueError: there is nothing to start from, or the template refuses the message.
+        """
+        self._interrupted = False
+        return self._turn(text, *self._spans_with(text))
+
+    def interrupt(self) -> None:
+        """Ends the reply after the token that is being worked on. May be called by a signal's handler."""
+        self._interrupted = True
+
+    def undo(self) -> list[Message]:
+        """Takes back the last turn. With a seed, the same message gets the same reply again; without, another one.
+
+        Returns:
+            The messages of that turn.
+
+        Raises:
+            ValueError: there is none, or the state before it is not kept.
+        """
+        if not self._now.messages:
+            raise ValueError("there is no turn to undo")
+        if not self._earlier:
+            raise ValueError(
+                f"the state before that turn is not kept: undo keeps {self.max_undo_bytes:,} bytes of states, of "
+                f"{self.stepper.state_bytes:,} each, and none from before a conversation was loaded"
+            )
+        undone = self._now.messages
+        self._now, generator_state = self._earlier.pop()
+        if self.options.seed is not None:
+            self._generator.set_state(generator_state)
+        return [dict(message) for message in undone[len(self._now.messages) :]]
+
+    def reset(self) -> None:
+        """Forgets all that was said; the system message stays."""
+        self._now = _Point()
+        self._earlier.clear()
+        self.set_seed(self.options.seed)
+
+    def set_seed(self, seed: int | None) -> None:
+        """What follows is drawn from this seed; None for a different one each time.
+
+        Raises:
+            ValueError: it is out of range; nothing has changed.
+        """
+        self.options = replace(self.options, seed=seed).validated()
+        self._generator = torch.Generator()
+        if seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(seed)
+
+    def set_system(self, system: str | None) -> None:
+        """Another system message, or none. What was said before is read again behind it, with the next turn.
+
+        Raises:
+            ValueError: the chat template refuses it; nothing has changed.
+        """
+        if self._encoder is not None and system is not None:
+            self._encoder.prompt([{"role": "system", "content": system}, {"role": "user", "content": "a"}])
+        self.system = system
+
+    def save(self, path: str | Path) -> None:
+        """Writes the conversation into a :class:`Snapshot`'s file. How replies are sampled is not in it.
+
+        Raises:
+            DiskFullError, FileNotFoundError: as :meth:`Snapshot.save`.
+        """
+        now = self._now
+        notes = {
+            "tokenizer": self._tokenizer_hash(),
+            "messages": now.messages,
+            "lengths": now.lengths,
+            "system": self.system,
+            "system_read": now.system,
+        }
+        snapshot = now.snapshot or Snapshot(self.stepper.new_state(), [], None)
+        snapshot = replace(snapshot, generator_state=self._generator.get_state(), notes={"conversation": notes})
+        snapshot.save(path, self.stepper.model)
+
+    def load(self, path: str | Path) -> None:
+        """Goes on from a file that :meth:`save` wrote, exactly. The turns in it cannot be undone.
+
+        Raises:
+            FileNotFoundError, ValueError: as :meth:`Snapshot.load`; also where the file holds no conversation, or
+                one with another tokenizer or template. The present conversation stays.
+        """
+        snapshot = Snapshot.load(path, self.stepper.model)
+        notes = snapshot.notes.get("conversation")
+        if notes is None:
+            raise ValueError(f"{path} is the snapshot of a sequence, but not of a conversation")
+        if notes["tokenizer"] != self._tokenizer_hash():
+            raise ValueError(
+                f"{path} is a conversation with another tokenizer or chat template, or with one where here is none"
+            )
+        assert snapshot.generator_state is not None  # `save` puts it there
+        snapshot.state = self._own_state(snapshot)
+        messages, lengths = tuple(notes["messages"]), tuple(notes["lengths"])
+        self._now = _Point(snapshot if snapshot.tokens else None, messages, lengths, notes["system_read"])
+        self._earlier.clear()
+        self._generator.set_state(snapshot.generator_state)
+        self.system = notes["system"]
+
+    def _turn(self, text: str, spans: list[list[int]], is_anew: bool) -> Iterator[str]:
+        generator_state = self._generator.get_state()
+        # The state goes on as a copy: whatever happens, the earlier one is there.
+        if is_anew or self._now.snapshot is None:
+            snapshot, given = Snapshot(self.stepper.new_state(), [], None), [token for span in spans for token in span]
+        else:
+            snapshot, given = self._now.snapshot.clone(), spans[-1]
+        snapshot.tokens += given
+        snapshot.pending += given
+        reply, system = _Reply(snapshot, spans), self.system
+        context = snapshot.tokens if self.is_plain else ()
+        decoder = TextDecoder(self._tokenizer, self.options.stop, context)
+        try:
+            for token in self._written(reply):
+                if piece := decoder.push([token]):
+                    yield piece
+                if decoder.stopped:
+                    break
+            if rest := decoder.flush():
+                yield rest
+        except GeneratorExit:  # the reader wants no more: we stand between two tokens
+            self._end_turn(text, reply, system, generator_state)
+            raise
+        except BaseException:
+            self._generator.set_state(generator_state)
+            raise
+        self._end_turn(text, reply, system, generator_state)
+
+    def _end_turn(self, text: str, reply: _Reply, system: str | None, generator_state: torch.Tensor) -> None:
+        if not reply.has_begun:
+            return
+        context = [token for span in reply.spans for token in span] if self.is_plain else ()
+        messages = (
+            {"role": "user", "content": text},
+            {"role": "assistant", "content": self._text_of(reply.written, context)},
+        )
+        self._earlier.append((self._now, generator_state))
+        lengths = (*map(len, reply.spans), len(reply.written))
+        self._now = _Point(reply.snapshot, (*self._now.messages, *messages), lengths, system)
+        while self._earlier and self._undo_bytes() > self.max_undo_bytes:
+            self._earlier.popleft()
+
+    def _undo_bytes(self) -> int:
+        return sum(point.snapshot.nbytes for point, _ in self._earlier if point.snapshot)
+
+    def _written(self, reply: _Reply) -> Iterator[int]:
+        """The tokens of the reply, each of which is already the last of the snapshot's."""
+        snapshot = reply.snapshot
+        for _ in range(self.options.max_tokens):
+            start = time.perf_counter()
+            if reply.has_begun:
+                self._feed(snapshot, len(snapshot.pending))
+            elif not self._read(snapshot):
+                return
+            token = _next_token(snapshot, self.options, self._generator)
+            if reply.has_begun:
+                self.stats.seconds_writing += time.perf_counter() - start
+                self.stats.tokens_written += 1
+            else:
+                self.stats.seconds_reading += time.perf_counter() - start
+            reply.has_begun = True
+            if token in self._ends:
+                return
+            snapshot.tokens.append(token)
+            snapshot.pending.append(token)
+            yield token
+            if self._interrupted:
+                return
+
+    def _read(self, snapshot: Snapshot) -> bool:
+        """Reads all that is pending; False if it was interrupted."""
+        size = self.stepper.model.config.chunk_size
+        size *= -(-_PIECE_TOKENS // size)
+        while snapshot.pending:
+            if self._interrupted:
+                return False
+            # Up to a multiple of the chunk size, where pieces give the bits of the whole.
+            num_tokens = min(len(snapshot.pending), size - snapshot.state.position % size)
+            self._feed(snapshot, num_tokens)
+            self.stats.tokens_read += num_tokens
+        return True
+
+    def _feed(self, snapshot: Snapshot, num_tokens: int) -> None:
+        (snapshot.logits,) = self.stepper.step([Feed(snapshot.state, snapshot.pending[:num_tokens])])
+        del snapshot.pending[:num_tokens]
+
+    def _spans_with(self, text: str) -> tuple[list[list[int]], bool]:
+        """What is to have been read before the reply, in spans, and whether from the start anew.
+
+        Otherwise all but the last span is what has been read.
+        """
+        read = self._now.spans
+        is_same_system = self._now.system == self.system
+        if self._encoder is None:
+            if not read:
+                return [encode_prompt(self._tokenizer, (self.system or "") + text)], True
+            first = (
+                read[0] if is_same_system else self._plain_ids((self.system or "") + self._now.messages[0]["content"])
+            )
+            return [first, *read[1:], self._plain_ids(text)], not is_same_system
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        messages = [*system, *self._now.messages, {"role": "user", "content": text}]
+        wanted = self._template_spans(self._encoder, messages)
+        # What the model wrote has to be the same text only: it may have put it into other tokens than the tokenizer.
+        for index in range(1, min(len(read), len(wanted)), 2):
+            if self._text_of(read[index]) == self._text_of(wanted[index]):
+                wanted[index] = read[index]
+        if not read or wanted[:-1] == read:
+            return wanted, not read
+        if is_same_system and not self._told_of_rewriting:
+            self._told_of_rewriting = True
+            self._notify("the chat template changes what was said before: the conversation is read anew each time")
+        return wanted, True
+
+    def _plain_ids(self, text: str) -> list[int]:
+        ids = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return list(ids)
+
+    def _template_spans(self, encoder: ChatEncoder, messages: Sequence[Message]) -> list[list[int]]:
+        """A conversation's tokens as the template has them. What ends an answer begins the next given span."""
+        ids, is_answer = encoder.encode([messages], add_generation_prompt=True)[0]
+        spans: list[list[int]] = [[]]
+        was_answer = False
+        for token, of_answer in zip(ids.tolist(), is_answer.tolist(), strict=True):
+            if of_answer != was_answer:
+                ended = was_answer and spans[-1][-1] == encoder.turn_end_id
+                spans.append([spans[-1].pop()] if ended else [])
+                was_answer = of_answer
+            spans[-1].append(token)
+        return spans
+
+    def _text_of(self, tokens: Sequence[int], context: Sequence[int] = ()) -> str:
+        decoder = TextDecoder(self._tokenizer, context=context)
+        return decoder.push(tokens) + decoder.flush()
+
+    def _own_state(self, snapshot: Snapshot) -> SequenceState:
+        """The state of a snapshot as this stepper has them."""
+        state = self.stepper.new_state()
+        try:
+            state.copy_(snapshot.state)
+        except ValueError:
+            num_read = len(snapshot.tokens) - len(snapshot.pending)
+            self._notify(
+                f"the file's state is of another kind, {snapshot.state.kind!r} and not {state.kind!r}: its {num_read:,} "
+                "tokens are read again, and what follows may differ by rounding"
+            )
+            if num_read:
+                self.stepper.step([Feed(state, snapshot.tokens[:num_read], "none")])
+        return state
+
+    def _end_tokens(self) -> set[int]:
+        """The tokens that end a reply."""
+        of_model: Any = self.stepper.model.generation_config.eos_token_id
+        ends = {*(of_model if isinstance(of_model, list) else [of_model]), self._tokenizer.eos_token_id}
+        if self._encoder is not None:
+            ends.add(self._encoder.turn_end_id)
+        return ends - {None}
+
+    def _tokenizer_hash(self) -> str:
+        if self._encoder is not None:
+            return self._encoder.hash
+        return hashlib.sha256(self._tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+
+
+def _next_token(snapshot: Snapshot, options: ChatOptions, generator: torch.Generator) -> int:
+    assert snapshot.logits is not None
+    scores = snapshot.logits[None]
+    for processor in _processors(options):
+        scores = processor(torch.tensor([snapshot.tokens]), scores)
+    if options.temperature == 0:
+        return int(scores.argmax())
+    return int(torch.multinomial(scores.softmax(-1), 1, generator=generator))
+
+
+def _processors(options: ChatOptions):
+    from transformers import (
+        MinPLogitsWarper,
+        RepetitionPenaltyLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    if options.repetition_penalty != 1:
+        yield RepetitionPenaltyLogitsProcessor(float(options.repetition_penalty))
+    if options.temperature > 0:
+        yield TemperatureLogitsWarper(float(options.temperature))
+        if options.top_k:
+            yield TopKLogitsWarper(options.top_k)
+        if options.top_p < 1:
+            yield TopPLogitsWarper(float(options.top_p))
+        if options.min_p:
+            yield MinPLogitsWarper(options.min_p)

@@ -1,0 +1,471 @@
+"""Many sequences at once, each at constant cost: requests join and leave at every step.
+
+A sequence's tokens depend on its own prompt, settings and seed, and not on what runs beside it: with the sparse kernels
+to the bit, with torch's operations up to rounding.
+"""
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from bdh.generate.config import EngineConfig
+from bdh.generate.memory import free_bytes
+from bdh.generate.params import SamplingParams
+from bdh.generate.pool import StatePool
+from bdh.generate.prefixes import PrefixStore
+from bdh.generate.sequence import Completion, StepOutput
+from bdh.generate.sequence import Sequence as Running
+from bdh.generate.snapshot import Snapshot
+from bdh.generate.stepper import Feed, Stepper, make_stepper
+from bdh.model.modeling import BDHForCausalLM
+from bdh.model.text import Prompt, encode_prompt, end_token_ids
+
+# What prompts get of a step however many sequences are being continued, so that none waits for ever.
+_LEAST_PROMPT_SHARE = 8
+
+
+@dataclass
+class EngineStats:
+    """Gauges of what is there now, and counters since the engine was made."""
+
+    running: int = 0
+    """Sequences that have a state."""
+    waiting: int = 0
+    """Requests that have none yet."""
+    state_bytes: int = 0
+    """Of states in use or promised."""
+    prefix_cache_bytes: int = 0
+    prompt_tokens: int = 0
+    """Read. Those that a stored prefix spared are not among them."""
+    generated_tokens: int = 0
+    finished: dict[str, int] = field(default_factory=dict)
+    """Continuations, by the reason of their end."""
+    prefix_cache_hits: int = 0
+    prefix_cache_tokens: int = 0
+    """Tokens that need not be read."""
+
+
+class _Request:
+    """A request: one sequence that reads the prompt, and later its further continuations."""
+
+    def __init__(self, request_id: int, first: Running, make: Callable[[int], Running], snapshot: Snapshot | None):
+        self.id, self.snapshot = request_id, snapshot
+        self.sequences = [first]
+        self.make = make
+        self.num_reserved = first.params.n
+        self.places: set[int] = set()  # where the state on the way through the prompt is stored
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.sequences[0].params
+
+    @property
+    def is_done(self) -> bool:
+        return len(self.sequences) == self.params.n and all(s.completion for s in self.sequences)
+
+
+class Engine:
+    """Continues prompts, as many at a time as the memory for their states allows.
+
+    Not for several threads at once; :class:`bdh.generate.async_engine.AsyncEngine` is.
+
+    Args:
+        tokenizer: the model's.
+        config: what it may use; see :class:`EngineConfig`.
+        stepper: instead of the one that the configuration describes.
+
+    Raises:
+        ValueError: the tokenizer is another model's, a setting is wrong, or not one state fits.
+    """
+
+    def __init__(
+        self,
+        model: BDHForCausalLM,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        config: EngineConfig | None = None,
+        stepper: Stepper | None = None,
+    ):
+        if len(tokenizer) != model.config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {len(tokenizer)} entries and the model {model.config.vocab_size}: they do not "
+                "belong together"
+            )
+        self.config = (config or EngineConfig()).validated()
+        self.model, self.tokenizer = model, tokenizer
+        self.stepper = stepper or make_stepper(
+            model,
+            path=self.config.path,
+            weights=self.config.weights,  # type: ignore[arg-type]  # validated above
+            state=self.config.state,  # type: ignore[arg-type]
+            window=self.config.window,
+        )
+        max_bytes = self.config.max_state_bytes
+        if max_bytes is None:
+            max_bytes = max(free_bytes(model.device) // 2, self.stepper.state_bytes)
+        self._pool = StatePool(self.stepper, max_bytes)
+        if self._pool.capacity < 1:
+            raise ValueError(
+                f"max_state_bytes is {max_bytes:,}: must be at least {self.stepper.state_bytes:,}, the state of one sequence"
+            )
+        self._prefixes = PrefixStore(self.config.prefix_cache_bytes) if self.config.prefix_cache_bytes else None
+        self._ends = frozenset(end_token_ids(model, tokenizer))
+        self._numbers = itertools.count()
+        self._waiting: deque[_Request] = deque()
+        self._running: dict[int, _Request] = {}
+        self._outputs: list[StepOutput] = []  # of requests that were aborted between two steps
+        self._counters = EngineStats()
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._waiting or self._running or self._outputs)
+
+    def knows(self, request_id: int) -> bool:
+        """Whether a request waits, runs, or has outputs that the next step gives."""
+        if request_id in self._running or any(request.id == request_id for request in self._waiting):
+            return True
+        return any(output.request_id == request_id for output in self._outputs)
+
+    def stats(self) -> EngineStats:
+        counters = self._counters
+        return EngineStats(
+            running=sum(1 for request in self._running.values() for s in request.sequences if s.state is not None),
+            waiting=len(self._waiting),
+            state_bytes=self._pool.bytes_reserved,
+            prefix_cache_bytes=self._prefixes.cache.nbytes if self._prefixes else 0,
+            prompt_tokens=counters.prompt_tokens,
+            generated_tokens=counters.generated_tokens,
+            finished=dict(counters.finished),
+            prefix_cache_hits=self._prefixes.cache.hits if self._prefixes else 0,
+            prefix_cache_tokens=self._prefixes.cache.tokens_saved if self._prefixes else 0,
+        )
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """The tokens of a prompt; an empty text is the token that texts begin with, where the tokenizer has one.
+
+        Raises:
+            ValueError: there is nothing to start from, or ids outside of the vocabulary.
+        """
+        tokens = encode_prompt(self.tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
+        if not tokens:
+            raise ValueError("the prompt has no tokens: give at least one to start from")
+        V = self.model.config.vocab_size
+        if wrong := [token for token in tokens if not 0 <= token < V][:3]:
+            raise ValueError(f"the prompt has the token ids {wrong}: must be within 0 and {V - 1}")
+        return tokens
+
+    def check(self, params: SamplingParams) -> SamplingParams:
+        """The settings of a request, or a ``ValueError`` with all that is wrong with them for this engine."""
+        params.validated(self.model.config.vocab_size)
+        most = min(self._pool.capacity, self.config.max_running)
+        if params.n > most:
+            raise ValueError(
+                f"n is {params.n}: must be at most {most}, the states of {self.stepper.state_bytes:,} bytes each that "
+                f"max_state_bytes, {self._pool.max_bytes:,}, and max_running, {self.config.max_running}, allow"
+            )
+        return params
+
+    def add_request(
+        self,
+        prompt: Prompt | None,
+        params: SamplingParams | None = None,
+        *,
+        snapshot: Snapshot | None = None,
+        keep_snapshot: bool = False,
+    ) -> int:
+        """Takes up a request; :meth:`step` works on it.
+
+        Args:
+            prompt: a text, in which nothing is a special token, or the ids of tokens.
+            params: how to sample; copied.
+            snapshot: a sequence to go on from; it stays as it is. ``prompt`` is what follows there, or None for nothing.
+            keep_snapshot: let completions have a snapshot, from which they can go on.
+
+        Returns:
+            The number that outputs and :meth:`abort` name it by.
+
+        Raises:
+            ValueError: a setting out of range, tokens that are not in the vocabulary, nothing to start from, or a
+                snapshot of another kind of state. Nothing has changed then.
+        """
+        params = self.check(params or SamplingParams())
+        if snapshot is None:
+            tokens = self.encode(prompt if prompt is not None else "")
+            num_prompt_tokens = len(tokens)
+        else:
+            self._check_snapshot(snapshot, params)
+            added = self.encode(prompt) if prompt else []
+            tokens = snapshot.tokens + added
+            num_prompt_tokens = len(tokens) if added else snapshot.num_prompt_tokens
+        request_id = next(self._numbers)
+        ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._ends)
+
+        def make(index: int) -> Running:
+            return Running(
+                request_id,
+                index,
+                params,
+                tokenizer=self.tokenizer,
+                vocab_size=self.model.config.vocab_size,
+                tokens=tokens,
+                num_prompt_tokens=num_prompt_tokens,
+                ends=ends,
+                snapshot=snapshot,
+                keep_snapshot=keep_snapshot,
+            )
+
+        self._waiting.append(_Request(request_id, make(0), make, snapshot))
+        return request_id
+
+    def _check_snapshot(self, snapshot: Snapshot, params: SamplingParams) -> None:
+        if params.prompt_logprobs is not None:
+            raise ValueError(
+                "prompt_logprobs was given with a snapshot, whose tokens are not read again: must be left out"
+            )
+        if not snapshot.tokens:
+            raise ValueError("the snapshot has no tokens: there is nothing to go on from")
+        if snapshot.state.pattern != self.stepper.pattern:
+            raise ValueError(
+                f"the snapshot's state is {snapshot.state.pattern}, this engine's are {self.stepper.pattern}: "
+                "make the engine with the same settings"
+            )
+
+    def abort(self, request_id: int) -> None:
+        """Ends a request; what it has written comes with the next step. One that has ended is left alone."""
+        for request in [*self._waiting, *self._running.values()]:
+            if request.id == request_id:
+                self._end(request, "abort")
+                return
+
+    def step(self) -> list[StepOutput]:
+        """One step of all that runs: a token for each sequence that is being continued, a piece of prompts.
+
+        An exception within one request ends that request, with the reason "error"; the others go on.
+        """
+        self._admit()
+        fed = self._feeds()
+        for request, sequence, count, logits in self._read(fed):
+            self._advance(request, sequence, count, logits)
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[list[Completion]]:
+        """The continuations of each prompt, in their order.
+
+        Args:
+            prompts: several, or a single text.
+            params: for all of them, or one for each.
+
+        Raises:
+            ValueError: as :meth:`add_request`, before anything is generated; or the engine has other work.
+        """
+        several: Sequence[Prompt] = [prompts] if isinstance(prompts, str) else prompts  # type: ignore[assignment]
+        if isinstance(params, SamplingParams) or params is None:
+            params = [params or SamplingParams()] * len(several)
+        if len(params) != len(several):
+            raise ValueError(f"there are {len(several)} prompts and {len(params)} params: must be one for each, or one")
+        encoded = [self.encode(prompt) for prompt in several]
+        for each in params:
+            self.check(each)
+        return list(self.map(zip(encoded, params, strict=True)))
+
+    def map(self, requests: Iterable[tuple[Prompt, SamplingParams]]) -> Iterator[list[Completion]]:
+        """The continuations of each request, in their order, as they are ready; requests are taken as there is room.
+
+        Raises:
+            ValueError: a request is wrong: those before it are ended; or the engine has other work.
+        """
+        if self.has_work:
+            raise ValueError("the engine has other requests: end them before a whole batch is generated")
+        source, ids = iter(requests), deque[int]()
+        found: dict[int, dict[int, Completion]] = {}
+        wanted: dict[int, int] = {}
+        # So many that none has to wait for one that is still to be read, and not so many that results pile up.
+        most = 2 * min(self._pool.capacity, self.config.max_running)
+        try:
+            while True:
+                for prompt, params in itertools.islice(source, max(0, most - len(ids))):
+                    ids.append(self.add_request(prompt, params))
+                    wanted[ids[-1]], found[ids[-1]] = params.n, {}
+                if not ids:
+                    return
+                for output in self.step():
+                    if output.completion is not None:
+                        found[output.request_id][output.index] = output.completion
+                while ids and len(found[ids[0]]) == wanted[ids[0]]:
+                    done = found.pop(ids.popleft())
+                    yield [done[index] for index in sorted(done)]
+        finally:
+            for request_id in ids:
+                self.abort(request_id)
+            self._outputs.clear()
+
+    def _admit(self) -> None:
+        while self._waiting:
+            request = self._waiting[0]
+            running = sum(request.num_reserved for request in self._running.values())
+            if running + request.params.n > self.config.max_running or not self._pool.reserve(request.params.n):
+                return
+            self._waiting.popleft()
+            self._running[request.id] = request
+            try:
+                self._begin(request)
+            except Exception as error:
+                self._end(request, "error", _told(error))
+
+    def _begin(self, request: _Request) -> None:
+        """Gives a request's first sequence its state, as far on as one is known."""
+        sequence, snapshot = request.sequences[0], request.snapshot
+        if snapshot is not None:
+            sequence.state = self._pool.take(copy_of=snapshot.state)
+            sequence.logits = snapshot.logits
+            sequence.pending = sequence.pending[snapshot.state.position :]
+            request.snapshot = None
+        elif self._prefixes is None or sequence.params.prompt_logprobs is not None:
+            sequence.state = self._pool.take()
+        else:
+            known, state, logits = self._prefixes.find(sequence.tokens)
+            if known == len(sequence.tokens) and logits is None:
+                known, state = 0, None
+            sequence.state = self._pool.take(copy_of=state)
+            sequence.logits, sequence.num_cached_tokens = logits, known
+            sequence.pending = sequence.pending[known:]
+            request.places = self._prefixes.places(sequence.tokens, known)
+
+    def _feeds(self) -> list[tuple[_Request, Running, int]]:
+        """Which sequences read how many of their tokens in this step; 0 where logits are there already."""
+        continued, reading = [], []
+        for request in self._running.values():
+            for sequence in request.sequences:
+                if sequence.completion is not None or sequence.state is None:
+                    continue
+                if sequence.num_generated or not sequence.pending:
+                    continued.append((request, sequence, len(sequence.pending)))
+                else:
+                    reading.append((request, sequence))
+        room = max(self.config.tokens_per_step - len(continued), self.config.tokens_per_step // _LEAST_PROMPT_SHARE, 1)
+        fed = continued
+        for request, sequence in reading:
+            if room < 1:
+                break
+            assert sequence.state is not None
+            count = min(room, len(sequence.pending))
+            position = sequence.state.position
+            for place in request.places:
+                if position < place:
+                    count = min(count, place - position)
+            fed.append((request, sequence, count))
+            room -= count
+        return fed
+
+    def _read(
+        self, fed: list[tuple[_Request, Running, int]]
+    ) -> Iterator[tuple[_Request, Running, int, torch.Tensor | None]]:
+        """Feeds the sequences, and yields each with its logits."""
+        with_tokens = [item for item in fed if item[2]]
+        feeds = []
+        for request, sequence, count in with_tokens:
+            assert sequence.state is not None
+            is_last = count == len(sequence.pending) or sequence.state.position + count in request.places
+            wants_all = sequence.prompt_logprobs is not None and not sequence.num_generated
+            feeds.append(
+                Feed(sequence.state, sequence.pending[:count], "all" if wants_all else "last" if is_last else "none")
+            )
+        logits: list[torch.Tensor | None] = []
+        if feeds:
+            try:
+                logits = self.stepper.step(feeds)
+            except Exception as error:
+                logits = self._read_alone(with_tokens, feeds, error)
+        results = iter(logits)
+        for request, sequence, count in fed:
+            result = next(results) if count else None
+            if sequence.completion is None:
+                yield request, sequence, count, result
+
+    def _read_alone(
+        self, fed: list[tuple[_Request, Running, int]], feeds: list[Feed], error: Exception
+    ) -> list[torch.Tensor | None]:
+        """After an exception: feeds each sequence that has not been read alone, and ends those that raise it again."""
+        if len(feeds) == 1:
+            self._end(fed[0][0], "error", _told(error))
+            return [None]
+        logits: list[torch.Tensor | None] = []
+        for item, feed in zip(fed, feeds, strict=True):
+            try:
+                logits += self.stepper.step([feed])
+            except Exception as own:
+                logits.append(None)
+                self._end(item[0], "error", _told(own))
+        return logits
+
+    def _advance(self, request: _Request, sequence: Running, count: int, logits: torch.Tensor | None) -> None:
+        """What follows from tokens that have been read: a stored state, further continuations, the next token."""
+        try:
+            if sequence.num_generated == 0:
+                self._counters.prompt_tokens += count
+            sequence.read(count, logits)
+            self._store_prefix(request, sequence)
+            if sequence.pending:
+                return
+            for each in [sequence, *self._fork(request, sequence)]:
+                output = each.end("length") if each.params.max_tokens == 0 else each.draw()
+                self._counters.generated_tokens += len(output.token_ids)
+                self._emit(request, each, output)
+        except Exception as error:
+            self._end(request, "error", _told(error))
+
+    def _store_prefix(self, request: _Request, sequence: Running) -> None:
+        if sequence.num_generated or sequence.state is None or self._prefixes is None:
+            return
+        position = sequence.state.position
+        if position in request.places:
+            request.places.discard(position)
+            self._prefixes.put(sequence.tokens[:position], sequence.state, sequence.logits)
+
+    def _fork(self, request: _Request, sequence: Running) -> list[Running]:
+        """The further continuations of a prompt, once it has been read: each with a copy of the state."""
+        if len(request.sequences) == request.params.n:
+            return []
+        for index in range(1, request.params.n):
+            other = request.make(index)
+            other.state = self._pool.take(copy_of=sequence.state)
+            other.logits, other.pending = sequence.logits, []
+            other.num_cached_tokens = sequence.num_cached_tokens
+            other.prompt_logprobs = sequence.prompt_logprobs
+            request.sequences.append(other)
+        return request.sequences[1:]
+
+    def _emit(self, request: _Request, sequence: Running, output: StepOutput) -> None:
+        self._outputs.append(output)
+        if output.completion is None:
+            return
+        reason = output.completion.finish_reason
+        self._counters.finished[reason] = self._counters.finished.get(reason, 0) + 1
+        if request.id in self._running:
+            # A state in which an exception has happened may be half advanced.
+            self._pool.give_back(None if reason == "error" else sequence.state)
+            request.num_reserved -= 1
+            sequence.state = None
+            if request.is_done:
+                del self._running[request.id]
+
+    def _end(self, request: _Request, reason: str, error: str | None = None) -> None:
+        """Ends all continuations of a request that have not ended, those that have not begun included."""
+        if request in self._waiting:
+            self._waiting.remove(request)
+        for index in range(len(request.sequences), request.params.n):
+            request.sequences.append(request.make(index))
+        for sequence in request.sequences:
+            if sequence.completion is None:
+                self._emit(request, sequence, sequence.end(reason, error))  # type: ignore[arg-type]
+
+
+def _told(error: Exception) -> str:
+    return str(error) or type(error).__name__

@@ -1,0 +1,172 @@
+"""How one request is continued, as settings."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from bdh.validation import Faults
+
+_SMALLEST_DIVISOR = 1e-6
+MOST_LOGPROBS = 100
+
+
+@dataclass
+class SamplingParams:
+    """Settings of a request. The names and meanings are those of OpenAI's API and of transformers."""
+
+    max_tokens: int = 200
+    """Tokens generated at most; 0 only reads the prompt."""
+    min_tokens: int = 0
+    """Tokens generated before the text may end: until then neither end tokens nor stop strings count."""
+    temperature: float = 1.0
+    """Divides the logits: below 1 sharper, above 1 flatter, 0 takes the likeliest token (greedy)."""
+    top_k: int = 0
+    """Sample from the k likeliest tokens only; 0 for all."""
+    top_p: float = 1.0
+    """Sample from the likeliest tokens that together have this probability."""
+    min_p: float = 0.0
+    """Drop tokens less likely than this share of the likeliest one's probability."""
+    repetition_penalty: float = 1.0
+    """Divides the logits of tokens already in the text, the prompt included (multiplies negative ones); 1 for none."""
+    presence_penalty: float = 0.0
+    """Is taken from the logits of tokens that have been generated."""
+    frequency_penalty: float = 0.0
+    """Is taken from the logits of a token once for each time that it has been generated."""
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    """Is added to the logits of these tokens; -100 all but forbids one, 100 all but forces it."""
+    seed: int | None = None
+    """Seed of the sampling: the same seed gives the same text, whatever else runs. None for a different one each time."""
+    n: int = 1
+    """Continuations of the prompt, which is read once. The first has the seed itself, the others derived ones."""
+    stop: list[str] = field(default_factory=list)
+    """Strings that end the text; they are not part of it."""
+    stop_token_ids: list[int] = field(default_factory=list)
+    """Tokens that end the text, beside the model's own; they are not part of it."""
+    ignore_eos: bool = False
+    """Go on behind the model's own end of a text."""
+    logprobs: int | None = None
+    """Log-probabilities of each generated token and of the so many likeliest, as the model gives them, before
+    temperature and penalties; 0 for that of the token alone, None for none."""
+    prompt_logprobs: int | None = None
+    """The same of each token of the prompt but the first, which nothing predicts."""
+    echo: bool = False
+    """Put the prompt in front of the text."""
+
+    def collect_faults(self, faults: Faults) -> None:
+        faults.require(self.max_tokens >= 0, "max_tokens", self.max_tokens, "at least 0")
+        faults.require(
+            0 <= self.min_tokens <= max(0, self.max_tokens), "min_tokens", self.min_tokens, "within 0 and max_tokens"
+        )
+        is_right = self.temperature == 0 or _SMALLEST_DIVISOR <= self.temperature < math.inf
+        allowed = f"0 (greedy) or above; if above, at least {_SMALLEST_DIVISOR:g}"  # less would overflow the logits
+        faults.require(is_right, "temperature", self.temperature, allowed)
+        faults.require(self.top_k >= 0, "top_k", self.top_k, "0 (all tokens) or above")
+        faults.require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, up to 1")
+        faults.require(0 <= self.min_p < 1, "min_p", self.min_p, "at least 0 and below 1")
+        is_right = _SMALLEST_DIVISOR <= self.repetition_penalty < math.inf
+        allowed = f"above 0, at least {_SMALLEST_DIVISOR:g}"
+        faults.require(is_right, "repetition_penalty", self.repetition_penalty, allowed)
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            faults.require(math.isfinite(value), name, value, "a finite number")
+        is_right = all(math.isfinite(bias) for bias in self.logit_bias.values())
+        faults.require(is_right, "logit_bias", self.logit_bias, "finite numbers by token id")
+        is_right = self.seed is None or -(2**63) <= self.seed < 2**64  # what PyTorch takes
+        faults.require(is_right, "seed", self.seed, "from -2**63 to 2**64 - 1, or null")
+        faults.require(self.n >= 1, "n", self.n, "at least 1")
+        faults.require(all(self.stop), "stop", self.stop, "strings of at least one character")
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            is_right = value is None or 0 <= value <= MOST_LOGPROBS
+            faults.require(is_right, name, value, f"within 0 and {MOST_LOGPROBS}, or null")
+
+    def collect_token_faults(self, vocab_size: int, faults: Faults) -> None:
+        """What is wrong for a vocabulary of this size."""
+        allowed = f"token ids within 0 and {vocab_size - 1}"
+        for name, ids in (("logit_bias", list(self.logit_bias)), ("stop_token_ids", self.stop_token_ids)):
+            wrong = [token for token in ids if not 0 <= token < vocab_size]
+            faults.require(not wrong, name, wrong, allowed)
+
+    def validated(self, vocab_size: int | None = None) -> "SamplingParams":
+        """This object, or a ``ValueError`` that lists all faults."""
+        faults = Faults()
+        self.collect_faults(faults)
+        if vocab_size is not None:
+            self.collect_token_faults(vocab_size, faults)
+        faults.raise_if_any()
+        return self
+
+    def seed_of(self, index: int) -> int | None:
+        """The seed of a continuation: the first one's is the seed itself."""
+        if self.seed is None or index == 0:
+            return self.seed
+        return (self.seed + index * 0x9E3779B97F4A7C15) % 2**63  # the golden ratio's digits: far apart for small seeds
+
+
+def params_from(settings: dict[str, Any]) -> SamplingParams:
+    """From a JSON object.
+
+    Raises:
+        ValueError: a name that is no setting, or a value of another type.
+    """
+    faults = Faults()
+    known = SamplingParams.__dataclass_fields__
+    values: dict[str, Any] = {}
+    for name, value in settings.items():
+        if name not in known:
+            faults.add(f"{name} is no setting of the sampling: must be one of {', '.join(known)}")
+        elif (converted := _converted(name, value)) is _WRONG:
+            faults.require(False, name, value, _TYPES[name][0])
+        else:
+            values[name] = converted
+    faults.raise_if_any()
+    return SamplingParams(**values)
+
+
+_WRONG = object()
+_WHOLE, _NUMBER, _FLAG = "a whole number", "a number", "true or false"
+_TYPES: dict[str, tuple[str, Any]] = {
+    **dict.fromkeys(("max_tokens", "min_tokens", "top_k", "n"), (_WHOLE, lambda v: _is_int(v))),
+    **dict.fromkeys(
+        (
+            "temperature",
+            "top_p",
+            "min_p",
+            "repetition_penalty",
+            "presence_penalty",
+            "frequency_penalty",
+        ),
+        (_NUMBER, lambda v: _is_number(v)),
+    ),
+    **dict.fromkeys(("seed", "logprobs", "prompt_logprobs"), (f"{_WHOLE} or null", lambda v: v is None or _is_int(v))),
+    **dict.fromkeys(("ignore_eos", "echo"), (_FLAG, lambda v: isinstance(v, bool))),
+    "stop": ("a string or a list of strings", lambda v: isinstance(v, str) or _is_list(v, str)),
+    "stop_token_ids": ("a list of whole numbers", lambda v: _is_list(v, int)),
+    "logit_bias": (
+        "an object of numbers by token id",
+        lambda v: isinstance(v, dict) and all(_is_number(bias) and str(token).isdigit() for token, bias in v.items()),
+    ),
+}
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_int(value) or isinstance(value, float)
+
+
+def _is_list(value: Any, kind: type) -> bool:
+    return isinstance(value, Sequence) and all(isinstance(v, kind) and not isinstance(v, bool) for v in value)
+
+
+def _converted(name: str, value: Any) -> Any:
+    if not _TYPES[name][1](value):
+        return _WRONG
+    if name == "stop":
+        return [value] if isinstance(value, str) else list(value)
+    if name == "logit_bias":
+        return {int(token): float(bias) for token, bias in value.items()}
+    return value

@@ -1,0 +1,260 @@
+"""Prompts that begin alike are read once: a tree from token prefixes to the states behind them."""
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from bdh.generate.stepper import SequenceState
+
+_TOKEN_BYTES = array("i").itemsize
+# What a node's Python objects take, roughly: without it, a great many short prompts would count for nearly nothing.
+NODE_BYTES = 512
+_MOST_PROMPT_BYTES = 64 << 20
+
+
+@dataclass(eq=False)
+class _Node:
+    edge: "array[int]"
+    """The tokens between the parent and here; none at the root only."""
+    parent: "_Node | None" = None
+    children: dict[int, "_Node"] = field(default_factory=dict)
+    """By the first token of their edges."""
+    state: SequenceState | None = None
+    """After the tokens from the root to here, where it is stored."""
+    logits: torch.Tensor | None = None
+    is_prompt: bool = False
+    """Whether a prompt ended here that is remembered."""
+
+    @property
+    def tensor_bytes(self) -> int:
+        if self.state is None:
+            return 0
+        return self.state.nbytes + (0 if self.logits is None else self.logits.nbytes)
+
+    @property
+    def path_bytes(self) -> int:
+        return len(self.edge) * _TOKEN_BYTES + NODE_BYTES
+
+
+class PrefixCache:
+    """States by the tokens that led to them, within a bound of bytes; the least recently used ones go first.
+
+    The tokens of prompts are remembered without a state too, so that a prefix that two prompts share is noticed
+    with the second one. They count, and have a bound of their own within the other.
+
+    Not for several threads: an engine uses it from the thread that steps.
+
+    Args:
+        max_bytes: of states, logits, tokens, and 512 for each node of the tree.
+        max_prompt_bytes: prompts without a state are forgotten, the oldest first, while tokens and nodes take more
+            than this. By default a 64th of ``max_bytes``, and at most 64 MiB.
+
+    Attributes:
+        hits, misses: lookups that found a prefix, and that found none.
+        tokens_saved: tokens that need not be read, over all hits.
+        evictions: states dropped for others.
+        rejections: states not stored, being larger than all of the cache.
+    """
+
+    def __init__(self, max_bytes: int, *, max_prompt_bytes: int | None = None):
+        if max_bytes < 0:
+            raise ValueError(f"max_bytes is {max_bytes}: must be at least 0")
+        if max_prompt_bytes is None:
+            max_prompt_bytes = min(max_bytes // 64, _MOST_PROMPT_BYTES)
+        if not 0 <= max_prompt_bytes <= max_bytes:
+            raise ValueError(
+                f"max_prompt_bytes is {max_prompt_bytes}: must be at least 0 and at most max_bytes, {max_bytes}"
+            )
+        self.max_bytes = max_bytes
+        self.max_prompt_bytes = max_prompt_bytes
+        self.hits = self.misses = self.tokens_saved = self.evictions = self.rejections = 0
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets all states and prompts; the counters stay."""
+        self._root = _Node(array("i"))
+        # Both from the least to the most recently used.
+        self._stored: OrderedDict[_Node, None] = OrderedDict()
+        self._prompts: OrderedDict[_Node, None] = OrderedDict()
+        self._tensor_bytes = 0
+        self._path_bytes = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in use; never more than ``max_bytes``."""
+        return self._tensor_bytes + self._path_bytes
+
+    @property
+    def num_entries(self) -> int:
+        """Stored states."""
+        return len(self._stored)
+
+    def find(self, tokens: Sequence[int]) -> tuple[int, SequenceState | None, torch.Tensor | None]:
+        """The longest stored prefix of ``tokens``, which may be all of them.
+
+        Returns:
+            How many tokens it has; the state behind them; and the logits of the next one, where they were stored.
+            0 and None without one. The state is the cache's own: copy it, and never advance it.
+        """
+        best, best_depth, depth = None, 0, 0
+        for node in self._walk(array("i", tokens)):
+            depth += len(node.edge)
+            if node.state is not None:
+                best, best_depth = node, depth
+        if best is None:
+            self.misses += 1
+            return 0, None, None
+        self._stored.move_to_end(best)
+        self.hits += 1
+        self.tokens_saved += best_depth
+        return best_depth, best.state, best.logits
+
+    def put(self, tokens: Sequence[int], state: SequenceState, logits: torch.Tensor | None = None) -> bool:
+        """Stores a copy of the state behind ``tokens``, in place of one that is there.
+
+        Returns:
+            Whether it was stored: not where it alone takes more than ``max_bytes``.
+
+        Raises:
+            ValueError: the state has not read as many tokens as these are, or there are none.
+        """
+        if not len(tokens) or state.position != len(tokens):
+            raise ValueError(
+                f"a state that has read {state.position} tokens cannot be that of {len(tokens)}: "
+                "must be as many, and at least 1"
+            )
+        logits_bytes = 0 if logits is None else logits.nbytes
+        alone = len(tokens) * _TOKEN_BYTES + NODE_BYTES + state.nbytes + logits_bytes
+        if alone > self.max_bytes:
+            self.rejections += 1
+            return False
+        node = self._insert(array("i", tokens))
+        self._drop_state(node)
+        # Counted before it is copied: there should never be more in memory than is allowed.
+        self._tensor_bytes += state.nbytes + logits_bytes
+        self._stored[node] = None
+        self._make_room()
+        try:
+            node.state, node.logits = state.clone(), None if logits is None else logits.clone()
+        except BaseException:  # no memory
+            self._tensor_bytes -= state.nbytes + logits_bytes
+            del self._stored[node]
+            self._prune(node)
+            raise
+        return True
+
+    def branch_point(self, tokens: Sequence[int]) -> int:
+        """How many leading tokens earlier prompts, or stored prefixes, have in common with these.
+
+        A state there would serve both. ``tokens`` are remembered, as one more prompt; of those that alone would
+        take more than ``max_prompt_bytes`` the beginning.
+        """
+        given = array("i", tokens)
+        shared = 0
+        node = self._root
+        while shared < len(given) and (child := node.children.get(given[shared])):
+            length = _common_length(child.edge, given[shared:])
+            shared += length
+            if length < len(child.edge):
+                break
+            node = child
+        room = (self.max_prompt_bytes - NODE_BYTES) // _TOKEN_BYTES
+        if given and room > 0:
+            end = self._insert(given[:room])
+            end.is_prompt = True
+            self._prompts[end] = None
+            self._prompts.move_to_end(end)
+            self._make_room()
+        return shared
+
+    def _walk(self, tokens: "array[int]") -> Iterator[_Node]:
+        """The nodes whose path is a prefix of the tokens, from the root on, without the root."""
+        node, depth = self._root, 0
+        while depth < len(tokens):
+            child = node.children.get(tokens[depth])
+            if child is None or tokens[depth : depth + len(child.edge)] != child.edge:
+                return
+            yield child
+            node, depth = child, depth + len(child.edge)
+
+    def _insert(self, tokens: "array[int]") -> _Node:
+        """The node of these tokens, which is made where there is none."""
+        node = self._root
+        while tokens:
+            child = node.children.get(tokens[0])
+            if child is None:
+                child = _Node(tokens, parent=node)
+                node.children[tokens[0]] = child
+                self._path_bytes += child.path_bytes
+                return child
+            length = _common_length(child.edge, tokens)
+            node = child if length == len(child.edge) else self._split(child, length)
+            tokens = tokens[length:]
+        return node
+
+    def _split(self, node: _Node, length: int) -> _Node:
+        """A new node in the middle of a node's edge."""
+        parent = node.parent
+        assert parent is not None
+        middle = _Node(node.edge[:length], parent, {node.edge[length]: node})
+        parent.children[node.edge[0]] = middle
+        node.edge, node.parent = node.edge[length:], middle
+        self._path_bytes += NODE_BYTES
+        return middle
+
+    def _make_room(self) -> None:
+        """Forgets what is oldest until the bounds hold, but for the newest state."""
+        while self._path_bytes > self.max_prompt_bytes and self._prompts:
+            self._forget_prompt()
+        while self.nbytes > self.max_bytes and len(self._stored) > 1:
+            oldest = next(iter(self._stored))
+            self._drop_state(oldest)
+            self._prune(oldest)
+            self.evictions += 1
+        while self.nbytes > self.max_bytes and self._prompts:
+            self._forget_prompt()
+
+    def _forget_prompt(self) -> None:
+        oldest, _ = self._prompts.popitem(last=False)
+        oldest.is_prompt = False
+        self._prune(oldest)
+
+    def _drop_state(self, node: _Node) -> None:
+        if node in self._stored:
+            self._tensor_bytes -= node.tensor_bytes
+            del self._stored[node]
+            node.state = node.logits = None
+
+    def _prune(self, node: _Node) -> None:
+        """Removes a node that nothing needs any more, and what only led to it."""
+        while node.parent is not None and node not in self._stored and not node.is_prompt:
+            parent = node.parent
+            if len(node.children) > 1:
+                return
+            if not node.children:
+                del parent.children[node.edge[0]]
+                self._path_bytes -= node.path_bytes
+                node = parent
+                continue
+            (child,) = node.children.values()
+            child.edge, child.parent = node.edge + child.edge, parent
+            parent.children[node.edge[0]] = child
+            self._path_bytes -= NODE_BYTES
+            return
+
+
+def _common_length(a: "array[int]", b: "array[int]") -> int:
+    """How many leading tokens are the same: by halves, since comparing arrays is much faster than a loop."""
+    low, high = 0, min(len(a), len(b))
+    if a[:high] == b[:high]:
+        return high
+    while high - low > 1:  # the first `low` are the same, the first `high` are not
+        middle = (low + high) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low

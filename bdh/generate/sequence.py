@@ -1,0 +1,207 @@
+"""One continuation of a request: its tokens, its text, and where it stands."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from bdh.generate.params import SamplingParams
+from bdh.generate.sampler import Sampler, TokenLogprobs, token_logprobs
+from bdh.generate.snapshot import Snapshot
+from bdh.generate.stepper import SequenceState
+from bdh.model.text import TextDecoder
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass
+class Completion:
+    """A finished continuation."""
+
+    text: str
+    """Without the prompt, unless it is to be echoed."""
+    token_ids: list[int]
+    """What was generated, the token that ended it not included."""
+    finish_reason: FinishReason
+    stop_reason: str | int | None = None
+    """The stop string, or the token, that ended it."""
+    error: str | None = None
+    """What went wrong, where the reason is error."""
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    """Tokens of the prompt that were not read, since a stored prefix had them."""
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    """One for each token of the prompt; None for the first."""
+    snapshot: Snapshot | None = None
+    """From which the sequence can go on, where that was asked for."""
+
+
+@dataclass
+class StepOutput:
+    """What a step has added to one continuation."""
+
+    request_id: int
+    index: int
+    """Which of the request's continuations, from 0."""
+    text: str = ""
+    """In whole characters. What may become a stop string is held back."""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] | None = None
+    completion: Completion | None = None
+    """With the last output of a continuation."""
+
+
+class Sequence:
+    """A continuation while it runs.
+
+    Args:
+        tokens: the prompt's, and those generated before where it goes on from a snapshot.
+        ends: tokens that end the text.
+    """
+
+    def __init__(
+        self,
+        request_id: int,
+        index: int,
+        params: SamplingParams,
+        *,
+        tokenizer: PreTrainedTokenizerFast,
+        vocab_size: int,
+        tokens: list[int],
+        num_prompt_tokens: int,
+        ends: frozenset[int],
+        snapshot: Snapshot | None = None,
+        keep_snapshot: bool = False,
+    ):
+        self.request_id, self.index, self.params = request_id, index, params
+        self.tokens, self.num_prompt_tokens = list(tokens), num_prompt_tokens
+        self.ends, self.keep_snapshot = ends, keep_snapshot
+        self.num_before = len(tokens)  # tokens that this request has not generated
+        self.state: SequenceState | None = None
+        self.pending: list[int] = list(tokens)  # not yet read by the state
+        self.logits: torch.Tensor | None = None  # behind the last token that the state has read
+        self.num_cached_tokens = 0
+        self.text = ""
+        self.logprobs: list[TokenLogprobs] | None = None if params.logprobs is None else []
+        self.prompt_logprobs: list[TokenLogprobs | None] | None = None
+        if params.prompt_logprobs is not None:
+            self.prompt_logprobs = [None]
+        self.completion: Completion | None = None
+        goes_on = snapshot is not None and len(tokens) == len(snapshot.tokens)
+        self.sampler = Sampler(
+            params,
+            vocab_size=vocab_size,
+            prompt=tokens[:num_prompt_tokens],
+            generated=tokens[num_prompt_tokens:],
+            ends=ends,
+            index=index,
+            generator_state=snapshot.generator_state if snapshot is not None and index == 0 and goes_on else None,
+        )
+        self._tokenizer = tokenizer
+        if goes_on and snapshot is not None and snapshot.decoder:
+            self._decoder = TextDecoder.from_state(tokenizer, params.stop, snapshot.decoder)
+        else:
+            self._decoder = TextDecoder(tokenizer, params.stop, context=tokens)
+        self._unsaid = self._text_of(tokens) if params.echo else ""  # comes with the first output
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - self.num_before
+
+    @property
+    def is_prompt_read(self) -> bool:
+        return not self.pending or self.num_generated > 0
+
+    def read(self, count: int, logits: torch.Tensor | None) -> None:
+        """The state has read so many of the pending tokens.
+
+        Args:
+            logits: (V,) behind them; (count, V) behind each one where the prompt's log-probabilities are wanted.
+        """
+        if self.prompt_logprobs is not None and self.num_generated == 0 and logits is not None and logits.ndim == 2:
+            start = len(self.tokens) - len(self.pending)  # of the tokens that were read
+            for row, token in zip(logits, self.tokens[start + 1 : start + count + 1], strict=False):
+                self.prompt_logprobs.append(token_logprobs(row, token, self.params.prompt_logprobs or 0))
+        if logits is not None:
+            self.logits = logits[-1] if logits.ndim == 2 else logits
+        del self.pending[:count]
+
+    def draw(self) -> StepOutput:
+        """Samples a token behind the last one.
+
+        Raises:
+            ValueError: the logits leave none.
+        """
+        assert self.logits is not None
+        token = self.sampler.sample(self.logits)
+        output = self._new_output()
+        if token in self.ends and self.num_generated >= self.params.min_tokens:
+            self._finish("stop", output, stop_reason=token)
+            return output
+        self.tokens.append(token)
+        self.pending.append(token)
+        output.token_ids = [token]
+        if self.logprobs is not None:
+            entry = token_logprobs(self.logits, token, self.params.logprobs or 0)
+            self.logprobs.append(entry)
+            output.logprobs = [entry]
+        output.text += self._decoder.push([token], stops=self.num_generated > self.params.min_tokens)
+        if self._decoder.stopped:
+            self._finish("stop", output, stop_reason=self._decoder.stopped_by)
+        elif self.num_generated >= self.params.max_tokens:
+            self._finish("length", output)
+        else:
+            self.text += output.text
+        return output
+
+    def end(self, reason: FinishReason, error: str | None = None) -> StepOutput:
+        """Ends it before its time, or before its first token."""
+        output = self._new_output()
+        self._finish(reason, output, error=error)
+        return output
+
+    def _new_output(self) -> StepOutput:
+        output = StepOutput(self.request_id, self.index, self._unsaid)
+        self._unsaid = ""
+        return output
+
+    def _finish(
+        self,
+        reason: FinishReason,
+        output: StepOutput,
+        *,
+        stop_reason: str | int | None = None,
+        error: str | None = None,
+    ) -> None:
+        decoder = self._decoder.state()
+        output.text += self._decoder.flush()
+        snapshot = None
+        if self.keep_snapshot and self.state is not None and reason != "error":
+            snapshot = Snapshot(
+                state=self.state.clone(),
+                tokens=list(self.tokens),
+                logits=None if self.logits is None else self.logits.clone(),
+                generator_state=self.sampler.generator.get_state(),
+                num_prompt_tokens=self.num_prompt_tokens,
+                pending=list(self.pending),
+                decoder=decoder,
+            )
+        self.text += output.text
+        self.completion = output.completion = Completion(
+            text=self.text,
+            token_ids=self.tokens[self.num_before :],
+            finish_reason=reason,
+            stop_reason=stop_reason,
+            error=error,
+            num_prompt_tokens=self.num_before,
+            num_cached_tokens=self.num_cached_tokens,
+            logprobs=self.logprobs,
+            prompt_logprobs=self.prompt_logprobs,
+            snapshot=snapshot,
+        )
+
+    def _text_of(self, tokens: list[int]) -> str:
+        decoder = TextDecoder(self._tokenizer)
+        return decoder.push(tokens) + decoder.flush()

@@ -1,0 +1,204 @@
+"""A sequence as a thing: everything that its continuation depends on, in memory and in a file."""
+
+import hashlib
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from bdh.generate.stepper import SequenceState
+from bdh.model.fingerprint import Identity, identity, model_name
+from bdh.model.modeling import BDHForCausalLM
+from bdh.storage import whole_file
+
+_FORMAT_NAME = "bdh-snapshot-"
+FILE_FORMAT = f"{_FORMAT_NAME}1"
+# Stands in the file where its checksum comes, while that is computed.
+_NO_CHECKSUM = "0" * 64
+_BLOCK_BYTES = 1 << 20
+
+
+@dataclass
+class Snapshot:
+    """A sequence at one point of its generation. Going on from it is going on as if it had never stopped."""
+
+    state: SequenceState
+    """What the model remembers, and the position."""
+    tokens: list[int]
+    """All tokens of the sequence so far, the prompt's first; penalties are counted from them."""
+    logits: torch.Tensor | None
+    """Float32, (V,): of the token behind the last one that the state has read; None before the first."""
+    generator_state: torch.Tensor | None = None
+    """Of the sequence's ``torch.Generator``; None where nothing is drawn."""
+    num_prompt_tokens: int = 0
+    """How many of the tokens were given, and not generated."""
+    pending: list[int] = field(default_factory=list)
+    """The last of ``tokens``, where the state has not read them yet."""
+    decoder: dict[str, Any] = field(default_factory=dict)
+    """The text decoder: what it holds back. In JSON's types."""
+    notes: dict[str, Any] = field(default_factory=dict)
+    """What else its owner wants to find in the file: the messages of a conversation, say. In JSON's types."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of the tensors: nearly all of it."""
+        return sum(tensor.nbytes for tensor in (self.logits, self.generator_state) if tensor is not None) + (
+            self.state.nbytes
+        )
+
+    def clone(self) -> "Snapshot":
+        """A copy that shares no memory with this one: a fork of the sequence."""
+        return replace(
+            self,
+            state=self.state.clone(),
+            tokens=list(self.tokens),
+            logits=None if self.logits is None else self.logits.clone(),
+            generator_state=None if self.generator_state is None else self.generator_state.clone(),
+            pending=list(self.pending),
+            decoder=_copied(self.decoder),
+            notes=_copied(self.notes),
+        )
+
+    def save(self, path: str | Path, model: BDHForCausalLM) -> None:
+        """Writes a safetensors file, which is replaced as a whole, for the model whose sequence this is.
+
+        Raises:
+            DiskFullError: there is no room for it; a file that was there before stays.
+            FileNotFoundError: there is no such folder.
+        """
+        path = Path(path)
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"there is no folder {path.parent} for the snapshot {path.name}")
+        known = identity(model)
+        tensors = {f"state.{name}": tensor for name, tensor in self.state.tensors.items()}
+        tensors["tokens"] = torch.tensor(self.tokens, dtype=torch.int64)
+        tensors |= {
+            name: tensor
+            for name, tensor in (("logits", self.logits), ("generator_state", self.generator_state))
+            if tensor is not None
+        }
+        facts = {
+            "kind": self.state.kind,
+            "position": self.state.position,
+            "num_prompt_tokens": self.num_prompt_tokens,
+            "pending": self.pending,
+            "decoder": self.decoder,
+            "notes": self.notes,
+            "model": {"name": model_name(model), "configuration": known.configuration, "weights": known.weights},
+        }
+        metadata = {"format": FILE_FORMAT, "facts": json.dumps(facts, sort_keys=True), "checksum": _NO_CHECKSUM}
+        with whole_file(path) as temporary:
+            save_file({name: _own_memory(tensor) for name, tensor in tensors.items()}, temporary, metadata=metadata)
+            with temporary.open("r+b") as file:
+                place = _place_of_checksum(file, _NO_CHECKSUM)
+                checksum = _checksum(file, place)
+                file.seek(place)
+                file.write(checksum.encode())
+
+    @classmethod
+    def load(cls, path: str | Path, model: BDHForCausalLM) -> "Snapshot":
+        """Reads a file that ``save`` wrote, onto the model's device.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is cut off, altered, or holds something else; or it is of another model.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no snapshot file {path}")
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FILE_FORMAT:
+                    raise ValueError(
+                        f"{path} is not a snapshot that this version reads: its format is "
+                        f"{metadata.get('format')!r}, not {FILE_FORMAT!r}"
+                    )
+                _check(path, metadata.get("checksum", ""))
+                facts = json.loads(metadata["facts"])
+                _refuse_others(path, model, facts["model"])
+                # Copied, since what safetensors gives is the mapped file, which may change.
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a complete snapshot file: {error}") from error
+        state = SequenceState(
+            facts["kind"],
+            {
+                name.removeprefix("state."): tensor.to(model.device)
+                for name, tensor in tensors.items()
+                if name.startswith("state.")
+            },
+            facts["position"],
+        )
+        return cls(
+            state=state,
+            tokens=tensors["tokens"].tolist(),
+            logits=tensors.get("logits"),
+            generator_state=tensors.get("generator_state"),
+            num_prompt_tokens=facts["num_prompt_tokens"],
+            pending=facts["pending"],
+            decoder=facts["decoder"],
+            notes=facts["notes"],
+        )
+
+
+def is_snapshot(path: Path) -> bool:
+    """Whether a file is a snapshot, of whatever model, so far as its header tells."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return str((file.metadata() or {}).get("format", "")).startswith(_FORMAT_NAME)
+    except (SafetensorError, OSError):
+        return False
+
+
+def _refuse_others(path: Path, model: BDHForCausalLM, stored: dict[str, Any]) -> None:
+    here, there = identity(model), Identity(stored["configuration"], stored["weights"])
+    if difference := here.difference(there):
+        of_which = f" {stored['name']}" if stored["name"] else ""
+        raise ValueError(
+            f"{path} is a snapshot of another model{of_which} (fingerprint {there.fingerprint[:12]}, this model's is "
+            f"{here.fingerprint[:12]}): {difference}"
+        )
+
+
+def _check(path: Path, stored: str) -> None:
+    """Raises a ``ValueError`` unless the file holds what was written."""
+    with path.open("rb") as file:
+        place = _place_of_checksum(file, stored)
+        if len(stored) != len(_NO_CHECKSUM) or place < 0 or _checksum(file, place) != stored:
+            raise ValueError(
+                f"{path} has been altered since it was written, or the disk has damaged it: its checksum is wrong"
+            )
+
+
+def _place_of_checksum(file: BinaryIO, checksum: str) -> int:
+    """Where in the file's header it stands; -1 for nowhere."""
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")  # of the header, which is JSON
+    at = file.read(length).find(b'"checksum":"' + checksum.encode() + b'"')
+    return at if at < 0 else 8 + at + len(b'"checksum":"')
+
+
+def _checksum(file: BinaryIO, place: int) -> str:
+    """SHA-256, in hex, of the whole file but for the checksum itself, which stands at ``place``."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    digest.update(file.read(place))
+    file.seek(place + len(_NO_CHECKSUM))
+    while block := file.read(_BLOCK_BYTES):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _own_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor as safetensors takes it: on the CPU, in one piece, and not a part of another one's memory."""
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+def _copied(facts: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(facts))

@@ -1,0 +1,104 @@
+"""Which model this is: a number of its function, so that what one model remembers is not given to another."""
+
+import hashlib
+import json
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bdh.model.modeling import BDHForCausalLM
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What makes a model the one that it is."""
+
+    configuration: dict[str, Any]
+    """Those fields of its configuration that define its function, in JSON's types."""
+    weights: str
+    """SHA-256 of the weights: names, types, shapes and bytes. In hex."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of both, in hex."""
+        content = json.dumps([self.configuration, self.weights], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def difference(self, other: "Identity") -> str:
+        """How ``other`` differs, for a person; empty where it does not."""
+        theirs = other.configuration
+        fields = [
+            f"{name} is {theirs.get(name)} there and {value} here"
+            for name, value in self.configuration.items()
+            if theirs.get(name) != value
+        ]
+        if fields:
+            return "another configuration: " + ", ".join(fields)
+        return "" if self.weights == other.weights else "the same configuration with other weights"
+
+
+def fingerprint(model: BDHForCausalLM) -> str:
+    """SHA-256, in hex, of what defines a model's function: sizes, constants and weights.
+
+    It does not depend on where the model was loaded from, nor on its device. See :func:`identity`.
+    """
+    return identity(model).fingerprint
+
+
+def identity(model: BDHForCausalLM) -> Identity:
+    """Of a model as it is now.
+
+    The weights are read once for each model, and again when one of them has been replaced or changed in place.
+    What is written behind autograd's back, through ``weight.data``, is not seen.
+    """
+    weights = dict(sorted(model.state_dict(keep_vars=True).items()))
+    versions = tuple(_version(name, tensor) for name, tensor in weights.items())
+    known = _known.get(model)
+    if known is None or None in versions or known[0] != versions:
+        known = (versions, _digest(weights))
+        _known[model] = known
+    return Identity(_configuration(model), known[1])
+
+
+# For each model that lives the versions of its weights, and their digest.
+_known: "weakref.WeakKeyDictionary[BDHForCausalLM, tuple[Any, str]]" = weakref.WeakKeyDictionary()
+
+
+def _configuration(model: BDHForCausalLM) -> dict[str, Any]:
+    """Numbers in one form each: 65536 and 65536.0 are the same base, and a decay can be written in several ways."""
+    config = model.config
+    half_lives = config.half_lives
+    return {
+        "vocab_size": config.vocab_size,
+        "n_embd": config.n_embd,
+        "n_head": config.n_head,
+        "n_layer": config.n_layer,
+        "neurons_per_head": config.neurons_per_head,
+        "rope_theta": float(config.rope_theta),
+        "layer_norm_eps": float(config.layer_norm_eps),
+        "half_lives": None if half_lives is None else [str(float(life)) for life in half_lives],  # JSON has no inf
+    }
+
+
+def _version(name: str, tensor: torch.Tensor) -> Any:
+    """Changes with the tensor; None where nobody counts its changes."""
+    if tensor.is_inference():
+        return None
+    return name, tensor.data_ptr(), tensor._version, tensor.dtype, tuple(tensor.shape), str(tensor.device)
+
+
+def _digest(weights: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in weights.items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        content = tensor.detach().cpu().contiguous().flatten()
+        digest.update(content.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def model_name(model: BDHForCausalLM) -> str:
+    """What people call the model: its hub id or folder's name; empty for one that was never stored."""
+    return Path(model.config.name_or_path or "").name
