@@ -49,3 +49,25 @@ def test_random_kills_lose_nothing(tmp_path, monkeypatch, more):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert "losses, samples and weights are those of the undisturbed run, to the bit" in done.stdout, done.stdout
     assert done.returncode == 0
+
+
+@pytest.mark.slow
+def test_window_compares_with_reading_again(tmp_path, monkeypatch):
+    import torch
+
+    from bdh import BDHConfig, BDHForCausalLM
+    from bdh.tokenizer import byte_tokenizer
+
+    monkeypatch.setenv("BDH_CACHE", str(tmp_path / "cache"))
+    torch.manual_seed(0)
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "mlp_internal_dim_multiplier": 4, "vocab_size": 256}
+    BDHForCausalLM(BDHConfig(**sizes, initializer_range=0.3)).save_pretrained(tmp_path / "m")
+    byte_tokenizer().save_pretrained(tmp_path / "m")
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 300)
+    command = [sys.executable, "benchmarks/window.py", str(tmp_path / "m"), "--source", str(tmp_path / "text.txt")]
+    command += ["--window", "16", "--stretches", "3", "--stretch_tokens", "100"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    # A model of one pass sees the same either way; logits of float32 sums in another order.
+    (difference,) = re.findall(r"mean difference ([+-]\d\.\d{4}) nats", done.stdout)
+    assert abs(float(difference)) <= 0.0001
+    assert len(re.findall(r"^ +[\d,]+ +100 +\d\.\d{4} +\d\.\d{4} +[+-]", done.stdout, re.MULTILINE)) == 3
