@@ -9,6 +9,8 @@ import pytest
 def pytest_configure(config):
     # Before anything imports huggingface_hub, which reads it once.
     os.environ["HF_HUB_OFFLINE"] = "1"
+    # Before torch loads OpenMP: threads that wait actively are slow beside other programs, and several tests start some.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
     import torch
 

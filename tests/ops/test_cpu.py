@@ -150,6 +150,18 @@ def test_threads_follow_torch():
         torch.set_num_threads(before)
 
 
+def test_the_first_launch_leaves_torchs_threads_alone():
+    """numba asked the OpenMP that both share for all cores."""
+    program = (
+        "import torch; torch.set_num_threads(1); from bdh import BDHConfig, BDHForCausalLM\n"
+        "from bdh.generate.stepper import Feed, make_stepper\n"
+        "stepper = make_stepper(BDHForCausalLM(BDHConfig(n_embd=8, n_head=1, n_layer=1)))\n"
+        "stepper.step([Feed(stepper.new_state(), [1])]); print(torch.get_num_threads())\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "1"
+
+
 def test_a_compilation_says_that_it_compiles_and_how_long_it_took():
     said = []
     compiled(lambda: time.sleep(0.8), said.append)

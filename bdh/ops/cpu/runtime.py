@@ -60,7 +60,7 @@ def compiled(run: Callable[[], None], announce: Announce = to_stderr) -> float:
     Returns:
         The seconds that it took.
     """
-    start = time.perf_counter()
+    start, threads = time.perf_counter(), torch.get_num_threads()
     begun = threading.Timer(_PATIENCE_SECONDS, announce, ["compiling the kernels for this processor, once ..."])
     begun.daemon = True
     begun.start()
@@ -68,6 +68,8 @@ def compiled(run: Callable[[], None], announce: Announce = to_stderr) -> float:
         run()
     finally:
         begun.cancel()
+        # numba and torch share OpenMP, and numba's first launch asks it for all cores.
+        torch.set_num_threads(threads)
     begun.join()
     seconds = time.perf_counter() - start
     if seconds > _PATIENCE_SECONDS:
