@@ -1,7 +1,9 @@
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -103,6 +105,16 @@ def test_every_stop_string_counts_and_is_text(model_folder, capsys):
         (["--prompt", "a", "--seed", str(2**64)], f"seed is {2**64}: must be from -2**63 to 2**64 - 1"),
         (["--prompt", "a", "--top_p", "2", "--max_new_tokens", "0"], "2 settings are wrong"),
         (["--prompts_file", "nowhere.txt"], "nowhere.txt"),
+        (["--prompt", "a", "--min_tokens", "300"], "min_tokens is 300: must be within 0 and max_tokens"),
+        (
+            ["--prompt", "a", "--num_beams", "2", "--min_tokens", "3"],
+            "min_tokens is 3: must be left out with num_beams",
+        ),
+        (["--prompt", "a", "--logprobs", "2"], "logprobs is 2: must be given with output"),
+        (["--prompt", "a", "--resume", "true"], "resume is True: must be given with output"),
+        (["--prompt", "a", "--logit_bias", "{999: 1}"], "logit_bias is [999]: must be token ids within 0 and 255"),
+        (["--prompt", "a", "--engine.max_state_bytes", "10"], "max_state_bytes is 10: must be at least"),
+        (["--prompt", "a", "--engine.path", "gpu"], "engine.path is 'gpu': must be one of auto, kernels, torch"),
         (["--prompt", "a", "--checkpoint", "best"], "is not a run: leave it out"),
         (["--prompt", "a", "--temprature", "1"], "did you mean temperature?"),
     ],
@@ -112,6 +124,84 @@ def test_bad_input_gets_status_2_and_says_why(model_folder, capsys, argv, messag
     shown = capsys.readouterr()
     assert message in shown.err
     assert shown.out == ""
+
+
+def write_prompts(path, count):
+    lines = [{"id": number, "prompt": f"prompt {number}", "seed": number} for number in range(count)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_an_interrupted_output_is_gone_on_with_and_ends_as_if_it_had_not_been(model_folder, tmp_path, capsys):
+    prompts, output = write_prompts(tmp_path / "prompts.jsonl", 12), tmp_path / "out.jsonl"
+    argv = (model_folder, "--prompts_file", prompts, "--output", output, "--max_new_tokens", 10)
+    assert generate(*argv) == 0
+    whole = output.read_bytes()
+    assert [json.loads(line)["id"] for line in whole.splitlines()] == list(range(12))
+    for size in (0, 1, len(whole) // 2, len(whole) - 1, len(whole)):
+        output.write_bytes(whole[:size])
+        assert generate(*argv, "--resume") == 0
+        assert output.read_bytes() == whole
+    assert "12 of 12 prompts are done" in capsys.readouterr().err
+    output.unlink()
+    assert generate(*argv, "--resume") == 0  # nothing to go on with yet
+    assert output.read_bytes() == whole
+
+
+@pytest.mark.slow
+def test_a_kill_loses_nothing_that_was_finished(model_folder, tmp_path):
+    prompts, output = write_prompts(tmp_path / "prompts.jsonl", 300), tmp_path / "out.jsonl"
+    flags = ["--prompts_file", str(prompts), "--output", str(output), "--max_new_tokens", "200"]
+    argv = [sys.executable, "-m", "bdh", "generate", str(model_folder), *flags]
+    process = subprocess.Popen(argv, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (output.exists() and output.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    before = output.read_bytes()
+    finished = before[: before.rfind(b"\n") + 1]
+    assert 0 < finished.count(b"\n") < 300
+    assert generate(*argv[4:], "--resume") == 0
+    after = output.read_bytes()
+    assert after.startswith(finished)
+    assert [json.loads(line)["id"] for line in after.splitlines()] == list(range(300))
+
+
+def test_an_interruption_says_how_to_go_on(model_folder, tmp_path):
+    prompts, output = write_prompts(tmp_path / "prompts.jsonl", 300), tmp_path / "out.jsonl"
+    flags = ["--prompts_file", str(prompts), "--output", str(output), "--max_new_tokens", "200"]
+    argv = [sys.executable, "-m", "bdh", "generate", str(model_folder), *flags]
+    process = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (output.exists() and output.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command with --resume goes on" in errors
+    assert output.read_bytes().endswith(b"\n")
+
+
+def test_results_carry_what_was_asked_for(model_folder, tmp_path):
+    output = tmp_path / "out.jsonl"
+    flags = ("--max_new_tokens", 3, "--temperature", 0, "--logprobs", 2, "--prompt_logprobs", 0, "--echo", "true")
+    assert generate(model_folder, "--prompt", "abc", "--output", output, *flags) == 0
+    row = json.loads(output.read_text())
+    assert row["text"].startswith("abc")
+    assert (row["finish_reason"], row["num_tokens"]) == ("length", 3)
+    assert [entry and entry["token"] for entry in row["prompt_logprobs"]] == [None, ord("b"), ord("c")]
+    assert [len(entry["top"]) for entry in row["logprobs"]] == [2, 2, 2]
+    assert all(entry["token"] == entry["top"][0][0] for entry in row["logprobs"])  # greedy
+
+
+def test_the_path_taken_is_said(model_folder, capsys):
+    assert generate(model_folder, "--prompt", "a", "--max_new_tokens", 2) == 0
+    assert "steps by sparse kernels on the cpu" in capsys.readouterr().err
+    assert generate(model_folder, "--prompt", "a", "--max_new_tokens", 2, "--engine.path", "torch") == 0
+    assert "steps by torch on cpu" in capsys.readouterr().err
+    assert generate(model_folder, "--prompt", "a", "--max_new_tokens", 2, "--engine.window", 4) == 0
+    assert "a window of 4 tokens" in capsys.readouterr().err
 
 
 def test_an_existing_output_is_not_overwritten(model_folder, tmp_path, capsys):
