@@ -1,4 +1,8 @@
+import json
 import random
+import subprocess
+import sys
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -315,6 +319,7 @@ def test_an_empty_prompt_begins_with_the_token_that_texts_begin_with(make_model,
 
 def test_a_snapshot_goes_on_as_if_it_had_never_stopped(make_engine):
     params = SamplingParams(max_tokens=40, seed=6, frequency_penalty=0.3, repetition_penalty=1.1, logprobs=1)
+    params.logit_bias = dict.fromkeys(range(128, 256), -1000.0)  # no characters of several bytes, cut in their middle
     whole = make_engine().generate("A prompt", params)[0][0]
     engine = make_engine()
     params.max_tokens = 15
@@ -333,6 +338,36 @@ def test_a_snapshot_goes_on_as_if_it_had_never_stopped(make_engine):
         assert part.logprobs + rest.logprobs == whole.logprobs
     assert torch.equal(part.snapshot.state.tensors["sums"], before)
     assert other.stats().prompt_tokens == 2  # the one token that was pending, each time
+
+
+def test_a_saved_sequence_goes_on_in_another_process(byte_model, tokenizer, make_engine, tmp_path):
+    """Bit for bit: tokens and log-probabilities, sampled with penalties."""
+    byte_model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    params = SamplingParams(max_tokens=40, seed=6, presence_penalty=0.3, top_p=0.95, logprobs=2)
+    whole = make_engine().generate("A prompt", params)[0][0]
+    engine = make_engine()
+    engine.add_request("A prompt", SamplingParams(**{**vars(params), "max_tokens": 15}), keep_snapshot=True)
+    _, found = drained(engine)
+    (part,) = found.values()
+    part.snapshot.save(tmp_path / "part.safetensors", byte_model)
+    program = (
+        "import sys, json; from dataclasses import asdict; from pathlib import Path\n"
+        "from bdh.train.models import load_model; from bdh.generate.engine import Engine\n"
+        "from bdh.generate.params import SamplingParams; from bdh.generate.snapshot import Snapshot\n"
+        "folder = Path(sys.argv[1]); model, tokenizer = load_model(str(folder / 'model')); engine = Engine(model, tokenizer)\n"
+        "params = SamplingParams(max_tokens=25, seed=6, presence_penalty=0.3, top_p=0.95, logprobs=2)\n"
+        "engine.add_request(None, params, snapshot=Snapshot.load(folder / 'part.safetensors', model))\n"
+        "while engine.has_work:\n"
+        "    for output in engine.step():\n"
+        "        if output.completion: print(json.dumps([output.completion.token_ids, [asdict(e) for e in "
+        "output.completion.logprobs]]))\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
+    token_ids, logprobs = json.loads(run.stdout)
+    assert part.token_ids + token_ids == whole.token_ids
+    expected = [asdict(entry) for entry in whole.logprobs[15:]]
+    assert logprobs == json.loads(json.dumps(expected))
 
 
 def test_text_can_follow_a_snapshot(make_engine):

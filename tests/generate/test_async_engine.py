@@ -1,0 +1,173 @@
+import asyncio
+import random
+import threading
+
+import pytest
+
+from bdh.generate.async_engine import AsyncEngine
+from bdh.generate.config import EngineConfig
+from bdh.generate.engine import Engine
+from bdh.generate.params import SamplingParams
+from bdh.generate.stepper import TorchStepper
+
+
+@pytest.fixture
+def make_front(byte_model, tokenizer):
+    made = []
+
+    def make(stepper=None, **config):
+        made.append(AsyncEngine(Engine(byte_model, tokenizer, config=EngineConfig(**config), stepper=stepper)))
+        return made[-1]
+
+    yield make
+    for front in made:
+        front.close()
+
+
+@pytest.fixture
+def front(make_front):
+    return make_front()
+
+
+async def idle(front):
+    """Waits until the engine has nothing to do."""
+    for _ in range(2000):
+        if not front.engine.has_work:
+            return
+        await asyncio.sleep(0.005)
+    raise AssertionError("the engine goes on")
+
+
+def test_many_tasks_get_what_each_gets_alone(make_front, byte_model, tokenizer):
+    requests = [
+        (f"prompt {i} " * (1 + i % 3), SamplingParams(max_tokens=5 + i, seed=i, n=1 + i % 2)) for i in range(12)
+    ]
+    engine = Engine(byte_model, tokenizer)
+    alone = [[c.text for c in engine.generate([prompt], params)[0]] for prompt, params in requests]
+    front = make_front(max_running=5)
+
+    async def ask(prompt, params):
+        return [completion.text for completion in await front.generate(prompt, params)]
+
+    async def ask_all():
+        return await asyncio.gather(*(ask(*request) for request in requests))
+
+    assert asyncio.run(ask_all()) == alone
+    assert asyncio.run(ask_all()) == alone  # from another event loop too
+
+
+def test_a_stream_gives_the_text_as_it_comes(front):
+    async def run():
+        pieces = [output async for output in front.stream("abc", SamplingParams(max_tokens=20, seed=1))]
+        whole = await front.generate("abc", SamplingParams(max_tokens=20, seed=1))
+        assert "".join(piece.text for piece in pieces) == whole[0].text
+        assert len(pieces) == 20
+
+    asyncio.run(run())
+
+
+def test_leaving_a_stream_ends_its_request(front):
+    async def run():
+        stream = front.stream("abc", SamplingParams(max_tokens=10**6, ignore_eos=True))
+        async for _ in stream:
+            break
+        await stream.aclose()
+        await idle(front)
+
+    asyncio.run(run())
+    assert front.engine.stats().state_bytes == 0
+    assert front.engine.stats().finished == {"abort": 1}
+
+
+def test_a_cancelled_task_ends_its_request_wherever_it_stood(front):
+    async def run():
+        draw = random.Random(1)
+        for _ in range(20):
+            task = asyncio.create_task(front.generate("abc", SamplingParams(max_tokens=10**6, ignore_eos=True)))
+            await asyncio.sleep(draw.choice([0, 0, 0.001, 0.01]))
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        await idle(front)
+
+    asyncio.run(run())
+    assert front.engine.stats().state_bytes == 0
+    assert front._receivers == {}
+
+
+def test_wrong_requests_are_told_to_those_who_made_them(front):
+    async def run():
+        with pytest.raises(ValueError, match="temperature is -1"):
+            await front.generate("abc", SamplingParams(temperature=-1))
+        with pytest.raises(ValueError, match="the prompt is empty"):
+            await front.generate("")
+        assert len(await front.generate("abc", SamplingParams(max_tokens=2))) == 1
+
+    asyncio.run(run())
+
+
+def test_an_error_of_one_request_comes_with_its_completion(make_front, byte_model):
+    class Failing(TorchStepper):
+        def _step(self, feeds):
+            if any(ord("Z") in feed.tokens for feed in feeds):
+                raise RuntimeError("no Z today")
+            return super()._step(feeds)
+
+    front = make_front(stepper=Failing(byte_model))
+
+    async def run():
+        params = SamplingParams(max_tokens=5, temperature=0, logit_bias={ord("Z"): -1000.0})
+        bad, good = await asyncio.gather(front.generate("Z", params), front.generate("a", params))
+        assert (bad[0].finish_reason, bad[0].error) == ("error", "no Z today")
+        assert good[0].finish_reason == "length"
+
+    asyncio.run(run())
+
+
+def test_a_failed_engine_tells_everyone(make_front, monkeypatch):
+    front = make_front()
+
+    async def run():
+        waiting = asyncio.create_task(front.generate("abc", SamplingParams(max_tokens=10**6, ignore_eos=True)))
+        while not front.engine.has_work:
+            await asyncio.sleep(0.001)
+
+        def fail():
+            raise MemoryError("no memory for anything")
+
+        monkeypatch.setattr(front.engine, "step", fail)
+        with pytest.raises(RuntimeError, match="the engine has failed: no memory for anything"):
+            await waiting
+        with pytest.raises(RuntimeError, match="the engine has failed"):
+            await front.generate("abc")
+
+    asyncio.run(run())
+    front._thread.join(10)
+    assert not front._thread.is_alive()
+
+
+def test_closing_ends_what_runs(make_front):
+    front = make_front()
+
+    async def run():
+        waiting = asyncio.create_task(front.generate("abc", SamplingParams(max_tokens=10**6, ignore_eos=True)))
+        while not front.engine.has_work:
+            await asyncio.sleep(0.001)
+        await asyncio.to_thread(front.close)
+        with pytest.raises(RuntimeError, match="closed"):
+            await waiting
+        with pytest.raises(RuntimeError, match="the engine is closed"):
+            await front.generate("abc")
+
+    asyncio.run(run())
+    assert all(thread.name != "bdh-engine" or thread is not front._thread for thread in threading.enumerate())
+
+
+def test_a_snapshot_goes_on_through_the_front(front):
+    async def run():
+        (part,) = await front.generate("abc", SamplingParams(max_tokens=8, seed=3), keep_snapshot=True)
+        (rest,) = await front.generate(None, SamplingParams(max_tokens=8, seed=3), snapshot=part.snapshot)
+        (whole,) = await front.generate("abc", SamplingParams(max_tokens=16, seed=3))
+        assert part.token_ids + rest.token_ids == whole.token_ids
+
+    asyncio.run(run())
