@@ -2,18 +2,27 @@ from pathlib import Path
 
 import pytest
 
+from bdh.cli.generate import GenerateSettings
 from bdh.cli.settings import parse_settings
 from bdh.train.config import RunSettings
 
 FOLDER = Path(__file__).parent.parent / "configs"
-# Of runs; talk.yaml has settings of `bdh chat`, and tests/cli/test_chat.py reads it.
-CONFIGS = sorted(set(FOLDER.glob("*.yaml")) - {FOLDER / "talk.yaml"})
+OF_COMMANDS = {"talk": "chat", "generate": "generate"}
+"""Settings of other commands than `bdh train`. tests/cli/test_chat.py reads the first one."""
+CONFIGS = sorted(path for path in FOLDER.glob("*.yaml") if path.stem not in OF_COMMANDS)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_configuration_is_valid(path):
     settings = parse_settings(RunSettings, ["--config", str(path)], prog="bdh train", description="")
     assert settings.model.n_embd > 0
+
+
+def test_the_configuration_of_generate_is_valid():
+    argv = ["model", "--prompt", "a", "--config", str(FOLDER / "generate.yaml")]
+    settings = parse_settings(GenerateSettings, argv, prog="bdh generate", description="", positionals=("model",))
+    assert settings.engine.weights == "bfloat16"
+    assert settings.params().stop == ["\n\n"]
 
 
 @pytest.mark.parametrize(
