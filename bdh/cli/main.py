@@ -12,6 +12,7 @@ COMMANDS = {
     "train": "train a model, or go on with a run",
     "generate": "continue prompts",
     "chat": "talk with a model, or write a text together",
+    "bench": "measure the speed of a model, next to baselines",
     "eval": "measure a model on a text, on tasks, or on what it recalls",
     "tokenizer": "train a tokenizer",
     "export": "write a run's weights as a model folder",
