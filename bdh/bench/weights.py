@@ -100,7 +100,7 @@ def densities(model: BDHForCausalLM, tokens: torch.Tensor) -> list[Density]:
     found = []
     for _ in range(config.n_layer):
         x = torch.relu(v[:, None] @ weights.encoder)  # (1, H, T, N)
-        a = naive.attention(naive.rope(x, positions, config.rope_theta), v)
+        a = naive.attention(naive.rope(x, positions, config.rope_theta), v, half_lives=half_lives(model))
         y = torch.relu(naive.layer_norm(a, config.layer_norm_eps) @ weights.encoder_v)
         z = x * y
         fires = (x > 0)[:, :, first:]
@@ -125,4 +125,24 @@ def naive_weights(model: BDHForCausalLM) -> naive.Weights:
         encoder_v=torch.stack([head.weight.detach().t() for head in model.encoder_v]),  # type: ignore[operator]
         decoder=model.decoder.weight.detach().t(),
         lm_head=model.lm_head.weight.detach().t(),
+    )
+
+
+def half_lives(model: BDHForCausalLM) -> torch.Tensor | None:
+    """As :mod:`bdh.ops.naive` takes them, (H,)."""
+    lives = model.config.half_lives
+    return None if lives is None else torch.tensor(lives)
+
+
+@torch.no_grad()
+def naive_logits(model: BDHForCausalLM, tokens: torch.Tensor, weights: naive.Weights | None = None) -> torch.Tensor:
+    """Logits (B, T, V) of :func:`bdh.ops.naive.forward` for ``tokens`` (B, T); ``weights`` spares making them again."""
+    config = model.config
+    return naive.forward(
+        tokens,
+        weights or naive_weights(model),
+        config.n_layer,
+        theta=config.rope_theta,
+        eps=config.layer_norm_eps,
+        half_lives=half_lives(model),
     )
