@@ -133,7 +133,7 @@ def _made(settings: BenchSettings) -> "BDHForCausalLM":
     from bdh.model.configuration import BDHConfig
 
     _tell("making a model whose neurons fire sparsely")
-    return sparse_model(BDHConfig(**settings.sizes()), settings.seed)
+    return sparse_model(BDHConfig(**settings.sizes()), settings.seed)  # type: ignore[arg-type]  # sizes are its only keys
 
 
 def _tell(stage: str) -> None:
