@@ -1,73 +1,131 @@
-"""What the kernels are measured against: forms of the same model, and a transformer of its size."""
+"""What the sparse kernels are compared with. Each reads one token, and says which one is likeliest to follow.
 
-from collections.abc import Callable
+Tokens are given to all of them, rather than each one's own continued, so that all do the work of the same text.
+"""
+
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
-from bdh.bench.weights import naive_weights
-from bdh.generate.stepper import Feed, TorchStepper
+from bdh.bench.weights import naive_logits, naive_weights
+from bdh.generate.stepper import Feed, SequenceState, Stepper
 from bdh.model.modeling import BDHForCausalLM
-from bdh.ops import naive
-
-Step = Callable[[], object]
-
-
-class AllocatingStepper(TorchStepper):
-    """The dense recurrent step that makes a new state for each token, ``S = S + k v^T``, as public ports do."""
-
-    def _attend(self, feed: Feed, index: int, q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        kept = self._states(feed)
-        sums = kept[index]
-        a = (q[:, None] @ sums)[:, 0]
-        kept[index] = sums + q[:, :, None] * v.to(q.dtype)
-        return a
-
-    def _states(self, feed: Feed) -> list[torch.Tensor]:
-        """One tensor for each pass, which can be replaced."""
-        if not hasattr(feed.state, "passes"):
-            feed.state.passes = list(feed.state.tensors["sums"])  # type: ignore[attr-defined]
-        return feed.state.passes  # type: ignore[attr-defined]
+from bdh.ops.norm import layer_norm
+from bdh.ops.rope import rotate, rotation_table
 
 
-def recomputing(model: BDHForCausalLM, context: list[int]) -> Step:
-    """``ops/naive.py`` over the whole context for each token."""
-    weights, tokens = naive_weights(model), torch.tensor([context])
-    return lambda: int(naive_logits(model, weights, tokens)[-1].argmax())
+class Decoder(ABC):
+    """One sequence that is continued token by token."""
+
+    name: str
+
+    @abstractmethod
+    def read(self, token: int) -> torch.Tensor:
+        """The logits (V,) behind one more token."""
+
+    def next(self, token: int) -> int:
+        """The likeliest token behind one more token: what a greedy loop does."""
+        return int(self.read(token).argmax())
 
 
-@torch.no_grad()
-def naive_logits(model: BDHForCausalLM, weights: naive.Weights, tokens: torch.Tensor) -> torch.Tensor:
-    """The ground truth: (T, V) of tokens (1, T)."""
-    config = model.config
-    return naive.forward(tokens, weights, config.n_layer, theta=config.rope_theta, eps=config.layer_norm_eps)[0]
+class StepperDecoder(Decoder):
+    """A stepper with one sequence, or with several that read the same token."""
+
+    def __init__(self, name: str, stepper: Stepper, batch: int = 1):
+        self.name, self.stepper = name, stepper
+        self.states = [stepper.new_state() for _ in range(batch)]
+
+    def read(self, token: int) -> torch.Tensor:
+        return self.read_each([token] * len(self.states))[0]
+
+    def read_each(self, tokens: Sequence[int]) -> list[torch.Tensor]:
+        """The logits (V,) of each sequence behind its next token."""
+        logits = self.stepper.step([Feed(state, [t]) for state, t in zip(self.states, tokens, strict=True)])
+        return [row for row in logits if row is not None]
+
+    @property
+    def state(self) -> SequenceState:
+        return self.states[0]
 
 
-def transformer(context: int, *, n_layer: int = 8, n_embd: int = 512, n_head: int = 8) -> tuple[Step, int]:
-    """GPT-2 in transformers, greedy, a token a call with its cache of keys and values; and its number of parameters.
+class AllocatingDecoder(Decoder):
+    """The dense recurrent step as it is commonly written: each token makes a new state, S + k v^T."""
 
-    The cache is cut back to the context behind each call, so that all calls cost the same.
+    name = "dense recurrent, a new state for each token"
+
+    def __init__(self, model: BDHForCausalLM):
+        config = model.config
+        self.model, self.position = model, 0
+        shape = (config.n_head, config.neurons_per_head, config.n_embd)
+        self.states = [torch.zeros(shape) for _ in range(config.n_layer)]
+        lives = config.half_lives
+        self._kept = None if lives is None else torch.exp2(-1 / torch.tensor(lives))[:, None, None]
+
+    @torch.no_grad()
+    def read(self, token: int) -> torch.Tensor:
+        model, config = self.model, self.model.config
+        H, N, eps = config.n_head, config.neurons_per_head, config.layer_norm_eps
+        table = rotation_table(torch.tensor([self.position]), N, config.rope_theta, torch.float32)
+        v = layer_norm(model.embed(torch.tensor([token])), eps)  # (1, D)
+        for index, state in enumerate(self.states):
+            x = F.relu(model.encoder(v)).view(H, 1, N)
+            q = rotate(x, table)
+            a = layer_norm(q @ state, eps)  # (H, 1, D)
+            kept = state if self._kept is None else state * self._kept
+            self.states[index] = kept + q.transpose(1, 2) * v
+            y = F.relu(torch.stack([head(a[h]) for h, head in enumerate(model.encoder_v)]))
+            v = layer_norm(v + layer_norm(model.decoder((x * y).view(1, H * N)), eps), eps)
+        self.position += 1
+        return model.lm_head(v)[0]
+
+
+class RecomputingDecoder(Decoder):
+    """``ops/naive.py`` over the last ``context`` tokens, again for each token."""
+
+    def __init__(self, model: BDHForCausalLM, context: int, text: Sequence[int] = ()):
+        self.name = f"ops/naive.py, the last {context} tokens recomputed"
+        self.model, self.weights = model, naive_weights(model)
+        self.text = deque(text, maxlen=context)
+
+    @torch.no_grad()
+    def read(self, token: int) -> torch.Tensor:
+        self.text.append(token)
+        logits = naive_logits(self.model, torch.tensor([list(self.text)]), self.weights)
+        return logits[0, -1]
+
+
+class Gpt2Decoder(Decoder):
+    """A GPT-2 of about 26M parameters in transformers with its KV cache: 8 layers, width 512, 8 heads.
+
+    Its forward pass is called directly, which spares the overhead of ``generate``. The cache is the one that
+    transformers takes by default, and its attention PyTorch's own.
     """
-    config = GPT2Config(
-        vocab_size=256,
-        n_positions=max(1024, context + 1),
-        n_embd=n_embd,
-        n_layer=n_layer,
-        n_head=n_head,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = GPT2LMHeadModel(config).eval()
-    cache = DynamicCache(config=config)
-    with torch.inference_mode():
-        token = model(torch.zeros(1, context, dtype=torch.int64), past_key_values=cache).logits[:, -1:].argmax(-1)
 
-    def step() -> int:
-        with torch.inference_mode():
-            following = int(model(token, past_key_values=cache).logits[0, -1].argmax())
-            cache.crop(-1)
-            return following
+    def __init__(self, vocab_size: int, text: Sequence[int], *, n_layer: int = 8, n_embd: int = 512, n_head: int = 8):
+        config = GPT2Config(
+            vocab_size=vocab_size,
+            n_positions=2 * max(512, len(text)),
+            n_layer=n_layer,
+            n_embd=n_embd,
+            n_head=n_head,
+            bos_token_id=0,
+            eos_token_id=0,
+            attn_implementation="sdpa",  # type: ignore[call-arg]  # transformers takes it for every model
+        )
+        self.model = GPT2LMHeadModel(config).eval()
+        millions = sum(weight.numel() for weight in self.model.parameters()) / 1e6
+        self.name = f"GPT-2 of {millions:.1f}M in transformers, KV cache"
+        self.cache = DynamicCache(config=config)
+        self._read([list(text)])
 
-    return step, sum(parameter.numel() for parameter in model.parameters())
+    def read(self, token: int) -> torch.Tensor:
+        return self._read([[token]])
+
+    @torch.inference_mode()
+    def _read(self, tokens: list[list[int]]) -> torch.Tensor:
+        output = self.model(torch.tensor(tokens), past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        return output.logits[0, -1]

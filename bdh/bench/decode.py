@@ -1,196 +1,272 @@
-"""One token after the other: the kernels, the dense forms of the same model, and a transformer."""
+"""One token at a time: whether all forms agree, and then what each costs."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from itertools import cycle
+from typing import Any
 
 import torch
 
-from bdh.bench.bandwidth import bytes_of_a_token, copy_bandwidth
-from bdh.bench.baselines import AllocatingStepper, naive_logits, recomputing, transformer
-from bdh.bench.report import Report
-from bdh.bench.timing import resident_bytes, timed
-from bdh.bench.weights import densities, naive_weights
-from bdh.generate.stepper import Feed, SequenceState, Stepper, TorchStepper, make_stepper
+from bdh.bench.bandwidth import Bandwidth, measure_bandwidth, traffic
+from bdh.bench.baselines import AllocatingDecoder, Decoder, Gpt2Decoder, RecomputingDecoder, StepperDecoder
+from bdh.bench.config import BenchOptions
+from bdh.bench.report import Report, milliseconds, random_tokens
+from bdh.bench.timing import interleaved, resident_bytes
+from bdh.bench.weights import Density, naive_logits
+from bdh.generate.stepper import Storage, make_stepper
 from bdh.model.modeling import BDHForCausalLM
 
 TOLERANCE = 1e-4
-"""Largest difference of logits of about 1 between forms that add the same float32 numbers in another order."""
+"""Of the largest difference of two logits; where their standard deviation is above 1, as many times that."""
+BATCHES = (1, 2, 4, 8)
+POSITIONS = (1_000, 1_000_000)
+_FORMATS: dict[str, tuple[Storage, Storage]] = {
+    "kernels float32": ("float32", "float32"),
+    "kernels, weights bfloat16": ("bfloat16", "float32"),
+    "kernels, weights and state bfloat16": ("bfloat16", "bfloat16"),
+}
+_REFERENCE = "kernels float32"
+
+Progress = Callable[[str], None]
 
 
-class DisagreementError(Exception):
-    """The forms to be timed do not compute the same."""
-
-
-@dataclass
-class DecodeSizes:
-    agreement_tokens: int = 2000
-    context: int = 512
-    """Of what reads all of it again, and of the transformer."""
-    rounds: int = 7
-    calls: int = 10
-    """Tokens in a round."""
-    flat_tokens: int = 2000
-    """Over which the memory is watched."""
-
-
-def bench_decode(model: BDHForCausalLM, tokens: list[int], report: Report, sizes: DecodeSizes) -> None:
-    """
-    Args:
-        tokens: a text that is longer than ``agreement_tokens`` and ``context``.
-
-    Raises:
-        DisagreementError: the forms differ; nothing has been timed.
-    """
-    kernels = make_stepper(model)
-    half_weights = make_stepper(model, weights="bfloat16")
-    half_both = make_stepper(model, weights="bfloat16", state="bfloat16")
-    dense = TorchStepper(model)
-    report.facts["kernels"] = kernels.path
-    _agreement(model, kernels, dense, half_weights, half_both, tokens[: sizes.agreement_tokens], report)
-
-    context = tokens[: sizes.context]
-    gpt2, gpt2_parameters = transformer(sizes.context)
-    fast = {
-        "kernels, float32": _next(kernels, context),
-        "kernels, weights bfloat16": _next(half_weights, context),
-        "kernels, weights and state bfloat16": _next(half_both, context),
-        "dense recurrent, in place": _next(dense, context),
-        f"GPT-2 of {gpt2_parameters / 1e6:.0f}M, context {sizes.context}": gpt2,
-    }
-    found = timed(fast, rounds=sizes.rounds, calls=sizes.calls)
-    slow = {"dense recurrent, new states": _next(AllocatingStepper(model), context)}
-    found |= timed(slow, rounds=3, calls=2)
-    found |= timed({f"naive, {sizes.context} tokens again": recomputing(model, context)}, rounds=2)
-    report.section("one sequence")
-    ours = found["kernels, float32"].median
-    for name, timing in found.items():
-        ratio = f"{timing.median / ours:.1f} x the kernels' time"
-        report.add(name, timing.median * 1e3, "ms a token", f"{1 / timing.median:,.1f} tokens/s, {ratio}")
-
-    _limits(model, tokens, ours, found["kernels, weights bfloat16"].median, report)
-    _positions(kernels, context, report, sizes)
-    _batches(model, kernels, context, tokens, report, sizes)
-
-
-def _next(stepper: Stepper, context: list[int]) -> Callable[[], object]:
-    """Greedy decoding behind a context, a token a call."""
-    state = stepper.new_state()
-    last = [stepper.step([Feed(state, context)])[0]]
-
-    def step() -> object:
-        assert last[0] is not None
-        last[:] = stepper.step([Feed(state, [int(last[0].argmax())])])
-        return last
-
-    return step
-
-
-def _agreement(
-    model: BDHForCausalLM,
-    kernels: Stepper,
-    dense: Stepper,
-    half_weights: Stepper,
-    half_both: Stepper,
-    tokens: list[int],
-    report: Report,
-) -> None:
-    exact = naive_logits(model, naive_weights(model), torch.tensor([tokens]))
-    report.section(f"agreement over {len(tokens):,} tokens, read one by one: largest difference from ops/naive.py")
-    report.add("largest logit", exact.abs().max().item(), "")
-    worst = 0.0
-    for name, stepper in (("kernels, float32", kernels), ("dense recurrent", dense)):
-        worst = max(worst, report.add(name, _difference(stepper, tokens, exact), "of a logit"))
-    if not worst <= TOLERANCE:
-        raise DisagreementError(
-            f"the forms differ by {worst:.2e} of a logit, more than {TOLERANCE:g}: nothing is timed"
-        )
-    for name, stepper in (("weights bfloat16", half_weights), ("weights and state bfloat16", half_both)):
-        report.add(name, _difference(stepper, tokens, exact), "of a logit", "rounding, for which they are an option")
-
-
-def _difference(stepper: Stepper, tokens: list[int], exact: torch.Tensor) -> float:
-    state = stepper.new_state()
-    worst = 0.0
-    for place, token in enumerate(tokens):
-        (logits,) = stepper.step([Feed(state, [token])])
-        assert logits is not None
-        worst = max(worst, (logits - exact[place]).abs().max().item())
-    return worst
-
-
-def _limits(model: BDHForCausalLM, tokens: list[int], float32: float, bfloat16: float, report: Report) -> None:
-    bandwidth = copy_bandwidth()
-    found = densities(model, torch.tensor(tokens[:256]))
-    report.section("what a token has to move, and how long a copy of as much takes")
-    report.add("copy bandwidth", bandwidth / 1e9, "GB/s", "read and written, of 1 GiB")
-    for name, weight_bytes, seconds in (("float32", 4, float32), ("weights bfloat16", 2, bfloat16)):
-        parts = bytes_of_a_token(model.config, found, weight_bytes=weight_bytes)
-        for part, num_bytes in parts.items():
-            report.add(f"{name}: {part}", num_bytes / 1e6, "MB")
-        limit = sum(parts.values()) / bandwidth
-        note = f"the kernels reach {limit / seconds:.0%} of this speed (more than 100 % where caches hold some of it)"
-        report.add(f"{name}: all of it", limit * 1e3, "ms", note)
-
-
-def _positions(kernels: Stepper, context: list[int], report: Report, sizes: DecodeSizes) -> None:
-    states = {position: kernels.new_state() for position in (1_000, 1_000_000)}
-    for position, state in states.items():
-        kernels.step([Feed(state, context)])
-        state.position = position
-    found = timed(
-        {str(position): _repeat(kernels, state) for position, state in states.items()},
-        rounds=sizes.rounds,
-        calls=sizes.calls,
+def bench_decode(model: BDHForCausalLM, options: BenchOptions, progress: Progress = lambda stage: None) -> Report:
+    """Figures of single tokens. Nothing is timed unless kernels, dense steps and ``ops/naive.py`` agree."""
+    report = Report("decode")
+    density = report.introduce(model, options.seed)
+    report.say(f"path      {make_stepper(model, path='kernels').path}")
+    _compare(report, model, options, progress)
+    if report.failed:
+        return report
+    progress("measuring the bandwidth")
+    bandwidth = measure_bandwidth(options.copy_bytes)
+    report.figures["bandwidth"] = {"copy_bytes_per_s": bandwidth.copy, "read_bytes_per_s": bandwidth.read}
+    report.say(
+        f"memory    copies {bandwidth.copy / 1e9:.1f} GB/s (read and written together), reads {bandwidth.read / 1e9:.1f} GB/s"
     )
-    report.section("far out")
-    near, far = found["1000"].median, found["1000000"].median
-    report.add("at position 1,000", near * 1e3, "ms a token")
-    report.add("at position 1,000,000", far * 1e3, "ms a token", f"{far / near - 1:+.1%}")
-    step = _repeat(kernels, states[1_000_000])
-    before = resident_bytes()
-    for _ in range(sizes.flat_tokens):
-        step()
-    grown = resident_bytes() - before
-    report.add(f"memory grown over {sizes.flat_tokens:,} tokens", grown / 1e6, "MB", f"of {before / 1e6:,.0f} MB")
+    _time_forms(report, model, options, density, bandwidth, progress)
+    _time_positions(report, model, options, progress)
+    _time_batches(report, model, options, density, bandwidth, progress)
+    return report
 
 
-def _repeat(stepper: Stepper, state: SequenceState, token: int = 65) -> Callable[[], object]:
-    return lambda: stepper.step([Feed(state, [token])])
+def _compare(report: Report, model: BDHForCausalLM, options: BenchOptions, progress: Progress) -> None:
+    """The logits of all forms over the same tokens, read one by one."""
+    count = options.agreement_tokens
+    tokens = random_tokens(model.config.vocab_size, count, options.seed + 2)
+    found: dict[str, torch.Tensor] = {}  # (T, V) of each form
+    memory = (0, 0)
+    for name, (weights, state) in _FORMATS.items():
+        progress(f"agreement: {name}, {count:,} tokens")
+        decoder = StepperDecoder(name, make_stepper(model, path="kernels", weights=weights, state=state))
+        found[name], before_and_after = _read_all(decoder, tokens)
+        memory = before_and_after if name == _REFERENCE else memory
+    progress(f"agreement: dense recurrent steps, {count:,} tokens")
+    found["dense"], _ = _read_all(StepperDecoder("dense", make_stepper(model, path="torch")), tokens)
+    progress(f"agreement: ops/naive.py, {count:,} tokens")
+    found["naive"] = naive_logits(model, tokens[None])[0]
+
+    def difference(a: str, b: str) -> float:
+        return (found[a] - found[b]).abs().max().item()
+
+    largest, spread = found["naive"].abs().max().item(), found["naive"].std().item()
+    allowed = TOLERANCE * max(1.0, spread)
+    forms = {
+        "kernels and dense recurrent": difference(_REFERENCE, "dense"),
+        "kernels and ops/naive.py": difference(_REFERENCE, "naive"),
+        "dense recurrent and ops/naive.py": difference("dense", "naive"),
+    }
+    _, by_weights, by_both = _FORMATS
+    drift = {
+        "bfloat16 weights": difference(_REFERENCE, by_weights),
+        "bfloat16 state (both with bfloat16 weights)": difference(by_weights, by_both),
+    }
+    # Not `>`: what is not a number does not agree.
+    report.failed = not all(value <= allowed for value in forms.values())
+    report.figures["agreement"] = {
+        "tokens": count,
+        "largest_logit": largest,
+        "standard_deviation": spread,
+        "allowed": allowed,
+        "agrees": not report.failed,
+        "largest_difference": forms,
+        "largest_difference_by_rounding": drift,
+    }
+    report.table(
+        f"agreement: largest difference of logits over {count:,} tokens (their deviation {spread:.2f}, the largest {largest:.2f})",
+        ["", "difference", "allowed"],
+        [[name, f"{value:.1e}", f"{allowed:.1e}"] for name, value in forms.items()]
+        + [[name, f"{value:.1e}", "-"] for name, value in drift.items()],
+    )
+    if report.failed:
+        report.say("the forms do not agree: nothing was timed")
+        return
+    report.figures["resident_bytes"] = {"before": memory[0], "after": memory[1], "tokens": count}
+    report.say()
+    report.say(
+        f"memory    {memory[0] / 2**20:,.1f} MiB before and {memory[1] / 2**20:,.1f} MiB behind the {count:,} tokens of the kernels"
+    )
 
 
-def _batches(
-    model: BDHForCausalLM,
-    kernels: Stepper,
-    context: list[int],
-    tokens: list[int],
+def _read_all(decoder: StepperDecoder, tokens: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+    """The logits (T, V), and the memory of the process behind the first token and behind the last."""
+    logits = torch.zeros(len(tokens), decoder.stepper.model.config.vocab_size)
+    logits += 0  # so that its pages are there
+    before = 0
+    for index, token in enumerate(tokens.tolist()):
+        logits[index] = decoder.read(token)
+        before = before or resident_bytes()
+    return logits, (before, resident_bytes())
+
+
+def _time_forms(
     report: Report,
-    sizes: DecodeSizes,
+    model: BDHForCausalLM,
+    options: BenchOptions,
+    density: list[Density],
+    bandwidth: Bandwidth,
+    progress: Progress,
 ) -> None:
-    """Sequences that share a step: each on its own text, so that other neurons fire."""
-    found = {}
-    for count in (1, 2, 4, 8):
-        states = [kernels.new_state() for _ in range(count)]
-        texts = [tokens[number * 7 :] for number in range(count)]
-        kernels.step([Feed(state, text[:64]) for state, text in zip(states, texts, strict=True)])
-        place = [64]
+    text = random_tokens(model.config.vocab_size, options.context, options.seed + 3).tolist()
+    decoders: list[Decoder] = [
+        StepperDecoder(name, make_stepper(model, path="kernels", weights=weights, state=state))
+        for name, (weights, state) in _FORMATS.items()
+    ]
+    decoders += [
+        StepperDecoder("dense recurrent, in place", make_stepper(model, path="torch")),
+        AllocatingDecoder(model),
+        RecomputingDecoder(model, options.context, text),
+    ]
+    fast, slow = options.tokens_in_round, max(1, options.tokens_in_round // 4)
+    repeats = {decoder.name: fast for decoder in decoders[:3]} | {decoder.name: slow for decoder in decoders[3:5]}
+    # From a little below the context to a little above it: the mean is at the context.
+    num_reads = (options.rounds + 1) * fast
+    torch.manual_seed(options.seed)
+    gpt2 = Gpt2Decoder(model.config.vocab_size, (text * 2)[: max(1, options.context - num_reads // 2)])
+    decoders.append(gpt2)
+    repeats[gpt2.name] = fast
+    progress("timing: kernels, dense recurrent steps, ops/naive.py, GPT-2")
+    timings = interleaved(
+        {decoder.name: _reader(decoder, text) for decoder in decoders}, rounds=options.rounds, repeats=repeats
+    )
 
-        def step(
-            states: list[SequenceState] = states, texts: list[list[int]] = texts, place: list[int] = place
-        ) -> object:
-            place[0] = 64 + (place[0] - 63) % (len(context) - 64)
-            at = place[0]
-            return kernels.step([Feed(state, [text[at]]) for state, text in zip(states, texts, strict=True)])
+    reference = timings[_REFERENCE].median
+    rows, figures = [], []
+    for name, timing in timings.items():
+        found: dict[str, Any] = {
+            "name": name,
+            "ms_per_token": 1000 * timing.median,
+            "least_ms": 1000 * timing.least,
+            "tokens_per_s": 1 / timing.median,
+            "times_kernels_float32": timing.median / reference,
+        }
+        limit = ["", "", ""]
+        if name in _FORMATS:
+            moved = traffic(model.config, density, *_FORMATS[name])
+            least = moved.limit_seconds(bandwidth)
+            found |= {"bytes_per_token": moved.total, "limit_ms": 1000 * least, "of_limit": least / timing.median}
+            limit = [f"{moved.total / 2**20:,.1f}", milliseconds(least), f"{100 * least / timing.median:.0f} %"]
+        figures.append(found)
+        rows.append(
+            [
+                name,
+                milliseconds(timing.median),
+                milliseconds(timing.least),
+                f"{1 / timing.median:,.1f}",
+                f"{timing.median / reference:,.2f}",
+                *limit,
+            ]
+        )
+    report.figures["forms"] = figures
+    report.table(
+        f"one sequence, a token at a time: medians of {options.rounds} rounds by turns; GPT-2 at context {options.context}",
+        ["", "ms/token", "least", "tokens/s", "times kernels", "MiB moved", "limit ms", "of limit"],
+        rows,
+    )
 
-        found[count] = timed({"step": step}, rounds=sizes.rounds, calls=sizes.calls)["step"].median / count
-    report.section("several sequences in a step")
-    for count, seconds in found.items():
-        speed = f"{1 / seconds:,.0f} tokens/s, {found[1] / seconds:.2f} times one's"
-        report.add(f"{count} sequences", seconds * 1e3, "ms a token", speed)
-    own = bytes_of_a_token(model.config, densities(model, torch.tensor(tokens[:256])))
-    state_bytes = own["state, pairs that fire, read and written"]
-    report.add(
-        "of which each one's state",
-        state_bytes / copy_bandwidth(rounds=3) * 1e3,
-        "ms a token",
-        f"{state_bytes / 1e6:,.0f} MB that no other sequence shares, at copy bandwidth",
+
+def _reader(decoder: Decoder, tokens: list[int]) -> Callable[[], int]:
+    """Each call reads a further token of an endless text."""
+    text: Iterator[int] = cycle(tokens)
+    return lambda: decoder.next(next(text))
+
+
+def _time_positions(report: Report, model: BDHForCausalLM, options: BenchOptions, progress: Progress) -> None:
+    """The same tokens behind an empty state, at positions far apart."""
+    progress(f"timing: positions {POSITIONS[0]:,} and {POSITIONS[1]:,}")
+    text = random_tokens(model.config.vocab_size, options.context, options.seed + 4).tolist()
+    readers = {}
+    for position in POSITIONS:
+        decoder = StepperDecoder(f"{position:,}", make_stepper(model, path="kernels"))
+        decoder.state.position = position
+        readers[decoder.name] = _reader(decoder, text)
+    repeats = dict.fromkeys(readers, options.tokens_in_round)
+    timings = interleaved(readers, rounds=options.rounds, warm_up=2, repeats=repeats)
+    first, last = (timings[f"{position:,}"] for position in POSITIONS)
+    report.figures["positions"] = {
+        "ms_per_token": {name: 1000 * timing.median for name, timing in timings.items()},
+        "ratio": last.median / first.median,
+    }
+    report.table(
+        f"kernels float32 by position (the last is {last.median / first.median:.3f} times the first)",
+        ["position", "ms/token", "least"],
+        [[name, milliseconds(timing.median), milliseconds(timing.least)] for name, timing in timings.items()],
+    )
+
+
+def _time_batches(
+    report: Report,
+    model: BDHForCausalLM,
+    options: BenchOptions,
+    density: list[Density],
+    bandwidth: Bandwidth,
+    progress: Progress,
+) -> None:
+    progress(f"timing: {', '.join(map(str, BATCHES))} sequences in a step")
+    config = model.config
+    largest = StepperDecoder("kernels", make_stepper(model, path="kernels"), batch=max(BATCHES))
+    texts = random_tokens(config.vocab_size, options.context * max(BATCHES), options.seed + 5)
+    columns = cycle(texts.view(-1, max(BATCHES)).tolist())
+    readers: dict[str, Callable[[], object]] = {}
+    for batch in BATCHES:
+        decoder = StepperDecoder("kernels", largest.stepper, batch=0)
+        decoder.states = largest.states[:batch]
+        readers[str(batch)] = (
+            lambda decoder=decoder, batch=batch: [  # type: ignore[misc]
+                int(row.argmax()) for row in decoder.read_each(next(columns)[:batch])
+            ]
+        )
+    repeats = dict.fromkeys(readers, max(1, options.tokens_in_round // 2))
+    timings = interleaved(readers, rounds=options.rounds, warm_up=2, repeats=repeats)
+    moved = traffic(config, density)
+    alone = timings["1"].median
+    rows, figures = [], []
+    for batch in BATCHES:
+        seconds, limit = timings[str(batch)].median, moved.limit_seconds(bandwidth, batch)
+        gain = batch * alone / seconds
+        most = batch * moved.limit_seconds(bandwidth) / limit
+        figures.append(
+            {
+                "sequences": batch,
+                "ms_per_step": 1000 * seconds,
+                "tokens_per_s": batch / seconds,
+                "times_one": gain,
+                "times_one_by_bytes": most,
+                "limit_ms": 1000 * limit,
+            }
+        )
+        rows.append(
+            [
+                str(batch),
+                milliseconds(seconds),
+                f"{batch / seconds:,.1f}",
+                f"{gain:.2f}",
+                f"{most:.2f}",
+                milliseconds(limit),
+            ]
+        )
+    report.figures["batches"] = figures
+    report.table(
+        "kernels float32, sequences in one step",
+        ["sequences", "ms/step", "tokens/s", "times one", "by bytes", "limit ms"],
+        rows,
     )

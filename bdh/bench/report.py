@@ -1,51 +1,78 @@
-"""The figures of a benchmark, as a table and as JSON."""
+"""What a benchmark found: tables for people, and the same figures as one JSON object."""
 
 import json
-import sys
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import mean
 from typing import Any
+
+import torch
+
+from bdh.bench.timing import machine, machine_line
+from bdh.bench.weights import Density, densities
+from bdh.model.modeling import BDHForCausalLM
+
+_DENSITY_TOKENS = 256
 
 
 @dataclass
 class Report:
-    """Figures in the order in which they were measured."""
+    """Gathered while a benchmark runs."""
 
-    name: str
-    facts: dict[str, Any]
-    """What was measured on, and with what."""
-    sections: list[tuple[str, list[dict[str, Any]]]] = field(default_factory=list)
+    benchmark: str
+    figures: dict[str, Any] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)
+    failed: bool = False
+    """Whether what was to be compared does not agree; nothing was timed then."""
 
-    def section(self, title: str) -> None:
-        self.sections.append((title, []))
+    def say(self, line: str = "") -> None:
+        self.lines.append(line)
 
-    def add(self, name: str, value: float, unit: str, note: str = "") -> float:
-        """A figure, in its unit, with what is to be said of it."""
-        self.sections[-1][1].append({"name": name, "value": value, "unit": unit, "note": note})
-        return value
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """The first column to the left, the others to the right."""
+        cells = [list(columns), *map(list, rows)]
+        widths = [max(len(row[place]) for row in cells) for place in range(len(columns))]
+        self.lines += ["", title]
+        for row in cells:
+            first, *others = row
+            aligned = [f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True)]
+            self.lines.append("  ".join(["", f"{first:<{widths[0]}}", *aligned]).rstrip())
 
-    def print(self) -> None:
-        for name, value in self.facts.items():
-            print(f"{name:<10} {value}")
-        for title, rows in self.sections:
-            print(f"\n{title}")
-            width = max((len(row["name"]) for row in rows), default=0)
-            for row in rows:
-                value = f"{_shown(row['value']):>12} {row['unit']}"
-                print(f"  {row['name']:<{width}}  {value:<26}  {row['note']}".rstrip())
+    def text(self) -> str:
+        return "\n".join(self.lines) + "\n"
 
-    def write_json(self, path: str) -> None:
-        """To a file, or with "-" to standard output."""
-        sections = [{"title": title, "figures": rows} for title, rows in self.sections]
-        text = json.dumps({"benchmark": self.name, **self.facts, "sections": sections}, indent=1)
-        if path == "-":
-            print(text)
-        else:
-            Path(path).write_text(text + "\n", encoding="utf-8")
-            print(f"\nfigures in {path}", file=sys.stderr)
+    def json(self) -> str:
+        found = {"benchmark": self.benchmark, "failed": self.failed, **self.figures}
+        return json.dumps(found, indent=2) + "\n"
+
+    def introduce(self, model: BDHForCausalLM, seed: int) -> list[Density]:
+        """Says what is measured and where, and how densely its passes fire, which it returns."""
+        config = model.config
+        sizes = {
+            name: getattr(config, name)
+            for name in ("n_embd", "n_head", "n_layer", "mlp_internal_dim_multiplier", "vocab_size")
+        }
+        parameters = sum(weight.numel() for weight in model.parameters())
+        found = densities(model, random_tokens(config.vocab_size, _DENSITY_TOKENS, seed + 1))
+        self.figures["machine"] = machine()
+        self.figures["model"] = {**sizes, "neurons_per_head": config.neurons_per_head, "parameters": parameters}
+        self.figures["density"] = [asdict(each) for each in found]
+        self.say(f"machine   {machine_line()}")
+        self.say(
+            f"model     D {config.n_embd}, H {config.n_head}, N {config.neurons_per_head}, L {config.n_layer}, "
+            f"V {config.vocab_size}: {parameters / 1e6:.1f}M parameters"
+        )
+        shares = {name: [100 * getattr(each, name) for each in found] for name in ("x", "pairs", "xy")}
+        names = {"x": "x", "pairs": "pairs of x", "xy": "x * y"}
+        told = [f"{names[n]} {mean(s):.1f} % ({min(s):.1f} to {max(s):.1f})" for n, s in shares.items()]
+        self.say(f"fires     {', '.join(told)}, in the mean of the passes (and from one to another)")
+        return found
 
 
-def _shown(value: float) -> str:
-    if value != 0 and (abs(value) < 0.01 or abs(value) >= 1e7):
-        return f"{value:.2e}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}" if abs(value) < 10 else f"{value:.1f}"
+def random_tokens(vocab_size: int, count: int, seed: int) -> torch.Tensor:
+    """(count,): text for a model that has read none."""
+    return torch.randint(vocab_size, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:,.2f}"

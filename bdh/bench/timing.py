@@ -1,65 +1,104 @@
-"""Timing of candidates in turn, so that whatever else the machine does meets all of them alike."""
+"""Times several ways of doing one thing by turns, so that whatever else the machine does falls on all of them."""
 
 import os
 import platform
-import statistics
+import resource
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import median
 
 import torch
 
 
-@dataclass(frozen=True)
+@dataclass
 class Timing:
-    """Seconds of one call, over several rounds."""
+    """Seconds of what was run several times."""
 
-    median: float
-    least: float
-    most: float
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        return median(self.seconds)
+
+    @property
+    def least(self) -> float:
+        return min(self.seconds)
 
 
-def timed(candidates: Mapping[str, Callable[[], object]], *, rounds: int, calls: int = 1) -> dict[str, Timing]:
-    """Runs each candidate ``calls`` times in every round, one after the other, and once before all.
+def interleaved(
+    candidates: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    warm_up: int = 1,
+    repeats: Mapping[str, int] | None = None,
+) -> dict[str, Timing]:
+    """Times the candidates in rounds: in each one, every candidate in turn.
 
-    Returns:
-        The seconds of one call: the median over the rounds, and the extremes.
+    Args:
+        rounds: timed rounds, behind ``warm_up`` others.
+        repeats: how often a candidate runs in a round, where that is not once; each run is timed.
     """
-    found: dict[str, list[float]] = {name: [] for name in candidates}
-    for run in candidates.values():
-        run()
-    for _ in range(rounds):
-        for name, run in candidates.items():
-            start = time.perf_counter()
-            for _ in range(calls):
-                run()
-            found[name].append((time.perf_counter() - start) / calls)
-    return {name: Timing(statistics.median(each), min(each), max(each)) for name, each in found.items()}
+    found = {name: Timing() for name in candidates}
+    for number in range(warm_up + rounds):
+        for name, candidate in candidates.items():
+            for _ in range((repeats or {}).get(name, 1)):
+                start = time.perf_counter()
+                candidate()
+                seconds = time.perf_counter() - start
+                if number >= warm_up:
+                    found[name].seconds.append(seconds)
+    return found
 
 
-def machine() -> str:
-    """What was measured on: processor, cores, threads and versions."""
-    parts = [_processor(), f"{os.cpu_count()} cores, {torch.get_num_threads()} threads", f"torch {torch.__version__}"]
-    try:
-        parts.append(f"numba {version('numba')}")
-    except PackageNotFoundError:
-        parts.append("no numba")
-    return ", ".join(parts)
+def percentile(numbers: list[float], share: float) -> float:
+    """The smallest of the numbers that at least this share of them does not exceed."""
+    ordered = sorted(numbers)
+    return ordered[min(len(ordered) - 1, max(0, -int(-share * len(ordered) // 1) - 1))]
 
 
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):  # not Linux, or not x86
-        return platform.processor() or platform.machine()
+def machine() -> dict[str, str | int]:
+    """What the figures depend on, beside the code."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count() or 0,
+        "torch_threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in ("torch", "numba", "transformers")},
+    }
+
+
+def machine_line() -> str:
+    found = machine()
+    return (
+        f"{found['cpu']}, {found['cores']} cores, {found['torch_threads']} threads; Python {found['python']}, "
+        f"torch {found['torch']}, numba {found['numba']}, transformers {found['transformers']}"
+    )
 
 
 def resident_bytes() -> int:
-    """Memory of this process that lies in RAM; 0 where the system does not say."""
+    """Memory that this process holds now; where the system does not say, the most that it has held."""
     try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     except OSError:
-        return 0
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most if platform.system() == "Darwin" else most * 1024  # the unit differs
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "missing"

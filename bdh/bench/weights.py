@@ -22,6 +22,8 @@ XY_DENSITY = 0.04
 _CALIBRATION_TOKENS = 96
 _ROUNDS = 12
 _CLOSE_ENOUGH = 0.01  # of a density, relatively
+# Of the embedding: with it the first pass is about as dense as the others.
+_EMBED_LEAN = 1.5
 _SKIPPED_TOKENS = 8  # the first ones recall little, or nothing
 
 
@@ -38,7 +40,7 @@ class Density:
 
 
 def sparse_model(config: BDHConfig, seed: int = 0) -> BDHForCausalLM:
-    """A float32 model on the CPU whose passes are as dense as :data:`X_DENSITY` and :data:`XY_DENSITY`.
+    """A float32 model on the CPU whose passes fire, in the mean, as :data:`X_DENSITY` and :data:`XY_DENSITY` say.
 
     The same seed and configuration give the same weights on one machine.
     """
@@ -48,7 +50,7 @@ def sparse_model(config: BDHConfig, seed: int = 0) -> BDHForCausalLM:
     direction = torch.randn(D, generator=generator)
     direction -= direction.mean()  # or the layer norm would remove some of it
     direction /= direction.norm()
-    model.embed.weight.normal_(generator=generator).add_(direction * math.sqrt(D))
+    model.embed.weight.normal_(generator=generator).add_(direction * (_EMBED_LEAN * math.sqrt(D)))
     model.lm_head.weight.normal_(0, 1 / math.sqrt(D), generator=generator)  # logits of order 1
     for layer in (model.encoder, *model.encoder_v, model.decoder):
         layer.weight.normal_(0, 1 / math.sqrt(D), generator=generator)
@@ -98,7 +100,7 @@ def densities(model: BDHForCausalLM, tokens: torch.Tensor) -> list[Density]:
     found = []
     for _ in range(config.n_layer):
         x = torch.relu(v[:, None] @ weights.encoder)  # (1, H, T, N)
-        a = naive.attention(naive.rope(x, positions, config.rope_theta), v)
+        a = naive.attention(naive.rope(x, positions, config.rope_theta), v, half_lives=half_lives(model))
         y = torch.relu(naive.layer_norm(a, config.layer_norm_eps) @ weights.encoder_v)
         z = x * y
         fires = (x > 0)[:, :, first:]
@@ -123,4 +125,24 @@ def naive_weights(model: BDHForCausalLM) -> naive.Weights:
         encoder_v=torch.stack([head.weight.detach().t() for head in model.encoder_v]),  # type: ignore[operator]
         decoder=model.decoder.weight.detach().t(),
         lm_head=model.lm_head.weight.detach().t(),
+    )
+
+
+def half_lives(model: BDHForCausalLM) -> torch.Tensor | None:
+    """As :mod:`bdh.ops.naive` takes them, (H,)."""
+    lives = model.config.half_lives
+    return None if lives is None else torch.tensor(lives)
+
+
+@torch.no_grad()
+def naive_logits(model: BDHForCausalLM, tokens: torch.Tensor, weights: naive.Weights | None = None) -> torch.Tensor:
+    """Logits (B, T, V) of :func:`bdh.ops.naive.forward` for ``tokens`` (B, T); ``weights`` spares making them again."""
+    config = model.config
+    return naive.forward(
+        tokens,
+        weights or naive_weights(model),
+        config.n_layer,
+        theta=config.rope_theta,
+        eps=config.layer_norm_eps,
+        half_lives=half_lives(model),
     )

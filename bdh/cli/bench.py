@@ -1,48 +1,85 @@
-"""bdh bench: measures speed, next to baselines."""
+"""bdh bench: how fast a model goes on, reads, and serves several requests on this machine."""
 
 import sys
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
+from bdh.bench.config import QUICK_SIZES, BenchOptions
 from bdh.cli.settings import parse_settings
 from bdh.validation import Faults
+
+if TYPE_CHECKING:
+    from bdh.bench.report import Report
+    from bdh.model.modeling import BDHForCausalLM
+
+_SIZES = {
+    "n_embd": 256,
+    "n_head": 4,
+    "n_layer": 6,
+    "mlp_internal_dim_multiplier": 128,
+    "vocab_size": 256,
+}
 
 
 @dataclass(kw_only=True)
 class BenchSettings:
-    what: Literal["decode", "prefill", "engine"]
-    """decode: one token after the other; prefill: reading prompts; engine: many requests at once."""
+    benchmark: Literal["decode", "prefill", "engine"]
+    """decode: a token at a time, compared with other forms. prefill: prompts by their length. engine: several requests."""
     model: str | None = None
-    """Folder of a model, a run, or a hub id. None makes weights of which as many neurons fire as in trained models."""
-    n_embd: int = 256
-    """Without model: D."""
-    n_head: int = 4
-    """Without model: H."""
-    n_layer: int = 6
-    """Without model: L."""
-    mlp_internal_dim_multiplier: int = 128
-    """Without model: neurons of all heads, in multiples of D."""
-    vocab_size: int = 256
-    """Without model: V."""
-    threads: int | None = None
-    """Of torch and the kernels. None for torch's own choice."""
+    """Folder of an exported model or of a run, or a hub id. None makes one whose neurons fire as sparsely as trained ones."""
+    n_embd: int | None = None
+    """Of the model that is made: D. None for 256, and 64 with quick."""
+    n_head: int | None = None
+    """H. None for 4, and 2 with quick."""
+    n_layer: int | None = None
+    """L. None for 6, and 3 with quick."""
+    mlp_internal_dim_multiplier: int | None = None
+    """Neurons of all heads, in multiples of D. None for 128, and 32 with quick."""
+    vocab_size: int | None = None
+    """V. None for 256."""
     agreement_tokens: int = 2000
-    """decode, prefill: tokens over which the forms are compared before they are timed."""
+    """decode: tokens over which all forms must agree before any is timed; at most 100 with quick."""
+    threads: int | None = None
+    """Of the kernels and of torch. None for what torch takes."""
     seed: int = 0
-    """Of weights and tokens."""
+    """Of the weights that are made, and of the text."""
     quick: bool = False
-    """A few seconds on a small model and few tokens: whether it runs, not how fast it is."""
+    """Everything small, in seconds: to see that it runs. Its figures say little."""
     json: str | None = None
-    """Write the figures to this file too; - for standard output instead of the table."""
+    """File for the figures as one JSON object, which replaces it; - prints that instead of the tables."""
+    checkpoint: str | None = None
+    """For a run: last (the default), best, or a step."""
 
     def collect_faults(self, faults: Faults) -> None:
-        sizes = ("n_embd", "n_head", "n_layer", "mlp_internal_dim_multiplier", "vocab_size", "agreement_tokens")
-        for name in sizes:
-            faults.require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        faults.require(self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1, or null")
-        # The engine reads texts of the byte tokenizer.
-        is_right = self.what != "engine" or self.model is not None or self.vocab_size == 256
-        faults.require(is_right, "vocab_size", self.vocab_size, "256 for the engine without a model: bytes")
+        for name in _SIZES:
+            value = getattr(self, name)
+            faults.require(value is None or self.model is None, name, value, "left out with model, which has its own")
+        if self.model is None:
+            from bdh.model.configuration import shape_faults
+
+            for fault in shape_faults(*self.sizes().values()):
+                faults.add(fault)
+            is_right = self.benchmark != "engine" or self.sizes()["vocab_size"] == 256
+            faults.require(is_right, "vocab_size", self.vocab_size, "256 for engine: the made model reads bytes")
+        faults.require(self.model is not None or not self.checkpoint, "checkpoint", self.checkpoint, "given with model")
+        faults.require(self.agreement_tokens >= 1, "agreement_tokens", self.agreement_tokens, "at least 1")
+        faults.require(self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1")
+        faults.require(0 <= self.seed < 2**63, "seed", self.seed, "from 0 to 2**63 - 1")
+        if self.json not in (None, "-"):
+            parent = Path(self.json).expanduser().parent
+            faults.require(parent.is_dir(), "json", self.json, "a file in a folder that exists, or -")
+
+    def sizes(self) -> dict[str, int]:
+        """Of the model that is made."""
+        defaults = QUICK_SIZES if self.quick else _SIZES
+        return {
+            name: default if getattr(self, name) is None else getattr(self, name) for name, default in defaults.items()
+        }
+
+    def options(self) -> BenchOptions:
+        options = BenchOptions(seed=self.seed, agreement_tokens=self.agreement_tokens)
+        return options.quick() if self.quick else options
 
 
 def run(argv: list[str]) -> int:
@@ -50,88 +87,54 @@ def run(argv: list[str]) -> int:
         BenchSettings,
         argv,
         prog="bdh bench",
-        description="Measure how fast a model writes (decode), reads (prefill), or serves many requests (engine), after "
-        "checking that all forms of it agree.",
-        positionals=("what",),
+        description="Time a model on this machine's processor, with the sparse kernels. What is compared must agree "
+        "first; if it does not, nothing is timed, and the status is 1.",
+        positionals=("benchmark",),
     )
     import torch
 
-    from bdh.bench.decode import DisagreementError
-    from bdh.bench.report import Report
-    from bdh.bench.timing import machine
-
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-    model, tokenizer = _model(settings)
-    generator = torch.Generator().manual_seed(settings.seed + 1)
-    tokens = torch.randint(model.config.vocab_size, (10_000,), generator=generator).tolist()
-    report = Report(settings.what, {"machine": machine(), "model": _described(model, tokens)})
+    before = torch.get_num_threads()
     try:
-        _measure(settings, model, tokenizer, tokens, report)
-    except DisagreementError as error:
-        report.print()
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    if settings.json != "-":
-        report.print()
-    if settings.json is not None:
-        report.write_json(settings.json)
-    return 0
-
-
-def _measure(settings: BenchSettings, model: Any, tokenizer: Any, tokens: list[int], report: Any) -> None:
-    if settings.what == "decode":
-        from bdh.bench.decode import DecodeSizes, bench_decode
-
-        decode = DecodeSizes(agreement_tokens=settings.agreement_tokens)
-        if settings.quick:
-            decode = DecodeSizes(agreement_tokens=100, context=80, rounds=2, calls=2, flat_tokens=20)
-        bench_decode(model, tokens, report, decode)
-    elif settings.what == "prefill":
-        from bdh.bench.prefill import PrefillSizes, bench_prefill
-
-        prefill = PrefillSizes(agreement_tokens=settings.agreement_tokens)
-        if settings.quick:
-            prefill = PrefillSizes(lengths=(64, 128, 256), naive_tokens=128, agreement_tokens=100)
-        bench_prefill(model, tokens, report, prefill)
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
+        report = _measured(settings)
+    finally:
+        torch.set_num_threads(before)
+    if settings.json == "-":
+        print(report.json(), end="")
     else:
-        from bdh.bench.engine import EngineSizes, bench_engine
-
-        engine = EngineSizes()
-        if settings.quick:
-            engine = EngineSizes(steps=5, long_prompt=500, shared_prefix=300, agreement_requests=4)
-        bench_engine(model, tokenizer, tokens, report, engine)
+        print(report.text(), end="")
+        if settings.json is not None:
+            Path(settings.json).expanduser().write_text(report.json(), encoding="utf-8")
+    return 1 if report.failed else 0
 
 
-def _model(settings: BenchSettings) -> tuple[Any, Any]:
-    if settings.model is not None:
-        from bdh.train.models import load_model
-
-        return load_model(settings.model, device="cpu")
-    from bdh.bench.weights import sparse_model
-    from bdh.model import BDHConfig
+def _measured(settings: BenchSettings) -> "Report":
+    from bdh.bench.decode import bench_decode
+    from bdh.bench.engine import bench_engine
+    from bdh.bench.prefill import bench_prefill
     from bdh.tokenizer import byte_tokenizer
 
-    sizes: dict[str, Any] = (
-        {"n_embd": 32, "n_head": 2, "n_layer": 2, "mlp_internal_dim_multiplier": 16} if settings.quick else {}
-    )
-    for name in ("n_embd", "n_head", "n_layer", "mlp_internal_dim_multiplier"):
-        sizes.setdefault(name, getattr(settings, name))
-    config = BDHConfig(**sizes, vocab_size=settings.vocab_size, dropout=0.0)
-    return sparse_model(config, settings.seed), byte_tokenizer()
+    if settings.model is None:
+        model, tokenizer = _made(settings), byte_tokenizer()
+    else:
+        from bdh.train.models import load_model
+
+        model, tokenizer = load_model(settings.model, checkpoint=settings.checkpoint, device="cpu")
+        model = model.float()  # what it is compared with computes in float32
+    if settings.benchmark == "engine":
+        return bench_engine(model, tokenizer, settings.options(), _tell)
+    benchmark = bench_decode if settings.benchmark == "decode" else bench_prefill
+    return benchmark(model, settings.options(), _tell)
 
 
-def _described(model: Any, tokens: list[int]) -> str:
-    import torch
+def _made(settings: BenchSettings) -> "BDHForCausalLM":
+    from bdh.bench.weights import sparse_model
+    from bdh.model.configuration import BDHConfig
 
-    from bdh.bench.weights import densities
+    _tell("making a model whose neurons fire sparsely")
+    return sparse_model(BDHConfig(**settings.sizes()), settings.seed)  # type: ignore[arg-type]  # sizes are its only keys
 
-    config = model.config
-    found = densities(model, torch.tensor(tokens[:256]))
-    x, pairs, xy = (sum(getattr(each, name) for each in found) / len(found) for name in ("x", "pairs", "xy"))
-    by_pass = ", ".join(f"{each.x:.1%}" for each in found)
-    return (
-        f"{model.num_parameters() / 1e6:.1f}M parameters, D {config.n_embd}, H {config.n_head}, "
-        f"N {config.neurons_per_head}, L {config.n_layer}, V {config.vocab_size}; x fires {x:.1%} ({by_pass}), "
-        f"pairs {pairs:.1%}, x * y {xy:.1%}"
-    )
+
+def _tell(stage: str) -> None:
+    print(f"{stage} ...", file=sys.stderr, flush=True)

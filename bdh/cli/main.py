@@ -14,6 +14,7 @@ COMMANDS = {
     "chat": "talk with a model, or write a text together",
     "bench": "measure the speed of a model, next to baselines",
     "eval": "measure a model on a text, on tasks, or on what it recalls",
+    "bench": "time a model on this machine",
     "tokenizer": "train a tokenizer",
     "export": "write a run's weights as a model folder",
     "average": "average the weights of models",

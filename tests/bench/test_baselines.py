@@ -1,0 +1,60 @@
+"""What the kernels are compared with computes what it says."""
+
+import pytest
+import torch
+
+from bdh import BDHConfig
+from bdh.bench.baselines import AllocatingDecoder, Gpt2Decoder, RecomputingDecoder, StepperDecoder
+from bdh.bench.weights import naive_weights, sparse_model
+from bdh.generate.stepper import make_stepper
+from bdh.ops import naive
+
+TOKENS = torch.randint(256, (40,), generator=torch.Generator().manual_seed(9)).tolist()
+# float32 sums of 2048 neurons in another order, through three passes; the logits are of order 1.
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def sparse():
+    sizes = {"n_embd": 64, "n_head": 2, "n_layer": 3, "mlp_internal_dim_multiplier": 32}
+    return sparse_model(BDHConfig(**sizes))
+
+
+@pytest.fixture(scope="module")
+def expected(sparse):
+    return naive.forward(torch.tensor([TOKENS]), naive_weights(sparse), sparse.config.n_layer)[0]
+
+
+def test_the_allocating_step_is_the_model(sparse, expected):
+    decoder = AllocatingDecoder(sparse)
+    logits = torch.stack([decoder.read(token) for token in TOKENS])
+    assert torch.allclose(logits, expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("path", ["kernels", "torch"])
+def test_a_stepper_of_several_sequences_is_the_model(sparse, expected, path):
+    decoder = StepperDecoder(path, make_stepper(sparse, path=path), batch=2)
+    logits = torch.stack([decoder.read_each([token, 0])[0] for token in TOKENS])
+    assert torch.allclose(logits, expected, rtol=0, atol=TOLERANCE)
+
+
+def test_recomputing_sees_the_last_tokens_only(sparse, expected):
+    long = RecomputingDecoder(sparse, context=40)
+    assert torch.allclose(torch.stack([long.read(token) for token in TOKENS]), expected, rtol=0, atol=TOLERANCE)
+    short = RecomputingDecoder(sparse, context=8, text=TOKENS[:-1])
+    alone = naive.forward(torch.tensor([TOKENS[-8:]]), naive_weights(sparse), sparse.config.n_layer)[0, -1]
+    assert torch.equal(short.read(TOKENS[-1]), alone)
+
+
+def test_gpt2_goes_on_with_its_cache():
+    torch.manual_seed(0)
+    decoder = Gpt2Decoder(256, TOKENS[:30], n_layer=2, n_embd=32, n_head=2)
+    logits = [decoder.read(token) for token in TOKENS[30:]]
+    assert decoder.cache.get_seq_length() == len(TOKENS)
+    whole = decoder.model(torch.tensor([TOKENS])).logits[0, 30:]
+    # Fresh weights of width 32: float32 rounding only.
+    assert torch.allclose(torch.stack(logits), whole, rtol=0, atol=1e-5)
+
+
+def test_gpt2_has_the_size_that_it_is_compared_at():
+    assert Gpt2Decoder(256, [1]).name == "GPT-2 of 25.9M in transformers, KV cache"

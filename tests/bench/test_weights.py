@@ -1,0 +1,48 @@
+"""Made weights fire as trained ones do, in every pass, also on other tokens than those they were made with."""
+
+from statistics import mean
+
+import pytest
+import torch
+
+from bdh import BDHConfig
+from bdh.bench.weights import densities, naive_weights, sparse_model
+from bdh.ops import naive
+
+SIZES = {"n_embd": 64, "n_head": 2, "n_layer": 4, "mlp_internal_dim_multiplier": 32, "vocab_size": 256}
+
+
+def random_tokens(count, seed=5):
+    return torch.randint(256, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_every_pass_fires_as_sparsely_as_in_a_trained_model(seed):
+    model = sparse_model(BDHConfig(**SIZES), seed)
+    found = densities(model, random_tokens(400))
+    # The bands in which trained models lie, a little wider for one pass of a small model.
+    assert 0.12 <= mean(each.x for each in found) <= 0.14
+    assert 0.03 <= mean(each.xy for each in found) <= 0.05
+    for each in found:
+        assert 0.10 <= each.x <= 0.16
+        assert 0.025 <= each.xy <= 0.055
+        # Of independent neurons 1 - (1 - x)^2.
+        assert each.x < each.pairs < 2 * each.x
+
+
+def test_logits_are_of_order_1():
+    logits = sparse_model(BDHConfig(**SIZES))(random_tokens(64)[None]).logits
+    assert 0.5 < logits.std().item() < 2
+
+
+def test_the_same_seed_gives_the_same_weights():
+    first, again, other = (sparse_model(BDHConfig(**SIZES), seed) for seed in (3, 3, 4))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    assert not torch.equal(first.encoder.weight, other.encoder.weight)
+
+
+def test_weights_for_naive_are_those_of_the_model():
+    model, tokens = sparse_model(BDHConfig(**SIZES)), random_tokens(40)[None]
+    expected = naive.forward(tokens, naive_weights(model), model.config.n_layer)
+    # float32 sums of 2048 neurons in another order, through four passes.
+    assert torch.allclose(model(tokens).logits, expected, rtol=0, atol=1e-4)
