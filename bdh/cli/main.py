@@ -12,7 +12,6 @@ COMMANDS = {
     "train": "train a model, or go on with a run",
     "generate": "continue prompts",
     "chat": "talk with a model, or write a text together",
-    "bench": "measure the speed of a model, next to baselines",
     "eval": "measure a model on a text, on tasks, or on what it recalls",
     "bench": "time a model on this machine",
     "tokenizer": "train a tokenizer",
