@@ -38,7 +38,8 @@ def recurrence_of(model: "BDHForCausalLM", storage: "Storage" = "float32") -> "R
     """The kernels over this model's weights, stored as ``storage``. Kept until the weights change."""
     from bdh.ops.cpu.recurrence import KernelWeights, Recurrence
 
-    version = tuple((weight.data_ptr(), weight._version) for weight in model.parameters())
+    # Tensors made in inference mode have no version: of those only another memory is noticed.
+    version = tuple((w.data_ptr(), -1 if w.is_inference() else w._version) for w in model.parameters())
     kept = _made.setdefault(model, {})
     if storage not in kept or kept[storage][0] != version:
         config = model.config

@@ -218,6 +218,8 @@ class BDHForCausalLM(TextGenerationMixin, PreTrainedModel, GenerationMixin):
             return None
         if torch.is_autocast_enabled(self.device.type) or self.config.half_lives is not None:
             return None
+        if any(sums.requires_grad for sums in state.sums):
+            return None
         if choose_step_path("auto", device=self.device, obstacle=kernel_obstacle(self)).name != "kernels":
             return None
         state.sums = [sums.contiguous() for sums in state.sums]
@@ -228,6 +230,8 @@ class BDHForCausalLM(TextGenerationMixin, PreTrainedModel, GenerationMixin):
             np.array([[row.data_ptr() for row in sums] for sums in state.sums]),
             torch.float32,
         )
+        # Written to behind PyTorch's back: a backward pass that has kept them must see that they have changed.
+        torch.autograd.graph.increment_version(state.sums)
         state.positions = state.positions + 1
         state.num_columns += 1
         return recurrence_of(self).logits(v)[:, None]

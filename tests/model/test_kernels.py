@@ -53,6 +53,24 @@ def test_gradients_and_training_stay_with_torch(model, tokens):
     handle.remove()
 
 
+def test_a_backward_pass_notices_that_its_state_has_been_advanced(model, tokens):
+    state = step(model, None, tokens, use_cache=True).past_key_values
+    loss = model(tokens, labels=tokens, past_key_values=state.clone()).loss
+    loss.backward()  # on a copy it goes through
+    kept = state.clone()
+    loss = sum((sums.requires_grad_(False) * torch.ones(1, requires_grad=True)).sum() for sums in kept.sums)
+    step(model, kept, tokens[:, :1])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_model_made_in_inference_mode_runs(make_model):
+    with torch.inference_mode():
+        model = make_model()
+        stepper = KernelStepper(model)
+        assert stepper.step([Feed(stepper.new_state(), [1, 2])])[0].shape == (61,)
+
+
 def test_what_the_kernels_do_not_run_is_said(make_model):
     assert kernel_obstacle(make_model()) is None
     assert kernel_obstacle(make_model().bfloat16()) is None
