@@ -16,7 +16,9 @@ SMALL = ["--n_embd", "32", "--n_head", "2", "--n_layer", "2", "--mlp_internal_di
 @pytest.fixture
 def bench(capsys):
     def run(*argv):
-        status = main(["bench", *map(str, argv)])
+        # One thread: those of the kernels wait actively, which is slow where other programs run beside the tests.
+        threads = [] if "--threads" in argv else ["--threads", "1"]
+        status = main(["bench", *map(str, argv), *threads])
         shown = capsys.readouterr()
         return status, shown.out, shown.err
 
