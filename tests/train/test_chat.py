@@ -70,9 +70,9 @@ def test_it_learns_to_answer_and_to_stop(train_chat, tmp_path, capsys):
     asks.write_text("\n".join(ANSWERS))
     flags = ["--prompts_file", str(asks), "--chat", "--temperature", "0", "--output", str(results)]
     assert main(["generate", str(run), *flags]) == 0
-    assert [json.loads(line) for line in results.read_text().splitlines()] == [
-        {"prompt": ask, "text": answer} for ask, answer in ANSWERS.items()
-    ]
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [(row["prompt"], row["text"]) for row in rows] == list(ANSWERS.items())
+    assert {row["finish_reason"] for row in rows} == {"stop"}
     assert samples(run)[-1]["prompt"] == "red"
 
 
