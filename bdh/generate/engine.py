@@ -5,6 +5,7 @@ to the bit, with torch's operations up to rounding.
 """
 
 import itertools
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,10 +21,11 @@ from bdh.generate.prefixes import PrefixStore
 from bdh.generate.sequence import Completion, StepOutput
 from bdh.generate.sequence import Sequence as Running
 from bdh.generate.snapshot import Snapshot
-from bdh.generate.stepper import Feed, Stepper, make_stepper
+from bdh.generate.stepper import Feed, SequenceState, Stepper, make_stepper
 from bdh.model.modeling import BDHForCausalLM
 from bdh.model.text import Prompt, encode_prompt, end_token_ids
 
+_log = logging.getLogger(__name__)
 # What prompts get of a step however many sequences are being continued, so that none waits for ever.
 _LEAST_PROMPT_SHARE = 8
 
@@ -118,10 +120,17 @@ class Engine:
         self._waiting: deque[_Request] = deque()
         self._running: dict[int, _Request] = {}
         self._outputs: list[StepOutput] = []  # of requests that were aborted between two steps
+        # Beginnings to be stored before anything is fed again: no token waits for the copying.
+        self._to_store: list[tuple[list[int], SequenceState, torch.Tensor | None]] = []
         self._counters = EngineStats()
 
     @property
     def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return self._has_requests or bool(self._to_store)
+
+    @property
+    def _has_requests(self) -> bool:
         return bool(self._waiting or self._running or self._outputs)
 
     def knows(self, request_id: int) -> bool:
@@ -246,6 +255,7 @@ class Engine:
 
         An exception within one request ends that request, with the reason "error"; the others go on.
         """
+        self._store_prefixes()
         self._admit()
         fed = self._feeds()
         for request, sequence, count, logits in self._read(fed):
@@ -281,7 +291,7 @@ class Engine:
         Raises:
             ValueError: a request is wrong: those before it are ended; or the engine has other work.
         """
-        if self.has_work:
+        if self._has_requests:
             raise ValueError("the engine has other requests: end them before a whole batch is generated")
         source, ids = iter(requests), deque[int]()
         found: dict[int, dict[int, Completion]] = {}
@@ -411,7 +421,7 @@ class Engine:
             if sequence.num_generated == 0:
                 self._counters.prompt_tokens += count
             sequence.read(count, logits)
-            self._store_prefix(request, sequence)
+            self._mark_prefix(request, sequence)
             if sequence.pending:
                 return
             for each in [sequence, *self._fork(request, sequence)]:
@@ -421,18 +431,30 @@ class Engine:
         except Exception as error:
             self._end(request, "error", _told(error))
 
-    def _store_prefix(self, request: _Request, sequence: Running) -> None:
-        if sequence.num_generated or sequence.state is None or self._prefixes is None:
+    def _mark_prefix(self, request: _Request, sequence: Running) -> None:
+        if sequence.num_generated or sequence.state is None:
             return
         position = sequence.state.position
         if position in request.places:
             request.places.discard(position)
-            self._prefixes.put(sequence.tokens[:position], sequence.state, sequence.logits)
+            self._to_store.append((sequence.tokens[:position], sequence.state, sequence.logits))
+
+    def _store_prefixes(self) -> None:
+        """Copies the states that were marked; they have not been fed since, nor used for another sequence."""
+        marked, self._to_store = self._to_store, []
+        for tokens, state, logits in marked:
+            if self._prefixes is None:
+                continue
+            try:
+                self._prefixes.put(tokens, state, logits)
+            except (MemoryError, RuntimeError) as error:  # torch raises the latter where there is no memory
+                _log.warning("the beginning of a prompt, %d tokens, could not be stored: %s", len(tokens), error)
 
     def _fork(self, request: _Request, sequence: Running) -> list[Running]:
         """The further continuations of a prompt, once it has been read: each with a copy of the state."""
         if len(request.sequences) == request.params.n:
             return []
+        self._store_prefixes()  # before a state that another request has just left is taken
         for index in range(1, request.params.n):
             other = request.make(index)
             other.state = self._pool.take(copy_of=sequence.state)

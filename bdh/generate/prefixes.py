@@ -8,7 +8,8 @@ from bdh.generate.prefix_cache import PrefixCache
 from bdh.generate.stepper import SequenceState
 
 _LONG_PROMPT_TOKENS = 256
-_FROM_THE_END = (32, 128, 512)
+_FROM_THE_END = (32, 256)
+_WORTH_A_STATE_TOKENS = 64  # with fewer behind a known state, reading them again costs less than copying another one
 
 
 class PrefixStore:
@@ -16,7 +17,7 @@ class PrefixStore:
 
     That is at its end; where an earlier prompt has parted from it, which shows what they have in common; and, of a long
     prompt of which most is new, at a few places before its end, since what follows with the second prompt is likely to
-    differ in its last part only.
+    differ in its last part only. Nowhere is it stored close behind a known one.
     """
 
     def __init__(self, max_bytes: int):
@@ -32,7 +33,7 @@ class PrefixStore:
         places = {len(tokens), shared}
         if len(tokens) - num_known >= _LONG_PROMPT_TOKENS:
             places |= {len(tokens) - distance for distance in _FROM_THE_END}
-        return {place for place in places if place > num_known}
+        return {place for place in places if place - num_known >= (_WORTH_A_STATE_TOKENS if num_known else 1)}
 
     def put(self, tokens: Sequence[int], state: SequenceState, logits: torch.Tensor | None) -> None:
         self.cache.put(tokens, state, logits)

@@ -405,12 +405,49 @@ def test_a_shared_beginning_is_read_once_and_changes_no_bit(make_engine):
     cached = [each.num_cached_tokens for each in warm]
     assert cached[0] == 0
     assert cached[1] >= 570  # a place a little before the first prompt's end
-    assert cached[2] == cached[3] == len(shared) + len("question ")  # where the second one parted from the first
+    assert cached[2] == cached[3] == cached[1]  # where they part, nearby, no further state is worth its copy
     assert cached[4] == len(requests[0])  # all of it, with its logits
     stats = engine.stats()
     assert stats.prefix_cache_hits == 4
     assert stats.prefix_cache_tokens == sum(cached)
     assert stats.prompt_tokens == sum(map(len, [*requests, requests[0]])) - sum(cached)
+
+
+def test_where_prompts_part_a_state_is_stored(make_engine):
+    draw = random.Random(5)
+    shared = [draw.randrange(256) for _ in range(300)]
+    requests = [shared + [draw.randrange(256) for _ in range(400)] for _ in range(3)]
+    params = SamplingParams(max_tokens=6, temperature=0)
+    engine = make_engine(prefix_cache_bytes=1 << 30)
+    warm = [engine.generate([tokens], params)[0][0] for tokens in requests]
+    assert [each.num_cached_tokens for each in warm] == [0, 0, 300]
+    assert warm[2].token_ids == make_engine().generate([requests[2]], params)[0][0].token_ids
+
+
+def test_a_state_that_is_to_be_stored_is_not_used_before(make_engine, byte_model):
+    """A request ends in the step in which another one forks, into the state that it has left."""
+    state_bytes = make_stepper(byte_model).state_bytes
+    engine = make_engine(prefix_cache_bytes=1 << 30, max_state_bytes=3 * state_bytes, tokens_per_step=100)
+    one = SamplingParams(max_tokens=1, temperature=0)
+    engine.add_request("first prompt", one)
+    engine.add_request("second", SamplingParams(max_tokens=4, n=2, temperature=0))
+    drained(engine)
+    again = engine.generate("first prompt", SamplingParams(max_tokens=9, temperature=0))[0][0]
+    assert again.num_cached_tokens == len("first prompt")
+    expected = make_engine().generate("first prompt", SamplingParams(max_tokens=9, temperature=0))[0][0]
+    assert again.token_ids == expected.token_ids
+
+
+def test_no_memory_for_the_cache_ends_no_request(make_engine, monkeypatch, caplog):
+    engine = make_engine(prefix_cache_bytes=1 << 30)
+
+    def put(*arguments):
+        raise MemoryError("not a byte")
+
+    monkeypatch.setattr(engine._prefixes.cache, "put", put)
+    assert engine.generate("abc", SamplingParams(max_tokens=3))[0][0].finish_reason == "length"
+    assert engine.generate("abc", SamplingParams(max_tokens=3))[0][0].finish_reason == "length"
+    assert "could not be stored: not a byte" in caplog.text
 
 
 def test_a_full_cache_of_beginnings_only_costs_time(make_engine, byte_model):
