@@ -97,7 +97,8 @@ class PrefixCache:
 
         Returns:
             How many tokens it has; the state behind them; and the logits of the next one, where they were stored.
-            0 and None without one. The state is the cache's own: copy it, and never advance it.
+            0 and None without one. The state is the cache's own: copy it, before anything else is stored, and never
+            advance it.
         """
         best, best_depth, depth = None, 0, 0
         for node in self._walk(array("i", tokens)):
@@ -132,13 +133,17 @@ class PrefixCache:
             self.rejections += 1
             return False
         node = self._insert(array("i", tokens))
-        self._drop_state(node)
+        former = self._drop_state(node)
         # Counted before it is copied: there should never be more in memory than is allowed.
         self._tensor_bytes += state.nbytes + logits_bytes
         self._stored[node] = None
-        self._make_room()
+        spare = self._make_room() or former
         try:
-            node.state, node.logits = state.clone(), None if logits is None else logits.clone()
+            if spare is not None and spare.pattern == state.pattern:
+                spare.copy_(state)  # memory that is in use already is several times as fast as new one
+            else:
+                spare = state.clone()
+            node.state, node.logits = spare, None if logits is None else logits.clone()
         except BaseException:  # no memory
             self._tensor_bytes -= state.nbytes + logits_bytes
             del self._stored[node]
@@ -205,28 +210,32 @@ class PrefixCache:
         self._path_bytes += NODE_BYTES
         return middle
 
-    def _make_room(self) -> None:
-        """Forgets what is oldest until the bounds hold, but for the newest state."""
+    def _make_room(self) -> SequenceState | None:
+        """Forgets what is oldest until the bounds hold, but for the newest state. Returns a state that was dropped."""
+        dropped = None
         while self._path_bytes > self.max_prompt_bytes and self._prompts:
             self._forget_prompt()
         while self.nbytes > self.max_bytes and len(self._stored) > 1:
             oldest = next(iter(self._stored))
-            self._drop_state(oldest)
+            dropped = self._drop_state(oldest)
             self._prune(oldest)
             self.evictions += 1
         while self.nbytes > self.max_bytes and self._prompts:
             self._forget_prompt()
+        return dropped
 
     def _forget_prompt(self) -> None:
         oldest, _ = self._prompts.popitem(last=False)
         oldest.is_prompt = False
         self._prune(oldest)
 
-    def _drop_state(self, node: _Node) -> None:
-        if node in self._stored:
-            self._tensor_bytes -= node.tensor_bytes
-            del self._stored[node]
-            node.state = node.logits = None
+    def _drop_state(self, node: _Node) -> SequenceState | None:
+        if node not in self._stored:
+            return None
+        self._tensor_bytes -= node.tensor_bytes
+        del self._stored[node]
+        state, node.state, node.logits = node.state, None, None
+        return state
 
     def _prune(self, node: _Node) -> None:
         """Removes a node that nothing needs any more, and what only led to it."""

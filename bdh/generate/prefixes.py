@@ -9,15 +9,15 @@ from bdh.generate.stepper import SequenceState
 
 _LONG_PROMPT_TOKENS = 256
 _FROM_THE_END = (32, 256)
-_WORTH_A_STATE_TOKENS = 64  # with fewer behind a known state, reading them again costs less than copying another one
+_WORTH_A_STATE_TOKENS = 64  # with fewer behind another state, reading them again costs less than a further copy
 
 
 class PrefixStore:
     """Finds the states of known beginnings, and says where on the way through a prompt a state is worth keeping.
 
-    That is at its end; where an earlier prompt has parted from it, which shows what they have in common; and, of a long
-    prompt of which most is new, at a few places before its end, since what follows with the second prompt is likely to
-    differ in its last part only. Nowhere is it stored close behind a known one.
+    That is where an earlier prompt has parted from it, which shows what they have in common; at its end; and, of a long
+    prompt of which most is new, at a few places before its end instead, since what follows with the second prompt is
+    likely to differ in its last part only. No two are close to each other, or to the beginning.
     """
 
     def __init__(self, max_bytes: int):
@@ -29,11 +29,17 @@ class PrefixStore:
 
     def places(self, tokens: Sequence[int], num_known: int) -> set[int]:
         """The numbers of tokens after which the state of this new prompt is to be stored."""
-        shared = self.cache.branch_point(tokens)
-        places = {len(tokens), shared}
+        candidates = [self.cache.branch_point(tokens)]
         if len(tokens) - num_known >= _LONG_PROMPT_TOKENS:
-            places |= {len(tokens) - distance for distance in _FROM_THE_END}
-        return {place for place in places if place - num_known >= (_WORTH_A_STATE_TOKENS if num_known else 1)}
+            candidates += [len(tokens) - distance for distance in _FROM_THE_END]
+        else:
+            candidates.append(len(tokens))
+        places: set[int] = set()
+        for place in candidates:
+            is_far_on = place - num_known >= _WORTH_A_STATE_TOKENS
+            if is_far_on and all(abs(place - other) >= _WORTH_A_STATE_TOKENS for other in places):
+                places.add(place)
+        return places
 
     def put(self, tokens: Sequence[int], state: SequenceState, logits: torch.Tensor | None) -> None:
         self.cache.put(tokens, state, logits)

@@ -406,11 +406,27 @@ def test_a_shared_beginning_is_read_once_and_changes_no_bit(make_engine):
     assert cached[0] == 0
     assert cached[1] >= 570  # a place a little before the first prompt's end
     assert cached[2] == cached[3] == cached[1]  # where they part, nearby, no further state is worth its copy
-    assert cached[4] == len(requests[0])  # all of it, with its logits
+    assert cached[4] == cached[1]  # of a long prompt the end itself is not stored
     stats = engine.stats()
     assert stats.prefix_cache_hits == 4
     assert stats.prefix_cache_tokens == sum(cached)
     assert stats.prompt_tokens == sum(map(len, [*requests, requests[0]])) - sum(cached)
+
+
+def test_a_prompt_that_was_read_before_is_not_read_again(make_engine):
+    prompt = "all of it, with the logits behind it. " * 3
+    params = SamplingParams(max_tokens=5, seed=3, logprobs=1)
+    engine = make_engine(prefix_cache_bytes=1 << 30)
+    first, again = (engine.generate(prompt, params)[0][0] for _ in range(2))
+    assert (first.num_cached_tokens, again.num_cached_tokens) == (0, len(prompt))
+    assert (first.token_ids, first.logprobs) == (again.token_ids, again.logprobs)
+    assert engine.stats().prompt_tokens == len(prompt)
+
+
+def test_short_prompts_are_not_worth_a_state(make_engine):
+    engine = make_engine(prefix_cache_bytes=1 << 30)
+    short = [engine.generate("ab" * 31, SamplingParams(max_tokens=1))[0][0] for _ in range(2)]
+    assert [each.num_cached_tokens for each in short] == [0, 0]
 
 
 def test_where_prompts_part_a_state_is_stored(make_engine):
@@ -429,12 +445,13 @@ def test_a_state_that_is_to_be_stored_is_not_used_before(make_engine, byte_model
     state_bytes = make_stepper(byte_model).state_bytes
     engine = make_engine(prefix_cache_bytes=1 << 30, max_state_bytes=3 * state_bytes, tokens_per_step=100)
     one = SamplingParams(max_tokens=1, temperature=0)
-    engine.add_request("first prompt", one)
+    first = "first prompt " * 6
+    engine.add_request(first, one)
     engine.add_request("second", SamplingParams(max_tokens=4, n=2, temperature=0))
     drained(engine)
-    again = engine.generate("first prompt", SamplingParams(max_tokens=9, temperature=0))[0][0]
-    assert again.num_cached_tokens == len("first prompt")
-    expected = make_engine().generate("first prompt", SamplingParams(max_tokens=9, temperature=0))[0][0]
+    again = engine.generate(first, SamplingParams(max_tokens=9, temperature=0))[0][0]
+    assert again.num_cached_tokens == len(first)
+    expected = make_engine().generate(first, SamplingParams(max_tokens=9, temperature=0))[0][0]
     assert again.token_ids == expected.token_ids
 
 
@@ -445,8 +462,8 @@ def test_no_memory_for_the_cache_ends_no_request(make_engine, monkeypatch, caplo
         raise MemoryError("not a byte")
 
     monkeypatch.setattr(engine._prefixes.cache, "put", put)
-    assert engine.generate("abc", SamplingParams(max_tokens=3))[0][0].finish_reason == "length"
-    assert engine.generate("abc", SamplingParams(max_tokens=3))[0][0].finish_reason == "length"
+    for _ in range(2):
+        assert engine.generate("abc" * 30, SamplingParams(max_tokens=3))[0][0].finish_reason == "length"
     assert "could not be stored: not a byte" in caplog.text
 
 
@@ -455,7 +472,7 @@ def test_a_full_cache_of_beginnings_only_costs_time(make_engine, byte_model):
     engine = make_engine(prefix_cache_bytes=int(2.5 * state_bytes))
     params = SamplingParams(max_tokens=5, temperature=0)
     for number in range(12):
-        prompt = f"{number % 5} prompts " * 3
+        prompt = f"{number % 5} prompts " * 8
         assert engine.generate(prompt, params)[0][0].token_ids == make_engine().generate(prompt, params)[0][0].token_ids
         assert engine.stats().prefix_cache_bytes <= 2.5 * state_bytes
 

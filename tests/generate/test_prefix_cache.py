@@ -199,6 +199,19 @@ def test_prompts_are_remembered_within_their_own_bound():
     assert cache.branch_point(long) == (cache.max_prompt_bytes - NODE_BYTES) // 4  # of it the beginning
 
 
+def test_the_memory_of_a_dropped_state_is_used_again():
+    cache = PrefixCache(2 * alone([1]) + 10, max_prompt_bytes=0)
+    for token in (1, 2):
+        cache.put([token], state_of([token]))
+    memory = cache.find([1])[1].tensors["sums"].data_ptr()
+    cache.find([2])
+    cache.put([3], state_of([3]))
+    state = cache.find([3])[1]
+    assert state.tensors["sums"].data_ptr() == memory
+    assert state.tensors["sums"].equal(state_of([3]).tensors["sums"])
+    assert cache.find([2])[1].tensors["sums"].equal(state_of([2]).tensors["sums"])
+
+
 def test_a_copy_that_finds_no_memory_leaves_the_cache_right(monkeypatch):
     cache = PrefixCache(10**6)
     cache.put([1, 2], state_of([1, 2]), logits_of([1, 2]))
