@@ -35,6 +35,10 @@ class ChatSettings(ChatOptions):
     """Continue what is typed as text, though the tokenizer has a chat template."""
     max_undo_bytes: int = 1 << 30
     """Memory for the states that /undo goes back to: one for each turn, the oldest are dropped."""
+    path: Literal["auto", "kernels", "torch"] = "auto"
+    """Code of the steps: kernels (sparse, on the CPU), torch, or auto, which takes the kernels where they run."""
+    window: int | None = None
+    """Attend to the last so many tokens only, for models trained on short blocks; None for all."""
     weights: Literal["float32", "bfloat16"] = "float32"
     """How the CPU's kernels hold the weights: bfloat16 halves memory and traffic."""
     state: Literal["float32", "bfloat16"] = "float32"
@@ -47,6 +51,7 @@ class ChatSettings(ChatOptions):
     def collect_faults(self, faults: Faults) -> None:
         super().collect_faults(faults)
         faults.require(self.max_undo_bytes >= 0, "max_undo_bytes", self.max_undo_bytes, "at least 0")
+        faults.require(self.window is None or self.window >= 1, "window", self.window, "at least 1, or null")
 
     def options(self) -> ChatOptions:
         return ChatOptions(**{f.name: getattr(self, f.name) for f in fields(ChatOptions)})
@@ -66,7 +71,7 @@ def run(argv: list[str]) -> int:
 
     model, tokenizer = load_model(settings.model, checkpoint=settings.checkpoint, device=settings.device)
     conversation = Conversation(
-        make_stepper(model, weights=settings.weights, state=settings.state),
+        make_stepper(model, path=settings.path, weights=settings.weights, state=settings.state, window=settings.window),
         tokenizer,
         settings.options(),
         system=settings.system,

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerFast
 
 from bdh.evaluate.loss import inference
+from bdh.generate.config import EngineConfig
+from bdh.generate.engine import Engine
+from bdh.generate.params import SamplingParams
 from bdh.model import BDHForCausalLM
 from bdh.model.sampling import SamplingOptions
 
@@ -88,21 +92,23 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Continues each context until one of its stop strings."""
+        asked = [_sampling(request.args[1]) for request in requests]
         texts: list[str] = [""] * len(requests)
-        groups: dict[str, list[int]] = {}
-        for index, request in enumerate(requests):
-            groups.setdefault(repr(request.args[1]), []).append(index)
-        for indices in groups.values():
-            options = _sampling(requests[indices[0]].args[1])
-            # Those of like length together: less padding.
-            indices.sort(key=lambda index: len(requests[index].args[0]))
-            for first in range(0, len(indices), self.batch_size):
-                batch = indices[first : first + self.batch_size]
-                prompts = [self._last_part(requests[index].args[0]) for index in batch]
-                found = self._model.generate_texts(self.tokenizer, prompts, options)
-                for index, (text,) in zip(batch, found, strict=True):
-                    texts[index] = text
+        alone = [index for index, options in enumerate(asked) if options.num_beams == 1]
+        jobs = ((self._last_part(requests[index].args[0]), _params(asked[index])) for index in alone)
+        for index, (completion,) in zip(alone, self._engine.map(jobs), strict=True):
+            if completion.error is not None:
+                raise RuntimeError(f"a text of the task could not be generated: {completion.error}")
+            texts[index] = completion.text
+        for index in sorted(set(range(len(requests))) - set(alone)):
+            ((texts[index],),) = self._model.generate_texts(
+                self.tokenizer, [self._last_part(requests[index].args[0])], asked[index]
+            )
         return texts
+
+    @cached_property
+    def _engine(self) -> Engine:
+        return Engine(self._model, self.tokenizer, config=EngineConfig(max_running=self.batch_size))
 
     def _last_part(self, text: str) -> str:
         encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
@@ -255,3 +261,8 @@ def _sampling(arguments: dict[str, Any]) -> SamplingOptions:
     if not samples:
         given["temperature"] = 0.0
     return SamplingOptions(max_new_tokens=max_new_tokens, stop=[s for s in stop if s], seed=0, **given).validated()
+
+
+def _params(options: SamplingOptions) -> SamplingParams:
+    shared = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "seed")
+    return SamplingParams(max_tokens=options.max_new_tokens, **{name: getattr(options, name) for name in shared})

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from bdh.generate.chat_options import ChatOptions
+from bdh.generate.sampler import Sampler, generator_of
 from bdh.generate.snapshot import Snapshot
 from bdh.generate.stepper import Feed, SequenceState, Stepper
 from bdh.model.text import TextDecoder, encode_prompt
@@ -193,11 +194,7 @@ class Conversation:
             ValueError: it is out of range; nothing has changed.
         """
         self.options = replace(self.options, seed=seed).validated()
-        self._generator = torch.Generator()
-        if seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(seed)
+        self._generator = generator_of(seed)
 
     def set_system(self, system: str | None) -> None:
         """Another system message, or none. What was said before is read again behind it, with the next turn.
@@ -298,13 +295,20 @@ class Conversation:
     def _written(self, reply: _Reply) -> Iterator[int]:
         """The tokens of the reply, each of which is already the last of the snapshot's."""
         snapshot = reply.snapshot
+        sampler = Sampler(
+            self.options.params(),
+            vocab_size=self.stepper.model.config.vocab_size,
+            prompt=snapshot.tokens,
+            generator=self._generator,
+        )
         for _ in range(self.options.max_tokens):
             start = time.perf_counter()
             if reply.has_begun:
                 self._feed(snapshot, len(snapshot.pending))
             elif not self._read(snapshot):
                 return
-            token = _next_token(snapshot, self.options, self._generator)
+            assert snapshot.logits is not None
+            token = sampler.sample(snapshot.logits)
             if reply.has_begun:
                 self.stats.seconds_writing += time.perf_counter() - start
                 self.stats.tokens_written += 1
@@ -412,34 +416,3 @@ class Conversation:
         if self._encoder is not None:
             return self._encoder.hash
         return hashlib.sha256(self._tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
-
-
-def _next_token(snapshot: Snapshot, options: ChatOptions, generator: torch.Generator) -> int:
-    assert snapshot.logits is not None
-    scores = snapshot.logits[None]
-    for processor in _processors(options):
-        scores = processor(torch.tensor([snapshot.tokens]), scores)
-    if options.temperature == 0:
-        return int(scores.argmax())
-    return int(torch.multinomial(scores.softmax(-1), 1, generator=generator))
-
-
-def _processors(options: ChatOptions):
-    from transformers import (
-        MinPLogitsWarper,
-        RepetitionPenaltyLogitsProcessor,
-        TemperatureLogitsWarper,
-        TopKLogitsWarper,
-        TopPLogitsWarper,
-    )
-
-    if options.repetition_penalty != 1:
-        yield RepetitionPenaltyLogitsProcessor(float(options.repetition_penalty))
-    if options.temperature > 0:
-        yield TemperatureLogitsWarper(float(options.temperature))
-        if options.top_k:
-            yield TopKLogitsWarper(options.top_k)
-        if options.top_p < 1:
-            yield TopPLogitsWarper(float(options.top_p))
-        if options.min_p:
-            yield MinPLogitsWarper(options.min_p)

@@ -1,8 +1,8 @@
 """How replies are sampled, as settings. Apart from the conversation, so that `bdh chat --help` needs no PyTorch."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
-from bdh.model.sampling import SamplingOptions
+from bdh.generate.params import SamplingParams
 from bdh.validation import Faults
 
 
@@ -27,19 +27,11 @@ class ChatOptions:
 
     def collect_faults(self, faults: Faults) -> None:
         faults.require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1 token")
-        self.sampling(max_new_tokens=1).collect_faults(faults)
+        replace(self.params(), max_tokens=1).collect_faults(faults)
 
-    def sampling(self, max_new_tokens: int) -> SamplingOptions:
-        return SamplingOptions(
-            max_new_tokens=max_new_tokens,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            seed=self.seed,
-            stop=self.stop,
-        )
+    def params(self) -> SamplingParams:
+        """How the tokens of a reply are drawn."""
+        return SamplingParams(**{each.name: getattr(self, each.name) for each in fields(ChatOptions)})
 
     def validated(self) -> "ChatOptions":
         """This object, or a ``ValueError`` that lists all faults."""

@@ -36,6 +36,16 @@ def token_logprobs(logits: torch.Tensor, token: int, num_top: int) -> TokenLogpr
     return TokenLogprobs(token, float(logprobs[token]), list(zip(ids.tolist(), values.tolist(), strict=True)))
 
 
+def generator_of(seed: int | None) -> torch.Generator:
+    """A generator that begins with a seed; with None, differently each time."""
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    return generator
+
+
 class Sampler:
     """Draws the tokens of one sequence. What it draws depends on its seed and text alone.
 
@@ -43,7 +53,7 @@ class Sampler:
         prompt: the tokens in front of what is generated; they count for the repetition penalty only.
         generated: tokens that have been generated already, where a sequence goes on.
         ends: tokens that may not come before ``min_tokens``.
-        generator_state: goes on with another generator instead of the seed.
+        generator: draw from this one, instead of one that begins with the seed.
     """
 
     def __init__(
@@ -55,17 +65,10 @@ class Sampler:
         generated: Iterable[int] = (),
         ends: Iterable[int] = (),
         index: int = 0,
-        generator_state: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
     ):
         self._params = params
-        self.generator = torch.Generator()
-        seed = params.seed_of(index)
-        if generator_state is not None:
-            self.generator.set_state(generator_state)
-        elif seed is None:
-            self.generator.seed()
-        else:
-            self.generator.manual_seed(seed)
+        self.generator = generator or generator_of(params.seed_of(index))
         self._num_generated = 0
         self._ends = torch.tensor(sorted(set(ends)), dtype=torch.int64)
         self._bias: torch.Tensor | None = None

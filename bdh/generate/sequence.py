@@ -90,6 +90,10 @@ class Sequence:
             self.prompt_logprobs = [None]
         self.completion: Completion | None = None
         goes_on = snapshot is not None and len(tokens) == len(snapshot.tokens)
+        generator = None
+        if snapshot is not None and snapshot.generator_state is not None and goes_on and index == 0:
+            generator = torch.Generator()
+            generator.set_state(snapshot.generator_state)
         self.sampler = Sampler(
             params,
             vocab_size=vocab_size,
@@ -97,7 +101,7 @@ class Sequence:
             generated=tokens[num_prompt_tokens:],
             ends=ends,
             index=index,
-            generator_state=snapshot.generator_state if snapshot is not None and index == 0 and goes_on else None,
+            generator=generator,
         )
         self._tokenizer = tokenizer
         if goes_on and snapshot is not None and snapshot.decoder:
