@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -12,7 +13,57 @@ from bdh.generate.sequence import Completion, StepOutput
 from bdh.generate.snapshot import Snapshot
 from bdh.model.text import Prompt
 
-Deliver = Callable[[StepOutput | BaseException], None]
+Deliver = Callable[["StepOutput | BaseException | None"], None]
+
+
+class Submission:
+    """A request that the engine has taken up, for one event loop.
+
+    Attributes:
+        id: its number in the engine.
+        started: is set when it has a state: until then it waits for one.
+    """
+
+    def __init__(self, front: "AsyncEngine", num_sequences: int):
+        self.id = -1  # until the engine has given it one
+        self.started = asyncio.Event()
+        self._front = front
+        self._outputs = asyncio.Queue[StepOutput | BaseException]()
+        self._num_left = num_sequences
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether its last output has been taken."""
+        return self._num_left == 0
+
+    async def outputs(self) -> AsyncIterator[StepOutput]:
+        """What the steps add, as it comes, until all continuations have ended.
+
+        Raises:
+            RuntimeError: the engine is closed, or has failed.
+        """
+        while self._num_left:
+            item = await self._outputs.get()
+            if isinstance(item, BaseException):
+                self._num_left = 0
+                raise RuntimeError(f"the engine has failed: {item}") from item
+            self._num_left -= item.completion is not None
+            yield item
+
+    def abort(self) -> None:
+        """Ends it within a step; no further outputs come. Does nothing where it has ended."""
+        if not self.has_ended:
+            self._front._order_abort(self)
+
+    def stop(self) -> None:
+        """Ends it within a step; the outputs that come last have snapshots of what had begun."""
+        if not self.has_ended:
+            self._front._order_stop(self)
+
+    def _deliver(self, item: "StepOutput | BaseException | None") -> None:
+        self.started.set()
+        if item is not None:
+            self._outputs.put_nowait(item)
 
 
 class AsyncEngine:
@@ -29,56 +80,74 @@ class AsyncEngine:
         self._receivers: dict[int, Deliver] = {}
         self._is_closed = False
         self._failure: BaseException | None = None
+        self._beat, self._is_idle = time.monotonic(), True
+        self.stats = engine.stats()
+        """As they were behind the last step."""
         self._thread = threading.Thread(target=self._run, name="bdh-engine", daemon=True)
         self._thread.start()
 
-    async def stream(
+    @property
+    def failure(self) -> BaseException | None:
+        """Why the thread has ended; None while it runs."""
+        return self._failure
+
+    @property
+    def seconds_since_beat(self) -> float:
+        """Since the thread last came by between two steps, or found nothing to do: large where a step hangs."""
+        return 0.0 if self._is_idle else time.monotonic() - self._beat
+
+    async def submit(
         self,
         prompt: Prompt | None,
         params: SamplingParams | None = None,
         *,
         snapshot: Snapshot | None = None,
         keep_snapshot: bool = False,
-    ) -> AsyncIterator[StepOutput]:
-        """The outputs of a request as they come. Leaving the loop, or cancelling the task, aborts it within a step.
+        watch: int | None = None,
+    ) -> Submission:
+        """Hands a request to the engine. Who does not take all of its outputs is to abort it.
 
         Raises:
             ValueError: as :meth:`Engine.add_request`.
             RuntimeError: the engine is closed, or has failed.
         """
         params = params or SamplingParams()
-        loop, queue = asyncio.get_running_loop(), asyncio.Queue[StepOutput | BaseException]()
+        loop = asyncio.get_running_loop()
         taken_up: asyncio.Future[None] = loop.create_future()
-        numbers: list[int] = []  # the request's, once the thread has taken it up
+        submission = Submission(self, params.n)
 
         def add() -> None:
             try:
-                request_id = self.engine.add_request(prompt, params, snapshot=snapshot, keep_snapshot=keep_snapshot)
+                submission.id = self.engine.add_request(
+                    prompt, params, snapshot=snapshot, keep_snapshot=keep_snapshot, watch=watch
+                )
             except Exception as error:
                 _call_soon(loop, _set, taken_up, error)
                 return
-            numbers.append(request_id)
-            self._receivers[request_id] = lambda item: _call_soon(loop, queue.put_nowait, item)
+            self._receivers[submission.id] = lambda item: _call_soon(loop, submission._deliver, item)
             _call_soon(loop, _set, taken_up, None)
 
-        def abort() -> None:  # carried out behind `add`
-            for request_id in numbers:
-                self._receivers.pop(request_id, None)
-                self.engine.abort(request_id)
-
         self._order(add)
-        num_ended = 0
         try:
             await taken_up
-            while num_ended < params.n:
-                item = await queue.get()
-                if isinstance(item, BaseException):
-                    raise RuntimeError(f"the engine has failed: {item}") from item
-                num_ended += item.completion is not None
-                yield item
+        except asyncio.CancelledError:
+            submission.abort()
+            raise
+        return submission
+
+    async def stream(
+        self, prompt: Prompt | None, params: SamplingParams | None = None, **arguments: Any
+    ) -> AsyncIterator[StepOutput]:
+        """The outputs of a request as they come. Leaving the loop, or cancelling the task, aborts it within a step.
+
+        Arguments and errors are those of :meth:`submit`, and :meth:`Submission.outputs`.
+        """
+        submission = await self.submit(prompt, params, **arguments)
+        try:
+            async for output in submission.outputs():
+                yield output
         finally:
-            if num_ended < params.n and self._failure is None:
-                self._order(abort, is_wanted_always=True)
+            submission.abort()
 
     async def generate(
         self, prompt: Prompt | None, params: SamplingParams | None = None, **arguments: Any
@@ -96,6 +165,18 @@ class AsyncEngine:
             self._is_closed = True
             self._changed.notify()
         self._thread.join()
+
+    def _order_abort(self, submission: Submission) -> None:
+        def abort() -> None:  # carried out behind the order that adds it
+            if self._receivers.pop(submission.id, None) is not None:
+                self.engine.abort(submission.id)
+
+        if self._failure is None:
+            self._order(abort, is_wanted_always=True)
+
+    def _order_stop(self, submission: Submission) -> None:
+        if self._failure is None:
+            self._order(lambda: self.engine.abort(submission.id, keep_snapshot=True), is_wanted_always=True)
 
     def _order(self, order: Callable[[], None], *, is_wanted_always: bool = False) -> None:
         with self._changed:
@@ -115,17 +196,24 @@ class AsyncEngine:
         try:
             while True:
                 with self._changed:
+                    self._is_idle = True
                     self._changed.wait_for(lambda: self._orders or self._is_closed or self.engine.has_work)
+                    self._beat, self._is_idle = time.monotonic(), False
                     if self._is_closed:
                         break
                     orders = list(self._orders)
                     self._orders.clear()
                 for order in orders:
                     order()
-                for output in self.engine.step() if self.engine.has_work else ():
+                outputs = self.engine.step() if self.engine.has_work else []
+                for request_id in self.engine.take_started():
+                    if receiver := self._receivers.get(request_id):
+                        receiver(None)
+                for output in outputs:
                     if receiver := self._receivers.get(output.request_id):
                         receiver(output)
                 self._drop_ended()
+                self.stats = self.engine.stats()
         except BaseException as error:
             failure = error
         with self._changed:

@@ -7,20 +7,22 @@ to the bit, with torch's operations up to rounding.
 import itertools
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from bdh.generate.activity import MOST_NEURONS
 from bdh.generate.config import EngineConfig
 from bdh.generate.memory import free_bytes
 from bdh.generate.params import SamplingParams
 from bdh.generate.pool import StatePool
 from bdh.generate.prefixes import PrefixStore
+from bdh.generate.request import Request
 from bdh.generate.sequence import Completion, StepOutput
 from bdh.generate.sequence import Sequence as Running
 from bdh.generate.snapshot import Snapshot
+from bdh.generate.stats import EngineStats
 from bdh.generate.stepper import Feed, SequenceState, Stepper, make_stepper
 from bdh.model.modeling import BDHForCausalLM
 from bdh.model.text import Prompt, encode_prompt, end_token_ids
@@ -28,46 +30,6 @@ from bdh.model.text import Prompt, encode_prompt, end_token_ids
 _log = logging.getLogger(__name__)
 # What prompts get of a step however many sequences are being continued, so that none waits for ever.
 _LEAST_PROMPT_SHARE = 8
-
-
-@dataclass
-class EngineStats:
-    """Gauges of what is there now, and counters since the engine was made."""
-
-    running: int = 0
-    """Sequences that have a state."""
-    waiting: int = 0
-    """Requests that have none yet."""
-    state_bytes: int = 0
-    """Of states in use or promised."""
-    prefix_cache_bytes: int = 0
-    prompt_tokens: int = 0
-    """Read. Those that a stored prefix spared are not among them."""
-    generated_tokens: int = 0
-    finished: dict[str, int] = field(default_factory=dict)
-    """Continuations, by the reason of their end."""
-    prefix_cache_hits: int = 0
-    prefix_cache_tokens: int = 0
-    """Tokens that need not be read."""
-
-
-class _Request:
-    """A request: one sequence that reads the prompt, and later its further continuations."""
-
-    def __init__(self, request_id: int, first: Running, make: Callable[[int], Running], snapshot: Snapshot | None):
-        self.id, self.snapshot = request_id, snapshot
-        self.sequences = [first]
-        self.make = make
-        self.num_reserved = first.params.n
-        self.places: set[int] = set()  # where the state on the way through the prompt is stored
-
-    @property
-    def params(self) -> SamplingParams:
-        return self.sequences[0].params
-
-    @property
-    def is_done(self) -> bool:
-        return len(self.sequences) == self.params.n and all(s.completion for s in self.sequences)
 
 
 class Engine:
@@ -117,11 +79,12 @@ class Engine:
         self._prefixes = PrefixStore(self.config.prefix_cache_bytes) if self.config.prefix_cache_bytes else None
         self._ends = frozenset(end_token_ids(model, tokenizer))
         self._numbers = itertools.count()
-        self._waiting: deque[_Request] = deque()
-        self._running: dict[int, _Request] = {}
+        self._waiting: deque[Request] = deque()
+        self._running: dict[int, Request] = {}
         self._outputs: list[StepOutput] = []  # of requests that were aborted between two steps
         # Beginnings to be stored before anything is fed again: no token waits for the copying.
         self._to_store: list[tuple[list[int], SequenceState, torch.Tensor | None]] = []
+        self._started: list[int] = []
         self._counters = EngineStats()
 
     @property
@@ -185,6 +148,7 @@ class Engine:
         *,
         snapshot: Snapshot | None = None,
         keep_snapshot: bool = False,
+        watch: int | None = None,
     ) -> int:
         """Takes up a request; :meth:`step` works on it.
 
@@ -193,6 +157,7 @@ class Engine:
             params: how to sample; copied.
             snapshot: a sequence to go on from; it stays as it is. ``prompt`` is what follows there, or None for nothing.
             keep_snapshot: let completions have a snapshot, from which they can go on.
+            watch: let outputs tell which neurons fired, and so many of the strongest. The tokens are the same.
 
         Returns:
             The number that outputs and :meth:`abort` name it by.
@@ -210,11 +175,13 @@ class Engine:
             added = self.encode(prompt) if prompt else []
             tokens = snapshot.tokens + added
             num_prompt_tokens = len(tokens) if added else snapshot.num_prompt_tokens
+        if watch is not None and not 0 <= watch <= MOST_NEURONS:
+            raise ValueError(f"watch is {watch}: must be within 0 and {MOST_NEURONS}, or None")
         request_id = next(self._numbers)
         ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._ends)
 
         def make(index: int) -> Running:
-            return Running(
+            sequence = Running(
                 request_id,
                 index,
                 params,
@@ -226,8 +193,10 @@ class Engine:
                 snapshot=snapshot,
                 keep_snapshot=keep_snapshot,
             )
+            sequence.watch = watch
+            return sequence
 
-        self._waiting.append(_Request(request_id, make(0), make, snapshot))
+        self._waiting.append(Request(request_id, make(0), make, snapshot))
         return request_id
 
     def _check_snapshot(self, snapshot: Snapshot, params: SamplingParams) -> None:
@@ -243,12 +212,23 @@ class Engine:
                 "make the engine with the same settings"
             )
 
-    def abort(self, request_id: int) -> None:
-        """Ends a request; what it has written comes with the next step. One that has ended is left alone."""
+    def abort(self, request_id: int, *, keep_snapshot: bool = False) -> None:
+        """Ends a request; what it has written comes with the next step. One that has ended is left alone.
+
+        Args:
+            keep_snapshot: let the completions of what has begun have a snapshot, from which they can go on.
+        """
         for request in [*self._waiting, *self._running.values()]:
             if request.id == request_id:
+                for sequence in request.sequences:
+                    sequence.keep_snapshot |= keep_snapshot
                 self._end(request, "abort")
                 return
+
+    def take_started(self) -> list[int]:
+        """The requests that have got a state since this was asked before."""
+        started, self._started = self._started, []
+        return started
 
     def step(self) -> list[StepOutput]:
         """One step of all that runs: a token for each sequence that is being continued, a piece of prompts.
@@ -324,12 +304,13 @@ class Engine:
                 return
             self._waiting.popleft()
             self._running[request.id] = request
+            self._started.append(request.id)
             try:
                 self._begin(request)
             except Exception as error:
                 self._end(request, "error", _told(error))
 
-    def _begin(self, request: _Request) -> None:
+    def _begin(self, request: Request) -> None:
         """Gives a request's first sequence its state, as far on as one is known."""
         sequence, snapshot = request.sequences[0], request.snapshot
         if snapshot is not None:
@@ -348,7 +329,7 @@ class Engine:
             sequence.pending = sequence.pending[known:]
             request.places = self._prefixes.places(sequence.tokens, known)
 
-    def _feeds(self) -> list[tuple[_Request, Running, int]]:
+    def _feeds(self) -> list[tuple[Request, Running, int]]:
         """Which sequences read how many of their tokens in this step; 0 where logits are there already."""
         continued, reading = [], []
         for request in self._running.values():
@@ -375,8 +356,8 @@ class Engine:
         return fed
 
     def _read(
-        self, fed: list[tuple[_Request, Running, int]]
-    ) -> Iterator[tuple[_Request, Running, int, torch.Tensor | None]]:
+        self, fed: list[tuple[Request, Running, int]]
+    ) -> Iterator[tuple[Request, Running, int, torch.Tensor | None]]:
         """Feeds the sequences, and yields each with its logits."""
         with_tokens = [item for item in fed if item[2]]
         feeds = []
@@ -385,7 +366,12 @@ class Engine:
             is_last = count == len(sequence.pending) or sequence.state.position + count in request.places
             wants_all = sequence.prompt_logprobs is not None and not sequence.num_generated
             feeds.append(
-                Feed(sequence.state, sequence.pending[:count], "all" if wants_all else "last" if is_last else "none")
+                Feed(
+                    sequence.state,
+                    sequence.pending[:count],
+                    "all" if wants_all else "last" if is_last else "none",
+                    watch=sequence.watch if count == len(sequence.pending) else None,
+                )
             )
         logits: list[torch.Tensor | None] = []
         if feeds:
@@ -393,6 +379,8 @@ class Engine:
                 logits = self.stepper.step(feeds)
             except Exception as error:
                 logits = self._read_alone(with_tokens, feeds, error)
+        for (_, sequence, _), feed in zip(with_tokens, feeds, strict=True):
+            sequence.activity = feed.activity
         results = iter(logits)
         for request, sequence, count in fed:
             result = next(results) if count else None
@@ -400,7 +388,7 @@ class Engine:
                 yield request, sequence, count, result
 
     def _read_alone(
-        self, fed: list[tuple[_Request, Running, int]], feeds: list[Feed], error: Exception
+        self, fed: list[tuple[Request, Running, int]], feeds: list[Feed], error: Exception
     ) -> list[torch.Tensor | None]:
         """After an exception: feeds each sequence that has not been read alone, and ends those that raise it again."""
         if len(feeds) == 1:
@@ -415,7 +403,7 @@ class Engine:
                 self._end(item[0], "error", _told(own))
         return logits
 
-    def _advance(self, request: _Request, sequence: Running, count: int, logits: torch.Tensor | None) -> None:
+    def _advance(self, request: Request, sequence: Running, count: int, logits: torch.Tensor | None) -> None:
         """What follows from tokens that have been read: a stored state, further continuations, the next token."""
         try:
             if sequence.num_generated == 0:
@@ -431,7 +419,7 @@ class Engine:
         except Exception as error:
             self._end(request, "error", _told(error))
 
-    def _mark_prefix(self, request: _Request, sequence: Running) -> None:
+    def _mark_prefix(self, request: Request, sequence: Running) -> None:
         if sequence.num_generated or sequence.state is None:
             return
         position = sequence.state.position
@@ -450,7 +438,7 @@ class Engine:
             except (MemoryError, RuntimeError) as error:  # torch raises the latter where there is no memory
                 _log.warning("the beginning of a prompt, %d tokens, could not be stored: %s", len(tokens), error)
 
-    def _fork(self, request: _Request, sequence: Running) -> list[Running]:
+    def _fork(self, request: Request, sequence: Running) -> list[Running]:
         """The further continuations of a prompt, once it has been read: each with a copy of the state."""
         if len(request.sequences) == request.params.n:
             return []
@@ -460,11 +448,11 @@ class Engine:
             other.state = self._pool.take(copy_of=sequence.state)
             other.logits, other.pending = sequence.logits, []
             other.num_cached_tokens = sequence.num_cached_tokens
-            other.prompt_logprobs = sequence.prompt_logprobs
+            other.prompt_logprobs, other.activity = sequence.prompt_logprobs, sequence.activity
             request.sequences.append(other)
         return request.sequences[1:]
 
-    def _emit(self, request: _Request, sequence: Running, output: StepOutput) -> None:
+    def _emit(self, request: Request, sequence: Running, output: StepOutput) -> None:
         self._outputs.append(output)
         if output.completion is None:
             return
@@ -478,7 +466,7 @@ class Engine:
             if request.is_done:
                 del self._running[request.id]
 
-    def _end(self, request: _Request, reason: str, error: str | None = None) -> None:
+    def _end(self, request: Request, reason: str, error: str | None = None) -> None:
         """Ends all continuations of a request that have not ended, those that have not begun included."""
         if request in self._waiting:
             self._waiting.remove(request)

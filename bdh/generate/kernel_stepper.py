@@ -8,7 +8,7 @@ import torch
 from bdh.generate.stepper import Feed, SequenceState, Stepper
 from bdh.model.kernels import recurrence_of
 from bdh.model.modeling import BDHForCausalLM
-from bdh.ops.cpu.recurrence import DTYPES, Recurrence, Storage
+from bdh.ops.cpu.recurrence import DTYPES, Recurrence, Storage, Watch
 
 MAX_ROWS = 128
 """Tokens in one call of the kernels: what they work in grows with it, and the gain has ended before."""
@@ -105,7 +105,24 @@ class KernelStepper(Stepper):
                 wanted.append((index, starts[-1] - 1))
         states = [feeds[index].state for index in taken]
         recurrence = self._recurrence()
-        v = self._advance(recurrence, states, np.concatenate(tokens), np.concatenate(positions), np.array(starts))
+        watched = [
+            (feeds[index], end - 1)
+            for (index, count), end in zip(taken.items(), starts[1:], strict=True)
+            if feeds[index].watch is not None and read[index] + count == len(feeds[index].tokens)
+        ]
+
+        def look(index: int, x: np.ndarray) -> None:
+            for feed, row in watched:
+                feed.look(x[:, row])
+
+        v = self._advance(
+            recurrence,
+            states,
+            np.concatenate(tokens),
+            np.concatenate(positions),
+            np.array(starts),
+            look if watched else None,
+        )
         for state, count in zip(states, taken.values(), strict=True):
             state.position += count
             self._settle(state)
@@ -124,6 +141,7 @@ class KernelStepper(Stepper):
         tokens: np.ndarray,
         positions: np.ndarray,
         starts: np.ndarray,
+        watch: Watch | None,
     ) -> np.ndarray:
         """v behind the last pass, (R, D), of the rows of these sequences; their tensors are advanced."""
         passes = range(self._shape[0])
@@ -141,6 +159,7 @@ class KernelStepper(Stepper):
             DTYPES[self._state],
             read_scales,
             write_scales,
+            watch,
         )
 
     def _scales(self, position: int, count: int) -> np.ndarray:

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from bdh.generate.activity import PassActivity
 from bdh.generate.params import SamplingParams
 from bdh.generate.sampler import Sampler, TokenLogprobs, token_logprobs
 from bdh.generate.snapshot import Snapshot
@@ -49,6 +50,8 @@ class StepOutput:
     """In whole characters. What may become a stop string is held back."""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] | None = None
+    activity: list[PassActivity] | None = None
+    """Of each pass, while the token before this one was read, where that was asked for and is known."""
     completion: Completion | None = None
     """With the last output of a continuation."""
 
@@ -83,6 +86,8 @@ class Sequence:
         self.pending: list[int] = list(tokens)  # not yet read by the state
         self.logits: torch.Tensor | None = None  # behind the last token that the state has read
         self.num_cached_tokens = 0
+        self.watch: int | None = None  # how many of the strongest neurons are wanted
+        self.activity: list[PassActivity] | None = None  # of the last token that was read
         self.text = ""
         self.logprobs: list[TokenLogprobs] | None = None if params.logprobs is None else []
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
@@ -146,7 +151,7 @@ class Sequence:
             return output
         self.tokens.append(token)
         self.pending.append(token)
-        output.token_ids = [token]
+        output.token_ids, output.activity = [token], self.activity
         if self.logprobs is not None:
             entry = token_logprobs(self.logits, token, self.params.logprobs or 0)
             self.logprobs.append(entry)

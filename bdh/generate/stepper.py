@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
+from bdh.generate.activity import PassActivity, activity_of
 from bdh.model.kernels import kernel_obstacle
 from bdh.model.modeling import BDHForCausalLM
 from bdh.model.state import SynapticState
@@ -82,6 +84,15 @@ class Feed:
     """At least one."""
     logits: WantedLogits = "last"
     """Of which tokens the logits of the next one are wanted."""
+    watch: int | None = None
+    """How many of the strongest neurons of each pass are wanted of the last token; None for no activity."""
+    activity: list[PassActivity] | None = None
+    """A result: of each pass, where it was watched and this stepper could."""
+
+    def look(self, x: np.ndarray) -> None:
+        """Takes down a pass from x (H*N,) of the last token."""
+        if self.watch is not None:
+            self.activity = [*(self.activity or ()), activity_of(x, self.watch)]
 
 
 class Stepper(ABC):
@@ -131,6 +142,8 @@ class Stepper(ABC):
             if lowest < 0 or highest >= V:
                 wrong = lowest if lowest < 0 else highest
                 raise ValueError(f"token id {wrong} is not in the vocabulary: must be within 0 to {V - 1}")
+        for feed in feeds:
+            feed.activity = None
         with torch.no_grad():
             return self._step(feeds)
 
@@ -140,7 +153,7 @@ class TorchStepper(Stepper):
 
     Prompts go in chunks that start at absolute multiples of the configuration's ``chunk_size``, so that pieces which
     end at such multiples give the bits of the whole; at other places they agree up to rounding. Single tokens
-    of several sequences share their matrix products.
+    of several sequences share their matrix products. Activity is there for single tokens only.
     """
 
     def __init__(self, model: BDHForCausalLM, reason: str = "asked for"):
@@ -191,6 +204,9 @@ class TorchStepper(Stepper):
         for index in range(config.n_layer):
             v_in = v.to(dtype)
             x = F.relu(model.encoder(v_in))  # (B, H*N)
+            for feed, row in zip(feeds, x, strict=True):
+                if feed.watch is not None:
+                    feed.look(row.float().cpu().numpy())
             q = rotate(x.unflatten(-1, (H, N)), table).to(sum_dtype(dtype))  # (B, H, N)
             a = torch.stack([self._attend(feed, index, q[b], v_in[b]) for b, feed in enumerate(feeds)])
             a = layer_norm(a, eps).to(dtype)  # (B, H, D)

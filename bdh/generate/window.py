@@ -14,7 +14,7 @@ from bdh.generate.stepper import Feed, SequenceState, Storage, TorchStepper
 from bdh.model.kernels import recurrence_of
 from bdh.model.modeling import BDHForCausalLM
 from bdh.ops.attention import sum_dtype
-from bdh.ops.cpu.recurrence import Recurrence
+from bdh.ops.cpu.recurrence import Recurrence, Watch
 from bdh.ops.cpu.window import WindowedRecurrence
 from bdh.ops.norm import layer_norm
 from bdh.ops.rope import rotate, rotation_table
@@ -91,7 +91,9 @@ class WindowTorchStepper(TorchStepper):
                 if tokens and room:
                     taken[index], rest[index] = tokens[:room], tokens[room:]
                     room -= len(taken[index])
-            rows = self._read_rows([feeds[index].state for index in taken], list(taken.values()))
+            # Those whose last token is among the rows.
+            watched = [None if rest[index] else feeds[index] for index in taken]
+            rows = self._read_rows([feeds[index].state for index in taken], list(taken.values()), watched)
             for index, v in zip(taken, rows, strict=True):
                 if feeds[index].logits == "all":
                     parts[index].append(self._logits(v))
@@ -105,7 +107,9 @@ class WindowTorchStepper(TorchStepper):
     def _logits(self, v: torch.Tensor) -> torch.Tensor:
         return self.model.lm_head(v.to(self.model.embed.weight.dtype)).float().cpu()
 
-    def _read_rows(self, states: list[SequenceState], tokens: list[list[int]]) -> tuple[torch.Tensor, ...]:
+    def _read_rows(
+        self, states: list[SequenceState], tokens: list[list[int]], watched: list[Feed | None]
+    ) -> tuple[torch.Tensor, ...]:
         """The next tokens of each sequence, one after the other in one batch of rows. Returns v (T, D) of each."""
         model, config = self.model, self.model.config
         H, N, eps = config.n_head, config.neurons_per_head, config.layer_norm_eps
@@ -120,6 +124,9 @@ class WindowTorchStepper(TorchStepper):
         for index in range(config.n_layer):
             v_in = v.to(dtype)
             x = F.relu(model.encoder(v_in))  # (R, H*N)
+            for feed, of_feed in zip(watched, x.split(counts), strict=True):
+                if feed is not None and feed.watch is not None:
+                    feed.look(of_feed[-1].float().cpu().numpy())
             q = rotate(x.unflatten(-1, (H, N)), table).transpose(0, 1)  # (H, R, N)
             pieces = zip(states, q.split(counts, dim=1), v_in.split(counts), strict=True)
             a = torch.cat([self._attend_ring(state, index, *piece) for state, *piece in pieces], dim=1)
@@ -178,6 +185,7 @@ class WindowKernelStepper(KernelStepper):
         tokens: np.ndarray,
         positions: np.ndarray,
         starts: np.ndarray,
+        watch: Watch | None,
     ) -> np.ndarray:
         assert isinstance(recurrence, WindowedRecurrence)
-        return recurrence.read_window(tokens, positions, starts, [_ring(state) for state in states])
+        return recurrence.read_window(tokens, positions, starts, [_ring(state) for state in states], watch)

@@ -2,7 +2,7 @@
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +16,13 @@ from bdh.ops.rope import turns_per_token
 Storage = Literal["float32", "bfloat16"]
 LIKE = {"float32": kernels.FLOAT32, "bfloat16": kernels.BFLOAT16}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+Watch = Callable[[int, np.ndarray], None]
+
+
+def passes_at_once(num_passes: int, watch: Watch | None) -> list[range]:
+    """The passes of each call of the kernels: all, unless somebody looks at what is there between two of them."""
+    return [range(num_passes)] if watch is None else [range(index, index + 1) for index in range(num_passes)]
 
 
 @dataclass
@@ -98,6 +105,7 @@ class Recurrence:
         state_dtype: torch.dtype,
         read_scales: np.ndarray | None = None,
         write_scales: np.ndarray | None = None,
+        watch: Watch | None = None,
     ) -> np.ndarray:
         """v behind the last pass, (R, D) float32, of R rows; the states are advanced.
 
@@ -111,6 +119,8 @@ class Recurrence:
             state_dtype: float32 or bfloat16.
             read_scales: float32 (R, H), what the sums count when they are read; None for 1.
             write_scales: float32 (R, H), what the rows count when they are added; None for 1.
+            watch: is called behind each pass with its number and x (H*N, R), which is memory of this object. The
+                bits of the result do not depend on it.
         """
         if state_dtype not in self._is_compiled:
             self._is_compiled.add(state_dtype)
@@ -120,31 +130,34 @@ class Recurrence:
         R = len(tokens)
         like_states = kernels.FLOAT32 if state_dtype == torch.float32 else kernels.BFLOAT16
         cos, sin = self._array("cos", N // 2, R), self._array("sin", N // 2, R)
-        v = self._array("v", R, D)
+        v, x = self._array("v", R, D), self._array("x", H * N, R)
         if read_scales is None or write_scales is None:
             read_scales = write_scales = np.ones((R, H), np.float32)
         with exclusive():
             kernels.rotations(positions, self._turns, cos, sin)
             kernels.begin(self._embed, tokens, v, self.weights.eps)
-            kernels.passes(
-                L,
-                self._like,
-                like_states,
-                self.weights.encoder.data_ptr(),
-                self._encoder_v,
-                self.weights.decoder.data_ptr(),
-                states,
-                starts,
-                cos,
-                sin,
-                read_scales,
-                write_scales,
-                v,
-                self._array("x", H * N, R),
-                self._array("a", R, H, D),
-                self._array("parts", self._num_parts, R, D),
-                self.weights.eps,
-            )
+            for some in passes_at_once(L, watch):
+                kernels.passes(
+                    len(some),
+                    self._like,
+                    like_states,
+                    self.weights.encoder.data_ptr(),
+                    self._encoder_v,
+                    self.weights.decoder.data_ptr(),
+                    states[some.start : some.stop],
+                    starts,
+                    cos,
+                    sin,
+                    read_scales,
+                    write_scales,
+                    v,
+                    x,
+                    self._array("a", R, H, D),
+                    self._array("parts", self._num_parts, R, D),
+                    self.weights.eps,
+                )
+                if watch is not None:
+                    watch(some.start, x)
         return v
 
     def logits(self, v: np.ndarray) -> torch.Tensor:

@@ -33,7 +33,7 @@ from bdh.ops.cpu.kernels import (
     respond,
 )
 from bdh.ops.cpu.memory import get_byte, put_byte, put_float
-from bdh.ops.cpu.recurrence import KernelWeights, Recurrence
+from bdh.ops.cpu.recurrence import KernelWeights, Recurrence, Watch, passes_at_once
 from bdh.ops.cpu.runtime import Announce, compiled, exclusive, follow_torch_threads, to_stderr
 from bdh.ops.cpu.vector import add_scaled, prefetch
 from bdh.ops.window import Ring, empty_ring
@@ -211,7 +211,12 @@ class WindowedRecurrence(Recurrence):
         self._window_is_compiled = False
 
     def read_window(
-        self, tokens: np.ndarray, positions: np.ndarray, starts: np.ndarray, rings: Sequence[Ring]
+        self,
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        starts: np.ndarray,
+        rings: Sequence[Ring],
+        watch: Watch | None = None,
     ) -> np.ndarray:
         """v behind the last pass, (R, D) float32, of R rows; the rings are advanced.
 
@@ -222,6 +227,7 @@ class WindowedRecurrence(Recurrence):
             positions: int64 (R,), absolute.
             starts: int64 (sequences + 1,): the rows of sequence s are ``starts[s]`` to ``starts[s + 1]``.
             rings: of each sequence, for all passes, contiguous and on the CPU.
+            watch: as :meth:`Recurrence.read`.
         """
         if not self._window_is_compiled:
             self._window_is_compiled = True
@@ -230,29 +236,32 @@ class WindowedRecurrence(Recurrence):
         L, H, N, D = self.weights.shape
         R, columns = len(tokens), rings[0].keys.shape[-1]
         cos, sin = self._array("cos", N // 2, R), self._array("sin", N // 2, R)
-        v = self._array("v", R, D)
+        v, x, addresses = self._array("v", R, D), self._array("x", H * N, R), self._addresses(rings)
         with exclusive():
             kernels.rotations(positions, self._turns, cos, sin)
             kernels.begin(self._embed, tokens, v, self.weights.eps)
-            window_passes(
-                L,
-                self._like,
-                self.weights.encoder.data_ptr(),
-                self._encoder_v,
-                self.weights.decoder.data_ptr(),
-                self._addresses(rings),
-                self._fading,
-                starts,
-                positions,
-                cos,
-                sin,
-                v,
-                self._array("x", H * N, R),
-                self._array("a", R, H, D),
-                self._array("scores", self._num_parts, R, columns),
-                self._array("parts", self._num_parts, R, D),
-                self.weights.eps,
-            )
+            for some in passes_at_once(L, watch):
+                window_passes(
+                    len(some),
+                    self._like,
+                    self.weights.encoder.data_ptr(),
+                    self._encoder_v,
+                    self.weights.decoder.data_ptr(),
+                    addresses[some.start : some.stop],
+                    self._fading,
+                    starts,
+                    positions,
+                    cos,
+                    sin,
+                    v,
+                    x,
+                    self._array("a", R, H, D),
+                    self._array("scores", self._num_parts, R, columns),
+                    self._array("parts", self._num_parts, R, D),
+                    self.weights.eps,
+                )
+                if watch is not None:
+                    watch(some.start, x)
         return v
 
     def _addresses(self, rings: Sequence[Ring]) -> np.ndarray:
