@@ -20,8 +20,9 @@ ALLOWED = {
     "evaluate": {"ops", "model", "tokenizer", "data", "generate"},
     "distributed": {"ops", "model"},
     "train": {"ops", "model", "tokenizer", "data", "distributed", "monitor", "evaluate", "generate"},
+    "serve": {"model", "tokenizer", "generate"},
     "bench": {"ops", "model", "tokenizer", "generate"},
-    "cli": {"ops", "model", "tokenizer", "data", "distributed", "monitor", "evaluate", "train", "generate", "bench"},
+    "cli": {"ops", "model", "tokenizer", "data", "distributed", "monitor", "evaluate", "train", "generate", "serve", "bench"},
 }
 
 

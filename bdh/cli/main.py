@@ -13,6 +13,7 @@ COMMANDS = {
     "generate": "continue prompts",
     "chat": "talk with a model, or write a text together",
     "eval": "measure a model on a text, on tasks, or on what it recalls",
+    "serve": "serve a model over HTTP, with OpenAI's API",
     "bench": "time a model on this machine",
     "tokenizer": "train a tokenizer",
     "export": "write a run's weights as a model folder",

@@ -13,28 +13,34 @@ from bdh.generate.sequence import Completion, StepOutput
 from bdh.generate.snapshot import Snapshot
 from bdh.model.text import Prompt
 
-Deliver = Callable[["StepOutput | BaseException | None"], None]
+Deliver = Callable[[StepOutput | BaseException | None], None]
 
 
 class Submission:
     """A request that the engine has taken up, for one event loop.
 
+    Args:
+        deliver: is called in the event loop with what the steps add, and the exception if the engine fails. By default
+            it is kept for :meth:`outputs`.
+
     Attributes:
         id: its number in the engine.
-        started: is set when it has a state: until then it waits for one.
+        started: whether it has a state, or has had one: until then it waits.
     """
 
-    def __init__(self, front: "AsyncEngine", num_sequences: int):
+    def __init__(
+        self,
+        front: "AsyncEngine",
+        num_sequences: int,
+        deliver: Callable[["Submission", StepOutput | BaseException | None], None] | None = None,
+    ):
         self.id = -1  # until the engine has given it one
-        self.started = asyncio.Event()
+        self.started = False
+        self.num_left = num_sequences
+        """Continuations that have not ended."""
         self._front = front
         self._outputs = asyncio.Queue[StepOutput | BaseException]()
-        self._num_left = num_sequences
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether its last output has been taken."""
-        return self._num_left == 0
+        self._on_delivery = deliver
 
     async def outputs(self) -> AsyncIterator[StepOutput]:
         """What the steps add, as it comes, until all continuations have ended.
@@ -42,27 +48,33 @@ class Submission:
         Raises:
             RuntimeError: the engine is closed, or has failed.
         """
-        while self._num_left:
+        while self.num_left or not self._outputs.empty():
             item = await self._outputs.get()
             if isinstance(item, BaseException):
-                self._num_left = 0
                 raise RuntimeError(f"the engine has failed: {item}") from item
-            self._num_left -= item.completion is not None
             yield item
 
     def abort(self) -> None:
         """Ends it within a step; no further outputs come. Does nothing where it has ended."""
-        if not self.has_ended:
+        if self.num_left:
+            self.num_left = 0
             self._front._order_abort(self)
 
     def stop(self) -> None:
         """Ends it within a step; the outputs that come last have snapshots of what had begun."""
-        if not self.has_ended:
+        if self.num_left:
             self._front._order_stop(self)
 
-    def _deliver(self, item: "StepOutput | BaseException | None") -> None:
-        self.started.set()
-        if item is not None:
+    def _deliver(self, item: StepOutput | BaseException | None) -> None:
+        """Of an output, a failure, or, with None, that it has a state."""
+        self.started = True
+        if isinstance(item, BaseException):
+            self.num_left = 0
+        elif item is not None and item.completion is not None:
+            self.num_left = max(0, self.num_left - 1)
+        if self._on_delivery is not None:
+            self._on_delivery(self, item)
+        elif item is not None:
             self._outputs.put_nowait(item)
 
 
@@ -104,8 +116,12 @@ class AsyncEngine:
         snapshot: Snapshot | None = None,
         keep_snapshot: bool = False,
         watch: int | None = None,
+        deliver: Callable[[Submission, StepOutput | BaseException | None], None] | None = None,
     ) -> Submission:
         """Hands a request to the engine. Who does not take all of its outputs is to abort it.
+
+        Args:
+            deliver: see :class:`Submission`; the other arguments are those of :meth:`Engine.add_request`.
 
         Raises:
             ValueError: as :meth:`Engine.add_request`.
@@ -114,7 +130,7 @@ class AsyncEngine:
         params = params or SamplingParams()
         loop = asyncio.get_running_loop()
         taken_up: asyncio.Future[None] = loop.create_future()
-        submission = Submission(self, params.n)
+        submission = Submission(self, params.n, deliver)
 
         def add() -> None:
             try:

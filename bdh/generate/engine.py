@@ -116,6 +116,16 @@ class Engine:
             prefix_cache_tokens=self._prefixes.cache.tokens_saved if self._prefixes else 0,
         )
 
+    @property
+    def max_state_bytes(self) -> int:
+        """Of all running sequences."""
+        return self._pool.max_bytes
+
+    @property
+    def max_sequences(self) -> int:
+        """That can run at once."""
+        return min(self._pool.capacity, self.config.max_running)
+
     def encode(self, prompt: Prompt) -> list[int]:
         """The tokens of a prompt; an empty text is the token that texts begin with, where the tokenizer has one.
 
@@ -133,7 +143,7 @@ class Engine:
     def check(self, params: SamplingParams) -> SamplingParams:
         """The settings of a request, or a ``ValueError`` with all that is wrong with them for this engine."""
         params.validated(self.model.config.vocab_size)
-        most = min(self._pool.capacity, self.config.max_running)
+        most = self.max_sequences
         if params.n > most:
             raise ValueError(
                 f"n is {params.n}: must be at most {most}, the states of {self.stepper.state_bytes:,} bytes each that "
@@ -277,7 +287,7 @@ class Engine:
         found: dict[int, dict[int, Completion]] = {}
         wanted: dict[int, int] = {}
         # So many that none has to wait for one that is still to be read, and not so many that results pile up.
-        most = 2 * min(self._pool.capacity, self.config.max_running)
+        most = 2 * self.max_sequences
         try:
             while True:
                 for prompt, params in itertools.islice(source, max(0, most - len(ids))):

@@ -52,6 +52,8 @@ class StepOutput:
     logprobs: list[TokenLogprobs] | None = None
     activity: list[PassActivity] | None = None
     """Of each pass, while the token before this one was read, where that was asked for and is known."""
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    """With the first output, where they were asked for."""
     completion: Completion | None = None
     """With the last output of a continuation."""
 
@@ -113,6 +115,7 @@ class Sequence:
             self._decoder = TextDecoder.from_state(tokenizer, params.stop, snapshot.decoder)
         else:
             self._decoder = TextDecoder(tokenizer, params.stop, context=tokens)
+        self._has_said = False
         self._unsaid = self._text_of(tokens) if params.echo else ""  # comes with the first output
 
     @property
@@ -174,6 +177,8 @@ class Sequence:
     def _new_output(self) -> StepOutput:
         output = StepOutput(self.request_id, self.index, self._unsaid)
         self._unsaid = ""
+        if not self._has_said:
+            self._has_said, output.prompt_logprobs = True, self.prompt_logprobs
         return output
 
     def _finish(

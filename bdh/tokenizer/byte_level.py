@@ -14,7 +14,7 @@ def byte_tokenizer(special_tokens: bool = False) -> PreTrainedTokenizerFast:
 
     Every text comes back exactly. With ``special_tokens``, ``<pad> <bos> <eos> <unk>`` follow as 256 to 259.
     """
-    backend = Tokenizer(models.BPE(vocab=_byte_vocabulary(), merges=[]))
+    backend = Tokenizer(models.BPE(vocab=byte_of_character(), merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     if special_tokens:
@@ -38,7 +38,7 @@ def is_byte_tokenizer(tokenizer: PreTrainedTokenizerFast) -> bool:
     return (
         model["type"] == "BPE"
         and not model["merges"]
-        and model["vocab"] == _byte_vocabulary()
+        and model["vocab"] == byte_of_character()
         and parts["normalizer"] is None
         and splitter.get("type") == "ByteLevel"
         and not splitter.get("add_prefix_space")
@@ -47,7 +47,7 @@ def is_byte_tokenizer(tokenizer: PreTrainedTokenizerFast) -> bool:
     )
 
 
-def _byte_vocabulary() -> dict[str, int]:
+def byte_of_character() -> dict[str, int]:
     """The printable character that stands for each byte in byte-level vocabularies (GPT-2's table), to the byte.
 
     Printable bytes of Latin-1 stand for themselves, the other 68 for the characters from U+0100 on.

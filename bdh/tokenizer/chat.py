@@ -82,8 +82,11 @@ def add_special_tokens(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str]
 class ChatEncoder:
     """A tokenizer and its chat template made ready for encoding many conversations."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, *, tells_answers: bool = True):
         """
+        Args:
+            tells_answers: False takes any template, which may not say what the assistant writes: enough for prompts.
+
         Raises:
             ValueError: there is no template, it does not mark what the assistant writes, or that does not end with a
                 special token.
@@ -93,12 +96,13 @@ class ChatEncoder:
             raise ValueError(
                 "the tokenizer has no chat template: tokenizer.chat_template=default gives a fresh run one"
             )
-        if not _GENERATION.search(template):
+        if tells_answers and _GENERATION.search(template) is None:
             raise ValueError(
                 "the chat template does not say what the assistant writes: put {% generation %} and {% endgeneration %} "
                 "around it, its end token included, and give the file with tokenizer.chat_template"
             )
         self._template = template
+        self._marks_answers = _GENERATION.search(template) is not None
         self._variables = tokenizer.special_tokens_map
         tokens = tokenizer.added_tokens_decoder
         spelled = [token.content for token in tokens.values()]
@@ -113,13 +117,24 @@ class ChatEncoder:
         """Equal for tokenizers that encode conversations alike."""
         ids, is_answer = self.encode([_PROBE])[0]
         last = int(ids[is_answer][-1]) if is_answer.any() else None
-        if last is None or last not in tokens or not tokens[last].special:
+        is_special = last is not None and last in tokens and tokens[last].special
+        if tells_answers and not is_special:
             raise ValueError(
                 "the chat template must end what the assistant writes with a special token, within {% generation %}: "
                 f"a generated answer ends with it. It may use {', '.join(CHAT_TOKENS)} and the tokenizer's own"
             )
-        self.turn_end_id: int = last
+        self._turn_end_id = last if is_special else None
+
+    @property
+    def turn_end_id(self) -> int:
         """The token behind each of the assistant's messages."""
+        assert self._turn_end_id is not None
+        return self._turn_end_id
+
+    @property
+    def tells_answers(self) -> bool:
+        """Whether it is known what the assistant writes, and by which token that ends."""
+        return self._turn_end_id is not None
 
     def encode(
         self, conversations: Sequence[Messages], *, add_generation_prompt: bool = False
@@ -184,14 +199,14 @@ class ChatEncoder:
             rendered: Any = render_jinja_template(
                 conversations=[marked],
                 chat_template=self._template,
-                return_assistant_tokens_mask=True,
+                return_assistant_tokens_mask=self._marks_answers,
                 add_generation_prompt=add_generation_prompt,
                 **self._variables,  # type: ignore[arg-type]
             )
         except TemplateError as error:
             raise ValueError(f"the chat template refuses the conversation: {error}") from error
-        (text,), (answers,) = rendered
-        return text, answers
+        (text,), answers = rendered
+        return text, answers[0] if self._marks_answers else []
 
 
 def question(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:

@@ -1,0 +1,21 @@
+"""bdh serve: an OpenAI-compatible server."""
+
+from bdh.cli.settings import parse_settings
+from bdh.serve.config import ServeSettings
+
+
+def run(argv: list[str]) -> int:
+    settings = parse_settings(
+        ServeSettings,
+        argv,
+        prog="bdh serve",
+        description="Serve a model over HTTP, with OpenAI's API.",
+        positionals=("model",),
+    )
+    try:
+        from bdh.serve.server import serve
+    except ImportError as error:
+        raise ImportError(f"bdh serve needs more packages ({error}): pip install 'bdh[serve]'") from error
+    from bdh.train.models import load_model
+
+    return serve(settings, lambda: load_model(settings.model, checkpoint=settings.checkpoint, device=settings.device))

@@ -1,0 +1,322 @@
+"""The routes."""
+
+import asyncio
+import base64
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from importlib.resources import files
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import HTMLResponse, Response
+from starlette.types import ASGIApp
+
+import bdh
+from bdh.serve import schemas
+from bdh.serve.errors import ApiError, bad_request, internal_error
+from bdh.serve.handling import Handler, no_state
+from bdh.serve.keys import ApiKeys, RateLimits
+from bdh.serve.middleware import Front
+from bdh.serve.service import Loaded, Service
+from bdh.serve.states import SavedState
+
+_HEALTH = ("/health", "/health/live", "/health/ready")
+_ERRORS = {
+    400: "Something in the request is wrong; `param` names it.",
+    401: "An API key is needed.",
+    404: "There is no such model, state or page.",
+    405: "Not this method.",
+    408: "The request has not come in time.",
+    413: "The request is too large.",
+    429: "Too many requests; Retry-After says when to ask again.",
+    500: "A fault of the server.",
+    503: "The model is loading, the server is ending, or it took too long; Retry-After says when to ask again.",
+    507: "There is no room for the state.",
+}
+
+
+def make_app(service: Service, keys: ApiKeys) -> ASGIApp:
+    """The application. Its service may still be loading."""
+    settings = service.settings
+    app = FastAPI(
+        title="BDH",
+        summary="OpenAI's API over a Dragon Hatchling language model.",
+        version=bdh.__version__,
+        docs_url=None,  # they load scripts from elsewhere
+        redoc_url=None,
+        responses={
+            status: {"model": schemas.ErrorBody, "description": about}
+            for status, about in _ERRORS.items()
+            if status in (400, 405, 408, 413, 500)
+        },
+    )
+    app.state.service = service
+    _add_errors(app)
+    _add_health(app, service)
+    _add_routes(app, service, Handler(service, RateLimits(settings.auth)))
+    _describe(app, service, keys)
+    open_paths = {*_HEALTH, "/openapi.json"}
+    if settings.page:
+        _add_page(app)
+        open_paths.add("/")
+    if settings.metrics:
+        _add_metrics(app, service)
+        open_paths.add("/metrics")
+    if settings.telemetry:
+        _add_telemetry(app)
+
+    def answered(route: str, status: int) -> None:
+        if service.metrics is not None:
+            service.metrics.answered(route, status)
+
+    front: ASGIApp = Front(app, keys=keys, limits=settings.limits, open_paths=frozenset(open_paths), answered=answered)
+    if settings.cors_origins:
+        front = CORSMiddleware(
+            front, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"], expose_headers=["*"]
+        )
+    return front
+
+
+def _also(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": schemas.ErrorBody, "description": _ERRORS[status]} for status in statuses}
+
+
+def _add_routes(app: FastAPI, service: Service, handler: Handler) -> None:
+    streams: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+
+    @app.post(
+        "/v1/completions",
+        response_model=schemas.CompletionAnswer,
+        responses={**_also(401, 404, 429, 503, 507), **streams},
+        tags=["texts"],
+    )
+    async def complete(body: schemas.CompletionRequest, request: Request) -> Response:
+        return await handler.complete(body, request)
+
+    @app.post(
+        "/v1/chat/completions",
+        response_model=schemas.ChatAnswer,
+        responses={**_also(401, 404, 429, 503, 507), **streams},
+        tags=["texts"],
+    )
+    async def chat(body: schemas.ChatRequest, request: Request) -> Response:
+        return await handler.chat(body, request)
+
+    @app.get("/v1/models", responses=_also(401, 503), tags=["models"])
+    async def models() -> schemas.ModelList:
+        loaded = service.ready()
+        return schemas.ModelList(data=[_model_facts(loaded, name) for name in loaded.model_names])
+
+    @app.get("/v1/models/{model:path}", responses=_also(401, 404, 503), tags=["models"])
+    async def model(model: str) -> schemas.ModelFacts:
+        return _model_facts(service.ready(), service.check_model(model))
+
+    @app.post("/tokenize", responses=_also(401, 404, 503), tags=["tokens"])
+    async def tokenize(body: schemas.TokenizeRequest) -> schemas.TokenizeAnswer:
+        service.check_model(body.model)
+        loaded = service.ready()
+        if body.messages is not None:
+            tokens = await loaded.in_text_thread(loaded.chat.encode, [message.plain() for message in body.messages])
+        else:
+            tokens = await loaded.in_text_thread(_encode, loaded, body.prompt or "")
+        return schemas.TokenizeAnswer(tokens=tokens, count=len(tokens))
+
+    @app.post("/detokenize", responses=_also(401, 404, 503), tags=["tokens"])
+    async def detokenize(body: schemas.DetokenizeRequest) -> schemas.DetokenizeAnswer:
+        service.check_model(body.model)
+        loaded = service.ready()
+        vocab_size = loaded.model.config.vocab_size
+        if wrong := [token for token in body.tokens if token >= vocab_size][:3]:
+            raise bad_request(f"the token ids {wrong} are not there: must be within 0 and {vocab_size - 1}", "tokens")
+        return schemas.DetokenizeAnswer(prompt=await loaded.in_text_thread(_decode, loaded, body.tokens))
+
+    @app.get("/v1/states", responses=_also(401, 503), tags=["states"])
+    async def states(request: Request) -> schemas.StateList:
+        found = await asyncio.to_thread(service.ready().states.of_owner, request.state.caller.id)
+        return schemas.StateList(data=[_state_facts(saved) for saved in found])
+
+    @app.get("/v1/states/{state_id}", responses=_also(401, 404, 503), tags=["states"])
+    async def state(state_id: str, request: Request) -> schemas.StateFacts:
+        try:
+            return _state_facts(service.ready().states.get(state_id, request.state.caller.id))
+        except KeyError:
+            raise no_state(state_id) from None
+
+    @app.delete("/v1/states/{state_id}", responses=_also(401, 404, 503), tags=["states"])
+    async def delete_state(state_id: str, request: Request) -> schemas.Deleted:
+        try:
+            await asyncio.to_thread(service.ready().states.delete, state_id, request.state.caller.id)
+        except KeyError:
+            raise no_state(state_id) from None
+        return schemas.Deleted(id=state_id)
+
+
+def _add_health(app: FastAPI, service: Service) -> None:
+    @app.get("/health/live", tags=["health"])
+    async def live() -> schemas.Health:
+        """The process answers."""
+        return schemas.Health(status="live")
+
+    async def ready() -> schemas.Health:
+        """Requests are taken: the model is loaded, its engine runs, and the server is not ending."""
+        service.ready()
+        return schemas.Health(status="ready")
+
+    for path in ("/health", "/health/ready"):
+        app.get(path, responses=_also(503), tags=["health"])(ready)
+
+
+def _add_page(app: FastAPI) -> None:
+    text = files("bdh.serve").joinpath("page/index.html").read_text(encoding="utf-8")
+    policy = "; ".join(
+        (
+            "default-src 'none'",
+            f"script-src {_hash_of(text, 'script')}",
+            f"style-src {_hash_of(text, 'style')}",
+            "connect-src 'self'",
+            "img-src data:",
+            "base-uri 'none'",
+            "form-action 'none'",
+            "frame-ancestors 'none'",
+        )
+    )
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> HTMLResponse:
+        return HTMLResponse(text, headers={"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"})
+
+
+def _hash_of(page: str, element: str) -> str:
+    """What a Content-Security-Policy calls the one script, or style, of a page."""
+    (inner,) = re.findall(rf"<{element}>(.*?)</{element}>", page, re.DOTALL)
+    return f"'sha256-{base64.b64encode(hashlib.sha256(inner.encode()).digest()).decode()}'"
+
+
+def _add_metrics(app: FastAPI, service: Service) -> None:
+    @app.get("/metrics", include_in_schema=False)
+    async def metrics() -> Response:
+        if service.metrics is None:
+            service.ready()  # raises: nothing is loaded
+        assert service.metrics is not None
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _add_telemetry(app: FastAPI) -> None:
+    try:
+        from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
+    except ImportError as error:
+        raise ImportError(
+            "telemetry is asked for: pip install opentelemetry-instrumentation-fastapi opentelemetry-exporter-otlp"
+        ) from error
+    FastAPIInstrumentor.instrument_app(app)
+
+
+def _add_errors(app: FastAPI) -> None:
+    @app.exception_handler(ApiError)
+    async def known(request: Request, error: ApiError) -> Response:
+        return error.response()
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        return _invalid(error.errors()).response()
+
+    @app.exception_handler(HTTPException)
+    async def of_starlette(request: Request, error: HTTPException) -> Response:
+        message = {
+            404: f"there is nothing at {request.url.path}",
+            405: f"{request.method} is not allowed at {request.url.path}",
+            400: "the request's body is not JSON",
+        }.get(error.status_code, str(error.detail))
+        response = ApiError(
+            error.status_code, message, code="not_found" if error.status_code == 404 else None
+        ).response()
+        response.headers.update(error.headers or {})
+        return response
+
+    @app.exception_handler(Exception)
+    async def unknown(request: Request, error: Exception) -> Response:
+        return internal_error().response()  # logged by the front
+
+
+def _invalid(faults: Sequence[Any]) -> ApiError:
+    """The first fault in words, with the names of the others' fields."""
+    found: list[tuple[str, str]] = []
+    for fault in faults:
+        place = [str(part) for part in fault["loc"] if part != "body"]
+        # The parts of a union's members name types, not fields.
+        param = ".".join(part for part in place if re.fullmatch(r"[a-z_]+|\d+", part))
+        if fault["type"] == "json_invalid":
+            return bad_request(f"the request's body is not JSON: {fault['ctx']['error']}", None, "invalid_json")
+        if fault["type"] == "extra_forbidden":
+            message = f"{param} is not supported: leave it out"
+        elif fault["type"] == "value_error":
+            message = str(fault["ctx"]["error"])
+            param = message.partition(":")[0]
+        elif not place:
+            message = "the request's body must be a JSON object, with Content-Type: application/json"
+        else:
+            message = f"{param}: {fault['msg']}"
+        found.append((param or "", message))
+    extra = [each for each in found if "is not supported" in each[1]]
+    param, message = (extra or found)[0]
+    return bad_request(message, param or None, "unsupported_field" if extra else "invalid_value")
+
+
+def _model_facts(loaded: Loaded, name: str) -> schemas.ModelFacts:
+    config = loaded.model.config
+    facts = {
+        "layers": config.n_layer,
+        "heads": config.n_head,
+        "neurons_per_head": config.neurons_per_head,
+        "vocabulary": config.vocab_size,
+        "chat": loaded.chat.is_possible,
+        "state_bytes": loaded.front.engine.stepper.state_bytes,
+        "path": loaded.front.engine.stepper.path,
+    }
+    return schemas.ModelFacts(id=name, created=loaded.created, owned_by="bdh", bdh=facts)
+
+
+def _state_facts(saved: SavedState) -> schemas.StateFacts:
+    return schemas.StateFacts(
+        id=saved.id,
+        created=int(saved.created),
+        model=saved.model,
+        tokens=saved.num_tokens,
+        bytes=saved.nbytes,
+        status="saved" if saved.unfinished is None else "unfinished",
+        text=saved.text,
+    )
+
+
+def _encode(loaded: Loaded, text: str) -> list[int]:
+    ids: Any = loaded.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return list(ids)
+
+
+def _decode(loaded: Loaded, tokens: Sequence[int]) -> str:
+    return str(loaded.tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
+
+
+def _describe(app: FastAPI, service: Service, keys: ApiKeys) -> None:
+    """Puts into the description of the API what this server's settings and model allow."""
+    made: Callable[[], dict[str, Any]] = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        described = made()
+        for path in described["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)  # it is 400 here
+                if keys.are_needed and "401" in operation["responses"]:
+                    operation["security"] = [{"key": []}]
+        parts = described["components"]
+        for name in ("HTTPValidationError", "ValidationError"):
+            parts["schemas"].pop(name, None)
+        if keys.are_needed:
+            parts["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        return described
+
+    app.openapi = openapi  # type: ignore[method-assign]

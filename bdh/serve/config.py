@@ -1,0 +1,132 @@
+"""The settings of a server. Apart from it, so that `bdh serve --help` needs neither PyTorch nor FastAPI."""
+
+from dataclasses import dataclass, field
+
+from bdh.generate.config import EngineConfig
+from bdh.validation import Faults
+
+
+@dataclass
+class LimitSettings:
+    queue_requests: int = 64
+    """Prompts that may wait for a state; more are refused with 429."""
+    queue_tokens: int = 1_000_000
+    """Tokens that the waiting prompts may have together."""
+    prompt_tokens: int = 100_000
+    """Tokens of a prompt at most."""
+    max_tokens: int = 16_384
+    """Tokens that a request may ask for."""
+    chat_tokens: int = 1_024
+    """Tokens of a chat's reply where the request does not say; of a completion they are 16, as in OpenAI's API."""
+    choices: int = 128
+    """Prompts of a request, times the texts of each."""
+    body_bytes: int = 4 << 20
+    """Size of a request; a larger one is refused before it is read."""
+    body_timeout: float = 30.0
+    """Seconds in which the whole of a request must have come."""
+    queue_timeout: float = 60.0
+    """Seconds that a prompt may wait for a state."""
+    request_timeout: float = 600.0
+    """Seconds from a request's arrival to its last token."""
+
+    def collect_faults(self, faults: Faults) -> None:
+        for name in ("queue_requests", "queue_tokens", "prompt_tokens", "max_tokens", "chat_tokens", "choices"):
+            faults.require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        faults.require(
+            self.chat_tokens <= self.max_tokens,
+            "chat_tokens",
+            self.chat_tokens,
+            f"at most max_tokens, {self.max_tokens}",
+        )
+        faults.require(self.body_bytes >= 1024, "body_bytes", self.body_bytes, "at least 1024")
+        for name in ("body_timeout", "queue_timeout", "request_timeout"):
+            faults.require(getattr(self, name) > 0, name, getattr(self, name), "above 0 seconds")
+
+
+@dataclass
+class AuthSettings:
+    keys_file: str | None = None
+    """File with an API key in each line, or a name and a key; # begins a comment. Read again on SIGHUP."""
+    keys_variable: str = "BDH_API_KEYS"
+    """Environment variable with further keys, separated by commas. Without any key everybody may ask."""
+    requests_per_minute: int | None = None
+    """Of each key, or, without keys, of each address; None for no limit."""
+    tokens_per_minute: int | None = None
+    """Read and generated, of each key; None for no limit."""
+
+    def collect_faults(self, faults: Faults) -> None:
+        for name in ("requests_per_minute", "tokens_per_minute"):
+            value = getattr(self, name)
+            faults.require(value is None or value >= 1, name, value, "at least 1, or null")
+
+
+@dataclass
+class StateSettings:
+    max_bytes: int = 2 << 30
+    """Memory for saved states; the least recently used go, or stay on the disk only."""
+    folder: str | None = None
+    """Folder that keeps them over a restart. None for memory only."""
+    folder_bytes: int = 20 << 30
+    """Room in that folder; the least recently used go."""
+    ttl: float = 24 * 3600.0
+    """Seconds after which a state that nobody has used is forgotten."""
+
+    def collect_faults(self, faults: Faults) -> None:
+        for name in ("max_bytes", "folder_bytes"):
+            faults.require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        faults.require(self.ttl > 0, "ttl", self.ttl, "above 0 seconds")
+
+
+@dataclass(kw_only=True)
+class ServeSettings:
+    model: str
+    """Folder of an exported model or of a run, or a hub id."""
+    host: str = "127.0.0.1"
+    """Address to listen on: 0.0.0.0 opens the server to the network."""
+    port: int = 8000
+    """0 takes a free one."""
+    served_model_name: list[str] = field(default_factory=list)
+    """Names that requests give; the first one stands in the answers. By default the last part of model."""
+    chat_template: str | None = None
+    """For a tokenizer without chat template: plain (User: and Assistant: before each message), or a file. None refuses chats."""
+    chat_stop: list[str] = field(default_factory=list)
+    """Strings that end every reply of a chat."""
+    engine: EngineConfig = field(default_factory=lambda: EngineConfig(prefix_cache_bytes=1 << 30))
+    limits: LimitSettings = field(default_factory=LimitSettings)
+    auth: AuthSettings = field(default_factory=AuthSettings)
+    states: StateSettings = field(default_factory=StateSettings)
+    drain_timeout: float = 30.0
+    """Seconds that running requests have after SIGTERM."""
+    resume_on_restart: bool = False
+    """Keep the requests that were cut off by that in states.folder, and finish them with the next start."""
+    metrics: bool = False
+    """Serve /metrics for Prometheus, without a key."""
+    page: bool = True
+    """Serve the page at /."""
+    cors_origins: list[str] = field(default_factory=list)
+    """Origins whose pages may ask: https://example.org, or * for all. By default none but the server's own."""
+    log_format: str = "json"
+    """json (an object a line) or text, to the standard error."""
+    log_prompts: bool = False
+    """Write prompts and generated texts into the log."""
+    telemetry: bool = False
+    """Traces by OpenTelemetry's instrumentation of FastAPI, which has to be installed."""
+    checkpoint: str | None = None
+    """For a run: last (the default), best, or a step."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+
+    def collect_faults(self, faults: Faults) -> None:
+        faults.require(0 <= self.port <= 65535, "port", self.port, "within 0 and 65535")
+        faults.require(all(self.served_model_name), "served_model_name", self.served_model_name, "names, not empty")
+        faults.require(all(self.chat_stop), "chat_stop", self.chat_stop, "strings of at least one character")
+        faults.require(self.drain_timeout >= 0, "drain_timeout", self.drain_timeout, "at least 0 seconds")
+        faults.require_one_of("log_format", self.log_format, ("json", "text"))
+        faults.require(
+            not self.resume_on_restart or self.states.folder is not None,
+            "resume_on_restart",
+            self.resume_on_restart,
+            "given with states.folder",
+        )
+        for name in ("engine", "limits", "auth", "states"):
+            getattr(self, name).collect_faults(faults.with_prefix(name))

@@ -1,0 +1,307 @@
+"""One request from its body to its answer, whole or in pieces."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from bdh.generate.params import SamplingParams
+from bdh.generate.snapshot import Snapshot
+from bdh.model.text import TextDecoder, encode_prompt
+from bdh.serve.answers import ChatWriter, CompletionWriter, Json, Writer
+from bdh.serve.errors import ApiError, bad_request, internal_error
+from bdh.serve.events import DONE, PING, SILENCE_SECONDS, EventStream, event, unless_gone
+from bdh.serve.keys import Caller, RateLimits
+from bdh.serve.logs import log
+from bdh.serve.schemas import ChatRequest, CompletionRequest, Extras
+from bdh.serve.service import CutOff, Event, Generation, Job, Loaded, Service
+from bdh.storage import DiskFullError
+
+_COMPLETION_TOKENS = 16  # of OpenAI's API
+
+
+@dataclass
+class Asked:
+    """A request that has been understood."""
+
+    jobs: list[Job]
+    writer: Writer
+    is_stream: bool
+    says_usage: bool
+    extras: Extras
+    model: str
+
+
+class Handler:
+    def __init__(self, service: Service, rates: RateLimits):
+        self._service, self._rates = service, rates
+
+    async def complete(self, body: CompletionRequest, request: Request) -> Response:
+        model = self._service.check_model(body.model)
+        self._rates.begin(_caller(request))
+        return await self._answer(await self._completion(body, model, _caller(request)), request)
+
+    async def chat(self, body: ChatRequest, request: Request) -> Response:
+        model = self._service.check_model(body.model)
+        self._rates.begin(_caller(request))
+        return await self._answer(await self._chat(body, model, _caller(request)), request)
+
+    async def _completion(self, body: CompletionRequest, model: str, caller: Caller) -> Asked:
+        loaded, extras = self._service.ready(), body.extras
+        max_tokens = self._max_tokens(body.max_tokens, _COMPLETION_TOKENS)
+        params = replace(
+            body.params(max_tokens=max_tokens, stops=[], stop_token_ids=[]),
+            n=max(body.best_of or 1, body.n or 1),
+            echo=bool(body.echo),
+            logprobs=body.logprobs,
+            prompt_logprobs=body.logprobs if body.echo else None,
+        )
+        if params.n > (body.n or 1) and params.logprobs is None:
+            params.logprobs = 0  # to choose by
+        snapshot = await self._snapshot(extras, caller)
+        if snapshot is not None and (len(body.prompts) > 1 or body.echo):
+            name = "prompt" if len(body.prompts) > 1 else "echo"
+            raise bad_request(f"{name}: with bdh.from_state only one prompt, and no echo", name)
+        params.validated()  # what pydantic does not know
+        jobs = []
+        for prompt in body.prompts:
+            tokens = await loaded.in_text_thread(_tokens, loaded, prompt, snapshot is not None)
+            jobs.append(
+                Job(tokens, replace(params), snapshot, bool(extras.save_state), extras.activations, {"kind": "text"})
+            )
+        writer = CompletionWriter(jobs, loaded.names, model, body.logprobs, body.n or 1)
+        return self._asked(body, jobs, writer, model)
+
+    async def _chat(self, body: ChatRequest, model: str, caller: Caller) -> Asked:
+        loaded, extras = self._service.ready(), body.extras
+        messages = [message.plain() for message in body.messages]
+        max_tokens = self._max_tokens(
+            body.max_completion_tokens or body.max_tokens, self._service.settings.limits.chat_tokens
+        )
+        params = body.params(max_tokens=max_tokens, stops=loaded.chat.stops, stop_token_ids=loaded.chat.end_ids)
+        if body.logprobs:
+            params.logprobs = body.top_logprobs or 0
+        snapshot = await self._snapshot(extras, caller)
+        if snapshot is None:
+            before: list[dict[str, str]] = []
+            tokens = await loaded.in_text_thread(loaded.chat.encode, messages)
+        else:
+            if snapshot.notes.get("kind") != "chat":
+                raise bad_request(
+                    "that state is not of a conversation: go on from it with /v1/completions", "bdh.from_state"
+                )
+            before = snapshot.notes["messages"]
+            stopped_by = snapshot.notes.get("stopped_by")
+            tokens = await loaded.in_text_thread(loaded.chat.further, before, messages, stopped_by)
+        notes = {"kind": "chat", "messages": [*before, *messages]}
+        jobs = [Job(tokens, params, snapshot, bool(extras.save_state), extras.activations, notes)]
+        num_top = params.logprobs if body.logprobs else None
+        return self._asked(body, jobs, ChatWriter(jobs, loaded.names, model, num_top, params.n), model)
+
+    def _asked(self, body: CompletionRequest | ChatRequest, jobs: list[Job], writer: Writer, model: str) -> Asked:
+        says_usage = bool(body.stream_options and body.stream_options.include_usage)
+        if self._service.settings.log_prompts:
+            names = self._service.ready().names
+            log("prompts", prompts=[names.text(job.tokens) for job in jobs])
+        return Asked(jobs, writer, body.is_stream, says_usage, body.extras, model)
+
+    def _max_tokens(self, given: int | None, default: int) -> int:
+        most = self._service.settings.limits.max_tokens
+        if given is not None and given > most:
+            raise bad_request(f"max_tokens is {given:,}: must be at most {most:,}", "max_tokens")
+        return min(default, most) if given is None else given
+
+    async def _snapshot(self, extras: Extras, caller: Caller) -> Snapshot | None:
+        if extras.from_state is None:
+            return None
+        states = self._service.ready().states
+        try:
+            return await asyncio.to_thread(states.snapshot, extras.from_state, caller.id)
+        except KeyError:
+            raise no_state(extras.from_state, "bdh.from_state") from None
+        except ValueError as error:
+            raise bad_request(str(error), "bdh.from_state") from error
+
+    async def _answer(self, asked: Asked, request: Request) -> Response:
+        caller = _caller(request)
+        generation = await self._service.begin(asked.jobs, caller=caller, arrived=request.state.arrived)
+        if asked.is_stream:
+            return EventStream(self._events(asked, generation, request))
+        try:
+            return JSONResponse(await unless_gone(request.receive, lambda: self._whole(asked, generation)))
+        finally:
+            self._close(asked, generation, request)
+
+    async def _whole(self, asked: Asked, generation: Generation) -> Json:
+        try:
+            while not generation.is_done:
+                item = await generation.next()
+                assert item is not None
+                await self._take(asked, generation, item)
+        except CutOff:
+            raise self._cut_off(asked) from None
+        if generation.is_cut_off:
+            raise self._cut_off(asked)
+        return asked.writer.answer()
+
+    async def _events(self, asked: Asked, generation: Generation, request: Request) -> AsyncIterator[bytes]:
+        writer = asked.writer
+        try:
+            for choice in writer.first_choices():
+                yield event(writer.chunk([choice], says_usage=asked.says_usage))
+            while not generation.is_done:
+                item = await generation.next(SILENCE_SECONDS)
+                if item is None:
+                    yield PING
+                elif said := await self._take(asked, generation, item):
+                    yield event(writer.chunk([said], says_usage=asked.says_usage))
+            if generation.is_cut_off:
+                raise self._cut_off(asked)
+            if asked.says_usage:
+                yield event(writer.chunk([], usage=writer.usage(), says_usage=True))
+            yield DONE
+        except CutOff:
+            yield event(self._cut_off(asked).body())
+        except ApiError as error:
+            request.state.facts["error"] = error.code
+            yield event(error.body())
+        except Exception as error:
+            log("exception", level=logging.ERROR, error=error, request_id=request.state.request_id)
+            yield event(internal_error().body())
+        finally:
+            self._close(asked, generation, request)
+
+    async def _take(self, asked: Asked, generation: Generation, item: Event) -> Json | None:
+        """Notes what has come; the choice of a chunk, where there is something to say."""
+        completion = item.output.completion
+        if completion is not None and completion.finish_reason == "error":
+            log("a text failed", level=logging.ERROR, reason=completion.error)
+            raise internal_error()
+        if completion is not None and completion.finish_reason == "abort":
+            await self._keep_unfinished(asked, generation, item)
+            asked.writer.take(item)
+            return None
+        if completion is not None and completion.snapshot is not None and asked.jobs[item.job].keep_snapshot:
+            asked.writer.text(item).extras["state_id"] = await self._saved(asked, generation, item)
+        return asked.writer.take(item)
+
+    async def _saved(self, asked: Asked, generation: Generation, item: Event) -> str:
+        completion, job = item.output.completion, asked.jobs[item.job]
+        assert completion is not None
+        assert completion.snapshot is not None
+        notes = {**job.notes}
+        if notes["kind"] == "chat":
+            notes["messages"] = [*notes["messages"], {"role": "assistant", "content": completion.text}]
+            notes["stopped_by"] = completion.stop_reason if isinstance(completion.stop_reason, str) else None
+        snapshot = replace(completion.snapshot, notes=notes)
+        states = self._service.loaded.states  # type: ignore[union-attr]
+        try:
+            saved = await asyncio.to_thread(states.put, snapshot, owner=generation.caller.id, model=asked.model)
+        except (ValueError, DiskFullError) as error:
+            raise ApiError(507, f"the state cannot be kept: {error}", param="bdh.save_state", code="no_room") from error
+        return saved.id
+
+    async def _keep_unfinished(self, asked: Asked, generation: Generation, item: Event) -> None:
+        completion, job = item.output.completion, asked.jobs[item.job]
+        assert completion is not None
+        if completion.snapshot is None:
+            return
+        params = replace(job.params, n=1, max_tokens=job.params.max_tokens - len(completion.token_ids))
+        params.min_tokens = min(params.max_tokens, max(0, params.min_tokens - len(completion.token_ids)))
+        params.seed = None  # the snapshot's generator goes on
+        params.echo, params.logprobs, params.prompt_logprobs = False, None, None
+        loaded = self._service.loaded
+        assert loaded is not None
+        decoder = completion.snapshot.decoder
+        held = await loaded.in_text_thread(
+            lambda: TextDecoder.from_state(loaded.tokenizer, params.stop, decoder).flush()
+        )
+        states = loaded.states
+        saved = await asyncio.to_thread(
+            states.put,
+            replace(completion.snapshot, notes=job.notes),
+            owner=generation.caller.id,
+            model=asked.model,
+            unfinished=asdict(params),
+            text=completion.text.removesuffix(held),
+        )
+        asked.writer.text(item).extras["state_id"] = saved.id
+
+    def _cut_off(self, asked: Asked) -> ApiError:
+        kept = [text.extras["state_id"] for text in asked.writer.texts if "state_id" in text.extras]
+        return ApiError(
+            503,
+            "the server has ended before the text did" + ("; it finishes it when it is back" if kept else ""),
+            code="draining",
+            retry_after=5,
+            facts={"state_ids": kept} if kept else None,
+        )
+
+    def _close(self, asked: Asked, generation: Generation, request: Request) -> None:
+        generation.close()
+        num_prompt = sum(len(job.tokens) for job in asked.jobs)
+        self._rates.charge(generation.caller, num_prompt + generation.num_generated)
+        request.state.facts.update(prompt_tokens=num_prompt, completion_tokens=generation.num_generated)
+        if self._service.settings.log_prompts:
+            request.state.facts["texts"] = ["".join(text.parts) for text in asked.writer.texts]
+
+
+async def finish_unfinished(loaded: Loaded) -> None:
+    """Goes on with the texts that an earlier process could not finish; they stay as saved states, with their text."""
+    for saved in loaded.states.unfinished():
+        try:
+            snapshot = await asyncio.to_thread(loaded.states.snapshot, saved.id, saved.owner)
+            params = SamplingParams(**saved.unfinished or {})
+            params.logit_bias = {int(token): bias for token, bias in params.logit_bias.items()}
+            (completion,) = await loaded.front.generate(None, params, snapshot=snapshot, keep_snapshot=True)
+            assert completion.snapshot is not None
+            text = (saved.text or "") + completion.text
+            notes = dict(snapshot.notes)
+            if notes["kind"] == "chat":
+                notes["messages"] = [*notes["messages"], {"role": "assistant", "content": text}]
+            await asyncio.to_thread(
+                loaded.states.put,
+                replace(completion.snapshot, notes=notes),
+                owner=saved.owner,
+                model=saved.model,
+                text=text,
+                state_id=saved.id,
+            )
+            log("finished what had been cut off", state=saved.id, tokens=len(completion.token_ids))
+        except Exception as error:
+            log("could not finish what had been cut off", level=logging.ERROR, error=error, state=saved.id)
+
+
+def no_state(state_id: str, param: str | None = None) -> ApiError:
+    return ApiError(404, f"there is no state {state_id!r} of yours here", param=param, code="state_not_found")
+
+
+def _caller(request: Request) -> Caller:
+    return request.state.caller
+
+
+def _tokens(loaded: Loaded, prompt: str | Sequence[int], goes_on: bool) -> list[int]:
+    """
+    Raises:
+        ApiError: 400, there is nothing to start from, or ids outside of the vocabulary.
+    """
+    if goes_on:
+        if isinstance(prompt, str):
+            ids: Any = loaded.tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            return list(ids)
+        tokens = list(prompt)
+    else:
+        try:
+            tokens = encode_prompt(loaded.tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
+        except ValueError as error:
+            raise bad_request(str(error), "prompt") from error
+        if not tokens:
+            raise bad_request("the prompt has no tokens: give at least one to start from", "prompt")
+    vocab_size = loaded.model.config.vocab_size
+    if wrong := [token for token in tokens if token >= vocab_size][:3]:
+        raise bad_request(f"the prompt has the token ids {wrong}: must be within 0 and {vocab_size - 1}", "prompt")
+    return tokens

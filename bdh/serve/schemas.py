@@ -1,0 +1,290 @@
+"""What requests and answers look like. Nothing is converted or left out silently: a field that is not here is refused."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from bdh.generate.activity import MOST_NEURONS
+from bdh.generate.params import SamplingParams
+
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Text = Annotated[str, Field(min_length=1)]
+Prompt = (
+    str
+    | Annotated[list[str], Field(min_length=1)]
+    | Annotated[list[TokenId], Field(min_length=1)]
+    | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
+)
+_LIMIT = 2**31 - 1
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(_Request):
+    include_usage: bool | None = None
+
+
+class Extras(_Request):
+    """What only a model with a state of fixed size can do."""
+
+    save_state: bool | None = Field(default=None, description="Keep the state behind the text; the answer has its id.")
+    from_state: str | None = Field(default=None, description="Go on from a saved state, without reading it again.")
+    activations: int | None = Field(
+        default=None,
+        ge=0,
+        le=MOST_NEURONS,
+        description="With each streamed token the share of neurons that fired in each pass, and so many of the strongest.",
+    )
+
+
+class _Generation(_Request):
+    """What both kinds of requests have."""
+
+    model: str | None = Field(default=None, description="A name that the server has; None for its first.")
+    temperature: float | None = Field(
+        default=None, ge=0, le=100, description="0 takes the likeliest token; else at least 1e-6."
+    )
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=-1, le=_LIMIT, description="0 or -1 for all tokens.")
+    min_p: float | None = Field(default=None, ge=0, lt=1)
+    n: int | None = Field(default=None, ge=1)
+    stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
+    stop_token_ids: list[TokenId] | None = Field(default=None, max_length=64)
+    seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
+    presence_penalty: float | None = Field(default=None, ge=-100, le=100)
+    frequency_penalty: float | None = Field(default=None, ge=-100, le=100)
+    repetition_penalty: float | None = Field(default=None, ge=1e-6, le=100)
+    logit_bias: (
+        dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None
+    ) = None
+    min_tokens: int | None = Field(default=None, ge=0)
+    ignore_eos: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = Field(default=None, description="For the log.")
+    bdh: Extras | None = None
+
+    @property
+    def is_stream(self) -> bool:
+        return bool(self.stream)
+
+    @property
+    def extras(self) -> Extras:
+        return self.bdh or Extras()
+
+    def params(self, *, max_tokens: int, stops: list[str], stop_token_ids: list[int]) -> SamplingParams:
+        """How the engine samples, but for what only one kind of request has."""
+        given = {
+            name: getattr(self, name)
+            for name in (
+                "temperature",
+                "top_p",
+                "min_p",
+                "n",
+                "seed",
+                "presence_penalty",
+                "frequency_penalty",
+                "repetition_penalty",
+                "min_tokens",
+                "ignore_eos",
+            )
+            if getattr(self, name) is not None
+        }
+        stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
+        return SamplingParams(
+            **given,
+            max_tokens=max_tokens,
+            top_k=max(0, self.top_k or 0),
+            stop=[*stop, *stops],
+            stop_token_ids=[*(self.stop_token_ids or []), *stop_token_ids],
+            logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
+        )
+
+    @model_validator(mode="after")
+    def _check(self) -> "_Generation":
+        if self.stream_options is not None and not self.is_stream:
+            raise ValueError("stream_options: only with stream")
+        if self.temperature is not None and 0 < self.temperature < 1e-6:
+            raise ValueError("temperature: must be 0, or at least 1e-6")
+        return self
+
+
+class CompletionRequest(_Generation):
+    prompt: Prompt = Field(description="Text, texts, token ids, or lists of them.")
+    max_tokens: int | None = Field(default=None, ge=0, description="16 if not given.")
+    best_of: int | None = Field(default=None, ge=1, description="Texts generated, of which the n likeliest are given.")
+    echo: bool | None = None
+    logprobs: int | None = Field(default=None, ge=0, le=5)
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if isinstance(self.prompt[0], int):
+            return [self.prompt]
+        return list(self.prompt)
+
+    @model_validator(mode="after")
+    def _check_best_of(self) -> "CompletionRequest":
+        if self.best_of is not None and self.best_of < (self.n or 1):
+            raise ValueError("best_of: must be at least n")
+        if self.best_of is not None and self.best_of > (self.n or 1) and self.is_stream:
+            raise ValueError("best_of: above n only without stream")
+        return self
+
+
+class TextPart(_Request):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(_Request):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[TextPart], Field(min_length=1)]
+
+    def plain(self) -> dict[str, str]:
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class ChatRequest(_Generation):
+    messages: list[ChatMessage] = Field(min_length=1, description="With bdh.from_state only the new ones.")
+    max_tokens: int | None = Field(default=None, ge=1, description="The same as max_completion_tokens.")
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+
+    @model_validator(mode="after")
+    def _check_chat(self) -> "ChatRequest":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs: only with logprobs")
+        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
+            raise ValueError("max_completion_tokens: is the same as max_tokens, and differs from it")
+        return self
+
+
+class TokenizeRequest(_Request):
+    model: str | None = None
+    prompt: str | None = Field(default=None, description="A text, in which nothing is a special token.")
+    messages: list[ChatMessage] | None = Field(default=None, min_length=1, description="Or a conversation.")
+
+    @model_validator(mode="after")
+    def _check(self) -> "TokenizeRequest":
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("prompt: either prompt or messages is needed")
+        return self
+
+
+class DetokenizeRequest(_Request):
+    model: str | None = None
+    tokens: list[TokenId]
+
+
+class ErrorFacts(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    error: ErrorFacts
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: dict[str, int] | None = None
+
+
+class CompletionLogprobs(BaseModel):
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None] | None
+    text_offset: list[int]
+
+
+class CompletionChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: Literal["stop", "length"] | None
+    bdh: dict[str, Any] | None = None
+
+
+class CompletionAnswer(BaseModel):
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: dict[str, Any]
+    logprobs: dict[str, Any] | None = None
+    finish_reason: Literal["stop", "length"] | None
+    bdh: dict[str, Any] | None = None
+
+
+class ChatAnswer(BaseModel):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class ModelFacts(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+    bdh: dict[str, Any]
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelFacts]
+
+
+class TokenizeAnswer(BaseModel):
+    tokens: list[int]
+    count: int
+
+
+class DetokenizeAnswer(BaseModel):
+    prompt: str
+
+
+class StateFacts(BaseModel):
+    id: str
+    object: Literal["state"] = "state"
+    created: int
+    model: str
+    tokens: int
+    bytes: int
+    status: Literal["saved", "unfinished"]
+    text: str | None = None
+
+
+class StateList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[StateFacts]
+
+
+class Deleted(BaseModel):
+    id: str
+    object: Literal["state"] = "state"
+    deleted: bool = True
+
+
+class Health(BaseModel):
+    status: Literal["ready", "live"]

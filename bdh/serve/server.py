@@ -1,0 +1,183 @@
+"""A server from its start to its end: the socket, the loading, signals, and the exit status."""
+
+import asyncio
+import contextlib
+import copy
+import logging
+import signal
+import socket
+from collections.abc import Callable, Iterator
+
+import torch
+import uvicorn
+from transformers import PreTrainedTokenizerFast
+
+from bdh.generate.async_engine import AsyncEngine
+from bdh.generate.engine import Engine
+from bdh.generate.params import SamplingParams
+from bdh.model.modeling import BDHForCausalLM
+from bdh.serve.app import make_app
+from bdh.serve.config import ServeSettings
+from bdh.serve.handling import finish_unfinished
+from bdh.serve.keys import ApiKeys
+from bdh.serve.logs import log, log_to_stderr
+from bdh.serve.prompts import ChatPrompts
+from bdh.serve.service import Loaded, Service
+from bdh.serve.states import StateStore
+from bdh.serve.tokens import TokenNames
+
+LoadModel = Callable[[], tuple[BDHForCausalLM, PreTrainedTokenizerFast]]
+_WATCH_SECONDS = 0.5
+
+
+class _Uvicorn(uvicorn.Server):
+    """Without its signals: they are ours."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def load(settings: ServeSettings, load_model: LoadModel) -> Loaded:
+    """Everything that requests need, with the kernels compiled.
+
+    Raises:
+        FileNotFoundError, ValueError: as loading the model, and for settings that do not fit it.
+    """
+    model, tokenizer = load_model()
+    engine = Engine(model, tokenizer, config=settings.engine)
+    engine.generate([[0]], SamplingParams(max_tokens=2, ignore_eos=True))  # what is compiled is compiled now
+    for_text = copy.deepcopy(tokenizer)
+    name = settings.model.rstrip("/").rpartition("/")[2]
+    return Loaded(
+        model,
+        for_text,
+        AsyncEngine(engine),
+        ChatPrompts(for_text, settings.chat_template, settings.chat_stop),
+        TokenNames(tokenizer),
+        StateStore(settings.states, model),
+        list(settings.served_model_name) or [name],
+    )
+
+
+def serve(settings: ServeSettings, load_model: LoadModel) -> int:
+    """Serves until SIGTERM or SIGINT. Returns the exit status: 0, or 1 where the model could not be loaded or has failed.
+
+    Raises:
+        ValueError, OSError: keys that cannot be read, an address that cannot be listened on.
+    """
+    log_to_stderr(settings.log_format)
+    keys = ApiKeys(settings.auth)
+    listening = _listen(settings.host, settings.port)
+    with listening:
+        return asyncio.run(_run(settings, load_model, keys, listening))
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except OSError as error:
+        raise OSError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
+
+
+async def _run(settings: ServeSettings, load_model: LoadModel, keys: ApiKeys, listening: socket.socket) -> int:
+    service = Service(settings)
+    config = uvicorn.Config(
+        make_app(service, keys),
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        server_header=False,
+        timeout_keep_alive=30,
+        h11_max_incomplete_event_size=64 << 10,
+    )
+    server = _Uvicorn(config)
+    host, port = listening.getsockname()[:2]
+    log("listening", url=f"http://{host}:{port}", keys=keys.are_needed)
+    if not keys.are_needed and host not in ("127.0.0.1", "::1"):
+        log("open to the network without API keys: everybody who reaches it may ask", level=logging.WARNING)
+
+    ending = asyncio.Event()
+    num_signals = 0
+
+    def end() -> None:
+        nonlocal num_signals
+        num_signals += 1
+        if num_signals == 1:
+            log("ending", drain_timeout=settings.drain_timeout)
+        ending.set()
+        if num_signals > 1:
+            server.force_exit = True
+            hurry.set()
+
+    hurry = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, end)
+    if hasattr(signal, "SIGHUP"):
+        loop.add_signal_handler(signal.SIGHUP, _reload, keys)
+
+    serving = asyncio.create_task(server.serve([listening]))
+    loading = asyncio.create_task(_load(service, settings, load_model))
+    watching = asyncio.create_task(_watch(service, ending))
+    await asyncio.wait({asyncio.create_task(ending.wait()), serving}, return_when=asyncio.FIRST_COMPLETED)
+    draining = asyncio.create_task(service.drain(settings.drain_timeout))
+    hurrying = asyncio.create_task(hurry.wait())
+    await asyncio.wait({draining, hurrying}, return_when=asyncio.FIRST_COMPLETED)
+    if draining.done():
+        log("drained", cut_off=draining.result())
+    server.should_exit = True
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(serving, 10)
+    for task in (loading, watching, draining, hurrying):
+        task.cancel()
+    if service.loaded is not None:
+        await asyncio.to_thread(service.loaded.front.close)
+    if service.failure is not None:
+        log("ended by a failure", level=logging.ERROR, reason=str(service.failure))
+        return 1
+    log("ended")
+    return 0
+
+
+async def _load(service: Service, settings: ServeSettings, load_model: LoadModel) -> None:
+    try:
+        loaded = await asyncio.to_thread(load, settings, load_model)
+    except Exception as error:
+        known = isinstance(error, ValueError | OSError)
+        log(f"the model cannot be served: {error}", level=logging.ERROR, error=None if known else error)
+        service.status, service.failure = "failed", error
+        return
+    service.open(loaded)
+    engine = loaded.front.engine
+    log(
+        "ready",
+        models=loaded.model_names,
+        runs=engine.stepper.path,
+        threads=torch.get_num_threads(),
+        states=engine.max_sequences,
+        state_bytes=engine.stepper.state_bytes,
+        chat=loaded.chat.is_possible,
+    )
+    if settings.resume_on_restart:
+        await finish_unfinished(loaded)
+
+
+async def _watch(service: Service, ending: asyncio.Event) -> None:
+    """Ends the server where its engine has."""
+    while not ending.is_set():
+        service.watch_engine()
+        if service.status == "failed":
+            log("the engine has failed", level=logging.ERROR, reason=str(service.failure))
+            await asyncio.sleep(_WATCH_SECONDS)  # those who wait are told
+            ending.set()
+        await asyncio.sleep(_WATCH_SECONDS)
+
+
+def _reload(keys: ApiKeys) -> None:
+    try:
+        keys.load()
+        log("keys read again")
+    except (ValueError, OSError) as error:
+        log(f"the keys stay as they were: {error}", level=logging.ERROR)

@@ -1,0 +1,229 @@
+"""States that clients have saved: in memory, and, if there is a folder, on the disk too, where a restart finds them."""
+
+import json
+import re
+import secrets
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bdh.generate.snapshot import Snapshot
+from bdh.model.modeling import BDHForCausalLM
+from bdh.serve.config import StateSettings
+from bdh.serve.logs import log
+from bdh.storage import write_text
+
+_ID = re.compile(r"state-[\w-]{24}")
+
+
+@dataclass
+class SavedState:
+    """What is known of a state without its tensors."""
+
+    id: str
+    owner: str
+    """The id of the caller that it belongs to."""
+    created: float
+    """Seconds since 1970."""
+    num_tokens: int
+    nbytes: int
+    model: str
+    used: float = 0.0
+    unfinished: dict[str, Any] | None = None
+    """Of a request that was cut off: what it takes to finish it."""
+    text: str | None = None
+    """What such a request has generated."""
+
+
+class StateStore:
+    """For several threads. Whatever reads or writes files may take long: call it from a thread of its own.
+
+    Args:
+        model: its states; those of others in the folder are left alone.
+        now: the time, in seconds since 1970.
+
+    Raises:
+        OSError: the folder cannot be made or read.
+    """
+
+    def __init__(self, settings: StateSettings, model: BDHForCausalLM, now: Callable[[], float] = time.time):
+        self._settings, self._model, self._now = settings, model, now
+        self._folder = None if settings.folder is None else Path(settings.folder)
+        self._lock = threading.RLock()
+        self._known: OrderedDict[str, SavedState] = OrderedDict()  # the least recently used first
+        self._loaded: dict[str, Snapshot] = {}
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._find()
+
+    @property
+    def num_states(self) -> int:
+        return len(self._known)
+
+    @property
+    def bytes_in_memory(self) -> int:
+        with self._lock:
+            return sum(snapshot.nbytes for snapshot in self._loaded.values())
+
+    def put(
+        self,
+        snapshot: Snapshot,
+        *,
+        owner: str,
+        model: str,
+        unfinished: dict[str, Any] | None = None,
+        text: str | None = None,
+        state_id: str | None = None,
+    ) -> SavedState:
+        """Keeps a snapshot, which is not copied.
+
+        Args:
+            state_id: replaces the state of this id.
+
+        Raises:
+            ValueError: it is larger than all that may be kept.
+            DiskFullError: there is no room for it in the folder.
+        """
+        size = snapshot.nbytes
+        room = self._settings.max_bytes if self._folder is None else self._settings.folder_bytes
+        if size > room:
+            raise ValueError(f"the state has {size:,} bytes, and the states that are kept may have {room:,} together")
+        now = self._now()
+        saved = SavedState(
+            id=state_id or f"state-{secrets.token_urlsafe(18)}",
+            owner=owner,
+            created=now,
+            num_tokens=len(snapshot.tokens),
+            nbytes=size,
+            model=model,
+            used=now,
+            unfinished=unfinished,
+            text=text,
+        )
+        if self._folder is not None:
+            self._make_room_on_disk(size)
+            # The description comes last: without it a file of a state does not count.
+            snapshot.save(self._tensors_path(saved.id), self._model)
+            write_text(self._facts_path(saved.id), json.dumps(asdict(saved)))
+        with self._lock:
+            self._known[saved.id] = saved
+            self._known.move_to_end(saved.id)
+            self._loaded[saved.id] = snapshot
+            self._make_room()
+        return saved
+
+    def get(self, state_id: str, owner: str) -> SavedState:
+        """
+        Raises:
+            KeyError: there is none of this id that belongs to this owner.
+        """
+        with self._lock:
+            self.expire()
+            saved = self._known.get(state_id)
+            if saved is None or saved.owner != owner:
+                raise KeyError(state_id)
+            saved.used = self._now()
+            self._known.move_to_end(state_id)
+            return saved
+
+    def snapshot(self, state_id: str, owner: str) -> Snapshot:
+        """The state itself, which is not to be advanced; from the disk where it is not in memory.
+
+        Raises:
+            KeyError: as :meth:`get`.
+            ValueError: its file is damaged.
+        """
+        saved = self.get(state_id, owner)
+        with self._lock:
+            found = self._loaded.get(state_id)
+        if found is None:
+            try:
+                found = Snapshot.load(self._tensors_path(state_id), self._model)
+            except FileNotFoundError:
+                raise KeyError(state_id) from None
+            with self._lock:
+                if saved.id in self._known:
+                    self._loaded[state_id] = found
+                    self._make_room()
+        return found
+
+    def of_owner(self, owner: str) -> list[SavedState]:
+        """Those of one owner, the newest first."""
+        with self._lock:
+            self.expire()
+            return sorted((s for s in self._known.values() if s.owner == owner), key=lambda s: -s.created)
+
+    def unfinished(self) -> list[SavedState]:
+        with self._lock:
+            return [saved for saved in self._known.values() if saved.unfinished is not None]
+
+    def delete(self, state_id: str, owner: str) -> None:
+        """
+        Raises:
+            KeyError: as :meth:`get`.
+        """
+        with self._lock:
+            self.get(state_id, owner)
+            self._forget(state_id)
+
+    def expire(self) -> None:
+        """Forgets what nobody has used for too long."""
+        with self._lock:
+            limit = self._now() - self._settings.ttl
+            for state_id in [saved.id for saved in self._known.values() if saved.used < limit]:
+                self._forget(state_id)
+
+    def _make_room(self) -> None:
+        """Drops the least recently used from memory, and, without a folder, altogether."""
+        for state_id in list(self._known):
+            if sum(snapshot.nbytes for snapshot in self._loaded.values()) <= self._settings.max_bytes:
+                return
+            if self._folder is not None:
+                self._loaded.pop(state_id, None)
+            elif len(self._known) > 1:
+                self._forget(state_id)
+
+    def _make_room_on_disk(self, size: int) -> None:
+        with self._lock:
+            for state_id in list(self._known):
+                if sum(saved.nbytes for saved in self._known.values()) + size <= self._settings.folder_bytes:
+                    return
+                self._forget(state_id)
+
+    def _forget(self, state_id: str) -> None:
+        self._known.pop(state_id, None)
+        self._loaded.pop(state_id, None)
+        if self._folder is not None:
+            self._facts_path(state_id).unlink(missing_ok=True)
+            self._tensors_path(state_id).unlink(missing_ok=True)
+
+    def _find(self) -> None:
+        """The states that an earlier process has left."""
+        assert self._folder is not None
+        found = []
+        for path in self._folder.glob("state-*.json"):
+            try:
+                saved = SavedState(**json.loads(path.read_text(encoding="utf-8")))
+            except (ValueError, TypeError) as error:
+                log("a saved state's description is damaged, and left out", file=path.name, reason=str(error))
+                continue
+            if _ID.fullmatch(saved.id) and path.stem == saved.id and self._tensors_path(saved.id).is_file():
+                saved.used = path.stat().st_mtime
+                found.append(saved)
+        for saved in sorted(found, key=lambda each: each.used):
+            self._known[saved.id] = saved
+        for path in self._folder.glob("state-*.safetensors"):  # of a process that died in between
+            if not path.with_suffix(".json").exists():
+                path.unlink()
+
+    def _tensors_path(self, state_id: str) -> Path:
+        assert self._folder is not None
+        return self._folder / f"{state_id}.safetensors"
+
+    def _facts_path(self, state_id: str) -> Path:
+        assert self._folder is not None
+        return self._folder / f"{state_id}.json"
