@@ -1,0 +1,130 @@
+"""A server on a port of this machine, in a thread of this process: what clients talk to."""
+
+import asyncio
+import threading
+import time
+
+import httpx
+import pytest
+import torch
+import uvicorn
+
+from bdh.generate.config import EngineConfig
+from bdh.serve.app import make_app
+from bdh.serve.config import ServeSettings
+from bdh.serve.keys import ApiKeys
+from bdh.serve.server import load
+from bdh.serve.service import Service
+from bdh import BDHConfig, BDHForCausalLM
+from bdh.tokenizer import byte_tokenizer, train_tokenizer, with_chat_template
+
+SENTENCES = ["Die Straße ist naß, und der Vogel singt.", "Ένα πουλί στο δέντρο.", "鳥が木で歌う。🐦🌳 Naïve café!"]
+
+
+def made_model(vocab_size: int, seed: int = 0) -> BDHForCausalLM:
+    """A small model whose texts are of all kinds of tokens."""
+    sizes = {"n_embd": 24, "n_head": 3, "n_layer": 3, "mlp_internal_dim_multiplier": 6}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = BDHForCausalLM(BDHConfig(vocab_size=vocab_size, dropout=0.0, initializer_range=0.3, **sizes)).eval()
+    with torch.no_grad():
+        model.lm_head.weight *= 0.5
+    return model
+
+
+@pytest.fixture(scope="session")
+def bytes_pair():
+    """A model of bytes, without a chat template."""
+    return made_model(256), byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def chat_pair():
+    tokenizer = with_chat_template(byte_tokenizer(), "default", needs_one=True)
+    return made_model(len(tokenizer)), tokenizer
+
+
+@pytest.fixture(scope="session")
+def bpe_pair():
+    tokenizer = train_tokenizer(SENTENCES * 20, "bpe", 300)
+    return made_model(len(tokenizer)), tokenizer
+
+
+class Running:
+    """A server, its service, and clients for it."""
+
+    def __init__(self, settings, model, tokenizer):
+        self.settings = settings
+        self.service = Service(settings)
+        self.keys = ApiKeys(settings.auth)
+        config = uvicorn.Config(make_app(self.service, self.keys), port=0, log_level="error", lifespan="off")
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        if model is not None:
+            self.service.open(load(settings, lambda: (model, tokenizer)))
+        while not self._server.started:
+            assert self._thread.is_alive()
+            time.sleep(0.01)
+        self.port = self._server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.http = httpx.Client(base_url=self.url, timeout=60)
+
+    def _run(self):
+        self.loop = asyncio.new_event_loop()
+        asyncio.set_event_loop(self.loop)
+        self.loop.run_until_complete(self._server.serve())
+
+    def call(self, coroutine):
+        """Runs something in the server's event loop."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(60)
+
+    def complete(self, prompt="abc", **fields):
+        return self.http.post("/v1/completions", json={"prompt": prompt, "temperature": 0, **fields})
+
+    def text(self, prompt="abc", **fields):
+        answer = self.complete(prompt, **fields)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["choices"][0]["text"]
+
+    def idle(self):
+        """Waits until nothing runs; the gauges are those of an engine without work."""
+        for _ in range(1000):
+            stats = self.service.loaded.front.stats
+            waits = self.service.num_waiting
+            if not (stats.running or stats.waiting or stats.state_bytes or waits or self.service._running):
+                return
+            time.sleep(0.01)
+        raise AssertionError(f"something goes on: {stats}, {waits} wait, {len(self.service._running)} requests")
+
+    def close(self):
+        self.http.close()
+        self._server.should_exit = self._server.force_exit = True
+        self._thread.join(20)
+        if self.service.loaded is not None:
+            self.service.loaded.front.close()
+
+
+@pytest.fixture(scope="module")
+def server(start_server, bytes_pair):
+    return start_server(*bytes_pair, served_model_name=["tiny", "tiny-alias"])
+
+
+@pytest.fixture(scope="module")
+def chat_server(start_server, chat_pair):
+    return start_server(*chat_pair, served_model_name=["chatty"])
+
+
+@pytest.fixture(scope="module")
+def start_server():
+    """Starts servers, which end with the module."""
+    running = []
+
+    def start(model, tokenizer, **settings):
+        settings.setdefault("engine", EngineConfig(max_running=8, prefix_cache_bytes=1 << 26))
+        running.append(Running(ServeSettings(model="made/tiny", **settings), model, tokenizer))
+        return running[-1]
+
+    yield start
+    for server in running:
+        server.close()
