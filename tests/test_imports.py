@@ -22,7 +22,19 @@ ALLOWED = {
     "train": {"ops", "model", "tokenizer", "data", "distributed", "monitor", "evaluate", "generate"},
     "serve": {"model", "tokenizer", "generate"},
     "bench": {"ops", "model", "tokenizer", "generate"},
-    "cli": {"ops", "model", "tokenizer", "data", "distributed", "monitor", "evaluate", "train", "generate", "serve", "bench"},
+    "cli": {
+        "ops",
+        "model",
+        "tokenizer",
+        "data",
+        "distributed",
+        "monitor",
+        "evaluate",
+        "train",
+        "generate",
+        "serve",
+        "bench",
+    },
 }
 
 

@@ -4,7 +4,7 @@ import asyncio
 import base64
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -13,10 +13,12 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import HTMLResponse, Response
+from starlette.routing import Match
 from starlette.types import ASGIApp
 
 import bdh
 from bdh.serve import schemas
+from bdh.serve.describe import describe
 from bdh.serve.errors import ApiError, bad_request, internal_error
 from bdh.serve.handling import Handler, no_state
 from bdh.serve.keys import ApiKeys, RateLimits
@@ -58,7 +60,7 @@ def make_app(service: Service, keys: ApiKeys) -> ASGIApp:
     _add_errors(app)
     _add_health(app, service)
     _add_routes(app, service, Handler(service, RateLimits(settings.auth)))
-    _describe(app, service, keys)
+    describe(app, service, keys)
     open_paths = {*_HEALTH, "/openapi.json"}
     if settings.page:
         _add_page(app)
@@ -235,6 +237,8 @@ def _add_errors(app: FastAPI) -> None:
             error.status_code, message, code="not_found" if error.status_code == 404 else None
         ).response()
         response.headers.update(error.headers or {})
+        if error.status_code == 405:
+            response.headers["Allow"] = ", ".join(sorted(_methods(app, request)))
         return response
 
     @app.exception_handler(Exception)
@@ -242,13 +246,23 @@ def _add_errors(app: FastAPI) -> None:
         return internal_error().response()  # logged by the front
 
 
+def _methods(app: FastAPI, request: Request) -> set[str]:
+    """Those of all routes at a path: each method has a route of its own."""
+    matching = [route for route in app.routes if route.matches(request.scope)[0] is not Match.NONE]
+    return {method for route in matching for method in getattr(route, "methods", None) or ()}
+
+
+_TYPE_NAMES = {"str", "int", "float", "bool"}
+
+
 def _invalid(faults: Sequence[Any]) -> ApiError:
-    """The first fault in words, with the names of the others' fields."""
+    """The fault that says most: what is no field of ours; then what is out of range; then what is deepest."""
     found: list[tuple[str, str]] = []
-    for fault in faults:
+    # Of a union each member complains: that it has another type says least.
+    for fault in sorted(faults, key=lambda fault: (fault["type"].endswith("_type"), -len(fault["loc"]))):
         place = [str(part) for part in fault["loc"] if part != "body"]
         # The parts of a union's members name types, not fields.
-        param = ".".join(part for part in place if re.fullmatch(r"[a-z_]+|\d+", part))
+        param = ".".join(part for part in place if re.fullmatch(r"[a-z_]+|\d+", part) and part not in _TYPE_NAMES)
         if fault["type"] == "json_invalid":
             return bad_request(f"the request's body is not JSON: {fault['ctx']['error']}", None, "invalid_json")
         if fault["type"] == "extra_forbidden":
@@ -299,24 +313,3 @@ def _encode(loaded: Loaded, text: str) -> list[int]:
 
 def _decode(loaded: Loaded, tokens: Sequence[int]) -> str:
     return str(loaded.tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
-
-
-def _describe(app: FastAPI, service: Service, keys: ApiKeys) -> None:
-    """Puts into the description of the API what this server's settings and model allow."""
-    made: Callable[[], dict[str, Any]] = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        described = made()
-        for path in described["paths"].values():
-            for operation in path.values():
-                operation["responses"].pop("422", None)  # it is 400 here
-                if keys.are_needed and "401" in operation["responses"]:
-                    operation["security"] = [{"key": []}]
-        parts = described["components"]
-        for name in ("HTTPValidationError", "ValidationError"):
-            parts["schemas"].pop(name, None)
-        if keys.are_needed:
-            parts["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        return described
-
-    app.openapi = openapi  # type: ignore[method-assign]

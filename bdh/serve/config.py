@@ -18,8 +18,10 @@ class LimitSettings:
     """Tokens that a request may ask for."""
     chat_tokens: int = 1_024
     """Tokens of a chat's reply where the request does not say; of a completion they are 16, as in OpenAI's API."""
-    choices: int = 128
-    """Prompts of a request, times the texts of each."""
+    prompts: int = 64
+    """Prompts of one request."""
+    texts: int = 16
+    """Texts of each prompt: n, and best_of."""
     body_bytes: int = 4 << 20
     """Size of a request; a larger one is refused before it is read."""
     body_timeout: float = 30.0
@@ -30,13 +32,27 @@ class LimitSettings:
     """Seconds from a request's arrival to its last token."""
 
     def collect_faults(self, faults: Faults) -> None:
-        for name in ("queue_requests", "queue_tokens", "prompt_tokens", "max_tokens", "chat_tokens", "choices"):
+        for name in (
+            "queue_requests",
+            "queue_tokens",
+            "prompt_tokens",
+            "max_tokens",
+            "chat_tokens",
+            "prompts",
+            "texts",
+        ):
             faults.require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         faults.require(
             self.chat_tokens <= self.max_tokens,
             "chat_tokens",
             self.chat_tokens,
             f"at most max_tokens, {self.max_tokens}",
+        )
+        faults.require(
+            self.prompts <= self.queue_requests,
+            "prompts",
+            self.prompts,
+            f"at most queue_requests, {self.queue_requests}",
         )
         faults.require(self.body_bytes >= 1024, "body_bytes", self.body_bytes, "at least 1024")
         for name in ("body_timeout", "queue_timeout", "request_timeout"):

@@ -211,7 +211,6 @@ class Handler:
         if completion.snapshot is None:
             return
         params = replace(job.params, n=1, max_tokens=job.params.max_tokens - len(completion.token_ids))
-        params.min_tokens = min(params.max_tokens, max(0, params.min_tokens - len(completion.token_ids)))
         params.seed = None  # the snapshot's generator goes on
         params.echo, params.logprobs, params.prompt_logprobs = False, None, None
         loaded = self._service.loaded

@@ -2,12 +2,21 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from bdh.generate.activity import MOST_NEURONS
 from bdh.generate.params import SamplingParams
 
-TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+
+def _whole(value: Any) -> Any:
+    """A number as 2.0 is a whole one in JSON Schema."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+_LIMIT = 2**31 - 1
+Whole = Annotated[int, Field(ge=0, le=_LIMIT), BeforeValidator(_whole)]
+Positive = Annotated[int, Field(ge=1, le=_LIMIT), BeforeValidator(_whole)]
+TokenId = Whole
 Text = Annotated[str, Field(min_length=1)]
 Prompt = (
     str
@@ -15,11 +24,28 @@ Prompt = (
     | Annotated[list[TokenId], Field(min_length=1)]
     | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
 )
-_LIMIT = 2**31 - 1
+
+
+def _is_text(value: str) -> bool:
+    """JSON can spell what is no character: half of a surrogate pair."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_characters(cls, given: Any) -> Any:
+        for name, value in given.items() if isinstance(given, dict) else ():
+            for text in (value, *value) if isinstance(value, list) else (value, name):
+                if isinstance(text, str) and not _is_text(text):
+                    raise ValueError(f"{name if _is_text(name) else ''}: has half of a surrogate pair, which is no text")
+        return given
 
 
 class StreamOptions(_Request):
@@ -31,10 +57,8 @@ class Extras(_Request):
 
     save_state: bool | None = Field(default=None, description="Keep the state behind the text; the answer has its id.")
     from_state: str | None = Field(default=None, description="Go on from a saved state, without reading it again.")
-    activations: int | None = Field(
+    activations: Annotated[int, Field(ge=0, le=MOST_NEURONS), BeforeValidator(_whole)] | None = Field(
         default=None,
-        ge=0,
-        le=MOST_NEURONS,
         description="With each streamed token the share of neurons that fired in each pass, and so many of the strongest.",
     )
 
@@ -47,19 +71,20 @@ class _Generation(_Request):
         default=None, ge=0, le=100, description="0 takes the likeliest token; else at least 1e-6."
     )
     top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=-1, le=_LIMIT, description="0 or -1 for all tokens.")
+    top_k: Annotated[int, Field(ge=-1, le=_LIMIT), BeforeValidator(_whole)] | None = Field(
+        default=None, description="0 or -1 for all tokens."
+    )
     min_p: float | None = Field(default=None, ge=0, lt=1)
-    n: int | None = Field(default=None, ge=1)
+    n: Positive | None = None
     stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
     stop_token_ids: list[TokenId] | None = Field(default=None, max_length=64)
-    seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63), BeforeValidator(_whole)] | None = None
     presence_penalty: float | None = Field(default=None, ge=-100, le=100)
     frequency_penalty: float | None = Field(default=None, ge=-100, le=100)
     repetition_penalty: float | None = Field(default=None, ge=1e-6, le=100)
     logit_bias: (
         dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None
     ) = None
-    min_tokens: int | None = Field(default=None, ge=0)
     ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -87,7 +112,6 @@ class _Generation(_Request):
                 "presence_penalty",
                 "frequency_penalty",
                 "repetition_penalty",
-                "min_tokens",
                 "ignore_eos",
             )
             if getattr(self, name) is not None
@@ -108,15 +132,17 @@ class _Generation(_Request):
             raise ValueError("stream_options: only with stream")
         if self.temperature is not None and 0 < self.temperature < 1e-6:
             raise ValueError("temperature: must be 0, or at least 1e-6")
+        if self.bdh is not None and self.bdh.activations is not None and not self.is_stream:
+            raise ValueError("bdh.activations: only with stream")
         return self
 
 
 class CompletionRequest(_Generation):
     prompt: Prompt = Field(description="Text, texts, token ids, or lists of them.")
-    max_tokens: int | None = Field(default=None, ge=0, description="16 if not given.")
-    best_of: int | None = Field(default=None, ge=1, description="Texts generated, of which the n likeliest are given.")
+    max_tokens: Whole | None = Field(default=None, description="16 if not given.")
+    best_of: Positive | None = Field(default=None, description="Texts generated, of which the likeliest is given.")
     echo: bool | None = None
-    logprobs: int | None = Field(default=None, ge=0, le=5)
+    logprobs: Annotated[int, Field(ge=0, le=5), BeforeValidator(_whole)] | None = None
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -128,10 +154,10 @@ class CompletionRequest(_Generation):
 
     @model_validator(mode="after")
     def _check_best_of(self) -> "CompletionRequest":
-        if self.best_of is not None and self.best_of < (self.n or 1):
-            raise ValueError("best_of: must be at least n")
-        if self.best_of is not None and self.best_of > (self.n or 1) and self.is_stream:
-            raise ValueError("best_of: above n only without stream")
+        if self.best_of is not None and self.is_stream:
+            raise ValueError("best_of: only without stream")
+        if self.best_of is not None and self.n not in (None, 1):
+            raise ValueError("best_of: only with n left out, or 1: the likeliest is given")
         return self
 
 
@@ -151,17 +177,17 @@ class ChatMessage(_Request):
 
 class ChatRequest(_Generation):
     messages: list[ChatMessage] = Field(min_length=1, description="With bdh.from_state only the new ones.")
-    max_tokens: int | None = Field(default=None, ge=1, description="The same as max_completion_tokens.")
-    max_completion_tokens: int | None = Field(default=None, ge=1)
+    max_tokens: Positive | None = Field(default=None, description="The same as max_completion_tokens.")
+    max_completion_tokens: Positive | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    top_logprobs: Annotated[int, Field(ge=0, le=20), BeforeValidator(_whole)] | None = None
 
     @model_validator(mode="after")
     def _check_chat(self) -> "ChatRequest":
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs: only with logprobs")
-        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
-            raise ValueError("max_completion_tokens: is the same as max_tokens, and differs from it")
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise ValueError("max_completion_tokens: is the same as max_tokens, of which only one may be given")
         return self
 
 

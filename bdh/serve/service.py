@@ -141,9 +141,11 @@ class Service:
             ApiError: 400, the request is larger than this server takes; 429, its queue is full; or 503.
         """
         loaded, limits = self.ready(), self.settings.limits
-        num_choices = sum(job.params.n for job in jobs)
-        if num_choices > limits.choices:
-            raise bad_request(f"the request asks for {num_choices} texts: must be at most {limits.choices}", "n")
+        if len(jobs) > limits.prompts:
+            raise bad_request(f"the request has {len(jobs)} prompts: must be at most {limits.prompts}", "prompt")
+        most_texts = min(limits.texts, loaded.front.engine.max_sequences)
+        if jobs[0].params.n > most_texts:
+            raise bad_request(f"the request asks for {jobs[0].params.n} texts: must be at most {most_texts}", "n")
         for job in jobs:
             if len(job.tokens) > limits.prompt_tokens:
                 raise bad_request(

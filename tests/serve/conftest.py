@@ -9,13 +9,13 @@ import pytest
 import torch
 import uvicorn
 
+from bdh import BDHConfig, BDHForCausalLM
 from bdh.generate.config import EngineConfig
 from bdh.serve.app import make_app
 from bdh.serve.config import ServeSettings
 from bdh.serve.keys import ApiKeys
 from bdh.serve.server import load
 from bdh.serve.service import Service
-from bdh import BDHConfig, BDHForCausalLM
 from bdh.tokenizer import byte_tokenizer, train_tokenizer, with_chat_template
 
 SENTENCES = ["Die Straße ist naß, und der Vogel singt.", "Ένα πουλί στο δέντρο.", "鳥が木で歌う。🐦🌳 Naïve café!"]

@@ -34,7 +34,9 @@ def engine(bytes_pair):
 
 
 def test_a_completion_is_what_the_engine_gives(client, engine):
-    answer = client.completions.create(model="tiny", prompt="Once upon", max_tokens=30, temperature=0.9, seed=4, top_p=0.9)
+    answer = client.completions.create(
+        model="tiny", prompt="Once upon", max_tokens=30, temperature=0.9, seed=4, top_p=0.9
+    )
     (expected,) = engine.generate("Once upon", SamplingParams(max_tokens=30, temperature=0.9, seed=4, top_p=0.9))[0]
     (choice,) = answer.choices
     assert choice.text == expected.text
@@ -253,9 +255,13 @@ def test_a_limit_of_requests_is_retried_by_the_package(start_server, bytes_pair)
     server = start_server(*bytes_pair, auth=AuthSettings(requests_per_minute=120))
     ask = {"model": "tiny", "prompt": "a", "max_tokens": 1}
     impatient = client_of(server)
-    with pytest.raises(openai.RateLimitError) as found:
+
+    def ask_without_a_pause():
         for _ in range(200):
             impatient.completions.create(**ask)
+
+    with pytest.raises(openai.RateLimitError) as found:
+        ask_without_a_pause()
     assert found.value.code == "rate_limit_exceeded"
     assert int(found.value.response.headers["retry-after"]) >= 1
     patient = OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=3)

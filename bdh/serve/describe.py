@@ -1,0 +1,148 @@
+"""The description of the API, /openapi.json: what this server, with its model and its limits, takes and gives.
+
+It says as much as JSON Schema can, so that what a client makes from it is not refused.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import FastAPI
+
+from bdh.serve.keys import ApiKeys
+from bdh.serve.service import Service
+
+Schema = dict[str, Any]
+
+
+def describe(app: FastAPI, service: Service, keys: ApiKeys) -> None:
+    made: Callable[[], Schema] = app.openapi
+
+    def openapi() -> Schema:
+        described = made()
+        _describe_errors(described, needs_key=keys.are_needed)
+        schemas = described["components"]["schemas"]
+        for name in ("CompletionRequest", "ChatRequest"):
+            _describe_limits(schemas[name]["properties"], service)
+            schemas[name].setdefault("allOf", _conditions(schemas[name]["properties"]))
+        schemas["TokenizeRequest"]["oneOf"] = [
+            {"required": ["prompt"], "properties": {"prompt": {"type": "string"}, "messages": {"type": "null"}}},
+            {"required": ["messages"], "properties": {"messages": {"type": "array"}, "prompt": {"type": "null"}}},
+        ]
+        if service.loaded is not None:
+            _describe_model(schemas, service)
+        return described
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _describe_errors(described: Schema, *, needs_key: bool) -> None:
+    for path in described["paths"].values():
+        for operation in path.values():
+            operation["responses"].pop("422", None)  # it is 400 here
+            for status in ("429", "503"):
+                if status in operation["responses"]:
+                    header = {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}}
+                    operation["responses"][status]["headers"] = {"Retry-After": header}
+            if needs_key and "401" in operation["responses"]:
+                operation["security"] = [{"key": []}]
+    for name in ("HTTPValidationError", "ValidationError"):
+        described["components"]["schemas"].pop(name, None)
+    if needs_key:
+        described["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+
+
+def _describe_limits(properties: Schema, service: Service) -> None:
+    limits = service.settings.limits
+    most_texts = limits.texts
+    if service.loaded is not None:
+        most_texts = min(most_texts, service.loaded.front.engine.max_sequences)
+    for name, most in (
+        ("max_tokens", limits.max_tokens),
+        ("max_completion_tokens", limits.max_tokens),
+        ("n", most_texts),
+        ("best_of", most_texts),
+    ):
+        if name in properties:
+            properties[name]["anyOf"][0]["maximum"] = most
+    properties["temperature"]["anyOf"] = [
+        {"const": 0},
+        {"type": "number", "minimum": 1e-6, "maximum": 100},
+        {"type": "null"},
+    ]
+    for kind in properties.get("prompt", {}).get("anyOf", []):
+        if kind.get("type") == "array" and kind["items"].get("type") != "integer":
+            kind["maxItems"] = limits.prompts
+
+
+def _given(name: str, **schema: Any) -> Schema:
+    return {"required": [name], "properties": {name: schema}}
+
+
+def _absent(name: str) -> Schema:
+    return {"properties": {name: {"type": "null"}}}
+
+
+def _conditions(properties: Schema) -> list[Schema]:
+    """Which fields go together."""
+    streams = _given("stream", const=True)
+    watches = {"properties": {"bdh": {"type": "object", **_given("activations", type="integer")}}, "required": ["bdh"]}
+    found: list[Schema] = [
+        {"if": _given("stream_options", type="object"), "then": streams},
+        {"if": watches, "then": streams},
+    ]
+    if "top_logprobs" in properties:
+        found += [
+            {"if": _given("top_logprobs", type="integer"), "then": _given("logprobs", const=True)},
+            {"if": _given("max_completion_tokens", type="integer"), "then": _absent("max_tokens")},
+        ]
+    else:
+        several = _given("best_of", type="integer")
+        found += [
+            {"if": several, "then": {"properties": {"stream": {"enum": [False, None]}}}},
+            {"if": several, "then": {"properties": {"n": {"anyOf": [{"type": "null"}, {"const": 1}]}}}},
+        ]
+    return found
+
+
+def _describe_model(schemas: Schema, service: Service) -> None:
+    """The vocabulary: which token ids there are, and whether an empty text can be continued."""
+    loaded = service.loaded
+    assert loaded is not None
+    last = loaded.model.config.vocab_size - 1
+    tokenizer = loaded.tokenizer
+    starts_from_nothing = (tokenizer.bos_token_id, tokenizer.eos_token_id) != (None, None)
+    _limit_tokens(schemas, last)
+    for kind in schemas["CompletionRequest"]["properties"]["prompt"]["anyOf"]:
+        for text in (kind, kind.get("items", {})):
+            if text.get("type") == "string" and not starts_from_nothing:
+                text["minLength"] = 1
+    for name in ("CompletionRequest", "ChatRequest"):
+        for kind in schemas[name]["properties"]["logit_bias"]["anyOf"]:
+            if kind.get("type") == "object":
+                kind.pop("patternProperties", None)
+                kind["propertyNames"] = {"pattern": f"^({up_to(last)})$"}
+                kind["additionalProperties"] = {"type": "number", "minimum": -100, "maximum": 100}
+
+
+def _limit_tokens(schema: Any, last: int) -> None:
+    """Lets every list of token ids end with the vocabulary."""
+    if isinstance(schema, list):
+        for each in schema:
+            _limit_tokens(each, last)
+    if isinstance(schema, dict):
+        if schema.get("type") == "integer" and schema.get("maximum") == 2**31 - 1 and schema.get("minimum") == 0:
+            schema["maximum"] = last
+        for each in schema.values():
+            _limit_tokens(each, last)
+
+
+def up_to(last: int) -> str:
+    """A pattern of the whole numbers from 0 to this one."""
+    digits = str(last)
+    found = ["0"] + [f"[1-9][0-9]{{{length - 1}}}" if length > 1 else "[1-9]" for length in range(1, len(digits))]
+    for place, digit in enumerate(digits):
+        least = 1 if place == 0 else 0
+        if int(digit) > least:
+            rest = len(digits) - place - 1
+            found.append(f"{digits[:place]}[{least}-{int(digit) - 1}]" + (f"[0-9]{{{rest}}}" if rest else ""))
+    return "|".join([*found, *([digits] if last else [])])
