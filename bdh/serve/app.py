@@ -88,7 +88,7 @@ def _also(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def _add_routes(app: FastAPI, service: Service, handler: Handler) -> None:
-    streams: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+    streams: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 
     @app.post(
         "/v1/completions",

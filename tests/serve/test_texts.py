@@ -1,0 +1,249 @@
+"""The same text whichever way it is asked for, and states that go on."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from bdh.cli.main import main
+from bdh.generate.engine import Engine
+from bdh.generate.params import SamplingParams
+from bdh.serve.config import StateSettings
+from bdh.serve.schemas import CompletionAnswer, CompletionLogprobs
+from tests.serve.conftest import SENTENCES
+
+
+def events(answer) -> list[dict]:
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    lines = answer.text.strip().split("\n\n")
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1] if not line.startswith(":")]
+
+
+def streamed(server, prompt, **fields) -> str:
+    found = events(server.complete(prompt, stream=True, **fields))
+    return "".join(choice["text"] for each in found for choice in each["choices"])
+
+
+def written(server, prompt, **fields) -> list[str]:
+    """The names of the tokens: a text that ends within a character does not have all that was written."""
+    answer = server.complete(prompt, logprobs=0, **fields)
+    return answer.json()["choices"][0]["logprobs"]["tokens"]
+
+
+def extras_of(server, prompt, **fields) -> dict:
+    return server.complete(prompt, **fields).json()["choices"][0]["bdh"]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_greedy_texts_are_the_same_every_way(start_server, bytes_pair, bpe_pair, kind, tmp_path, capsys):
+    model, tokenizer = bytes_pair if kind == "bytes" else bpe_pair
+    server = start_server(model, tokenizer)
+    prompts = [sentence[: 5 + 3 * number] for number, sentence in enumerate(SENTENCES * 6)][:16]
+    whole = [server.text(prompt, max_tokens=40) for prompt in prompts]
+    assert [streamed(server, prompt, max_tokens=40) for prompt in prompts] == whole
+    with ThreadPoolExecutor(16) as pool:
+        assert list(pool.map(lambda prompt: server.text(prompt, max_tokens=40), prompts)) == whole
+        assert list(pool.map(lambda prompt: streamed(server, prompt, max_tokens=40), prompts)) == whole
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    arguments = ["--prompts_file", str(tmp_path / "prompts.jsonl"), "--output", str(tmp_path / "texts.jsonl")]
+    assert main(["generate", str(tmp_path / "model"), *arguments, "--temperature", "0", "--max_new_tokens", "40"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "texts.jsonl").read_text().splitlines()]
+    assert [line["text"] for line in lines] == whole
+    assert any(ord(character) > 127 for text in whole for character in text)
+
+
+def test_answers_have_the_described_shape(server):
+    answer = server.complete("abc", logprobs=2, n=2, max_tokens=4, temperature=1).json()
+    CompletionAnswer.model_validate(answer, strict=True)
+    assert set(answer["choices"][0]["logprobs"]) == set(CompletionLogprobs.model_fields)
+
+
+def test_a_saved_state_goes_on_as_if_it_had_never_stopped(server):
+    whole = written(server, "Once upon a time", max_tokens=60)
+    first = server.complete("Once upon a time", max_tokens=25, bdh={"save_state": True}).json()["choices"][0]
+    state = first["bdh"]["state_id"]
+    for _ in range(2):  # it stays as it was
+        assert written(server, "", max_tokens=35, bdh={"from_state": state}) == whole[25:]
+    assert server.complete("", bdh={"from_state": state}).json()["usage"]["prompt_tokens"] == 0
+    several = server.complete(" and then", max_tokens=9, n=3, temperature=1, seed=1, bdh={"from_state": state}).json()
+    tokens = [*b"Once upon a time", *(_id(name) for name in whole[:25]), *b" and then"]
+    again = server.complete(tokens, max_tokens=9, n=3, temperature=1, seed=1)
+    assert [c["text"] for c in several["choices"]] == [c["text"] for c in again.json()["choices"]]
+    facts = server.http.get(f"/v1/states/{state}").json()
+    assert (facts["tokens"], facts["status"]) == (16 + 25, "saved")
+    assert server.http.delete(f"/v1/states/{state}").json() == {"id": state, "object": "state", "deleted": True}
+    assert server.complete("", bdh={"from_state": state}).status_code == 404
+
+
+def _id(name: str) -> int:
+    return int(name.removeprefix("bytes:\\x"), 16) if name.startswith("bytes:") else ord(name)
+
+
+def test_each_of_several_texts_can_be_saved(server):
+    asked = {"n": 3, "temperature": 1, "seed": 3, "logprobs": 0}
+    answer = server.complete("abc", max_tokens=5, bdh={"save_state": True}, **asked).json()
+    states = [choice["bdh"]["state_id"] for choice in answer["choices"]]
+    assert len(set(states)) == 3
+    whole = server.complete("abc", max_tokens=11, **asked).json()
+    for state, choice, expected in zip(states, answer["choices"], whole["choices"], strict=True):
+        rest = written(server, "", max_tokens=6, temperature=1, bdh={"from_state": state})
+        assert [*choice["logprobs"]["tokens"], *rest] == expected["logprobs"]["tokens"]
+
+
+def test_a_stream_tells_the_state_at_its_end(server):
+    found = events(server.complete("abc", max_tokens=5, stream=True, bdh={"save_state": True}))
+    told = [choice.get("bdh") for each in found for choice in each["choices"]]
+    assert [bool(extras) for extras in told] == [False] * (len(told) - 1) + [True]
+    assert server.complete("", bdh={"from_state": told[-1]["state_id"]}).status_code == 200
+
+
+def test_a_conversation_goes_on_in_its_state(chat_server, chat_pair):
+    def ask(messages, **fields):
+        body = {"messages": messages, "temperature": 0, "max_tokens": 12, **fields}
+        answer = chat_server.http.post("/v1/chat/completions", json=body)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    opening = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who are you?"}]
+    first = ask(opening, bdh={"save_state": True})
+    second = ask(
+        [{"role": "user", "content": "And I?"}],
+        bdh={"from_state": first["choices"][0]["bdh"]["state_id"], "save_state": True},
+    )
+    # What was read and written, and then what the template puts before the next answer.
+    prompt = chat_pair[1].apply_chat_template(opening, add_generation_prompt=True)["input_ids"]
+    engine = Engine(*chat_pair)
+    end = chat_pair[1].convert_tokens_to_ids("<|end|>")
+    params = SamplingParams(max_tokens=12, temperature=0, stop_token_ids=[end])
+    (answer,) = engine.generate([prompt], params)[0]
+    further = [
+        end,
+        *chat_pair[1].apply_chat_template([{"role": "user", "content": "And I?"}], add_generation_prompt=True)[
+            "input_ids"
+        ],
+    ]
+    (expected,) = engine.generate([[*prompt, *answer.token_ids, *further]], params)[0]
+    assert second["choices"][0]["message"]["content"] == expected.text
+    assert second["usage"]["prompt_tokens"] == len(further)
+    third = ask([{"role": "user", "content": "Bye."}], bdh={"from_state": second["choices"][0]["bdh"]["state_id"]})
+    assert third["choices"][0]["message"]["content"]
+
+
+def test_a_plain_conversation_goes_on_in_its_state(start_server, bytes_pair):
+    server = start_server(*bytes_pair, chat_template="plain")
+
+    def ask(messages, **fields):
+        body = {"messages": messages, "temperature": 0, "max_tokens": 9, **fields}
+        return server.http.post("/v1/chat/completions", json=body).json()["choices"][0]
+
+    first = ask([{"role": "user", "content": "Hi"}], bdh={"save_state": True})
+    second = ask([{"role": "user", "content": "Why?"}], bdh={"from_state": first["bdh"]["state_id"]})
+    written = server.complete("User: Hi\nAssistant:", max_tokens=9, bdh={"save_state": True}).json()["choices"][0]
+    assert first["message"]["content"] == written["text"]
+    rest = server.complete("\nUser: Why?\nAssistant:", max_tokens=9, bdh={"from_state": written["bdh"]["state_id"]})
+    assert second["message"]["content"] == rest.json()["choices"][0]["text"]
+    refused = server.http.post(
+        "/v1/chat/completions",
+        json={"messages": [{"role": "user", "content": "a"}], "bdh": {"from_state": written["bdh"]["state_id"]}},
+    )
+    assert refused.status_code == 400
+
+
+def test_states_are_found_after_a_restart(start_server, bytes_pair, tmp_path):
+    settings = {"states": StateSettings(folder=str(tmp_path / "states"))}
+    before = start_server(*bytes_pair, **settings)
+    whole = written(before, "Once upon", max_tokens=40)
+    assert written(before, "Once upon", max_tokens=15, bdh={"save_state": True}) == whole[:15]
+    before.close()
+    after = start_server(*bytes_pair, **settings)
+    (facts,) = after.http.get("/v1/states").json()["data"]
+    assert written(after, "", max_tokens=25, bdh={"from_state": facts["id"]}) == whole[15:]
+
+
+def test_states_that_do_not_fit_make_room_or_are_refused(start_server, bytes_pair):
+    size = Engine(*bytes_pair).stepper.state_bytes
+    server = start_server(*bytes_pair, states=StateSettings(max_bytes=int(2.9 * size)))
+    saved = [extras_of(server, "abc", max_tokens=1, bdh={"save_state": True})["state_id"] for _ in range(4)]
+    kept = [each["id"] for each in server.http.get("/v1/states").json()["data"]]
+    assert sorted(kept) == sorted(saved[-2:])
+    server = start_server(*bytes_pair, states=StateSettings(max_bytes=10))
+    answer = server.complete("abc", max_tokens=1, bdh={"save_state": True})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (507, "no_room")
+    server.idle()
+
+
+def test_activations_come_with_each_token_and_change_none(server, bytes_pair):
+    plain = events(server.complete("abc", max_tokens=12, stream=True))
+    watched = events(server.complete("abc", max_tokens=12, stream=True, bdh={"activations": 4}))
+    texts = ["".join(c["text"] for each in found for c in each["choices"]) for found in (plain, watched)]
+    assert texts[0] == texts[1]
+    told = [a for each in watched for c in each["choices"] for a in c.get("bdh", {}).get("activations", [])]
+    assert len(told) == 12
+    layers = bytes_pair[0].config.n_layer
+    for each in told:
+        assert len(each["passes"]) == layers
+        for one in each["passes"]:
+            assert 0 <= one["fired"] <= 1
+            assert len(one["neurons"]) == len(one["values"]) <= 4
+            assert one["values"] == sorted(one["values"], reverse=True)
+    assert not any("bdh" in c for each in plain for c in each["choices"])
+
+
+def test_shared_beginnings_are_read_once(server):
+    prompt = "a beginning that is long enough to be worth a state. " * 3
+    cached = []
+    for _ in range(2):
+        usage = server.complete(prompt, max_tokens=2).json()["usage"]
+        cached.append(usage["prompt_tokens_details"]["cached_tokens"])
+        assert usage["prompt_tokens"] == len(prompt)
+    assert cached == [0, len(prompt)]
+
+
+def test_texts_and_tokens(server, chat_server):
+    text = "Straße 🐦"
+    tokens = server.http.post("/tokenize", json={"prompt": text}).json()
+    assert tokens == {"tokens": list(text.encode()), "count": len(text.encode())}
+    assert server.http.post("/detokenize", json={"tokens": tokens["tokens"]}).json() == {"prompt": text}
+    assert server.http.post("/detokenize", json={"tokens": [999]}).status_code == 400
+    assert server.http.post("/tokenize", json={}).status_code == 400
+    messages = [{"role": "user", "content": "<|end|>"}]
+    tokens = chat_server.http.post("/tokenize", json={"messages": messages}).json()["tokens"]
+    assert tokens[1:8] == list(b"<|end|>")  # what a message spells is text
+
+
+def test_metrics_go_back_to_zero_and_count(start_server, bytes_pair):
+    server = start_server(*bytes_pair, metrics=True)
+    server.complete("abc", max_tokens=7, n=2, temperature=1)
+    server.complete("abc", max_tokens=-1)
+    server.idle()
+    lines = dict(line.rsplit(" ", 1) for line in server.http.get("/metrics").text.splitlines() if line[0] != "#")
+    named = 'model_name="tiny"'
+    assert lines[f"bdh:generation_tokens_total{{{named}}}"] == "16.0"  # with the two when the model was loaded
+    assert lines[f"bdh:num_requests_running{{{named}}}"] == "0.0"
+    assert lines[f"bdh:state_bytes_in_use{{{named}}}"] == "0.0"
+    assert lines[f'bdh:request_success_total{{finished_reason="length",{named}}}'] == "2.0"
+    assert lines[f'bdh:requests_total{{{named},route="/v1/completions",status="400"}}'] == "1.0"
+    assert lines[f"bdh:time_to_first_token_seconds_count{{{named}}}"] == "2.0"
+
+
+def test_metrics_and_page_can_be_left_out(start_server, bytes_pair):
+    server = start_server(*bytes_pair, page=False)
+    assert server.http.get("/metrics").status_code == 404
+    assert server.http.get("/").status_code == 404
+
+
+def test_other_origins_are_let_in_only_where_that_was_asked_for(server, start_server, bytes_pair):
+    asking = {"Origin": "https://example.org", "Access-Control-Request-Method": "POST"}
+    assert "access-control-allow-origin" not in server.http.get("/v1/models", headers=asking).headers
+    open_server = start_server(*bytes_pair, cors_origins=["https://example.org"])
+    answer = open_server.http.options("/v1/completions", headers=asking)
+    assert answer.headers["access-control-allow-origin"] == "https://example.org"
+
+
+def test_requests_have_ids(server):
+    assert server.http.get("/v1/models", headers={"X-Request-ID": "mine-1"}).headers["x-request-id"] == "mine-1"
+    made = server.http.get("/v1/models", headers={"X-Request-ID": "not fine"}).headers["x-request-id"]
+    assert len(made) == 32
