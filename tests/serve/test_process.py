@@ -1,0 +1,215 @@
+"""The command itself, as a process: its start, its signals, its end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, bytes_pair):
+    path = tmp_path_factory.mktemp("served") / "tiny"
+    bytes_pair[0].save_pretrained(path)
+    bytes_pair[1].save_pretrained(path)
+    return path
+
+
+class Process:
+    def __init__(self, folder, *arguments, environment=None):
+        command = [sys.executable, "-m", "bdh", "serve", str(folder), "--port", "0", *arguments]
+        self.process = subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, env={**os.environ, **(environment or {})}
+        )
+        self.log, self._changed = [], threading.Condition()
+        threading.Thread(target=self._read, daemon=True).start()
+        self.http = httpx.Client(base_url=self.wait_for("listening")["url"], timeout=60)
+
+    def _read(self):
+        for line in self.process.stderr:
+            with self._changed:
+                self.log.append(json.loads(line) if line.startswith("{") else {"event": line.rstrip()})
+                self._changed.notify_all()
+
+    def wait_for(self, event: str) -> dict:
+        def found():
+            return next((line for line in self.log if line["event"].startswith(event)), None)
+
+        with self._changed:
+            assert self._changed.wait_for(lambda: found() is not None, 60), self.log
+            return found()
+
+    def complete(self, **fields):
+        return self.http.post("/v1/completions", json={"temperature": 0, "logprobs": 0, **fields})
+
+    def tokens(self, **fields) -> list[str]:
+        return self.complete(**fields).json()["choices"][0]["logprobs"]["tokens"]
+
+    def end(self, number=signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(60)
+
+
+@pytest.fixture
+def start(folder):
+    started = []
+
+    def start(*arguments, environment=None) -> Process:
+        started.append(Process(folder, *arguments, environment=environment))
+        started[-1].wait_for("ready")
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.process.kill()
+        each.process.wait()
+        each.http.close()
+
+
+def test_sigterm_lets_what_runs_come_to_its_end(start):
+    server = start("--drain_timeout", "50")
+    lengths = [300 + 40 * number for number in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(server.complete, prompt="abc", max_tokens=length) for length in lengths]
+        server.wait_for("ready")
+        while server.http.get("/health/ready").status_code != 200:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_for("ending")
+        late = server.http.get("/health/ready") if any(not each.done() for each in asked) else None
+        answers = [each.result() for each in asked]
+    assert [len(answer.json()["choices"][0]["logprobs"]["tokens"]) for answer in answers] == lengths
+    if late is not None:
+        assert (late.status_code, late.json()["error"]["code"]) == (503, "draining")
+    assert server.process.wait(60) == 0
+    assert server.wait_for("drained")["cut_off"] == 0
+
+
+def test_what_is_cut_off_is_told_so_and_goes_on_after_a_restart(start, tmp_path):
+    keeping = ("--drain_timeout", "0.3", "--states.folder", str(tmp_path / "states"), "--resume_on_restart", "true")
+    server = start(*keeping)
+    whole = server.tokens(prompt="abc", max_tokens=3000)
+    saved = server.complete(prompt="xyz", max_tokens=20, bdh={"save_state": True}).json()["choices"][0]
+    rest = server.tokens(prompt="", max_tokens=15, bdh={"from_state": saved["bdh"]["state_id"]})
+    with ThreadPoolExecutor(2) as pool:
+        plain = pool.submit(server.complete, prompt="abc", max_tokens=3000)
+        streamed = pool.submit(server.complete, prompt="abc", max_tokens=3000, stream=True)
+        time.sleep(0.2)
+        assert server.end() == 0
+        answer, stream = plain.result(), streamed.result()
+    assert server.wait_for("drained")["cut_off"] == 2
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (503, "draining")
+    last = json.loads(stream.text.strip().split("\n\n")[-1].removeprefix("data: "))
+    assert last["error"]["code"] == "draining"
+    states = [*error["state_ids"], *last["error"]["state_ids"]]
+    assert len(states) == 2
+
+    server = start(*keeping)
+    assert server.tokens(prompt="", max_tokens=15, bdh={"from_state": saved["bdh"]["state_id"]}) == rest
+    for state in states:
+        for _ in range(500):
+            facts = server.http.get(f"/v1/states/{state}").json()
+            if facts["status"] == "saved":
+                break
+            time.sleep(0.02)
+        expected = server.complete(prompt="abc", max_tokens=3000).json()["choices"][0]["text"]
+        assert facts["text"] == expected
+        assert facts["tokens"] == 3 + len(whole)
+    assert server.end() == 0
+
+
+def test_without_that_it_is_cut_off_all_the_same(start):
+    server = start("--drain_timeout", "0")
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(server.complete, prompt="abc", max_tokens=10_000)
+        time.sleep(0.3)
+        assert server.end() == 0
+        error = asked.result().json()["error"]
+    assert error["code"] == "draining"
+    assert "state_ids" not in error
+
+
+def test_a_second_signal_ends_it_at_once(start):
+    server = start("--drain_timeout", "60")
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(server.complete, prompt="abc", max_tokens=16_000)
+        time.sleep(0.3)
+        server.process.send_signal(signal.SIGINT)
+        server.wait_for("ending")
+        start_of_end = time.monotonic()
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(30) == 0
+        assert time.monotonic() - start_of_end < 20
+        asked.exception()
+
+
+def test_sighup_reads_the_keys_again(start, tmp_path):
+    (tmp_path / "keys").write_text("secret-of-ann")
+    server = start(
+        "--auth.keys_file", str(tmp_path / "keys"), environment={"BDH_API_KEYS": "secret-of-all, secret-of-eve"}
+    )
+    ask = {"url": "/v1/models"}
+    for key, status in (("ann", 200), ("all", 200), ("eve", 200), ("bob", 401)):
+        assert server.http.get(**ask, headers={"Authorization": f"Bearer secret-of-{key}"}).status_code == status
+    (tmp_path / "keys").write_text("secret-of-bob")
+    server.process.send_signal(signal.SIGHUP)
+    server.wait_for("keys read again")
+    for key, status in (("ann", 401), ("all", 200), ("bob", 200)):
+        assert server.http.get(**ask, headers={"Authorization": f"Bearer secret-of-{key}"}).status_code == status
+    lines = json.dumps(server.log)
+    assert "secret-of" not in lines
+
+
+def test_prompts_are_in_the_log_only_where_that_was_asked_for(start):
+    server = start()
+    server.complete(prompt="a very private prompt", max_tokens=2)
+    server.wait_for("request")
+    assert "private" not in json.dumps(server.log)
+    server = start("--log_prompts", "true")
+    server.complete(prompt="a very private prompt", max_tokens=2)
+    assert server.wait_for("prompts")["prompts"] == ["a very private prompt"]
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_process(folder, tmp_path):
+    process = Process(tmp_path / "nothing")
+    assert process.process.wait(60) == 1
+    assert "there is no folder" in process.wait_for("the model cannot be served")["event"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--port", "99999"], "port is 99999"),
+        (["--resume_on_restart", "true"], "given with states.folder"),
+        (["--auth.keys_file", "nowhere.txt"], "there is no such file"),
+        (["--limits.prompts", "1000"], "limits.prompts is 1000: must be at most queue_requests"),
+        (["--engine.path", "magic"], "engine.path is 'magic'"),
+        (["--host", "256.256.256.256"], "cannot listen on 256.256.256.256"),
+    ],
+)
+def test_wrong_settings_are_refused_before_anything_starts(folder, arguments, told):
+    command = [sys.executable, "-m", "bdh", "serve", str(folder), *arguments]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert found.returncode == 2
+    assert told in found.stderr
+
+
+def test_a_taken_port_is_told(start, folder):
+    port = str(start().http.base_url.port)
+    command = [sys.executable, "-m", "bdh", "serve", str(folder), "--port", port]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert found.returncode == 2
+    assert f"cannot listen on 127.0.0.1:{port}" in found.stderr
+
+
+def test_an_open_server_without_keys_is_warned_of(start):
+    server = start("--host", "0.0.0.0")
+    assert server.wait_for("open to the network without API keys")["level"] == "warning"
