@@ -7,6 +7,7 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -107,8 +108,16 @@ def test_the_health_check_of_the_image_is_a_program_that_runs(dockerfile):
     (check,) = instruction(dockerfile, "HEALTHCHECK")
     program, flag, code = json.loads(check[check.index("CMD ") + 4 :])
     assert (program, flag) == ("python", "-c")
-    compile(code, "HEALTHCHECK", "exec")
     assert "http://127.0.0.1:8000/health/live" in code
+    replica = Replica("one")
+    command = [sys.executable, flag, code.replace("8000", str(replica.port))]
+    # A proxy that is not there must not be asked.
+    environment = {**os.environ, "http_proxy": "http://127.0.0.1:9", "no_proxy": ""}
+    for replica.status, succeeds in ((200, True), (503, False)):
+        result = subprocess.run(command, env=environment, capture_output=True)
+        assert (result.returncode == 0) == succeeds
+    replica.stop()
+    assert subprocess.run(command, env=environment, capture_output=True).returncode != 0
 
 
 def test_the_index_of_pytorch_is_an_argument_and_nothing_else_comes_from_it(dockerfile):
@@ -428,6 +437,7 @@ def test_a_key_stays_with_its_replica(proxy):
 
 
 def test_a_stream_is_not_held_back(proxy):
+    assert "proxy_buffering off;" in read("nginx.conf")  # what it changes, a slow client, takes long to show
     response = proxy.ask("/v1/stream", "POST", body="{}")
     assert response.readline() == b"data: 1\n"  # while the replica still waits
     for replica in proxy.replicas:
