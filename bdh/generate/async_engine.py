@@ -4,7 +4,7 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from bdh.generate.engine import Engine
@@ -13,7 +13,8 @@ from bdh.generate.sequence import Completion, StepOutput
 from bdh.generate.snapshot import Snapshot
 from bdh.model.text import Prompt
 
-Deliver = Callable[[StepOutput | BaseException | None], None]
+Item = StepOutput | BaseException | None
+"""What a submission gets: an output, a failure, or, as None, that it has a state."""
 
 
 class Submission:
@@ -32,7 +33,7 @@ class Submission:
         self,
         front: "AsyncEngine",
         num_sequences: int,
-        deliver: Callable[["Submission", StepOutput | BaseException | None], None] | None = None,
+        deliver: Callable[["Submission", Item], None] | None = None,
     ):
         self.id = -1  # until the engine has given it one
         self.started = False
@@ -65,8 +66,7 @@ class Submission:
         if self.num_left:
             self._front._order_stop(self)
 
-    def _deliver(self, item: StepOutput | BaseException | None) -> None:
-        """Of an output, a failure, or, with None, that it has a state."""
+    def _deliver(self, item: Item) -> None:
         self.started = True
         if isinstance(item, BaseException):
             self.num_left = 0
@@ -89,7 +89,7 @@ class AsyncEngine:
         self.engine = engine
         self._changed = threading.Condition()
         self._orders: deque[Callable[[], None]] = deque()  # what the thread is to do between two steps
-        self._receivers: dict[int, Deliver] = {}
+        self._receivers: dict[int, tuple[asyncio.AbstractEventLoop, Submission]] = {}
         self._is_closed = False
         self._failure: BaseException | None = None
         self._beat, self._is_idle = time.monotonic(), True
@@ -116,7 +116,7 @@ class AsyncEngine:
         snapshot: Snapshot | None = None,
         keep_snapshot: bool = False,
         watch: int | None = None,
-        deliver: Callable[[Submission, StepOutput | BaseException | None], None] | None = None,
+        deliver: Callable[[Submission, Item], None] | None = None,
     ) -> Submission:
         """Hands a request to the engine. Who does not take all of its outputs is to abort it.
 
@@ -140,7 +140,7 @@ class AsyncEngine:
             except Exception as error:
                 _call_soon(loop, _set, taken_up, error)
                 return
-            self._receivers[submission.id] = lambda item: _call_soon(loop, submission._deliver, item)
+            self._receivers[submission.id] = (loop, submission)
             _call_soon(loop, _set, taken_up, None)
 
         self._order(add)
@@ -222,12 +222,8 @@ class AsyncEngine:
                 for order in orders:
                     order()
                 outputs = self.engine.step() if self.engine.has_work else []
-                for request_id in self.engine.take_started():
-                    if receiver := self._receivers.get(request_id):
-                        receiver(None)
-                for output in outputs:
-                    if receiver := self._receivers.get(output.request_id):
-                        receiver(output)
+                started: list[tuple[int, Item]] = [(each, None) for each in self.engine.take_started()]
+                self._deliver([*started, *((output.request_id, output) for output in outputs)])
                 self._drop_ended()
                 self.stats = self.engine.stats()
         except BaseException as error:
@@ -237,9 +233,17 @@ class AsyncEngine:
             orders = list(self._orders)
         for order in orders:  # those that have just come are told what happened, like all others
             order()
-        for receiver in self._receivers.values():
-            receiver(failure)
+        self._deliver([(request_id, failure) for request_id in self._receivers])
         self._receivers.clear()
+
+    def _deliver(self, items: Sequence[tuple[int, Item]]) -> None:
+        """Hands items to the submissions of these ids: each event loop is woken once."""
+        for_loop: dict[asyncio.AbstractEventLoop, list[tuple[Submission, Item]]] = {}
+        for request_id, item in items:
+            if found := self._receivers.get(request_id):
+                for_loop.setdefault(found[0], []).append((found[1], item))
+        for loop, several in for_loop.items():
+            _call_soon(loop, _deliver_all, several)
 
     def _drop_ended(self) -> None:
         for request_id in [each for each in self._receivers if not self.engine.knows(each)]:
@@ -252,6 +256,11 @@ def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[..., Any], *a
     except RuntimeError:  # the loop has been closed: nobody waits any more
         if not loop.is_closed():
             raise
+
+
+def _deliver_all(items: Sequence[tuple[Submission, Item]]) -> None:
+    for submission, item in items:
+        submission._deliver(item)
 
 
 def _set(future: "asyncio.Future[None]", error: Exception | None) -> None:

@@ -22,10 +22,11 @@ from bdh.serve.describe import describe
 from bdh.serve.errors import ApiError, bad_request, internal_error
 from bdh.serve.handling import Handler, no_state
 from bdh.serve.keys import ApiKeys, RateLimits
-from bdh.serve.middleware import Front
+from bdh.serve.middleware import ClientGone, Front
 from bdh.serve.service import Loaded, Service
 from bdh.serve.states import SavedState
 
+_CLIENT_GONE = 499  # what nginx calls it; for log and metrics only
 _HEALTH = ("/health", "/health/live", "/health/ready")
 _ERRORS = {
     400: "Something in the request is wrong; `param` names it.",
@@ -240,6 +241,11 @@ def _add_errors(app: FastAPI) -> None:
         if error.status_code == 405:
             response.headers["Allow"] = ", ".join(sorted(_methods(app, request)))
         return response
+
+    @app.exception_handler(ClientGone)
+    async def gone(request: Request, error: ClientGone) -> Response:
+        request.state.facts["gone"] = True
+        return Response(status_code=_CLIENT_GONE)
 
     @app.exception_handler(Exception)
     async def unknown(request: Request, error: Exception) -> Response:

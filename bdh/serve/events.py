@@ -40,6 +40,8 @@ class EventStream(Response):
 
         try:
             await unless_gone(receive, write)
+        except ClientGone:
+            scope["state"]["facts"]["gone"] = True
         finally:
             await self._events.aclose()  # type: ignore[attr-defined]  # an async generator
 
