@@ -1,13 +1,16 @@
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import yaml
 
 from bdh.cli.generate import GenerateSettings
 from bdh.cli.settings import parse_settings
+from bdh.serve.config import ServeSettings
 from bdh.train.config import RunSettings
 
 FOLDER = Path(__file__).parent.parent / "configs"
-OF_COMMANDS = {"talk": "chat", "generate": "generate"}
+OF_COMMANDS = {"talk": "chat", "generate": "generate", "serve": "serve"}
 """Settings of other commands than `bdh train`. tests/cli/test_chat.py reads the first one."""
 CONFIGS = sorted(path for path in FOLDER.glob("*.yaml") if path.stem not in OF_COMMANDS)
 
@@ -23,6 +26,17 @@ def test_the_configuration_of_generate_is_valid():
     settings = parse_settings(GenerateSettings, argv, prog="bdh generate", description="", positionals=("model",))
     assert settings.engine.weights == "bfloat16"
     assert settings.params().stop == ["\n\n"]
+
+
+def test_the_configuration_of_serve_has_every_setting_with_its_default():
+    argv = ["model", "--config", str(FOLDER / "serve.yaml")]
+    settings = parse_settings(ServeSettings, argv, prog="bdh serve", description="", positionals=("model",))
+    assert settings == ServeSettings(model="model")
+    given = yaml.safe_load((FOLDER / "serve.yaml").read_text())
+    expected = asdict(settings)
+    for name in ("model", "checkpoint", "device"):  # of the command line
+        del expected[name]
+    assert given == expected
 
 
 @pytest.mark.parametrize(

@@ -41,14 +41,19 @@ class Handler:
         self._service, self._rates = service, rates
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
-        model = self._service.check_model(body.model)
-        self._rates.begin(_caller(request))
+        model = self._begin(body, request)
         return await self._answer(await self._completion(body, model, _caller(request)), request)
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
+        model = self._begin(body, request)
+        return await self._answer(await self._chat(body, model, _caller(request)), request)
+
+    def _begin(self, body: CompletionRequest | ChatRequest, request: Request) -> str:
+        """Counts the request; the name of its model."""
         model = self._service.check_model(body.model)
         self._rates.begin(_caller(request))
-        return await self._answer(await self._chat(body, model, _caller(request)), request)
+        request.state.facts.update(user=body.user, stream=body.is_stream)
+        return model
 
     async def _completion(self, body: CompletionRequest, model: str, caller: Caller) -> Asked:
         loaded, extras = self._service.ready(), body.extras

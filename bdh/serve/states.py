@@ -1,6 +1,8 @@
 """States that clients have saved: in memory, and, if there is a folder, on the disk too, where a restart finds them."""
 
+import contextlib
 import json
+import os
 import re
 import secrets
 import threading
@@ -92,6 +94,7 @@ class StateStore:
         room = self._settings.max_bytes if self._folder is None else self._settings.folder_bytes
         if size > room:
             raise ValueError(f"the state has {size:,} bytes, and the states that are kept may have {room:,} together")
+        self.expire()
         now = self._now()
         saved = SavedState(
             id=state_id or f"state-{secrets.token_urlsafe(18)}",
@@ -128,6 +131,9 @@ class StateStore:
                 raise KeyError(state_id)
             saved.used = self._now()
             self._known.move_to_end(state_id)
+            if self._folder is not None:  # where the next process reads when it was used
+                with contextlib.suppress(FileNotFoundError):  # somebody has emptied the folder
+                    os.utime(self._facts_path(state_id), (saved.used, saved.used))
             return saved
 
     def snapshot(self, state_id: str, owner: str) -> Snapshot:

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from bdh.serve.config import AuthSettings
+from bdh.serve.config import AuthSettings, LimitSettings
 from bdh.serve.describe import up_to
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_schemathesis_finds_nothing(start_server, bytes_pair, tmp_path):
-    server = start_server(*bytes_pair, chat_template="plain", metrics=True)
+    server = start_server(*bytes_pair, chat_template="plain", limits=LimitSettings(max_tokens=64, chat_tokens=64))
     command = [
         str(Path(sys.executable).parent / "schemathesis"),
         "run",

@@ -1,0 +1,133 @@
+import json
+
+import pytest
+import torch
+
+from bdh.generate.snapshot import Snapshot
+from bdh.generate.stepper import Feed, make_stepper
+from bdh.serve.config import StateSettings
+from bdh.serve.states import StateStore
+from tests.serve.conftest import made_model
+
+
+@pytest.fixture(scope="module")
+def stepper():
+    return make_stepper(made_model(256))
+
+
+@pytest.fixture
+def snapshot(stepper):
+    def make(text: str = "abc") -> Snapshot:
+        state = stepper.new_state()
+        (logits,) = stepper.step([Feed(state, list(text.encode()))])
+        return Snapshot(state, list(text.encode()), logits)
+
+    return make
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def make_store(stepper, clock, tmp_path):
+    def make(on_disk: bool = False, **settings) -> StateStore:
+        folder = str(tmp_path / "states") if on_disk else None
+        return StateStore(StateSettings(folder=folder, **settings), stepper.model, clock)
+
+    return make
+
+
+def test_a_state_is_its_owners(make_store, snapshot):
+    store = make_store()
+    saved = store.put(snapshot(), owner="ann", model="m")
+    assert store.snapshot(saved.id, "ann").tokens == [97, 98, 99]
+    for use in (store.get, store.snapshot, store.delete):
+        with pytest.raises(KeyError):
+            use(saved.id, "bob")
+    store.delete(saved.id, "ann")
+    with pytest.raises(KeyError):
+        store.get(saved.id, "ann")
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_what_nobody_uses_is_forgotten(make_store, snapshot, clock, on_disk):
+    store = make_store(on_disk, ttl=100)
+    old, used = (store.put(snapshot(), owner="ann", model="m") for _ in range(2))
+    clock.now += 99
+    store.get(used.id, "ann")
+    clock.now += 2
+    assert [each.id for each in store.of_owner("ann")] == [used.id]
+    with pytest.raises(KeyError):
+        store.snapshot(old.id, "ann")
+
+
+def test_the_disk_keeps_what_the_memory_does_not(make_store, snapshot, stepper, tmp_path):
+    size = snapshot().nbytes
+    store = make_store(True, max_bytes=size, folder_bytes=3 * size)
+    saved = [store.put(snapshot(text), owner="ann", model="m") for text in ("one", "two", "three")]
+    assert store.bytes_in_memory == size
+    found = store.snapshot(saved[0].id, "ann")
+    assert found.tokens == list(b"one")
+    assert all(torch.equal(found.state.tensors[name], t) for name, t in snapshot("one").state.tensors.items())
+    store.put(snapshot("four"), owner="ann", model="m")  # "two" is the least recently used
+    left = make_store(True)
+    assert sorted(bytes(left.snapshot(each.id, "ann").tokens) for each in left.of_owner("ann")) == [
+        b"four",
+        b"one",
+        b"three",
+    ]
+    assert len(list((tmp_path / "states").iterdir())) == 6
+
+
+def test_another_process_knows_when_a_state_was_used(make_store, snapshot, clock):
+    store = make_store(True, ttl=100)
+    saved = store.put(snapshot(), owner="ann", model="m")
+    clock.now += 80
+    store.get(saved.id, "ann")
+    clock.now += 80
+    assert make_store(True, ttl=100).get(saved.id, "ann").id == saved.id
+    clock.now += 101
+    with pytest.raises(KeyError):
+        make_store(True, ttl=100).get(saved.id, "ann")
+
+
+def test_what_is_damaged_is_left_out_or_told(make_store, snapshot, tmp_path):
+    store = make_store(True)
+    kept, cut, altered = (store.put(snapshot(), owner="ann", model="m") for _ in range(3))
+    folder = tmp_path / "states"
+    (folder / f"{cut.id}.json").write_text('{"id": ')
+    (folder / "state-elsewhere.json").write_text(json.dumps({"id": "../secret"}))
+    data = bytearray((folder / f"{altered.id}.safetensors").read_bytes())
+    data[-5] ^= 1
+    (folder / f"{altered.id}.safetensors").write_bytes(data)
+    (folder / "state-half.safetensors").write_bytes(b"of a process that died")
+    again = make_store(True)
+    assert {each.id for each in again.of_owner("ann")} == {kept.id, altered.id}
+    assert again.snapshot(kept.id, "ann").tokens == [97, 98, 99]
+    with pytest.raises(ValueError, match="has been altered"):
+        again.snapshot(altered.id, "ann")
+    assert not (folder / "state-half.safetensors").exists()
+
+
+def test_states_of_another_model_are_refused(make_store, snapshot, tmp_path):
+    saved = make_store(True).put(snapshot(), owner="ann", model="m")
+    other = StateStore(StateSettings(folder=str(tmp_path / "states")), made_model(256, seed=1))
+    other._now = lambda: 1000.0
+    with pytest.raises(ValueError, match="another model"):
+        other.snapshot(saved.id, "ann")
+
+
+def test_one_larger_than_all_that_may_be_kept_is_refused(make_store, snapshot):
+    for store in (make_store(max_bytes=10), make_store(True, folder_bytes=10)):
+        with pytest.raises(ValueError, match="may have 10 together"):
+            store.put(snapshot(), owner="ann", model="m")
+        assert store.num_states == 0
