@@ -22,8 +22,8 @@ def folder(tmp_path_factory, bytes_pair):
 
 
 class Process:
-    def __init__(self, folder, *arguments, environment=None):
-        command = [sys.executable, "-m", "bdh", "serve", str(folder), "--port", "0", *arguments]
+    def __init__(self, folder, *arguments, environment=None, command=None):
+        command = command or [sys.executable, "-m", "bdh", "serve", str(folder), "--port", "0", *arguments]
         self.process = subprocess.Popen(
             command, stderr=subprocess.PIPE, text=True, env={**os.environ, **(environment or {})}
         )
@@ -213,3 +213,30 @@ def test_a_taken_port_is_told(start, folder):
 def test_an_open_server_without_keys_is_warned_of(start):
     server = start("--host", "0.0.0.0")
     assert server.wait_for("open to the network without API keys")["level"] == "warning"
+
+
+def test_a_dead_engine_ends_the_process_with_status_1(folder):
+    script = """
+import sys
+from bdh.generate.engine import Engine
+from bdh.serve.config import ServeSettings
+from bdh.serve.server import serve
+from bdh.train.models import load_model
+
+step = Engine.step
+def failing(self):
+    if any(request.params.seed == 13 for request in self._running.values()):
+        raise RuntimeError("the memory is on fire")
+    return step(self)
+Engine.step = failing
+sys.exit(serve(ServeSettings(model=sys.argv[1], port=0), lambda: load_model(sys.argv[1])))
+"""
+    server = Process(folder, command=[sys.executable, "-c", script, str(folder)])
+    server.wait_for("ready")
+    assert server.complete(prompt="abc").status_code == 200
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(server.complete, prompt="abc", max_tokens=5000, seed=13 - number) for number in range(4)]
+        codes = [each.result().json()["error"]["code"] for each in asked]
+    assert set(codes) == {"engine_failed"}
+    assert server.process.wait(30) == 1
+    assert server.wait_for("ended by a failure")["reason"] == "the memory is on fire"

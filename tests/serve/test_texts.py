@@ -1,11 +1,13 @@
 """The same text whichever way it is asked for, and states that go on."""
 
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from bdh.cli.main import main
+from bdh.generate.config import EngineConfig
 from bdh.generate.engine import Engine
 from bdh.generate.params import SamplingParams
 from bdh.serve.config import StateSettings
@@ -247,3 +249,16 @@ def test_requests_have_ids(server):
     assert server.http.get("/v1/models", headers={"X-Request-ID": "mine-1"}).headers["x-request-id"] == "mine-1"
     made = server.http.get("/v1/models", headers={"X-Request-ID": "not fine"}).headers["x-request-id"]
     assert len(made) == 32
+
+
+def test_silence_is_broken_by_comments(start_server, bytes_pair, monkeypatch):
+    monkeypatch.setattr("bdh.serve.handling.SILENCE_SECONDS", 0.05)
+    server = start_server(*bytes_pair, engine=EngineConfig(max_running=1))
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(server.complete, "abc", max_tokens=4000)
+        while not server.service.loaded.front.stats.running:
+            time.sleep(0.005)
+        waiting = server.complete("abc", max_tokens=2, stream=True)
+        assert first.result().status_code == 200
+    assert ": ping" in waiting.text
+    assert events(waiting)
