@@ -51,6 +51,12 @@ def make_app(service: Service, keys: ApiKeys) -> ASGIApp:
         version=bdh.__version__,
         docs_url=None,  # they load scripts from elsewhere
         redoc_url=None,
+        telemetry={
+            "tracing": settings.telemetry,
+            "metrics": settings.telemetry,
+            "logs": False,
+            "auto_configure": settings.telemetry,
+        },
         responses={
             status: {"model": schemas.ErrorBody, "description": about}
             for status, about in _ERRORS.items()
@@ -69,8 +75,6 @@ def make_app(service: Service, keys: ApiKeys) -> ASGIApp:
     if settings.metrics:
         _add_metrics(app, service)
         open_paths.add("/metrics")
-    if settings.telemetry:
-        _add_telemetry(app)
 
     def answered(route: str, status: int) -> None:
         if service.metrics is not None:
@@ -206,16 +210,6 @@ def _add_metrics(app: FastAPI, service: Service) -> None:
             service.ready()  # raises: nothing is loaded
         assert service.metrics is not None
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-
-def _add_telemetry(app: FastAPI) -> None:
-    try:
-        from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
-    except ImportError as error:
-        raise ImportError(
-            "telemetry is asked for: pip install opentelemetry-instrumentation-fastapi opentelemetry-exporter-otlp"
-        ) from error
-    FastAPIInstrumentor.instrument_app(app)
 
 
 def _add_errors(app: FastAPI) -> None:

@@ -126,7 +126,7 @@ class ServeSettings:
     log_prompts: bool = False
     """Write prompts and generated texts into the log."""
     telemetry: bool = False
-    """Traces by OpenTelemetry's instrumentation of FastAPI, which has to be installed."""
+    """Traces and metrics by FastAPI's OpenTelemetry, sent to OTEL_EXPORTER_OTLP_ENDPOINT."""
     checkpoint: str | None = None
     """For a run: last (the default), best, or a step."""
     device: str = "auto"

@@ -44,7 +44,9 @@ class _Request(BaseModel):
         for name, value in given.items() if isinstance(given, dict) else ():
             for text in (value, *value) if isinstance(value, list) else (value, name):
                 if isinstance(text, str) and not _is_text(text):
-                    raise ValueError(f"{name if _is_text(name) else ''}: has half of a surrogate pair, which is no text")
+                    raise ValueError(
+                        f"{name if _is_text(name) else ''}: has half of a surrogate pair, which is no text"
+                    )
         return given
 
 

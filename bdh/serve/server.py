@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import copy
 import logging
+import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ from bdh.serve.tokens import TokenNames
 
 LoadModel = Callable[[], tuple[BDHForCausalLM, PreTrainedTokenizerFast]]
 _WATCH_SECONDS = 0.5
+_ENDPOINTS = [f"OTEL_EXPORTER_OTLP_{name}ENDPOINT" for name in ("", "TRACES_", "METRICS_")]
 
 
 class _Uvicorn(uvicorn.Server):
@@ -63,8 +65,10 @@ def serve(settings: ServeSettings, load_model: LoadModel) -> int:
     """Serves until SIGTERM or SIGINT. Returns the exit status: 0, or 1 where the model could not be loaded or has failed.
 
     Raises:
-        ValueError, OSError: keys that cannot be read, an address that cannot be listened on.
+        ValueError, OSError: telemetry without a destination, keys that cannot be read, an address that cannot be listened on.
     """
+    if settings.telemetry and not any(os.environ.get(name) for name in _ENDPOINTS):
+        raise ValueError(f"telemetry is asked for, but not where it goes: set {_ENDPOINTS[0]}")
     log_to_stderr(settings.log_format)
     keys = ApiKeys(settings.auth)
     listening = _listen(settings.host, settings.port)
@@ -86,7 +90,7 @@ async def _run(settings: ServeSettings, load_model: LoadModel, keys: ApiKeys, li
         make_app(service, keys),
         log_config=None,
         access_log=False,
-        lifespan="off",
+        lifespan="on" if settings.telemetry else "off",  # what starts and ends the exporters
         server_header=False,
         timeout_keep_alive=30,
         h11_max_incomplete_event_size=64 << 10,
@@ -97,7 +101,7 @@ async def _run(settings: ServeSettings, load_model: LoadModel, keys: ApiKeys, li
     if not keys.are_needed and host not in ("127.0.0.1", "::1"):
         log("open to the network without API keys: everybody who reaches it may ask", level=logging.WARNING)
 
-    ending = asyncio.Event()
+    ending, hurry = asyncio.Event(), asyncio.Event()
     num_signals = 0
 
     def end() -> None:
@@ -110,7 +114,6 @@ async def _run(settings: ServeSettings, load_model: LoadModel, keys: ApiKeys, li
             server.force_exit = True
             hurry.set()
 
-    hurry = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, end)
@@ -121,6 +124,8 @@ async def _run(settings: ServeSettings, load_model: LoadModel, keys: ApiKeys, li
     loading = asyncio.create_task(_load(service, settings, load_model))
     watching = asyncio.create_task(_watch(service, ending))
     await asyncio.wait({asyncio.create_task(ending.wait()), serving}, return_when=asyncio.FIRST_COMPLETED)
+    if serving.done():
+        service.failure = service.failure or serving.exception() or RuntimeError("the server could not start")
     draining = asyncio.create_task(service.drain(settings.drain_timeout))
     hurrying = asyncio.create_task(hurry.wait())
     await asyncio.wait({draining, hurrying}, return_when=asyncio.FIRST_COMPLETED)

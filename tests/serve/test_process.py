@@ -1,5 +1,6 @@
 """The command itself, as a process: its start, its signals, its end."""
 
+import gzip
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
 import pytest
@@ -240,3 +242,37 @@ sys.exit(serve(ServeSettings(model=sys.argv[1], port=0), lambda: load_model(sys.
     assert set(codes) == {"engine_failed"}
     assert server.process.wait(30) == 1
     assert server.wait_for("ended by a failure")["reason"] == "the memory is on fire"
+
+
+def test_telemetry_goes_to_the_collector(start):
+    found = []
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self):
+            found.append((self.path, self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *arguments):
+            pass
+
+    collector = ThreadingHTTPServer(("127.0.0.1", 0), Collector)
+    threading.Thread(target=collector.serve_forever, daemon=True).start()
+    endpoint = f"http://127.0.0.1:{collector.server_port}"
+    server = start("--telemetry", "true", environment={"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint})
+    assert server.complete(prompt="abc", max_tokens=2).status_code == 200
+    assert server.end() == 0
+    collector.shutdown()
+    assert any(path == "/v1/traces" and b"/v1/completions" in decompressed(body) for path, body in found)
+
+
+def decompressed(body: bytes) -> bytes:
+    return gzip.decompress(body) if body[:2] == b"\x1f\x8b" else body
+
+
+def test_telemetry_without_a_collector_is_refused(folder, monkeypatch):
+    monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT", raising=False)
+    command = [sys.executable, "-m", "bdh", "serve", str(folder), "--telemetry", "true", "--port", "0"]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert found.returncode == 2
+    assert "set OTEL_EXPORTER_OTLP_ENDPOINT" in found.stderr
