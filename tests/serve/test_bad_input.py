@@ -228,7 +228,7 @@ def test_a_prompt_that_waits_too_long_is_sent_away(start_server, bytes_pair):
     limits = LimitSettings(queue_timeout=0.3)
     server = start_server(*bytes_pair, limits=limits, engine=EngineConfig(max_running=1))
     answers = []
-    first = threading.Thread(target=lambda: answers.append(server.complete("abc", max_tokens=6000)))
+    first = threading.Thread(target=lambda: answers.append(server.complete("abc", max_tokens=2000)))
     first.start()
     while not server.service.loaded.front.stats.running:
         time.sleep(0.005)

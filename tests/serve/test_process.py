@@ -97,12 +97,12 @@ def test_sigterm_lets_what_runs_come_to_its_end(start):
 def test_what_is_cut_off_is_told_so_and_goes_on_after_a_restart(start, tmp_path):
     keeping = ("--drain_timeout", "0.3", "--states.folder", str(tmp_path / "states"), "--resume_on_restart", "true")
     server = start(*keeping)
-    whole = server.tokens(prompt="abc", max_tokens=3000)
+    whole = server.tokens(prompt="abc", max_tokens=1500)
     saved = server.complete(prompt="xyz", max_tokens=20, bdh={"save_state": True}).json()["choices"][0]
     rest = server.tokens(prompt="", max_tokens=15, bdh={"from_state": saved["bdh"]["state_id"]})
     with ThreadPoolExecutor(2) as pool:
-        plain = pool.submit(server.complete, prompt="abc", max_tokens=3000)
-        streamed = pool.submit(server.complete, prompt="abc", max_tokens=3000, stream=True)
+        plain = pool.submit(server.complete, prompt="abc", max_tokens=1500)
+        streamed = pool.submit(server.complete, prompt="abc", max_tokens=1500, stream=True)
         time.sleep(0.2)
         assert server.end() == 0
         answer, stream = plain.result(), streamed.result()
@@ -122,7 +122,7 @@ def test_what_is_cut_off_is_told_so_and_goes_on_after_a_restart(start, tmp_path)
             if facts["status"] == "saved":
                 break
             time.sleep(0.02)
-        expected = server.complete(prompt="abc", max_tokens=3000).json()["choices"][0]["text"]
+        expected = server.complete(prompt="abc", max_tokens=1500).json()["choices"][0]["text"]
         assert facts["text"] == expected
         assert facts["tokens"] == 3 + len(whole)
     assert server.end() == 0

@@ -255,7 +255,7 @@ def test_silence_is_broken_by_comments(start_server, bytes_pair, monkeypatch):
     monkeypatch.setattr("bdh.serve.handling.SILENCE_SECONDS", 0.05)
     server = start_server(*bytes_pair, engine=EngineConfig(max_running=1))
     with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(server.complete, "abc", max_tokens=4000)
+        first = pool.submit(server.complete, "abc", max_tokens=1500)
         while not server.service.loaded.front.stats.running:
             time.sleep(0.005)
         waiting = server.complete("abc", max_tokens=2, stream=True)
