@@ -45,6 +45,8 @@ class ApiError(Exception):
         found = {}
         if self.retry_after is not None:
             found["Retry-After"] = str(max(1, math.ceil(self.retry_after)))
+        if self.status in (408, 413):
+            found["Connection"] = "close"  # what is left of the body is of no use
         if self.status == 401:
             found["WWW-Authenticate"] = "Bearer"
         return found

@@ -13,6 +13,7 @@ from bdh.serve.middleware import ClientGone
 PING = b": ping\n\n"
 DONE = b"data: [DONE]\n\n"
 SILENCE_SECONDS = 10.0
+_READ_SECONDS = 60.0  # in which a client must have taken something
 
 Result = TypeVar("Result")
 
@@ -22,20 +23,28 @@ def event(data: dict[str, Any]) -> bytes:
 
 
 class EventStream(Response):
-    """A stream of events, which is closed when the client has gone, whether it was just being written or not."""
+    """A stream of events, which is closed when the client has gone, whether it was just being written or not.
+
+    Args:
+        end: is called at the end, however that comes, and also where the stream has not begun.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes]):
+    def __init__(self, events: AsyncIterator[bytes], end: Callable[[], None]):
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._events = events
+        self._events, self._end = events, end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def write() -> None:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             async for piece in self._events:
-                await send({"type": "http.response.body", "body": piece, "more_body": True})
+                try:
+                    async with asyncio.timeout(_READ_SECONDS):
+                        await send({"type": "http.response.body", "body": piece, "more_body": True})
+                except TimeoutError:
+                    raise ClientGone from None
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
         try:
@@ -43,6 +52,7 @@ class EventStream(Response):
         except ClientGone:
             scope["state"]["facts"]["gone"] = True
         finally:
+            self._end()
             await self._events.aclose()  # type: ignore[attr-defined]  # an async generator
 
 

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -135,7 +136,8 @@ class Handler:
         caller = _caller(request)
         generation = await self._service.begin(asked.jobs, caller=caller, arrived=request.state.arrived)
         if asked.is_stream:
-            return EventStream(self._events(asked, generation, request))
+            end = partial(self._close, asked, generation, request)
+            return EventStream(self._events(asked, generation, request), end)
         try:
             return JSONResponse(await unless_gone(request.receive, lambda: self._whole(asked, generation)))
         finally:
@@ -177,8 +179,6 @@ class Handler:
         except Exception as error:
             log("exception", level=logging.ERROR, error=error, request_id=request.state.request_id)
             yield event(internal_error().body())
-        finally:
-            self._close(asked, generation, request)
 
     async def _take(self, asked: Asked, generation: Generation, item: Event) -> Json | None:
         """Notes what has come; the choice of a chunk, where there is something to say."""

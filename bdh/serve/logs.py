@@ -41,6 +41,12 @@ class _JsonFormatter(logging.Formatter):
 class _TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         when = datetime.fromtimestamp(record.created).strftime("%H:%M:%S")
-        facts = " ".join(f"{name}={value}" for name, value in getattr(record, "facts", {}).items())
+        facts = " ".join(f"{name}={_one_line(value)}" for name, value in getattr(record, "facts", {}).items())
         line = f"{when} {record.levelname.lower():<8}{record.getMessage()}" + (f"  {facts}" if facts else "")
         return line + (f"\n{self.formatException(record.exc_info)}" if record.exc_info else "")
+
+
+def _one_line(value: Any) -> str:
+    """What a client has sent may not look like a line of the log."""
+    text = str(value)
+    return text if text.isprintable() else ascii(text)

@@ -126,7 +126,8 @@ async def _run(settings: ServeSettings, load_model: LoadModel, keys: ApiKeys, li
     await asyncio.wait({asyncio.create_task(ending.wait()), serving}, return_when=asyncio.FIRST_COMPLETED)
     if serving.done():
         service.failure = service.failure or serving.exception() or RuntimeError("the server could not start")
-    draining = asyncio.create_task(service.drain(settings.drain_timeout))
+    # An engine that has failed brings nothing to its end.
+    draining = asyncio.create_task(service.drain(settings.drain_timeout if service.failure is None else 0))
     hurrying = asyncio.create_task(hurry.wait())
     await asyncio.wait({draining, hurrying}, return_when=asyncio.FIRST_COMPLETED)
     if draining.done():
@@ -136,7 +137,7 @@ async def _run(settings: ServeSettings, load_model: LoadModel, keys: ApiKeys, li
         await asyncio.wait_for(serving, 10)
     for task in (loading, watching, draining, hurrying):
         task.cancel()
-    if service.loaded is not None:
+    if service.loaded is not None and service.failure is None:  # else its thread may hang
         await asyncio.to_thread(service.loaded.front.close)
     if service.failure is not None:
         log("ended by a failure", level=logging.ERROR, reason=str(service.failure))

@@ -1,6 +1,9 @@
 """Whatever comes in, the server answers in its own shape, stays up, and lets others be."""
 
+import asyncio
+import io
 import json
+import logging
 import socket
 import threading
 import time
@@ -9,6 +12,8 @@ import pytest
 
 from bdh.generate.config import EngineConfig
 from bdh.serve.config import AuthSettings, LimitSettings
+from bdh.serve.events import EventStream
+from bdh.serve.logs import _JsonFormatter, _TextFormatter
 
 
 def assert_refused(answer, status: int, param: str | None = None, code: str | None = None) -> str:
@@ -283,3 +288,35 @@ def test_an_error_of_the_program_is_told_without_its_insides(server, monkeypatch
     message = assert_refused(answer, 500, code="internal_error")
     assert "secret" not in message
     assert server.text("abc")
+
+
+@pytest.mark.parametrize("log_format", ["json", "text"])
+def test_a_path_cannot_write_lines_into_the_log(log_format):
+    handler = logging.StreamHandler(stream := io.StringIO())
+    handler.setFormatter({"json": _JsonFormatter, "text": _TextFormatter}[log_format]())
+    record = logging.makeLogRecord(
+        {"msg": "request", "levelno": 20, "levelname": "INFO", "facts": {"path": "/a\n12:00 forged"}}
+    )
+    handler.handle(record)
+    assert len(stream.getvalue().splitlines()) == 1
+
+
+def test_a_stream_that_has_not_begun_is_ended_all_the_same():
+    ended = []
+
+    async def events():
+        yield b"never"
+
+    async def run():
+        async def gone():
+            return {"type": "http.disconnect"}
+
+        async def closed(message):
+            raise OSError("the connection is closed")
+
+        stream = EventStream(events(), lambda: ended.append(True))
+        with pytest.raises(OSError, match="closed"):
+            await stream({"type": "http", "state": {"facts": {}}}, gone, closed)
+
+    asyncio.run(run())
+    assert ended == [True]
