@@ -49,6 +49,7 @@ def make_app(service: Service, keys: ApiKeys) -> ASGIApp:
         title="BDH",
         summary="OpenAI's API over a Dragon Hatchling language model.",
         version=bdh.__version__,
+        redirect_slashes=False,
         docs_url=None,  # they load scripts from elsewhere
         redoc_url=None,
         telemetry={

@@ -138,6 +138,8 @@ def test_a_prompt_over_the_limit_is_refused(start_server, bytes_pair):
 
 def test_paths_and_methods_that_are_not_there(server):
     assert_refused(server.http.get("/v1/nothing"), 404, code="not_found")
+    assert_refused(server.http.get("/v1/models/"), 404)
+    assert_refused(server.http.get("/v1/states/..%2f..%2fetc"), 404)
     answer = server.http.get("/v1/completions")
     assert_refused(answer, 405)
     assert answer.headers["allow"] == "POST"
