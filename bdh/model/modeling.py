@@ -1,22 +1,26 @@
 """The model: one layer that the text passes through L times."""
 
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from bdh.model.configuration import BDHConfig
 from bdh.model.kernels import kernel_obstacle, recurrence_of
+from bdh.model.passes import BlockPasses, Passes, plan_for
 from bdh.model.positions import token_positions
 from bdh.model.state import SynapticState
 from bdh.model.text import TextGenerationMixin
 from bdh.ops.attention import sum_dtype
 from bdh.ops.dispatch import attend, choose_step_path
+from bdh.ops.layer.plan import LayerOptions
 from bdh.ops.loss import IGNORE_INDEX, chunked_cross_entropy, cross_entropy
 from bdh.ops.norm import layer_norm
 from bdh.ops.reach import Reach
@@ -70,6 +74,7 @@ class BDHForCausalLM(TextGenerationMixin, PreTrainedModel, GenerationMixin):
         self.decoder = nn.Linear(H * N, D, bias=False)
         self.lm_head = nn.Linear(D, config.vocab_size, bias=False)
         self.gradient_checkpointing = False
+        self.layer_options = LayerOptions()
         self.post_init()
 
     def forward(
@@ -149,18 +154,21 @@ class BDHForCausalLM(TextGenerationMixin, PreTrainedModel, GenerationMixin):
                 return output if return_dict else output.to_tuple()
         before = state.positions if state is not None and state.sums else None
         positions, following = token_positions(T, before=before, mask=mask, starts=starts, device=v.device)
-        # (1 or B, 1, T, N/2): one row where all stand at the same positions.
-        table = rotation_table(positions, config.neurons_per_head, config.rope_theta, v.dtype)[:, None]
         reach = self._reach(starts, mask)
+        form = attention_form or config.attention_form
+        is_step = T == 1 and past_key_values is not None
+        plan = plan_for(self, B, T, form, for_loss=targets is not None) if not is_step else None
+        passes: Passes
+        if plan is not None and plan.path != "plain":
+            passes = BlockPasses.of(self, plan, positions, (B, T), mask=mask, reach=reach, keep_state=use_cache)
+        else:
+            num_kept = config.n_layer if plan is None else plan.kept_passes
+            passes = _PlainPasses(self, num_kept, positions, mask, reach, form, use_cache)
 
         hidden_states = [v]
         for index in range(config.n_layer):
             sums = past_key_values.sums[index] if past_key_values is not None else None
-            arguments = (v, table, mask, reach, sums, attention_form or config.attention_form, use_cache)
-            if self.gradient_checkpointing and self.training:
-                v, sums = self._gradient_checkpointing_func(self._layer_pass, *arguments)
-            else:
-                v, sums = self._layer_pass(*arguments)
+            v, sums = passes.run(index, v, sums)
             if use_cache and state is not None and sums is not None:
                 state.sums[index : index + 1] = [sums]
             if output_hidden_states:
@@ -177,31 +185,6 @@ class BDHForCausalLM(TextGenerationMixin, PreTrainedModel, GenerationMixin):
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
         )
         return output if return_dict else output.to_tuple()
-
-    def _layer_pass(
-        self,
-        v: torch.Tensor,
-        table: torch.Tensor,
-        mask: torch.Tensor | None,
-        reach: Reach | None,
-        sums: torch.Tensor | None,
-        form: str,
-        keep_state: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """One pass: (B, T, D) to (B, T, D), and the new sums (B, H, N, D) where they are kept."""
-        config = self.config
-        H, N, eps = config.n_head, config.neurons_per_head, config.layer_norm_eps
-        dtype = self.embed.weight.dtype  # autocast, where it is on, overrides it
-        v_in = v.to(dtype)
-        x = F.relu(self.encoder(v_in))  # (B, T, H*N): which neurons fire
-        if mask is not None:
-            x = x * mask.to(x.dtype)[..., None]
-        q = rotate(x.unflatten(-1, (H, N)).transpose(1, 2), table).contiguous()  # (B, H, T, N)
-        a, sums = attend(q, v_in, sums, form=form, chunk_size=config.chunk_size, reach=reach, keep_state=keep_state)
-        a = layer_norm(a, eps).to(dtype)  # (B, H, T, D)
-        y = F.relu(torch.cat([head(a[:, h]) for h, head in enumerate(self.encoder_v)], dim=-1))  # (B, T, H*N)
-        z = F.dropout(x * y, config.dropout, training=self.training)
-        return layer_norm(v + layer_norm(self.decoder(z), eps), eps), sums
 
     def _kernel_step(
         self,
@@ -453,6 +436,53 @@ class BDHForCausalLM(TextGenerationMixin, PreTrainedModel, GenerationMixin):
         from bdh.model.conversion import reference_state_dict
 
         return reference_state_dict(self)
+
+
+@dataclass(frozen=True)
+class _PlainPasses:
+    """The passes as the equations are, by autograd, over all tokens at once."""
+
+    model: BDHForCausalLM
+    num_kept: int
+    """The first so many passes keep their activations for the backward pass; those of the others are recomputed."""
+    positions: torch.Tensor  # int64 (1 or B, T)
+    mask: torch.Tensor | None
+    reach: Reach | None
+    form: str
+    keep_state: bool
+
+    @cached_property
+    def _table(self) -> torch.Tensor:
+        """(1 or B, 1, T, N/2): one row where all stand at the same positions."""
+        config = self.model.config
+        dtype = self.model.embed.weight.dtype
+        return rotation_table(self.positions, config.neurons_per_head, config.rope_theta, dtype)[:, None]
+
+    def run(self, index: int, v: torch.Tensor, sums: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if index < self.num_kept:
+            return self._layer(v, self._table, sums)
+        checkpointed = getattr(self.model, "_gradient_checkpointing_func", partial(checkpoint, use_reentrant=False))
+        return checkpointed(self._layer, v, self._table, sums)
+
+    def _layer(
+        self, v: torch.Tensor, table: torch.Tensor, sums: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One pass: (B, T, D) to (B, T, D), and the new sums (B, H, N, D) where they are kept."""
+        model, config, mask = self.model, self.model.config, self.mask
+        H, N, eps = config.n_head, config.neurons_per_head, config.layer_norm_eps
+        dtype = model.embed.weight.dtype  # autocast, where it is on, overrides it
+        v_in = v.to(dtype)
+        x = F.relu(model.encoder(v_in))  # (B, T, H*N): which neurons fire
+        if mask is not None:
+            x = x * mask.to(x.dtype)[..., None]
+        q = rotate(x.unflatten(-1, (H, N)).transpose(1, 2), table).contiguous()  # (B, H, T, N)
+        a, sums = attend(
+            q, v_in, sums, form=self.form, chunk_size=config.chunk_size, reach=self.reach, keep_state=self.keep_state
+        )
+        a = layer_norm(a, eps).to(dtype)  # (B, H, T, D)
+        y = F.relu(torch.cat([head(a[:, h]) for h, head in enumerate(model.encoder_v)], dim=-1))  # (B, T, H*N)
+        z = F.dropout(x * y, config.dropout, training=model.training)
+        return layer_norm(v + layer_norm(model.decoder(z), eps), eps), sums
 
 
 AutoModelForCausalLM.register(BDHConfig, BDHForCausalLM, exist_ok=True)

@@ -3,6 +3,8 @@ import shutil
 import pytest
 import torch
 
+from bdh.ops.layer.plan import LayerOptions
+
 
 def loss_and_gradients(model, tokens, seed=0):
     model.zero_grad()
@@ -43,6 +45,7 @@ def test_gradient_checkpointing_really_drops_the_wide_activations(make_model, to
         return kept
 
     model = make_model().train()
+    model.layer_options = LayerOptions(path="plain")
     plain = bytes_kept(model)
     model.activation_checkpointing_enable()
     assert bytes_kept(model) < plain / 2

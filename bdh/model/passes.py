@@ -1,0 +1,156 @@
+"""The passes of one forward, computed in blocks by :mod:`bdh.ops.layer`."""
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import nn
+
+from bdh.ops.attention import sum_dtype
+from bdh.ops.layer.dropout import make_dropout
+from bdh.ops.layer.function import PassSpec, wide_pass
+from bdh.ops.layer.neurons import LayerWeights
+from bdh.ops.layer.plan import LayerPlan, LayerShape, plan_layer
+from bdh.ops.layer.rotation import make_rotation
+from bdh.ops.norm import layer_norm
+from bdh.ops.reach import Reach
+
+if TYPE_CHECKING:
+    from bdh.model.modeling import BDHForCausalLM
+
+
+class Passes(Protocol):
+    """What takes v through the layer."""
+
+    def run(self, index: int, v: torch.Tensor, sums: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Pass number ``index``: (B, T, D) to (B, T, D), and the new sums (B, H, N, D) where they are kept."""
+
+
+@torch.compiler.disable
+def plan_for(model: "BDHForCausalLM", B: int, T: int, form: str, *, for_loss: bool = True) -> LayerPlan | None:
+    """How ``model`` computes its passes over (B, T) tokens, under the autocast of this moment.
+
+    None for what is neither trained nor evaluated: prompts are read by the plain forms.
+
+    Raises:
+        ValueError: ``model.layer_options`` ask for what is not there.
+    """
+    if not (for_loss or torch.is_grad_enabled()):
+        return None
+    config, device = model.config, model.embed.weight.device
+    shape = LayerShape(
+        B=B,
+        T=T,
+        D=config.n_embd,
+        H=config.n_head,
+        N=config.neurons_per_head,
+        L=config.n_layer,
+        dtype=_dtype(model),
+        device=device,
+        has_dropout=model.training and config.dropout > 0,
+        for_training=torch.is_grad_enabled(),
+    )
+    options = model.layer_options
+    if model.gradient_checkpointing and model.training and options.recompute == "auto":
+        options = replace(options, recompute="pass")
+    return plan_layer(shape, options, form=form, chunk_size=config.chunk_size, obstacle=_obstacle(model))
+
+
+@dataclass(frozen=True)
+class BlockPasses:
+    """What all passes of a forward share."""
+
+    eps: float
+    dtype: torch.dtype
+    weights: LayerWeights
+    spec: PassSpec
+    mask: torch.Tensor | None
+    dropout: float
+    seeds: torch.Tensor  # int64 (L,)
+    kept_passes: int
+
+    @classmethod
+    @torch.compiler.disable
+    def of(
+        cls,
+        model: "BDHForCausalLM",
+        plan: LayerPlan,
+        positions: torch.Tensor,
+        shape: tuple[int, int],
+        *,
+        mask: torch.Tensor | None,
+        reach: Reach | None,
+        keep_state: bool,
+    ) -> "BlockPasses":
+        """
+        Args:
+            positions: int64 (1 or B, T).
+            shape: B and T.
+            mask: bool (B, T): False is padding.
+        """
+        config, dtype = model.config, _dtype(model)
+        device = positions.device
+        encoder_v = tuple(head.weight.to(dtype) for head in model.encoder_v)  # type: ignore[operator]
+        rotation = make_rotation(positions, config.neurons_per_head, config.rope_theta, dtype)
+        rate = config.dropout if model.training else 0.0
+        seeds = torch.zeros(config.n_layer, dtype=torch.int64, device=device)
+        if rate > 0:
+            seeds = torch.randint(2**62, (config.n_layer,), device=device)
+        return cls(
+            eps=config.layer_norm_eps,
+            dtype=dtype,
+            weights=LayerWeights(
+                model.encoder.weight.to(dtype), encoder_v, model.decoder.weight.to(dtype).t().contiguous()
+            ),
+            spec=PassSpec(
+                eps=config.layer_norm_eps,
+                rotation=rotation,
+                sizes=plan.sizes,
+                path=plan.path,
+                reach=reach,
+                keep_state=keep_state,
+            ),
+            mask=mask,
+            dropout=rate,
+            seeds=seeds,
+            kept_passes=plan.kept_passes if torch.is_grad_enabled() else 0,
+        )
+
+    @torch.compiler.disable
+    def run(self, index: int, v: torch.Tensor, sums: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Pass number ``index``: (B, T, D) to (B, T, D), and the new sums (B, H, N, D) where they are kept."""
+        values = v.to(self.dtype)
+        if self.mask is not None:  # a row of zeros fires nothing
+            values = values * self.mask.to(self.dtype)[..., None]
+        B, T, _ = v.shape
+        dropout = None
+        if self.dropout > 0:
+            dropout = make_dropout(self.dropout, self.seeds[index], len(self.weights.encoder), B, T)
+        spec = replace(self.spec, dropout=dropout, keep_wide=index < self.kept_passes)
+        with torch.autocast(v.device.type, enabled=False):
+            out, sums = wide_pass(values.contiguous(), self.weights, spec, sums)
+        return layer_norm(v + layer_norm(out, self.eps), self.eps), sums
+
+
+def _dtype(model: "BDHForCausalLM") -> torch.dtype:
+    """In which the matrix products are computed."""
+    device, dtype = model.embed.weight.device.type, model.embed.weight.dtype
+    if torch.is_autocast_enabled(device) and sum_dtype(dtype) != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return dtype
+
+
+def _obstacle(model: "BDHForCausalLM") -> str | None:
+    """What keeps the layer from being computed by weights alone: the modules are then called, as they are."""
+    for name, module in (("encoder", model.encoder), ("decoder", model.decoder), *_heads(model)):
+        if type(module) is not nn.Linear:
+            return f"{name} is a {type(module).__name__}"
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            return f"{name} has hooks"
+    if model.training and not 0 <= model.config.dropout < 1:
+        return f"dropout is {model.config.dropout}"
+    return None
+
+
+def _heads(model: "BDHForCausalLM") -> list[tuple[str, nn.Module]]:
+    return [(f"encoder_v.{index}", head) for index, head in enumerate(model.encoder_v)]

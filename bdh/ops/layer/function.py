@@ -1,0 +1,267 @@
+"""The wide part of one pass: from v to the decoder's output, block by block, forwards and backwards.
+
+Autograd keeps v, which is (B, T, D), and the weights. Everything that is as wide as the neurons exists for one block at a
+time, one head and some sequences, and is computed again in the backward pass, unless there is memory to keep it.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from bdh.ops.attention import sum_dtype
+from bdh.ops.layer.attention import learn_block, read_block, read_block_backward
+from bdh.ops.layer.dropout import Dropout
+from bdh.ops.layer.neurons import Block, Fired, LayerWeights, Neurons, TorchNeurons
+from bdh.ops.layer.rotation import Rotation
+from bdh.ops.reach import Reach, Weights
+
+
+@dataclass(frozen=True)
+class BlockSizes:
+    """How a pass is cut. Bits of the result may depend on it, the result does not."""
+
+    rows: int
+    """Sequences in a block."""
+    columns: int
+    """Tokens of each sequence in a block; where a sequence has more, the state is carried between its blocks."""
+
+
+@dataclass(frozen=True)
+class PassSpec:
+    """What a pass needs beside its tensors."""
+
+    eps: float
+    """Of the layer norms."""
+    rotation: Rotation
+    sizes: BlockSizes
+    path: str
+    """"torch" or "kernels": who computes the neurons."""
+    reach: Reach | None = None
+    dropout: Dropout | None = None
+    keep_state: bool = False
+    keep_wide: bool = False
+    """Keep x for the backward pass instead of computing it again."""
+
+
+def wide_pass(
+    v: torch.Tensor,
+    weights: LayerWeights,
+    spec: PassSpec,
+    state: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """sum_h dropout(x_h * y_h) Dec_h, with x, y and the attention between them as ``docs/model.md`` defines them.
+
+    Args:
+        v: (B, T, D), in the dtype of the weights. Rows of zeros fire nothing: so padding is left out.
+        state: (B, H, N, D) in the dtype of sums, or None for that of an empty text.
+
+    Returns:
+        (B, T, D) in the dtype of sums, and the new state with ``spec.keep_state``, else None. Gradients of the first
+        order flow to v, the weights and the state.
+    """
+    out, new_state = _WidePass.apply(v, weights.encoder, weights.decoder, state, spec, *weights.encoder_v)
+    return out, new_state if spec.keep_state else None
+
+
+@dataclass
+class _Walk:
+    """The blocks of a pass, in the order in which a head's state is carried through a text."""
+
+    v: torch.Tensor
+    num_heads: int
+    neurons_per_head: int
+    spec: PassSpec
+    reaches: list[Weights | None] = field(init=False)
+    """Of each range of columns, for all sequences and heads."""
+
+    def __post_init__(self) -> None:
+        spec, T = self.spec, self.v.shape[1]
+        self.columns = _ranges(T, spec.sizes.columns)
+        if spec.reach is None:
+            self.reaches = [None] * len(self.columns)
+        else:
+            parts = spec.reach.split(T, spec.sizes.columns)
+            widths = [columns.stop - columns.start for columns in self.columns]
+            self.reaches = [part.weights(width, self.v.device) for part, width in zip(parts, widths, strict=True)]
+
+    def groups(self) -> Iterator[tuple[slice, int]]:
+        """Sequences and head of each state that is carried."""
+        for rows in _ranges(self.v.shape[0], self.spec.sizes.rows):
+            for head in range(self.num_heads):
+                yield rows, head
+
+    def block(self, rows: slice, head: int, index: int) -> Block:
+        columns, dropout = self.columns[index], self.spec.dropout
+        neurons = slice(head * self.neurons_per_head, (head + 1) * self.neurons_per_head)
+        if dropout is not None:
+            keys = dropout.neuron_keys[neurons], dropout.token_keys[rows, columns]
+            dropout = Dropout(dropout.rate, *keys)
+        return Block(head, neurons, rows, columns, self.spec.rotation.of_block(rows, columns), dropout)
+
+    def reach(self, rows: slice, head: int, index: int) -> Weights | None:
+        """Weights with one head, of these sequences: (G or 1, 1, ...) each."""
+        weights = self.reaches[index]
+        if weights is None:
+            return None
+        parts = []
+        for part in weights:
+            some = part[rows] if len(part) > 1 else part
+            parts.append(some[:, head : head + 1] if some.shape[1] > 1 else some)
+        return Weights(*parts)
+
+
+class _WidePass(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        v: torch.Tensor,
+        encoder: torch.Tensor,
+        decoder: torch.Tensor,
+        state: torch.Tensor | None,
+        spec: PassSpec,
+        *encoder_v: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        weights = LayerWeights(encoder, encoder_v, decoder)
+        neurons = _neurons(weights, spec, with_gradients=False)
+        walk = _Walk(v, len(encoder_v), len(encoder_v[0]), spec)
+        B, T, D = v.shape
+        out = torch.zeros(B, T, D, dtype=sum_dtype(v.dtype), device=v.device)
+        new_state = None
+        if spec.keep_state:
+            new_state = out.new_empty(B, walk.num_heads, walk.neurons_per_head, D)
+        x_kept: list[torch.Tensor] = []
+        for rows, head in walk.groups():
+            current = None if state is None else state[rows, head]
+            for index, columns in enumerate(walk.columns):
+                block, reach = walk.block(rows, head, index), walk.reach(rows, head, index)
+                values = v[rows, columns]
+                fired = neurons.fire(block, values)
+                a, _ = read_block(fired.q, values, current, reach)
+                a = _normalised(a, spec.eps)[0].to(v.dtype)
+                neurons.respond(block, fired.x, a, out[rows, columns])
+                if spec.keep_state or index < len(walk.columns) - 1:
+                    current = learn_block(fired.q, values, current, reach)
+                if spec.keep_wide:
+                    x_kept.append(fired.x)
+            if new_state is not None:
+                new_state[rows, head] = current
+        ctx.save_for_backward(v, encoder, decoder, state, *encoder_v)
+        ctx.spec, ctx.x_kept = spec, x_kept
+        ctx.set_materialize_grads(False)
+        return out, new_state
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: torch.Tensor | None, grad_state: torch.Tensor | None) -> tuple[Any, ...]:
+        v, encoder, decoder, state, *encoder_v = ctx.saved_tensors
+        spec: PassSpec = ctx.spec
+        weights = LayerWeights(encoder, tuple(encoder_v), decoder)
+        neurons = _neurons(weights, spec, with_gradients=True)
+        walk = _Walk(v, len(encoder_v), len(encoder_v[0]), spec)
+        grad_v = torch.zeros(v.shape, dtype=sum_dtype(v.dtype), device=v.device)
+        grad_out = torch.zeros_like(grad_v) if grad_out is None else grad_out
+        grad_first = None if state is None else torch.zeros_like(state)
+        kept = iter(_by_group(ctx.x_kept, len(walk.columns)))
+        ctx.x_kept = []
+        for rows, head in walk.groups():
+            x_kept = next(kept, [None] * len(walk.columns))
+            first = None if state is None else state[rows, head]
+            grad_after = None if grad_state is None else grad_state[rows, head]
+            for index, before in _states_backwards(walk, neurons, v, rows, head, first, x_kept):
+                block, reach = walk.block(rows, head, index), walk.reach(rows, head, index)
+                values, grad_values = v[rows, block.columns], grad_v[rows, block.columns]
+                fired = _fired(neurons, block, values, x_kept[index])
+                a, scores = read_block(fired.q, values, before, reach)
+                a, inverse_deviation = _normalised(a, spec.eps)
+                grads = grad_out[rows, block.columns].to(v.dtype)
+                grad_a, gated = neurons.respond_backward(block, fired.x, a.to(v.dtype), grads)
+                grad_a = _normalised_backward(grad_a, a, inverse_deviation)
+                found = read_block_backward(grad_a, grad_values, grad_after, fired.q, values, before, scores, reach)
+                neurons.fire_backward(block, fired.x, values, found.q, gated, grad_values)
+                grad_after = found.state
+                x_kept[index] = None
+            if grad_first is not None and grad_after is not None:
+                grad_first[rows, head] = grad_after
+        found_weights = neurons.gradients()
+        return (
+            grad_v.to(v.dtype),
+            found_weights.encoder.to(encoder.dtype),
+            found_weights.decoder.to(decoder.dtype),
+            grad_first,
+            None,
+            *(grad.to(encoder.dtype) for grad in found_weights.encoder_v),
+        )
+
+
+def _neurons(weights: LayerWeights, spec: PassSpec, *, with_gradients: bool) -> Neurons:
+    if spec.path == "kernels":
+        from bdh.ops.cpu.layer import KernelNeurons
+
+        return KernelNeurons(weights, with_gradients=with_gradients)
+    return TorchNeurons(weights, with_gradients=with_gradients)
+
+
+def _ranges(total: int, size: int) -> list[slice]:
+    return [slice(start, min(total, start + size)) for start in range(0, total, size)]
+
+
+def _by_group(kept: list[torch.Tensor], size: int) -> list[list[torch.Tensor | None]]:
+    return [list(kept[start : start + size]) for start in range(0, len(kept), size)]
+
+
+def _fired(neurons: Neurons, block: Block, v: torch.Tensor, x: torch.Tensor | None) -> Fired:
+    return neurons.fire(block, v) if x is None else neurons.rotated(block, x)
+
+
+def _states_backwards(
+    walk: _Walk,
+    neurons: Neurons,
+    v: torch.Tensor,
+    rows: slice,
+    head: int,
+    first: torch.Tensor | None,
+    x_kept: list[torch.Tensor | None],
+) -> Iterator[tuple[int, torch.Tensor | None]]:
+    """The blocks of a text from its last to its first, each with the state before it.
+
+    Of n states, every sqrt(n)-th is kept in a first walk; those between them are computed again, a stretch at a time.
+    """
+    count = len(walk.columns)
+    stretch = math.isqrt(count - 1) + 1 if count > 1 else 1
+
+    def behind(index: int, state: torch.Tensor | None) -> torch.Tensor:
+        block = walk.block(rows, head, index)
+        values = v[rows, block.columns]
+        fired = _fired(neurons, block, values, x_kept[index])
+        return learn_block(fired.q, values, state, walk.reach(rows, head, index))
+
+    starts = {0: first}
+    state = first
+    last_start = (count - 1) // stretch * stretch
+    for index in range(last_start):
+        state = behind(index, state)
+        if (index + 1) % stretch == 0:
+            starts[index + 1] = state
+    for start in sorted(starts, reverse=True):
+        states = [starts.pop(start)]
+        end = min(count, start + stretch)
+        for index in range(start, end - 1):
+            states.append(behind(index, states[-1]))
+        for index in range(end - 1, start - 1, -1):
+            yield index, states.pop()
+
+
+def _normalised(a: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """LN of the last dimension, and the inverse of its deviation (..., 1)."""
+    normal, _, inverse_deviation = torch.native_layer_norm(a, a.shape[-1:], None, None, eps)
+    return normal, inverse_deviation
+
+
+def _normalised_backward(grad: torch.Tensor, normal: torch.Tensor, inverse_deviation: torch.Tensor) -> torch.Tensor:
+    mean = grad.mean(-1, keepdim=True)
+    along = (grad * normal).mean(-1, keepdim=True)
+    return (grad - mean - normal * along) * inverse_deviation

@@ -1,0 +1,206 @@
+"""Decides, before a forward pass, who computes the layer, in which blocks, and what is kept for the backward pass."""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+
+from bdh.ops.cpu.runtime import unavailable_reason
+from bdh.ops.dispatch import choose_form
+from bdh.ops.layer.function import BlockSizes
+
+LayerPath = Literal["auto", "plain", "torch", "kernels"]
+LAYER_PATHS: tuple[str, ...] = get_args(LayerPath)
+Recompute = Literal["none", "pass", "auto"]
+RECOMPUTE: tuple[str, ...] = get_args(Recompute)
+
+# Tensors as wide as the neurons, in the dtype that is computed in, that exist at once: of one block in its backward pass,
+# for each path; what the plain path keeps of each pass, measured; and what a block with another form of dropout adds.
+_WIDE_IN_BLOCK = {"torch": 9, "kernels": 4}
+_WIDE_KEPT_BY_PLAIN = 9
+_WIDE_OF_MASK = 16  # bytes for each neuron and token: its keys are int64
+# Columns from which on a matrix product is no faster for more of them.
+_COLUMNS_OF_BLOCK = {"cpu": 128, "cuda": 16_384, "mps": 4_096}
+# Without a budget, kept and temporary activations of a GPU stay below this share of its memory.
+_SHARE_OF_GPU = 0.5
+
+
+@dataclass(frozen=True)
+class LayerOptions:
+    """What a user may say about how the layer is computed. Results do not depend on it, but for rounding."""
+
+    path: LayerPath = "auto"
+    """kernels: those of :mod:`bdh.ops.cpu`, for float32 on a CPU. torch: the same blocks by torch's operations. plain: all
+    at once, by autograd."""
+    recompute: Recompute = "auto"
+    """none keeps x of all passes for the backward pass, pass recomputes it, auto keeps that of as many as there is memory for."""
+    memory_budget: int | None = None
+    """Bytes for all activations that are as wide as the neurons. None for half of a GPU's memory; on a CPU for one block."""
+    rows_per_block: int | None = None
+    """Sequences in a block; None for what suits the device and the budget."""
+    tokens_per_block: int | None = None
+    """Tokens of each sequence in a block; None for what costs least."""
+
+
+class LayerShape(NamedTuple):
+    """What is to be computed."""
+
+    B: int
+    T: int
+    D: int
+    H: int
+    N: int
+    L: int
+    dtype: torch.dtype
+    device: torch.device
+    has_dropout: bool = False
+    for_training: bool = True
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    path: str
+    """plain, torch or kernels."""
+    reason: str
+    sizes: BlockSizes
+    kept_passes: int
+    """The first so many passes keep x (plain: all that autograd wants); the others recompute it."""
+    block_bytes: int
+    """Wide activations that exist while a block is computed."""
+    kept_bytes: int
+    """Wide activations that are kept for the backward pass."""
+
+    def describe(self, num_passes: int) -> str:
+        """For the banner of a run."""
+        kept = {0: "recomputes all wide activations", num_passes: "keeps wide activations"}.get(
+            self.kept_passes, f"keeps the wide activations of {self.kept_passes} of {num_passes} passes"
+        )
+        blocks = "" if self.path == "plain" else f" in blocks of {self.sizes.rows} x {self.sizes.columns:,} tokens"
+        return f"{self.path}{blocks} ({self.reason}); {kept}: {(self.block_bytes + self.kept_bytes) / 2**20:,.0f} MiB"
+
+
+def plan_layer(
+    shape: LayerShape,
+    options: LayerOptions,
+    *,
+    form: str = "auto",
+    chunk_size: int = 128,
+    obstacle: str | None = None,
+) -> LayerPlan:
+    """
+    Args:
+        form: of the attention, one of :data:`bdh.ops.dispatch.ATTENTION_FORMS`.
+        chunk_size: tokens in a block of the chunked form.
+        obstacle: what about the model keeps the blocks from computing it; None for nothing.
+
+    Raises:
+        ValueError: a path that is not there, blocks larger than what they are to divide, or a budget too small even
+            for the smallest block; it says what the least is.
+    """
+    path, reason = _choose_path(shape, options.path, form, obstacle)
+    if options.recompute not in RECOMPUTE:
+        raise ValueError(f"recompute is {options.recompute!r}: must be one of {', '.join(RECOMPUTE)}")
+    if path == "plain":
+        return _plan_plain(shape, options, reason)
+    columns = _choose_columns(shape, options, form, chunk_size)
+    rows = options.rows_per_block or max(1, min(shape.B, _COLUMNS_OF_BLOCK.get(shape.device.type, 128) // columns))
+    if not 1 <= rows <= shape.B:
+        raise ValueError(f"rows_per_block is {rows}: must be from 1 to the {shape.B} sequences of a batch")
+    budget = options.memory_budget
+    if budget is None and shape.device.type == "cuda":
+        budget = int(torch.cuda.get_device_properties(shape.device).total_memory * _SHARE_OF_GPU)
+    if budget is not None:
+        least_rows = options.rows_per_block or 1
+        while rows > least_rows and _block_bytes(shape, path, rows, columns) > budget:
+            rows = max(least_rows, rows // 2)
+        least = _block_bytes(shape, path, rows, columns)
+        if least > budget:
+            smaller = min(columns, chunk_size)
+            may = (
+                ""
+                if smaller == columns
+                else f", or {_block_bytes(shape, path, 1, smaller):,} with attention_form chunked"
+            )
+            raise ValueError(
+                f"memory_budget is {budget:,} bytes: must be at least {least:,} for blocks of {rows} x {columns:,} "
+                f"tokens{may}"
+            )
+    block = _block_bytes(shape, path, rows, columns)
+    each = shape.B * shape.T * shape.H * shape.N * shape.dtype.itemsize
+    kept = _kept_passes(shape, options, each, None if budget is None else budget - block)
+    return LayerPlan(path, reason, BlockSizes(rows, columns), kept, block, kept * each)
+
+
+def _choose_path(shape: LayerShape, requested: str, form: str, obstacle: str | None) -> tuple[str, str]:
+    if requested not in LAYER_PATHS:
+        raise ValueError(f"path is {requested!r}: must be one of {', '.join(LAYER_PATHS)}")
+    if requested == "plain":
+        return "plain", "asked for"
+    if form == "recurrent":
+        obstacle = obstacle or "attention_form is recurrent"
+    no_kernels = unavailable_reason() if obstacle is None else obstacle
+    if shape.device.type != "cpu":
+        no_kernels = f"the model is on {shape.device}, the kernels run on the cpu"
+    elif shape.dtype != torch.float32:
+        no_kernels = f"they compute in float32, not in {str(shape.dtype).removeprefix('torch.')}"
+    if requested == "kernels" and (obstacle or no_kernels):
+        raise ValueError(
+            f"path is 'kernels', which cannot run here: {obstacle or no_kernels}; must be auto, torch or plain"
+        )
+    if obstacle is not None:
+        if requested == "torch":
+            raise ValueError(f"path is 'torch', which cannot run here: {obstacle}; must be auto or plain")
+        return "plain", obstacle
+    if requested == "torch":
+        return "torch", "asked for"
+    no_kernels = no_kernels or "not yet"
+    if no_kernels is None:
+        return "kernels", "asked for" if requested == "kernels" else "float32 on the cpu"
+    return "torch", f"no kernels: {no_kernels}"
+
+
+def _choose_columns(shape: LayerShape, options: LayerOptions, form: str, chunk_size: int) -> int:
+    if options.tokens_per_block is not None:
+        if not 1 <= options.tokens_per_block <= shape.T:
+            raise ValueError(
+                f"tokens_per_block is {options.tokens_per_block}: must be from 1 to the {shape.T} tokens of a sequence"
+            )
+        return options.tokens_per_block
+    chosen = choose_form(form, shape.T, shape.D, has_state=False, chunk_size=chunk_size)
+    return shape.T if chosen == "parallel" else min(chunk_size, shape.T)
+
+
+def _block_bytes(shape: LayerShape, path: str, rows: int, columns: int) -> int:
+    wide = shape.N * rows * columns
+    total = wide * shape.dtype.itemsize * _WIDE_IN_BLOCK[path] + 3 * rows * columns**2 * shape.dtype.itemsize
+    if path == "torch" and shape.has_dropout and shape.device.type != "cuda":  # there it is fused
+        total += wide * _WIDE_OF_MASK
+    return total
+
+
+def _kept_passes(shape: LayerShape, options: LayerOptions, each: int, left: int | None) -> int:
+    if options.recompute == "pass" or not shape.for_training:
+        return 0
+    if options.recompute == "none":
+        if left is not None and each * shape.L > left:
+            needed = each * shape.L - left
+            raise ValueError(
+                f"recompute is none, which needs {needed:,} bytes more than memory_budget gives: must be auto or pass"
+            )
+        return shape.L
+    # On a CPU fresh memory costs more than the matrix product that gives x again; measured in docs/training-speed.md.
+    return 0 if left is None else min(shape.L, left // each)
+
+
+def _plan_plain(shape: LayerShape, options: LayerOptions, reason: str) -> LayerPlan:
+    each = shape.B * shape.T * shape.H * shape.N * shape.dtype.itemsize * _WIDE_KEPT_BY_PLAIN
+    budget = options.memory_budget
+    if budget is None and options.recompute == "auto":
+        kept = shape.L
+    else:
+        if budget is not None and budget < each and shape.for_training:
+            raise ValueError(
+                f"memory_budget is {budget:,} bytes: must be at least {each:,}, what one pass of the plain path takes"
+            )
+        kept = _kept_passes(shape, options, each, None if budget is None else budget - each)
+    return LayerPlan("plain", reason, BlockSizes(shape.B, shape.T), kept, each, kept * each)
