@@ -109,6 +109,7 @@ class BlockPasses:
                 path=plan.path,
                 reach=reach,
                 keep_state=keep_state,
+                keep_scores=plan.keeps_scores,
             ),
             mask=mask,
             dropout=rate,

@@ -103,9 +103,18 @@ def _by_vectors(builder: Any, length: Any, body: Callable[[Any, int], None]) -> 
 
 
 def _dot_products(
-    builder: Any, weights: list[Any], values: list[Any], pairs: list[tuple[int, int]], length: Any, is_half: bool
+    builder: Any,
+    weights: list[Any],
+    values: list[Any],
+    pairs: list[tuple[int, int]],
+    length: Any,
+    is_half: bool,
+    also: Callable[[Any, int, list[Any]], None] | None = None,
 ) -> list[Any]:
-    """The products of rows of weights and values at these addresses, as scalars; each row is loaded once."""
+    """The products of rows of weights and values at these addresses, as scalars; each row is loaded once.
+
+    ``also(index, width, values)`` emits what else is to be done with the loaded values.
+    """
     sums: dict[int, list[Any]] = {width: [] for width in (LANES, 1)}
     for width, slots in sums.items():
         zero = ir.Constant(_vector(_F32, width), [0.0] * width)
@@ -119,6 +128,8 @@ def _dot_products(
         wide_values = [_load(builder, address, index, width) for address in values]
         for (i, j), slot in zip(pairs, sums[width], strict=True):
             builder.store(_fma(builder, wide_weights[i], wide_values[j], builder.load(slot)), slot)
+        if also is not None:
+            also(index, width, wide_values)
 
     _by_vectors(builder, length, body)
     return [

@@ -42,10 +42,17 @@ class Scores(NamedTuple):
 
 
 def read_block(
-    q: torch.Tensor, v: torch.Tensor, state: torch.Tensor | None, weights: Weights | None
+    q: torch.Tensor,
+    v: torch.Tensor,
+    state: torch.Tensor | None,
+    weights: Weights | None,
+    kept: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Scores]:
-    """``a`` (G, C, D), in the dtype of sums, from q (N, G, C), v (G, C, D) and the state (G, N, D) before the block."""
-    scores = _scores(q, weights)
+    """``a`` (G, C, D), in the dtype of sums, from q (N, G, C), v (G, C, D) and the state (G, N, D) before the block.
+
+    ``kept`` are the weighted scores of an earlier call; not for float16, whose scores have factors.
+    """
+    scores = _scores(q, weights) if kept is None else Scores(kept, q, q, None, None)
     a = torch.bmm(scores.weighted, v).to(sum_dtype(q.dtype))
     if scores.factor is not None:
         a *= scores.factor

@@ -7,7 +7,7 @@ time, one head and some sequences, and is computed again in the backward pass, u
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -45,6 +45,8 @@ class PassSpec:
     keep_state: bool = False
     keep_wide: bool = False
     """Keep x for the backward pass instead of computing it again."""
+    keep_scores: bool = False
+    """Keep the scores, which for short texts are no wider than v. Not in float16."""
 
 
 def wide_pass(
@@ -65,6 +67,16 @@ def wide_pass(
     """
     out, new_state = _WidePass.apply(v, weights.encoder, weights.decoder, state, spec, *weights.encoder_v)
     return out, new_state if spec.keep_state else None
+
+
+class _Kept(NamedTuple):
+    """Of one block, for the backward pass; None for what is computed again."""
+
+    x: torch.Tensor | None  # (N, G, C)
+    scores: torch.Tensor | None  # (G, C, C)
+
+
+_NOTHING_KEPT = _Kept(None, None)
 
 
 @dataclass
@@ -100,7 +112,7 @@ class _Walk:
         if dropout is not None:
             keys = dropout.neuron_keys[neurons], dropout.token_keys[rows, columns]
             dropout = Dropout(dropout.rate, *keys)
-        return Block(head, neurons, rows, columns, self.spec.rotation.of_block(rows, columns), dropout)
+        return Block(head, neurons, rows, columns, self.spec.rotation, dropout)
 
     def reach(self, rows: slice, head: int, index: int) -> Weights | None:
         """Weights with one head, of these sequences: (G or 1, 1, ...) each."""
@@ -133,24 +145,25 @@ class _WidePass(torch.autograd.Function):
         new_state = None
         if spec.keep_state:
             new_state = out.new_empty(B, walk.num_heads, walk.neurons_per_head, D)
-        x_kept: list[torch.Tensor] = []
+        kept: dict[tuple[int, int, int], _Kept] = {}
         for rows, head in walk.groups():
             current = None if state is None else state[rows, head]
             for index, columns in enumerate(walk.columns):
                 block, reach = walk.block(rows, head, index), walk.reach(rows, head, index)
                 values = v[rows, columns]
                 fired = neurons.fire(block, values)
-                a, _ = read_block(fired.q, values, current, reach)
+                a, scores = read_block(fired.q, values, current, reach)
                 a = _normalised(a, spec.eps)[0].to(v.dtype)
                 neurons.respond(block, fired.x, a, out[rows, columns])
                 if spec.keep_state or index < len(walk.columns) - 1:
                     current = learn_block(fired.q, values, current, reach)
-                if spec.keep_wide:
-                    x_kept.append(fired.x)
+                if spec.keep_wide or spec.keep_scores:
+                    x = fired.x if spec.keep_wide else None
+                    kept[rows.start, head, index] = _Kept(x, scores.weighted if spec.keep_scores else None)
             if new_state is not None:
                 new_state[rows, head] = current
         ctx.save_for_backward(v, encoder, decoder, state, *encoder_v)
-        ctx.spec, ctx.x_kept = spec, x_kept
+        ctx.spec, ctx.kept = spec, kept
         ctx.set_materialize_grads(False)
         return out, new_state
 
@@ -165,17 +178,17 @@ class _WidePass(torch.autograd.Function):
         grad_v = torch.zeros(v.shape, dtype=sum_dtype(v.dtype), device=v.device)
         grad_out = torch.zeros_like(grad_v) if grad_out is None else grad_out
         grad_first = None if state is None else torch.zeros_like(state)
-        kept = iter(_by_group(ctx.x_kept, len(walk.columns)))
-        ctx.x_kept = []
+        # Handed over, so that each is given back as soon as it was used; a second backward pass computes it again.
+        kept, ctx.kept = ctx.kept, {}
         for rows, head in walk.groups():
-            x_kept = next(kept, [None] * len(walk.columns))
             first = None if state is None else state[rows, head]
             grad_after = None if grad_state is None else grad_state[rows, head]
-            for index, before in _states_backwards(walk, neurons, v, rows, head, first, x_kept):
+            for index, before in _states_backwards(walk, neurons, v, rows, head, first, kept):
                 block, reach = walk.block(rows, head, index), walk.reach(rows, head, index)
                 values, grad_values = v[rows, block.columns], grad_v[rows, block.columns]
-                fired = _fired(neurons, block, values, x_kept[index])
-                a, scores = read_block(fired.q, values, before, reach)
+                had = kept.pop((rows.start, head, index), _NOTHING_KEPT)
+                fired = _fired(neurons, block, values, had.x)
+                a, scores = read_block(fired.q, values, before, reach, had.scores)
                 a, inverse_deviation = _normalised(a, spec.eps)
                 grads = grad_out[rows, block.columns].to(v.dtype)
                 grad_a, gated = neurons.respond_backward(block, fired.x, a.to(v.dtype), grads)
@@ -183,7 +196,6 @@ class _WidePass(torch.autograd.Function):
                 found = read_block_backward(grad_a, grad_values, grad_after, fired.q, values, before, scores, reach)
                 neurons.fire_backward(block, fired.x, values, found.q, gated, grad_values)
                 grad_after = found.state
-                x_kept[index] = None
             if grad_first is not None and grad_after is not None:
                 grad_first[rows, head] = grad_after
         found_weights = neurons.gradients()
@@ -201,16 +213,12 @@ def _neurons(weights: LayerWeights, spec: PassSpec, *, with_gradients: bool) -> 
     if spec.path == "kernels":
         from bdh.ops.cpu.layer import KernelNeurons
 
-        return KernelNeurons(weights, with_gradients=with_gradients)
+        return KernelNeurons(weights, with_gradients=with_gradients, keep_wide=spec.keep_wide)
     return TorchNeurons(weights, with_gradients=with_gradients)
 
 
 def _ranges(total: int, size: int) -> list[slice]:
     return [slice(start, min(total, start + size)) for start in range(0, total, size)]
-
-
-def _by_group(kept: list[torch.Tensor], size: int) -> list[list[torch.Tensor | None]]:
-    return [list(kept[start : start + size]) for start in range(0, len(kept), size)]
 
 
 def _fired(neurons: Neurons, block: Block, v: torch.Tensor, x: torch.Tensor | None) -> Fired:
@@ -224,7 +232,7 @@ def _states_backwards(
     rows: slice,
     head: int,
     first: torch.Tensor | None,
-    x_kept: list[torch.Tensor | None],
+    kept: "dict[tuple[int, int, int], _Kept]",
 ) -> Iterator[tuple[int, torch.Tensor | None]]:
     """The blocks of a text from its last to its first, each with the state before it.
 
@@ -236,7 +244,7 @@ def _states_backwards(
     def behind(index: int, state: torch.Tensor | None) -> torch.Tensor:
         block = walk.block(rows, head, index)
         values = v[rows, block.columns]
-        fired = _fired(neurons, block, values, x_kept[index])
+        fired = _fired(neurons, block, values, kept.get((rows.start, head, index), _NOTHING_KEPT).x)
         return learn_block(fired.q, values, state, walk.reach(rows, head, index))
 
     starts = {0: first}

@@ -35,8 +35,13 @@ class Block:
     rows: slice
     columns: slice
     rotation: Rotation
+    """Of all sequences and tokens."""
     dropout: Dropout | None
     """Keys of this block's neurons and tokens, (N,) and (G, C)."""
+
+    def turns(self) -> Rotation:
+        """The part of the rotation for this block: views."""
+        return self.rotation.of_block(self.rows, self.columns)
 
 
 class Fired(NamedTuple):
@@ -87,10 +92,10 @@ class TorchNeurons:
 
     def fire(self, block: Block, v: torch.Tensor) -> Fired:
         before = self._weights.encoder[block.neurons] @ v.flatten(0, 1).t()  # (N, G * C)
-        return Fired(*self._run(_rotated, before.unflatten(1, v.shape[:2]), *block.rotation))
+        return Fired(*self._run(_rotated, before.unflatten(1, v.shape[:2]), *block.turns()))
 
     def rotated(self, block: Block, x: torch.Tensor) -> Fired:
-        return Fired(*self._run(_rotated, x, *block.rotation))
+        return Fired(*self._run(_rotated, x, *block.turns()))
 
     def respond(self, block: Block, x: torch.Tensor, a: torch.Tensor, out: torch.Tensor) -> None:
         z = self._run(_gated, x, self._recalled(block, a), *_mask_of(block))
@@ -120,7 +125,7 @@ class TorchNeurons:
         grad_v: torch.Tensor,
     ) -> None:
         assert self._gradients is not None
-        grad_x = self._run(_rotated_backward, x, grad_q, gated, *block.rotation).flatten(1)
+        grad_x = self._run(_rotated_backward, x, grad_q, gated, *block.turns()).flatten(1)
         self._gradients.encoder[block.neurons] += grad_x @ v.flatten(0, 1)
         grad_v += (grad_x.t() @ self._weights.encoder[block.neurons]).view(v.shape)
 

@@ -20,7 +20,7 @@ _WIDE_IN_BLOCK = {"torch": 9, "kernels": 4}
 _WIDE_KEPT_BY_PLAIN = 9
 _WIDE_OF_MASK = 16  # bytes for each neuron and token: its keys are int64
 # Columns from which on a matrix product is no faster for more of them.
-_COLUMNS_OF_BLOCK = {"cpu": 128, "cuda": 16_384, "mps": 4_096}
+_COLUMNS_OF_BLOCK = {"cpu": 512, "cuda": 16_384, "mps": 4_096}
 # Without a budget, kept and temporary activations of a GPU stay below this share of its memory.
 _SHARE_OF_GPU = 0.5
 
@@ -69,6 +69,8 @@ class LayerPlan:
     """Wide activations that exist while a block is computed."""
     kept_bytes: int
     """Wide activations that are kept for the backward pass."""
+    keeps_scores: bool = False
+    """Whether all passes keep the scores (B, H, T, T), which for short texts are narrow."""
 
     def describe(self, num_passes: int) -> str:
         """For the banner of a run."""
@@ -128,7 +130,10 @@ def plan_layer(
     block = _block_bytes(shape, path, rows, columns)
     each = shape.B * shape.T * shape.H * shape.N * shape.dtype.itemsize
     kept = _kept_passes(shape, options, each, None if budget is None else budget - block)
-    return LayerPlan(path, reason, BlockSizes(rows, columns), kept, block, kept * each)
+    # With one block a text, and no more tokens than v is wide, they take no more room than v does for each head.
+    is_narrow = columns == shape.T and columns <= shape.D and shape.dtype != torch.float16
+    keeps_scores = is_narrow and options.recompute != "pass" and shape.for_training
+    return LayerPlan(path, reason, BlockSizes(rows, columns), kept, block, kept * each, keeps_scores)
 
 
 def _choose_path(shape: LayerShape, requested: str, form: str, obstacle: str | None) -> tuple[str, str]:
@@ -153,7 +158,6 @@ def _choose_path(shape: LayerShape, requested: str, form: str, obstacle: str | N
         return "plain", obstacle
     if requested == "torch":
         return "torch", "asked for"
-    no_kernels = no_kernels or "not yet"
     if no_kernels is None:
         return "kernels", "asked for" if requested == "kernels" else "float32 on the cpu"
     return "torch", f"no kernels: {no_kernels}"

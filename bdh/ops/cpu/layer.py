@@ -1,0 +1,182 @@
+"""The neurons of a block by the kernels of :mod:`bdh.ops.cpu.layer_kernels`."""
+
+import numpy as np
+import torch
+
+from bdh.ops.cpu import layer_kernels as kernels
+from bdh.ops.cpu.runtime import exclusive, follow_torch_threads
+from bdh.ops.cpu.vector import LANES
+from bdh.ops.layer.neurons import Block, Fired, LayerWeights, zeros_like
+
+DENSE_Y = 0.45
+"""Share of x from which on y is computed by a dense product, wherever x fires or not."""
+DENSE_GRADIENT = 0.4
+"""Share of x from which on the gradients behind it are computed by dense products."""
+_NOTHING = torch.zeros(1, 1)
+
+
+class KernelNeurons:
+    """float32 on a CPU. y and all gradients are computed only for the neurons and tokens where x fires."""
+
+    def __init__(self, weights: LayerWeights, *, with_gradients: bool, keep_wide: bool = False):
+        self._weights = LayerWeights(
+            weights.encoder.contiguous(),
+            tuple(weight.contiguous() for weight in weights.encoder_v),
+            weights.decoder.contiguous(),
+        )
+        self._gradients = zeros_like(weights, torch.float32) if with_gradients else None
+        self._parts = follow_torch_threads()
+        self._keep_wide = keep_wide
+        self._wide: dict[str, torch.Tensor] = {}
+        self._firing = 0
+
+    def fire(self, block: Block, v: torch.Tensor) -> Fired:
+        G, C, D = v.shape
+        x, q = self._memory("x", block, v, fresh=self._keep_wide), self._memory("q", block, v)
+        values, weights = v.reshape(-1, D).t(), self._weights.encoder[block.neurons]
+        torch.mm(weights, values, out=x[:, : G * C])
+        return self._rotated(block, x, q, G, C, cut=True)
+
+    def rotated(self, block: Block, x: torch.Tensor) -> Fired:
+        N, G, C = x.shape
+        whole = x.as_strided((N, x.stride(0)), (x.stride(0), 1))
+        return self._rotated(block, whole, self._memory("q", block, x[0, :, :, None]), G, C, cut=False)
+
+    def respond(self, block: Block, x: torch.Tensor, a: torch.Tensor, out: torch.Tensor) -> None:
+        x = _whole(x)
+        parts = self._sums("out", x, a)
+        with exclusive():
+            kernels.respond(*self._of_x(block, x, a), parts.numpy(), *self._keys(block, x))
+        _add(out, parts)
+
+    def respond_backward(
+        self, block: Block, x: torch.Tensor, a: torch.Tensor, grad_out: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self._gradients is not None
+        wide = _whole(x)
+        gated = self._memory("gated", block, a)
+        parts = self._sums("a", wide, a)
+        with exclusive():
+            kernels.respond_backward(
+                *self._of_x(block, wide, a),
+                grad_out.reshape(-1, a.shape[-1]).numpy(),
+                self._gradients.encoder_v[block.head].numpy(),
+                self._gradients.decoder[block.neurons].numpy(),
+                gated.numpy(),
+                parts.numpy(),
+                *self._keys(block, wide),
+            )
+        grad_a = torch.zeros_like(a)
+        _add(grad_a, parts)
+        return grad_a, gated
+
+    def fire_backward(
+        self,
+        block: Block,
+        x: torch.Tensor,
+        v: torch.Tensor,
+        grad_q: torch.Tensor,
+        gated: torch.Tensor,
+        grad_v: torch.Tensor,
+    ) -> None:
+        assert self._gradients is not None
+        wide, grad_q = _whole(x), grad_q.permute(1, 0, 2).contiguous()
+        values, weights = v.reshape(-1, v.shape[-1]), self._weights.encoder[block.neurons]
+        grad_weights = self._gradients.encoder[block.neurons]
+        if self._firing > DENSE_GRADIENT * x.numel():
+            with exclusive():
+                kernels.turn_back(wide.numpy(), grad_q.numpy(), gated.numpy(), *_turns(block))
+            grad_x = gated[:, : len(values)]
+            grad_weights.addmm_(grad_x, values)
+            grad_v += (grad_x.t() @ weights).view(grad_v.shape)
+            return
+        parts = self._sums("v", wide, v)
+        with exclusive():
+            kernels.fire_backward(
+                wide.numpy(),
+                grad_q.numpy(),
+                gated.numpy(),
+                *_turns(block),
+                values.numpy(),
+                weights.numpy(),
+                grad_weights.numpy(),
+                parts.numpy(),
+            )
+        _add(grad_v, parts)
+
+    def gradients(self) -> LayerWeights:
+        assert self._gradients is not None
+        return self._gradients
+
+    def _rotated(self, block: Block, x: torch.Tensor, q: torch.Tensor, G: int, C: int, *, cut: bool) -> Fired:
+        counts = np.empty(self._parts, np.int64)
+        with exclusive():
+            kernels.rotate(x.numpy(), q.numpy(), *_turns(block), G, C, cut, counts)
+        self._firing = int(counts.sum())
+        M = G * C
+        return Fired(x[:, :M].unflatten(1, (G, C)), q[:, :M].unflatten(1, (G, C)))
+
+    def _of_x(self, block: Block, x: torch.Tensor, a: torch.Tensor) -> tuple[object, ...]:
+        """x, y, whether it is there, a, and the rows of Ev and Dec."""
+        rows, encoder_v = a.reshape(-1, a.shape[-1]), self._weights.encoder_v[block.head]
+        y, has_y = _NOTHING, self._firing > DENSE_Y * x.shape[0] * len(rows)
+        if has_y:
+            y = self._memory("y", block, a)
+            torch.mm(encoder_v, rows.t(), out=y[:, : len(rows)])
+        return (
+            x.numpy(),
+            y.numpy(),
+            has_y,
+            rows.numpy(),
+            encoder_v.numpy(),
+            self._weights.decoder[block.neurons].numpy(),
+        )
+
+    def _keys(self, block: Block, x: torch.Tensor) -> tuple[object, ...]:
+        N, M = x.shape
+        dropout = block.dropout
+        if dropout is None:
+            return np.zeros(N, np.int64), np.zeros(M, np.int32), 0, np.float32(1)
+        keys = torch.zeros(M, dtype=torch.int64)
+        keys[: dropout.token_keys.numel()] = dropout.token_keys.flatten()
+        return (
+            dropout.neuron_keys.numpy(),
+            keys.to(torch.int32).numpy(),
+            dropout.threshold,
+            np.float32(dropout.scale),
+        )
+
+    def _memory(self, name: str, block: Block, like: torch.Tensor, *, fresh: bool = False) -> torch.Tensor:
+        """(N, M): memory that is used again and again, columns beyond the tokens of ``like`` (G, C, D) being 0."""
+        N, columns = block.neurons.stop - block.neurons.start, like.shape[0] * like.shape[1]
+        M = -(-columns // LANES) * LANES
+        wide = None if fresh else self._wide.get(name)
+        if wide is None or wide.shape != (N, M):
+            wide = torch.zeros(N, M)
+            if not fresh:
+                self._wide[name] = wide
+        wide[:, columns:] = 0
+        return wide
+
+    def _sums(self, name: str, x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        shape = (self._parts, x.shape[1], like.shape[-1])
+        parts = self._wide.get(name)
+        if parts is None or parts.shape != shape:
+            parts = self._wide[name] = torch.empty(shape)
+        return parts
+
+
+def _whole(x: torch.Tensor) -> torch.Tensor:
+    """(N, G, C) with what lies between its rows: (N, M)."""
+    return x.as_strided((x.shape[0], x.stride(0)), (x.stride(0), 1))
+
+
+def _turns(block: Block) -> tuple[object, ...]:
+    """Tables, and where the block begins in them."""
+    return block.rotation.cos.numpy(), block.rotation.sin.numpy(), block.rows.start, block.columns.start
+
+
+def _add(total: torch.Tensor, parts: torch.Tensor) -> None:
+    G, C, D = total.shape
+    for part in parts:
+        total += part[: G * C].view(G, C, D)

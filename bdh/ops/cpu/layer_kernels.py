@@ -1,0 +1,338 @@
+"""The neurons of a block of tokens, neuron by neuron, at the price of those that fire.
+
+Wide arrays are (N, M): a row for each neuron, a column for each of the M tokens of a block, which is a multiple of the
+vector lanes; columns that are no tokens hold 0. A neuron's tokens are taken ``TILE_BYTES`` of their rows at a time, so
+that these stay in the nearest cache while all neurons pass over them.
+
+The neurons are shared out among threads, so nothing is written twice but sums over neurons: of those each thread has its
+own part, (parts, M, D).
+"""
+
+import numpy as np
+from numba import njit, prange
+
+from bdh.ops.cpu.entries import (
+    DOTS,
+    GROUP,
+    dots,
+    dots_and_gather,
+    gate,
+    gather_and_spread,
+    list_firing_1,
+    list_firing_2,
+    pad,
+    scatter,
+    spread_row,
+)
+from bdh.ops.cpu.vector import LANES
+
+TILE_BYTES = 32 * 1024
+
+jit = njit(cache=True, nogil=True, parallel=True, error_model="numpy")
+jit_inner = njit(cache=True, nogil=True, error_model="numpy")
+
+
+@jit_inner
+def _whole(count, group):
+    """``count`` rounded up to whole groups."""
+    return (count + group - 1) // group * group
+
+
+@jit_inner
+def _tile(M, D):
+    return min(M, max(LANES, TILE_BYTES // (4 * D) // LANES * LANES))
+
+
+@jit
+def rotate(x, q, cos, sin, first_row, first_column, G, C, cut, counts):
+    """q = rope(x) for x (N, M), of which ``cut`` cuts off what is negative before; ``counts`` (parts,): how many fire.
+
+    ``cos`` and ``sin`` are (1 or B, N/2, T), the block's part of which begins at ``first_row`` and ``first_column``.
+    """
+    N, P = x.shape[0], counts.shape[0]
+    zero = np.float32(0)
+    for part in prange(P):
+        fires = 0
+        for i in range(part * (N // 2) // P, (part + 1) * (N // 2) // P):
+            for g in range(G):
+                row = min(first_row + g, cos.shape[0] - 1)
+                turn_cos = cos[row, i, first_column : first_column + C]
+                turn_sin = sin[row, i, first_column : first_column + C]
+                x_0, x_1 = x[2 * i, g * C : (g + 1) * C], x[2 * i + 1, g * C : (g + 1) * C]
+                q_0, q_1 = q[2 * i, g * C : (g + 1) * C], q[2 * i + 1, g * C : (g + 1) * C]
+                if cut:
+                    for c in range(C):
+                        a, b = x_0[c], x_1[c]
+                        a, b = zero if a < zero else a, zero if b < zero else b  # NaN stays
+                        x_0[c], x_1[c] = a, b
+                        q_0[c] = a * turn_cos[c] - b * turn_sin[c]
+                        q_1[c] = b * turn_cos[c] + a * turn_sin[c]
+                        fires += np.int64(a > zero) + np.int64(b > zero)
+                else:
+                    for c in range(C):
+                        a, b = x_0[c], x_1[c]
+                        q_0[c] = a * turn_cos[c] - b * turn_sin[c]
+                        q_1[c] = b * turn_cos[c] + a * turn_sin[c]
+                        fires += np.int64(a > zero) + np.int64(b > zero)
+        counts[part] = fires
+
+
+# The lists of a tile, rows of one array: where x fires, its tokens, x, y and keys; where the product stays, its tokens, x, y.
+_FIRING, _X, _Y, _KEYS, _STAYING, _X_STAYING, _Y_STAYING, _FACTORS = range(8)
+
+
+@jit_inner
+def _gated(x_row, y_row, has_y, a, stride, weight_row, D, width, keys, key, threshold, lists, room):
+    """Lists the tokens of a tile at which x and y fire and dropout keeps the product; returns how many there are.
+
+    All by address; ``lists`` are ``room`` bytes apart.
+    """
+    firing, xs, ys, kept_keys = lists + _FIRING * room, lists + _X * room, lists + _Y * room, lists + _KEYS * room
+    if has_y:
+        count = list_firing_2(x_row, width, firing, xs, keys, kept_keys, y_row, ys)
+    else:
+        count = list_firing_1(x_row, width, firing, xs, keys, kept_keys)
+        pad(firing, ys, count)
+        for index in range(0, count, DOTS):
+            dots(weight_row, firing + index * 4, a, stride, D, ys + index * 4)
+    if count == 0:
+        return 0
+    gate(ys, kept_keys, key, threshold, count)
+    # Where in the first list they stand is of no further use: it goes over the keys.
+    return list_firing_2(
+        ys,
+        _whole(count, LANES),
+        kept_keys,
+        lists + _Y_STAYING * room,
+        firing,
+        lists + _STAYING * room,
+        xs,
+        lists + _X_STAYING * room,
+    )
+
+
+@jit
+def respond(x, y, has_y, a, encoder_v, decoder, parts, neuron_keys, token_keys, threshold, scale):
+    """``parts`` (P, M, D) = sums of dropout(x * relu(Ev a)) Dec over the neurons of each part.
+
+    Args:
+        y: (N, M), Ev a, with ``has_y``; else it is computed where x fires.
+        a: (M or less, D).
+        encoder_v: (N, D), decoder: (N, D).
+        neuron_keys: int64 (N,), token_keys: int32 (M,), threshold: of dropout; 0 for none.
+    """
+    N, M = x.shape
+    P, stride, D = parts.shape[0], parts.strides[1], decoder.shape[1]
+    tile = _tile(M, D)
+    room = (tile + LANES) * 4
+    for part in prange(P):
+        parts[part] = 0
+        memory = np.empty((8, tile + LANES), np.float32)
+        lists = memory.ctypes.data
+        for first in range(0, M, tile):
+            width = min(tile, M - first)
+            values = a.ctypes.data + first * stride
+            sums = parts.ctypes.data + part * parts.strides[0] + first * stride
+            for n in range(part * N // P, (part + 1) * N // P):
+                place, row = (n * M + first) * 4, n * D * 4
+                count = _gated(
+                    x.ctypes.data + place,
+                    y.ctypes.data + place * has_y,
+                    has_y,
+                    values,
+                    stride,
+                    encoder_v.ctypes.data + row,
+                    D,
+                    width,
+                    token_keys.ctypes.data + first * 4,
+                    neuron_keys[n],
+                    threshold,
+                    lists,
+                    room,
+                )
+                if count == 0:
+                    continue
+                for index in range(count):
+                    memory[_FACTORS, index] = memory[_X_STAYING, index] * memory[_Y_STAYING, index] * scale
+                pad(lists + _STAYING * room, lists + _FACTORS * room, count)
+                for index in range(0, count, GROUP):
+                    spread_row(
+                        decoder.ctypes.data + row,
+                        lists + _FACTORS * room + index * 4,
+                        lists + _STAYING * room + index * 4,
+                        sums,
+                        stride,
+                        D,
+                    )
+
+
+@jit
+def respond_backward(
+    x,
+    y,
+    has_y,
+    a,
+    encoder_v,
+    decoder,
+    grad_out,
+    grad_encoder_v,
+    grad_decoder,
+    gated,
+    parts,
+    neuron_keys,
+    token_keys,
+    threshold,
+    scale,
+):
+    """The gradients behind :func:`respond` for that of its sum, ``grad_out`` (M or less, D).
+
+    Those of Ev and Dec, (N, D), are added to; ``parts`` (P, M, D) is set to the sums of that of a, and ``gated`` (N, M)
+    to that of x as the gate of y.
+    """
+    N, M = x.shape
+    P, stride, D = parts.shape[0], parts.strides[1], decoder.shape[1]
+    tile = _tile(M, D)
+    room = (tile + LANES) * 4
+    for part in prange(P):
+        parts[part] = 0
+        memory = np.empty((8, tile + LANES), np.float32)
+        lists = memory.ctypes.data
+        factors, staying = lists + _FACTORS * room, lists + _STAYING * room
+        for first in range(0, M, tile):
+            width = min(tile, M - first)
+            offset = first * stride
+            for n in range(part * N // P, (part + 1) * N // P):
+                place, row = (n * M + first) * 4, n * D * 4
+                for index in range(first, first + width):
+                    gated[n, index] = 0
+                count = _gated(
+                    x.ctypes.data + place,
+                    y.ctypes.data + place * has_y,
+                    has_y,
+                    a.ctypes.data + offset,
+                    stride,
+                    encoder_v.ctypes.data + row,
+                    D,
+                    width,
+                    token_keys.ctypes.data + first * 4,
+                    neuron_keys[n],
+                    threshold,
+                    lists,
+                    room,
+                )
+                if count == 0:
+                    continue
+                for index in range(count):
+                    memory[_FACTORS, index] = memory[_X_STAYING, index] * memory[_Y_STAYING, index] * scale
+                pad(staying, factors, count)
+                for index in range(0, count, GROUP):
+                    dots_and_gather(
+                        decoder.ctypes.data + row,
+                        grad_decoder.ctypes.data + row,
+                        factors + index * 4,
+                        staying + index * 4,
+                        grad_out.ctypes.data + offset,
+                        stride,
+                        D,
+                        lists + _Y * room + index * 4,
+                    )
+                for index in range(count):
+                    grad_z = memory[_Y, index] * scale
+                    memory[_FACTORS, index] = grad_z * memory[_X_STAYING, index]
+                    memory[_Y, index] = grad_z * memory[_Y_STAYING, index]
+                scatter(lists + _Y * room, staying, count, gated.ctypes.data + place)
+                pad(staying, factors, count)
+                for index in range(0, count, GROUP):
+                    gather_and_spread(
+                        encoder_v.ctypes.data + row,
+                        grad_encoder_v.ctypes.data + row,
+                        factors + index * 4,
+                        staying + index * 4,
+                        a.ctypes.data + offset,
+                        parts.ctypes.data + part * parts.strides[0] + offset,
+                        stride,
+                        D,
+                    )
+
+
+@jit
+def fire_backward(x, grad_q, gated, cos, sin, first_row, first_column, v, encoder, grad_encoder, parts):
+    """The gradients behind x: that of E (N, D) is added to, ``parts`` (P, M, D) is set to the sums of that of v.
+
+    Args:
+        grad_q: (G, N, C), gated: (N, M), as :func:`respond_backward` gives it.
+        cos, sin, first_row, first_column: as of :func:`rotate`.
+        v: (M or less, D).
+    """
+    N, M = x.shape
+    P, stride, D = parts.shape[0], parts.strides[1], encoder.shape[1]
+    G, _, C = grad_q.shape
+    tile = _tile(M, D)
+    room = (tile + LANES) * 4
+    for part in prange(P):
+        parts[part] = 0
+        memory, grads = np.empty((8, tile + LANES), np.float32), np.empty((2, tile), np.float32)
+        lists = memory.ctypes.data
+        for first in range(0, M, tile):
+            width = min(tile, M - first)
+            last = min(first + width, G * C)  # what follows is no token
+            offset = first * stride
+            for i in range(part * (N // 2) // P, (part + 1) * (N // 2) // P):
+                g, m = first // C, first
+                while m < last:
+                    c, row = m - g * C, min(first_row + g, cos.shape[0] - 1)
+                    end = min(last, (g + 1) * C)
+                    turn_cos = cos[row, i, first_column + c : first_column + c + end - m]
+                    turn_sin = sin[row, i, first_column + c : first_column + c + end - m]
+                    q_0, q_1 = grad_q[g, 2 * i, c : c + end - m], grad_q[g, 2 * i + 1, c : c + end - m]
+                    gated_0, gated_1 = gated[2 * i, m:end], gated[2 * i + 1, m:end]
+                    grad_0, grad_1 = grads[0, m - first : end - first], grads[1, m - first : end - first]
+                    for j in range(end - m):
+                        grad_0[j] = q_0[j] * turn_cos[j] + q_1[j] * turn_sin[j] + gated_0[j]
+                        grad_1[j] = q_1[j] * turn_cos[j] - q_0[j] * turn_sin[j] + gated_1[j]
+                    g, m = g + 1, end
+                for side in range(2):
+                    n = 2 * i + side
+                    count = list_firing_1(
+                        x.ctypes.data + (n * M + first) * 4,
+                        width,
+                        lists + _FIRING * room,
+                        lists + _X * room,
+                        grads.ctypes.data + side * tile * 4,
+                        lists + _FACTORS * room,
+                    )
+                    if count == 0:
+                        continue
+                    pad(lists + _FIRING * room, lists + _FACTORS * room, count)
+                    for index in range(0, count, GROUP):
+                        gather_and_spread(
+                            encoder.ctypes.data + n * D * 4,
+                            grad_encoder.ctypes.data + n * D * 4,
+                            lists + _FACTORS * room + index * 4,
+                            lists + _FIRING * room + index * 4,
+                            v.ctypes.data + offset,
+                            parts.ctypes.data + part * parts.strides[0] + offset,
+                            stride,
+                            D,
+                        )
+
+
+@jit
+def turn_back(x, grad_q, gated, cos, sin, first_row, first_column):
+    """The gradient of x before its ReLU, in place of ``gated``: what :func:`fire_backward` computes on its way."""
+    N = x.shape[0]
+    G, _, C = grad_q.shape
+    zero = np.float32(0)
+    for i in prange(N // 2):
+        for g in range(G):
+            row = min(first_row + g, cos.shape[0] - 1)
+            turn_cos = cos[row, i, first_column : first_column + C]
+            turn_sin = sin[row, i, first_column : first_column + C]
+            q_0, q_1 = grad_q[g, 2 * i], grad_q[g, 2 * i + 1]
+            x_0, x_1 = x[2 * i, g * C : (g + 1) * C], x[2 * i + 1, g * C : (g + 1) * C]
+            gated_0, gated_1 = gated[2 * i, g * C : (g + 1) * C], gated[2 * i + 1, g * C : (g + 1) * C]
+            for c in range(C):
+                grad_0 = q_0[c] * turn_cos[c] + q_1[c] * turn_sin[c] + gated_0[c]
+                grad_1 = q_1[c] * turn_cos[c] - q_0[c] * turn_sin[c] + gated_1[c]
+                gated_0[c] = zero if x_0[c] <= zero else grad_0
+                gated_1[c] = zero if x_1[c] <= zero else grad_1
