@@ -12,6 +12,7 @@ DENSE_Y = 0.45
 """Share of x from which on y is computed by a dense product, wherever x fires or not."""
 DENSE_GRADIENT = 0.4
 """Share of x from which on the gradients behind it are computed by dense products."""
+_FIRE_BYTES = 1024 * 1024  # of x
 _NOTHING = torch.zeros(1, 1)
 
 
@@ -34,13 +35,21 @@ class KernelNeurons:
         G, C, D = v.shape
         x, q = self._memory("x", block, v, fresh=self._keep_wide), self._memory("q", block, v)
         values, weights = v.reshape(-1, D).t(), self._weights.encoder[block.neurons]
-        torch.mm(weights, values, out=x[:, : G * C])
-        return self._rotated(block, x, q, G, C, cut=True)
+        # Some neurons at a time, whose products are still in the cache when they are rotated; pairs stay together.
+        some = max(2, _FIRE_BYTES // (4 * x.shape[1]) // 2 * 2)
+        self._firing = 0
+        for first in range(0, len(x), some):
+            part = slice(first, min(len(x), first + some))
+            torch.mm(weights[part], values, out=x[part, : G * C])
+            self._rotate(block, x[part], q[part], first // 2, G, C, cut=True)
+        return _fired(x, q, G, C)
 
     def rotated(self, block: Block, x: torch.Tensor) -> Fired:
         N, G, C = x.shape
-        whole = x.as_strided((N, x.stride(0)), (x.stride(0), 1))
-        return self._rotated(block, whole, self._memory("q", block, x[0, :, :, None]), G, C, cut=False)
+        wide, q = _whole(x), self._memory("q", block, x[0, :, :, None])
+        self._firing = 0
+        self._rotate(block, wide, q, 0, G, C, cut=False)
+        return _fired(wide, q, G, C)
 
     def respond(self, block: Block, x: torch.Tensor, a: torch.Tensor, out: torch.Tensor) -> None:
         x = _whole(x)
@@ -108,13 +117,15 @@ class KernelNeurons:
         assert self._gradients is not None
         return self._gradients
 
-    def _rotated(self, block: Block, x: torch.Tensor, q: torch.Tensor, G: int, C: int, *, cut: bool) -> Fired:
+    def _rotate(
+        self, block: Block, x: torch.Tensor, q: torch.Tensor, first_pair: int, G: int, C: int, *, cut: bool
+    ) -> None:
+        """q = rope(x) for some neurons, of which the first pair has this number in the head; counts those that fire."""
         counts = np.empty(self._parts, np.int64)
+        cos, sin, *start = _turns(block)
         with exclusive():
-            kernels.rotate(x.numpy(), q.numpy(), *_turns(block), G, C, cut, counts)
-        self._firing = int(counts.sum())
-        M = G * C
-        return Fired(x[:, :M].unflatten(1, (G, C)), q[:, :M].unflatten(1, (G, C)))
+            kernels.rotate(x.numpy(), q.numpy(), cos, sin, first_pair, *start, G, C, cut, counts)
+        self._firing += int(counts.sum())
 
     def _of_x(self, block: Block, x: torch.Tensor, a: torch.Tensor) -> tuple[object, ...]:
         """x, y, whether it is there, a, and the rows of Ev and Dec."""
@@ -164,6 +175,10 @@ class KernelNeurons:
         if parts is None or parts.shape != shape:
             parts = self._wide[name] = torch.empty(shape)
         return parts
+
+
+def _fired(x: torch.Tensor, q: torch.Tensor, G: int, C: int) -> Fired:
+    return Fired(x[:, : G * C].unflatten(1, (G, C)), q[:, : G * C].unflatten(1, (G, C)))
 
 
 def _whole(x: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,11 @@ from bdh.ops.cpu.entries import (
 )
 from bdh.ops.cpu.vector import LANES
 
-TILE_BYTES = 32 * 1024
+TILE_BYTES = 64 * 1024
+
+BLOCK_BYTES = 64 * 1024
+"""Of the rows of neurons, in each of the arrays that have some, that stay in the second cache while all tiles pass over
+them."""
 
 jit = njit(cache=True, nogil=True, parallel=True, error_model="numpy")
 jit_inner = njit(cache=True, nogil=True, error_model="numpy")
@@ -44,10 +48,11 @@ def _tile(M, D):
 
 
 @jit
-def rotate(x, q, cos, sin, first_row, first_column, G, C, cut, counts):
+def rotate(x, q, cos, sin, first_pair, first_row, first_column, G, C, cut, counts):
     """q = rope(x) for x (N, M), of which ``cut`` cuts off what is negative before; ``counts`` (parts,): how many fire.
 
-    ``cos`` and ``sin`` are (1 or B, N/2, T), the block's part of which begins at ``first_row`` and ``first_column``.
+    ``cos`` and ``sin`` are (1 or B, pairs, T), of which this is the part from ``first_row``, ``first_pair`` and
+    ``first_column`` on.
     """
     N, P = x.shape[0], counts.shape[0]
     zero = np.float32(0)
@@ -56,8 +61,8 @@ def rotate(x, q, cos, sin, first_row, first_column, G, C, cut, counts):
         for i in range(part * (N // 2) // P, (part + 1) * (N // 2) // P):
             for g in range(G):
                 row = min(first_row + g, cos.shape[0] - 1)
-                turn_cos = cos[row, i, first_column : first_column + C]
-                turn_sin = sin[row, i, first_column : first_column + C]
+                turn_cos = cos[row, first_pair + i, first_column : first_column + C]
+                turn_sin = sin[row, first_pair + i, first_column : first_column + C]
                 x_0, x_1 = x[2 * i, g * C : (g + 1) * C], x[2 * i + 1, g * C : (g + 1) * C]
                 q_0, q_1 = q[2 * i, g * C : (g + 1) * C], q[2 * i + 1, g * C : (g + 1) * C]
                 if cut:
@@ -125,45 +130,48 @@ def respond(x, y, has_y, a, encoder_v, decoder, parts, neuron_keys, token_keys, 
     P, stride, D = parts.shape[0], parts.strides[1], decoder.shape[1]
     tile = _tile(M, D)
     room = (tile + LANES) * 4
+    some = max(1, BLOCK_BYTES // (4 * D))
     for part in prange(P):
         parts[part] = 0
         memory = np.empty((8, tile + LANES), np.float32)
         lists = memory.ctypes.data
-        for first in range(0, M, tile):
-            width = min(tile, M - first)
-            values = a.ctypes.data + first * stride
-            sums = parts.ctypes.data + part * parts.strides[0] + first * stride
-            for n in range(part * N // P, (part + 1) * N // P):
-                place, row = (n * M + first) * 4, n * D * 4
-                count = _gated(
-                    x.ctypes.data + place,
-                    y.ctypes.data + place * has_y,
-                    has_y,
-                    values,
-                    stride,
-                    encoder_v.ctypes.data + row,
-                    D,
-                    width,
-                    token_keys.ctypes.data + first * 4,
-                    neuron_keys[n],
-                    threshold,
-                    lists,
-                    room,
-                )
-                if count == 0:
-                    continue
-                for index in range(count):
-                    memory[_FACTORS, index] = memory[_X_STAYING, index] * memory[_Y_STAYING, index] * scale
-                pad(lists + _STAYING * room, lists + _FACTORS * room, count)
-                for index in range(0, count, GROUP):
-                    spread_row(
-                        decoder.ctypes.data + row,
-                        lists + _FACTORS * room + index * 4,
-                        lists + _STAYING * room + index * 4,
-                        sums,
+        end_neuron = (part + 1) * N // P
+        for start in range(part * N // P, end_neuron, some):
+            for first in range(0, M, tile):
+                width = min(tile, M - first)
+                values = a.ctypes.data + first * stride
+                sums = parts.ctypes.data + part * parts.strides[0] + first * stride
+                for n in range(start, min(end_neuron, start + some)):
+                    place, row = (n * M + first) * 4, n * D * 4
+                    count = _gated(
+                        x.ctypes.data + place,
+                        y.ctypes.data + place * has_y,
+                        has_y,
+                        values,
                         stride,
+                        encoder_v.ctypes.data + row,
                         D,
+                        width,
+                        token_keys.ctypes.data + first * 4,
+                        neuron_keys[n],
+                        threshold,
+                        lists,
+                        room,
                     )
+                    if count == 0:
+                        continue
+                    for index in range(count):
+                        memory[_FACTORS, index] = memory[_X_STAYING, index] * memory[_Y_STAYING, index] * scale
+                    pad(lists + _STAYING * room, lists + _FACTORS * room, count)
+                    for index in range(0, count, GROUP):
+                        spread_row(
+                            decoder.ctypes.data + row,
+                            lists + _FACTORS * room + index * 4,
+                            lists + _STAYING * room + index * 4,
+                            sums,
+                            stride,
+                            D,
+                        )
 
 
 @jit
@@ -193,66 +201,69 @@ def respond_backward(
     P, stride, D = parts.shape[0], parts.strides[1], decoder.shape[1]
     tile = _tile(M, D)
     room = (tile + LANES) * 4
+    some = max(1, BLOCK_BYTES // (4 * D))
     for part in prange(P):
         parts[part] = 0
         memory = np.empty((8, tile + LANES), np.float32)
         lists = memory.ctypes.data
         factors, staying = lists + _FACTORS * room, lists + _STAYING * room
-        for first in range(0, M, tile):
-            width = min(tile, M - first)
-            offset = first * stride
-            for n in range(part * N // P, (part + 1) * N // P):
-                place, row = (n * M + first) * 4, n * D * 4
-                for index in range(first, first + width):
-                    gated[n, index] = 0
-                count = _gated(
-                    x.ctypes.data + place,
-                    y.ctypes.data + place * has_y,
-                    has_y,
-                    a.ctypes.data + offset,
-                    stride,
-                    encoder_v.ctypes.data + row,
-                    D,
-                    width,
-                    token_keys.ctypes.data + first * 4,
-                    neuron_keys[n],
-                    threshold,
-                    lists,
-                    room,
-                )
-                if count == 0:
-                    continue
-                for index in range(count):
-                    memory[_FACTORS, index] = memory[_X_STAYING, index] * memory[_Y_STAYING, index] * scale
-                pad(staying, factors, count)
-                for index in range(0, count, GROUP):
-                    dots_and_gather(
-                        decoder.ctypes.data + row,
-                        grad_decoder.ctypes.data + row,
-                        factors + index * 4,
-                        staying + index * 4,
-                        grad_out.ctypes.data + offset,
-                        stride,
-                        D,
-                        lists + _Y * room + index * 4,
-                    )
-                for index in range(count):
-                    grad_z = memory[_Y, index] * scale
-                    memory[_FACTORS, index] = grad_z * memory[_X_STAYING, index]
-                    memory[_Y, index] = grad_z * memory[_Y_STAYING, index]
-                scatter(lists + _Y * room, staying, count, gated.ctypes.data + place)
-                pad(staying, factors, count)
-                for index in range(0, count, GROUP):
-                    gather_and_spread(
-                        encoder_v.ctypes.data + row,
-                        grad_encoder_v.ctypes.data + row,
-                        factors + index * 4,
-                        staying + index * 4,
+        end_neuron = (part + 1) * N // P
+        for start in range(part * N // P, end_neuron, some):
+            for first in range(0, M, tile):
+                width = min(tile, M - first)
+                offset = first * stride
+                for n in range(start, min(end_neuron, start + some)):
+                    place, row = (n * M + first) * 4, n * D * 4
+                    for index in range(first, first + width):
+                        gated[n, index] = 0
+                    count = _gated(
+                        x.ctypes.data + place,
+                        y.ctypes.data + place * has_y,
+                        has_y,
                         a.ctypes.data + offset,
-                        parts.ctypes.data + part * parts.strides[0] + offset,
                         stride,
+                        encoder_v.ctypes.data + row,
                         D,
+                        width,
+                        token_keys.ctypes.data + first * 4,
+                        neuron_keys[n],
+                        threshold,
+                        lists,
+                        room,
                     )
+                    if count == 0:
+                        continue
+                    for index in range(count):
+                        memory[_FACTORS, index] = memory[_X_STAYING, index] * memory[_Y_STAYING, index] * scale
+                    pad(staying, factors, count)
+                    for index in range(0, count, GROUP):
+                        dots_and_gather(
+                            decoder.ctypes.data + row,
+                            grad_decoder.ctypes.data + row,
+                            factors + index * 4,
+                            staying + index * 4,
+                            grad_out.ctypes.data + offset,
+                            stride,
+                            D,
+                            lists + _Y * room + index * 4,
+                        )
+                    for index in range(count):
+                        grad_z = memory[_Y, index] * scale
+                        memory[_FACTORS, index] = grad_z * memory[_X_STAYING, index]
+                        memory[_Y, index] = grad_z * memory[_Y_STAYING, index]
+                    scatter(lists + _Y * room, staying, count, gated.ctypes.data + place)
+                    pad(staying, factors, count)
+                    for index in range(0, count, GROUP):
+                        gather_and_spread(
+                            encoder_v.ctypes.data + row,
+                            grad_encoder_v.ctypes.data + row,
+                            factors + index * 4,
+                            staying + index * 4,
+                            a.ctypes.data + offset,
+                            parts.ctypes.data + part * parts.strides[0] + offset,
+                            stride,
+                            D,
+                        )
 
 
 @jit
@@ -269,52 +280,55 @@ def fire_backward(x, grad_q, gated, cos, sin, first_row, first_column, v, encode
     G, _, C = grad_q.shape
     tile = _tile(M, D)
     room = (tile + LANES) * 4
+    some = max(1, BLOCK_BYTES // (8 * D))
     for part in prange(P):
         parts[part] = 0
         memory, grads = np.empty((8, tile + LANES), np.float32), np.empty((2, tile), np.float32)
         lists = memory.ctypes.data
-        for first in range(0, M, tile):
-            width = min(tile, M - first)
-            last = min(first + width, G * C)  # what follows is no token
-            offset = first * stride
-            for i in range(part * (N // 2) // P, (part + 1) * (N // 2) // P):
-                g, m = first // C, first
-                while m < last:
-                    c, row = m - g * C, min(first_row + g, cos.shape[0] - 1)
-                    end = min(last, (g + 1) * C)
-                    turn_cos = cos[row, i, first_column + c : first_column + c + end - m]
-                    turn_sin = sin[row, i, first_column + c : first_column + c + end - m]
-                    q_0, q_1 = grad_q[g, 2 * i, c : c + end - m], grad_q[g, 2 * i + 1, c : c + end - m]
-                    gated_0, gated_1 = gated[2 * i, m:end], gated[2 * i + 1, m:end]
-                    grad_0, grad_1 = grads[0, m - first : end - first], grads[1, m - first : end - first]
-                    for j in range(end - m):
-                        grad_0[j] = q_0[j] * turn_cos[j] + q_1[j] * turn_sin[j] + gated_0[j]
-                        grad_1[j] = q_1[j] * turn_cos[j] - q_0[j] * turn_sin[j] + gated_1[j]
-                    g, m = g + 1, end
-                for side in range(2):
-                    n = 2 * i + side
-                    count = list_firing_1(
-                        x.ctypes.data + (n * M + first) * 4,
-                        width,
-                        lists + _FIRING * room,
-                        lists + _X * room,
-                        grads.ctypes.data + side * tile * 4,
-                        lists + _FACTORS * room,
-                    )
-                    if count == 0:
-                        continue
-                    pad(lists + _FIRING * room, lists + _FACTORS * room, count)
-                    for index in range(0, count, GROUP):
-                        gather_and_spread(
-                            encoder.ctypes.data + n * D * 4,
-                            grad_encoder.ctypes.data + n * D * 4,
-                            lists + _FACTORS * room + index * 4,
-                            lists + _FIRING * room + index * 4,
-                            v.ctypes.data + offset,
-                            parts.ctypes.data + part * parts.strides[0] + offset,
-                            stride,
-                            D,
+        end_pair = (part + 1) * (N // 2) // P
+        for start in range(part * (N // 2) // P, end_pair, some):
+            for first in range(0, M, tile):
+                width = min(tile, M - first)
+                last = min(first + width, G * C)  # what follows is no token
+                offset = first * stride
+                for i in range(start, min(end_pair, start + some)):
+                    g, m = first // C, first
+                    while m < last:
+                        c, row = m - g * C, min(first_row + g, cos.shape[0] - 1)
+                        end = min(last, (g + 1) * C)
+                        turn_cos = cos[row, i, first_column + c : first_column + c + end - m]
+                        turn_sin = sin[row, i, first_column + c : first_column + c + end - m]
+                        q_0, q_1 = grad_q[g, 2 * i, c : c + end - m], grad_q[g, 2 * i + 1, c : c + end - m]
+                        gated_0, gated_1 = gated[2 * i, m:end], gated[2 * i + 1, m:end]
+                        grad_0, grad_1 = grads[0, m - first : end - first], grads[1, m - first : end - first]
+                        for j in range(end - m):
+                            grad_0[j] = q_0[j] * turn_cos[j] + q_1[j] * turn_sin[j] + gated_0[j]
+                            grad_1[j] = q_1[j] * turn_cos[j] - q_0[j] * turn_sin[j] + gated_1[j]
+                        g, m = g + 1, end
+                    for side in range(2):
+                        n = 2 * i + side
+                        count = list_firing_1(
+                            x.ctypes.data + (n * M + first) * 4,
+                            width,
+                            lists + _FIRING * room,
+                            lists + _X * room,
+                            grads.ctypes.data + side * tile * 4,
+                            lists + _FACTORS * room,
                         )
+                        if count == 0:
+                            continue
+                        pad(lists + _FIRING * room, lists + _FACTORS * room, count)
+                        for index in range(0, count, GROUP):
+                            gather_and_spread(
+                                encoder.ctypes.data + n * D * 4,
+                                grad_encoder.ctypes.data + n * D * 4,
+                                lists + _FACTORS * room + index * 4,
+                                lists + _FIRING * room + index * 4,
+                                v.ctypes.data + offset,
+                                parts.ctypes.data + part * parts.strides[0] + offset,
+                                stride,
+                                D,
+                            )
 
 
 @jit
