@@ -16,22 +16,40 @@ _made = weakref.WeakKeyDictionary()
 
 def kernel_obstacle(model: "BDHForCausalLM") -> str | None:
     """What keeps the kernels from running this model, whatever the machine; None where nothing does."""
-    linears = [model.encoder, *model.encoder_v, model.decoder, model.lm_head]
-    for module in linears:
-        if type(module) is not nn.Linear or nn.utils.parametrize.is_parametrized(module):
-            return f"a layer is {type(module).__name__}, the kernels take plain nn.Linear"
-        if module.bias is not None:
-            return "a layer has a bias"
+    if (obstacle := weights_obstacle([*layer_modules(model), model.lm_head])) is not None:
+        return obstacle
     if type(model.embed) is not nn.Embedding:
         return f"the embedding is {type(model.embed).__name__}, the kernels take plain nn.Embedding"
-    for module in [*linears, model.embed]:
-        if module._forward_hooks or module._forward_pre_hooks:
-            return "a layer has hooks, which the kernels would pass by"
+    if _has_hooks(model.embed):
+        return "the embedding has hooks"
+    for module in [*layer_modules(model), model.lm_head, model.embed]:
         if module.weight.dtype not in (torch.float32, torch.bfloat16):
             return f"the weights are {module.weight.dtype}, the kernels take float32 and bfloat16"
-        if type(module.weight) is not nn.Parameter or type(module.weight.data) is not torch.Tensor:
-            return f"a weight is {type(module.weight.data).__name__}, the kernels take plain tensors"
     return None
+
+
+def layer_modules(model: "BDHForCausalLM") -> list[nn.Module]:
+    """The modules of the layer."""
+    return [model.encoder, *model.encoder_v, model.decoder]
+
+
+def weights_obstacle(modules: list[nn.Module]) -> str | None:
+    """What keeps the modules from being computed by their weights alone; None where they are plain ``nn.Linear``."""
+    for module in modules:
+        if type(module) is not nn.Linear or nn.utils.parametrize.is_parametrized(module):
+            return f"a layer is {type(module).__name__}, not a plain nn.Linear"
+        if module.bias is not None:
+            return "a layer has a bias"
+        if _has_hooks(module):
+            return "a layer has hooks"
+        if type(module.weight) is not nn.Parameter or type(module.weight.data) is not torch.Tensor:
+            return f"a weight is {type(module.weight.data).__name__}, not a plain tensor"
+    return None
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, kind) for kind in kinds)
 
 
 def recurrence_of(model: "BDHForCausalLM", storage: "Storage" = "float32") -> "Recurrence":

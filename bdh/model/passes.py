@@ -1,11 +1,12 @@
 """The passes of one forward, computed in blocks by :mod:`bdh.ops.layer`."""
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from torch import nn
 
+from bdh.model.kernels import layer_modules, weights_obstacle
 from bdh.ops.attention import sum_dtype
 from bdh.ops.layer.dropout import make_dropout
 from bdh.ops.layer.function import PassSpec, wide_pass
@@ -90,7 +91,7 @@ class BlockPasses:
         """
         config, dtype = model.config, _dtype(model)
         device = positions.device
-        encoder_v = tuple(head.weight.to(dtype) for head in model.encoder_v)  # type: ignore[operator]
+        encoder_v = tuple(cast(nn.Linear, head).weight.to(dtype) for head in model.encoder_v)
         rotation = make_rotation(positions, config.neurons_per_head, config.rope_theta, dtype)
         rate = config.dropout if model.training else 0.0
         seeds = torch.zeros(config.n_layer, dtype=torch.int64, device=device)
@@ -143,15 +144,6 @@ def _dtype(model: "BDHForCausalLM") -> torch.dtype:
 
 def _obstacle(model: "BDHForCausalLM") -> str | None:
     """What keeps the layer from being computed by weights alone: the modules are then called, as they are."""
-    for name, module in (("encoder", model.encoder), ("decoder", model.decoder), *_heads(model)):
-        if type(module) is not nn.Linear:
-            return f"{name} is a {type(module).__name__}"
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-            return f"{name} has hooks"
     if model.training and not 0 <= model.config.dropout < 1:
         return f"dropout is {model.config.dropout}"
-    return None
-
-
-def _heads(model: "BDHForCausalLM") -> list[tuple[str, nn.Module]]:
-    return [(f"encoder_v.{index}", head) for index, head in enumerate(model.encoder_v)]
+    return weights_obstacle(layer_modules(model))

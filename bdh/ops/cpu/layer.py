@@ -1,10 +1,12 @@
 """The neurons of a block by the kernels of :mod:`bdh.ops.cpu.layer_kernels`."""
 
+from functools import cache
+
 import numpy as np
 import torch
 
 from bdh.ops.cpu import layer_kernels as kernels
-from bdh.ops.cpu.runtime import exclusive, follow_torch_threads
+from bdh.ops.cpu.runtime import compiled, exclusive, follow_torch_threads
 from bdh.ops.cpu.vector import LANES
 from bdh.ops.layer.neurons import Block, Fired, LayerWeights, zeros_like
 
@@ -14,6 +16,29 @@ DENSE_GRADIENT = 0.4
 """Share of x from which on the gradients behind it are computed by dense products."""
 _FIRE_BYTES = 1024 * 1024  # of x
 _NOTHING = torch.zeros(1, 1)
+
+
+@cache
+def _compile() -> None:
+    """Runs all kernels once, so that they are compiled, or loaded from the disk, with a word where that takes long."""
+
+    def run() -> None:
+        x, narrow, table = (
+            np.ones((2, LANES), np.float32),
+            np.ones((LANES, 1), np.float32),
+            np.ones((1, 1, 1), np.float32),
+        )
+        weight, parts, counts = np.ones((2, 1), np.float32), np.empty((1, LANES, 1), np.float32), np.empty(1, np.int64)
+        keys = np.zeros(2, np.int64), np.zeros(LANES, np.int32), 0, np.float32(1)
+        gated, grad_q = np.zeros_like(x), np.ones((1, 2, 1), np.float32)
+        kernels.rotate(x, x.copy(), table, table, 0, 0, 0, 1, 1, True, counts)
+        common = x, x, False, narrow, weight, weight
+        kernels.respond(*common, parts, *keys)
+        kernels.respond_backward(*common, narrow, weight.copy(), weight.copy(), gated, parts, *keys)
+        kernels.fire_backward(x, grad_q, gated, table, table, 0, 0, narrow, weight, weight.copy(), parts)
+        kernels.turn_back(x, grad_q, gated, table, table, 0, 0)
+
+    compiled(run)
 
 
 class KernelNeurons:
@@ -26,6 +51,7 @@ class KernelNeurons:
             weights.decoder.contiguous(),
         )
         self._gradients = zeros_like(weights, torch.float32) if with_gradients else None
+        _compile()
         self._parts = follow_torch_threads()
         self._keep_wide = keep_wide
         self._wide: dict[str, torch.Tensor] = {}
@@ -45,7 +71,7 @@ class KernelNeurons:
         return _fired(x, q, G, C)
 
     def rotated(self, block: Block, x: torch.Tensor) -> Fired:
-        N, G, C = x.shape
+        G, C = x.shape[1:]
         wide, q = _whole(x), self._memory("q", block, x[0, :, :, None])
         self._firing = 0
         self._rotate(block, wide, q, 0, G, C, cut=False)

@@ -72,13 +72,13 @@ def rotate(x, q, cos, sin, first_pair, first_row, first_column, G, C, cut, count
                         x_0[c], x_1[c] = a, b
                         q_0[c] = a * turn_cos[c] - b * turn_sin[c]
                         q_1[c] = b * turn_cos[c] + a * turn_sin[c]
-                        fires += np.int64(a > zero) + np.int64(b > zero)
+                        fires += int(a > zero) + int(b > zero)
                 else:
                     for c in range(C):
                         a, b = x_0[c], x_1[c]
                         q_0[c] = a * turn_cos[c] - b * turn_sin[c]
                         q_1[c] = b * turn_cos[c] + a * turn_sin[c]
-                        fires += np.int64(a > zero) + np.int64(b > zero)
+                        fires += int(a > zero) + int(b > zero)
         counts[part] = fires
 
 

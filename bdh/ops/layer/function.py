@@ -160,7 +160,7 @@ class _WidePass(torch.autograd.Function):
                 if spec.keep_wide or spec.keep_scores:
                     x = fired.x if spec.keep_wide else None
                     kept[rows.start, head, index] = _Kept(x, scores.weighted if spec.keep_scores else None)
-            if new_state is not None:
+            if new_state is not None and current is not None:
                 new_state[rows, head] = current
         ctx.save_for_backward(v, encoder, decoder, state, *encoder_v)
         ctx.spec, ctx.kept = spec, kept
