@@ -21,7 +21,7 @@ ALLOWED = {
     "distributed": {"ops", "model"},
     "train": {"ops", "model", "tokenizer", "data", "distributed", "monitor", "evaluate", "generate"},
     "serve": {"model", "tokenizer", "generate"},
-    "bench": {"ops", "model", "tokenizer", "generate"},
+    "bench": {"ops", "model", "tokenizer", "generate", "train"},
     "cli": {
         "ops",
         "model",

@@ -39,8 +39,10 @@ class Density:
     """Share of the neurons that fire in x and in y."""
 
 
-def sparse_model(config: BDHConfig, seed: int = 0) -> BDHForCausalLM:
-    """A float32 model on the CPU whose passes fire, in the mean, as :data:`X_DENSITY` and :data:`XY_DENSITY` say.
+def sparse_model(
+    config: BDHConfig, seed: int = 0, *, x_density: float = X_DENSITY, xy_density: float = XY_DENSITY
+) -> BDHForCausalLM:
+    """A float32 model on the CPU whose passes fire, in the mean, as densely as that.
 
     The same seed and configuration give the same weights on one machine.
     """
@@ -55,26 +57,28 @@ def sparse_model(config: BDHConfig, seed: int = 0) -> BDHForCausalLM:
     for layer in (model.encoder, *model.encoder_v, model.decoder):
         layer.weight.normal_(0, 1 / math.sqrt(D), generator=generator)
     tokens = torch.randint(V, (_CALIBRATION_TOKENS,), generator=generator)
-    _calibrate(model, direction, tokens)
+    _calibrate(model, direction, tokens, x_density, xy_density)
     return model
 
 
-def _calibrate(model: BDHForCausalLM, direction: torch.Tensor, tokens: torch.Tensor) -> None:
+def _calibrate(
+    model: BDHForCausalLM, direction: torch.Tensor, tokens: torch.Tensor, x_density: float, xy_density: float
+) -> None:
     """Leans the weights until the densities are those wanted, and those of the last pass like those of the first."""
     normal = NormalDist()
     num_neurons = model.decoder.weight.shape[1]
-    _lean(model, direction, x=-1.6, y=-0.6, out=0.5 / math.sqrt(XY_DENSITY * num_neurons))
+    _lean(model, direction, x=-1.6, y=-0.6, out=0.5 / math.sqrt(xy_density * num_neurons))
     for _ in range(_ROUNDS):
         found = densities(model, tokens)
         x, xy = mean(each.x for each in found), mean(each.xy for each in found)
         slope = found[-1].x / found[0].x  # below 1, u grows from pass to pass
-        errors = (x / X_DENSITY - 1, xy / XY_DENSITY - 1, slope - 1 if len(found) > 1 else 0)
+        errors = (x / x_density - 1, xy / xy_density - 1, slope - 1 if len(found) > 1 else 0)
         if max(map(abs, errors)) < _CLOSE_ENOUGH:
             break
         # A share p of normally distributed numbers lies above -inv_cdf(p): the way from one share to another.
-        by_x = normal.inv_cdf(X_DENSITY) - normal.inv_cdf(_inside(x))
-        by_y = normal.inv_cdf(_inside(XY_DENSITY / X_DENSITY)) - normal.inv_cdf(_inside(xy / max(x, 1e-6)))
-        by_out = 0.3 * math.log(max(slope, 0.1)) / math.sqrt(XY_DENSITY * num_neurons)
+        by_x = normal.inv_cdf(x_density) - normal.inv_cdf(_inside(x))
+        by_y = normal.inv_cdf(_inside(xy_density / x_density)) - normal.inv_cdf(_inside(xy / max(x, 1e-6)))
+        by_out = 0.3 * math.log(max(slope, 0.1)) / math.sqrt(xy_density * num_neurons)
         _lean(model, direction, x=by_x, y=by_y, out=by_out)
 
 

@@ -96,7 +96,7 @@ class BlockPasses:
         rate = config.dropout if model.training else 0.0
         seeds = torch.zeros(config.n_layer, dtype=torch.int64, device=device)
         if rate > 0:
-            seeds = torch.randint(2**62, (config.n_layer,), device=device)
+            seeds = draw_seeds(config.n_layer, device)
         return cls(
             eps=config.layer_norm_eps,
             dtype=dtype,
@@ -132,6 +132,11 @@ class BlockPasses:
         with torch.autocast(v.device.type, enabled=False):
             out, sums = wide_pass(values.contiguous(), self.weights, spec, sums)
         return layer_norm(v + layer_norm(out, self.eps), self.eps), sums
+
+
+def draw_seeds(num_passes: int, device: torch.device) -> torch.Tensor:
+    """Those of the passes' dropout, int64 (L,), from the device's generator."""
+    return torch.randint(2**62, (num_passes,), device=device)
 
 
 def _dtype(model: "BDHForCausalLM") -> torch.dtype:

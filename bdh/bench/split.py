@@ -1,0 +1,65 @@
+"""Where the time of a training step goes, by wrapping what computes its parts, for one step."""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from bdh.ops.layer import function
+
+_METHODS = {
+    "fire": "x = relu(E v), and its rotation",
+    "rotated": "the rotation of a kept x",
+    "respond": "y = relu(Ev a), dropout(x * y) and the decoder",
+    "respond_backward": "the same backwards",
+    "fire_backward": "x backwards: gradients of E and v",
+}
+_FUNCTIONS = {
+    "read_block": "attention: scores, what they and the state give",
+    "learn_block": "attention: the state behind a block",
+    "read_block_backward": "attention backwards",
+}
+
+
+@contextmanager
+def timed_parts(device: str) -> Iterator[dict[str, float]]:
+    """Seconds of each part, from now on until the end of the block."""
+    seconds: dict[str, float] = defaultdict(float)
+
+    def timed(call: Callable[..., Any], part: str) -> Callable[..., Any]:
+        def run(*arguments: Any, **others: Any) -> Any:
+            _wait(device)
+            start = time.perf_counter()
+            try:
+                return call(*arguments, **others)
+            finally:
+                _wait(device)
+                seconds[part] += time.perf_counter() - start
+
+        return run
+
+    make_neurons = function._neurons
+
+    def neurons(*arguments: Any, **others: Any) -> Any:
+        made = make_neurons(*arguments, **others)
+        for name, part in _METHODS.items():
+            setattr(made, name, timed(getattr(made, name), part))
+        return made
+
+    originals = {name: getattr(function, name) for name in (*_FUNCTIONS, "_neurons")}
+    try:
+        function._neurons = neurons  # type: ignore[assignment]
+        for name, part in _FUNCTIONS.items():
+            setattr(function, name, timed(originals[name], part))
+        yield seconds
+    finally:
+        for name, original in originals.items():
+            setattr(function, name, original)
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()

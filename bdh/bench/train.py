@@ -1,0 +1,268 @@
+"""A training step: whether its gradients are those of the plain equations, and then what it costs beside others."""
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bdh.bench.report import Report, milliseconds
+from bdh.bench.split import timed_parts
+from bdh.bench.timing import Timing, interleaved
+from bdh.bench.training import (
+    STEPS,
+    BlocksStep,
+    NaiveStep,
+    Step,
+    TrainCase,
+    dropout_masks,
+    make_model,
+    measure_memory,
+)
+from bdh.model.modeling import BDHForCausalLM
+from bdh.model.passes import plan_for
+from bdh.ops import naive
+from bdh.train.runtime import Runtime
+from bdh.train.speed import matmul_peak, training_flops_per_token
+
+TOLERANCES = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
+"""Of the norm of the difference of two gradients of a weight, as a share of the norm. Float32 sums in another order differ
+by about 1e-6; but where x or y lies that near to 0, whether it fires is open, and one such neuron and token among the 10^7
+of a batch takes the gradients up to 1e-4 apart. A half-precision product rounds each of its factors, by up to 4e-3 in
+bfloat16 and 5e-4 in float16, and a gradient passes through some tens of them."""
+_SHARE_OF_MEMORY = 0.6
+
+Progress = Callable[[str], None]
+
+
+def bench_train(cases: list[TrainCase], *, rounds: int = 5, progress: Progress = lambda stage: None) -> Report:
+    """Figures of each case. One whose gradients do not agree is not timed, nor are those behind it."""
+    report = Report("train")
+    for index, case in enumerate(cases):
+        model = make_model(case)
+        if index == 0:
+            report.introduce(model.eval().requires_grad_(False).to("cpu"), case.seed)  # type: ignore[arg-type]
+            report.figures["cases"] = []
+        del model
+        figures: dict[str, Any] = {"batch_size": case.batch_size, "block_size": case.block_size}
+        report.figures["cases"].append(figures)
+        report.say()
+        report.say(f"step      {case.num_tokens:,} tokens: {case.batch_size} sequences of {case.block_size:,}, {case.dtype}")
+        _compare(report, figures, case, progress)
+        if report.failed:
+            return report
+        _time(report, figures, case, rounds, progress)
+    return report
+
+
+def bench_one_step(case: TrainCase, progress: Progress = lambda stage: None) -> Report:
+    """The memory and time of a single optimizer step in a process of its own."""
+    report = Report("train")
+    model = make_model(case)
+    report.introduce(model.eval().requires_grad_(False).to("cpu"), case.seed)  # type: ignore[arg-type]
+    del model
+    progress("one optimizer step in a fresh process")
+    memory = measure_memory(case, "bdh", update=True)
+    report.figures["one_step"] = {
+        "batch_size": case.batch_size,
+        "block_size": case.block_size,
+        "bytes_before": memory.before,
+        "peak_bytes": memory.peak,
+        "seconds": memory.seconds,
+        "tokens_per_s": case.num_tokens / memory.seconds,
+        "naive_bytes": case.naive_bytes(),
+    }
+    report.say(f"step      {case.num_tokens:,} tokens: {case.batch_size} sequences of {case.block_size:,}, with AdamW")
+    report.say(f"memory    {_mebibytes(memory.before)} before, at most {_mebibytes(memory.peak)} during the step")
+    report.say(f"          the plain equations would keep about {_mebibytes(case.naive_bytes())} for the backward pass")
+    report.say(f"time      {memory.seconds:,.1f} s, the first step: {case.num_tokens / memory.seconds:,.0f} tokens/s")
+    return report
+
+
+def _compare(report: Report, figures: dict[str, Any], case: TrainCase, progress: Progress) -> None:
+    """Loss and gradients beside those of ``ops/naive.py`` with the same dropout, on as many sequences as have room."""
+    room = int(_available_bytes(case.device) * _SHARE_OF_MEMORY)
+    each = 3 * replace(case, batch_size=1).naive_bytes()  # in float64, and the masks
+    small = replace(case, batch_size=max(1, min(case.batch_size, room // each)))
+    if each > room:  # not even one sequence: a shorter one has the same blocks but for their number
+        small = replace(small, block_size=max(1, int(case.block_size * (room / each) ** 0.5)))
+    progress(f"agreement: gradients over {small.batch_size} x {small.block_size} tokens")
+    torch.manual_seed(case.seed)
+    blocks = BlocksStep(small)
+    torch.manual_seed(case.seed)
+    loss = blocks()
+    exact, plain = _naive(small, torch.float64), _naive(small, torch.float32)
+    expected, rounded = exact(), plain()
+    differences = {"loss": abs(loss - expected) / abs(expected)}
+    of_naive = {"loss": abs(rounded - expected) / abs(expected)}
+    for name, grad in _gradients(blocks.model).items():
+        wanted, also = (getattr(step.weights, name).grad.double() for step in (exact, plain))
+        differences[name] = ((grad.double() - wanted).norm() / wanted.norm()).item()
+        of_naive[name] = ((also - wanted).norm() / wanted.norm()).item()
+    allowed = TOLERANCES[case.dtype]
+    # Not `>`: what is not a number does not agree.
+    report.failed = not all(value <= allowed for value in differences.values())
+    figures["agreement"] = {
+        "batch_size": small.batch_size,
+        "block_size": small.block_size,
+        "agrees": not report.failed,
+        "allowed": allowed,
+        "relative_difference": differences,
+        "relative_difference_of_naive_in_float32": of_naive,
+    }
+    where = "" if small == case else f" over {small.batch_size} x {small.block_size:,} tokens, for which that has room"
+    report.table(
+        f"agreement with ops/naive.py in float64{where}: norm of the difference as a share of the norm, allowed {allowed:.0e}",
+        ["", *differences],
+        [
+            ["bdh", *(f"{value:.1e}" for value in differences.values())],
+            ["ops/naive.py in float32", *(f"{value:.1e}" for value in of_naive.values())],
+        ],
+    )
+    if report.failed:
+        report.say("the gradients do not agree: nothing was timed")
+    report.say()
+
+
+def _naive(case: TrainCase, dtype: torch.dtype) -> NaiveStep:
+    """The plain equations in this precision, with the dropout that the blocks draw from the case's seed."""
+    step = NaiveStep(replace(case, dtype="float32"))
+    step.weights = naive.Weights(*(weight.detach().to(dtype).requires_grad_() for weight in step.weights))
+    if case.config.dropout:
+        torch.manual_seed(case.seed)
+        masks = dropout_masks(step.model, case.batch_size, case.block_size)
+        step.masks = [mask.to(dtype) for mask in masks]
+    return step
+
+
+def _gradients(model: BDHForCausalLM) -> dict[str, torch.Tensor]:
+    """In the layout of ``naive.Weights``."""
+    shape = (model.config.n_head, model.config.neurons_per_head)
+    return {
+        "embed": _of(model.embed),
+        "encoder": _of(model.encoder).unflatten(0, shape).transpose(1, 2),
+        "encoder_v": torch.stack([_of(head).t() for head in model.encoder_v]),
+        "decoder": _of(model.decoder).t(),
+        "lm_head": _of(model.lm_head).t(),
+    }
+
+
+def _of(module: Any) -> torch.Tensor:
+    return module.weight.grad
+
+
+def _time(report: Report, figures: dict[str, Any], case: TrainCase, rounds: int, progress: Progress) -> None:
+    room = _available_bytes(case.device) * _SHARE_OF_MEMORY
+    left_out = {}
+    if case.naive_bytes() > room:
+        reason = f"would keep about {_mebibytes(case.naive_bytes())} for the backward pass"
+        left_out = {"naive": reason, "compiled": reason}
+    elif case.device == "cpu" and not any(map(shutil.which, ("g++", "clang++", "cl"))):
+        left_out = {"compiled": "torch.compile needs a C++ compiler"}
+    forms = [form for form in STEPS if form not in left_out]
+    memory = {}
+    for form in forms:
+        progress(f"memory: {form}")
+        memory[form] = measure_memory(case, form)
+    steps: dict[str, Step] = {}
+    for form in forms:
+        progress(f"making {form}")
+        steps[form] = STEPS[form](case)
+    progress(f"timing: {', '.join(forms)}")
+    timings = interleaved(steps, rounds=rounds, warm_up=2)
+    blocks = steps["bdh"]
+    assert isinstance(blocks, BlocksStep)
+    plan = plan_for(blocks.model, case.batch_size, case.block_size, case.config.attention_form)
+    if plan is not None:
+        figures["path"] = plan.path
+        report.say(f"layer     {plan.describe(case.config.n_layer)}")
+    _table(report, figures, case, steps, timings, memory)
+    for form, reason in left_out.items():
+        report.say(f"  {STEPS[form].name} is left out: it {reason}")
+    figures["left_out"] = left_out
+    _peak(report, figures, case, timings["bdh"])
+    _split(report, figures, case, blocks, timings["bdh"])
+
+
+def _table(
+    report: Report,
+    figures: dict[str, Any],
+    case: TrainCase,
+    steps: dict[str, Step],
+    timings: dict[str, Timing],
+    memory: dict[str, Any],
+) -> None:
+    own = timings["bdh"].median
+    figures["forms"] = [
+        {
+            "name": steps[form].name,
+            "ms_per_step": 1000 * timing.median,
+            "least_ms": 1000 * timing.least,
+            "tokens_per_s": case.num_tokens / timing.median,
+            "bdh_is_faster": timing.median / own,
+            "bytes_before": memory[form].before,
+            "peak_bytes": memory[form].peak,
+        }
+        for form, timing in timings.items()
+    ]
+    report.table(
+        f"forward and backward pass, medians of {len(timings['bdh'].seconds)} rounds by turns; memory in processes of their own",
+        ["", "ms/step", "least", "tokens/s", "bdh is faster", "MiB before", "peak", "more"],
+        [
+            [
+                found["name"],
+                f"{found['ms_per_step']:,.1f}",
+                f"{found['least_ms']:,.1f}",
+                f"{found['tokens_per_s']:,.0f}",
+                f"{found['bdh_is_faster']:.2f} x",
+                f"{found['bytes_before'] / 2**20:,.0f}",
+                f"{found['peak_bytes'] / 2**20:,.0f}",
+                f"{(found['peak_bytes'] - found['bytes_before']) / 2**20:,.0f}",
+            ]
+            for found in figures["forms"]
+        ],
+    )
+
+
+def _peak(report: Report, figures: dict[str, Any], case: TrainCase, own: Timing) -> None:
+    """The operations that the step needs at the least, beside what matrix products reach."""
+    peak = matmul_peak(Runtime(torch.device(case.device), getattr(torch, case.dtype), ""))
+    useful = training_flops_per_token(case.config, case.block_size) * case.num_tokens / own.median
+    figures["flops"] = {"useful_per_s": useful, "matmul_peak_per_s": peak, "share": useful / peak}
+    report.say()
+    report.say(
+        f"useful    {useful / 1e9:,.0f} GFLOP/s, {100 * useful / peak:.0f} % of the {peak / 1e9:,.0f} that matrix products "
+        "reach (as if all neurons fired: what is not computed counts too)"
+    )
+
+
+def _split(report: Report, figures: dict[str, Any], case: TrainCase, blocks: BlocksStep, own: Timing) -> None:
+    with timed_parts(case.device) as seconds:
+        blocks()
+    rest = max(0.0, own.median - sum(seconds.values()))
+    parts = {**seconds, "the rest: embedding, norms, head, loss": rest}
+    total = sum(parts.values())
+    figures["parts"] = {name: 1000 * value for name, value in parts.items()}
+    report.table(
+        "where the time goes, over all passes",
+        ["", "ms/step", "share"],
+        [[name, milliseconds(value), f"{100 * value / total:.0f} %"] for name, value in parts.items()],
+    )
+
+
+def _available_bytes(device: str) -> int:
+    """Memory that is free now."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _mebibytes(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.0f} MiB"

@@ -1,0 +1,309 @@
+"""One training step, forwards and backwards, in several forms: what ``bdh bench train`` compares."""
+
+import resource
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from bdh.bench.timing import resident_bytes
+from bdh.bench.weights import half_lives, naive_weights, sparse_model
+from bdh.model.configuration import BDHConfig
+from bdh.model.modeling import BDHForCausalLM
+from bdh.model.passes import draw_seeds
+from bdh.ops import naive
+from bdh.ops.layer.dropout import kept, make_dropout
+from bdh.ops.layer.plan import LayerOptions
+from bdh.train.config import TrainSettings
+from bdh.train.optim import Optimizers
+
+# What autograd keeps of a pass of the plain equations: tensors as wide as the neurons, and of T x T scores; counted.
+_WIDE_KEPT, _SCORES_KEPT = 12, 3
+_HEAD_WIDTH = 64  # of GPT-2
+
+
+@dataclass(frozen=True)
+class TrainCase:
+    """What is trained, and on how much."""
+
+    config: BDHConfig
+    batch_size: int
+    block_size: int
+    device: str = "cpu"
+    dtype: str = "float32"
+    """Of the matrix products; the weights are float32."""
+    density: float | None = None
+    """Share of x that is to fire; None leaves the weights untrained."""
+    seed: int = 0
+    threads: int | None = None
+    """Of torch and the kernels; None for what torch takes."""
+    options: LayerOptions = LayerOptions()
+
+    @property
+    def num_tokens(self) -> int:
+        return self.batch_size * self.block_size
+
+    def naive_bytes(self) -> int:
+        """What the plain equations keep for the backward pass, about."""
+        config, T = self.config, self.block_size
+        each = _WIDE_KEPT * config.neurons_per_head * T + _SCORES_KEPT * T * T
+        return 4 * config.n_layer * config.n_head * self.batch_size * each
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device, dtype=getattr(torch, self.dtype), enabled=self.dtype != "float32")
+
+
+def make_model(case: TrainCase) -> BDHForCausalLM:
+    """In training mode, on the device; the same for the same case."""
+    torch.manual_seed(case.seed)
+    if case.density is None:
+        model = BDHForCausalLM(case.config)
+    else:
+        model = sparse_model(case.config, case.seed, x_density=case.density, xy_density=case.density / 4)
+    model.layer_options = case.options
+    return model.requires_grad_(True).train().to(case.device)  # type: ignore[arg-type]
+
+
+def make_batch(case: TrainCase) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random tokens (B, T), and those to be predicted at each place."""
+    generator = torch.Generator().manual_seed(case.seed + 1)
+    shape = (case.batch_size, case.block_size + 1)
+    tokens = torch.randint(case.config.vocab_size, shape, generator=generator).to(case.device)
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+class Step(ABC):
+    """The forward and backward pass of one form."""
+
+    name: str
+    model: torch.nn.Module
+
+    def __init__(self, case: TrainCase):
+        self.case = case
+        self.tokens, self.targets = make_batch(case)
+
+    @abstractmethod
+    def loss(self) -> torch.Tensor:
+        """Of the batch, with its graph."""
+
+    def clear(self) -> None:
+        self.model.zero_grad()
+
+    def __call__(self) -> float:
+        """Leaves the gradients in the weights, and returns the loss."""
+        self.clear()
+        with self.case.autocast():
+            loss = self.loss()
+        loss.backward()
+        return loss.item()  # waits for the device
+
+
+class BlocksStep(Step):
+    """As ``bdh train`` computes it."""
+
+    name = "bdh"
+    model: BDHForCausalLM
+
+    def __init__(self, case: TrainCase):
+        super().__init__(case)
+        self.model = make_model(case)
+
+    def loss(self) -> torch.Tensor:
+        found = self.model(self.tokens, shift_labels=self.targets).loss
+        assert found is not None
+        return found
+
+
+class NaiveStep(Step):
+    """``ops/naive.py`` with autograd. Its dropout draws a mask in each pass, if none are given."""
+
+    name = "ops/naive.py"
+    model: BDHForCausalLM
+
+    def __init__(self, case: TrainCase):
+        super().__init__(case)
+        self.model = make_model(case)
+        self.weights = naive.Weights(*(w.contiguous().requires_grad_() for w in naive_weights(self.model)))
+        self.masks: list[torch.Tensor] | None = None
+
+    def clear(self) -> None:
+        for weight in self.weights:
+            weight.grad = None
+
+    def loss(self) -> torch.Tensor:
+        return naive_loss(self.model, self.weights, self.tokens, self.targets, self.masks)
+
+
+class CompiledStep(NaiveStep):
+    """The same under ``torch.compile``."""
+
+    name = "ops/naive.py, compiled"
+
+    def __init__(self, case: TrainCase):
+        super().__init__(case)
+        self._compiled = torch.compile(naive_loss)
+
+    def loss(self) -> torch.Tensor:
+        return self._compiled(self.model, self.weights, self.tokens, self.targets, self.masks)
+
+
+class Gpt2Step(Step):
+    """GPT-2 of transformers, of about as many parameters, with the same dropout and vocabulary."""
+
+    def __init__(self, case: TrainCase):
+        super().__init__(case)
+        wanted = sum(weight.numel() for weight in make_model(replace(case, density=None)).parameters())
+        self.model = GPT2LMHeadModel(gpt2_config(case, wanted)).train().to(case.device)  # type: ignore[arg-type]
+        count = sum(weight.numel() for weight in self.model.parameters())
+        self.name = f"GPT-2 of {count / 1e6:.2f}M parameters"
+
+    def loss(self) -> torch.Tensor:
+        logits = self.model(self.tokens, use_cache=False).logits
+        return F.cross_entropy(logits.flatten(0, 1), self.targets.flatten())
+
+
+STEPS: dict[str, type[Step]] = {"bdh": BlocksStep, "naive": NaiveStep, "compiled": CompiledStep, "gpt2": Gpt2Step}
+
+
+def naive_loss(
+    model: BDHForCausalLM,
+    weights: naive.Weights,
+    tokens: torch.Tensor,
+    targets: torch.Tensor,
+    masks: list[torch.Tensor] | None,
+) -> torch.Tensor:
+    """The loss by the plain equations. ``masks`` are those of the passes' dropout, (B, H, T, N); None draws them."""
+    config = model.config
+    (B, T), H, N = tokens.shape, config.n_head, config.neurons_per_head
+    positions = torch.arange(T, device=tokens.device)
+    v = naive.layer_norm(weights.embed[tokens], config.layer_norm_eps)
+    for index in range(config.n_layer):
+        mask = None
+        if config.dropout > 0:
+            mask = F.dropout(v.new_ones(B, H, T, N), config.dropout) if masks is None else masks[index]
+        v = naive.layer_pass(
+            v,
+            weights,
+            positions,
+            theta=config.rope_theta,
+            eps=config.layer_norm_eps,
+            dropout_mask=mask,
+            half_lives=half_lives(model),
+        )
+    return F.cross_entropy((v @ weights.lm_head).flatten(0, 1), targets.flatten())
+
+
+def dropout_masks(model: BDHForCausalLM, batch_size: int, num_tokens: int) -> list[torch.Tensor]:
+    """The masks (B, H, T, N) that the model's next forward pass in training draws, divided by the keep probability.
+
+    The generator stands behind them then: seed it again before that pass.
+    """
+    config, device = model.config, model.embed.weight.device
+    H, N = config.n_head, config.neurons_per_head
+    masks = []
+    for seed in draw_seeds(config.n_layer, device):
+        dropout = make_dropout(config.dropout, seed, H * N, batch_size, num_tokens)
+        mask = kept(dropout, dropout.neuron_keys, dropout.token_keys).float() * dropout.scale  # (H * N, B, T)
+        masks.append(mask.view(H, N, batch_size, num_tokens).permute(2, 0, 3, 1))
+    return masks
+
+
+def gpt2_config(case: TrainCase, num_parameters: int) -> GPT2Config:
+    """The one that comes nearest to so many parameters, with heads of width 64, at least 2 layers, wider than deep."""
+    V, T = case.config.vocab_size, case.block_size
+
+    def count(layers: int, width: int) -> int:
+        return layers * (12 * width**2 + 13 * width) + (V + T + 2) * width
+
+    shapes = [(layers, _HEAD_WIDTH * heads) for layers in range(2, 25) for heads in range(1, 33) if layers <= 4 * heads]
+    layers, width = min(shapes, key=lambda shape: abs(count(*shape) - num_parameters))
+    rate = case.config.dropout
+    return GPT2Config(
+        vocab_size=V,
+        n_positions=T,
+        n_layer=layers,
+        n_embd=width,
+        n_head=width // _HEAD_WIDTH,
+        resid_pdrop=rate,
+        embd_pdrop=rate,
+        attn_pdrop=rate,
+        bos_token_id=0,
+        eos_token_id=0,
+        attn_implementation="sdpa",  # type: ignore[call-arg]  # transformers takes it for every model
+    )
+
+
+class Memory(NamedTuple):
+    """Of a process, or of a GPU, in bytes."""
+
+    before: int
+    """With the model and the batch, before the first step."""
+    peak: int
+    """The most during the steps."""
+    seconds: float
+    """Of the last step."""
+
+
+def measure_memory(case: TrainCase, form: str, *, update: bool = False) -> Memory:
+    """Runs steps of a form, one of :data:`STEPS`, in a fresh process.
+
+    Args:
+        update: a single step, as that of a training run, with the update of the weights by AdamW; else two without.
+    """
+    context = get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_measured, case, form, update).result()
+
+
+def _measured(case: TrainCase, form: str, update: bool) -> Memory:
+    if case.threads is not None:
+        torch.set_num_threads(case.threads)
+    step = STEPS[form](case)
+    run: Callable[[], object] = step
+    if update:
+        optimizers = Optimizers(step.model, TrainSettings())
+
+        def run() -> None:
+            step()
+            torch.nn.utils.clip_grad_norm_(step.model.parameters(), 1.0)
+            for optimizer in optimizers.all:
+                optimizer.step()
+
+    if case.device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        before = resident_bytes()
+        _forget_peak()
+    seconds = 0.0
+    for _ in range(1 if update else 2):
+        start = time.perf_counter()
+        run()
+        seconds = time.perf_counter() - start
+    if case.device == "cuda":
+        return Memory(before, torch.cuda.max_memory_allocated(), seconds)
+    return Memory(before, _peak_resident_bytes(), seconds)
+
+
+def _forget_peak() -> None:
+    """Lets Linux count the peak of the resident memory anew; elsewhere it stays that of the whole process."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return
+
+
+def _peak_resident_bytes() -> int:
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
