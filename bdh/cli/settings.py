@@ -40,6 +40,14 @@ class _Leaf:
     """Whether even the flag's value `null` is text."""
 
 
+class _Leaves(dict[str, _Leaf]):
+    """All settings of a class by their names, and what it says of those that are gone: its sections' ``gone``."""
+
+    def __init__(self, settings_class: Any):
+        super().__init__((leaf.name, leaf) for leaf in _leaves(settings_class))
+        self.gone = dict(_gone(settings_class))
+
+
 def verbatim(default: Any) -> Any:
     """A field of text, or None, whose flag takes every value as text: elsewhere `null` stands for None."""
     return dataclasses.field(default=default, metadata={"verbatim": True})
@@ -68,7 +76,7 @@ def parse_settings(
         ValueError: lists all unknown settings, values of a wrong type, and values out of range.
         SystemExit: with status 0, behind ``--help`` or ``--print_config``.
     """
-    leaves = {leaf.name: leaf for leaf in _leaves(settings_class)}
+    leaves = _Leaves(settings_class)
     command_line = _CommandLine(leaves, positionals, argv)
     if command_line.wants_help:
         _print_help(settings_class, prog, description, positionals)
@@ -98,7 +106,7 @@ def given_settings(settings_class: type, argv: Sequence[str]) -> dict[str, Any]:
         FileNotFoundError: a configuration file is missing.
         ValueError: a configuration file is not YAML.
     """
-    leaves = {leaf.name: leaf for leaf in _leaves(settings_class)}
+    leaves = _Leaves(settings_class)
     ignored = Faults()
     return _all_converted(_CommandLine(leaves, (), argv).raw_values(ignored), leaves, ignored)
 
@@ -126,7 +134,7 @@ def to_yaml(settings: Any, *, with_help: bool = False) -> str:
 class _CommandLine:
     """What an argv says: values of settings, configuration files, and the two questions it may ask."""
 
-    def __init__(self, leaves: Mapping[str, _Leaf], positionals: Sequence[str], argv: Sequence[str]):
+    def __init__(self, leaves: _Leaves, positionals: Sequence[str], argv: Sequence[str]):
         self.values: dict[str, Any] = {}
         self.config_files: list[str] = []
         self.wants_help = self.wants_config = False
@@ -217,6 +225,15 @@ def _leaves(settings_class: Any, prefix: str = "") -> Iterator[_Leaf]:
         yield _Leaf(prefix + field.name, hints[field.name], default, helps.get(field.name, ""), is_verbatim)
 
 
+def _gone(settings_class: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Settings that are no more, by their dotted names, each with what is said of it."""
+    yield from ((f"{prefix}{name}", hint) for name, hint in getattr(settings_class, "gone", {}).items())
+    hints = typing.get_type_hints(settings_class)
+    for field in dataclasses.fields(settings_class):
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from _gone(hints[field.name], f"{prefix}{field.name}.")
+
+
 def _helps(settings_class: Any) -> dict[str, str]:
     """The docstrings under the fields, those of the classes above included."""
     helps: dict[str, str] = {}
@@ -245,7 +262,7 @@ def _read_yaml(path: Path) -> Mapping[str, Any]:
     return content
 
 
-def _flattened(tree: Mapping[Any, Any], leaves: Mapping[str, _Leaf], origin: str, faults: Faults) -> dict[str, Any]:
+def _flattened(tree: Mapping[Any, Any], leaves: _Leaves, origin: str, faults: Faults) -> dict[str, Any]:
     """The settings of a tree by their dotted names."""
     flat: dict[str, Any] = {}
     sections = {name.rpartition(".")[0] for name in leaves} - {""}
@@ -266,7 +283,9 @@ def _flattened(tree: Mapping[Any, Any], leaves: Mapping[str, _Leaf], origin: str
     return flat
 
 
-def _suggestion(name: str, leaves: Mapping[str, _Leaf]) -> str:
+def _suggestion(name: str, leaves: _Leaves) -> str:
+    if name in leaves.gone:
+        return f": {leaves.gone[name]}"
     same_end = [leaf for leaf in leaves if leaf.rpartition(".")[2] == name.rpartition(".")[2]]
     near = same_end or difflib.get_close_matches(name, leaves, n=1, cutoff=0.6)
     if not near:

@@ -157,7 +157,4 @@ def _settings_to_resume(argv: list[str]) -> dict[str, Any] | None:
 
     stored = stored_settings(Path(given["run_dir"]))
     stored["train"]["stop_at_step"] = None
-    # The setting of runs that were started before there was monitor.backends.
-    if stored["monitor"].pop("tensorboard", None) == "off":
-        stored["monitor"]["backends"] = ["console", "jsonl"]
     return stored

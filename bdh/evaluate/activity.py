@@ -12,6 +12,8 @@ from bdh.evaluate.loss import inference
 from bdh.model import BDHForCausalLM
 
 _SAMPLE = 4096  # values kept of each kind and pass, for histograms
+# Neurons times tokens that are read at once, where more than one row has them: 128 MiB for each wide tensor in float32.
+MAX_WIDE = 2**25
 
 
 @dataclass(frozen=True)
@@ -45,24 +47,37 @@ def measure_activity(
 ) -> Activity:
     """Reads tokens (n, T), each row from nothing, and counts.
 
-    It listens to the linear layers, so it costs one forward pass and a count of each wide tensor. It draws no
-    random numbers and leaves the model as it was.
+    It listens to the linear layers, so it costs one forward pass, all at once, and a count of each wide tensor. It
+    draws no random numbers and leaves the model as it was.
     """
-    listener = _Listener(model)
+    batch_size = rows_at_once(model, tokens.shape[1], max_batch_size)
+    parts = tokens.split(batch_size)
+    listener = _Listener(model, values_each=_SAMPLE // len(parts))
     try:
         with inference(model), autocast():
-            for rows in tokens.split(max_batch_size):
+            for rows in parts:
                 model(rows.to(model.device), use_cache=False, logits_to_keep=1)
     finally:
         listener.remove()
     return listener.activity(tokens.numel())
 
 
+def rows_at_once(model: BDHForCausalLM, num_tokens: int, largest: int = 16) -> int:
+    """Rows of so many tokens that :func:`measure_activity` reads together."""
+    wide = num_tokens * model.config.n_head * model.config.neurons_per_head
+    return max(1, min(largest, MAX_WIDE // wide))
+
+
 class _Listener:
     """Hooks on ``encoder`` (whose output becomes x), ``encoder_v`` (y) and ``decoder`` (whose input is x * y)."""
 
-    def __init__(self, model: BDHForCausalLM):
+    def __init__(self, model: BDHForCausalLM, values_each: int):
+        """
+        Args:
+            values_each: values to keep of each kind and pass in one forward pass.
+        """
         config = model.config
+        self._values_each = max(1, values_each)
         self._num_passes, self._num_heads = config.n_layer, config.n_head
         self._num_neurons = config.n_head * config.neurons_per_head
         self._calls = {"x": 0, "y": 0, "xy": 0}
@@ -117,8 +132,9 @@ class _Listener:
         fires = values > 0
         self._fired[kind][index] += fires.sum()
         above = values[fires]
-        step = max(1, above.numel() // _SAMPLE)
-        self._samples[kind][index] = above[::step][:_SAMPLE].float().cpu()
+        step = max(1, above.numel() // self._values_each)
+        found = above[::step][: self._values_each].float().cpu()
+        self._samples[kind][index] = torch.cat([self._samples[kind][index], found])
         self._calls[kind] += 1
 
 

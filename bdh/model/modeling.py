@@ -157,7 +157,8 @@ class BDHForCausalLM(TextGenerationMixin, PreTrainedModel, GenerationMixin):
         reach = self._reach(starts, mask)
         form = attention_form or config.attention_form
         is_step = T == 1 and past_key_values is not None
-        plan = plan_for(self, B, T, form, for_loss=targets is not None) if not is_step else None
+        # What keeps no state is no prompt, but is evaluated by its logits.
+        plan = plan_for(self, B, T, form, for_loss=targets is not None or not use_cache) if not is_step else None
         passes: Passes
         if plan is not None and plan.path != "plain":
             passes = BlockPasses.of(self, plan, positions, (B, T), mask=mask, reach=reach, keep_state=use_cache)

@@ -34,7 +34,7 @@ def plan_for(model: "BDHForCausalLM", B: int, T: int, form: str, *, for_loss: bo
     None for what is neither trained nor evaluated: prompts are read by the plain forms.
 
     Raises:
-        ValueError: ``model.layer_options`` ask for what is not there.
+        LayerOptionError: ``model.layer_options`` ask for what is not there.
     """
     if not (for_loss or torch.is_grad_enabled()):
         return None
@@ -54,6 +54,9 @@ def plan_for(model: "BDHForCausalLM", B: int, T: int, form: str, *, for_loss: bo
     options = model.layer_options
     if model.gradient_checkpointing and model.training and options.recompute == "auto":
         options = replace(options, recompute="pass")
+    if not torch.is_grad_enabled():  # what is evaluated may be fewer and shorter rows than those of a training step
+        rows, tokens = options.rows_per_block, options.tokens_per_block
+        options = replace(options, rows_per_block=rows and min(rows, B), tokens_per_block=tokens and min(tokens, T))
     return plan_layer(shape, options, form=form, chunk_size=config.chunk_size, obstacle=_obstacle(model))
 
 

@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from bdh.data.config import DataConfig
 from bdh.distributed.config import DistributedConfig
@@ -130,8 +130,16 @@ class TrainSettings:
     """auto, cpu, cuda, cuda:N or mps. auto takes the first accelerator."""
     compile: bool = False
     """Compile the model with torch.compile: minutes at the start, faster steps."""
-    gradient_checkpointing: bool = False
-    """Recompute each pass in the backward pass: about a third more work, a fraction of the memory."""
+    recompute: Literal["none", "pass", "auto"] = "auto"
+    """Wide activations in the backward pass: pass computes them again, none keeps them, auto keeps those of as many passes as the memory budget has room for."""
+    memory_budget_gb: float | None = None
+    """Memory for all wide activations, in GB of 10^9 bytes. null: half of a GPU's memory, on a CPU one block."""
+    layer_path: Literal["auto", "plain", "torch", "kernels"] = "auto"
+    """Who computes the layer. kernels: in blocks, by the CPU's sparse kernels; torch: in blocks, by PyTorch; plain: all tokens at once, by autograd. auto takes the first that is there."""
+    rows_per_block: int | None = None
+    """Sequences in a block of the layer, at most batch_size. null for what suits the device and the budget."""
+    tokens_per_block: int | None = None
+    """Tokens of each sequence in a block, at most block_size. null for what costs least."""
     ema_decay: float | None = None
     """Keep an exponential moving average of the weights with this decay, such as 0.999, and evaluate it too. null for none."""
     init_from: str | None = None
@@ -156,6 +164,9 @@ class TrainSettings:
     sample_max_new_tokens: int = 100
     """Tokens of a text sample."""
 
+    gone: ClassVar[dict[str, str]] = {"gradient_checkpointing": "train.recompute: pass does what it did"}
+    """Settings of earlier versions, and what to say of them."""
+
     def collect_faults(self, faults: Faults) -> None:
         positive = ("max_steps", "block_size", "batch_size", "gradient_accumulation_steps", "eval_every_steps")
         for name in (*positive, "eval_windows", "sample_max_new_tokens"):
@@ -164,9 +175,15 @@ class TrainSettings:
             faults.require(getattr(self, name) >= 0, name, getattr(self, name), "0 or above")
         # The seeds of the samples are counted on from it, and PyTorch's end at 2**64 - 1.
         faults.require(self.seed < 2**63, "seed", self.seed, "at most 2**63 - 1")
-        for name in ("stop_at_step", "patience", "decay_steps"):
+        for name in ("stop_at_step", "patience", "decay_steps", "rows_per_block", "tokens_per_block"):
             value = getattr(self, name)
             faults.require(value is None or value >= 1, name, value, "at least 1, or null")
+        for name, whole in (("rows_per_block", "batch_size"), ("tokens_per_block", "block_size")):
+            value, most = getattr(self, name), getattr(self, whole)
+            faults.require((value or 0) <= most, name, value, f"at most train.{whole}, {most}")
+        budget = self.memory_budget_gb
+        is_right = budget is None or 0 < budget < float("inf")
+        faults.require(is_right, "memory_budget_gb", budget, "above 0, or null")
         faults.require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
         faults.require(
             0 <= self.min_learning_rate_ratio <= 1, "min_learning_rate_ratio", self.min_learning_rate_ratio, "0 to 1"
@@ -245,6 +262,8 @@ class RunSettings:
     """Continue the run in run_dir from its newest checkpoint."""
     resume_step: int | None = None
     """With resume: continue from the checkpoint of this step instead of the newest."""
+    dry_run: bool = False
+    """Write no run: measure a step or two on this device, and tell the memory and the time that the run would take."""
 
     def collect_faults(self, faults: Faults) -> None:
         faults.require(

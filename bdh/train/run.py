@@ -19,12 +19,14 @@ from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.model.averaging import MovingAverage
 from bdh.monitor import chosen_backends
 from bdh.monitor.backends.jsonl import cut_back
+from bdh.ops.layer.plan import LayerPlan
 from bdh.storage import whole_folder, write_text
 from bdh.tokenizer import load_tokenizer, stop_token_ids, with_chat_template
 from bdh.train.carry import CarriedState
 from bdh.train.checkpoint import Checkpoint, Checkpointer
 from bdh.train.config import RunSettings
 from bdh.train.initial import InitialModel
+from bdh.train.layer import layer_options, plan_training
 from bdh.train.lora import add_adapters, check_peft
 from bdh.train.models import TOKENIZER_FOLDER
 from bdh.train.optim import Optimizers
@@ -80,6 +82,8 @@ class Run:
     loader: Any
     checkpointer: Checkpointer
     progress: Progress
+    plan: LayerPlan
+    """How the layer is computed in a training step."""
     average: MovingAverage | None = None
     """Of the weights, with ``train.ema_decay``."""
     carried: CarriedState | None = None
@@ -167,8 +171,8 @@ class Run:
 def open_run(settings: RunSettings, *, progress: Any = None) -> Run:
     """Makes or, with ``settings.resume``, restores a run. All faults come up here, before the first step.
 
-    A fresh run's folder is made last, when nothing can fail any more but the disk. Started by ``torchrun``, all
-    processes call this together.
+    A fresh run's folder is made last, when nothing can fail any more but the disk; with ``settings.dry_run`` no file of
+    a run is made or changed. Started by ``torchrun``, all processes call this together.
 
     Args:
         progress: passed to :func:`bdh.data.prepare_corpus`, for its bars.
@@ -237,8 +241,8 @@ def open_run(settings: RunSettings, *, progress: Any = None) -> Run:
         initial.check_lora(settings.train.lora, model)
     if settings.train.lora.r:
         add_adapters(model, settings.train.lora)
-    if settings.train.gradient_checkpointing:
-        model.activation_checkpointing_enable()
+    model.layer_options = layer_options(settings.train)
+    plan = plan_training(model, settings.train.batch_size, settings.train.block_size, runtime, settings.distributed)
     if world.rank > 0:
         torch.manual_seed(settings.train.seed + _SEEDS_APART * world.rank)
     parallel = parallelize(model, strategy, settings.distributed, world)
@@ -262,12 +266,15 @@ def open_run(settings: RunSettings, *, progress: Any = None) -> Run:
         ),
         checkpointer=checkpointer,
         progress=Progress(),
+        plan=plan,
         average=None if settings.train.ema_decay is None else MovingAverage(model, settings.train.ema_decay),
     )
     if settings.train.carry_state:
         run.carried = CarriedState(model, settings.train.gradient_accumulation_steps, settings.train.batch_size)
     if checkpoint is not None:
         run.restore(checkpoint)
+    if settings.dry_run:
+        return run
     if world.is_main:
         _write_folder(run, is_new=checkpoint is None)
     world.wait_for_all()

@@ -1,9 +1,11 @@
-"""How fast a run is: tokens per second, where the time goes, and what share of the machine it uses."""
+"""How fast a run is, and what it takes of the machine: tokens per second, where the time goes, memory."""
 
+import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 
@@ -80,7 +82,7 @@ def matmul_peak(runtime: Runtime) -> float:
         while len(times) < 3 or sum(times) < _MEASURING_SECONDS / 4:
             started = time.perf_counter()
             factor @ factor
-            _wait(runtime.device)
+            wait_for_device(runtime.device)
             times.append(time.perf_counter() - started)
         best = max(best, 2 * size**3 / min(times))
         if min(times) > _MEASURING_SECONDS / 8 or size >= _LARGEST_SIZE:
@@ -100,7 +102,52 @@ def peak_memory_bytes(device: torch.device) -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _wait(device: torch.device) -> None:
+def restart_peak_memory(device: torch.device) -> None:
+    """Lets :func:`peak_memory_bytes` count from now on, where the system can do that: on a GPU, and on Linux."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def used_memory_bytes(device: torch.device) -> int | None:
+    """The memory in use now, of the kind that :func:`peak_memory_bytes` counts."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    with suppress(OSError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * _page_bytes()
+    return peak_memory_bytes(device)
+
+
+def available_memory_bytes(device: torch.device) -> int | None:
+    """The memory that this process can come to use in all, what it has among it. None where the system does not say.
+
+    On a GPU that is what PyTorch can get of it; else the machine's, and where a container has less, the container's.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    used = used_memory_bytes(device) or 0
+    limits = []
+    with suppress(OSError):
+        facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        limits.append(int(facts["MemAvailable"].split()[0]) * 1024 + used)
+    with suppress(OSError, ValueError):  # "max" where there is no limit
+        folder = Path("/sys/fs/cgroup")
+        limit, others = (int((folder / f"memory.{name}").read_text()) for name in ("max", "current"))
+        limits.append(limit - others + used)
+    if not limits:
+        with suppress(OSError, ValueError, AttributeError):
+            limits.append(_page_bytes() * os.sysconf("SC_PHYS_PAGES"))
+    return min(limits, default=None)
+
+
+def _page_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE")
+
+
+def wait_for_device(device: torch.device) -> None:
+    """Waits until what was asked of the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

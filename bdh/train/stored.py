@@ -26,7 +26,7 @@ _FREE = {
     "train.lora.dropout",
     "train.lora.merge",
 }
-_NOT_STORED = ("run_dir", "resume", "resume_step")
+_NOT_STORED = ("run_dir", "resume", "resume_step", "dry_run")
 
 
 def rows_per_step(settings: RunSettings, world: World) -> int:
@@ -79,7 +79,7 @@ def settings_to_store(settings: RunSettings) -> dict[str, Any]:
 
 
 def stored_settings(folder: Path) -> dict[str, Any]:
-    """What a run's ``config.yaml`` holds.
+    """What a run's ``config.yaml`` holds, in the settings of this version.
 
     Raises:
         FileNotFoundError: the folder holds no run.
@@ -95,7 +95,17 @@ def stored_settings(folder: Path) -> dict[str, Any]:
     sections = stored if isinstance(stored, dict) else {}
     if lacking := [name for name in _FIXED if not isinstance(sections.get(name), dict)]:
         raise ValueError(f"{path} is cut off or damaged: it has no settings for {', '.join(lacking)}")
+    _translate(stored)
     return stored
+
+
+def _translate(stored: dict[str, Any]) -> None:
+    """Puts today's settings in the place of those that earlier versions stored."""
+    if stored["train"].pop("gradient_checkpointing", False):
+        stored["train"]["recompute"] = "pass"
+    monitor = stored.get("monitor") or {}
+    if monitor.pop("tensorboard", None) == "off":
+        monitor["backends"] = ["console", "jsonl"]
 
 
 def check_unchanged(settings: RunSettings, stored: dict[str, Any]) -> None:

@@ -47,6 +47,19 @@ class LayerOptions:
     """Tokens of each sequence in a block; None for what costs least. The last block of a sequence may be shorter."""
 
 
+class LayerOptionError(ValueError):
+    """``LayerOptions`` ask for what is not there."""
+
+    def __init__(self, option: str, fault: str):
+        """
+        Args:
+            option: the field of :class:`LayerOptions`.
+            fault: what is wrong with it, to be read behind its name.
+        """
+        super().__init__(f"{option} {fault}")
+        self.option, self.fault = option, fault
+
+
 class LayerShape(NamedTuple):
     """What is to be computed."""
 
@@ -101,18 +114,18 @@ def plan_layer(
         obstacle: what about the model keeps the blocks from computing it; None for nothing.
 
     Raises:
-        ValueError: a path that is not there, blocks larger than what they are to divide, or a budget too small even
+        LayerOptionError: a path that is not there, blocks larger than what they are to divide, or a budget too small even
             for the smallest block; it says what the least is.
     """
     path, reason = _choose_path(shape, options.path, form, obstacle)
     if options.recompute not in RECOMPUTE:
-        raise ValueError(f"recompute is {options.recompute!r}: must be one of {', '.join(RECOMPUTE)}")
+        raise LayerOptionError("recompute", f"is {options.recompute!r}: must be one of {', '.join(RECOMPUTE)}")
     if path == "plain":
         return _plan_plain(shape, options, reason)
     columns = _choose_columns(shape, options, form, chunk_size)
     rows = options.rows_per_block or max(1, min(shape.B, _COLUMNS_OF_BLOCK.get(shape.device.type, 128) // columns))
     if not 1 <= rows <= shape.B:
-        raise ValueError(f"rows_per_block is {rows}: must be from 1 to the {shape.B} sequences of a batch")
+        raise LayerOptionError("rows_per_block", f"is {rows}: must be from 1 to the {shape.B} sequences of a batch")
     budget = options.memory_budget
     if budget is None and shape.device.type == "cuda":
         budget = int(torch.cuda.get_device_properties(shape.device).total_memory * _SHARE_OF_GPU)
@@ -126,11 +139,11 @@ def plan_layer(
             may = (
                 ""
                 if smaller == columns
-                else f", or {_block_bytes(shape, path, 1, smaller):,} with attention_form chunked"
+                else f", or {_amount(_block_bytes(shape, path, 1, smaller))} with the chunked form of attention"
             )
-            raise ValueError(
-                f"memory_budget is {budget:,} bytes: must be at least {least:,} for blocks of {rows} x {columns:,} "
-                f"tokens{may}"
+            raise LayerOptionError(
+                "memory_budget",
+                f"is {_amount(budget)}: must be at least {_amount(least)} for blocks of {rows} x {columns:,} tokens{may}",
             )
     block = _block_bytes(shape, path, rows, columns)
     each = shape.B * shape.T * shape.H * shape.N * shape.dtype.itemsize
@@ -143,7 +156,7 @@ def plan_layer(
 
 def _choose_path(shape: LayerShape, requested: str, form: str, obstacle: str | None) -> tuple[str, str]:
     if requested not in LAYER_PATHS:
-        raise ValueError(f"path is {requested!r}: must be one of {', '.join(LAYER_PATHS)}")
+        raise LayerOptionError("path", f"is {requested!r}: must be one of {', '.join(LAYER_PATHS)}")
     if requested == "plain":
         return "plain", "asked for"
     if form == "recurrent":
@@ -154,12 +167,12 @@ def _choose_path(shape: LayerShape, requested: str, form: str, obstacle: str | N
     elif shape.dtype != torch.float32:
         no_kernels = f"they compute in float32, not in {str(shape.dtype).removeprefix('torch.')}"
     if requested == "kernels" and (obstacle or no_kernels):
-        raise ValueError(
-            f"path is 'kernels', which cannot run here: {obstacle or no_kernels}; must be auto, torch or plain"
+        raise LayerOptionError(
+            "path", f"is 'kernels', which cannot run here: {obstacle or no_kernels}; must be auto, torch or plain"
         )
     if obstacle is not None:
         if requested == "torch":
-            raise ValueError(f"path is 'torch', which cannot run here: {obstacle}; must be auto or plain")
+            raise LayerOptionError("path", f"is 'torch', which cannot run here: {obstacle}; must be auto or plain")
         return "plain", obstacle
     if requested == "torch":
         return "torch", "asked for"
@@ -171,8 +184,9 @@ def _choose_path(shape: LayerShape, requested: str, form: str, obstacle: str | N
 def _choose_columns(shape: LayerShape, options: LayerOptions, form: str, chunk_size: int) -> int:
     if options.tokens_per_block is not None:
         if not 1 <= options.tokens_per_block <= shape.T:
-            raise ValueError(
-                f"tokens_per_block is {options.tokens_per_block}: must be from 1 to the {shape.T} tokens of a sequence"
+            raise LayerOptionError(
+                "tokens_per_block",
+                f"is {options.tokens_per_block}: must be from 1 to the {shape.T} tokens of a sequence",
             )
         return options.tokens_per_block
     if form == "chunked":
@@ -196,8 +210,8 @@ def _kept_passes(shape: LayerShape, options: LayerOptions, each: int, left: int 
     if options.recompute == "none":
         if left is not None and each * shape.L > left:
             needed = each * shape.L - left
-            raise ValueError(
-                f"recompute is none, which needs {needed:,} bytes more than memory_budget gives: must be auto or pass"
+            raise LayerOptionError(
+                "recompute", f"is none, which needs {_amount(needed)} more than the memory budget: must be auto or pass"
             )
         return shape.L
     # On a CPU fresh memory costs more than the matrix product that gives x again; measured in docs/training-speed.md.
@@ -211,8 +225,15 @@ def _plan_plain(shape: LayerShape, options: LayerOptions, reason: str) -> LayerP
         kept = shape.L
     else:
         if budget is not None and budget < each and shape.for_training:
-            raise ValueError(
-                f"memory_budget is {budget:,} bytes: must be at least {each:,}, what one pass of the plain path takes"
+            raise LayerOptionError(
+                "memory_budget",
+                f"is {_amount(budget)}: must be at least {_amount(each)}, what one pass of the plain path takes",
             )
         kept = _kept_passes(shape, options, each, None if budget is None else budget - each)
     return LayerPlan("plain", reason, BlockSizes(shape.B, shape.T), kept, each, kept * each)
+
+
+def _amount(num_bytes: int) -> str:
+    """In bytes, and in GB of 10^9, rounded up so that it is enough when it is given as a budget."""
+    gigabytes = -(-num_bytes // 10**4) / 10**5
+    return f"{num_bytes:,} bytes ({gigabytes:.5f} GB)"
