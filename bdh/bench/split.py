@@ -51,7 +51,7 @@ def timed_parts(device: str) -> Iterator[dict[str, float]]:
 
     originals = {name: getattr(function, name) for name in (*_FUNCTIONS, "_neurons")}
     try:
-        function._neurons = neurons  # type: ignore[assignment]
+        function._neurons = neurons
         for name, part in _FUNCTIONS.items():
             setattr(function, name, timed(originals[name], part))
         yield seconds

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,23 +38,31 @@ _SHARE_OF_MEMORY = 0.6
 Progress = Callable[[str], None]
 
 
-def bench_train(cases: list[TrainCase], *, rounds: int = 5, progress: Progress = lambda stage: None) -> Report:
-    """Figures of each case. One whose gradients do not agree is not timed, nor are those behind it."""
+def bench_train(
+    cases: list[TrainCase],
+    *,
+    baselines: Sequence[str] = ("naive", "compiled", "gpt2"),
+    rounds: int = 5,
+    progress: Progress = lambda stage: None,
+) -> Report:
+    """Figures of each case, beside ``baselines``. One whose gradients do not agree is not timed, nor are those behind it."""
     report = Report("train")
     for index, case in enumerate(cases):
         model = make_model(case)
         if index == 0:
-            report.introduce(model.eval().requires_grad_(False).to("cpu"), case.seed)  # type: ignore[arg-type]
+            report.introduce(model.eval().requires_grad_(False).to("cpu"), case.seed)
             report.figures["cases"] = []
         del model
         figures: dict[str, Any] = {"batch_size": case.batch_size, "block_size": case.block_size}
         report.figures["cases"].append(figures)
         report.say()
-        report.say(f"step      {case.num_tokens:,} tokens: {case.batch_size} sequences of {case.block_size:,}, {case.dtype}")
+        report.say(
+            f"step      {case.num_tokens:,} tokens: {case.batch_size} sequences of {case.block_size:,}, {case.dtype}"
+        )
         _compare(report, figures, case, progress)
         if report.failed:
             return report
-        _time(report, figures, case, rounds, progress)
+        _time(report, figures, case, baselines, rounds, progress)
     return report
 
 
@@ -62,7 +70,7 @@ def bench_one_step(case: TrainCase, progress: Progress = lambda stage: None) -> 
     """The memory and time of a single optimizer step in a process of its own."""
     report = Report("train")
     model = make_model(case)
-    report.introduce(model.eval().requires_grad_(False).to("cpu"), case.seed)  # type: ignore[arg-type]
+    report.introduce(model.eval().requires_grad_(False).to("cpu"), case.seed)
     del model
     progress("one optimizer step in a fresh process")
     memory = measure_memory(case, "bdh", update=True)
@@ -154,7 +162,14 @@ def _of(module: Any) -> torch.Tensor:
     return module.weight.grad
 
 
-def _time(report: Report, figures: dict[str, Any], case: TrainCase, rounds: int, progress: Progress) -> None:
+def _time(
+    report: Report,
+    figures: dict[str, Any],
+    case: TrainCase,
+    baselines: Sequence[str],
+    rounds: int,
+    progress: Progress,
+) -> None:
     room = _available_bytes(case.device) * _SHARE_OF_MEMORY
     left_out = {}
     if case.naive_bytes() > room:
@@ -162,7 +177,8 @@ def _time(report: Report, figures: dict[str, Any], case: TrainCase, rounds: int,
         left_out = {"naive": reason, "compiled": reason}
     elif case.device == "cpu" and not any(map(shutil.which, ("g++", "clang++", "cl"))):
         left_out = {"compiled": "torch.compile needs a C++ compiler"}
-    forms = [form for form in STEPS if form not in left_out]
+    left_out = {form: reason for form, reason in left_out.items() if form in baselines}
+    forms = [form for form in STEPS if form == "bdh" or (form in baselines and form not in left_out)]
     memory = {}
     for form in forms:
         progress(f"memory: {form}")

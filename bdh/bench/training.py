@@ -5,7 +5,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -45,7 +45,9 @@ class TrainCase:
     seed: int = 0
     threads: int | None = None
     """Of torch and the kernels; None for what torch takes."""
-    options: LayerOptions = LayerOptions()
+    options: LayerOptions = field(default_factory=LayerOptions)
+    weights: dict[str, torch.Tensor] | None = None
+    """Of a model that is there already."""
 
     @property
     def num_tokens(self) -> int:
@@ -66,10 +68,12 @@ def make_model(case: TrainCase) -> BDHForCausalLM:
     torch.manual_seed(case.seed)
     if case.density is None:
         model = BDHForCausalLM(case.config)
+        if case.weights is not None:
+            model.load_state_dict(case.weights)
     else:
         model = sparse_model(case.config, case.seed, x_density=case.density, xy_density=case.density / 4)
     model.layer_options = case.options
-    return model.requires_grad_(True).train().to(case.device)  # type: ignore[arg-type]
+    return model.requires_grad_(True).train().to(case.device)
 
 
 def make_batch(case: TrainCase) -> tuple[torch.Tensor, torch.Tensor]:
@@ -160,8 +164,8 @@ class Gpt2Step(Step):
 
     def __init__(self, case: TrainCase):
         super().__init__(case)
-        wanted = sum(weight.numel() for weight in make_model(replace(case, density=None)).parameters())
-        self.model = GPT2LMHeadModel(gpt2_config(case, wanted)).train().to(case.device)  # type: ignore[arg-type]
+        wanted = sum(weight.numel() for weight in make_model(replace(case, density=None, weights=None)).parameters())
+        self.model = GPT2LMHeadModel(gpt2_config(case, wanted)).train().to(case.device)
         count = sum(weight.numel() for weight in self.model.parameters())
         self.name = f"GPT-2 of {count / 1e6:.2f}M parameters"
 

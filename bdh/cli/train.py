@@ -42,6 +42,8 @@ def run(argv: list[str]) -> int:
         training = open_run(settings, progress=progress)
     settings = training.settings
     print_banner(console, training)
+    if settings.dry_run:
+        return _dry_run(console, training)
     monitor = Monitor(
         training.folder,
         settings.monitor if training.world.is_main else replace(settings.monitor, backends=[]),
@@ -72,6 +74,17 @@ def run(argv: list[str]) -> int:
     return 0
 
 
+def _dry_run(console: Console, training: Any) -> int:
+    """Prints what the run would take; status 1 where it does not fit."""
+    from bdh.train.forecast import forecast
+
+    found = forecast(training, say=lambda line: console.print(line, markup=False))
+    training.world.leave()
+    if training.world.is_main:
+        print("\n".join(found.lines()))
+    return 0 if found.fits else 1
+
+
 def _export(console: Console, training: Any) -> None:
     from bdh.train.export import export_run
 
@@ -88,18 +101,9 @@ def _export(console: Console, training: Any) -> None:
 
 def print_banner(console: Console, training: Any) -> None:
     """One block that says what will be computed, how, and where it is written."""
-    from bdh.ops.dispatch import choose_form
-
     settings, model, runtime = training.settings, training.model, training.runtime
     train, config, facts = settings.train, model.config, training.corpus.facts
     num_parameters = sum(p.numel() for p in model.parameters())
-    form = choose_form(
-        config.attention_form,
-        train.block_size,
-        config.n_embd,
-        has_state=train.carry_state,
-        chunk_size=config.chunk_size,
-    )
     rows = training.rows_per_step // training.world.size
     lines = {
         "model": f"{num_parameters:,} parameters: {config.n_layer} passes, width {config.n_embd}, {config.n_head} heads "
@@ -113,7 +117,8 @@ def print_banner(console: Console, training: Any) -> None:
         + (f", on each of {training.world.size} processes" if training.world.size > 1 else ""),
         "device": f"{runtime.device} ({runtime.reason}){', compiled' if train.compile else ''}",
         "processes": f"{training.world.size}: {training.parallel.strategy}",
-        "attention": f"{form}{' (chosen)' if config.attention_form == 'auto' else ''}",
+        "layer": training.plan.describe(config.n_layer),
+        "attention": _describe_attention(training),
         "optimizer": f"{train.optimizer}, {train.schedule} schedule, {train.max_steps:,} steps",
         "run": str(training.folder)
         + (f", going on from step {training.progress.step}" if training.progress.step else ""),
@@ -130,6 +135,24 @@ def print_banner(console: Console, training: Any) -> None:
         )
     for name, text in lines.items():
         console.print(f"  {name:<10} {text}", markup=False, soft_wrap=True)
+
+
+def _describe_attention(training: Any) -> str:
+    from bdh.ops.dispatch import choose_form
+
+    train, config, plan = training.settings.train, training.model.config, training.plan
+    chosen = " (chosen)" if config.attention_form == "auto" else ""
+    if plan.path != "plain":
+        is_whole = plan.sizes.columns >= train.block_size
+        return f"parallel{chosen}" if is_whole else f"chunked, {plan.sizes.columns:,} tokens{chosen}"
+    form = choose_form(
+        config.attention_form,
+        train.block_size,
+        config.n_embd,
+        has_state=train.carry_state,
+        chunk_size=config.chunk_size,
+    )
+    return f"{form}{chosen}"
 
 
 def _describe_data(facts: dict[str, Any]) -> str:
