@@ -221,13 +221,13 @@ def dropout_masks(model: BDHForCausalLM, batch_size: int, num_tokens: int) -> li
 
 
 def gpt2_config(case: TrainCase, num_parameters: int) -> GPT2Config:
-    """The one that comes nearest to so many parameters, with heads of width 64, at least 2 layers, wider than deep."""
+    """The one that comes nearest to so many parameters, with heads of width 64 where that goes, at least 2 layers."""
     V, T = case.config.vocab_size, case.block_size
 
     def count(layers: int, width: int) -> int:
         return layers * (12 * width**2 + 13 * width) + (V + T + 2) * width
 
-    shapes = [(layers, _HEAD_WIDTH * heads) for layers in range(2, 25) for heads in range(1, 33) if layers <= 4 * heads]
+    shapes = [(layers, width) for layers in range(2, 25) for width in range(16, 2049, 16) if width >= 16 * layers]
     layers, width = min(shapes, key=lambda shape: abs(count(*shape) - num_parameters))
     rate = case.config.dropout
     return GPT2Config(
@@ -235,7 +235,7 @@ def gpt2_config(case: TrainCase, num_parameters: int) -> GPT2Config:
         n_positions=T,
         n_layer=layers,
         n_embd=width,
-        n_head=width // _HEAD_WIDTH,
+        n_head=width // (_HEAD_WIDTH if width % _HEAD_WIDTH == 0 else 16),
         resid_pdrop=rate,
         embd_pdrop=rate,
         attn_pdrop=rate,

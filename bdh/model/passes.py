@@ -54,10 +54,13 @@ def plan_for(model: "BDHForCausalLM", B: int, T: int, form: str, *, for_loss: bo
     options = model.layer_options
     if model.gradient_checkpointing and model.training and options.recompute == "auto":
         options = replace(options, recompute="pass")
+    obstacle = _obstacle(model)
     if not torch.is_grad_enabled():  # what is evaluated may be fewer and shorter rows than those of a training step
         rows, tokens = options.rows_per_block, options.tokens_per_block
         options = replace(options, rows_per_block=rows and min(rows, B), tokens_per_block=tokens and min(tokens, T))
-    return plan_layer(shape, options, form=form, chunk_size=config.chunk_size, obstacle=_obstacle(model))
+        if obstacle is not None:  # who measures has put hooks on the modules
+            options = replace(options, path="auto")
+    return plan_layer(shape, options, form=form, chunk_size=config.chunk_size, obstacle=obstacle)
 
 
 @dataclass(frozen=True)

@@ -111,10 +111,65 @@ def test_all_wrong_values_are_named_at_once(bench, tmp_path):
 def test_an_unknown_benchmark_is_refused(bench):
     status, _, err = bench("sleep")
     assert status == 2
-    assert "benchmark is 'sleep': must be one of decode, prefill, engine" in err
+    assert "benchmark is 'sleep': must be one of decode, prefill, engine, train" in err
 
 
 def test_sizes_are_not_given_beside_a_model(bench, folder):
     status, _, err = bench("decode", "--model", folder(), "--n_embd", 64)
     assert status == 2
     assert "n_embd is 64: must be left out with model" in err
+
+
+def test_train_compares_and_then_times(bench):
+    status, out, _ = bench(
+        "train", "--quick", *SMALL, "--block_size", 16, "--block_size", 40, "--density", 0.2, "--baselines", "naive",
+        "--json", "-",
+    )  # fmt: skip
+    found = json.loads(out)
+    assert status == 0
+    assert [case["block_size"] for case in found["cases"]] == [16, 40]
+    for case in found["cases"]:
+        agreement = case["agreement"]
+        assert agreement["agrees"]
+        assert 0 < max(agreement["relative_difference"].values()) <= agreement["allowed"]
+        assert set(agreement["relative_difference"]) == {
+            "loss", "embed", "encoder", "encoder_v", "decoder", "lm_head",
+        }  # fmt: skip
+        ours, naive = case["forms"]
+        assert (ours["name"], naive["name"]) == ("bdh", "ops/naive.py")
+        assert ours["bdh_is_faster"] == 1
+        assert all(form["peak_bytes"] > form["bytes_before"] > 0 for form in case["forms"])
+        assert case["flops"]["matmul_peak_per_s"] > case["flops"]["useful_per_s"] > 0
+        assert sum(case["parts"].values()) > 0
+    assert all(0.1 < each["x"] < 0.3 for each in found["density"])
+
+
+def test_a_configuration_of_training_is_taken_over(bench, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "model: {n_embd: 16, n_head: 2, n_layer: 1, mlp_internal_dim_multiplier: 4, dropout: 0.0}\n"
+        "train: {batch_size: 3, block_size: 20}\ndata: {source: pydoc}\n"
+    )
+    status, out, _ = bench("train", "--config", path, "--one_step", "--json", "-", "--block_size", 24)
+    found = json.loads(out)
+    assert status == 0
+    assert (found["model"]["n_embd"], found["model"]["n_layer"], found["model"]["vocab_size"]) == (16, 1, 256)
+    step = found["one_step"]
+    assert (step["batch_size"], step["block_size"]) == (3, 24)  # a flag overrides the file
+    assert step["peak_bytes"] > step["bytes_before"] > 0
+
+
+def test_what_is_for_another_benchmark_is_refused(bench):
+    status, _, err = bench("decode", "--density", 0.2, "--block_size", 5, "--one_step", "true")
+    assert status == 2
+    for name in ("density", "block_size", "one_step"):
+        assert f"{name} is" in err
+    assert "it is for bdh bench train" in err
+    status, _, err = bench("train", "--density", 5, "--dropout", 1, "--batch_size", 0, "--rounds", 0, "--one_step", "true",
+                           "--block_size", 8, "--block_size", 9)  # fmt: skip
+    assert status == 2
+    for name in ("density is 5", "dropout is 1", "batch_size is 0", "rounds is 0", "one with one_step"):
+        assert name in err
+    status, _, err = bench("train", "--layer_path", "kernels", "--dtype", "bfloat16", "--quick")
+    assert status == 2
+    assert "path is 'kernels', which cannot run here: they compute in float32, not in bfloat16" in err

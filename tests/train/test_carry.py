@@ -37,7 +37,7 @@ def opened(folder, source, **overrides):
         {},
         {"train.gradient_accumulation_steps": 2, "model.decay": 8},
         {"data.streaming": "true", "data.shuffle_buffer_documents": 20},
-        {"train.dtype": "float16", "train.gradient_checkpointing": "true"},
+        {"train.dtype": "float16", "train.recompute": "pass"},
     ],
     ids=["mapped", "accumulated-decay", "streaming", "float16-checkpointing"],
 )

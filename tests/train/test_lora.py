@@ -66,7 +66,7 @@ def test_only_adapters_change_and_the_base_stays_to_the_bit(adapt, base, tmp_pat
 
 @pytest.mark.parametrize(
     "overrides",
-    [{}, {"train.gradient_checkpointing": "true"}, {"train.ema_decay": 0.9}, {"train.gradient_accumulation_steps": 2}],
+    [{}, {"train.recompute": "pass"}, {"train.ema_decay": 0.9}, {"train.gradient_accumulation_steps": 2}],
     ids=lambda o: next(iter(o), "default"),
 )
 def test_resume_is_bit_equal(adapt, tmp_path, overrides):

@@ -37,7 +37,7 @@ def assert_same_run(one, other):
         {"train.optimizer": "muon"},
         {"train.dtype": "float16"},
         {"train.gradient_accumulation_steps": 2, "train.schedule": "wsd"},
-        {"train.gradient_checkpointing": "true"},
+        {"train.recompute": "pass"},
     ],
     ids=lambda o: "-".join(map(str, o.values())) or "default",
 )

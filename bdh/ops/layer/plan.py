@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 
 from bdh.ops.cpu.runtime import unavailable_reason
+from bdh.ops.dispatch import choose_form
 from bdh.ops.layer.function import BlockSizes
 
 LayerPath = Literal["auto", "plain", "torch", "kernels"]
@@ -117,6 +118,7 @@ def plan_layer(
         LayerOptionError: a path that is not there, blocks larger than what they are to divide, or a budget too small even
             for the smallest block; it says what the least is.
     """
+    choose_form(form, shape.T, shape.D, has_state=False)  # raises for one that is not there
     path, reason = _choose_path(shape, options.path, form, obstacle)
     if options.recompute not in RECOMPUTE:
         raise LayerOptionError("recompute", f"is {options.recompute!r}: must be one of {', '.join(RECOMPUTE)}")
