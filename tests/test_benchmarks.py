@@ -71,3 +71,15 @@ def test_window_compares_with_reading_again(tmp_path, monkeypatch):
     (difference,) = re.findall(r"mean difference ([+-]\d\.\d{4}) nats", done.stdout)
     assert abs(float(difference)) <= 0.0001
     assert len(re.findall(r"^ +[\d,]+ +100 +\d\.\d{4} +\d\.\d{4} +[+-]", done.stdout, re.MULTILINE)) == 3
+
+
+@pytest.mark.slow
+def test_the_loss_curve_is_that_of_the_plain_equations(tmp_path, monkeypatch):
+    monkeypatch.setenv("BDH_CACHE", str(tmp_path))
+    command = [sys.executable, "benchmarks/loss_curve.py", "--steps", "12"]
+    command += ["--train.block_size", "24", "--train.batch_size", "4", "--model.n_embd", "16"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    apart = float(re.search(r"12 steps: at most (\S+) nats apart", done.stdout)[1])
+    assert 0 <= apart < 1e-9  # float64
+    assert "blocks float32: kernels in blocks" in done.stdout

@@ -1,8 +1,8 @@
 """What a run will take of this machine, from a step or two of a part of its batch: memory and time.
 
-Both are straight lines in the number of sequences: a step with twice the sequences takes twice the time, and beside what
-is there for any number of them (weights, gradients, optimizer, one block of the layer) twice the memory. So they are measured
-for two numbers, or for the whole batch where that is quick.
+Both are straight lines in the number of sequences. Time is measured for two numbers of them, or for the whole batch where that
+is quick. So is the peak of the memory; what more sequences would keep is added by count, as it is little: everything wide
+exists for one block at a time.
 """
 
 import time
@@ -156,15 +156,13 @@ def known_bytes(run: Run) -> dict[str, int]:
     trained = sum(
         q.numel() * q.element_size() for p, q in zip(run.model.parameters(), local, strict=True) if p.requires_grad
     )
-    v = settings.batch_size * settings.block_size * run.model.config.n_embd * 4
     found = {
         "weights": weights,
         "gradients": trained,
         "optimizer": trained * (2 if settings.optimizer == "adamw" else 1),
         "wide activations of a block": run.plan.block_bytes,
         "wide activations that are kept": run.plan.kept_bytes,
-        # Of each pass: its input, two norms' inputs, and the sum that it adds to.
-        "narrow activations": 4 * v * (run.model.config.n_layer + 1),
+        "narrow activations": _narrow_bytes(run),
     }
     if run.average is not None:
         found["moving average"] = trained
@@ -196,7 +194,21 @@ def _measure(run: Run, found: Forecast, least: int, say: Callable[[str], None]) 
     first, last = points[0], points[-1]
     found.seconds = Line.through(first[:2], last[:2])
     if used_memory_bytes(device) is not None:
-        found.memory = Line.through((first[0], first[2]), (last[0], last[2]))
+        each = _bytes_of_a_row(run)  # not from two peaks: an allocator's steps are larger than a few sequences are
+        found.memory = Line(max(0.0, last[2] - each * last[0]), each)
+
+
+def _bytes_of_a_row(run: Run) -> float:
+    """What one more sequence in a forward pass keeps: the narrow activations, its logits, and x where it is kept."""
+    settings, config = run.settings.train, run.model.config
+    logits = 3 * settings.block_size * config.vocab_size * 4  # with their gradient and its softmax
+    return _narrow_bytes(run) / settings.batch_size + logits + run.plan.kept_bytes / settings.batch_size
+
+
+def _narrow_bytes(run: Run) -> int:
+    """Of each pass: its input, two norms' inputs, and the sum that it adds to."""
+    settings, config = run.settings.train, run.model.config
+    return 4 * (config.n_layer + 1) * settings.batch_size * settings.block_size * config.n_embd * 4
 
 
 def _counts(least: int, rows: int) -> list[int]:

@@ -56,6 +56,7 @@ def test_two_processes_train_as_one(settings, alone, torchrun, tmp_path, strateg
         "train.batch_size": 6 // accumulation,
         "train.gradient_accumulation_steps": accumulation,
         "distributed.strategy": strategy,
+        "train.layer_path": "torch",  # an error, were the weights not there as plain tensors
     }
     train_together(torchrun, 2, settings | more)
     # float64 has 1e-16; sums of another order, through 50 steps, may lose a few digits of it.
@@ -63,6 +64,21 @@ def test_two_processes_train_as_one(settings, alone, torchrun, tmp_path, strateg
     assert samples(tmp_path / "two") == samples(alone)
     for name, weight in weights(alone).items():
         assert (weights(tmp_path / "two")[name] - weight).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_the_kernels_serve_several_processes(settings, torchrun, tmp_path, strategy):
+    kernels = {
+        "train.dtype": "float32",
+        "train.layer_path": "kernels",
+        "train.max_steps": 10,
+        "train.carry_state": True,
+    }
+    assert main(["train", *flags(settings | kernels | {"run_dir": tmp_path / "alone", "train.batch_size": 12})]) == 0
+    more = {"run_dir": tmp_path / "two", "train.batch_size": 6, "distributed.strategy": strategy}
+    train_together(torchrun, 2, settings | kernels | more)
+    # float32 sums in another order, through 10 steps.
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
 
 
 @pytest.mark.parametrize("carry_state", [False, True])

@@ -23,12 +23,10 @@ def _compile() -> None:
     """Runs all kernels once, so that they are compiled, or loaded from the disk, with a word where that takes long."""
 
     def run() -> None:
-        x, narrow, table = (
-            np.ones((2, LANES), np.float32),
-            np.ones((LANES, 1), np.float32),
-            np.ones((1, 1, 1), np.float32),
+        x, narrow, table, weight, parts = (
+            np.ones(shape, np.float32) for shape in ((2, LANES), (LANES, 1), (1, 1, 1), (2, 1), (1, LANES, 1))
         )
-        weight, parts, counts = np.ones((2, 1), np.float32), np.empty((1, LANES, 1), np.float32), np.empty(1, np.int64)
+        counts = np.empty(1, np.int64)
         keys = np.zeros(2, np.int64), np.zeros(LANES, np.int32), 0, np.float32(1)
         gated, grad_q = np.zeros_like(x), np.ones((1, 2, 1), np.float32)
         kernels.rotate(x, x.copy(), table, table, 0, 0, 0, 1, 1, True, counts)
@@ -46,9 +44,9 @@ class KernelNeurons:
 
     def __init__(self, weights: LayerWeights, *, with_gradients: bool, keep_wide: bool = False):
         self._weights = LayerWeights(
-            weights.encoder.contiguous(),
-            tuple(weight.contiguous() for weight in weights.encoder_v),
-            weights.decoder.contiguous(),
+            weights.encoder.detach().contiguous(),
+            tuple(weight.detach().contiguous() for weight in weights.encoder_v),
+            weights.decoder.detach().contiguous(),
         )
         self._gradients = zeros_like(weights, torch.float32) if with_gradients else None
         _compile()

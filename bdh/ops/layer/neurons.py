@@ -8,6 +8,7 @@ element-wise parts are compiled into one kernel each. :class:`bdh.ops.cpu.layer.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -86,7 +87,7 @@ class TorchNeurons:
 
     def __init__(self, weights: LayerWeights, *, with_gradients: bool):
         self._weights = weights
-        self._is_compiled = weights.encoder.device.type == "cuda"
+        self._is_compiled = compiles_parts(weights.encoder.device)
         wide = sum_dtype(weights.encoder.dtype)
         self._gradients = zeros_like(weights, wide) if with_gradients else None
 
@@ -147,6 +148,11 @@ def zeros_like(weights: LayerWeights, dtype: torch.dtype) -> LayerWeights:
 
     encoder_v = tuple(zeros(weight) for weight in weights.encoder_v)
     return LayerWeights(zeros(weights.encoder), encoder_v, zeros(weights.decoder))
+
+
+def compiles_parts(device: torch.device) -> bool:
+    """Whether element-wise parts are compiled there: on a GPU, where PyTorch came with Triton."""
+    return device.type == "cuda" and find_spec("triton") is not None
 
 
 @cache

@@ -8,6 +8,7 @@ import torch
 from bdh.ops.cpu.runtime import unavailable_reason
 from bdh.ops.dispatch import choose_form
 from bdh.ops.layer.function import BlockSizes
+from bdh.ops.layer.neurons import compiles_parts
 
 LayerPath = Literal["auto", "plain", "torch", "kernels"]
 LAYER_PATHS: tuple[str, ...] = get_args(LayerPath)
@@ -180,6 +181,9 @@ def _choose_path(shape: LayerShape, requested: str, form: str, obstacle: str | N
         return "torch", "asked for"
     if no_kernels is None:
         return "kernels", "asked for" if requested == "kernels" else "float32 on the cpu"
+    if shape.device.type == "cuda":
+        parts = "compiled" if compiles_parts(shape.device) else "not compiled, as Triton is missing"
+        return "torch", f"on {shape.device}, element-wise parts {parts}"
     return "torch", f"no kernels: {no_kernels}"
 
 
