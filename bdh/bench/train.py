@@ -28,11 +28,12 @@ from bdh.ops import naive
 from bdh.train.runtime import Runtime
 from bdh.train.speed import matmul_peak, training_flops_per_token
 
-TOLERANCES = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.02}
+TOLERANCES = {"float32": 5e-3, "bfloat16": 0.1, "float16": 0.02}
 """Of the norm of the difference of two gradients of a weight, as a share of the norm. Float32 sums in another order differ
 by about 1e-6; but where x or y lies that near to 0, whether it fires is open, and one such neuron and token among the 10^7
-of a batch takes the gradients up to 1e-4 apart. A half-precision product rounds each of its factors, by up to 4e-3 in
-bfloat16 and 5e-4 in float16, and a gradient passes through some tens of them."""
+of a batch takes the gradients 1e-4 apart, among the 10^6 of a small one up to 2e-3: as far as the plain equations in float32
+are. A half-precision product rounds each of its factors, by up to 4e-3 in bfloat16 and 5e-4 in float16, and a gradient passes
+through some tens of them."""
 _SHARE_OF_MEMORY = 0.6
 
 Progress = Callable[[str], None]

@@ -14,7 +14,7 @@ WIDE = 8 * 256 * 4 * 512 * 4  # bytes of (B, T, H, N) in float32
 def test_a_cpu_in_float32_gets_the_kernels_and_recomputes():
     plan = plan_layer(SHAPE, LayerOptions())
     assert (plan.path, plan.kept_passes, plan.kept_bytes) == ("kernels", 0, 0)
-    assert plan.sizes.rows * plan.sizes.columns == 512
+    assert plan.sizes.rows * plan.sizes.columns * SHAPE.N == 2**20
     assert "recomputes" in plan.describe(6)
 
 
