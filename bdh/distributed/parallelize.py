@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bdh.distributed.config import DistributedConfig
 from bdh.distributed.world import World
+from bdh.model.kernels import forget_kernels
 
 
 class Parallel:
@@ -58,6 +59,7 @@ class Parallel:
         try:
             yield
         finally:
+            forget_kernels(self._model)  # the next time, other weights are in the same memory
             self._model.reshard()
 
 

@@ -74,3 +74,8 @@ def recurrence_of(model: "BDHForCausalLM", storage: "Storage" = "float32") -> "R
         )
         kept[storage] = (version, Recurrence(weights))
     return kept[storage][1]
+
+
+def forget_kernels(model: nn.Module) -> None:
+    """For whoever changes weights in memory that they keep, which :func:`recurrence_of` cannot see."""
+    _made.pop(cast("BDHForCausalLM", model), None)

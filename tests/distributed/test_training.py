@@ -73,12 +73,15 @@ def test_the_kernels_serve_several_processes(settings, torchrun, tmp_path, strat
         "train.layer_path": "kernels",
         "train.max_steps": 10,
         "train.carry_state": True,
+        "train.sample_every_steps": 5,
     }
     assert main(["train", *flags(settings | kernels | {"run_dir": tmp_path / "alone", "train.batch_size": 12})]) == 0
     more = {"run_dir": tmp_path / "two", "train.batch_size": 6, "distributed.strategy": strategy}
     train_together(torchrun, 2, settings | kernels | more)
     # float32 sums in another order, through 10 steps.
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
+    assert samples(tmp_path / "two") == samples(tmp_path / "alone")
+    assert len(samples(tmp_path / "two")) == 2
 
 
 @pytest.mark.parametrize("carry_state", [False, True])

@@ -5,7 +5,7 @@ from torch import nn
 from bdh import BDHForCausalLM
 from bdh.generate.kernel_stepper import KernelStepper
 from bdh.generate.stepper import Feed, TorchStepper, make_stepper
-from bdh.model.kernels import kernel_obstacle, recurrence_of
+from bdh.model.kernels import forget_kernels, kernel_obstacle, recurrence_of
 
 
 def step(model, state, tokens, **arguments):
@@ -94,6 +94,9 @@ def test_weights_are_packed_once_and_given_back(make_model):
     assert first.weights.encoder.data_ptr() == model.encoder.weight.data_ptr()  # not copied
     model.load_state_dict(make_model(seed=1).state_dict())
     assert recurrence_of(model) is not first
+    second = recurrence_of(model)
+    forget_kernels(model)
+    assert recurrence_of(model) is not second
 
 
 def test_bfloat16_weights_are_those_of_a_bfloat16_model(make_model):

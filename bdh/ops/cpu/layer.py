@@ -131,7 +131,7 @@ class KernelNeurons:
                 gated.numpy(),
                 *_turns(block),
                 values.numpy(),
-                weights.numpy(),
+                np.from_dlpack(weights),
                 grad_weights.numpy(),
                 parts.numpy(),
             )
@@ -152,7 +152,10 @@ class KernelNeurons:
         self._firing += int(counts.sum())
 
     def _of_x(self, block: Block, x: torch.Tensor, a: torch.Tensor) -> tuple[object, ...]:
-        """x, y, whether it is there, a, and the rows of Ev and Dec."""
+        """x, y, whether it is there, a, and the rows of Ev and Dec.
+
+        Not ``.numpy()`` for weights: it fixes the size of their storage, which FSDP empties between passes.
+        """
         rows, encoder_v = a.reshape(-1, a.shape[-1]), self._weights.encoder_v[block.head]
         y, has_y = _NOTHING, self._firing > DENSE_Y * x.shape[0] * len(rows)
         if has_y:
@@ -163,8 +166,8 @@ class KernelNeurons:
             y.numpy(),
             has_y,
             rows.numpy(),
-            encoder_v.numpy(),
-            self._weights.decoder[block.neurons].numpy(),
+            np.from_dlpack(encoder_v),
+            np.from_dlpack(self._weights.decoder[block.neurons]),
         )
 
     def _keys(self, block: Block, x: torch.Tensor) -> tuple[object, ...]:

@@ -90,7 +90,7 @@ class Recurrence:
         self._like = kernels.FLOAT32 if weights.encoder.dtype == torch.float32 else kernels.BFLOAT16
         self._turns = turns_per_token(N, weights.rope_theta).numpy()
         self._encoder_v = np.array([weight.data_ptr() for weight in weights.encoder_v], np.int64)
-        self._embed = weights.embed.numpy()
+        self._embed = np.from_dlpack(weights.embed)  # .numpy() would fix the storage's size, which FSDP changes
         self._num_parts = H * kernels.stretches_of(N)
         self._memory = threading.local()  # of each thread its own, so that two may read at once
         self._announce = announce
