@@ -107,6 +107,7 @@ async def _run(settings: ServeSettings, load_model: LoadModel, keys: ApiKeys, li
     def end() -> None:
         nonlocal num_signals
         num_signals += 1
+        service.refuse()  # at once: who reads the line below may ask in the same moment
         if num_signals == 1:
             log("ending", drain_timeout=settings.drain_timeout)
         ending.set()

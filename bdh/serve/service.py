@@ -191,14 +191,18 @@ class Service:
     def end(self, generation: "Generation") -> None:
         self._running.discard(generation)
 
+    def refuse(self) -> None:
+        """From here on no more requests are taken."""
+        if self.status in ("ready", "loading"):
+            self.status = "draining"
+
     async def drain(self, seconds: float) -> int:
         """Takes no more requests, and waits for those that run; after that time they are cut off.
 
         Returns:
             How many were.
         """
-        if self.status in ("ready", "loading"):
-            self.status = "draining"
+        self.refuse()
         end = time.monotonic() + seconds
         while self._running and time.monotonic() < end:
             await asyncio.sleep(0.05)

@@ -53,6 +53,14 @@ class Process:
     def tokens(self, **fields) -> list[str]:
         return self.complete(**fields).json()["choices"][0]["logprobs"]["tokens"]
 
+    def wait_for_running(self, count: int) -> None:
+        """Until so many texts are being written."""
+        for _ in range(6000):
+            if f'bdh:num_requests_running{{model_name="tiny"}} {count}.0' in self.http.get("/metrics").text:
+                return
+            time.sleep(0.01)
+        raise AssertionError(self.http.get("/metrics").text)
+
     def end(self, number=signal.SIGTERM) -> int:
         self.process.send_signal(number)
         return self.process.wait(60)
@@ -63,7 +71,7 @@ def start(folder):
     started = []
 
     def start(*arguments, environment=None) -> Process:
-        started.append(Process(folder, *arguments, environment=environment))
+        started.append(Process(folder, "--metrics", "true", *arguments, environment=environment))
         started[-1].wait_for("ready")
         return started[-1]
 
@@ -76,20 +84,16 @@ def start(folder):
 
 def test_sigterm_lets_what_runs_come_to_its_end(start):
     server = start("--drain_timeout", "50")
-    lengths = [300 + 40 * number for number in range(8)]
+    lengths = [1000 + 40 * number for number in range(8)]
     with ThreadPoolExecutor(8) as pool:
         asked = [pool.submit(server.complete, prompt="abc", max_tokens=length) for length in lengths]
-        server.wait_for("ready")
-        while server.http.get("/health/ready").status_code != 200:
-            time.sleep(0.01)
-        time.sleep(0.3)
+        server.wait_for_running(8)
         server.process.send_signal(signal.SIGTERM)
         server.wait_for("ending")
-        late = server.http.get("/health/ready") if any(not each.done() for each in asked) else None
+        late = server.http.get("/health/ready")
         answers = [each.result() for each in asked]
     assert [len(answer.json()["choices"][0]["logprobs"]["tokens"]) for answer in answers] == lengths
-    if late is not None:
-        assert (late.status_code, late.json()["error"]["code"]) == (503, "draining")
+    assert (late.status_code, late.json()["error"]["code"]) == (503, "draining")
     assert server.process.wait(60) == 0
     assert server.wait_for("drained")["cut_off"] == 0
 
@@ -103,7 +107,7 @@ def test_what_is_cut_off_is_told_so_and_goes_on_after_a_restart(start, tmp_path)
     with ThreadPoolExecutor(2) as pool:
         plain = pool.submit(server.complete, prompt="abc", max_tokens=1500)
         streamed = pool.submit(server.complete, prompt="abc", max_tokens=1500, stream=True)
-        time.sleep(0.2)
+        server.wait_for_running(2)
         assert server.end() == 0
         answer, stream = plain.result(), streamed.result()
     assert server.wait_for("drained")["cut_off"] == 2
@@ -132,7 +136,7 @@ def test_without_that_it_is_cut_off_all_the_same(start):
     server = start("--drain_timeout", "0")
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(server.complete, prompt="abc", max_tokens=10_000)
-        time.sleep(0.3)
+        server.wait_for_running(1)
         assert server.end() == 0
         error = asked.result().json()["error"]
     assert error["code"] == "draining"
@@ -143,7 +147,7 @@ def test_a_second_signal_ends_it_at_once(start):
     server = start("--drain_timeout", "60")
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(server.complete, prompt="abc", max_tokens=16_000)
-        time.sleep(0.3)
+        server.wait_for_running(1)
         server.process.send_signal(signal.SIGINT)
         server.wait_for("ending")
         start_of_end = time.monotonic()
