@@ -96,7 +96,7 @@ class TorchNeurons:
         return Fired(*self._run(_rotated, before.unflatten(1, v.shape[:2]), *block.turns()))
 
     def rotated(self, block: Block, x: torch.Tensor) -> Fired:
-        return Fired(*self._run(_rotated, x, *block.turns()))
+        return Fired(x, self._run(_turned, x, *block.turns()))
 
     def respond(self, block: Block, x: torch.Tensor, a: torch.Tensor, out: torch.Tensor) -> None:
         z = self._run(_gated, x, self._recalled(block, a), *_mask_of(block))
@@ -168,10 +168,14 @@ def _mask_of(block: Block) -> tuple[Any, ...]:
 def _rotated(before: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x, and q = rope(x), from x before its ReLU (N, G, C); cos and sin are (1 or G, N/2, C)."""
     x = before.relu()
+    return x, _turned(x, cos, sin)
+
+
+def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """rope(x)."""
     a, b = _pairs(x)
     cos, sin = cos.transpose(0, 1), sin.transpose(0, 1)
-    q = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=1).flatten(0, 1)
-    return x, q.to(x.dtype)
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=1).flatten(0, 1).to(x.dtype)
 
 
 def _rotated_backward(

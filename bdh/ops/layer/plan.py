@@ -28,10 +28,10 @@ _WHOLE_WIDTHS = 4
 _LEAST_CHUNK = 256
 # Columns from which on a matrix product is no faster for more of them. Few neurons take more, so that what a block costs
 # beside them does not count: a step of D 48, N 384 takes 67 ms by 512 columns and 50 by 1,536, one of D 128, N 1,024
-# 430 by 512, 420 by 1,024 and 460 by 2,048.
-_COLUMNS_OF_BLOCK = {"cpu": 512, "cuda": 16_384, "mps": 4_096}
+# 430 by 512, 420 by 1,024 and 460 by 2,048. Those of GPUs are estimates: their kernels take far longer than their start.
+_COLUMNS_OF_BLOCK = {"cpu": 512, "cuda": 8_192, "mps": 4_096}
 _NUMBERS_OF_BLOCK = 2**20
-# Without a budget, kept and temporary activations of a GPU stay below this share of its memory.
+# Without a budget, blocks of a GPU, and what is kept with recompute "none", stay below this share of its memory.
 _SHARE_OF_GPU = 0.5
 
 
@@ -45,7 +45,7 @@ class LayerOptions:
     recompute: Recompute = "auto"
     """none keeps x of all passes for the backward pass, pass recomputes it, auto keeps that of as many as there is memory for."""
     memory_budget: int | None = None
-    """Bytes for all activations that are as wide as the neurons. None for half of a GPU's memory; on a CPU for one block."""
+    """Bytes for all activations that are as wide as the neurons. None for one block: auto then keeps nothing."""
     rows_per_block: int | None = None
     """Sequences in a block; None for what suits the device and the budget."""
     tokens_per_block: int | None = None
@@ -225,7 +225,8 @@ def _kept_passes(shape: LayerShape, options: LayerOptions, each: int, left: int 
             )
         return shape.L
     # On a CPU fresh memory costs more than the matrix product that gives x again; measured in docs/training-speed.md.
-    return 0 if left is None else min(shape.L, left // each)
+    # On a GPU it is one of eleven products, and x of all passes is several times the rest of what is needed.
+    return 0 if left is None or options.memory_budget is None else min(shape.L, left // each)
 
 
 def _plan_plain(shape: LayerShape, options: LayerOptions, reason: str) -> LayerPlan:
