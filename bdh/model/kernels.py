@@ -42,8 +42,14 @@ def weights_obstacle(modules: list[nn.Module]) -> str | None:
             return "a layer has a bias"
         if _has_hooks(module):
             return "a layer has hooks"
-        if type(module.weight) is not nn.Parameter or type(module.weight.data) is not torch.Tensor:
+        if "forward" in module.__dict__:  # as accelerate does it
+            return "the forward of a layer has been replaced"
+        if type(module.weight) is not nn.Parameter:
+            return f"a weight is {type(module.weight).__name__}, not a plain nn.Parameter"
+        if type(module.weight.data) is not torch.Tensor:
             return f"a weight is {type(module.weight.data).__name__}, not a plain tensor"
+        if module.weight.device.type == "meta":
+            return "a weight is on meta"
     return None
 
 

@@ -1,7 +1,7 @@
 """The model: one layer that the text passes through L times."""
 
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -164,7 +164,8 @@ class BDHForCausalLM(TextGenerationMixin, PreTrainedModel, GenerationMixin):
             passes = BlockPasses.of(self, plan, positions, (B, T), mask=mask, reach=reach, keep_state=use_cache)
         else:
             num_kept = config.n_layer if plan is None else plan.kept_passes
-            passes = _PlainPasses(self, num_kept, positions, mask, reach, form, use_cache)
+            table = rotation_table(positions, config.neurons_per_head, config.rope_theta, self.embed.weight.dtype)
+            passes = _PlainPasses(self, num_kept, table[:, None], mask, reach, form, use_cache)
 
         hidden_states = [v]
         for index in range(config.n_layer):
@@ -446,24 +447,17 @@ class _PlainPasses:
     model: BDHForCausalLM
     num_kept: int
     """The first so many passes keep their activations for the backward pass; those of the others are recomputed."""
-    positions: torch.Tensor  # int64 (1 or B, T)
+    table: torch.Tensor  # (1 or B, 1, T, N/2), complex: one row where all stand at the same positions
     mask: torch.Tensor | None
     reach: Reach | None
     form: str
     keep_state: bool
 
-    @cached_property
-    def _table(self) -> torch.Tensor:
-        """(1 or B, 1, T, N/2): one row where all stand at the same positions."""
-        config = self.model.config
-        dtype = self.model.embed.weight.dtype
-        return rotation_table(self.positions, config.neurons_per_head, config.rope_theta, dtype)[:, None]
-
     def run(self, index: int, v: torch.Tensor, sums: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         if index < self.num_kept:
-            return self._layer(v, self._table, sums)
+            return self._layer(v, self.table, sums)
         checkpointed = getattr(self.model, "_gradient_checkpointing_func", partial(checkpoint, use_reentrant=False))
-        return checkpointed(self._layer, v, self._table, sums)
+        return checkpointed(self._layer, v, self.table, sums)
 
     def _layer(
         self, v: torch.Tensor, table: torch.Tensor, sums: torch.Tensor | None

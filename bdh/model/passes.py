@@ -11,13 +11,15 @@ from bdh.ops.attention import sum_dtype
 from bdh.ops.layer.dropout import make_dropout
 from bdh.ops.layer.function import PassSpec, wide_pass
 from bdh.ops.layer.neurons import LayerWeights
-from bdh.ops.layer.plan import LayerPlan, LayerShape, plan_layer
+from bdh.ops.layer.plan import LayerOptions, LayerPlan, LayerShape, plan_layer
 from bdh.ops.layer.rotation import make_rotation
 from bdh.ops.norm import layer_norm
 from bdh.ops.reach import Reach
 
 if TYPE_CHECKING:
     from bdh.model.modeling import BDHForCausalLM
+
+_ALL_PLAIN = LayerOptions(path="plain")
 
 
 class Passes(Protocol):
@@ -27,17 +29,25 @@ class Passes(Protocol):
         """Pass number ``index``: (B, T, D) to (B, T, D), and the new sums (B, H, N, D) where they are kept."""
 
 
-@torch.compiler.disable
 def plan_for(model: "BDHForCausalLM", B: int, T: int, form: str, *, for_loss: bool = True) -> LayerPlan | None:
     """How ``model`` computes its passes over (B, T) tokens, under the autocast of this moment.
 
-    None for what is neither trained nor evaluated: prompts are read by the plain forms.
+    None for the plain forms with nothing to decide. They read prompts, which are neither trained nor evaluated.
 
     Raises:
         LayerOptionError: ``model.layer_options`` ask for what is not there.
     """
+    # Here, where torch.compile still follows: the plain forms are compiled as one graph.
     if not (for_loss or torch.is_grad_enabled()):
         return None
+    options = model.layer_options
+    if options == _ALL_PLAIN and not model.gradient_checkpointing:
+        return None
+    return _plan(model, B, T, form)
+
+
+@torch.compiler.disable
+def _plan(model: "BDHForCausalLM", B: int, T: int, form: str) -> LayerPlan:
     config, device = model.config, model.embed.weight.device
     shape = LayerShape(
         B=B,
@@ -55,11 +65,11 @@ def plan_for(model: "BDHForCausalLM", B: int, T: int, form: str, *, for_loss: bo
     if model.gradient_checkpointing and model.training and options.recompute == "auto":
         options = replace(options, recompute="pass")
     obstacle = _obstacle(model)
-    if not torch.is_grad_enabled():  # what is evaluated may be fewer and shorter rows than those of a training step
-        rows, tokens = options.rows_per_block, options.tokens_per_block
-        options = replace(options, rows_per_block=rows and min(rows, B), tokens_per_block=tokens and min(tokens, T))
-        if obstacle is not None:  # who measures has put hooks on the modules
-            options = replace(options, path="auto")
+    # What is evaluated may be fewer and shorter rows than those of a training step, and so may be the last of an epoch.
+    rows, tokens = options.rows_per_block, options.tokens_per_block
+    options = replace(options, rows_per_block=rows and min(rows, B), tokens_per_block=tokens and min(tokens, T))
+    if obstacle is not None and not torch.is_grad_enabled():  # who measures has put hooks on the modules
+        options = replace(options, path="auto")
     return plan_layer(shape, options, form=form, chunk_size=config.chunk_size, obstacle=obstacle)
 
 
@@ -148,7 +158,11 @@ def draw_seeds(num_passes: int, device: torch.device) -> torch.Tensor:
 def _dtype(model: "BDHForCausalLM") -> torch.dtype:
     """In which the matrix products are computed."""
     device, dtype = model.embed.weight.device.type, model.embed.weight.dtype
-    if torch.is_autocast_enabled(device) and sum_dtype(dtype) != torch.float64:
+    if (
+        torch.amp.is_autocast_available(device)
+        and torch.is_autocast_enabled(device)
+        and sum_dtype(dtype) != torch.float64
+    ):
         return torch.get_autocast_dtype(device)
     return dtype
 
@@ -157,4 +171,8 @@ def _obstacle(model: "BDHForCausalLM") -> str | None:
     """What keeps the layer from being computed by weights alone: the modules are then called, as they are."""
     if model.training and not 0 <= model.config.dropout < 1:
         return f"dropout is {model.config.dropout}"
+    if torch.jit.is_tracing():
+        return "torch.jit is tracing"
+    if torch._C._are_functorch_transforms_active():  # there is no public name for it
+        return "a transform of torch.func is active"
     return weights_obstacle(layer_modules(model))

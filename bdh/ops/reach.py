@@ -36,6 +36,11 @@ class Reach(NamedTuple):
             starts, mask = (None if part is None else part[:, columns] for part in (self.starts, self.mask))
             yield Reach(starts, self.half_lives, mask)
 
+    def part(self, rows: slice, head: int, columns: slice) -> "Reach":
+        """That of one head, some sequences and some tokens, to which a state is handed."""
+        starts, mask = (None if part is None else part[rows, columns] for part in (self.starts, self.mask))
+        return Reach(starts, None if self.half_lives is None else self.half_lives[head : head + 1], mask)
+
     def weights(self, num_tokens: int, device: torch.device) -> "Weights":
         """The weights among ``num_tokens`` tokens."""
         T = num_tokens

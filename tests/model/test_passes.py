@@ -1,5 +1,8 @@
 """The model in blocks is the model as its equations are, whatever it is given; and what does not fit goes the plain way."""
 
+import os
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -108,6 +111,7 @@ def test_autocast_goes_by_torch(make_model, tokens, dtype):
     (lambda model: setattr(model, "decoder", nn.Sequential(model.decoder)), "Sequential"),
     (lambda model: nn.utils.parametrizations.weight_norm(model.encoder_v[1]), "ParametrizedLinear"),
     (lambda model: setattr(model, "encoder", nn.Linear(24, 144)), "bias"),
+    (lambda model: setattr(model.decoder, "forward", partial(nn.Linear.forward, model.decoder)), "has been replaced"),
 ])  # fmt: skip
 def test_modules_that_do_more_than_multiply_are_called(make_model, tokens, change, reason):
     model = make_model().train()
@@ -142,3 +146,51 @@ def test_accumulated_gradients_are_those_of_the_whole(make_model, tokens):
     for row in tokens:
         (model(row[None], labels=row[None]).loss / len(tokens)).backward()
     torch.testing.assert_close([p.grad for p in model.parameters()], whole, rtol=1e-3, atol=1e-6)
+
+
+def test_blocks_larger_than_the_last_batch_are_cut_to_it(make_model, tokens):
+    model = make_model().train()
+    expected = losses_and_gradients(model, "auto", tokens[:1])
+    model.layer_options = LayerOptions(rows_per_block=2, tokens_per_block=tokens.shape[1] + 5)
+    loss = model(tokens[:1], labels=tokens[:1]).loss
+    assert loss.item() == pytest.approx(expected[0].item(), rel=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_transforms_and_traces_go_the_plain_way(make_model, tokens):
+    model = make_model().train()
+    embedded = model.embed(tokens).detach()
+
+    def loss(inputs):
+        return model(inputs_embeds=inputs, labels=tokens).loss
+
+    expected = torch.autograd.grad(loss(embedded.requires_grad_()), embedded)[0]
+    torch.testing.assert_close(torch.func.grad(loss)(embedded.detach()), expected, rtol=1e-3, atol=1e-6)
+    model.eval().requires_grad_(False)  # a trace takes the weights for constants
+    traced = torch.jit.trace(lambda given: model(given, use_cache=False).logits, tokens, check_trace=False)
+    torch.testing.assert_close(traced(tokens), model(tokens, use_cache=False).logits, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", ["prompt", "evaluation", "training"])
+def test_the_plain_forms_compile_as_one_graph(make_model, tokens, case):
+    model = make_model().train(case == "training")
+    if case != "prompt":
+        model.layer_options = LayerOptions(path="plain")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    given = {"use_cache": True} if case == "prompt" else {"labels": tokens}
+    with torch.set_grad_enabled(case == "training"):
+        torch.testing.assert_close(compiled(tokens, **given).logits, model(tokens, **given).logits)
+
+
+@pytest.mark.skipif(len(BLOCKS) < 2 or not hasattr(os, "fork"), reason="there are no kernels, or no forks")
+def test_a_forked_process_does_without_the_kernels(make_model, tokens):
+    """OpenMP ends a process that was forked from one that has used it."""
+    model = make_model().train()
+    model(tokens, labels=tokens).loss.backward()
+    assert plan_for(model, *tokens.shape, "auto").path == "kernels"
+    child = os.fork()
+    if child == 0:
+        plan = plan_for(model, *tokens.shape, "auto")
+        os._exit(0 if plan.path == "torch" and "forked" in plan.reason else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert plan_for(model, *tokens.shape, "auto").path == "kernels"

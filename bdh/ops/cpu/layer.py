@@ -15,7 +15,7 @@ DENSE_Y = 0.45
 DENSE_GRADIENT = 0.4
 """Share of x from which on the gradients behind it are computed by dense products."""
 _FIRE_BYTES = 1024 * 1024  # of x
-_NOTHING = torch.zeros(1, 1)
+_NOTHING = torch.zeros(1, 1, dtype=torch.float32, device="cpu")
 
 
 @cache
@@ -24,17 +24,18 @@ def _compile() -> None:
 
     def run() -> None:
         x, narrow, table, weight, parts = (
-            np.ones(shape, np.float32) for shape in ((2, LANES), (LANES, 1), (1, 1, 1), (2, 1), (1, LANES, 1))
+            np.ones(shape, np.float32) for shape in ((2, LANES), (LANES, 1), (1, 1), (2, 1), (1, LANES, 1))
         )
+        turns = table, table, np.array([0, 1]), np.zeros(1, np.int64)
         counts = np.empty(1, np.int64)
         keys = np.zeros(2, np.int64), np.zeros(LANES, np.int32), 0, np.float32(1)
         gated, grad_q = np.zeros_like(x), np.ones((1, 2, 1), np.float32)
-        kernels.rotate(x, x.copy(), table, table, 0, 0, 0, 1, 1, True, counts)
+        kernels.rotate(x, x.copy(), *turns, 0, True, counts)
         common = x, x, False, narrow, weight, weight
         kernels.respond(*common, parts, *keys)
         kernels.respond_backward(*common, narrow, weight.copy(), weight.copy(), gated, parts, *keys)
-        kernels.fire_backward(x, grad_q, gated, table, table, 0, 0, narrow, weight, weight.copy(), parts)
-        kernels.turn_back(x, grad_q, gated, table, table, 0, 0)
+        kernels.fire_backward(x, grad_q, gated, *turns, narrow, weight, weight.copy(), parts)
+        kernels.turn_back(x, grad_q, gated, *turns)
 
     compiled(run)
 
@@ -59,20 +60,21 @@ class KernelNeurons:
         G, C, D = v.shape
         x, q = self._memory("x", block, v, fresh=self._keep_wide), self._memory("q", block, v)
         values, weights = v.reshape(-1, D).t(), self._weights.encoder[block.neurons]
+        turns = _turns(block)
         # Some neurons at a time, whose products are still in the cache when they are rotated; pairs stay together.
         some = max(2, _FIRE_BYTES // (4 * x.shape[1]) // 2 * 2)
         self._firing = 0
         for first in range(0, len(x), some):
             part = slice(first, min(len(x), first + some))
             torch.mm(weights[part], values, out=x[part, : G * C])
-            self._rotate(block, x[part], q[part], first // 2, G, C, cut=True)
+            self._rotate(turns, x[part], q[part], first // 2, cut=True)
         return _fired(x, q, G, C)
 
     def rotated(self, block: Block, x: torch.Tensor) -> Fired:
         G, C = x.shape[1:]
         wide, q = _whole(x), self._memory("q", block, x[0, :, :, None])
         self._firing = 0
-        self._rotate(block, wide, q, 0, G, C, cut=False)
+        self._rotate(_turns(block), wide, q, 0, cut=False)
         return _fired(wide, q, G, C)
 
     def respond(self, block: Block, x: torch.Tensor, a: torch.Tensor, out: torch.Tensor) -> None:
@@ -92,7 +94,7 @@ class KernelNeurons:
         with exclusive():
             kernels.respond_backward(
                 *self._of_x(block, wide, a),
-                grad_out.reshape(-1, a.shape[-1]).numpy(),
+                _rows(grad_out).numpy(),
                 self._gradients.encoder_v[block.head].numpy(),
                 self._gradients.decoder[block.neurons].numpy(),
                 gated.numpy(),
@@ -114,7 +116,7 @@ class KernelNeurons:
     ) -> None:
         assert self._gradients is not None
         wide, grad_q = _whole(x), grad_q.permute(1, 0, 2).contiguous()
-        values, weights = v.reshape(-1, v.shape[-1]), self._weights.encoder[block.neurons]
+        values, weights = _rows(v), self._weights.encoder[block.neurons]
         grad_weights = self._gradients.encoder[block.neurons]
         if self._firing > DENSE_GRADIENT * x.numel():
             with exclusive():
@@ -142,13 +144,12 @@ class KernelNeurons:
         return self._gradients
 
     def _rotate(
-        self, block: Block, x: torch.Tensor, q: torch.Tensor, first_pair: int, G: int, C: int, *, cut: bool
+        self, turns: tuple[object, ...], x: torch.Tensor, q: torch.Tensor, first_pair: int, *, cut: bool
     ) -> None:
         """q = rope(x) for some neurons, of which the first pair has this number in the head; counts those that fire."""
         counts = np.empty(self._parts, np.int64)
-        cos, sin, *start = _turns(block)
         with exclusive():
-            kernels.rotate(x.numpy(), q.numpy(), cos, sin, first_pair, *start, G, C, cut, counts)
+            kernels.rotate(x.numpy(), q.numpy(), *turns, first_pair, cut, counts)
         self._firing += int(counts.sum())
 
     def _of_x(self, block: Block, x: torch.Tensor, a: torch.Tensor) -> tuple[object, ...]:
@@ -156,7 +157,7 @@ class KernelNeurons:
 
         Not ``.numpy()`` for weights: it fixes the size of their storage, which FSDP empties between passes.
         """
-        rows, encoder_v = a.reshape(-1, a.shape[-1]), self._weights.encoder_v[block.head]
+        rows, encoder_v = _rows(a), self._weights.encoder_v[block.head]
         y, has_y = _NOTHING, self._firing > DENSE_Y * x.shape[0] * len(rows)
         if has_y:
             y = self._memory("y", block, a)
@@ -175,7 +176,7 @@ class KernelNeurons:
         dropout = block.dropout
         if dropout is None:
             return np.zeros(N, np.int64), np.zeros(M, np.int32), 0, np.float32(1)
-        keys = torch.zeros(M, dtype=torch.int64)
+        keys = torch.zeros(M, dtype=torch.int64, device="cpu")
         keys[: dropout.token_keys.numel()] = dropout.token_keys.flatten()
         return (
             dropout.neuron_keys.numpy(),
@@ -190,7 +191,7 @@ class KernelNeurons:
         M = -(-columns // LANES) * LANES
         wide = None if fresh else self._wide.get(name)
         if wide is None or wide.shape != (N, M):
-            wide = torch.zeros(N, M)
+            wide = torch.zeros(N, M, dtype=torch.float32, device="cpu")
             if not fresh:
                 self._wide[name] = wide
         wide[:, columns:] = 0
@@ -200,7 +201,7 @@ class KernelNeurons:
         shape = (self._parts, x.shape[1], like.shape[-1])
         parts = self._wide.get(name)
         if parts is None or parts.shape != shape:
-            parts = self._wide[name] = torch.empty(shape)
+            parts = self._wide[name] = torch.empty(shape, dtype=torch.float32, device="cpu")
         return parts
 
 
@@ -213,9 +214,16 @@ def _whole(x: torch.Tensor) -> torch.Tensor:
     return x.as_strided((x.shape[0], x.stride(0)), (x.stride(0), 1))
 
 
+def _rows(values: torch.Tensor) -> torch.Tensor:
+    """(G, C, D) as (G * C, D), for the kernels one behind the other in memory."""
+    return values.reshape(-1, values.shape[-1]).contiguous()
+
+
 def _turns(block: Block) -> tuple[object, ...]:
-    """Tables, and where the block begins in them."""
-    return block.rotation.cos.numpy(), block.rotation.sin.numpy(), block.rows.start, block.columns.start
+    """Tables, and where the block's tokens stand in them."""
+    rotation = block.rotation
+    starts, places = rotation.runs(block.rows, block.columns)
+    return rotation.cos.numpy(), rotation.sin.numpy(), starts.numpy(), places.numpy()
 
 
 def _add(total: torch.Tensor, parts: torch.Tensor) -> None:

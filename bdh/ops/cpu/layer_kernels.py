@@ -48,23 +48,24 @@ def _tile(M, D):
 
 
 @jit
-def rotate(x, q, cos, sin, first_pair, first_row, first_column, G, C, cut, counts):
+def rotate(x, q, cos, sin, starts, places, first_pair, cut, counts):
     """q = rope(x) for x (N, M), of which ``cut`` cuts off what is negative before; ``counts`` (parts,): how many fire.
 
-    ``cos`` and ``sin`` are (1 or B, pairs, T), of which this is the part from ``first_row``, ``first_pair`` and
-    ``first_column`` on.
+    ``cos`` and ``sin`` are (pairs, positions), of which these pairs stand from ``first_pair`` on; the tokens from
+    ``starts[r]`` to ``starts[r + 1]`` have the positions from ``places[r]`` on.
     """
     N, P = x.shape[0], counts.shape[0]
     zero = np.float32(0)
     for part in prange(P):
         fires = 0
         for i in range(part * (N // 2) // P, (part + 1) * (N // 2) // P):
-            for g in range(G):
-                row = min(first_row + g, cos.shape[0] - 1)
-                turn_cos = cos[row, first_pair + i, first_column : first_column + C]
-                turn_sin = sin[row, first_pair + i, first_column : first_column + C]
-                x_0, x_1 = x[2 * i, g * C : (g + 1) * C], x[2 * i + 1, g * C : (g + 1) * C]
-                q_0, q_1 = q[2 * i, g * C : (g + 1) * C], q[2 * i + 1, g * C : (g + 1) * C]
+            for r in range(len(places)):
+                first, last = starts[r], starts[r + 1]
+                C = last - first
+                turn_cos = cos[first_pair + i, places[r] : places[r] + C]
+                turn_sin = sin[first_pair + i, places[r] : places[r] + C]
+                x_0, x_1 = x[2 * i, first:last], x[2 * i + 1, first:last]
+                q_0, q_1 = q[2 * i, first:last], q[2 * i + 1, first:last]
                 if cut:
                     for c in range(C):
                         a, b = x_0[c], x_1[c]
@@ -267,12 +268,12 @@ def respond_backward(
 
 
 @jit
-def fire_backward(x, grad_q, gated, cos, sin, first_row, first_column, v, encoder, grad_encoder, parts):
+def fire_backward(x, grad_q, gated, cos, sin, starts, places, v, encoder, grad_encoder, parts):
     """The gradients behind x: that of E (N, D) is added to, ``parts`` (P, M, D) is set to the sums of that of v.
 
     Args:
         grad_q: (G, N, C), gated: (N, M), as :func:`respond_backward` gives it.
-        cos, sin, first_row, first_column: as of :func:`rotate`.
+        cos, sin, starts, places: as of :func:`rotate`; each stretch lies within a sequence.
         v: (M or less, D).
     """
     N, M = x.shape
@@ -291,20 +292,21 @@ def fire_backward(x, grad_q, gated, cos, sin, first_row, first_column, v, encode
                 width = min(tile, M - first)
                 last = min(first + width, G * C)  # what follows is no token
                 offset = first * stride
+                first_run = np.searchsorted(starts, first, side="right") - 1
                 for i in range(start, min(end_pair, start + some)):
-                    g, m = first // C, first
+                    r, m = first_run, first
                     while m < last:
-                        c, row = m - g * C, min(first_row + g, cos.shape[0] - 1)
-                        end = min(last, (g + 1) * C)
-                        turn_cos = cos[row, i, first_column + c : first_column + c + end - m]
-                        turn_sin = sin[row, i, first_column + c : first_column + c + end - m]
+                        g, end, place = m // C, min(last, starts[r + 1]), places[r] + m - starts[r]
+                        c = m - g * C
+                        turn_cos = cos[i, place : place + end - m]
+                        turn_sin = sin[i, place : place + end - m]
                         q_0, q_1 = grad_q[g, 2 * i, c : c + end - m], grad_q[g, 2 * i + 1, c : c + end - m]
                         gated_0, gated_1 = gated[2 * i, m:end], gated[2 * i + 1, m:end]
                         grad_0, grad_1 = grads[0, m - first : end - first], grads[1, m - first : end - first]
                         for j in range(end - m):
                             grad_0[j] = q_0[j] * turn_cos[j] + q_1[j] * turn_sin[j] + gated_0[j]
                             grad_1[j] = q_1[j] * turn_cos[j] - q_0[j] * turn_sin[j] + gated_1[j]
-                        g, m = g + 1, end
+                        r, m = r + 1, end
                     for side in range(2):
                         n = 2 * i + side
                         count = list_firing_1(
@@ -332,20 +334,22 @@ def fire_backward(x, grad_q, gated, cos, sin, first_row, first_column, v, encode
 
 
 @jit
-def turn_back(x, grad_q, gated, cos, sin, first_row, first_column):
+def turn_back(x, grad_q, gated, cos, sin, starts, places):
     """The gradient of x before its ReLU, in place of ``gated``: what :func:`fire_backward` computes on its way."""
-    N = x.shape[0]
-    G, _, C = grad_q.shape
+    N, C = x.shape[0], grad_q.shape[2]
     zero = np.float32(0)
     for i in prange(N // 2):
-        for g in range(G):
-            row = min(first_row + g, cos.shape[0] - 1)
-            turn_cos = cos[row, i, first_column : first_column + C]
-            turn_sin = sin[row, i, first_column : first_column + C]
-            q_0, q_1 = grad_q[g, 2 * i], grad_q[g, 2 * i + 1]
-            x_0, x_1 = x[2 * i, g * C : (g + 1) * C], x[2 * i + 1, g * C : (g + 1) * C]
-            gated_0, gated_1 = gated[2 * i, g * C : (g + 1) * C], gated[2 * i + 1, g * C : (g + 1) * C]
-            for c in range(C):
+        for r in range(len(places)):
+            first, last = starts[r], starts[r + 1]
+            g = first // C
+            column = first - g * C
+            turn_cos = cos[i, places[r] : places[r] + last - first]
+            turn_sin = sin[i, places[r] : places[r] + last - first]
+            q_0 = grad_q[g, 2 * i, column : column + last - first]
+            q_1 = grad_q[g, 2 * i + 1, column : column + last - first]
+            x_0, x_1 = x[2 * i, first:last], x[2 * i + 1, first:last]
+            gated_0, gated_1 = gated[2 * i, first:last], gated[2 * i + 1, first:last]
+            for c in range(last - first):
                 grad_0 = q_0[c] * turn_cos[c] + q_1[c] * turn_sin[c] + gated_0[c]
                 grad_1 = q_1[c] * turn_cos[c] - q_0[c] * turn_sin[c] + gated_1[c]
                 gated_0[c] = zero if x_0[c] <= zero else grad_0

@@ -1,5 +1,6 @@
 """Whether the kernels run on this machine, with how many threads, and their compilation."""
 
+import os
 import sys
 import threading
 import time
@@ -14,6 +15,21 @@ _one_at_a_time = threading.RLock()
 _PATIENCE_SECONDS = 0.5  # loading compiled kernels takes less
 
 
+_is_forked = False
+
+
+def _note_fork() -> None:
+    global _is_forked
+    _is_forked = True
+    unavailable_reason.cache_clear()
+
+
+@cache
+def _watch_forks() -> None:
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_note_fork)
+
+
 def to_stderr(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
@@ -21,6 +37,8 @@ def to_stderr(message: str) -> None:
 @cache
 def unavailable_reason() -> str | None:
     """Why the kernels cannot run here; None where they can."""
+    if _is_forked:
+        return "this process was forked from one that has used them, which OpenMP does not bear"
     try:
         import numba  # noqa: F401
     except (ImportError, OSError) as error:  # no such package, or none for this processor
@@ -60,6 +78,7 @@ def compiled(run: Callable[[], None], announce: Announce = to_stderr) -> float:
     Returns:
         The seconds that it took.
     """
+    _watch_forks()
     start, threads = time.perf_counter(), torch.get_num_threads()
     begun = threading.Timer(_PATIENCE_SECONDS, announce, ["compiling the kernels for this processor, once ..."])
     begun.daemon = True

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from bdh.ops.attention import sum_dtype
 from bdh.ops.layer.attention import learn_block, read_block, read_block_backward
@@ -64,7 +63,15 @@ def wide_pass(
     Returns:
         (B, T, D) in the dtype of sums, and the new state with ``spec.keep_state``, else None. Gradients of the first
         order flow to v, the weights and the state.
+
+    Raises:
+        ValueError: no tokens, or kept scores in float16.
+        RuntimeError: from the backward pass, where gradients of gradients are wanted.
     """
+    if 0 in v.shape:
+        raise ValueError(f"v has shape {tuple(v.shape)}: must have at least 1 token")
+    if spec.keep_scores and v.dtype == torch.float16:
+        raise ValueError("keep_scores is True: must be False in float16, whose scores have factors")
     out, new_state = _WidePass.apply(v, weights.encoder, weights.decoder, state, spec, *weights.encoder_v)
     return out, new_state if spec.keep_state else None
 
@@ -87,18 +94,10 @@ class _Walk:
     num_heads: int
     neurons_per_head: int
     spec: PassSpec
-    reaches: list[Weights | None] = field(init=False)
-    """Of each range of columns, for all sequences and heads."""
+    columns: list[slice] = field(init=False)
 
     def __post_init__(self) -> None:
-        spec, T = self.spec, self.v.shape[1]
-        self.columns = _ranges(T, spec.sizes.columns)
-        if spec.reach is None:
-            self.reaches = [None] * len(self.columns)
-        else:
-            parts = spec.reach.split(T, spec.sizes.columns)
-            widths = [columns.stop - columns.start for columns in self.columns]
-            self.reaches = [part.weights(width, self.v.device) for part, width in zip(parts, widths, strict=True)]
+        self.columns = _ranges(self.v.shape[1], self.spec.sizes.columns)
 
     def groups(self) -> Iterator[tuple[slice, int]]:
         """Sequences and head of each state that is carried."""
@@ -115,15 +114,11 @@ class _Walk:
         return Block(head, neurons, rows, columns, self.spec.rotation, dropout)
 
     def reach(self, rows: slice, head: int, index: int) -> Weights | None:
-        """Weights with one head, of these sequences: (G or 1, 1, ...) each."""
-        weights = self.reaches[index]
-        if weights is None:
+        """Weights with one head, of these sequences: (G or 1, 1, ...) each. Those of all would be a batch of T x T."""
+        if self.spec.reach is None:
             return None
-        parts = []
-        for part in weights:
-            some = part[rows] if len(part) > 1 else part
-            parts.append(some[:, head : head + 1] if some.shape[1] > 1 else some)
-        return Weights(*parts)
+        columns = self.columns[index]
+        return self.spec.reach.part(rows, head, columns).weights(columns.stop - columns.start, self.v.device)
 
 
 class _WidePass(torch.autograd.Function):
@@ -137,6 +132,7 @@ class _WidePass(torch.autograd.Function):
         spec: PassSpec,
         *encoder_v: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        v = v.contiguous()
         weights = LayerWeights(encoder, encoder_v, decoder)
         neurons = _neurons(weights, spec, with_gradients=False)
         walk = _Walk(v, len(encoder_v), len(encoder_v[0]), spec)
@@ -163,50 +159,60 @@ class _WidePass(torch.autograd.Function):
             if new_state is not None and current is not None:
                 new_state[rows, head] = current
         ctx.save_for_backward(v, encoder, decoder, state, *encoder_v)
-        ctx.spec, ctx.kept = spec, kept
+        ctx.spec, ctx.kept, ctx.device_type = spec, kept, v.device.type
         ctx.set_materialize_grads(False)
         return out, new_state
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: torch.Tensor | None, grad_state: torch.Tensor | None) -> tuple[Any, ...]:
-        v, encoder, decoder, state, *encoder_v = ctx.saved_tensors
-        spec: PassSpec = ctx.spec
-        weights = LayerWeights(encoder, tuple(encoder_v), decoder)
-        neurons = _neurons(weights, spec, with_gradients=True)
-        walk = _Walk(v, len(encoder_v), len(encoder_v[0]), spec)
-        grad_v = torch.zeros(v.shape, dtype=sum_dtype(v.dtype), device=v.device)
-        grad_out = torch.zeros_like(grad_v) if grad_out is None else grad_out
-        grad_first = None if state is None else torch.zeros_like(state)
-        # Handed over, so that each is given back as soon as it was used; a second backward pass computes it again.
-        kept, ctx.kept = ctx.kept, {}
-        for rows, head in walk.groups():
-            first = None if state is None else state[rows, head]
-            grad_after = None if grad_state is None else grad_state[rows, head]
-            for index, before in _states_backwards(walk, neurons, v, rows, head, first, kept):
-                block, reach = walk.block(rows, head, index), walk.reach(rows, head, index)
-                values, grad_values = v[rows, block.columns], grad_v[rows, block.columns]
-                had = kept.pop((rows.start, head, index), _NOTHING_KEPT)
-                fired = _fired(neurons, block, values, had.x)
-                a, scores = read_block(fired.q, values, before, reach, had.scores)
-                a, inverse_deviation = _normalised(a, spec.eps)
-                grads = grad_out[rows, block.columns].to(v.dtype)
-                grad_a, gated = neurons.respond_backward(block, fired.x, a.to(v.dtype), grads)
-                grad_a = _normalised_backward(grad_a, a, inverse_deviation)
-                found = read_block_backward(grad_a, grad_values, grad_after, fired.q, values, before, scores, reach)
-                neurons.fire_backward(block, fired.x, values, found.q, gated, grad_values)
-                grad_after = found.state
-            if grad_first is not None and grad_after is not None:
-                grad_first[rows, head] = grad_after
-        found_weights = neurons.gradients()
-        return (
-            grad_v.to(v.dtype),
-            found_weights.encoder.to(encoder.dtype),
-            found_weights.decoder.to(decoder.dtype),
-            grad_first,
-            None,
-            *(grad.to(encoder.dtype) for grad in found_weights.encoder_v),
-        )
+        # Not once_differentiable: it lets a second derivative go around this function, and be wrong.
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the layer in blocks has no second derivatives (create_graph=True): they need "
+                'layer_options = LayerOptions(path="plain")'
+            )
+        with torch.autocast(ctx.device_type, enabled=False):
+            return _backward(ctx, grad_out, grad_state)
+
+
+def _backward(ctx: Any, grad_out: torch.Tensor | None, grad_state: torch.Tensor | None) -> tuple[Any, ...]:
+    v, encoder, decoder, state, *encoder_v = ctx.saved_tensors
+    spec: PassSpec = ctx.spec
+    weights = LayerWeights(encoder, tuple(encoder_v), decoder)
+    neurons = _neurons(weights, spec, with_gradients=True)
+    walk = _Walk(v, len(encoder_v), len(encoder_v[0]), spec)
+    grad_v = torch.zeros(v.shape, dtype=sum_dtype(v.dtype), device=v.device)
+    grad_out = torch.zeros_like(grad_v) if grad_out is None else grad_out.contiguous()
+    grad_first = None if state is None else torch.zeros_like(state)
+    # Handed over, so that each is given back as soon as it was used; a second backward pass computes it again.
+    kept, ctx.kept = ctx.kept, {}
+    for rows, head in walk.groups():
+        first = None if state is None else state[rows, head]
+        grad_after = None if grad_state is None else grad_state[rows, head]
+        for index, before in _states_backwards(walk, neurons, v, rows, head, first, kept):
+            block, reach = walk.block(rows, head, index), walk.reach(rows, head, index)
+            values, grad_values = v[rows, block.columns], grad_v[rows, block.columns]
+            had = kept.pop((rows.start, head, index), _NOTHING_KEPT)
+            fired = _fired(neurons, block, values, had.x)
+            a, scores = read_block(fired.q, values, before, reach, had.scores)
+            a, inverse_deviation = _normalised(a, spec.eps)
+            grads = grad_out[rows, block.columns].to(v.dtype)
+            grad_a, gated = neurons.respond_backward(block, fired.x, a.to(v.dtype), grads)
+            grad_a = _normalised_backward(grad_a, a, inverse_deviation)
+            found = read_block_backward(grad_a, grad_values, grad_after, fired.q, values, before, scores, reach)
+            neurons.fire_backward(block, fired.x, values, found.q, gated, grad_values)
+            grad_after = found.state
+        if grad_first is not None and grad_after is not None:
+            grad_first[rows, head] = grad_after
+    found_weights = neurons.gradients()
+    return (
+        grad_v.to(v.dtype),
+        found_weights.encoder.to(encoder.dtype),
+        found_weights.decoder.to(decoder.dtype),
+        grad_first,
+        None,
+        *(grad.to(encoder.dtype) for grad in found_weights.encoder_v),
+    )
 
 
 def _neurons(weights: LayerWeights, spec: PassSpec, *, with_gradients: bool) -> Neurons:

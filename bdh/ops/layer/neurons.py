@@ -5,6 +5,7 @@ ones and a neuron's weights are read once for all tokens. :class:`TorchNeurons` 
 element-wise parts are compiled into one kernel each. :class:`bdh.ops.cpu.layer.KernelNeurons` touches only what fires.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -40,8 +41,8 @@ class Block:
     dropout: Dropout | None
     """Keys of this block's neurons and tokens, (N,) and (G, C)."""
 
-    def turns(self) -> Rotation:
-        """The part of the rotation for this block: views."""
+    def turns(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine of this block, (N/2, 1 or G, C)."""
         return self.rotation.of_block(self.rows, self.columns)
 
 
@@ -157,7 +158,12 @@ def compiles_parts(device: torch.device) -> bool:
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=True)
+    # Sizes of 1 are compiled for themselves, and a few other things are: sequences and tokens of a block, also of the last
+    # one, documents, dropout or none, dtypes. The usual limit of 8 would end in what is not compiled at all.
+    more: dict[str, Any] = {}
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:  # PyTorch 2.13 has it, 2.9 does not
+        more["recompile_limit"] = 64
+    return torch.compile(function, dynamic=True, **more)
 
 
 def _mask_of(block: Block) -> tuple[Any, ...]:
@@ -166,7 +172,7 @@ def _mask_of(block: Block) -> tuple[Any, ...]:
 
 
 def _rotated(before: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x, and q = rope(x), from x before its ReLU (N, G, C); cos and sin are (1 or G, N/2, C)."""
+    """x, and q = rope(x), from x before its ReLU (N, G, C); cos and sin are (N/2, 1 or G, C)."""
     x = before.relu()
     return x, _turned(x, cos, sin)
 
@@ -174,7 +180,6 @@ def _rotated(before: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tupl
 def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """rope(x)."""
     a, b = _pairs(x)
-    cos, sin = cos.transpose(0, 1), sin.transpose(0, 1)
     return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=1).flatten(0, 1).to(x.dtype)
 
 
@@ -183,7 +188,6 @@ def _rotated_backward(
 ) -> torch.Tensor:
     """The gradient before the ReLU: turned back, with what came by the gate, where x fires."""
     a, b = _pairs(grad_q)
-    cos, sin = cos.transpose(0, 1), sin.transpose(0, 1)
     turned = torch.stack([a * cos + b * sin, b * cos - a * sin], dim=1).flatten(0, 1)
     return torch.where(x > 0, turned + gated, 0.0).to(x.dtype)
 

@@ -1,5 +1,6 @@
 """Decides, before a forward pass, who computes the layer, in which blocks, and what is kept for the backward pass."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -20,6 +21,9 @@ RECOMPUTE: tuple[str, ...] = get_args(Recompute)
 _WIDE_IN_BLOCK = {"torch": 9, "kernels": 4}
 _WIDE_KEPT_BY_PLAIN = 9
 _WIDE_OF_MASK = 16  # bytes for each neuron and token: its keys are int64
+_WIDE_OF_TABLE = (
+    4  # the same of the rotation, in float32, where documents or padding give sequences positions of their own
+)
 # A text of up to so many times D tokens is a block, a longer one is cut into blocks of 2 D, or of this many. Measured on 2
 # CPU cores, thousands of tokens a second in a training step of one pass, whole / cut to 2 D (to 256 for D = 64):
 # D 64: T 256 17.7 / -, T 512 14.6 / 15.9. D 128: T 512 8.0 / 7.8, T 1,024 5.6 / 7.0, T 8,192 - / 6.3 (128: 5.8, 1,024: 4.6).
@@ -93,7 +97,7 @@ class LayerPlan:
     kept_bytes: int
     """Wide activations that are kept for the backward pass."""
     keeps_scores: bool = False
-    """Whether all passes keep the scores (B, H, T, T), which for short texts are narrow."""
+    """Whether all passes keep the scores (B, H, T, T), which for short texts are narrower than x; they are among what is kept."""
 
     def describe(self, num_passes: int) -> str:
         """For the banner of a run."""
@@ -154,11 +158,18 @@ def plan_layer(
             )
     block = _block_bytes(shape, path, rows, columns)
     each = shape.B * shape.T * shape.H * shape.N * shape.dtype.itemsize
-    kept = _kept_passes(shape, options, each, None if budget is None else budget - block)
-    # With one block a text, and no more tokens than v is wide, they take no more room than v does for each head.
+    left = None if budget is None else budget - block
+    # With one block a text, and no more tokens than v is wide, they take no more room than v does for each head. They save
+    # N / 2 operations for each byte, x saves D / 2.
     is_narrow = columns == shape.T and columns <= shape.D and shape.dtype != torch.float16
+    scores = shape.L * shape.B * shape.H * shape.T**2 * shape.dtype.itemsize
+    asked_for = each * shape.L if options.recompute == "none" else 0
     keeps_scores = is_narrow and options.recompute != "pass" and shape.for_training
-    return LayerPlan(path, reason, BlockSizes(rows, columns), kept, block, kept * each, keeps_scores)
+    keeps_scores = keeps_scores and (left is None or scores + asked_for <= left)
+    if not keeps_scores:
+        scores = 0
+    kept = _kept_passes(shape, options, each, None if left is None else left - scores)
+    return LayerPlan(path, reason, BlockSizes(rows, columns), kept, block, kept * each + scores, keeps_scores)
 
 
 def _choose_path(shape: LayerShape, requested: str, form: str, obstacle: str | None) -> tuple[str, str]:
@@ -168,11 +179,12 @@ def _choose_path(shape: LayerShape, requested: str, form: str, obstacle: str | N
         return "plain", "asked for"
     if form == "recurrent":
         obstacle = obstacle or "attention_form is recurrent"
-    no_kernels = unavailable_reason() if obstacle is None else obstacle
     if shape.device.type != "cpu":
-        no_kernels = f"the model is on {shape.device}, the kernels run on the cpu"
+        no_kernels: str | None = f"the model is on {shape.device}, the kernels run on the cpu"
     elif shape.dtype != torch.float32:
         no_kernels = f"they compute in float32, not in {str(shape.dtype).removeprefix('torch.')}"
+    else:
+        no_kernels = unavailable_reason()
     if requested == "kernels" and (obstacle or no_kernels):
         raise LayerOptionError(
             "path", f"is 'kernels', which cannot run here: {obstacle or no_kernels}; must be auto, torch or plain"
@@ -209,8 +221,16 @@ def _choose_columns(shape: LayerShape, options: LayerOptions, form: str, chunk_s
 def _block_bytes(shape: LayerShape, path: str, rows: int, columns: int) -> int:
     wide = shape.N * rows * columns
     total = wide * shape.dtype.itemsize * _WIDE_IN_BLOCK[path] + 3 * rows * columns**2 * shape.dtype.itemsize
-    if path == "torch" and shape.has_dropout and shape.device.type != "cuda":  # there it is fused
-        total += wide * _WIDE_OF_MASK
+    num_blocks = -(-shape.T // columns)
+    if num_blocks > 1:  # every sqrt(n)-th state, those of a stretch between them, and the gradient with its terms
+        num_states = 2 * (math.isqrt(num_blocks - 1) + 1) + 3
+        total += num_states * rows * shape.N * shape.D * max(4, shape.dtype.itemsize)
+    if path == "kernels":  # the sums of each thread
+        total += 2 * torch.get_num_threads() * rows * columns * shape.D * 4
+    if path == "torch":
+        total += wide * _WIDE_OF_TABLE
+        if shape.has_dropout and shape.device.type != "cuda":  # there it is fused
+            total += wide * _WIDE_OF_MASK
     return total
 
 

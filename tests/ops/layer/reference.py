@@ -55,7 +55,10 @@ class Case:
             self.mask[0, : T // 3] = False
         starts = torch.rand(B, T, generator=generator) < 4 / T
         self.document_starts = starts if self.starts else None
-        self.positions = torch.arange(T)
+        self.positions = torch.arange(T).expand(B, T)
+        if self.starts or self.padding:  # each sequence has its own then
+            first = torch.where(starts, self.positions, 0).cummax(1).values
+            self.positions = (self.positions - first + 3 * torch.arange(B)[:, None]).clamp(max=T)
 
     @property
     def inputs(self):
@@ -79,7 +82,9 @@ class Case:
     def spec(self) -> PassSpec:
         return PassSpec(
             eps=EPS,
-            rotation=make_rotation(self.positions[None], self.N, THETA, self.dtype),
+            rotation=make_rotation(
+                self.positions if self.starts or self.padding else self.positions[:1], self.N, THETA, self.dtype
+            ),
             sizes=BlockSizes(self.rows, self.columns or self.T),
             path=self.path,
             reach=self.reach(),
@@ -99,7 +104,7 @@ class Case:
     def by_equations(self):
         """The same, from ``bdh/ops/naive.py``."""
         x = torch.relu(self.v[:, None] @ self.encoder) * self.mask[:, None, :, None].to(self.dtype)
-        q = naive.rope(x, self.positions, THETA)
+        q = torch.stack([naive.rope(row, at, THETA) for row, at in zip(x, self.positions, strict=True)])
         values = self.v * self.mask[..., None].to(self.dtype)
         state = None
         if self.first is None and self.reach() is None:

@@ -9,7 +9,8 @@ import torch
 
 from bdh.ops.cpu.runtime import unavailable_reason
 from bdh.ops.layer.function import BlockSizes
-from tests.ops.layer.reference import Case, differences
+from bdh.ops.rope import rotation_table
+from tests.ops.layer.reference import THETA, Case, differences
 
 needs_kernels = pytest.mark.skipif(unavailable_reason() is not None, reason=str(unavailable_reason()))
 PATHS = [
@@ -108,6 +109,24 @@ def test_nothing_wide_is_kept_unless_asked_for():
     assert all(reference() is None for reference in references)
 
 
+@pytest.mark.parametrize("given", ["starts", "padding"])
+def test_a_table_of_own_positions_is_not_wide(given):
+    """Documents and padding give each sequence positions of its own, of which few differ."""
+    case = Case(T=64, D=4, H=2, N=64, B=16, **{given: True})
+    rotation = case.spec().rotation
+    assert rotation.cos.shape == (32, len(case.positions.unique()))
+    assert rotation.cos.shape[1] <= 64 + 1
+    cos, sin = rotation.of_block(slice(2, 5), slice(10, 30))
+    turns = rotation_table(case.positions[2:5, 10:30], 64, THETA, torch.float64).permute(2, 0, 1)
+    assert torch.equal(cos, turns.real)
+    assert torch.equal(sin, turns.imag)
+    starts, places = rotation.runs(slice(2, 5), slice(10, 30))
+    assert (starts[0], starts[-1]) == (0, 60)
+    for first, last, place in zip(starts[:-1].tolist(), starts[1:].tolist(), places.tolist(), strict=True):
+        assert first // 20 == (last - 1) // 20
+        assert torch.equal(rotation.cos[:, place : place + last - first], cos.flatten(1)[:, first:last])
+
+
 def test_gradients_of_some_inputs_only():
     case = Case(T=20, D=5, H=2, N=6, state=True)
     expected = dict(zip(map(id, case.inputs), case.found(case.by_blocks())[2:], strict=True))
@@ -137,9 +156,61 @@ def test_a_second_backward_pass_gives_the_same():
 
 def test_second_derivatives_are_refused():
     case = Case(T=8, D=5, H=1, N=6)
-    (gradient,) = torch.autograd.grad(case.by_blocks()[0].square().sum(), case.v, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+    with pytest.raises(RuntimeError, match=r"no second derivatives \(create_graph=True\)"):
+        torch.autograd.grad(case.by_blocks()[0].square().sum(), case.v, create_graph=True)
+
+
+@pytest.mark.parametrize("path", ["torch", pytest.param("kernels", marks=needs_kernels)])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_memory_in_any_order(path, rows):
+    """A gradient of one number for all places, gradients and values transposed: not one row behind the other."""
+    case = Case(T=20, D=8, H=2, N=6, rows=rows, columns=10, path=path, dtype=torch.float32)
+    transposed = case.v.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+    for gradient in (
+        torch.tensor(2.0).expand(2, 20, 8),
+        case.grad_out.float().transpose(1, 2).contiguous().transpose(1, 2),
+    ):
+        assert not gradient.is_contiguous()
+        expected = torch.autograd.grad(case.by_blocks()[0], case.inputs, gradient.contiguous())
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(torch.autograd.grad(case.by_blocks()[0], case.inputs, gradient), expected, strict=True)
+        )
+        case.v, was = transposed, case.v
+        found = torch.autograd.grad(case.by_blocks()[0], case.inputs, gradient)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        case.v = was
+
+
+@needs_kernels
+def test_defaults_of_torch_are_no_matter():
+    case = Case(T=20, D=8, H=2, N=6, path="kernels", dtype=torch.float32)
+    expected = case.found(case.by_blocks())
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = case.found(case.by_blocks())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("path", ["torch", pytest.param("kernels", marks=needs_kernels)])
+def test_a_backward_pass_under_autocast_computes_as_the_forward_pass_did(path):
+    case = Case(T=20, D=8, H=2, N=6, path=path, dtype=torch.float32)
+    expected = case.found(case.by_blocks())
+    output = case.by_blocks()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = case.found(output)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_what_cannot_be_is_refused():
+    case = Case(T=8, D=5, H=1, N=6)
+    case.v, case.mask = case.v[:, :0], case.mask[:, :0]
+    with pytest.raises(ValueError, match=r"v has shape \(2, 0, 5\): must have at least 1 token"):
+        case.by_blocks()
+    with pytest.raises(ValueError, match="keep_scores is True: must be False in float16"):
+        Case(T=8, D=5, H=1, N=6, dtype=torch.float16, keep_scores=True).by_blocks()
 
 
 @needs_kernels
