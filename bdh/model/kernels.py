@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import nn
 
+from bdh.model.linear import has_hooks, layer_modules, weights_obstacle
+
 if TYPE_CHECKING:
     from bdh.model.modeling import BDHForCausalLM
     from bdh.ops.cpu.recurrence import Recurrence, Storage
@@ -20,42 +22,12 @@ def kernel_obstacle(model: "BDHForCausalLM") -> str | None:
         return obstacle
     if type(model.embed) is not nn.Embedding:
         return f"the embedding is {type(model.embed).__name__}, the kernels take plain nn.Embedding"
-    if _has_hooks(model.embed):
+    if has_hooks(model.embed):
         return "the embedding has hooks"
     for module in [*layer_modules(model), model.lm_head, model.embed]:
         if module.weight.dtype not in (torch.float32, torch.bfloat16):
             return f"the weights are {module.weight.dtype}, the kernels take float32 and bfloat16"
     return None
-
-
-def layer_modules(model: "BDHForCausalLM") -> list[nn.Module]:
-    """The modules of the layer."""
-    return [model.encoder, *model.encoder_v, model.decoder]
-
-
-def weights_obstacle(modules: list[nn.Module]) -> str | None:
-    """What keeps the modules from being computed by their weights alone; None where they are plain ``nn.Linear``."""
-    for module in modules:
-        if type(module) is not nn.Linear or nn.utils.parametrize.is_parametrized(module):
-            return f"a layer is {type(module).__name__}, not a plain nn.Linear"
-        if module.bias is not None:
-            return "a layer has a bias"
-        if _has_hooks(module):
-            return "a layer has hooks"
-        if "forward" in module.__dict__:  # as accelerate does it
-            return "the forward of a layer has been replaced"
-        if type(module.weight) is not nn.Parameter:
-            return f"a weight is {type(module.weight).__name__}, not a plain nn.Parameter"
-        if type(module.weight.data) is not torch.Tensor:
-            return f"a weight is {type(module.weight.data).__name__}, not a plain tensor"
-        if module.weight.device.type == "meta":
-            return "a weight is on meta"
-    return None
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, kind) for kind in kinds)
 
 
 def recurrence_of(model: "BDHForCausalLM", storage: "Storage" = "float32") -> "Recurrence":

@@ -1,12 +1,11 @@
 """The passes of one forward, computed in blocks by :mod:`bdh.ops.layer`."""
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch import nn
 
-from bdh.model.kernels import layer_modules, weights_obstacle
+from bdh.model.linear import layer_modules, product_obstacle, product_weight
 from bdh.ops.attention import sum_dtype
 from bdh.ops.layer.dropout import make_dropout
 from bdh.ops.layer.function import PassSpec, wide_pass
@@ -107,7 +106,7 @@ class BlockPasses:
         """
         config, dtype = model.config, _dtype(model)
         device = positions.device
-        encoder_v = tuple(cast(nn.Linear, head).weight.to(dtype) for head in model.encoder_v)
+        encoder, *encoder_v, decoder = (product_weight(module).to(dtype) for module in layer_modules(model))
         rotation = make_rotation(positions, config.neurons_per_head, config.rope_theta, dtype)
         rate = config.dropout if model.training else 0.0
         seeds = torch.zeros(config.n_layer, dtype=torch.int64, device=device)
@@ -116,9 +115,7 @@ class BlockPasses:
         return cls(
             eps=config.layer_norm_eps,
             dtype=dtype,
-            weights=LayerWeights(
-                model.encoder.weight.to(dtype), encoder_v, model.decoder.weight.to(dtype).t().contiguous()
-            ),
+            weights=LayerWeights(encoder, tuple(encoder_v), decoder.t().contiguous()),
             spec=PassSpec(
                 eps=config.layer_norm_eps,
                 rotation=rotation,
@@ -168,11 +165,11 @@ def _dtype(model: "BDHForCausalLM") -> torch.dtype:
 
 
 def _obstacle(model: "BDHForCausalLM") -> str | None:
-    """What keeps the layer from being computed by weights alone: the modules are then called, as they are."""
+    """What keeps the layer from being computed by matrices alone: the modules are then called, as they are."""
     if model.training and not 0 <= model.config.dropout < 1:
         return f"dropout is {model.config.dropout}"
     if torch.jit.is_tracing():
         return "torch.jit is tracing"
     if torch._C._are_functorch_transforms_active():  # there is no public name for it
         return "a transform of torch.func is active"
-    return weights_obstacle(layer_modules(model))
+    return product_obstacle(layer_modules(model))

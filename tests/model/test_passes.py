@@ -194,3 +194,41 @@ def test_a_forked_process_does_without_the_kernels(make_model, tokens):
         os._exit(0 if plan.path == "torch" and "forked" in plan.reason else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert plan_for(model, *tokens.shape, "auto").path == "kernels"
+
+
+def with_adapters(model, **settings):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["encoder", "encoder_v.0", "decoder"], **settings)
+    peft.LoraModel(model, config, "default")
+    torch.manual_seed(0)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(weight, std=0.1)  # it begins at 0, where an adapter changes nothing
+    return model
+
+
+@pytest.mark.parametrize("path", BLOCKS)
+def test_adapters_are_added_to_the_weights(make_model, tokens, path):
+    model = with_adapters(make_model()).train()
+
+    def found(chosen):
+        model.layer_options = LayerOptions(path=chosen)
+        model.zero_grad()
+        loss = model(tokens, labels=tokens).loss
+        loss.backward()
+        return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)]
+
+    assert plan_for(model, *tokens.shape, "auto").path != "plain"
+    expected = found("plain")
+    assert len(expected) == 1 + 2 * 3
+    torch.testing.assert_close(found(path), expected, rtol=1e-3, atol=2e-6)
+    model.decoder.enable_adapters(False)  # what is switched off adds nothing
+    torch.testing.assert_close(found(path)[0], found("plain")[0], rtol=1e-6, atol=1e-6)
+
+
+def test_adapters_that_do_more_than_multiply_are_called(make_model, tokens):
+    model = with_adapters(make_model(), lora_dropout=0.5).train()
+    assert plan_for(model, *tokens.shape, "auto").reason == "adapters have dropout"
+    assert plan_for(model.eval(), *tokens.shape, "auto").path != "plain"
+    model = with_adapters(make_model(), use_dora=True).train()
+    assert plan_for(model, *tokens.shape, "auto").reason == "adapters are of another kind than LoRA"
