@@ -1,7 +1,7 @@
 """Whether training in blocks follows the plain equations: the loss of every step, beside that of ``bdh/ops/naive.py``.
 
 Runs of the same settings, and so of the same weights and batches, take turns: some compute as ``bdh train`` does, the
-others by ``naive.forward`` and autograd. Without dropout, whose mask the naive form does not have.
+others by ``naive.forward`` and autograd. Without dropout, whose mask the naive form does not have, a carried state or documents.
 
 In float64 the curves must be the same. In float32 no two orders of summation give the same curve for long: at the learning
 rates of small models a rounding error of the first steps grows about a thousandfold in fifty steps. So there the blocks,
@@ -16,54 +16,87 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from bdh.cli.settings import parse_settings
+from bdh.data.conversations import holds_chat
 from bdh.model.passes import plan_for
 from bdh.ops import naive
 from bdh.ops.loss import cross_entropy
 from bdh.train.config import RunSettings
 from bdh.train.run import Run, open_run
 from bdh.train.step import training_step
+from bdh.validation import Faults
 
 TOLERANCE = 1e-3
 """Nats, at every step, in float64."""
+_EPILOG = "All else are settings of bdh train, such as --train.batch_size 4."
 _SHOWN = (1, 2, 5, 10, 20, 50)
 _FORMS = ("naive float64", "blocks float64", "naive float32", "blocks float32")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="configs/tiny.yaml")
-    parser.add_argument("--steps", type=int, default=500)
-    arguments, overrides = parser.parse_known_args()
-    with tempfile.TemporaryDirectory() as folder:
-        runs = {
-            name: _open(arguments.config, Path(folder) / name.replace(" ", "_"), name, overrides) for name in _FORMS
-        }
-        if runs[_FORMS[0]].model.config.dropout:
-            print("model.dropout must be 0: the naive form draws no mask", file=sys.stderr)
-            return 2
-        for name, run in runs.items():
-            run.model.train()
-            train, config = run.settings.train, run.model.config
-            plan = plan_for(run.model, train.batch_size, train.block_size, config.attention_form)
-            assert plan is not None
-            print(f"{name}: {plan.describe(config.n_layer) if name.startswith('blocks') else 'bdh/ops/naive.py'}")
-        largest = _compare(runs, arguments.steps)
-        for run in runs.values():
-            run.close()
+def main(argv: list[str] | None = None) -> int:
+    """Returns 0 where the curves are the same, 1 where they are not, and 2 for bad input."""
+    parser = _Parser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, epilog=_EPILOG
+    )
+    parser.add_argument("--config", default="configs/tiny.yaml", metavar="FILE", help="a configuration of bdh train")
+    parser.add_argument("--steps", type=int, default=500, help="at least 1")
+    try:
+        arguments, overrides = parser.parse_known_args(argv)
+        if arguments.steps < 1:
+            raise ValueError(f"--steps is {arguments.steps}: must be at least 1, or nothing is compared")
+        with tempfile.TemporaryDirectory() as folder:
+            settings = {name: _settings(arguments.config, Path(folder), name, overrides) for name in _FORMS}
+            _check(settings[_FORMS[0]])
+            runs = {name: open_run(each) for name, each in settings.items()}
+            largest = _compare(runs, arguments.steps)
+            for run in runs.values():
+                run.close()
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     print(
         f"blocks and naive, float64, {arguments.steps} steps: at most {largest:.1e} nats apart, allowed {TOLERANCE:.0e}"
     )
     return 0 if largest <= TOLERANCE else 1
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def _check(settings: RunSettings) -> None:
+    """
+    Raises:
+        ValueError: the naive form, as it is called here, does not compute what the settings ask for.
+    """
+    faults = Faults()
+    model, train, pack = settings.model, settings.train, settings.data.pack
+    faults.require(model.dropout == 0, "model.dropout", model.dropout, "0, since the naive form draws no mask")
+    faults.require(
+        not train.carry_state,
+        "train.carry_state",
+        train.carry_state,
+        "false, since the naive form starts from no state",
+    )
+    faults.require(
+        pack != "documents", "data.pack", pack, "another, since the naive form is given texts without starts"
+    )
+    is_chat = holds_chat(settings.data)
+    faults.require(not is_chat, "data.source", settings.data.source, "no conversations, of which a row holds several")
+    faults.require(train.lora.r == 0, "train.lora.r", train.lora.r, "0, since the naive form has no adapters")
+    faults.raise_if_any()
+
+
 def _compare(runs: dict[str, Run], num_steps: int) -> float:
     """Trains all, prints how far they are from the first, and returns how far the second was at most."""
     models = {name: run.model if name.startswith("blocks") else _naive(run) for name, run in runs.items()}
+    for name, run in runs.items():
+        print(f"{name}: {_path(run) if name.startswith('blocks') else 'bdh/ops/naive.py'}")
     expected, *others = _FORMS
     largest = dict.fromkeys(others, 0.0)
     print(f"{'step':>6}  {expected}" + "".join(f"  {name + ', apart':>24}" for name in others))
@@ -84,15 +117,25 @@ def _step(run: Run, model: Callable[..., Any]) -> float:
     return loss
 
 
-def _open(config: str, folder: Path, name: str, overrides: list[str]) -> Run:
-    argv = ["--config", config, "--run_dir", str(folder), "--train.dtype", name.split()[1], *overrides]
-    return open_run(parse_settings(RunSettings, argv, prog="loss_curve.py", description="As of bdh train."))
+def _path(run: Run) -> str:
+    train, config = run.settings.train, run.model.config
+    run.model.train()
+    plan = plan_for(run.model, train.batch_size, train.block_size, config.attention_form)
+    return "plain (asked for)" if plan is None else plan.describe(config.n_layer)
+
+
+def _settings(config: str, folder: Path, name: str, overrides: list[str]) -> RunSettings:
+    run_dir = folder / name.replace(" ", "_")
+    argv = [f"--config={config}", f"--run_dir={run_dir}", f"--train.dtype={name.split()[1]}", *overrides]
+    return parse_settings(RunSettings, argv, prog="loss_curve.py", description="As of bdh train.")
 
 
 def _naive(run: Run) -> Callable[..., Any]:
     """What stands in for the model in a training step."""
     model, config = run.model, run.model.config
     H, N = config.n_head, config.neurons_per_head
+    dtype, device = model.embed.weight.dtype, model.embed.weight.device
+    half_lives = None if config.half_lives is None else torch.tensor(config.half_lives, dtype=dtype, device=device)
 
     def step_model(input_ids: torch.Tensor, shift_labels: torch.Tensor, num_items_in_batch: int, **others: Any) -> Any:
         assert others["document_starts"] is None
@@ -104,7 +147,14 @@ def _naive(run: Run) -> Callable[..., Any]:
             decoder=model.decoder.weight.t(),
             lm_head=model.lm_head.weight.t(),
         )
-        logits = naive.forward(input_ids, weights, config.n_layer, theta=config.rope_theta, eps=config.layer_norm_eps)
+        logits = naive.forward(
+            input_ids,
+            weights,
+            config.n_layer,
+            theta=config.rope_theta,
+            eps=config.layer_norm_eps,
+            half_lives=half_lives,
+        )
         loss = cross_entropy(logits.flatten(0, 1), shift_labels.flatten(), num_items=num_items_in_batch)
         return SimpleNamespace(loss=loss)
 

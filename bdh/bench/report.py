@@ -1,6 +1,7 @@
 """What a benchmark found: tables for people, and the same figures as one JSON object."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import mean
@@ -43,7 +44,7 @@ class Report:
 
     def json(self) -> str:
         found = {"benchmark": self.benchmark, "failed": self.failed, **self.figures}
-        return json.dumps(found, indent=2) + "\n"
+        return json.dumps(_finite(found), indent=2, allow_nan=False) + "\n"
 
     def introduce(self, model: BDHForCausalLM, seed: int) -> list[Density]:
         """Says what is measured and where, and how densely its passes fire, which it returns."""
@@ -55,7 +56,9 @@ class Report:
         parameters = sum(weight.numel() for weight in model.parameters())
         found = densities(model, random_tokens(config.vocab_size, _DENSITY_TOKENS, seed + 1))
         self.figures["machine"] = machine()
-        self.figures["model"] = {**sizes, "neurons_per_head": config.neurons_per_head, "parameters": parameters}
+        others = {name: getattr(config, name) for name in ("rope_theta", "decay", "attention_form", "chunk_size")}
+        counts = {"neurons_per_head": config.neurons_per_head, "parameters": parameters}
+        self.figures["model"] = {**sizes, **counts, **others}
         self.figures["density"] = [asdict(each) for each in found]
         self.say(f"machine   {machine_line()}")
         self.say(
@@ -67,6 +70,15 @@ class Report:
         told = [f"{names[n]} {mean(s):.1f} % ({min(s):.1f} to {max(s):.1f})" for n, s in shares.items()]
         self.say(f"fires     {', '.join(told)}, in the mean of the passes (and from one to another)")
         return found
+
+
+def _finite(found: Any) -> Any:
+    """JSON has no infinity, and nothing for what is not a number: null stands for them."""
+    if isinstance(found, dict):
+        return {name: _finite(value) for name, value in found.items()}
+    if isinstance(found, list | tuple):
+        return [_finite(value) for value in found]
+    return None if isinstance(found, float) and not math.isfinite(found) else found
 
 
 def random_tokens(vocab_size: int, count: int, seed: int) -> torch.Tensor:

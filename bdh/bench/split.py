@@ -1,10 +1,10 @@
-"""Where the time of a training step goes, by wrapping what computes its parts, for one step."""
+"""Where the time of a training step goes, by wrapping what computes its parts, for some steps."""
 
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,6 +22,31 @@ _FUNCTIONS = {
     "learn_block": "attention: the state behind a block",
     "read_block_backward": "attention backwards",
 }
+
+
+REST = "the rest: embedding, norms, head, loss"
+
+
+class ClockedStep(NamedTuple):
+    """A step with clocks in it."""
+
+    seconds: float
+    parts: dict[str, float]
+    """Seconds of each part, and of the rest: together those of the step."""
+
+
+def median_step(step: Callable[[], object], device: str, rounds: int) -> ClockedStep:
+    """The step of median length among so many: one step, so that its parts add up to it."""
+    found = []
+    for _ in range(rounds):
+        with timed_parts(device) as parts:
+            _wait(device)
+            start = time.perf_counter()
+            step()
+            _wait(device)
+            seconds = time.perf_counter() - start
+        found.append(ClockedStep(seconds, {**parts, REST: seconds - sum(parts.values())}))
+    return sorted(found, key=lambda each: each.seconds)[(rounds - 1) // 2]
 
 
 @contextmanager

@@ -1,16 +1,17 @@
 """A training step: whether its gradients are those of the plain equations, and then what it costs beside others."""
 
+import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bdh.bench.report import Report, milliseconds
-from bdh.bench.split import timed_parts
+from bdh.bench.split import median_step
 from bdh.bench.timing import Timing, interleaved
 from bdh.bench.training import (
     STEPS,
@@ -21,10 +22,11 @@ from bdh.bench.training import (
     dropout_masks,
     make_model,
     measure_memory,
+    plan_step,
 )
 from bdh.model.modeling import BDHForCausalLM
-from bdh.model.passes import plan_for
 from bdh.ops import naive
+from bdh.ops.layer.plan import LayerPlan
 from bdh.train.runtime import Runtime
 from bdh.train.speed import matmul_peak, training_flops_per_token
 
@@ -46,15 +48,20 @@ def bench_train(
     rounds: int = 5,
     progress: Progress = lambda stage: None,
 ) -> Report:
-    """Figures of each case, beside ``baselines``. One whose gradients do not agree is not timed, nor are those behind it."""
+    """Figures of each case, beside ``baselines``. One whose gradients do not agree is not timed, nor are those behind it.
+
+    Raises:
+        LayerOptionError: the options of a case ask for what is not there; nothing has been computed.
+    """
     report = Report("train")
-    for index, case in enumerate(cases):
+    plans = [plan_step(case) for case in cases]
+    for index, (case, plan) in enumerate(zip(cases, plans, strict=True)):
         model = make_model(case)
         if index == 0:
             report.introduce(model.eval().requires_grad_(False).to("cpu"), case.seed)
             report.figures["cases"] = []
         del model
-        figures: dict[str, Any] = {"batch_size": case.batch_size, "block_size": case.block_size}
+        figures = {**_facts(case, plan), "rounds": rounds}
         report.figures["cases"].append(figures)
         report.say()
         report.say(
@@ -63,21 +70,25 @@ def bench_train(
         _compare(report, figures, case, progress)
         if report.failed:
             return report
-        _time(report, figures, case, baselines, rounds, progress)
+        _time(report, figures, case, plan, baselines, rounds, progress)
     return report
 
 
 def bench_one_step(case: TrainCase, progress: Progress = lambda stage: None) -> Report:
-    """The memory and time of a single optimizer step in a process of its own."""
+    """The memory and time of a single optimizer step in a process of its own.
+
+    Raises:
+        LayerOptionError: the case's options ask for what is not there; nothing has been computed.
+    """
     report = Report("train")
+    plan = plan_step(case)
     model = make_model(case)
     report.introduce(model.eval().requires_grad_(False).to("cpu"), case.seed)
     del model
     progress("one optimizer step in a fresh process")
     memory = measure_memory(case, "bdh", update=True)
     report.figures["one_step"] = {
-        "batch_size": case.batch_size,
-        "block_size": case.block_size,
+        **_facts(case, plan),
         "bytes_before": memory.before,
         "peak_bytes": memory.peak,
         "seconds": memory.seconds,
@@ -89,6 +100,27 @@ def bench_one_step(case: TrainCase, progress: Progress = lambda stage: None) -> 
     report.say(f"          the plain equations would keep about {_mebibytes(case.naive_bytes())} for the backward pass")
     report.say(f"time      {memory.seconds:,.1f} s, the first step: {case.num_tokens / memory.seconds:,.0f} tokens/s")
     return report
+
+
+def _facts(case: TrainCase, plan: LayerPlan | None) -> dict[str, Any]:
+    """What is measured."""
+    layer: dict[str, Any] = {"path": "plain", "reason": "asked for"}
+    if plan is not None:
+        layer = asdict(plan)
+        sizes = layer.pop("sizes")
+        layer |= {"rows_per_block": sizes["rows"], "tokens_per_block": sizes["columns"]}
+    return {
+        "batch_size": case.batch_size,
+        "block_size": case.block_size,
+        "device": case.device,
+        "dtype": case.dtype,
+        "dropout": case.config.dropout,
+        "requested_density": case.density,
+        "seed": case.seed,
+        "threads": case.threads or torch.get_num_threads(),
+        "layer_options": asdict(case.options),
+        "layer": layer,
+    }
 
 
 def _compare(report: Report, figures: dict[str, Any], case: TrainCase, progress: Progress) -> None:
@@ -103,14 +135,16 @@ def _compare(report: Report, figures: dict[str, Any], case: TrainCase, progress:
     blocks = BlocksStep(small)
     torch.manual_seed(case.seed)
     loss = blocks()
-    exact, plain = _naive(small, torch.float64), _naive(small, torch.float32)
+    plan = plan_step(small)
+    path = "plain" if plan is None else plan.path
+    exact, plain = (_naive(small, dtype, path) for dtype in (torch.float64, torch.float32))
     expected, rounded = exact(), plain()
-    differences = {"loss": abs(loss - expected) / abs(expected)}
-    of_naive = {"loss": abs(rounded - expected) / abs(expected)}
+    differences = {"loss": _share(abs(loss - expected), abs(expected))}
+    of_naive = {"loss": _share(abs(rounded - expected), abs(expected))}
     for name, grad in _gradients(blocks.model).items():
         wanted, also = (getattr(step.weights, name).grad.double() for step in (exact, plain))
-        differences[name] = ((grad.double() - wanted).norm() / wanted.norm()).item()
-        of_naive[name] = ((also - wanted).norm() / wanted.norm()).item()
+        differences[name] = _share((grad.double() - wanted).norm().item(), wanted.norm().item())
+        of_naive[name] = _share((also - wanted).norm().item(), wanted.norm().item())
     allowed = TOLERANCES[case.dtype]
     # Not `>`: what is not a number does not agree.
     report.failed = not all(value <= allowed for value in differences.values())
@@ -136,13 +170,21 @@ def _compare(report: Report, figures: dict[str, Any], case: TrainCase, progress:
     report.say()
 
 
-def _naive(case: TrainCase, dtype: torch.dtype) -> NaiveStep:
-    """The plain equations in this precision, with the dropout that the blocks draw from the case's seed."""
+def _share(difference: float, size: float) -> float:
+    """Of two that are both 0, none is apart: a text of one token gives most weights no gradient."""
+    if size == 0:
+        return 0.0 if difference == 0 else math.inf
+    return difference / size
+
+
+def _naive(case: TrainCase, dtype: torch.dtype, path: str) -> NaiveStep:
+    """The plain equations in this precision, with the dropout that this path of the layer draws from the case's seed."""
     step = NaiveStep(replace(case, dtype="float32"))
     step.weights = naive.Weights(*(weight.detach().to(dtype).requires_grad_() for weight in step.weights))
     if case.config.dropout:
         torch.manual_seed(case.seed)
-        masks = dropout_masks(step.model, case.batch_size, case.block_size)
+        plain_dtype = getattr(torch, case.dtype) if path == "plain" else None
+        masks = dropout_masks(step.model, case.batch_size, case.block_size, plain_dtype)
         step.masks = [mask.to(dtype) for mask in masks]
     return step
 
@@ -167,6 +209,7 @@ def _time(
     report: Report,
     figures: dict[str, Any],
     case: TrainCase,
+    plan: LayerPlan | None,
     baselines: Sequence[str],
     rounds: int,
     progress: Progress,
@@ -192,16 +235,14 @@ def _time(
     timings = interleaved(steps, rounds=rounds, warm_up=2)
     blocks = steps["bdh"]
     assert isinstance(blocks, BlocksStep)
-    plan = plan_for(blocks.model, case.batch_size, case.block_size, case.config.attention_form)
-    if plan is not None:
-        figures["path"] = plan.path
-        report.say(f"layer     {plan.describe(case.config.n_layer)}")
+    report.say(f"layer     {plan.describe(case.config.n_layer) if plan else 'plain (asked for)'}")
     _table(report, figures, case, steps, timings, memory)
     for form, reason in left_out.items():
         report.say(f"  {STEPS[form].name} is left out: it {reason}")
     figures["left_out"] = left_out
     _peak(report, figures, case, timings["bdh"])
-    _split(report, figures, case, blocks, timings["bdh"])
+    progress("timing: the parts of bdh")
+    _split(report, figures, case, blocks, rounds)
 
 
 def _table(
@@ -256,15 +297,12 @@ def _peak(report: Report, figures: dict[str, Any], case: TrainCase, own: Timing)
     )
 
 
-def _split(report: Report, figures: dict[str, Any], case: TrainCase, blocks: BlocksStep, own: Timing) -> None:
-    with timed_parts(case.device) as seconds:
-        blocks()
-    rest = max(0.0, own.median - sum(seconds.values()))
-    parts = {**seconds, "the rest: embedding, norms, head, loss": rest}
-    total = sum(parts.values())
+def _split(report: Report, figures: dict[str, Any], case: TrainCase, blocks: BlocksStep, rounds: int) -> None:
+    total, parts = median_step(blocks, case.device, rounds)
     figures["parts"] = {name: 1000 * value for name, value in parts.items()}
+    figures["ms_of_step_with_clocks"] = 1000 * total
     report.table(
-        "where the time goes, over all passes",
+        f"where the time goes, over all passes: in a step with clocks in it, of {milliseconds(total)} ms, the median of {rounds}",
         ["", "ms/step", "share"],
         [[name, milliseconds(value), f"{100 * value / total:.0f} %"] for name, value in parts.items()],
     )

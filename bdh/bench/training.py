@@ -18,10 +18,10 @@ from bdh.bench.timing import resident_bytes
 from bdh.bench.weights import half_lives, naive_weights, sparse_model
 from bdh.model.configuration import BDHConfig
 from bdh.model.modeling import BDHForCausalLM
-from bdh.model.passes import draw_seeds
+from bdh.model.passes import draw_seeds, plan_for
 from bdh.ops import naive
 from bdh.ops.layer.dropout import kept, make_dropout
-from bdh.ops.layer.plan import LayerOptions
+from bdh.ops.layer.plan import LayerOptions, LayerPlan
 from bdh.train.config import TrainSettings
 from bdh.train.optim import Optimizers
 
@@ -74,6 +74,17 @@ def make_model(case: TrainCase) -> BDHForCausalLM:
         model = sparse_model(case.config, case.seed, x_density=case.density, xy_density=case.density / 4)
     model.layer_options = case.options
     return model.requires_grad_(True).train().to(case.device)
+
+
+def plan_step(case: TrainCase) -> LayerPlan | None:
+    """How the case's step computes the layer; None for all at once, by autograd, as it was asked for.
+
+    Raises:
+        LayerOptionError: ``case.options`` ask for what is not there.
+    """
+    model = make_model(replace(case, density=None, weights=None))  # what is in the weights decides nothing
+    with case.autocast(), torch.enable_grad():
+        return plan_for(model, case.batch_size, case.block_size, case.config.attention_form)
 
 
 def make_batch(case: TrainCase) -> tuple[torch.Tensor, torch.Tensor]:
@@ -201,17 +212,27 @@ def naive_loss(
             eps=config.layer_norm_eps,
             dropout_mask=mask,
             half_lives=half_lives(model),
+            window=T if config.decay is not None else None,  # all of them; without one, decay is a walk over the tokens
         )
     return F.cross_entropy((v @ weights.lm_head).flatten(0, 1), targets.flatten())
 
 
-def dropout_masks(model: BDHForCausalLM, batch_size: int, num_tokens: int) -> list[torch.Tensor]:
+def dropout_masks(
+    model: BDHForCausalLM, batch_size: int, num_tokens: int, plain_dtype: torch.dtype | None = None
+) -> list[torch.Tensor]:
     """The masks (B, H, T, N) that the model's next forward pass in training draws, divided by the keep probability.
 
     The generator stands behind them then: seed it again before that pass.
+
+    Args:
+        plain_dtype: that of the products, where the pass is computed on the plain path, which draws others; else None.
     """
     config, device = model.config, model.embed.weight.device
     H, N = config.n_head, config.neurons_per_head
+    if plain_dtype is not None:
+        ones = torch.ones(batch_size, num_tokens, H * N, dtype=plain_dtype, device=device)
+        drawn = [F.dropout(ones, config.dropout) for _ in range(config.n_layer)]
+        return [mask.float().unflatten(-1, (H, N)).transpose(1, 2) for mask in drawn]
     masks = []
     for seed in draw_seeds(config.n_layer, device):
         dropout = make_dropout(config.dropout, seed, H * N, batch_size, num_tokens)

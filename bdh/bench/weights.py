@@ -135,7 +135,7 @@ def naive_weights(model: BDHForCausalLM) -> naive.Weights:
 def half_lives(model: BDHForCausalLM) -> torch.Tensor | None:
     """As :mod:`bdh.ops.naive` takes them, (H,)."""
     lives = model.config.half_lives
-    return None if lives is None else torch.tensor(lives)
+    return None if lives is None else torch.tensor(lives, device=model.embed.weight.device)
 
 
 @torch.no_grad()

@@ -1,19 +1,24 @@
 """bdh bench: how fast a model goes on, reads, serves several requests, and is trained on this machine."""
 
+import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from bdh.bench.config import QUICK_SIZES, BenchOptions
-from bdh.cli.settings import parse_settings
+from bdh.cli.settings import given_settings, parse_settings
+from bdh.storage import write_text
 from bdh.validation import Faults
 
 if TYPE_CHECKING:
     from bdh.bench.report import Report
     from bdh.model.modeling import BDHForCausalLM
+    from bdh.train.config import RunSettings
 
+Baseline = Literal["naive", "compiled", "gpt2"]
+_BASELINES: tuple[Baseline, ...] = ("naive", "compiled", "gpt2")
 _SIZES = {
     "n_embd": 256,
     "n_head": 4,
@@ -23,50 +28,73 @@ _SIZES = {
 }
 # The `small` configuration, that of a training step.
 _TRAIN_SIZES = {"n_embd": 128, "n_head": 4, "n_layer": 4, "mlp_internal_dim_multiplier": 32, "vocab_size": 256}
-_TRAIN_STEP = {"batch_size": 16, "block_size": [128], "dropout": 0.1}
-_QUICK_STEP = {"batch_size": 2, "block_size": [32], "dropout": 0.1}
+_TRAIN_STEP = {"batch_size": 16, "block_size": 128, "dropout": 0.1, "rounds": 5}
+_QUICK_STEP = {"batch_size": 2, "block_size": 32, "dropout": 0.1, "rounds": 2}
+_TAKEN_OVER = ("dtype", "layer_path", "recompute", "memory_budget_gb", "rows_per_block", "tokens_per_block")
+_ONLY_TRAIN = (
+    "batch_size",
+    "block_size",
+    "dropout",
+    "density",
+    "device",
+    *_TAKEN_OVER,
+    "baselines",
+    "one_step",
+    "rounds",
+)
+_FLAGS = {"path": "layer_path", "memory_budget": "memory_budget_gb"}  # of options of the layer that have other names
+# More than a few threads a core only wait for each other, and for millions of them OpenMP ends the process.
+_THREADS_A_CORE = 4
 
 
 @dataclass(kw_only=True)
 class BenchSettings:
     benchmark: Literal["decode", "prefill", "engine", "train"]
-    """decode: a token at a time, compared with other forms. prefill: prompts by their length. engine: several requests. train: a training step, compared with other forms; --config FILE takes its sizes from a configuration of bdh train."""
+    """decode: a token at a time, compared with other forms. prefill: prompts by their length. engine: several requests. train: a training step, compared with other forms."""
     model: str | None = None
-    """Folder of an exported model or of a run, or a hub id. None makes one whose neurons fire as sparsely as trained ones."""
+    """Folder of an exported model or of a run, or a hub id. By default one is made whose neurons fire as sparsely as trained ones; for train, one of fresh weights."""
     n_embd: int | None = None
-    """Of the model that is made: D. None for 256; 128 for train, and 64 with quick."""
+    """D of the model that is made. By default 256; for train 128; with --quick 64."""
     n_head: int | None = None
-    """H. None for 4, and 2 with quick."""
+    """H. By default 4; with --quick 2."""
     n_layer: int | None = None
-    """L. None for 6; 4 for train, and 3 with quick."""
+    """L. By default 6; for train 4; with --quick 3."""
     mlp_internal_dim_multiplier: int | None = None
-    """Neurons of all heads, in multiples of D. None for 128; 32 for train and with quick."""
+    """Neurons of all heads, in multiples of D. By default 128; for train and with --quick 32."""
     vocab_size: int | None = None
-    """V. None for 256."""
+    """V, at least 2. By default 256."""
     agreement_tokens: int = 2000
-    """decode: tokens over which all forms must agree before any is timed; at most 100 with quick."""
+    """decode: tokens over which all forms must agree before any is timed; at most 100 with --quick."""
     batch_size: int | None = None
-    """train: sequences of a step. None for 16, and 2 with quick."""
-    block_size: list[int] = field(default_factory=list)
-    """train: tokens of a sequence; several are timed one after the other. None given: 128, and 32 with quick."""
+    """train: sequences of a step. By default 16; with --quick 2."""
+    block_size: int | list[int] | None = None
+    """train: tokens of a sequence; several are timed one after the other. By default 128; with --quick 32."""
     dropout: float | None = None
-    """train: share of the neurons' outputs that is dropped. None for 0.1."""
+    """train: share of the neurons' outputs that is dropped. By default 0.1."""
     density: float | None = None
-    """train: share of x that is to fire, such as 0.2, of the model that is made. None leaves its weights untrained."""
+    """train: share of x that is to fire, such as 0.2, of the model that is made. By default its weights are untrained."""
     device: Literal["auto", "cpu", "cuda"] = "cpu"
     """train: auto takes a GPU, where there is one."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """train: of the matrix products; the weights are float32."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    """train: of the matrix products; the weights are float32. auto: as train.dtype of bdh train."""
     layer_path: Literal["auto", "plain", "torch", "kernels"] = "auto"
     """train: as train.layer_path of bdh train."""
-    baselines: list[Literal["naive", "compiled", "gpt2"]] = field(default_factory=lambda: ["naive", "compiled", "gpt2"])
-    """train: what it is timed beside: ops/naive.py with autograd, that under torch.compile, a GPT-2 of as many parameters."""
+    recompute: Literal["none", "pass", "auto"] = "auto"
+    """train: as train.recompute of bdh train."""
+    memory_budget_gb: float | None = None
+    """train: as train.memory_budget_gb of bdh train."""
+    rows_per_block: int | None = None
+    """train: sequences in a block of the layer, at most batch_size; null for what suits the device and the budget."""
+    tokens_per_block: int | None = None
+    """train: tokens of each sequence in a block of the layer, at most block_size; null for what costs least."""
+    baselines: Baseline | list[Baseline] | None = None
+    """train: what it is timed beside: ops/naive.py with autograd, that under torch.compile, a GPT-2 of as many parameters. By default all three; [] for none."""
     one_step: bool = False
     """train: only the memory and the time of one optimizer step, in a process of its own."""
-    rounds: int = 5
-    """train: in which the forms take turns."""
+    rounds: int | None = None
+    """train: rounds, in which the forms take turns. By default 5; with --quick 2."""
     threads: int | None = None
-    """Of the kernels and of torch. None for what torch takes."""
+    """Of the kernels and of torch, at most 4 for each core of the machine. By default what torch takes."""
     seed: int = 0
     """Of the weights that are made, and of the text."""
     quick: bool = False
@@ -85,54 +113,68 @@ class BenchSettings:
 
             for fault in shape_faults(*self.sizes().values()):
                 faults.add(fault)
-            is_right = self.benchmark != "engine" or self.sizes()["vocab_size"] == 256
+            vocab_size = self.sizes()["vocab_size"]
+            faults.require(vocab_size != 1, "vocab_size", vocab_size, "at least 2: of one token nothing is predicted")
+            is_right = self.benchmark != "engine" or vocab_size == 256
             faults.require(is_right, "vocab_size", self.vocab_size, "256 for engine: the made model reads bytes")
         faults.require(self.model is not None or not self.checkpoint, "checkpoint", self.checkpoint, "given with model")
         faults.require(self.agreement_tokens >= 1, "agreement_tokens", self.agreement_tokens, "at least 1")
-        self._collect_train_faults(faults)
-        faults.require(self.threads is None or self.threads >= 1, "threads", self.threads, "at least 1")
+        if self.benchmark == "train":
+            self._collect_train_faults(faults)
+        else:
+            self._refuse(_ONLY_TRAIN, faults, "left out: it is for bdh bench train")
+        most = _THREADS_A_CORE * (os.cpu_count() or 1)
+        is_right = self.threads is None or 1 <= self.threads <= most
+        faults.require(is_right, "threads", self.threads, f"from 1 to {most}, {_THREADS_A_CORE} for each core")
         faults.require(0 <= self.seed < 2**63, "seed", self.seed, "from 0 to 2**63 - 1")
         if self.json not in (None, "-"):
-            parent = Path(self.json).expanduser().parent
-            faults.require(parent.is_dir(), "json", self.json, "a file in a folder that exists, or -")
+            wanted = _wanted_of_file(self.json)
+            faults.require(wanted is None, "json", self.json, f"{wanted}, or - for the standard output")
 
     def _collect_train_faults(self, faults: Faults) -> None:
-        defaults = type(self)(benchmark=self.benchmark)
-        if self.benchmark != "train":
-            names = (
-                "batch_size",
-                "block_size",
-                "dropout",
-                "density",
-                "device",
-                "dtype",
-                "layer_path",
-                "one_step",
-                "rounds",
-            )
-            for name in names:
-                value = getattr(self, name)
-                faults.require(value == getattr(defaults, name), name, value, "left out: it is for bdh bench train")
-            return
-        given = self.agreement_tokens
-        faults.require(
-            given == defaults.agreement_tokens, "agreement_tokens", given, "left out: it is for bdh bench decode"
-        )
-        faults.require(self.batch_size is None or self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
-        faults.require(all(size >= 1 for size in self.block_size), "block_size", self.block_size, "at least 1 each")
+        self._refuse(("agreement_tokens",), faults, "left out: it is for bdh bench decode")
+        if self.one_step:
+            self._refuse(("rounds", "baselines"), faults, "left out with one_step, which is one step of bdh alone")
+        sizes, batch_size = self.block_sizes(), self.step("batch_size")
+        faults.require(batch_size >= 1, "batch_size", batch_size, "at least 1")
+        is_right = bool(sizes) and min(sizes) >= 1 and len(set(sizes)) == len(sizes)
+        faults.require(is_right, "block_size", self.block_size, "at least 1 each, and no two the same")
+        faults.require(len(sizes) <= 1 or not self.one_step, "block_size", self.block_size, "one with one_step")
         faults.require(self.dropout is None or 0 <= self.dropout < 1, "dropout", self.dropout, "at least 0 and below 1")
         is_share = self.density is None or 0.01 <= self.density <= 0.6
         faults.require(is_share, "density", self.density, "from 0.01 to 0.6, or null")
         is_made = self.density is None or self.model is None
         faults.require(is_made, "density", self.density, "left out with model, whose neurons fire as they do")
-        faults.require(self.rounds >= 1, "rounds", self.rounds, "at least 1")
-        is_one = not self.one_step or len(self.block_size) <= 1
-        faults.require(is_one, "block_size", self.block_size, "one with one_step")
+        faults.require(self.step("rounds") >= 1, "rounds", self.rounds, "at least 1")
+        budget = self.memory_budget_gb
+        faults.require(budget is None or 0 < budget < float("inf"), "memory_budget_gb", budget, "above 0, or null")
+        for name, whole, most in (
+            ("rows_per_block", "batch_size", batch_size),
+            ("tokens_per_block", "block_size", min(sizes, default=1)),
+        ):
+            value = getattr(self, name)
+            is_right = value is None or 1 <= value <= max(1, most)
+            faults.require(is_right, name, value, f"from 1 to {whole}, {most}, or null")
+
+    def _refuse(self, names: Sequence[str], faults: Faults, allowed: str) -> None:
+        """Those of these settings that do not have their default."""
+        for name in names:
+            value = getattr(self, name)
+            faults.require(value == getattr(type(self), name), name, value, allowed)
 
     def step(self, name: str) -> Any:
-        """How a training step is: batch_size, block_size or dropout."""
+        """How a training step is, and how often it is timed: batch_size, block_size, dropout or rounds."""
         value = getattr(self, name)
-        return value if value not in (None, []) else (_QUICK_STEP if self.quick else _TRAIN_STEP)[name]
+        return (_QUICK_STEP if self.quick else _TRAIN_STEP)[name] if value is None else value
+
+    def block_sizes(self) -> list[int]:
+        sizes = self.step("block_size")
+        return sizes if isinstance(sizes, list) else [sizes]
+
+    def chosen_baselines(self) -> Sequence[str]:
+        if self.baselines is None:
+            return _BASELINES
+        return self.baselines if isinstance(self.baselines, list) else [self.baselines]
 
     def sizes(self) -> dict[str, int]:
         """Of the model that is made."""
@@ -148,14 +190,18 @@ class BenchSettings:
 
 def run(argv: list[str]) -> int:
     files, argv = _training_files(argv)
+    training = _training_settings(files, argv)
     settings = parse_settings(
         BenchSettings,
         argv,
         prog="bdh bench",
-        description="Time a model on this machine's processor, with the sparse kernels. What is compared must agree "
-        "first; if it does not, nothing is timed, and the status is 1.",
+        description="Time a model on this machine. decode, prefill and engine run on its processor, with the sparse "
+        "kernels; train times a training step there, or on a GPU with --device. What is compared must agree first; if it "
+        "does not, nothing is timed, and the status is 1. For train, --config FILE is a configuration of bdh train: its "
+        "model section is what is timed, with its batch_size, block_size, device, dtype and what it says of the layer, and "
+        "flags override them. So for train the output of --print_config is to be read, and cannot be given as --config.",
         positionals=("benchmark",),
-        base=_settings_of(files),
+        base=None if training is None else _base(training, files, given_settings(BenchSettings, argv)),
     )
     import torch
 
@@ -163,7 +209,7 @@ def run(argv: list[str]) -> int:
     try:
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
-        report = _measured(settings)
+        report = _measured(settings, training)
     finally:
         torch.set_num_threads(before)
     if settings.json == "-":
@@ -171,18 +217,18 @@ def run(argv: list[str]) -> int:
     else:
         print(report.text(), end="")
         if settings.json is not None:
-            Path(settings.json).expanduser().write_text(report.json(), encoding="utf-8")
+            write_text(_resolved(settings.json), report.json())
     return 1 if report.failed else 0
 
 
-def _measured(settings: BenchSettings) -> "Report":
+def _measured(settings: BenchSettings, training: "RunSettings | None") -> "Report":
     from bdh.bench.decode import bench_decode
     from bdh.bench.engine import bench_engine
     from bdh.bench.prefill import bench_prefill
     from bdh.tokenizer import byte_tokenizer
 
     if settings.benchmark == "train":
-        return _trained(settings)
+        return _trained(settings, training)
     if settings.model is None:
         model, tokenizer = _made(settings), byte_tokenizer()
     else:
@@ -196,55 +242,69 @@ def _measured(settings: BenchSettings) -> "Report":
     return benchmark(model, settings.options(), _tell)
 
 
-def _trained(settings: BenchSettings) -> "Report":
+def _trained(settings: BenchSettings, training: "RunSettings | None") -> "Report":
     import torch
 
     from bdh.bench.train import bench_one_step, bench_train
     from bdh.bench.training import TrainCase
     from bdh.model.configuration import BDHConfig
-    from bdh.ops.layer.plan import LayerOptions
+    from bdh.ops.layer.plan import LayerOptionError
+    from bdh.train.config import TrainSettings
+    from bdh.train.layer import layer_options
+    from bdh.train.runtime import choose_runtime
 
     device = "cuda" if settings.device == "auto" and torch.cuda.is_available() else settings.device
     device = "cpu" if device == "auto" else device
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda: this machine and PyTorch build have cpu")
-    config, weights = BDHConfig(**settings.sizes(), dropout=settings.step("dropout")), None  # type: ignore[arg-type]
-    if settings.model is not None:
+    if settings.model is None:
+        section = {} if training is None else asdict(training.model)
+        config = BDHConfig(**(section | settings.sizes() | {"dropout": settings.step("dropout")}))
+        weights = None
+    else:
         from bdh.train.models import load_model
 
         model, _ = load_model(settings.model, checkpoint=settings.checkpoint, device="cpu")
         config, weights = model.config, model.float().state_dict()
         if settings.dropout is not None:
             config.dropout = settings.dropout
+    train = TrainSettings(device=device, **{name: getattr(settings, name) for name in _TAKEN_OVER})
     cases = [
         TrainCase(
             config,
             settings.step("batch_size"),
             size,
             device=device,
-            dtype=settings.dtype,
+            dtype=str(choose_runtime(train).dtype).removeprefix("torch."),
             density=settings.density,
             seed=settings.seed,
             threads=settings.threads,
-            options=LayerOptions(path=settings.layer_path),
+            options=layer_options(train),
             weights=weights,
         )
-        for size in settings.step("block_size")
+        for size in settings.block_sizes()
     ]
-    if settings.one_step:
-        return bench_one_step(cases[0], _tell)
-    rounds = 2 if settings.quick else settings.rounds
-    return bench_train(cases, baselines=settings.baselines, rounds=rounds, progress=_tell)
+    try:
+        if settings.one_step:
+            return bench_one_step(cases[0], _tell)
+        baselines, rounds = settings.chosen_baselines(), settings.step("rounds")
+        return bench_train(cases, baselines=baselines, rounds=rounds, progress=_tell)
+    except LayerOptionError as error:
+        raise ValueError(f"{_FLAGS.get(error.option, error.option)} {error.fault}") from error
 
 
 def _training_files(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """The files behind ``--config`` for a training step, which are configurations of ``bdh train``, and the rest."""
-    if "train" not in argv:
+    first = next(iter(argv), "")
+    if first != "train" and not (first.startswith("--") and "train" in argv):
         return [], list(argv)
-    files, rest, words = [], [], iter(argv)
-    for word in words:
-        if word == "--config":
-            files.append(next(words, ""))
+    files: list[str] = []
+    rest: list[str] = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        if word == "--config" and words and not words[0].startswith("--"):
+            files.append(words.pop(0))
         elif word.startswith("--config="):
             files.append(word.removeprefix("--config="))
         else:
@@ -252,23 +312,80 @@ def _training_files(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return files, rest
 
 
-def _settings_of(files: Sequence[str]) -> dict[str, Any] | None:
-    """What configurations of ``bdh train`` say about the model and its step."""
-    if not files:
+def _training_settings(files: Sequence[str], argv: Sequence[str]) -> "RunSettings | None":
+    """What configurations of ``bdh train`` say; None where there are none, or only help is wanted."""
+    if not files or {"-h", "--help"} & set(argv):
         return None
+    if given_settings(BenchSettings, argv).get("model") is not None:
+        raise ValueError("--config and --model are given together: each says what model is timed, so give one of them")
     from bdh.train.config import RunSettings
 
-    flags = [word for file in files for word in ("--config", file)]
-    run = parse_settings(RunSettings, flags, prog="bdh bench train", description="A configuration of bdh train.")
-    model, train = run.model, run.train
-    found = {name: getattr(model, name) for name in _SIZES if name != "vocab_size"} | {"dropout": model.dropout}
-    if model.vocab_size is None and run.tokenizer.path != "byte":
-        from bdh.tokenizer import load_tokenizer
+    prog, description = "bdh bench train", "A configuration of bdh train."
+    training = parse_settings(RunSettings, _as_flags(files), prog=prog, description=description)
+    train, default = training.train, RunSettings().train
+    if train.init_from is not None:
+        raise ValueError(
+            f"train.init_from is {train.init_from!r} in {', '.join(files)}: bdh bench train makes the model that a "
+            f"configuration describes; leave --config out, and give --model {train.init_from}"
+        )
+    others = ("carry_state", "gradient_accumulation_steps", "compile", "optimizer")
+    ignored = [f"train.{name}" for name in others if getattr(train, name) != getattr(default, name)]
+    if training.data.pack != RunSettings().data.pack:
+        ignored.append("data.pack")
+    if ignored:
+        left_out = "left out of the configuration, since a single step of random tokens is timed"
+        print(f"{left_out}: {', '.join(ignored)}", file=sys.stderr)
+    return training
 
-        found["vocab_size"] = len(load_tokenizer(run.tokenizer))
-    else:
-        found["vocab_size"] = model.vocab_size or 256
-    return found | {"batch_size": train.batch_size, "block_size": [train.block_size]}
+
+def _base(training: "RunSettings", files: Sequence[str], given: dict[str, Any]) -> dict[str, Any]:
+    """What a configuration of ``bdh train`` says, as settings of ``bdh bench train``; ``given`` are those of the flags."""
+    model, train = training.model, training.train
+    found = {name: getattr(model, name) for name in ("n_embd", "n_head", "n_layer", "mlp_internal_dim_multiplier")}
+    found |= {"dropout": model.dropout, "batch_size": train.batch_size, "block_size": train.block_size}
+    found |= {name: getattr(train, name) for name in _TAKEN_OVER}
+    # auto, which is the default there, would move to a GPU what is said to run on the processor.
+    if "train.device" in given_settings(type(training), _as_flags(files)):
+        found["device"] = train.device
+    if "vocab_size" not in given:
+        found["vocab_size"] = model.vocab_size or _entries(training)
+    return found
+
+
+def _as_flags(files: Sequence[str]) -> list[str]:
+    return [f"--config={file}" for file in files]
+
+
+def _entries(training: "RunSettings") -> int:
+    """Of the vocabulary that a run of this configuration has."""
+    from bdh.data.conversations import holds_chat
+    from bdh.tokenizer import load_tokenizer, with_chat_template
+
+    tokenizer = load_tokenizer(training.tokenizer)
+    template = training.tokenizer.chat_template
+    return len(with_chat_template(tokenizer, template, needs_one=holds_chat(training.data)))
+
+
+def _wanted_of_file(name: str | None) -> str | None:
+    """What a file to be written must be, where it is not; None where it can be written."""
+    if not name:
+        return "the name of a file"
+    path = _resolved(name)
+    if path.is_dir():
+        return "a file, not a folder"
+    if path.exists() and not path.is_file():
+        return "a file, not a device"
+    if not path.parent.is_dir():
+        return "a file in a folder that exists"
+    # It is written beside its place, and then renamed.
+    if not os.access(path.parent, os.W_OK | os.X_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        return "a file that may be written, in a folder that may be"
+    return None
+
+
+def _resolved(name: str) -> Path:
+    """Behind links, so that what they lead to is replaced, and not they."""
+    return Path(name).expanduser().resolve()
 
 
 def _made(settings: BenchSettings) -> "BDHForCausalLM":

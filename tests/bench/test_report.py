@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from bdh import BDHConfig
 from bdh.bench.report import Report
 from bdh.bench.weights import sparse_model
@@ -11,6 +13,14 @@ def test_tables_are_aligned():
     report = Report("decode")
     report.table("times", ["who", "ms"], [["kernels", "1.25"], ["dense", "100.00"]])
     assert report.text().splitlines() == ["", "times", "  who          ms", "  kernels    1.25", "  dense    100.00"]
+
+
+def test_what_is_no_finite_number_is_null_in_json():
+    report = Report(
+        "train", figures={"agreement": {"loss": float("nan"), "all": [float("inf"), 1.5], "pair": (2, None)}}
+    )
+    found = json.loads(report.json(), parse_constant=pytest.fail)
+    assert found["agreement"] == {"loss": None, "all": [None, 1.5], "pair": [2, None]}
 
 
 def test_the_introduction_says_what_fires():

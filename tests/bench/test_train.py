@@ -1,14 +1,18 @@
 """The comparison that goes before the timing finds a wrong gradient."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from bdh.bench import train
 from bdh.bench.report import Report
 from bdh.bench.split import timed_parts
-from bdh.bench.train import _compare
+from bdh.bench.train import _compare, bench_one_step, bench_train
 from bdh.bench.training import BlocksStep, NaiveStep, TrainCase, dropout_masks, gpt2_config
 from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.ops.layer import function
+from bdh.ops.layer.plan import LayerOptionError, LayerOptions
 
 CONFIG = {"vocab_size": 31, "n_embd": 16, "n_head": 2, "n_layer": 2, "mlp_internal_dim_multiplier": 4, "dropout": 0.2}
 
@@ -43,6 +47,44 @@ def test_a_wrong_gradient_is_found(case, monkeypatch, factor):
     assert report.failed
     assert not agreement["agrees"]
     assert "nothing was timed" in report.text()
+
+
+def test_one_token_leaves_most_weights_without_gradient_and_agrees(case):
+    """Of two norms that are 0, the difference is no share of anything: it was not a number, and so did not agree."""
+    report, agreement = compared(replace(case, block_size=1))
+    assert not report.failed
+    for name in ("encoder", "encoder_v", "decoder"):
+        assert agreement["relative_difference"][name] == 0
+    assert agreement["relative_difference"]["embed"] > 0
+
+
+def test_a_gradient_where_there_should_be_none_does_not_agree():
+    assert train._share(0.0, 0.0) == 0
+    assert train._share(1e-9, 0.0) == float("inf")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_plain_path_agrees_with_its_own_dropout(case, dtype):
+    """Its masks are not those of the blocks: with theirs, the gradients were said not to agree."""
+    report, _ = compared(replace(case, options=LayerOptions(path="plain"), dtype=dtype))
+    assert not report.failed
+
+
+def test_decay_chunks_and_another_base_agree(case):
+    config = BDHConfig(**CONFIG, decay=[5, None], rope_theta=500, attention_form="chunked", chunk_size=7)
+    report, agreement = compared(replace(case, config=config))
+    assert not report.failed
+    assert max(agreement["relative_difference"].values()) < 1e-4
+
+
+def test_options_of_every_case_are_checked_before_anything_is_computed(case, monkeypatch):
+    monkeypatch.setattr(train, "_compare", lambda *arguments: pytest.fail("something was computed"))
+    monkeypatch.setattr(train, "measure_memory", lambda *arguments, **others: pytest.fail("something was measured"))
+    wrong = replace(case, dtype="bfloat16", options=LayerOptions(path="kernels"))
+    with pytest.raises(LayerOptionError, match="bfloat16"):
+        bench_train([case, wrong])
+    with pytest.raises(LayerOptionError, match="bfloat16"):
+        bench_one_step(wrong)
 
 
 def test_the_masks_are_those_that_the_model_draws(case):

@@ -5,8 +5,8 @@ from statistics import mean
 import pytest
 import torch
 
-from bdh import BDHConfig
-from bdh.bench.weights import densities, naive_weights, sparse_model
+from bdh import BDHConfig, BDHForCausalLM
+from bdh.bench.weights import densities, half_lives, naive_weights, sparse_model
 from bdh.ops import naive
 
 SIZES = {"n_embd": 64, "n_head": 2, "n_layer": 4, "mlp_internal_dim_multiplier": 32, "vocab_size": 256}
@@ -39,6 +39,15 @@ def test_the_same_seed_gives_the_same_weights():
     first, again, other = (sparse_model(BDHConfig(**SIZES), seed) for seed in (3, 3, 4))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
     assert not torch.equal(first.encoder.weight, other.encoder.weight)
+
+
+def test_half_lives_are_where_the_model_is():
+    """On a GPU the plain equations met those of the processor."""
+    config = BDHConfig(**SIZES, decay=[7, None])
+    with torch.device("meta"):
+        found = half_lives(BDHForCausalLM(config))
+    assert found.device.type == "meta"
+    assert half_lives(BDHForCausalLM(config)).tolist() == [7, float("inf")]
 
 
 def test_weights_for_naive_are_those_of_the_model():

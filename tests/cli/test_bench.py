@@ -1,9 +1,14 @@
 """bdh bench: every benchmark runs at a small size, compares before it times, and refuses what it cannot do."""
 
+import errno
 import json
+import os
+from pathlib import Path
 
 import pytest
 
+from bdh.bench import train as bench_train
+from bdh.bench.report import Report
 from bdh.bench.weights import sparse_model
 from bdh.cli.main import main
 from bdh.model.configuration import BDHConfig
@@ -140,7 +145,15 @@ def test_train_compares_and_then_times(bench):
         assert ours["bdh_is_faster"] == 1
         assert all(form["peak_bytes"] > form["bytes_before"] > 0 for form in case["forms"])
         assert case["flops"]["matmul_peak_per_s"] > case["flops"]["useful_per_s"] > 0
-        assert sum(case["parts"].values()) > 0
+        assert sum(case["parts"].values()) == pytest.approx(case["ms_of_step_with_clocks"])
+        assert min(case["parts"].values()) > 0
+        measured = ("device", "dtype", "dropout", "requested_density", "seed", "threads", "rounds")
+        assert [case[name] for name in measured] == ["cpu", "float32", 0.1, 0.2, 0, 1, 2]
+        assert case["layer_options"]["recompute"] == "auto"
+        layer = case["layer"]
+        assert (layer["path"], layer["reason"]) == ("kernels", "float32 on the cpu")
+        assert (layer["rows_per_block"], layer["tokens_per_block"]) == (2, case["block_size"])
+        assert (layer["kept_passes"], layer["block_bytes"] > 0) == (0, True)
     assert all(0.1 < each["x"] < 0.3 for each in found["density"])
 
 
@@ -159,6 +172,172 @@ def test_a_configuration_of_training_is_taken_over(bench, tmp_path):
     assert step["peak_bytes"] > step["bytes_before"] > 0
 
 
+CONFIGURATION = """
+model: {n_embd: 16, n_head: 2, n_layer: 1, mlp_internal_dim_multiplier: 4, decay: [9, null], rope_theta: 500,
+        attention_form: chunked, chunk_size: 7, dropout: 0.2}
+tokenizer: {special_tokens: true}
+data: {source: pydoc}
+train: {batch_size: 3, block_size: 20, device: cpu, dtype: bfloat16, layer_path: torch, recompute: none,
+        memory_budget_gb: 0.5, rows_per_block: 2, carry_state: true}
+"""
+
+
+def test_all_that_a_configuration_says_of_the_model_and_the_layer_is_taken_over(bench, tmp_path):
+    (tmp_path / "run.yaml").write_text(CONFIGURATION)
+    status, out, err = bench(
+        "train", "--config", tmp_path / "run.yaml", "--json", "-", "--baselines", "[]", "--rounds", 1,
+        "--recompute", "pass", "--tokens_per_block", 5,
+    )  # fmt: skip
+    found = json.loads(out)
+    assert status == 0
+    assert "a single step of random tokens is timed: train.carry_state\n" in err
+    model = found["model"]
+    assert [model[name] for name in ("vocab_size", "decay", "rope_theta", "attention_form", "chunk_size")] == [
+        260, [9.0, None], 500.0, "chunked", 7,
+    ]  # fmt: skip
+    (case,) = found["cases"]
+    assert (case["dtype"], case["dropout"], case["rounds"]) == ("bfloat16", 0.2, 1)
+    assert case["layer_options"] == {
+        "path": "torch", "recompute": "pass", "memory_budget": 500_000_000, "rows_per_block": 2, "tokens_per_block": 5,
+    }  # fmt: skip
+    assert (case["layer"]["path"], case["layer"]["rows_per_block"], case["layer"]["tokens_per_block"]) == (
+        "torch",
+        2,
+        5,
+    )
+    assert [form["name"] for form in case["forms"]] == ["bdh"]
+
+
+def test_what_a_configuration_cannot_be_timed_with_is_one_clear_error(bench, tmp_path):
+    (tmp_path / "run.yaml").write_text("train: {init_from: runs/demo}\n")
+    status, _, err = bench("train", "--config", tmp_path / "run.yaml")
+    assert status == 2
+    assert "train.init_from is 'runs/demo'" in err
+    assert "give --model runs/demo" in err
+    status, _, err = bench("train", "--config", tmp_path / "run.yaml", "--model", "x")
+    assert status == 2
+    assert err == "error: --config and --model are given together: each says what model is timed, so give one of them\n"
+    status, _, err = bench("train", "--config")  # --threads follows
+    assert "--config is given without a value" in err
+
+
+def test_the_configuration_of_another_benchmark_is_its_own(bench, tmp_path):
+    """The word train behind a flag made it one of bdh train."""
+    (tmp_path / "bench.yaml").write_text("agreement_tokens: 0\n")
+    status, _, err = bench("decode", "--model", "train", "--config", tmp_path / "bench.yaml")
+    assert status == 2
+    assert "agreement_tokens is 0" in err
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float64"])
+def test_a_dtype_of_training(bench, tmp_path, monkeypatch, dtype):
+    (tmp_path / "run.yaml").write_text(f"train: {{dtype: {dtype}}}\n")
+    seen = []
+    monkeypatch.setattr(bench_train, "bench_one_step", lambda case, progress: seen.append(case.dtype) or 1 / 0)
+    status, _, err = bench("train", "--config", tmp_path / "run.yaml", "--one_step")
+    if dtype == "auto":
+        assert seen == ["float32"]
+    else:
+        assert status == 2
+        assert "dtype is 'float64': must be one of auto, float32, bfloat16, float16" in err
+        assert seen == []
+
+
+@pytest.fixture
+def nothing_runs(monkeypatch):
+    monkeypatch.setattr("bdh.cli.bench._measured", lambda *arguments: pytest.fail("something was measured"))
+
+
+@pytest.mark.usefixtures("nothing_runs")
+def test_a_file_that_cannot_be_written_is_refused_before_anything_runs(bench, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "pipe")
+    for name, said in {
+        "": "must be the name of a file, or -",
+        tmp_path: "must be a file, not a folder",
+        tmp_path / "pipe": "must be a file, not a device",
+        tmp_path / "missing" / "x": "must be a file in a folder that exists",
+        tmp_path / "file" / "x": "must be a file in a folder that exists",
+    }.items():
+        status, out, err = bench("decode", "--json", name)
+        assert (status, out) == (2, "")
+        assert f"json is '{name}': {said}" in err
+    # For root, everything may be written.
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    status, _, err = bench("decode", "--json", tmp_path / "x")
+    assert status == 2
+    assert f"json is '{tmp_path / 'x'}': must be a file that may be written" in err
+
+
+def test_a_full_disk_leaves_the_figures_that_were_there(bench, tmp_path, monkeypatch):
+    path = tmp_path / "figures.json"
+    path.write_text("before")
+    write = Path.write_text
+
+    def full(self, text, **others):
+        write(self, text[:10], **others)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    report = Report("train", lines=["1,000 tokens/s"])
+    monkeypatch.setattr("bdh.cli.bench._measured", lambda *arguments: report)
+    status, out, err = bench("train", "--json", path)
+    assert status == 2
+    assert f"the disk is full, {path} could not be written" in err
+    assert "tokens/s" in out  # what was found is shown all the same
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.usefixtures("nothing_runs")
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--threads", 10**8], "threads is 100000000: must be from 1 to"),
+        (["--vocab_size", 1], "vocab_size is 1: must be at least 2"),
+        (["--baselines", "foo"], "baselines is 'foo': must be one of naive, compiled, gpt2, or a list"),
+        (["--block_size", "abc"], "block_size is 'abc': must be a whole number, or a list"),
+        (
+            ["--block_size", 32, "--block_size", 32],
+            "block_size is [32, 32]: must be at least 1 each, and no two the same",
+        ),
+        (["--one_step", "--rounds", 3], "rounds is 3: must be left out with one_step"),
+        (["--one_step", "--baselines", "naive"], "baselines is 'naive': must be left out with one_step"),
+        (["--rows_per_block", 17], "rows_per_block is 17: must be from 1 to batch_size, 16"),
+        (["--block_size", 20, "--tokens_per_block", 21], "tokens_per_block is 21: must be from 1 to block_size, 20"),
+        (["--memory_budget_gb", 0], "memory_budget_gb is 0.0: must be above 0"),
+    ],
+)
+def test_what_a_training_step_cannot_be_is_refused(bench, argv, said):
+    status, out, err = bench("train", *argv)
+    assert (status, out) == (2, "")
+    assert said in err
+
+
+def test_quick_is_quick_but_where_rounds_are_given(bench, monkeypatch):
+    seen = []
+
+    def stop(cases, *, baselines, rounds, progress):
+        seen.append((list(baselines), rounds))
+        raise ValueError("enough")
+
+    monkeypatch.setattr(bench_train, "bench_train", stop)
+    for argv in ([], ["--quick"], ["--quick", "--rounds", 4, "--baselines", "gpt2"], ["--baselines", "[naive, gpt2]"]):
+        bench("train", *SMALL, *argv)
+    every = ["naive", "compiled", "gpt2"]
+    assert seen == [(every, 5), (every, 2), (["gpt2"], 4), (["naive", "gpt2"], 5)]
+
+
+def test_the_help_names_what_is_allowed(bench, capsys):
+    with pytest.raises(SystemExit):
+        bench("train", "--help", "--config", "missing.yaml")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "one of naive, compiled, gpt2, or a list" in said
+    assert "By default 256; for train 128; with --quick 64" in said
+    assert "on a GPU with --device" in said
+    assert "--print_config is to be read, and cannot be given as --config" in said
+
+
 def test_what_is_for_another_benchmark_is_refused(bench):
     status, _, err = bench("decode", "--density", 0.2, "--block_size", 5, "--one_step", "true")
     assert status == 2
@@ -172,4 +351,13 @@ def test_what_is_for_another_benchmark_is_refused(bench):
         assert name in err
     status, _, err = bench("train", "--layer_path", "kernels", "--dtype", "bfloat16", "--quick")
     assert status == 2
-    assert "path is 'kernels', which cannot run here: they compute in float32, not in bfloat16" in err
+    assert err.startswith(
+        "error: layer_path is 'kernels', which cannot run here: they compute in float32, not in bfloat16"
+    )
+    status, _, err = bench("train", "--memory_budget_gb", 1e-6, "--quick")
+    assert status == 2
+    assert err.startswith("error: memory_budget_gb is 1,000 bytes")
+    status, _, err = bench("decode", "--baselines", "naive", "--recompute", "pass")
+    assert status == 2
+    assert "baselines is" in err
+    assert "recompute is" in err
