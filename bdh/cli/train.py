@@ -32,14 +32,21 @@ def run(argv: list[str]) -> int:
     from bdh.distributed.errors import reported_to_starter
     from bdh.monitor import Monitor
     from bdh.train.loop import fit
+    from bdh.train.needs import NoRoomError
     from bdh.train.run import open_run
     from bdh.train.stored import settings_to_store
 
     console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=rank > 0)
     if rank > 0:
         logging.disable(logging.WARNING)
+    no_room = None
     with reported_to_starter(), stage_progress(console, "bytes") as progress:
-        training = open_run(settings, progress=progress)
+        try:
+            training = open_run(settings, progress=progress)
+        except NoRoomError as error:  # the answer of a dry run, and no fault
+            no_room = error
+    if no_room is not None:
+        return _no_room(no_room, rank)
     settings = training.settings
     print_banner(console, training)
     if settings.dry_run:
@@ -76,13 +83,24 @@ def run(argv: list[str]) -> int:
 
 def _dry_run(console: Console, training: Any) -> int:
     """Prints what the run would take; status 1 where it does not fit."""
+    from bdh.distributed.errors import reported_to_starter
     from bdh.train.forecast import forecast
 
-    found = forecast(training, say=lambda line: console.print(line, markup=False))
-    training.world.leave()
+    with reported_to_starter():
+        found = forecast(training, say=lambda line: console.print(line, markup=False))
+        training.world.leave()
     if training.world.is_main:
         print("\n".join(found.lines()))
     return 0 if found.fits else 1
+
+
+def _no_room(error: Any, rank: int) -> int:
+    """The same of a run whose model has no room."""
+    from bdh.train.forecast import forecast_without_room
+
+    if rank == 0:
+        print("\n".join(forecast_without_room(error).lines()))
+    return 1
 
 
 def _export(console: Console, training: Any) -> None:

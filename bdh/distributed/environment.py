@@ -16,3 +16,8 @@ def local_rank() -> int:
 def world_size() -> int:
     """Number of processes."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_world_size() -> int:
+    """Number of processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

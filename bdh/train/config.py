@@ -133,7 +133,7 @@ class TrainSettings:
     recompute: Literal["none", "pass", "auto"] = "auto"
     """Wide activations in the backward pass: pass computes them again, none keeps them, auto keeps those of as many passes as the memory budget has room for."""
     memory_budget_gb: float | None = None
-    """Memory for all wide activations, in GB of 10^9 bytes. null: one block, so that nothing wide is kept."""
+    """Memory for all wide activations, in GB of 10^9 bytes. null: a block, and 256 MiB of what may be kept."""
     layer_path: Literal["auto", "plain", "torch", "kernels"] = "auto"
     """Who computes the layer. kernels: in blocks, by the CPU's sparse kernels; torch: in blocks, by PyTorch; plain: all tokens at once, by autograd. auto takes the first that is there."""
     rows_per_block: int | None = None

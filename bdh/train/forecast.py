@@ -1,30 +1,21 @@
-"""What a run will take of this machine, from a step or two of a part of its batch: memory and time.
+"""What a run will take of this machine: memory and time.
 
-Both are straight lines in the number of sequences. Time is measured for two numbers of them, or for the whole batch where that
-is quick. So is the peak of the memory; what more sequences would keep is added by count, as it is little: everything wide
-exists for one block at a time.
+Both are measured for a growing number of sequences (:mod:`bdh.train.measure`), up to the whole batch where that is quick and
+has room. Beyond that time is a straight line in the number of sequences, and of the memory the difference is counted
+(:mod:`bdh.train.needs`), as it is little: everything wide exists for one block at a time.
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
-import torch
-
-from bdh.data.batch import Batch
+from bdh.train.advice import advise
+from bdh.train.measure import Measured, measure
+from bdh.train.needs import Need, NoRoomError, available_to_each
 from bdh.train.run import Run
-from bdh.train.speed import (
-    available_memory_bytes,
-    peak_memory_bytes,
-    restart_peak_memory,
-    used_memory_bytes,
-    wait_for_device,
-)
+from bdh.train.units import duration, gigabytes
 
-MEASURING_SECONDS = 20.0
-"""A whole step is measured where it is not expected to take longer than that."""
-_MARGIN = 0.95  # of the available memory: more than that is not counted on
+MARGIN = 0.95
+"""Of the available memory: more than that is not counted on."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +35,6 @@ class Line:
     def at(self, rows: float) -> float:
         return self.fixed + self.each * rows
 
-    def most(self, quantity: float) -> int:
-        """Sequences for which it stays within ``quantity``; 0 for none."""
-        if self.at(1) > quantity:
-            return 0
-        return int((quantity - self.fixed) / self.each) if self.each else 2**31
-
 
 @dataclass
 class Forecast:
@@ -57,11 +42,14 @@ class Forecast:
 
     parts: dict[str, int]
     """Bytes that follow from the settings alone, by what they are for."""
-    memory: Line | None
-    """Peak in bytes, by the sequences of a forward pass; None where the system does not tell it."""
+    peak: float | None
+    """In bytes. None where the system does not tell it."""
+    is_counted: bool
+    """Whether the peak is the sum of the parts, as nothing could be measured."""
     available: int | None
+    """To each process."""
     seconds: Line | None
-    """Of a forward and backward pass. None where there is no room to measure one."""
+    """Of a forward and backward pass, by its sequences. None where none was measured."""
     rows: int
     """Sequences in a forward pass, and how many such a step has."""
     passes: int
@@ -72,18 +60,18 @@ class Forecast:
     evaluated_rows: int
     """Over the whole run, of this process."""
     measured_rows: list[int]
+    obstacle: str = ""
+    """Why nothing, or no more, was measured, where that was for lack of memory."""
+    ran_out: bool = False
+    """A pass was given up as it found no memory, whatever the system tells of it."""
     advice: list[str] = field(default_factory=list)
-
-    @property
-    def peak(self) -> float | None:
-        return None if self.memory is None else self.memory.at(self.rows)
 
     @property
     def fits(self) -> bool:
         """As far as the system tells."""
-        if self.seconds is None:
+        if self.seconds is None or self.ran_out:
             return False
-        return self.peak is None or self.available is None or self.peak <= _MARGIN * self.available
+        return self.peak is None or self.available is None or self.peak <= MARGIN * self.available
 
     @property
     def step_seconds(self) -> float:
@@ -103,192 +91,107 @@ class Forecast:
     def lines(self) -> list[str]:
         """For people."""
         width = max(map(len, self.parts))
-        found = [f"  {name:<{width}}  {_gigabytes(size):>10}" for name, size in self.parts.items()]
-        if self.peak is not None and self.available is not None:
-            found.append(
-                f"peak memory   {_gigabytes(self.peak)} of the {_gigabytes(self.available)} that are available"
-            )
+        found = [f"  {name:<{width}}  {gigabytes(size):>10}" for name, size in self.parts.items()]
+        if self.peak is not None:
+            known = "" if self.available is None else f" of the {gigabytes(self.available)} that are available"
+            each = " per process" if self.processes > 1 else ""
+            counted = " (counted, not measured)" if self.is_counted else ""
+            found.append(f"peak memory   {gigabytes(self.peak)}{known}{each}{counted}")
         if self.seconds is not None:
+            also = f"; {self.obstacle}" if self.obstacle else ""
             found += [
                 f"step          {self.step_seconds:,.2f} s: {self.tokens_per_second:,.0f} tokens/s",
-                f"run           {_duration(self.run_seconds)} for {self.steps:,} steps and their evaluations",
-                f"measured      forward and backward passes of {' and '.join(map(str, self.measured_rows))} sequences",
+                f"run           {duration(self.run_seconds)} for {self.steps:,} steps and their evaluations",
+                f"measured      forward and backward passes of {_listed(self.measured_rows)}{also}",
             ]
         else:
-            found.append("not measured: there is no room for a single block")
+            found.append(f"not measured: {self.obstacle}")
         if not self.fits:
-            found.append("it does not fit; what would help, the mildest first:")
+            found.append("it does not fit; what would help, the mildest first:" if self.advice else "it does not fit")
             found += [f"  {line}" for line in self.advice]
         return found
 
 
 def forecast(run: Run, *, say: Callable[[str], None] = lambda line: None) -> Forecast:
-    """Measures, and thereby trains, ``run``, which must be one of ``settings.dry_run``: it is of no use afterwards."""
-    settings, device, plan = run.settings.train, run.runtime.device, run.plan
-    available = available_memory_bytes(device)
-    rows, least = settings.batch_size, min(plan.sizes.rows, settings.batch_size)
-    parts = known_bytes(run)
+    """Measures, and thereby trains, ``run``, which must be one of ``settings.dry_run``: it is of no use afterwards.
+
+    All processes of the run call it together, and get the same.
+    """
+    need = need_of(run)
+    available = available_to_each(run.runtime, run.world)
+    room = None if available is None else MARGIN * available
+    measured = measure(run, need, room, say)
+    found = _forecast(need, measured, available)
+    found.steps, found.evaluated_rows = steps_to_go(run), evaluated_rows(run)
+    return found
+
+
+def forecast_without_room(error: NoRoomError) -> Forecast:
+    """Of a run whose model was not even made."""
+    found = _forecast(error.need, Measured(error.base), error.available)
+    found.obstacle = f"{error}"
+    return found
+
+
+def need_of(run: Run) -> Need:
+    return Need.of(run.settings, run.model.config, run.runtime, run.parallel.strategy, run.world.size)
+
+
+def _forecast(need: Need, measured: Measured, available: int | None) -> Forecast:
+    settings, points = need.settings.train, measured.points
+    peak, room = measured.peak(need), None if available is None else MARGIN * available
+    ran_out_at, obstacle = measured.ran_out_at, ""
+    if ran_out_at is not None:
+        obstacle = f"there was no memory for a pass of {ran_out_at}"
+        needed = measured.peak_of_measuring(need.with_rows(ran_out_at))
+        room = needed - 1 if room is None else min(room, needed - 1)
+    elif not points:
+        obstacle = "there is no room for a pass of a single sequence"
     found = Forecast(
-        parts=parts,
-        memory=None,
+        parts=need.parts,
+        peak=None if measured.is_counted and points else peak,
+        is_counted=measured.is_counted,
         available=available,
-        seconds=None,
-        rows=rows,
+        seconds=Line.through(*((p.rows, p.seconds) for p in (points[0], points[-1]))) if points else None,
+        rows=need.rows,
         passes=settings.gradient_accumulation_steps,
-        update_seconds=0.0,
+        update_seconds=measured.update_seconds,
         tokens_per_row=settings.block_size,
-        processes=run.world.size,
-        steps=settings.max_steps - run.progress.step,
-        evaluated_rows=settings.eval_windows * (settings.max_steps // settings.eval_every_steps + 1) // run.world.size,
-        measured_rows=[],
+        processes=need.processes,
+        steps=0,
+        evaluated_rows=0,
+        measured_rows=[point.rows for point in points],
+        obstacle=obstacle,
+        ran_out=ran_out_at is not None,
     )
-    if available is None or sum(parts.values()) - plan.kept_bytes <= available:
-        _measure(run, found, least, say)
-    found.advice = _advice(run, found)
+    if not found.fits:
+        found.advice = advise(need, measured, room)
     return found
 
 
-def known_bytes(run: Run) -> dict[str, int]:
-    """What a process of the run keeps, as far as the settings say it."""
+def steps_to_go(run: Run) -> int:
+    return max(0, _last_step(run) - run.progress.step)
+
+
+def evaluated_rows(run: Run) -> int:
+    """Over the steps to go, of the process that has most of them. The moving average is evaluated too."""
+    settings, first, last = run.settings.train, run.progress.step, _last_step(run)
+    every = settings.eval_every_steps
+    number = max(0, last // every - first // every)
+    if last == settings.max_steps and last % every and last > first:
+        number += 1
+    parts = run.corpus.validation_parts(settings.eval_windows, run.document_end) if number else []
+    rows = sum(-(-len(part.batch.tokens) // run.world.size) for part in parts)
+    return number * rows * (1 if run.average is None else 2)
+
+
+def _last_step(run: Run) -> int:
     settings = run.settings.train
-    local = [p.to_local() if hasattr(p, "to_local") else p for p in run.model.parameters()]
-    weights = sum(p.numel() * p.element_size() for p in local)
-    trained = sum(
-        q.numel() * q.element_size() for p, q in zip(run.model.parameters(), local, strict=True) if p.requires_grad
-    )
-    found = {
-        "weights": weights,
-        "gradients": trained,
-        "optimizer": trained * (2 if settings.optimizer == "adamw" else 1),
-        "wide activations of a block": run.plan.block_bytes,
-        "wide activations that are kept": run.plan.kept_bytes,
-        "narrow activations": _narrow_bytes(run),
-    }
-    if run.average is not None:
-        found["moving average"] = trained
-    if run.carried is not None:
-        found["carried state"] = run.carried.nbytes
-    return found
+    return min(settings.max_steps, settings.stop_at_step or settings.max_steps)
 
 
-def _measure(run: Run, found: Forecast, least: int, say: Callable[[str], None]) -> None:
-    device, rows = run.runtime.device, found.rows
-    batch = run.loader.next()
-    part = next(iter(batch.split(rows)))
-    step_model = run.parallel.step_model
-    if run.settings.train.compile:
-        step_model = torch.compile(step_model)
-    say("a first pass, which compiles and fills the optimizer ...")
-    _pass(run, step_model, part, least)
-    found.update_seconds = _timed(run, lambda: _update(run))
-    points: list[tuple[int, float, int]] = []
-    for count in _counts(least, rows):
-        if points and points[-1][1] * count / points[-1][0] > MEASURING_SECONDS:
-            break
-        say(f"a pass of {count} of {rows} sequences ...")
-        restart_peak_memory(device)
-        seconds = _timed(run, lambda count=count: _pass(run, step_model, part, count))  # type: ignore[misc]
-        points.append((count, seconds, peak_memory_bytes(device) or 0))
-        found.measured_rows.append(count)
-    found.update_seconds = min(found.update_seconds, _timed(run, lambda: _update(run)))
-    first, last = points[0], points[-1]
-    found.seconds = Line.through(first[:2], last[:2])
-    if used_memory_bytes(device) is not None:
-        each = _bytes_of_a_row(run)  # not from two peaks: an allocator's steps are larger than a few sequences are
-        found.memory = Line(max(0.0, last[2] - each * last[0]), each)
-
-
-def _bytes_of_a_row(run: Run) -> float:
-    """What one more sequence in a forward pass keeps: the narrow activations, its logits, and x where it is kept."""
-    settings, config = run.settings.train, run.model.config
-    logits = 3 * settings.block_size * config.vocab_size * 4  # with their gradient and its softmax
-    return _narrow_bytes(run) / settings.batch_size + logits + run.plan.kept_bytes / settings.batch_size
-
-
-def _narrow_bytes(run: Run) -> int:
-    """Of each pass: its input, two norms' inputs, and the sum that it adds to."""
-    settings, config = run.settings.train, run.model.config
-    return 4 * (config.n_layer + 1) * settings.batch_size * settings.block_size * config.n_embd * 4
-
-
-def _counts(least: int, rows: int) -> list[int]:
-    """Numbers of sequences to measure: a block's, twice that, and all."""
-    return sorted({least, min(rows, 2 * least), rows})
-
-
-def _pass(run: Run, step_model: Callable[..., Any], part: Batch, rows: int) -> None:
-    """A forward and backward pass over the first ``rows`` sequences."""
-    some = next(iter(part.split(rows))).to(run.runtime.device)
-    state = run.model.new_state(len(some.input_ids)) if run.carried is not None else None
-    run.model.train()
-    with run.runtime.autocast():
-        loss = step_model(
-            input_ids=some.input_ids,
-            shift_labels=some.targets,
-            document_starts=some.starts,
-            num_items_in_batch=some.targets.numel(),
-            past_key_values=state,
-            use_cache=state is not None,
-        ).loss
-    run.scaler.scale(loss).backward()
-
-
-def _update(run: Run) -> None:
-    for optimizer in run.optimizers.all:
-        run.scaler.step(optimizer)
-    run.scaler.update()
-    if run.average is not None:
-        run.average.update(run.model, 1)
-    run.optimizers.zero_grad()
-
-
-def _timed(run: Run, work: Callable[[], None]) -> float:
-    wait_for_device(run.runtime.device)
-    start = time.perf_counter()
-    work()
-    wait_for_device(run.runtime.device)
-    return time.perf_counter() - start
-
-
-def _advice(run: Run, found: Forecast) -> list[str]:
-    """Settings that need less memory, the mildest first, each with the peak that it would have where that is known."""
-    settings, plan = run.settings.train, run.plan
-    lines = []
-
-    def told(peak: float | None) -> str:
-        return "" if peak is None else f": {_gigabytes(peak)}"
-
-    if plan.path == "plain" and settings.layer_path == "plain":
-        lines.append("--train.layer_path auto, which keeps nothing wide")
-    peak = found.peak
-    if plan.kept_bytes:
-        lines.append(f"--train.recompute pass{told(None if peak is None else peak - plan.kept_bytes)}")
-    room = None if found.available is None else _MARGIN * found.available
-    if found.memory is not None and room is not None:
-        most = found.memory.most(room)
-        fitting = [b for b in range(1, min(most, found.rows - 1) + 1) if found.rows % b == 0]
-        if fitting:
-            rows = fitting[-1]
-            steps = settings.gradient_accumulation_steps * found.rows // rows
-            flags = f"--train.batch_size {rows} --train.gradient_accumulation_steps {steps}"
-            lines.append(f"{flags}{told(found.memory.at(rows))}")
-    if run.world.size > 1 and run.parallel.strategy != "fsdp":
-        lines.append("--distributed.strategy fsdp, which shares weights, gradients and optimizer among the processes")
-    if plan.sizes.columns > 1:
-        tokens = max(1, plan.sizes.columns // 2)
-        lines.append(f"--train.tokens_per_block {tokens}, for smaller blocks")
-    if settings.block_size > 1:
-        half = None if found.memory is None else found.memory.at(found.rows / 2)
-        lines.append(f"--train.block_size {settings.block_size // 2}{told(half)}")
-    return lines
-
-
-def _gigabytes(num_bytes: float) -> str:
-    return f"{num_bytes / 1e9:,.3f} GB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:,.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60:,} h {minutes % 60} min"
+def _listed(numbers: list[int]) -> str:
+    *others, last = map(str, numbers)
+    if not others:
+        return f"{last} sequence{'s' * (last != '1')}"
+    return f"{', '.join(others)} and {last} sequences"

@@ -29,8 +29,10 @@ from bdh.train.initial import InitialModel
 from bdh.train.layer import layer_options, plan_training
 from bdh.train.lora import add_adapters, check_peft
 from bdh.train.models import TOKENIZER_FOLDER
+from bdh.train.needs import Need, NoRoomError, available_to_each
 from bdh.train.optim import Optimizers
 from bdh.train.runtime import Runtime, choose_runtime, random_states, restore_random_states
+from bdh.train.speed import used_memory_bytes
 from bdh.train.stored import (
     CONFIG_FILE,
     check_unchanged,
@@ -183,6 +185,7 @@ def open_run(settings: RunSettings, *, progress: Any = None) -> Run:
         FileExistsError: the folder holds a run already.
         FileNotFoundError: there is nothing to resume, or nothing at ``train.init_from``.
         DiskFullError: there is no room for the run's folder.
+        NoRoomError: with ``settings.dry_run``, there is no room for the model; this process has left the others.
     """
     chosen_backends(settings.monitor)  # raises where one is not there
     runtime = choose_runtime(settings.train)
@@ -232,6 +235,8 @@ def open_run(settings: RunSettings, *, progress: Any = None) -> Run:
     if initial is not None:
         initial.check_data(corpus.fingerprint)
 
+    if settings.dry_run:
+        _check_room(settings, config, runtime, strategy, world)
     torch.manual_seed(settings.train.seed)
     model = BDHForCausalLM(config).to(runtime.device)  # type: ignore[arg-type]
     if runtime.dtype == torch.float64:
@@ -283,6 +288,16 @@ def open_run(settings: RunSettings, *, progress: Any = None) -> Run:
         if world.is_main:
             cut_back(folder / "samples.jsonl", run.progress.step)
     return run
+
+
+def _check_room(settings: RunSettings, config: BDHConfig, runtime: Runtime, strategy: str, world: World) -> None:
+    """Raises ``NoRoomError``, on all processes together, where the model cannot even be made and given an optimizer."""
+    need = Need.of(settings, config, runtime, strategy, world.size)
+    available = available_to_each(runtime, world)
+    base = max(world.gather(used_memory_bytes(runtime.device) or 0))
+    if available is not None and base + need.fixed > available:
+        world.leave()
+        raise NoRoomError(need, base, available)
 
 
 def _write_folder(run: Run, *, is_new: bool) -> None:

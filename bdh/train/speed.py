@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from bdh.model import BDHConfig
+from bdh.train.containers import free_in_containers
 from bdh.train.runtime import Runtime
 
 _MEASURING_SECONDS = 0.04
@@ -120,25 +121,32 @@ def used_memory_bytes(device: torch.device) -> int | None:
     return peak_memory_bytes(device)
 
 
-def available_memory_bytes(device: torch.device) -> int | None:
+def available_memory_bytes(device: torch.device, processes: int = 1) -> int | None:
     """The memory that this process can come to use in all, what it has among it. None where the system does not say.
 
-    On a GPU that is what PyTorch can get of it; else the machine's, and where a container has less, the container's.
+    On a GPU that is what PyTorch can get of it; else the machine's, and where a container or ``ulimit`` has less, theirs.
+
+    Args:
+        processes: on this machine, this one among them: what is free is for all of them alike.
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     used = used_memory_bytes(device) or 0
-    limits = []
+    free = free_in_containers()
     with suppress(OSError):
         facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        limits.append(int(facts["MemAvailable"].split()[0]) * 1024 + used)
-    with suppress(OSError, ValueError):  # "max" where there is no limit
-        folder = Path("/sys/fs/cgroup")
-        limit, others = (int((folder / f"memory.{name}").read_text()) for name in ("max", "current"))
-        limits.append(limit - others + used)
+        free.append(int(facts["MemAvailable"].split()[0]) * 1024)
+    limits = [max(0, min(free)) // processes + used] if free else []
+    with suppress(OSError, ImportError):  # not on Windows
+        import resource
+
+        most = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if most != resource.RLIM_INFINITY:  # of addresses, of which a process has more than it uses
+            addresses = int(Path("/proc/self/statm").read_text().split()[0]) * _page_bytes()
+            limits.append(max(0, most - addresses) + used)
     if not limits:
         with suppress(OSError, ValueError, AttributeError):
-            limits.append(_page_bytes() * os.sysconf("SC_PHYS_PAGES"))
+            limits.append(_page_bytes() * os.sysconf("SC_PHYS_PAGES") // processes)
     return min(limits, default=None)
 
 

@@ -36,15 +36,15 @@ def torchrun_command(processes: int, *arguments: str) -> list[str]:
 @pytest.fixture
 def torchrun():
     """Starts processes together, one thread each, and waits for them."""
+    return run_together
 
-    def start(processes: int, *arguments: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            torchrun_command(processes, *arguments),
-            capture_output=True,
-            text=True,
-            timeout=200,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            cwd=Path(__file__).parents[2],
-        )
 
-    return start
+def run_together(processes: int, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        torchrun_command(processes, *arguments),
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[2],
+    )

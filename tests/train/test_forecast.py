@@ -1,18 +1,38 @@
 """What a dry run says of memory and time, and what the settings of the layer refuse before the first step."""
 
+import gc
+import os
+import re
+import shlex
+import subprocess
+import sys
+
 import pytest
+import torch
 
 from bdh.cli.main import main
-from bdh.train.forecast import Forecast, Line
+from bdh.cli.settings import parse_settings
+from bdh.cli.train import _settings_to_resume
+from bdh.distributed.world import World
+from bdh.train import measure, needs
+from bdh.train.advice import advise
+from bdh.train.config import RunSettings
+from bdh.train.forecast import Forecast, Line, evaluated_rows, forecast, need_of, steps_to_go
+from bdh.train.measure import Measured, Point
+from bdh.train.run import open_run
+from bdh.train.speed import used_memory_bytes
 from bdh.train.stored import stored_settings
 
-from .conftest import losses
+from .conftest import TINY, losses
+
+MB = 10**6
 
 
 def made(**changes):
     fields = {
         "parts": {"weights": 10**6},
-        "memory": Line(1e9, 1e8),
+        "peak": 2.6e9,
+        "is_counted": False,
         "available": 3 * 10**9,
         "seconds": Line(0.1, 0.05),
         "rows": 16,
@@ -27,26 +47,64 @@ def made(**changes):
     return Forecast(**{**fields, **changes})
 
 
+@pytest.fixture
+def opened(text_file, tmp_path, monkeypatch):
+    """A run of the tiny model for a dry run; ``more`` is flags."""
+    monkeypatch.setenv("BDH_CACHE", str(tmp_path / "cache"))
+
+    def open_(*more, **overrides):
+        settings = {**TINY, "data.source": text_file, "run_dir": tmp_path / "dry", "dry_run": True, **overrides}
+        argv = [f"--{name}={value}" for name, value in settings.items()] + list(more)
+        return open_run(parse_settings(RunSettings, argv, prog="p", description="d", base=_settings_to_resume(argv)))
+
+    return open_
+
+
+@pytest.fixture
+def free(monkeypatch):
+    """Makes up how much memory is free: the one thing that is made up here."""
+
+    def make(num_bytes: int) -> None:
+        def available(*_) -> int:
+            gc.collect()  # of what other tests have left
+            measure.give_back_free_memory()
+            return (used_memory_bytes(torch.device("cpu")) or 0) + num_bytes
+
+        monkeypatch.setattr("bdh.train.forecast.MARGIN", 1.0)  # of these tests' own memory 5 % would be too much
+        monkeypatch.setattr(needs, "available_memory_bytes", available)
+
+    return make
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """The numbers of sequences of all passes that are run."""
+    seen = []
+    run = measure._Passes.run
+    monkeypatch.setattr(measure._Passes, "run", lambda self, rows: (seen.append(rows), run(self, rows)))
+    return seen
+
+
 def test_a_line_goes_through_its_points():
     line = Line.through((8, 1.4), (4, 1.0))
     assert (line.fixed, line.each) == pytest.approx((0.6, 0.1))
     assert line.at(16) == pytest.approx(2.2)
-    assert line.most(2.2 + 1e-9) == 16
-    assert line.most(0.5) == 0
     assert Line.through((4, 2.0), (4, 2.0)).at(8) == pytest.approx(4.0)  # one point: all of it grows
     assert Line.through((4, 2.0), (8, 1.9)).at(100) == pytest.approx(2.0)  # noise: it does not shrink
 
 
 def test_sums():
     found = made()
-    assert found.peak == pytest.approx(2.6e9)
     assert found.fits
     assert not made(available=2 * 10**9).fits
-    assert made(memory=None).fits  # nobody knows otherwise
-    assert not made(seconds=None).fits  # there was no room for a single block
+    assert made(peak=None).fits  # nobody knows otherwise
+    assert not made(seconds=None).fits  # there was no room for a single pass
+    assert not made(ran_out=True).fits
     assert found.step_seconds == pytest.approx(2 * 0.9 + 0.3)
     assert found.run_seconds == pytest.approx(100 * 2.1 + 60 * 0.05 / 3)
     assert found.tokens_per_second == pytest.approx(16 * 2 * 128 * 2 / 2.1)
+    assert "available per process" in "\n".join(found.lines())
+    assert "per process" not in "\n".join(made(processes=1).lines())
 
 
 def test_a_dry_run_tells_memory_and_time_and_writes_nothing(train, tmp_path, capsys):
@@ -70,22 +128,225 @@ def test_a_dry_run_tells_memory_and_time_and_writes_nothing(train, tmp_path, cap
         {"train.dtype": "bfloat16"},
         {"train.gradient_accumulation_steps": 2, "train.ema_decay": 0.9},
         {"train.layer_path": "plain", "train.recompute": "pass"},
+        {"train.rows_per_block": 3, "train.optimizer": "muon"},
+        {"train.layer_path": "torch", "train.tokens_per_block": 9, "model.dropout": 0},
+        {"data.pack": "documents", "tokenizer.special_tokens": True, "train.dtype": "float64"},
+        {"model.attention_form": "recurrent", "train.batch_size": 2},
     ],
     ids=lambda overrides: "-".join(overrides),
 )
-def test_a_dry_run_takes_all_settings(train, tmp_path, capsys, overrides):
-    assert train(tmp_path / "run", "--dry_run", "true", **overrides) == 0
-    assert "tokens/s" in capsys.readouterr().out
+def test_a_dry_run_takes_all_settings_and_plans_them_without_a_model(opened, overrides):
+    run = opened(**overrides)
+    assert need_of(run).plan == run.plan
+    found = forecast(run)
+    assert found.fits
+    assert found.peak > 0
 
 
-def test_a_dry_run_that_does_not_fit_says_what_would(train, tmp_path, monkeypatch, capsys):
-    """The machine's memory is the one thing that is made up here."""
-    monkeypatch.setattr("bdh.train.forecast.available_memory_bytes", lambda device: 10**8)
-    assert train(tmp_path / "run", "--dry_run", "true", **{"train.recompute": "none"}) == 1
+def test_adapters_are_counted_and_planned_without_a_model(train, opened, tmp_path):
+    pytest.importorskip("peft")
+    assert train(tmp_path / "base", **{"train.max_steps": 2}) == 0
+    adapters = {"train.init_from": tmp_path / "base" / "model", "train.lora.r": 2}
+    run = opened(**adapters, **{"train.lora.dropout": 0.1})
+    need = need_of(run)
+    assert need.plan == run.plan
+    assert need.plan.path == "plain"
+    assert need_of(opened(**adapters)).plan.path == "kernels"
+    sizes = [(p.numel(), p.requires_grad) for p in run.model.parameters()]
+    assert need.weights.all == sum(size for size, _ in sizes)
+    assert need.weights.trained == sum(size for size, is_trained in sizes if is_trained)
+    assert forecast(run).measured_rows == [1, 2, 4]
+
+
+WIDE = {  # a sequence of the plain path keeps 28 MB: 24 tensors of its 4 x 2,048 neurons and 36 tokens
+    "train.layer_path": "plain",
+    "model.n_layer": 4,
+    "model.n_embd": 32,
+    "model.mlp_internal_dim_multiplier": 128,
+    "train.block_size": 64,
+    "train.batch_size": 32,
+    "data.val_fraction": 0.3,
+}
+
+
+def test_no_pass_is_run_for_which_the_plain_path_has_no_room(train, tmp_path, free, passes, capsys):
+    """It took the whole batch for its least pass, and was killed."""
+    free(600 * MB)  # of the 1.2 GB that 32 sequences keep
+    assert train(tmp_path / "run", "--dry_run", "true", **WIDE) == 1
+    assert passes[:2] == [1, 1]
+    assert 4 <= max(passes) < 16
+    advice = capsys.readouterr().out.split("the mildest first:\n")[1].splitlines()
+    assert re.match(r"  --train.batch_size 8 --train.gradient_accumulation_steps 4: \d.\d+ GB$", advice[0])
+    assert advice[1].startswith("  --train.layer_path auto: ")
+    assert not any("tokens_per_block" in line or "rows_per_block" in line for line in advice)  # it has no blocks
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="ulimit -v limits nothing elsewhere")
+def test_what_is_advised_comes_true(text_file, tmp_path):
+    """It was told half of what it took. In processes of their own, whose memory holds nothing else."""
+
+    def told(limit: str, **more) -> str:
+        flags = [f"--{name}={value}" for name, value in {**TINY, **WIDE, "data.source": text_file, **more}.items()]
+        command = [sys.executable, "-m", "bdh", "train", "--dry_run", *flags]
+        shell = ["bash", "-c", f"ulimit -v {limit}; exec {shlex.join(command)}"]
+        env = os.environ | {"BDH_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+        return subprocess.run(shell, capture_output=True, text=True, env=env, check=False).stdout
+
+    limited = told(str(1_500_000))
+    advice = {line.split(": ")[0].strip(): line for line in limited.splitlines() if line.startswith("  --")}
+    for flags, settings in {
+        "--train.recompute pass": {"train.recompute": "pass"},
+        "--train.layer_path auto": {"train.layer_path": "auto"},
+    }.items():
+        expected = float(advice[flags].split(": ")[1].split()[0])
+        true = float(told("unlimited", **settings).split("peak memory")[1].split()[0])
+        # Rather too much than too little: an allocator keeps some of what was freed, the more the smaller the tensors are.
+        assert 0.85 * true < expected < 3 * true, flags
+    whole, before = (float(out.split("peak memory")[1].split()[0]) for out in (told("unlimited"), limited))
+    assert 0.85 * whole < before < 3 * whole
+
+
+def test_a_model_without_room_is_counted_and_never_made(train, tmp_path, free, capsys):
+    """It ended with an unexpected RuntimeError of PyTorch's allocator."""
+    free(10**10)
+    large = {"model.n_embd": 8192, "model.mlp_internal_dim_multiplier": 128, "model.n_head": 64}
+    assert train(tmp_path / "run", "--dry_run", "true", **large) == 1
     out = capsys.readouterr().out
-    assert "it does not fit" in out
-    for help_ in ("--train.recompute pass", "--train.tokens_per_block 16", "--train.block_size 16"):
-        assert help_ in out
+    assert re.search(r"^  weights +103\.\d+ GB$", out, re.M)
+    assert re.search(r"^  optimizer +206\.\d+ GB$", out, re.M)
+    assert re.search(r"^peak memory   41\d\.\d+ GB of the 10\.\d+ GB .*\(counted, not measured\)$", out, re.M)
+    assert "not measured: there is no room for the weights and what belongs to them" in out
+    assert [line.split()[0] for line in out.splitlines() if line.startswith("  --")] == [
+        "--model.mlp_internal_dim_multiplier",
+        "--model.n_embd",
+    ]
+    assert "does not fit either" not in out
+
+
+def test_a_batch_without_room_is_told_from_fewer_sequences(train, tmp_path, free, passes, capsys):
+    """It said that there was no room for a single block, and nothing of the batch."""
+    free(350 * MB)
+    assert train(tmp_path / "run", "--dry_run", "true", **{"train.batch_size": 10**6, "train.max_steps": 2}) == 1
+    out = capsys.readouterr().out
+    assert max(passes) < 10**5
+    assert re.search(r"^peak memory   2\d\.\d+ GB of the \d\.\d+ GB that are available$", out, re.M)
+    assert "tokens/s" in out
+    first = out.split("the mildest first:\n")[1].splitlines()[0]
+    flags = re.fullmatch(r"  --train.batch_size (\d+) --train.gradient_accumulation_steps (\d+): \d\.\d+ GB", first)
+    assert int(flags[1]) * int(flags[2]) == 10**6
+
+
+def test_where_nothing_has_room_the_count_is_the_peak(train, tmp_path, free, passes, capsys):
+    free(20 * MB)
+    assert train(tmp_path / "run", "--dry_run", "true", **WIDE) == 1
+    out = capsys.readouterr().out
+    assert passes == []
+    assert re.search(
+        r"^peak memory   \d\.\d+ GB of the \d\.\d+ GB that are available \(counted, not measured\)$", out, re.M
+    )
+    assert "not measured: there is no room for a pass of a single sequence" in out
+    advice = out.split("the mildest first:\n")[1].splitlines()
+    first, but_no_memory = advice[0].split(", which ")
+    assert first.startswith("  --train.batch_size 1 --train.gradient_accumulation_steps 32: ")
+    assert but_no_memory == "alone does not fit either"
+
+
+def test_memory_that_runs_out_is_no_fault(train, tmp_path, monkeypatch, capsys):
+    """A GPU says so, whatever it told before."""
+    run = measure._Passes.run
+
+    def limited(self, rows):
+        if rows > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        run(self, rows)
+
+    monkeypatch.setattr(measure._Passes, "run", limited)
+    plain = {"train.layer_path": "plain", "train.batch_size": 8}
+    assert train(tmp_path / "run", "--dry_run", "true", **plain) == 1
+    out = capsys.readouterr().out
+    assert "passes of 1 and 2 sequences; there was no memory for a pass of 4" in out
+    assert "--train.batch_size 2 --train.gradient_accumulation_steps 4" in out
+
+
+def measured(need, base=400 * MB):
+    """As if the counts were true."""
+    points = [Point(rows, 0.1, 0, need.with_rows(rows).total) for rows in (1, need.rows)]
+    return Measured(base, need.plan.path, [Point(p.rows, 0.1, base + p.counted, p.counted) for p in points])
+
+
+def test_only_what_lowers_the_need_is_advised(opened):
+    """Of shorter blocks the states between them are kept, which may be more than the blocks."""
+    need = need_of(opened(**{"train.batch_size": 16, "train.recompute": "none", "model.n_embd": 64}))
+    now = measured(need).peak(need)
+    assert need.changed(tokens_per_block=16).total > need.total
+    advice = advise(need, measured(need), now - 1)
+    assert not any("tokens_per_block" in line for line in advice)
+    assert [line.split()[0] for line in advice[:2]] == ["--train.batch_size", "--train.recompute"]
+    saved = need.total - need.changed(recompute="pass").total
+    told = next(line for line in advice if "recompute" in line).split(": ")[1]
+    assert float(told.split()[0]) == pytest.approx((now - saved) / 1e9, abs=1e-3)
+    *marked, last = advise(need, measured(need, base=10 * MB), 9 * MB)
+    assert all(line.endswith("which alone does not fit either") for line in marked)
+    assert last.startswith("none of these is enough alone")
+
+
+def test_a_checkpoint_in_the_background_is_counted(opened):
+    run = opened(**{"checkpoint.in_background": "true", "train.ema_decay": 0.9})
+    need = need_of(run)
+    parts = need.parts
+    copy = parts["weights"] + parts["optimizer"] + parts["moving average"]
+    assert parts["copy for the checkpoint"] == need.unmeasured == copy
+    found = measured(need)
+    assert found.peak(need) == found.peak_of_measuring(need) + copy
+
+
+def test_only_the_steps_and_evaluations_to_go_are_told(train, opened, tmp_path):
+    """12 steps, evaluated every 4: one evaluation too many was told, and those of the whole run of one that goes on."""
+    run = opened()
+    assert (steps_to_go(run), evaluated_rows(run)) == (12, 3 * 4)
+    run = opened(**{"train.eval_every_steps": 5})  # at 5, 10 and 12
+    assert (steps_to_go(run), evaluated_rows(run)) == (12, 3 * 4)
+    run = opened(**{"train.stop_at_step": 7, "train.ema_decay": 0.9})
+    assert (steps_to_go(run), evaluated_rows(run)) == (7, 2 * 4)
+    assert train(tmp_path / "dry", **{"train.stop_at_step": 5}) == 0
+    run = opened("--resume")
+    assert (steps_to_go(run), evaluated_rows(run)) == (7, 2 * 4)
+
+
+class OfTwo(World):
+    """A process that hears of another one, which always takes more memory than it."""
+
+    def gather(self, value):
+        if isinstance(value, tuple):  # peak and seconds
+            return [value, (value[0] + 10**9, value[1])]
+        return [value, value]
+
+
+def test_the_process_that_takes_most_decides_for_all(opened, free, passes):
+    free(1200 * MB)
+    run = opened(**WIDE, **{"distributed.strategy": "none"})
+    alone = forecast(run)
+    assert max(passes) >= 16
+    passes.clear()
+    run.world = OfTwo()
+    together = forecast(run)
+    assert max(passes) < 16
+    assert together.peak > alone.peak + 0.5e9
+    assert not together.fits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_processes_measure_together(text_file, tmp_path, monkeypatch, strategy):
+    from tests.distributed.conftest import flags, run_together
+
+    monkeypatch.setenv("BDH_CACHE", str(tmp_path / "cache"))
+    settings = {**TINY, "data.source": text_file, "distributed.strategy": strategy, "train.layer_path": "plain"}
+    done = run_together(2, "-m", "bdh", "train", *flags(settings | {"run_dir": tmp_path / "run"}), "--dry_run")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("available per process") == 1
+    assert "passes of 1, 2 and 4 sequences" in done.stdout
 
 
 @pytest.mark.parametrize(

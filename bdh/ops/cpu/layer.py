@@ -1,5 +1,6 @@
 """The neurons of a block by the kernels of :mod:`bdh.ops.cpu.layer_kernels`."""
 
+import threading
 from functools import cache
 
 import numpy as np
@@ -15,6 +16,9 @@ DENSE_Y = 0.45
 DENSE_GRADIENT = 0.4
 """Share of x from which on the gradients behind it are computed by dense products."""
 _FIRE_BYTES = 1024 * 1024  # of x
+_scratch = threading.local()
+"""A block's arrays by name, kept from call to call: fresh pages cost more than much of what is computed in them. A thread
+computes one pass at a time."""
 _NOTHING = torch.zeros(1, 1, dtype=torch.float32, device="cpu")
 
 
@@ -53,7 +57,7 @@ class KernelNeurons:
         _compile()
         self._parts = follow_torch_threads()
         self._keep_wide = keep_wide
-        self._wide: dict[str, torch.Tensor] = {}
+        self._wide: dict[str, torch.Tensor] = _scratch.__dict__
         self._firing = 0
 
     def fire(self, block: Block, v: torch.Tensor) -> Fired:
@@ -191,7 +195,7 @@ class KernelNeurons:
         M = -(-columns // LANES) * LANES
         wide = None if fresh else self._wide.get(name)
         if wide is None or wide.shape != (N, M):
-            wide = torch.zeros(N, M, dtype=torch.float32, device="cpu")
+            wide = torch.empty(N, M, dtype=torch.float32, device="cpu")
             if not fresh:
                 self._wide[name] = wide
         wide[:, columns:] = 0

@@ -35,7 +35,10 @@ _LEAST_CHUNK = 256
 # 430 by 512, 420 by 1,024 and 460 by 2,048. Those of GPUs are estimates: their kernels take far longer than their start.
 _COLUMNS_OF_BLOCK = {"cpu": 512, "cuda": 8_192, "mps": 4_096}
 _NUMBERS_OF_BLOCK = 2**20
-# Without a budget, blocks of a GPU, and what is kept with recompute "none", stay below this share of its memory.
+# Without a budget, auto keeps x of so many passes as these bytes have room for: a small model is trained an eighth faster,
+# and a large one, which computes x again for a tenth of its products, still takes little more than a block.
+_KEPT_WITHOUT_BUDGET = 2**28
+# Then blocks of a GPU, and what is kept with recompute "none", stay below this share of its memory.
 _SHARE_OF_GPU = 0.5
 
 
@@ -49,7 +52,7 @@ class LayerOptions:
     recompute: Recompute = "auto"
     """none keeps x of all passes for the backward pass, pass recomputes it, auto keeps that of as many as there is memory for."""
     memory_budget: int | None = None
-    """Bytes for all activations that are as wide as the neurons. None for one block: auto then keeps nothing."""
+    """Bytes for all activations that are as wide as the neurons. None for a block and a little: auto then keeps 256 MiB at most."""
     rows_per_block: int | None = None
     """Sequences in a block; None for what suits the device and the budget."""
     tokens_per_block: int | None = None
@@ -244,9 +247,8 @@ def _kept_passes(shape: LayerShape, options: LayerOptions, each: int, left: int 
                 "recompute", f"is none, which needs {_amount(needed)} more than the memory budget: must be auto or pass"
             )
         return shape.L
-    # On a CPU fresh memory costs more than the matrix product that gives x again; measured in docs/training-speed.md.
-    # On a GPU it is one of eleven products, and x of all passes is several times the rest of what is needed.
-    return 0 if left is None or options.memory_budget is None else min(shape.L, left // each)
+    room = _KEPT_WITHOUT_BUDGET if options.memory_budget is None or left is None else left
+    return min(shape.L, room // each)
 
 
 def _plan_plain(shape: LayerShape, options: LayerOptions, reason: str) -> LayerPlan:

@@ -12,7 +12,7 @@ WIDE = 8 * 256 * 4 * 512 * 4  # bytes of (B, T, H, N) in float32
 
 
 def test_a_cpu_in_float32_gets_the_kernels_and_recomputes():
-    plan = plan_layer(SHAPE, LayerOptions())
+    plan = plan_layer(SHAPE._replace(B=256), LayerOptions())  # x of a pass is 512 MiB
     assert (plan.path, plan.kept_passes, plan.kept_bytes) == ("kernels", 0, 0)
     assert plan.sizes.rows * plan.sizes.columns * SHAPE.N == 2**20
     assert "recomputes" in plan.describe(6)
@@ -63,6 +63,13 @@ def test_a_budget_below_the_least_block_says_what_the_least_is(path):
     assert plan.sizes.rows == 1
     with pytest.raises(LayerOptionError, match="memory_budget"):
         plan_layer(SHAPE, replace(options, memory_budget=least - 1))
+
+
+def test_without_a_budget_a_little_is_kept():
+    for rows, kept in ((8, 6), (32, 4), (128, 1), (129, 0)):
+        plan = plan_layer(SHAPE._replace(B=rows), LayerOptions())
+        assert (plan.kept_passes, plan.kept_bytes) == (kept, kept * WIDE * rows // 8)
+        assert plan.kept_bytes <= 2**28
 
 
 def test_auto_keeps_as_many_passes_as_there_is_room_for():
