@@ -16,6 +16,9 @@ DENSE_Y = 0.45
 DENSE_GRADIENT = 0.4
 """Share of x from which on the gradients behind it are computed by dense products."""
 _FIRE_BYTES = 1024 * 1024  # of x
+# Rows of so many numbers, or a multiple, fall on the same few sets of a cache: the products of the attention take a third
+# longer. So such rows are made longer by a vector.
+_ALIASED = 256
 _scratch = threading.local()
 """A block's arrays by name, kept from call to call: fresh pages cost more than much of what is computed in them. A thread
 computes one pass at a time."""
@@ -83,7 +86,7 @@ class KernelNeurons:
 
     def respond(self, block: Block, x: torch.Tensor, a: torch.Tensor, out: torch.Tensor) -> None:
         x = _whole(x)
-        parts = self._sums("out", x, a)
+        parts = self._sums("out", a)
         with exclusive():
             kernels.respond(*self._of_x(block, x, a), parts.numpy(), *self._keys(block, x))
         _add(out, parts)
@@ -94,7 +97,7 @@ class KernelNeurons:
         assert self._gradients is not None
         wide = _whole(x)
         gated = self._memory("gated", block, a)
-        parts = self._sums("a", wide, a)
+        parts = self._sums("a", a)
         with exclusive():
             kernels.respond_backward(
                 *self._of_x(block, wide, a),
@@ -129,7 +132,7 @@ class KernelNeurons:
             grad_weights.addmm_(grad_x, values)
             grad_v += (grad_x.t() @ weights).view(grad_v.shape)
             return
-        parts = self._sums("v", wide, v)
+        parts = self._sums("v", v)
         with exclusive():
             kernels.fire_backward(
                 wide.numpy(),
@@ -190,9 +193,11 @@ class KernelNeurons:
         )
 
     def _memory(self, name: str, block: Block, like: torch.Tensor, *, fresh: bool = False) -> torch.Tensor:
-        """(N, M): memory that is used again and again, columns beyond the tokens of ``like`` (G, C, D) being 0."""
+        """(N, M or more): memory that is used again and again, columns beyond the tokens of ``like`` (G, C, D) being 0."""
         N, columns = block.neurons.stop - block.neurons.start, like.shape[0] * like.shape[1]
-        M = -(-columns // LANES) * LANES
+        M = _whole_lanes(columns)
+        if M % _ALIASED == 0:
+            M += LANES
         wide = None if fresh else self._wide.get(name)
         if wide is None or wide.shape != (N, M):
             wide = torch.empty(N, M, dtype=torch.float32, device="cpu")
@@ -201,8 +206,8 @@ class KernelNeurons:
         wide[:, columns:] = 0
         return wide
 
-    def _sums(self, name: str, x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        shape = (self._parts, x.shape[1], like.shape[-1])
+    def _sums(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        shape = (self._parts, _whole_lanes(like.shape[0] * like.shape[1]), like.shape[-1])
         parts = self._wide.get(name)
         if parts is None or parts.shape != shape:
             parts = self._wide[name] = torch.empty(shape, dtype=torch.float32, device="cpu")
@@ -211,6 +216,10 @@ class KernelNeurons:
 
 def _fired(x: torch.Tensor, q: torch.Tensor, G: int, C: int) -> Fired:
     return Fired(x[:, : G * C].unflatten(1, (G, C)), q[:, : G * C].unflatten(1, (G, C)))
+
+
+def _whole_lanes(columns: int) -> int:
+    return -(-columns // LANES) * LANES
 
 
 def _whole(x: torch.Tensor) -> torch.Tensor:

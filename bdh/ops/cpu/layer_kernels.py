@@ -1,7 +1,7 @@
 """The neurons of a block of tokens, neuron by neuron, at the price of those that fire.
 
-Wide arrays are (N, M): a row for each neuron, a column for each of the M tokens of a block, which is a multiple of the
-vector lanes; columns that are no tokens hold 0. A neuron's tokens are taken ``TILE_BYTES`` of their rows at a time, so
+Wide arrays are (N, M or more): a row for each neuron, a column for each of the M tokens of a block, which is a multiple of
+the vector lanes; columns that are no tokens hold 0. A neuron's tokens are taken ``TILE_BYTES`` of their rows at a time, so
 that these stay in the nearest cache while all neurons pass over them.
 
 The neurons are shared out among threads, so nothing is written twice but sums over neurons: of those each thread has its
@@ -127,7 +127,8 @@ def respond(x, y, has_y, a, encoder_v, decoder, parts, neuron_keys, token_keys, 
         encoder_v: (N, D), decoder: (N, D).
         neuron_keys: int64 (N,), token_keys: int32 (M,), threshold: of dropout; 0 for none.
     """
-    N, M = x.shape
+    N, row_length = x.shape
+    M = parts.shape[1]
     P, stride, D = parts.shape[0], parts.strides[1], decoder.shape[1]
     tile = _tile(M, D)
     room = (tile + LANES) * 4
@@ -143,7 +144,7 @@ def respond(x, y, has_y, a, encoder_v, decoder, parts, neuron_keys, token_keys, 
                 values = a.ctypes.data + first * stride
                 sums = parts.ctypes.data + part * parts.strides[0] + first * stride
                 for n in range(start, min(end_neuron, start + some)):
-                    place, row = (n * M + first) * 4, n * D * 4
+                    place, row = (n * row_length + first) * 4, n * D * 4
                     count = _gated(
                         x.ctypes.data + place,
                         y.ctypes.data + place * has_y,
@@ -198,7 +199,8 @@ def respond_backward(
     Those of Ev and Dec, (N, D), are added to; ``parts`` (P, M, D) is set to the sums of that of a, and ``gated`` (N, M)
     to that of x as the gate of y.
     """
-    N, M = x.shape
+    N, row_length = x.shape
+    M = parts.shape[1]
     P, stride, D = parts.shape[0], parts.strides[1], decoder.shape[1]
     tile = _tile(M, D)
     room = (tile + LANES) * 4
@@ -214,7 +216,7 @@ def respond_backward(
                 width = min(tile, M - first)
                 offset = first * stride
                 for n in range(start, min(end_neuron, start + some)):
-                    place, row = (n * M + first) * 4, n * D * 4
+                    place, row = (n * row_length + first) * 4, n * D * 4
                     for index in range(first, first + width):
                         gated[n, index] = 0
                     count = _gated(
@@ -276,7 +278,8 @@ def fire_backward(x, grad_q, gated, cos, sin, starts, places, v, encoder, grad_e
         cos, sin, starts, places: as of :func:`rotate`; each stretch lies within a sequence.
         v: (M or less, D).
     """
-    N, M = x.shape
+    N, row_length = x.shape
+    M = parts.shape[1]
     P, stride, D = parts.shape[0], parts.strides[1], encoder.shape[1]
     G, _, C = grad_q.shape
     tile = _tile(M, D)
@@ -310,7 +313,7 @@ def fire_backward(x, grad_q, gated, cos, sin, starts, places, v, encoder, grad_e
                     for side in range(2):
                         n = 2 * i + side
                         count = list_firing_1(
-                            x.ctypes.data + (n * M + first) * 4,
+                            x.ctypes.data + (n * row_length + first) * 4,
                             width,
                             lists + _FIRING * room,
                             lists + _X * room,
