@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from bdh.model.configuration import BDHConfig
 from bdh.model.linear import layer_modules, product_obstacle, product_weight
 from bdh.ops.attention import sum_dtype
 from bdh.ops.layer.dropout import make_dropout
@@ -47,20 +48,12 @@ def plan_for(model: "BDHForCausalLM", B: int, T: int, form: str, *, for_loss: bo
 
 @torch.compiler.disable
 def _plan(model: "BDHForCausalLM", B: int, T: int, form: str) -> LayerPlan:
-    config, device = model.config, model.embed.weight.device
-    shape = LayerShape(
-        B=B,
-        T=T,
-        D=config.n_embd,
-        H=config.n_head,
-        N=config.neurons_per_head,
-        L=config.n_layer,
-        dtype=_dtype(model),
-        device=device,
-        has_dropout=model.training and config.dropout > 0,
+    config, options = model.config, model.layer_options
+    shape = layer_shape(config, B, T, _dtype(model), model.embed.weight.device)
+    shape = shape._replace(
+        has_dropout=model.training and shape.has_dropout,
         for_training=torch.is_grad_enabled(),
     )
-    options = model.layer_options
     if model.gradient_checkpointing and model.training and options.recompute == "auto":
         options = replace(options, recompute="pass")
     obstacle = _obstacle(model)
@@ -70,6 +63,21 @@ def _plan(model: "BDHForCausalLM", B: int, T: int, form: str) -> LayerPlan:
     if obstacle is not None and not torch.is_grad_enabled():  # who measures has put hooks on the modules
         options = replace(options, path="auto")
     return plan_layer(shape, options, form=form, chunk_size=config.chunk_size, obstacle=obstacle)
+
+
+def layer_shape(config: BDHConfig, B: int, T: int, dtype: torch.dtype, device: torch.device) -> LayerShape:
+    """What a training step over (B, T) tokens has to compute, with matrix products in ``dtype``."""
+    return LayerShape(
+        B=B,
+        T=T,
+        D=config.n_embd,
+        H=config.n_head,
+        N=config.neurons_per_head,
+        L=config.n_layer,
+        dtype=dtype,
+        device=device,
+        has_dropout=config.dropout > 0,
+    )
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 
 from bdh.distributed.config import DistributedConfig
 from bdh.model import BDHConfig, BDHForCausalLM
-from bdh.model.passes import plan_for
+from bdh.model.passes import layer_shape, plan_for
 from bdh.ops.layer.plan import LayerOptionError, LayerOptions, LayerPlan, LayerShape, plan_layer
 from bdh.train.config import TrainSettings
 from bdh.train.runtime import Runtime
@@ -72,17 +72,7 @@ def plan_settings(
 
 
 def _shape(config: BDHConfig, rows: int, tokens: int, runtime: Runtime, distributed: DistributedConfig) -> LayerShape:
-    return LayerShape(
-        B=rows,
-        T=tokens,
-        D=config.n_embd,
-        H=config.n_head,
-        N=config.neurons_per_head,
-        L=config.n_layer,
-        dtype=_dtype(runtime, distributed),
-        device=runtime.device,
-        has_dropout=config.dropout > 0,
-    )
+    return layer_shape(config, rows, tokens, _dtype(runtime, distributed), runtime.device)
 
 
 @contextmanager

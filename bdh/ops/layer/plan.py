@@ -149,12 +149,9 @@ def plan_layer(
             rows = max(least_rows, rows // 2)
         least = _block_bytes(shape, path, rows, columns)
         if least > budget:
-            smaller = min(columns, chunk_size)
-            may = (
-                ""
-                if smaller == columns
-                else f", or {_amount(_block_bytes(shape, path, 1, smaller))} with the chunked form of attention"
-            )
+            chunked = _block_bytes(shape, path, 1, min(columns, chunk_size))
+            # Shorter blocks have more states between them.
+            may = f", or {_amount(chunked)} with the chunked form of attention" if chunked < least else ""
             raise LayerOptionError(
                 "memory_budget",
                 f"is {_amount(budget)}: must be at least {_amount(least)} for blocks of {rows} x {columns:,} tokens{may}",
