@@ -1,11 +1,9 @@
 """A training step: whether its gradients are those of the plain equations, and then what it costs beside others."""
 
 import math
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +26,7 @@ from bdh.model.modeling import BDHForCausalLM
 from bdh.ops import naive
 from bdh.ops.layer.plan import LayerPlan
 from bdh.train.runtime import Runtime
-from bdh.train.speed import matmul_peak, training_flops_per_token
+from bdh.train.speed import available_memory_bytes, matmul_peak, training_flops_per_token, used_memory_bytes
 
 TOLERANCES = {"float32": 5e-3, "bfloat16": 0.1, "float16": 0.02}
 """Of the norm of the difference of two gradients of a weight, as a share of the norm. Float32 sums in another order differ
@@ -309,14 +307,9 @@ def _split(report: Report, figures: dict[str, Any], case: TrainCase, blocks: Blo
 
 
 def _available_bytes(device: str) -> int:
-    """Memory that is free now."""
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    """Memory that is free now; where the system does not say, none."""
+    chosen = torch.device(device)
+    return max(0, (available_memory_bytes(chosen) or 0) - (used_memory_bytes(chosen) or 0))
 
 
 def _mebibytes(num_bytes: int) -> str:
