@@ -34,6 +34,7 @@ class KernelStepper(Stepper):
     ):
         super().__init__(model.eval())
         self._weights, self._state, self._reason = weights, state, reason
+        self._is_reading = False  # whether the last call of the kernels had more than a token of some sequence
         config = model.config
         self._shape = (config.n_layer, config.n_head, config.neurons_per_head, config.n_embd)
         self._half_lives: np.ndarray | None = None  # (H,)
@@ -104,7 +105,7 @@ class KernelStepper(Stepper):
             elif feed.logits == "last" and read[index] + count == len(feed.tokens):
                 wanted.append((index, starts[-1] - 1))
         states = [feeds[index].state for index in taken]
-        recurrence = self._recurrence()
+        recurrence = self._recurrence(is_prompt=self._begins_prompt(states, max(taken.values())))
         watched = [
             (feeds[index], end - 1)
             for (index, count), end in zip(taken.items(), starts[1:], strict=True)
@@ -131,8 +132,13 @@ class KernelStepper(Stepper):
             for (index, _), row in zip(wanted, logits, strict=True):
                 found[index].append(row[None])
 
-    def _recurrence(self) -> Recurrence:
-        return recurrence_of(self.model, self._weights)
+    def _begins_prompt(self, states: Sequence[SequenceState], most_tokens: int) -> bool:
+        """Whether a sequence reads the first of a prompt, as far as the states and the call before tell."""
+        was_reading, self._is_reading = self._is_reading, most_tokens > 1
+        return (self._is_reading and not was_reading) or any(state.position == 0 for state in states)
+
+    def _recurrence(self, *, is_prompt: bool) -> Recurrence:
+        return recurrence_of(self.model, self._weights, is_prompt=is_prompt)
 
     def _advance(
         self,

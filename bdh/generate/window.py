@@ -172,8 +172,9 @@ class WindowKernelStepper(KernelStepper):
     def state_bytes(self) -> int:
         return _state_bytes(self.model, self.window)
 
-    def _recurrence(self) -> WindowedRecurrence:
-        weights = recurrence_of(self.model, self._weights).weights  # others when the model's have changed
+    def _recurrence(self, *, is_prompt: bool) -> WindowedRecurrence:
+        # Other ones where the model's have changed.
+        weights = recurrence_of(self.model, self._weights, is_prompt=is_prompt).weights
         if self._made is None or self._made.weights is not weights:
             self._made = WindowedRecurrence(weights, self.window, half_lives=self.model.config.half_lives)
         return self._made

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from bdh.model.checksum import checksum
 from bdh.model.modeling import BDHForCausalLM
 
 
@@ -51,19 +52,18 @@ def fingerprint(model: BDHForCausalLM) -> str:
 def identity(model: BDHForCausalLM) -> Identity:
     """Of a model as it is now.
 
-    The weights are read once for each model, and again when one of them has been replaced or changed in place.
-    What is written behind autograd's back, through ``weight.data``, is not seen.
+    The weights' SHA-256 is computed once for each model, and again when a checksum tells that they have changed.
     """
     weights = dict(sorted(model.state_dict(keep_vars=True).items()))
-    versions = tuple(_version(name, tensor) for name, tensor in weights.items())
+    now = (*((name, t.dtype, tuple(t.shape), t.device.type) for name, t in weights.items()), checksum(weights.values()))
     known = _known.get(model)
-    if known is None or None in versions or known[0] != versions:
-        known = (versions, _digest(weights))
+    if known is None or known[0] != now:
+        known = (now, _digest(weights))
         _known[model] = known
     return Identity(_configuration(model), known[1])
 
 
-# For each model that lives the versions of its weights, and their digest.
+# For each model that lives what its weights were, and their digest.
 _known: "weakref.WeakKeyDictionary[BDHForCausalLM, tuple[Any, str]]" = weakref.WeakKeyDictionary()
 
 
@@ -81,13 +81,6 @@ def _configuration(model: BDHForCausalLM) -> dict[str, Any]:
         "layer_norm_eps": float(config.layer_norm_eps),
         "half_lives": None if half_lives is None else [str(float(life)) for life in half_lives],  # JSON has no inf
     }
-
-
-def _version(name: str, tensor: torch.Tensor) -> Any:
-    """Changes with the tensor; None where nobody counts its changes."""
-    if tensor.is_inference():
-        return None
-    return name, tensor.data_ptr(), tensor._version, tensor.dtype, tuple(tensor.shape), str(tensor.device)
 
 
 def _digest(weights: dict[str, torch.Tensor]) -> str:

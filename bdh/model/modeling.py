@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from bdh.model.configuration import BDHConfig
-from bdh.model.kernels import kernel_obstacle, recurrence_of
+from bdh.model.kernels import expect_changes, kernel_obstacle, recurrence_of
 from bdh.model.passes import BlockPasses, Passes, plan_for
 from bdh.model.positions import token_positions
 from bdh.model.state import SynapticState
@@ -76,6 +76,10 @@ class BDHForCausalLM(TextGenerationMixin, PreTrainedModel, GenerationMixin):
         self.gradient_checkpointing = False
         self.layer_options = LayerOptions()
         self.post_init()
+
+    def train(self, mode: bool = True) -> "BDHForCausalLM":
+        expect_changes(self)
+        return super().train(mode)
 
     def forward(
         self,
@@ -152,6 +156,8 @@ class BDHForCausalLM(TextGenerationMixin, PreTrainedModel, GenerationMixin):
             if step is not None:
                 output = BDHOutput(logits=step, past_key_values=past_key_values)
                 return output if return_dict else output.to_tuple()
+        if not torch.compiler.is_compiling():
+            expect_changes(self)  # a prompt: the tokens after it are read by the kernels
         before = state.positions if state is not None and state.sums else None
         positions, following = token_positions(T, before=before, mask=mask, starts=starts, device=v.device)
         reach = self._reach(starts, mask)
@@ -208,7 +214,8 @@ class BDHForCausalLM(TextGenerationMixin, PreTrainedModel, GenerationMixin):
         if choose_step_path("auto", device=self.device, obstacle=kernel_obstacle(self)).name != "kernels":
             return None
         state.sums = [sums.contiguous() for sums in state.sums]
-        v = recurrence_of(self).read(
+        recurrence = recurrence_of(self, is_prompt=state.num_columns == 0)
+        v = recurrence.read(
             np.ascontiguousarray(input_ids[:, 0], np.int64),
             state.positions.contiguous().numpy(),
             np.arange(len(input_ids) + 1),
@@ -219,7 +226,7 @@ class BDHForCausalLM(TextGenerationMixin, PreTrainedModel, GenerationMixin):
         torch.autograd.graph.increment_version(state.sums)
         state.positions = state.positions + 1
         state.num_columns += 1
-        return recurrence_of(self).logits(v)[:, None]
+        return recurrence.logits(v)[:, None]
 
     @staticmethod
     def _shift_labels(kwargs: dict[str, Any]) -> torch.Tensor | None:

@@ -72,6 +72,10 @@ class KernelWeights:
         )
 
     @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.embed, self.encoder, *self.encoder_v, self.decoder, self.lm_head]
+
+    @property
     def shape(self) -> tuple[int, int, int, int]:
         """L, H, N, D."""
         return self.num_passes, len(self.encoder_v), self.encoder_v[0].shape[0], self.encoder.shape[1]

@@ -1,0 +1,319 @@
+"""Text is generated with the weights that the model has now, whichever way they came to be changed.
+
+The sparse kernels keep copies of weights, and autograd's version counter does not see most of these ways: samples of a
+training were drawn with the encoder of one step and the decoder of another.
+"""
+
+import copy
+import multiprocessing
+
+import peft
+import pytest
+import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DeviceMesh
+
+from bdh.generate.engine import Engine
+from bdh.generate.kernel_stepper import KernelStepper
+from bdh.generate.params import SamplingParams
+from bdh.generate.stepper import Feed
+from bdh.generate.window import WindowKernelStepper
+from bdh.model.fingerprint import fingerprint
+from bdh.model.kernels import recurrence_of
+
+PROMPT = [5, 17, 3, 60, 2, 2, 41]
+
+
+def set_data(model):
+    model.decoder.weight.data.mul_(-1)
+
+
+def ablate_through_data(model):
+    """One neuron of one head no longer writes."""
+    model.decoder.weight.data[:, 7] = 0
+
+
+def set_one_number_through_data(model):
+    model.decoder.weight.data[3, 11] += 2
+
+
+def replace_data(model):
+    model.decoder.weight.data = model.decoder.weight.data.flip(1).contiguous()
+
+
+def copy_under_no_grad(model):
+    with torch.no_grad():
+        model.decoder.weight.copy_(model.decoder.weight.flip(0))
+
+
+def set_storage(model):
+    with torch.no_grad():
+        model.decoder.weight.set_(model.decoder.weight.detach().flip(1).contiguous())
+
+
+def swap_tensors(model):
+    torch.utils.swap_tensors(model.decoder.weight, nn.Parameter(model.decoder.weight.detach().flip(1)))
+
+
+def through_a_view(model):
+    model.decoder.weight.detach().view(-1)[5:50].neg_()
+
+
+def through_numpy(model):
+    model.decoder.weight.detach().numpy()[:] *= -1
+
+
+def new_parameter(model):
+    model.decoder.weight = nn.Parameter(model.decoder.weight.detach().flip(0))
+
+
+def load(model):
+    model.load_state_dict({name: tensor * 0.9 for name, tensor in model.state_dict().items()})
+
+
+def load_assigned(model):
+    model.load_state_dict({name: tensor * 0.9 for name, tensor in model.state_dict().items()}, assign=True)
+
+
+def merge_adapters(model):
+    """peft adds them through ``.data``."""
+    config = peft.LoraConfig(r=2, target_modules=["encoder", "decoder"], init_lora_weights=False)
+    peft.get_peft_model(model, config).merge_and_unload()
+
+
+def swap_halves(model):
+    """The same numbers elsewhere: no sum of them can tell."""
+    halves = model.decoder.weight.data.chunk(2, dim=1)
+    model.decoder.weight.data.copy_(torch.cat([halves[1], halves[0]], dim=1))
+
+
+WAYS = [
+    set_data,
+    ablate_through_data,
+    set_one_number_through_data,
+    replace_data,
+    copy_under_no_grad,
+    set_storage,
+    swap_tensors,
+    through_a_view,
+    through_numpy,
+    new_parameter,
+    load,
+    load_assigned,
+    merge_adapters,
+    swap_halves,
+]
+
+
+@torch.no_grad()
+def by_argmax(model, count=12):
+    """The greedy continuation without a state: every token from the whole text."""
+    text = list(PROMPT)
+    for _ in range(count):
+        text.append(int(model(torch.tensor([text]), use_cache=False).logits[0, -1].argmax()))
+    return text[len(PROMPT) :]
+
+
+def by_generate(model, count=12):
+    ids = torch.tensor([PROMPT])
+    return model.generate(ids, max_new_tokens=count, do_sample=False, pad_token_id=0, eos_token_id=None)[
+        0, len(PROMPT) :
+    ].tolist()
+
+
+def by_stepper(stepper, count=12):
+    state, text = stepper.new_state(), []
+    logits = stepper.step([Feed(state, PROMPT)])[0]
+    for _ in range(count):
+        text.append(int(logits.argmax()))
+        logits = stepper.step([Feed(state, text[-1:])])[0]
+    return text
+
+
+def agrees(model, *steppers):
+    expected = by_argmax(model)
+    assert by_generate(model) == expected
+    for stepper in steppers:
+        assert by_stepper(stepper) == expected
+    return expected
+
+
+@pytest.mark.parametrize("change", WAYS)
+def test_a_new_text_has_the_weights_of_now(model, change):
+    steppers = [KernelStepper(model), WindowKernelStepper(model, 64)]
+    agrees(model, *steppers)
+    change(model)
+    agrees(model, *steppers)
+
+
+@pytest.mark.parametrize("change", [way for way in WAYS if way is not set_one_number_through_data])
+@pytest.mark.parametrize("storage", ["float32", "bfloat16"])
+def test_a_text_goes_on_with_the_weights_of_now(model, change, storage):
+    """At the very token: the state has been read with other weights, what comes has not."""
+    stepper = KernelStepper(model, weights=storage)
+    state = stepper.new_state()
+    stepper.step([Feed(state, PROMPT)])
+    stepper.step([Feed(state, [9])])
+    change(model)
+    expected = KernelStepper(copy.deepcopy(model), weights=storage).step([Feed(state.clone(), [4])])[0]
+    assert torch.equal(stepper.step([Feed(state, [4])])[0], expected)
+
+
+@pytest.mark.parametrize("storage", ["float32", "bfloat16"])
+def test_a_single_number_is_found_within_32_tokens(model, storage):
+    stepper = KernelStepper(model, weights=storage)
+    state = stepper.new_state()
+    stepper.step([Feed(state, PROMPT)])
+    set_one_number_through_data(model)
+    for _ in range(32):
+        stepper.step([Feed(state, [4])])
+    expected = KernelStepper(copy.deepcopy(model), weights=storage).step([Feed(state.clone(), [4])])[0]
+    assert torch.equal(stepper.step([Feed(state, [4])])[0], expected)
+
+
+@pytest.mark.parametrize("change", WAYS)
+def test_a_prompt_within_a_text_has_the_weights_of_now(model, change):
+    """As the next turn of a conversation is."""
+    stepper = KernelStepper(model)
+    state = stepper.new_state()
+    stepper.step([Feed(state, PROMPT)])
+    stepper.step([Feed(state, [9])])
+    change(model)
+    expected = KernelStepper(copy.deepcopy(model)).step([Feed(state.clone(), PROMPT)])[0]
+    assert torch.equal(stepper.step([Feed(state, PROMPT)])[0], expected)
+
+
+OPTIMIZERS = {
+    "AdamW fused": lambda parameters: torch.optim.AdamW(parameters, lr=0.02, fused=True),
+    "AdamW foreach": lambda parameters: torch.optim.AdamW(parameters, lr=0.02, foreach=True),
+    "AdamW": lambda parameters: torch.optim.AdamW(parameters, lr=0.02, foreach=False),
+    "Adam fused": lambda parameters: torch.optim.Adam(parameters, lr=0.02, fused=True),
+    "SGD fused": lambda parameters: torch.optim.SGD(parameters, lr=0.5, fused=True),
+    "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.5, foreach=False),
+    "Adagrad fused": lambda parameters: torch.optim.Adagrad(parameters, lr=0.02, fused=True),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_samples_of_a_training_have_the_weights_of_their_step(model, tokens, name):
+    optimizer = OPTIMIZERS[name](model.parameters())
+    stepper = KernelStepper(model)
+    known, seen = set(), set()
+    for _ in range(20):
+        model.train()
+        model(tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.eval()
+        seen.add(tuple(agrees(model, stepper)))
+        known.add(fingerprint(model))
+    assert len(seen) > 1  # so that weights of an earlier step would have shown
+    assert len(known) == 20
+
+
+def test_the_smallest_step_of_an_optimizer_is_seen_in_the_middle_of_a_text(model, tokens):
+    """One weight moves by its last bit, and no counter: the optimizer itself says that it has stepped."""
+    model.requires_grad_(False)
+    last = model.decoder.weight.requires_grad_(True)
+    stepper = KernelStepper(model)
+    state = stepper.new_state()
+    stepper.step([Feed(state, PROMPT)])
+    last.grad = torch.zeros_like(last)
+    last.grad[-1, -1] = 1
+    torch.optim.SGD([last], lr=0.5, fused=True).step()
+    expected = KernelStepper(copy.deepcopy(model)).step([Feed(state.clone(), [4])])[0]
+    assert torch.equal(stepper.step([Feed(state, [4])])[0], expected)
+
+
+@pytest.mark.parametrize("path", ["kernels", "torch"])
+def test_an_engine_forgets_prefixes_that_other_weights_have_read(byte_model, tokenizer, path):
+    from bdh.generate.config import EngineConfig
+
+    engine = Engine(byte_model, tokenizer, config=EngineConfig(path=path, prefix_cache_bytes=1 << 24))
+    params = SamplingParams(temperature=0, max_tokens=10)
+    prompt = "a long beginning that is worth keeping " * 4
+    first = engine.generate(prompt, params)[0][0]
+    assert engine.generate(prompt, params)[0][0].num_cached_tokens > 0
+    set_one_number_through_data(byte_model)
+    set_data(byte_model)
+    changed = engine.generate(prompt, params)[0][0]
+    assert changed.num_cached_tokens == 0
+    fresh = Engine(copy.deepcopy(byte_model), tokenizer, config=EngineConfig(path=path))
+    assert changed.token_ids == fresh.generate(prompt, params)[0][0].token_ids != first.token_ids
+
+
+@pytest.mark.parametrize("change", WAYS)
+def test_other_weights_have_another_fingerprint(model, change):
+    before = fingerprint(model)
+    change(model)
+    after = fingerprint(model)
+    assert after != before
+    assert after == fingerprint(copy.deepcopy(model))
+
+
+def _negate(weight):
+    weight.data.neg_()
+
+
+def test_another_process_changes_weights_in_shared_memory(model):
+    model.share_memory()
+    stepper = KernelStepper(model)
+    first, known = agrees(model, stepper), fingerprint(model)
+    process = multiprocessing.get_context("spawn").Process(target=_negate, args=(model.decoder.weight,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert agrees(model, stepper) != first
+    assert fingerprint(model) != known
+
+
+@pytest.fixture
+def one_process_group(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield DeviceMesh("cpu", [0])
+    torch.distributed.destroy_process_group()
+
+
+def test_sharded_weights_are_those_of_their_step(make_model, tokens, one_process_group):
+    model, plain = make_model(), make_model()
+    fully_shard(model, mesh=one_process_group)
+    optimizers = [torch.optim.AdamW(each.parameters(), lr=0.02, fused=True) for each in (model, plain)]
+    for _ in range(3):
+        for each, optimizer in zip((model, plain), optimizers, strict=True):
+            each.train()
+            each(tokens, labels=tokens).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            each.eval()
+        model.unshard()
+        assert by_stepper(KernelStepper(model)) == by_argmax(plain)
+        model.reshard()
+
+
+def test_copies_are_kept_while_nothing_changes(model):
+    first = recurrence_of(model)
+    for is_prompt in (True, False) * 40:
+        assert recurrence_of(model, is_prompt=is_prompt) is first
+
+
+def test_constants_of_the_configuration_count(make_model):
+    model = make_model()
+    stepper = KernelStepper(model)
+    by_stepper(stepper)
+    model.config.layer_norm_eps = 0.5
+    assert by_stepper(stepper) == by_stepper(KernelStepper(make_model(layer_norm_eps=0.5)))
+
+
+def test_a_layer_that_is_no_longer_its_weight_alone_is_refused(model):
+    """An adapter or a hook that came after the stepper was left out without a word."""
+    stepper = KernelStepper(model)
+    by_stepper(stepper)
+    handle = model.encoder.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="a layer has hooks"):
+        stepper.step([Feed(stepper.new_state(), PROMPT)])
+    handle.remove()
+    by_stepper(stepper)
+    peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["decoder"], init_lora_weights=False))
+    with pytest.raises(ValueError, match="not a plain nn.Linear"):
+        stepper.step([Feed(stepper.new_state(), PROMPT)])
