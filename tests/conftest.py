@@ -6,7 +6,43 @@ from pathlib import Path
 import pytest
 
 
+def pytest_addoption(parser):
+    parser.addoption("--no-skips", action="store_true", help="fail where a test is skipped, but for those marked gpu")
+
+
+class NoSkips:
+    """Fails the session where tests were skipped, and names them."""
+
+    def __init__(self):
+        self.skipped = []
+
+    def pytest_collectreport(self, report):
+        self._note(report)
+
+    def pytest_runtest_logreport(self, report):
+        if "gpu" not in report.keywords and not hasattr(report, "wasxfail"):
+            self._note(report)
+
+    def _note(self, report):
+        if report.skipped:
+            reason = report.longrepr[-1] if isinstance(report.longrepr, tuple) else report.longrepr
+            self.skipped.append(f"{report.nodeid}: {reason}")
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session):
+        if self.skipped and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter):
+        if self.skipped:
+            terminalreporter.section("skipped, which --no-skips does not allow", red=True)
+        for line in self.skipped:
+            terminalreporter.line(line)
+
+
 def pytest_configure(config):
+    if config.getoption("--no-skips"):
+        config.pluginmanager.register(NoSkips())
     # Before anything imports huggingface_hub, which reads it once.
     os.environ["HF_HUB_OFFLINE"] = "1"
     # Before torch loads OpenMP: threads that wait actively are slow beside other programs, and several tests start some.

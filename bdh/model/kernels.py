@@ -85,9 +85,7 @@ def kernel_obstacle(model: "BDHForCausalLM") -> str | None:
     return None
 
 
-def recurrence_of(
-    model: "BDHForCausalLM", storage: "Storage" = "float32", *, is_prompt: bool = False
-) -> "Recurrence":
+def recurrence_of(model: "BDHForCausalLM", storage: "Storage" = "float32", *, is_prompt: bool = False) -> "Recurrence":
     """The kernels over this model's weights, stored as ``storage``. Kept until the weights change.
 
     A change that autograd's version counter does not see (by a fused optimizer, ``.data``, NumPy, or another process)
@@ -105,7 +103,9 @@ def recurrence_of(
             the start of a prompt.
     """
     if is_prompt and (obstacle := kernel_obstacle(model)) is not None:
-        raise ValueError(f"the kernels can no longer run this model: {obstacle}. Make a new stepper, engine or generator")
+        raise ValueError(
+            f"the kernels can no longer run this model: {obstacle}. Make a new stepper, engine or generator"
+        )
     of_model = _made.setdefault(model, {})
     kept = of_model.get(storage)
     if kept is None or not kept.holds(model, all_pieces=is_prompt):

@@ -315,5 +315,5 @@ def test_a_layer_that_is_no_longer_its_weight_alone_is_refused(model):
     handle.remove()
     by_stepper(stepper)
     peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["decoder"], init_lora_weights=False))
-    with pytest.raises(ValueError, match="not a plain nn.Linear"):
+    with pytest.raises(ValueError, match=r"not a plain nn\.Linear"):
         stepper.step([Feed(stepper.new_state(), PROMPT)])

@@ -10,6 +10,7 @@ from bdh.serve.config import AuthSettings
 sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium: install the system's package")
+sync_api.expect.set_options(timeout=60_000)  # milliseconds until what is expected has to be there, on a busy machine
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
 
 
