@@ -100,15 +100,15 @@ def recurrence_of(model: "BDHForCausalLM", storage: "Storage" = "float32", *, is
 
     Raises:
         ValueError: a layer is no longer its weight alone: it has got hooks, adapters or another module. Looked for at
-            the start of a prompt.
+            the start of a prompt, and where weights have changed.
     """
-    if is_prompt and (obstacle := kernel_obstacle(model)) is not None:
-        raise ValueError(
-            f"the kernels can no longer run this model: {obstacle}. Make a new stepper, engine or generator"
-        )
     of_model = _made.setdefault(model, {})
     kept = of_model.get(storage)
-    if kept is None or not kept.holds(model, all_pieces=is_prompt):
+    if kept is not None and not is_prompt and kept.holds(model, all_pieces=False):
+        return kept.recurrence
+    if (obstacle := kernel_obstacle(model)) is not None:
+        raise ValueError(f"the kernels can no longer run this model: {obstacle}. Make a new stepper, engine or generator")
+    if kept is None or not kept.holds(model, all_pieces=True):
         _watch_optimizers()
         kept = of_model[storage] = _Kept(model, storage)
     return kept.recurrence
