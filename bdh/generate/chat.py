@@ -15,6 +15,7 @@ from bdh.generate.chat_options import ChatOptions
 from bdh.generate.sampler import Sampler, generator_of
 from bdh.generate.snapshot import Snapshot
 from bdh.generate.stepper import Feed, SequenceState, Stepper
+from bdh.model.checksum import checksum
 from bdh.model.text import TextDecoder, encode_prompt
 from bdh.tokenizer.chat import ChatEncoder
 
@@ -45,6 +46,8 @@ class _Point:
     """The snapshot's tokens in spans: so many given, so many written by the model, given, written, and so on."""
     system: str | None = None
     """The system message that has been read."""
+    weights: bytes = b""
+    """The checksum of the model's weights that have read it."""
 
     @property
     def spans(self) -> list[list[int]]:
@@ -62,6 +65,8 @@ class _Reply:
     """Advanced as it goes."""
     spans: list[list[int]]
     """Up to where the model is to write."""
+    weights: bytes
+    """The checksum of those that read it."""
     has_begun: bool = False
     """Whether the model has chosen a token."""
 
@@ -221,6 +226,8 @@ class Conversation:
             "system_read": now.system,
         }
         snapshot = now.snapshot or Snapshot(self.stepper.new_state(), [], None)
+        if self._is_stale():
+            snapshot = self._read_again(snapshot)
         snapshot = replace(snapshot, generator_state=self._generator.get_state(), notes={"conversation": notes})
         snapshot.save(path, self.stepper.model)
 
@@ -242,13 +249,15 @@ class Conversation:
         assert snapshot.generator_state is not None  # `save` puts it there
         snapshot.state = self._own_state(snapshot)
         messages, lengths = tuple(notes["messages"]), tuple(notes["lengths"])
-        self._now = _Point(snapshot if snapshot.tokens else None, messages, lengths, notes["system_read"])
+        read = snapshot if snapshot.tokens else None
+        self._now = _Point(read, messages, lengths, notes["system_read"], self._weights())
         self._earlier.clear()
         self._generator.set_state(snapshot.generator_state)
         self.system = notes["system"]
 
     def _turn(self, text: str, spans: list[list[int]], is_anew: bool) -> Iterator[str]:
         generator_state = self._generator.get_state()
+        is_anew |= self._is_stale()
         # The state goes on as a copy: whatever happens, the earlier one is there.
         if is_anew or self._now.snapshot is None:
             snapshot, given = Snapshot(self.stepper.new_state(), [], None), [token for span in spans for token in span]
@@ -256,7 +265,7 @@ class Conversation:
             snapshot, given = self._now.snapshot.clone(), spans[-1]
         snapshot.tokens += given
         snapshot.pending += given
-        reply, system = _Reply(snapshot, spans), self.system
+        reply, system = _Reply(snapshot, spans, self._weights()), self.system
         context = snapshot.tokens if self.is_plain else ()
         decoder = TextDecoder(self._tokenizer, self.options.stop, context)
         try:
@@ -285,7 +294,7 @@ class Conversation:
         )
         self._earlier.append((self._now, generator_state))
         lengths = (*map(len, reply.spans), len(reply.written))
-        self._now = _Point(reply.snapshot, (*self._now.messages, *messages), lengths, system)
+        self._now = _Point(reply.snapshot, (*self._now.messages, *messages), lengths, system, reply.weights)
         while self._earlier and self._undo_bytes() > self.max_undo_bytes:
             self._earlier.popleft()
 
@@ -395,14 +404,29 @@ class Conversation:
         try:
             state.copy_(snapshot.state)
         except ValueError:
-            num_read = len(snapshot.tokens) - len(snapshot.pending)
             self._notify(
-                f"the file's state is of another kind, {snapshot.state.kind!r} and not {state.kind!r}: its {num_read:,} "
-                "tokens are read again, and what follows may differ by rounding"
+                f"the file's state is of another kind, {snapshot.state.kind!r} and not {state.kind!r}: its "
+                f"{snapshot.state.position:,} tokens are read again, and what follows may differ by rounding"
             )
-            if num_read:
-                self.stepper.step([Feed(state, snapshot.tokens[:num_read], "none")])
+            state = self._read_again(snapshot).state
         return state
+
+    def _read_again(self, snapshot: Snapshot) -> Snapshot:
+        """The snapshot as this stepper, and the weights of now, read it."""
+        state, logits = self.stepper.new_state(), None
+        if num_read := len(snapshot.tokens) - len(snapshot.pending):
+            (logits,) = self.stepper.step([Feed(state, snapshot.tokens[:num_read])])
+        return replace(snapshot, state=state, logits=logits)
+
+    def _weights(self) -> bytes:
+        return checksum(self.stepper.model.state_dict().values())
+
+    def _is_stale(self) -> bool:
+        """Whether what has been read was read with other weights than the model's of now; says so."""
+        is_stale = self._now.snapshot is not None and self._now.weights != self._weights()
+        if is_stale:
+            self._notify("the model's weights have changed since: the conversation is read anew")
+        return is_stale
 
     def _end_tokens(self) -> set[int]:
         """The tokens that end a reply."""

@@ -107,7 +107,9 @@ def recurrence_of(model: "BDHForCausalLM", storage: "Storage" = "float32", *, is
     if kept is not None and not is_prompt and kept.holds(model, all_pieces=False):
         return kept.recurrence
     if (obstacle := kernel_obstacle(model)) is not None:
-        raise ValueError(f"the kernels can no longer run this model: {obstacle}. Make a new stepper, engine or generator")
+        raise ValueError(
+            f"the kernels can no longer run this model: {obstacle}. Make a new stepper, engine or generator"
+        )
     if kept is None or not kept.holds(model, all_pieces=True):
         _watch_optimizers()
         kept = of_model[storage] = _Kept(model, storage)

@@ -458,3 +458,24 @@ def test_a_state_of_another_kind_is_made_from_the_tokens_and_that_is_said(talk, 
     # float32 sums in another grouping
     torch.testing.assert_close(snapshot.state.tensors["others"], expected, rtol=1e-3, atol=1e-3)
     said(other, "x")
+
+
+@ON_EVERY_PATH
+def test_what_other_weights_have_read_is_read_anew(talk, tmp_path):
+    """A turn went on from the state of a model that has been trained since, and a file said that it was the new one's."""
+    notices = []
+    conversation, other = talk(notify=notices.append, temperature=0), talk(temperature=0)
+    said(conversation, "Hi")
+    said(other, "Hi")
+    conversation.stepper.model.decoder.weight.data.neg_()
+    conversation.save(tmp_path / "changed")
+    other.load(tmp_path / "changed")
+    # From the file, and from nothing, the weights of now have read the same.
+    assert said(conversation, "1+1") == said(other, "1+1")
+    assert tokens_of(conversation) == tokens_of(other)
+    fresh = conversation.stepper.new_state()
+    (logits,) = conversation.stepper.step([Feed(fresh, tokens_of(conversation)[:-1])])
+    # float32 sums in another grouping
+    torch.testing.assert_close(conversation._now.snapshot.logits, logits, rtol=1e-4, atol=1e-4)
+    assert [notice for notice in notices if "weights have changed" in notice] == notices[:2]
+    assert len(notices) == 2
