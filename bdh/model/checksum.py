@@ -23,11 +23,11 @@ def checksum(tensors: Iterable[torch.Tensor]) -> bytes:
     for tensor in tensors:
         content = tensor.detach().contiguous().flatten().view(torch.uint8)
         if content.device.type == "cpu":
-            digest.update(np.from_dlpack(content))  # .numpy() would fix the storage's size, which FSDP changes
+            digest.update(np.from_dlpack(content).data)  # .numpy() would fix the storage's size, which FSDP changes
         elif content.device.type == "meta":
             raise ValueError("a tensor on meta has no content to compute a checksum of")
         else:
-            digest.update(_sums(content).cpu().numpy())
+            digest.update(_sums(content).cpu().numpy().data)
     return digest.digest()
 
 

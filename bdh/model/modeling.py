@@ -77,7 +77,7 @@ class BDHForCausalLM(TextGenerationMixin, PreTrainedModel, GenerationMixin):
         self.layer_options = LayerOptions()
         self.post_init()
 
-    def train(self, mode: bool = True) -> "BDHForCausalLM":
+    def train(self, mode: bool = True) -> Any:
         expect_changes(self)
         return super().train(mode)
 
