@@ -37,6 +37,7 @@ OTHER_METRICS = {
     "bdh:requests_total",
     "bdh:prefix_cache_hits_total",
     "bdh:prefix_cache_tokens_total",
+    "bdh:prefix_cache_failures_total",
 }
 
 

@@ -1,6 +1,7 @@
 """The engine for asyncio: it steps in a thread of its own, and any number of tasks wait for their outputs."""
 
 import asyncio
+import logging
 import threading
 import time
 from collections import deque
@@ -13,6 +14,7 @@ from bdh.generate.sequence import Completion, StepOutput
 from bdh.generate.snapshot import Snapshot
 from bdh.model.text import Prompt
 
+_log = logging.getLogger(__name__)
 Item = StepOutput | BaseException | None
 """What a submission gets: an output, a failure, or, as None, that it has a state."""
 
@@ -220,7 +222,7 @@ class AsyncEngine:
                     orders = list(self._orders)
                     self._orders.clear()
                 for order in orders:
-                    order()
+                    _carry_out(order)
                 outputs = self.engine.step() if self.engine.has_work else []
                 started: list[tuple[int, Item]] = [(each, None) for each in self.engine.take_started()]
                 self._deliver([*started, *((output.request_id, output) for output in outputs)])
@@ -232,7 +234,7 @@ class AsyncEngine:
             self._failure = failure
             orders = list(self._orders)
         for order in orders:  # those that have just come are told what happened, like all others
-            order()
+            _carry_out(order)
         self._deliver([(request_id, failure) for request_id in self._receivers])
         self._receivers.clear()
 
@@ -248,6 +250,14 @@ class AsyncEngine:
     def _drop_ended(self) -> None:
         for request_id in [each for each in self._receivers if not self.engine.knows(each)]:
             del self._receivers[request_id]
+
+
+def _carry_out(order: Callable[[], None]) -> None:
+    """An order whose failure is its own: what it asked for may not have happened, and all else goes on."""
+    try:
+        order()
+    except Exception:
+        _log.exception("the engine could not carry out an order")
 
 
 def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[..., Any], *arguments: Any) -> None:

@@ -19,7 +19,7 @@ from bdh.generate.params import SamplingParams
 from bdh.generate.pool import StatePool
 from bdh.generate.prefixes import PrefixStore
 from bdh.generate.request import Request
-from bdh.generate.sequence import Completion, StepOutput
+from bdh.generate.sequence import Completion, FinishReason, StepOutput, told
 from bdh.generate.sequence import Sequence as Running
 from bdh.generate.snapshot import Snapshot
 from bdh.generate.stats import EngineStats
@@ -30,6 +30,7 @@ from bdh.model.text import Prompt, encode_prompt, end_token_ids
 _log = logging.getLogger(__name__)
 # What prompts get of a step however many sequences are being continued, so that none waits for ever.
 _LEAST_PROMPT_SHARE = 8
+_INTERRUPTED = "the step that worked on it was interrupted"
 
 
 class Engine:
@@ -84,6 +85,8 @@ class Engine:
         self._outputs: list[StepOutput] = []  # of requests that were aborted between two steps
         # Beginnings to be stored before anything is fed again: no token waits for the copying.
         self._to_store: list[tuple[list[int], SequenceState, torch.Tensor | None]] = []
+        # What a step is working on: where it does not come to its end, nobody can vouch for these.
+        self._in_hand: deque[Request] = deque()
         self._started: list[int] = []
         self._counters = EngineStats()
 
@@ -114,6 +117,7 @@ class Engine:
             finished=dict(counters.finished),
             prefix_cache_hits=self._prefixes.cache.hits if self._prefixes else 0,
             prefix_cache_tokens=self._prefixes.cache.tokens_saved if self._prefixes else 0,
+            prefix_cache_failures=counters.prefix_cache_failures,
         )
 
     @property
@@ -232,7 +236,8 @@ class Engine:
             if request.id == request_id:
                 for sequence in request.sequences:
                     sequence.keep_snapshot |= keep_snapshot
-                self._end(request, "abort")
+                is_broken = request in self._in_hand
+                self._end(request, "error" if is_broken else "abort", _INTERRUPTED if is_broken else None)
                 return
 
     def take_started(self) -> list[int]:
@@ -243,13 +248,21 @@ class Engine:
     def step(self) -> list[StepOutput]:
         """One step of all that runs: a token for each sequence that is being continued, a piece of prompts.
 
-        An exception within one request ends that request, with the reason "error"; the others go on.
+        An exception within one request ends that request, with the reason "error"; the others go on. So does one that
+        leaves its state half-written, in a call for several. What leaves the step, as KeyboardInterrupt does, ends
+        with the next one all requests that were being worked on.
         """
+        while self._in_hand:
+            self._end(self._in_hand[0], "error", _INTERRUPTED)
+            self._in_hand.popleft()
         self._store_prefixes()
         self._admit()
         fed = self._feeds()
-        for request, sequence, count, logits in self._read(fed):
-            self._advance(request, sequence, count, logits)
+        self._in_hand.extend(request for request, *_ in fed)
+        for (request, sequence, count), feed in zip(fed, self._read(fed), strict=True):
+            if sequence.completion is None:
+                self._advance(request, sequence, count, feed)
+            self._in_hand.popleft()
         outputs, self._outputs = self._outputs, []
         return outputs
 
@@ -312,13 +325,15 @@ class Engine:
             running = sum(request.num_reserved for request in self._running.values())
             if running + request.params.n > self.config.max_running or not self._pool.reserve(request.params.n):
                 return
-            self._waiting.popleft()
+            self._in_hand.append(request)
             self._running[request.id] = request
+            self._waiting.popleft()
             self._started.append(request.id)
             try:
                 self._begin(request)
             except Exception as error:
-                self._end(request, "error", _told(error))
+                self._fail(request, error)
+            self._in_hand.pop()
 
     def _begin(self, request: Request) -> None:
         """Gives a request's first sequence its state, as far on as one is known."""
@@ -365,13 +380,13 @@ class Engine:
             room -= count
         return fed
 
-    def _read(
-        self, fed: list[tuple[Request, Running, int]]
-    ) -> Iterator[tuple[Request, Running, int, torch.Tensor | None]]:
-        """Feeds the sequences, and yields each with its logits."""
-        with_tokens = [item for item in fed if item[2]]
-        feeds = []
-        for request, sequence, count in with_tokens:
+    def _read(self, fed: list[tuple[Request, Running, int]]) -> list[Feed | None]:
+        """Feeds the sequences, and ends those of which that is impossible; None where nothing was to be read."""
+        feeds: list[Feed | None] = []
+        for request, sequence, count in fed:
+            if not count:
+                feeds.append(None)
+                continue
             assert sequence.state is not None
             is_last = count == len(sequence.pending) or sequence.state.position + count in request.places
             wants_all = sequence.prompt_logprobs is not None and not sequence.num_generated
@@ -383,42 +398,44 @@ class Engine:
                     watch=sequence.watch if count == len(sequence.pending) else None,
                 )
             )
-        logits: list[torch.Tensor | None] = []
-        if feeds:
-            try:
-                logits = self.stepper.step(feeds)
-            except Exception as error:
-                logits = self._read_alone(with_tokens, feeds, error)
-        for (_, sequence, _), feed in zip(with_tokens, feeds, strict=True):
-            sequence.activity = feed.activity
-        results = iter(logits)
-        for request, sequence, count in fed:
-            result = next(results) if count else None
-            if sequence.completion is None:
-                yield request, sequence, count, result
+        self._step([feed for feed in feeds if feed is not None])
+        for (request, _, _), feed in zip(fed, feeds, strict=True):
+            if feed is not None and feed.error is not None:
+                self._fail(request, feed.error, has_traceback=False)
+        return feeds
 
-    def _read_alone(
-        self, fed: list[tuple[Request, Running, int]], feeds: list[Feed], error: Exception
-    ) -> list[torch.Tensor | None]:
-        """After an exception: feeds each sequence that has not been read alone, and ends those that raise it again."""
-        if len(feeds) == 1:
-            self._end(fed[0][0], "error", _told(error))
-            return [None]
-        logits: list[torch.Tensor | None] = []
-        for item, feed in zip(fed, feeds, strict=True):
-            try:
-                logits += self.stepper.step([feed])
-            except Exception as own:
-                logits.append(None)
-                self._end(item[0], "error", _told(own))
-        return logits
+    def _step(self, feeds: list[Feed], *, is_first: bool = True) -> None:
+        """Feeds sequences. What cannot be read has an error then; all else is read, whatever goes wrong beside it.
 
-    def _advance(self, request: Request, sequence: Running, count: int, logits: torch.Tensor | None) -> None:
+        After an exception those whose states are untouched are fed again: together where it has ended others, else in
+        halves, until those that cannot be read are alone.
+        """
+        if not feeds:
+            return
+        try:
+            self.stepper.step(feeds)
+        except Exception as error:
+            if is_first:  # what follows from it is not worth as much of the log
+                _log.exception("a step of %d sequences has failed", len(feeds))
+            for feed in feeds:
+                if feed.state.is_torn and feed.error is None:
+                    feed.error = error
+            unread = [feed for feed in feeds if feed.error is None and not feed.is_done]
+            if unread and len(feeds) == 1:
+                feeds[0].error = error
+                return
+            cut = len(unread) if len(unread) < len(feeds) else len(unread) // 2
+            self._step(unread[:cut], is_first=False)
+            self._step(unread[cut:], is_first=False)
+
+    def _advance(self, request: Request, sequence: Running, count: int, feed: Feed | None) -> None:
         """What follows from tokens that have been read: a stored state, further continuations, the next token."""
         try:
             if sequence.num_generated == 0:
                 self._counters.prompt_tokens += count
-            sequence.read(count, logits)
+            if feed is not None:
+                sequence.activity = feed.activity
+                sequence.read(count, feed.result())
             self._mark_prefix(request, sequence)
             if sequence.pending:
                 return
@@ -427,7 +444,7 @@ class Engine:
                 self._counters.generated_tokens += len(output.token_ids)
                 self._emit(request, each, output)
         except Exception as error:
-            self._end(request, "error", _told(error))
+            self._fail(request, error)
 
     def _mark_prefix(self, request: Request, sequence: Running) -> None:
         if sequence.num_generated or sequence.state is None:
@@ -445,8 +462,14 @@ class Engine:
                 continue
             try:
                 self._prefixes.put(tokens, state, logits)
-            except (MemoryError, RuntimeError) as error:  # torch raises the latter where there is no memory
-                _log.warning("the beginning of a prompt, %d tokens, could not be stored: %s", len(tokens), error)
+            except Exception as error:  # which costs time later, but no text
+                self._counters.prefix_cache_failures += 1
+                _log.warning(
+                    "the beginning of a prompt, %d tokens, could not be stored: %s",
+                    len(tokens),
+                    told(error),
+                    exc_info=True,
+                )
 
     def _fork(self, request: Request, sequence: Running) -> list[Running]:
         """The further continuations of a prompt, once it has been read: each with a copy of the state."""
@@ -462,30 +485,41 @@ class Engine:
             request.sequences.append(other)
         return request.sequences[1:]
 
-    def _emit(self, request: Request, sequence: Running, output: StepOutput) -> None:
+    def _emit(self, request: Request, sequence: Running | None, output: StepOutput) -> None:
         self._outputs.append(output)
         if output.completion is None:
             return
         reason = output.completion.finish_reason
         self._counters.finished[reason] = self._counters.finished.get(reason, 0) + 1
+        request.ended.add(output.index)
         if request.id in self._running:
             # A state in which an exception has happened may be half advanced.
-            self._pool.give_back(None if reason == "error" else sequence.state)
+            self._pool.give_back(None if reason == "error" or sequence is None else sequence.state)
             request.num_reserved -= 1
-            sequence.state = None
             if request.is_done:
                 del self._running[request.id]
+        if sequence is not None:
+            sequence.state = None
 
-    def _end(self, request: Request, reason: str, error: str | None = None) -> None:
+    def _fail(self, request: Request, error: Exception, *, has_traceback: bool = True) -> None:
+        """Ends a request after an exception."""
+        _log.error(
+            "request %d ends with an error: %s", request.id, told(error), exc_info=error if has_traceback else None
+        )
+        self._end(request, "error", told(error))
+
+    def _end(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
         """Ends all continuations of a request that have not ended, those that have not begun included."""
         if request in self._waiting:
             self._waiting.remove(request)
-        for index in range(len(request.sequences), request.params.n):
-            request.sequences.append(request.make(index))
-        for sequence in request.sequences:
-            if sequence.completion is None:
-                self._emit(request, sequence, sequence.end(reason, error))  # type: ignore[arg-type]
-
-
-def _told(error: Exception) -> str:
-    return str(error) or type(error).__name__
+        for index in range(request.params.n):
+            if index in request.ended:
+                continue
+            sequence = request.sequences[index] if index < len(request.sequences) else None
+            try:
+                sequence = sequence or request.make(index)
+                output = sequence.end(reason, error)
+            except Exception as failure:  # no memory, say
+                _log.exception("continuation %d of request %d ends with an error", index, request.id)
+                output = request.failed(index, error or told(failure))
+            self._emit(request, sequence, output)

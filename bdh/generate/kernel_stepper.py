@@ -1,6 +1,6 @@
 """Steps through the sparse kernels: the path of the CPU."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -62,80 +62,75 @@ class KernelStepper(Stepper):
             kind += ", scaled"
         return SequenceState(kind, {"sums": torch.zeros(self._shape, dtype=DTYPES[self._state])})
 
-    def _step(self, feeds: Sequence[Feed]) -> list[torch.Tensor | None]:
-        read = [0] * len(feeds)  # tokens of each feed
-        found: list[list[torch.Tensor]] = [[] for _ in feeds]
-        while any(done < len(feed.tokens) for done, feed in zip(read, feeds, strict=True)):
-            taken = self._taken(feeds, read)
-            self._read(feeds, read, taken, found)
-            for index, count in taken.items():
-                read[index] += count
-        return [self._result(feed, parts) for feed, parts in zip(feeds, found, strict=True)]
+    def _step(self, feeds: Sequence[Feed]) -> None:
+        while unread := [feed for feed in feeds if not feed.is_done and feed.error is None]:
+            self._read(self._taken(unread))
 
-    @staticmethod
-    def _result(feed: Feed, parts: list[torch.Tensor]) -> torch.Tensor | None:
-        if feed.logits == "none":
-            return None
-        return torch.cat(parts) if feed.logits == "all" else parts[-1][-1]
-
-    def _taken(self, feeds: Sequence[Feed], read: Sequence[int]) -> dict[int, int]:
+    def _taken(self, feeds: Sequence[Feed]) -> list[tuple[Feed, int]]:
         """How many tokens of which feeds go into the next call."""
-        taken: dict[int, int] = {}
+        taken = []
         room = MAX_ROWS
-        for index, feed in enumerate(feeds):
-            count = min(len(feed.tokens) - read[index], room)
+        for feed in feeds:
+            count = min(len(feed.tokens) - feed.num_read, room)
             if self._settling_tokens is not None:
                 count = min(count, int((self._settling_tokens - feed.state.position % self._settling_tokens).min()))
             if count:
-                taken[index] = count
+                taken.append((feed, count))
                 room -= count
         return taken
 
-    def _read(
-        self, feeds: Sequence[Feed], read: Sequence[int], taken: dict[int, int], found: list[list[torch.Tensor]]
-    ) -> None:
-        tokens, positions, starts, wanted = [], [], [0], []
-        for index, count in taken.items():
-            feed = feeds[index]
-            tokens.append(np.asarray(feed.tokens[read[index] : read[index] + count], np.int64))
+    def _read(self, taken: Sequence[tuple[Feed, int]]) -> None:
+        """One call of the kernels. All memory that it takes is taken before a state is written."""
+        tokens, positions, starts = [], [], [0]
+        wanted: list[range] = []  # the rows of whose v each feed wants the logits
+        watched: list[tuple[Feed, int]] = []
+        for feed, count in taken:
+            first, end = starts[-1], starts[-1] + count
+            tokens.append(np.asarray(feed.tokens[feed.num_read : feed.num_read + count], np.int64))
             positions.append(np.arange(feed.state.position, feed.state.position + count))
-            starts.append(starts[-1] + count)
-            if feed.logits == "all":
-                wanted += [(index, row) for row in range(starts[-2], starts[-1])]
-            elif feed.logits == "last" and read[index] + count == len(feed.tokens):
-                wanted.append((index, starts[-1] - 1))
-        states = [feeds[index].state for index in taken]
-        recurrence = self._recurrence(is_prompt=self._begins_prompt(states, max(taken.values())))
-        watched = [
-            (feeds[index], end - 1)
-            for (index, count), end in zip(taken.items(), starts[1:], strict=True)
-            if feeds[index].watch is not None and read[index] + count == len(feeds[index].tokens)
-        ]
+            starts.append(end)
+            wanted.append(range(end - feed.num_wanted(count), end))
+            if feed.watch is not None and feed.is_last(count):
+                watched.append((feed, end - 1))
+        recurrence = self._recurrence(is_prompt=self._begins_prompt(taken))
+        logits_of = recurrence.prepare_logits([row for rows in wanted for row in rows])
+        settled = [each for feed, count in taken for each in self._settled(feed.state, count)]
+
+        def mark() -> None:
+            for feed, _ in taken:
+                feed.state.is_torn = True
 
         def look(index: int, x: np.ndarray) -> None:
             for feed, row in watched:
-                feed.look(x[:, row])
+                try:
+                    feed.look(x[:, row])
+                except Exception as error:  # the others go on
+                    feed.error = error
 
         v = self._advance(
             recurrence,
-            states,
+            [feed.state for feed, _ in taken],
             np.concatenate(tokens),
             np.concatenate(positions),
             np.array(starts),
+            mark,
             look if watched else None,
         )
-        for state, count in zip(states, taken.values(), strict=True):
-            state.position += count
-            self._settle(state)
-        if wanted:
-            logits = recurrence.logits(v[[row for _, row in wanted]])
-            for (index, _), row in zip(wanted, logits, strict=True):
-                found[index].append(row[None])
+        for rows_of_head, factor in settled:
+            rows_of_head.mul_(factor)
+        for (feed, count), rows in zip(taken, wanted, strict=True):
+            if not rows and feed.error is None:
+                feed.commit(count)
+        logits, first = logits_of(v), 0
+        for (feed, count), rows in zip(taken, wanted, strict=True):
+            if rows and feed.error is None:
+                feed.commit(count, logits[first : first + len(rows)])
+            first += len(rows)
 
-    def _begins_prompt(self, states: Sequence[SequenceState], most_tokens: int) -> bool:
+    def _begins_prompt(self, taken: Sequence[tuple[Feed, int]]) -> bool:
         """Whether a sequence reads the first of a prompt, as far as the states and the call before tell."""
-        was_reading, self._is_reading = self._is_reading, most_tokens > 1
-        return (self._is_reading and not was_reading) or any(state.position == 0 for state in states)
+        was_reading, self._is_reading = self._is_reading, any(count > 1 for _, count in taken)
+        return (self._is_reading and not was_reading) or any(feed.state.position == 0 for feed, _ in taken)
 
     def _recurrence(self, *, is_prompt: bool) -> Recurrence:
         return recurrence_of(self.model, self._weights, is_prompt=is_prompt)
@@ -147,6 +142,7 @@ class KernelStepper(Stepper):
         tokens: np.ndarray,
         positions: np.ndarray,
         starts: np.ndarray,
+        before_writing: Callable[[], None],
         watch: Watch | None,
     ) -> np.ndarray:
         """v behind the last pass, (R, D), of the rows of these sequences; their tensors are advanced."""
@@ -166,6 +162,7 @@ class KernelStepper(Stepper):
             read_scales,
             write_scales,
             watch,
+            before_writing,
         )
 
     def _scales(self, position: int, count: int) -> np.ndarray:
@@ -175,8 +172,10 @@ class KernelStepper(Stepper):
         first = position % self._settling_tokens  # (H,): tokens since the rows took theirs up
         return np.exp2(-(first + np.arange(count + 1)[:, None]) / self._half_lives)
 
-    def _settle(self, state: SequenceState) -> None:
+    def _settled(self, state: SequenceState, count: int) -> list[tuple[torch.Tensor, float]]:
+        """The rows of heads that take up their factor behind so many tokens, and that factor."""
         if self._half_lives is None or self._settling_tokens is None:
-            return
-        for head in np.flatnonzero(state.position % self._settling_tokens == 0):
-            state.tensors["sums"][:, head] *= 2.0 ** -(self._settling_tokens[head] / self._half_lives[head])
+            return []
+        tokens, lives = self._settling_tokens, self._half_lives
+        heads = np.flatnonzero((state.position + count) % tokens == 0)
+        return [(state.tensors["sums"][:, head], float(2.0 ** -(tokens[head] / lives[head]))) for head in heads]

@@ -31,12 +31,12 @@ class StatePool:
         state = self._free.pop() if self._free else self._stepper.new_state()
         if copy_of is not None:
             state.copy_(copy_of)
-        elif state.position:
+        elif state.position or state.is_torn:
             state.clear()
         return state
 
     def give_back(self, state: SequenceState | None) -> None:
-        """A promised state is needed no more; None for one that was never taken."""
+        """A promised state is needed no more; None for one that was never taken, or whose content is unknown."""
         self.num_reserved -= 1
-        if state is not None:
+        if state is not None and not state.is_torn:
             self._free.append(state)

@@ -121,6 +121,7 @@ class PrefixCache:
 
         Raises:
             ValueError: the state has not read as many tokens as these are, or there are none.
+            MemoryError, RuntimeError: it could not be copied. One that was there before is dropped too; all else stays.
         """
         if not len(tokens) or state.position != len(tokens):
             raise ValueError(
@@ -134,11 +135,11 @@ class PrefixCache:
             return False
         node = self._insert(array("i", tokens))
         former = self._drop_state(node)
+        self._stored[node] = None
         # Counted before it is copied: there should never be more in memory than is allowed.
         self._tensor_bytes += state.nbytes + logits_bytes
-        self._stored[node] = None
-        spare = self._make_room() or former
         try:
+            spare = self._make_room() or former
             if spare is not None and spare.pattern == state.pattern:
                 spare.copy_(state)  # memory that is in use already is several times as fast as new one
             else:
@@ -205,8 +206,9 @@ class PrefixCache:
         parent = node.parent
         assert parent is not None
         middle = _Node(node.edge[:length], parent, {node.edge[length]: node})
+        rest = node.edge[length:]  # all memory is taken before anything changes
         parent.children[node.edge[0]] = middle
-        node.edge, node.parent = node.edge[length:], middle
+        node.edge, node.parent = rest, middle
         self._path_bytes += NODE_BYTES
         return middle
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from bdh.generate.params import SamplingParams
+from bdh.generate.sequence import Completion, StepOutput
 from bdh.generate.sequence import Sequence as Running
 from bdh.generate.snapshot import Snapshot
 
@@ -16,6 +17,7 @@ class Request:
         self.make = make
         self.num_reserved = first.params.n
         self.places: set[int] = set()  # where the state on the way through the prompt is stored
+        self.ended: set[int] = set()  # continuations whose last output is among the engine's
 
     @property
     def params(self) -> SamplingParams:
@@ -23,4 +25,13 @@ class Request:
 
     @property
     def is_done(self) -> bool:
-        return len(self.sequences) == self.params.n and all(s.completion for s in self.sequences)
+        return len(self.ended) == self.params.n
+
+    def failed(self, index: int, error: str) -> StepOutput:
+        """The end of a continuation that may not have begun, and cannot even finish its text."""
+        completion = Completion("", [], "error", error=error, num_prompt_tokens=self.sequences[0].num_before)
+        if index < len(self.sequences):
+            sequence = self.sequences[index]
+            completion.text, completion.token_ids = sequence.text, sequence.tokens[sequence.num_before :]
+            sequence.completion = completion
+        return StepOutput(self.id, index, completion=completion)

@@ -1,7 +1,8 @@
 """One continuation of a request: its tokens, its text, and where it stands."""
 
+import logging
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -13,6 +14,7 @@ from bdh.generate.snapshot import Snapshot
 from bdh.generate.stepper import SequenceState
 from bdh.model.text import TextDecoder
 
+_log = logging.getLogger(__name__)
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -37,6 +39,8 @@ class Completion:
     """One for each token of the prompt; None for the first."""
     snapshot: Snapshot | None = None
     """From which the sequence can go on, where that was asked for."""
+    snapshot_error: str | None = None
+    """Why there is none though it was asked for: there was no memory for it, say."""
 
 
 @dataclass
@@ -189,19 +193,16 @@ class Sequence:
         stop_reason: str | int | None = None,
         error: str | None = None,
     ) -> None:
-        decoder = self._decoder.state()
-        output.text += self._decoder.flush()
-        snapshot = None
-        if self.keep_snapshot and self.state is not None and reason != "error":
-            snapshot = Snapshot(
-                state=self.state.clone(),
-                tokens=list(self.tokens),
-                logits=None if self.logits is None else self.logits.clone(),
-                generator_state=self.sampler.generator.get_state(),
-                num_prompt_tokens=self.num_prompt_tokens,
-                pending=list(self.pending),
-                decoder=decoder,
-            )
+        snapshot = snapshot_error = None
+        if reason != "error":  # which may be the decoder's own
+            decoder = self._decoder.state()
+            output.text += self._decoder.flush()
+            if self.keep_snapshot and self.state is not None:
+                try:
+                    snapshot = self._snapshot(self.state, decoder)
+                except Exception as failure:
+                    snapshot_error = told(failure)
+                    _log.exception("no snapshot of continuation %d of request %d", self.index, self.request_id)
         self.text += output.text
         self.completion = output.completion = Completion(
             text=self.text,
@@ -214,8 +215,25 @@ class Sequence:
             logprobs=self.logprobs,
             prompt_logprobs=self.prompt_logprobs,
             snapshot=snapshot,
+            snapshot_error=snapshot_error,
+        )
+
+    def _snapshot(self, state: SequenceState, decoder: dict[str, Any]) -> Snapshot:
+        return Snapshot(
+            state=state.clone(),
+            tokens=list(self.tokens),
+            logits=None if self.logits is None else self.logits.clone(),
+            generator_state=self.sampler.generator.get_state(),
+            num_prompt_tokens=self.num_prompt_tokens,
+            pending=list(self.pending),
+            decoder=decoder,
         )
 
     def _text_of(self, tokens: list[int]) -> str:
         decoder = TextDecoder(self._tokenizer)
         return decoder.push(tokens) + decoder.flush()
+
+
+def told(error: BaseException) -> str:
+    """An exception in the words of a completion."""
+    return str(error) or type(error).__name__

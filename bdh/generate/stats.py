@@ -22,3 +22,5 @@ class EngineStats:
     prefix_cache_hits: int = 0
     prefix_cache_tokens: int = 0
     """Tokens that need not be read."""
+    prefix_cache_failures: int = 0
+    """Beginnings of prompts that could not be stored, for want of memory say."""

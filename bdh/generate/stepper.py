@@ -6,7 +6,7 @@ once, by one token where a sequence is being continued and by many where a promp
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
@@ -35,19 +35,27 @@ class SequenceState:
         kind: what the tensors mean; states of one kind and model can be copied into each other.
         tensors: everything that the state consists of, but for the position, by name.
         position: tokens read so far. Exact.
+        is_torn: whether its memory is being written, or was when an exception came. Nobody knows then what the tensors
+            hold: such a state is never read, only cleared or overwritten.
     """
 
     def __init__(self, kind: str, tensors: dict[str, torch.Tensor], position: int = 0):
         self.kind = kind
         self.tensors = tensors
         self.position = position
+        self.is_torn = False
 
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def clone(self) -> "SequenceState":
-        """A copy that shares no memory with this one: a fork of the sequence."""
+        """A copy that shares no memory with this one: a fork of the sequence.
+
+        Raises:
+            RuntimeError: an exception has left it half-written.
+        """
+        self.check_whole()
         return SequenceState(self.kind, {name: t.clone() for name, t in self.tensors.items()}, self.position)
 
     def copy_(self, other: "SequenceState") -> None:
@@ -55,18 +63,32 @@ class SequenceState:
 
         Raises:
             ValueError: ``other`` is of another kind or shape.
+            RuntimeError: an exception has left ``other`` half-written.
         """
+        other.check_whole()
         if self.pattern != other.pattern:
             raise ValueError(f"a state {other.pattern} cannot become one {self.pattern}")
+        self.is_torn = True
         for name, tensor in self.tensors.items():
             tensor.copy_(other.tensors[name])
         self.position = other.position
+        self.is_torn = False
 
     def clear(self) -> None:
         """Forgets everything: the state before the first token."""
+        self.is_torn = True
         for tensor in self.tensors.values():
             tensor.zero_()
         self.position = 0
+        self.is_torn = False
+
+    def check_whole(self) -> None:
+        """
+        Raises:
+            RuntimeError: an exception has left it half-written.
+        """
+        if self.is_torn:
+            raise RuntimeError("an exception has left the state half-written: it can only be cleared or overwritten")
 
     @property
     def pattern(self) -> tuple[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
@@ -76,7 +98,8 @@ class SequenceState:
 
 @dataclass
 class Feed:
-    """Tokens that one sequence reads in a step."""
+    """Tokens that one sequence reads in a step. After an exception the same one may be given again, unless its state is
+    torn: it goes on with the tokens that have not been read."""
 
     state: SequenceState
     """Advanced in place."""
@@ -88,6 +111,38 @@ class Feed:
     """How many of the strongest neurons of each pass are wanted of the last token; None for no activity."""
     activity: list[PassActivity] | None = None
     """A result: of each pass, where it was watched and this stepper could."""
+    num_read: int = 0
+    """A result: how many of the tokens the state has read."""
+    error: Exception | None = None
+    """A result: what went wrong with this sequence alone, in a step that others have come through."""
+    found: list[torch.Tensor] = field(default_factory=list)
+    """Logits (T, V) of the pieces that have been read."""
+
+    @property
+    def is_done(self) -> bool:
+        return self.num_read == len(self.tokens)
+
+    def is_last(self, count: int) -> bool:
+        """Whether the next ``count`` tokens are the last ones."""
+        return self.num_read + count == len(self.tokens)
+
+    def num_wanted(self, count: int) -> int:
+        """Of how many of the next ``count`` tokens, the last ones of them, logits are wanted."""
+        return {"all": count, "last": int(self.is_last(count)), "none": 0}[self.logits]
+
+    def commit(self, count: int, logits: torch.Tensor | None = None) -> None:
+        """Its state, whose memory is whole again, has read so many more tokens."""
+        self.state.position += count
+        self.num_read += count
+        if logits is not None:
+            self.found.append(logits)
+        self.state.is_torn = False
+
+    def result(self) -> torch.Tensor | None:
+        """The logits that are wanted: (V,) of the last token, (T, V) of all of them, or None."""
+        if self.logits == "none":
+            return None
+        return torch.cat(self.found) if self.logits == "all" else self.found[-1][-1]
 
     def look(self, x: np.ndarray) -> None:
         """Takes down a pass from x (H*N,) of the last token."""
@@ -121,18 +176,26 @@ class Stepper(ABC):
         return self.new_state().pattern
 
     @abstractmethod
-    def _step(self, feeds: Sequence[Feed]) -> list[torch.Tensor | None]: ...
+    def _step(self, feeds: Sequence[Feed]) -> None:
+        """Reads all tokens that have not been read.
+
+        What can fail comes before the first byte of a state is written. From then until :meth:`Feed.commit` the state
+        is marked as torn, so that what moved, and what did not, can be told from each other after an exception.
+        """
 
     def step(self, feeds: Sequence[Feed]) -> list[torch.Tensor | None]:
         """Reads the tokens of all feeds, and returns the logits that each wants.
 
         The sequences do not see each other, and no state may be fed twice in one step.
 
+        After an exception each state is as it was, or has read :attr:`Feed.num_read` tokens, or is marked as torn.
+
         Returns:
             For each feed float32 logits on the CPU: (V,) of its last token, (T, V) of all of them, or None.
 
         Raises:
             ValueError: no tokens, or ids outside of the vocabulary; all states are left as they were.
+            RuntimeError: a state is torn; the others are left as they were.
         """
         V = self.model.config.vocab_size
         for feed in feeds:
@@ -142,10 +205,16 @@ class Stepper(ABC):
             if lowest < 0 or highest >= V:
                 wrong = lowest if lowest < 0 else highest
                 raise ValueError(f"token id {wrong} is not in the vocabulary: must be within 0 to {V - 1}")
-        for feed in feeds:
-            feed.activity = None
+            feed.state.check_whole()
+        unread = [feed for feed in feeds if not feed.is_done]
+        for feed in unread:
+            feed.activity = feed.error = None
         with torch.no_grad():
-            return self._step(feeds)
+            self._step(unread)
+        for feed in feeds:
+            if feed.error is not None:
+                raise feed.error
+        return [feed.result() for feed in feeds]
 
 
 class TorchStepper(Stepper):
@@ -179,21 +248,15 @@ class TorchStepper(Stepper):
     def state_bytes(self) -> int:
         return torch.Size(self._shape).numel() * sum_dtype(self.model.dtype).itemsize
 
-    def _step(self, feeds: Sequence[Feed]) -> list[torch.Tensor | None]:
-        results: list[torch.Tensor | None] = [None] * len(feeds)
-        single = [index for index, feed in enumerate(feeds) if len(feed.tokens) == 1]
-        if single:
-            logits = self._continue([feeds[index] for index in single])
-            for index, row in zip(single, logits, strict=True):
-                if feeds[index].logits != "none":
-                    results[index] = row if feeds[index].logits == "last" else row[None]
-        for index, feed in enumerate(feeds):
+    def _step(self, feeds: Sequence[Feed]) -> None:
+        if single := [feed for feed in feeds if len(feed.tokens) == 1]:
+            self._continue(single)
+        for feed in feeds:
             if len(feed.tokens) > 1:
-                results[index] = self._read(feed)
-        return results
+                self._read(feed)
 
-    def _continue(self, feeds: Sequence[Feed]) -> torch.Tensor:
-        """One token for each sequence. Returns (B, V)."""
+    def _continue(self, feeds: Sequence[Feed]) -> None:
+        """One token for each sequence."""
         model, config = self.model, self.model.config
         H, N, eps = config.n_head, config.neurons_per_head, config.layer_norm_eps
         dtype = model.embed.weight.dtype
@@ -201,6 +264,7 @@ class TorchStepper(Stepper):
         positions = torch.tensor([feed.state.position for feed in feeds], device=model.device)
         table = rotation_table(positions, N, config.rope_theta, dtype)[:, None]  # (B, 1, N/2)
         v = layer_norm(model.embed(tokens), eps)  # (B, D)
+        added = []  # to the sums of each pass, once nothing can fail any more: keys (B, H, N) and values (B, D)
         for index in range(config.n_layer):
             v_in = v.to(dtype)
             x = F.relu(model.encoder(v_in))  # (B, H*N)
@@ -208,29 +272,26 @@ class TorchStepper(Stepper):
                 if feed.watch is not None:
                     feed.look(row.float().cpu().numpy())
             q = rotate(x.unflatten(-1, (H, N)), table).to(sum_dtype(dtype))  # (B, H, N)
-            a = torch.stack([self._attend(feed, index, q[b], v_in[b]) for b, feed in enumerate(feeds)])
+            sums = [feed.state.tensors["sums"][index] for feed in feeds]
+            a = torch.stack([torch.bmm(q[b, :, None], of_feed)[:, 0] for b, of_feed in enumerate(sums)])
+            added.append((q, v_in.to(q.dtype)))
             a = layer_norm(a, eps).to(dtype)  # (B, H, D)
             y = F.relu(torch.cat([head(a[:, h]) for h, head in enumerate(model.encoder_v)], dim=-1))
             v = layer_norm(v + layer_norm(model.decoder(x * y), eps), eps)
-        for feed in feeds:
-            feed.state.position += 1
-        return model.lm_head(v.to(dtype)).float().cpu()
+        logits = model.lm_head(v.to(dtype)).float().cpu()  # (B, V)
+        for b, feed in enumerate(feeds):
+            feed.state.is_torn = True
+            for sums, (q, values) in zip(feed.state.tensors["sums"], added, strict=True):
+                if self._kept is not None:
+                    sums.mul_(self._kept)
+                sums.baddbmm_(q[b, :, :, None], values[b].expand(H, 1, -1))
+            feed.commit(1, None if feed.logits == "none" else logits[b : b + 1])
 
-    def _attend(self, feed: Feed, index: int, q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """What one sequence recalls, (H, D); its sums are updated in place."""
-        sums = feed.state.tensors["sums"][index]  # (H, N, D)
-        a = torch.bmm(q[:, None], sums)[:, 0]
-        if self._kept is not None:
-            sums.mul_(self._kept)
-        sums.baddbmm_(q[:, :, None], v.to(q.dtype).expand(q.shape[0], 1, -1))
-        return a
-
-    def _read(self, feed: Feed) -> torch.Tensor | None:
+    def _read(self, feed: Feed) -> None:
         """Many tokens of one sequence."""
         config = self.model.config
         sums = feed.state.tensors["sums"]
-        tokens = torch.tensor([list(feed.tokens)], device=self.model.device)
-        parts = []
+        tokens = torch.tensor([list(feed.tokens[feed.num_read :])], device=self.model.device)
         while tokens.shape[1]:
             size = config.chunk_size - feed.state.position % config.chunk_size
             chunk, tokens = tokens[:, :size], tokens[:, size:]
@@ -240,15 +301,13 @@ class TorchStepper(Stepper):
                 chunk,
                 past_key_values=state,
                 logits_to_keep=0 if feed.logits == "all" else 1,
-                attention_form="parallel" if chunk.shape[1] > 1 else "recurrent",
+                attention_form="parallel",  # which makes new sums, where the recurrent form writes into these
             )
+            logits = output.logits[0].float().cpu() if feed.num_wanted(chunk.shape[1]) else None
+            feed.state.is_torn = True
             for kept, new in zip(sums, state.sums, strict=True):
                 kept.copy_(new[0])
-            feed.state.position += chunk.shape[1]
-            parts.append(output.logits[0].float().cpu())
-        if feed.logits == "none":
-            return None
-        return torch.cat(parts) if feed.logits == "all" else parts[-1][-1]
+            feed.commit(chunk.shape[1], logits)
 
 
 def make_stepper(

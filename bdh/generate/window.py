@@ -3,7 +3,7 @@
 The states of both steppers are alike, and what one has read the other goes on from, where both keep it in float32.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from bdh.ops.cpu.recurrence import Recurrence, Watch
 from bdh.ops.cpu.window import WindowedRecurrence
 from bdh.ops.norm import layer_norm
 from bdh.ops.rope import rotate, rotation_table
-from bdh.ops.window import Ring, empty_ring, windowed_attention
+from bdh.ops.window import Ring, attend_window, empty_ring, take_in
 
 MAX_ROWS = 256
 """Tokens that go through torch's operations together."""
@@ -81,65 +81,66 @@ class WindowTorchStepper(TorchStepper):
     def state_bytes(self) -> int:
         return _state_bytes(self.model, self.window)
 
-    def _step(self, feeds: Sequence[Feed]) -> list[torch.Tensor | None]:
-        parts: list[list[torch.Tensor]] = [[] for _ in feeds]
-        rest = [list(feed.tokens) for feed in feeds]
-        while any(rest):
-            taken: dict[int, list[int]] = {}
+    def _step(self, feeds: Sequence[Feed]) -> None:
+        while unread := [feed for feed in feeds if not feed.is_done]:
+            taken = []
             room = MAX_ROWS
-            for index, tokens in enumerate(rest):
-                if tokens and room:
-                    taken[index], rest[index] = tokens[:room], tokens[room:]
-                    room -= len(taken[index])
-            # Those whose last token is among the rows.
-            watched = [None if rest[index] else feeds[index] for index in taken]
-            rows = self._read_rows([feeds[index].state for index in taken], list(taken.values()), watched)
-            for index, v in zip(taken, rows, strict=True):
-                if feeds[index].logits == "all":
-                    parts[index].append(self._logits(v))
-                elif feeds[index].logits == "last" and not rest[index]:
-                    parts[index].append(self._logits(v[-1:]))
-        return [
-            None if feed.logits == "none" else torch.cat(found) if feed.logits == "all" else found[-1][-1]
-            for feed, found in zip(feeds, parts, strict=True)
-        ]
+            for feed in unread:
+                if count := min(len(feed.tokens) - feed.num_read, room):
+                    taken.append((feed, count))
+                    room -= count
+            self._read_rows(taken)
 
     def _logits(self, v: torch.Tensor) -> torch.Tensor:
         return self.model.lm_head(v.to(self.model.embed.weight.dtype)).float().cpu()
 
-    def _read_rows(
-        self, states: list[SequenceState], tokens: list[list[int]], watched: list[Feed | None]
-    ) -> tuple[torch.Tensor, ...]:
-        """The next tokens of each sequence, one after the other in one batch of rows. Returns v (T, D) of each."""
+    def _read_rows(self, taken: Sequence[tuple[Feed, int]]) -> None:
+        """The next tokens of each sequence, one after the other in one batch of rows."""
         model, config = self.model, self.model.config
         H, N, eps = config.n_head, config.neurons_per_head, config.layer_norm_eps
         dtype, device = model.embed.weight.dtype, model.device
-        counts = [len(each) for each in tokens]
+        counts = [count for _, count in taken]
         positions = torch.cat(
-            [torch.arange(s.position, s.position + n, device=device) for s, n in zip(states, counts, strict=True)]
+            [torch.arange(f.state.position, f.state.position + count, device=device) for f, count in taken]
         )
         table = rotation_table(positions, N, config.rope_theta, dtype)[:, None]  # (R, 1, N/2)
-        ids = torch.tensor([token for each in tokens for token in each], device=device)
+        ids = torch.tensor([token for f, count in taken for token in f.tokens[f.num_read :][:count]], device=device)
         v = layer_norm(model.embed(ids), eps)  # (R, D)
+        # Of each pass and sequence what its ring takes in, once nothing can fail any more: q (H, T, N) and v (T, D).
+        kept: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
         for index in range(config.n_layer):
             v_in = v.to(dtype)
             x = F.relu(model.encoder(v_in))  # (R, H*N)
-            for feed, of_feed in zip(watched, x.split(counts), strict=True):
-                if feed is not None and feed.watch is not None:
+            for (feed, count), of_feed in zip(taken, x.split(counts), strict=True):
+                if feed.watch is not None and feed.is_last(count):
                     feed.look(of_feed[-1].float().cpu().numpy())
             q = rotate(x.unflatten(-1, (H, N)), table).transpose(0, 1)  # (H, R, N)
-            pieces = zip(states, q.split(counts, dim=1), v_in.split(counts), strict=True)
-            a = torch.cat([self._attend_ring(state, index, *piece) for state, *piece in pieces], dim=1)
-            a = layer_norm(a, eps).to(dtype)  # (H, R, D)
+            pieces = list(zip(q.split(counts, dim=1), v_in.split(counts), strict=True))
+            attended = []
+            for (feed, _), piece in zip(taken, pieces, strict=True):
+                ring = _ring(feed.state).of_pass(index)
+                attended.append(attend_window(*piece, ring, feed.state.position, half_lives=self._half_lives))
+            kept.append([self._newest(*piece) for piece in pieces])
+            a = layer_norm(torch.cat(attended, dim=1), eps).to(dtype)  # (H, R, D)
             y = F.relu(torch.cat([head(a[h]) for h, head in enumerate(model.encoder_v)], dim=-1))
             v = layer_norm(v + layer_norm(model.decoder(x * y), eps), eps)
-        for state, count in zip(states, counts, strict=True):
-            state.position += count
-        return v.split(counts)
+        logits: list[torch.Tensor | None] = []
+        for (feed, count), rows in zip(taken, v.split(counts), strict=True):
+            num_wanted = feed.num_wanted(count)
+            logits.append(self._logits(rows[-num_wanted:]) if num_wanted else None)
+        for number, (feed, count) in enumerate(taken):
+            feed.state.is_torn = True
+            for index, of_pass in enumerate(kept):
+                q, values = of_pass[number]
+                take_in(q, values, _ring(feed.state).of_pass(index), feed.state.position + count - len(values))
+            feed.commit(count, logits[number])
 
-    def _attend_ring(self, state: SequenceState, index: int, q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        ring = _ring(state).of_pass(index)
-        return windowed_attention(q, v, ring, state.position, half_lives=self._half_lives)
+    def _newest(self, q: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What stays in a ring; the rest of a long piece is not to be kept in memory for it."""
+        length = self.window - 1
+        if len(v) <= length:
+            return q, v
+        return q[:, len(v) - length :].clone(), v[len(v) - length :].clone()
 
 
 class WindowKernelStepper(KernelStepper):
@@ -186,7 +187,10 @@ class WindowKernelStepper(KernelStepper):
         tokens: np.ndarray,
         positions: np.ndarray,
         starts: np.ndarray,
+        before_writing: Callable[[], None],
         watch: Watch | None,
     ) -> np.ndarray:
         assert isinstance(recurrence, WindowedRecurrence)
-        return recurrence.read_window(tokens, positions, starts, [_ring(state) for state in states], watch)
+        return recurrence.read_window(
+            tokens, positions, starts, [_ring(state) for state in states], watch, before_writing
+        )

@@ -60,6 +60,18 @@ def windowed_attention(
 ) -> torch.Tensor:
     """Attention of the next tokens of a sequence to each other and to the ring, which takes them in.
 
+    Arguments and result are those of :func:`attend_window`.
+    """
+    a = attend_window(q, v, ring, position, half_lives=half_lives)
+    take_in(q, v, ring, position)
+    return a
+
+
+def attend_window(
+    q: torch.Tensor, v: torch.Tensor, ring: Ring, position: int, *, half_lives: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Attention of the next tokens of a sequence to each other and to the ring, which stays as it is.
+
     All scores of the tokens are made at once: feed long texts in pieces.
 
     Args:
@@ -84,17 +96,19 @@ def windowed_attention(
     scores = torch.where((distance >= 1) & (distance <= length), scores, 0)
     if half_lives is not None:
         scores = scores * torch.exp2(-(distance - 1).clamp(0, length) / half_lives[:, None, None]).to(scores.dtype)
-    a = scores @ torch.cat([ring.values, v])
-    _take_in(q, v, ring, tokens)
-    return a
+    return scores @ torch.cat([ring.values, v])
 
 
-def _take_in(q: torch.Tensor, v: torch.Tensor, ring: Ring, tokens: torch.Tensor) -> None:
-    length = ring.values.shape[0]
-    newest = slice(-min(length, len(tokens)), None)
-    columns, q = tokens[newest] % length, q[:, newest]
+def take_in(q: torch.Tensor, v: torch.Tensor, ring: Ring, position: int) -> None:
+    """Puts the next tokens of a sequence, q (H, T, N) and v (T, D), into the ring, as far as they stay there."""
+    length, T = ring.values.shape[0], q.shape[1]
+    if length == 0:
+        return
+    newest = slice(-min(length, T), None)
+    q, v = q[:, newest].to(ring.keys.dtype), v[newest].to(ring.keys.dtype)
+    columns = torch.arange(position, position + T, device=q.device)[newest] % length
     ring.keys[:, :, columns] = q.transpose(1, 2)
-    ring.values[columns] = v[newest]
+    ring.values[columns] = v
     pairs = (q.unflatten(-1, (-1, 2)) != 0).any(-1)  # (H, T, N/2)
     missing = ring.fired.shape[-1] * 8 - pairs.shape[-1]
     octets = F.pad(pairs, (0, missing)).unflatten(-1, (-1, 8))

@@ -190,6 +190,8 @@ class Handler:
             await self._keep_unfinished(asked, generation, item)
             asked.writer.take(item)
             return None
+        if completion is not None and completion.snapshot_error is not None:
+            raise _no_room(completion.snapshot_error)
         if completion is not None and completion.snapshot is not None and asked.jobs[item.job].keep_snapshot:
             asked.writer.text(item).extras["state_id"] = await self._saved(asked, generation, item)
         return asked.writer.take(item)
@@ -207,13 +209,15 @@ class Handler:
         try:
             saved = await asyncio.to_thread(states.put, snapshot, owner=generation.caller.id, model=asked.model)
         except (ValueError, DiskFullError) as error:
-            raise ApiError(507, f"the state cannot be kept: {error}", param="bdh.save_state", code="no_room") from error
+            raise _no_room(error) from error
         return saved.id
 
     async def _keep_unfinished(self, asked: Asked, generation: Generation, item: Event) -> None:
         completion, job = item.output.completion, asked.jobs[item.job]
         assert completion is not None
         if completion.snapshot is None:
+            if completion.snapshot_error is not None:
+                log("a text that was cut off cannot be kept", level=logging.ERROR, reason=completion.snapshot_error)
             return
         params = replace(job.params, n=1, max_tokens=job.params.max_tokens - len(completion.token_ids))
         params.seed = None  # the snapshot's generator goes on
@@ -225,14 +229,18 @@ class Handler:
             lambda: TextDecoder.from_state(loaded.tokenizer, params.stop, decoder).flush()
         )
         states = loaded.states
-        saved = await asyncio.to_thread(
-            states.put,
-            replace(completion.snapshot, notes=job.notes),
-            owner=generation.caller.id,
-            model=asked.model,
-            unfinished=asdict(params),
-            text=completion.text.removesuffix(held),
-        )
+        try:
+            saved = await asyncio.to_thread(
+                states.put,
+                replace(completion.snapshot, notes=job.notes),
+                owner=generation.caller.id,
+                model=asked.model,
+                unfinished=asdict(params),
+                text=completion.text.removesuffix(held),
+            )
+        except Exception as error:  # the others of the request are kept nevertheless
+            log("a text that was cut off cannot be kept", level=logging.ERROR, error=error)
+            return
         asked.writer.text(item).extras["state_id"] = saved.id
 
     def _cut_off(self, asked: Asked) -> ApiError:
@@ -262,7 +270,8 @@ async def finish_unfinished(loaded: Loaded) -> None:
             params = SamplingParams(**saved.unfinished or {})
             params.logit_bias = {int(token): bias for token, bias in params.logit_bias.items()}
             (completion,) = await loaded.front.generate(None, params, snapshot=snapshot, keep_snapshot=True)
-            assert completion.snapshot is not None
+            if completion.snapshot is None:
+                raise RuntimeError(completion.error or completion.snapshot_error)
             text = (saved.text or "") + completion.text
             notes = dict(snapshot.notes)
             if notes["kind"] == "chat":
@@ -278,6 +287,10 @@ async def finish_unfinished(loaded: Loaded) -> None:
             log("finished what had been cut off", state=saved.id, tokens=len(completion.token_ids))
         except Exception as error:
             log("could not finish what had been cut off", level=logging.ERROR, error=error, state=saved.id)
+
+
+def _no_room(reason: object) -> ApiError:
+    return ApiError(507, f"the state cannot be kept: {reason}", param="bdh.save_state", code="no_room")
 
 
 def no_state(state_id: str, param: str | None = None) -> ApiError:

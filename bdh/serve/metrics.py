@@ -70,6 +70,7 @@ _TOTALS = {
     "generation_tokens": "Tokens generated.",
     "prefix_cache_hits": "Prompts of which a stored beginning was found.",
     "prefix_cache_tokens": "Tokens that need not be read for that.",
+    "prefix_cache_failures": "Beginnings of prompts that could not be stored.",
 }
 
 

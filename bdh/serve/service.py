@@ -229,6 +229,7 @@ class Service:
             "generation_tokens": stats.generated_tokens,
             "prefix_cache_hits": stats.prefix_cache_hits,
             "prefix_cache_tokens": stats.prefix_cache_tokens,
+            "prefix_cache_failures": stats.prefix_cache_failures,
         }
 
 

@@ -8,7 +8,7 @@ from bdh.generate.async_engine import AsyncEngine
 from bdh.generate.config import EngineConfig
 from bdh.generate.engine import Engine
 from bdh.generate.params import SamplingParams
-from bdh.generate.stepper import TorchStepper
+from bdh.generate.stepper import SequenceState, TorchStepper
 
 
 @pytest.fixture
@@ -171,3 +171,45 @@ def test_a_snapshot_goes_on_through_the_front(front):
         assert part.token_ids + rest.token_ids == whole.token_ids
 
     asyncio.run(run())
+
+
+def test_a_stop_without_memory_for_the_snapshot_ends_its_own_request_only(front, monkeypatch):
+    """It ended the engine's thread."""
+
+    def no_memory(state):
+        raise MemoryError("not a byte")
+
+    async def run():
+        other = asyncio.create_task(front.generate("abc", SamplingParams(max_tokens=300, seed=1)))
+        submission = await front.submit("abc", SamplingParams(max_tokens=10**6, ignore_eos=True))
+        monkeypatch.setattr(SequenceState, "clone", no_memory)
+        outputs = submission.outputs()
+        await anext(outputs)
+        submission.stop()
+        completion = [output async for output in outputs][-1].completion
+        assert (completion.finish_reason, completion.snapshot) == ("abort", None)
+        assert completion.snapshot_error == "not a byte"
+        assert len((await other)[0].token_ids) == 300
+        await idle(front)
+
+    asyncio.run(run())
+    assert front.failure is None
+    assert front.engine.stats().state_bytes == 0
+
+
+def test_an_order_that_fails_does_not_end_the_engine(front, monkeypatch, caplog):
+    def no_memory(*arguments, **keywords):
+        raise MemoryError("not a byte")
+
+    async def run():
+        submission = await front.submit("abc", SamplingParams(max_tokens=300, seed=1))
+        with monkeypatch.context() as patch:
+            patch.setattr(front.engine, "abort", no_memory)
+            submission.stop()
+            assert len(await front.generate("abc", SamplingParams(max_tokens=2))) == 1
+        outputs = [output async for output in submission.outputs()]
+        assert outputs[-1].completion.finish_reason == "length"
+
+    asyncio.run(run())
+    assert front.failure is None
+    assert "could not carry out an order" in caplog.text

@@ -436,10 +436,9 @@ class OfAnotherKind(TorchStepper):
     def _step(self, feeds):
         inner = [Feed(SequenceState("sums", {"sums": f.state.tensors["others"]}, f.state.position), f.tokens, f.logits)
                  for f in feeds]  # fmt: skip
-        results = super()._step(inner)
+        super()._step(inner)
         for feed, done in zip(feeds, inner, strict=True):
-            feed.state.position = done.state.position
-        return results
+            feed.commit(done.num_read, *done.found)
 
 
 def test_a_state_of_another_kind_is_made_from_the_tokens_and_that_is_said(talk, stepper, chat_bytes, tmp_path):

@@ -110,6 +110,7 @@ class Recurrence:
         read_scales: np.ndarray | None = None,
         write_scales: np.ndarray | None = None,
         watch: Watch | None = None,
+        before_writing: Callable[[], None] | None = None,
     ) -> np.ndarray:
         """v behind the last pass, (R, D) float32, of R rows; the states are advanced.
 
@@ -125,6 +126,7 @@ class Recurrence:
             write_scales: float32 (R, H), what the rows count when they are added; None for 1.
             watch: is called behind each pass with its number and x (H*N, R), which is memory of this object. The
                 bits of the result do not depend on it.
+            before_writing: is called when all memory has been taken, just before the first state is written.
         """
         if state_dtype not in self._is_compiled:
             self._is_compiled.add(state_dtype)
@@ -135,11 +137,14 @@ class Recurrence:
         like_states = kernels.FLOAT32 if state_dtype == torch.float32 else kernels.BFLOAT16
         cos, sin = self._array("cos", N // 2, R), self._array("sin", N // 2, R)
         v, x = self._array("v", R, D), self._array("x", H * N, R)
+        a, parts = self._array("a", R, H, D), self._array("parts", self._num_parts, R, D)
         if read_scales is None or write_scales is None:
             read_scales = write_scales = np.ones((R, H), np.float32)
         with exclusive():
             kernels.rotations(positions, self._turns, cos, sin)
             kernels.begin(self._embed, tokens, v, self.weights.eps)
+            if before_writing is not None:
+                before_writing()
             for some in passes_at_once(L, watch):
                 kernels.passes(
                     len(some),
@@ -156,8 +161,8 @@ class Recurrence:
                     write_scales,
                     v,
                     x,
-                    self._array("a", R, H, D),
-                    self._array("parts", self._num_parts, R, D),
+                    a,
+                    parts,
                     self.weights.eps,
                 )
                 if watch is not None:
@@ -166,10 +171,25 @@ class Recurrence:
 
     def logits(self, v: np.ndarray) -> torch.Tensor:
         """float32 (R, V) of rows of v (R, D)."""
-        out = np.empty((self.weights.lm_head.shape[0], len(v)), np.float32)
-        with exclusive():
-            kernels.project(self._like, self.weights.lm_head.data_ptr(), np.ascontiguousarray(v), out, False)
-        return torch.from_numpy(out).t().contiguous()
+        return self.prepare_logits(range(len(v)))(v)
+
+    def prepare_logits(self, rows: Sequence[int]) -> Callable[[np.ndarray], torch.Tensor]:
+        """What computes the logits (len(rows), V) of these rows of a v (R, D), and takes no memory any more."""
+        weight = self.weights.lm_head
+        index = np.array(rows, np.int64)
+        chosen = np.empty((len(index), weight.shape[1]), np.float32)
+        out = np.empty((weight.shape[0], len(index)), np.float32)
+        logits = torch.empty(len(index), weight.shape[0])
+
+        def run(v: np.ndarray) -> torch.Tensor:
+            if len(index):
+                np.take(v, index, axis=0, out=chosen, mode="clip")  # other modes take memory
+                with exclusive():
+                    kernels.project(self._like, weight.data_ptr(), chosen, out, False)
+                logits.copy_(torch.from_numpy(out).t())
+            return logits
+
+        return run
 
     def _array(self, name: str, *shape: int) -> np.ndarray:
         """Memory of this shape, with anything in it, kept from call to call."""

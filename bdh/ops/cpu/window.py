@@ -14,7 +14,7 @@ Rings come by address: of each pass and sequence the keys (H, N, C), the marks (
 (W - 1, D), as :class:`bdh.ops.window.Ring` has them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numba import prange
@@ -217,6 +217,7 @@ class WindowedRecurrence(Recurrence):
         starts: np.ndarray,
         rings: Sequence[Ring],
         watch: Watch | None = None,
+        before_writing: Callable[[], None] | None = None,
     ) -> np.ndarray:
         """v behind the last pass, (R, D) float32, of R rows; the rings are advanced.
 
@@ -227,7 +228,7 @@ class WindowedRecurrence(Recurrence):
             positions: int64 (R,), absolute.
             starts: int64 (sequences + 1,): the rows of sequence s are ``starts[s]`` to ``starts[s + 1]``.
             rings: of each sequence, for all passes, contiguous and on the CPU.
-            watch: as :meth:`Recurrence.read`.
+            watch, before_writing: as :meth:`Recurrence.read`.
         """
         if not self._window_is_compiled:
             self._window_is_compiled = True
@@ -237,9 +238,13 @@ class WindowedRecurrence(Recurrence):
         R, columns = len(tokens), rings[0].keys.shape[-1]
         cos, sin = self._array("cos", N // 2, R), self._array("sin", N // 2, R)
         v, x, addresses = self._array("v", R, D), self._array("x", H * N, R), self._addresses(rings)
+        a, scores = self._array("a", R, H, D), self._array("scores", self._num_parts, R, columns)
+        parts = self._array("parts", self._num_parts, R, D)
         with exclusive():
             kernels.rotations(positions, self._turns, cos, sin)
             kernels.begin(self._embed, tokens, v, self.weights.eps)
+            if before_writing is not None:
+                before_writing()
             for some in passes_at_once(L, watch):
                 window_passes(
                     len(some),
@@ -255,9 +260,9 @@ class WindowedRecurrence(Recurrence):
                     sin,
                     v,
                     x,
-                    self._array("a", R, H, D),
-                    self._array("scores", self._num_parts, R, columns),
-                    self._array("parts", self._num_parts, R, D),
+                    a,
+                    scores,
+                    parts,
                     self.weights.eps,
                 )
                 if watch is not None:
