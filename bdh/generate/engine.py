@@ -24,6 +24,8 @@ from bdh.generate.sequence import Sequence as Running
 from bdh.generate.snapshot import Snapshot
 from bdh.generate.stats import EngineStats
 from bdh.generate.stepper import Feed, SequenceState, Stepper, make_stepper
+from bdh.model.checksum import checksum
+from bdh.model.kernels import expect_changes
 from bdh.model.modeling import BDHForCausalLM
 from bdh.model.text import Prompt, encode_prompt, end_token_ids
 
@@ -77,14 +79,16 @@ class Engine:
             raise ValueError(
                 f"max_state_bytes is {max_bytes:,}: must be at least {self.stepper.state_bytes:,}, the state of one sequence"
             )
-        self._prefixes = PrefixStore(self.config.prefix_cache_bytes) if self.config.prefix_cache_bytes else None
+        self._prefixes: PrefixStore | None = None
+        if self.config.prefix_cache_bytes:
+            self._prefixes = PrefixStore(self.config.prefix_cache_bytes, lambda: checksum(model.state_dict().values()))
         self._ends = frozenset(end_token_ids(model, tokenizer))
         self._numbers = itertools.count()
         self._waiting: deque[Request] = deque()
         self._running: dict[int, Request] = {}
         self._outputs: list[StepOutput] = []  # of requests that were aborted between two steps
         # Beginnings to be stored before anything is fed again: no token waits for the copying.
-        self._to_store: list[tuple[list[int], SequenceState, torch.Tensor | None]] = []
+        self._to_store: list[tuple[list[int], SequenceState, torch.Tensor | None, bytes]] = []
         # What a step is working on: where it does not come to its end, nobody can vouch for these.
         self._in_hand: deque[Request] = deque()
         self._started: list[int] = []
@@ -338,6 +342,7 @@ class Engine:
     def _begin(self, request: Request) -> None:
         """Gives a request's first sequence its state, as far on as one is known."""
         sequence, snapshot = request.sequences[0], request.snapshot
+        expect_changes(self.model)
         if snapshot is not None:
             sequence.state = self._pool.take(copy_of=snapshot.state)
             sequence.logits = snapshot.logits
@@ -352,7 +357,7 @@ class Engine:
             sequence.state = self._pool.take(copy_of=state)
             sequence.logits, sequence.num_cached_tokens = logits, known
             sequence.pending = sequence.pending[known:]
-            request.places = self._prefixes.places(sequence.tokens, known)
+            request.places, request.weights = self._prefixes.places(sequence.tokens, known), self._prefixes.weights
 
     def _feeds(self) -> list[tuple[Request, Running, int]]:
         """Which sequences read how many of their tokens in this step; 0 where logits are there already."""
@@ -452,16 +457,17 @@ class Engine:
         position = sequence.state.position
         if position in request.places:
             request.places.discard(position)
-            self._to_store.append((sequence.tokens[:position], sequence.state, sequence.logits))
+            prefix = sequence.tokens[:position]
+            self._to_store.append((prefix, sequence.state, sequence.logits, request.weights))
 
     def _store_prefixes(self) -> None:
         """Copies the states that were marked; they have not been fed since, nor used for another sequence."""
         marked, self._to_store = self._to_store, []
-        for tokens, state, logits in marked:
+        for tokens, state, logits, weights in marked:
             if self._prefixes is None:
                 continue
             try:
-                self._prefixes.put(tokens, state, logits)
+                self._prefixes.put(tokens, state, logits, weights)
             except Exception as error:  # which costs time later, but no text
                 self._counters.prefix_cache_failures += 1
                 _log.warning(

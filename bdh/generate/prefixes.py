@@ -1,6 +1,6 @@
 """Which states an engine puts into its cache of prefixes, and when."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -18,13 +18,21 @@ class PrefixStore:
     That is where an earlier prompt has parted from it, which shows what they have in common; at its end; and, of a long
     prompt of which most is new, at a few places before its end instead, since what follows with the second prompt is
     likely to differ in its last part only. No two are close to each other, or to the beginning.
+
+    Args:
+        weights: the checksum of the model's weights as they are. States that other weights have read are forgotten.
     """
 
-    def __init__(self, max_bytes: int):
+    def __init__(self, max_bytes: int, weights: Callable[[], bytes]):
         self.cache = PrefixCache(max_bytes)
+        self._checksum = weights
+        self.weights = b""
+        """The checksum of the weights that have read all of the cache's states."""
 
     def find(self, tokens: Sequence[int]) -> tuple[int, SequenceState | None, torch.Tensor | None]:
         """The longest known beginning: its length, its state, which is not to be advanced, and the logits behind it."""
+        if len(tokens) >= _WORTH_A_STATE_TOKENS:  # none is stored for fewer
+            self._forget_other_weights()
         return self.cache.find(tokens)
 
     def places(self, tokens: Sequence[int], num_known: int) -> set[int]:
@@ -41,5 +49,14 @@ class PrefixStore:
                 places.add(place)
         return places
 
-    def put(self, tokens: Sequence[int], state: SequenceState, logits: torch.Tensor | None) -> None:
-        self.cache.put(tokens, state, logits)
+    def put(self, tokens: Sequence[int], state: SequenceState, logits: torch.Tensor | None, weights: bytes) -> None:
+        """Stores a state, unless the weights are not those, by their checksum, that began to read its tokens."""
+        self._forget_other_weights()
+        if weights == self.weights:
+            self.cache.put(tokens, state, logits)
+
+    def _forget_other_weights(self) -> None:
+        weights = self._checksum()
+        if weights != self.weights:
+            self.cache.clear()
+        self.weights = weights

@@ -17,6 +17,7 @@ class Request:
         self.make = make
         self.num_reserved = first.params.n
         self.places: set[int] = set()  # where the state on the way through the prompt is stored
+        self.weights = b""  # the checksum of those that began to read it, where there are such places
         self.ended: set[int] = set()  # continuations whose last output is among the engine's
 
     @property
