@@ -88,8 +88,8 @@ class Base:
         ]
         if changed:
             raise ValueError(
-                f"merge is False: the run's model has more than adapters that its base has not ({'; '.join(changed)}), and "
-                "adapters alone would lose it: merge them (train.lora.merge true, bdh export --merge true)"
+                f"merge is False: the run's model differs from its base in more than adapters ({'; '.join(changed)}), which "
+                "adapters alone would lose: merge them (train.lora.merge true, bdh export --merge true)"
             )
 
     def folders(self, stored_in: Path) -> list[Path]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.model.configuration import one_line_type_faults
@@ -23,6 +23,10 @@ from bdh.train.runtime import choose_runtime
 
 TOKENIZER_FOLDER = "tokenizer"
 _logger = standard_logging.getLogger(__name__)
+_ADVICE = (
+    "Nothing was merged. Bring that model back, or say where it is with --base (of bdh generate, chat, eval and serve, and "
+    "of bdh export, which merges the adapters for all other commands)"
+)
 
 
 class OtherBaseError(ValueError):
@@ -118,19 +122,19 @@ def open_model(
         raise FileNotFoundError(f"{name} holds no model: it has neither config.json nor checkpoints")
     if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
         raise FileNotFoundError(f"there is no folder {name}")  # a hub id is NAME or ORGANISATION/NAME
-    model = _pretrained(name, is_local=path.exists(), commit=commit)
-    if path.exists():
-        return OpenedModel(Base(name, folder), model, TokenizerConfig(path=name))
-    place = Base(name, commit=getattr(model.config, "_commit_hash", None))
+    is_local = path.exists()
+    model, commit = _pretrained(name, is_local=is_local, commit=commit)
+    place = Base(name, folder if is_local else None, commit=commit)
     return OpenedModel(place, model, TokenizerConfig(path=name))
 
 
-def open_base(base: Base, stored_in: Path, *, given: str | None = None) -> OpenedModel:
+def open_base(base: Base, stored_in: Path, *, given: str | None = None, advice: str = _ADVICE) -> OpenedModel:
     """Finds the model of a record again: where the record says, seen from its folder or by its absolute path.
 
     Args:
         stored_in: the folder that holds the record.
         given: where to look instead, as the name of :func:`load_model`.
+        advice: the end of the error, which says what can be done.
 
     Raises:
         FileNotFoundError: there is no such model.
@@ -169,7 +173,7 @@ def open_base(base: Base, stored_in: Path, *, given: str | None = None) -> Opene
     error_type = OtherBaseError if is_other else FileNotFoundError
     raise error_type(
         f"{stored_in} needs the model that its adapters were trained beside, {base.describe()}, which is not found: "
-        f"{'; '.join(dict.fromkeys(faults))}. Nothing was merged. Bring that model back, or say where it is with --base"
+        f"{'; '.join(dict.fromkeys(faults))}. {advice}"
     )
 
 
@@ -185,15 +189,15 @@ def check_base(base: Base, stored_in: Path, *, merge: bool) -> None:
     if base.commit is not None:  # what a commit holds does not change
         return
     try:
-        open_base(base, stored_in)
+        open_base(base, stored_in, advice="The checkpoints of the run hold its weights")
     except FileNotFoundError as error:
-        _logger.warning("the run continues with the weights in its checkpoints, though: %s", error)
+        _logger.warning("%s, with which it continues", error)
     except OtherBaseError as error:
         if not merge:
             raise OtherBaseError(
-                f"{error}; or continue the run, which has the base's weights in its checkpoints, with --train.lora.merge true"
+                f"{error}: continue it with --train.lora.merge true, to export whole weights, or bring that model back"
             ) from error
-        _logger.warning("the run continues with the weights in its checkpoints, though: %s", error)
+        _logger.warning("%s, with which it continues", error)
 
 
 def _open_place(base: Base, place: str, *, is_hub_id: bool) -> OpenedModel:
@@ -264,11 +268,16 @@ def run_weights(checkpoint: Checkpoint, *, ema: bool) -> dict[str, torch.Tensor]
     return checkpoint.tensors("weights") | average  # frozen weights have none
 
 
-def _pretrained(name: str, *, is_local: bool, commit: str | None = None) -> BDHForCausalLM:
+def _pretrained(name: str, *, is_local: bool, commit: str | None) -> tuple[BDHForCausalLM, str | None]:
+    """The model, and from the hub the hash of its commit."""
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # what its tables of warnings say is an error here
     try:
+        if not is_local:  # the cache of the hub has a folder for each commit
+            file = cached_file(name, "config.json", revision=commit)
+            assert file is not None  # what is missing raises
+            commit = Path(file).parent.name
         config = _pretrained_config(name, commit)
         loaded: Any = BDHForCausalLM.from_pretrained(
             name, config=config, revision=commit or "main", output_loading_info=True, ignore_mismatched_sizes=True
@@ -280,7 +289,7 @@ def _pretrained(name: str, *, is_local: bool, commit: str | None = None) -> BDHF
             f"{key} is {tuple(has)}, not {tuple(needs)}" for key, has, needs in report["mismatched_keys"]
         ):
             raise ValueError(f"the weights of {name} do not have the shapes of its config.json: {'; '.join(wrong)}")
-        return model
+        return model, commit
     except SafetensorError as error:
         raise ValueError(f"the weights of {name} are cut off or damaged: {error}") from error
     except RuntimeError as error:  # sizes that no machine has room for

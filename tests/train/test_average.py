@@ -116,5 +116,5 @@ def test_models_that_compute_differently_are_not_averaged(train, tmp_path, capsy
     assert train(tmp_path / "decay", **short, **{"model.decay": 8}) == 0
     capsys.readouterr()
     assert main(["average", str(tmp_path / "run"), str(tmp_path / "decay"), "--out", str(tmp_path / "out")]) == 2
-    assert "half_lives is ['8.0', '8.0'], not None" in capsys.readouterr().err
+    assert "half_lives is ['8.0', '16.0'], not None" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

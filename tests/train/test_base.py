@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -15,7 +17,6 @@ from bdh.train.models import load_model
 
 from .conftest import losses, weights
 from .test_lora import LORA, logits_of
-from .test_run import assert_same_run
 
 peft = pytest.importorskip("peft")
 ALONE = {"train.lora.merge": "false"}
@@ -100,7 +101,6 @@ def test_a_base_that_was_trained_on_is_refused_by_every_command(adapt, train, ba
         ["average", adapters, "--out", str(tmp_path / "out")],
         ["convert", adapters, str(tmp_path / "out"), "--to-reference"],
         ["bench", "decode", "--model", adapters, "--quick"],
-        ["serve", adapters, "--port", "0"],
         ["train", "--train.init_from", adapters, "--run_dir", str(tmp_path / "out"), "--data.source", "pydoc"],
     ):
         capsys.readouterr()
@@ -109,6 +109,12 @@ def test_a_base_that_was_trained_on_is_refused_by_every_command(adapt, train, ba
         for part in (expected[:12], found[:12], str(base / "model"), "other weights", "--base"):
             assert part in shown, command
         assert not (tmp_path / "out").exists()
+    # In a process of its own, whose log it configures.
+    served = subprocess.run(
+        [sys.executable, "-m", "bdh", "serve", adapters, "--port", "0"], capture_output=True, text=True, timeout=120
+    )
+    assert served.returncode == 1
+    assert "other weights" in served.stderr
 
 
 def test_adapters_of_a_run_keep_to_its_checkpoint_when_it_trains_on(adapt, base, tmp_path, capsys):
@@ -218,8 +224,9 @@ def test_a_resumed_run_checks_its_base(adapt, base, tmp_path, caplog, capsys):
     assert len(losses(tmp_path / "run")) == 2
     shutil.copytree(tmp_path / "run", tmp_path / "run2")
     assert main(resume) == 0
-    assert "the run continues with the weights in its checkpoints, though" in caplog.text
-    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    assert "The checkpoints of the run hold its weights, with which it continues" in caplog.text
+    resumed = weights(tmp_path / "run")
+    assert all(torch.equal(resumed[name], weight) for name, weight in weights(tmp_path / "whole").items())
     caplog.clear()
     shutil.rmtree(base)
     assert main(["train", "--run_dir", str(tmp_path / "run2"), "--resume", "--train.lora.merge", "false"]) == 0
@@ -273,11 +280,11 @@ def test_a_decay_that_the_base_has_not_is_not_lost_with_adapters_alone(adapt, ba
     """peft merged them into a model without it."""
     decay = {"model.decay": 8}
     assert adapt(tmp_path / "run", base / "model", **decay, **ALONE) == 2
-    assert "half_lives is ['8.0', '8.0']" in capsys.readouterr().err
+    assert "half_lives is ['8.0', '16.0'], in " in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     assert adapt(tmp_path / "run", base / "model", **decay) == 0
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--merge", "false"]) == 2
-    assert "half_lives is ['8.0', '8.0']" in capsys.readouterr().err
+    assert "half_lives is ['8.0', '16.0'], in " in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
