@@ -37,7 +37,8 @@ def run(argv: list[str]) -> int:
         ExportSettings,
         argv,
         prog="bdh export",
-        description="Write the weights of a run, or adapters merged into their base, as a folder that from_pretrained loads, with its model card.",
+        description="Write the weights of a run, or adapters merged into their base, as a folder that from_pretrained "
+        "loads, with its model card.",
         positionals=("run", "out"),
     )
     from bdh.train.export import export_merged, export_run

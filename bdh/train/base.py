@@ -27,6 +27,8 @@ class Base:
     """The same, seen from the folder that this record is stored in; None where there is no such path."""
     step: int | None = None
     """Of a run: the step of the checkpoint."""
+    export_step: int | None = None
+    """Of an export: the step of the checkpoint that it was made of, where it says so."""
     commit: str | None = None
     """Of a model of the hub: the hash of the commit."""
     identity: Identity | None = None
@@ -41,6 +43,7 @@ class Base:
     def describe(self) -> str:
         """In a line, for a person."""
         which = [] if self.step is None else [f"checkpoint of step {self.step}"]
+        which += [] if self.export_step is None else [f"export of step {self.export_step}"]
         which += [] if self.commit is None else [f"commit {self.commit[:12]}"]
         which += [] if self.fingerprint is None else [f"fingerprint {self.fingerprint[:12]}"]
         return f"{self.name} ({', '.join(which)})" if which else self.name
@@ -51,7 +54,8 @@ class Base:
 
     def summary(self) -> dict[str, Any]:
         """For the configuration of a model that adapters were merged into."""
-        return {"name": self.name, "step": self.step, "commit": self.commit, "fingerprint": self.fingerprint}
+        step = self.export_step if self.step is None else self.step
+        return {"name": self.name, "step": step, "commit": self.commit, "fingerprint": self.fingerprint}
 
     def facts(self) -> dict[str, Any]:
         """All of it, in JSON's types."""
@@ -93,13 +97,19 @@ class Base:
             )
 
     def folders(self, stored_in: Path) -> list[Path]:
-        """Where a local model may be, by the record that lies in the folder ``stored_in``."""
+        """Where a local model should be, by the record that lies in the folder ``stored_in``."""
         found = []
         if self.relative_folder is not None:
             found.append(Path(os.path.normpath(stored_in.resolve() / self.relative_folder)))
         if self.folder is not None:
             found.append(Path(self.folder))
         return list(dict.fromkeys(found))
+
+    def others(self, folder: Path) -> list[Path]:
+        """Where the same weights may be besides: a run's checkpoint has those of its export, or the other way round."""
+        export, run = folder / "model", folder.parent
+        found = [export] if self.step is not None and (export / "config.json").is_file() else []
+        return found + ([run] if self.export_step is not None and (run / "checkpoints").is_dir() else [])
 
     def seen_from(self, folder: Path, *, stored_in: Path | None = None) -> "Base":
         """The record as it is to be stored in ``folder``.
@@ -118,7 +128,7 @@ class Base:
         return replace(self, folder=str(place), relative_folder=relative)
 
 
-_PLACE = ("name", "folder", "relative_folder", "step", "commit")
+_PLACE = ("name", "folder", "relative_folder", "step", "export_step", "commit")
 
 
 def write_base(folder: Path, base: Base) -> None:

@@ -58,6 +58,7 @@ def export_run(
     model.config.train_data = {
         "source": facts["source"],
         "fingerprint": checkpoint.training["data_fingerprint"],
+        "step": checkpoint.step,
     }
     if lora.r and base is not None:
         model.config.merged_adapters = {

@@ -123,8 +123,9 @@ def open_model(
     if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
         raise FileNotFoundError(f"there is no folder {name}")  # a hub id is NAME or ORGANISATION/NAME
     is_local = path.exists()
-    model, commit = _pretrained(name, is_local=is_local, commit=commit)
-    place = Base(name, folder if is_local else None, commit=commit)
+    model, commit = _pretrained(name, is_local=is_local, commit=None if is_local else commit)
+    step = (getattr(model.config, "train_data", None) or {}).get("step")
+    place = Base(name, folder, export_step=step) if is_local else Base(name, commit=commit)
     return OpenedModel(place, model, TokenizerConfig(path=name))
 
 
@@ -147,26 +148,30 @@ def open_base(base: Base, stored_in: Path, *, given: str | None = None, advice: 
             given or base.name,
             stored_in,
         )
+    others: list[str] = []
     if given is not None:
         places = [given]
     elif base.folder is not None:
-        places = [str(folder) for folder in base.folders(stored_in)]
-        # A run's export often has the same weights, and stays when the checkpoint is removed.
-        places += [] if base.step is None else [str(folder / "model") for folder in base.folders(stored_in)]
+        folders = base.folders(stored_in)
+        others = [str(other) for folder in folders for other in base.others(folder)]
+        places = [*map(str, folders), *others]
     else:
         places = [base.name]
-    faults = []
+    faults: list[str] = []
     is_other = False
     for place in places:
         try:
             opened = _open_place(base, place, is_hub_id=base.folder is None or given is not None)
         except (FileNotFoundError, ValueError) as error:
             faults.append(str(error))
+            is_other = is_other or isinstance(error, OtherBaseError)  # of a base that is adapters itself
             continue
         if base.identity is None:
             return opened
         here = opened.identity(getattr(torch, base.dtype))
         if not (difference := here.difference(base.identity)):
+            if place in others:
+                _logger.warning("%s is not there: %s has the same weights, and is taken", base.describe(), place)
             return opened
         is_other = True
         faults.append(f"{opened.place.describe()}: {difference} (fingerprint {here.fingerprint[:12]})")
@@ -204,8 +209,9 @@ def _open_place(base: Base, place: str, *, is_hub_id: bool) -> OpenedModel:
     path = Path(place)
     if not is_hub_id and not path.is_dir():
         raise FileNotFoundError(f"there is no folder {place}")
-    step = str(base.step) if base.step is not None and is_run(path) else None
-    return open_model(place, checkpoint=step, commit=base.commit if place == base.name else None)
+    step = base.export_step if base.step is None else base.step
+    checkpoint = str(step) if step is not None and is_run(path) else None
+    return open_model(place, checkpoint=checkpoint, commit=base.commit if place == base.name else None)
 
 
 def is_run(folder: Path) -> bool:

@@ -69,7 +69,7 @@ def test_adapters_record_the_export_that_they_were_trained_beside(adapt, base, t
     record = record_of(tmp_path / "run" / "model")
     assert record["fingerprint"] == fingerprint(load_model(str(base / "model"))[0])
     assert (record["folder"], record["relative_folder"]) == (str(base / "model"), "../../base/model")
-    assert (record["step"], record["commit"]) == (None, None)
+    assert (record["step"], record["export_step"], record["commit"]) == (None, 4, None)
     assert json.loads((tmp_path / "run/model/adapter_config.json").read_text())["base_model_name_or_path"] == str(
         base / "model"
     )
@@ -92,6 +92,7 @@ def test_a_base_that_was_trained_on_is_refused_by_every_command(adapt, train, ba
     adapters = str(tmp_path / "run" / "model")
     expected = record_of(tmp_path / "run" / "model")["fingerprint"]
     train_on(base)
+    shutil.rmtree(base / "checkpoints" / "step-0000004")
     found = fingerprint(load_model(str(base / "model"))[0])
     for command in (
         ["generate", adapters, "--prompt", "a"],
@@ -117,6 +118,13 @@ def test_a_base_that_was_trained_on_is_refused_by_every_command(adapt, train, ba
     assert "other weights" in served.stderr
 
 
+def test_the_checkpoint_of_a_replaced_export_stands_in_for_it(adapt, base, tmp_path):
+    assert adapt(tmp_path / "run", base / "model", **ALONE) == 0
+    before = logits_of(load_model(str(tmp_path / "run" / "model"))[0])
+    train_on(base)
+    assert torch.equal(logits_of(load_model(str(tmp_path / "run" / "model"))[0]), before)
+
+
 def test_adapters_of_a_run_keep_to_its_checkpoint_when_it_trains_on(adapt, base, tmp_path, capsys):
     """They were merged into the newest checkpoint."""
     assert adapt(tmp_path / "run", base, **ALONE) == 0
@@ -133,11 +141,12 @@ def test_adapters_of_a_run_keep_to_its_checkpoint_when_it_trains_on(adapt, base,
     assert f"there is no checkpoint of step 4 in {base / 'checkpoints'}: there are 2, 6, 8" in shown
 
 
-def test_the_export_of_the_pinned_checkpoint_stands_in_for_it(adapt, base, tmp_path):
+def test_the_export_of_the_pinned_checkpoint_stands_in_for_it(adapt, base, tmp_path, caplog):
     assert adapt(tmp_path / "run", base, **ALONE) == 0
     before = logits_of(load_model(str(tmp_path / "run" / "model"))[0])
     shutil.rmtree(base / "checkpoints")
     assert torch.equal(logits_of(load_model(str(tmp_path / "run" / "model"))[0]), before)
+    assert f"{base / 'model'} has the same weights, and is taken" in caplog.text
 
 
 def test_a_base_is_found_from_any_working_folder_and_after_moves(adapt, base, tmp_path, capsys, monkeypatch):
@@ -173,7 +182,7 @@ def test_another_model_given_as_the_base_is_refused(adapt, train, base, tmp_path
     stranger = str(tmp_path / "stranger" / "model")
     status, shown = text_of(tmp_path / "run" / "model", capsys, "--base", stranger)
     assert status == 2
-    assert f"{stranger}: the same configuration with other weights" in shown
+    assert f"{stranger} (export of step 4): the same configuration with other weights" in shown
     status, shown = text_of(base / "model", capsys, "--base", stranger)
     assert (status, "is no folder of adapters: leave it out" in shown) == (2, True)
 
@@ -217,6 +226,7 @@ def test_a_resumed_run_checks_its_base(adapt, base, tmp_path, caplog, capsys):
     assert adapt(tmp_path / "run", base / "model", **{"train.stop_at_step": 2}) == 0
     resume = ["train", "--run_dir", str(tmp_path / "run"), "--resume"]
     change(base / "model" / "model.safetensors")
+    shutil.rmtree(base / "checkpoints")
     assert main([*resume, "--train.lora.merge", "false"]) == 2
     shown = capsys.readouterr().err
     assert "other weights" in shown
@@ -273,6 +283,7 @@ def test_adapters_beside_adapters_are_checked_at_both_levels(adapt, base, tmp_pa
     assert text_of(second, capsys) == text_of(tmp_path / "merged", capsys)
     change(tmp_path / "first" / "model" / "adapter_model.safetensors")
     status, shown = text_of(second, capsys)
+    assert main(["train", "--run_dir", str(tmp_path / "second"), "--resume", "--train.max_steps", "6"]) == 2
     assert (status, f"{tmp_path / 'first' / 'model'}: the same configuration with other weights" in shown) == (2, True)
 
 
