@@ -106,7 +106,9 @@ class Base:
         return list(dict.fromkeys(found))
 
     def others(self, folder: Path) -> list[Path]:
-        """Where the same weights may be besides: a run's checkpoint has those of its export, or the other way round."""
+        """Where its weights may be if ``folder`` has others by now: a run has them twice, in a checkpoint and its export."""
+        if not folder.is_dir():
+            return []
         export, run = folder / "model", folder.parent
         found = [export] if self.step is not None and (export / "config.json").is_file() else []
         return found + ([run] if self.export_step is not None and (run / "checkpoints").is_dir() else [])
@@ -145,16 +147,16 @@ def read_base(folder: Path) -> Base | None:
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
         return None
-    record = folder / BASE_FILE
-    if record.is_file():
-        try:
-            return Base.from_facts(json.loads(record.read_text(encoding="utf-8")))
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{record} is cut off or damaged: {error!r}") from error
     try:
         name = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} does not say which model the adapters belong to: {error!r}") from error
     if not isinstance(name, str):
         raise ValueError(f"{path} does not say which model the adapters belong to: base_model_name_or_path is {name!r}")
-    return Base(name)
+    record = folder / BASE_FILE
+    if not record.is_file():
+        return Base(name)
+    try:
+        return Base.from_facts(json.loads(record.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{record} is cut off or damaged: {error!r}") from error

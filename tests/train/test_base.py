@@ -198,6 +198,14 @@ def test_adapters_without_a_record_are_loaded_and_announced(adapt, base, tmp_pat
     assert "cannot be verified" in caplog.text
 
 
+def test_a_damaged_record_is_refused(adapt, base, tmp_path, capsys):
+    assert adapt(tmp_path / "run", base / "model", **ALONE) == 0
+    record = tmp_path / "run" / "model" / "base_model.json"
+    record.write_text(record.read_text()[:100])
+    status, shown = text_of(tmp_path / "run" / "model", capsys)
+    assert (status, "base_model.json is cut off or damaged" in shown) == (2, True)
+
+
 def forget_base(run):
     """Takes the record out of a run's checkpoints, as those of earlier versions are."""
     from bdh.train.checkpoint import _facts

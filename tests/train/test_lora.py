@@ -214,10 +214,6 @@ def test_adapters_whose_base_is_gone_or_unnamed_are_refused(adapt, base, tmp_pat
     capsys.readouterr()
     assert main(["generate", str(tmp_path / "run" / "model"), "--prompt", "a"]) == 2
     assert f"there is no folder {base}" in capsys.readouterr().err
-    (tmp_path / "run" / "model" / "base_model.json").write_text("{")
-    assert main(["generate", str(tmp_path / "run" / "model"), "--prompt", "a"]) == 2
-    assert "base_model.json is cut off or damaged" in capsys.readouterr().err
-    (tmp_path / "run" / "model" / "base_model.json").unlink()
     (tmp_path / "run" / "model" / "adapter_config.json").write_text("{}")
     assert main(["generate", str(tmp_path / "run" / "model"), "--prompt", "a"]) == 2
     assert "does not say which model the adapters belong to" in capsys.readouterr().err
