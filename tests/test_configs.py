@@ -34,7 +34,7 @@ def test_the_configuration_of_serve_has_every_setting_with_its_default():
     assert settings == ServeSettings(model="model")
     given = yaml.safe_load((FOLDER / "serve.yaml").read_text())
     expected = asdict(settings)
-    for name in ("model", "checkpoint", "device"):  # of the command line
+    for name in ("model", "checkpoint", "base", "device"):  # of the command line
         del expected[name]
     assert given == expected
 

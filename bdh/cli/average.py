@@ -40,24 +40,30 @@ def run(argv: list[str]) -> int:
     import torch
 
     from bdh.model.averaging import average_weights
+    from bdh.model.fingerprint import identity
     from bdh.tokenizer import TextEncoder
     from bdh.train.export import export_model
     from bdh.train.models import load_model
 
     first, tokenizer = load_model(settings.models[0], device="cpu")
     tokenizer_hash = TextEncoder(tokenizer).hash
+    ours = identity(first).configuration
+    first.config.__dict__.pop("merged_adapters", None)  # of the first alone
 
     def state_dicts() -> Iterator[dict[str, torch.Tensor]]:
         for name in settings.models:
             model, its_tokenizer = load_model(name, device="cpu")
-            if model.config.n_layer != first.config.n_layer:
-                raise ValueError(
-                    f"{name} has {model.config.n_layer} passes, {settings.models[0]} {first.config.n_layer}: only models "
-                    "of one shape can be averaged"
-                )
             if TextEncoder(its_tokenizer).hash != tokenizer_hash:
                 raise ValueError(
                     f"{name} has another tokenizer than {settings.models[0]}: their tokens differ in meaning"
+                )
+            theirs = identity(model).configuration
+            if differing := [
+                f"{key} is {theirs[key]}, not {value}" for key, value in ours.items() if theirs[key] != value
+            ]:
+                raise ValueError(
+                    f"{name} has another configuration than {settings.models[0]}, so they cannot be averaged: "
+                    f"{', '.join(differing)}"
                 )
             yield model.state_dict()
 

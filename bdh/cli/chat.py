@@ -45,6 +45,8 @@ class ChatSettings(ChatOptions):
     """How they hold the state."""
     checkpoint: str | None = None
     """For a run: last (the default), best, or a step."""
+    base: str | None = None
+    """For adapters: where the model that they were trained beside is now, by default where it was."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
 
@@ -69,7 +71,9 @@ def run(argv: list[str]) -> int:
     from bdh.generate.stepper import make_stepper
     from bdh.train.models import load_model
 
-    model, tokenizer = load_model(settings.model, checkpoint=settings.checkpoint, device=settings.device)
+    model, tokenizer = load_model(
+        settings.model, checkpoint=settings.checkpoint, base=settings.base, device=settings.device
+    )
     conversation = Conversation(
         make_stepper(model, path=settings.path, weights=settings.weights, state=settings.state, window=settings.window),
         tokenizer,

@@ -53,6 +53,8 @@ class EvalSettings:
     """Needle: of the facts and the places."""
     checkpoint: str | None = None
     """For a run: last (the default), best, or a step."""
+    base: str | None = None
+    """For adapters: where the model that they were trained beside is now, by default where it was."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     json: bool = False
@@ -115,7 +117,9 @@ def run(argv: list[str]) -> int:
         _check_harness()
     from bdh.train.models import load_model
 
-    model, tokenizer = load_model(settings.model, checkpoint=settings.checkpoint, device=settings.device)
+    model, tokenizer = load_model(
+        settings.model, checkpoint=settings.checkpoint, base=settings.base, device=settings.device
+    )
     if len(tokenizer) != model.config.vocab_size:
         raise ValueError(f"the tokenizer has {len(tokenizer)} entries, the model {model.config.vocab_size}")
     if settings.tasks:

@@ -1,15 +1,17 @@
-"""bdh export: writes a run's weights as a model folder."""
+"""bdh export: writes a run's weights, or adapters merged into their base, as a model folder."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from bdh.cli.settings import parse_settings
+from bdh.train.config import ADAPTER_CONFIG
+from bdh.validation import Faults
 
 
 @dataclass
 class ExportSettings:
     run: str
-    """Folder of the run."""
+    """Folder of the run; or of adapters, which are merged into the model that they were trained beside."""
     out: str
     """Folder to write: config.json, model.safetensors, tokenizer files, generation_config.json, README.md."""
     checkpoint: str = "last"
@@ -18,6 +20,16 @@ class ExportSettings:
     """The moving average of the weights, of a run with train.ema_decay."""
     merge: bool | None = None
     """Of a run with train.lora: true merges the adapters into the weights, false writes them alone; by default its setting."""
+    base: str | None = None
+    """For adapters: where the model that they were trained beside is now, by default where it was."""
+
+    def collect_faults(self, faults: Faults) -> None:
+        if (Path(self.run) / ADAPTER_CONFIG).is_file():
+            faults.require(self.checkpoint == "last", "checkpoint", self.checkpoint, "left out with adapters")
+            faults.require(not self.ema, "ema", self.ema, "left out with adapters")
+            faults.require(self.merge in (None, True), "merge", self.merge, "left out with adapters, or true")
+        else:
+            faults.require(self.base is None, "base", self.base, "left out with a run, which holds its base's weights")
 
 
 def run(argv: list[str]) -> int:
@@ -25,11 +37,16 @@ def run(argv: list[str]) -> int:
         ExportSettings,
         argv,
         prog="bdh export",
-        description="Write the weights of a run as a folder that from_pretrained loads, with its model card.",
+        description="Write the weights of a run, or adapters merged into their base, as a folder that from_pretrained "
+        "loads, with its model card.",
         positionals=("run", "out"),
     )
-    from bdh.train.export import export_run
+    from bdh.train.export import export_merged, export_run
 
+    if (Path(settings.run) / ADAPTER_CONFIG).is_file():
+        base = export_merged(Path(settings.run), Path(settings.out), base=settings.base)
+        print(f"{settings.out}: the adapters of {settings.run} merged into {base.describe()}")
+        return 0
     step = export_run(
         Path(settings.run), Path(settings.out), which=settings.checkpoint, ema=settings.ema, merge=settings.merge
     )

@@ -64,6 +64,8 @@ class GenerateSettings(SamplingOptions):
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: str | None = None
     """For a run: last (the default), best, or a step."""
+    base: str | None = None
+    """For adapters: where the model that they were trained beside is now, by default where it was."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
 
@@ -117,7 +119,9 @@ def run(argv: list[str]) -> int:
 
     from bdh.train.models import load_model
 
-    model, tokenizer = load_model(settings.model, checkpoint=settings.checkpoint, device=settings.device)
+    model, tokenizer = load_model(
+        settings.model, checkpoint=settings.checkpoint, base=settings.base, device=settings.device
+    )
     asked = [_asked(tokenizer, job, settings.chat) for job in jobs]
     if settings.num_beams > 1:
         results = _beams(model, tokenizer, jobs[done:], asked[done:], settings.sampling())

@@ -18,4 +18,7 @@ def run(argv: list[str]) -> int:
         raise ImportError(f"bdh serve needs more packages ({error}): pip install 'bdh[serve]'") from error
     from bdh.train.models import load_model
 
-    return serve(settings, lambda: load_model(settings.model, checkpoint=settings.checkpoint, device=settings.device))
+    return serve(
+        settings,
+        lambda: load_model(settings.model, checkpoint=settings.checkpoint, base=settings.base, device=settings.device),
+    )

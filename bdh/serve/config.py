@@ -129,6 +129,8 @@ class ServeSettings:
     """Traces and metrics by FastAPI's OpenTelemetry, sent to OTEL_EXPORTER_OTLP_ENDPOINT."""
     checkpoint: str | None = None
     """For a run: last (the default), best, or a step."""
+    base: str | None = None
+    """For adapters: where the model that they were trained beside is now, by default where it was."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import copy
+import hashlib
 import logging
 import os
 import signal
@@ -26,6 +27,7 @@ from bdh.serve.prompts import ChatPrompts
 from bdh.serve.service import Loaded, Service
 from bdh.serve.states import StateStore
 from bdh.serve.tokens import TokenNames
+from bdh.tokenizer import TextEncoder
 
 LoadModel = Callable[[], tuple[BDHForCausalLM, PreTrainedTokenizerFast]]
 _WATCH_SECONDS = 0.5
@@ -50,13 +52,15 @@ def load(settings: ServeSettings, load_model: LoadModel) -> Loaded:
     engine = Engine(model, tokenizer, config=settings.engine)
     for_text = copy.deepcopy(tokenizer)
     name = settings.model.rstrip("/").rpartition("/")[2]
+    prompts = ChatPrompts(for_text, settings.chat_template, settings.chat_stop)  # which gives for_text the template
+    encoding = f"{TextEncoder(tokenizer).hash}{for_text.chat_template}"
     return Loaded(
         model,
         for_text,
         AsyncEngine(engine),
-        ChatPrompts(for_text, settings.chat_template, settings.chat_stop),
+        prompts,
         TokenNames(tokenizer),
-        StateStore(settings.states, model),
+        StateStore(settings.states, model, tokenizer=hashlib.sha256(encoding.encode()).hexdigest()),
         list(settings.served_model_name) or [name],
     )
 

@@ -39,6 +39,8 @@ class SavedState:
     """Of a request that was cut off: what it takes to finish it."""
     text: str | None = None
     """What such a request has generated."""
+    tokenizer: str = ""
+    """Hash of the tokenizer and its chat template; empty for states of versions that did not record it."""
 
 
 class StateStore:
@@ -47,13 +49,21 @@ class StateStore:
     Args:
         model: its states; those of others in the folder are left alone.
         now: the time, in seconds since 1970.
+        tokenizer: hash of the tokenizer and its chat template; states of others are refused.
 
     Raises:
         OSError: the folder cannot be made or read.
     """
 
-    def __init__(self, settings: StateSettings, model: BDHForCausalLM, now: Callable[[], float] = time.time):
-        self._settings, self._model, self._now = settings, model, now
+    def __init__(
+        self,
+        settings: StateSettings,
+        model: BDHForCausalLM,
+        now: Callable[[], float] = time.time,
+        *,
+        tokenizer: str = "",
+    ):
+        self._settings, self._model, self._now, self._tokenizer = settings, model, now, tokenizer
         self._folder = None if settings.folder is None else Path(settings.folder)
         self._lock = threading.RLock()
         self._known: OrderedDict[str, SavedState] = OrderedDict()  # the least recently used first
@@ -106,6 +116,7 @@ class StateStore:
             used=now,
             unfinished=unfinished,
             text=text,
+            tokenizer=self._tokenizer,
         )
         if self._folder is not None:
             self._make_room_on_disk(size)
@@ -141,9 +152,13 @@ class StateStore:
 
         Raises:
             KeyError: as :meth:`get`.
-            ValueError: its file is damaged.
+            ValueError: its file is damaged, or it is of another model or tokenizer.
         """
         saved = self.get(state_id, owner)
+        if saved.tokenizer not in ("", self._tokenizer):
+            raise ValueError(
+                f"{state_id} was saved with another tokenizer or chat template: its tokens mean other text"
+            )
         with self._lock:
             found = self._loaded.get(state_id)
         if found is None:

@@ -263,6 +263,11 @@ def _name(step: int) -> str:
     return f"step-{step:07d}"
 
 
+def checkpoint_folder(run_dir: Path, step: int) -> Path:
+    """Where a run has the checkpoint of a step, if it has one."""
+    return run_dir / "checkpoints" / _name(step)
+
+
 def is_checkpoint(folder: Path) -> bool:
     """Whether the folder is that of one checkpoint, complete or not."""
     return folder.parent.name == "checkpoints" and re.fullmatch(r"step-\d+", folder.name) is not None

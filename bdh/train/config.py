@@ -11,6 +11,7 @@ from bdh.monitor.config import MonitorConfig
 from bdh.tokenizer.config import TokenizerConfig
 from bdh.validation import Faults
 
+ADAPTER_CONFIG = "adapter_config.json"  # which ``peft`` puts beside adapters: a folder with it is one of adapters
 _METRIC = re.compile(
     r"(val|val_ema)/(loss|perplexity|bits_per_byte|accuracy)"
     r"|val/(loss_at/\d+|dead_neurons|(density|norm)/(x|y|xy)/\d+)"

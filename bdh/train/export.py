@@ -12,11 +12,12 @@ from transformers.utils import logging
 import bdh
 from bdh.model import BDHForCausalLM
 from bdh.storage import whole_folder
-from bdh.tokenizer import stop_token_ids
+from bdh.tokenizer import load_tokenizer, stop_token_ids
+from bdh.train.base import Base, read_base
 from bdh.train.checkpoint import Checkpoint
 from bdh.train.config import LoraSettings
 from bdh.train.lora import write_adapters
-from bdh.train.models import load_run, run_weights
+from bdh.train.models import load_run, open_model, run_weights
 
 
 def export_run(
@@ -43,8 +44,12 @@ def export_run(
     """
     model, tokenizer, checkpoint = load_run(run_dir, which, ema=ema)
     lora = LoraSettings(**checkpoint.training["settings"]["train"].get("lora") or {})
+    base = _base_of(checkpoint)
+    if base is not None:
+        base = base.seen_from(folder, stored_in=run_dir)
     if lora.r and not (lora.merge if merge is None else merge):
-        _export_adapters(model, tokenizer, checkpoint, lora, folder, ema=ema, replace=replace)
+        assert base is not None  # settings without it are refused
+        _export_adapters(model, tokenizer, checkpoint, lora, base, folder, ema=ema, replace=replace)
         return checkpoint.step
     if merge is False:
         raise ValueError(f"merge is False: {run_dir} has no adapters, it trained all weights")
@@ -53,9 +58,47 @@ def export_run(
     model.config.train_data = {
         "source": facts["source"],
         "fingerprint": checkpoint.training["data_fingerprint"],
+        "step": checkpoint.step,
     }
+    if lora.r and base is not None:
+        model.config.merged_adapters = {
+            "base": base.summary(),
+            "run": run_dir.resolve().name,
+            "step": checkpoint.step,
+            **{name: getattr(lora, name) for name in ("r", "alpha", "target_modules", "embeddings")},
+        }
     export_model(model, tokenizer, folder, model_card(model, checkpoint, ema=ema), replace=replace)
     return checkpoint.step
+
+
+def export_merged(adapters: Path, folder: Path, *, base: str | None = None) -> Base:
+    """Exports the model that a folder of adapters and its base make, and returns the base.
+
+    Args:
+        base: where it is now, named as for :func:`bdh.train.models.load_model`.
+
+    Raises:
+        FileNotFoundError: the base is not found.
+        FileExistsError: ``folder`` is there and not empty.
+        OtherBaseError: where the base should be, there are models with other weights.
+        ValueError: ``adapters`` is no folder of adapters, or damaged.
+    """
+    _check_free(folder, replace=False)
+    record = read_base(adapters)
+    if record is None:
+        raise ValueError(f"{adapters} is no folder of adapters")
+    opened = open_model(str(adapters), base=base)
+    model = opened.merged()
+    model.config.merged_adapters = {"base": record.summary(), "adapters": adapters.resolve().name}
+    card = [
+        *("---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [bdh, dragon-hatchling]", "---"),
+        f"\n# A BDH language model of {sum(p.numel() for p in model.parameters()):,} parameters\n",
+        "Adapters (LoRA) merged into the weights of their base (architecture: Dragon Hatchling, arXiv 2509.26507).\n",
+        _table({"base": _base_text(record), "adapters": f"`{adapters}`"}),
+        "",
+    ]
+    export_model(model, load_tokenizer(opened.tokenizer), folder, "\n".join(card))
+    return record
 
 
 def export_model(
@@ -94,6 +137,7 @@ def _export_adapters(
     tokenizer: PreTrainedTokenizerFast,
     checkpoint: Checkpoint,
     lora: LoraSettings,
+    base: Base,
     folder: Path,
     *,
     ema: bool,
@@ -102,12 +146,22 @@ def _export_adapters(
     """Raises as :func:`export_model`; ``ValueError`` where more than adapters was trained."""
     if lora.embeddings:
         raise ValueError("merge is False: the run trained embed and lm_head too, which are no adapters")
+    base.check_same_layer(model)
     _check_free(folder, replace)
-    base = checkpoint.training["settings"]["train"]["init_from"]
     with whole_folder(folder) as temporary:
         write_adapters(temporary, model.config, run_weights(checkpoint, ema=ema), lora, base)
         tokenizer.save_pretrained(temporary)
         (temporary / "README.md").write_text(model_card(model, checkpoint, ema=ema, adapters_of=base), encoding="utf-8")
+
+
+def _base_of(checkpoint: Checkpoint) -> Base | None:
+    """The model that the run started from; without its fingerprint where the run's version did not record it."""
+    if facts := checkpoint.training.get("base"):
+        return Base.from_facts(facts)
+    name = checkpoint.training["settings"]["train"]["init_from"]
+    if name is None:
+        return None
+    return Base(name, folder=str(Path(name).resolve()) if Path(name).is_dir() else None)
 
 
 def _check_free(folder: Path, replace: bool) -> None:
@@ -116,12 +170,12 @@ def _check_free(folder: Path, replace: bool) -> None:
 
 
 def model_card(
-    model: BDHForCausalLM, checkpoint: Checkpoint, *, ema: bool = False, adapters_of: str | None = None
+    model: BDHForCausalLM, checkpoint: Checkpoint, *, ema: bool = False, adapters_of: Base | None = None
 ) -> str:
-    """The README of an exported model, or of adapters of the model of that name: only what the run knows."""
+    """The README of an exported model, or of adapters of that model: only what the run knows."""
     config, training = model.config, checkpoint.training
     data_facts = training["data_facts"]
-    settings, progress = training["settings"], training["progress"]
+    settings, progress, base = training["settings"], training["progress"], _base_of(checkpoint)
     train = settings["train"]
     metrics = progress["last_ema_metrics"] if ema else progress["last_metrics"]
     num_parameters = sum(p.numel() for p in model.parameters())
@@ -142,7 +196,7 @@ def model_card(
             for label, key in (("training tokens in it", "train_tokens"), ("validation tokens in it", "val_tokens"))
             if data_facts.get(key) is not None
         },
-        **({"started from": f"`{train['init_from']}`"} if train["init_from"] else {}),
+        **({"started from": _base_text(base)} if base is not None else {}),
         **_lora_row(train.get("lora")),
         **({"weights": f"moving average with decay {train['ema_decay']:g}"} if ema else {}),
         "steps": f"{progress['step']:,} of {train['max_steps']:,}",
@@ -172,7 +226,7 @@ def model_card(
         *(
             ["library_name: transformers"]
             if adapters_of is None
-            else ["library_name: peft", f"base_model: {json.dumps(adapters_of)}"]
+            else ["library_name: peft", f"base_model: {json.dumps(adapters_of.name)}"]
         ),
         "pipeline_tag: text-generation",
         "tags: [bdh, dragon-hatchling]",
@@ -208,6 +262,11 @@ def model_card(
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         *(["from bdh.tokenizer.chat import question"] if is_chat else []),
         *(["from peft import PeftModel"] if adapters_of is not None else []),
+        *(
+            ["from bdh.train.models import load_model"]
+            if adapters_of is not None and adapters_of.step is not None
+            else []
+        ),
         "",
         'folder = "."  # this folder',
         "tokenizer = AutoTokenizer.from_pretrained(folder)",
@@ -215,7 +274,7 @@ def model_card(
             ["model = AutoModelForCausalLM.from_pretrained(folder)"]
             if adapters_of is None
             else [
-                f"base = AutoModelForCausalLM.from_pretrained({json.dumps(adapters_of)})",
+                _base_code(adapters_of),
                 "model = PeftModel.from_pretrained(base, folder).merge_and_unload()",
             ]
         ),
@@ -226,6 +285,19 @@ def model_card(
         "",
     ]
     return "\n".join(parts)
+
+
+def _base_text(base: Base) -> str:
+    return f"`{base.name}`{base.describe().removeprefix(base.name)}"
+
+
+def _base_code(base: Base) -> str:
+    """The line that loads it."""
+    name = json.dumps(base.name)
+    if base.step is not None:
+        return f'base, _ = load_model({name}, checkpoint="{base.step}")'
+    revision = "" if base.commit is None else f", revision={json.dumps(base.commit)}"
+    return f"base = AutoModelForCausalLM.from_pretrained({name}{revision})"
 
 
 def _lora_row(lora: dict[str, Any] | None) -> dict[str, str]:

@@ -3,18 +3,17 @@
 import copy
 import logging
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerFast
 
 from bdh.model import BDHForCausalLM
-from bdh.tokenizer import TextEncoder, TokenizerConfig, is_byte_tokenizer
+from bdh.tokenizer import TextEncoder, TokenizerConfig, is_byte_tokenizer, load_tokenizer
 from bdh.tokenizer.byte_level import NUM_BYTES
 from bdh.tokenizer.chat import CHAT_TOKENS, add_special_tokens
 from bdh.train.config import LoraSettings, ModelSettings, RunSettings
-from bdh.train.models import TOKENIZER_FOLDER, is_run, load_model, load_run
+from bdh.train.models import open_model
 
 _logger = logging.getLogger(__name__)
 # What the weights fix. The rest, such as dropout, is the new run's to choose.
@@ -32,17 +31,16 @@ class InitialModel:
             ValueError: it is no BDH model, or is damaged.
         """
         self.name = name
-        self._data: dict[str, Any] | None = None  # that it was trained on, where it says so
-        self._model: BDHForCausalLM
-        if is_run(Path(name)):
-            self._model, self._tokenizer, checkpoint = load_run(Path(name))
-            training = checkpoint.training
+        opened = open_model(name)
+        self.base = opened.pinned()
+        """Which model exactly it is that the run starts from."""
+        self._model = opened.merged()
+        self._tokenizer_path = opened.tokenizer.path
+        self._tokenizer = load_tokenizer(opened.tokenizer)
+        self._data: dict[str, Any] | None = getattr(self._model.config, "train_data", None)  # where it says so
+        if opened.checkpoint is not None:
+            training = opened.checkpoint.training
             self._data = {"source": training["data_facts"]["source"], "fingerprint": training["data_fingerprint"]}
-            self._tokenizer_path = str(Path(name) / TOKENIZER_FOLDER)
-        else:
-            self._model, self._tokenizer = load_model(name, device="cpu")
-            self._tokenizer_path = name
-            self._data = getattr(self._model.config, "train_data", None)
 
     def completed(self, settings: RunSettings) -> RunSettings:
         """The settings with the sizes, and unless another was chosen the tokenizer, of this model.

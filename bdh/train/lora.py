@@ -5,7 +5,6 @@ with a few weights more, of which these alone want gradients.
 """
 
 import importlib.util
-import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,9 +14,11 @@ import torch
 from safetensors.torch import save_file
 
 from bdh.model import BDHConfig, BDHForCausalLM
+from bdh.train.base import Base, write_base
+from bdh.train.checkpoint import checkpoint_folder
 from bdh.train.config import LoraSettings
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _NAME = "default"  # of the adapters, within the model
 _PEFT_PREFIX = "base_model.model."  # of the weights of a model that peft wraps
 
@@ -50,32 +51,30 @@ def add_adapters(model: BDHForCausalLM, settings: LoraSettings) -> Any:
     return tuner
 
 
-def with_weights(
-    model: BDHForCausalLM, weights: Mapping[str, torch.Tensor], lora: Mapping[str, Any] | None
-) -> BDHForCausalLM:
-    """The model with the weights of a run, the adapters among them merged into the others.
+def load_weights(model: BDHForCausalLM, weights: Mapping[str, torch.Tensor], lora: Mapping[str, Any] | None) -> Any:
+    """Gives a fresh model the weights of a run, its adapters among them.
 
     Args:
         lora: the run's settings of them, as stored; None where its version had none.
 
+    Returns:
+        What :func:`merge` takes; None where the run has no adapters.
+
     Raises:
         ImportError: there are adapters, and ``peft`` is missing.
     """
-    if not lora or not lora["r"]:
-        model.load_state_dict(weights)
-        return model
-    tuner = add_adapters(model, LoraSettings(**lora))
+    tuner = add_adapters(model, LoraSettings(**lora)) if lora and lora["r"] else None
     model.load_state_dict(weights)
-    return tuner.merge_and_unload()
+    return tuner
 
 
 def write_adapters(
-    folder: Path, config: BDHConfig, weights: Mapping[str, torch.Tensor], settings: LoraSettings, base: str
+    folder: Path, config: BDHConfig, weights: Mapping[str, torch.Tensor], settings: LoraSettings, base: Base
 ) -> None:
     """Writes the adapters among a run's weights as ``peft.PeftModel.from_pretrained(base_model, folder)`` reads them.
 
     Args:
-        base: the name of the model that they belong to, ``train.init_from``.
+        base: the model that they were trained beside; it is recorded too.
 
     Raises:
         ImportError: ``peft`` is missing.
@@ -90,28 +89,14 @@ def write_adapters(
     peft_config = _config(config, settings, base)
     peft_config.inference_mode = True
     peft_config.save_pretrained(str(folder))
+    write_base(folder, base)
 
 
-def base_of(folder: Path) -> str | None:
-    """The model that a folder of adapters belongs to; None if it is no such folder.
+def load_adapters(base: BDHForCausalLM, folder: Path) -> Any:
+    """Puts the adapters of a folder into the layers of a model.
 
-    Raises:
-        ValueError: the folder does not say.
-    """
-    path = folder / ADAPTER_CONFIG
-    if not path.is_file():
-        return None
-    try:
-        base = json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} does not say which model the adapters belong to: {error!r}") from error
-    if not isinstance(base, str):
-        raise ValueError(f"{path} does not say which model the adapters belong to: base_model_name_or_path is {base!r}")
-    return base
-
-
-def merged(base: BDHForCausalLM, folder: Path) -> BDHForCausalLM:
-    """The model with the adapters of a folder in its weights.
+    Returns:
+        What :func:`merge` takes.
 
     Raises:
         ImportError: ``peft`` is missing.
@@ -123,13 +108,28 @@ def merged(base: BDHForCausalLM, folder: Path) -> BDHForCausalLM:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft asks the model by a name that transformers will drop
-            return PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
+            return PeftModel.from_pretrained(base, str(folder))
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"the adapters of {folder} do not fit the model that they name: {reason}") from error
 
 
-def _config(config: BDHConfig, settings: LoraSettings, base: str | None = None) -> Any:
+def merge(tuner: Any) -> BDHForCausalLM:
+    """The model, plain again, with its adapters added to its weights.
+
+    Raises:
+        ValueError: the sums are not finite.
+    """
+    return tuner.merge_and_unload(safe_merge=True)  # into new memory, which shows that the weights are others
+
+
+def scale(tuner: Any) -> float:
+    """The factor of the adapters' product."""
+    config = tuner.peft_config[_NAME]
+    return config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
+
+
+def _config(config: BDHConfig, settings: LoraSettings, base: Base | None = None) -> Any:
     from peft import LoraConfig, TaskType
 
     # peft looks for linear layers, of which encoder_v is a list: one a head.
@@ -137,9 +137,17 @@ def _config(config: BDHConfig, settings: LoraSettings, base: str | None = None) 
     targets = [name for name in settings.target_modules if name != "encoder_v"]
     return LoraConfig(
         task_type=TaskType.CAUSAL_LM,
-        base_model_name_or_path=base,
+        base_model_name_or_path=None if base is None else _place(base),
+        revision=None if base is None else base.commit,
         r=settings.r,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]  # any number: it is only divided by r
         lora_dropout=settings.dropout,
         target_modules=targets + (heads if "encoder_v" in settings.target_modules else []),
     )
+
+
+def _place(base: Base) -> str:
+    """Absolute: peft and transformers take a path that is not there, such as runs/first, for a name of the hub."""
+    if base.folder is None:
+        return base.name
+    return base.folder if base.step is None else str(checkpoint_folder(Path(base.folder), base.step))

@@ -22,13 +22,14 @@ from bdh.monitor.backends.jsonl import cut_back
 from bdh.ops.layer.plan import LayerPlan
 from bdh.storage import whole_folder, write_text
 from bdh.tokenizer import load_tokenizer, stop_token_ids, with_chat_template
+from bdh.train.base import Base
 from bdh.train.carry import CarriedState
 from bdh.train.checkpoint import Checkpoint, Checkpointer
 from bdh.train.config import RunSettings
 from bdh.train.initial import InitialModel
 from bdh.train.layer import layer_options, plan_training
 from bdh.train.lora import add_adapters, check_peft
-from bdh.train.models import TOKENIZER_FOLDER
+from bdh.train.models import TOKENIZER_FOLDER, OtherBaseError, check_base
 from bdh.train.needs import Need, NoRoomError, available_to_each
 from bdh.train.optim import Optimizers
 from bdh.train.runtime import Runtime, choose_runtime, random_states, restore_random_states
@@ -88,6 +89,8 @@ class Run:
     """How the layer is computed in a training step."""
     average: MovingAverage | None = None
     """Of the weights, with ``train.ema_decay``."""
+    base: Base | None = None
+    """The model of ``train.init_from``, as it was when the run was started."""
     carried: CarriedState | None = None
     """Of this process's rows, with ``train.carry_state``."""
 
@@ -118,6 +121,7 @@ class Run:
             "progress": asdict(self.progress),
             "settings": settings_to_store(self.settings),
             "model_config": {name: getattr(self.model.config, name) for name in BDHConfig.__annotations__},
+            "base": None if self.base is None else self.base.facts(),
             "data_facts": self.corpus.facts,
             "data_fingerprint": self.corpus.fingerprint,
             "rows_per_step": self.rows_per_step,
@@ -184,6 +188,7 @@ def open_run(settings: RunSettings, *, progress: Any = None) -> Run:
             package that a setting asks for is missing.
         FileExistsError: the folder holds a run already.
         FileNotFoundError: there is nothing to resume, or nothing at ``train.init_from``.
+        OtherBaseError: a resumed run is to export adapters alone, and the model that they belong to has changed.
         DiskFullError: there is no room for the run's folder.
         NoRoomError: with ``settings.dry_run``, there is no room for the model; this process has left the others.
     """
@@ -222,6 +227,7 @@ def open_run(settings: RunSettings, *, progress: Any = None) -> Run:
     if checkpoint is None and settings.train.init_from is not None:
         initial = InitialModel(settings.train.init_from)
         settings = initial.completed(settings)
+    base = _base(settings, folder, initial, checkpoint, world)
     # A run keeps the tokenizer that it was started with.
     tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER if checkpoint else settings.tokenizer)
     if checkpoint is None:
@@ -245,6 +251,8 @@ def open_run(settings: RunSettings, *, progress: Any = None) -> Run:
         initial.copy_into(model)
         initial.check_lora(settings.train.lora, model)
     if settings.train.lora.r:
+        if base is not None and not settings.train.lora.merge:
+            base.check_same_layer(model)
         add_adapters(model, settings.train.lora)
     model.layer_options = layer_options(settings.train)
     plan = plan_training(model, settings.train.batch_size, settings.train.block_size, runtime, settings.distributed)
@@ -273,6 +281,7 @@ def open_run(settings: RunSettings, *, progress: Any = None) -> Run:
         progress=Progress(),
         plan=plan,
         average=None if settings.train.ema_decay is None else MovingAverage(model, settings.train.ema_decay),
+        base=base,
     )
     if settings.train.carry_state:
         run.carried = CarriedState(model, settings.train.gradient_accumulation_steps, settings.train.batch_size)
@@ -288,6 +297,30 @@ def open_run(settings: RunSettings, *, progress: Any = None) -> Run:
         if world.is_main:
             cut_back(folder / "samples.jsonl", run.progress.step)
     return run
+
+
+def _base(
+    settings: RunSettings, folder: Path, initial: InitialModel | None, checkpoint: Checkpoint | None, world: World
+) -> Base | None:
+    """The model that the run started from; that of adapters is compared with what is there when the run is resumed.
+
+    Raises:
+        OtherBaseError: it has other weights now, and the adapters alone are to be exported; on all processes.
+    """
+    if initial is not None:
+        return initial.base.seen_from(folder)
+    if checkpoint is None or (facts := checkpoint.training.get("base")) is None:
+        return None
+    base, lora = Base.from_facts(facts), settings.train.lora
+    fault = None
+    if lora.r and world.is_main:
+        try:
+            check_base(base, folder, merge=lora.merge)
+        except OtherBaseError as error:
+            fault = str(error)
+    if fault := world.gather(fault)[0]:
+        raise OtherBaseError(fault)
+    return base.seen_from(folder, stored_in=folder)
 
 
 def _check_room(settings: RunSettings, config: BDHConfig, runtime: Runtime, strategy: str, world: World) -> None:

@@ -126,6 +126,21 @@ def test_states_of_another_model_are_refused(make_store, snapshot, tmp_path):
         other.snapshot(saved.id, "ann")
 
 
+def test_states_of_another_tokenizer_are_refused(make_store, snapshot, stepper, clock, tmp_path):
+    """The same weights went on from tokens that meant other text."""
+
+    def store(tokenizer):
+        settings = StateSettings(folder=str(tmp_path / "states"))
+        return StateStore(settings, stepper.model, clock, tokenizer=tokenizer)
+
+    before = make_store(True).put(snapshot(), owner="ann", model="m")  # by a version that did not record it
+    saved = store("a").put(snapshot(), owner="ann", model="m")
+    with pytest.raises(ValueError, match=f"{saved.id} was saved with another tokenizer"):
+        store("b").snapshot(saved.id, "ann")
+    for each in (before, saved):
+        assert store("a").snapshot(each.id, "ann").tokens == [97, 98, 99]
+
+
 def test_one_larger_than_all_that_may_be_kept_is_refused(make_store, snapshot):
     for store in (make_store(max_bytes=10), make_store(True, folder_bytes=10)):
         with pytest.raises(ValueError, match="may have 10 together"):

@@ -12,6 +12,7 @@ from bdh.generate.engine import Engine
 from bdh.generate.params import SamplingParams
 from bdh.serve.config import StateSettings
 from bdh.serve.schemas import CompletionAnswer, CompletionLogprobs
+from bdh.tokenizer import train_tokenizer
 from tests.serve.conftest import SENTENCES
 
 
@@ -262,3 +263,19 @@ def test_silence_is_broken_by_comments(start_server, bytes_pair, monkeypatch):
         assert first.result().status_code == 200
     assert ": ping" in waiting.text
     assert events(waiting)
+
+
+def test_a_state_is_not_continued_with_another_tokenizer(start_server, bpe_pair, tmp_path):
+    """Of the same weights; what the tokens of the state meant changed without a word."""
+    model, tokenizer = bpe_pair
+    other = train_tokenizer([sentence[::-1] for sentence in SENTENCES] * 20, "bpe", len(tokenizer))
+
+    def started(tokenizer):
+        return start_server(model, tokenizer, states=StateSettings(folder=str(tmp_path)))
+
+    saved = started(tokenizer).complete("abc", max_tokens=3, bdh={"save_state": True}).json()["choices"][0]
+    fields = {"max_tokens": 2, "bdh": {"from_state": saved["bdh"]["state_id"]}}
+    assert started(tokenizer).complete("d", **fields).status_code == 200
+    answer = started(other).complete("d", **fields)
+    assert answer.status_code == 400
+    assert "another tokenizer or chat template" in answer.json()["error"]["message"]

@@ -88,7 +88,7 @@ def test_checkpoints_of_a_run_are_averaged(train, tmp_path, capsys):
         (["--weights", "[0]"], "weights is [0.0]: must be 0 or above, with a sum above 0"),
         (["OTHER"], "cannot be averaged: "),
         (["TOKENS"], "has another tokenizer"),
-        (["PASSES"], "has 3 passes"),
+        (["PASSES"], "has another configuration than"),
         (["nowhere/at/all"], "there is no folder nowhere/at/all"),
     ],
 )
@@ -106,4 +106,15 @@ def test_what_cannot_be_averaged_is_refused_and_nothing_written(train, tmp_path,
     capsys.readouterr()
     assert main(["average", str(tmp_path / "run"), *arguments, "--out", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_that_compute_differently_are_not_averaged(train, tmp_path, capsys):
+    """Weights of the same shapes were averaged, and the first model's decay was taken for all."""
+    short = {"train.max_steps": 2, "train.warmup_steps": 0}
+    assert train(tmp_path / "run", **short) == 0
+    assert train(tmp_path / "decay", **short, **{"model.decay": 8}) == 0
+    capsys.readouterr()
+    assert main(["average", str(tmp_path / "run"), str(tmp_path / "decay"), "--out", str(tmp_path / "out")]) == 2
+    assert "half_lives is ['8.0', '16.0'], not None" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -100,6 +100,14 @@ def test_the_tokenizer_is_taken_over(train, fine_tune, tmp_path, tokenizers, cap
     assert caplog.records == []
 
 
+def test_the_folder_of_a_checkpoint_brings_the_tokenizer_of_its_run(train, fine_tune, tmp_path, tokenizers):
+    """It was looked for in the folder itself."""
+    assert train(tmp_path / "run", **{"tokenizer.path": tokenizers["a"]}) == 0
+    assert fine_tune(tmp_path / "next", tmp_path / "run" / "checkpoints" / "step-0000006") == 0
+    saved = [json.loads((tmp_path / run / "tokenizer" / "tokenizer.json").read_text()) for run in ("run", "next")]
+    assert saved[0] == saved[1]
+
+
 def test_another_tokenizer_of_the_size_is_warned_of_and_of_another_size_refused(
     train, fine_tune, tmp_path, tokenizers, caplog, capsys
 ):
