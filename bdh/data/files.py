@@ -8,27 +8,26 @@ from typing import Any
 
 from bdh.data.parts import EMPTY_FILES, OTHER_TYPES, Skipped
 from bdh.data.readers import (
+    COMPRESSED,
     DocumentsReader,
     Reader,
     State,
     TableReader,
     TextFileReader,
+    compression,
     first_bad_byte,
     not_utf8,
+    text_start,
 )
 from bdh.data.tables import ColumnError, text_column
 
 TEXT_TYPES = (".txt", ".md", ".py")
 TABLE_TYPES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-COMPRESSED = (".gz", ".zst")
 
 
 def file_type(path: Path) -> str | None:
     """The suffix that says what a file holds, without that of its compression; None if it is no known one."""
-    name = path.name.lower()
-    for suffix in COMPRESSED:
-        name = name.removesuffix(suffix)
-    suffix = os.path.splitext(name)[1]
+    suffix = os.path.splitext(path.name.lower().removesuffix(compression(path)))[1]
     return suffix if suffix in TEXT_TYPES or suffix in TABLE_TYPES else None
 
 
@@ -84,6 +83,9 @@ def open_file(path: Path, column: str | None, encoding_errors: str, skipped: Ski
         if state is None:
             skipped.add(EMPTY_FILES)
         return DocumentsReader(0, lambda number: None)
+
+    if file_type(path) != ".parquet":
+        text_start(path)  # refuses other encodings
 
     def explain(error: Exception) -> Exception:
         return _explain(path, error)
