@@ -9,9 +9,9 @@ import yaml
 from bdh.cli.settings import _read_yaml
 from bdh.generate.params import SamplingParams
 from bdh.generate.prompts_file import read_jobs
+from bdh.serve.config import AuthSettings
 from bdh.serve.keys import ApiKeys
 from bdh.serve.prompts import ChatPrompts
-from bdh.serve.config import AuthSettings
 from bdh.text_files import read_text
 from bdh.tokenizer import byte_tokenizer, with_chat_template
 from bdh.tokenizer.chat import DEFAULT_TEMPLATE

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-_PEEKED_ROWS = 100
+PEEKED_ROWS = 100
 
 
 class ColumnError(ValueError):
@@ -21,8 +21,18 @@ def text_column(rows: Any, wanted: str | None, where: str) -> str | None:
         ColumnError: the wanted column is not there; or none is wanted, and not exactly one holds strings.
     """
     columns = _columns(rows)
-    if columns is None:
-        return None
+    return None if columns is None else choose_column(columns, wanted, where)
+
+
+def choose_column(columns: dict[str, bool], wanted: str | None, where: str) -> str:
+    """The one of the columns that holds the text.
+
+    Args:
+        columns: their names, and of each whether it holds strings.
+
+    Raises:
+        ColumnError: as :func:`text_column`.
+    """
     names = ", ".join(columns)
     if wanted is not None:
         if wanted not in columns:
@@ -43,7 +53,7 @@ def _columns(rows: Any) -> dict[str, bool] | None:
             for name, feature in rows.features.items()
         }
     values: dict[str, list[Any]] = {}
-    for row in rows.take(_PEEKED_ROWS):
+    for row in rows.take(PEEKED_ROWS):
         for name, value in row.items():
             values.setdefault(name, []).append(value)
     if not values:
