@@ -79,13 +79,14 @@ def test_rows_without_text_are_counted_and_reported(tmp_path, corpus_of, caplog,
     assert texts_of(path) == ["some words", "other words"]
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".csv.gz", ".tsv.zst"])
-@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+@pytest.mark.parametrize(("suffix", "delimiter"), [
+    *((suffix, delimiter) for suffix in (".csv", ".csv.gz") for delimiter in ",;\t|"),
+    (".tsv", "\t"),
+    (".tsv.zst", "\t"),
+])  # fmt: skip
 @pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
 def test_the_delimiter_is_found(tmp_path, corpus_of, delimiter, suffix, line_end):
     """Such a table was one column, which was trained on: texts, numbers and delimiters."""
-    if "tsv" in suffix.lower() and delimiter != "\t":
-        pytest.skip("a .tsv file has tabs")
     rows = [["id", "text", "score"], *([str(i), text, "5"] for i, text in enumerate(TEXTS))]
     path = write_text(tmp_path / f"t{suffix}", table(delimiter, rows, line_end))
     assert texts_of(path) == texts_of(path, text_column="text") == TEXTS
