@@ -94,8 +94,8 @@ class CsvReader:
         self._layout = layout
         self._skips_bad_rows = settings.bad_rows == "skip"
         self._skipped = skipped
-        position = (state["offset"], state["line"]) if state else None
-        self._lines = _Lines(path, encoding_errors, position)
+        self._lines = _Lines(path, encoding_errors, (state["offset"], state["line"]) if state else None)
+        self._position = (self._lines.offset, self._lines.number)  # after the last row that was right
         self._pending = deque(Part(text.encode(), ends) for text, ends in state["pending"]) if state else deque[Part]()
 
     @property
@@ -105,8 +105,8 @@ class CsvReader:
 
     def state(self) -> State:
         return {
-            "offset": self._lines.offset,
-            "line": self._lines.number,
+            "offset": self._position[0],
+            "line": self._position[1],
             "pending": [[part.utf8.decode(), part.ends_document] for part in self._pending],
         }
 
@@ -137,12 +137,14 @@ class CsvReader:
         if begins and layout.has_header:
             next(rows, None)
         for line, fields in rows:
-            if layout.fits(fields):
-                yield fields[layout.column]
-            elif self._skips_bad_rows:
-                self._skipped.add(BAD_ROWS)
-            else:
+            fits = layout.fits(fields)
+            if not fits and not self._skips_bad_rows:
                 raise self._misfit(line, fields)
+            self._position = (self._lines.offset, self._lines.number)
+            if fits:
+                yield fields[layout.column]
+            else:
+                self._skipped.add(BAD_ROWS)
 
     def _misfit(self, line: int, fields: list[str]) -> ValueError:
         layout, delimiter = self._layout, self._layout.format["delimiter"]

@@ -278,15 +278,21 @@ def test_reading_goes_on_behind_any_row(tmp_path, suffix):
         next(parts, None)
 
 
-def test_line_numbers_are_right_after_going_on(tmp_path):
+def test_a_row_that_is_refused_is_the_next_one_when_reading_goes_on(tmp_path):
+    """A mended file is read on without a loss; and its lines are counted from the beginning."""
     path = write_text(tmp_path / "t.csv", 'id,text\n1,"one\ntwo"\n2,three\n3,bad, row\n')
     source = training_source(DataConfig(source=str(path)))
     reader = source.open()
     parts = iter(reader)
     assert [next(parts).utf8, next(parts).utf8] == [b"one\ntwo", b"three"]
-    for going_on in (parts, iter(source.open(state=reader.state()))):
+    for _ in range(3):
         with pytest.raises(ValueError, match=r"t\.csv, line 5: the row has 3 fields"):
-            next(going_on)
+            next(parts)
+        state = reader.state()
+        reader = source.open(state=state)
+        parts = iter(reader)
+    write_text(path, 'id,text\n1,"one\ntwo"\n2,three\n3,"good, row"\n')
+    assert [part.utf8 for part in source.open(state=state)] == [b"good, row"]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
