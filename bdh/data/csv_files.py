@@ -215,15 +215,15 @@ def find_layout(path: Path, wanted: str | None, encoding_errors: str, settings: 
     columns = {  # of two with one name, the last
         name: [fields[index] for fields in fitting or data if index < len(fields)] for index, name in enumerate(names)
     }
-    first_line = next(line for line in sample if line.strip()).strip()
+    if not data and (wanted in names or (wanted is None and all(map(_is_name, names)))):
+        return None
+    first_line = next(filter(None, map(str.strip, sample)), "")
     asks = (
         f"If its first line, {first_line!r:.60}, is a row, set data.csv_header=false, which calls the columns 1, 2, ..."
     )
     try:
-        name = choose_column({name: _holds_text(values) for name, values in columns.items()}, wanted, str(path))
+        name = choose_column({name: {_type(values)} for name, values in columns.items()}, wanted, str(path))
     except ColumnError as error:
-        if not data and wanted is None and all(map(_is_name, names)):
-            return None
         is_sure = not has_header or settings.header or (wanted is None and all(map(_is_name, names)))
         raise error if is_sure else ColumnError(f"{error}. {asks}") from None
     if names.count(name) > 1:
@@ -395,9 +395,12 @@ def _stripped(fields: list[str]) -> list[str]:
     return [field.strip() for field in fields]
 
 
-def _holds_text(values: list[str]) -> bool:
-    """Whether some of the values are neither empty nor numbers nor true nor false."""
-    return any(value.strip() and not _is_number(value) and value.lower() not in ("true", "false") for value in values)
+def _type(values: list[str]) -> type:
+    """What a column holds: nothing, numbers (or true and false), or text."""
+    filled = [value for value in values if value.strip()]
+    if all(_is_number(value) or value.lower() in ("true", "false") for value in filled):
+        return float if filled else type(None)
+    return str
 
 
 def _is_number(value: str) -> bool:
@@ -420,4 +423,5 @@ def _may_be_row(names: list[str], name: str, values: list[str]) -> bool:
     others = names[not names[0] : len(names) - (not names[-1])]
     if not _is_name(name) or len(set(names)) < len(names) or any(not each or _is_number(each) for each in others):
         return True
-    return name.lower() not in _USUAL_NAMES and 2 * sum(map(_is_name, values)) > len(values)
+    filled = [value for value in values if value]
+    return name.lower() not in _USUAL_NAMES and 2 * sum(map(_is_name, filled)) > len(filled)

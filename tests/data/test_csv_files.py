@@ -139,6 +139,15 @@ def test_another_number_of_fields_is_refused_with_file_and_line(tmp_path, corpus
     assert "must be in quotes; data.csv_bad_rows=skip" in message
 
 
+@pytest.mark.parametrize("text", ["", "\n\n", "id,text\n", "id,text\n1,\n2,\n", "id,text\n\n", "text\n"])
+@pytest.mark.parametrize("text_column", [None, "text"])
+def test_a_table_without_text_is_said_to_have_none(tmp_path, corpus_of, text, text_column):
+    path = write_text(tmp_path / "t.csv", text)
+    assert "holds no text: left out" in error_of(path, corpus_of, text_column=text_column)
+    path = write_text(tmp_path / "t.csv", "   \n")
+    assert "data.csv_header" in error_of(path, corpus_of)
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_rows_with_another_number_of_fields_may_be_left_out_and_are_counted(tmp_path, corpus_of, caplog, streaming):
     path = write_text(tmp_path / "t.csv", "id,text\n1,one two\n2,three, four\n3\n4,five\n")
@@ -179,7 +188,7 @@ def test_what_a_stream_leaves_out_is_reported_after_its_first_pass(tmp_path, cor
     ("apple\nbanana\ncherry\n", "its first line, 'apple', is a header or a row"),
     ("Hello there,1\nsecond line,2\n", "its first line, 'Hello there,1', is a header or a row"),
     ("good,1\nsecond line,2\n", "its first line, 'good,1', is a header or a row"),
-    ("one row only\n", "its first line, 'one row only', is a row, set data.csv_header=false"),
+    ("one row only\n", "its first line, 'one row only', is a header or a row"),
     ("some words,and more\nother words,and others\n", "its first line, 'some words,and more', is a row"),
 ])  # fmt: skip
 def test_a_first_line_that_may_be_a_row_is_not_lost_in_silence(tmp_path, corpus_of, text, told):
