@@ -23,6 +23,14 @@ class DataConfig:
     """chat: conversations, of which the assistant's part is learned. auto: chat where .jsonl files begin with messages."""
     text_column: str | None = None
     """Column that holds the text, in tables. None takes the only column of strings, if there is only one; chat: messages."""
+    csv_delimiter: str | None = None
+    """.csv files: the character between fields, or tab. None finds it out among , ; | and tab; a .tsv file has tabs."""
+    csv_quoting: bool | None = None
+    """.csv files: whether double quotes enclose fields. None finds it out; false: they are characters like any other."""
+    csv_header: bool | None = None
+    """.csv files: whether the first line names the columns. None stops if it may not; false calls them 1, 2, ..."""
+    csv_bad_rows: Literal["error", "skip"] = "error"
+    """.csv files: error stops at a row with more or less fields than the header, skip leaves it out and counts it."""
     encoding_errors: Literal["strict", "replace"] = "strict"
     """Bytes that are not UTF-8: strict stops and says where, replace puts U+FFFD in their place."""
     val_split: str | None = None
@@ -51,6 +59,10 @@ class DataConfig:
             is_right = bool(items) and all(item is None or item.strip() for item in items)
             faults.require(is_right, field, value, "a name, or a list of names, none of them empty")
         faults.require_one_of("format", self.format, ("auto", "text", "chat"))
+        is_one = self.csv_delimiter is None or (len(self.csv_delimiter) == 1 and self.csv_delimiter not in '"\r\n')
+        allowed = "one character, no quote or line end; or tab"
+        faults.require(is_one or self.csv_delimiter == "tab", "csv_delimiter", self.csv_delimiter, allowed)
+        faults.require_one_of("csv_bad_rows", self.csv_bad_rows, ("error", "skip"))
         faults.require_one_of("encoding_errors", self.encoding_errors, ("strict", "replace"))
         faults.require_one_of("pack", self.pack, ("stream", "documents"))
         faults.require(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "above 0 and below 1")

@@ -12,7 +12,7 @@ from bdh.data.config import DataConfig
 from bdh.data.files import file_type, find_files
 from bdh.data.mix_config import mix_sources
 from bdh.data.parts import OTHER_TYPES, Skipped, to_utf8
-from bdh.data.readers import file_chunks, not_utf8
+from bdh.data.readers import file_chunks, not_utf8, text_start
 from bdh.data.source import Source, item_names, training_source, validation_source
 from bdh.data.split import num_kept
 
@@ -129,8 +129,8 @@ def _messages(row: Any, column: str, where: str, encoding_errors: str) -> list[d
 
 def _lines(path: Path, encoding_errors: str) -> Iterator[tuple[int, str]]:
     """The lines of a file that are not empty, with their numbers from 1 on."""
-    pending, number, offset = b"", 0, 0
-    for chunk in _with_end(file_chunks(path)):
+    pending, number, offset = b"", 0, text_start(path)
+    for chunk in _with_end(file_chunks(path, offset)):
         *lines, pending = (pending + chunk).split(b"\n")
         for line in lines:
             number += 1

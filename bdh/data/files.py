@@ -6,29 +6,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bdh.data.csv_files import CSV_TYPES, CsvReader, CsvSettings, find_layout
 from bdh.data.parts import EMPTY_FILES, OTHER_TYPES, Skipped
 from bdh.data.readers import (
+    COMPRESSED,
     DocumentsReader,
     Reader,
     State,
     TableReader,
     TextFileReader,
+    compression,
     first_bad_byte,
     not_utf8,
+    text_start,
 )
 from bdh.data.tables import ColumnError, text_column
 
 TEXT_TYPES = (".txt", ".md", ".py")
-TABLE_TYPES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-COMPRESSED = (".gz", ".zst")
+TABLE_TYPES = (".jsonl", ".json", *CSV_TYPES, ".parquet")
 
 
 def file_type(path: Path) -> str | None:
     """The suffix that says what a file holds, without that of its compression; None if it is no known one."""
-    name = path.name.lower()
-    for suffix in COMPRESSED:
-        name = name.removesuffix(suffix)
-    suffix = os.path.splitext(name)[1]
+    suffix = os.path.splitext(path.name.lower().removesuffix(compression(path)))[1]
     return suffix if suffix in TEXT_TYPES or suffix in TABLE_TYPES else None
 
 
@@ -72,7 +72,14 @@ def find_files(item: str, skipped: Skipped) -> list[Path] | None:
     return files
 
 
-def open_file(path: Path, column: str | None, encoding_errors: str, skipped: Skipped, state: State | None) -> Reader:
+def open_file(
+    path: Path,
+    column: str | None,
+    encoding_errors: str,
+    skipped: Skipped,
+    state: State | None,
+    csv_settings: CsvSettings,
+) -> Reader:
     """A reader of a file's documents, by its type.
 
     Raises:
@@ -84,6 +91,15 @@ def open_file(path: Path, column: str | None, encoding_errors: str, skipped: Ski
         if state is None:
             skipped.add(EMPTY_FILES)
         return DocumentsReader(0, lambda number: None)
+
+    if file_type(path) in CSV_TYPES:
+        layout = find_layout(path, column, encoding_errors, csv_settings)
+        if layout is not None:
+            return CsvReader(path, layout, csv_settings, encoding_errors, skipped, state)
+        skipped.add(EMPTY_FILES)
+        return DocumentsReader(0, lambda number: None)
+    if file_type(path) != ".parquet":
+        text_start(path)  # refuses other encodings
 
     def explain(error: Exception) -> Exception:
         return _explain(path, error)
@@ -110,26 +126,19 @@ def identity(files: Sequence[Path]) -> list[Any]:
 
 def _rows(path: Path, encoding_errors: str, column: str | None = None) -> Any:
     """A ``datasets.IterableDataset`` over a table; with ``column``, of this one alone where that is cheaper."""
-    from datasets import Features, IterableDataset, Value
+    from datasets import IterableDataset
 
     # Not load_dataset, which reports each call to the hub.
-    name, kind = glob.escape(str(path)), TABLE_TYPES[file_type(path) or ""]
-    if kind == "json":
-        # Any other spelling than "utf-8" lets datasets check the bytes, and heed encoding_errors.
-        return IterableDataset.from_json(
-            name, encoding="utf8", encoding_errors=encoding_errors, parse_agent_traces=False
-        )
-    if kind == "parquet":
+    name = glob.escape(str(path))
+    if file_type(path) == ".parquet":
         return IterableDataset.from_parquet(name, columns=None if column is None else [column])
-    # Given no type, pandas guesses one for each 10,000 rows anew; and without keep_default_na=False, a cell that
-    # spells NA or null would be missing.
-    one_column = {} if column is None else {"usecols": [column], "features": Features({column: Value("string")})}
-    return IterableDataset.from_csv(name, encoding_errors=encoding_errors, keep_default_na=False, **one_column)
+    # Any other spelling than "utf-8" lets datasets check the bytes, and heed encoding_errors.
+    return IterableDataset.from_json(name, encoding="utf8", encoding_errors=encoding_errors, parse_agent_traces=False)
 
 
 def _explain(path: Path, error: Exception) -> Exception:
     """What is wrong with a table, in terms of its file."""
-    if TABLE_TYPES[file_type(path) or ""] != "parquet":
+    if file_type(path) != ".parquet":
         try:
             bad = first_bad_byte(path)
         except ValueError as damaged:

@@ -1,6 +1,7 @@
 """Data sets of the hub, and local folders in the hub's layout."""
 
 import re
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,10 @@ class HubSet:
         self._encoding_errors = encoding_errors
         load = partial(load_split, path, name=name, split=split, revision=revision, streaming=streaming)
         rows = load()
+        is_csv = rows.info.builder_name == "csv"
+        if is_csv:
+            load = partial(load, **_strict_csv())
+            rows = load()
         try:
             found = text_column(rows, column, self.where)
         except ColumnError:
@@ -48,6 +53,11 @@ class HubSet:
             raise self._explain(error) from error
         if found is None:
             raise ValueError(f"{self.where} has no rows")
+        if is_csv and any(delimiter in found for delimiter in ";\t|"):
+            raise ValueError(
+                f"{self.where}: the fields seem to be separated by another character than a comma, as a column is called "
+                f"{found!r}: take the files, with data.csv_delimiter, as data.source"
+            )
         self.column = found
         self.identity: str | None = getattr(rows, "_fingerprint", None)
         """Equal for equal data, where datasets knows it; None when streaming."""
@@ -70,7 +80,9 @@ class HubSet:
         return ValueError(f"{self.where} cannot be read: {type(error).__name__}: {reason}")
 
 
-def load_split(path: str, *, name: str | None, split: str, revision: str | None, streaming: bool) -> Any:
+def load_split(
+    path: str, *, name: str | None, split: str, revision: str | None, streaming: bool, **options: Any
+) -> Any:
     """``datasets.load_dataset``, with errors for the reader; folders of ``save_to_disk`` open too."""
     import datasets
 
@@ -85,7 +97,7 @@ def load_split(path: str, *, name: str | None, split: str, revision: str | None,
     # A local folder is read where it is; copying it into the cache of datasets would gain nothing.
     streaming = streaming or folder.is_dir()
     try:
-        return datasets.load_dataset(path, name, split=split, revision=revision, streaming=streaming)
+        return datasets.load_dataset(path, name, split=split, revision=revision, streaming=streaming, **options)
     except OSError as error:
         if folder.is_dir():
             raise
@@ -93,6 +105,15 @@ def load_split(path: str, *, name: str | None, split: str, revision: str | None,
     except (ValueError, RuntimeError) as error:
         settings = f"data.name {name!r}, data.split {split!r}, data.revision {revision!r}"
         raise ValueError(f"{path} cannot be loaded with {settings}: {' '.join(str(error).split())}") from error
+
+
+def _strict_csv() -> dict[str, Any]:
+    """Options for pandas, which takes the first column for an index where rows have more fields than the header."""
+    import pandas
+
+    # Without the index it cuts such rows off, and only warns.
+    warnings.filterwarnings("error", "Length of header or names", pandas.errors.ParserWarning)
+    return {"index_col": False}
 
 
 def shakespeare() -> bytes:

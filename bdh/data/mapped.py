@@ -8,6 +8,7 @@ import numpy as np
 from bdh.data.config import DataConfig
 from bdh.data.continued import ContinuedLoader
 from bdh.data.corpus import Corpus, Loader, announce, check_long_enough, describe
+from bdh.data.csv_files import show_columns
 from bdh.data.parts import Skipped
 from bdh.data.progress import ProgressCallback
 from bdh.data.source import Source, training_source, validation_source
@@ -26,6 +27,7 @@ class MapCorpus(Corpus):
         self._packs_documents = config.pack == "documents"
         validation = validation_source(config)
         training = training_source(config)
+        show_columns([*training.csv_files, *(validation.csv_files if validation else [])], config)
         cache = TokenCache(config.cache_dir, _cache_key(config, training, validation, encoder))
         meta = cache.load()
         is_cached = meta is not None

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bdh.data.parts import EMPTY_FILES, NO_TEXT, PART_BYTES, Part, Skipped, cut_position, split_document, to_utf8
+from bdh.text_files import MARK_BYTES, mark_length
 
+COMPRESSED = (".gz", ".zst")
 _COMPRESSED_CHUNK_BYTES = 1 << 14
 
 State = dict[str, Any]
@@ -32,7 +34,9 @@ class TextFileReader:
         self._path = path
         self._encoding_errors = encoding_errors
         self._skipped = skipped
-        self._offset: int = state["offset"] if state else 0  # bytes of the (uncompressed) file that were given
+        self._start = text_start(path)
+        # Bytes of the (uncompressed) file that were given.
+        self._offset: int = max(self._start, state["offset"] if state else 0)
 
     def state(self) -> State:
         return {"offset": self._offset}
@@ -51,7 +55,7 @@ class TextFileReader:
                 pending = pending[cut:]
         if pending:
             yield self._part(pending, True)
-        elif self._offset == 0:
+        elif self._offset == self._start:
             self._skipped.add(EMPTY_FILES)
 
     def _part(self, raw: bytes, ends_document: bool) -> Part:
@@ -174,19 +178,39 @@ class ChainReader:
             self._reader = self._inner_state = None
 
 
+def compression(path: Path) -> str:
+    """The last suffix of a file's name in small letters, if it is one of ``COMPRESSED``; else nothing."""
+    suffix = path.suffix.lower()
+    return suffix if suffix in COMPRESSED else ""
+
+
+def text_start(path: Path) -> int:
+    """Where the text of a file begins in its uncompressed bytes: after the byte order mark, if there is one.
+
+    Raises:
+        ValueError: the mark is that of another encoding than UTF-8, or the compressed file is damaged or cut off.
+    """
+    beginning = b""
+    for chunk in file_chunks(path):
+        beginning += chunk
+        if len(beginning) >= MARK_BYTES:
+            break
+    return mark_length(beginning, path)
+
+
 def file_chunks(path: Path, offset: int = 0) -> Iterator[bytes]:
     """The bytes of a file from ``offset`` on, uncompressed if its name ends in .gz or .zst.
 
     Raises:
         ValueError: the compressed file is damaged or cut off.
     """
-    if path.suffix not in (".gz", ".zst"):
+    if not compression(path):
         with path.open("rb") as file:
             file.seek(offset)
             while chunk := file.read(PART_BYTES):
                 yield chunk
         return
-    for chunk in _gzip_chunks(path) if path.suffix == ".gz" else _zstd_chunks(path):
+    for chunk in _gzip_chunks(path) if compression(path) == ".gz" else _zstd_chunks(path):
         if offset < len(chunk):
             yield chunk[offset:]
         offset = max(0, offset - len(chunk))

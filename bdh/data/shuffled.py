@@ -1,12 +1,14 @@
 """An endless shuffled supply of a source's text, and its tokens."""
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
-from bdh.data.parts import Part
+from bdh.data.corpus import describe
+from bdh.data.parts import Part, Skipped
 from bdh.data.readers import ChainReader
 from bdh.data.source import Source
 from bdh.data.split import StreamSplit
@@ -14,6 +16,7 @@ from bdh.tokenizer.encoding import TextEncoder
 
 _BUFFER_BYTES = 1 << 26
 _MASK = (1 << 64) - 1
+_logger = logging.getLogger(__name__)
 
 
 class ShuffledParts:
@@ -35,13 +38,14 @@ class ShuffledParts:
         self.epoch = 0
         self._start_pass()
 
-    def _start_pass(self, state: dict[str, Any] | None = None) -> None:
+    def _start_pass(self, state: dict[str, Any] | None = None, skipped: dict[str, int] | None = None) -> None:
         self._buffer: list[Part] = []
         self._buffer_bytes = 0
         self._num_read = 0  # in units of the split
         self._num_drawn = 0
         self._is_read = False
-        self._reader: ChainReader = self._source.open(state=state)
+        self._skipped = Skipped(dict(skipped or {}))
+        self._reader: ChainReader = self._source.open(self._skipped, state)
         self._parts: Iterator[Part] = iter(self._reader)
 
     def draw(self, num_bytes: int) -> list[Part]:
@@ -58,6 +62,8 @@ class ShuffledParts:
         if not self._buffer:
             if self._num_drawn == 0:
                 raise ValueError("the source gave no text to train on: it has been changed since the start")
+            if self.epoch == 0 and self._skipped.counts:
+                _logger.warning("the first pass through the training text%s", describe(self._skipped))
             self.epoch += 1
             self._start_pass()
             self._fill()
@@ -90,6 +96,7 @@ class ShuffledParts:
             "num_read": self._num_read,
             "is_read": self._is_read,
             "reader": self._reader.state(),
+            "skipped": self._skipped.counts,
             "buffer": torch.frombuffer(
                 bytearray(b"".join(part.utf8 for part in self._buffer) or b"\0"), dtype=torch.uint8
             ),
@@ -98,7 +105,7 @@ class ShuffledParts:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._start_pass(state["reader"])
+        self._start_pass(state["reader"], state.get("skipped"))  # older checkpoints did not count
         self.epoch = state["epoch"]
         self._num_drawn, self._num_read, self._is_read = state["num_drawn"], state["num_read"], state["is_read"]
         text, start = state["buffer"].numpy().tobytes(), 0

@@ -3,12 +3,13 @@
 import glob
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bdh.data import builtin
 from bdh.data.config import DataConfig
+from bdh.data.csv_files import CSV_TYPES, CsvSettings
 from bdh.data.files import file_type, find_files, identity, open_file
 from bdh.data.hub import HubSet, is_hub_layout, shakespeare
 from bdh.data.parts import HELD_OUT_FILES, Skipped
@@ -32,6 +33,8 @@ class Source:
     """Bytes of text, where they are known beforehand. For progress bars."""
     skipped: Skipped
     """What was left out when the source was looked up."""
+    csv_files: list[Path] = field(default_factory=list)
+    """Those of the local files that are read by :mod:`bdh.data.csv_files`."""
 
     def open(self, skipped: Skipped | None = None, state: State | None = None) -> ChainReader:
         """A reader from the beginning, or from where another one was."""
@@ -117,11 +120,11 @@ def _is_hub(item: str, config: DataConfig) -> bool:
 def _resolve(config: DataConfig, items: list[str], split: str, held_out: set[Path]) -> Source:
     if len(items) == 1 and items[0] not in builtin.BUILTIN and _is_hub(items[0], config):
         return _of_hub(config, items[0], split)
-    for field, default in (("name", None), ("split", "train"), ("revision", None)):
-        value = getattr(config, field)
+    for setting, default in (("name", None), ("split", "train"), ("revision", None)):
+        value = getattr(config, setting)
         if value != default:
             raise ValueError(
-                f"data.{field} is {value!r}, but data.source {config.source!r} is no data set of the hub: leave it out"
+                f"data.{setting} is {value!r}, but data.source {config.source!r} is no data set of the hub: leave it out"
             )
     skipped = Skipped()
     parts: list[Source] = []
@@ -146,22 +149,26 @@ def _resolve(config: DataConfig, items: list[str], split: str, held_out: set[Pat
         files=[path for part in parts for path in part.files],
         num_bytes=None if None in sizes else sum(size or 0 for size in sizes),
         skipped=skipped,
+        csv_files=[path for part in parts for path in part.csv_files],
     )
 
 
 def _of_files(config: DataConfig, files: list[Path], skipped: Skipped) -> Source:
-    column, errors = config.text_column, config.encoding_errors
+    column, errors, csv_settings = config.text_column, config.encoding_errors, CsvSettings.of(config)
 
     def opener(path: Path) -> OpenShard:
-        return lambda counts, state: open_file(path, column, errors, counts, state)
+        return lambda counts, state: open_file(path, column, errors, counts, state, csv_settings)
 
+    csv_files = [path for path in files if file_type(path) in CSV_TYPES]
+    identity_of_csv = [["csv", *astuple(csv_settings)]] if csv_files else []
     is_plain = all(file_type(path) == path.suffix.lower() and path.suffix.lower() != ".parquet" for path in files)
     return Source(
         shards=[opener(path) for path in files],
-        identity=[["files", *identity(files)]],
+        identity=[["files", *identity(files)], *identity_of_csv],
         files=files,
         num_bytes=sum(path.stat().st_size for path in files) if is_plain else None,
         skipped=skipped,
+        csv_files=csv_files,
     )
 
 
@@ -191,6 +198,12 @@ def _of_stdlib() -> Source:
 
 
 def _of_hub(config: DataConfig, path: str, split: str) -> Source:
+    for setting, value in asdict(CsvSettings.of(config)).items():
+        if value != getattr(CsvSettings, setting):
+            raise ValueError(
+                f"data.csv_{setting} is {value!r}, but data.source {config.source!r} is a data set of the hub: leave it out, "
+                "or name the local files one by one or as a glob"
+            )
     folder = Path(path).expanduser()
     hub_set = HubSet(
         str(folder) if folder.is_dir() else path,

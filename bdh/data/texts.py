@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from bdh.data.config import DataConfig
 from bdh.data.conversations import chat_texts, holds_chat
+from bdh.data.csv_files import show_columns
 from bdh.data.mix_config import mix_sources
 from bdh.data.parts import Part, split_document
 from bdh.data.source import training_source, validation_source
@@ -34,6 +35,8 @@ def _parts(config: DataConfig, held_out: bool) -> Iterator[Part]:
             yield from split_document(text.encode())
         return
     validation = validation_source(config)
+    if not held_out:
+        show_columns(training_source(config).csv_files, config)
     if validation is not None:
         yield from (validation if held_out else training_source(config)).open()
         return

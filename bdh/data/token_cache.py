@@ -22,7 +22,7 @@ from bdh.data.parts import Part
 from bdh.storage import DiskFullError, whole_folder
 from bdh.tokenizer.encoding import TextEncoder
 
-_FORMAT = 1
+_FORMAT = 2
 _BATCH_BYTES = 1 << 22
 _logger = logging.getLogger(__name__)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bdh.generate.params import SamplingParams, params_from
+from bdh.text_files import read_text
 from bdh.validation import Faults
 
 RESULT_KEYS = ("text", "index", "finish_reason", "num_tokens", "logprobs", "prompt_logprobs", "error")
@@ -42,12 +43,9 @@ def read_jobs(path: Path, params: SamplingParams) -> list[Job]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file of prompts {path}")
-    try:
-        # Not splitlines, for which a line ends at more than what ends a line of a file.
-        lines = [line.removesuffix("\r") for line in path.read_text(encoding="utf-8").split("\n")]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}") from error
-    if path.suffix not in (".jsonl", ".ndjson"):
+    # Not splitlines, for which a line ends at more than what ends a line of a file.
+    lines = read_text(path).split("\n")
+    if path.suffix.lower() not in (".jsonl", ".ndjson"):
         jobs = [Job(line, params) for line in lines if line]
     else:
         jobs, faults = [], Faults()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from bdh.serve.config import AuthSettings
 from bdh.serve.errors import ApiError
+from bdh.text_files import read_text
 
 _SMALLEST_KEY = 8
 _MOST_CALLERS = 10_000  # addresses whose counts are kept
@@ -51,7 +52,7 @@ class ApiKeys:
             path = Path(self._settings.keys_file)
             if not path.is_file():
                 raise FileNotFoundError(f"auth.keys_file is {str(path)!r}: there is no such file")
-            of_file = [line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
+            of_file = [line.split("#")[0].strip() for line in read_text(path).splitlines()]
             if not any(of_file):
                 raise ValueError(f"{path} has no key: it needs one in a line, or everybody could ask")
             lines += [(f"line {number} of {path}", line) for number, line in enumerate(of_file, 1)]

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from bdh.serve.errors import bad_request
+from bdh.text_files import read_text
 from bdh.tokenizer.chat import ChatEncoder
 
 PLAIN = "plain"
@@ -120,4 +121,4 @@ class ChatPrompts:
 def _read(path: Path) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"chat_template is {str(path)!r}: there is no such file; {PLAIN!r} is the plain form")
-    return path.read_text(encoding="utf-8")
+    return read_text(path)

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from transformers import AddedToken, PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from bdh.text_files import read_text
 from bdh.tokenizer.config import DEFAULT_CHAT_TEMPLATE
 
 ROLES = ("system", "user", "assistant")
@@ -253,4 +254,4 @@ def _read(path: Path) -> str:
             f"tokenizer.chat_template is {str(path)!r}: there is no such file; {DEFAULT_CHAT_TEMPLATE!r} takes the one "
             "that comes with bdh"
         )
-    return path.read_text(encoding="utf-8")
+    return read_text(path)

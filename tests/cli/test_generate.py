@@ -215,7 +215,7 @@ def test_prompts_that_are_not_utf8_or_not_there_are_named(model_folder, tmp_path
     path = tmp_path / "prompts.txt"
     path.write_bytes(b"abc\xffdef")
     assert generate(model_folder, "--prompts_file", path) == 2
-    assert f"{path} is not UTF-8: byte 3 is 0xff" in capsys.readouterr().err
+    assert f"{path} is not UTF-8: byte 3 is 0xFF" in capsys.readouterr().err
     path.write_text("\n\n")
     assert generate(model_folder, "--prompts_file", path) == 2
     assert "holds no prompts" in capsys.readouterr().err

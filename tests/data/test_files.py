@@ -26,7 +26,7 @@ def test_each_row_of_parquet_is_a_document(tmp_path, corpus_of):
 @pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
 @pytest.mark.parametrize("suffix", [".txt", ".md", ".py", ".TXT"])
 def test_each_text_file_is_a_document_exactly_as_it_is(tmp_path, corpus_of, suffix, compression):
-    texts = ["\ufeffwith a mark\r\n", "  spaces \0 and a NUL\n\n"]
+    texts = ["in \ufeff the middle\r\n", "  spaces \0 and a NUL\n\n"]
     for number, text in enumerate(texts):
         write_text(tmp_path / f"{number}{suffix}{compression}", text)
     assert documents_of(corpus_of(tmp_path)) == texts

@@ -120,3 +120,29 @@ def test_hub_set_stands_alone(tmp_path, corpus_of):
     write_text(tmp_path / "a.txt", "text")
     with pytest.raises(ValueError, match="'organisation/set' is a data set: it can only stand alone"):
         corpus_of([str(tmp_path / "a.txt"), "organisation/set"])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_longer_than_the_header_do_not_shift_the_columns(tmp_path, corpus_of, streaming):
+    """The first column was taken for an index, and the labels trained on."""
+    path = write_text(tmp_path / "data" / "train-00000-of-00001.csv", "id,text,label\n1,a b,x,\n2,c d,y,\n")
+    settings = {"text_column": "text", "streaming": streaming}
+    assert list(training_texts(DataConfig(source=str(tmp_path), **settings))) == ["a b"]
+    corpus_of(tmp_path, **settings)
+    write_text(path, "id,text,label\n1,a b, c,x\n2,d,y\n")
+    with pytest.raises(ValueError, match="Length of header or names does not match length of data"):
+        corpus_of(tmp_path, **settings)
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t", "|"])
+def test_another_delimiter_than_a_comma_is_not_text(tmp_path, corpus_of, delimiter):
+    """Whole lines were the text, numbers and delimiters among it."""
+    lines = [f"id{delimiter}text", *(f"{i}{delimiter}words and more" for i in range(9))]
+    write_text(tmp_path / "data" / "train-00000-of-00001.csv", "\n".join(lines))
+    with pytest.raises(ValueError, match="seem to be separated by another character than a comma"):
+        corpus_of(tmp_path)
+
+
+def test_a_table_with_commas_is_read(tmp_path, corpus_of):
+    write_text(tmp_path / "data" / "train-00000-of-00001.csv", 'id,text\n1,"a, b"\n2,c d\n')
+    assert documents_of(corpus_of(tmp_path)) == ["a, b", "c d"]

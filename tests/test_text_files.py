@@ -1,0 +1,69 @@
+"""Text files that people write, with and without a byte order mark."""
+
+import codecs
+import json
+
+import pytest
+import yaml
+
+from bdh.cli.settings import _read_yaml
+from bdh.generate.params import SamplingParams
+from bdh.generate.prompts_file import read_jobs
+from bdh.serve.config import AuthSettings
+from bdh.serve.keys import ApiKeys
+from bdh.serve.prompts import ChatPrompts
+from bdh.text_files import read_text
+from bdh.tokenizer import byte_tokenizer, with_chat_template
+from bdh.tokenizer.chat import DEFAULT_TEMPLATE
+
+TALK = [{"role": "user", "content": "First of stone, bread?"}]
+
+
+def marked(path, text):
+    path.write_bytes(codecs.BOM_UTF8 + text.encode())
+    return path
+
+
+def test_the_mark_is_left_out_and_lines_end_in_one_way(tmp_path):
+    assert read_text(marked(tmp_path / "t", "one\r\ntwo\u2028\ufeff\rthree")) == "one\ntwo\u2028\ufeff\nthree"
+    assert read_text(marked(tmp_path / "t", "")) == ""
+
+
+def test_wrong_bytes_are_counted_from_the_beginning_of_the_file(tmp_path):
+    (tmp_path / "t").write_bytes(codecs.BOM_UTF8 + b"abc\xff")
+    with pytest.raises(ValueError, match="t is not UTF-8: byte 6 is 0xFF"):
+        read_text(tmp_path / "t")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_other_encodings_are_named(tmp_path, encoding):
+    (tmp_path / "t").write_text("some text", encoding=encoding)
+    with pytest.raises(ValueError, match=f"t is {encoding.upper()}.*must be UTF-8.*iconv -f {encoding.upper()}"):
+        read_text(tmp_path / "t")
+
+
+def test_prompts_begin_after_a_mark(tmp_path):
+    """The first prompt began with U+FEFF; a .jsonl file was refused as no JSON."""
+    assert [job.prompt for job in read_jobs(marked(tmp_path / "t.txt", "one\ntwo"), SamplingParams())] == ["one", "two"]
+    path = marked(tmp_path / "t.JSONL", json.dumps({"prompt": "one"}))
+    assert [job.prompt for job in read_jobs(path, SamplingParams())] == ["one"]
+
+
+def test_the_first_key_of_a_file_is_accepted_after_a_mark(tmp_path):
+    """It was stored with the mark, and its owner refused."""
+    marked(tmp_path / "keys", "a-long-secret\n")
+    keys = ApiKeys(AuthSettings(keys_file=str(tmp_path / "keys"), keys_variable="NOTHING_HERE"))
+    assert keys.caller("Bearer a-long-secret", "1.2.3.4").name.startswith("key-")
+
+
+def test_chat_templates_begin_after_a_mark(tmp_path):
+    """Each conversation began with U+FEFF."""
+    path = str(marked(tmp_path / "t.jinja", DEFAULT_TEMPLATE))
+    assert with_chat_template(byte_tokenizer(), path, needs_one=True).chat_template == DEFAULT_TEMPLATE
+    (tmp_path / "u.jinja").write_text(DEFAULT_TEMPLATE)
+    prompts, expected = (ChatPrompts(byte_tokenizer(), str(tmp_path / name), []) for name in ("t.jinja", "u.jinja"))
+    assert prompts.encode(TALK) == expected.encode(TALK)
+
+
+def test_settings_begin_after_a_mark(tmp_path):
+    assert _read_yaml(marked(tmp_path / "t.yaml", yaml.safe_dump({"seed": 3}))) == {"seed": 3}
