@@ -123,9 +123,11 @@ def print_banner(console: Console, training: Any) -> None:
     train, config, facts = settings.train, model.config, training.corpus.facts
     num_parameters = sum(p.numel() for p in model.parameters())
     rows = training.rows_per_step // training.world.size
+    num_tokens = len(training.tokenizer)
+    gaps = f" ({num_tokens:,} tokens, whose ids have gaps)" if num_tokens < config.vocab_size else ""
     lines = {
         "model": f"{num_parameters:,} parameters: {config.n_layer} passes, width {config.n_embd}, {config.n_head} heads "
-        f"of {config.neurons_per_head:,} neurons, vocabulary {config.vocab_size:,}",
+        f"of {config.neurons_per_head:,} neurons, vocabulary {config.vocab_size:,}{gaps}",
         "state": f"{config.state_bytes_per_sequence:,} bytes a sequence, at any length"
         + (f"; carried on for {rows} rows: {config.state_bytes_per_sequence * rows:,} bytes" * train.carry_state),
         "data": _describe_data(facts),

@@ -22,7 +22,7 @@ from bdh.data.parts import Part
 from bdh.storage import DiskFullError, whole_folder
 from bdh.tokenizer.encoding import TextEncoder
 
-_FORMAT = 1
+_FORMAT = 2
 _BATCH_BYTES = 1 << 22
 _logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class TokenMeta:
     content_hash: str
     """Of the tokens and the split."""
     skipped: dict[str, int]
-    """What the source had to leave out, by kind."""
+    """What was left out when the source was read, by kind; not what was when it was looked up, which each start does."""
 
 
 def default_cache_dir() -> Path:

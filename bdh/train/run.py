@@ -42,6 +42,7 @@ from bdh.train.stored import (
     stored_settings,
     with_same_rows,
 )
+from bdh.vocabulary import vocabulary_size
 
 _SEEDS_APART = 1_000_003  # between the processes, whose dropout must differ
 
@@ -321,13 +322,13 @@ def model_config(settings: RunSettings, tokenizer: PreTrainedTokenizerFast) -> B
         ValueError: ``model.vocab_size`` is given and is another.
     """
     fields = asdict(settings.model)
-    if fields.pop("vocab_size") not in (None, len(tokenizer)):
+    if fields.pop("vocab_size") not in (None, vocabulary_size(tokenizer)):
         raise ValueError(
             f"model.vocab_size is {settings.model.vocab_size}: the tokenizer {settings.tokenizer.path!r} has "
-            f"{len(tokenizer)} entries; leave model.vocab_size out, and it follows from the tokenizer"
+            f"{vocabulary_size(tokenizer)} entries; leave model.vocab_size out, and it follows from the tokenizer"
         )
     return BDHConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=vocabulary_size(tokenizer),
         train_block_size=settings.train.block_size,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
