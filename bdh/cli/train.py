@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
+from bdh.cli.libraries import show_kept
 from bdh.cli.settings import given_settings, parse_settings
 from bdh.distributed import environment
 from bdh.train.config import RunSettings
@@ -48,6 +49,7 @@ def run(argv: list[str]) -> int:
     if no_room is not None:
         return _no_room(no_room, rank)
     settings = training.settings
+    show_kept()
     print_banner(console, training)
     if settings.dry_run:
         return _dry_run(console, training)

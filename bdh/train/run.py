@@ -64,6 +64,8 @@ class Progress:
     """Of the last evaluation."""
     last_ema_metrics: dict[str, float] = field(default_factory=dict)
     """The same of the moving average of the weights."""
+    last_evaluation: dict[str, int] = field(default_factory=dict)
+    """Of the last evaluation: after which ``step`` it was, its ``windows``, and the ``tokens`` that were predicted."""
     norm_statistics: dict[str, Any] = field(default_factory=dict)
     """See :class:`bdh.train.spikes.NormStatistics`."""
 

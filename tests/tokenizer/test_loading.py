@@ -116,7 +116,9 @@ def test_ids_with_gaps_are_read_and_fit_the_vocabulary(tmp_path, gap, dtype, is_
 def test_chat_tokens_do_not_take_ids_that_others_have(tmp_path):
     """The library counts tokens to find the next free id, which with gaps another token has."""
     tokenizer = load_tokenizer(with_gap(tmp_path, gap=2))
-    with pytest.raises(ValueError, match=r"ids have gaps \(300 tokens, ids up to 301\).*needs <\|system\|>, <\|user\|>"):
+    with pytest.raises(
+        ValueError, match=r"ids have gaps \(300 tokens, ids up to 301\).*needs <\|system\|>, <\|user\|>"
+    ):
         with_chat_template(tokenizer, "default", needs_one=True)
 
 
