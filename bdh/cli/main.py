@@ -84,7 +84,7 @@ def _usage() -> str:
         "options:",
         "  --help      this text; after a command: its settings",
         "  --version   the version",
-        "  --debug     show the traceback of an error",
+        "  --debug     show the traceback of an error, and what libraries logged",
     ]
     return "\n".join(lines)
 
