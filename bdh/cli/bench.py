@@ -360,10 +360,11 @@ def _entries(training: "RunSettings") -> int:
     """Of the vocabulary that a run of this configuration has."""
     from bdh.data.conversations import holds_chat
     from bdh.tokenizer import load_tokenizer, with_chat_template
+    from bdh.vocabulary import vocabulary_size
 
     tokenizer = load_tokenizer(training.tokenizer)
     template = training.tokenizer.chat_template
-    return len(with_chat_template(tokenizer, template, needs_one=holds_chat(training.data)))
+    return vocabulary_size(with_chat_template(tokenizer, template, needs_one=holds_chat(training.data)))
 
 
 def _wanted_of_file(name: str | None) -> str | None:

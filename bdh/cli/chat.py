@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from bdh.cli.libraries import show_kept
 from bdh.cli.settings import parse_settings, verbatim
 from bdh.generate.chat_options import ChatOptions
 from bdh.validation import Faults
@@ -74,6 +75,7 @@ def run(argv: list[str]) -> int:
     model, tokenizer = load_model(
         settings.model, checkpoint=settings.checkpoint, base=settings.base, device=settings.device
     )
+    show_kept()
     conversation = Conversation(
         make_stepper(model, path=settings.path, weights=settings.weights, state=settings.state, window=settings.window),
         tokenizer,

@@ -39,6 +39,7 @@ def run(argv: list[str]) -> int:
 def _from_reference(settings: ConvertSettings, out: Path) -> int:
     from bdh.model.conversion import load_reference, model_from_reference
     from bdh.tokenizer import TokenizerConfig, load_tokenizer
+    from bdh.vocabulary import vocabulary_size
 
     state_dict, config = load_reference(settings.source)
     fields = {} if settings.n_layer is None else {"n_layer": settings.n_layer}
@@ -46,10 +47,10 @@ def _from_reference(settings: ConvertSettings, out: Path) -> int:
         raise ValueError(f"n_layer is {settings.n_layer}, but the checkpoint's configuration says {config['n_layer']}")
     model = model_from_reference(state_dict, {**(config or {}), **fields})
     tokenizer = load_tokenizer(TokenizerConfig(path=settings.tokenizer))
-    if len(tokenizer) != model.config.vocab_size:
+    if vocabulary_size(tokenizer) != model.config.vocab_size:
         raise ValueError(
             f"the model has a vocabulary of {model.config.vocab_size}, the tokenizer {settings.tokenizer!r} of "
-            f"{len(tokenizer)}: give the tokenizer that it was trained with, with --tokenizer"
+            f"{vocabulary_size(tokenizer)}: give the tokenizer that it was trained with, with --tokenizer"
         )
     model.config.eos_token_id = tokenizer.eos_token_id
     model.config.bos_token_id = tokenizer.bos_token_id

@@ -116,12 +116,13 @@ def run(argv: list[str]) -> int:
     if settings.tasks:
         _check_harness()
     from bdh.train.models import load_model
+    from bdh.vocabulary import vocabulary_size
 
     model, tokenizer = load_model(
         settings.model, checkpoint=settings.checkpoint, base=settings.base, device=settings.device
     )
-    if len(tokenizer) != model.config.vocab_size:
-        raise ValueError(f"the tokenizer has {len(tokenizer)} entries, the model {model.config.vocab_size}")
+    if vocabulary_size(tokenizer) != model.config.vocab_size:
+        raise ValueError(f"the tokenizer has {vocabulary_size(tokenizer)} entries, the model {model.config.vocab_size}")
     if settings.tasks:
         return _run_tasks(settings, model, tokenizer)
     if settings.needle:

@@ -7,6 +7,7 @@ import sys
 import traceback
 
 import bdh
+from bdh.cli.libraries import kept_back
 
 COMMANDS = {
     "train": "train a model, or go on with a run",
@@ -30,7 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        return _run(arguments)
+        with kept_back(show_on_error=debug):
+            return _run(arguments)
     except BrokenPipeError:
         # The reader, `head` say, has gone. Python would complain once more when it flushes at exit.
         sys.stdout = None
@@ -82,7 +84,7 @@ def _usage() -> str:
         "options:",
         "  --help      this text; after a command: its settings",
         "  --version   the version",
-        "  --debug     show the traceback of an error",
+        "  --debug     show the traceback of an error, and what libraries logged",
     ]
     return "\n".join(lines)
 

@@ -16,8 +16,10 @@ def run(argv: list[str]) -> int:
         from bdh.serve.server import serve
     except ImportError as error:
         raise ImportError(f"bdh serve needs more packages ({error}): pip install 'bdh[serve]'") from error
+    from bdh.cli.libraries import show_kept
     from bdh.train.models import load_model
 
+    show_kept()  # a server tells what happens as it happens
     return serve(
         settings,
         lambda: load_model(settings.model, checkpoint=settings.checkpoint, base=settings.base, device=settings.device),

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
+from bdh.cli.libraries import show_kept
 from bdh.cli.settings import given_settings, parse_settings
 from bdh.distributed import environment
 from bdh.train.config import RunSettings
@@ -48,6 +49,7 @@ def run(argv: list[str]) -> int:
     if no_room is not None:
         return _no_room(no_room, rank)
     settings = training.settings
+    show_kept()
     print_banner(console, training)
     if settings.dry_run:
         return _dry_run(console, training)
@@ -123,9 +125,11 @@ def print_banner(console: Console, training: Any) -> None:
     train, config, facts = settings.train, model.config, training.corpus.facts
     num_parameters = sum(p.numel() for p in model.parameters())
     rows = training.rows_per_step // training.world.size
+    num_tokens = len(training.tokenizer)
+    gaps = f" ({num_tokens:,} tokens, whose ids have gaps)" if num_tokens < config.vocab_size else ""
     lines = {
         "model": f"{num_parameters:,} parameters: {config.n_layer} passes, width {config.n_embd}, {config.n_head} heads "
-        f"of {config.neurons_per_head:,} neurons, vocabulary {config.vocab_size:,}",
+        f"of {config.neurons_per_head:,} neurons, vocabulary {config.vocab_size:,}{gaps}",
         "state": f"{config.state_bytes_per_sequence:,} bytes a sequence, at any length"
         + (f"; carried on for {rows} rows: {config.state_bytes_per_sequence * rows:,} bytes" * train.carry_state),
         "data": _describe_data(facts),

@@ -18,9 +18,9 @@ from bdh.data.conversations import (
     training_conversations,
     validation_conversations,
 )
-from bdh.data.corpus import Corpus, announce, describe
+from bdh.data.corpus import Corpus, announce, left_out
 from bdh.data.packing import ID_BITS, IS_ANSWER, packed, pieces_of, with_marks
-from bdh.data.parts import Skipped
+from bdh.data.parts import Skipped, describe
 from bdh.data.progress import ProgressCallback
 from bdh.data.split import num_kept
 from bdh.data.token_cache import TokenCache, TokenMeta, TokenWriter
@@ -73,11 +73,12 @@ class ChatCorpus(Corpus):
             def conversations(part: Any) -> Iterator[Conversation]:
                 return read_conversations(part.files, config.text_column, config.encoding_errors)
 
-            skipped = Skipped(dict(training.skipped.counts))
             held_out = None if validation is None else conversations(validation)
             meta = cache.build(
-                lambda writer: _tokenize(config, conversations(training), held_out, encoder, writer, skipped, progress)
+                lambda writer: _tokenize(config, conversations(training), held_out, encoder, writer, progress)
             )
+        skipped = left_out(meta.skipped, training, validation)
+        announce(config, skipped)
         stream = cache.tokens(meta)
         self._train, self._validation = stream[: meta.num_train_tokens], stream[meta.num_train_tokens :]
         pieces, num_cut = pieces_of(self._train, block_size)
@@ -114,7 +115,7 @@ class ChatCorpus(Corpus):
             "rows": len(self._rows),
             "cut_documents": num_cut,
             "dtype": meta.dtype,
-            "skipped": meta.skipped,
+            "skipped": skipped.counts,
             "fingerprint": self.fingerprint,
             "cache": str(cache.folder),
             "was_cached": is_cached,
@@ -235,9 +236,9 @@ def _tokenize(
     validation: Iterator[Conversation] | None,
     encoder: ChatEncoder,
     writer: TokenWriter,
-    skipped: Skipped,
     progress: ProgressCallback,
 ) -> TokenMeta:
+    skipped = Skipped()
     ends = [(0, 0), *_write(training, encoder, writer, skipped, progress)]  # tokens and bytes behind each conversation
     if validation is None:
         kept = num_kept(len(ends) - 1, config.val_fraction)
@@ -245,7 +246,6 @@ def _tokenize(
         kept = len(ends) - 1
         ends += _write(validation, encoder, writer, skipped, progress)
     num_val = len(ends) - 1 - kept
-    announce(config, skipped)
     if kept == 0 or num_val == 0:
         raise ValueError(
             f"data.source {config.source!r} has {len(ends) - 1} conversations with an answer: at least one to train on "

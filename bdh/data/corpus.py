@@ -10,7 +10,8 @@ import torch
 from bdh.data.batch import Batch, ValidationPart
 from bdh.data.config import DataConfig
 from bdh.data.documents import batch_of_documents, starts_behind
-from bdh.data.parts import Skipped
+from bdh.data.parts import Skipped, describe
+from bdh.data.source import Source
 from bdh.data.windows import evenly_spaced_windows
 
 _logger = logging.getLogger(__name__)
@@ -110,12 +111,15 @@ def check_long_enough(config: DataConfig, train_tokens: int, val_tokens: int, bl
             )
 
 
+def left_out(read: dict[str, int], *sources: Source | None) -> Skipped:
+    """What was left out when sources were looked up, and when they were read."""
+    skipped = Skipped(dict(read))
+    for source in sources:
+        if source is not None:
+            skipped.include(source.skipped)
+    return skipped
+
+
 def announce(config: DataConfig, skipped: Skipped) -> None:
     if skipped.counts:
         _logger.warning("data.source %r%s", config.source, describe(skipped))
-
-
-def describe(skipped: Skipped) -> str:
-    if not skipped.counts:
-        return ""
-    return ": left out " + ", ".join(f"{what} ({number:,})" for what, number in skipped.counts.items())

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from bdh.data.csv_files import CSV_TYPES, CsvReader, CsvSettings, find_layout
-from bdh.data.parts import EMPTY_FILES, OTHER_TYPES, Skipped
+from bdh.data.parts import EMPTY_FILES, OTHER_TYPES, Skipped, describe
+from bdh.data.paths import files_below, files_matching
 from bdh.data.readers import (
     COMPRESSED,
     DocumentsReader,
@@ -39,36 +40,45 @@ def known_types() -> str:
 def find_files(item: str, skipped: Skipped) -> list[Path] | None:
     """The files that a file's or folder's name or a glob stands for, in the same order on every system.
 
-    In folders and globs, files of other types are counted as skipped, hidden files and folders are left out.
+    In folders and globs, files of other types are counted as skipped, hidden files and folders are left out; see
+    :func:`bdh.data.paths.files_below` for what else is.
 
     Returns:
         None if it can only be a hub id: there is nothing of that name, and nothing says that there should be.
 
     Raises:
         FileNotFoundError: there is nothing of that name, or the folder or the glob gives no file of a known type.
-        ValueError: the file is of an unknown type.
+        ValueError: the file is of an unknown type, or no regular file.
+        OSError: a folder cannot be listed.
     """
     path = Path(item).expanduser()
     if path.is_file():
         if file_type(path) is None:
             raise ValueError(f"data.source {item!r} is of an unknown type: known are {known_types()}")
         return [path]
+    counts = Skipped()
     if path.is_dir():
-        found = _in_folder(path)
+        found = files_below(path, counts)
+    elif path.exists():
+        raise ValueError(
+            f"data.source {item!r} is a pipe, a socket or a device: text is read more than once, so write it to a file"
+        )
+    elif path.is_symlink():
+        raise FileNotFoundError(f"data.source {item!r} is a broken link: there is no {os.readlink(path)}")
     elif glob.has_magic(item):
-        found = [Path(name) for name in glob.glob(os.path.expanduser(item), recursive=True)]
-        found = sorted((path for path in found if path.is_file()), key=Path.as_posix)
+        found = files_matching(item, counts)
     elif _is_meant_as_path(item):
         raise FileNotFoundError(f"data.source {item!r}: there is no such file or folder")
     else:
         return None
     files = [path for path in found if file_type(path) is not None]
     if len(files) < len(found):
-        skipped.add(OTHER_TYPES, len(found) - len(files))
+        counts.add(OTHER_TYPES, len(found) - len(files))
     if not files:
         raise FileNotFoundError(
-            f"data.source {item!r} gives no file to read ({len(found)} of other types): known are {known_types()}"
+            f"data.source {item!r} gives no file to read{describe(counts)}; known types are {known_types()}"
         )
+    skipped.include(counts)
     return files
 
 
@@ -147,14 +157,6 @@ def _explain(path: Path, error: Exception) -> Exception:
             return not_utf8(path, *bad)
     reason = (str(error).splitlines() or [""])[0]
     return ValueError(f"{path} cannot be read as {file_type(path)}: {type(error).__name__}: {reason}")
-
-
-def _in_folder(root: Path) -> list[Path]:
-    found = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        found += [Path(folder, name) for name in names if not name.startswith(".")]
-    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 
 def _is_meant_as_path(item: str) -> bool:

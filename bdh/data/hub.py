@@ -88,7 +88,11 @@ def load_split(
 
     folder = Path(path)
     if folder.is_dir() and _is_saved_to_disk(folder):
-        loaded = datasets.load_from_disk(path)
+        try:
+            loaded = datasets.load_from_disk(path)
+        except (KeyError, TypeError, ValueError) as error:  # of files that it reads unchecked
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise ValueError(f"{path} is damaged, or not what save_to_disk of datasets wrote ({reason})") from error
         if isinstance(loaded, datasets.DatasetDict):
             if split not in loaded:
                 raise ValueError(f"{path} has no split {split!r}: it has {', '.join(loaded)}")

@@ -7,9 +7,9 @@ import numpy as np
 
 from bdh.data.config import DataConfig
 from bdh.data.continued import ContinuedLoader
-from bdh.data.corpus import Corpus, Loader, announce, check_long_enough, describe
+from bdh.data.corpus import Corpus, Loader, announce, check_long_enough, left_out
 from bdh.data.csv_files import show_columns
-from bdh.data.parts import Skipped
+from bdh.data.parts import Skipped, describe
 from bdh.data.progress import ProgressCallback
 from bdh.data.source import Source, training_source, validation_source
 from bdh.data.split import count_if_single, cut, num_kept
@@ -35,6 +35,8 @@ class MapCorpus(Corpus):
             meta = cache.build(
                 lambda writer: _tokenize(config, training, validation, encoder, block_size, writer, progress)
             )
+        skipped = left_out(meta.skipped, training, validation)
+        announce(config, skipped)
         check_long_enough(config, meta.num_train_tokens, meta.num_tokens - meta.num_train_tokens, block_size)
         tokens = cache.tokens(meta)
         self._train, self._validation = tokens[: meta.num_train_tokens], tokens[meta.num_train_tokens :]
@@ -51,7 +53,7 @@ class MapCorpus(Corpus):
             "train_bytes": meta.num_train_bytes,
             "val_bytes": meta.num_bytes - meta.num_train_bytes,
             "dtype": meta.dtype,
-            "skipped": meta.skipped,
+            "skipped": skipped.counts,
             "fingerprint": self.fingerprint,
             "cache": str(cache.folder),
             "was_cached": is_cached,
@@ -120,11 +122,8 @@ def _tokenize(
         train_tokens, train_bytes = (int(number) for number in ends[kept - 1])
         val_documents = len(ends) - kept
         del ends
-    for source in (training, validation):
-        for what, number in source.skipped.counts.items() if source else ():
-            skipped.add(what, number)
     if writer.num_bytes == 0:
-        raise ValueError(f"data.source {config.source!r} holds no text" + describe(skipped))
-    announce(config, skipped)
+        found = left_out(skipped.counts, training, validation)
+        raise ValueError(f"data.source {config.source!r} holds no text" + describe(found))
     check_long_enough(config, train_tokens, writer.num_tokens - train_tokens, block_size)
     return writer.finish(encoder.dtype, train_tokens, train_bytes, val_documents, skipped.counts)

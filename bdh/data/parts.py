@@ -15,6 +15,10 @@ EMPTY_FILES = "empty files"
 NOT_UTF8 = "files that are not UTF-8"
 OTHER_TYPES = "files of other types"
 HELD_OUT_FILES = "files of data.val_source"
+BROKEN_LINKS = "broken links"
+FOLDERS = "folders"
+FOUND_TWICE = "texts that were found already"
+NO_REGULAR_FILES = "pipes, sockets and devices"
 
 _SPACES = b" \t\n\v\f\r"
 _MAX_LINE_ENDS = 64  # tried for the best cut: a file of empty lines has none
@@ -35,6 +39,17 @@ class Skipped:
 
     def add(self, what: str, number: int = 1) -> None:
         self.counts[what] = self.counts.get(what, 0) + number
+
+    def include(self, other: "Skipped") -> None:
+        for what, number in other.counts.items():
+            self.add(what, number)
+
+
+def describe(skipped: Skipped) -> str:
+    """What was left out, as the end of a sentence; nothing where nothing was."""
+    if not skipped.counts:
+        return ""
+    return ": left out " + ", ".join(f"{what} ({number:,})" for what, number in skipped.counts.items())
 
 
 def cut_position(utf8: bytes, limit: int = PART_BYTES) -> int:

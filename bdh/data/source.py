@@ -12,7 +12,8 @@ from bdh.data.config import DataConfig
 from bdh.data.csv_files import CSV_TYPES, CsvSettings
 from bdh.data.files import file_type, find_files, identity, open_file
 from bdh.data.hub import HubSet, is_hub_layout, shakespeare
-from bdh.data.parts import HELD_OUT_FILES, Skipped
+from bdh.data.parts import FOUND_TWICE, HELD_OUT_FILES, Skipped
+from bdh.data.paths import FileKey, file_key, regular_files
 from bdh.data.readers import ChainReader, DocumentsReader, Reader, State
 
 _FINGERPRINT_BYTES = 1 << 16
@@ -68,7 +69,7 @@ def training_source(config: DataConfig) -> Source:
     """
     held_out = set()
     if config.val_source is not None:
-        held_out = {path.resolve() for path in validation_source(config).files}  # type: ignore[union-attr]
+        held_out = {file_key(path) for path in validation_source(config).files}  # type: ignore[union-attr]
     return _resolve(config, item_names(config.source), config.split, held_out)
 
 
@@ -95,7 +96,7 @@ def validation_source(config: DataConfig) -> Source | None:
                 "data.val_split"
             )
         files += found
-    return _of_files(config, files, skipped)
+    return _of_files(config, regular_files(files, set(), skipped), skipped)
 
 
 def item_names(source: str | Sequence[str]) -> list[str]:
@@ -117,7 +118,7 @@ def _is_hub(item: str, config: DataConfig) -> bool:
     return asks_for_split or is_hub_layout(folder)
 
 
-def _resolve(config: DataConfig, items: list[str], split: str, held_out: set[Path]) -> Source:
+def _resolve(config: DataConfig, items: list[str], split: str, held_out: set[FileKey]) -> Source:
     if len(items) == 1 and items[0] not in builtin.BUILTIN and _is_hub(items[0], config):
         return _of_hub(config, items[0], split)
     for setting, default in (("name", None), ("split", "train"), ("revision", None)):
@@ -127,17 +128,22 @@ def _resolve(config: DataConfig, items: list[str], split: str, held_out: set[Pat
                 f"data.{setting} is {value!r}, but data.source {config.source!r} is no data set of the hub: leave it out"
             )
     skipped = Skipped()
+    known: set[FileKey] = set()
     parts: list[Source] = []
-    for item in items:
+    for number, item in enumerate(items):
         if item in builtin.BUILTIN:
-            parts.append(_of_builtin(item))
+            if item in items[:number]:
+                skipped.add(FOUND_TWICE)
+            else:
+                parts.append(_of_builtin(item))
             continue
         if _is_hub(item, config):
             raise ValueError(f"data.source names several texts, and {item!r} is a data set: it can only stand alone")
         found = find_files(item, skipped) or []
-        kept = [path for path in found if path.resolve() not in held_out]
+        kept = [path for path in found if file_key(path) not in held_out]
         if len(kept) < len(found):
             skipped.add(HELD_OUT_FILES, len(found) - len(kept))
+        kept = regular_files(kept, known, skipped)
         if kept:
             parts.append(_of_files(config, kept, Skipped()))
     if not parts:

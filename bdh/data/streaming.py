@@ -14,10 +14,10 @@ import torch
 from bdh.data.batch import Batch
 from bdh.data.config import DataConfig
 from bdh.data.continued import ContinuedStreamLoader
-from bdh.data.corpus import Corpus, Loader, announce, check_long_enough, describe
+from bdh.data.corpus import Corpus, Loader, announce, check_long_enough, left_out
 from bdh.data.csv_files import show_columns
 from bdh.data.documents import batch_of_documents
-from bdh.data.parts import Part, Skipped
+from bdh.data.parts import Part, describe
 from bdh.data.progress import ProgressCallback
 from bdh.data.shuffled import ShuffledParts, encode_parts
 from bdh.data.source import training_source, validation_source
@@ -47,7 +47,7 @@ class StreamingCorpus(Corpus):
         show_columns([*self._source.csv_files, *(validation.csv_files if validation else [])], config)
         self._split = None if validation is not None else stream_split(self._source, config.val_fraction)
 
-        skipped = Skipped(dict(self._source.skipped.counts))
+        skipped = left_out({}, self._source, validation)
         collector = _Collector(config, encoder, block_size, progress)
         if validation is not None:
             collector.read(((part, True) for part in validation.open(skipped)), needs_training=False)

@@ -43,7 +43,7 @@ class TokenMeta:
     content_hash: str
     """Of the tokens and the split."""
     skipped: dict[str, int]
-    """What the source had to leave out, by kind."""
+    """What was left out when the source was read, by kind; not what was when it was looked up, which each start does."""
 
 
 def default_cache_dir() -> Path:

@@ -18,6 +18,7 @@ from bdh.generate.stepper import Feed, SequenceState, Stepper
 from bdh.model.checksum import checksum
 from bdh.model.text import TextDecoder, encode_prompt
 from bdh.tokenizer.chat import ChatEncoder
+from bdh.vocabulary import vocabulary_size
 
 Message = dict[str, str]
 
@@ -108,9 +109,9 @@ class Conversation:
         max_undo_bytes: int = 1 << 30,
         notify: Callable[[str], None] = lambda line: None,
     ):
-        if len(tokenizer) != stepper.model.config.vocab_size:
+        if vocabulary_size(tokenizer) != stepper.model.config.vocab_size:
             raise ValueError(
-                f"the tokenizer has {len(tokenizer)} entries and the model {stepper.model.config.vocab_size}: they do "
+                f"the tokenizer has {vocabulary_size(tokenizer)} entries and the model {stepper.model.config.vocab_size}: they do "
                 "not belong together"
             )
         self.stepper = stepper

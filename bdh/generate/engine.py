@@ -28,6 +28,7 @@ from bdh.model.checksum import checksum
 from bdh.model.kernels import expect_changes
 from bdh.model.modeling import BDHForCausalLM
 from bdh.model.text import Prompt, encode_prompt, end_token_ids
+from bdh.vocabulary import vocabulary_size
 
 _log = logging.getLogger(__name__)
 # What prompts get of a step however many sequences are being continued, so that none waits for ever.
@@ -57,9 +58,9 @@ class Engine:
         config: EngineConfig | None = None,
         stepper: Stepper | None = None,
     ):
-        if len(tokenizer) != model.config.vocab_size:
+        if vocabulary_size(tokenizer) != model.config.vocab_size:
             raise ValueError(
-                f"the tokenizer has {len(tokenizer)} entries and the model {model.config.vocab_size}: they do not "
+                f"the tokenizer has {vocabulary_size(tokenizer)} entries and the model {model.config.vocab_size}: they do not "
                 "belong together"
             )
         self.config = (config or EngineConfig()).validated()

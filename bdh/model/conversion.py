@@ -70,7 +70,10 @@ def _why_not_loaded(path: str | Path, error: Exception) -> str:
             f"{path} asks for the Python object {unsafe[1]}, which is not loaded since it could run code: save its "
             f"state dict again, with the configuration as a plain dict"
         )
-    return f"{path} is not a complete PyTorch checkpoint: {str(error).strip() or type(error).__name__}"
+    text = str(error).strip() or type(error).__name__
+    # PyTorch puts the reason into a page of advice.
+    reason = found[1] if (found := re.search(r"WeightsUnpickler error:\s*(.+)", text)) else text.splitlines()[0]
+    return f"{path} is not a complete PyTorch checkpoint: {reason}"
 
 
 def model_from_reference(

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast, StoppingCriteria, StoppingCrit
 from transformers.generation.streamers import BaseStreamer
 
 from bdh.model.sampling import SamplingOptions
+from bdh.vocabulary import vocabulary_size
 
 if TYPE_CHECKING:
     from bdh.model.modeling import BDHForCausalLM
@@ -320,9 +321,9 @@ def _encode_batch(
     model: "BDHForCausalLM | Any", tokenizer: PreTrainedTokenizerFast, prompts: Sequence[Prompt]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Left-padded ids and their mask, int64 (B, T)."""
-    if len(tokenizer) != model.config.vocab_size:
+    if vocabulary_size(tokenizer) != model.config.vocab_size:
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} entries and the model {model.config.vocab_size}: they do not "
+            f"the tokenizer has {vocabulary_size(tokenizer)} entries and the model {model.config.vocab_size}: they do not "
             "belong together"
         )
     if not prompts:

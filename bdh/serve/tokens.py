@@ -33,6 +33,6 @@ class TokenNames:
         if token in self._added:
             return self._added[token].encode("utf-8")
         if self._byte_of is not None:
-            characters = str(self._tokenizer.convert_ids_to_tokens(token))
+            characters = self._tokenizer.convert_ids_to_tokens(token) or ""  # an id that no token has
             return bytes(self._byte_of[character] for character in characters)
         return str(self._tokenizer.decode([token], clean_up_tokenization_spaces=False)).encode("utf-8")

@@ -23,6 +23,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from bdh.text_files import read_text
 from bdh.tokenizer.config import DEFAULT_CHAT_TEMPLATE
+from bdh.vocabulary import vocabulary_size
 
 ROLES = ("system", "user", "assistant")
 CHAT_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
@@ -76,7 +77,18 @@ def with_chat_template(
 
 
 def add_special_tokens(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str]) -> None:
-    """Puts those of the special tokens that the vocabulary has not yet behind its end, in this order."""
+    """Puts those of the special tokens that the vocabulary has not yet behind its end, in this order.
+
+    Raises:
+        ValueError: the ids of the vocabulary have gaps, where the library would give new tokens ids that others have.
+    """
+    lacking = [token for token in tokens if token not in tokenizer.get_vocab()]
+    if lacking and vocabulary_size(tokenizer) > len(tokenizer):
+        raise ValueError(
+            f"the tokenizer's ids have gaps ({len(tokenizer):,} tokens, ids up to {vocabulary_size(tokenizer) - 1:,}), so "
+            f"no tokens can be added to it, but the chat template needs {', '.join(lacking)}: take a tokenizer that has "
+            "them, or give tokenizer.chat_template a template of its own tokens"
+        )
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in tokens], special_tokens=True)
 
 

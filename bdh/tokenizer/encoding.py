@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from bdh.tokenizer.byte_level import is_byte_tokenizer
+from bdh.vocabulary import vocabulary_size
 
 _BATCH_BYTES = 1 << 22
 
@@ -32,7 +33,7 @@ class TextEncoder:
         self._backend = backend
         self.is_byte_level = is_byte_tokenizer(tokenizer)
         self.eos_token_id: int | None = tokenizer.eos_token_id
-        self.dtype = np.dtype(smallest_dtype(len(tokenizer)))
+        self.dtype = np.dtype(smallest_dtype(vocabulary_size(tokenizer)))
         """Smallest unsigned integer type that holds every token id."""
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:

@@ -179,7 +179,10 @@ def model_card(
     train = settings["train"]
     metrics = progress["last_ema_metrics"] if ema else progress["last_metrics"]
     num_parameters = sum(p.numel() for p in model.parameters())
-    batch = train["batch_size"] * train["gradient_accumulation_steps"]
+    skipped = (
+        f", {progress['skipped_steps']:,} of which did not change the weights" if progress["skipped_steps"] else ""
+    )
+    is_chat = "chat" in [facts.get("format") for facts in (data_facts, *data_facts.get("mix", []))]
     rows = {
         "parameters": f"{num_parameters:,}",
         "passes through the shared layer": config.n_layer,
@@ -193,16 +196,20 @@ def model_card(
         "data": f"`{data_facts['source']}`" if isinstance(data_facts["source"], str) else str(data_facts["source"]),
         **{
             label: f"{data_facts[key]:,}"
-            for label, key in (("training tokens in it", "train_tokens"), ("validation tokens in it", "val_tokens"))
+            for label, key in (
+                ("training tokens", "train_tokens"),
+                ("of which are the assistant's and count", "train_answer_tokens"),
+                ("validation tokens that were kept" if data_facts["streaming"] else "validation tokens", "val_tokens"),
+            )
             if data_facts.get(key) is not None
         },
         **({"started from": _base_text(base)} if base is not None else {}),
         **_lora_row(train.get("lora")),
         **({"weights": f"moving average with decay {train['ema_decay']:g}"} if ema else {}),
-        "steps": f"{progress['step']:,} of {train['max_steps']:,}",
-        "tokens seen": f"{progress['tokens_seen']:,}",
+        "steps": f"{progress['step']:,} of {train['max_steps']:,}{skipped}",
+        f"tokens seen{', padding included' if is_chat else ''}": f"{progress['tokens_seen']:,}",
         "sequence length": f"{train['block_size']:,} tokens",
-        "sequences a step": batch,
+        "sequences a step": f"{training['rows_per_step']:,}",
         "optimizer": f"{train['optimizer']}, learning rate {train['learning_rate']:g}, {train['schedule']} schedule "
         f"with {train['warmup_steps']} warm-up steps, weight decay {train['weight_decay']:g}",
         "dropout": settings["model"]["dropout"],
@@ -219,7 +226,6 @@ def model_card(
         else {}
     )
     prompt = train["sample_prompts"][0] if train["sample_prompts"] else "The "
-    is_chat = data_facts.get("format") == "chat"
     asked = f"question(tokenizer, {json.dumps(prompt)})" if is_chat else json.dumps(prompt)
     parts = [
         "---",
@@ -248,8 +254,7 @@ def model_card(
         parts += [
             "## Validation",
             "",
-            f"On {train['eval_windows']} fixed windows of {train['block_size']} tokens that were not trained on, at the "
-            f"last evaluation up to step {progress['step']:,}:",
+            _measured_on(progress, train["block_size"], is_chat),
             "",
             _table(measured),
             "",
@@ -298,6 +303,17 @@ def _base_code(base: Base) -> str:
         return f'base, _ = load_model({name}, checkpoint="{base.step}")'
     revision = "" if base.commit is None else f", revision={json.dumps(base.commit)}"
     return f"base = AutoModelForCausalLM.from_pretrained({name}{revision})"
+
+
+def _measured_on(progress: dict[str, Any], block_size: int, is_chat: bool) -> str:
+    last = progress.get("last_evaluation")
+    if not last:  # a checkpoint that does not say it
+        return f"At the last evaluation up to step {progress['step']:,}, on text that was not trained on:"
+    what = "rows of conversations, of up to" if is_chat else "windows of"
+    return (
+        f"After step {last['step']:,}, on {last['windows']:,} fixed {what} {block_size:,} tokens that were not trained on; "
+        f"{last['tokens']:,} tokens of them were predicted:"
+    )
 
 
 def _lora_row(lora: dict[str, Any] | None) -> dict[str, str]:

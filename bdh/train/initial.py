@@ -14,6 +14,7 @@ from bdh.tokenizer.byte_level import NUM_BYTES
 from bdh.tokenizer.chat import CHAT_TOKENS, add_special_tokens
 from bdh.train.config import LoraSettings, ModelSettings, RunSettings
 from bdh.train.models import open_model
+from bdh.vocabulary import vocabulary_size
 
 _logger = logging.getLogger(__name__)
 # What the weights fix. The rest, such as dropout, is the new run's to choose.
@@ -78,10 +79,10 @@ class InitialModel:
             new = [token for token in CHAT_TOKENS if token in set(tokenizer.get_vocab()) - set(known.get_vocab())]
             add_special_tokens(known, new)
             _logger.warning("%s does not know %s: they start from random weights", self.name, ", ".join(new))
-        if len(tokenizer) != len(known):
+        if vocabulary_size(tokenizer) != vocabulary_size(known):
             raise ValueError(
-                f"the run's tokenizer has {len(tokenizer)} entries, but {self.name} was trained with one of "
-                f"{len(self._tokenizer)}: leave tokenizer.path out, and it takes that one"
+                f"the run's tokenizer has {vocabulary_size(tokenizer)} entries, but {self.name} was trained with one of "
+                f"{vocabulary_size(self._tokenizer)}: leave tokenizer.path out, and it takes that one"
             )
         if TextEncoder(tokenizer).hash != TextEncoder(known).hash:
             _logger.warning(

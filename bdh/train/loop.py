@@ -135,6 +135,8 @@ def evaluate(run: Run, monitor: Monitor, validation: list[ValidationPart]) -> bo
                 for index, sampled in enumerate(passes):
                     monitor.log_histogram(progress.step, f"val/{kind}/{index}", sampled)
     progress.last_metrics = metrics.as_dict()
+    num_windows = sum(len(part.batch.tokens) for part in validation)
+    progress.last_evaluation = {"step": progress.step, "windows": num_windows, "tokens": metrics.num_tokens}
     averaged = ""
     if run.average is not None:
         run.average.swap(run.model)

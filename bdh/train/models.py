@@ -4,6 +4,7 @@ import copy
 import logging as standard_logging
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -298,6 +299,10 @@ def _pretrained(name: str, *, is_local: bool, commit: str | None) -> tuple[BDHFo
         return model, commit
     except SafetensorError as error:
         raise ValueError(f"the weights of {name} are cut off or damaged: {error}") from error
+    except UnpicklingError as error:  # whose text is a page of advice
+        raise ValueError(
+            f"the weights of {name} are damaged, or hold more than tensors: PyTorch refuses them"
+        ) from error
     except RuntimeError as error:  # sizes that no machine has room for
         raise ValueError(f"{name} cannot be loaded: {error}") from error
     except OSError as error:

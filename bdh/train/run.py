@@ -43,6 +43,7 @@ from bdh.train.stored import (
     stored_settings,
     with_same_rows,
 )
+from bdh.vocabulary import vocabulary_size
 
 _SEEDS_APART = 1_000_003  # between the processes, whose dropout must differ
 
@@ -64,6 +65,8 @@ class Progress:
     """Of the last evaluation."""
     last_ema_metrics: dict[str, float] = field(default_factory=dict)
     """The same of the moving average of the weights."""
+    last_evaluation: dict[str, int] = field(default_factory=dict)
+    """Of the last evaluation: after which ``step`` it was, its ``windows``, and the ``tokens`` that were predicted."""
     norm_statistics: dict[str, Any] = field(default_factory=dict)
     """See :class:`bdh.train.spikes.NormStatistics`."""
 
@@ -354,13 +357,13 @@ def model_config(settings: RunSettings, tokenizer: PreTrainedTokenizerFast) -> B
         ValueError: ``model.vocab_size`` is given and is another.
     """
     fields = asdict(settings.model)
-    if fields.pop("vocab_size") not in (None, len(tokenizer)):
+    if fields.pop("vocab_size") not in (None, vocabulary_size(tokenizer)):
         raise ValueError(
             f"model.vocab_size is {settings.model.vocab_size}: the tokenizer {settings.tokenizer.path!r} has "
-            f"{len(tokenizer)} entries; leave model.vocab_size out, and it follows from the tokenizer"
+            f"{vocabulary_size(tokenizer)} entries; leave model.vocab_size out, and it follows from the tokenizer"
         )
     return BDHConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=vocabulary_size(tokenizer),
         train_block_size=settings.train.block_size,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,

@@ -283,3 +283,14 @@ def test_another_architecture_is_refused(model_folder, tmp_path, capsys):
     (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_embd": 8}))
     assert generate(folder, "--prompt", "a") == 2
     assert "is no BDH model" in capsys.readouterr().err
+
+
+def test_weights_that_pytorch_refuses_are_named_in_one_line(model_folder, tmp_path, capsys):
+    """They ended as an unexpected error, with a page of advice."""
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"no weights")
+    assert main(["generate", str(folder), "--prompt", "a"]) == 2
+    shown = capsys.readouterr().err
+    assert shown == f"error: the weights of {folder} are damaged, or hold more than tensors: PyTorch refuses them\n"

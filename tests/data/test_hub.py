@@ -103,6 +103,14 @@ def test_damaged_data_set_is_named(with_card, corpus_of):
         corpus_of(with_card, name="other")
 
 
+def test_a_damaged_folder_of_save_to_disk_is_named(tmp_path, corpus_of):
+    """It ended with an unexpected KeyError."""
+    (tmp_path / "state.json").write_text("{}")
+    (tmp_path / "dataset_info.json").write_text("{}")
+    with pytest.raises(ValueError, match=f"{tmp_path} is damaged, or not what save_to_disk"):
+        corpus_of(tmp_path)
+
+
 def test_missing_column_of_a_data_set_names_its_columns(with_card, corpus_of):
     with pytest.raises(ValueError, match=r"'text', but .*split train has no such column: it has n, body"):
         corpus_of(with_card, text_column="text")

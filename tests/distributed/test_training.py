@@ -62,6 +62,8 @@ def test_two_processes_train_as_one(settings, alone, torchrun, tmp_path, strateg
     # float64 has 1e-16; sums of another order, through 50 steps, may lose a few digits of it.
     assert_same_curve(tmp_path / "two", alone, 1e-9)
     assert samples(tmp_path / "two") == samples(alone)
+    # The model card gave the sequences of one process.
+    assert "| sequences a step | 12 |" in (tmp_path / "two" / "model" / "README.md").read_text()
     found = Checkpointer(tmp_path / "two").load().tensors("weights")  # the export is rounded to float32
     for name, weight in Checkpointer(alone).load().tensors("weights").items():
         assert (found[name] - weight).abs().max() < 1e-9

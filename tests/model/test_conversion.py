@@ -120,6 +120,16 @@ def test_a_file_that_would_run_code_is_refused_and_runs_none(tiny, tmp_path, mon
     assert not (tmp_path / "trap-has-sprung").exists()
 
 
+@pytest.mark.parametrize("content", [b"no checkpoint", b"\x80\x04K\x01."])
+def test_what_pytorch_refuses_is_named_in_one_line(tmp_path, content):
+    """PyTorch's page of advice, to load it without a check among it, was printed."""
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.pt is not a complete PyTorch checkpoint: .+") as caught:
+        load_reference(tmp_path / "x.pt")
+    assert "\n" not in str(caught.value)
+    assert "weights_only" not in str(caught.value)
+
+
 @pytest.mark.parametrize("content", [[1, 2], {"epoch": 3}, {"model": {"a": 1}}])
 def test_what_is_no_state_dict_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "x.pt")

@@ -1,9 +1,19 @@
 """Opening tokenizers, and what is said when that fails."""
 
+import json
+
 import pytest
 
-from bdh.tokenizer import TokenizerConfig, byte_tokenizer, load_tokenizer, train_tokenizer
+from bdh.tokenizer import (
+    TokenizerConfig,
+    byte_tokenizer,
+    encode_texts,
+    load_tokenizer,
+    train_tokenizer,
+    with_chat_template,
+)
 from bdh.validation import Faults
+from bdh.vocabulary import vocabulary_size
 from tests.tokenizer.conftest import TRAINING_TEXT
 
 
@@ -74,3 +84,64 @@ def test_settings_that_do_not_go_together_are_faults():
     TokenizerConfig(path="folder", special_tokens=True).collect_faults(faults)
     assert faults.found[0].startswith("path is ''")
     assert faults.found[1].startswith("special_tokens is True: must be false with the tokenizer 'folder'")
+
+
+def with_gap(folder, *, first=280, gap=20):
+    """A BPE tokenizer whose ids from ``first`` on are ``gap`` higher, as if tokens had been taken out."""
+    train_tokenizer([TRAINING_TEXT], "bpe", 300).save_pretrained(folder)
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    content["model"]["vocab"] = {text: token + gap * (token >= first) for text, token in vocabulary.items()}
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize("is_bare", [True, False])
+@pytest.mark.parametrize(("gap", "dtype"), [(20, "uint16"), (100_000, "uint32")])
+def test_ids_with_gaps_are_read_and_fit_the_vocabulary(tmp_path, gap, dtype, is_bare):
+    """The number of tokens was taken for the size of the vocabulary, and ids were beyond the embedding."""
+    path = with_gap(tmp_path, gap=gap)
+    if is_bare:
+        (tmp_path / "tokenizer_config.json").unlink()
+    tokenizer = load_tokenizer(path)
+    assert len(tokenizer) == 300
+    assert vocabulary_size(tokenizer) == 300 + gap
+    ids = encode_texts(tokenizer, [TRAINING_TEXT])[0]
+    assert ids.dtype == dtype
+    assert ids.max() >= 280 + gap
+    assert tokenizer.decode(ids) == TRAINING_TEXT
+
+
+def test_chat_tokens_do_not_take_ids_that_others_have(tmp_path):
+    """The library counts tokens to find the next free id, which with gaps another token has."""
+    tokenizer = load_tokenizer(with_gap(tmp_path, gap=2))
+    with pytest.raises(
+        ValueError, match=r"ids have gaps \(300 tokens, ids up to 301\).*needs <\|system\|>, <\|user\|>"
+    ):
+        with_chat_template(tokenizer, "default", needs_one=True)
+
+
+def test_an_added_token_whose_id_the_library_would_change_is_named(tmp_path):
+    """It was read under another id than the one that its model was trained with."""
+    train_tokenizer([TRAINING_TEXT], "bpe", 300).save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["added_tokens"].append({**content["added_tokens"][0], "content": "<extra>", "id": 400})
+    path.write_text(json.dumps(content))
+    for name in (tmp_path, path):
+        with pytest.raises(ValueError, match="'<extra>' has the id 400, but the tokenizers library reads it as 300"):
+            load_tokenizer(name)
+    (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(ValueError, match="'<extra>' has the id 400"):
+        load_tokenizer(path)
+
+
+def test_two_tokens_with_one_id_are_named(tmp_path):
+    train_tokenizer([TRAINING_TEXT], "wordpiece", 300).save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["vocab"] |= {"one": 250, "another": 250}
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"its tokens '.*' and '.*' share the id 250"):
+        load_tokenizer(tmp_path)

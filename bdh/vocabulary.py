@@ -1,0 +1,18 @@
+"""How many entries the vocabulary of a tokenizer has, as a model counts them."""
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+_sizes: "WeakKeyDictionary[Any, tuple[int, int]]" = WeakKeyDictionary()
+
+
+def vocabulary_size(tokenizer: Any) -> int:
+    """The largest token id of a ``PreTrainedTokenizerFast``, plus one: the rows of the embedding that it needs.
+
+    ``len(tokenizer)`` counts the tokens, which are fewer where the ids have gaps.
+    """
+    num_tokens, size = _sizes.get(tokenizer, (-1, 0))
+    if num_tokens != len(tokenizer):  # else no token was added since
+        num_tokens, size = len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1
+        _sizes[tokenizer] = (num_tokens, size)
+    return size
