@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bdh.data.jsonl import JsonReader, json_column
 from bdh.data.parts import EMPTY_FILES, OTHER_TYPES, Skipped
 from bdh.data.readers import (
     DocumentsReader,
@@ -84,6 +85,12 @@ def open_file(path: Path, column: str | None, encoding_errors: str, skipped: Ski
         if state is None:
             skipped.add(EMPTY_FILES)
         return DocumentsReader(0, lambda number: None)
+    if _kind(path) == "json":
+        column = json_column(path, column, encoding_errors)
+        if column is None:
+            skipped.add(EMPTY_FILES)
+            return DocumentsReader(0, lambda number: None)
+        return JsonReader(path, column, encoding_errors, skipped, state)
 
     def explain(error: Exception) -> Exception:
         return _explain(path, error)
@@ -113,13 +120,8 @@ def _rows(path: Path, encoding_errors: str, column: str | None = None) -> Any:
     from datasets import Features, IterableDataset, Value
 
     # Not load_dataset, which reports each call to the hub.
-    name, kind = glob.escape(str(path)), TABLE_TYPES[file_type(path) or ""]
-    if kind == "json":
-        # Any other spelling than "utf-8" lets datasets check the bytes, and heed encoding_errors.
-        return IterableDataset.from_json(
-            name, encoding="utf8", encoding_errors=encoding_errors, parse_agent_traces=False
-        )
-    if kind == "parquet":
+    name = glob.escape(str(path))
+    if _kind(path) == "parquet":
         return IterableDataset.from_parquet(name, columns=None if column is None else [column])
     # Given no type, pandas guesses one for each 10,000 rows anew; and without keep_default_na=False, a cell that
     # spells NA or null would be missing.
@@ -129,7 +131,7 @@ def _rows(path: Path, encoding_errors: str, column: str | None = None) -> Any:
 
 def _explain(path: Path, error: Exception) -> Exception:
     """What is wrong with a table, in terms of its file."""
-    if TABLE_TYPES[file_type(path) or ""] != "parquet":
+    if _kind(path) != "parquet":
         try:
             bad = first_bad_byte(path)
         except ValueError as damaged:
@@ -138,6 +140,10 @@ def _explain(path: Path, error: Exception) -> Exception:
             return not_utf8(path, *bad)
     reason = (str(error).splitlines() or [""])[0]
     return ValueError(f"{path} cannot be read as {file_type(path)}: {type(error).__name__}: {reason}")
+
+
+def _kind(path: Path) -> str:
+    return TABLE_TYPES[file_type(path) or ""]
 
 
 def _in_folder(root: Path) -> list[Path]:
