@@ -206,7 +206,16 @@ def file_chunks(path: Path, offset: int = 0) -> Iterator[bytes]:
 
     Raises:
         ValueError: the compressed file is damaged or cut off.
+        OSError: the file cannot be read; the error has its name.
     """
+    try:
+        yield from _chunks(path, offset)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def _chunks(path: Path, offset: int) -> Iterator[bytes]:
     if path.suffix not in (".gz", ".zst"):
         with path.open("rb") as file:
             file.seek(offset)
