@@ -97,7 +97,8 @@ def open_file(path: Path, column: str | None, encoding_errors: str, skipped: Ski
 
     try:
         rows = _rows(path, encoding_errors)
-        column = text_column(rows, column, str(path))
+        # A shard without rows may have another type of column, or none at all.
+        column = None if _is_empty_parquet(path) else text_column(rows, column, str(path))
         if column is None:  # there are no rows
             skipped.add(EMPTY_FILES)
             return DocumentsReader(0, lambda number: None)
@@ -140,6 +141,12 @@ def _explain(path: Path, error: Exception) -> Exception:
             return not_utf8(path, *bad)
     reason = (str(error).splitlines() or [""])[0]
     return ValueError(f"{path} cannot be read as {file_type(path)}: {type(error).__name__}: {reason}")
+
+
+def _is_empty_parquet(path: Path) -> bool:
+    from pyarrow import parquet
+
+    return path.suffix.lower() == ".parquet" and parquet.read_metadata(path).num_rows == 0
 
 
 def _kind(path: Path) -> str:
