@@ -170,6 +170,12 @@ class ChainReader:
     """Several shards, one after the other."""
 
     def __init__(self, shards: Sequence[Callable[[State | None], Reader]], state: State | None = None):
+        """
+        Raises:
+            ValueError: the state was stored before the shards were read one by one.
+        """
+        if state and "shard" not in state:
+            raise ValueError("the position in the text was stored by an earlier version of bdh, and cannot be used")
         self._shards = shards
         self._shard: int = state["shard"] if state else 0
         self._inner_state: State | None = state["inner"] if state else None

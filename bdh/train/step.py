@@ -128,7 +128,8 @@ def _next_batch(run: Run) -> Batch:
     """The process's sequences; where any process cannot read its own, all raise."""
     if not run.corpus.facts["streaming"]:
         return run.loader.next()
-    world, batch, cause = run.world, None, None
+    world = run.world
+    cause: Exception | None = None
     try:
         batch = run.loader.next()
     except (ValueError, OSError) as error:
