@@ -11,7 +11,7 @@ from tests.train.conftest import losses
 
 pytestmark = pytest.mark.slow
 ROWS = [{"text": f"{i} and {i + 1} are neighbours, " * 2} for i in range(120)]
-BAD = [*ROWS[:80], {"text": 5}, *ROWS[81:]]
+BAD = [*ROWS[:40], {"text": 5}, *ROWS[41:]]
 
 
 def write(path, rows):
@@ -56,7 +56,7 @@ def test_a_fault_of_any_process_ends_all_of_them_saved(torchrun, tmp_path, at_fa
     assert len(told) == 1
     step = Checkpointer(run).load().step
     assert 0 < step < 50
-    assert f"step {step + 1}: t.jsonl, line 81: column 'text' holds 5" in told[0]
+    assert f"step {step + 1}: t.jsonl, line 41: column 'text' holds 5" in told[0]
 
     for rank in at_fault:
         write(tmp_path / f"{rank}" / "t.jsonl", ROWS)
