@@ -35,6 +35,7 @@ def run(argv: list[str]) -> int:
     from bdh.train.loop import fit
     from bdh.train.needs import NoRoomError
     from bdh.train.run import open_run
+    from bdh.train.step import DataStopped
     from bdh.train.stored import settings_to_store
 
     console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=rank > 0)
@@ -61,9 +62,14 @@ def run(argv: list[str]) -> int:
         settings=settings_to_store(settings),
         console=console,
     )
-    with reported_to_starter(), monitor:
-        why = fit(training, monitor)
-        training.close()
+    try:
+        with reported_to_starter(), monitor:
+            why = fit(training, monitor)
+            training.close()
+    except DataStopped:
+        if training.world.is_main:
+            raise
+        return 2  # rank 0 says the same
     if not training.world.is_main:
         return EXIT_STATUS.get(why, 0)
 

@@ -7,6 +7,7 @@ import torch
 
 from bdh.data.batch import Batch
 from bdh.data.documents import batch_of_documents
+from bdh.data.parts import Part, from_plain, to_plain
 from bdh.data.shuffled import ShuffledParts, encode_parts
 from bdh.data.windows import check_state
 from bdh.tokenizer.encoding import TextEncoder
@@ -88,6 +89,7 @@ class ContinuedStreamLoader:
         # Of each row of the global batch, what is tokenized and not behind it yet.
         self._tokens = [np.empty(0, dtype=encoder.dtype) for _ in range(batch_size)]
         self._starts = [np.empty(0, dtype=bool) for _ in range(batch_size)]
+        self._round: list[Part] = []  # drawn for rows that lack tokens, and not given to them yet
 
     @property
     def epoch(self) -> int:
@@ -109,16 +111,21 @@ class ContinuedStreamLoader:
         """Gives each row at least a block and a token, in rounds in which each row that lacks them draws once."""
         tokens, starts = [[row] for row in self._tokens], [[row] for row in self._starts]
         lengths = [len(row) for row in self._tokens]
-        while lacking := [row for row, length in enumerate(lengths) if length <= self._block_size]:
-            drawn = [self._parts.draw(1)[0] for _ in lacking]
-            encoded, is_start = encode_parts(drawn, self._encoder)
-            bounds = np.flatnonzero(is_start)[1:]
-            pieces = zip(np.split(encoded, bounds), np.split(is_start, bounds), strict=True)
-            for row, (piece, starts_of_piece) in zip(lacking, pieces, strict=False):
-                tokens[row].append(piece)
-                starts[row].append(starts_of_piece)
-                lengths[row] += len(piece)
-        self._tokens, self._starts = [np.concatenate(row) for row in tokens], [np.concatenate(row) for row in starts]
+        try:
+            while lacking := [row for row, length in enumerate(lengths) if length <= self._block_size]:
+                while len(self._round) < len(lacking):
+                    self._round += self._parts.draw(1)
+                encoded, is_start = encode_parts(self._round, self._encoder)
+                self._round = []
+                bounds = np.flatnonzero(is_start)[1:]
+                pieces = zip(np.split(encoded, bounds), np.split(is_start, bounds), strict=True)
+                for row, (piece, starts_of_piece) in zip(lacking, pieces, strict=False):
+                    tokens[row].append(piece)
+                    starts[row].append(starts_of_piece)
+                    lengths[row] += len(piece)
+        finally:  # text that cannot be read leaves the loader where it can be read on
+            self._tokens = [np.concatenate(row) for row in tokens]
+            self._starts = [np.concatenate(row) for row in starts]
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -126,6 +133,7 @@ class ContinuedStreamLoader:
             "tokens": torch.from_numpy(np.concatenate(self._tokens).astype(np.int64)),
             "starts": torch.from_numpy(np.concatenate(self._starts)),
             "lengths": [len(row) for row in self._tokens],
+            "round": to_plain(self._round),
             **self._parts.state_dict(),
         }
 
@@ -139,3 +147,4 @@ class ContinuedStreamLoader:
         bounds = np.cumsum(state["lengths"])[:-1]
         self._tokens = np.split(state["tokens"].numpy().astype(self._encoder.dtype), bounds)
         self._starts = np.split(state["starts"].numpy(), bounds)
+        self._round = from_plain(state.get("round", []))

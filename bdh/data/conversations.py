@@ -1,6 +1,5 @@
 """Conversations from .jsonl files: which files hold them, and a check of every line."""
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -10,9 +9,9 @@ from typing import Any
 from bdh.data import builtin
 from bdh.data.config import DataConfig
 from bdh.data.files import file_type, find_files
+from bdh.data.jsonl import parse_line, text_lines
 from bdh.data.mix_config import mix_sources
 from bdh.data.parts import OTHER_TYPES, Skipped, to_utf8
-from bdh.data.readers import file_chunks, not_utf8, text_start
 from bdh.data.source import Source, item_names, training_source, validation_source
 from bdh.data.split import num_kept
 
@@ -75,12 +74,9 @@ def read_conversations(files: Sequence[Path], column: str | None, encoding_error
         ValueError: a line is no conversation; the message has the file and the number of the line.
     """
     for path in files:
-        for number, line in _lines(path, encoding_errors):
-            where = f"{path}, line {number}"
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{where} is not JSON: {error}") from error
+        for line in text_lines(path, encoding_errors):
+            where = f"{path}, line {line.number}"
+            row = parse_line(line.text, where)
             yield Conversation(_messages(row, column or DEFAULT_COLUMN, where, encoding_errors), where)
 
 
@@ -127,26 +123,6 @@ def _messages(row: Any, column: str, where: str, encoding_errors: str) -> list[d
     return messages
 
 
-def _lines(path: Path, encoding_errors: str) -> Iterator[tuple[int, str]]:
-    """The lines of a file that are not empty, with their numbers from 1 on."""
-    pending, number, offset = b"", 0, text_start(path)
-    for chunk in _with_end(file_chunks(path, offset)):
-        *lines, pending = (pending + chunk).split(b"\n")
-        for line in lines:
-            number += 1
-            if line.strip():
-                try:
-                    yield number, line.decode("utf-8", encoding_errors)
-                except UnicodeDecodeError as error:
-                    raise not_utf8(path, offset + error.start, line[error.start]) from error
-            offset += len(line) + 1
-
-
-def _with_end(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    yield from chunks
-    yield b"\n"  # the last line may have no end of its own
-
-
 def _chat_files(source: Source, config: DataConfig) -> Source:
     files = [path for path in source.files if file_type(path) == CHAT_TYPE]
     if not files:
@@ -156,14 +132,13 @@ def _chat_files(source: Source, config: DataConfig) -> Source:
         )
     if len(files) < len(source.files):
         source.skipped.add(OTHER_TYPES, len(source.files) - len(files))
-    source.files = files
+    source.shard_files = [files]
     return source
 
 
 def _begins_with_messages(path: Path) -> bool:
     try:
-        first = next((line for _, line in _lines(path, "replace")), "")
-        row = json.loads(first)
-    except (ValueError, RecursionError):
+        row = parse_line(next((line.text for line in text_lines(path, "replace")), ""), str(path))
+    except ValueError:
         return False
     return isinstance(row, dict) and isinstance(row.get(DEFAULT_COLUMN), list)

@@ -21,7 +21,12 @@ class Loader(Protocol):
     """An endless supply of training rows, whose position can be stored."""
 
     def next(self) -> Batch:
-        """The rows of the next step that this process gets."""
+        """The rows of the next step that this process gets.
+
+        Raises:
+            ValueError: the text cannot be read. The loader, and its state, can go on from there once it can.
+            OSError: the same of a file.
+        """
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -44,6 +49,10 @@ class Corpus(ABC):
     block_size: int
     is_chat: bool = False
     """Whether there are conversations in it."""
+
+    def fingerprint_before(self, loader_state: dict[str, Any]) -> str:
+        """As ``fingerprint``, of what a loader had read alone: the same where the text after it has been changed."""
+        return self.fingerprint
 
     @abstractmethod
     def train_loader(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bdh.data.csv_files import CSV_TYPES, CsvReader, CsvSettings, find_layout
+from bdh.data.jsonl import JsonReader, json_column
 from bdh.data.parts import EMPTY_FILES, OTHER_TYPES, Skipped, describe
 from bdh.data.paths import files_below, files_matching
 from bdh.data.readers import (
@@ -17,9 +18,6 @@ from bdh.data.readers import (
     TableReader,
     TextFileReader,
     compression,
-    first_bad_byte,
-    not_utf8,
-    text_start,
 )
 from bdh.data.tables import ColumnError, text_column
 
@@ -101,6 +99,12 @@ def open_file(
         if state is None:
             skipped.add(EMPTY_FILES)
         return DocumentsReader(0, lambda number: None)
+    if file_type(path) in (".json", ".jsonl"):
+        column = json_column(path, column, encoding_errors)
+        if column is None:
+            skipped.add(EMPTY_FILES)
+            return DocumentsReader(0, lambda number: None)
+        return JsonReader(path, column, encoding_errors, skipped, state)
 
     if file_type(path) in CSV_TYPES:
         layout = find_layout(path, column, encoding_errors, csv_settings)
@@ -108,22 +112,21 @@ def open_file(
             return CsvReader(path, layout, csv_settings, encoding_errors, skipped, state)
         skipped.add(EMPTY_FILES)
         return DocumentsReader(0, lambda number: None)
-    if file_type(path) != ".parquet":
-        text_start(path)  # refuses other encodings
 
     def explain(error: Exception) -> Exception:
         return _explain(path, error)
 
     try:
-        rows = _rows(path, encoding_errors)
-        column = text_column(rows, column, str(path))
+        rows = _rows(path)
+        # A shard without rows may have another type of column, or none at all.
+        column = None if _is_empty_parquet(path) else text_column(rows, column, str(path))
         if column is None:  # there are no rows
             skipped.add(EMPTY_FILES)
             return DocumentsReader(0, lambda number: None)
-        rows = _rows(path, encoding_errors, column)
+        rows = _rows(path, column)
     except ColumnError:
         raise
-    except Exception as error:  # pyarrow, pandas, fsspec and datasets each raise their own
+    except Exception as error:  # pyarrow, fsspec and datasets each raise their own
         raise explain(error) from error
     return TableReader(rows, column, str(path), encoding_errors, skipped, explain, state)
 
@@ -134,29 +137,25 @@ def identity(files: Sequence[Path]) -> list[Any]:
     return [[path.as_posix(), stat.st_size, stat.st_mtime_ns] for path, stat in found]
 
 
-def _rows(path: Path, encoding_errors: str, column: str | None = None) -> Any:
-    """A ``datasets.IterableDataset`` over a table; with ``column``, of this one alone where that is cheaper."""
+def _rows(path: Path, column: str | None = None) -> Any:
+    """A ``datasets.IterableDataset`` over a .parquet file; with ``column``, of this one alone."""
     from datasets import IterableDataset
 
     # Not load_dataset, which reports each call to the hub.
     name = glob.escape(str(path))
-    if file_type(path) == ".parquet":
-        return IterableDataset.from_parquet(name, columns=None if column is None else [column])
-    # Any other spelling than "utf-8" lets datasets check the bytes, and heed encoding_errors.
-    return IterableDataset.from_json(name, encoding="utf8", encoding_errors=encoding_errors, parse_agent_traces=False)
+    return IterableDataset.from_parquet(name, columns=None if column is None else [column])
 
 
 def _explain(path: Path, error: Exception) -> Exception:
     """What is wrong with a table, in terms of its file."""
-    if file_type(path) != ".parquet":
-        try:
-            bad = first_bad_byte(path)
-        except ValueError as damaged:
-            return damaged
-        if bad is not None:
-            return not_utf8(path, *bad)
     reason = (str(error).splitlines() or [""])[0]
     return ValueError(f"{path} cannot be read as {file_type(path)}: {type(error).__name__}: {reason}")
+
+
+def _is_empty_parquet(path: Path) -> bool:
+    from pyarrow import parquet
+
+    return path.suffix.lower() == ".parquet" and parquet.read_metadata(path).num_rows == 0
 
 
 def _is_meant_as_path(item: str) -> bool:

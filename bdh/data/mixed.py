@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -33,8 +34,7 @@ class MixCorpus(Corpus):
         self.val_bytes_per_token = sum(
             share * corpus.val_bytes_per_token for share, corpus in zip(self._shares, self._corpora, strict=True)
         )
-        identity = [(share, corpus.fingerprint) for share, corpus in zip(self._shares, self._corpora, strict=True)]
-        self.fingerprint = hashlib.sha256(repr(identity).encode()).hexdigest()[:32]
+        self.fingerprint = self._joined([corpus.fingerprint for corpus in self._corpora])
         facts = [corpus.facts for corpus in self._corpora]
         skipped: dict[str, int] = {}
         for each in facts:
@@ -52,6 +52,16 @@ class MixCorpus(Corpus):
                 for source, each in zip(self._sources, facts, strict=True)
             ],
         }
+
+    def fingerprint_before(self, loader_state: dict[str, Any]) -> str:
+        states = loader_state["sources"]
+        return self._joined(
+            [corpus.fingerprint_before(state) for corpus, state in zip(self._corpora, states, strict=True)]
+        )
+
+    def _joined(self, fingerprints: list[str]) -> str:
+        identity = list(zip(self._shares, fingerprints, strict=True))
+        return hashlib.sha256(repr(identity).encode()).hexdigest()[:32]
 
     def train_loader(
         self, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, *, carry_state: bool = False
@@ -105,10 +115,13 @@ class MixLoader:
         self._rows = rows
         self._seed = seed
         self._step = 0
+        self._begun: list[Batch] = []  # the first rows of the next step, where an error ended it
 
     def next(self) -> Batch:
         """The rows of the next step."""
-        rows = [self._loaders[number].next() for number in self.sources_of(self._step)]
+        for number in self.sources_of(self._step)[len(self._begun) :]:
+            self._begun.append(self._loaders[number].next())
+        rows, self._begun = self._begun, []
         self._step += 1
         return Batch.stack(rows[self._rows])
 
@@ -125,6 +138,7 @@ class MixLoader:
             "seed": self._seed,
             "shares": self._shares,
             "sources": [loader.state_dict() for loader in self._loaders],
+            "begun": [asdict(row) for row in self._begun],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -136,6 +150,7 @@ class MixLoader:
         for loader, inner in zip(self._loaders, state["sources"], strict=True):
             loader.load_state_dict(inner)
         self._step = state["step"]
+        self._begun = [Batch(**row) for row in state.get("begun", [])]
 
 
 def apportion(number: int, shares: Sequence[float]) -> list[int]:

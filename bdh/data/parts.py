@@ -4,9 +4,9 @@ A part is UTF-8 text of at most ``PART_BYTES`` bytes. Most documents are one par
 ends, where there are any.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 PART_BYTES = 1 << 18
 # Kinds of things that are left out, and counted.
@@ -87,6 +87,15 @@ def split_document(utf8: bytes) -> Iterator[Part]:
         yield Part(utf8[start:end], False)
         start = end
     yield Part(utf8[start:], True)
+
+
+def to_plain(parts: Iterable[Part]) -> list[Any]:
+    """A few parts as plain data, for the state of a reader."""
+    return [[part.utf8.decode(), part.ends_document] for part in parts]
+
+
+def from_plain(plain: list[Any]) -> list[Part]:
+    return [Part(text.encode(), ends_document) for text, ends_document in plain]
 
 
 def to_utf8(text: str, encoding_errors: str, where: str) -> bytes:

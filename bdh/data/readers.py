@@ -1,16 +1,29 @@
 """Readers: each gives the parts of one shard (a file, a table, a list of documents) and knows where it is.
 
-A reader's ``state()`` is plain data; a new reader made with it goes on behind the last part that was given.
+A reader's ``state()`` is plain data; a new reader made with it goes on behind the last part that was given, also
+where the one before ended with an error.
 """
 
 import gzip
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
-from bdh.data.parts import EMPTY_FILES, NO_TEXT, PART_BYTES, Part, Skipped, cut_position, split_document, to_utf8
+from bdh.data.parts import (
+    EMPTY_FILES,
+    NO_TEXT,
+    PART_BYTES,
+    Part,
+    Skipped,
+    cut_position,
+    from_plain,
+    split_document,
+    to_plain,
+    to_utf8,
+)
 from bdh.text_files import MARK_BYTES, mark_length
 
 COMPRESSED = (".gz", ".zst")
@@ -118,15 +131,19 @@ class TableReader:
         self._skipped = skipped
         self._explain = explain
         self._num_rows: int = state["num_rows"] if state else 0
-        self._pending = deque(Part(text.encode(), ends) for text, ends in state["pending"]) if state else deque[Part]()
+        self._is_lost = False  # whether the table's own state is past a row that could not be read
+        self._pending = deque(from_plain(state["pending"]) if state else ())
+        self._num_passed = 0  # rows to read over
         if state and state["rows"] is not None:
             self._rows.load_state_dict(state["rows"])
+        elif state:
+            self._num_passed = self._num_rows
 
     def state(self) -> State:
         return {
-            "rows": self._rows.state_dict() if self._num_rows else None,
+            "rows": self._rows.state_dict() if self._num_rows and not self._is_lost else None,
             "num_rows": self._num_rows,
-            "pending": [[part.utf8.decode(), part.ends_document] for part in self._pending],
+            "pending": to_plain(self._pending),
         }
 
     def __iter__(self) -> Iterator[Part]:
@@ -134,33 +151,35 @@ class TableReader:
         Raises:
             ValueError: a row cannot be read, or its column holds something else than text.
         """
-        rows = iter(self._rows)
+        rows = islice(self._rows, self._num_passed, None)
         while True:
             while self._pending:
                 yield self._pending.popleft()
+            self._is_lost = True
             try:
                 row = next(rows, None)
             except Exception as error:  # pyarrow, pandas, fsspec and datasets each raise their own
                 raise self._explain(error) from error
             if row is None:
+                self._is_lost = False
                 return
-            self._num_rows += 1
-            text = row.get(self._column)
-            if not text and (text is None or isinstance(text, str)):
-                self._skipped.add(NO_TEXT)
-                continue
-            where = f"{self._where}, row {self._num_rows}"
-            if not isinstance(text, str):
-                raise ValueError(
-                    f"{where}: column {self._column!r} holds {text!r:.80}, a {type(text).__name__}: it must be text"
-                )
-            self._pending.extend(split_document(to_utf8(text, self._encoding_errors, where)))
+            where = f"{self._where}, row {self._num_rows + 1}"
+            utf8 = row_text(row.get(self._column), self._column, where, self._encoding_errors, self._skipped)
+            self._num_rows, self._is_lost = self._num_rows + 1, False
+            if utf8:
+                self._pending.extend(split_document(utf8))
 
 
 class ChainReader:
     """Several shards, one after the other."""
 
     def __init__(self, shards: Sequence[Callable[[State | None], Reader]], state: State | None = None):
+        """
+        Raises:
+            ValueError: the state was stored before the shards were read one by one.
+        """
+        if state and "shard" not in state:
+            raise ValueError("the position in the text was stored by an earlier version of bdh, and cannot be used")
         self._shards = shards
         self._shard: int = state["shard"] if state else 0
         self._inner_state: State | None = state["inner"] if state else None
@@ -198,12 +217,35 @@ def text_start(path: Path) -> int:
     return mark_length(beginning, path)
 
 
+def row_text(text: Any, column: str, where: str, encoding_errors: str, skipped: Skipped) -> bytes | None:
+    """The text of a table's row in UTF-8; None, counted, where there is none: an empty one, null, or no such field.
+
+    Raises:
+        ValueError: it is something else than text.
+    """
+    if text is None or text == "":
+        skipped.add(NO_TEXT)
+        return None
+    if not isinstance(text, str):
+        raise ValueError(f"{where}: column {column!r} holds {text!r:.80}, a {type(text).__name__}: it must be text")
+    return to_utf8(text, encoding_errors, where)
+
+
 def file_chunks(path: Path, offset: int = 0) -> Iterator[bytes]:
     """The bytes of a file from ``offset`` on, uncompressed if its name ends in .gz or .zst.
 
     Raises:
         ValueError: the compressed file is damaged or cut off.
+        OSError: the file cannot be read; the error has its name.
     """
+    try:
+        yield from _chunks(path, offset)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def _chunks(path: Path, offset: int) -> Iterator[bytes]:
     if not compression(path):
         with path.open("rb") as file:
             file.seek(offset)
@@ -248,9 +290,10 @@ def _zstd_chunks(path: Path) -> Iterator[bytes]:
         raise ValueError(f"{path} is cut off: its last zstandard frame has no end")
 
 
-def not_utf8(path: Path, offset: int, byte: int) -> ValueError:
+def not_utf8(path: Path, offset: int, byte: int, line: int | None = None) -> ValueError:
+    where = f", in line {line}" if line else ""
     return ValueError(
-        f"{path} is not UTF-8: byte {offset} is 0x{byte:02X}. Convert the file, or set "
+        f"{path} is not UTF-8: byte {offset} is 0x{byte:02X}{where}. Convert the file, or set "
         "data.encoding_errors=replace to put U+FFFD in the place of such bytes"
     )
 

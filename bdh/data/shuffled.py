@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bdh.data.corpus import describe
-from bdh.data.parts import Part, Skipped
+from bdh.data.parts import Part, Skipped, describe, from_plain, to_plain
 from bdh.data.readers import ChainReader
 from bdh.data.source import Source
 from bdh.data.split import StreamSplit
@@ -36,6 +35,7 @@ class ShuffledParts:
         self._buffer_documents = buffer_documents
         self.seed = seed
         self.epoch = 0
+        self._drawn: list[Part] = []  # for a call that an error ended
         self._start_pass()
 
     def _start_pass(self, state: dict[str, Any] | None = None, skipped: dict[str, int] | None = None) -> None:
@@ -45,16 +45,25 @@ class ShuffledParts:
         self._num_drawn = 0
         self._is_read = False
         self._skipped = Skipped(dict(skipped or {}))
+        self._open(state)
+
+    def _open(self, state: dict[str, Any] | None) -> None:
         self._reader: ChainReader = self._source.open(self._skipped, state)
         self._parts: Iterator[Part] = iter(self._reader)
 
     def draw(self, num_bytes: int) -> list[Part]:
-        """The next parts, so many that they have ``num_bytes`` of text or a little more."""
-        drawn = []
+        """The next parts, so many that they have ``num_bytes`` of text or a little more.
+
+        Raises:
+            ValueError: the text cannot be read. Then nothing is lost: the next call tries again from there.
+            OSError: the same of a file.
+        """
+        num_bytes -= sum(len(part.utf8) for part in self._drawn)
         while num_bytes > 0:
             part = self._draw()
             num_bytes -= len(part.utf8)
-            drawn.append(part)
+            self._drawn.append(part)
+        drawn, self._drawn = self._drawn, []
         return drawn
 
     def _draw(self) -> Part:
@@ -76,7 +85,11 @@ class ShuffledParts:
 
     def _fill(self) -> None:
         while not self._is_read and len(self._buffer) < self._buffer_documents and self._buffer_bytes < _BUFFER_BYTES:
-            part = next(self._parts, None)
+            try:
+                part = next(self._parts, None)
+            except (ValueError, OSError):
+                self._open(self._reader.state())  # as an iterator that has raised is at its end
+                raise
             if part is None:
                 self._is_read = True
                 return
@@ -97,6 +110,7 @@ class ShuffledParts:
             "is_read": self._is_read,
             "reader": self._reader.state(),
             "skipped": self._skipped.counts,
+            "drawn": to_plain(self._drawn),
             "buffer": torch.frombuffer(
                 bytearray(b"".join(part.utf8 for part in self._buffer) or b"\0"), dtype=torch.uint8
             ),
@@ -113,6 +127,7 @@ class ShuffledParts:
             self._buffer.append(Part(text[start : start + length], ends_document))
             start += length
         self._buffer_bytes = start
+        self._drawn = from_plain(state.get("drawn", []))
 
 
 def encode_parts(parts: list[Part], encoder: TextEncoder) -> tuple[np.ndarray, np.ndarray]:

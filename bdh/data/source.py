@@ -14,7 +14,7 @@ from bdh.data.files import file_type, find_files, identity, open_file
 from bdh.data.hub import HubSet, is_hub_layout, shakespeare
 from bdh.data.parts import FOUND_TWICE, HELD_OUT_FILES, Skipped
 from bdh.data.paths import FileKey, file_key, regular_files
-from bdh.data.readers import ChainReader, DocumentsReader, Reader, State
+from bdh.data.readers import ChainReader, DocumentsReader, Reader, State, compression, file_chunks
 
 _FINGERPRINT_BYTES = 1 << 16
 
@@ -28,14 +28,19 @@ class Source:
     shards: list[OpenShard]
     identity: list[Any]
     """Plain data; another where the text may be another. For the cache."""
-    files: list[Path]
-    """The local files among it."""
+    shard_files: list[list[Path]]
+    """The local files of each shard."""
     num_bytes: int | None
     """Bytes of text, where they are known beforehand. For progress bars."""
     skipped: Skipped
     """What was left out when the source was looked up."""
     csv_files: list[Path] = field(default_factory=list)
     """Those of the local files that are read by :mod:`bdh.data.csv_files`."""
+
+    @property
+    def files(self) -> list[Path]:
+        """All local files."""
+        return [path for files in self.shard_files for path in files]
 
     def open(self, skipped: Skipped | None = None, state: State | None = None) -> ChainReader:
         """A reader from the beginning, or from where another one was."""
@@ -46,18 +51,45 @@ class Source:
 
         return ChainReader([bound(shard) for shard in self.shards], state)
 
-    def fingerprint(self) -> str:
-        """A hash that knows files by their names, sizes, beginnings and ends: the same on another machine."""
+    def fingerprint(self, until: State | None = None) -> str:
+        """A hash that knows files by their names, sizes, beginnings and ends: the same on another machine.
+
+        Args:
+            until: the state of a reader, behind which the text may be another. Of the file that it is in, what is before
+                counts where that is known in bytes, else the name alone.
+        """
         known = [entry for entry in self.identity if entry[0] != "files"]
         digest = hashlib.sha256(repr(known).encode())
-        for path in self.files:
-            size = path.stat().st_size
-            digest.update(repr((path.name, size)).encode())
-            with path.open("rb") as file:
-                digest.update(file.read(_FINGERPRINT_BYTES))
-                file.seek(max(0, size - _FINGERPRINT_BYTES))
-                digest.update(file.read(_FINGERPRINT_BYTES))
+        last = len(self.shards) if until is None else until["shard"]
+        for number, files in enumerate(self.shard_files[: last + 1]):
+            for path in files:
+                if number < last:
+                    digest.update(_ends(path, path.stat().st_size))
+                elif until is not None:
+                    offset = (until["inner"] or {}).get("offset", 0)
+                    digest.update(path.name.encode() if not offset else _before(path, offset))
         return digest.hexdigest()
+
+
+def _ends(path: Path, size: int) -> bytes:
+    """A file's name, and of so many bytes of it the number, the first and the last."""
+    with path.open("rb") as file:
+        first = file.read(min(size, _FINGERPRINT_BYTES))
+        file.seek(max(0, size - _FINGERPRINT_BYTES))
+        return repr((path.name, size)).encode() + first + file.read(min(size, _FINGERPRINT_BYTES))
+
+
+def _before(path: Path, offset: int) -> bytes:
+    """The same of a file that may be compressed, up to an offset in its text."""
+    if not compression(path):
+        return _ends(path, offset)
+    digest, left = hashlib.sha256(path.name.encode()), offset
+    for chunk in file_chunks(path):
+        digest.update(chunk[:left])
+        left -= len(chunk)
+        if left <= 0:
+            break
+    return digest.digest()
 
 
 def training_source(config: DataConfig) -> Source:
@@ -152,7 +184,7 @@ def _resolve(config: DataConfig, items: list[str], split: str, held_out: set[Fil
     return Source(
         shards=[shard for part in parts for shard in part.shards],
         identity=[entry for part in parts for entry in part.identity],
-        files=[path for part in parts for path in part.files],
+        shard_files=[files for part in parts for files in part.shard_files],
         num_bytes=None if None in sizes else sum(size or 0 for size in sizes),
         skipped=skipped,
         csv_files=[path for part in parts for path in part.csv_files],
@@ -171,7 +203,7 @@ def _of_files(config: DataConfig, files: list[Path], skipped: Skipped) -> Source
     return Source(
         shards=[opener(path) for path in files],
         identity=[["files", *identity(files)], *identity_of_csv],
-        files=files,
+        shard_files=[[path] for path in files],
         num_bytes=sum(path.stat().st_size for path in files) if is_plain else None,
         skipped=skipped,
         csv_files=csv_files,
@@ -185,7 +217,7 @@ def _of_builtin(name: str) -> Source:
     return Source(
         shards=[lambda counts, state: DocumentsReader(len(documents), documents.__getitem__, state)],
         identity=[[name, hashlib.sha256(b"\0".join(documents)).hexdigest()]],
-        files=[],
+        shard_files=[[]],
         num_bytes=sum(map(len, documents)),
         skipped=Skipped(),
     )
@@ -197,7 +229,7 @@ def _of_stdlib() -> Source:
     return Source(
         shards=[lambda counts, state: DocumentsReader(len(paths), builtin.stdlib_document(paths, counts), state)],
         identity=[["stdlib", builtin.python_version(), len(paths), num_bytes]],
-        files=[],
+        shard_files=[[]],
         num_bytes=num_bytes,
         skipped=Skipped(),
     )
@@ -225,7 +257,7 @@ def _of_hub(config: DataConfig, path: str, split: str) -> Source:
     return Source(
         shards=[hub_set.open],
         identity=[["hub", *name, hub_set.identity], ["files", *identity(files)]],
-        files=files,
+        shard_files=[files],
         num_bytes=None,
         skipped=Skipped(),
     )

@@ -19,6 +19,7 @@ from bdh.data.csv_files import show_columns
 from bdh.data.documents import batch_of_documents
 from bdh.data.parts import Part, describe
 from bdh.data.progress import ProgressCallback
+from bdh.data.readers import State
 from bdh.data.shuffled import ShuffledParts, encode_parts
 from bdh.data.source import training_source, validation_source
 from bdh.data.split import stream_split
@@ -63,12 +64,11 @@ class StreamingCorpus(Corpus):
         check_long_enough(config, collector.num_train_tokens, len(self._validation), block_size)
 
         self.val_bytes_per_token = collector.num_val_bytes / max(1, len(self._validation))
-        identity: list[Any] = [self._source.fingerprint()]
-        identity.append(validation.fingerprint() if validation else config.val_fraction)
+        identity: list[Any] = [validation.fingerprint() if validation else config.val_fraction]
         if self._split is not None and self._split.unit != "parts":
             identity.append(self._split)
-        identity += [config.text_column, config.encoding_errors, encoder.hash]
-        self.fingerprint = hashlib.sha256(repr(identity).encode()).hexdigest()[:32]
+        self._identity = [*identity, config.text_column, config.encoding_errors, encoder.hash]
+        self.fingerprint = self._fingerprint(None)
         self.facts = {
             "source": config.source,
             "streaming": True,
@@ -80,6 +80,13 @@ class StreamingCorpus(Corpus):
             "skipped": skipped.counts,
             "fingerprint": self.fingerprint,
         }
+
+    def fingerprint_before(self, loader_state: dict[str, Any]) -> str:
+        return self._fingerprint(loader_state["reader"])
+
+    def _fingerprint(self, until: State | None) -> str:
+        identity = [self._source.fingerprint(until), *self._identity]
+        return hashlib.sha256(repr(identity).encode()).hexdigest()[:32]
 
     def train_loader(
         self, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, *, carry_state: bool = False
@@ -134,14 +141,17 @@ class StreamLoader:
         """The rows of the next step."""
         num_new = self._batch_size * self._block_size
         pieces, starts, num_tokens = [self._tokens], [self._starts], len(self._tokens)
-        while num_tokens < num_new + 1:
-            # A token is a byte at least, so this is never much too much: a small source is not read far ahead.
-            missing = num_new + 1 - num_tokens
-            encoded, is_start = encode_parts(self._parts.draw(min(missing, _ENCODED_BYTES)), self._encoder)
-            pieces.append(encoded)
-            starts.append(is_start)
-            num_tokens += len(encoded)
-        all_tokens, all_starts = np.concatenate(pieces), np.concatenate(starts)
+        try:
+            while num_tokens < num_new + 1:
+                # A token is a byte at least, so this is never much too much: a small source is not read far ahead.
+                missing = num_new + 1 - num_tokens
+                encoded, is_start = encode_parts(self._parts.draw(min(missing, _ENCODED_BYTES)), self._encoder)
+                pieces.append(encoded)
+                starts.append(is_start)
+                num_tokens += len(encoded)
+        finally:  # text that cannot be read leaves the loader where it can be read on
+            self._tokens, self._starts = np.concatenate(pieces), np.concatenate(starts)
+        all_tokens, all_starts = self._tokens, self._starts
         self._tokens, self._starts = all_tokens[num_new:].copy(), all_starts[num_new:].copy()
         first = np.arange(self._batch_size)[self._rows] * self._block_size
         tokens = torch.from_numpy(take_windows(all_tokens, first, self._block_size + 1))

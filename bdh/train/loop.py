@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ from bdh.train.checkpoint import CheckpointError
 from bdh.train.run import Run
 from bdh.train.signals import deferred_signals
 from bdh.train.speed import StepClock, matmul_peak, peak_memory_bytes, training_flops_per_token
-from bdh.train.step import TrainingStopped, training_step
+from bdh.train.step import DataStopped, TrainingStopped, training_step
 
 # The GradScaler halves its scale after each overflow: this many in a row are no longer its search for one.
 _MAX_SKIPPED_STEPS = 25
@@ -31,6 +32,7 @@ def fit(run: Run, monitor: Monitor) -> str:
         Why it ended: "finished", "stop_at_step", "patience", or the name of a signal.
 
     Raises:
+        DataStopped: the text cannot be read any further; what was trained until then is saved.
         TrainingStopped: the loss or a gradient is not finite, and such steps are not to be skipped, or too many were.
         CheckpointError: the last checkpoint could not be written.
     """
@@ -46,7 +48,11 @@ def fit(run: Run, monitor: Monitor) -> str:
     with deferred_signals() as received:
         while progress.step < last_step:
             learning_rate = run.optimizers.set_learning_rate(progress.step)
-            result = training_step(run, step_model)
+            try:
+                result = training_step(run, step_model)
+            except DataStopped as stopped:
+                _save_before(stopped, run, monitor)
+                raise
             skipped = 0 if result.updated else skipped + 1
             if skipped > _MAX_SKIPPED_STEPS:
                 raise TrainingStopped(
@@ -215,14 +221,32 @@ def _record_sample(run: Run, monitor: Monitor, number: int, prompt: str, text: s
         monitor.warn(f"the sample of step {step} could not be written: {error}")
 
 
-def save(run: Run, monitor: Monitor, *, is_best: bool, is_last: bool) -> None:
-    """Writes a checkpoint. Where the disk refuses, the training goes on, but cannot end well."""
+def _save_before(stopped: DataStopped, run: Run, monitor: Monitor) -> None:
+    """Saves at the place from which the text cannot be read, and says so in the error."""
+    try:
+        save(run, monitor, is_best=False, is_last=True, loader_state=stopped.loader_state)
+    except CheckpointError as error:
+        raise CheckpointError(f"{stopped}; {error}") from stopped
+    stopped.add_note(
+        f"everything up to step {run.progress.step} is saved: when the text is mended, "
+        f"`bdh train --run_dir {run.folder} --resume` goes on from there"
+    )
+
+
+def save(
+    run: Run, monitor: Monitor, *, is_best: bool, is_last: bool, loader_state: dict[str, Any] | None = None
+) -> None:
+    """Writes a checkpoint. Where the disk refuses, the training goes on, but cannot end well.
+
+    Args:
+        loader_state: instead of the loader's own, where it stopped at text that cannot be read.
+    """
     try:
         run.checkpointer.wait()  # for the one before, if it is written in the background
     except CheckpointError as error:
         monitor.warn(f"{error}. The training goes on")
     try:
-        run.save(is_best=is_best)
+        run.save(is_best=is_best, loader_state=loader_state)
         if is_last:
             run.checkpointer.wait()
     except CheckpointError as error:

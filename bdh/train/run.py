@@ -1,5 +1,6 @@
 """A training run: its folder, its parts, and what goes into its checkpoints."""
 
+import logging
 import shutil
 import time
 from dataclasses import asdict, dataclass, field
@@ -45,6 +46,7 @@ from bdh.train.stored import (
 )
 from bdh.vocabulary import vocabulary_size
 
+_logger = logging.getLogger(__name__)
 _SEEDS_APART = 1_000_003  # between the processes, whose dropout must differ
 
 
@@ -117,8 +119,13 @@ class Run:
             groups["carried"] = self.parallel.by_rows(self.carried.tensors())
         return {f"{group}.{name}": tensor for group, tensors in groups.items() for name, tensor in tensors.items()}
 
-    def save(self, *, is_best: bool = False) -> Path:
-        """Writes a checkpoint of this moment; see :meth:`Checkpointer.save`."""
+    def save(self, *, is_best: bool = False, loader_state: dict[str, Any] | None = None) -> Path:
+        """Writes a checkpoint of this moment; see :meth:`Checkpointer.save`.
+
+        Args:
+            loader_state: instead of the loader's own, where it stopped at text that cannot be read. A run that goes on
+                from there may find the text behind it changed.
+        """
         training = {
             "bdh_version": bdh.__version__,
             "progress": asdict(self.progress),
@@ -129,10 +136,18 @@ class Run:
             "data_fingerprint": self.corpus.fingerprint,
             "rows_per_step": self.rows_per_step,
             "scaler": self.scaler.state_dict(),
-            "loader": self.loader.state_dict(),
+            "data_fingerprint_before": None if loader_state is None else self._fingerprint_before(loader_state),
+            "loader": loader_state or self.loader.state_dict(),
             "random_states": self.world.gather(random_states(self.runtime.device)),
         }
         return self.checkpointer.save(self.progress.step, self.tensors(), training, is_best=is_best)
+
+    def _fingerprint_before(self, loader_state: dict[str, Any]) -> str | None:
+        try:
+            return self.corpus.fingerprint_before(loader_state)
+        except OSError as error:
+            _logger.warning("%s: the run can only go on with the very text that it had", error)
+            return None
 
     def close(self) -> None:
         """Waits for what is still being written, and leaves the other processes."""
@@ -148,7 +163,15 @@ class Run:
             ValueError: the data are not the ones that the run was trained on.
         """
         training = checkpoint.training
-        if training["data_fingerprint"] != self.corpus.fingerprint:
+        is_same = training["data_fingerprint"] == self.corpus.fingerprint
+        if not is_same and (before := training.get("data_fingerprint_before")) is not None:
+            is_same = before == self._fingerprint_before(training["loader"])
+            if is_same:
+                _logger.warning(
+                    "the text of %s has changed behind the place where it could not be read",
+                    self.corpus.facts["source"],
+                )
+        if not is_same:
             raise ValueError(
                 f"the text of {self.corpus.facts['source']} has changed since the run was started (its fingerprint was "
                 f"{training['data_fingerprint']}, now it is {self.corpus.fingerprint}): nothing was changed"

@@ -9,12 +9,25 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from bdh.data.batch import Batch
 from bdh.train.run import Run
 from bdh.train.spikes import NormStatistics
 
 
 class TrainingStopped(ValueError):
     """The loss or a gradient is not to be trusted; the weights are as they were before that step."""
+
+
+class DataStopped(ValueError):
+    """The sequences of the next step cannot be read, on this process or on another; the step has not begun."""
+
+    def __init__(self, message: str, loader_state: dict[str, Any]):
+        """
+        Args:
+            loader_state: from where they can be read, once the text is mended.
+        """
+        super().__init__(message)
+        self.loader_state = loader_state
 
 
 @dataclass(frozen=True)
@@ -41,6 +54,7 @@ def training_step(run: Run, step_model: Callable[..., Any]) -> StepResult:
     With several processes, each takes its share of the sequences; the gradients and the result are those of all.
 
     Raises:
+        DataStopped: the sequences cannot be read.
         TrainingStopped: the loss or the gradient is not finite, or a spike, and ``train.on_nonfinite`` is "stop". The
             weights have not been changed.
     """
@@ -48,7 +62,7 @@ def training_step(run: Run, step_model: Callable[..., Any]) -> StepResult:
     run.model.train()
     run.optimizers.zero_grad()
     before_data = time.perf_counter()
-    batch = run.loader.next()  # of all forward passes of the step
+    batch = _next_batch(run)  # of all forward passes of the step
     data_seconds = time.perf_counter() - before_data
     num_targets: torch.Tensor | int = max(1, batch.num_targets)
     if world.size > 1:
@@ -108,6 +122,29 @@ def training_step(run: Run, step_model: Callable[..., Any]) -> StepResult:
         fault=fault,
         data_seconds=data_seconds,
     )
+
+
+def _next_batch(run: Run) -> Batch:
+    """The process's sequences; where any process cannot read its own, all raise."""
+    if not run.corpus.facts["streaming"]:
+        return run.loader.next()
+    world = run.world
+    cause: Exception | None = None
+    try:
+        batch = run.loader.next()
+    except (ValueError, OSError) as error:
+        cause = error
+    if not any(world.any([cause is not None])):
+        return batch
+    reasons = world.gather(None if cause is None else _reason(cause))
+    first = next(rank for rank, reason in enumerate(reasons) if reason is not None)
+    # Others may have read their sequences: what is stored is the position of one that could not.
+    state = world.gather(run.loader.state_dict() if world.rank == first else None)[first]
+    raise DataStopped(f"step {run.progress.step + 1}: {reasons[first]}", state) from cause
+
+
+def _reason(error: Exception) -> str:
+    return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
 
 
 def _fault(run: Run, loss: float, norm: float) -> str | None:

@@ -3,6 +3,8 @@
 import gzip
 import re
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import zstandard
 
@@ -21,6 +23,41 @@ def test_each_row_of_a_table_is_a_document(tmp_path, corpus_of, suffix, compress
 
 def test_each_row_of_parquet_is_a_document(tmp_path, corpus_of):
     assert documents_of(corpus_of(write_table(tmp_path / "t.parquet", ROWS))) == TEXTS
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("column", [None, "text"])
+@pytest.mark.parametrize("schema", [{"text": pa.null()}, {"text": pa.string()}, {"id": pa.int64()}, {}])
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_parquet_shard_without_rows_is_empty_whatever_its_columns(
+    tmp_path, corpus_of, schema, number, column, streaming
+):
+    """Of a column of nulls, or of none, it was a fault, in the middle of the training where it was streamed."""
+    shards = [TEXTS[:5], TEXTS[5:]]
+    shards.insert(number, None)
+    for index, texts in enumerate(shards):
+        table = pa.table({"text": texts}) if texts else pa.schema(schema).empty_table()
+        pq.write_table(table, tmp_path / f"{index}.parquet")
+    corpus = corpus_of(tmp_path, text_column=column, streaming=streaming)
+    assert corpus.facts["skipped"] == {"empty files": 1}
+    if not streaming:
+        assert documents_of(corpus) == TEXTS
+
+
+def test_parquet_shards_that_are_all_empty_are_said_to_be(tmp_path, corpus_of):
+    for index, kind in enumerate([pa.null(), pa.string()]):
+        pq.write_table(pa.schema({"text": kind}).empty_table(), tmp_path / f"{index}.parquet")
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match=r"holds no text: left out empty files \(2\)"):
+            corpus_of(tmp_path, streaming=streaming)
+
+
+def test_a_parquet_shard_of_nulls_alone_is_rows_without_text(tmp_path, corpus_of):
+    pq.write_table(pa.table({"text": pa.nulls(3), "id": [1, 2, 3]}), tmp_path / "a.parquet")
+    write_table(tmp_path / "b.parquet", ROWS)
+    corpus = corpus_of(tmp_path)
+    assert documents_of(corpus) == TEXTS
+    assert corpus.facts["skipped"] == {"rows without text": 3}
 
 
 @pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
@@ -124,7 +161,7 @@ def test_column_of_numbers_is_no_text(tmp_path, corpus_of):
     path = write_table(tmp_path / "t.jsonl", [{"n": 1}, {"n": 2}])
     with pytest.raises(ValueError, match="no column holds strings; its columns are n"):
         corpus_of(path)
-    with pytest.raises(ValueError, match="row 1: column 'n' holds 1, a int: it must be text"):
+    with pytest.raises(ValueError, match="line 1: column 'n' holds 1, a int: it must be text"):
         corpus_of(path, text_column="n")
 
 

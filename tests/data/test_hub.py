@@ -1,6 +1,8 @@
 """Data sets in the hub's layout, from local folders; and a hub that cannot be reached."""
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from bdh.data import DataConfig, training_texts, validation_texts
@@ -99,7 +101,7 @@ def test_unknown_split_and_configuration_name_those_there_are(with_card, corpus_
 
 def test_damaged_data_set_is_named(with_card, corpus_of):
     write_text(with_card / "data" / "other.jsonl", "no json at all")
-    with pytest.raises(ValueError, match="split train cannot be read: ArrowInvalid"):
+    with pytest.raises(ValueError, match=r"other\.jsonl, line 1 is not JSON"):
         corpus_of(with_card, name="other")
 
 
@@ -111,8 +113,27 @@ def test_a_damaged_folder_of_save_to_disk_is_named(tmp_path, corpus_of):
         corpus_of(tmp_path)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_other_columns_of_a_data_set_may_change(with_card, corpus_of, streaming):
+    """datasets took the columns of the first rows for those of all, and an empty shard's for those of the others."""
+    rows = [{"body": "one", "n": None}, {"body": "two", "n": "x"}, {"body": "three", "m": [1]}, {"n": {"a": 1}}]
+    write_table(with_card / "data" / "other.jsonl", [*rows, *({"body": f"{i}", "n": i} for i in range(20))])
+    corpus = corpus_of(with_card, name="other", text_column="body", streaming=streaming)
+    assert corpus.facts["skipped"] == {"rows without text": 1}
+    if not streaming:
+        assert documents_of(corpus) == ["one", "two", "three", *(f"{i}" for i in range(20))]
+
+
+def test_an_empty_first_shard_of_a_data_set_is_left_out(tmp_path, corpus_of):
+    pq.write_table(pa.schema({"text": pa.null()}).empty_table(), tmp_path / "data" / "train-00000-of-00002.parquet")
+    write_table(tmp_path / "data" / "train-00001-of-00002.parquet", [{"text": text} for text in TRAIN])
+    corpus = corpus_of(tmp_path)
+    assert documents_of(corpus) == TRAIN
+    assert corpus.facts["skipped"] == {"empty files": 1}
+
+
 def test_missing_column_of_a_data_set_names_its_columns(with_card, corpus_of):
-    with pytest.raises(ValueError, match=r"'text', but .*split train has no such column: it has n, body"):
+    with pytest.raises(ValueError, match=r"'text', but .*plain-train\.jsonl has no such column: it has n, body"):
         corpus_of(with_card, text_column="text")
 
 

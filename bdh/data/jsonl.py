@@ -1,0 +1,234 @@
+"""Rows of JSON files: an object in each line, or objects over any lines, in an array or not.
+
+Each row is read alone, so only the wanted field of it matters: what the others hold, and in which rows, is all the same.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bdh.data.parts import Part, Skipped, split_document
+from bdh.data.readers import State, file_chunks, not_utf8, row_text, text_start
+from bdh.data.tables import PEEKED_ROWS, choose_column
+
+_SPACE = re.compile(r"[ \t\n\r]*")
+_DECODER = json.JSONDecoder()
+_INTEGERS_AS_FLOATS = json.JSONDecoder(parse_int=float)
+
+
+class Line(NamedTuple):
+    """A line of a file that is not blank."""
+
+    number: int
+    """From 1 on."""
+    text: str
+    end: int
+    """Bytes of the (uncompressed) file up to the next line."""
+
+
+class Row(NamedTuple):
+    """An object of a file."""
+
+    value: dict[str, Any]
+    where: str
+    """File and line, for errors."""
+    after: State
+    """Where :func:`json_rows` goes on with the next one."""
+
+
+class JsonReader:
+    """The rows of a JSON file, one document each."""
+
+    def __init__(self, path: Path, column: str, encoding_errors: str, skipped: Skipped, state: State | None = None):
+        """
+        Raises:
+            ValueError: the state was stored before rows of JSON files were read in this way.
+        """
+        if state and "rows" in state:
+            raise ValueError(f"{path}: the position in it was stored by an earlier version of bdh, and cannot be used")
+        self._path = path
+        self._column = column
+        self._encoding_errors = encoding_errors
+        self._skipped = skipped
+        self._after: State = dict(state) if state else {}  # the last row that was given as a whole
+        self._num_given: int = self._after.pop("parts", 0)  # parts of the next row
+
+    def state(self) -> State:
+        return {**self._after, "parts": self._num_given}
+
+    def __iter__(self) -> Iterator[Part]:
+        """
+        Raises:
+            ValueError: a row is no JSON object, or its column holds something else than text.
+        """
+        for row in json_rows(self._path, self._encoding_errors, self._after):
+            text = row.value.get(self._column)
+            utf8 = row_text(text, self._column, row.where, self._encoding_errors, self._skipped)
+            parts = list(split_document(utf8)) if utf8 else []
+            for part in parts[self._num_given :]:
+                self._num_given += 1
+                if part.ends_document:
+                    self._after, self._num_given = row.after, 0
+                yield part
+            self._after = row.after
+
+
+def json_column(path: Path, wanted: str | None, encoding_errors: str) -> str | None:
+    """The field that holds the text, or None if there is not a single row.
+
+    The first rows tell, and as many more as it takes to find the wanted one, or any that holds strings.
+
+    Raises:
+        ColumnError: the wanted field is in no row; or none is wanted, and not exactly one holds strings.
+        ValueError: a row that was looked at is no JSON object.
+    """
+    types: dict[str, set[type]] = {}
+    number = 0
+    for number, row in enumerate(json_rows(path, encoding_errors), start=1):
+        if wanted is not None and wanted in row.value:
+            return wanted
+        for name, value in row.value.items():
+            types.setdefault(name, set()).add(type(value))
+        if wanted is None and number >= PEEKED_ROWS and any(str in found for found in types.values()):
+            break
+    return choose_column(types, wanted, str(path)) if number else None
+
+
+def json_rows(path: Path, encoding_errors: str, after: State | None = None) -> Iterator[Row]:
+    """The objects of a file, or those after a row.
+
+    Where each line is an object, one line is read after the other. A file of another form (its first line is no object
+    of its own) is held in memory as a whole.
+
+    Raises:
+        ValueError: the text is not UTF-8, not JSON, or something else than objects; the message has the line.
+    """
+    after = after or {}
+    if not ("row" in after or _is_array(path, encoding_errors)):
+        for line in text_lines(path, encoding_errors, after.get("offset", 0), after.get("line", 1)):
+            where = f"{path}, line {line.number}"
+            yield Row(
+                _checked(parse_line(line.text, where), where), where, {"offset": line.end, "line": line.number + 1}
+            )
+        return
+    for number, (value, line_number) in enumerate(_values(path, encoding_errors), start=1):
+        if number > after.get("row", 0):
+            where = f"{path}, row {number}, line {line_number}"
+            row = {"text": value} if isinstance(value, str) else value  # an array may hold nothing but texts
+            yield Row(_checked(row, where), where, {"row": number})
+
+
+def text_lines(path: Path, encoding_errors: str, offset: int = 0, number: int = 1) -> Iterator[Line]:
+    """The lines of a file that are not blank, without a byte order mark.
+
+    Args:
+        offset: bytes of the (uncompressed) file to leave out, which end with a line.
+        number: of the line that is there.
+
+    Raises:
+        ValueError: a line is not UTF-8, or the compressed file is damaged.
+    """
+    offset = max(offset, text_start(path))
+    pending: list[bytes] = []
+    for chunk in chain(file_chunks(path, offset), [b"\n"]):  # the last line may have no end of its own
+        first, *others = chunk.split(b"\n")
+        pending.append(first)
+        for other in others:
+            line, pending = b"".join(pending), [other]
+            start, offset = offset, offset + len(line) + 1
+            if line and not line.isspace():
+                try:
+                    text = line.decode("utf-8", encoding_errors)
+                except UnicodeDecodeError as error:
+                    raise not_utf8(path, start + error.start, line[error.start], number) from error
+                yield Line(number, text, offset)
+            number += 1
+
+
+def parse_line(text: str, where: str) -> Any:
+    """The JSON value of a line.
+
+    Raises:
+        ValueError: it is none; the message says where in the line.
+    """
+    text = text.strip(" \t\n\r")
+    try:
+        value, end = _decode(text, 0)
+        if end < len(text):
+            raise json.JSONDecodeError("Extra data", text, _end_of_space(text, end))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON: {error.msg} (column {error.pos + 1})") from error
+    except RecursionError as error:
+        raise ValueError(f"{where} is not JSON that can be read: it is nested too deeply") from error
+    return value
+
+
+def _is_array(path: Path, encoding_errors: str) -> bool:
+    """Whether values stand in an array or over several lines."""
+    first = next((line.text.strip() for line in text_lines(path, encoding_errors)), "")
+    if first.startswith("[") or first == "{":
+        return True
+    if ".jsonl" in path.name.lower():
+        return False
+    try:
+        parse_line(first, "")
+    except ValueError:
+        return True
+    return False
+
+
+def _values(path: Path, encoding_errors: str) -> Iterator[tuple[Any, int]]:
+    """The elements of an array, or values one behind the other; each with the number of its line."""
+    start = text_start(path)
+    utf8 = b"".join(file_chunks(path, start))
+    try:
+        text = utf8.decode("utf-8", encoding_errors)
+    except UnicodeDecodeError as error:
+        raise not_utf8(path, start + error.start, utf8[error.start], 1 + utf8.count(b"\n", 0, error.start)) from error
+    del utf8
+    at = counted = _end_of_space(text, 0)
+    line = 1 + text.count("\n", 0, at)
+    is_array = text.startswith("[", at)
+    at += is_array
+    has_begun = False
+    try:
+        while (at := _end_of_space(text, at)) < len(text) or is_array:
+            if is_array and text.startswith("]", at):
+                at = _end_of_space(text, at + 1)
+                if at < len(text):
+                    raise json.JSONDecodeError("Extra data", text, at)
+                return
+            if is_array and has_begun:
+                if not text.startswith(",", at):
+                    raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
+                at = _end_of_space(text, at + 1)
+            line, counted = line + text.count("\n", counted, at), at
+            value, at = _decode(text, at)
+            has_begun = True
+            yield value, line
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}, column {error.colno} is not JSON: {error.msg}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path}, line {line} is not JSON that can be read: it is nested too deeply") from error
+
+
+def _decode(text: str, at: int) -> tuple[Any, int]:
+    try:
+        return _DECODER.raw_decode(text, at)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:  # a number of more digits than Python makes an int of
+        return _INTEGERS_AS_FLOATS.raw_decode(text, at)
+
+
+def _end_of_space(text: str, at: int) -> int:
+    return _SPACE.match(text, at).end()  # type: ignore[union-attr]
+
+
+def _checked(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f'{where} is {value!r:.80}: must be an object, such as {{"text": "..."}}')
+    return value

@@ -1,0 +1,172 @@
+"""JSON rows: only the wanted field counts, whatever the file's size, and a fault has its file and its line."""
+
+import gzip
+import json
+import re
+from itertools import islice
+
+import pytest
+import zstandard
+
+from bdh.data.jsonl import json_rows
+from tests.data.conftest import documents_of, write_table, write_text
+
+LARGE = 11_000_000  # bytes; readers of tables look at 10 MB at a time
+FILLER = "words " * 100
+
+
+def rows_beyond(num_bytes, *others):
+    """Rows of filler, so many that the others stand behind ``num_bytes``."""
+    return [{"text": f"{i} {FILLER}", "meta": None} for i in range(num_bytes // 640)] + list(others)
+
+
+def written(path, lines):
+    return write_text(path, "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+
+
+def a_pass(corpus):
+    """The bytes that a pass through a streaming corpus trains on, and the first of the next pass."""
+    loader, found = corpus.train_loader(20_000, seed=1), b""
+    while loader.epoch < 1:
+        found += bytes(loader.next().tokens[:, 1:].flatten().clamp(max=255).tolist())
+    return found
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("num_bytes", [0, LARGE])
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".json"])
+def test_other_columns_change_their_types_come_and_go(tmp_path, corpus_of, suffix, num_bytes, streaming):
+    """A file of more than 10 MB could not be read, and a streaming run ended in the middle of the training."""
+    others = [
+        {"text": "one", "meta": "a string"},
+        {"text": "two", "meta": {"nested": [1]}, "new": 3},
+        {"text": "three", "meta": 4.5, "new": [{"a": None}]},
+        {"new": "four", "text": "four"},
+        {"text": "five", "new": {"text": 1}, "long": 10**40},
+    ]
+    rows = rows_beyond(num_bytes, *others)
+    path = (write_table if suffix == ".json" else written)(tmp_path / f"t{suffix}", rows)
+    if streaming:
+        found = a_pass(corpus_of(path, streaming=True, text_column="text", block_size=4, val_tokens=1))
+        assert all(text in found for text in (b"two", b"four"))
+    else:
+        corpus = corpus_of(path, text_column="text")
+        assert documents_of(corpus) == [row["text"] for row in rows]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("num_bytes", [0, LARGE])
+@pytest.mark.parametrize(("row", "fault"), [
+    ({"text": 5}, "column 'text' holds 5, a int: it must be text"),
+    ({"text": ["a"]}, r"column 'text' holds \['a'\], a list"),
+    ({"text": {"a": 1}}, "column 'text' holds {'a': 1}, a dict"),
+    ({"text": False}, "column 'text' holds False, a bool"),
+    ('{"text": "a', "is not JSON: Unterminated string"),
+    ("[1, 2]", r"is \[1, 2\]: must be an object"),
+    ({"text": "\ud800"}, "half of a surrogate pair"),
+])  # fmt: skip
+def test_a_fault_has_the_same_line_in_a_small_and_a_large_file(tmp_path, corpus_of, row, fault, num_bytes, streaming):
+    """A large file was given as a whole, or the row was counted where the reader had left off."""
+    rows = rows_beyond(num_bytes, {"text": "one"}, "", {"text": None}, row, {"text": "two"})
+    path = written(tmp_path / "t.jsonl", rows)
+    with pytest.raises(ValueError, match=fault) as caught:
+        a_pass(corpus_of(path, streaming=streaming, text_column="text", val_tokens=1, block_size=8))
+    assert str(caught.value).startswith(f"{path}, line {len(rows) - 1}")
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress, zstandard.compress])
+def test_bytes_that_are_not_utf8_have_their_line(tmp_path, corpus_of, compress):
+    before = b'{"text": "one"}\n\n{"text": "'
+    suffix = {bytes: "", gzip.compress: ".gz", zstandard.compress: ".zst"}[compress]
+    path = tmp_path / f"t.jsonl{suffix}"
+    path.write_bytes(compress(before + b'a\xff"}\n'))
+    with pytest.raises(
+        ValueError, match=rf"{re.escape(str(path))} is not UTF-8: byte {len(before) + 1} is 0xFF, in line 3"
+    ):
+        corpus_of(path)
+
+
+@pytest.mark.parametrize("num_bytes", [0, LARGE])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_without_text_are_counted(tmp_path, corpus_of, caplog, num_bytes, streaming):
+    lacking = [{"text": None}, {"text": ""}, {"id": 3}, {}]
+    path = written(tmp_path / "t.jsonl", [*lacking, *rows_beyond(num_bytes), {"text": "one"}, {"text": "two"}])
+    corpus = corpus_of(path, text_column="text", streaming=streaming)
+    assert corpus.facts["skipped"] == {"rows without text": 4}
+    assert "left out rows without text (4)" in caplog.text
+
+
+def test_a_column_that_first_comes_late_is_found(tmp_path, corpus_of):
+    """It was looked for in the first rows alone; without the setting there was no column of strings."""
+    path = written(tmp_path / "t.jsonl", [{"n": i} for i in range(500)] + [{"text": "one"}, {"text": "two"}])
+    for column in (None, "text"):
+        corpus = corpus_of(path, text_column=column)
+        assert documents_of(corpus) == ["one", "two"]
+        assert corpus.facts["skipped"] == {"rows without text": 500}
+
+
+def test_a_column_of_nothing_gives_no_text_and_is_no_fault(tmp_path, corpus_of):
+    written(tmp_path / "a.jsonl", [{"id": 1, "text": None}] * 3)
+    written(tmp_path / "b.jsonl", [{"id": 1, "text": "one"}, {"id": 2, "text": "two"}])
+    corpus = corpus_of(tmp_path)
+    assert documents_of(corpus) == ["one", "two"]
+    assert corpus.facts["skipped"] == {"rows without text": 3}
+
+
+@pytest.mark.parametrize(("name", "text"), [
+    ("t.json", '[\n  {"text": "one"},\n  {"text":\n"two", "n": [1]}\n]\n'),
+    ("t.json", '[{"text": "one"}, {"text": "two"}]'),
+    ("t.json", '["one", "two"]'),
+    ("t.jsonl", '[{"text": "one"},\n{"text": "two"}]'),
+    ("t.json", '{"text": "one"}\n{"text": "two"}\n'),
+    ("t.json", '{\n"text": "one"\n}\n{\n"text": "two"\n}\n'),
+    ("t.jsonl", '{\n"text": "one"\n}\n{\n"text": "two"\n}\n'),
+    ("t.jsonl", '\ufeff{"text": "one"}\r\n\r\n{"text": "two"}'),
+    ("t.json", '\ufeff [{"text": "one"}, {"text": "two"}]'),
+])  # fmt: skip
+def test_forms_of_json(tmp_path, corpus_of, name, text):
+    assert documents_of(corpus_of(write_text(tmp_path / name, text))) == ["one", "two"]
+
+
+@pytest.mark.parametrize(("text", "fault"), [
+    ('[\n{"text": "one"},\n{"text": 2}]', "row 2, line 3: column 'text' holds 2"),
+    ('[\n{"text": "one"},\n{"text": x}]', "line 3, column 10 is not JSON: Expecting value"),
+    ('[\n{"text": "one"}\n{"text": "two"}]', "line 3, column 1 is not JSON: Expecting ',' or ']'"),
+    ('[\n{"text": "one"}\n', "line 3, column 1 is not JSON: Expecting ',' or ']'"),
+    ('[\n{"text": "one"}\n]\n]', "line 4, column 1 is not JSON: Extra data"),
+    ('[\n{"text": "one"},\n5]', "row 2, line 3 is 5: must be an object"),
+])  # fmt: skip
+def test_a_fault_in_an_array_has_its_line(tmp_path, corpus_of, text, fault):
+    path = write_text(tmp_path / "t.json", text)
+    with pytest.raises(ValueError, match=fault) as caught:
+        corpus_of(path)
+    assert str(caught.value).startswith(str(path))
+
+
+@pytest.mark.parametrize("value", ["9" * 5000, "[" * 900 + "]" * 900, '"\\ud800"', "NaN", '{"a": 1, "a": "b"}'])
+def test_other_fields_may_hold_what_python_or_arrow_cannot(tmp_path, corpus_of, value):
+    path = written(tmp_path / "t.jsonl", [{"text": "one"}, f'{{"text": "two", "n": {value}}}'])
+    assert documents_of(corpus_of(path, text_column="text")) == ["one", "two"]
+
+
+def test_nesting_without_end_is_a_fault_with_its_line(tmp_path, corpus_of):
+    path = written(tmp_path / "t.jsonl", [{"text": "one"}, f'{{"text": "two", "n": {"[" * 100_000}}}'])
+    with pytest.raises(ValueError, match=r"t\.jsonl, line 2 is not JSON.*nested too deeply"):
+        corpus_of(path)
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("form", ["lines", "array"])
+def test_reading_goes_on_behind_any_row(tmp_path, form, suffix):
+    rows = [{"text": f"row {i}" * i, "é": "ü"} for i in range(20)]
+    name = {"lines": "t.jsonl", "array": "t.json"}[form] + suffix
+    path = write_table(tmp_path / name, rows)
+    for number, row in enumerate(list(json_rows(path, "strict"))):
+        assert [after.value for after in json_rows(path, "strict", row.after)] == rows[number + 1 :]
+
+
+def test_a_long_line_is_read_in_time_that_grows_with_it(tmp_path):
+    """Each chunk was appended to all before it."""
+    path = written(tmp_path / "t.jsonl", [{"text": "x" * 40_000_000}, {"text": "y"}])
+    texts = [len(row.value["text"]) for row in islice(json_rows(path, "strict"), 2)]
+    assert texts == [40_000_000, 1]
