@@ -9,7 +9,6 @@ import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 
-import torch
 from transformers import PreTrainedTokenizerFast
 
 from bdh.generate.activity import MOST_NEURONS
@@ -23,7 +22,7 @@ from bdh.generate.sequence import Completion, FinishReason, StepOutput, told
 from bdh.generate.sequence import Sequence as Running
 from bdh.generate.snapshot import Snapshot
 from bdh.generate.stats import EngineStats
-from bdh.generate.stepper import Feed, SequenceState, Stepper, make_stepper
+from bdh.generate.stepper import Feed, Stepper, make_stepper
 from bdh.model.checksum import checksum
 from bdh.model.kernels import expect_changes
 from bdh.model.modeling import BDHForCausalLM
@@ -88,8 +87,6 @@ class Engine:
         self._waiting: deque[Request] = deque()
         self._running: dict[int, Request] = {}
         self._outputs: list[StepOutput] = []  # of requests that were aborted between two steps
-        # Beginnings to be stored before anything is fed again: no token waits for the copying.
-        self._to_store: list[tuple[list[int], SequenceState, torch.Tensor | None, bytes]] = []
         # What a step is working on: where it does not come to its end, nobody can vouch for these.
         self._in_hand: deque[Request] = deque()
         self._started: list[int] = []
@@ -98,7 +95,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return self._has_requests or bool(self._to_store)
+        return self._has_requests or bool(self._prefixes and self._prefixes.marked)
 
     @property
     def _has_requests(self) -> bool:
@@ -122,7 +119,7 @@ class Engine:
             finished=dict(counters.finished),
             prefix_cache_hits=self._prefixes.cache.hits if self._prefixes else 0,
             prefix_cache_tokens=self._prefixes.cache.tokens_saved if self._prefixes else 0,
-            prefix_cache_failures=counters.prefix_cache_failures,
+            prefix_cache_failures=self._prefixes.failures if self._prefixes else 0,
         )
 
     @property
@@ -404,35 +401,11 @@ class Engine:
                     watch=sequence.watch if count == len(sequence.pending) else None,
                 )
             )
-        self._step([feed for feed in feeds if feed is not None])
+        self.stepper.step_all_that_can_be([feed for feed in feeds if feed is not None])
         for (request, _, _), feed in zip(fed, feeds, strict=True):
             if feed is not None and feed.error is not None:
                 self._fail(request, feed.error, has_traceback=False)
         return feeds
-
-    def _step(self, feeds: list[Feed], *, is_first: bool = True) -> None:
-        """Feeds sequences. What cannot be read has an error then; all else is read, whatever goes wrong beside it.
-
-        After an exception those whose states are untouched are fed again: together where it has ended others, else in
-        halves, until those that cannot be read are alone.
-        """
-        if not feeds:
-            return
-        try:
-            self.stepper.step(feeds)
-        except Exception as error:
-            if is_first:  # what follows from it is not worth as much of the log
-                _log.exception("a step of %d sequences has failed", len(feeds))
-            for feed in feeds:
-                if feed.state.is_torn and feed.error is None:
-                    feed.error = error
-            unread = [feed for feed in feeds if feed.error is None and not feed.is_done]
-            if unread and len(feeds) == 1:
-                feeds[0].error = error
-                return
-            cut = len(unread) if len(unread) < len(feeds) else len(unread) // 2
-            self._step(unread[:cut], is_first=False)
-            self._step(unread[cut:], is_first=False)
 
     def _advance(self, request: Request, sequence: Running, count: int, feed: Feed | None) -> None:
         """What follows from tokens that have been read: a stored state, further continuations, the next token."""
@@ -453,30 +426,15 @@ class Engine:
             self._fail(request, error)
 
     def _mark_prefix(self, request: Request, sequence: Running) -> None:
-        if sequence.num_generated or sequence.state is None:
+        state = sequence.state
+        if self._prefixes is None or sequence.num_generated or state is None or state.position not in request.places:
             return
-        position = sequence.state.position
-        if position in request.places:
-            request.places.discard(position)
-            prefix = sequence.tokens[:position]
-            self._to_store.append((prefix, sequence.state, sequence.logits, request.weights))
+        request.places.discard(state.position)
+        self._prefixes.mark(sequence.tokens[: state.position], state, sequence.logits, request.weights)
 
     def _store_prefixes(self) -> None:
-        """Copies the states that were marked; they have not been fed since, nor used for another sequence."""
-        marked, self._to_store = self._to_store, []
-        for tokens, state, logits, weights in marked:
-            if self._prefixes is None:
-                continue
-            try:
-                self._prefixes.put(tokens, state, logits, weights)
-            except Exception as error:  # which costs time later, but no text
-                self._counters.prefix_cache_failures += 1
-                _log.warning(
-                    "the beginning of a prompt, %d tokens, could not be stored: %s",
-                    len(tokens),
-                    told(error),
-                    exc_info=True,
-                )
+        if self._prefixes is not None:
+            self._prefixes.store_marked()
 
     def _fork(self, request: Request, sequence: Running) -> list[Running]:
         """The further continuations of a prompt, once it has been read: each with a copy of the state."""

@@ -1,5 +1,6 @@
 """Which states an engine puts into its cache of prefixes, and when."""
 
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
@@ -7,6 +8,7 @@ import torch
 from bdh.generate.prefix_cache import PrefixCache
 from bdh.generate.stepper import SequenceState
 
+_log = logging.getLogger(__name__)
 _LONG_PROMPT_TOKENS = 256
 _FROM_THE_END = (32, 256)
 _WORTH_A_STATE_TOKENS = 64  # with fewer behind another state, reading them again costs less than a further copy
@@ -28,6 +30,10 @@ class PrefixStore:
         self._checksum = weights
         self.weights = b""
         """The checksum of the weights that have read all of the cache's states."""
+        self.marked: list[tuple[list[int], SequenceState, torch.Tensor | None, bytes]] = []
+        """What is to be stored before anything is fed again: no token waits for the copying."""
+        self.failures = 0
+        """States that could not be stored."""
 
     def find(self, tokens: Sequence[int]) -> tuple[int, SequenceState | None, torch.Tensor | None]:
         """The longest known beginning: its length, its state, which is not to be advanced, and the logits behind it."""
@@ -49,11 +55,30 @@ class PrefixStore:
                 places.add(place)
         return places
 
-    def put(self, tokens: Sequence[int], state: SequenceState, logits: torch.Tensor | None, weights: bytes) -> None:
-        """Stores a state, unless the weights are not those, by their checksum, that began to read its tokens."""
-        self._forget_other_weights()
-        if weights == self.weights:
-            self.cache.put(tokens, state, logits)
+    def mark(self, tokens: list[int], state: SequenceState, logits: torch.Tensor | None, weights: bytes) -> None:
+        """Notes a state to be stored, which is not to be fed until then.
+
+        Args:
+            weights: the checksum of those that began to read the tokens.
+        """
+        self.marked.append((tokens, state, logits, weights))
+
+    def store_marked(self) -> None:
+        """Copies the states that were marked, but those that other weights than the model's of now have read."""
+        marked, self.marked = self.marked, []
+        for tokens, state, logits, weights in marked:
+            try:
+                self._forget_other_weights()
+                if weights == self.weights:
+                    self.cache.put(tokens, state, logits)
+            except Exception as error:  # which costs time later, but no text
+                self.failures += 1
+                _log.warning(
+                    "the beginning of a prompt, %d tokens, could not be stored: %s",
+                    len(tokens),
+                    str(error) or type(error).__name__,
+                    exc_info=True,
+                )
 
     def _forget_other_weights(self) -> None:
         weights = self._checksum()

@@ -4,6 +4,7 @@ A :class:`SequenceState` is all that a model remembers of one sequence; a :class
 once, by one token where a sequence is being continued and by many where a prompt is read.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from bdh.ops.norm import layer_norm
 from bdh.ops.rope import rotate, rotation_table
 from bdh.validation import Faults
 
+_log = logging.getLogger(__name__)
 WantedLogits = Literal["none", "last", "all"]
 Storage = Literal["float32", "bfloat16"]
 
@@ -215,6 +217,30 @@ class Stepper(ABC):
             if feed.error is not None:
                 raise feed.error
         return [feed.result() for feed in feeds]
+
+    def step_all_that_can_be(self, feeds: Sequence[Feed], *, is_first: bool = True) -> None:
+        """As :meth:`step`, but what cannot be read has an error then; all else is read, whatever goes wrong beside it.
+
+        After an exception those whose states are untouched are fed again: together where it has ended others, else in
+        halves, until those that cannot be read are alone.
+        """
+        if not feeds:
+            return
+        try:
+            self.step(feeds)
+        except Exception as error:
+            if is_first:  # what follows from it is not worth as much of the log
+                _log.exception("a step of %d sequences has failed", len(feeds))
+            for feed in feeds:
+                if feed.state.is_torn and feed.error is None:
+                    feed.error = error
+            unread = [feed for feed in feeds if feed.error is None and not feed.is_done]
+            if unread and len(feeds) == 1:
+                feeds[0].error = error
+                return
+            cut = len(unread) if len(unread) < len(feeds) else len(unread) // 2
+            self.step_all_that_can_be(unread[:cut], is_first=False)
+            self.step_all_that_can_be(unread[cut:], is_first=False)
 
 
 class TorchStepper(Stepper):
