@@ -56,7 +56,8 @@ def read_yaml(path: Path, faults: Faults) -> YamlDocument:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise ValueError(f"{path}{line} is not YAML: {getattr(error, 'problem', None) or error}") from error
+        reason = str(getattr(error, "problem", None) or error)
+        raise ValueError(f"{path}{line} is not YAML: {' '.join(reason.split())}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: byte {error.start}") from error
 
@@ -102,7 +103,7 @@ class _Check:
             for index, item in enumerate(node.value):
                 self.node(item, f"{name}[{index}]", item.start_mark.line + 1)
         elif fault := self._fault(node):
-            self._faults.add(f"{name}{self._where(line)} {fault}")
+            self._add(f"{name} {fault}", line)
             node.tag = _WRONG_TAG
 
     def _mapping(self, node: yaml.MappingNode, name: str) -> None:
@@ -115,9 +116,8 @@ class _Check:
             written = f"{name}.{key.value}" if name else str(key.value)
             lines = [each.start_mark.line + 1 for each, _ in same]
             if len(same) > 1:
-                where = f" in {self._origin}, {_in_words(lines)}" if self._origin else ""
                 times = "twice" if len(same) == 2 else f"{len(same)} times"
-                self._faults.add(f"{written} is given {times}{where}: give it once")
+                self._add(f"{written} is given {times}: give it once", *lines)
             for (_, earlier), line in zip(same[:-1], lines, strict=False):
                 if isinstance(earlier, yaml.MappingNode) and isinstance(value, yaml.MappingNode):
                     if earlier is not value:  # what is wrong in either is to be found
@@ -127,7 +127,7 @@ class _Check:
             if key not in self._seen:
                 self._seen.add(key)
                 if fault := self._fault(key, is_key=True):
-                    self._faults.add(f"a name{f' under {name}' if name else ''}{self._where(lines[-1])} {fault}")
+                    self._add(f"a name{f' under {name}' if name else ''} {fault}", lines[-1])
                     key.tag = _WRONG_TAG
             self.node(value, written, lines[-1])
 
@@ -156,8 +156,10 @@ class _Check:
             return f"is {text[:20]}...: a number of {len(text)} characters is too long to be read"
         return None
 
-    def _where(self, line: int) -> str:
-        return f" in {self._origin}, line {line}," if self._origin else ""
+    def _add(self, fault: str, *lines: int) -> None:
+        *others, last = map(str, dict.fromkeys(lines))
+        words = f"lines {', '.join(others)} and {last}" if others else f"line {last}"
+        self._faults.add(f"{fault} ({self._origin}, {words})" if self._origin else fault)
 
 
 def _identity(key: yaml.Node) -> Hashable:
@@ -169,8 +171,3 @@ def _identity(key: yaml.Node) -> Hashable:
             return key.value
         return constructed
     return (key.tag, str(key.value))
-
-
-def _in_words(lines: list[int]) -> str:
-    *others, last = map(str, dict.fromkeys(lines))
-    return f"lines {', '.join(others)} and {last}" if others else f"line {last}"

@@ -180,13 +180,14 @@ def open_run(settings: RunSettings, *, progress: Any = None) -> Run:
         progress: passed to :func:`bdh.data.prepare_corpus`, for its bars.
 
     Raises:
-        ValueError: settings, tokenizer and data do not go together, or not with the run that is resumed; or a
-            package that a setting asks for is missing.
+        ValueError: a setting is out of range; settings, tokenizer and data do not go together, or not with the run
+            that is resumed; or a package that a setting asks for is missing.
         FileExistsError: the folder holds a run already.
         FileNotFoundError: there is nothing to resume, or nothing at ``train.init_from``.
         DiskFullError: there is no room for the run's folder.
         NoRoomError: with ``settings.dry_run``, there is no room for the model; this process has left the others.
     """
+    settings.validated()
     chosen_backends(settings.monitor)  # raises where one is not there
     runtime = choose_runtime(settings.train)
     world = World.join(

@@ -189,10 +189,10 @@ def test_all_faults_are_reported_together(tmp_path):
         parse("--config", path, "--oven.minutes", "-4", "--gests", "4", "--oven.racks")
     message = str(caught.value)
     for part in (
-        f"oven.heet in {path} is not a setting: did you mean oven.heat?",
+        f"oven.heet is not a setting: did you mean oven.heat? ({path}, line 1)",
         "oven.mode is 'steam': must be one of air, grill",
-        "light is 3: must be true or false",
-        f"frobnicate in {path} is not a setting; --help lists them",
+        f"light is 3: must be true or false ({path}, line 3)",
+        f"frobnicate is not a setting; --help lists them ({path}, line 4)",
         "--gests is not a setting: did you mean guests?",
         "--oven.racks is given without a value",
         "oven.minutes is -4: must be above 0",
@@ -229,7 +229,7 @@ def test_a_wrong_type_names_value_and_what_is_allowed(value, setting):
         ("", "is empty"),
         ("- a\n- b\n", "holds a list"),
         ("guests: 1\n  oven: 3: 4\n", "line 2 is not YAML"),
-        ("oven: 7\n", "oven is 7 in .*: must be a section"),
+        ("oven: 7\n", "oven is 7: must be a section"),
     ],
 )
 def test_a_broken_file_is_named(tmp_path, text, message):

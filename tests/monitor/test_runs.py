@@ -54,7 +54,7 @@ def test_a_run_that_cannot_be_read_does_not_hide_the_others(tmp_path, capsys):
         ["b", "unreadable"],
         ["c", "unreadable"],
     ]
-    assert "config.yaml is not YAML from line 1 on" in lines[3]
+    assert "config.yaml, line 1 is not YAML" in lines[3]
     assert "metrics.jsonl, line 1, is not JSON" in lines[5]
 
 
