@@ -453,13 +453,12 @@ def _print_help(settings_class: Any, prog: str, description: str, positionals: S
         section, _, end = leaf.name.rpartition(".")
         if section not in groups:
             groups[section] = parser.add_argument_group(f"section {section}")
-        text = leaf.help
-        if leaf.name in positionals:
-            groups[section].add_argument(leaf.name, metavar=leaf.name.upper(), help=text.replace("%", "%%"))
-            continue
-        about = _in_words(leaf.type)
-        if leaf.default is not _MISSING:
+        has_place = leaf.name in positionals
+        about = [] if has_place else [_in_words(leaf.type)]
+        if leaf.default is not _MISSING and not (has_place and not leaf.default):
             shown = yaml.safe_dump(leaf.default, default_flow_style=True).removesuffix("...\n").strip()
-            about += f"; default: {shown}"
-        groups[section].add_argument(f"--{leaf.name}", metavar=end.upper(), help=f"{text} ({about})".replace("%", "%%"))
+            about.append(f"default: {shown}")
+        text = (f"{leaf.help} ({'; '.join(about)})" if about else leaf.help).replace("%", "%%")
+        name = leaf.name if has_place else f"--{leaf.name}"
+        groups[section].add_argument(name, metavar=end.upper(), help=text)
     parser.print_help()
