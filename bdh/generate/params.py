@@ -138,8 +138,8 @@ _TYPES: dict[str, tuple[str, Any]] = {
     "stop": ("a string or a list of strings", lambda v: isinstance(v, str) or _is_list(v, str)),
     "stop_token_ids": ("a list of whole numbers", lambda v: _is_list(v, int)),
     "logit_bias": (
-        "an object of numbers by token id",
-        lambda v: isinstance(v, dict) and all(_is_number(bias) and str(token).isdigit() for token, bias in v.items()),
+        "an object of numbers by token id, each once",
+        lambda v: isinstance(v, dict) and all(map(_is_number, v.values())) and _are_token_ids(list(v)),
     ),
 }
 
@@ -154,6 +154,10 @@ def _is_number(value: Any) -> bool:
 
 def _is_list(value: Any, kind: type) -> bool:
     return isinstance(value, Sequence) and all(isinstance(v, kind) and not isinstance(v, bool) for v in value)
+
+
+def _are_token_ids(keys: list[Any]) -> bool:
+    return all(str(key).isdecimal() for key in keys) and len(set(map(int, keys))) == len(keys)
 
 
 def _converted(name: str, value: Any) -> Any:

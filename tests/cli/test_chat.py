@@ -119,6 +119,7 @@ def test_undo_reset_and_the_system_message(chat, chat_folder):
         ("/xyzzy", "/xyzzy is not a command: /help lists them."),
         ("/temp hot", "temperature is 'hot': must be a number"),
         ("/temp -1", "temperature is -1.0: must be 0 (greedy) or above"),
+        ("/temp 1e999", "temperature is inf: must be a finite number"),
         ("/temp nan", "temperature is nan: must be a finite number"),
         ("/top_k 1.5", "top_k is '1.5': must be a whole number"),
         ("/top_p 2", "top_p is 2.0: must be above 0, up to 1"),
