@@ -1,4 +1,4 @@
-"""YAML, read so that nothing in it is lost or misread without a word.
+"""YAML, read, and written, so that nothing in it is lost or misread without a word.
 
 PyYAML drops the first of two equal keys, takes a name with nothing after its colon for null, and follows YAML 1.1, in
 which 010 is 8 and 1:30 is 90. Here those are faults, with the lines where they are. Anchors, aliases and merge keys work.
@@ -42,6 +42,15 @@ class _Loader(yaml.SafeLoader):
     }
 
 
+class _Dumper(yaml.SafeDumper):
+    """Puts in quotes what would be a fault without them."""
+
+    def text(self, value: str) -> yaml.ScalarNode:
+        is_plain = value != "None" and not _LEADING_ZERO.fullmatch(value)
+        return self.represent_scalar(f"{_TAG}str", value, style=None if is_plain else "'")
+
+
+_Dumper.add_representer(str, _Dumper.text)
 _Loader.add_constructor(_WRONG_TAG, lambda loader, node: WRONG)
 
 
@@ -82,6 +91,12 @@ def parse_yaml(text: str, faults: Faults, *, origin: str | None = None, name: st
         return YamlDocument(loader.construct_document(root), check.lines)
     finally:
         loader.dispose()
+
+
+def dump_yaml(tree: Any, **options: Any) -> str:
+    """Plain data as YAML that is read back as it was. ``options`` are those of ``yaml.dump``."""
+    written: str = yaml.dump(tree, Dumper=_Dumper, **options)
+    return written
 
 
 class _Check:

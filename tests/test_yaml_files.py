@@ -1,12 +1,13 @@
 """What PyYAML drops or misreads without a word is a fault, with the lines where it is."""
 
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 import yaml
 
 from bdh.validation import Faults
-from bdh.yaml_files import WRONG, parse_yaml, read_yaml
+from bdh.yaml_files import WRONG, YamlDocument, dump_yaml, parse_yaml, read_yaml
 
 ROOT = Path(__file__).parent.parent
 
@@ -174,6 +175,36 @@ def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path):
     assert read_yaml(path, Faults()).tree == {"a": 1}
 
 
+@pytest.mark.parametrize("style", [True, False, None])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "None",
+        "010",
+        "08",
+        "-07",
+        "0_8",
+        "1:30",
+        "1_",
+        "1e3",
+        "null",
+        "~",
+        "",
+        "yes",
+        "2024-01-01",
+        "# x",
+        "a: b",
+        "\n\n",
+        "<<",
+        "=",
+    ],
+)
+def test_what_is_written_is_read_back(text, style):
+    """PyYAML writes a run's prompt of None or 08 without quotes."""
+    tree = {"a": text, "b": [text, None, 0, 8, 0.1, 1e-7, True], text or "c": {"d": text}}
+    assert read(dump_yaml(tree, default_flow_style=style)) == (YamlDocument(tree, ANY), [])
+
+
 @pytest.mark.parametrize(
     "path", sorted([*(ROOT / "configs").glob("*.yaml"), ROOT / "deploy" / "serve.yaml"]), ids=lambda path: path.name
 )
@@ -189,6 +220,6 @@ def test_the_product_reads_yaml_by_this_reader_alone():
     reading = {
         path.name
         for path in (ROOT / "bdh").rglob("*.py")
-        if any(name in path.read_text(encoding="utf-8") for name in ("yaml.safe_load", "yaml.load", "yaml.full_load"))
+        if any(f"yaml.{name}" in path.read_text(encoding="utf-8") for name in ("safe_load", "load", "full_load"))
     }
     assert reading - elsewhere == set()

@@ -23,7 +23,7 @@ from docstring_parser import parse_from_object
 from jsonargparse import ArgumentError, ArgumentParser
 
 from bdh.validation import Faults, collect_faults
-from bdh.yaml_files import WRONG, parse_yaml, read_yaml
+from bdh.yaml_files import WRONG, dump_yaml, parse_yaml, read_yaml
 
 SettingsType = TypeVar("SettingsType")
 _MISSING = dataclasses.MISSING
@@ -137,7 +137,7 @@ def to_yaml(settings: Any, *, with_help: bool = False) -> str:
         indent = "  " * len(path)
         if with_help and leaf.help:
             lines.append(f"{indent}# {leaf.help}")
-        written = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6)
+        written = dump_yaml(value, default_flow_style=True, allow_unicode=True, width=10**6)
         lines.append(f"{indent}{name}: {written.removesuffix('...' + chr(10)).strip()}")
     return "\n".join(lines) + "\n"
 
@@ -456,7 +456,7 @@ def _print_help(settings_class: Any, prog: str, description: str, positionals: S
         has_place = leaf.name in positionals
         about = [] if has_place else [_in_words(leaf.type)]
         if leaf.default is not _MISSING and not (has_place and not leaf.default):
-            shown = yaml.safe_dump(leaf.default, default_flow_style=True).removesuffix("...\n").strip()
+            shown = dump_yaml(leaf.default, default_flow_style=True).removesuffix("...\n").strip()
             about.append(f"default: {shown}")
         text = (f"{leaf.help} ({'; '.join(about)})" if about else leaf.help).replace("%", "%%")
         name = leaf.name if has_place else f"--{leaf.name}"

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import PreTrainedTokenizerFast
 
 import bdh
@@ -42,6 +41,7 @@ from bdh.train.stored import (
     stored_settings,
     with_same_rows,
 )
+from bdh.yaml_files import dump_yaml
 
 _SEEDS_APART = 1_000_003  # between the processes, whose dropout must differ
 
@@ -307,7 +307,7 @@ def _write_folder(run: Run, *, is_new: bool) -> None:
         if is_new:
             with whole_folder(run.folder / TOKENIZER_FOLDER) as temporary:
                 run.tokenizer.save_pretrained(temporary)
-        stored = yaml.safe_dump(settings_to_store(run.settings), sort_keys=False)
+        stored = dump_yaml(settings_to_store(run.settings), sort_keys=False)
         write_text(run.folder / CONFIG_FILE, stored)
     except OSError:
         if is_new:

@@ -169,6 +169,28 @@ def test_the_deployment_has_the_defaults_but_for_what_it_says():
     ("page", "text", "value"),
     [
         (
+            "engine.md",
+            r"states of beginnings that prompts share; by default (\d+), none",
+            EngineConfig().prefix_cache_bytes,
+        ),
+        (
+            "engine.md",
+            r"none, and (\d+) GiB for `bdh serve`",
+            ServeSettings(model="m").engine.prefix_cache_bytes >> 30,
+        ),
+        (
+            "serving.md",
+            r"`engine.prefix_cache_bytes`, by default (\d+) GiB",
+            ServeSettings(model="m").engine.prefix_cache_bytes >> 30,
+        ),
+        (
+            "../deploy/README.md",
+            r"`engine.prefix_cache_bytes` \((\d+) GiB where",
+            ServeSettings(model="m").engine.prefix_cache_bytes >> 30,
+        ),
+        ("../deploy/README.md", r"`states.max_bytes` \((\d+) GiB\)", ServeSettings(model="m").states.max_bytes >> 30),
+        ("engine.md", r"\| `tokens_per_step` \| (\d+):", EngineConfig().tokens_per_step),
+        (
             "data.md",
             r"the last `data.val_fraction` of the documents, ([\d.]+) by default",
             RunSettings().data.val_fraction,
@@ -224,6 +246,15 @@ def test_arguments_have_the_defaults_of_the_settings_that_are_passed_to_them():
     ):
         parameters = inspect.signature(function).parameters
         assert {name: parameters[name].default for name in names} == {name: getattr(settings, name) for name in names}
+
+
+def test_the_server_says_how_many_tokens_it_gives_where_a_request_does_not_say():
+    from bdh.serve.handling import _COMPLETION_TOKENS
+    from bdh.serve.schemas import CompletionRequest
+
+    (help_text,) = [leaf.help for leaf in cli_settings._leaves(ServeSettings) if leaf.name == "limits.chat_tokens"]
+    assert f"of a completion they are {_COMPLETION_TOKENS}, as" in help_text
+    assert CompletionRequest.model_fields["max_tokens"].description == f"{_COMPLETION_TOKENS} if not given."
 
 
 def test_what_a_benchmark_takes_by_default_is_in_its_help():
