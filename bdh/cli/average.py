@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bdh.cli.settings import parse_settings
-from bdh.validation import Faults
+from bdh.validation import Faults, Settings
 
 
 @dataclass(kw_only=True)
-class AverageSettings:
+class AverageSettings(Settings):
     models: list[str] = field(default_factory=list)
     """Exported folders, runs, checkpoints of a run (runs/a/checkpoints/step-0001000), or hub ids."""
     out: str

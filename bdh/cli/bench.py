@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from bdh.bench.config import QUICK_SIZES, BenchOptions
 from bdh.cli.settings import given_settings, parse_settings
 from bdh.storage import write_text
-from bdh.validation import Faults
+from bdh.validation import Faults, Settings
 
 if TYPE_CHECKING:
     from bdh.bench.report import Report
@@ -48,7 +48,7 @@ _THREADS_A_CORE = 4
 
 
 @dataclass(kw_only=True)
-class BenchSettings:
+class BenchSettings(Settings):
     benchmark: Literal["decode", "prefill", "engine", "train"]
     """decode: a token at a time, compared with other forms. prefill: prompts by their length. engine: several requests. train: a training step, compared with other forms."""
     model: str | None = None
@@ -147,7 +147,7 @@ class BenchSettings:
         faults.require(is_made, "density", self.density, "left out with model, whose neurons fire as they do")
         faults.require(self.step("rounds") >= 1, "rounds", self.rounds, "at least 1")
         budget = self.memory_budget_gb
-        faults.require(budget is None or 0 < budget < float("inf"), "memory_budget_gb", budget, "above 0, or null")
+        faults.require(budget is None or budget > 0, "memory_budget_gb", budget, "above 0, or null")
         for name, whole, most in (
             ("rows_per_block", "batch_size", batch_size),
             ("tokens_per_block", "block_size", min(sizes, default=1)),

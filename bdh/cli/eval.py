@@ -9,13 +9,13 @@ from typing import Any, Literal
 
 from bdh.cli.settings import parse_settings
 from bdh.data.config import DataConfig
-from bdh.validation import Faults
+from bdh.validation import Faults, Settings
 
 _UNKNOWN_BLOCK_SIZE = 512
 
 
 @dataclass(kw_only=True)
-class EvalSettings:
+class EvalSettings(Settings):
     model: str
     """Folder of an exported model or of a run, or a hub id."""
     data: DataConfig = field(default_factory=DataConfig)

@@ -8,6 +8,7 @@ it as YAML: a prompt of `# x` would be nothing, and one of `1e3` a number.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import types
@@ -21,7 +22,8 @@ import yaml
 from docstring_parser import parse_from_object
 from jsonargparse import ArgumentError, ArgumentParser
 
-from bdh.validation import Faults
+from bdh.validation import Faults, collect_faults
+from bdh.yaml_files import WRONG, dump_yaml, parse_yaml, read_yaml
 
 SettingsType = TypeVar("SettingsType")
 _MISSING = dataclasses.MISSING
@@ -38,6 +40,15 @@ class _Leaf:
     help: str
     verbatim: bool
     """Whether even the flag's value `null` is text."""
+
+
+@dataclass(frozen=True)
+class _Given:
+    """A value of a setting, not converted yet."""
+
+    value: Any
+    place: str = ""
+    """File and line."""
 
 
 class _Leaves(dict[str, _Leaf]):
@@ -83,7 +94,7 @@ def parse_settings(
         raise SystemExit(0)
 
     faults = Faults()
-    raw = _flattened(base or {}, leaves, "the run's stored configuration", faults)
+    raw = _flattened(base or {}, leaves, "the run's stored configuration", {}, faults)
     raw |= command_line.raw_values(faults)
     values = _all_converted(raw, leaves, faults)
     required = [leaf for leaf in leaves.values() if leaf.default is _MISSING]
@@ -91,7 +102,7 @@ def parse_settings(
         if leaf.name not in raw:
             faults.add(f"{leaf.name} is missing: {leaf.help}")
     settings = _built(settings_class, values, fill_missing=bool(faults.found))
-    _collect_range_faults(settings, faults, with_top=all(leaf.name in values for leaf in required))
+    collect_faults(settings, faults, with_top=all(leaf.name in values for leaf in required))
     faults.raise_if_any()
     if command_line.wants_config:
         print(to_yaml(settings, with_help=True), end="")
@@ -126,7 +137,7 @@ def to_yaml(settings: Any, *, with_help: bool = False) -> str:
         indent = "  " * len(path)
         if with_help and leaf.help:
             lines.append(f"{indent}# {leaf.help}")
-        written = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6)
+        written = dump_yaml(value, default_flow_style=True, allow_unicode=True, width=10**6)
         lines.append(f"{indent}{name}: {written.removesuffix('...' + chr(10)).strip()}")
     return "\n".join(lines) + "\n"
 
@@ -157,13 +168,14 @@ class _CommandLine:
                 by_place.append(argument)
         self._take_places(positionals, by_place)
 
-    def raw_values(self, faults: Faults) -> dict[str, Any]:
-        """The values of the files in their order, and over them those of the flags, not converted yet."""
-        raw: dict[str, Any] = {}
+    def raw_values(self, faults: Faults) -> dict[str, _Given]:
+        """The values of the files in their order, and over them those of the flags."""
+        raw: dict[str, _Given] = {}
         for path in self.config_files:
-            raw |= _flattened(_read_yaml(Path(path)), self._leaves, path, faults)
+            tree, lines = _read_config(Path(path), faults)
+            raw |= _flattened(tree, self._leaves, path, lines, faults)
         faults.found.extend(self.faults)
-        return raw | self.values
+        return raw | {name: _Given(value) for name, value in self.values.items()}
 
     def _option(self, argument: str, rest: list[str]) -> None:
         written, equals, value = argument[2:].partition("=")
@@ -194,9 +206,11 @@ class _CommandLine:
     def _give(self, leaf: _Leaf, value: str) -> None:
         """A list grows with each value; anything else is given once."""
         before = self.values.get(leaf.name, _MISSING)
-        if before is _MISSING:
-            is_null = value == "null" and _holds_text(leaf.type) and not leaf.verbatim
-            self.values[leaf.name] = None if is_null and type(None) in typing.get_args(leaf.type) else value
+        is_nullable_text = _holds_text(leaf.type) and _takes_null(leaf.type) and not leaf.verbatim
+        if is_nullable_text and value == "None":
+            self.faults.append(f"{leaf.name} is 'None': write null for no value")
+        elif before is _MISSING:
+            self.values[leaf.name] = None if is_nullable_text and value == "null" else value
         elif _takes_list(leaf.type):
             self.values[leaf.name] = [*(before if isinstance(before, list) else [before]), value]
         else:
@@ -213,16 +227,24 @@ class _CommandLine:
             self.faults.append(f"{argument!r} is not expected here: settings start with two dashes")
 
 
-def _leaves(settings_class: Any, prefix: str = "") -> Iterator[_Leaf]:
+def _leaves(settings_class: Any, prefix: str = "", section: Any = None) -> Iterator[_Leaf]:
+    """The settings of a class. Those of a section have the defaults of ``section``, the object that its field makes."""
     hints = typing.get_type_hints(settings_class)
     helps = _helps(settings_class)
     for field in dataclasses.fields(settings_class):
+        default = _default(field, section)
         if dataclasses.is_dataclass(hints[field.name]):
-            yield from _leaves(hints[field.name], f"{prefix}{field.name}.")
+            yield from _leaves(hints[field.name], f"{prefix}{field.name}.", None if default is _MISSING else default)
             continue
-        default = field.default if field.default_factory is _MISSING else field.default_factory()
         is_verbatim = field.metadata.get("verbatim", False)
         yield _Leaf(prefix + field.name, hints[field.name], default, helps.get(field.name, ""), is_verbatim)
+
+
+def _default(field: dataclasses.Field, section: Any) -> Any:
+    """What a field holds where nothing is given, within the object that its section is by default, if there is one."""
+    if section is not None:
+        return getattr(section, field.name)
+    return field.default if field.default_factory is _MISSING else field.default_factory()
 
 
 def _gone(settings_class: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -244,43 +266,54 @@ def _helps(settings_class: Any) -> dict[str, str]:
     return helps
 
 
-def _read_yaml(path: Path) -> Mapping[str, Any]:
+def _read_config(path: Path, faults: Faults) -> tuple[Mapping[str, Any], Mapping[str, int]]:
+    """The settings of a file, and the lines where they stand."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no configuration file {path}")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise ValueError(f"{path}{line} is not YAML: {getattr(error, 'problem', None) or error}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: byte {error.start}") from error
+    document = read_yaml(path, faults)
+    content = document.tree
     if content is None:
         raise ValueError(f"{path} is empty: a configuration file holds at least one setting")
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}: must hold settings, as `name: value`")
-    return content
+    return content, document.lines
 
 
-def _flattened(tree: Mapping[Any, Any], leaves: _Leaves, origin: str, faults: Faults) -> dict[str, Any]:
-    """The settings of a tree by their dotted names."""
-    flat: dict[str, Any] = {}
+def _flattened(
+    tree: Mapping[Any, Any], leaves: _Leaves, origin: str, lines: Mapping[str, int], faults: Faults
+) -> dict[str, _Given]:
+    """The settings of a tree by their dotted names, without those that are among the faults already."""
+    flat: dict[str, _Given] = {}
     sections = {name.rpartition(".")[0] for name in leaves} - {""}
 
     def walk(branch: Mapping[Any, Any], prefix: str) -> None:
         for key, value in branch.items():
             name = f"{prefix}{key}"
-            if name in leaves:
-                flat[name] = value
+            place = f"{origin}, line {lines[name]}" if name in lines else origin
+            if key is WRONG or _holds_wrong(value):
+                if name in sections and isinstance(value, dict):
+                    walk(value, f"{name}.")
+            elif name in leaves:
+                flat[name] = _Given(value, place)
             elif name in sections and isinstance(value, dict):
                 walk(value, f"{name}.")
-            elif name in sections and value is not None:
-                faults.add(f"{name} is {value!r} in {origin}: must be a section, with settings under it")
-            elif name not in sections:
-                faults.add(f"{name} in {origin} is not a setting{_suggestion(name, leaves)}")
+            elif name in sections:
+                faults.add(f"{name} is {_shown(value)}: must be a section, with settings under it ({place})")
+            else:
+                faults.add(f"{name} is not a setting{_suggestion(name, leaves)} ({place})")
 
     walk(tree, "")
     return flat
+
+
+def _holds_wrong(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(key is WRONG or _holds_wrong(inner) for key, inner in value.items())
+    return value is WRONG or (isinstance(value, list) and any(map(_holds_wrong, value)))
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else repr(value)
 
 
 def _suggestion(name: str, leaves: _Leaves) -> str:
@@ -294,34 +327,68 @@ def _suggestion(name: str, leaves: _Leaves) -> str:
     return f": did you mean {near[0]}?" if near else "; --help lists them"
 
 
-def _all_converted(raw: Mapping[str, Any], leaves: Mapping[str, _Leaf], faults: Faults) -> dict[str, Any]:
+def _all_converted(raw: Mapping[str, _Given], leaves: Mapping[str, _Leaf], faults: Faults) -> dict[str, Any]:
     """The values in the types of their settings; those that cannot be are left out, and are faults."""
     values = {name: _converted(leaves[name], given, faults) for name, given in raw.items()}
     return {name: value for name, value in values.items() if value is not _MISSING}
 
 
-def _converted(leaf: _Leaf, given: Any, faults: Faults) -> Any:
-    """``given`` in the type of the setting, or MISSING and a fault."""
+def _converted(leaf: _Leaf, given: _Given, faults: Faults) -> Any:
+    """A value in the type of its setting, or MISSING and a fault."""
+    value = given.value
     is_list_only = typing.get_origin(leaf.type) is list
-    if _holds_text(leaf.type) and isinstance(given, str):
-        return [given] if is_list_only else given
-    if list[str] in _alternatives(leaf.type) and isinstance(given, list) and all(isinstance(v, str) for v in given):
-        return given
-    if is_list_only and isinstance(given, str) and not given.lstrip().startswith("["):
-        given = [given]  # one value need not be written as a list
+    if _holds_text(leaf.type) and isinstance(value, str):
+        return [value] if is_list_only else value
+    if list[str] in _alternatives(leaf.type) and isinstance(value, list) and all(isinstance(v, str) for v in value):
+        return value
+    if value is None and _takes_null(leaf.type):
+        return None
+    if isinstance(value, str) and (value := _parsed(leaf.name, value, faults)) is _MISSING:
+        return _MISSING
+    if is_list_only and isinstance(value, str):
+        value = [value]  # one value need not be written as a list
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=leaf.type)
     try:
-        return parser.parse_object({"value": given}).value
-    except ArgumentError:
-        faults.require(False, leaf.name, given, _in_words(leaf.type))
+        # jsonargparse takes null for every setting, and true, or 1.5, for the whole number 1 where they are keys.
+        if value is not None and _keys_fit(leaf.type, value):
+            return parser.parse_object({"value": value}).value
+    except (ArgumentError, OverflowError):
+        pass
+    place = f" ({given.place})" if given.place else ""
+    faults.add(f"{leaf.name} is {_shown(given.value)}: must be {_in_words(leaf.type)}{place}")
+    return _MISSING
+
+
+def _parsed(name: str, text: str, faults: Faults) -> Any:
+    """A list or mapping that a text is as YAML, else the text; MISSING and faults, if YAML would misread it."""
+    before = len(faults.found)
+    tree = None
+    with contextlib.suppress(yaml.YAMLError):  # what is no YAML is no number either
+        tree = parse_yaml(text, faults, name=name).tree
+    if len(faults.found) > before:
         return _MISSING
+    return tree if isinstance(tree, list | dict) else text
+
+
+def _keys_fit(annotation: Any, value: Any) -> bool:
+    """Whether the names in a mapping are of its type, and stay different in it."""
+    if typing.get_origin(annotation) is not dict or not isinstance(value, dict):
+        return True
+    if typing.get_args(annotation)[0] is not int:
+        return all(isinstance(key, str) for key in value)
+    keys = [str(key) for key in value]
+    return all(key.removeprefix("-").isdecimal() for key in keys) and len(set(map(int, keys))) == len(keys)
 
 
 def _alternatives(annotation: Any) -> tuple[Any, ...]:
     """The members of a union; else the type alone."""
     is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     return typing.get_args(annotation) if is_union else (annotation,)
+
+
+def _takes_null(annotation: Any) -> bool:
+    return any(each in (Any, None, type(None)) for each in _alternatives(annotation))
 
 
 def _takes_list(annotation: Any) -> bool:
@@ -345,33 +412,32 @@ def _in_words(annotation: Any) -> str:
     if origin is list:
         return "a list, as [a, b]"
     if origin is dict:
-        return "a mapping, as {name: value}"
+        of, to = map(_in_words, arguments)
+        return f"a mapping, as {{name: value}}, from {of} to {to}"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     return words.get(annotation, str(annotation))
 
 
-def _built(settings_class: Any, values: Mapping[str, Any], *, fill_missing: bool, prefix: str = "") -> Any:
-    """An instance from the values by dotted name; the rest has its defaults."""
+def _built(
+    settings_class: Any, values: Mapping[str, Any], *, fill_missing: bool, prefix: str = "", section: Any = None
+) -> Any:
+    """An instance from the values by dotted name; the rest is as in ``section``, or has its defaults."""
     hints = typing.get_type_hints(settings_class)
     arguments = {}
     for field in dataclasses.fields(settings_class):
-        name = prefix + field.name
+        name, default = prefix + field.name, _default(field, section)
         if dataclasses.is_dataclass(hints[field.name]):
-            arguments[field.name] = _built(hints[field.name], values, fill_missing=fill_missing, prefix=f"{name}.")
+            inner = None if default is _MISSING else default
+            arguments[field.name] = _built(
+                hints[field.name], values, fill_missing=fill_missing, prefix=f"{name}.", section=inner
+            )
         elif name in values:
             arguments[field.name] = values[name]
-        elif fill_missing and field.default is _MISSING and field.default_factory is _MISSING:
+        elif default is not _MISSING:
+            arguments[field.name] = default
+        elif fill_missing:
             arguments[field.name] = None  # it is among the faults; the others are still to be found
     return settings_class(**arguments)
-
-
-def _collect_range_faults(settings: Any, faults: Faults, *, with_top: bool) -> None:
-    if with_top and hasattr(settings, "collect_faults"):
-        settings.collect_faults(faults)
-    for field in dataclasses.fields(settings):
-        section = getattr(settings, field.name)
-        if dataclasses.is_dataclass(section):
-            _collect_range_faults(section, faults.with_prefix(field.name), with_top=True)
 
 
 def _print_help(settings_class: Any, prog: str, description: str, positionals: Sequence[str]) -> None:
@@ -387,13 +453,12 @@ def _print_help(settings_class: Any, prog: str, description: str, positionals: S
         section, _, end = leaf.name.rpartition(".")
         if section not in groups:
             groups[section] = parser.add_argument_group(f"section {section}")
-        text = leaf.help
-        if leaf.name in positionals:
-            groups[section].add_argument(leaf.name, metavar=leaf.name.upper(), help=text.replace("%", "%%"))
-            continue
-        about = _in_words(leaf.type)
-        if leaf.default is not _MISSING:
-            shown = yaml.safe_dump(leaf.default, default_flow_style=True).removesuffix("...\n").strip()
-            about += f"; default: {shown}"
-        groups[section].add_argument(f"--{leaf.name}", metavar=end.upper(), help=f"{text} ({about})".replace("%", "%%"))
+        has_place = leaf.name in positionals
+        about = [] if has_place else [_in_words(leaf.type)]
+        if leaf.default is not _MISSING and not (has_place and not leaf.default):
+            shown = dump_yaml(leaf.default, default_flow_style=True).removesuffix("...\n").strip()
+            about.append(f"default: {shown}")
+        text = (f"{leaf.help} ({'; '.join(about)})" if about else leaf.help).replace("%", "%%")
+        name = leaf.name if has_place else f"--{leaf.name}"
+        groups[section].add_argument(name, metavar=end.upper(), help=text)
     parser.print_help()

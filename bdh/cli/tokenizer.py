@@ -6,11 +6,11 @@ from typing import Literal
 
 from bdh.cli.settings import parse_settings
 from bdh.data.config import DataConfig
-from bdh.validation import Faults
+from bdh.validation import Faults, Settings
 
 
 @dataclass(kw_only=True)
-class TokenizerTrainSettings:
+class TokenizerTrainSettings(Settings):
     data: DataConfig = field(default_factory=DataConfig)
     kind: Literal["bpe", "wordpiece", "unigram"] = "bpe"
     """bpe and unigram give every text back exactly; wordpiece loses white space and rare characters."""

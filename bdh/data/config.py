@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from bdh.data.mix_config import collect_mix_faults
-from bdh.validation import Faults
+from bdh.validation import Faults, Settings
 
 
 @dataclass
-class DataConfig:
+class DataConfig(Settings):
     source: str | list[str] = "pydoc"
     """Built-in (pydoc, stdlib, shakespeare), hub id, file, glob or folder; several with commas or as a list."""
     mix: list[dict[str, Any]] | None = None

@@ -28,10 +28,11 @@ def prepare_corpus(
 
     Raises:
         FileNotFoundError: a file is missing, or the hub does not give the data set.
-        ValueError: settings that do not go together, text that cannot be read, or too little of it. Nothing has
+        ValueError: settings out of range, or that do not go together, text that cannot be read, or too little of it. Nothing has
             been written then.
         OSError: the cache cannot be written.
     """
+    config.validated()
     if config.mix is not None:
         return MixCorpus(
             config, lambda each: prepare_corpus(each, tokenizer, block_size, progress=progress), block_size

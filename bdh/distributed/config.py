@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from bdh.validation import Faults
+from bdh.validation import Faults, Settings
 
 
 @dataclass
-class DistributedConfig:
+class DistributedConfig(Settings):
     strategy: Literal["auto", "none", "ddp", "fsdp"] = "auto"
     """How processes share the model: each holds all of it (ddp), or a part (fsdp). auto: ddp, or none if alone."""
     param_dtype: Literal["float32", "bfloat16", "float16"] = "float32"

@@ -3,11 +3,11 @@
 from dataclasses import dataclass, field, fields, replace
 
 from bdh.generate.params import SamplingParams
-from bdh.validation import Faults
+from bdh.validation import Faults, Settings
 
 
 @dataclass
-class ChatOptions:
+class ChatOptions(Settings):
     max_tokens: int = 500
     """Tokens of a reply at most."""
     temperature: float = 1.0
@@ -32,10 +32,3 @@ class ChatOptions:
     def params(self) -> SamplingParams:
         """How the tokens of a reply are drawn."""
         return SamplingParams(**{each.name: getattr(self, each.name) for each in fields(ChatOptions)})
-
-    def validated(self) -> "ChatOptions":
-        """This object, or a ``ValueError`` that lists all faults."""
-        faults = Faults()
-        self.collect_faults(faults)
-        faults.raise_if_any()
-        return self

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from bdh.validation import Faults
+from bdh.validation import Faults, Settings
 
 
 @dataclass
-class EngineConfig:
+class EngineConfig(Settings):
     path: str = "auto"
     """Code of the steps: kernels (sparse, on the CPU), torch, or auto, which takes the kernels where they run."""
     weights: str = "float32"
@@ -35,10 +35,3 @@ class EngineConfig:
         faults.require(self.max_running >= 1, "max_running", self.max_running, "at least 1")
         faults.require(self.tokens_per_step >= 1, "tokens_per_step", self.tokens_per_step, "at least 1")
         faults.require(self.prefix_cache_bytes >= 0, "prefix_cache_bytes", self.prefix_cache_bytes, "at least 0")
-
-    def validated(self) -> "EngineConfig":
-        """This object, or a ``ValueError`` that lists all faults."""
-        faults = Faults()
-        self.collect_faults(faults)
-        faults.raise_if_any()
-        return self

@@ -1,18 +1,17 @@
 """How one request is continued, as settings."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
-from bdh.validation import Faults
+from bdh.validation import Faults, Settings, collect_faults
 
 _SMALLEST_DIVISOR = 1e-6
 MOST_LOGPROBS = 100
 
 
 @dataclass
-class SamplingParams:
+class SamplingParams(Settings):
     """Settings of a request. The names and meanings are those of OpenAI's API and of transformers."""
 
     max_tokens: int = 200
@@ -58,20 +57,15 @@ class SamplingParams:
         faults.require(
             0 <= self.min_tokens <= max(0, self.max_tokens), "min_tokens", self.min_tokens, "within 0 and max_tokens"
         )
-        is_right = self.temperature == 0 or _SMALLEST_DIVISOR <= self.temperature < math.inf
+        is_right = self.temperature == 0 or self.temperature >= _SMALLEST_DIVISOR
         allowed = f"0 (greedy) or above; if above, at least {_SMALLEST_DIVISOR:g}"  # less would overflow the logits
         faults.require(is_right, "temperature", self.temperature, allowed)
         faults.require(self.top_k >= 0, "top_k", self.top_k, "0 (all tokens) or above")
         faults.require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, up to 1")
         faults.require(0 <= self.min_p < 1, "min_p", self.min_p, "at least 0 and below 1")
-        is_right = _SMALLEST_DIVISOR <= self.repetition_penalty < math.inf
+        is_right = self.repetition_penalty >= _SMALLEST_DIVISOR
         allowed = f"above 0, at least {_SMALLEST_DIVISOR:g}"
         faults.require(is_right, "repetition_penalty", self.repetition_penalty, allowed)
-        for name in ("presence_penalty", "frequency_penalty"):
-            value = getattr(self, name)
-            faults.require(math.isfinite(value), name, value, "a finite number")
-        is_right = all(math.isfinite(bias) for bias in self.logit_bias.values())
-        faults.require(is_right, "logit_bias", self.logit_bias, "finite numbers by token id")
         is_right = self.seed is None or -(2**63) <= self.seed < 2**64  # what PyTorch takes
         faults.require(is_right, "seed", self.seed, "from -2**63 to 2**64 - 1, or null")
         faults.require(self.n >= 1, "n", self.n, "at least 1")
@@ -88,10 +82,10 @@ class SamplingParams:
             wrong = [token for token in ids if not 0 <= token < vocab_size]
             faults.require(not wrong, name, wrong, allowed)
 
-    def validated(self, vocab_size: int | None = None) -> "SamplingParams":
+    def validated(self, vocab_size: int | None = None) -> Self:
         """This object, or a ``ValueError`` that lists all faults."""
         faults = Faults()
-        self.collect_faults(faults)
+        collect_faults(self, faults)
         if vocab_size is not None:
             self.collect_token_faults(vocab_size, faults)
         faults.raise_if_any()
@@ -144,8 +138,8 @@ _TYPES: dict[str, tuple[str, Any]] = {
     "stop": ("a string or a list of strings", lambda v: isinstance(v, str) or _is_list(v, str)),
     "stop_token_ids": ("a list of whole numbers", lambda v: _is_list(v, int)),
     "logit_bias": (
-        "an object of numbers by token id",
-        lambda v: isinstance(v, dict) and all(_is_number(bias) and str(token).isdigit() for token, bias in v.items()),
+        "an object of numbers by token id, each once",
+        lambda v: isinstance(v, dict) and all(map(_is_number, v.values())) and _are_token_ids(list(v)),
     ),
 }
 
@@ -160,6 +154,10 @@ def _is_number(value: Any) -> bool:
 
 def _is_list(value: Any, kind: type) -> bool:
     return isinstance(value, Sequence) and all(isinstance(v, kind) and not isinstance(v, bool) for v in value)
+
+
+def _are_token_ids(keys: list[Any]) -> bool:
+    return all(str(key).isdecimal() for key in keys) and len(set(map(int, keys))) == len(keys)
 
 
 def _converted(name: str, value: Any) -> Any:

@@ -65,7 +65,7 @@ def read_jobs(path: Path, params: SamplingParams) -> list[Job]:
 
 def _job(line: str, params: SamplingParams) -> Job:
     try:
-        facts = json.loads(line)
+        facts = json.loads(line, object_pairs_hook=_object, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
         raise ValueError(f"it is not JSON: {error}") from error
     if not isinstance(facts, dict):
@@ -85,6 +85,18 @@ def _job(line: str, params: SamplingParams) -> Job:
     own = params_from(settings)
     overrides = {name: getattr(own, name) for name in settings}
     return Job(prompt, replace(params, **overrides).validated(), facts)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is given twice: give it once")
+    return found
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number in JSON: give a finite one, or null")
 
 
 def result_lines(job: Job, completions: list[Any]) -> Iterator[str]:

@@ -1,16 +1,15 @@
 """How the next token is chosen, as settings."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from bdh.validation import Faults
+from bdh.validation import Faults, Settings
 
 _SMALLEST_DIVISOR = 1e-6
 
 
 @dataclass
-class SamplingOptions:
+class SamplingOptions(Settings):
     max_new_tokens: int = 200
     """Tokens generated at most."""
     temperature: float = 1.0
@@ -35,13 +34,13 @@ class SamplingOptions:
     def collect_faults(self, faults: Faults) -> None:
         faults.require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1 token")
         # The logits divided by less would overflow.
-        is_right = self.temperature == 0 or _SMALLEST_DIVISOR <= self.temperature < math.inf
+        is_right = self.temperature == 0 or self.temperature >= _SMALLEST_DIVISOR
         allowed = f"0 (greedy) or above; if above, at least {_SMALLEST_DIVISOR:g}"
         faults.require(is_right, "temperature", self.temperature, allowed)
         faults.require(self.top_k >= 0, "top_k", self.top_k, "0 (all tokens) or above")
         faults.require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, up to 1")
         faults.require(0 <= self.min_p < 1, "min_p", self.min_p, "at least 0 and below 1")
-        is_right = _SMALLEST_DIVISOR <= self.repetition_penalty < math.inf
+        is_right = self.repetition_penalty >= _SMALLEST_DIVISOR
         allowed = f"above 0, at least {_SMALLEST_DIVISOR:g}"
         faults.require(is_right, "repetition_penalty", self.repetition_penalty, allowed)
         faults.require(self.num_beams >= 1, "num_beams", self.num_beams, "at least 1")
@@ -62,13 +61,6 @@ class SamplingOptions:
             self.num_return_sequences,
             f"at most num_beams, {self.num_beams}",
         )
-
-    def validated(self) -> "SamplingOptions":
-        """This object, or a ``ValueError`` that lists all faults."""
-        faults = Faults()
-        self.collect_faults(faults)
-        faults.raise_if_any()
-        return self
 
     def generate_arguments(self) -> dict[str, Any]:
         """The arguments of transformers' ``generate`` that mean the same.

@@ -4,7 +4,7 @@ import importlib.util
 from dataclasses import dataclass, field
 from typing import Literal
 
-from bdh.validation import Faults
+from bdh.validation import Faults, Settings, collect_faults
 
 AUTO = "auto"
 BACKENDS = ("console", "jsonl", "tensorboard", "wandb", "trackio")
@@ -13,7 +13,7 @@ _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio
 
 
 @dataclass
-class MonitorConfig:
+class MonitorConfig(Settings):
     log_every_steps: int = 10
     """Steps between two that are logged."""
     backends: list[str] = field(default_factory=lambda: [AUTO])
@@ -47,7 +47,7 @@ def chosen_backends(config: MonitorConfig) -> list[str]:
         ValueError: an unknown name, or one that was asked for by name and whose package is missing.
     """
     faults = Faults("monitor.")
-    config.collect_faults(faults)
+    collect_faults(config, faults)
     given = split_names(config.backends)
     for name in given:
         if name in BACKENDS and not is_installed(name):

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from bdh.monitor.backends.jsonl import read_metrics
+from bdh.validation import Faults
+from bdh.yaml_files import read_yaml
 
 _ACTIVE_SECONDS = 120
 
@@ -90,11 +90,10 @@ def _last(rows: list[dict[str, Any]], name: str) -> float | None:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        raise ValueError(f"{path.name} is not YAML" + (f" from line {mark.line + 1} on" if mark else "")) from error
+    faults = Faults()
+    tree = read_yaml(path, faults).tree
+    if faults.found:
+        raise ValueError("; ".join(faults.found))
     if not isinstance(tree, dict):
         raise ValueError(f"{path.name} holds no settings")
     return _flat(tree)

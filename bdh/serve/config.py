@@ -3,11 +3,11 @@
 from dataclasses import dataclass, field
 
 from bdh.generate.config import EngineConfig
-from bdh.validation import Faults
+from bdh.validation import Faults, Settings
 
 
 @dataclass
-class LimitSettings:
+class LimitSettings(Settings):
     queue_requests: int = 64
     """Prompts that may wait for a state; more are refused with 429."""
     queue_tokens: int = 1_000_000
@@ -60,7 +60,7 @@ class LimitSettings:
 
 
 @dataclass
-class AuthSettings:
+class AuthSettings(Settings):
     keys_file: str | None = None
     """File with an API key in each line, or a name and a key; # begins a comment. Read again on SIGHUP."""
     keys_variable: str = "BDH_API_KEYS"
@@ -77,7 +77,7 @@ class AuthSettings:
 
 
 @dataclass
-class StateSettings:
+class StateSettings(Settings):
     max_bytes: int = 2 << 30
     """Memory for saved states; the least recently used go, or stay on the disk only."""
     folder: str | None = None
@@ -94,7 +94,7 @@ class StateSettings:
 
 
 @dataclass(kw_only=True)
-class ServeSettings:
+class ServeSettings(Settings):
     model: str
     """Folder of an exported model or of a run, or a hub id."""
     host: str = "127.0.0.1"
@@ -146,5 +146,3 @@ class ServeSettings:
             self.resume_on_restart,
             "given with states.folder",
         )
-        for name in ("engine", "limits", "auth", "states"):
-            getattr(self, name).collect_faults(faults.with_prefix(name))

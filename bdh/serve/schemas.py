@@ -134,6 +134,8 @@ class _Generation(_Request):
             raise ValueError("stream_options: only with stream")
         if self.temperature is not None and 0 < self.temperature < 1e-6:
             raise ValueError("temperature: must be 0, or at least 1e-6")
+        if self.logit_bias is not None and len(set(map(int, self.logit_bias))) < len(self.logit_bias):
+            raise ValueError("logit_bias: has a token twice, with and without leading zeros")
         if self.bdh is not None and self.bdh.activations is not None and not self.is_stream:
             raise ValueError("bdh.activations: only with stream")
         return self

@@ -69,8 +69,10 @@ def serve(settings: ServeSettings, load_model: LoadModel) -> int:
     """Serves until SIGTERM or SIGINT. Returns the exit status: 0, or 1 where the model could not be loaded or has failed.
 
     Raises:
-        ValueError, OSError: telemetry without a destination, keys that cannot be read, an address that cannot be listened on.
+        ValueError, OSError: settings out of range, telemetry without a destination, keys that cannot be read, an address
+            that cannot be listened on.
     """
+    settings.validated()
     if settings.telemetry and not any(os.environ.get(name) for name in _ENDPOINTS):
         raise ValueError(f"telemetry is asked for, but not where it goes: set {_ENDPOINTS[0]}")
     log_to_stderr(settings.log_format)

@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 
-from bdh.validation import Faults
+from bdh.validation import Faults, Settings
 
 BYTE = "byte"
 DEFAULT_CHAT_TEMPLATE = "default"
 
 
 @dataclass
-class TokenizerConfig:
+class TokenizerConfig(Settings):
     path: str = BYTE
     """byte (a token is a byte), a folder that `bdh tokenizer train` or an export wrote, a tokenizer.json, or a hub id."""
     special_tokens: bool = False

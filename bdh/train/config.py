@@ -9,7 +9,7 @@ from bdh.distributed.config import DistributedConfig
 from bdh.model.decay import decay_fault
 from bdh.monitor.config import MonitorConfig
 from bdh.tokenizer.config import TokenizerConfig
-from bdh.validation import Faults
+from bdh.validation import Faults, Settings
 
 ADAPTER_CONFIG = "adapter_config.json"  # which ``peft`` puts beside adapters: a folder with it is one of adapters
 _METRIC = re.compile(
@@ -19,7 +19,7 @@ _METRIC = re.compile(
 
 
 @dataclass
-class ModelSettings:
+class ModelSettings(Settings):
     n_layer: int = 6
     """L, passes through the one shared layer."""
     n_embd: int = 256
@@ -64,7 +64,7 @@ LORA_LAYERS = ("encoder", "encoder_v", "decoder")
 
 
 @dataclass
-class LoraSettings:
+class LoraSettings(Settings):
     r: int = 0
     """Rank of the adapters that are trained instead of the weights of init_from; 0 trains all weights."""
     alpha: float = 16.0
@@ -80,7 +80,7 @@ class LoraSettings:
 
     def collect_faults(self, faults: Faults) -> None:
         faults.require(self.r >= 0, "r", self.r, "at least 1, or 0 for none")
-        faults.require(0 < self.alpha < float("inf"), "alpha", self.alpha, "above 0")
+        faults.require(self.alpha > 0, "alpha", self.alpha, "above 0")
         faults.require(0 <= self.dropout < 1, "dropout", self.dropout, "at least 0 and below 1")
         is_right = bool(self.target_modules) and set(self.target_modules) <= set(LORA_LAYERS)
         faults.require(is_right, "target_modules", self.target_modules, f"some of {', '.join(LORA_LAYERS)}")
@@ -90,7 +90,7 @@ class LoraSettings:
 
 
 @dataclass
-class TrainSettings:
+class TrainSettings(Settings):
     max_steps: int = 3000
     """Optimizer steps of the whole run; the learning-rate schedule spans them."""
     stop_at_step: int | None = None
@@ -183,7 +183,7 @@ class TrainSettings:
             value, most = getattr(self, name), getattr(self, whole)
             faults.require((value or 0) <= most, name, value, f"at most train.{whole}, {most}")
         budget = self.memory_budget_gb
-        is_right = budget is None or 0 < budget < float("inf")
+        is_right = budget is None or budget > 0
         faults.require(is_right, "memory_budget_gb", budget, "above 0, or null")
         faults.require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
         faults.require(
@@ -219,7 +219,7 @@ class TrainSettings:
 
 
 @dataclass
-class CheckpointSettings:
+class CheckpointSettings(Settings):
     every_steps: int = 500
     """Steps between checkpoints; there is always one at the end."""
     keep_last: int = 2
@@ -249,7 +249,7 @@ class CheckpointSettings:
 
 
 @dataclass
-class RunSettings:
+class RunSettings(Settings):
     model: ModelSettings = field(default_factory=ModelSettings)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)

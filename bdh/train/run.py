@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import PreTrainedTokenizerFast
 
 import bdh
@@ -45,6 +44,7 @@ from bdh.train.stored import (
     with_same_rows,
 )
 from bdh.vocabulary import vocabulary_size
+from bdh.yaml_files import dump_yaml
 
 _logger = logging.getLogger(__name__)
 _SEEDS_APART = 1_000_003  # between the processes, whose dropout must differ
@@ -210,14 +210,15 @@ def open_run(settings: RunSettings, *, progress: Any = None) -> Run:
         progress: passed to :func:`bdh.data.prepare_corpus`, for its bars.
 
     Raises:
-        ValueError: settings, tokenizer and data do not go together, or not with the run that is resumed; or a
-            package that a setting asks for is missing.
+        ValueError: a setting is out of range; settings, tokenizer and data do not go together, or not with the run
+            that is resumed; or a package that a setting asks for is missing.
         FileExistsError: the folder holds a run already.
         FileNotFoundError: there is nothing to resume, or nothing at ``train.init_from``.
         OtherBaseError: a resumed run is to export adapters alone, and the model that they belong to has changed.
         DiskFullError: there is no room for the run's folder.
         NoRoomError: with ``settings.dry_run``, there is no room for the model; this process has left the others.
     """
+    settings.validated()
     chosen_backends(settings.monitor)  # raises where one is not there
     runtime = choose_runtime(settings.train)
     world = World.join(
@@ -365,7 +366,7 @@ def _write_folder(run: Run, *, is_new: bool) -> None:
         if is_new:
             with whole_folder(run.folder / TOKENIZER_FOLDER) as temporary:
                 run.tokenizer.save_pretrained(temporary)
-        stored = yaml.safe_dump(settings_to_store(run.settings), sort_keys=False)
+        stored = dump_yaml(settings_to_store(run.settings), sort_keys=False)
         write_text(run.folder / CONFIG_FILE, stored)
     except OSError:
         if is_new:

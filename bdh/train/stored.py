@@ -5,10 +5,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from bdh.distributed.world import World
 from bdh.train.config import RunSettings
+from bdh.validation import Faults
+from bdh.yaml_files import read_yaml
 
 CONFIG_FILE = "config.yaml"
 # A run cannot go on exactly, or at all, if one of these is another: name of the section, and its fields.
@@ -83,18 +83,20 @@ def stored_settings(folder: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: the folder holds no run.
-        ValueError: the file is cut off, or holds something else.
+        ValueError: the file is cut off, holds something else, or holds settings twice or without a value.
     """
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(f"there is no run to resume in {folder}: it has no {CONFIG_FILE}")
+    faults = Faults()
     try:
-        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is cut off or damaged: {' '.join(str(error).split())}") from error
+        stored = read_yaml(path, faults).tree
+    except ValueError as error:
+        raise ValueError(f"{path} is cut off or damaged: {error}") from error
     sections = stored if isinstance(stored, dict) else {}
     if lacking := [name for name in _FIXED if not isinstance(sections.get(name), dict)]:
         raise ValueError(f"{path} is cut off or damaged: it has no settings for {', '.join(lacking)}")
+    faults.raise_if_any()
     _translate(stored)
     return stored
 

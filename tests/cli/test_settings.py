@@ -1,4 +1,4 @@
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -189,10 +189,10 @@ def test_all_faults_are_reported_together(tmp_path):
         parse("--config", path, "--oven.minutes", "-4", "--gests", "4", "--oven.racks")
     message = str(caught.value)
     for part in (
-        f"oven.heet in {path} is not a setting: did you mean oven.heat?",
+        f"oven.heet is not a setting: did you mean oven.heat? ({path}, line 1)",
         "oven.mode is 'steam': must be one of air, grill",
-        "light is 3: must be true or false",
-        f"frobnicate in {path} is not a setting; --help lists them",
+        f"light is 3: must be true or false ({path}, line 3)",
+        f"frobnicate is not a setting; --help lists them ({path}, line 4)",
         "--gests is not a setting: did you mean guests?",
         "--oven.racks is given without a value",
         "oven.minutes is -4: must be above 0",
@@ -229,7 +229,7 @@ def test_a_wrong_type_names_value_and_what_is_allowed(value, setting):
         ("", "is empty"),
         ("- a\n- b\n", "holds a list"),
         ("guests: 1\n  oven: 3: 4\n", "line 2 is not YAML"),
-        ("oven: 7\n", "oven is 7 in .*: must be a section"),
+        ("oven: 7\n", "oven is 7: must be a section"),
     ],
 )
 def test_a_broken_file_is_named(tmp_path, text, message):
@@ -237,6 +237,154 @@ def test_a_broken_file_is_named(tmp_path, text, message):
     with pytest.raises(ValueError, match=message) as caught:
         parse("cake", "--config", path)
     assert path in str(caught.value)
+
+
+def faults_of(*argv: str, settings_class=Kitchen, **more) -> list[str]:
+    with pytest.raises(ValueError, match=r"\S") as caught:
+        parse_settings(settings_class, argv, prog="p", description="d", positionals=("dish",), **more)
+    first, *others = str(caught.value).splitlines()
+    return [line.strip() for line in others] or [first]
+
+
+def test_all_that_is_wrong_in_a_file_is_reported_together(tmp_path):
+    """The first of two sections was dropped; a name without a value was None, whatever its setting may hold."""
+    path = written(
+        tmp_path,
+        "a.yaml",
+        "dish: pie\noven:\n  heat:\n  mode: air\n  minutes: 010\noven:\n  mode: steam\n  heet: 1\n  note: None\n"
+        "light: null\nguests:\n",
+    )
+    assert faults_of("--config", path, "--oven.trays", "[1, 010]") == [
+        f"oven is given twice: give it once ({path}, lines 2 and 6)",
+        f"oven.heat has no value: give it one, or null where that is allowed, or leave it out ({path}, line 3)",
+        f"oven.mode is given twice: give it once ({path}, lines 4 and 7)",
+        f"oven.minutes is 010, which YAML may take for octal: leave out the leading zeros, or put it in quotes "
+        f"({path}, line 5)",
+        f"oven.note is None, which YAML takes for a text: write null for no value, or 'None' if it is one ({path}, line 9)",
+        f"guests has no value: give it one, or null where that is allowed, or leave it out ({path}, line 11)",
+        f"oven.heet is not a setting: did you mean oven.heat? ({path}, line 8)",
+        f"oven.mode is 'steam': must be one of air, grill ({path}, line 7)",
+        f"light is null: must be true or false ({path}, line 10)",
+        "oven.trays[1] is 010, which YAML may take for octal: leave out the leading zeros, or put it in quotes",
+    ]
+
+
+def names_and_types():
+    return [pytest.param(name, id=name) for name in ("oven", *(f"oven.{field}" for field in Oven.__dataclass_fields__))]
+
+
+@pytest.mark.parametrize("name", names_and_types())
+def test_no_setting_and_no_section_takes_a_blank(tmp_path, name):
+    text = "oven:\n" if name == "oven" else f"oven:\n  {name.removeprefix('oven.')}:\n"
+    (fault,) = faults_of("cake", "--config", written(tmp_path, "a.yaml", text))
+    assert fault.startswith(f"{name} has no value: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("heat", "a number"),
+        ("mode", "one of air, grill"),
+        ("racks", "a list of texts"),
+        ("weights", "a mapping, as {name: value}, from text to a number"),
+        ("door", "text, or a list of texts"),
+        ("trays", "a list, as [a, b]"),
+        ("minutes", None),
+        ("note", None),
+        ("label", None),
+    ],
+)
+def test_null_is_for_settings_that_may_have_no_value(tmp_path, name, words):
+    """jsonargparse took it for every setting: the schedule of a run was None."""
+    path = written(tmp_path, "a.yaml", f"oven:\n  {name}: null\n")
+    if words is None:
+        assert getattr(parse("cake", "--config", path).oven, name) is None
+    else:
+        (fault,) = faults_of("cake", "--config", path)
+        assert fault.startswith(f"oven.{name} is null: must be {words}")
+        assert fault.endswith(f"({path}, line 2)")
+
+
+def test_a_section_is_not_null(tmp_path):
+    path = written(tmp_path, "a.yaml", "oven: null\n")
+    assert faults_of("cake", "--config", path) == [
+        f"oven is null: must be a section, with settings under it ({path}, line 1)"
+    ]
+
+
+def test_none_is_not_taken_for_a_text_where_null_is_meant():
+    assert faults_of("cake", "--oven.note", "None") == ["oven.note is 'None': write null for no value"]
+    assert parse("cake", "--oven.label", "None", "--oven.door", "None").oven == Oven(label="None", door="None")
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("010", "octal"),
+        ("1:30", "base 60"),
+        ("1__0", "two digits"),
+        ("9" * 400, "must be a number"),
+        ("9" * 5000, "5000 characters"),
+        ("no", "must be a number"),
+    ],
+)
+def test_a_number_is_not_misread(tmp_path, value, reason):
+    """As a flag 010 was 10, and in a file 8; 400 digits were an unexpected error."""
+    (flag,) = faults_of("cake", f"--oven.heat={value}")
+    (line,) = faults_of("cake", "--config", written(tmp_path, "a.yaml", f"oven: {{heat: {value}}}\n"))
+    assert reason in flag
+    assert reason in line
+
+
+def test_true_is_no_text(tmp_path):
+    path = written(tmp_path, "a.yaml", "oven: {note: off, racks: [top, no], label: 1.5}\n")
+    assert [
+        fault.split(": must be text")[0].split(": must be a list of texts")[0]
+        for fault in faults_of("cake", "--config", path)
+    ] == [
+        "oven.note is False",
+        "oven.racks is ['top', False]",
+        "oven.label is 1.5",
+    ]
+
+
+@pytest.mark.parametrize("text", ["{no: 1}", "{1: 1}", "{a: 1, a: 2}", "{a: }", "{a: null}", "{a: 010}"])
+def test_a_mapping_is_as_strict(tmp_path, text):
+    (flag,) = faults_of("cake", f"--oven.weights={text}")
+    (line,) = faults_of("cake", "--config", written(tmp_path, "a.yaml", f"oven:\n  weights: {text}\n"))
+    assert flag.startswith("oven.weights")
+    assert line.startswith("oven.weights")
+
+
+@pytest.mark.parametrize("text", ["{true: 1}", "{1.5: 1}", "{a: 1}", "{1: 1, '1': 2}", "{1: 1, 1: 2}"])
+def test_whole_numbers_that_name_something_are_not_made_of_others(text):
+    """A bias for `true` was one for token 1, and of two for one token the first was dropped."""
+
+    @dataclass
+    class Biases:
+        bias: dict[int, float] = field(default_factory=dict)
+        dish: str = ""
+
+    assert len(faults_of(f"--bias={text}", settings_class=Biases)) == 1
+    settings = parse_settings(Biases, ["--bias={1: -1, '2': 1e3}"], prog="p", description="d")
+    assert settings.bias == {1: -1.0, 2: 1000.0}
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan", "1e999", "-1e999", "1.0e+999"])
+@pytest.mark.parametrize("name", ["heat", "weights", "trays"])
+def test_numbers_are_finite(tmp_path, name, value):
+    """An infinite learning rate was above 0, and trained."""
+    value = {"weights": f"{{a: {value}}}", "trays": f"[1, {value}]"}.get(name, value)
+    (flag,) = faults_of("cake", f"--oven.{name}={value}")
+    assert flag == faults_of("cake", "--config", written(tmp_path, "a.yaml", f"oven:\n  {name}: {value}\n"))[0]
+    assert flag.startswith(f"oven.{name} is ")
+    assert flag.endswith("must be a finite number" if name == "heat" else "must be of finite numbers only")
+
+
+def test_merge_keys_work_in_settings(tmp_path):
+    path = written(tmp_path, "a.yaml", "oven: &oven {heat: 100, minutes: 3}\nguests: 4\n")
+    again = written(tmp_path, "b.yaml", "oven:\n  <<: {heat: 90, mode: grill}\n  heat: 1e2\n")
+    assert parse("cake", "--config", path, "--config", again).oven == Oven(heat=100.0, mode="grill", minutes=3)
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -266,6 +414,9 @@ def test_print_config_is_read_back_as_it_was(tmp_path, capsys):
         "1e-5",
         "--oven.racks=top",
         "--oven.racks=a: b",
+        "--oven.racks=None",
+        "--oven.racks=010",
+        "--oven.racks=08",
         "--oven.note=1e3",
         "--light",
         "--oven.minutes=4",
@@ -322,3 +473,51 @@ def test_sections_within_sections_are_printed_and_read_back(tmp_path, capsys):
     for with_help in (False, True):
         path = written(tmp_path, "printed.yaml", to_yaml(settings, with_help=with_help))
         assert parse_settings(House, ["--config", path], prog="p", description="d") == settings
+
+
+@dataclass
+class Shelf:
+    books: int = 0
+    """Books."""
+    pages: list[int] = field(default_factory=list)
+    """Pages."""
+
+
+@dataclass
+class Room:
+    shelf: Shelf = field(default_factory=lambda: Shelf(books=3, pages=[7]))
+    lamps: int = 1
+    """Lamps."""
+
+
+@dataclass
+class Flat:
+    room: Room = field(default_factory=lambda: Room(lamps=2))
+    cellar: Shelf = field(default_factory=Shelf)
+
+
+def test_the_defaults_of_a_section_are_those_that_its_field_makes(tmp_path, capsys):
+    """They were those of the section's class: `bdh serve` ran without the cache of prefixes that its field asks for."""
+
+    def parsed(*argv: str) -> Flat:
+        return parse_settings(Flat, argv, prog="p", description="d")
+
+    assert parsed() == Flat()
+    assert parsed() == Flat(Room(Shelf(3, [7]), 2), Shelf(0, []))
+    assert parsed("--room.shelf.books", "5") == Flat(Room(Shelf(5, [7]), 2))
+    assert parsed("--room.lamps=9").room == Room(Shelf(3, [7]), 9)
+    for arguments in ((), ("--config", written(tmp_path, "a.yaml", to_yaml(Flat())))):
+        with pytest.raises(SystemExit):
+            parsed(*arguments, "--print_config")
+        assert yaml.safe_load(capsys.readouterr().out) == asdict(Flat())
+    with pytest.raises(SystemExit):
+        parsed("--help")
+    shown = " ".join(capsys.readouterr().out.split())
+    for text in ("Books. (a whole number; default: 3)", "default: [7])", "Lamps. (a whole number; default: 2)"):
+        assert text in shown
+
+
+def test_no_two_results_share_what_a_default_holds():
+    first, second = (parse_settings(Flat, [], prog="p", description="d") for _ in range(2))
+    first.room.shelf.pages.append(8)
+    assert second == Flat()

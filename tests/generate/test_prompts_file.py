@@ -48,7 +48,13 @@ def test_objects_may_have_settings_of_their_own_and_more(tmp_path):
         ('{"prompt": "a", "max_tokens": true}', "max_tokens is True: must be a whole number"),
         ('{"prompt": "a", "stop": [1]}', "must be a string or a list of strings"),
         ('{"prompt": "a", "text": "b"}', "text is what results are written under"),
-        ('{"prompt": "a", "temperature": NaN}', "temperature is nan"),
+        ('{"prompt": "a", "temperature": NaN}', "line 2: NaN is no number in JSON"),
+        ('{"prompt": "a", "score": [-Infinity]}', "line 2: -Infinity is no number in JSON"),
+        ('{"prompt": "a", "temperature": 1e999}', "line 2: temperature is inf: must be a finite number"),
+        ('{"prompt": "a", "logit_bias": {"3": 1e999}}', "logit_bias is {3: inf}: must be of finite numbers only"),
+        ('{"prompt": "a", "seed": 1, "seed": 2}', "line 2: seed is given twice: give it once"),
+        ('{"prompt": "a", "logit_bias": {"3": 1, "3": 2}}', "line 2: 3 is given twice: give it once"),
+        ('{"prompt": "a", "logit_bias": {"3": 1, "03": 2}}', "must be an object of numbers by token id, each once"),
     ],
 )
 def test_wrong_lines_are_named(tmp_path, line, message):

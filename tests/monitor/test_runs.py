@@ -1,4 +1,5 @@
 import json
+import re
 import time
 
 import pytest
@@ -45,6 +46,7 @@ def test_differences_are_from_what_most_runs_have(tmp_path):
 def test_a_run_that_cannot_be_read_does_not_hide_the_others(tmp_path, capsys):
     made(tmp_path / "a")
     (made(tmp_path / "b") / "config.yaml").write_text("train: [1")
+    (made(tmp_path / "bb") / "config.yaml").write_text("train: {seed: 1}\ntrain: {rate: 1}\nmodel:\n")
     (made(tmp_path / "c") / "metrics.jsonl").write_text("{}x\n{}\n")
     assert main(["runs", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -52,10 +54,12 @@ def test_a_run_that_cannot_be_read_does_not_hide_the_others(tmp_path, capsys):
         ["run", "state"],
         ["a", "finished"],
         ["b", "unreadable"],
+        ["bb", "unreadable"],
         ["c", "unreadable"],
     ]
-    assert "config.yaml is not YAML from line 1 on" in lines[3]
-    assert "metrics.jsonl, line 1, is not JSON" in lines[5]
+    assert "config.yaml, line 1 is not YAML" in lines[3]
+    assert re.search(r"train is given twice: give it once \(.*lines 1 and 2\); model has no value", lines[5])
+    assert "metrics.jsonl, line 1, is not JSON" in lines[7]
 
 
 def test_the_table_has_the_figures_and_the_differences_below(tmp_path, capsys):

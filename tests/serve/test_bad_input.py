@@ -14,6 +14,7 @@ from bdh.generate.config import EngineConfig
 from bdh.serve.config import AuthSettings, LimitSettings
 from bdh.serve.events import EventStream
 from bdh.serve.logs import _JsonFormatter, _TextFormatter
+from bdh.serve.schemas import CompletionRequest
 
 
 def assert_refused(answer, status: int, param: str | None = None, code: str | None = None) -> str:
@@ -51,6 +52,7 @@ def assert_refused(answer, status: int, param: str | None = None, code: str | No
         ({"stop": [1]}, "stop.0"),
         ({"logit_bias": {"a": 1}}, None),
         ({"logit_bias": {"300": 1}}, None),
+        ({"logit_bias": {"3": 1, "03": 2}}, "logit_bias"),
         ({"logit_bias": {"3": 1000}}, "logit_bias.3"),
         ({"stop_token_ids": [256]}, None),
         ({"prompt": []}, "prompt"),
@@ -109,6 +111,24 @@ JSON = {"Content-Type": "application/json"}
 def test_a_body_that_is_no_request_is_a_400(server, path, body):
     assert_refused(server.http.post(path, content=body, headers=JSON), 400)
     assert server.http.get("/health").status_code == 200
+
+
+NUMBERS = [name for name, field in CompletionRequest.model_fields.items() if "float" in str(field.annotation)]
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999"])
+@pytest.mark.parametrize("field", [*NUMBERS, "n", "max_tokens", "seed", "top_k", "stop_token_ids", "prompt", "unknown"])
+def test_a_number_that_is_not_finite_is_a_400_and_named(server, field, number):
+    """Also in a field for whole numbers, or for none, and in the answer that names it."""
+    value = {"logit_bias": f'{{"3": {number}}}', "stop_token_ids": f"[{number}]", "prompt": f"[1, {number}]"}
+    text = f'{{"{field}": {value.get(field, number)}' + ("}" if field == "prompt" else ', "prompt": "abc"}')
+    answer = server.http.post("/v1/completions", content=text, headers=JSON)
+    message = assert_refused(answer, 400)
+    assert answer.json()["error"]["param"].split(".")[0] == field, message
+
+
+def test_the_numbers_of_a_request_are_all_tried():
+    assert len(NUMBERS) == 7, NUMBERS
 
 
 def test_another_content_type_is_refused(server):

@@ -217,6 +217,39 @@ def test_a_damaged_configuration_of_a_run_is_named(train, tmp_path, capsys, dama
     assert len(shown.splitlines()) == 1
 
 
+def test_what_a_stored_configuration_says_twice_or_not_at_all_is_refused(train, tmp_path, capsys):
+    """The first of two was dropped; a setting without a value was an unexpected error, or None."""
+    path = tmp_path / "run" / "config.yaml"
+    assert train(tmp_path / "run", **{"train.stop_at_step": 3}) == 0
+    text = path.read_text()
+    number = 1 + text[: text.index("  seed: ")].count("\n")
+    path.write_text(
+        text.replace("  seed: ", "  schedule:\n  seed: 3\n  seed: ", 1).replace("  schedule: cosine\n", "", 1)
+    )
+    capsys.readouterr()
+    number -= text.index("  schedule: cosine") < text.index("  seed: ")
+    assert main(["train", "--run_dir", str(tmp_path / "run"), "--resume"]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "error: 2 settings are wrong:",
+        f"  train.schedule has no value: give it one, or null where that is allowed, or leave it out ({path}, line {number})",
+        f"  train.seed is given twice: give it once ({path}, lines {number + 1} and {number + 2})",
+    ]
+
+
+@pytest.mark.parametrize("name", ["batch_size", "schedule", "learning_rate", "lora", "device"])
+@pytest.mark.parametrize("value", ["", " null"])
+def test_a_setting_of_a_run_that_needs_a_value_has_one(tmp_path, capsys, name, value):
+    """A blank batch_size was an unexpected error, and a blank schedule trained with "None schedule"."""
+    path = tmp_path / "a.yaml"
+    path.write_text(f"train:\n  {name}:{value}\n")
+    assert main(["train", "--config", str(path), "--run_dir", str(tmp_path / "run")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    said = f"train.{name} is null: must be " if value else f"train.{name} has no value: "
+    assert line.startswith(f"error: {said}")
+    assert line.endswith(f"({path}, line 2)")
+    assert not (tmp_path / "run").exists()
+
+
 def test_resuming_nothing_is_refused(train, tmp_path, capsys):
     assert train(tmp_path / "run", "--resume") == 2
     assert "there is no run to resume" in capsys.readouterr().err
