@@ -6,24 +6,24 @@ import sys
 
 import pytest
 
-from bdh.storage import DiskFullError, whole_file, whole_folder, write_text
+from bdh.storage import DiskFullError, atomic_file, atomic_dir, write_text
 
 
 def fail_in_folder(target, error):
-    with whole_folder(target) as folder:
+    with atomic_dir(target) as folder:
         (folder / "a").write_text("after")
         raise error
 
 
 def fail_in_file(target, error):
-    with whole_file(target) as path:
+    with atomic_file(target) as path:
         path.write_text("after")
         raise error
 
 
 def test_a_folder_appears_with_all_its_files_when_the_block_ends(tmp_path):
     target = tmp_path / "new" / "folder"
-    with whole_folder(target) as folder:
+    with atomic_dir(target) as folder:
         (folder / "inner").mkdir()
         (folder / "inner" / "a").write_text("a")
         assert not target.exists()
@@ -34,7 +34,7 @@ def test_a_folder_appears_with_all_its_files_when_the_block_ends(tmp_path):
 def test_a_folder_takes_the_place_of_the_one_before(tmp_path):
     target = tmp_path / "folder"
     for name in ("a", "b"):
-        with whole_folder(target) as folder:
+        with atomic_dir(target) as folder:
             (folder / name).write_text(name)
     assert [path.name for path in target.iterdir()] == ["b"]
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
@@ -43,7 +43,7 @@ def test_a_folder_takes_the_place_of_the_one_before(tmp_path):
 @pytest.mark.parametrize("error", [ValueError("wrong"), KeyboardInterrupt(), OSError(errno.EACCES, "not allowed")])
 def test_an_error_leaves_what_was_there_and_comes_through(tmp_path, error):
     write_text(tmp_path / "file", "before")
-    with whole_folder(tmp_path / "folder") as folder:
+    with atomic_dir(tmp_path / "folder") as folder:
         (folder / "a").write_text("before")
     with pytest.raises(type(error)) as raised:
         fail_in_folder(tmp_path / "folder", error)
@@ -74,8 +74,8 @@ def test_a_killed_process_leaves_the_target_and_the_next_one_cleans_up(tmp_path)
     write_text(tmp_path / "file", "before")
     code = f"""
 import os, pathlib
-from bdh.storage import whole_file, whole_folder
-with whole_folder(pathlib.Path({str(tmp_path)!r}, "folder")) as folder, whole_file(
+from bdh.storage import atomic_file, atomic_dir
+with atomic_dir(pathlib.Path({str(tmp_path)!r}, "folder")) as folder, atomic_file(
     pathlib.Path({str(tmp_path)!r}, "file")
 ) as path:
     (folder / "a").write_text("half")
@@ -85,7 +85,7 @@ with whole_folder(pathlib.Path({str(tmp_path)!r}, "folder")) as folder, whole_fi
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
     assert (tmp_path / "file").read_text() == "before"
     assert not (tmp_path / "folder").exists()
-    with whole_folder(tmp_path / "folder") as folder:
+    with atomic_dir(tmp_path / "folder") as folder:
         (folder / "b").write_text("whole")
     write_text(tmp_path / "file", "after")
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["b"]

@@ -68,12 +68,12 @@ def _to_reference(settings: ConvertSettings, out: Path) -> int:
     import torch
 
     from bdh.model.conversion import reference_config
-    from bdh.storage import whole_file
+    from bdh.storage import atomic_file
     from bdh.train.models import load_model
 
     model, _ = load_model(settings.source)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(out) as path:
+    with atomic_file(out) as path:
         torch.save({"model": model.to_reference(), "config": reference_config(model.config)}, path)
     print(f"{out}: model and config, for the reference code")
     return 0

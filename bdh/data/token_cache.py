@@ -19,7 +19,7 @@ from typing import IO, Any
 import numpy as np
 
 from bdh.data.parts import Part
-from bdh.storage import DiskFullError, whole_folder
+from bdh.storage import DiskFullError, atomic_dir
 from bdh.tokenizer.encoding import TextEncoder
 
 _FORMAT = 1
@@ -110,7 +110,7 @@ class TokenCache:
             raise
 
     def _build(self, write: Callable[["TokenWriter"], TokenMeta]) -> TokenMeta:
-        with whole_folder(self.folder) as temporary:
+        with atomic_dir(self.folder) as temporary:
             with (temporary / "tokens.bin").open("wb") as file:
                 meta = write(TokenWriter(file, temporary))
             (temporary / "meta.json").write_text(json.dumps(asdict(meta), indent=2), encoding="utf-8")

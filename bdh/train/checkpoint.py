@@ -25,7 +25,7 @@ import torch
 
 from bdh.distributed.tensors import BackgroundWriter, Tensors, read_all, read_tensors, stored_shapes, write_tensors
 from bdh.distributed.world import World
-from bdh.storage import temporary_name, whole_folder, write_text
+from bdh.storage import atomic_dir, recover_dirs, temporary_name, write_text
 
 TRAINING, MANIFEST = "training.pt", "manifest.json"
 
@@ -159,9 +159,10 @@ class Checkpointer:
 
     def _open_folder(self, stack: ExitStack, final: Path) -> None:
         if self._world.is_main:
+            recover_dirs(self.folder)
             for left in self.folder.glob(".step-*"):  # by a process that was killed
                 shutil.rmtree(left, ignore_errors=True)
-            stack.enter_context(whole_folder(final))
+            stack.enter_context(atomic_dir(final))
 
     def _agree(self, step: int, reason: str | None) -> None:
         """Raises the same error on all processes, if any of them has one."""
@@ -245,7 +246,7 @@ class Checkpointer:
     def _remove(self, step: int) -> None:
         """Out of sight first: what is left of it, if the process is killed meanwhile, is no checkpoint."""
         folder = self.folder / _name(step)
-        hidden = folder.rename(folder.with_name(f".{folder.name}.old"))
+        hidden = folder.rename(folder.with_name(f".{folder.name}.removed"))
         shutil.rmtree(hidden, ignore_errors=True)
 
 

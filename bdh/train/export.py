@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 import bdh
 from bdh.model import BDHForCausalLM
-from bdh.storage import whole_folder
+from bdh.storage import atomic_dir
 from bdh.tokenizer import stop_token_ids
 from bdh.train.checkpoint import Checkpoint
 from bdh.train.config import LoraSettings
@@ -83,7 +83,7 @@ def export_model(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=stop_token_ids(tokenizer),
     )
-    with whole_folder(folder) as temporary:
+    with atomic_dir(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         (temporary / "README.md").write_text(card, encoding="utf-8")
@@ -104,7 +104,7 @@ def _export_adapters(
         raise ValueError("merge is False: the run trained embed and lm_head too, which are no adapters")
     _check_free(folder, replace)
     base = checkpoint.training["settings"]["train"]["init_from"]
-    with whole_folder(folder) as temporary:
+    with atomic_dir(folder) as temporary:
         write_adapters(temporary, model.config, run_weights(checkpoint, ema=ema), lora, base)
         tokenizer.save_pretrained(temporary)
         (temporary / "README.md").write_text(model_card(model, checkpoint, ema=ema, adapters_of=base), encoding="utf-8")

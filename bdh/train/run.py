@@ -20,7 +20,7 @@ from bdh.model.averaging import MovingAverage
 from bdh.monitor import chosen_backends
 from bdh.monitor.backends.jsonl import cut_back
 from bdh.ops.layer.plan import LayerPlan
-from bdh.storage import whole_folder, write_text
+from bdh.storage import atomic_dir, write_text
 from bdh.tokenizer import load_tokenizer, stop_token_ids, with_chat_template
 from bdh.train.carry import CarriedState
 from bdh.train.checkpoint import Checkpoint, Checkpointer
@@ -304,7 +304,7 @@ def _write_folder(run: Run, *, is_new: bool) -> None:
     existed = run.folder.exists()
     try:
         if is_new:
-            with whole_folder(run.folder / TOKENIZER_FOLDER) as temporary:
+            with atomic_dir(run.folder / TOKENIZER_FOLDER) as temporary:
                 run.tokenizer.save_pretrained(temporary)
         stored = yaml.safe_dump(settings_to_store(run.settings), sort_keys=False)
         write_text(run.folder / CONFIG_FILE, stored)
