@@ -38,14 +38,16 @@ class Lock:
             ...  # nobody else writes
     """
 
-    def __init__(self, path: Path, target: str, advice: str = "wait until it has ended"):
+    def __init__(self, path: Path, target: str, *, wait: bool = False, advice: str = "try again when it has ended"):
         """
         Args:
             path: the lock's file, in a folder that is there.
             target: what it protects, for the errors.
+            wait: for as long as another process holds it. Without, only to see whether a holder on another machine is
+                alive.
             advice: what to do while another process holds it, for the errors.
         """
-        self._path, self._target, self._advice = path, target, advice
+        self._path, self._target, self._wait, self._advice = path, target, wait, advice
         self._lease = SoftFileLease(
             path, lease_duration=LEASE_SECONDS, heartbeat_interval=LEASE_SECONDS / _BEATS, thread_local=False
         )
@@ -59,32 +61,28 @@ class Lock:
     ) -> None:
         self.release()
 
-    def acquire(self, *, wait: bool = False) -> None:
+    def acquire(self) -> None:
         """Takes the lock.
 
-        Args:
-            wait: until the holder has released it. Without, only as long as it takes to see whether a holder on
-                another machine is alive.
-
         Raises:
-            InUseError: another process holds it.
+            InUseError: another process holds it, and this one is not to wait.
             OSError: the lock's file cannot be written.
         """
         seen, changed = self._beat(), time.monotonic()
         is_announced = False
         while not self._take():
             ended = self._holder_has_ended()
-            if ended is False and not wait:
+            if ended is False and not self._wait:
                 raise self._in_use()
             if (beat := self._beat()) not in (None, seen):
-                if not wait:
+                if not self._wait:
                     raise self._in_use()
                 seen, changed = beat, time.monotonic()
-            if ended or time.monotonic() - changed > LEASE_SECONDS:
+            if ended or (ended is None and time.monotonic() - changed > LEASE_SECONDS):
                 self._remove(seen)
                 continue
             if not is_announced:
-                until = "it has ended" if wait else f"it shows that it is alive, at most {LEASE_SECONDS:g} s"
+                until = "it has ended" if self._wait else f"it shows that it is alive, at most {LEASE_SECONDS:g} s"
                 _logger.warning("%s is in use by %s: waiting until %s", self._target, self._holder(), until)
                 is_announced = True
             time.sleep(min(1.0, LEASE_SECONDS / _BEATS))
@@ -97,18 +95,20 @@ class Lock:
         """Makes sure that the lock, once taken, is still this process's.
 
         Raises:
-            InUseError: it was removed, or another process has taken it, since this one was stopped for too long.
+            InUseError: it was removed, or another process has taken it, as this one was stopped for too long.
         """
-        loss = self._lease.compromise
-        if loss is None:
-            return
-        owner = self._lease.owner
-        if loss.reason == "refresh-failed" and owner is not None and owner.token == loss.token:
-            self.release()  # the disk has not answered for a while, and nobody came in between
+        owner, loss = self._lease.owner, self._lease.compromise
+        if owner is not None and owner.token == self._lease.token:
+            if loss is None:
+                return
+            self.release()  # the disk has not answered for a while, which has ended the touching
             if self._take():
                 return
         holder = "nobody holds it" if owner is None else f"{self._holder()} holds it"
-        raise InUseError(f"the lock {self._path} was taken from this process, now {holder}: it stops writing there")
+        raise InUseError(
+            f"this process has lost its lock on {self._target}, now {holder}: it was stopped for too long, or somebody "
+            f"removed {self._path}; it writes nothing more there"
+        )
 
     def _take(self) -> bool:
         try:

@@ -38,11 +38,12 @@ def atomic_dir(folder: Path) -> Iterator[Path]:
         InUseError: another process is writing it.
         DiskFullError: the block or the syncing raised for want of room.
     """
-    with _writing(folder) as temporary:
+    with _writing(folder) as (temporary, lock):
         temporary.mkdir()
         yield temporary
         for path in (*temporary.rglob("*"), temporary):
             sync(path)
+        lock.check()
         _replace_dir(folder, temporary)
 
 
@@ -76,9 +77,10 @@ def temporary_name(path: Path) -> Path:
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """A file's name to write to, which takes the place and name of ``path`` when the block ends; see above."""
-    with _writing(path) as temporary:
+    with _writing(path) as (temporary, lock):
         yield temporary
         sync(temporary)
+        lock.check()
         temporary.replace(path)
         sync(path.parent)
 
@@ -101,22 +103,21 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def _writing(target: Path) -> Iterator[Path]:
-    """The temporary name of a target, of which nothing is left after an error."""
+def _writing(target: Path) -> Iterator[tuple[Path, Lock]]:
+    """The temporary name of a target, of which nothing is left after an error, and the lock, which is held."""
     temporary = temporary_name(target)
     try:
-        if not target.parent.exists():
-            target.parent.mkdir(parents=True)
-        with _lock(target):
-            _remove(temporary)  # of a process that was killed
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(target) as lock:
+            remove(temporary)  # of a process that was killed
             try:
                 _put_back(target)
-                yield temporary
+                yield temporary, lock
             except BaseException:
                 _put_back(target)
                 raise
             finally:
-                _remove(temporary)
+                remove(temporary)
     except Exception as error:
         if _is_full(error, target.parent):
             reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -124,14 +125,8 @@ def _writing(target: Path) -> Iterator[Path]:
         raise
 
 
-@contextmanager
-def _lock(target: Path, *, wait: bool = False) -> Iterator[None]:
-    lock = Lock(target.with_name(f".{target.name}.lock"), str(target))
-    lock.acquire(wait=wait)
-    try:
-        yield
-    finally:
-        lock.release()
+def _lock(target: Path, *, wait: bool = False) -> Lock:
+    return Lock(target.with_name(f".{target.name}.lock"), str(target), wait=wait)
 
 
 def _replace_dir(folder: Path, temporary: Path) -> None:
@@ -140,17 +135,19 @@ def _replace_dir(folder: Path, temporary: Path) -> None:
     elif not _exchange(folder, temporary):
         _logger.info("%s cannot be exchanged in one step: it is renamed first", folder)
         old = _old_name(folder)
-        _remove(old)
+        remove(old)
         folder.rename(old)
         temporary.rename(folder)
         sync(folder.parent)
-        _remove(old)
+        remove(old)
     sync(folder.parent)
 
 
 def _exchange(one: Path, other: Path) -> bool:
     """Exchanges the names of two folders in one step; False where system or disk cannot."""
-    libc = None if os.name == "nt" else ctypes.CDLL(None, use_errno=True)
+    if os.name == "nt":
+        return False
+    libc = ctypes.CDLL(None, use_errno=True)
     paths = os.fsencode(one), os.fsencode(other)
     if sys.platform == "darwin" and hasattr(libc, "renamex_np"):
         failed = libc.renamex_np(*paths, 2)  # RENAME_SWAP
@@ -177,7 +174,8 @@ def _put_back(folder: Path) -> bool:
     return True
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Removes a file, a link, or a folder with all in it, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

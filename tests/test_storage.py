@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from bdh.storage import DiskFullError, atomic_file, atomic_dir, write_text
+from bdh.storage import DiskFullError, atomic_dir, atomic_file, write_text
 
 
 def fail_in_folder(target, error):

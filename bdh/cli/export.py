@@ -29,9 +29,11 @@ def run(argv: list[str]) -> int:
         positionals=("run", "out"),
     )
     from bdh.train.export import export_run
+    from bdh.train.lock import lock_run_around
 
-    step = export_run(
-        Path(settings.run), Path(settings.out), which=settings.checkpoint, ema=settings.ema, merge=settings.merge
-    )
+    with lock_run_around(Path(settings.out)):
+        step = export_run(
+            Path(settings.run), Path(settings.out), which=settings.checkpoint, ema=settings.ema, merge=settings.merge
+        )
     print(f"{settings.out}: the {'averaged ' if settings.ema else ''}weights of step {step}")
     return 0

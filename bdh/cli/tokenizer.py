@@ -41,11 +41,11 @@ def run(argv: list[str]) -> int:
 
     from bdh.cli.progress import stage_progress
     from bdh.data import training_texts, validation_texts
-    from bdh.storage import atomic_dir
+    from bdh.storage import atomic_dir, is_taken
     from bdh.tokenizer import compression_ratio, train_tokenizer
 
     out = Path(settings.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if is_taken(out):
         raise FileExistsError(f"{out} exists already and is not empty: choose another --out")
     console = Console(stderr=True, highlight=False)
     with stage_progress(console, "bytes") as progress:

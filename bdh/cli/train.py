@@ -30,11 +30,8 @@ def run(argv: list[str]) -> int:
     # Imported here, so that `--help` and faults in the settings do not wait for PyTorch.
     from bdh.cli.progress import stage_progress
     from bdh.distributed.errors import reported_to_starter
-    from bdh.monitor import Monitor
-    from bdh.train.loop import fit
     from bdh.train.needs import NoRoomError
     from bdh.train.run import open_run
-    from bdh.train.stored import settings_to_store
 
     console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=rank > 0)
     if rank > 0:
@@ -51,6 +48,18 @@ def run(argv: list[str]) -> int:
     print_banner(console, training)
     if settings.dry_run:
         return _dry_run(console, training)
+    with training.lock:  # until the export is written
+        return _train(console, training)
+
+
+def _train(console: Console, training: Any) -> int:
+    """Trains, and exports; returns the exit status."""
+    from bdh.distributed.errors import reported_to_starter
+    from bdh.monitor import Monitor
+    from bdh.train.loop import fit
+    from bdh.train.stored import settings_to_store
+
+    settings = training.settings
     monitor = Monitor(
         training.folder,
         settings.monitor if training.world.is_main else replace(settings.monitor, backends=[]),
@@ -61,7 +70,7 @@ def run(argv: list[str]) -> int:
     )
     with reported_to_starter(), monitor:
         why = fit(training, monitor)
-        training.close()
+        training.close(release=False)
     if not training.world.is_main:
         return EXIT_STATUS.get(why, 0)
 
@@ -111,6 +120,7 @@ def _export(console: Console, training: Any) -> None:
     if which == "best" and training.progress.best_step is None:
         console.print("No validation loss was measured yet: the last weights are exported, not the best.")
         which = "last"
+    training.lock.check()
     folder = training.folder / "model"
     export_run(training.folder, folder, which="last" if ema else which, ema=ema, replace=True)
     ask = "--chat --prompt 'Hello!'" if training.corpus.is_chat else "--prompt 'The '"

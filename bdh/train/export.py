@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 import bdh
 from bdh.model import BDHForCausalLM
-from bdh.storage import atomic_dir
+from bdh.storage import atomic_dir, is_taken
 from bdh.tokenizer import stop_token_ids
 from bdh.train.checkpoint import Checkpoint
 from bdh.train.config import LoraSettings
@@ -111,7 +111,7 @@ def _export_adapters(
 
 
 def _check_free(folder: Path, replace: bool) -> None:
-    if folder.exists() and not replace and (not folder.is_dir() or any(folder.iterdir())):
+    if not replace and is_taken(folder):
         raise FileExistsError(f"{folder} exists already and is not empty: choose another folder")
 
 

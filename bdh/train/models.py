@@ -10,6 +10,7 @@ from transformers.utils import logging
 
 from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.model.configuration import one_line_type_faults
+from bdh.storage import recover_dir
 from bdh.tokenizer import TokenizerConfig, load_tokenizer
 from bdh.train.checkpoint import Checkpoint, Checkpointer, is_checkpoint, step_of_folder
 from bdh.train.config import TrainSettings
@@ -37,6 +38,7 @@ def load_model(
     """
     target = choose_runtime(TrainSettings(device=device)).device
     path = Path(name)
+    recover_dir(path)
     if checkpoint is None and is_checkpoint(path):
         path, checkpoint = path.parent.parent, str(step_of_folder(path))
     if is_run(path):

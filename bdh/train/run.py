@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from bdh.train.checkpoint import Checkpoint, Checkpointer
 from bdh.train.config import RunSettings
 from bdh.train.initial import InitialModel
 from bdh.train.layer import layer_options, plan_training
+from bdh.train.lock import RunLock
 from bdh.train.lora import add_adapters, check_peft
 from bdh.train.models import TOKENIZER_FOLDER
 from bdh.train.needs import Need, NoRoomError, available_to_each
@@ -86,6 +88,8 @@ class Run:
     progress: Progress
     plan: LayerPlan
     """How the layer is computed in a training step."""
+    lock: RunLock
+    """On the folder, from before anything is written; not taken in a dry run."""
     average: MovingAverage | None = None
     """Of the weights, with ``train.ema_decay``."""
     carried: CarriedState | None = None
@@ -127,10 +131,16 @@ class Run:
         }
         return self.checkpointer.save(self.progress.step, self.tensors(), training, is_best=is_best)
 
-    def close(self) -> None:
-        """Waits for what is still being written, and leaves the other processes."""
+    def close(self, *, release: bool = True) -> None:
+        """Waits for what is still being written, leaves the other processes, and releases the folder.
+
+        Args:
+            release: False for whoever writes into the folder still, and calls ``lock.release()`` then.
+        """
         self.checkpointer.close()
         self.world.leave()
+        if release:
+            self.lock.release()
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Puts every part back to where it was when the checkpoint was written.
@@ -173,8 +183,9 @@ class Run:
 def open_run(settings: RunSettings, *, progress: Any = None) -> Run:
     """Makes or, with ``settings.resume``, restores a run. All faults come up here, before the first step.
 
-    A fresh run's folder is made last, when nothing can fail any more but the disk; with ``settings.dry_run`` no file of
-    a run is made or changed. Started by ``torchrun``, all processes call this together.
+    The run's folder is locked first, until :meth:`Run.close`. A fresh run's files are written last, when nothing can
+    fail any more but the disk; with ``settings.dry_run`` none is made or changed. Started by ``torchrun``, all processes
+    call this together.
 
     Args:
         progress: passed to :func:`bdh.data.prepare_corpus`, for its bars.
@@ -183,6 +194,7 @@ def open_run(settings: RunSettings, *, progress: Any = None) -> Run:
         ValueError: settings, tokenizer and data do not go together, or not with the run that is resumed; or a
             package that a setting asks for is missing.
         FileExistsError: the folder holds a run already.
+        InUseError: another process is training in the folder.
         FileNotFoundError: there is nothing to resume, or nothing at ``train.init_from``.
         DiskFullError: there is no room for the run's folder.
         NoRoomError: with ``settings.dry_run``, there is no room for the model; this process has left the others.
@@ -197,12 +209,34 @@ def open_run(settings: RunSettings, *, progress: Any = None) -> Run:
     strategy = choose_strategy(settings.distributed, world)
     name = world.gather(time.strftime("%Y-%m-%d_%H-%M-%S"))[0]
     folder = Path(settings.run_dir) if settings.run_dir else Path("runs") / name
+    lock = RunLock(folder, world)
+    if settings.dry_run:
+        return _open(settings, folder, world, runtime, strategy, lock, progress)
+    with ExitStack() as undo:
+        lock.acquire()
+        undo.enter_context(lock)
+        run = _open(settings, folder, world, runtime, strategy, lock, progress)
+        undo.pop_all()
+    return run
+
+
+def _open(
+    settings: RunSettings,
+    folder: Path,
+    world: World,
+    runtime: Runtime,
+    strategy: str,
+    lock: RunLock,
+    progress: Any,
+) -> Run:
+    """Raises as :func:`open_run`."""
     checkpointer = Checkpointer(
         folder,
         keep_last=settings.checkpoint.keep_last,
         keep_every_steps=settings.checkpoint.keep_every_steps,
         in_background=settings.checkpoint.in_background,
         world=world,
+        may_write=lock.check,
     )
     checkpoint = None
     if settings.resume:
@@ -272,6 +306,7 @@ def open_run(settings: RunSettings, *, progress: Any = None) -> Run:
         checkpointer=checkpointer,
         progress=Progress(),
         plan=plan,
+        lock=lock,
         average=None if settings.train.ema_decay is None else MovingAverage(model, settings.train.ema_decay),
     )
     if settings.train.carry_state:
@@ -301,7 +336,6 @@ def _check_room(settings: RunSettings, config: BDHConfig, runtime: Runtime, stra
 
 
 def _write_folder(run: Run, *, is_new: bool) -> None:
-    existed = run.folder.exists()
     try:
         if is_new:
             with atomic_dir(run.folder / TOKENIZER_FOLDER) as temporary:
@@ -310,7 +344,7 @@ def _write_folder(run: Run, *, is_new: bool) -> None:
         write_text(run.folder / CONFIG_FILE, stored)
     except OSError:
         if is_new:
-            shutil.rmtree(run.folder / TOKENIZER_FOLDER if existed else run.folder, ignore_errors=True)
+            shutil.rmtree(run.folder / TOKENIZER_FOLDER, ignore_errors=True)
         raise
 
 
