@@ -9,6 +9,7 @@ from rich.console import Console
 
 from bdh.cli.settings import given_settings, parse_settings
 from bdh.distributed import environment
+from bdh.locks import InUseError
 from bdh.train.config import RunSettings
 from bdh.train.signals import EXIT_STATUS
 
@@ -37,11 +38,16 @@ def run(argv: list[str]) -> int:
     if rank > 0:
         logging.disable(logging.WARNING)
     no_room = None
-    with reported_to_starter(), stage_progress(console, "bytes") as progress:
-        try:
-            training = open_run(settings, progress=progress)
-        except NoRoomError as error:  # the answer of a dry run, and no fault
-            no_room = error
+    try:
+        with reported_to_starter(), stage_progress(console, "bytes") as progress:
+            try:
+                training = open_run(settings, progress=progress)
+            except NoRoomError as error:  # the answer of a dry run, and no fault
+                no_room = error
+    except InUseError:
+        if rank == 0:
+            raise
+        return 2  # rank 0 says the same
     if no_room is not None:
         return _no_room(no_room, rank)
     settings = training.settings

@@ -138,6 +138,5 @@ def test_a_folder_in_use_ends_all_processes_with_one_error(settings, torchrun, t
         done = torchrun(2, "-m", "bdh", "train", *flags(settings | {"run_dir": run}))
     assert done.returncode != 0
     said = [line for line in done.stderr.splitlines() if f"{run} is in use by process {os.getpid()} on " in line]
-    print(done.stderr)
     assert len([line for line in said if line.startswith("error: ")]) == 1, done.stderr
     assert list(run.iterdir()) == []
