@@ -52,10 +52,12 @@ SETTINGS = {
 
 # Replaces a folder of many files by the next version, and says so, until it is killed.
 REPLACE = """
-import itertools, pathlib, sys
+import itertools, pathlib, sys, time
 from bdh import storage
 if sys.argv[2] == "renames":
     storage._exchange = lambda *_: False
+    rename = pathlib.Path.rename
+    pathlib.Path.rename = lambda *paths: (rename(*paths), time.sleep(0.02))  # or hardly a kill would come in between
 folder = pathlib.Path(sys.argv[1])
 version = int((folder / "0").read_text()) if folder.exists() else 0
 for version in itertools.count(version + 1):
