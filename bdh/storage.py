@@ -1,17 +1,25 @@
-"""Writing that is whole or not there: under a temporary name, synced to the disk, and then renamed."""
+"""Writing that is complete or not there: under a temporary name, synced to the disk, and then renamed."""
 
+import ctypes
 import errno
+import logging
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from bdh.locks import Lock
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # The words that libraries written in Rust and C++ put into exceptions of their own.
 _SAYS_FULL = re.compile(rf"{os.strerror(errno.ENOSPC)}|\bos error ({'|'.join(map(str, sorted(_FULL)))})\b")
 _ROOM = 1 << 16  # bytes; with less than this free, PyTorch's writer has failed for want of room, which it does not say
+# What a system or a disk answers that cannot exchange two names: seccomp filters say EPERM, overlayfs EXDEV.
+_NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.EXDEV}
+_logger = logging.getLogger(__name__)
 
 
 class DiskFullError(OSError):
@@ -19,26 +27,46 @@ class DiskFullError(OSError):
 
 
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
+def atomic_dir(folder: Path) -> Iterator[Path]:
     """A folder to write into, which takes the place and name of ``folder`` when the block ends.
 
-    If the block raises, or the process dies, ``folder`` is what it was before. Not for two processes at a time.
+    If the block raises, or the process dies, ``folder`` is what it was before. Where the system cannot exchange two
+    folders in one step, a process that dies in between leaves the one before under another name: whoever opens such
+    folders calls :func:`recover_dir` first.
 
     Raises:
+        InUseError: another process is writing it.
         DiskFullError: the block or the syncing raised for want of room.
     """
-    temporary, old = temporary_name(folder), folder.with_name(f".{folder.name}.old")
-    with _removed_on_error(temporary, folder):
-        temporary.mkdir(parents=True)
+    with _writing(folder) as (temporary, lock):
+        temporary.mkdir()
         yield temporary
         for path in (*temporary.rglob("*"), temporary):
             sync(path)
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        temporary.rename(folder)
-        sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+        lock.check()
+        _replace_dir(folder, temporary)
+
+
+def recover_dir(folder: Path) -> None:
+    """Puts a folder back that a process was replacing when it died; says so. To be called before opening it."""
+    if os.path.lexists(folder) or not _old_name(folder).is_dir():
+        return
+    with _lock(folder, wait=True):  # of a process that is replacing it right now
+        if _put_back(folder):
+            sync(folder.parent)
+            _logger.warning("%s was being replaced when a process died: the one before is back in its place", folder)
+
+
+def recover_dirs(parent: Path) -> None:
+    """The same for all folders in another."""
+    for old in parent.glob(".*.old"):
+        recover_dir(parent / old.name.removeprefix(".").removesuffix(".old"))
+
+
+def is_taken(folder: Path) -> bool:
+    """Whether something other than an empty folder has this name; one that a process has left replaced is back first."""
+    recover_dir(folder)
+    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
 
 
 def temporary_name(path: Path) -> Path:
@@ -47,19 +75,19 @@ def temporary_name(path: Path) -> Path:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """A file's name to write to, which takes the place and name of ``path`` when the block ends; see above."""
-    temporary = temporary_name(path)
-    with _removed_on_error(temporary, path):
+    with _writing(path) as (temporary, lock):
         yield temporary
         sync(temporary)
+        lock.check()
         temporary.replace(path)
         sync(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a file by a text, as a whole. Raises as :func:`whole_file`."""
-    with whole_file(path) as temporary:
+    """Replaces a file by a text, as a whole. Raises as :func:`atomic_file`."""
+    with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
@@ -75,21 +103,80 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def _removed_on_error(temporary: Path, target: Path) -> Iterator[None]:
-    _remove(temporary)  # of a process that was killed
+def _writing(target: Path) -> Iterator[tuple[Path, Lock]]:
+    """The temporary name of a target, of which nothing is left after an error, and the lock, which is held."""
+    temporary = temporary_name(target)
     try:
-        yield
-    except BaseException as error:
-        is_full = isinstance(error, Exception) and _is_full(error, temporary.parent)
-        _remove(temporary)
-        if is_full:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(target) as lock:
+            remove(temporary)  # of a process that was killed
+            try:
+                _put_back(target)
+                yield temporary, lock
+            except BaseException:
+                _put_back(target)
+                raise
+            finally:
+                remove(temporary)
+    except Exception as error:
+        if _is_full(error, target.parent):
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise DiskFullError(f"the disk is full, {target} could not be written ({reason})") from error
         raise
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
+def _lock(target: Path, *, wait: bool = False) -> Lock:
+    return Lock(target.with_name(f".{target.name}.lock"), str(target), wait=wait)
+
+
+def _replace_dir(folder: Path, temporary: Path) -> None:
+    if not os.path.lexists(folder):
+        temporary.rename(folder)
+    elif not _exchange(folder, temporary):
+        _logger.info("%s cannot be exchanged in one step: it is renamed first", folder)
+        old = _old_name(folder)
+        remove(old)
+        folder.rename(old)
+        temporary.rename(folder)
+        sync(folder.parent)
+        remove(old)
+    sync(folder.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchanges the names of two folders in one step; False where system or disk cannot."""
+    if os.name == "nt":
+        return False
+    libc = ctypes.CDLL(None, use_errno=True)
+    paths = os.fsencode(one), os.fsencode(other)
+    if sys.platform == "darwin" and hasattr(libc, "renamex_np"):
+        failed = libc.renamex_np(*paths, 2)  # RENAME_SWAP
+    elif sys.platform == "linux" and hasattr(libc, "renameat2"):
+        here = -100  # AT_FDCWD
+        failed = libc.renameat2(here, paths[0], here, paths[1], 2)  # RENAME_EXCHANGE
+    else:
+        return False
+    if failed and (number := ctypes.get_errno()) not in _NO_EXCHANGE:
+        raise OSError(number, os.strerror(number), str(one), None, str(other))
+    return not failed
+
+
+def _old_name(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _put_back(folder: Path) -> bool:
+    """Ends a replacement that was broken off between its two renames."""
+    old = _old_name(folder)
+    if os.path.lexists(folder) or not old.is_dir():
+        return False
+    old.rename(folder)
+    return True
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a link, or a folder with all in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)

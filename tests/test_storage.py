@@ -1,29 +1,35 @@
 """What is written is whole or not there, and a full disk is called one."""
 
 import errno
+import os
+import pathlib
+import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 
 import pytest
 
-from bdh.storage import DiskFullError, whole_file, whole_folder, write_text
+from bdh import storage
+from bdh.locks import InUseError
+from bdh.storage import DiskFullError, atomic_dir, atomic_file, is_taken, recover_dir, write_text
 
 
 def fail_in_folder(target, error):
-    with whole_folder(target) as folder:
+    with atomic_dir(target) as folder:
         (folder / "a").write_text("after")
         raise error
 
 
 def fail_in_file(target, error):
-    with whole_file(target) as path:
+    with atomic_file(target) as path:
         path.write_text("after")
         raise error
 
 
 def test_a_folder_appears_with_all_its_files_when_the_block_ends(tmp_path):
     target = tmp_path / "new" / "folder"
-    with whole_folder(target) as folder:
+    with atomic_dir(target) as folder:
         (folder / "inner").mkdir()
         (folder / "inner" / "a").write_text("a")
         assert not target.exists()
@@ -34,7 +40,7 @@ def test_a_folder_appears_with_all_its_files_when_the_block_ends(tmp_path):
 def test_a_folder_takes_the_place_of_the_one_before(tmp_path):
     target = tmp_path / "folder"
     for name in ("a", "b"):
-        with whole_folder(target) as folder:
+        with atomic_dir(target) as folder:
             (folder / name).write_text(name)
     assert [path.name for path in target.iterdir()] == ["b"]
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
@@ -43,7 +49,7 @@ def test_a_folder_takes_the_place_of_the_one_before(tmp_path):
 @pytest.mark.parametrize("error", [ValueError("wrong"), KeyboardInterrupt(), OSError(errno.EACCES, "not allowed")])
 def test_an_error_leaves_what_was_there_and_comes_through(tmp_path, error):
     write_text(tmp_path / "file", "before")
-    with whole_folder(tmp_path / "folder") as folder:
+    with atomic_dir(tmp_path / "folder") as folder:
         (folder / "a").write_text("before")
     with pytest.raises(type(error)) as raised:
         fail_in_folder(tmp_path / "folder", error)
@@ -74,8 +80,8 @@ def test_a_killed_process_leaves_the_target_and_the_next_one_cleans_up(tmp_path)
     write_text(tmp_path / "file", "before")
     code = f"""
 import os, pathlib
-from bdh.storage import whole_file, whole_folder
-with whole_folder(pathlib.Path({str(tmp_path)!r}, "folder")) as folder, whole_file(
+from bdh.storage import atomic_file, atomic_dir
+with atomic_dir(pathlib.Path({str(tmp_path)!r}, "folder")) as folder, atomic_file(
     pathlib.Path({str(tmp_path)!r}, "file")
 ) as path:
     (folder / "a").write_text("half")
@@ -85,8 +91,136 @@ with whole_folder(pathlib.Path({str(tmp_path)!r}, "folder")) as folder, whole_fi
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
     assert (tmp_path / "file").read_text() == "before"
     assert not (tmp_path / "folder").exists()
-    with whole_folder(tmp_path / "folder") as folder:
+    with atomic_dir(tmp_path / "folder") as folder:
         (folder / "b").write_text("whole")
     write_text(tmp_path / "file", "after")
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["b"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+REPLACE = """
+import os, pathlib, signal, sys
+from bdh import storage
+if sys.argv[2] == "renames":
+    storage._exchange = lambda *_: False  # as on a disk that cannot
+folder, rename = pathlib.Path(sys.argv[1]), pathlib.Path.rename
+def rename_and_die_where_the_folder_is_missing(path, target):
+    rename(path, target)
+    if not folder.exists():
+        os.kill(os.getpid(), signal.SIGKILL)
+pathlib.Path.rename = rename_and_die_where_the_folder_is_missing
+with storage.atomic_dir(folder) as temporary:
+    (temporary / "a").write_text("after")
+"""
+
+
+def written(folder, text="before"):
+    with atomic_dir(folder) as temporary:
+        (temporary / "a").write_text(text)
+    return folder
+
+
+def replace_until_killed(folder, how):
+    return subprocess.run([sys.executable, "-c", REPLACE, folder, how], check=False).returncode
+
+
+def abandoned(folder):
+    """A folder as a kill between the two renames leaves it."""
+    folder.rename(folder.with_name(f".{folder.name}.old"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows cannot exchange two folders")
+def test_at_no_moment_of_its_replacement_is_a_folder_missing(tmp_path):
+    """It was renamed away before the new one took its name: a kill in between left no folder."""
+    folder = written(tmp_path / "folder")
+    assert replace_until_killed(folder, "exchange") == 0
+    assert (folder / "a").read_text() == "after"
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_where_two_folders_cannot_be_exchanged_a_kill_between_the_renames_is_mended_on_opening(tmp_path, caplog):
+    folder = written(tmp_path / "folder")
+    assert replace_until_killed(folder, "renames") == -signal.SIGKILL
+    assert not folder.exists()
+    recover_dir(folder)
+    assert (folder / "a").read_text() == "before"
+    assert "folder was being replaced when a process died: the one before is back in its place" in caplog.text
+    written(folder, "after")
+    assert (folder / "a").read_text() == "after"
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_folder_between_two_renames_is_recovered_before_it_is_replaced_or_found_free(tmp_path):
+    folder = written(tmp_path / "folder")
+    abandoned(folder)
+    assert is_taken(folder)
+    abandoned(folder)
+    with pytest.raises(KeyError):
+        fail_in_folder(folder, KeyError("no"))
+    assert (folder / "a").read_text() == "before"
+
+
+def test_a_second_rename_that_fails_puts_the_folder_back(tmp_path, monkeypatch):
+    folder, rename = written(tmp_path / "folder"), pathlib.Path.rename
+
+    def refuse_the_second(path, target):
+        if path.name == ".folder.tmp":
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(storage, "_exchange", lambda *_: False)
+    monkeypatch.setattr(pathlib.Path, "rename", refuse_the_second)
+    with pytest.raises(OSError, match="Input/output error"):
+        written(folder, "after")
+    assert (folder / "a").read_text() == "before"
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_system_that_cannot_exchange_is_told_from_other_errors(tmp_path, monkeypatch):
+    one, other = written(tmp_path / "one"), written(tmp_path / "other")
+    for number in (errno.ENOSYS, errno.EINVAL, errno.EPERM, errno.EXDEV):
+        monkeypatch.setattr(storage.ctypes, "get_errno", lambda number=number: number)
+        with monkeypatch.context() as patched:
+            patched.setattr(storage.ctypes, "CDLL", lambda *_, **__: Refusing())
+            assert not storage._exchange(one, other)
+    monkeypatch.undo()
+    with pytest.raises(FileNotFoundError):
+        storage._exchange(one, tmp_path / "none")
+
+
+class Refusing:
+    """A C library whose calls fail."""
+
+    def renameat2(self, *_):
+        return -1
+
+    def renamex_np(self, *_):
+        return -1
+
+
+def test_a_link_to_a_folder_is_replaced_and_what_it_pointed_to_stays(tmp_path):
+    (tmp_path / "link").symlink_to(written(tmp_path / "real"))
+    written(tmp_path / "link", "after")
+    assert (tmp_path / "link" / "a").read_text() == "after"
+    assert (tmp_path / "real" / "a").read_text() == "before"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+
+
+@pytest.mark.parametrize("write", [atomic_dir, atomic_file])
+def test_a_second_writer_is_refused_and_leaves_the_first_ones_work(tmp_path, write):
+    """It removed what the first had written so far, and a mixture of both was published."""
+    with ExitStack() as stack:
+        path = stack.enter_context(write(tmp_path / "target"))
+        (path / "a" if write is atomic_dir else path).write_text("first")
+        code = f"""
+import pathlib
+from bdh.storage import {write.__name__}
+with {write.__name__}(pathlib.Path({str(tmp_path)!r}, "target")):
+    pass
+"""
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert f"InUseError: {tmp_path}/target is in use by process {os.getpid()} on " in done.stderr
+        with pytest.raises(InUseError), write(tmp_path / "target"):  # in the same process
+            pass
+    assert (tmp_path / "target" / "a" if write is atomic_dir else tmp_path / "target").read_text() == "first"
+    assert [each.name for each in tmp_path.iterdir()] == ["target"]

@@ -34,8 +34,10 @@ def run(argv: list[str]) -> int:
         description="Average the weights of models of one shape, such as the last checkpoints of a run.",
         positionals=("models",),
     )
+    from bdh.storage import is_taken
+
     out = Path(settings.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if is_taken(out):
         raise FileExistsError(f"{out} exists already and is not empty: choose another --out")
     import torch
 
@@ -43,6 +45,7 @@ def run(argv: list[str]) -> int:
     from bdh.model.fingerprint import identity
     from bdh.tokenizer import TextEncoder
     from bdh.train.export import export_model
+    from bdh.train.lock import lock_run_around
     from bdh.train.models import load_model
 
     first, tokenizer = load_model(settings.models[0], device="cpu")
@@ -68,7 +71,8 @@ def run(argv: list[str]) -> int:
             yield model.state_dict()
 
     first.load_state_dict(average_weights(state_dicts(), settings.weights))
-    export_model(first, tokenizer, out, _card(settings))
+    with lock_run_around(out):
+        export_model(first, tokenizer, out, _card(settings))
     print(f"{out}: the average of {len(settings.models)} models")
     return 0
 

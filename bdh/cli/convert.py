@@ -28,8 +28,10 @@ def run(argv: list[str]) -> int:
         description="Convert a checkpoint of the published reference code into a model folder, or back.",
         positionals=("source", "out"),
     )
+    from bdh.storage import is_taken
+
     out = Path(settings.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if is_taken(out):
         raise FileExistsError(f"{out} exists already: choose another name")
     if settings.to_reference:
         return _to_reference(settings, out)
@@ -56,9 +58,11 @@ def _from_reference(settings: ConvertSettings, out: Path) -> int:
     model.config.bos_token_id = tokenizer.bos_token_id
     model.config.pad_token_id = tokenizer.pad_token_id
     from bdh.train.export import export_model
+    from bdh.train.lock import lock_run_around
 
     num_parameters = sum(p.numel() for p in model.parameters())
-    export_model(model, tokenizer, out, _card(Path(settings.source).name, num_parameters))
+    with lock_run_around(out):
+        export_model(model, tokenizer, out, _card(Path(settings.source).name, num_parameters))
     print(
         f"{out}: {num_parameters:,} parameters, {model.config.n_layer} passes, vocabulary {model.config.vocab_size:,}"
     )
@@ -69,12 +73,12 @@ def _to_reference(settings: ConvertSettings, out: Path) -> int:
     import torch
 
     from bdh.model.conversion import reference_config
-    from bdh.storage import whole_file
+    from bdh.storage import atomic_file
     from bdh.train.models import load_model
 
     model, _ = load_model(settings.source)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(out) as path:
+    with atomic_file(out) as path:
         torch.save({"model": model.to_reference(), "config": reference_config(model.config)}, path)
     print(f"{out}: model and config, for the reference code")
     return 0

@@ -42,13 +42,14 @@ def run(argv: list[str]) -> int:
         positionals=("run", "out"),
     )
     from bdh.train.export import export_merged, export_run
+    from bdh.train.lock import lock_run_around
 
-    if (Path(settings.run) / ADAPTER_CONFIG).is_file():
-        base = export_merged(Path(settings.run), Path(settings.out), base=settings.base)
-        print(f"{settings.out}: the adapters of {settings.run} merged into {base.describe()}")
-        return 0
-    step = export_run(
-        Path(settings.run), Path(settings.out), which=settings.checkpoint, ema=settings.ema, merge=settings.merge
-    )
+    run, out = Path(settings.run), Path(settings.out)
+    with lock_run_around(out):
+        if (run / ADAPTER_CONFIG).is_file():
+            base = export_merged(run, out, base=settings.base)
+            print(f"{settings.out}: the adapters of {settings.run} merged into {base.describe()}")
+            return 0
+        step = export_run(run, out, which=settings.checkpoint, ema=settings.ema, merge=settings.merge)
     print(f"{settings.out}: the {'averaged ' if settings.ema else ''}weights of step {step}")
     return 0

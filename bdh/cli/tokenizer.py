@@ -41,11 +41,11 @@ def run(argv: list[str]) -> int:
 
     from bdh.cli.progress import stage_progress
     from bdh.data import training_texts, validation_texts
-    from bdh.storage import whole_folder
+    from bdh.storage import atomic_dir, is_taken
     from bdh.tokenizer import compression_ratio, train_tokenizer
 
     out = Path(settings.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if is_taken(out):
         raise FileExistsError(f"{out} exists already and is not empty: choose another --out")
     console = Console(stderr=True, highlight=False)
     with stage_progress(console, "bytes") as progress:
@@ -53,7 +53,7 @@ def run(argv: list[str]) -> int:
             training_texts(settings.data), settings.kind, settings.vocab_size, progress=progress
         )
     held_out = compression_ratio(tokenizer, validation_texts(settings.data))
-    with whole_folder(out) as folder:
+    with atomic_dir(out) as folder:
         tokenizer.save_pretrained(folder)
     print(f"{out}: {settings.kind}, {len(tokenizer):,} entries, {held_out:.3f} bytes per token on held-out text")
     return 0

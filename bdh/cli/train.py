@@ -10,6 +10,7 @@ from rich.console import Console
 from bdh.cli.libraries import show_kept
 from bdh.cli.settings import given_settings, parse_settings
 from bdh.distributed import environment
+from bdh.locks import InUseError
 from bdh.train.config import RunSettings
 from bdh.train.signals import EXIT_STATUS
 
@@ -31,22 +32,23 @@ def run(argv: list[str]) -> int:
     # Imported here, so that `--help` and faults in the settings do not wait for PyTorch.
     from bdh.cli.progress import stage_progress
     from bdh.distributed.errors import reported_to_starter
-    from bdh.monitor import Monitor
-    from bdh.train.loop import fit
     from bdh.train.needs import NoRoomError
     from bdh.train.run import open_run
-    from bdh.train.step import DataStopped
-    from bdh.train.stored import settings_to_store
 
     console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=rank > 0)
     if rank > 0:
         logging.disable(logging.WARNING)
     no_room = None
-    with reported_to_starter(), stage_progress(console, "bytes") as progress:
-        try:
-            training = open_run(settings, progress=progress)
-        except NoRoomError as error:  # the answer of a dry run, and no fault
-            no_room = error
+    try:
+        with reported_to_starter(), stage_progress(console, "bytes") as progress:
+            try:
+                training = open_run(settings, progress=progress)
+            except NoRoomError as error:  # the answer of a dry run, and no fault
+                no_room = error
+    except InUseError:
+        if rank == 0:
+            raise
+        return 2  # rank 0 says the same
     if no_room is not None:
         return _no_room(no_room, rank)
     settings = training.settings
@@ -54,6 +56,19 @@ def run(argv: list[str]) -> int:
     print_banner(console, training)
     if settings.dry_run:
         return _dry_run(console, training)
+    with training.lock:  # until the export is written
+        return _train(console, training)
+
+
+def _train(console: Console, training: Any) -> int:
+    """Trains, and exports; returns the exit status."""
+    from bdh.distributed.errors import reported_to_starter
+    from bdh.monitor import Monitor
+    from bdh.train.loop import fit
+    from bdh.train.step import DataStopped
+    from bdh.train.stored import settings_to_store
+
+    settings = training.settings
     monitor = Monitor(
         training.folder,
         settings.monitor if training.world.is_main else replace(settings.monitor, backends=[]),
@@ -65,7 +80,7 @@ def run(argv: list[str]) -> int:
     try:
         with reported_to_starter(), monitor:
             why = fit(training, monitor)
-            training.close()
+            training.close(release=False)
     except DataStopped:
         if training.world.is_main:
             raise
@@ -119,6 +134,7 @@ def _export(console: Console, training: Any) -> None:
     if which == "best" and training.progress.best_step is None:
         console.print("No validation loss was measured yet: the last weights are exported, not the best.")
         which = "last"
+    training.lock.check()
     folder = training.folder / "model"
     export_run(training.folder, folder, which="last" if ema else which, ema=ema, replace=True)
     ask = "--chat --prompt 'Hello!'" if training.corpus.is_chat else "--prompt 'The '"

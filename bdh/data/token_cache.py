@@ -19,7 +19,8 @@ from typing import IO, Any
 import numpy as np
 
 from bdh.data.parts import Part
-from bdh.storage import DiskFullError, whole_folder
+from bdh.locks import Lock
+from bdh.storage import DiskFullError, atomic_dir, recover_dir
 from bdh.tokenizer.encoding import TextEncoder
 
 _FORMAT = 2
@@ -63,6 +64,7 @@ class TokenCache:
 
     def load(self) -> TokenMeta | None:
         """What the entry holds, or None if there is none. One that is not whole is reported, and is none."""
+        recover_dir(self.folder)
         try:
             meta = TokenMeta(**json.loads((self.folder / "meta.json").read_text(encoding="utf-8")))
             size = (self.folder / "tokens.bin").stat().st_size
@@ -90,12 +92,10 @@ class TokenCache:
             DiskFullError: there is no room for it.
             OSError: the folder cannot be written.
         """
-        from filelock import FileLock
-
         parent = self.folder.parent
         try:
             parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(parent / f"{self.folder.name}.lock"):
+            with Lock(parent / f"{self.folder.name}.building", f"the token cache {self.folder}", wait=True):
                 return self.load() or self._build(write)
         except DiskFullError as error:
             raise DiskFullError(f"{error}: make room, or choose another disk with data.cache_dir") from error
@@ -110,7 +110,7 @@ class TokenCache:
             raise
 
     def _build(self, write: Callable[["TokenWriter"], TokenMeta]) -> TokenMeta:
-        with whole_folder(self.folder) as temporary:
+        with atomic_dir(self.folder) as temporary:
             with (temporary / "tokens.bin").open("wb") as file:
                 meta = write(TokenWriter(file, temporary))
             (temporary / "meta.json").write_text(json.dumps(asdict(meta), indent=2), encoding="utf-8")

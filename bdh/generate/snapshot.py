@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from bdh.generate.stepper import SequenceState
 from bdh.model.fingerprint import Identity, identity, model_name
 from bdh.model.modeling import BDHForCausalLM
-from bdh.storage import whole_file
+from bdh.storage import atomic_file
 
 _FORMAT_NAME = "bdh-snapshot-"
 FILE_FORMAT = f"{_FORMAT_NAME}1"
@@ -91,7 +91,7 @@ class Snapshot:
             "model": {"name": model_name(model), "configuration": known.configuration, "weights": known.weights},
         }
         metadata = {"format": FILE_FORMAT, "facts": json.dumps(facts, sort_keys=True), "checksum": _NO_CHECKSUM}
-        with whole_file(path) as temporary:
+        with atomic_file(path) as temporary:
             save_file({name: _own_memory(tensor) for name, tensor in tensors.items()}, temporary, metadata=metadata)
             with temporary.open("r+b") as file:
                 place = _place_of_checksum(file, _NO_CHECKSUM)

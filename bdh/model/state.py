@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from bdh.storage import whole_file
+from bdh.storage import atomic_file
 
 FILE_FORMAT = "bdh-synaptic-state-1"
 
@@ -100,7 +100,7 @@ class SynapticState:
         tensors = {f"sums.{i}": s.contiguous() for i, s in enumerate(self.sums)}
         tensors["positions"] = self.positions
         facts = {"num_columns": self.num_columns, "num_passes": len(self.sums)}
-        with whole_file(Path(path)) as temporary:
+        with atomic_file(Path(path)) as temporary:
             save_file(tensors, temporary, metadata={"format": FILE_FORMAT, "facts": json.dumps(facts)})
 
     @classmethod

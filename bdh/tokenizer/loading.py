@@ -7,6 +7,7 @@ from huggingface_hub import try_to_load_from_cache
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from bdh.storage import recover_dir
 from bdh.tokenizer.byte_level import SPECIAL_TOKENS, byte_tokenizer
 from bdh.tokenizer.config import BYTE, TokenizerConfig
 
@@ -28,6 +29,7 @@ def load_tokenizer(config: TokenizerConfig | str | Path) -> PreTrainedTokenizerF
     if name == BYTE:
         return byte_tokenizer(settings.special_tokens)
     folder = Path(name)
+    recover_dir(folder)
     if folder.is_file():
         return _from_file(folder)
     if folder.is_dir():

@@ -12,8 +12,8 @@ folder must be one that all of them see.
 
 import hashlib
 import json
+import logging
 import re
-import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -25,9 +25,10 @@ import torch
 
 from bdh.distributed.tensors import BackgroundWriter, Tensors, read_all, read_tensors, stored_shapes, write_tensors
 from bdh.distributed.world import World
-from bdh.storage import temporary_name, whole_folder, write_text
+from bdh.storage import atomic_dir, recover_dirs, remove, temporary_name, write_text
 
 TRAINING, MANIFEST = "training.pt", "manifest.json"
+_logger = logging.getLogger(__name__)
 
 
 class CheckpointError(OSError):
@@ -66,16 +67,18 @@ class Checkpointer:
         keep_every_steps: int | None = None,
         in_background: bool = False,
         world: World | None = None,
+        may_write: Callable[[], None] = lambda: None,
     ):
         """
         Args:
             keep_last: newest checkpoints that are kept, besides ``latest`` and ``best``.
             keep_every_steps: keep those of the multiples of so many steps for good.
             in_background: write while the training goes on.
+            may_write: called on rank 0 before a checkpoint takes its place; raises ``OSError`` where it must not.
         """
         self.folder = run_dir / "checkpoints"
         self._keep_last, self._keep_every_steps = keep_last, keep_every_steps
-        self._world = world or World()
+        self._world, self._may_write = world or World(), may_write
         self._background = BackgroundWriter(self._world) if in_background else None
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: tuple[int, Future[None]] | None = None
@@ -146,6 +149,7 @@ class Checkpointer:
                     torch.save(training, folder / TRAINING)
                     files = {path.name: _facts(path) for path in sorted(folder.iterdir())}
                     (folder / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1))
+                    self._may_write()
             if self._world.is_main:
                 self._point("latest", step)
                 if is_best:
@@ -159,9 +163,10 @@ class Checkpointer:
 
     def _open_folder(self, stack: ExitStack, final: Path) -> None:
         if self._world.is_main:
+            recover_dirs(self.folder)
             for left in self.folder.glob(".step-*"):  # by a process that was killed
-                shutil.rmtree(left, ignore_errors=True)
-            stack.enter_context(whole_folder(final))
+                remove(left)
+            stack.enter_context(atomic_dir(final))
 
     def _agree(self, step: int, reason: str | None) -> None:
         """Raises the same error on all processes, if any of them has one."""
@@ -176,13 +181,16 @@ class Checkpointer:
     def load(self, step: int | None = None) -> Checkpoint:
         """Finds a checkpoint, by default the newest, and checks every byte of it.
 
+        Where ``latest`` names none that is there, as when it was emptied, the newest complete one is taken, with a warning.
+
         Raises:
             FileNotFoundError: there is none, or none of that step.
             ValueError: it is cut off or altered; the message names the newest one that is whole.
         """
-        wanted = self._named("latest") if step is None else step
-        if wanted is None:
-            wanted = max(self.steps(), default=None)
+        if self._world.is_main and self.folder.is_dir():
+            recover_dirs(self.folder)
+        self._world.wait_for_all()
+        wanted = self._newest() if step is None else step
         if wanted is None:
             raise FileNotFoundError(f"there is no complete checkpoint in {self.folder}")
         path = self.folder / _name(wanted)
@@ -201,13 +209,33 @@ class Checkpointer:
         training = torch.load(path / TRAINING, map_location="cpu", weights_only=True)
         return Checkpoint(path=path, step=wanted, training=training)
 
+    def _newest(self) -> int | None:
+        named, steps = self._named("latest"), self.steps()
+        if not steps or (named is not None and (self.folder / _name(named)).is_dir()):
+            return named
+        if self._world.is_main and self._has("latest"):
+            _logger.warning(
+                "%s names no checkpoint that is there (%s): the newest complete one is taken, that of step %s",
+                self.folder / "latest",
+                _excerpt(self.folder / "latest"),
+                steps[-1],
+            )
+        return steps[-1]
+
     def step_of(self, which: str) -> int:
         """The step that ``latest`` or ``best`` names.
 
         Raises:
-            FileNotFoundError: nothing does.
+            FileNotFoundError: there is no such file yet.
+            ValueError: it names no step.
         """
         step = self._named(which)
+        if step is None and self._has(which):
+            raise ValueError(
+                f"{self.folder / which} must hold the name of a checkpoint, such as {_name(100)}, but holds "
+                f"{_excerpt(self.folder / which)}: choose a step ({', '.join(map(str, self.steps())) or 'there is none'}); "
+                "going on with the run restores the file"
+            )
         if step is None:
             raise FileNotFoundError(f"{self.folder} has no {which!r}: there is no such checkpoint yet")
         return step
@@ -216,11 +244,13 @@ class Checkpointer:
         """Removes the checkpoints of later steps: the run goes another way from ``step`` on.
 
         Args:
-            best_step: the best one up to ``step``, which ``best`` then names, if its checkpoint is still there.
+            best_step: the best one up to ``step``, which ``best`` then names, if its checkpoint is still there and
+                ``best`` names a later one or none.
         """
         if self._world.is_main:
             # The pointers first: killed in between, they name checkpoints that are there.
-            if (self._named("best") or 0) > step:
+            best = self._named("best")
+            if self._has("best") and (best is None or best > step):
                 (self.folder / "best").unlink()
                 if best_step in self.steps():
                     self._point("best", best_step)
@@ -230,8 +260,14 @@ class Checkpointer:
         self._world.wait_for_all()
 
     def _named(self, which: str) -> int | None:
-        pointer = self.folder / which
-        return int(pointer.read_text().strip().removeprefix("step-")) if pointer.is_file() else None
+        """The step in a pointer's file; None if there is no such file, or it is empty or damaged."""
+        if not self._has(which):
+            return None
+        text = (self.folder / which).read_text(encoding="utf-8", errors="replace").strip()
+        return step_of_folder(Path(text)) if re.fullmatch(r"step-[0-9]+", text) else None
+
+    def _has(self, which: str) -> bool:
+        return (self.folder / which).is_file()
 
     def _point(self, which: str, step: int) -> None:
         write_text(self.folder / which, _name(step) + "\n")
@@ -245,8 +281,8 @@ class Checkpointer:
     def _remove(self, step: int) -> None:
         """Out of sight first: what is left of it, if the process is killed meanwhile, is no checkpoint."""
         folder = self.folder / _name(step)
-        hidden = folder.rename(folder.with_name(f".{folder.name}.old"))
-        shutil.rmtree(hidden, ignore_errors=True)
+        hidden = folder.rename(folder.with_name(f".{folder.name}.removed"))
+        remove(hidden)
 
 
 def _reason(action: Callable[[], None]) -> str | None:
@@ -266,6 +302,11 @@ def _name(step: int) -> str:
 def checkpoint_folder(run_dir: Path, step: int) -> Path:
     """Where a run has the checkpoint of a step, if it has one."""
     return run_dir / "checkpoints" / _name(step)
+
+
+def _excerpt(path: Path) -> str:
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return repr(text[:40]) if text else "it is empty"
 
 
 def is_checkpoint(folder: Path) -> bool:

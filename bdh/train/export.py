@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 import bdh
 from bdh.model import BDHForCausalLM
-from bdh.storage import whole_folder
+from bdh.storage import atomic_dir, is_taken
 from bdh.tokenizer import load_tokenizer, stop_token_ids
 from bdh.train.base import Base, read_base
 from bdh.train.checkpoint import Checkpoint
@@ -126,7 +126,7 @@ def export_model(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=stop_token_ids(tokenizer),
     )
-    with whole_folder(folder) as temporary:
+    with atomic_dir(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         (temporary / "README.md").write_text(card, encoding="utf-8")
@@ -148,7 +148,7 @@ def _export_adapters(
         raise ValueError("merge is False: the run trained embed and lm_head too, which are no adapters")
     base.check_same_layer(model)
     _check_free(folder, replace)
-    with whole_folder(folder) as temporary:
+    with atomic_dir(folder) as temporary:
         write_adapters(temporary, model.config, run_weights(checkpoint, ema=ema), lora, base)
         tokenizer.save_pretrained(temporary)
         (temporary / "README.md").write_text(model_card(model, checkpoint, ema=ema, adapters_of=base), encoding="utf-8")
@@ -165,7 +165,7 @@ def _base_of(checkpoint: Checkpoint) -> Base | None:
 
 
 def _check_free(folder: Path, replace: bool) -> None:
-    if folder.exists() and not replace and (not folder.is_dir() or any(folder.iterdir())):
+    if not replace and is_taken(folder):
         raise FileExistsError(f"{folder} exists already and is not empty: choose another folder")
 
 

@@ -35,6 +35,7 @@ def fit(run: Run, monitor: Monitor) -> str:
         DataStopped: the text cannot be read any further; what was trained until then is saved.
         TrainingStopped: the loss or a gradient is not finite, and such steps are not to be skipped, or too many were.
         CheckpointError: the last checkpoint could not be written.
+        InUseError: another process has taken the folder, as this one was stopped for too long; nothing is written then.
     """
     settings, progress = run.settings.train, run.progress
     step_model = torch.compile(run.parallel.step_model) if settings.compile else run.parallel.step_model
@@ -59,6 +60,7 @@ def fit(run: Run, monitor: Monitor) -> str:
                     f"step {progress.step + 1}: {skipped} steps in a row had a loss or gradient not to be trusted; the "
                     "weights are those before them"
                 )
+            run.lock.check()
             progress.step += 1
             step = progress.step
             progress.skipped_steps += not result.updated

@@ -15,6 +15,7 @@ from transformers.utils import cached_file, logging
 from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.model.configuration import one_line_type_faults
 from bdh.model.fingerprint import Identity, identity
+from bdh.storage import recover_dir
 from bdh.tokenizer import TokenizerConfig, load_tokenizer
 from bdh.train.base import Base, read_base
 from bdh.train.checkpoint import Checkpoint, Checkpointer, is_checkpoint, step_of_folder
@@ -102,6 +103,7 @@ def open_model(
         commit: for a hub id, the hash of the commit; None for the newest.
     """
     path = Path(name)
+    recover_dir(path)
     if checkpoint is None and is_checkpoint(path):
         path, checkpoint = path.parent.parent, str(step_of_folder(path))
     folder = str(path.resolve())

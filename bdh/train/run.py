@@ -3,6 +3,7 @@
 import logging
 import shutil
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from bdh.model.averaging import MovingAverage
 from bdh.monitor import chosen_backends
 from bdh.monitor.backends.jsonl import cut_back
 from bdh.ops.layer.plan import LayerPlan
-from bdh.storage import whole_folder, write_text
+from bdh.storage import atomic_dir, write_text
 from bdh.tokenizer import load_tokenizer, stop_token_ids, with_chat_template
 from bdh.train.base import Base
 from bdh.train.carry import CarriedState
@@ -28,6 +29,7 @@ from bdh.train.checkpoint import Checkpoint, Checkpointer
 from bdh.train.config import RunSettings
 from bdh.train.initial import InitialModel
 from bdh.train.layer import layer_options, plan_training
+from bdh.train.lock import RunLock
 from bdh.train.lora import add_adapters, check_peft
 from bdh.train.models import TOKENIZER_FOLDER, OtherBaseError, check_base
 from bdh.train.needs import Need, NoRoomError, available_to_each
@@ -92,6 +94,8 @@ class Run:
     progress: Progress
     plan: LayerPlan
     """How the layer is computed in a training step."""
+    lock: RunLock
+    """On the folder, from before anything is written; not taken in a dry run."""
     average: MovingAverage | None = None
     """Of the weights, with ``train.ema_decay``."""
     base: Base | None = None
@@ -149,10 +153,16 @@ class Run:
             _logger.warning("%s: the run can only go on with the very text that it had", error)
             return None
 
-    def close(self) -> None:
-        """Waits for what is still being written, and leaves the other processes."""
+    def close(self, *, release: bool = True) -> None:
+        """Waits for what is still being written, leaves the other processes, and releases the folder.
+
+        Args:
+            release: False for whoever writes into the folder still, and calls ``lock.release()`` then.
+        """
         self.checkpointer.close()
         self.world.leave()
+        if release:
+            self.lock.release()
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Puts every part back to where it was when the checkpoint was written.
@@ -203,8 +213,9 @@ class Run:
 def open_run(settings: RunSettings, *, progress: Any = None) -> Run:
     """Makes or, with ``settings.resume``, restores a run. All faults come up here, before the first step.
 
-    A fresh run's folder is made last, when nothing can fail any more but the disk; with ``settings.dry_run`` no file of
-    a run is made or changed. Started by ``torchrun``, all processes call this together.
+    The run's folder is locked first, until :meth:`Run.close`. A fresh run's files are written last, when nothing can
+    fail any more but the disk; with ``settings.dry_run`` none is made or changed. Started by ``torchrun``, all processes
+    call this together.
 
     Args:
         progress: passed to :func:`bdh.data.prepare_corpus`, for its bars.
@@ -213,6 +224,7 @@ def open_run(settings: RunSettings, *, progress: Any = None) -> Run:
         ValueError: a setting is out of range; settings, tokenizer and data do not go together, or not with the run
             that is resumed; or a package that a setting asks for is missing.
         FileExistsError: the folder holds a run already.
+        InUseError: another process is training in the folder.
         FileNotFoundError: there is nothing to resume, or nothing at ``train.init_from``.
         OtherBaseError: a resumed run is to export adapters alone, and the model that they belong to has changed.
         DiskFullError: there is no room for the run's folder.
@@ -229,12 +241,34 @@ def open_run(settings: RunSettings, *, progress: Any = None) -> Run:
     strategy = choose_strategy(settings.distributed, world)
     name = world.gather(time.strftime("%Y-%m-%d_%H-%M-%S"))[0]
     folder = Path(settings.run_dir) if settings.run_dir else Path("runs") / name
+    lock = RunLock(folder, world)
+    if settings.dry_run:
+        return _open(settings, folder, world, runtime, strategy, lock, progress)
+    with ExitStack() as undo:
+        lock.acquire()
+        undo.enter_context(lock)
+        run = _open(settings, folder, world, runtime, strategy, lock, progress)
+        undo.pop_all()
+    return run
+
+
+def _open(
+    settings: RunSettings,
+    folder: Path,
+    world: World,
+    runtime: Runtime,
+    strategy: str,
+    lock: RunLock,
+    progress: Any,
+) -> Run:
+    """Raises as :func:`open_run`."""
     checkpointer = Checkpointer(
         folder,
         keep_last=settings.checkpoint.keep_last,
         keep_every_steps=settings.checkpoint.keep_every_steps,
         in_background=settings.checkpoint.in_background,
         world=world,
+        may_write=lock.check,
     )
     checkpoint = None
     if settings.resume:
@@ -307,6 +341,7 @@ def open_run(settings: RunSettings, *, progress: Any = None) -> Run:
         checkpointer=checkpointer,
         progress=Progress(),
         plan=plan,
+        lock=lock,
         average=None if settings.train.ema_decay is None else MovingAverage(model, settings.train.ema_decay),
         base=base,
     )
@@ -361,16 +396,15 @@ def _check_room(settings: RunSettings, config: BDHConfig, runtime: Runtime, stra
 
 
 def _write_folder(run: Run, *, is_new: bool) -> None:
-    existed = run.folder.exists()
     try:
         if is_new:
-            with whole_folder(run.folder / TOKENIZER_FOLDER) as temporary:
+            with atomic_dir(run.folder / TOKENIZER_FOLDER) as temporary:
                 run.tokenizer.save_pretrained(temporary)
         stored = dump_yaml(settings_to_store(run.settings), sort_keys=False)
         write_text(run.folder / CONFIG_FILE, stored)
     except OSError:
         if is_new:
-            shutil.rmtree(run.folder / TOKENIZER_FOLDER if existed else run.folder, ignore_errors=True)
+            shutil.rmtree(run.folder / TOKENIZER_FOLDER, ignore_errors=True)
         raise
 
 

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -22,6 +23,17 @@ def test_the_printed_text_is_the_models(model_folder, capsys):
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     expected = model.generate_text(tokenizer, "The ", temperature=0, max_new_tokens=12)
     assert capsys.readouterr().out == f"The {expected}\n"
+
+
+def test_a_model_folder_that_a_killed_process_was_replacing_is_opened(model_folder, tmp_path, capsys):
+    """On disks that cannot exchange two folders, a kill between the two renames left no folder of that name."""
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, tmp_path / ".model.old")
+    assert main(["generate", str(folder), "--prompt", "The ", "--max_new_tokens", "2"]) == 0
+    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in Path(model_folder).iterdir())
+    shutil.copytree(folder, tmp_path / ".again.old")
+    assert main(["convert", "none.pt", str(tmp_path / "again")]) == 2
+    assert "again exists already" in capsys.readouterr().err
 
 
 def test_a_seed_gives_the_same_text_in_another_process(model_folder):

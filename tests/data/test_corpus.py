@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -203,6 +204,29 @@ def test_left_over_of_a_killed_process_is_removed(tmp_path, corpus_of, cache):
     assert published(cache) == [folder.name]
 
 
+def test_entry_that_a_killed_process_was_replacing_is_found(tmp_path, corpus_of, cache):
+    path = write_text(tmp_path / "t.txt", WORDS)
+    folder = Path(corpus_of(path).facts["cache"])
+    folder.rename(folder.parent / f".{folder.name}.old")
+    assert corpus_of(path).facts["was_cached"]
+    assert published(cache) == [folder.name]
+
+
+def test_killed_builder_does_not_keep_others_waiting(tmp_path, cache):
+    path = write_text(tmp_path / "t.txt", WORDS * 100)
+    code = f"""
+import os, signal
+from bdh.data import DataConfig, prepare_corpus, token_cache
+from bdh.tokenizer import byte_tokenizer
+token_cache.TokenWriter.finish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+prepare_corpus(DataConfig(source={str(path)!r}), byte_tokenizer(), 8)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+    assert not _prepare(str(path))[0]
+    assert _prepare(str(path))[0]
+    assert [len(name) for name in published(cache)] == [32]  # the entry alone: no lock, no beginning of another
+
+
 def _prepare(source):
     corpus = prepare_corpus(DataConfig(source=source), byte_tokenizer(), 8)
     return corpus.facts["was_cached"], corpus.fingerprint, int(corpus.train_tokens().sum())
@@ -324,6 +348,6 @@ def test_there_are_no_more_validation_windows_than_fit(tmp_path, corpus_of, num_
 
 
 def published(cache):
-    """Everything in the cache but the locks."""
+    """Everything in the cache."""
     folder = cache / "tokens"
-    return sorted(path.name for path in folder.iterdir() if path.suffix != ".lock") if folder.exists() else []
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from bdh.cli.main import main
+from bdh.locks import Lock
 from bdh.train.checkpoint import Checkpointer
 from tests.distributed.conftest import SETTINGS, flags, torchrun_command
 from tests.train.conftest import losses, samples
@@ -130,3 +131,14 @@ def test_a_signal_to_the_starter_saves_on_all_processes(settings, tmp_path):
     assert "Stopped by SIGTERM after step" in told
     step = Checkpointer(run).load().step
     assert step == json.loads(metrics.read_text().splitlines()[-1])["step"]
+
+
+def test_a_folder_in_use_ends_all_processes_with_one_error(settings, torchrun, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    with Lock(run / "lock", "the run"):
+        done = torchrun(2, "-m", "bdh", "train", *flags(settings | {"run_dir": run}))
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if f"{run} is in use by process {os.getpid()} on " in line]
+    assert len([line for line in said if line.startswith("error: ")]) == 1, done.stderr
+    assert list(run.iterdir()) == []

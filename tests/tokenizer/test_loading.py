@@ -37,6 +37,11 @@ def test_missing_folder_is_named(name):
         load_tokenizer(name)
 
 
+def test_folder_that_a_killed_process_was_replacing_opens(tmp_path):
+    byte_tokenizer().save_pretrained(tmp_path / ".tokenizer.old")
+    assert len(load_tokenizer(str(tmp_path / "tokenizer"))) == len(byte_tokenizer())
+
+
 def test_folder_without_a_tokenizer_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"this folder holds no tokenizer\.json"):
         load_tokenizer(tmp_path)

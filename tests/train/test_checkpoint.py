@@ -23,6 +23,11 @@ def saved(folder: Path, *steps: int, keep_last: int = 2) -> Checkpointer:
     return checkpointer
 
 
+def save_and_wait(checkpointer, step):
+    checkpointer.save(step, WEIGHT, {})
+    checkpointer.wait()
+
+
 def test_what_is_saved_comes_back(tmp_path):
     checkpoint = saved(tmp_path, 10).load()
     assert checkpoint.step == 10
@@ -149,3 +154,55 @@ def test_a_folder_that_cannot_be_made_is_a_checkpoint_error(tmp_path):
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
     with pytest.raises(CheckpointError, match="step 1 is not saved"):
         Checkpointer(tmp_path).save(1, WEIGHT, {})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\0" * 14, b"step-", b"no step\n", b"step-0000099\n"],
+    ids=["empty", "nul", "cut", "other", "gone"],
+)
+def test_a_latest_that_names_no_checkpoint_gives_the_newest_complete_one_and_says_so(tmp_path, content, caplog):
+    """It was an error about int(), and neither resuming nor reading the run was possible."""
+    checkpointer = saved(tmp_path, 10, 20)
+    (tmp_path / "checkpoints" / "latest").write_bytes(content)
+    assert checkpointer.load().step == 20
+    assert "latest names no checkpoint that is there" in caplog.text
+    assert "the newest complete one is taken, that of step 20" in caplog.text
+    checkpointer.forget_after(20)
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step-0000020\n"
+
+
+def test_a_damaged_best_is_named_and_a_resume_restores_it(tmp_path):
+    checkpointer = saved(tmp_path, 10, 20)
+    (tmp_path / "checkpoints" / "best").write_text("")
+    with pytest.raises(
+        ValueError, match=r"best must hold the name of a checkpoint.* it is empty: choose a step \(10, 20\)"
+    ):
+        checkpointer.step_of("best")
+    checkpointer.forget_after(20, best_step=10)
+    assert checkpointer.step_of("best") == 10
+
+
+def test_a_checkpoint_between_two_renames_is_recovered_and_a_removed_one_is_not(tmp_path):
+    checkpointer = saved(tmp_path, 10, 20)
+    folder = tmp_path / "checkpoints"
+    (folder / "step-0000020").rename(folder / ".step-0000020.old")
+    (folder / "step-0000010").rename(folder / ".step-0000010.removed")
+    assert checkpointer.load().step == 20
+    assert checkpointer.steps() == [20]
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_checkpoint_that_may_not_be_written_any_more_changes_nothing(tmp_path, in_background):
+    """As when another process has taken the run meanwhile: its checkpoints were pruned."""
+    saved(tmp_path, 10, 20)
+
+    def refuse():
+        raise OSError("the run is another's")
+
+    checkpointer = Checkpointer(tmp_path, keep_last=1, in_background=in_background, may_write=refuse)
+    with pytest.raises(CheckpointError, match="step 30 is not saved: the run is another's"):
+        save_and_wait(checkpointer, 30)
+    checkpointer.close()
+    assert checkpointer.steps() == [10, 20]
+    assert checkpointer.load().step == 20
