@@ -4,9 +4,7 @@ import codecs
 import json
 
 import pytest
-import yaml
 
-from bdh.cli.settings import _read_yaml
 from bdh.generate.params import SamplingParams
 from bdh.generate.prompts_file import read_jobs
 from bdh.serve.config import AuthSettings
@@ -63,7 +61,3 @@ def test_chat_templates_begin_after_a_mark(tmp_path):
     (tmp_path / "u.jinja").write_text(DEFAULT_TEMPLATE)
     prompts, expected = (ChatPrompts(byte_tokenizer(), str(tmp_path / name), []) for name in ("t.jinja", "u.jinja"))
     assert prompts.encode(TALK) == expected.encode(TALK)
-
-
-def test_settings_begin_after_a_mark(tmp_path):
-    assert _read_yaml(marked(tmp_path / "t.yaml", yaml.safe_dump({"seed": 3}))) == {"seed": 3}
