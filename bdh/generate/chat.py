@@ -15,7 +15,7 @@ from bdh.generate.chat_options import ChatOptions
 from bdh.generate.sampler import Sampler, generator_of
 from bdh.generate.snapshot import Snapshot
 from bdh.generate.stepper import Feed, SequenceState, Stepper
-from bdh.model.checksum import checksum
+from bdh.model.fingerprint import weights_mark
 from bdh.model.text import TextDecoder, encode_prompt
 from bdh.tokenizer.chat import ChatEncoder
 from bdh.vocabulary import vocabulary_size
@@ -47,8 +47,8 @@ class _Point:
     """The snapshot's tokens in spans: so many given, so many written by the model, given, written, and so on."""
     system: str | None = None
     """The system message that has been read."""
-    weights: bytes = b""
-    """The checksum of the model's weights that have read it."""
+    weights: tuple[Any, ...] = ()
+    """What the model's weights were that have read it: :attr:`WeightsMark.content`."""
 
     @property
     def spans(self) -> list[list[int]]:
@@ -66,8 +66,8 @@ class _Reply:
     """Advanced as it goes."""
     spans: list[list[int]]
     """Up to where the model is to write."""
-    weights: bytes
-    """The checksum of those that read it."""
+    weights: tuple[Any, ...]
+    """What those are that read it."""
     has_begun: bool = False
     """Whether the model has chosen a token."""
 
@@ -419,8 +419,8 @@ class Conversation:
             (logits,) = self.stepper.step([Feed(state, snapshot.tokens[:num_read])])
         return replace(snapshot, state=state, logits=logits)
 
-    def _weights(self) -> bytes:
-        return checksum(self.stepper.model.state_dict().values())
+    def _weights(self) -> tuple[Any, ...]:
+        return weights_mark(self.stepper.model).content
 
     def _is_stale(self) -> bool:
         """Whether what has been read was read with other weights than the model's of now; says so."""

@@ -9,6 +9,7 @@ import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 
+import torch
 from transformers import PreTrainedTokenizerFast
 
 from bdh.generate.activity import MOST_NEURONS
@@ -23,8 +24,8 @@ from bdh.generate.sequence import Sequence as Running
 from bdh.generate.snapshot import Snapshot
 from bdh.generate.stats import EngineStats
 from bdh.generate.stepper import Feed, Stepper, make_stepper
-from bdh.model.checksum import checksum
-from bdh.model.kernels import expect_changes
+from bdh.model.fingerprint import weights_mark
+from bdh.model.kernels import recheck_weights
 from bdh.model.modeling import BDHForCausalLM
 from bdh.model.text import Prompt, encode_prompt, end_token_ids
 from bdh.vocabulary import vocabulary_size
@@ -81,7 +82,7 @@ class Engine:
             )
         self._prefixes: PrefixStore | None = None
         if self.config.prefix_cache_bytes:
-            self._prefixes = PrefixStore(self.config.prefix_cache_bytes, lambda: checksum(model.state_dict().values()))
+            self._prefixes = PrefixStore(self.config.prefix_cache_bytes, lambda: weights_mark(model))
         self._ends = frozenset(end_token_ids(model, tokenizer))
         self._numbers = itertools.count()
         self._waiting: deque[Request] = deque()
@@ -112,7 +113,7 @@ class Engine:
         return EngineStats(
             running=sum(1 for request in self._running.values() for s in request.sequences if s.state is not None),
             waiting=len(self._waiting),
-            state_bytes=self._pool.bytes_reserved,
+            state_bytes=self._num_reserved * self.stepper.state_bytes,
             prefix_cache_bytes=self._prefixes.cache.nbytes if self._prefixes else 0,
             prompt_tokens=counters.prompt_tokens,
             generated_tokens=counters.generated_tokens,
@@ -131,6 +132,11 @@ class Engine:
     def max_sequences(self) -> int:
         """That can run at once."""
         return min(self._pool.capacity, self.config.max_running)
+
+    @property
+    def _num_reserved(self) -> int:
+        """States that are in use, or promised to a running request."""
+        return sum(request.num_reserved for request in self._running.values())
 
     def encode(self, prompt: Prompt) -> list[int]:
         """The tokens of a prompt; an empty text is the token that texts begin with, where the tokenizer has one.
@@ -187,7 +193,7 @@ class Engine:
             tokens = self.encode(prompt if prompt is not None else "")
             num_prompt_tokens = len(tokens)
         else:
-            self._check_snapshot(snapshot, params)
+            snapshot.check_for(self.stepper.pattern, prompt_logprobs=params.prompt_logprobs is not None)
             added = self.encode(prompt) if prompt else []
             tokens = snapshot.tokens + added
             num_prompt_tokens = len(tokens) if added else snapshot.num_prompt_tokens
@@ -209,24 +215,11 @@ class Engine:
                 snapshot=snapshot,
                 keep_snapshot=keep_snapshot,
             )
-            sequence.watch = watch
+            sequence.watch, sequence.mark_weights = watch, lambda: weights_mark(self.model).content
             return sequence
 
         self._waiting.append(Request(request_id, make(0), make, snapshot))
         return request_id
-
-    def _check_snapshot(self, snapshot: Snapshot, params: SamplingParams) -> None:
-        if params.prompt_logprobs is not None:
-            raise ValueError(
-                "prompt_logprobs was given with a snapshot, whose tokens are not read again: must be left out"
-            )
-        if not snapshot.tokens:
-            raise ValueError("the snapshot has no tokens: there is nothing to go on from")
-        if snapshot.state.pattern != self.stepper.pattern:
-            raise ValueError(
-                f"the snapshot's state is {snapshot.state.pattern}, this engine's are {self.stepper.pattern}: "
-                "make the engine with the same settings"
-            )
 
     def abort(self, request_id: int, *, keep_snapshot: bool = False) -> None:
         """Ends a request; what it has written comes with the next step. One that has ended is left alone.
@@ -247,6 +240,7 @@ class Engine:
         started, self._started = self._started, []
         return started
 
+    @torch.inference_mode(False)  # states are kept for later steps, which may come outside of it
     def step(self) -> list[StepOutput]:
         """One step of all that runs: a token for each sequence that is being continued, a piece of prompts.
 
@@ -257,6 +251,8 @@ class Engine:
         while self._in_hand:
             self._end(self._in_hand[0], "error", _INTERRUPTED)
             self._in_hand.popleft()
+        for request_id in [each.id for each in self._running.values() if each.is_done]:
+            del self._running[request_id]  # whose end was interrupted
         self._store_prefixes()
         self._admit()
         fed = self._feeds()
@@ -324,12 +320,11 @@ class Engine:
     def _admit(self) -> None:
         while self._waiting:
             request = self._waiting[0]
-            running = sum(request.num_reserved for request in self._running.values())
-            if running + request.params.n > self.config.max_running or not self._pool.reserve(request.params.n):
+            if self._num_reserved + request.params.n > self.max_sequences:
                 return
             self._in_hand.append(request)
-            self._running[request.id] = request
             self._waiting.popleft()
+            self._running[request.id] = request
             self._started.append(request.id)
             try:
                 self._begin(request)
@@ -340,14 +335,13 @@ class Engine:
     def _begin(self, request: Request) -> None:
         """Gives a request's first sequence its state, as far on as one is known."""
         sequence, snapshot = request.sequences[0], request.snapshot
-        expect_changes(self.model)
-        if snapshot is not None:
+        recheck_weights(self.model)
+        if snapshot is not None and snapshot.weights in (None, weights_mark(self.model).content):
             sequence.state = self._pool.take(copy_of=snapshot.state)
             sequence.logits = snapshot.logits
             sequence.pending = sequence.pending[snapshot.state.position :]
-            request.snapshot = None
-        elif self._prefixes is None or sequence.params.prompt_logprobs is not None:
-            sequence.state = self._pool.take()
+        elif snapshot is not None or self._prefixes is None or sequence.params.prompt_logprobs is not None:
+            sequence.state = self._pool.take()  # what other weights have read is read again
         else:
             known, state, logits = self._prefixes.find(sequence.tokens)
             if known == len(sequence.tokens) and logits is None:
@@ -356,6 +350,7 @@ class Engine:
             sequence.logits, sequence.num_cached_tokens = logits, known
             sequence.pending = sequence.pending[known:]
             request.places, request.weights = self._prefixes.places(sequence.tokens, known), self._prefixes.weights
+        request.snapshot = None
 
     def _feeds(self) -> list[tuple[Request, Running, int]]:
         """Which sequences read how many of their tokens in this step; 0 where logits are there already."""
@@ -451,20 +446,26 @@ class Engine:
         return request.sequences[1:]
 
     def _emit(self, request: Request, sequence: Running | None, output: StepOutput) -> None:
-        self._outputs.append(output)
+        """Hands out an output, and with the last one of a continuation what it has held."""
         if output.completion is None:
+            self._outputs.append(output)
             return
+        request.ended.add(output.index)
+        try:
+            self._outputs.append(output)
+        except BaseException:  # or nobody would hear of the end
+            request.ended.discard(output.index)
+            raise
+        # From here on it has ended, whatever happens.
+        if request.is_done:
+            self._running.pop(request.id, None)
         reason = output.completion.finish_reason
         self._counters.finished[reason] = self._counters.finished.get(reason, 0) + 1
-        request.ended.add(output.index)
-        if request.id in self._running:
-            # A state in which an exception has happened may be half advanced.
-            self._pool.give_back(None if reason == "error" or sequence is None else sequence.state)
-            request.num_reserved -= 1
-            if request.is_done:
-                del self._running[request.id]
+        state = None if sequence is None else sequence.state
         if sequence is not None:
             sequence.state = None
+        if state is not None and reason != "error":  # else it may be half advanced
+            self._pool.give_back(state)
 
     def _fail(self, request: Request, error: Exception, *, has_traceback: bool = True) -> None:
         """Ends a request after an exception."""

@@ -7,6 +7,7 @@ import torch
 
 from bdh.generate.prefix_cache import PrefixCache
 from bdh.generate.stepper import SequenceState
+from bdh.model.fingerprint import WeightsMark
 
 _log = logging.getLogger(__name__)
 _LONG_PROMPT_TOKENS = 256
@@ -22,24 +23,28 @@ class PrefixStore:
     likely to differ in its last part only. No two are close to each other, or to the beginning.
 
     Args:
-        weights: the checksum of the model's weights as they are. States that other weights have read are forgotten.
+        mark_of_weights: of the model as it is. States that other weights have read are forgotten.
     """
 
-    def __init__(self, max_bytes: int, weights: Callable[[], bytes]):
+    def __init__(self, max_bytes: int, mark_of_weights: Callable[[], WeightsMark]):
         self.cache = PrefixCache(max_bytes)
-        self._checksum = weights
-        self.weights = b""
-        """The checksum of the weights that have read all of the cache's states."""
-        self.marked: list[tuple[list[int], SequenceState, torch.Tensor | None, bytes]] = []
+        self._mark_of_weights = mark_of_weights
+        self.weights: WeightsMark | None = None
+        """The mark of the weights that have read all of the cache's states."""
+        self.marked: list[tuple[list[int], SequenceState, torch.Tensor | None, WeightsMark | None]] = []
         """What is to be stored before anything is fed again: no token waits for the copying."""
         self.failures = 0
-        """States that could not be stored."""
+        """How often a state could not be stored or looked up."""
 
     def find(self, tokens: Sequence[int]) -> tuple[int, SequenceState | None, torch.Tensor | None]:
         """The longest known beginning: its length, its state, which is not to be advanced, and the logits behind it."""
-        if len(tokens) >= _WORTH_A_STATE_TOKENS:  # none is stored for fewer
-            self._forget_other_weights()
-        return self.cache.find(tokens)
+        try:
+            if len(tokens) >= _WORTH_A_STATE_TOKENS:  # none is stored for fewer
+                self._forget_other_weights()
+            return self.cache.find(tokens)
+        except Exception as error:
+            self._note(error, "the beginning of a prompt of %d tokens could not be looked up: %s", len(tokens))
+            return 0, None, None
 
     def places(self, tokens: Sequence[int], num_known: int) -> set[int]:
         """The numbers of tokens after which the state of this new prompt is to be stored."""
@@ -55,33 +60,36 @@ class PrefixStore:
                 places.add(place)
         return places
 
-    def mark(self, tokens: list[int], state: SequenceState, logits: torch.Tensor | None, weights: bytes) -> None:
+    def mark(
+        self, tokens: list[int], state: SequenceState, logits: torch.Tensor | None, weights: WeightsMark | None
+    ) -> None:
         """Notes a state to be stored, which is not to be fed until then.
 
         Args:
-            weights: the checksum of those that began to read the tokens.
+            weights: the mark of those that began to read the tokens.
         """
         self.marked.append((tokens, state, logits, weights))
 
     def store_marked(self) -> None:
-        """Copies the states that were marked, but those that other weights than the model's of now have read."""
+        """Copies the states that were marked, but for those whose weights have changed meanwhile."""
         marked, self.marked = self.marked, []
-        for tokens, state, logits, weights in marked:
+        for number, (tokens, state, logits, weights) in enumerate(marked):
             try:
-                self._forget_other_weights()
+                if number == 0:
+                    self._forget_other_weights()
                 if weights == self.weights:
                     self.cache.put(tokens, state, logits)
-            except Exception as error:  # which costs time later, but no text
-                self.failures += 1
-                _log.warning(
-                    "the beginning of a prompt, %d tokens, could not be stored: %s",
-                    len(tokens),
-                    str(error) or type(error).__name__,
-                    exc_info=True,
-                )
+            except Exception as error:
+                self._note(error, "the beginning of a prompt, %d tokens, could not be stored: %s", len(tokens))
+
+    def _note(self, error: Exception, message: str, num_tokens: int) -> None:
+        """Of a failure that costs time later, but no text."""
+        self.failures += 1
+        _log.warning(message, num_tokens, str(error) or type(error).__name__, exc_info=True)
 
     def _forget_other_weights(self) -> None:
-        weights = self._checksum()
-        if weights != self.weights:
+        before, self.weights = self.weights, None
+        now = self._mark_of_weights()
+        if before is None or before.content != now.content:
             self.cache.clear()
-        self.weights = weights
+        self.weights = now

@@ -6,6 +6,7 @@ from bdh.generate.params import SamplingParams
 from bdh.generate.sequence import Completion, StepOutput
 from bdh.generate.sequence import Sequence as Running
 from bdh.generate.snapshot import Snapshot
+from bdh.model.fingerprint import WeightsMark
 
 
 class Request:
@@ -15,14 +16,18 @@ class Request:
         self.id, self.snapshot = request_id, snapshot
         self.sequences = [first]
         self.make = make
-        self.num_reserved = first.params.n
         self.places: set[int] = set()  # where the state on the way through the prompt is stored
-        self.weights = b""  # the checksum of those that began to read it, where there are such places
+        self.weights: WeightsMark | None = None  # of those that began to read it, where there are such places
         self.ended: set[int] = set()  # continuations whose last output is among the engine's
 
     @property
     def params(self) -> SamplingParams:
         return self.sequences[0].params
+
+    @property
+    def num_reserved(self) -> int:
+        """Continuations that have not ended: each has a state, or will get one."""
+        return self.params.n - len(self.ended)
 
     @property
     def is_done(self) -> bool:

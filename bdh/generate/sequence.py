@@ -1,6 +1,7 @@
 """One continuation of a request: its tokens, its text, and where it stands."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -92,6 +93,7 @@ class Sequence:
         self.pending: list[int] = list(tokens)  # not yet read by the state
         self.logits: torch.Tensor | None = None  # behind the last token that the state has read
         self.num_cached_tokens = 0
+        self.mark_weights: Callable[[], tuple[Any, ...] | None] = lambda: None  # for a snapshot, of the model as it is
         self.watch: int | None = None  # how many of the strongest neurons are wanted
         self.activity: list[PassActivity] | None = None  # of the last token that was read
         self.text = ""
@@ -227,6 +229,7 @@ class Sequence:
             num_prompt_tokens=self.num_prompt_tokens,
             pending=list(self.pending),
             decoder=decoder,
+            weights=self.mark_weights(),
         )
 
     def _text_of(self, tokens: list[int]) -> str:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from bdh.generate.stepper import SequenceState
-from bdh.model.fingerprint import Identity, identity, model_name
+from bdh.model.fingerprint import Identity, identity, model_name, weights_mark
 from bdh.model.modeling import BDHForCausalLM
 from bdh.storage import atomic_file
 
@@ -42,6 +42,27 @@ class Snapshot:
     """The text decoder: what it holds back. In JSON's types."""
     notes: dict[str, Any] = field(default_factory=dict)
     """What else its owner wants to find in the file: the messages of a conversation, say. In JSON's types."""
+
+    weights: tuple[Any, ...] | None = None
+    """What the model's weights were that have read it (:attr:`WeightsMark.content`). Not in the file, which has the
+    model's fingerprint; None where nobody has noted it."""
+
+    def check_for(self, pattern: object, *, prompt_logprobs: bool) -> None:
+        """
+        Raises:
+            ValueError: a sequence cannot go on from it, among states of this pattern.
+        """
+        if prompt_logprobs:
+            raise ValueError(
+                "prompt_logprobs was given with a snapshot, whose tokens are not read again: must be left out"
+            )
+        if not self.tokens:
+            raise ValueError("the snapshot has no tokens: there is nothing to go on from")
+        if self.state.pattern != pattern:
+            raise ValueError(
+                f"the snapshot's state is {self.state.pattern}, this engine's are {pattern}: "
+                "make the engine with the same settings"
+            )
 
     @property
     def nbytes(self) -> int:
@@ -143,6 +164,7 @@ class Snapshot:
             pending=facts["pending"],
             decoder=facts["decoder"],
             notes=facts["notes"],
+            weights=weights_mark(model).content,
         )
 
 

@@ -4,11 +4,13 @@
 write without moving it.
 """
 
+import ctypes
 from collections.abc import Iterable
+from functools import cache
 
 import numpy as np
 import torch
-from xxhash import xxh3_128
+from xxhash import xxh3_128, xxh3_128_digest
 
 _WORDS_AT_ONCE = 1 << 22  # on an accelerator; 32 MiB of their products
 
@@ -31,15 +33,33 @@ def checksum(tensors: Iterable[torch.Tensor]) -> bytes:
     return digest.digest()
 
 
+class Memory:
+    """Bytes of a contiguous tensor on the CPU, without keeping it alive.
+
+    Only to be read while the tensor still has this memory, which is for the caller to know.
+    """
+
+    def __init__(self, tensor: torch.Tensor):
+        self._bytes = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())
+
+    def checksum(self) -> bytes:
+        """That of :func:`checksum` for the tensor."""
+        return xxh3_128_digest(memoryview(self._bytes))
+
+
 def _sums(content: torch.Tensor) -> torch.Tensor:
     """64 bits for each ``_WORDS_AT_ONCE`` words of bytes (n,), computed where these are.
 
     A sum of the words times odd random numbers, modulo 2^64: a single word that changes always changes it.
     """
-    padded = torch.nn.functional.pad(content, (0, -content.numel() % 4))
-    words = padded.view(torch.int32)
-    generator = torch.Generator().manual_seed(0)
-    num_factors = min(words.numel(), _WORDS_AT_ONCE)
-    factors = torch.randint(-(2**63), 2**63 - 1, (num_factors,), generator=generator).to(content.device) | 1
+    padding = -content.numel() % 4
+    words = (torch.nn.functional.pad(content, (0, padding)) if padding else content).view(torch.int32)
+    factors = _factors(_WORDS_AT_ONCE, content.device)
     sums = [(part * factors[: part.numel()]).sum() for part in words.split(_WORDS_AT_ONCE)]
     return torch.stack(sums) if sums else words.long()
+
+
+@cache
+def _factors(count: int, device: torch.device) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(-(2**63), 2**63 - 1, (count,), generator=generator).to(device) | 1

@@ -1,5 +1,6 @@
 """A model's weights as the sparse kernels want them, made when they are first needed and again when they change."""
 
+import threading
 import weakref
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from bdh.model.checksum import checksum
+from bdh.model.checksum import Memory, checksum
 from bdh.model.linear import has_hooks, layer_modules, weights_obstacle
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ _NUM_PIECES = 32
 """Copied weights are compared with the model's one piece a token, so that it costs under 1 % of the token."""
 
 
-class _Kept:
+class _KernelCopies:
     """The kernels over a model's weights, and what tells whether these have changed since they were copied.
 
     Most weights are read in the model's own memory. Of those that are copied, changes that move autograd's version
@@ -34,7 +35,7 @@ class _Kept:
         # Before they are copied: what another process writes meanwhile is found, too late rather than never.
         checksums = [[checksum([piece]) for piece in _pieces(weight)] for weight in weights]
         config = model.config
-        embed, lm_head, encoder, decoder, *encoder_v = weights
+        embed, encoder, *encoder_v, decoder, lm_head = weights
         self.recurrence: Recurrence = Recurrence(
             KernelWeights.of(
                 embed=embed,
@@ -48,27 +49,37 @@ class _Kept:
                 storage=storage,
             )
         )
-        own = {weight.data_ptr() for weight in self.recurrence.weights.tensors}
-        self._copied = [
-            (_pieces(weight), sums)
-            for weight, sums in zip(weights, checksums, strict=True)
-            if weight.data_ptr() not in own
-        ]
-        self._next_piece = 0
+        # Of each weight that is copied: which it is, its pieces where they can be read without its tensor, checksums.
+        self._copied: list[tuple[int, list[Memory] | None, list[bytes]]] = []
+        pairs = zip(weights, self.recurrence.weights.tensors, checksums, strict=True)
+        for number, (weight, stored, sums) in enumerate(pairs):
+            if weight.data_ptr() != stored.data_ptr():
+                memory = [Memory(piece) for piece in _pieces(weight)] if weight.is_contiguous() else None
+                self._copied.append((number, memory, sums))
+        self._num_checks = 0
         self.is_doubtful = False
         """Whether something has happened that may have changed weights."""
 
     def holds(self, model: "BDHForCausalLM", *, all_pieces: bool) -> bool:
         """Whether these are the kernels of the model as it is, as far as the pieces tell that are compared."""
-        if self._key != _key(model):
+        is_doubtful, self.is_doubtful = self.is_doubtful, False
+        if self._key != _key(model):  # else the weights are where they were, and so are their pieces
             return False
-        numbers = range(_NUM_PIECES) if all_pieces or self.is_doubtful else [self._next_piece]
-        self._next_piece = (self._next_piece + 1) % _NUM_PIECES
-        self.is_doubtful = False
-        return all(checksum([pieces[i]]) == sums[i] for i in numbers for pieces, sums in self._copied)
+        self._num_checks += 1
+        for number, memory, sums in self._copied:
+            chosen = range(len(sums)) if all_pieces or is_doubtful else [self._num_checks % len(sums)]
+            if memory is not None:
+                found = [memory[i].checksum() for i in chosen]
+            else:
+                pieces = _pieces(_weights(model)[number])
+                found = [checksum([pieces[i]]) for i in chosen]
+            if found != [sums[i] for i in chosen]:
+                return False
+        return True
 
 
-_made: "weakref.WeakKeyDictionary[BDHForCausalLM, dict[Storage, _Kept]]" = weakref.WeakKeyDictionary()
+_kernels: "weakref.WeakKeyDictionary[BDHForCausalLM, dict[Storage, _KernelCopies]]" = weakref.WeakKeyDictionary()
+_lock = threading.RLock()  # on the dictionary: models may run, and optimizers step, in several threads
 
 
 def kernel_obstacle(model: "BDHForCausalLM") -> str | None:
@@ -93,7 +104,7 @@ def recurrence_of(model: "BDHForCausalLM", storage: "Storage" = "float32", *, is
 
     - at the start of every prompt, whatever it is: all copied weights are read, at the speed of memory;
     - between two tokens of a text, at once where an optimizer has stepped, ``train()`` was called or the change is
-      spread over the matrix, as a neuron's ablation is. A few numbers beside each other are found within 32 tokens.
+      spread over the matrix, as a neuron's ablation in the decoder is. A few rows are found within 32 tokens.
 
     Args:
         is_prompt: whether what is read now is the first of a prompt.
@@ -102,7 +113,8 @@ def recurrence_of(model: "BDHForCausalLM", storage: "Storage" = "float32", *, is
         ValueError: a layer is no longer its weight alone: it has got hooks, adapters or another module. Looked for at
             the start of a prompt, and where weights have changed.
     """
-    of_model = _made.setdefault(model, {})
+    with _lock:
+        of_model = _kernels.setdefault(model, {})
     kept = of_model.get(storage)
     if kept is not None and not is_prompt and kept.holds(model, all_pieces=False):
         return kept.recurrence
@@ -110,47 +122,53 @@ def recurrence_of(model: "BDHForCausalLM", storage: "Storage" = "float32", *, is
         raise ValueError(
             f"the kernels can no longer run this model: {obstacle}. Make a new stepper, engine or generator"
         )
-    if kept is None or not kept.holds(model, all_pieces=True):
+    if kept is None or not is_prompt or not kept.holds(model, all_pieces=True):
         _watch_optimizers()
-        kept = of_model[storage] = _Kept(model, storage)
+        kept = of_model[storage] = _KernelCopies(model, storage)
     return kept.recurrence
 
 
-def expect_changes(model: nn.Module) -> None:
-    """For whoever may have changed weights: they are compared before the kernels read the next token."""
-    for kept in _made.get(cast("BDHForCausalLM", model), {}).values():
-        kept.is_doubtful = True
+def recheck_weights(model: nn.Module) -> None:
+    """For whoever may have changed weights: all are compared before the kernels read the next token."""
+    with _lock:
+        for kept in _kernels.get(cast("BDHForCausalLM", model), {}).values():
+            kept.is_doubtful = True
 
 
 def forget_kernels(model: nn.Module) -> None:
     """For whoever takes the memory away that weights are in, as sharding does."""
-    _made.pop(cast("BDHForCausalLM", model), None)
+    with _lock:
+        _kernels.pop(cast("BDHForCausalLM", model), None)
 
 
 def _weights(model: "BDHForCausalLM") -> list[torch.Tensor]:
+    """In the order of ``KernelWeights.tensors``."""
     heads = cast("list[nn.Linear]", list(model.encoder_v))
-    return [each.weight for each in (model.embed, model.lm_head, model.encoder, model.decoder, *heads)]
+    return [each.weight for each in (model.embed, model.encoder, *heads, model.decoder, model.lm_head)]
 
 
 def _key(model: "BDHForCausalLM") -> tuple[Any, ...]:
     """Changes with the memory that weights are in, where autograd counts with what it holds, and with constants."""
     config = model.config
     # Tensors made in inference mode have no version.
-    places = [(w.data_ptr(), w.dtype, -1 if w.is_inference() else w._version) for w in _weights(model)]
+    places = [
+        (w.data_ptr(), w.dtype, w.shape, w.stride(), -1 if w.is_inference() else w._version) for w in _weights(model)
+    ]
     return config.rope_theta, config.layer_norm_eps, config.n_layer, *places
 
 
 def _pieces(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Views of some of its rows each; the last ones are empty where there are fewer rows than pieces."""
-    return weight.detach().tensor_split(_NUM_PIECES)
+    """Views of some of its rows each."""
+    return weight.detach().tensor_split(min(_NUM_PIECES, len(weight)))
 
 
 @cache
 def _watch_optimizers() -> None:
     """All of this process, from the first time on that kernels are made."""
-    register_optimizer_step_post_hook(_expect_changes_everywhere)
+    register_optimizer_step_post_hook(_recheck_all)
 
 
-def _expect_changes_everywhere(*_: Any) -> None:
-    for model in list(_made):
-        expect_changes(model)
+def _recheck_all(*_: Any) -> None:
+    with _lock:
+        for model in list(_kernels):
+            recheck_weights(model)

@@ -57,6 +57,15 @@ def product_weight(module: Any) -> torch.Tensor:
     return weight
 
 
+def adapters_in_effect(model: nn.Module) -> tuple[object, ...]:
+    """Which adapters of ``peft`` add to which layers now, and how much: equal while that stays the same."""
+    return tuple(
+        (name, tuple(_active(module)), tuple(module.merged_adapters), tuple(sorted(module.scaling.items())))
+        for name, module in model.named_modules()
+        if _has_adapters(module)
+    )
+
+
 def has_hooks(module: nn.Module) -> bool:
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return any(getattr(module, kind) for kind in kinds)

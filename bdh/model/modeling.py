@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from bdh.model.configuration import BDHConfig
-from bdh.model.kernels import expect_changes, kernel_obstacle, recurrence_of
+from bdh.model.kernels import kernel_obstacle, recheck_weights, recurrence_of
 from bdh.model.passes import BlockPasses, Passes, plan_for
 from bdh.model.positions import token_positions
 from bdh.model.state import SynapticState
@@ -78,7 +78,7 @@ class BDHForCausalLM(TextGenerationMixin, PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def train(self, mode: bool = True) -> Any:
-        expect_changes(self)
+        recheck_weights(self)
         return super().train(mode)
 
     def forward(
@@ -157,7 +157,7 @@ class BDHForCausalLM(TextGenerationMixin, PreTrainedModel, GenerationMixin):
                 output = BDHOutput(logits=step, past_key_values=past_key_values)
                 return output if return_dict else output.to_tuple()
         if not torch.compiler.is_compiling():
-            expect_changes(self)  # a prompt: the tokens after it are read by the kernels
+            recheck_weights(self)  # a prompt: the tokens after it are read by the kernels
         before = state.positions if state is not None and state.sums else None
         positions, following = token_positions(T, before=before, mask=mask, starts=starts, device=v.device)
         reach = self._reach(starts, mask)

@@ -5,7 +5,11 @@ training were drawn with the encoder of one step and the decoder of another.
 """
 
 import copy
+import gc
 import multiprocessing
+import sys
+import threading
+import weakref
 
 import peft
 import pytest
@@ -14,13 +18,16 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DeviceMesh
 
+from bdh.generate.chat import Conversation
+from bdh.generate.chat_options import ChatOptions
+from bdh.generate.config import EngineConfig
 from bdh.generate.engine import Engine
 from bdh.generate.kernel_stepper import KernelStepper
 from bdh.generate.params import SamplingParams
-from bdh.generate.stepper import Feed
+from bdh.generate.stepper import Feed, make_stepper
 from bdh.generate.window import WindowKernelStepper
 from bdh.model.fingerprint import fingerprint
-from bdh.model.kernels import recurrence_of
+from bdh.model.kernels import forget_kernels, recurrence_of
 
 PROMPT = [5, 17, 3, 60, 2, 2, 41]
 
@@ -228,8 +235,6 @@ def test_the_smallest_step_of_an_optimizer_is_seen_in_the_middle_of_a_text(model
 
 @pytest.mark.parametrize("path", ["kernels", "torch"])
 def test_an_engine_forgets_prefixes_that_other_weights_have_read(byte_model, tokenizer, path):
-    from bdh.generate.config import EngineConfig
-
     engine = Engine(byte_model, tokenizer, config=EngineConfig(path=path, prefix_cache_bytes=1 << 24))
     params = SamplingParams(temperature=0, max_tokens=10)
     prompt = "a long beginning that is worth keeping " * 4
@@ -317,3 +322,131 @@ def test_a_layer_that_is_no_longer_its_weight_alone_is_refused(model):
     peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["decoder"], init_lora_weights=False))
     with pytest.raises(ValueError, match=r"not a plain nn\.Linear"):
         stepper.step([Feed(stepper.new_state(), PROMPT)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_copy_of_tied_weights_is_compared_too(model, dtype):
+    """The head's copy was taken for the embedding's memory, and never looked at again."""
+    model.to(dtype).lm_head.weight = model.embed.weight
+    stepper = KernelStepper(model, weights="bfloat16")
+    by_stepper(stepper)
+    model.embed.weight.data.mul_(-3)
+    expected = KernelStepper(copy.deepcopy(model), weights="bfloat16")
+    assert torch.equal(*(each.step([Feed(each.new_state(), PROMPT)])[0] for each in (stepper, expected)))
+
+
+def test_the_same_memory_in_another_order_is_other_weights(make_model):
+    model = make_model(n_embd=24, n_head=2, mlp_internal_dim_multiplier=2)
+    stepper = KernelStepper(model)
+    by_stepper(stepper)
+    weight = model.encoder_v[0].weight
+    assert weight.shape == (24, 24)
+    weight.data = weight.data.t()
+    agrees(model, stepper)
+
+
+def test_a_neuron_of_a_narrow_decoder_is_found_at_its_token(make_model):
+    model = make_model(n_embd=12)
+    stepper = KernelStepper(model)
+    state = stepper.new_state()
+    stepper.step([Feed(state, PROMPT)])
+    for neuron in range(20):
+        stepper.step([Feed(state, [9])])
+        model.decoder.weight.data[:, neuron] += 1
+        expected = KernelStepper(copy.deepcopy(model)).step([Feed(state.clone(), [4])])[0]
+        assert torch.equal(stepper.step([Feed(state, [4])])[0], expected)
+
+
+def test_weights_of_before_are_not_kept_in_memory(model):
+    by_stepper(KernelStepper(model, weights="bfloat16"))
+    former = weakref.ref(model.decoder.weight.untyped_storage())
+    model.double()
+    gc.collect()
+    assert former() is None
+
+
+@pytest.mark.parametrize("path", ["kernels", "torch"])
+def test_a_prefix_read_with_a_mixture_of_weights_is_not_stored(byte_model, tokenizer, path):
+    """As where a moving average is swapped in and out again between two steps of a prompt."""
+    engine = Engine(
+        byte_model, tokenizer, config=EngineConfig(path=path, prefix_cache_bytes=1 << 24, tokens_per_step=32)
+    )
+    params = SamplingParams(temperature=0, max_tokens=5)
+    first = {name: tensor.clone() for name, tensor in byte_model.state_dict().items()}
+    engine.add_request("a beginning " * 8, params)
+    engine.step()
+    byte_model.load_state_dict({name: -tensor for name, tensor in first.items()})
+    engine.step()
+    byte_model.load_state_dict(first)
+    while engine.has_work:
+        engine.step()
+    fresh = Engine(copy.deepcopy(byte_model), tokenizer, config=EngineConfig(path=path))
+    expected = fresh.generate("a beginning " * 8, params)[0][0].token_ids
+    assert engine.generate("a beginning " * 8, params)[0][0].token_ids == expected
+
+
+def test_prefixes_and_conversations_of_other_adapters_are_not_gone_on_with(byte_model, tokenizer):
+    config = peft.LoraConfig(r=2, target_modules=["decoder"], init_lora_weights=False)
+    adapted = peft.get_peft_model(byte_model, config).eval()
+    engine = Engine(byte_model, tokenizer, config=EngineConfig(prefix_cache_bytes=1 << 24))
+    params = SamplingParams(temperature=0, max_tokens=5)
+    prompt = "a beginning that is long enough to be stored with its state " * 2
+    with_adapter = engine.generate(prompt, params)[0][0].token_ids
+    chat = Conversation(make_stepper(byte_model), tokenizer, ChatOptions(temperature=0, max_tokens=5), plain=True)
+    list(chat.say("Hello"))
+    assert not chat._is_stale()
+    with adapted.disable_adapter():
+        assert chat._is_stale()
+        without = engine.generate(prompt, params)[0][0]
+        assert without.num_cached_tokens == 0
+        fresh = Engine(byte_model, tokenizer, config=EngineConfig())
+        assert without.token_ids == fresh.generate(prompt, params)[0][0].token_ids != with_adapter
+
+
+@pytest.mark.parametrize("path", ["kernels", "torch"])
+def test_a_snapshot_that_other_weights_have_read_is_read_again(byte_model, tokenizer, path):
+    engine = Engine(byte_model, tokenizer, config=EngineConfig(path=path))
+    params = SamplingParams(temperature=0, max_tokens=6)
+
+    def completion(**arguments):
+        engine.add_request(**arguments)
+        while engine.has_work:
+            for output in engine.step():
+                if output.completion is not None:
+                    return output.completion
+        raise AssertionError
+
+    begun = completion(prompt="Once upon", params=params, keep_snapshot=True)
+    set_data(byte_model)
+    found = completion(prompt=None, params=params, snapshot=begun.snapshot).token_ids
+    tokens = [*tokenizer("Once upon")["input_ids"], *begun.token_ids]
+    assert found == completion(prompt=tokens, params=params).token_ids
+
+
+def test_optimizers_step_in_one_thread_while_models_come_and_go_in_others(make_model):
+    """The list of models changed while it was gone through."""
+    model, errors, ends = make_model(), [], threading.Event()
+    by_stepper(KernelStepper(model))
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+
+    def come_and_go():
+        others = [make_model() for _ in range(20)]
+        while not ends.is_set():
+            for other in others:
+                recurrence_of(other)
+                forget_kernels(other)
+
+    thread = threading.Thread(target=come_and_go)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread.start()
+    try:
+        for _ in range(500):
+            optimizer.step()
+    except RuntimeError as error:
+        errors.append(error)
+    finally:
+        ends.set()
+        thread.join()
+        sys.setswitchinterval(interval)
+    assert errors == []
