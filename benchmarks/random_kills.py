@@ -157,7 +157,8 @@ def start_twice(run: Path, flags: list[str], wanted: int, steps: int, generator:
     """Trains to the end in so many rounds of two starts; returns what happened."""
     checkpointer = Checkpointer(run)
     refused = after = most = 0
-    # The moments are spread over half of a round, as much of which is the start of Python and PyTorch.
+    # Every other second start comes within a second; the rest is spread over half of a round, as most of the other
+    # half is the start of Python and PyTorch.
     span = 0.0
     for number in range(1, wanted + 1):
         stop = steps * number // wanted
@@ -165,7 +166,7 @@ def start_twice(run: Path, flags: list[str], wanted: int, steps: int, generator:
         line = command(run, [*flags, *resume, f"--train.stop_at_step={stop}"])
         began = time.monotonic()
         processes = [subprocess.Popen(line, stderr=subprocess.PIPE, text=True)]
-        second = began + generator.uniform(0, span)
+        second = began + generator.uniform(0, span if number % 2 else 1)
         while any(process.poll() is None for process in processes) or len(processes) == 1:
             most = max(most, writers(processes, run))
             if len(processes) == 1 and time.monotonic() >= second:
@@ -173,7 +174,7 @@ def start_twice(run: Path, flags: list[str], wanted: int, steps: int, generator:
             if len(processes) == 1 and processes[0].poll() is not None:
                 second = began
             time.sleep(0.002)
-        span = max(span, (time.monotonic() - began) / 2)
+        span = (time.monotonic() - began) / 2
         statuses = sorted(process.wait() for process in processes)
         said = "".join(process.stderr.read() for process in processes if process.stderr is not None)
         if statuses == [0, 2] and " is in use by process " in said:
