@@ -1,6 +1,7 @@
 """What becomes of a request, and of those beside it, where something fails."""
 
 import pytest
+import torch
 
 from bdh.generate.config import EngineConfig
 from bdh.generate.engine import Engine
@@ -233,3 +234,62 @@ def test_a_beginning_that_cannot_be_copied_is_dropped_and_counted(make_engine, m
     assert engine.stats().prefix_cache_bytes - before < engine.stepper.state_bytes
     assert engine.generate("abc" * 30, params)[0][0].token_ids == expected
     assert engine.generate("abd" * 30, params)[0][0].token_ids == other.token_ids
+
+
+@pytest.mark.parametrize("error", [MemoryError("not a byte"), KeyboardInterrupt()])
+def test_a_state_that_cannot_be_given_back_leaves_no_request_behind(engine, monkeypatch, error):
+    """The request had ended for its owner, but ran for ever, and its state was never free again."""
+
+    def failing(*arguments):
+        raise error
+
+    engine.add_request("Once", SamplingParams(max_tokens=3, temperature=0))
+    found = {}
+    with monkeypatch.context() as patch:
+        patch.setattr(StatePool, "give_back", failing)
+        for _ in range(20):
+            try:
+                found |= stepped(engine)
+            except KeyboardInterrupt:
+                patch.undo()
+    found |= drained(engine)
+    assert [completion.finish_reason for completion in found.values()] == ["length"]
+    stats = engine.stats()
+    assert (stats.running, stats.waiting, stats.state_bytes, engine.has_work) == (0, 0, 0, False)
+    assert engine.generate("Once", SamplingParams(max_tokens=3))[0][0].finish_reason == "length"
+
+
+def test_a_request_that_is_interrupted_while_it_is_admitted_reserves_nothing(engine, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    engine.add_request("Once", SamplingParams(n=2, max_tokens=3))
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "_begin", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    assert {completion.finish_reason for completion in drained(engine).values()} == {"error"}
+    assert engine.stats().state_bytes == 0
+
+
+@pytest.mark.parametrize("path", ["kernels", "torch"])
+def test_a_prompt_whose_beginning_cannot_be_looked_up_is_read(make_engine, monkeypatch, caplog, path):
+    engine, params = make_engine(path=path, prefix_cache_bytes=1 << 20), SamplingParams(max_tokens=4, temperature=0)
+    expected = engine.generate("abc" * 30, params)[0][0].token_ids
+    drained(engine)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._prefixes, "_mark_of_weights", no_memory)
+        found = engine.generate("abc" * 30, params)[0][0]
+        drained(engine)
+    assert found.token_ids == expected
+    assert "could not be looked up: not a byte" in caplog.text
+    assert engine.generate("abc" * 30, params)[0][0].token_ids == expected
+
+
+@pytest.mark.parametrize("settings", [{"path": "kernels"}, {"path": "torch"}, {"path": "torch", "window": 8}])
+def test_states_that_were_made_in_inference_mode_serve_outside_of_it(make_engine, settings):
+    engine, params = make_engine(prefix_cache_bytes=1 << 20, **settings), SamplingParams(max_tokens=4, temperature=0)
+    with torch.inference_mode():
+        expected = engine.generate("abc" * 30, params)[0][0].token_ids
+    found = engine.generate("abc" * 30, params)[0][0]
+    assert (found.finish_reason, found.token_ids) == ("length", expected)
