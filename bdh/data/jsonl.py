@@ -5,7 +5,7 @@ Each row is read alone, so only the wanted field of it matters: what the others 
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -83,7 +83,9 @@ class JsonReader:
         """
         for row in json_rows(self._path, self._encoding_errors, self._after, once=self._column):
             if self._strings is not None:
-                self._check_guess(row)
+                for name, value in row.value.items():
+                    if type(value) is str and name not in self._strings:
+                        raise self._wrong_guess(row, name)
             text = row.value.get(self._column)
             utf8 = row_text(text, self._column, row.where, self._encoding_errors, self._skipped)
             parts = list(split_document(utf8)) if utf8 else []
@@ -94,13 +96,11 @@ class JsonReader:
                 yield part
             self._after = row.after
 
-    def _check_guess(self, row: Row) -> None:
-        for name, value in row.value.items():
-            if isinstance(value, str) and name not in self._strings:  # type: ignore[operator]
-                raise ColumnError(
-                    f"{row.where}: set data.text_column, as column {name!r} holds a string too: {self._column!r} was guessed "
-                    "from the first rows, where it did not"
-                )
+    def _wrong_guess(self, row: Row, name: str) -> ColumnError:
+        return ColumnError(
+            f"{row.where}: set data.text_column, as column {name!r} holds a string too: {self._column!r} was guessed from "
+            "the first rows, where it did not"
+        )
 
 
 def json_column(path: Path, wanted: str | None, encoding_errors: str) -> str | None:
@@ -144,25 +144,25 @@ def json_rows(
             message has the line.
     """
     after = after or {}
-    ways = {json.dumps(once), json.dumps(once, ensure_ascii=False)}  # how its name may be written
+    origin = str(path)
+    is_twice = None if once is None else _twice_finder(once)
 
     def checked(value: Any, written: str, where: str) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise ValueError(f'{where} is {value!r:.80}: must be an object, such as {{"text": "..."}}')
-        # It mostly stands there once; where it does not, it may be in another field.
-        if once and sum(map(written.count, ways)) > 1 and _keys(written, where).count(once) > 1:
+        if is_twice is not None and is_twice(value, written, where):
             raise ValueError(f"{where}: column {once!r} is given twice: give it once")
         return value
 
     if not ("row" in after or _is_array(path, encoding_errors)):
         for line in text_lines(path, encoding_errors, after.get("offset", 0), after.get("line", 1)):
-            where = f"{path}, line {line.number}"
+            where = f"{origin}, line {line.number}"
             value = checked(parse_line(line.text, where), line.text, where)
             yield Row(value, where, {"offset": line.end, "line": line.number + 1})
         return
     for number, (value, written, line_number) in enumerate(_values(path, encoding_errors), start=1):
         if number > after.get("row", 0):
-            where = f"{path}, row {number}, line {line_number}"
+            where = f"{origin}, row {number}, line {line_number}"
             row = {"text": value} if isinstance(value, str) else value  # an array may hold nothing but texts
             yield Row(checked(row, written, where), where, {"row": number})
 
@@ -269,6 +269,24 @@ def _decode(text: str, at: int) -> tuple[Any, int]:
         raise
     except ValueError:  # a number of more digits than Python makes an int of
         return _INTEGERS_AS_FLOATS.raw_decode(text, at)
+
+
+def _twice_finder(name: str) -> Callable[[dict[str, Any], str, str], bool]:
+    """Tells of an object, the way it is written, and where that is, whether it has the name twice. Quick where not."""
+    ways = {json.dumps(name), json.dumps(name, ensure_ascii=False)}
+    names = re.compile(f"(?:{'|'.join(map(re.escape, ways))})[ \\t\\n\\r]*:")
+    quoted = ways.pop() if len(ways) == 1 else '"'
+
+    def is_twice(value: dict[str, Any], written: str, where: str) -> bool:
+        # The value that was kept is the last one: an earlier name has at least its length after it, the name too.
+        kept = value.get(name)
+        end = len(written) - len(kept) if isinstance(kept, str) else len(written)
+        first = written.find(quoted, 0, end)
+        if written.find(quoted, first + 1, end) < 0 or len(names.findall(written)) < 2:
+            return False
+        return _keys(written, where).count(name) > 1
+
+    return is_twice
 
 
 def _keys(text: str, where: str) -> list[str]:
