@@ -40,6 +40,32 @@ def test_other_encodings_are_named(tmp_path, encoding):
         read_text(tmp_path / "t")
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize(
+    "text", ["some text", "ab", '{"text": "one"}\n' * 100, "Жар-птица, да", "\n\u0391\u03b2\u03b3 \u03b4"]
+)
+def test_other_encodings_are_recognised_without_a_mark(tmp_path, text, encoding):
+    """Its NULs were taken for text."""
+    (tmp_path / "t").write_text(text, encoding=encoding, newline="")
+    name = encoding.upper().removesuffix("-LE").removesuffix("-BE") + encoding[-2:].upper()
+    with pytest.raises(ValueError, match=rf"t seems to be {name}.*must be UTF-8.*iconv -f {name} -t UTF-8"):
+        read_text(tmp_path / "t")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a", "a\0", "\n\n\n\n", "a\tb\tc\td\t", "a\0b", "one\0two\0three\0four", "\ta\nb\rc\td", "Ж", "日本"]
+)
+def test_utf8_with_control_characters_is_utf8(tmp_path, text):
+    (tmp_path / "t").write_bytes(text.encode())
+    assert read_text(tmp_path / "t") == text.replace("\r", "\n")
+
+
+def test_many_nuls_are_no_text(tmp_path):
+    (tmp_path / "t").write_bytes(b"\0" * 1000)
+    with pytest.raises(ValueError, match="t seems to be UTF-"):
+        read_text(tmp_path / "t")
+
+
 def test_prompts_begin_after_a_mark(tmp_path):
     """The first prompt began with U+FEFF; a .jsonl file was refused as no JSON."""
     assert [job.prompt for job in read_jobs(marked(tmp_path / "t.txt", "one\ntwo"), SamplingParams())] == ["one", "two"]

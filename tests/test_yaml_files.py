@@ -1,5 +1,6 @@
 """What PyYAML drops or misreads without a word is a fault, with the lines where it is."""
 
+import re
 from pathlib import Path
 from unittest.mock import ANY
 
@@ -139,15 +140,76 @@ def test_a_fault_behind_an_anchor_is_reported_once():
     assert len(read("a: &x {b: 1, c: }\nd: {<<: *x}\ne: [*x, *x]\n")[1]) == 1
 
 
-def test_a_list_that_holds_itself_ends():
-    document, found = read("a: &x [*x]\n")
-    assert found == []
-    assert document.tree["a"][0] is document.tree["a"]
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("data: &a\n  mix: [*a]\n", "data contains itself, as data.mix[0]: write out what is meant (a.yaml, line 1)"),
+        ("a: 1\nb: &x [*x]\n", "b contains itself, as b[0]: write out what is meant (a.yaml, line 2)"),
+        ("a: &x\n  b: *x\n", "a contains itself, as a.b: write out what is meant (a.yaml, lines 1 and 2)"),
+        ("&x {a: *x}\n", "the document contains itself, as a: write out what is meant (a.yaml, line 1)"),
+        ("a: &x {<<: *x, b: 1}\n", "a contains itself, as a.<<: write out what is meant (a.yaml, line 1)"),
+        ("a: &x {<<: [*x, {c: 2}], b: 1}\n", "a contains itself, as a.<<[0]: write out what is meant (a.yaml, line 1)"),
+        ("a: &x {b: *x, b: {c: 1}}\n", "a.b is given twice: give it once (a.yaml, line 1)"),
+        ("a: 1\n? &x [*x]\n: 1\n", "a name is a list: must be text (a.yaml, line 2)"),
+        ("a:\n  ? {b: 1}\n  : 1\n", "a name under a is a mapping: must be text (a.yaml, line 2)"),
+    ],
+)
+def test_a_value_that_contains_itself_is_a_fault(text, fault):
+    """Settings ended in a RecursionError."""
+    document, found = read(text)
+    assert found[0] == fault
+    assert repr(document.tree).count("[...]") == repr(document.tree).count("{...}") == 0
+
+
+def test_aliases_do_not_multiply_without_end():
+    """A file of a few lines made lists of a billion values."""
+    for one in ("[{}]", "{{<<: [{}]}}"):
+        first = "[x]" if one == "[{}]" else "{x: 1}"
+        levels = [f"a{i}: &a{i} {one.format(', '.join([f'*a{i - 1}'] * 10))}" for i in range(1, 40)]
+        document, found = read("\n".join([f"a0: &a0 {first}", *levels]))
+        assert len(found) == 1
+        assert re.fullmatch(
+            r"a\d\S* repeats too much: aliases may add 10000 values to a file \(a.yaml, line \d\)", found[0]
+        )
+        assert len(repr(document.tree)) < 10_000_000
+
+
+@pytest.mark.parametrize("num_levels", [51, 100, 100_000])
+@pytest.mark.parametrize("form", ["[]", "- "])
+def test_deep_nesting_is_a_fault(tmp_path, num_levels, form):
+    """It was a RecursionError, here or where the settings were made."""
+    path = tmp_path / "a.yaml"
+    path.write_text("[" * num_levels + "]" * num_levels if form == "[]" else form * num_levels + "1")
+    faults = Faults()
+    if num_levels > 100:
+        with pytest.raises(ValueError, match=r"a.yaml is not YAML that can be read: it is nested too deeply$"):
+            read_yaml(path, faults)
+    else:
+        document = read_yaml(path, faults)
+        assert faults.found == [f"{'[0]' * 50} is nested too deeply: at most 50 levels ({path}, line 1)"]
+        assert repr(document.tree) == f"{'[' * 50}{WRONG!r}{']' * 50}"
+
+
+def test_deep_nesting_by_aliases_is_a_fault():
+    _, found = read("\n".join(["a0: &a0 [1]", *(f"a{i}: &a{i} [*a{i - 1}]" for i in range(1, 2000))]))
+    assert found[0] == "a49[0] is nested too deeply: at most 50 levels (a.yaml, line 49)"
 
 
 def test_the_lines_of_all_names_are_known():
     document, _ = read("a:\n  b: 1\n\n  c:\n  - 2\n  - d: 3\n")
-    assert document.lines == {"": 1, "a": 1, "a.b": 2, "a.c": 4, "a.c[0]": 5, "a.c[1]": 6, "a.c[1].d": 6}
+    assert document.lines == {
+        "": [1],
+        "a": [1],
+        "a.b": [2],
+        "a.c": [4],
+        "a.c[0]": [5],
+        "a.c[1]": [6],
+        "a.c[1].d": [6],
+    }
+
+
+def test_what_is_written_without_quotes_is_known_where_it_is_no_text():
+    assert read("a: no\nb: {c: [0x10, 'no', x], d: !!str 1, e: '1'}\n")[0].written == {"a": "no", "b.c[0]": "0x10"}
 
 
 @pytest.mark.parametrize(
@@ -158,7 +220,9 @@ def test_the_lines_of_all_names_are_known():
         (b"a: 1\n---\nb: 2\n", r"a.yaml, line 2 is not YAML: but found another document"),
         (b"a: \x00\n", r"a.yaml is not YAML: unacceptable character #x0000: special characters are not allowed"),
         (b"a: !!python/name:os.system\n", r"a.yaml, line 1 is not YAML: could not determine a constructor"),
-        (b"\xff\xfea\x00", r"a.yaml is not UTF-8 text: byte 0"),
+        (b"a: \xff\n", r"a.yaml is not UTF-8: byte 3 is 0xFF"),
+        ("a: 1".encode("utf-16"), r"a.yaml is UTF-16, as its first bytes say"),
+        ("a: 1".encode("utf-16-le"), r"a.yaml seems to be UTF-16LE.*must be UTF-8"),
     ],
 )
 def test_what_is_no_yaml_is_named_in_one_line(tmp_path, content, message):
@@ -202,7 +266,7 @@ def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path):
 def test_what_is_written_is_read_back(text, style):
     """PyYAML writes a run's prompt of None or 08 without quotes."""
     tree = {"a": text, "b": [text, None, 0, 8, 0.1, 1e-7, True], text or "c": {"d": text}}
-    assert read(dump_yaml(tree, default_flow_style=style)) == (YamlDocument(tree, ANY), [])
+    assert read(dump_yaml(tree, default_flow_style=style)) == (YamlDocument(tree, ANY, ANY), [])
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from docstring_parser import parse_from_object
 from jsonargparse import ArgumentError, ArgumentParser
 
 from bdh.validation import Faults, collect_faults
-from bdh.yaml_files import WRONG, dump_yaml, parse_yaml, read_yaml
+from bdh.yaml_files import WRONG, YamlDocument, dump_yaml, lines_in_words, parse_yaml, read_yaml
 
 SettingsType = TypeVar("SettingsType")
 _MISSING = dataclasses.MISSING
@@ -49,6 +49,10 @@ class _Given:
     value: Any
     place: str = ""
     """File and line."""
+    shown: str = ""
+    """How a file has it, where that is not as Python would show it."""
+    quotable: str = ""
+    """What in it would be text in quotes, as a file has it."""
 
 
 class _Leaves(dict[str, _Leaf]):
@@ -94,7 +98,8 @@ def parse_settings(
         raise SystemExit(0)
 
     faults = Faults()
-    raw = _flattened(base or {}, leaves, "the run's stored configuration", {}, faults)
+    stored = YamlDocument(base or {})
+    raw = _flattened(stored, leaves, "the run's stored configuration", faults)
     raw |= command_line.raw_values(faults)
     values = _all_converted(raw, leaves, faults)
     required = [leaf for leaf in leaves.values() if leaf.default is _MISSING]
@@ -172,8 +177,7 @@ class _CommandLine:
         """The values of the files in their order, and over them those of the flags."""
         raw: dict[str, _Given] = {}
         for path in self.config_files:
-            tree, lines = _read_config(Path(path), faults)
-            raw |= _flattened(tree, self._leaves, path, lines, faults)
+            raw |= _flattened(_read_config(Path(path), faults), self._leaves, path, faults)
         faults.found.extend(self.faults)
         return raw | {name: _Given(value) for name, value in self.values.items()}
 
@@ -266,8 +270,8 @@ def _helps(settings_class: Any) -> dict[str, str]:
     return helps
 
 
-def _read_config(path: Path, faults: Faults) -> tuple[Mapping[str, Any], Mapping[str, int]]:
-    """The settings of a file, and the lines where they stand."""
+def _read_config(path: Path, faults: Faults) -> YamlDocument:
+    """A file of settings."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no configuration file {path}")
     document = read_yaml(path, faults)
@@ -276,25 +280,27 @@ def _read_config(path: Path, faults: Faults) -> tuple[Mapping[str, Any], Mapping
         raise ValueError(f"{path} is empty: a configuration file holds at least one setting")
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}: must hold settings, as `name: value`")
-    return content, document.lines
+    return document
 
 
-def _flattened(
-    tree: Mapping[Any, Any], leaves: _Leaves, origin: str, lines: Mapping[str, int], faults: Faults
-) -> dict[str, _Given]:
-    """The settings of a tree by their dotted names, without those that are among the faults already."""
+def _flattened(document: YamlDocument, leaves: _Leaves, origin: str, faults: Faults) -> dict[str, _Given]:
+    """The settings of a document by their dotted names, without those that are among the faults already."""
     flat: dict[str, _Given] = {}
     sections = {name.rpartition(".")[0] for name in leaves} - {""}
 
     def walk(branch: Mapping[Any, Any], prefix: str) -> None:
         for key, value in branch.items():
             name = f"{prefix}{key}"
-            place = f"{origin}, line {lines[name]}" if name in lines else origin
+            lines = document.lines.get(name)
+            place = f"{origin}, line {document.lines[name][-1]}" if lines else origin
             if key is WRONG or _holds_wrong(value):
                 if name in sections and isinstance(value, dict):
                     walk(value, f"{name}.")
             elif name in leaves:
-                flat[name] = _Given(value, place)
+                if name in flat:
+                    where = f"{origin}, {lines_in_words(sorted(lines))}" if lines else origin
+                    faults.add(f"{name} is given twice: give it once ({where})")
+                flat[name] = _Given(value, place, *_as_written(name, value, document))
             elif name in sections and isinstance(value, dict):
                 walk(value, f"{name}.")
             elif name in sections:
@@ -302,8 +308,17 @@ def _flattened(
             else:
                 faults.add(f"{name} is not a setting{_suggestion(name, leaves)} ({place})")
 
-    walk(tree, "")
+    walk(document.tree, "")
     return flat
+
+
+def _as_written(name: str, value: Any, document: YamlDocument) -> tuple[str, str]:
+    """How a value is written, and what in it would be text in quotes; nothing where it is as Python would show it."""
+    if len(document.lines.get(name, ())) > 1:
+        return "", ""  # which of them it is cannot be told
+    inside = [f"{name}[{index}]" for index in range(len(value))] if isinstance(value, list) else []
+    shown = document.written.get(name, "") if value is not None else ""
+    return shown, shown or next((document.written[each] for each in inside if each in document.written), "")
 
 
 def _holds_wrong(value: Any) -> bool:
@@ -356,7 +371,8 @@ def _converted(leaf: _Leaf, given: _Given, faults: Faults) -> Any:
     except (ArgumentError, OverflowError):
         pass
     place = f" ({given.place})" if given.place else ""
-    faults.add(f"{leaf.name} is {_shown(given.value)}: must be {_in_words(leaf.type)}{place}")
+    hint = f"; put it in quotes if it is text: '{given.quotable}'" if given.quotable and _holds_text(leaf.type) else ""
+    faults.add(f"{leaf.name} is {given.shown or _shown(given.value)}: must be {_in_words(leaf.type)}{hint}{place}")
     return _MISSING
 
 

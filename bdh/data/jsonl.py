@@ -5,14 +5,14 @@ Each row is read alone, so only the wanted field of it matters: what the others 
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from bdh.data.parts import Part, Skipped, split_document
 from bdh.data.readers import State, file_chunks, not_utf8, row_text, text_start
-from bdh.data.tables import PEEKED_ROWS, choose_column
+from bdh.data.tables import PEEKED_ROWS, ColumnError, choose_column
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 _DECODER = json.JSONDecoder()
@@ -39,18 +39,34 @@ class Row(NamedTuple):
     """Where :func:`json_rows` goes on with the next one."""
 
 
+class GuessedColumn(str):
+    """The name of a field that the first rows of a file tell to be the one of the text."""
+
+    strings: frozenset[str]
+    """Those that held a string in these rows."""
+
+    def __new__(cls, name: str, strings: Iterable[str]) -> Self:
+        column = super().__new__(cls, name)
+        column.strings = frozenset(strings)
+        return column
+
+
 class JsonReader:
     """The rows of a JSON file, one document each."""
 
     def __init__(self, path: Path, column: str, encoding_errors: str, skipped: Skipped, state: State | None = None):
         """
+        Args:
+            column: field of the text. If it is a :class:`GuessedColumn`, no other one may come to hold a string.
+
         Raises:
             ValueError: the state was stored before rows of JSON files were read in this way.
         """
         if state and "rows" in state:
             raise ValueError(f"{path}: the position in it was stored by an earlier version of bdh, and cannot be used")
         self._path = path
-        self._column = column
+        self._column = str(column)
+        self._strings = column.strings if isinstance(column, GuessedColumn) else None
         self._encoding_errors = encoding_errors
         self._skipped = skipped
         self._after: State = dict(state) if state else {}  # the last row that was given as a whole
@@ -62,9 +78,14 @@ class JsonReader:
     def __iter__(self) -> Iterator[Part]:
         """
         Raises:
-            ValueError: a row is no JSON object, or its column holds something else than text.
+            ColumnError: the column was guessed, and another one holds a string, as none of the first rows has it.
+            ValueError: a row is no JSON object, or its column is given twice or holds something else than text.
         """
-        for row in json_rows(self._path, self._encoding_errors, self._after):
+        for row in json_rows(self._path, self._encoding_errors, self._after, once=self._column):
+            if self._strings is not None:
+                for name, value in row.value.items():
+                    if type(value) is str and name not in self._strings:
+                        raise self._wrong_guess(row, name)
             text = row.value.get(self._column)
             utf8 = row_text(text, self._column, row.where, self._encoding_errors, self._skipped)
             parts = list(split_document(utf8)) if utf8 else []
@@ -75,9 +96,15 @@ class JsonReader:
                 yield part
             self._after = row.after
 
+    def _wrong_guess(self, row: Row, name: str) -> ColumnError:
+        return ColumnError(
+            f"{row.where}: set data.text_column, as column {name!r} holds a string too: {self._column!r} was guessed from "
+            "the first rows, where it did not"
+        )
+
 
 def json_column(path: Path, wanted: str | None, encoding_errors: str) -> str | None:
-    """The field that holds the text, or None if there is not a single row.
+    """The field that holds the text, or None if there is not a single row. If none is wanted, a :class:`GuessedColumn`.
 
     The first rows tell, and as many more as it takes to find the wanted one, or any that holds strings.
 
@@ -94,31 +121,50 @@ def json_column(path: Path, wanted: str | None, encoding_errors: str) -> str | N
             types.setdefault(name, set()).add(type(value))
         if wanted is None and number >= PEEKED_ROWS and any(str in found for found in types.values()):
             break
-    return choose_column(types, wanted, str(path)) if number else None
+    if not number:
+        return None
+    return GuessedColumn(
+        choose_column(types, wanted, str(path)), (name for name, found in types.items() if str in found)
+    )
 
 
-def json_rows(path: Path, encoding_errors: str, after: State | None = None) -> Iterator[Row]:
+def json_rows(
+    path: Path, encoding_errors: str, after: State | None = None, *, once: str | None = None
+) -> Iterator[Row]:
     """The objects of a file, or those after a row.
 
     Where each line is an object, one line is read after the other. A file of another form (its first line is no object
     of its own) is held in memory as a whole.
 
+    Args:
+        once: a field that no object may have twice.
+
     Raises:
-        ValueError: the text is not UTF-8, not JSON, or something else than objects; the message has the line.
+        ValueError: the text is not UTF-8, not JSON, or something else than objects, or an object has a field twice; the
+            message has the line.
     """
     after = after or {}
+    origin = str(path)
+    is_twice = None if once is None else _twice_finder(once)
+
+    def checked(value: Any, written: str, where: str) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            raise ValueError(f'{where} is {value!r:.80}: must be an object, such as {{"text": "..."}}')
+        if is_twice is not None and is_twice(value, written, where):
+            raise ValueError(f"{where}: column {once!r} is given twice: give it once")
+        return value
+
     if not ("row" in after or _is_array(path, encoding_errors)):
         for line in text_lines(path, encoding_errors, after.get("offset", 0), after.get("line", 1)):
-            where = f"{path}, line {line.number}"
-            yield Row(
-                _checked(parse_line(line.text, where), where), where, {"offset": line.end, "line": line.number + 1}
-            )
+            where = f"{origin}, line {line.number}"
+            value = checked(parse_line(line.text, where), line.text, where)
+            yield Row(value, where, {"offset": line.end, "line": line.number + 1})
         return
-    for number, (value, line_number) in enumerate(_values(path, encoding_errors), start=1):
+    for number, (value, written, line_number) in enumerate(_values(path, encoding_errors), start=1):
         if number > after.get("row", 0):
-            where = f"{path}, row {number}, line {line_number}"
+            where = f"{origin}, row {number}, line {line_number}"
             row = {"text": value} if isinstance(value, str) else value  # an array may hold nothing but texts
-            yield Row(_checked(row, where), where, {"row": number})
+            yield Row(checked(row, written, where), where, {"row": number})
 
 
 def text_lines(path: Path, encoding_errors: str, offset: int = 0, number: int = 1) -> Iterator[Line]:
@@ -180,8 +226,8 @@ def _is_array(path: Path, encoding_errors: str) -> bool:
     return False
 
 
-def _values(path: Path, encoding_errors: str) -> Iterator[tuple[Any, int]]:
-    """The elements of an array, or values one behind the other; each with the number of its line."""
+def _values(path: Path, encoding_errors: str) -> Iterator[tuple[Any, str, int]]:
+    """The elements of an array, or values one after the other; each with how it is written and the number of its line."""
     start = text_start(path)
     utf8 = b"".join(file_chunks(path, start))
     try:
@@ -206,9 +252,10 @@ def _values(path: Path, encoding_errors: str) -> Iterator[tuple[Any, int]]:
                     raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
                 at = _end_of_space(text, at + 1)
             line, counted = line + text.count("\n", counted, at), at
-            value, at = _decode(text, at)
+            begin = at
+            value, at = _decode(text, begin)
             has_begun = True
-            yield value, line
+            yield value, text[begin:at], line
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}, column {error.colno} is not JSON: {error.msg}") from error
     except RecursionError as error:
@@ -224,11 +271,38 @@ def _decode(text: str, at: int) -> tuple[Any, int]:
         return _INTEGERS_AS_FLOATS.raw_decode(text, at)
 
 
+def _twice_finder(name: str) -> Callable[[dict[str, Any], str, str], bool]:
+    """Tells of an object, the way it is written, and where that is, whether it has the name twice. Quick where not."""
+    ways = {json.dumps(name), json.dumps(name, ensure_ascii=False)}
+    names = re.compile(f"(?:{'|'.join(map(re.escape, ways))})[ \\t\\n\\r]*:")
+    quoted = ways.pop() if len(ways) == 1 else '"'
+
+    def is_twice(value: dict[str, Any], written: str, where: str) -> bool:
+        # The value that was kept is the last one: an earlier name has at least its length after it, the name too.
+        kept = value.get(name)
+        end = len(written) - len(kept) if isinstance(kept, str) else len(written)
+        first = written.find(quoted, 0, end)
+        if written.find(quoted, first + 1, end) < 0 or len(names.findall(written)) < 2:
+            return False
+        return _keys(written, where).count(name) > 1
+
+    return is_twice
+
+
+def _keys(text: str, where: str) -> list[str]:
+    """The names in an object, without those in the objects inside of it."""
+    pairs: list[tuple[str, Any]] = []
+
+    def keep(found: list[tuple[str, Any]]) -> None:
+        nonlocal pairs
+        pairs = found  # the outermost object ends last
+
+    try:
+        json.JSONDecoder(object_pairs_hook=keep, parse_int=float).raw_decode(text, _end_of_space(text, 0))
+    except RecursionError as error:
+        raise ValueError(f"{where} is not JSON that can be read: it is nested too deeply") from error
+    return [name for name, _ in pairs]
+
+
 def _end_of_space(text: str, at: int) -> int:
     return _SPACE.match(text, at).end()  # type: ignore[union-attr]
-
-
-def _checked(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f'{where} is {value!r:.80}: must be an object, such as {{"text": "..."}}')
-    return value

@@ -342,7 +342,7 @@ def test_true_is_no_text(tmp_path):
         fault.split(": must be text")[0].split(": must be a list of texts")[0]
         for fault in faults_of("cake", "--config", path)
     ] == [
-        "oven.note is False",
+        "oven.note is off",
         "oven.racks is ['top', False]",
         "oven.label is 1.5",
     ]
@@ -521,3 +521,57 @@ def test_no_two_results_share_what_a_default_holds():
     first, second = (parse_settings(Flat, [], prog="p", description="d") for _ in range(2))
     first.room.shelf.pages.append(8)
     assert second == Flat()
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("oven.heat: 10\noven:\n  heat: 20\n", "lines 1 and 3"),
+        ("oven:\n  heat: 20\n\noven.heat: 10\n", "lines 2 and 4"),
+        ("oven: {heat: 20}\noven.heat: 20\n", "lines 1 and 2"),
+        ("oven.weights: {a: 1}\noven:\n  weights: {b: 2}\n", "lines 1 and 3"),
+    ],
+)
+def test_a_setting_is_given_once_with_its_section_and_with_a_dot(tmp_path, text, lines):
+    """The last one counted without a word."""
+    path = written(tmp_path, "a.yaml", text)
+    name = "oven.weights" if "weights" in text else "oven.heat"
+    assert faults_of("cake", "--config", path) == [f"{name} is given twice: give it once ({path}, {lines})"]
+
+
+def test_a_section_may_be_given_in_both_ways(tmp_path):
+    path = written(tmp_path, "a.yaml", "oven.heat: 10\noven: {mode: grill}\n")
+    assert parse("cake", "--config", path).oven == Oven(heat=10, mode="grill")
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("note: no", "note is no: must be text, or null; put it in quotes if it is text: 'no'"),
+        ("door: 0x10", "door is 0x10: must be text, or a list of texts: a flag for each, or [a, b] in a file; "
+         "put it in quotes if it is text: '0x10'"),
+        ("racks: [top, off]", "racks is ['top', False]: must be a list of texts: a flag for each, or [a, b] in a file; "
+         "put it in quotes if it is text: 'off'"),
+        ("heat: yes", "heat is yes: must be a number"),
+        ("minutes: 1.50", "minutes is 1.50: must be a whole number, or null"),
+    ],
+)  # fmt: skip
+def test_a_value_is_shown_as_it_is_written(tmp_path, text, fault):
+    """`no` was shown as False."""
+    path = written(tmp_path, "a.yaml", f"oven:\n  {text}\n")
+    assert faults_of("cake", "--config", path) == [f"oven.{fault} ({path}, line 2)"]
+
+
+def test_a_section_that_contains_itself_is_a_fault(tmp_path):
+    """It was a RecursionError."""
+    path = written(tmp_path, "a.yaml", "oven: &a\n  weights: {a: *a}\n  racks: [*a]\n")
+    assert faults_of("cake", "--config", path) == [
+        f"oven contains itself, as oven.weights.a: write out what is meant ({path}, lines 1 and 2)",
+        f"oven contains itself, as oven.racks[0]: write out what is meant ({path}, line 1)",
+    ]
+
+
+@pytest.mark.parametrize("value", ["[" * 60 + "]" * 60, "[" * 10_000, "&a [*a]"])
+def test_a_flag_that_is_nested_without_end_is_a_fault(value):
+    (fault,) = faults_of("cake", "--oven.trays", value)
+    assert fault.startswith("oven.trays")

@@ -169,3 +169,72 @@ def test_a_long_line_is_read_in_time_that_grows_with_it(tmp_path):
     path = written(tmp_path / "t.jsonl", [{"text": "x" * 40_000_000}, {"text": "y"}])
     texts = [len(row.value["text"]) for row in islice(json_rows(path, "strict"), 2)]
     assert texts == [40_000_000, 1]
+
+
+@pytest.mark.parametrize("form", ["lines", "array", "over lines"])
+@pytest.mark.parametrize("row", [
+    '{"text": "first", "text": "second"}',
+    '{"text": null, "n": {"text": 1}, "text" : "second"}',
+    '{"text": "same", "text": "same"}',
+])  # fmt: skip
+def test_a_field_that_is_given_twice_is_a_fault(tmp_path, corpus_of, form, row):
+    """The second one was trained on without a word."""
+    before, after = '{"text": "one \\"text\\": 1"}', '{"text": "two"}'
+    name, text, line = {
+        "lines": ("t.jsonl", f"{before}\n{row}\n{after}\n", "line 2"),
+        "array": ("t.json", f"[{before},\n\n{row}, {after}]", "row 2, line 3"),
+        "over lines": ("t.json", f"{{\n{before[1:]}\n{row}\n", "row 2, line 3"),
+    }[form]
+    path = write_text(tmp_path / name, text)
+    for column in (None, "text"):
+        with pytest.raises(ValueError, match=r"column 'text' is given twice: give it once") as caught:
+            corpus_of(path, text_column=column)
+        assert str(caught.value).startswith(f"{path}, {line}: ")
+
+
+@pytest.mark.parametrize("column", ["text", 'a "b" \\ ü'])
+def test_a_field_is_given_once_where_its_name_stands_elsewhere_too(tmp_path, corpus_of, column):
+    rows = [
+        {column: "one", "type": column, "other": column},
+        {column: "two", "meta": {column: "three"}, "list": [{column: 1}, {column: 2}]},
+        {column: f'"{column}": 1, "{column}": 2'},
+        {"meta": {column: 1}, "other": column},
+    ]
+    for name in ("t.jsonl", "t.json"):
+        path = write_text(tmp_path / name, "\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+        assert documents_of(corpus_of(path, text_column=column)) == [row[column] for row in rows[:3]]
+
+
+def test_a_field_whose_name_needs_escapes_is_given_once(tmp_path, corpus_of):
+    path = write_text(tmp_path / "t.jsonl", r'{"a\"\u00fc": "one", "a\"ü": "two"}')
+    with pytest.raises(ValueError, match=r"t.jsonl, line 1: column 'a\"ü' is given twice"):
+        corpus_of(path, text_column='a"ü')
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(("first", "later", "field"), [
+    ({"title": "a title", "text": None}, {"title": "b", "text": "words"}, "text"),
+    ({"title": "a title"}, {"title": "b", "text": "words"}, "text"),
+    ({"title": "a title", "id": 1}, {"title": "b", "id": "b1"}, "id"),
+])  # fmt: skip
+def test_a_guessed_field_is_no_guess_when_another_holds_text_later(tmp_path, corpus_of, first, later, field, streaming):
+    """A file whose first 100 rows have no text was trained on its titles, without a word."""
+    path = written(tmp_path / "t.jsonl", [first] * 120 + [later] * 2)
+    message = (
+        f"{path}, line 121: set data.text_column, as column '{field}' holds a string too: 'title' was guessed from the "
+        "first rows, where it did not"
+    )
+    settings = {"streaming": True, "val_tokens": 1, "block_size": 8} if streaming else {}
+    with pytest.raises(ValueError, match=r"\S") as caught:
+        a_pass(corpus_of(path, **settings))
+    assert str(caught.value).startswith(message)
+    chosen = a_pass(corpus_of(path, text_column="title", **settings)) if streaming else None
+    assert chosen is None or b"a title" in chosen
+    if not streaming:
+        assert documents_of(corpus_of(path, text_column="title")) == ["a title"] * 120 + ["b"] * 2
+
+
+def test_fields_that_held_strings_beside_others_when_it_was_guessed_stay_known(tmp_path, corpus_of):
+    rows = [{"text": "one", "id": "a"}, {"text": "two", "id": 1}] * 60 + [{"text": "three", "id": "b"}]
+    path = written(tmp_path / "t.jsonl", rows)
+    assert documents_of(corpus_of(path)) == [row["text"] for row in rows]
