@@ -165,6 +165,11 @@ class CsvReader:
                     "one row, of which quotes enclose a field, or as many rows. Set data.csv_quoting=true if quotes enclose "
                     "fields; or data.csv_quoting=false if they are characters like any other"
                 )
+            if layout.format.has_escapes and any(each.rstrip("\r\n").endswith("\\") for each in lines[:-1]):
+                raise ValueError(
+                    f"{self._path}, line {line}: a line in quotes ends with a backslash, and it cannot be told whether that is "
+                    "part of the text, as the quotes in this file have backslashes before them: write it with quotes doubled"
+                )
             fits = layout.fits(fields)
             if not fits and not self._skips_bad_rows:
                 raise self._misfit(line, fields)
@@ -266,18 +271,22 @@ def find_layout(path: Path, wanted: str | None, encoding_errors: str, settings: 
     asks = (
         f"If its first line, {first_line!r:.60}, is a row, set data.csv_header=false, which calls the columns 1, 2, ..."
     )
+    others = [
+        repr(each) for each in _DELIMITERS if len(names) == 1 and each in first_line and settings.delimiter is None
+    ]
+    separated = f". If its fields are separated by {' or '.join(others)}, set data.csv_delimiter" if others else ""
     try:
         name = choose_column({name: {_type(values)} for name, values in columns.items()}, wanted, str(path))
     except ColumnError as error:
         is_sure = not has_header or settings.header or (wanted is None and all(map(_is_name, names)))
-        raise error if is_sure else ColumnError(f"{error}. {asks}") from None
+        raise error if is_sure else ColumnError(f"{error}. {asks}{separated}") from None
     if names.count(name) > 1:
         raise ColumnError(f"{path}: {names.count(name)} columns have the name {name!r}: it must be one only")
     if wanted is None and settings.header is None and _may_be_row(names, name, columns[name]):
         raise ColumnError(
             f"{path}: it cannot be told whether its first line, {first_line!r:.60}, is a header or a row. Set "
             f"data.text_column, to {name!r} if that is the name of a column; or data.csv_header=false, which calls the "
-            "columns 1, 2, ..."
+            f"columns 1, 2, ...{separated}"
         )
     first_text = next((text for text in columns[name] if text), "")
     numbers = tuple(index for index, each in enumerate(names) if _type(columns[each]) is float)
@@ -298,6 +307,8 @@ def _find_format(
         delimiters = tuple(filter(None, (settings.delimiter or separator,))) or _DELIMITERS
         if delimiters == _DELIMITERS and path.name.lower().removesuffix(compression(path)).endswith(".tsv"):
             delimiters = ("\t",)
+        # One that is nowhere separates nothing.
+        delimiters = delimiters[:1] + tuple(each for each in delimiters[1:] if any(each in line for line in sample))
         tried = {each: _tried(sample, each, is_whole, settings) for each in delimiters}
         lacks_rows = any(
             each.is_unfinished and not each.rows[has_header:] for found in tried.values() for each in found
@@ -340,11 +351,11 @@ def _tried(sample: list[str], delimiter: str, is_whole: bool, settings: CsvSetti
         before_quotes = re.compile(rf'^ +"|{re.escape(delimiter)} +"')
         if any(before_quotes.search(line) for line in sample if ' "' in line):
             spaced = tried(replace(plain, has_spaces=True))
-            if spaced.is_right and spaced.share >= found[0].share:
+            if not spaced.is_malformed and spaced.share >= found[0].share:
                 found = [spaced]
         if any('\\"' in line for line in sample):
             escaped = tried(replace(plain, has_escapes=True))
-            if escaped.is_right and escaped.share > found[0].share:
+            if not escaped.is_malformed and escaped.share > found[0].share:
                 found = [escaped]
     # Between tabs, quotes are often characters like any other.
     if settings.quoting is False or (settings.quoting is None and delimiter == "\t"):
@@ -359,9 +370,9 @@ class _Candidate:
         self.format = format
         self.rows: list[list[str]] = []
         """Up to the first one that is malformed."""
-        self.is_unfinished = False
-        """Whether the last row may go on after the sample."""
-        num_row_lines, num_blank, is_malformed = [], 0, False
+        self.is_malformed = self.is_unfinished = False
+        """Whether a row is malformed; and whether the last one may go on after the sample."""
+        num_row_lines, num_blank = [], 0
         try:
             for lines, fields in parsed(sample, format):
                 if fields:
@@ -371,7 +382,7 @@ class _Candidate:
                     num_blank += 1
         except MalformedRowError as error:
             self.is_unfinished = error.is_unfinished and not is_whole
-            is_malformed = not self.is_unfinished
+            self.is_malformed = not self.is_unfinished
         data = self.rows[has_header:]
         self.names = _stripped(self.rows[0]) if self.rows else []
         self.width = len(self.names) if has_header else _usual_width(data)
@@ -383,7 +394,6 @@ class _Candidate:
         num_lines = len(sample) - sum(num_row_lines[:has_header])
         self.share = (num_fitting + num_blank) / num_lines if num_lines > 0 else 1.0
         """Of the lines, those in rows that are as long as the others; up to the first row that is malformed."""
-        self.is_right = not is_malformed and all(len(fields) == width for fields in data)
         if not format.has_quoting:
             quotes = [field for fields in self.rows for field in fields if field.startswith('"')]
             if 2 * sum(len(field) > 1 and field.endswith('"') for field in quotes) > len(quotes):

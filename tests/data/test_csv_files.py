@@ -335,7 +335,7 @@ def test_texts_over_lines_with_delimiters_are_not_taken_for_rows(tmp_path):
 
 @pytest.mark.parametrize(("suffix", "delimiter"), [(".csv", ","), (".csv", ";"), (".tsv", "\t")])
 def test_quotes_may_be_written_with_a_backslash(tmp_path, suffix, delimiter):
-    """As Spark and MySQL write them: it was an error, or the field ended there."""
+    """As Spark writes them: it was an error, or the field ended there."""
     lines = [
         "id,text",
         r'1,"so \"he, not I\" said"',
@@ -347,6 +347,20 @@ def test_quotes_may_be_written_with_a_backslash(tmp_path, suffix, delimiter):
     path = write_text(tmp_path / f"t{suffix}", "\n".join(lines).replace(",", delimiter))
     texts = ['so "he, not I" said', r"C:\new, \\server", r"C:\temp", "ends in \\", 'a "b"']
     assert texts_of(path, text_column="text") == [text.replace(",", delimiter) for text in texts]
+
+
+def test_backslashes_before_quotes_are_read_also_where_rows_do_not_fit(tmp_path, corpus_of):
+    path = write_text(tmp_path / "t.csv", 'id,text\n1,"so \\"he\\" said"\n2,bad, row\n')
+    assert texts_of(path, csv_bad_rows="skip") == ['so "he" said']
+    assert "line 3: the row has 3 fields" in error_of(path, corpus_of)
+
+
+def test_a_backslash_before_a_line_end_is_refused_where_it_may_be_part_of_neither(tmp_path, corpus_of):
+    """MySQL writes one before each line end in a text, Spark does not."""
+    path = write_text(tmp_path / "t.csv", 'id,text\n1,"so \\"he\\" said"\n2,"two\\\nlines"\n')
+    assert "line 3: a line in quotes ends with a backslash" in error_of(path, corpus_of)
+    path = write_text(tmp_path / "u.csv", 'id,text\n1,"so ""he"" said"\n2,"two\\\nlines"\n')
+    assert texts_of(path) == ['so "he" said', "two\\\nlines"]
 
 
 def test_backslashes_before_quotes_are_kept_where_quotes_are_doubled(tmp_path, corpus_of):
@@ -381,6 +395,12 @@ def test_the_delimiter_is_found_where_the_first_row_is_long(tmp_path, delimiter,
     rows = [["id", "text"], ["1", "a line of words\n" * 60_000], ["2", "some words"]]
     path = write_text(tmp_path / f"t{suffix}", table(delimiter, rows))
     assert "".join(texts_of(path, text_column=text_column)) == rows[1][1] + rows[2][1]
+
+
+def test_where_the_first_row_never_ends_the_delimiter_is_asked_for(tmp_path, corpus_of):
+    path = write_text(tmp_path / "t.csv", 'id;text\n1;"open and on\n' + "more\n" * 30_000)
+    assert "If its fields are separated by ';', set data.csv_delimiter" in error_of(path, corpus_of)
+    assert "and never closed" in error_of(path, corpus_of, csv_delimiter=";")
 
 
 def test_spaces_are_kept_but_before_quotes(tmp_path):
