@@ -4,19 +4,18 @@ The ``csv`` module reads them, strictly. Every row must have as many fields as t
 taken for an index, nor a field cut off. Where the header lacks it, rows may end with one more delimiter, if all do.
 """
 
-import csv
 import logging
 import re
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from bdh.data.csv_rows import Format, Lines, MalformedRowError, parsed, rows
 from bdh.data.parts import NO_TEXT, Part, Skipped, split_document
-from bdh.data.readers import State, compression, file_chunks, not_utf8, text_start
+from bdh.data.readers import State, compression
 from bdh.data.tables import PEEKED_ROWS, ColumnError, choose_column
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ BAD_ROWS = "rows with another number of fields than the header"
 
 _DELIMITERS = (",", ";", "\t", "|")
 _SAMPLE_CHARACTERS = 1 << 17
-_MAX_FIELD_CHARACTERS = 1 << 28
+_MAX_SAMPLE_CHARACTERS = 1 << 26
 _MAX_COUNTED_BYTES = 1 << 26
 _MAX_SHOWN_FILES = 3
 _SHOWN_CHARACTERS = 60
@@ -55,8 +54,7 @@ class CsvSettings:
 class Layout:
     """How one file is written, and where its text is."""
 
-    format: dict[str, Any]
-    """Arguments of ``csv.reader``."""
+    format: Format
     names: list[str]
     """Of the columns; "1", "2", ... where there is no header."""
     column: int
@@ -64,17 +62,40 @@ class Layout:
     has_header: bool
     has_trailing_delimiter: bool
     """Whether each row ends with one more delimiter than the header."""
+    number_columns: tuple[int, ...]
+    """Those that hold numbers."""
     first_text: str
 
+    @property
+    def width(self) -> int:
+        """The number of fields of a row."""
+        return len(self.names) + self.has_trailing_delimiter
+
     def fits(self, fields: list[str]) -> bool:
-        if self.has_trailing_delimiter:
-            return len(fields) == len(self.names) + 1 and not fields[-1]
-        return len(fields) == len(self.names)
+        return len(fields) == self.width and not (self.has_trailing_delimiter and fields[-1])
+
+    def may_be_rows(self, lines: list[str]) -> bool:
+        """Whether each of the lines of a row may be a row of its own, if the quote that joins them encloses nothing.
+
+        Between tabs, those with as many fields as a row may be. Other delimiters are common in texts: the fields must also
+        begin without a space, and be numbers in the columns that hold numbers.
+        """
+        format = self.format
+        filled = [line for line in lines if line.strip()]
+        if len(filled) < 2 or any(line.count(format.delimiter) + 1 != self.width for line in filled):
+            return False
+        if format.delimiter == "\t":
+            return True
+        split = [line.rstrip("\r\n").split(format.delimiter) for line in filled]
+        has_spaces = any(field.startswith(" ") for fields in split for field in fields[1:])
+        are_numbers = all(_is_number(fields[index]) for fields in split for index in self.number_columns)
+        return self.width > 1 and are_numbers and (format.has_spaces or not has_spaces)
 
     def __str__(self) -> str:
-        facts = [f"{self.column + 1} of {len(self.names)}", f"separated by {self.format['delimiter']!r}"]
+        facts = [f"{self.column + 1} of {len(self.names)}", f"separated by {self.format.delimiter!r}"]
         facts += [] if self.has_header else ["no header"]
-        facts += [] if self.format["quoting"] == csv.QUOTE_MINIMAL else ["no quoting"]
+        facts += [] if self.format.has_quoting else ["no quoting"]
+        facts += ['quotes written \\"'] if self.format.has_escapes else []
         return f"the text is column {self.names[self.column]!r} ({', '.join(facts)})"
 
 
@@ -93,8 +114,9 @@ class CsvReader:
         self._path = path
         self._layout = layout
         self._skips_bad_rows = settings.bad_rows == "skip"
+        self._checks_quotes = layout.format.has_quoting and settings.quoting is None
         self._skipped = skipped
-        self._lines = _Lines(path, encoding_errors, (state["offset"], state["line"]) if state else None)
+        self._lines = Lines(path, encoding_errors, (state["offset"], state["line"]) if state else None)
         self._position = (self._lines.offset, self._lines.number)  # after the last row that was right
         self._pending = deque(Part(text.encode(), ends) for text, ends in state["pending"]) if state else deque[Part]()
 
@@ -133,10 +155,21 @@ class CsvReader:
         """
         layout = self._layout
         begins = self._lines.number == 0
-        rows = _rows(self._lines, layout.format)
+        found = rows(self._lines, layout.format)
         if begins and layout.has_header:
-            next(rows, None)
-        for line, fields in rows:
+            next(found, None)
+        for line, lines, fields in found:
+            if self._checks_quotes and len(lines) > 1 and layout.may_be_rows(lines):
+                raise ValueError(
+                    f"{self._path}, line {line}: it cannot be told whether the {len(lines)} lines from {lines[0]!r:.60} on are "
+                    "one row, of which quotes enclose a field, or as many rows. Set data.csv_quoting=true if quotes enclose "
+                    "fields; or data.csv_quoting=false if they are characters like any other"
+                )
+            if layout.format.has_escapes and any(each.rstrip("\r\n").endswith("\\") for each in lines[:-1]):
+                raise ValueError(
+                    f"{self._path}, line {line}: a line in quotes ends with a backslash, and it cannot be told whether that is "
+                    "part of the text, as the quotes in this file have backslashes before them: write it with quotes doubled"
+                )
             fits = layout.fits(fields)
             if not fits and not self._skips_bad_rows:
                 raise self._misfit(line, fields)
@@ -147,16 +180,23 @@ class CsvReader:
                 self._skipped.add(BAD_ROWS)
 
     def _misfit(self, line: int, fields: list[str]) -> ValueError:
-        layout, delimiter = self._layout, self._layout.format["delimiter"]
+        layout, delimiter = self._layout, self._layout.format.delimiter
         expected = f"the header has {len(layout.names)} ({', '.join(layout.names)})"
         if not layout.has_header:
-            expected = f"the first row has {len(layout.names)}"
+            expected = f"most of the first rows have {len(layout.names)}"
         if layout.has_trailing_delimiter:
-            expected += f", and the rows before it {len(layout.names) + 1}, of which the last is empty"
+            expected += f", and most of the first rows {layout.width}, of which the last is empty"
+        ways = ["data.csv_bad_rows=skip leaves such rows out and counts them"]
+        if len(fields) > layout.width and layout.format.has_quoting:
+            ways.insert(0, f"A field that holds {delimiter!r} must be in quotes")
+        elif len(fields) < layout.width and layout.format.has_quoting:
+            ways.insert(0, "A field that holds a line end must be in quotes")
+        if len(fields) > layout.width == 1:
+            other = "tab" if delimiter != "\t" else "'|'"
+            ways.insert(1, f"where lines are texts as they are, set data.csv_delimiter={other}")
         return ValueError(
-            f"{self._path}, line {line}: the row has {len(fields)} fields, but {expected}: {delimiter.join(fields)!r:.80}. "
-            f"A field that holds {delimiter!r} must be in quotes; data.csv_bad_rows=skip leaves such rows out and counts "
-            "them"
+            f"{self._path}, line {line}: the row has {len(fields)} field{'s' * (len(fields) != 1)}, but {expected}: "
+            f"{delimiter.join(fields)!r:.80}. {'; '.join(ways)}"
         )
 
 
@@ -202,193 +242,183 @@ def find_layout(path: Path, wanted: str | None, encoding_errors: str, settings: 
             header, or what separates the fields cannot be told.
         ValueError: as of :meth:`CsvReader.texts`, in the first rows.
     """
-    sample = _sample(path, encoding_errors)
-    format = _find_format(path, sample, wanted, settings)
-    rows = [fields for _, fields in islice(_rows(_Lines(path, encoding_errors), format), 1 + PEEKED_ROWS)]
-    if not rows:
+    sample, format = _find_format(path, encoding_errors, wanted, settings)
+    found = list(islice(rows(Lines(path, encoding_errors), format), 1 + PEEKED_ROWS))
+    if not found:
         return None
     has_header = settings.header is not False
-    names = _stripped(rows[0]) if has_header else [str(number) for number in range(1, len(rows[0]) + 1)]
-    data = rows[1:] if has_header else rows
-    is_longer = bool(data) and len(data[0]) == len(names) + 1 and not data[0][-1]
-    fitting = [fields for fields in data if len(fields) == len(names) + is_longer]
+    data = [fields for _, _, fields in found[has_header:]]
+    width = len(found[0][2]) if has_header else _usual_width(data)
+    names = _stripped(found[0][2]) if has_header else [str(number) for number in range(1, width + 1)]
+    is_longer = _is_longer(width, data)
+    if is_longer and width == 1 and settings.delimiter is None:
+        texts = [
+            lines[0] for _, lines, fields in found[has_header:] if len(fields) == 2 and not lines[0].startswith('"')
+        ]
+        if texts:
+            raise ColumnError(
+                f"{path}: it cannot be told whether the {format.delimiter!r} at the end of {texts[0].strip()!r:.60} is part of "
+                f"the text: set data.csv_delimiter=tab if it is, or data.csv_delimiter={format.delimiter!r} if it separates fields"
+            )
+    fitting = [fields for fields in data if len(fields) == width + is_longer]
     columns = {  # of two with one name, the last
         name: [fields[index] for fields in fitting or data if index < len(fields)] for index, name in enumerate(names)
     }
-    if not data and (wanted in names or (wanted is None and all(map(_is_name, names)))):
+    are_names = all(map(_is_name, names)) and not (settings.header is None and _is_unknown_column(names))
+    if not data and (wanted in names or (wanted is None and are_names)):
         return None
     first_line = next(filter(None, map(str.strip, sample)), "")
     asks = (
         f"If its first line, {first_line!r:.60}, is a row, set data.csv_header=false, which calls the columns 1, 2, ..."
     )
+    others = [
+        repr(each) for each in _DELIMITERS if len(names) == 1 and each in first_line and settings.delimiter is None
+    ]
+    separated = f". If its fields are separated by {' or '.join(others)}, set data.csv_delimiter" if others else ""
     try:
         name = choose_column({name: {_type(values)} for name, values in columns.items()}, wanted, str(path))
     except ColumnError as error:
         is_sure = not has_header or settings.header or (wanted is None and all(map(_is_name, names)))
-        raise error if is_sure else ColumnError(f"{error}. {asks}") from None
+        raise error if is_sure else ColumnError(f"{error}. {asks}{separated}") from None
     if names.count(name) > 1:
         raise ColumnError(f"{path}: {names.count(name)} columns have the name {name!r}: it must be one only")
     if wanted is None and settings.header is None and _may_be_row(names, name, columns[name]):
         raise ColumnError(
             f"{path}: it cannot be told whether its first line, {first_line!r:.60}, is a header or a row. Set "
             f"data.text_column, to {name!r} if that is the name of a column; or data.csv_header=false, which calls the "
-            "columns 1, 2, ..."
+            f"columns 1, 2, ...{separated}"
         )
     first_text = next((text for text in columns[name] if text), "")
-    return Layout(format, names, names.index(name), has_header, is_longer, first_text)
+    numbers = tuple(index for index, each in enumerate(names) if _type(columns[each]) is float)
+    return Layout(format, names, names.index(name), has_header, is_longer, numbers, first_text)
 
 
-def _find_format(path: Path, sample: list[str], wanted: str | None, settings: CsvSettings) -> dict[str, Any]:
-    """Arguments of ``csv.reader`` with which the most lines of the sample give rows as long as the header.
+def _find_format(
+    path: Path, encoding_errors: str, wanted: str | None, settings: CsvSettings
+) -> tuple[list[str], Format]:
+    """The first lines of the file, and the format in which the most of them are in rows as long as the header.
 
     Raises:
-        ColumnError: several delimiters do equally well.
+        ColumnError: several formats do equally well.
     """
-    delimiters = _DELIMITERS if settings.delimiter is None else (settings.delimiter,)
-    if settings.delimiter is None and path.name.lower().removesuffix(compression(path)).endswith(".tsv"):
-        delimiters = ("\t",)
-    candidates = []
-    for delimiter in delimiters:
-        # Between tabs, quotes are often characters like any other.
-        quotings = (True, False) if settings.quoting is None and delimiter == "\t" else (settings.quoting is not False,)
-        for has_quoting in quotings:
-            quoting = csv.QUOTE_MINIMAL if has_quoting else csv.QUOTE_NONE
-            candidates.append(_Candidate(sample, {"delimiter": delimiter, "quoting": quoting}))
-            if candidates[-1].share == 1:
-                break
-    several = [each for each in candidates if len(each.names) > 1 and each.share > 0]
-    if settings.header is not False:
-        several = [each for each in several if wanted in each.names] or several
-    if not several:  # a single column
-        return candidates[0].format
-    most = max(each.share for each in several)
-    best = [each for each in several if each.share == most]
-    possible = sorted({each.format["delimiter"] for each in best}, key=delimiters.index)
-    if len(possible) > 1:
-        raise ColumnError(
-            f"{path}: set data.csv_delimiter, as the fields may be separated by {' or '.join(map(repr, possible))}: the "
-            f"first line is {sample[0].strip()!r:.80}"
+    size, has_header = _SAMPLE_CHARACTERS, settings.header is not False
+    while True:
+        sample, separator, is_whole = _sample(path, encoding_errors, size)
+        delimiters = tuple(filter(None, (settings.delimiter or separator,))) or _DELIMITERS
+        if delimiters == _DELIMITERS and path.name.lower().removesuffix(compression(path)).endswith(".tsv"):
+            delimiters = ("\t",)
+        # One that is nowhere separates nothing.
+        delimiters = delimiters[:1] + tuple(each for each in delimiters[1:] if any(each in line for line in sample))
+        tried = {each: _tried(sample, each, is_whole, settings) for each in delimiters}
+        lacks_rows = any(
+            each.is_unfinished and not each.rows[has_header:] for found in tried.values() for each in found
         )
-    return {**best[0].format, "skipinitialspace": _has_spaces(sample, best[0].format)}
+        if is_whole or not lacks_rows or size >= _MAX_SAMPLE_CHARACTERS:
+            break
+        size *= 4
+    # The first of those that do best: quotes enclose fields, if that does as well.
+    candidates = [max(found, key=lambda each: each.share) for found in tried.values()]
+    several = [each for each in candidates if each.width > 1 and each.share > 0]
+    if has_header:
+        several = [each for each in several if wanted in each.names] or several
+    best = [each for each in several if each.share == max(each.share for each in several)] or candidates[:1]
+    if len(best) > 1 or (lacks_rows and not is_whole and not several and len(delimiters) > 1):
+        possible = " or ".join(repr(each.format.delimiter) for each in (best if len(best) > 1 else candidates))
+        raise ColumnError(
+            f"{path}: set data.csv_delimiter, as the fields may be separated by {possible}: the first line is "
+            f"{sample[0].strip()!r:.80}"
+        )
+    for rival in tried[best[0].format.delimiter]:
+        if rival.share == best[0].share > 0 and not rival.format.has_quoting and rival.rows != best[0].rows:
+            line = next(each for each in sample if '"' in each)
+            raise ColumnError(
+                f"{path}: it cannot be told whether quotes enclose fields, as in {line.strip()!r:.60}. Set "
+                "data.csv_quoting=true if they do; or data.csv_quoting=false if they are characters like any other"
+            )
+    return sample, best[0].format
 
 
-def _has_spaces(sample: list[str], format: dict[str, Any]) -> bool:
-    """Whether delimiters are followed by spaces that do not count: all of the header are, or some before quotes."""
+def _tried(sample: list[str], delimiter: str, is_whole: bool, settings: CsvSettings) -> "list[_Candidate]":
+    """The formats that a file with this delimiter may have, the likelier one first."""
 
-    def read(**further: Any) -> tuple[list[str], set[str]]:
-        header: list[str] = []
-        found: set[str] = set()
-        with suppress(csv.Error):  # what comes after it does not count
-            for fields in csv.reader(sample, strict=True, **format, **further):
-                header = header or fields[1:]
-                found |= {field for field in fields if field.startswith(" ") and field.lstrip(" ").startswith('"')}
-        return header, found
+    def tried(format: Format) -> _Candidate:
+        return _Candidate(sample, format, is_whole, settings.header is not False)
 
-    header, before_quotes = read()
-    return all(name.startswith(" ") for name in header) or bool(before_quotes - read(skipinitialspace=True)[1])
+    plain = Format(delimiter)
+    found = []
+    if settings.quoting is not False:
+        found = [tried(plain)]
+        before_quotes = re.compile(rf'^ +"|{re.escape(delimiter)} +"')
+        if any(before_quotes.search(line) for line in sample if ' "' in line):
+            spaced = tried(replace(plain, has_spaces=True))
+            if not spaced.is_malformed and spaced.share >= found[0].share:
+                found = [spaced]
+        if any('\\"' in line for line in sample):
+            escaped = tried(replace(plain, has_escapes=True))
+            if not escaped.is_malformed and escaped.share > found[0].share:
+                found = [escaped]
+    # Between tabs, quotes are often characters like any other.
+    if settings.quoting is False or (settings.quoting is None and delimiter == "\t"):
+        found.append(tried(replace(plain, has_quoting=False)))
+    return found
 
 
 class _Candidate:
     """A format that is tried on the first lines of a file."""
 
-    def __init__(self, sample: list[str], format: dict[str, Any]):
+    def __init__(self, sample: list[str], format: Format, is_whole: bool, has_header: bool):
         self.format = format
-        self.names: list[str] = []
-        """The fields of the first row."""
-        self.share = 0.0
-        """Of the lines, those in rows that are as long as it; up to the first row that is malformed."""
-        reader = csv.reader(sample, strict=True, **format)
-        num_fitting = num_header_lines = end = width = num_quotes = num_enclosed = 0
+        self.rows: list[list[str]] = []
+        """Up to the first one that is malformed."""
+        self.is_malformed = self.is_unfinished = False
+        """Whether a row is malformed; and whether the last one may go on after the sample."""
+        num_row_lines, num_blank = [], 0
         try:
-            for fields in reader:
-                begin, end = end, reader.line_num
-                if not fields:
-                    num_fitting += 1
-                elif not self.names:
-                    self.names = _stripped(fields)
-                    num_header_lines = end
-                    if len(fields) == 1:
-                        return
+            for lines, fields in parsed(sample, format):
+                if fields:
+                    self.rows.append(fields)
+                    num_row_lines.append(len(lines))
                 else:
-                    width = width or len(self.names) + (len(fields) == len(self.names) + 1 and not fields[-1])
-                    num_fitting += (end - begin) * (len(fields) == width)
-                    quotes = [field for field in fields if field.startswith('"')]
-                    num_quotes += len(quotes)
-                    num_enclosed += sum(len(field) > 1 and field.endswith('"') for field in quotes)
-        except csv.Error:
-            pass  # what comes after it does not count
-        num_lines = len(sample) - num_header_lines
-        self.share = num_fitting / num_lines if num_lines > 0 else 1.0
-        if format["quoting"] == csv.QUOTE_NONE and 2 * num_enclosed > num_quotes:
-            self.share = 0.0
+                    num_blank += 1
+        except MalformedRowError as error:
+            self.is_unfinished = error.is_unfinished and not is_whole
+            self.is_malformed = not self.is_unfinished
+        data = self.rows[has_header:]
+        self.names = _stripped(self.rows[0]) if self.rows else []
+        self.width = len(self.names) if has_header else _usual_width(data)
+        """The number of columns."""
+        width = self.width + _is_longer(self.width, data)
+        num_fitting = sum(
+            lines for lines, fields in zip(num_row_lines[has_header:], data, strict=True) if len(fields) == width
+        )
+        num_lines = len(sample) - sum(num_row_lines[:has_header])
+        self.share = (num_fitting + num_blank) / num_lines if num_lines > 0 else 1.0
+        """Of the lines, those in rows that are as long as the others; up to the first row that is malformed."""
+        if not format.has_quoting:
+            quotes = [field for fields in self.rows for field in fields if field.startswith('"')]
+            if 2 * sum(len(field) > 1 and field.endswith('"') for field in quotes) > len(quotes):
+                self.share = 0.0
 
 
-class _Lines:
-    """The lines of a file, decoded, each with its end; and how far they have been read."""
-
-    def __init__(self, path: Path, encoding_errors: str, position: tuple[int, int] | None = None):
-        """
-        Args:
-            position: offset in bytes and number of lines from which to go on.
-        """
-        self.path = path
-        self.offset, self.number = position or (text_start(path), 0)
-        self.has_ended = False
-        self._encoding_errors = encoding_errors
-
-    def __iter__(self) -> Iterator[str]:
-        pending = b""
-        for chunk in file_chunks(self.path, self.offset):
-            # The last line may go on in the next chunk, if only by the \n of its \r\n.
-            *lines, pending = (pending + chunk).splitlines(keepends=True)
-            for line in lines:
-                yield self._decoded(line)
-        if pending:
-            yield self._decoded(pending)
-        self.has_ended = True
-
-    def _decoded(self, line: bytes) -> str:
-        try:
-            text = line.decode("utf-8", self._encoding_errors)
-        except UnicodeDecodeError as error:
-            raise not_utf8(self.path, self.offset + error.start, line[error.start]) from error
-        self.offset += len(line)
-        self.number += 1
-        return text
+def _is_longer(width: int, data: list[list[str]]) -> bool:
+    """Whether most rows have one more field, which is empty, than the header."""
+    num_longer = sum(len(fields) == width + 1 and not fields[-1] for fields in data)
+    return num_longer > sum(len(fields) == width for fields in data)
 
 
-def _rows(lines: _Lines, format: dict[str, Any]) -> Iterator[tuple[int, list[str]]]:
-    """The rows from where the lines are, each with the number of its first line. Empty lines are none."""
-    csv.field_size_limit(max(csv.field_size_limit(), _MAX_FIELD_CHARACTERS))  # 128 KiB by default, of the whole process
-    reader = csv.reader(iter(lines), strict=True, **format)
-    while True:
-        line = lines.number + 1
-        try:
-            fields = next(reader, None)
-        except csv.Error as error:
-            raise _malformed(lines, line, error) from error
-        if fields is None:
-            return
-        if fields:
-            yield line, fields
+def _usual_width(data: list[list[str]]) -> int:
+    return Counter(map(len, data)).most_common(1)[0][0] if data else 0
 
 
-def _malformed(lines: _Lines, line: int, error: csv.Error) -> ValueError:
-    if lines.has_ended or "field limit" in str(error):
-        what = f"{lines.path}, line {line}: a quote is opened in the row that begins here, and never closed"
-    else:
-        what = f"{lines.path}, line {lines.number}: text follows the closing quote of a field ({error}): a quote in it must be doubled"
-    return ValueError(f"{what}. Where quotes are characters like any other, set data.csv_quoting=false")
-
-
-def _sample(path: Path, encoding_errors: str) -> list[str]:
-    sample, size = [], 0
-    for line in _Lines(path, encoding_errors):
+def _sample(path: Path, encoding_errors: str, max_characters: int) -> tuple[list[str], str | None, bool]:
+    """The first lines of a file, what its line ``sep=`` says, and whether these are all lines."""
+    sample, size, lines = [], 0, Lines(path, encoding_errors)
+    for line in lines:
         sample.append(line)
         size += len(line)
-        if size >= _SAMPLE_CHARACTERS:
+        if size >= max_characters:
             break
-    return sample
+    return sample, lines.separator, lines.has_ended
 
 
 def _stripped(fields: list[str]) -> list[str]:
@@ -420,8 +450,15 @@ def _may_be_row(names: list[str], name: str, values: list[str]) -> bool:
 
     ``name`` is that of the column of the text. Of the other names the first may be empty, as an index's is, and the last.
     """
+    if _is_unknown_column(names):
+        return True
     others = names[not names[0] : len(names) - (not names[-1])]
     if not _is_name(name) or len(set(names)) < len(names) or any(not each or _is_number(each) for each in others):
         return True
     filled = [value for value in values if value]
     return name.lower() not in _USUAL_NAMES and 2 * sum(map(_is_name, filled)) > len(filled)
+
+
+def _is_unknown_column(names: list[str]) -> bool:
+    """Whether there is but one column, with a name that any line of a text may be."""
+    return len(names) - (not names[-1]) == 1 and names[0].lower() not in _USUAL_NAMES
