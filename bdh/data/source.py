@@ -3,6 +3,7 @@
 import glob
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from bdh.data.paths import FileKey, file_key, regular_files
 from bdh.data.readers import ChainReader, DocumentsReader, Reader, State, compression, file_chunks
 
 _FINGERPRINT_BYTES = 1 << 16
+_FIRST_BYTES = 1 << 20
+_NOWHERE = (0, 0)
 
 OpenShard = Callable[[Skipped, State | None], Reader]
 
@@ -62,8 +65,8 @@ class Source:
         """A hash that knows files by their names, sizes, beginnings and ends: the same on another machine.
 
         Args:
-            until: the state of a reader, behind which the text may be another. Of the file that it is in, what is before
-                counts where that is known in bytes, else the name alone.
+            until: the state of a reader, after which the text may be another. Of the file that it is in, only what is before
+                counts: as the bytes of the file where the reader counts them, else as the text that it gives.
         """
         known = [entry for entry in self.identity if entry[0] != "files"]
         digest = hashlib.sha256(repr(known).encode())
@@ -73,9 +76,46 @@ class Source:
                 if number < last:
                     digest.update(_ends(path, path.stat().st_size))
                 elif until is not None:
-                    offset = (until["inner"] or {}).get("offset", 0)
-                    digest.update(path.name.encode() if not offset else _before(path, offset))
+                    digest.update(path.name.encode())
+            if number == last and until is not None and files:
+                digest.update(self._before(number, until["inner"] or {}))
         return digest.hexdigest()
+
+    def _before(self, number: int, inner: State) -> bytes:
+        """A hash of a shard's text before the place where a reader of it was.
+
+        Raises:
+            OSError: a file cannot be read.
+        """
+        wanted = _place(inner)
+        if wanted == _NOWHERE:
+            return b""
+        digest = hashlib.sha256()
+        if "offset" in inner:
+            digest.update(_bytes_before(self.shard_files[number][0], inner["offset"]))
+            # What the first rows are decides how the others are read, which may also have changed by what is after them.
+            is_told = not inner.get("parts") and ("line" not in inner or inner["offset"] > _FIRST_BYTES)
+            if is_told:
+                return digest.digest()
+        reader: Reader | None = None
+        reached = _NOWHERE
+        with suppress(ValueError):  # text that cannot be read: it ends there, at the fault or before
+            reader = self.shards[number](Skipped(), None)
+            for part in reader:
+                reached = _place(reader.state())
+                if reached > wanted:
+                    break
+                digest.update(repr(part).encode())
+        if reader is not None:
+            reached = max(reached, _place(reader.state()))
+        digest.update(repr(min(reached, wanted)).encode())
+        return digest.digest()
+
+
+def _place(state: State) -> tuple[int, int]:
+    """What grows as a reader goes on: the rows, documents or bytes that it has read, and the parts given of the next one."""
+    read = next((state[name] for name in ("row", "num_rows", "document", "offset") if name in state), 0)
+    return read, state.get("parts", -len(state.get("pending", [])))
 
 
 def _ends(path: Path, size: int) -> bytes:
@@ -86,7 +126,7 @@ def _ends(path: Path, size: int) -> bytes:
         return repr((path.name, size)).encode() + first + file.read(min(size, _FINGERPRINT_BYTES))
 
 
-def _before(path: Path, offset: int) -> bytes:
+def _bytes_before(path: Path, offset: int) -> bytes:
     """The same of a file that may be compressed, up to an offset in its text."""
     if not compression(path):
         return _ends(path, offset)
