@@ -22,17 +22,19 @@ from bdh.data.readers import (
 from bdh.data.tables import ColumnError, text_column
 
 TEXT_TYPES = (".txt", ".md", ".py")
-TABLE_TYPES = (".jsonl", ".json", *CSV_TYPES, ".parquet")
+TABLE_TYPES = (".jsonl", ".json", *CSV_TYPES)
+PARQUET = ".parquet"  # which has a compression of its own
 
 
 def file_type(path: Path) -> str | None:
     """The suffix that says what a file holds, without that of its compression; None if it is no known one."""
     suffix = os.path.splitext(path.name.lower().removesuffix(compression(path)))[1]
-    return suffix if suffix in TEXT_TYPES or suffix in TABLE_TYPES else None
+    is_known = suffix in TEXT_TYPES or suffix in TABLE_TYPES or (suffix == PARQUET and not compression(path))
+    return suffix if is_known else None
 
 
 def known_types() -> str:
-    return f"{', '.join([*TEXT_TYPES, *TABLE_TYPES])}, each also as {' or '.join(COMPRESSED)}"
+    return f"{', '.join([*TEXT_TYPES, *TABLE_TYPES])}, each also as {' or '.join(COMPRESSED)}, and {PARQUET}"
 
 
 def find_files(item: str, skipped: Skipped) -> list[Path] | None:
@@ -155,7 +157,7 @@ def _explain(path: Path, error: Exception) -> Exception:
 def _is_empty_parquet(path: Path) -> bool:
     from pyarrow import parquet
 
-    return path.suffix.lower() == ".parquet" and parquet.read_metadata(path).num_rows == 0
+    return parquet.read_metadata(path).num_rows == 0
 
 
 def _is_meant_as_path(item: str) -> bool:

@@ -259,3 +259,15 @@ def test_settings_of_the_hub_are_refused_for_files(tmp_path, corpus_of):
             corpus_of(path, **{field: value})
     with pytest.raises(ValueError, match=r"data\.val_split is 'test'.*val_source"):
         corpus_of(path, val_split="test")
+
+
+@pytest.mark.parametrize("compression", ["gz", "zst"])
+def test_compressed_parquet_is_of_no_known_type(tmp_path, corpus_of, compression):
+    """It was called a known type, and one such file in a folder stopped the run."""
+    write_text(tmp_path / "a.txt", "some words")
+    path = write_text(tmp_path / f"b.parquet.{compression}", "no table")
+    assert corpus_of(tmp_path).facts["skipped"] == {"files of other types": 1}
+    with pytest.raises(
+        ValueError, match=r"unknown type: known are .*\.tsv, each also as \.gz or \.zst, and \.parquet$"
+    ):
+        corpus_of(path)
