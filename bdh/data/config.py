@@ -1,6 +1,6 @@
 """Settings of the section ``data``."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from bdh.data.mix_config import collect_mix_faults
@@ -49,6 +49,10 @@ class DataConfig(Settings):
     """Streaming: tokens to collect for validation; the document that reaches them is taken whole."""
     cache_dir: str | None = None
     """Folder of the token cache. None takes $BDH_CACHE, or else ~/.cache/bdh."""
+
+    def beside(self, others: "list[DataConfig]") -> "EntryConfig":
+        """The section as that of an entry of a mix."""
+        return EntryConfig(**{each.name: getattr(self, each.name) for each in fields(self)}, others=others)
 
     def collect_faults(self, faults: Faults) -> None:
         if self.mix is not None:

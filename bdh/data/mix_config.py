@@ -50,11 +50,12 @@ def mix_sources(config: "DataConfig") -> list[MixSource]:
     entries = [entry for entry in config.mix or [] if entry.get("weight", 1) > 0]
     total = sum(entry.get("weight", 1) for entry in entries)
     labels = [_label(entry["source"]) for entry in entries]
+    sections = [_alone(config, entry) for entry in entries]
     return [
         MixSource(
             label if labels.count(label) == 1 else f"{number}:{label}",
             entry.get("weight", 1) / total,
-            _alone(config, entry),
+            sections[number - 1].beside([*sections[: number - 1], *sections[number:]]),
         )
         for number, (label, entry) in enumerate(zip(labels, entries, strict=True), start=1)
     ]
