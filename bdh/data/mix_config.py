@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from bdh.validation import Faults
 
 if TYPE_CHECKING:
-    from bdh.data.config import DataConfig
+    from bdh.data.config import DataConfig, EntryConfig
 
 # What an entry may set for its source. The rest of the section holds for all of them.
 ENTRY_FIELDS = (
@@ -41,7 +41,7 @@ class MixSource:
     """A short name, another for each source of the mix."""
     share: float
     """Of the rows, above 0; those of all sources sum to 1."""
-    config: "DataConfig"
+    config: "EntryConfig"
     """The section as it holds for this source alone."""
 
 

@@ -42,6 +42,9 @@ class Source:
     names: set[tuple[str | None, ...]] = field(default_factory=set)
     """Of the texts that are not read file by file: built-in ones, and splits that ``datasets`` reads."""
 
+    guessed_column: tuple[str, str] | None = None
+    """Of what ``datasets`` reads: its name, and the column that was taken for the text without being asked for."""
+
     @property
     def files(self) -> list[Path]:
         """All local files."""
@@ -337,6 +340,7 @@ def _of_hub(config: DataConfig, path: str, split: str, held_out: set[FileKey]) -
         shard_files=[files],
         num_bytes=None,
         skipped=Skipped(),
+        guessed_column=None if config.text_column is not None else (hub_set.where, hub_set.column),
         names={("hub", str(folder.resolve()) if folder.is_dir() else path, config.name, split)},
     )
 

@@ -6,9 +6,9 @@ a model is validated on.
 
 from collections.abc import Iterator
 
+from bdh.data.columns import show_columns
 from bdh.data.config import DataConfig
 from bdh.data.conversations import chat_texts, holds_chat
-from bdh.data.csv_files import show_columns
 from bdh.data.mix_config import mix_sources
 from bdh.data.mix_overlap import check_overlap
 from bdh.data.parts import Part, split_document
@@ -39,7 +39,7 @@ def _parts(config: DataConfig, held_out: bool) -> Iterator[Part]:
         return
     validation = validation_source(config)
     if not held_out:
-        show_columns(training_source(config).csv_files, config)
+        show_columns(config, training_source(config))
     if validation is not None:
         yield from (validation if held_out else training_source(config)).open()
         return
