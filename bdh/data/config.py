@@ -1,6 +1,6 @@
 """Settings of the section ``data``."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from bdh.data.mix_config import collect_mix_faults
@@ -50,14 +50,18 @@ class DataConfig(Settings):
     cache_dir: str | None = None
     """Folder of the token cache. None takes $BDH_CACHE, or else ~/.cache/bdh."""
 
+    def beside(self, others: "list[DataConfig]") -> "EntryConfig":
+        """The section as that of an entry of a mix."""
+        return EntryConfig(**{each.name: getattr(self, each.name) for each in fields(self)}, others=others)
+
     def collect_faults(self, faults: Faults) -> None:
         if self.mix is not None:
             collect_mix_faults(self, faults)
-        for field in ("source", "val_source"):
-            value = getattr(self, field)
+        for name in ("source", "val_source"):
+            value = getattr(self, name)
             items = value if isinstance(value, list) else [value]
             is_right = bool(items) and all(item is None or item.strip() for item in items)
-            faults.require(is_right, field, value, "a name, or a list of names, none of them empty")
+            faults.require(is_right, name, value, "a name, or a list of names, none of them empty")
         faults.require_one_of("format", self.format, ("auto", "text", "chat"))
         is_one = self.csv_delimiter is None or (len(self.csv_delimiter) == 1 and self.csv_delimiter not in '"\r\n')
         allowed = "one character, no quote or line end; or tab"
@@ -66,8 +70,8 @@ class DataConfig(Settings):
         faults.require_one_of("encoding_errors", self.encoding_errors, ("strict", "replace"))
         faults.require_one_of("pack", self.pack, ("stream", "documents"))
         faults.require(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "above 0 and below 1")
-        for field in ("shuffle_buffer_documents", "val_tokens"):
-            faults.require(getattr(self, field) >= 1, field, getattr(self, field), "at least 1")
+        for name in ("shuffle_buffer_documents", "val_tokens"):
+            faults.require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         faults.require(
             self.val_split is None or self.val_source is None,
             "val_split",
@@ -80,3 +84,11 @@ class DataConfig(Settings):
             self.val_split,
             "another split than the one that is trained on",
         )
+
+
+@dataclass
+class EntryConfig(DataConfig):
+    """The section as it holds for one entry of ``data.mix``."""
+
+    others: list[DataConfig] = field(default_factory=list)
+    """The sections of the other entries: what they validate on is not trained on in this one either."""

@@ -22,17 +22,20 @@ from bdh.data.readers import (
 from bdh.data.tables import ColumnError, text_column
 
 TEXT_TYPES = (".txt", ".md", ".py")
-TABLE_TYPES = (".jsonl", ".json", *CSV_TYPES, ".parquet")
+JSON_TYPES = (".jsonl", ".json")
+TABLE_TYPES = (*JSON_TYPES, *CSV_TYPES)
+PARQUET = ".parquet"  # which has a compression of its own
 
 
 def file_type(path: Path) -> str | None:
     """The suffix that says what a file holds, without that of its compression; None if it is no known one."""
     suffix = os.path.splitext(path.name.lower().removesuffix(compression(path)))[1]
-    return suffix if suffix in TEXT_TYPES or suffix in TABLE_TYPES else None
+    is_known = suffix in TEXT_TYPES or suffix in TABLE_TYPES or (suffix == PARQUET and not compression(path))
+    return suffix if is_known else None
 
 
 def known_types() -> str:
-    return f"{', '.join([*TEXT_TYPES, *TABLE_TYPES])}, each also as {' or '.join(COMPRESSED)}"
+    return f"{', '.join([*TEXT_TYPES, *TABLE_TYPES])}, each also as {' or '.join(COMPRESSED)}, and {PARQUET}"
 
 
 def find_files(item: str, skipped: Skipped) -> list[Path] | None:
@@ -99,13 +102,6 @@ def open_file(
         if state is None:
             skipped.add(EMPTY_FILES)
         return DocumentsReader(0, lambda number: None)
-    if file_type(path) in (".json", ".jsonl"):
-        column = json_column(path, column, encoding_errors)
-        if column is None:
-            skipped.add(EMPTY_FILES)
-            return DocumentsReader(0, lambda number: None)
-        return JsonReader(path, column, encoding_errors, skipped, state)
-
     if file_type(path) in CSV_TYPES:
         layout = find_layout(path, column, encoding_errors, csv_settings)
         if layout is not None:
@@ -113,22 +109,44 @@ def open_file(
         skipped.add(EMPTY_FILES)
         return DocumentsReader(0, lambda number: None)
 
+    column = find_column(path, column, encoding_errors)
+    if column is None:
+        skipped.add(EMPTY_FILES)
+        return DocumentsReader(0, lambda number: None)
+    if file_type(path) in JSON_TYPES:
+        return JsonReader(path, column, encoding_errors, skipped, state)
+
     def explain(error: Exception) -> Exception:
         return _explain(path, error)
 
     try:
-        rows = _rows(path)
-        # A shard without rows may have another type of column, or none at all.
-        column = None if _is_empty_parquet(path) else text_column(rows, column, str(path))
-        if column is None:  # there are no rows
-            skipped.add(EMPTY_FILES)
-            return DocumentsReader(0, lambda number: None)
         rows = _rows(path, column)
-    except ColumnError:
-        raise
     except Exception as error:  # pyarrow, fsspec and datasets each raise their own
         raise explain(error) from error
     return TableReader(rows, column, str(path), encoding_errors, skipped, explain, state)
+
+
+def find_column(path: Path, wanted: str | None, encoding_errors: str) -> str | None:
+    """The name of the column of a JSON or .parquet file that holds the text, or None if there are no rows.
+
+    Args:
+        wanted: ``data.text_column``.
+
+    Raises:
+        ColumnError: the wanted column is not there; or none is wanted, and not exactly one holds strings.
+        ValueError: the file is damaged.
+    """
+    if path.stat().st_size == 0:
+        return None
+    if file_type(path) in JSON_TYPES:
+        return json_column(path, wanted, encoding_errors)
+    try:
+        # A shard without rows may have another type of column, or none at all.
+        return None if _is_empty_parquet(path) else text_column(_rows(path), wanted, str(path))
+    except ColumnError:
+        raise
+    except Exception as error:  # pyarrow, fsspec and datasets each raise their own
+        raise _explain(path, error) from error
 
 
 def identity(files: Sequence[Path]) -> list[Any]:
@@ -155,7 +173,7 @@ def _explain(path: Path, error: Exception) -> Exception:
 def _is_empty_parquet(path: Path) -> bool:
     from pyarrow import parquet
 
-    return path.suffix.lower() == ".parquet" and parquet.read_metadata(path).num_rows == 0
+    return parquet.read_metadata(path).num_rows == 0
 
 
 def _is_meant_as_path(item: str) -> bool:

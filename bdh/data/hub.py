@@ -6,10 +6,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bdh.data.csv_files import CsvSettings
-from bdh.data.files import file_type, open_file
+from bdh.data.files import file_type
 from bdh.data.parts import Skipped
-from bdh.data.readers import ChainReader, Reader, State, TableReader
+from bdh.data.readers import Reader, State, TableReader
 from bdh.data.tables import ColumnError, text_column
 
 SHAKESPEARE_ID = "karpathy/tiny_shakespeare"
@@ -41,13 +40,6 @@ class HubSet:
         """
         self.where = f"{path}, split {split}"
         self._encoding_errors = encoding_errors
-        self._files = local_tables(path, name=name, split=split)
-        self.column = column
-        """None where each file has its own."""
-        self.identity: str | None = None
-        """Equal for equal data, where datasets knows it; None when streaming, and of local files."""
-        if self._files:
-            return
         load = partial(load_split, path, name=name, split=split, revision=revision, streaming=streaming)
         rows = load()
         is_csv = rows.info.builder_name == "csv"
@@ -67,18 +59,19 @@ class HubSet:
                 f"{self.where}: the fields seem to be separated by another character than a comma, as a column is called "
                 f"{found!r}: take the files, with data.csv_delimiter, as data.source"
             )
+        if is_csv:  # pandas would take 007 for a number, and NA, null and None for nothing
+            names = rows.column_names or list(next(iter(rows)))
+            load = partial(load, converters=dict.fromkeys(names, str), keep_default_na=False, na_values=[""])
+            rows = load()
         self.column = found
-        self.identity = getattr(rows, "_fingerprint", None)
+        self.identity: str | None = getattr(rows, "_fingerprint", None)
+        """Equal for equal data, where datasets knows it; None when streaming."""
         # A streamed data set carries the position of its one reader: each reader loads its own.
         self._rows = load if self.identity is None else lambda: rows
 
     def open(self, skipped: Skipped, state: State | None) -> Reader:
         """A reader of its rows."""
         import datasets
-
-        if self._files:
-            return ChainReader([partial(self._open_file, path, skipped) for path in self._files], state)
-        assert self.column is not None
 
         rows = self._rows()
         if rows.features is not None:
@@ -87,19 +80,16 @@ class HubSet:
             rows = rows.to_iterable_dataset()
         return TableReader(rows, self.column, self.where, self._encoding_errors, skipped, self._explain, state)
 
-    def _open_file(self, path: Path, skipped: Skipped, state: State | None) -> Reader:
-        return open_file(path, self.column, self._encoding_errors, skipped, state, CsvSettings())
-
     def _explain(self, error: Exception) -> Exception:
         reason = (str(error).splitlines() or [""])[0]
         return ValueError(f"{self.where} cannot be read: {type(error).__name__}: {reason}")
 
 
 def local_tables(path: str, *, name: str | None, split: str) -> list[Path] | None:
-    """The .json, .jsonl or .parquet files of a split of a local folder, which are read as any others.
+    """The .json, .jsonl, .csv, .tsv or .parquet files of a split of a local folder, which are read as any others.
 
-    So only the column of the text matters, where ``datasets`` wants the same columns in all rows. None for other files
-    and for what :func:`load_split` refuses.
+    So only the column of the text matters, where ``datasets`` wants the same columns in all rows. None for other files,
+    for .csv files whose form the data card describes, and for what :func:`load_split` refuses.
     """
     import datasets
 
@@ -110,10 +100,19 @@ def local_tables(path: str, *, name: str | None, split: str) -> list[Path] | Non
         builder = datasets.load_dataset_builder(path, name)
     except (ValueError, RuntimeError, OSError):
         return None  # load_split raises it again, and says what is wrong
-    if builder.name not in ("json", "parquet") or getattr(builder.config, "field", None) is not None:
+    if builder.name not in ("json", "csv", "parquet") or getattr(builder.config, "field", None) is not None:
         return None
     files = [Path(file) for file in (builder.config.data_files or {}).get(split, [])]
-    return files if all(file.is_file() and file_type(file) is not None for file in files) else None
+    if not all(file.is_file() and file_type(file) is not None for file in files):
+        return None
+    return None if builder.name == "csv" and _has_options(builder.config, files) else files
+
+
+def _has_options(config: Any, files: list[Path]) -> bool:
+    """Whether a ``datasets`` configuration of .csv files says how they are written; ``sep`` may follow from the names."""
+    is_usual = config.sep == "," or (config.sep == "\t" and all(file_type(file) == ".tsv" for file in files))
+    defaults = type(config)(sep=config.sep)
+    return not is_usual or any(getattr(config, name) != getattr(defaults, name) for name in config.pd_read_csv_kwargs)
 
 
 def load_split(

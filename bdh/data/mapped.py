@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
+from bdh.data.columns import show_columns
 from bdh.data.config import DataConfig
 from bdh.data.continued import ContinuedLoader
 from bdh.data.corpus import Corpus, Loader, announce, check_long_enough, left_out
-from bdh.data.csv_files import show_columns
 from bdh.data.parts import Skipped, describe
 from bdh.data.progress import ProgressCallback
 from bdh.data.source import Source, training_source, validation_source
@@ -27,7 +27,7 @@ class MapCorpus(Corpus):
         self._packs_documents = config.pack == "documents"
         validation = validation_source(config)
         training = training_source(config)
-        show_columns([*training.csv_files, *(validation.csv_files if validation else [])], config)
+        show_columns(config, training, validation)
         cache = TokenCache(config.cache_dir, _cache_key(config, training, validation, encoder))
         meta = cache.load()
         is_cached = meta is not None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from bdh.validation import Faults
 
 if TYPE_CHECKING:
-    from bdh.data.config import DataConfig
+    from bdh.data.config import DataConfig, EntryConfig
 
 # What an entry may set for its source. The rest of the section holds for all of them.
 ENTRY_FIELDS = (
@@ -41,7 +41,7 @@ class MixSource:
     """A short name, another for each source of the mix."""
     share: float
     """Of the rows, above 0; those of all sources sum to 1."""
-    config: "DataConfig"
+    config: "EntryConfig"
     """The section as it holds for this source alone."""
 
 
@@ -50,11 +50,12 @@ def mix_sources(config: "DataConfig") -> list[MixSource]:
     entries = [entry for entry in config.mix or [] if entry.get("weight", 1) > 0]
     total = sum(entry.get("weight", 1) for entry in entries)
     labels = [_label(entry["source"]) for entry in entries]
+    sections = [_alone(config, entry) for entry in entries]
     return [
         MixSource(
             label if labels.count(label) == 1 else f"{number}:{label}",
             entry.get("weight", 1) / total,
-            _alone(config, entry),
+            sections[number - 1].beside([*sections[: number - 1], *sections[number:]]),
         )
         for number, (label, entry) in enumerate(zip(labels, entries, strict=True), start=1)
     ]

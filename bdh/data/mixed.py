@@ -12,6 +12,7 @@ from bdh.data.batch import Batch, ValidationPart
 from bdh.data.config import DataConfig
 from bdh.data.corpus import Corpus, Loader
 from bdh.data.mix_config import mix_sources
+from bdh.data.mix_overlap import check_overlap
 from bdh.data.windows import check_rows, check_state
 
 # The draws of the sources and those of the windows within one come from Philox with different keys.
@@ -28,6 +29,7 @@ class MixCorpus(Corpus):
         """
         self.block_size = block_size
         self._sources = mix_sources(config)
+        check_overlap(self._sources)
         self._shares = [source.share for source in self._sources]
         self._corpora = [prepare(source.config) for source in self._sources]
         self.is_chat = any(corpus.is_chat for corpus in self._corpora)

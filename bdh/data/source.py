@@ -3,20 +3,23 @@
 import glob
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bdh.data import builtin
-from bdh.data.config import DataConfig
+from bdh.data.config import DataConfig, EntryConfig
 from bdh.data.csv_files import CSV_TYPES, CsvSettings
 from bdh.data.files import file_type, find_files, identity, open_file
-from bdh.data.hub import HubSet, is_hub_layout, shakespeare
+from bdh.data.hub import HubSet, is_hub_layout, local_tables, shakespeare
 from bdh.data.parts import FOUND_TWICE, HELD_OUT_FILES, Skipped
 from bdh.data.paths import FileKey, file_key, regular_files
 from bdh.data.readers import ChainReader, DocumentsReader, Reader, State, compression, file_chunks
 
 _FINGERPRINT_BYTES = 1 << 16
+_FIRST_BYTES = 1 << 20
+_NOWHERE = (0, 0)
 
 OpenShard = Callable[[Skipped, State | None], Reader]
 
@@ -36,11 +39,21 @@ class Source:
     """What was left out when the source was looked up."""
     csv_files: list[Path] = field(default_factory=list)
     """Those of the local files that are read by :mod:`bdh.data.csv_files`."""
+    names: set[tuple[str | None, ...]] = field(default_factory=set)
+    """Of the texts that are not read file by file: built-in ones, and splits that ``datasets`` reads."""
+
+    guessed_column: tuple[str, str] | None = None
+    """Of what ``datasets`` reads: its name, and the column that was taken for the text without being asked for."""
 
     @property
     def files(self) -> list[Path]:
         """All local files."""
         return [path for files in self.shard_files for path in files]
+
+    @property
+    def is_hub(self) -> bool:
+        """Whether ``datasets`` reads it as a whole: its files may hold other splits too."""
+        return any(name[0] == "hub" for name in self.names)
 
     def open(self, skipped: Skipped | None = None, state: State | None = None) -> ChainReader:
         """A reader from the beginning, or from where another one was."""
@@ -55,8 +68,8 @@ class Source:
         """A hash that knows files by their names, sizes, beginnings and ends: the same on another machine.
 
         Args:
-            until: the state of a reader, behind which the text may be another. Of the file that it is in, what is before
-                counts where that is known in bytes, else the name alone.
+            until: the state of a reader, after which the text may be another. Of the file that it is in, only what is before
+                counts: as the bytes of the file where the reader counts them, else as the text that it gives.
         """
         known = [entry for entry in self.identity if entry[0] != "files"]
         digest = hashlib.sha256(repr(known).encode())
@@ -66,9 +79,46 @@ class Source:
                 if number < last:
                     digest.update(_ends(path, path.stat().st_size))
                 elif until is not None:
-                    offset = (until["inner"] or {}).get("offset", 0)
-                    digest.update(path.name.encode() if not offset else _before(path, offset))
+                    digest.update(path.name.encode())
+            if number == last and until is not None and files:
+                digest.update(self._before(number, until["inner"] or {}))
         return digest.hexdigest()
+
+    def _before(self, number: int, inner: State) -> bytes:
+        """A hash of a shard's text before the place where a reader of it was.
+
+        Raises:
+            OSError: a file cannot be read.
+        """
+        wanted = _place(inner)
+        if wanted == _NOWHERE:
+            return b""
+        digest = hashlib.sha256()
+        if "offset" in inner:
+            digest.update(_bytes_before(self.shard_files[number][0], inner["offset"]))
+            # What the first rows are decides how the others are read, which may also have changed by what is after them.
+            is_told = not inner.get("parts") and ("line" not in inner or inner["offset"] > _FIRST_BYTES)
+            if is_told:
+                return digest.digest()
+        reader: Reader | None = None
+        reached = _NOWHERE
+        with suppress(ValueError):  # text that cannot be read: it ends there, at the fault or before
+            reader = self.shards[number](Skipped(), None)
+            for part in reader:
+                reached = _place(reader.state())
+                if reached > wanted:
+                    break
+                digest.update(repr(part).encode())
+        if reader is not None:
+            reached = max(reached, _place(reader.state()))
+        digest.update(repr(min(reached, wanted)).encode())
+        return digest.digest()
+
+
+def _place(state: State) -> tuple[int, int]:
+    """What grows as a reader goes on: the rows, documents or bytes that it has read, and the parts given of the next one."""
+    read = next((state[name] for name in ("row", "num_rows", "document", "offset") if name in state), 0)
+    return read, state.get("parts", -len(state.get("pending", [])))
 
 
 def _ends(path: Path, size: int) -> bytes:
@@ -79,7 +129,7 @@ def _ends(path: Path, size: int) -> bytes:
         return repr((path.name, size)).encode() + first + file.read(min(size, _FINGERPRINT_BYTES))
 
 
-def _before(path: Path, offset: int) -> bytes:
+def _bytes_before(path: Path, offset: int) -> bytes:
     """The same of a file that may be compressed, up to an offset in its text."""
     if not compression(path):
         return _ends(path, offset)
@@ -99,10 +149,20 @@ def training_source(config: DataConfig) -> Source:
         FileNotFoundError: a file is missing, or the hub does not give the data set.
         ValueError: a setting does not go with the source, or nothing is left to train on.
     """
-    held_out = set()
-    if config.val_source is not None:
-        held_out = {file_key(path) for path in validation_source(config).files}  # type: ignore[union-attr]
-    return _resolve(config, item_names(config.source), config.split, held_out)
+    return _resolve(config, item_names(config.source), config.split, _held_out(config))
+
+
+def _held_out(config: DataConfig) -> set[FileKey]:
+    """The files that are validated on; with those of the other entries, if it is the section of an entry of a mix."""
+    keys: set[FileKey] = set()
+    for section in [config, *(config.others if isinstance(config, EntryConfig) else [])]:
+        items = item_names(section.source)
+        is_folder = len(items) == 1 and Path(items[0]).expanduser().is_dir()
+        if section.val_source is not None or (section.val_split is not None and is_folder):
+            validation = validation_source(section)
+            if validation is not None and not validation.is_hub:
+                keys |= {file_key(path) for path in validation.files}
+    return keys
 
 
 def validation_source(config: DataConfig) -> Source | None:
@@ -152,7 +212,7 @@ def _is_hub(item: str, config: DataConfig) -> bool:
 
 def _resolve(config: DataConfig, items: list[str], split: str, held_out: set[FileKey]) -> Source:
     if len(items) == 1 and items[0] not in builtin.BUILTIN and _is_hub(items[0], config):
-        return _of_hub(config, items[0], split)
+        return _of_hub(config, items[0], split, held_out)
     for setting, default in (("name", None), ("split", "train"), ("revision", None)):
         value = getattr(config, setting)
         if value != default:
@@ -172,14 +232,11 @@ def _resolve(config: DataConfig, items: list[str], split: str, held_out: set[Fil
         if _is_hub(item, config):
             raise ValueError(f"data.source names several texts, and {item!r} is a data set: it can only stand alone")
         found = find_files(item, skipped) or []
-        kept = [path for path in found if file_key(path) not in held_out]
-        if len(kept) < len(found):
-            skipped.add(HELD_OUT_FILES, len(found) - len(kept))
-        kept = regular_files(kept, known, skipped)
+        kept = regular_files(_not_held_out(found, held_out, skipped), known, skipped)
         if kept:
             parts.append(_of_files(config, kept, Skipped()))
     if not parts:
-        raise ValueError(f"data.source {config.source!r}: nothing is left to train on without data.val_source")
+        raise _nothing_left(config)
     sizes = [part.num_bytes for part in parts]
     return Source(
         shards=[shard for part in parts for shard in part.shards],
@@ -188,7 +245,19 @@ def _resolve(config: DataConfig, items: list[str], split: str, held_out: set[Fil
         num_bytes=None if None in sizes else sum(size or 0 for size in sizes),
         skipped=skipped,
         csv_files=[path for part in parts for path in part.csv_files],
+        names={name for part in parts for name in part.names},
     )
+
+
+def _not_held_out(files: list[Path], held_out: set[FileKey], skipped: Skipped) -> list[Path]:
+    kept = [path for path in files if file_key(path) not in held_out]
+    if len(kept) < len(files):
+        skipped.add(HELD_OUT_FILES, len(files) - len(kept))
+    return kept
+
+
+def _nothing_left(config: DataConfig) -> ValueError:
+    return ValueError(f"data.source {config.source!r}: nothing is left to train on without data.val_source")
 
 
 def _of_files(config: DataConfig, files: list[Path], skipped: Skipped) -> Source:
@@ -220,6 +289,7 @@ def _of_builtin(name: str) -> Source:
         shard_files=[[]],
         num_bytes=sum(map(len, documents)),
         skipped=Skipped(),
+        names={(name,)},
     )
 
 
@@ -232,17 +302,28 @@ def _of_stdlib() -> Source:
         shard_files=[[]],
         num_bytes=num_bytes,
         skipped=Skipped(),
+        names={("stdlib",)},
     )
 
 
-def _of_hub(config: DataConfig, path: str, split: str) -> Source:
-    for setting, value in asdict(CsvSettings.of(config)).items():
-        if value != getattr(CsvSettings, setting):
-            raise ValueError(
-                f"data.csv_{setting} is {value!r}, but data.source {config.source!r} is a data set of the hub: leave it out, "
-                "or name the local files one by one or as a glob"
-            )
+def _of_hub(config: DataConfig, path: str, split: str, held_out: set[FileKey]) -> Source:
     folder = Path(path).expanduser()
+    tables = local_tables(str(folder), name=config.name, split=split) or []
+    if not any(file_type(table) in CSV_TYPES for table in tables):
+        _refuse_csv_settings(config)
+    if tables:
+        skipped = Skipped()
+        kept = _not_held_out(tables, held_out, skipped)
+        if not kept:
+            raise _nothing_left(config)
+        return _of_files(config, kept, skipped)
+    files = sorted(f for f in folder.rglob("*") if f.is_file()) if folder.is_dir() else []
+    for file in files:
+        if file_key(file) in held_out:
+            raise ValueError(
+                f"data.source {config.source!r} is read as a whole, so {file} cannot be held out of it: name the files to "
+                "train on one by one or as a glob"
+            )
     hub_set = HubSet(
         str(folder) if folder.is_dir() else path,
         name=config.name,
@@ -252,7 +333,6 @@ def _of_hub(config: DataConfig, path: str, split: str) -> Source:
         encoding_errors=config.encoding_errors,
         streaming=config.streaming,
     )
-    files = sorted(f for f in folder.rglob("*") if f.is_file()) if folder.is_dir() else []
     name = [folder.name if files else path, config.name, split, config.revision, hub_set.column]
     return Source(
         shards=[hub_set.open],
@@ -260,4 +340,15 @@ def _of_hub(config: DataConfig, path: str, split: str) -> Source:
         shard_files=[files],
         num_bytes=None,
         skipped=Skipped(),
+        guessed_column=None if config.text_column is not None else (hub_set.where, hub_set.column),
+        names={("hub", str(folder.resolve()) if folder.is_dir() else path, config.name, split)},
     )
+
+
+def _refuse_csv_settings(config: DataConfig) -> None:
+    for setting, value in asdict(CsvSettings.of(config)).items():
+        if value != getattr(CsvSettings, setting):
+            raise ValueError(
+                f"data.csv_{setting} is {value!r}, but data.source {config.source!r} is a data set of the hub: leave it out, "
+                "or name the local files one by one or as a glob"
+            )

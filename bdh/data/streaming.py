@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from bdh.data.batch import Batch
+from bdh.data.columns import show_columns
 from bdh.data.config import DataConfig
 from bdh.data.continued import ContinuedStreamLoader
 from bdh.data.corpus import Corpus, Loader, announce, check_long_enough, left_out
-from bdh.data.csv_files import show_columns
 from bdh.data.documents import batch_of_documents
 from bdh.data.parts import Part, describe
 from bdh.data.progress import ProgressCallback
@@ -45,7 +45,7 @@ class StreamingCorpus(Corpus):
         self._encoder = encoder
         validation = validation_source(config)
         self._source = training_source(config)
-        show_columns([*self._source.csv_files, *(validation.csv_files if validation else [])], config)
+        show_columns(config, self._source, validation)
         self._split = None if validation is not None else stream_split(self._source, config.val_fraction)
 
         skipped = left_out({}, self._source, validation)

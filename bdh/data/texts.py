@@ -6,10 +6,11 @@ a model is validated on.
 
 from collections.abc import Iterator
 
+from bdh.data.columns import show_columns
 from bdh.data.config import DataConfig
 from bdh.data.conversations import chat_texts, holds_chat
-from bdh.data.csv_files import show_columns
 from bdh.data.mix_config import mix_sources
+from bdh.data.mix_overlap import check_overlap
 from bdh.data.parts import Part, split_document
 from bdh.data.source import training_source, validation_source
 from bdh.data.split import count_documents, count_if_single, cut, num_kept, stream_split
@@ -27,7 +28,9 @@ def validation_texts(config: DataConfig) -> Iterator[str]:
 
 def _parts(config: DataConfig, held_out: bool) -> Iterator[Part]:
     if config.mix is not None:  # each source once and as a whole, whatever its weight
-        for mixed in mix_sources(config):
+        sources = mix_sources(config)
+        check_overlap(sources)
+        for mixed in sources:
             yield from _parts(mixed.config, held_out)
         return
     if holds_chat(config):
@@ -36,7 +39,7 @@ def _parts(config: DataConfig, held_out: bool) -> Iterator[Part]:
         return
     validation = validation_source(config)
     if not held_out:
-        show_columns(training_source(config).csv_files, config)
+        show_columns(config, training_source(config))
     if validation is not None:
         yield from (validation if held_out else training_source(config)).open()
         return

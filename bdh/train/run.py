@@ -178,7 +178,7 @@ class Run:
             is_same = before == self._fingerprint_before(training["loader"])
             if is_same:
                 _logger.warning(
-                    "the text of %s has changed behind the place where it could not be read",
+                    "the text of %s has changed after the place where it could not be read",
                     self.corpus.facts["source"],
                 )
         if not is_same:

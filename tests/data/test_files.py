@@ -3,11 +3,13 @@
 import gzip
 import re
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from bdh.data import DataConfig, training_texts
 from tests.data.conftest import documents_of, write_table, write_text
 
 TEXTS = ["first", "zweites — 2", "третий", "四", "fifth\nwith lines\r\n", "🙂 six", "seven", "eight", "nine", "ten"]
@@ -259,3 +261,55 @@ def test_settings_of_the_hub_are_refused_for_files(tmp_path, corpus_of):
             corpus_of(path, **{field: value})
     with pytest.raises(ValueError, match=r"data\.val_split is 'test'.*val_source"):
         corpus_of(path, val_split="test")
+
+
+@pytest.mark.parametrize("compression", ["gz", "zst"])
+def test_compressed_parquet_is_of_no_known_type(tmp_path, corpus_of, compression):
+    """It was called a known type, and one such file in a folder stopped the run."""
+    write_text(tmp_path / "a.txt", "some words")
+    path = write_text(tmp_path / f"b.parquet.{compression}", "no table")
+    assert corpus_of(tmp_path).facts["skipped"] == {"files of other types": 1}
+    with pytest.raises(
+        ValueError, match=r"unknown type: known are .*\.tsv, each also as \.gz or \.zst, and \.parquet$"
+    ):
+        corpus_of(path)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "jsonl.gz", "parquet"])
+def test_the_column_that_was_guessed_is_shown(tmp_path, corpus_of, caplog, suffix, streaming):
+    """Only that of .csv files was: a column of names was trained on without a word."""
+    long = "many words \u00e9 " * 20
+    for name in "ab":
+        write_table(
+            tmp_path / f"{name}.{suffix}", [{"n": 1, "body": None}, {"n": 2, "body": long}, {"n": 3, "body": "more"}]
+        )
+    shown = f"{tmp_path}/a.{suffix}: the text is column 'body', the first text begins {long[:60]!r}\n"
+    for _ in range(2):  # also where the tokens are in the cache
+        caplog.clear()
+        corpus_of(tmp_path, streaming=streaming)
+        assert (caplog.text.count(shown), caplog.text.count("the text is column")) == (1, 1)
+    caplog.clear()
+    list(training_texts(DataConfig(source=str(tmp_path), streaming=streaming)))
+    assert caplog.text.count(shown) == 1
+    caplog.clear()
+    corpus_of(tmp_path, streaming=streaming, text_column="body")
+    assert "the text is column" not in caplog.text
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_guessed_columns_of_other_names_are_refused(tmp_path, corpus_of, streaming):
+    """One file's titles and another one's texts were trained on."""
+    write_table(tmp_path / "a.jsonl", [{"body": "some words"}] * 9)
+    write_table(tmp_path / "b.parquet", [{"title": "other words"}] * 9)
+    match = r"set data\.text_column, as the only column of strings is 'body' in .*a\.jsonl, but 'title' in .*b\.parquet"
+    with pytest.raises(ValueError, match=match):
+        corpus_of(tmp_path, streaming=streaming)
+    with pytest.raises(ValueError, match=match):
+        list(training_texts(DataConfig(source=str(tmp_path), streaming=streaming)))
+
+
+def test_the_guessed_column_of_a_set_that_datasets_reads_is_shown(tmp_path, corpus_of, caplog):
+    datasets.Dataset.from_dict({"n": [1, 2], "body": ["some words", "more"]}).save_to_disk(tmp_path / "set")
+    corpus_of(tmp_path / "set")
+    assert "set, split train: the text is column 'body', the first text begins 'some words'\n" in caplog.text

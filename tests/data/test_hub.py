@@ -150,15 +150,23 @@ def test_hub_set_stands_alone(tmp_path, corpus_of):
         corpus_of([str(tmp_path / "a.txt"), "organisation/set"])
 
 
+# A .csv file whose form its data card describes is read by pandas, as those of the hub are.
+OF_PANDAS = '---\nconfigs:\n- {config_name: default, data_files: data/t.csv, quotechar: "\'"}\n---\n'
+
+
 @pytest.mark.parametrize("streaming", [False, True])
-def test_rows_longer_than_the_header_do_not_shift_the_columns(tmp_path, corpus_of, streaming):
+@pytest.mark.parametrize("card", [OF_PANDAS, "---\nconfigs:\n- {config_name: default, data_files: data/t.csv}\n---\n"])
+def test_rows_longer_than_the_header_do_not_shift_the_columns(tmp_path, corpus_of, streaming, card):
     """The first column was taken for an index, and the labels trained on."""
-    path = write_text(tmp_path / "data" / "train-00000-of-00001.csv", "id,text,label\n1,a b,x,\n2,c d,y,\n")
+    write_text(tmp_path / "README.md", card)
+    path = write_text(tmp_path / "data" / "t.csv", "id,text,label\n1,a b,x,\n2,c d,y,\n")
     settings = {"text_column": "text", "streaming": streaming}
     assert list(training_texts(DataConfig(source=str(tmp_path), **settings))) == ["a b"]
     corpus_of(tmp_path, **settings)
     write_text(path, "id,text,label\n1,a b, c,x\n2,d,y\n")
-    with pytest.raises(ValueError, match="Length of header or names does not match length of data"):
+    with pytest.raises(
+        ValueError, match=r"Length of header or names does not match length of data|line 2: the row has 4"
+    ):
         corpus_of(tmp_path, **settings)
 
 
@@ -166,11 +174,78 @@ def test_rows_longer_than_the_header_do_not_shift_the_columns(tmp_path, corpus_o
 def test_another_delimiter_than_a_comma_is_not_text(tmp_path, corpus_of, delimiter):
     """Whole lines were the text, numbers and delimiters among it."""
     lines = [f"id{delimiter}text", *(f"{i}{delimiter}words and more" for i in range(9))]
-    write_text(tmp_path / "data" / "train-00000-of-00001.csv", "\n".join(lines))
+    write_text(tmp_path / "data" / "t.csv", "\n".join(lines))
+    write_text(tmp_path / "README.md", OF_PANDAS)
     with pytest.raises(ValueError, match="seem to be separated by another character than a comma"):
         corpus_of(tmp_path)
+    write_text(tmp_path / "README.md", OF_PANDAS.split(", quotechar")[0] + "}\n---\n")
+    assert documents_of(corpus_of(tmp_path)) == ["words and more"] * 9
 
 
 def test_a_table_with_commas_is_read(tmp_path, corpus_of):
     write_text(tmp_path / "data" / "train-00000-of-00001.csv", 'id,text\n1,"a, b"\n2,c d\n')
     assert documents_of(corpus_of(tmp_path)) == ["a, b", "c d"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("card", [False, True])
+def test_validation_files_are_held_out_of_a_folder_in_the_layout(tmp_path, corpus_of, card, streaming):
+    """They were trained on: data.val_source counted for folders of other layouts alone."""
+    files = [tmp_path / "data" / f"train-0000{number}-of-00002.jsonl" for number in range(2)]
+    if card:
+        write_text(tmp_path / "README.md", "---\nconfigs:\n- {config_name: default, data_files: 'data/*.jsonl'}\n---\n")
+    for number, file in enumerate(files):
+        write_table(file, [{"text": text} for text in TRAIN[5 * number : 5 * number + 5]])
+    settings = {"val_source": str(files[1]), "streaming": streaming}
+    config = DataConfig(source=str(tmp_path), **settings)
+    assert (list(training_texts(config)), list(validation_texts(config))) == (TRAIN[:5], TRAIN[5:])
+    corpus = corpus_of(tmp_path, **settings)
+    assert corpus.facts["skipped"] == {"files of data.val_source": 1}
+    with pytest.raises(ValueError, match="nothing is left to train on"):
+        corpus_of(tmp_path, val_source=str(tmp_path / "data"))
+
+
+def test_validation_files_of_a_folder_that_is_read_as_a_whole_are_refused(tmp_path, corpus_of):
+    """They were trained on."""
+    for number in range(2):
+        write_text(tmp_path / "data" / f"train-0000{number}-of-00002.txt", "some words\n" * 9)
+    with pytest.raises(ValueError, match=r"read as a whole, so .*train-00001-of-00002\.txt cannot be held out"):
+        corpus_of(tmp_path, val_source=str(tmp_path / "data" / "train-00001-of-00002.txt"))
+
+
+def test_a_file_of_both_splits_is_validated_on_alone(with_card, corpus_of):
+    """It was trained on, where the pattern of the one split matched the file of the other."""
+    write_text(with_card / "README.md", README.replace("data/plain-train.jsonl", "data/plain-*.jsonl"))
+    assert list(training_texts(DataConfig(source=str(with_card), val_split="test"))) == TRAIN
+
+
+def test_conversations_of_other_splits_are_not_trained_on(tmp_path, corpus_of):
+    """All .jsonl files of the folder were."""
+    for name in ("train", "test"):
+        messages = [{"role": "user", "content": "Say"}, {"role": "assistant", "content": name}]
+        write_table(tmp_path / "data" / f"{name}-00000-of-00001.jsonl", [{"messages": messages}] * 4)
+    texts = [*training_texts(DataConfig(source=str(tmp_path))), *validation_texts(DataConfig(source=str(tmp_path)))]
+    assert set(texts) == {"Say", "train"}
+
+
+CSV_WORDS = ["hello there", "NA", "null", "None", "007", "1e5", "12345678901234567890", "more words"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("options", ["", ', quotechar: "\'"'])
+def test_words_that_pandas_takes_for_nothing_are_text(tmp_path, streaming, options):
+    """NA, null and None were rows without text, and 007 a float."""
+    write_text(tmp_path / "README.md", f"---\nconfigs:\n- {{config_name: default, data_files: t.csv{options}}}\n---\n")
+    write_text(tmp_path / "t.csv", "n,text\n" + "".join(f"1,{word}\n" for word in CSV_WORDS))
+    settings = {"text_column": "text", "streaming": streaming, "val_source": None}
+    config = DataConfig(source=str(tmp_path), **settings)
+    assert sorted([*training_texts(config), *validation_texts(config)]) == sorted(CSV_WORDS)
+
+
+def test_files_of_the_layout_take_the_settings_for_csv_files(tmp_path, corpus_of):
+    write_text(tmp_path / "data" / "train-00000-of-00001.csv", "1:one\n2:two\n")
+    corpus = corpus_of(tmp_path, csv_delimiter=":", csv_header=False, text_column="2")
+    assert documents_of(corpus) == ["one", "two"]
+    write_text(tmp_path / "data" / "train-00000-of-00001.tsv", "n\ttext\n1\tone, 1\n2\ttwo, 2\n")
+    (tmp_path / "data" / "train-00000-of-00001.csv").unlink()
+    assert documents_of(corpus_of(tmp_path)) == ["one, 1", "two, 2"]

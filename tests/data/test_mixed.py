@@ -177,3 +177,51 @@ def test_a_fault_of_a_mix_names_the_entry_or_the_weights(mix, fault):
 def test_what_names_texts_beside_a_mix_is_refused():
     found = faults_of(mix=[{"source": "a"}], source="b.txt", val_source="c.txt")
     assert [fault.split(" is ")[0] for fault in found] == ["data.source", "data.val_source"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_what_one_source_holds_out_is_not_trained_on_in_another(tmp_path, mixed, streaming):
+    """Each entry was trained on the files that the others validate on."""
+    for letter in "abv":
+        write_text(tmp_path / "texts" / f"{letter}.txt", letter * 400)
+    a, b, v = (str(tmp_path / "texts" / f"{letter}.txt") for letter in "abv")
+    mix = [{"source": a, "val_source": v}, {"source": str(tmp_path / "texts"), "val_source": b}]
+    corpus = mixed(mix, streaming=streaming)
+    loader = corpus.train_loader(8, seed=1)
+    assert set("".join(letters(loader.next().tokens) for _ in range(40))) == {"a"}
+    validated = [set(letters(part.batch.tokens)) for part in corpus.validation_parts(8)]
+    assert validated == [{"v"}, {"b"}]
+    assert set("".join(training_texts(DataConfig(mix=mix, streaming=streaming)))) == {"a"}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_file_of_two_sources_is_refused_where_a_share_of_it_is_held_out(tmp_path, mixed, streaming):
+    """The end of the file, which one entry held out, was trained on through the other."""
+    path = write_text(tmp_path / "texts" / "n.txt", "x" * 400 + "y" * 400)
+    other, val = write_text(tmp_path / "o.txt", "o" * 400), write_text(tmp_path / "v.txt", "v" * 400)
+    both = [{"source": str(path), "val_fraction": 0.5}, {"source": str(path.parent), "val_fraction": 0.1}]
+    match = rf"data\.mix: 'n\.txt' and 'texts' both read {path}, so the share of it that 'n\.txt' holds out would"
+    for text in (mixed, lambda mix, **more: list(training_texts(DataConfig(mix=mix, **more)))):
+        with pytest.raises(ValueError, match=match):
+            text(both, streaming=streaming)
+        with pytest.raises(
+            ValueError, match=r"'texts' and 'n\.txt' both read"
+        ):  # also where the first holds out none of it
+            text([{**both[0], "val_source": str(val)}, both[1]], streaming=streaming)
+    with pytest.raises(ValueError, match="'1:pydoc' and '2:pydoc' both read pydoc, so the share"):
+        mixed([{"source": "pydoc"}, {"source": "pydoc", "val_fraction": 0.2}], streaming=streaming)
+    mixed([{**each, "val_source": str(val)} for each in both], streaming=streaming)
+    mixed([both[0], {"source": str(other)}], streaming=streaming)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "txt"])
+def test_a_split_that_one_source_validates_on_is_not_trained_on_in_another(tmp_path, mixed, suffix):
+    for split in ("train", "test"):
+        path = tmp_path / "set" / "data" / f"{split}-00000-of-00001.{suffix}"
+        write = write_table if suffix == "jsonl" else lambda path, rows: write_text(path, f"{rows[0]['text']}\n" * 40)
+        write(path, [{"text": split * 9}] * 40)
+    other = write_text(tmp_path / "o.txt", "o" * 400)
+    data_set = {"source": str(tmp_path / "set")}
+    with pytest.raises(ValueError, match=r"nothing is left to train on|so what '1:set' holds out would be trained on"):
+        mixed([{**data_set, "val_split": "test"}, {**data_set, "split": "test", "val_source": str(other)}])
+    mixed([{**data_set, "val_source": str(other)}, {**data_set, "split": "test", "val_source": str(other)}])

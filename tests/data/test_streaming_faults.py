@@ -124,16 +124,71 @@ def test_it_goes_on_bit_equal_once_the_text_is_mended(tmp_path, prepared, write,
                 assert (one is None and other is None) or torch.equal(one, other)
 
 
-@pytest.mark.parametrize("write", [jsonl, jsonl_gz])
+def table_of_csv(path, rows):
+    """A row with one field more than the header, in the place of the one that is no text."""
+    fields = [f"{number},{row['text']}{',' * (row['text'] == 5)}" for number, row in enumerate(rows)]
+    write_text(path / "t.csv", "\n".join(["n,text", *fields]))
+
+
+def folder_in_the_hubs_layout(path, rows):
+    write_text(path / "data" / "train-00000-of-00001.jsonl", lines(*rows))
+
+
+def array_in_the_hubs_layout(path, rows):
+    write_text(path / "data" / "train-00000-of-00001.json", json.dumps(rows))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        jsonl,
+        jsonl_gz,
+        array,
+        table_of_csv,
+        folder_in_the_hubs_layout,
+        array_in_the_hubs_layout,
+    ],
+)
 def test_text_before_the_fault_must_stay_as_it_was(tmp_path, prepared, write):
+    """Only files of lines were compared: a change in an array, a parquet file or a folder in the hub's layout was not seen."""
     folder = tmp_path / "texts"
     folder.mkdir()
-    write(folder, BAD_ROWS)
+    write(folder, ROWS)
     corpus, loader = prepared(folder, "plain")
-    with pytest.raises(ValueError, match="line 31"):
+    write(folder, BAD_ROWS)
+    with pytest.raises(ValueError, match=r"line 3[12]|row 31"):
         [loader.next() for _ in range(60)]
     state = loader.state_dict()
     before = corpus.fingerprint_before(state)
+    for rows in (ROWS, [*ROWS[:30], {"text": "mended"}, *ROWS[31:], {"text": "more"}]):
+        write(folder, rows)
+        assert prepared(folder, "plain")[0].fingerprint_before(state) == before
+    for changed in ([{"text": "0 y"}, *ROWS[1:]], [ROWS[1], ROWS[0], *ROWS[2:]], ROWS[:20]):
+        write(folder, changed)
+        assert prepared(folder, "plain")[0].fingerprint_before(state) != before
+
+
+def parquet(path, rows):
+    write_table(path / "t.parquet", rows)
+
+
+def lines_that_datasets_reads(path, rows):
+    write_text(path / "data" / "train-00000-of-00001.txt", "".join(f"{row['text']}\n" for row in rows))
+
+
+@pytest.mark.parametrize("write", [parquet, lines_that_datasets_reads])
+def test_rows_before_a_place_must_stay_as_they_were(tmp_path, prepared, write):
+    """The names of such files were compared alone."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    write(folder, ROWS)
+    corpus, loader = prepared(folder, "plain")
+    for _ in range(3):
+        loader.next()
+    state = loader.state_dict()
+    before = corpus.fingerprint_before(state)
+    write(folder, [*ROWS[:40], {"text": "mended"}])
     assert prepared(folder, "plain")[0].fingerprint_before(state) == before
-    write(folder, [{"text": "0 y"}, *ROWS[1:]])
-    assert prepared(folder, "plain")[0].fingerprint_before(state) != before
+    for changed in ([{"text": "0 y"}, *ROWS[1:]], [ROWS[1], ROWS[0], *ROWS[2:]], ROWS[:10]):
+        write(folder, changed)
+        assert prepared(folder, "plain")[0].fingerprint_before(state) != before

@@ -51,7 +51,7 @@ def test_a_fault_is_saved_for_and_the_mended_file_gone_on_with(train, tmp_path, 
     assert "has changed since the run was started" in capsys.readouterr().err
     write(path, ROWS)
     assert main(["train", "--run_dir", str(run), "--resume"]) == 0
-    assert "has changed behind the place where it could not be read" in caplog.text
+    assert "has changed after the place where it could not be read" in caplog.text
     assert_same_run(straight, run)
 
 
