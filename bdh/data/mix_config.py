@@ -86,7 +86,7 @@ def collect_mix_faults(config: "DataConfig", faults: Faults) -> None:
         hints = typing.get_type_hints(type(config))
         wrong = [key for key in entry if key != "weight" and not _is_a(entry[key], hints[key])]
         for key in wrong:
-            inner.require(False, key, entry[key], f"as data.{key} is")
+            inner.require(False, key, entry[key], f"a value that data.{key} takes")
         if not wrong:
             _alone(config, entry).collect_faults(inner)
     are_numbers = all(

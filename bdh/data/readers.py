@@ -227,7 +227,7 @@ def row_text(text: Any, column: str, where: str, encoding_errors: str, skipped: 
         skipped.add(NO_TEXT)
         return None
     if not isinstance(text, str):
-        raise ValueError(f"{where}: column {column!r} holds {text!r:.80}, a {type(text).__name__}: it must be text")
+        raise ValueError(f"{where}: column {column!r} holds {text!r:.80} ({type(text).__name__}): it must be text")
     return to_utf8(text, encoding_errors, where)
 
 

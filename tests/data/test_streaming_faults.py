@@ -81,7 +81,7 @@ def prepared(corpus_of):
         (jsonl_gz, r"t\.jsonl\.gz, line 31: column 'text' holds 5", ValueError),
         (array, r"t\.json, row 31, line 92: column 'text' holds 5", ValueError),
         (bytes_in_a_second_file, r"b\.txt is not UTF-8: byte 10 is 0xFF", ValueError),
-        (parquet_of_another_type, r"b\.parquet, row 1: column 'text' holds 0, a int", ValueError),
+        (parquet_of_another_type, r"b\.parquet, row 1: column 'text' holds 0 \(int\)", ValueError),
         (file_that_is_gone, r"b\.jsonl", FileNotFoundError),
     ],
 )
