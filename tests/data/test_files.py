@@ -55,7 +55,7 @@ def test_parquet_shards_that_are_all_empty_are_said_to_be(tmp_path, corpus_of):
 
 
 def test_a_parquet_shard_of_nulls_alone_is_rows_without_text(tmp_path, corpus_of):
-    pq.write_table(pa.table({"text": pa.nulls(3), "id": [1, 2, 3]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"body": pa.nulls(3), "id": [1, 2, 3]}), tmp_path / "a.parquet")
     write_table(tmp_path / "b.parquet", ROWS)
     corpus = corpus_of(tmp_path)
     assert documents_of(corpus) == TEXTS
@@ -81,7 +81,7 @@ def test_folder_is_read_recursively_sorted_and_by_each_files_type(tmp_path, corp
     write_text(tmp_path / "b" / "z.txt", "b/z")
     write_table(tmp_path / "b" / "a.jsonl", [{"text": "b/a 1"}, {"text": "b/a 2"}])
     write_text(tmp_path / "a.md", "# a")
-    write_table(tmp_path / "c.parquet", [{"content": "c"}])
+    write_table(tmp_path / "c.parquet", [{"text": "c"}])
     write_text(tmp_path / "B.py", "print()")
     write_text(tmp_path / ".git" / "hidden.txt", "hidden")
     write_text(tmp_path / "image.png", "no text")
