@@ -109,7 +109,8 @@ def _writing(target: Path) -> Iterator[tuple[Path, Lock]]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _lock(target) as lock:
-            remove(temporary)  # of a process that was killed
+            for left in (temporary, removed_name(target)):  # by a process that was killed
+                remove(left)
             try:
                 _put_back(target)
                 yield temporary, lock
@@ -135,11 +136,11 @@ def _replace_dir(folder: Path, temporary: Path) -> None:
     elif not _exchange(folder, temporary):
         _logger.info("%s cannot be exchanged in one step: it is renamed first", folder)
         old = _old_name(folder)
-        remove(old)
+        _remove_old(folder)
         folder.rename(old)
         temporary.rename(folder)
         sync(folder.parent)
-        remove(old)
+        _remove_old(folder)
     sync(folder.parent)
 
 
@@ -163,6 +164,18 @@ def _exchange(one: Path, other: Path) -> bool:
 
 def _old_name(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.old")
+
+
+def removed_name(path: Path) -> Path:
+    """What a folder is called while it is deleted: killed meanwhile, what is left of it is never put back."""
+    return path.with_name(f".{path.name}.removed")
+
+
+def _remove_old(folder: Path) -> None:
+    old = _old_name(folder)
+    if old.is_dir() and not old.is_symlink():
+        old = old.rename(removed_name(folder))
+    remove(old)
 
 
 def _put_back(folder: Path) -> bool:

@@ -25,7 +25,7 @@ import torch
 
 from bdh.distributed.tensors import BackgroundWriter, Tensors, read_all, read_tensors, stored_shapes, write_tensors
 from bdh.distributed.world import World
-from bdh.storage import atomic_dir, recover_dirs, remove, temporary_name, write_text
+from bdh.storage import atomic_dir, recover_dirs, remove, removed_name, temporary_name, write_text
 
 TRAINING, MANIFEST = "training.pt", "manifest.json"
 _logger = logging.getLogger(__name__)
@@ -281,8 +281,7 @@ class Checkpointer:
     def _remove(self, step: int) -> None:
         """Out of sight first: what is left of it, if the process is killed meanwhile, is no checkpoint."""
         folder = self.folder / _name(step)
-        hidden = folder.rename(folder.with_name(f".{folder.name}.removed"))
-        remove(hidden)
+        remove(folder.rename(removed_name(folder)))
 
 
 def _reason(action: Callable[[], None]) -> str | None:
