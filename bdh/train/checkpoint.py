@@ -163,7 +163,7 @@ class Checkpointer:
 
     def _open_folder(self, stack: ExitStack, final: Path) -> None:
         if self._world.is_main:
-            recover_dirs(self.folder)
+            recover_dirs(self.folder, _is_whole)
             for left in self.folder.glob(".step-*"):  # by a process that was killed
                 remove(left)
             stack.enter_context(atomic_dir(final))
@@ -188,7 +188,7 @@ class Checkpointer:
             ValueError: it is cut off or altered; the message names the newest one that is whole.
         """
         if self._world.is_main and self.folder.is_dir():
-            recover_dirs(self.folder)
+            recover_dirs(self.folder, _is_whole)
         self._world.wait_for_all()
         wanted = self._newest() if step is None else step
         if wanted is None:
@@ -321,6 +321,11 @@ def step_of_folder(folder: Path) -> int:
 def _facts(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _is_whole(folder: Path) -> bool:
+    """Versions before this one deleted checkpoints under the name of one that is being replaced."""
+    return _fault(folder) is None
 
 
 def _fault(path: Path) -> str | None:

@@ -1,3 +1,5 @@
+import errno
+import os
 import resource
 import shutil
 import subprocess
@@ -190,6 +192,41 @@ def test_a_checkpoint_between_two_renames_is_recovered_and_a_removed_one_is_not(
     (folder / "step-0000010").rename(folder / ".step-0000010.removed")
     assert checkpointer.load().step == 20
     assert checkpointer.steps() == [20]
+
+
+@pytest.mark.parametrize("missing", [MANIFEST, TRAINING])
+def test_what_an_earlier_version_was_deleting_is_not_put_back(tmp_path, missing):
+    """It deleted checkpoints under the name of one that is being replaced: half of one came back, as a damaged one."""
+    checkpointer = saved(tmp_path, 10, 20)
+    folder = tmp_path / "checkpoints"
+    (folder / "step-0000010").rename(folder / ".step-0000010.old")
+    (folder / ".step-0000010.old" / missing).unlink()
+    assert checkpointer.load().step == 20
+    assert checkpointer.steps() == [20]
+    save_and_wait(checkpointer, 30)
+    assert sorted(path.name for path in folder.glob("*step-*")) == ["step-0000020", "step-0000030"]
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_a_run_on_a_read_only_disk_is_read_though_a_checkpoint_cannot_be_put_back(
+    tmp_path, monkeypatch, caplog, number
+):
+    """The lock for putting it back could not be written, which kept the whole checkpoints from being read too."""
+    checkpointer = saved(tmp_path, 10, 20)
+    folder = tmp_path / "checkpoints"
+    (folder / "step-0000010").rename(folder / ".step-0000010.old")
+    open_file = os.open
+
+    def refuse_to_write(path, flags, *more, **kwargs):
+        if flags & os.O_CREAT:
+            raise OSError(number, os.strerror(number), path)
+        return open_file(path, flags, *more, **kwargs)
+
+    monkeypatch.setattr(os, "open", refuse_to_write)
+    assert checkpointer.load().step == 20
+    assert f"{folder}/.step-0000010.old, cannot be put back ({os.strerror(number)})" in caplog.text
+    with pytest.raises(FileNotFoundError, match="no checkpoint of step 10 .*there are 20"):
+        checkpointer.load(10)
 
 
 @pytest.mark.parametrize("in_background", [False, True])
