@@ -40,10 +40,10 @@ class RunLock:
         if reason is not None:
             raise error or InUseError(reason)
 
-    def check(self) -> None:
-        """Raises :class:`bdh.locks.InUseError` on rank 0, where another process has taken the lock meanwhile."""
+    def check(self, *, seldom: bool = False) -> None:
+        """Raises on rank 0, where another process has taken the lock meanwhile; see :meth:`bdh.locks.Lock.check`."""
         if self._world.is_main:
-            self._lock.check()
+            self._lock.check(seldom=seldom)
 
     def release(self) -> None:
         """Gives the lock back; a folder that it made, and that has stayed empty, is removed."""

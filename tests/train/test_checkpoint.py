@@ -225,7 +225,7 @@ def test_a_run_on_a_read_only_disk_is_read_though_a_checkpoint_cannot_be_put_bac
     monkeypatch.setattr(os, "open", refuse_to_write)
     assert checkpointer.load().step == 20
     assert f"{folder}/.step-0000010.old, cannot be put back ({os.strerror(number)})" in caplog.text
-    with pytest.raises(FileNotFoundError, match="no checkpoint of step 10 .*there are 20"):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 10 .*there are 20"):
         checkpointer.load(10)
 
 
