@@ -125,7 +125,7 @@ def sync(path: Path) -> None:
 def _writing(target: Path) -> Iterator[tuple[Path, Lock]]:
     """The temporary name of a target, of which nothing is left after an error, and the lock, which is held."""
     temporary = temporary_name(target)
-    try:
+    with naming_full_disk(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with _lock(target) as lock:
             for left in (temporary, removed_name(target)):  # by a process that was killed
@@ -138,6 +138,13 @@ def _writing(target: Path) -> Iterator[tuple[Path, Lock]]:
                 raise
             finally:
                 remove(temporary)
+
+
+@contextmanager
+def naming_full_disk(target: Path) -> Iterator[None]:
+    """Raises :class:`DiskFullError` where the block raises for want of room to write ``target``."""
+    try:
+        yield
     except Exception as error:
         if _is_full(error, target.parent):
             reason = (str(error).splitlines() or [type(error).__name__])[0]

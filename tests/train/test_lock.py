@@ -1,5 +1,6 @@
 """One training at a time in a run's folder."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -83,6 +84,23 @@ def test_a_start_that_fails_leaves_no_folder_and_no_lock(flags, tmp_path):
     (tmp_path / "runs" / "run").mkdir(parents=True)
     assert main(["train", *flags(**{"data.source": tmp_path / "none.txt"})]) == 2
     assert list((tmp_path / "runs" / "run").iterdir()) == []
+
+
+@pytest.mark.parametrize("refused", ["write", "mkdir"])
+def test_a_start_on_a_full_disk_names_the_folder_and_leaves_none(flags, tmp_path, monkeypatch, capsys, refused):
+    """It said "No space left on device" of nothing, and left an empty folder."""
+    call = getattr(os, refused)
+
+    def refuse(*args, **kwargs):
+        if refused == "mkdir" and not str(args[0]).endswith(os.path.join("runs", "run")):
+            return call(*args, **kwargs)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(os, refused, refuse)
+        assert main(["train", *flags()]) == 2
+    assert f"error: the disk is full, {tmp_path / 'runs' / 'run'} could not be written" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_dry_run_takes_no_lock(flags, tmp_path):
