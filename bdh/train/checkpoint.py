@@ -182,6 +182,7 @@ class Checkpointer:
         """Finds a checkpoint, by default the newest, and checks every byte of it.
 
         Where ``latest`` names none that is there, as when it was emptied, the newest complete one is taken, with a warning.
+        If a training that is running there removes the newest meanwhile, the one that is then the newest is taken.
 
         Raises:
             FileNotFoundError: there is none, or none of that step.
@@ -190,7 +191,19 @@ class Checkpointer:
         if self._world.is_main and self.folder.is_dir():
             recover_dirs(self.folder, _is_whole)
         self._world.wait_for_all()
-        wanted = self._newest() if step is None else step
+        newest = self._newest() if step is None else None
+        try:
+            return self._load(newest if step is None else step)
+        except (OSError, ValueError):
+            # Several processes might not see the same.
+            if newest is None or self._world.size > 1 or (self.folder / _name(newest)).is_dir():
+                raise
+            now = self._newest()
+            if now in (None, newest):
+                raise
+            return self._load(now)
+
+    def _load(self, wanted: int | None) -> Checkpoint:
         if wanted is None:
             raise FileNotFoundError(f"there is no complete checkpoint in {self.folder}")
         path = self.folder / _name(wanted)
@@ -330,6 +343,13 @@ def _is_whole(folder: Path) -> bool:
 
 def _fault(path: Path) -> str | None:
     """What is wrong with the files of a checkpoint, or None."""
+    try:
+        return _fault_of_files(path)
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} was removed meanwhile"
+
+
+def _fault_of_files(path: Path) -> str | None:
     if not (path / MANIFEST).is_file():
         return f"its {MANIFEST} is missing"
     try:

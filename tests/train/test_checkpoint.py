@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bdh.train import checkpoint
 from bdh.train.checkpoint import MANIFEST, TRAINING, Checkpointer, CheckpointError
 
 TENSORS = "__0_0.distcp"  # what torch.distributed.checkpoint calls the first file of rank 0
@@ -98,6 +99,28 @@ def test_a_flipped_bit_is_refused(tmp_path):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"SHA-256.*there is no complete one besides it"):
         checkpointer.load()
+
+
+@pytest.mark.parametrize("moment", [checkpoint._fault, checkpoint._facts, torch.load])
+def test_a_newest_checkpoint_that_a_training_removes_while_it_is_read_gives_way_to_the_one_after(
+    tmp_path, monkeypatch, moment
+):
+    """The one that was being read was called damaged, or one of its files was not found."""
+    reader = saved(tmp_path, 10)
+    owner = torch if moment is torch.load else checkpoint
+
+    def train_on_first(*args, **kwargs):
+        monkeypatch.undo()
+        saved(tmp_path, 20, 30, keep_last=1)
+        return moment(*args, **kwargs)
+
+    monkeypatch.setattr(owner, moment.__name__, train_on_first)
+    assert reader.load().step == 30
+    monkeypatch.setattr(
+        owner, moment.__name__, lambda *_, **__: shutil.rmtree(tmp_path / "checkpoints") or moment(*_, **__)
+    )
+    with pytest.raises((FileNotFoundError, ValueError), match=r"step-0000030"):
+        reader.load()
 
 
 def test_what_is_not_there_is_named(tmp_path):
