@@ -8,20 +8,25 @@ not matter: whoever waits watches the file for a change.
 
 import functools
 import logging
+import math
 import os
+import re
 import secrets
 import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 from filelock import LeaseSettingsMismatch, SoftFileLease, Timeout
 
 LEASE_SECONDS = 120.0
 """So long untouched, a lock of another machine counts as left behind."""
 _BEATS = 12  # touches in that time
+_LOOK_SECONDS = 5.0  # from one look at a lock that is held to the next, where it is asked for in each step
+_ASIDE_SECONDS = 1.0  # longer than another process has the lock aside to see whether its holder has ended
+_MAX_BYTES = 1 << 14  # of a lock; those that are written here have a few hundred
 _logger = logging.getLogger(__name__)
 
 
@@ -51,6 +56,8 @@ class Lock:
         self._lease = SoftFileLease(
             path, lease_duration=LEASE_SECONDS, heartbeat_interval=LEASE_SECONDS / _BEATS, thread_local=False
         )
+        self._looked = -math.inf  # when this was last checked
+        self._unreadable_since: float | None = None
 
     def __enter__(self) -> Self:
         self.acquire()
@@ -66,23 +73,29 @@ class Lock:
 
         Raises:
             InUseError: another process holds it, and this one is not to wait.
+            IsADirectoryError: a folder has its name.
             OSError: the lock's file cannot be written.
         """
-        seen, changed = self._beat(), time.monotonic()
+        if self._path.is_dir():
+            raise IsADirectoryError(
+                f"{self._path} is a folder, but must be free for the lock on {self._target}: remove or rename it"
+            )
+        seen, changed = self._look()[1], time.monotonic()
         is_announced = False
         while not self._take():
-            ended = self._holder_has_ended()
-            if ended is False and not self._wait:
+            holder, beat = self._look()
+            patience = self._patience(holder, beat)
+            if patience == math.inf and not self._wait:
                 raise self._in_use()
-            if (beat := self._beat()) not in (None, seen):
+            if beat not in (None, seen):
                 if not self._wait:
                     raise self._in_use()
                 seen, changed = beat, time.monotonic()
-            if ended or (ended is None and time.monotonic() - changed > LEASE_SECONDS):
+            if patience == 0 or time.monotonic() - changed > patience:
                 self._remove(seen)
                 continue
             if not is_announced:
-                until = "it has ended" if self._wait else f"it shows that it is alive, at most {LEASE_SECONDS:g} s"
+                until = "it has ended" if self._wait else f"it shows that it is alive, at most {patience:g} s"
                 _logger.warning("%s is in use by %s: waiting until %s", self._target, self._holder(), until)
                 is_announced = True
             time.sleep(min(1.0, LEASE_SECONDS / _BEATS))
@@ -91,64 +104,114 @@ class Lock:
         """Gives the lock back; nothing, if it is not held."""
         self._lease.release()
 
-    def check(self) -> None:
+    def check(self, *, seldom: bool = False) -> None:
         """Makes sure that the lock, once taken, is still this process's.
 
+        A disk that does not answer is no loss, for as long as no other machine can have taken the lock meanwhile.
+
+        Args:
+            seldom: look only every few seconds, as for a call in each step.
+
         Raises:
-            InUseError: it was removed, or another process has taken it, as this one was stopped for too long.
+            InUseError: it was removed, or another process has taken it, as this one was stopped for too long; or it
+                could not be read for too long.
         """
-        owner, loss = self._lease.owner, self._lease.compromise
-        if owner is not None and owner.token == self._lease.token:
-            if loss is None:
+        now, token = time.monotonic(), self._lease.token
+        if seldom and now - self._looked < _LOOK_SECONDS:
+            return
+        self._looked = now
+        try:
+            holder = self._look()[0]
+            if token is not None and holder.get("token") != token:
+                time.sleep(_ASIDE_SECONDS)
+                holder = self._look()[0]
+        except OSError as error:
+            self._bear(error)
+            return
+        self._unreadable_since = None
+        if token is not None and holder.get("token") == token:
+            if self._lease.compromise is None:
                 return
             self.release()  # the disk has not answered for a while, which has ended the touching
             if self._take():
                 return
-        holder = "nobody holds it" if owner is None else f"{self._holder()} holds it"
+        now_held = f"{self._holder()} holds it" if holder else "nobody holds it"
         raise InUseError(
-            f"this process has lost its lock on {self._target}, now {holder}: it was stopped for too long, or somebody "
+            f"this process has lost its lock on {self._target}, now {now_held}: it was stopped for too long, or somebody "
             f"removed {self._path}; it writes nothing more there"
         )
 
+    def _bear(self, error: OSError) -> None:
+        """Goes on without a look at the lock, for a while."""
+        now = time.monotonic()
+        if self._unreadable_since is None:
+            self._unreadable_since = now
+            _logger.warning(
+                "the lock on %s cannot be read (%s): it counts as held for %g s more",
+                self._target,
+                error,
+                LEASE_SECONDS,
+            )
+        if self._lease.compromise is not None or now - self._unreadable_since > LEASE_SECONDS:
+            raise InUseError(
+                f"this process may have lost its lock on {self._target}, which it cannot read any more ({error}); it "
+                "writes nothing more there"
+            ) from error
+
     def _take(self) -> bool:
+        if _is_of_namesake(self._look()[0]):  # filelock would look for its process here
+            return False
         try:
             self._lease.acquire(timeout=0)
         except (Timeout, LeaseSettingsMismatch):
             return False
+        except OSError as error:
+            error.filename = error.filename or str(self._path)
+            raise
         try:
             with self._path.open("a", encoding="utf-8") as file:  # filelock skips lines that it does not know
-                file.write(f"since={time.strftime('%Y-%m-%d %H:%M:%S%z')}\n")
-        except OSError:
+                since = time.strftime("%Y-%m-%d %H:%M:%S%z")
+                file.write(f"since={since}\nfile={_Beat.of(os.fstat(file.fileno())).file}\n")
+        except OSError as error:
             self.release()
+            error.filename = error.filename or str(self._path)
             raise
         return True
 
-    def _beat(self) -> tuple[int, int] | None:
-        """What is another after each touch and for each holder; None without a lock."""
+    def _look(self) -> tuple[dict[str, str], "_Beat | None"]:
+        """What the lock says of its holder, and its beat; nothing and None without a lock."""
         try:
             with self._path.open("rb") as file:  # opened, as network disks answer from memory otherwise
-                status = os.fstat(file.fileno())
+                text, status = file.read(_MAX_BYTES).decode("utf-8", errors="replace"), os.fstat(file.fileno())
         except FileNotFoundError:
-            return None
-        return status.st_ino, status.st_mtime_ns
+            return {}, None
+        lines = text.split("\n")[:-1]  # without one that is being written
+        return dict(line.split("=", 1) for line in lines if "=" in line), _Beat.of(status)
 
-    def _holder_has_ended(self) -> bool | None:
-        """None where this machine cannot know."""
-        owner = self._lease.owner
-        if owner is None or owner.hostname != _host_name():
-            return None
+    def _patience(self, holder: dict[str, str], beat: "_Beat | None") -> float:
+        """For how many seconds nobody may touch the lock until its holder counts as ended: 0 if it has, inf if not."""
+        pid = holder.get("pid", "")
+        if holder.get("host") != _machine()[0] or not re.fullmatch("[0-9]{1,9}", pid):
+            return LEASE_SECONDS
+        if _is_of_namesake(holder):
+            return 2 * LEASE_SECONDS / _BEATS
+        if beat is not None and holder.get("file", beat.file) != beat.file:
+            _logger.warning(
+                "%s is a copy, as of a folder that was copied while process %s used it: it is removed", self._path, pid
+            )
+            return 0
         if os.name == "nt":  # filelock has looked; os.kill would end the process
-            return False
+            return math.inf
         try:
-            os.kill(owner.pid, 0)
-            state = Path(f"/proc/{owner.pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
+            os.kill(int(pid), 0)
+            state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]
         except ProcessLookupError:
-            return True
+            return 0
         except OSError:  # a process of another user, or a system without /proc
-            return False
-        return state in (b"Z", b"X")  # killed, though its parent has not asked for its status yet
+            return math.inf
+        return 0 if state in (b"Z", b"X") else math.inf  # killed, though its parent has not asked for its status yet
 
-    def _remove(self, judged: tuple[int, int] | None) -> None:
+    def _remove(self, judged: "_Beat | None") -> None:
         """Takes away the lock of a holder that has ended, if it is still the one that was judged.
 
         filelock does so itself by exchanging two names, but not on disks that cannot, such as NFS.
@@ -158,18 +221,13 @@ class Lock:
             self._path.rename(aside)
         except FileNotFoundError:  # another process was faster
             return
-        status = aside.stat()
-        if (status.st_ino, status.st_mtime_ns) != judged:
+        if _Beat.of(aside.stat()) != judged:
             with suppress(FileExistsError):
                 os.link(aside, self._path)
         aside.unlink()
 
     def _holder(self) -> str:
-        try:
-            text = self._path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            text = ""
-        facts = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+        facts = self._look()[0]
         if "pid" not in facts:
             return "another process"
         since = f" since {facts['since']}" if "since" in facts else ""
@@ -179,9 +237,39 @@ class Lock:
         return InUseError(f"{self._target} is in use by {self._holder()}: {self._advice}; nothing was changed")
 
 
+class _Beat(NamedTuple):
+    """What is another after each touch and for each holder."""
+
+    file: str
+    touched: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> Self:
+        return cls(f"{status.st_dev}:{status.st_ino}", status.st_mtime_ns)
+
+
+def _is_of_namesake(holder: dict[str, str]) -> bool:
+    """Whether another machine of this one's name, or this one before it was started again, holds a lock.
+
+    Their boot ids differ, if both are known.
+    """
+    name, boot = _machine()
+    start = holder.get("start", "")
+    if holder.get("host") != name or not re.fullmatch("[0-9]{1,60}", start):
+        return False
+    boots = {boot, _boot(int(start))}
+    return len(boots) == 2 and 0 not in boots
+
+
 @functools.cache
-def _host_name() -> str:
-    """This machine's name as filelock writes it, with the namespace of a container, whose process ids are its own."""
+def _machine() -> tuple[str, int]:
+    """This machine as filelock writes it: its name, with the namespace of a container, whose process ids are its own,
+    and its boot id, or 0."""
     with tempfile.TemporaryDirectory() as folder, SoftFileLease(Path(folder) / "lock") as lease:
         assert lease.owner is not None
-        return lease.owner.hostname
+        return lease.owner.hostname, _boot(lease.owner.start or 0)
+
+
+def _boot(start: int) -> int:
+    """Where the system has a boot id, filelock puts it above the lower 64 bits of the start of a process."""
+    return start >> 64

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +19,7 @@ _SAYS_FULL = re.compile(rf"{os.strerror(errno.ENOSPC)}|\bos error ({'|'.join(map
 _ROOM = 1 << 16  # bytes; with less than this free, PyTorch's writer has failed for want of room, which it does not say
 # What a system or a disk answers that cannot exchange two names: seccomp filters say EPERM, overlayfs EXDEV.
 _NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.EXDEV}
+_NOT_ALLOWED = {errno.EROFS, errno.EACCES, errno.EPERM}
 _logger = logging.getLogger(__name__)
 
 
@@ -48,19 +49,37 @@ def atomic_dir(folder: Path) -> Iterator[Path]:
 
 
 def recover_dir(folder: Path) -> None:
-    """Puts a folder back that a process was replacing when it died; says so. To be called before opening it."""
-    if os.path.lexists(folder) or not _old_name(folder).is_dir():
+    """Puts a folder back that a process was replacing when it died; says so. To be called before opening it.
+
+    Where nothing may be written, as on a read-only disk, it says that instead, and the folder stays missing.
+    """
+    old = _old_name(folder)
+    if os.path.lexists(folder) or not old.is_dir():
         return
-    with _lock(folder, wait=True):  # of a process that is replacing it right now
-        if _put_back(folder):
+    try:
+        with _lock(folder, wait=True):  # of a process that is replacing it right now
+            if not _put_back(folder):
+                return
             sync(folder.parent)
-            _logger.warning("%s was being replaced when a process died: the one before is back in its place", folder)
+    except OSError as error:
+        if error.errno not in _NOT_ALLOWED:
+            raise
+        _logger.warning(
+            "%s was being replaced when a process died, and the one before, %s, cannot be put back (%s)",
+            folder,
+            old,
+            os.strerror(error.errno or 0),
+        )
+    else:
+        _logger.warning("%s was being replaced when a process died: the one before is back in its place", folder)
 
 
-def recover_dirs(parent: Path) -> None:
-    """The same for all folders in another."""
+def recover_dirs(parent: Path, is_whole: Callable[[Path], bool]) -> None:
+    """The same for all folders in another, of which those that are not whole are left as they are."""
     for old in parent.glob(".*.old"):
-        recover_dir(parent / old.name.removeprefix(".").removesuffix(".old"))
+        folder = parent / old.name.removeprefix(".").removesuffix(".old")
+        if not os.path.lexists(folder) and is_whole(old):
+            recover_dir(folder)
 
 
 def is_taken(folder: Path) -> bool:
@@ -106,10 +125,11 @@ def sync(path: Path) -> None:
 def _writing(target: Path) -> Iterator[tuple[Path, Lock]]:
     """The temporary name of a target, of which nothing is left after an error, and the lock, which is held."""
     temporary = temporary_name(target)
-    try:
+    with naming_full_disk(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with _lock(target) as lock:
-            remove(temporary)  # of a process that was killed
+            for left in (temporary, removed_name(target)):  # by a process that was killed
+                remove(left)
             try:
                 _put_back(target)
                 yield temporary, lock
@@ -118,6 +138,13 @@ def _writing(target: Path) -> Iterator[tuple[Path, Lock]]:
                 raise
             finally:
                 remove(temporary)
+
+
+@contextmanager
+def naming_full_disk(target: Path) -> Iterator[None]:
+    """Raises :class:`DiskFullError` where the block raises for want of room to write ``target``."""
+    try:
+        yield
     except Exception as error:
         if _is_full(error, target.parent):
             reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -135,11 +162,11 @@ def _replace_dir(folder: Path, temporary: Path) -> None:
     elif not _exchange(folder, temporary):
         _logger.info("%s cannot be exchanged in one step: it is renamed first", folder)
         old = _old_name(folder)
-        remove(old)
+        _remove_old(folder)
         folder.rename(old)
         temporary.rename(folder)
         sync(folder.parent)
-        remove(old)
+        _remove_old(folder)
     sync(folder.parent)
 
 
@@ -163,6 +190,18 @@ def _exchange(one: Path, other: Path) -> bool:
 
 def _old_name(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.old")
+
+
+def removed_name(path: Path) -> Path:
+    """What a folder is called while it is deleted: killed meanwhile, what is left of it is never put back."""
+    return path.with_name(f".{path.name}.removed")
+
+
+def _remove_old(folder: Path) -> None:
+    old = _old_name(folder)
+    if old.is_dir() and not old.is_symlink():
+        old = old.rename(removed_name(folder))
+    remove(old)
 
 
 def _put_back(folder: Path) -> bool:

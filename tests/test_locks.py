@@ -2,9 +2,12 @@
 
 import errno
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -192,3 +195,139 @@ def test_a_disk_that_does_not_answer_for_a_while_loses_no_lock(path, monkeypatch
         assert lock._lease.compromise is None
         lock.check()
     assert list(path.parent.iterdir()) == []
+
+
+def look_refused(monkeypatch, path):
+    """A disk on which the lock cannot be opened, by filelock or by a path's method."""
+
+    def refusing(open_file):
+        def refuse(opened, *more, **kwargs):
+            if Path(opened) == path:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+            return open_file(opened, *more, **kwargs)
+
+        return refuse
+
+    monkeypatch.setattr(os, "open", refusing(os.open))
+    monkeypatch.setattr(Path, "open", refusing(Path.open))
+
+
+def test_a_disk_that_refuses_one_look_at_the_lock_loses_no_lock(path, monkeypatch, caplog):
+    """It was taken for a lock that nobody holds, which ended a training."""
+    with Lock(path, "the thing") as lock:
+        with monkeypatch.context() as broken:
+            look_refused(broken, path)
+            lock.check()
+            lock.check()
+        assert caplog.text.count("the lock on the thing cannot be read") == 1
+        lock.check()
+
+
+def test_a_lock_that_cannot_be_read_for_too_long_is_lost(path, monkeypatch):
+    with Lock(path, "the thing") as lock, monkeypatch.context() as broken:
+        look_refused(broken, path)
+        lock.check()
+        moment = time.monotonic()
+        broken.setattr(time, "monotonic", lambda: moment + locks.LEASE_SECONDS + 1)
+        with pytest.raises(InUseError, match=r"cannot read any more \(.*Stale file handle.*; it writes nothing more"):
+            lock.check()
+
+
+def test_a_lock_that_another_process_has_aside_for_a_moment_is_not_lost(path, monkeypatch):
+    with Lock(path, "the thing") as lock:
+        aside = path.rename(path.with_name("aside"))
+        monkeypatch.setattr(time, "sleep", lambda _: aside.rename(path))
+        lock.check()
+
+
+def test_a_lock_that_is_checked_in_each_step_is_looked_at_every_few_seconds(path, monkeypatch):
+    moment = 1000.0
+    with Lock(path, "the thing") as lock, monkeypatch.context() as patched:
+        patched.setattr(time, "monotonic", lambda: moment)
+        lock.check(seldom=True)
+        path.unlink()
+        lock.check(seldom=True)
+        with pytest.raises(InUseError, match="lost its lock"):
+            lock.check()
+        moment += 60
+        with pytest.raises(InUseError, match="lost its lock"):
+            lock.check(seldom=True)
+
+
+def test_the_lock_in_a_copied_folder_is_no_lock(path, tmp_path, caplog):
+    """It named a process that lives, and uses the original: the copy was refused for as long as that went on."""
+    with Lock(path, "the thing") as lock:
+        (tmp_path / "copies").mkdir()
+        copy = tmp_path / "copies" / "lock"
+        shutil.copy2(path, copy)
+        assert_can_be_taken(copy)
+        lock.check()
+        copy.parent.rmdir()
+        moved = path.rename(path.with_name("moved"))
+        with pytest.raises(InUseError):
+            Lock(moved, "the thing").acquire()
+        moved.rename(path)
+    assert f"{copy} is a copy, as of a folder that was copied while process {os.getpid()} used it" in caplog.text
+
+
+def of_another_boot(path):
+    """Makes a lock one of another machine that has this one's name, and on which its holder's number is not given."""
+    own = re.search(r"start=(\d+)\n", path.read_text())
+    start = ((int(own[1]) >> 64) ^ 12345) << 64
+    path.write_text(path.read_text().replace(own[0], f"start={start}\n"))
+
+
+@pytest.mark.skipif(not Path("/proc/sys/kernel/random/boot_id").exists(), reason="needs a boot id")
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_a_live_lock_of_another_machine_of_the_same_name_is_kept_until_nobody_touches_it(
+    path, hold, monkeypatch, caplog, can_exchange
+):
+    """It was taken at once, as there is no such process here."""
+    monkeypatch.setattr(locks, "LEASE_SECONDS", 12.0)
+    if not can_exchange:
+        monkeypatch.setattr(filelock._soft, "exchange_names", lambda *_: False)
+    kill(hold(lease_seconds=12.0))
+    of_another_boot(path)
+    ended = threading.Event()
+
+    def touch():
+        while not ended.wait(0.2):
+            os.utime(path)
+
+    toucher = threading.Thread(target=touch)
+    toucher.start()
+    try:
+        with pytest.raises(InUseError, match="the thing is in use by process"):
+            Lock(path, "the thing").acquire()
+    finally:
+        ended.set()
+        toucher.join()
+    assert_can_be_taken(path)
+    assert "waiting until it shows that it is alive, at most 2 s" in caplog.text
+
+
+def test_a_lock_that_is_no_text_is_taken_once_nobody_touches_it(path, monkeypatch, caplog):
+    """It ended with an error of the decoder, which named no file."""
+    monkeypatch.setattr(locks, "LEASE_SECONDS", SHORT_LEASE)
+    path.write_bytes(b"\xff\xfe\x00pid=\x80")
+    assert_can_be_taken(path)
+    assert "the thing is in use by another process: waiting" in caplog.text
+
+
+def test_a_folder_in_the_place_of_a_lock_is_named(path):
+    path.mkdir()
+    with pytest.raises(IsADirectoryError, match=rf"^{path} is a folder, but must be free for the lock on the thing"):
+        Lock(path, "the thing").acquire()
+
+
+def test_an_error_of_the_disk_names_the_lock(path, monkeypatch):
+    """A full disk was reported without any path."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(os, "write", refuse)
+        with pytest.raises(OSError, match=rf"No space left on device: '{path}'"):
+            Lock(path, "the thing").acquire()
+    assert_can_be_taken(path)

@@ -3,6 +3,7 @@
 import errno
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -148,6 +149,39 @@ def test_where_two_folders_cannot_be_exchanged_a_kill_between_the_renames_is_men
     written(folder, "after")
     assert (folder / "a").read_text() == "after"
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+KILL_IN_REMOVAL = """
+import os, pathlib, signal, sys
+from bdh import storage
+storage._exchange = lambda *_: False
+unlink = os.unlink
+def unlink_and_die(path, **where):
+    unlink(path, **where)
+    if pathlib.Path(path).name in ("weights", "config"):
+        os.kill(os.getpid(), signal.SIGKILL)
+os.unlink = unlink_and_die
+with storage.atomic_dir(pathlib.Path(sys.argv[1])) as temporary:
+    (temporary / "a").write_text("after")
+"""
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_what_is_left_of_a_replaced_folder_that_was_being_deleted_is_never_put_back(tmp_path, monkeypatch, left):
+    """It lay under the name from which a replacement is recovered: half of it came back when the new one was moved."""
+    with atomic_dir(tmp_path / "folder") as temporary:
+        for name in ("weights", "config"):
+            (temporary / name).write_text("before")
+    if left:  # of a process that was killed before it came to the deletion
+        shutil.copytree(tmp_path / "folder", tmp_path / ".folder.old")
+    killed = subprocess.run([sys.executable, "-c", KILL_IN_REMOVAL, tmp_path / "folder"], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    (tmp_path / "folder").rename(tmp_path / "kept")
+    assert not is_taken(tmp_path / "folder")
+    monkeypatch.setattr(storage, "_exchange", lambda *_: False)
+    written(tmp_path / "folder")
+    written(tmp_path / "folder")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "kept"]
 
 
 def test_a_folder_between_two_renames_is_recovered_before_it_is_replaced_or_found_free(tmp_path):

@@ -25,7 +25,7 @@ import torch
 
 from bdh.distributed.tensors import BackgroundWriter, Tensors, read_all, read_tensors, stored_shapes, write_tensors
 from bdh.distributed.world import World
-from bdh.storage import atomic_dir, recover_dirs, remove, temporary_name, write_text
+from bdh.storage import atomic_dir, recover_dirs, remove, removed_name, temporary_name, write_text
 
 TRAINING, MANIFEST = "training.pt", "manifest.json"
 _logger = logging.getLogger(__name__)
@@ -163,7 +163,7 @@ class Checkpointer:
 
     def _open_folder(self, stack: ExitStack, final: Path) -> None:
         if self._world.is_main:
-            recover_dirs(self.folder)
+            recover_dirs(self.folder, _is_whole)
             for left in self.folder.glob(".step-*"):  # by a process that was killed
                 remove(left)
             stack.enter_context(atomic_dir(final))
@@ -182,15 +182,28 @@ class Checkpointer:
         """Finds a checkpoint, by default the newest, and checks every byte of it.
 
         Where ``latest`` names none that is there, as when it was emptied, the newest complete one is taken, with a warning.
+        If a training that is running there removes the newest meanwhile, the one that is then the newest is taken.
 
         Raises:
             FileNotFoundError: there is none, or none of that step.
             ValueError: it is cut off or altered; the message names the newest one that is whole.
         """
         if self._world.is_main and self.folder.is_dir():
-            recover_dirs(self.folder)
+            recover_dirs(self.folder, _is_whole)
         self._world.wait_for_all()
-        wanted = self._newest() if step is None else step
+        newest = self._newest() if step is None else None
+        try:
+            return self._load(newest if step is None else step)
+        except (OSError, ValueError):
+            # Several processes might not see the same.
+            if newest is None or self._world.size > 1 or (self.folder / _name(newest)).is_dir():
+                raise
+            now = self._newest()
+            if now in (None, newest):
+                raise
+            return self._load(now)
+
+    def _load(self, wanted: int | None) -> Checkpoint:
         if wanted is None:
             raise FileNotFoundError(f"there is no complete checkpoint in {self.folder}")
         path = self.folder / _name(wanted)
@@ -281,8 +294,7 @@ class Checkpointer:
     def _remove(self, step: int) -> None:
         """Out of sight first: what is left of it, if the process is killed meanwhile, is no checkpoint."""
         folder = self.folder / _name(step)
-        hidden = folder.rename(folder.with_name(f".{folder.name}.removed"))
-        remove(hidden)
+        remove(folder.rename(removed_name(folder)))
 
 
 def _reason(action: Callable[[], None]) -> str | None:
@@ -324,8 +336,20 @@ def _facts(path: Path) -> dict[str, Any]:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
+def _is_whole(folder: Path) -> bool:
+    """Versions before this one deleted checkpoints under the name of one that is being replaced."""
+    return _fault(folder) is None
+
+
 def _fault(path: Path) -> str | None:
     """What is wrong with the files of a checkpoint, or None."""
+    try:
+        return _fault_of_files(path)
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} was removed meanwhile"
+
+
+def _fault_of_files(path: Path) -> str | None:
     if not (path / MANIFEST).is_file():
         return f"its {MANIFEST} is missing"
     try:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from bdh.distributed.world import World
 from bdh.locks import InUseError, Lock
+from bdh.storage import naming_full_disk
 from bdh.train.stored import holds_run
 
 LOCK_FILE = "lock"
@@ -28,6 +29,7 @@ class RunLock:
 
         Raises:
             InUseError: another process has it, on all processes alike.
+            DiskFullError: there is no room for it; a folder that was made is removed.
             OSError: the folder cannot be written.
         """
         error = None
@@ -40,19 +42,16 @@ class RunLock:
         if reason is not None:
             raise error or InUseError(reason)
 
-    def check(self) -> None:
-        """Raises :class:`bdh.locks.InUseError` on rank 0, where another process has taken the lock meanwhile."""
+    def check(self, *, seldom: bool = False) -> None:
+        """Raises on rank 0, where another process has taken the lock meanwhile; see :meth:`bdh.locks.Lock.check`."""
         if self._world.is_main:
-            self._lock.check()
+            self._lock.check(seldom=seldom)
 
     def release(self) -> None:
         """Gives the lock back; a folder that it made, and that has stayed empty, is removed."""
         if self._world.is_main:
             self._lock.release()
-            for folder in self._made:
-                with suppress(OSError):  # there is something in it
-                    folder.rmdir()
-            self._made = []
+            self._remove_made()
 
     def __enter__(self) -> "RunLock":
         return self
@@ -61,13 +60,23 @@ class RunLock:
         self.release()
 
     def _take(self) -> None:
-        made = [folder for folder in (self._folder, *self._folder.parents) if not folder.exists()]
-        while True:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with suppress(FileNotFoundError):  # another start has failed and removed its empty folder
-                self._lock.acquire()
-                break
-        self._made = made
+        self._made = [folder for folder in (self._folder, *self._folder.parents) if not folder.exists()]
+        try:
+            with naming_full_disk(self._folder):
+                while True:
+                    self._folder.mkdir(parents=True, exist_ok=True)
+                    with suppress(FileNotFoundError):  # another start has failed and removed its empty folder
+                        self._lock.acquire()
+                        break
+        except BaseException:
+            self._remove_made()
+            raise
+
+    def _remove_made(self) -> None:
+        for folder in self._made:
+            with suppress(OSError):  # there is something in it
+                folder.rmdir()
+        self._made = []
 
 
 @contextmanager

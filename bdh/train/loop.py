@@ -60,7 +60,7 @@ def fit(run: Run, monitor: Monitor) -> str:
                     f"step {progress.step + 1}: {skipped} steps in a row had a loss or gradient not to be trusted; the "
                     "weights are those before them"
                 )
-            run.lock.check()
+            run.lock.check(seldom=True)
             progress.step += 1
             step = progress.step
             progress.skipped_steps += not result.updated

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint import CheckpointException
 from transformers import PreTrainedTokenizerFast
 
 import bdh
@@ -348,7 +349,7 @@ def _open(
     if settings.train.carry_state:
         run.carried = CarriedState(model, settings.train.gradient_accumulation_steps, settings.train.batch_size)
     if checkpoint is not None:
-        run.restore(checkpoint)
+        _restore(run, checkpoint)
     if settings.dry_run:
         return run
     if world.is_main:
@@ -359,6 +360,17 @@ def _open(
         if world.is_main:
             cut_back(folder / "samples.jsonl", run.progress.step)
     return run
+
+
+def _restore(run: Run, checkpoint: Checkpoint) -> None:
+    """Raises as :meth:`Run.restore`."""
+    try:
+        run.restore(checkpoint)
+    except (OSError, CheckpointException):
+        settings = run.settings
+        if not settings.dry_run or settings.resume_step is not None or run.world.size > 1 or checkpoint.path.is_dir():
+            raise
+        run.restore(run.checkpointer.load())  # a training that is running there has removed it
 
 
 def _base(

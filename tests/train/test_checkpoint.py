@@ -1,3 +1,5 @@
+import errno
+import os
 import resource
 import shutil
 import subprocess
@@ -8,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bdh.train import checkpoint
 from bdh.train.checkpoint import MANIFEST, TRAINING, Checkpointer, CheckpointError
 
 TENSORS = "__0_0.distcp"  # what torch.distributed.checkpoint calls the first file of rank 0
@@ -96,6 +99,28 @@ def test_a_flipped_bit_is_refused(tmp_path):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"SHA-256.*there is no complete one besides it"):
         checkpointer.load()
+
+
+@pytest.mark.parametrize("moment", [checkpoint._fault, checkpoint._facts, torch.load])
+def test_a_newest_checkpoint_that_a_training_removes_while_it_is_read_gives_way_to_the_one_after(
+    tmp_path, monkeypatch, moment
+):
+    """The one that was being read was called damaged, or one of its files was not found."""
+    reader = saved(tmp_path, 10)
+    owner = torch if moment is torch.load else checkpoint
+
+    def train_on_first(*args, **kwargs):
+        monkeypatch.undo()
+        saved(tmp_path, 20, 30, keep_last=1)
+        return moment(*args, **kwargs)
+
+    monkeypatch.setattr(owner, moment.__name__, train_on_first)
+    assert reader.load().step == 30
+    monkeypatch.setattr(
+        owner, moment.__name__, lambda *_, **__: shutil.rmtree(tmp_path / "checkpoints") or moment(*_, **__)
+    )
+    with pytest.raises((FileNotFoundError, ValueError), match=r"step-0000030"):
+        reader.load()
 
 
 def test_what_is_not_there_is_named(tmp_path):
@@ -190,6 +215,41 @@ def test_a_checkpoint_between_two_renames_is_recovered_and_a_removed_one_is_not(
     (folder / "step-0000010").rename(folder / ".step-0000010.removed")
     assert checkpointer.load().step == 20
     assert checkpointer.steps() == [20]
+
+
+@pytest.mark.parametrize("missing", [MANIFEST, TRAINING])
+def test_what_an_earlier_version_was_deleting_is_not_put_back(tmp_path, missing):
+    """It deleted checkpoints under the name of one that is being replaced: half of one came back, as a damaged one."""
+    checkpointer = saved(tmp_path, 10, 20)
+    folder = tmp_path / "checkpoints"
+    (folder / "step-0000010").rename(folder / ".step-0000010.old")
+    (folder / ".step-0000010.old" / missing).unlink()
+    assert checkpointer.load().step == 20
+    assert checkpointer.steps() == [20]
+    save_and_wait(checkpointer, 30)
+    assert sorted(path.name for path in folder.glob("*step-*")) == ["step-0000020", "step-0000030"]
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_a_run_on_a_read_only_disk_is_read_though_a_checkpoint_cannot_be_put_back(
+    tmp_path, monkeypatch, caplog, number
+):
+    """The lock for putting it back could not be written, which kept the whole checkpoints from being read too."""
+    checkpointer = saved(tmp_path, 10, 20)
+    folder = tmp_path / "checkpoints"
+    (folder / "step-0000010").rename(folder / ".step-0000010.old")
+    open_file = os.open
+
+    def refuse_to_write(path, flags, *more, **kwargs):
+        if flags & os.O_CREAT:
+            raise OSError(number, os.strerror(number), path)
+        return open_file(path, flags, *more, **kwargs)
+
+    monkeypatch.setattr(os, "open", refuse_to_write)
+    assert checkpointer.load().step == 20
+    assert f"{folder}/.step-0000010.old, cannot be put back ({os.strerror(number)})" in caplog.text
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 10 .*there are 20"):
+        checkpointer.load(10)
 
 
 @pytest.mark.parametrize("in_background", [False, True])
