@@ -59,23 +59,25 @@ class Base:
 
     def facts(self) -> dict[str, Any]:
         """All of it, in JSON's types."""
-        facts = {name: getattr(self, name) for name in (*_PLACE, "dtype")}
-        if self.identity is not None:
-            facts |= {
-                "configuration": self.identity.configuration,
-                "weights": self.identity.weights,
-                "fingerprint": self.fingerprint,
-            }
-        return facts
+        known = self.identity
+        return {name: getattr(self, name) for name in (*_PLACE, "dtype")} | {
+            "configuration": None if known is None else known.configuration,
+            "weights": None if known is None else known.weights,
+            "fingerprint": self.fingerprint,
+        }
 
     @classmethod
     def from_facts(cls, facts: dict[str, Any]) -> "Base":
         """
         Raises:
-            KeyError: something is missing.
+            ValueError: something is missing, or the fingerprint is not that of the rest.
         """
-        known = "weights" in facts
-        identity = Identity(facts["configuration"], facts["weights"]) if known else None
+        if lacking := [name for name in (*_PLACE, "dtype", *_IDENTITY) if name not in facts]:
+            raise ValueError(f"it lacks {', '.join(lacking)}")
+        configuration, weights, fingerprint = (facts[name] for name in _IDENTITY)
+        identity = None if fingerprint is None else Identity(configuration, weights)
+        if identity is not None and identity.fingerprint != fingerprint:
+            raise ValueError(f"its fingerprint {fingerprint} is not that of its configuration and weights")
         return cls(**{name: facts[name] for name in (*_PLACE, "dtype")}, identity=identity)
 
     def check_same_layer(self, model: BDHForCausalLM) -> None:
@@ -131,6 +133,7 @@ class Base:
 
 
 _PLACE = ("name", "folder", "relative_folder", "step", "export_step", "commit")
+_IDENTITY = ("configuration", "weights", "fingerprint")
 
 
 def write_base(folder: Path, base: Base) -> None:
@@ -158,5 +161,5 @@ def read_base(folder: Path) -> Base | None:
         return Base(name)
     try:
         return Base.from_facts(json.loads(record.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{record} is cut off or damaged: {error!r}") from error
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{record} is cut off or damaged: {error}") from error
