@@ -10,6 +10,7 @@ import torch
 
 from bdh.model import BDHForCausalLM
 from bdh.model.fingerprint import Identity, identity
+from bdh.storage import recover_dir
 from bdh.train.config import ADAPTER_CONFIG
 
 BASE_FILE = "base_model.json"
@@ -109,27 +110,27 @@ class Base:
 
     def others(self, folder: Path) -> list[Path]:
         """Where its weights may be if ``folder`` has others by now: a run has them twice, in a checkpoint and its export."""
+        export, run = folder / "model", folder.parent
+        recover_dir(folder)
         if not folder.is_dir():
             return []
-        export, run = folder / "model", folder.parent
+        recover_dir(export)
         found = [export] if self.step is not None and (export / "config.json").is_file() else []
         return found + ([run] if self.export_step is not None and (run / "checkpoints").is_dir() else [])
 
-    def seen_from(self, folder: Path, *, stored_in: Path | None = None) -> "Base":
-        """The record as it is to be stored in ``folder``.
-
-        Args:
-            stored_in: the folder that it has been stored in until now, from which the model may be found anew.
-        """
+    def seen_from(self, folder: Path) -> "Base":
+        """The record as it is to be stored in ``folder``."""
         if self.folder is None:
             return self
-        places = [Path(self.folder)] if stored_in is None else self.folders(stored_in)
-        place = next((each for each in places if each.is_dir()), Path(self.folder))
         try:
-            relative = Path(os.path.relpath(place, folder.resolve())).as_posix()
+            relative = Path(os.path.relpath(self.folder, folder.resolve())).as_posix()
         except ValueError:  # on another drive
             relative = None
-        return replace(self, folder=str(place), relative_folder=relative)
+        return replace(self, relative_folder=relative)
+
+    def found_at(self, place: "Base") -> "Base":
+        """The record with the place where the model was found."""
+        return replace(self, folder=place.folder, step=place.step, export_step=place.export_step)
 
 
 _PLACE = ("name", "folder", "relative_folder", "step", "export_step", "commit")
@@ -147,6 +148,7 @@ def read_base(folder: Path) -> Base | None:
     Raises:
         ValueError: the folder does not say, or its record is damaged.
     """
+    recover_dir(folder)
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
         return None
