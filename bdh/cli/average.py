@@ -51,7 +51,8 @@ def run(argv: list[str]) -> int:
     first, tokenizer = load_model(settings.models[0], device="cpu")
     tokenizer_hash = TextEncoder(tokenizer).hash
     ours = identity(first).configuration
-    first.config.__dict__.pop("merged_adapters", None)  # of the first alone
+    for fact in ("train_data", "merged_adapters"):  # of the first alone
+        first.config.__dict__.pop(fact, None)
 
     def state_dicts() -> Iterator[dict[str, torch.Tensor]]:
         for name in settings.models:

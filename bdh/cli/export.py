@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bdh.cli.settings import parse_settings
+from bdh.storage import recover_dir
 from bdh.train.config import ADAPTER_CONFIG
 from bdh.validation import Faults
 
@@ -24,6 +25,7 @@ class ExportSettings:
     """For adapters: where the model that they were trained beside is now, by default where it was."""
 
     def collect_faults(self, faults: Faults) -> None:
+        recover_dir(Path(self.run))
         if (Path(self.run) / ADAPTER_CONFIG).is_file():
             faults.require(self.checkpoint == "last", "checkpoint", self.checkpoint, "left out with adapters")
             faults.require(not self.ema, "ema", self.ema, "left out with adapters")

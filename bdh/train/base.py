@@ -10,6 +10,7 @@ import torch
 
 from bdh.model import BDHForCausalLM
 from bdh.model.fingerprint import Identity, identity
+from bdh.storage import recover_dir
 from bdh.train.config import ADAPTER_CONFIG
 
 BASE_FILE = "base_model.json"
@@ -59,23 +60,25 @@ class Base:
 
     def facts(self) -> dict[str, Any]:
         """All of it, in JSON's types."""
-        facts = {name: getattr(self, name) for name in (*_PLACE, "dtype")}
-        if self.identity is not None:
-            facts |= {
-                "configuration": self.identity.configuration,
-                "weights": self.identity.weights,
-                "fingerprint": self.fingerprint,
-            }
-        return facts
+        known = self.identity
+        return {name: getattr(self, name) for name in (*_PLACE, "dtype")} | {
+            "configuration": None if known is None else known.configuration,
+            "weights": None if known is None else known.weights,
+            "fingerprint": self.fingerprint,
+        }
 
     @classmethod
     def from_facts(cls, facts: dict[str, Any]) -> "Base":
         """
         Raises:
-            KeyError: something is missing.
+            ValueError: something is missing, or the fingerprint is not that of the rest.
         """
-        known = "weights" in facts
-        identity = Identity(facts["configuration"], facts["weights"]) if known else None
+        if lacking := [name for name in (*_PLACE, "dtype", *_IDENTITY) if name not in facts]:
+            raise ValueError(f"it lacks {', '.join(lacking)}")
+        configuration, weights, fingerprint = (facts[name] for name in _IDENTITY)
+        identity = None if fingerprint is None else Identity(configuration, weights)
+        if identity is not None and identity.fingerprint != fingerprint:
+            raise ValueError(f"its fingerprint {fingerprint} is not that of its configuration and weights")
         return cls(**{name: facts[name] for name in (*_PLACE, "dtype")}, identity=identity)
 
     def check_same_layer(self, model: BDHForCausalLM) -> None:
@@ -107,30 +110,31 @@ class Base:
 
     def others(self, folder: Path) -> list[Path]:
         """Where its weights may be if ``folder`` has others by now: a run has them twice, in a checkpoint and its export."""
+        export, run = folder / "model", folder.parent
+        recover_dir(folder)
         if not folder.is_dir():
             return []
-        export, run = folder / "model", folder.parent
+        recover_dir(export)
         found = [export] if self.step is not None and (export / "config.json").is_file() else []
         return found + ([run] if self.export_step is not None and (run / "checkpoints").is_dir() else [])
 
-    def seen_from(self, folder: Path, *, stored_in: Path | None = None) -> "Base":
-        """The record as it is to be stored in ``folder``.
-
-        Args:
-            stored_in: the folder that it has been stored in until now, from which the model may be found anew.
-        """
+    def seen_from(self, folder: Path) -> "Base":
+        """The record as it is to be stored in ``folder``."""
         if self.folder is None:
             return self
-        places = [Path(self.folder)] if stored_in is None else self.folders(stored_in)
-        place = next((each for each in places if each.is_dir()), Path(self.folder))
         try:
-            relative = Path(os.path.relpath(place, folder.resolve())).as_posix()
+            relative = Path(os.path.relpath(self.folder, folder.resolve())).as_posix()
         except ValueError:  # on another drive
             relative = None
-        return replace(self, folder=str(place), relative_folder=relative)
+        return replace(self, relative_folder=relative)
+
+    def found_at(self, place: "Base") -> "Base":
+        """The record with the place where the model was found."""
+        return replace(self, folder=place.folder, step=place.step, export_step=place.export_step)
 
 
 _PLACE = ("name", "folder", "relative_folder", "step", "export_step", "commit")
+_IDENTITY = ("configuration", "weights", "fingerprint")
 
 
 def write_base(folder: Path, base: Base) -> None:
@@ -144,6 +148,7 @@ def read_base(folder: Path) -> Base | None:
     Raises:
         ValueError: the folder does not say, or its record is damaged.
     """
+    recover_dir(folder)
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
         return None
@@ -158,5 +163,5 @@ def read_base(folder: Path) -> Base | None:
         return Base(name)
     try:
         return Base.from_facts(json.loads(record.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{record} is cut off or damaged: {error!r}") from error
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{record} is cut off or damaged: {error}") from error

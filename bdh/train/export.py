@@ -11,13 +11,13 @@ from transformers.utils import logging
 
 import bdh
 from bdh.model import BDHForCausalLM
-from bdh.storage import atomic_dir, is_taken
+from bdh.storage import atomic_dir, is_taken, recover_dir
 from bdh.tokenizer import load_tokenizer, stop_token_ids
 from bdh.train.base import Base, read_base
 from bdh.train.checkpoint import Checkpoint
 from bdh.train.config import LoraSettings
 from bdh.train.lora import write_adapters
-from bdh.train.models import load_run, open_model, run_weights
+from bdh.train.models import check_base, load_run, open_model, run_weights
 
 
 def export_run(
@@ -40,15 +40,15 @@ def export_run(
     Raises:
         FileNotFoundError: ``run_dir`` holds no run, or the run has no such checkpoint.
         FileExistsError: ``folder`` is there and not empty, and ``replace`` is not set.
+        OtherBaseError: adapters are to be written alone, and there are models with other weights in the place of their base.
         ValueError: the checkpoint is damaged, or ``which`` is neither of the above.
     """
     model, tokenizer, checkpoint = load_run(run_dir, which, ema=ema)
     lora = LoraSettings(**checkpoint.training["settings"]["train"].get("lora") or {})
     base = _base_of(checkpoint)
-    if base is not None:
-        base = base.seen_from(folder, stored_in=run_dir)
     if lora.r and not (lora.merge if merge is None else merge):
         assert base is not None  # settings without it are refused
+        base = check_base(base, run_dir, merge=False).seen_from(folder)
         _export_adapters(model, tokenizer, checkpoint, lora, base, folder, ema=ema, replace=replace)
         return checkpoint.step
     if merge is False:
@@ -161,6 +161,7 @@ def _base_of(checkpoint: Checkpoint) -> Base | None:
     name = checkpoint.training["settings"]["train"]["init_from"]
     if name is None:
         return None
+    recover_dir(Path(name))
     return Base(name, folder=str(Path(name).resolve()) if Path(name).is_dir() else None)
 
 
@@ -263,24 +264,23 @@ def model_card(
         "## Use",
         "",
         "```python",
-        "import bdh",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        *(["from bdh.tokenizer.chat import question"] if is_chat else []),
-        *(["from peft import PeftModel"] if adapters_of is not None else []),
         *(
-            ["from bdh.train.models import load_model"]
-            if adapters_of is not None and adapters_of.step is not None
-            else []
+            ["import bdh", "from transformers import AutoModelForCausalLM, AutoTokenizer"]
+            if adapters_of is None
+            else ["from bdh.train.models import load_model"]
         ),
+        *(["from bdh.tokenizer.chat import question"] if is_chat else []),
         "",
         'folder = "."  # this folder',
-        "tokenizer = AutoTokenizer.from_pretrained(folder)",
         *(
-            ["model = AutoModelForCausalLM.from_pretrained(folder)"]
+            [
+                "tokenizer = AutoTokenizer.from_pretrained(folder)",
+                "model = AutoModelForCausalLM.from_pretrained(folder)",
+            ]
             if adapters_of is None
             else [
-                _base_code(adapters_of),
-                "model = PeftModel.from_pretrained(base, folder).merge_and_unload()",
+                "# Finds the base, verifies its fingerprint, and merges the adapters; base=... says where it is now.",
+                "model, tokenizer = load_model(folder)",
             ]
         ),
         f"print(model.generate_text(tokenizer, {asked}, temperature=0.8, top_k=50))",
@@ -294,15 +294,6 @@ def model_card(
 
 def _base_text(base: Base) -> str:
     return f"`{base.name}`{base.describe().removeprefix(base.name)}"
-
-
-def _base_code(base: Base) -> str:
-    """The line that loads it."""
-    name = json.dumps(base.name)
-    if base.step is not None:
-        return f'base, _ = load_model({name}, checkpoint="{base.step}")'
-    revision = "" if base.commit is None else f", revision={json.dumps(base.commit)}"
-    return f"base = AutoModelForCausalLM.from_pretrained({name}{revision})"
 
 
 def _measured_on(progress: dict[str, Any], block_size: int, is_chat: bool) -> str:

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.train.base import Base, write_base
 from bdh.train.checkpoint import checkpoint_folder
-from bdh.train.config import LoraSettings
+from bdh.train.config import ADAPTER_CONFIG, LoraSettings
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _NAME = "default"  # of the adapters, within the model
@@ -100,18 +101,37 @@ def load_adapters(base: BDHForCausalLM, folder: Path) -> Any:
 
     Raises:
         ImportError: ``peft`` is missing.
-        ValueError: the adapters are those of a model of another shape.
+        FileNotFoundError: the folder lacks their weights.
+        ValueError: they are damaged or not complete, or those of a model of another shape.
     """
     check_peft()
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
 
+    path = folder / ADAPTER_WEIGHTS
+    if not path.is_file():  # which peft would ask the hub for
+        raise FileNotFoundError(f"the adapters of {folder} are not complete: {ADAPTER_WEIGHTS} is missing")
+    try:
+        stored = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is cut off or damaged: {error}") from error
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft asks the model by a name that transformers will drop
-            return PeftModel.from_pretrained(base, str(folder))
-    except RuntimeError as error:
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error below
+            tuner = PeftModel.from_pretrained(base, str(folder))
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"the adapters of {folder} do not fit the model that they name: {reason}") from error
+        raise ValueError(
+            f"the adapters of {folder} do not fit the model that they name, or {ADAPTER_CONFIG} is damaged: {reason}"
+        ) from error
+    needed, known = (get_peft_model_state_dict(tuner, save_embedding_layers=each).keys() for each in (False, True))
+    if lacking := sorted(needed - stored.keys()):
+        raise ValueError(f"the adapters of {folder} are not complete: {ADAPTER_WEIGHTS} lacks {', '.join(lacking)}")
+    if left := sorted(stored.keys() - known):
+        raise ValueError(
+            f"{path} holds weights of layers that {folder / ADAPTER_CONFIG} does not name: {', '.join(left)}"
+        )
+    return tuner
 
 
 def merge(tuner: Any) -> BDHForCausalLM:

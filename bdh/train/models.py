@@ -2,12 +2,14 @@
 
 import copy
 import logging as standard_logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from huggingface_hub import constants
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import cached_file, logging
@@ -22,6 +24,7 @@ from bdh.train.checkpoint import Checkpoint, Checkpointer, is_checkpoint, step_o
 from bdh.train.config import TrainSettings
 from bdh.train.lora import load_adapters, load_weights, merge, scale
 from bdh.train.runtime import choose_runtime
+from bdh.train.stored import stored_settings
 
 TOKENIZER_FOLDER = "tokenizer"
 _logger = standard_logging.getLogger(__name__)
@@ -103,9 +106,9 @@ def open_model(
         commit: for a hub id, the hash of the commit; None for the newest.
     """
     path = Path(name)
-    recover_dir(path)
     if checkpoint is None and is_checkpoint(path):
         path, checkpoint = path.parent.parent, str(step_of_folder(path))
+    recover_dir(path)
     folder = str(path.resolve())
     adapters_of = read_base(path)
     if base is not None and adapters_of is None:
@@ -123,9 +126,11 @@ def open_model(
         return OpenedModel(Base(name, folder), model, TokenizerConfig(path=name), load_adapters(model, path))
     if path.exists() and not (path / "config.json").is_file():
         raise FileNotFoundError(f"{name} holds no model: it has neither config.json nor checkpoints")
-    if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
-        raise FileNotFoundError(f"there is no folder {name}")  # a hub id is NAME or ORGANISATION/NAME
     is_local = path.exists()
+    if not is_local and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+        raise FileNotFoundError(f"there is no folder {name} (and a model of the hub is named ORGANISATION/NAME)")
+    if not is_local and not constants.HF_HUB_OFFLINE:
+        _logger.warning("there is no folder %s: looking for it on the Hugging Face hub", name)
     model, commit = _pretrained(name, is_local=is_local, commit=None if is_local else commit)
     step = (getattr(model.config, "train_data", None) or {}).get("step")
     place = Base(name, folder, export_step=step) if is_local else Base(name, commit=commit)
@@ -139,6 +144,9 @@ def open_base(base: Base, stored_in: Path, *, given: str | None = None, advice: 
         stored_in: the folder that holds the record.
         given: where to look instead, as the name of :func:`load_model`.
         advice: the end of the error, which says what can be done.
+
+    Returns:
+        The model; its ``place`` is where it was found.
 
     Raises:
         FileNotFoundError: there is no such model.
@@ -167,7 +175,8 @@ def open_base(base: Base, stored_in: Path, *, given: str | None = None, advice: 
             opened = _open_place(base, place, is_hub_id=base.folder is None or given is not None)
         except (FileNotFoundError, ValueError) as error:
             faults.append(str(error))
-            is_other = is_other or isinstance(error, OtherBaseError)  # of a base that is adapters itself
+            if isinstance(error, OtherBaseError):  # of a base that is adapters itself
+                is_other = is_other or place not in others
             continue
         if base.identity is None:
             return opened
@@ -176,7 +185,7 @@ def open_base(base: Base, stored_in: Path, *, given: str | None = None, advice: 
             if place in others:
                 _logger.warning("%s is not there: %s has the same weights, and is taken", base.describe(), place)
             return opened
-        is_other = True
+        is_other = is_other or place not in others
         faults.append(f"{opened.place.describe()}: {difference} (fingerprint {here.fingerprint[:12]})")
     error_type = OtherBaseError if is_other else FileNotFoundError
     raise error_type(
@@ -185,31 +194,59 @@ def open_base(base: Base, stored_in: Path, *, given: str | None = None, advice: 
     )
 
 
-def check_base(base: Base, stored_in: Path, *, merge: bool) -> None:
+def check_base(base: Base, stored_in: Path, *, merge: bool) -> Base:
     """Compares the base of a run with adapters, whose checkpoints hold its weights, with what is there now.
 
     Args:
         merge: whether the run exports whole weights; then another base is only warned of.
 
+    Returns:
+        The record, with the place where the base was found; as it was, where it was not.
+
     Raises:
         OtherBaseError: there is another model in its place.
     """
-    if base.commit is not None:  # what a commit holds does not change
-        return
+    if base.commit is not None or base.identity is None:  # what a commit holds does not change
+        return base
     try:
-        open_base(base, stored_in, advice="The checkpoints of the run hold its weights")
+        opened = open_base(base, stored_in, advice="The run's checkpoints hold its weights too")
     except FileNotFoundError as error:
-        _logger.warning("%s, with which it continues", error)
+        _logger.warning("%s", error)
     except OtherBaseError as error:
         if not merge:
             raise OtherBaseError(
-                f"{error}: continue it with --train.lora.merge true, to export whole weights, or bring that model back"
+                f"{error}. Adapters alone would name another model as their base: write whole weights, with "
+                "--train.lora.merge true to continue the run or --merge true of bdh export, or bring that model back"
             ) from error
-        _logger.warning("%s, with which it continues", error)
+        _logger.warning("%s", error)
+    else:
+        return base.found_at(opened.place).seen_from(stored_in)
+    return base
+
+
+def warn_of_removal(base: Base) -> None:
+    """Says where the run that a checkpoint belongs to will remove it when it trains on."""
+    if base.step is None or base.folder is None:
+        return
+    try:
+        settings = stored_settings(Path(base.folder))["checkpoint"]
+        keep_last, keep_every_steps = settings["keep_last"], settings["keep_every_steps"]
+    except (FileNotFoundError, ValueError, KeyError) as error:
+        _logger.warning("whether %s keeps its checkpoint of step %s is not known: %s", base.name, base.step, error)
+        return
+    if keep_every_steps is None or base.step % keep_every_steps:
+        _logger.warning(
+            "%s keeps the last %s of its checkpoints: if it trains on, that of step %s is removed, which the adapters need. "
+            "Start from an export of it that stays (bdh export), or set its checkpoint.keep_every_steps",
+            base.name,
+            keep_last,
+            base.step,
+        )
 
 
 def _open_place(base: Base, place: str, *, is_hub_id: bool) -> OpenedModel:
     path = Path(place)
+    recover_dir(path)
     if not is_hub_id and not path.is_dir():
         raise FileNotFoundError(f"there is no folder {place}")
     step = base.export_step if base.step is None else base.step

@@ -32,7 +32,7 @@ from bdh.train.initial import InitialModel
 from bdh.train.layer import layer_options, plan_training
 from bdh.train.lock import RunLock
 from bdh.train.lora import add_adapters, check_peft
-from bdh.train.models import TOKENIZER_FOLDER, OtherBaseError, check_base
+from bdh.train.models import TOKENIZER_FOLDER, OtherBaseError, check_base, warn_of_removal
 from bdh.train.needs import Need, NoRoomError, available_to_each
 from bdh.train.optim import Optimizers
 from bdh.train.runtime import Runtime, choose_runtime, random_states, restore_random_states
@@ -382,6 +382,8 @@ def _base(
         OtherBaseError: it has other weights now, and the adapters alone are to be exported; on all processes.
     """
     if initial is not None:
+        if settings.train.lora.r and not settings.train.lora.merge and world.is_main:
+            warn_of_removal(initial.base)
         return initial.base.seen_from(folder)
     if checkpoint is None or (facts := checkpoint.training.get("base")) is None:
         return None
@@ -389,12 +391,13 @@ def _base(
     fault = None
     if lora.r and world.is_main:
         try:
-            check_base(base, folder, merge=lora.merge)
+            base = check_base(base, folder, merge=lora.merge)
         except OtherBaseError as error:
             fault = str(error)
-    if fault := world.gather(fault)[0]:
+    base, fault = world.gather((base, fault))[0]
+    if fault:
         raise OtherBaseError(fault)
-    return base.seen_from(folder, stored_in=folder)
+    return base
 
 
 def _check_room(settings: RunSettings, config: BDHConfig, runtime: Runtime, strategy: str, world: World) -> None:

@@ -1,11 +1,14 @@
 """The moving average of a run's weights, and averages of its checkpoints."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from bdh.cli.main import main
 from bdh.train.checkpoint import Checkpointer
+from bdh.train.models import open_model
 
 from .conftest import losses, weights
 
@@ -79,6 +82,16 @@ def test_checkpoints_of_a_run_are_averaged(train, tmp_path, capsys):
         torch.testing.assert_close(weight, 0.25 * first[name] + 0.75 * second[name], atol=1e-7, rtol=1e-6)
     assert f"| `{checkpoints[1]}` | 0.75 |" in (out / "README.md").read_text()
     assert main(["generate", str(out), "--prompt", "the", "--max_new_tokens", "3"]) == 0
+
+
+def test_an_average_is_not_taken_for_the_export_of_a_checkpoint(train, tmp_path):
+    """Its config.json named the step of the first model, which records of adapters then repeated."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    assert train(run) == 0
+    assert main(["average", str(run / "model"), str(run / "checkpoints" / "step-0000006"), "--out", str(out)]) == 0
+    assert "train_data" in json.loads((run / "model" / "config.json").read_text())
+    assert "train_data" not in json.loads((out / "config.json").read_text())
+    assert open_model(str(out)).place.export_step is None
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,13 @@
 """Adapters are merged into the weights that they were trained beside, and into no others."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import threading
 import warnings
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
@@ -13,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from bdh import BDHForCausalLM
 from bdh.cli.main import main
 from bdh.model.fingerprint import fingerprint
-from bdh.train.models import load_model
+from bdh.train.base import read_base
+from bdh.train.models import OtherBaseError, load_model
 
 from .conftest import losses, weights
 from .test_lora import LORA, logits_of
@@ -130,7 +134,6 @@ def test_adapters_of_a_run_keep_to_its_checkpoint_when_it_trains_on(adapt, base,
     assert adapt(tmp_path / "run", base, **ALONE) == 0
     adapters = tmp_path / "run" / "model"
     assert record_of(adapters)["step"] == 4
-    assert 'load_model("' in (adapters / "README.md").read_text()
     before = logits_of(load_model(str(adapters))[0])
     train_on(base)
     assert torch.equal(logits_of(load_model(str(adapters))[0]), before)
@@ -242,7 +245,7 @@ def test_a_resumed_run_checks_its_base(adapt, base, tmp_path, caplog, capsys):
     assert len(losses(tmp_path / "run")) == 2
     shutil.copytree(tmp_path / "run", tmp_path / "run2")
     assert main(resume) == 0
-    assert "The checkpoints of the run hold its weights, with which it continues" in caplog.text
+    assert "The run's checkpoints hold its weights too" in caplog.text
     resumed = weights(tmp_path / "run")
     assert all(torch.equal(resumed[name], weight) for name, weight in weights(tmp_path / "whole").items())
     caplog.clear()
@@ -272,7 +275,6 @@ def test_a_merged_export_says_what_it_was_made_of(adapt, base, tmp_path):
 def test_the_merged_model_is_another_model_than_its_base(adapt, base, tmp_path):
     """States and conversations of the one are not accepted by the other."""
     assert adapt(tmp_path / "run", base, **ALONE) == 0
-    from bdh.train.base import read_base
     from bdh.train.models import open_base
 
     opened = open_base(read_base(tmp_path / "run" / "model"), tmp_path / "run" / "model")
@@ -327,7 +329,6 @@ def test_adapters_of_a_model_on_the_hub_keep_to_its_commit(adapt, base, tmp_path
     record = record_of(adapters)
     assert (record["name"], record["commit"], record["folder"]) == ("org/base", "a" * 40, None)
     assert json.loads((adapters / "adapter_config.json").read_text())["revision"] == "a" * 40
-    assert f'revision="{"a" * 40}"' in (adapters / "README.md").read_text()
     expected = text_of(adapters, capsys)
     train_on(base)
     put_on_hub(cache, base / "model", "b" * 40)
@@ -336,3 +337,182 @@ def test_adapters_of_a_model_on_the_hub_keep_to_its_commit(adapt, base, tmp_path
     status, shown = text_of(adapters, capsys)
     assert status == 2
     assert "org/base (commit aaaaaaaaaaaa, fingerprint " in shown
+
+
+def run_card(folder):
+    """Runs the code of a model card."""
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    exec(code.replace('folder = "."', f"folder = {str(folder)!r}"), {})
+
+
+def test_the_code_of_the_card_verifies_the_base(adapt, base, tmp_path, capsys):
+    """It merged the adapters into whatever lay in the base's place."""
+    for name, init_from in (("of_export", base / "model"), ("of_run", base)):
+        assert adapt(tmp_path / name, init_from, **ALONE) == 0
+        capsys.readouterr()
+        run_card(tmp_path / name / "model")
+        assert capsys.readouterr().out
+    shutil.rmtree(base / "checkpoints")
+    change(base / "model" / "model.safetensors")
+    with pytest.raises(OtherBaseError, match="other weights"):
+        run_card(tmp_path / "of_export" / "model")
+    with pytest.raises(FileNotFoundError, match="other weights"):
+        run_card(tmp_path / "of_run" / "model")
+
+
+def test_a_copied_run_keeps_the_base_that_was_verified(adapt, base, tmp_path):
+    """The first folder in the base's place was recorded, whatever it held."""
+    assert adapt(tmp_path / "run", base / "model", **{"train.stop_at_step": 2}, **ALONE) == 0
+    shutil.copytree(tmp_path / "run", tmp_path / "elsewhere" / "run")
+    shutil.copytree(base / "model", tmp_path / "elsewhere" / "base" / "model")
+    change(tmp_path / "elsewhere" / "base" / "model" / "model.safetensors")
+    run = tmp_path / "elsewhere" / "run"
+    assert main(["export", str(run), str(tmp_path / "early"), "--merge", "false"]) == 0
+    assert record_of(tmp_path / "early")["folder"] == str(base / "model")
+    assert main(["train", "--run_dir", str(run), "--resume"]) == 0
+    record = record_of(run / "model")
+    assert (record["folder"], record["relative_folder"]) == (str(base / "model"), "../../../base/model")
+    named = json.loads((run / "model" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == str(base / "model")
+
+
+def test_a_moved_run_records_where_the_base_is_now(adapt, base, tmp_path):
+    assert adapt(tmp_path / "run", base / "model", **ALONE) == 0
+    (tmp_path / "moved").mkdir()
+    for name in ("run", "base"):
+        (tmp_path / name).rename(tmp_path / "moved" / name)
+    assert main(["export", str(tmp_path / "moved" / "run"), str(tmp_path / "out"), "--merge", "false"]) == 0
+    record = record_of(tmp_path / "out")
+    assert (record["folder"], record["relative_folder"]) == (
+        str(tmp_path / "moved" / "base" / "model"),
+        "../moved/base/model",
+    )
+
+
+def test_adapters_alone_are_not_exported_with_the_name_of_another_model(adapt, base, tmp_path, capsys):
+    """What was written named a folder with other weights as the base."""
+    assert adapt(tmp_path / "run", base / "model") == 0
+    export = ["export", str(tmp_path / "run"), str(tmp_path / "out")]
+    train_on(base)
+    # The checkpoint of the replaced export has the weights, and is what peft finds.
+    assert main([*export, "--merge", "false"]) == 0
+    record = record_of(tmp_path / "out")
+    assert (record["folder"], record["step"], record["export_step"]) == (str(base), 4, None)
+    named = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == str(base / "checkpoints" / "step-0000004")
+    shutil.rmtree(tmp_path / "out")
+    shutil.rmtree(named)
+    capsys.readouterr()
+    assert main([*export, "--merge", "false"]) == 2
+    shown = capsys.readouterr().err
+    assert "other weights" in shown
+    assert "--merge true" in shown
+    assert not (tmp_path / "out").exists()
+    assert main(export) == 0
+
+
+def test_a_base_and_adapters_left_half_replaced_are_found(adapt, base, tmp_path, capsys):
+    """A process that died while it replaced a folder leaves it as .NAME.old, which was not looked at."""
+    shutil.copytree(base / "model", tmp_path / "exported")
+    assert adapt(tmp_path / "run", tmp_path / "exported", **ALONE) == 0
+    adapters = (tmp_path / "run" / "model").rename(tmp_path / "adapters")
+    expected = text_of(adapters, capsys)
+
+    def leave(folder):
+        folder.rename(folder.with_name(f".{folder.name}.old"))
+
+    leave(tmp_path / "exported")
+    assert text_of(adapters, capsys) == expected
+    leave(tmp_path / "exported")
+    leave(adapters)
+    assert main(["export", str(adapters), str(tmp_path / "merged")]) == 0
+    leave(adapters)
+    assert read_base(adapters) is not None
+    # The export that stands in for a checkpoint.
+    assert adapt(tmp_path / "second", base, **ALONE) == 0
+    shutil.rmtree(base / "checkpoints")
+    leave(base / "model")
+    assert main(["export", str(tmp_path / "second" / "model"), str(tmp_path / "more")]) == 0
+
+
+def test_a_pinned_checkpoint_that_is_gone_is_missing_and_not_another(adapt, base, tmp_path, caplog):
+    """A run was refused after its base had trained on, but not after the base had been deleted altogether."""
+    assert adapt(tmp_path / "run", base, **{"train.stop_at_step": 2}, **ALONE) == 0
+    train_on(base)
+    shutil.rmtree(base / "checkpoints" / "step-0000004")
+    assert main(["train", "--run_dir", str(tmp_path / "run"), "--resume"]) == 0
+    assert "there is no checkpoint of step 4" in caplog.text
+    assert "The run's checkpoints hold its weights too" in caplog.text
+    assert (record_of(tmp_path / "run" / "model")["folder"], record_of(tmp_path / "run" / "model")["step"]) == (
+        str(base),
+        4,
+    )
+
+
+@pytest.mark.parametrize(
+    ("more", "is_warned"),
+    [({"checkpoint.keep_last": 1}, True), ({"checkpoint.keep_last": 1, "checkpoint.keep_every_steps": 2}, False)],
+)
+def test_a_pinned_checkpoint_that_will_be_removed_is_warned_of(adapt, train, tmp_path, caplog, more, is_warned):
+    base = tmp_path / "base"
+    assert train(base, **{**SHORT, **more}) == 0
+    assert adapt(tmp_path / "run", base, **ALONE) == 0
+    assert (f"{base} keeps the last 1 of its checkpoints" in caplog.text) == is_warned
+    caplog.clear()
+    assert adapt(tmp_path / "merged", base) == 0
+    assert adapt(tmp_path / "exported", base / "model", **ALONE) == 0
+    assert "of its checkpoints" not in caplog.text
+
+
+@pytest.mark.parametrize("key", ["weights", "configuration", "fingerprint", "dtype"])
+def test_a_record_that_lacks_something_is_damaged(adapt, base, tmp_path, capsys, key):
+    """Without the weights' fingerprint it was taken for one of an earlier version, and nothing was verified."""
+    assert adapt(tmp_path / "run", base / "model", **ALONE) == 0
+    adapters = tmp_path / "run" / "model"
+    record = record_of(adapters)
+    del record[key]
+    (adapters / "base_model.json").write_text(json.dumps(record))
+    status, shown = text_of(adapters, capsys)
+    assert (status, f"base_model.json is cut off or damaged: it lacks {key}" in shown) == (2, True)
+
+
+def test_a_record_whose_fingerprint_is_not_that_of_its_weights_is_damaged(adapt, base, tmp_path, capsys):
+    assert adapt(tmp_path / "run", base / "model", **ALONE) == 0
+    adapters = tmp_path / "run" / "model"
+    (adapters / "base_model.json").write_text(json.dumps(record_of(adapters) | {"weights": "0" * 64}))
+    status, shown = text_of(adapters, capsys)
+    assert (status, "base_model.json is cut off or damaged" in shown) == (2, True)
+
+
+@pytest.mark.parametrize("name", ["nofolder", "./nofolder", "/nofolder", "no/such/folder"])
+def test_a_name_that_can_only_be_a_folder_is_not_asked_of_the_hub(name):
+    """It took half a minute of retries without a network."""
+    with pytest.raises(FileNotFoundError, match=f"there is no folder {name}"):
+        load_model(name)
+
+
+def test_what_is_looked_up_on_the_hub_is_said(tmp_path):
+    asked = []
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            asked.append(self.path)
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.end_headers()
+
+        do_GET = do_HEAD
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        environment = os.environ | {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+        command = [sys.executable, "-m", "bdh", "generate", "org/none", "--prompt", "a"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+        server.shutdown()
+    assert any("org/none" in path for path in asked)
+    assert done.returncode == 2
+    assert "there is no folder org/none: looking for it on the Hugging Face hub" in done.stderr

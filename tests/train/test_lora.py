@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from bdh.cli.main import main
 from bdh.train.checkpoint import Checkpointer
@@ -222,4 +222,64 @@ def test_adapters_whose_base_is_gone_or_unnamed_are_refused(adapt, base, tmp_pat
 def test_merge_false_without_adapters_is_refused(base, tmp_path, capsys):
     assert main(["export", str(base.parent), str(tmp_path / "out"), "--merge", "false"]) == 2
     assert "has no adapters" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def keep_one(folder):
+    weights = load_file(folder / "adapter_model.safetensors")
+    save_file(dict([next(iter(weights.items()))]), folder / "adapter_model.safetensors", {"format": "pt"})
+
+
+def cut_targets(folder):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["decoder"]}))
+
+
+def other_rank(folder):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"r": 5}))
+
+
+def no_module(folder):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"target_modules": ["nothing"]}))
+
+
+def no_type(folder):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    del config["peft_type"]
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+def remove_weights(folder):
+    (folder / "adapter_model.safetensors").unlink()
+
+
+def truncate(folder):
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (keep_one, "lacks base_model.model."),
+        (cut_targets, "adapter_config.json does not name: base_model.model.encoder"),
+        (other_rank, "do not fit"),
+        (no_module, "do not fit"),
+        (no_type, "adapter_config.json"),
+        (remove_weights, "adapter_model.safetensors is missing"),
+        (truncate, "adapter_model.safetensors is cut off or damaged"),
+    ],
+)
+def test_adapters_that_are_not_complete_are_refused(adapt, tmp_path, capsys, damage, message):
+    """Those that were left were merged, the others ignored, without a word."""
+    assert adapt(tmp_path / "run", **{"train.lora.merge": "false"}) == 0
+    damage(tmp_path / "run" / "model")
+    capsys.readouterr()
+    assert main(["export", str(tmp_path / "run" / "model"), str(tmp_path / "out")]) == 2
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert str(tmp_path / "run" / "model") in shown
+    assert "unexpected" not in shown
     assert not (tmp_path / "out").exists()
