@@ -57,7 +57,8 @@ from bdh import storage
 if sys.argv[2] == "renames":
     storage._exchange = lambda *_: False
     rename = pathlib.Path.rename
-    pathlib.Path.rename = lambda *paths: (rename(*paths), time.sleep(0.02))  # or hardly a kill would come in between
+    # Or hardly a kill would come in between.
+    pathlib.Path.rename = lambda *paths: (rename(*paths), time.sleep(0.02))[0]
 folder = pathlib.Path(sys.argv[1])
 version = int((folder / "0").read_text()) if folder.exists() else 0
 for version in itertools.count(version + 1):
@@ -145,6 +146,8 @@ def replace_and_kill(folder: Path, how: str, wanted: int, generator: random.Rand
         time.sleep(generator.uniform(0, 0.2))
         process.send_signal(signal.SIGKILL)
         lines += process.communicate()[0].splitlines()
+        if process.returncode != -signal.SIGKILL:
+            raise SystemExit(f"the process that replaces {folder} ended with status {process.returncode}")
         recovered += not folder.exists()
         recover_dir(folder)
         versions = {path.read_text() for path in folder.iterdir()}
