@@ -191,6 +191,8 @@ class Lock:
     def _patience(self, holder: dict[str, str], beat: "_Beat | None") -> float:
         """For how many seconds nobody may touch the lock until its holder counts as ended: 0 if it has, inf if not."""
         pid = holder.get("pid", "")
+        if not pid:  # whoever was writing it was killed, or is about to touch it
+            return 2 * LEASE_SECONDS / _BEATS
         if holder.get("host") != _machine()[0] or not re.fullmatch("[0-9]{1,9}", pid):
             return LEASE_SECONDS
         if _is_of_namesake(holder):

@@ -6,11 +6,11 @@ from pathlib import Path
 from bdh.cli.settings import parse_settings
 from bdh.storage import recover_dir
 from bdh.train.config import ADAPTER_CONFIG
-from bdh.validation import Faults
+from bdh.validation import Faults, Settings
 
 
 @dataclass
-class ExportSettings:
+class ExportSettings(Settings):
     run: str
     """Folder of the run; or of adapters, which are merged into the model that they were trained beside."""
     out: str
