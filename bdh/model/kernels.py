@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from bdh.model.modeling import BDHForCausalLM
     from bdh.ops.cpu.recurrence import Recurrence, Storage
 
-_NUM_PIECES = 32
-"""Copied weights are compared with the model's one piece a token, so that it costs under 1 % of the token."""
+_MAX_PIECES = 128
+_PIECE_BYTES = 1 << 18
+"""Copied weights are compared with the model's one piece a token, so that it costs under 1 % of the token: as few pieces
+as leave each at most so large, but no more than ``_MAX_PIECES``."""
 
 
 class _KernelCopies:
@@ -104,7 +106,8 @@ def recurrence_of(model: "BDHForCausalLM", storage: "Storage" = "float32", *, is
 
     - at the start of every prompt, whatever it is: all copied weights are read, at the speed of memory;
     - between two tokens of a text, at once where an optimizer has stepped, ``train()`` was called or the change is
-      spread over the matrix, as a neuron's ablation in the decoder is. A few rows are found within 32 tokens.
+      spread over the matrix, as a neuron's ablation in the decoder is. A few rows of a matrix
+      of over 256 KiB are found within 128 tokens.
 
     Args:
         is_prompt: whether what is read now is the first of a prompt.
@@ -159,7 +162,8 @@ def _key(model: "BDHForCausalLM") -> tuple[Any, ...]:
 
 def _pieces(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Views of some of its rows each."""
-    return weight.detach().tensor_split(min(_NUM_PIECES, len(weight)))
+    count = min(-(-weight.nbytes // _PIECE_BYTES), _MAX_PIECES, len(weight))
+    return weight.detach().tensor_split(max(1, count))
 
 
 @cache

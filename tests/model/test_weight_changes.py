@@ -26,6 +26,7 @@ from bdh.generate.kernel_stepper import KernelStepper
 from bdh.generate.params import SamplingParams
 from bdh.generate.stepper import Feed, make_stepper
 from bdh.generate.window import WindowKernelStepper
+from bdh.model import kernels
 from bdh.model.fingerprint import fingerprint
 from bdh.model.kernels import forget_kernels, recurrence_of
 
@@ -154,7 +155,7 @@ def test_a_new_text_has_the_weights_of_now(model, change):
     agrees(model, *steppers)
 
 
-@pytest.mark.parametrize("change", [way for way in WAYS if way is not set_one_number_through_data])
+@pytest.mark.parametrize("change", WAYS)
 @pytest.mark.parametrize("storage", ["float32", "bfloat16"])
 def test_a_text_goes_on_with_the_weights_of_now(model, change, storage):
     """At the very token: the state has been read with other weights, what comes has not."""
@@ -168,12 +169,13 @@ def test_a_text_goes_on_with_the_weights_of_now(model, change, storage):
 
 
 @pytest.mark.parametrize("storage", ["float32", "bfloat16"])
-def test_a_single_number_is_found_within_32_tokens(model, storage):
+def test_a_single_number_of_a_large_matrix_is_found_within_128_tokens(model, storage, monkeypatch):
+    monkeypatch.setattr(kernels, "_PIECE_BYTES", 64)  # so that these count as large ones
     stepper = KernelStepper(model, weights=storage)
     state = stepper.new_state()
     stepper.step([Feed(state, PROMPT)])
     set_one_number_through_data(model)
-    for _ in range(32):
+    for _ in range(128):
         stepper.step([Feed(state, [4])])
     expected = KernelStepper(copy.deepcopy(model), weights=storage).step([Feed(state.clone(), [4])])[0]
     assert torch.equal(stepper.step([Feed(state, [4])])[0], expected)
@@ -345,7 +347,8 @@ def test_the_same_memory_in_another_order_is_other_weights(make_model):
     agrees(model, stepper)
 
 
-def test_a_neuron_of_a_narrow_decoder_is_found_at_its_token(make_model):
+def test_a_neuron_of_a_decoder_in_pieces_is_found_at_its_token(make_model, monkeypatch):
+    monkeypatch.setattr(kernels, "_PIECE_BYTES", 64)
     model = make_model(n_embd=12)
     stepper = KernelStepper(model)
     state = stepper.new_state()
@@ -386,7 +389,8 @@ def test_a_prefix_read_with_a_mixture_of_weights_is_not_stored(byte_model, token
 
 
 def test_prefixes_and_conversations_of_other_adapters_are_not_gone_on_with(byte_model, tokenizer):
-    config = peft.LoraConfig(r=2, target_modules=["decoder"], init_lora_weights=False)
+    # Strong enough to change any text, whatever it is drawn as.
+    config = peft.LoraConfig(r=8, lora_alpha=800, target_modules=["decoder"], init_lora_weights=False)
     adapted = peft.get_peft_model(byte_model, config).eval()
     engine = Engine(byte_model, tokenizer, config=EngineConfig(prefix_cache_bytes=1 << 24))
     params = SamplingParams(temperature=0, max_tokens=5)
