@@ -47,8 +47,6 @@ class _Point:
     """The snapshot's tokens in spans: so many given, so many written by the model, given, written, and so on."""
     system: str | None = None
     """The system message that has been read."""
-    weights: tuple[Any, ...] = ()
-    """What the model's weights were that have read it: :attr:`WeightsMark.content`."""
 
     @property
     def spans(self) -> list[list[int]]:
@@ -66,8 +64,6 @@ class _Reply:
     """Advanced as it goes."""
     spans: list[list[int]]
     """Up to where the model is to write."""
-    weights: tuple[Any, ...]
-    """What those are that read it."""
     has_begun: bool = False
     """Whether the model has chosen a token."""
 
@@ -227,8 +223,9 @@ class Conversation:
             "system_read": now.system,
         }
         snapshot = now.snapshot or Snapshot(self.stepper.new_state(), [], None)
-        if self._is_stale():
-            snapshot = self._read_again(snapshot)
+        weights = self._weights()
+        if self._is_stale(weights):
+            snapshot = self._read_again(snapshot, weights)
         snapshot = replace(snapshot, generator_state=self._generator.get_state(), notes={"conversation": notes})
         snapshot.save(path, self.stepper.model)
 
@@ -250,23 +247,24 @@ class Conversation:
         assert snapshot.generator_state is not None  # `save` puts it there
         snapshot.state = self._own_state(snapshot)
         messages, lengths = tuple(notes["messages"]), tuple(notes["lengths"])
-        read = snapshot if snapshot.tokens else None
-        self._now = _Point(read, messages, lengths, notes["system_read"], self._weights())
+        self._now = _Point(snapshot if snapshot.tokens else None, messages, lengths, notes["system_read"])
         self._earlier.clear()
         self._generator.set_state(snapshot.generator_state)
         self.system = notes["system"]
 
     def _turn(self, text: str, spans: list[list[int]], is_anew: bool) -> Iterator[str]:
         generator_state = self._generator.get_state()
-        is_anew |= self._is_stale()
+        weights = self._weights()
+        is_anew |= self._is_stale(weights)
         # The state goes on as a copy: whatever happens, the earlier one is there.
         if is_anew or self._now.snapshot is None:
-            snapshot, given = Snapshot(self.stepper.new_state(), [], None), [token for span in spans for token in span]
+            snapshot = Snapshot(self.stepper.new_state(), [], None, weights=weights)
+            given = [token for span in spans for token in span]
         else:
             snapshot, given = self._now.snapshot.clone(), spans[-1]
         snapshot.tokens += given
         snapshot.pending += given
-        reply, system = _Reply(snapshot, spans, self._weights()), self.system
+        reply, system = _Reply(snapshot, spans), self.system
         context = snapshot.tokens if self.is_plain else ()
         decoder = TextDecoder(self._tokenizer, self.options.stop, context)
         try:
@@ -295,7 +293,7 @@ class Conversation:
         )
         self._earlier.append((self._now, generator_state))
         lengths = (*map(len, reply.spans), len(reply.written))
-        self._now = _Point(reply.snapshot, (*self._now.messages, *messages), lengths, system, reply.weights)
+        self._now = _Point(reply.snapshot, (*self._now.messages, *messages), lengths, system)
         while self._earlier and self._undo_bytes() > self.max_undo_bytes:
             self._earlier.popleft()
 
@@ -409,22 +407,22 @@ class Conversation:
                 f"the file's state is of another kind, {snapshot.state.kind!r} and not {state.kind!r}: its "
                 f"{snapshot.state.position:,} tokens are read again, and what follows may differ by rounding"
             )
-            state = self._read_again(snapshot).state
+            state = self._read_again(snapshot, snapshot.weights).state
         return state
 
-    def _read_again(self, snapshot: Snapshot) -> Snapshot:
-        """The snapshot as this stepper, and the weights of now, read it."""
+    def _read_again(self, snapshot: Snapshot, weights: tuple[Any, ...] | None) -> Snapshot:
+        """The snapshot as this stepper reads it with the weights of now, which are these."""
         state, logits = self.stepper.new_state(), None
         if num_read := len(snapshot.tokens) - len(snapshot.pending):
             (logits,) = self.stepper.step([Feed(state, snapshot.tokens[:num_read])])
-        return replace(snapshot, state=state, logits=logits)
+        return replace(snapshot, state=state, logits=logits, weights=weights)
 
     def _weights(self) -> tuple[Any, ...]:
         return weights_mark(self.stepper.model).content
 
-    def _is_stale(self) -> bool:
-        """Whether what has been read was read with other weights than the model's of now; says so."""
-        is_stale = self._now.snapshot is not None and self._now.weights != self._weights()
+    def _is_stale(self, weights: tuple[Any, ...]) -> bool:
+        """Whether what has been read was read with other weights than these, the model's of now; says so."""
+        is_stale = self._now.snapshot is not None and self._now.snapshot.weights != weights
         if is_stale:
             self._notify("the model's weights have changed since: the conversation is read anew")
         return is_stale

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from bdh.generate.prefix_cache import PrefixCache
+from bdh.generate.sequence import told
 from bdh.generate.stepper import SequenceState
 from bdh.model.fingerprint import WeightsMark
 
@@ -85,7 +86,7 @@ class PrefixStore:
     def _note(self, error: Exception, message: str, num_tokens: int) -> None:
         """Of a failure that costs time later, but no text."""
         self.failures += 1
-        _log.warning(message, num_tokens, str(error) or type(error).__name__, exc_info=True)
+        _log.warning(message, num_tokens, told(error), exc_info=True)
 
     def _forget_other_weights(self) -> None:
         before, self.weights = self.weights, None
