@@ -16,3 +16,14 @@ def vocabulary_size(tokenizer: Any) -> int:
         num_tokens, size = len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1
         _sizes[tokenizer] = (num_tokens, size)
     return size
+
+
+def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
+    """
+    Raises:
+        ValueError: the tokenizer is not that of a model with a vocabulary of this size.
+    """
+    if vocabulary_size(tokenizer) != vocab_size:
+        raise ValueError(
+            f"the tokenizer has {vocabulary_size(tokenizer)} entries and the model {vocab_size}: they do not belong together"
+        )

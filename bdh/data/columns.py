@@ -9,7 +9,6 @@ from bdh.data.files import JSON_TYPES, PARQUET, file_type, find_column
 from bdh.data.source import Source
 from bdh.data.tables import ColumnError
 
-_SHOWN_CHARACTERS = 60
 _logger = logging.getLogger(__name__)
 
 
@@ -63,4 +62,8 @@ def _first_text(source: Source, where: str | Path) -> str:
         part = next(iter(reader), None)
     except ValueError:
         return ""
-    return "" if part is None else part.utf8[: 4 * _SHOWN_CHARACTERS].decode("utf-8", "ignore")[:_SHOWN_CHARACTERS]
+    return (
+        ""
+        if part is None
+        else part.utf8[: 4 * csv_files.SHOWN_CHARACTERS].decode("utf-8", "ignore")[: csv_files.SHOWN_CHARACTERS]
+    )

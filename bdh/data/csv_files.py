@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bdh.data.csv_rows import Format, Lines, MalformedRowError, parsed, rows
-from bdh.data.parts import NO_TEXT, Part, Skipped, split_document
+from bdh.data.parts import NO_TEXT, Part, Skipped, from_plain, split_document, to_plain
 from bdh.data.readers import State, compression
 from bdh.data.tables import PEEKED_ROWS, ColumnError, choose_column
 
@@ -29,7 +29,7 @@ _SAMPLE_CHARACTERS = 1 << 17
 _MAX_SAMPLE_CHARACTERS = 1 << 26
 _MAX_COUNTED_BYTES = 1 << 26
 _MAX_SHOWN_FILES = 3
-_SHOWN_CHARACTERS = 60
+SHOWN_CHARACTERS = 60
 _NAME = re.compile(r"[A-Za-z_][\w./:-]{,63}", re.ASCII)
 _USUAL_NAMES = ("text", "texts", "content", "body", "document", "sentence", "word")
 _logger = logging.getLogger(__name__)
@@ -118,7 +118,7 @@ class CsvReader:
         self._skipped = skipped
         self._lines = Lines(path, encoding_errors, (state["offset"], state["line"]) if state else None)
         self._position = (self._lines.offset, self._lines.number)  # after the last row that was right
-        self._pending = deque(Part(text.encode(), ends) for text, ends in state["pending"]) if state else deque[Part]()
+        self._pending = deque(from_plain(state["pending"]) if state else ())
 
     @property
     def offset(self) -> int:
@@ -129,7 +129,7 @@ class CsvReader:
         return {
             "offset": self._position[0],
             "line": self._position[1],
-            "pending": [[part.utf8.decode(), part.ends_document] for part in self._pending],
+            "pending": to_plain(self._pending),
         }
 
     def __iter__(self) -> Iterator[Part]:
@@ -224,7 +224,7 @@ def show_columns(files: Iterable[Path], config: "DataConfig") -> None:
         num_shown, num_bytes = num_shown + 1, num_bytes + reader.offset
         rows = f"{num_rows:,} row{'s' * (num_rows != 1)}" if is_all else f"more than {num_rows:,} rows"
         _logger.warning(
-            "%s: %s; %s, the first text begins %r", path, layout, rows, layout.first_text[:_SHOWN_CHARACTERS]
+            "%s: %s; %s, the first text begins %r", path, layout, rows, layout.first_text[:SHOWN_CHARACTERS]
         )
     if further:
         columns = ", ".join(f"{name!r} in {number:,}" for name, number in further.items())

@@ -296,18 +296,3 @@ def not_utf8(path: Path, offset: int, byte: int, line: int | None = None) -> Val
         f"{path} is not UTF-8: byte {offset} is 0x{byte:02X}{where}. Convert the file, or set "
         "data.encoding_errors=replace to put U+FFFD in the place of such bytes"
     )
-
-
-def first_bad_byte(path: Path) -> tuple[int, int] | None:
-    """Offset and value of the first byte that is not UTF-8, or None."""
-    base, pending = 0, b""
-    for chunk in file_chunks(path):
-        pending += chunk
-        try:
-            pending.decode()
-            base, pending = base + len(pending), b""
-        except UnicodeDecodeError as error:
-            if error.end < len(pending):
-                return base + error.start, pending[error.start]
-            base, pending = base + error.start, pending[error.start :]  # perhaps only cut by the chunk's end
-    return (base, pending[0]) if pending else None

@@ -11,7 +11,7 @@ from typing import Any
 from bdh.data import builtin
 from bdh.data.config import DataConfig, EntryConfig
 from bdh.data.csv_files import CSV_TYPES, CsvSettings
-from bdh.data.files import file_type, find_files, identity, open_file
+from bdh.data.files import PARQUET, file_type, find_files, identity, open_file
 from bdh.data.hub import HubSet, is_hub_layout, local_tables, shakespeare
 from bdh.data.parts import FOUND_TWICE, HELD_OUT_FILES, Skipped
 from bdh.data.paths import FileKey, file_key, regular_files
@@ -268,7 +268,7 @@ def _of_files(config: DataConfig, files: list[Path], skipped: Skipped) -> Source
 
     csv_files = [path for path in files if file_type(path) in CSV_TYPES]
     identity_of_csv = [["csv", *astuple(csv_settings)]] if csv_files else []
-    is_plain = all(file_type(path) == path.suffix.lower() and path.suffix.lower() != ".parquet" for path in files)
+    is_plain = all(file_type(path) == path.suffix.lower() and file_type(path) != PARQUET for path in files)
     return Source(
         shards=[opener(path) for path in files],
         identity=[["files", *identity(files)], *identity_of_csv],

@@ -18,7 +18,7 @@ from bdh.generate.stepper import Feed, SequenceState, Stepper
 from bdh.model.fingerprint import weights_mark
 from bdh.model.text import TextDecoder, encode_prompt
 from bdh.tokenizer.chat import ChatEncoder
-from bdh.vocabulary import vocabulary_size
+from bdh.vocabulary import check_vocabulary
 
 Message = dict[str, str]
 
@@ -105,11 +105,7 @@ class Conversation:
         max_undo_bytes: int = 1 << 30,
         notify: Callable[[str], None] = lambda line: None,
     ):
-        if vocabulary_size(tokenizer) != stepper.model.config.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {vocabulary_size(tokenizer)} entries and the model {stepper.model.config.vocab_size}: they do "
-                "not belong together"
-            )
+        check_vocabulary(tokenizer, stepper.model.config.vocab_size)
         self.stepper = stepper
         self.options = (options or ChatOptions()).validated()
         self.max_undo_bytes = max_undo_bytes

@@ -28,7 +28,7 @@ from bdh.model.fingerprint import weights_mark
 from bdh.model.kernels import recheck_weights
 from bdh.model.modeling import BDHForCausalLM
 from bdh.model.text import Prompt, encode_prompt, end_token_ids
-from bdh.vocabulary import vocabulary_size
+from bdh.vocabulary import check_vocabulary
 
 _log = logging.getLogger(__name__)
 # What prompts get of a step however many sequences are being continued, so that none waits for ever.
@@ -58,11 +58,7 @@ class Engine:
         config: EngineConfig | None = None,
         stepper: Stepper | None = None,
     ):
-        if vocabulary_size(tokenizer) != model.config.vocab_size:
-            raise ValueError(
-                f"the tokenizer has {vocabulary_size(tokenizer)} entries and the model {model.config.vocab_size}: they do not "
-                "belong together"
-            )
+        check_vocabulary(tokenizer, model.config.vocab_size)
         self.config = (config or EngineConfig()).validated()
         self.model, self.tokenizer = model, tokenizer
         self.stepper = stepper or make_stepper(

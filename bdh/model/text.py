@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast, StoppingCriteria, StoppingCrit
 from transformers.generation.streamers import BaseStreamer
 
 from bdh.model.sampling import SamplingOptions
-from bdh.vocabulary import vocabulary_size
+from bdh.vocabulary import check_vocabulary
 
 if TYPE_CHECKING:
     from bdh.model.modeling import BDHForCausalLM
@@ -321,11 +321,7 @@ def _encode_batch(
     model: "BDHForCausalLM | Any", tokenizer: PreTrainedTokenizerFast, prompts: Sequence[Prompt]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Left-padded ids and their mask, int64 (B, T)."""
-    if vocabulary_size(tokenizer) != model.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {vocabulary_size(tokenizer)} entries and the model {model.config.vocab_size}: they do not "
-            "belong together"
-        )
+    check_vocabulary(tokenizer, model.config.vocab_size)
     if not prompts:
         raise ValueError("there are no prompts: give at least one")
     rows = [encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
