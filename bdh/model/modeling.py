@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from bdh.model.arguments import check_state_type
 from bdh.model.backbone import BDHPreTrainedModel
 from bdh.model.configuration import BDHConfig
 from bdh.model.kernels import kernel_obstacle, recurrence_of
@@ -93,15 +94,20 @@ class BDHForCausalLM(TextGenerationMixin, BDHPreTrainedModel, GenerationMixin):
             output_hidden_states: return v before the first and after each pass, (B, T, D) each.
             **kwargs: ``shift_labels``, (B, T) labels already shifted: that of a position is the token behind it;
                 they are taken where both are given. (transformers' Trainer wants every named argument with
-                "label" in its name.) And ``output_attentions``, which must not be true: there are no weights.
+                "label" in its name.) What libraries tell of packed batches, as ``document_starts`` does: ``seq_idx``
+                (B, T), which changes where one starts; ``cu_seq_lens_q`` (documents + 1,) of one row, with
+                ``cu_seq_lens_k``, ``max_length_q`` and ``max_length_k``; ``position_ids`` (B, T), which count from 0 in
+                each document. And what says nothing new: ``position_ids`` and ``cache_position`` as they would be anyway,
+                ``token_type_ids`` of zeros, ``output_attentions=False``, and whatever is None. Comparing them on a GPU
+                makes the host wait for it: leave out what is not needed.
 
         Returns:
             :class:`BDHOutput`. With labels and more than ``MAX_LOGITS_IN_ONE_PIECE`` logits, the loss is
             computed in chunks of tokens and ``logits`` is None.
 
         Raises:
-            TypeError: an argument that is none of these.
-            ValueError: wrong shapes, token ids outside of the vocabulary (on the CPU), or a state of
+            TypeError: an argument that is none of these, or a cache of keys and values.
+            ValueError: arguments that contradict each other or ask for what the model has not, wrong shapes, token ids outside of the vocabulary (on the CPU), or a state of
                 another model or batch size; the state is left as it was.
         """
         shift_labels = kwargs.pop("shift_labels", None)
@@ -216,6 +222,8 @@ class BDHForCausalLM(TextGenerationMixin, BDHPreTrainedModel, GenerationMixin):
             ValueError: ``input_ids`` has no column that the state has not read and the mask does not say that all
                 are new, or a state is given without ``use_cache``.
         """
+        if past_key_values is not None:
+            check_state_type(past_key_values)
         if past_key_values is not None and past_key_values.num_columns:
             num_read = past_key_values.num_columns
             if next_sequence_length is not None and next_sequence_length < 1:
@@ -227,6 +235,8 @@ class BDHForCausalLM(TextGenerationMixin, BDHPreTrainedModel, GenerationMixin):
                 )
             if not kwargs.get("use_cache", True):
                 raise ValueError("use_cache is False: must be True to go on from past_key_values")
+        for name in ("tokenizer", "assistant_tokenizer"):  # of `generate` itself, which hands them on
+            kwargs.pop(name, None)
         prepare: Any = super().prepare_inputs_for_generation  # type: ignore[misc]
         return prepare(
             input_ids,
