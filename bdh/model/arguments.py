@@ -14,7 +14,7 @@ from torch import nn
 
 from bdh.model.configuration import BDHConfig
 from bdh.model.positions import token_positions
-from bdh.model.state import SynapticState
+from bdh.model.state import Columns, SynapticState
 from bdh.ops.attention import sum_dtype
 from bdh.ops.norm import layer_norm
 
@@ -43,16 +43,10 @@ _ONE_VALUE = {
 }
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """Of one forward."""
+@dataclass
+class Inputs(Columns):
+    """Of one forward: the residual stream before the first pass, and what is said of it."""
 
-    v: torch.Tensor
-    """The residual stream before the first pass, (B, T, D)."""
-    mask: torch.Tensor | None
-    """Bool (B, T), False for padding; None where nothing is masked."""
-    starts: torch.Tensor | None
-    """Bool (B, T), True for the first token of a document; None where none starts."""
     state: SynapticState | None
     """That of the text before; None where there is none."""
 
@@ -167,7 +161,7 @@ def _packed(
     position_ids = others.get("position_ids")
     if position_ids is None:
         return starts
-    if tuple(position_ids.shape) not in {(B, T), (1, T), (T,)}:
+    if tuple(position_ids.shape) not in [(B, T), (1, T), (T,)]:
         raise ValueError(f"position_ids has shape {tuple(position_ids.shape)}: must be {(B, T)}, that of the tokens")
     position_ids = position_ids.to(device).expand(B, T)
 
@@ -217,7 +211,7 @@ def _starts_of_lengths(others: dict[str, Any], B: int, T: int) -> torch.Tensor:
 def _starts_of_numbers(others: dict[str, Any], B: int, T: int) -> torch.Tensor:
     """Bool (1 or B, T)."""
     numbers = others["seq_idx"]
-    if tuple(numbers.shape) not in {(B, T), (1, T)}:
+    if tuple(numbers.shape) not in [(B, T), (1, T)]:
         raise ValueError(f"seq_idx has shape {tuple(numbers.shape)}: must be {(B, T)}, that of the tokens")
     starts = torch.ones(numbers.shape, dtype=torch.bool, device=numbers.device)
     starts[:, 1:] = numbers[:, 1:] != numbers[:, :-1]

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationMixin
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from bdh.model.arguments import check_state_type
+from bdh.model.arguments import Inputs, check_state_type
 from bdh.model.backbone import BDHPreTrainedModel
 from bdh.model.configuration import BDHConfig
 from bdh.model.kernels import kernel_obstacle, recurrence_of
@@ -116,8 +117,8 @@ class BDHForCausalLM(TextGenerationMixin, BDHPreTrainedModel, GenerationMixin):
         if use_cache is None:
             use_cache = past_key_values is not None or (self.config.use_cache and not self.training and targets is None)
         return_dict = self.config.return_dict if return_dict is None else return_dict
-        if targets is None and inputs.is_plain_step and input_ids is not None and past_key_values is not None:
-            step = self._kernel_step(input_ids, past_key_values, use_cache, attention_form, output_hidden_states)
+        if targets is None and inputs.is_plain_step and input_ids is not None:
+            step = self._kernel_step(input_ids, inputs, use_cache, attention_form, output_hidden_states)
             if step is not None:
                 output = BDHOutput(logits=step, past_key_values=past_key_values)
                 return output if return_dict else output.to_tuple()
@@ -137,7 +138,7 @@ class BDHForCausalLM(TextGenerationMixin, BDHPreTrainedModel, GenerationMixin):
     def _kernel_step(
         self,
         input_ids: torch.Tensor,
-        state: SynapticState,
+        inputs: Inputs,
         use_cache: bool,
         attention_form: str | None,
         output_hidden_states: bool | None,
@@ -151,10 +152,12 @@ class BDHForCausalLM(TextGenerationMixin, BDHPreTrainedModel, GenerationMixin):
             return None
         if torch.is_autocast_enabled(self.device.type) or self.config.half_lives is not None:
             return None
-        if any(sums.requires_grad for sums in state.sums):
+        state = inputs.state
+        if state is None or any(sums.requires_grad for sums in state.sums):
             return None
         if choose_step_path("auto", device=self.device, obstacle=kernel_obstacle(self)).name != "kernels":
             return None
+        state.remember(inputs, self._advance)
         state.sums = [sums.contiguous() for sums in state.sums]
         recurrence = recurrence_of(self, is_prompt=state.num_columns == 0)
         v = recurrence.read(
@@ -203,6 +206,35 @@ class BDHForCausalLM(TextGenerationMixin, BDHPreTrainedModel, GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         """Tells `generate` to make no cache of keys and values: ``forward`` makes the state."""
         return False
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int, *sizes: Any
+    ) -> Any:
+        """Makes a state where `generate` wants one beforehand: to take tokens back, and for a prompt read in pieces.
+
+        Raises:
+            TypeError: the cache that is given is that of another kind of model.
+            ValueError: a text is to be continued from a state, with tokens proposed by an assistant.
+        """
+        given = model_kwargs.get("past_key_values")
+        is_assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
+        if given is not None:
+            check_state_type(given)
+            if is_assisted and given.num_columns:  # transformers reads the whole text on any cache then, silently
+                raise ValueError(
+                    f"past_key_values has read {given.num_columns} columns: must be left out with assistant_model and "
+                    "prompt_lookup_num_tokens, with which transformers reads the whole text anew"
+                )
+        prepare: Any = super()._prepare_cache_for_generation  # type: ignore[misc]
+        prepare(generation_config, model_kwargs, generation_mode, batch_size, *sizes)
+        takes_back = generation_config.is_assistant or is_assisted
+        if given is not None or generation_config.use_cache is False:
+            return
+        if takes_back or generation_config.prefill_chunk_size is not None:
+            rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
+            state = model_kwargs["past_key_values"] = self.new_state(rows)
+            if takes_back:
+                state.activate_past_recording()
 
     def prepare_inputs_for_generation(  # type: ignore[override]  # what it calls a cache is a state here
         self,
