@@ -2,7 +2,7 @@
 
 Registering needs our classes, and so transformers and PyTorch: seconds that neither ``bdh --help`` nor a
 program that never loads a model should pay. So each registration waits until the auto class that it is for
-is itself imported: ``AutoConfig``, and ``AutoModelForCausalLM``. They are two steps, since transformers loads
+is itself imported: ``AutoConfig``, and ``AutoModel`` with its relatives. They are two steps, since transformers loads
 the first while its model classes, which ours need, are not there yet.
 """
 
@@ -32,7 +32,8 @@ def install() -> None:
 
 def _register(auto_module: str) -> None:
     ours = _REGISTERED_BY[auto_module]
-    if ours not in sys.modules:  # else it is what is importing transformers, and registers itself
+    # What is importing transformers now registers itself: it, or the backbone, which imports it at its end.
+    if not {ours, "bdh.model.backbone"} & sys.modules.keys():
         importlib.import_module(ours)
 
 

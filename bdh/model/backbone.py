@@ -1,5 +1,6 @@
 """The model without a head: one layer that the text passes through L times."""
 
+import importlib
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -284,3 +285,5 @@ class _PlainPasses:
 
 
 AutoModel.register(BDHConfig, BDHModel, exist_ok=True)
+# Whoever imports this file alone has the language model registered too (see bdh.autoregister).
+importlib.import_module("bdh.model.modeling")
