@@ -243,6 +243,7 @@ class BDHForCausalLM(TextGenerationMixin, BDHPreTrainedModel, GenerationMixin):
         past_key_values: SynapticState | None = None,
         attention_mask: torch.Tensor | None = None,  # named, as `generate` looks at the names
         inputs_embeds: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """What `generate` feeds in a step; it goes on from a state as transformers does from a cache.
@@ -276,6 +277,7 @@ class BDHForCausalLM(TextGenerationMixin, BDHPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
+            token_type_ids=token_type_ids,
             **kwargs,
         )
 

@@ -217,3 +217,13 @@ def test_stop_strings_end_a_text(byte_model, tokenizer):
     assert end < len(free)
     out = generate(byte_model, ids, do_sample=False, stop_strings=[" "], tokenizer=tokenizer)
     assert out[0].tolist() == free[:end]
+
+
+def test_what_tokenizers_return_may_be_given_as_it_is(model, tokens):
+    """Some return types of tokens, which are all 0."""
+    ids = tokens[:, :6].clamp_min(1)
+    expected = generate(model, ids, do_sample=False)
+    given = {"token_type_ids": torch.zeros_like(ids), "position_ids": torch.arange(6)[None]}
+    assert torch.equal(generate(model, ids, do_sample=False, **given), expected)
+    with pytest.raises(ValueError, match="token_type_ids is 1"):
+        generate(model, ids, token_type_ids=torch.ones_like(ids))
