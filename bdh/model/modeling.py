@@ -267,7 +267,7 @@ class BDHForCausalLM(TextGenerationMixin, PreTrainedModel, GenerationMixin):
         """The part of a mask that belongs to the T new columns, as bool (B, T); None where nothing is masked."""
         if attention_mask is None:
             return None
-        if tuple(attention_mask.shape) not in {(B, T), (B, num_earlier + T)}:
+        if tuple(attention_mask.shape) not in [(B, T), (B, num_earlier + T)]:
             earlier = f" or, with the columns fed before, {(B, num_earlier + T)}" if num_earlier else ""
             raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}: must be {(B, T)}{earlier}")
         mask = attention_mask[:, -T:].bool()
@@ -310,10 +310,10 @@ class BDHForCausalLM(TextGenerationMixin, PreTrainedModel, GenerationMixin):
     def _check_state(self, state: SynapticState, B: int) -> None:
         config = self.config
         expected = (B, config.n_head, config.neurons_per_head, config.n_embd)
-        shapes = {tuple(s.shape) for s in state.sums}
-        if len(state.sums) != config.n_layer or shapes != {expected}:
+        shapes = [tuple(s.shape) for s in state.sums]  # not a set: sizes may be symbols, which cannot be hashed
+        if shapes != [expected] * config.n_layer:
             raise ValueError(
-                f"the state has sums of shapes {sorted(shapes)} for {len(state.sums)} passes: this model and batch "
+                f"the state has sums of shapes {sorted(set(shapes))} for {len(state.sums)} passes: this model and batch "
                 f"need {expected} for {config.n_layer}"
             )
         dtypes = {s.dtype for s in state.sums}
