@@ -34,6 +34,8 @@ def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
     Raises:
         ValueError: the tokenizer is not that of a model with a vocabulary of this size.
     """
+    if vocabulary_size(tokenizer) == vocab_size + 1 and tokenizer.pad_token_id == vocab_size:
+        return  # padding that was added to the tokenizer alone: no model sees it
     if vocabulary_size(tokenizer) != vocab_size:
         raise ValueError(
             f"the tokenizer has {vocabulary_size(tokenizer)} entries and the model {vocab_size}: they do not belong together"

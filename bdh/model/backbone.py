@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from bdh.model.arguments import Inputs, read_inputs
@@ -149,8 +149,14 @@ class BDHPreTrainedModel(PreTrainedModel):
         positions, following = token_positions(T, before=before, mask=mask, starts=starts, device=v.device)
         reach = self._reach(starts, mask)
         is_step = T == 1 and given is not None
+        # Blocks break the graph that torch.compile makes. It saves memory in training; what is not trained stays whole.
+        is_one_graph = torch.compiler.is_exporting() or (
+            torch.compiler.is_compiling() and not (for_loss or self.training)
+        )
         # What keeps no state is no prompt, but is evaluated by its logits.
-        plan = plan_for(self, B, T, form, for_loss=for_loss or not use_cache) if not is_step else None
+        plan = None
+        if not (is_step or is_one_graph):
+            plan = plan_for(self, B, T, form, for_loss=for_loss or not use_cache)
         passes: Passes
         if plan is not None and plan.path != "plain":
             passes = BlockPasses.of(self, plan, positions, (B, T), mask=mask, reach=reach, keep_state=use_cache)
@@ -274,6 +280,3 @@ class _PlainPasses:
         y = F.relu(torch.cat([head(a[:, h]) for h, head in enumerate(model.encoder_v)], dim=-1))  # (B, T, H*N)
         z = F.dropout(x * y, config.dropout, training=model.training)
         return layer_norm(v + layer_norm(model.decoder(z), eps), eps), sums
-
-
-AutoModel.register(BDHConfig, BDHModel, exist_ok=True)

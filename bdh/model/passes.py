@@ -38,7 +38,7 @@ def plan_for(model: "BDHPreTrainedModel", B: int, T: int, form: str, *, for_loss
         LayerOptionError: ``model.layer_options`` ask for what is not there.
     """
     # Here, where torch.compile still follows: the plain forms are compiled as one graph.
-    if not (for_loss or torch.is_grad_enabled()) or torch.compiler.is_exporting():
+    if not (for_loss or torch.is_grad_enabled()):
         return None
     options = model.layer_options
     if options == _ALL_PLAIN and not model.gradient_checkpointing:
