@@ -32,8 +32,7 @@ def install() -> None:
 
 def _register(auto_module: str) -> None:
     ours = _REGISTERED_BY[auto_module]
-    # What is importing transformers now registers itself: it, or the backbone, which imports it at its end.
-    if not {ours, "bdh.model.backbone"} & sys.modules.keys():
+    if ours not in sys.modules:  # else it is what is importing transformers, and registers itself
         importlib.import_module(ours)
 
 

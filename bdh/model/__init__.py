@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bdh.model.backbone import BDHModel
+    from bdh.model.classification import BDHForSequenceClassification
     from bdh.model.configuration import BDHConfig
     from bdh.model.modeling import BDHForCausalLM
     from bdh.model.state import SynapticState
 
-__all__ = ["BDHConfig", "BDHForCausalLM", "BDHModel", "SynapticState"]
+__all__ = ["BDHConfig", "BDHForCausalLM", "BDHForSequenceClassification", "BDHModel", "SynapticState"]
 
 _MODULE_OF = {
     "BDHConfig": "configuration",
     "BDHForCausalLM": "modeling",
+    "BDHForSequenceClassification": "classification",
     "BDHModel": "backbone",
     "SynapticState": "state",
 }

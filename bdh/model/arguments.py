@@ -81,8 +81,7 @@ def read_inputs(
     """
     others = {name: value for name, value in others.items() if value is not None}
     _check_names(others)
-    v = _embedded(config, embed, input_ids, inputs_embeds)
-    B, T, _ = v.shape
+    B, T = _shape(config, input_ids, inputs_embeds)
     if past_key_values is not None:
         check_state_type(past_key_values)
         _check_state(config, past_key_values, B, dtype)
@@ -90,9 +89,13 @@ def read_inputs(
     mask = _new_columns(attention_mask, B, T, num_earlier)
     _check_columns(others, B, T, num_earlier)
     starts = _starts(document_starts, B, T)
+    given = input_ids if input_ids is not None else inputs_embeds
+    assert given is not None
     if any(name in others for name in _PACKING):
-        starts = _packed(others, starts, mask, past_key_values, (B, T), v.device)
-    return Inputs(v, mask, starts, past_key_values)
+        starts = _packed(others, starts, mask, past_key_values, (B, T), given.device)
+    if input_ids is not None:
+        given = embed(_known_ids(config, input_ids, mask))
+    return Inputs(layer_norm(given, config.layer_norm_eps), mask, starts, past_key_values)
 
 
 def check_state_type(state: object) -> None:
@@ -224,9 +227,8 @@ def _shown(tensor: torch.Tensor) -> str:
     return ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
 
 
-def _embedded(
-    config: BDHConfig, embed: nn.Module, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
-) -> torch.Tensor:
+def _shape(config: BDHConfig, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> tuple[int, int]:
+    """B and T."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("forward takes either input_ids or inputs_embeds: give exactly one of them")
     if input_ids is not None:
@@ -234,28 +236,35 @@ def _embedded(
             raise ValueError(
                 f"input_ids has shape {tuple(input_ids.shape)}: must be (batch, tokens) with at least 1 token"
             )
-        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
-            lowest, highest = input_ids.min().item(), input_ids.max().item()
-            if lowest < 0 or highest >= config.vocab_size:
-                raise ValueError(
-                    f"input_ids has ids from {lowest} to {highest}: must be within 0 to "
-                    f"{config.vocab_size - 1}, the model's vocabulary"
-                )
-        inputs_embeds = embed(input_ids)
+        return input_ids.shape[0], input_ids.shape[1]
     assert inputs_embeds is not None
     if inputs_embeds.ndim != 3 or 0 in inputs_embeds.shape or inputs_embeds.shape[2] != config.n_embd:
         raise ValueError(
             f"inputs_embeds has shape {tuple(inputs_embeds.shape)}: must be (batch, tokens, "
             f"{config.n_embd}) with at least 1 token"
         )
-    return layer_norm(inputs_embeds, config.layer_norm_eps)
+    return inputs_embeds.shape[0], inputs_embeds.shape[1]
+
+
+def _known_ids(config: BDHConfig, input_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Ids within the vocabulary: those of padding, which is never seen, may be any."""
+    if mask is not None:
+        input_ids = input_ids.masked_fill(~mask, 0)
+    if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        lowest, highest = input_ids.min().item(), input_ids.max().item()
+        if lowest < 0 or highest >= config.vocab_size:
+            raise ValueError(
+                f"input_ids has ids from {lowest} to {highest}: must be within 0 to {config.vocab_size - 1}, the "
+                "model's vocabulary; others may only stand where attention_mask is 0"
+            )
+    return input_ids
 
 
 def _new_columns(attention_mask: torch.Tensor | None, B: int, T: int, num_earlier: int) -> torch.Tensor | None:
     """The part of a mask that belongs to the T new columns, as bool (B, T); None where nothing is masked."""
     if attention_mask is None:
         return None
-    if tuple(attention_mask.shape) not in {(B, T), (B, num_earlier + T)}:
+    if tuple(attention_mask.shape) not in [(B, T), (B, num_earlier + T)]:
         earlier = f" or, with the columns fed before, {(B, num_earlier + T)}" if num_earlier else ""
         raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}: must be {(B, T)}{earlier}")
     mask = attention_mask[:, -T:].bool()
@@ -278,10 +287,10 @@ def _starts(document_starts: torch.Tensor | None, B: int, T: int) -> torch.Tenso
 
 def _check_state(config: BDHConfig, state: SynapticState, B: int, dtype: torch.dtype) -> None:
     expected = (B, config.n_head, config.neurons_per_head, config.n_embd)
-    shapes = {tuple(s.shape) for s in state.sums}
-    if len(state.sums) != config.n_layer or shapes != {expected}:
+    shapes = [tuple(s.shape) for s in state.sums]  # no set: torch.export's sizes are symbols, which have no hash
+    if shapes != [expected] * config.n_layer:
         raise ValueError(
-            f"the state has sums of shapes {sorted(shapes)} for {len(state.sums)} passes: this model and batch "
+            f"the state has sums of shapes {sorted(set(shapes))} for {len(state.sums)} passes: this model and batch "
             f"need {expected} for {config.n_layer}"
         )
     dtypes = {s.dtype for s in state.sums}

@@ -1,6 +1,5 @@
 """The model without a head: one layer that the text passes through L times."""
 
-import importlib
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from bdh.model.arguments import Inputs, read_inputs
@@ -151,8 +150,14 @@ class BDHPreTrainedModel(PreTrainedModel):
         positions, following = token_positions(T, before=before, mask=mask, starts=starts, device=v.device)
         reach = self._reach(starts, mask)
         is_step = T == 1 and given is not None
+        # Blocks break the graph that torch.compile makes. It saves memory in training; what is not trained stays whole.
+        is_one_graph = torch.compiler.is_exporting() or (
+            torch.compiler.is_compiling() and not (for_loss or self.training)
+        )
         # What keeps no state is no prompt, but is evaluated by its logits.
-        plan = plan_for(self, B, T, form, for_loss=for_loss or not use_cache) if not is_step else None
+        plan = None
+        if not (is_step or is_one_graph):
+            plan = plan_for(self, B, T, form, for_loss=for_loss or not use_cache)
         passes: Passes
         if plan is not None and plan.path != "plain":
             passes = BlockPasses.of(self, plan, positions, (B, T), mask=mask, reach=reach, keep_state=use_cache)
@@ -282,8 +287,3 @@ class _PlainPasses:
         y = F.relu(torch.cat([head(a[:, h]) for h, head in enumerate(model.encoder_v)], dim=-1))  # (B, T, H*N)
         z = F.dropout(x * y, config.dropout, training=model.training)
         return layer_norm(v + layer_norm(model.decoder(z), eps), eps), sums
-
-
-AutoModel.register(BDHConfig, BDHModel, exist_ok=True)
-# Whoever imports this file alone has the language model registered too (see bdh.autoregister).
-importlib.import_module("bdh.model.modeling")

@@ -7,12 +7,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationMixin
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from bdh.model.arguments import Inputs, check_state_type
-from bdh.model.backbone import BDHPreTrainedModel
+from bdh.model.backbone import BDHModel, BDHPreTrainedModel
+from bdh.model.classification import BDHForSequenceClassification
 from bdh.model.configuration import BDHConfig
 from bdh.model.kernels import kernel_obstacle, recurrence_of
 from bdh.model.state import SynapticState
@@ -330,4 +331,7 @@ def _targets(
     return shift_labels
 
 
+# All of them here, which needs the others: importing an auto class imports this module (bdh.autoregister).
+AutoModel.register(BDHConfig, BDHModel, exist_ok=True)
 AutoModelForCausalLM.register(BDHConfig, BDHForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(BDHConfig, BDHForSequenceClassification, exist_ok=True)

@@ -4,10 +4,12 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.utils._pytree import GetAttrKey, register_pytree_node
 
 from bdh.storage import atomic_file
 
@@ -207,3 +209,24 @@ class SynapticState:
         """Keeps the rows of the beams that go on; called between the steps of a beam search."""
         self.sums = [s.index_select(0, beam_idx.to(s.device)) for s in self.sums]
         self.positions = self.positions.index_select(0, beam_idx.to(self.positions.device))
+
+
+def _flatten(state: SynapticState) -> tuple[list[Any], list[str]]:
+    names = ["sums", "positions", "num_columns"]
+    return [getattr(state, name) for name in names], names
+
+
+def _flatten_with_names(state: SynapticState) -> tuple[list[Any], list[str]]:
+    leaves, names = _flatten(state)
+    return [(GetAttrKey(name), leaf) for name, leaf in zip(names, leaves, strict=True)], names
+
+
+# For torch.export, and so ONNX: a state is an input and an output as a list or a dict is. (PyTorch's own public way,
+# torch.export.register_dataclass, is for dataclasses, which FSDP copies where a state is to be advanced in place.)
+register_pytree_node(
+    SynapticState,
+    _flatten,
+    lambda leaves, _: SynapticState(*leaves),
+    serialized_type_name="bdh.SynapticState",
+    flatten_with_keys_fn=_flatten_with_names,
+)
