@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -179,8 +179,8 @@ class SynapticState:
             run = self._record[-1].columns
             run.v = torch.cat([run.v, columns.v.detach()], 1)
         else:
-            columns = replace(columns, v=columns.v.detach())
-            self._record.append(_Read(self.clone(), columns, advance, is_single))
+            kept = Columns(columns.v.detach(), columns.mask, columns.starts)
+            self._record.append(_Read(self.clone(), kept, advance, is_single))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes the newest columns back: -3 three of them. Those that were read at once with them are read again.
@@ -209,6 +209,7 @@ class SynapticState:
         """Keeps the rows of the beams that go on; called between the steps of a beam search."""
         self.sums = [s.index_select(0, beam_idx.to(s.device)) for s in self.sums]
         self.positions = self.positions.index_select(0, beam_idx.to(self.positions.device))
+        self._record = None if self._record is None else []  # of rows that have changed places
 
 
 def _flatten(state: SynapticState) -> tuple[list[Any], list[str]]:
