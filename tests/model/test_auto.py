@@ -36,7 +36,6 @@ def test_loading_takes_a_dtype(model, tokens, tmp_path, dtype):
         "import bdh, transformers\nfrom transformers import Trainer, AutoModelForCausalLM, AutoConfig",
         "from bdh import BDH\nfrom transformers import AutoModelForCausalLM, AutoConfig",
         "from bdh import BDHModel\nfrom transformers import AutoModelForCausalLM, AutoConfig",
-        "from transformers import AutoModel\nfrom bdh import BDHModel\nfrom transformers import AutoModelForCausalLM, AutoConfig",
     ],
 )
 def test_the_auto_classes_know_it_whatever_is_imported_first(model, tmp_path, imports):
