@@ -1,11 +1,11 @@
-# `make demo` and `make test` are all that a newcomer needs; each makes .venv if it is missing.
+# `make demo` and `make test` are all that a newcomer needs; each makes .venv if it is missing. `make gpu` takes $(PYTHON) as it is.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check format clean
+.PHONY: demo test check format clean gpu
 
 demo: $(INSTALLED)  ## train, export, generate and plot: about 5 minutes on 2 CPU cores
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh scripts/demo.sh
@@ -17,6 +17,10 @@ check: $(INSTALLED)  ## lint, formatting, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Without the environment: on a machine with a GPU and no network, PyTorch is in its own Python.
+gpu:  ## what a GPU computes, and how fast, in OUT (gpu.json): under 6 minutes; WHEELS=DIR has missing packages; DEVICE=cpu
+	$(PYTHON) benchmarks/gpu.py --device $(or $(DEVICE),cuda) --out $(or $(OUT),gpu.json) $(if $(WHEELS),--wheels $(WHEELS))
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

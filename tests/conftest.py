@@ -47,6 +47,8 @@ def pytest_configure(config):
     os.environ["HF_HUB_OFFLINE"] = "1"
     # Before torch loads OpenMP: threads that wait actively are slow beside other programs, and several tests start some.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Before cuBLAS is first used: with other workspaces it may add in another order each time.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
     import torch
 

@@ -1,5 +1,7 @@
 """The benchmarks run, and check what they compare before they print."""
 
+import json
+import os
 import re
 import subprocess
 import sys
@@ -7,7 +9,62 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import gpu
+
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def gpu_checks(tmp_path):
+    """Runs benchmarks/gpu.py where PyTorch sees no GPU; returns the process, and its results."""
+
+    def run(*flags):
+        file = tmp_path / "gpu.json"
+        command = [sys.executable, "benchmarks/gpu.py", "--out", str(file), *flags]
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        return done, json.loads(file.read_text()) if file.exists() else None
+
+    return run
+
+
+@pytest.mark.slow
+def test_the_checks_of_a_gpu_run_small_on_the_cpu(gpu_checks):
+    done, results = gpu_checks("--device", "cpu", "--benches", "small-naive")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert results["tests"]["passed"] == 4
+    assert results["tests"]["failures"] == {}
+    assert results["versions"]["torch"] in done.stdout
+    (bench,) = results["benches"]
+    assert (bench["config"], bench["baseline"], bench["timed_out"]) == ("configs/small.yaml", "naive", False)
+    assert [form["name"] for form in bench["figures"]["cases"][0]["forms"]] == ["bdh", "ops/naive.py"]
+
+
+def test_the_checks_of_a_gpu_say_that_there_is_none(gpu_checks):
+    done, results = gpu_checks()
+    assert done.returncode == 2
+    assert "There is no GPU that this PyTorch can use: nothing was run. DEVICE=cpu" in done.stderr
+    assert results is None
+
+
+def test_a_process_that_takes_too_long_is_stopped_and_what_it_printed_is_kept():
+    code = "import time\nprint('begun', flush=True)\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('ended')"
+    found = gpu.limited([sys.executable, "-c", code], dict(os.environ), seconds=2)
+    assert (found["status"], found["timed_out"], found["output"]) == (1, True, "begun\nended\n")
+
+
+def test_what_failed_is_told_with_its_message(tmp_path):
+    file = tmp_path / "test_some.py"
+    file.write_text(
+        "import pytest\ndef test_a(): pass\ndef test_b(): assert 1 == 2\n@pytest.mark.skip\ndef test_c(): pass\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-c", os.devnull, "--junitxml=found.xml", file.name]
+    subprocess.run(command, cwd=tmp_path, capture_output=True, check=False)
+    found = {name: (outcome, text) for name, outcome, text in gpu.outcomes(tmp_path / "found.xml")}
+    assert {name: outcome for name, (outcome, _) in found.items()} == {
+        "test_some::test_a": "passed", "test_some::test_b": "failure", "test_some::test_c": "skipped",
+    }  # fmt: skip
+    assert "assert 1 == 2" in found["test_some::test_b"][1]
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The comparison that goes before the timing finds a wrong gradient."""
 
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -85,6 +86,24 @@ def test_options_of_every_case_are_checked_before_anything_is_computed(case, mon
         bench_train([case, wrong])
     with pytest.raises(LayerOptionError, match="bfloat16"):
         bench_one_step(wrong)
+
+
+def test_a_baseline_that_runs_out_of_memory_is_left_out_and_said(case, monkeypatch):
+    """On a GPU this is found out by trying; the error comes from another process."""
+    original = train.measure_memory
+
+    def measured(case, form, **others):
+        if form == "naive":
+            raise pickle.loads(pickle.dumps(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 24 GiB")))
+        return original(case, form, **others)
+
+    monkeypatch.setattr(train, "measure_memory", measured)
+    report = bench_train([case], baselines=["naive"], rounds=1)
+    (figures,) = report.figures["cases"]
+    assert not report.failed
+    assert [form["name"] for form in figures["forms"]] == ["bdh"]
+    assert figures["left_out"] == {"naive": "runs out of memory: CUDA out of memory. Tried to allocate 24 GiB"}
+    assert "ops/naive.py is left out: it runs out of memory" in report.text()
 
 
 def test_the_masks_are_those_that_the_model_draws(case):
