@@ -21,7 +21,7 @@ def gpu_checks(tmp_path):
     def run(*flags):
         file = tmp_path / "gpu.json"
         command = [sys.executable, "benchmarks/gpu.py", "--out", str(file), *flags]
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         return done, json.loads(file.read_text()) if file.exists() else None
 
@@ -59,7 +59,8 @@ def test_what_failed_is_told_with_its_message(tmp_path):
         "import pytest\ndef test_a(): pass\ndef test_b(): assert 1 == 2\n@pytest.mark.skip\ndef test_c(): pass\n"
     )
     command = [sys.executable, "-m", "pytest", "-c", os.devnull, "--junitxml=found.xml", file.name]
-    subprocess.run(command, cwd=tmp_path, capture_output=True, check=False)
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=False)
     found = {name: (outcome, text) for name, outcome, text in gpu.outcomes(tmp_path / "found.xml")}
     assert {name: outcome for name, (outcome, _) in found.items()} == {
         "test_some::test_a": "passed", "test_some::test_b": "failure", "test_some::test_c": "skipped",

@@ -365,7 +365,7 @@ def make_stepper(
     faults.raise_if_any()
     chosen = choose_step_path(path, device=model.device, obstacle=kernel_obstacle(model))
     if chosen.name == "kernels" and window is not None:
-        from bdh.generate.window import WindowKernelStepper
+        from bdh.generate.kernel_window import WindowKernelStepper
 
         return WindowKernelStepper(model, window, weights=weights, reason=chosen.reason)
     if chosen.name == "kernels":

@@ -3,19 +3,14 @@
 The states of both steppers are alike, and what one has read the other goes on from, where both keep it in float32.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
-from bdh.generate.kernel_stepper import KernelStepper
-from bdh.generate.stepper import Feed, SequenceState, Storage, TorchStepper
-from bdh.model.kernels import recurrence_of
+from bdh.generate.stepper import Feed, SequenceState, TorchStepper
 from bdh.model.modeling import BDHForCausalLM
 from bdh.ops.attention import sum_dtype
-from bdh.ops.cpu.recurrence import Recurrence, Watch
-from bdh.ops.cpu.window import WindowedRecurrence
 from bdh.ops.norm import layer_norm
 from bdh.ops.rope import rotate, rotation_table
 from bdh.ops.window import Ring, attend_window, empty_ring, take_in
@@ -39,12 +34,12 @@ def _shape(model: BDHForCausalLM) -> tuple[int, int, int, int]:
     return config.n_layer, config.n_head, config.neurons_per_head, config.n_embd
 
 
-def _new_state(model: BDHForCausalLM, window: int) -> SequenceState:
+def new_state(model: BDHForCausalLM, window: int) -> SequenceState:
     ring = empty_ring(window, _shape(model), dtype=model.dtype, device=model.device)
     return SequenceState(f"window:{window}", ring._asdict())
 
 
-def _state_bytes(model: BDHForCausalLM, window: int) -> int:
+def state_bytes(model: BDHForCausalLM, window: int) -> int:
     return sum(tensor.nbytes for tensor in empty_ring(window, _shape(model), dtype=model.dtype, device="meta"))
 
 
@@ -75,11 +70,11 @@ class WindowTorchStepper(TorchStepper):
         return f"torch on {self.model.device}, a window of {self.window} tokens ({self._reason})"
 
     def new_state(self) -> SequenceState:
-        return _new_state(self.model, self.window)
+        return new_state(self.model, self.window)
 
     @property
     def state_bytes(self) -> int:
-        return _state_bytes(self.model, self.window)
+        return state_bytes(self.model, self.window)
 
     def _step(self, feeds: Sequence[Feed]) -> None:
         while unread := [feed for feed in feeds if not feed.is_done]:
@@ -141,56 +136,3 @@ class WindowTorchStepper(TorchStepper):
         if len(v) <= length:
             return q, v
         return q[:, len(v) - length :].clone(), v[len(v) - length :].clone()
-
-
-class WindowKernelStepper(KernelStepper):
-    """The kernels of :mod:`bdh.ops.cpu.window`: the same bits however tokens are fed.
-
-    Args:
-        window: W: a prediction attends from the last W tokens, of which each sees the W - 1 before it.
-
-    Raises:
-        ValueError: the window is no whole number of at least 1.
-    """
-
-    def __init__(self, model: BDHForCausalLM, window: int, *, weights: Storage = "float32", reason: str = "asked for"):
-        super().__init__(model, weights=weights, reason=reason)
-        self.window = check_window(window)
-        self._half_lives = self._settling_tokens = None  # rings need no factors: what fades is a score, not a sum
-        self._made: WindowedRecurrence | None = None
-
-    @property
-    def path(self) -> str:
-        return (
-            f"sparse kernels on the cpu, {torch.get_num_threads()} threads, weights {self._weights}, "
-            f"a window of {self.window} tokens ({self._reason})"
-        )
-
-    def new_state(self) -> SequenceState:
-        return _new_state(self.model, self.window)
-
-    @property
-    def state_bytes(self) -> int:
-        return _state_bytes(self.model, self.window)
-
-    def _recurrence(self, *, is_prompt: bool) -> WindowedRecurrence:
-        # Other ones where the model's have changed.
-        weights = recurrence_of(self.model, self._weights, is_prompt=is_prompt).weights
-        if self._made is None or self._made.weights is not weights:
-            self._made = WindowedRecurrence(weights, self.window, half_lives=self.model.config.half_lives)
-        return self._made
-
-    def _advance(
-        self,
-        recurrence: Recurrence,
-        states: Sequence[SequenceState],
-        tokens: np.ndarray,
-        positions: np.ndarray,
-        starts: np.ndarray,
-        before_writing: Callable[[], None],
-        watch: Watch | None,
-    ) -> np.ndarray:
-        assert isinstance(recurrence, WindowedRecurrence)
-        return recurrence.read_window(
-            tokens, positions, starts, [_ring(state) for state in states], watch, before_writing
-        )

@@ -16,6 +16,7 @@ import bdh.ops.cpu.window
 from bdh.generate.config import EngineConfig
 from bdh.generate.engine import Engine
 from bdh.generate.kernel_stepper import KernelStepper
+from bdh.generate.kernel_window import WindowKernelStepper
 from bdh.generate.params import SamplingParams
 from bdh.generate.pool import StatePool
 from bdh.generate.prefix_cache import PrefixCache
@@ -23,7 +24,7 @@ from bdh.generate.prefixes import PrefixStore
 from bdh.generate.sampler import Sampler
 from bdh.generate.sequence import Sequence
 from bdh.generate.stepper import Feed, SequenceState, Stepper, TorchStepper
-from bdh.generate.window import WindowKernelStepper, WindowTorchStepper
+from bdh.generate.window import WindowTorchStepper
 from bdh.model.text import TextDecoder
 from bdh.ops.cpu.recurrence import Recurrence
 from bdh.ops.cpu.window import WindowedRecurrence

@@ -1,8 +1,12 @@
+import sys
+
 import pytest
 import torch
 
+import bdh.generate.window
+from bdh.generate.kernel_window import WindowKernelStepper
 from bdh.generate.stepper import Feed, make_stepper
-from bdh.generate.window import WindowKernelStepper, WindowTorchStepper
+from bdh.generate.window import WindowTorchStepper
 from bdh.ops import naive
 from tests.generate.test_kernel_stepper import in_pieces
 from tests.generate.test_stepper import random_tokens, read_whole
@@ -199,3 +203,14 @@ def test_changed_weights_are_seen(model):
     after, _ = read(stepper, [[1, 2, 3]])
     torch.testing.assert_close(after, read_whole(model, [1, 2, 3]), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(before, after)
+
+
+def test_a_window_needs_no_numba_where_torch_computes(model, monkeypatch):
+    """As without a window: its module imported the kernels for both."""
+    monkeypatch.setattr(bdh.generate, "window", bdh.generate.window)  # put back afterwards, as what is deleted
+    monkeypatch.setitem(sys.modules, "numba", None)
+    for name in [name for name in sys.modules if name.startswith(("bdh.ops.cpu.", "bdh.generate.window"))]:
+        if name != "bdh.ops.cpu.runtime":
+            monkeypatch.delitem(sys.modules, name)
+    stepper = make_stepper(model, path="torch", window=4)
+    assert len(stepper.step([Feed(stepper.new_state(), [1, 2, 3])])) == 1

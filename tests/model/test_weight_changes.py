@@ -23,9 +23,9 @@ from bdh.generate.chat_options import ChatOptions
 from bdh.generate.config import EngineConfig
 from bdh.generate.engine import Engine
 from bdh.generate.kernel_stepper import KernelStepper
+from bdh.generate.kernel_window import WindowKernelStepper
 from bdh.generate.params import SamplingParams
 from bdh.generate.stepper import Feed, make_stepper
-from bdh.generate.window import WindowKernelStepper
 from bdh.model import kernels
 from bdh.model.fingerprint import fingerprint
 from bdh.model.kernels import forget_kernels, recurrence_of
