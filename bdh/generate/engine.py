@@ -19,6 +19,7 @@ from bdh.generate.params import SamplingParams
 from bdh.generate.pool import StatePool
 from bdh.generate.prefixes import PrefixStore
 from bdh.generate.request import Request
+from bdh.generate.residuals import Residuals
 from bdh.generate.sequence import Completion, FinishReason, StepOutput, told
 from bdh.generate.sequence import Sequence as Running
 from bdh.generate.snapshot import Snapshot
@@ -167,6 +168,7 @@ class Engine:
         snapshot: Snapshot | None = None,
         keep_snapshot: bool = False,
         watch: int | None = None,
+        residuals: Residuals | None = None,
     ) -> int:
         """Takes up a request; :meth:`step` works on it.
 
@@ -176,6 +178,7 @@ class Engine:
             snapshot: a sequence to go on from; it stays as it is. ``prompt`` is what follows there, or None for nothing.
             keep_snapshot: let completions have a snapshot, from which they can go on.
             watch: let outputs tell which neurons fired, and so many of the strongest. The tokens are the same.
+            residuals: takes those of all tokens that are read; without a snapshot, and with n of 1.
 
         Returns:
             The number that outputs and :meth:`abort` name it by.
@@ -195,6 +198,8 @@ class Engine:
             num_prompt_tokens = len(tokens) if added else snapshot.num_prompt_tokens
         if watch is not None and not 0 <= watch <= MOST_NEURONS:
             raise ValueError(f"watch is {watch}: must be within 0 and {MOST_NEURONS}, or None")
+        if residuals is not None and (snapshot is not None or params.n > 1):
+            raise ValueError("residuals were asked for with a snapshot, or n above 1: must be left out there")
         request_id = next(self._numbers)
         ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._ends)
 
@@ -211,7 +216,8 @@ class Engine:
                 snapshot=snapshot,
                 keep_snapshot=keep_snapshot,
             )
-            sequence.watch, sequence.mark_weights = watch, lambda: weights_mark(self.model).content
+            sequence.watch, sequence.residuals = watch, residuals
+            sequence.mark_weights = lambda: weights_mark(self.model).content
             return sequence
 
         self._waiting.append(Request(request_id, make(0), make, snapshot))
@@ -336,7 +342,7 @@ class Engine:
             sequence.state = self._pool.take(copy_of=snapshot.state)
             sequence.logits = snapshot.logits
             sequence.pending = sequence.pending[snapshot.state.position :]
-        elif snapshot is not None or self._prefixes is None or sequence.params.prompt_logprobs is not None:
+        elif snapshot is not None or self._prefixes is None or sequence.wants_all_tokens:
             sequence.state = self._pool.take()  # what other weights have read is read again
         else:
             known, state, logits = self._prefixes.find(sequence.tokens)
@@ -390,6 +396,7 @@ class Engine:
                     sequence.pending[:count],
                     "all" if wants_all else "last" if is_last else "none",
                     watch=sequence.watch if count == len(sequence.pending) else None,
+                    residuals=sequence.residuals,
                 )
             )
         self.stepper.step_all_that_can_be([feed for feed in feeds if feed is not None])

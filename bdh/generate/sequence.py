@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from bdh.generate.activity import PassActivity
 from bdh.generate.params import SamplingParams
+from bdh.generate.residuals import Residuals
 from bdh.generate.sampler import Sampler, TokenLogprobs, token_logprobs
 from bdh.generate.snapshot import Snapshot
 from bdh.generate.stepper import SequenceState
@@ -95,6 +96,7 @@ class Sequence:
         self.num_cached_tokens = 0
         self.mark_weights: Callable[[], tuple[Any, ...] | None] = lambda: None  # for a snapshot, of the model as it is
         self.watch: int | None = None  # how many of the strongest neurons are wanted
+        self.residuals: Residuals | None = None  # that take those of all its tokens
         self.activity: list[PassActivity] | None = None  # of the last token that was read
         self.text = ""
         self.logprobs: list[TokenLogprobs] | None = None if params.logprobs is None else []
@@ -131,6 +133,11 @@ class Sequence:
     @property
     def is_prompt_read(self) -> bool:
         return not self.pending or self.num_generated > 0
+
+    @property
+    def wants_all_tokens(self) -> bool:
+        """Whether a known beginning is of no use, since something is wanted of each of its tokens."""
+        return self.prompt_logprobs is not None or self.residuals is not None
 
     def read(self, count: int, logits: torch.Tensor | None) -> None:
         """The state has read so many of the pending tokens.

@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from bdh.serve.keys import ApiKeys
+from bdh.serve.response_schemas import OUTPUT_LOGPROBS
 from bdh.serve.service import Service
 
 Schema = dict[str, Any]
@@ -21,9 +22,10 @@ def describe(app: FastAPI, service: Service, keys: ApiKeys) -> None:
         described = made()
         _describe_errors(described, needs_key=keys.are_needed)
         schemas = described["components"]["schemas"]
-        for name in ("CompletionRequest", "ChatRequest"):
+        for name in ("CompletionRequest", "ChatRequest", "ResponseRequest"):
             _describe_limits(schemas[name]["properties"], service)
             schemas[name].setdefault("allOf", _conditions(schemas[name]["properties"]))
+        _describe_lists(schemas["EmbeddingRequest"]["properties"]["input"], service.settings.limits.embeddings)
         schemas["TokenizeRequest"]["oneOf"] = [
             {"required": ["prompt"], "properties": {"prompt": {"type": "string"}, "messages": {"type": "null"}}},
             {"required": ["messages"], "properties": {"messages": {"type": "array"}, "prompt": {"type": "null"}}},
@@ -59,6 +61,7 @@ def _describe_limits(properties: Schema, service: Service) -> None:
     for name, most in (
         ("max_tokens", limits.max_tokens),
         ("max_completion_tokens", limits.max_tokens),
+        ("max_output_tokens", limits.max_tokens),
         ("n", most_texts),
         ("best_of", most_texts),
     ):
@@ -69,9 +72,15 @@ def _describe_limits(properties: Schema, service: Service) -> None:
         {"type": "number", "minimum": 1e-6, "maximum": 100},
         {"type": "null"},
     ]
-    for kind in properties.get("prompt", {}).get("anyOf", []):
+    if "best_of" in properties:
+        _describe_lists(properties["prompt"], limits.prompts)
+
+
+def _describe_lists(texts: Schema, most: int) -> None:
+    """How many texts there may be."""
+    for kind in texts["anyOf"]:
         if kind.get("type") == "array" and kind["items"].get("type") != "integer":
-            kind["maxItems"] = limits.prompts
+            kind["maxItems"] = most
 
 
 def _given(name: str, **schema: Any) -> Schema:
@@ -86,10 +95,12 @@ def _conditions(properties: Schema) -> list[Schema]:
     """Which fields go together."""
     streams = _given("stream", const=True)
     watches = {"properties": {"bdh": {"type": "object", **_given("activations", type="integer")}}, "required": ["bdh"]}
-    found: list[Schema] = [
-        {"if": _given("stream_options", type="object"), "then": streams},
-        {"if": watches, "then": streams},
-    ]
+    found: list[Schema] = [{"if": _given("stream_options", type="object"), "then": streams}]
+    if "input" in properties:
+        named = {"type": "array", "contains": {"const": OUTPUT_LOGPROBS}}
+        several = _given("top_logprobs", type="integer", minimum=1)
+        return [*found, {"if": several, "then": _given("include", **named)}]
+    found.append({"if": watches, "then": streams})
     if "top_logprobs" in properties:
         found += [
             {"if": _given("top_logprobs", type="integer"), "then": _given("logprobs", const=True)},
@@ -112,11 +123,14 @@ def _describe_model(schemas: Schema, service: Service) -> None:
     tokenizer = loaded.tokenizer
     starts_from_nothing = (tokenizer.bos_token_id, tokenizer.eos_token_id) != (None, None)
     _limit_tokens(schemas, last)
-    for kind in schemas["CompletionRequest"]["properties"]["prompt"]["anyOf"]:
+    width = {"const": loaded.model.config.n_embd}
+    schemas["EmbeddingRequest"]["properties"]["dimensions"]["anyOf"] = [width, {"type": "null"}]
+    prompts = schemas["CompletionRequest"]["properties"]["prompt"], schemas["EmbeddingRequest"]["properties"]["input"]
+    for kind in [kind for each in prompts for kind in each["anyOf"]]:
         for text in (kind, kind.get("items", {})):
             if text.get("type") == "string" and not starts_from_nothing:
                 text["minLength"] = 1
-    for name in ("CompletionRequest", "ChatRequest"):
+    for name in ("CompletionRequest", "ChatRequest", "ResponseRequest"):
         for kind in schemas[name]["properties"]["logit_bias"]["anyOf"]:
             if kind.get("type") == "object":
                 kind.pop("patternProperties", None)

@@ -1,6 +1,6 @@
 """What requests and answers look like. Nothing is converted or left out silently: a field that is not here is refused."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -65,8 +65,8 @@ class Extras(_Request):
     )
 
 
-class _Generation(_Request):
-    """What both kinds of requests have."""
+class Sampling(_Request):
+    """What all requests for texts have."""
 
     model: str | None = Field(default=None, description="A name that the server has; None for its first.")
     temperature: float | None = Field(
@@ -77,7 +77,6 @@ class _Generation(_Request):
         default=None, description="0 or -1 for all tokens."
     )
     min_p: float | None = Field(default=None, ge=0, lt=1)
-    n: Positive | None = None
     stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
     stop_token_ids: list[TokenId] | None = Field(default=None, max_length=64)
     seed: Annotated[int, Field(ge=-(2**63), le=2**63), BeforeValidator(_whole)] | None = None
@@ -89,17 +88,11 @@ class _Generation(_Request):
     ) = None
     ignore_eos: bool | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
     user: str | None = Field(default=None, description="For the log.")
-    bdh: Extras | None = None
 
     @property
     def is_stream(self) -> bool:
         return bool(self.stream)
-
-    @property
-    def extras(self) -> Extras:
-        return self.bdh or Extras()
 
     def params(self, *, max_tokens: int, stops: list[str], stop_token_ids: list[int]) -> SamplingParams:
         """How the engine samples, but for what only one kind of request has."""
@@ -116,7 +109,7 @@ class _Generation(_Request):
                 "repetition_penalty",
                 "ignore_eos",
             )
-            if getattr(self, name) is not None
+            if getattr(self, name, None) is not None
         }
         stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
         return SamplingParams(
@@ -129,13 +122,29 @@ class _Generation(_Request):
         )
 
     @model_validator(mode="after")
-    def _check(self) -> "_Generation":
-        if self.stream_options is not None and not self.is_stream:
-            raise ValueError("stream_options: only with stream")
+    def _check_sampling(self) -> Self:
         if self.temperature is not None and 0 < self.temperature < 1e-6:
             raise ValueError("temperature: must be 0, or at least 1e-6")
         if self.logit_bias is not None and len(set(map(int, self.logit_bias))) < len(self.logit_bias):
             raise ValueError("logit_bias: has a token twice, with and without leading zeros")
+        return self
+
+
+class _Generation(Sampling):
+    """What completions and chats have."""
+
+    n: Positive | None = None
+    stream_options: StreamOptions | None = None
+    bdh: Extras | None = None
+
+    @property
+    def extras(self) -> Extras:
+        return self.bdh or Extras()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.stream_options is not None and not self.is_stream:
+            raise ValueError("stream_options: only with stream")
         if self.bdh is not None and self.bdh.activations is not None and not self.is_stream:
             raise ValueError("bdh.activations: only with stream")
         return self
