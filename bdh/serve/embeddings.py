@@ -111,7 +111,7 @@ class Embeddings:
             ApiError: as :meth:`Service.begin`; 500, or 503.
         """
         limits = self._service.settings.limits
-        size = min(_AT_ONCE, limits.queue_requests)
+        size = min(_AT_ONCE, limits.prompts)
         num_tokens = 0
         try:
             for first in range(0, len(jobs), size):

@@ -23,7 +23,9 @@ def client(chat_server):
 
 
 def post(server, **fields):
-    return server.http.post("/v1/responses", json={"temperature": 0, "max_output_tokens": 9, "logit_bias": LETTERS, **fields})
+    return server.http.post(
+        "/v1/responses", json={"temperature": 0, "max_output_tokens": 9, "logit_bias": LETTERS, **fields}
+    )
 
 
 def created(server, **fields) -> dict:
