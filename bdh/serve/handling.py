@@ -18,7 +18,7 @@ from bdh.serve.errors import ApiError, bad_request, internal_error
 from bdh.serve.events import DONE, PING, SILENCE_SECONDS, EventStream, event, unless_gone
 from bdh.serve.keys import Caller, RateLimits
 from bdh.serve.logs import log
-from bdh.serve.schemas import ChatRequest, CompletionRequest, Extras
+from bdh.serve.schemas import ChatRequest, CompletionRequest, Extras, StreamOptions
 from bdh.serve.service import CutOff, Event, Generation, Job, Loaded, Service
 from bdh.storage import DiskFullError
 
@@ -33,6 +33,9 @@ class Asked:
     writer: Writer
     is_stream: bool
     says_usage: bool
+    """In a chunk at the end."""
+    counts_usage: bool
+    """In every chunk."""
     extras: Extras
     model: str
 
@@ -106,14 +109,17 @@ class Handler:
         notes = {"kind": "chat", "messages": [*before, *messages]}
         jobs = [Job(tokens, params, snapshot, bool(extras.save_state), extras.activations, notes)]
         num_top = params.logprobs if body.logprobs else None
-        return self._asked(body, jobs, ChatWriter(jobs, loaded.names, model, num_top, params.n), model)
+        return self._asked(
+            body, jobs, ChatWriter(jobs, loaded.names, model, num_top, params.n, loaded.chat.reply), model
+        )
 
     def _asked(self, body: CompletionRequest | ChatRequest, jobs: list[Job], writer: Writer, model: str) -> Asked:
-        says_usage = bool(body.stream_options and body.stream_options.include_usage)
+        options = body.stream_options or StreamOptions()
         if self._service.settings.log_prompts:
             names = self._service.ready().names
             log("prompts", prompts=[names.text(job.tokens) for job in jobs])
-        return Asked(jobs, writer, body.is_stream, says_usage, body.extras, model)
+        says_usage, counts_usage = bool(options.include_usage), bool(options.continuous_usage_stats)
+        return Asked(jobs, writer, body.is_stream, says_usage, counts_usage, body.extras, model)
 
     def _max_tokens(self, given: int | None, default: int) -> int:
         most = self._service.settings.limits.max_tokens
@@ -157,15 +163,20 @@ class Handler:
 
     async def _events(self, asked: Asked, generation: Generation, request: Request) -> AsyncIterator[bytes]:
         writer = asked.writer
+
+        def chunk(choice: Json) -> bytes:
+            usage = writer.usage() if asked.counts_usage else None
+            return event(writer.chunk([choice], usage=usage, says_usage=asked.says_usage or asked.counts_usage))
+
         try:
             for choice in writer.first_choices():
-                yield event(writer.chunk([choice], says_usage=asked.says_usage))
+                yield chunk(choice)
             while not generation.is_done:
                 item = await generation.next(SILENCE_SECONDS)
                 if item is None:
                     yield PING
                 elif said := await self._take(asked, generation, item):
-                    yield event(writer.chunk([said], says_usage=asked.says_usage))
+                    yield chunk(said)
             if generation.is_cut_off:
                 raise self._cut_off(asked)
             if asked.says_usage:
@@ -275,6 +286,7 @@ async def finish_unfinished(loaded: Loaded) -> None:
             text = (saved.text or "") + completion.text
             notes = dict(snapshot.notes)
             if notes["kind"] == "chat":
+                text = loaded.chat.reply(text)
                 notes["messages"] = [*notes["messages"], {"role": "assistant", "content": text}]
             await asyncio.to_thread(
                 loaded.states.put,
