@@ -16,28 +16,29 @@ from bdh.generate.params import SamplingParams
 from bdh.generate.residuals import Residuals
 from bdh.serve.errors import ApiError, bad_request, internal_error
 from bdh.serve.events import unless_gone
+from bdh.serve.fields import RequestModel
 from bdh.serve.handling import caller_of, tokens_of
 from bdh.serve.keys import RateLimits
 from bdh.serve.logs import log
-from bdh.serve.schemas import Prompt, _Request, _whole
+from bdh.serve.schemas import Prompt, as_whole
 from bdh.serve.service import RETRY_SECONDS, CutOff, Generation, Job, Service
 
 _AT_ONCE = 8  # texts of a request that are read at the same time: others' prompts wait for so many at most
 _QUEUE_SECONDS = 0.1
 
 
-class EmbeddingOptions(_Request):
+class EmbeddingOptions(RequestModel):
     pooling: Literal["mean", "last"] | None = Field(
         default=None, description="Of the residuals of all tokens (mean, the default), or that of the last."
     )
     normalize: bool | None = Field(default=None, description="To length 1, as OpenAI's are; true if not given.")
 
 
-class EmbeddingRequest(_Request):
+class EmbeddingRequest(RequestModel):
     input: Prompt = Field(description="Text, texts, token ids, or lists of them.")
     model: str | None = Field(default=None, description="A name that the server has; None for its first.")
     encoding_format: Literal["float", "base64"] | None = None
-    dimensions: Annotated[int, Field(ge=1), BeforeValidator(_whole)] | None = Field(
+    dimensions: Annotated[int, Field(ge=1), BeforeValidator(as_whole)] | None = Field(
         default=None, description="The model's residual width, or left out."
     )
     user: str | None = Field(default=None, description="For the log.")
@@ -46,7 +47,7 @@ class EmbeddingRequest(_Request):
     @property
     def texts(self) -> list[str | list[int]]:
         is_one = isinstance(self.input, str) or isinstance(self.input[0], int)
-        return [self.input] if is_one else list(self.input)  # type: ignore[arg-type]
+        return [self.input] if is_one else list(self.input)  # type: ignore[arg-type, list-item]
 
 
 class Embedding(BaseModel):

@@ -78,8 +78,8 @@ class Handler:
             jobs.append(
                 Job(tokens, replace(params), snapshot, bool(extras.save_state), extras.activations, {"kind": "text"})
             )
-        says_usage = _says_usage(body)
-        writer = CompletionWriter(jobs, loaded.names, model, body.logprobs, body.n or 1, says_usage=says_usage)
+        options = body.stream_options
+        writer = CompletionWriter(jobs, loaded.names, model, body.logprobs, body.n or 1, options=options)
         return self._asked(body.is_stream, jobs, writer, model, extras)
 
     async def _chat(self, body: ChatRequest, model: str, caller: Caller) -> Asked:
@@ -106,7 +106,7 @@ class Handler:
         notes = {"kind": "chat", "messages": [*before, *messages]}
         jobs = [Job(tokens, params, snapshot, bool(extras.save_state), extras.activations, notes)]
         num_top = params.logprobs if body.logprobs else None
-        writer = ChatWriter(jobs, loaded.names, model, num_top, params.n, says_usage=_says_usage(body))
+        writer = ChatWriter(jobs, loaded.names, model, num_top, params.n, loaded.chat.reply, body.stream_options)
         return self._asked(body.is_stream, jobs, writer, model, extras)
 
     def _asked(self, is_stream: bool, jobs: list[Job], writer: Writer, model: str, extras: Extras) -> Asked:
@@ -272,6 +272,7 @@ async def finish_unfinished(loaded: Loaded) -> None:
             text = (saved.text or "") + completion.text
             notes = dict(snapshot.notes)
             if notes["kind"] == "chat":
+                text = loaded.chat.reply(text)
                 notes["messages"] = [*notes["messages"], {"role": "assistant", "content": text}]
             await asyncio.to_thread(
                 loaded.states.put,
@@ -284,10 +285,6 @@ async def finish_unfinished(loaded: Loaded) -> None:
             log("finished what had been cut off", state=saved.id, tokens=len(completion.token_ids))
         except Exception as error:
             log("could not finish what had been cut off", level=logging.ERROR, error=error, state=saved.id)
-
-
-def _says_usage(body: CompletionRequest | ChatRequest) -> bool:
-    return bool(body.stream_options and body.stream_options.include_usage)
 
 
 def _no_room(reason: object) -> ApiError:

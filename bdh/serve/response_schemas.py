@@ -3,22 +3,10 @@
 import json
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    Discriminator,
-    Field,
-    GetCoreSchemaHandler,
-    GetJsonSchemaHandler,
-    Tag,
-    ValidationInfo,
-    model_validator,
-)
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import core_schema
+from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from bdh.serve.schemas import Positive, Sampling, _is_text, _Request, _whole
+from bdh.serve.fields import WITHOUT_EFFECT, RequestModel
+from bdh.serve.schemas import Positive, Sampling, as_whole
 
 OUTPUT_LOGPROBS = "message.output_text.logprobs"
 Includable = Literal[
@@ -34,47 +22,23 @@ Includable = Literal[
 ]
 
 
-class Only:
-    """Marks a field that may be given in the forms that ask for nothing: null, or one of these values.
-
-    Another value is refused by the field's name.
-    """
-
-    def __init__(self, *allowed: Any):
-        self._allowed = (None, *allowed)
-
-    def _check(self, value: Any, info: ValidationInfo) -> Any:
-        if any(type(value) is type(each) and value == each for each in self._allowed):
-            return value
-        named = "".join(f", or {json.dumps(each)}" for each in self._allowed[1:])
-        raise ValueError(f"{info.field_name}: {_short(value)} is not supported: must be left out{named}")
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
-        return core_schema.with_info_after_validator_function(self._check, core_schema.any_schema())
-
-    def __get_pydantic_json_schema__(
-        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
-    ) -> JsonSchemaValue:
-        return {"enum": list(self._allowed)}
-
-
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-class InputText(_Request):
+class InputText(RequestModel):
+    without_effect = WITHOUT_EFFECT["response part"]
     type: Literal["input_text"]
     text: str
 
 
-class OutputText(_Request):
+class OutputText(RequestModel):
     """As an earlier answer had it."""
 
+    without_effect = WITHOUT_EFFECT["response part"]
     type: Literal["output_text"]
     text: str
-    annotations: Annotated[Any, Only([])] = None
-    logprobs: list[Any] | None = Field(default=None, description="Of an earlier answer; not read.")
 
 
 _PARTS = {"input_text": "InputText", "output_text": "OutputText"}
@@ -85,13 +49,11 @@ Part = Annotated[
 ]
 
 
-class Message(_Request):
-    id: str | None = None
+class Message(RequestModel):
+    without_effect = WITHOUT_EFFECT["response item"]
     type: Literal["message"] | None = None
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part]
-    status: Literal["in_progress", "completed", "incomplete"] | None = None
-    phase: Annotated[Any, Only("final_answer")] = None
 
     @property
     def text(self) -> str:
@@ -108,18 +70,14 @@ class Message(_Request):
         return {"id": item_id, "type": "message", "role": self.role, "status": "completed", "content": [content]}
 
 
-class EmptyReasoning(_Request):
+class EmptyReasoning(RequestModel):
     """A reasoning item in which nothing stands: what some clients put before each answer."""
 
+    without_effect = WITHOUT_EFFECT["response item"]
     type: Literal["reasoning"]
-    id: str | None = None
-    summary: Annotated[Any, Only([])] = None
-    content: Annotated[Any, Only([])] = None
-    encrypted_content: Annotated[Any, Only("")] = None
-    status: Literal["in_progress", "completed", "incomplete"] | None = None
 
 
-class ItemReference(_Request):
+class ItemReference(RequestModel):
     type: Literal["item_reference"]
     id: str = Field(description="Of a message that a stored response has got or given.")
 
@@ -138,36 +96,26 @@ Item = Annotated[
 ]
 
 
-class TextFormat(_Request):
+class TextFormat(RequestModel):
     type: Literal["text"]
 
 
-class TextOptions(_Request):
+class TextOptions(RequestModel):
+    without_effect = WITHOUT_EFFECT["response text"]
     format: TextFormat | None = None
-    verbosity: Annotated[Any, Only("medium")] = None
 
 
-class ReasoningOptions(_Request):
-    effort: Annotated[Any, Only("none")] = None
-    summary: Annotated[Any, Only()] = None
-    generate_summary: Annotated[Any, Only()] = None
+class ReasoningOptions(RequestModel):
+    without_effect = WITHOUT_EFFECT["response reasoning"]
 
 
-class ResponseStreamOptions(_Request):
-    include_obfuscation: bool | None = Field(default=None, description="Nothing is ever padded here.")
-
-
-def _check_metadata(value: dict[str, str] | None) -> dict[str, str] | None:
-    for key, text in (value or {}).items():
-        if not (_is_text(key) and _is_text(text)):
-            raise ValueError("metadata: has half of a surrogate pair, which is no text")
-    return value
+class ResponseStreamOptions(RequestModel):
+    without_effect = WITHOUT_EFFECT["response stream_options"]
 
 
 Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
     Field(max_length=16),
-    AfterValidator(_check_metadata),
 ]
 
 
@@ -175,6 +123,7 @@ _NOT_REASONING = {"properties": {"type": {"not": {"const": "reasoning"}}}}
 
 
 class ResponseRequest(Sampling):
+    without_effect = WITHOUT_EFFECT["response"]
     input: str | Annotated[list[Item], Field(min_length=1, json_schema_extra={"contains": _NOT_REASONING})] = Field(
         description="A user's text, or items; with previous_response_id only the new ones."
     )
@@ -183,25 +132,11 @@ class ResponseRequest(Sampling):
     previous_response_id: str | None = Field(default=None, description="Go on from a stored response.")
     store: bool | None = Field(default=None, description="Keep the response and its state; true if not given.")
     include: list[Includable] | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20), BeforeValidator(_whole)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20), BeforeValidator(as_whole)] | None = None
     metadata: Metadata | None = None
     stream_options: ResponseStreamOptions | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
-    parallel_tool_calls: bool | None = None
-    max_tool_calls: Positive | None = None
-    prompt_cache_key: str | None = Field(default=None, description="Beginnings that prompts share are always known.")
-    prompt_cache_retention: Literal["in_memory", "24h"] | None = None
-    safety_identifier: str | None = None
-    tools: Annotated[Any, Only([])] = None
-    tool_choice: Annotated[Any, Only("none", "auto")] = None
-    truncation: Annotated[Any, Only("disabled")] = None
-    background: Annotated[Any, Only(False)] = None
-    service_tier: Annotated[Any, Only("auto", "default")] = None
-    context_management: Annotated[Any, Only([])] = None
-    conversation: Annotated[Any, Only()] = None
-    prompt: Annotated[Any, Only()] = None
-    moderation: Annotated[Any, Only()] = None
 
     @property
     def items(self) -> list[Message | ItemReference]:
@@ -233,8 +168,6 @@ class ResponseRequest(Sampling):
 
     @model_validator(mode="after")
     def _check_response(self) -> Self:
-        if self.stream_options is not None and not self.is_stream:
-            raise ValueError("stream_options: only with stream")
         if self.top_logprobs and self.num_logprobs is None:
             raise ValueError(f"top_logprobs: only with {OUTPUT_LOGPROBS!r} in include")
         if not self.items:
@@ -282,13 +215,10 @@ class ResponseAnswer(BaseModel):
     tools: list[Any] = []
     tool_choice: str = "auto"
     parallel_tool_calls: bool = True
-    max_tool_calls: int | None = None
     truncation: str = "disabled"
     background: bool = False
     service_tier: str = "default"
     user: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
 
 
 class InputItems(BaseModel):

@@ -50,7 +50,7 @@ class ResponseWriter(ChatWriter):
     def __init__(
         self, job: Job, loaded: Loaded, answer: ResponseAnswer, items: list[Json], messages: list[PlainMessage]
     ):
-        super().__init__([job], loaded.names, answer.model, job.params.logprobs)
+        super().__init__([job], loaded.names, answer.model, job.params.logprobs, 1, loaded.chat.reply)
         self.id = answer.id
         self.items, self.messages = items, messages
         self._answer, self._number = answer, 0
@@ -98,7 +98,7 @@ class ResponseWriter(ChatWriter):
         (text,) = self.texts
         entries = list(zip(text.tokens, text.logprobs, strict=True))
         logprobs = [] if self._num_top is None else self._logprobs(text, entries)["content"]
-        answer.output = [self._item(answer.status, [_part(completion.text, logprobs)])]
+        answer.output = [self._item(answer.status, [_part("".join(text.parts), logprobs)])]
         answer.usage = self._response_usage(completion)
         return self.facts()
 
@@ -108,10 +108,11 @@ class ResponseWriter(ChatWriter):
     def record(self) -> Json:
         """What is kept of it, once it has ended."""
         reason = self._completion.stop_reason
+        (text,) = self.texts
         return {
             "answer": self.answer(),
             "items": self.items,
-            "messages": [*self.messages, {"role": "assistant", "content": self._completion.text}],
+            "messages": [*self.messages, {"role": "assistant", "content": "".join(text.parts)}],
             "stopped_by": reason if isinstance(reason, str) else None,
         }
 
@@ -225,10 +226,11 @@ class Responses(Handler):
             temperature=params.temperature,
             top_p=params.top_p,
             metadata=body.metadata or {},
-            parallel_tool_calls=body.parallel_tool_calls is not False,
-            tool_choice=body.tool_choice or "auto",
             top_logprobs=body.top_logprobs or 0,
-            **body.model_dump(include=set(_ECHOED)),
+            instructions=body.instructions,
+            previous_response_id=body.previous_response_id,
+            max_output_tokens=body.max_output_tokens,
+            user=body.user,
         )
         before = [] if previous is None else previous.record["messages"]
         job = await self._job(before, messages, body.instructions or None, previous, loaded)
@@ -352,14 +354,3 @@ class Responses(Handler):
 
 def _part(text: str, logprobs: list[Json]) -> Json:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
-
-
-_ECHOED = (
-    "instructions",
-    "previous_response_id",
-    "max_output_tokens",
-    "max_tool_calls",
-    "user",
-    "safety_identifier",
-    "prompt_cache_key",
-)

@@ -127,7 +127,7 @@ class Service:
             ApiError: 404, there is no such model; or 503.
         """
         names = self.ready().model_names
-        if name is not None and name not in names:
+        if name and name not in names:
             raise ApiError(
                 404,
                 f"there is no model {name!r} here: must be one of {', '.join(names)}",

@@ -184,7 +184,7 @@ def test_items_of_earlier_answers_are_taken_back_as_they_are(client):
 def test_fields_that_ask_for_nothing_are_accepted(chat_server):
     nothing = {
         "tools": [], "tool_choice": "auto", "parallel_tool_calls": True, "max_tool_calls": None, "include": [],
-        "reasoning": {"effort": None, "summary": None}, "text": {"format": {"type": "text"}, "verbosity": "medium"},
+        "reasoning": {"effort": "none", "summary": None}, "text": {"format": {"type": "text"}, "verbosity": "medium"},
         "truncation": "disabled", "background": False, "service_tier": "auto", "top_logprobs": 0, "user": "ann",
         "safety_identifier": "a", "prompt_cache_key": "b", "conversation": None, "prompt": None, "metadata": None,
         "stream": False, "store": None, "instructions": "", "previous_response_id": None, "context_management": [],
@@ -211,7 +211,7 @@ def test_fields_that_ask_for_nothing_are_accepted(chat_server):
         ({"include": ["everything"]}, "include.0"),
         ({"max_output_tokens": 10**6}, "max_output_tokens"),
         ({"nonsense": 1}, "nonsense"),
-        ({"stream_options": {"include_obfuscation": True}}, "stream_options"),
+        ({"text": {"verbosity": "low"}}, "text.verbosity"),
         ({"input": []}, "input"),
         ({"input": [{"type": "function_call", "name": "f"}]}, "input.0.type"),
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "a"}]}]}, "input.0.content.0.type"),
