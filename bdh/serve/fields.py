@@ -13,11 +13,14 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 _NAME_CHARACTERS = 64  # of a name in an error
 _TYPES: dict[str, type] = {"string": str, "boolean": bool, "object": dict, "array": list}
-_EMPTY_SCHEMA: dict[str, Any] = {
-    "anyOf": [{"type": "null"}, {"type": "string", "maxLength": 0}, {"type": "array", "maxItems": 0}]
-}
+_EMPTY: list[dict[str, Any]] = [
+    {"type": "null"},
+    {"type": "string", "maxLength": 0},
+    {"type": "array", "maxItems": 0},
+    {"type": "object", "maxProperties": 0},
+]
 NOTHING_SCHEMA: dict[str, Any] = {
-    "anyOf": [*_EMPTY_SCHEMA["anyOf"], {"type": "object", "additionalProperties": _EMPTY_SCHEMA}]
+    "anyOf": [*_EMPTY, {"type": "object", "additionalProperties": {"anyOf": _EMPTY}}],
 }
 """Of the values that ask for nothing in any field, as :func:`asks_nothing` has them."""
 

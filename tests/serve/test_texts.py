@@ -16,7 +16,7 @@ from bdh.generate.params import SamplingParams
 from bdh.serve.config import StateSettings
 from bdh.serve.schemas import CompletionAnswer, CompletionLogprobs
 from bdh.tokenizer import train_tokenizer
-from tests.serve.conftest import SENTENCES
+from tests.serve.conftest import SENTENCES, made_model
 
 
 def events(answer) -> list[dict]:
@@ -158,14 +158,11 @@ def test_a_plain_conversation_goes_on_in_its_state(start_server, bytes_pair):
     assert refused.status_code == 400
 
 
-def test_a_plain_reply_begins_with_its_first_word(start_server, bpe_pair):
+def test_a_plain_reply_begins_with_its_first_word(start_server):
     """A reply began with the space behind the role; where a token has the space and the word, the model writes both."""
-    model, tokenizer = bpe_pair
-    server = start_server(model, tokenizer, chat_template="plain")
-    name = max(token for token in tokenizer.get_vocab() if token.startswith("Ġ"))
-    token = tokenizer.get_vocab()[name]
-    word = tokenizer.decode([token]).strip()
-    assert tokenizer(f" {word}", add_special_tokens=False)["input_ids"] == [token]
+    tokenizer = train_tokenizer(["Ein Vogel singt im Baum."] * 40, "bpe", 280)
+    server = start_server(made_model(len(tokenizer)), tokenizer, chat_template="plain")
+    (token,) = tokenizer(" Vogel", add_special_tokens=False)["input_ids"]
     body = {"max_tokens": 3, "logit_bias": {str(token): 100}, "logprobs": True, "temperature": 0}
 
     def tokens(messages):
@@ -173,11 +170,11 @@ def test_a_plain_reply_begins_with_its_first_word(start_server, bpe_pair):
 
     opening = [{"role": "user", "content": "Was singt?"}]
     choice = server.http.post("/v1/chat/completions", json={"messages": opening, **body}).json()["choices"][0]
-    assert choice["message"]["content"] == f"{word} {word} {word}"
-    assert [each["token"] for each in choice["logprobs"]["content"]] == [f" {word}"] * 3  # as the model wrote it
+    assert choice["message"]["content"] == "Vogel Vogel Vogel"
+    assert [each["token"] for each in choice["logprobs"]["content"]] == [" Vogel"] * 3  # as the model wrote it
     chunks = events(server.http.post("/v1/chat/completions", json={"messages": opening, **body, "stream": True}))
     pieces = [each["choices"][0]["delta"].get("content", "") for each in chunks]
-    assert "".join(pieces) == f"{word} {word} {word}"
+    assert "".join(pieces) == "Vogel Vogel Vogel"
     following = tokens([*opening, choice["message"], *opening])
     assert following[: len(tokens(opening)) + 3] == [*tokens(opening), token, token, token]
 
