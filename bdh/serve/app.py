@@ -188,7 +188,9 @@ def _add_responses(app: FastAPI, responses: Responses) -> None:
         return await responses.create(body, request)
 
     @app.get("/v1/responses/{response_id}", responses=_also(401, 404, 503), tags=["responses"])
-    async def response(response_id: str, request: Request) -> response_schemas.ResponseAnswer:
+    async def response(
+        response_id: str, request: Request, stream: Literal["false"] = "false"
+    ) -> response_schemas.ResponseAnswer:
         return response_schemas.ResponseAnswer(**responses.get(response_id, request.state.caller))
 
     @app.delete("/v1/responses/{response_id}", responses=_also(401, 404, 503), tags=["responses"])

@@ -85,10 +85,11 @@ class Embeddings:
                 f"the request has {len(body.texts):,} texts: must be at most {limits.embeddings:,}", "input"
             )
         jobs, residuals = [], []
-        for text in body.texts:
-            tokens = await loaded.in_text_thread(tokens_of, loaded, text, False, "input")
+        for number, text in enumerate(body.texts):
+            param = "input" if text is body.input else f"input.{number}"
+            tokens = await loaded.in_text_thread(tokens_of, loaded, text, param)
             residuals.append(Residuals())
-            jobs.append(Job(tokens, SamplingParams(max_tokens=0), residuals=residuals[-1], param="input"))
+            jobs.append(Job(tokens, SamplingParams(max_tokens=0), param=param, residuals=residuals[-1]))
         await unless_gone(request.receive, lambda: self._read(jobs, request))
         options = body.bdh or EmbeddingOptions()
         vectors = [_vector(each, options) for each in residuals]

@@ -145,7 +145,8 @@ def is_text(value: str) -> bool:
 
 def _describe(schema: dict[str, Any], model: type[Any]) -> None:
     """Says in the model's JSON schema what it accepts besides its fields."""
-    schema["properties"] |= {name: field.schema for name, field in model.without_effect.items()}
+    without_effect = {name: field.schema for name, field in model.without_effect.items()}
+    schema["properties"] = {**without_effect, **schema["properties"]}
     schema["additionalProperties"] = NOTHING_SCHEMA
 
 

@@ -67,17 +67,18 @@ class Handler:
         )
         if params.n > (body.n or 1) and params.logprobs is None:
             params.logprobs = 0  # to choose by
+        self._service.check_texts(params.n, "n" if params.n == body.n else "best_of")
         snapshot = await self._snapshot(extras, caller)
         if snapshot is not None and (len(body.prompts) > 1 or body.echo):
             name = "prompt" if len(body.prompts) > 1 else "echo"
             raise bad_request(f"{name}: with bdh.from_state only one prompt, and no echo", name)
         params.validated()  # what pydantic does not know
         jobs = []
-        for prompt in body.prompts:
-            tokens = await loaded.in_text_thread(tokens_of, loaded, prompt, snapshot is not None)
-            jobs.append(
-                Job(tokens, replace(params), snapshot, bool(extras.save_state), extras.activations, {"kind": "text"})
-            )
+        for number, prompt in enumerate(body.prompts):
+            param = "prompt" if prompt is body.prompt else f"prompt.{number}"
+            tokens = await loaded.in_text_thread(tokens_of, loaded, prompt, param, snapshot is not None)
+            keep, watch = bool(extras.save_state), extras.activations
+            jobs.append(Job(tokens, replace(params), snapshot, keep, watch, {"kind": "text"}, param))
         options = body.stream_options
         writer = CompletionWriter(jobs, loaded.names, model, body.logprobs, body.n or 1, options=options)
         return self._asked(body.is_stream, jobs, writer, model, extras)
@@ -86,11 +87,14 @@ class Handler:
         loaded, extras = self._service.ready(), body.extras
         messages = [message.plain() for message in body.messages]
         max_tokens = self._max_tokens(
-            body.max_completion_tokens or body.max_tokens, self._service.settings.limits.chat_tokens
+            body.max_completion_tokens or body.max_tokens,
+            self._service.settings.limits.chat_tokens,
+            "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens",
         )
         params = body.params(max_tokens=max_tokens, stops=loaded.chat.stops, stop_token_ids=loaded.chat.end_ids)
         if body.logprobs:
             params.logprobs = body.top_logprobs or 0
+        self._service.check_texts(params.n, "n")
         snapshot = await self._snapshot(extras, caller)
         if snapshot is None:
             before: list[dict[str, str]] = []
@@ -104,7 +108,7 @@ class Handler:
             stopped_by = snapshot.notes.get("stopped_by")
             tokens = await loaded.in_text_thread(loaded.chat.further, before, messages, stopped_by)
         notes = {"kind": "chat", "messages": [*before, *messages]}
-        jobs = [Job(tokens, params, snapshot, bool(extras.save_state), extras.activations, notes)]
+        jobs = [Job(tokens, params, snapshot, bool(extras.save_state), extras.activations, notes, "messages")]
         num_top = params.logprobs if body.logprobs else None
         writer = ChatWriter(jobs, loaded.names, model, num_top, params.n, loaded.chat.reply, body.stream_options)
         return self._asked(body.is_stream, jobs, writer, model, extras)
@@ -115,10 +119,10 @@ class Handler:
             log("prompts", prompts=[names.text(job.tokens) for job in jobs])
         return Asked(jobs, writer, is_stream, extras, model)
 
-    def _max_tokens(self, given: int | None, default: int, name: str = "max_tokens") -> int:
+    def _max_tokens(self, given: int | None, default: int, param: str = "max_tokens") -> int:
         most = self._service.settings.limits.max_tokens
         if given is not None and given > most:
-            raise bad_request(f"{name} is {given:,}: must be at most {most:,}", name)
+            raise bad_request(f"{param} is {given:,}: must be at most {most:,}", param)
         return min(default, most) if given is None else given
 
     async def _snapshot(self, extras: Extras, caller: Caller) -> Snapshot | None:
@@ -299,12 +303,12 @@ def caller_of(request: Request) -> Caller:
     return request.state.caller
 
 
-def tokens_of(loaded: Loaded, prompt: str | Sequence[int], goes_on: bool = False, param: str = "prompt") -> list[int]:
+def tokens_of(loaded: Loaded, prompt: str | Sequence[int], param: str, goes_on: bool = False) -> list[int]:
     """Of a text, or of ids that are checked.
 
     Args:
+        param: what the request calls it.
         goes_on: it follows in a state, where it may be empty, and begins with nothing of its own.
-        param: the field of the request that it comes from.
 
     Raises:
         ApiError: 400, there is nothing to start from, or ids outside of the vocabulary.

@@ -100,7 +100,7 @@ def test_more_texts_than_may_wait_are_read_one_after_the_other(start_server, byt
     [
         ({"input": ""}, "input"),
         ({"input": []}, "input"),
-        ({"input": ["a", ""]}, "input"),
+        ({"input": ["a", ""]}, "input.1"),
         ({"input": [999]}, "input"),
         ({"input": "a" * 200}, "input"),
         ({"input": ["a"] * 5}, "input"),

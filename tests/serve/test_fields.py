@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from bdh.serve.config import LimitSettings
 from bdh.serve.fields import WITHOUT_EFFECT, named
 from tests.serve.test_bad_input import assert_refused
 
@@ -152,6 +153,10 @@ def test_what_would_change_the_answer_is_refused_by_its_name(plain_server, field
         ({"messages": [{"role": "tool", "content": "a"}]}, "messages.0.role"),
         ({"messages": ["a"]}, "messages.0"),
         ({"messages": [QUESTION], "top_logprobs": 3}, "top_logprobs"),
+        ({"messages": [QUESTION], "max_tokens": 10**6}, "max_tokens"),
+        ({"messages": [QUESTION], "max_completion_tokens": 10**6}, "max_completion_tokens"),
+        ({"messages": [QUESTION], "logit_bias": {"300": 1}}, "logit_bias"),
+        ({"messages": [QUESTION], "n": 17}, "n"),
         ({"messages": [QUESTION], "stream_options": {"include_usage": True}}, "stream_options"),
         ({"messages": [QUESTION], "stream_options": 3}, "stream_options"),
     ],
@@ -163,7 +168,12 @@ def test_a_parameter_is_named_as_its_client_wrote_it(plain_server, body, param):
         "/v1/chat/completions", content=content, headers={"Content-Type": "application/json"}
     )
     message = assert_refused(answer, 400, param, "invalid_value")
-    assert message.startswith(f"{param}: ")
+    assert message.startswith((f"{param}: ", f"{param} is "))
+
+
+def test_a_conversation_that_is_too_long_is_named_so(start_server, bytes_pair):
+    server = start_server(*bytes_pair, chat_template="plain", limits=LimitSettings(prompt_tokens=20))
+    assert_refused(ask(server, [{"role": "user", "content": "a" * 30}]), 400, "messages", "context_length_exceeded")
 
 
 def test_places_of_a_schema_are_not_places_of_a_request():
