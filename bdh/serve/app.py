@@ -315,8 +315,11 @@ def _invalid(faults: Sequence[Any], given: Any) -> ApiError:
     found: list[tuple[str, str]] = []
     # Of a union each member complains: that it has another type says least.
     for fault in sorted(faults, key=lambda fault: (fault["type"].endswith("_type"), -len(fault["loc"]))):
-        place = fault["loc"][1:] if fault["loc"][:1] == ("body",) else fault["loc"]
-        param = named(place, given, is_missing=fault["type"] == "missing")
+        source, *place = fault["loc"]
+        if source == "body":
+            param = named(place, given, is_missing=fault["type"] == "missing")
+        else:  # of the path or the query
+            param = ".".join(map(str, place))
         if fault["type"] == "json_invalid":
             return bad_request(f"the request's body is not JSON: {fault['ctx']['error']}", None, "invalid_json")
         if fault["type"] == "extra_forbidden":

@@ -15,6 +15,7 @@ def as_whole(value: Any) -> Any:
 
 
 _LIMIT = 2**31 - 1
+_MOST_SEED = 9_223_372_036_854_776_000  # 2**63, as descriptions of APIs have it, whose numbers are float64
 Whole = Annotated[int, Field(ge=0, le=_LIMIT), BeforeValidator(as_whole)]
 Positive = Annotated[int, Field(ge=1, le=_LIMIT), BeforeValidator(as_whole)]
 TokenId = Whole
@@ -63,7 +64,7 @@ class Sampling(RequestModel):
     min_p: float | None = Field(default=None, ge=0, lt=1)
     stop: str | Annotated[list[Text], Field(max_length=16)] | None = None
     stop_token_ids: list[TokenId] | None = Field(default=None, max_length=64)
-    seed: Annotated[int, Field(ge=-(2**63), le=2**63), BeforeValidator(as_whole)] | None = None
+    seed: Annotated[int, Field(ge=-_MOST_SEED, le=_MOST_SEED), BeforeValidator(as_whole)] | None = None
     presence_penalty: float | None = Field(default=None, ge=-100, le=100)
     frequency_penalty: float | None = Field(default=None, ge=-100, le=100)
     repetition_penalty: float | None = Field(default=None, ge=1e-6, le=100)
@@ -95,6 +96,8 @@ class Sampling(RequestModel):
             )
             if getattr(self, name, None) is not None
         }
+        if given.get("seed", 0) < -(2**63):
+            given["seed"] %= 2**64  # the few beyond what PyTorch takes
         if self.top_p == 0:  # no tokens but the likeliest
             given |= {"temperature": 0.0, "top_p": 1.0}
         stop = [self.stop] if isinstance(self.stop, str) and self.stop else list(self.stop or [])

@@ -231,6 +231,25 @@ def test_what_would_change_the_answer_is_refused_by_name(chat_server, fields, pa
     assert error["code"]
 
 
+def test_parameters_of_a_query_are_named(chat_server):
+    """They were refused without a name."""
+    response_id = created(chat_server, input="Hi")["id"]
+    for query, param in (
+        ("?stream=true", "stream"),
+        ("/input_items?limit=0", "limit"),
+        ("/input_items?order=up", "order"),
+    ):
+        error = chat_server.http.get(f"/v1/responses/{response_id}{query}").json()["error"]
+        assert (error["param"], error["code"]) == (param, "invalid_value")
+        assert error["message"].startswith(f"{param}: ")
+    assert chat_server.http.get(f"/v1/responses/{response_id}?stream=false").status_code == 200
+
+
+@pytest.mark.parametrize("seed", [-9223372036854776000, 9223372036854776000])
+def test_seeds_may_be_as_large_as_openai_says(chat_server, seed):
+    created(chat_server, input="Hi", seed=seed, temperature=1)
+
+
 def test_references_to_nothing_are_named(chat_server):
     for item_id in ("msg_1", f"msg_{'0' * 32}"):
         found = error_of(post(chat_server, input=[{"type": "item_reference", "id": item_id}]))
