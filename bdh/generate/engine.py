@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from bdh.generate.activity import MOST_NEURONS
 from bdh.generate.config import EngineConfig
+from bdh.generate.matcher import Grammars
 from bdh.generate.memory import free_bytes
 from bdh.generate.params import SamplingParams
 from bdh.generate.pool import StatePool
@@ -61,6 +62,8 @@ class Engine:
         check_vocabulary(tokenizer, model.config.vocab_size)
         self.config = (config or EngineConfig()).validated()
         self.model, self.tokenizer = model, tokenizer
+        self.grammars = Grammars(tokenizer, model.config.vocab_size)
+        """For any thread: what is compiled there ahead of a request holds up no step."""
         self.stepper = stepper or make_stepper(
             model,
             path=self.config.path,
@@ -149,8 +152,14 @@ class Engine:
         return tokens
 
     def check(self, params: SamplingParams) -> SamplingParams:
-        """The settings of a request, or a ``ValueError`` with all that is wrong with them for this engine."""
+        """The settings of a request, or a ``ValueError`` with all that is wrong with them for this engine.
+
+        Raises:
+            ImportError: they have a grammar, and ``llguidance`` is not installed.
+        """
         params.validated(self.model.config.vocab_size)
+        if params.grammar is not None:
+            self.grammars.compile(params.grammar)
         most = self.max_sequences
         if params.n > most:
             raise ValueError(
@@ -210,6 +219,7 @@ class Engine:
                 ends=ends,
                 snapshot=snapshot,
                 keep_snapshot=keep_snapshot,
+                matcher=None if params.grammar is None else self.grammars.matcher(params.grammar),
             )
             sequence.watch, sequence.mark_weights = watch, lambda: weights_mark(self.model).content
             return sequence

@@ -28,6 +28,7 @@ def describe(app: FastAPI, service: Service, keys: ApiKeys) -> None:
             {"required": ["prompt"], "properties": {"prompt": {"type": "string"}, "messages": {"type": "null"}}},
             {"required": ["messages"], "properties": {"messages": {"type": "array"}, "prompt": {"type": "null"}}},
         ]
+        _describe_formats(schemas)
         if service.loaded is not None:
             _describe_model(schemas, service)
         return described
@@ -102,6 +103,24 @@ def _conditions(properties: Schema) -> list[Schema]:
             {"if": several, "then": {"properties": {"n": {"anyOf": [{"type": "null"}, {"const": 1}]}}}},
         ]
     return found
+
+
+def _describe_formats(schemas: Schema) -> None:
+    """Which fields of a format go with which type."""
+    fields = {"json_schema": "json_schema", "regex": "pattern", "text": None, "json_object": None}
+    schemas["ResponseFormat"]["oneOf"] = [
+        {
+            "required": [] if field is None else [field],
+            "properties": {
+                "type": {"const": kind},
+                **{
+                    name: {"not": {"type": "null"}} if name == field else {"type": "null"}
+                    for name in ("json_schema", "pattern")
+                },
+            },
+        }
+        for kind, field in fields.items()
+    ]
 
 
 def _describe_model(schemas: Schema, service: Service) -> None:

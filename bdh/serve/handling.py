@@ -10,6 +10,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from bdh.generate.matcher import GRAMMAR_FAULT
 from bdh.generate.params import SamplingParams
 from bdh.generate.snapshot import Snapshot
 from bdh.model.text import TextDecoder, encode_prompt
@@ -73,6 +74,7 @@ class Handler:
             name = "prompt" if len(body.prompts) > 1 else "echo"
             raise bad_request(f"{name}: with bdh.from_state only one prompt, and no echo", name)
         params.validated()  # what pydantic does not know
+        await self._compile(params)
         jobs = []
         for prompt in body.prompts:
             tokens = await loaded.in_text_thread(_tokens, loaded, prompt, snapshot is not None)
@@ -91,6 +93,7 @@ class Handler:
         params = body.params(max_tokens=max_tokens, stops=loaded.chat.stops, stop_token_ids=loaded.chat.end_ids)
         if body.logprobs:
             params.logprobs = body.top_logprobs or 0
+        await self._compile(params)
         snapshot = await self._snapshot(extras, caller)
         if snapshot is None:
             before: list[dict[str, str]] = []
@@ -107,6 +110,19 @@ class Handler:
         jobs = [Job(tokens, params, snapshot, bool(extras.save_state), extras.activations, notes)]
         num_top = params.logprobs if body.logprobs else None
         return self._asked(body, jobs, ChatWriter(jobs, loaded.names, model, num_top, params.n), model)
+
+    async def _compile(self, params: SamplingParams) -> None:
+        """Makes the text's grammar ready, which takes a second at worst, where it holds up nobody.
+
+        Raises:
+            ApiError: 400, it cannot be held.
+        """
+        if params.grammar is None:
+            return
+        try:
+            await asyncio.to_thread(self._service.ready().front.engine.grammars.compile, params.grammar)
+        except (ValueError, ImportError) as error:
+            raise bad_request(f"response_format: {error}", "response_format") from error
 
     def _asked(self, body: CompletionRequest | ChatRequest, jobs: list[Job], writer: Writer, model: str) -> Asked:
         says_usage = bool(body.stream_options and body.stream_options.include_usage)
@@ -184,6 +200,8 @@ class Handler:
         """Notes what has come; the choice of a chunk, where there is something to say."""
         completion = item.output.completion
         if completion is not None and completion.finish_reason == "error":
+            if completion.error is not None and completion.error.startswith(GRAMMAR_FAULT):
+                raise bad_request(f"response_format: {completion.error}", "response_format")
             log("a text failed", level=logging.ERROR, reason=completion.error)
             raise internal_error()
         if completion is not None and completion.finish_reason == "abort":
@@ -222,6 +240,8 @@ class Handler:
         params = replace(job.params, n=1, max_tokens=job.params.max_tokens - len(completion.token_ids))
         params.seed = None  # the snapshot's generator goes on
         params.echo, params.logprobs, params.prompt_logprobs = False, None, None
+        if params.grammar is not None:
+            params.grammar = {**params.grammar, "written": len(completion.token_ids)}
         loaded = self._service.loaded
         assert loaded is not None
         decoder = completion.snapshot.decoder

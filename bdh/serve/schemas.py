@@ -6,6 +6,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from bdh.generate.activity import MOST_NEURONS
 from bdh.generate.params import SamplingParams
+from bdh.serve.formats import ResponseFormat
 
 
 def _whole(value: Any) -> Any:
@@ -88,6 +89,7 @@ class _Generation(_Request):
         dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None
     ) = None
     ignore_eos: bool | None = None
+    response_format: ResponseFormat | None = Field(default=None, description="The form that the text must have.")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = Field(default=None, description="For the log.")
@@ -126,6 +128,7 @@ class _Generation(_Request):
             stop=[*stop, *stops],
             stop_token_ids=[*(self.stop_token_ids or []), *stop_token_ids],
             logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
+            grammar=None if self.response_format is None else self.response_format.grammar(),
         )
 
     @model_validator(mode="after")

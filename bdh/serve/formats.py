@@ -1,0 +1,44 @@
+"""The form that an answer must have, as requests name it."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Grammar = dict[str, Any]
+_CONFIG = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class JsonSchema(BaseModel):
+    model_config = _CONFIG
+
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema", description="None for any object.")
+    strict: bool | None = Field(default=None, description="The schema is held exactly, whatever this says.")
+
+
+class ResponseFormat(BaseModel):
+    model_config = _CONFIG
+
+    type: Literal["text", "json_object", "json_schema", "regex"]
+    json_schema: JsonSchema | None = Field(default=None, description="With the type json_schema.")
+    pattern: str | None = Field(default=None, description="With the type regex, of the whole text.")
+
+    @model_validator(mode="after")
+    def _check(self) -> "ResponseFormat":
+        for name, kind in (("json_schema", "json_schema"), ("pattern", "regex")):
+            if (getattr(self, name) is not None) != (self.type == kind):
+                raise ValueError(f"response_format.{name}: must be given with the type {kind}, and with no other")
+        return self
+
+    def grammar(self) -> Grammar | None:
+        """The field of ``SamplingParams`` that holds it; None for any text."""
+        schema = None if self.json_schema is None else self.json_schema.schema_
+        return grammar_of(self.type, schema=schema, pattern=self.pattern)
+
+
+def grammar_of(kind: str, *, schema: dict[str, Any] | None = None, pattern: str | None = None) -> Grammar | None:
+    """``SamplingParams.grammar`` for a format of this type: text, json_object, json_schema or regex."""
+    if kind == "text":
+        return None
+    return {"regex": pattern} if kind == "regex" else {"json_schema": schema or {"type": "object"}}
