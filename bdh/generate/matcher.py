@@ -5,6 +5,7 @@ token is drawn: a text that comes to its end has the form, whatever the model. O
 cuts off is a beginning of such a text.
 """
 
+import json
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,8 @@ GRAMMAR_FAULT = "the grammar cannot be held further: "
 _MOST_COMPILED = 64
 # Between the parts of JSON. Without a bound a model could write spaces for ever.
 _WHITESPACE = r"[ \t\r\n]{1,20}"
+# Where only one text can follow, the library would allow but one way of writing it in tokens.
+_ALL_TOKENS = '%llguidance {"no_forcing": true}'
 _MOST_LEXER_STATES = 20_000  # of 1 to 2 kB, for each running text; the library's own bound is 250,000
 
 
@@ -112,10 +115,11 @@ def _compile(kind: str, text: str, trie: "LLTokenizer") -> "LLMatcher":
     from llguidance import LLMatcher
 
     if kind == "regex":
-        source = LLMatcher.grammar_from_regex(text)
+        source = json.loads(LLMatcher.grammar_from_regex(text))["grammars"][0]["lark_grammar"]
     else:
-        source = LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": _WHITESPACE})
-    matcher = LLMatcher(trie, source, log_level=0, limits=_limits())
+        schema = {**json.loads(text), "x-guidance": {"whitespace_pattern": _WHITESPACE}}
+        source = f"start: %json {json.dumps(schema)}"
+    matcher = LLMatcher(trie, f"{_ALL_TOKENS}\n{source}", log_level=0, limits=_limits())
     bits = b"" if matcher.is_error() else matcher.compute_bitmask()  # which finds what the first step would
     if matcher.is_error():
         reason = _reason(matcher)
@@ -137,7 +141,9 @@ def _reason(matcher: "LLMatcher") -> str:
     """Its error in one line, without where in a rewritten form of the grammar it was found."""
     lines = (line.strip() for line in matcher.get_error().partition("   1 | ")[0].splitlines())
     told = " ".join(line for line in lines if line.strip("^") and line != "<non-verbose/>")
-    return told.rpartition("(in regex): ")[2] or "no reason given"
+    for before in ("(in regex): ", "failed to compile JSON schema: "):
+        told = told.rpartition(before)[2]
+    return told or "no reason given"
 
 
 def _trie(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> "LLTokenizer":

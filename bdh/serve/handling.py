@@ -73,8 +73,8 @@ class Handler:
         if snapshot is not None and (len(body.prompts) > 1 or body.echo):
             name = "prompt" if len(body.prompts) > 1 else "echo"
             raise bad_request(f"{name}: with bdh.from_state only one prompt, and no echo", name)
-        params.validated()  # what pydantic does not know
         await self._compile(params)
+        params.validated()  # what pydantic does not know
         jobs = []
         for prompt in body.prompts:
             tokens = await loaded.in_text_thread(_tokens, loaded, prompt, snapshot is not None)
