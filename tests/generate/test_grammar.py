@@ -107,6 +107,7 @@ def test_a_text_that_ends_has_its_form_however_it_is_sampled(pair, settings):
         (r"[0-9]+", {"stop", "length"}),
         (r"", {"stop"}),
         (r"(?s:.{1,5})", {"stop"}),
+        ("a/\nstart: /b\\/", {"stop"}),
     ],
 )
 def test_a_text_matches_its_pattern_from_end_to_end(pair, pattern, endings):
