@@ -2,25 +2,24 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from bdh.serve.fields import RequestModel
 
 Grammar = dict[str, Any]
-_CONFIG = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class JsonSchema(BaseModel):
-    model_config = _CONFIG
-
+class JsonSchema(RequestModel):
     name: str | None = None
     description: str | None = None
     schema_: dict[str, Any] | None = Field(default=None, alias="schema", description="None for any object.")
     strict: bool | None = Field(default=None, description="The schema is held exactly, whatever this says.")
 
 
-class ResponseFormat(BaseModel):
-    model_config = _CONFIG
-
-    type: Literal["text", "json_object", "json_schema", "regex"]
+class ResponseFormat(RequestModel):
+    type: Literal["text", "json_object", "json_schema", "regex"] | None = Field(
+        default=None, description="None for text."
+    )
     json_schema: JsonSchema | None = Field(default=None, description="With the type json_schema.")
     pattern: str | None = Field(default=None, description="With the type regex, of the whole text.")
 
@@ -28,13 +27,13 @@ class ResponseFormat(BaseModel):
     def _check(self) -> "ResponseFormat":
         for name, kind in (("json_schema", "json_schema"), ("pattern", "regex")):
             if (getattr(self, name) is not None) != (self.type == kind):
-                raise ValueError(f"response_format.{name}: must be given with the type {kind}, and with no other")
+                raise ValueError(f"{name}: must be given with the type {kind}, and with no other")
         return self
 
     def grammar(self) -> Grammar | None:
         """The field of ``SamplingParams`` that holds it; None for any text."""
         schema = None if self.json_schema is None else self.json_schema.schema_
-        return grammar_of(self.type, schema=schema, pattern=self.pattern)
+        return grammar_of(self.type or "text", schema=schema, pattern=self.pattern)
 
 
 def grammar_of(kind: str, *, schema: dict[str, Any] | None = None, pattern: str | None = None) -> Grammar | None:
