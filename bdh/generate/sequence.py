@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from bdh.generate.activity import PassActivity
+from bdh.generate.matcher import GRAMMAR_FAULT, Matcher
 from bdh.generate.params import SamplingParams
 from bdh.generate.residuals import Residuals
 from bdh.generate.sampler import Sampler, TokenLogprobs, token_logprobs
@@ -70,6 +71,10 @@ class Sequence:
     Args:
         tokens: the prompt's, and those generated before where it goes on from a snapshot.
         ends: tokens that end the text.
+        matcher: at the beginning of the text's grammar, where it has one.
+
+    Raises:
+        ValueError: what a snapshot holds of the text does not begin a text of the grammar.
     """
 
     def __init__(
@@ -85,6 +90,7 @@ class Sequence:
         ends: frozenset[int],
         snapshot: Snapshot | None = None,
         keep_snapshot: bool = False,
+        matcher: Matcher | None = None,
     ):
         self.request_id, self.index, self.params = request_id, index, params
         self.tokens, self.num_prompt_tokens = list(tokens), num_prompt_tokens
@@ -123,6 +129,13 @@ class Sequence:
             self._decoder = TextDecoder.from_state(tokenizer, params.stop, snapshot.decoder)
         else:
             self._decoder = TextDecoder(tokenizer, params.stop, context=tokens)
+        self._matcher = matcher
+        self._grammar_start = self.num_before - (params.grammar or {}).get("written", 0)
+        if self._grammar_start < 0:
+            raise ValueError(
+                f"grammar.written is {self.num_before - self._grammar_start}: must be at most {self.num_before}"
+            )
+        self._follow_grammar()
         self._has_said = False
         self._unsaid = self._text_of(tokens) if params.echo else ""  # comes with the first output
 
@@ -160,13 +173,17 @@ class Sequence:
             ValueError: the logits leave none.
         """
         assert self.logits is not None
-        token = self.sampler.sample(self.logits)
+        allowed = self._allowed()
+        if allowed is not None and not allowed.any():
+            return self.end("stop")
+        token = self.sampler.sample(self.logits, allowed)
         output = self._new_output()
         if token in self.ends and self.num_generated >= self.params.min_tokens:
             self._finish("stop", output, stop_reason=token)
             return output
         self.tokens.append(token)
         self.pending.append(token)
+        self._follow_grammar()
         output.token_ids, output.activity = [token], self.activity
         if self.logprobs is not None:
             entry = token_logprobs(self.logits, token, self.params.logprobs or 0)
@@ -175,11 +192,28 @@ class Sequence:
         output.text += self._decoder.push([token], stops=self.num_generated > self.params.min_tokens)
         if self._decoder.stopped:
             self._finish("stop", output, stop_reason=self._decoder.stopped_by)
+        elif self._matcher is not None and self._matcher.is_complete:
+            self._finish("stop", output)
         elif self.num_generated >= self.params.max_tokens:
             self._finish("length", output)
         else:
             self.text += output.text
         return output
+
+    def _follow_grammar(self) -> None:
+        if self._matcher is not None:
+            self._matcher.read(self.tokens, start=self._grammar_start)
+
+    def _allowed(self) -> torch.Tensor | None:
+        """The tokens that the grammar allows next, bool (V,): none where it is complete. None without a grammar."""
+        if self._matcher is None:
+            return None
+        allowed, may_end = self._matcher.allowed()
+        if not may_end and not allowed.any():
+            raise ValueError(f"{GRAMMAR_FAULT}no token of the vocabulary can follow")
+        if may_end and allowed.any():
+            allowed[list(self.ends)] = True
+        return allowed
 
     def end(self, reason: FinishReason, error: str | None = None) -> StepOutput:
         """Ends it before its time, or before its first token."""

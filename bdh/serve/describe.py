@@ -39,6 +39,7 @@ def describe(app: FastAPI, service: Service, keys: ApiKeys) -> None:
             _one("messages", {"type": "array"}, absent=("prompt", "content", "add_special_tokens")),
         ]
         schemas["ChatMessage"].setdefault("allOf", _NEEDS_CONTENT)
+        _describe_formats(schemas)
         if service.loaded is not None:
             _describe_model(schemas, service)
         return described
@@ -131,6 +132,33 @@ def _conditions(properties: Schema) -> list[Schema]:
             {"if": several, "then": {"properties": {"n": {"anyOf": [{"type": "null"}, {"const": 1}]}}}},
         ]
     return found
+
+
+def _describe_formats(schemas: Schema) -> None:
+    """Which fields of a format go with which type."""
+    fields = {"json_schema": "json_schema", "regex": "pattern", "text": None, "json_object": None}
+    schemas["ResponseFormat"]["oneOf"] = [
+        {
+            "required": [each for each in ("type" if kind != "text" else None, field) if each],
+            "properties": {
+                "type": {"enum": ["text", None]} if kind == "text" else {"const": kind},
+                **{
+                    name: {"not": {"type": "null"}} if name == field else {"type": "null"}
+                    for name in ("json_schema", "pattern")
+                },
+            },
+        }
+        for kind, field in fields.items()
+    ]
+    absent: Schema = {"type": "null"}
+    schemas["TextFormat"]["oneOf"] = [
+        {"properties": {"type": {"enum": ["text", "json_object", None]}, "schema": absent, "pattern": absent}},
+        {"required": ["type"], "properties": {"type": {"const": "json_schema"}, "pattern": absent}},
+        {
+            "required": ["type", "pattern"],
+            "properties": {"type": {"const": "regex"}, "schema": absent, "pattern": {"not": absent}},
+        },
+    ]
 
 
 def _describe_model(schemas: Schema, service: Service) -> None:

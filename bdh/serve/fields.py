@@ -60,7 +60,6 @@ WITHOUT_EFFECT: dict[str, dict[str, NoEffect]] = {
         "function_call": NoEffect(_TOOLS, values=("none", "auto")),
         "parallel_tool_calls": NoEffect(_TOOLS, type="boolean"),
         "web_search_options": NoEffect("an empty object asks for a search", may_be_empty=False),
-        "response_format": NoEffect("replies are text", values=({"type": "text"},)),
         "modalities": NoEffect("replies are text", values=(["text"],)),
         "reasoning_effort": NoEffect("the model writes its reply at once", values=("none",)),
         "verbosity": NoEffect("no reply is shorter or longer by it", values=("medium",)),

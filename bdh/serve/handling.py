@@ -10,6 +10,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from bdh.generate.matcher import GRAMMAR_FAULT
 from bdh.generate.params import SamplingParams
 from bdh.generate.snapshot import Snapshot
 from bdh.model.text import TextDecoder, encode_prompt
@@ -37,6 +38,9 @@ class Asked:
 
 
 class Handler:
+    format_field = "response_format"
+    """What requests call the form that their texts must have."""
+
     def __init__(self, service: Service, rates: RateLimits):
         self._service, self._rates = service, rates
 
@@ -72,6 +76,7 @@ class Handler:
         if snapshot is not None and (len(body.prompts) > 1 or body.echo):
             name = "prompt" if len(body.prompts) > 1 else "echo"
             raise bad_request(f"{name}: with bdh.from_state only one prompt, and no echo", name)
+        await self._compile(params)
         params.validated()  # what pydantic does not know
         jobs = []
         for number, prompt in enumerate(body.prompts):
@@ -95,6 +100,7 @@ class Handler:
         if body.logprobs:
             params.logprobs = body.top_logprobs or 0
         self._service.check_texts(params.n, "n")
+        await self._compile(params)
         snapshot = await self._snapshot(extras, caller)
         if snapshot is None:
             before: list[dict[str, str]] = []
@@ -112,6 +118,19 @@ class Handler:
         num_top = params.logprobs if body.logprobs else None
         writer = ChatWriter(jobs, loaded.names, model, num_top, params.n, loaded.chat.reply, body.stream_options)
         return self._asked(body.is_stream, jobs, writer, model, extras)
+
+    async def _compile(self, params: SamplingParams) -> None:
+        """Makes the text's grammar ready, which takes a second at worst, where it holds up nobody.
+
+        Raises:
+            ApiError: 400, it cannot be held.
+        """
+        if params.grammar is None:
+            return
+        try:
+            await asyncio.to_thread(self._service.ready().front.engine.grammars.compile, params.grammar)
+        except (ValueError, ImportError) as error:
+            raise bad_request(f"{self.format_field}: {error}", self.format_field) from error
 
     def _asked(self, is_stream: bool, jobs: list[Job], writer: Writer, model: str, extras: Extras) -> Asked:
         if self._service.settings.log_prompts:
@@ -185,6 +204,8 @@ class Handler:
         """Notes what has come, and keeps its state; the events that tell it."""
         completion = item.output.completion
         if completion is not None and completion.finish_reason == "error":
+            if completion.error is not None and completion.error.startswith(GRAMMAR_FAULT):
+                raise bad_request(f"{self.format_field}: {completion.error}", self.format_field)
             log("a text failed", level=logging.ERROR, reason=completion.error)
             raise internal_error()
         if completion is not None and completion.finish_reason == "abort":
@@ -223,6 +244,8 @@ class Handler:
         params = replace(job.params, n=1, max_tokens=job.params.max_tokens - len(completion.token_ids))
         params.seed = None  # the snapshot's generator goes on
         params.echo, params.logprobs, params.prompt_logprobs = False, None, None
+        if params.grammar is not None:
+            params.grammar = {**params.grammar, "written": len(completion.token_ids)}
         loaded = self._service.loaded
         assert loaded is not None
         decoder = completion.snapshot.decoder

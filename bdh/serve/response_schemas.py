@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from bdh.serve.fields import WITHOUT_EFFECT, RequestModel
+from bdh.serve.formats import Grammar, TextFormat
 from bdh.serve.schemas import Positive, Sampling, as_whole
 
 OUTPUT_LOGPROBS = "message.output_text.logprobs"
@@ -96,10 +97,6 @@ Item = Annotated[
 ]
 
 
-class TextFormat(RequestModel):
-    type: Literal["text"]
-
-
 class TextOptions(RequestModel):
     without_effect = WITHOUT_EFFECT["response text"]
     format: TextFormat | None = None
@@ -150,6 +147,9 @@ class ResponseRequest(Sampling):
         """Of how many of the likeliest tokens log-probabilities are wanted beside the token's own; None for none."""
         return (self.top_logprobs or 0) if OUTPUT_LOGPROBS in (self.include or []) else None
 
+    def grammar(self) -> Grammar | None:
+        return None if self.text is None or self.text.format is None else self.text.format.grammar()
+
     @model_validator(mode="before")
     @classmethod
     def _check_items(cls, given: Any) -> Any:
@@ -161,9 +161,6 @@ class ResponseRequest(Sampling):
             if _type_of(item) == "message" and isinstance(parts, list):
                 for place, part in enumerate(parts):
                     _check_type(f"input.{number}.content.{place}", part, _PARTS)
-        text = given.get("text") if isinstance(given, dict) else None
-        if isinstance(text, dict) and isinstance(text.get("format"), dict):
-            _check_type("text.format", text["format"], {"text": "TextFormat"})
         return given
 
     @model_validator(mode="after")

@@ -18,6 +18,7 @@ from bdh.generate.snapshot import Snapshot
 from bdh.serve.answers import ChatWriter, Json
 from bdh.serve.errors import ApiError
 from bdh.serve.events import event
+from bdh.serve.formats import TextFormat
 from bdh.serve.handling import Asked, Handler, caller_of
 from bdh.serve.keys import Caller
 from bdh.serve.logs import log
@@ -165,6 +166,8 @@ class KeptResponse:
 
 
 class Responses(Handler):
+    format_field = "text.format"
+
     async def create(self, body: ResponseRequest, request: Request) -> Response:
         model = self._begin(body, request)
         return await self._answer(await self._understood(body, model, caller_of(request)), request)
@@ -209,6 +212,8 @@ class Responses(Handler):
         max_tokens = self._max_tokens(body.max_output_tokens, self._service.settings.limits.chat_tokens, name)
         params = body.params(max_tokens=max_tokens, stops=loaded.chat.stops, stop_token_ids=loaded.chat.end_ids)
         params.logprobs = body.num_logprobs
+        await self._compile(params)
+        text_format = TextFormat() if body.text is None or body.text.format is None else body.text.format
         previous = None
         if body.previous_response_id is not None:
             previous = self._previous(body.previous_response_id, caller)
@@ -227,6 +232,7 @@ class Responses(Handler):
             top_p=params.top_p,
             metadata=body.metadata or {},
             top_logprobs=body.top_logprobs or 0,
+            text={"format": text_format.shown(), "verbosity": "medium"},
             instructions=body.instructions,
             previous_response_id=body.previous_response_id,
             max_output_tokens=body.max_output_tokens,

@@ -7,6 +7,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from bdh.generate.activity import MOST_NEURONS
 from bdh.generate.params import SamplingParams
 from bdh.serve.fields import WITHOUT_EFFECT, RequestModel
+from bdh.serve.formats import Grammar, ResponseFormat
 
 
 def as_whole(value: Any) -> Any:
@@ -108,7 +109,12 @@ class Sampling(RequestModel):
             stop=[*stop, *stops],
             stop_token_ids=[*(self.stop_token_ids or []), *stop_token_ids],
             logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
+            grammar=self.grammar(),
         )
+
+    def grammar(self) -> Grammar | None:
+        """The form that the text must have, for ``SamplingParams``; None for any."""
+        return None
 
     @model_validator(mode="after")
     def _check_sampling(self) -> Self:
@@ -124,12 +130,16 @@ class _Generation(Sampling):
 
     without_effect = WITHOUT_EFFECT["request"]
     n: Positive | None = None
+    response_format: ResponseFormat | None = Field(default=None, description="The form that the text must have.")
     stream_options: StreamOptions | None = None
     bdh: Extras | None = None
 
     @property
     def extras(self) -> Extras:
         return self.bdh or Extras()
+
+    def grammar(self) -> Grammar | None:
+        return None if self.response_format is None else self.response_format.grammar()
 
     @model_validator(mode="after")
     def _check(self) -> Self:

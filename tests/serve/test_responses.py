@@ -1,9 +1,11 @@
 """/v1/responses as OpenAI's own package sees it, and the states that conversations go on from."""
 
 import json
+from typing import Literal
 
 import openai
 import pytest
+from pydantic import BaseModel, Field
 
 from bdh.generate.config import EngineConfig
 from bdh.generate.engine import Engine
@@ -200,7 +202,9 @@ def test_fields_that_ask_for_nothing_are_accepted(chat_server):
     [
         ({"tools": [{"type": "function", "name": "f", "parameters": {}}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"text": {"format": {"type": "json_schema", "name": "a", "schema": {}}}}, "text.format.type"),
+        ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
+        ({"text": {"format": {"type": "json_schema", "name": "a", "schema": {"type": "tree"}}}}, "text.format"),
+        ({"text": {"format": {"type": "text", "schema": {"type": "object"}}}}, "text.format.schema"),
         ({"reasoning": {"effort": "high"}}, "reasoning.effort"),
         ({"background": True}, "background"),
         ({"truncation": "auto"}, "truncation"),
@@ -265,6 +269,27 @@ def test_log_probabilities_come_where_they_are_included(client):
     events = list(client.responses.create(input=QUESTION, stream=True, **fields, **GREEDY))
     streamed = [entry for event in events if event.type.endswith("text.delta") for entry in event.logprobs]
     assert [entry.token for entry in streamed] == [entry.token for entry in logprobs]
+
+
+class Bird(BaseModel):
+    name: Literal["crow", "gull"]
+    count: int = Field(ge=0, le=99)
+
+
+def test_a_schema_is_held_as_in_a_chat(client):
+    settings = {"model": "chatty", "input": QUESTION, "max_output_tokens": 200, "temperature": 0}
+    response = client.responses.parse(text_format=Bird, **settings)
+    assert response.status == "completed"
+    assert isinstance(response.output_parsed, Bird)
+    assert response.text.format.type == "json_schema"
+    with client.responses.stream(text_format=Bird, **settings) as stream:
+        assert stream.get_final_response().output_parsed == response.output_parsed
+    second = client.responses.parse(text_format=Bird, previous_response_id=response.id, **settings)
+    assert isinstance(second.output_parsed, Bird)
+    regex = {"format": {"type": "regex", "pattern": "[0-9]{3}"}}
+    (part,) = client.responses.create(text=regex, **settings).output[0].content
+    assert part.text.isdecimal()
+    assert len(part.text) == 3
 
 
 def test_without_a_chat_template_the_refusal_names_the_input(server):
