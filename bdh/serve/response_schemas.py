@@ -136,11 +136,11 @@ class ResponseRequest(Sampling):
     reasoning: ReasoningOptions | None = None
 
     @property
-    def items(self) -> list[Message | ItemReference]:
-        """What is not empty of the input."""
+    def items(self) -> list[tuple[int, Message | ItemReference]]:
+        """What is not empty of the input, with its place there."""
         if isinstance(self.input, str):
-            return [Message(role="user", content=self.input)]
-        return [item for item in self.input if not isinstance(item, EmptyReasoning)]
+            return [(0, Message(role="user", content=self.input))]
+        return [(place, item) for place, item in enumerate(self.input) if not isinstance(item, EmptyReasoning)]
 
     @property
     def num_logprobs(self) -> int | None:

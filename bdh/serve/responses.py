@@ -184,7 +184,7 @@ class Responses(Handler):
     ) -> InputItems:
         """
         Raises:
-            ApiError: as :meth:`get`; 400, there is no item ``after``.
+            ApiError: as :meth:`get`; 404, there is no item ``after``.
         """
         items = self._record(response_id, caller)["items"]
         if not is_ascending:
@@ -219,7 +219,7 @@ class Responses(Handler):
             previous = self._previous(body.previous_response_id, caller)
         response_id = f"resp_{secrets.token_hex(16)}"
         messages, items = [], []
-        for place, item in enumerate(body.items):
+        for place, item in body.items:
             message = self._referred(item, place, caller) if isinstance(item, ItemReference) else item
             messages.append(message.plain())
             items.append(message.item(f"{response_id.replace('resp_', 'msg_')}_{place}"))

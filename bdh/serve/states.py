@@ -18,7 +18,7 @@ from bdh.generate.snapshot import Snapshot
 from bdh.model.modeling import BDHForCausalLM
 from bdh.serve.config import StateSettings
 from bdh.serve.logs import log
-from bdh.storage import DiskFullError, write_text
+from bdh.storage import write_text
 
 _ID = re.compile(r"state-[\w-]{24}|resp_[0-9a-f]{32}")
 
@@ -176,7 +176,7 @@ class StateStore:
                 else:
                     snapshot, saved.nbytes = None, 0
                 write_text(self._facts_path(response_id), json.dumps(asdict(saved)))
-            except DiskFullError as error:
+            except OSError as error:
                 snapshot, saved.nbytes = None, 0
                 log("the text of a response is kept in memory only", level=logging.ERROR, error=error)
         with self._lock:

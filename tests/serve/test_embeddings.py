@@ -2,6 +2,7 @@
 
 import threading
 
+import httpx
 import numpy as np
 import openai
 import pytest
@@ -127,6 +128,14 @@ def test_its_width_is_the_only_number_of_dimensions(client, bytes_pair):
     assert len(one.embedding) == width
     with pytest.raises(openai.BadRequestError, match=f"dimensions is 3: must be {width}"):
         client.embeddings.create(model="tiny", input="abc", dimensions=3)
+
+
+def test_a_client_that_leaves_ends_its_reading(start_server, bytes_pair):
+    server = start_server(*bytes_pair)
+    with pytest.raises(httpx.ReadTimeout):
+        server.http.post("/v1/embeddings", json={"input": ["a" * 10_000] * 300}, timeout=0.3)
+    server.idle()
+    assert server.text("abc", max_tokens=3)
 
 
 @pytest.mark.parametrize("settings", [{"path": "torch"}, {"window": 32}, {"path": "torch", "window": 32}])

@@ -256,8 +256,9 @@ def test_seeds_may_be_as_large_as_openai_says(chat_server, seed):
 
 def test_references_to_nothing_are_named(chat_server):
     for item_id in ("msg_1", f"msg_{'0' * 32}"):
-        found = error_of(post(chat_server, input=[{"type": "item_reference", "id": item_id}]))
-        assert (found["status"], found["param"], found["code"]) == (404, "input.0.id", "item_not_found")
+        items = [{"type": "reasoning", "summary": []}, {"type": "item_reference", "id": item_id}]
+        found = error_of(post(chat_server, input=items))
+        assert (found["status"], found["param"], found["code"]) == (404, "input.1.id", "item_not_found")
 
 
 def test_log_probabilities_come_where_they_are_included(client):
