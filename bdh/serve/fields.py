@@ -163,14 +163,13 @@ class RequestModel(BaseModel):
     def _check_fields(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        known = {field.alias or name for name, field in cls.model_fields.items()}
-        kept = {}
+        kept, fields = {}, {field.alias or name for name, field in cls.model_fields.items()}
         for name, value in given.items():
             for text in (value, *value) if isinstance(value, list) else (value, name):
                 if isinstance(text, str) and not is_text(text):
                     raise ValueError(f"{name if is_text(name) else ''}: has half of a surrogate pair, which is no text")
             accepted = cls.without_effect[name].accepts if name in cls.without_effect else asks_nothing
-            if name in known or not accepted(value):
+            if name in fields or not accepted(value):
                 kept[name] = value
         return kept
 

@@ -65,4 +65,6 @@ def grammar_of(kind: str, *, schema: dict[str, Any] | None = None, pattern: str 
     """``SamplingParams.grammar`` for a format of this type: text, json_object, json_schema or regex."""
     if kind == "text":
         return None
-    return {"regex": pattern} if kind == "regex" else {"json_schema": schema or {"type": "object"}}
+    if kind == "regex":
+        return {"regex": pattern}
+    return {"json_schema": {"type": "object"} if schema is None else schema}

@@ -2,7 +2,8 @@
 
 import json
 import re
-from dataclasses import asdict
+import time
+from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
 
 import openai
@@ -13,7 +14,7 @@ from pydantic import BaseModel, Field
 from bdh.generate.engine import Engine
 from bdh.generate.matcher import GRAMMAR_FAULT
 from bdh.generate.params import SamplingParams
-from bdh.serve.formats import grammar_of
+from bdh.serve.config import StateSettings
 from bdh.serve.handling import finish_unfinished
 from bdh.tokenizer import train_tokenizer
 from tests.serve.conftest import made_model
@@ -91,6 +92,7 @@ def test_a_json_object_is_one_or_is_cut_off(client):
 def test_text_is_any_text(server, client):
     assert server.text(response_format={"type": "text"}, max_tokens=20) == server.text(max_tokens=20)
     assert server.text(response_format=None, max_tokens=20) == server.text(max_tokens=20)
+    assert server.text(response_format={}, max_tokens=20) == server.text(max_tokens=20)
     free = client.chat.completions.create(model="chatty", messages=QUESTION, temperature=0, max_tokens=9)
     text = client.chat.completions.create(
         model="chatty", messages=QUESTION, temperature=0, max_tokens=9, response_format={"type": "text"}
@@ -119,6 +121,7 @@ def test_completions_have_it_too_with_the_best_of_several_and_a_state(server, by
     ("given", "told", "param"),
     [
         ({"type": "yaml"}, "Input should be 'text', 'json_object', 'json_schema' or 'regex'", "response_format.type"),
+        ({"pattern": "a"}, "must be given with the type regex", "response_format.pattern"),
         ({"type": "regex"}, "must be given with the type regex", "response_format.pattern"),
         ({"type": "text", "pattern": "a"}, "must be given with the type regex", "response_format.pattern"),
         ({"type": "json_schema"}, "must be given with the type json_schema", "response_format.json_schema"),
@@ -162,25 +165,25 @@ def test_tools_are_refused_by_name(client):
         client.chat.completions.create(model="chatty", messages=QUESTION, tools=[tool])
 
 
-def test_a_text_that_a_restart_cut_off_ends_in_its_form(server, bytes_pair):
-    """What the server keeps of it is JSON, and says how much of the text was written."""
-    grammar = grammar_of("json_schema", schema=NAMES)
-    params = SamplingParams(max_tokens=300, seed=3, grammar=grammar)
-    (whole,) = Engine(*bytes_pair).generate("abc", params)[0]
-    engine = Engine(*bytes_pair)
-    request = engine.add_request("abc", params)
-    while engine.stats().generated_tokens < 12:
-        engine.step()
-    engine.abort(request, keep_snapshot=True)
-    (cut,) = [output.completion for output in engine.step()]
+def test_a_text_that_the_end_of_a_server_cut_off_is_finished_in_its_form(start_server, bytes_pair, tmp_path):
+    folder = StateSettings(folder=str(tmp_path / "states"))
+    server = start_server(*bytes_pair, states=folder, resume_on_restart=True)
+    asked = {
+        "max_tokens": 3000,
+        "seed": 3,
+        "temperature": 1,
+        "response_format": {"type": "regex", "pattern": "[a-z]{3000}"},
+    }
+    whole = server.text(**asked)
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(server.complete, **asked)
+        while not server.service.loaded.front.stats.running:
+            time.sleep(0.001)
+        assert server.call(server.service.drain(0)) == 1
+        (state,) = answer.result().json()["error"]["state_ids"]
     loaded = server.service.loaded
-    cut.snapshot.notes = {"kind": "text"}
-    unfinished = {**asdict(params), "seed": None, "max_tokens": 288, "grammar": {**grammar, "written": 12}}
-    saved = loaded.states.put(
-        cut.snapshot, owner="nobody", model="tiny", unfinished=json.loads(json.dumps(unfinished)), text=cut.text
-    )
+    saved = loaded.states.unfinished()[0]
+    assert saved.unfinished["grammar"] == {"regex": "[a-z]{3000}", "written": saved.num_tokens - 3}
+    assert 0 < saved.num_tokens - 3 < 3000
     server.call(finish_unfinished(loaded))
-    done = loaded.states.get(saved.id, "nobody")
-    assert done.unfinished is None
-    assert done.text == whole.text
-    assert json.loads(done.text)
+    assert loaded.states.get(state, saved.owner).text == whole
