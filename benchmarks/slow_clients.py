@@ -43,13 +43,13 @@ def main() -> int:
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
-        print(f"  the server            ended with status {process.wait(60)}")
+        print(f"  {'the server':24}ended with status {process.wait(60)}")
     return 0
 
 
 async def attack(port: int, process: subprocess.Popen, settings: argparse.Namespace) -> None:
     # Its log is read on, or it would wait for a reader.
-    reading = asyncio.create_task(asyncio.to_thread(lambda: [None for _ in process.stderr]))
+    reading = asyncio.create_task(asyncio.to_thread(process.stderr.read))
     memory = psutil.Process(process.pid).memory_info
     await normal_client(port, 20)
     before, most, done = memory().rss, 0, asyncio.Event()
@@ -71,20 +71,20 @@ async def attack(port: int, process: subprocess.Popen, settings: argparse.Namesp
     done.set()
     times = await meanwhile
     await watching
-    print(f"  {settings.megabytes} MiB in a header      {long[0]} after {long[1] / MIB:.1f} MiB were sent")
-    print(f"  {settings.headers:,} headers     {many[0]} after {many[1] / MIB:.1f} MiB were sent")
     statuses = ", ".join(f"{count} times {status}" for status, count in Counter(status for status, _ in slow).items())
-    print(f"  {settings.half_sent} half-sent requests {statuses}, after {max(seconds for _, seconds in slow):.1f} s")
     after = memory().rss
-    print(
-        f"  memory                {before / MIB:,.1f} MiB before, {most / MIB:,.1f} at most, {after / MIB:,.1f} after"
-    )
-    print(
-        f"  another client        {len(times)} texts, median {1000 * median(times):.0f} ms, at most {max(times):.2f} s"
-    )
-    print(
-        f"  the same one before   {len(alone)} texts, median {1000 * median(alone):.0f} ms, at most {max(alone):.2f} s"
-    )
+    for name, value in (
+        (f"{settings.megabytes} MiB in a header", f"{long[0]} after {long[1] / MIB:.1f} MiB were sent"),
+        (f"{settings.headers:,} headers", f"{many[0]} after {many[1] / MIB:.1f} MiB were sent"),
+        (f"{settings.half_sent} half-sent requests", f"{statuses}, after {max(each for _, each in slow):.1f} s"),
+        ("memory", f"{before / MIB:,.1f} MiB before, {most / MIB:,.1f} at most, {after / MIB:,.1f} after"),
+        ("another client", f"{len(times)} texts, median {1000 * median(times):.0f} ms, at most {max(times):.2f} s"),
+        (
+            "the same one before",
+            f"{len(alone)} texts, median {1000 * median(alone):.0f} ms, at most {max(alone):.2f} s",
+        ),
+    ):
+        print(f"  {name:24}{value}")
     process.send_signal(signal.SIGTERM)
     await reading
 

@@ -42,7 +42,7 @@ class LimitSettings(Settings):
     keep_alive_timeout: float = 30.0
     """Seconds that a connection stays open between two requests."""
     send_timeout: float = 60.0
-    """Seconds in which a client must have taken a piece of its answer."""
+    """Seconds in which a client must have taken some of its answer."""
     stall_timeout: float | None = 60.0
     """Seconds without any progress of the engine, within a step or between two, after which it is taken to hang and the
     server ends with status 1; null for never."""

@@ -1,7 +1,7 @@
 """The connections of a server: bounded in number, in what they may send before a request is whole, and in time.
 
 uvicorn's own limits end there: it waits for ever for the rest of a head. This is the only file that builds on the inside
-of uvicorn: the class of its h11 protocol with its ``conn``, ``cycle`` and ``send_400_response`` (checked with 0.40 and
+of uvicorn: the class of its h11 protocol with its ``conn``, ``cycle``, ``flow`` and ``send_400_response`` (checked with 0.40 and
 0.54; ``tests/serve/test_connections.py`` fails where they change).
 """
 
@@ -25,7 +25,6 @@ _PIECE_BYTES = 16 << 10  # the parser gets at once
 # A connection that is closed while bytes come in loses the answer on its way: so long they are read and dropped.
 _LINGER_SECONDS = 2.0
 _MOST_LINGERING = 64
-_FLUSH_SECONDS = 30.0  # in which a client must have taken what was written before the end
 
 
 class Connections:
@@ -88,6 +87,7 @@ class Connection(H11Protocol):
         self._head_bytes = self._ahead_bytes = 0
         self._until: float | None = self.since + self._limits.head_timeout  # of a head
         self._abort_at: float | None = None
+        self._blocked_since: float | None = None  # its client takes nothing
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
         super().connection_made(transport)
@@ -136,14 +136,20 @@ class Connection(H11Protocol):
             self._head_bytes = self._ahead_bytes = 0
             self._until, self.since = None, self.loop.time()
 
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._blocked_since = None
+
     def check_time(self) -> None:
         """Ends it where it has waited for its client long enough."""
         now = self.loop.time()
         if self._abort_at is not None:
             if now >= self._abort_at:
                 self.transport.abort()
-        elif self.transport.is_closing():
-            self._abort_at = now + _FLUSH_SECONDS
+        elif self.flow.write_paused or self.transport.is_closing():
+            self._blocked_since = self._blocked_since or now
+            if now >= self._blocked_since + self._limits.send_timeout:
+                self.transport.abort()
         elif self.cycle is not None and self.cycle.response_complete and self.conn.their_state is h11.SEND_BODY:
             self._end()
         elif self._until is not None and now >= self._until:
@@ -177,7 +183,7 @@ class Connection(H11Protocol):
             self._refuse(ApiError(status, f"this is not HTTP/1.1: {error}", code="invalid_http"))
 
     def _too_large(self) -> ApiError:
-        is_address = b"\n" not in self.conn.trailing_data[0]
+        is_address = self.conn.our_state is h11.IDLE and b"\n" not in self.conn.trailing_data[0]
         most = self._limits.head_bytes
         return ApiError(
             414 if is_address else 431,

@@ -78,12 +78,7 @@ class Front:
                     *extra,
                     (b"x-request-id", request_id.encode()),
                 ]
-            try:
-                async with asyncio.timeout(self._limits.send_timeout):
-                    await send(message)
-            except TimeoutError:
-                facts["gone"] = True
-                raise ClientGone from None
+            await send(message)
 
         caller: Caller | None = None
         try:
@@ -101,8 +96,6 @@ class Front:
         except ClientGone:
             facts["gone"] = True
         except Exception as error:
-            if facts.get("gone"):  # which is what came of it
-                return
             log("exception", level=logging.ERROR, error=error, request_id=request_id, path=scope["path"])
             if not status:
                 await internal_error().response()(scope, receive, sending)

@@ -96,7 +96,7 @@ def test_layer_steps_of_a_large_call_are_progress(make_model, monkeypatch):
         monkeypatch.setattr("bdh.generate.kernel_stepper._LONG_CALL", long_call)
         stepper, marks = KernelStepper(model), []
         monkeypatch.setattr(stepper, "mark_progress", lambda marks=marks: marks.append(1))
-        feed = Feed(stepper.new_state(), list(b"a few tokens of a prompt"))
+        feed = Feed(stepper.new_state(), list(range(20)))
         found.append((stepper.step([feed])[0], len(marks)))
     (whole, num_whole), (by_layer, num_by_layer) = found
     assert torch.equal(whole, by_layer)
