@@ -1,7 +1,7 @@
 """The connections of a server: bounded in number, in what they may send before a request is whole, and in time.
 
 uvicorn's own limits end there: it waits for ever for the rest of a head. This is the only file that builds on the inside
-of uvicorn: the class of its h11 protocol with its ``conn``, ``cycle``, ``flow`` and ``send_400_response`` (checked with 0.40 and
+of uvicorn: the class of its h11 protocol with its ``conn``, ``cycle``, ``flow`` and ``send_400_response`` (checked with
 0.54; ``tests/serve/test_connections.py`` fails where they change).
 """
 
@@ -107,6 +107,7 @@ class Connection(H11Protocol):
         while at < len(data) and not (self.has_ended or self._is_deaf or self.transport.is_closing()):
             state, size = self.conn.their_state, _PIECE_BYTES
             if state is h11.IDLE:
+                self._ahead_bytes = 0
                 size = min(size, self._limits.head_bytes - self._head_bytes)
                 if not size:
                     self._refuse(self._too_large())
@@ -133,7 +134,7 @@ class Connection(H11Protocol):
         self._head_bytes += len(piece)
         super().data_received(piece)
         if self.conn.their_state is not h11.IDLE:
-            self._head_bytes = self._ahead_bytes = 0
+            self._head_bytes = 0
             self._until, self.since = None, self.loop.time()
 
     def resume_writing(self) -> None:
@@ -201,10 +202,9 @@ class Connection(H11Protocol):
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             body = json.dumps(error.body()).encode()
             headers = {**error.headers(), "Content-Type": "application/json", "Content-Length": str(len(body))}
+            headers["Connection"] = "close"
             reason = HTTPStatus(error.status).phrase.encode()
-            answer = h11.Response(
-                status_code=error.status, headers=[*headers.items(), ("Connection", "close")], reason=reason
-            )
+            answer = h11.Response(status_code=error.status, headers=list(headers.items()), reason=reason)
             for event in (answer, h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         self._end()
