@@ -31,6 +31,22 @@ class LimitSettings(Settings):
     """Seconds that a prompt may wait for a state."""
     request_timeout: float = 600.0
     """Seconds from a request's arrival to its last token."""
+    connections: int = 512
+    """Connections that are open at once. A new one takes the place of the one whose client has sent no whole request
+    for longest; it is refused with 503 where all are at work."""
+    head_bytes: int = 64 << 10
+    """Size of a request's first line and headers; larger ones are refused with 414 or 431."""
+    head_fields: int = 100
+    """Headers of a request; more are refused with 431."""
+    head_timeout: float = 10.0
+    """Seconds in which the headers must have come."""
+    keep_alive_timeout: float = 30.0
+    """Seconds that a connection stays open between two requests."""
+    send_timeout: float = 60.0
+    """Seconds in which a client must have taken some of its answer."""
+    stall_timeout: float | None = 60.0
+    """Seconds without any progress of the engine, within a step or between two, after which it is taken to hang and the
+    server ends with status 1; null for never."""
 
     def collect_faults(self, faults: Faults) -> None:
         for name in (
@@ -41,6 +57,8 @@ class LimitSettings(Settings):
             "chat_tokens",
             "prompts",
             "texts",
+            "connections",
+            "head_fields",
         ):
             faults.require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         faults.require(
@@ -55,9 +73,19 @@ class LimitSettings(Settings):
             self.prompts,
             f"at most queue_requests, {self.queue_requests}",
         )
-        faults.require(self.body_bytes >= 1024, "body_bytes", self.body_bytes, "at least 1024")
-        for name in ("body_timeout", "queue_timeout", "request_timeout"):
+        for name in ("body_bytes", "head_bytes"):
+            faults.require(getattr(self, name) >= 1024, name, getattr(self, name), "at least 1024")
+        for name in (
+            "body_timeout",
+            "queue_timeout",
+            "request_timeout",
+            "head_timeout",
+            "keep_alive_timeout",
+            "send_timeout",
+        ):
             faults.require(getattr(self, name) > 0, name, getattr(self, name), "above 0 seconds")
+        is_right = self.stall_timeout is None or self.stall_timeout > 0
+        faults.require(is_right, "stall_timeout", self.stall_timeout, "above 0 seconds, or null")
 
 
 @dataclass

@@ -248,6 +248,32 @@ sys.exit(serve(ServeSettings(model=sys.argv[1], port=0), lambda: load_model(sys.
     assert server.wait_for("ended by a failure")["reason"] == "the memory is on fire"
 
 
+def test_a_hung_engine_ends_the_process_with_status_1(folder):
+    script = """
+import sys, threading
+from bdh.generate.engine import Engine
+from bdh.serve.config import LimitSettings, ServeSettings
+from bdh.serve.server import serve
+from bdh.train.models import load_model
+
+step = Engine.step
+def hanging(self):
+    if any(request.params.seed == 13 for request in self._running.values()):
+        threading.Event().wait()
+    return step(self)
+Engine.step = hanging
+settings = ServeSettings(model=sys.argv[1], port=0, limits=LimitSettings(stall_timeout=0.5))
+sys.exit(serve(settings, lambda: load_model(sys.argv[1])))
+"""
+    server = Process(folder, command=[sys.executable, "-c", script, str(folder)])
+    server.wait_for("ready")
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(server.complete, prompt="abc", max_tokens=5000, seed=13)
+        assert server.process.wait(30) == 1
+        asked.exception()
+    assert "no progress" in server.wait_for("ended by a failure")["reason"]
+
+
 def test_telemetry_goes_to_the_collector(start):
     found = []
 
