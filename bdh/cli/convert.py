@@ -17,6 +17,8 @@ class ConvertSettings:
     """Convert back: write a model as a checkpoint of the reference code."""
     tokenizer: PathText = "byte"
     """Tokenizer to store with the model: byte, a tokenizer.json file, a folder, or a hub id."""
+    pad_and_eos: bool = True
+    """byte only: <pad> and <eos>, for padded batches, in the place of the bytes 255 and 254, which no UTF-8 text has."""
     n_layer: int | None = None
     """Passes, for checkpoints that carry no configuration (the weights do not show them)."""
 
@@ -55,15 +57,13 @@ def _from_reference(settings: ConvertSettings, out: Path) -> int:
             f"the model has a vocabulary of {model.config.vocab_size}, the tokenizer {settings.tokenizer!r} of "
             f"{vocabulary_size(tokenizer)}: give the tokenizer that it was trained with, with --tokenizer"
         )
-    model.config.eos_token_id = tokenizer.eos_token_id
-    model.config.bos_token_id = tokenizer.bos_token_id
-    model.config.pad_token_id = tokenizer.pad_token_id
     from bdh.train.export import export_model
     from bdh.train.lock import lock_run_around
 
     num_parameters = sum(p.numel() for p in model.parameters())
     with lock_run_around(out):
-        export_model(model, tokenizer, out, _card(Path(settings.source).name, num_parameters))
+        card = _card(Path(settings.source).name, num_parameters)
+        export_model(model, tokenizer, out, card, pad_and_eos=settings.pad_and_eos)
     print(
         f"{out}: {num_parameters:,} parameters, {model.config.n_layer} passes, vocabulary {model.config.vocab_size:,}"
     )

@@ -135,6 +135,7 @@ def _run_text(settings: EvalSettings, model: Any, tokenizer: Any) -> int:
     from bdh.cli.progress import token_progress
     from bdh.data.conversations import holds_chat
     from bdh.evaluate.loss import evaluate_text
+    from bdh.vocabulary import document_end_id
 
     block_size = settings.block_size or model.config.train_block_size or _UNKNOWN_BLOCK_SIZE
     faults = Faults()
@@ -153,7 +154,7 @@ def _run_text(settings: EvalSettings, model: Any, tokenizer: Any) -> int:
             carry_state=settings.carry_state,
             stretch_tokens=_stretch_tokens(settings, block_size, len(tokens) - 1),
             window=settings.window,
-            document_end=tokenizer.eos_token_id if settings.data.pack == "documents" else None,
+            document_end=document_end_id(tokenizer) if settings.data.pack == "documents" else None,
             max_batch_size=settings.batch_size,
             progress=advance,
             announce=lambda path: print(f"reading by {path}", file=sys.stderr),

@@ -19,6 +19,7 @@ from bdh.generate.engine import Engine
 from bdh.generate.params import SamplingParams
 from bdh.model import BDHForCausalLM
 from bdh.model.sampling import SamplingOptions
+from bdh.vocabulary import document_end_id
 
 _MAX_LOGITS = 2**26  # of one forward pass: 256 MiB in float32
 _CHUNK = 1024  # tokens of one forward pass, where the whole of a long text is read
@@ -43,7 +44,7 @@ class HarnessModel(TemplateLM):
         max_length: tokens that a prediction sees at most: a longer context loses its beginning, and ``num_cut``
             counts how often. None reads all of it: the model's state is of one size at any length.
 
-    A tokenizer without ``<bos>`` and ``<eos>`` gets a newline before a text that has nothing before it.
+    A tokenizer of a model that knows neither ``<bos>`` nor ``<eos>`` gets a newline before a text that has nothing before it.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class HarnessModel(TemplateLM):
         self.max_length = max_length
         self.batch_size = batch_size
         self.num_cut = 0
-        special = [i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None]
+        special = [i for i in (tokenizer.bos_token_id, document_end_id(tokenizer)) if i is not None]
         self._start: list[int] = special[:1] or self.tok_encode("\n")
 
     @property

@@ -4,6 +4,8 @@ import difflib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -12,6 +14,20 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from bdh.model.decay import decay_fault, half_lives_of_heads
 from bdh.ops.dispatch import ATTENTION_FORMS
+
+# Without `import bdh`, transformers looks into a model's folder for the code that it needs, and finds this.
+STUB = "bdh_auto.py"
+_STUB_TEXT = '''\
+"""This model is run by the package bdh: pip install bdh. After `import bdh` nothing here is needed, nor trust_remote_code."""
+
+from bdh import BDHConfig, BDHForCausalLM, BDHForSequenceClassification, BDHModel
+'''
+_AUTO_MAP = {
+    "AutoConfig": "bdh_auto.BDHConfig",
+    "AutoModel": "bdh_auto.BDHModel",
+    "AutoModelForCausalLM": "bdh_auto.BDHForCausalLM",
+    "AutoModelForSequenceClassification": "bdh_auto.BDHForSequenceClassification",
+}
 
 
 def shape_faults(n_embd: int, n_head: int, n_layer: int, multiplier: int, vocab_size: int) -> list[str]:
@@ -146,6 +162,17 @@ class BDHConfig(PreTrainedConfig):
             faults.append("tie_word_embeddings is True: must be False, embed and lm_head are separate weights")
         if faults:
             raise ValueError("; ".join(faults))
+        self.auto_map = dict(_AUTO_MAP)
+
+    def save_pretrained(self, save_directory: str | PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Writes ``config.json``, and beside it the stub by which transformers says that it needs this package."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        (Path(save_directory) / STUB).write_text(_STUB_TEXT, encoding="utf-8")
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing: transformers, which calls it where the stub was used, would put copies of our modules beside models."""
 
     def _name_faults(self, extra: dict[str, Any]) -> list[str]:
         """What is wrong with the names given beside the fields."""

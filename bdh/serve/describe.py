@@ -10,6 +10,7 @@ from fastapi import FastAPI
 
 from bdh.serve.keys import ApiKeys
 from bdh.serve.service import Service
+from bdh.vocabulary import document_end_id
 
 Schema = dict[str, Any]
 
@@ -110,7 +111,7 @@ def _describe_model(schemas: Schema, service: Service) -> None:
     assert loaded is not None
     last = loaded.model.config.vocab_size - 1
     tokenizer = loaded.tokenizer
-    starts_from_nothing = (tokenizer.bos_token_id, tokenizer.eos_token_id) != (None, None)
+    starts_from_nothing = (tokenizer.bos_token_id, document_end_id(tokenizer)) != (None, None)
     _limit_tokens(schemas, last)
     for kind in schemas["CompletionRequest"]["properties"]["prompt"]["anyOf"]:
         for text in (kind, kind.get("items", {})):

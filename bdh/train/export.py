@@ -12,7 +12,7 @@ from transformers.utils import logging
 import bdh
 from bdh.model import BDHForCausalLM
 from bdh.storage import atomic_dir, is_taken, recover_dir
-from bdh.tokenizer import load_tokenizer, stop_token_ids
+from bdh.tokenizer import load_tokenizer, stop_token_ids, with_padding
 from bdh.train.base import Base, read_base
 from bdh.train.checkpoint import Checkpoint
 from bdh.train.config import LoraSettings
@@ -108,8 +108,12 @@ def export_model(
     card: str,
     *,
     replace: bool = False,
+    pad_and_eos: bool = True,
 ) -> None:
     """Writes model, tokenizer, generation settings and card into ``folder``, which appears when it is complete.
+
+    Args:
+        pad_and_eos: give a byte tokenizer without special tokens those of :func:`bdh.tokenizer.byte_level.with_padding`.
 
     Raises:
         FileExistsError: the folder is there and not empty, and ``replace`` is not set.
@@ -117,19 +121,29 @@ def export_model(
     """
     _check_free(folder, replace)
     logging.disable_progress_bar()
+    tokenizer = _for_batches(tokenizer) if pad_and_eos else tokenizer
+    # What libraries ask for they find in both.
+    model.config.pad_token_id, model.config.bos_token_id = tokenizer.pad_token_id, tokenizer.bos_token_id
+    model.config.eos_token_id = stop_token_ids(tokenizer)
     model.generation_config = GenerationConfig(
         do_sample=True,
         temperature=0.8,
         top_k=50,
         max_new_tokens=200,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=stop_token_ids(tokenizer),
+        pad_token_id=model.config.pad_token_id,
+        bos_token_id=model.config.bos_token_id,
+        eos_token_id=model.config.eos_token_id,
     )
     with atomic_dir(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         (temporary / "README.md").write_text(card, encoding="utf-8")
+
+
+def _for_batches(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    tokenizer = with_padding(tokenizer)
+    tokenizer.padding_side = "left"  # a text goes on at its right end
+    return tokenizer
 
 
 def _export_adapters(
@@ -150,7 +164,7 @@ def _export_adapters(
     _check_free(folder, replace)
     with atomic_dir(folder) as temporary:
         write_adapters(temporary, model.config, run_weights(checkpoint, ema=ema), lora, base)
-        tokenizer.save_pretrained(temporary)
+        _for_batches(tokenizer).save_pretrained(temporary)
         (temporary / "README.md").write_text(model_card(model, checkpoint, ema=ema, adapters_of=base), encoding="utf-8")
 
 

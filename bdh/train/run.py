@@ -47,7 +47,7 @@ from bdh.train.stored import (
     stored_settings,
     with_same_rows,
 )
-from bdh.vocabulary import vocabulary_size
+from bdh.vocabulary import document_end_id, vocabulary_size
 from bdh.yaml_files import dump_yaml
 
 _logger = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ class Run:
     def document_end(self) -> int | None:
         """The token behind which training, and so its evaluation, sees nothing of what was before; None without."""
         is_apart = self.settings.train.carry_state or self.settings.data.pack == "documents"
-        return self.tokenizer.eos_token_id if is_apart else None
+        return document_end_id(self.tokenizer) if is_apart else None
 
     @property
     def rows_per_step(self) -> int:
