@@ -4,10 +4,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bdh.cli.settings import parse_settings
+from bdh.validation import Settings
 
 
 @dataclass
-class PlotSettings:
+class PlotSettings(Settings):
     runs: list[str] = field(default_factory=list)
     """Folders of the runs, drawn over each other."""
     keys: list[str] = field(default_factory=lambda: ["train/loss", "val/loss"])

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bdh.cli.settings import parse_settings
+from bdh.validation import Settings
 
 if TYPE_CHECKING:
     from bdh.monitor.runs import RunSummary
 
 
 @dataclass
-class RunsSettings:
+class RunsSettings(Settings):
     folder: str = "runs"
     """Folder that holds runs, at any depth; or a run."""
     json: bool = False
