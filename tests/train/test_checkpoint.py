@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bdh.train import checkpoint
+from bdh.train import checkpoint, places
 from bdh.train.checkpoint import MANIFEST, TRAINING, Checkpointer, CheckpointError
 
 TENSORS = "__0_0.distcp"  # what torch.distributed.checkpoint calls the first file of rank 0
