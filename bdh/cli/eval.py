@@ -12,6 +12,7 @@ from bdh.cli.models import ReadsModel
 from bdh.cli.settings import parse_settings
 from bdh.data.config import DataConfig
 from bdh.evaluate.task_files import check_task_files
+from bdh.path_text import PathText
 from bdh.validation import Faults
 
 _UNKNOWN_BLOCK_SIZE = 512
@@ -19,7 +20,7 @@ _UNKNOWN_BLOCK_SIZE = 512
 
 @dataclass(kw_only=True)
 class EvalSettings(ReadsModel):
-    model: str
+    model: PathText
     """Folder of an exported model or of a run, or a hub id."""
     data: DataConfig = field(default_factory=DataConfig)
     part: Literal["validation", "train", "all"] = "validation"
@@ -38,9 +39,9 @@ class EvalSettings(ReadsModel):
     """With carry_state: attend to the last so many tokens only, the newest included. None for all of the text."""
     batch_size: int = 16
     """Windows, stretches or texts in one forward pass."""
-    tasks: list[str] = field(default_factory=list)
+    tasks: list[PathText] = field(default_factory=list)
     """Run these tasks of the LM Evaluation Harness: names, YAML files or folders of them, with commas or as a list."""
-    include_path: str | None = None
+    include_path: PathText | None = None
     """Tasks: folder with further ones."""
     num_fewshot: int | None = None
     """Tasks: solved examples before each question. None for what the task says."""
@@ -56,7 +57,7 @@ class EvalSettings(ReadsModel):
     """Needle: of the facts and the places."""
     checkpoint: str | None = None
     """For a run: last (the default), best, or a step."""
-    base: str | None = None
+    base: PathText | None = None
     """For adapters: where the model that they were trained beside is now, by default where it was."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""

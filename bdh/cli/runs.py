@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bdh.cli.settings import parse_settings
+from bdh.path_text import PathText
 from bdh.validation import Settings
 
 if TYPE_CHECKING:
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class RunsSettings(Settings):
-    folder: str = "runs"
+    folder: PathText = "runs"
     """Folder that holds runs, at any depth; or a run."""
     json: bool = False
     """Print one JSON object a run instead of a table."""

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from bdh.cli.models import ReadsModel
 from bdh.cli.settings import parse_settings
+from bdh.cli.streams import lasting_streams
+from bdh.path_text import PathText
 from bdh.serve.config import ServeSettings
 
 
@@ -11,11 +13,16 @@ from bdh.serve.config import ServeSettings
 class _ServeSettings(ReadsModel, ServeSettings):
     """With the check that the model is there: ``bdh.serve`` does not know what a name stands for."""
 
-    model: str
+    model: PathText
     """Folder of an exported model or of a run, or a hub id."""
 
 
 def run(argv: list[str]) -> int:
+    with lasting_streams():
+        return _run(argv)
+
+
+def _run(argv: list[str]) -> int:
     settings = parse_settings(
         _ServeSettings,
         argv,
