@@ -91,13 +91,11 @@ def parse_settings(
         check_available: whether to check too that what the settings name is there: :meth:`Settings.check_available`.
 
     Raises:
-        FileNotFoundError: a configuration file is missing.
+        OSError, ImportError: a configuration file, or what a setting names, is missing.
         ValueError: lists all unknown settings, values of a wrong type, and values out of range.
-        OSError, ImportError: what a setting names is not there.
         SystemExit: with status 0, behind ``--help`` or ``--print_config``.
     """
-    leaves = _Leaves(settings_class)
-    command_line = _CommandLine(leaves, positionals, argv)
+    command_line = _CommandLine(leaves := _Leaves(settings_class), positionals, argv)
     if command_line.wants_help:
         _print_help(settings_class, prog, description, positionals)
         raise SystemExit(0)
