@@ -1,10 +1,20 @@
 """The settings of a server. Apart from it, so that `bdh serve --help` needs neither PyTorch nor FastAPI."""
 
+import importlib.util
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from bdh.generate.config import EngineConfig
 from bdh.path_text import PathText
+from bdh.serve.address import listen
+from bdh.serve.callers import read_callers
+from bdh.text_files import read_text
 from bdh.validation import Faults, Settings
+
+PLAIN = "plain"
+_PACKAGES = ("fastapi", "pydantic", "uvicorn", "httptools", "prometheus_client")  # of the extra `serve`
+_ENDPOINTS = [f"OTEL_EXPORTER_OTLP_{name}ENDPOINT" for name in ("", "TRACES_", "METRICS_")]
 
 
 @dataclass
@@ -104,6 +114,9 @@ class AuthSettings(Settings):
             value = getattr(self, name)
             faults.require(value is None or value >= 1, name, value, "at least 1, or null")
 
+    def check_available(self) -> None:
+        read_callers(self.keys_file, self.keys_variable)
+
 
 @dataclass
 class StateSettings(Settings):
@@ -175,3 +188,33 @@ class ServeSettings(Settings):
             self.resume_on_restart,
             "given with states.folder",
         )
+
+    def check_available(self) -> None:
+        super().check_available()
+        if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
+            raise ImportError(f"bdh serve needs more packages ({', '.join(missing)}): pip install 'bdh[serve]'")
+        check_telemetry(self.telemetry)
+        if self.chat_template not in (None, PLAIN):
+            read_template(Path(str(self.chat_template)))
+        listen(self.host, self.port).close()
+
+
+def check_telemetry(is_wanted: bool) -> None:
+    """
+    Raises:
+        ValueError: the environment does not say where it goes.
+    """
+    if is_wanted and not any(os.environ.get(name) for name in _ENDPOINTS):
+        raise ValueError(f"telemetry is asked for, but not where it goes: set {_ENDPOINTS[0]}")
+
+
+def read_template(path: Path) -> str:
+    """The text of the file ``chat_template``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no UTF-8.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"chat_template is {str(path)!r}: there is no such file; {PLAIN!r} is the plain form")
+    return read_text(path)

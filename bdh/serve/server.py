@@ -5,7 +5,6 @@ import contextlib
 import copy
 import hashlib
 import logging
-import os
 import resource
 import signal
 import socket
@@ -19,8 +18,9 @@ from bdh.generate.async_engine import AsyncEngine
 from bdh.generate.engine import Engine
 from bdh.generate.params import SamplingParams
 from bdh.model.modeling import BDHForCausalLM
+from bdh.serve.address import listen
 from bdh.serve.app import make_app
-from bdh.serve.config import ServeSettings
+from bdh.serve.config import ServeSettings, check_telemetry
 from bdh.serve.connections import Connections
 from bdh.serve.handling import finish_unfinished
 from bdh.serve.keys import ApiKeys
@@ -34,7 +34,6 @@ from bdh.tokenizer import TextEncoder
 LoadModel = Callable[[], tuple[BDHForCausalLM, PreTrainedTokenizerFast]]
 _WATCH_SECONDS = 0.5
 _OTHER_FILES = 128  # besides connections: the model's, the log, states, and connections about to end
-_ENDPOINTS = [f"OTEL_EXPORTER_OTLP_{name}ENDPOINT" for name in ("", "TRACES_", "METRICS_")]
 
 
 class _Uvicorn(uvicorn.Server):
@@ -76,24 +75,12 @@ def serve(settings: ServeSettings, load_model: LoadModel) -> int:
             that cannot be listened on.
     """
     settings.validated()
-    if settings.telemetry and not any(os.environ.get(name) for name in _ENDPOINTS):
-        raise ValueError(f"telemetry is asked for, but not where it goes: set {_ENDPOINTS[0]}")
+    check_telemetry(settings.telemetry)
     log_to_stderr(settings.log_format)
     keys = ApiKeys(settings.auth)
-    listening = _listen(settings.host, settings.port)
+    listening = listen(settings.host, settings.port)
     with listening:
         return asyncio.run(_run(settings, load_model, keys, listening))
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
-        listening = socket.create_server((host, port), family=family, backlog=1024)
-        # Its connections have it too. Without it an answer waits for the client to acknowledge its head: 40 ms.
-        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return listening
-    except OSError as error:
-        raise OSError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
 
 
 def uvicorn_config(service: Service, keys: ApiKeys) -> uvicorn.Config:

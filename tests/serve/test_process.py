@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -185,9 +186,12 @@ def test_prompts_are_in_the_log_only_where_that_was_asked_for(start):
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_process(folder, tmp_path):
-    process = Process(tmp_path / "nothing")
+    damaged = tmp_path / "damaged"
+    shutil.copytree(folder, damaged)
+    (damaged / "model.safetensors").write_bytes(b"nothing")
+    process = Process(damaged)
     assert process.process.wait(60) == 1
-    assert "there is no folder" in process.wait_for("the model cannot be served")["event"]
+    assert "cut off or damaged" in process.wait_for("the model cannot be served")["event"]
 
 
 @pytest.mark.parametrize(
