@@ -5,14 +5,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bdh.cli.settings import parse_settings
+from bdh.path_text import PathText
 from bdh.validation import Faults, Settings
 
 
 @dataclass(kw_only=True)
 class AverageSettings(Settings):
-    models: list[str] = field(default_factory=list)
+    models: list[PathText] = field(default_factory=list)
     """Exported folders, runs, checkpoints of a run (runs/a/checkpoints/step-0001000), or hub ids."""
-    out: str
+    out: PathText
     """Folder to write."""
     weights: list[float] | None = None
     """A share for each model, such as [1, 1, 2]; equal ones by default."""

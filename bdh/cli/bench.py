@@ -1,6 +1,7 @@
 """bdh bench: how fast a model goes on, reads, serves several requests, and is trained on this machine."""
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from bdh.bench.config import QUICK_SIZES, BenchOptions
 from bdh.cli.settings import given_settings, parse_settings
+from bdh.path_text import PathText
 from bdh.storage import write_text
 from bdh.validation import Faults, Settings
 
@@ -51,7 +53,7 @@ _THREADS_A_CORE = 4
 class BenchSettings(Settings):
     benchmark: Literal["decode", "prefill", "engine", "train"]
     """decode: a token at a time, compared with other forms. prefill: prompts by their length. engine: several requests. train: a training step, compared with other forms."""
-    model: str | None = None
+    model: PathText | None = None
     """Folder of an exported model or of a run, or a hub id. By default one is made whose neurons fire as sparsely as trained ones; for train, one of fresh weights."""
     n_embd: int | None = None
     """D of the model that is made. By default 256; for train 128; with --quick 64."""
@@ -99,7 +101,7 @@ class BenchSettings(Settings):
     """Of the weights that are made, and of the text."""
     quick: bool = False
     """Everything small, in seconds: to see that it runs. Its figures say little."""
-    json: str | None = None
+    json: PathText | None = None
     """File for the figures as one JSON object, which replaces it; - prints that instead of the tables."""
     checkpoint: str | None = None
     """For a run: last (the default), best, or a step."""
@@ -326,7 +328,7 @@ def _training_settings(files: Sequence[str], argv: Sequence[str]) -> "RunSetting
     if train.init_from is not None:
         raise ValueError(
             f"train.init_from is {train.init_from!r} in {', '.join(files)}: bdh bench train makes the model that a "
-            f"configuration describes; leave --config out, and give --model {train.init_from}"
+            f"configuration describes; leave --config out, and give --model {shlex.quote(train.init_from)}"
         )
     others = ("carry_state", "gradient_accumulation_steps", "compile", "optimizer")
     ignored = [f"train.{name}" for name in others if getattr(train, name) != getattr(default, name)]

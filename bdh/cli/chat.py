@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from bdh.cli.libraries import show_kept
 from bdh.cli.settings import parse_settings, verbatim
 from bdh.generate.chat_options import ChatOptions
+from bdh.path_text import PathText
 from bdh.validation import Faults
 
 if TYPE_CHECKING:
@@ -26,11 +27,11 @@ _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) i
 
 @dataclass(kw_only=True)
 class ChatSettings(ChatOptions):
-    model: str
+    model: PathText
     """Folder of an exported model or of a run, or a hub id."""
     system: str | None = verbatim(None)
     """System message: how the model is to answer. Without a chat template, text in front of everything."""
-    load: str | None = None
+    load: PathText | None = None
     """Conversation to go on with, from a file that /save wrote."""
     plain: bool = False
     """Continue what is typed as text, though the tokenizer has a chat template."""
@@ -46,7 +47,7 @@ class ChatSettings(ChatOptions):
     """How they hold the state."""
     checkpoint: str | None = None
     """For a run: last (the default), best, or a step."""
-    base: str | None = None
+    base: PathText | None = None
     """For adapters: where the model that they were trained beside is now, by default where it was."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""

@@ -4,17 +4,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bdh.cli.settings import parse_settings
+from bdh.path_text import PathText
 
 
 @dataclass
 class ConvertSettings:
-    source: str
+    source: PathText
     """Checkpoint of the reference code (.pt); with --to-reference: a model folder, a run, or a hub id."""
-    out: str
+    out: PathText
     """Folder to write; with --to-reference: the .pt file to write."""
     to_reference: bool = False
     """Convert back: write a model as a checkpoint of the reference code."""
-    tokenizer: str = "byte"
+    tokenizer: PathText = "byte"
     """Tokenizer to store with the model: byte, a tokenizer.json file, a folder, or a hub id."""
     n_layer: int | None = None
     """Passes, for checkpoints that carry no configuration (the weights do not show them)."""

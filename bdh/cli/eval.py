@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from bdh.cli.settings import parse_settings
 from bdh.data.config import DataConfig
+from bdh.path_text import PathText
 from bdh.validation import Faults, Settings
 
 _UNKNOWN_BLOCK_SIZE = 512
@@ -16,7 +17,7 @@ _UNKNOWN_BLOCK_SIZE = 512
 
 @dataclass(kw_only=True)
 class EvalSettings(Settings):
-    model: str
+    model: PathText
     """Folder of an exported model or of a run, or a hub id."""
     data: DataConfig = field(default_factory=DataConfig)
     part: Literal["validation", "train", "all"] = "validation"
@@ -35,9 +36,9 @@ class EvalSettings(Settings):
     """With carry_state: attend to the last so many tokens only, the newest included. None for all of the text."""
     batch_size: int = 16
     """Windows, stretches or texts in one forward pass."""
-    tasks: list[str] = field(default_factory=list)
+    tasks: list[PathText] = field(default_factory=list)
     """Run these tasks of the LM Evaluation Harness: names, YAML files or folders of them, with commas or as a list."""
-    include_path: str | None = None
+    include_path: PathText | None = None
     """Tasks: folder with further ones."""
     num_fewshot: int | None = None
     """Tasks: solved examples before each question. None for what the task says."""
@@ -53,7 +54,7 @@ class EvalSettings(Settings):
     """Needle: of the facts and the places."""
     checkpoint: str | None = None
     """For a run: last (the default), best, or a step."""
-    base: str | None = None
+    base: PathText | None = None
     """For adapters: where the model that they were trained beside is now, by default where it was."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""

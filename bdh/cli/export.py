@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bdh.cli.settings import parse_settings
+from bdh.path_text import PathText
 from bdh.storage import recover_dir
 from bdh.train.config import ADAPTER_CONFIG
 from bdh.validation import Faults, Settings
@@ -11,9 +12,9 @@ from bdh.validation import Faults, Settings
 
 @dataclass
 class ExportSettings(Settings):
-    run: str
+    run: PathText
     """Folder of the run; or of adapters, which are merged into the model that they were trained beside."""
-    out: str
+    out: PathText
     """Folder to write: config.json, model.safetensors, tokenizer files, generation_config.json, README.md."""
     checkpoint: str = "last"
     """Which weights: last, best (of the validation loss), or a step."""
@@ -21,7 +22,7 @@ class ExportSettings(Settings):
     """The moving average of the weights, of a run with train.ema_decay."""
     merge: bool | None = None
     """Of a run with train.lora: true merges the adapters into the weights, false writes them alone; by default its setting."""
-    base: str | None = None
+    base: PathText | None = None
     """For adapters: where the model that they were trained beside is now, by default where it was."""
 
     def collect_faults(self, faults: Faults) -> None:

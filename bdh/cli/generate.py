@@ -12,6 +12,7 @@ from bdh.generate.config import EngineConfig
 from bdh.generate.params import SamplingParams
 from bdh.generate.prompts_file import Job, num_done, read_jobs, result_lines
 from bdh.model.sampling import SamplingOptions
+from bdh.path_text import PathText
 from bdh.validation import Faults
 
 _BEAM_PROMPTS = 16  # searched together
@@ -30,16 +31,16 @@ _ONLY_ENGINE = (
 
 @dataclass(kw_only=True)
 class GenerateSettings(SamplingOptions):
-    model: str
+    model: PathText
     """Folder of an exported model or of a run, or a hub id."""
     prompt: str | None = verbatim(None)
     """Text to continue."""
-    prompts_file: str | None = None
+    prompts_file: PathText | None = None
     """Prompts instead of --prompt: a text file with one a line, or a .jsonl file of objects with a prompt (or messages) and
     settings of its own, such as max_tokens or seed; further keys are passed on to the results."""
     chat: bool = False
     """Each prompt is a message of the user, which the model answers: put it into the tokenizer's chat template."""
-    output: str | None = None
+    output: PathText | None = None
     """File to write results to, one JSON object a line, in the order of the prompts; by default they are printed."""
     resume: bool = False
     """Go on with an output that was interrupted: what it holds is checked, and stays."""
@@ -64,7 +65,7 @@ class GenerateSettings(SamplingOptions):
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: str | None = None
     """For a run: last (the default), best, or a step."""
-    base: str | None = None
+    base: PathText | None = None
     """For adapters: where the model that they were trained beside is now, by default where it was."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""

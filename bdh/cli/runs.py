@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bdh.cli.settings import parse_settings
+from bdh.path_text import PathText
 
 if TYPE_CHECKING:
     from bdh.monitor.runs import RunSummary
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class RunsSettings:
-    folder: str = "runs"
+    folder: PathText = "runs"
     """Folder that holds runs, at any depth; or a run."""
     json: bool = False
     """Print one JSON object a run instead of a table."""

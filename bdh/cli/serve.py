@@ -1,10 +1,16 @@
 """bdh serve: an OpenAI-compatible server."""
 
 from bdh.cli.settings import parse_settings
+from bdh.cli.streams import lasting_streams
 from bdh.serve.config import ServeSettings
 
 
 def run(argv: list[str]) -> int:
+    with lasting_streams():
+        return _run(argv)
+
+
+def _run(argv: list[str]) -> int:
     settings = parse_settings(
         ServeSettings,
         argv,

@@ -6,6 +6,7 @@ from typing import Literal
 
 from bdh.cli.settings import parse_settings
 from bdh.data.config import DataConfig
+from bdh.path_text import PathText
 from bdh.validation import Faults, Settings
 
 
@@ -16,7 +17,7 @@ class TokenizerTrainSettings(Settings):
     """bpe and unigram give every text back exactly; wordpiece loses white space and rare characters."""
     vocab_size: int = 8192
     """Entries of the vocabulary, special tokens included."""
-    out: str
+    out: PathText
     """Folder to write."""
 
     def collect_faults(self, faults: Faults) -> None:

@@ -4,12 +4,13 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from bdh.data.mix_config import collect_mix_faults
+from bdh.path_text import PathText
 from bdh.validation import Faults, Settings
 
 
 @dataclass
 class DataConfig(Settings):
-    source: str | list[str] = "pydoc"
+    source: PathText | list[PathText] = "pydoc"
     """Built-in (pydoc, stdlib, shakespeare), hub id, file, glob or folder; several with commas or as a list."""
     mix: list[dict[str, Any]] | None = None
     """Several sources instead of one: [{source: a.txt, weight: 3}, ...]; entries may set text_column and the like."""
@@ -35,7 +36,7 @@ class DataConfig(Settings):
     """Bytes that are not UTF-8: strict stops and says where, replace puts U+FFFD in their place."""
     val_split: str | None = None
     """Hub: split to validate on, instead of val_fraction."""
-    val_source: str | list[str] | None = None
+    val_source: PathText | list[PathText] | None = None
     """Files to validate on, instead of val_fraction."""
     val_fraction: float = 0.1
     """Share of the documents that is held out, from the end; of the text's bytes where there is one document."""
@@ -47,7 +48,7 @@ class DataConfig(Settings):
     """Streaming: documents that are shuffled among each other; the buffer also ends at 64 MiB of text."""
     val_tokens: int = 262_144
     """Streaming: tokens to collect for validation; the document that reaches them is taken whole."""
-    cache_dir: str | None = None
+    cache_dir: PathText | None = None
     """Folder of the token cache. None takes $BDH_CACHE, or else ~/.cache/bdh."""
 
     def beside(self, others: "list[DataConfig]") -> "EntryConfig":

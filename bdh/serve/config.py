@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from bdh.generate.config import EngineConfig
+from bdh.path_text import PathText
 from bdh.validation import Faults, Settings
 
 
@@ -61,7 +62,7 @@ class LimitSettings(Settings):
 
 @dataclass
 class AuthSettings(Settings):
-    keys_file: str | None = None
+    keys_file: PathText | None = None
     """File with an API key in each line, or a name and a key; # begins a comment. Read again on SIGHUP."""
     keys_variable: str = "BDH_API_KEYS"
     """Environment variable with further keys, separated by commas. Without any key everybody may ask."""
@@ -80,7 +81,7 @@ class AuthSettings(Settings):
 class StateSettings(Settings):
     max_bytes: int = 2 << 30
     """Memory for saved states; the least recently used go, or stay on the disk only."""
-    folder: str | None = None
+    folder: PathText | None = None
     """Folder that keeps them over a restart. None for memory only."""
     folder_bytes: int = 20 << 30
     """Room in that folder; the least recently used go."""
@@ -95,7 +96,7 @@ class StateSettings(Settings):
 
 @dataclass(kw_only=True)
 class ServeSettings(Settings):
-    model: str
+    model: PathText
     """Folder of an exported model or of a run, or a hub id."""
     host: str = "127.0.0.1"
     """Address to listen on: 0.0.0.0 opens the server to the network."""
@@ -103,7 +104,7 @@ class ServeSettings(Settings):
     """0 takes a free one."""
     served_model_name: list[str] = field(default_factory=list)
     """Names that requests give; the first one stands in the answers. By default the last part of model."""
-    chat_template: str | None = None
+    chat_template: PathText | None = None
     """For a tokenizer without chat template: plain (User: and Assistant: before each message), or a file. None refuses chats."""
     chat_stop: list[str] = field(default_factory=list)
     """Strings that end every reply of a chat."""
@@ -129,7 +130,7 @@ class ServeSettings(Settings):
     """Traces and metrics by FastAPI's OpenTelemetry, sent to OTEL_EXPORTER_OTLP_ENDPOINT."""
     checkpoint: str | None = None
     """For a run: last (the default), best, or a step."""
-    base: str | None = None
+    base: PathText | None = None
     """For adapters: where the model that they were trained beside is now, by default where it was."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from bdh.path_text import PathText
 from bdh.validation import Faults, Settings
 
 BYTE = "byte"
@@ -10,12 +11,12 @@ DEFAULT_CHAT_TEMPLATE = "default"
 
 @dataclass
 class TokenizerConfig(Settings):
-    path: str = BYTE
+    path: PathText = BYTE
     """byte (a token is a byte), a folder that `bdh tokenizer train` or an export wrote, a tokenizer.json, or a hub id."""
     special_tokens: bool = False
     """byte only: add <pad> <bos> <eos> <unk> behind the 256 bytes. With them, <eos> ends every document."""
 
-    chat_template: str | None = None
+    chat_template: PathText | None = None
     """A .jinja file, or default. None keeps the tokenizer's own; chat data without one get the default, with its tokens."""
 
     def collect_faults(self, faults: Faults) -> None:

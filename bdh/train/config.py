@@ -8,6 +8,7 @@ from bdh.data.config import DataConfig
 from bdh.distributed.config import DistributedConfig
 from bdh.model.decay import decay_fault
 from bdh.monitor.config import MonitorConfig
+from bdh.path_text import PathText
 from bdh.tokenizer.config import TokenizerConfig
 from bdh.validation import Faults, Settings
 
@@ -143,7 +144,7 @@ class TrainSettings(Settings):
     """Tokens of each sequence in a block, at most block_size. null for what costs least."""
     ema_decay: float | None = None
     """Keep an exponential moving average of the weights with this decay, such as 0.999, and evaluate it too. null for none."""
-    init_from: str | None = None
+    init_from: PathText | None = None
     """Model to start from, with a fresh optimizer: an export, a run, or a hub id. Its sizes and tokenizer are taken over."""
     lora: LoraSettings = field(default_factory=LoraSettings)
     on_nonfinite: Literal["stop", "skip"] = "stop"
@@ -257,7 +258,7 @@ class RunSettings(Settings):
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
-    run_dir: str | None = None
+    run_dir: PathText | None = None
     """Folder of the run; by default runs/ and the time of the start. It must not hold a run yet."""
     resume: bool = False
     """Continue the run in run_dir from its newest checkpoint."""

@@ -39,6 +39,7 @@ from bdh.train.runtime import Runtime, choose_runtime, random_states, restore_ra
 from bdh.train.speed import used_memory_bytes
 from bdh.train.stored import (
     CONFIG_FILE,
+    check_steps_are_left,
     check_unchanged,
     holds_run,
     rows_per_step,
@@ -183,9 +184,13 @@ class Run:
                     self.corpus.facts["source"],
                 )
         if not is_same:
+            source, before = self.corpus.facts["source"], training["data_facts"]["source"]
+            what = f"the text of {source} has changed since the run was started"
+            if source != before:
+                what = f"the text of {source} is not that of {before}, which the run was started with"
             raise ValueError(
-                f"the text of {self.corpus.facts['source']} has changed since the run was started (its fingerprint was "
-                f"{training['data_fingerprint']}, now it is {self.corpus.fingerprint}): nothing was changed"
+                f"{what} (its fingerprint was {training['data_fingerprint']}, now it is {self.corpus.fingerprint}): "
+                "nothing was changed"
             )
         shapes = checkpoint.shapes()
         self.optimizers.make_room(
@@ -276,6 +281,7 @@ def _open(
         stored = stored_settings(folder)
         check_unchanged(settings, stored)
         checkpoint = checkpointer.load(settings.resume_step)
+        check_steps_are_left(settings, checkpoint.step)
         settings = with_same_rows(settings, stored, checkpoint.training["rows_per_step"], world)
     elif any(world.gather(holds_run(folder))):
         raise FileExistsError(

@@ -1,5 +1,6 @@
 """The settings of a run that lie in its folder, and what of them a run that goes on may change."""
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,6 +20,9 @@ _FIXED = {
     "train": ("block_size", "carry_state", "optimizer", "seed", "init_from", "lora"),
 }
 _FREE = {
+    # The text itself is compared, wherever it lies now: see Run.restore.
+    "data.source",
+    "data.val_source",
     "model.attention_form",
     "model.chunk_size",
     "model.dropout",
@@ -64,6 +68,11 @@ def with_same_rows(settings: RunSettings, stored: dict[str, Any], rows: int, wor
     return replace(
         settings, train=replace(train, batch_size=batch_size, gradient_accumulation_steps=share // batch_size)
     )
+
+
+def resume_command(folder: Path) -> str:
+    """What to type to continue the run of a folder, quoted for the shell."""
+    return shlex.join(("bdh", "train", "--run_dir", str(folder), "--resume"))
 
 
 def holds_run(folder: Path) -> bool:
@@ -119,10 +128,29 @@ def check_unchanged(settings: RunSettings, stored: dict[str, Any]) -> None:
         for name, own, value, before in _fields(section, now[section], stored.get(section, {}))
         if (names is None or name.split(".")[1] in names)
         and name not in _FREE
-        and before.get(own, value) != value  # a setting that the run's version did not have is new
+        and _without_places(before.get(own, value))
+        != _without_places(value)  # what the run's version did not have is new
     ]
     if changed:
         raise ValueError("a resumed run keeps its model and data, but these differ: " + "; ".join(changed))
+
+
+def _without_places(value: Any) -> Any:
+    """The setting ``data.mix`` without where its texts lie; any other as it is."""
+    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+        return value
+    return [{name: each for name, each in entry.items() if f"data.{name}" not in _FREE} for entry in value]
+
+
+def check_steps_are_left(settings: RunSettings, step: int) -> None:
+    """Raises ``ValueError`` where a resumed run is to end before the step that it has reached."""
+    for name in ("max_steps", "stop_at_step"):
+        last = getattr(settings.train, name)
+        if last is not None and last < step:
+            raise ValueError(
+                f"train.{name} is {last}, but the run has reached step {step}: give more to continue it, or an earlier "
+                "checkpoint with --resume_step; nothing was changed"
+            )
 
 
 def _fields(prefix: str, now: dict[str, Any], stored: dict[str, Any]) -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
