@@ -3,7 +3,7 @@
 import codecs
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ class Text:
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     """Those of ``logprobs``, which are not there for a prompt's first token."""
+    num_generated: int = 0
     offset: int = 0
     """Characters of the tokens so far."""
     decoder: Any = field(default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace"))
@@ -75,14 +76,16 @@ class Writer:
                 entries += zip(prompt, output.prompt_logprobs, strict=False)
             entries += [(each.token, each) for each in output.logprobs or []]
         said = self._logprobs(text, entries) if self._num_top is not None else None
-        text.parts.append(output.text)
+        shown = self._shown(text, output.text)
+        text.parts.append(shown)
+        text.num_generated += len(output.token_ids)
         text.tokens += [token for token, _ in entries]
         text.logprobs += [each for _, each in entries]
         text.completion = output.completion
         extras = self._extras(output)
-        if not (output.text or entries or extras or output.completion):
+        if not (shown or entries or extras or output.completion):
             return None
-        choice = self._chunk_choice(self.index(event), output.text, said if entries else None, output.completion)
+        choice = self._chunk_choice(self.index(event), shown, said if entries else None, output.completion)
         if extras or text.extras:
             choice["bdh"] = {**extras, **text.extras}
         return choice
@@ -105,13 +108,15 @@ class Writer:
         }
 
     def usage(self) -> Json:
+        """What has been read and generated so far."""
         prompt = cached = 0
         for place, job in enumerate(self._jobs):
             completion = self._texts[place, 0].completion
             prompt += len(job.tokens)
             cached += completion.num_cached_tokens if completion is not None else 0
-        ended = [text.completion for text in self._texts.values() if text.completion is not None]
-        generated = sum(len(completion.token_ids) for completion in ended)
+        generated = sum(
+            text.num_generated if text.completion is None else len(text.completion.token_ids) for text in self.texts
+        )
         return {
             "prompt_tokens": prompt,
             "completion_tokens": generated,
@@ -135,6 +140,10 @@ class Writer:
             logprobs = self._logprobs(Text(), list(zip(text.tokens, text.logprobs, strict=True)))
         choice = self._answer_choice(index, "".join(text.parts), logprobs, text.completion)
         return {**choice, "bdh": text.extras} if text.extras else choice
+
+    def _shown(self, text: Text, piece: str) -> str:
+        """What of a text's next piece is given."""
+        return piece
 
     def _logprobs(self, text: Text, entries: Sequence[tuple[int, TokenLogprobs | None]]) -> Json:
         raise NotImplementedError
@@ -176,7 +185,27 @@ class CompletionWriter(Writer):
 
 
 class ChatWriter(Writer):
+    """
+    Args:
+        reply: makes a message of what the model has written, by taking from its beginning.
+    """
+
     prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        names: TokenNames,
+        model: str,
+        num_top: int | None,
+        num_given: int,
+        reply: Callable[[str], str],
+    ):
+        super().__init__(jobs, names, model, num_top, num_given)
+        self._reply = reply
+
+    def _shown(self, text: Text, piece: str) -> str:
+        return piece if any(text.parts) else self._reply(piece)
 
     def first_choices(self) -> list[Json]:
         return [

@@ -20,11 +20,13 @@ import bdh
 from bdh.serve import schemas
 from bdh.serve.describe import describe
 from bdh.serve.errors import ApiError, bad_request, internal_error
+from bdh.serve.fields import named
 from bdh.serve.handling import Handler, no_state
 from bdh.serve.keys import ApiKeys, RateLimits
 from bdh.serve.middleware import ClientGone, Front
 from bdh.serve.service import Loaded, Service
 from bdh.serve.states import SavedState
+from bdh.serve.tokens import tokenizer_info
 
 _CLIENT_GONE = 499  # what nginx calls it; for log and metrics only
 _HEALTH = ("/health", "/health/live", "/health/ready")
@@ -128,8 +130,13 @@ def _add_routes(app: FastAPI, service: Service, handler: Handler) -> None:
         if body.messages is not None:
             tokens = await loaded.in_text_thread(loaded.chat.encode, [message.plain() for message in body.messages])
         else:
-            tokens = await loaded.in_text_thread(_encode, loaded, body.prompt or "")
+            tokens = await loaded.in_text_thread(_encode, loaded, body.text, bool(body.add_special_tokens))
         return schemas.TokenizeAnswer(tokens=tokens, count=len(tokens))
+
+    @app.get("/tokenizer_info", responses=_also(401, 503), tags=["tokens"])
+    async def info() -> schemas.TokenizerInfo:
+        loaded, limits = service.ready(), service.settings.limits
+        return schemas.TokenizerInfo(**tokenizer_info(loaded.tokenizer, loaded.chat.template, limits.prompt_tokens))
 
     @app.post("/detokenize", responses=_also(401, 404, 503), tags=["tokens"])
     async def detokenize(body: schemas.DetokenizeRequest) -> schemas.DetokenizeAnswer:
@@ -218,7 +225,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        return _invalid(error.errors()).response()
+        return _invalid(error.errors(), error.body).response()
 
     @app.exception_handler(HTTPException)
     async def of_starlette(request: Request, error: HTTPException) -> Response:
@@ -227,9 +234,7 @@ def _add_errors(app: FastAPI) -> None:
             405: f"{request.method} is not allowed at {request.url.path}",
             400: "the request's body is not JSON",
         }.get(error.status_code, str(error.detail))
-        response = ApiError(
-            error.status_code, message, code="not_found" if error.status_code == 404 else None
-        ).response()
+        response = ApiError(error.status_code, message).response()
         response.headers.update(error.headers or {})
         if error.status_code == 405:
             response.headers["Allow"] = ", ".join(sorted(_methods(app, request)))
@@ -252,29 +257,27 @@ def _methods(app: FastAPI, request: Request) -> set[str]:
     return found | {"HEAD"} if "GET" in found else found
 
 
-_TYPE_NAMES = {"str", "int", "float", "bool"}
-
-
-def _invalid(faults: Sequence[Any]) -> ApiError:
+def _invalid(faults: Sequence[Any], given: Any) -> ApiError:
     """The fault that says most: what is no field of ours; then what is out of range; then what is deepest."""
     found: list[tuple[str, str]] = []
     # Of a union each member complains: that it has another type says least.
     for fault in sorted(faults, key=lambda fault: (fault["type"].endswith("_type"), -len(fault["loc"]))):
-        place = [str(part) for part in fault["loc"] if part != "body"]
-        # The parts of a union's members name types, not fields.
-        param = ".".join(part for part in place if re.fullmatch(r"[a-z_]+|\d+", part) and part not in _TYPE_NAMES)
+        place = fault["loc"][1:] if fault["loc"][:1] == ("body",) else fault["loc"]
+        param = named(place, given, is_missing=fault["type"] == "missing")
         if fault["type"] == "json_invalid":
             return bad_request(f"the request's body is not JSON: {fault['ctx']['error']}", None, "invalid_json")
         if fault["type"] == "extra_forbidden":
             message = f"{param} is not supported: leave it out"
-        elif fault["type"] == "value_error":
+        elif fault["type"] == "value_error":  # of an object, and begins with the name of its field
             message = str(fault["ctx"]["error"])
-            param = message.partition(":")[0]
+            inner = message.partition(":")[0]
+            message = f"{param}.{message}" if param and inner else message
+            param = ".".join(filter(None, (param, inner)))
         elif not place:
             message = "the request's body must be a JSON object, with Content-Type: application/json"
         else:
             message = f"{param}: {fault['msg']}"
-        found.append((param or "", message))
+        found.append((param, message))
     extra = [each for each in found if "is not supported" in each[1]]
     param, message = (extra or found)[0]
     return bad_request(message, param or None, "unsupported_field" if extra else "invalid_value")
@@ -306,8 +309,8 @@ def _state_facts(saved: SavedState) -> schemas.StateFacts:
     )
 
 
-def _encode(loaded: Loaded, text: str) -> list[int]:
-    ids: Any = loaded.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+def _encode(loaded: Loaded, text: str, add_special_tokens: bool) -> list[int]:
+    ids: Any = loaded.tokenizer(text, add_special_tokens=add_special_tokens, split_special_tokens=True)["input_ids"]
     return list(ids)
 
 

@@ -3,7 +3,7 @@
 It says as much as JSON Schema can, so that what a client makes from it is not refused.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -13,6 +13,13 @@ from bdh.serve.service import Service
 from bdh.vocabulary import document_end_id
 
 Schema = dict[str, Any]
+_ASKING_OPTIONS = ("include_usage", "continuous_usage_stats")
+_NEEDS_CONTENT = [
+    {
+        "if": {"properties": {"role": {"enum": ["system", "developer", "user"]}}},
+        "then": {"required": ["content"], "properties": {"content": {"type": ["string", "array"], "minItems": 1}}},
+    }
+]
 
 
 def describe(app: FastAPI, service: Service, keys: ApiKeys) -> None:
@@ -26,9 +33,11 @@ def describe(app: FastAPI, service: Service, keys: ApiKeys) -> None:
             _describe_limits(schemas[name]["properties"], service)
             schemas[name].setdefault("allOf", _conditions(schemas[name]["properties"]))
         schemas["TokenizeRequest"]["oneOf"] = [
-            {"required": ["prompt"], "properties": {"prompt": {"type": "string"}, "messages": {"type": "null"}}},
-            {"required": ["messages"], "properties": {"messages": {"type": "array"}, "prompt": {"type": "null"}}},
+            _one("prompt", {"type": "string"}, absent=("content", "messages")),
+            _one("content", {"type": "string"}, absent=("prompt", "messages")),
+            _one("messages", {"type": "array"}, absent=("prompt", "content", "add_special_tokens")),
         ]
+        schemas["ChatMessage"].setdefault("allOf", _NEEDS_CONTENT)
         if service.loaded is not None:
             _describe_model(schemas, service)
         return described
@@ -83,23 +92,32 @@ def _absent(name: str) -> Schema:
     return {"properties": {name: {"type": "null"}}}
 
 
+def _one(name: str, schema: Schema, *, absent: Sequence[str]) -> Schema:
+    """This field, and none of those."""
+    nothing = {"enum": [None, False]}
+    return {"required": [name], "properties": {name: schema, **dict.fromkeys(absent, nothing)}}
+
+
 def _conditions(properties: Schema) -> list[Schema]:
     """Which fields go together."""
     streams = _given("stream", const=True)
     watches = {"properties": {"bdh": {"type": "object", **_given("activations", type="integer")}}, "required": ["bdh"]}
     found: list[Schema] = [
-        {"if": _given("stream_options", type="object"), "then": streams},
+        *({"if": _given("stream_options", **_given(name, const=True)), "then": streams} for name in _ASKING_OPTIONS),
         {"if": watches, "then": streams},
     ]
     if "top_logprobs" in properties:
         found += [
-            {"if": _given("top_logprobs", type="integer"), "then": _given("logprobs", const=True)},
+            {"if": _given("top_logprobs", type="integer", minimum=1), "then": _given("logprobs", const=True)},
             {"if": _given("max_completion_tokens", type="integer"), "then": _absent("max_tokens")},
         ]
     else:
         several = _given("best_of", type="integer")
         found += [
-            {"if": several, "then": {"properties": {"stream": {"enum": [False, None]}}}},
+            {
+                "if": _given("best_of", type="integer", minimum=2),
+                "then": {"properties": {"stream": {"enum": [False, None]}}},
+            },
             {"if": several, "then": {"properties": {"n": {"anyOf": [{"type": "null"}, {"const": 1}]}}}},
         ]
     return found

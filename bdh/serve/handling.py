@@ -18,7 +18,7 @@ from bdh.serve.errors import ApiError, bad_request, internal_error
 from bdh.serve.events import DONE, PING, SILENCE_SECONDS, EventStream, event, unless_gone
 from bdh.serve.keys import Caller, RateLimits
 from bdh.serve.logs import log
-from bdh.serve.schemas import ChatRequest, CompletionRequest, Extras
+from bdh.serve.schemas import ChatRequest, CompletionRequest, Extras, StreamOptions
 from bdh.serve.service import CutOff, Event, Generation, Job, Loaded, Service
 from bdh.storage import DiskFullError
 
@@ -33,6 +33,9 @@ class Asked:
     writer: Writer
     is_stream: bool
     says_usage: bool
+    """In a chunk at the end."""
+    counts_usage: bool
+    """In every chunk."""
     extras: Extras
     model: str
 
@@ -68,17 +71,18 @@ class Handler:
         )
         if params.n > (body.n or 1) and params.logprobs is None:
             params.logprobs = 0  # to choose by
+        self._service.check_texts(params.n, "n" if params.n == body.n else "best_of")
         snapshot = await self._snapshot(extras, caller)
         if snapshot is not None and (len(body.prompts) > 1 or body.echo):
             name = "prompt" if len(body.prompts) > 1 else "echo"
             raise bad_request(f"{name}: with bdh.from_state only one prompt, and no echo", name)
         params.validated()  # what pydantic does not know
         jobs = []
-        for prompt in body.prompts:
-            tokens = await loaded.in_text_thread(_tokens, loaded, prompt, snapshot is not None)
-            jobs.append(
-                Job(tokens, replace(params), snapshot, bool(extras.save_state), extras.activations, {"kind": "text"})
-            )
+        for number, prompt in enumerate(body.prompts):
+            param = "prompt" if prompt is body.prompt else f"prompt.{number}"
+            tokens = await loaded.in_text_thread(_tokens, loaded, prompt, param, snapshot is not None)
+            keep, watch = bool(extras.save_state), extras.activations
+            jobs.append(Job(tokens, replace(params), snapshot, keep, watch, {"kind": "text"}, param))
         writer = CompletionWriter(jobs, loaded.names, model, body.logprobs, body.n or 1)
         return self._asked(body, jobs, writer, model)
 
@@ -86,11 +90,14 @@ class Handler:
         loaded, extras = self._service.ready(), body.extras
         messages = [message.plain() for message in body.messages]
         max_tokens = self._max_tokens(
-            body.max_completion_tokens or body.max_tokens, self._service.settings.limits.chat_tokens
+            body.max_completion_tokens or body.max_tokens,
+            self._service.settings.limits.chat_tokens,
+            "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens",
         )
         params = body.params(max_tokens=max_tokens, stops=loaded.chat.stops, stop_token_ids=loaded.chat.end_ids)
         if body.logprobs:
             params.logprobs = body.top_logprobs or 0
+        self._service.check_texts(params.n, "n")
         snapshot = await self._snapshot(extras, caller)
         if snapshot is None:
             before: list[dict[str, str]] = []
@@ -104,21 +111,24 @@ class Handler:
             stopped_by = snapshot.notes.get("stopped_by")
             tokens = await loaded.in_text_thread(loaded.chat.further, before, messages, stopped_by)
         notes = {"kind": "chat", "messages": [*before, *messages]}
-        jobs = [Job(tokens, params, snapshot, bool(extras.save_state), extras.activations, notes)]
+        jobs = [Job(tokens, params, snapshot, bool(extras.save_state), extras.activations, notes, "messages")]
         num_top = params.logprobs if body.logprobs else None
-        return self._asked(body, jobs, ChatWriter(jobs, loaded.names, model, num_top, params.n), model)
+        return self._asked(
+            body, jobs, ChatWriter(jobs, loaded.names, model, num_top, params.n, loaded.chat.reply), model
+        )
 
     def _asked(self, body: CompletionRequest | ChatRequest, jobs: list[Job], writer: Writer, model: str) -> Asked:
-        says_usage = bool(body.stream_options and body.stream_options.include_usage)
+        options = body.stream_options or StreamOptions()
         if self._service.settings.log_prompts:
             names = self._service.ready().names
             log("prompts", prompts=[names.text(job.tokens) for job in jobs])
-        return Asked(jobs, writer, body.is_stream, says_usage, body.extras, model)
+        says_usage, counts_usage = bool(options.include_usage), bool(options.continuous_usage_stats)
+        return Asked(jobs, writer, body.is_stream, says_usage, counts_usage, body.extras, model)
 
-    def _max_tokens(self, given: int | None, default: int) -> int:
+    def _max_tokens(self, given: int | None, default: int, param: str = "max_tokens") -> int:
         most = self._service.settings.limits.max_tokens
         if given is not None and given > most:
-            raise bad_request(f"max_tokens is {given:,}: must be at most {most:,}", "max_tokens")
+            raise bad_request(f"{param} is {given:,}: must be at most {most:,}", param)
         return min(default, most) if given is None else given
 
     async def _snapshot(self, extras: Extras, caller: Caller) -> Snapshot | None:
@@ -157,15 +167,20 @@ class Handler:
 
     async def _events(self, asked: Asked, generation: Generation, request: Request) -> AsyncIterator[bytes]:
         writer = asked.writer
+
+        def chunk(choice: Json) -> bytes:
+            usage = writer.usage() if asked.counts_usage else None
+            return event(writer.chunk([choice], usage=usage, says_usage=asked.says_usage or asked.counts_usage))
+
         try:
             for choice in writer.first_choices():
-                yield event(writer.chunk([choice], says_usage=asked.says_usage))
+                yield chunk(choice)
             while not generation.is_done:
                 item = await generation.next(SILENCE_SECONDS)
                 if item is None:
                     yield PING
                 elif said := await self._take(asked, generation, item):
-                    yield event(writer.chunk([said], says_usage=asked.says_usage))
+                    yield chunk(said)
             if generation.is_cut_off:
                 raise self._cut_off(asked)
             if asked.says_usage:
@@ -275,6 +290,7 @@ async def finish_unfinished(loaded: Loaded) -> None:
             text = (saved.text or "") + completion.text
             notes = dict(snapshot.notes)
             if notes["kind"] == "chat":
+                text = loaded.chat.reply(text)
                 notes["messages"] = [*notes["messages"], {"role": "assistant", "content": text}]
             await asyncio.to_thread(
                 loaded.states.put,
@@ -301,7 +317,7 @@ def _caller(request: Request) -> Caller:
     return request.state.caller
 
 
-def _tokens(loaded: Loaded, prompt: str | Sequence[int], goes_on: bool) -> list[int]:
+def _tokens(loaded: Loaded, prompt: str | Sequence[int], param: str, goes_on: bool) -> list[int]:
     """
     Raises:
         ApiError: 400, there is nothing to start from, or ids outside of the vocabulary.
@@ -315,10 +331,10 @@ def _tokens(loaded: Loaded, prompt: str | Sequence[int], goes_on: bool) -> list[
         try:
             tokens = encode_prompt(loaded.tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
         except ValueError as error:
-            raise bad_request(str(error), "prompt") from error
+            raise bad_request(str(error), param) from error
         if not tokens:
-            raise bad_request("the prompt has no tokens: give at least one to start from", "prompt")
+            raise bad_request("the prompt has no tokens: give at least one to start from", param)
     vocab_size = loaded.model.config.vocab_size
     if wrong := [token for token in tokens if token >= vocab_size][:3]:
-        raise bad_request(f"the prompt has the token ids {wrong}: must be within 0 and {vocab_size - 1}", "prompt")
+        raise bad_request(f"the prompt has the token ids {wrong}: must be within 0 and {vocab_size - 1}", param)
     return tokens

@@ -55,6 +55,7 @@ class Front:
             await self._app(scope, receive, send)
             return
         start = time.monotonic()
+        scope["path"] = scope["path"].rstrip("/") or "/"  # a slash at the end makes no other route
         connection = HTTPConnection(scope)
         given = connection.headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex

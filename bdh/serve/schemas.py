@@ -1,4 +1,4 @@
-"""What requests and answers look like. Nothing is converted or left out silently: a field that is not here is refused."""
+"""What requests and answers look like. A field that is not here is refused, unless it asks for nothing."""
 
 from typing import Annotated, Any, Literal
 
@@ -6,6 +6,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from bdh.generate.activity import MOST_NEURONS
 from bdh.generate.params import SamplingParams
+from bdh.serve.fields import WITHOUT_EFFECT, RequestModel
 
 
 def _whole(value: Any) -> Any:
@@ -26,35 +27,18 @@ Prompt = (
 )
 
 
-def _is_text(value: str) -> bool:
-    """JSON can spell what is no character: half of a surrogate pair."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-class _Request(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _check_characters(cls, given: Any) -> Any:
-        for name, value in given.items() if isinstance(given, dict) else ():
-            for text in (value, *value) if isinstance(value, list) else (value, name):
-                if isinstance(text, str) and not _is_text(text):
-                    raise ValueError(
-                        f"{name if _is_text(name) else ''}: has half of a surrogate pair, which is no text"
-                    )
-        return given
-
-
-class StreamOptions(_Request):
+class StreamOptions(RequestModel):
+    without_effect = WITHOUT_EFFECT["stream_options"]
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = Field(default=None, description="Usage so far in each chunk.")
+
+    @property
+    def are_needed(self) -> bool:
+        """Whether they ask for anything."""
+        return bool(self.include_usage or self.continuous_usage_stats)
 
 
-class Extras(_Request):
+class Extras(RequestModel):
     """What only a model with a state of fixed size can do."""
 
     save_state: bool | None = Field(default=None, description="Keep the state behind the text; the answer has its id.")
@@ -65,20 +49,21 @@ class Extras(_Request):
     )
 
 
-class _Generation(_Request):
+class _Generation(RequestModel):
     """What both kinds of requests have."""
 
-    model: str | None = Field(default=None, description="A name that the server has; None for its first.")
+    without_effect = WITHOUT_EFFECT["request"]
+    model: str | None = Field(default=None, description="A name that the server has; null, or empty, for its first.")
     temperature: float | None = Field(
         default=None, ge=0, le=100, description="0 takes the likeliest token; else at least 1e-6."
     )
-    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_p: float | None = Field(default=None, ge=0, le=1, description="0 takes the likeliest token.")
     top_k: Annotated[int, Field(ge=-1, le=_LIMIT), BeforeValidator(_whole)] | None = Field(
         default=None, description="0 or -1 for all tokens."
     )
     min_p: float | None = Field(default=None, ge=0, lt=1)
     n: Positive | None = None
-    stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
+    stop: str | Annotated[list[Text], Field(max_length=16)] | None = None
     stop_token_ids: list[TokenId] | None = Field(default=None, max_length=64)
     seed: Annotated[int, Field(ge=-(2**63), le=2**63), BeforeValidator(_whole)] | None = None
     presence_penalty: float | None = Field(default=None, ge=-100, le=100)
@@ -118,7 +103,9 @@ class _Generation(_Request):
             )
             if getattr(self, name) is not None
         }
-        stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
+        if self.top_p == 0:  # no tokens but the likeliest
+            given |= {"temperature": 0.0, "top_p": 1.0}
+        stop = [self.stop] if isinstance(self.stop, str) and self.stop else list(self.stop or [])
         return SamplingParams(
             **given,
             max_tokens=max_tokens,
@@ -130,7 +117,7 @@ class _Generation(_Request):
 
     @model_validator(mode="after")
     def _check(self) -> "_Generation":
-        if self.stream_options is not None and not self.is_stream:
+        if self.stream_options is not None and self.stream_options.are_needed and not self.is_stream:
             raise ValueError("stream_options: only with stream")
         if self.temperature is not None and 0 < self.temperature < 1e-6:
             raise ValueError("temperature: must be 0, or at least 1e-6")
@@ -158,24 +145,33 @@ class CompletionRequest(_Generation):
 
     @model_validator(mode="after")
     def _check_best_of(self) -> "CompletionRequest":
-        if self.best_of is not None and self.is_stream:
+        if (self.best_of or 1) > 1 and self.is_stream:
             raise ValueError("best_of: only without stream")
         if self.best_of is not None and self.n not in (None, 1):
             raise ValueError("best_of: only with n left out, or 1: the likeliest is given")
         return self
 
 
-class TextPart(_Request):
+class TextPart(RequestModel):
+    without_effect = WITHOUT_EFFECT["content part"]
     type: Literal["text"]
     text: str
 
 
-class ChatMessage(_Request):
+class ChatMessage(RequestModel):
+    without_effect = WITHOUT_EFFECT["message"]
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    content: str | list[TextPart] | None = Field(default=None, description="An assistant's may be left out: no text.")
+
+    @model_validator(mode="after")
+    def _check_content(self) -> "ChatMessage":
+        if self.role != "assistant" and self.content in (None, []):
+            raise ValueError(f"content: is needed in a message of the role {self.role}")
+        return self
 
     def plain(self) -> dict[str, str]:
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        parts = self.content if isinstance(self.content, list) else []
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in parts)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
@@ -188,26 +184,38 @@ class ChatRequest(_Generation):
 
     @model_validator(mode="after")
     def _check_chat(self) -> "ChatRequest":
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs: only with logprobs")
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise ValueError("max_completion_tokens: is the same as max_tokens, of which only one may be given")
         return self
 
 
-class TokenizeRequest(_Request):
+class TokenizeRequest(RequestModel):
+    without_effect = WITHOUT_EFFECT["tokenize"]
     model: str | None = None
     prompt: str | None = Field(default=None, description="A text, in which nothing is a special token.")
+    content: str | None = Field(default=None, description="The same as prompt.")
     messages: list[ChatMessage] | None = Field(default=None, min_length=1, description="Or a conversation.")
+    add_special_tokens: bool | None = Field(
+        default=None,
+        description="Put around a text what the tokenizer does. A conversation has what its template says.",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "TokenizeRequest":
-        if (self.prompt is None) == (self.messages is None):
-            raise ValueError("prompt: either prompt or messages is needed")
+        if [self.prompt, self.content, self.messages].count(None) != 2:
+            raise ValueError("prompt: one of prompt, content and messages is needed")
+        if self.add_special_tokens and self.messages is not None:
+            raise ValueError("add_special_tokens: only with prompt or content, a chat template has its own")
         return self
 
+    @property
+    def text(self) -> str:
+        return (self.prompt if self.content is None else self.content) or ""
 
-class DetokenizeRequest(_Request):
+
+class DetokenizeRequest(RequestModel):
     model: str | None = None
     tokens: list[TokenId]
 
@@ -217,7 +225,7 @@ class ErrorFacts(BaseModel):
     message: str
     type: str
     param: str | None
-    code: str | None
+    code: str
 
 
 class ErrorBody(BaseModel):
@@ -292,6 +300,21 @@ class TokenizeAnswer(BaseModel):
 
 class DetokenizeAnswer(BaseModel):
     prompt: str
+
+
+class TokenizerInfo(BaseModel):
+    """What a tokenizer's tokenizer_config.json has. Special tokens that it has not are null."""
+
+    model_config = ConfigDict(extra="allow")
+    tokenizer_class: str
+    vocab_size: int
+    model_max_length: int
+    bos_token: str | None
+    eos_token: str | None
+    unk_token: str | None
+    pad_token: str | None
+    chat_template: str | None
+    added_tokens_decoder: dict[str, dict[str, Any]]
 
 
 class StateFacts(BaseModel):

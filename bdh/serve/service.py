@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +40,8 @@ class Job:
     watch: int | None = None
     notes: dict[str, Any] = field(default_factory=dict)
     """For the snapshots of its texts."""
+    param: str = "prompt"
+    """What the request calls it."""
 
 
 @dataclass
@@ -121,7 +124,7 @@ class Service:
             ApiError: 404, there is no such model; or 503.
         """
         names = self.ready().model_names
-        if name is not None and name not in names:
+        if name and name not in names:
             raise ApiError(
                 404,
                 f"there is no model {name!r} here: must be one of {', '.join(names)}",
@@ -129,6 +132,15 @@ class Service:
                 code="model_not_found",
             )
         return name or names[0]
+
+    def check_texts(self, count: int, param: str) -> None:
+        """
+        Raises:
+            ApiError: 400, the request asks for more texts of a prompt than this server generates; or 503.
+        """
+        most = min(self.settings.limits.texts, self.ready().front.engine.max_sequences)
+        if count > most:
+            raise bad_request(f"{param} is {count}: must be at most {most}", param)
 
     @property
     def num_waiting(self) -> int:
@@ -142,14 +154,11 @@ class Service:
         loaded, limits = self.ready(), self.settings.limits
         if len(jobs) > limits.prompts:
             raise bad_request(f"the request has {len(jobs)} prompts: must be at most {limits.prompts}", "prompt")
-        most_texts = min(limits.texts, loaded.front.engine.max_sequences)
-        if jobs[0].params.n > most_texts:
-            raise bad_request(f"the request asks for {jobs[0].params.n} texts: must be at most {most_texts}", "n")
         for job in jobs:
             if len(job.tokens) > limits.prompt_tokens:
                 raise bad_request(
                     f"the prompt has {len(job.tokens):,} tokens: must be at most {limits.prompt_tokens:,}",
-                    "prompt",
+                    job.param,
                     "context_length_exceeded",
                 )
         num_waiting = self.num_waiting
@@ -293,7 +302,8 @@ class Generation:
                     deliver=self._take,
                 )
             except ValueError as error:
-                raise bad_request(str(error)) from error
+                setting = re.match(r"(\w+) is ", str(error))  # else it is the prompt
+                raise bad_request(str(error), setting[1] if setting else job.param) from error
             except RuntimeError as error:
                 self._service.watch_engine()
                 raise ApiError(503, "the engine has ended", code="engine_failed", retry_after=_RETRY_SECONDS) from error

@@ -21,6 +21,7 @@ def assert_refused(answer, status: int, param: str | None = None, code: str | No
     assert answer.status_code == status, answer.text
     (error,) = answer.json().values()
     assert set(error) >= {"message", "type", "param", "code"}
+    assert error["code"]
     if param is not None:
         assert error["param"] == param
     if code is not None:
@@ -34,13 +35,16 @@ def assert_refused(answer, status: int, param: str | None = None, code: str | No
         ({"temperature": -0.5}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
         ({"temperature": 1e-9}, "temperature"),
-        ({"top_p": 0}, "top_p"),
+        ({"top_p": -0.1}, "top_p"),
         ({"top_p": 1.5}, "top_p"),
         ({"top_k": -2}, "top_k"),
         ({"min_p": 1}, "min_p"),
         ({"n": 0}, "n"),
         ({"n": -1}, "n"),
         ({"n": 17}, "n"),
+        ({"best_of": 17}, "best_of"),
+        ({"prompt": ["a", ""]}, "prompt.1"),
+        ({"prompt": [[97], [300]]}, "prompt.1"),
         ({"n": 10**30}, "n"),
         ({"n": True}, "n"),
         ({"n": 1.5}, "n"),
@@ -48,13 +52,17 @@ def assert_refused(answer, status: int, param: str | None = None, code: str | No
         ({"max_tokens": 10**6}, "max_tokens"),
         ({"seed": 2**70}, "seed"),
         ({"logprobs": 6}, "logprobs"),
-        ({"stop": ""}, "stop"),
+        ({"stop": [""]}, "stop.0"),
         ({"stop": [1]}, "stop.0"),
-        ({"logit_bias": {"a": 1}}, None),
-        ({"logit_bias": {"300": 1}}, None),
+        ({"logit_bias": {"a": 1}}, "logit_bias.a"),
+        ({"logit_bias": {"\ud800": 1}}, "logit_bias"),
+        ({"maxTokens": 3}, "maxTokens"),
+        ({"top-p": 1}, "top-p"),
+        ({"x" * 1000: 1}, "x" * 64),
+        ({"logit_bias": {"300": 1}}, "logit_bias"),
         ({"logit_bias": {"3": 1, "03": 2}}, "logit_bias"),
         ({"logit_bias": {"3": 1000}}, "logit_bias.3"),
-        ({"stop_token_ids": [256]}, None),
+        ({"stop_token_ids": [256]}, "stop_token_ids"),
         ({"prompt": []}, "prompt"),
         ({"prompt": ""}, "prompt"),
         ({"prompt": [300]}, "prompt"),
@@ -158,10 +166,10 @@ def test_a_prompt_over_the_limit_is_refused(start_server, bytes_pair):
 
 def test_paths_and_methods_that_are_not_there(server):
     assert_refused(server.http.get("/v1/nothing"), 404, code="not_found")
-    assert_refused(server.http.get("/v1/models/"), 404)
+    assert_refused(server.http.get("/v1/nothing/"), 404, code="not_found")
     assert_refused(server.http.get("/v1/states/..%2f..%2fetc"), 404)
     answer = server.http.get("/v1/completions")
-    assert_refused(answer, 405)
+    assert_refused(answer, 405, code="method_not_allowed")
     assert answer.headers["allow"] == "POST"
     answer = server.http.put("/v1/states/a")
     assert_refused(answer, 405)
