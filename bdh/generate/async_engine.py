@@ -10,6 +10,7 @@ from typing import Any
 
 from bdh.generate.engine import Engine
 from bdh.generate.params import SamplingParams
+from bdh.generate.residuals import Residuals
 from bdh.generate.sequence import Completion, StepOutput
 from bdh.generate.snapshot import Snapshot
 from bdh.model.text import Prompt
@@ -119,6 +120,7 @@ class AsyncEngine:
         snapshot: Snapshot | None = None,
         keep_snapshot: bool = False,
         watch: int | None = None,
+        residuals: Residuals | None = None,
         deliver: Callable[[Submission, Item], None] | None = None,
     ) -> Submission:
         """Hands a request to the engine. Who does not take all of its outputs is to abort it.
@@ -138,7 +140,7 @@ class AsyncEngine:
         def add() -> None:
             try:
                 submission.id = self.engine.add_request(
-                    prompt, params, snapshot=snapshot, keep_snapshot=keep_snapshot, watch=watch
+                    prompt, params, snapshot=snapshot, keep_snapshot=keep_snapshot, watch=watch, residuals=residuals
                 )
             except Exception as error:
                 _call_soon(loop, _set, taken_up, error)

@@ -1,5 +1,6 @@
 """Steps through the sparse kernels: the path of the CPU."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -125,13 +126,14 @@ class KernelStepper(Stepper):
         self.mark_progress()
         for rows_of_head, factor in settled:
             rows_of_head.mul_(factor)
-        for (feed, count), rows in zip(taken, wanted, strict=True):
+        of_feeds = [v[first:end] for first, end in itertools.pairwise(starts)]
+        for (feed, count), rows, of_feed in zip(taken, wanted, of_feeds, strict=True):
             if not rows and feed.error is None:
-                feed.commit(count)
+                feed.commit(count, v=of_feed)
         logits, first = logits_of(v), 0
-        for (feed, count), rows in zip(taken, wanted, strict=True):
+        for (feed, count), rows, of_feed in zip(taken, wanted, of_feeds, strict=True):
             if rows and feed.error is None:
-                feed.commit(count, logits[first : first + len(rows)])
+                feed.commit(count, logits[first : first + len(rows)], of_feed)
             first += len(rows)
 
     def _begins_prompt(self, taken: Sequence[tuple[Feed, int]]) -> bool:

@@ -6,9 +6,9 @@ import hashlib
 import re
 from collections.abc import Sequence
 from importlib.resources import files
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -17,13 +17,15 @@ from starlette.routing import Match
 from starlette.types import ASGIApp
 
 import bdh
-from bdh.serve import schemas
+from bdh.serve import response_schemas, schemas
 from bdh.serve.describe import describe
+from bdh.serve.embeddings import EmbeddingAnswer, EmbeddingRequest, Embeddings
 from bdh.serve.errors import ApiError, bad_request, internal_error
 from bdh.serve.fields import named
 from bdh.serve.handling import Handler, no_state
 from bdh.serve.keys import ApiKeys, RateLimits
 from bdh.serve.middleware import ClientGone, Front
+from bdh.serve.responses import Responses
 from bdh.serve.service import Loaded, Service
 from bdh.serve.states import SavedState
 from bdh.serve.tokens import tokenizer_info
@@ -69,7 +71,10 @@ def make_app(service: Service, keys: ApiKeys) -> ASGIApp:
     app.state.service = service
     _add_errors(app)
     _add_health(app, service)
-    _add_routes(app, service, Handler(service, RateLimits(settings.auth)))
+    rates = RateLimits(settings.auth)
+    _add_routes(app, service, Handler(service, rates))
+    _add_responses(app, Responses(service, rates))
+    _add_embeddings(app, Embeddings(service, rates))
     describe(app, service, keys)
     open_paths = {*_HEALTH, "/openapi.json"}
     if settings.page:
@@ -168,6 +173,53 @@ def _add_routes(app: FastAPI, service: Service, handler: Handler) -> None:
         return schemas.Deleted(id=state_id)
 
 
+def _add_responses(app: FastAPI, responses: Responses) -> None:
+    streams: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+
+    @app.post(
+        "/v1/responses",
+        response_model=response_schemas.ResponseAnswer,
+        responses={**_also(401, 404, 429, 503), **streams},
+        tags=["responses"],
+    )
+    async def create(body: response_schemas.ResponseRequest, request: Request) -> Response:
+        return await responses.create(body, request)
+
+    @app.get("/v1/responses/{response_id}", responses=_also(401, 404, 503), tags=["responses"])
+    async def response(
+        response_id: str, request: Request, stream: Literal["false"] = "false"
+    ) -> response_schemas.ResponseAnswer:
+        return response_schemas.ResponseAnswer(**responses.get(response_id, request.state.caller))
+
+    @app.delete("/v1/responses/{response_id}", responses=_also(401, 404, 503), tags=["responses"])
+    async def delete_response(response_id: str, request: Request) -> response_schemas.ResponseDeleted:
+        await responses.delete(response_id, request.state.caller)
+        return response_schemas.ResponseDeleted(id=response_id)
+
+    @app.get("/v1/responses/{response_id}/input_items", responses=_also(401, 404, 503), tags=["responses"])
+    async def input_items(
+        response_id: str,
+        request: Request,
+        after: str | None = None,
+        limit: Annotated[int, Query(ge=1, le=100)] = 20,
+        order: Literal["asc", "desc"] = "desc",
+    ) -> response_schemas.InputItems:
+        return responses.input_items(
+            response_id, request.state.caller, after=after, limit=limit, is_ascending=order == "asc"
+        )
+
+
+def _add_embeddings(app: FastAPI, embeddings: Embeddings) -> None:
+    @app.post(
+        "/v1/embeddings",
+        response_model=EmbeddingAnswer,
+        responses=_also(401, 404, 429, 503),
+        tags=["embeddings"],
+    )
+    async def embed(body: EmbeddingRequest, request: Request) -> Response:
+        return await embeddings.create(body, request)
+
+
 def _add_health(app: FastAPI, service: Service) -> None:
     @app.get("/health/live", tags=["health"])
     async def live() -> schemas.Health:
@@ -262,8 +314,11 @@ def _invalid(faults: Sequence[Any], given: Any) -> ApiError:
     found: list[tuple[str, str]] = []
     # Of a union each member complains: that it has another type says least.
     for fault in sorted(faults, key=lambda fault: (fault["type"].endswith("_type"), -len(fault["loc"]))):
-        place = fault["loc"][1:] if fault["loc"][:1] == ("body",) else fault["loc"]
-        param = named(place, given, is_missing=fault["type"] == "missing")
+        source, *place = fault["loc"]
+        if source == "body":
+            param = named(place, given, is_missing=fault["type"] == "missing")
+        else:  # of the path or the query
+            param = ".".join(map(str, place))
         if fault["type"] == "json_invalid":
             return bad_request(f"the request's body is not JSON: {fault['ctx']['error']}", None, "invalid_json")
         if fault["type"] == "extra_forbidden":

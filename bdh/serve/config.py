@@ -33,6 +33,8 @@ class LimitSettings(Settings):
     """Prompts of one request."""
     texts: int = 16
     """Texts of each prompt: n, and best_of."""
+    embeddings: int = 2048
+    """Texts of one request for embeddings."""
     body_bytes: int = 4 << 20
     """Size of a request; a larger one is refused before it is read."""
     body_timeout: float = 30.0
@@ -69,6 +71,7 @@ class LimitSettings(Settings):
             "texts",
             "connections",
             "head_fields",
+            "embeddings",
         ):
             faults.require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         faults.require(
@@ -128,9 +131,11 @@ class StateSettings(Settings):
     """Room in that folder; the least recently used go."""
     ttl: float = 24 * 3600.0
     """Seconds after which a state that nobody has used is forgotten."""
+    response_bytes: int = 64 << 20
+    """Memory for the texts of stored responses, the least recently used of which go; 0 stores none."""
 
     def collect_faults(self, faults: Faults) -> None:
-        for name in ("max_bytes", "folder_bytes"):
+        for name in ("max_bytes", "folder_bytes", "response_bytes"):
             faults.require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         faults.require(self.ttl > 0, "ttl", self.ttl, "above 0 seconds")
 

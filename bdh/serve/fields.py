@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, model_validator
 
 _NAME_CHARACTERS = 64  # of a name in an error
-_TYPES: dict[str, type] = {"string": str, "boolean": bool, "object": dict}
+_TYPES: dict[str, type] = {"string": str, "boolean": bool, "object": dict, "array": list}
 _EMPTY: list[dict[str, Any]] = [
     {"type": "null"},
     {"type": "string", "maxLength": 0},
@@ -60,7 +60,6 @@ WITHOUT_EFFECT: dict[str, dict[str, NoEffect]] = {
         "function_call": NoEffect(_TOOLS, values=("none", "auto")),
         "parallel_tool_calls": NoEffect(_TOOLS, type="boolean"),
         "web_search_options": NoEffect("an empty object asks for a search", may_be_empty=False),
-        "response_format": NoEffect("replies are text", values=({"type": "text"},)),
         "modalities": NoEffect("replies are text", values=(["text"],)),
         "reasoning_effort": NoEffect("the model writes its reply at once", values=("none",)),
         "verbosity": NoEffect("no reply is shorter or longer by it", values=("medium",)),
@@ -93,6 +92,31 @@ WITHOUT_EFFECT: dict[str, dict[str, NoEffect]] = {
     },
     "content part": {
         "cache_control": NoEffect("beginnings that prompts share are kept without it", type="object"),
+    },
+    "response": {
+        "tool_choice": NoEffect(_TOOLS, values=("none", "auto")),
+        "parallel_tool_calls": NoEffect(_TOOLS, type="boolean"),
+        "truncation": NoEffect("nothing is cut off", values=("disabled",)),
+        "background": NoEffect("answers are waited for", values=(False,)),
+        "service_tier": NoEffect("there is one", values=("auto", "default")),
+        "prompt_cache_key": NoEffect("beginnings that prompts share are found without it", type="string"),
+        "prompt_cache_retention": NoEffect("beginnings that prompts share are kept without it", type="string"),
+        "safety_identifier": NoEffect("a name of the user", type="string"),
+    },
+    "response stream_options": {
+        "include_obfuscation": NoEffect("streams are not padded", type="boolean"),
+        "include_usage": NoEffect("the last event always has it", type="boolean"),
+    },
+    "response text": {"verbosity": NoEffect("no reply is shorter or longer by it", values=("medium",))},
+    "response reasoning": {"effort": NoEffect("the model writes its reply at once", values=("none",))},
+    "response item": {
+        "id": NoEffect(_REPLY, type="string"),
+        "status": NoEffect(_REPLY, type="string"),
+        "phase": NoEffect(_REPLY, values=("final_answer",)),
+    },
+    "response part": {
+        "logprobs": NoEffect(_REPLY, type="array"),
+        "prompt_cache_breakpoint": NoEffect("beginnings that prompts share are kept without it", type="object"),
     },
     "tokenize": {
         "add_generation_prompt": NoEffect(_VLLM, values=(True,)),
@@ -139,13 +163,13 @@ class RequestModel(BaseModel):
     def _check_fields(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        kept = {}
+        kept, fields = {}, {field.alias or name for name, field in cls.model_fields.items()}
         for name, value in given.items():
             for text in (value, *value) if isinstance(value, list) else (value, name):
                 if isinstance(text, str) and not is_text(text):
                     raise ValueError(f"{name if is_text(name) else ''}: has half of a surrogate pair, which is no text")
             accepted = cls.without_effect[name].accepts if name in cls.without_effect else asks_nothing
-            if name in cls.model_fields or not accepted(value):
+            if name in fields or not accepted(value):
                 kept[name] = value
         return kept
 

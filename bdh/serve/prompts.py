@@ -66,6 +66,11 @@ class ChatPrompts:
         """Tokens that end a reply, beside the model's own."""
         return [self._encoder.turn_end_id] if self._encoder is not None and self._encoder.tells_answers else []
 
+    @property
+    def can_go_on(self) -> bool:
+        """Whether :meth:`further` knows where an answer ends."""
+        return self._is_plain or (self._encoder is not None and self._encoder.tells_answers)
+
     def reply(self, text: str) -> str:
         """What the model has written as a message: in the plain form, without the space behind the role."""
         return text.lstrip() if self._is_plain else text

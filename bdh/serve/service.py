@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from bdh.generate.async_engine import AsyncEngine, Submission
 from bdh.generate.params import SamplingParams
+from bdh.generate.residuals import Residuals
 from bdh.generate.sequence import StepOutput
 from bdh.generate.snapshot import Snapshot
 from bdh.model.modeling import BDHForCausalLM
@@ -25,7 +26,7 @@ from bdh.serve.states import StateStore
 from bdh.serve.tokens import TokenNames
 
 Result = TypeVar("Result")
-_RETRY_SECONDS = 5.0  # where nothing better is known
+RETRY_SECONDS = 5.0  # where nothing better is known
 
 
 @dataclass
@@ -42,6 +43,8 @@ class Job:
     """For the snapshots of its texts."""
     param: str = "prompt"
     """What the request calls it."""
+    residuals: Residuals | None = None
+    """Takes those of its tokens."""
 
 
 @dataclass
@@ -104,7 +107,7 @@ class Service:
             "failed": "the engine has failed",
         }[self.status]
         code = {"loading": "loading", "draining": "draining", "failed": "engine_failed"}[self.status]
-        raise ApiError(503, message, code=code, retry_after=_RETRY_SECONDS)
+        raise ApiError(503, message, code=code, retry_after=RETRY_SECONDS)
 
     def watch_engine(self) -> None:
         """Takes note where the engine's thread has ended, or hangs."""
@@ -178,7 +181,7 @@ class Service:
         return max(0, capacity - bytes_in_use // engine.stepper.state_bytes)
 
     def _full(self, why: str) -> ApiError:
-        return ApiError(429, f"the queue is full: {why}", code="queue_full", retry_after=_RETRY_SECONDS)
+        return ApiError(429, f"the queue is full: {why}", code="queue_full", retry_after=RETRY_SECONDS)
 
     async def begin(self, jobs: Sequence[Job], *, caller: Caller, arrived: float) -> "Generation":
         """Hands prompts to the engine. Who does not take all outputs is to close the result.
@@ -299,6 +302,7 @@ class Generation:
                     snapshot=job.snapshot,
                     keep_snapshot=job.keep_snapshot,
                     watch=job.watch,
+                    residuals=job.residuals,
                     deliver=self._take,
                 )
             except ValueError as error:
@@ -306,7 +310,7 @@ class Generation:
                 raise bad_request(str(error), setting[1] if setting else job.param) from error
             except RuntimeError as error:
                 self._service.watch_engine()
-                raise ApiError(503, "the engine has ended", code="engine_failed", retry_after=_RETRY_SECONDS) from error
+                raise ApiError(503, "the engine has ended", code="engine_failed", retry_after=RETRY_SECONDS) from error
             self._submissions.append(submission)
             self._places[submission] = place
             if submission.started:  # before it was in the list
@@ -356,7 +360,7 @@ class Generation:
                 raise item
             if isinstance(item, BaseException):
                 self._service.watch_engine()
-                raise ApiError(503, "the engine has failed", code="engine_failed", retry_after=_RETRY_SECONDS)
+                raise ApiError(503, "the engine has failed", code="engine_failed", retry_after=RETRY_SECONDS)
             submission, output = item
             return self._event(submission, output)
 
@@ -384,7 +388,7 @@ class Generation:
             503,
             f"the request {what} for {time.monotonic() - self._arrived:.0f} seconds, which is as long as it may",
             code=code,
-            retry_after=_RETRY_SECONDS,
+            retry_after=RETRY_SECONDS,
         )
 
     def cut_off(self, *, keep: bool) -> None:
