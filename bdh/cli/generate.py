@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from bdh.cli.models import ReadsModel
 from bdh.cli.settings import parse_settings, verbatim
 from bdh.generate.config import EngineConfig
 from bdh.generate.params import SamplingParams
@@ -34,7 +35,7 @@ _ONLY_ENGINE = (
 
 
 @dataclass(kw_only=True)
-class GenerateSettings(SamplingOptions):
+class GenerateSettings(ReadsModel, SamplingOptions):
     model: PathText
     """Folder of an exported model or of a run, or a hub id."""
     prompt: str | None = verbatim(None)

@@ -107,9 +107,10 @@ class AsyncEngine:
         return self._failure
 
     @property
-    def seconds_since_beat(self) -> float:
-        """Since the thread last came by between two steps, or found nothing to do: large where a step hangs."""
-        return 0.0 if self._is_idle else time.monotonic() - self._beat
+    def seconds_without_progress(self) -> float:
+        """Since the thread last went from one step to the next, or a step from one of its parts to the next; 0 where it
+        has nothing to do. Large where a step hangs, and not where it has much to read."""
+        return 0.0 if self._is_idle else time.monotonic() - max(self._beat, self.engine.stepper.last_progress)
 
     async def submit(
         self,

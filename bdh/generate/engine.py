@@ -269,6 +269,7 @@ class Engine:
             if sequence.completion is None:
                 self._advance(request, sequence, count, feed)
             self._in_hand.popleft()
+            self.stepper.mark_progress()
         outputs, self._outputs = self._outputs, []
         return outputs
 
@@ -339,6 +340,7 @@ class Engine:
             except Exception as error:
                 self._fail(request, error)
             self._in_hand.pop()
+            self.stepper.mark_progress()
 
     def _begin(self, request: Request) -> None:
         """Gives a request's first sequence its state, as far on as one is known."""

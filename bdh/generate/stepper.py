@@ -5,6 +5,7 @@ once, by one token where a sequence is being continued and by many where a promp
 """
 
 import logging
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -165,10 +166,20 @@ class Feed:
 
 
 class Stepper(ABC):
-    """Advances the states of sequences of one model."""
+    """Advances the states of sequences of one model.
+
+    Attributes:
+        last_progress: ``time.monotonic()`` when a step last came to an end of a part of its work. For other threads, which
+            tell by it a long step from one that hangs.
+    """
 
     def __init__(self, model: BDHForCausalLM):
         self.model = model
+        self.last_progress = time.monotonic()
+
+    def mark_progress(self) -> None:
+        """A part of a step has ended: a layer step, a piece of a prompt, a sequence."""
+        self.last_progress = time.monotonic()
 
     @property
     @abstractmethod
@@ -304,6 +315,7 @@ class TorchStepper(Stepper):
         v = layer_norm(model.embed(tokens), eps)  # (B, D)
         added = []  # to the sums of each pass, once nothing can fail any more: keys (B, H, N) and values (B, D)
         for index in range(config.n_layer):
+            self.mark_progress()
             v_in = v.to(dtype)
             x = F.relu(model.encoder(v_in))  # (B, H*N)
             for feed, row in zip(feeds, x, strict=True):
@@ -331,6 +343,7 @@ class TorchStepper(Stepper):
         sums = feed.state.tensors["sums"]
         tokens = torch.tensor([list(feed.tokens[feed.num_read :])], device=self.model.device)
         while tokens.shape[1]:
+            self.mark_progress()
             size = config.chunk_size - feed.state.position % config.chunk_size
             chunk, tokens = tokens[:, :size], tokens[:, size:]
             positions = torch.tensor([feed.state.position], device=self.model.device)

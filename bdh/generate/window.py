@@ -109,6 +109,7 @@ class WindowTorchStepper(TorchStepper):
         # Of each pass and sequence what its ring takes in, once nothing can fail any more: q (H, T, N) and v (T, D).
         kept: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
         for index in range(config.n_layer):
+            self.mark_progress()
             v_in = v.to(dtype)
             x = F.relu(model.encoder(v_in))  # (R, H*N)
             for (feed, count), of_feed in zip(taken, x.split(counts), strict=True):

@@ -84,11 +84,9 @@ def make_app(service: Service, keys: ApiKeys) -> ASGIApp:
         _add_metrics(app, service)
         open_paths.add("/metrics")
 
-    def answered(route: str, status: int) -> None:
-        if service.metrics is not None:
-            service.metrics.answered(route, status)
-
-    front: ASGIApp = Front(app, keys=keys, limits=settings.limits, open_paths=frozenset(open_paths), answered=answered)
+    front: ASGIApp = Front(
+        app, keys=keys, limits=settings.limits, open_paths=frozenset(open_paths), answered=service.answered
+    )
     if settings.cors_origins:
         front = CORSMiddleware(
             front, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"], expose_headers=["*"]
@@ -305,9 +303,10 @@ def _add_errors(app: FastAPI) -> None:
 
 
 def _methods(app: FastAPI, request: Request) -> set[str]:
-    """Those of all routes at a path: each method has a route of its own."""
+    """Those of all routes at a path: each method has a route of its own, but for HEAD, which is answered as GET."""
     matching = [route for route in app.routes if route.matches(request.scope)[0] is not Match.NONE]
-    return {method for route in matching for method in getattr(route, "methods", None) or ()}
+    found = {method for route in matching for method in getattr(route, "methods", None) or ()}
+    return found | {"HEAD"} if "GET" in found else found
 
 
 def _invalid(faults: Sequence[Any], given: Any) -> ApiError:

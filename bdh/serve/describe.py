@@ -11,6 +11,7 @@ from fastapi import FastAPI
 from bdh.serve.keys import ApiKeys
 from bdh.serve.response_schemas import OUTPUT_LOGPROBS
 from bdh.serve.service import Service
+from bdh.vocabulary import document_end_id
 
 Schema = dict[str, Any]
 _ASKING_OPTIONS = ("include_usage", "continuous_usage_stats")
@@ -167,7 +168,7 @@ def _describe_model(schemas: Schema, service: Service) -> None:
     assert loaded is not None
     last = loaded.model.config.vocab_size - 1
     tokenizer = loaded.tokenizer
-    starts_from_nothing = (tokenizer.bos_token_id, tokenizer.eos_token_id) != (None, None)
+    starts_from_nothing = (tokenizer.bos_token_id, document_end_id(tokenizer)) != (None, None)
     _limit_tokens(schemas, last)
     width = {"const": loaded.model.config.n_embd}
     schemas["EmbeddingRequest"]["properties"]["dimensions"]["anyOf"] = [width, {"type": "null"}]

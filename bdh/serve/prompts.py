@@ -9,11 +9,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from bdh.serve.config import PLAIN, read_template
 from bdh.serve.errors import bad_request
-from bdh.text_files import read_text
 from bdh.tokenizer.chat import ChatEncoder
 
-PLAIN = "plain"
 PLAIN_TEMPLATE = """\
 {% for message in messages %}
 {% if message['role'] == 'system' %}{{ message['content'] + '\n\n' }}
@@ -52,7 +51,7 @@ class ChatPrompts:
             raise ValueError(f"chat_template is {template!r}: must be left out, the tokenizer has one of its own")
         if template is not None:
             tokenizer = copy.deepcopy(tokenizer)
-            tokenizer.chat_template = _plain_template(tokenizer) if template == PLAIN else _read(Path(template))
+            tokenizer.chat_template = _plain_template(tokenizer) if template == PLAIN else read_template(Path(template))
             self.stops += PLAIN_STOPS if template == PLAIN else []
         if tokenizer.chat_template:
             self._encoder = ChatEncoder(tokenizer, tells_answers=False)
@@ -137,9 +136,3 @@ def _plain_template(tokenizer: PreTrainedTokenizerFast) -> str:
     if any(len(token) > 1 and token[0] in _SPACES for token in tokenizer.get_vocab()):
         return PLAIN_TEMPLATE
     return PLAIN_TEMPLATE.replace("'Assistant:'", "'Assistant: '")
-
-
-def _read(path: Path) -> str:
-    if not path.is_file():
-        raise FileNotFoundError(f"chat_template is {str(path)!r}: there is no such file; {PLAIN!r} is the plain form")
-    return read_text(path)

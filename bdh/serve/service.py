@@ -27,7 +27,6 @@ from bdh.serve.tokens import TokenNames
 
 Result = TypeVar("Result")
 RETRY_SECONDS = 5.0  # where nothing better is known
-_HUNG_SECONDS = 60.0  # a step takes a fraction of a second
 
 
 @dataclass
@@ -115,9 +114,9 @@ class Service:
         if self.loaded is None or self.status == "failed":
             return
         failure = self.loaded.front.failure
-        seconds = self.loaded.front.seconds_since_beat
-        if failure is None and seconds > _HUNG_SECONDS:
-            failure = RuntimeError(f"a step of the engine has taken {seconds:.0f} seconds so far")
+        most, seconds = self.settings.limits.stall_timeout, self.loaded.front.seconds_without_progress
+        if failure is None and most is not None and seconds > most:
+            failure = RuntimeError(f"the engine has made no progress for {seconds:.0f} seconds")
         if failure is not None and self.status == "ready":
             self.status, self.failure = "failed", failure
 
@@ -199,6 +198,11 @@ class Service:
             generation.close()
             raise
         return generation
+
+    def answered(self, route: str, status: int) -> None:
+        """Counts an answer."""
+        if self.metrics is not None:
+            self.metrics.answered(route, status)
 
     def end(self, generation: "Generation") -> None:
         self._running.discard(generation)

@@ -134,7 +134,7 @@ class StateStore:
             self._make_room_on_disk(size)
             # The description comes last: without it a file of a state does not count.
             snapshot.save(self._tensors_path(saved.id), self._model)
-            write_text(self._facts_path(saved.id), json.dumps(asdict(saved)))
+            write_text(self._facts_path(saved.id), json.dumps(asdict(saved)), private=True)
         with self._lock:
             self._known[saved.id] = saved
             self._known.move_to_end(saved.id)
