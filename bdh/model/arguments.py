@@ -68,9 +68,7 @@ def read_inputs(
     return Inputs(layer_norm(inputs_embeds, config.layer_norm_eps), mask, starts, past_key_values)
 
 
-def _shape(
-    config: BDHConfig, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
-) -> tuple[int, int]:
+def _shape(config: BDHConfig, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> tuple[int, int]:
     """B and T."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("forward takes either input_ids or inputs_embeds: give exactly one of them")

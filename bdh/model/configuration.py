@@ -15,7 +15,6 @@ from transformers import AutoConfig, PreTrainedConfig
 from bdh.model.decay import decay_fault, half_lives_of_heads
 from bdh.ops.dispatch import ATTENTION_FORMS
 
-
 # Without `import bdh`, transformers looks into a model's folder for the code that it needs, and finds this.
 STUB = "bdh_auto.py"
 _STUB_TEXT = '''\

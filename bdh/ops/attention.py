@@ -83,7 +83,9 @@ def recurrent_attention(
     D = v.shape[-1]
     dtype = sum_dtype(q.dtype)
     has_gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (q, v, state) if t is not None)
-    may_write = not has_gradients and not torch.compiler.is_exporting()  # what is exported leaves its inputs as they are
+    may_write = (
+        not has_gradients and not torch.compiler.is_exporting()
+    )  # what is exported leaves its inputs as they are
     if state is None:
         state = q.new_zeros(B, H, N, D, dtype=dtype)
         in_place = may_write
