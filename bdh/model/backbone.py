@@ -16,7 +16,7 @@ from bdh.model.configuration import BDHConfig
 from bdh.model.kernels import recheck_weights
 from bdh.model.passes import BlockPasses, Passes, plan_for
 from bdh.model.positions import token_positions
-from bdh.model.state import SynapticState
+from bdh.model.state import Columns, SynapticState
 from bdh.ops.attention import sum_dtype
 from bdh.ops.dispatch import attend
 from bdh.ops.layer.plan import LayerOptions
@@ -45,7 +45,6 @@ class BDHPreTrainedModel(PreTrainedModel):
     base_model_prefix = ""
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    _is_stateful = True  # a sum cannot be rolled back, so no assisted generation
     _no_split_modules: list[str] = []  # noqa: RUF012 (transformers declares it as a class variable)
 
     def __init__(self, config: BDHConfig):
@@ -140,6 +139,8 @@ class BDHPreTrainedModel(PreTrainedModel):
         if keep_hidden_states is None:
             keep_hidden_states = bool(config.output_hidden_states)
         state = given
+        if given is not None and use_cache:
+            given.remember(inputs, self._advance)
         if state is None and use_cache:
             shape = (B, config.n_head, config.neurons_per_head, config.n_embd)
             state = SynapticState.zeros(shape, 0, device=v.device)  # the passes add their sums
@@ -181,6 +182,12 @@ class BDHPreTrainedModel(PreTrainedModel):
             past_key_values=state if use_cache else None,
             hidden_states=tuple(hidden_states) if keep_hidden_states else None,
         )
+
+    @torch.no_grad()
+    def _advance(self, state: SynapticState, columns: Columns) -> None:
+        """Reads columns into a state."""
+        inputs = Inputs(columns.v, columns.mask, columns.starts, state)
+        self._all_passes(inputs, use_cache=True, form=None, keep_hidden_states=False, for_loss=False)
 
     def _reach(self, starts: torch.Tensor | None, mask: torch.Tensor | None) -> Reach | None:
         """What weighs the past of a token; None where all of it counts alike."""

@@ -23,7 +23,7 @@ class BDHForSequenceClassification(BDHPreTrainedModel):
     def __init__(self, config: BDHConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
-        self.score = nn.Linear(config.n_embd, config.num_labels, bias=False)
+        self.score = nn.Linear(config.n_embd, config.num_labels or 2, bias=False)  # 2: transformers' default
         self.post_init()
 
     def forward(

@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationMixin
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from bdh.model.arguments import Inputs, check_state_type
 from bdh.model.backbone import BDHModel, BDHPreTrainedModel
 from bdh.model.classification import BDHForSequenceClassification
 from bdh.model.configuration import BDHConfig
@@ -94,15 +96,20 @@ class BDHForCausalLM(TextGenerationMixin, BDHPreTrainedModel, GenerationMixin):
             output_hidden_states: return v before the first and after each pass, (B, T, D) each.
             **kwargs: ``shift_labels``, (B, T) labels already shifted: that of a position is the token behind it;
                 they are taken where both are given. (transformers' Trainer wants every named argument with
-                "label" in its name.) And ``output_attentions``, which must not be true: there are no weights.
+                "label" in its name.) What libraries tell of packed batches, as ``document_starts`` does: ``seq_idx``
+                (B, T), which changes where one starts; ``cu_seq_lens_q`` (documents + 1,) of one row, with
+                ``cu_seq_lens_k``, ``max_length_q`` and ``max_length_k``; ``position_ids`` (B, T), which count from 0 in
+                each document. And what says nothing new: ``position_ids`` and ``cache_position`` as they would be anyway,
+                ``token_type_ids`` of zeros, ``output_attentions=False``, and whatever is None. Comparing them on a GPU
+                makes the host wait for it: leave out what is not needed.
 
         Returns:
             :class:`BDHOutput`. With labels and more than ``MAX_LOGITS_IN_ONE_PIECE`` logits, the loss is
             computed in chunks of tokens and ``logits`` is None.
 
         Raises:
-            TypeError: an argument that is none of these.
-            ValueError: wrong shapes, token ids outside of the vocabulary (on the CPU), or a state of
+            TypeError: an argument that is none of these, or a cache of keys and values.
+            ValueError: arguments that contradict each other or ask for what the model has not, wrong shapes, token ids outside of the vocabulary (on the CPU), or a state of
                 another model or batch size; the state is left as it was.
         """
         shift_labels = kwargs.pop("shift_labels", None)
@@ -111,8 +118,8 @@ class BDHForCausalLM(TextGenerationMixin, BDHPreTrainedModel, GenerationMixin):
         if use_cache is None:
             use_cache = past_key_values is not None or (self.config.use_cache and not self.training and targets is None)
         return_dict = self.config.return_dict if return_dict is None else return_dict
-        if targets is None and inputs.is_plain_step and input_ids is not None and past_key_values is not None:
-            step = self._kernel_step(input_ids, past_key_values, use_cache, attention_form, output_hidden_states)
+        if targets is None and inputs.is_plain_step and input_ids is not None:
+            step = self._kernel_step(input_ids, inputs, use_cache, attention_form, output_hidden_states)
             if step is not None:
                 output = BDHOutput(logits=step, past_key_values=past_key_values)
                 return output if return_dict else output.to_tuple()
@@ -132,7 +139,7 @@ class BDHForCausalLM(TextGenerationMixin, BDHPreTrainedModel, GenerationMixin):
     def _kernel_step(
         self,
         input_ids: torch.Tensor,
-        state: SynapticState,
+        inputs: Inputs,
         use_cache: bool,
         attention_form: str | None,
         output_hidden_states: bool | None,
@@ -146,10 +153,12 @@ class BDHForCausalLM(TextGenerationMixin, BDHPreTrainedModel, GenerationMixin):
             return None
         if torch.is_autocast_enabled(self.device.type) or self.config.half_lives is not None:
             return None
-        if any(sums.requires_grad for sums in state.sums):
+        state = inputs.state
+        if state is None or any(sums.requires_grad for sums in state.sums):
             return None
         if choose_step_path("auto", device=self.device, obstacle=kernel_obstacle(self)).name != "kernels":
             return None
+        state.remember(inputs, self._advance)
         state.sums = [sums.contiguous() for sums in state.sums]
         recurrence = recurrence_of(self, is_prompt=state.num_columns == 0)
         v = recurrence.read(
@@ -199,6 +208,35 @@ class BDHForCausalLM(TextGenerationMixin, BDHPreTrainedModel, GenerationMixin):
         """Tells `generate` to make no cache of keys and values: ``forward`` makes the state."""
         return False
 
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int, *sizes: Any
+    ) -> Any:
+        """Makes a state where `generate` wants one beforehand: to take tokens back, and for a prompt read in pieces.
+
+        Raises:
+            TypeError: the cache that is given is that of another kind of model.
+            ValueError: a text is to be continued from a state, with tokens proposed by an assistant.
+        """
+        given = model_kwargs.get("past_key_values")
+        is_assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
+        if given is not None:
+            check_state_type(given)
+            if is_assisted and given.num_columns:  # transformers reads the whole text on any cache then, silently
+                raise ValueError(
+                    f"past_key_values has read {given.num_columns} columns: must be left out with assistant_model and "
+                    "prompt_lookup_num_tokens, with which transformers reads the whole text anew"
+                )
+        prepare: Any = super()._prepare_cache_for_generation  # type: ignore[misc]
+        prepare(generation_config, model_kwargs, generation_mode, batch_size, *sizes)
+        takes_back = generation_config.is_assistant or is_assisted
+        if given is not None or generation_config.use_cache is False:
+            return
+        if takes_back or generation_config.prefill_chunk_size is not None:
+            rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
+            state = model_kwargs["past_key_values"] = self.new_state(rows)
+            if takes_back:
+                state.activate_past_recording()
+
     def prepare_inputs_for_generation(  # type: ignore[override]  # what it calls a cache is a state here
         self,
         input_ids: torch.Tensor,
@@ -206,6 +244,7 @@ class BDHForCausalLM(TextGenerationMixin, BDHPreTrainedModel, GenerationMixin):
         past_key_values: SynapticState | None = None,
         attention_mask: torch.Tensor | None = None,  # named, as `generate` looks at the names
         inputs_embeds: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """What `generate` feeds in a step; it goes on from a state as transformers does from a cache.
@@ -217,6 +256,8 @@ class BDHForCausalLM(TextGenerationMixin, BDHPreTrainedModel, GenerationMixin):
             ValueError: ``input_ids`` has no column that the state has not read and the mask does not say that all
                 are new, or a state is given without ``use_cache``.
         """
+        if past_key_values is not None:
+            check_state_type(past_key_values)
         if past_key_values is not None and past_key_values.num_columns:
             num_read = past_key_values.num_columns
             if next_sequence_length is not None and next_sequence_length < 1:
@@ -228,6 +269,8 @@ class BDHForCausalLM(TextGenerationMixin, BDHPreTrainedModel, GenerationMixin):
                 )
             if not kwargs.get("use_cache", True):
                 raise ValueError("use_cache is False: must be True to go on from past_key_values")
+        for name in ("tokenizer", "assistant_tokenizer"):  # of `generate` itself, which hands them on
+            kwargs.pop(name, None)
         prepare: Any = super().prepare_inputs_for_generation  # type: ignore[misc]
         return prepare(
             input_ids,
@@ -235,6 +278,7 @@ class BDHForCausalLM(TextGenerationMixin, BDHPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
+            token_type_ids=token_type_ids,
             **kwargs,
         )
 
