@@ -6,12 +6,26 @@ from pathlib import Path
 
 import pytest
 
-
 # Beside what the package cannot do without. The extra dev of pyproject.toml installs them.
-OPTIONAL_PACKAGES = (
-    "fastapi llguidance lm_eval matplotlib onnx onnxruntime onnxscript openai peft playwright schemathesis "
-    "sentence-transformers tensorboard torchao trackio trl wandb"
-).split()
+OPTIONAL_PACKAGES = [
+    "fastapi",
+    "llguidance",
+    "lm_eval",
+    "matplotlib",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "openai",
+    "peft",
+    "playwright",
+    "schemathesis",
+    "sentence-transformers",
+    "tensorboard",
+    "torchao",
+    "trackio",
+    "trl",
+    "wandb",
+]
 
 
 def installed_packages() -> dict[str, str | None]:
