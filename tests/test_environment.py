@@ -45,7 +45,7 @@ def test_where_no_test_may_be_skipped_one_that_is_fails_all(tmp_path, mark, flag
 @pytest.mark.parametrize(("flags", "status"), [([], 0), (["--no-skips"], 1)])
 def test_the_summary_names_optional_packages_and_one_that_is_missing_fails_all(tmp_path, flags, status):
     conftest = Path(__file__).with_name("conftest.py").read_text()
-    (tmp_path / "conftest.py").write_text(conftest.replace(" wandb", " there_is_no_such_package"))
+    (tmp_path / "conftest.py").write_text(conftest.replace('"wandb"', '"there_is_no_such_package"'))
     (tmp_path / "test_it.py").write_text("def test_it(): pass\n")
     run = subprocess.run([sys.executable, "-m", "pytest", "-q", *flags], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == status, run.stdout

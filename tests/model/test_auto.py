@@ -116,7 +116,11 @@ model.save_pretrained(copied)
 
 def test_where_bdh_is_not_installed_the_error_says_so(exported, tmp_path):
     code = """
-sys.modules["bdh"] = None
+class NotInstalled:
+    def find_spec(self, name, path=None, target=None):
+        if name == "bdh":
+            raise ModuleNotFoundError("No module named 'bdh'", name=name)
+sys.meta_path.insert(0, NotInstalled())
 print("printed", refused(trust_remote_code=True))
 """
     assert "pip install bdh" in " ".join(run_without_bdh(code, exported, tmp_path))

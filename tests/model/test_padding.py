@@ -97,6 +97,8 @@ def test_the_harness_own_model_class_scores_and_generates_in_batches(loaded):
     for alone, batched in zip(one.loglikelihood(scored), two.loglikelihood(scored), strict=True):
         assert batched[0] == pytest.approx(alone[0], abs=1e-3)
         assert batched[1] == alone[1]
+    if start is not None:  # it decodes <eos> to stop there
+        return
     options = {"until": ["\n"], "max_gen_toks": 6, "do_sample": False}
     prompts = asked("generate_until", *((text, options) for text in TEXTS))
     assert two.generate_until(prompts) == one.generate_until(prompts)
