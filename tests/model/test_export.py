@@ -105,6 +105,17 @@ def test_onnx_leaves_padding_out(small, session):
     assert positions.tolist() == [9, 5]
 
 
+@torch.no_grad()
+def test_onnx_is_exact_far_into_a_text(small, session):
+    """In float32 a position of 10^8 has lost its phase, and so it has with frequencies in float32."""
+    state = small(ids(2, 9)).past_key_values
+    state.positions += 10**8
+    inputs = {"input_ids": ids(2, 3).numpy(), "attention_mask": np.ones((2, 3), dtype=np.int64)}
+    inputs |= {"positions": state.positions.numpy(), "sums": torch.stack(state.sums).numpy()}
+    logits, *_ = session.run(None, inputs)
+    torch.testing.assert_close(torch.tensor(logits), small(ids(2, 3), past_key_values=state).logits, **CLOSE)
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 @torch.no_grad()
 def test_it_compiles_to_one_graph_with_and_without_a_state(small, dynamic):
