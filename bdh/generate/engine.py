@@ -113,13 +113,10 @@ class Engine:
             running=sum(1 for request in self._running.values() for s in request.sequences if s.state is not None),
             waiting=len(self._waiting),
             state_bytes=self._num_reserved * self.stepper.state_bytes,
-            prefix_cache_bytes=self._prefixes.cache.nbytes if self._prefixes else 0,
             prompt_tokens=counters.prompt_tokens,
             generated_tokens=counters.generated_tokens,
             finished=dict(counters.finished),
-            prefix_cache_hits=self._prefixes.cache.hits if self._prefixes else 0,
-            prefix_cache_tokens=self._prefixes.cache.tokens_saved if self._prefixes else 0,
-            prefix_cache_failures=self._prefixes.failures if self._prefixes else 0,
+            **(self._prefixes.stats() if self._prefixes else {}),
         )
 
     @property

@@ -10,8 +10,8 @@ from contextlib import ExitStack
 import psutil
 import pytest
 
+from bdh.serve.address import listen
 from bdh.serve.config import AuthSettings, LimitSettings
-from bdh.serve.server import _listen
 
 CRLF = b"\r\n"
 KEY_POST = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer secret-of-ann\r\n"
@@ -337,7 +337,7 @@ def test_a_stream_for_http_1_0_ends_with_its_connection(server, connect):
 
 def test_answers_leave_at_once():
     """Each took 40 ms longer: its body waited for the client to acknowledge its head."""
-    with _listen("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()):
+    with listen("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()):
         accepted, _ = listening.accept()
         with accepted:
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
