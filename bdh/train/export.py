@@ -143,7 +143,8 @@ def export_model(
 
 def _for_batches(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     tokenizer = with_padding(tokenizer)
-    tokenizer.padding_side = "left"  # a text goes on at its right end
+    # A text goes on at its right end. What is saved is what a tokenizer was made with.
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
     return tokenizer
 
 
