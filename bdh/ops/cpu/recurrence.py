@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from bdh.ops.cpu import kernels
+from bdh.ops.cpu.pieces import new_progress
 from bdh.ops.cpu.runtime import Announce, compiled, exclusive, follow_torch_threads, to_stderr
 from bdh.ops.rope import turns_per_token
 
@@ -131,7 +132,7 @@ class Recurrence:
         if state_dtype not in self._is_compiled:
             self._is_compiled.add(state_dtype)
             compiled(lambda: self._warm_up(state_dtype), self._announce)
-        follow_torch_threads()
+        num_threads = follow_torch_threads()
         L, H, N, D = self.weights.shape
         R = len(tokens)
         like_states = kernels.FLOAT32 if state_dtype == torch.float32 else kernels.BFLOAT16
@@ -140,33 +141,32 @@ class Recurrence:
         a, parts = self._array("a", R, H, D), self._array("parts", self._num_parts, R, D)
         if read_scales is None or write_scales is None:
             read_scales = write_scales = np.ones((R, H), np.float32)
-        with exclusive():
-            kernels.rotations(positions, self._turns, cos, sin)
-            kernels.begin(self._embed, tokens, v, self.weights.eps)
-            if before_writing is not None:
-                before_writing()
-            for some in passes_at_once(L, watch):
-                kernels.passes(
-                    len(some),
-                    self._like,
-                    like_states,
-                    self.weights.encoder.data_ptr(),
-                    self._encoder_v,
-                    self.weights.decoder.data_ptr(),
-                    states[some.start : some.stop],
-                    starts,
-                    cos,
-                    sin,
-                    read_scales,
-                    write_scales,
-                    v,
-                    x,
-                    a,
-                    parts,
-                    self.weights.eps,
-                )
-                if watch is not None:
-                    watch(some.start, x)
+        text = self._embed, tokens, positions, self._turns, v, cos, sin, self.weights.eps
+        if before_writing is not None:
+            before_writing()
+        for some in passes_at_once(L, watch):
+            progress = new_progress(kernels.STAGES * (1 + len(some)))
+            arguments = (
+                progress,
+                *text,
+                some.start,
+                self._like,
+                like_states,
+                self.weights.encoder.data_ptr(),
+                self._encoder_v,
+                self.weights.decoder.data_ptr(),
+                states[some.start : some.stop],
+                starts,
+                read_scales,
+                write_scales,
+                x,
+                a,
+                parts,
+            )
+            with exclusive():
+                kernels.passes(num_threads, arguments)
+            if watch is not None:
+                watch(some.start, x)
         return v
 
     def logits(self, v: np.ndarray) -> torch.Tensor:
@@ -184,8 +184,11 @@ class Recurrence:
         def run(v: np.ndarray) -> torch.Tensor:
             if len(index):
                 np.take(v, index, axis=0, out=chosen, mode="clip")  # other modes take memory
+                num_threads = follow_torch_threads()
                 with exclusive():
-                    kernels.project(self._like, weight.data_ptr(), chosen, out, False)
+                    kernels.products(
+                        num_threads, (new_progress(1), self._like, weight.data_ptr(), chosen, out, False)
+                    )
                 logits.copy_(torch.from_numpy(out).t())
             return logits
 
