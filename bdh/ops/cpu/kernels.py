@@ -354,8 +354,11 @@ def passes(num_threads, arguments):
             states: (passes, sequences) addresses of each pass's sums, (H, N, D).
             x: (H*N, R), a: (R, H, D), parts: (H * stretches of a head, R, D): memory to work in.
     """
-    for _ in prange(num_threads):
+    if num_threads == 1:
         _passes(*arguments)
+    else:
+        for _ in prange(num_threads):
+            _passes(*arguments)
 
 
 @jit_inner
@@ -366,5 +369,8 @@ def _products(progress, like, weights, v, out, relu):
 @jit
 def products(num_threads, arguments):
     """:func:`project` alone: (progress, like, weights, v, out, relu)."""
-    for _ in prange(num_threads):
+    if num_threads == 1:
         _products(*arguments)
+    else:
+        for _ in prange(num_threads):
+            _products(*arguments)

@@ -23,8 +23,8 @@ from numba.extending import intrinsic
 
 STAGE_WORDS = 16  # two lines of the cache
 _TAKEN, _SPINS, _DONE, _SLEEPERS = 0, 1, 8, 9
-SPINS = 1000
-"""How often a waiting thread looks before it sleeps: for 20 to 50 microseconds."""
+SPINS, SPINS_WHEN_CROWDED = 10_000, 300
+"""How often a waiting thread looks before it sleeps. A look takes 20 to 50 nanoseconds."""
 _FUTEX_WAIT, _FUTEX_WAKE = 128, 129  # within a process
 _FUTEX = {"x86_64": 202, "aarch64": 98}  # the number of the system call
 _PAUSES = {"x86_64": ("llvm.x86.sse2.pause", ()), "aarch64": ("llvm.aarch64.hint", (1,))}
@@ -33,10 +33,14 @@ _I32, _I64 = ir.IntType(32), ir.IntType(64)
 jit_inner = njit(cache=True, nogil=True, error_model="numpy")
 
 
-def new_progress(num_stages: int) -> np.ndarray:
-    """The counters of so many stages; each can be gone through once."""
+def new_progress(num_stages: int, *, is_crowded: bool = False) -> np.ndarray:
+    """The counters of so many stages; each can be gone through once.
+
+    Args:
+        is_crowded: others want the cores, so that it is better to sleep soon.
+    """
     progress = np.zeros((num_stages, STAGE_WORDS), np.int64)
-    progress[:, _SPINS] = int(__import__("os").environ.get("SPINS", 1000))
+    progress[:, _SPINS] = SPINS_WHEN_CROWDED if is_crowded else SPINS
     return progress
 
 

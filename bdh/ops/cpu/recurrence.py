@@ -11,7 +11,7 @@ import torch
 
 from bdh.ops.cpu import kernels
 from bdh.ops.cpu.pieces import new_progress
-from bdh.ops.cpu.runtime import Announce, compiled, exclusive, follow_torch_threads, to_stderr
+from bdh.ops.cpu.runtime import Announce, compiled, exclusive, team_for, to_stderr
 from bdh.ops.rope import turns_per_token
 
 Storage = Literal["float32", "bfloat16"]
@@ -132,9 +132,9 @@ class Recurrence:
         if state_dtype not in self._is_compiled:
             self._is_compiled.add(state_dtype)
             compiled(lambda: self._warm_up(state_dtype), self._announce)
-        num_threads = follow_torch_threads()
         L, H, N, D = self.weights.shape
         R = len(tokens)
+        team = team_for(R)
         like_states = kernels.FLOAT32 if state_dtype == torch.float32 else kernels.BFLOAT16
         cos, sin = self._array("cos", N // 2, R), self._array("sin", N // 2, R)
         v, x = self._array("v", R, D), self._array("x", H * N, R)
@@ -145,7 +145,7 @@ class Recurrence:
         if before_writing is not None:
             before_writing()
         for some in passes_at_once(L, watch):
-            progress = new_progress(kernels.STAGES * (1 + len(some)))
+            progress = new_progress(kernels.STAGES * (1 + len(some)), is_crowded=team.is_crowded)
             arguments = (
                 progress,
                 *text,
@@ -164,7 +164,7 @@ class Recurrence:
                 parts,
             )
             with exclusive():
-                kernels.passes(num_threads, arguments)
+                kernels.passes(team.threads, arguments)
             if watch is not None:
                 watch(some.start, x)
         return v
@@ -184,11 +184,10 @@ class Recurrence:
         def run(v: np.ndarray) -> torch.Tensor:
             if len(index):
                 np.take(v, index, axis=0, out=chosen, mode="clip")  # other modes take memory
-                num_threads = follow_torch_threads()
+                team = team_for(len(index))
+                progress = new_progress(1, is_crowded=team.is_crowded)
                 with exclusive():
-                    kernels.products(
-                        num_threads, (new_progress(1), self._like, weight.data_ptr(), chosen, out, False)
-                    )
+                    kernels.products(team.threads, (progress, self._like, weight.data_ptr(), chosen, out, False))
                 logits.copy_(torch.from_numpy(out).t())
             return logits
 

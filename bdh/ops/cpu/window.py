@@ -38,7 +38,7 @@ from bdh.ops.cpu.kernels import (
 from bdh.ops.cpu.memory import get_byte, put_byte, put_float
 from bdh.ops.cpu.pieces import new_progress, pieces
 from bdh.ops.cpu.recurrence import KernelWeights, Recurrence, Watch, passes_at_once
-from bdh.ops.cpu.runtime import Announce, compiled, exclusive, follow_torch_threads, to_stderr
+from bdh.ops.cpu.runtime import Announce, compiled, exclusive, team_for, to_stderr
 from bdh.ops.cpu.vector import add_scaled, prefetch
 from bdh.ops.window import Ring, empty_ring
 
@@ -201,8 +201,11 @@ def window_passes(num_threads, arguments):
             x: (H*N, R), a: (R, H, D), scores: (H * stretches of a head, R, C), parts: (the same, R, D): memory to work
                 in; a holds 0 where W is 1.
     """
-    for _ in prange(num_threads):
+    if num_threads == 1:
         _window_passes(*arguments)
+    else:
+        for _ in prange(num_threads):
+            _window_passes(*arguments)
 
 
 class WindowedRecurrence(Recurrence):
@@ -252,7 +255,7 @@ class WindowedRecurrence(Recurrence):
         if not self._window_is_compiled:
             self._window_is_compiled = True
             compiled(self._warm_up_window, self._announce)
-        num_threads = follow_torch_threads()
+        team = team_for(len(tokens))
         L, H, N, D = self.weights.shape
         R, columns = len(tokens), rings[0].keys.shape[-1]
         cos, sin = self._array("cos", N // 2, R), self._array("sin", N // 2, R)
@@ -265,7 +268,7 @@ class WindowedRecurrence(Recurrence):
         if before_writing is not None:
             before_writing()
         for some in passes_at_once(L, watch):
-            progress = new_progress(kernels.STAGES * (1 + len(some)))
+            progress = new_progress(kernels.STAGES * (1 + len(some)), is_crowded=team.is_crowded)
             arguments = (
                 progress,
                 *text,
@@ -283,7 +286,7 @@ class WindowedRecurrence(Recurrence):
                 parts,
             )
             with exclusive():
-                window_passes(num_threads, arguments)
+                window_passes(team.threads, arguments)
             if watch is not None:
                 watch(some.start, x)
         return v
