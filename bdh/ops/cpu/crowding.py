@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-_LOOK_SECONDS = 0.05
+_LOOK_SECONDS = 0.2
 _PAUSE_SECONDS = 1.0
 """Calls that are so far apart say nothing about the time between them."""
-_CROWDED = 0.2
+_CROWDED = 0.3
 """Threads that wait, in the mean, from which on the cores are taken to be short."""
-_HOLD_SECONDS = 0.5, 8.0
+_HOLD_SECONDS = 0.5, 2.0
 """For how long there are fewer threads before all are tried again: the first time, and at most."""
 
 
@@ -80,13 +80,13 @@ class Crowding:
         share = (waited - before[1]) / (now - before[0])
         if share > _CROWDED:
             # All were tried again not long ago: the next time, later.
-            is_again = now - self._freed < 4 * _LOOK_SECONDS
+            is_again = now - self._freed < 3 * _LOOK_SECONDS
             self._hold = min(2 * self._hold, _HOLD_SECONDS[1]) if is_again else max(self._hold, _HOLD_SECONDS[0])
             self._busy_cores = min(max(num_threads - used, 0) + max(1, round(2 * share)), num_threads - 1)
             self._until, self._freed = now + self._hold, -1e9
         elif self._busy_cores and now >= self._until:
             self._busy_cores -= 1
-            self._until, self._freed = now + 2 * _LOOK_SECONDS, now
+            self._until, self._freed = now + _LOOK_SECONDS, now
         elif not self._busy_cores and now >= self._until + _HOLD_SECONDS[1]:
             self._hold = _HOLD_SECONDS[0]
 

@@ -61,6 +61,12 @@ def stretches_of(N):
 
 
 @jit_inner
+def projected_pieces(num_neurons):
+    """Pieces of :func:`project`."""
+    return (num_neurons + _PROJECTED - 1) // _PROJECTED
+
+
+@jit_inner
 def bounds_of(stretch, N):
     """The head of a stretch, and its first neuron and the one behind its last within the head."""
     per_head = stretches_of(N)
@@ -112,7 +118,7 @@ def project(stage, like, weights, v, out, relu):
     # The next block is asked for a little at a time, with each group of rows its share.
     groups = max(1, R // 4)
     share = (4 * row_bytes + groups * _CACHE_LINE - 1) // (groups * _CACHE_LINE) * _CACHE_LINE
-    for piece in pieces(stage, (num_neurons + _PROJECTED - 1) // _PROJECTED):
+    for piece in pieces(stage, projected_pieces(num_neurons)):
         end = min(num_neurons, (piece + 1) * _PROJECTED)
         for first in range(piece * _PROJECTED, end, BLOCK_NEURONS):
             last = min(end, first + BLOCK_NEURONS)

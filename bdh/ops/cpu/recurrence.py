@@ -186,8 +186,9 @@ class Recurrence:
                 np.take(v, index, axis=0, out=chosen, mode="clip")  # other modes take memory
                 team = team_for(len(index))
                 progress = new_progress(1, is_crowded=team.is_crowded)
+                num_threads = min(team.threads, kernels.projected_pieces(weight.shape[0]))
                 with exclusive():
-                    kernels.products(team.threads, (progress, self._like, weight.data_ptr(), chosen, out, False))
+                    kernels.products(num_threads, (progress, self._like, weight.data_ptr(), chosen, out, False))
                 logits.copy_(torch.from_numpy(out).t())
             return logits
 
