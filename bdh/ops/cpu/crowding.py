@@ -13,8 +13,6 @@ from pathlib import Path
 import torch
 
 _LOOK_SECONDS = 0.2
-_PAUSE_SECONDS = 1.0
-"""Calls that are so far apart say nothing about the time between them."""
 _CROWDED = 0.3
 """Threads that wait, in the mean, from which on the cores are taken to be short."""
 _HOLD_SECONDS = 0.5, 2.0
@@ -75,7 +73,7 @@ class Crowding:
         if waited is None:
             return
         used, self._used, self._last = self._used, 0, (now, waited)
-        if before is None or now - before[0] > _PAUSE_SECONDS or num_threads == 1:
+        if before is None or num_threads == 1:
             return
         share = (waited - before[1]) / (now - before[0])
         if share > _CROWDED:
