@@ -69,7 +69,8 @@ def time_busy(
 
 def _run(candidate: Callable[[], object], seconds: float) -> list[float]:
     """The seconds of each call."""
-    found, first = [], time.perf_counter()
+    found: list[float] = []
+    first = time.perf_counter()
     while not found or time.perf_counter() - first < seconds:
         start = time.perf_counter()
         candidate()

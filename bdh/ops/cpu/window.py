@@ -265,12 +265,12 @@ class WindowedRecurrence(Recurrence):
         if self.window == 1:
             a[:] = 0
         text = self._embed, tokens, positions, self._turns, v, cos, sin, self.weights.eps
+        progress = new_progress(kernels.STAGES * (1 + L), is_crowded=team.is_crowded)
         if before_writing is not None:
             before_writing()
         for some in passes_at_once(L, watch):
-            progress = new_progress(kernels.STAGES * (1 + len(some)), is_crowded=team.is_crowded)
             arguments = (
-                progress,
+                progress[some.start * kernels.STAGES :],
                 *text,
                 some.start,
                 self._like,
