@@ -8,17 +8,22 @@ from typing import TYPE_CHECKING, Any
 from bdh import autoregister
 
 if TYPE_CHECKING:
-    from bdh.model import BDHConfig, BDHForCausalLM, SynapticState
+    from bdh.model import BDHConfig, BDHForCausalLM, BDHForSequenceClassification, BDHModel, SynapticState
 
     BDH = BDHForCausalLM
 
 __version__ = "0.1.0"
-__all__ = ["BDH", "BDHConfig", "BDHForCausalLM", "SynapticState", "__version__"]
+__all__ = [
+    "BDH",
+    "BDHConfig",
+    "BDHForCausalLM",
+    "BDHForSequenceClassification",
+    "BDHModel",
+    "SynapticState",
+    "__version__",
+]
 
-_IN_MODEL = {
-    "BDH": "BDHForCausalLM",
-    **{name: name for name in ("BDHConfig", "BDHForCausalLM", "SynapticState")},
-}
+_IN_MODEL = {"BDH": "BDHForCausalLM", **{name: name for name in __all__[1:-1]}}
 
 autoregister.install()
 

@@ -2,7 +2,7 @@
 
 Registering needs our classes, and so transformers and PyTorch: seconds that neither ``bdh --help`` nor a
 program that never loads a model should pay. So each registration waits until the auto class that it is for
-is itself imported: ``AutoConfig``, and ``AutoModelForCausalLM``. They are two steps, since transformers loads
+is itself imported: ``AutoConfig``, and ``AutoModel`` with its relatives. They are two steps, since transformers loads
 the first while its model classes, which ours need, are not there yet.
 """
 

@@ -18,11 +18,24 @@ def vocabulary_size(tokenizer: Any) -> int:
     return size
 
 
+def document_end_id(tokenizer: Any) -> int | None:
+    """The id of the token that ends the documents which a model is trained on; None where there is none.
+
+    It is the tokenizer's ``<eos>``, unless this stands in the place of an unused byte (``with_padding`` of
+    :mod:`bdh.tokenizer.byte_level`): no text had it when the model was trained.
+    """
+    end = tokenizer.eos_token_id
+    is_byte = end == 0xFE and tokenizer.convert_ids_to_tokens(0xFD) == chr(0xFD)
+    return None if is_byte else end
+
+
 def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
     """
     Raises:
         ValueError: the tokenizer is not that of a model with a vocabulary of this size.
     """
+    if vocabulary_size(tokenizer) == vocab_size + 1 and tokenizer.pad_token_id == vocab_size:
+        return  # padding that was added to the tokenizer alone: no model sees it
     if vocabulary_size(tokenizer) != vocab_size:
         raise ValueError(
             f"the tokenizer has {vocabulary_size(tokenizer)} entries and the model {vocab_size}: they do not belong together"

@@ -1,6 +1,7 @@
 """bdh bench: how fast a model goes on, reads, serves several requests, and is trained on this machine."""
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -8,9 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from bdh.bench.config import QUICK_SIZES, BenchOptions
+from bdh.cli.models import ReadsModel
 from bdh.cli.settings import given_settings, parse_settings
+from bdh.model.shape import shape_faults
+from bdh.path_text import PathText
 from bdh.storage import write_text
-from bdh.validation import Faults, Settings
+from bdh.validation import Faults
 
 if TYPE_CHECKING:
     from bdh.bench.report import Report
@@ -48,10 +52,10 @@ _THREADS_A_CORE = 4
 
 
 @dataclass(kw_only=True)
-class BenchSettings(Settings):
+class BenchSettings(ReadsModel):
     benchmark: Literal["decode", "prefill", "engine", "train"]
     """decode: a token at a time, compared with other forms. prefill: prompts by their length. engine: several requests. train: a training step, compared with other forms."""
-    model: str | None = None
+    model: PathText | None = None
     """Folder of an exported model or of a run, or a hub id. By default one is made whose neurons fire as sparsely as trained ones; for train, one of fresh weights."""
     n_embd: int | None = None
     """D of the model that is made. By default 256; for train 128; with --quick 64."""
@@ -101,18 +105,17 @@ class BenchSettings(Settings):
     """Of the weights that are made, and of the text."""
     quick: bool = False
     """Everything small, in seconds: to see that it runs. Its figures say little."""
-    json: str | None = None
+    json: PathText | None = None
     """File for the figures as one JSON object, which replaces it; - prints that instead of the tables."""
     checkpoint: str | None = None
     """For a run: last (the default), best, or a step."""
 
     def collect_faults(self, faults: Faults) -> None:
+        super().collect_faults(faults)
         for name in _SIZES:
             value = getattr(self, name)
             faults.require(value is None or self.model is None, name, value, "left out with model, which has its own")
         if self.model is None:
-            from bdh.model.configuration import shape_faults
-
             for fault in shape_faults(*self.sizes().values()):
                 faults.add(fault)
             vocab_size = self.sizes()["vocab_size"]
@@ -196,6 +199,21 @@ class BenchSettings(Settings):
 def run(argv: list[str]) -> int:
     files, argv = _training_files(argv)
     training = _training_settings(files, argv)
+    base = None
+    if training is not None:
+        given = given_settings(BenchSettings, argv)
+        base = _base(training, files)
+        # Without what is only printed: faults are reported before a tokenizer is loaded.
+        parse_settings(
+            BenchSettings,
+            [argument for argument in argv if argument != "--print_config"],
+            prog="bdh bench",
+            description="",
+            positionals=("benchmark",),
+            base=base,
+        )
+        if "vocab_size" not in given:
+            base["vocab_size"] = training.model.vocab_size or _entries(training)
     settings = parse_settings(
         BenchSettings,
         argv,
@@ -206,7 +224,7 @@ def run(argv: list[str]) -> int:
         "model section is what is timed, with its batch_size, block_size, device, dtype and what it says of the layer, and "
         "flags override them. So for train the output of --print_config is to be read, and cannot be given as --config.",
         positionals=("benchmark",),
-        base=None if training is None else _base(training, files, given_settings(BenchSettings, argv)),
+        base=base,
     )
     import torch
 
@@ -326,12 +344,12 @@ def _training_settings(files: Sequence[str], argv: Sequence[str]) -> "RunSetting
     from bdh.train.config import RunSettings
 
     prog, description = "bdh bench train", "A configuration of bdh train."
-    training = parse_settings(RunSettings, _as_flags(files), prog=prog, description=description)
+    training = parse_settings(RunSettings, _as_flags(files), prog=prog, description=description, check_available=False)
     train, default = training.train, RunSettings().train
     if train.init_from is not None:
         raise ValueError(
             f"train.init_from is {train.init_from!r} in {', '.join(files)}: bdh bench train makes the model that a "
-            f"configuration describes; leave --config out, and give --model {train.init_from}"
+            f"configuration describes; leave --config out, and give --model {shlex.quote(train.init_from)}"
         )
     others = ("carry_state", "gradient_accumulation_steps", "compile", "optimizer")
     ignored = [f"train.{name}" for name in others if getattr(train, name) != getattr(default, name)]
@@ -343,8 +361,8 @@ def _training_settings(files: Sequence[str], argv: Sequence[str]) -> "RunSetting
     return training
 
 
-def _base(training: "RunSettings", files: Sequence[str], given: dict[str, Any]) -> dict[str, Any]:
-    """What a configuration of ``bdh train`` says, as settings of ``bdh bench train``; ``given`` are those of the flags."""
+def _base(training: "RunSettings", files: Sequence[str]) -> dict[str, Any]:
+    """What a configuration of ``bdh train`` says, as settings of ``bdh bench train``, but for the vocabulary."""
     model, train = training.model, training.train
     found = {name: getattr(model, name) for name in ("n_embd", "n_head", "n_layer", "mlp_internal_dim_multiplier")}
     found |= {"dropout": model.dropout, "batch_size": train.batch_size, "block_size": train.block_size}
@@ -352,8 +370,6 @@ def _base(training: "RunSettings", files: Sequence[str], given: dict[str, Any]) 
     # auto, which is the default there, would move to a GPU what is said to run on the processor.
     if "train.device" in given_settings(type(training), _as_flags(files)):
         found["device"] = train.device
-    if "vocab_size" not in given:
-        found["vocab_size"] = model.vocab_size or _entries(training)
     return found
 
 
@@ -363,6 +379,7 @@ def _as_flags(files: Sequence[str]) -> list[str]:
 
 def _entries(training: "RunSettings") -> int:
     """Of the vocabulary that a run of this configuration has."""
+    training.tokenizer.check_available()
     from bdh.data.conversations import holds_chat
     from bdh.tokenizer import load_tokenizer, with_chat_template
     from bdh.vocabulary import vocabulary_size

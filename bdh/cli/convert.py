@@ -4,20 +4,36 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bdh.cli.settings import parse_settings
+from bdh.path_text import PathText
+from bdh.storage import check_file, is_taken
+from bdh.tokenizer.config import TokenizerConfig
+from bdh.train.places import find_model
+from bdh.validation import Settings
 
 
 @dataclass
-class ConvertSettings:
-    source: str
+class ConvertSettings(Settings):
+    source: PathText
     """Checkpoint of the reference code (.pt); with --to-reference: a model folder, a run, or a hub id."""
-    out: str
+    out: PathText
     """Folder to write; with --to-reference: the .pt file to write."""
     to_reference: bool = False
     """Convert back: write a model as a checkpoint of the reference code."""
-    tokenizer: str = "byte"
+    tokenizer: PathText = "byte"
     """Tokenizer to store with the model: byte, a tokenizer.json file, a folder, or a hub id."""
+    pad_and_eos: bool = True
+    """byte only: <pad> and <eos>, for padded batches, in the place of the bytes 255 and 254, which no UTF-8 text has."""
     n_layer: int | None = None
     """Passes, for checkpoints that carry no configuration (the weights do not show them)."""
+
+    def check_available(self) -> None:
+        if is_taken(out := Path(self.out)):
+            raise FileExistsError(f"{out} exists already: choose another name")
+        if self.to_reference:
+            find_model(self.source)
+        else:
+            check_file(Path(self.source), "checkpoint file")
+            TokenizerConfig(path=self.tokenizer).check_available()
 
 
 def run(argv: list[str]) -> int:
@@ -28,11 +44,7 @@ def run(argv: list[str]) -> int:
         description="Convert a checkpoint of the published reference code into a model folder, or back.",
         positionals=("source", "out"),
     )
-    from bdh.storage import is_taken
-
     out = Path(settings.out)
-    if is_taken(out):
-        raise FileExistsError(f"{out} exists already: choose another name")
     if settings.to_reference:
         return _to_reference(settings, out)
     return _from_reference(settings, out)
@@ -40,7 +52,7 @@ def run(argv: list[str]) -> int:
 
 def _from_reference(settings: ConvertSettings, out: Path) -> int:
     from bdh.model.conversion import load_reference, model_from_reference
-    from bdh.tokenizer import TokenizerConfig, load_tokenizer
+    from bdh.tokenizer import load_tokenizer
     from bdh.vocabulary import vocabulary_size
 
     state_dict, config = load_reference(settings.source)
@@ -54,15 +66,13 @@ def _from_reference(settings: ConvertSettings, out: Path) -> int:
             f"the model has a vocabulary of {model.config.vocab_size}, the tokenizer {settings.tokenizer!r} of "
             f"{vocabulary_size(tokenizer)}: give the tokenizer that it was trained with, with --tokenizer"
         )
-    model.config.eos_token_id = tokenizer.eos_token_id
-    model.config.bos_token_id = tokenizer.bos_token_id
-    model.config.pad_token_id = tokenizer.pad_token_id
     from bdh.train.export import export_model
     from bdh.train.lock import lock_run_around
 
     num_parameters = sum(p.numel() for p in model.parameters())
     with lock_run_around(out):
-        export_model(model, tokenizer, out, _card(Path(settings.source).name, num_parameters))
+        card = _card(Path(settings.source).name, num_parameters)
+        export_model(model, tokenizer, out, card, pad_and_eos=settings.pad_and_eos)
     print(
         f"{out}: {num_parameters:,} parameters, {model.config.n_layer} passes, vocabulary {model.config.vocab_size:,}"
     )

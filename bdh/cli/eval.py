@@ -1,5 +1,6 @@
 """bdh eval: measures a model on a text, on tasks of the LM Evaluation Harness, or on what it recalls."""
 
+import importlib.util
 import json
 import math
 import sys
@@ -7,16 +8,19 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from bdh.cli.models import ReadsModel
 from bdh.cli.settings import parse_settings
 from bdh.data.config import DataConfig
-from bdh.validation import Faults, Settings
+from bdh.evaluate.task_files import check_task_files
+from bdh.path_text import PathText
+from bdh.validation import Faults
 
 _UNKNOWN_BLOCK_SIZE = 512
 
 
 @dataclass(kw_only=True)
-class EvalSettings(Settings):
-    model: str
+class EvalSettings(ReadsModel):
+    model: PathText
     """Folder of an exported model or of a run, or a hub id."""
     data: DataConfig = field(default_factory=DataConfig)
     part: Literal["validation", "train", "all"] = "validation"
@@ -35,9 +39,9 @@ class EvalSettings(Settings):
     """With carry_state: attend to the last so many tokens only, the newest included. None for all of the text."""
     batch_size: int = 16
     """Windows, stretches or texts in one forward pass."""
-    tasks: list[str] = field(default_factory=list)
+    tasks: list[PathText] = field(default_factory=list)
     """Run these tasks of the LM Evaluation Harness: names, YAML files or folders of them, with commas or as a list."""
-    include_path: str | None = None
+    include_path: PathText | None = None
     """Tasks: folder with further ones."""
     num_fewshot: int | None = None
     """Tasks: solved examples before each question. None for what the task says."""
@@ -53,7 +57,7 @@ class EvalSettings(Settings):
     """Needle: of the facts and the places."""
     checkpoint: str | None = None
     """For a run: last (the default), best, or a step."""
-    base: str | None = None
+    base: PathText | None = None
     """For adapters: where the model that they were trained beside is now, by default where it was."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
@@ -61,6 +65,7 @@ class EvalSettings(Settings):
     """Print one JSON object instead of lines."""
 
     def collect_faults(self, faults: Faults) -> None:
+        super().collect_faults(faults)
         faults.require(self.block_size is None or self.block_size >= 1, "block_size", self.block_size, "at least 1")
         faults.require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
         for name in ("num_fewshot", "limit"):
@@ -98,6 +103,19 @@ class EvalSettings(Settings):
             "given with carry_state, and without tasks or needle",
         )
 
+    def check_available(self) -> None:
+        super().check_available()
+        if self.tasks:
+            if importlib.util.find_spec("lm_eval") is None:
+                raise ImportError(
+                    'tasks need the LM Evaluation Harness, which is not installed: pip install "bdh[eval]"'
+                )
+            check_task_files(self.task_names(), self.include_path)
+
+    def task_names(self) -> list[str]:
+        """Each of the tasks, also where several were given with commas."""
+        return [name.strip() for item in self.tasks for name in item.split(",") if name.strip()]
+
     def collect_stride_faults(self, block_size: int | None, faults: Faults) -> None:
         is_right = self.stride is None or 1 <= self.stride <= (block_size or self.stride)
         limit = "at least 1" if block_size is None else f"within 1 and block_size, {block_size}"
@@ -113,8 +131,6 @@ def run(argv: list[str]) -> int:
         "the LM Evaluation Harness; or, with --needle, how long a planted fact is remembered.",
         positionals=("model",),
     )
-    if settings.tasks:
-        _check_harness()
     from bdh.train.models import load_model
     from bdh.vocabulary import vocabulary_size
 
@@ -134,6 +150,7 @@ def _run_text(settings: EvalSettings, model: Any, tokenizer: Any) -> int:
     from bdh.cli.progress import token_progress
     from bdh.data.conversations import holds_chat
     from bdh.evaluate.loss import evaluate_text
+    from bdh.vocabulary import document_end_id
 
     block_size = settings.block_size or model.config.train_block_size or _UNKNOWN_BLOCK_SIZE
     faults = Faults()
@@ -152,7 +169,7 @@ def _run_text(settings: EvalSettings, model: Any, tokenizer: Any) -> int:
             carry_state=settings.carry_state,
             stretch_tokens=_stretch_tokens(settings, block_size, len(tokens) - 1),
             window=settings.window,
-            document_end=tokenizer.eos_token_id if settings.data.pack == "documents" else None,
+            document_end=document_end_id(tokenizer) if settings.data.pack == "documents" else None,
             max_batch_size=settings.batch_size,
             progress=advance,
             announce=lambda path: print(f"reading by {path}", file=sys.stderr),
@@ -208,13 +225,6 @@ def _stretch_tokens(settings: EvalSettings, block_size: int, num_predicted: int)
     return math.ceil(num_predicted / settings.streams) if settings.streams > 1 else None
 
 
-def _check_harness() -> None:
-    import importlib.util
-
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ImportError('tasks need the LM Evaluation Harness, which is not installed: pip install "bdh[eval]"')
-
-
 def _run_tasks(settings: EvalSettings, model: Any, tokenizer: Any) -> int:
     from bdh.evaluate.harness import HarnessModel, evaluate_tasks
 
@@ -223,7 +233,7 @@ def _run_tasks(settings: EvalSettings, model: Any, tokenizer: Any) -> int:
     lm = HarnessModel(model, tokenizer, max_length=max_length, batch_size=settings.batch_size)
     scores = evaluate_tasks(
         lm,
-        [name.strip() for item in settings.tasks for name in item.split(",") if name.strip()],
+        settings.task_names(),
         include_path=settings.include_path,
         num_fewshot=settings.num_fewshot,
         limit=settings.limit,

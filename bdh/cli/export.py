@@ -4,16 +4,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bdh.cli.settings import parse_settings
-from bdh.storage import recover_dir
-from bdh.train.config import ADAPTER_CONFIG
+from bdh.path_text import PathText
+from bdh.storage import check_free, recover_dir
+from bdh.train.places import ADAPTER_CONFIG, check_peft, find_checkpoint
 from bdh.validation import Faults, Settings
 
 
 @dataclass
 class ExportSettings(Settings):
-    run: str
+    run: PathText
     """Folder of the run; or of adapters, which are merged into the model that they were trained beside."""
-    out: str
+    out: PathText
     """Folder to write: config.json, model.safetensors, tokenizer files, generation_config.json, README.md."""
     checkpoint: str = "last"
     """Which weights: last, best (of the validation loss), or a step."""
@@ -21,7 +22,7 @@ class ExportSettings(Settings):
     """The moving average of the weights, of a run with train.ema_decay."""
     merge: bool | None = None
     """Of a run with train.lora: true merges the adapters into the weights, false writes them alone; by default its setting."""
-    base: str | None = None
+    base: PathText | None = None
     """For adapters: where the model that they were trained beside is now, by default where it was."""
 
     def collect_faults(self, faults: Faults) -> None:
@@ -32,6 +33,13 @@ class ExportSettings(Settings):
             faults.require(self.merge in (None, True), "merge", self.merge, "left out with adapters, or true")
         else:
             faults.require(self.base is None, "base", self.base, "left out with a run, which holds its base's weights")
+
+    def check_available(self) -> None:
+        check_free(Path(self.out))
+        if (Path(self.run) / ADAPTER_CONFIG).is_file():
+            check_peft()
+        else:
+            find_checkpoint(Path(self.run), self.checkpoint)
 
 
 def run(argv: list[str]) -> int:

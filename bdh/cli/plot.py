@@ -4,15 +4,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bdh.cli.settings import parse_settings
+from bdh.path_text import PathText
+from bdh.validation import Settings
 
 
 @dataclass
-class PlotSettings:
-    runs: list[str] = field(default_factory=list)
+class PlotSettings(Settings):
+    runs: list[PathText] = field(default_factory=list)
     """Folders of the runs, drawn over each other."""
     keys: list[str] = field(default_factory=lambda: ["train/loss", "val/loss"])
     """What to draw: names of metrics.jsonl, with commas or as a list. What is not a loss has a panel of its own."""
-    output: str | None = None
+    output: PathText | None = None
     """PNG file to write; by default loss.png, or metrics.png with keys, in the folder of the first run."""
 
 

@@ -22,7 +22,8 @@ import yaml
 from docstring_parser import parse_from_object
 from jsonargparse import ArgumentError, ArgumentParser
 
-from bdh.validation import Faults, collect_faults
+from bdh.path_text import expanded_path, holds_paths, with_expanded_paths
+from bdh.validation import Faults, Settings, collect_faults
 from bdh.yaml_files import WRONG, YamlDocument, dump_yaml, lines_in_words, parse_yaml, read_yaml
 
 SettingsType = TypeVar("SettingsType")
@@ -38,6 +39,7 @@ class _Leaf:
     type: Any
     default: Any
     help: str
+    is_path: bool
     verbatim: bool
     """Whether even the flag's value `null` is text."""
 
@@ -76,6 +78,7 @@ def parse_settings(
     description: str,
     positionals: Sequence[str] = (),
     base: Mapping[str, Any] | None = None,
+    check_available: bool = True,
 ) -> SettingsType:
     """The settings that a command line asks for.
 
@@ -85,14 +88,14 @@ def parse_settings(
     Args:
         positionals: fields that are given by their place; the last one may be a list, and takes the rest.
         base: nested settings, as a YAML file would hold them.
+        check_available: whether to check too that what the settings name is there: :meth:`Settings.check_available`.
 
     Raises:
-        FileNotFoundError: a configuration file is missing.
+        OSError, ImportError: a configuration file, or what a setting names, is missing.
         ValueError: lists all unknown settings, values of a wrong type, and values out of range.
         SystemExit: with status 0, behind ``--help`` or ``--print_config``.
     """
-    leaves = _Leaves(settings_class)
-    command_line = _CommandLine(leaves, positionals, argv)
+    command_line = _CommandLine(leaves := _Leaves(settings_class), positionals, argv)
     if command_line.wants_help:
         _print_help(settings_class, prog, description, positionals)
         raise SystemExit(0)
@@ -112,6 +115,8 @@ def parse_settings(
     if command_line.wants_config:
         print(to_yaml(settings, with_help=True), end="")
         raise SystemExit(0)
+    if check_available and isinstance(settings, Settings):
+        settings.check_available()
     return settings
 
 
@@ -177,7 +182,7 @@ class _CommandLine:
         """The values of the files in their order, and over them those of the flags."""
         raw: dict[str, _Given] = {}
         for path in self.config_files:
-            raw |= _flattened(_read_config(Path(path), faults), self._leaves, path, faults)
+            raw |= _flattened(_read_config(Path(expanded_path(path)), faults), self._leaves, path, faults)
         faults.found.extend(self.faults)
         return raw | {name: _Given(value) for name, value in self.values.items()}
 
@@ -234,14 +239,21 @@ class _CommandLine:
 def _leaves(settings_class: Any, prefix: str = "", section: Any = None) -> Iterator[_Leaf]:
     """The settings of a class. Those of a section have the defaults of ``section``, the object that its field makes."""
     hints = typing.get_type_hints(settings_class)
+    marked = typing.get_type_hints(settings_class, include_extras=True)
     helps = _helps(settings_class)
     for field in dataclasses.fields(settings_class):
         default = _default(field, section)
         if dataclasses.is_dataclass(hints[field.name]):
             yield from _leaves(hints[field.name], f"{prefix}{field.name}.", None if default is _MISSING else default)
             continue
-        is_verbatim = field.metadata.get("verbatim", False)
-        yield _Leaf(prefix + field.name, hints[field.name], default, helps.get(field.name, ""), is_verbatim)
+        yield _Leaf(
+            prefix + field.name,
+            hints[field.name],
+            default,
+            helps.get(field.name, ""),
+            is_path=holds_paths(marked[field.name]),
+            verbatim=field.metadata.get("verbatim", False),
+        )
 
 
 def _default(field: dataclasses.Field, section: Any) -> Any:
@@ -344,8 +356,16 @@ def _suggestion(name: str, leaves: _Leaves) -> str:
 
 def _all_converted(raw: Mapping[str, _Given], leaves: Mapping[str, _Leaf], faults: Faults) -> dict[str, Any]:
     """The values in the types of their settings; those that cannot be are left out, and are faults."""
-    values = {name: _converted(leaves[name], given, faults) for name, given in raw.items()}
-    return {name: value for name, value in values.items() if value is not _MISSING}
+    values = {}
+    for name, given in raw.items():
+        value = _converted(leaves[name], given, faults)
+        if value is _MISSING:
+            continue
+        try:
+            values[name] = with_expanded_paths(name, value, lambda each: each in leaves and leaves[each].is_path)
+        except ValueError as error:
+            faults.add(f"{name} is {_shown(value)}: {error}{f' ({given.place})' if given.place else ''}")
+    return values
 
 
 def _converted(leaf: _Leaf, given: _Given, faults: Faults) -> Any:

@@ -1,6 +1,7 @@
 """bdh train: trains a model, and exports it."""
 
 import logging
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,22 +10,33 @@ from rich.console import Console
 
 from bdh.cli.libraries import show_kept
 from bdh.cli.settings import given_settings, parse_settings
+from bdh.cli.streams import lasting_streams
 from bdh.distributed import environment
 from bdh.locks import InUseError
 from bdh.train.config import RunSettings
 from bdh.train.signals import EXIT_STATUS
+from bdh.train.stored import check_unchanged, stored_settings
 
 
 def run(argv: list[str]) -> int:
+    with lasting_streams():
+        return _run(argv)
+
+
+def _run(argv: list[str]) -> int:
     rank = environment.rank()
     try:
+        stored = _settings_to_resume(argv)
         settings = parse_settings(
             RunSettings,
             argv,
             prog="bdh train",
             description="Train a model. A YAML file, or several in order, overrides the defaults; flags override the files.",
-            base=_settings_to_resume(argv),
+            base=stored,
+            check_available=environment.world_size() == 1,  # of several processes, not all see the same
         )
+        if stored is not None:
+            check_unchanged(settings, stored)
     except (ValueError, OSError):
         if rank == 0:
             raise
@@ -66,7 +78,7 @@ def _train(console: Console, training: Any) -> int:
     from bdh.monitor import Monitor
     from bdh.train.loop import fit
     from bdh.train.step import DataStopped
-    from bdh.train.stored import settings_to_store
+    from bdh.train.stored import resume_command, settings_to_store
 
     settings = training.settings
     monitor = Monitor(
@@ -89,7 +101,7 @@ def _train(console: Console, training: Any) -> int:
         return EXIT_STATUS.get(why, 0)
 
     step = training.progress.step
-    resume = f"bdh train --run_dir {training.folder} --resume"
+    resume = resume_command(training.folder)
     if why in EXIT_STATUS:
         console.print(f"Stopped by {why} after step {step}; everything is saved. Go on with: {resume}", markup=False)
         return EXIT_STATUS[why]
@@ -138,7 +150,7 @@ def _export(console: Console, training: Any) -> None:
     folder = training.folder / "model"
     export_run(training.folder, folder, which="last" if ema else which, ema=ema, replace=True)
     ask = "--chat --prompt 'Hello!'" if training.corpus.is_chat else "--prompt 'The '"
-    console.print(f"Exported to {folder}: bdh generate {folder} {ask}", markup=False)
+    console.print(f"Exported to {folder}: {shlex.join(('bdh', 'generate', str(folder)))} {ask}", markup=False)
 
 
 def print_banner(console: Console, training: Any) -> None:
@@ -220,8 +232,6 @@ def _settings_to_resume(argv: list[str]) -> dict[str, Any] | None:
     given = given_settings(RunSettings, argv)
     if given.get("run_dir") is None or not given.get("resume"):
         return None
-    from bdh.train.stored import stored_settings
-
     stored = stored_settings(Path(given["run_dir"]))
     stored["train"]["stop_at_step"] = None
     return stored

@@ -3,13 +3,16 @@
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from bdh.data.mix_config import collect_mix_faults
+from bdh.data.builtin import BUILTIN
+from bdh.data.files import check_item, item_names
+from bdh.data.mix_config import collect_mix_faults, mix_sources
+from bdh.path_text import PathText
 from bdh.validation import Faults, Settings
 
 
 @dataclass
 class DataConfig(Settings):
-    source: str | list[str] = "pydoc"
+    source: PathText | list[PathText] = "pydoc"
     """Built-in (pydoc, stdlib, shakespeare), hub id, file, glob or folder; several with commas or as a list."""
     mix: list[dict[str, Any]] | None = None
     """Several sources instead of one: [{source: a.txt, weight: 3}, ...]; entries may set text_column and the like."""
@@ -35,7 +38,7 @@ class DataConfig(Settings):
     """Bytes that are not UTF-8: strict stops and says where, replace puts U+FFFD in their place."""
     val_split: str | None = None
     """Hub: split to validate on, instead of val_fraction."""
-    val_source: str | list[str] | None = None
+    val_source: PathText | list[PathText] | None = None
     """Files to validate on, instead of val_fraction."""
     val_fraction: float = 0.1
     """Share of the documents that is held out, from the end; of the text's bytes where there is one document."""
@@ -47,7 +50,7 @@ class DataConfig(Settings):
     """Streaming: documents that are shuffled among each other; the buffer also ends at 64 MiB of text."""
     val_tokens: int = 262_144
     """Streaming: tokens to collect for validation; the document that reaches them is taken whole."""
-    cache_dir: str | None = None
+    cache_dir: PathText | None = None
     """Folder of the token cache. None takes $BDH_CACHE, or else ~/.cache/bdh."""
 
     def beside(self, others: "list[DataConfig]") -> "EntryConfig":
@@ -84,6 +87,16 @@ class DataConfig(Settings):
             self.val_split,
             "another split than the one that is trained on",
         )
+
+    def check_available(self) -> None:
+        if self.mix is not None:
+            for each in mix_sources(self):
+                each.config.check_available()
+            return
+        for source in (self.source, self.val_source or []):
+            for item in item_names(source):
+                if item not in BUILTIN:
+                    check_item(item)
 
 
 @dataclass

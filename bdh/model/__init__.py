@@ -7,13 +7,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bdh.model.backbone import BDHModel
+    from bdh.model.classification import BDHForSequenceClassification
     from bdh.model.configuration import BDHConfig
     from bdh.model.modeling import BDHForCausalLM
     from bdh.model.state import SynapticState
 
-__all__ = ["BDHConfig", "BDHForCausalLM", "SynapticState"]
+__all__ = ["BDHConfig", "BDHForCausalLM", "BDHForSequenceClassification", "BDHModel", "SynapticState"]
 
-_MODULE_OF = {"BDHConfig": "configuration", "BDHForCausalLM": "modeling", "SynapticState": "state"}
+_MODULE_OF = {
+    "BDHConfig": "configuration",
+    "BDHForCausalLM": "modeling",
+    "BDHForSequenceClassification": "classification",
+    "BDHModel": "backbone",
+    "SynapticState": "state",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -4,6 +4,8 @@ import difflib
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -11,33 +13,22 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
 from bdh.model.decay import decay_fault, half_lives_of_heads
+from bdh.model.shape import shape_faults
 from bdh.ops.dispatch import ATTENTION_FORMS
 
+# Without `import bdh`, transformers looks into a model's folder for the code that it needs, and finds this.
+STUB = "bdh_auto.py"
+_STUB_TEXT = '''\
+"""This model is run by the package bdh: pip install bdh. After `import bdh` nothing here is needed, nor trust_remote_code."""
 
-def shape_faults(n_embd: int, n_head: int, n_layer: int, multiplier: int, vocab_size: int) -> list[str]:
-    """What is wrong with the sizes of a model, one sentence a fault; empty where they fit together."""
-    sizes = {
-        "n_embd": n_embd,
-        "n_head": n_head,
-        "n_layer": n_layer,
-        "mlp_internal_dim_multiplier": multiplier,
-        "vocab_size": vocab_size,
-    }
-    faults = [f"{name} is {size}: must be at least 1" for name, size in sizes.items() if size < 1]
-    if faults:
-        return faults
-    neurons = n_embd * multiplier
-    if neurons % n_head:
-        return [
-            f"n_embd * mlp_internal_dim_multiplier = {n_embd} * {multiplier} = {neurons} neurons cannot be split "
-            f"over n_head = {n_head} heads: {neurons} % {n_head} = {neurons % n_head}, must be 0"
-        ]
-    if neurons // n_head % 2:
-        return [
-            f"n_embd * mlp_internal_dim_multiplier / n_head = {n_embd} * {multiplier} / {n_head} = "
-            f"{neurons // n_head} neurons in a head: must be even, since rotary positions turn pairs of neurons"
-        ]
-    return []
+from bdh import BDHConfig, BDHForCausalLM, BDHForSequenceClassification, BDHModel
+'''
+_AUTO_MAP = {
+    "AutoConfig": "bdh_auto.BDHConfig",
+    "AutoModel": "bdh_auto.BDHModel",
+    "AutoModelForCausalLM": "bdh_auto.BDHForCausalLM",
+    "AutoModelForSequenceClassification": "bdh_auto.BDHForSequenceClassification",
+}
 
 
 @contextmanager
@@ -146,6 +137,17 @@ class BDHConfig(PreTrainedConfig):
             faults.append("tie_word_embeddings is True: must be False, embed and lm_head are separate weights")
         if faults:
             raise ValueError("; ".join(faults))
+        self.auto_map = dict(_AUTO_MAP)
+
+    def save_pretrained(self, save_directory: str | PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Writes ``config.json``, and beside it the stub by which transformers says that it needs this package."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        (Path(save_directory) / STUB).write_text(_STUB_TEXT, encoding="utf-8")
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing: transformers, which calls it where the stub was used, would put copies of our modules beside models."""
 
     def _name_faults(self, extra: dict[str, Any]) -> list[str]:
         """What is wrong with the names given beside the fields."""

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
-    from bdh.model.modeling import BDHForCausalLM
+    from bdh.model.backbone import BDHPreTrainedModel
 
 
-def layer_modules(model: "BDHForCausalLM") -> list[nn.Module]:
+def layer_modules(model: "BDHPreTrainedModel") -> list[nn.Module]:
     """The modules of the layer."""
     return [model.encoder, *model.encoder_v, model.decoder]
 

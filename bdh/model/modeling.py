@@ -1,30 +1,25 @@
-"""The model: one layer that the text passes through L times."""
+"""The language model: the backbone, and a head that predicts the next token."""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationMixin
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from bdh.model.arguments import Inputs, check_state_type
+from bdh.model.backbone import BDHModel, BDHPreTrainedModel
+from bdh.model.classification import BDHForSequenceClassification
 from bdh.model.configuration import BDHConfig
-from bdh.model.kernels import kernel_obstacle, recheck_weights, recurrence_of
-from bdh.model.passes import BlockPasses, Passes, plan_for
-from bdh.model.positions import token_positions
+from bdh.model.kernels import kernel_obstacle, recurrence_of
 from bdh.model.state import SynapticState
 from bdh.model.text import TextGenerationMixin
-from bdh.ops.attention import sum_dtype
-from bdh.ops.dispatch import attend, choose_step_path
-from bdh.ops.layer.plan import LayerOptions
+from bdh.ops.dispatch import choose_step_path
 from bdh.ops.loss import IGNORE_INDEX, chunked_cross_entropy, cross_entropy
-from bdh.ops.norm import layer_norm
-from bdh.ops.reach import Reach
-from bdh.ops.rope import rotate, rotation_table
 
 # Above this many logits (128 MiB in float32) the loss is computed in chunks of tokens.
 MAX_LOGITS_IN_ONE_PIECE = 2**25
@@ -37,7 +32,7 @@ class BDHOutput(CausalLMOutputWithPast):
     past_key_values: SynapticState | None = None  # type: ignore[assignment]
 
 
-class BDHForCausalLM(TextGenerationMixin, PreTrainedModel, GenerationMixin):
+class BDHForCausalLM(TextGenerationMixin, BDHPreTrainedModel, GenerationMixin):
     """A Dragon Hatchling language model (arXiv 2509.26507).
 
     The weights, with the names of the published reference code and those of the paper:
@@ -56,30 +51,12 @@ class BDHForCausalLM(TextGenerationMixin, PreTrainedModel, GenerationMixin):
     layer is applied ``config.n_layer`` times. The attention is linear, its state a :class:`SynapticState`.
     """
 
-    config: BDHConfig
-    config_class = BDHConfig
-    base_model_prefix = ""
-    main_input_name = "input_ids"
-    supports_gradient_checkpointing = True
     accepts_loss_kwargs = True  # num_items_in_batch, for transformers' Trainer
-    _is_stateful = True  # a sum cannot be rolled back, so no assisted generation
-    _no_split_modules: list[str] = []  # noqa: RUF012 (transformers declares it as a class variable)
 
     def __init__(self, config: BDHConfig):
         super().__init__(config)
-        D, H, N = config.n_embd, config.n_head, config.neurons_per_head
-        self.embed = nn.Embedding(config.vocab_size, D)
-        self.encoder = nn.Linear(D, H * N, bias=False)
-        self.encoder_v = nn.ModuleList(nn.Linear(D, N, bias=False) for _ in range(H))
-        self.decoder = nn.Linear(H * N, D, bias=False)
-        self.lm_head = nn.Linear(D, config.vocab_size, bias=False)
-        self.gradient_checkpointing = False
-        self.layer_options = LayerOptions()
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.post_init()
-
-    def train(self, mode: bool = True) -> Any:
-        recheck_weights(self)
-        return super().train(mode)
 
     def forward(
         self,
@@ -119,100 +96,69 @@ class BDHForCausalLM(TextGenerationMixin, PreTrainedModel, GenerationMixin):
             output_hidden_states: return v before the first and after each pass, (B, T, D) each.
             **kwargs: ``shift_labels``, (B, T) labels already shifted: that of a position is the token behind it;
                 they are taken where both are given. (transformers' Trainer wants every named argument with
-                "label" in its name.) And ``output_attentions``, which must not be true: there are no weights.
+                "label" in its name.) What libraries tell of packed batches, as ``document_starts`` does: ``seq_idx``
+                (B, T), which changes where one starts; ``cu_seq_lens_q`` (documents + 1,) of one row, with
+                ``cu_seq_lens_k``, ``max_length_q`` and ``max_length_k``; ``position_ids`` (B, T), which count from 0 in
+                each document. And what says nothing new: ``position_ids`` and ``cache_position`` as they would be anyway,
+                ``token_type_ids`` of zeros, ``output_attentions=False``, and whatever is None. Comparing them on a GPU
+                makes the host wait for it: leave out what is not needed.
 
         Returns:
             :class:`BDHOutput`. With labels and more than ``MAX_LOGITS_IN_ONE_PIECE`` logits, the loss is
             computed in chunks of tokens and ``logits`` is None.
 
         Raises:
-            TypeError: an argument that is none of these.
-            ValueError: wrong shapes, token ids outside of the vocabulary (on the CPU), or a state of
+            TypeError: an argument that is none of these, or a cache of keys and values.
+            ValueError: arguments that contradict each other or ask for what the model has not, wrong shapes, token ids outside of the vocabulary (on the CPU), or a state of
                 another model or batch size; the state is left as it was.
         """
-        config = self.config
-        shift_labels = self._shift_labels(kwargs)
-        return_dict = config.return_dict if return_dict is None else return_dict
-        if output_hidden_states is None:
-            output_hidden_states = bool(config.output_hidden_states)
+        shift_labels = kwargs.pop("shift_labels", None)
+        inputs = self._read(input_ids, attention_mask, past_key_values, inputs_embeds, document_starts, kwargs)
+        targets = _targets(labels, shift_labels, logits_to_keep, inputs.v.shape[:2])  # (B, T) or None
         if use_cache is None:
-            has_labels = labels is not None or shift_labels is not None
-            use_cache = past_key_values is not None or (config.use_cache and not self.training and not has_labels)
-
-        v = self._embed(input_ids, inputs_embeds)  # (B, T, D)
-        B, T, _ = v.shape
-        num_earlier = past_key_values.num_columns if past_key_values is not None else 0
-        mask = self._new_columns(attention_mask, B, T, num_earlier)  # (B, T) or None
-        starts = self._starts(document_starts, B, T)  # (B, T) or None
-        targets = self._targets(labels, shift_labels, logits_to_keep, B, T)  # (B, T) or None
-        state = past_key_values
-        if state is not None:
-            self._check_state(state, B)
-        elif use_cache:
-            shape = (B, config.n_head, config.neurons_per_head, config.n_embd)
-            state = SynapticState.zeros(shape, 0, device=v.device)  # the passes add their sums
-        if past_key_values is not None and T == 1 and mask is None and starts is None and targets is None:
-            step = self._kernel_step(input_ids, past_key_values, use_cache, attention_form, output_hidden_states)
+            use_cache = past_key_values is not None or (self.config.use_cache and not self.training and targets is None)
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        if targets is None and inputs.is_plain_step and input_ids is not None:
+            step = self._kernel_step(input_ids, inputs, use_cache, attention_form, output_hidden_states)
             if step is not None:
                 output = BDHOutput(logits=step, past_key_values=past_key_values)
                 return output if return_dict else output.to_tuple()
-        if not torch.compiler.is_compiling():
-            recheck_weights(self)  # a prompt: the tokens after it are read by the kernels
-        before = state.positions if state is not None and state.sums else None
-        positions, following = token_positions(T, before=before, mask=mask, starts=starts, device=v.device)
-        reach = self._reach(starts, mask)
-        form = attention_form or config.attention_form
-        is_step = T == 1 and past_key_values is not None
-        # What keeps no state is no prompt, but is evaluated by its logits.
-        plan = plan_for(self, B, T, form, for_loss=targets is not None or not use_cache) if not is_step else None
-        passes: Passes
-        if plan is not None and plan.path != "plain":
-            passes = BlockPasses.of(self, plan, positions, (B, T), mask=mask, reach=reach, keep_state=use_cache)
-        else:
-            num_kept = config.n_layer if plan is None else plan.kept_passes
-            table = rotation_table(positions, config.neurons_per_head, config.rope_theta, self.embed.weight.dtype)
-            passes = _PlainPasses(self, num_kept, table[:, None], mask, reach, form, use_cache)
-
-        hidden_states = [v]
-        for index in range(config.n_layer):
-            sums = past_key_values.sums[index] if past_key_values is not None else None
-            v, sums = passes.run(index, v, sums)
-            if use_cache and state is not None and sums is not None:
-                state.sums[index : index + 1] = [sums]
-            if output_hidden_states:
-                hidden_states.append(v)
-        if use_cache and state is not None:
-            state.positions = following.expand(B).clone()
-            state.num_columns += T
-
-        loss, logits = self._loss_and_logits(v, targets, num_items_in_batch, logits_to_keep)
+        hidden = self._all_passes(
+            inputs,
+            use_cache=use_cache,
+            form=attention_form,
+            keep_hidden_states=output_hidden_states,
+            for_loss=targets is not None,
+        )
+        loss, logits = self._loss_and_logits(hidden.last_hidden_state, targets, num_items_in_batch, logits_to_keep)
         output = BDHOutput(
-            loss=loss,
-            logits=logits,
-            past_key_values=state if use_cache else None,
-            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            loss=loss, logits=logits, past_key_values=hidden.past_key_values, hidden_states=hidden.hidden_states
         )
         return output if return_dict else output.to_tuple()
 
     def _kernel_step(
         self,
-        input_ids: torch.Tensor | None,
-        state: SynapticState,
+        input_ids: torch.Tensor,
+        inputs: Inputs,
         use_cache: bool,
         attention_form: str | None,
-        output_hidden_states: bool,
+        output_hidden_states: bool | None,
     ) -> torch.Tensor | None:
         """Logits (B, 1, V) of one token for each row, by the sparse kernels; None where they do not serve."""
         form = attention_form or self.config.attention_form
-        is_plain = use_cache and form == "auto" and not output_hidden_states and not torch.is_grad_enabled()
-        if not is_plain or input_ids is None or self.training or torch.compiler.is_compiling():
+        is_plain = use_cache and form == "auto" and not torch.is_grad_enabled()
+        if not is_plain or self.training or torch.compiler.is_compiling():
+            return None
+        if self.config.output_hidden_states if output_hidden_states is None else output_hidden_states:
             return None
         if torch.is_autocast_enabled(self.device.type) or self.config.half_lives is not None:
             return None
-        if any(sums.requires_grad for sums in state.sums):
+        state = inputs.state
+        if state is None or any(sums.requires_grad for sums in state.sums):
             return None
         if choose_step_path("auto", device=self.device, obstacle=kernel_obstacle(self)).name != "kernels":
             return None
+        state.remember(inputs, self._advance)
         state.sums = [sums.contiguous() for sums in state.sums]
         recurrence = recurrence_of(self, is_prompt=state.num_columns == 0)
         v = recurrence.read(
@@ -228,109 +174,6 @@ class BDHForCausalLM(TextGenerationMixin, PreTrainedModel, GenerationMixin):
         state.num_columns += 1
         return recurrence.logits(v)[:, None]
 
-    @staticmethod
-    def _shift_labels(kwargs: dict[str, Any]) -> torch.Tensor | None:
-        """The only further argument of ``forward``; what else may be given without meaning anything is dropped."""
-        unknown = sorted(set(kwargs) - {"shift_labels", "output_attentions"})
-        if unknown:
-            raise TypeError(f"forward does not know {', '.join(unknown)}")
-        if kwargs.get("output_attentions"):
-            raise ValueError("output_attentions is True: linear attention computes no weights, must be False")
-        return kwargs.get("shift_labels")
-
-    def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("forward takes either input_ids or inputs_embeds: give exactly one of them")
-        if input_ids is not None:
-            if input_ids.ndim != 2 or 0 in input_ids.shape:
-                raise ValueError(
-                    f"input_ids has shape {tuple(input_ids.shape)}: must be (batch, tokens) with at least 1 token"
-                )
-            if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
-                lowest, highest = input_ids.min().item(), input_ids.max().item()
-                if lowest < 0 or highest >= self.config.vocab_size:
-                    raise ValueError(
-                        f"input_ids has ids from {lowest} to {highest}: must be within 0 to "
-                        f"{self.config.vocab_size - 1}, the model's vocabulary"
-                    )
-            inputs_embeds = self.embed(input_ids)
-        assert inputs_embeds is not None
-        if inputs_embeds.ndim != 3 or 0 in inputs_embeds.shape or inputs_embeds.shape[2] != self.config.n_embd:
-            raise ValueError(
-                f"inputs_embeds has shape {tuple(inputs_embeds.shape)}: must be (batch, tokens, "
-                f"{self.config.n_embd}) with at least 1 token"
-            )
-        return layer_norm(inputs_embeds, self.config.layer_norm_eps)
-
-    @staticmethod
-    def _new_columns(attention_mask: torch.Tensor | None, B: int, T: int, num_earlier: int) -> torch.Tensor | None:
-        """The part of a mask that belongs to the T new columns, as bool (B, T); None where nothing is masked."""
-        if attention_mask is None:
-            return None
-        if tuple(attention_mask.shape) not in {(B, T), (B, num_earlier + T)}:
-            earlier = f" or, with the columns fed before, {(B, num_earlier + T)}" if num_earlier else ""
-            raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}: must be {(B, T)}{earlier}")
-        mask = attention_mask[:, -T:].bool()
-        # A mask costs one more sweep over the neurons, and a rotation for each row.
-        if not torch.compiler.is_compiling() and bool(mask.all()):
-            return None
-        return mask
-
-    @staticmethod
-    def _starts(document_starts: torch.Tensor | None, B: int, T: int) -> torch.Tensor | None:
-        if document_starts is None:
-            return None
-        if tuple(document_starts.shape) != (B, T) or document_starts.dtype != torch.bool:
-            raise ValueError(
-                f"document_starts is {document_starts.dtype} of shape {tuple(document_starts.shape)}: must be bool "
-                f"{(B, T)}, that of the tokens"
-            )
-        return document_starts
-
-    @staticmethod
-    def _targets(
-        labels: torch.Tensor | None,
-        shift_labels: torch.Tensor | None,
-        logits_to_keep: int | torch.Tensor,
-        B: int,
-        T: int,
-    ) -> torch.Tensor | None:
-        """What is to be predicted at each position, (B, T); None without labels."""
-        for name, given in (("labels", labels), ("shift_labels", shift_labels)):
-            if given is None:
-                continue
-            if tuple(given.shape) != (B, T):
-                raise ValueError(f"{name} has shape {tuple(given.shape)}: must be {(B, T)}, that of the tokens")
-            if isinstance(logits_to_keep, torch.Tensor) or logits_to_keep != 0:
-                raise ValueError(f"logits_to_keep was given with {name}: the loss needs the logits of all positions")
-        if shift_labels is None and labels is not None:
-            return F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-        return shift_labels
-
-    def _check_state(self, state: SynapticState, B: int) -> None:
-        config = self.config
-        expected = (B, config.n_head, config.neurons_per_head, config.n_embd)
-        shapes = {tuple(s.shape) for s in state.sums}
-        if len(state.sums) != config.n_layer or shapes != {expected}:
-            raise ValueError(
-                f"the state has sums of shapes {sorted(shapes)} for {len(state.sums)} passes: this model and batch "
-                f"need {expected} for {config.n_layer}"
-            )
-        dtypes = {s.dtype for s in state.sums}
-        if dtypes != {sum_dtype(self.dtype)}:
-            raise ValueError(
-                f"the state has sums in {', '.join(sorted(map(str, dtypes)))}: a model in {self.dtype} keeps them in "
-                f"{sum_dtype(self.dtype)}"
-            )
-
-    def _reach(self, starts: torch.Tensor | None, mask: torch.Tensor | None) -> Reach | None:
-        """What weighs the past of a token; None where all of it counts alike."""
-        half_lives = self.config.half_lives
-        if half_lives is None:
-            return None if starts is None else Reach(starts)
-        dtype, device = sum_dtype(self.dtype), self.embed.weight.device
-        return Reach(starts, torch.tensor(half_lives, dtype=dtype, device=device), mask)
-
     def _loss_and_logits(
         self,
         v: torch.Tensor,
@@ -338,7 +181,6 @@ class BDHForCausalLM(TextGenerationMixin, PreTrainedModel, GenerationMixin):
         num_items: torch.Tensor | int | None,
         logits_to_keep: int | torch.Tensor,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        v = v.to(self.embed.weight.dtype)
         if targets is None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             return None, self.lm_head(v[:, kept])
@@ -355,18 +197,6 @@ class BDHForCausalLM(TextGenerationMixin, PreTrainedModel, GenerationMixin):
         logits = self.lm_head(v)
         return cross_entropy(logits.flatten(0, 1), targets, num_items=num_items), logits
 
-    def new_state(self, batch_size: int = 1) -> SynapticState:
-        """The state before the first token, for ``past_key_values``."""
-        config = self.config
-        shape = (batch_size, config.n_head, config.neurons_per_head, config.n_embd)
-        return SynapticState.zeros(shape, config.n_layer, dtype=sum_dtype(self.dtype), device=self.device)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embed
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embed = value  # type: ignore[assignment]
-
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
@@ -378,6 +208,35 @@ class BDHForCausalLM(TextGenerationMixin, PreTrainedModel, GenerationMixin):
         """Tells `generate` to make no cache of keys and values: ``forward`` makes the state."""
         return False
 
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int, *sizes: Any
+    ) -> Any:
+        """Makes a state where `generate` wants one beforehand: to take tokens back, and for a prompt read in pieces.
+
+        Raises:
+            TypeError: the cache that is given is that of another kind of model.
+            ValueError: a text is to be continued from a state, with tokens proposed by an assistant.
+        """
+        given = model_kwargs.get("past_key_values")
+        is_assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
+        if given is not None:
+            check_state_type(given)
+            if is_assisted and given.num_columns:  # transformers reads the whole text on any cache then, silently
+                raise ValueError(
+                    f"past_key_values has read {given.num_columns} columns: must be left out with assistant_model and "
+                    "prompt_lookup_num_tokens, with which transformers reads the whole text anew"
+                )
+        prepare: Any = super()._prepare_cache_for_generation  # type: ignore[misc]
+        prepare(generation_config, model_kwargs, generation_mode, batch_size, *sizes)
+        takes_back = generation_config.is_assistant or is_assisted
+        if given is not None or generation_config.use_cache is False:
+            return
+        if takes_back or generation_config.prefill_chunk_size is not None:
+            rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
+            state = model_kwargs["past_key_values"] = self.new_state(rows)
+            if takes_back:
+                state.activate_past_recording()
+
     def prepare_inputs_for_generation(  # type: ignore[override]  # what it calls a cache is a state here
         self,
         input_ids: torch.Tensor,
@@ -385,6 +244,7 @@ class BDHForCausalLM(TextGenerationMixin, PreTrainedModel, GenerationMixin):
         past_key_values: SynapticState | None = None,
         attention_mask: torch.Tensor | None = None,  # named, as `generate` looks at the names
         inputs_embeds: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """What `generate` feeds in a step; it goes on from a state as transformers does from a cache.
@@ -396,6 +256,8 @@ class BDHForCausalLM(TextGenerationMixin, PreTrainedModel, GenerationMixin):
             ValueError: ``input_ids`` has no column that the state has not read and the mask does not say that all
                 are new, or a state is given without ``use_cache``.
         """
+        if past_key_values is not None:
+            check_state_type(past_key_values)
         if past_key_values is not None and past_key_values.num_columns:
             num_read = past_key_values.num_columns
             if next_sequence_length is not None and next_sequence_length < 1:
@@ -407,6 +269,8 @@ class BDHForCausalLM(TextGenerationMixin, PreTrainedModel, GenerationMixin):
                 )
             if not kwargs.get("use_cache", True):
                 raise ValueError("use_cache is False: must be True to go on from past_key_values")
+        for name in ("tokenizer", "assistant_tokenizer"):  # of `generate` itself, which hands them on
+            kwargs.pop(name, None)
         prepare: Any = super().prepare_inputs_for_generation  # type: ignore[misc]
         return prepare(
             input_ids,
@@ -414,6 +278,7 @@ class BDHForCausalLM(TextGenerationMixin, PreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
+            token_type_ids=token_type_ids,
             **kwargs,
         )
 
@@ -447,44 +312,26 @@ class BDHForCausalLM(TextGenerationMixin, PreTrainedModel, GenerationMixin):
         return reference_state_dict(self)
 
 
-@dataclass(frozen=True)
-class _PlainPasses:
-    """The passes as the equations are, by autograd, over all tokens at once."""
-
-    model: BDHForCausalLM
-    num_kept: int
-    """The first so many passes keep their activations for the backward pass; those of the others are recomputed."""
-    table: torch.Tensor  # (1 or B, 1, T, N/2), complex: one row where all stand at the same positions
-    mask: torch.Tensor | None
-    reach: Reach | None
-    form: str
-    keep_state: bool
-
-    def run(self, index: int, v: torch.Tensor, sums: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if index < self.num_kept:
-            return self._layer(v, self.table, sums)
-        checkpointed = getattr(self.model, "_gradient_checkpointing_func", partial(checkpoint, use_reentrant=False))
-        return checkpointed(self._layer, v, self.table, sums)
-
-    def _layer(
-        self, v: torch.Tensor, table: torch.Tensor, sums: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """One pass: (B, T, D) to (B, T, D), and the new sums (B, H, N, D) where they are kept."""
-        model, config, mask = self.model, self.model.config, self.mask
-        H, N, eps = config.n_head, config.neurons_per_head, config.layer_norm_eps
-        dtype = model.embed.weight.dtype  # autocast, where it is on, overrides it
-        v_in = v.to(dtype)
-        x = F.relu(model.encoder(v_in))  # (B, T, H*N): which neurons fire
-        if mask is not None:
-            x = x * mask.to(x.dtype)[..., None]
-        q = rotate(x.unflatten(-1, (H, N)).transpose(1, 2), table).contiguous()  # (B, H, T, N)
-        a, sums = attend(
-            q, v_in, sums, form=self.form, chunk_size=config.chunk_size, reach=self.reach, keep_state=self.keep_state
-        )
-        a = layer_norm(a, eps).to(dtype)  # (B, H, T, D)
-        y = F.relu(torch.cat([head(a[:, h]) for h, head in enumerate(model.encoder_v)], dim=-1))  # (B, T, H*N)
-        z = F.dropout(x * y, config.dropout, training=model.training)
-        return layer_norm(v + layer_norm(model.decoder(z), eps), eps), sums
+def _targets(
+    labels: torch.Tensor | None,
+    shift_labels: torch.Tensor | None,
+    logits_to_keep: int | torch.Tensor,
+    shape: torch.Size,
+) -> torch.Tensor | None:
+    """What is to be predicted at each position, (B, T); None without labels."""
+    for name, given in (("labels", labels), ("shift_labels", shift_labels)):
+        if given is None:
+            continue
+        if tuple(given.shape) != tuple(shape):
+            raise ValueError(f"{name} has shape {tuple(given.shape)}: must be {tuple(shape)}, that of the tokens")
+        if isinstance(logits_to_keep, torch.Tensor) or logits_to_keep != 0:
+            raise ValueError(f"logits_to_keep was given with {name}: the loss needs the logits of all positions")
+    if shift_labels is None and labels is not None:
+        return F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    return shift_labels
 
 
+# All of them here, which needs the others: importing an auto class imports this module (bdh.autoregister).
+AutoModel.register(BDHConfig, BDHModel, exist_ok=True)
 AutoModelForCausalLM.register(BDHConfig, BDHForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(BDHConfig, BDHForSequenceClassification, exist_ok=True)

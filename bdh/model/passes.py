@@ -17,7 +17,7 @@ from bdh.ops.norm import layer_norm
 from bdh.ops.reach import Reach
 
 if TYPE_CHECKING:
-    from bdh.model.modeling import BDHForCausalLM
+    from bdh.model.backbone import BDHPreTrainedModel
 
 _ALL_PLAIN = LayerOptions(path="plain")
 
@@ -29,7 +29,7 @@ class Passes(Protocol):
         """Pass number ``index``: (B, T, D) to (B, T, D), and the new sums (B, H, N, D) where they are kept."""
 
 
-def plan_for(model: "BDHForCausalLM", B: int, T: int, form: str, *, for_loss: bool = True) -> LayerPlan | None:
+def plan_for(model: "BDHPreTrainedModel", B: int, T: int, form: str, *, for_loss: bool = True) -> LayerPlan | None:
     """How ``model`` computes its passes over (B, T) tokens, under the autocast of this moment.
 
     None for the plain forms with nothing to decide. They read prompts, which are neither trained nor evaluated.
@@ -47,7 +47,7 @@ def plan_for(model: "BDHForCausalLM", B: int, T: int, form: str, *, for_loss: bo
 
 
 @torch.compiler.disable
-def _plan(model: "BDHForCausalLM", B: int, T: int, form: str) -> LayerPlan:
+def _plan(model: "BDHPreTrainedModel", B: int, T: int, form: str) -> LayerPlan:
     config, options = model.config, model.layer_options
     shape = layer_shape(config, B, T, _dtype(model), model.embed.weight.device)
     shape = shape._replace(
@@ -97,7 +97,7 @@ class BlockPasses:
     @torch.compiler.disable
     def of(
         cls,
-        model: "BDHForCausalLM",
+        model: "BDHPreTrainedModel",
         plan: LayerPlan,
         positions: torch.Tensor,
         shape: tuple[int, int],
@@ -160,7 +160,7 @@ def draw_seeds(num_passes: int, device: torch.device) -> torch.Tensor:
     return torch.randint(2**62, (num_passes,), device=device)
 
 
-def _dtype(model: "BDHForCausalLM") -> torch.dtype:
+def _dtype(model: "BDHPreTrainedModel") -> torch.dtype:
     """In which the matrix products are computed."""
     device, dtype = model.embed.weight.device.type, model.embed.weight.dtype
     if (
@@ -172,7 +172,7 @@ def _dtype(model: "BDHForCausalLM") -> torch.dtype:
     return dtype
 
 
-def _obstacle(model: "BDHForCausalLM") -> str | None:
+def _obstacle(model: "BDHPreTrainedModel") -> str | None:
     """What keeps the layer from being computed by matrices alone: the modules are then called, as they are."""
     if model.training and not 0 <= model.config.dropout < 1:
         return f"dropout is {model.config.dropout}"

@@ -1,16 +1,44 @@
 """The memory of a text that a model has read: fixed in size, however long the text."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.utils._pytree import GetAttrKey, register_pytree_node
 
 from bdh.storage import atomic_file
 
 FILE_FORMAT = "bdh-synaptic-state-1"
+
+
+@dataclass
+class Columns:
+    """What a state reads at once."""
+
+    v: torch.Tensor
+    """The embedded tokens, (B, T, D)."""
+    mask: torch.Tensor | None
+    """Bool (B, T), False for padding; None where nothing is masked."""
+    starts: torch.Tensor | None
+    """Bool (B, T), True for the first token of a document; None where none starts."""
+
+    def first(self, count: int) -> "Columns":
+        mask, starts = (None if each is None else each[:, :count] for each in (self.mask, self.starts))
+        return Columns(self.v[:, :count], mask, starts)
+
+
+@dataclass
+class _Read:
+    before: "SynapticState"
+    columns: Columns
+    advance: Callable[["SynapticState", Columns], object]
+    is_run: bool
+    """Whether it is one token after the other, to which a further one may be added."""
 
 
 class SynapticState:
@@ -26,11 +54,13 @@ class SynapticState:
     """
 
     is_compileable = False  # asked by transformers' `generate`
+    is_croppable = False  # asked there on Apple's GPUs: not without a record of what was read
 
     def __init__(self, sums: list[torch.Tensor], positions: torch.Tensor, num_columns: int):
         self.sums = sums
         self.positions = positions
         self.num_columns = num_columns
+        self._record: list[_Read] | None = None
 
     @classmethod
     def zeros(
@@ -129,7 +159,75 @@ class SynapticState:
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.num_columns
 
+    def activate_past_recording(self) -> None:
+        """From now on the state remembers what it reads, so that :meth:`crop` can take columns back.
+
+        It costs a copy of the sums for each text read at once, and for each run of single tokens.
+        """
+        self._record = []
+
+    def remember(self, columns: Columns, advance: Callable[["SynapticState", Columns], object]) -> None:
+        """For a model about to read the columns: they are recorded, where :meth:`activate_past_recording` asked for it.
+
+        Args:
+            advance: reads columns into a state.
+        """
+        if self._record is None:
+            return
+        is_single = columns.v.shape[1] == 1 and columns.mask is None and columns.starts is None
+        if is_single and self._record and self._record[-1].is_run:
+            run = self._record[-1].columns
+            run.v = torch.cat([run.v, columns.v.detach()], 1)
+        else:
+            kept = Columns(columns.v.detach(), columns.mask, columns.starts)
+            self._record.append(_Read(self.clone(), kept, advance, is_single))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes the newest columns back: -3 three of them. Those that were read at once with them are read again.
+
+        Raises:
+            ValueError: it is above 0, or goes back behind the last crop or :meth:`activate_past_recording`.
+        """
+        record = self._record or []
+        num_recorded = sum(read.columns.v.shape[1] for read in record)
+        if not -num_recorded <= tokens_to_remove <= 0:
+            raise ValueError(
+                f"crop got {tokens_to_remove}: must be between -{num_recorded}, the columns read since the state was last "
+                "cropped or activate_past_recording() called, and 0"
+            )
+        is_recording, self._record = self._record is not None, None
+        while tokens_to_remove < 0:
+            read = record.pop()
+            self.sums, self.positions = read.before.sums, read.before.positions
+            self.num_columns = read.before.num_columns
+            tokens_to_remove += read.columns.v.shape[1]
+            if tokens_to_remove > 0:
+                read.advance(self, read.columns.first(tokens_to_remove))
+        self._record = [] if is_recording else None
+
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Keeps the rows of the beams that go on; called between the steps of a beam search."""
         self.sums = [s.index_select(0, beam_idx.to(s.device)) for s in self.sums]
         self.positions = self.positions.index_select(0, beam_idx.to(self.positions.device))
+        self._record = None if self._record is None else []  # of rows that have changed places
+
+
+def _flatten(state: SynapticState) -> tuple[list[Any], list[str]]:
+    names = ["sums", "positions", "num_columns"]
+    return [getattr(state, name) for name in names], names
+
+
+def _flatten_with_names(state: SynapticState) -> tuple[list[Any], list[str]]:
+    leaves, names = _flatten(state)
+    return [(GetAttrKey(name), leaf) for name, leaf in zip(names, leaves, strict=True)], names
+
+
+# For torch.export, and so ONNX: a state is an input and an output as a list or a dict is. (PyTorch's own public way,
+# torch.export.register_dataclass, is for dataclasses, which FSDP copies where a state is to be advanced in place.)
+register_pytree_node(
+    SynapticState,
+    _flatten,
+    lambda leaves, _: SynapticState(*leaves),
+    serialized_type_name="bdh.SynapticState",
+    flatten_with_keys_fn=_flatten_with_names,
+)

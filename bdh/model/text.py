@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast, StoppingCriteria, StoppingCrit
 from transformers.generation.streamers import BaseStreamer
 
 from bdh.model.sampling import SamplingOptions
-from bdh.vocabulary import check_vocabulary
+from bdh.vocabulary import check_vocabulary, document_end_id
 
 if TYPE_CHECKING:
     from bdh.model.modeling import BDHForCausalLM
@@ -303,7 +303,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
     ids = tokenizer(prompt, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     if ids:
         return list(ids)
-    for start in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+    for start in (tokenizer.bos_token_id, document_end_id(tokenizer)):
         if start is not None:
             return [start]
     raise ValueError(

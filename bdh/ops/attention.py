@@ -83,11 +83,14 @@ def recurrent_attention(
     D = v.shape[-1]
     dtype = sum_dtype(q.dtype)
     has_gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (q, v, state) if t is not None)
+    may_write = (
+        not has_gradients and not torch.compiler.is_exporting()
+    )  # what is exported leaves its inputs as they are
     if state is None:
         state = q.new_zeros(B, H, N, D, dtype=dtype)
-        in_place = not has_gradients
+        in_place = may_write
     else:
-        in_place = keep_state and not has_gradients
+        in_place = keep_state and may_write
     flat_state = state.view(B * H, N, D)
     with torch.autocast(q.device.type, enabled=False):
         rows = q.to(dtype).transpose(1, 2).reshape(B, T, H * N)
@@ -138,8 +141,11 @@ def _attention_within(q: torch.Tensor, v: torch.Tensor, weights: Weights | None)
         queries, keys, scale = _scaled_for_float16(q)
     scores = queries @ keys.transpose(-1, -2)  # (B, H, T, T)
     scores = scores.tril(-1) if weights is None else scores * weights.between.to(scores.dtype)
-    # One (H*T, T) @ (T, D) product for each sequence: v need not be repeated for the heads.
-    a = (scores.view(B, H * T, T) @ v.to(scores.dtype)).view(B, H, T, -1)
+    values = v.to(scores.dtype)
+    if torch.compiler.is_exporting():  # where T may be a symbol, with which H * T cannot be reasoned about
+        a = scores @ values[:, None]
+    else:  # one (H*T, T) @ (T, D) product for each sequence: v need not be repeated for the heads
+        a = (scores.view(B, H * T, T) @ values).view(B, H, T, -1)
     a = a.to(sum_dtype(a.dtype))
     return a if scale is None else a * scale
 

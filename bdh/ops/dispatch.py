@@ -33,6 +33,8 @@ def choose_form(requested: str, num_tokens: int, width: int, *, has_state: bool,
         return requested
     if num_tokens == 1 and has_state:
         return "recurrent"
+    if torch.compiler.is_exporting():  # one program for texts of every length, where chunks would be counted
+        return "parallel"
     return "parallel" if num_tokens <= chunk_size + 2 * width else "chunked"
 
 

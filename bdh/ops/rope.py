@@ -28,7 +28,8 @@ def rotation_table(
             be off by a hundredth of a turn.
 
     Returns:
-        (..., N/2) complex.
+        (..., N/2) complex; while torch.compile or torch.export traces, (..., N/2, 2), cosine and sine: their backends,
+        ONNX among them, know no complex numbers.
     """
     device = positions.device
     # MPS has no float64: the table is small, so it is made on the CPU there.
@@ -36,20 +37,26 @@ def rotation_table(
     frequencies = turns_per_token(num_neurons, theta, exact_device)
     turns = torch.remainder(positions.to(exact_device)[..., None].double() * frequencies, 1.0)
     angles = (2 * math.pi * turns).to(torch.float64 if dtype == torch.float64 else torch.float32).to(device)
+    if torch.compiler.is_compiling():
+        return torch.stack((angles.cos(), angles.sin()), dim=-1)
     return torch.polar(torch.ones_like(angles), angles)
 
 
 def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """Turns the pairs (2i, 2i + 1) of ``x`` (..., N): (a, b) goes to (a cos - b sin, b cos + a sin).
 
-    That is a complex product, which one sweep over memory computes where the written-out form takes six.
+    That is a complex product, which one sweep over memory computes where the written-out form takes six, unless it is
+    compiled.
 
     Args:
-        table: (..., N/2) complex from :func:`rotation_table`, broadcast against x's pairs.
+        table: from :func:`rotation_table`, broadcast against x's pairs.
 
     Returns:
         A tensor of x's shape and dtype.
     """
     wide = x if x.dtype == torch.float64 else x.float()
-    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
+    pairs = wide.unflatten(-1, (-1, 2))
+    if table.is_complex():
+        return torch.view_as_real(torch.view_as_complex(pairs) * table).flatten(-2).to(x.dtype)
+    (a, b), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
+    return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2).to(x.dtype)

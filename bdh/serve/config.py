@@ -1,9 +1,20 @@
 """The settings of a server. Apart from it, so that `bdh serve --help` needs neither PyTorch nor FastAPI."""
 
+import importlib.util
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from bdh.generate.config import EngineConfig
+from bdh.path_text import PathText
+from bdh.serve.address import listen
+from bdh.serve.callers import read_callers
+from bdh.text_files import read_text
 from bdh.validation import Faults, Settings
+
+PLAIN = "plain"
+_PACKAGES = ("fastapi", "pydantic", "uvicorn", "httptools", "prometheus_client")  # of the extra `serve`
+_ENDPOINTS = [f"OTEL_EXPORTER_OTLP_{name}ENDPOINT" for name in ("", "TRACES_", "METRICS_")]
 
 
 @dataclass
@@ -22,6 +33,8 @@ class LimitSettings(Settings):
     """Prompts of one request."""
     texts: int = 16
     """Texts of each prompt: n, and best_of."""
+    embeddings: int = 2048
+    """Texts of one request for embeddings."""
     body_bytes: int = 4 << 20
     """Size of a request; a larger one is refused before it is read."""
     body_timeout: float = 30.0
@@ -30,6 +43,22 @@ class LimitSettings(Settings):
     """Seconds that a prompt may wait for a state."""
     request_timeout: float = 600.0
     """Seconds from a request's arrival to its last token."""
+    connections: int = 512
+    """Connections that are open at once. A new one takes the place of the one whose client has sent no whole request
+    for longest; it is refused with 503 where all are at work."""
+    head_bytes: int = 64 << 10
+    """Size of a request's first line and headers; larger ones are refused with 414 or 431."""
+    head_fields: int = 100
+    """Headers of a request; more are refused with 431."""
+    head_timeout: float = 10.0
+    """Seconds in which the headers must have come."""
+    keep_alive_timeout: float = 30.0
+    """Seconds that a connection stays open between two requests."""
+    send_timeout: float = 60.0
+    """Seconds in which a client must have taken some of its answer."""
+    stall_timeout: float | None = 60.0
+    """Seconds without any progress of the engine, within a step or between two, after which it is taken to hang and the
+    server ends with status 1; null for never."""
 
     def collect_faults(self, faults: Faults) -> None:
         for name in (
@@ -40,6 +69,9 @@ class LimitSettings(Settings):
             "chat_tokens",
             "prompts",
             "texts",
+            "connections",
+            "head_fields",
+            "embeddings",
         ):
             faults.require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         faults.require(
@@ -54,14 +86,24 @@ class LimitSettings(Settings):
             self.prompts,
             f"at most queue_requests, {self.queue_requests}",
         )
-        faults.require(self.body_bytes >= 1024, "body_bytes", self.body_bytes, "at least 1024")
-        for name in ("body_timeout", "queue_timeout", "request_timeout"):
+        for name in ("body_bytes", "head_bytes"):
+            faults.require(getattr(self, name) >= 1024, name, getattr(self, name), "at least 1024")
+        for name in (
+            "body_timeout",
+            "queue_timeout",
+            "request_timeout",
+            "head_timeout",
+            "keep_alive_timeout",
+            "send_timeout",
+        ):
             faults.require(getattr(self, name) > 0, name, getattr(self, name), "above 0 seconds")
+        is_right = self.stall_timeout is None or self.stall_timeout > 0
+        faults.require(is_right, "stall_timeout", self.stall_timeout, "above 0 seconds, or null")
 
 
 @dataclass
 class AuthSettings(Settings):
-    keys_file: str | None = None
+    keys_file: PathText | None = None
     """File with an API key in each line, or a name and a key; # begins a comment. Read again on SIGHUP."""
     keys_variable: str = "BDH_API_KEYS"
     """Environment variable with further keys, separated by commas. Without any key everybody may ask."""
@@ -75,27 +117,32 @@ class AuthSettings(Settings):
             value = getattr(self, name)
             faults.require(value is None or value >= 1, name, value, "at least 1, or null")
 
+    def check_available(self) -> None:
+        read_callers(self.keys_file, self.keys_variable)
+
 
 @dataclass
 class StateSettings(Settings):
     max_bytes: int = 2 << 30
     """Memory for saved states; the least recently used go, or stay on the disk only."""
-    folder: str | None = None
+    folder: PathText | None = None
     """Folder that keeps them over a restart. None for memory only."""
     folder_bytes: int = 20 << 30
     """Room in that folder; the least recently used go."""
     ttl: float = 24 * 3600.0
     """Seconds after which a state that nobody has used is forgotten."""
+    response_bytes: int = 64 << 20
+    """Memory for the texts of stored responses, the least recently used of which go; 0 stores none."""
 
     def collect_faults(self, faults: Faults) -> None:
-        for name in ("max_bytes", "folder_bytes"):
+        for name in ("max_bytes", "folder_bytes", "response_bytes"):
             faults.require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         faults.require(self.ttl > 0, "ttl", self.ttl, "above 0 seconds")
 
 
 @dataclass(kw_only=True)
 class ServeSettings(Settings):
-    model: str
+    model: PathText
     """Folder of an exported model or of a run, or a hub id."""
     host: str = "127.0.0.1"
     """Address to listen on: 0.0.0.0 opens the server to the network."""
@@ -103,7 +150,7 @@ class ServeSettings(Settings):
     """0 takes a free one."""
     served_model_name: list[str] = field(default_factory=list)
     """Names that requests give; the first one stands in the answers. By default the last part of model."""
-    chat_template: str | None = None
+    chat_template: PathText | None = None
     """For a tokenizer without chat template: plain (User: and Assistant: before each message), or a file. None refuses chats."""
     chat_stop: list[str] = field(default_factory=list)
     """Strings that end every reply of a chat."""
@@ -129,7 +176,7 @@ class ServeSettings(Settings):
     """Traces and metrics by FastAPI's OpenTelemetry, sent to OTEL_EXPORTER_OTLP_ENDPOINT."""
     checkpoint: str | None = None
     """For a run: last (the default), best, or a step."""
-    base: str | None = None
+    base: PathText | None = None
     """For adapters: where the model that they were trained beside is now, by default where it was."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
@@ -146,3 +193,33 @@ class ServeSettings(Settings):
             self.resume_on_restart,
             "given with states.folder",
         )
+
+    def check_available(self) -> None:
+        super().check_available()
+        if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
+            raise ImportError(f"bdh serve needs more packages ({', '.join(missing)}): pip install 'bdh[serve]'")
+        check_telemetry(self.telemetry)
+        if self.chat_template not in (None, PLAIN):
+            read_template(Path(str(self.chat_template)))
+        listen(self.host, self.port).close()
+
+
+def check_telemetry(is_wanted: bool) -> None:
+    """
+    Raises:
+        ValueError: the environment does not say where it goes.
+    """
+    if is_wanted and not any(os.environ.get(name) for name in _ENDPOINTS):
+        raise ValueError(f"telemetry is asked for, but not where it goes: set {_ENDPOINTS[0]}")
+
+
+def read_template(path: Path) -> str:
+    """The text of the file ``chat_template``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no UTF-8.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"chat_template is {str(path)!r}: there is no such file; {PLAIN!r} is the plain form")
+    return read_text(path)

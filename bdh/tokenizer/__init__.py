@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from bdh.tokenizer.config import TokenizerConfig
 
 if TYPE_CHECKING:
-    from bdh.tokenizer.byte_level import byte_tokenizer, is_byte_tokenizer
+    from bdh.tokenizer.byte_level import byte_tokenizer, is_byte_tokenizer, with_padding
     from bdh.tokenizer.chat import ChatEncoder, stop_token_ids, with_chat_template
     from bdh.tokenizer.encoding import TextEncoder, compression_ratio, encode_texts
     from bdh.tokenizer.loading import load_tokenizer
@@ -28,6 +28,7 @@ __all__ = [
     "stop_token_ids",
     "train_tokenizer",
     "with_chat_template",
+    "with_padding",
 ]
 
 _MODULES = {
@@ -41,6 +42,7 @@ _MODULES = {
     "stop_token_ids": "chat",
     "train_tokenizer": "training",
     "with_chat_template": "chat",
+    "with_padding": "byte_level",
 }
 
 

@@ -10,8 +10,8 @@ import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from bdh.tokenizer.byte_level import is_byte_tokenizer
-from bdh.vocabulary import vocabulary_size
+from bdh.tokenizer.byte_level import is_byte_tokenizer, without_padding
+from bdh.vocabulary import document_end_id, vocabulary_size
 
 _BATCH_BYTES = 1 << 22
 
@@ -27,12 +27,14 @@ class TextEncoder:
         backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         backend.no_padding()
         backend.no_truncation()
-        self.hash: str = hashlib.sha256(f"{backend.to_str()}{tokenizer.eos_token_id}".encode()).hexdigest()
+        self.is_byte_level = is_byte_tokenizer(tokenizer)
+        if self.is_byte_level:
+            backend = without_padding(backend)
+        self.eos_token_id: int | None = document_end_id(tokenizer)
+        self.hash: str = hashlib.sha256(f"{backend.to_str()}{self.eos_token_id}".encode()).hexdigest()
         """Equal for tokenizers that encode alike."""
         backend.encode_special_tokens = True  # their spelling in a text is text
         self._backend = backend
-        self.is_byte_level = is_byte_tokenizer(tokenizer)
-        self.eos_token_id: int | None = tokenizer.eos_token_id
         self.dtype = np.dtype(smallest_dtype(vocabulary_size(tokenizer)))
         """Smallest unsigned integer type that holds every token id."""
 

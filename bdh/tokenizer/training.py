@@ -15,11 +15,12 @@ training corpus did not have, or of more than 100 characters (each becomes one `
 
 import json
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator
 from math import ceil
 from typing import Any, Literal, get_args
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from bdh.tokenizer.byte_level import NUM_BYTES, SPECIAL_TOKENS
@@ -31,6 +32,10 @@ _UNKNOWN = SPECIAL_TOKENS["unk_token"]
 # The trainer throws pieces away in large steps, and may end below the size it was asked for though the corpus has
 # more: so it is asked for more, and the least likely pieces are left out. Texts shrink as well either way.
 _UNIGRAM_SURPLUS = 1.25
+# A word takes the square of its length in time, and ``unigram`` one stack frame a character: past some 100,000 the process
+# dies. No vocabulary has entries of a thousandth of that.
+_MAX_WORD = 1000
+_LONG_RUN = re.compile(rf"(?<!\S)\S{{{_MAX_WORD + 1},}}|(?<!\s)\s{{{_MAX_WORD + 1},}}")
 _logger = logging.getLogger(__name__)
 
 
@@ -45,7 +50,8 @@ def train_tokenizer(
     """Learns a vocabulary from texts.
 
     Args:
-        texts: documents or parts of them, read once. What is held are the different words, not the texts.
+        texts: documents or parts of them, read once. What is held are the different words, not the texts. A word of
+            more than 1,000 characters is learned in pieces of so many, which is logged as a warning.
         kind: ``bpe`` or ``unigram``, which are exact, or ``wordpiece``, which is not: see this module's text.
         vocab_size: entries of the vocabulary, the 4 special tokens and, where there are any, the 256 bytes included.
         min_frequency: ``bpe`` and ``wordpiece``: a pair must occur so often to become an entry.
@@ -67,7 +73,17 @@ def train_tokenizer(
 
     backend, trainer = _untrained(kind, vocab_size, min_frequency)
     reader = _Reader(texts, progress)
+    splitter = backend.pre_tokenizer
+    pieces = pre_tokenizers.Split(Regex(rf"[\s\S]{{1,{_MAX_WORD}}}"), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([splitter, pieces])
     backend.train_from_iterator(reader, trainer)
+    backend.pre_tokenizer = splitter
+    if reader.num_long_runs:
+        _logger.warning(
+            "%s runs of more than %s characters without a space, or of nothing but spaces, were learned in pieces of so many",
+            f"{reader.num_long_runs:,}",
+            f"{_MAX_WORD:,}",
+        )
     if reader.num_bytes == 0:
         raise ValueError("there is no text to train a tokenizer on: the corpus is empty")
 
@@ -96,10 +112,13 @@ class _Reader:
         self._texts = texts
         self._progress = progress
         self.num_bytes = 0
+        self.num_long_runs = 0
 
     def __iter__(self) -> Iterator[str]:
         for text in self._texts:
             self.num_bytes += len(text.encode())
+            if len(text) > _MAX_WORD:
+                self.num_long_runs += sum(1 for _ in _LONG_RUN.finditer(text))
             if self._progress is not None:
                 self._progress("reading", self.num_bytes, None)
             yield text

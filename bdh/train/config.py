@@ -2,16 +2,18 @@
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from bdh.data.config import DataConfig
 from bdh.distributed.config import DistributedConfig
 from bdh.model.decay import decay_fault
 from bdh.monitor.config import MonitorConfig
+from bdh.path_text import PathText
 from bdh.tokenizer.config import TokenizerConfig
+from bdh.train.places import LOCK_FILE, CheckpointFolder, check_peft, find_model, holds_run, taken_by_run
 from bdh.validation import Faults, Settings
 
-ADAPTER_CONFIG = "adapter_config.json"  # which ``peft`` puts beside adapters: a folder with it is one of adapters
 _METRIC = re.compile(
     r"(val|val_ema)/(loss|perplexity|bits_per_byte|accuracy)"
     r"|val/(loss_at/\d+|dead_neurons|(density|norm)/(x|y|xy)/\d+)"
@@ -88,6 +90,16 @@ class LoraSettings(Settings):
             self.merge or not self.embeddings, "merge", self.merge, "true with embeddings, which are no adapters"
         )
 
+    def check_available(self) -> None:
+        if self.r:
+            check_peft()
+
+
+def require_device(device: str, faults: Faults) -> None:
+    """Records a fault where the name is not that of a device. Whether the machine has it, PyTorch alone knows."""
+    is_right = re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", device) is not None
+    faults.require(is_right, "device", device, "auto, cpu, cuda, cuda:N or mps")
+
 
 @dataclass
 class TrainSettings(Settings):
@@ -143,7 +155,7 @@ class TrainSettings(Settings):
     """Tokens of each sequence in a block, at most block_size. null for what costs least."""
     ema_decay: float | None = None
     """Keep an exponential moving average of the weights with this decay, such as 0.999, and evaluate it too. null for none."""
-    init_from: str | None = None
+    init_from: PathText | None = None
     """Model to start from, with a fresh optimizer: an export, a run, or a hub id. Its sizes and tokenizer are taken over."""
     lora: LoraSettings = field(default_factory=LoraSettings)
     on_nonfinite: Literal["stop", "skip"] = "stop"
@@ -211,10 +223,7 @@ class TrainSettings(Settings):
             faults.require(optimizer == "adamw", "optimizer", optimizer, "adamw with train.lora")
         decay = self.ema_decay
         faults.require(decay is None or 0 < decay < 1, "ema_decay", decay, "above 0 and below 1, or null")
-        device = self.device.split(":")[0]
-        faults.require(
-            device in ("auto", "cpu", "cuda", "mps"), "device", self.device, "auto, cpu, cuda, cuda:N or mps"
-        )
+        require_device(self.device, faults)
         faults.require(all(self.sample_prompts), "sample_prompts", self.sample_prompts, "non-empty texts")
 
 
@@ -257,7 +266,7 @@ class RunSettings(Settings):
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
-    run_dir: str | None = None
+    run_dir: PathText | None = None
     """Folder of the run; by default runs/ and the time of the start. It must not hold a run yet."""
     resume: bool = False
     """Continue the run in run_dir from its newest checkpoint."""
@@ -285,3 +294,19 @@ class RunSettings(Settings):
             self.checkpoint.best_metric,
             "one of val/... without train.ema_decay, which keeps the moving average",
         )
+
+    def check_available(self) -> None:
+        for section in (self.monitor, self.train.lora):
+            section.check_available()
+        if not self.resume and self.train.init_from is not None:
+            find_model(self.train.init_from)
+        # A lock that somebody holds is reported first, by whoever takes it.
+        folder = None if self.run_dir is None else Path(self.run_dir)
+        if folder is not None and not (folder / LOCK_FILE).exists():
+            if self.resume:
+                CheckpointFolder(folder).check_there(self.resume_step)
+            elif holds_run(folder):
+                raise taken_by_run(folder)
+        if not self.resume:  # a run keeps the tokenizer that it was started with
+            self.tokenizer.check_available()
+        self.data.check_available()

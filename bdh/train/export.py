@@ -11,8 +11,8 @@ from transformers.utils import logging
 
 import bdh
 from bdh.model import BDHForCausalLM
-from bdh.storage import atomic_dir, is_taken, recover_dir
-from bdh.tokenizer import load_tokenizer, stop_token_ids
+from bdh.storage import atomic_dir, check_free, recover_dir
+from bdh.tokenizer import load_tokenizer, stop_token_ids, with_padding
 from bdh.train.base import Base, read_base
 from bdh.train.checkpoint import Checkpoint
 from bdh.train.config import LoraSettings
@@ -83,7 +83,7 @@ def export_merged(adapters: Path, folder: Path, *, base: str | None = None) -> B
         OtherBaseError: where the base should be, there are models with other weights.
         ValueError: ``adapters`` is no folder of adapters, or damaged.
     """
-    _check_free(folder, replace=False)
+    check_free(folder)
     record = read_base(adapters)
     if record is None:
         raise ValueError(f"{adapters} is no folder of adapters")
@@ -108,28 +108,43 @@ def export_model(
     card: str,
     *,
     replace: bool = False,
+    pad_and_eos: bool = True,
 ) -> None:
     """Writes model, tokenizer, generation settings and card into ``folder``, which appears when it is complete.
+
+    Args:
+        pad_and_eos: give a byte tokenizer without special tokens those of :func:`bdh.tokenizer.byte_level.with_padding`.
 
     Raises:
         FileExistsError: the folder is there and not empty, and ``replace`` is not set.
         DiskFullError: there is no room for it.
     """
-    _check_free(folder, replace)
+    if not replace:
+        check_free(folder)
     logging.disable_progress_bar()
+    tokenizer = _for_batches(tokenizer) if pad_and_eos else tokenizer
+    # What libraries ask for they find in both.
+    model.config.pad_token_id, model.config.bos_token_id = tokenizer.pad_token_id, tokenizer.bos_token_id
+    model.config.eos_token_id = stop_token_ids(tokenizer)
     model.generation_config = GenerationConfig(
         do_sample=True,
         temperature=0.8,
         top_k=50,
         max_new_tokens=200,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=stop_token_ids(tokenizer),
+        pad_token_id=model.config.pad_token_id,
+        bos_token_id=model.config.bos_token_id,
+        eos_token_id=model.config.eos_token_id,
     )
     with atomic_dir(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         (temporary / "README.md").write_text(card, encoding="utf-8")
+
+
+def _for_batches(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    tokenizer = with_padding(tokenizer)
+    tokenizer.padding_side = "left"  # a text goes on at its right end
+    return tokenizer
 
 
 def _export_adapters(
@@ -147,10 +162,11 @@ def _export_adapters(
     if lora.embeddings:
         raise ValueError("merge is False: the run trained embed and lm_head too, which are no adapters")
     base.check_same_layer(model)
-    _check_free(folder, replace)
+    if not replace:
+        check_free(folder)
     with atomic_dir(folder) as temporary:
         write_adapters(temporary, model.config, run_weights(checkpoint, ema=ema), lora, base)
-        tokenizer.save_pretrained(temporary)
+        _for_batches(tokenizer).save_pretrained(temporary)
         (temporary / "README.md").write_text(model_card(model, checkpoint, ema=ema, adapters_of=base), encoding="utf-8")
 
 
@@ -163,11 +179,6 @@ def _base_of(checkpoint: Checkpoint) -> Base | None:
         return None
     recover_dir(Path(name))
     return Base(name, folder=str(Path(name).resolve()) if Path(name).is_dir() else None)
-
-
-def _check_free(folder: Path, replace: bool) -> None:
-    if not replace and is_taken(folder):
-        raise FileExistsError(f"{folder} exists already and is not empty: choose another folder")
 
 
 def model_card(

@@ -18,6 +18,7 @@ from bdh.train.run import Run
 from bdh.train.signals import deferred_signals
 from bdh.train.speed import StepClock, matmul_peak, peak_memory_bytes, training_flops_per_token
 from bdh.train.step import DataStopped, TrainingStopped, training_step
+from bdh.train.stored import resume_command
 
 # The GradScaler halves its scale after each overflow: this many in a row are no longer its search for one.
 _MAX_SKIPPED_STEPS = 25
@@ -231,7 +232,7 @@ def _save_before(stopped: DataStopped, run: Run, monitor: Monitor) -> None:
         raise CheckpointError(f"{stopped}; {error}") from stopped
     stopped.add_note(
         f"everything up to step {run.progress.step} is saved: when the text is mended, "
-        f"`bdh train --run_dir {run.folder} --resume` goes on from there"
+        f"`{resume_command(run.folder)}` goes on from there"
     )
 
 
@@ -253,9 +254,7 @@ def save(
             run.checkpointer.wait()
     except CheckpointError as error:
         if is_last and run.checkpointer.steps():
-            raise CheckpointError(
-                f"{error}, and `bdh train --run_dir {run.folder} --resume` goes on from it"
-            ) from error
+            raise CheckpointError(f"{error}, and `{resume_command(run.folder)}` goes on from it") from error
         if is_last:
             raise
         monitor.warn(f"{error}. The training goes on")

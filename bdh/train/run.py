@@ -31,22 +31,22 @@ from bdh.train.config import RunSettings
 from bdh.train.initial import InitialModel
 from bdh.train.layer import layer_options, plan_training
 from bdh.train.lock import RunLock
-from bdh.train.lora import add_adapters, check_peft
+from bdh.train.lora import add_adapters
 from bdh.train.models import TOKENIZER_FOLDER, OtherBaseError, check_base, warn_of_removal
 from bdh.train.needs import Need, NoRoomError, available_to_each
 from bdh.train.optim import Optimizers
+from bdh.train.places import CONFIG_FILE, check_peft, holds_run, taken_by_run
 from bdh.train.runtime import Runtime, choose_runtime, random_states, restore_random_states
 from bdh.train.speed import used_memory_bytes
 from bdh.train.stored import (
-    CONFIG_FILE,
+    check_steps_are_left,
     check_unchanged,
-    holds_run,
     rows_per_step,
     settings_to_store,
     stored_settings,
     with_same_rows,
 )
-from bdh.vocabulary import vocabulary_size
+from bdh.vocabulary import document_end_id, vocabulary_size
 from bdh.yaml_files import dump_yaml
 
 _logger = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ class Run:
     def document_end(self) -> int | None:
         """The token behind which training, and so its evaluation, sees nothing of what was before; None without."""
         is_apart = self.settings.train.carry_state or self.settings.data.pack == "documents"
-        return self.tokenizer.eos_token_id if is_apart else None
+        return document_end_id(self.tokenizer) if is_apart else None
 
     @property
     def rows_per_step(self) -> int:
@@ -183,9 +183,13 @@ class Run:
                     self.corpus.facts["source"],
                 )
         if not is_same:
+            source, before = self.corpus.facts["source"], training["data_facts"]["source"]
+            what = f"the text of {source} has changed since the run was started"
+            if source != before:
+                what = f"the text of {source} is not that of {before}, which the run was started with"
             raise ValueError(
-                f"the text of {self.corpus.facts['source']} has changed since the run was started (its fingerprint was "
-                f"{training['data_fingerprint']}, now it is {self.corpus.fingerprint}): nothing was changed"
+                f"{what} (its fingerprint was {training['data_fingerprint']}, now it is {self.corpus.fingerprint}): "
+                "nothing was changed"
             )
         shapes = checkpoint.shapes()
         self.optimizers.make_room(
@@ -276,12 +280,10 @@ def _open(
         stored = stored_settings(folder)
         check_unchanged(settings, stored)
         checkpoint = checkpointer.load(settings.resume_step)
+        check_steps_are_left(settings, checkpoint.step)
         settings = with_same_rows(settings, stored, checkpoint.training["rows_per_step"], world)
     elif any(world.gather(holds_run(folder))):
-        raise FileExistsError(
-            f"{folder} already holds a run, which is never overwritten: continue it with --resume, or give another "
-            "--run_dir"
-        )
+        raise taken_by_run(folder)
 
     if settings.train.lora.r:
         check_peft()

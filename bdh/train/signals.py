@@ -11,9 +11,12 @@ if TYPE_CHECKING:
     from bdh.distributed.world import World
 
 # SIGUSR1 is what Slurm is told to send before a job's time is over (`#SBATCH --signal=USR1@120`).
-SIGNALS = tuple(name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+SIGNALS = tuple(name for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
 # 75 is EX_TEMPFAIL of sysexits.h: what was left undone should be tried again.
-EXIT_STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGUSR1": 75}
+EXIT_STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129, "SIGUSR1": 75}
+# These come more than once for one reason: SIGUSR1 from Slurm and, passed on, from `torchrun`; SIGHUP, when a terminal is
+# closed, from the kernel and from the shell.
+_MAY_REPEAT = ("SIGUSR1", "SIGHUP")
 
 
 class Received:
@@ -38,7 +41,8 @@ class Received:
 def deferred_signals() -> Iterator[Received]:
     """Collects signals, so that a step ends before the run does. A second one acts at once, as it does without this.
 
-    Not so SIGUSR1, which may come from Slurm and, passed on, from ``torchrun`` too. Outside of the main thread, where Python gives none, it collects nothing.
+    Not so SIGUSR1 and SIGHUP, which may come twice. SIGHUP stays ignored where it is, as under ``nohup``. Outside of the
+    main thread, where Python gives none, it collects nothing.
     """
     received = Received()
     before: dict[int, Any] = {}
@@ -46,7 +50,7 @@ def deferred_signals() -> Iterator[Received]:
     def remember(number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         received.add(name)
-        if name != "SIGUSR1":
+        if name not in _MAY_REPEAT:
             restore()
 
     def restore() -> None:
@@ -56,6 +60,8 @@ def deferred_signals() -> Iterator[Received]:
     if threading.current_thread() is threading.main_thread():
         for name in SIGNALS:
             each = signal.Signals[name]
+            if name == "SIGHUP" and signal.getsignal(each) is signal.SIG_IGN:
+                continue
             before[each] = signal.signal(each, remember)
     try:
         yield received

@@ -1,16 +1,19 @@
 """The settings of a run that lie in its folder, and what of them a run that goes on may change."""
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bdh.distributed.world import World
 from bdh.train.config import RunSettings
+from bdh.train.places import CONFIG_FILE
 from bdh.validation import Faults
 from bdh.yaml_files import read_yaml
 
-CONFIG_FILE = "config.yaml"
+if TYPE_CHECKING:
+    from bdh.distributed.world import World
+
 # A run cannot go on exactly, or at all, if one of these is another: name of the section, and its fields.
 _FIXED = {
     "model": None,
@@ -19,6 +22,9 @@ _FIXED = {
     "train": ("block_size", "carry_state", "optimizer", "seed", "init_from", "lora"),
 }
 _FREE = {
+    # The text itself is compared, wherever it lies now: see Run.restore.
+    "data.source",
+    "data.val_source",
     "model.attention_form",
     "model.chunk_size",
     "model.dropout",
@@ -29,11 +35,11 @@ _FREE = {
 _NOT_STORED = ("run_dir", "resume", "resume_step", "dry_run")
 
 
-def rows_per_step(settings: RunSettings, world: World) -> int:
+def rows_per_step(settings: RunSettings, world: "World") -> int:
     return settings.train.batch_size * settings.train.gradient_accumulation_steps * world.size
 
 
-def with_same_rows(settings: RunSettings, stored: dict[str, Any], rows: int, world: World) -> RunSettings:
+def with_same_rows(settings: RunSettings, stored: dict[str, Any], rows: int, world: "World") -> RunSettings:
     """The settings of a run that goes on, such that a step has as many sequences as before, whoever shares them.
 
     Args:
@@ -66,8 +72,9 @@ def with_same_rows(settings: RunSettings, stored: dict[str, Any], rows: int, wor
     )
 
 
-def holds_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in (CONFIG_FILE, "checkpoints", "metrics.jsonl", "model"))
+def resume_command(folder: Path) -> str:
+    """What to type to continue the run of a folder, quoted for the shell."""
+    return shlex.join(("bdh", "train", "--run_dir", str(folder), "--resume"))
 
 
 def settings_to_store(settings: RunSettings) -> dict[str, Any]:
@@ -119,10 +126,29 @@ def check_unchanged(settings: RunSettings, stored: dict[str, Any]) -> None:
         for name, own, value, before in _fields(section, now[section], stored.get(section, {}))
         if (names is None or name.split(".")[1] in names)
         and name not in _FREE
-        and before.get(own, value) != value  # a setting that the run's version did not have is new
+        and _without_places(before.get(own, value))
+        != _without_places(value)  # what the run's version did not have is new
     ]
     if changed:
         raise ValueError("a resumed run keeps its model and data, but these differ: " + "; ".join(changed))
+
+
+def _without_places(value: Any) -> Any:
+    """The setting ``data.mix`` without where its texts lie; any other as it is."""
+    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+        return value
+    return [{name: each for name, each in entry.items() if f"data.{name}" not in _FREE} for entry in value]
+
+
+def check_steps_are_left(settings: RunSettings, step: int) -> None:
+    """Raises ``ValueError`` where a resumed run is to end before the step that it has reached."""
+    for name in ("max_steps", "stop_at_step"):
+        last = getattr(settings.train, name)
+        if last is not None and last < step:
+            raise ValueError(
+                f"train.{name} is {last}, but the run has reached step {step}: give more to continue it, or an earlier "
+                "checkpoint with --resume_step; nothing was changed"
+            )
 
 
 def _fields(prefix: str, now: dict[str, Any], stored: dict[str, Any]) -> Iterator[tuple[str, str, Any, dict[str, Any]]]:

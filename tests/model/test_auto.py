@@ -35,15 +35,18 @@ def test_loading_takes_a_dtype(model, tokens, tmp_path, dtype):
         "from transformers import AutoModelForCausalLM, AutoConfig\nimport bdh",
         "import bdh, transformers\nfrom transformers import Trainer, AutoModelForCausalLM, AutoConfig",
         "from bdh import BDH\nfrom transformers import AutoModelForCausalLM, AutoConfig",
+        "from bdh import BDHModel\nfrom transformers import AutoModelForCausalLM, AutoConfig",
     ],
 )
 def test_the_auto_classes_know_it_whatever_is_imported_first(model, tmp_path, imports):
     model.save_pretrained(tmp_path)
     code = f"""{imports}
 print(type(AutoConfig.from_pretrained({str(tmp_path)!r})).__name__)
-print(type(AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})).__name__)"""
+print(type(AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})).__name__)
+from transformers import AutoModel
+print(type(AutoModel.from_pretrained({str(tmp_path)!r})).__name__)"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["BDHConfig", "BDHForCausalLM"]
+    assert done.stdout.split() == ["BDHConfig", "BDHForCausalLM", "BDHModel"]
 
 
 def test_importing_bdh_loads_no_heavy_library():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import GPT2Config, GPT2LMHeadModel, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 
@@ -150,6 +150,80 @@ def test_stopping_criteria_stop(model, tokens):
     assert out.shape == (1, 7)
 
 
-def test_assisted_generation_says_that_it_cannot(model, make_model, tokens):
-    with pytest.raises(ValueError, match="stateful"):
-        generate(model, tokens[:1, :4], do_sample=False, assistant_model=make_model(seed=1))
+@pytest.fixture
+def other():
+    """A model of another kind, with keys and values."""
+    torch.manual_seed(3)
+    config = GPT2Config(
+        vocab_size=61, n_embd=16, n_layer=2, n_head=2, n_positions=64, bos_token_id=None, eos_token_id=None
+    )
+    return GPT2LMHeadModel(config).eval()
+
+
+@pytest.mark.parametrize("decay", [None, 7])
+@pytest.mark.parametrize("assistant", ["itself", "bdh", "other", "lookup"])
+def test_assisted_generation_gives_the_text_of_the_model_alone(make_model, other, tokens, assistant, decay):
+    """The state takes back the tokens that were proposed in vain."""
+    model = make_model(decay=decay)
+    ids = tokens[:1, :9].clamp_min(1)
+    expected = generate(model, ids, do_sample=False)
+    by = {"itself": model, "bdh": make_model(seed=1), "other": other}.get(assistant)
+    how = {"prompt_lookup_num_tokens": 3} if by is None else {"assistant_model": by}
+    assert torch.equal(generate(model, ids, do_sample=False, **how), expected)
+
+
+def test_assisted_generation_on_a_state_is_refused(model, tokens):
+    """transformers reads the whole text again, on top of what the state has read."""
+    state = model(tokens[:1, :5], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="past_key_values has read 5 columns: must be left out"):
+        generate(model, tokens[:1], do_sample=False, past_key_values=state, prompt_lookup_num_tokens=3)
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_it_assists_a_model_of_another_kind(model, other, tokens, mask):
+    """Which hands its position_ids on."""
+    ids = tokens[:1, :9].clamp_min(1)
+    given = {"attention_mask": (torch.arange(9) > 2).long()[None]} if mask else {}
+    expected = generate(other, ids, do_sample=False, **given)
+    assert torch.equal(generate(other, ids, do_sample=False, assistant_model=model, **given), expected)
+
+
+def test_assistance_while_sampling_and_the_state_that_comes_back(model, make_model, tokens):
+    out = generate(
+        model,
+        tokens[:1, :9].clamp_min(1),
+        do_sample=True,
+        assistant_model=make_model(seed=1),
+        return_dict_in_generate=True,
+    )
+    read = model(out.sequences[:, : out.past_key_values.num_columns], use_cache=True).past_key_values
+    assert torch.equal(read.positions, out.past_key_values.positions)
+    for a, b in zip(read.sums, out.past_key_values.sums, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}], ids=str)
+def test_a_prompt_may_be_read_in_pieces(model, unpadded, arguments):
+    arguments = {"do_sample": False, **arguments}
+    whole = generate(model, unpadded, **arguments)
+    assert torch.equal(generate(model, unpadded, prefill_chunk_size=8, **arguments), whole)
+
+
+def test_stop_strings_end_a_text(byte_model, tokenizer):
+    """`generate` hands the tokenizer on to the model."""
+    ids = tokenizer("ab", return_tensors="pt")["input_ids"]
+    free = generate(byte_model, ids, do_sample=False)[0].tolist()
+    end = free.index(ord(" ")) + 1
+    assert end < len(free)
+    out = generate(byte_model, ids, do_sample=False, stop_strings=[" "], tokenizer=tokenizer)
+    assert out[0].tolist() == free[:end]
+
+
+def test_what_tokenizers_return_may_be_given_as_it_is(model, tokens):
+    """Some return types of tokens, which are all 0."""
+    ids = tokens[:, :6].clamp_min(1)
+    expected = generate(model, ids, do_sample=False)
+    given = {"token_type_ids": torch.zeros_like(ids), "position_ids": torch.arange(6)[None]}
+    assert torch.equal(generate(model, ids, do_sample=False, **given), expected)
+    with pytest.raises(ValueError, match="token_type_ids is 1"):
+        generate(model, ids, token_type_ids=torch.ones_like(ids))

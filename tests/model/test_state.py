@@ -114,3 +114,37 @@ def test_other_files_are_refused(tmp_path):
         SynapticState.load(tmp_path / "text")
     with pytest.raises(FileNotFoundError, match=r"there is no state file .*missing"):
         SynapticState.load(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("sizes", [[21], [9, 12], [5, 1, 1, 1, 13], [9, 1, 1, 1, 1, 1]])
+@pytest.mark.parametrize("num_removed", [0, 1, 3])
+def test_a_recording_state_takes_columns_back(make_model, tokens, sizes, num_removed):
+    model = make_model(decay=5)
+    mask = torch.ones_like(tokens)
+    mask[0, :4] = 0
+    state = model.new_state(2)
+    state.activate_past_recording()
+    with torch.no_grad():
+        end = 0
+        for size in sizes:
+            end += size
+            model(tokens[:, end - size : end], attention_mask=mask[:, :end], past_key_values=state)
+        state.crop(-num_removed)
+        kept = model(tokens[:, : end - num_removed], attention_mask=mask[:, : end - num_removed]).past_key_values
+    assert state.num_columns == kept.num_columns
+    assert torch.equal(state.positions, kept.positions)
+    for a, b in zip(state.sums, kept.sums, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)  # float32, in another order
+
+
+def test_taking_back_what_is_not_recorded_is_refused(model, tokens):
+    state = model(tokens, use_cache=True).past_key_values
+    state.crop(0)
+    for removed in (-1, 1):
+        with pytest.raises(ValueError, match=f"crop got {removed}: must be between -0"):
+            state.crop(removed)
+    state.activate_past_recording()
+    model(tokens[:, :5], past_key_values=state)
+    with pytest.raises(ValueError, match="crop got -6: must be between -5"):
+        state.crop(-6)
+    assert state.num_columns == 26

@@ -158,3 +158,20 @@ def test_compression_ratio_is_bytes_per_token(trained):
     assert compression_ratio(tokenizer, iter([TRAINING_TEXT])) == len(TRAINING_TEXT) / num_tokens > 2
     with pytest.raises(ValueError, match="no text to measure"):
         compression_ratio(tokenizer, [])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("long", ["a" * 400_000, " " * 400_000, "".join(random.Random(3).choices("abc", k=30_000))])
+def test_words_of_any_length_are_trained_on_in_bounded_pieces_which_is_said(kind, long, caplog):
+    """unigram died of it, with a segmentation fault; the others took the square of the length in time."""
+    tokenizer = train_tokenizer([TRAINING_TEXT, long], kind, 300)
+    assert "1 runs of more than 1,000 characters without a space" in caplog.text
+    if kind in EXACT:
+        part = f"x{long[:5000]}x"
+        assert tokenizer.decode(encode_texts(tokenizer, [part])[0].tolist()) == part
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_words_of_usual_length_are_trained_on_whole(kind, caplog):
+    train_tokenizer([TRAINING_TEXT, f"{'b' * 1000} {'c' * 999}\n\n{' ' * 500}d"], kind, 300)
+    assert "characters without a space" not in caplog.text

@@ -469,7 +469,13 @@ def wait_for_checkpoint(process, run_dir):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "status"),
-    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 75), (signal.SIGKILL, -signal.SIGKILL)],
+    [
+        (signal.SIGINT, 130),
+        (signal.SIGTERM, 143),
+        (signal.SIGHUP, 129),
+        (signal.SIGUSR1, 75),
+        (signal.SIGKILL, -signal.SIGKILL),
+    ],
 )
 def test_a_run_stopped_by_a_signal_goes_on_to_the_same_end(train, tmp_path, text_file, number, status):
     few = {

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 
 import pytest
@@ -15,6 +16,7 @@ from bdh.train.checkpoint import Checkpointer
 from bdh.train.config import RunSettings
 from bdh.train.loop import fit
 from bdh.train.run import open_run
+from bdh.train.signals import deferred_signals
 
 from .conftest import TINY, losses, weights
 
@@ -97,3 +99,75 @@ def test_patience_is_tested_right_after_an_evaluation_only(train, tmp_path):
     state = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert state["step"] == 16
     assert "val/loss" in state
+
+
+def contents(folder):
+    """Of all files but the lock, which each start takes."""
+    return {
+        path.relative_to(folder): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and "lock" not in path.name
+    }
+
+
+@pytest.mark.parametrize("name", ["max_steps", "stop_at_step"])
+def test_a_run_that_is_further_than_its_new_end_is_left_as_it_is(train, tmp_path, capsys, name):
+    """It was exported again, and said to be finished, with another number of steps in its settings."""
+    run = tmp_path / "run"
+    assert train(run, **{"train.stop_at_step": 7}) == 0
+    before = contents(run)
+    assert main(["train", "--run_dir", str(run), "--resume", f"--train.{name}", "6"]) == 2
+    assert f"train.{name} is 6, but the run has reached step 7" in capsys.readouterr().err
+    assert contents(run) == before
+    assert main(["train", "--run_dir", str(run), "--resume", "--train.stop_at_step", "7"]) == 0
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_run_goes_on_with_the_same_text_at_another_place(train, tmp_path, text_file, streaming, capsys):
+    more = {"data.streaming": streaming, "data.val_tokens": 400}
+    run, straight = tmp_path / "run", tmp_path / "straight"
+    assert train(straight, **more) == 0
+    assert train(run, **more, **{"train.stop_at_step": 5}) == 0
+    (tmp_path / "moved").mkdir()
+    moved = text_file.rename(tmp_path / "moved" / text_file.name)
+    assert main(["train", "--run_dir", str(run), "--resume", "--data.source", str(moved)]) == 0
+    assert losses(run) == losses(straight)
+    other = tmp_path / "other.txt"
+    other.write_text(moved.read_text().replace("cat", "cow"))
+    before = contents(run)
+    capsys.readouterr()
+    flags = ["--data.source", str(other), "--train.max_steps", "20"]
+    assert main(["train", "--run_dir", str(run), "--resume", *flags]) == 2
+    assert f"the text of {other} is not that of {moved}, which the run was started with" in capsys.readouterr().err
+    assert contents(run) == before
+
+
+def test_commands_that_are_printed_can_be_pasted_into_a_shell(train, tmp_path, capsys):
+    run = tmp_path / "it's a run; here"
+    assert train(run, **{"train.stop_at_step": 5}) == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "Stopped at step 5" in line]
+    program, *arguments = shlex.split(line.partition("Go on with: ")[2])
+    assert program == "bdh"
+    assert main(arguments) == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Exported to")]
+    assert shlex.split(line.partition(": bdh ")[2])[:2] == ["generate", str(run / "model")]
+
+
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1"])
+def test_signals_that_come_twice_for_one_reason_are_collected_both_times(name):
+    number = signal.Signals[name]
+    with deferred_signals() as received:
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
+        assert received
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with deferred_signals() as received:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not received
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)

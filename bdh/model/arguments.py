@@ -1,0 +1,301 @@
+"""What `forward` is given, checked and brought into one form.
+
+Libraries hand on more than the model needs. What says nothing new is accepted, what says where documents begin in a packed
+batch is understood, and everything else is refused by name.
+"""
+
+import difflib
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+from bdh.model.configuration import BDHConfig
+from bdh.model.positions import token_positions
+from bdh.model.state import Columns, SynapticState
+from bdh.ops.attention import sum_dtype
+from bdh.ops.norm import layer_norm
+
+# The arguments of ``forward`` that are named in it, for whoever misspells one.
+_NAMED = (
+    "input_ids",
+    "attention_mask",
+    "past_key_values",
+    "inputs_embeds",
+    "labels",
+    "document_starts",
+    "num_items_in_batch",
+    "use_cache",
+    "logits_to_keep",
+    "attention_form",
+    "output_hidden_states",
+    "return_dict",
+    "shift_labels",
+)
+_PACKING = ("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+# An argument that there is nothing to choose in, its one value, and why.
+_ONE_VALUE = {
+    "output_attentions": (False, "linear attention computes no weights"),
+    "output_router_logits": (False, "there are no experts to route to"),
+    "is_causal": (True, "a token sees those before it, in every form"),
+}
+
+
+@dataclass
+class Inputs(Columns):
+    """Of one forward: the residual stream before the first pass, and what is said of it."""
+
+    state: SynapticState | None
+    """That of the text before; None where there is none."""
+
+    @property
+    def is_plain_step(self) -> bool:
+        """Whether it is one token for each sequence of a state, with nothing said about it."""
+        return self.state is not None and self.v.shape[1] == 1 and self.mask is None and self.starts is None
+
+
+def read_inputs(
+    config: BDHConfig,
+    embed: nn.Module,
+    *,
+    input_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    past_key_values: SynapticState | None,
+    document_starts: torch.Tensor | None,
+    others: dict[str, Any],
+    dtype: torch.dtype,
+) -> Inputs:
+    """
+    Values are compared outside of ``torch.compile`` and ``torch.export``, which take them as they are.
+
+    Args:
+        embed: the embedding.
+        others: the further arguments of ``forward``, as :meth:`bdh.BDHForCausalLM.forward` lists them.
+        dtype: that of the model.
+
+    Raises:
+        TypeError, ValueError: as ``forward`` does.
+    """
+    others = {name: value for name, value in others.items() if value is not None}
+    _check_names(others)
+    B, T = _shape(config, input_ids, inputs_embeds)
+    if past_key_values is not None:
+        check_state_type(past_key_values)
+        _check_state(config, past_key_values, B, dtype)
+    num_earlier = past_key_values.num_columns if past_key_values is not None else 0
+    mask = _new_columns(attention_mask, B, T, num_earlier)
+    _check_columns(others, B, T, num_earlier)
+    starts = _starts(document_starts, B, T)
+    given = input_ids if input_ids is not None else inputs_embeds
+    assert given is not None
+    if any(name in others for name in _PACKING):
+        starts = _packed(others, starts, mask, past_key_values, (B, T), given.device)
+    if input_ids is not None:
+        given = embed(_known_ids(config, input_ids, mask))
+    return Inputs(layer_norm(given, config.layer_norm_eps), mask, starts, past_key_values)
+
+
+def check_state_type(state: object) -> None:
+    """
+    Raises:
+        TypeError: it is a cache of another kind of model.
+    """
+    if not isinstance(state, SynapticState):
+        raise TypeError(
+            f"past_key_values is a {type(state).__name__}: must be a SynapticState, which forward returns and "
+            "model.new_state() makes, or None. BDH keeps sums of fixed size, no keys and values"
+        )
+
+
+def _check_names(others: dict[str, Any]) -> None:
+    known = [*_PACKING, *_ONE_VALUE, "cache_position", "token_type_ids"]
+    if unknown := sorted(set(others) - set(known)):
+        near = difflib.get_close_matches(unknown[0], [*_NAMED, *known], n=1, cutoff=0.8)
+        raise TypeError(f"forward does not know {', '.join(unknown)}{f': did you mean {near[0]}?' if near else ''}")
+    for name, (value, why) in _ONE_VALUE.items():
+        if name in others and bool(others[name]) != value:
+            raise ValueError(f"{name} is {others[name]}: {why}, must be {value}")
+
+
+def _check_columns(others: dict[str, Any], B: int, T: int, num_earlier: int) -> None:
+    """Numbers of columns and types of tokens, where they are given, must be those that there are."""
+    if torch.compiler.is_compiling():
+        return
+    cache_position = others.get("cache_position")
+    if cache_position is not None:
+        expected = torch.arange(num_earlier, num_earlier + T, device=cache_position.device)
+        if tuple(cache_position.shape) != (T,) or not torch.equal(cache_position, expected):
+            raise ValueError(
+                f"cache_position is {_shown(cache_position)}: must be the columns {num_earlier} to "
+                f"{num_earlier + T - 1}, those of the tokens after what past_key_values has read; or leave it out"
+            )
+    types = others.get("token_type_ids")
+    if types is not None and bool(types.any()):
+        raise ValueError(f"token_type_ids is {_shown(types)}: must be all 0, or left out: there is one type of tokens")
+
+
+def _packed(
+    others: dict[str, Any],
+    starts: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    state: SynapticState | None,
+    shape: tuple[int, int],
+    device: torch.device,
+) -> torch.Tensor | None:
+    """Where documents start by all that is given of it, which must agree: bool (B, T), or None where none does."""
+    (B, T), is_compiling = shape, torch.compiler.is_compiling()
+    found = {} if starts is None else {"document_starts": starts}
+    for name, read in (("cu_seq_lens_q", _starts_of_lengths), ("seq_idx", _starts_of_numbers)):
+        if name not in others:
+            continue
+        if state is not None and state.num_columns:
+            raise ValueError(f"{name} is given with past_key_values: say with document_starts what goes on from it")
+        found[name] = read(others, B, T).to(device).expand(B, T)
+    if "cu_seq_lens_q" not in others and (rest := [n for n in _PACKING[3:] if n in others]):
+        raise ValueError(f"{rest[0]} is given without cu_seq_lens_q: give both, or neither")
+    first = next(iter(found), "")
+    starts = found.get(first)
+    for name, other in found.items():  # a text starts with the first column anyhow
+        if starts is not None and not is_compiling and not torch.equal(other[:, 1:], starts[:, 1:]):
+            raise ValueError(f"{name} and {first} say that documents start at different tokens: give one of them")
+    position_ids = others.get("position_ids")
+    if position_ids is None:
+        return starts
+    if tuple(position_ids.shape) not in [(B, T), (1, T), (T,)]:
+        raise ValueError(f"position_ids has shape {tuple(position_ids.shape)}: must be {(B, T)}, that of the tokens")
+    position_ids = position_ids.to(device).expand(B, T)
+
+    def agree(starts: torch.Tensor | None) -> bool:
+        before = state.positions if state is not None else None
+        expected, _ = token_positions(T, before=before, mask=mask, starts=starts, device=device)
+        same = position_ids == expected
+        return bool((same if mask is None else same | ~mask).all())
+
+    if starts is not None:
+        if is_compiling or agree(starts):
+            return starts
+    elif not is_compiling and agree(None):
+        return None
+    else:
+        starts = position_ids == 0 if mask is None else (position_ids == 0) & mask
+        if is_compiling or agree(starts):
+            return starts
+    raise ValueError(
+        f"position_ids is {_shown(position_ids)}: must count the tokens of each document from 0, padding aside"
+        + (", and go on after those that past_key_values has read" if state is not None else "")
+        + (f", where documents start as {first} says" if found else "")
+        + "; or leave it out, which means the same"
+    )
+
+
+def _starts_of_lengths(others: dict[str, Any], B: int, T: int) -> torch.Tensor:
+    """Bool (1, T)."""
+    bounds = torch.as_tensor(others["cu_seq_lens_q"])
+    if B != 1:
+        raise ValueError(f"cu_seq_lens_q is given for {B} rows: must be of one row, in which all documents are")
+    if not torch.compiler.is_compiling():
+        numbers = bounds.flatten().tolist()
+        lengths = [after - before for before, after in pairwise(numbers)]
+        if not lengths or (numbers[0], numbers[-1]) != (0, T) or min(lengths) < 0:
+            raise ValueError(f"cu_seq_lens_q is {_shown(bounds)}: must rise from 0 to {T}, the number of tokens")
+        other = others.get("cu_seq_lens_k")
+        if other is not None and torch.as_tensor(other).flatten().tolist() != numbers:
+            raise ValueError(f"cu_seq_lens_k is {_shown(torch.as_tensor(other))}: must be cu_seq_lens_q")
+        for name in ("max_length_q", "max_length_k"):
+            if int(others.get(name, max(lengths))) < max(lengths):
+                raise ValueError(f"{name} is {int(others[name])}: the longest document has {max(lengths)} tokens")
+    starts = torch.zeros(1, T + 1, dtype=torch.bool, device=bounds.device)
+    return starts.index_fill(1, bounds.flatten().long(), True)[:, :T]
+
+
+def _starts_of_numbers(others: dict[str, Any], B: int, T: int) -> torch.Tensor:
+    """Bool (1 or B, T)."""
+    numbers = others["seq_idx"]
+    if tuple(numbers.shape) not in [(B, T), (1, T)]:
+        raise ValueError(f"seq_idx has shape {tuple(numbers.shape)}: must be {(B, T)}, that of the tokens")
+    starts = torch.ones(numbers.shape, dtype=torch.bool, device=numbers.device)
+    starts[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
+    return starts
+
+
+def _shown(tensor: torch.Tensor) -> str:
+    """Its first numbers, for an error."""
+    numbers = tensor.flatten()[:9].tolist()
+    return ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
+
+
+def _shape(config: BDHConfig, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> tuple[int, int]:
+    """B and T."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("forward takes either input_ids or inputs_embeds: give exactly one of them")
+    if input_ids is not None:
+        if input_ids.ndim != 2 or 0 in input_ids.shape:
+            raise ValueError(
+                f"input_ids has shape {tuple(input_ids.shape)}: must be (batch, tokens) with at least 1 token"
+            )
+        return input_ids.shape[0], input_ids.shape[1]
+    assert inputs_embeds is not None
+    if inputs_embeds.ndim != 3 or 0 in inputs_embeds.shape or inputs_embeds.shape[2] != config.n_embd:
+        raise ValueError(
+            f"inputs_embeds has shape {tuple(inputs_embeds.shape)}: must be (batch, tokens, "
+            f"{config.n_embd}) with at least 1 token"
+        )
+    return inputs_embeds.shape[0], inputs_embeds.shape[1]
+
+
+def _known_ids(config: BDHConfig, input_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Ids within the vocabulary: those of padding, which is never seen, may be any."""
+    if mask is not None:
+        input_ids = input_ids.masked_fill(~mask, 0)
+    if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        lowest, highest = input_ids.min().item(), input_ids.max().item()
+        if lowest < 0 or highest >= config.vocab_size:
+            raise ValueError(
+                f"input_ids has ids from {lowest} to {highest}: must be within 0 to {config.vocab_size - 1}, the "
+                "model's vocabulary; others may only stand where attention_mask is 0"
+            )
+    return input_ids
+
+
+def _new_columns(attention_mask: torch.Tensor | None, B: int, T: int, num_earlier: int) -> torch.Tensor | None:
+    """The part of a mask that belongs to the T new columns, as bool (B, T); None where nothing is masked."""
+    if attention_mask is None:
+        return None
+    if tuple(attention_mask.shape) not in [(B, T), (B, num_earlier + T)]:
+        earlier = f" or, with the columns fed before, {(B, num_earlier + T)}" if num_earlier else ""
+        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}: must be {(B, T)}{earlier}")
+    mask = attention_mask[:, -T:].bool()
+    # A mask costs one more sweep over the neurons, and a rotation for each row.
+    if not torch.compiler.is_compiling() and bool(mask.all()):
+        return None
+    return mask
+
+
+def _starts(document_starts: torch.Tensor | None, B: int, T: int) -> torch.Tensor | None:
+    if document_starts is None:
+        return None
+    if tuple(document_starts.shape) != (B, T) or document_starts.dtype != torch.bool:
+        raise ValueError(
+            f"document_starts is {document_starts.dtype} of shape {tuple(document_starts.shape)}: must be bool "
+            f"{(B, T)}, that of the tokens"
+        )
+    return document_starts
+
+
+def _check_state(config: BDHConfig, state: SynapticState, B: int, dtype: torch.dtype) -> None:
+    expected = (B, config.n_head, config.neurons_per_head, config.n_embd)
+    shapes = [tuple(s.shape) for s in state.sums]  # no set: torch.export's sizes are symbols, which have no hash
+    if shapes != [expected] * config.n_layer:
+        raise ValueError(
+            f"the state has sums of shapes {sorted(set(shapes))} for {len(state.sums)} passes: this model and batch "
+            f"need {expected} for {config.n_layer}"
+        )
+    dtypes = {s.dtype for s in state.sums}
+    if dtypes != {sum_dtype(dtype)}:
+        raise ValueError(
+            f"the state has sums in {', '.join(sorted(map(str, dtypes)))}: a model in {dtype} keeps them in "
+            f"{sum_dtype(dtype)}"
+        )
