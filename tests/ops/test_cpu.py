@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -165,11 +164,12 @@ def test_the_first_launch_leaves_torchs_threads_alone():
 
 def test_a_compilation_says_that_it_compiles_and_how_long_it_took():
     said = []
-    compiled(lambda: time.sleep(0.8), said.append)
+    function = njit(lambda number: number + 1)
+    compiled(lambda: function(1), said.append)
     assert "compiling" in said[0]
-    assert "ready, after 0." in said[1] or "ready, after 1." in said[1]
+    assert "ready, after" in said[1]
     said.clear()
-    compiled(lambda: None, said.append)
+    compiled(lambda: function(1), said.append)
     assert said == []
 
 
