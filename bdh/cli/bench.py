@@ -69,6 +69,8 @@ class BenchSettings(ReadsModel):
     """V, at least 2. By default 256."""
     agreement_tokens: int = 2000
     """decode: tokens over which all forms must agree before any is timed; at most 100 with --quick."""
+    busy: int = 0
+    """decode: busy programs to start beside, at most 4 for each core. Then a token and a prompt are timed alone and beside them, with one thread and with all, in place of the other forms."""
     batch_size: int | None = None
     """train: sequences of a step. By default 16; with --quick 2."""
     block_size: int | list[int] | None = None
@@ -127,6 +129,9 @@ class BenchSettings(ReadsModel):
         else:
             self._refuse(_ONLY_TRAIN, faults, "left out: it is for bdh bench train")
         most = _THREADS_A_CORE * (os.cpu_count() or 1)
+        if self.benchmark in ("prefill", "engine"):
+            self._refuse(("busy",), faults, "left out: it is for bdh bench decode")
+        faults.require(0 <= self.busy <= most, "busy", self.busy, f"from 0 to {most}, {_THREADS_A_CORE} for each core")
         is_right = self.threads is None or 1 <= self.threads <= most
         faults.require(is_right, "threads", self.threads, f"from 1 to {most}, {_THREADS_A_CORE} for each core")
         faults.require(0 <= self.seed < 2**63, "seed", self.seed, "from 0 to 2**63 - 1")
@@ -135,7 +140,7 @@ class BenchSettings(ReadsModel):
             faults.require(wanted is None, "json", self.json, f"{wanted}, or - for the standard output")
 
     def _collect_train_faults(self, faults: Faults) -> None:
-        self._refuse(("agreement_tokens",), faults, "left out: it is for bdh bench decode")
+        self._refuse(("agreement_tokens", "busy"), faults, "left out: it is for bdh bench decode")
         if self.one_step:
             self._refuse(("rounds", "baselines"), faults, "left out with one_step, which is one step of bdh alone")
         sizes, batch_size = self.block_sizes(), self.step("batch_size")
@@ -187,7 +192,7 @@ class BenchSettings(ReadsModel):
         }
 
     def options(self) -> BenchOptions:
-        options = BenchOptions(seed=self.seed, agreement_tokens=self.agreement_tokens)
+        options = BenchOptions(seed=self.seed, agreement_tokens=self.agreement_tokens, busy=self.busy)
         return options.quick() if self.quick else options
 
 

@@ -7,8 +7,11 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from typing import NamedTuple
 
 import torch
+
+from bdh.ops.cpu.crowding import crowding
 
 Announce = Callable[[str], None]
 _one_at_a_time = threading.RLock()
@@ -52,6 +55,30 @@ def follow_torch_threads() -> int:
     if numba.get_num_threads() != count:
         numba.set_num_threads(count)
     return count
+
+
+FEW_ROWS = 16
+"""Up to so many rows a call leaves busy cores to others. In a longer one a thread that gets half of a core is worth having."""
+
+
+class Team(NamedTuple):
+    """Who does a call of the kernels."""
+
+    threads: int
+    is_crowded: bool
+    """Whether other programs keep cores busy."""
+
+
+def team_for(num_rows: int) -> Team:
+    """For so many rows, whose bits do not depend on the threads."""
+    import numba
+
+    most, leaves_cores = follow_torch_threads(), num_rows <= FEW_ROWS
+    busy = crowding.busy_cores(most, leaves_cores=leaves_cores)
+    threads = most - busy if leaves_cores else most
+    if threads != most:
+        numba.set_num_threads(threads)
+    return Team(threads, busy > 0)
 
 
 def exclusive() -> AbstractContextManager[object]:
