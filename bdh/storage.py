@@ -23,6 +23,27 @@ _NOT_ALLOWED = {errno.EROFS, errno.EACCES, errno.EPERM}
 _logger = logging.getLogger(__name__)
 
 
+def check_file(path: Path, what: str) -> None:
+    """
+    Args:
+        what: the file holds, for the error.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {what} {path}")
+
+
+def check_free(folder: Path, advice: str = "choose another folder") -> None:
+    """
+    Raises:
+        FileExistsError: something other than an empty folder has this name.
+    """
+    if is_taken(folder):
+        raise FileExistsError(f"{folder} exists already and is not empty: {advice}")
+
+
 class DiskFullError(OSError):
     """There was no room for what should have been written; nothing of it is left."""
 
@@ -42,7 +63,10 @@ def atomic_dir(folder: Path) -> Iterator[Path]:
     with _writing(folder) as (temporary, lock):
         temporary.mkdir()
         yield temporary
+        allowed = temporary.stat().st_mode & 0o666  # what the umask leaves
         for path in (*temporary.rglob("*"), temporary):
+            if path.is_file():
+                _allow(path, allowed)
             sync(path)
         lock.check()
         _replace_dir(folder, temporary)
@@ -94,20 +118,33 @@ def temporary_name(path: Path) -> Path:
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """A file's name to write to, which takes the place and name of ``path`` when the block ends; see above."""
+def atomic_file(path: Path, *, private: bool = False) -> Iterator[Path]:
+    """A file's name to write to, which takes the place and name of ``path`` when the block ends; see above.
+
+    Args:
+        private: nobody else may read it, whatever the umask says: texts of conversations.
+    """
     with _writing(path) as (temporary, lock):
+        temporary.touch(0o600 if private else 0o666)
+        allowed = temporary.stat().st_mode & 0o666
         yield temporary
+        _allow(temporary, allowed)
         sync(temporary)
         lock.check()
         temporary.replace(path)
         sync(path.parent)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replaces a file by a text, as a whole. Raises as :func:`atomic_file`."""
-    with atomic_file(path) as temporary:
+def write_text(path: Path, text: str, *, private: bool = False) -> None:
+    """Replaces a file by a text, as a whole. Arguments and errors as of :func:`atomic_file`."""
+    with atomic_file(path, private=private) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def _allow(path: Path, mode: int) -> None:
+    """Gives a file the rights that a file has which is simply opened: safetensors writes with 0600."""
+    if path.stat().st_mode & 0o666 != mode:
+        path.chmod(mode)
 
 
 def sync(path: Path) -> None:

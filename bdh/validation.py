@@ -59,6 +59,19 @@ class Settings:
     def collect_faults(self, faults: Faults) -> None:
         """Records what is out of range, but for the sections inside, which do so themselves."""
 
+    def check_available(self) -> None:
+        """Whether what the settings name is there: files, folders, packages, a port. Asked of all sections inside.
+
+        To be told at once, it needs neither PyTorch nor another large package. What uses them later checks again, by the
+        same functions.
+
+        Raises:
+            OSError, ValueError, ImportError: as the functions that would use what is missing.
+        """
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]  # subclasses are dataclasses
+            if isinstance(section := getattr(self, field.name), Settings):
+                section.check_available()
+
     def validated(self) -> Self:
         """This object, or a ``ValueError`` that lists all faults, those of its sections among them."""
         faults = Faults()

@@ -1,9 +1,47 @@
 """What holds for every test: no network, few threads, and no memory that was never written."""
 
 import os
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+
+# Beside what the package cannot do without. The extra dev of pyproject.toml installs them.
+OPTIONAL_PACKAGES = [
+    "fastapi",
+    "llguidance",
+    "lm_eval",
+    "matplotlib",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "openai",
+    "peft",
+    "playwright",
+    "schemathesis",
+    "sentence-transformers",
+    "tensorboard",
+    "torchao",
+    "trackio",
+    "trl",
+    "wandb",
+]
+
+
+def installed_packages() -> dict[str, str | None]:
+    """The optional packages and their versions; None for one that is missing."""
+    found: dict[str, str | None] = {}
+    for name in OPTIONAL_PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def pytest_terminal_summary(terminalreporter):
+    versions = [f"{name} {version or 'is missing'}" for name, version in installed_packages().items()]
+    terminalreporter.line(f"optional packages: {', '.join(versions)}")
 
 
 def pytest_addoption(parser):
@@ -11,7 +49,7 @@ def pytest_addoption(parser):
 
 
 class NoSkips:
-    """Fails the session where tests were skipped, and names them."""
+    """Fails the session where tests were skipped, which it names, or an optional package is missing."""
 
     def __init__(self):
         self.skipped = []
@@ -30,7 +68,7 @@ class NoSkips:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session):
-        if self.skipped and session.exitstatus == pytest.ExitCode.OK:
+        if (self.skipped or None in installed_packages().values()) and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter):

@@ -151,3 +151,23 @@ def test_the_loss_curve_is_that_of_the_plain_equations(tmp_path, monkeypatch):
     apart = float(re.search(r"12 steps: at most (\S+) nats apart", done.stdout)[1])
     assert 0 <= apart < 1e-9  # float64
     assert "blocks float32: kernels in blocks" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_grammar_costs_what_is_told(tmp_path, monkeypatch):
+    import torch
+
+    from bdh import BDHConfig, BDHForCausalLM
+    from bdh.tokenizer import byte_tokenizer
+
+    monkeypatch.setenv("BDH_CACHE", str(tmp_path / "cache"))
+    torch.manual_seed(0)
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "mlp_internal_dim_multiplier": 4, "vocab_size": 260}
+    BDHForCausalLM(BDHConfig(**sizes)).save_pretrained(tmp_path / "m")
+    byte_tokenizer(special_tokens=True).save_pretrained(tmp_path / "m")
+    command = [sys.executable, "benchmarks/grammar.py", "--model", str(tmp_path / "m"), "--rounds", "1", "--steps", "2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "all of those follow the schema; free text stays as it is" in done.stdout
+    assert len(re.findall(r"ms, once; then +\d+ us a token", done.stdout)) == 3
+    assert len(re.findall(r"at once +[\d.]+ tokens/s without, +[\d.]+ with", done.stdout)) == 2

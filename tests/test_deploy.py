@@ -478,6 +478,7 @@ def test_a_replica_that_drains_is_passed_over_where_that_is_safe(proxy):
     assert proxy.ask("/v1/models", key="a").read().decode() == other.name
     assert proxy.ask("/v1/states/s", key="a").status == 503
     assert proxy.ask("/v1/states/s", "DELETE", key="a").status == 503
+    assert proxy.ask("/v1/responses/r", key="a").status == 503
     mine.status = 200
     assert proxy.ask(key="a").read().decode() == mine.name  # at once: it was not struck off
 
@@ -491,6 +492,7 @@ def test_a_replica_that_is_away_is_stood_in_for_but_not_for_its_states(proxy):
     other.seen.clear()
     assert proxy.ask("/v1/states/s", key="a").status == 502
     assert proxy.ask("/v1/states", key="a").status == 502
+    assert proxy.ask("/v1/responses/r/input_items", key="a").status == 502
     assert not other.seen
 
 

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,17 @@ def test_where_no_test_may_be_skipped_one_that_is_fails_all(tmp_path, mark, flag
     run = subprocess.run([sys.executable, "-m", "pytest", *flags], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == status, run.stdout
     assert ("test_it.py::test_it: Skipped: no browser" in run.stdout) == (status == 1)
+
+
+@pytest.mark.parametrize(("flags", "status"), [([], 0), (["--no-skips"], 1)])
+def test_the_summary_names_optional_packages_and_one_that_is_missing_fails_all(tmp_path, flags, status):
+    conftest = Path(__file__).with_name("conftest.py").read_text()
+    (tmp_path / "conftest.py").write_text(conftest.replace('"wandb"', '"there_is_no_such_package"'))
+    (tmp_path / "test_it.py").write_text("def test_it(): pass\n")
+    run = subprocess.run([sys.executable, "-m", "pytest", "-q", *flags], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == status, run.stdout
+    assert f"onnxruntime {metadata.version('onnxruntime')}" in run.stdout
+    assert "there_is_no_such_package is missing" in run.stdout
 
 
 def test_a_module_that_is_skipped_counts_too(tmp_path):

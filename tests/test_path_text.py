@@ -47,14 +47,14 @@ def parse(*argv: str) -> Any:
 
 @pytest.fixture(autouse=True)
 def home(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/ada")
+    monkeypatch.setenv("HOME", "/users/ada")
     monkeypatch.setenv("RUNS", "/big/runs")
     monkeypatch.delenv("NOWHERE", raising=False)
 
 
 def test_paths_of_flags_are_expanded_and_texts_are_not():
     settings = parse("--out=~/a", "--others", "$RUNS/b", "--others", "${RUNS}/c", "--note", "~ $RUNS")
-    assert settings.out == "/home/ada/a"
+    assert settings.out == "/users/ada/a"
     assert settings.others == ["/big/runs/b", "/big/runs/c"]
     assert settings.note == "~ $RUNS"
 
@@ -63,12 +63,12 @@ def test_paths_of_files_are_expanded_those_of_sources_and_of_mixes_too(tmp_path)
     file = tmp_path / "a.yaml"
     file.write_text("out: ~/a\ndata:\n  source: ~/a.txt,$RUNS/b.txt\n  val_source: ['$RUNS/c.txt', ~/d.txt]\n")
     settings = parse("--config", str(file))
-    assert settings.out == "/home/ada/a"
-    assert settings.data.source == "/home/ada/a.txt,/big/runs/b.txt"
-    assert settings.data.val_source == ["/big/runs/c.txt", "/home/ada/d.txt"]
+    assert settings.out == "/users/ada/a"
+    assert settings.data.source == "/users/ada/a.txt,/big/runs/b.txt"
+    assert settings.data.val_source == ["/big/runs/c.txt", "/users/ada/d.txt"]
     settings = parse("--data.mix", "[{source: ~/a.txt, weight: 2, text_column: $t}, {source: $RUNS/b.txt}]")
     assert settings.data.mix == [
-        {"source": "/home/ada/a.txt", "weight": 2, "text_column": "$t"},
+        {"source": "/users/ada/a.txt", "weight": 2, "text_column": "$t"},
         {"source": "/big/runs/b.txt"},
     ]
 

@@ -10,6 +10,8 @@ import sys
 from contextlib import ExitStack
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from bdh import storage
 from bdh.locks import InUseError
@@ -258,3 +260,21 @@ with {write.__name__}(pathlib.Path({str(tmp_path)!r}, "target")):
             pass
     assert (tmp_path / "target" / "a" if write is atomic_dir else tmp_path / "target").read_text() == "first"
     assert [each.name for each in tmp_path.iterdir()] == ["target"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o027, 0o640)])
+def test_files_may_be_read_by_whom_the_umask_allows(tmp_path, umask, mode):
+    """safetensors writes with 0600, so that a model in a shared folder was its owner's alone."""
+    before = os.umask(umask)
+    try:
+        with atomic_dir(tmp_path / "model") as folder:
+            save_file({"w": torch.zeros(1)}, folder / "model.safetensors")
+            (folder / "config.json").write_text("{}")
+        with atomic_file(tmp_path / "state") as path:
+            save_file({"w": torch.zeros(1)}, path)
+        with atomic_file(tmp_path / "conversation", private=True) as path:
+            save_file({"w": torch.zeros(1)}, path)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
+    assert modes == {"model.safetensors": mode, "config.json": mode, "state": mode, "conversation": 0o600}

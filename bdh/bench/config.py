@@ -26,6 +26,10 @@ class BenchOptions:
     """Tokens of the prompt that is read while another request is being continued."""
     shared_prefix: int = 2000
     """Tokens with which two prompts begin."""
+    busy: int = 0
+    """Busy programs beside which single tokens and a prompt are timed, and nothing else is."""
+    busy_seconds: float = 2
+    """For which each of them is timed in a round."""
 
     def quick(self) -> "BenchOptions":
         return replace(
@@ -41,6 +45,7 @@ class BenchOptions:
             engine_tokens=16,
             long_prompt=1000,
             shared_prefix=300,
+            busy_seconds=0.1,
         )
 
 

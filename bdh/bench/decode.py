@@ -8,11 +8,12 @@ import torch
 
 from bdh.bench.bandwidth import Bandwidth, measure_bandwidth, traffic
 from bdh.bench.baselines import AllocatingDecoder, Decoder, Gpt2Decoder, RecomputingDecoder, StepperDecoder
+from bdh.bench.busy import time_busy
 from bdh.bench.config import BenchOptions
 from bdh.bench.report import Report, milliseconds, random_tokens
 from bdh.bench.timing import interleaved, resident_bytes
 from bdh.bench.weights import Density, naive_logits
-from bdh.generate.stepper import Storage, make_stepper
+from bdh.generate.stepper import Feed, Storage, make_stepper
 from bdh.model.modeling import BDHForCausalLM
 
 TOLERANCE = 1e-4
@@ -36,6 +37,9 @@ def bench_decode(model: BDHForCausalLM, options: BenchOptions, progress: Progres
     report.say(f"path      {make_stepper(model, path='kernels').path}")
     _compare(report, model, options, progress)
     if report.failed:
+        return report
+    if options.busy:
+        _time_busy(report, model, options, progress)
         return report
     progress("measuring the bandwidth")
     bandwidth = measure_bandwidth(options.copy_bytes)
@@ -188,6 +192,20 @@ def _reader(decoder: Decoder, tokens: list[int]) -> Callable[[], int]:
     """Each call reads a further token of an endless text."""
     text: Iterator[int] = cycle(tokens)
     return lambda: decoder.next(next(text))
+
+
+def _time_busy(report: Report, model: BDHForCausalLM, options: BenchOptions, progress: Progress) -> None:
+    progress(f"timing: alone, and beside busy programs ({options.busy})")
+    text = random_tokens(model.config.vocab_size, options.context, options.seed + 3).tolist()
+    decoder = StepperDecoder("a token", make_stepper(model, path="kernels"))
+    state = decoder.stepper.new_state()
+
+    def read_prompt() -> None:
+        state.clear()
+        decoder.stepper.step([Feed(state, text)])
+
+    candidates = {"a token": _reader(decoder, text), f"a prompt of {len(text)} tokens": read_prompt}
+    time_busy(report, candidates, options.busy, rounds=options.rounds, seconds=options.busy_seconds)
 
 
 def _time_positions(report: Report, model: BDHForCausalLM, options: BenchOptions, progress: Progress) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from bdh.cli.settings import parse_settings
 from bdh.path_text import PathText
+from bdh.storage import check_free
+from bdh.train.places import find_model
 from bdh.validation import Faults, Settings
 
 
@@ -26,6 +28,11 @@ class AverageSettings(Settings):
             is_right = all(weight >= 0 for weight in self.weights) and sum(self.weights) > 0
             faults.require(is_right, "weights", self.weights, "0 or above, with a sum above 0")
 
+    def check_available(self) -> None:
+        check_free(Path(self.out), "choose another --out")
+        for name in self.models:
+            find_model(name)
+
 
 def run(argv: list[str]) -> int:
     settings = parse_settings(
@@ -35,11 +42,6 @@ def run(argv: list[str]) -> int:
         description="Average the weights of models of one shape, such as the last checkpoints of a run.",
         positionals=("models",),
     )
-    from bdh.storage import is_taken
-
-    out = Path(settings.out)
-    if is_taken(out):
-        raise FileExistsError(f"{out} exists already and is not empty: choose another --out")
     import torch
 
     from bdh.model.averaging import average_weights
@@ -49,6 +51,7 @@ def run(argv: list[str]) -> int:
     from bdh.train.lock import lock_run_around
     from bdh.train.models import load_model
 
+    out = Path(settings.out)
     first, tokenizer = load_model(settings.models[0], device="cpu")
     tokenizer_hash = TextEncoder(tokenizer).hash
     ours = identity(first).configuration

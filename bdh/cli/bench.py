@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from bdh.bench.config import QUICK_SIZES, BenchOptions
+from bdh.cli.models import ReadsModel
 from bdh.cli.settings import given_settings, parse_settings
+from bdh.model.shape import shape_faults
 from bdh.path_text import PathText
 from bdh.storage import write_text
-from bdh.validation import Faults, Settings
+from bdh.validation import Faults
 
 if TYPE_CHECKING:
     from bdh.bench.report import Report
@@ -50,7 +52,7 @@ _THREADS_A_CORE = 4
 
 
 @dataclass(kw_only=True)
-class BenchSettings(Settings):
+class BenchSettings(ReadsModel):
     benchmark: Literal["decode", "prefill", "engine", "train"]
     """decode: a token at a time, compared with other forms. prefill: prompts by their length. engine: several requests. train: a training step, compared with other forms."""
     model: PathText | None = None
@@ -67,6 +69,8 @@ class BenchSettings(Settings):
     """V, at least 2. By default 256."""
     agreement_tokens: int = 2000
     """decode: tokens over which all forms must agree before any is timed; at most 100 with --quick."""
+    busy: int = 0
+    """decode: busy programs to start beside, at most 4 for each core. Then a token and a prompt are timed alone and beside them, with one thread and with all, in place of the other forms."""
     batch_size: int | None = None
     """train: sequences of a step. By default 16; with --quick 2."""
     block_size: int | list[int] | None = None
@@ -107,12 +111,11 @@ class BenchSettings(Settings):
     """For a run: last (the default), best, or a step."""
 
     def collect_faults(self, faults: Faults) -> None:
+        super().collect_faults(faults)
         for name in _SIZES:
             value = getattr(self, name)
             faults.require(value is None or self.model is None, name, value, "left out with model, which has its own")
         if self.model is None:
-            from bdh.model.configuration import shape_faults
-
             for fault in shape_faults(*self.sizes().values()):
                 faults.add(fault)
             vocab_size = self.sizes()["vocab_size"]
@@ -126,6 +129,9 @@ class BenchSettings(Settings):
         else:
             self._refuse(_ONLY_TRAIN, faults, "left out: it is for bdh bench train")
         most = _THREADS_A_CORE * (os.cpu_count() or 1)
+        if self.benchmark in ("prefill", "engine"):
+            self._refuse(("busy",), faults, "left out: it is for bdh bench decode")
+        faults.require(0 <= self.busy <= most, "busy", self.busy, f"from 0 to {most}, {_THREADS_A_CORE} for each core")
         is_right = self.threads is None or 1 <= self.threads <= most
         faults.require(is_right, "threads", self.threads, f"from 1 to {most}, {_THREADS_A_CORE} for each core")
         faults.require(0 <= self.seed < 2**63, "seed", self.seed, "from 0 to 2**63 - 1")
@@ -134,7 +140,7 @@ class BenchSettings(Settings):
             faults.require(wanted is None, "json", self.json, f"{wanted}, or - for the standard output")
 
     def _collect_train_faults(self, faults: Faults) -> None:
-        self._refuse(("agreement_tokens",), faults, "left out: it is for bdh bench decode")
+        self._refuse(("agreement_tokens", "busy"), faults, "left out: it is for bdh bench decode")
         if self.one_step:
             self._refuse(("rounds", "baselines"), faults, "left out with one_step, which is one step of bdh alone")
         sizes, batch_size = self.block_sizes(), self.step("batch_size")
@@ -186,13 +192,28 @@ class BenchSettings(Settings):
         }
 
     def options(self) -> BenchOptions:
-        options = BenchOptions(seed=self.seed, agreement_tokens=self.agreement_tokens)
+        options = BenchOptions(seed=self.seed, agreement_tokens=self.agreement_tokens, busy=self.busy)
         return options.quick() if self.quick else options
 
 
 def run(argv: list[str]) -> int:
     files, argv = _training_files(argv)
     training = _training_settings(files, argv)
+    base = None
+    if training is not None:
+        given = given_settings(BenchSettings, argv)
+        base = _base(training, files)
+        # Without what is only printed: faults are reported before a tokenizer is loaded.
+        parse_settings(
+            BenchSettings,
+            [argument for argument in argv if argument != "--print_config"],
+            prog="bdh bench",
+            description="",
+            positionals=("benchmark",),
+            base=base,
+        )
+        if "vocab_size" not in given:
+            base["vocab_size"] = training.model.vocab_size or _entries(training)
     settings = parse_settings(
         BenchSettings,
         argv,
@@ -203,7 +224,7 @@ def run(argv: list[str]) -> int:
         "model section is what is timed, with its batch_size, block_size, device, dtype and what it says of the layer, and "
         "flags override them. So for train the output of --print_config is to be read, and cannot be given as --config.",
         positionals=("benchmark",),
-        base=None if training is None else _base(training, files, given_settings(BenchSettings, argv)),
+        base=base,
     )
     import torch
 
@@ -323,7 +344,7 @@ def _training_settings(files: Sequence[str], argv: Sequence[str]) -> "RunSetting
     from bdh.train.config import RunSettings
 
     prog, description = "bdh bench train", "A configuration of bdh train."
-    training = parse_settings(RunSettings, _as_flags(files), prog=prog, description=description)
+    training = parse_settings(RunSettings, _as_flags(files), prog=prog, description=description, check_available=False)
     train, default = training.train, RunSettings().train
     if train.init_from is not None:
         raise ValueError(
@@ -340,8 +361,8 @@ def _training_settings(files: Sequence[str], argv: Sequence[str]) -> "RunSetting
     return training
 
 
-def _base(training: "RunSettings", files: Sequence[str], given: dict[str, Any]) -> dict[str, Any]:
-    """What a configuration of ``bdh train`` says, as settings of ``bdh bench train``; ``given`` are those of the flags."""
+def _base(training: "RunSettings", files: Sequence[str]) -> dict[str, Any]:
+    """What a configuration of ``bdh train`` says, as settings of ``bdh bench train``, but for the vocabulary."""
     model, train = training.model, training.train
     found = {name: getattr(model, name) for name in ("n_embd", "n_head", "n_layer", "mlp_internal_dim_multiplier")}
     found |= {"dropout": model.dropout, "batch_size": train.batch_size, "block_size": train.block_size}
@@ -349,8 +370,6 @@ def _base(training: "RunSettings", files: Sequence[str], given: dict[str, Any]) 
     # auto, which is the default there, would move to a GPU what is said to run on the processor.
     if "train.device" in given_settings(type(training), _as_flags(files)):
         found["device"] = train.device
-    if "vocab_size" not in given:
-        found["vocab_size"] = model.vocab_size or _entries(training)
     return found
 
 
@@ -360,6 +379,7 @@ def _as_flags(files: Sequence[str]) -> list[str]:
 
 def _entries(training: "RunSettings") -> int:
     """Of the vocabulary that a run of this configuration has."""
+    training.tokenizer.check_available()
     from bdh.data.conversations import holds_chat
     from bdh.tokenizer import load_tokenizer, with_chat_template
     from bdh.vocabulary import vocabulary_size

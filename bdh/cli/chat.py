@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from bdh.cli.libraries import show_kept
+from bdh.cli.models import ReadsModel
 from bdh.cli.settings import parse_settings, verbatim
 from bdh.generate.chat_options import ChatOptions
 from bdh.path_text import PathText
+from bdh.storage import check_file
 from bdh.validation import Faults
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) i
 
 
 @dataclass(kw_only=True)
-class ChatSettings(ChatOptions):
+class ChatSettings(ReadsModel, ChatOptions):
     model: PathText
     """Folder of an exported model or of a run, or a hub id."""
     system: str | None = verbatim(None)
@@ -56,6 +58,11 @@ class ChatSettings(ChatOptions):
         super().collect_faults(faults)
         faults.require(self.max_undo_bytes >= 0, "max_undo_bytes", self.max_undo_bytes, "at least 0")
         faults.require(self.window is None or self.window >= 1, "window", self.window, "at least 1, or null")
+
+    def check_available(self) -> None:
+        super().check_available()
+        if self.load is not None:
+            check_file(Path(self.load).expanduser(), "snapshot file")
 
     def options(self) -> ChatOptions:
         return ChatOptions(**{f.name: getattr(self, f.name) for f in fields(ChatOptions)})

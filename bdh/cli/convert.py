@@ -5,10 +5,14 @@ from pathlib import Path
 
 from bdh.cli.settings import parse_settings
 from bdh.path_text import PathText
+from bdh.storage import check_file, is_taken
+from bdh.tokenizer.config import TokenizerConfig
+from bdh.train.places import find_model
+from bdh.validation import Settings
 
 
 @dataclass
-class ConvertSettings:
+class ConvertSettings(Settings):
     source: PathText
     """Checkpoint of the reference code (.pt); with --to-reference: a model folder, a run, or a hub id."""
     out: PathText
@@ -22,6 +26,15 @@ class ConvertSettings:
     n_layer: int | None = None
     """Passes, for checkpoints that carry no configuration (the weights do not show them)."""
 
+    def check_available(self) -> None:
+        if is_taken(out := Path(self.out)):
+            raise FileExistsError(f"{out} exists already: choose another name")
+        if self.to_reference:
+            find_model(self.source)
+        else:
+            check_file(Path(self.source), "checkpoint file")
+            TokenizerConfig(path=self.tokenizer).check_available()
+
 
 def run(argv: list[str]) -> int:
     settings = parse_settings(
@@ -31,11 +44,7 @@ def run(argv: list[str]) -> int:
         description="Convert a checkpoint of the published reference code into a model folder, or back.",
         positionals=("source", "out"),
     )
-    from bdh.storage import is_taken
-
     out = Path(settings.out)
-    if is_taken(out):
-        raise FileExistsError(f"{out} exists already: choose another name")
     if settings.to_reference:
         return _to_reference(settings, out)
     return _from_reference(settings, out)
@@ -43,7 +52,7 @@ def run(argv: list[str]) -> int:
 
 def _from_reference(settings: ConvertSettings, out: Path) -> int:
     from bdh.model.conversion import load_reference, model_from_reference
-    from bdh.tokenizer import TokenizerConfig, load_tokenizer
+    from bdh.tokenizer import load_tokenizer
     from bdh.vocabulary import vocabulary_size
 
     state_dict, config = load_reference(settings.source)

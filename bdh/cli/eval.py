@@ -1,5 +1,6 @@
 """bdh eval: measures a model on a text, on tasks of the LM Evaluation Harness, or on what it recalls."""
 
+import importlib.util
 import json
 import math
 import sys
@@ -7,16 +8,18 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from bdh.cli.models import ReadsModel
 from bdh.cli.settings import parse_settings
 from bdh.data.config import DataConfig
+from bdh.evaluate.task_files import check_task_files
 from bdh.path_text import PathText
-from bdh.validation import Faults, Settings
+from bdh.validation import Faults
 
 _UNKNOWN_BLOCK_SIZE = 512
 
 
 @dataclass(kw_only=True)
-class EvalSettings(Settings):
+class EvalSettings(ReadsModel):
     model: PathText
     """Folder of an exported model or of a run, or a hub id."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -62,6 +65,7 @@ class EvalSettings(Settings):
     """Print one JSON object instead of lines."""
 
     def collect_faults(self, faults: Faults) -> None:
+        super().collect_faults(faults)
         faults.require(self.block_size is None or self.block_size >= 1, "block_size", self.block_size, "at least 1")
         faults.require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
         for name in ("num_fewshot", "limit"):
@@ -99,6 +103,19 @@ class EvalSettings(Settings):
             "given with carry_state, and without tasks or needle",
         )
 
+    def check_available(self) -> None:
+        super().check_available()
+        if self.tasks:
+            if importlib.util.find_spec("lm_eval") is None:
+                raise ImportError(
+                    'tasks need the LM Evaluation Harness, which is not installed: pip install "bdh[eval]"'
+                )
+            check_task_files(self.task_names(), self.include_path)
+
+    def task_names(self) -> list[str]:
+        """Each of the tasks, also where several were given with commas."""
+        return [name.strip() for item in self.tasks for name in item.split(",") if name.strip()]
+
     def collect_stride_faults(self, block_size: int | None, faults: Faults) -> None:
         is_right = self.stride is None or 1 <= self.stride <= (block_size or self.stride)
         limit = "at least 1" if block_size is None else f"within 1 and block_size, {block_size}"
@@ -114,8 +131,6 @@ def run(argv: list[str]) -> int:
         "the LM Evaluation Harness; or, with --needle, how long a planted fact is remembered.",
         positionals=("model",),
     )
-    if settings.tasks:
-        _check_harness()
     from bdh.train.models import load_model
     from bdh.vocabulary import vocabulary_size
 
@@ -210,13 +225,6 @@ def _stretch_tokens(settings: EvalSettings, block_size: int, num_predicted: int)
     return math.ceil(num_predicted / settings.streams) if settings.streams > 1 else None
 
 
-def _check_harness() -> None:
-    import importlib.util
-
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ImportError('tasks need the LM Evaluation Harness, which is not installed: pip install "bdh[eval]"')
-
-
 def _run_tasks(settings: EvalSettings, model: Any, tokenizer: Any) -> int:
     from bdh.evaluate.harness import HarnessModel, evaluate_tasks
 
@@ -225,7 +233,7 @@ def _run_tasks(settings: EvalSettings, model: Any, tokenizer: Any) -> int:
     lm = HarnessModel(model, tokenizer, max_length=max_length, batch_size=settings.batch_size)
     scores = evaluate_tasks(
         lm,
-        [name.strip() for item in settings.tasks for name in item.split(",") if name.strip()],
+        settings.task_names(),
         include_path=settings.include_path,
         num_fewshot=settings.num_fewshot,
         limit=settings.limit,

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from bdh.cli.settings import parse_settings
 from bdh.path_text import PathText
-from bdh.storage import recover_dir
-from bdh.train.config import ADAPTER_CONFIG
+from bdh.storage import check_free, recover_dir
+from bdh.train.places import ADAPTER_CONFIG, check_peft, find_checkpoint
 from bdh.validation import Faults, Settings
 
 
@@ -33,6 +33,13 @@ class ExportSettings(Settings):
             faults.require(self.merge in (None, True), "merge", self.merge, "left out with adapters, or true")
         else:
             faults.require(self.base is None, "base", self.base, "left out with a run, which holds its base's weights")
+
+    def check_available(self) -> None:
+        check_free(Path(self.out))
+        if (Path(self.run) / ADAPTER_CONFIG).is_file():
+            check_peft()
+        else:
+            find_checkpoint(Path(self.run), self.checkpoint)
 
 
 def run(argv: list[str]) -> int:

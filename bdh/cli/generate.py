@@ -1,18 +1,21 @@
 """bdh generate: continues prompts."""
 
+import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from bdh.cli.models import ReadsModel
 from bdh.cli.settings import parse_settings, verbatim
 from bdh.generate.config import EngineConfig
 from bdh.generate.params import SamplingParams
 from bdh.generate.prompts_file import Job, num_done, read_jobs, result_lines
 from bdh.model.sampling import SamplingOptions
 from bdh.path_text import PathText
+from bdh.text_files import read_text
 from bdh.validation import Faults
 
 _BEAM_PROMPTS = 16  # searched together
@@ -26,11 +29,13 @@ _ONLY_ENGINE = (
     "logprobs",
     "prompt_logprobs",
     "echo",
+    "json_schema",
+    "regex",
 )
 
 
 @dataclass(kw_only=True)
-class GenerateSettings(SamplingOptions):
+class GenerateSettings(ReadsModel, SamplingOptions):
     model: PathText
     """Folder of an exported model or of a run, or a hub id."""
     prompt: str | None = verbatim(None)
@@ -62,6 +67,10 @@ class GenerateSettings(SamplingOptions):
     """With output: the same of the prompt's tokens."""
     echo: bool = False
     """With output: put the prompt in front of the text."""
+    json_schema: PathText | None = None
+    """File of a JSON schema that the text must follow; a text that max_new_tokens cuts off is a beginning of such JSON."""
+    regex: str | None = verbatim(None)
+    """Regular expression that the text must match, from its first character to its last."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: str | None = None
     """For a run: last (the default), best, or a step."""
@@ -87,11 +96,13 @@ class GenerateSettings(SamplingOptions):
             value = getattr(self, name)
             faults.require(value in (None, False) or self.output is not None, name, value, "given with output")
         faults.require(not self.resume or self.output is not None, "resume", self.resume, "given with output")
+        both = self.regex is not None and self.json_schema is not None
+        faults.require(not both, "regex", self.regex, "left out with json_schema")
         if self.num_beams > 1:
             defaults = SamplingParams()
             for name in _ONLY_ENGINE:
                 value = getattr(self, name)
-                faults.require(value == getattr(defaults, name), name, value, "left out with num_beams above 1")
+                faults.require(value == getattr(defaults, name, None), name, value, "left out with num_beams above 1")
 
     def sampling(self) -> SamplingOptions:
         return SamplingOptions(**{f.name: getattr(self, f.name) for f in fields(SamplingOptions)})
@@ -101,6 +112,7 @@ class GenerateSettings(SamplingOptions):
         return SamplingParams(
             max_tokens=self.max_new_tokens,
             n=self.num_return_sequences,
+            grammar=None if self.regex is None else {"regex": self.regex},
             **{name: getattr(self, name) for name in shared},
         )
 
@@ -113,9 +125,12 @@ def run(argv: list[str]) -> int:
         description="Continue a prompt, printing the text as it comes, or all prompts of a file.",
         positionals=("model",),
     )
-    jobs = [Job(settings.prompt, settings.params())] if settings.prompt is not None else []
+    params = settings.params()
+    if settings.json_schema is not None:
+        params = replace(params, grammar={"json_schema": _read_schema(Path(settings.json_schema))}).validated()
+    jobs = [Job(settings.prompt, params)] if settings.prompt is not None else []
     if settings.prompts_file is not None:
-        jobs = read_jobs(Path(settings.prompts_file), settings.params())
+        jobs = read_jobs(Path(settings.prompts_file), params)
     done = _prepare_output(settings, jobs)
 
     from bdh.train.models import load_model
@@ -137,6 +152,15 @@ def run(argv: list[str]) -> int:
     if settings.output is None:
         return _print_texts(jobs, results, settings.chat)
     return _write(Path(settings.output), jobs, done, results)
+
+
+def _read_schema(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"json_schema is {str(path)!r}: there is no such file")
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"json_schema is {str(path)!r}, which is not JSON: {error}") from error
 
 
 def _prepare_output(settings: GenerateSettings, jobs: list[Job]) -> int:

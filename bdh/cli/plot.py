@@ -5,10 +5,11 @@ from pathlib import Path
 
 from bdh.cli.settings import parse_settings
 from bdh.path_text import PathText
+from bdh.validation import Settings
 
 
 @dataclass
-class PlotSettings:
+class PlotSettings(Settings):
     runs: list[PathText] = field(default_factory=list)
     """Folders of the runs, drawn over each other."""
     keys: list[str] = field(default_factory=lambda: ["train/loss", "val/loss"])

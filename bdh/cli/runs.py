@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 from bdh.cli.settings import parse_settings
 from bdh.path_text import PathText
+from bdh.validation import Settings
 
 if TYPE_CHECKING:
     from bdh.monitor.runs import RunSummary
 
 
 @dataclass
-class RunsSettings:
+class RunsSettings(Settings):
     folder: PathText = "runs"
     """Folder that holds runs, at any depth; or a run."""
     json: bool = False

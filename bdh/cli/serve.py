@@ -1,8 +1,20 @@
 """bdh serve: an OpenAI-compatible server."""
 
+from dataclasses import dataclass
+
+from bdh.cli.models import ReadsModel
 from bdh.cli.settings import parse_settings
 from bdh.cli.streams import lasting_streams
+from bdh.path_text import PathText
 from bdh.serve.config import ServeSettings
+
+
+@dataclass(kw_only=True)
+class _ServeSettings(ReadsModel, ServeSettings):
+    """With the check that the model is there: ``bdh.serve`` does not know what a name stands for."""
+
+    model: PathText
+    """Folder of an exported model or of a run, or a hub id."""
 
 
 def run(argv: list[str]) -> int:
@@ -12,17 +24,14 @@ def run(argv: list[str]) -> int:
 
 def _run(argv: list[str]) -> int:
     settings = parse_settings(
-        ServeSettings,
+        _ServeSettings,
         argv,
         prog="bdh serve",
         description="Serve a model over HTTP, with OpenAI's API.",
         positionals=("model",),
     )
-    try:
-        from bdh.serve.server import serve
-    except ImportError as error:
-        raise ImportError(f"bdh serve needs more packages ({error}): pip install 'bdh[serve]'") from error
     from bdh.cli.libraries import show_kept
+    from bdh.serve.server import serve
     from bdh.train.models import load_model
 
     show_kept()  # a server tells what happens as it happens

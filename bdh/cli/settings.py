@@ -23,7 +23,7 @@ from docstring_parser import parse_from_object
 from jsonargparse import ArgumentError, ArgumentParser
 
 from bdh.path_text import expanded_path, holds_paths, with_expanded_paths
-from bdh.validation import Faults, collect_faults
+from bdh.validation import Faults, Settings, collect_faults
 from bdh.yaml_files import WRONG, YamlDocument, dump_yaml, lines_in_words, parse_yaml, read_yaml
 
 SettingsType = TypeVar("SettingsType")
@@ -78,6 +78,7 @@ def parse_settings(
     description: str,
     positionals: Sequence[str] = (),
     base: Mapping[str, Any] | None = None,
+    check_available: bool = True,
 ) -> SettingsType:
     """The settings that a command line asks for.
 
@@ -87,14 +88,14 @@ def parse_settings(
     Args:
         positionals: fields that are given by their place; the last one may be a list, and takes the rest.
         base: nested settings, as a YAML file would hold them.
+        check_available: whether to check too that what the settings name is there: :meth:`Settings.check_available`.
 
     Raises:
-        FileNotFoundError: a configuration file is missing.
+        OSError, ImportError: a configuration file, or what a setting names, is missing.
         ValueError: lists all unknown settings, values of a wrong type, and values out of range.
         SystemExit: with status 0, behind ``--help`` or ``--print_config``.
     """
-    leaves = _Leaves(settings_class)
-    command_line = _CommandLine(leaves, positionals, argv)
+    command_line = _CommandLine(leaves := _Leaves(settings_class), positionals, argv)
     if command_line.wants_help:
         _print_help(settings_class, prog, description, positionals)
         raise SystemExit(0)
@@ -114,6 +115,8 @@ def parse_settings(
     if command_line.wants_config:
         print(to_yaml(settings, with_help=True), end="")
         raise SystemExit(0)
+    if check_available and isinstance(settings, Settings):
+        settings.check_available()
     return settings
 
 

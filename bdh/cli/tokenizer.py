@@ -7,6 +7,7 @@ from typing import Literal
 from bdh.cli.settings import parse_settings
 from bdh.data.config import DataConfig
 from bdh.path_text import PathText
+from bdh.storage import check_free
 from bdh.validation import Faults, Settings
 
 
@@ -22,6 +23,10 @@ class TokenizerTrainSettings(Settings):
 
     def collect_faults(self, faults: Faults) -> None:
         faults.require(self.vocab_size >= 1, "vocab_size", self.vocab_size, "at least 1")
+
+    def check_available(self) -> None:
+        super().check_available()
+        check_free(Path(self.out), "choose another --out")
 
 
 def run(argv: list[str]) -> int:
@@ -42,12 +47,10 @@ def run(argv: list[str]) -> int:
 
     from bdh.cli.progress import stage_progress
     from bdh.data import training_texts, validation_texts
-    from bdh.storage import atomic_dir, is_taken
+    from bdh.storage import atomic_dir
     from bdh.tokenizer import compression_ratio, train_tokenizer
 
     out = Path(settings.out)
-    if is_taken(out):
-        raise FileExistsError(f"{out} exists already and is not empty: choose another --out")
     console = Console(stderr=True, highlight=False)
     with stage_progress(console, "bytes") as progress:
         tokenizer = train_tokenizer(

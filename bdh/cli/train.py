@@ -15,6 +15,7 @@ from bdh.distributed import environment
 from bdh.locks import InUseError
 from bdh.train.config import RunSettings
 from bdh.train.signals import EXIT_STATUS
+from bdh.train.stored import check_unchanged, stored_settings
 
 
 def run(argv: list[str]) -> int:
@@ -25,13 +26,17 @@ def run(argv: list[str]) -> int:
 def _run(argv: list[str]) -> int:
     rank = environment.rank()
     try:
+        stored = _settings_to_resume(argv)
         settings = parse_settings(
             RunSettings,
             argv,
             prog="bdh train",
             description="Train a model. A YAML file, or several in order, overrides the defaults; flags override the files.",
-            base=_settings_to_resume(argv),
+            base=stored,
+            check_available=environment.world_size() == 1,  # of several processes, not all see the same
         )
+        if stored is not None:
+            check_unchanged(settings, stored)
     except (ValueError, OSError):
         if rank == 0:
             raise
@@ -227,8 +232,6 @@ def _settings_to_resume(argv: list[str]) -> dict[str, Any] | None:
     given = given_settings(RunSettings, argv)
     if given.get("run_dir") is None or not given.get("resume"):
         return None
-    from bdh.train.stored import stored_settings
-
     stored = stored_settings(Path(given["run_dir"]))
     stored["train"]["stop_at_step"] = None
     return stored

@@ -3,7 +3,9 @@
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from bdh.data.mix_config import collect_mix_faults
+from bdh.data.builtin import BUILTIN
+from bdh.data.files import check_item, item_names
+from bdh.data.mix_config import collect_mix_faults, mix_sources
 from bdh.path_text import PathText
 from bdh.validation import Faults, Settings
 
@@ -85,6 +87,16 @@ class DataConfig(Settings):
             self.val_split,
             "another split than the one that is trained on",
         )
+
+    def check_available(self) -> None:
+        if self.mix is not None:
+            for each in mix_sources(self):
+                each.config.check_available()
+            return
+        for source in (self.source, self.val_source or []):
+            for item in item_names(source):
+                if item not in BUILTIN:
+                    check_item(item)
 
 
 @dataclass

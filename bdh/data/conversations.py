@@ -8,11 +8,11 @@ from typing import Any
 
 from bdh.data import builtin
 from bdh.data.config import DataConfig
-from bdh.data.files import file_type, find_files
+from bdh.data.files import file_type, find_files, item_names
 from bdh.data.jsonl import parse_line, text_lines
 from bdh.data.mix_config import mix_sources
 from bdh.data.parts import OTHER_TYPES, Skipped, to_utf8
-from bdh.data.source import Source, item_names, training_source, validation_source
+from bdh.data.source import Source, training_source, validation_source
 from bdh.data.split import num_kept
 
 CHAT_TYPE = ".jsonl"

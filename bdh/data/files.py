@@ -52,24 +52,15 @@ def find_files(item: str, skipped: Skipped) -> list[Path] | None:
         ValueError: the file is of an unknown type, or no regular file.
         OSError: a folder cannot be listed.
     """
+    check_item(item)
     path = Path(item).expanduser()
     if path.is_file():
-        if file_type(path) is None:
-            raise ValueError(f"data.source {item!r} is of an unknown type: known are {known_types()}")
         return [path]
     counts = Skipped()
     if path.is_dir():
         found = files_below(path, counts)
-    elif path.exists():
-        raise ValueError(
-            f"data.source {item!r} is a pipe, a socket or a device: text is read more than once, so write it to a file"
-        )
-    elif path.is_symlink():
-        raise FileNotFoundError(f"data.source {item!r} is a broken link: there is no {os.readlink(path)}")
     elif glob.has_magic(item):
         found = files_matching(item, counts)
-    elif _is_meant_as_path(item):
-        raise FileNotFoundError(f"data.source {item!r}: there is no such file or folder")
     else:
         return None
     files = [path for path in found if file_type(path) is not None]
@@ -81,6 +72,37 @@ def find_files(item: str, skipped: Skipped) -> list[Path] | None:
         )
     skipped.include(counts)
     return files
+
+
+def check_item(item: str) -> None:
+    """Whether a name of a source can be one of local files, as far as it tells without a look into folders.
+
+    Raises:
+        FileNotFoundError: there is nothing of that name, which is not that of a data set of the hub.
+        ValueError: the file is of an unknown type, or no regular file.
+    """
+    path = Path(item).expanduser()
+    if path.is_file():
+        if file_type(path) is None:
+            raise ValueError(f"data.source {item!r} is of an unknown type: known are {known_types()}")
+    elif path.exists():
+        if not path.is_dir():
+            raise ValueError(
+                f"data.source {item!r} is a pipe, a socket or a device: text is read more than once, so write it to a file"
+            )
+    elif path.is_symlink():
+        raise FileNotFoundError(f"data.source {item!r} is a broken link: there is no {os.readlink(path)}")
+    elif not glob.has_magic(item) and _is_meant_as_path(item):
+        raise FileNotFoundError(f"data.source {item!r}: there is no such file or folder")
+
+
+def item_names(source: str | Sequence[str]) -> list[str]:
+    """The names in a setting. One that exists as it is may hold commas."""
+    if not isinstance(source, str):
+        return [item.strip() for item in source]
+    if Path(source).expanduser().exists():
+        return [source]
+    return [item.strip() for item in source.split(",") if item.strip()]
 
 
 def open_file(

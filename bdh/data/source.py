@@ -2,7 +2,7 @@
 
 import glob
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 from bdh.data import builtin
 from bdh.data.config import DataConfig, EntryConfig
 from bdh.data.csv_files import CSV_TYPES, CsvSettings
-from bdh.data.files import PARQUET, file_type, find_files, identity, open_file
+from bdh.data.files import PARQUET, file_type, find_files, identity, item_names, open_file
 from bdh.data.hub import HubSet, is_hub_layout, local_tables, shakespeare
 from bdh.data.parts import FOUND_TWICE, HELD_OUT_FILES, Skipped
 from bdh.data.paths import FileKey, file_key, regular_files
@@ -189,15 +189,6 @@ def validation_source(config: DataConfig) -> Source | None:
             )
         files += found
     return _of_files(config, regular_files(files, set(), skipped), skipped)
-
-
-def item_names(source: str | Sequence[str]) -> list[str]:
-    """The names in a setting. One that exists as it is may hold commas."""
-    if not isinstance(source, str):
-        return [item.strip() for item in source]
-    if Path(source).expanduser().exists():
-        return [source]
-    return [item.strip() for item in source.split(",") if item.strip()]
 
 
 def _is_hub(item: str, config: DataConfig) -> bool:

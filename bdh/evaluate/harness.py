@@ -14,6 +14,7 @@ from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerFast
 
 from bdh.evaluate.loss import inference
+from bdh.evaluate.task_files import check_task_files, is_task_path
 from bdh.generate.config import EngineConfig
 from bdh.generate.engine import Engine
 from bdh.generate.params import SamplingParams
@@ -209,14 +210,14 @@ def evaluate_tasks(
 
 
 def _found_tasks(tasks: Sequence[str], include_path: str | None) -> tuple[list[str], TaskManager]:
+    check_task_files(tasks, include_path)
     paths = [include_path] if include_path is not None else []
     names: list[str] = []
     for task in tasks:
         path = Path(task)
-        if not path.is_dir() and path.suffix not in (".yaml", ".yml"):
+        if not is_task_path(task):
             names.append(task)
             continue
-        _check_there(path)
         paths.append(str(path if path.is_dir() else path.parent))
         found = TaskManager(include_path=paths[-1], include_defaults=False)
         if path.is_dir():
@@ -225,8 +226,6 @@ def _found_tasks(tasks: Sequence[str], include_path: str | None) -> tuple[list[s
             names += [name for name, entry in found.task_index.items() if entry.yaml_path == path]
         if not names:
             raise ValueError(f"{task} holds no task: a task is a YAML file with `task: NAME` in it")
-    for each in paths:
-        _check_there(Path(each))
     manager = TaskManager(include_path=paths, include_defaults=False)
     if not set(names) <= set(manager.all_tasks):  # the harness's own are thousands of files to read
         manager = TaskManager(include_path=paths)
@@ -236,11 +235,6 @@ def _found_tasks(tasks: Sequence[str], include_path: str | None) -> tuple[list[s
             "be given as a YAML file or a folder"
         )
     return names, manager
-
-
-def _check_there(path: Path) -> None:
-    if not path.exists():
-        raise FileNotFoundError(f"there is no {path} to read tasks from")
 
 
 def _sampling(arguments: dict[str, Any]) -> SamplingOptions:

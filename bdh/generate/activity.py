@@ -8,6 +8,15 @@ MOST_NEURONS = 64
 """The strongest neurons that may be asked for, of each pass."""
 
 
+def check_watch(num_strongest: int | None) -> None:
+    """
+    Raises:
+        ValueError: so many neurons of each pass cannot be watched.
+    """
+    if num_strongest is not None and not 0 <= num_strongest <= MOST_NEURONS:
+        raise ValueError(f"watch is {num_strongest}: must be within 0 and {MOST_NEURONS}, or None")
+
+
 @dataclass
 class PassActivity:
     """Of one token in one pass."""

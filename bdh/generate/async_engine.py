@@ -10,6 +10,7 @@ from typing import Any
 
 from bdh.generate.engine import Engine
 from bdh.generate.params import SamplingParams
+from bdh.generate.residuals import Residuals
 from bdh.generate.sequence import Completion, StepOutput
 from bdh.generate.snapshot import Snapshot
 from bdh.model.text import Prompt
@@ -106,9 +107,10 @@ class AsyncEngine:
         return self._failure
 
     @property
-    def seconds_since_beat(self) -> float:
-        """Since the thread last came by between two steps, or found nothing to do: large where a step hangs."""
-        return 0.0 if self._is_idle else time.monotonic() - self._beat
+    def seconds_without_progress(self) -> float:
+        """Since the thread last went from one step to the next, or a step from one of its parts to the next; 0 where it
+        has nothing to do. Large where a step hangs, and not where it has much to read."""
+        return 0.0 if self._is_idle else time.monotonic() - max(self._beat, self.engine.stepper.last_progress)
 
     async def submit(
         self,
@@ -118,6 +120,7 @@ class AsyncEngine:
         snapshot: Snapshot | None = None,
         keep_snapshot: bool = False,
         watch: int | None = None,
+        residuals: Residuals | None = None,
         deliver: Callable[[Submission, Item], None] | None = None,
     ) -> Submission:
         """Hands a request to the engine. Who does not take all of its outputs is to abort it.
@@ -137,7 +140,7 @@ class AsyncEngine:
         def add() -> None:
             try:
                 submission.id = self.engine.add_request(
-                    prompt, params, snapshot=snapshot, keep_snapshot=keep_snapshot, watch=watch
+                    prompt, params, snapshot=snapshot, keep_snapshot=keep_snapshot, watch=watch, residuals=residuals
                 )
             except Exception as error:
                 _call_soon(loop, _set, taken_up, error)

@@ -12,13 +12,15 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from bdh.generate.activity import MOST_NEURONS
+from bdh.generate.activity import check_watch
 from bdh.generate.config import EngineConfig
+from bdh.generate.matcher import Grammars
 from bdh.generate.memory import free_bytes
 from bdh.generate.params import SamplingParams
 from bdh.generate.pool import StatePool
 from bdh.generate.prefixes import PrefixStore
 from bdh.generate.request import Request
+from bdh.generate.residuals import Residuals
 from bdh.generate.sequence import Completion, FinishReason, StepOutput, told
 from bdh.generate.sequence import Sequence as Running
 from bdh.generate.snapshot import Snapshot
@@ -61,6 +63,8 @@ class Engine:
         check_vocabulary(tokenizer, model.config.vocab_size)
         self.config = (config or EngineConfig()).validated()
         self.model, self.tokenizer = model, tokenizer
+        self.grammars = Grammars(tokenizer, model.config.vocab_size)
+        """For any thread: what is compiled there ahead of a request holds up no step."""
         self.stepper = stepper or make_stepper(
             model,
             path=self.config.path,
@@ -100,9 +104,8 @@ class Engine:
 
     def knows(self, request_id: int) -> bool:
         """Whether a request waits, runs, or has outputs that the next step gives."""
-        if request_id in self._running or any(request.id == request_id for request in self._waiting):
-            return True
-        return any(output.request_id == request_id for output in self._outputs)
+        others = (*(request.id for request in self._waiting), *(output.request_id for output in self._outputs))
+        return request_id in self._running or request_id in others
 
     def stats(self) -> EngineStats:
         counters = self._counters
@@ -110,13 +113,10 @@ class Engine:
             running=sum(1 for request in self._running.values() for s in request.sequences if s.state is not None),
             waiting=len(self._waiting),
             state_bytes=self._num_reserved * self.stepper.state_bytes,
-            prefix_cache_bytes=self._prefixes.cache.nbytes if self._prefixes else 0,
             prompt_tokens=counters.prompt_tokens,
             generated_tokens=counters.generated_tokens,
             finished=dict(counters.finished),
-            prefix_cache_hits=self._prefixes.cache.hits if self._prefixes else 0,
-            prefix_cache_tokens=self._prefixes.cache.tokens_saved if self._prefixes else 0,
-            prefix_cache_failures=self._prefixes.failures if self._prefixes else 0,
+            **(self._prefixes.stats() if self._prefixes else {}),
         )
 
     @property
@@ -149,8 +149,14 @@ class Engine:
         return tokens
 
     def check(self, params: SamplingParams) -> SamplingParams:
-        """The settings of a request, or a ``ValueError`` with all that is wrong with them for this engine."""
+        """The settings of a request, or a ``ValueError`` with all that is wrong with them for this engine.
+
+        Raises:
+            ImportError: they have a grammar, and ``llguidance`` is not installed.
+        """
         params.validated(self.model.config.vocab_size)
+        if params.grammar is not None:
+            self.grammars.compile(params.grammar)
         most = self.max_sequences
         if params.n > most:
             raise ValueError(
@@ -167,6 +173,7 @@ class Engine:
         snapshot: Snapshot | None = None,
         keep_snapshot: bool = False,
         watch: int | None = None,
+        residuals: Residuals | None = None,
     ) -> int:
         """Takes up a request; :meth:`step` works on it.
 
@@ -176,6 +183,7 @@ class Engine:
             snapshot: a sequence to go on from; it stays as it is. ``prompt`` is what follows there, or None for nothing.
             keep_snapshot: let completions have a snapshot, from which they can go on.
             watch: let outputs tell which neurons fired, and so many of the strongest. The tokens are the same.
+            residuals: takes those of all tokens that are read.
 
         Returns:
             The number that outputs and :meth:`abort` name it by.
@@ -193,8 +201,7 @@ class Engine:
             added = self.encode(prompt) if prompt else []
             tokens = snapshot.tokens + added
             num_prompt_tokens = len(tokens) if added else snapshot.num_prompt_tokens
-        if watch is not None and not 0 <= watch <= MOST_NEURONS:
-            raise ValueError(f"watch is {watch}: must be within 0 and {MOST_NEURONS}, or None")
+        check_watch(watch)
         request_id = next(self._numbers)
         ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._ends)
 
@@ -210,8 +217,10 @@ class Engine:
                 ends=ends,
                 snapshot=snapshot,
                 keep_snapshot=keep_snapshot,
+                matcher=None if params.grammar is None else self.grammars.matcher(params.grammar),
             )
-            sequence.watch, sequence.mark_weights = watch, lambda: weights_mark(self.model).content
+            sequence.watch, sequence.residuals = watch, residuals
+            sequence.mark_weights = lambda: weights_mark(self.model).content
             return sequence
 
         self._waiting.append(Request(request_id, make(0), make, snapshot))
@@ -257,6 +266,7 @@ class Engine:
             if sequence.completion is None:
                 self._advance(request, sequence, count, feed)
             self._in_hand.popleft()
+            self.stepper.mark_progress()
         outputs, self._outputs = self._outputs, []
         return outputs
 
@@ -327,6 +337,7 @@ class Engine:
             except Exception as error:
                 self._fail(request, error)
             self._in_hand.pop()
+            self.stepper.mark_progress()
 
     def _begin(self, request: Request) -> None:
         """Gives a request's first sequence its state, as far on as one is known."""
@@ -336,7 +347,7 @@ class Engine:
             sequence.state = self._pool.take(copy_of=snapshot.state)
             sequence.logits = snapshot.logits
             sequence.pending = sequence.pending[snapshot.state.position :]
-        elif snapshot is not None or self._prefixes is None or sequence.params.prompt_logprobs is not None:
+        elif snapshot is not None or self._prefixes is None or sequence.wants_all_tokens:
             sequence.state = self._pool.take()  # what other weights have read is read again
         else:
             known, state, logits = self._prefixes.find(sequence.tokens)
@@ -390,6 +401,7 @@ class Engine:
                     sequence.pending[:count],
                     "all" if wants_all else "last" if is_last else "none",
                     watch=sequence.watch if count == len(sequence.pending) else None,
+                    residuals=sequence.residuals,
                 )
             )
         self.stepper.step_all_that_can_be([feed for feed in feeds if feed is not None])

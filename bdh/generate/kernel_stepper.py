@@ -1,5 +1,7 @@
 """Steps through the sparse kernels: the path of the CPU."""
 
+import itertools
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -12,6 +14,9 @@ from bdh.ops.cpu.recurrence import DTYPES, Recurrence, Storage, Watch
 
 MAX_ROWS = 128
 """Tokens in one call of the kernels: what they work in grows with it, and the gain has ended before."""
+_LONG_CALL = 1 << 30
+"""Rows by neurons by width from which the layer steps are calls of their own, so that each is seen to make progress: one
+takes tens of milliseconds then."""
 _SETTLING_BITS = 32
 _MOST_BITS = 60  # lost at one token: float32 keeps 24, so what is left of what was there has vanished
 
@@ -37,6 +42,7 @@ class KernelStepper(Stepper):
         self._is_reading = False  # whether the last call of the kernels had more than a token of some sequence
         config = model.config
         self._shape = (config.n_layer, config.n_head, config.neurons_per_head, config.n_embd)
+        self._neurons_by_width = math.prod(self._shape[1:])
         self._half_lives: np.ndarray | None = None  # (H,)
         self._settling_tokens: np.ndarray | None = None  # (H,): tokens after which the rows take up their factor
         if config.half_lives is not None:
@@ -101,6 +107,7 @@ class KernelStepper(Stepper):
                 feed.state.is_torn = True
 
         def look(index: int, x: np.ndarray) -> None:
+            self.mark_progress()
             for feed, row in watched:
                 try:
                     feed.look(x[:, row])
@@ -114,17 +121,19 @@ class KernelStepper(Stepper):
             np.concatenate(positions),
             np.array(starts),
             mark,
-            look if watched else None,
+            look if watched or starts[-1] * self._neurons_by_width >= _LONG_CALL else None,
         )
+        self.mark_progress()
         for rows_of_head, factor in settled:
             rows_of_head.mul_(factor)
-        for (feed, count), rows in zip(taken, wanted, strict=True):
+        of_feeds = [v[first:end] for first, end in itertools.pairwise(starts)]
+        for (feed, count), rows, of_feed in zip(taken, wanted, of_feeds, strict=True):
             if not rows and feed.error is None:
-                feed.commit(count)
+                feed.commit(count, v=of_feed)
         logits, first = logits_of(v), 0
-        for (feed, count), rows in zip(taken, wanted, strict=True):
+        for (feed, count), rows, of_feed in zip(taken, wanted, of_feeds, strict=True):
             if rows and feed.error is None:
-                feed.commit(count, logits[first : first + len(rows)])
+                feed.commit(count, logits[first : first + len(rows)], of_feed)
             first += len(rows)
 
     def _begins_prompt(self, taken: Sequence[tuple[Feed, int]]) -> bool:

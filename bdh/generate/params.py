@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from bdh.generate.grammar import collect_grammar_faults
 from bdh.validation import Faults, Settings, collect_faults
 
 _SMALLEST_DIVISOR = 1e-6
@@ -51,6 +52,11 @@ class SamplingParams(Settings):
     """The same of each token of the prompt but the first, which nothing predicts."""
     echo: bool = False
     """Put the prompt in front of the text."""
+    grammar: dict[str, Any] | None = None
+    """The form that the text must have: ``{"json_schema": SCHEMA}`` or ``{"regex": PATTERN}``, held exactly. It may end
+    only where it has it, and ends where nothing may follow, before ``min_tokens`` too; cut off by ``max_tokens`` or a stop
+    string it is a beginning of such a text. For going on in the midst of a text from a snapshot, ``"written"`` is the number
+    of the snapshot's last tokens that are its beginning."""
 
     def collect_faults(self, faults: Faults) -> None:
         faults.require(self.max_tokens >= 0, "max_tokens", self.max_tokens, "at least 0")
@@ -74,6 +80,8 @@ class SamplingParams(Settings):
             value = getattr(self, name)
             is_right = value is None or 0 <= value <= MOST_LOGPROBS
             faults.require(is_right, name, value, f"within 0 and {MOST_LOGPROBS}, or null")
+        for fault in [] if self.grammar is None else collect_grammar_faults(self.grammar):
+            faults.add(fault)
 
     def collect_token_faults(self, vocab_size: int, faults: Faults) -> None:
         """What is wrong for a vocabulary of this size."""
@@ -135,6 +143,7 @@ _TYPES: dict[str, tuple[str, Any]] = {
     ),
     **dict.fromkeys(("seed", "logprobs", "prompt_logprobs"), (f"{_WHOLE} or null", lambda v: v is None or _is_int(v))),
     **dict.fromkeys(("ignore_eos", "echo"), (_FLAG, lambda v: isinstance(v, bool))),
+    "grammar": ("an object with json_schema or regex, or null", lambda v: v is None or isinstance(v, dict)),
     "stop": ("a string or a list of strings", lambda v: isinstance(v, str) or _is_list(v, str)),
     "stop_token_ids": ("a list of whole numbers", lambda v: _is_list(v, int)),
     "logit_bias": (

@@ -37,6 +37,15 @@ class PrefixStore:
         self.failures = 0
         """How often a state could not be stored or looked up."""
 
+    def stats(self) -> dict[str, int]:
+        """Its gauge and counters, by their names in ``EngineStats``."""
+        return {
+            "prefix_cache_bytes": self.cache.nbytes,
+            "prefix_cache_hits": self.cache.hits,
+            "prefix_cache_tokens": self.cache.tokens_saved,
+            "prefix_cache_failures": self.failures,
+        }
+
     def find(self, tokens: Sequence[int]) -> tuple[int, SequenceState | None, torch.Tensor | None]:
         """The longest known beginning: its length, its state, which is not to be advanced, and the logits behind it."""
         try:

@@ -88,15 +88,22 @@ class Sampler:
             self._count(token)
         self._num_generated = 0  # by this request
 
-    def sample(self, logits: torch.Tensor) -> int:
+    def sample(self, logits: torch.Tensor, allowed: torch.Tensor | None = None) -> int:
         """The next token, from float32 logits (V,), which stay as they are.
+
+        Args:
+            allowed: bool (V,), the tokens that may be drawn; None for all.
 
         Raises:
             ValueError: the logits hold NaN, or leave no token that could be drawn.
         """
         if bool(logits.isnan().any()):
             raise ValueError("the model's logits hold NaN: no token can be drawn from them")
+        if allowed is not None:
+            logits = logits.masked_fill(~allowed, -torch.inf)
         scores = self._adjusted(logits)[None]
+        if allowed is not None and bool(scores.isneginf().all()):
+            raise ValueError("the model's logits rule out all tokens that the grammar allows: none can be drawn")
         if self._params.temperature == 0:
             token = int(scores.argmax())
         else:

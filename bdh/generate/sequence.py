@@ -9,7 +9,9 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from bdh.generate.activity import PassActivity
+from bdh.generate.matcher import GRAMMAR_FAULT, Matcher
 from bdh.generate.params import SamplingParams
+from bdh.generate.residuals import Residuals
 from bdh.generate.sampler import Sampler, TokenLogprobs, token_logprobs
 from bdh.generate.snapshot import Snapshot
 from bdh.generate.stepper import SequenceState
@@ -69,6 +71,10 @@ class Sequence:
     Args:
         tokens: the prompt's, and those generated before where it goes on from a snapshot.
         ends: tokens that end the text.
+        matcher: at the beginning of the text's grammar, where it has one.
+
+    Raises:
+        ValueError: what a snapshot holds of the text does not begin a text of the grammar.
     """
 
     def __init__(
@@ -84,6 +90,7 @@ class Sequence:
         ends: frozenset[int],
         snapshot: Snapshot | None = None,
         keep_snapshot: bool = False,
+        matcher: Matcher | None = None,
     ):
         self.request_id, self.index, self.params = request_id, index, params
         self.tokens, self.num_prompt_tokens = list(tokens), num_prompt_tokens
@@ -95,6 +102,7 @@ class Sequence:
         self.num_cached_tokens = 0
         self.mark_weights: Callable[[], tuple[Any, ...] | None] = lambda: None  # for a snapshot, of the model as it is
         self.watch: int | None = None  # how many of the strongest neurons are wanted
+        self.residuals: Residuals | None = None  # that take those of all its tokens
         self.activity: list[PassActivity] | None = None  # of the last token that was read
         self.text = ""
         self.logprobs: list[TokenLogprobs] | None = None if params.logprobs is None else []
@@ -121,6 +129,13 @@ class Sequence:
             self._decoder = TextDecoder.from_state(tokenizer, params.stop, snapshot.decoder)
         else:
             self._decoder = TextDecoder(tokenizer, params.stop, context=tokens)
+        self._matcher = matcher
+        self._grammar_start = self.num_before - (params.grammar or {}).get("written", 0)
+        if self._grammar_start < 0:
+            raise ValueError(
+                f"grammar.written is {self.num_before - self._grammar_start}: must be at most {self.num_before}"
+            )
+        self._follow_grammar()
         self._has_said = False
         self._unsaid = self._text_of(tokens) if params.echo else ""  # comes with the first output
 
@@ -131,6 +146,11 @@ class Sequence:
     @property
     def is_prompt_read(self) -> bool:
         return not self.pending or self.num_generated > 0
+
+    @property
+    def wants_all_tokens(self) -> bool:
+        """Whether a known beginning is of no use, since something is wanted of each of its tokens."""
+        return self.prompt_logprobs is not None or self.residuals is not None
 
     def read(self, count: int, logits: torch.Tensor | None) -> None:
         """The state has read so many of the pending tokens.
@@ -153,13 +173,17 @@ class Sequence:
             ValueError: the logits leave none.
         """
         assert self.logits is not None
-        token = self.sampler.sample(self.logits)
+        allowed = self._allowed()
+        if allowed is not None and not allowed.any():
+            return self.end("stop")
+        token = self.sampler.sample(self.logits, allowed)
         output = self._new_output()
         if token in self.ends and self.num_generated >= self.params.min_tokens:
             self._finish("stop", output, stop_reason=token)
             return output
         self.tokens.append(token)
         self.pending.append(token)
+        self._follow_grammar()
         output.token_ids, output.activity = [token], self.activity
         if self.logprobs is not None:
             entry = token_logprobs(self.logits, token, self.params.logprobs or 0)
@@ -168,11 +192,28 @@ class Sequence:
         output.text += self._decoder.push([token], stops=self.num_generated > self.params.min_tokens)
         if self._decoder.stopped:
             self._finish("stop", output, stop_reason=self._decoder.stopped_by)
+        elif self._matcher is not None and self._matcher.is_complete:
+            self._finish("stop", output)
         elif self.num_generated >= self.params.max_tokens:
             self._finish("length", output)
         else:
             self.text += output.text
         return output
+
+    def _follow_grammar(self) -> None:
+        if self._matcher is not None:
+            self._matcher.read(self.tokens, start=self._grammar_start)
+
+    def _allowed(self) -> torch.Tensor | None:
+        """The tokens that the grammar allows next, bool (V,): none where it is complete. None without a grammar."""
+        if self._matcher is None:
+            return None
+        allowed, may_end = self._matcher.allowed()
+        if not may_end and not allowed.any():
+            raise ValueError(f"{GRAMMAR_FAULT}no token of the vocabulary can follow")
+        if may_end and allowed.any():
+            allowed[list(self.ends)] = True
+        return allowed
 
     def end(self, reason: FinishReason, error: str | None = None) -> StepOutput:
         """Ends it before its time, or before its first token."""

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from bdh.generate.stepper import SequenceState
 from bdh.model.fingerprint import Identity, identity, model_name, weights_mark
 from bdh.model.modeling import BDHForCausalLM
-from bdh.storage import atomic_file
+from bdh.storage import atomic_file, check_file
 
 _FORMAT_NAME = "bdh-snapshot-"
 FILE_FORMAT = f"{_FORMAT_NAME}1"
@@ -112,7 +112,7 @@ class Snapshot:
             "model": {"name": model_name(model), "configuration": known.configuration, "weights": known.weights},
         }
         metadata = {"format": FILE_FORMAT, "facts": json.dumps(facts, sort_keys=True), "checksum": _NO_CHECKSUM}
-        with atomic_file(path) as temporary:
+        with atomic_file(path, private=True) as temporary:
             save_file({name: _own_memory(tensor) for name, tensor in tensors.items()}, temporary, metadata=metadata)
             with temporary.open("r+b") as file:
                 place = _place_of_checksum(file, _NO_CHECKSUM)
@@ -129,8 +129,7 @@ class Snapshot:
             ValueError: the file is cut off, altered, or holds something else; or it is of another model.
         """
         path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no snapshot file {path}")
+        check_file(path, "snapshot file")
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
                 metadata = file.metadata() or {}

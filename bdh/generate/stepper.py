@@ -5,6 +5,7 @@ once, by one token where a sequence is being continued and by many where a promp
 """
 
 import logging
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from bdh.generate.activity import PassActivity, activity_of
+from bdh.generate.residuals import Residuals
 from bdh.model.kernels import kernel_obstacle
 from bdh.model.modeling import BDHForCausalLM
 from bdh.model.state import SynapticState
@@ -111,6 +113,8 @@ class Feed:
     """Of which tokens the logits of the next one are wanted."""
     watch: int | None = None
     """How many of the strongest neurons of each pass are wanted of the last token; None for no activity."""
+    residuals: Residuals | None = None
+    """Takes v after the last layer step of all its tokens."""
     activity: list[PassActivity] | None = None
     """A result: of each pass, where it was watched and this stepper could."""
     num_read: int = 0
@@ -132,8 +136,17 @@ class Feed:
         """Of how many of the next ``count`` tokens, the last ones of them, logits are wanted."""
         return {"all": count, "last": int(self.is_last(count)), "none": 0}[self.logits]
 
-    def commit(self, count: int, logits: torch.Tensor | None = None) -> None:
-        """Its state, whose memory is whole again, has read so many more tokens."""
+    def commit(
+        self, count: int, logits: torch.Tensor | None = None, v: torch.Tensor | np.ndarray | None = None
+    ) -> None:
+        """Its state, whose memory is whole again, has read so many more tokens.
+
+        Args:
+            logits: those that are wanted.
+            v: (count, D) after the last layer step.
+        """
+        if self.residuals is not None and v is not None:
+            self.residuals.add(v)
         self.state.position += count
         self.num_read += count
         if logits is not None:
@@ -153,10 +166,20 @@ class Feed:
 
 
 class Stepper(ABC):
-    """Advances the states of sequences of one model."""
+    """Advances the states of sequences of one model.
+
+    Attributes:
+        last_progress: ``time.monotonic()`` when a step last came to an end of a part of its work. For other threads, which
+            tell by it a long step from one that hangs.
+    """
 
     def __init__(self, model: BDHForCausalLM):
         self.model = model
+        self.last_progress = time.monotonic()
+
+    def mark_progress(self) -> None:
+        """A part of a step has ended: a layer step, a piece of a prompt, a sequence."""
+        self.last_progress = time.monotonic()
 
     @property
     @abstractmethod
@@ -292,6 +315,7 @@ class TorchStepper(Stepper):
         v = layer_norm(model.embed(tokens), eps)  # (B, D)
         added = []  # to the sums of each pass, once nothing can fail any more: keys (B, H, N) and values (B, D)
         for index in range(config.n_layer):
+            self.mark_progress()
             v_in = v.to(dtype)
             x = F.relu(model.encoder(v_in))  # (B, H*N)
             for feed, row in zip(feeds, x, strict=True):
@@ -311,7 +335,7 @@ class TorchStepper(Stepper):
                 if self._kept is not None:
                     sums.mul_(self._kept)
                 sums.baddbmm_(q[b, :, :, None], values[b].expand(H, 1, -1))
-            feed.commit(1, None if feed.logits == "none" else logits[b : b + 1])
+            feed.commit(1, None if feed.logits == "none" else logits[b : b + 1], v[b : b + 1])
 
     def _read(self, feed: Feed) -> None:
         """Many tokens of one sequence."""
@@ -319,6 +343,7 @@ class TorchStepper(Stepper):
         sums = feed.state.tensors["sums"]
         tokens = torch.tensor([list(feed.tokens[feed.num_read :])], device=self.model.device)
         while tokens.shape[1]:
+            self.mark_progress()
             size = config.chunk_size - feed.state.position % config.chunk_size
             chunk, tokens = tokens[:, :size], tokens[:, size:]
             positions = torch.tensor([feed.state.position], device=self.model.device)
@@ -328,12 +353,13 @@ class TorchStepper(Stepper):
                 past_key_values=state,
                 logits_to_keep=0 if feed.logits == "all" else 1,
                 attention_form="parallel",  # which makes new sums, where the recurrent form writes into these
+                output_hidden_states=feed.residuals is not None,
             )
             logits = output.logits[0].float().cpu() if feed.num_wanted(chunk.shape[1]) else None
             feed.state.is_torn = True
             for kept, new in zip(sums, state.sums, strict=True):
                 kept.copy_(new[0])
-            feed.commit(chunk.shape[1], logits)
+            feed.commit(chunk.shape[1], logits, None if output.hidden_states is None else output.hidden_states[-1][0])
 
 
 def make_stepper(

@@ -104,6 +104,7 @@ class WindowTorchStepper(TorchStepper):
         # Of each pass and sequence what its ring takes in, once nothing can fail any more: q (H, T, N) and v (T, D).
         kept: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
         for index in range(config.n_layer):
+            self.mark_progress()
             v_in = v.to(dtype)
             x = F.relu(model.encoder(v_in))  # (R, H*N)
             for (feed, count), of_feed in zip(taken, x.split(counts), strict=True):
@@ -123,12 +124,12 @@ class WindowTorchStepper(TorchStepper):
         for (feed, count), rows in zip(taken, v.split(counts), strict=True):
             num_wanted = feed.num_wanted(count)
             logits.append(self._logits(rows[-num_wanted:]) if num_wanted else None)
-        for number, (feed, count) in enumerate(taken):
+        for number, ((feed, count), rows) in enumerate(zip(taken, v.split(counts), strict=True)):
             feed.state.is_torn = True
             for index, of_pass in enumerate(kept):
                 q, values = of_pass[number]
                 take_in(q, values, _ring(feed.state).of_pass(index), feed.state.position + count - len(values))
-            feed.commit(count, logits[number])
+            feed.commit(count, logits[number], rows)
 
     def _newest(self, q: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What stays in a ring; the rest of a long piece is not to be kept in memory for it."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bdh.model.configuration import BDHConfig, one_line_type_faults
+from bdh.storage import check_file
 
 if TYPE_CHECKING:
     from bdh.model.modeling import BDHForCausalLM
@@ -44,8 +45,7 @@ def load_reference(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str,
         FileNotFoundError: there is no such file.
         ValueError: the file is no checkpoint, or needs code to be unpickled.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no checkpoint file {path}")
+    check_file(Path(path), "checkpoint file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:

@@ -1,5 +1,6 @@
 """Pictures of what was recorded."""
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,8 @@ def plot_metrics(run_dirs: list[Path], output: Path, keys: Sequence[str] = LOSS_
         ValueError: a run has logged none of the metrics, or no run has logged one of them.
         ImportError: matplotlib is missing; the message says how to install it.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('plots need matplotlib: pip install "bdh[report]"') from error
-
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError('plots need matplotlib: pip install "bdh[report]"')
     curves = {run_dir: _curves(run_dir, keys) for run_dir in run_dirs}
     for key in keys:
         if key not in LOSS_KEYS and not any(of_run[key] for of_run in curves.values()):
@@ -34,6 +32,8 @@ def plot_metrics(run_dirs: list[Path], output: Path, keys: Sequence[str] = LOSS_
     losses = [key for key in keys if key in LOSS_KEYS]
     panels = ([losses] if losses else []) + [[key] for key in keys if key not in LOSS_KEYS]
     labels = _labels(run_dirs)
+    # After all that can be wrong: it is slow to import.
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 1 + 4 * len(panels)), layout="constrained")
     for axes, panel in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):

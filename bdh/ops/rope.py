@@ -12,6 +12,9 @@ import torch
 
 def turns_per_token(num_neurons: int, theta: float, device: torch.device | str = "cpu") -> torch.Tensor:
     """The frequency of each pair of a head's N neurons, in turns per token: float64, (N/2,)."""
+    if torch.compiler.is_exporting():  # ONNX rounds the numbers in a program to float32, but not its tensors
+        turns = [theta ** (-2 * i / num_neurons) / (2 * math.pi) for i in range(num_neurons // 2)]
+        return torch.tensor(turns, dtype=torch.float64, device=device)
     pair = torch.arange(num_neurons // 2, dtype=torch.float64, device=device)
     return theta ** (-2 * pair / num_neurons) / (2 * math.pi)
 

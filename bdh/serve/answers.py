@@ -3,12 +3,15 @@
 import codecs
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from bdh.generate.sampler import TokenLogprobs
 from bdh.generate.sequence import Completion, StepOutput
+from bdh.serve.errors import ApiError
+from bdh.serve.events import DONE, event
+from bdh.serve.schemas import StreamOptions
 from bdh.serve.service import Event, Job
 from bdh.serve.tokens import TokenNames
 
@@ -23,6 +26,7 @@ class Text:
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     """Those of ``logprobs``, which are not there for a prompt's first token."""
+    num_generated: int = 0
     offset: int = 0
     """Characters of the tokens so far."""
     decoder: Any = field(default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace"))
@@ -35,17 +39,28 @@ class Writer:
 
     Args:
         num_top: of the likeliest tokens, with log-probabilities; None for none.
+        num_given: texts given of each job.
+        options: of a stream: what it says of its usage.
     """
 
     prefix = ""
     object = ""
     chunk_object = ""
 
-    def __init__(self, jobs: Sequence[Job], names: TokenNames, model: str, num_top: int | None, num_given: int):
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        names: TokenNames,
+        model: str,
+        num_top: int | None,
+        num_given: int = 1,
+        *,
+        options: StreamOptions | None = None,
+    ):
         self.id = f"{self.prefix}-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._jobs, self._names, self._model, self._num_top = jobs, names, model, num_top
-        self._num_given = num_given  # texts given of each job
+        self._num_given, self._options = num_given, options or StreamOptions()
         self._texts: dict[tuple[int, int], Text] = {
             (place, index): Text() for place, job in enumerate(jobs) for index in range(job.params.n)
         }
@@ -54,42 +69,63 @@ class Writer:
     def texts(self) -> list[Text]:
         return list(self._texts.values())
 
-    def text(self, event: Event) -> Text:
-        return self._texts[event.job, event.output.index]
+    def text(self, come: Event) -> Text:
+        return self._texts[come.job, come.output.index]
 
-    def index(self, event: Event) -> int:
+    def index(self, come: Event) -> int:
         """Of the choice."""
-        return event.job * self._num_given + event.output.index
+        return come.job * self._num_given + come.output.index
 
     def first_choices(self) -> list[Json]:
         """What chunks begin with, before anything has been generated."""
         return []
 
-    def take(self, event: Event) -> Json | None:
+    def take(self, come: Event) -> Json | None:
         """Notes what has come. Returns a chunk's choice, or None where there is nothing to say."""
-        output, text = event.output, self.text(event)
+        output, text = come.output, self.text(come)
         entries: list[tuple[int, TokenLogprobs | None]] = []
         if self._num_top is not None:
             if output.prompt_logprobs is not None:
-                prompt = self._jobs[event.job].tokens
+                prompt = self._jobs[come.job].tokens
                 entries += zip(prompt, output.prompt_logprobs, strict=False)
             entries += [(each.token, each) for each in output.logprobs or []]
         said = self._logprobs(text, entries) if self._num_top is not None else None
-        text.parts.append(output.text)
+        shown = self._shown(text, output.text)
+        text.parts.append(shown)
+        text.num_generated += len(output.token_ids)
         text.tokens += [token for token, _ in entries]
         text.logprobs += [each for _, each in entries]
         text.completion = output.completion
         extras = self._extras(output)
-        if not (output.text or entries or extras or output.completion):
+        if not (shown or entries or extras or output.completion):
             return None
-        choice = self._chunk_choice(self.index(event), output.text, said if entries else None, output.completion)
+        choice = self._chunk_choice(self.index(come), shown, said if entries else None, output.completion)
         if extras or text.extras:
             choice["bdh"] = {**extras, **text.extras}
         return choice
 
-    def chunk(self, choices: list[Json], *, usage: Json | None = None, says_usage: bool = False) -> Json:
+    def opening(self) -> list[bytes]:
+        """The events that a stream begins with."""
+        return [self._chunk([choice]) for choice in self.first_choices()]
+
+    def pieces(self, come: Event) -> list[bytes]:
+        """Notes what has come. Returns the events that tell it."""
+        choice = self.take(come)
+        return [] if choice is None else [self._chunk([choice])]
+
+    def closing(self) -> list[bytes]:
+        """The events that a stream ends with, once everything has come."""
+        return [*([self._chunk([], usage=self.usage())] if self._options.include_usage else []), DONE]
+
+    def failure(self, error: ApiError) -> bytes:
+        """The event that ends a stream early."""
+        return event(error.body())
+
+    def _chunk(self, choices: list[Json], *, usage: Json | None = None) -> bytes:
         found = {**self._head(self.chunk_object), "choices": choices}
-        return {**found, "usage": usage} if says_usage else found
+        if self._options.continuous_usage_stats:
+            usage = self.usage()
+        return event({**found, "usage": usage} if self._options.are_needed else found)
 
     def answer(self) -> Json:
         choices = []
@@ -105,13 +141,15 @@ class Writer:
         }
 
     def usage(self) -> Json:
+        """What has been read and generated so far."""
         prompt = cached = 0
         for place, job in enumerate(self._jobs):
             completion = self._texts[place, 0].completion
             prompt += len(job.tokens)
             cached += completion.num_cached_tokens if completion is not None else 0
-        ended = [text.completion for text in self._texts.values() if text.completion is not None]
-        generated = sum(len(completion.token_ids) for completion in ended)
+        generated = sum(
+            text.num_generated if text.completion is None else len(text.completion.token_ids) for text in self.texts
+        )
         return {
             "prompt_tokens": prompt,
             "completion_tokens": generated,
@@ -135,6 +173,10 @@ class Writer:
             logprobs = self._logprobs(Text(), list(zip(text.tokens, text.logprobs, strict=True)))
         choice = self._answer_choice(index, "".join(text.parts), logprobs, text.completion)
         return {**choice, "bdh": text.extras} if text.extras else choice
+
+    def _shown(self, text: Text, piece: str) -> str:
+        """What of a text's next piece is given."""
+        return piece
 
     def _logprobs(self, text: Text, entries: Sequence[tuple[int, TokenLogprobs | None]]) -> Json:
         raise NotImplementedError
@@ -176,7 +218,28 @@ class CompletionWriter(Writer):
 
 
 class ChatWriter(Writer):
+    """
+    Args:
+        reply: makes a message of what the model has written, by taking from its beginning.
+    """
+
     prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        names: TokenNames,
+        model: str,
+        num_top: int | None,
+        num_given: int,
+        reply: Callable[[str], str],
+        options: StreamOptions | None = None,
+    ):
+        super().__init__(jobs, names, model, num_top, num_given, options=options)
+        self._reply = reply
+
+    def _shown(self, text: Text, piece: str) -> str:
+        return piece if any(text.parts) else self._reply(piece)
 
     def first_choices(self) -> list[Json]:
         return [

@@ -6,9 +6,9 @@ import hashlib
 import re
 from collections.abc import Sequence
 from importlib.resources import files
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -17,14 +17,18 @@ from starlette.routing import Match
 from starlette.types import ASGIApp
 
 import bdh
-from bdh.serve import schemas
+from bdh.serve import response_schemas, schemas
 from bdh.serve.describe import describe
+from bdh.serve.embeddings import EmbeddingAnswer, EmbeddingRequest, Embeddings
 from bdh.serve.errors import ApiError, bad_request, internal_error
+from bdh.serve.fields import named
 from bdh.serve.handling import Handler, no_state
 from bdh.serve.keys import ApiKeys, RateLimits
 from bdh.serve.middleware import ClientGone, Front
+from bdh.serve.responses import Responses
 from bdh.serve.service import Loaded, Service
 from bdh.serve.states import SavedState
+from bdh.serve.tokens import tokenizer_info
 
 _CLIENT_GONE = 499  # what nginx calls it; for log and metrics only
 _HEALTH = ("/health", "/health/live", "/health/ready")
@@ -67,7 +71,10 @@ def make_app(service: Service, keys: ApiKeys) -> ASGIApp:
     app.state.service = service
     _add_errors(app)
     _add_health(app, service)
-    _add_routes(app, service, Handler(service, RateLimits(settings.auth)))
+    rates = RateLimits(settings.auth)
+    _add_routes(app, service, Handler(service, rates))
+    _add_responses(app, Responses(service, rates))
+    _add_embeddings(app, Embeddings(service, rates))
     describe(app, service, keys)
     open_paths = {*_HEALTH, "/openapi.json"}
     if settings.page:
@@ -77,11 +84,9 @@ def make_app(service: Service, keys: ApiKeys) -> ASGIApp:
         _add_metrics(app, service)
         open_paths.add("/metrics")
 
-    def answered(route: str, status: int) -> None:
-        if service.metrics is not None:
-            service.metrics.answered(route, status)
-
-    front: ASGIApp = Front(app, keys=keys, limits=settings.limits, open_paths=frozenset(open_paths), answered=answered)
+    front: ASGIApp = Front(
+        app, keys=keys, limits=settings.limits, open_paths=frozenset(open_paths), answered=service.answered
+    )
     if settings.cors_origins:
         front = CORSMiddleware(
             front, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"], expose_headers=["*"]
@@ -130,8 +135,13 @@ def _add_routes(app: FastAPI, service: Service, handler: Handler) -> None:
         if body.messages is not None:
             tokens = await loaded.in_text_thread(loaded.chat.encode, [message.plain() for message in body.messages])
         else:
-            tokens = await loaded.in_text_thread(_encode, loaded, body.prompt or "")
+            tokens = await loaded.in_text_thread(_encode, loaded, body.text, bool(body.add_special_tokens))
         return schemas.TokenizeAnswer(tokens=tokens, count=len(tokens))
+
+    @app.get("/tokenizer_info", responses=_also(401, 503), tags=["tokens"])
+    async def info() -> schemas.TokenizerInfo:
+        loaded, limits = service.ready(), service.settings.limits
+        return schemas.TokenizerInfo(**tokenizer_info(loaded.tokenizer, loaded.chat.template, limits.prompt_tokens))
 
     @app.post("/detokenize", responses=_also(401, 404, 503), tags=["tokens"])
     async def detokenize(body: schemas.DetokenizeRequest) -> schemas.DetokenizeAnswer:
@@ -161,6 +171,53 @@ def _add_routes(app: FastAPI, service: Service, handler: Handler) -> None:
         except KeyError:
             raise no_state(state_id) from None
         return schemas.Deleted(id=state_id)
+
+
+def _add_responses(app: FastAPI, responses: Responses) -> None:
+    streams: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+
+    @app.post(
+        "/v1/responses",
+        response_model=response_schemas.ResponseAnswer,
+        responses={**_also(401, 404, 429, 503), **streams},
+        tags=["responses"],
+    )
+    async def create(body: response_schemas.ResponseRequest, request: Request) -> Response:
+        return await responses.create(body, request)
+
+    @app.get("/v1/responses/{response_id}", responses=_also(401, 404, 503), tags=["responses"])
+    async def response(
+        response_id: str, request: Request, stream: Literal["false"] = "false"
+    ) -> response_schemas.ResponseAnswer:
+        return response_schemas.ResponseAnswer(**responses.get(response_id, request.state.caller))
+
+    @app.delete("/v1/responses/{response_id}", responses=_also(401, 404, 503), tags=["responses"])
+    async def delete_response(response_id: str, request: Request) -> response_schemas.ResponseDeleted:
+        await responses.delete(response_id, request.state.caller)
+        return response_schemas.ResponseDeleted(id=response_id)
+
+    @app.get("/v1/responses/{response_id}/input_items", responses=_also(401, 404, 503), tags=["responses"])
+    async def input_items(
+        response_id: str,
+        request: Request,
+        after: str | None = None,
+        limit: Annotated[int, Query(ge=1, le=100)] = 20,
+        order: Literal["asc", "desc"] = "desc",
+    ) -> response_schemas.InputItems:
+        return responses.input_items(
+            response_id, request.state.caller, after=after, limit=limit, is_ascending=order == "asc"
+        )
+
+
+def _add_embeddings(app: FastAPI, embeddings: Embeddings) -> None:
+    @app.post(
+        "/v1/embeddings",
+        response_model=EmbeddingAnswer,
+        responses=_also(401, 404, 429, 503),
+        tags=["embeddings"],
+    )
+    async def embed(body: EmbeddingRequest, request: Request) -> Response:
+        return await embeddings.create(body, request)
 
 
 def _add_health(app: FastAPI, service: Service) -> None:
@@ -220,7 +277,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        return _invalid(error.errors()).response()
+        return _invalid(error.errors(), error.body).response()
 
     @app.exception_handler(HTTPException)
     async def of_starlette(request: Request, error: HTTPException) -> Response:
@@ -229,9 +286,7 @@ def _add_errors(app: FastAPI) -> None:
             405: f"{request.method} is not allowed at {request.url.path}",
             400: "the request's body is not JSON",
         }.get(error.status_code, str(error.detail))
-        response = ApiError(
-            error.status_code, message, code="not_found" if error.status_code == 404 else None
-        ).response()
+        response = ApiError(error.status_code, message).response()
         response.headers.update(error.headers or {})
         if error.status_code == 405:
             response.headers["Allow"] = ", ".join(sorted(_methods(app, request)))
@@ -248,34 +303,36 @@ def _add_errors(app: FastAPI) -> None:
 
 
 def _methods(app: FastAPI, request: Request) -> set[str]:
-    """Those of all routes at a path: each method has a route of its own."""
+    """Those of all routes at a path: each method has a route of its own, but for HEAD, which is answered as GET."""
     matching = [route for route in app.routes if route.matches(request.scope)[0] is not Match.NONE]
-    return {method for route in matching for method in getattr(route, "methods", None) or ()}
+    found = {method for route in matching for method in getattr(route, "methods", None) or ()}
+    return found | {"HEAD"} if "GET" in found else found
 
 
-_TYPE_NAMES = {"str", "int", "float", "bool"}
-
-
-def _invalid(faults: Sequence[Any]) -> ApiError:
+def _invalid(faults: Sequence[Any], given: Any) -> ApiError:
     """The fault that says most: what is no field of ours; then what is out of range; then what is deepest."""
     found: list[tuple[str, str]] = []
     # Of a union each member complains: that it has another type says least.
     for fault in sorted(faults, key=lambda fault: (fault["type"].endswith("_type"), -len(fault["loc"]))):
-        place = [str(part) for part in fault["loc"] if part != "body"]
-        # The parts of a union's members name types, not fields.
-        param = ".".join(part for part in place if re.fullmatch(r"[a-z_]+|\d+", part) and part not in _TYPE_NAMES)
+        source, *place = fault["loc"]
+        if source == "body":
+            param = named(place, given, is_missing=fault["type"] == "missing")
+        else:  # of the path or the query
+            param = ".".join(map(str, place))
         if fault["type"] == "json_invalid":
             return bad_request(f"the request's body is not JSON: {fault['ctx']['error']}", None, "invalid_json")
         if fault["type"] == "extra_forbidden":
             message = f"{param} is not supported: leave it out"
-        elif fault["type"] == "value_error":
+        elif fault["type"] == "value_error":  # of an object, and begins with the name of its field
             message = str(fault["ctx"]["error"])
-            param = message.partition(":")[0]
+            inner = message.partition(":")[0]
+            message = f"{param}.{message}" if param and inner else message
+            param = ".".join(filter(None, (param, inner)))
         elif not place:
             message = "the request's body must be a JSON object, with Content-Type: application/json"
         else:
             message = f"{param}: {fault['msg']}"
-        found.append((param or "", message))
+        found.append((param, message))
     extra = [each for each in found if "is not supported" in each[1]]
     param, message = (extra or found)[0]
     return bad_request(message, param or None, "unsupported_field" if extra else "invalid_value")
@@ -307,8 +364,8 @@ def _state_facts(saved: SavedState) -> schemas.StateFacts:
     )
 
 
-def _encode(loaded: Loaded, text: str) -> list[int]:
-    ids: Any = loaded.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+def _encode(loaded: Loaded, text: str, add_special_tokens: bool) -> list[int]:
+    ids: Any = loaded.tokenizer(text, add_special_tokens=add_special_tokens, split_special_tokens=True)["input_ids"]
     return list(ids)
 
 

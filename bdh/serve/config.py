@@ -1,10 +1,20 @@
 """The settings of a server. Apart from it, so that `bdh serve --help` needs neither PyTorch nor FastAPI."""
 
+import importlib.util
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from bdh.generate.config import EngineConfig
 from bdh.path_text import PathText
+from bdh.serve.address import listen
+from bdh.serve.callers import read_callers
+from bdh.text_files import read_text
 from bdh.validation import Faults, Settings
+
+PLAIN = "plain"
+_PACKAGES = ("fastapi", "pydantic", "uvicorn", "httptools", "prometheus_client")  # of the extra `serve`
+_ENDPOINTS = [f"OTEL_EXPORTER_OTLP_{name}ENDPOINT" for name in ("", "TRACES_", "METRICS_")]
 
 
 @dataclass
@@ -23,6 +33,8 @@ class LimitSettings(Settings):
     """Prompts of one request."""
     texts: int = 16
     """Texts of each prompt: n, and best_of."""
+    embeddings: int = 2048
+    """Texts of one request for embeddings."""
     body_bytes: int = 4 << 20
     """Size of a request; a larger one is refused before it is read."""
     body_timeout: float = 30.0
@@ -31,6 +43,22 @@ class LimitSettings(Settings):
     """Seconds that a prompt may wait for a state."""
     request_timeout: float = 600.0
     """Seconds from a request's arrival to its last token."""
+    connections: int = 512
+    """Connections that are open at once. A new one takes the place of the one whose client has sent no whole request
+    for longest; it is refused with 503 where all are at work."""
+    head_bytes: int = 64 << 10
+    """Size of a request's first line and headers; larger ones are refused with 414 or 431."""
+    head_fields: int = 100
+    """Headers of a request; more are refused with 431."""
+    head_timeout: float = 10.0
+    """Seconds in which the headers must have come."""
+    keep_alive_timeout: float = 30.0
+    """Seconds that a connection stays open between two requests."""
+    send_timeout: float = 60.0
+    """Seconds in which a client must have taken some of its answer."""
+    stall_timeout: float | None = 60.0
+    """Seconds without any progress of the engine, within a step or between two, after which it is taken to hang and the
+    server ends with status 1; null for never."""
 
     def collect_faults(self, faults: Faults) -> None:
         for name in (
@@ -41,6 +69,9 @@ class LimitSettings(Settings):
             "chat_tokens",
             "prompts",
             "texts",
+            "connections",
+            "head_fields",
+            "embeddings",
         ):
             faults.require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         faults.require(
@@ -55,9 +86,19 @@ class LimitSettings(Settings):
             self.prompts,
             f"at most queue_requests, {self.queue_requests}",
         )
-        faults.require(self.body_bytes >= 1024, "body_bytes", self.body_bytes, "at least 1024")
-        for name in ("body_timeout", "queue_timeout", "request_timeout"):
+        for name in ("body_bytes", "head_bytes"):
+            faults.require(getattr(self, name) >= 1024, name, getattr(self, name), "at least 1024")
+        for name in (
+            "body_timeout",
+            "queue_timeout",
+            "request_timeout",
+            "head_timeout",
+            "keep_alive_timeout",
+            "send_timeout",
+        ):
             faults.require(getattr(self, name) > 0, name, getattr(self, name), "above 0 seconds")
+        is_right = self.stall_timeout is None or self.stall_timeout > 0
+        faults.require(is_right, "stall_timeout", self.stall_timeout, "above 0 seconds, or null")
 
 
 @dataclass
@@ -76,6 +117,9 @@ class AuthSettings(Settings):
             value = getattr(self, name)
             faults.require(value is None or value >= 1, name, value, "at least 1, or null")
 
+    def check_available(self) -> None:
+        read_callers(self.keys_file, self.keys_variable)
+
 
 @dataclass
 class StateSettings(Settings):
@@ -87,9 +131,11 @@ class StateSettings(Settings):
     """Room in that folder; the least recently used go."""
     ttl: float = 24 * 3600.0
     """Seconds after which a state that nobody has used is forgotten."""
+    response_bytes: int = 64 << 20
+    """Memory for the texts of stored responses, the least recently used of which go; 0 stores none."""
 
     def collect_faults(self, faults: Faults) -> None:
-        for name in ("max_bytes", "folder_bytes"):
+        for name in ("max_bytes", "folder_bytes", "response_bytes"):
             faults.require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         faults.require(self.ttl > 0, "ttl", self.ttl, "above 0 seconds")
 
@@ -147,3 +193,33 @@ class ServeSettings(Settings):
             self.resume_on_restart,
             "given with states.folder",
         )
+
+    def check_available(self) -> None:
+        super().check_available()
+        if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
+            raise ImportError(f"bdh serve needs more packages ({', '.join(missing)}): pip install 'bdh[serve]'")
+        check_telemetry(self.telemetry)
+        if self.chat_template not in (None, PLAIN):
+            read_template(Path(str(self.chat_template)))
+        listen(self.host, self.port).close()
+
+
+def check_telemetry(is_wanted: bool) -> None:
+    """
+    Raises:
+        ValueError: the environment does not say where it goes.
+    """
+    if is_wanted and not any(os.environ.get(name) for name in _ENDPOINTS):
+        raise ValueError(f"telemetry is asked for, but not where it goes: set {_ENDPOINTS[0]}")
+
+
+def read_template(path: Path) -> str:
+    """The text of the file ``chat_template``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no UTF-8.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"chat_template is {str(path)!r}: there is no such file; {PLAIN!r} is the plain form")
+    return read_text(path)

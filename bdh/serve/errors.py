@@ -5,6 +5,15 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
+_CODES = {
+    400: "invalid_value",
+    401: "invalid_api_key",
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "request_timeout",
+    413: "request_too_large",
+    500: "internal_error",
+}
 _TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "service_unavailable_error"}
 
 
@@ -14,7 +23,7 @@ class ApiError(Exception):
     Args:
         status: of HTTP.
         param: the field that was wrong.
-        code: a word for programs.
+        code: a word for programs; None for the one of most errors with this status.
         retry_after: seconds after which it may work.
         facts: further fields of the error.
     """
@@ -30,7 +39,8 @@ class ApiError(Exception):
         facts: dict[str, Any] | None = None,
     ):
         super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
+        self.status, self.message, self.param = status, message, param
+        self.code = code or _CODES.get(status, "error")
         self.retry_after, self.facts = retry_after, facts or {}
 
     @property

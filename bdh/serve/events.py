@@ -13,13 +13,13 @@ from bdh.serve.middleware import ClientGone
 PING = b": ping\n\n"
 DONE = b"data: [DONE]\n\n"
 SILENCE_SECONDS = 10.0
-_READ_SECONDS = 60.0  # in which a client must have taken something
 
 Result = TypeVar("Result")
 
 
-def event(data: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+def event(data: dict[str, Any], name: str | None = None) -> bytes:
+    head = b"" if name is None else f"event: {name}\n".encode()
+    return head + b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
 class EventStream(Response):
@@ -40,11 +40,7 @@ class EventStream(Response):
         async def write() -> None:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             async for piece in self._events:
-                try:
-                    async with asyncio.timeout(_READ_SECONDS):
-                        await send({"type": "http.response.body", "body": piece, "more_body": True})
-                except TimeoutError:
-                    raise ClientGone from None
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
         try:

@@ -10,15 +10,16 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from bdh.generate.matcher import GRAMMAR_FAULT
 from bdh.generate.params import SamplingParams
 from bdh.generate.snapshot import Snapshot
 from bdh.model.text import TextDecoder, encode_prompt
 from bdh.serve.answers import ChatWriter, CompletionWriter, Json, Writer
 from bdh.serve.errors import ApiError, bad_request, internal_error
-from bdh.serve.events import DONE, PING, SILENCE_SECONDS, EventStream, event, unless_gone
+from bdh.serve.events import PING, SILENCE_SECONDS, EventStream, unless_gone
 from bdh.serve.keys import Caller, RateLimits
 from bdh.serve.logs import log
-from bdh.serve.schemas import ChatRequest, CompletionRequest, Extras
+from bdh.serve.schemas import ChatRequest, CompletionRequest, Extras, Sampling
 from bdh.serve.service import CutOff, Event, Generation, Job, Loaded, Service
 from bdh.storage import DiskFullError
 
@@ -32,27 +33,29 @@ class Asked:
     jobs: list[Job]
     writer: Writer
     is_stream: bool
-    says_usage: bool
     extras: Extras
     model: str
 
 
 class Handler:
+    format_field = "response_format"
+    """What requests call the form that their texts must have."""
+
     def __init__(self, service: Service, rates: RateLimits):
         self._service, self._rates = service, rates
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
         model = self._begin(body, request)
-        return await self._answer(await self._completion(body, model, _caller(request)), request)
+        return await self._answer(await self._completion(body, model, caller_of(request)), request)
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         model = self._begin(body, request)
-        return await self._answer(await self._chat(body, model, _caller(request)), request)
+        return await self._answer(await self._chat(body, model, caller_of(request)), request)
 
-    def _begin(self, body: CompletionRequest | ChatRequest, request: Request) -> str:
+    def _begin(self, body: Sampling, request: Request) -> str:
         """Counts the request; the name of its model."""
         model = self._service.check_model(body.model)
-        self._rates.begin(_caller(request))
+        self._rates.begin(caller_of(request))
         request.state.facts.update(user=body.user, stream=body.is_stream)
         return model
 
@@ -68,29 +71,36 @@ class Handler:
         )
         if params.n > (body.n or 1) and params.logprobs is None:
             params.logprobs = 0  # to choose by
+        self._service.check_texts(params.n, "n" if params.n == body.n else "best_of")
         snapshot = await self._snapshot(extras, caller)
         if snapshot is not None and (len(body.prompts) > 1 or body.echo):
             name = "prompt" if len(body.prompts) > 1 else "echo"
             raise bad_request(f"{name}: with bdh.from_state only one prompt, and no echo", name)
+        await self._compile(params)
         params.validated()  # what pydantic does not know
         jobs = []
-        for prompt in body.prompts:
-            tokens = await loaded.in_text_thread(_tokens, loaded, prompt, snapshot is not None)
-            jobs.append(
-                Job(tokens, replace(params), snapshot, bool(extras.save_state), extras.activations, {"kind": "text"})
-            )
-        writer = CompletionWriter(jobs, loaded.names, model, body.logprobs, body.n or 1)
-        return self._asked(body, jobs, writer, model)
+        for number, prompt in enumerate(body.prompts):
+            param = "prompt" if prompt is body.prompt else f"prompt.{number}"
+            tokens = await loaded.in_text_thread(tokens_of, loaded, prompt, param, snapshot is not None)
+            keep, watch = bool(extras.save_state), extras.activations
+            jobs.append(Job(tokens, replace(params), snapshot, keep, watch, {"kind": "text"}, param))
+        options = body.stream_options
+        writer = CompletionWriter(jobs, loaded.names, model, body.logprobs, body.n or 1, options=options)
+        return self._asked(body.is_stream, jobs, writer, model, extras)
 
     async def _chat(self, body: ChatRequest, model: str, caller: Caller) -> Asked:
         loaded, extras = self._service.ready(), body.extras
         messages = [message.plain() for message in body.messages]
         max_tokens = self._max_tokens(
-            body.max_completion_tokens or body.max_tokens, self._service.settings.limits.chat_tokens
+            body.max_completion_tokens or body.max_tokens,
+            self._service.settings.limits.chat_tokens,
+            "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens",
         )
         params = body.params(max_tokens=max_tokens, stops=loaded.chat.stops, stop_token_ids=loaded.chat.end_ids)
         if body.logprobs:
             params.logprobs = body.top_logprobs or 0
+        self._service.check_texts(params.n, "n")
+        await self._compile(params)
         snapshot = await self._snapshot(extras, caller)
         if snapshot is None:
             before: list[dict[str, str]] = []
@@ -104,21 +114,34 @@ class Handler:
             stopped_by = snapshot.notes.get("stopped_by")
             tokens = await loaded.in_text_thread(loaded.chat.further, before, messages, stopped_by)
         notes = {"kind": "chat", "messages": [*before, *messages]}
-        jobs = [Job(tokens, params, snapshot, bool(extras.save_state), extras.activations, notes)]
+        jobs = [Job(tokens, params, snapshot, bool(extras.save_state), extras.activations, notes, "messages")]
         num_top = params.logprobs if body.logprobs else None
-        return self._asked(body, jobs, ChatWriter(jobs, loaded.names, model, num_top, params.n), model)
+        writer = ChatWriter(jobs, loaded.names, model, num_top, params.n, loaded.chat.reply, body.stream_options)
+        return self._asked(body.is_stream, jobs, writer, model, extras)
 
-    def _asked(self, body: CompletionRequest | ChatRequest, jobs: list[Job], writer: Writer, model: str) -> Asked:
-        says_usage = bool(body.stream_options and body.stream_options.include_usage)
+    async def _compile(self, params: SamplingParams) -> None:
+        """Makes the text's grammar ready, which takes a second at worst, where it holds up nobody.
+
+        Raises:
+            ApiError: 400, it cannot be held.
+        """
+        if params.grammar is None:
+            return
+        try:
+            await asyncio.to_thread(self._service.ready().front.engine.grammars.compile, params.grammar)
+        except (ValueError, ImportError) as error:
+            raise bad_request(f"{self.format_field}: {error}", self.format_field) from error
+
+    def _asked(self, is_stream: bool, jobs: list[Job], writer: Writer, model: str, extras: Extras) -> Asked:
         if self._service.settings.log_prompts:
             names = self._service.ready().names
             log("prompts", prompts=[names.text(job.tokens) for job in jobs])
-        return Asked(jobs, writer, body.is_stream, says_usage, body.extras, model)
+        return Asked(jobs, writer, is_stream, extras, model)
 
-    def _max_tokens(self, given: int | None, default: int) -> int:
+    def _max_tokens(self, given: int | None, default: int, param: str = "max_tokens") -> int:
         most = self._service.settings.limits.max_tokens
         if given is not None and given > most:
-            raise bad_request(f"max_tokens is {given:,}: must be at most {most:,}", "max_tokens")
+            raise bad_request(f"{param} is {given:,}: must be at most {most:,}", param)
         return min(default, most) if given is None else given
 
     async def _snapshot(self, extras: Extras, caller: Caller) -> Snapshot | None:
@@ -133,7 +156,7 @@ class Handler:
             raise bad_request(str(error), "bdh.from_state") from error
 
     async def _answer(self, asked: Asked, request: Request) -> Response:
-        caller = _caller(request)
+        caller = caller_of(request)
         generation = await self._service.begin(asked.jobs, caller=caller, arrived=request.state.arrived)
         if asked.is_stream:
             end = partial(self._close, asked, generation, request)
@@ -158,43 +181,42 @@ class Handler:
     async def _events(self, asked: Asked, generation: Generation, request: Request) -> AsyncIterator[bytes]:
         writer = asked.writer
         try:
-            for choice in writer.first_choices():
-                yield event(writer.chunk([choice], says_usage=asked.says_usage))
+            for piece in writer.opening():
+                yield piece
             while not generation.is_done:
                 item = await generation.next(SILENCE_SECONDS)
-                if item is None:
-                    yield PING
-                elif said := await self._take(asked, generation, item):
-                    yield event(writer.chunk([said], says_usage=asked.says_usage))
+                for piece in [PING] if item is None else await self._take(asked, generation, item):
+                    yield piece
             if generation.is_cut_off:
                 raise self._cut_off(asked)
-            if asked.says_usage:
-                yield event(writer.chunk([], usage=writer.usage(), says_usage=True))
-            yield DONE
+            for piece in writer.closing():
+                yield piece
         except CutOff:
-            yield event(self._cut_off(asked).body())
+            yield writer.failure(self._cut_off(asked))
         except ApiError as error:
             request.state.facts["error"] = error.code
-            yield event(error.body())
+            yield writer.failure(error)
         except Exception as error:
             log("exception", level=logging.ERROR, error=error, request_id=request.state.request_id)
-            yield event(internal_error().body())
+            yield writer.failure(internal_error())
 
-    async def _take(self, asked: Asked, generation: Generation, item: Event) -> Json | None:
-        """Notes what has come; the choice of a chunk, where there is something to say."""
+    async def _take(self, asked: Asked, generation: Generation, item: Event) -> list[bytes]:
+        """Notes what has come, and keeps its state; the events that tell it."""
         completion = item.output.completion
         if completion is not None and completion.finish_reason == "error":
+            if completion.error is not None and completion.error.startswith(GRAMMAR_FAULT):
+                raise bad_request(f"{self.format_field}: {completion.error}", self.format_field)
             log("a text failed", level=logging.ERROR, reason=completion.error)
             raise internal_error()
         if completion is not None and completion.finish_reason == "abort":
             await self._keep_unfinished(asked, generation, item)
             asked.writer.take(item)
-            return None
-        if completion is not None and completion.snapshot_error is not None:
-            raise _no_room(completion.snapshot_error)
-        if completion is not None and completion.snapshot is not None and asked.jobs[item.job].keep_snapshot:
+            return []
+        if completion is not None and asked.extras.save_state:
+            if completion.snapshot is None:
+                raise _no_room(completion.snapshot_error)
             asked.writer.text(item).extras["state_id"] = await self._saved(asked, generation, item)
-        return asked.writer.take(item)
+        return asked.writer.pieces(item)
 
     async def _saved(self, asked: Asked, generation: Generation, item: Event) -> str:
         completion, job = item.output.completion, asked.jobs[item.job]
@@ -222,6 +244,8 @@ class Handler:
         params = replace(job.params, n=1, max_tokens=job.params.max_tokens - len(completion.token_ids))
         params.seed = None  # the snapshot's generator goes on
         params.echo, params.logprobs, params.prompt_logprobs = False, None, None
+        if params.grammar is not None:
+            params.grammar = {**params.grammar, "written": len(completion.token_ids)}
         loaded = self._service.loaded
         assert loaded is not None
         decoder = completion.snapshot.decoder
@@ -275,6 +299,7 @@ async def finish_unfinished(loaded: Loaded) -> None:
             text = (saved.text or "") + completion.text
             notes = dict(snapshot.notes)
             if notes["kind"] == "chat":
+                text = loaded.chat.reply(text)
                 notes["messages"] = [*notes["messages"], {"role": "assistant", "content": text}]
             await asyncio.to_thread(
                 loaded.states.put,
@@ -297,12 +322,17 @@ def no_state(state_id: str, param: str | None = None) -> ApiError:
     return ApiError(404, f"there is no state {state_id!r} of yours here", param=param, code="state_not_found")
 
 
-def _caller(request: Request) -> Caller:
+def caller_of(request: Request) -> Caller:
     return request.state.caller
 
 
-def _tokens(loaded: Loaded, prompt: str | Sequence[int], goes_on: bool) -> list[int]:
-    """
+def tokens_of(loaded: Loaded, prompt: str | Sequence[int], param: str, goes_on: bool = False) -> list[int]:
+    """Of a text, or of ids that are checked.
+
+    Args:
+        param: what the request calls it.
+        goes_on: it follows in a state, where it may be empty, and begins with nothing of its own.
+
     Raises:
         ApiError: 400, there is nothing to start from, or ids outside of the vocabulary.
     """
@@ -315,10 +345,10 @@ def _tokens(loaded: Loaded, prompt: str | Sequence[int], goes_on: bool) -> list[
         try:
             tokens = encode_prompt(loaded.tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
         except ValueError as error:
-            raise bad_request(str(error), "prompt") from error
+            raise bad_request(str(error), param) from error
         if not tokens:
-            raise bad_request("the prompt has no tokens: give at least one to start from", "prompt")
+            raise bad_request("the prompt has no tokens: give at least one to start from", param)
     vocab_size = loaded.model.config.vocab_size
     if wrong := [token for token in tokens if token >= vocab_size][:3]:
-        raise bad_request(f"the prompt has the token ids {wrong}: must be within 0 and {vocab_size - 1}", "prompt")
+        raise bad_request(f"the prompt has the token ids {wrong}: must be within 0 and {vocab_size - 1}", param)
     return tokens

@@ -2,28 +2,14 @@
 
 import hashlib
 import hmac
-import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 
+from bdh.serve.callers import Caller, read_callers
 from bdh.serve.config import AuthSettings
 from bdh.serve.errors import ApiError
-from bdh.text_files import read_text
 
-_SMALLEST_KEY = 8
 _MOST_CALLERS = 10_000  # addresses whose counts are kept
-
-
-@dataclass(frozen=True)
-class Caller:
-    """Whoever a request comes from."""
-
-    id: str
-    """Of the key, not the key itself; or of the address. States belong to it."""
-    name: str
-    """For the log."""
 
 
 class ApiKeys:
@@ -45,28 +31,7 @@ class ApiKeys:
             FileNotFoundError: there is no such file.
             ValueError: a key is too short, given twice, or the file has none. The keys are what they were before.
         """
-        found: dict[bytes, Caller] = {}
-        given = os.environ.get(self._settings.keys_variable, "")
-        lines = [(f"the variable {self._settings.keys_variable}", key.strip()) for key in given.split(",")]
-        if self._settings.keys_file is not None:
-            path = Path(self._settings.keys_file)
-            if not path.is_file():
-                raise FileNotFoundError(f"auth.keys_file is {str(path)!r}: there is no such file")
-            of_file = [line.split("#")[0].strip() for line in read_text(path).splitlines()]
-            if not any(of_file):
-                raise ValueError(f"{path} has no key: it needs one in a line, or everybody could ask")
-            lines += [(f"line {number} of {path}", line) for number, line in enumerate(of_file, 1)]
-        for place, line in lines:
-            if not line:
-                continue
-            name, _, key = line.rpartition(" ")
-            if len(key) < _SMALLEST_KEY:
-                raise ValueError(f"the key in {place} has {len(key)} characters: must be at least {_SMALLEST_KEY}")
-            digest = hashlib.sha256(key.encode()).digest()
-            if digest in found:
-                raise ValueError(f"the key in {place} is given twice: must be there once")
-            found[digest] = Caller(digest.hex()[:32], name.strip() or f"key-{digest.hex()[:8]}")
-        self._callers = found
+        self._callers = read_callers(self._settings.keys_file, self._settings.keys_variable)
 
     @property
     def are_needed(self) -> bool:

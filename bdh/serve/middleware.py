@@ -55,12 +55,16 @@ class Front:
             await self._app(scope, receive, send)
             return
         start = time.monotonic()
+        scope["path"] = scope["path"].rstrip("/") or "/"  # a slash at the end makes no other route
         connection = HTTPConnection(scope)
         given = connection.headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         facts: dict[str, Any] = {}
         scope.setdefault("state", {}).update(request_id=request_id, arrived=start, facts=facts)
-        status = 0
+        method = scope["method"]
+        if method == "HEAD":
+            scope = {**scope, "method": "GET"}  # the server leaves the body out, by its own scope
+        status, is_read = 0, False
 
         async def sending(message: Message) -> None:
             nonlocal status
@@ -68,6 +72,8 @@ class Front:
                 status = message["status"]
                 names = {name.lower() for name, _ in message.get("headers", [])}
                 extra = [pair for pair in _SECURITY if pair[0] not in names]
+                if not is_read and "expect" in connection.headers:
+                    extra.append((b"connection", b"close"))  # the client keeps its body, or not: nobody knows
                 message["headers"] = [
                     *message.get("headers", []),
                     *extra,
@@ -77,11 +83,13 @@ class Front:
 
         caller: Caller | None = None
         try:
+            self._check_head(scope)
             address = connection.client.host if connection.client else "local"
             if scope["path"] not in self._open_paths:
                 caller = self._keys.caller(connection.headers.get("authorization"), address)
                 scope["state"]["caller"] = caller
             body = await self._body(connection, receive)
+            is_read = True
             await self._app(scope, _with_body(body, receive), sending)
         except ApiError as error:
             if not status:
@@ -99,12 +107,23 @@ class Front:
                 "request",
                 request_id=request_id,
                 caller=caller.name if caller else None,
-                method=scope["method"],
+                method=method,
                 path=scope["path"],
                 status=status,
                 seconds=round(time.monotonic() - start, 4),
                 **facts,
             )
+
+    def _check_head(self, scope: Scope) -> None:
+        """
+        Raises:
+            ApiError: 400 or 431, the protocol is another one, or there are more headers than allowed.
+        """
+        version, most = scope["http_version"], self._limits.head_fields
+        if not version.startswith("1."):
+            raise ApiError(400, f"HTTP/{version} is not spoken here: must be HTTP/1.1", code="invalid_http")
+        if len(scope["headers"]) > most:
+            raise ApiError(431, f"the request has more than {most} headers", code="headers_too_large")
 
     async def _body(self, connection: HTTPConnection, receive: Receive) -> bytes:
         """All of the request's body.

@@ -9,21 +9,21 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from bdh.serve.config import PLAIN, read_template
 from bdh.serve.errors import bad_request
-from bdh.text_files import read_text
 from bdh.tokenizer.chat import ChatEncoder
 
-PLAIN = "plain"
 PLAIN_TEMPLATE = """\
 {% for message in messages %}
 {% if message['role'] == 'system' %}{{ message['content'] + '\n\n' }}
 {%- elif message['role'] == 'user' %}{{ 'User: ' + message['content'] + '\n' }}
-{%- else %}{{ 'Assistant: ' + (message['content'] | trim) + '\n' }}
+{%- else %}{{ 'Assistant: ' + message['content'].lstrip() + '\n' }}
 {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}
 """
 _AS_TEXT: dict[str, Any] = {"add_special_tokens": False, "split_special_tokens": True}
+_SPACES = " \u0120\u2581"  # as vocabularies spell a space
 PLAIN_STOPS = ["\nUser:", "\nAssistant:"]
 
 Message = dict[str, str]
@@ -43,16 +43,19 @@ class ChatPrompts:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, template: str | None, stops: Sequence[str]):
         self.stops = list(stops)
+        self.template: str | None = None
+        """Jinja; None where there is none."""
         self._encoder: ChatEncoder | None = None
         self._tokenizer, self._is_plain = tokenizer, template == PLAIN
         if template is not None and tokenizer.chat_template:
             raise ValueError(f"chat_template is {template!r}: must be left out, the tokenizer has one of its own")
         if template is not None:
             tokenizer = copy.deepcopy(tokenizer)
-            tokenizer.chat_template = PLAIN_TEMPLATE if template == PLAIN else _read(Path(template))
+            tokenizer.chat_template = _plain_template(tokenizer) if template == PLAIN else read_template(Path(template))
             self.stops += PLAIN_STOPS if template == PLAIN else []
         if tokenizer.chat_template:
             self._encoder = ChatEncoder(tokenizer, tells_answers=False)
+            self.template = str(tokenizer.chat_template)
 
     @property
     def is_possible(self) -> bool:
@@ -62,6 +65,15 @@ class ChatPrompts:
     def end_ids(self) -> list[int]:
         """Tokens that end a reply, beside the model's own."""
         return [self._encoder.turn_end_id] if self._encoder is not None and self._encoder.tells_answers else []
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether :meth:`further` knows where an answer ends."""
+        return self._is_plain or (self._encoder is not None and self._encoder.tells_answers)
+
+    def reply(self, text: str) -> str:
+        """What the model has written as a message: in the plain form, without the space behind the role."""
+        return text.lstrip() if self._is_plain else text
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """A conversation's tokens, up to where the model is to write.
@@ -110,15 +122,17 @@ class ChatPrompts:
             raise bad_request(str(error), "messages") from error
         return ids.tolist(), is_answer
 
-    @staticmethod
-    def _rendered(messages: Sequence[Message]) -> str:
+    def _rendered(self, messages: Sequence[Message]) -> str:
         rendered: Any = render_jinja_template(
-            conversations=[list(messages)], chat_template=PLAIN_TEMPLATE, add_generation_prompt=True
+            conversations=[list(messages)], chat_template=self.template, add_generation_prompt=True
         )
         return str(rendered[0][0])
 
 
-def _read(path: Path) -> str:
-    if not path.is_file():
-        raise FileNotFoundError(f"chat_template is {str(path)!r}: there is no such file; {PLAIN!r} is the plain form")
-    return read_text(path)
+def _plain_template(tokenizer: PreTrainedTokenizerFast) -> str:
+    """The plain form, which ends with ``Assistant: ``, so that the model begins with a word. Where words have their space
+    in the same token, it ends with ``Assistant:``, and the model writes the space.
+    """
+    if any(len(token) > 1 and token[0] in _SPACES for token in tokenizer.get_vocab()):
+        return PLAIN_TEMPLATE
+    return PLAIN_TEMPLATE.replace("'Assistant:'", "'Assistant: '")

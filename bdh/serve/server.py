@@ -5,7 +5,7 @@ import contextlib
 import copy
 import hashlib
 import logging
-import os
+import resource
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -18,8 +18,10 @@ from bdh.generate.async_engine import AsyncEngine
 from bdh.generate.engine import Engine
 from bdh.generate.params import SamplingParams
 from bdh.model.modeling import BDHForCausalLM
+from bdh.serve.address import listen
 from bdh.serve.app import make_app
-from bdh.serve.config import ServeSettings
+from bdh.serve.config import ServeSettings, check_telemetry
+from bdh.serve.connections import Connections
 from bdh.serve.handling import finish_unfinished
 from bdh.serve.keys import ApiKeys
 from bdh.serve.logs import log, log_to_stderr
@@ -31,7 +33,7 @@ from bdh.tokenizer import TextEncoder
 
 LoadModel = Callable[[], tuple[BDHForCausalLM, PreTrainedTokenizerFast]]
 _WATCH_SECONDS = 0.5
-_ENDPOINTS = [f"OTEL_EXPORTER_OTLP_{name}ENDPOINT" for name in ("", "TRACES_", "METRICS_")]
+_OTHER_FILES = 128  # besides connections: the model's, the log, states, and connections about to end
 
 
 class _Uvicorn(uvicorn.Server):
@@ -73,35 +75,49 @@ def serve(settings: ServeSettings, load_model: LoadModel) -> int:
             that cannot be listened on.
     """
     settings.validated()
-    if settings.telemetry and not any(os.environ.get(name) for name in _ENDPOINTS):
-        raise ValueError(f"telemetry is asked for, but not where it goes: set {_ENDPOINTS[0]}")
+    check_telemetry(settings.telemetry)
     log_to_stderr(settings.log_format)
     keys = ApiKeys(settings.auth)
-    listening = _listen(settings.host, settings.port)
+    listening = listen(settings.host, settings.port)
     with listening:
         return asyncio.run(_run(settings, load_model, keys, listening))
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
-        return socket.create_server((host, port), family=family, backlog=1024)
-    except OSError as error:
-        raise OSError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
-
-
-async def _run(settings: ServeSettings, load_model: LoadModel, keys: ApiKeys, listening: socket.socket) -> int:
-    service = Service(settings)
-    config = uvicorn.Config(
+def uvicorn_config(service: Service, keys: ApiKeys) -> uvicorn.Config:
+    """How uvicorn serves the application."""
+    settings = service.settings
+    return uvicorn.Config(
         make_app(service, keys),
+        http=Connections(settings.limits, service.answered).new,  # type: ignore[arg-type]  # called as a class would be
+        ws="none",
         log_config=None,
         access_log=False,
         lifespan="on" if settings.telemetry else "off",  # what starts and ends the exporters
         server_header=False,
-        timeout_keep_alive=30,
-        h11_max_incomplete_event_size=64 << 10,
+        timeout_keep_alive=settings.limits.keep_alive_timeout,  # type: ignore[arg-type]  # a float does as well
+        h11_max_incomplete_event_size=settings.limits.head_bytes,
     )
-    server = _Uvicorn(config)
+
+
+def _allow_open_files(connections: int) -> None:
+    """Raises the process's own limit of open files to what so many connections need, as far as it may."""
+    needed = connections + _OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed < needed:
+        log(
+            f"limits.connections is {connections}, for which the process needs {needed} open files: it may have {hard}",
+            level=logging.WARNING,
+        )
+
+
+async def _run(settings: ServeSettings, load_model: LoadModel, keys: ApiKeys, listening: socket.socket) -> int:
+    service = Service(settings)
+    _allow_open_files(settings.limits.connections)
+    server = _Uvicorn(uvicorn_config(service, keys))
     host, port = listening.getsockname()[:2]
     log("listening", url=f"http://{host}:{port}", keys=keys.are_needed)
     if not keys.are_needed and host not in ("127.0.0.1", "::1"):

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from bdh.generate.async_engine import AsyncEngine, Submission
 from bdh.generate.params import SamplingParams
+from bdh.generate.residuals import Residuals
 from bdh.generate.sequence import StepOutput
 from bdh.generate.snapshot import Snapshot
 from bdh.model.modeling import BDHForCausalLM
@@ -24,8 +26,7 @@ from bdh.serve.states import StateStore
 from bdh.serve.tokens import TokenNames
 
 Result = TypeVar("Result")
-_RETRY_SECONDS = 5.0  # where nothing better is known
-_HUNG_SECONDS = 60.0  # a step takes a fraction of a second
+RETRY_SECONDS = 5.0  # where nothing better is known
 
 
 @dataclass
@@ -40,6 +41,10 @@ class Job:
     watch: int | None = None
     notes: dict[str, Any] = field(default_factory=dict)
     """For the snapshots of its texts."""
+    param: str = "prompt"
+    """What the request calls it."""
+    residuals: Residuals | None = None
+    """Takes those of its tokens."""
 
 
 @dataclass
@@ -102,16 +107,16 @@ class Service:
             "failed": "the engine has failed",
         }[self.status]
         code = {"loading": "loading", "draining": "draining", "failed": "engine_failed"}[self.status]
-        raise ApiError(503, message, code=code, retry_after=_RETRY_SECONDS)
+        raise ApiError(503, message, code=code, retry_after=RETRY_SECONDS)
 
     def watch_engine(self) -> None:
         """Takes note where the engine's thread has ended, or hangs."""
         if self.loaded is None or self.status == "failed":
             return
         failure = self.loaded.front.failure
-        seconds = self.loaded.front.seconds_since_beat
-        if failure is None and seconds > _HUNG_SECONDS:
-            failure = RuntimeError(f"a step of the engine has taken {seconds:.0f} seconds so far")
+        most, seconds = self.settings.limits.stall_timeout, self.loaded.front.seconds_without_progress
+        if failure is None and most is not None and seconds > most:
+            failure = RuntimeError(f"the engine has made no progress for {seconds:.0f} seconds")
         if failure is not None and self.status == "ready":
             self.status, self.failure = "failed", failure
 
@@ -122,7 +127,7 @@ class Service:
             ApiError: 404, there is no such model; or 503.
         """
         names = self.ready().model_names
-        if name is not None and name not in names:
+        if name and name not in names:
             raise ApiError(
                 404,
                 f"there is no model {name!r} here: must be one of {', '.join(names)}",
@@ -130,6 +135,15 @@ class Service:
                 code="model_not_found",
             )
         return name or names[0]
+
+    def check_texts(self, count: int, param: str) -> None:
+        """
+        Raises:
+            ApiError: 400, the request asks for more texts of a prompt than this server generates; or 503.
+        """
+        most = min(self.settings.limits.texts, self.ready().front.engine.max_sequences)
+        if count > most:
+            raise bad_request(f"{param} is {count}: must be at most {most}", param)
 
     @property
     def num_waiting(self) -> int:
@@ -143,14 +157,11 @@ class Service:
         loaded, limits = self.ready(), self.settings.limits
         if len(jobs) > limits.prompts:
             raise bad_request(f"the request has {len(jobs)} prompts: must be at most {limits.prompts}", "prompt")
-        most_texts = min(limits.texts, loaded.front.engine.max_sequences)
-        if jobs[0].params.n > most_texts:
-            raise bad_request(f"the request asks for {jobs[0].params.n} texts: must be at most {most_texts}", "n")
         for job in jobs:
             if len(job.tokens) > limits.prompt_tokens:
                 raise bad_request(
                     f"the prompt has {len(job.tokens):,} tokens: must be at most {limits.prompt_tokens:,}",
-                    "prompt",
+                    job.param,
                     "context_length_exceeded",
                 )
         num_waiting = self.num_waiting
@@ -170,7 +181,7 @@ class Service:
         return max(0, capacity - bytes_in_use // engine.stepper.state_bytes)
 
     def _full(self, why: str) -> ApiError:
-        return ApiError(429, f"the queue is full: {why}", code="queue_full", retry_after=_RETRY_SECONDS)
+        return ApiError(429, f"the queue is full: {why}", code="queue_full", retry_after=RETRY_SECONDS)
 
     async def begin(self, jobs: Sequence[Job], *, caller: Caller, arrived: float) -> "Generation":
         """Hands prompts to the engine. Who does not take all outputs is to close the result.
@@ -187,6 +198,11 @@ class Service:
             generation.close()
             raise
         return generation
+
+    def answered(self, route: str, status: int) -> None:
+        """Counts an answer."""
+        if self.metrics is not None:
+            self.metrics.answered(route, status)
 
     def end(self, generation: "Generation") -> None:
         self._running.discard(generation)
@@ -286,13 +302,15 @@ class Generation:
                     snapshot=job.snapshot,
                     keep_snapshot=job.keep_snapshot,
                     watch=job.watch,
+                    residuals=job.residuals,
                     deliver=self._take,
                 )
             except ValueError as error:
-                raise bad_request(str(error)) from error
+                setting = re.match(r"(\w+) is ", str(error))  # else it is the prompt
+                raise bad_request(str(error), setting[1] if setting else job.param) from error
             except RuntimeError as error:
                 self._service.watch_engine()
-                raise ApiError(503, "the engine has ended", code="engine_failed", retry_after=_RETRY_SECONDS) from error
+                raise ApiError(503, "the engine has ended", code="engine_failed", retry_after=RETRY_SECONDS) from error
             self._submissions.append(submission)
             self._places[submission] = place
             if submission.started:  # before it was in the list
@@ -342,7 +360,7 @@ class Generation:
                 raise item
             if isinstance(item, BaseException):
                 self._service.watch_engine()
-                raise ApiError(503, "the engine has failed", code="engine_failed", retry_after=_RETRY_SECONDS)
+                raise ApiError(503, "the engine has failed", code="engine_failed", retry_after=RETRY_SECONDS)
             submission, output = item
             return self._event(submission, output)
 
@@ -370,7 +388,7 @@ class Generation:
             503,
             f"the request {what} for {time.monotonic() - self._arrived:.0f} seconds, which is as long as it may",
             code=code,
-            retry_after=_RETRY_SECONDS,
+            retry_after=RETRY_SECONDS,
         )
 
     def cut_off(self, *, keep: bool) -> None:

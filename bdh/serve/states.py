@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import re
 import secrets
@@ -19,7 +20,7 @@ from bdh.serve.config import StateSettings
 from bdh.serve.logs import log
 from bdh.storage import write_text
 
-_ID = re.compile(r"state-[\w-]{24}")
+_ID = re.compile(r"state-[\w-]{24}|resp_[0-9a-f]{32}")
 
 
 @dataclass
@@ -41,6 +42,10 @@ class SavedState:
     """What such a request has generated."""
     tokenizer: str = ""
     """Hash of the tokenizer and its chat template; empty for states of versions that did not record it."""
+    response: dict[str, Any] | None = None
+    """Of a stored response: what it was, and the conversation that its state has read, in JSON's types."""
+    response_bytes: int = 0
+    """Of that."""
 
 
 class StateStore:
@@ -73,8 +78,14 @@ class StateStore:
             self._find()
 
     @property
+    def _room(self) -> int:
+        """Bytes for all states together."""
+        return self._settings.max_bytes if self._folder is None else self._settings.folder_bytes
+
+    @property
     def num_states(self) -> int:
-        return len(self._known)
+        with self._lock:
+            return sum(saved.nbytes > 0 for saved in self._known.values())
 
     @property
     def bytes_in_memory(self) -> int:
@@ -101,9 +112,10 @@ class StateStore:
             DiskFullError: there is no room for it in the folder.
         """
         size = snapshot.nbytes
-        room = self._settings.max_bytes if self._folder is None else self._settings.folder_bytes
-        if size > room:
-            raise ValueError(f"the state has {size:,} bytes, and the states that are kept may have {room:,} together")
+        if size > self._room:
+            raise ValueError(
+                f"the state has {size:,} bytes, and the states that are kept may have {self._room:,} together"
+            )
         self.expire()
         now = self._now()
         saved = SavedState(
@@ -122,13 +134,58 @@ class StateStore:
             self._make_room_on_disk(size)
             # The description comes last: without it a file of a state does not count.
             snapshot.save(self._tensors_path(saved.id), self._model)
-            write_text(self._facts_path(saved.id), json.dumps(asdict(saved)))
+            write_text(self._facts_path(saved.id), json.dumps(asdict(saved)), private=True)
         with self._lock:
             self._known[saved.id] = saved
             self._known.move_to_end(saved.id)
             self._loaded[saved.id] = snapshot
             self._make_room()
         return saved
+
+    def put_response(
+        self, response_id: str, response: dict[str, Any], snapshot: Snapshot | None, *, owner: str, model: str
+    ) -> bool:
+        """Keeps what a response was, and its state where that fits beside those that clients have saved by name.
+
+        Returns:
+            Whether it is kept: not where it is larger than all that may be.
+        """
+        num_bytes = len(json.dumps(response))
+        if num_bytes > self._settings.response_bytes:
+            return False
+        if snapshot is not None and snapshot.nbytes > self._room:
+            snapshot = None
+        self.expire()
+        now = self._now()
+        saved = SavedState(
+            id=response_id,
+            owner=owner,
+            created=now,
+            num_tokens=0 if snapshot is None else len(snapshot.tokens),
+            nbytes=0 if snapshot is None else snapshot.nbytes,
+            model=model,
+            used=now,
+            tokenizer=self._tokenizer,
+            response=response,
+            response_bytes=num_bytes,
+        )
+        if self._folder is not None:
+            try:
+                if snapshot is not None and self._make_room_on_disk(saved.nbytes, for_response=True):
+                    snapshot.save(self._tensors_path(response_id), self._model)
+                else:
+                    snapshot, saved.nbytes = None, 0
+                write_text(self._facts_path(response_id), json.dumps(asdict(saved)))
+            except OSError as error:
+                snapshot, saved.nbytes = None, 0
+                log("the text of a response is kept in memory only", level=logging.ERROR, error=error)
+        with self._lock:
+            self._known[response_id] = saved
+            if snapshot is not None:
+                self._loaded[response_id] = snapshot
+            self._make_room()
+            self._make_room_for_texts()
+        return True
 
     def get(self, state_id: str, owner: str) -> SavedState:
         """
@@ -161,6 +218,8 @@ class StateStore:
             )
         with self._lock:
             found = self._loaded.get(state_id)
+        if found is None and self._folder is None:
+            raise KeyError(state_id)  # of a response whose text alone is left
         if found is None:
             try:
                 found = Snapshot.load(self._tensors_path(state_id), self._model)
@@ -173,10 +232,11 @@ class StateStore:
         return found
 
     def of_owner(self, owner: str) -> list[SavedState]:
-        """Those of one owner, the newest first."""
+        """Those of one owner, the newest first; not the responses whose text alone is left."""
         with self._lock:
             self.expire()
-            return sorted((s for s in self._known.values() if s.owner == owner), key=lambda s: -s.created)
+            found = [saved for saved in self._known.values() if saved.owner == owner and saved.nbytes]
+            return sorted(found, key=lambda saved: -saved.created)
 
     def unfinished(self) -> list[SavedState]:
         with self._lock:
@@ -198,22 +258,49 @@ class StateStore:
             for state_id in [saved.id for saved in self._known.values() if saved.used < limit]:
                 self._forget(state_id)
 
+    def _to_give_up(self) -> list[SavedState]:
+        """The least recently used first, and what nobody has asked to keep, as the states of responses, before the rest."""
+        return sorted(self._known.values(), key=lambda saved: saved.response is None)
+
     def _make_room(self) -> None:
-        """Drops the least recently used from memory, and, without a folder, altogether."""
-        for state_id in list(self._known):
+        """Drops states from memory, and, without a folder, altogether."""
+        for saved in self._to_give_up():
             if sum(snapshot.nbytes for snapshot in self._loaded.values()) <= self._settings.max_bytes:
                 return
             if self._folder is not None:
-                self._loaded.pop(state_id, None)
-            elif len(self._known) > 1:
-                self._forget(state_id)
+                self._loaded.pop(saved.id, None)
+            elif saved.response is not None:
+                self._give_up_state(saved)
+            elif len(self._loaded) > 1:
+                self._forget(saved.id)
 
-    def _make_room_on_disk(self, size: int) -> None:
+    def _make_room_on_disk(self, size: int, *, for_response: bool = False) -> bool:
+        """Whether there is so much room; for a response no state goes that a client has saved by name."""
         with self._lock:
-            for state_id in list(self._known):
-                if sum(saved.nbytes for saved in self._known.values()) + size <= self._settings.folder_bytes:
-                    return
-                self._forget(state_id)
+            for saved in self._to_give_up():
+                if sum(each.nbytes for each in self._known.values()) + size <= self._settings.folder_bytes:
+                    return True
+                if saved.response is not None:
+                    self._give_up_state(saved)
+                elif not for_response:
+                    self._forget(saved.id)
+            return sum(each.nbytes for each in self._known.values()) + size <= self._settings.folder_bytes
+
+    def _make_room_for_texts(self) -> None:
+        responses = [saved for saved in self._known.values() if saved.response is not None]
+        num_bytes = sum(saved.response_bytes for saved in responses)
+        for saved in responses:
+            if num_bytes <= self._settings.response_bytes:
+                return
+            num_bytes -= saved.response_bytes
+            self._forget(saved.id)
+
+    def _give_up_state(self, saved: SavedState) -> None:
+        """Of a response, whose text stays."""
+        self._loaded.pop(saved.id, None)
+        saved.nbytes = 0
+        if self._folder is not None:
+            self._tensors_path(saved.id).unlink(missing_ok=True)
 
     def _forget(self, state_id: str) -> None:
         self._known.pop(state_id, None)
@@ -226,18 +313,25 @@ class StateStore:
         """The states that an earlier process has left."""
         assert self._folder is not None
         found = []
-        for path in self._folder.glob("state-*.json"):
+        for path in (*self._folder.glob("state-*.json"), *self._folder.glob("resp_*.json")):
             try:
                 saved = SavedState(**json.loads(path.read_text(encoding="utf-8")))
             except (ValueError, TypeError) as error:
                 log("a saved state's description is damaged, and left out", file=path.name, reason=str(error))
                 continue
-            if _ID.fullmatch(saved.id) and path.stem == saved.id and self._tensors_path(saved.id).is_file():
+            if not _ID.fullmatch(saved.id) or path.stem != saved.id:
+                continue
+            if not self._tensors_path(saved.id).is_file():
+                saved.nbytes = 0
+            if saved.nbytes or saved.response is not None:
                 saved.used = path.stat().st_mtime
                 found.append(saved)
         for saved in sorted(found, key=lambda each: each.used):
             self._known[saved.id] = saved
-        for path in self._folder.glob("state-*.safetensors"):  # of a process that died in between
+        for path in (
+            *self._folder.glob("state-*.safetensors"),
+            *self._folder.glob("resp_*.safetensors"),
+        ):  # of a process that died in between
             if not path.with_suffix(".json").exists():
                 path.unlink()
 

@@ -3,10 +3,34 @@
 import copy
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
 from bdh.tokenizer.byte_level import byte_of_character
+from bdh.vocabulary import vocabulary_size
+
+
+def tokenizer_info(tokenizer: PreTrainedTokenizerFast, template: str | None, max_length: int) -> dict[str, Any]:
+    """A tokenizer's facts by the names of its tokenizer_config.json; special tokens that it has not are None."""
+    kinds = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"))
+    added = {
+        str(token): {
+            "content": each.content,
+            **{name: getattr(each, name) for name in ("lstrip", "normalized", "rstrip", "single_word", "special")},
+        }
+        for token, each in tokenizer.added_tokens_decoder.items()
+    }
+    return {
+        "tokenizer_class": type(tokenizer).__name__,
+        "vocab_size": vocabulary_size(tokenizer),
+        "model_max_length": max_length,
+        **kinds,
+        **tokenizer.special_tokens_map,
+        "chat_template": template,
+        "added_tokens_decoder": added,
+        "clean_up_tokenization_spaces": tokenizer.clean_up_tokenization_spaces,
+    }
 
 
 class TokenNames:

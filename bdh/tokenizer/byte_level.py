@@ -88,6 +88,30 @@ def is_byte_tokenizer(tokenizer: PreTrainedTokenizerFast) -> bool:
     )
 
 
+def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
+    """What each token adds to a text, by its id: exactly these bytes, wherever it stands; none for special tokens.
+
+    Raises:
+        ValueError: the tokenizer is not byte-level: what a token adds depends on those beside it, as with WordPiece, or
+            the spelling is not known.
+    """
+    decoder = tokenizer.backend_tokenizer.decoder
+    if not isinstance(decoder, decoders.ByteLevel):
+        raise ValueError(
+            f"its tokens have no bytes of their own (its decoder is {type(decoder).__name__}, not ByteLevel): train one "
+            "of the kinds bpe or unigram, or use byte"
+        )
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    vocabulary = tokenizer.get_vocab()
+    byte_of = byte_of_character()
+    found = [b""] * (max(vocabulary.values()) + 1)
+    for text, number in vocabulary.items():
+        if number not in special:
+            is_spelled = all(character in byte_of for character in text)
+            found[number] = bytes(map(byte_of.__getitem__, text)) if is_spelled else text.encode()
+    return found
+
+
 def byte_of_character() -> dict[str, int]:
     """The printable character that stands for each byte in byte-level vocabularies (GPT-2's table), to the byte.
 

@@ -21,8 +21,7 @@ from tokenizers import Tokenizer
 from transformers import AddedToken, PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from bdh.text_files import read_text
-from bdh.tokenizer.config import DEFAULT_CHAT_TEMPLATE
+from bdh.tokenizer.config import DEFAULT_CHAT_TEMPLATE, read_template
 from bdh.vocabulary import vocabulary_size
 
 ROLES = ("system", "user", "assistant")
@@ -65,7 +64,7 @@ def with_chat_template(
     elif setting in (None, DEFAULT_CHAT_TEMPLATE):
         template = DEFAULT_TEMPLATE
     else:
-        template = _read(Path(str(setting)))
+        template = read_template(Path(str(setting)))
     if template is None:
         return tokenizer
     if template != tokenizer.chat_template:
@@ -258,12 +257,3 @@ def _plain(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     backend.no_padding()
     backend.no_truncation()
     return backend
-
-
-def _read(path: Path) -> str:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"tokenizer.chat_template is {str(path)!r}: there is no such file; {DEFAULT_CHAT_TEMPLATE!r} takes the one "
-            "that comes with bdh"
-        )
-    return read_text(path)

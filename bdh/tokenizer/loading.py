@@ -7,11 +7,10 @@ from huggingface_hub import try_to_load_from_cache
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from bdh.storage import recover_dir
 from bdh.tokenizer.byte_level import SPECIAL_TOKENS, byte_tokenizer
-from bdh.tokenizer.config import BYTE, TokenizerConfig
+from bdh.tokenizer.config import BYTE, TOKENIZER_FILE, TokenizerConfig, check_tokenizer_there
 
-_TOKENIZER_FILE, _CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
+_CONFIG_FILE = "tokenizer_config.json"
 
 
 def load_tokenizer(config: TokenizerConfig | str | Path) -> PreTrainedTokenizerFast:
@@ -28,25 +27,11 @@ def load_tokenizer(config: TokenizerConfig | str | Path) -> PreTrainedTokenizerF
     name = settings.path
     if name == BYTE:
         return byte_tokenizer(settings.special_tokens)
+    check_tokenizer_there(name)
     folder = Path(name)
-    recover_dir(folder)
     if folder.is_file():
         return _from_file(folder)
-    if folder.is_dir():
-        if not (folder / _TOKENIZER_FILE).is_file():
-            raise FileNotFoundError(
-                f"tokenizer.path is {name!r}: this folder holds no {_TOKENIZER_FILE}, so it is neither a tokenizer "
-                "nor an exported model"
-            )
-        return _from_folder(name)
-    if _is_no_hub_id(name):
-        raise FileNotFoundError(f"tokenizer.path is {name!r}: there is no such folder")
-    return _from_hub(name)
-
-
-def _is_no_hub_id(name: str) -> bool:
-    """A hub id is NAME or ORGANISATION/NAME: anything else can only have been meant as a path."""
-    return name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1 or name.endswith("/")
+    return _from_folder(name) if folder.is_dir() else _from_hub(name)
 
 
 def _from_folder(name: str) -> PreTrainedTokenizerFast:
@@ -57,19 +42,19 @@ def _from_folder(name: str) -> PreTrainedTokenizerFast:
         raise ValueError(
             f"tokenizer.path is {name!r}: its tokenizer files cannot be read: {_first_line(error)}"
         ) from error
-    return _checked(tokenizer, name, Path(name) / _TOKENIZER_FILE)
+    return _checked(tokenizer, name, Path(name) / TOKENIZER_FILE)
 
 
 def _from_file(path: Path) -> PreTrainedTokenizerFast:
     """A bare ``tokenizer.json``. Its special tokens are found by their usual names."""
-    if (path.parent / _CONFIG_FILE).is_file() and path.name == _TOKENIZER_FILE:
+    if (path.parent / _CONFIG_FILE).is_file() and path.name == TOKENIZER_FILE:
         return _from_folder(str(path.parent))
     try:
         backend = Tokenizer.from_file(str(path))
     # The tokenizers library raises plain Exception for a damaged file; there is nothing narrower to catch.
     except Exception as error:
         raise ValueError(
-            f"tokenizer.path is {str(path)!r}: it is no {_TOKENIZER_FILE} of the tokenizers library: {_first_line(error)}"
+            f"tokenizer.path is {str(path)!r}: it is no {TOKENIZER_FILE} of the tokenizers library: {_first_line(error)}"
         ) from error
     _check_ids(backend.get_vocab(), path, str(path))
     special = {role: token for role, token in SPECIAL_TOKENS.items() if backend.token_to_id(token) is not None}
@@ -82,10 +67,10 @@ def _from_hub(name: str) -> PreTrainedTokenizerFast:
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"tokenizer.path is {name!r}: there is no such folder here, and the hub gave no tokenizer of that name "
-            f"({_first_line(error)}). Without a network these work: byte, a folder that holds {_TOKENIZER_FILE}, and "
+            f"({_first_line(error)}). Without a network these work: byte, a folder that holds {TOKENIZER_FILE}, and "
             "what the hub's cache holds already, with HF_HUB_OFFLINE=1"
         ) from error
-    file = try_to_load_from_cache(name, _TOKENIZER_FILE)
+    file = try_to_load_from_cache(name, TOKENIZER_FILE)
     return _checked(tokenizer, name, Path(file) if isinstance(file, str) else None)
 
 
@@ -93,7 +78,7 @@ def _checked(tokenizer: object, name: str, file: Path | None) -> PreTrainedToken
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(
             f"tokenizer.path is {name!r}: it is a {type(tokenizer).__name__}, not a fast tokenizer; convert it to one "
-            f"that saves {_TOKENIZER_FILE}"
+            f"that saves {TOKENIZER_FILE}"
         )
     _check_ids(tokenizer.get_vocab(), file, name)
     return tokenizer

@@ -11,7 +11,7 @@ import torch
 from bdh.model import BDHForCausalLM
 from bdh.model.fingerprint import Identity, identity
 from bdh.storage import recover_dir
-from bdh.train.config import ADAPTER_CONFIG
+from bdh.train.places import ADAPTER_CONFIG
 
 BASE_FILE = "base_model.json"
 

@@ -10,10 +10,8 @@ leaves the ones before untouched. Several processes write their parts of the ten
 folder must be one that all of them see.
 """
 
-import hashlib
 import json
 import logging
-import re
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -25,9 +23,10 @@ import torch
 
 from bdh.distributed.tensors import BackgroundWriter, Tensors, read_all, read_tensors, stored_shapes, write_tensors
 from bdh.distributed.world import World
-from bdh.storage import atomic_dir, recover_dirs, remove, removed_name, temporary_name, write_text
+from bdh.storage import atomic_dir, remove, removed_name, temporary_name, write_text
+from bdh.train.places import MANIFEST, CheckpointFolder, checkpoint_fault, checkpoint_name, file_facts
 
-TRAINING, MANIFEST = "training.pt", "manifest.json"
+TRAINING = "training.pt"
 _logger = logging.getLogger(__name__)
 
 
@@ -56,7 +55,7 @@ class Checkpoint:
         read_tensors(self.path, tensors, world)
 
 
-class Checkpointer:
+class Checkpointer(CheckpointFolder):
     """Writes, keeps and finds the checkpoints of one run. With several processes, all call each method together."""
 
     def __init__(
@@ -76,16 +75,12 @@ class Checkpointer:
             in_background: write while the training goes on.
             may_write: called on rank 0 before a checkpoint takes its place; raises ``OSError`` where it must not.
         """
-        self.folder = run_dir / "checkpoints"
+        super().__init__(run_dir)
         self._keep_last, self._keep_every_steps = keep_last, keep_every_steps
         self._world, self._may_write = world or World(), may_write
         self._background = BackgroundWriter(self._world) if in_background else None
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: tuple[int, Future[None]] | None = None
-
-    def steps(self) -> list[int]:
-        """Steps of the checkpoints that have their marker, ascending."""
-        return sorted(step_of_folder(path.parent) for path in self.folder.glob(f"step-*/{MANIFEST}"))
 
     def save(self, step: int, tensors: Tensors, training: dict[str, Any], *, is_best: bool = False) -> Path:
         """Writes the checkpoint of ``step``, points ``latest`` to it, and removes what is not kept any more.
@@ -104,7 +99,7 @@ class Checkpointer:
             self.wait()
         finally:
             self._start(step, tensors, training, is_best)
-        return self.folder / _name(step)
+        return self.path_of(step)
 
     def wait_until_copied(self) -> None:
         """Afterwards the tensors that are being saved may change."""
@@ -132,7 +127,7 @@ class Checkpointer:
                 self._background.close()
 
     def _start(self, step: int, tensors: Tensors, training: dict[str, Any], is_best: bool) -> None:
-        final = self.folder / _name(step)
+        final = self.path_of(step)
         stack = ExitStack()
         self._agree(step, _reason(lambda: self._open_folder(stack, final)))
         folder = temporary_name(final)
@@ -147,7 +142,7 @@ class Checkpointer:
                 written()
                 if self._world.is_main:
                     torch.save(training, folder / TRAINING)
-                    files = {path.name: _facts(path) for path in sorted(folder.iterdir())}
+                    files = {path.name: file_facts(path) for path in sorted(folder.iterdir())}
                     (folder / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1))
                     self._may_write()
             if self._world.is_main:
@@ -163,7 +158,7 @@ class Checkpointer:
 
     def _open_folder(self, stack: ExitStack, final: Path) -> None:
         if self._world.is_main:
-            recover_dirs(self.folder, _is_whole)
+            self.recover()
             for left in self.folder.glob(".step-*"):  # by a process that was killed
                 remove(left)
             stack.enter_context(atomic_dir(final))
@@ -172,7 +167,7 @@ class Checkpointer:
         """Raises the same error on all processes, if any of them has one."""
         reasons = sorted({reason for reason in self._world.gather(reason) if reason is not None})
         if reasons:
-            latest = self._named("latest")
+            latest = self.named("latest")
             raise CheckpointError(
                 f"the checkpoint of step {step} is not saved: {'; '.join(reasons)}; "
                 + (f"the newest one is that of step {latest}" if latest is not None else "there is none before it")
@@ -188,15 +183,15 @@ class Checkpointer:
             FileNotFoundError: there is none, or none of that step.
             ValueError: it is cut off or altered; the message names the newest one that is whole.
         """
-        if self._world.is_main and self.folder.is_dir():
-            recover_dirs(self.folder, _is_whole)
+        if self._world.is_main:
+            self.recover()
         self._world.wait_for_all()
         newest = self._newest() if step is None else None
         try:
             return self._load(newest if step is None else step)
         except (OSError, ValueError):
             # Several processes might not see the same.
-            if newest is None or self._world.size > 1 or (self.folder / _name(newest)).is_dir():
+            if newest is None or self._world.size > 1 or self.path_of(newest).is_dir():
                 raise
             now = self._newest()
             if now in (None, newest):
@@ -204,16 +199,13 @@ class Checkpointer:
             return self._load(now)
 
     def _load(self, wanted: int | None) -> Checkpoint:
-        if wanted is None:
-            raise FileNotFoundError(f"there is no complete checkpoint in {self.folder}")
-        path = self.folder / _name(wanted)
-        if not path.is_dir():
-            there = ", ".join(map(str, self.steps())) or "none"
-            raise FileNotFoundError(f"there is no checkpoint of step {wanted} in {self.folder}: there are {there}")
-        if fault := self._world.gather(_fault(path) if self._world.is_main else None)[0]:
-            whole = [s for s in self.steps() if s != wanted and not _fault(self.folder / _name(s))]
+        self.check_there(wanted)
+        assert wanted is not None  # there would be none
+        path = self.path_of(wanted)
+        if fault := self._world.gather(checkpoint_fault(path) if self._world.is_main else None)[0]:
+            whole = [s for s in self.steps() if s != wanted and not checkpoint_fault(self.path_of(s))]
             advice = (
-                f"the newest complete one is {_name(max(whole))}: train on from it with --resume_step {max(whole)}, "
+                f"the newest complete one is {checkpoint_name(max(whole))}: train on from it with --resume_step {max(whole)}, "
                 f"read it with --checkpoint {max(whole)}"
                 if whole
                 else "there is no complete one besides it"
@@ -223,34 +215,14 @@ class Checkpointer:
         return Checkpoint(path=path, step=wanted, training=training)
 
     def _newest(self) -> int | None:
-        named, steps = self._named("latest"), self.steps()
-        if not steps or (named is not None and (self.folder / _name(named)).is_dir()):
-            return named
-        if self._world.is_main and self._has("latest"):
+        step = self.newest()
+        if self._world.is_main and self.has("latest") and step != self.named("latest"):
             _logger.warning(
                 "%s names no checkpoint that is there (%s): the newest complete one is taken, that of step %s",
                 self.folder / "latest",
-                _excerpt(self.folder / "latest"),
-                steps[-1],
+                self.excerpt("latest"),
+                step,
             )
-        return steps[-1]
-
-    def step_of(self, which: str) -> int:
-        """The step that ``latest`` or ``best`` names.
-
-        Raises:
-            FileNotFoundError: there is no such file yet.
-            ValueError: it names no step.
-        """
-        step = self._named(which)
-        if step is None and self._has(which):
-            raise ValueError(
-                f"{self.folder / which} must hold the name of a checkpoint, such as {_name(100)}, but holds "
-                f"{_excerpt(self.folder / which)}: choose a step ({', '.join(map(str, self.steps())) or 'there is none'}); "
-                "going on with the run restores the file"
-            )
-        if step is None:
-            raise FileNotFoundError(f"{self.folder} has no {which!r}: there is no such checkpoint yet")
         return step
 
     def forget_after(self, step: int, best_step: int | None = None) -> None:
@@ -262,8 +234,8 @@ class Checkpointer:
         """
         if self._world.is_main:
             # The pointers first: killed in between, they name checkpoints that are there.
-            best = self._named("best")
-            if self._has("best") and (best is None or best > step):
+            best = self.named("best")
+            if self.has("best") and (best is None or best > step):
                 (self.folder / "best").unlink()
                 if best_step in self.steps():
                     self._point("best", best_step)
@@ -272,28 +244,18 @@ class Checkpointer:
                 self._remove(later)
         self._world.wait_for_all()
 
-    def _named(self, which: str) -> int | None:
-        """The step in a pointer's file; None if there is no such file, or it is empty or damaged."""
-        if not self._has(which):
-            return None
-        text = (self.folder / which).read_text(encoding="utf-8", errors="replace").strip()
-        return step_of_folder(Path(text)) if re.fullmatch(r"step-[0-9]+", text) else None
-
-    def _has(self, which: str) -> bool:
-        return (self.folder / which).is_file()
-
     def _point(self, which: str, step: int) -> None:
-        write_text(self.folder / which, _name(step) + "\n")
+        write_text(self.folder / which, checkpoint_name(step) + "\n")
 
     def _remove_old(self) -> None:
-        kept = {*self.steps()[-self._keep_last :], self._named("latest"), self._named("best")}
+        kept = {*self.steps()[-self._keep_last :], self.named("latest"), self.named("best")}
         for step in self.steps():
             if step not in kept and (self._keep_every_steps is None or step % self._keep_every_steps):
                 self._remove(step)
 
     def _remove(self, step: int) -> None:
         """Out of sight first: what is left of it, if the process is killed meanwhile, is no checkpoint."""
-        folder = self.folder / _name(step)
+        folder = self.path_of(step)
         remove(folder.rename(removed_name(folder)))
 
 
@@ -304,63 +266,4 @@ def _reason(action: Callable[[], None]) -> str | None:
     # PyTorch reports some of what the disk refuses in errors of its own.
     except (OSError, RuntimeError) as error:
         return str(error)
-    return None
-
-
-def _name(step: int) -> str:
-    return f"step-{step:07d}"
-
-
-def checkpoint_folder(run_dir: Path, step: int) -> Path:
-    """Where a run has the checkpoint of a step, if it has one."""
-    return run_dir / "checkpoints" / _name(step)
-
-
-def _excerpt(path: Path) -> str:
-    text = path.read_text(encoding="utf-8", errors="replace")
-    return repr(text[:40]) if text else "it is empty"
-
-
-def is_checkpoint(folder: Path) -> bool:
-    """Whether the folder is that of one checkpoint, complete or not."""
-    return folder.parent.name == "checkpoints" and re.fullmatch(r"step-\d+", folder.name) is not None
-
-
-def step_of_folder(folder: Path) -> int:
-    """The step in the name of a checkpoint's folder."""
-    return int(folder.name.removeprefix("step-"))
-
-
-def _facts(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _is_whole(folder: Path) -> bool:
-    """Versions before this one deleted checkpoints under the name of one that is being replaced."""
-    return _fault(folder) is None
-
-
-def _fault(path: Path) -> str | None:
-    """What is wrong with the files of a checkpoint, or None."""
-    try:
-        return _fault_of_files(path)
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} was removed meanwhile"
-
-
-def _fault_of_files(path: Path) -> str | None:
-    if not (path / MANIFEST).is_file():
-        return f"its {MANIFEST} is missing"
-    try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
-    except (ValueError, KeyError) as error:
-        return f"its {MANIFEST} cannot be read: {error}"
-    for name, facts in files.items():
-        if not (path / name).is_file():
-            return f"{name} is missing"
-        if (size := (path / name).stat().st_size) != facts["bytes"]:
-            return f"{name} has {size} bytes instead of {facts['bytes']}"
-        if _facts(path / name) != facts:
-            return f"the SHA-256 of {name} is not the recorded one"
     return None

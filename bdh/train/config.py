@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from bdh.data.config import DataConfig
@@ -10,9 +11,9 @@ from bdh.model.decay import decay_fault
 from bdh.monitor.config import MonitorConfig
 from bdh.path_text import PathText
 from bdh.tokenizer.config import TokenizerConfig
+from bdh.train.places import LOCK_FILE, CheckpointFolder, check_peft, find_model, holds_run, taken_by_run
 from bdh.validation import Faults, Settings
 
-ADAPTER_CONFIG = "adapter_config.json"  # which ``peft`` puts beside adapters: a folder with it is one of adapters
 _METRIC = re.compile(
     r"(val|val_ema)/(loss|perplexity|bits_per_byte|accuracy)"
     r"|val/(loss_at/\d+|dead_neurons|(density|norm)/(x|y|xy)/\d+)"
@@ -88,6 +89,16 @@ class LoraSettings(Settings):
         faults.require(
             self.merge or not self.embeddings, "merge", self.merge, "true with embeddings, which are no adapters"
         )
+
+    def check_available(self) -> None:
+        if self.r:
+            check_peft()
+
+
+def require_device(device: str, faults: Faults) -> None:
+    """Records a fault where the name is not that of a device. Whether the machine has it, PyTorch alone knows."""
+    is_right = re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", device) is not None
+    faults.require(is_right, "device", device, "auto, cpu, cuda, cuda:N or mps")
 
 
 @dataclass
@@ -212,10 +223,7 @@ class TrainSettings(Settings):
             faults.require(optimizer == "adamw", "optimizer", optimizer, "adamw with train.lora")
         decay = self.ema_decay
         faults.require(decay is None or 0 < decay < 1, "ema_decay", decay, "above 0 and below 1, or null")
-        device = self.device.split(":")[0]
-        faults.require(
-            device in ("auto", "cpu", "cuda", "mps"), "device", self.device, "auto, cpu, cuda, cuda:N or mps"
-        )
+        require_device(self.device, faults)
         faults.require(all(self.sample_prompts), "sample_prompts", self.sample_prompts, "non-empty texts")
 
 
@@ -286,3 +294,19 @@ class RunSettings(Settings):
             self.checkpoint.best_metric,
             "one of val/... without train.ema_decay, which keeps the moving average",
         )
+
+    def check_available(self) -> None:
+        for section in (self.monitor, self.train.lora):
+            section.check_available()
+        if not self.resume and self.train.init_from is not None:
+            find_model(self.train.init_from)
+        # A lock that somebody holds is reported first, by whoever takes it.
+        folder = None if self.run_dir is None else Path(self.run_dir)
+        if folder is not None and not (folder / LOCK_FILE).exists():
+            if self.resume:
+                CheckpointFolder(folder).check_there(self.resume_step)
+            elif holds_run(folder):
+                raise taken_by_run(folder)
+        if not self.resume:  # a run keeps the tokenizer that it was started with
+            self.tokenizer.check_available()
+        self.data.check_available()

@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 import bdh
 from bdh.model import BDHForCausalLM
-from bdh.storage import atomic_dir, is_taken, recover_dir
+from bdh.storage import atomic_dir, check_free, recover_dir
 from bdh.tokenizer import load_tokenizer, stop_token_ids, with_padding
 from bdh.train.base import Base, read_base
 from bdh.train.checkpoint import Checkpoint
@@ -83,7 +83,7 @@ def export_merged(adapters: Path, folder: Path, *, base: str | None = None) -> B
         OtherBaseError: where the base should be, there are models with other weights.
         ValueError: ``adapters`` is no folder of adapters, or damaged.
     """
-    _check_free(folder, replace=False)
+    check_free(folder)
     record = read_base(adapters)
     if record is None:
         raise ValueError(f"{adapters} is no folder of adapters")
@@ -119,7 +119,8 @@ def export_model(
         FileExistsError: the folder is there and not empty, and ``replace`` is not set.
         DiskFullError: there is no room for it.
     """
-    _check_free(folder, replace)
+    if not replace:
+        check_free(folder)
     logging.disable_progress_bar()
     tokenizer = _for_batches(tokenizer) if pad_and_eos else tokenizer
     # What libraries ask for they find in both.
@@ -142,7 +143,8 @@ def export_model(
 
 def _for_batches(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     tokenizer = with_padding(tokenizer)
-    tokenizer.padding_side = "left"  # a text goes on at its right end
+    # A text goes on at its right end. What is saved is what a tokenizer was made with.
+    tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
     return tokenizer
 
 
@@ -161,7 +163,8 @@ def _export_adapters(
     if lora.embeddings:
         raise ValueError("merge is False: the run trained embed and lm_head too, which are no adapters")
     base.check_same_layer(model)
-    _check_free(folder, replace)
+    if not replace:
+        check_free(folder)
     with atomic_dir(folder) as temporary:
         write_adapters(temporary, model.config, run_weights(checkpoint, ema=ema), lora, base)
         _for_batches(tokenizer).save_pretrained(temporary)
@@ -177,11 +180,6 @@ def _base_of(checkpoint: Checkpoint) -> Base | None:
         return None
     recover_dir(Path(name))
     return Base(name, folder=str(Path(name).resolve()) if Path(name).is_dir() else None)
-
-
-def _check_free(folder: Path, replace: bool) -> None:
-    if not replace and is_taken(folder):
-        raise FileExistsError(f"{folder} exists already and is not empty: choose another folder")
 
 
 def model_card(

@@ -7,9 +7,7 @@ from pathlib import Path
 from bdh.distributed.world import World
 from bdh.locks import InUseError, Lock
 from bdh.storage import naming_full_disk
-from bdh.train.stored import holds_run
-
-LOCK_FILE = "lock"
+from bdh.train.places import LOCK_FILE, holds_run
 
 
 class RunLock:

@@ -4,7 +4,6 @@ The adapters sit in the linear layers of the model itself: what trains, evaluate
 with a few weights more, of which these alone want gradients.
 """
 
-import importlib.util
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,21 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.train.base import Base, write_base
-from bdh.train.checkpoint import checkpoint_folder
-from bdh.train.config import ADAPTER_CONFIG, LoraSettings
+from bdh.train.config import LoraSettings
+from bdh.train.places import ADAPTER_CONFIG, CheckpointFolder, check_peft
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _NAME = "default"  # of the adapters, within the model
 _PEFT_PREFIX = "base_model.model."  # of the weights of a model that peft wraps
-
-
-def check_peft() -> None:
-    """
-    Raises:
-        ImportError: the package is missing; the message says how to get it.
-    """
-    if importlib.util.find_spec("peft") is None:
-        raise ImportError('LoRA needs the package peft: pip install "bdh[finetune]"')
 
 
 def add_adapters(model: BDHForCausalLM, settings: LoraSettings) -> Any:
@@ -170,4 +160,4 @@ def _place(base: Base) -> str:
     """Absolute: peft and transformers take a path that is not there, such as runs/first, for a name of the hub."""
     if base.folder is None:
         return base.name
-    return base.folder if base.step is None else str(checkpoint_folder(Path(base.folder), base.step))
+    return base.folder if base.step is None else str(CheckpointFolder(Path(base.folder)).path_of(base.step))

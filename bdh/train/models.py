@@ -2,7 +2,6 @@
 
 import copy
 import logging as standard_logging
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -20,9 +19,10 @@ from bdh.model.fingerprint import Identity, identity
 from bdh.storage import recover_dir
 from bdh.tokenizer import TokenizerConfig, load_tokenizer
 from bdh.train.base import Base, read_base
-from bdh.train.checkpoint import Checkpoint, Checkpointer, is_checkpoint, step_of_folder
+from bdh.train.checkpoint import Checkpoint, Checkpointer
 from bdh.train.config import TrainSettings
 from bdh.train.lora import load_adapters, load_weights, merge, scale
+from bdh.train.places import find_checkpoint, find_model, is_run
 from bdh.train.runtime import choose_runtime
 from bdh.train.stored import stored_settings
 
@@ -105,30 +105,19 @@ def open_model(
     Args:
         commit: for a hub id, the hash of the commit; None for the newest.
     """
-    path = Path(name)
-    if checkpoint is None and is_checkpoint(path):
-        path, checkpoint = path.parent.parent, str(step_of_folder(path))
-    recover_dir(path)
+    place_of_model = find_model(name, checkpoint=checkpoint, base=base)
+    path, kind = place_of_model.path, place_of_model.kind
     folder = str(path.resolve())
-    adapters_of = read_base(path)
-    if base is not None and adapters_of is None:
-        raise ValueError(f"base is {base!r}, but {name} is no folder of adapters: leave it out")
-    if is_run(path):
-        found = _find_checkpoint(path, checkpoint or "last")
+    if kind == "run":
+        found = _load_checkpoint(path, place_of_model.checkpoint or "last")
         model, tuner = _open_checkpoint(found, ema=False)
         place = Base(str(path), folder, step=found.step)
         return OpenedModel(place, model, TokenizerConfig(path=str(path / TOKENIZER_FOLDER)), tuner, found)
-    if checkpoint is not None:
-        raise ValueError(f"checkpoint is {checkpoint!r}, but {name} is not a run: leave it out")
-    if adapters_of is not None:
+    if kind == "adapters" and (adapters_of := read_base(path)) is not None:
         model = open_base(adapters_of, path, given=base).merged()
         model.config.__dict__.pop("train_data", None)  # of the base
         return OpenedModel(Base(name, folder), model, TokenizerConfig(path=name), load_adapters(model, path))
-    if path.exists() and not (path / "config.json").is_file():
-        raise FileNotFoundError(f"{name} holds no model: it has neither config.json nor checkpoints")
-    is_local = path.exists()
-    if not is_local and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
-        raise FileNotFoundError(f"there is no folder {name} (and a model of the hub is named ORGANISATION/NAME)")
+    is_local = kind != "hub"
     if not is_local and not constants.HF_HUB_OFFLINE:
         _logger.warning("there is no folder %s: looking for it on the Hugging Face hub", name)
     model, commit = _pretrained(name, is_local=is_local, commit=None if is_local else commit)
@@ -254,10 +243,6 @@ def _open_place(base: Base, place: str, *, is_hub_id: bool) -> OpenedModel:
     return open_model(place, checkpoint=checkpoint, commit=base.commit if place == base.name else None)
 
 
-def is_run(folder: Path) -> bool:
-    return (folder / "checkpoints").is_dir()
-
-
 def load_run(
     run_dir: Path, which: str = "last", *, ema: bool = False
 ) -> tuple[BDHForCausalLM, PreTrainedTokenizerFast, Checkpoint]:
@@ -271,25 +256,14 @@ def load_run(
         FileNotFoundError: ``run_dir`` holds no run, or the run has no such checkpoint.
         ValueError: the checkpoint is damaged or has no moving average, or ``which`` is neither of the above.
     """
-    checkpoint = _find_checkpoint(run_dir, which)
+    checkpoint = _load_checkpoint(run_dir, which)
     model, tuner = _open_checkpoint(checkpoint, ema=ema)
     model = model if tuner is None else merge(tuner)
     return model.eval(), load_tokenizer(run_dir / TOKENIZER_FOLDER), checkpoint
 
 
-def _find_checkpoint(run_dir: Path, which: str) -> Checkpoint:
-    if not is_run(run_dir):
-        raise FileNotFoundError(f"{run_dir} holds no run: it has no folder checkpoints")
-    checkpointer = Checkpointer(run_dir)
-    if which == "last":
-        step = None
-    elif which == "best":
-        step = checkpointer.step_of("best")
-    elif which.isdigit():
-        step = int(which)
-    else:
-        raise ValueError(f"checkpoint is {which!r}: must be last, best, or a step")
-    return checkpointer.load(step)
+def _load_checkpoint(run_dir: Path, which: str) -> Checkpoint:
+    return Checkpointer(run_dir).load(find_checkpoint(run_dir, which))
 
 
 def _open_checkpoint(checkpoint: Checkpoint, *, ema: bool) -> tuple[BDHForCausalLM, Any]:

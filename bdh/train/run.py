@@ -31,17 +31,16 @@ from bdh.train.config import RunSettings
 from bdh.train.initial import InitialModel
 from bdh.train.layer import layer_options, plan_training
 from bdh.train.lock import RunLock
-from bdh.train.lora import add_adapters, check_peft
+from bdh.train.lora import add_adapters
 from bdh.train.models import TOKENIZER_FOLDER, OtherBaseError, check_base, warn_of_removal
 from bdh.train.needs import Need, NoRoomError, available_to_each
 from bdh.train.optim import Optimizers
+from bdh.train.places import CONFIG_FILE, check_peft, holds_run, taken_by_run
 from bdh.train.runtime import Runtime, choose_runtime, random_states, restore_random_states
 from bdh.train.speed import used_memory_bytes
 from bdh.train.stored import (
-    CONFIG_FILE,
     check_steps_are_left,
     check_unchanged,
-    holds_run,
     rows_per_step,
     settings_to_store,
     stored_settings,
@@ -284,10 +283,7 @@ def _open(
         check_steps_are_left(settings, checkpoint.step)
         settings = with_same_rows(settings, stored, checkpoint.training["rows_per_step"], world)
     elif any(world.gather(holds_run(folder))):
-        raise FileExistsError(
-            f"{folder} already holds a run, which is never overwritten: continue it with --resume, or give another "
-            "--run_dir"
-        )
+        raise taken_by_run(folder)
 
     if settings.train.lora.r:
         check_peft()

@@ -4,14 +4,16 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bdh.distributed.world import World
 from bdh.train.config import RunSettings
+from bdh.train.places import CONFIG_FILE
 from bdh.validation import Faults
 from bdh.yaml_files import read_yaml
 
-CONFIG_FILE = "config.yaml"
+if TYPE_CHECKING:
+    from bdh.distributed.world import World
+
 # A run cannot go on exactly, or at all, if one of these is another: name of the section, and its fields.
 _FIXED = {
     "model": None,
@@ -33,11 +35,11 @@ _FREE = {
 _NOT_STORED = ("run_dir", "resume", "resume_step", "dry_run")
 
 
-def rows_per_step(settings: RunSettings, world: World) -> int:
+def rows_per_step(settings: RunSettings, world: "World") -> int:
     return settings.train.batch_size * settings.train.gradient_accumulation_steps * world.size
 
 
-def with_same_rows(settings: RunSettings, stored: dict[str, Any], rows: int, world: World) -> RunSettings:
+def with_same_rows(settings: RunSettings, stored: dict[str, Any], rows: int, world: "World") -> RunSettings:
     """The settings of a run that goes on, such that a step has as many sequences as before, whoever shares them.
 
     Args:
@@ -73,10 +75,6 @@ def with_same_rows(settings: RunSettings, stored: dict[str, Any], rows: int, wor
 def resume_command(folder: Path) -> str:
     """What to type to continue the run of a folder, quoted for the shell."""
     return shlex.join(("bdh", "train", "--run_dir", str(folder), "--resume"))
-
-
-def holds_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in (CONFIG_FILE, "checkpoints", "metrics.jsonl", "model"))
 
 
 def settings_to_store(settings: RunSettings) -> dict[str, Any]:

@@ -52,6 +52,21 @@ def test_decode_compares_and_then_times_every_form(bench, tmp_path):
     assert found["model"]["n_embd"] == 32
 
 
+def test_decode_beside_busy_programs(bench):
+    status, out, _ = bench("decode", "--quick", *SMALL, "--busy", 1, "--threads", 2, "--json", "-")
+    found = json.loads(out)
+    assert status == 0
+    assert found["agreement"]["agrees"]
+    assert found["busy"]["programs"] == 1
+    timings = found["busy"]["timings"]
+    assert [(each["name"], each["threads"]) for each in timings] == [
+        (name, threads) for name in ("a token", "a prompt of 32 tokens") for threads in (1, 2)
+    ]
+    for each in timings:
+        assert each["speed_kept"] == pytest.approx(each["ms_alone"] / each["ms_beside"])
+    assert "forms" not in found
+
+
 def test_prefill_times_every_length(bench):
     status, out, _ = bench("prefill", "--quick", *SMALL, "--json", "-")
     found = json.loads(out)

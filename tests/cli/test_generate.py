@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -34,6 +35,24 @@ def test_a_model_folder_that_a_killed_process_was_replacing_is_opened(model_fold
     shutil.copytree(folder, tmp_path / ".again.old")
     assert main(["convert", "none.pt", str(tmp_path / "again")]) == 2
     assert "again exists already" in capsys.readouterr().err
+
+
+def test_a_text_follows_a_schema_or_a_pattern(model_folder, tmp_path, capsys):
+    (tmp_path / "schema.json").write_text('{"enum": ["yes", "no", 7]}')
+    flags = ("--prompt", "Is it? ", "--max_new_tokens", 40)
+    assert generate(model_folder, *flags, "--json_schema", tmp_path / "schema.json") == 0
+    assert capsys.readouterr().out in [f"Is it? {each}\n" for each in ('"yes"', '"no"', "7")]
+    assert generate(model_folder, *flags, "--regex", "[0-9]{4}") == 0
+    assert re.fullmatch("Is it\\? [0-9]{4}\n", capsys.readouterr().out)
+    lines = [{"prompt": "a"}, {"prompt": "b", "grammar": {"regex": "x{3}"}}, {"prompt": "c", "grammar": None}]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    output = tmp_path / "out.jsonl"
+    files = ("--prompts_file", tmp_path / "prompts.jsonl", "--output", output)
+    assert generate(model_folder, *files, "--regex", "[0-9]{4}", "--max_new_tokens", 9) == 0
+    found = [json.loads(line) for line in output.read_text().splitlines()]
+    assert re.fullmatch("[0-9]{4}", found[0]["text"])
+    assert found[1]["text"] == "xxx"
+    assert found[2]["finish_reason"] == "length"
 
 
 def test_a_seed_gives_the_same_text_in_another_process(model_folder):
@@ -117,6 +136,16 @@ def test_every_stop_string_counts_and_is_text(model_folder, capsys):
         (["--prompt", "a", "--seed", str(2**64)], f"seed is {2**64}: must be from -2**63 to 2**64 - 1"),
         (["--prompt", "a", "--top_p", "2", "--max_new_tokens", "0"], "2 settings are wrong"),
         (["--prompts_file", "nowhere.txt"], "nowhere.txt"),
+        (["--prompt", "a", "--json_schema", "nowhere.json"], "json_schema is 'nowhere.json': there is no such file"),
+        (["--prompt", "a", "--regex", "a", "--json_schema", "b"], "regex is 'a': must be left out with json_schema"),
+        (
+            ["--prompt", "a", "--regex", "(a"],
+            "grammar.regex cannot be held: regex parse error: (a error: unclosed group",
+        ),
+        (
+            ["--prompt", "a", "--regex", "a", "--num_beams", "2"],
+            "regex is 'a': must be left out with num_beams above 1",
+        ),
         (["--prompt", "a", "--min_tokens", "300"], "min_tokens is 300: must be within 0 and max_tokens"),
         (
             ["--prompt", "a", "--num_beams", "2", "--min_tokens", "3"],

@@ -91,3 +91,16 @@ def test_a_damaged_table_gets_one_line(tmp_path):
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert done.stderr.startswith("error: t.parquet cannot be read as .parquet: ")
+
+
+def test_what_importing_torchao_logs_is_not_shown_but_with_debug(model_folder):
+    """transformers imports it wherever it is installed: two warnings and two "Failed to load" on every command."""
+    command = [sys.executable, "-m", "bdh", "generate", str(model_folder), "--prompt", "a", "--max_new_tokens", "1"]
+    plain, debug = (
+        subprocess.run([*command, *more], capture_output=True, text=True, check=True).stderr
+        for more in ([], ["--debug"])
+    )
+    assert "torchao" not in plain
+    assert "register_constant" not in plain
+    assert "Failed to load" not in plain
+    assert "torchao" in debug  # else this says nothing any more

@@ -86,3 +86,18 @@ def test_changed_weights_are_seen(model):
     expected = TorchStepper(model)
     torch.testing.assert_close(after, expected.step([Feed(expected.new_state(), [1, 2, 3])])[0], rtol=1e-4, atol=1e-4)
     assert not torch.allclose(before, after)
+
+
+def test_layer_steps_of_a_large_call_are_progress(make_model, monkeypatch):
+    """And the bits of the result are the same."""
+    model = make_model()
+    found = []
+    for long_call in (1 << 60, 1):
+        monkeypatch.setattr("bdh.generate.kernel_stepper._LONG_CALL", long_call)
+        stepper, marks = KernelStepper(model), []
+        monkeypatch.setattr(stepper, "mark_progress", lambda marks=marks: marks.append(1))
+        feed = Feed(stepper.new_state(), list(range(20)))
+        found.append((stepper.step([feed])[0], len(marks)))
+    (whole, num_whole), (by_layer, num_by_layer) = found
+    assert torch.equal(whole, by_layer)
+    assert num_by_layer == num_whole + model.config.n_layer

@@ -46,8 +46,7 @@ KERNELS = [
     (Recurrence, "prepare_logits"),
     (Recurrence, "_array"),
     (torch, "empty"),
-    (bdh.ops.cpu.kernels, "rotations"),
-    (bdh.ops.cpu.kernels, "project"),
+    (bdh.ops.cpu.kernels, "products"),
     (Feed, "look"),
     (bdh.generate.kernel_stepper, "recurrence_of"),
 ]

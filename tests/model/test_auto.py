@@ -1,5 +1,7 @@
 """`import bdh` makes transformers' auto classes know the model, and costs nothing."""
 
+import json
+import os
 import subprocess
 import sys
 
@@ -65,3 +67,95 @@ def test_unknown_names_are_attribute_errors():
 
     with pytest.raises(AttributeError, match="no attribute 'Hatchling'"):
         bdh.Hatchling  # noqa: B018
+
+
+WITHOUT_BDH = """
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, copied = sys.argv[1:3]
+def refused(**arguments):
+    try:
+        AutoModelForCausalLM.from_pretrained(folder, **arguments)
+    except (ValueError, ImportError) as error:
+        return str(error)
+size = len(AutoTokenizer.from_pretrained(folder))
+print("\\nprinted", size)
+"""
+
+
+def run_without_bdh(code: str, folder, tmp_path) -> list[str]:
+    """What a program prints in which nothing of bdh was imported, and nobody answers questions."""
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [sys.executable, "-c", WITHOUT_BDH + code, str(folder), str(tmp_path / "copied")]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL, env=environment, timeout=120
+    )
+    return done.stdout.rpartition("printed")[2].split()  # before it stands what transformers asks
+
+
+@pytest.fixture
+def exported(byte_model, tokenizer, tmp_path):
+    from bdh.train.export import export_model
+
+    export_model(byte_model, tokenizer, tmp_path / "exported", "")
+    return tmp_path / "exported"
+
+
+def test_without_importing_bdh_the_error_says_what_to_do(exported, tmp_path):
+    code = """
+assert "trust_remote_code=True" in refused()
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+print("printed", type(model).__module__, type(model).__name__)
+model.save_pretrained(copied)
+"""
+    assert run_without_bdh(code, exported, tmp_path) == ["bdh.model.modeling", "BDHForCausalLM"]
+    # With the stub, and no copies of the package's modules.
+    assert sorted(p.name for p in (tmp_path / "copied").glob("*.py")) == ["bdh_auto.py"]
+    assert (tmp_path / "copied" / "config.json").read_text() == (exported / "config.json").read_text()
+
+
+def test_where_bdh_is_not_installed_the_error_says_so(exported, tmp_path):
+    code = """
+class NotInstalled:
+    def find_spec(self, name, path=None, target=None):
+        if name == "bdh":
+            raise ModuleNotFoundError("No module named 'bdh'", name=name)
+sys.meta_path.insert(0, NotInstalled())
+print("printed", refused(trust_remote_code=True))
+"""
+    assert "pip install bdh" in " ".join(run_without_bdh(code, exported, tmp_path))
+
+
+def test_after_import_bdh_no_one_is_asked(exported, tmp_path):
+    code = """
+import bdh
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, pipeline
+for trust in (None, False, True):
+    assert type(AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust)) is bdh.BDHForCausalLM
+assert type(AutoModel.from_pretrained(folder)) is bdh.BDHModel
+assert type(AutoModelForSequenceClassification.from_pretrained(folder)) is bdh.BDHForSequenceClassification
+AutoModelForCausalLM.from_pretrained(folder).save_pretrained(copied)
+print("printed", AutoConfig.from_pretrained(copied).auto_map["AutoModelForCausalLM"])
+pipeline("text-generation", folder)
+"""
+    assert run_without_bdh(code, exported, tmp_path) == ["bdh_auto.BDHForCausalLM"]
+
+
+@pytest.mark.parametrize("name", ["backbone", "classification"])
+def test_any_of_its_modules_can_be_imported_first(name):
+    code = f"""import bdh.model.{name}
+from transformers import AutoModel, AutoModelForSequenceClassification
+assert bdh.BDHConfig in AutoModel._model_mapping
+assert bdh.BDHConfig in AutoModelForSequenceClassification._model_mapping"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_folders_without_the_stub_load_as_before(model, tokens, tmp_path):
+    model.save_pretrained(tmp_path)
+    (tmp_path / "bdh_auto.py").unlink()
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["auto_map"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(model(tokens).logits, loaded(tokens).logits)
+    assert loaded.config.auto_map == model.config.auto_map

@@ -11,10 +11,9 @@ import uvicorn
 
 from bdh import BDHConfig, BDHForCausalLM
 from bdh.generate.config import EngineConfig
-from bdh.serve.app import make_app
 from bdh.serve.config import ServeSettings
 from bdh.serve.keys import ApiKeys
-from bdh.serve.server import load
+from bdh.serve.server import load, uvicorn_config
 from bdh.serve.service import Service
 from bdh.tokenizer import byte_tokenizer, train_tokenizer, with_chat_template
 
@@ -57,7 +56,9 @@ class Running:
         self.settings = settings
         self.service = Service(settings)
         self.keys = ApiKeys(settings.auth)
-        config = uvicorn.Config(make_app(self.service, self.keys), port=0, log_level="error", lifespan="off")
+        config = uvicorn_config(self.service, self.keys)
+        config.port, config.log_level = 0, "error"
+        self.connections = config.http.__self__
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()

@@ -21,6 +21,7 @@ def assert_refused(answer, status: int, param: str | None = None, code: str | No
     assert answer.status_code == status, answer.text
     (error,) = answer.json().values()
     assert set(error) >= {"message", "type", "param", "code"}
+    assert error["code"]
     if param is not None:
         assert error["param"] == param
     if code is not None:
@@ -34,13 +35,16 @@ def assert_refused(answer, status: int, param: str | None = None, code: str | No
         ({"temperature": -0.5}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
         ({"temperature": 1e-9}, "temperature"),
-        ({"top_p": 0}, "top_p"),
+        ({"top_p": -0.1}, "top_p"),
         ({"top_p": 1.5}, "top_p"),
         ({"top_k": -2}, "top_k"),
         ({"min_p": 1}, "min_p"),
         ({"n": 0}, "n"),
         ({"n": -1}, "n"),
         ({"n": 17}, "n"),
+        ({"best_of": 17}, "best_of"),
+        ({"prompt": ["a", ""]}, "prompt.1"),
+        ({"prompt": [[97], [300]]}, "prompt.1"),
         ({"n": 10**30}, "n"),
         ({"n": True}, "n"),
         ({"n": 1.5}, "n"),
@@ -48,13 +52,17 @@ def assert_refused(answer, status: int, param: str | None = None, code: str | No
         ({"max_tokens": 10**6}, "max_tokens"),
         ({"seed": 2**70}, "seed"),
         ({"logprobs": 6}, "logprobs"),
-        ({"stop": ""}, "stop"),
+        ({"stop": [""]}, "stop.0"),
         ({"stop": [1]}, "stop.0"),
-        ({"logit_bias": {"a": 1}}, None),
-        ({"logit_bias": {"300": 1}}, None),
+        ({"logit_bias": {"a": 1}}, "logit_bias.a"),
+        ({"logit_bias": {"\ud800": 1}}, "logit_bias"),
+        ({"maxTokens": 3}, "maxTokens"),
+        ({"top-p": 1}, "top-p"),
+        ({"x" * 1000: 1}, "x" * 64),
+        ({"logit_bias": {"300": 1}}, "logit_bias"),
         ({"logit_bias": {"3": 1, "03": 2}}, "logit_bias"),
         ({"logit_bias": {"3": 1000}}, "logit_bias.3"),
-        ({"stop_token_ids": [256]}, None),
+        ({"stop_token_ids": [256]}, "stop_token_ids"),
         ({"prompt": []}, "prompt"),
         ({"prompt": ""}, "prompt"),
         ({"prompt": [300]}, "prompt"),
@@ -158,14 +166,14 @@ def test_a_prompt_over_the_limit_is_refused(start_server, bytes_pair):
 
 def test_paths_and_methods_that_are_not_there(server):
     assert_refused(server.http.get("/v1/nothing"), 404, code="not_found")
-    assert_refused(server.http.get("/v1/models/"), 404)
+    assert_refused(server.http.get("/v1/nothing/"), 404, code="not_found")
     assert_refused(server.http.get("/v1/states/..%2f..%2fetc"), 404)
     answer = server.http.get("/v1/completions")
-    assert_refused(answer, 405)
+    assert_refused(answer, 405, code="method_not_allowed")
     assert answer.headers["allow"] == "POST"
     answer = server.http.put("/v1/states/a")
     assert_refused(answer, 405)
-    assert answer.headers["allow"] == "DELETE, GET"
+    assert answer.headers["allow"] == "DELETE, GET, HEAD"
 
 
 def test_states_of_others_are_not_there(start_server, bytes_pair, tmp_path):
@@ -209,7 +217,7 @@ def test_garbage_on_the_socket_is_answered_or_dropped(server):
         b"A" * 200_000,
     ):
         found = raw(server, garbage, wait=1.0)
-        assert not found or b" 400 " in found.split(b"\r\n")[0]
+        assert not found or found.split()[1] == (b"414" if len(garbage) > 100_000 else b"400")
     assert server.text("abc")
 
 
@@ -298,6 +306,49 @@ def test_an_engine_that_fails_turns_the_server_off(start_server, bytes_pair, mon
     assert "fire" not in message
     assert_refused(server.http.get("/health/ready"), 503, code="engine_failed")
     assert server.http.get("/health/live").status_code == 200
+
+
+def test_a_long_step_that_makes_progress_is_no_hang(start_server, bytes_pair, monkeypatch):
+    """A step of more than a minute ended the server, whatever it was doing."""
+    server = start_server(*bytes_pair, limits=LimitSettings(stall_timeout=1.5))
+    stepper = server.service.loaded.front.engine.stepper
+    step = stepper._step
+
+    def slow(feeds):
+        for _ in range(60):
+            time.sleep(0.05)
+            stepper.mark_progress()
+            server.service.watch_engine()
+        step(feeds)
+
+    monkeypatch.setattr(stepper, "_step", slow)
+    assert server.complete("abc", max_tokens=1).status_code == 200
+    assert server.service.status == "ready"
+
+
+@pytest.mark.parametrize("stall_timeout", [0.2, None])
+def test_a_step_without_progress_is_a_hang_unless_that_is_switched_off(
+    start_server, bytes_pair, monkeypatch, stall_timeout
+):
+    server = start_server(*bytes_pair, limits=LimitSettings(stall_timeout=stall_timeout))
+    front, going_on = server.service.loaded.front, threading.Event()
+    step = front.engine.stepper._step
+
+    def hanging(feeds):
+        going_on.wait(60)
+        step(feeds)
+
+    monkeypatch.setattr(front.engine.stepper, "_step", hanging)
+    asked = threading.Thread(target=server.complete, kwargs={"max_tokens": 1})
+    asked.start()
+    while front.seconds_without_progress < 0.3:
+        time.sleep(0.01)
+    answer = server.http.get("/health/ready")
+    assert answer.status_code == (200 if stall_timeout is None else 503)
+    if stall_timeout is not None:
+        assert str(server.service.failure).startswith("the engine has made no progress for")
+    going_on.set()
+    asked.join()
 
 
 def test_an_error_of_the_program_is_told_without_its_insides(server, monkeypatch):

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -185,9 +186,12 @@ def test_prompts_are_in_the_log_only_where_that_was_asked_for(start):
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_process(folder, tmp_path):
-    process = Process(tmp_path / "nothing")
+    damaged = tmp_path / "damaged"
+    shutil.copytree(folder, damaged)
+    (damaged / "model.safetensors").write_bytes(b"nothing")
+    process = Process(damaged)
     assert process.process.wait(60) == 1
-    assert "there is no folder" in process.wait_for("the model cannot be served")["event"]
+    assert "cut off or damaged" in process.wait_for("the model cannot be served")["event"]
 
 
 @pytest.mark.parametrize(
@@ -246,6 +250,32 @@ sys.exit(serve(ServeSettings(model=sys.argv[1], port=0), lambda: load_model(sys.
     assert set(codes) == {"engine_failed"}
     assert server.process.wait(30) == 1
     assert server.wait_for("ended by a failure")["reason"] == "the memory is on fire"
+
+
+def test_a_hung_engine_ends_the_process_with_status_1(folder):
+    script = """
+import sys, threading
+from bdh.generate.engine import Engine
+from bdh.serve.config import LimitSettings, ServeSettings
+from bdh.serve.server import serve
+from bdh.train.models import load_model
+
+step = Engine.step
+def hanging(self):
+    if any(request.params.seed == 13 for request in self._running.values()):
+        threading.Event().wait()
+    return step(self)
+Engine.step = hanging
+settings = ServeSettings(model=sys.argv[1], port=0, limits=LimitSettings(stall_timeout=0.5))
+sys.exit(serve(settings, lambda: load_model(sys.argv[1])))
+"""
+    server = Process(folder, command=[sys.executable, "-c", script, str(folder)])
+    server.wait_for("ready")
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(server.complete, prompt="abc", max_tokens=5000, seed=13)
+        assert server.process.wait(30) == 1
+        asked.exception()
+    assert "no progress" in server.wait_for("ended by a failure")["reason"]
 
 
 def test_telemetry_goes_to_the_collector(start):

@@ -141,6 +141,23 @@ def test_states_of_another_tokenizer_are_refused(make_store, snapshot, stepper, 
         assert store("a").snapshot(each.id, "ann").tokens == [97, 98, 99]
 
 
+def test_responses_on_the_disk_make_room_for_states_and_keep_their_text(make_store, snapshot, tmp_path):
+    size = snapshot().nbytes
+    store = make_store(True, folder_bytes=int(2.5 * size))
+    named = store.put(snapshot("named"), owner="ann", model="m")
+    ids = [f"resp_{number:032x}" for number in range(3)]
+    for number, each in enumerate(ids):
+        assert store.put_response(each, {"number": number}, snapshot(), owner="ann", model="m")
+    assert {each.id for each in store.of_owner("ann")} == {ids[2], named.id}
+    store.put(snapshot("another"), owner="ann", model="m")
+    again = make_store(True, folder_bytes=int(2.5 * size))
+    assert [again.get(each, "ann").response for each in ids] == [{"number": number} for number in range(3)]
+    assert again.snapshot(named.id, "ann").tokens == list(b"named")
+    with pytest.raises(KeyError):
+        again.snapshot(ids[2], "ann")
+    assert len(list((tmp_path / "states").glob("*.safetensors"))) == 2
+
+
 def test_one_larger_than_all_that_may_be_kept_is_refused(make_store, snapshot):
     for store in (make_store(max_bytes=10), make_store(True, folder_bytes=10)):
         with pytest.raises(ValueError, match="may have 10 together"):

@@ -1,10 +1,13 @@
 """The same text whichever way it is asked for, and states that go on."""
 
+import copy
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from lm_eval.utils import RemoteTokenizer, check_remote_tokenizer_support
+from tokenizers.processors import TemplateProcessing
 
 from bdh.cli.main import main
 from bdh.generate.config import EngineConfig
@@ -13,7 +16,7 @@ from bdh.generate.params import SamplingParams
 from bdh.serve.config import StateSettings
 from bdh.serve.schemas import CompletionAnswer, CompletionLogprobs
 from bdh.tokenizer import train_tokenizer
-from tests.serve.conftest import SENTENCES
+from tests.serve.conftest import SENTENCES, made_model
 
 
 def events(answer) -> list[dict]:
@@ -144,15 +147,52 @@ def test_a_plain_conversation_goes_on_in_its_state(start_server, bytes_pair):
 
     first = ask([{"role": "user", "content": "Hi"}], bdh={"save_state": True})
     second = ask([{"role": "user", "content": "Why?"}], bdh={"from_state": first["bdh"]["state_id"]})
-    written = server.complete("User: Hi\nAssistant:", max_tokens=9, bdh={"save_state": True}).json()["choices"][0]
+    written = server.complete("User: Hi\nAssistant: ", max_tokens=9, bdh={"save_state": True}).json()["choices"][0]
     assert first["message"]["content"] == written["text"]
-    rest = server.complete("\nUser: Why?\nAssistant:", max_tokens=9, bdh={"from_state": written["bdh"]["state_id"]})
+    rest = server.complete("\nUser: Why?\nAssistant: ", max_tokens=9, bdh={"from_state": written["bdh"]["state_id"]})
     assert second["message"]["content"] == rest.json()["choices"][0]["text"]
     refused = server.http.post(
         "/v1/chat/completions",
         json={"messages": [{"role": "user", "content": "a"}], "bdh": {"from_state": written["bdh"]["state_id"]}},
     )
     assert refused.status_code == 400
+
+
+def test_a_plain_reply_begins_with_its_first_word(start_server):
+    """A reply began with the space behind the role; where a token has the space and the word, the model writes both."""
+    tokenizer = train_tokenizer(["Ein Vogel singt im Baum."] * 40, "bpe", 280)
+    server = start_server(made_model(len(tokenizer)), tokenizer, chat_template="plain")
+    (token,) = tokenizer(" Vogel", add_special_tokens=False)["input_ids"]
+    body = {"max_tokens": 3, "logit_bias": {str(token): 100}, "logprobs": True, "temperature": 0}
+
+    def tokens(messages):
+        return server.http.post("/tokenize", json={"messages": messages}).json()["tokens"]
+
+    opening = [{"role": "user", "content": "Was singt?"}]
+    choice = server.http.post("/v1/chat/completions", json={"messages": opening, **body}).json()["choices"][0]
+    assert choice["message"]["content"] == "Vogel Vogel Vogel"
+    assert [each["token"] for each in choice["logprobs"]["content"]] == [" Vogel"] * 3  # as the model wrote it
+    chunks = events(server.http.post("/v1/chat/completions", json={"messages": opening, **body, "stream": True}))
+    pieces = [each["choices"][0]["delta"].get("content", "") for each in chunks]
+    assert "".join(pieces) == "Vogel Vogel Vogel"
+    following = tokens([*opening, choice["message"], *opening])
+    assert following[: len(tokens(opening)) + 3] == [*tokens(opening), token, token, token]
+
+
+def test_a_plain_prompt_of_bytes_ends_with_the_space(start_server, bytes_pair):
+    """So that the model begins with a word, as in what it has read; and what a reply began with is known in the next turn."""
+    server = start_server(*bytes_pair, chat_template="plain")
+    messages = [{"role": "user", "content": "Is a bird that sings in the tree still a bird when it is silent?"}]
+    ask = {"temperature": 0, "max_tokens": 9}
+    first = server.http.post("/v1/chat/completions", json={"messages": messages, **ask}).json()
+    prompt = server.http.post("/tokenize", json={"messages": messages}).json()["tokens"]
+    assert bytes(prompt).endswith(b"\nAssistant: ")
+    messages += [first["choices"][0]["message"], {"role": "user", "content": "Why?"}]
+    second = server.http.post("/v1/chat/completions", json={"messages": messages, **ask}).json()
+    assert second["usage"]["prompt_tokens_details"]["cached_tokens"] == len(prompt)
+    spaces = {"messages": messages, "max_tokens": 5, "logit_bias": {"32": 100}, "ignore_eos": True}
+    answer = server.http.post("/v1/chat/completions", json=spaces).json()
+    assert (answer["choices"][0]["message"]["content"], answer["usage"]["completion_tokens"]) == ("", 5)
 
 
 def test_states_are_found_after_a_restart(start_server, bytes_pair, tmp_path):
@@ -212,9 +252,58 @@ def test_texts_and_tokens(server, chat_server):
     assert server.http.post("/detokenize", json={"tokens": tokens["tokens"]}).json() == {"prompt": text}
     assert server.http.post("/detokenize", json={"tokens": [999]}).status_code == 400
     assert server.http.post("/tokenize", json={}).status_code == 400
+    assert server.http.post("/tokenize", json={"content": text}).json() == tokens
+    for body in ({"prompt": "a", "content": "a"}, {"messages": [], "content": "a"}, {"prompt": None}):
+        assert server.http.post("/tokenize", json=body).status_code == 400
     messages = [{"role": "user", "content": "<|end|>"}]
     tokens = chat_server.http.post("/tokenize", json={"messages": messages}).json()["tokens"]
     assert tokens[1:8] == list(b"<|end|>")  # what a message spells is text
+
+
+def test_special_tokens_are_put_around_a_text_where_asked_for(start_server, bpe_pair):
+    model, tokenizer = bpe_pair
+    tokenizer = copy.deepcopy(tokenizer)
+    end = [("<eos>", tokenizer.eos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=end)
+    server = start_server(model, tokenizer)
+
+    def tokens(**fields):
+        return server.http.post("/tokenize", json={"prompt": "Vogel", **fields}).json()["tokens"]
+
+    assert tokens() == tokens(add_special_tokens=False) == tokens(add_special_tokens=None)
+    assert tokens(add_special_tokens=True) == [*tokens(), tokenizer.eos_token_id]
+    body = {"messages": [{"role": "user", "content": "a"}], "add_special_tokens": True}
+    error = server.http.post("/tokenize", json=body).json()["error"]
+    assert (error["param"], error["code"]) == ("add_special_tokens", "invalid_value")
+
+
+def test_facts_of_the_tokenizer(chat_server, start_server, chat_pair, bpe_pair, bytes_pair):
+    info = chat_server.http.get("/tokenizer_info").json()
+    tokenizer = chat_pair[1]
+    assert info["tokenizer_class"] == type(tokenizer).__name__
+    assert info["chat_template"] == tokenizer.chat_template
+    assert (info["vocab_size"], info["model_max_length"]) == (260, 100_000)
+    assert {each["content"] for each in info["added_tokens_decoder"].values()} == set(tokenizer.added_tokens_encoder)
+    assert info["eos_token"] is None
+    with_special = start_server(*bpe_pair)
+    assert with_special.http.get("/tokenizer_info").json()["eos_token"] == "<eos>"
+    plain = start_server(*bytes_pair, chat_template="plain").http.get("/tokenizer_info").json()
+    assert "Assistant: " in plain["chat_template"]
+    assert check_remote_tokenizer_support(with_special.url)
+    remote = RemoteTokenizer(with_special.url)
+    assert remote.decode(remote.encode("Vogel")) == "Vogel"
+
+
+def test_a_slash_at_the_end_makes_no_other_route(server):
+    for path in ("/v1/models", "/v1/models/tiny", "/health", "/tokenizer_info", "/v1/states", "/openapi.json"):
+        with_slash = server.http.get(f"{path}/", follow_redirects=False)
+        assert (with_slash.status_code, with_slash.json()) == (200, server.http.get(path).json())
+    body = {"prompt": "a", "temperature": 0, "max_tokens": 3}
+    assert server.http.post("/v1/completions/", json=body).json()["choices"][0]["text"] == server.text(
+        "a", max_tokens=3
+    )
+    assert server.http.post("/tokenize/", json={"prompt": "a"}).json() == {"tokens": [97], "count": 1}
+    assert server.http.get("/v1/completions/").status_code == 405
 
 
 def test_metrics_go_back_to_zero_and_count(start_server, bytes_pair):

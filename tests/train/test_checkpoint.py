@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bdh.train import checkpoint
+from bdh.train import checkpoint, places
 from bdh.train.checkpoint import MANIFEST, TRAINING, Checkpointer, CheckpointError
 
 TENSORS = "__0_0.distcp"  # what torch.distributed.checkpoint calls the first file of rank 0
@@ -101,13 +101,13 @@ def test_a_flipped_bit_is_refused(tmp_path):
         checkpointer.load()
 
 
-@pytest.mark.parametrize("moment", [checkpoint._fault, checkpoint._facts, torch.load])
+@pytest.mark.parametrize("moment", [checkpoint.checkpoint_fault, places.file_facts, torch.load])
 def test_a_newest_checkpoint_that_a_training_removes_while_it_is_read_gives_way_to_the_one_after(
     tmp_path, monkeypatch, moment
 ):
     """The one that was being read was called damaged, or one of its files was not found."""
     reader = saved(tmp_path, 10)
-    owner = torch if moment is torch.load else checkpoint
+    owner = {torch.load: torch, places.file_facts: places}.get(moment, checkpoint)
 
     def train_on_first(*args, **kwargs):
         monkeypatch.undo()

@@ -8,7 +8,8 @@ A *row* is a token of some sequence; the rows of a sequence follow each other in
     respond   y = relu(Ev LN(a)), and Dec (x * y)                 y where x fires, Dec where y fires too
     finish    v = LN(v + LN(sum))
 
-Each runs over stretches of neurons (or rows) in parallel. Whatever is summed over neurons is first summed within each
+Each is a stage (:mod:`bdh.ops.cpu.pieces`) whose pieces are stretches of neurons, or rows: its first argument is the address
+of its counters, and every thread calls it. Whatever is summed over neurons is first summed within each
 stretch and then over the stretches in their order, and sequences never meet in a sum; so the bits of a result depend
 neither on the threads, nor on the other rows, nor on how a text was cut into calls.
 
@@ -18,6 +19,7 @@ Weights and states come by address, one row of D numbers for each neuron, in flo
 import numpy as np
 from numba import njit, prange
 
+from bdh.ops.cpu.pieces import STAGE_WORDS, pieces
 from bdh.ops.cpu.vector import (
     add_scaled,
     dot,
@@ -42,6 +44,11 @@ BLOCK_NEURONS = 8
 AHEAD = 3  # pairs whose rows are asked for before they are needed
 _LIST = 1024  # neurons that fire, gathered before they are worked off
 _CACHE_LINE = 64
+_PROJECTED = 256  # neurons of a piece; a multiple of BLOCK_NEURONS
+_TURNED = 256  # pairs of a piece
+STAGE_BYTES = 8 * STAGE_WORDS
+STAGES = 7
+"""Counters that :func:`passes` needs for each pass, and once more."""
 
 jit = njit(cache=True, nogil=True, parallel=True, error_model="numpy")
 jit_inner = njit(cache=True, nogil=True, error_model="numpy")
@@ -51,6 +58,12 @@ jit_inner = njit(cache=True, nogil=True, error_model="numpy")
 def stretches_of(N):
     """Stretches in a head."""
     return (N + STRETCH_NEURONS - 1) // STRETCH_NEURONS
+
+
+@jit_inner
+def projected_pieces(num_neurons):
+    """Pieces of :func:`project`."""
+    return (num_neurons + _PROJECTED - 1) // _PROJECTED
 
 
 @jit_inner
@@ -74,39 +87,40 @@ def normalise(numbers, ones, eps):
         numbers[d] *= scale
 
 
-@jit
-def rotations(positions, turns_per_token, cos, sin):
+@jit_inner
+def rotations(stage, positions, turns_per_token, cos, sin):
     """cos and sin (N/2, R) of each pair's phase at the rows' positions, exact as in ``bdh.ops.rope``."""
-    for i in prange(cos.shape[0]):
-        for r in range(positions.shape[0]):
-            turns = positions[r] * turns_per_token[i]
-            angle = 2 * np.pi * (turns - np.floor(turns))
-            cos[i, r] = np.cos(angle)
-            sin[i, r] = np.sin(angle)
+    num_pairs = cos.shape[0]
+    for piece in pieces(stage, (num_pairs + _TURNED - 1) // _TURNED):
+        for i in range(piece * _TURNED, min(num_pairs, (piece + 1) * _TURNED)):
+            for r in range(positions.shape[0]):
+                turns = positions[r] * turns_per_token[i]
+                angle = 2 * np.pi * (turns - np.floor(turns))
+                cos[i, r] = np.cos(angle)
+                sin[i, r] = np.sin(angle)
 
 
-@jit
-def begin(embed, tokens, v, eps):
+@jit_inner
+def begin(stage, embed, tokens, v, eps):
     """v (R, D) = LN(embed[tokens]) before the first pass."""
     ones = np.ones(v.shape[1], np.float32)
-    for r in prange(v.shape[0]):
+    for r in pieces(stage, v.shape[0]):
         v[r] = embed[tokens[r]]
         normalise(v[r], ones, eps)
 
 
-@jit
-def project(like, weights, v, out, relu):
+@jit_inner
+def project(stage, like, weights, v, out, relu):
     """``out`` (n, R): the products of n rows of weights, by address, with the rows of v (R, D), cut at 0 by ``relu``."""
     num_neurons, R = out.shape
     D = v.shape[1]
     row_bytes = D * like.itemsize
-    num_stretches = (num_neurons + STRETCH_NEURONS - 1) // STRETCH_NEURONS
     # The next block is asked for a little at a time, with each group of rows its share.
     groups = max(1, R // 4)
     share = (4 * row_bytes + groups * _CACHE_LINE - 1) // (groups * _CACHE_LINE) * _CACHE_LINE
-    for stretch in prange(num_stretches):
-        end = min(num_neurons, (stretch + 1) * STRETCH_NEURONS)
-        for first in range(stretch * STRETCH_NEURONS, end, BLOCK_NEURONS):
+    for piece in pieces(stage, projected_pieces(num_neurons)):
+        end = min(num_neurons, (piece + 1) * _PROJECTED)
+        for first in range(piece * _PROJECTED, end, BLOCK_NEURONS):
             last = min(end, first + BLOCK_NEURONS)
             by_4, by_8 = last - (last - first) % 4, last - (last - first) % 8
             for r in range(0, R - R % 4, 4):
@@ -130,8 +144,8 @@ def project(like, weights, v, out, relu):
                     tile_1x1(like, relu, weights + n * row_bytes, row_bytes, value, D * 4, D, place, R * 4)
 
 
-@jit
-def recall(like, states, starts, x, cos, sin, read_scales, write_scales, v, parts, N):
+@jit_inner
+def recall(stage, like, states, starts, x, cos, sin, read_scales, write_scales, v, parts, N):
     """The sums of each stretch, ``parts`` (stretches, R, D), of q S; and S with the rows' keys and values added.
 
     ``states`` (sequences,) are addresses of (H, N, D); the rows of sequence s are ``starts[s]`` to ``starts[s + 1]``.
@@ -139,10 +153,10 @@ def recall(like, states, starts, x, cos, sin, read_scales, write_scales, v, part
     """
     num_stretches, R, D = parts.shape
     row_bytes = D * like.itemsize
-    for stretch in prange(num_stretches):
+    firing = np.empty(STRETCH_NEURONS // 2, np.int64)
+    for stretch in pieces(stage, num_stretches):
         h, first, end = bounds_of(stretch, N)
         parts[stretch] = 0
-        firing = np.empty(STRETCH_NEURONS // 2, np.int64)
         for sequence in range(states.shape[0]):
             state = states[sequence] + h * N * row_bytes
             row, last = starts[sequence], starts[sequence + 1]
@@ -195,13 +209,13 @@ def recall(like, states, starts, x, cos, sin, read_scales, write_scales, v, part
                     )
 
 
-@jit
-def settle(parts, a, eps):
+@jit_inner
+def settle(stage, parts, a, eps):
     """LN of the sums over each head's stretches: ``parts`` (H * stretches of a head, R, D) to a (R, H, D)."""
     R, H, D = a.shape
     per_head = parts.shape[0] // H
     ones = np.ones(D, np.float32)
-    for item in prange(R * H):
+    for item in pieces(stage, R * H):
         r, h = item // H, item % H
         a[r, h] = 0
         for stretch in range(h * per_head, (h + 1) * per_head):
@@ -210,8 +224,8 @@ def settle(parts, a, eps):
         normalise(a[r, h], ones, eps)
 
 
-@jit
-def respond(like, encoder_v, decoder, x, a, parts, N):
+@jit_inner
+def respond(stage, like, encoder_v, decoder, x, a, parts, N):
     """The sums of each stretch, ``parts`` (stretches, R, D), of Dec (x * y).
 
     ``encoder_v`` (H,) are the addresses of Ev, neuron by neuron, one for each head, and ``decoder`` is that of Dec.
@@ -219,12 +233,12 @@ def respond(like, encoder_v, decoder, x, a, parts, N):
     num_stretches, R, D = parts.shape
     H = a.shape[1]
     row_bytes = D * like.itemsize
-    for stretch in prange(num_stretches):
+    neurons, rows = np.empty(_LIST + R, np.int64), np.empty(_LIST + R, np.int64)
+    weights, values = np.empty(_LIST + R, np.int64), np.empty(_LIST + R, np.int64)
+    y = np.empty(_LIST + R, np.float32)
+    for stretch in pieces(stage, num_stretches):
         h, first, end = bounds_of(stretch, N)
         parts[stretch] = 0
-        neurons, rows = np.empty(_LIST + R, np.int64), np.empty(_LIST + R, np.int64)
-        weights, values = np.empty(_LIST + R, np.int64), np.empty(_LIST + R, np.int64)
-        y = np.empty(_LIST + R, np.float32)
         n = first
         while n < end:
             count = 0
@@ -272,13 +286,14 @@ def respond(like, encoder_v, decoder, x, a, parts, N):
                     )
 
 
-@jit
-def finish(parts, v, eps):
+@jit_inner
+def finish(stage, parts, v, eps):
     """v (R, D) behind the pass, in place: LN(v + LN(the sum over all stretches))."""
     R, D = v.shape
     ones = np.ones(D, np.float32)
-    for r in prange(R):
-        total = np.zeros(D, np.float32)
+    total = np.empty(D, np.float32)
+    for r in pieces(stage, R):
+        total[:] = 0
         for stretch in range(parts.shape[0]):
             for d in range(D):
                 total[d] += parts[stretch, r, d]
@@ -289,8 +304,24 @@ def finish(parts, v, eps):
 
 
 @jit_inner
-def passes(
-    num_passes,
+def enter(progress, embed, tokens, positions, turns_per_token, v, cos, sin, eps):
+    """What comes before the first pass: two stages."""
+    rotations(progress, positions, turns_per_token, cos, sin)
+    begin(progress + STAGE_BYTES, embed, tokens, v, eps)
+
+
+@jit_inner
+def _passes(
+    progress,
+    embed,
+    tokens,
+    positions,
+    turns_per_token,
+    v,
+    cos,
+    sin,
+    eps,
+    first_pass,
     like_weights,
     like_states,
     encoder,
@@ -298,26 +329,54 @@ def passes(
     decoder,
     states,
     starts,
-    cos,
-    sin,
     read_scales,
     write_scales,
-    v,
     x,
     a,
     parts,
-    eps,
 ):
-    """All passes of the model over v (R, D), in place.
+    N, stage = x.shape[0] // a.shape[1], progress.ctypes.data
+    if first_pass == 0:
+        enter(stage, embed, tokens, positions, turns_per_token, v, cos, sin, eps)
+    for index in range(len(states)):
+        stage += STAGES * STAGE_BYTES
+        project(stage, like_weights, encoder, v, x, True)
+        recall(
+            stage + STAGE_BYTES, like_states, states[index], starts, x, cos, sin, read_scales, write_scales, v, parts, N
+        )
+        settle(stage + 2 * STAGE_BYTES, parts, a, eps)
+        respond(stage + 3 * STAGE_BYTES, like_weights, encoder_v, decoder, x, a, parts, N)
+        finish(stage + 4 * STAGE_BYTES, parts, v, eps)
+
+
+@jit
+def passes(num_threads, arguments):
+    """Passes of the model over v (R, D), in place.
 
     Args:
-        states: (L, sequences) addresses of each pass's sums, (H, N, D).
-        x: (H*N, R), a: (R, H, D), parts: (H * stretches of a head, R, D): memory to work in.
+        arguments: of :func:`_passes`:
+            progress: of ``STAGES`` for each pass and once more.
+            embed to eps: of :func:`enter`, which is called where ``first_pass`` is 0.
+            states: (passes, sequences) addresses of each pass's sums, (H, N, D).
+            x: (H*N, R), a: (R, H, D), parts: (H * stretches of a head, R, D): memory to work in.
     """
-    N = x.shape[0] // a.shape[1]
-    for index in range(num_passes):
-        project(like_weights, encoder, v, x, True)
-        recall(like_states, states[index], starts, x, cos, sin, read_scales, write_scales, v, parts, N)
-        settle(parts, a, eps)
-        respond(like_weights, encoder_v, decoder, x, a, parts, N)
-        finish(parts, v, eps)
+    if num_threads == 1:
+        _passes(*arguments)
+    else:
+        for _ in prange(num_threads):
+            _passes(*arguments)
+
+
+@jit_inner
+def _products(progress, like, weights, v, out, relu):
+    project(progress.ctypes.data, like, weights, v, out, relu)
+
+
+@jit
+def products(num_threads, arguments):
+    """:func:`project` alone: (progress, like, weights, v, out, relu)."""
+    if num_threads == 1:
+        _products(*arguments)
+    else:
+        for _ in prange(num_threads):
+            _products(*arguments)

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from bdh.ops.cpu import layer_kernels as kernels
+from bdh.ops.cpu.crowding import calm, crowding
 from bdh.ops.cpu.runtime import compiled, exclusive, follow_torch_threads
 from bdh.ops.cpu.vector import LANES
 from bdh.ops.layer.neurons import Block, Fired, LayerWeights, zeros_like
@@ -59,6 +60,7 @@ class KernelNeurons:
         self._gradients = zeros_like(weights, torch.float32) if with_gradients else None
         _compile()
         self._parts = follow_torch_threads()
+        calm.set(crowding.busy_cores(self._parts, leaves_cores=False) > 0)
         self._keep_wide = keep_wide
         self._wide: dict[str, torch.Tensor] = _scratch.__dict__
         self._firing = 0

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from bdh.ops.cpu import kernels
-from bdh.ops.cpu.runtime import Announce, compiled, exclusive, follow_torch_threads, to_stderr
+from bdh.ops.cpu.pieces import new_progress
+from bdh.ops.cpu.runtime import Announce, compiled, exclusive, team_for, to_stderr
 from bdh.ops.rope import turns_per_token
 
 Storage = Literal["float32", "bfloat16"]
@@ -131,42 +132,41 @@ class Recurrence:
         if state_dtype not in self._is_compiled:
             self._is_compiled.add(state_dtype)
             compiled(lambda: self._warm_up(state_dtype), self._announce)
-        follow_torch_threads()
         L, H, N, D = self.weights.shape
         R = len(tokens)
+        team = team_for(R)
         like_states = kernels.FLOAT32 if state_dtype == torch.float32 else kernels.BFLOAT16
         cos, sin = self._array("cos", N // 2, R), self._array("sin", N // 2, R)
         v, x = self._array("v", R, D), self._array("x", H * N, R)
         a, parts = self._array("a", R, H, D), self._array("parts", self._num_parts, R, D)
         if read_scales is None or write_scales is None:
             read_scales = write_scales = np.ones((R, H), np.float32)
-        with exclusive():
-            kernels.rotations(positions, self._turns, cos, sin)
-            kernels.begin(self._embed, tokens, v, self.weights.eps)
-            if before_writing is not None:
-                before_writing()
-            for some in passes_at_once(L, watch):
-                kernels.passes(
-                    len(some),
-                    self._like,
-                    like_states,
-                    self.weights.encoder.data_ptr(),
-                    self._encoder_v,
-                    self.weights.decoder.data_ptr(),
-                    states[some.start : some.stop],
-                    starts,
-                    cos,
-                    sin,
-                    read_scales,
-                    write_scales,
-                    v,
-                    x,
-                    a,
-                    parts,
-                    self.weights.eps,
-                )
-                if watch is not None:
-                    watch(some.start, x)
+        text = self._embed, tokens, positions, self._turns, v, cos, sin, self.weights.eps
+        progress = new_progress(kernels.STAGES * (1 + L), is_crowded=team.is_crowded)
+        if before_writing is not None:
+            before_writing()
+        for some in passes_at_once(L, watch):
+            arguments = (
+                progress[some.start * kernels.STAGES :],
+                *text,
+                some.start,
+                self._like,
+                like_states,
+                self.weights.encoder.data_ptr(),
+                self._encoder_v,
+                self.weights.decoder.data_ptr(),
+                states[some.start : some.stop],
+                starts,
+                read_scales,
+                write_scales,
+                x,
+                a,
+                parts,
+            )
+            with exclusive():
+                kernels.passes(team.threads, arguments)
+            if watch is not None:
+                watch(some.start, x)
         return v
 
     def logits(self, v: np.ndarray) -> torch.Tensor:
@@ -184,8 +184,11 @@ class Recurrence:
         def run(v: np.ndarray) -> torch.Tensor:
             if len(index):
                 np.take(v, index, axis=0, out=chosen, mode="clip")  # other modes take memory
+                team = team_for(len(index))
+                progress = new_progress(1, is_crowded=team.is_crowded)
+                num_threads = min(team.threads, kernels.projected_pieces(weight.shape[0]))
                 with exclusive():
-                    kernels.project(self._like, weight.data_ptr(), chosen, out, False)
+                    kernels.products(num_threads, (progress, self._like, weight.data_ptr(), chosen, out, False))
                 logits.copy_(torch.from_numpy(out).t())
             return logits
 

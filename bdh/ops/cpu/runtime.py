@@ -7,13 +7,14 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
+from bdh.ops.cpu.crowding import crowding
+
 Announce = Callable[[str], None]
 _one_at_a_time = threading.RLock()
-_PATIENCE_SECONDS = 0.5  # loading compiled kernels takes less
-
 
 _is_forked = False
 
@@ -56,6 +57,30 @@ def follow_torch_threads() -> int:
     return count
 
 
+FEW_ROWS = 16
+"""Up to so many rows a call leaves busy cores to others. In a longer one a thread that gets half of a core is worth having."""
+
+
+class Team(NamedTuple):
+    """Who does a call of the kernels."""
+
+    threads: int
+    is_crowded: bool
+    """Whether other programs keep cores busy."""
+
+
+def team_for(num_rows: int) -> Team:
+    """For so many rows, whose bits do not depend on the threads."""
+    import numba
+
+    most, leaves_cores = follow_torch_threads(), num_rows <= FEW_ROWS
+    busy = crowding.busy_cores(most, leaves_cores=leaves_cores)
+    threads = most - busy if leaves_cores else most
+    if threads != most:
+        numba.set_num_threads(threads)
+    return Team(threads, busy > 0)
+
+
 def exclusive() -> AbstractContextManager[object]:
     """Held while kernels run: by one thread at a time, where numba's threading layer bears no more.
 
@@ -73,24 +98,35 @@ def exclusive() -> AbstractContextManager[object]:
 def compiled(run: Callable[[], None], announce: Announce = to_stderr) -> float:
     """Runs something small that uses every kernel, so that they are compiled, or loaded from the disk.
 
-    Says so where it is not quick: compiling takes about ten seconds, once for each version and processor.
+    Says so where numba compiles, and not where it loads, however long that takes on a busy machine: compiling takes about
+    ten seconds, once for each version and processor.
 
     Returns:
         The seconds that it took.
     """
+    from numba.core import event
+
+    class Compiling(event.Listener):
+        has_begun = False
+
+        def on_start(self, event: object) -> None:
+            if not self.has_begun:
+                self.has_begun = True
+                announce("compiling the kernels for this processor, once ...")
+
+        def on_end(self, event: object) -> None:
+            pass
+
     _watch_forks()
     start, threads = time.perf_counter(), torch.get_num_threads()
-    begun = threading.Timer(_PATIENCE_SECONDS, announce, ["compiling the kernels for this processor, once ..."])
-    begun.daemon = True
-    begun.start()
+    compiling = Compiling()
     try:
-        run()
+        with event.install_listener("numba:compile", compiling):
+            run()
     finally:
-        begun.cancel()
         # numba and torch share OpenMP, and numba's first launch asks it for all cores.
         torch.set_num_threads(threads)
-    begun.join()
     seconds = time.perf_counter() - start
-    if seconds > _PATIENCE_SECONDS:
+    if compiling.has_begun:
         announce(f"the kernels are ready, after {seconds:.1f} s")
     return seconds

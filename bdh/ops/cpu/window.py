@@ -23,8 +23,11 @@ from bdh.ops.cpu import kernels
 from bdh.ops.cpu.kernels import (
     AHEAD,
     FLOAT32,
+    STAGE_BYTES,
+    STAGES,
     STRETCH_NEURONS,  # whole bytes of marks: no two threads write to one
     bounds_of,
+    enter,
     finish,
     jit,
     jit_inner,
@@ -33,8 +36,9 @@ from bdh.ops.cpu.kernels import (
     respond,
 )
 from bdh.ops.cpu.memory import get_byte, put_byte, put_float
+from bdh.ops.cpu.pieces import new_progress, pieces
 from bdh.ops.cpu.recurrence import KernelWeights, Recurrence, Watch, passes_at_once
-from bdh.ops.cpu.runtime import Announce, compiled, exclusive, follow_torch_threads, to_stderr
+from bdh.ops.cpu.runtime import Announce, compiled, exclusive, team_for, to_stderr
 from bdh.ops.cpu.vector import add_scaled, prefetch
 from bdh.ops.window import Ring, empty_ring
 
@@ -42,7 +46,7 @@ _CACHE_LINE = 64
 
 
 @jit_inner
-def enter(x, row, h, N, first, end, marks, table, pair_bytes, firing):
+def take_in(x, row, h, N, first, end, marks, table, pair_bytes, firing):
     """Gathers the pairs of a stretch that fire in a row, marks them, and clears what others left in its column.
 
     ``marks`` is the address of the column's bits, ``table`` that of its place in the rows of the head's first pair.
@@ -66,8 +70,8 @@ def enter(x, row, h, N, first, end, marks, table, pair_bytes, firing):
     return count
 
 
-@jit
-def score(keys, fired, length, starts, positions, x, cos, sin, parts, N):
+@jit_inner
+def score(stage, keys, fired, length, starts, positions, x, cos, sin, parts, N):
     """The scores of each stretch, ``parts`` (stretches, R, C), of the rows with the tokens in the ring; their keys enter.
 
     ``keys`` and ``fired`` (sequences,) are addresses; the rows of sequence s are ``starts[s]`` to ``starts[s + 1]``.
@@ -75,10 +79,10 @@ def score(keys, fired, length, starts, positions, x, cos, sin, parts, N):
     num_stretches, R, C = parts.shape
     row_bytes = C * 4
     pair_bytes, mark_bytes = 2 * row_bytes, (N + 15) // 16
-    for stretch in prange(num_stretches):
+    firing = np.empty(STRETCH_NEURONS // 2, np.int64)
+    for stretch in pieces(stage, num_stretches):
         h, first, end = bounds_of(stretch, N)
         parts[stretch] = 0
-        firing = np.empty(STRETCH_NEURONS // 2, np.int64)
         for sequence in range(keys.shape[0]):
             table = keys[sequence] + h * N * row_bytes
             for row in range(starts[sequence], starts[sequence + 1]):
@@ -86,7 +90,7 @@ def score(keys, fired, length, starts, positions, x, cos, sin, parts, N):
                 marks = fired[sequence] + (h * length + column) * mark_bytes
                 out = parts.ctypes.data + (stretch * R + row) * row_bytes
                 place = table + column * 4
-                count = enter(x, row, h, N, first, end, marks, place, pair_bytes, firing)
+                count = take_in(x, row, h, N, first, end, marks, place, pair_bytes, firing)
                 for index in range(count):
                     i = firing[index]
                     if index + AHEAD < count:
@@ -103,8 +107,8 @@ def score(keys, fired, length, starts, positions, x, cos, sin, parts, N):
                     put_float(place + i * pair_bytes + row_bytes, q_1)
 
 
-@jit
-def gather(parts, fading, values, length, starts, positions, v, a, eps):
+@jit_inner
+def gather(stage, parts, fading, values, length, starts, positions, v, a, eps):
     """LN of the values in the window weighted by their scores: ``parts`` (H * stretches of a head, R, C) to a (R, H, D).
 
     ``fading`` (H, W - 1) weighs a token by how many stand between it and the row; ``values`` (sequences,) are addresses.
@@ -115,9 +119,10 @@ def gather(parts, fading, values, length, starts, positions, v, a, eps):
     sequence_of = np.empty(R, np.int64)
     for sequence in range(values.shape[0]):
         sequence_of[starts[sequence] : starts[sequence + 1]] = sequence
-    for item in prange(R * H):
+    scores = np.empty(C, np.float32)
+    for item in pieces(stage, R * H):
         r, h = item // H, item % H
-        scores = np.zeros(C, np.float32)
+        scores[:] = 0
         for stretch in range(h * per_head, (h + 1) * per_head):
             for c in range(C):
                 scores[c] += parts[stretch, r, c]
@@ -135,10 +140,10 @@ def gather(parts, fading, values, length, starts, positions, v, a, eps):
 
 
 @jit_inner
-def store(values, length, starts, positions, v):
+def store(stage, values, length, starts, positions, v):
     """Puts the values of the rows into their columns, as far as they stay there."""
     D = v.shape[1]
-    for sequence in range(values.shape[0]):
+    for sequence in pieces(stage, values.shape[0]):
         for r in range(max(starts[sequence], starts[sequence + 1] - length), starts[sequence + 1]):
             place = values[sequence] + positions[r] % length * D * 4
             for d in range(D):
@@ -146,8 +151,17 @@ def store(values, length, starts, positions, v):
 
 
 @jit_inner
-def window_passes(
-    num_passes,
+def _window_passes(
+    progress,
+    embed,
+    tokens,
+    positions,
+    turns_per_token,
+    v,
+    cos,
+    sin,
+    eps,
+    first_pass,
     like_weights,
     encoder,
     encoder_v,
@@ -155,35 +169,43 @@ def window_passes(
     rings,
     fading,
     starts,
-    positions,
-    cos,
-    sin,
-    v,
     x,
     a,
     scores,
     parts,
-    eps,
 ):
-    """All passes of the model over v (R, D), in place.
-
-    Args:
-        rings: (L, 3, sequences) addresses of each pass's keys, marks and values.
-        fading: (H, W - 1).
-        x: (H*N, R), a: (R, H, D), scores: (H * stretches of a head, R, C), parts: (the same, R, D): memory to work in.
-    """
-    N, length = x.shape[0] // a.shape[1], fading.shape[1]
-    for index in range(num_passes):
-        project(like_weights, encoder, v, x, True)
+    N, length, stage = x.shape[0] // a.shape[1], fading.shape[1], progress.ctypes.data
+    if first_pass == 0:
+        enter(stage, embed, tokens, positions, turns_per_token, v, cos, sin, eps)
+    for index in range(len(rings)):
+        stage += STAGES * STAGE_BYTES
+        project(stage, like_weights, encoder, v, x, True)
         if length > 0:
             keys, marks, values = rings[index]
-            score(keys, marks, length, starts, positions, x, cos, sin, scores, N)
-            gather(scores, fading, values, length, starts, positions, v, a, eps)
-            store(values, length, starts, positions, v)
-        else:
-            a[:] = 0
-        respond(like_weights, encoder_v, decoder, x, a, parts, N)
-        finish(parts, v, eps)
+            score(stage + STAGE_BYTES, keys, marks, length, starts, positions, x, cos, sin, scores, N)
+            gather(stage + 2 * STAGE_BYTES, scores, fading, values, length, starts, positions, v, a, eps)
+            store(stage + 3 * STAGE_BYTES, values, length, starts, positions, v)
+        respond(stage + 4 * STAGE_BYTES, like_weights, encoder_v, decoder, x, a, parts, N)
+        finish(stage + 5 * STAGE_BYTES, parts, v, eps)
+
+
+@jit
+def window_passes(num_threads, arguments):
+    """Passes of the model over v (R, D), in place.
+
+    Args:
+        arguments: of :func:`_window_passes`:
+            progress to first_pass: as those of :func:`bdh.ops.cpu.kernels.passes`.
+            rings: (passes, 3, sequences) addresses of each pass's keys, marks and values.
+            fading: (H, W - 1).
+            x: (H*N, R), a: (R, H, D), scores: (H * stretches of a head, R, C), parts: (the same, R, D): memory to work
+                in; a holds 0 where W is 1.
+    """
+    if num_threads == 1:
+        _window_passes(*arguments)
+    else:
+        for _ in prange(num_threads):
+            _window_passes(*arguments)
 
 
 class WindowedRecurrence(Recurrence):
@@ -233,40 +255,40 @@ class WindowedRecurrence(Recurrence):
         if not self._window_is_compiled:
             self._window_is_compiled = True
             compiled(self._warm_up_window, self._announce)
-        follow_torch_threads()
+        team = team_for(len(tokens))
         L, H, N, D = self.weights.shape
         R, columns = len(tokens), rings[0].keys.shape[-1]
         cos, sin = self._array("cos", N // 2, R), self._array("sin", N // 2, R)
         v, x, addresses = self._array("v", R, D), self._array("x", H * N, R), self._addresses(rings)
         a, scores = self._array("a", R, H, D), self._array("scores", self._num_parts, R, columns)
         parts = self._array("parts", self._num_parts, R, D)
-        with exclusive():
-            kernels.rotations(positions, self._turns, cos, sin)
-            kernels.begin(self._embed, tokens, v, self.weights.eps)
-            if before_writing is not None:
-                before_writing()
-            for some in passes_at_once(L, watch):
-                window_passes(
-                    len(some),
-                    self._like,
-                    self.weights.encoder.data_ptr(),
-                    self._encoder_v,
-                    self.weights.decoder.data_ptr(),
-                    addresses[some.start : some.stop],
-                    self._fading,
-                    starts,
-                    positions,
-                    cos,
-                    sin,
-                    v,
-                    x,
-                    a,
-                    scores,
-                    parts,
-                    self.weights.eps,
-                )
-                if watch is not None:
-                    watch(some.start, x)
+        if self.window == 1:
+            a[:] = 0
+        text = self._embed, tokens, positions, self._turns, v, cos, sin, self.weights.eps
+        progress = new_progress(kernels.STAGES * (1 + L), is_crowded=team.is_crowded)
+        if before_writing is not None:
+            before_writing()
+        for some in passes_at_once(L, watch):
+            arguments = (
+                progress[some.start * kernels.STAGES :],
+                *text,
+                some.start,
+                self._like,
+                self.weights.encoder.data_ptr(),
+                self._encoder_v,
+                self.weights.decoder.data_ptr(),
+                addresses[some.start : some.stop],
+                self._fading,
+                starts,
+                x,
+                a,
+                scores,
+                parts,
+            )
+            with exclusive():
+                window_passes(team.threads, arguments)
+            if watch is not None:
+                watch(some.start, x)
         return v
 
     def _addresses(self, rings: Sequence[Ring]) -> np.ndarray:

@@ -1,0 +1,160 @@
+"""Stages of work in pieces that threads take as they come.
+
+The threads of a team run the same function, stage after stage. In each stage every thread takes the next piece that nobody
+has taken, until there is none left, and then waits until all are done. So a thread that comes late, because another
+program holds its core, holds up the others by the piece that it has in hand, and not by its share; one that does not come
+at all is not missed, since nobody waits for threads, but for pieces. Who does which piece is left to chance: the result of a
+piece must not depend on it.
+
+Waiting costs the core of whoever waits only for a moment. Then the thread sleeps, on Linux, until the last piece is done: the
+core is free for the thread that has it in hand, which another program may keep from its own.
+
+The counters of a stage are ``STAGE_WORDS`` int64, 0 at first, in the ``progress`` (stages, STAGE_WORDS) of a call.
+"""
+
+import sys
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+STAGE_WORDS = 16  # two lines of the cache
+_TAKEN, _SPINS, _DONE, _SLEEPERS = 0, 1, 8, 9
+SPINS, SPINS_WHEN_CROWDED = 10_000, 300
+"""How often a waiting thread looks before it sleeps. A look takes 20 to 50 nanoseconds."""
+_FUTEX_WAIT, _FUTEX_WAKE = 128, 129  # within a process
+_FUTEX = {"x86_64": 202, "aarch64": 98}  # the number of the system call
+_PAUSES = {"x86_64": ("llvm.x86.sse2.pause", ()), "aarch64": ("llvm.aarch64.hint", (1,))}
+_I32, _I64 = ir.IntType(32), ir.IntType(64)
+
+jit_inner = njit(cache=True, nogil=True, error_model="numpy")
+
+
+def new_progress(num_stages: int, *, is_crowded: bool = False) -> np.ndarray:
+    """The counters of so many stages; each can be gone through once.
+
+    Args:
+        is_crowded: others want the cores, so that it is better to sleep soon.
+    """
+    progress = np.zeros((num_stages, STAGE_WORDS), np.int64)
+    progress[:, _SPINS] = SPINS_WHEN_CROWDED if is_crowded else SPINS
+    return progress
+
+
+def _pointer(builder: Any, address: Any) -> Any:
+    return builder.inttoptr(address, _I64.as_pointer())
+
+
+@intrinsic
+def _add(typingctx, address, number):
+    """Adds to a counter, for all threads at once, and returns what it was before."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.atomic_rmw("add", _pointer(builder, arguments[0]), arguments[1], "seq_cst")
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def _get(typingctx, address):
+    """What a counter is."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.load_atomic(_pointer(builder, arguments[0]), "seq_cst", 8)
+
+    return types.int64(types.int64), codegen
+
+
+def _architecture() -> str:
+    import platform
+
+    return {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+
+
+@intrinsic
+def _pause(typingctx):
+    """Tells the processor that this is a loop that waits."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        name, numbers = _PAUSES.get(_architecture(), (None, ()))
+        if name is not None:
+            kind = ir.FunctionType(ir.VoidType(), [_I32] * len(numbers))
+            builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [_I32(n) for n in numbers])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+def _call_futex(builder: Any, address: Any, operation: int, number: Any) -> None:
+    """A counter is a futex by its lower half, which comes first."""
+    kind = ir.FunctionType(_I64, [_I64], var_arg=True)
+    function = cgutils.get_or_insert_function(builder.module, kind, "syscall")
+    zero = _I64(0)
+    builder.call(function, [_I64(_FUTEX[_architecture()]), address, _I64(operation), number, zero, zero, zero])
+
+
+_CAN_SLEEP = sys.platform == "linux" and _architecture() in _FUTEX and sys.byteorder == "little"
+
+
+@intrinsic
+def _sleep(typingctx, address, number):
+    """Sleeps until somebody calls :func:`_wake`; not if the counter is another number already."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if _CAN_SLEEP:
+            _call_futex(builder, arguments[0], _FUTEX_WAIT, arguments[1])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def _wake(typingctx, address):
+    """Wakes all who sleep at a counter."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if _CAN_SLEEP:
+            _call_futex(builder, arguments[0], _FUTEX_WAKE, _I64(2**31 - 1))
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@jit_inner
+def take(stage, count):
+    """A piece of a stage, at an address, of ``count`` pieces; -1 where none is left, and then all are done."""
+    piece = _add(stage + 8 * _TAKEN, 1)
+    if piece < count:
+        return piece
+    done = stage + 8 * _DONE
+    for _ in range(_get(stage + 8 * _SPINS)):
+        if _get(done) >= count:
+            return -1
+        _pause()
+    while True:
+        _add(stage + 8 * _SLEEPERS, 1)
+        so_far = _get(done)
+        if so_far >= count:
+            return -1
+        _sleep(done, so_far)
+
+
+@jit_inner
+def next_piece(stage, count):
+    """What :func:`take` gives, when the piece that it gave before is done."""
+    done = stage + 8 * _DONE
+    if _add(done, 1) == count - 1 and _get(stage + 8 * _SLEEPERS) > 0:
+        _wake(done)
+    return take(stage, count)
+
+
+@njit(nogil=True, error_model="numpy")  # of a generator that numba has loaded from the disk it does not know the code
+def pieces(stage, count):
+    """The pieces of a stage, at an address, that this thread does; behind the last of them all of the stage are done."""
+    piece = take(stage, count)
+    while piece >= 0:
+        yield piece
+        piece = next_piece(stage, count)

@@ -1,0 +1,220 @@
+"""The connections of a server: bounded in number, in what they may send before a request is whole, and in time.
+
+uvicorn's own limits end there: it waits for ever for the rest of a head. This is the only file that builds on the inside
+of uvicorn: the class of its h11 protocol with its ``conn``, ``cycle``, ``flow`` and ``send_400_response`` (checked with
+0.54; ``tests/serve/test_connections.py`` fails where they change).
+"""
+
+import asyncio
+import json
+import sys
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from bdh.serve.config import LimitSettings
+from bdh.serve.errors import ApiError
+from bdh.serve.logs import log
+
+_EMPTY_LINE = "no request line received"  # h11's words for one before a request: some send it after a body
+_SWEEP_SECONDS = 0.25
+_PIECE_BYTES = 16 << 10  # the parser gets at once
+# A connection that is closed while bytes come in loses the answer on its way: so long they are read and dropped.
+_LINGER_SECONDS = 2.0
+_MOST_LINGERING = 64
+
+
+class Connections:
+    """All connections of a server.
+
+    Beyond ``limits.connections`` of them a new one takes the place of the one that has been without a whole request for
+    longest. Only where all are at work it is refused.
+
+    Args:
+        answered: is told route, none here, and status of every answer.
+    """
+
+    def __init__(self, limits: LimitSettings, answered: Callable[[str, int], None]):
+        self.limits, self.answered = limits, answered
+        self.open: set[Connection] = set()
+        self._sweep: asyncio.TimerHandle | None = None
+
+    def new(self, **arguments: Any) -> "Connection":
+        """What uvicorn calls for each connection."""
+        return Connection(self, **arguments)
+
+    def add(self, connection: "Connection") -> None:
+        """Takes a new connection, for which another one may have to go."""
+        self.open.add(connection)
+        if self._sweep is None:
+            self._sweep = connection.loop.call_later(_SWEEP_SECONDS, self._sweep_all, connection.loop)
+        serving = [each for each in self.open if not each.has_ended]
+        if len(serving) > self.limits.connections:
+            waiting = [each for each in serving if each.is_waiting and each is not connection]
+            min(waiting, key=lambda each: each.since, default=connection).give_way()
+
+    def remove(self, connection: "Connection") -> None:
+        """A connection is closed."""
+        self.open.discard(connection)
+
+    @property
+    def may_linger(self) -> bool:
+        """Whether one more may stay for a while only to be told why it has ended."""
+        return len(self.open) <= self.limits.connections + _MOST_LINGERING
+
+    def _sweep_all(self, loop: asyncio.AbstractEventLoop) -> None:
+        for connection in list(self.open):
+            connection.check_time()
+        self._sweep = loop.call_later(_SWEEP_SECONDS, self._sweep_all, loop) if self.open else None
+
+
+class Connection(H11Protocol):
+    """One of them.
+
+    Attributes:
+        since: the event loop's time at which it came, its present head began or its last request was whole.
+        has_ended: whether it stays only until its client has got what was written.
+    """
+
+    def __init__(self, connections: Connections, **arguments: Any):
+        super().__init__(**arguments)
+        self._connections, self._limits = connections, connections.limits
+        self.since = self.loop.time()
+        self.has_ended = self._is_deaf = False
+        self._head_bytes = self._ahead_bytes = 0
+        self._until: float | None = self.since + self._limits.head_timeout  # of a head
+        self._abort_at: float | None = None
+        self._blocked_since: float | None = None  # its client takes nothing
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
+        super().connection_made(transport)
+        self._connections.add(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._connections.remove(self)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether there is no whole request that has no whole answer: it waits for its client, not for us."""
+        return self.cycle is None or self.cycle.response_complete or self.cycle.more_body
+
+    def data_received(self, data: bytes) -> None:
+        at = 0
+        while at < len(data) and not (self.has_ended or self._is_deaf or self.transport.is_closing()):
+            state, size = self.conn.their_state, _PIECE_BYTES
+            if state is h11.IDLE:
+                self._ahead_bytes = 0
+                size = min(size, self._limits.head_bytes - self._head_bytes)
+                if not size:
+                    self._refuse(self._too_large())
+                    return
+            elif state is h11.SEND_BODY and self.cycle.response_complete:
+                self._end()  # answered before its body has come, which nobody wants any more
+                return
+            elif state is not h11.SEND_BODY:
+                self._ahead_bytes += min(size, len(data) - at)
+                if state is h11.MUST_CLOSE or self._ahead_bytes > self._limits.head_bytes:
+                    self._is_deaf, self.cycle.keep_alive = True, False
+                    return
+            piece = data[at : at + size]
+            at += len(piece)
+            if state is h11.IDLE:
+                self._read_head(piece)
+            else:
+                super().data_received(piece)
+
+    def _read_head(self, piece: bytes) -> None:
+        if self._until is None:
+            self.since = self.loop.time()
+            self._until = self.since + self._limits.head_timeout
+        self._head_bytes += len(piece)
+        super().data_received(piece)
+        if self.conn.their_state is not h11.IDLE:
+            self._head_bytes = 0
+            self._until, self.since = None, self.loop.time()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._blocked_since = None
+
+    def check_time(self) -> None:
+        """Ends it where it has waited for its client long enough."""
+        now = self.loop.time()
+        if self._abort_at is not None:
+            if now >= self._abort_at:
+                self.transport.abort()
+        elif self.flow.write_paused or self.transport.is_closing():
+            self._blocked_since = self._blocked_since or now
+            if now >= self._blocked_since + self._limits.send_timeout:
+                self.transport.abort()
+        elif self.cycle is not None and self.cycle.response_complete and self.conn.their_state is h11.SEND_BODY:
+            self._end()
+        elif self._until is not None and now >= self._until:
+            if self._head_bytes:
+                seconds = self._limits.head_timeout
+                self._refuse(
+                    ApiError(408, f"the headers have not come within {seconds:g} seconds", code="request_timeout")
+                )
+            else:
+                self.transport.close()
+
+    def give_way(self) -> None:
+        """Ends it in favour of a new connection, or, where that is itself, of all others."""
+        if self.cycle is not None and self.cycle.response_complete and not self._head_bytes:
+            self.transport.close()  # as at the end of any idle connection
+            return
+        message = f"the server has {self._limits.connections:,} connections, which is as many as it may"
+        self._refuse(ApiError(503, message, code="too_many_connections", retry_after=1))
+
+    def send_400_response(self, msg: str) -> None:
+        """Answers what the parser cannot read, whose exception is being handled."""
+        error = sys.exception()
+        status = getattr(error, "error_status_hint", 400)
+        if str(error) == _EMPTY_LINE:
+            rest = self.conn.trailing_data[0].lstrip(b"\r\n")
+            self.conn, self._head_bytes = h11.Connection(h11.SERVER, self._limits.head_bytes), 0
+            self.data_received(rest)
+        elif status == 431:
+            self._refuse(self._too_large())
+        else:
+            self._refuse(ApiError(status, f"this is not HTTP/1.1: {error}", code="invalid_http"))
+
+    def _too_large(self) -> ApiError:
+        is_address = self.conn.our_state is h11.IDLE and b"\n" not in self.conn.trailing_data[0]
+        most = self._limits.head_bytes
+        return ApiError(
+            414 if is_address else 431,
+            f"the request's {'address' if is_address else 'headers'} must be at most {most:,} bytes",
+            code="uri_too_long" if is_address else "headers_too_large",
+        )
+
+    def _refuse(self, error: ApiError) -> None:
+        """Ends it with an error, which the client is told unless an answer has begun."""
+        log("refused", status=error.status, code=error.code, address=self.client and self.client[0])
+        self._connections.answered("none", error.status)
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            body = json.dumps(error.body()).encode()
+            headers = {**error.headers(), "Content-Type": "application/json", "Content-Length": str(len(body))}
+            headers["Connection"] = "close"
+            reason = HTTPStatus(error.status).phrase.encode()
+            answer = h11.Response(status_code=error.status, headers=list(headers.items()), reason=reason)
+            for event in (answer, h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self._end()
+
+    def _end(self) -> None:
+        """Reads no more, and leaves the client a moment to take what was written."""
+        self.has_ended = True
+        if not self._connections.may_linger or not self.transport.can_write_eof():
+            self.transport.close()
+            return
+        self.transport.write_eof()
+        self.flow.resume_reading()
+        self._abort_at = self.loop.time() + _LINGER_SECONDS

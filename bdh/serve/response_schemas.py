@@ -1,0 +1,232 @@
+"""What requests to /v1/responses and their answers look like."""
+
+import json
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag, model_validator
+
+from bdh.serve.fields import WITHOUT_EFFECT, RequestModel
+from bdh.serve.formats import Grammar, TextFormat
+from bdh.serve.schemas import Positive, Sampling, as_whole
+
+OUTPUT_LOGPROBS = "message.output_text.logprobs"
+Includable = Literal[
+    "message.output_text.logprobs",
+    # Of items that there are never here: asking for more of them changes nothing.
+    "reasoning.encrypted_content",
+    "message.input_image.image_url",
+    "file_search_call.results",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "computer_call_output.output.image_url",
+    "code_interpreter_call.outputs",
+]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+class InputText(RequestModel):
+    without_effect = WITHOUT_EFFECT["response part"]
+    type: Literal["input_text"]
+    text: str
+
+
+class OutputText(RequestModel):
+    """As an earlier answer had it."""
+
+    without_effect = WITHOUT_EFFECT["response part"]
+    type: Literal["output_text"]
+    text: str
+
+
+_PARTS = {"input_text": "InputText", "output_text": "OutputText"}
+# The tags are in capitals, so that no error takes them for the name of a field.
+Part = Annotated[
+    Annotated[InputText, Tag("InputText")] | Annotated[OutputText, Tag("OutputText")],
+    Discriminator(lambda part: _PARTS.get(_type_of(part))),
+]
+
+
+class Message(RequestModel):
+    without_effect = WITHOUT_EFFECT["response item"]
+    type: Literal["message"] | None = None
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Part]
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+    def plain(self) -> dict[str, str]:
+        return {"role": "system" if self.role == "developer" else self.role, "content": self.text}
+
+    def item(self, item_id: str) -> dict[str, Any]:
+        """As ``input_items`` lists it."""
+        content: dict[str, Any] = {"type": "input_text", "text": self.text}
+        if self.role == "assistant":
+            content = {"type": "output_text", "text": self.text, "annotations": [], "logprobs": []}
+        return {"id": item_id, "type": "message", "role": self.role, "status": "completed", "content": [content]}
+
+
+class EmptyReasoning(RequestModel):
+    """A reasoning item in which nothing stands: what some clients put before each answer."""
+
+    without_effect = WITHOUT_EFFECT["response item"]
+    type: Literal["reasoning"]
+
+
+class ItemReference(RequestModel):
+    type: Literal["item_reference"]
+    id: str = Field(description="Of a message that a stored response has got or given.")
+
+
+def _type_of(item: Any) -> str:
+    kind = item.get("type") if isinstance(item, dict) else getattr(item, "type", None)
+    return kind if isinstance(kind, str) else "message" if kind is None else ""
+
+
+_ITEMS = {"message": "Message", "reasoning": "EmptyReasoning", "item_reference": "ItemReference"}
+Item = Annotated[
+    Annotated[Message, Tag("Message")]
+    | Annotated[EmptyReasoning, Tag("EmptyReasoning")]
+    | Annotated[ItemReference, Tag("ItemReference")],
+    Discriminator(lambda item: _ITEMS.get(_type_of(item))),
+]
+
+
+class TextOptions(RequestModel):
+    without_effect = WITHOUT_EFFECT["response text"]
+    format: TextFormat | None = None
+
+
+class ReasoningOptions(RequestModel):
+    without_effect = WITHOUT_EFFECT["response reasoning"]
+
+
+class ResponseStreamOptions(RequestModel):
+    without_effect = WITHOUT_EFFECT["response stream_options"]
+
+
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
+    Field(max_length=16),
+]
+
+
+_NOT_REASONING = {"properties": {"type": {"not": {"const": "reasoning"}}}}
+
+
+class ResponseRequest(Sampling):
+    without_effect = WITHOUT_EFFECT["response"]
+    input: str | Annotated[list[Item], Field(min_length=1, json_schema_extra={"contains": _NOT_REASONING})] = Field(
+        description="A user's text, or items; with previous_response_id only the new ones."
+    )
+    instructions: str | None = Field(default=None, description="What the system says before all else, in this turn.")
+    max_output_tokens: Positive | None = None
+    previous_response_id: str | None = Field(default=None, description="Go on from a stored response.")
+    store: bool | None = Field(default=None, description="Keep the response and its state; true if not given.")
+    include: list[Includable] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20), BeforeValidator(as_whole)] | None = None
+    metadata: Metadata | None = None
+    stream_options: ResponseStreamOptions | None = None
+    text: TextOptions | None = None
+    reasoning: ReasoningOptions | None = None
+
+    @property
+    def items(self) -> list[tuple[int, Message | ItemReference]]:
+        """What is not empty of the input, with its place there."""
+        if isinstance(self.input, str):
+            return [(0, Message(role="user", content=self.input))]
+        return [(place, item) for place, item in enumerate(self.input) if not isinstance(item, EmptyReasoning)]
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Of how many of the likeliest tokens log-probabilities are wanted beside the token's own; None for none."""
+        return (self.top_logprobs or 0) if OUTPUT_LOGPROBS in (self.include or []) else None
+
+    def grammar(self) -> Grammar | None:
+        return None if self.text is None or self.text.format is None else self.text.format.grammar()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_items(cls, given: Any) -> Any:
+        """Names what is of another kind, where pydantic would list all kinds that there are."""
+        items = given.get("input") if isinstance(given, dict) else None
+        for number, item in enumerate(items if isinstance(items, list) else []):
+            _check_type(f"input.{number}", item, _ITEMS)
+            parts = item.get("content") if isinstance(item, dict) else None
+            if _type_of(item) == "message" and isinstance(parts, list):
+                for place, part in enumerate(parts):
+                    _check_type(f"input.{number}.content.{place}", part, _PARTS)
+        return given
+
+    @model_validator(mode="after")
+    def _check_response(self) -> Self:
+        if self.top_logprobs and self.num_logprobs is None:
+            raise ValueError(f"top_logprobs: only with {OUTPUT_LOGPROBS!r} in include")
+        if not self.items:
+            raise ValueError("input: has no message, but only empty reasoning: there is nothing to answer")
+        return self
+
+
+def _check_type(place: str, value: Any, known: dict[str, str]) -> None:
+    kind = value.get("type") if isinstance(value, dict) else None
+    if isinstance(kind, str) and kind not in known:
+        raise ValueError(f"{place}.type: {_short(kind)} is not supported: must be {' or '.join(known)}")
+
+
+class ResponseUsage(BaseModel):
+    input_tokens: int
+    input_tokens_details: dict[str, int]
+    output_tokens: int
+    output_tokens_details: dict[str, int]
+    total_tokens: int
+
+
+class ResponseAnswer(BaseModel):
+    """A response as it is given and kept. What is always the same here is there for clients that look for it."""
+
+    id: str
+    object: Literal["response"] = "response"
+    created_at: int
+    completed_at: int | None = None
+    status: Literal["in_progress", "completed", "incomplete", "failed"] = "in_progress"
+    model: str
+    output: list[dict[str, Any]] = []
+    usage: ResponseUsage | None = None
+    error: dict[str, Any] | None = None
+    incomplete_details: dict[str, str] | None = None
+    instructions: str | None = None
+    previous_response_id: str | None = None
+    store: bool
+    metadata: dict[str, str] = {}
+    max_output_tokens: int | None = None
+    temperature: float
+    top_p: float
+    top_logprobs: int = 0
+    text: dict[str, Any] = {"format": {"type": "text"}, "verbosity": "medium"}
+    reasoning: dict[str, None] = {"effort": None, "summary": None}
+    tools: list[Any] = []
+    tool_choice: str = "auto"
+    parallel_tool_calls: bool = True
+    truncation: str = "disabled"
+    background: bool = False
+    service_tier: str = "default"
+    user: str | None = None
+
+
+class InputItems(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[dict[str, Any]]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class ResponseDeleted(BaseModel):
+    id: str
+    object: Literal["response"] = "response"
+    deleted: bool = True

@@ -1,0 +1,234 @@
+"""What lies at the place that a name stands for: an export, a run with its checkpoints, adapters, or nothing.
+
+Reads names and small files alone, without PyTorch, so that a wrong name is reported at once.
+"""
+
+import hashlib
+import importlib.util
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from bdh.storage import recover_dir, recover_dirs
+
+ADAPTER_CONFIG = "adapter_config.json"  # which ``peft`` puts beside adapters: a folder with it is one of adapters
+CONFIG_FILE, LOCK_FILE, MANIFEST = "config.yaml", "lock", "manifest.json"
+
+
+@dataclass(frozen=True)
+class ModelPlace:
+    """Where a model is."""
+
+    path: Path
+    kind: Literal["run", "adapters", "export", "hub"]
+    checkpoint: str | None = None
+    """Of a run: last, best, or a step."""
+
+
+def find_model(name: str, *, checkpoint: str | None = None, base: str | None = None) -> ModelPlace:
+    """The place of a model, as far as names and small files tell.
+
+    Args:
+        name: a folder with ``config.json``, or of adapters; a run's folder; the folder of one of its checkpoints; or a
+            hub id.
+        checkpoint: for a run: last (the default), best, or a step.
+        base: for adapters: where their base is now.
+
+    Raises:
+        FileNotFoundError: there is nothing, or no model, or no such checkpoint.
+        ValueError: ``checkpoint`` or ``base`` is given for what has none.
+        ImportError: adapters need a package that is missing.
+    """
+    path = Path(name)
+    if checkpoint is None and is_checkpoint(path):
+        path, checkpoint = path.parent.parent, str(step_of_folder(path))
+    recover_dir(path)
+    has_adapters = (path / ADAPTER_CONFIG).is_file()
+    if base is not None and not has_adapters:
+        raise ValueError(f"base is {base!r}, but {name} is no folder of adapters: leave it out")
+    if is_run(path):
+        checkpoint = checkpoint or "last"
+        find_checkpoint(path, checkpoint)
+        return ModelPlace(path, "run", checkpoint)
+    if checkpoint is not None:
+        raise ValueError(f"checkpoint is {checkpoint!r}, but {name} is not a run: leave it out")
+    if has_adapters:
+        check_peft()
+        return ModelPlace(path, "adapters")
+    if path.exists():
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(f"{name} holds no model: it has neither config.json nor checkpoints")
+        return ModelPlace(path, "export")
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+        raise FileNotFoundError(f"there is no folder {name} (and a model of the hub is named ORGANISATION/NAME)")
+    return ModelPlace(path, "hub")
+
+
+def find_checkpoint(run_dir: Path, which: str) -> int | None:
+    """The step of a run's checkpoint that a word or number names; None for the newest.
+
+    Args:
+        which: "last", "best" (of the validation loss), or a step.
+
+    Raises:
+        FileNotFoundError: the folder holds no run, or the run has no such checkpoint.
+        ValueError: ``which`` is neither of the above.
+    """
+    if not is_run(run_dir):
+        raise FileNotFoundError(f"{run_dir} holds no run: it has no folder checkpoints")
+    checkpoints = CheckpointFolder(run_dir)
+    checkpoints.recover()
+    if which == "last":
+        step = None
+    elif which == "best":
+        step = checkpoints.step_of("best")
+    elif which.isdigit():
+        step = int(which)
+    else:
+        raise ValueError(f"checkpoint is {which!r}: must be last, best, or a step")
+    checkpoints.check_there(step)
+    return step
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / "checkpoints").is_dir()
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether anything of a run is in a folder, also of one that has no checkpoint yet."""
+    return any((folder / name).exists() for name in (CONFIG_FILE, "checkpoints", "metrics.jsonl", "model"))
+
+
+def taken_by_run(folder: Path) -> FileExistsError:
+    """What a fresh start says of a folder that holds a run."""
+    return FileExistsError(
+        f"{folder} already holds a run, which is never overwritten: continue it with --resume, or give another --run_dir"
+    )
+
+
+def check_peft() -> None:
+    """
+    Raises:
+        ImportError: the package is missing; the message says how to get it.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise ImportError('LoRA needs the package peft: pip install "bdh[finetune]"')
+
+
+class CheckpointFolder:
+    """The checkpoints of a run by their names: ``checkpoints/step-0001000``, and the files that name the newest and best."""
+
+    def __init__(self, run_dir: Path):
+        self.folder = run_dir / "checkpoints"
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints that have their marker, ascending."""
+        return sorted(step_of_folder(path.parent) for path in self.folder.glob(f"step-*/{MANIFEST}"))
+
+    def path_of(self, step: int) -> Path:
+        return self.folder / checkpoint_name(step)
+
+    def newest(self) -> int | None:
+        """The step that ``latest`` names, or, where that is not there, of the newest that has its marker."""
+        named, steps = self.named("latest"), self.steps()
+        return named if not steps or (named is not None and self.path_of(named).is_dir()) else steps[-1]
+
+    def check_there(self, step: int | None) -> None:
+        """
+        Args:
+            step: None for the newest.
+
+        Raises:
+            FileNotFoundError: there is no such checkpoint.
+        """
+        if step is None and self.newest() is None:
+            raise FileNotFoundError(f"there is no complete checkpoint in {self.folder}")
+        if step is not None and not self.path_of(step).is_dir():
+            there = ", ".join(map(str, self.steps())) or "none"
+            raise FileNotFoundError(f"there is no checkpoint of step {step} in {self.folder}: there are {there}")
+
+    def step_of(self, which: str) -> int:
+        """The step that ``latest`` or ``best`` names.
+
+        Raises:
+            FileNotFoundError: there is no such file yet.
+            ValueError: it names no step.
+        """
+        step = self.named(which)
+        if step is None and self.has(which):
+            raise ValueError(
+                f"{self.folder / which} must hold the name of a checkpoint, such as {checkpoint_name(100)}, but holds "
+                f"{self.excerpt(which)}: choose a step ({', '.join(map(str, self.steps())) or 'there is none'}); "
+                "going on with the run restores the file"
+            )
+        if step is None:
+            raise FileNotFoundError(f"{self.folder} has no {which!r}: there is no such checkpoint yet")
+        return step
+
+    def named(self, which: str) -> int | None:
+        """The step in the file ``latest`` or ``best``; None if there is no such file, or it is empty or damaged."""
+        if not self.has(which):
+            return None
+        text = (self.folder / which).read_text(encoding="utf-8", errors="replace").strip()
+        return step_of_folder(Path(text)) if re.fullmatch(r"step-[0-9]+", text) else None
+
+    def has(self, which: str) -> bool:
+        return (self.folder / which).is_file()
+
+    def excerpt(self, which: str) -> str:
+        """What the file ``latest`` or ``best`` begins with, for a person."""
+        text = (self.folder / which).read_text(encoding="utf-8", errors="replace")
+        return repr(text[:40]) if text else "it is empty"
+
+    def recover(self) -> None:
+        """Puts back checkpoints that a process was replacing when it died."""
+        if self.folder.is_dir():
+            # Earlier versions deleted checkpoints under the name of one that is being replaced.
+            recover_dirs(self.folder, lambda folder: checkpoint_fault(folder) is None)
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step-{step:07d}"
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether the folder is that of one checkpoint, complete or not."""
+    return folder.parent.name == "checkpoints" and re.fullmatch(r"step-\d+", folder.name) is not None
+
+
+def step_of_folder(folder: Path) -> int:
+    """The step in the name of a checkpoint's folder."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def file_facts(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file, as a checkpoint's manifest records them."""
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def checkpoint_fault(path: Path) -> str | None:
+    """What is wrong with the files of a checkpoint, every byte of which is read; None where nothing is."""
+    try:
+        return _fault_of_files(path)
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} was removed meanwhile"
+
+
+def _fault_of_files(path: Path) -> str | None:
+    if not (path / MANIFEST).is_file():
+        return f"its {MANIFEST} is missing"
+    try:
+        files = json.loads((path / MANIFEST).read_text())["files"]
+    except (ValueError, KeyError) as error:
+        return f"its {MANIFEST} cannot be read: {error}"
+    for name, facts in files.items():
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        if (size := (path / name).stat().st_size) != facts["bytes"]:
+            return f"{name} has {size} bytes instead of {facts['bytes']}"
+        if file_facts(path / name) != facts:
+            return f"the SHA-256 of {name} is not the recorded one"
+    return None
