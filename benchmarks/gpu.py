@@ -28,6 +28,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHES = [("small", "naive"), ("small", "compiled"), ("base", "naive"), ("base", "compiled")]
+NOT_NEEDED = {"numba", "zstandard"}  # by a GPU, and by the texts that are read here
 TESTS_SECONDS, BENCH_SECONDS, ENDING_SECONDS = 150, 100, 15
 SMALL_STEP = (
     "--n_embd 32 --n_head 2 --n_layer 2 --mlp_internal_dim_multiplier 8 --batch_size 2 --block_size 16 --rounds 1"
@@ -76,7 +77,7 @@ def run(options: argparse.Namespace, folder: Path) -> int:
     print(f"device    {results['device']}")
     print(f"versions  {', '.join(f'{name} {version}' for name, version in results['versions'].items())}")
     for other in results["other_versions"]:
-        print(f"          {other}")
+        print(f"not there, and tried without: {other}")
     if results["missing"]:
         print(f"missing: {', '.join(results['missing'])}; give a folder of wheels, WHEELS=DIR", file=sys.stderr)
         return 2
@@ -132,10 +133,10 @@ def check(line: str, missing: list[str], others: list[str], seen: set[str]) -> N
     try:
         there = importlib.metadata.distribution(wanted.name)
     except importlib.metadata.PackageNotFoundError:
-        missing.append(f"{wanted.name}{wanted.specifier}")
+        (others if wanted.name in NOT_NEEDED else missing).append(f"{wanted.name}{wanted.specifier}")
         return
     if not wanted.specifier.contains(there.version, prereleases=True):
-        others.append(f"{wanted.name} is {there.version}, not {wanted.specifier}")
+        others.append(f"{wanted.name}{wanted.specifier}, of which {there.version} is installed")
     if wanted.name in seen or wanted.name == "torch":
         return
     seen.add(wanted.name)
