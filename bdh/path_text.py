@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 PathText = Annotated[str, "path"]
 """The type of a setting that is, or may be, a path."""
-_VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
+_VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})", re.ASCII)
 
 
 def holds_paths(annotation: Any) -> bool:
@@ -21,14 +21,17 @@ def holds_paths(annotation: Any) -> bool:
 def expanded_path(text: str) -> str:
     """A path with ``~`` and ``$VARIABLE`` or ``${VARIABLE}`` replaced; also each of several with commas between them.
 
-    What exists under the very name that is given stays as it is.
+    What exists under the very name that is given stays as it is, and a ``$`` that no name of a variable follows.
 
     Raises:
         ValueError: a variable is not set.
     """
     if os.path.lexists(text):
         return text
-    return ",".join(os.path.expanduser(_VARIABLE.sub(_value, each)) for each in text.split(","))
+    if "," in text:
+        return ",".join(map(expanded_path, text.split(",")))
+    path = text.lstrip()  # "a, ~/b"
+    return text[: -len(path) or None] + os.path.expanduser(_VARIABLE.sub(_value, path))
 
 
 def _value(match: re.Match[str]) -> str:

@@ -44,6 +44,15 @@ def check_free(folder: Path, advice: str = "choose another folder") -> None:
         raise FileExistsError(f"{folder} exists already and is not empty: {advice}")
 
 
+def check_folder_of(file: Path, setting: str) -> None:
+    """
+    Raises:
+        FileNotFoundError: the folder that a file is to be written into is not there.
+    """
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"{setting} is {str(file)!r}: must be a file in a folder that exists")
+
+
 class DiskFullError(OSError):
     """There was no room for what should have been written; nothing of it is left."""
 
@@ -77,8 +86,7 @@ def recover_dir(folder: Path) -> None:
 
     Where nothing may be written, as on a read-only disk, it says that instead, and the folder stays missing.
     """
-    old = _old_name(folder)
-    if os.path.lexists(folder) or not old.is_dir():
+    if os.path.lexists(folder) or not (old := _old_name(folder)).is_dir():
         return
     try:
         with _lock(folder, wait=True):  # of a process that is replacing it right now

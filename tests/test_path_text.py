@@ -96,6 +96,17 @@ def test_what_exists_under_a_name_with_a_dollar_is_meant(tmp_path, monkeypatch):
     assert os.path.exists(expanded_path("$RUNS.txt"))
 
 
+def test_several_names_are_expanded_one_by_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pri$ce.txt").write_text("a")
+    assert expanded_path("pri$ce.txt,$RUNS/b, ~/c") == "pri$ce.txt,/big/runs/b, /users/ada/c"
+
+
+@pytest.mark.parametrize("text", ["$5.txt", "a$", "a$-b", "${5}", "*$.txt", " ", ""])
+def test_a_dollar_without_the_name_of_a_variable_is_a_dollar(text):
+    assert expanded_path(text) == text
+
+
 def test_a_variable_may_hold_a_dollar(monkeypatch):
     monkeypatch.setenv("RUNS", "/odd/$PLACE")
     assert expanded_path("$RUNS/a") == "/odd/$PLACE/a"

@@ -278,3 +278,10 @@ def test_files_may_be_read_by_whom_the_umask_allows(tmp_path, umask, mode):
         os.umask(before)
     modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
     assert modes == {"model.safetensors": mode, "config.json": mode, "state": mode, "conversation": 0o600}
+
+
+def test_the_folder_that_one_is_in_needs_no_recovery(tmp_path, monkeypatch):
+    """`bdh eval .` ended with "PosixPath('.') has an empty name"."""
+    monkeypatch.chdir(tmp_path)
+    recover_dir(pathlib.Path("."))
+    assert not is_taken(pathlib.Path("."))

@@ -11,10 +11,12 @@ from typing import Any
 from bdh.cli.models import ReadsModel
 from bdh.cli.settings import parse_settings, verbatim
 from bdh.generate.config import EngineConfig
+from bdh.generate.grammar import check_grammar_library
 from bdh.generate.params import SamplingParams
 from bdh.generate.prompts_file import Job, num_done, read_jobs, result_lines
 from bdh.model.sampling import SamplingOptions
 from bdh.path_text import PathText
+from bdh.storage import check_folder_of
 from bdh.text_files import read_text
 from bdh.validation import Faults
 
@@ -103,6 +105,13 @@ class GenerateSettings(ReadsModel, SamplingOptions):
             for name in _ONLY_ENGINE:
                 value = getattr(self, name)
                 faults.require(value == getattr(defaults, name, None), name, value, "left out with num_beams above 1")
+
+    def check_available(self) -> None:
+        super().check_available()
+        if self.output is not None:
+            check_folder_of(Path(self.output), "output")
+        if self.regex is not None or self.json_schema is not None:
+            check_grammar_library()
 
     def sampling(self) -> SamplingOptions:
         return SamplingOptions(**{f.name: getattr(self, f.name) for f in fields(SamplingOptions)})

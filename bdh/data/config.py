@@ -93,10 +93,10 @@ class DataConfig(Settings):
             for each in mix_sources(self):
                 each.config.check_available()
             return
-        for source in (self.source, self.val_source or []):
+        for setting, source in (("data.source", self.source), ("data.val_source", self.val_source or [])):
             for item in item_names(source):
                 if item not in BUILTIN:
-                    check_item(item)
+                    check_item(item, setting)
 
 
 @dataclass

@@ -38,11 +38,14 @@ def known_types() -> str:
     return f"{', '.join([*TEXT_TYPES, *TABLE_TYPES])}, each also as {' or '.join(COMPRESSED)}, and {PARQUET}"
 
 
-def find_files(item: str, skipped: Skipped) -> list[Path] | None:
+def find_files(item: str, skipped: Skipped, setting: str = "data.source") -> list[Path] | None:
     """The files that a file's or folder's name or a glob stands for, in the same order on every system.
 
     In folders and globs, files of other types are counted as skipped, hidden files and folders are left out; see
     :func:`bdh.data.paths.files_below` for what else is.
+
+    Args:
+        setting: that names it, for the errors.
 
     Returns:
         None if it can only be a hub id: there is nothing of that name, and nothing says that there should be.
@@ -52,7 +55,7 @@ def find_files(item: str, skipped: Skipped) -> list[Path] | None:
         ValueError: the file is of an unknown type, or no regular file.
         OSError: a folder cannot be listed.
     """
-    check_item(item)
+    check_item(item, setting)
     path = Path(item).expanduser()
     if path.is_file():
         return [path]
@@ -68,13 +71,13 @@ def find_files(item: str, skipped: Skipped) -> list[Path] | None:
         counts.add(OTHER_TYPES, len(found) - len(files))
     if not files:
         raise FileNotFoundError(
-            f"data.source {item!r} gives no file to read{describe(counts)}; known types are {known_types()}"
+            f"{setting} {item!r} gives no file to read{describe(counts)}; known types are {known_types()}"
         )
     skipped.include(counts)
     return files
 
 
-def check_item(item: str) -> None:
+def check_item(item: str, setting: str = "data.source") -> None:
     """Whether a name of a source can be one of local files, as far as it tells without a look into folders.
 
     Raises:
@@ -84,16 +87,16 @@ def check_item(item: str) -> None:
     path = Path(item).expanduser()
     if path.is_file():
         if file_type(path) is None:
-            raise ValueError(f"data.source {item!r} is of an unknown type: known are {known_types()}")
+            raise ValueError(f"{setting} {item!r} is of an unknown type: known are {known_types()}")
     elif path.exists():
         if not path.is_dir():
             raise ValueError(
-                f"data.source {item!r} is a pipe, a socket or a device: text is read more than once, so write it to a file"
+                f"{setting} {item!r} is a pipe, a socket or a device: text is read more than once, so write it to a file"
             )
     elif path.is_symlink():
-        raise FileNotFoundError(f"data.source {item!r} is a broken link: there is no {os.readlink(path)}")
+        raise FileNotFoundError(f"{setting} {item!r} is a broken link: there is no {os.readlink(path)}")
     elif not glob.has_magic(item) and _is_meant_as_path(item):
-        raise FileNotFoundError(f"data.source {item!r}: there is no such file or folder")
+        raise FileNotFoundError(f"{setting} {item!r}: there is no such file or folder")
 
 
 def item_names(source: str | Sequence[str]) -> list[str]:

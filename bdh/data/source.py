@@ -181,7 +181,7 @@ def validation_source(config: DataConfig) -> Source | None:
     skipped = Skipped()
     files: list[Path] = []
     for item in items:
-        found = None if item in builtin.BUILTIN else find_files(item, skipped)
+        found = None if item in builtin.BUILTIN else find_files(item, skipped, "data.val_source")
         if found is None:
             raise FileNotFoundError(
                 f"data.val_source {item!r}: there is no such file or folder; for a split of a hub data set, use "

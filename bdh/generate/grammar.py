@@ -1,5 +1,6 @@
 """The form that a text must have, as plain data: a JSON schema, or a regular expression."""
 
+import importlib.util
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +10,15 @@ MOST_CHARACTERS = 100_000
 """Of a schema, as JSON, or of a regular expression."""
 MOST_LEVELS = 100
 """Of lists and objects inside each other in a schema."""
+
+
+def check_grammar_library() -> None:
+    """
+    Raises:
+        ImportError: ``llguidance`` is not installed.
+    """
+    if importlib.util.find_spec("llguidance") is None:
+        raise ImportError('a grammar needs llguidance, which is not installed: pip install "bdh[serve]"')
 
 
 def collect_grammar_faults(grammar: Mapping[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from bdh.generate.grammar import grammar_source
+from bdh.generate.grammar import check_grammar_library, grammar_source
 from bdh.tokenizer.byte_level import token_bytes
 
 if TYPE_CHECKING:
@@ -148,10 +148,9 @@ def _reason(matcher: "LLMatcher") -> str:
 
 def _trie(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> "LLTokenizer":
     """The bytes of all tokens as the library wants them; an entry more, V, stands for the end of the text."""
-    try:
-        from llguidance import LLTokenizer, TokenizerWrapper
-    except ImportError as error:
-        raise ImportError('a grammar needs llguidance, which is not installed: pip install "bdh[serve]"') from error
+    check_grammar_library()
+    from llguidance import LLTokenizer, TokenizerWrapper
+
     try:
         tokens = token_bytes(tokenizer)
     except ValueError as error:

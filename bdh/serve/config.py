@@ -13,7 +13,7 @@ from bdh.text_files import read_text
 from bdh.validation import Faults, Settings
 
 PLAIN = "plain"
-_PACKAGES = ("fastapi", "pydantic", "uvicorn", "httptools", "prometheus_client")  # of the extra `serve`
+_PACKAGES = ("fastapi", "pydantic", "uvicorn", "h11", "prometheus_client")  # of the extra `serve`
 _ENDPOINTS = [f"OTEL_EXPORTER_OTLP_{name}ENDPOINT" for name in ("", "TRACES_", "METRICS_")]
 
 

@@ -300,8 +300,10 @@ class RunSettings(Settings):
             section.check_available()
         if not self.resume and self.train.init_from is not None:
             find_model(self.train.init_from)
-        # A lock that somebody holds is reported first, by whoever takes it.
         folder = None if self.run_dir is None else Path(self.run_dir)
+        if folder is not None and folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"run_dir is {str(folder)!r}: must be a folder, not a file")
+        # A lock that somebody holds is reported first, by whoever takes it.
         if folder is not None and not (folder / LOCK_FILE).exists():
             if self.resume:
                 CheckpointFolder(folder).check_there(self.resume_step)

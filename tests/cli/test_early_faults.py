@@ -1,11 +1,18 @@
 """What is wrong with a command line is reported before PyTorch and other large packages are imported."""
 
+import importlib.util
 import json
+import re
 import socket
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
+
+from bdh.cli.generate import GenerateSettings
+from bdh.serve.config import _PACKAGES
 
 LARGE = ["torch", "transformers", "datasets", "numba", "torchao", "numpy", "fastapi", "matplotlib"]
 # Runs command lines one after the other: each is a few milliseconds, as nothing large is imported for it.
@@ -38,11 +45,12 @@ LINES = [
     ("eval {run}/checkpoints/step-0000009", 2, "there is no checkpoint of step 9"),
     ("eval {model} --device gpu", 2, "device is 'gpu': must be auto, cpu, cuda, cuda:N or mps"),
     ("eval {model} --data.source nowhere.txt", 2, "data.source 'nowhere.txt': there is no such file or folder"),
-    ("eval {model} --data.val_source ./nowhere", 2, "'./nowhere': there is no such file or folder"),
+    ("eval {model} --data.val_source ./nowhere", 2, "data.val_source './nowhere': there is no such file or folder"),
     ("eval {model} --tasks nowhere.yaml", 2, "there is no nowhere.yaml to read tasks from"),
     ("eval {model} --batch_sise 3", 2, "did you mean batch_size?"),
     ("generate nowhere --prompt x", 2, NO_MODEL),
     ("generate {model} --prompts_file nowhere", 2, "nowhere"),
+    ("generate {model} --prompt x --output nowhere/a.jsonl", 2, "output is 'nowhere/a.jsonl': must be a file in a folder"),
     ("chat nowhere", 2, NO_MODEL),
     ("chat {model} --load nowhere", 2, "there is no snapshot file nowhere"),
     ("serve nowhere", 2, NO_MODEL),
@@ -74,6 +82,7 @@ LINES = [
     ("train --tokenizer.chat_template nowhere", 2, "tokenizer.chat_template is 'nowhere'"),
     ("train --train.init_from nowhere", 2, NO_MODEL),
     ("train --run_dir {run}", 2, "{run} already holds a run, which is never overwritten"),
+    ("train --run_dir {bad}", 2, "run_dir is '{bad}': must be a folder, not a file"),
     ("train --run_dir {folder} --resume", 2, "there is no run to resume in {folder}"),
     ("train --run_dir {run} --resume --resume_step 7", 2, "there is no checkpoint of step 7"),
     ("train --run_dir {run} --resume --model.n_layer 9", 2, "model.n_layer: 6 in the run, 9 now"),
@@ -113,3 +122,17 @@ def test_what_needs_no_model_is_checked_before_pytorch_is_imported(results, line
     has, shown, loaded = found[line]
     assert message.format(**names) in shown
     assert (has, loaded) == (status, [])
+
+
+def test_a_server_asks_for_packages_of_its_extra_alone():
+    """It asked for one that the extra does not have any more: after `pip install bdh[serve]` it did not start."""
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    extra = tomllib.loads(text)["project"]["optional-dependencies"]["serve"]
+    assert set(_PACKAGES) <= {re.split("[<>=]", each)[0].replace("-", "_") for each in extra}
+
+
+def test_the_package_that_a_form_needs_is_asked_for_before_the_model_is_loaded(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    settings = GenerateSettings(model="some/model", prompt="x", regex="a")
+    with pytest.raises(ImportError, match=r'pip install "bdh\[serve\]"'):
+        settings.check_available()

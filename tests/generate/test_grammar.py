@@ -1,6 +1,6 @@
 """Texts of a form: held exactly, at no cost to what the model says within it, nor to those beside it."""
 
-import builtins
+import importlib.util
 import json
 import re
 from dataclasses import asdict, replace
@@ -331,14 +331,7 @@ def test_equal_grammars_are_compiled_once_and_the_least_used_are_forgotten(bytes
 
 
 def test_without_the_library_it_is_said_what_to_install(bytes_pair, monkeypatch):
-    imported = builtins.__import__
-
-    def missing(name, *arguments, **keywords):
-        if name == "llguidance":
-            raise ImportError(name)
-        return imported(name, *arguments, **keywords)
-
-    monkeypatch.setattr(builtins, "__import__", missing)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r'pip install "bdh\[serve\]"'):
         engine_of(bytes_pair).check(SamplingParams(grammar={"regex": "a"}))
 

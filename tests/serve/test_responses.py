@@ -321,6 +321,8 @@ def test_responses_outlast_a_restart(start_server, chat_pair, tmp_path):
     first = created(before, input="Who are you?")
     second = created(before, input="And I?", previous_response_id=first["id"])
     before.close()
+    modes = {path.suffix: path.stat().st_mode & 0o777 for path in (tmp_path / "states").iterdir()}
+    assert modes == {".json": 0o600, ".safetensors": 0o600}  # texts of conversations are their owner's alone
     after = start_server(*chat_pair, **settings)
     assert after.http.get(f"/v1/responses/{first['id']}").json() == first
     again = created(after, input="And I?", previous_response_id=first["id"])
