@@ -229,6 +229,8 @@ def _settings_to_resume(argv: list[str]) -> dict[str, Any] | None:
 
     An early stop is not among them: it was meant for the start that it was given to.
     """
+    if {"-h", "--help"} & set(argv):
+        return None
     given = given_settings(RunSettings, argv)
     if given.get("run_dir") is None or not given.get("resume"):
         return None

@@ -36,6 +36,10 @@ NO_MODEL = "there is no folder nowhere (and a model of the hub"
 LINES = [
     *((f"{command} --help", 0, "") for command in ("train", "eval", "generate", "chat", "serve", "convert", "export")),
     *((f"{command} --help", 0, "") for command in ("tokenizer train", "average", "plot", "runs", "bench")),
+    *((f"train --help {rest}", 0, "") for rest in ("--config nowhere", "--run_dir nowhere --resume")),
+    ("train --data.source ./nowhere --run_dir {run} --tokenizer.path ./nowhere --print_config", 0, ""),
+    ("eval nowhere --tasks nowhere.yaml --print_config", 0, ""),
+    ("serve nowhere --port {port} --auth.keys_file nowhere --print_config", 0, ""),
     ("eval nowhere", 2, NO_MODEL),
     ("eval {folder}", 2, "holds no model"),
     ("eval {model} --checkpoint 3", 2, "is not a run: leave it out"),
@@ -50,7 +54,11 @@ LINES = [
     ("eval {model} --batch_sise 3", 2, "did you mean batch_size?"),
     ("generate nowhere --prompt x", 2, NO_MODEL),
     ("generate {model} --prompts_file nowhere", 2, "nowhere"),
-    ("generate {model} --prompt x --output nowhere/a.jsonl", 2, "output is 'nowhere/a.jsonl': must be a file in a folder"),
+    (
+        "generate {model} --prompt x --output nowhere/a.jsonl",
+        2,
+        "output is 'nowhere/a.jsonl': must be a file in a folder",
+    ),
     ("chat nowhere", 2, NO_MODEL),
     ("chat {model} --load nowhere", 2, "there is no snapshot file nowhere"),
     ("serve nowhere", 2, NO_MODEL),
