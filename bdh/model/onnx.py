@@ -1,6 +1,7 @@
 """A model as an ONNX file, which onnxruntime runs without PyTorch."""
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import nn
@@ -8,7 +9,7 @@ from torch.export import Dim
 
 from bdh.model.modeling import BDHForCausalLM
 from bdh.model.state import SynapticState
-from bdh.storage import atomic_file
+from bdh.storage import atomic_file, sync
 
 
 class _Reading(nn.Module):
@@ -41,6 +42,9 @@ def export_onnx(model: BDHForCausalLM, path: str | Path) -> None:
     The outputs are logits (B, T, V), new_positions and new_sums: the inputs for what follows. All T x T scores are computed
     at once, so a long text is read in pieces of some hundred tokens. The model is in float32, and in evaluation mode.
 
+    PyTorch writes weights of more than 1.5 GiB to a file of their own: ``model.onnx.data`` beside ``model.onnx``. They are
+    moved together, and keep their names.
+
     Raises:
         ImportError: onnx and onnxscript are not installed.
         ValueError: the model is not in float32.
@@ -64,5 +68,12 @@ def export_onnx(model: BDHForCausalLM, path: str | Path) -> None:
     finally:
         model.train(was_training)
     assert program is not None
-    with atomic_file(Path(path)) as temporary:
-        program.save(str(temporary))
+    path = Path(path)
+    # In a folder of their own the files have their last names, by which the one refers to the other.
+    with atomic_file(path) as temporary, TemporaryDirectory(dir=path.parent, prefix=".") as folder:
+        written, data = Path(folder, path.name), Path(folder, f"{path.name}.data")
+        program.save(str(written))
+        if data.exists():
+            sync(data)
+            data.replace(path.with_name(data.name))
+        written.replace(temporary)

@@ -185,6 +185,8 @@ class SynapticState:
     def crop(self, tokens_to_remove: int) -> None:
         """Takes the newest columns back: -3 three of them. Those that were read at once with them are read again.
 
+        If that fails, the state is left as it was.
+
         Raises:
             ValueError: it is above 0, or goes back behind the last crop or :meth:`activate_past_recording`.
         """
@@ -195,15 +197,16 @@ class SynapticState:
                 f"crop got {tokens_to_remove}: must be between -{num_recorded}, the columns read since the state was last "
                 "cropped or activate_past_recording() called, and 0"
             )
-        is_recording, self._record = self._record is not None, None
+        if self._record is not None:
+            self._record = []
+        state = self
         while tokens_to_remove < 0:
             read = record.pop()
-            self.sums, self.positions = read.before.sums, read.before.positions
-            self.num_columns = read.before.num_columns
+            state = read.before
             tokens_to_remove += read.columns.v.shape[1]
             if tokens_to_remove > 0:
-                read.advance(self, read.columns.first(tokens_to_remove))
-        self._record = [] if is_recording else None
+                read.advance(state, read.columns.first(tokens_to_remove))
+        self.sums, self.positions, self.num_columns = state.sums, state.positions, state.num_columns
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Keeps the rows of the beams that go on; called between the steps of a beam search."""

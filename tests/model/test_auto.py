@@ -114,6 +114,19 @@ model.save_pretrained(copied)
     assert (tmp_path / "copied" / "config.json").read_text() == (exported / "config.json").read_text()
 
 
+def test_the_tokenizer_alone_loads_without_bdh_and_asks_nothing_where_no_code_is_to_be_trusted(exported):
+    code = """
+import builtins, sys
+def refuse(*_):
+    raise SystemExit("asked")
+builtins.input = refuse
+from transformers import AutoTokenizer
+print(len(AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=False)), "bdh" in sys.modules)
+"""
+    command = [sys.executable, "-c", code, str(exported)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() == ["256", "False"]
+
+
 def test_where_bdh_is_not_installed_the_error_says_so(exported, tmp_path):
     code = """
 class NotInstalled:

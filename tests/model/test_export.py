@@ -116,6 +116,20 @@ def test_onnx_is_exact_far_into_a_text(small, session):
     torch.testing.assert_close(torch.tensor(logits), small(ids(2, 3), past_key_values=state).logits, **CLOSE)
 
 
+@torch.no_grad()
+def test_onnx_of_a_large_model_refers_to_its_weights_by_a_name_that_stays(small, tmp_path, monkeypatch):
+    """They lay in a hidden file, named for the temporary one."""
+    save = torch.onnx.ONNXProgram.save
+    monkeypatch.setattr(torch.onnx.ONNXProgram, "save", lambda self, path: save(self, path, external_data=True))
+    export_onnx(small, tmp_path / "model.onnx")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
+    state = small.new_state(1)
+    inputs = {"input_ids": ids(1, 3).numpy(), "attention_mask": np.ones((1, 3), np.int64)}
+    inputs |= {"positions": state.positions.numpy(), "sums": torch.stack(state.sums).numpy()}
+    logits, *_ = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(None, inputs)
+    torch.testing.assert_close(torch.tensor(logits), small(ids(1, 3)).logits, **CLOSE)
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 @torch.no_grad()
 def test_it_compiles_to_one_graph_with_and_without_a_state(small, dynamic):

@@ -148,3 +148,20 @@ def test_taking_back_what_is_not_recorded_is_refused(model, tokens):
     with pytest.raises(ValueError, match="crop got -6: must be between -5"):
         state.crop(-6)
     assert state.num_columns == 26
+
+
+def test_columns_that_cannot_be_read_again_stay(model, tokens, monkeypatch):
+    """The state was left without any, and could not be told from one that has read nothing."""
+    state = model.new_state(len(tokens))
+    state.activate_past_recording()
+    model(tokens, past_key_values=state)
+    before = state.clone()
+
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(state._record[0], "advance", fail)
+    with pytest.raises(MemoryError):
+        state.crop(-2)
+    assert (state.num_columns, state.positions.tolist()) == (before.num_columns, before.positions.tolist())
+    assert all(torch.equal(now, then) for now, then in zip(state.sums, before.sums, strict=True))

@@ -8,7 +8,6 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
@@ -25,9 +24,16 @@ def waited_seconds() -> float | None:
     try:
         for name in os.listdir("/proc/self/task"):
             try:
-                total += int(Path(f"/proc/self/task/{name}/schedstat").read_bytes().split()[1])
+                # Without a Python file around it: half of the time, where threads are many.
+                file = os.open(f"/proc/self/task/{name}/schedstat", os.O_RDONLY)
             except (FileNotFoundError, ProcessLookupError):  # it has just ended
                 continue
+            try:
+                total += int(os.read(file, 100).split()[1])
+            except ProcessLookupError:
+                continue
+            finally:
+                os.close(file)
     except (OSError, IndexError, ValueError):
         return None
     return total / 1e9

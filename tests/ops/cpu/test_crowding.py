@@ -77,9 +77,10 @@ def test_nothing_is_left_where_nobody_counts():
     assert [crowding.busy_cores(4, leaves_cores=True) for _ in range(3)] == [0, 0, 0]
 
 
-def test_what_has_been_waited_grows():
-    first = waited_seconds()
-    assert first is None or 0 <= first <= waited_seconds()
+def test_what_has_been_waited_is_that_of_all_threads_there_are():
+    """It may shrink: what a thread has waited is not counted any more when it has ended."""
+    waited = waited_seconds()
+    assert waited is None or 0 <= waited < 1e7
 
 
 def test_openmp_is_calmed_and_excited_again_and_computes_the_same():
