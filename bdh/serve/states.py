@@ -175,7 +175,7 @@ class StateStore:
                     snapshot.save(self._tensors_path(response_id), self._model)
                 else:
                     snapshot, saved.nbytes = None, 0
-                write_text(self._facts_path(response_id), json.dumps(asdict(saved)))
+                write_text(self._facts_path(response_id), json.dumps(asdict(saved)), private=True)
             except OSError as error:
                 snapshot, saved.nbytes = None, 0
                 log("the text of a response is kept in memory only", level=logging.ERROR, error=error)
