@@ -12,9 +12,20 @@ MOST_LEVELS = 100
 MOST_JOINED = 12
 """Patterns and formats of a schema that may want several of them of one text: what it takes to see whether such a text
 exists doubles with each."""
-_ABOUT = (
-    ["$comment", "$defs", "$id", "$schema", "default", "definitions", "deprecated", "description", "examples", "readOnly", "title", "writeOnly"]
-)
+_ABOUT = [
+    "$comment",
+    "$defs",
+    "$id",
+    "$schema",
+    "default",
+    "definitions",
+    "deprecated",
+    "description",
+    "examples",
+    "readOnly",
+    "title",
+    "writeOnly",
+]
 
 
 def collect_grammar_faults(grammar: Mapping[str, Any]) -> list[str]:
