@@ -180,12 +180,20 @@ class AsyncEngine:
                 found[output.index] = output.completion
         return [found[index] for index in sorted(found)]
 
-    def close(self) -> None:
-        """Ends the thread after its present step; requests that still run end with an error."""
+    def close(self, seconds: float | None = None) -> bool:
+        """Ends the thread after its present step; requests that still run end with an error.
+
+        Args:
+            seconds: to wait for that at most; None for as long as it takes.
+
+        Returns:
+            Whether it has ended.
+        """
         with self._changed:
             self._is_closed = True
             self._changed.notify()
-        self._thread.join()
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
 
     def _order_abort(self, submission: Submission) -> None:
         def abort() -> None:  # carried out behind the order that adds it

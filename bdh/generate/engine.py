@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from bdh.generate.activity import check_watch
 from bdh.generate.config import EngineConfig
-from bdh.generate.matcher import Grammars
+from bdh.generate.matcher import Grammars, Matcher
 from bdh.generate.memory import free_bytes
 from bdh.generate.params import SamplingParams
 from bdh.generate.pool import StatePool
@@ -202,6 +202,7 @@ class Engine:
             tokens = snapshot.tokens + added
             num_prompt_tokens = len(tokens) if added else snapshot.num_prompt_tokens
         check_watch(watch)
+        beginning = None if params.grammar is None else self.grammars.compile(params.grammar)
         request_id = next(self._numbers)
         ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._ends)
 
@@ -217,7 +218,7 @@ class Engine:
                 ends=ends,
                 snapshot=snapshot,
                 keep_snapshot=keep_snapshot,
-                matcher=None if params.grammar is None else self.grammars.matcher(params.grammar),
+                matcher=None if beginning is None else Matcher(beginning, self.model.config.vocab_size),
             )
             sequence.watch, sequence.residuals = watch, residuals
             sequence.mark_weights = lambda: weights_mark(self.model).content

@@ -2,7 +2,7 @@
 
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 KINDS = ("json_schema", "regex")
@@ -10,6 +10,23 @@ MOST_CHARACTERS = 100_000
 """Of a schema, as JSON, or of a regular expression."""
 MOST_LEVELS = 100
 """Of lists and objects inside each other in a schema."""
+MOST_JOINED = 12
+"""Patterns and formats of a schema that may want several of them of one text: what it takes to see whether such a text
+exists doubles with each."""
+_ABOUT = [
+    "$comment",
+    "$defs",
+    "$id",
+    "$schema",
+    "default",
+    "definitions",
+    "deprecated",
+    "description",
+    "examples",
+    "readOnly",
+    "title",
+    "writeOnly",
+]
 
 
 def check_grammar_library() -> None:
@@ -57,6 +74,7 @@ def grammar_source(grammar: Mapping[str, Any]) -> tuple[str, str]:
                 "grammar.json_schema has the key x-guidance, which changes what a schema means: leave it out"
             )
         _check_levels(schema)
+        _check_joined(schema)
         try:
             text = json.dumps(schema, allow_nan=False, ensure_ascii=False)
         except (TypeError, ValueError) as error:
@@ -78,3 +96,31 @@ def _check_levels(schema: dict[str, Any]) -> None:
         if not level:
             return
     raise ValueError(f"grammar.json_schema has more than {MOST_LEVELS} lists and objects inside each other")
+
+
+def _check_joined(schema: dict[str, Any]) -> None:
+    count = sum(isinstance(part.get(name), str) for part in _objects(schema) for name in ("pattern", "format"))
+    if count > MOST_JOINED and any(map(_joins, _objects(schema))):
+        raise ValueError(
+            f"grammar.json_schema has {count} patterns and formats, and joins schemas, by allOf or by what stands beside "
+            f"$ref, anyOf or oneOf: must then have at most {MOST_JOINED}"
+        )
+
+
+def _joins(part: dict[str, Any]) -> bool:
+    """Whether a text must follow several schemas at once."""
+    names = [name for name in part if name not in _ABOUT]
+    several = part.get("allOf")
+    return (isinstance(several, list) and len(several) > 1) or (
+        len(names) > 1 and any(name in names for name in ("allOf", "$ref", "anyOf", "oneOf"))
+    )
+
+
+def _objects(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """All objects in a schema, itself included."""
+    left: list[Any] = [schema]
+    while left:
+        part = left.pop()
+        if isinstance(part, dict):
+            yield part
+        left += [each for each in (part.values() if isinstance(part, dict) else part) if isinstance(each, dict | list)]

@@ -68,14 +68,18 @@ class Grammars:
 
     def matcher(self, grammar: Mapping[str, Any]) -> "Matcher":
         """A new text of this grammar. Raises as :meth:`compile`."""
-        return Matcher(self.compile(grammar).deep_copy(), self._vocab_size)
+        return Matcher(self.compile(grammar), self._vocab_size)
 
 
 class Matcher:
-    """Where one text stands in its grammar."""
+    """Where one text stands in its grammar.
 
-    def __init__(self, matcher: "LLMatcher", vocab_size: int):
-        self._matcher, self._vocab_size = matcher, vocab_size
+    Args:
+        beginning: as :meth:`Grammars.compile` gives it; it stays as it is.
+    """
+
+    def __init__(self, beginning: "LLMatcher", vocab_size: int):
+        self._matcher, self._vocab_size = beginning.deep_copy(), vocab_size
         self._num_read = 0
 
     def read(self, tokens: Sequence[int], *, start: int = 0) -> None:

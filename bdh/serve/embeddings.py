@@ -90,6 +90,7 @@ class Embeddings:
             tokens = await loaded.in_text_thread(tokens_of, loaded, text, param)
             residuals.append(Residuals())
             jobs.append(Job(tokens, SamplingParams(max_tokens=0), param=param, residuals=residuals[-1]))
+        self._service.check_lengths(jobs)  # before the first of them is read
         await unless_gone(request.receive, lambda: self._read(jobs, request))
         options = body.bdh or EmbeddingOptions()
         vectors = [_vector(each, options) for each in residuals]

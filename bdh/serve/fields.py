@@ -54,12 +54,16 @@ class NoEffect:
 _TOOLS = "there are no tools"
 _REPLY = "it comes back from a reply"
 _VLLM = "what always happens"
+_FORM = "an empty schema asks for JSON, as response_format does"
 WITHOUT_EFFECT: dict[str, dict[str, NoEffect]] = {
     "request": {
         "tool_choice": NoEffect(_TOOLS, values=("none", "auto")),
         "function_call": NoEffect(_TOOLS, values=("none", "auto")),
         "parallel_tool_calls": NoEffect(_TOOLS, type="boolean"),
         "web_search_options": NoEffect("an empty object asks for a search", may_be_empty=False),
+        "json_schema": NoEffect(_FORM, may_be_empty=False),
+        "guided_json": NoEffect(_FORM, may_be_empty=False),
+        "structured_outputs": NoEffect(_FORM, may_be_empty=False),
         "modalities": NoEffect("replies are text", values=(["text"],)),
         "reasoning_effort": NoEffect("the model writes its reply at once", values=("none",)),
         "verbosity": NoEffect("no reply is shorter or longer by it", values=("medium",)),

@@ -20,7 +20,7 @@ from bdh.serve.errors import ApiError, internal_error
 from bdh.serve.keys import ApiKeys, Caller
 from bdh.serve.logs import log
 
-_REQUEST_ID = re.compile(r"[\w.:-]{1,64}")
+_REQUEST_ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 _DRAINED_BYTES = (
     32 << 20
 )  # of a body that is too large: so much is read and dropped, so that the client reads the answer

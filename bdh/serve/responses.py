@@ -204,7 +204,10 @@ class Responses(Handler):
             ApiError: as :meth:`get`.
         """
         self._record(response_id, caller)
-        await asyncio.to_thread(self._service.ready().states.delete, response_id, caller.id)
+        try:
+            await asyncio.to_thread(self._service.ready().states.delete, response_id, caller.id)
+        except KeyError:  # by another request, meanwhile
+            raise _not_found(response_id) from None
 
     async def _understood(self, body: ResponseRequest, model: str, caller: Caller) -> Asked:
         loaded = self._service.ready()
@@ -326,9 +329,7 @@ class Responses(Handler):
         try:
             return self._kept(response_id, caller).record
         except KeyError:
-            raise ApiError(
-                404, f"there is no response {response_id!r} of yours here", code="response_not_found"
-            ) from None
+            raise _not_found(response_id) from None
 
     def _previous(self, response_id: str, caller: Caller) -> KeptResponse:
         try:
@@ -356,6 +357,10 @@ class Responses(Handler):
             param=f"input.{place}.id",
             code="item_not_found",
         )
+
+
+def _not_found(response_id: str) -> ApiError:
+    return ApiError(404, f"there is no response {response_id!r} of yours here", code="response_not_found")
 
 
 def _part(text: str, logprobs: list[Json]) -> Json:

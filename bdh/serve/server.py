@@ -33,6 +33,7 @@ from bdh.tokenizer import TextEncoder
 
 LoadModel = Callable[[], tuple[BDHForCausalLM, PreTrainedTokenizerFast]]
 _WATCH_SECONDS = 0.5
+_STEP_SECONDS = 5.0  # that the engine has at the end for a step that nobody waits for
 _OTHER_FILES = 128  # besides connections: the model's, the log, states, and connections about to end
 
 
@@ -160,8 +161,9 @@ async def _run(settings: ServeSettings, load_model: LoadModel, keys: ApiKeys, li
         await asyncio.wait_for(serving, 10)
     for task in (loading, watching, draining, hurrying):
         task.cancel()
-    if service.loaded is not None and service.failure is None:  # else its thread may hang
-        await asyncio.to_thread(service.loaded.front.close)
+    loaded = service.loaded if service.failure is None else None  # else its thread hangs
+    if loaded is not None and not await asyncio.to_thread(loaded.front.close, _STEP_SECONDS):
+        log("the engine does not end its step, and is left", level=logging.WARNING)
     if service.failure is not None:
         log("ended by a failure", level=logging.ERROR, reason=str(service.failure))
         return 1

@@ -145,6 +145,20 @@ class Service:
         if count > most:
             raise bad_request(f"{param} is {count}: must be at most {most}", param)
 
+    def check_lengths(self, jobs: Sequence[Job]) -> None:
+        """
+        Raises:
+            ApiError: 400, a prompt has more tokens than this server reads.
+        """
+        most = self.settings.limits.prompt_tokens
+        for job in jobs:
+            if len(job.tokens) > most:
+                raise bad_request(
+                    f"the prompt has {len(job.tokens):,} tokens: must be at most {most:,}",
+                    job.param,
+                    "context_length_exceeded",
+                )
+
     @property
     def num_waiting(self) -> int:
         return sum(generation.num_waiting for generation in self._running)
@@ -157,13 +171,7 @@ class Service:
         loaded, limits = self.ready(), self.settings.limits
         if len(jobs) > limits.prompts:
             raise bad_request(f"the request has {len(jobs)} prompts: must be at most {limits.prompts}", "prompt")
-        for job in jobs:
-            if len(job.tokens) > limits.prompt_tokens:
-                raise bad_request(
-                    f"the prompt has {len(job.tokens):,} tokens: must be at most {limits.prompt_tokens:,}",
-                    job.param,
-                    "context_length_exceeded",
-                )
+        self.check_lengths(jobs)
         num_waiting = self.num_waiting
         num_tokens = sum(generation.waiting_tokens for generation in self._running)
         stats = loaded.front.stats

@@ -294,6 +294,30 @@ def test_a_schema_in_many_levels_is_refused(engine):
         engine.grammars.compile({"json_schema": schema})
 
 
+def test_patterns_that_a_text_would_have_to_follow_all_at_once_are_bounded(engine):
+    patterns = [{"pattern": f".*{letter}.*"} for letter in "abcdefghijklmnopqrstuvw"]
+    chain = {f"d{place}": {"$ref": f"#/$defs/d{place + 1}", **each} for place, each in enumerate(patterns)}
+    chain |= {f"d{len(patterns)}": {"type": "string"}}
+    beside = {"anyOf": patterns[1:], "pattern": "z"}
+    for schema in ({"allOf": patterns}, {"$defs": chain, "$ref": "#/$defs/d0"}, beside):
+        with pytest.raises(ValueError, match="has 23 patterns and formats, and joins schemas"):
+            engine.check(SamplingParams(grammar={"json_schema": schema}))
+    several = {f"v{place}": {"type": "string", **each} for place, each in enumerate(patterns)}
+    each_alone = {"type": "object", "properties": several, "title": "Letters"}
+    listed = {"$defs": {"letters": {"allOf": [each_alone]}}, "$ref": "#/$defs/letters", "description": "one of them"}
+    for schema in (each_alone, listed):
+        engine.check(SamplingParams(grammar={"json_schema": schema}))
+
+
+def test_a_request_has_its_grammar_compiled_before_its_first_step(bytes_pair, monkeypatch):
+    engine, compiled = engine_of(bytes_pair), []
+    engine.add_request("a", SamplingParams(n=3, max_tokens=4, grammar={"regex": "[ab]{4}"}))
+    monkeypatch.setattr(engine.grammars, "compile", compiled.append)
+    texts = [output.completion.text for _ in range(8) for output in engine.step() if output.completion is not None]
+    assert (len(texts), compiled) == (3, [])
+    assert all(re.fullmatch("[ab]{4}", text) for text in texts)
+
+
 def test_a_grammar_that_grows_too_complex_ends_its_own_text(engine):
     bomb = SamplingParams(max_tokens=200, ignore_eos=True, grammar={"regex": "((a{1,1000}){1,1000}){1,1000}"})
     beside = SamplingParams(max_tokens=50, seed=1)

@@ -158,6 +158,10 @@ def test_what_is_not_http_is_told_so_in_the_shape_of_the_api(strict, connect, re
     assert headers["content-type"] == "application/json"
 
 
+def test_a_coding_of_the_body_other_than_chunked_is_a_501(strict, connect):
+    connect(strict).send(KEY_POST + b"Transfer-Encoding: gzip\r\n\r\n").assert_refused(501, "invalid_http")
+
+
 def test_a_body_that_breaks_off_into_garbage_is_a_400(server, connect):
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
     connect(server).send(head, b"3\r\nabc\r\n", b"what is this\r\n").assert_refused(400, "invalid_http")

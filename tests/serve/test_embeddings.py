@@ -117,6 +117,13 @@ def test_what_cannot_be_embedded_is_refused_by_name(small_server, fields, param)
     assert answer.json()["error"]["param"] == param
 
 
+def test_a_text_that_is_too_long_is_refused_before_the_first_is_read(start_server, bytes_pair):
+    server = start_server(*bytes_pair, limits=LimitSettings(prompts=1, prompt_tokens=100))
+    answer = server.http.post("/v1/embeddings", json={"input": ["abc", "a" * 200]})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "input.1")
+    assert server.service.loaded.front.stats.prompt_tokens == 0
+
+
 @pytest.fixture(scope="module")
 def small_server(start_server, bytes_pair):
     return start_server(*bytes_pair, limits=LimitSettings(prompt_tokens=100, embeddings=4))

@@ -278,6 +278,35 @@ sys.exit(serve(settings, lambda: load_model(sys.argv[1])))
     assert "no progress" in server.wait_for("ended by a failure")["reason"]
 
 
+def test_an_engine_that_hangs_while_the_server_ends_does_not_keep_it(folder):
+    script = """
+import sys, threading
+from bdh.generate.engine import Engine
+from bdh.serve import server
+from bdh.serve.config import ServeSettings
+from bdh.train.models import load_model
+
+step = Engine.step
+def hanging(self):
+    if any(request.params.seed == 13 for request in self._running.values()):
+        server.log("it hangs")
+        threading.Event().wait()
+    return step(self)
+Engine.step, server._STEP_SECONDS = hanging, 0.5
+settings = ServeSettings(model=sys.argv[1], port=0, drain_timeout=0.1)
+sys.exit(server.serve(settings, lambda: load_model(sys.argv[1])))
+"""
+    server = Process(folder, command=[sys.executable, "-c", script, str(folder)])
+    server.wait_for("ready")
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(server.complete, prompt="abc", max_tokens=5000, seed=13)
+        server.wait_for("it hangs")
+        server.process.terminate()
+        assert server.process.wait(20) == 0
+        asked.exception()
+    server.wait_for("the engine does not end its step, and is left")
+
+
 def test_telemetry_goes_to_the_collector(start):
     found = []
 

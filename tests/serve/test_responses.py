@@ -158,6 +158,19 @@ def test_a_response_is_kept_and_can_be_deleted(client):
     assert (found.value.code, found.value.param) == ("previous_response_not_found", "previous_response_id")
 
 
+def test_two_requests_delete_the_same_response(client, chat_server, monkeypatch):
+    response, states = client.responses.create(input=QUESTION, **GREEDY), chat_server.service.loaded.states
+    delete = states.delete
+
+    def twice(*arguments):
+        delete(*arguments)  # as the other one does, behind the first look
+        delete(*arguments)
+
+    monkeypatch.setattr(states, "delete", twice)
+    with pytest.raises(openai.NotFoundError, match="there is no response 'resp_"):
+        client.responses.delete(response.id)
+
+
 def test_what_is_not_to_be_stored_is_not(client, chat_server):
     before = chat_server.service.loaded.states.num_states
     response = client.responses.create(input=QUESTION, store=False, **GREEDY)

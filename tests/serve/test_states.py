@@ -158,6 +158,14 @@ def test_responses_on_the_disk_make_room_for_states_and_keep_their_text(make_sto
     assert len(list((tmp_path / "states").glob("*.safetensors"))) == 2
 
 
+def test_files_of_states_and_responses_are_for_nobody_else(make_store, snapshot, tmp_path):
+    store = make_store(True)
+    store.put(snapshot(), owner="ann", model="m", text="a secret")
+    store.put_response(f"resp_{0:032x}", {"text": "a secret"}, snapshot(), owner="ann", model="m")
+    files = [path for path in (tmp_path / "states").iterdir() if path.suffix in (".json", ".safetensors")]
+    assert {(len(files), path.stat().st_mode & 0o077) for path in files} == {(4, 0)}
+
+
 def test_one_larger_than_all_that_may_be_kept_is_refused(make_store, snapshot):
     for store in (make_store(max_bytes=10), make_store(True, folder_bytes=10)):
         with pytest.raises(ValueError, match="may have 10 together"):
