@@ -1,6 +1,8 @@
 """What holds for every test: no network, few threads, and no memory that was never written."""
 
 import os
+import shutil
+import tempfile
 from importlib import metadata
 from pathlib import Path
 
@@ -85,6 +87,9 @@ def pytest_configure(config):
     os.environ["HF_HUB_OFFLINE"] = "1"
     # Before torch loads OpenMP: threads that wait actively are slow beside other programs, and several tests start some.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Before anything imports trackio, which reads it once: trl does so, and evaluate.
+    os.environ["TRACKIO_DIR"] = folder = tempfile.mkdtemp(prefix="trackio-")
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
     # Before cuBLAS is first used: with other workspaces it may add in another order each time.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
@@ -98,11 +103,10 @@ def pytest_configure(config):
 
 
 @pytest.fixture(scope="session")
-def trackio_folder(tmp_path_factory) -> Path:
-    """Where Trackio keeps its databases. It reads the variable once, when it is imported."""
-    folder = tmp_path_factory.mktemp("trackio")
-    os.environ["TRACKIO_DIR"] = str(folder)
+def trackio_folder() -> Path:
+    """Where Trackio keeps its databases."""
     from trackio.utils import TRACKIO_DIR
 
+    folder = Path(os.environ["TRACKIO_DIR"])
     assert folder == TRACKIO_DIR
     return folder

@@ -7,6 +7,7 @@ of uvicorn: the class of its h11 protocol with its ``conn``, ``cycle``, ``flow``
 
 import asyncio
 import json
+import logging
 import sys
 from collections.abc import Callable
 from http import HTTPStatus
@@ -67,7 +68,11 @@ class Connections:
 
     def _sweep_all(self, loop: asyncio.AbstractEventLoop) -> None:
         for connection in list(self.open):
-            connection.check_time()
+            try:
+                connection.check_time()
+            except Exception as error:  # the others are to be looked at all the same, now and from now on
+                log("exception", level=logging.ERROR, error=error)
+                connection.transport.abort()
         self._sweep = loop.call_later(_SWEEP_SECONDS, self._sweep_all, loop) if self.open else None
 
 
@@ -215,6 +220,10 @@ class Connection(H11Protocol):
         if not self._connections.may_linger or not self.transport.can_write_eof():
             self.transport.close()
             return
-        self.transport.write_eof()
+        try:
+            self.transport.write_eof()
+        except OSError:  # the client has gone in this moment
+            self.transport.abort()
+            return
         self.flow.resume_reading()
         self._abort_at = self.loop.time() + _LINGER_SECONDS

@@ -1,5 +1,6 @@
 """What a client may send before its request is whole, and how long it may take: bounded, whoever it is."""
 
+import asyncio
 import json
 import re
 import socket
@@ -12,6 +13,7 @@ import pytest
 
 from bdh.serve.address import listen
 from bdh.serve.config import AuthSettings, LimitSettings
+from bdh.serve.connections import Connection
 
 CRLF = b"\r\n"
 KEY_POST = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer secret-of-ann\r\n"
@@ -189,6 +191,30 @@ def test_a_connection_without_a_request_is_closed(hasty, connect):
     client = connect(hasty).send(GET)
     assert client.answer()[0] == 200
     assert client.rest() == b""
+
+
+def test_one_connection_that_fails_leaves_the_time_of_the_others_bounded(hasty, connect, monkeypatch):
+    """A client that had gone in the moment of its 408 ended the clock of all: half-sent heads stayed for ever."""
+    original, failed = Connection.check_time, []
+
+    def check_time(self):
+        if not failed:
+            failed.append(self)
+            raise OSError("not connected")
+        original(self)
+
+    monkeypatch.setattr(Connection, "check_time", check_time)
+    clients = [connect(hasty).send(GET[:10]) for _ in range(3)]
+    assert [client.rest()[9:12] for client in clients].count(b"408") == 2
+
+
+def test_a_client_that_has_gone_when_it_is_refused_is_dropped(hasty, connect, monkeypatch):
+    def gone(self):
+        raise OSError(107, "Transport endpoint is not connected")
+
+    monkeypatch.setattr(asyncio.selector_events._SelectorSocketTransport, "write_eof", gone)
+    clients = [connect(hasty).send(GET[:10]) for _ in range(2)]
+    assert all(client.rest()[9:12] in (b"", b"408") for client in clients)
 
 
 def test_the_second_head_of_a_connection_has_its_time_too(hasty, connect):

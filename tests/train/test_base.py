@@ -211,14 +211,14 @@ def test_a_damaged_record_is_refused(adapt, base, tmp_path, capsys):
 
 def forget_base(run):
     """Takes the record out of a run's checkpoints, as those of earlier versions are."""
-    from bdh.train.checkpoint import _facts
+    from bdh.train.places import file_facts
 
     for folder in (run / "checkpoints").glob("step-*"):
         training = torch.load(folder / "training.pt", weights_only=True)
         del training["base"]
         torch.save(training, folder / "training.pt")
         manifest = json.loads((folder / "manifest.json").read_text())
-        manifest["files"]["training.pt"] = _facts(folder / "training.pt")
+        manifest["files"]["training.pt"] = file_facts(folder / "training.pt")
         (folder / "manifest.json").write_text(json.dumps(manifest))
 
 

@@ -58,7 +58,7 @@ def test_it_learns_to_answer_and_to_stop(train_chat, tmp_path, capsys):
     tokenizer = AutoTokenizer.from_pretrained(run / "model")
     model = AutoModelForCausalLM.from_pretrained(run / "model")
     end = tokenizer.convert_tokens_to_ids("<|end|>")
-    assert model.generation_config.eos_token_id == end
+    assert model.generation_config.eos_token_id == [tokenizer.eos_token_id, end]
     asked = tokenizer.apply_chat_template(
         [{"role": "user", "content": "blue"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )

@@ -1,5 +1,6 @@
 """LoRA: only the adapters train, whatever else works with a run works with them, and peft reads what is exported."""
 
+import importlib.util
 import json
 
 import pytest
@@ -202,7 +203,8 @@ def test_a_resume_with_other_adapters_is_refused_by_name(adapt, tmp_path, capsys
 
 
 def test_a_missing_package_is_named_before_anything_is_written(adapt, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("bdh.train.lora.importlib.util.find_spec", lambda name: None)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else find(name))
     assert adapt(tmp_path / "run") == 2
     assert 'LoRA needs the package peft: pip install "bdh[finetune]"' in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
