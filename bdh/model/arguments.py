@@ -164,7 +164,7 @@ def _packed(
     position_ids = others.get("position_ids")
     if position_ids is None:
         return starts
-    if tuple(position_ids.shape) not in [(B, T), (1, T), (T,)]:
+    if not is_compiling and tuple(position_ids.shape) not in [(B, T), (1, T), (T,)]:
         raise ValueError(f"position_ids has shape {tuple(position_ids.shape)}: must be {(B, T)}, that of the tokens")
     position_ids = position_ids.to(device).expand(B, T)
 
