@@ -164,7 +164,7 @@ def _packed(
     position_ids = others.get("position_ids")
     if position_ids is None:
         return starts
-    if not is_compiling and tuple(position_ids.shape) not in [(B, T), (1, T), (T,)]:
+    if not _has_shape(position_ids, (B, T), (1, T), (T,)):
         raise ValueError(f"position_ids has shape {tuple(position_ids.shape)}: must be {(B, T)}, that of the tokens")
     position_ids = position_ids.to(device).expand(B, T)
 
@@ -214,11 +214,19 @@ def _starts_of_lengths(others: dict[str, Any], B: int, T: int) -> torch.Tensor:
 def _starts_of_numbers(others: dict[str, Any], B: int, T: int) -> torch.Tensor:
     """Bool (1 or B, T)."""
     numbers = others["seq_idx"]
-    if tuple(numbers.shape) not in [(B, T), (1, T)]:
+    if not _has_shape(numbers, (B, T), (1, T)):
         raise ValueError(f"seq_idx has shape {tuple(numbers.shape)}: must be {(B, T)}, that of the tokens")
     starts = torch.ones(numbers.shape, dtype=torch.bool, device=numbers.device)
     starts[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
     return starts
+
+
+def _has_shape(tensor: torch.Tensor, *shapes: tuple[int, ...]) -> bool:
+    """Whether it is one of these. Size by size, since tuples of the symbols that a graph has for sizes are not compared."""
+    return any(
+        tensor.ndim == len(shape) and all(size == wanted for size, wanted in zip(tensor.shape, shape, strict=True))
+        for shape in shapes
+    )
 
 
 def _shown(tensor: torch.Tensor) -> str:
@@ -264,7 +272,7 @@ def _new_columns(attention_mask: torch.Tensor | None, B: int, T: int, num_earlie
     """The part of a mask that belongs to the T new columns, as bool (B, T); None where nothing is masked."""
     if attention_mask is None:
         return None
-    if tuple(attention_mask.shape) not in [(B, T), (B, num_earlier + T)]:
+    if not _has_shape(attention_mask, (B, T), (B, num_earlier + T)):
         earlier = f" or, with the columns fed before, {(B, num_earlier + T)}" if num_earlier else ""
         raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}: must be {(B, T)}{earlier}")
     mask = attention_mask[:, -T:].bool()
@@ -277,7 +285,7 @@ def _new_columns(attention_mask: torch.Tensor | None, B: int, T: int, num_earlie
 def _starts(document_starts: torch.Tensor | None, B: int, T: int) -> torch.Tensor | None:
     if document_starts is None:
         return None
-    if tuple(document_starts.shape) != (B, T) or document_starts.dtype != torch.bool:
+    if not _has_shape(document_starts, (B, T)) or document_starts.dtype != torch.bool:
         raise ValueError(
             f"document_starts is {document_starts.dtype} of shape {tuple(document_starts.shape)}: must be bool "
             f"{(B, T)}, that of the tokens"

@@ -196,7 +196,10 @@ def test_arguments_are_traced_in_one_graph(make_model, tokens):
     """Nothing of them is looked at there that would break the graph."""
     model = make_model().double()
     model.layer_options = LayerOptions(path="plain")
+    torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():  # with another number of tokens after it, that is a symbol
+        compiled(tokens[:1, :15], use_cache=False)
     positions = torch.cat([torch.arange(9), torch.arange(12)])[None]
     with torch.no_grad():
         for arguments in (
