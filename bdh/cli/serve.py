@@ -17,12 +17,8 @@ class _ServeSettings(ReadsModel, ServeSettings):
     """Folder of an exported model or of a run, or a hub id."""
 
 
+@lasting_streams()
 def run(argv: list[str]) -> int:
-    with lasting_streams():
-        return _run(argv)
-
-
-def _run(argv: list[str]) -> int:
     settings = parse_settings(
         _ServeSettings,
         argv,

@@ -16,9 +16,9 @@ def lasting_streams() -> Iterator[None]:
     """Within, what cannot be written to stdout or stderr is lost, and ends nothing; the other one says so, once."""
     before = sys.stdout, sys.stderr
     if sys.stdout is not None:
-        sys.stdout = _LastingStream(sys.stdout, lambda: before[1])
+        sys.stdout = _LastingStream(sys.stdout, before[1])
     if sys.stderr is not None:
-        sys.stderr = _LastingStream(sys.stderr, lambda: before[0])
+        sys.stderr = _LastingStream(sys.stderr, before[0])
     lasting = sys.stdout, sys.stderr
     try:
         yield
@@ -32,7 +32,7 @@ def lasting_streams() -> Iterator[None]:
 class _LastingStream:
     """A stream whose faults are its own."""
 
-    def __init__(self, stream: TextIO, other: Callable[[], TextIO | None]):
+    def __init__(self, stream: TextIO, other: TextIO | None):
         self._stream, self._other = stream, other
         self._has_failed = False
 
@@ -76,14 +76,13 @@ class _LastingStream:
             os.close(nowhere)
 
     def _announce(self, error: OSError) -> None:
-        other = self._other()
-        if other is None:
+        if self._other is None:
             return
         try:
             name = self._stream.name.strip("<>")
             print(
                 f"warning: {name} cannot be written to ({error.strerror}): what it is told is lost",
-                file=other,
+                file=self._other,
                 flush=True,
             )
         except OSError:

@@ -18,12 +18,8 @@ from bdh.train.signals import EXIT_STATUS
 from bdh.train.stored import check_unchanged, stored_settings
 
 
+@lasting_streams()
 def run(argv: list[str]) -> int:
-    with lasting_streams():
-        return _run(argv)
-
-
-def _run(argv: list[str]) -> int:
     rank = environment.rank()
     try:
         stored = _settings_to_resume(argv)
