@@ -4,7 +4,7 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -132,39 +132,49 @@ class Recurrence:
         if state_dtype not in self._is_compiled:
             self._is_compiled.add(state_dtype)
             compiled(lambda: self._warm_up(state_dtype), self._announce)
-        L, H, N, D = self.weights.shape
+        _, H, N, D = self.weights.shape
         R = len(tokens)
-        team = team_for(R)
         like_states = kernels.FLOAT32 if state_dtype == torch.float32 else kernels.BFLOAT16
-        cos, sin = self._array("cos", N // 2, R), self._array("sin", N // 2, R)
-        v, x = self._array("v", R, D), self._array("x", H * N, R)
         a, parts = self._array("a", R, H, D), self._array("parts", self._num_parts, R, D)
+        x = self._array("x", H * N, R)
         if read_scales is None or write_scales is None:
             read_scales = write_scales = np.ones((R, H), np.float32)
+
+        def of_passes(some: slice) -> tuple[Any, ...]:
+            return like_states, states[some], starts, read_scales, write_scales, x, a, parts
+
+        return self._run(kernels.passes, tokens, positions, x, of_passes, watch, before_writing)
+
+    def _run(
+        self,
+        passes: Callable[[int, tuple[Any, ...]], None],
+        tokens: np.ndarray,
+        positions: np.ndarray,
+        x: np.ndarray,
+        of_passes: Callable[[slice], tuple[Any, ...]],
+        watch: Watch | None,
+        before_writing: Callable[[], None] | None,
+    ) -> np.ndarray:
+        """v behind the last pass. Arguments as of :meth:`read`, and:
+
+        Args:
+            passes: the kernel.
+            x: (H*N, R), its memory.
+            of_passes: what it takes after the weights, for some of the passes.
+        """
+        L, _, N, D = self.weights.shape
+        R = len(tokens)
+        team = team_for(R)
+        v, cos, sin = self._array("v", R, D), self._array("cos", N // 2, R), self._array("sin", N // 2, R)
         text = self._embed, tokens, positions, self._turns, v, cos, sin, self.weights.eps
+        weights = self._like, self.weights.encoder.data_ptr(), self._encoder_v, self.weights.decoder.data_ptr()
         progress = new_progress(kernels.STAGES * (1 + L), is_crowded=team.is_crowded)
         if before_writing is not None:
             before_writing()
         for some in passes_at_once(L, watch):
-            arguments = (
-                progress[some.start * kernels.STAGES :],
-                *text,
-                some.start,
-                self._like,
-                like_states,
-                self.weights.encoder.data_ptr(),
-                self._encoder_v,
-                self.weights.decoder.data_ptr(),
-                states[some.start : some.stop],
-                starts,
-                read_scales,
-                write_scales,
-                x,
-                a,
-                parts,
-            )
+            rest = of_passes(slice(some.start, some.stop))
             with exclusive():
-                kernels.passes(team.threads, arguments)
+                passes(team.threads, (progress[some.start * kernels.STAGES :], *text, some.start, *weights, *rest))
             if watch is not None:
                 watch(some.start, x)
         return v

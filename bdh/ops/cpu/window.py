@@ -15,11 +15,11 @@ Rings come by address: of each pass and sequence the keys (H, N, C), the marks (
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numba import prange
 
-from bdh.ops.cpu import kernels
 from bdh.ops.cpu.kernels import (
     AHEAD,
     FLOAT32,
@@ -36,9 +36,9 @@ from bdh.ops.cpu.kernels import (
     respond,
 )
 from bdh.ops.cpu.memory import get_byte, put_byte, put_float
-from bdh.ops.cpu.pieces import new_progress, pieces
-from bdh.ops.cpu.recurrence import KernelWeights, Recurrence, Watch, passes_at_once
-from bdh.ops.cpu.runtime import Announce, compiled, exclusive, team_for, to_stderr
+from bdh.ops.cpu.pieces import pieces
+from bdh.ops.cpu.recurrence import KernelWeights, Recurrence, Watch
+from bdh.ops.cpu.runtime import Announce, compiled, to_stderr
 from bdh.ops.cpu.vector import add_scaled, prefetch
 from bdh.ops.window import Ring, empty_ring
 
@@ -255,41 +255,18 @@ class WindowedRecurrence(Recurrence):
         if not self._window_is_compiled:
             self._window_is_compiled = True
             compiled(self._warm_up_window, self._announce)
-        team = team_for(len(tokens))
-        L, H, N, D = self.weights.shape
+        _, H, N, D = self.weights.shape
         R, columns = len(tokens), rings[0].keys.shape[-1]
-        cos, sin = self._array("cos", N // 2, R), self._array("sin", N // 2, R)
-        v, x, addresses = self._array("v", R, D), self._array("x", H * N, R), self._addresses(rings)
+        x, addresses = self._array("x", H * N, R), self._addresses(rings)
         a, scores = self._array("a", R, H, D), self._array("scores", self._num_parts, R, columns)
         parts = self._array("parts", self._num_parts, R, D)
         if self.window == 1:
             a[:] = 0
-        text = self._embed, tokens, positions, self._turns, v, cos, sin, self.weights.eps
-        progress = new_progress(kernels.STAGES * (1 + L), is_crowded=team.is_crowded)
-        if before_writing is not None:
-            before_writing()
-        for some in passes_at_once(L, watch):
-            arguments = (
-                progress[some.start * kernels.STAGES :],
-                *text,
-                some.start,
-                self._like,
-                self.weights.encoder.data_ptr(),
-                self._encoder_v,
-                self.weights.decoder.data_ptr(),
-                addresses[some.start : some.stop],
-                self._fading,
-                starts,
-                x,
-                a,
-                scores,
-                parts,
-            )
-            with exclusive():
-                window_passes(team.threads, arguments)
-            if watch is not None:
-                watch(some.start, x)
-        return v
+
+        def of_passes(some: slice) -> tuple[Any, ...]:
+            return addresses[some], self._fading, starts, x, a, scores, parts
+
+        return self._run(window_passes, tokens, positions, x, of_passes, watch, before_writing)
 
     def _addresses(self, rings: Sequence[Ring]) -> np.ndarray:
         """int64 (L, 3, sequences)."""
