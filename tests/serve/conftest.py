@@ -11,7 +11,7 @@ import uvicorn
 
 from bdh import BDHConfig, BDHForCausalLM
 from bdh.generate.config import EngineConfig
-from bdh.serve.config import ServeSettings
+from bdh.serve.config import LimitSettings, ServeSettings
 from bdh.serve.keys import ApiKeys
 from bdh.serve.server import load, uvicorn_config
 from bdh.serve.service import Service
@@ -129,3 +129,10 @@ def start_server():
     yield start
     for server in running:
         server.close()
+
+
+@pytest.fixture(scope="module")
+def served(start_server, bytes_pair):
+    """For recorded bodies: a model called tiny, in the plain form, whose replies are short."""
+    limits = LimitSettings(max_tokens=16, chat_tokens=8)
+    return start_server(*bytes_pair, chat_template="plain", served_model_name=["tiny"], limits=limits)

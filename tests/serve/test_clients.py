@@ -5,17 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from bdh.serve.config import LimitSettings
-
 FIXTURE = Path(__file__).parent.parent / "fixtures" / "client_bodies.json"
 BODIES = json.loads(FIXTURE.read_text(encoding="utf-8"))
 REPLY = "A first reply."  # what the recorded first turns were answered
-
-
-@pytest.fixture(scope="module")
-def served(start_server, bytes_pair):
-    limits = LimitSettings(max_tokens=16, chat_tokens=8)
-    return start_server(*bytes_pair, chat_template="plain", served_model_name=["tiny"], limits=limits)
 
 
 def prompt_of(body) -> str:

@@ -5,17 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from bdh.serve.config import LimitSettings
-
 FIXTURE = Path(__file__).parent.parent / "fixtures" / "responses_bodies.json"
 BODIES = json.loads(FIXTURE.read_text(encoding="utf-8"))
 REPLY = "A first reply."  # what the recorded first turns were answered
-
-
-@pytest.fixture(scope="module")
-def served(start_server, bytes_pair):
-    limits = LimitSettings(max_tokens=16, chat_tokens=8)
-    return start_server(*bytes_pair, chat_template="plain", served_model_name=["tiny"], limits=limits)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +19,7 @@ def first(served):
 def text_of(item, first) -> tuple[str, str]:
     """Role and text of an item, written down apart from the server's own schema."""
     if item.get("type") == "item_reference":
-        return "assistant", first["output"][0]["content"][0]["text"].strip()
+        return "assistant", first["output"][0]["content"][0]["text"].lstrip()
     content = item["content"]
     return item["role"], content if isinstance(content, str) else "".join(part["text"] for part in content)
 
