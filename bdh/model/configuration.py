@@ -1,20 +1,15 @@
 """The shape of a model, as transformers stores it in ``config.json``."""
 
 import difflib
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
-from bdh.model.decay import decay_fault, half_lives_of_heads
-from bdh.model.shape import shape_faults
-from bdh.ops.dispatch import ATTENTION_FORMS
+from bdh.model.decay import half_lives_of_heads
+from bdh.model.network import ALIASES, config_faults
 
 # Without `import bdh`, transformers looks into a model's folder for the code that it needs, and finds this.
 STUB = "bdh_auto.py"
@@ -29,16 +24,6 @@ _AUTO_MAP = {
     "AutoModelForCausalLM": "bdh_auto.BDHForCausalLM",
     "AutoModelForSequenceClassification": "bdh_auto.BDHForSequenceClassification",
 }
-
-
-@contextmanager
-def one_line_type_faults(where: str) -> Iterator[None]:
-    """Within it, a field of a wrong type is a ``ValueError`` of one line; ``where`` says whose configuration it is."""
-    try:
-        yield
-    except StrictDataclassError as error:
-        reason = str(error).splitlines()[-1].strip().removeprefix("TypeError: ").split(". Errors: ")[0]
-        raise ValueError(f"{where}: {reason}") from error
 
 
 @strict
@@ -74,11 +59,7 @@ class BDHConfig(PreTrainedConfig):
 
     model_type = "bdh"
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers adds lists to it)
-    attribute_map = {  # noqa: RUF012 (transformers declares it as a class variable)
-        "hidden_size": "n_embd",
-        "num_attention_heads": "n_head",
-        "num_hidden_layers": "n_layer",
-    }
+    attribute_map = dict(ALIASES)  # noqa: RUF012 (transformers declares it as a class variable)
 
     vocab_size: int = 256
     n_embd: int = 256
@@ -117,24 +98,7 @@ class BDHConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         faults = self._name_faults(kwargs)
         super().__post_init__(**kwargs)  # resolves the aliases
-        faults += shape_faults(
-            self.n_embd, self.n_head, self.n_layer, self.mlp_internal_dim_multiplier, self.vocab_size
-        )
-        if fault := decay_fault(self.decay, self.n_head):
-            faults.append(f"decay is {self.decay}: must be {fault}")
-        if not 0 <= self.dropout < 1:
-            faults.append(f"dropout is {self.dropout}: must be at least 0 and below 1")
-        for name in ("rope_theta", "layer_norm_eps", "initializer_range"):
-            if not 0 < getattr(self, name) < math.inf:
-                faults.append(f"{name} is {getattr(self, name)}: must be a number above 0")
-        if self.chunk_size < 1:
-            faults.append(f"chunk_size is {self.chunk_size}: must be at least 1")
-        if self.train_block_size is not None and self.train_block_size < 1:
-            faults.append(f"train_block_size is {self.train_block_size}: must be at least 1, or None")
-        if self.attention_form not in ATTENTION_FORMS:
-            faults.append(f"attention_form is {self.attention_form!r}: must be one of {', '.join(ATTENTION_FORMS)}")
-        if self.tie_word_embeddings:
-            faults.append("tie_word_embeddings is True: must be False, embed and lm_head are separate weights")
+        faults += config_faults(self)
         if faults:
             raise ValueError("; ".join(faults))
         self.auto_map = dict(_AUTO_MAP)

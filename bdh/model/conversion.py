@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bdh.model.configuration import BDHConfig, one_line_type_faults
+from bdh.model.configuration import BDHConfig
+from bdh.model.network import one_line_type_faults
 from bdh.storage import check_file
 
 if TYPE_CHECKING:

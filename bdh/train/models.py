@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import cached_file, logging
 
 from bdh.model import BDHConfig, BDHForCausalLM
-from bdh.model.configuration import one_line_type_faults
 from bdh.model.fingerprint import Identity, identity
+from bdh.model.network import one_line_type_faults
 from bdh.storage import recover_dir
 from bdh.tokenizer import TokenizerConfig, load_tokenizer
 from bdh.train.base import Base, read_base

@@ -1,0 +1,340 @@
+"""A model as plain PyTorch modules and a plain configuration: what generation works on, without transformers."""
+
+import difflib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, Protocol, Self, runtime_checkable
+
+import torch
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from bdh.model.decay import decay_fault, half_lives_of_heads
+from bdh.model.shape import shape_faults
+from bdh.ops.dispatch import ATTENTION_FORMS
+
+CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
+ALIASES = {"hidden_size": "n_embd", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer"}
+"""The names that transformers has for sizes, and ours."""
+# In the order in which transformers looks for them; the index of a model in several files names each weight's file.
+_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+class Config(Protocol):
+    """What is read of a model's configuration: that of :class:`ModelConfig`, or of :class:`bdh.BDHConfig`."""
+
+    vocab_size: int
+    n_embd: int
+    n_head: int
+    n_layer: int
+    mlp_internal_dim_multiplier: int
+    dropout: float | int
+    rope_theta: float | int
+    layer_norm_eps: float
+    attention_form: str
+    chunk_size: int
+    decay: list[float | int | None] | float | int | None
+    train_block_size: int | None
+    name_or_path: str
+
+    @property
+    def neurons_per_head(self) -> int: ...
+
+    @property
+    def half_lives(self) -> list[float] | None: ...
+
+    @property
+    def state_bytes_per_sequence(self) -> int: ...
+
+
+@runtime_checkable
+class ModelParts(Protocol):
+    """A language model, as far as generation has to know it: :class:`Network`, and :class:`bdh.BDHForCausalLM`.
+
+    Both are ``nn.Module``. The linear modules may be anything callable that has their shape: quantized, with adapters,
+    with hooks.
+    """
+
+    embed: Any
+    encoder: Any
+    encoder_v: Any  # one module for each head
+    decoder: Any
+    lm_head: Any
+    config: Any  # see Config; Any, since that of transformers has its fields from a decorator
+    generation_config: Any  # of which eos_token_id is read
+    training: bool
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def eval(self) -> Any: ...
+
+
+@strict
+@dataclass
+class ModelConfig:
+    """The fields of :class:`bdh.BDHConfig`, which documents them, without transformers.
+
+    Raises:
+        ValueError: sizes that do not divide, or a value out of range.
+        StrictDataclassError: a value of another type.
+    """
+
+    vocab_size: int = 256
+    n_embd: int = 256
+    n_head: int = 4
+    n_layer: int = 6
+    mlp_internal_dim_multiplier: int = 128
+    dropout: float | int = 0.1
+    rope_theta: float | int = 65536.0
+    layer_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    attention_form: str = "auto"
+    chunk_size: int = 128
+    decay: list[float | int | None] | float | int | None = None
+    train_block_size: int | None = None
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    name_or_path: str = ""
+
+    def __post_init__(self) -> None:
+        if faults := config_faults(self):
+            raise ValueError("; ".join(faults))
+
+    @classmethod
+    def from_facts(cls, facts: dict[str, Any]) -> Self:
+        """From what ``config.json`` holds; names that mean nothing to this class are left aside.
+
+        Raises:
+            ValueError: as the constructor; or a name beside its alias with another value, or a misspelt name.
+        """
+        known = {each.name for each in fields(cls)}
+        values = {name: value for name, value in facts.items() if name in known}
+        faults = []
+        for name in facts:
+            if name in ALIASES:
+                own = ALIASES[name]
+                if values.setdefault(own, facts[name]) != facts[name]:
+                    faults.append(f"{name} is {facts[name]} and {own} is {values[own]}: they are the same, give one")
+            elif name not in known and not name.endswith("token_id"):  # transformers has many of these
+                near = difflib.get_close_matches(name, [*known, *ALIASES], n=1, cutoff=0.8)
+                faults += [f"{name} is unknown: did you mean {near[0]}?"] if near else []
+        if faults:
+            raise ValueError("; ".join(faults))
+        return cls(**values)
+
+    @property
+    def neurons_per_head(self) -> int:
+        """N."""
+        return self.n_embd * self.mlp_internal_dim_multiplier // self.n_head
+
+    @property
+    def half_lives(self) -> list[float] | None:
+        """Of each head's state, in tokens; None where the model has no decay."""
+        return half_lives_of_heads(self.decay, self.n_head)
+
+    @property
+    def state_bytes_per_sequence(self) -> int:
+        """Bytes of one sequence's float32 state, at any length of text."""
+        return self.n_layer * self.n_head * self.neurons_per_head * self.n_embd * 4
+
+
+def config_faults(config: Any) -> list[str]:
+    """What is wrong with the values of a configuration, one sentence a fault."""
+    sizes = (config.n_embd, config.n_head, config.n_layer, config.mlp_internal_dim_multiplier, config.vocab_size)
+    faults = shape_faults(*sizes)
+    if fault := decay_fault(config.decay, config.n_head):
+        faults.append(f"decay is {config.decay}: must be {fault}")
+    if not 0 <= config.dropout < 1:
+        faults.append(f"dropout is {config.dropout}: must be at least 0 and below 1")
+    for name in ("rope_theta", "layer_norm_eps", "initializer_range"):
+        if not 0 < getattr(config, name) < math.inf:
+            faults.append(f"{name} is {getattr(config, name)}: must be a number above 0")
+    if config.chunk_size < 1:
+        faults.append(f"chunk_size is {config.chunk_size}: must be at least 1")
+    if config.train_block_size is not None and config.train_block_size < 1:
+        faults.append(f"train_block_size is {config.train_block_size}: must be at least 1, or None")
+    if config.attention_form not in ATTENTION_FORMS:
+        faults.append(f"attention_form is {config.attention_form!r}: must be one of {', '.join(ATTENTION_FORMS)}")
+    if config.tie_word_embeddings:
+        faults.append("tie_word_embeddings is True: must be False, embed and lm_head are separate weights")
+    return faults
+
+
+@contextmanager
+def one_line_type_faults(where: str) -> Iterator[None]:
+    """Within it, a field of a wrong type is a ``ValueError`` of one line; ``where`` says whose configuration it is."""
+    try:
+        yield
+    except StrictDataclassError as error:
+        reason = str(error).splitlines()[-1].strip().removeprefix("TypeError: ").split(". Errors: ")[0]
+        raise ValueError(f"{where}: {reason}") from error
+
+
+@dataclass
+class GenerationSettings:
+    """What is read of ``generation_config.json``."""
+
+    eos_token_id: int | list[int] | None = None
+    """The tokens that end a text."""
+    others: dict[str, Any] = field(default_factory=dict)
+
+
+class Network(nn.Module):
+    """The modules of :class:`bdh.BDHForCausalLM` under the same names, without its ``forward``, for generation."""
+
+    def __init__(self, config: ModelConfig, generation_config: GenerationSettings | None = None):
+        super().__init__()
+        self.config = config
+        self.generation_config = generation_config or GenerationSettings(config.eos_token_id)
+        D, H, N = config.n_embd, config.n_head, config.neurons_per_head
+        self.embed = nn.Embedding(config.vocab_size, D)
+        self.encoder = nn.Linear(D, H * N, bias=False)
+        self.encoder_v = nn.ModuleList(nn.Linear(D, N, bias=False) for _ in range(H))
+        self.decoder = nn.Linear(H * N, D, bias=False)
+        self.lm_head = nn.Linear(D, config.vocab_size, bias=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed.weight.dtype
+
+    @classmethod
+    def of_weights(
+        cls,
+        config: ModelConfig,
+        weights: dict[str, torch.Tensor],
+        *,
+        name: str,
+        generation_config: GenerationSettings | None = None,
+    ) -> Self:
+        """A model in evaluation mode that holds these tensors themselves.
+
+        Args:
+            weights: by the names of the parameters; others are left aside.
+            name: of the model, for messages.
+
+        Raises:
+            ValueError: weights are missing, or of other shapes than the configuration says.
+        """
+        try:
+            with torch.device("meta"):
+                network = cls(config, generation_config)
+        except RuntimeError as error:  # sizes that no machine has room for
+            raise ValueError(f"{name} cannot be loaded: {error}") from error
+        needed = {key: tuple(parameter.shape) for key, parameter in network.named_parameters()}
+        if lacking := sorted(needed.keys() - weights.keys()):
+            raise ValueError(f"the weights of {name} are not complete: it lacks {', '.join(lacking)}")
+        wrong = [
+            f"{key} is {tuple(weights[key].shape)}, not {shape}"
+            for key, shape in sorted(needed.items())
+            if tuple(weights[key].shape) != shape
+        ]
+        if wrong:
+            raise ValueError(f"the weights of {name} do not have the shapes of its config.json: {'; '.join(wrong)}")
+        network.load_state_dict({key: weights[key] for key in needed}, assign=True)
+        return network.eval()
+
+    @classmethod
+    def load(cls, folder: str | Path, device: torch.device | str = "cpu") -> Self:
+        """Reads what ``save_pretrained`` wrote: ``config.json``, and the weights in one file or several.
+
+        The weights have the ``dtype`` of the configuration; where it names none, that in which they are stored.
+
+        Raises:
+            FileNotFoundError: the folder holds no weights.
+            ValueError: it is no BDH model, or a quantized one; its configuration is wrong; or the weights are damaged,
+                not complete, or not those of the configuration.
+        """
+        folder = Path(folder)
+        config, dtype = read_config(folder)
+        config.name_or_path = str(folder)
+        weights = _read_weights(folder)
+        stored = next((each.dtype for each in weights.values() if each.is_floating_point()), torch.float32)
+        weights = {key: each.to(device, dtype or stored, copy=True) for key, each in weights.items()}
+        return cls.of_weights(config, weights, name=str(folder), generation_config=_read_generation(folder, config))
+
+
+def read_config(folder: Path) -> tuple[ModelConfig, torch.dtype | None]:
+    """The configuration of a folder's model, and the dtype that it names for the weights.
+
+    Raises:
+        ValueError: it is no BDH model, or a quantized one; or its configuration is wrong.
+    """
+    wrong = f"the {CONFIG_FILE} of {folder} is wrong"
+    try:
+        facts = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{wrong}: it is not JSON: {error}") from error
+    if not isinstance(facts, dict):
+        raise ValueError(f"{wrong}: it holds {type(facts).__name__}, not an object")
+    if facts.get("model_type") != "bdh" or not {"n_embd", "hidden_size"} & facts.keys():
+        raise ValueError(f"{folder} is no BDH model: its model_type is {facts.get('model_type')!r}")
+    if facts.get("quantization_config") is not None:
+        raise ValueError(f"{folder} has quantized weights, which only transformers reads")
+    dtype = facts.get("dtype", facts.get("torch_dtype"))
+    if dtype is not None and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
+        raise ValueError(f"{wrong}: module 'torch' has no attribute {str(dtype)!r}")
+    with one_line_type_faults(wrong):
+        return ModelConfig.from_facts(facts), None if dtype is None else getattr(torch, dtype)
+
+
+def _read_generation(folder: Path, config: ModelConfig) -> GenerationSettings:
+    path = folder / GENERATION_FILE
+    if not path.is_file():
+        return GenerationSettings(config.eos_token_id)
+    try:
+        facts = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is no object of JSON: {error}") from error
+    return GenerationSettings(facts.pop("eos_token_id", None), facts)
+
+
+def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    for name in _WEIGHT_FILES:
+        if (folder / name).is_file():
+            return _read_files(folder, [name])
+        if (index := folder / f"{name}.index.json").is_file():
+            try:
+                files = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                raise ValueError(f"the weights of {folder} are damaged: {index.name} has no weight_map") from error
+            return _read_files(folder, sorted(set(files)))
+    raise FileNotFoundError(f"{folder} holds no weights: it has none of {', '.join(_WEIGHT_FILES)}")
+
+
+def _read_files(folder: Path, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    """The tensors of files in a folder; those of safetensors lie in the mapped file."""
+    weights: dict[str, torch.Tensor] = {}
+    for name in names:
+        if not (path := folder / name).is_file():
+            raise ValueError(f"the weights of {folder} are not complete: it lacks {name}")
+        try:
+            if path.suffix == ".safetensors":
+                with safe_open(path, framework="pt") as file:
+                    weights |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            else:
+                weights |= torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except SafetensorError as error:
+            raise ValueError(f"the weights of {folder} are cut off or damaged: {error}") from error
+        except (UnpicklingError, RuntimeError, EOFError) as error:  # whose text is a page of advice
+            raise ValueError(
+                f"the weights of {folder} are damaged, or hold more than tensors: PyTorch refuses them"
+            ) from error
+    return weights
