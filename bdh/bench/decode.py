@@ -11,9 +11,10 @@ from bdh.bench.baselines import AllocatingDecoder, Decoder, Gpt2Decoder, Recompu
 from bdh.bench.busy import time_busy
 from bdh.bench.config import BenchOptions
 from bdh.bench.report import Report, milliseconds, random_tokens
-from bdh.bench.timing import interleaved, resident_bytes
+from bdh.bench.timing import interleaved
 from bdh.bench.weights import Density, naive_logits
 from bdh.generate.stepper import Feed, Storage, make_stepper
+from bdh.memory import used_bytes
 from bdh.model.modeling import BDHForCausalLM
 
 TOLERANCE = 1e-4
@@ -118,8 +119,8 @@ def _read_all(decoder: StepperDecoder, tokens: torch.Tensor) -> tuple[torch.Tens
     before = 0
     for index, token in enumerate(tokens.tolist()):
         logits[index] = decoder.read(token)
-        before = before or resident_bytes()
-    return logits, (before, resident_bytes())
+        before = before or used_bytes(torch.device("cpu"))
+    return logits, (before, used_bytes(torch.device("cpu")))
 
 
 def _time_forms(

@@ -2,7 +2,6 @@
 
 import os
 import platform
-import resource
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -76,16 +75,6 @@ def machine_line() -> str:
         f"{found['cpu']}, {found['cores']} cores, {found['torch_threads']} threads; Python {found['python']}, "
         f"torch {found['torch']}, numba {found['numba']}, transformers {found['transformers']}"
     )
-
-
-def resident_bytes() -> int:
-    """Memory that this process holds now; where the system does not say, the most that it has held."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    except OSError:
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return most if platform.system() == "Darwin" else most * 1024  # the unit differs
-    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _cpu_name() -> str:

@@ -22,11 +22,12 @@ from bdh.bench.training import (
     measure_memory,
     plan_step,
 )
+from bdh.memory import available_bytes
 from bdh.model.modeling import BDHForCausalLM
 from bdh.ops import naive
 from bdh.ops.layer.plan import LayerPlan
 from bdh.train.runtime import Runtime
-from bdh.train.speed import available_memory_bytes, matmul_peak, training_flops_per_token, used_memory_bytes
+from bdh.train.speed import matmul_peak, training_flops_per_token
 
 TOLERANCES = {"float32": 5e-3, "bfloat16": 0.1, "float16": 0.02}
 """Of the norm of the difference of two gradients of a weight, as a share of the norm. Float32 sums in another order differ
@@ -123,7 +124,7 @@ def _facts(case: TrainCase, plan: LayerPlan | None) -> dict[str, Any]:
 
 def _compare(report: Report, figures: dict[str, Any], case: TrainCase, progress: Progress) -> None:
     """Loss and gradients beside those of ``ops/naive.py`` with the same dropout, on as many sequences as have room."""
-    room = int(_available_bytes(case.device) * _SHARE_OF_MEMORY)
+    room = int(available_bytes(torch.device(case.device)) * _SHARE_OF_MEMORY)
     each = 3 * replace(case, batch_size=1).naive_bytes()  # in float64, and the masks
     small = replace(case, batch_size=max(1, min(case.batch_size, room // each)))
     if each > room:  # not even one sequence: a shorter one has the same blocks but for their number
@@ -212,7 +213,7 @@ def _time(
     rounds: int,
     progress: Progress,
 ) -> None:
-    room = _available_bytes(case.device) * _SHARE_OF_MEMORY
+    room = available_bytes(torch.device(case.device)) * _SHARE_OF_MEMORY
     left_out = {}
     if case.device == "cuda":  # it says so itself, where it has no more memory, and nothing else comes to harm
         torch.cuda.empty_cache()  # of what was compared: the other processes need it
@@ -312,12 +313,6 @@ def _split(report: Report, figures: dict[str, Any], case: TrainCase, blocks: Blo
         ["", "ms/step", "share"],
         [[name, milliseconds(value), f"{100 * value / total:.0f} %"] for name, value in parts.items()],
     )
-
-
-def _available_bytes(device: str) -> int:
-    """Memory that is free now; where the system does not say, none."""
-    chosen = torch.device(device)
-    return max(0, (available_memory_bytes(chosen) or 0) - (used_memory_bytes(chosen) or 0))
 
 
 def _mebibytes(num_bytes: int) -> str:

@@ -1,21 +1,19 @@
 """One training step, forwards and backwards, in several forms: what ``bdh bench train`` compares."""
 
-import resource
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from bdh.bench.timing import resident_bytes
 from bdh.bench.weights import half_lives, naive_weights, sparse_model
+from bdh.memory import peak_bytes, reset_peak, used_bytes
 from bdh.model.configuration import BDHConfig
 from bdh.model.modeling import BDHForCausalLM
 from bdh.model.passes import draw_seeds, plan_for
@@ -302,33 +300,12 @@ def _measured(case: TrainCase, form: str, update: bool) -> Memory:
             for optimizer in optimizers.all:
                 optimizer.step()
 
-    if case.device == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        before = resident_bytes()
-        _forget_peak()
+    device = torch.device(case.device)
+    before = used_bytes(device)
+    reset_peak(device)
     seconds = 0.0
     for _ in range(1 if update else 2):
         start = time.perf_counter()
         run()
         seconds = time.perf_counter() - start
-    if case.device == "cuda":
-        return Memory(before, torch.cuda.max_memory_allocated(), seconds)
-    return Memory(before, _peak_resident_bytes(), seconds)
-
-
-def _forget_peak() -> None:
-    """Lets Linux count the peak of the resident memory anew; elsewhere it stays that of the whole process."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        return
-
-
-def _peak_resident_bytes() -> int:
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    return Memory(before, peak_bytes(device) or before, seconds)

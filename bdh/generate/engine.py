@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerFast
 from bdh.generate.activity import check_watch
 from bdh.generate.config import EngineConfig
 from bdh.generate.matcher import Grammars, Matcher
-from bdh.generate.memory import free_bytes
 from bdh.generate.params import SamplingParams
 from bdh.generate.pool import StatePool
 from bdh.generate.prefixes import PrefixStore
@@ -26,6 +25,7 @@ from bdh.generate.sequence import Sequence as Running
 from bdh.generate.snapshot import Snapshot
 from bdh.generate.stats import EngineStats
 from bdh.generate.stepper import Feed, Stepper, make_stepper
+from bdh.memory import available_bytes
 from bdh.model.fingerprint import weights_mark
 from bdh.model.kernels import recheck_weights
 from bdh.model.modeling import BDHForCausalLM
@@ -74,7 +74,7 @@ class Engine:
         )
         max_bytes = self.config.max_state_bytes
         if max_bytes is None:
-            max_bytes = max(free_bytes(model.device) // 2, self.stepper.state_bytes)
+            max_bytes = max(available_bytes(model.device) // 2, self.stepper.state_bytes)
         self._pool = StatePool(self.stepper, max_bytes)
         if self._pool.capacity < 1:
             raise ValueError(

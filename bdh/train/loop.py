@@ -10,13 +10,14 @@ from bdh.data.batch import ValidationPart
 from bdh.evaluate.activity import measure_activity
 from bdh.evaluate.loss import Metrics
 from bdh.evaluate.parts import evaluate_parts
+from bdh.memory import peak_bytes
 from bdh.model.sampling import SamplingOptions
 from bdh.monitor import Monitor
 from bdh.tokenizer.chat import question
 from bdh.train.checkpoint import CheckpointError
 from bdh.train.run import Run
 from bdh.train.signals import deferred_signals
-from bdh.train.speed import StepClock, matmul_peak, peak_memory_bytes, training_flops_per_token
+from bdh.train.speed import StepClock, matmul_peak, training_flops_per_token
 from bdh.train.step import DataStopped, TrainingStopped, training_step
 from bdh.train.stored import resume_command
 
@@ -87,7 +88,7 @@ def fit(run: Run, monitor: Monitor) -> str:
                     "train/mfu": flops_per_token * num_tokens / times["step_seconds"] / peak,
                     **{f"train/grad_norm/{name}": norm for name, norm in result.grad_norms.items()},
                 }
-                if (memory := peak_memory_bytes(run.runtime.device)) is not None:
+                if (memory := peak_bytes(run.runtime.device)) is not None:
                     values["train/peak_memory_bytes"] = memory
                 monitor.log(step, values)
             monitor.progress(step, loss=result.loss, tokens_per_second=clock.tokens_per_second())

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from bdh.data.batch import Batch
+from bdh.memory import peak_bytes, reset_peak, used_bytes
 from bdh.train.needs import Need
 from bdh.train.run import Run
-from bdh.train.speed import peak_memory_bytes, restart_peak_memory, used_memory_bytes, wait_for_device
+from bdh.train.speed import wait_for_device
 
 MEASURING_SECONDS = 20.0
 """A pass is measured where it is not expected to take longer than that."""
@@ -114,7 +115,7 @@ def measure(run: Run, need: Need, room: float | None, say: Callable[[str], None]
             break
         say(f"a pass of {count} of {rows} sequences ...")
         give_back_free_memory()
-        restart_peak_memory(device)
+        reset_peak(device)
         seconds = passes.measured(count)
         if seconds is None:
             found.ran_out_at = count
@@ -138,13 +139,11 @@ def _base(run: Run, need: Need) -> int:
     give_back_free_memory()
     parts, is_resumed = need.parts, run.progress.step > 0
     there = ("weights", "moving average", *(("optimizer",) if is_resumed else ()))
-    return max(0, (used_memory_bytes(run.runtime.device) or 0) - sum(parts.get(name, 0) for name in there))
+    return max(0, used_bytes(run.runtime.device) - sum(parts.get(name, 0) for name in there))
 
 
 def _point(run: Run, need: Need, seconds: float) -> Point:
-    device = run.runtime.device
-    peak = None if used_memory_bytes(device) is None else peak_memory_bytes(device)
-    peaks, all_seconds = zip(*run.world.gather((peak, seconds)), strict=True)
+    peaks, all_seconds = zip(*run.world.gather((peak_bytes(run.runtime.device), seconds)), strict=True)
     known = [each for each in peaks if each is not None]
     return Point(need.rows, max(all_seconds), max(known, default=None), need.total - need.unmeasured)
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from bdh.distributed import environment
 from bdh.distributed.world import World
+from bdh.memory import available_bytes, used_bytes
 from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.model.linear import layer_modules, product_obstacle
 from bdh.model.modeling import MAX_LOGITS_IN_ONE_PIECE
@@ -18,7 +19,6 @@ from bdh.train.config import RunSettings
 from bdh.train.layer import plan_settings
 from bdh.train.lora import add_adapters
 from bdh.train.runtime import Runtime
-from bdh.train.speed import available_memory_bytes
 
 _LOGITS = 3  # their gradient and its softmax among them
 
@@ -31,10 +31,11 @@ class NoRoomError(Exception):
         self.need, self.base, self.available = need, base, available
 
 
-def available_to_each(runtime: Runtime, world: World) -> int | None:
-    """Bytes that every process can have, the same number on all of them. None where the system does not say."""
-    told = world.gather(available_memory_bytes(runtime.device, environment.local_world_size()))
-    return min((each for each in told if each is not None), default=None)
+def available_to_each(runtime: Runtime, world: World) -> int:
+    """Bytes that every process can come to use in all, what it has among them: the same number on all of them."""
+    device = runtime.device
+    own = available_bytes(device, environment.local_world_size()) + used_bytes(device)
+    return min(world.gather(own))
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from bdh.data import Corpus, prepare_corpus
 from bdh.data.conversations import holds_chat
 from bdh.distributed.parallelize import Parallel, choose_strategy, parallelize
 from bdh.distributed.world import World
+from bdh.memory import used_bytes
 from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.model.averaging import MovingAverage
 from bdh.monitor import chosen_backends
@@ -37,7 +38,6 @@ from bdh.train.needs import Need, NoRoomError, available_to_each
 from bdh.train.optim import Optimizers
 from bdh.train.places import CONFIG_FILE, check_peft, holds_run, taken_by_run
 from bdh.train.runtime import Runtime, choose_runtime, random_states, restore_random_states
-from bdh.train.speed import used_memory_bytes
 from bdh.train.stored import (
     check_steps_are_left,
     check_unchanged,
@@ -406,7 +406,7 @@ def _check_room(settings: RunSettings, config: BDHConfig, runtime: Runtime, stra
     """Raises ``NoRoomError``, on all processes together, where the model cannot even be made and given an optimizer."""
     need = Need.of(settings, config, runtime, strategy, world.size)
     available = available_to_each(runtime, world)
-    base = max(world.gather(used_memory_bytes(runtime.device) or 0))
+    base = max(world.gather(used_bytes(runtime.device)))
     if available is not None and base + need.fixed > available:
         world.leave()
         raise NoRoomError(need, base, available)

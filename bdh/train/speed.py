@@ -1,16 +1,12 @@
 """How fast a run is, and what it takes of the machine: tokens per second, where the time goes, memory."""
 
-import os
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 
 import torch
 
 from bdh.model import BDHConfig
-from bdh.train.containers import free_in_containers
 from bdh.train.runtime import Runtime
 
 _MEASURING_SECONDS = 0.04
@@ -89,69 +85,6 @@ def matmul_peak(runtime: Runtime) -> float:
         if min(times) > _MEASURING_SECONDS / 8 or size >= _LARGEST_SIZE:
             return best
         size *= 2
-
-
-def peak_memory_bytes(device: torch.device) -> int | None:
-    """The most memory so far: of tensors on a GPU, else of the process. None where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def restart_peak_memory(device: torch.device) -> None:
-    """Lets :func:`peak_memory_bytes` count from now on, where the system can do that: on a GPU, and on Linux."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-
-
-def used_memory_bytes(device: torch.device) -> int | None:
-    """The memory in use now, of the kind that :func:`peak_memory_bytes` counts."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    with suppress(OSError):
-        return int(Path("/proc/self/statm").read_text().split()[1]) * _page_bytes()
-    return peak_memory_bytes(device)
-
-
-def available_memory_bytes(device: torch.device, processes: int = 1) -> int | None:
-    """The memory that this process can come to use in all, what it has among it. None where the system does not say.
-
-    On a GPU that is what PyTorch can get of it; else the machine's, and where a container or ``ulimit`` has less, theirs.
-
-    Args:
-        processes: on this machine, this one among them: what is free is for all of them alike.
-    """
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    used = used_memory_bytes(device) or 0
-    free = free_in_containers()
-    with suppress(OSError):
-        facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        free.append(int(facts["MemAvailable"].split()[0]) * 1024)
-    limits = [max(0, min(free)) // processes + used] if free else []
-    with suppress(OSError, ImportError):  # not on Windows
-        import resource
-
-        most = resource.getrlimit(resource.RLIMIT_AS)[0]
-        if most != resource.RLIM_INFINITY:  # of addresses, of which a process has more than it uses
-            addresses = int(Path("/proc/self/statm").read_text().split()[0]) * _page_bytes()
-            limits.append(max(0, most - addresses) + used)
-    if not limits:
-        with suppress(OSError, ValueError, AttributeError):
-            limits.append(_page_bytes() * os.sysconf("SC_PHYS_PAGES") // processes)
-    return min(limits, default=None)
-
-
-def _page_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE")
 
 
 def wait_for_device(device: torch.device) -> None:

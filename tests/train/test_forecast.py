@@ -20,7 +20,6 @@ from bdh.train.config import RunSettings
 from bdh.train.forecast import Forecast, Line, evaluated_rows, forecast, need_of, steps_to_go
 from bdh.train.measure import Measured, Point
 from bdh.train.run import open_run
-from bdh.train.speed import used_memory_bytes
 from bdh.train.stored import stored_settings
 
 from .conftest import TINY, losses
@@ -68,10 +67,10 @@ def free(monkeypatch):
         def available(*_) -> int:
             gc.collect()  # of what other tests have left
             measure.give_back_free_memory()
-            return (used_memory_bytes(torch.device("cpu")) or 0) + num_bytes
+            return num_bytes
 
         monkeypatch.setattr("bdh.train.forecast.MARGIN", 1.0)  # of these tests' own memory 5 % would be too much
-        monkeypatch.setattr(needs, "available_memory_bytes", available)
+        monkeypatch.setattr(needs, "available_bytes", available)
 
     return make
 
