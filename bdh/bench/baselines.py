@@ -8,14 +8,13 @@ from collections import deque
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from bdh.bench.weights import naive_logits, naive_weights
 from bdh.generate.stepper import Feed, SequenceState, Stepper
 from bdh.model.modeling import BDHForCausalLM
-from bdh.ops.norm import layer_norm
-from bdh.ops.rope import rotate, rotation_table
+from bdh.ops.eager import Layer, layer_norm, layer_step
+from bdh.ops.rope import rotation_table
 
 
 class Decoder(ABC):
@@ -68,17 +67,20 @@ class AllocatingDecoder(Decoder):
     @torch.no_grad()
     def read(self, token: int) -> torch.Tensor:
         model, config = self.model, self.model.config
-        H, N, eps = config.n_head, config.neurons_per_head, config.layer_norm_eps
-        table = rotation_table(torch.tensor([self.position]), N, config.rope_theta, torch.float32)
-        v = layer_norm(model.embed(torch.tensor([token])), eps)  # (1, D)
+        table = rotation_table(torch.tensor([self.position]), config.neurons_per_head, config.rope_theta, torch.float32)
+        v = layer_norm(model.embed(torch.tensor([token])), config.layer_norm_eps)  # (1, D)
+        layer = Layer(model.encoder, list(model.encoder_v), model.decoder)
         for index, state in enumerate(self.states):
-            x = F.relu(model.encoder(v)).view(H, 1, N)
-            q = rotate(x, table)
-            a = layer_norm(q @ state, eps)  # (H, 1, D)
-            kept = state if self._kept is None else state * self._kept
-            self.states[index] = kept + q.transpose(1, 2) * v
-            y = F.relu(torch.stack([head(a[h]) for h, head in enumerate(model.encoder_v)]))
-            v = layer_norm(v + layer_norm(model.decoder((x * y).view(1, H * N)), eps), eps)
+
+            def attention(
+                q: torch.Tensor, v: torch.Tensor, state: torch.Tensor = state
+            ) -> tuple[torch.Tensor, torch.Tensor]:
+                kept = state if self._kept is None else state * self._kept
+                return q @ state, kept + q.transpose(1, 2) * v
+
+            v, self.states[index] = layer_step(
+                v, layer, attention, table, eps=config.layer_norm_eps, dtype=torch.float32
+            )
         self.position += 1
         return model.lm_head(v)[0]
 

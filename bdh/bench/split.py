@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bdh.ops.layer import function
+from bdh.ops.blocks import function
 
 _METHODS = {
     "fire": "x = relu(E v), and its rotation",

@@ -25,7 +25,7 @@ from bdh.bench.training import (
 from bdh.memory import available_bytes
 from bdh.model.modeling import BDHForCausalLM
 from bdh.ops import naive
-from bdh.ops.layer.plan import LayerPlan
+from bdh.ops.blocks.plan import LayerPlan
 from bdh.train.runtime import Runtime
 from bdh.train.speed import matmul_peak, training_flops_per_token
 

@@ -18,8 +18,8 @@ from bdh.model.configuration import BDHConfig
 from bdh.model.modeling import BDHForCausalLM
 from bdh.model.passes import draw_seeds, plan_for
 from bdh.ops import naive
-from bdh.ops.layer.dropout import kept, make_dropout
-from bdh.ops.layer.plan import LayerOptions, LayerPlan
+from bdh.ops.blocks.dropout import kept, make_dropout
+from bdh.ops.blocks.plan import LayerOptions, LayerPlan
 from bdh.train.config import TrainSettings
 from bdh.train.optim import Optimizers
 

@@ -271,7 +271,7 @@ def _trained(settings: BenchSettings, training: "RunSettings | None") -> "Report
     from bdh.bench.train import bench_one_step, bench_train
     from bdh.bench.training import TrainCase
     from bdh.model.configuration import BDHConfig
-    from bdh.ops.layer.plan import LayerOptionError
+    from bdh.ops.blocks.plan import LayerOptionError
     from bdh.train.config import TrainSettings
     from bdh.train.layer import layer_options
     from bdh.train.runtime import choose_runtime

@@ -190,7 +190,7 @@ def print_banner(console: Console, training: Any) -> None:
 
 
 def _describe_attention(training: Any) -> str:
-    from bdh.ops.dispatch import choose_form
+    from bdh.ops.attention import choose_form
 
     train, config, plan = training.settings.train, training.model.config, training.plan
     chosen = " (chosen)" if config.attention_form == "auto" else ""

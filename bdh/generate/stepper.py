@@ -22,14 +22,13 @@ from bdh.model.kernels import kernel_obstacle
 from bdh.model.modeling import BDHForCausalLM
 from bdh.model.state import SynapticState
 from bdh.ops.attention import sum_dtype
-from bdh.ops.dispatch import choose_step_path
-from bdh.ops.norm import layer_norm
+from bdh.ops.backends import Storage, Work, choose_backend
+from bdh.ops.eager import layer_norm
 from bdh.ops.rope import rotate, rotation_table
 from bdh.validation import Faults
 
 _log = logging.getLogger(__name__)
 WantedLogits = Literal["none", "last", "all"]
-Storage = Literal["float32", "bfloat16"]
 
 
 class SequenceState:
@@ -373,7 +372,7 @@ def make_stepper(
     """The fastest stepper for a model and its device.
 
     Args:
-        path: one of :data:`bdh.ops.dispatch.STEP_PATHS`; "auto" takes the sparse kernels where they run.
+        path: one of :data:`bdh.ops.backends.STEP_PATHS`; "auto" takes the sparse kernels where they run.
         weights: "float32", or "bfloat16": half the memory and traffic of the kernels' weights.
         state: "float32", or "bfloat16": half the memory and traffic of the states.
         window: attend to the last so many tokens only (:mod:`bdh.ops.window`); None for all of the text.
@@ -389,12 +388,12 @@ def make_stepper(
         faults.require(is_length, "window", window, "a whole number of tokens, at least 1, or None")
         faults.require(state == "float32", "state", state, "float32 with a window")
     faults.raise_if_any()
-    chosen = choose_step_path(path, device=model.device, obstacle=kernel_obstacle(model))
-    if chosen.name == "kernels" and window is not None:
+    chosen = choose_backend("advance", path, Work(model.device, obstacle=kernel_obstacle(model)))
+    if chosen.backend.name == "cpu" and window is not None:
         from bdh.generate.kernel_window import WindowKernelStepper
 
         return WindowKernelStepper(model, window, weights=weights, reason=chosen.reason)
-    if chosen.name == "kernels":
+    if chosen.backend.name == "cpu":
         from bdh.generate.kernel_stepper import KernelStepper
 
         return KernelStepper(model, weights=weights, state=state, reason=chosen.reason)

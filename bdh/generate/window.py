@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from bdh.generate.stepper import Feed, SequenceState, TorchStepper
 from bdh.model.modeling import BDHForCausalLM
 from bdh.ops.attention import sum_dtype
-from bdh.ops.norm import layer_norm
+from bdh.ops.eager import layer_norm
 from bdh.ops.rope import rotate, rotation_table
 from bdh.ops.window import Ring, attend_window, empty_ring, take_in
 

@@ -16,7 +16,7 @@ from bdh.model.configuration import BDHConfig
 from bdh.model.positions import token_positions
 from bdh.model.state import Columns, SynapticState
 from bdh.ops.attention import sum_dtype
-from bdh.ops.norm import layer_norm
+from bdh.ops.eager import layer_norm
 
 # The arguments of ``forward`` that are named in it, for whoever misspells one.
 _NAMED = (

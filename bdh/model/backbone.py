@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -17,12 +16,10 @@ from bdh.model.kernels import recheck_weights
 from bdh.model.passes import BlockPasses, Passes, plan_for
 from bdh.model.positions import token_positions
 from bdh.model.state import Columns, SynapticState
-from bdh.ops.attention import sum_dtype
-from bdh.ops.dispatch import attend
-from bdh.ops.layer.plan import LayerOptions
-from bdh.ops.norm import layer_norm
-from bdh.ops.reach import Reach
-from bdh.ops.rope import rotate, rotation_table
+from bdh.ops import eager
+from bdh.ops.attention import DecayMask, sum_dtype
+from bdh.ops.blocks.plan import LayerOptions
+from bdh.ops.rope import rotation_table
 
 
 @dataclass
@@ -148,7 +145,7 @@ class BDHPreTrainedModel(PreTrainedModel):
             recheck_weights(self)  # a prompt: the tokens after it are read by the kernels
         before = given.positions if given is not None else None
         positions, following = token_positions(T, before=before, mask=mask, starts=starts, device=v.device)
-        reach = self._reach(starts, mask)
+        decay_mask = self._decay_mask(starts, mask)
         is_step = T == 1 and given is not None
         # Blocks break the graph that torch.compile makes. It saves memory in training; what is not trained stays whole.
         is_one_graph = torch.compiler.is_exporting() or (
@@ -160,11 +157,24 @@ class BDHPreTrainedModel(PreTrainedModel):
             plan = plan_for(self, B, T, form, for_loss=for_loss or not use_cache)
         passes: Passes
         if plan is not None and plan.path != "plain":
-            passes = BlockPasses.of(self, plan, positions, (B, T), mask=mask, reach=reach, keep_state=use_cache)
+            passes = BlockPasses.of(
+                self, plan, positions, (B, T), mask=mask, decay_mask=decay_mask, keep_state=use_cache
+            )
         else:
             num_kept = config.n_layer if plan is None else plan.kept_passes
             table = rotation_table(positions, config.neurons_per_head, config.rope_theta, self.embed.weight.dtype)
-            passes = _PlainPasses(self, num_kept, table[:, None], mask, reach, form, use_cache)
+            spec = eager.EagerSpec(
+                table=table[:, None],
+                eps=config.layer_norm_eps,
+                dtype=self.embed.weight.dtype,
+                form=form,
+                chunk_size=config.chunk_size,
+                decay_mask=decay_mask,
+                mask=mask,
+                dropout=config.dropout if self.training else 0.0,
+                keep_state=use_cache,
+            )
+            passes = _PlainPasses(self, num_kept, spec)
 
         hidden_states = [v]
         for index in range(config.n_layer):
@@ -189,13 +199,13 @@ class BDHPreTrainedModel(PreTrainedModel):
         inputs = Inputs(columns.v, columns.mask, columns.starts, state)
         self._all_passes(inputs, use_cache=True, form=None, keep_hidden_states=False, for_loss=False)
 
-    def _reach(self, starts: torch.Tensor | None, mask: torch.Tensor | None) -> Reach | None:
+    def _decay_mask(self, starts: torch.Tensor | None, mask: torch.Tensor | None) -> DecayMask | None:
         """What weighs the past of a token; None where all of it counts alike."""
         half_lives = self.config.half_lives
         if half_lives is None:
-            return None if starts is None else Reach(starts)
+            return None if starts is None else DecayMask(starts)
         dtype, device = sum_dtype(self.dtype), self.embed.weight.device
-        return Reach(starts, torch.tensor(half_lives, dtype=dtype, device=device), mask)
+        return DecayMask(starts, torch.tensor(half_lives, dtype=dtype, device=device), mask)
 
 
 class BDHModel(BDHPreTrainedModel):
@@ -251,39 +261,16 @@ class BDHModel(BDHPreTrainedModel):
 
 @dataclass(frozen=True)
 class _PlainPasses:
-    """The passes as the equations are, by autograd, over all tokens at once."""
+    """The layer steps by autograd, over all tokens at once."""
 
     model: BDHPreTrainedModel
     num_kept: int
     """The first so many passes keep their activations for the backward pass; those of the others are recomputed."""
-    table: torch.Tensor  # (1 or B, 1, T, N/2), complex: one row where all stand at the same positions
-    mask: torch.Tensor | None
-    reach: Reach | None
-    form: str
-    keep_state: bool
+    spec: eager.EagerSpec
 
     def run(self, index: int, v: torch.Tensor, sums: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        layer = eager.Layer(self.model.encoder, list(self.model.encoder_v), self.model.decoder)
         if index < self.num_kept:
-            return self._layer(v, self.table, sums)
+            return eager.train(v, layer, self.spec, sums)
         checkpointed = getattr(self.model, "_gradient_checkpointing_func", partial(checkpoint, use_reentrant=False))
-        return checkpointed(self._layer, v, self.table, sums)
-
-    def _layer(
-        self, v: torch.Tensor, table: torch.Tensor, sums: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """One pass: (B, T, D) to (B, T, D), and the new sums (B, H, N, D) where they are kept."""
-        model, config, mask = self.model, self.model.config, self.mask
-        H, N, eps = config.n_head, config.neurons_per_head, config.layer_norm_eps
-        dtype = model.embed.weight.dtype  # autocast, where it is on, overrides it
-        v_in = v.to(dtype)
-        x = F.relu(model.encoder(v_in))  # (B, T, H*N): which neurons fire
-        if mask is not None:
-            x = x * mask.to(x.dtype)[..., None]
-        q = rotate(x.unflatten(-1, (H, N)).transpose(1, 2), table).contiguous()  # (B, H, T, N)
-        a, sums = attend(
-            q, v_in, sums, form=self.form, chunk_size=config.chunk_size, reach=self.reach, keep_state=self.keep_state
-        )
-        a = layer_norm(a, eps).to(dtype)  # (B, H, T, D)
-        y = F.relu(torch.cat([head(a[:, h]) for h, head in enumerate(model.encoder_v)], dim=-1))  # (B, T, H*N)
-        z = F.dropout(x * y, config.dropout, training=model.training)
-        return layer_norm(v + layer_norm(model.decoder(z), eps), eps), sums
+        return checkpointed(eager.train, v, layer, self.spec, sums)

@@ -1,4 +1,4 @@
-"""How fast the state of each head fades, as settings say it. (``bdh.ops.reach`` computes with it.)"""
+"""How fast the state of each head fades, as settings say it. (``bdh.ops.attention`` computes with it.)"""
 
 import math
 

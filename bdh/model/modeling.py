@@ -18,7 +18,7 @@ from bdh.model.configuration import BDHConfig
 from bdh.model.kernels import kernel_obstacle, recurrence_of
 from bdh.model.state import SynapticState
 from bdh.model.text import TextGenerationMixin
-from bdh.ops.dispatch import choose_step_path
+from bdh.ops.backends import Work, choose_backend
 from bdh.ops.loss import IGNORE_INDEX, chunked_cross_entropy, cross_entropy
 
 # Above this many logits (128 MiB in float32) the loss is computed in chunks of tokens.
@@ -156,7 +156,7 @@ class BDHForCausalLM(TextGenerationMixin, BDHPreTrainedModel, GenerationMixin):
         state = inputs.state
         if state is None or any(sums.requires_grad for sums in state.sums):
             return None
-        if choose_step_path("auto", device=self.device, obstacle=kernel_obstacle(self)).name != "kernels":
+        if choose_backend("advance", "auto", Work(self.device, obstacle=kernel_obstacle(self))).backend.name != "cpu":
             return None
         state.remember(inputs, self._advance)
         state.sums = [sums.contiguous() for sums in state.sums]

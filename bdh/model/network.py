@@ -18,7 +18,7 @@ from torch import nn
 
 from bdh.model.decay import decay_fault, half_lives_of_heads
 from bdh.model.shape import shape_faults
-from bdh.ops.dispatch import ATTENTION_FORMS
+from bdh.ops.attention import ATTENTION_FORMS
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 ALIASES = {"hidden_size": "n_embd", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer"}

@@ -1,4 +1,4 @@
-"""The passes of one forward, computed in blocks by :mod:`bdh.ops.layer`."""
+"""The passes of one forward, computed in blocks by :mod:`bdh.ops.blocks`."""
 
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
@@ -7,14 +7,13 @@ import torch
 
 from bdh.model.configuration import BDHConfig
 from bdh.model.linear import layer_modules, product_obstacle, product_weight
-from bdh.ops.attention import sum_dtype
-from bdh.ops.layer.dropout import make_dropout
-from bdh.ops.layer.function import PassSpec, wide_pass
-from bdh.ops.layer.neurons import LayerWeights
-from bdh.ops.layer.plan import LayerOptions, LayerPlan, LayerShape, plan_layer
-from bdh.ops.layer.rotation import make_rotation
-from bdh.ops.norm import layer_norm
-from bdh.ops.reach import Reach
+from bdh.ops.attention import DecayMask, sum_dtype
+from bdh.ops.blocks.dropout import make_dropout
+from bdh.ops.blocks.function import PassSpec, wide_pass
+from bdh.ops.blocks.neurons import LayerWeights
+from bdh.ops.blocks.plan import LayerOptions, LayerPlan, LayerShape, plan_layer
+from bdh.ops.blocks.rotation import make_rotation
+from bdh.ops.eager import layer_norm
 
 if TYPE_CHECKING:
     from bdh.model.backbone import BDHPreTrainedModel
@@ -103,7 +102,7 @@ class BlockPasses:
         shape: tuple[int, int],
         *,
         mask: torch.Tensor | None,
-        reach: Reach | None,
+        decay_mask: DecayMask | None,
         keep_state: bool,
     ) -> "BlockPasses":
         """
@@ -129,7 +128,7 @@ class BlockPasses:
                 rotation=rotation,
                 sizes=plan.sizes,
                 path=plan.path,
-                reach=reach,
+                decay_mask=decay_mask,
                 keep_state=keep_state,
                 keep_scores=plan.keeps_scores,
             ),

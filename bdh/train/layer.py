@@ -8,7 +8,7 @@ import torch
 from bdh.distributed.config import DistributedConfig
 from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.model.passes import layer_shape, plan_for
-from bdh.ops.layer.plan import LayerOptionError, LayerOptions, LayerPlan, LayerShape, plan_layer
+from bdh.ops.blocks.plan import LayerOptionError, LayerOptions, LayerPlan, LayerShape, plan_layer
 from bdh.train.config import TrainSettings
 from bdh.train.runtime import Runtime
 
@@ -56,7 +56,7 @@ def plan_settings(
     """The same, of a model that need not be there.
 
     Args:
-        obstacle: what about it keeps the blocks from computing it, as for :func:`bdh.ops.layer.plan.plan_layer`.
+        obstacle: what about it keeps the blocks from computing it, as for :func:`bdh.ops.blocks.plan.plan_layer`.
 
     Raises:
         ValueError: as of :func:`plan_training`.

@@ -14,7 +14,7 @@ from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.model.linear import layer_modules, product_obstacle
 from bdh.model.modeling import MAX_LOGITS_IN_ONE_PIECE
 from bdh.ops.attention import sum_dtype
-from bdh.ops.layer.plan import LayerPlan
+from bdh.ops.blocks.plan import LayerPlan
 from bdh.train.config import RunSettings
 from bdh.train.layer import plan_settings
 from bdh.train.lora import add_adapters

@@ -22,7 +22,7 @@ from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.model.averaging import MovingAverage
 from bdh.monitor import chosen_backends
 from bdh.monitor.backends.jsonl import cut_back
-from bdh.ops.layer.plan import LayerPlan
+from bdh.ops.blocks.plan import LayerPlan
 from bdh.storage import atomic_dir, write_text
 from bdh.tokenizer import load_tokenizer, stop_token_ids, with_chat_template
 from bdh.train.base import Base

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from bdh.bench import split
-from bdh.ops.layer import function
+from bdh.ops.blocks import function
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from bdh.bench.split import timed_parts
 from bdh.bench.train import _compare, bench_one_step, bench_train
 from bdh.bench.training import BlocksStep, Memory, NaiveStep, TrainCase, dropout_masks, gpt2_config
 from bdh.model import BDHConfig, BDHForCausalLM
-from bdh.ops.layer import function
-from bdh.ops.layer.plan import LayerOptionError, LayerOptions
+from bdh.ops.blocks import function
+from bdh.ops.blocks.plan import LayerOptionError, LayerOptions
 
 CONFIG = {"vocab_size": 31, "n_embd": 16, "n_head": 2, "n_layer": 2, "mlp_internal_dim_multiplier": 4, "dropout": 0.2}
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from bdh.generate.activity import activity_of
 from bdh.generate.stepper import Feed, make_stepper
-from bdh.ops.norm import layer_norm
+from bdh.ops.eager import layer_norm
 
 
 def test_the_strongest_come_first_and_only_those_that_fire():

@@ -17,7 +17,7 @@ from bdh.generate.params import SamplingParams
 from bdh.generate.snapshot import Snapshot
 from bdh.generate.stepper import Feed, make_stepper
 from bdh.model import passes
-from bdh.ops.layer.plan import LayerOptions
+from bdh.ops.blocks.plan import LayerOptions
 from tests.train.conftest import losses, weights
 
 assert_close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-9)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DataCollatorWithFlattening, DynamicCache, StaticCache
 
-from bdh.ops.layer.plan import LayerOptions
+from bdh.ops.blocks.plan import LayerOptions
 
 LENGTHS = [5, 1, 9, 6]
 

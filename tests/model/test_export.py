@@ -146,7 +146,7 @@ def test_it_compiles_to_one_graph_with_and_without_a_state(small, dynamic):
 
 
 def test_it_compiles_to_one_graph_in_training_by_the_plain_path(small):
-    from bdh.ops.layer.plan import LayerOptions
+    from bdh.ops.blocks.plan import LayerOptions
 
     torch._dynamo.reset()
     model = deepcopy(small).train()

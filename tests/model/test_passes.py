@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from bdh.model.passes import plan_for
+from bdh.ops.blocks.plan import LayerOptions
 from bdh.ops.cpu.runtime import unavailable_reason
-from bdh.ops.layer.plan import LayerOptions
 
 BLOCKS = ["torch", "kernels"] if unavailable_reason() is None else ["torch"]
 
@@ -48,7 +48,7 @@ def test_blocks_are_the_plain_passes(make_model, tokens, path, decay, given):
 
 @pytest.mark.parametrize("path", BLOCKS)
 def test_gradients_flow_through_a_state(make_model, tokens, path):
-    """Those of a loss behind a state reach what was read into it."""
+    """Those of a loss behind a state decay_mask what was read into it."""
     model = make_model().train()
 
     def gradients(chosen):

@@ -3,7 +3,7 @@ import shutil
 import pytest
 import torch
 
-from bdh.ops.layer.plan import LayerOptions
+from bdh.ops.blocks.plan import LayerOptions
 
 
 def loss_and_gradients(model, tokens, seed=0):

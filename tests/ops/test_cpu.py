@@ -10,11 +10,11 @@ import torch
 from numba import njit
 
 from bdh.ops import naive
+from bdh.ops.backends import Work, choose_backend
 from bdh.ops.cpu import kernels, vector
 from bdh.ops.cpu.pieces import new_progress
 from bdh.ops.cpu.recurrence import KernelWeights, Recurrence
 from bdh.ops.cpu.runtime import compiled, follow_torch_threads
-from bdh.ops.dispatch import choose_step_path
 
 LENGTHS = [1, 2, 15, 16, 17, 48, 63]
 FORMATS = [torch.float32, torch.bfloat16]
@@ -196,18 +196,21 @@ def test_kernels_are_compiled_once_and_then_loaded(tmp_path):
     assert "the kernels" not in runs[1].stderr  # however long loading them takes
 
 
-def test_the_path_is_chosen_in_one_place(monkeypatch):
-    cpu = torch.device("cpu")
-    assert choose_step_path("auto", device=cpu).name == "kernels"
-    assert choose_step_path("torch", device=cpu) == ("torch", "asked for")
-    assert choose_step_path("auto", device=torch.device("cuda", 0)).name == "torch"
-    assert choose_step_path("auto", device=cpu, obstacle="a layer has hooks") == ("torch", "a layer has hooks")
+def test_the_backend_is_chosen_in_one_place(monkeypatch):
+    def choose(requested, device="cpu", obstacle=None):
+        chosen = choose_backend("advance", requested, Work(torch.device(device), obstacle=obstacle))
+        return chosen.backend.name, chosen.reason
+
+    assert choose("auto") == ("cpu", "float32 or bfloat16 on the cpu")
+    assert choose("torch") == ("eager", "asked for")
+    assert choose("auto", "cuda:0") == ("eager", "the model is on cuda:0, the kernels run on the cpu")
+    assert choose("auto", obstacle="a layer has hooks") == ("eager", "a layer has hooks")
     with pytest.raises(ValueError, match="path is 'fast': must be one of auto, kernels, torch"):
-        choose_step_path("fast", device=cpu)
-    with pytest.raises(ValueError, match="cannot run here: a layer has hooks"):
-        choose_step_path("kernels", device=cpu, obstacle="a layer has hooks")
-    monkeypatch.setattr("bdh.ops.dispatch.unavailable_reason", lambda: "numba cannot be imported: not there")
-    assert choose_step_path("auto", device=cpu) == ("torch", "numba cannot be imported: not there")
+        choose("fast")
+    with pytest.raises(ValueError, match="cannot run here: a layer has hooks; must be auto or torch"):
+        choose("kernels", obstacle="a layer has hooks")
+    monkeypatch.setattr("bdh.ops.backends.unavailable_reason", lambda: "numba cannot be imported: not there")
+    assert choose("auto") == ("eager", "numba cannot be imported: not there")
 
 
 def test_two_threads_may_read_at_once_on_every_threading_layer():

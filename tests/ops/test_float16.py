@@ -7,8 +7,7 @@ import torch
 
 from bdh import BDHConfig, BDHForCausalLM
 from bdh.ops import naive
-from bdh.ops.attention import parallel_attention
-from bdh.ops.dispatch import attend
+from bdh.ops.attention import attend, parallel_attention
 from bdh.ops.rope import rotate, rotation_table
 
 LARGEST = torch.finfo(torch.float16).max

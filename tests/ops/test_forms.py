@@ -10,8 +10,14 @@ import pytest
 import torch
 
 from bdh.ops import naive
-from bdh.ops.attention import chunked_attention, parallel_attention, recurrent_attention
-from bdh.ops.dispatch import ATTENTION_FORMS, attend, choose_form
+from bdh.ops.attention import (
+    ATTENTION_FORMS,
+    attend,
+    choose_form,
+    chunked_attention,
+    parallel_attention,
+    recurrent_attention,
+)
 
 FORMS = {
     "parallel": parallel_attention,

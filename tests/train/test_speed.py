@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bdh import BDHConfig, BDHForCausalLM
-from bdh.ops.layer.plan import LayerOptions
+from bdh.ops.blocks.plan import LayerOptions
 from bdh.train.config import TrainSettings
 from bdh.train.runtime import choose_runtime
 from bdh.train.speed import StepClock, matmul_peak, training_flops_per_token

@@ -6,11 +6,11 @@ from functools import cache
 import numpy as np
 import torch
 
+from bdh.ops.blocks.neurons import Block, Fired, LayerWeights, zeros_like
 from bdh.ops.cpu import layer_kernels as kernels
 from bdh.ops.cpu.crowding import calm, crowding
 from bdh.ops.cpu.runtime import compiled, exclusive, follow_torch_threads
 from bdh.ops.cpu.vector import LANES
-from bdh.ops.layer.neurons import Block, Fired, LayerWeights, zeros_like
 
 DENSE_Y = 0.45
 """Share of x from which on y is computed by a dense product, wherever x fires or not."""

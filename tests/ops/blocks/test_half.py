@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bdh.model import BDHConfig, BDHForCausalLM
-from bdh.ops.layer.plan import LayerOptions
+from bdh.ops.blocks.plan import LayerOptions
 
 
 def gradients(model, tokens, dtype, path):

@@ -9,14 +9,14 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from bdh.ops.attention import sum_dtype
-from bdh.ops.layer.dropout import Dropout, kept
-from bdh.ops.layer.rotation import Rotation
+from bdh.ops.backends import compiles_parts
+from bdh.ops.blocks.dropout import Dropout, kept
+from bdh.ops.blocks.rotation import Rotation
 
 
 class LayerWeights(NamedTuple):
@@ -149,11 +149,6 @@ def zeros_like(weights: LayerWeights, dtype: torch.dtype) -> LayerWeights:
 
     encoder_v = tuple(zeros(weight) for weight in weights.encoder_v)
     return LayerWeights(zeros(weights.encoder), encoder_v, zeros(weights.decoder))
-
-
-def compiles_parts(device: torch.device) -> bool:
-    """Whether element-wise parts are compiled there: on a GPU, where PyTorch came with Triton."""
-    return device.type == "cuda" and find_spec("triton") is not None
 
 
 @cache

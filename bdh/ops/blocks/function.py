@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bdh.ops.attention import sum_dtype
-from bdh.ops.layer.attention import learn_block, read_block, read_block_backward
-from bdh.ops.layer.dropout import Dropout
-from bdh.ops.layer.neurons import Block, Fired, LayerWeights, Neurons, TorchNeurons
-from bdh.ops.layer.rotation import Rotation
-from bdh.ops.reach import Reach, Weights
+from bdh.ops.attention import DecayMask, DecayWeights, sum_dtype
+from bdh.ops.blocks.attention import learn_block, read_block, read_block_backward
+from bdh.ops.blocks.dropout import Dropout
+from bdh.ops.blocks.neurons import Block, Fired, LayerWeights, Neurons, TorchNeurons
+from bdh.ops.blocks.rotation import Rotation
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class PassSpec:
     sizes: BlockSizes
     path: str
     """"torch" or "kernels": who computes the neurons."""
-    reach: Reach | None = None
+    decay_mask: DecayMask | None = None
     dropout: Dropout | None = None
     keep_state: bool = False
     keep_wide: bool = False
@@ -113,12 +112,12 @@ class _Walk:
             dropout = Dropout(dropout.rate, *keys)
         return Block(head, neurons, rows, columns, self.spec.rotation, dropout)
 
-    def reach(self, rows: slice, head: int, index: int) -> Weights | None:
-        """Weights with one head, of these sequences: (G or 1, 1, ...) each. Those of all would be a batch of T x T."""
-        if self.spec.reach is None:
+    def decay_mask(self, rows: slice, head: int, index: int) -> DecayWeights | None:
+        """DecayWeights with one head, of these sequences: (G or 1, 1, ...) each. Those of all would be a batch of T x T."""
+        if self.spec.decay_mask is None:
             return None
         columns = self.columns[index]
-        return self.spec.reach.part(rows, head, columns).weights(columns.stop - columns.start, self.v.device)
+        return self.spec.decay_mask.part(rows, head, columns).weights(columns.stop - columns.start, self.v.device)
 
 
 class _WidePass(torch.autograd.Function):
@@ -145,14 +144,14 @@ class _WidePass(torch.autograd.Function):
         for rows, head in walk.groups():
             current = None if state is None else state[rows, head]
             for index, columns in enumerate(walk.columns):
-                block, reach = walk.block(rows, head, index), walk.reach(rows, head, index)
+                block, decay_mask = walk.block(rows, head, index), walk.decay_mask(rows, head, index)
                 values = v[rows, columns]
                 fired = neurons.fire(block, values)
-                a, scores = read_block(fired.q, values, current, reach)
+                a, scores = read_block(fired.q, values, current, decay_mask)
                 a = _normalised(a, spec.eps)[0].to(v.dtype)
                 neurons.respond(block, fired.x, a, out[rows, columns])
                 if spec.keep_state or index < len(walk.columns) - 1:
-                    current = learn_block(fired.q, values, current, reach)
+                    current = learn_block(fired.q, values, current, decay_mask)
                 if spec.keep_wide or spec.keep_scores:
                     x = fired.x if spec.keep_wide else None
                     kept[rows.start, head, index] = _Kept(x, scores.weighted if spec.keep_scores else None)
@@ -190,16 +189,16 @@ def _backward(ctx: Any, grad_out: torch.Tensor | None, grad_state: torch.Tensor 
         first = None if state is None else state[rows, head]
         grad_after = None if grad_state is None else grad_state[rows, head]
         for index, before in _states_backwards(walk, neurons, v, rows, head, first, kept):
-            block, reach = walk.block(rows, head, index), walk.reach(rows, head, index)
+            block, decay_mask = walk.block(rows, head, index), walk.decay_mask(rows, head, index)
             values, grad_values = v[rows, block.columns], grad_v[rows, block.columns]
             had = kept.pop((rows.start, head, index), _NOTHING_KEPT)
             fired = _fired(neurons, block, values, had.x)
-            a, scores = read_block(fired.q, values, before, reach, had.scores)
+            a, scores = read_block(fired.q, values, before, decay_mask, had.scores)
             a, inverse_deviation = _normalised(a, spec.eps)
             grads = grad_out[rows, block.columns].to(v.dtype)
             grad_a, gated = neurons.respond_backward(block, fired.x, a.to(v.dtype), grads)
             grad_a = _normalised_backward(grad_a, a, inverse_deviation)
-            found = read_block_backward(grad_a, grad_values, grad_after, fired.q, values, before, scores, reach)
+            found = read_block_backward(grad_a, grad_values, grad_after, fired.q, values, before, scores, decay_mask)
             neurons.fire_backward(block, fired.x, values, found.q, gated, grad_values)
             grad_after = found.state
         if grad_first is not None and grad_after is not None:
@@ -251,7 +250,7 @@ def _states_backwards(
         block = walk.block(rows, head, index)
         values = v[rows, block.columns]
         fired = _fired(neurons, block, values, kept.get((rows.start, head, index), _NOTHING_KEPT).x)
-        return learn_block(fired.q, values, state, walk.reach(rows, head, index))
+        return learn_block(fired.q, values, state, walk.decay_mask(rows, head, index))
 
     starts = {0: first}
     state = first

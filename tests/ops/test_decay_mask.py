@@ -9,9 +9,14 @@ import pytest
 import torch
 
 from bdh.ops import naive
-from bdh.ops.attention import chunked_attention, parallel_attention, recurrent_attention
-from bdh.ops.dispatch import ATTENTION_FORMS, attend
-from bdh.ops.reach import Reach
+from bdh.ops.attention import (
+    ATTENTION_FORMS,
+    DecayMask,
+    attend,
+    chunked_attention,
+    parallel_attention,
+    recurrent_attention,
+)
 
 FORMS = {
     "parallel": parallel_attention,
@@ -71,7 +76,9 @@ def assert_same(form, T, *, with_state=True, **facts):
         return [*outputs, *torch.autograd.grad(total, inputs, materialize_grads=True)]
 
     expected = of(partial(naive.attention_by_state, **facts))
-    for got, truth in zip(of(partial(FORMS[form], reach=Reach(**facts), keep_state=True)), expected, strict=True):
+    for got, truth in zip(
+        of(partial(FORMS[form], decay_mask=DecayMask(**facts), keep_state=True)), expected, strict=True
+    ):
         assert_close(got, truth)
 
 
@@ -102,8 +109,10 @@ def test_padding_takes_no_time(form):
     mask[:, [0, 1, 2, *range(7, 15), *range(18, 27)]] = True
     padded_q, padded_v = torch.zeros(B, H, 27, N).double(), torch.randn(B, 27, D).double()
     padded_q[:, :, mask[0]], padded_v[:, mask[0]] = q, v
-    expected = FORMS[form](q, v, state.clone(), reach=Reach(half_lives=HALF_LIVES), keep_state=True)
-    got = FORMS[form](padded_q, padded_v, state.clone(), reach=Reach(half_lives=HALF_LIVES, mask=mask), keep_state=True)
+    expected = FORMS[form](q, v, state.clone(), decay_mask=DecayMask(half_lives=HALF_LIVES), keep_state=True)
+    got = FORMS[form](
+        padded_q, padded_v, state.clone(), decay_mask=DecayMask(half_lives=HALF_LIVES, mask=mask), keep_state=True
+    )
     assert_close(got[0][:, :, mask[0]], expected[0])
     assert_close(got[1], expected[1])
 
@@ -119,9 +128,9 @@ def test_split_anywhere_and_resumed_in_any_form_is_the_whole(sizes):
         state, parts, at = None, [], 0
         for i, size in enumerate(sizes):
             columns = slice(at, at + size)
-            reach = Reach(starts[:, columns], HALF_LIVES, mask[:, columns])
+            decay_mask = DecayMask(starts[:, columns], HALF_LIVES, mask[:, columns])
             form = list(FORMS.values())[(i + shift) % len(FORMS)]
-            a, state = form(q[:, :, columns], v[:, columns], state, reach=reach, keep_state=True)
+            a, state = form(q[:, :, columns], v[:, columns], state, decay_mask=decay_mask, keep_state=True)
             parts.append(a)
             at += size
         assert_close(torch.cat(parts, 2), expected[0])
@@ -134,7 +143,7 @@ def test_not_even_infinity_passes_a_documents_start(form):
     q, v, state = q.detach(), v.detach(), torch.full_like(state, torch.inf)
     starts = torch.zeros(B, 20, dtype=torch.bool)
     starts[:, 0] = True
-    got = FORMS[form](q, v, state, reach=Reach(starts=starts), keep_state=True)
+    got = FORMS[form](q, v, state, decay_mask=DecayMask(starts=starts), keep_state=True)
     for result, truth in zip(got, naive.attention_by_state(q, v), strict=True):
         assert_close(result, truth)
 
@@ -144,7 +153,7 @@ def test_a_half_life_is_the_tokens_after_which_half_is_left(form):
     q, v = torch.zeros(1, 3, 11, 2).double(), torch.zeros(1, 11, 1).double()
     q[:, :, [0, 1, -1], 0], v[:, 0] = 1, 1
     half_lives = torch.tensor([9.0, 3.0, torch.inf]).double()
-    a, _ = FORMS[form](q, v, reach=Reach(half_lives=half_lives))
+    a, _ = FORMS[form](q, v, decay_mask=DecayMask(half_lives=half_lives))
     assert_close(a[0, :, 1, 0], torch.ones(3).double())  # the next token sees all of it
     assert_close(a[0, :, -1, 0], torch.tensor([0.5, 0.125, 1.0]).double())
 
@@ -155,7 +164,7 @@ def test_the_fastest_decay_over_a_long_text_stays_finite(form, dtype):
     """g^-s would overflow float32 after 128 half-lives, float16 after 16."""
     q, v = torch.randn(1, 2, 1500, 8).to(dtype), torch.randn(1, 1500, 4).to(dtype)
     half_lives = torch.tensor([0.5, 4.0])
-    a, state = FORMS[form](q, v, reach=Reach(half_lives=half_lives), keep_state=True)
+    a, state = FORMS[form](q, v, decay_mask=DecayMask(half_lives=half_lives), keep_state=True)
     expected = naive.attention_by_state(q.float(), v.float(), half_lives=half_lives)
     # Scores are rounded to dtype, in sums of terms of both signs.
     tolerance = 50 * torch.finfo(dtype).eps
@@ -170,8 +179,8 @@ def test_attend_hands_the_reach_to_every_form(form):
     q, v, state = q.detach(), v.detach(), state.detach()
     starts = starts_at([9, 30], 63)
     expected = naive.attention_by_state(q, v, state, starts=starts, half_lives=HALF_LIVES)
-    reach = Reach(starts, HALF_LIVES)
-    got = attend(q, v, state.clone(), form=form, chunk_size=16, reach=reach, keep_state=True)
+    decay_mask = DecayMask(starts, HALF_LIVES)
+    got = attend(q, v, state.clone(), form=form, chunk_size=16, decay_mask=decay_mask, keep_state=True)
     for result, truth in zip(got, expected, strict=True):
         assert_close(result, truth)
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bdh.ops.layer.plan import LayerOptionError, LayerOptions, LayerShape, plan_layer
+from bdh.ops.blocks.plan import LayerOptionError, LayerOptions, LayerShape, plan_layer
 
 SHAPE = LayerShape(B=8, T=256, D=64, H=4, N=512, L=6, dtype=torch.float32, device=torch.device("cpu"), has_dropout=True)
 WIDE = 8 * 256 * 4 * 512 * 4  # bytes of (B, T, H, N) in float32

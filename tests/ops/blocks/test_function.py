@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from bdh.ops.blocks.function import BlockSizes
 from bdh.ops.cpu.runtime import unavailable_reason
-from bdh.ops.layer.function import BlockSizes
 from bdh.ops.rope import rotation_table
-from tests.ops.layer.reference import THETA, Case, differences
+from tests.ops.blocks.reference import THETA, Case, differences
 
 needs_kernels = pytest.mark.skipif(unavailable_reason() is not None, reason=str(unavailable_reason()))
 PATHS = [

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import torch
 
 from bdh.ops import naive
-from bdh.ops.layer.dropout import Dropout, kept, make_dropout
-from bdh.ops.layer.function import BlockSizes, PassSpec, wide_pass
-from bdh.ops.layer.neurons import LayerWeights
-from bdh.ops.layer.rotation import make_rotation
-from bdh.ops.reach import Reach
+from bdh.ops.attention import DecayMask
+from bdh.ops.blocks.dropout import Dropout, kept, make_dropout
+from bdh.ops.blocks.function import BlockSizes, PassSpec, wide_pass
+from bdh.ops.blocks.neurons import LayerWeights
+from bdh.ops.blocks.rotation import make_rotation
 
 THETA, EPS = 2.0**16, 1e-5
 
@@ -74,10 +74,10 @@ class Case:
             return None
         return make_dropout(self.dropout, torch.tensor(123456789012345), self.H * self.N, self.B, self.T)
 
-    def reach(self) -> Reach | None:
+    def decay_mask(self) -> DecayMask | None:
         if self.lives is None and self.document_starts is None:
             return None
-        return Reach(self.document_starts, self.lives, self.mask if self.padding else None)
+        return DecayMask(self.document_starts, self.lives, self.mask if self.padding else None)
 
     def spec(self) -> PassSpec:
         return PassSpec(
@@ -87,7 +87,7 @@ class Case:
             ),
             sizes=BlockSizes(self.rows, self.columns or self.T),
             path=self.path,
-            reach=self.reach(),
+            decay_mask=self.decay_mask(),
             dropout=self.mask_of_dropout(),
             keep_state=self.keeps_state,
             keep_wide=self.keep_wide,
@@ -107,7 +107,7 @@ class Case:
         q = torch.stack([naive.rope(row, at, THETA) for row, at in zip(x, self.positions, strict=True)])
         values = self.v * self.mask[..., None].to(self.dtype)
         state = None
-        if self.first is None and self.reach() is None:
+        if self.first is None and self.decay_mask() is None:
             a = naive.attention(q, values)
         else:
             a, state = naive.attention_by_state(

@@ -6,13 +6,10 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 
-from bdh.ops.cpu.runtime import unavailable_reason
-from bdh.ops.dispatch import choose_form
-from bdh.ops.layer.function import BlockSizes
-from bdh.ops.layer.neurons import compiles_parts
+from bdh.ops.attention import choose_form
+from bdh.ops.backends import BackendError, LayerPath, Work, choose_backend
+from bdh.ops.blocks.function import BlockSizes
 
-LayerPath = Literal["auto", "plain", "torch", "kernels"]
-LAYER_PATHS: tuple[str, ...] = get_args(LayerPath)
 Recompute = Literal["none", "pass", "auto"]
 RECOMPUTE: tuple[str, ...] = get_args(Recompute)
 
@@ -121,7 +118,7 @@ def plan_layer(
 ) -> LayerPlan:
     """
     Args:
-        form: of the attention, one of :data:`bdh.ops.dispatch.ATTENTION_FORMS`.
+        form: of the attention, one of :data:`bdh.ops.attention.ATTENTION_FORMS`.
         chunk_size: tokens in a block of the chunked form.
         obstacle: what about the model keeps the blocks from computing it; None for nothing.
 
@@ -130,7 +127,11 @@ def plan_layer(
             for the smallest block; it says what the least is.
     """
     choose_form(form, shape.T, shape.D, has_state=False)  # raises for one that is not there
-    path, reason = _choose_path(shape, options.path, form, obstacle)
+    try:
+        backend, reason = choose_backend("train", options.path, Work(shape.device, shape.dtype, obstacle, form))
+    except BackendError as error:
+        raise LayerOptionError("path", error.fault) from None
+    path = backend.words["train"]
     if options.recompute not in RECOMPUTE:
         raise LayerOptionError("recompute", f"is {options.recompute!r}: must be one of {', '.join(RECOMPUTE)}")
     if path == "plain":
@@ -170,37 +171,6 @@ def plan_layer(
         scores = 0
     kept = _kept_passes(shape, options, each, None if left is None else left - scores)
     return LayerPlan(path, reason, BlockSizes(rows, columns), kept, block, kept * each + scores, keeps_scores)
-
-
-def _choose_path(shape: LayerShape, requested: str, form: str, obstacle: str | None) -> tuple[str, str]:
-    if requested not in LAYER_PATHS:
-        raise LayerOptionError("path", f"is {requested!r}: must be one of {', '.join(LAYER_PATHS)}")
-    if requested == "plain":
-        return "plain", "asked for"
-    if form == "recurrent":
-        obstacle = obstacle or "attention_form is recurrent"
-    if shape.device.type != "cpu":
-        no_kernels: str | None = f"the model is on {shape.device}, the kernels run on the cpu"
-    elif shape.dtype != torch.float32:
-        no_kernels = f"they compute in float32, not in {str(shape.dtype).removeprefix('torch.')}"
-    else:
-        no_kernels = unavailable_reason()
-    if requested == "kernels" and (obstacle or no_kernels):
-        raise LayerOptionError(
-            "path", f"is 'kernels', which cannot run here: {obstacle or no_kernels}; must be auto, torch or plain"
-        )
-    if obstacle is not None:
-        if requested == "torch":
-            raise LayerOptionError("path", f"is 'torch', which cannot run here: {obstacle}; must be auto or plain")
-        return "plain", obstacle
-    if requested == "torch":
-        return "torch", "asked for"
-    if no_kernels is None:
-        return "kernels", "asked for" if requested == "kernels" else "float32 on the cpu"
-    if shape.device.type == "cuda":
-        parts = "compiled" if compiles_parts(shape.device) else "not compiled, as Triton is missing"
-        return "torch", f"on {shape.device}, element-wise parts {parts}"
-    return "torch", f"no kernels: {no_kernels}"
 
 
 def _choose_columns(shape: LayerShape, options: LayerOptions, form: str, chunk_size: int) -> int:

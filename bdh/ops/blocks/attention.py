@@ -1,7 +1,7 @@
 """Attention of one block of tokens, and its gradients, written out.
 
 A block is C tokens of each of G sequences and one head. Its queries, which are its keys too, stand neuron by neuron: ``q``
-(N, G, C). With the weights W of :mod:`bdh.ops.reach`, strictly lower and 1 where nothing is forgotten,
+(N, G, C). With the weights W of :mod:`bdh.ops.attention`, strictly lower and 1 where nothing is forgotten,
 
     scores = (q_t . q_s) W_ts        a = scores v + q S        S' = S + q v^T
 
@@ -16,8 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from bdh.ops.attention import sum_dtype
-from bdh.ops.reach import Weights, weighted
+from bdh.ops.attention import DecayWeights, sum_dtype, weighted
 
 # Rows of the scores that are computed at once, up to the last of them: a smaller one wastes less of the upper half, a
 # larger one is the better matrix product.
@@ -45,7 +44,7 @@ def read_block(
     q: torch.Tensor,
     v: torch.Tensor,
     state: torch.Tensor | None,
-    weights: Weights | None,
+    weights: DecayWeights | None,
     kept: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Scores]:
     """``a`` (G, C, D), in the dtype of sums, from q (N, G, C), v (G, C, D) and the state (G, N, D) before the block.
@@ -62,7 +61,9 @@ def read_block(
     return a, scores
 
 
-def learn_block(q: torch.Tensor, v: torch.Tensor, state: torch.Tensor | None, weights: Weights | None) -> torch.Tensor:
+def learn_block(
+    q: torch.Tensor, v: torch.Tensor, state: torch.Tensor | None, weights: DecayWeights | None
+) -> torch.Tensor:
     """The state (G, N, D) behind the block."""
     learned = _product(_keys_to_end(q, weights).permute(1, 0, 2), v, q.dtype)
     if state is None:
@@ -83,7 +84,7 @@ def read_block_backward(
     v: torch.Tensor,
     state: torch.Tensor | None,
     scores: Scores,
-    weights: Weights | None,
+    weights: DecayWeights | None,
 ) -> Gradients:
     """The gradients of :func:`read_block` and :func:`learn_block` together; that of v is added to ``grad_v``.
 
@@ -119,7 +120,7 @@ def read_block_backward(
     return Gradients(grad_q.permute(1, 0, 2), before)
 
 
-def _scores(q: torch.Tensor, weights: Weights | None) -> Scores:
+def _scores(q: torch.Tensor, weights: DecayWeights | None) -> Scores:
     _, G, C = q.shape
     queries = keys = q
     query_scale = key_scale = None
@@ -147,7 +148,7 @@ def _scaled_for_float16(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, to
     return queries, keys, query_scale[..., None], largest[..., None]
 
 
-def _keys_to_end(q: torch.Tensor, weights: Weights | None) -> torch.Tensor:
+def _keys_to_end(q: torch.Tensor, weights: DecayWeights | None) -> torch.Tensor:
     return q if weights is None else q * weights.to_end[:, 0, :, 0].to(q.dtype)
 
 

@@ -5,8 +5,8 @@ import shutil
 import pytest
 import torch
 
-from bdh.ops.layer import neurons
-from tests.ops.layer.reference import Case, differences
+from bdh.ops.blocks import neurons
+from tests.ops.blocks.reference import Case, differences
 
 
 @pytest.mark.slow

@@ -1,0 +1,171 @@
+"""The backends that compute the layer: what each one needs, and which one is chosen, with the reason that banners print.
+
+A backend offers one operation or both:
+
+    train      (B, T, D) tokens of a batch; differentiable
+    advance    rows of tokens of many sequences, whose states are written in place; no gradients
+
+Settings have words of their own for the backends, one set for each operation (``words``). A new device or weight format is
+an entry in :data:`BACKENDS` and a file or folder of its own in ``bdh/ops``.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Literal, NamedTuple, get_args
+
+import torch
+
+from bdh.ops.cpu.runtime import unavailable_reason
+
+Operation = Literal["train", "advance"]
+LayerPath = Literal["auto", "plain", "torch", "kernels"]
+LAYER_PATHS: tuple[str, ...] = get_args(LayerPath)
+StepPath = Literal["auto", "kernels", "torch"]
+STEP_PATHS: tuple[str, ...] = get_args(StepPath)
+Storage = Literal["float32", "bfloat16"]
+_FLOAT32_ONLY = frozenset({"float32"})
+
+
+class Work(NamedTuple):
+    """What a backend is asked to compute."""
+
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    """Of the matrix products in training, of the weights when states are advanced."""
+    obstacle: str | None = None
+    """Why E, Ev and Dec cannot be used as plain matrices (hooks, quantized weights, a transform of torch.func); None where
+    they can. Only a backend that calls them as modules serves then."""
+    attention_form: str = "auto"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What one backend can do, and what it needs."""
+
+    name: str
+    words: Mapping[Operation, str]
+    """The operations that it offers, with the word for it in that operation's settings."""
+    calls_modules: bool = False
+    """Whether it calls E, Ev and Dec, whatever modules they are, rather than multiplying with their weights."""
+    device: str | None = None
+    """The only type of device that it runs on; None for any."""
+    dtypes: Mapping[Operation, frozenset[torch.dtype]] = field(default_factory=dict)
+    """Those that it computes, where not all."""
+    needs_numba: bool = False
+    weights: frozenset[str] = _FLOAT32_ONLY
+    """Formats in which ``advance`` can keep copies of the weights; "float32" stands for the model's own."""
+    states: frozenset[str] = _FLOAT32_ONLY
+    """Formats of the states that ``advance`` writes. A window is always kept in float32."""
+
+    def obstacle(self, operation: Operation, work: Work) -> str | None:
+        """Why it cannot do this work here; None where it can."""
+        if self.calls_modules:
+            return None
+        if operation == "train" and work.attention_form == "recurrent":
+            return work.obstacle or "attention_form is recurrent"
+        return work.obstacle or self.machine_obstacle(operation, work)
+
+    def machine_obstacle(self, operation: Operation, work: Work) -> str | None:
+        """Why it cannot run on this device in this dtype, whatever the model."""
+        if self.device is not None and work.device.type != self.device:
+            return f"the model is on {work.device}, the {self.words[operation]} run on the {self.device}"
+        dtypes = self.dtypes.get(operation)
+        if dtypes is not None and work.dtype not in dtypes:
+            return f"they compute in {_names(dtypes)}, not in {_names({work.dtype})}"
+        return unavailable_reason() if self.needs_numba else None
+
+
+def _names(dtypes: frozenset[torch.dtype] | set[torch.dtype]) -> str:
+    return " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+
+
+NAIVE = Backend("naive", words={})  # tests and benchmarks call it; nothing chooses it
+EAGER = Backend("eager", words={"train": "plain", "advance": "torch"}, calls_modules=True)
+BLOCKS = Backend("blocks", words={"train": "torch"})
+CPU = Backend(
+    "cpu",
+    words={"train": "kernels", "advance": "kernels"},
+    device="cpu",
+    dtypes={
+        "train": frozenset({torch.float32}),
+        "advance": frozenset({torch.float32, torch.bfloat16}),
+    },
+    needs_numba=True,
+    weights=frozenset({"float32", "bfloat16"}),
+    states=frozenset({"float32", "bfloat16"}),
+)
+BACKENDS = (CPU, BLOCKS, EAGER, NAIVE)
+"""The preferred ones first. On a CPU the kernels beat torch's dense operations for any number of sequences and at any
+density: each sequence has a state of its own, which they sweep over once where torch does three times, and they multiply E
+with all rows of a step in tiles. Measured at the least favourable density, 50 % (untrained weights), in ms a token, kernels /
+dense, on 2 CPU cores:
+
+==========================  ===========  ===========  ===========  ===========
+model                       1 sequence   8            32           128
+==========================  ===========  ===========  ===========  ===========
+D 256, H 4, N 8192, L 6     14.9 / 36.2  9.5 / 22.5   -            -
+D 128, H 4, N 1024, L 4     0.65 / 1.79  0.31 / 0.72  0.45 / 0.72  0.43 / 0.67
+D 64,  H 4, N 512,  L 4     0.26 / 0.94  0.12 / 0.34  0.11 / 0.27  0.14 / 0.25
+D 16,  H 2, N 64,   L 2     0.11 / 0.34  0.03 / 0.09  0.01 / 0.06  0.01 / 0.05
+==========================  ===========  ===========  ===========  ===========
+"""
+
+
+class Choice(NamedTuple):
+    """The backend that computes, and why it and no other."""
+
+    backend: Backend
+    reason: str
+
+
+class BackendError(ValueError):
+    """A backend was asked for that does not exist, or that cannot do the work here."""
+
+    def __init__(self, fault: str):
+        super().__init__(f"path {fault}")
+        self.fault = fault
+
+
+def choose_backend(operation: Operation, requested: str, work: Work) -> Choice:
+    """The backend for some work.
+
+    Args:
+        requested: one of :data:`LAYER_PATHS` or :data:`STEP_PATHS`; "auto" takes the first of :data:`BACKENDS` that can.
+
+    Raises:
+        BackendError: ``requested`` is none of them, or cannot do this work; it says why.
+    """
+    offered = [backend for backend in BACKENDS if operation in backend.words]
+    allowed = LAYER_PATHS if operation == "train" else STEP_PATHS
+    if requested not in allowed:
+        raise BackendError(f"is {requested!r}: must be one of {', '.join(allowed)}")
+    able = [backend for backend in offered if backend.obstacle(operation, work) is None]
+    if requested == "auto":
+        return Choice(able[0], _reason(operation, work, able[0], offered[0]))
+    backend = next(each for each in offered if each.words[operation] == requested)
+    if (obstacle := backend.obstacle(operation, work)) is not None:
+        # A slower one than the requested always can: eager runs everywhere.
+        *others, last = [each.words[operation] for each in offered[offered.index(backend) + 1 :]]
+        raise BackendError(
+            f"is {requested!r}, which cannot run here: {obstacle}; must be {', '.join(['auto', *others])} or {last}"
+        )
+    return Choice(backend, "asked for")
+
+
+def _reason(operation: Operation, work: Work, chosen: Backend, preferred: Backend) -> str:
+    """Why ``auto`` took this one: what it computes here, or what stood in the way of the preferred one."""
+    if chosen is preferred:
+        dtypes = sorted(str(dtype).removeprefix("torch.") for dtype in chosen.dtypes[operation])
+        return f"{' or '.join(reversed(dtypes))} on the {chosen.device}"
+    if chosen.calls_modules:
+        return preferred.obstacle(operation, work) or "asked for"
+    if work.device.type == "cuda":
+        parts = "compiled" if compiles_parts(work.device) else "not compiled, as Triton is missing"
+        return f"on {work.device}, element-wise parts {parts}"
+    return f"no {preferred.words[operation]}: {preferred.obstacle(operation, work)}"
+
+
+def compiles_parts(device: torch.device) -> bool:
+    """Whether the blocks' element-wise parts are compiled there: on a GPU, where PyTorch came with Triton."""
+    return device.type == "cuda" and find_spec("triton") is not None

@@ -1,0 +1,114 @@
+"""The layer in torch's plain operations: for any device, with autograd, hooks, ``torch.func``, tracing and export.
+
+:func:`layer_step` holds the equations. It calls E, Ev and Dec instead of multiplying with their weights, so these may be
+modules with hooks, adapters or quantized weights; and it leaves the attention to its caller, who knows what came before.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+
+from bdh.ops.attention import DecayMask, attend
+from bdh.ops.rope import rotate
+
+Linear = Callable[[torch.Tensor], torch.Tensor]
+Trace = Callable[[str, torch.Tensor], None]
+T = TypeVar("T")
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+
+
+def layer_norm(v: torch.Tensor, eps: float) -> torch.Tensor:
+    """Normalises the last dimension of ``v``. Half precision is computed in, and returned as, float32."""
+    wide = v.float() if v.dtype in HALF_DTYPES else v
+    return F.layer_norm(wide, wide.shape[-1:], eps=eps)
+
+
+class Layer(NamedTuple):
+    """E, Ev and Dec, as functions of the last dimension."""
+
+    encoder: Linear  # D -> H * N
+    encoder_v: Sequence[Linear]  # H of D -> N
+    decoder: Linear  # H * N -> D
+
+
+def layer_step(
+    v: torch.Tensor,
+    layer: Layer,
+    attention: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, T]],
+    table: torch.Tensor,
+    *,
+    eps: float,
+    dtype: torch.dtype,
+    mask: torch.Tensor | None = None,
+    dropout: float = 0.0,
+    trace: Trace | None = None,
+) -> tuple[torch.Tensor, T]:
+    """One application of the layer.
+
+    Args:
+        v: (B, T, D) of a batch, or (R, D): rows of tokens, of any sequences.
+        attention: from the rotated queries, (B, H, T, N) or (H, R, N), and the values, v in ``dtype``, to
+            a (B, H, T, D) or (H, R, D), and anything else that the caller wants back, such as the new state.
+        table: of :func:`bdh.ops.rope.rotation_table`, broadcast against the queries' pairs.
+        dtype: of the layer's products; autocast, where it is on, overrides it.
+        mask: bool, v's shape without D; False for padding, at which no neuron fires.
+        dropout: share of x * y that is dropped.
+        trace: is called with "x", "y" and "xy" and each of these, (..., H * N).
+
+    Returns:
+        v after the layer step, and what ``attention`` gave beside a.
+    """
+    num_heads, values = len(layer.encoder_v), v.to(dtype)
+    x = F.relu(layer.encoder(values))  # (..., H*N): which neurons fire
+    if mask is not None:
+        x = x * mask.to(x.dtype)[..., None]
+    q = rotate(x.unflatten(-1, (num_heads, -1)).transpose(-2, -3), table).contiguous()  # (..., H, T, N)
+    a, kept = attention(q, values)
+    a = layer_norm(a, eps).to(dtype)  # (..., H, T, D)
+    heads = [head(a.select(-3, h)) for h, head in enumerate(layer.encoder_v)]
+    y = F.relu(torch.cat(heads, dim=-1))  # (..., H*N)
+    z = x * y
+    if trace is not None:
+        for name, wide in (("x", x), ("y", y), ("xy", z)):
+            trace(name, wide)
+    if dropout != 0:
+        z = F.dropout(z, dropout)
+    return layer_norm(v + layer_norm(layer.decoder(z), eps), eps), kept
+
+
+@dataclass(frozen=True)
+class EagerSpec:
+    """What the layer steps of one forward pass have in common."""
+
+    table: torch.Tensor
+    """(1 or B, 1, T, N/2), complex: one row where all sequences stand at the same positions."""
+    eps: float
+    dtype: torch.dtype
+    form: str = "auto"
+    """Of the attention, one of :data:`bdh.ops.attention.ATTENTION_FORMS`."""
+    chunk_size: int = 128
+    decay_mask: DecayMask | None = None
+    mask: torch.Tensor | None = None
+    dropout: float = 0.0
+    keep_state: bool = False
+
+
+def train(
+    v: torch.Tensor, layer: Layer, spec: EagerSpec, state: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """One layer step over all tokens at once: v (B, T, D) after it, and the new state (B, H, N, D) where it is kept."""
+    attention = partial(
+        attend,
+        state=state,
+        form=spec.form,
+        chunk_size=spec.chunk_size,
+        decay_mask=spec.decay_mask,
+        keep_state=spec.keep_state,
+    )
+    return layer_step(
+        v, layer, attention, spec.table, eps=spec.eps, dtype=spec.dtype, mask=spec.mask, dropout=spec.dropout
+    )
