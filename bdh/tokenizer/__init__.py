@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from bdh.tokenizer.chat import ChatEncoder, stop_token_ids, with_chat_template
     from bdh.tokenizer.encoding import TextEncoder, compression_ratio, encode_texts
     from bdh.tokenizer.loading import load_tokenizer
+    from bdh.tokenizer.plain import PlainTokenizer
     from bdh.tokenizer.training import train_tokenizer
 
 __all__ = [
     "ChatEncoder",
+    "PlainTokenizer",
     "TextEncoder",
     "TokenizerConfig",
     "byte_tokenizer",
@@ -33,6 +35,7 @@ __all__ = [
 
 _MODULES = {
     "ChatEncoder": "chat",
+    "PlainTokenizer": "plain",
     "TextEncoder": "encoding",
     "byte_tokenizer": "byte_level",
     "compression_ratio": "encoding",

@@ -1,9 +1,12 @@
 """The byte-level tokenizer: a token is a byte of the UTF-8 text, and its id is the byte's value."""
 
 import json
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 NUM_BYTES = 256
 # UTF-8 has the bytes 0xC0, 0xC1 and 0xF5 to 0xFF in no text (RFC 3629, section 1): their ids are free.
@@ -12,11 +15,13 @@ _SPECIAL = {"single_word": False, "lstrip": False, "rstrip": False, "normalized"
 SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
 
 
-def byte_tokenizer(special_tokens: bool = False) -> PreTrainedTokenizerFast:
+def byte_tokenizer(special_tokens: bool = False) -> "PreTrainedTokenizerFast":
     """The tokenizer of 256 entries whose ids are the bytes' values.
 
     Every text comes back exactly. With ``special_tokens``, ``<pad> <bos> <eos> <unk>`` follow as 256 to 259.
     """
+    from transformers import PreTrainedTokenizerFast  # slow to import, and not needed to read tokens
+
     backend = Tokenizer(models.BPE(vocab=byte_of_character(), merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
@@ -29,7 +34,7 @@ def byte_tokenizer(special_tokens: bool = False) -> PreTrainedTokenizerFast:
     )
 
 
-def with_padding(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+def with_padding(tokenizer: "PreTrainedTokenizerFast") -> "PreTrainedTokenizerFast":
     """The tokenizer with ``<pad>`` and ``<eos>``, which padded batches, the harness and trainers ask for.
 
     In a byte tokenizer without special tokens they take the place of two bytes that no UTF-8 text has, so that the
@@ -38,6 +43,8 @@ def with_padding(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     has_special = (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) != (None, None, None)
     if has_special or not is_byte_tokenizer(tokenizer):
         return tokenizer
+    from transformers import PreTrainedTokenizerFast
+
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
     vocabulary = parts["model"]["vocab"]
     for name, byte in TOKENS_OF_UNUSED_BYTES.values():
@@ -64,7 +71,7 @@ def without_padding(backend: Tokenizer) -> Tokenizer:
     return Tokenizer.from_str(json.dumps(parts))
 
 
-def is_byte_tokenizer(tokenizer: PreTrainedTokenizerFast) -> bool:
+def is_byte_tokenizer(tokenizer: Any) -> bool:
     """Whether every text becomes its own UTF-8 bytes, as with :func:`byte_tokenizer`, also once saved and loaded.
 
     Any special tokens may follow behind the bytes, and those of :func:`with_padding` may stand among them.
@@ -88,8 +95,11 @@ def is_byte_tokenizer(tokenizer: PreTrainedTokenizerFast) -> bool:
     )
 
 
-def token_bytes(tokenizer: PreTrainedTokenizerFast) -> list[bytes]:
+def token_bytes(tokenizer: Any) -> list[bytes]:
     """What each token adds to a text, by its id: exactly these bytes, wherever it stands; none for special tokens.
+
+    Args:
+        tokenizer: a ``PreTrainedTokenizerFast`` or a :class:`bdh.tokenizer.plain.PlainTokenizer`.
 
     Raises:
         ValueError: the tokenizer is not byte-level: what a token adds depends on those beside it, as with WordPiece, or

@@ -13,17 +13,20 @@ import re
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Union
 
 import numpy as np
 from jinja2 import TemplateError
-from tokenizers import Tokenizer
-from transformers import AddedToken, PreTrainedTokenizerFast
-from transformers.utils.chat_template_utils import render_jinja_template
+from tokenizers import AddedToken, Tokenizer
 
 from bdh.tokenizer.config import DEFAULT_CHAT_TEMPLATE, read_template
+from bdh.tokenizer.plain import PlainTokenizer, render_chat
 from bdh.vocabulary import vocabulary_size
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+AnyTokenizer = Union[PlainTokenizer, "PreTrainedTokenizerFast"]
 ROLES = ("system", "user", "assistant")
 CHAT_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 DEFAULT_TEMPLATE = """\
@@ -48,8 +51,8 @@ _PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"
 
 
 def with_chat_template(
-    tokenizer: PreTrainedTokenizerFast, setting: str | None, *, needs_one: bool
-) -> PreTrainedTokenizerFast:
+    tokenizer: "PreTrainedTokenizerFast", setting: str | None, *, needs_one: bool
+) -> "PreTrainedTokenizerFast":
     """The tokenizer with the template that ``tokenizer.chat_template`` asks for, and the chat tokens it spells.
 
     Args:
@@ -75,7 +78,7 @@ def with_chat_template(
     return tokenizer
 
 
-def add_special_tokens(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str]) -> None:
+def add_special_tokens(tokenizer: "PreTrainedTokenizerFast", tokens: Sequence[str]) -> None:
     """Puts those of the special tokens that the vocabulary has not yet behind its end, in this order.
 
     Raises:
@@ -94,7 +97,7 @@ def add_special_tokens(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[str]
 class ChatEncoder:
     """A tokenizer and its chat template made ready for encoding many conversations."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, *, tells_answers: bool = True):
+    def __init__(self, tokenizer: AnyTokenizer, *, tells_answers: bool = True):
         """
         Args:
             tells_answers: False takes any template, which may not say what the assistant writes: enough for prompts.
@@ -114,7 +117,6 @@ class ChatEncoder:
                 "around it, its end token included, and give the file with tokenizer.chat_template"
             )
         self._template = template
-        self._marks_answers = _GENERATION.search(template) is not None
         self._variables = tokenizer.special_tokens_map
         tokens = tokenizer.added_tokens_decoder
         spelled = [token.content for token in tokens.values()]
@@ -208,20 +210,15 @@ class ChatEncoder:
             for message in messages
         ]
         try:
-            rendered: Any = render_jinja_template(
-                conversations=[marked],
-                chat_template=self._template,
-                return_assistant_tokens_mask=self._marks_answers,
-                add_generation_prompt=add_generation_prompt,
-                **self._variables,  # type: ignore[arg-type]
+            text, answers = render_chat(
+                self._template, marked, add_generation_prompt=add_generation_prompt, **self._variables
             )
         except TemplateError as error:
             raise ValueError(f"the chat template refuses the conversation: {error}") from error
-        (text,), answers = rendered
-        return text, answers[0] if self._marks_answers else []
+        return text, answers
 
 
-def question(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+def question(tokenizer: AnyTokenizer, text: str) -> list[int]:
     """The ids of a conversation of one message of the user, up to where the assistant is to write.
 
     Raises:
@@ -230,14 +227,14 @@ def question(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     return ChatEncoder(tokenizer).prompt([{"role": "user", "content": text}])
 
 
-def turn_end_id(tokenizer: PreTrainedTokenizerFast) -> int | None:
+def turn_end_id(tokenizer: AnyTokenizer) -> int | None:
     """The token that ends an answer; None where there is no chat template, or none that tells."""
     if not isinstance(tokenizer.chat_template, str) or not _GENERATION.search(tokenizer.chat_template):
         return None
     return ChatEncoder(tokenizer).turn_end_id
 
 
-def stop_token_ids(tokenizer: PreTrainedTokenizerFast) -> int | list[int] | None:
+def stop_token_ids(tokenizer: AnyTokenizer) -> int | list[int] | None:
     """The tokens behind which nothing is to be generated: the end of a text, and of an answer."""
     found = sorted({token for token in (tokenizer.eos_token_id, turn_end_id(tokenizer)) if token is not None})
     return found if len(found) > 1 else next(iter(found), None)
@@ -252,7 +249,7 @@ def _segments(length: int, answers: Sequence[tuple[int, int]]) -> list[tuple[int
     return [*segments, (position, length, False)]
 
 
-def _plain(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+def _plain(tokenizer: AnyTokenizer) -> Tokenizer:
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_padding()
     backend.no_truncation()
