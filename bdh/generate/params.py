@@ -1,24 +1,20 @@
 """How one request is continued, as settings."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 from bdh.generate.grammar import collect_grammar_faults
 from bdh.validation import Faults, Settings, collect_faults
 
-_SMALLEST_DIVISOR = 1e-6
+SMALLEST_DIVISOR = 1e-6  # logits divided by less would overflow
 MOST_LOGPROBS = 100
 
 
 @dataclass
-class SamplingParams(Settings):
-    """Settings of a request. The names and meanings are those of OpenAI's API and of transformers."""
+class DrawSettings(Settings):
+    """How the next token is drawn. The names and meanings are those of OpenAI's API and of transformers."""
 
-    max_tokens: int = 200
-    """Tokens generated at most; 0 only reads the prompt."""
-    min_tokens: int = 0
-    """Tokens generated before the text may end: until then neither end tokens nor stop strings count."""
     temperature: float = 1.0
     """Divides the logits: below 1 sharper, above 1 flatter, 0 takes the likeliest token (greedy)."""
     top_k: int = 0
@@ -29,22 +25,43 @@ class SamplingParams(Settings):
     """Drop tokens less likely than this share of the likeliest one's probability."""
     repetition_penalty: float = 1.0
     """Divides the logits of tokens already in the text, the prompt included (multiplies negative ones); 1 for none."""
+    seed: int | None = None
+    """Seed of the sampling: the same seed gives the same text, whatever else runs. None for a different one each time."""
+    stop: list[str] = field(default_factory=list)
+    """Strings that end the text; they are not part of it."""
+
+    def collect_faults(self, faults: Faults) -> None:
+        super().collect_faults(faults)
+        is_right = self.temperature == 0 or self.temperature >= SMALLEST_DIVISOR
+        allowed = f"0 (greedy) or above; if above, at least {SMALLEST_DIVISOR:g}"
+        faults.require(is_right, "temperature", self.temperature, allowed)
+        faults.require(self.top_k >= 0, "top_k", self.top_k, "0 (all tokens) or above")
+        faults.require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, up to 1")
+        faults.require(0 <= self.min_p < 1, "min_p", self.min_p, "at least 0 and below 1")
+        is_right = self.repetition_penalty >= SMALLEST_DIVISOR
+        allowed = f"above 0, at least {SMALLEST_DIVISOR:g}"
+        faults.require(is_right, "repetition_penalty", self.repetition_penalty, allowed)
+        is_right = self.seed is None or -(2**63) <= self.seed < 2**64  # what PyTorch takes
+        faults.require(is_right, "seed", self.seed, "from -2**63 to 2**64 - 1, or null")
+        faults.require(all(self.stop), "stop", self.stop, "strings of at least one character")
+
+
+@dataclass
+class TextSettings(DrawSettings):
+    """How the next token is drawn, and what is wanted of the text."""
+
+    min_tokens: int = 0
+    """Tokens generated before the text may end: until then neither end tokens nor stop strings count."""
     presence_penalty: float = 0.0
     """Is taken from the logits of tokens that have been generated."""
     frequency_penalty: float = 0.0
     """Is taken from the logits of a token once for each time that it has been generated."""
     logit_bias: dict[int, float] = field(default_factory=dict)
     """Is added to the logits of these tokens; -100 all but forbids one, 100 all but forces it."""
-    seed: int | None = None
-    """Seed of the sampling: the same seed gives the same text, whatever else runs. None for a different one each time."""
-    n: int = 1
-    """Continuations of the prompt, which is read once. The first has the seed itself, the others derived ones."""
-    stop: list[str] = field(default_factory=list)
-    """Strings that end the text; they are not part of it."""
     stop_token_ids: list[int] = field(default_factory=list)
     """Tokens that end the text, beside the model's own; they are not part of it."""
     ignore_eos: bool = False
-    """Go on behind the model's own end of a text."""
+    """Go on after the model's own end of a text."""
     logprobs: int | None = None
     """Log-probabilities of each generated token and of the so many likeliest, as the model gives them, before
     temperature and penalties; 0 for that of the token alone, None for none."""
@@ -52,6 +69,23 @@ class SamplingParams(Settings):
     """The same of each token of the prompt but the first, which nothing predicts."""
     echo: bool = False
     """Put the prompt in front of the text."""
+
+    def collect_faults(self, faults: Faults) -> None:
+        super().collect_faults(faults)
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            is_right = value is None or 0 <= value <= MOST_LOGPROBS
+            faults.require(is_right, name, value, f"within 0 and {MOST_LOGPROBS}, or null")
+
+
+@dataclass
+class SamplingParams(TextSettings):
+    """Settings of a request."""
+
+    max_tokens: int = 200
+    """Tokens generated at most; 0 only reads the prompt."""
+    n: int = 1
+    """Continuations of the prompt, which is read once. The first has the seed itself, the others derived ones."""
     grammar: dict[str, Any] | None = None
     """The form that the text must have: ``{"json_schema": SCHEMA}`` or ``{"regex": PATTERN}``, held exactly. It may end
     only where it has it, and ends where nothing may follow, before ``min_tokens`` too; cut off by ``max_tokens`` or a stop
@@ -59,27 +93,12 @@ class SamplingParams(Settings):
     of the snapshot's last tokens that are its beginning."""
 
     def collect_faults(self, faults: Faults) -> None:
+        super().collect_faults(faults)
         faults.require(self.max_tokens >= 0, "max_tokens", self.max_tokens, "at least 0")
         faults.require(
             0 <= self.min_tokens <= max(0, self.max_tokens), "min_tokens", self.min_tokens, "within 0 and max_tokens"
         )
-        is_right = self.temperature == 0 or self.temperature >= _SMALLEST_DIVISOR
-        allowed = f"0 (greedy) or above; if above, at least {_SMALLEST_DIVISOR:g}"  # less would overflow the logits
-        faults.require(is_right, "temperature", self.temperature, allowed)
-        faults.require(self.top_k >= 0, "top_k", self.top_k, "0 (all tokens) or above")
-        faults.require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, up to 1")
-        faults.require(0 <= self.min_p < 1, "min_p", self.min_p, "at least 0 and below 1")
-        is_right = self.repetition_penalty >= _SMALLEST_DIVISOR
-        allowed = f"above 0, at least {_SMALLEST_DIVISOR:g}"
-        faults.require(is_right, "repetition_penalty", self.repetition_penalty, allowed)
-        is_right = self.seed is None or -(2**63) <= self.seed < 2**64  # what PyTorch takes
-        faults.require(is_right, "seed", self.seed, "from -2**63 to 2**64 - 1, or null")
         faults.require(self.n >= 1, "n", self.n, "at least 1")
-        faults.require(all(self.stop), "stop", self.stop, "strings of at least one character")
-        for name in ("logprobs", "prompt_logprobs"):
-            value = getattr(self, name)
-            is_right = value is None or 0 <= value <= MOST_LOGPROBS
-            faults.require(is_right, name, value, f"within 0 and {MOST_LOGPROBS}, or null")
         for fault in [] if self.grammar is None else collect_grammar_faults(self.grammar):
             faults.add(fault)
 
@@ -104,6 +123,30 @@ class SamplingParams(Settings):
         if self.seed is None or index == 0:
             return self.seed
         return (self.seed + index * 0x9E3779B97F4A7C15) % 2**63  # the golden ratio's digits: far apart for small seeds
+
+
+def collect_text_faults(
+    settings: TextSettings, faults: Faults, *, max_new_tokens: int, num_return_sequences: int, num_beams: int
+) -> None:
+    """What is wrong for whole texts, by the names that the command line and transformers have for these fields."""
+    faults.require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "at least 1 token")
+    faults.require(num_beams >= 1, "num_beams", num_beams, "at least 1")
+    for is_right, allowed in (
+        (num_return_sequences >= 1, "at least 1"),
+        (
+            settings.temperature > 0 or num_beams > 1 or num_return_sequences == 1,
+            "1 with temperature 0, which always gives the same text",
+        ),
+        (num_beams == 1 or num_return_sequences <= num_beams, f"at most num_beams, {num_beams}"),
+    ):
+        faults.require(is_right, "num_return_sequences", num_return_sequences, allowed)
+    if num_beams > 1:
+        neutral = TextSettings()
+        for each in fields(TextSettings):
+            if each.name not in DrawSettings.__dataclass_fields__:
+                value = getattr(settings, each.name)
+                is_right = value == getattr(neutral, each.name)
+                faults.require(is_right, each.name, value, "left out with num_beams above 1")
 
 
 def params_from(settings: dict[str, Any]) -> SamplingParams:

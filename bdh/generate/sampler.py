@@ -2,21 +2,10 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from transformers import (
-    LogitsProcessor,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
-from bdh.generate.params import SamplingParams
-
-_NO_TOKENS: Any = torch.empty(1, 0, dtype=torch.int64)
+from bdh.generate.params import DrawSettings, SamplingParams
 
 
 @dataclass
@@ -75,15 +64,13 @@ class Sampler:
         if params.logit_bias:
             self._bias = torch.zeros(vocab_size)
             self._bias[list(params.logit_bias)] = torch.tensor(list(params.logit_bias.values()))
-        self._seen: set[int] | None = None  # for the repetition penalty: each token once
-        self._penalty: RepetitionPenaltyLogitsProcessor | None = None
+        self._seen: torch.Tensor | None = None  # bool (V,): which tokens are in the text, for the repetition penalty
         if params.repetition_penalty != 1:
-            self._penalty = RepetitionPenaltyLogitsProcessor(float(params.repetition_penalty))
-            self._seen = set(prompt)
+            self._seen = torch.zeros(vocab_size, dtype=torch.bool)
+            self._seen[list(prompt)] = True
         self._counts: torch.Tensor | None = None
         if params.presence_penalty or params.frequency_penalty:
             self._counts = torch.zeros(vocab_size)
-        self._warpers = list(_warpers(params))
         for token in generated:
             self._count(token)
         self._num_generated = 0  # by this request
@@ -101,24 +88,23 @@ class Sampler:
             raise ValueError("the model's logits hold NaN: no token can be drawn from them")
         if allowed is not None:
             logits = logits.masked_fill(~allowed, -torch.inf)
-        scores = self._adjusted(logits)[None]
+        scores = self._adjusted(logits)
         if allowed is not None and bool(scores.isneginf().all()):
             raise ValueError("the model's logits rule out all tokens that the grammar allows: none can be drawn")
         if self._params.temperature == 0:
             token = int(scores.argmax())
         else:
-            # The warpers look at the scores only.
-            for warper in self._warpers:
-                scores = warper(_NO_TOKENS, scores)
-            token = int(torch.multinomial(scores.softmax(-1), 1, generator=self.generator))
+            probabilities = warped(scores, self._params).softmax(-1)
+            token = int(torch.multinomial(probabilities, 1, generator=self.generator))
         self._count(token)
         return token
 
     def _adjusted(self, logits: torch.Tensor) -> torch.Tensor:
         """With penalties and biases, in the order that OpenAI's API and transformers have them."""
         params, scores = self._params, logits
-        if self._penalty is not None and self._seen:
-            scores = self._penalty(torch.tensor([list(self._seen)]), scores[None])[0]
+        if self._seen is not None:
+            factor = params.repetition_penalty
+            scores = torch.where(self._seen, torch.where(scores < 0, scores * factor, scores / factor), scores)
         if self._counts is not None:
             scores = scores - params.frequency_penalty * self._counts - params.presence_penalty * (self._counts > 0)
         if self._bias is not None:
@@ -132,17 +118,25 @@ class Sampler:
         if self._counts is not None:
             self._counts[token] += 1
         if self._seen is not None:
-            self._seen.add(token)
+            self._seen[token] = True
 
 
-def _warpers(params: SamplingParams) -> Iterable[LogitsProcessor]:
-    if params.temperature == 0:
-        return
-    if params.temperature != 1:
-        yield TemperatureLogitsWarper(float(params.temperature))
-    if params.top_k:
-        yield TopKLogitsWarper(params.top_k)
-    if params.top_p < 1:
-        yield TopPLogitsWarper(float(params.top_p))
-    if params.min_p > 0:
-        yield MinPLogitsWarper(params.min_p)
+def warped(scores: torch.Tensor, settings: DrawSettings) -> torch.Tensor:
+    """Scores (V,) after temperature, ``top_k``, ``top_p`` and ``min_p``, in this order and as transformers applies them:
+    tokens that are not to be drawn have minus infinity."""
+    if settings.temperature != 1:
+        scores = scores / settings.temperature
+    if settings.top_k:
+        least = scores.topk(min(settings.top_k, len(scores))).values[-1]
+        scores = scores.masked_fill(scores < least, -torch.inf)
+    if settings.top_p < 1:
+        ascending, places = scores.sort()
+        is_rest = ascending.softmax(-1).cumsum(-1) <= 1 - settings.top_p
+        is_rest[-1] = False
+        scores = scores.masked_fill(is_rest.scatter(0, places, is_rest), -torch.inf)
+    if settings.min_p > 0:
+        probabilities = scores.softmax(-1)
+        is_unlikely = probabilities < settings.min_p * probabilities.max()
+        is_unlikely[scores.argmax()] = False
+        scores = scores.masked_fill(is_unlikely, -torch.inf)
+    return scores
