@@ -22,7 +22,7 @@ import torch
 
 from bdh.cli.settings import parse_settings
 from bdh.data.conversations import holds_chat
-from bdh.model.passes import plan_for
+from bdh.model.forward import plan_for
 from bdh.ops import naive
 from bdh.ops.loss import cross_entropy
 from bdh.train.config import RunSettings

@@ -43,7 +43,7 @@ SHAPE = (2, 16)  # sequences and tokens of a training batch
 
 
 def layer_options(**fields: Any) -> Any:
-    from bdh.ops.layer.plan import LayerOptions
+    from bdh.ops.blocks.plan import LayerOptions
 
     return LayerOptions(**fields)
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bdh.ops.blocks import function
+from bdh.ops.blocks import train
 
 _METHODS = {
     "fire": "x = relu(E v), and its rotation",
@@ -66,23 +66,23 @@ def timed_parts(device: str) -> Iterator[dict[str, float]]:
 
         return run
 
-    make_neurons = function._neurons
+    original = train.make_neurons
 
     def neurons(*arguments: Any, **others: Any) -> Any:
-        made = make_neurons(*arguments, **others)
+        made = original(*arguments, **others)
         for name, part in _METHODS.items():
             setattr(made, name, timed(getattr(made, name), part))
         return made
 
-    originals = {name: getattr(function, name) for name in (*_FUNCTIONS, "_neurons")}
+    originals = {name: getattr(train, name) for name in (*_FUNCTIONS, "make_neurons")}
     try:
-        function._neurons = neurons
+        train.make_neurons = neurons
         for name, part in _FUNCTIONS.items():
-            setattr(function, name, timed(originals[name], part))
+            setattr(train, name, timed(originals[name], part))
         yield seconds
     finally:
         for name, original in originals.items():
-            setattr(function, name, original)
+            setattr(train, name, original)
 
 
 def _wait(device: str) -> None:

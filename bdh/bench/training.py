@@ -15,11 +15,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from bdh.bench.weights import half_lives, naive_weights, sparse_model
 from bdh.memory import peak_bytes, reset_peak, used_bytes
 from bdh.model.configuration import BDHConfig
+from bdh.model.forward import draw_seeds, plan_for
 from bdh.model.modeling import BDHForCausalLM
-from bdh.model.passes import draw_seeds, plan_for
 from bdh.ops import naive
-from bdh.ops.blocks.dropout import kept, make_dropout
 from bdh.ops.blocks.plan import LayerOptions, LayerPlan
+from bdh.ops.dropout import kept, make_dropout
 from bdh.train.config import TrainSettings
 from bdh.train.optim import Optimizers
 

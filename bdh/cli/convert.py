@@ -51,7 +51,8 @@ def run(argv: list[str]) -> int:
 
 
 def _from_reference(settings: ConvertSettings, out: Path) -> int:
-    from bdh.model.conversion import load_reference, model_from_reference
+    from bdh.model import BDHForCausalLM
+    from bdh.model.conversion import load_reference
     from bdh.tokenizer import load_tokenizer
     from bdh.vocabulary import vocabulary_size
 
@@ -59,7 +60,7 @@ def _from_reference(settings: ConvertSettings, out: Path) -> int:
     fields = {} if settings.n_layer is None else {"n_layer": settings.n_layer}
     if settings.n_layer is not None and config and config.get("n_layer", settings.n_layer) != settings.n_layer:
         raise ValueError(f"n_layer is {settings.n_layer}, but the checkpoint's configuration says {config['n_layer']}")
-    model = model_from_reference(state_dict, {**(config or {}), **fields})
+    model = BDHForCausalLM.from_reference(state_dict, {**(config or {}), **fields})
     tokenizer = load_tokenizer(TokenizerConfig(path=settings.tokenizer))
     if vocabulary_size(tokenizer) != model.config.vocab_size:
         raise ValueError(

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bdh.model.backbone import BDHModel
-    from bdh.model.classification import BDHForSequenceClassification
     from bdh.model.configuration import BDHConfig
-    from bdh.model.modeling import BDHForCausalLM
+    from bdh.model.modeling import BDHForCausalLM, BDHForSequenceClassification
     from bdh.model.state import SynapticState
 
 __all__ = ["BDHConfig", "BDHForCausalLM", "BDHForSequenceClassification", "BDHModel", "SynapticState"]
@@ -18,7 +17,7 @@ __all__ = ["BDHConfig", "BDHForCausalLM", "BDHForSequenceClassification", "BDHMo
 _MODULE_OF = {
     "BDHConfig": "configuration",
     "BDHForCausalLM": "modeling",
-    "BDHForSequenceClassification": "classification",
+    "BDHForSequenceClassification": "modeling",
     "BDHModel": "backbone",
     "SynapticState": "state",
 }

@@ -10,13 +10,14 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from bdh.model.configuration import BDHConfig
-from bdh.model.positions import token_positions
 from bdh.model.state import Columns, SynapticState
 from bdh.ops.attention import sum_dtype
 from bdh.ops.eager import layer_norm
+from bdh.ops.loss import IGNORE_INDEX
 
 # The arguments of ``forward`` that are named in it, for whoever misspells one.
 _NAMED = (
@@ -64,7 +65,6 @@ def read_inputs(
     inputs_embeds: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
     past_key_values: SynapticState | None,
-    document_starts: torch.Tensor | None,
     others: dict[str, Any],
     dtype: torch.dtype,
 ) -> Inputs:
@@ -73,13 +73,15 @@ def read_inputs(
 
     Args:
         embed: the embedding.
-        others: the further arguments of ``forward``, as :meth:`bdh.BDHForCausalLM.forward` lists them.
+        others: the further arguments of ``forward``, ``document_starts`` among them, as
+            :meth:`bdh.BDHForCausalLM.forward` lists them.
         dtype: that of the model.
 
     Raises:
         TypeError, ValueError: as ``forward`` does.
     """
     others = {name: value for name, value in others.items() if value is not None}
+    document_starts = others.pop("document_starts", None)
     _check_names(others)
     B, T = _shape(config, input_ids, inputs_embeds)
     if past_key_values is not None:
@@ -108,6 +110,59 @@ def check_state_type(state: object) -> None:
             f"past_key_values is a {type(state).__name__}: must be a SynapticState, which forward returns and "
             "model.new_state() makes, or None. BDH keeps sums of fixed size, no keys and values"
         )
+
+
+def token_positions(
+    num_tokens: int,
+    *,
+    before: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    starts: torch.Tensor | None = None,
+    device: torch.device | str = "cpu",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where each token stands in its document: padding takes up no position, a document starts at 0.
+
+    Args:
+        before: int64 (B,): tokens of the document that the row goes on with. None for a fresh text in each row.
+        mask: bool (B, T): False for padding.
+        starts: bool (B, T): a document starts there, or, if that is padding, with the next token.
+
+    Returns:
+        The position of each token, int64 (B, T), or (1, T) where all rows are alike; and the position of the token
+        that comes next, (B,) or (1,).
+    """
+    if mask is None:
+        seen = torch.arange(num_tokens, device=device)[None]
+        total = torch.full((1,), num_tokens, device=device)
+    else:
+        seen = mask.long().cumsum(1) - mask.long()  # (B, T): tokens before each one
+        total = mask.sum(1)
+    if before is None:
+        before = torch.zeros(1, dtype=torch.int64, device=device)
+    if starts is None:
+        return seen + before[:, None], total + before
+    # The tokens before the newest start, which counts as position 0. They never grow fewer, so the largest is it.
+    at_start = torch.where(starts, seen, -before[:, None]).cummax(1).values  # (B, T)
+    return seen - at_start, total - at_start[:, -1]
+
+
+def shifted_labels(
+    labels: torch.Tensor | None,
+    shift_labels: torch.Tensor | None,
+    logits_to_keep: int | torch.Tensor,
+    shape: torch.Size,
+) -> torch.Tensor | None:
+    """What is to be predicted at each position, (B, T); None without labels."""
+    for name, given in (("labels", labels), ("shift_labels", shift_labels)):
+        if given is None:
+            continue
+        if tuple(given.shape) != tuple(shape):
+            raise ValueError(f"{name} has shape {tuple(given.shape)}: must be {tuple(shape)}, that of the tokens")
+        if isinstance(logits_to_keep, torch.Tensor) or logits_to_keep != 0:
+            raise ValueError(f"logits_to_keep was given with {name}: the loss needs the logits of all positions")
+    if shift_labels is None and labels is not None:
+        return F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    return shift_labels
 
 
 def _check_names(others: dict[str, Any]) -> None:

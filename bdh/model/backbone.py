@@ -1,25 +1,24 @@
-"""The model without a head: one layer that the text passes through L times."""
+"""What all BDH models of transformers have in common, and the model without a head.
+
+What they compute stands in :mod:`bdh.model.forward`, which knows nothing of transformers.
+"""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import can_return_tuple
 
 from bdh.model.arguments import Inputs, read_inputs
 from bdh.model.configuration import BDHConfig
+from bdh.model.forward import Hidden, run_layer
 from bdh.model.kernels import recheck_weights
-from bdh.model.passes import BlockPasses, Passes, plan_for
-from bdh.model.positions import token_positions
-from bdh.model.state import Columns, SynapticState
-from bdh.ops import eager
-from bdh.ops.attention import DecayMask, sum_dtype
+from bdh.model.state import SynapticState
+from bdh.ops.attention import sum_dtype
 from bdh.ops.blocks.plan import LayerOptions
-from bdh.ops.rope import rotation_table
 
 
 @dataclass
@@ -99,10 +98,9 @@ class BDHPreTrainedModel(PreTrainedModel):
         attention_mask: torch.Tensor | None,
         past_key_values: SynapticState | None,
         inputs_embeds: torch.Tensor | None,
-        document_starts: torch.Tensor | None,
         others: dict[str, Any],
     ) -> Inputs:
-        """The arguments of ``forward``, checked. ``others`` must all be such as mean nothing."""
+        """The arguments of ``forward``, checked; ``others`` are those that not every ``forward`` names."""
         return read_inputs(
             self.config,
             self.embed,
@@ -110,106 +108,30 @@ class BDHPreTrainedModel(PreTrainedModel):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
-            document_starts=document_starts,
             others=others,
             dtype=self.dtype,
         )
 
-    def _all_passes(
+    def _keeps_hidden_states(self, asked: bool | None) -> bool:
+        return bool(self.config.output_hidden_states if asked is None else asked)
+
+    def _run(
         self,
         inputs: Inputs,
-        *,
         use_cache: bool,
         form: str | None,
-        keep_hidden_states: bool | None,
-        for_loss: bool,
-    ) -> BDHModelOutput:
-        """The backbone of every ``forward``.
-
-        Args:
-            for_loss: whether a loss is computed from it.
-        """
-        config, mask, starts = self.config, inputs.mask, inputs.starts
-        v, given = inputs.v, inputs.state
-        B, T, _ = v.shape
-        form = form or config.attention_form
-        if keep_hidden_states is None:
-            keep_hidden_states = bool(config.output_hidden_states)
-        state = given
-        if given is not None and use_cache:
-            given.remember(inputs, self._advance)
-        if state is None and use_cache:
-            shape = (B, config.n_head, config.neurons_per_head, config.n_embd)
-            state = SynapticState.zeros(shape, 0, device=v.device)  # the passes add their sums
-        if not torch.compiler.is_compiling():
-            recheck_weights(self)  # a prompt: the tokens after it are read by the kernels
-        before = given.positions if given is not None else None
-        positions, following = token_positions(T, before=before, mask=mask, starts=starts, device=v.device)
-        decay_mask = self._decay_mask(starts, mask)
-        is_step = T == 1 and given is not None
-        # Blocks break the graph that torch.compile makes. It saves memory in training; what is not trained stays whole.
-        is_one_graph = torch.compiler.is_exporting() or (
-            torch.compiler.is_compiling() and not (for_loss or self.training)
+        output_hidden_states: bool | None,
+        *,
+        for_loss: bool = False,
+    ) -> Hidden:
+        keep_hidden_states = self._keeps_hidden_states(output_hidden_states)
+        return run_layer(
+            self, inputs, use_cache=use_cache, form=form, keep_hidden_states=keep_hidden_states, for_loss=for_loss
         )
-        # What keeps no state is no prompt, but is evaluated by its logits.
-        plan = None
-        if not (is_step or is_one_graph):
-            plan = plan_for(self, B, T, form, for_loss=for_loss or not use_cache)
-        passes: Passes
-        if plan is not None and plan.path != "plain":
-            passes = BlockPasses.of(
-                self, plan, positions, (B, T), mask=mask, decay_mask=decay_mask, keep_state=use_cache
-            )
-        else:
-            num_kept = config.n_layer if plan is None else plan.kept_passes
-            table = rotation_table(positions, config.neurons_per_head, config.rope_theta, self.embed.weight.dtype)
-            spec = eager.EagerSpec(
-                table=table[:, None],
-                eps=config.layer_norm_eps,
-                dtype=self.embed.weight.dtype,
-                form=form,
-                chunk_size=config.chunk_size,
-                decay_mask=decay_mask,
-                mask=mask,
-                dropout=config.dropout if self.training else 0.0,
-                keep_state=use_cache,
-            )
-            passes = _PlainPasses(self, num_kept, spec)
-
-        hidden_states = [v]
-        for index in range(config.n_layer):
-            sums = given.sums[index] if given is not None else None
-            v, sums = passes.run(index, v, sums)
-            if use_cache and state is not None and sums is not None:
-                state.sums[index : index + 1] = [sums]
-            if keep_hidden_states:
-                hidden_states.append(v)
-        if use_cache and state is not None:
-            state.positions = following.expand(B).clone()
-            state.num_columns += T
-        return BDHModelOutput(
-            last_hidden_state=v.to(self.embed.weight.dtype),
-            past_key_values=state if use_cache else None,
-            hidden_states=tuple(hidden_states) if keep_hidden_states else None,
-        )
-
-    @torch.no_grad()
-    def _advance(self, state: SynapticState, columns: Columns) -> None:
-        """Reads columns into a state."""
-        inputs = Inputs(columns.v, columns.mask, columns.starts, state)
-        self._all_passes(inputs, use_cache=True, form=None, keep_hidden_states=False, for_loss=False)
-
-    def _decay_mask(self, starts: torch.Tensor | None, mask: torch.Tensor | None) -> DecayMask | None:
-        """What weighs the past of a token; None where all of it counts alike."""
-        half_lives = self.config.half_lives
-        if half_lives is None:
-            return None if starts is None else DecayMask(starts)
-        dtype, device = sum_dtype(self.dtype), self.embed.weight.device
-        return DecayMask(starts, torch.tensor(half_lives, dtype=dtype, device=device), mask)
 
 
 class BDHModel(BDHPreTrainedModel):
-    """A Dragon Hatchling without a head, which gives the residual stream after the last pass.
+    """A Dragon Hatchling without a head, which gives the residual stream after the last layer step.
 
     ``AutoModel.from_pretrained`` makes one of the export of a language model, whose head it leaves aside.
     """
@@ -225,52 +147,27 @@ class BDHModel(BDHPreTrainedModel):
         """The model itself."""
         return self
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: SynapticState | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        document_starts: torch.Tensor | None = None,
         use_cache: bool | None = None,
         attention_form: str | None = None,
         output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> BDHModelOutput | tuple[Any, ...]:
-        """The residual stream after the last pass, ``last_hidden_state`` (B, T, D), in the dtype of the model.
+    ) -> BDHModelOutput:
+        """The residual stream after the last layer step, ``last_hidden_state`` (B, T, D), in the dtype of the model.
 
         The arguments are those of :meth:`bdh.BDHForCausalLM.forward`, without those of its head.
 
         Raises:
             TypeError, ValueError: as there.
         """
-        inputs = self._read(input_ids, attention_mask, past_key_values, inputs_embeds, document_starts, kwargs)
+        inputs = self._read(input_ids, attention_mask, past_key_values, inputs_embeds, kwargs)
         if use_cache is None:
             use_cache = past_key_values is not None or (self.config.use_cache and not self.training)
-        output = self._all_passes(
-            inputs,
-            use_cache=use_cache,
-            form=attention_form,
-            keep_hidden_states=output_hidden_states,
-            for_loss=False,
-        )
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if return_dict else output.to_tuple()
-
-
-@dataclass(frozen=True)
-class _PlainPasses:
-    """The layer steps by autograd, over all tokens at once."""
-
-    model: BDHPreTrainedModel
-    num_kept: int
-    """The first so many passes keep their activations for the backward pass; those of the others are recomputed."""
-    spec: eager.EagerSpec
-
-    def run(self, index: int, v: torch.Tensor, sums: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        layer = eager.Layer(self.model.encoder, list(self.model.encoder_v), self.model.decoder)
-        if index < self.num_kept:
-            return eager.train(v, layer, self.spec, sums)
-        checkpointed = getattr(self.model, "_gradient_checkpointing_func", partial(checkpoint, use_reentrant=False))
-        return checkpointed(eager.train, v, layer, self.spec, sums)
+        hidden = self._run(inputs, use_cache, attention_form, output_hidden_states)
+        return BDHModelOutput(last_hidden_state=hidden.v, past_key_values=hidden.state, hidden_states=hidden.every_v)

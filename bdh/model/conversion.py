@@ -10,16 +10,13 @@ import functools
 import math
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from bdh.model.configuration import BDHConfig
 from bdh.model.network import one_line_type_faults
 from bdh.storage import check_file
-
-if TYPE_CHECKING:
-    from bdh.model.modeling import BDHForCausalLM
 
 WEIGHT_KEYS = ("embed.weight", "encoder", "encoder_v", "decoder", "lm_head")
 FREQUENCY_KEY = "attn.freqs"
@@ -77,10 +74,10 @@ def _why_not_loaded(path: str | Path, error: Exception) -> str:
     return f"{path} is not a complete PyTorch checkpoint: {reason}"
 
 
-def model_from_reference(
+def from_reference(
     state_dict: dict[str, torch.Tensor], config: BDHConfig | dict[str, Any] | None = None
-) -> "BDHForCausalLM":
-    """A model with the weights of ``state_dict``.
+) -> tuple[BDHConfig, dict[str, torch.Tensor], torch.dtype]:
+    """The configuration, the weights by the names of :class:`bdh.BDHForCausalLM`, and the dtype that holds them all.
 
     Args:
         state_dict: keys may carry the prefixes that ``torch.compile`` and ``DistributedDataParallel`` add.
@@ -92,8 +89,6 @@ def model_from_reference(
         ValueError: tensors are missing, or unknown, or do not have the shapes of the configuration; or it has a value
             of a wrong type or out of range.
     """
-    from bdh.model.modeling import BDHForCausalLM
-
     tensors = {_without_wrappers(str(key)): value for key, value in state_dict.items()}
     missing = [key for key in WEIGHT_KEYS if key not in tensors]
     unknown = sorted(set(tensors) - {*WEIGHT_KEYS, FREQUENCY_KEY})
@@ -122,18 +117,15 @@ def model_from_reference(
     }
     # Weights of several dtypes take the narrowest that holds them all, so that no number changes.
     dtype = functools.reduce(torch.promote_types, (tensors[key].dtype for key in WEIGHT_KEYS))
-    model = BDHForCausalLM(config).to(dtype=dtype)  # type: ignore[call-arg]  # transformers wraps `to`
-    model.load_state_dict(converted)
-    return model.eval()
+    return config, converted, dtype
 
 
-def reference_state_dict(model: "BDHForCausalLM") -> dict[str, torch.Tensor]:
+def to_reference(config: BDHConfig, model: Any) -> dict[str, torch.Tensor]:
     """The weights of ``model`` under the reference's names and shapes, its ``attn.freqs`` buffer included.
 
     Raises:
         ValueError: the model's state decays, which that code cannot compute.
     """
-    config = model.config
     _check_no_decay(config)
     D, H, N = config.n_embd, config.n_head, config.neurons_per_head
     tensors = {

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from bdh.model.checksum import checksum
-from bdh.model.linear import adapters_in_effect
 from bdh.model.modeling import BDHForCausalLM
+from bdh.model.private_api import version_of
+from bdh.model.weights import adapters_in_effect
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def weights_mark(model: BDHForCausalLM) -> WeightsMark:
     weights = list(model.state_dict(keep_vars=True).values())
     return WeightsMark(
         (checksum(weights), adapters_in_effect(model)),
-        tuple(-1 if weight.is_inference() else weight._version for weight in weights),
+        tuple(version_of(weight) for weight in weights),
     )
 
 

@@ -10,7 +10,8 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from bdh.model.checksum import Memory, checksum
-from bdh.model.linear import has_hooks, layer_modules, weights_obstacle
+from bdh.model.private_api import has_hooks, version_of
+from bdh.model.weights import layer_modules, weights_obstacle
 
 if TYPE_CHECKING:
     from bdh.model.modeling import BDHForCausalLM
@@ -153,10 +154,7 @@ def _weights(model: "BDHForCausalLM") -> list[torch.Tensor]:
 def _key(model: "BDHForCausalLM") -> tuple[Any, ...]:
     """Changes with the memory that weights are in, where autograd counts with what it holds, and with constants."""
     config = model.config
-    # Tensors made in inference mode have no version.
-    places = [
-        (w.data_ptr(), w.dtype, w.shape, w.stride(), -1 if w.is_inference() else w._version) for w in _weights(model)
-    ]
+    places = [(w.data_ptr(), w.dtype, w.shape, w.stride(), version_of(w)) for w in _weights(model)]
     return config.rope_theta, config.layer_norm_eps, config.n_layer, *places
 
 

@@ -1,25 +1,23 @@
-"""The language model: the backbone, and a head that predicts the next token."""
+"""The language model and the classifier, in transformers' classes: arguments, the loss, and the state as a cache."""
 
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationMixin
-from transformers.generation.configuration_utils import GenerationMode
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutputWithPast
+from transformers.utils import can_return_tuple
 
-from bdh.model.arguments import Inputs, check_state_type
+from bdh.model.arguments import check_state_type, shifted_labels
 from bdh.model.backbone import BDHModel, BDHPreTrainedModel
-from bdh.model.classification import BDHForSequenceClassification
 from bdh.model.configuration import BDHConfig
-from bdh.model.kernels import kernel_obstacle, recurrence_of
+from bdh.model.conversion import from_reference, to_reference
+from bdh.model.forward import step_by_kernels
+from bdh.model.private_api import StateForGeneration
 from bdh.model.state import SynapticState
 from bdh.model.text import TextGenerationMixin
-from bdh.ops.backends import Work, choose_backend
-from bdh.ops.loss import IGNORE_INDEX, chunked_cross_entropy, cross_entropy
+from bdh.ops.loss import chunked_cross_entropy, cross_entropy
 
 # Above this many logits (128 MiB in float32) the loss is computed in chunks of tokens.
 MAX_LOGITS_IN_ONE_PIECE = 2**25
@@ -32,7 +30,7 @@ class BDHOutput(CausalLMOutputWithPast):
     past_key_values: SynapticState | None = None  # type: ignore[assignment]
 
 
-class BDHForCausalLM(TextGenerationMixin, BDHPreTrainedModel, GenerationMixin):
+class BDHForCausalLM(TextGenerationMixin, BDHPreTrainedModel, StateForGeneration, GenerationMixin):
     """A Dragon Hatchling language model (arXiv 2509.26507).
 
     The weights, with the names of the published reference code and those of the paper:
@@ -52,12 +50,14 @@ class BDHForCausalLM(TextGenerationMixin, BDHPreTrainedModel, GenerationMixin):
     """
 
     accepts_loss_kwargs = True  # num_items_in_batch, for transformers' Trainer
+    check_state = staticmethod(check_state_type)
 
     def __init__(self, config: BDHConfig):
         super().__init__(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -71,16 +71,15 @@ class BDHForCausalLM(TextGenerationMixin, BDHPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         attention_form: str | None = None,
         output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> BDHOutput | tuple[Any, ...]:
+    ) -> BDHOutput:
         """Logits of the next token at every position, and the loss where labels are given.
 
         Args:
             input_ids: int64 (B, T).
             attention_mask: (B, T), or (B, columns fed before + T): 0 marks padding, which neither is seen by
                 other tokens nor takes up a position. What it says of columns fed before is not read again.
-            past_key_values: the state to go on from; it is advanced in place, unless ``use_cache`` is False.
+            past_key_values: the state to continue from; it is advanced in place, unless ``use_cache`` is False.
                 None starts a text.
             inputs_embeds: (B, T, D) instead of ``input_ids``; the first layer norm is applied to them too.
             labels: (B, T), aligned with ``input_ids`` as in all of transformers: the label of a position is
@@ -93,8 +92,8 @@ class BDHForCausalLM(TextGenerationMixin, BDHPreTrainedModel, GenerationMixin):
             logits_to_keep: compute the logits of the last so many positions only (0: of all), or of the
                 positions in an index tensor. Not together with labels, which need all of them.
             attention_form: overrides the configuration's.
-            output_hidden_states: return v before the first and after each pass, (B, T, D) each.
-            **kwargs: ``shift_labels``, (B, T) labels already shifted: that of a position is the token behind it;
+            output_hidden_states: return v before the first and after each layer step, (B, T, D) each.
+            **kwargs: ``shift_labels``, (B, T) labels already shifted: that of a position is the token after it;
                 they are taken where both are given. (transformers' Trainer wants every named argument with
                 "label" in its name.) What libraries tell of packed batches, as ``document_starts`` does: ``seq_idx``
                 (B, T), which changes where one starts; ``cu_seq_lens_q`` (documents + 1,) of one row, with
@@ -109,70 +108,23 @@ class BDHForCausalLM(TextGenerationMixin, BDHPreTrainedModel, GenerationMixin):
 
         Raises:
             TypeError: an argument that is none of these, or a cache of keys and values.
-            ValueError: arguments that contradict each other or ask for what the model has not, wrong shapes, token ids outside of the vocabulary (on the CPU), or a state of
-                another model or batch size; the state is left as it was.
+            ValueError: arguments that contradict each other or ask for what the model has not, wrong shapes, token ids outside of the
+                vocabulary (on the CPU), or a state of another model or batch size; the state is left as it was.
         """
         shift_labels = kwargs.pop("shift_labels", None)
-        inputs = self._read(input_ids, attention_mask, past_key_values, inputs_embeds, document_starts, kwargs)
-        targets = _targets(labels, shift_labels, logits_to_keep, inputs.v.shape[:2])  # (B, T) or None
+        kwargs["document_starts"] = document_starts
+        inputs = self._read(input_ids, attention_mask, past_key_values, inputs_embeds, kwargs)
+        targets = shifted_labels(labels, shift_labels, logits_to_keep, inputs.v.shape[:2])  # (B, T) or None
         if use_cache is None:
             use_cache = past_key_values is not None or (self.config.use_cache and not self.training and targets is None)
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        if targets is None and inputs.is_plain_step and input_ids is not None:
-            step = self._kernel_step(input_ids, inputs, use_cache, attention_form, output_hidden_states)
-            if step is not None:
-                output = BDHOutput(logits=step, past_key_values=past_key_values)
-                return output if return_dict else output.to_tuple()
-        hidden = self._all_passes(
-            inputs,
-            use_cache=use_cache,
-            form=attention_form,
-            keep_hidden_states=output_hidden_states,
-            for_loss=targets is not None,
-        )
-        loss, logits = self._loss_and_logits(hidden.last_hidden_state, targets, num_items_in_batch, logits_to_keep)
-        output = BDHOutput(
-            loss=loss, logits=logits, past_key_values=hidden.past_key_values, hidden_states=hidden.hidden_states
-        )
-        return output if return_dict else output.to_tuple()
-
-    def _kernel_step(
-        self,
-        input_ids: torch.Tensor,
-        inputs: Inputs,
-        use_cache: bool,
-        attention_form: str | None,
-        output_hidden_states: bool | None,
-    ) -> torch.Tensor | None:
-        """Logits (B, 1, V) of one token for each row, by the sparse kernels; None where they do not serve."""
-        form = attention_form or self.config.attention_form
-        is_plain = use_cache and form == "auto" and not torch.is_grad_enabled()
-        if not is_plain or self.training or torch.compiler.is_compiling():
-            return None
-        if self.config.output_hidden_states if output_hidden_states is None else output_hidden_states:
-            return None
-        if torch.is_autocast_enabled(self.device.type) or self.config.half_lives is not None:
-            return None
-        state = inputs.state
-        if state is None or any(sums.requires_grad for sums in state.sums):
-            return None
-        if choose_backend("advance", "auto", Work(self.device, obstacle=kernel_obstacle(self))).backend.name != "cpu":
-            return None
-        state.remember(inputs, self._advance)
-        state.sums = [sums.contiguous() for sums in state.sums]
-        recurrence = recurrence_of(self, is_prompt=state.num_columns == 0)
-        v = recurrence.read(
-            np.ascontiguousarray(input_ids[:, 0], np.int64),
-            state.positions.contiguous().numpy(),
-            np.arange(len(input_ids) + 1),
-            np.array([[row.data_ptr() for row in sums] for sums in state.sums]),
-            torch.float32,
-        )
-        # Written to behind PyTorch's back: a backward pass that has kept them must see that they have changed.
-        torch.autograd.graph.increment_version(state.sums)
-        state.positions = state.positions + 1
-        state.num_columns += 1
-        return recurrence.logits(v)[:, None]
+        keep_hidden = self._keeps_hidden_states(output_hidden_states)
+        if targets is None and use_cache and not keep_hidden and input_ids is not None:
+            logits = step_by_kernels(self, input_ids, inputs, attention_form)
+            if logits is not None:
+                return BDHOutput(logits=logits, past_key_values=past_key_values)
+        hidden = self._run(inputs, use_cache, attention_form, keep_hidden, for_loss=targets is not None)
+        loss, logits = self._loss_and_logits(hidden.v, targets, num_items_in_batch, logits_to_keep)
+        return BDHOutput(loss=loss, logits=logits, past_key_values=hidden.state, hidden_states=hidden.every_v)
 
     def _loss_and_logits(
         self,
@@ -202,40 +154,6 @@ class BDHForCausalLM(TextGenerationMixin, BDHPreTrainedModel, GenerationMixin):
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.lm_head = new_embeddings
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        """Tells `generate` to make no cache of keys and values: ``forward`` makes the state."""
-        return False
-
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int, *sizes: Any
-    ) -> Any:
-        """Makes a state where `generate` wants one beforehand: to take tokens back, and for a prompt read in pieces.
-
-        Raises:
-            TypeError: the cache that is given is that of another kind of model.
-            ValueError: a text is to be continued from a state, with tokens proposed by an assistant.
-        """
-        given = model_kwargs.get("past_key_values")
-        is_assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
-        if given is not None:
-            check_state_type(given)
-            if is_assisted and given.num_columns:  # transformers reads the whole text on any cache then, silently
-                raise ValueError(
-                    f"past_key_values has read {given.num_columns} columns: must be left out with assistant_model and "
-                    "prompt_lookup_num_tokens, with which transformers reads the whole text anew"
-                )
-        prepare: Any = super()._prepare_cache_for_generation  # type: ignore[misc]
-        prepare(generation_config, model_kwargs, generation_mode, batch_size, *sizes)
-        takes_back = generation_config.is_assistant or is_assisted
-        if given is not None or generation_config.use_cache is False:
-            return
-        if takes_back or generation_config.prefill_chunk_size is not None:
-            rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
-            state = model_kwargs["past_key_values"] = self.new_state(rows)
-            if takes_back:
-                state.activate_past_recording()
 
     def prepare_inputs_for_generation(  # type: ignore[override]  # what it calls a cache is a state here
         self,
@@ -282,53 +200,85 @@ class BDHForCausalLM(TextGenerationMixin, BDHPreTrainedModel, GenerationMixin):
             **kwargs,
         )
 
-    def _expand_inputs_for_generation(
-        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
-    ) -> tuple[Any, dict[str, Any]]:
-        """Repeats each row for its beams or continuations: those of the state too, into a copy of it."""
-        state = model_kwargs.get("past_key_values")
-        given = input_ids if input_ids is not None else model_kwargs.get("inputs_embeds")
-        if expand_size > 1 and state is not None and given is not None and state.batch_size == given.shape[0]:
-            rows = torch.arange(state.batch_size).repeat_interleave(expand_size)
-            model_kwargs["past_key_values"] = state.filter(rows)
-        expand: Any = super()._expand_inputs_for_generation  # type: ignore[misc]
-        return expand(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
-        )
-
     @classmethod
     def from_reference(
         cls, state_dict: dict[str, torch.Tensor], config: BDHConfig | dict[str, Any] | None = None
     ) -> "BDHForCausalLM":
-        """A model with the weights of the published reference code; see :mod:`bdh.model.conversion`."""
-        from bdh.model.conversion import model_from_reference
-
-        return model_from_reference(state_dict, config)
+        """A model with the weights of the published reference code; see :func:`bdh.model.conversion.from_reference`."""
+        config, weights, dtype = from_reference(state_dict, config)
+        model = cls(config).to(dtype=dtype)  # type: ignore[call-arg]  # transformers wraps `to`
+        model.load_state_dict(weights)
+        return model.eval()
 
     def to_reference(self) -> dict[str, torch.Tensor]:
-        """The weights in the layout of the published reference code, ``attn.freqs`` included."""
-        from bdh.model.conversion import reference_state_dict
+        """The weights in the layout of the published reference code, ``attn.freqs`` included.
 
-        return reference_state_dict(self)
+        Raises:
+            ValueError: the model's state decays, which that code cannot compute.
+        """
+        return to_reference(self.config, self)
 
 
-def _targets(
-    labels: torch.Tensor | None,
-    shift_labels: torch.Tensor | None,
-    logits_to_keep: int | torch.Tensor,
-    shape: torch.Size,
-) -> torch.Tensor | None:
-    """What is to be predicted at each position, (B, T); None without labels."""
-    for name, given in (("labels", labels), ("shift_labels", shift_labels)):
-        if given is None:
-            continue
-        if tuple(given.shape) != tuple(shape):
-            raise ValueError(f"{name} has shape {tuple(given.shape)}: must be {tuple(shape)}, that of the tokens")
-        if isinstance(logits_to_keep, torch.Tensor) or logits_to_keep != 0:
-            raise ValueError(f"logits_to_keep was given with {name}: the loss needs the logits of all positions")
-    if shift_labels is None and labels is not None:
-        return F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-    return shift_labels
+class BDHForSequenceClassification(BDHPreTrainedModel):
+    """A Dragon Hatchling that tells texts apart: ``score`` is a ``Linear`` from D to ``config.num_labels``.
+
+    ``AutoModelForSequenceClassification.from_pretrained`` makes one of the export of a language model, with a new head.
+    """
+
+    accepts_loss_kwargs = False  # the loss is the mean of a batch, whatever transformers' Trainer accumulates
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]  # noqa: RUF012 (transformers declares it as a class variable)
+
+    def __init__(self, config: BDHConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.score = nn.Linear(config.n_embd, config.num_labels or 2, bias=False)  # 2: transformers' default
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: SynapticState | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutputWithPast:
+        """Logits (B, num_labels) of each text, at its last token, and the loss where labels are given.
+
+        The last token is that of ``attention_mask``; without one, the last that is not ``config.pad_token_id``.
+
+        Args:
+            labels: of classes int64 (B,); of regression (``num_labels`` 1) float (B,); of several classes at once float
+                (B, num_labels). ``config.problem_type`` says which, or follows from them, as in all of transformers.
+
+        The other arguments are those of :meth:`bdh.BDHForCausalLM.forward`.
+
+        Raises:
+            TypeError, ValueError: as there.
+        """
+        inputs = self._read(input_ids, attention_mask, past_key_values, inputs_embeds, kwargs)
+        use_cache = past_key_values is not None if use_cache is None else use_cache
+        hidden = self._run(inputs, use_cache, None, output_hidden_states, for_loss=labels is not None)
+        B, T, _ = inputs.v.shape
+        is_token = attention_mask[:, -T:].bool() if attention_mask is not None else None
+        if is_token is None and input_ids is not None and self.config.pad_token_id is not None:
+            is_token = input_ids != self.config.pad_token_id
+        v = hidden.v
+        columns = torch.arange(T, device=v.device)
+        last = columns[-1:].expand(B) if is_token is None else (columns * is_token.to(v.device)).argmax(1)
+        logits = self.score(v[torch.arange(B, device=v.device), last])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=hidden.state,  # type: ignore[arg-type]  # a state here
+            hidden_states=hidden.every_v,
+        )
 
 
 # All of them here, which needs the others: importing an auto class imports this module (bdh.autoregister).

@@ -4,13 +4,12 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.utils._pytree import GetAttrKey, register_pytree_node
 
+from bdh.model.private_api import register_pytree
 from bdh.storage import atomic_file
 
 FILE_FORMAT = "bdh-synaptic-state-1"
@@ -215,22 +214,4 @@ class SynapticState:
         self._record = None if self._record is None else []  # of rows that have changed places
 
 
-def _flatten(state: SynapticState) -> tuple[list[Any], list[str]]:
-    names = ["sums", "positions", "num_columns"]
-    return [getattr(state, name) for name in names], names
-
-
-def _flatten_with_names(state: SynapticState) -> tuple[list[Any], list[str]]:
-    leaves, names = _flatten(state)
-    return [(GetAttrKey(name), leaf) for name, leaf in zip(names, leaves, strict=True)], names
-
-
-# For torch.export, and so ONNX: a state is an input and an output as a list or a dict is. (PyTorch's own public way,
-# torch.export.register_dataclass, is for dataclasses, which FSDP copies where a state is to be advanced in place.)
-register_pytree_node(
-    SynapticState,
-    _flatten,
-    lambda leaves, _: SynapticState(*leaves),
-    serialized_type_name="bdh.SynapticState",
-    flatten_with_keys_fn=_flatten_with_names,
-)
+register_pytree(SynapticState, ["sums", "positions", "num_columns"])

@@ -27,6 +27,14 @@ Storage = Literal["float32", "bfloat16"]
 _FLOAT32_ONLY = frozenset({"float32"})
 
 
+class LayerWeights(NamedTuple):
+    """E, Ev and Dec as matrices, one row for each neuron, in the dtype that is computed in."""
+
+    encoder: torch.Tensor  # (H * N, D)
+    encoder_v: tuple[torch.Tensor, ...]  # H of (N, D)
+    decoder: torch.Tensor  # (H * N, D): transposed
+
+
 class Work(NamedTuple):
     """What a backend is asked to compute."""
 

@@ -7,7 +7,7 @@ import torch
 
 from bdh.distributed.config import DistributedConfig
 from bdh.model import BDHConfig, BDHForCausalLM
-from bdh.model.passes import layer_shape, plan_for
+from bdh.model.forward import layer_shape, plan_for
 from bdh.ops.blocks.plan import LayerOptionError, LayerOptions, LayerPlan, LayerShape, plan_layer
 from bdh.train.config import TrainSettings
 from bdh.train.runtime import Runtime

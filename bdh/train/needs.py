@@ -11,8 +11,8 @@ from bdh.distributed import environment
 from bdh.distributed.world import World
 from bdh.memory import available_bytes, used_bytes
 from bdh.model import BDHConfig, BDHForCausalLM
-from bdh.model.linear import layer_modules, product_obstacle
 from bdh.model.modeling import MAX_LOGITS_IN_ONE_PIECE
+from bdh.model.weights import layer_modules, product_obstacle
 from bdh.ops.attention import sum_dtype
 from bdh.ops.blocks.plan import LayerPlan
 from bdh.train.config import RunSettings

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from bdh.bench import split
-from bdh.ops.blocks import function
+from bdh.ops.blocks import train
 
 
 @pytest.fixture
@@ -24,12 +24,12 @@ def test_the_parts_add_up_to_the_step_of_median_length(clock, monkeypatch, round
     def take(seconds):
         clock.now += seconds
 
-    monkeypatch.setattr(function, "learn_block", take)
+    monkeypatch.setattr(train, "learn_block", take)
     times = iter([(0.2, 0.1), (2.0, 0.0), (0.4, 0.3)])
 
     def step():
         in_part, outside = next(times)
-        function.learn_block(in_part)
+        train.learn_block(in_part)
         take(outside)
 
     seconds, parts = split.median_step(step, "cpu", rounds)

@@ -12,7 +12,7 @@ from bdh.bench.split import timed_parts
 from bdh.bench.train import _compare, bench_one_step, bench_train
 from bdh.bench.training import BlocksStep, Memory, NaiveStep, TrainCase, dropout_masks, gpt2_config
 from bdh.model import BDHConfig, BDHForCausalLM
-from bdh.ops.blocks import function
+from bdh.ops.blocks import train as blocks
 from bdh.ops.blocks.plan import LayerOptionError, LayerOptions
 
 CONFIG = {"vocab_size": 31, "n_embd": 16, "n_head": 2, "n_layer": 2, "mlp_internal_dim_multiplier": 4, "dropout": 0.2}
@@ -37,13 +37,13 @@ def test_equal_gradients_agree(case):
 
 @pytest.mark.parametrize("factor", [1.01, float("nan")])
 def test_a_wrong_gradient_is_found(case, monkeypatch, factor):
-    right = function.read_block_backward
+    right = blocks.read_block_backward
 
     def wrong(*arguments):
         found = right(*arguments)
         return found._replace(q=found.q * factor)
 
-    monkeypatch.setattr(function, "read_block_backward", wrong)
+    monkeypatch.setattr(blocks, "read_block_backward", wrong)
     report, agreement = compared(case)
     assert report.failed
     assert not agreement["agrees"]
@@ -134,9 +134,9 @@ def test_gpt2_has_about_as_many_parameters(wanted):
 def test_timing_the_parts_leaves_nothing_behind():
     torch.manual_seed(0)
     model = BDHForCausalLM(BDHConfig(**CONFIG)).train()
-    before = function._neurons, function.read_block
+    before = blocks.make_neurons, blocks.read_block
     with timed_parts("cpu") as seconds:
         model(torch.zeros(2, 9, dtype=torch.long), labels=torch.zeros(2, 9, dtype=torch.long)).loss.backward()
-    assert (function._neurons, function.read_block) == before
+    assert (blocks.make_neurons, blocks.read_block) == before
     assert len(seconds) == 7  # fire, read, respond, all three backwards, and the rotation of the x that was kept
     assert all(value > 0 for value in seconds.values())

@@ -154,7 +154,7 @@ pipeline("text-generation", folder)
     assert run_without_bdh(code, exported, tmp_path) == ["bdh_auto.BDHForCausalLM"]
 
 
-@pytest.mark.parametrize("name", ["backbone", "classification"])
+@pytest.mark.parametrize("name", ["backbone", "modeling"])
 def test_any_of_its_modules_can_be_imported_first(name):
     code = f"""import bdh.model.{name}
 from transformers import AutoModel, AutoModelForSequenceClassification

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from bdh.model.passes import plan_for
+from bdh.model.forward import plan_for
 from bdh.ops.blocks.plan import LayerOptions
 from bdh.ops.cpu.runtime import unavailable_reason
 
@@ -48,7 +48,7 @@ def test_blocks_are_the_plain_passes(make_model, tokens, path, decay, given):
 
 @pytest.mark.parametrize("path", BLOCKS)
 def test_gradients_flow_through_a_state(make_model, tokens, path):
-    """Those of a loss behind a state decay_mask what was read into it."""
+    """Those of a loss after a state reach what was read into it."""
     model = make_model().train()
 
     def gradients(chosen):
@@ -90,7 +90,7 @@ def test_the_mask_is_the_same_on_every_path_and_for_every_cut(make_model, tokens
 
 
 def test_every_pass_has_a_mask_of_its_own(make_model):
-    from bdh.model.passes import draw_seeds
+    from bdh.model.forward import draw_seeds
 
     assert len(set(draw_seeds(6, torch.device("cpu")).tolist())) == 6
 

@@ -8,7 +8,7 @@ import torch
 
 from bdh.ops.attention import choose_form
 from bdh.ops.backends import BackendError, LayerPath, Work, choose_backend
-from bdh.ops.blocks.function import BlockSizes
+from bdh.ops.blocks.train import BlockSizes
 
 Recompute = Literal["none", "pass", "auto"]
 RECOMPUTE: tuple[str, ...] = get_args(Recompute)

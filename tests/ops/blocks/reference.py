@@ -6,10 +6,10 @@ import torch
 
 from bdh.ops import naive
 from bdh.ops.attention import DecayMask
-from bdh.ops.blocks.dropout import Dropout, kept, make_dropout
-from bdh.ops.blocks.function import BlockSizes, PassSpec, wide_pass
-from bdh.ops.blocks.neurons import LayerWeights
-from bdh.ops.blocks.rotation import make_rotation
+from bdh.ops.backends import LayerWeights
+from bdh.ops.blocks.train import BlockSizes, BlockSpec, wide_step
+from bdh.ops.dropout import Dropout, kept, make_dropout
+from bdh.ops.rope import make_rotation
 
 THETA, EPS = 2.0**16, 1e-5
 
@@ -79,8 +79,8 @@ class Case:
             return None
         return DecayMask(self.document_starts, self.lives, self.mask if self.padding else None)
 
-    def spec(self) -> PassSpec:
-        return PassSpec(
+    def spec(self) -> BlockSpec:
+        return BlockSpec(
             eps=EPS,
             rotation=make_rotation(
                 self.positions if self.starts or self.padding else self.positions[:1], self.N, THETA, self.dtype
@@ -94,12 +94,12 @@ class Case:
             keep_scores=self.keep_scores,
         )
 
-    def by_blocks(self, spec: PassSpec | None = None):
+    def by_blocks(self, spec: BlockSpec | None = None):
         """The output and the new state."""
         encoder = self.encoder.transpose(1, 2).reshape(self.H * self.N, self.D)
         encoder_v = tuple(head.t().contiguous() for head in self.encoder_v)
         values = self.v * self.mask[..., None].to(self.dtype)
-        return wide_pass(values, LayerWeights(encoder, encoder_v, self.decoder), spec or self.spec(), self.first)
+        return wide_step(values, LayerWeights(encoder, encoder_v, self.decoder), spec or self.spec(), self.first)
 
     def by_equations(self):
         """The same, from ``bdh/ops/naive.py``."""

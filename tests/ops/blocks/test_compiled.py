@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from bdh.ops.blocks import neurons
+from bdh.ops.blocks import block
 from tests.ops.blocks.reference import Case, differences
 
 
@@ -18,9 +18,9 @@ def test_compiled_parts_are_those_that_are_not(monkeypatch):
 
     def compile_parts(self, function, *arguments):
         compiled.append(function)
-        return neurons._compiled(function)(*arguments)
+        return block._compiled(function)(*arguments)
 
-    monkeypatch.setattr(neurons.TorchNeurons, "_run", compile_parts)
+    monkeypatch.setattr(block.TorchNeurons, "_run", compile_parts)
     found = case.found(case.by_blocks())
     assert len(set(compiled)) == 4  # rotated, gated, and both backwards
     assert max(differences(found, expected)) < 1e-12  # fused, but in float64

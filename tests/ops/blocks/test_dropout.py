@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bdh.ops.blocks.dropout import kept, make_dropout
+from bdh.ops.dropout import kept, make_dropout
 
 
 def mask_of(seed=5, rate=0.1, neurons=512, rows=8, tokens=256):

@@ -1,4 +1,4 @@
-"""The neurons of a block by the kernels of :mod:`bdh.ops.cpu.layer_kernels`."""
+"""The neurons of a block by the kernels of :mod:`bdh.ops.cpu.train_kernels`."""
 
 import threading
 from functools import cache
@@ -6,8 +6,9 @@ from functools import cache
 import numpy as np
 import torch
 
-from bdh.ops.blocks.neurons import Block, Fired, LayerWeights, zeros_like
-from bdh.ops.cpu import layer_kernels as kernels
+from bdh.ops.backends import LayerWeights
+from bdh.ops.blocks.block import Block, Fired, zeros_like
+from bdh.ops.cpu import train_kernels as kernels
 from bdh.ops.cpu.crowding import calm, crowding
 from bdh.ops.cpu.runtime import compiled, exclusive, follow_torch_threads
 from bdh.ops.cpu.vector import LANES

@@ -1,21 +1,31 @@
-"""When a linear module is its weight alone, and when it is that with the adapters of ``peft`` added to it."""
+"""The matrices that E, Ev and Dec multiply with: the weights of plain linear modules, with the adapters of ``peft`` added."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from bdh.model.backbone import BDHPreTrainedModel
+from bdh.model.private_api import has_hooks
+from bdh.ops.backends import LayerWeights
 
 
-def layer_modules(model: "BDHPreTrainedModel") -> list[nn.Module]:
-    """The modules of the layer."""
+def layer_modules(model: Any) -> list[nn.Module]:
+    """E, the heads of Ev, and Dec."""
     return [model.encoder, *model.encoder_v, model.decoder]
 
 
-def weights_obstacle(modules: list[nn.Module]) -> str | None:
-    """What keeps the modules from being computed by their weights alone; None where they are plain ``nn.Linear``."""
+def layer_weights(model: Any, dtype: torch.dtype) -> LayerWeights:
+    """The matrices of the layer, with adapters folded in; gradients flow to what they are made of.
+
+    Only where :func:`product_obstacle` has found none.
+    """
+    encoder, *encoder_v, decoder = (_product_weight(module).to(dtype) for module in layer_modules(model))
+    return LayerWeights(encoder, tuple(encoder_v), decoder.t().contiguous())
+
+
+def weights_obstacle(modules: Sequence[nn.Module]) -> str | None:
+    """Why the modules cannot be computed by their weights alone; None where they are plain ``nn.Linear``."""
     for module in modules:
         if type(module) is not nn.Linear or nn.utils.parametrize.is_parametrized(module):
             return f"a layer is {type(module).__module__}.{type(module).__name__}, not a plain nn.Linear"
@@ -34,27 +44,13 @@ def weights_obstacle(modules: list[nn.Module]) -> str | None:
     return None
 
 
-def product_obstacle(modules: list[nn.Module]) -> str | None:
-    """What keeps the modules from being products with the matrices of :func:`product_weight`; None where nothing does."""
+def product_obstacle(modules: Sequence[nn.Module]) -> str | None:
+    """Why the modules are no products with the matrices of :func:`layer_weights`; None where they are."""
     for module in modules:
         obstacle = _adapters_obstacle(module) if _has_adapters(module) else weights_obstacle([module])
         if obstacle is not None:
             return obstacle
     return None
-
-
-def product_weight(module: Any) -> torch.Tensor:
-    """The matrix (out, in) that a module multiplies with: its weight, plus the product of each adapter's factors.
-
-    Gradients flow to what it is made of. Only where :func:`product_obstacle` has found none.
-    """
-    if not _has_adapters(module):
-        return module.weight
-    weight: torch.Tensor = module.base_layer.weight
-    for name in _active(module):
-        # As the merged weights of an export are; peft's own order of the products keeps one of (tokens, r) instead.
-        weight = weight + module.get_delta_weight(name).to(weight.dtype)
-    return weight
 
 
 def adapters_in_effect(model: nn.Module) -> tuple[object, ...]:
@@ -66,9 +62,15 @@ def adapters_in_effect(model: nn.Module) -> tuple[object, ...]:
     )
 
 
-def has_hooks(module: nn.Module) -> bool:
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, kind) for kind in kinds)
+def _product_weight(module: Any) -> torch.Tensor:
+    """The matrix (out, in) that a module multiplies with: its weight, plus the product of each adapter's factors."""
+    if not _has_adapters(module):
+        return module.weight
+    weight: torch.Tensor = module.base_layer.weight
+    for name in _active(module):
+        # As the merged weights of an export are; peft's own order of the products keeps one of (tokens, r) instead.
+        weight = weight + module.get_delta_weight(name).to(weight.dtype)
+    return weight
 
 
 def _has_adapters(module: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The wide part of one pass: from v to the decoder's output, block by block, forwards and backwards.
+"""A layer step in blocks: from v to v, forwards and backwards, with nothing wide kept for the backward pass.
 
 Autograd keeps v, which is (B, T, D), and the weights. Everything that is as wide as the neurons exists for one block at a
 time, one head and some sequences, and is computed again in the backward pass, unless there is memory to keep it.
@@ -12,15 +12,16 @@ from typing import Any, NamedTuple
 import torch
 
 from bdh.ops.attention import DecayMask, DecayWeights, sum_dtype
-from bdh.ops.blocks.attention import learn_block, read_block, read_block_backward
-from bdh.ops.blocks.dropout import Dropout
-from bdh.ops.blocks.neurons import Block, Fired, LayerWeights, Neurons, TorchNeurons
-from bdh.ops.blocks.rotation import Rotation
+from bdh.ops.backends import LayerWeights
+from bdh.ops.blocks.block import Block, Fired, Neurons, TorchNeurons, learn_block, read_block, read_block_backward
+from bdh.ops.dropout import Dropout
+from bdh.ops.eager import layer_norm
+from bdh.ops.rope import Rotation
 
 
 @dataclass(frozen=True)
 class BlockSizes:
-    """How a pass is cut. Bits of the result may depend on it, the result does not."""
+    """How a layer step is cut into blocks. Bits of the result may depend on it, the result does not."""
 
     rows: int
     """Sequences in a block."""
@@ -29,15 +30,17 @@ class BlockSizes:
 
 
 @dataclass(frozen=True)
-class PassSpec:
-    """What a pass needs beside its tensors."""
+class BlockSpec:
+    """What a layer step needs beside its tensors."""
 
     eps: float
     """Of the layer norms."""
     rotation: Rotation
     sizes: BlockSizes
     path: str
-    """"torch" or "kernels": who computes the neurons."""
+    """"torch" or "kernels": what computes the neurons."""
+    mask: torch.Tensor | None = None
+    """Bool (B, T), False for padding."""
     decay_mask: DecayMask | None = None
     dropout: Dropout | None = None
     keep_state: bool = False
@@ -47,10 +50,26 @@ class PassSpec:
     """Keep the scores, which for short texts are no wider than v. Not in float16."""
 
 
-def wide_pass(
+def train(
+    v: torch.Tensor, weights: LayerWeights, spec: BlockSpec, state: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """One layer step: v (B, T, D) after it, and the new state (B, H, N, D) where it is kept.
+
+    The products are computed in the dtype of the weights, the state and the sums in that of sums; v keeps its own. Gradients
+    of the first order flow to v, the weights and the state.
+    """
+    values = v.to(weights.encoder.dtype)
+    if spec.mask is not None:  # a token of zeros fires nothing
+        values = values * spec.mask.to(values.dtype)[..., None]
+    with torch.autocast(v.device.type, enabled=False):
+        out, state = wide_step(values.contiguous(), weights, spec, state)
+    return layer_norm(v + layer_norm(out, spec.eps), spec.eps), state
+
+
+def wide_step(
     v: torch.Tensor,
     weights: LayerWeights,
-    spec: PassSpec,
+    spec: BlockSpec,
     state: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """sum_h dropout(x_h * y_h) Dec_h, with x, y and the attention between them as ``docs/model.md`` defines them.
@@ -71,7 +90,7 @@ def wide_pass(
         raise ValueError(f"v has shape {tuple(v.shape)}: must have at least 1 token")
     if spec.keep_scores and v.dtype == torch.float16:
         raise ValueError("keep_scores is True: must be False in float16, whose scores have factors")
-    out, new_state = _WidePass.apply(v, weights.encoder, weights.decoder, state, spec, *weights.encoder_v)
+    out, new_state = _WideStep.apply(v, weights.encoder, weights.decoder, state, spec, *weights.encoder_v)
     return out, new_state if spec.keep_state else None
 
 
@@ -92,7 +111,7 @@ class _Walk:
     v: torch.Tensor
     num_heads: int
     neurons_per_head: int
-    spec: PassSpec
+    spec: BlockSpec
     columns: list[slice] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -120,7 +139,7 @@ class _Walk:
         return self.spec.decay_mask.part(rows, head, columns).weights(columns.stop - columns.start, self.v.device)
 
 
-class _WidePass(torch.autograd.Function):
+class _WideStep(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -128,12 +147,12 @@ class _WidePass(torch.autograd.Function):
         encoder: torch.Tensor,
         decoder: torch.Tensor,
         state: torch.Tensor | None,
-        spec: PassSpec,
+        spec: BlockSpec,
         *encoder_v: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         v = v.contiguous()
         weights = LayerWeights(encoder, encoder_v, decoder)
-        neurons = _neurons(weights, spec, with_gradients=False)
+        neurons = make_neurons(weights, spec, with_gradients=False)
         walk = _Walk(v, len(encoder_v), len(encoder_v[0]), spec)
         B, T, D = v.shape
         out = torch.zeros(B, T, D, dtype=sum_dtype(v.dtype), device=v.device)
@@ -176,9 +195,9 @@ class _WidePass(torch.autograd.Function):
 
 def _backward(ctx: Any, grad_out: torch.Tensor | None, grad_state: torch.Tensor | None) -> tuple[Any, ...]:
     v, encoder, decoder, state, *encoder_v = ctx.saved_tensors
-    spec: PassSpec = ctx.spec
+    spec: BlockSpec = ctx.spec
     weights = LayerWeights(encoder, tuple(encoder_v), decoder)
-    neurons = _neurons(weights, spec, with_gradients=True)
+    neurons = make_neurons(weights, spec, with_gradients=True)
     walk = _Walk(v, len(encoder_v), len(encoder_v[0]), spec)
     grad_v = torch.zeros(v.shape, dtype=sum_dtype(v.dtype), device=v.device)
     grad_out = torch.zeros_like(grad_v) if grad_out is None else grad_out.contiguous()
@@ -214,9 +233,9 @@ def _backward(ctx: Any, grad_out: torch.Tensor | None, grad_state: torch.Tensor 
     )
 
 
-def _neurons(weights: LayerWeights, spec: PassSpec, *, with_gradients: bool) -> Neurons:
+def make_neurons(weights: LayerWeights, spec: BlockSpec, *, with_gradients: bool) -> Neurons:
     if spec.path == "kernels":
-        from bdh.ops.cpu.layer import KernelNeurons
+        from bdh.ops.cpu.train import KernelNeurons
 
         return KernelNeurons(weights, with_gradients=with_gradients, keep_wide=spec.keep_wide)
     return TorchNeurons(weights, with_gradients=with_gradients)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bdh.ops.blocks.function import BlockSizes
+from bdh.ops.blocks.train import BlockSizes
 from bdh.ops.cpu.runtime import unavailable_reason
 from bdh.ops.rope import rotation_table
 from tests.ops.blocks.reference import THETA, Case, differences
@@ -58,8 +58,8 @@ def test_a_pass_is_that_of_the_plain_equations(sizes, path, dtype, tolerance):
 @pytest.mark.parametrize("share", [0.0, 2.0])
 def test_dense_and_sparse_products_are_alike(share, monkeypatch):
     """Which of them runs depends on how many neurons fire: here each is made to, at about half of them."""
-    monkeypatch.setattr("bdh.ops.cpu.layer.DENSE_Y", share)
-    monkeypatch.setattr("bdh.ops.cpu.layer.DENSE_GRADIENT", share)
+    monkeypatch.setattr("bdh.ops.cpu.train.DENSE_Y", share)
+    monkeypatch.setattr("bdh.ops.cpu.train.DENSE_GRADIENT", share)
     sizes = {"T": 70, "D": 33, "H": 2, "N": 24, "B": 3, "rows": 2, "dropout": 0.1}
     case, exact = Case(**sizes, path="kernels", dtype=torch.float32), Case(**sizes)
     found = [tensor.double() for tensor in case.found(case.by_blocks())]

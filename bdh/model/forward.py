@@ -1,0 +1,296 @@
+"""A forward pass: which backend computes the layer steps, and the loop over them. Knows nothing of transformers."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from bdh.model.arguments import Inputs, token_positions
+from bdh.model.kernels import kernel_obstacle, recheck_weights, recurrence_of
+from bdh.model.private_api import checkpointing_of, torch_func_is_active
+from bdh.model.state import Columns, SynapticState
+from bdh.model.weights import layer_modules, layer_weights, product_obstacle
+from bdh.ops import eager
+from bdh.ops.attention import DecayMask, sum_dtype
+from bdh.ops.backends import Work, choose_backend
+from bdh.ops.blocks import train as blocks
+from bdh.ops.blocks.plan import LayerOptions, LayerPlan, LayerShape, plan_layer
+from bdh.ops.dropout import make_dropout
+from bdh.ops.rope import make_rotation, rotation_table
+
+_ALL_PLAIN = LayerOptions(path="plain")
+# From the number of the layer step, v (B, T, D) and the sums (B, H, N, D) before it to those after it.
+LayerStep = Callable[[int, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor | None]]
+
+
+class Hidden(NamedTuple):
+    """What :func:`run_layer` gives."""
+
+    v: torch.Tensor
+    """(B, T, D) after the last layer step, in the dtype of the model."""
+    state: SynapticState | None
+    every_v: tuple[torch.Tensor, ...] | None
+    """v before the first and after each layer step, where they are kept."""
+
+
+def run_layer(
+    model: Any,
+    inputs: Inputs,
+    *,
+    use_cache: bool,
+    form: str | None = None,
+    keep_hidden_states: bool = False,
+    for_loss: bool = False,
+) -> Hidden:
+    """All layer steps over the tokens of a batch.
+
+    Args:
+        model: its modules are those of :class:`bdh.model.network.ModelParts`; and it has ``layer_options`` and
+            ``gradient_checkpointing``.
+        use_cache: return the state; one that is given is advanced in place.
+        form: of the attention; None for that of the configuration.
+        for_loss: whether a loss is computed from it.
+    """
+    config, mask, starts = model.config, inputs.mask, inputs.starts
+    v, given = inputs.v, inputs.state
+    B, T, _ = v.shape
+    form = form or config.attention_form
+    state = given
+    if given is not None and use_cache:
+        given.remember(inputs, partial(read_columns, model))
+    if state is None and use_cache:
+        shape = (B, config.n_head, config.neurons_per_head, config.n_embd)
+        state = SynapticState.zeros(shape, 0, device=v.device)  # the layer steps add their sums
+    if not torch.compiler.is_compiling():
+        recheck_weights(model)  # a prompt: the tokens after it are read by the kernels
+    before = given.positions if given is not None else None
+    positions, following = token_positions(T, before=before, mask=mask, starts=starts, device=v.device)
+    step = _choose_step(
+        model,
+        positions,
+        (B, T),
+        form=form,
+        mask=mask,
+        decay_mask=_decay_mask(model, starts, mask),
+        keep_state=use_cache,
+        continues=given is not None,
+        for_loss=for_loss,
+    )
+    hidden_states = [v]
+    for index in range(config.n_layer):
+        v, sums = step(index, v, given.sums[index] if given is not None else None)
+        if use_cache and state is not None and sums is not None:
+            state.sums[index : index + 1] = [sums]
+        if keep_hidden_states:
+            hidden_states.append(v)
+    if use_cache and state is not None:
+        state.positions = following.expand(B).clone()
+        state.num_columns += T
+    return Hidden(
+        v.to(model.embed.weight.dtype),
+        state if use_cache else None,
+        tuple(hidden_states) if keep_hidden_states else None,
+    )
+
+
+@torch.no_grad()
+def read_columns(model: Any, state: SynapticState, columns: Columns) -> None:
+    """Reads columns into a state."""
+    run_layer(model, Inputs(columns.v, columns.mask, columns.starts, state), use_cache=True)
+
+
+def plan_for(model: Any, B: int, T: int, form: str, *, for_loss: bool = True) -> LayerPlan | None:
+    """How ``model`` computes its layer steps over (B, T) tokens, under the autocast of this moment.
+
+    None for the eager backend with nothing to decide. It reads prompts, which are neither trained nor evaluated.
+
+    Raises:
+        LayerOptionError: ``model.layer_options`` ask for what is not there.
+    """
+    # Here, where torch.compile still follows: the eager backend is compiled as one graph.
+    if not (for_loss or torch.is_grad_enabled()):
+        return None
+    if model.layer_options == _ALL_PLAIN and not model.gradient_checkpointing:
+        return None
+    return _plan(model, B, T, form)
+
+
+@torch.compiler.disable
+def _plan(model: Any, B: int, T: int, form: str) -> LayerPlan:
+    config, options = model.config, model.layer_options
+    shape = layer_shape(config, B, T, _product_dtype(model), model.embed.weight.device)
+    shape = shape._replace(
+        has_dropout=model.training and shape.has_dropout,
+        for_training=torch.is_grad_enabled(),
+    )
+    if model.gradient_checkpointing and model.training and options.recompute == "auto":
+        options = replace(options, recompute="pass")
+    obstacle = _obstacle(model)
+    # What is evaluated may be fewer and shorter sequences than those of a training step, and so may be the last of an epoch.
+    rows, tokens = options.rows_per_block, options.tokens_per_block
+    options = replace(options, rows_per_block=rows and min(rows, B), tokens_per_block=tokens and min(tokens, T))
+    if obstacle is not None and not torch.is_grad_enabled():  # when hooks are attached for a measurement
+        options = replace(options, path="auto")
+    return plan_layer(shape, options, form=form, chunk_size=config.chunk_size, obstacle=obstacle)
+
+
+def layer_shape(config: Any, B: int, T: int, dtype: torch.dtype, device: torch.device) -> LayerShape:
+    """What a training step over (B, T) tokens has to compute, with matrix products in ``dtype``."""
+    D, H, N, L = config.n_embd, config.n_head, config.neurons_per_head, config.n_layer
+    return LayerShape(B, T, D, H, N, L, dtype, device, has_dropout=config.dropout > 0)
+
+
+def _choose_step(
+    model: Any,
+    positions: torch.Tensor,
+    shape: tuple[int, int],
+    *,
+    form: str,
+    mask: torch.Tensor | None,
+    decay_mask: DecayMask | None,
+    keep_state: bool,
+    continues: bool,
+    for_loss: bool,
+) -> LayerStep:
+    """
+    Args:
+        positions: int64 (1 or B, T).
+        shape: B and T.
+        continues: whether there is a state of the tokens before.
+    """
+    config, dtype = model.config, model.embed.weight.dtype
+    is_step = shape[1] == 1 and continues
+    # Blocks break the graph that torch.compile makes. It saves memory in training; what is not trained stays whole.
+    is_one_graph = torch.compiler.is_exporting() or (torch.compiler.is_compiling() and not (for_loss or model.training))
+    # What keeps no state is no prompt, but is evaluated by its logits.
+    plan = None
+    if not (is_step or is_one_graph):
+        plan = plan_for(model, *shape, form, for_loss=for_loss or not keep_state)
+    if plan is not None and plan.path != "plain":
+        return _block_step(model, plan, positions, shape, mask, decay_mask, keep_state)
+    spec = eager.EagerSpec(
+        table=rotation_table(positions, config.neurons_per_head, config.rope_theta, dtype)[:, None],
+        eps=config.layer_norm_eps,
+        dtype=dtype,
+        form=form,
+        chunk_size=config.chunk_size,
+        decay_mask=decay_mask,
+        mask=mask,
+        dropout=config.dropout if model.training else 0.0,
+        keep_state=keep_state,
+    )
+    layer = eager.Layer(model.encoder, list(model.encoder_v), model.decoder)
+    num_kept = config.n_layer if plan is None else plan.kept_passes
+
+    def step(index: int, v: torch.Tensor, sums: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if index < num_kept:
+            return eager.train(v, layer, spec, sums)
+        return checkpointing_of(model)(eager.train, v, layer, spec, sums)
+
+    return step
+
+
+@torch.compiler.disable
+def _block_step(
+    model: Any,
+    plan: LayerPlan,
+    positions: torch.Tensor,
+    shape: tuple[int, int],
+    mask: torch.Tensor | None,
+    decay_mask: DecayMask | None,
+    keep_state: bool,
+) -> LayerStep:
+    config, dtype, device = model.config, _product_dtype(model), positions.device
+    weights = layer_weights(model, dtype)
+    rate = config.dropout if model.training else 0.0
+    seeds = draw_seeds(config.n_layer, device) if rate > 0 else None
+    num_kept = plan.kept_passes if torch.is_grad_enabled() else 0
+    common = blocks.BlockSpec(
+        eps=config.layer_norm_eps,
+        rotation=make_rotation(positions, config.neurons_per_head, config.rope_theta, dtype),
+        sizes=plan.sizes,
+        path=plan.path,
+        mask=mask,
+        decay_mask=decay_mask,
+        keep_state=keep_state,
+        keep_scores=plan.keeps_scores,
+    )
+
+    @torch.compiler.disable
+    def step(index: int, v: torch.Tensor, sums: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        dropout = None
+        if seeds is not None:
+            dropout = make_dropout(rate, seeds[index], len(weights.encoder), *shape)
+        return blocks.train(v, weights, replace(common, dropout=dropout, keep_wide=index < num_kept), sums)
+
+    return step
+
+
+def draw_seeds(num_layer_steps: int, device: torch.device) -> torch.Tensor:
+    """Those of the layer steps' dropout, int64 (L,), from the device's generator."""
+    return torch.randint(2**62, (num_layer_steps,), device=device)
+
+
+def _decay_mask(model: Any, starts: torch.Tensor | None, mask: torch.Tensor | None) -> DecayMask | None:
+    """What weighs the past of a token; None where all of it counts alike."""
+    half_lives = model.config.half_lives
+    if half_lives is None:
+        return None if starts is None else DecayMask(starts)
+    dtype, device = sum_dtype(model.dtype), model.embed.weight.device
+    return DecayMask(starts, torch.tensor(half_lives, dtype=dtype, device=device), mask)
+
+
+def _product_dtype(model: Any) -> torch.dtype:
+    """In which the matrix products are computed."""
+    device, dtype = model.embed.weight.device.type, model.embed.weight.dtype
+    if (
+        torch.amp.is_autocast_available(device)
+        and torch.is_autocast_enabled(device)
+        and sum_dtype(dtype) != torch.float64
+    ):
+        return torch.get_autocast_dtype(device)
+    return dtype
+
+
+def _obstacle(model: Any) -> str | None:
+    """What keeps the layer from being computed by matrices alone: the modules are then called, as they are."""
+    if model.training and not 0 <= model.config.dropout < 1:
+        return f"dropout is {model.config.dropout}"
+    if torch.jit.is_tracing():
+        return "torch.jit is tracing"
+    if torch_func_is_active():
+        return "a transform of torch.func is active"
+    return product_obstacle(layer_modules(model))
+
+
+def step_by_kernels(model: Any, input_ids: torch.Tensor, inputs: Inputs, form: str | None) -> torch.Tensor | None:
+    """Logits (B, 1, V) of one token for each sequence of a state, by the sparse kernels; None where they do not serve."""
+    config, state = model.config, inputs.state
+    if state is None or not inputs.is_plain_step or (form or config.attention_form) != "auto":
+        return None
+    if torch.is_grad_enabled() or model.training or torch.compiler.is_compiling():
+        return None
+    if torch.is_autocast_enabled(model.device.type) or config.half_lives is not None:
+        return None
+    if any(sums.requires_grad for sums in state.sums):
+        return None
+    if choose_backend("advance", "auto", Work(model.device, obstacle=kernel_obstacle(model))).backend.name != "cpu":
+        return None
+    state.remember(inputs, partial(read_columns, model))
+    state.sums = [sums.contiguous() for sums in state.sums]
+    recurrence = recurrence_of(model, is_prompt=state.num_columns == 0)
+    v = recurrence.read(
+        np.ascontiguousarray(input_ids[:, 0], np.int64),
+        state.positions.contiguous().numpy(),
+        np.arange(len(input_ids) + 1),
+        np.array([[row.data_ptr() for row in sums] for sums in state.sums]),
+        torch.float32,
+    )
+    # Written to behind PyTorch's back: a backward pass that has kept them must see that they have changed.
+    torch.autograd.graph.increment_version(state.sums)
+    state.positions = state.positions + 1
+    state.num_columns += 1
+    return recurrence.logits(v)[:, None]
