@@ -1,4 +1,4 @@
-"""The routes."""
+"""The application: its routes, and the shape of its errors."""
 
 import asyncio
 import base64
@@ -6,10 +6,11 @@ import hashlib
 import re
 from collections.abc import Sequence
 from importlib.resources import files
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from fastapi import FastAPI, Query, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import HTMLResponse, Response
@@ -17,18 +18,18 @@ from starlette.routing import Match
 from starlette.types import ASGIApp
 
 import bdh
-from bdh.serve import response_schemas, schemas
+from bdh.serve.completions import add_completions, no_state
 from bdh.serve.describe import describe
-from bdh.serve.embeddings import EmbeddingAnswer, EmbeddingRequest, Embeddings
+from bdh.serve.embeddings import add_embeddings
 from bdh.serve.errors import ApiError, bad_request, internal_error
 from bdh.serve.fields import named
-from bdh.serve.handling import Handler, no_state
-from bdh.serve.keys import ApiKeys, RateLimits
-from bdh.serve.middleware import ClientGone, Front
-from bdh.serve.responses import Responses
+from bdh.serve.keys import ApiKeys
+from bdh.serve.middleware import ClientGone, RequestMiddleware, error_response
+from bdh.serve.responses import add_responses
+from bdh.serve.schemas import DetokenizeRequest, Json, TokenizeRequest
 from bdh.serve.service import Loaded, Service
 from bdh.serve.states import SavedState
-from bdh.serve.tokens import tokenizer_info
+from bdh.serve.text import decode_tokens, encode_text, tokenizer_info
 
 _CLIENT_GONE = 499  # what nginx calls it; for log and metrics only
 _HEALTH = ("/health", "/health/live", "/health/ready")
@@ -42,13 +43,89 @@ _ERRORS = {
     429: "Too many requests; Retry-After says when to ask again.",
     500: "A fault of the server.",
     503: "The model is loading, the server is ending, or it took too long; Retry-After says when to ask again.",
-    507: "There is no room for the state.",
+    507: "The state does not fit.",
 }
+
+
+class ErrorFacts(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorBody(BaseModel):
+    error: ErrorFacts
+
+
+class ModelFacts(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "bdh"
+    bdh: Json
+
+
+class ModelList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[ModelFacts]
+
+
+class TokenizeAnswer(BaseModel):
+    tokens: list[int]
+    count: int
+
+
+class DetokenizeAnswer(BaseModel):
+    prompt: str
+
+
+class TokenizerInfo(BaseModel):
+    """What a tokenizer's tokenizer_config.json has. Special tokens that it has not are null."""
+
+    model_config = ConfigDict(extra="allow")
+    tokenizer_class: str
+    vocab_size: int
+    model_max_length: int
+    bos_token: str | None
+    eos_token: str | None
+    unk_token: str | None
+    pad_token: str | None
+    chat_template: str | None
+    added_tokens_decoder: dict[str, Json]
+
+
+class StateFacts(BaseModel):
+    id: str
+    object: Literal["state"] = "state"
+    created: int
+    model: str
+    tokens: int
+    bytes: int
+    status: Literal["saved", "unfinished"]
+    text: str | None = None
+
+
+class StateList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[StateFacts]
+
+
+class Deleted(BaseModel):
+    id: str
+    object: Literal["state"] = "state"
+    deleted: bool = True
+
+
+class Health(BaseModel):
+    status: Literal["ready", "live"]
 
 
 def make_app(service: Service, keys: ApiKeys) -> ASGIApp:
     """The application. Its service may still be loading."""
     settings = service.settings
+    exported = settings.telemetry
     app = FastAPI(
         title="BDH",
         summary="OpenAI's API over a Dragon Hatchling language model.",
@@ -56,26 +133,17 @@ def make_app(service: Service, keys: ApiKeys) -> ASGIApp:
         redirect_slashes=False,
         docs_url=None,  # they load scripts from elsewhere
         redoc_url=None,
-        telemetry={
-            "tracing": settings.telemetry,
-            "metrics": settings.telemetry,
-            "logs": False,
-            "auto_configure": settings.telemetry,
-        },
-        responses={
-            status: {"model": schemas.ErrorBody, "description": about}
-            for status, about in _ERRORS.items()
-            if status in (400, 405, 408, 413, 500)
-        },
+        telemetry={"tracing": exported, "metrics": exported, "logs": False, "auto_configure": exported},
+        responses=_errors(400, 405, 408, 413, 500),
     )
-    app.state.service = service
     _add_errors(app)
     _add_health(app, service)
-    rates = RateLimits(settings.auth)
-    _add_routes(app, service, Handler(service, rates))
-    _add_responses(app, Responses(service, rates))
-    _add_embeddings(app, Embeddings(service, rates))
-    describe(app, service, keys)
+    add_completions(app, service, _errors(401, 404, 429, 503, 507))
+    _add_models(app, service)
+    _add_states(app, service)
+    add_responses(app, service, _errors(401, 404, 429, 503), _errors(401, 404, 503))
+    add_embeddings(app, service, _errors(401, 404, 429, 503))
+    describe(app, service, needs_key=keys.are_needed)
     open_paths = {*_HEALTH, "/openapi.json"}
     if settings.page:
         _add_page(app)
@@ -83,171 +151,128 @@ def make_app(service: Service, keys: ApiKeys) -> ASGIApp:
     if settings.metrics:
         _add_metrics(app, service)
         open_paths.add("/metrics")
-
-    front: ASGIApp = Front(
+    wrapped: ASGIApp = RequestMiddleware(
         app, keys=keys, limits=settings.limits, open_paths=frozenset(open_paths), answered=service.answered
     )
-    if settings.cors_origins:
-        front = CORSMiddleware(
-            front, allow_origins=settings.cors_origins, allow_methods=["*"], allow_headers=["*"], expose_headers=["*"]
+    if origins := settings.cors_origins:
+        every = ["*"]
+        wrapped = CORSMiddleware(
+            wrapped, allow_origins=origins, allow_methods=every, allow_headers=every, expose_headers=every
         )
-    return front
+    return wrapped
 
 
-def _also(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: {"model": schemas.ErrorBody, "description": _ERRORS[status]} for status in statuses}
+def _errors(*statuses: int) -> dict[int | str, Json]:
+    """Their descriptions."""
+    return {status: {"model": ErrorBody, "description": _ERRORS[status]} for status in statuses}
 
 
-def _add_routes(app: FastAPI, service: Service, handler: Handler) -> None:
-    streams: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
-
-    @app.post(
-        "/v1/completions",
-        response_model=schemas.CompletionAnswer,
-        responses={**_also(401, 404, 429, 503, 507), **streams},
-        tags=["texts"],
-    )
-    async def complete(body: schemas.CompletionRequest, request: Request) -> Response:
-        return await handler.complete(body, request)
-
-    @app.post(
-        "/v1/chat/completions",
-        response_model=schemas.ChatAnswer,
-        responses={**_also(401, 404, 429, 503, 507), **streams},
-        tags=["texts"],
-    )
-    async def chat(body: schemas.ChatRequest, request: Request) -> Response:
-        return await handler.chat(body, request)
-
-    @app.get("/v1/models", responses=_also(401, 503), tags=["models"])
-    async def models() -> schemas.ModelList:
+def _add_models(app: FastAPI, service: Service) -> None:
+    @app.get("/v1/models", responses=_errors(401, 503), tags=["models"])
+    async def models() -> ModelList:
         loaded = service.ready()
-        return schemas.ModelList(data=[_model_facts(loaded, name) for name in loaded.model_names])
+        return ModelList(data=[_model_facts(loaded, name) for name in loaded.model_names])
 
-    @app.get("/v1/models/{model:path}", responses=_also(401, 404, 503), tags=["models"])
-    async def model(model: str) -> schemas.ModelFacts:
+    @app.get("/v1/models/{model:path}", responses=_errors(401, 404, 503), tags=["models"])
+    async def model(model: str) -> ModelFacts:
         return _model_facts(service.ready(), service.check_model(model))
 
-    @app.post("/tokenize", responses=_also(401, 404, 503), tags=["tokens"])
-    async def tokenize(body: schemas.TokenizeRequest) -> schemas.TokenizeAnswer:
+    @app.post("/tokenize", responses=_errors(401, 404, 503), tags=["tokens"])
+    async def tokenize(body: TokenizeRequest) -> TokenizeAnswer:
         service.check_model(body.model)
         loaded = service.ready()
         if body.messages is not None:
             tokens = await loaded.in_text_thread(loaded.chat.encode, [message.plain() for message in body.messages])
         else:
-            tokens = await loaded.in_text_thread(_encode, loaded, body.text, bool(body.add_special_tokens))
-        return schemas.TokenizeAnswer(tokens=tokens, count=len(tokens))
+            text = (body.prompt if body.content is None else body.content) or ""
+            with_special = bool(body.add_special_tokens)
+            tokens = await loaded.in_text_thread(
+                lambda: encode_text(loaded.tokenizer, text, add_special_tokens=with_special)
+            )
+        return TokenizeAnswer(tokens=tokens, count=len(tokens))
 
-    @app.get("/tokenizer_info", responses=_also(401, 503), tags=["tokens"])
-    async def info() -> schemas.TokenizerInfo:
+    @app.get("/tokenizer_info", responses=_errors(401, 503), tags=["tokens"])
+    async def info() -> TokenizerInfo:
         loaded, limits = service.ready(), service.settings.limits
-        return schemas.TokenizerInfo(**tokenizer_info(loaded.tokenizer, loaded.chat.template, limits.prompt_tokens))
+        return TokenizerInfo(**tokenizer_info(loaded.tokenizer, loaded.chat.template, limits.prompt_tokens))
 
-    @app.post("/detokenize", responses=_also(401, 404, 503), tags=["tokens"])
-    async def detokenize(body: schemas.DetokenizeRequest) -> schemas.DetokenizeAnswer:
+    @app.post("/detokenize", responses=_errors(401, 404, 503), tags=["tokens"])
+    async def detokenize(body: DetokenizeRequest) -> DetokenizeAnswer:
         service.check_model(body.model)
         loaded = service.ready()
-        vocab_size = loaded.model.config.vocab_size
-        if wrong := [token for token in body.tokens if token >= vocab_size][:3]:
-            raise bad_request(f"the token ids {wrong} are not there: must be within 0 and {vocab_size - 1}", "tokens")
-        return schemas.DetokenizeAnswer(prompt=await loaded.in_text_thread(_decode, loaded, body.tokens))
+        if wrong := [token for token in body.tokens if token >= loaded.vocab_size][:3]:
+            last = loaded.vocab_size - 1
+            raise bad_request(f"the token ids {wrong} are not there: must be within 0 and {last}", "tokens")
+        return DetokenizeAnswer(prompt=await loaded.in_text_thread(decode_tokens, loaded.tokenizer, body.tokens))
 
-    @app.get("/v1/states", responses=_also(401, 503), tags=["states"])
-    async def states(request: Request) -> schemas.StateList:
+
+def _model_facts(loaded: Loaded, name: str) -> ModelFacts:
+    config, stepper = loaded.model.config, loaded.engine.engine.stepper
+    facts = {
+        "layers": config.n_layer,
+        "heads": config.n_head,
+        "neurons_per_head": config.neurons_per_head,
+        "vocabulary": config.vocab_size,
+        "chat": loaded.chat.template is not None,
+        "state_bytes": stepper.state_bytes,
+        "path": stepper.path,
+    }
+    return ModelFacts(id=name, created=loaded.created, bdh=facts)
+
+
+def _add_states(app: FastAPI, service: Service) -> None:
+    @app.get("/v1/states", responses=_errors(401, 503), tags=["states"])
+    async def states(request: Request) -> StateList:
         found = await asyncio.to_thread(service.ready().states.of_owner, request.state.caller.id)
-        return schemas.StateList(data=[_state_facts(saved) for saved in found])
+        return StateList(data=[_state_facts(saved) for saved in found])
 
-    @app.get("/v1/states/{state_id}", responses=_also(401, 404, 503), tags=["states"])
-    async def state(state_id: str, request: Request) -> schemas.StateFacts:
+    @app.get("/v1/states/{state_id}", responses=_errors(401, 404, 503), tags=["states"])
+    async def state(state_id: str, request: Request) -> StateFacts:
         try:
             return _state_facts(service.ready().states.get(state_id, request.state.caller.id))
         except KeyError:
             raise no_state(state_id) from None
 
-    @app.delete("/v1/states/{state_id}", responses=_also(401, 404, 503), tags=["states"])
-    async def delete_state(state_id: str, request: Request) -> schemas.Deleted:
+    @app.delete("/v1/states/{state_id}", responses=_errors(401, 404, 503), tags=["states"])
+    async def delete_state(state_id: str, request: Request) -> Deleted:
         try:
             await asyncio.to_thread(service.ready().states.delete, state_id, request.state.caller.id)
         except KeyError:
             raise no_state(state_id) from None
-        return schemas.Deleted(id=state_id)
+        return Deleted(id=state_id)
 
 
-def _add_responses(app: FastAPI, responses: Responses) -> None:
-    streams: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
-
-    @app.post(
-        "/v1/responses",
-        response_model=response_schemas.ResponseAnswer,
-        responses={**_also(401, 404, 429, 503), **streams},
-        tags=["responses"],
+def _state_facts(saved: SavedState) -> StateFacts:
+    return StateFacts(
+        id=saved.id,
+        created=int(saved.created),
+        model=saved.model,
+        tokens=saved.num_tokens,
+        bytes=saved.nbytes,
+        status="saved" if saved.unfinished is None else "unfinished",
+        text=saved.text,
     )
-    async def create(body: response_schemas.ResponseRequest, request: Request) -> Response:
-        return await responses.create(body, request)
-
-    @app.get("/v1/responses/{response_id}", responses=_also(401, 404, 503), tags=["responses"])
-    async def response(
-        response_id: str, request: Request, stream: Literal["false"] = "false"
-    ) -> response_schemas.ResponseAnswer:
-        return response_schemas.ResponseAnswer(**responses.get(response_id, request.state.caller))
-
-    @app.delete("/v1/responses/{response_id}", responses=_also(401, 404, 503), tags=["responses"])
-    async def delete_response(response_id: str, request: Request) -> response_schemas.ResponseDeleted:
-        await responses.delete(response_id, request.state.caller)
-        return response_schemas.ResponseDeleted(id=response_id)
-
-    @app.get("/v1/responses/{response_id}/input_items", responses=_also(401, 404, 503), tags=["responses"])
-    async def input_items(
-        response_id: str,
-        request: Request,
-        after: str | None = None,
-        limit: Annotated[int, Query(ge=1, le=100)] = 20,
-        order: Literal["asc", "desc"] = "desc",
-    ) -> response_schemas.InputItems:
-        return responses.input_items(
-            response_id, request.state.caller, after=after, limit=limit, is_ascending=order == "asc"
-        )
-
-
-def _add_embeddings(app: FastAPI, embeddings: Embeddings) -> None:
-    @app.post(
-        "/v1/embeddings",
-        response_model=EmbeddingAnswer,
-        responses=_also(401, 404, 429, 503),
-        tags=["embeddings"],
-    )
-    async def embed(body: EmbeddingRequest, request: Request) -> Response:
-        return await embeddings.create(body, request)
 
 
 def _add_health(app: FastAPI, service: Service) -> None:
     @app.get("/health/live", tags=["health"])
-    async def live() -> schemas.Health:
+    async def live() -> Health:
         """The process answers."""
-        return schemas.Health(status="live")
+        return Health(status="live")
 
-    async def ready() -> schemas.Health:
+    @app.get("/health", responses=_errors(503), tags=["health"])
+    @app.get("/health/ready", responses=_errors(503), tags=["health"])
+    async def ready() -> Health:
         """Requests are taken: the model is loaded, its engine runs, and the server is not ending."""
         service.ready()
-        return schemas.Health(status="ready")
-
-    for path in ("/health", "/health/ready"):
-        app.get(path, responses=_also(503), tags=["health"])(ready)
+        return Health(status="ready")
 
 
 def _add_page(app: FastAPI) -> None:
     text = files("bdh.serve").joinpath("page/index.html").read_text(encoding="utf-8")
-    policy = "; ".join(
-        (
-            "default-src 'none'",
-            f"script-src {_hash_of(text, 'script')}",
-            f"style-src {_hash_of(text, 'style')}",
-            "connect-src 'self'",
-            "img-src data:",
-            "base-uri 'none'",
-            "form-action 'none'",
-            "frame-ancestors 'none'",
-        )
+    policy = (
+        f"default-src 'none'; script-src {_hash_of(text, 'script')}; style-src {_hash_of(text, 'style')}; "
+        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
 
     @app.get("/", include_in_schema=False)
@@ -273,11 +298,11 @@ def _add_metrics(app: FastAPI, service: Service) -> None:
 def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
     async def known(request: Request, error: ApiError) -> Response:
-        return error.response()
+        return error_response(error)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        return _invalid(error.errors(), error.body).response()
+        return error_response(_invalid(error.errors(), error.body))
 
     @app.exception_handler(HTTPException)
     async def of_starlette(request: Request, error: HTTPException) -> Response:
@@ -286,7 +311,7 @@ def _add_errors(app: FastAPI) -> None:
             405: f"{request.method} is not allowed at {request.url.path}",
             400: "the request's body is not JSON",
         }.get(error.status_code, str(error.detail))
-        response = ApiError(error.status_code, message).response()
+        response = error_response(ApiError(error.status_code, message))
         response.headers.update(error.headers or {})
         if error.status_code == 405:
             response.headers["Allow"] = ", ".join(sorted(_methods(app, request)))
@@ -299,7 +324,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def unknown(request: Request, error: Exception) -> Response:
-        return internal_error().response()  # logged by the front
+        return error_response(internal_error())  # logged by the middleware
 
 
 def _methods(app: FastAPI, request: Request) -> set[str]:
@@ -336,38 +361,3 @@ def _invalid(faults: Sequence[Any], given: Any) -> ApiError:
     extra = [each for each in found if "is not supported" in each[1]]
     param, message = (extra or found)[0]
     return bad_request(message, param or None, "unsupported_field" if extra else "invalid_value")
-
-
-def _model_facts(loaded: Loaded, name: str) -> schemas.ModelFacts:
-    config = loaded.model.config
-    facts = {
-        "layers": config.n_layer,
-        "heads": config.n_head,
-        "neurons_per_head": config.neurons_per_head,
-        "vocabulary": config.vocab_size,
-        "chat": loaded.chat.is_possible,
-        "state_bytes": loaded.front.engine.stepper.state_bytes,
-        "path": loaded.front.engine.stepper.path,
-    }
-    return schemas.ModelFacts(id=name, created=loaded.created, owned_by="bdh", bdh=facts)
-
-
-def _state_facts(saved: SavedState) -> schemas.StateFacts:
-    return schemas.StateFacts(
-        id=saved.id,
-        created=int(saved.created),
-        model=saved.model,
-        tokens=saved.num_tokens,
-        bytes=saved.nbytes,
-        status="saved" if saved.unfinished is None else "unfinished",
-        text=saved.text,
-    )
-
-
-def _encode(loaded: Loaded, text: str, add_special_tokens: bool) -> list[int]:
-    ids: Any = loaded.tokenizer(text, add_special_tokens=add_special_tokens, split_special_tokens=True)["input_ids"]
-    return list(ids)
-
-
-def _decode(loaded: Loaded, tokens: Sequence[int]) -> str:
-    return str(loaded.tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))

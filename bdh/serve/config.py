@@ -2,18 +2,18 @@
 
 import importlib.util
 import os
+import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from bdh.generate.config import EngineConfig
 from bdh.path_text import PathText
-from bdh.serve.address import listen
-from bdh.serve.callers import read_callers
+from bdh.serve.keys import read_callers
 from bdh.text_files import read_text
 from bdh.validation import Faults, Settings
 
 PLAIN = "plain"
-_PACKAGES = ("fastapi", "pydantic", "uvicorn", "h11", "prometheus_client")  # of the extra `serve`
+PACKAGES = ("fastapi", "uvicorn", "h11", "prometheus_client")  # of the extra `serve`
 _ENDPOINTS = [f"OTEL_EXPORTER_OTLP_{name}ENDPOINT" for name in ("", "TRACES_", "METRICS_")]
 
 
@@ -196,7 +196,7 @@ class ServeSettings(Settings):
 
     def check_available(self) -> None:
         super().check_available()
-        if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:
+        if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
             raise ImportError(f"bdh serve needs more packages ({', '.join(missing)}): pip install 'bdh[serve]'")
         check_telemetry(self.telemetry)
         if self.chat_template not in (None, PLAIN):
@@ -223,3 +223,19 @@ def read_template(path: Path) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"chat_template is {str(path)!r}: there is no such file; {PLAIN!r} is the plain form")
     return read_text(path)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that waits for connections.
+
+    Raises:
+        OSError: the address is taken, not of this machine, or not allowed.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
+        listening = socket.create_server((host, port), family=family, backlog=1024)
+        # Its connections inherit it. Without it an answer waits for the client to acknowledge its head: 40 ms.
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return listening
+    except OSError as error:
+        raise OSError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error

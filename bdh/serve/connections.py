@@ -1,24 +1,26 @@
 """The connections of a server: bounded in number, in what they may send before a request is whole, and in time.
 
-uvicorn's own limits end there: it waits for ever for the rest of a head. This is the only file that builds on the inside
-of uvicorn: the class of its h11 protocol with its ``conn``, ``cycle``, ``flow`` and ``send_400_response`` (checked with
-0.54; ``tests/serve/test_connections.py`` fails where they change).
+uvicorn waits for ever for the rest of a head, and has no option against that. This is the only file that builds on the
+inside of uvicorn: the class of its h11 protocol with its ``conn``, ``cycle``, ``flow`` and ``send_400_response``, and its
+server's ``capture_signals`` (checked with 0.54; ``tests/serve/test_connections.py`` fails where they change).
 """
 
 import asyncio
+import contextlib
 import json
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from typing import Any
 
 import h11
+import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from bdh.serve.config import LimitSettings
 from bdh.serve.errors import ApiError
-from bdh.serve.logs import log
+from bdh.serve.monitoring import log
 
 _EMPTY_LINE = "no request line received"  # h11's words for one before a request: some send it after a body
 _SWEEP_SECONDS = 0.25
@@ -28,6 +30,14 @@ _LINGER_SECONDS = 2.0
 _MOST_LINGERING = 64
 
 
+class Server(uvicorn.Server):
+    """Without uvicorn's handling of signals: they are ours."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
 class Connections:
     """All connections of a server.
 
@@ -35,7 +45,7 @@ class Connections:
     longest. Only where all are at work it is refused.
 
     Args:
-        answered: is told route, none here, and status of every answer.
+        answered: is given route, none here, and status of every answer.
     """
 
     def __init__(self, limits: LimitSettings, answered: Callable[[str, int], None]):
@@ -77,8 +87,7 @@ class Connections:
 
 
 class Connection(H11Protocol):
-    """One of them.
-
+    """
     Attributes:
         since: the event loop's time at which it came, its present head began or its last request was whole.
         has_ended: whether it stays only until its client has got what was written.

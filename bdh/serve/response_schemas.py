@@ -1,31 +1,25 @@
 """What requests to /v1/responses and their answers look like."""
 
 import json
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 
-from bdh.serve.fields import WITHOUT_EFFECT, RequestModel
-from bdh.serve.formats import Grammar, TextFormat
-from bdh.serve.schemas import Positive, Sampling, as_whole
+from bdh.serve.fields import WITHOUT_EFFECT
+from bdh.serve.schemas import (
+    Grammar,
+    Json,
+    MessageModel,
+    Positive,
+    RequestModel,
+    Sampling,
+    TextFormat,
+    TopLogprobs,
+    given,
+)
 
 OUTPUT_LOGPROBS = "message.output_text.logprobs"
-Includable = Literal[
-    "message.output_text.logprobs",
-    # Of items that there are never here: asking for more of them changes nothing.
-    "reasoning.encrypted_content",
-    "message.input_image.image_url",
-    "file_search_call.results",
-    "web_search_call.results",
-    "web_search_call.action.sources",
-    "computer_call_output.output.image_url",
-    "code_interpreter_call.outputs",
-]
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 class InputText(RequestModel):
@@ -42,30 +36,28 @@ class OutputText(RequestModel):
     text: str
 
 
-_PARTS = {"input_text": "InputText", "output_text": "OutputText"}
+def _type_of(item: Any) -> str:
+    kind = item.get("type") if isinstance(item, dict) else getattr(item, "type", None)
+    return kind if isinstance(kind, str) else "message" if kind is None else ""
+
+
 # The tags are in capitals, so that no error takes them for the name of a field.
+_PARTS = {"input_text": "InputText", "output_text": "OutputText"}
+_ITEMS = {"message": "Message", "reasoning": "EmptyReasoning", "item_reference": "ItemReference"}
 Part = Annotated[
     Annotated[InputText, Tag("InputText")] | Annotated[OutputText, Tag("OutputText")],
     Discriminator(lambda part: _PARTS.get(_type_of(part))),
 ]
 
 
-class Message(RequestModel):
+class Message(MessageModel):
     without_effect = WITHOUT_EFFECT["response item"]
     type: Literal["message"] | None = None
-    role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part]
 
-    @property
-    def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-
-    def plain(self) -> dict[str, str]:
-        return {"role": "system" if self.role == "developer" else self.role, "content": self.text}
-
-    def item(self, item_id: str) -> dict[str, Any]:
+    def item(self, item_id: str) -> Json:
         """As ``input_items`` lists it."""
-        content: dict[str, Any] = {"type": "input_text", "text": self.text}
+        content: Json = {"type": "input_text", "text": self.text}
         if self.role == "assistant":
             content = {"type": "output_text", "text": self.text, "annotations": [], "logprobs": []}
         return {"id": item_id, "type": "message", "role": self.role, "status": "completed", "content": [content]}
@@ -83,12 +75,6 @@ class ItemReference(RequestModel):
     id: str = Field(description="Of a message that a stored response has got or given.")
 
 
-def _type_of(item: Any) -> str:
-    kind = item.get("type") if isinstance(item, dict) else getattr(item, "type", None)
-    return kind if isinstance(kind, str) else "message" if kind is None else ""
-
-
-_ITEMS = {"message": "Message", "reasoning": "EmptyReasoning", "item_reference": "ItemReference"}
 Item = Annotated[
     Annotated[Message, Tag("Message")]
     | Annotated[EmptyReasoning, Tag("EmptyReasoning")]
@@ -110,27 +96,53 @@ class ResponseStreamOptions(RequestModel):
     without_effect = WITHOUT_EFFECT["response stream_options"]
 
 
-Metadata = Annotated[
-    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
-    Field(max_length=16),
-]
-
-
-_NOT_REASONING = {"properties": {"type": {"not": {"const": "reasoning"}}}}
-
-
 class ResponseRequest(Sampling):
     without_effect = WITHOUT_EFFECT["response"]
-    input: str | Annotated[list[Item], Field(min_length=1, json_schema_extra={"contains": _NOT_REASONING})] = Field(
-        description="A user's text, or items; with previous_response_id only the new ones."
-    )
+    conditions: ClassVar[Json] = {
+        "allOf": [
+            {
+                "if": given("top_logprobs", type="integer", minimum=1),
+                "then": given("include", type="array", contains={"const": OUTPUT_LOGPROBS}),
+            }
+        ]
+    }
+    input: (
+        str
+        | Annotated[
+            list[Item],
+            Field(
+                min_length=1,
+                json_schema_extra={"contains": {"properties": {"type": {"not": {"const": "reasoning"}}}}},
+            ),
+        ]
+    ) = Field(description="A user's text, or items; with previous_response_id only the new ones.")
     instructions: str | None = Field(default=None, description="What the system says before all else, in this turn.")
     max_output_tokens: Positive | None = None
-    previous_response_id: str | None = Field(default=None, description="Go on from a stored response.")
+    previous_response_id: str | None = Field(default=None, description="Continue a stored response.")
     store: bool | None = Field(default=None, description="Keep the response and its state; true if not given.")
-    include: list[Includable] | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20), BeforeValidator(as_whole)] | None = None
-    metadata: Metadata | None = None
+    # All but the first are of items that there are never here: asking for more of them changes nothing.
+    include: (
+        list[
+            Literal[
+                "message.output_text.logprobs",
+                "reasoning.encrypted_content",
+                "message.input_image.image_url",
+                "file_search_call.results",
+                "web_search_call.results",
+                "web_search_call.action.sources",
+                "computer_call_output.output.image_url",
+                "code_interpreter_call.outputs",
+            ]
+        ]
+        | None
+    ) = None
+    top_logprobs: TopLogprobs | None = None
+    metadata: (
+        Annotated[
+            dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+        ]
+        | None
+    ) = None
     stream_options: ResponseStreamOptions | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
@@ -144,11 +156,15 @@ class ResponseRequest(Sampling):
 
     @property
     def num_logprobs(self) -> int | None:
-        """Of how many of the likeliest tokens log-probabilities are wanted beside the token's own; None for none."""
+        """How many of the likeliest tokens get log-probabilities beside the token's own; None for no log-probabilities."""
         return (self.top_logprobs or 0) if OUTPUT_LOGPROBS in (self.include or []) else None
 
+    @property
+    def format(self) -> TextFormat:
+        return (self.text and self.text.format) or TextFormat()
+
     def grammar(self) -> Grammar | None:
-        return None if self.text is None or self.text.format is None else self.text.format.grammar()
+        return self.format.grammar()
 
     @model_validator(mode="before")
     @classmethod
@@ -172,10 +188,12 @@ class ResponseRequest(Sampling):
         return self
 
 
-def _check_type(place: str, value: Any, known: dict[str, str]) -> None:
+def _check_type(place: str, value: Any, known: Mapping[str, str]) -> None:
     kind = value.get("type") if isinstance(value, dict) else None
     if isinstance(kind, str) and kind not in known:
-        raise ValueError(f"{place}.type: {_short(kind)} is not supported: must be {' or '.join(known)}")
+        shown = json.dumps(kind)
+        shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+        raise ValueError(f"{place}.type: {shown} is not supported: must be {' or '.join(known)}")
 
 
 class ResponseUsage(BaseModel):
@@ -195,9 +213,9 @@ class ResponseAnswer(BaseModel):
     completed_at: int | None = None
     status: Literal["in_progress", "completed", "incomplete", "failed"] = "in_progress"
     model: str
-    output: list[dict[str, Any]] = []
+    output: list[Json] = []
     usage: ResponseUsage | None = None
-    error: dict[str, Any] | None = None
+    error: Json | None = None
     incomplete_details: dict[str, str] | None = None
     instructions: str | None = None
     previous_response_id: str | None = None
@@ -207,7 +225,7 @@ class ResponseAnswer(BaseModel):
     temperature: float
     top_p: float
     top_logprobs: int = 0
-    text: dict[str, Any] = {"format": {"type": "text"}, "verbosity": "medium"}
+    text: Json = {"format": {"type": "text"}, "verbosity": "medium"}
     reasoning: dict[str, None] = {"effort": None, "summary": None}
     tools: list[Any] = []
     tool_choice: str = "auto"
@@ -220,7 +238,7 @@ class ResponseAnswer(BaseModel):
 
 class InputItems(BaseModel):
     object: Literal["list"] = "list"
-    data: list[dict[str, Any]]
+    data: list[Json]
     first_id: str | None
     last_id: str | None
     has_more: bool

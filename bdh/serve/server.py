@@ -8,7 +8,7 @@ import logging
 import resource
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import uvicorn
@@ -18,31 +18,20 @@ from bdh.generate.async_engine import AsyncEngine
 from bdh.generate.engine import Engine
 from bdh.generate.params import SamplingParams
 from bdh.model.modeling import BDHForCausalLM
-from bdh.serve.address import listen
 from bdh.serve.app import make_app
-from bdh.serve.config import ServeSettings, check_telemetry
-from bdh.serve.connections import Connections
-from bdh.serve.handling import finish_unfinished
+from bdh.serve.completions import finish_unfinished
+from bdh.serve.config import ServeSettings, check_telemetry, listen
+from bdh.serve.connections import Connections, Server
 from bdh.serve.keys import ApiKeys
-from bdh.serve.logs import log, log_to_stderr
-from bdh.serve.prompts import ChatPrompts
+from bdh.serve.monitoring import log, log_to_stderr
 from bdh.serve.service import Loaded, Service
 from bdh.serve.states import StateStore
-from bdh.serve.tokens import TokenNames
+from bdh.serve.text import ChatPrompts, TokenNames
 from bdh.tokenizer import TextEncoder
 
 LoadModel = Callable[[], tuple[BDHForCausalLM, PreTrainedTokenizerFast]]
 _WATCH_SECONDS = 0.5
-_STEP_SECONDS = 5.0  # that the engine has at the end for a step that nobody waits for
 _OTHER_FILES = 128  # besides connections: the model's, the log, states, and connections about to end
-
-
-class _Uvicorn(uvicorn.Server):
-    """Without its signals: they are ours."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 def load(settings: ServeSettings, load_model: LoadModel) -> Loaded:
@@ -68,8 +57,11 @@ def load(settings: ServeSettings, load_model: LoadModel) -> Loaded:
     )
 
 
-def serve(settings: ServeSettings, load_model: LoadModel) -> int:
+def serve(settings: ServeSettings, load_model: LoadModel, *, last_step_seconds: float = 5.0) -> int:
     """Serves until SIGTERM or SIGINT. Returns the exit status: 0, or 1 where the model could not be loaded or has failed.
+
+    Args:
+        last_step_seconds: that the engine has at the end for a step that nobody waits for.
 
     Raises:
         ValueError, OSError: settings out of range, telemetry without a destination, keys that cannot be read, an address
@@ -78,10 +70,10 @@ def serve(settings: ServeSettings, load_model: LoadModel) -> int:
     settings.validated()
     check_telemetry(settings.telemetry)
     log_to_stderr(settings.log_format)
-    keys = ApiKeys(settings.auth)
+    keys = ApiKeys(settings.auth.keys_file, settings.auth.keys_variable)
     listening = listen(settings.host, settings.port)
     with listening:
-        return asyncio.run(_run(settings, load_model, keys, listening))
+        return asyncio.run(_run(settings, load_model, keys, listening, last_step_seconds))
 
 
 def uvicorn_config(service: Service, keys: ApiKeys) -> uvicorn.Config:
@@ -115,10 +107,16 @@ def _allow_open_files(connections: int) -> None:
         )
 
 
-async def _run(settings: ServeSettings, load_model: LoadModel, keys: ApiKeys, listening: socket.socket) -> int:
+async def _run(
+    settings: ServeSettings,
+    load_model: LoadModel,
+    keys: ApiKeys,
+    listening: socket.socket,
+    last_step_seconds: float,
+) -> int:
     service = Service(settings)
     _allow_open_files(settings.limits.connections)
-    server = _Uvicorn(uvicorn_config(service, keys))
+    server = Server(uvicorn_config(service, keys))
     host, port = listening.getsockname()[:2]
     log("listening", url=f"http://{host}:{port}", keys=keys.are_needed)
     if not keys.are_needed and host not in ("127.0.0.1", "::1"):
@@ -162,7 +160,7 @@ async def _run(settings: ServeSettings, load_model: LoadModel, keys: ApiKeys, li
     for task in (loading, watching, draining, hurrying):
         task.cancel()
     loaded = service.loaded if service.failure is None else None  # else its thread hangs
-    if loaded is not None and not await asyncio.to_thread(loaded.front.close, _STEP_SECONDS):
+    if loaded is not None and not await asyncio.to_thread(loaded.engine.close, last_step_seconds):
         log("the engine does not end its step, and is left", level=logging.WARNING)
     if service.failure is not None:
         log("ended by a failure", level=logging.ERROR, reason=str(service.failure))
@@ -176,14 +174,14 @@ async def _load(service: Service, settings: ServeSettings, load_model: LoadModel
         loaded = await asyncio.to_thread(load, settings, load_model)
         # In the engine's own thread: OpenMP gives each thread that calls the kernels a team of its own, and with more
         # of them than cores lets all wait passively, which costs a tenth of the speed.
-        await loaded.front.generate([0], SamplingParams(max_tokens=2, ignore_eos=True))
+        await loaded.engine.generate([0], SamplingParams(max_tokens=2, ignore_eos=True))
     except Exception as error:
         known = isinstance(error, ValueError | OSError)
         log(f"the model cannot be served: {error}", level=logging.ERROR, error=None if known else error)
         service.status, service.failure = "failed", error
         return
     service.open(loaded)
-    engine = loaded.front.engine
+    engine = loaded.engine.engine
     log(
         "ready",
         models=loaded.model_names,
@@ -191,7 +189,7 @@ async def _load(service: Service, settings: ServeSettings, load_model: LoadModel
         threads=torch.get_num_threads(),
         states=engine.max_sequences,
         state_bytes=engine.stepper.state_bytes,
-        chat=loaded.chat.is_possible,
+        chat=loaded.chat.template is not None,
     )
     if settings.resume_on_restart:
         await finish_unfinished(loaded)

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from bdh.generate.snapshot import Snapshot
-from bdh.model.modeling import BDHForCausalLM
 from bdh.serve.config import StateSettings
-from bdh.serve.logs import log
+from bdh.serve.monitoring import log
 from bdh.storage import write_text
 
 _ID = re.compile(r"state-[\w-]{24}|resp_[0-9a-f]{32}")
@@ -47,9 +46,15 @@ class SavedState:
     response_bytes: int = 0
     """Of that."""
 
+    @property
+    def record(self) -> dict[str, Any]:
+        """That of a stored response."""
+        assert self.response is not None
+        return self.response
+
 
 class StateStore:
-    """For several threads. Whatever reads or writes files may take long: call it from a thread of its own.
+    """For several threads. What reads or writes files may take long: call it from a thread of its own.
 
     Args:
         model: its states; those of others in the folder are left alone.
@@ -61,26 +66,17 @@ class StateStore:
     """
 
     def __init__(
-        self,
-        settings: StateSettings,
-        model: BDHForCausalLM,
-        now: Callable[[], float] = time.time,
-        *,
-        tokenizer: str = "",
+        self, settings: StateSettings, model: Any, now: Callable[[], float] = time.time, *, tokenizer: str = ""
     ):
         self._settings, self._model, self._now, self._tokenizer = settings, model, now, tokenizer
         self._folder = None if settings.folder is None else Path(settings.folder)
+        self._capacity = settings.max_bytes if self._folder is None else settings.folder_bytes
         self._lock = threading.RLock()
         self._known: OrderedDict[str, SavedState] = OrderedDict()  # the least recently used first
         self._loaded: dict[str, Snapshot] = {}
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._find()
-
-    @property
-    def _room(self) -> int:
-        """Bytes for all states together."""
-        return self._settings.max_bytes if self._folder is None else self._settings.folder_bytes
 
     @property
     def num_states(self) -> int:
@@ -109,37 +105,21 @@ class StateStore:
 
         Raises:
             ValueError: it is larger than all that may be kept.
-            DiskFullError: there is no room for it in the folder.
+            DiskFullError: it does not fit on the disk.
         """
         size = snapshot.nbytes
-        if size > self._room:
+        if size > self._capacity:
             raise ValueError(
-                f"the state has {size:,} bytes, and the states that are kept may have {self._room:,} together"
+                f"the state has {size:,} bytes, and the states that are kept may have {self._capacity:,} together"
             )
-        self.expire()
-        now = self._now()
-        saved = SavedState(
-            id=state_id or f"state-{secrets.token_urlsafe(18)}",
-            owner=owner,
-            created=now,
-            num_tokens=len(snapshot.tokens),
-            nbytes=size,
-            model=model,
-            used=now,
-            unfinished=unfinished,
-            text=text,
-            tokenizer=self._tokenizer,
-        )
+        state_id = state_id or f"state-{secrets.token_urlsafe(18)}"
+        saved = self._describe(state_id, snapshot, owner=owner, model=model, unfinished=unfinished, text=text)
         if self._folder is not None:
             self._make_room_on_disk(size)
             # The description comes last: without it a file of a state does not count.
-            snapshot.save(self._tensors_path(saved.id), self._model)
-            write_text(self._facts_path(saved.id), json.dumps(asdict(saved)), private=True)
-        with self._lock:
-            self._known[saved.id] = saved
-            self._known.move_to_end(saved.id)
-            self._loaded[saved.id] = snapshot
-            self._make_room()
+            snapshot.save(self._tensors_path(state_id), self._model)
+            self._write_description(saved)
+        self._keep(saved, snapshot)
         return saved
 
     def put_response(
@@ -153,21 +133,10 @@ class StateStore:
         num_bytes = len(json.dumps(response))
         if num_bytes > self._settings.response_bytes:
             return False
-        if snapshot is not None and snapshot.nbytes > self._room:
+        if snapshot is not None and snapshot.nbytes > self._capacity:
             snapshot = None
-        self.expire()
-        now = self._now()
-        saved = SavedState(
-            id=response_id,
-            owner=owner,
-            created=now,
-            num_tokens=0 if snapshot is None else len(snapshot.tokens),
-            nbytes=0 if snapshot is None else snapshot.nbytes,
-            model=model,
-            used=now,
-            tokenizer=self._tokenizer,
-            response=response,
-            response_bytes=num_bytes,
+        saved = self._describe(
+            response_id, snapshot, owner=owner, model=model, response=response, response_bytes=num_bytes
         )
         if self._folder is not None:
             try:
@@ -175,17 +144,38 @@ class StateStore:
                     snapshot.save(self._tensors_path(response_id), self._model)
                 else:
                     snapshot, saved.nbytes = None, 0
-                write_text(self._facts_path(response_id), json.dumps(asdict(saved)), private=True)
+                self._write_description(saved)
             except OSError as error:
                 snapshot, saved.nbytes = None, 0
                 log("the text of a response is kept in memory only", level=logging.ERROR, error=error)
+        self._keep(saved, snapshot)
+        return True
+
+    def _describe(self, state_id: str, snapshot: Snapshot | None, **facts: Any) -> SavedState:
+        self.expire()
+        now = self._now()
+        num_tokens, nbytes = (0, 0) if snapshot is None else (len(snapshot.tokens), snapshot.nbytes)
+        return SavedState(
+            id=state_id,
+            created=now,
+            used=now,
+            num_tokens=num_tokens,
+            nbytes=nbytes,
+            tokenizer=self._tokenizer,
+            **facts,
+        )
+
+    def _write_description(self, saved: SavedState) -> None:
+        write_text(self._description_path(saved.id), json.dumps(asdict(saved)), private=True)
+
+    def _keep(self, saved: SavedState, snapshot: Snapshot | None) -> None:
         with self._lock:
-            self._known[response_id] = saved
+            self._known[saved.id] = saved
+            self._known.move_to_end(saved.id)
             if snapshot is not None:
-                self._loaded[response_id] = snapshot
+                self._loaded[saved.id] = snapshot
             self._make_room()
             self._make_room_for_texts()
-        return True
 
     def get(self, state_id: str, owner: str) -> SavedState:
         """
@@ -201,7 +191,7 @@ class StateStore:
             self._known.move_to_end(state_id)
             if self._folder is not None:  # where the next process reads when it was used
                 with contextlib.suppress(FileNotFoundError):  # somebody has emptied the folder
-                    os.utime(self._facts_path(state_id), (saved.used, saved.used))
+                    os.utime(self._description_path(state_id), (saved.used, saved.used))
             return saved
 
     def snapshot(self, state_id: str, owner: str) -> Snapshot:
@@ -232,7 +222,7 @@ class StateStore:
         return found
 
     def of_owner(self, owner: str) -> list[SavedState]:
-        """Those of one owner, the newest first; not the responses whose text alone is left."""
+        """Those of one owner, the newest first, without the responses of which only the text is left."""
         with self._lock:
             self.expire()
             found = [saved for saved in self._known.values() if saved.owner == owner and saved.nbytes]
@@ -249,42 +239,45 @@ class StateStore:
         """
         with self._lock:
             self.get(state_id, owner)
-            self._forget(state_id)
+            self._remove(state_id)
 
     def expire(self) -> None:
         """Forgets what nobody has used for too long."""
         with self._lock:
             limit = self._now() - self._settings.ttl
             for state_id in [saved.id for saved in self._known.values() if saved.used < limit]:
-                self._forget(state_id)
+                self._remove(state_id)
 
-    def _to_give_up(self) -> list[SavedState]:
-        """The least recently used first, and what nobody has asked to keep, as the states of responses, before the rest."""
+    def _in_order_of_removal(self) -> list[SavedState]:
+        """The states of responses, which nobody has asked to keep, before the rest; the least recently used first."""
         return sorted(self._known.values(), key=lambda saved: saved.response is None)
 
     def _make_room(self) -> None:
         """Drops states from memory, and, without a folder, altogether."""
-        for saved in self._to_give_up():
-            if sum(snapshot.nbytes for snapshot in self._loaded.values()) <= self._settings.max_bytes:
+        for saved in self._in_order_of_removal():
+            if self.bytes_in_memory <= self._settings.max_bytes:
                 return
             if self._folder is not None:
                 self._loaded.pop(saved.id, None)
             elif saved.response is not None:
-                self._give_up_state(saved)
+                self._remove_state(saved)
             elif len(self._loaded) > 1:
-                self._forget(saved.id)
+                self._remove(saved.id)
 
     def _make_room_on_disk(self, size: int, *, for_response: bool = False) -> bool:
-        """Whether there is so much room; for a response no state goes that a client has saved by name."""
+        """Whether a state of this size fits then; for a response no state goes that a client has saved by name."""
         with self._lock:
-            for saved in self._to_give_up():
-                if sum(each.nbytes for each in self._known.values()) + size <= self._settings.folder_bytes:
-                    return True
+            num_bytes = size + sum(saved.nbytes for saved in self._known.values())
+            for saved in self._in_order_of_removal():
+                if num_bytes <= self._settings.folder_bytes:
+                    break
                 if saved.response is not None:
-                    self._give_up_state(saved)
+                    num_bytes -= saved.nbytes
+                    self._remove_state(saved)
                 elif not for_response:
-                    self._forget(saved.id)
-            return sum(each.nbytes for each in self._known.values()) + size <= self._settings.folder_bytes
+                    num_bytes -= saved.nbytes
+                    self._remove(saved.id)
+            return num_bytes <= self._settings.folder_bytes
 
     def _make_room_for_texts(self) -> None:
         responses = [saved for saved in self._known.values() if saved.response is not None]
@@ -293,27 +286,29 @@ class StateStore:
             if num_bytes <= self._settings.response_bytes:
                 return
             num_bytes -= saved.response_bytes
-            self._forget(saved.id)
+            self._remove(saved.id)
 
-    def _give_up_state(self, saved: SavedState) -> None:
+    def _remove_state(self, saved: SavedState) -> None:
         """Of a response, whose text stays."""
         self._loaded.pop(saved.id, None)
         saved.nbytes = 0
         if self._folder is not None:
             self._tensors_path(saved.id).unlink(missing_ok=True)
 
-    def _forget(self, state_id: str) -> None:
+    def _remove(self, state_id: str) -> None:
         self._known.pop(state_id, None)
         self._loaded.pop(state_id, None)
         if self._folder is not None:
-            self._facts_path(state_id).unlink(missing_ok=True)
+            self._description_path(state_id).unlink(missing_ok=True)
             self._tensors_path(state_id).unlink(missing_ok=True)
 
     def _find(self) -> None:
-        """The states that an earlier process has left."""
+        """Takes up the states that an earlier process has left."""
         assert self._folder is not None
         found = []
-        for path in (*self._folder.glob("state-*.json"), *self._folder.glob("resp_*.json")):
+        for path in self._folder.glob("*.json"):
+            if not path.name.startswith(("state-", "resp_")):
+                continue
             try:
                 saved = SavedState(**json.loads(path.read_text(encoding="utf-8")))
             except (ValueError, TypeError) as error:
@@ -326,19 +321,15 @@ class StateStore:
             if saved.nbytes or saved.response is not None:
                 saved.used = path.stat().st_mtime
                 found.append(saved)
-        for saved in sorted(found, key=lambda each: each.used):
-            self._known[saved.id] = saved
-        for path in (
-            *self._folder.glob("state-*.safetensors"),
-            *self._folder.glob("resp_*.safetensors"),
-        ):  # of a process that died in between
-            if not path.with_suffix(".json").exists():
-                path.unlink()
+        self._known.update((saved.id, saved) for saved in sorted(found, key=lambda each: each.used))
+        for path in self._folder.glob("*.safetensors"):
+            if path.name.startswith(("state-", "resp_")) and not path.with_suffix(".json").exists():
+                path.unlink()  # of a process that died in between
 
     def _tensors_path(self, state_id: str) -> Path:
         assert self._folder is not None
         return self._folder / f"{state_id}.safetensors"
 
-    def _facts_path(self, state_id: str) -> Path:
+    def _description_path(self, state_id: str) -> Path:
         assert self._folder is not None
         return self._folder / f"{state_id}.json"

@@ -257,12 +257,12 @@ def test_arguments_have_the_defaults_of_the_settings_that_are_passed_to_them():
 
 
 def test_the_server_says_how_many_tokens_it_gives_where_a_request_does_not_say():
-    from bdh.serve.handling import _COMPLETION_TOKENS
+    from bdh.serve.completions import COMPLETION_TOKENS
     from bdh.serve.schemas import CompletionRequest
 
     (help_text,) = [leaf.help for leaf in cli_settings._leaves(ServeSettings) if leaf.name == "limits.chat_tokens"]
-    assert f"of a completion they are {_COMPLETION_TOKENS}, as" in help_text
-    assert CompletionRequest.model_fields["max_tokens"].description == f"{_COMPLETION_TOKENS} if not given."
+    assert f"of a completion they are {COMPLETION_TOKENS}, as" in help_text
+    assert CompletionRequest.model_fields["max_tokens"].description == f"{COMPLETION_TOKENS} if not given."
 
 
 def test_what_a_benchmark_takes_by_default_is_in_its_help():

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from bdh.cli.generate import GenerateSettings
-from bdh.serve.config import _PACKAGES
+from bdh.serve.config import PACKAGES
 
 LARGE = ["torch", "transformers", "datasets", "numba", "torchao", "numpy", "fastapi", "matplotlib"]
 # Runs command lines one after the other: each is a few milliseconds, as nothing large is imported for it.
@@ -136,7 +136,7 @@ def test_a_server_asks_for_packages_of_its_extra_alone():
     """It asked for one that the extra does not have any more: after `pip install bdh[serve]` it did not start."""
     text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     extra = tomllib.loads(text)["project"]["optional-dependencies"]["serve"]
-    assert set(_PACKAGES) <= {re.split("[<>=]", each)[0].replace("-", "_") for each in extra}
+    assert set(PACKAGES) <= {re.split("[<>=]", each)[0].replace("-", "_") for each in extra}
 
 
 def test_the_package_that_a_form_needs_is_asked_for_before_the_model_is_loaded(monkeypatch):

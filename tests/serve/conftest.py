@@ -52,10 +52,10 @@ def bpe_pair():
 class Running:
     """A server, its service, and clients for it."""
 
-    def __init__(self, settings, model, tokenizer):
+    def __init__(self, settings, model, tokenizer, **options):
         self.settings = settings
-        self.service = Service(settings)
-        self.keys = ApiKeys(settings.auth)
+        self.service = Service(settings, **options)
+        self.keys = ApiKeys(settings.auth.keys_file, settings.auth.keys_variable)
         config = uvicorn_config(self.service, self.keys)
         config.port, config.log_level = 0, "error"
         self.connections = config.http.__self__
@@ -91,19 +91,19 @@ class Running:
     def idle(self):
         """Waits until nothing runs; the gauges are those of an engine without work."""
         for _ in range(1000):
-            stats = self.service.loaded.front.stats
+            stats = self.service.loaded.engine.stats
             waits = self.service.num_waiting
-            if not (stats.running or stats.waiting or stats.state_bytes or waits or self.service._running):
+            if not (stats.running or stats.waiting or stats.state_bytes or waits or self.service.running):
                 return
             time.sleep(0.01)
-        raise AssertionError(f"something goes on: {stats}, {waits} wait, {len(self.service._running)} requests")
+        raise AssertionError(f"something goes on: {stats}, {waits} wait, {len(self.service.running)} requests")
 
     def close(self):
         self.http.close()
         self._server.should_exit = self._server.force_exit = True
         self._thread.join(20)
         if self.service.loaded is not None:
-            self.service.loaded.front.close()
+            self.service.loaded.engine.close()
 
 
 @pytest.fixture(scope="module")
@@ -121,9 +121,9 @@ def start_server():
     """Starts servers, which end with the module."""
     running = []
 
-    def start(model, tokenizer, **settings):
+    def start(model, tokenizer, *, options=None, **settings):
         settings.setdefault("engine", EngineConfig(max_running=8, prefix_cache_bytes=1 << 26))
-        running.append(Running(ServeSettings(model="made/tiny", **settings), model, tokenizer))
+        running.append(Running(ServeSettings(model="made/tiny", **settings), model, tokenizer, **(options or {})))
         return running[-1]
 
     yield start

@@ -12,8 +12,8 @@ import pytest
 
 from bdh.generate.config import EngineConfig
 from bdh.serve.config import AuthSettings, LimitSettings
-from bdh.serve.events import EventStream
-from bdh.serve.logs import _JsonFormatter, _TextFormatter
+from bdh.serve.middleware import EventStream
+from bdh.serve.monitoring import JsonFormatter, TextFormatter
 from bdh.serve.schemas import CompletionRequest
 
 
@@ -242,7 +242,7 @@ def test_a_socket_that_is_half_closed_frees_everything(server):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_frees_its_state(server, stream):
-    generated = server.service.loaded.front.stats.generated_tokens
+    generated = server.service.loaded.engine.stats.generated_tokens
     body = json.dumps({"prompt": "abc", "max_tokens": 16_000, "stream": stream, "temperature": 0}).encode()
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
         connection.sendall(
@@ -250,13 +250,13 @@ def test_a_client_that_leaves_frees_its_state(server, stream):
             b"Content-Length: %d\r\n\r\n" % len(body) + body
         )
         for _ in range(1000):
-            if server.service.loaded.front.stats.running:
+            if server.service.loaded.engine.stats.running:
                 break
             time.sleep(0.005)
         else:
             raise AssertionError("it has not begun")
     server.idle()
-    assert server.service.loaded.front.stats.generated_tokens < generated + 16_000
+    assert server.service.loaded.engine.stats.generated_tokens < generated + 16_000
 
 
 def test_a_prompt_that_waits_too_long_is_sent_away(start_server, bytes_pair):
@@ -265,7 +265,7 @@ def test_a_prompt_that_waits_too_long_is_sent_away(start_server, bytes_pair):
     answers = []
     first = threading.Thread(target=lambda: answers.append(server.complete("abc", max_tokens=2000)))
     first.start()
-    while not server.service.loaded.front.stats.running:
+    while not server.service.loaded.engine.stats.running:
         time.sleep(0.005)
     answer = server.complete("abc", max_tokens=1)
     assert_refused(answer, 503, code="queue_timeout")
@@ -295,7 +295,7 @@ def test_nothing_is_answered_before_the_model_is_there(start_server):
 
 def test_an_engine_that_fails_turns_the_server_off(start_server, bytes_pair, monkeypatch):
     server = start_server(*bytes_pair)
-    front = server.service.loaded.front
+    front = server.service.loaded.engine
 
     def fail():
         raise RuntimeError("the memory is on fire")
@@ -311,7 +311,7 @@ def test_an_engine_that_fails_turns_the_server_off(start_server, bytes_pair, mon
 def test_a_long_step_that_makes_progress_is_no_hang(start_server, bytes_pair, monkeypatch):
     """A step of more than a minute ended the server, whatever it was doing."""
     server = start_server(*bytes_pair, limits=LimitSettings(stall_timeout=1.5))
-    stepper = server.service.loaded.front.engine.stepper
+    stepper = server.service.loaded.engine.engine.stepper
     step = stepper._step
 
     def slow(feeds):
@@ -331,7 +331,7 @@ def test_a_step_without_progress_is_a_hang_unless_that_is_switched_off(
     start_server, bytes_pair, monkeypatch, stall_timeout
 ):
     server = start_server(*bytes_pair, limits=LimitSettings(stall_timeout=stall_timeout))
-    front, going_on = server.service.loaded.front, threading.Event()
+    front, going_on = server.service.loaded.engine, threading.Event()
     step = front.engine.stepper._step
 
     def hanging(feeds):
@@ -366,7 +366,7 @@ def test_an_error_of_the_program_is_told_without_its_insides(server, monkeypatch
 @pytest.mark.parametrize("log_format", ["json", "text"])
 def test_a_path_cannot_write_lines_into_the_log(log_format):
     handler = logging.StreamHandler(stream := io.StringIO())
-    handler.setFormatter({"json": _JsonFormatter, "text": _TextFormatter}[log_format]())
+    handler.setFormatter({"json": JsonFormatter, "text": TextFormatter}[log_format]())
     record = logging.makeLogRecord(
         {"msg": "request", "levelno": 20, "levelname": "INFO", "facts": {"path": "/a\n12:00 forged"}}
     )

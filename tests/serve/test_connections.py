@@ -11,8 +11,7 @@ from contextlib import ExitStack
 import psutil
 import pytest
 
-from bdh.serve.address import listen
-from bdh.serve.config import AuthSettings, LimitSettings
+from bdh.serve.config import AuthSettings, LimitSettings, listen
 from bdh.serve.connections import Connection
 
 CRLF = b"\r\n"

@@ -121,7 +121,7 @@ def test_a_text_that_is_too_long_is_refused_before_the_first_is_read(start_serve
     server = start_server(*bytes_pair, limits=LimitSettings(prompts=1, prompt_tokens=100))
     answer = server.http.post("/v1/embeddings", json={"input": ["abc", "a" * 200]})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "input.1")
-    assert server.service.loaded.front.stats.prompt_tokens == 0
+    assert server.service.loaded.engine.stats.prompt_tokens == 0
 
 
 @pytest.fixture(scope="module")

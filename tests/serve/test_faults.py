@@ -35,7 +35,7 @@ def server(start_server, bytes_pair):
 @pytest.fixture
 def fragile(server, monkeypatch):
     """A server that cannot read the byte Z, and notices it after half of the states have moved."""
-    stepper = server.service.loaded.front.engine.stepper
+    stepper = server.service.loaded.engine.engine.stepper
     step = stepper._step
 
     def failing(feeds):
@@ -94,7 +94,7 @@ def test_texts_are_cut_off_where_there_is_no_memory_to_keep_them(
     with ThreadPoolExecutor(2) as pool:
         plain = pool.submit(server.complete, max_tokens=10_000)
         streamed = pool.submit(server.complete, max_tokens=10_000, stream=True)
-        while server.service.loaded.front.stats.running < 2:
+        while server.service.loaded.engine.stats.running < 2:
             time.sleep(0.01)
         assert server.call(server.service.drain(0)) == 2
         answer, stream = plain.result(), streamed.result()
@@ -104,4 +104,4 @@ def test_texts_are_cut_off_where_there_is_no_memory_to_keep_them(
         assert "state_ids" not in error
     assert answer.status_code == 503
     server.idle()
-    assert server.service.loaded.front.failure is None
+    assert server.service.loaded.engine.failure is None

@@ -14,8 +14,8 @@ from pydantic import BaseModel, Field
 from bdh.generate.engine import Engine
 from bdh.generate.matcher import GRAMMAR_FAULT
 from bdh.generate.params import SamplingParams
+from bdh.serve.completions import finish_unfinished
 from bdh.serve.config import StateSettings
-from bdh.serve.handling import finish_unfinished
 from bdh.tokenizer import train_tokenizer
 from tests.serve.conftest import made_model
 
@@ -177,7 +177,7 @@ def test_a_text_that_the_end_of_a_server_cut_off_is_finished_in_its_form(start_s
     whole = server.text(**asked)
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(server.complete, **asked)
-        while not server.service.loaded.front.stats.running:
+        while not server.service.loaded.engine.stats.running:
             time.sleep(0.001)
         assert server.call(server.service.drain(0)) == 1
         (state,) = answer.result().json()["error"]["state_ids"]

@@ -282,19 +282,20 @@ def test_an_engine_that_hangs_while_the_server_ends_does_not_keep_it(folder):
     script = """
 import sys, threading
 from bdh.generate.engine import Engine
-from bdh.serve import server
 from bdh.serve.config import ServeSettings
+from bdh.serve.monitoring import log
+from bdh.serve.server import serve
 from bdh.train.models import load_model
 
 step = Engine.step
 def hanging(self):
     if any(request.params.seed == 13 for request in self._running.values()):
-        server.log("it hangs")
+        log("it hangs")
         threading.Event().wait()
     return step(self)
-Engine.step, server._STEP_SECONDS = hanging, 0.5
+Engine.step = hanging
 settings = ServeSettings(model=sys.argv[1], port=0, drain_timeout=0.1)
-sys.exit(server.serve(settings, lambda: load_model(sys.argv[1])))
+sys.exit(serve(settings, lambda: load_model(sys.argv[1]), last_step_seconds=0.5))
 """
     server = Process(folder, command=[sys.executable, "-c", script, str(folder)])
     server.wait_for("ready")

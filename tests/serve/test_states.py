@@ -120,8 +120,7 @@ def test_what_is_damaged_is_left_out_or_told(make_store, snapshot, tmp_path):
 
 def test_states_of_another_model_are_refused(make_store, snapshot, tmp_path):
     saved = make_store(True).put(snapshot(), owner="ann", model="m")
-    other = StateStore(StateSettings(folder=str(tmp_path / "states")), made_model(256, seed=1))
-    other._now = lambda: 1000.0
+    other = StateStore(StateSettings(folder=str(tmp_path / "states")), made_model(256, seed=1), lambda: 1000.0)
     with pytest.raises(ValueError, match="another model"):
         other.snapshot(saved.id, "ann")
 

@@ -13,8 +13,8 @@ from bdh.cli.main import main
 from bdh.generate.config import EngineConfig
 from bdh.generate.engine import Engine
 from bdh.generate.params import SamplingParams
+from bdh.serve.answers import CompletionAnswer, CompletionLogprobs
 from bdh.serve.config import StateSettings
-from bdh.serve.schemas import CompletionAnswer, CompletionLogprobs
 from bdh.tokenizer import train_tokenizer
 from tests.serve.conftest import SENTENCES, made_model
 
@@ -341,12 +341,11 @@ def test_requests_have_ids(server):
     assert len(made) == 32
 
 
-def test_silence_is_broken_by_comments(start_server, bytes_pair, monkeypatch):
-    monkeypatch.setattr("bdh.serve.handling.SILENCE_SECONDS", 0.05)
-    server = start_server(*bytes_pair, engine=EngineConfig(max_running=1))
+def test_silence_is_broken_by_comments(start_server, bytes_pair):
+    server = start_server(*bytes_pair, options={"silence_seconds": 0.05}, engine=EngineConfig(max_running=1))
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(server.complete, "abc", max_tokens=1500)
-        while not server.service.loaded.front.stats.running:
+        while not server.service.loaded.engine.stats.running:
             time.sleep(0.005)
         waiting = server.complete("abc", max_tokens=2, stream=True)
         assert first.result().status_code == 200

@@ -2,7 +2,7 @@
 
 import json
 
-from bdh.serve.tokens import TokenNames
+from bdh.serve.text import TokenNames
 from bdh.tokenizer import load_tokenizer, train_tokenizer
 
 

@@ -1,0 +1,221 @@
+"""Between text and tokens: prompts, conversations by a chat template, and the names of tokens in log-probabilities."""
+
+import copy
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from bdh.model.text import encode_prompt
+from bdh.serve.config import PLAIN, read_template
+from bdh.serve.errors import bad_request
+from bdh.tokenizer.byte_level import byte_of_character
+from bdh.tokenizer.chat import ChatEncoder
+from bdh.vocabulary import vocabulary_size
+
+_PLAIN_TEMPLATE = """\
+{% for message in messages %}
+{% if message['role'] == 'system' %}{{ message['content'] + '\n\n' }}
+{%- elif message['role'] == 'user' %}{{ 'User: ' + message['content'] + '\n' }}
+{%- else %}{{ 'Assistant: ' + message['content'].lstrip() + '\n' }}
+{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}
+"""
+_PLAIN_STOPS = ["\nUser:", "\nAssistant:"]
+_SPACES = " \u0120\u2581"  # as vocabularies spell a space
+
+Message = dict[str, str]
+
+
+def encode_text(tokenizer: PreTrainedTokenizerFast, text: str, *, add_special_tokens: bool = False) -> list[int]:
+    """The tokens of a text, in which nothing is a special token."""
+    ids: Any = tokenizer(text, add_special_tokens=add_special_tokens, split_special_tokens=True)["input_ids"]
+    return list(ids)
+
+
+def decode_tokens(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
+
+
+def prompt_tokens(
+    tokenizer: PreTrainedTokenizerFast,
+    vocab_size: int,
+    prompt: str | Sequence[int],
+    param: str,
+    continues: bool = False,
+) -> list[int]:
+    """The tokens of a text, or ids that are checked.
+
+    Args:
+        param: what the request calls it.
+        continues: it follows in a state, where it may be empty, and begins with nothing of its own.
+
+    Raises:
+        ApiError: 400, there is nothing to start from, or ids outside of the vocabulary.
+    """
+    try:
+        if not isinstance(prompt, str):
+            tokens = list(prompt)
+        elif continues:
+            tokens = encode_text(tokenizer, prompt)
+        else:
+            tokens = encode_prompt(tokenizer, prompt)
+    except ValueError as error:
+        raise bad_request(str(error), param) from error
+    if not tokens and not continues:
+        raise bad_request("the prompt has no tokens: give at least one to start from", param)
+    if wrong := [token for token in tokens if token >= vocab_size][:3]:
+        raise bad_request(f"the prompt has the token ids {wrong}: must be within 0 and {vocab_size - 1}", param)
+    return tokens
+
+
+def tokenizer_info(tokenizer: PreTrainedTokenizerFast, template: str | None, max_length: int) -> dict[str, Any]:
+    """A tokenizer's facts by the names of its tokenizer_config.json; special tokens that it has not are None."""
+    attributes = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+    return {
+        "tokenizer_class": type(tokenizer).__name__,
+        "vocab_size": vocabulary_size(tokenizer),
+        "model_max_length": max_length,
+        **dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token")),
+        **tokenizer.special_tokens_map,
+        "chat_template": template,
+        "added_tokens_decoder": {
+            str(token): {name: getattr(each, name) for name in attributes}
+            for token, each in tokenizer.added_tokens_decoder.items()
+        },
+        "clean_up_tokenization_spaces": tokenizer.clean_up_tokenization_spaces,
+    }
+
+
+class ChatPrompts:
+    """Conversations in the form that the model was trained on.
+
+    Args:
+        template: "plain", or a file, for a tokenizer that has none.
+        stops: strings that end every reply.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the tokenizer has a template of its own, or the template cannot be used.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, template: str | None, stops: Sequence[str]):
+        self.stops = list(stops)
+        self._is_plain = template == PLAIN
+        if template is not None:
+            if tokenizer.chat_template:
+                raise ValueError(f"chat_template is {template!r}: must be left out, the tokenizer has one of its own")
+            tokenizer = copy.deepcopy(tokenizer)
+            tokenizer.chat_template = _plain_template(tokenizer) if self._is_plain else read_template(Path(template))
+            self.stops += _PLAIN_STOPS if self._is_plain else []
+        self._tokenizer = tokenizer
+        self.template = str(tokenizer.chat_template) if tokenizer.chat_template else None
+        """Jinja; None where there is none, and no chat is possible."""
+        self._encoder = ChatEncoder(tokenizer, tells_answers=False) if self.template else None
+        self._marks_answers = self._encoder is not None and self._encoder.tells_answers
+
+    @property
+    def end_ids(self) -> list[int]:
+        """Tokens that end a reply, beside the model's own."""
+        return [self._encoder.turn_end_id] if self._encoder is not None and self._marks_answers else []
+
+    @property
+    def can_continue(self) -> bool:
+        """Whether :meth:`further` knows where an answer ends."""
+        return self._is_plain or self._marks_answers
+
+    def reply(self, text: str) -> str:
+        """What the model has written as a message: in the plain form, without the space after the role."""
+        return text.lstrip() if self._is_plain else text
+
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        """A conversation's tokens, up to where the model is to write.
+
+        Raises:
+            ApiError: 400, there is no template, or it refuses the conversation.
+        """
+        return self._encode(messages)[0]
+
+    def further(self, before: Sequence[Message], messages: Sequence[Message], stopped_by: str | None) -> list[int]:
+        """What follows in the state of a conversation whose last message the model has just written.
+
+        Args:
+            before: all of the conversation that the state has read or written.
+            stopped_by: the stop string that ended the last message, and which the state has read.
+
+        Raises:
+            ApiError: 400, as :meth:`encode`, or the template does not say how an answer ends.
+        """
+        if self._is_plain:
+            rendered: Any = render_jinja_template(
+                conversations=[list(messages)], chat_template=self.template, add_generation_prompt=True
+            )
+            return encode_text(self._tokenizer, f"\n{rendered[0][0]}".removeprefix(stopped_by or ""))
+        ids, is_answer = self._encode([*before, *messages])
+        if self._marks_answers:
+            num_answers = sum(message["role"] == "assistant" for message in before)
+            ends = [i for i in range(len(ids)) if is_answer[i] and not is_answer[i + 1 : i + 2].any()]
+            if len(ends) >= num_answers > 0:
+                return ids[ends[num_answers - 1] :]  # from the token on that ends the answer
+        raise bad_request(
+            "the chat template does not tell where an answer ends: send the whole conversation, without bdh.from_state",
+            "bdh.from_state",
+        )
+
+    def _encode(self, messages: Sequence[Message]) -> tuple[list[int], np.ndarray]:
+        if self._encoder is None:
+            raise bad_request(
+                "this model's tokenizer has no chat template: ask /v1/completions, or start the server with "
+                "--chat_template plain",
+                "messages",
+                "no_chat_template",
+            )
+        try:
+            ids, is_answer = self._encoder.encode([messages], add_generation_prompt=True)[0]
+        except ValueError as error:
+            raise bad_request(str(error), "messages") from error
+        return ids.tolist(), is_answer
+
+
+def _plain_template(tokenizer: PreTrainedTokenizerFast) -> str:
+    """The plain form, which ends with ``Assistant: ``, so that the model begins with a word. Where words have their space
+    in the same token, it ends with ``Assistant:``, and the model writes the space.
+    """
+    if any(len(token) > 1 and token[0] in _SPACES for token in tokenizer.get_vocab()):
+        return _PLAIN_TEMPLATE
+    return _PLAIN_TEMPLATE.replace("'Assistant:'", "'Assistant: '")
+
+
+class TokenNames:
+    """The names of tokens in log-probabilities: their text, or, where they are no whole characters, their bytes."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+        # A copy, since reading and encoding at the same time in two threads fails.
+        self._tokenizer = tokenizer = copy.deepcopy(tokenizer)
+        self._added = {token: str(added) for token, added in tokenizer.added_tokens_decoder.items()}
+        self._byte_of = byte_of_character() if "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder) else None
+        self.bytes_of = lru_cache(maxsize=65536)(self._bytes_of)
+
+    def name(self, token: int) -> str:
+        """Distinct for distinct bytes: ``bytes:\\xf0`` for a byte that is no character."""
+        found = self.bytes_of(token)
+        try:
+            return found.decode("utf-8")
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in found)
+
+    def text(self, tokens: Sequence[int]) -> str:
+        return decode_tokens(self._tokenizer, tokens)
+
+    def _bytes_of(self, token: int) -> bytes:
+        if token in self._added:
+            return self._added[token].encode("utf-8")
+        if self._byte_of is not None:
+            characters = self._tokenizer.convert_ids_to_tokens(token) or ""  # an id that no token has
+            return bytes(self._byte_of[character] for character in characters)
+        return self.text([token]).encode("utf-8")
