@@ -1,9 +1,43 @@
-"""Collects every fault of a set of settings, so that a person reads them all at once."""
+"""Settings: dataclasses whose fields pydantic checks, and all faults of which are reported at once.
+
+A field's type says what it takes, ranges included: ``Annotated[int, Ge(1)]``, or one of the names below. What depends on
+several fields is said in :meth:`Settings.collect_faults`. The classes are plain dataclasses, which check nothing when they
+are made: so all that is wrong with nested settings is found together, by ``validated()``, and pydantic is imported only then.
+"""
 
 import dataclasses
-import math
-from collections.abc import Iterable, Mapping
-from typing import Any, Self
+import functools
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar
+
+from annotated_types import Ge, Gt, Le, Lt, Predicate
+
+SettingsType = TypeVar("SettingsType")
+
+PositiveInt = Annotated[int, Ge(1)]
+NonNegativeInt = Annotated[int, Ge(0)]
+PositiveFloat = Annotated[float, Gt(0)]
+NonNegativeFloat = Annotated[float, Ge(0)]
+Fraction = Annotated[float, Ge(0), Lt(1)]
+PathText = Annotated[str, "path"]
+"""The type of a setting that is, or may be, a path: ``~`` and ``$VARIABLE`` in it are replaced."""
+
+
+@dataclass(frozen=True, slots=True)
+class Allowed(Predicate):
+    """Limits a type to the values for which a function is true: ``Annotated[str, Allowed(str.strip, "a name")]``."""
+
+    words: str = ""
+    """What is right."""
+
+
+class Unit(NamedTuple):
+    """Names the unit of a type's range in messages."""
+
+    name: str
 
 
 class Faults:
@@ -16,30 +50,27 @@ class Faults:
         faults.raise_if_any()
     """
 
-    def __init__(self, prefix: str = "", found: list[str] | None = None, not_finite: set[str] | None = None):
+    def __init__(self, prefix: str = "", found: list[str] | None = None, out_of_range: set[str] | None = None):
         self._prefix = prefix
         self.found: list[str] = [] if found is None else found
-        self._not_finite: set[str] = set() if not_finite is None else not_finite
+        self._out_of_range: set[str] = set() if out_of_range is None else out_of_range
 
     def with_prefix(self, section: str) -> "Faults":
-        return Faults(f"{self._prefix}{section}.", self.found, self._not_finite)
+        return Faults(f"{self._prefix}{section}.", self.found, self._out_of_range)
 
     def require(self, is_right: bool, field: str, value: Any, allowed: str) -> None:
-        """Records a fault unless ``is_right``: ``allowed`` says what would have been right."""
-        if not is_right and self._prefix + field not in self._not_finite:
+        """Records a fault unless ``is_right``, or the field's own type has one: ``allowed`` says what would be right."""
+        if not is_right and self._prefix + field not in self._out_of_range:
             self.found.append(f"{self._prefix}{field} is {value!r}: must be {allowed}")
-
-    def require_finite(self, field: str, value: Any) -> None:
-        """Records a fault where a number, or one inside of a list or mapping, is infinite or NaN; no other follows then."""
-        if not _is_finite(value):
-            self.require(
-                False, field, value, "a finite number" if isinstance(value, float) else "of finite numbers only"
-            )
-            self._not_finite.add(self._prefix + field)
 
     def require_one_of(self, field: str, value: Any, allowed: Iterable[Any]) -> None:
         options = list(allowed)
         self.require(value in options, field, value, "one of " + ", ".join(map(str, options)))
+
+    def require_type(self, field: str, value: Any, allowed: str) -> None:
+        """Records that a value is not of its field's type; none of the field follows then."""
+        self.require(False, field, value, allowed)
+        self._out_of_range.add(self._prefix + field)
 
     def add(self, message: str) -> None:
         self.found.append(message)
@@ -54,10 +85,17 @@ class Faults:
 
 
 class Settings:
-    """A dataclass of settings, whose numbers are finite. A subclass says in ``collect_faults`` what else must hold."""
+    """Base of the dataclasses of settings."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {
+        "strict": True,
+        "allow_inf_nan": False,
+        "revalidate_instances": "always",
+        "arbitrary_types_allowed": True,
+    }
 
     def collect_faults(self, faults: Faults) -> None:
-        """Records what is out of range, but for the sections inside, which do so themselves."""
+        """Records what is wrong between fields; their types, and the sections inside, are checked apart from that."""
 
     def check_available(self) -> None:
         """Whether what the settings name is there: files, folders, packages, a port. Asked of all sections inside.
@@ -80,25 +118,141 @@ class Settings:
         return self
 
 
-def collect_faults(settings: Any, faults: Faults, *, with_top: bool = True) -> None:
-    """Records every fault of a dataclass of settings and of its sections.
+class FieldFault(NamedTuple):
+    """A value that is not of its field's type, or out of the range that the type has."""
 
-    Args:
-        with_top: whether ``settings`` is asked itself, besides that its numbers must be finite.
-    """
-    fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
-    for name, value in fields.items():
-        faults.require_finite(name, value)
-    if with_top and hasattr(settings, "collect_faults"):
+    path: tuple[str, ...]
+    value: Any
+    allowed: str
+    is_of_type: bool
+    """Whether it is only out of range."""
+
+
+def collect_faults(settings: Any, faults: Faults) -> None:
+    """Records every fault of a dataclass of settings and of its sections."""
+    _, wrong = checked(settings)
+    for fault in wrong:
+        *sections, field = fault.path
+        functools.reduce(Faults.with_prefix, sections, faults).require_type(field, fault.value, fault.allowed)
+    collect_relations(settings, faults, [fault.path for fault in wrong if not fault.is_of_type])
+
+
+def collect_relations(settings: Any, faults: Faults, unusable: Iterable[tuple[str, ...]] = ()) -> None:
+    """Records what the sections' own ``collect_faults`` find, but for those that hold an unusable value."""
+    unusable = list(unusable)
+    if not unusable and hasattr(settings, "collect_faults"):
         settings.collect_faults(faults)
-    for name, value in fields.items():
-        if dataclasses.is_dataclass(value):
-            collect_faults(value, faults.with_prefix(name))
+    for field in dataclasses.fields(settings):
+        if dataclasses.is_dataclass(section := getattr(settings, field.name)):
+            inside = [path[1:] for path in unusable if path[0] == field.name]
+            collect_relations(section, faults.with_prefix(field.name), inside)
 
 
-def _is_finite(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return all(map(_is_finite, value)) and all(map(_is_finite, value.values()))
-    if isinstance(value, list | tuple):
-        return all(map(_is_finite, value))
-    return not isinstance(value, float) or math.isfinite(value)
+def checked(settings: SettingsType) -> tuple[SettingsType, list[FieldFault]]:
+    """The settings with whole numbers as floats where their types say so; or as they are, and what is wrong with fields."""
+    from pydantic import ValidationError
+
+    settings_class: Any = type(settings)
+    try:
+        return _validator(settings_class).validate_python(settings), []
+    except ValidationError as error:
+        errors = error.errors(include_url=False, include_context=False)
+    kinds: dict[tuple[str, ...], set[str]] = {}
+    for each in errors:
+        kinds.setdefault(_field_path(settings_class, each["loc"]), set()).add(each["type"])
+    found = []
+    for path, types_of_errors in kinds.items():
+        value = functools.reduce(getattr, path, settings)
+        owner = functools.reduce(lambda of, name: field_types(of)[name], path[:-1], settings_class)
+        annotation = field_types(owner)[path[-1]]
+        is_of_type = True
+        if "finite_number" in types_of_errors:
+            allowed = "a finite number" if isinstance(value, float) else "of finite numbers only"
+        elif types_of_errors & _RANGE_ERRORS:
+            allowed = range_in_words(annotation)
+        else:
+            allowed, is_of_type = type_in_words(annotation), False
+        found.append(FieldFault(path, value, allowed, is_of_type))
+    return settings, found
+
+
+_RANGE_ERRORS = {"greater_than", "greater_than_equal", "less_than", "less_than_equal", "predicate_failed"}
+
+
+@functools.cache
+def _validator(settings_class: type) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(settings_class)
+
+
+@functools.cache
+def field_types(settings_class: type) -> dict[str, Any]:
+    """The types of a class's fields, with what they are annotated with."""
+    hints = typing.get_type_hints(settings_class, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(settings_class)}
+
+
+def _field_path(settings_class: type, location: tuple[int | str, ...]) -> tuple[str, ...]:
+    """The names of sections and field, without what follows inside of the value."""
+    path: list[str] = []
+    of: Any = settings_class
+    for name in location:
+        of = field_types(of)[str(name)]
+        path.append(str(name))
+        if not dataclasses.is_dataclass(of):
+            break
+    return tuple(path)
+
+
+def alternatives(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union; else the type alone."""
+    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    return typing.get_args(annotation) if is_union else (annotation,)
+
+
+def plain_type(annotation: Any) -> Any:
+    """A type without what it is annotated with."""
+    return typing.get_args(annotation)[0] if typing.get_origin(annotation) is Annotated else annotation
+
+
+def type_in_words(annotation: Any) -> str:
+    """What a type allows, ranges apart."""
+    annotation = plain_type(annotation)
+    origin, arguments = typing.get_origin(annotation), tuple(map(plain_type, typing.get_args(annotation)))
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if origin in (typing.Union, types.UnionType):
+        return ", or ".join(map(type_in_words, arguments))
+    if origin is list:
+        return "a list of texts: a flag for each, or [a, b] in a file" if arguments == (str,) else "a list, as [a, b]"
+    if origin is dict:
+        of, to = map(type_in_words, arguments)
+        return f"a mapping, as {{name: value}}, from {of} to {to}"
+    if dataclasses.is_dataclass(annotation):
+        return f"a {annotation.__name__}"  # type: ignore[union-attr]
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    return words.get(annotation, str(annotation))
+
+
+def range_in_words(annotation: Any) -> str:
+    """What a type's range allows: "at least 1, or null"."""
+    if len(members := alternatives(annotation)) > 1:
+        return ", or ".join(map(range_in_words, members))
+    if typing.get_origin(annotation) is list:
+        return f"a list of {range_in_words(typing.get_args(annotation)[0])}"
+    if typing.get_origin(annotation) is not Annotated:
+        return type_in_words(annotation)
+    kind, *limits = typing.get_args(annotation)
+    words = [each.words for each in limits if isinstance(each, Allowed)]
+    lower = next((each for each in limits if isinstance(each, Ge | Gt)), None)
+    upper = next((each for each in limits if isinstance(each, Le | Lt)), None)
+    if isinstance(lower, Ge) and isinstance(upper, Le):
+        words.append(f"{lower.ge} to {upper.le}")
+    else:
+        if lower is not None:
+            words.append(f"at least {lower.ge}" if isinstance(lower, Ge) else f"above {lower.gt}")
+        if upper is not None:
+            words.append(f"at most {upper.le}" if isinstance(upper, Le) else f"below {upper.lt}")
+    unit = next((f" {each.name}" for each in limits if isinstance(each, Unit)), "")
+    return f"{' and '.join(words)}{unit}" if words else type_in_words(kind)

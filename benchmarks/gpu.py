@@ -106,7 +106,7 @@ def facts(device: str) -> dict[str, Any]:
     for line in [*wanted, "pytest"]:
         check(line, missing, others, set())
     found: dict[str, Any] = {"device": None, "versions": {"python": platform.python_version()}}
-    for name in ("torch", "triton", "transformers", "numba", "numpy", "datasets", "jsonargparse"):
+    for name in ("torch", "triton", "transformers", "numba", "numpy", "datasets", "pydantic"):
         try:
             found["versions"][name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

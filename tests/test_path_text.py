@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from bdh.cli import average, bench, chat, convert, eval, export, generate, plot, runs, tokenizer
-from bdh.cli.settings import _Leaves, parse_settings
+from bdh.cli.settings import expanded_path, holds_paths, leaves_of, parse_settings
 from bdh.data.config import DataConfig
-from bdh.path_text import PathText, expanded_path
 from bdh.serve.config import ServeSettings
 from bdh.train.config import RunSettings
+from bdh.validation import PathText, Settings
 
 ALL_SETTINGS = [
     RunSettings,
@@ -31,7 +31,7 @@ ALL_SETTINGS = [
 
 
 @dataclass
-class Errand:
+class Errand(Settings):
     out: PathText | None = None
     """Folder to write."""
     others: list[PathText] = field(default_factory=list)
@@ -42,7 +42,7 @@ class Errand:
 
 
 def parse(*argv: str) -> Any:
-    return parse_settings(Errand, argv, prog="bdh errand", description="Go.")
+    return parse_settings(Errand, argv, prog="bdh errand", description="Go.", check_available=False)
 
 
 @pytest.fixture(autouse=True)
@@ -114,10 +114,10 @@ def test_a_variable_may_hold_a_dollar(monkeypatch):
 
 @pytest.mark.parametrize("settings_class", ALL_SETTINGS, ids=lambda each: each.__name__)
 def test_every_setting_that_names_a_file_or_a_folder_is_a_path(settings_class):
-    leaves = _Leaves(settings_class).values()
-    assert any(leaf.is_path for leaf in leaves)
+    leaves = list(leaves_of(settings_class))
+    assert any(holds_paths(leaf.type) for leaf in leaves)
     named = {leaf.name for leaf in leaves if re.search(r"\b([Ff]iles?|[Ff]olders?|hub id)\b", leaf.help)}
     # Their help mentions files, but they are none: columns, flags and numbers.
-    not_text = {leaf.name for leaf in leaves if "str" not in str(leaf.type)}
+    not_text = {leaf.name for leaf in leaves if not leaf.takes_text}
     mentions = {"data.csv_delimiter", "data.format", "data.mix", "monitor.run_name"}
-    assert {leaf.name for leaf in leaves if leaf.is_path} >= named - not_text - mentions
+    assert {leaf.name for leaf in leaves if holds_paths(leaf.type)} >= named - not_text - mentions

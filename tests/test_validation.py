@@ -162,8 +162,8 @@ def test_a_number_that_is_not_finite_is_one_fault_and_hides_no_other():
     faults = Faults()
     collect_faults(Outer(Inner(math.nan, 0), math.inf), faults)
     assert faults.found == [
-        "rate is inf: must be a finite number",
         "inner.share is nan: must be a finite number",
+        "rate is inf: must be a finite number",
         "inner.size is 0: must be at least 1",
     ]
     assert Outer(Inner()).validated() == Outer(Inner())

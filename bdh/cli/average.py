@@ -5,10 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bdh.cli.settings import parse_settings
-from bdh.path_text import PathText
 from bdh.storage import check_free
 from bdh.train.places import find_model
-from bdh.validation import Faults, Settings
+from bdh.validation import Faults, PathText, Settings
 
 
 @dataclass(kw_only=True)

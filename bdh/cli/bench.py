@@ -12,9 +12,8 @@ from bdh.bench.config import QUICK_SIZES, BenchOptions
 from bdh.cli.models import ReadsModel
 from bdh.cli.settings import given_settings, parse_settings
 from bdh.model.shape import shape_faults
-from bdh.path_text import PathText
 from bdh.storage import write_text
-from bdh.validation import Faults
+from bdh.validation import Faults, PathText
 
 if TYPE_CHECKING:
     from bdh.bench.report import Report

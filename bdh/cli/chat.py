@@ -14,9 +14,8 @@ from bdh.cli.libraries import show_kept
 from bdh.cli.models import ReadsModel
 from bdh.cli.settings import parse_settings, verbatim
 from bdh.generate.chat_options import ChatOptions
-from bdh.path_text import PathText
 from bdh.storage import check_file
-from bdh.validation import Faults
+from bdh.validation import Faults, PathText
 
 if TYPE_CHECKING:
     from bdh.generate.chat import Conversation

@@ -4,11 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bdh.cli.settings import parse_settings
-from bdh.path_text import PathText
 from bdh.storage import check_file, is_taken
 from bdh.tokenizer.config import TokenizerConfig
 from bdh.train.places import find_model
-from bdh.validation import Settings
+from bdh.validation import PathText, Settings
 
 
 @dataclass

@@ -12,8 +12,7 @@ from bdh.cli.models import ReadsModel
 from bdh.cli.settings import parse_settings
 from bdh.data.config import DataConfig
 from bdh.evaluate.task_files import check_task_files
-from bdh.path_text import PathText
-from bdh.validation import Faults
+from bdh.validation import Faults, PathText
 
 _UNKNOWN_BLOCK_SIZE = 512
 

@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bdh.cli.settings import parse_settings
-from bdh.path_text import PathText
 from bdh.storage import check_free, recover_dir
 from bdh.train.places import ADAPTER_CONFIG, check_peft, find_checkpoint
-from bdh.validation import Faults, Settings
+from bdh.validation import Faults, PathText, Settings
 
 
 @dataclass

@@ -15,10 +15,9 @@ from bdh.generate.grammar import check_grammar_library
 from bdh.generate.params import SamplingParams
 from bdh.generate.prompts_file import Job, num_done, read_jobs, result_lines
 from bdh.model.sampling import SamplingOptions
-from bdh.path_text import PathText
 from bdh.storage import check_folder_of
 from bdh.text_files import read_text
-from bdh.validation import Faults
+from bdh.validation import Faults, PathText
 
 _BEAM_PROMPTS = 16  # searched together
 _ONLY_ENGINE = (

@@ -4,8 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bdh.cli.settings import parse_settings
-from bdh.path_text import PathText
-from bdh.validation import Settings
+from bdh.validation import PathText, Settings
 
 
 @dataclass

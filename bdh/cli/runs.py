@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bdh.cli.settings import parse_settings
-from bdh.path_text import PathText
-from bdh.validation import Settings
+from bdh.validation import PathText, Settings
 
 if TYPE_CHECKING:
     from bdh.monitor.runs import RunSummary

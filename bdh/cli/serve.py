@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from bdh.cli.models import ReadsModel
 from bdh.cli.settings import parse_settings
 from bdh.cli.streams import lasting_streams
-from bdh.path_text import PathText
 from bdh.serve.config import ServeSettings
+from bdh.validation import PathText
 
 
 @dataclass(kw_only=True)

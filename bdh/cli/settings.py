@@ -1,47 +1,82 @@
 """From YAML files and flags to a dataclass of settings, with every fault reported at once.
 
-A settings class is a dataclass whose fields are values, or dataclasses: sections, whose fields are named with a
-dot. The docstring under a field is its help text. `jsonargparse` converts and checks each value; this module
-decides which of several values of a field counts, and gathers what is wrong: left to itself, `jsonargparse` stops at
-the first fault, and lets a file that stands behind a flag override it. Text is kept from it too, since it would read
-it as YAML: a prompt of `# x` would be nothing, and one of `1e3` a number.
+A settings class is a dataclass whose fields are values, or dataclasses: sections, whose fields are named with a dot. The
+docstring under a field is its help text. Pydantic checks the values, by :mod:`bdh.validation`; this module says which of
+several values of a field counts, and reads what is written. Text is kept from being read as YAML: a prompt of `# x` would
+be nothing, and one of `1e3` a number.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import difflib
-import types
+import functools
+import os
+import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import yaml
-from docstring_parser import parse_from_object
-from jsonargparse import ArgumentError, ArgumentParser
 
-from bdh.path_text import expanded_path, holds_paths, with_expanded_paths
-from bdh.validation import Faults, Settings, collect_faults
+from bdh.validation import (
+    Faults,
+    Settings,
+    SettingsType,
+    alternatives,
+    checked,
+    collect_relations,
+    field_types,
+    plain_type,
+    type_in_words,
+)
 from bdh.yaml_files import WRONG, YamlDocument, dump_yaml, lines_in_words, parse_yaml, read_yaml
 
-SettingsType = TypeVar("SettingsType")
 _MISSING = dataclasses.MISSING
 
 
 @dataclass(frozen=True)
-class _Leaf:
+class Leaf:
     """One setting."""
 
     name: str
     """With its section: data.source."""
     type: Any
     default: Any
-    help: str
-    is_path: bool
+    owner: type
+    """The section's class."""
     verbatim: bool
     """Whether even the flag's value `null` is text."""
+
+    @property
+    def help(self) -> str:
+        """The docstring under the field."""
+        return _helps(self.owner).get(self.name.rpartition(".")[2], "")
+
+    @functools.cached_property
+    def types(self) -> tuple[Any, ...]:
+        return tuple(map(plain_type, alternatives(plain_type(self.type))))
+
+    @property
+    def takes_list(self) -> bool:
+        return any(typing.get_origin(each) is list for each in self.types)
+
+    @property
+    def is_list(self) -> bool:
+        return len(self.types) == 1 and self.takes_list
+
+    @property
+    def takes_text(self) -> bool:
+        """Whether a value may be any text, or a list of texts."""
+        return str in self.types or self.takes_texts
+
+    @property
+    def takes_texts(self) -> bool:
+        return any(
+            typing.get_origin(each) is list and plain_type(typing.get_args(each)[0]) is str for each in self.types
+        )
 
 
 @dataclass(frozen=True)
@@ -56,12 +91,16 @@ class _Given:
     quotable: str = ""
     """What in it would be text in quotes, as a file has it."""
 
+    @property
+    def at(self) -> str:
+        return f" ({self.place})" if self.place else ""
 
-class _Leaves(dict[str, _Leaf]):
+
+class _Leaves(dict[str, Leaf]):
     """All settings of a class by their names, and what it says of those that are gone: its sections' ``gone``."""
 
     def __init__(self, settings_class: Any):
-        super().__init__((leaf.name, leaf) for leaf in _leaves(settings_class))
+        super().__init__((leaf.name, leaf) for leaf in leaves_of(settings_class))
         self.gone = dict(_gone(settings_class))
 
 
@@ -104,13 +143,7 @@ def parse_settings(
     stored = YamlDocument(base or {})
     raw = _flattened(stored, leaves, "the run's stored configuration", faults)
     raw |= command_line.raw_values(faults)
-    values = _all_converted(raw, leaves, faults)
-    required = [leaf for leaf in leaves.values() if leaf.default is _MISSING]
-    for leaf in required:
-        if leaf.name not in raw:
-            faults.add(f"{leaf.name} is missing: {leaf.help}")
-    settings = _built(settings_class, values, fill_missing=bool(faults.found))
-    collect_faults(settings, faults, with_top=all(leaf.name in values for leaf in required))
+    settings, _ = _checked(settings_class, raw, leaves, faults)
     faults.raise_if_any()
     if command_line.wants_config:
         print(to_yaml(settings, with_help=True), end="")
@@ -127,20 +160,19 @@ def given_settings(settings_class: type, argv: Sequence[str]) -> dict[str, Any]:
         FileNotFoundError: a configuration file is missing.
         ValueError: a configuration file is not YAML.
     """
-    leaves = _Leaves(settings_class)
-    ignored = Faults()
-    return _all_converted(_CommandLine(leaves, (), argv).raw_values(ignored), leaves, ignored)
+    ignored, leaves = Faults(), _Leaves(settings_class)
+    raw = _CommandLine(leaves, (), argv).raw_values(ignored)
+    settings, right = _checked(settings_class, raw, leaves, ignored)  # type: ignore[var-annotated]
+    return {name: functools.reduce(getattr, name.split("."), settings) for name in raw if name in right}
 
 
 def to_yaml(settings: Any, *, with_help: bool = False) -> str:
     """The settings as YAML that ``--config`` reads back; ``with_help`` puts each setting's help above it."""
     lines: list[str] = []
     section: list[str] = []
-    for leaf in _leaves(type(settings)):
+    for leaf in leaves_of(type(settings)):
         *path, name = leaf.name.split(".")
-        value = settings
-        for part in (*path, name):
-            value = getattr(value, part)
+        value = functools.reduce(getattr, (*path, name), settings)
         same = next((depth for depth, (a, b) in enumerate(zip(path, section, strict=False)) if a != b), len(section))
         lines += [f"{'  ' * depth}{path[depth]}:" for depth in range(min(same, len(path)), len(path))]
         section = path
@@ -196,7 +228,7 @@ class _CommandLine:
             self.wants_config = True
             return
         leaf = self._leaves.get(name)
-        is_switch = leaf is not None and leaf.type is bool
+        is_switch = leaf is not None and leaf.types == (bool,)
         follows = bool(rest) and not rest[0].startswith("--")
         if not equals and is_switch:
             value = rest.pop(0) if follows and rest[0].lower() in ("true", "false", "yes", "no") else "true"
@@ -212,15 +244,15 @@ class _CommandLine:
         else:
             self._give(leaf, value)
 
-    def _give(self, leaf: _Leaf, value: str) -> None:
+    def _give(self, leaf: Leaf, value: str) -> None:
         """A list grows with each value; anything else is given once."""
         before = self.values.get(leaf.name, _MISSING)
-        is_nullable_text = _holds_text(leaf.type) and _takes_null(leaf.type) and not leaf.verbatim
+        is_nullable_text = leaf.takes_text and type(None) in leaf.types and not leaf.verbatim
         if is_nullable_text and value == "None":
             self.faults.append(f"{leaf.name} is 'None': write null for no value")
         elif before is _MISSING:
             self.values[leaf.name] = None if is_nullable_text and value == "null" else value
-        elif _takes_list(leaf.type):
+        elif leaf.takes_list:
             self.values[leaf.name] = [*(before if isinstance(before, list) else [before]), value]
         else:
             self.faults.append(f"{leaf.name} is given twice, as {before!r} and {value!r}: give it once")
@@ -228,7 +260,7 @@ class _CommandLine:
     def _take_places(self, positionals: Sequence[str], by_place: list[str]) -> None:
         for name in positionals:
             leaf = self._leaves[name]
-            num_taken = len(by_place) if _takes_list(leaf.type) else 1
+            num_taken = len(by_place) if leaf.takes_list else 1
             for value in by_place[:num_taken]:
                 self._give(leaf, value)
             by_place = by_place[num_taken:]
@@ -236,24 +268,15 @@ class _CommandLine:
             self.faults.append(f"{argument!r} is not expected here: settings start with two dashes")
 
 
-def _leaves(settings_class: Any, prefix: str = "", section: Any = None) -> Iterator[_Leaf]:
+def leaves_of(settings_class: Any, prefix: str = "", section: Any = None) -> Iterator[Leaf]:
     """The settings of a class. Those of a section have the defaults of ``section``, the object that its field makes."""
-    hints = typing.get_type_hints(settings_class)
-    marked = typing.get_type_hints(settings_class, include_extras=True)
-    helps = _helps(settings_class)
     for field in dataclasses.fields(settings_class):
-        default = _default(field, section)
-        if dataclasses.is_dataclass(hints[field.name]):
-            yield from _leaves(hints[field.name], f"{prefix}{field.name}.", None if default is _MISSING else default)
-            continue
-        yield _Leaf(
-            prefix + field.name,
-            hints[field.name],
-            default,
-            helps.get(field.name, ""),
-            is_path=holds_paths(marked[field.name]),
-            verbatim=field.metadata.get("verbatim", False),
-        )
+        default, annotation = _default(field, section), field_types(settings_class)[field.name]
+        name = prefix + field.name
+        if dataclasses.is_dataclass(annotation):
+            yield from leaves_of(annotation, f"{name}.", None if default is _MISSING else default)
+        else:
+            yield Leaf(name, annotation, default, settings_class, field.metadata.get("verbatim", False))
 
 
 def _default(field: dataclasses.Field, section: Any) -> Any:
@@ -266,14 +289,16 @@ def _default(field: dataclasses.Field, section: Any) -> Any:
 def _gone(settings_class: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
     """Settings that are no more, by their dotted names, each with what is said of it."""
     yield from ((f"{prefix}{name}", hint) for name, hint in getattr(settings_class, "gone", {}).items())
-    hints = typing.get_type_hints(settings_class)
-    for field in dataclasses.fields(settings_class):
-        if dataclasses.is_dataclass(hints[field.name]):
-            yield from _gone(hints[field.name], f"{prefix}{field.name}.")
+    for name, annotation in field_types(settings_class).items():
+        if dataclasses.is_dataclass(annotation):
+            yield from _gone(annotation, f"{prefix}{name}.")
 
 
+@functools.cache
 def _helps(settings_class: Any) -> dict[str, str]:
     """The docstrings under the fields, those of the classes above included."""
+    from docstring_parser import parse_from_object
+
     helps: dict[str, str] = {}
     for each in reversed(settings_class.__mro__[:-1]):
         for parameter in parse_from_object(each).params:
@@ -354,126 +379,138 @@ def _suggestion(name: str, leaves: _Leaves) -> str:
     return f": did you mean {near[0]}?" if near else "; --help lists them"
 
 
-def _all_converted(raw: Mapping[str, _Given], leaves: Mapping[str, _Leaf], faults: Faults) -> dict[str, Any]:
-    """The values in the types of their settings; those that cannot be are left out, and are faults."""
-    values = {}
+def _checked(
+    settings_class: type[SettingsType], raw: Mapping[str, _Given], leaves: _Leaves, faults: Faults
+) -> tuple[SettingsType, set[str]]:
+    """The settings with the values that are of their types, whose names come second; what else is given is a fault."""
+    values: dict[str, Any] = {}
     for name, given in raw.items():
-        value = _converted(leaves[name], given, faults)
-        if value is _MISSING:
-            continue
         try:
-            values[name] = with_expanded_paths(name, value, lambda each: each in leaves and leaves[each].is_path)
+            value = _read(leaves[name], given.value, faults)
+            if value is not WRONG:
+                values[name] = _with_expanded_paths(value, leaves[name].type, field_types(leaves[name].owner))
         except ValueError as error:
-            faults.add(f"{name} is {_shown(value)}: {error}{f' ({given.place})' if given.place else ''}")
-    return values
+            faults.add(f"{name} is {_shown(given.value)}: {error}{given.at}")
+    missing = [leaf for leaf in leaves.values() if leaf.default is _MISSING and leaf.name not in raw]
+    settings, wrong = checked(_built(settings_class, values))
+    out_of_range = []
+    for fault in wrong:
+        name = ".".join(fault.path)
+        if fault.is_of_type:
+            out_of_range.append(fault)
+        elif name in values:
+            del values[name]
+            leaf, given = leaves[name], raw[name]
+            is_quotable = given.quotable and leaf.takes_text
+            hint = f"; put it in quotes if it is text: '{given.quotable}'" if is_quotable else ""
+            faults.add(f"{name} is {given.shown or _shown(given.value)}: must be {fault.allowed}{hint}{given.at}")
+    for leaf in missing:
+        faults.add(f"{leaf.name} is missing: {leaf.help}")
+    for fault in out_of_range:
+        faults.require_type(".".join(fault.path), fault.value, fault.allowed)
+    if faults.found:
+        settings = _built(settings_class, values)
+    without = [name for name, leaf in leaves.items() if leaf.default is _MISSING and name not in values]
+    collect_relations(settings, faults, [tuple(name.split(".")) for name in without])
+    return settings, set(values)
 
 
-def _converted(leaf: _Leaf, given: _Given, faults: Faults) -> Any:
-    """A value in the type of its setting, or MISSING and a fault."""
-    value = given.value
-    is_list_only = typing.get_origin(leaf.type) is list
-    if _holds_text(leaf.type) and isinstance(value, str):
-        return [value] if is_list_only else value
-    if list[str] in _alternatives(leaf.type) and isinstance(value, list) and all(isinstance(v, str) for v in value):
+def _read(leaf: Leaf, value: Any, faults: Faults) -> Any:
+    """A value as it is meant for a setting: text that stands for a number, a list or a mapping is one. WRONG and faults,
+    where YAML would misread it."""
+    if leaf.takes_text and isinstance(value, str):
+        return [value] if leaf.is_list else value
+    if leaf.takes_texts and isinstance(value, list) and all(isinstance(each, str) for each in value):
         return value
-    if value is None and _takes_null(leaf.type):
-        return None
-    if isinstance(value, str) and (value := _parsed(leaf.name, value, faults)) is _MISSING:
-        return _MISSING
-    if is_list_only and isinstance(value, str):
-        value = [value]  # one value need not be written as a list
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--value", type=leaf.type)
-    try:
-        # jsonargparse takes null for every setting, and true, or 1.5, for the whole number 1 where they are keys.
-        if value is not None and _keys_fit(leaf.type, value):
-            return parser.parse_object({"value": value}).value
-    except (ArgumentError, OverflowError):
-        pass
-    place = f" ({given.place})" if given.place else ""
-    hint = f"; put it in quotes if it is text: '{given.quotable}'" if given.quotable and _holds_text(leaf.type) else ""
-    faults.add(f"{leaf.name} is {given.shown or _shown(given.value)}: must be {_in_words(leaf.type)}{hint}{place}")
-    return _MISSING
+    if isinstance(value, str):
+        before, text, tree = len(faults.found), value, None
+        with contextlib.suppress(yaml.YAMLError):  # what is no YAML is no number either
+            tree = parse_yaml(text, faults, name=leaf.name).tree
+        if len(faults.found) > before:
+            return WRONG
+        is_literal = any(text in typing.get_args(kind) for kind in leaf.types if typing.get_origin(kind) is Literal)
+        value = text if is_literal or (tree is None and text not in ("null", "~")) else tree
+        if leaf.is_list and not isinstance(value, list | dict):
+            value = [value]
+    return _with_numbers(value, leaf.types)
 
 
-def _parsed(name: str, text: str, faults: Faults) -> Any:
-    """A list or mapping that a text is as YAML, else the text; MISSING and faults, if YAML would misread it."""
-    before = len(faults.found)
-    tree = None
-    with contextlib.suppress(yaml.YAMLError):  # what is no YAML is no number either
-        tree = parse_yaml(text, faults, name=name).tree
-    if len(faults.found) > before:
-        return _MISSING
-    return tree if isinstance(tree, list | dict) else text
+def _with_numbers(value: Any, kinds: Sequence[Any]) -> Any:
+    """A value with the texts in it that stand for numbers, where its type has numbers, as these: YAML 1.1 leaves 1e3."""
+    if isinstance(value, list):
+        inner = [typing.get_args(kind)[0] for kind in kinds if typing.get_origin(kind) is list]
+        return [_with_numbers(each, _members(inner)) for each in value]
+    if isinstance(value, dict):
+        of, to = next((typing.get_args(kind) for kind in kinds if typing.get_origin(kind) is dict), (Any, Any))
+        keys = [_with_numbers(key, (of,)) for key in value]
+        if len(set(keys)) < len(keys):
+            return value  # with keys of other types
+        return {key: _with_numbers(each, _members([to])) for key, each in zip(keys, value.values(), strict=True)}
+    if isinstance(value, str) and "n" not in value.lower():  # inf and nan
+        for kind in (int, float) if str not in kinds else ():
+            if kind in kinds:
+                with contextlib.suppress(ValueError):
+                    return kind(value)
+    return value
 
 
-def _keys_fit(annotation: Any, value: Any) -> bool:
-    """Whether the names in a mapping are of its type, and stay different in it."""
-    if typing.get_origin(annotation) is not dict or not isinstance(value, dict):
-        return True
-    if typing.get_args(annotation)[0] is not int:
-        return all(isinstance(key, str) for key in value)
-    keys = [str(key) for key in value]
-    return all(key.removeprefix("-").isdecimal() for key in keys) and len(set(map(int, keys))) == len(keys)
+def _members(annotations: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(plain_type(each) for annotation in annotations for each in alternatives(plain_type(annotation)))
 
 
-def _alternatives(annotation: Any) -> tuple[Any, ...]:
-    """The members of a union; else the type alone."""
-    is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
-    return typing.get_args(annotation) if is_union else (annotation,)
-
-
-def _takes_null(annotation: Any) -> bool:
-    return any(each in (Any, None, type(None)) for each in _alternatives(annotation))
-
-
-def _takes_list(annotation: Any) -> bool:
-    return any(typing.get_origin(each) is list for each in _alternatives(annotation))
-
-
-def _holds_text(annotation: Any) -> bool:
-    """Whether a value may be any text, or a list of texts."""
-    return any(each in (str, list[str]) for each in _alternatives(annotation))
-
-
-def _in_words(annotation: Any) -> str:
-    """What a type allows, for a person."""
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is Literal:
-        return "one of " + ", ".join(map(str, arguments))
-    if origin in (typing.Union, types.UnionType):
-        return ", or ".join(_in_words(argument) for argument in arguments)
-    if annotation == list[str]:
-        return "a list of texts: a flag for each, or [a, b] in a file"
-    if origin is list:
-        return "a list, as [a, b]"
-    if origin is dict:
-        of, to = map(_in_words, arguments)
-        return f"a mapping, as {{name: value}}, from {of} to {to}"
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
-    return words.get(annotation, str(annotation))
-
-
-def _built(
-    settings_class: Any, values: Mapping[str, Any], *, fill_missing: bool, prefix: str = "", section: Any = None
-) -> Any:
-    """An instance from the values by dotted name; the rest is as in ``section``, or has its defaults."""
-    hints = typing.get_type_hints(settings_class)
+def _built(settings_class: Any, values: Mapping[str, Any], prefix: str = "", section: Any = None) -> Any:
+    """An instance from the values by dotted name; the rest is as in ``section``, or has its defaults, or is None."""
     arguments = {}
     for field in dataclasses.fields(settings_class):
         name, default = prefix + field.name, _default(field, section)
-        if dataclasses.is_dataclass(hints[field.name]):
+        if dataclasses.is_dataclass(annotation := field_types(settings_class)[field.name]):
             inner = None if default is _MISSING else default
-            arguments[field.name] = _built(
-                hints[field.name], values, fill_missing=fill_missing, prefix=f"{name}.", section=inner
-            )
-        elif name in values:
-            arguments[field.name] = values[name]
-        elif default is not _MISSING:
-            arguments[field.name] = default
-        elif fill_missing:
-            arguments[field.name] = None  # it is among the faults; the others are still to be found
+            arguments[field.name] = _built(annotation, values, f"{name}.", inner)
+        else:
+            arguments[field.name] = values.get(name, None if default is _MISSING else default)
     return settings_class(**arguments)
+
+
+_VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})", re.ASCII)
+
+
+def holds_paths(annotation: Any) -> bool:
+    """Whether a type is ``PathText``, or made of it."""
+    if typing.get_origin(annotation) is Annotated:
+        return "path" in annotation.__metadata__
+    return any(map(holds_paths, typing.get_args(annotation)))
+
+
+def expanded_path(text: str) -> str:
+    """A path with ``~`` and ``$VARIABLE`` or ``${VARIABLE}`` replaced; also each of several with commas between them.
+
+    What exists under the very name that is given stays as it is, and a ``$`` that no name of a variable follows.
+
+    Raises:
+        ValueError: a variable is not set.
+    """
+    if os.path.lexists(text):
+        return text
+    if "," in text:
+        return ",".join(map(expanded_path, text.split(",")))
+    path = text.lstrip()  # "a, ~/b"
+    return text[: -len(path) or None] + os.path.expanduser(_VARIABLE.sub(_environment_value, path))
+
+
+def _environment_value(match: re.Match[str]) -> str:
+    name = match[1] or match[2]
+    if name not in os.environ:
+        raise ValueError(f"the environment variable {name} is not set")
+    return os.environ[name]
+
+
+def _with_expanded_paths(value: Any, annotation: Any, section: Mapping[str, Any]) -> Any:
+    """A value with its paths expanded, those in a list or in a mapping too, whose keys are settings of the section."""
+    if isinstance(value, list):
+        return [_with_expanded_paths(each, annotation, section) for each in value]
+    if isinstance(value, dict):
+        return {key: _with_expanded_paths(each, section.get(key), section) for key, each in value.items()}
+    return expanded_path(value) if isinstance(value, str) and holds_paths(annotation) else value
 
 
 def _print_help(settings_class: Any, prog: str, description: str, positionals: Sequence[str]) -> None:
@@ -485,12 +522,12 @@ def _print_help(settings_class: Any, prog: str, description: str, positionals: S
     general.add_argument("--print_config", action="store_true", help="print the resulting configuration and exit")
     general.add_argument("--debug", action="store_true", help="show the traceback of an error")
     general.add_argument("--help", action="store_true", help="print this text and exit")
-    for leaf in _leaves(settings_class):
+    for leaf in leaves_of(settings_class):
         section, _, end = leaf.name.rpartition(".")
         if section not in groups:
             groups[section] = parser.add_argument_group(f"section {section}")
         has_place = leaf.name in positionals
-        about = [] if has_place else [_in_words(leaf.type)]
+        about = [] if has_place else [type_in_words(leaf.type)]
         if leaf.default is not _MISSING and not (has_place and not leaf.default):
             shown = dump_yaml(leaf.default, default_flow_style=True).removesuffix("...\n").strip()
             about.append(f"default: {shown}")

@@ -6,9 +6,8 @@ from typing import Literal
 
 from bdh.cli.settings import parse_settings
 from bdh.data.config import DataConfig
-from bdh.path_text import PathText
 from bdh.storage import check_free
-from bdh.validation import Faults, Settings
+from bdh.validation import Faults, PathText, Settings
 
 
 @dataclass(kw_only=True)

@@ -6,8 +6,7 @@ from typing import Any, Literal
 from bdh.data.builtin import BUILTIN
 from bdh.data.files import check_item, item_names
 from bdh.data.mix_config import collect_mix_faults, mix_sources
-from bdh.path_text import PathText
-from bdh.validation import Faults, Settings
+from bdh.validation import Faults, PathText, Settings
 
 
 @dataclass

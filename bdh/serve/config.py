@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bdh.generate.config import EngineConfig
-from bdh.path_text import PathText
 from bdh.serve.keys import read_callers
 from bdh.text_files import read_text
-from bdh.validation import Faults, Settings
+from bdh.validation import Faults, PathText, Settings
 
 PLAIN = "plain"
 PACKAGES = ("fastapi", "uvicorn", "h11", "prometheus_client")  # of the extra `serve`

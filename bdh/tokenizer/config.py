@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from bdh.path_text import PathText
 from bdh.storage import recover_dir
 from bdh.text_files import read_text
-from bdh.validation import Faults, Settings
+from bdh.validation import Faults, PathText, Settings
 
 BYTE = "byte"
 TOKENIZER_FILE = "tokenizer.json"

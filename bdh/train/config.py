@@ -9,10 +9,9 @@ from bdh.data.config import DataConfig
 from bdh.distributed.config import DistributedConfig
 from bdh.model.decay import decay_fault
 from bdh.monitor.config import MonitorConfig
-from bdh.path_text import PathText
 from bdh.tokenizer.config import TokenizerConfig
 from bdh.train.places import LOCK_FILE, CheckpointFolder, check_peft, find_model, holds_run, taken_by_run
-from bdh.validation import Faults, Settings
+from bdh.validation import Faults, PathText, Settings
 
 _METRIC = re.compile(
     r"(val|val_ema)/(loss|perplexity|bits_per_byte|accuracy)"

@@ -14,7 +14,7 @@ import yaml
 
 from bdh.cli import settings as cli_settings
 from bdh.cli.main import COMMANDS
-from bdh.cli.settings import parse_settings, to_yaml
+from bdh.cli.settings import leaves_of, parse_settings, to_yaml
 from bdh.generate.chat_options import ChatOptions
 from bdh.generate.config import EngineConfig
 from bdh.generate.params import SamplingParams
@@ -260,7 +260,7 @@ def test_the_server_says_how_many_tokens_it_gives_where_a_request_does_not_say()
     from bdh.serve.completions import COMPLETION_TOKENS
     from bdh.serve.schemas import CompletionRequest
 
-    (help_text,) = [leaf.help for leaf in cli_settings._leaves(ServeSettings) if leaf.name == "limits.chat_tokens"]
+    (help_text,) = [leaf.help for leaf in leaves_of(ServeSettings) if leaf.name == "limits.chat_tokens"]
     assert f"of a completion they are {COMPLETION_TOKENS}, as" in help_text
     assert CompletionRequest.model_fields["max_tokens"].description == f"{COMPLETION_TOKENS} if not given."
 
@@ -269,7 +269,7 @@ def test_what_a_benchmark_takes_by_default_is_in_its_help():
     """Its own defaults depend on what is timed, so that the field is null and its help says them."""
     from bdh.cli.bench import BenchSettings
 
-    helps = {leaf.name: leaf.help for leaf in cli_settings._leaves(BenchSettings)}
+    helps = {leaf.name: leaf.help for leaf in leaves_of(BenchSettings)}
     for quick in (False, True):
         for name in ("batch_size", "block_size", "rounds", "dropout"):
             value = BenchSettings(benchmark="train", quick=quick).step(name)

@@ -6,11 +6,11 @@ import pytest
 import yaml
 
 from bdh.cli.settings import given_settings, parse_settings, to_yaml, verbatim
-from bdh.validation import Faults
+from bdh.validation import Faults, Settings
 
 
 @dataclass
-class Oven:
+class Oven(Settings):
     heat: float = 180.0
     """Temperature, in degrees Celsius; 5 % more does no harm."""
     mode: Literal["air", "grill"] = "air"
@@ -36,7 +36,7 @@ class Oven:
 
 
 @dataclass(kw_only=True)
-class Kitchen:
+class Kitchen(Settings):
     dish: str
     """What is made."""
     oven: Oven = field(default_factory=Oven)
@@ -167,19 +167,19 @@ def test_a_switch_does_not_swallow_what_stands_behind_it():
 
 def test_dashes_and_underscores_are_one():
     @dataclass
-    class Settings:
+    class Errand(Settings):
         run_dir: str = "a"
 
-    assert parse_settings(Settings, ["--run-dir", "b"], prog="p", description="d").run_dir == "b"
+    assert parse_settings(Errand, ["--run-dir", "b"], prog="p", description="d").run_dir == "b"
 
 
 def test_a_list_takes_the_remaining_places():
     @dataclass
-    class Settings:
+    class Errand(Settings):
         first: str = ""
         others: list[str] = field(default_factory=list)
 
-    settings = parse_settings(Settings, ["a", "b", "c"], prog="p", description="d", positionals=("first", "others"))
+    settings = parse_settings(Errand, ["a", "b", "c"], prog="p", description="d", positionals=("first", "others"))
     assert (settings.first, settings.others) == ("a", ["b", "c"])
 
 
@@ -263,9 +263,9 @@ def test_all_that_is_wrong_in_a_file_is_reported_together(tmp_path):
         f"oven.note is None, which YAML takes for a text: write null for no value, or 'None' if it is one ({path}, line 9)",
         f"guests has no value: give it one, or null where that is allowed, or leave it out ({path}, line 11)",
         f"oven.heet is not a setting: did you mean oven.heat? ({path}, line 8)",
+        "oven.trays[1] is 010, which YAML may take for octal: leave out the leading zeros, or put it in quotes",
         f"oven.mode is 'steam': must be one of air, grill ({path}, line 7)",
         f"light is null: must be true or false ({path}, line 10)",
-        "oven.trays[1] is 010, which YAML may take for octal: leave out the leading zeros, or put it in quotes",
     ]
 
 
@@ -342,8 +342,8 @@ def test_true_is_no_text(tmp_path):
         fault.split(": must be text")[0].split(": must be a list of texts")[0]
         for fault in faults_of("cake", "--config", path)
     ] == [
-        "oven.note is off",
         "oven.racks is ['top', False]",
+        "oven.note is off",
         "oven.label is 1.5",
     ]
 
@@ -361,7 +361,7 @@ def test_whole_numbers_that_name_something_are_not_made_of_others(text):
     """A bias for `true` was one for token 1, and of two for one token the first was dropped."""
 
     @dataclass
-    class Biases:
+    class Biases(Settings):
         bias: dict[int, float] = field(default_factory=dict)
         dish: str = ""
 
@@ -450,12 +450,12 @@ def test_to_yaml_is_plain_yaml():
 
 def test_sections_within_sections_are_printed_and_read_back(tmp_path, capsys):
     @dataclass
-    class Grill:
+    class Grill(Settings):
         bars: int = 4
         """Bars."""
 
     @dataclass
-    class Stove:
+    class Stove(Settings):
         heat: int = 1
         """Heat."""
         grill: Grill = field(default_factory=Grill)
@@ -463,7 +463,7 @@ def test_sections_within_sections_are_printed_and_read_back(tmp_path, capsys):
         """Where it opens."""
 
     @dataclass
-    class House:
+    class House(Settings):
         stove: Stove = field(default_factory=Stove)
         cellar: Grill = field(default_factory=Grill)
         rooms: int = 3
@@ -476,7 +476,7 @@ def test_sections_within_sections_are_printed_and_read_back(tmp_path, capsys):
 
 
 @dataclass
-class Shelf:
+class Shelf(Settings):
     books: int = 0
     """Books."""
     pages: list[int] = field(default_factory=list)
@@ -484,14 +484,14 @@ class Shelf:
 
 
 @dataclass
-class Room:
+class Room(Settings):
     shelf: Shelf = field(default_factory=lambda: Shelf(books=3, pages=[7]))
     lamps: int = 1
     """Lamps."""
 
 
 @dataclass
-class Flat:
+class Flat(Settings):
     room: Room = field(default_factory=lambda: Room(lamps=2))
     cellar: Shelf = field(default_factory=Shelf)
 
