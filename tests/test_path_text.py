@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from bdh.cli import average, bench, chat, convert, eval, export, generate, plot, runs, tokenizer
-from bdh.cli.settings import expanded_path, holds_paths, leaves_of, parse_settings
+from bdh.cli.arguments import expanded_path, holds_paths, leaves_of
+from bdh.cli.settings import parse_settings
 from bdh.data.config import DataConfig
 from bdh.serve.config import ServeSettings
 from bdh.train.config import RunSettings

@@ -13,8 +13,9 @@ import pytest
 import yaml
 
 from bdh.cli import settings as cli_settings
+from bdh.cli.arguments import leaves_of
 from bdh.cli.main import COMMANDS
-from bdh.cli.settings import leaves_of, parse_settings, to_yaml
+from bdh.cli.settings import parse_settings, to_yaml
 from bdh.generate.chat_options import ChatOptions
 from bdh.generate.config import EngineConfig
 from bdh.generate.params import SamplingParams
