@@ -13,8 +13,8 @@ from bdh.ops.blocks import train
 _METHODS = {
     "fire": "x = relu(E v), and its rotation",
     "rotated": "the rotation of a kept x",
-    "respond": "y = relu(Ev a), dropout(x * y) and the decoder",
-    "respond_backward": "the same backwards",
+    "gated_mlp": "y = relu(Ev a), dropout(x * y) and the decoder",
+    "gated_mlp_backward": "the same backwards",
     "fire_backward": "x backwards: gradients of E and v",
 }
 _FUNCTIONS = {

@@ -8,8 +8,8 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
-from bdh.model.decay import half_lives_of_heads
 from bdh.model.network import ALIASES, config_faults
+from bdh.model.shape import half_lives_of_heads
 
 # Without `import bdh`, transformers looks into a model's folder for the code that it needs, and finds this.
 STUB = "bdh_auto.py"

@@ -16,8 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from bdh.model.decay import decay_fault, half_lives_of_heads
-from bdh.model.shape import shape_faults
+from bdh.model.shape import decay_fault, half_lives_of_heads, shape_faults
 from bdh.ops.attention import ATTENTION_FORMS
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"

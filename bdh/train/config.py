@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from bdh.data.config import DataConfig
 from bdh.distributed.config import DistributedConfig
-from bdh.model.decay import decay_fault
+from bdh.model.shape import decay_fault
 from bdh.monitor.config import MonitorConfig
 from bdh.tokenizer.config import TokenizerConfig
 from bdh.train.places import LOCK_FILE, CheckpointFolder, check_peft, find_model, holds_run, taken_by_run

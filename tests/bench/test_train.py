@@ -138,5 +138,5 @@ def test_timing_the_parts_leaves_nothing_behind():
     with timed_parts("cpu") as seconds:
         model(torch.zeros(2, 9, dtype=torch.long), labels=torch.zeros(2, 9, dtype=torch.long)).loss.backward()
     assert (blocks.make_neurons, blocks.read_block) == before
-    assert len(seconds) == 7  # fire, read, respond, all three backwards, and the rotation of the x that was kept
+    assert len(seconds) == 7  # fire, read, gated_mlp, all three backwards, and the rotation of the x that was kept
     assert all(value > 0 for value in seconds.values())

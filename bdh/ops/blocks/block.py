@@ -1,7 +1,7 @@
 """One block of tokens and one head: its neurons and its attention, forwards and backwards, in torch's dense operations.
 
 A block is C tokens of each of G sequences and one head. What is wide stands neuron by neuron, (N, G, C), so that the matrix
-products are flat ones and a neuron's weights are read once for all tokens. :class:`TorchNeurons` serves any device and
+products are flat ones and a neuron's weights are read once for all tokens. :class:`Neurons` serves any device and
 dtype; on a GPU its element-wise operations are compiled into one kernel each. :class:`bdh.ops.cpu.train.KernelNeurons`
 touches only what fires.
 
@@ -20,7 +20,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
@@ -118,8 +118,8 @@ def read_block_backward(
         grad_q = of_queries / scores.query_scale.transpose(1, 2) + of_keys / scores.key_scale
     if grad_state is not None:
         learned = _product(grad_state, v.transpose(1, 2), dtype)  # (G, N, C)
-        recalled = _read(_keys_to_end(q, weights).permute(1, 2, 0), grad_state)
-        grad_v += recalled
+        of_values = _read(_keys_to_end(q, weights).permute(1, 2, 0), grad_state)
+        grad_v += of_values
         grad_q = grad_q + (learned if weights is None else learned * weights.to_end[:, 0].transpose(1, 2))
     if state is None:
         return Gradients(grad_q.permute(1, 0, 2), None)
@@ -202,40 +202,8 @@ class Fired(NamedTuple):
     q: torch.Tensor  # (N, G, C)
 
 
-class Neurons(Protocol):
-    """Computes blocks with the weights of one pass, and gathers their gradients."""
-
-    def fire(self, block: Block, v: torch.Tensor) -> Fired:
-        """x and its rotation q from v (G, C, D)."""
-
-    def rotated(self, block: Block, x: torch.Tensor) -> Fired:
-        """The same from x, where it was kept."""
-
-    def respond(self, block: Block, x: torch.Tensor, a: torch.Tensor, out: torch.Tensor) -> None:
-        """Adds the decoder's product with dropout(x * relu(Ev a)) to ``out`` (G, C, D), in the dtype of sums."""
-
-    def respond_backward(
-        self, block: Block, x: torch.Tensor, a: torch.Tensor, grad_out: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The gradients of a (G, C, D), in the dtype of sums, and of x as far as it gates y."""
-
-    def fire_backward(
-        self,
-        block: Block,
-        x: torch.Tensor,
-        v: torch.Tensor,
-        grad_q: torch.Tensor,
-        gated: torch.Tensor,
-        grad_v: torch.Tensor,
-    ) -> None:
-        """Adds to ``grad_v`` (G, C, D) what comes through x: by its rotation and, ``gated``, as the gate of y."""
-
-    def gradients(self) -> LayerWeights:
-        """Those of the weights, of all blocks so far, in the dtype of sums."""
-
-
-class TorchNeurons:
-    """By torch's dense operations."""
+class Neurons:
+    """Computes blocks with the weights of one layer step, and gathers their gradients: by torch's dense operations."""
 
     def __init__(self, weights: LayerWeights, *, with_gradients: bool):
         self._weights = weights
@@ -244,25 +212,29 @@ class TorchNeurons:
         self._gradients = zeros_like(weights, wide) if with_gradients else None
 
     def fire(self, block: Block, v: torch.Tensor) -> Fired:
+        """x and its rotation q from v (G, C, D)."""
         before = self._weights.encoder[block.neurons] @ v.flatten(0, 1).t()  # (N, G * C)
         return Fired(*self._run(_rotated, before.unflatten(1, v.shape[:2]), *block.turns()))
 
     def rotated(self, block: Block, x: torch.Tensor) -> Fired:
+        """The same from x, where it was kept."""
         return Fired(x, self._run(_turned, x, *block.turns()))
 
-    def respond(self, block: Block, x: torch.Tensor, a: torch.Tensor, out: torch.Tensor) -> None:
-        z = self._run(_gated, x, self._recalled(block, a), *_mask_of(block))
+    def gated_mlp(self, block: Block, x: torch.Tensor, a: torch.Tensor, out: torch.Tensor) -> None:
+        """Adds the decoder's product with dropout(x * relu(Ev a)) to ``out`` (G, C, D), in the dtype of sums."""
+        z = self._run(_gated, x, self._ev_a(block, a), *_mask_of(block))
         product = z.flatten(1).t() @ self._weights.decoder[block.neurons]
         out += product.view(out.shape)
 
-    def respond_backward(
+    def gated_mlp_backward(
         self, block: Block, x: torch.Tensor, a: torch.Tensor, grad_out: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The gradients of a (G, C, D), in the dtype of sums, and of x as far as it gates y."""
         assert self._gradients is not None
         decoder = self._weights.decoder[block.neurons]
         grads = grad_out.flatten(0, 1)  # (G * C, D)
         grad_z = (decoder @ grads.t()).view(x.shape)
-        z, grad_y, gated = self._run(_gated_backward, x, self._recalled(block, a), grad_z, *_mask_of(block))
+        z, grad_y, gated = self._run(_gated_backward, x, self._ev_a(block, a), grad_z, *_mask_of(block))
         self._gradients.decoder[block.neurons] += z.flatten(1) @ grads
         self._gradients.encoder_v[block.head].add_(grad_y.flatten(1) @ a.flatten(0, 1))
         grad_a = grad_y.flatten(1).t() @ self._weights.encoder_v[block.head]
@@ -277,16 +249,18 @@ class TorchNeurons:
         gated: torch.Tensor,
         grad_v: torch.Tensor,
     ) -> None:
+        """Adds to ``grad_v`` (G, C, D) what comes through x: by its rotation and, ``gated``, as the gate of y."""
         assert self._gradients is not None
         grad_x = self._run(_rotated_backward, x, grad_q, gated, *block.turns()).flatten(1)
         self._gradients.encoder[block.neurons] += grad_x @ v.flatten(0, 1)
         grad_v += (grad_x.t() @ self._weights.encoder[block.neurons]).view(v.shape)
 
     def gradients(self) -> LayerWeights:
+        """Those of the weights, of all blocks so far, in the dtype of sums."""
         assert self._gradients is not None
         return self._gradients
 
-    def _recalled(self, block: Block, a: torch.Tensor) -> torch.Tensor:
+    def _ev_a(self, block: Block, a: torch.Tensor) -> torch.Tensor:
         """Ev a, (N, G, C): y before its ReLU."""
         return (self._weights.encoder_v[block.head] @ a.flatten(0, 1).t()).unflatten(1, a.shape[:2])
 
@@ -345,13 +319,13 @@ def _pairs(wide: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _gated(
     x: torch.Tensor,
-    recalled: torch.Tensor,
+    ev_a: torch.Tensor,
     rate: float | None,
     neuron_keys: torch.Tensor | None,
     token_keys: torch.Tensor | None,
 ) -> torch.Tensor:
     """z = dropout(x * y)."""
-    z = x * recalled.relu()
+    z = x * ev_a.relu()
     if rate is None or neuron_keys is None or token_keys is None:
         return z
     dropout = Dropout(rate, neuron_keys, token_keys)
@@ -360,14 +334,14 @@ def _gated(
 
 def _gated_backward(
     x: torch.Tensor,
-    recalled: torch.Tensor,
+    ev_a: torch.Tensor,
     grad_z: torch.Tensor,
     rate: float | None,
     neuron_keys: torch.Tensor | None,
     token_keys: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """z, and the gradients of y before its ReLU and of x as y's gate."""
-    y = recalled.relu()
+    y = ev_a.relu()
     if rate is not None and neuron_keys is not None and token_keys is not None:
         dropout = Dropout(rate, neuron_keys, token_keys)
         scale = kept(dropout, neuron_keys, token_keys).to(x.dtype) * dropout.scale

@@ -13,7 +13,7 @@ import torch
 
 from bdh.ops.attention import DecayMask, DecayWeights, sum_dtype
 from bdh.ops.backends import LayerWeights
-from bdh.ops.blocks.block import Block, Fired, Neurons, TorchNeurons, learn_block, read_block, read_block_backward
+from bdh.ops.blocks.block import Block, Fired, Neurons, learn_block, read_block, read_block_backward
 from bdh.ops.dropout import Dropout
 from bdh.ops.eager import layer_norm
 from bdh.ops.rope import Rotation
@@ -168,7 +168,7 @@ class _WideStep(torch.autograd.Function):
                 fired = neurons.fire(block, values)
                 a, scores = read_block(fired.q, values, current, decay_mask)
                 a = _normalised(a, spec.eps)[0].to(v.dtype)
-                neurons.respond(block, fired.x, a, out[rows, columns])
+                neurons.gated_mlp(block, fired.x, a, out[rows, columns])
                 if spec.keep_state or index < len(walk.columns) - 1:
                     current = learn_block(fired.q, values, current, decay_mask)
                 if spec.keep_wide or spec.keep_scores:
@@ -215,7 +215,7 @@ def _backward(ctx: Any, grad_out: torch.Tensor | None, grad_state: torch.Tensor 
             a, scores = read_block(fired.q, values, before, decay_mask, had.scores)
             a, inverse_deviation = _normalised(a, spec.eps)
             grads = grad_out[rows, block.columns].to(v.dtype)
-            grad_a, gated = neurons.respond_backward(block, fired.x, a.to(v.dtype), grads)
+            grad_a, gated = neurons.gated_mlp_backward(block, fired.x, a.to(v.dtype), grads)
             grad_a = _normalised_backward(grad_a, a, inverse_deviation)
             found = read_block_backward(grad_a, grad_values, grad_after, fired.q, values, before, scores, decay_mask)
             neurons.fire_backward(block, fired.x, values, found.q, gated, grad_values)
@@ -238,7 +238,7 @@ def make_neurons(weights: LayerWeights, spec: BlockSpec, *, with_gradients: bool
         from bdh.ops.cpu.train import KernelNeurons
 
         return KernelNeurons(weights, with_gradients=with_gradients, keep_wide=spec.keep_wide)
-    return TorchNeurons(weights, with_gradients=with_gradients)
+    return Neurons(weights, with_gradients=with_gradients)
 
 
 def _ranges(total: int, size: int) -> list[slice]:

@@ -1,4 +1,9 @@
-"""Whether the kernels run on this machine, with how many threads, and their compilation."""
+"""Whether the kernels run on this machine, with how many threads, and their compilation.
+
+Other programs may keep the kernels' threads from the cores. Linux counts for each thread how long it was ready to run and
+had no core. What all threads of the process have waited so, by the second, is about half of a thread for each core that
+another program keeps busy, since the two take turns there. :data:`crowding` follows that.
+"""
 
 import os
 import sys
@@ -10,8 +15,6 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
-
-from bdh.ops.cpu.crowding import crowding
 
 Announce = Callable[[str], None]
 _one_at_a_time = threading.RLock()
@@ -55,6 +58,125 @@ def follow_torch_threads() -> int:
     if numba.get_num_threads() != count:
         numba.set_num_threads(count)
     return count
+
+
+_LOOK_SECONDS = 0.2
+_CROWDED = 0.3
+"""Threads that wait, in the mean, from which on the cores are taken to be short."""
+_HOLD_SECONDS = 0.5, 2.0
+"""For how long there are fewer threads before all are tried again: the first time, and at most."""
+
+
+def waited_seconds() -> float | None:
+    """For how long the threads of this process, all together, were ready to run and had no core; None if nobody counts it."""
+    total = 0
+    try:
+        for name in os.listdir("/proc/self/task"):
+            try:
+                # Without a Python file around it: half of the time, where threads are many.
+                file = os.open(f"/proc/self/task/{name}/schedstat", os.O_RDONLY)
+            except (FileNotFoundError, ProcessLookupError):  # it has just ended
+                continue
+            try:
+                total += int(os.read(file, 100).split()[1])
+            except ProcessLookupError:
+                continue
+            finally:
+                os.close(file)
+    except (OSError, IndexError, ValueError):
+        return None
+    return total / 1e9
+
+
+class Crowding:
+    """Follows how many cores others keep busy, as calls of the kernels come.
+
+    Args:
+        clock: seconds.
+        waited: as :func:`waited_seconds`.
+    """
+
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.perf_counter,
+        waited: Callable[[], float | None] = waited_seconds,
+    ):
+        self._clock, self._waited = clock, waited
+        self._lock = threading.Lock()
+        self._last: tuple[float, float] | None = None  # when it was looked at, and what had been waited by then
+        self._used = 0  # the most threads that a call has had since
+        self._busy_cores = 0
+        self._hold, self._until, self._freed = _HOLD_SECONDS[0], 0.0, -1e9
+
+    def busy_cores(self, num_threads: int, *, leaves_cores: bool) -> int:
+        """How many cores others keep busy, below ``num_threads``, which is what the caller would have without them.
+
+        Args:
+            leaves_cores: the caller then takes so many threads fewer.
+        """
+        with self._lock:
+            self._look(num_threads)
+            found = min(self._busy_cores, num_threads - 1)
+            self._used = max(self._used, num_threads - found if leaves_cores else num_threads)
+        return found
+
+    def _look(self, num_threads: int) -> None:
+        now = self._clock()
+        if self._last is not None and now - self._last[0] < _LOOK_SECONDS:
+            return
+        waited, before = self._waited(), self._last
+        if waited is None:
+            return
+        used, self._used, self._last = self._used, 0, (now, waited)
+        if before is None or num_threads == 1:
+            return
+        share = (waited - before[1]) / (now - before[0])
+        if share > _CROWDED:
+            # All were tried again not long ago: the next time, later.
+            is_again = now - self._freed < 3 * _LOOK_SECONDS
+            self._hold = min(2 * self._hold, _HOLD_SECONDS[1]) if is_again else max(self._hold, _HOLD_SECONDS[0])
+            self._busy_cores = min(max(num_threads - used, 0) + max(1, round(2 * share)), num_threads - 1)
+            self._until, self._freed = now + self._hold, -1e9
+        elif self._busy_cores and now >= self._until:
+            self._busy_cores -= 1
+            self._until, self._freed = now + _LOOK_SECONDS, now
+        elif not self._busy_cores and now >= self._until + _HOLD_SECONDS[1]:
+            self._hold = _HOLD_SECONDS[0]
+
+
+crowding = Crowding()
+"""Of this process."""
+
+
+class _Calm:
+    """Lets the OpenMP of torch and numba wait for a moment only, instead of milliseconds, while it is on.
+
+    libgomp does so by itself while its threads are more than the cores (GOMP_SPINCOUNT in its manual): so there is a
+    thread with a team of its own, which sleeps.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._end: threading.Event | None = None
+
+    def set(self, on: bool) -> None:
+        if on == (self._end is not None):
+            return
+        with self._lock:
+            if on and self._end is None:
+                self._end = threading.Event()
+                threading.Thread(target=self._stay, args=[self._end], name="bdh-openmp", daemon=True).start()
+            elif not on and self._end is not None:
+                self._end.set()
+                self._end = None
+
+    @staticmethod
+    def _stay(end: threading.Event) -> None:
+        torch.zeros(1 << 20, device="cpu").add_(1)  # by all threads of a new team
+        end.wait()
+
+
+calm = _Calm()
 
 
 FEW_ROWS = 16

@@ -7,10 +7,9 @@ import numpy as np
 import torch
 
 from bdh.ops.backends import LayerWeights
-from bdh.ops.blocks.block import Block, Fired, zeros_like
+from bdh.ops.blocks.block import Block, Fired, Neurons, zeros_like
 from bdh.ops.cpu import train_kernels as kernels
-from bdh.ops.cpu.crowding import calm, crowding
-from bdh.ops.cpu.runtime import compiled, exclusive, follow_torch_threads
+from bdh.ops.cpu.runtime import calm, compiled, crowding, exclusive, follow_torch_threads
 from bdh.ops.cpu.vector import LANES
 
 DENSE_Y = 0.45
@@ -41,15 +40,15 @@ def _compile() -> None:
         gated, grad_q = np.zeros_like(x), np.ones((1, 2, 1), np.float32)
         kernels.rotate(x, x.copy(), *turns, 0, True, counts)
         common = x, x, False, narrow, weight, weight
-        kernels.respond(*common, parts, *keys)
-        kernels.respond_backward(*common, narrow, weight.copy(), weight.copy(), gated, parts, *keys)
+        kernels.gated_mlp(*common, parts, *keys)
+        kernels.gated_mlp_backward(*common, narrow, weight.copy(), weight.copy(), gated, parts, *keys)
         kernels.fire_backward(x, grad_q, gated, *turns, narrow, weight, weight.copy(), parts)
         kernels.turn_back(x, grad_q, gated, *turns)
 
     compiled(run)
 
 
-class KernelNeurons:
+class KernelNeurons(Neurons):
     """float32 on a CPU. y and all gradients are computed only for the neurons and tokens where x fires."""
 
     def __init__(self, weights: LayerWeights, *, with_gradients: bool, keep_wide: bool = False):
@@ -87,14 +86,14 @@ class KernelNeurons:
         self._rotate(_turns(block), wide, q, 0, cut=False)
         return _fired(wide, q, G, C)
 
-    def respond(self, block: Block, x: torch.Tensor, a: torch.Tensor, out: torch.Tensor) -> None:
+    def gated_mlp(self, block: Block, x: torch.Tensor, a: torch.Tensor, out: torch.Tensor) -> None:
         x = _whole(x)
         parts = self._sums("out", a)
         with exclusive():
-            kernels.respond(*self._of_x(block, x, a), parts.numpy(), *self._keys(block, x))
+            kernels.gated_mlp(*self._of_x(block, x, a), parts.numpy(), *self._keys(block, x))
         _add(out, parts)
 
-    def respond_backward(
+    def gated_mlp_backward(
         self, block: Block, x: torch.Tensor, a: torch.Tensor, grad_out: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         assert self._gradients is not None
@@ -102,7 +101,7 @@ class KernelNeurons:
         gated = self._memory("gated", block, a)
         parts = self._sums("a", a)
         with exclusive():
-            kernels.respond_backward(
+            kernels.gated_mlp_backward(
                 *self._of_x(block, wide, a),
                 _rows(grad_out).numpy(),
                 self._gradients.encoder_v[block.head].numpy(),

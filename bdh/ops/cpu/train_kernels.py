@@ -118,7 +118,7 @@ def _gated(x_row, y_row, has_y, a, stride, weight_row, D, width, keys, key, thre
 
 
 @jit
-def respond(x, y, has_y, a, encoder_v, decoder, parts, neuron_keys, token_keys, threshold, scale):
+def gated_mlp(x, y, has_y, a, encoder_v, decoder, parts, neuron_keys, token_keys, threshold, scale):
     """``parts`` (P, M, D) = sums of dropout(x * relu(Ev a)) Dec over the neurons of each part.
 
     Args:
@@ -177,7 +177,7 @@ def respond(x, y, has_y, a, encoder_v, decoder, parts, neuron_keys, token_keys, 
 
 
 @jit
-def respond_backward(
+def gated_mlp_backward(
     x,
     y,
     has_y,
@@ -194,7 +194,7 @@ def respond_backward(
     threshold,
     scale,
 ):
-    """The gradients behind :func:`respond` for that of its sum, ``grad_out`` (M or less, D).
+    """The gradients behind :func:`gated_mlp` for that of its sum, ``grad_out`` (M or less, D).
 
     Those of Ev and Dec, (N, D), are added to; ``parts`` (P, M, D) is set to the sums of that of a, and ``gated`` (N, M)
     to that of x as the gate of y.
@@ -274,7 +274,7 @@ def fire_backward(x, grad_q, gated, cos, sin, starts, places, v, encoder, grad_e
     """The gradients behind x: that of E (N, D) is added to, ``parts`` (P, M, D) is set to the sums of that of v.
 
     Args:
-        grad_q: (G, N, C), gated: (N, M), as :func:`respond_backward` gives it.
+        grad_q: (G, N, C), gated: (N, M), as :func:`gated_mlp_backward` gives it.
         cos, sin, starts, places: as of :func:`rotate`; each stretch lies within a sequence.
         v: (M or less, D).
     """

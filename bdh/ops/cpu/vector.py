@@ -18,7 +18,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 LANES = 16
-_F32, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_F32, _I8, _I16, _I32, _I64 = ir.FloatType(), *(ir.IntType(bits) for bits in (8, 16, 32, 64))
 _ADDRESSES = (types.int64, types.uint64)
 
 
@@ -278,10 +278,42 @@ def prefetch(typingctx, address):
     """Asks for the cache line at an address, which need not be read."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer = builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+        pointer = builder.inttoptr(arguments[0], _I8.as_pointer())
         kind = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
         builder.call(function, [pointer, _I32(0), _I32(3), _I32(1)])
         return context.get_dummy_value()
 
     return types.void(types.int64), codegen
+
+
+# Single numbers, by address.
+
+
+@intrinsic
+def put_float(typingctx, address, value):
+    """Writes a float32."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        stored = builder.store(arguments[1], builder.inttoptr(arguments[0], _F32.as_pointer()))
+        stored.align = 4
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.float32), codegen
+
+
+@intrinsic
+def get_byte(typingctx, address):
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.load(builder.inttoptr(arguments[0], _I8.as_pointer()))
+
+    return types.uint8(types.int64), codegen
+
+
+@intrinsic
+def put_byte(typingctx, address, value):
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        builder.store(arguments[1], builder.inttoptr(arguments[0], _I8.as_pointer()))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.uint8), codegen

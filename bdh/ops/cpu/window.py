@@ -35,11 +35,10 @@ from bdh.ops.cpu.kernels import (
     project,
     respond,
 )
-from bdh.ops.cpu.memory import get_byte, put_byte, put_float
 from bdh.ops.cpu.pieces import pieces
 from bdh.ops.cpu.recurrence import KernelWeights, Recurrence, Watch
 from bdh.ops.cpu.runtime import Announce, compiled, to_stderr
-from bdh.ops.cpu.vector import add_scaled, prefetch
+from bdh.ops.cpu.vector import add_scaled, get_byte, prefetch, put_byte, put_float
 from bdh.ops.window import Ring, empty_ring
 
 _CACHE_LINE = 64

@@ -20,7 +20,7 @@ def test_compiled_parts_are_those_that_are_not(monkeypatch):
         compiled.append(function)
         return block._compiled(function)(*arguments)
 
-    monkeypatch.setattr(block.TorchNeurons, "_run", compile_parts)
+    monkeypatch.setattr(block.Neurons, "_run", compile_parts)
     found = case.found(case.by_blocks())
     assert len(set(compiled)) == 4  # rotated, gated, and both backwards
     assert max(differences(found, expected)) < 1e-12  # fused, but in float64

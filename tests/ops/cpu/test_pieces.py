@@ -49,7 +49,7 @@ _PROGRAM = """
 import os, sys, threading, torch
 from bdh import BDHConfig, BDHForCausalLM
 from bdh.generate.stepper import Feed, make_stepper
-from bdh.ops.cpu.crowding import calm
+from bdh.ops.cpu.runtime import calm
 
 torch.manual_seed(0)
 model = BDHForCausalLM(BDHConfig(n_embd=16, n_head=2, n_layer=3, mlp_internal_dim_multiplier=128))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bdh.ops.cpu.crowding import Crowding, _Calm, waited_seconds
+from bdh.ops.cpu.runtime import Crowding, _Calm, waited_seconds
 
 
 class Machine:
