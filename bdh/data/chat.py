@@ -167,6 +167,9 @@ class ChatLoader:
         self._step = 0
         self._orders: dict[int, np.ndarray] = {}  # of the passes that the last batch was of
 
+    def prepare(self) -> None:
+        pass
+
     def next(self) -> Batch:
         """The rows of the next step; ``starts`` marks the conversations, ``is_target`` what the assistant writes."""
         numbers = self._step * self._batch_size + np.arange(self._batch_size)[self._rows]

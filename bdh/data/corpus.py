@@ -20,6 +20,13 @@ _logger = logging.getLogger(__name__)
 class Loader(Protocol):
     """An endless supply of training rows, whose position can be stored."""
 
+    def prepare(self) -> None:
+        """Reads what the next step needs, as :meth:`next` does unless it is done before, and raises the same errors.
+
+        It takes nothing: the state before a call and after it are of the same place in the text.
+        """
+        ...
+
     def next(self) -> Batch:
         """The rows of the next step that this process gets.
 
@@ -30,7 +37,10 @@ class Loader(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """The position: numbers, strings, lists and tensors. The same on every process that shares the rows."""
+        """The position: numbers, strings, lists and tensors. Of several processes, those of all are stored as one.
+
+        See :func:`bdh.data.streaming.join_states`.
+        """
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...

@@ -119,10 +119,13 @@ class MixLoader:
         self._step = 0
         self._begun: list[Batch] = []  # the first rows of the next step, where an error ended it
 
-    def next(self) -> Batch:
-        """The rows of the next step."""
+    def prepare(self) -> None:
         for number in self.sources_of(self._step)[len(self._begun) :]:
             self._begun.append(self._loaders[number].next())
+
+    def next(self) -> Batch:
+        """The rows of the next step."""
+        self.prepare()
         rows, self._begun = self._begun, []
         self._step += 1
         return Batch.stack(rows[self._rows])

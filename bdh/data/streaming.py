@@ -1,11 +1,15 @@
 """Training straight from a source: read, shuffled, tokenized and packed as it goes, nothing on disk.
 
-Memory holds the shuffle buffer (``shuffle_buffer_documents`` parts of documents, 64 MiB of text at most), the
-tokens of about 1 MiB of text, the collected validation tokens, and what ``datasets`` reads at a time.
+Memory holds the shuffle buffers (``shuffle_buffer_documents`` chunks of text, 64 MiB at most, shared by all processes), what has
+been dealt to sequences that have not come to it, the collected validation tokens, and what ``datasets`` reads at a time.
 """
 
 import hashlib
-from collections.abc import Iterable
+import logging
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,20 +18,21 @@ import torch
 from bdh.data.batch import Batch
 from bdh.data.columns import show_columns
 from bdh.data.config import DataConfig
-from bdh.data.continued import ContinuedStreamLoader
 from bdh.data.corpus import Corpus, Loader, announce, check_long_enough, left_out
 from bdh.data.documents import batch_of_documents
-from bdh.data.parts import Part, describe
+from bdh.data.parts import Part, Skipped, describe, from_plain
 from bdh.data.progress import ProgressCallback
-from bdh.data.readers import State
-from bdh.data.shuffled import ShuffledParts, encode_parts
-from bdh.data.source import training_source, validation_source
-from bdh.data.split import stream_split
-from bdh.data.windows import check_rows, check_state, take_windows
+from bdh.data.readers import ChainReader, State
+from bdh.data.source import Source, training_source, validation_source
+from bdh.data.split import StreamSplit, stream_split
+from bdh.data.windows import check_rows, check_state
 from bdh.tokenizer.encoding import TextEncoder
 
-_ENCODED_BYTES = 1 << 20  # of text that is tokenized at a time
+_BUFFER_BYTES = 1 << 26
+_MAX_LANES = 64
+_MASK = (1 << 64) - 1
 _MAX_READ_BYTES = 1 << 28  # of text in search of validation tokens
+_logger = logging.getLogger(__name__)
 
 
 class StreamingCorpus(Corpus):
@@ -82,7 +87,9 @@ class StreamingCorpus(Corpus):
         }
 
     def fingerprint_before(self, loader_state: dict[str, Any]) -> str:
-        return self._fingerprint(loader_state["reader"])
+        if "shares" not in loader_state:
+            return self._fingerprint(loader_state["reader"])
+        return self._fingerprint(min(loader_state["shares"], key=lambda share: share["num_dealt"])["reader"])
 
     def _fingerprint(self, until: State | None) -> str:
         identity = [self._source.fingerprint(until), *self._identity]
@@ -91,12 +98,18 @@ class StreamingCorpus(Corpus):
     def train_loader(
         self, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, *, carry_state: bool = False
     ) -> Loader:
-        rows = check_rows(batch_size, rank, world_size)
-        parts = ShuffledParts(self._source, self._split, self._config.shuffle_buffer_documents, seed)
-        if carry_state:
-            return ContinuedStreamLoader(parts, self._encoder, self.block_size, batch_size, rows)
-        apart = self._config.pack == "documents"
-        return StreamLoader(parts, self._encoder, self.block_size, batch_size, rows, documents_apart=apart)
+        return StreamLoader(
+            self._source,
+            self._split,
+            self._encoder,
+            self.block_size,
+            batch_size,
+            check_rows(batch_size, rank, world_size),
+            seed,
+            buffer_documents=self._config.shuffle_buffer_documents,
+            marks_documents=self._config.pack == "documents",
+            carry_state=carry_state,
+        )
 
     def train_tokens(self) -> np.ndarray:
         raise ValueError("a streaming corpus is never tokenized as a whole: set data.streaming=false")
@@ -105,76 +118,313 @@ class StreamingCorpus(Corpus):
         return self._validation
 
 
-class StreamLoader:
-    """Packs the tokens of shuffled parts into rows.
+@dataclass
+class _Lane:
+    """Chunks that are dealt to it, shuffled among themselves, one after the other."""
 
-    Each row is ``block_size + 1`` tokens, and its last one is also the first of the next row: every token is
-    predicted once. Each process reads everything and takes its rows. With ``documents_apart`` the batches say where
-    documents start, and those first tokens are not predicted.
+    number: int
+    num_sequences: int = 1
+    """Of each step."""
+    epoch: int = 0
+    """The pass through the source that its shuffle buffer is of."""
+    num_drawn: int = 0
+    first_undealt: int = 0
+    """The number of the first chunk that has not been dealt to it, if it is its own."""
+    waiting: deque[tuple[int, Part]] = field(default_factory=deque)
+    """Dealt, each with its pass, and not in the buffer yet."""
+    buffer: list[Part] = field(default_factory=list)
+    drawn: list[Part] = field(default_factory=list)
+    """Not tokenized yet."""
+    tokens: list[np.ndarray] = field(default_factory=list)
+    starts: list[np.ndarray] = field(default_factory=list)
+    """Of the tokens, the first ones of chunks."""
+    num_tokens: int = 0
+
+    def add(self, tokens: np.ndarray, starts: np.ndarray) -> None:
+        self.tokens.append(tokens)
+        self.starts.append(starts)
+        self.num_tokens += len(tokens)
+
+    def num_lacking(self, block_size: int) -> int:
+        """How many tokens are still to be read for the next step."""
+        return max(0, self.num_sequences * block_size + 1 - self.num_tokens)
+
+    def take(self, block_size: int) -> tuple[np.ndarray, np.ndarray]:
+        """The next sequences, and the starts in them. The last token of each, a target, is the first of the next one."""
+        num_new = self.num_sequences * block_size
+        if len(self.tokens) > 1:
+            self.tokens, self.starts = [np.concatenate(self.tokens)], [np.concatenate(self.starts)]
+        tokens, starts = self.tokens[0], self.starts[0]
+        self.tokens, self.starts = [tokens[num_new:]], [starts[num_new:]]
+        self.num_tokens -= num_new
+        index = np.arange(0, num_new, block_size)[:, None] + np.arange(block_size + 1)
+        return tokens[index], starts[index]
+
+    def state_dict(self) -> dict[str, Any]:
+        chunks = [*self.drawn, *self.buffer, *(part for _, part in self.waiting)]
+        text = b"".join(part.utf8 for part in chunks) or b"\0"
+        return {
+            "number": self.number,
+            "epoch": self.epoch,
+            "num_drawn": self.num_drawn,
+            "tokens": torch.from_numpy(np.concatenate([np.empty(0, np.int64), *self.tokens]).astype(np.int64)),
+            "starts": torch.from_numpy(np.concatenate([np.empty(0, bool), *self.starts])),
+            "text": torch.frombuffer(bytearray(text), dtype=torch.uint8),
+            "lengths": [len(part.utf8) for part in chunks],
+            "ends_document": [part.ends_document for part in chunks],
+            "sizes": [len(self.drawn), len(self.buffer)],
+            "waiting_epochs": [epoch for epoch, _ in self.waiting],
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any], num_sequences: int, first_undealt: int, dtype: np.dtype) -> "_Lane":
+        text, ends = state["text"].numpy().tobytes(), np.cumsum(state["lengths"]).tolist()
+        begins = [0, *ends[:-1]]
+        chunks = [Part(text[a:b], is_end) for a, b, is_end in zip(begins, ends, state["ends_document"], strict=False)]
+        num_drawn, num_buffered = state["sizes"]
+        lane = cls(state["number"], num_sequences, state["epoch"], state["num_drawn"], first_undealt)
+        lane.drawn, lane.buffer = chunks[:num_drawn], chunks[num_drawn : num_drawn + num_buffered]
+        lane.waiting.extend(zip(state["waiting_epochs"], chunks[num_drawn + num_buffered :], strict=True))
+        lane.add(state["tokens"].numpy().astype(dtype), state["starts"].numpy())
+        return lane
+
+
+class StreamLoader:
+    """Sequences that read on through shuffled chunks of a source (documents, or 256 KiB of longer ones).
+
+    The sequences of the global batch are shared by *lanes*, each of which is read through from step to step. The chunks
+    are dealt to the lanes in rounds, one each, in an order that depends on the seed and the round, and a lane shuffles its
+    share in a buffer. So what a lane reads depends on the seed, the text and the number of lanes alone: a process keeps
+    and tokenizes the chunks of its own lanes, and all processes together get what one alone would.
     """
 
     def __init__(
         self,
-        parts: ShuffledParts,
+        source: Source,
+        split: StreamSplit | None,
         encoder: TextEncoder,
         block_size: int,
         batch_size: int,
-        rows: slice,
+        own: slice,
+        seed: int,
         *,
-        documents_apart: bool = False,
+        buffer_documents: int,
+        marks_documents: bool = False,
+        carry_state: bool = False,
     ):
-        self._parts = parts
-        self._encoder = encoder
-        self._block_size = block_size
-        self._batch_size = batch_size
-        self._rows = rows
-        self._documents_apart = documents_apart
-        self._tokens = np.empty(0, dtype=encoder.dtype)  # tokenized, and not yet behind us
-        self._starts = np.empty(0, dtype=bool)  # of these, the first tokens of documents
+        """
+        Args:
+            split: which chunks to hold out, or None.
+            own: the sequences of the global batch that this process gets.
+            buffer_documents: of all lanes together; of text they hold 64 MiB at most.
+            marks_documents: whether the batches say where documents start, whose first tokens are then not predicted.
+            carry_state: each sequence has a lane of its own, and goes on in the next step where it ended.
+        """
+        self._source, self._split, self._encoder = source, split, encoder
+        self._block_size, self._seed = block_size, seed
+        self._kind = "continued stream" if carry_state else "stream"
+        self._marks_documents = marks_documents or carry_state
+        number = self._num_lanes = batch_size if carry_state else min(batch_size, _MAX_LANES)
+        self._buffer_documents = -(-buffer_documents // number)
+        self._buffer_bytes = _BUFFER_BYTES // number
+        bounds = [lane * batch_size // number for lane in range(number + 1)]
+        self._lanes = {
+            lane: _Lane(lane, end - begin)
+            for lane, (begin, end) in enumerate(pairwise(bounds))
+            if begin < own.stop and end > own.start
+        }
+        first = bounds[min(self._lanes)]
+        self._own = slice(own.start - first, own.stop - first)  # of the sequences of these lanes
+        self.num_taken = 0
+        """Chunks that were dealt to this process."""
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+        self._num_dealt = self._num_read = 0
+        self._skipped = Skipped()
+        self._reader: ChainReader
+        self._begin_pass(0)
 
     @property
     def epoch(self) -> int:
-        """How often the source has been read to its end."""
-        return self._parts.epoch
+        """How many times all lanes of this process have been through the source."""
+        return min(lane.epoch for lane in self._lanes.values())
+
+    def prepare(self) -> None:
+        """Reads and tokenizes what the next step needs, and raises as :meth:`next` would."""
+        while lacking := [lane for lane in self._lanes.values() if lane.num_lacking(self._block_size)]:
+            for lane in lacking:
+                # A token is a byte at least, so this is never much too much: a small source is not read far ahead.
+                while sum(len(part.utf8) for part in lane.drawn) < lane.num_lacking(self._block_size):
+                    lane.drawn.append(self._draw(lane))
+            tokens = iter(self._encoder.encode_utf8([part.utf8 for lane in lacking for part in lane.drawn]))
+            for lane in lacking:
+                for part in lane.drawn:
+                    lane.add(*_with_end(next(tokens), part, self._encoder))
+                lane.drawn = []
 
     def next(self) -> Batch:
-        """The rows of the next step."""
-        num_new = self._batch_size * self._block_size
-        pieces, starts, num_tokens = [self._tokens], [self._starts], len(self._tokens)
+        """The sequences of the next step that this process gets."""
+        self.prepare()
+        taken = [lane.take(self._block_size) for lane in self._lanes.values()]
+        tokens, starts = (np.concatenate(each)[self._own] for each in zip(*taken, strict=True))
+        inputs = torch.from_numpy(tokens.astype(np.int64))
+        return batch_of_documents(inputs, torch.from_numpy(starts)) if self._marks_documents else Batch(inputs)
+
+    def _draw(self, lane: _Lane) -> Part:
+        """A chunk of the lane's buffer at random, which is filled from one pass through the source at a time."""
+        if not lane.buffer:
+            while not lane.waiting:
+                self._read_on()
+            lane.epoch = lane.waiting[0][0]
+        num_bytes = sum(len(part.utf8) for part in lane.buffer)
+        while len(lane.buffer) < self._buffer_documents and num_bytes < max(1, self._buffer_bytes):
+            while not lane.waiting and self._epoch == lane.epoch:
+                self._read_on()
+            if not lane.waiting or lane.waiting[0][0] != lane.epoch:
+                break
+            lane.buffer.append(lane.waiting.popleft()[1])
+            num_bytes += len(lane.buffer[-1].utf8)
+        number = _random_number(self._seed, lane.number, lane.num_drawn) % len(lane.buffer)
+        lane.num_drawn += 1
+        lane.buffer[number], lane.buffer[-1] = lane.buffer[-1], lane.buffer[number]
+        return lane.buffer.pop()
+
+    def _read_on(self) -> None:
+        """Deals the next chunk of the source, or begins it again behind its last one."""
         try:
-            while num_tokens < num_new + 1:
-                # A token is a byte at least, so this is never much too much: a small source is not read far ahead.
-                missing = num_new + 1 - num_tokens
-                encoded, is_start = encode_parts(self._parts.draw(min(missing, _ENCODED_BYTES)), self._encoder)
-                pieces.append(encoded)
-                starts.append(is_start)
-                num_tokens += len(encoded)
-        finally:  # text that cannot be read leaves the loader where it can be read on
-            self._tokens, self._starts = np.concatenate(pieces), np.concatenate(starts)
-        all_tokens, all_starts = self._tokens, self._starts
-        self._tokens, self._starts = all_tokens[num_new:].copy(), all_starts[num_new:].copy()
-        first = np.arange(self._batch_size)[self._rows] * self._block_size
-        tokens = torch.from_numpy(take_windows(all_tokens, first, self._block_size + 1))
-        if not self._documents_apart:
-            return Batch(tokens)
-        marks = torch.from_numpy(take_windows(all_starts, first, self._block_size + 1)).bool()
-        return batch_of_documents(tokens, marks)
+            part = next(self._parts, None)
+        except (ValueError, OSError):
+            self._open(self._reader.state())  # as an iterator that has raised is at its end
+            raise
+        if part is None:
+            if self._is_empty:
+                raise ValueError("the source gave no text to train on: it has been changed since the start")
+            if self._epoch == 0 and self._skipped.counts:
+                _logger.warning("the first pass through the training text%s", describe(self._skipped))
+            self._begin_pass(self._epoch + 1)
+            return
+        marked = [(part, False, 0)] if self._split is None else list(self._split.marked([part], self._num_read))
+        self._num_read = marked[-1][2]
+        for piece, is_held_out, _ in marked:
+            if not is_held_out:
+                self._deal(piece)
+
+    def _deal(self, part: Part) -> None:
+        number, self._num_dealt, self._is_empty = self._num_dealt, self._num_dealt + 1, False
+        turn, place = divmod(number, self._num_lanes)
+        if turn != self._order[0]:
+            generator = np.random.Generator(np.random.Philox(key=self._seed, counter=[0, 0, 1, turn]))
+            self._order = turn, generator.permutation(self._num_lanes)
+        lane = self._lanes.get(int(self._order[1][place]))
+        if lane is not None and number >= lane.first_undealt:
+            lane.waiting.append((self._epoch, part))
+            self.num_taken += 1
+
+    def _begin_pass(self, epoch: int) -> None:
+        self._epoch, self._num_read, self._is_empty, self._skipped = epoch, 0, True, Skipped()
+        self._open(None)
+
+    def _open(self, state: State | None) -> None:
+        self._reader = self._source.open(self._skipped, state)
+        self._parts = iter(self._reader)
 
     def state_dict(self) -> dict[str, Any]:
-        tokens = torch.from_numpy(self._tokens.astype(np.int64))
-        starts = torch.from_numpy(self._starts.copy())
-        return {"kind": "stream", "tokens": tokens, "starts": starts, **self._parts.state_dict()}
+        """This process's part of the position; see :func:`join_states`."""
+        share = {
+            "lanes": [lane.state_dict() for lane in self._lanes.values()],
+            "reader": self._reader.state(),
+            "epoch": self._epoch,
+            "num_read": self._num_read,
+            "num_dealt": self._num_dealt,
+            "is_empty": self._is_empty,
+            "skipped": dict(self._skipped.counts),
+        }
+        return {"kind": self._kind, "seed": self._seed, "num_lanes": self._num_lanes, "shares": [share]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """
+        Args:
+            state: of all processes, whose number may have been another.
+
         Raises:
-            ValueError: the state is of another kind of loader, or of another seed.
+            ValueError: the state is of another kind of loader, of another seed or number of lanes.
         """
-        check_state(state, "stream", seed=self._parts.seed)
-        self._parts.load_state_dict(state)
-        self._tokens = state["tokens"].numpy().astype(self._encoder.dtype)
-        # Older checkpoints stored no starts, and had no use for them.
-        self._starts = state["starts"].numpy() if "starts" in state else np.zeros(len(self._tokens), dtype=bool)
+        if "shares" not in state and state.get("kind") == self._kind:
+            state = _with_lanes(state, self._num_lanes)
+        check_state(state, self._kind, seed=self._seed, num_lanes=self._num_lanes)
+        shares = []
+        for share in state["shares"]:
+            for stored in share["lanes"]:
+                if (number := stored["number"]) in self._lanes:
+                    self._lanes[number] = _Lane.from_state(
+                        stored, self._lanes[number].num_sequences, share["num_dealt"], self._encoder.dtype
+                    )
+                    shares.append(share)
+        # Read on from the first place that any of the lanes has been dealt up to; the others pass over what they have.
+        share = min(shares, key=lambda each: each["num_dealt"])
+        self._num_dealt = share["num_dealt"]
+        self._begin_pass(share["epoch"])
+        self._num_read, self._is_empty, self._skipped = share["num_read"], share["is_empty"], Skipped(share["skipped"])
+        self._open(share["reader"])
+
+
+def join_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The states of the loaders of all processes, by rank, as one, which loaders of any number of processes load."""
+    if "shares" not in states[0]:
+        return states[0]  # every process has the same
+    return {**states[0], "shares": [share for state in states for share in state["shares"]]}
+
+
+def _with_lanes(state: dict[str, Any], num_lanes: int) -> dict[str, Any]:
+    """A state of a version before 0.2, in which the sequences had no lanes: what was read is dealt to lanes.
+
+    Nothing of the text is lost or repeated, but from here on the sequences are not those that that version would give.
+    """
+    lanes = [_Lane(number, epoch=state["epoch"]) for number in range(num_lanes)]
+    lengths = state.get("lengths", [len(state["tokens"])])
+    starts = state.get("starts", torch.zeros(len(state["tokens"]), dtype=torch.bool))
+    for index, (tokens, marks) in enumerate(zip(state["tokens"].split(lengths), starts.split(lengths), strict=True)):
+        lanes[index % num_lanes].add(tokens.numpy(), marks.numpy())
+    text, ends = state["buffer"].numpy().tobytes(), np.cumsum(state["buffer_lengths"]).tolist()
+    parts = [
+        Part(text[end - length : end], is_end)
+        for end, length, is_end in zip(ends, state["buffer_lengths"], state["buffer_ends"], strict=True)
+    ]
+    for index, part in enumerate([*from_plain([*state.get("round", []), *state.get("drawn", [])]), *parts]):
+        lanes[index % num_lanes].waiting.append((state["epoch"], part))
+    share = {
+        "lanes": [lane.state_dict() for lane in lanes],
+        "reader": state["reader"],
+        "epoch": state["epoch"],
+        "num_read": state["num_read"],
+        "num_dealt": 0,
+        "is_empty": not state["num_drawn"],
+        "skipped": state.get("skipped", {}),
+    }
+    return {"kind": state["kind"], "seed": state["seed"], "num_lanes": num_lanes, "shares": [share]}
+
+
+def encode_parts(parts: list[Part], encoder: TextEncoder) -> np.ndarray:
+    """The tokens of the parts, one after the other, with ``<eos>`` behind each document where there is one."""
+    encoded = encoder.encode_utf8([part.utf8 for part in parts])
+    return np.concatenate([_with_end(tokens, part, encoder)[0] for tokens, part in zip(encoded, parts, strict=True)])
+
+
+def _with_end(tokens: np.ndarray, part: Part, encoder: TextEncoder) -> tuple[np.ndarray, np.ndarray]:
+    """A chunk's tokens, with ``<eos>`` behind a document; and which is the first, that nothing before it leads to."""
+    if part.ends_document and encoder.eos_token_id is not None:
+        tokens = np.append(tokens, np.array(encoder.eos_token_id, dtype=encoder.dtype))
+    return tokens, np.arange(len(tokens)) == 0
+
+
+def _random_number(*numbers: int) -> int:
+    """64 bits that depend on the numbers alone: SplitMix64's mixing, once for each."""
+    bits = 0
+    for number in numbers:
+        bits = (bits + number + 0x9E3779B97F4A7C15) & _MASK
+        bits = ((bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        bits = ((bits ^ (bits >> 27)) * 0x94D049BB133111EB) & _MASK
+        bits ^= bits >> 31
+    return bits
 
 
 class _Collector:
@@ -203,7 +453,7 @@ class _Collector:
             if held_out and self._num_val_tokens < self._max_tokens:
                 self._keep(part)
             elif not held_out and self.num_train_tokens <= self._block_size:
-                self.num_train_tokens += len(encode_parts([part], self._encoder)[0])
+                self.num_train_tokens += len(encode_parts([part], self._encoder))
             self._progress("collecting validation text", self.num_read_bytes, None)
             lacks_training = needs_training and self.num_train_tokens <= self._block_size
             wanted = self._block_size + 1 if self.num_read_bytes > _MAX_READ_BYTES else self._max_tokens
@@ -212,7 +462,7 @@ class _Collector:
                 return
 
     def _keep(self, part: Part) -> None:
-        tokens, _ = encode_parts([part], self._encoder)
+        tokens = encode_parts([part], self._encoder)
         self._pieces.append(tokens)
         self._num_val_tokens += len(tokens)
         self.num_val_bytes += len(part.utf8)

@@ -48,6 +48,9 @@ class WindowLoader:
         self._document_end = document_end
         self._step = 0
 
+    def prepare(self) -> None:
+        pass
+
     def next(self) -> Batch:
         """The rows of the next step."""
         num_starts = len(self._tokens) - self._length + 1

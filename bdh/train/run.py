@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 import bdh
 from bdh.data import Corpus, prepare_corpus
 from bdh.data.conversations import holds_chat
+from bdh.data.streaming import join_states
 from bdh.distributed.parallelize import Parallel, choose_strategy, parallelize
 from bdh.distributed.world import World
 from bdh.memory import used_bytes
@@ -142,7 +143,7 @@ class Run:
             "rows_per_step": self.rows_per_step,
             "scaler": self.scaler.state_dict(),
             "data_fingerprint_before": None if loader_state is None else self._fingerprint_before(loader_state),
-            "loader": loader_state or self.loader.state_dict(),
+            "loader": loader_state or join_states(self.world.gather(self.loader.state_dict())),
             "random_states": self.world.gather(random_states(self.runtime.device)),
         }
         return self.checkpointer.save(self.progress.step, self.tensors(), training, is_best=is_best)

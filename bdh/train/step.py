@@ -10,6 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from bdh.data.batch import Batch
+from bdh.data.streaming import join_states
 from bdh.train.run import Run
 from bdh.train.spikes import NormStatistics
 
@@ -131,15 +132,14 @@ def _next_batch(run: Run) -> Batch:
     world = run.world
     cause: Exception | None = None
     try:
-        batch = run.loader.next()
+        run.loader.prepare()
     except (ValueError, OSError) as error:
         cause = error
     if not any(world.any([cause is not None])):
-        return batch
+        return run.loader.next()
     reasons = world.gather(None if cause is None else _reason(cause))
     first = next(rank for rank, reason in enumerate(reasons) if reason is not None)
-    # Others may have read their sequences: what is stored is the position of one that could not.
-    state = world.gather(run.loader.state_dict() if world.rank == first else None)[first]
+    state = join_states(world.gather(run.loader.state_dict()))
     raise DataStopped(f"step {run.progress.step + 1}: {reasons[first]}", state) from cause
 
 

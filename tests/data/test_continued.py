@@ -80,10 +80,9 @@ def test_a_streaming_row_reads_whole_documents_and_no_two_rows_the_same_one(docu
     assert all(text.startswith("document ") for text in texts)
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_processes_together_get_the_rows_of_one_and_store_the_same(documents, corpus_of, world_size, streaming):
-    corpus = corpus_of(documents, block_size=10, streaming=streaming)
+@pytest.mark.parametrize("world_size", [2, 4])  # of streams: in test_streaming
+def test_processes_together_get_the_rows_of_one_and_store_the_same(documents, corpus_of, world_size):
+    corpus = corpus_of(documents, block_size=10)
     alone = corpus.train_loader(4, seed=7, carry_state=True)
     shared = [corpus.train_loader(4, 7, rank, world_size, carry_state=True) for rank in range(world_size)]
     for _ in range(40):

@@ -187,7 +187,7 @@ def test_what_a_stream_leaves_out_is_reported_after_its_first_pass(tmp_path, cor
     }
     corpus = corpus_of(path, **settings)
     loader = corpus.train_loader(2, seed=1)
-    while loader.state_dict()["num_read"] < 50:
+    while loader.num_taken < 50:
         loader.next()
     again = corpus.train_loader(2, seed=1)
     again.load_state_dict(loader.state_dict())
