@@ -144,7 +144,7 @@ def main() -> None:
         pairs = [(made_model(tokenizer, 256), tokenizer) for tokenizer in tokenizers]
     for model, tokenizer in pairs:
         engine = Engine(made_model(tokenizer, 32) if arguments.model is None else model, tokenizer)
-        path = engine.stepper.path
+        path = engine.advancer.description
         print(
             f"a vocabulary of {len(tokenizer):,}, {model.num_parameters() / 1e6:.1f}M parameters, steps by {path}",
             flush=True,

@@ -26,11 +26,11 @@ import torch
 import yaml
 
 from bdh import BDHConfig, BDHForCausalLM
+from bdh.generate.advance import Advancer, StepInput
 from bdh.generate.chat import Conversation
 from bdh.generate.chat_options import ChatOptions
 from bdh.generate.engine import Engine
 from bdh.generate.params import SamplingParams
-from bdh.generate.stepper import Feed, make_stepper
 from bdh.tokenizer import byte_tokenizer
 
 NEW_TOKENS = 16
@@ -82,7 +82,7 @@ def follow(
     optimizer = make_optimizer(model.parameters())
     batches = made_batches()
     engine = Engine(model, tokenizer)
-    stepper = make_stepper(model)
+    advancer = Advancer(model)
     wrong, ties, texts = dict.fromkeys(("generate", "engine", "chat"), 0), 0, set()
     for _ in range(steps):
         model.train()
@@ -93,7 +93,7 @@ def follow(
         model.eval()
         expected, logits = by_argmax(model, list(PROMPT.encode()))
         texts.add(tuple(expected))
-        chat = Conversation(stepper, tokenizer, ChatOptions(temperature=0, max_tokens=NEW_TOKENS), plain=True)
+        chat = Conversation(advancer, tokenizer, ChatOptions(temperature=0, max_tokens=NEW_TOKENS), plain=True)
         for _ in chat.say(PROMPT):
             pass
         found = {
@@ -150,15 +150,15 @@ def measure() -> None:
     tokens = torch.randint(256, (512,), generator=torch.Generator().manual_seed(0)).tolist()
     found = {}
     for storage in ("float32", "bfloat16"):
-        stepper = make_stepper(model, path="kernels", weights=storage)
-        stepper.step([Feed(stepper.new_state(), tokens[:70])])
+        advancer = Advancer(model, path="kernels", weights=storage)
+        advancer.advance([StepInput(advancer.new_state(), tokens[:70])])
         start = time.perf_counter()
-        state = stepper.new_state()
-        stepper.step([Feed(state, tokens)])
+        state = advancer.new_state()
+        advancer.advance([StepInput(state, tokens)])
         found[f"prefill {storage}"] = time.perf_counter() - start
         start = time.perf_counter()
         for token in tokens[:200]:
-            stepper.step([Feed(state, [token])])
+            advancer.advance([StepInput(state, [token])])
         found[f"decode {storage}"] = time.perf_counter() - start
     print(json.dumps(found))
 

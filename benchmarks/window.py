@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from bdh.data import prepare_corpus
 from bdh.data.config import DataConfig
-from bdh.generate.stepper import Feed, Stepper, make_stepper
+from bdh.generate.advance import Advancer, StepInput
 from bdh.model import BDHForCausalLM
 from bdh.ops import naive
 from bdh.train.models import load_model
@@ -24,24 +24,24 @@ READ_AT_ONCE = 2000
 
 
 def check_window(model: BDHForCausalLM, tokens: list[int]) -> None:
-    """Stops where the stepper is not the banded scores of naive.py."""
+    """Stops where the advancer is not the banded scores of naive.py."""
     names = ("embed.weight", "encoder", "encoder_v", "decoder", "lm_head")
     reference = model.to_reference()
     weights = naive.Weights(*(reference[name].float() for name in names))
     for window in (1, 7, 40, 1000):
-        stepper = make_stepper(model, window=window)
-        logits = stepper.step([Feed(stepper.new_state(), tokens, "all")])[0]
+        advancer = Advancer(model, window=window)
+        logits = advancer.advance([StepInput(advancer.new_state(), tokens, "all")])[0]
         expected = naive.forward(torch.tensor([tokens]), weights, model.config.n_layer, window=window)[0]
         torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)  # float32 sums in another order
 
 
-def read_once(stepper: Stepper, tokens: list[int]) -> tuple[torch.Tensor, list[float]]:
+def read_once(advancer: Advancer, tokens: list[int]) -> tuple[torch.Tensor, list[float]]:
     """The loss of every token but the first, and the seconds that each piece of the text took."""
-    state, losses, seconds = stepper.new_state(), [], []
+    state, losses, seconds = advancer.new_state(), [], []
     for start in range(0, len(tokens) - 1, READ_AT_ONCE):
         targets = tokens[start + 1 : start + 1 + READ_AT_ONCE]
         began = time.perf_counter()
-        logits = stepper.step([Feed(state, tokens[start : start + len(targets)], "all")])[0]
+        logits = advancer.advance([StepInput(state, tokens[start : start + len(targets)], "all")])[0]
         seconds.append((time.perf_counter() - began) / len(targets))
         losses.append(F.cross_entropy(logits, torch.tensor(targets), reduction="none"))
     return torch.cat(losses), seconds
@@ -77,9 +77,9 @@ def main() -> None:
     if room < 0:
         raise SystemExit(f"the validation part has {len(tokens)} tokens: at least {length + window + 1} are needed")
     check_window(model, tokens[:100])
-    stepper = make_stepper(model, window=window)
-    print(stepper.path)
-    losses, seconds = read_once(stepper, tokens)
+    advancer = Advancer(model, window=window)
+    print(advancer.description)
+    losses, seconds = read_once(advancer, tokens)
     tenth = max(1, len(seconds) // 10)
     first, last = sorted(seconds[1 : 1 + tenth] or seconds), sorted(seconds[-1 - tenth : -1] or seconds)
     print(f"{len(tokens):,} tokens read once: {losses.mean():.4f} nats per token", end="; ")

@@ -30,12 +30,7 @@ ABOVE_PACKAGES = {"bdh": {"model"}, "bdh.__main__": {"cli"}, "bdh.autoregister":
 
 # Circles that are still there, each as all the files in it. Only remove from this.
 KNOWN_CIRCLES = [
-    {
-        *("bdh.model.backbone", "bdh.model.forward", "bdh.model.kernels", "bdh.model.modeling", "bdh.model.text"),
-    },
-    {
-        *("bdh.generate.kernel_stepper", "bdh.generate.kernel_window", "bdh.generate.stepper", "bdh.generate.window"),
-    },
+    {"bdh.model.modeling", "bdh.model.text"},
     {"bdh.data.config", "bdh.data.csv_files", "bdh.data.files", "bdh.data.mix_config"},
 ]
 

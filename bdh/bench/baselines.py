@@ -11,8 +11,9 @@ import torch
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from bdh.bench.weights import naive_logits, naive_weights
-from bdh.generate.stepper import Feed, SequenceState, Stepper
+from bdh.generate.advance import Advancer, StepInput
 from bdh.model.modeling import BDHForCausalLM
+from bdh.model.state import SynapticState
 from bdh.ops.eager import Layer, layer_norm, layer_step
 from bdh.ops.rope import rotation_table
 
@@ -31,23 +32,23 @@ class Decoder(ABC):
         return int(self.read(token).argmax())
 
 
-class StepperDecoder(Decoder):
-    """A stepper with one sequence, or with several that read the same token."""
+class AdvancerDecoder(Decoder):
+    """An Advancer with one sequence, or with several that read the same token."""
 
-    def __init__(self, name: str, stepper: Stepper, batch: int = 1):
-        self.name, self.stepper = name, stepper
-        self.states = [stepper.new_state() for _ in range(batch)]
+    def __init__(self, name: str, advancer: Advancer, batch: int = 1):
+        self.name, self.advancer = name, advancer
+        self.states = [advancer.new_state() for _ in range(batch)]
 
     def read(self, token: int) -> torch.Tensor:
         return self.read_each([token] * len(self.states))[0]
 
     def read_each(self, tokens: Sequence[int]) -> list[torch.Tensor]:
         """The logits (V,) of each sequence behind its next token."""
-        logits = self.stepper.step([Feed(state, [t]) for state, t in zip(self.states, tokens, strict=True)])
+        logits = self.advancer.advance([StepInput(state, [t]) for state, t in zip(self.states, tokens, strict=True)])
         return [row for row in logits if row is not None]
 
     @property
-    def state(self) -> SequenceState:
+    def state(self) -> SynapticState:
         return self.states[0]
 
 

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 
 from bdh.bench.bandwidth import Bandwidth, measure_bandwidth, traffic
-from bdh.bench.baselines import AllocatingDecoder, Decoder, Gpt2Decoder, RecomputingDecoder, StepperDecoder
+from bdh.bench.baselines import AdvancerDecoder, AllocatingDecoder, Decoder, Gpt2Decoder, RecomputingDecoder
 from bdh.bench.busy import time_busy
 from bdh.bench.config import BenchOptions
 from bdh.bench.report import Report, milliseconds, random_tokens
 from bdh.bench.timing import interleaved
 from bdh.bench.weights import Density, naive_logits
-from bdh.generate.stepper import Feed, Storage, make_stepper
+from bdh.generate.advance import Advancer, StepInput, Storage
 from bdh.memory import used_bytes
 from bdh.model.modeling import BDHForCausalLM
 
@@ -35,7 +35,7 @@ def bench_decode(model: BDHForCausalLM, options: BenchOptions, progress: Progres
     """Figures of single tokens. Nothing is timed unless kernels, dense steps and ``ops/naive.py`` agree."""
     report = Report("decode")
     density = report.introduce(model, options.seed)
-    report.say(f"path      {make_stepper(model, path='kernels').path}")
+    report.say(f"path      {Advancer(model, path='kernels').description}")
     _compare(report, model, options, progress)
     if report.failed:
         return report
@@ -62,11 +62,11 @@ def _compare(report: Report, model: BDHForCausalLM, options: BenchOptions, progr
     memory = (0, 0)
     for name, (weights, state) in _FORMATS.items():
         progress(f"agreement: {name}, {count:,} tokens")
-        decoder = StepperDecoder(name, make_stepper(model, path="kernels", weights=weights, state=state))
+        decoder = AdvancerDecoder(name, Advancer(model, path="kernels", weights=weights, state=state))
         found[name], before_and_after = _read_all(decoder, tokens)
         memory = before_and_after if name == _REFERENCE else memory
     progress(f"agreement: dense recurrent steps, {count:,} tokens")
-    found["dense"], _ = _read_all(StepperDecoder("dense", make_stepper(model, path="torch")), tokens)
+    found["dense"], _ = _read_all(AdvancerDecoder("dense", Advancer(model, path="torch")), tokens)
     progress(f"agreement: ops/naive.py, {count:,} tokens")
     found["naive"] = naive_logits(model, tokens[None])[0]
 
@@ -112,9 +112,9 @@ def _compare(report: Report, model: BDHForCausalLM, options: BenchOptions, progr
     )
 
 
-def _read_all(decoder: StepperDecoder, tokens: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+def _read_all(decoder: AdvancerDecoder, tokens: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
     """The logits (T, V), and the memory of the process behind the first token and behind the last."""
-    logits = torch.zeros(len(tokens), decoder.stepper.model.config.vocab_size)
+    logits = torch.zeros(len(tokens), decoder.advancer.model.config.vocab_size)
     logits += 0  # so that its pages are there
     before = 0
     for index, token in enumerate(tokens.tolist()):
@@ -133,11 +133,11 @@ def _time_forms(
 ) -> None:
     text = random_tokens(model.config.vocab_size, options.context, options.seed + 3).tolist()
     decoders: list[Decoder] = [
-        StepperDecoder(name, make_stepper(model, path="kernels", weights=weights, state=state))
+        AdvancerDecoder(name, Advancer(model, path="kernels", weights=weights, state=state))
         for name, (weights, state) in _FORMATS.items()
     ]
     decoders += [
-        StepperDecoder("dense recurrent, in place", make_stepper(model, path="torch")),
+        AdvancerDecoder("dense recurrent, in place", Advancer(model, path="torch")),
         AllocatingDecoder(model),
         RecomputingDecoder(model, options.context, text),
     ]
@@ -198,12 +198,12 @@ def _reader(decoder: Decoder, tokens: list[int]) -> Callable[[], int]:
 def _time_busy(report: Report, model: BDHForCausalLM, options: BenchOptions, progress: Progress) -> None:
     progress(f"timing: alone, and beside busy programs ({options.busy})")
     text = random_tokens(model.config.vocab_size, options.context, options.seed + 3).tolist()
-    decoder = StepperDecoder("a token", make_stepper(model, path="kernels"))
-    state = decoder.stepper.new_state()
+    decoder = AdvancerDecoder("a token", Advancer(model, path="kernels"))
+    state = decoder.advancer.new_state()
 
     def read_prompt() -> None:
         state.clear()
-        decoder.stepper.step([Feed(state, text)])
+        decoder.advancer.advance([StepInput(state, text)])
 
     candidates = {"a token": _reader(decoder, text), f"a prompt of {len(text)} tokens": read_prompt}
     time_busy(report, candidates, options.busy, rounds=options.rounds, seconds=options.busy_seconds)
@@ -215,7 +215,7 @@ def _time_positions(report: Report, model: BDHForCausalLM, options: BenchOptions
     text = random_tokens(model.config.vocab_size, options.context, options.seed + 4).tolist()
     readers = {}
     for position in POSITIONS:
-        decoder = StepperDecoder(f"{position:,}", make_stepper(model, path="kernels"))
+        decoder = AdvancerDecoder(f"{position:,}", Advancer(model, path="kernels"))
         decoder.state.position = position
         readers[decoder.name] = _reader(decoder, text)
     repeats = dict.fromkeys(readers, options.tokens_in_round)
@@ -242,12 +242,12 @@ def _time_batches(
 ) -> None:
     progress(f"timing: {', '.join(map(str, BATCHES))} sequences in a step")
     config = model.config
-    largest = StepperDecoder("kernels", make_stepper(model, path="kernels"), batch=max(BATCHES))
+    largest = AdvancerDecoder("kernels", Advancer(model, path="kernels"), batch=max(BATCHES))
     texts = random_tokens(config.vocab_size, options.context * max(BATCHES), options.seed + 5)
     columns = cycle(texts.view(-1, max(BATCHES)).tolist())
     readers: dict[str, Callable[[], object]] = {}
     for batch in BATCHES:
-        decoder = StepperDecoder("kernels", largest.stepper, batch=0)
+        decoder = AdvancerDecoder("kernels", largest.advancer, batch=0)
         decoder.states = largest.states[:batch]
         readers[str(batch)] = (
             lambda decoder=decoder, batch=batch: [  # type: ignore[misc]

@@ -7,16 +7,16 @@ from statistics import median
 from transformers import PreTrainedTokenizerFast
 
 from bdh.bench.bandwidth import measure_bandwidth, traffic
-from bdh.bench.baselines import StepperDecoder
+from bdh.bench.baselines import AdvancerDecoder
 from bdh.bench.config import BenchOptions
 from bdh.bench.decode import Progress
 from bdh.bench.report import Report, milliseconds, random_tokens
 from bdh.bench.timing import interleaved, percentile
 from bdh.bench.weights import Density
+from bdh.generate.advance import Advancer
 from bdh.generate.config import EngineConfig
 from bdh.generate.engine import Engine
 from bdh.generate.params import SamplingParams
-from bdh.generate.stepper import Stepper, make_stepper
 from bdh.model.modeling import BDHForCausalLM
 
 CONCURRENT = 8
@@ -37,26 +37,26 @@ def bench_engine(
     """
     report = Report("engine")
     density = report.introduce(model, options.seed)
-    stepper = make_stepper(model, path="kernels")
-    report.say(f"path      {stepper.path}")
-    _compare(report, model, tokenizer, stepper, options, progress)
+    advancer = Advancer(model, path="kernels")
+    report.say(f"path      {advancer.description}")
+    _compare(report, model, tokenizer, advancer, options, progress)
     if report.failed:
         return report
-    _time_requests(report, model, tokenizer, stepper, options, density, progress)
-    _time_gaps(report, model, tokenizer, stepper, options, progress)
-    _time_shared_prefix(report, model, tokenizer, stepper, options, progress)
+    _time_requests(report, model, tokenizer, advancer, options, density, progress)
+    _time_gaps(report, model, tokenizer, advancer, options, progress)
+    _time_shared_prefix(report, model, tokenizer, advancer, options, progress)
     return report
 
 
 def _engine(
-    model: BDHForCausalLM, tokenizer: PreTrainedTokenizerFast, stepper: Stepper, num_states: int, num_cached: int = 0
+    model: BDHForCausalLM, tokenizer: PreTrainedTokenizerFast, advancer: Advancer, num_states: int, num_cached: int = 0
 ) -> Engine:
     config = EngineConfig(
-        max_state_bytes=num_states * stepper.state_bytes,
+        max_state_bytes=num_states * advancer.state_bytes,
         # Of each state also its logits and tokens, which are small beside it.
-        prefix_cache_bytes=num_cached * (stepper.state_bytes + (1 << 20)),
+        prefix_cache_bytes=num_cached * (advancer.state_bytes + (1 << 20)),
     )
-    return Engine(model, tokenizer, config=config, stepper=stepper)
+    return Engine(model, tokenizer, config=config, advancer=advancer)
 
 
 def _endless(seed: int, max_tokens: int = 10**6) -> SamplingParams:
@@ -71,13 +71,13 @@ def _compare(
     report: Report,
     model: BDHForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
-    stepper: Stepper,
+    advancer: Advancer,
     options: BenchOptions,
     progress: Progress,
 ) -> None:
     """The tokens of requests that run together, and of each alone."""
     progress(f"agreement: {CONCURRENT} requests together and alone, {options.engine_tokens} tokens each")
-    engine = _engine(model, tokenizer, stepper, CONCURRENT)
+    engine = _engine(model, tokenizer, advancer, CONCURRENT)
     prompts = [_prompt(model, 3 + 5 * number, options.seed + 50 + number) for number in range(CONCURRENT)]
     params = [_endless(number, max_tokens=options.engine_tokens) for number in range(CONCURRENT)]
     together = [each[0].token_ids for each in engine.generate(prompts, params)]
@@ -94,27 +94,27 @@ def _time_requests(
     report: Report,
     model: BDHForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
-    stepper: Stepper,
+    advancer: Advancer,
     options: BenchOptions,
     density: list[Density],
     progress: Progress,
 ) -> None:
-    """Steps of running requests, one and several, by turns with the stepper's own."""
+    """Steps of running requests, one and several, by turns with the advancer's own."""
     progress("measuring the bandwidth")
     bandwidth = measure_bandwidth(options.copy_bytes)
-    progress(f"timing: {CONCURRENT} requests and one, beside the stepper alone")
-    engines = {1: _engine(model, tokenizer, stepper, 1), CONCURRENT: _engine(model, tokenizer, stepper, CONCURRENT)}
+    progress(f"timing: {CONCURRENT} requests and one, beside the advancer alone")
+    engines = {1: _engine(model, tokenizer, advancer, 1), CONCURRENT: _engine(model, tokenizer, advancer, CONCURRENT)}
     for count, engine in engines.items():
         for number in range(count):
             engine.add_request(_prompt(model, 4, options.seed + 10 + number), _endless(number))
         while engine.stats().generated_tokens < 2 * count:
             engine.step()
     text = _prompt(model, CONCURRENT, options.seed + 9)
-    bare = {count: StepperDecoder("stepper", stepper, batch=count) for count in engines}
+    bare = {count: AdvancerDecoder("advancer", advancer, batch=count) for count in engines}
     candidates: dict[str, Callable[[], object]] = {}
     for count, engine in engines.items():
         candidates[f"engine, {count}"] = engine.step
-        candidates[f"stepper, {count}"] = (
+        candidates[f"advancer, {count}"] = (
             lambda count=count: [  # type: ignore[misc]
                 int(row.argmax()) for row in bare[count].read_each(text[:count])
             ]
@@ -127,7 +127,7 @@ def _time_requests(
     alone = timings["engine, 1"].median
     rows, figures = [], []
     for count in engines:
-        seconds, without = timings[f"engine, {count}"].median, timings[f"stepper, {count}"].median
+        seconds, without = timings[f"engine, {count}"].median, timings[f"advancer, {count}"].median
         limit = moved.limit_seconds(bandwidth, count)
         gain = count * alone / seconds
         most = count * moved.limit_seconds(bandwidth) / limit
@@ -156,7 +156,7 @@ def _time_requests(
     report.figures["requests"] = figures
     report.table(
         f"running requests, sampled at temperature 1: medians of {rounds} rounds by turns",
-        ["requests", "ms/step", "tokens/s", "times one", "by bytes", "stepper alone", "ms/token more"],
+        ["requests", "ms/step", "tokens/s", "times one", "by bytes", "advancer alone", "ms/token more"],
         rows,
     )
 
@@ -165,13 +165,13 @@ def _time_gaps(
     report: Report,
     model: BDHForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
-    stepper: Stepper,
+    advancer: Advancer,
     options: BenchOptions,
     progress: Progress,
 ) -> None:
     """The times between the tokens of one request while the long prompt of another is read."""
     progress(f"timing: a running request beside a prompt of {options.long_prompt:,} tokens")
-    engine = _engine(model, tokenizer, stepper, 2)
+    engine = _engine(model, tokenizer, advancer, 2)
     running = engine.add_request(_prompt(model, 4, options.seed + 20), _endless(1))
     while engine.stats().generated_tokens < 4:
         engine.step()
@@ -207,7 +207,7 @@ def _time_shared_prefix(
     report: Report,
     model: BDHForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
-    stepper: Stepper,
+    advancer: Advancer,
     options: BenchOptions,
     progress: Progress,
 ) -> None:
@@ -215,7 +215,7 @@ def _time_shared_prefix(
     progress(f"timing: requests that share {options.shared_prefix:,} tokens")
     seconds = []
     for number in range(3):  # of several pairs, each with an empty cache
-        engine = _engine(model, tokenizer, stepper, 1, num_cached=_CACHED_STATES)
+        engine = _engine(model, tokenizer, advancer, 1, num_cached=_CACHED_STATES)
         prefix = _prompt(model, options.shared_prefix, options.seed + 30 + number)
         pair = []
         for question in range(2):

@@ -10,7 +10,7 @@ from bdh.bench.decode import TOLERANCE, Progress
 from bdh.bench.report import Report, random_tokens
 from bdh.bench.timing import interleaved
 from bdh.bench.weights import naive_logits
-from bdh.generate.stepper import Feed, make_stepper
+from bdh.generate.advance import Advancer, StepInput
 from bdh.model.modeling import BDHForCausalLM
 
 
@@ -18,22 +18,22 @@ def bench_prefill(model: BDHForCausalLM, options: BenchOptions, progress: Progre
     """Seconds of prompts of several lengths from an empty state to the logits behind their last token."""
     report = Report("prefill")
     report.introduce(model, options.seed)
-    stepper = make_stepper(model, path="kernels")
-    report.say(f"path      {stepper.path}")
-    state = stepper.new_state()
+    advancer = Advancer(model, path="kernels")
+    report.say(f"path      {advancer.description}")
+    state = advancer.new_state()
     lengths = options.prompt_lengths
     tokens = random_tokens(model.config.vocab_size, max(*lengths, options.naive_prompt), options.seed + 6)
     text = tokens.tolist()
 
     def read(length: int) -> torch.Tensor | None:
         state.clear()
-        return stepper.step([Feed(state, text[:length])])[0]
+        return advancer.advance([StepInput(state, text[:length])])[0]
 
     progress(f"timing: ops/naive.py over {options.naive_prompt:,} tokens, once")
     start = time.perf_counter()
     expected = naive_logits(model, tokens[None, : options.naive_prompt])[0, -1]
     naive_seconds = time.perf_counter() - start
-    stepper.step([Feed(state, text[:64])])  # what is compiled on first use
+    advancer.advance([StepInput(state, text[:64])])  # what is compiled on first use
     progress("timing: the kernels over the same tokens")
     seconds = []
     for _ in range(options.prompt_rounds):

@@ -75,8 +75,8 @@ def run(argv: list[str]) -> int:
         description="Talk with a model, or, where its tokenizer has no chat template, write a text together.",
         positionals=("model",),
     )
+    from bdh.generate.advance import Advancer
     from bdh.generate.chat import Conversation
-    from bdh.generate.stepper import make_stepper
     from bdh.train.models import load_model
 
     model, tokenizer = load_model(
@@ -84,7 +84,7 @@ def run(argv: list[str]) -> int:
     )
     show_kept()
     conversation = Conversation(
-        make_stepper(model, path=settings.path, weights=settings.weights, state=settings.state, window=settings.window),
+        Advancer(model, path=settings.path, weights=settings.weights, state=settings.state, window=settings.window),
         tokenizer,
         settings.options(),
         system=settings.system,
@@ -125,9 +125,9 @@ class Session:
     def introduce(self, name: str) -> None:
         conversation = self.conversation
         _tell(f"  model      {name}")
-        _tell(f"  runs       {conversation.stepper.path}")
+        _tell(f"  runs       {conversation.advancer.description}")
         _tell(f"  mode       {self._mode()}")
-        _tell(f"  memory     a state of {conversation.stepper.state_bytes:,} bytes, at any length of the conversation")
+        _tell(f"  memory     a state of {conversation.advancer.state_bytes:,} bytes, at any length of the conversation")
         if self.is_terminal:
             _tell("/help lists the commands; Ctrl-C stops a reply, Ctrl-D ends")
 
@@ -293,10 +293,10 @@ class Session:
         conversation, stats = self.conversation, self.conversation.stats
         _tell(f"  read       {_speed(stats.tokens_read, stats.seconds_reading)}")
         _tell(f"  written    {_speed(stats.tokens_written, stats.seconds_writing)}")
-        _tell(f"  state      {conversation.stepper.state_bytes:,} bytes, at position {conversation.position:,}")
+        _tell(f"  state      {conversation.advancer.state_bytes:,} bytes, at position {conversation.position:,}")
         turns = len(conversation.messages) // 2
         _tell(f"  turns      {turns}, of which the last {conversation.num_undoable} can be taken back")
-        _tell(f"  runs       {conversation.stepper.path}")
+        _tell(f"  runs       {conversation.advancer.description}")
 
 
 def _number(name: str, value: str, convert: Callable[[str], Any]) -> Any:

@@ -153,7 +153,7 @@ def run(argv: list[str]) -> int:
         from bdh.generate.engine import Engine
 
         engine = Engine(model, tokenizer, config=settings.engine)
-        print(f"steps by {engine.stepper.path}", file=sys.stderr)
+        print(f"steps by {engine.advancer.description}", file=sys.stderr)
         if settings.output is None and len(jobs) == 1 and jobs[0].params.n == 1:
             return _print_stream("" if settings.chat else settings.prompt or "", engine, asked[0], jobs[0].params)
         results = _by_engine(engine, jobs[done:], asked[done:])

@@ -4,7 +4,7 @@ from typing import Protocol
 
 import torch
 
-from bdh.generate.stepper import Feed, Stepper, TorchStepper, make_stepper
+from bdh.generate.advance import Advancer, StepInput
 from bdh.model import BDHForCausalLM
 
 
@@ -39,15 +39,15 @@ class ForwardReader:
 
 
 class StepReader:
-    """Through a stepper. A sequence whose document ends begins anew from an empty state."""
+    """Through an Advancer. A sequence whose document ends begins anew from an empty state."""
 
-    def __init__(self, stepper: Stepper):
-        self.path = stepper.path
-        self._stepper = stepper
-        self._states = [stepper.new_state()]
+    def __init__(self, advancer: Advancer):
+        self.path = advancer.description
+        self._advancer = advancer
+        self._states = [advancer.new_state()]
 
     def begin(self, num_rows: int) -> None:
-        self._states += [self._stepper.new_state() for _ in range(num_rows - len(self._states))]
+        self._states += [self._advancer.new_state() for _ in range(num_rows - len(self._states))]
         self._states = self._states[:num_rows]
         for state in self._states:
             state.clear()
@@ -61,23 +61,23 @@ class StepReader:
         ]
         found: list[list[torch.Tensor]] = [[] for _ in rows]
         while any(pieces):
-            feeds, of_rows = [], []
+            inputs, of_rows = [], []
             for index, queue in enumerate(pieces):
                 if queue:
                     piece, is_new = queue.pop(0)
                     if is_new:
                         self._states[index].clear()
                     if piece:
-                        feeds.append(Feed(self._states[index], piece, "all"))
+                        inputs.append(StepInput(self._states[index], piece, "all"))
                         of_rows.append(index)
-            for index, logits in zip(of_rows, self._stepper.step(feeds), strict=True):
+            for index, logits in zip(of_rows, self._advancer.advance(inputs), strict=True):
                 assert logits is not None
                 found[index].append(logits)
         return torch.stack([torch.cat(parts) for parts in found])
 
 
 def reader_of(model: BDHForCausalLM, window: int | None = None) -> Reader:
-    """The fastest reader for a model; only steppers attend within a window.
+    """The fastest reader for a model; only an Advancer attends within a window.
 
     Raises:
         ValueError: ``window`` is no whole number of at least 1.
@@ -85,7 +85,7 @@ def reader_of(model: BDHForCausalLM, window: int | None = None) -> Reader:
     uses_kernels = model.dtype == torch.float32 and not torch.is_autocast_enabled(model.device.type)
     if window is None and not uses_kernels:
         return ForwardReader(model)
-    stepper = make_stepper(model, window=window, path="auto" if uses_kernels else "torch")
-    if window is None and isinstance(stepper, TorchStepper):
+    advancer = Advancer(model, window=window, path="auto" if uses_kernels else "torch")
+    if window is None and advancer.backend == "eager":
         return ForwardReader(model)  # it reads rows side by side too
-    return StepReader(stepper)
+    return StepReader(advancer)

@@ -8,9 +8,9 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
+from bdh.generate.advance import Residuals
 from bdh.generate.engine import Engine
 from bdh.generate.params import SamplingParams
-from bdh.generate.residuals import Residuals
 from bdh.generate.sequence import Completion, StepOutput
 from bdh.generate.snapshot import Snapshot
 from bdh.model.text import Prompt
@@ -110,7 +110,7 @@ class AsyncEngine:
     def seconds_without_progress(self) -> float:
         """Since the thread last went from one step to the next, or a step from one of its parts to the next; 0 where it
         has nothing to do. Large where a step hangs, and not where it has much to read."""
-        return 0.0 if self._is_idle else time.monotonic() - max(self._beat, self.engine.stepper.last_progress)
+        return 0.0 if self._is_idle else time.monotonic() - max(self._beat, self.engine.advancer.last_progress)
 
     async def submit(
         self,

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from bdh.generate.advance import Advancer, StepInput
 from bdh.generate.chat_options import ChatOptions
 from bdh.generate.sampler import Sampler, generator_of
 from bdh.generate.snapshot import Snapshot
-from bdh.generate.stepper import Feed, SequenceState, Stepper
 from bdh.model.fingerprint import weights_mark
+from bdh.model.state import SynapticState
 from bdh.model.text import TextDecoder, encode_prompt
 from bdh.tokenizer.chat import ChatEncoder
 from bdh.vocabulary import check_vocabulary
@@ -96,7 +97,7 @@ class Conversation:
 
     def __init__(
         self,
-        stepper: Stepper,
+        advancer: Advancer,
         tokenizer: PreTrainedTokenizerFast,
         options: ChatOptions | None = None,
         *,
@@ -105,8 +106,8 @@ class Conversation:
         max_undo_bytes: int = 1 << 30,
         notify: Callable[[str], None] = lambda line: None,
     ):
-        check_vocabulary(tokenizer, stepper.model.config.vocab_size)
-        self.stepper = stepper
+        check_vocabulary(tokenizer, advancer.model.config.vocab_size)
+        self.advancer = advancer
         self.options = (options or ChatOptions()).validated()
         self.max_undo_bytes = max_undo_bytes
         self.stats = ChatStats()
@@ -171,7 +172,7 @@ class Conversation:
         if not self._earlier:
             raise ValueError(
                 f"the state before that turn is not kept: undo keeps {self.max_undo_bytes:,} bytes of states, of "
-                f"{self.stepper.state_bytes:,} each, and none from before a conversation was loaded"
+                f"{self.advancer.state_bytes:,} each, and none from before a conversation was loaded"
             )
         undone = self._now.messages
         self._now, generator_state = self._earlier.pop()
@@ -218,12 +219,12 @@ class Conversation:
             "system": self.system,
             "system_read": now.system,
         }
-        snapshot = now.snapshot or Snapshot(self.stepper.new_state(), [], None)
+        snapshot = now.snapshot or Snapshot(self.advancer.new_state(), [], None)
         weights = self._weights()
         if self._is_stale(weights):
             snapshot = self._read_again(snapshot, weights)
         snapshot = replace(snapshot, generator_state=self._generator.get_state(), notes={"conversation": notes})
-        snapshot.save(path, self.stepper.model)
+        snapshot.save(path, self.advancer.model)
 
     def load(self, path: str | Path) -> None:
         """Goes on from a file that :meth:`save` wrote, exactly. The turns in it cannot be undone.
@@ -232,7 +233,7 @@ class Conversation:
             FileNotFoundError, ValueError: as :meth:`Snapshot.load`; also where the file holds no conversation, or
                 one with another tokenizer or template. The present conversation stays.
         """
-        snapshot = Snapshot.load(path, self.stepper.model)
+        snapshot = Snapshot.load(path, self.advancer.model)
         notes = snapshot.notes.get("conversation")
         if notes is None:
             raise ValueError(f"{path} is the snapshot of a sequence, but not of a conversation")
@@ -254,7 +255,7 @@ class Conversation:
         is_anew |= self._is_stale(weights)
         # The state goes on as a copy: whatever happens, the earlier one is there.
         if is_anew or self._now.snapshot is None:
-            snapshot = Snapshot(self.stepper.new_state(), [], None, weights=weights)
+            snapshot = Snapshot(self.advancer.new_state(), [], None, weights=weights)
             given = [token for span in spans for token in span]
         else:
             snapshot, given = self._now.snapshot.clone(), spans[-1]
@@ -301,7 +302,7 @@ class Conversation:
         snapshot = reply.snapshot
         sampler = Sampler(
             self.options.params(),
-            vocab_size=self.stepper.model.config.vocab_size,
+            vocab_size=self.advancer.model.config.vocab_size,
             prompt=snapshot.tokens,
             generator=self._generator,
         )
@@ -329,7 +330,7 @@ class Conversation:
 
     def _read(self, snapshot: Snapshot) -> bool:
         """Reads all that is pending; False if it was interrupted."""
-        size = self.stepper.model.config.chunk_size
+        size = self.advancer.model.config.chunk_size
         size *= -(-_PIECE_TOKENS // size)
         while snapshot.pending:
             if self._interrupted:
@@ -341,7 +342,7 @@ class Conversation:
         return True
 
     def _feed(self, snapshot: Snapshot, num_tokens: int) -> None:
-        (snapshot.logits,) = self.stepper.step([Feed(snapshot.state, snapshot.pending[:num_tokens])])
+        (snapshot.logits,) = self.advancer.advance([StepInput(snapshot.state, snapshot.pending[:num_tokens])])
         del snapshot.pending[:num_tokens]
 
     def _spans_with(self, text: str) -> tuple[list[list[int]], bool]:
@@ -393,9 +394,9 @@ class Conversation:
         decoder = TextDecoder(self._tokenizer, context=context)
         return decoder.push(tokens) + decoder.flush()
 
-    def _own_state(self, snapshot: Snapshot) -> SequenceState:
-        """The state of a snapshot as this stepper has them."""
-        state = self.stepper.new_state()
+    def _own_state(self, snapshot: Snapshot) -> SynapticState:
+        """The state of a snapshot as this advancer has them."""
+        state = self.advancer.new_state()
         try:
             state.copy_(snapshot.state)
         except ValueError:
@@ -407,14 +408,14 @@ class Conversation:
         return state
 
     def _read_again(self, snapshot: Snapshot, weights: tuple[Any, ...] | None) -> Snapshot:
-        """The snapshot as this stepper reads it with the weights of now, which are these."""
-        state, logits = self.stepper.new_state(), None
+        """The snapshot as this advancer reads it with the weights of now, which are these."""
+        state, logits = self.advancer.new_state(), None
         if num_read := len(snapshot.tokens) - len(snapshot.pending):
-            (logits,) = self.stepper.step([Feed(state, snapshot.tokens[:num_read])])
+            (logits,) = self.advancer.advance([StepInput(state, snapshot.tokens[:num_read])])
         return replace(snapshot, state=state, logits=logits, weights=weights)
 
     def _weights(self) -> tuple[Any, ...]:
-        return weights_mark(self.stepper.model).content
+        return weights_mark(self.advancer.model).content
 
     def _is_stale(self, weights: tuple[Any, ...]) -> bool:
         """Whether what has been read was read with other weights than these, the model's of now; says so."""
@@ -425,7 +426,7 @@ class Conversation:
 
     def _end_tokens(self) -> set[int]:
         """The tokens that end a reply."""
-        of_model: Any = self.stepper.model.generation_config.eos_token_id
+        of_model: Any = self.advancer.model.generation_config.eos_token_id
         ends = {*(of_model if isinstance(of_model, list) else [of_model]), self._tokenizer.eos_token_id}
         if self._encoder is not None:
             ends.add(self._encoder.turn_end_id)

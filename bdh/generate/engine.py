@@ -12,19 +12,17 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from bdh.generate.activity import check_watch
+from bdh.generate.advance import MOST_NEURONS, Advancer, Residuals, StepInput
 from bdh.generate.config import EngineConfig
 from bdh.generate.matcher import Grammars, Matcher
 from bdh.generate.params import SamplingParams
 from bdh.generate.pool import StatePool
 from bdh.generate.prefixes import PrefixStore
 from bdh.generate.request import Request
-from bdh.generate.residuals import Residuals
 from bdh.generate.sequence import Completion, FinishReason, StepOutput, told
 from bdh.generate.sequence import Sequence as Running
 from bdh.generate.snapshot import Snapshot
 from bdh.generate.stats import EngineStats
-from bdh.generate.stepper import Feed, Stepper, make_stepper
 from bdh.memory import available_bytes
 from bdh.model.fingerprint import weights_mark
 from bdh.model.kernels import recheck_weights
@@ -46,7 +44,7 @@ class Engine:
     Args:
         tokenizer: the model's.
         config: what it may use; see :class:`EngineConfig`.
-        stepper: instead of the one that the configuration describes.
+        advancer: instead of the one that the configuration describes.
 
     Raises:
         ValueError: the tokenizer is another model's, a setting is wrong, or not one state fits.
@@ -58,14 +56,14 @@ class Engine:
         tokenizer: PreTrainedTokenizerFast,
         *,
         config: EngineConfig | None = None,
-        stepper: Stepper | None = None,
+        advancer: Advancer | None = None,
     ):
         check_vocabulary(tokenizer, model.config.vocab_size)
         self.config = (config or EngineConfig()).validated()
         self.model, self.tokenizer = model, tokenizer
         self.grammars = Grammars(tokenizer, model.config.vocab_size)
         """For any thread: what is compiled there ahead of a request holds up no step."""
-        self.stepper = stepper or make_stepper(
+        self.advancer = advancer or Advancer(
             model,
             path=self.config.path,
             weights=self.config.weights,  # type: ignore[arg-type]  # validated above
@@ -74,11 +72,11 @@ class Engine:
         )
         max_bytes = self.config.max_state_bytes
         if max_bytes is None:
-            max_bytes = max(available_bytes(model.device) // 2, self.stepper.state_bytes)
-        self._pool = StatePool(self.stepper, max_bytes)
+            max_bytes = max(available_bytes(model.device) // 2, self.advancer.state_bytes)
+        self._pool = StatePool(self.advancer, max_bytes)
         if self._pool.capacity < 1:
             raise ValueError(
-                f"max_state_bytes is {max_bytes:,}: must be at least {self.stepper.state_bytes:,}, the state of one sequence"
+                f"max_state_bytes is {max_bytes:,}: must be at least {self.advancer.state_bytes:,}, the state of one sequence"
             )
         self._prefixes: PrefixStore | None = None
         if self.config.prefix_cache_bytes:
@@ -112,7 +110,7 @@ class Engine:
         return EngineStats(
             running=sum(1 for request in self._running.values() for s in request.sequences if s.state is not None),
             waiting=len(self._waiting),
-            state_bytes=self._num_reserved * self.stepper.state_bytes,
+            state_bytes=self._num_reserved * self.advancer.state_bytes,
             prompt_tokens=counters.prompt_tokens,
             generated_tokens=counters.generated_tokens,
             finished=dict(counters.finished),
@@ -160,7 +158,7 @@ class Engine:
         most = self.max_sequences
         if params.n > most:
             raise ValueError(
-                f"n is {params.n}: must be at most {most}, the states of {self.stepper.state_bytes:,} bytes each that "
+                f"n is {params.n}: must be at most {most}, the states of {self.advancer.state_bytes:,} bytes each that "
                 f"max_state_bytes, {self._pool.max_bytes:,}, and max_running, {self.config.max_running}, allow"
             )
         return params
@@ -197,11 +195,12 @@ class Engine:
             tokens = self.encode(prompt if prompt is not None else "")
             num_prompt_tokens = len(tokens)
         else:
-            snapshot.check_for(self.stepper.pattern, prompt_logprobs=params.prompt_logprobs is not None)
+            snapshot.check_for(self.advancer.pattern, prompt_logprobs=params.prompt_logprobs is not None)
             added = self.encode(prompt) if prompt else []
             tokens = snapshot.tokens + added
             num_prompt_tokens = len(tokens) if added else snapshot.num_prompt_tokens
-        check_watch(watch)
+        if watch is not None and not 0 <= watch <= MOST_NEURONS:
+            raise ValueError(f"watch is {watch}: must be within 0 and {MOST_NEURONS}, or None")
         beginning = None if params.grammar is None else self.grammars.compile(params.grammar)
         request_id = next(self._numbers)
         ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._ends)
@@ -267,7 +266,7 @@ class Engine:
             if sequence.completion is None:
                 self._advance(request, sequence, count, feed)
             self._in_hand.popleft()
-            self.stepper.mark_progress()
+            self.advancer.mark_progress()
         outputs, self._outputs = self._outputs, []
         return outputs
 
@@ -338,7 +337,7 @@ class Engine:
             except Exception as error:
                 self._fail(request, error)
             self._in_hand.pop()
-            self.stepper.mark_progress()
+            self.advancer.mark_progress()
 
     def _begin(self, request: Request) -> None:
         """Gives a request's first sequence its state, as far on as one is known."""
@@ -386,9 +385,9 @@ class Engine:
             room -= count
         return fed
 
-    def _read(self, fed: list[tuple[Request, Running, int]]) -> list[Feed | None]:
-        """Feeds the sequences, and ends those of which that is impossible; None where nothing was to be read."""
-        feeds: list[Feed | None] = []
+    def _read(self, fed: list[tuple[Request, Running, int]]) -> list[StepInput | None]:
+        """StepInputs the sequences, and ends those of which that is impossible; None where nothing was to be read."""
+        feeds: list[StepInput | None] = []
         for request, sequence, count in fed:
             if not count:
                 feeds.append(None)
@@ -397,21 +396,21 @@ class Engine:
             is_last = count == len(sequence.pending) or sequence.state.position + count in request.places
             wants_all = sequence.prompt_logprobs is not None and not sequence.num_generated
             feeds.append(
-                Feed(
+                StepInput(
                     sequence.state,
                     sequence.pending[:count],
                     "all" if wants_all else "last" if is_last else "none",
-                    watch=sequence.watch if count == len(sequence.pending) else None,
+                    record_activations=sequence.watch if count == len(sequence.pending) else None,
                     residuals=sequence.residuals,
                 )
             )
-        self.stepper.step_all_that_can_be([feed for feed in feeds if feed is not None])
+        self.advancer.advance_what_can_be([feed for feed in feeds if feed is not None])
         for (request, _, _), feed in zip(fed, feeds, strict=True):
             if feed is not None and feed.error is not None:
                 self._fail(request, feed.error, has_traceback=False)
         return feeds
 
-    def _advance(self, request: Request, sequence: Running, count: int, feed: Feed | None) -> None:
+    def _advance(self, request: Request, sequence: Running, count: int, feed: StepInput | None) -> None:
         """What follows from tokens that have been read: a stored state, further continuations, the next token."""
         try:
             if sequence.num_generated == 0:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from bdh.generate.stepper import SequenceState
+from bdh.model.state import SynapticState
 
 _TOKEN_BYTES = array("i").itemsize
 # What a node's Python objects take, roughly: without it, a great many short prompts would count for nearly nothing.
@@ -22,7 +22,7 @@ class _Node:
     parent: "_Node | None" = None
     children: dict[int, "_Node"] = field(default_factory=dict)
     """By the first token of their edges."""
-    state: SequenceState | None = None
+    state: SynapticState | None = None
     """After the tokens from the root to here, where it is stored."""
     logits: torch.Tensor | None = None
     is_prompt: bool = False
@@ -92,7 +92,7 @@ class PrefixCache:
         """Stored states."""
         return len(self._stored)
 
-    def find(self, tokens: Sequence[int]) -> tuple[int, SequenceState | None, torch.Tensor | None]:
+    def find(self, tokens: Sequence[int]) -> tuple[int, SynapticState | None, torch.Tensor | None]:
         """The longest stored prefix of ``tokens``, which may be all of them.
 
         Returns:
@@ -113,7 +113,7 @@ class PrefixCache:
         self.tokens_saved += best_depth
         return best_depth, best.state, best.logits
 
-    def put(self, tokens: Sequence[int], state: SequenceState, logits: torch.Tensor | None = None) -> bool:
+    def put(self, tokens: Sequence[int], state: SynapticState, logits: torch.Tensor | None = None) -> bool:
         """Stores a copy of the state behind ``tokens``, in place of one that is there.
 
         Returns:
@@ -212,7 +212,7 @@ class PrefixCache:
         self._path_bytes += NODE_BYTES
         return middle
 
-    def _make_room(self) -> SequenceState | None:
+    def _make_room(self) -> SynapticState | None:
         """Forgets what is oldest until the bounds hold, but for the newest state. Returns a state that was dropped."""
         dropped = None
         while self._path_bytes > self.max_prompt_bytes and self._prompts:
@@ -231,7 +231,7 @@ class PrefixCache:
         oldest.is_prompt = False
         self._prune(oldest)
 
-    def _drop_state(self, node: _Node) -> SequenceState | None:
+    def _drop_state(self, node: _Node) -> SynapticState | None:
         if node not in self._stored:
             return None
         self._tensor_bytes -= node.tensor_bytes

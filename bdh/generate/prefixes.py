@@ -7,8 +7,8 @@ import torch
 
 from bdh.generate.prefix_cache import PrefixCache
 from bdh.generate.sequence import told
-from bdh.generate.stepper import SequenceState
 from bdh.model.fingerprint import WeightsMark
+from bdh.model.state import SynapticState
 
 _log = logging.getLogger(__name__)
 _LONG_PROMPT_TOKENS = 256
@@ -32,7 +32,7 @@ class PrefixStore:
         self._mark_of_weights = mark_of_weights
         self.weights: WeightsMark | None = None
         """The mark of the weights that have read all of the cache's states."""
-        self.marked: list[tuple[list[int], SequenceState, torch.Tensor | None, WeightsMark | None]] = []
+        self.marked: list[tuple[list[int], SynapticState, torch.Tensor | None, WeightsMark | None]] = []
         """What is to be stored before anything is fed again: no token waits for the copying."""
         self.failures = 0
         """How often a state could not be stored or looked up."""
@@ -46,7 +46,7 @@ class PrefixStore:
             "prefix_cache_failures": self.failures,
         }
 
-    def find(self, tokens: Sequence[int]) -> tuple[int, SequenceState | None, torch.Tensor | None]:
+    def find(self, tokens: Sequence[int]) -> tuple[int, SynapticState | None, torch.Tensor | None]:
         """The longest known beginning: its length, its state, which is not to be advanced, and the logits behind it."""
         try:
             if len(tokens) >= _WORTH_A_STATE_TOKENS:  # none is stored for fewer
@@ -71,7 +71,7 @@ class PrefixStore:
         return places
 
     def mark(
-        self, tokens: list[int], state: SequenceState, logits: torch.Tensor | None, weights: WeightsMark | None
+        self, tokens: list[int], state: SynapticState, logits: torch.Tensor | None, weights: WeightsMark | None
     ) -> None:
         """Notes a state to be stored, which is not to be fed until then.
 

@@ -8,13 +8,12 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from bdh.generate.activity import PassActivity
+from bdh.generate.advance import LayerActivity, Residuals
 from bdh.generate.matcher import GRAMMAR_FAULT, Matcher
 from bdh.generate.params import SamplingParams
-from bdh.generate.residuals import Residuals
 from bdh.generate.sampler import Sampler, TokenLogprobs, token_logprobs
 from bdh.generate.snapshot import Snapshot
-from bdh.generate.stepper import SequenceState
+from bdh.model.state import SynapticState
 from bdh.model.text import TextDecoder
 
 _log = logging.getLogger(__name__)
@@ -57,7 +56,7 @@ class StepOutput:
     """In whole characters. What may become a stop string is held back."""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] | None = None
-    activity: list[PassActivity] | None = None
+    activity: list[LayerActivity] | None = None
     """Of each pass, while the token before this one was read, where that was asked for and is known."""
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     """With the first output, where they were asked for."""
@@ -96,14 +95,14 @@ class Sequence:
         self.tokens, self.num_prompt_tokens = list(tokens), num_prompt_tokens
         self.ends, self.keep_snapshot = ends, keep_snapshot
         self.num_before = len(tokens)  # tokens that this request has not generated
-        self.state: SequenceState | None = None
+        self.state: SynapticState | None = None
         self.pending: list[int] = list(tokens)  # not yet read by the state
         self.logits: torch.Tensor | None = None  # behind the last token that the state has read
         self.num_cached_tokens = 0
         self.mark_weights: Callable[[], tuple[Any, ...] | None] = lambda: None  # for a snapshot, of the model as it is
         self.watch: int | None = None  # how many of the strongest neurons are wanted
         self.residuals: Residuals | None = None  # that take those of all its tokens
-        self.activity: list[PassActivity] | None = None  # of the last token that was read
+        self.activity: list[LayerActivity] | None = None  # of the last token that was read
         self.text = ""
         self.logprobs: list[TokenLogprobs] | None = None if params.logprobs is None else []
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
@@ -261,7 +260,7 @@ class Sequence:
             snapshot_error=snapshot_error,
         )
 
-    def _snapshot(self, state: SequenceState, decoder: dict[str, Any]) -> Snapshot:
+    def _snapshot(self, state: SynapticState, decoder: dict[str, Any]) -> Snapshot:
         return Snapshot(
             state=state.clone(),
             tokens=list(self.tokens),

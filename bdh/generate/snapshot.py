@@ -10,9 +10,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from bdh.generate.stepper import SequenceState
 from bdh.model.fingerprint import Identity, identity, model_name, weights_mark
-from bdh.model.modeling import BDHForCausalLM
+from bdh.model.network import ModelParts
+from bdh.model.state import Pattern, SynapticState
 from bdh.storage import atomic_file, check_file
 
 _FORMAT_NAME = "bdh-snapshot-"
@@ -26,7 +26,7 @@ _BLOCK_BYTES = 1 << 20
 class Snapshot:
     """A sequence at one point of its generation. Going on from it is going on as if it had never stopped."""
 
-    state: SequenceState
+    state: SynapticState
     """What the model remembers, and the position."""
     tokens: list[int]
     """All tokens of the sequence so far, the prompt's first; penalties are counted from them."""
@@ -47,7 +47,7 @@ class Snapshot:
     """What the model's weights were that have read it (:attr:`WeightsMark.content`). Not in the file, which has the
     model's fingerprint; None where nobody has noted it."""
 
-    def check_for(self, pattern: object, *, prompt_logprobs: bool) -> None:
+    def check_for(self, pattern: Pattern, *, prompt_logprobs: bool) -> None:
         """
         Raises:
             ValueError: a sequence cannot go on from it, among states of this pattern.
@@ -84,7 +84,7 @@ class Snapshot:
             notes=_copied(self.notes),
         )
 
-    def save(self, path: str | Path, model: BDHForCausalLM) -> None:
+    def save(self, path: str | Path, model: ModelParts) -> None:
         """Writes a safetensors file, which is replaced as a whole, for the model whose sequence this is.
 
         Raises:
@@ -95,7 +95,7 @@ class Snapshot:
         if not path.parent.is_dir():
             raise FileNotFoundError(f"there is no folder {path.parent} for the snapshot {path.name}")
         known = identity(model)
-        tensors = {f"state.{name}": tensor for name, tensor in self.state.tensors.items()}
+        tensors = {f"state.{name}": torch.cat(of_steps) for name, of_steps in self.state.tensors.items()}  # (L, ...)
         tensors["tokens"] = torch.tensor(self.tokens, dtype=torch.int64)
         tensors |= {
             name: tensor
@@ -121,7 +121,7 @@ class Snapshot:
                 file.write(checksum.encode())
 
     @classmethod
-    def load(cls, path: str | Path, model: BDHForCausalLM) -> "Snapshot":
+    def load(cls, path: str | Path, model: ModelParts) -> "Snapshot":
         """Reads a file that ``save`` wrote, onto the model's device.
 
         Raises:
@@ -145,14 +145,15 @@ class Snapshot:
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
         except SafetensorError as error:
             raise ValueError(f"{path} is not a complete snapshot file: {error}") from error
-        state = SequenceState(
-            facts["kind"],
+        state = SynapticState(
             {
-                name.removeprefix("state."): tensor.to(model.device)
+                name.removeprefix("state."): list(tensor.to(model.device).split(1))
                 for name, tensor in tensors.items()
                 if name.startswith("state.")
             },
+            torch.tensor([facts["position"]]),
             facts["position"],
+            facts["kind"],
         )
         return cls(
             state=state,
@@ -176,7 +177,7 @@ def is_snapshot(path: Path) -> bool:
         return False
 
 
-def _refuse_others(path: Path, model: BDHForCausalLM, stored: dict[str, Any]) -> None:
+def _refuse_others(path: Path, model: ModelParts, stored: dict[str, Any]) -> None:
     here, there = identity(model), Identity(stored["configuration"], stored["weights"])
     if difference := here.difference(there):
         of_which = f" {stored['name']}" if stored["name"] else ""

@@ -349,6 +349,10 @@ def _starts(document_starts: torch.Tensor | None, B: int, T: int) -> torch.Tenso
 
 
 def _check_state(config: BDHConfig, state: SynapticState, B: int, dtype: torch.dtype) -> None:
+    if not torch.compiler.is_compiling():
+        state.check_whole()
+    if state.kind != "sums":
+        raise ValueError(f"the state is of kind {state.kind!r}: forward reads and writes sums alone, in float32")
     expected = (B, config.n_head, config.neurons_per_head, config.n_embd)
     shapes = [tuple(s.shape) for s in state.sums]  # no set: torch.export's sizes are symbols, which have no hash
     if shapes != [expected] * config.n_layer:

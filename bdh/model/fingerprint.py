@@ -1,18 +1,27 @@
-"""Which model this is: a number of its function, so that what one model remembers is not given to another."""
+"""Which model this is, so that what one model remembers is not given to another, and whether its weights have changed.
 
+``Tensor._version`` does not tell of changes: fused optimizers, ``tensor.data``, NumPy, and other processes that share the
+memory write without moving it. Checksums of the content do.
+"""
+
+import ctypes
 import hashlib
 import json
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from xxhash import xxh3_128, xxh3_128_digest
 
-from bdh.model.checksum import checksum
-from bdh.model.modeling import BDHForCausalLM
 from bdh.model.private_api import version_of
 from bdh.model.weights import adapters_in_effect
+
+_WORDS_AT_ONCE = 1 << 22  # on an accelerator; 32 MiB of their products
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,7 @@ class Identity:
         return "" if self.weights == other.weights else "the same configuration with other weights"
 
 
-def fingerprint(model: BDHForCausalLM) -> str:
+def fingerprint(model: Any) -> str:
     """SHA-256, in hex, of what defines a model's function: sizes, constants and weights.
 
     It does not depend on where the model was loaded from, nor on its device. See :func:`identity`.
@@ -51,7 +60,7 @@ def fingerprint(model: BDHForCausalLM) -> str:
     return identity(model).fingerprint
 
 
-def identity(model: BDHForCausalLM) -> Identity:
+def identity(model: Any) -> Identity:
     """Of a model as it is now.
 
     The weights' SHA-256 is computed once for each model, and again when a checksum tells that they have changed.
@@ -66,7 +75,7 @@ def identity(model: BDHForCausalLM) -> Identity:
 
 
 # For each model that lives what its weights were, and their digest.
-_known: "weakref.WeakKeyDictionary[BDHForCausalLM, tuple[Any, str]]" = weakref.WeakKeyDictionary()
+_known: "weakref.WeakKeyDictionary[Any, tuple[Any, str]]" = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,7 @@ class WeightsMark:
     """Autograd's counters: other ones where weights were changed and changed back."""
 
 
-def weights_mark(model: BDHForCausalLM) -> WeightsMark:
+def weights_mark(model: Any) -> WeightsMark:
     """Of a model as it is now; reads all of its weights."""
     weights = list(model.state_dict(keep_vars=True).values())
     return WeightsMark(
@@ -88,7 +97,7 @@ def weights_mark(model: BDHForCausalLM) -> WeightsMark:
     )
 
 
-def _configuration(model: BDHForCausalLM) -> dict[str, Any]:
+def _configuration(model: Any) -> dict[str, Any]:
     """Numbers in one form each: 65536 and 65536.0 are the same base, and a decay can be written in several ways."""
     config = model.config
     half_lives = config.half_lives
@@ -113,6 +122,56 @@ def _digest(weights: dict[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def model_name(model: BDHForCausalLM) -> str:
+def model_name(model: Any) -> str:
     """What people call the model: its hub id or folder's name; empty for one that was never stored."""
     return Path(model.config.name_or_path or "").name
+
+
+def checksum(tensors: Iterable[torch.Tensor]) -> bytes:
+    """16 bytes that depend on every bit of the tensors, and on its place.
+
+    Reads memory at about the speed at which it can be read (25 GB/s for one CPU thread). Not for shapes or dtypes: the
+    same bytes have the same checksum. Equal for equal bytes on the same kind of device.
+    """
+    digest = xxh3_128()
+    for tensor in tensors:
+        content = tensor.detach().contiguous().flatten().view(torch.uint8)
+        if content.device.type == "cpu":
+            digest.update(np.from_dlpack(content).data)  # .numpy() would fix the storage's size, which FSDP changes
+        elif content.device.type == "meta":
+            raise ValueError("a tensor on meta has no content to compute a checksum of")
+        else:
+            digest.update(_sums(content).cpu().numpy().data)
+    return digest.digest()
+
+
+class Memory:
+    """Bytes of a contiguous tensor on the CPU, without keeping it alive.
+
+    Only to be read while the tensor still has this memory, which is for the caller to know.
+    """
+
+    def __init__(self, tensor: torch.Tensor):
+        self._bytes = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())
+
+    def checksum(self) -> bytes:
+        """That of :func:`checksum` for the tensor."""
+        return xxh3_128_digest(memoryview(self._bytes))
+
+
+def _sums(content: torch.Tensor) -> torch.Tensor:
+    """64 bits for each ``_WORDS_AT_ONCE`` words of bytes (n,), computed where these are.
+
+    A sum of the words times odd random numbers, modulo 2^64: a single word that changes always changes it.
+    """
+    padding = -content.numel() % 4
+    words = (torch.nn.functional.pad(content, (0, padding)) if padding else content).view(torch.int32)
+    factors = _factors(_WORDS_AT_ONCE, content.device)
+    sums = [(part * factors[: part.numel()]).sum() for part in words.split(_WORDS_AT_ONCE)]
+    return torch.stack(sums) if sums else words.long()
+
+
+@cache
+def _factors(count: int, device: torch.device) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(-(2**63), 2**63 - 1, (count,), generator=generator).to(device) | 1

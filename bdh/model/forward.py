@@ -280,17 +280,22 @@ def step_by_kernels(model: Any, input_ids: torch.Tensor, inputs: Inputs, form: s
     if choose_backend("advance", "auto", Work(model.device, obstacle=kernel_obstacle(model))).backend.name != "cpu":
         return None
     state.remember(inputs, partial(read_columns, model))
-    state.sums = [sums.contiguous() for sums in state.sums]
+    from bdh.ops.cpu.recurrence import Rows
+
     recurrence = recurrence_of(model, is_prompt=state.num_columns == 0)
-    v = recurrence.read(
-        np.ascontiguousarray(input_ids[:, 0], np.int64),
-        state.positions.contiguous().numpy(),
-        np.arange(len(input_ids) + 1),
-        np.array([[row.data_ptr() for row in sums] for sums in state.sums]),
-        torch.float32,
+    state.sums = [sums.contiguous() for sums in state.sums]
+    following = state.positions + 1
+
+    def before_writing() -> None:
+        state.is_torn = True
+
+    tokens = np.ascontiguousarray(input_ids[:, 0], np.int64)
+    v = recurrence.advance(
+        Rows(tokens, state.positions.contiguous().numpy(), np.arange(len(tokens) + 1)),
+        [{"sums": of_sequence} for of_sequence in zip(*(sums.unbind(0) for sums in state.sums), strict=True)],
+        before_writing=before_writing,
     )
-    # Written to behind PyTorch's back: a backward pass that has kept them must see that they have changed.
+    # Written to without PyTorch's knowledge: a backward pass that has kept them must see that they have changed.
     torch.autograd.graph.increment_version(state.sums)
-    state.positions = state.positions + 1
-    state.num_columns += 1
+    state.positions, state.num_columns, state.is_torn = following, state.num_columns + 1, False
     return recurrence.logits(v)[:, None]

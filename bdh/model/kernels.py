@@ -3,19 +3,20 @@
 import threading
 import weakref
 from functools import cache
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from bdh.model.checksum import Memory, checksum
+from bdh.model.fingerprint import Memory, checksum
+from bdh.model.network import ModelParts
 from bdh.model.private_api import has_hooks, version_of
 from bdh.model.weights import layer_modules, weights_obstacle
+from bdh.ops.backends import Storage
 
-if TYPE_CHECKING:
-    from bdh.model.modeling import BDHForCausalLM
-    from bdh.ops.cpu.recurrence import Recurrence, Storage
+if TYPE_CHECKING:  # numba, which is imported where the kernels run
+    from bdh.ops.cpu.recurrence import Recurrence
 
 _MAX_PIECES = 128
 _PIECE_BYTES = 1 << 18
@@ -30,7 +31,7 @@ class _KernelCopies:
     counter are seen at once, and the others by checksums of the model's weights.
     """
 
-    def __init__(self, model: "BDHForCausalLM", storage: "Storage"):
+    def __init__(self, model: ModelParts, storage: Storage):
         from bdh.ops.cpu.recurrence import KernelWeights, Recurrence
 
         self._key = _key(model)
@@ -48,7 +49,7 @@ class _KernelCopies:
                 lm_head=lm_head,
                 rope_theta=config.rope_theta,
                 eps=config.layer_norm_eps,
-                num_passes=config.n_layer,
+                num_layer_steps=config.n_layer,
                 storage=storage,
             )
         )
@@ -63,7 +64,7 @@ class _KernelCopies:
         self.is_doubtful = False
         """Whether something has happened that may have changed weights."""
 
-    def holds(self, model: "BDHForCausalLM", *, all_pieces: bool) -> bool:
+    def holds(self, model: ModelParts, *, all_pieces: bool) -> bool:
         """Whether these are the kernels of the model as it is, as far as the pieces tell that are compared."""
         is_doubtful, self.is_doubtful = self.is_doubtful, False
         if self._key != _key(model):  # else the weights are where they were, and so are their pieces
@@ -81,11 +82,11 @@ class _KernelCopies:
         return True
 
 
-_kernels: "weakref.WeakKeyDictionary[BDHForCausalLM, dict[Storage, _KernelCopies]]" = weakref.WeakKeyDictionary()
+_kernels: "weakref.WeakKeyDictionary[Any, dict[Storage, _KernelCopies]]" = weakref.WeakKeyDictionary()
 _lock = threading.RLock()  # on the dictionary: models may run, and optimizers step, in several threads
 
 
-def kernel_obstacle(model: "BDHForCausalLM") -> str | None:
+def kernel_obstacle(model: ModelParts) -> str | None:
     """What keeps the kernels from running this model, whatever the machine; None where nothing does."""
     if (obstacle := weights_obstacle([*layer_modules(model), model.lm_head])) is not None:
         return obstacle
@@ -99,7 +100,7 @@ def kernel_obstacle(model: "BDHForCausalLM") -> str | None:
     return None
 
 
-def recurrence_of(model: "BDHForCausalLM", storage: "Storage" = "float32", *, is_prompt: bool = False) -> "Recurrence":
+def recurrence_of(model: ModelParts, storage: Storage = "float32", *, is_prompt: bool = False) -> "Recurrence":
     """The kernels over this model's weights, stored as ``storage``. Kept until the weights change.
 
     A change that autograd's version counter does not see (by a fused optimizer, ``.data``, NumPy, or another process)
@@ -124,7 +125,7 @@ def recurrence_of(model: "BDHForCausalLM", storage: "Storage" = "float32", *, is
         return kept.recurrence
     if (obstacle := kernel_obstacle(model)) is not None:
         raise ValueError(
-            f"the kernels can no longer run this model: {obstacle}. Make a new stepper, engine or generator"
+            f"the kernels can no longer run this model: {obstacle}. Make a new Advancer, engine or generator"
         )
     if kept is None or not is_prompt or not kept.holds(model, all_pieces=True):
         _watch_optimizers()
@@ -132,26 +133,25 @@ def recurrence_of(model: "BDHForCausalLM", storage: "Storage" = "float32", *, is
     return kept.recurrence
 
 
-def recheck_weights(model: nn.Module) -> None:
+def recheck_weights(model: Any) -> None:
     """For whoever may have changed weights: all are compared before the kernels read the next token."""
     with _lock:
-        for kept in _kernels.get(cast("BDHForCausalLM", model), {}).values():
+        for kept in _kernels.get(model, {}).values():
             kept.is_doubtful = True
 
 
-def forget_kernels(model: nn.Module) -> None:
+def forget_kernels(model: Any) -> None:
     """For whoever takes the memory away that weights are in, as sharding does."""
     with _lock:
-        _kernels.pop(cast("BDHForCausalLM", model), None)
+        _kernels.pop(model, None)
 
 
-def _weights(model: "BDHForCausalLM") -> list[torch.Tensor]:
+def _weights(model: ModelParts) -> list[torch.Tensor]:
     """In the order of ``KernelWeights.tensors``."""
-    heads = cast("list[nn.Linear]", list(model.encoder_v))
-    return [each.weight for each in (model.embed, model.encoder, *heads, model.decoder, model.lm_head)]
+    return [each.weight for each in (model.embed, model.encoder, *model.encoder_v, model.decoder, model.lm_head)]
 
 
-def _key(model: "BDHForCausalLM") -> tuple[Any, ...]:
+def _key(model: ModelParts) -> tuple[Any, ...]:
     """Changes with the memory that weights are in, where autograd counts with what it holds, and with constants."""
     config = model.config
     places = [(w.data_ptr(), w.dtype, w.shape, w.stride(), version_of(w)) for w in _weights(model)]

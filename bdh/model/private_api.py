@@ -5,7 +5,7 @@ Of transformers it names only what its own models set as well: ``_no_split_modul
 ``_keys_to_ignore_on_load_unexpected`` stay with their classes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -31,26 +31,32 @@ def version_of(tensor: torch.Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-def register_pytree(cls: type, names: Sequence[str]) -> None:
+def register_pytree(
+    cls: type,
+    flatten: Callable[[Any], tuple[dict[str, Any], list[str]]],
+    unflatten: Callable[[Iterable[Any], list[str]], Any],
+) -> None:
     """Lets ``torch.export``, and so ONNX, take objects of a class as an input and output, as it does lists and dicts.
 
     PyTorch's own public way, ``torch.export.register_dataclass``, is for dataclasses, which FSDP copies where a state is to
     be advanced in place.
 
     Args:
-        names: the attributes, which are the arguments of the class.
+        flatten: what an object holds, by name, and whatever else ``unflatten`` needs to make it again.
     """
 
-    def flatten(instance: Any) -> tuple[list[Any], list[str]]:
-        return [getattr(instance, name) for name in names], list(names)
+    def flatten_values(instance: Any) -> tuple[list[Any], list[str]]:
+        leaves, context = flatten(instance)
+        return list(leaves.values()), context
 
     def flatten_with_keys(instance: Any) -> tuple[list[Any], list[str]]:
-        return [(GetAttrKey(name), getattr(instance, name)) for name in names], list(names)
+        leaves, context = flatten(instance)
+        return [(GetAttrKey(name), leaf) for name, leaf in leaves.items()], context
 
     register_pytree_node(
         cls,
-        flatten,
-        lambda leaves, _: cls(*leaves),
+        flatten_values,
+        unflatten,
         serialized_type_name=f"bdh.{cls.__name__}",
         flatten_with_keys_fn=flatten_with_keys,
     )

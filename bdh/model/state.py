@@ -1,9 +1,10 @@
-"""The memory of a text that a model has read: fixed in size, however long the text."""
+"""What a model remembers of the texts that it has read: fixed in size, however long they are."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,6 +14,9 @@ from bdh.model.private_api import register_pytree
 from bdh.storage import atomic_file
 
 FILE_FORMAT = "bdh-synaptic-state-1"
+Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+"""Dtype and shape of tensors by their names."""
+Pattern = tuple[str, Shapes]
 
 
 @dataclass
@@ -43,23 +47,40 @@ class _Read:
 class SynapticState:
     """The sums S that the attention reads, for a batch of sequences, and where each sequence stands.
 
-    It is what ``past_key_values`` carries: pass it to ``forward`` to go on from it. ``forward`` advances it in
-    place; ``clone`` it first to keep the earlier one.
+    It is what ``past_key_values`` carries: pass it to ``forward`` to continue from it. ``forward`` advances it in
+    place; ``clone`` it first to keep the earlier one. Slots of the engine, snapshots and stored prefixes are states of
+    one sequence. With a window it holds the last tokens instead of sums (:mod:`bdh.ops.window`).
+
+    Args:
+        tensors: by name, one tensor (B, ...) for each of the L layer steps. A list is that of the sums.
 
     Attributes:
-        sums: one tensor (B, H, N, D) for each pass, float32 (float64 for a float64 model).
-        positions: int64 (B,): tokens read by each sequence, padding not counted. Exact.
+        kind: what the tensors mean: "sums"; "sums bfloat16"; with ", scaled" those that fade by a factor which follows
+            from the position (:mod:`bdh.ops.cpu.recurrence`); "window:W". States of one kind and model can be copied
+            into each other.
+        positions: int64 (B,): tokens read by each sequence, padding not counted. Exact. On the device of the tensors, or
+            on the CPU.
         num_columns: columns fed so far, padding included; what transformers calls the sequence length.
     """
 
     is_compileable = False  # asked by transformers' `generate`
     is_croppable = False  # asked there on Apple's GPUs: not without a record of what was read
 
-    def __init__(self, sums: list[torch.Tensor], positions: torch.Tensor, num_columns: int):
-        self.sums = sums
+    def __init__(
+        self,
+        tensors: Mapping[str, list[torch.Tensor]] | list[torch.Tensor],
+        positions: torch.Tensor,
+        num_columns: int,
+        kind: str = "sums",
+    ):
+        self.tensors = dict(tensors) if isinstance(tensors, Mapping) else {"sums": tensors}
         self.positions = positions
         self.num_columns = num_columns
+        self.kind = kind
         self._record: list[_Read] | None = None
+        # The sequences that are half-written, by their numbers in the state of which all that share it are views.
+        self._torn: set[int] = set()
+        self._first = 0
 
     @classmethod
     def zeros(
@@ -70,65 +91,215 @@ class SynapticState:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> "SynapticState":
-        """The state before the first token; ``shape`` is (B, H, N, D)."""
-        sums = [torch.zeros(*shape, dtype=dtype, device=device) for _ in range(num_passes)]
-        return cls(sums, torch.zeros(shape[0], dtype=torch.int64, device=device), 0)
+        """The sums before the first token; ``shape`` is (B, H, N, D)."""
+        B, *rest = shape
+        return cls.empty("sums", {"sums": (dtype, tuple(rest))}, num_passes, batch_size=B, device=device)
+
+    @classmethod
+    def empty(
+        cls,
+        kind: str,
+        shapes: Shapes,
+        num_layer_steps: int,
+        *,
+        batch_size: int = 1,
+        device: torch.device | str = "cpu",
+        positions_device: torch.device | str | None = None,
+    ) -> "SynapticState":
+        """The state before the first token.
+
+        Args:
+            shapes: dtype and shape of each tensor of a layer step, without B.
+            positions_device: that of the positions, by default ``device``.
+        """
+        tensors = {
+            name: [torch.zeros(batch_size, *shape, dtype=dtype, device=device) for _ in range(num_layer_steps)]
+            for name, (dtype, shape) in shapes.items()
+        }
+        positions = torch.zeros(batch_size, dtype=torch.int64, device=positions_device or device)
+        return cls(tensors, positions, 0, kind)
+
+    @property
+    def sums(self) -> list[torch.Tensor]:
+        """One tensor (B, H, N, D) for each layer step, float32 (float64 for a float64 model); not of a window."""
+        return self.tensors["sums"]
+
+    @sums.setter
+    def sums(self, sums: list[torch.Tensor]) -> None:
+        self.tensors["sums"] = sums
 
     @property
     def batch_size(self) -> int:
         return self.positions.shape[0]
 
     @property
+    def position(self) -> int:
+        """That of the only sequence.
+
+        Raises:
+            ValueError: there are several.
+        """
+        if self.batch_size != 1:
+            raise ValueError(f"the state has {self.batch_size} sequences: only one alone has a position")
+        return self.positions.item()  # type: ignore[return-value]
+
+    @position.setter
+    def position(self, position: int) -> None:
+        self.positions.fill_(position)
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of memory that the sums and positions take."""
-        return sum(s.nbytes for s in self.sums) + self.positions.nbytes
+        """Bytes of memory that the tensors and positions take."""
+        return sum(t.nbytes for tensors in self.tensors.values() for t in tensors) + self.positions.nbytes
+
+    @property
+    def pattern(self) -> Pattern:
+        """Its kind, and dtype and shape (L, ...) of what it holds of a sequence: equal where states can be copied into
+        each other."""
+        shapes = {
+            name: (tensors[0].dtype, (len(tensors), *tensors[0].shape[1:]))
+            for name, tensors in self.tensors.items()
+            if tensors
+        }
+        return self.kind, shapes
+
+    # Whole, or torn: half-written when an exception came, so that nobody knows what it holds.
+
+    @property
+    def is_torn(self) -> bool:
+        """Whether a sequence's memory is being written, or was when an exception came. Such a state is never read, only
+        cleared or overwritten."""
+        return bool(self._torn) and not self._torn.isdisjoint(self._rows)
+
+    @is_torn.setter
+    def is_torn(self, is_torn: bool) -> None:
+        (self._torn.update if is_torn else self._torn.difference_update)(self._rows)
+
+    @property
+    def _rows(self) -> range:
+        return range(self._first, self._first + len(self.positions))
+
+    def check_whole(self) -> None:
+        """
+        Raises:
+            RuntimeError: an exception has left it half-written.
+        """
+        if self.is_torn:
+            raise RuntimeError("an exception has left the state half-written: it can only be cleared or overwritten")
+
+    # Copies, rows and views.
+
+    def _mapped(
+        self, change: Callable[[torch.Tensor], torch.Tensor], positions: torch.Tensor | None = None
+    ) -> "SynapticState":
+        """A state of changed tensors, and of positions changed alike where none are given."""
+        tensors = {name: [change(t) for t in tensors] for name, tensors in self.tensors.items()}
+        return SynapticState(
+            tensors, change(self.positions) if positions is None else positions, self.num_columns, self.kind
+        )
 
     def clone(self) -> "SynapticState":
-        """A copy that shares no memory with this one."""
-        return SynapticState([s.clone() for s in self.sums], self.positions.clone(), self.num_columns)
+        """A copy that shares no memory with this one.
+
+        Raises:
+            RuntimeError: an exception has left it half-written.
+        """
+        self.check_whole()
+        return self._mapped(torch.clone)
 
     def detach(self) -> "SynapticState":
         """The same state, cut off from the autograd graph."""
-        return SynapticState([s.detach() for s in self.sums], self.positions, self.num_columns)
+        return self._mapped(torch.Tensor.detach, self.positions)
 
     def to(self, device: torch.device | str) -> "SynapticState":
         """The state on another device."""
-        return SynapticState([s.to(device) for s in self.sums], self.positions.to(device), self.num_columns)
+        return self._mapped(lambda tensor: tensor.to(device))
+
+    def sequence(self, index: int) -> "SynapticState":
+        """A view of one sequence: it shares memory with this state, and whether that is torn."""
+        index = range(self.batch_size)[index]
+        view = self._mapped(lambda tensor: tensor[index : index + 1])
+        view._torn, view._first = self._torn, self._first + index
+        return view
 
     def filter(self, rows: Sequence[int] | torch.Tensor) -> "SynapticState":
-        """A state of the given rows, in that order; a row may be taken more than once."""
-        index = torch.as_tensor(rows, device=self.positions.device)
+        """A state of the given sequences, in that order; a sequence may be taken more than once."""
+        index = torch.as_tensor(rows)
         if index.dtype == torch.bool:
             raise ValueError("filter takes the numbers of the rows, not a mask: give mask.nonzero()[:, 0]")
+        self.check_whole()
         index = index.to(torch.int64)
-        sums = [s.index_select(0, index) for s in self.sums]
-        return SynapticState(sums, self.positions.index_select(0, index), self.num_columns)
+        return self._mapped(lambda tensor: tensor.index_select(0, index.to(tensor.device)))
 
     @classmethod
     def concat(cls, states: Sequence["SynapticState"]) -> "SynapticState":
-        """One state with the rows of all of them. They may stand at different positions.
+        """One state with the sequences of all of them. They may stand at different positions.
 
         Raises:
             ValueError: there is none, or they come from models of different shapes.
         """
         if not states:
             raise ValueError("concat got no states: it needs at least one")
-        shapes = {tuple((*s.shape[1:], s.dtype) for s in state.sums) for state in states}
-        if len(shapes) > 1:
-            raise ValueError(f"states of different models cannot be joined: their shapes are {sorted(shapes, key=str)}")
-        sums = [torch.cat(parts) for parts in zip(*(state.sums for state in states), strict=True)]
+        patterns = [state.pattern for state in states]
+        if other := next((pattern for pattern in patterns if pattern != patterns[0]), None):
+            raise ValueError(f"states of different models cannot be joined: one is {patterns[0]}, another {other}")
+        for state in states:
+            state.check_whole()
+        first = states[0]
+        tensors = {
+            name: [torch.cat(parts) for parts in zip(*(state.tensors[name] for state in states), strict=True)]
+            for name in first.tensors
+        }
         positions = torch.cat([state.positions for state in states])
-        return cls(sums, positions, max(state.num_columns for state in states))
+        return cls(tensors, positions, max(state.num_columns for state in states), first.kind)
+
+    def copy_(self, other: "SynapticState") -> None:
+        """Makes this the state of ``other``, in the memory that it has.
+
+        Raises:
+            ValueError: ``other`` is of another kind, shape or number of sequences.
+            RuntimeError: an exception has left ``other`` half-written.
+        """
+        other.check_whole()
+        if (self.pattern, self.batch_size) != (other.pattern, other.batch_size):
+            raise ValueError(
+                f"a state {other.pattern} of {other.batch_size} sequences cannot become one {self.pattern} of "
+                f"{self.batch_size}"
+            )
+        self.is_torn = True
+        for name, tensors in self.tensors.items():
+            for tensor, source in zip(tensors, other.tensors[name], strict=True):
+                tensor.copy_(source)
+        self.positions.copy_(other.positions)
+        self.num_columns = other.num_columns
+        self.is_torn = False
+
+    def clear(self) -> None:
+        """Forgets everything: the state before the first token, in the memory that it has."""
+        self.is_torn = True
+        for tensors in self.tensors.values():
+            for tensor in tensors:
+                tensor.zero_()
+        self.positions.zero_()
+        self.num_columns = 0
+        self.is_torn = False
+
+    # Files.
 
     def save(self, path: str | Path) -> None:
         """Writes the state to a safetensors file, which is replaced as a whole.
 
         Raises:
             DiskFullError: there is no room for it; a file that was there before stays.
+            RuntimeError: an exception has left it half-written.
         """
-        tensors = {f"sums.{i}": s.contiguous() for i, s in enumerate(self.sums)}
+        self.check_whole()
+        tensors = {f"{name}.{i}": t.contiguous() for name, many in self.tensors.items() for i, t in enumerate(many)}
         tensors["positions"] = self.positions
-        facts = {"num_columns": self.num_columns, "num_passes": len(self.sums)}
+        num_passes = max(len(many) for many in self.tensors.values())
+        facts: dict[str, Any] = {"num_columns": self.num_columns, "num_passes": num_passes}
+        if self.kind != "sums":
+            facts["kind"] = self.kind
         with atomic_file(Path(path)) as temporary:
             save_file(tensors, temporary, metadata={"format": FILE_FORMAT, "facts": json.dumps(facts)})
 
@@ -148,8 +319,9 @@ class SynapticState:
                 if metadata.get("format") != FILE_FORMAT:
                     raise ValueError(f"{path} is not a saved state: its format is {metadata.get('format')!r}")
                 facts = json.loads(metadata["facts"])
-                sums = [file.get_tensor(f"sums.{i}") for i in range(facts["num_passes"])]
-                return cls(sums, file.get_tensor("positions"), facts["num_columns"])
+                names = sorted({name.rpartition(".")[0] for name in file.keys()} - {""})  # noqa: SIM118 (not a dict)
+                tensors = {name: [file.get_tensor(f"{name}.{i}") for i in range(facts["num_passes"])] for name in names}
+                return cls(tensors, file.get_tensor("positions"), facts["num_columns"], facts.get("kind", "sums"))
         except SafetensorError as error:
             raise ValueError(f"{path} is not a complete state file: {error}") from error
 
@@ -205,13 +377,24 @@ class SynapticState:
             tokens_to_remove += read.columns.v.shape[1]
             if tokens_to_remove > 0:
                 read.advance(state, read.columns.first(tokens_to_remove))
-        self.sums, self.positions, self.num_columns = state.sums, state.positions, state.num_columns
+        self.tensors, self.positions, self.num_columns = state.tensors, state.positions, state.num_columns
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Keeps the rows of the beams that go on; called between the steps of a beam search."""
-        self.sums = [s.index_select(0, beam_idx.to(s.device)) for s in self.sums]
-        self.positions = self.positions.index_select(0, beam_idx.to(self.positions.device))
+        """Keeps the rows of the beams that continue; called between the steps of a beam search."""
+        chosen = self.filter(beam_idx)
+        self.tensors, self.positions = chosen.tensors, chosen.positions
         self._record = None if self._record is None else []  # of rows that have changed places
 
 
-register_pytree(SynapticState, ["sums", "positions", "num_columns"])
+def _flatten(state: SynapticState) -> tuple[dict[str, Any], list[str]]:
+    leaves = {**state.tensors, "positions": state.positions, "num_columns": state.num_columns}
+    return leaves, [state.kind, *state.tensors]
+
+
+def _unflatten(leaves: Iterable[Any], context: list[str]) -> SynapticState:
+    *tensors, positions, num_columns = leaves
+    kind, *names = context
+    return SynapticState(dict(zip(names, tensors, strict=True)), positions, num_columns, kind)
+
+
+register_pytree(SynapticState, _flatten, _unflatten)

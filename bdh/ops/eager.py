@@ -4,7 +4,7 @@
 modules with hooks, adapters or quantized weights; and it leaves the attention to its caller, who knows what came before.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, TypeVar
@@ -12,8 +12,9 @@ from typing import NamedTuple, TypeVar
 import torch
 import torch.nn.functional as F
 
-from bdh.ops.attention import DecayMask, attend
+from bdh.ops.attention import DecayMask, attend, parallel_attention
 from bdh.ops.rope import rotate
+from bdh.ops.window import Ring, attend_window, take_in
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
 Trace = Callable[[str, torch.Tensor], None]
@@ -112,3 +113,97 @@ def train(
     return layer_step(
         v, layer, attention, spec.table, eps=spec.eps, dtype=spec.dtype, mask=spec.mask, dropout=spec.dropout
     )
+
+
+class Piece(NamedTuple):
+    """The next tokens of one sequence."""
+
+    state: Mapping[str, Sequence[torch.Tensor]]
+    """By name a tensor for each layer step: ``sums`` (1, H, N, D), or those of a :class:`Ring` with a dimension of 1 before
+    the others."""
+    position: int
+    """Of the first token."""
+    num_tokens: int
+
+
+def advance(
+    v: torch.Tensor,
+    layer: Layer,
+    table: torch.Tensor,
+    pieces: Sequence[Piece],
+    *,
+    num_layer_steps: int,
+    eps: float,
+    dtype: torch.dtype,
+    half_lives: torch.Tensor | None = None,
+    on_layer_step: Callable[[int, torch.Tensor], None] = lambda index, x: None,
+) -> tuple[torch.Tensor, list[Callable[[], object]]]:
+    """Takes rows of tokens of many sequences through all layer steps, beside one another in the products with the weights.
+
+    Args:
+        v: (R, D), embedded: those of each piece in order, one piece after the other.
+        table: (R, N/2), complex: the rotations at the rows' positions.
+        half_lives: (H,) tokens in which what a head keeps halves.
+        on_layer_step: is called in each layer step with its number and x (R, H*N).
+
+    Returns:
+        v after the last layer step, and for each piece what writes its state: all that can fail for want of memory has
+        been done before.
+    """
+    counts = [piece.num_tokens for piece in pieces]
+    writes: list[list[Callable[[], object]]] = [[] for _ in pieces]
+    for index in range(num_layer_steps):
+
+        def attention(q: torch.Tensor, values: torch.Tensor, index: int = index) -> tuple[torch.Tensor, None]:
+            found = []
+            for piece, of_piece, q_piece, v_piece in zip(
+                pieces, writes, q.split(counts, dim=1), values.split(counts), strict=True
+            ):
+                state = {name: tensors[index] for name, tensors in piece.state.items()}
+                a, write = _attend_state(q_piece, v_piece, state, piece.position, half_lives)
+                found.append(a)
+                of_piece.append(write)
+            return torch.cat(found, dim=1), None
+
+        def trace(name: str, wide: torch.Tensor, index: int = index) -> None:
+            if name == "x":
+                on_layer_step(index, wide)
+
+        v, _ = layer_step(v, layer, attention, table, eps=eps, dtype=dtype, trace=trace)
+
+    def write_all(of_piece: list[Callable[[], object]]) -> None:
+        for write in of_piece:
+            write()
+
+    return v, [partial(write_all, of_piece) for of_piece in writes]
+
+
+def _attend_state(
+    q: torch.Tensor,
+    v: torch.Tensor,
+    state: Mapping[str, torch.Tensor],
+    position: int,
+    half_lives: torch.Tensor | None,
+) -> tuple[torch.Tensor, Callable[[], object]]:
+    """a (H, T, D) of the next tokens of a sequence, q (H, T, N) and v (T, D), and what writes its state."""
+    if "sums" not in state:
+        ring = Ring(**{name: tensor[0] for name, tensor in state.items()})
+        length, first = ring.values.shape[0], position
+        a = attend_window(q, v, ring, position, half_lives=half_lives)
+        if len(v) > length:  # the rest of a long piece is not to be kept in memory for the ring
+            q, v, first = q[:, len(v) - length :].clone(), v[len(v) - length :].clone(), position + len(v) - length
+        return a, partial(take_in, q, v, ring, first)
+    sums = state["sums"]
+    if len(v) > 1:
+        mask = None if half_lives is None else DecayMask(half_lives=half_lives)
+        attended, new = parallel_attention(q[None], v[None], sums, decay_mask=mask, keep_state=True)
+        assert new is not None
+        return attended[0], partial(sums.copy_, new)
+    q, v = q.to(sums.dtype), v.to(sums.dtype)
+
+    def write() -> None:
+        if half_lives is not None:
+            sums[0].mul_(torch.exp2(-1 / half_lives)[:, None, None])
+        sums[0].baddbmm_(q.transpose(1, 2), v.expand(len(q), 1, -1))
+
+    return torch.bmm(q, sums[0]), write

@@ -4,17 +4,16 @@ With a window of W, token t sees the W - 1 tokens before it:
 
     a_t = sum_{t - W < s < t} (q_t . k_s) v_s
 
-so what is predicted behind t follows, in one pass, from the last W tokens, t included: what a block of W tokens from
+so what is predicted after t follows, in one layer step, from the last W tokens, t included: what a block of W tokens from
 nothing gives its last token. That is why W counts the token itself: a model trained on blocks of W tokens has met no
 distance above W - 1. Positions are absolute, but since queries and keys are turned alike, a score depends on t - s only.
-In deeper passes the values are those of tokens that saw their own windows, so L passes reach back L (W - 1) tokens.
+In later layer steps the values are those of tokens that saw their own windows, so L of them see back L (W - 1) tokens.
 
 The ring has W - 1 columns, and token s stands in column s mod (W - 1), where the token that leaves the window stood. The
 keys are kept neuron by neuron, a row of columns for each, as the state of the recurrence is with its D columns: the
 scores of a token are its query times that matrix, and only the rows of neurons that fire count.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,44 +26,28 @@ COLUMNS_AT_ONCE = 16
 
 
 class Ring(NamedTuple):
-    """The last tokens of a sequence, as one pass sees them, or as all L passes do. All is 0 where there is no token."""
+    """The last tokens of a sequence, as one layer step sees them. All is 0 where there is no token."""
 
     keys: torch.Tensor
-    """([L,] H, N, C), C the columns; float32 (float64 for a float64 model)."""
+    """(H, N, C), C the columns; float32 (float64 for a float64 model)."""
     fired: torch.Tensor
-    """uint8 ([L,] H, W - 1, ceil(N / 16)): which pairs of neurons fire in each column, 8 pairs to a byte, the lowest
-    bit first. Where a bit is 0, so are the keys: the kernels need not look."""
+    """uint8 (H, W - 1, ceil(N / 16)): which pairs of neurons fire in each column, 8 pairs to a byte, the lowest bit
+    first. Where a bit is 0, so are the keys: the kernels need not look."""
     values: torch.Tensor
-    """([L,] W - 1, D), of the dtype of the keys."""
-
-    def of_pass(self, index: int) -> "Ring":
-        return Ring(self.keys[index], self.fired[index], self.values[index])
+    """(W - 1, D), of the dtype of the keys."""
 
 
-def empty_ring(
-    window: int, shape: Sequence[int], *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> Ring:
-    """That of all passes of a model of ``shape`` (L, H, N, D) and ``dtype``, before the first token."""
-    L, H, N, D = shape
+def ring_shapes(
+    window: int, H: int, N: int, D: int, dtype: torch.dtype = torch.float32
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtype and shape of each tensor of a ring, for a model of ``dtype``."""
     length = window - 1
     columns = -(-length // COLUMNS_AT_ONCE) * COLUMNS_AT_ONCE
-    return Ring(
-        torch.zeros(L, H, N, columns, dtype=sum_dtype(dtype), device=device),
-        torch.zeros(L, H, length, -(-N // 16), dtype=torch.uint8, device=device),
-        torch.zeros(L, length, D, dtype=sum_dtype(dtype), device=device),
-    )
-
-
-def windowed_attention(
-    q: torch.Tensor, v: torch.Tensor, ring: Ring, position: int, *, half_lives: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Attention of the next tokens of a sequence to each other and to the ring, which takes them in.
-
-    Arguments and result are those of :func:`attend_window`.
-    """
-    a = attend_window(q, v, ring, position, half_lives=half_lives)
-    take_in(q, v, ring, position)
-    return a
+    return {
+        "keys": (sum_dtype(dtype), (H, N, columns)),
+        "fired": (torch.uint8, (H, length, -(-N // 16))),
+        "values": (sum_dtype(dtype), (length, D)),
+    }
 
 
 def attend_window(

@@ -207,15 +207,15 @@ def _add_models(app: FastAPI, service: Service) -> None:
 
 
 def _model_facts(loaded: Loaded, name: str) -> ModelFacts:
-    config, stepper = loaded.model.config, loaded.engine.engine.stepper
+    config, advancer = loaded.model.config, loaded.engine.engine.advancer
     facts = {
         "layers": config.n_layer,
         "heads": config.n_head,
         "neurons_per_head": config.neurons_per_head,
         "vocabulary": config.vocab_size,
         "chat": loaded.chat.template is not None,
-        "state_bytes": stepper.state_bytes,
-        "path": stepper.path,
+        "state_bytes": advancer.state_bytes,
+        "path": advancer.description,
     }
     return ModelFacts(id=name, created=loaded.created, bdh=facts)
 

@@ -13,8 +13,8 @@ from pydantic import BaseModel, Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from bdh.generate.advance import Residuals
 from bdh.generate.params import SamplingParams
-from bdh.generate.residuals import Residuals
 from bdh.serve.errors import ApiError, bad_request, internal_error, unavailable
 from bdh.serve.middleware import unless_gone
 from bdh.serve.monitoring import log

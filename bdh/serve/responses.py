@@ -311,7 +311,7 @@ async def _state_of(loaded: Loaded, saved: SavedState) -> Snapshot | None:
     except ValueError as error:
         log("the conversation of a response is read again", reason=str(error))
         return None
-    return found if found.state.pattern == loaded.engine.engine.stepper.pattern else None
+    return found if found.state.pattern == loaded.engine.engine.advancer.pattern else None
 
 
 def _stored(service: Service, response_id: str, request: Request, *, is_previous: bool = False) -> SavedState:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from bdh.generate.activity import MOST_NEURONS
+from bdh.generate.advance import MOST_NEURONS
 from bdh.generate.params import SamplingParams
 from bdh.serve.fields import NOTHING_SCHEMA, WITHOUT_EFFECT, NoEffect, asks_nothing
 

@@ -185,10 +185,10 @@ async def _load(service: Service, settings: ServeSettings, load_model: LoadModel
     log(
         "ready",
         models=loaded.model_names,
-        runs=engine.stepper.path,
+        runs=engine.advancer.description,
         threads=torch.get_num_threads(),
         states=engine.max_sequences,
-        state_bytes=engine.stepper.state_bytes,
+        state_bytes=engine.advancer.state_bytes,
         chat=loaded.chat.template is not None,
     )
     if settings.resume_on_restart:

@@ -12,9 +12,9 @@ from typing import Any, Literal, TypeVar
 from starlette.requests import Request
 from transformers import PreTrainedTokenizerFast
 
+from bdh.generate.advance import Residuals
 from bdh.generate.async_engine import AsyncEngine, Item, Submission
 from bdh.generate.params import SamplingParams
-from bdh.generate.residuals import Residuals
 from bdh.generate.sequence import StepOutput
 from bdh.generate.snapshot import Snapshot
 from bdh.serve.config import ServeSettings
@@ -164,7 +164,7 @@ class Service:
         self.check_lengths(prompts)
         engine = loaded.engine.engine
         # What can begin with the next step does not wait.
-        num_states = loaded.engine.stats.state_bytes // engine.stepper.state_bytes
+        num_states = loaded.engine.stats.state_bytes // engine.advancer.state_bytes
         num_free = max(0, min(engine.max_sequences, engine.config.max_running) - num_states)
         num_waiting = self.num_waiting
         num_tokens = sum(len(prompt.tokens) for each in self.running for prompt in each.waiting)

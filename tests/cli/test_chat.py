@@ -18,9 +18,9 @@ from bdh import BDHConfig, BDHForCausalLM
 from bdh.cli.chat import ChatSettings
 from bdh.cli.main import main
 from bdh.cli.settings import parse_settings
+from bdh.generate.advance import Advancer
 from bdh.generate.chat import Conversation
 from bdh.generate.chat_options import ChatOptions
-from bdh.generate.stepper import make_stepper
 from bdh.tokenizer import byte_tokenizer, with_chat_template
 from bdh.train.export import export_model
 from bdh.train.models import load_model
@@ -61,7 +61,7 @@ def chat(chat_folder, monkeypatch, capsys):
 def replies(folder, texts, **settings) -> list[str]:
     model, tokenizer = load_model(str(folder))
     options = ChatOptions(**{"seed": 1, "max_tokens": 6, **settings})
-    conversation = Conversation(make_stepper(model), tokenizer, options)
+    conversation = Conversation(Advancer(model), tokenizer, options)
     return ["".join(conversation.say(text)) for text in texts]
 
 
@@ -71,7 +71,7 @@ def test_piped_lines_are_messages_and_only_replies_are_printed(chat, chat_folder
     assert status == 0
     assert out == "".join(f"{reply}\n" for reply in replies(chat_folder, texts))
     assert "mode       a conversation" in err
-    assert f"runs       {make_stepper(load_model(str(chat_folder))[0]).path}" in err
+    assert f"runs       {Advancer(load_model(str(chat_folder))[0]).description}" in err
 
 
 def test_without_a_template_the_text_goes_on(chat, model_folder, chat_folder):

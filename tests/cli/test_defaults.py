@@ -246,11 +246,11 @@ def test_settings_of_one_name_have_one_default(one, other, but):
 
 def test_arguments_have_the_defaults_of_the_settings_that_are_passed_to_them():
     from bdh.cli.chat import ChatSettings
+    from bdh.generate.advance import Advancer
     from bdh.generate.chat import Conversation
-    from bdh.generate.stepper import make_stepper
 
     for function, settings, names in (
-        (make_stepper, EngineConfig(), ("path", "weights", "state", "window")),
+        (Advancer, EngineConfig(), ("path", "weights", "state", "window")),
         (Conversation.__init__, ChatSettings(model="m"), ("max_undo_bytes", "plain", "system")),
     ):
         parameters = inspect.signature(function).parameters

@@ -4,19 +4,20 @@ import threading
 
 import pytest
 
+from bdh.generate.advance import Advancer
 from bdh.generate.async_engine import AsyncEngine
 from bdh.generate.config import EngineConfig
 from bdh.generate.engine import Engine
 from bdh.generate.params import SamplingParams
-from bdh.generate.stepper import SequenceState, TorchStepper
+from bdh.model.state import SynapticState
 
 
 @pytest.fixture
 def make_front(byte_model, tokenizer):
     made = []
 
-    def make(stepper=None, **config):
-        made.append(AsyncEngine(Engine(byte_model, tokenizer, config=EngineConfig(**config), stepper=stepper)))
+    def make(advancer=None, **config):
+        made.append(AsyncEngine(Engine(byte_model, tokenizer, config=EngineConfig(**config), advancer=advancer)))
         return made[-1]
 
     yield make
@@ -107,13 +108,13 @@ def test_wrong_requests_are_told_to_those_who_made_them(front):
 
 
 def test_an_error_of_one_request_comes_with_its_completion(make_front, byte_model):
-    class Failing(TorchStepper):
-        def _step(self, feeds):
-            if any(ord("Z") in feed.tokens for feed in feeds):
+    class Failing(Advancer):
+        def read_all(self, inputs):
+            if any(ord("Z") in each.tokens for each in inputs):
                 raise RuntimeError("no Z today")
-            return super()._step(feeds)
+            return super().read_all(inputs)
 
-    front = make_front(stepper=Failing(byte_model))
+    front = make_front(advancer=Failing(byte_model, path="torch"))
 
     async def run():
         params = SamplingParams(max_tokens=5, temperature=0, logit_bias={ord("Z"): -1000.0})
@@ -182,7 +183,7 @@ def test_a_stop_without_memory_for_the_snapshot_ends_its_own_request_only(front,
     async def run():
         other = asyncio.create_task(front.generate("abc", SamplingParams(max_tokens=300, seed=1)))
         submission = await front.submit("abc", SamplingParams(max_tokens=10**6, ignore_eos=True))
-        monkeypatch.setattr(SequenceState, "clone", no_memory)
+        monkeypatch.setattr(SynapticState, "clone", no_memory)
         outputs = submission.outputs()
         await anext(outputs)
         submission.stop()

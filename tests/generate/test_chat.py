@@ -6,10 +6,11 @@ from itertools import chain
 import pytest
 import torch
 
+from bdh.generate.advance import Advancer, StepInput
 from bdh.generate.chat import Conversation
 from bdh.generate.chat_options import ChatOptions
 from bdh.generate.snapshot import Snapshot
-from bdh.generate.stepper import Feed, SequenceState, TorchStepper, make_stepper
+from bdh.model.state import SynapticState
 from bdh.tokenizer import byte_tokenizer, train_tokenizer, with_chat_template
 from bdh.tokenizer.chat import ChatEncoder
 
@@ -22,22 +23,22 @@ def chat_bytes():
 
 
 @pytest.fixture
-def stepper(make_model, request):
-    return make_stepper(make_model(vocab_size=260), path=getattr(request, "param", "torch"))
+def advancer(make_model, request):
+    return Advancer(make_model(vocab_size=260), path=getattr(request, "param", "torch"))
 
 
 # For a mark: with torch's operations, and with whatever is fastest here.
-ON_EVERY_PATH = pytest.mark.parametrize("stepper", ["torch", "auto"], indirect=True)
+ON_EVERY_PATH = pytest.mark.parametrize("advancer", ["torch", "auto"], indirect=True)
 
 
 @pytest.fixture
-def talk(stepper, chat_bytes):
+def talk(advancer, chat_bytes):
     """Makes conversations with one model."""
 
     def make(seed=1, tokenizer=chat_bytes, **settings) -> Conversation:
         names = {"max_tokens", "temperature", "top_k", "top_p", "stop", "repetition_penalty"}
         options = {"max_tokens": 8, **{name: settings.pop(name) for name in names & settings.keys()}}
-        return Conversation(stepper, tokenizer, ChatOptions(seed=seed, **options), **settings)
+        return Conversation(advancer, tokenizer, ChatOptions(seed=seed, **options), **settings)
 
     return make
 
@@ -48,7 +49,7 @@ def write(byte_model):
 
     def make(seed=1, max_tokens=8, stop=(), **settings) -> Conversation:
         options = ChatOptions(seed=seed, max_tokens=max_tokens, stop=list(stop))
-        return Conversation(TorchStepper(byte_model), byte_tokenizer(), options, **settings)
+        return Conversation(Advancer(byte_model, path="torch"), byte_tokenizer(), options, **settings)
 
     return make
 
@@ -69,7 +70,7 @@ def assert_same_place(a: Conversation, b: Conversation) -> None:
     """To the bit."""
     one, two = a._now.snapshot, b._now.snapshot
     assert (one.tokens, one.pending, one.state.position) == (two.tokens, two.pending, two.state.position)
-    assert all(torch.equal(t, two.state.tensors[name]) for name, t in one.state.tensors.items())
+    torch.testing.assert_close(one.state.tensors, two.state.tensors, rtol=0, atol=0)
     assert torch.equal(one.logits, two.logits)
     assert torch.equal(a._generator.get_state(), b._generator.get_state())
     assert (a.messages, a.system, a._now.lengths) == (b.messages, b.system, b._now.lengths)
@@ -91,8 +92,8 @@ def test_the_state_reads_what_the_template_gives_and_nothing_twice(talk):
     # All but the last token, which nothing has followed; those that were written are read as they are fed back.
     assert conversation.position == len(tokens_of(conversation)) - 1
     assert conversation.stats.tokens_read == sum(map(len, spans[::2])) + 2  # the last written ones of two replies
-    fresh = conversation.stepper.new_state()
-    (logits,) = conversation.stepper.step([Feed(fresh, tokens_of(conversation)[:-1])])
+    fresh = conversation.advancer.new_state()
+    (logits,) = conversation.advancer.advance([StepInput(fresh, tokens_of(conversation)[:-1])])
     # float32 sums in another grouping
     torch.testing.assert_close(conversation._now.snapshot.logits, logits, rtol=1e-4, atol=1e-4)
 
@@ -102,9 +103,9 @@ def test_with_other_tokenizers_the_messages_give_the_same_template_tokens(make_m
     tokenizer = with_chat_template(
         train_tokenizer(["Be brief. Hi Yes 1+1 2 é"] * 50, kind, 270), "default", needs_one=True
     )
-    stepper = TorchStepper(make_model(vocab_size=len(tokenizer)))
+    advancer = Advancer(make_model(vocab_size=len(tokenizer)), path="torch")
     notices = []
-    conversation = Conversation(stepper, tokenizer, ChatOptions(max_tokens=6, seed=1), notify=notices.append)
+    conversation = Conversation(advancer, tokenizer, ChatOptions(max_tokens=6, seed=1), notify=notices.append)
     for text in ("Hi", "1+1 Yes", "Be brief."):
         said(conversation, text)
     encoder = ChatEncoder(tokenizer)
@@ -115,12 +116,12 @@ def test_with_other_tokenizers_the_messages_give_the_same_template_tokens(make_m
     assert notices == []
 
 
-def test_the_token_that_ends_an_answer_is_read_with_the_next_message(talk, stepper):
+def test_the_token_that_ends_an_answer_is_read_with_the_next_message(talk, advancer):
     conversation = talk(temperature=0)
     text = said(conversation, "Hi")
     third = spans_of(conversation)[1][2]
     assert third not in spans_of(conversation)[1][:2]
-    stepper.model.generation_config.eos_token_id = third
+    advancer.model.generation_config.eos_token_id = third
     ended = talk(temperature=0)
     assert text.startswith(said(ended, "Hi"))
     assert spans_of(ended)[1] == spans_of(conversation)[1][:2]
@@ -180,8 +181,8 @@ def test_without_a_seed_the_same_message_gets_another_reply_after_undo(talk):
     assert said(conversation, "Hi") != reply  # 30 random bytes
 
 
-def test_undo_keeps_states_within_its_bytes(talk, stepper):
-    room = int(2.5 * (stepper.state_bytes + 260 * 4))
+def test_undo_keeps_states_within_its_bytes(talk, advancer):
+    room = int(2.5 * (advancer.state_bytes + 260 * 4))
     conversation = talk(max_undo_bytes=room)
     for text in "abcde":
         said(conversation, text)
@@ -189,7 +190,9 @@ def test_undo_keeps_states_within_its_bytes(talk, stepper):
     conversation.undo()
     conversation.undo()
     assert [m["content"] for m in conversation.messages if m["role"] == "user"] == ["a", "b", "c"]
-    with pytest.raises(ValueError, match=rf"not kept: undo keeps {room:,} bytes of states, of {stepper.state_bytes:,}"):
+    with pytest.raises(
+        ValueError, match=rf"not kept: undo keeps {room:,} bytes of states, of {advancer.state_bytes:,}"
+    ):
         conversation.undo()
     assert len(conversation.messages) == 6
     said(conversation, "f")
@@ -233,24 +236,24 @@ def test_a_reply_stopped_before_its_first_token_has_never_been(talk):
     assert said(conversation, "1") == said(other, "1")
 
 
-class Failing(TorchStepper):
+class Failing(Advancer):
     """Fails in the given step, half-way through."""
 
     def __init__(self, model):
-        super().__init__(model)
+        super().__init__(model, path="torch")
         self.steps_left = 10**9
 
-    def _step(self, feeds):
+    def read_all(self, inputs):
         self.steps_left -= 1
         if self.steps_left < 0:
-            feeds[0].state.tensors["sums"].fill_(torch.nan)
+            inputs[0].state.sums[0].fill_(torch.nan)
             raise MemoryError("no more of it")
-        return super()._step(feeds)
+        return super().read_all(inputs)
 
 
 @pytest.mark.parametrize("steps", [0, 1, 5])
-def test_a_turn_that_fails_has_never_been(stepper, chat_bytes, talk, steps):
-    failing = Failing(stepper.model)
+def test_a_turn_that_fails_has_never_been(advancer, chat_bytes, talk, steps):
+    failing = Failing(advancer.model)
     conversation, other = Conversation(failing, chat_bytes, ChatOptions(max_tokens=8, seed=1)), talk()
     said(conversation, "Hi")
     said(other, "Hi")
@@ -285,8 +288,8 @@ def test_a_template_that_rewrites_the_past_is_read_anew_and_that_is_said_once(ma
     """This one keeps three messages, and so drops the first ones from the third turn on."""
     (tmp_path / "own.jinja").write_text(REWRITING)
     tokenizer = with_chat_template(byte_tokenizer(), str(tmp_path / "own.jinja"), needs_one=True)
-    stepper, notices = TorchStepper(make_model(vocab_size=257)), []
-    conversation = Conversation(stepper, tokenizer, ChatOptions(max_tokens=4, seed=1), notify=notices.append)
+    advancer, notices = Advancer(make_model(vocab_size=257), path="torch"), []
+    conversation = Conversation(advancer, tokenizer, ChatOptions(max_tokens=4, seed=1), notify=notices.append)
     said(conversation, "a")
     said(conversation, "b")
     assert notices == []
@@ -324,10 +327,10 @@ def test_a_system_message_that_the_template_refuses_changes_nothing(tmp_path, ma
     template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + REWRITING
     (tmp_path / "own.jinja").write_text(template)
     tokenizer = with_chat_template(byte_tokenizer(), str(tmp_path / "own.jinja"), needs_one=True)
-    stepper = TorchStepper(make_model(vocab_size=257))
+    advancer = Advancer(make_model(vocab_size=257), path="torch")
     with pytest.raises(ValueError, match="no system here"):
-        Conversation(stepper, tokenizer, system="Be brief.")
-    conversation = Conversation(stepper, tokenizer, ChatOptions(max_tokens=4))
+        Conversation(advancer, tokenizer, system="Be brief.")
+    conversation = Conversation(advancer, tokenizer, ChatOptions(max_tokens=4))
     with pytest.raises(ValueError, match="no system here"):
         conversation.set_system("Be brief.")
     assert conversation.system is None
@@ -378,12 +381,12 @@ def test_options_between_turns_count_for_the_next(talk):
     ],
     ids=["top_k", "top_p", "min_p"],
 )
-def test_what_is_drawn_is_what_the_options_leave(stepper, chat_bytes, options, is_held):
-    conversation = Conversation(stepper, chat_bytes, ChatOptions(max_tokens=60, seed=1, **options))
+def test_what_is_drawn_is_what_the_options_leave(advancer, chat_bytes, options, is_held):
+    conversation = Conversation(advancer, chat_bytes, ChatOptions(max_tokens=60, seed=1, **options))
     said(conversation, "Hi")
-    tokens, state = tokens_of(conversation), stepper.new_state()
+    tokens, state = tokens_of(conversation), advancer.new_state()
     given = len(spans_of(conversation)[0])
-    all_logits = stepper.step([Feed(state, tokens[:-1], "all")])[0]
+    all_logits = advancer.advance([StepInput(state, tokens[:-1], "all")])[0]
     for token, logits in zip(tokens[given:], all_logits[given - 1 :], strict=True):
         ranked, order = logits.softmax(-1).sort(descending=True)
         rank = order.tolist().index(token)
@@ -392,7 +395,9 @@ def test_what_is_drawn_is_what_the_options_leave(stepper, chat_bytes, options, i
 
 def test_a_file_of_another_model_or_tokenizer_leaves_the_conversation_alone(talk, make_model, chat_bytes, tmp_path):
     path = tmp_path / "talk"
-    other = Conversation(TorchStepper(make_model(seed=1, vocab_size=260)), chat_bytes, ChatOptions(max_tokens=4))
+    other = Conversation(
+        Advancer(make_model(seed=1, vocab_size=260), path="torch"), chat_bytes, ChatOptions(max_tokens=4)
+    )
     said(other, "Hi")
     other.save(path)
     conversation, same = talk(), talk()
@@ -405,7 +410,7 @@ def test_a_file_of_another_model_or_tokenizer_leaves_the_conversation_alone(talk
     plain.save(path)
     with pytest.raises(ValueError, match="with another tokenizer or chat template"):
         conversation.load(path)
-    Snapshot(conversation.stepper.new_state(), [], None).save(path, conversation.stepper.model)
+    Snapshot(conversation.advancer.new_state(), [], None).save(path, conversation.advancer.model)
     with pytest.raises(ValueError, match="a sequence, but not of a conversation"):
         conversation.load(path)
     assert_same_place(conversation, same)
@@ -426,36 +431,27 @@ def test_turns_of_a_loaded_conversation_cannot_be_undone_and_later_ones_can(talk
     assert len(conversation.messages) == 2
 
 
-class OfAnotherKind(TorchStepper):
-    """Keeps what TorchStepper keeps, under another name."""
+class OfAnotherKind(Advancer):
+    """Keeps what torch's operations keep, under another name."""
 
     def new_state(self):
-        sums = super().new_state().tensors["sums"]
-        return SequenceState("other", {"others": sums})
-
-    def _step(self, feeds):
-        inner = [Feed(SequenceState("sums", {"sums": f.state.tensors["others"]}, f.state.position), f.tokens, f.logits)
-                 for f in feeds]  # fmt: skip
-        super()._step(inner)
-        for feed, done in zip(feeds, inner, strict=True):
-            feed.commit(done.num_read, *done.found)
+        return SynapticState(super().new_state().sums, torch.zeros(1, dtype=torch.int64), 0, "other")
 
 
-def test_a_state_of_another_kind_is_made_from_the_tokens_and_that_is_said(talk, stepper, chat_bytes, tmp_path):
+def test_a_state_of_another_kind_is_made_from_the_tokens_and_that_is_said(talk, advancer, chat_bytes, tmp_path):
     conversation, notices = talk(), []
     for text in ("Hi", "1+1"):
         said(conversation, text)
     conversation.save(tmp_path / "talk")
     options = ChatOptions(max_tokens=8, seed=1)
-    other = Conversation(OfAnotherKind(stepper.model), chat_bytes, options, notify=notices.append)
+    other = Conversation(OfAnotherKind(advancer.model), chat_bytes, options, notify=notices.append)
     other.load(tmp_path / "talk")
     (notice,) = notices
     assert "of another kind, 'sums' and not 'other'" in notice
     snapshot = other._now.snapshot
     assert (snapshot.tokens, snapshot.state.position) == (tokens_of(conversation), conversation.position)
-    (expected,) = conversation._now.snapshot.state.tensors.values()
     # float32 sums in another grouping
-    torch.testing.assert_close(snapshot.state.tensors["others"], expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(snapshot.state.sums, conversation._now.snapshot.state.sums, rtol=1e-3, atol=1e-3)
     said(other, "x")
 
 
@@ -466,14 +462,14 @@ def test_what_other_weights_have_read_is_read_anew(talk, tmp_path):
     conversation, other = talk(notify=notices.append, temperature=0), talk(temperature=0)
     said(conversation, "Hi")
     said(other, "Hi")
-    conversation.stepper.model.decoder.weight.data.neg_()
+    conversation.advancer.model.decoder.weight.data.neg_()
     conversation.save(tmp_path / "changed")
     other.load(tmp_path / "changed")
     # From the file, and from nothing, the weights of now have read the same.
     assert said(conversation, "1+1") == said(other, "1+1")
     assert tokens_of(conversation) == tokens_of(other)
-    fresh = conversation.stepper.new_state()
-    (logits,) = conversation.stepper.step([Feed(fresh, tokens_of(conversation)[:-1])])
+    fresh = conversation.advancer.new_state()
+    (logits,) = conversation.advancer.advance([StepInput(fresh, tokens_of(conversation)[:-1])])
     # float32 sums in another grouping
     torch.testing.assert_close(conversation._now.snapshot.logits, logits, rtol=1e-4, atol=1e-4)
     assert [notice for notice in notices if "weights have changed" in notice] == notices[:2]

@@ -7,10 +7,10 @@ from dataclasses import asdict
 import pytest
 import torch
 
+from bdh.generate.advance import Advancer
 from bdh.generate.config import EngineConfig
 from bdh.generate.engine import Engine
 from bdh.generate.params import SamplingParams
-from bdh.generate.stepper import Feed, Stepper, TorchStepper, make_stepper
 
 
 def drained(engine, *, each_step=lambda: None):
@@ -104,7 +104,7 @@ def test_greedy_tokens_are_those_of_the_whole_text_read_anew(byte_model, make_en
 
 
 def test_states_are_admitted_by_their_bytes(make_engine, byte_model):
-    state_bytes = make_stepper(byte_model).state_bytes
+    state_bytes = Advancer(byte_model).state_bytes
     engine = make_engine(max_state_bytes=3 * state_bytes + 1)
     for number in range(7):
         engine.add_request("abc", SamplingParams(max_tokens=10 + number, temperature=0))
@@ -252,17 +252,17 @@ def test_aborted_requests_give_what_they_have_and_their_states(engine):
     assert engine.stats().state_bytes == 0
 
 
-class Failing(TorchStepper):
+class Failing(Advancer):
     """Cannot read the byte Z."""
 
-    def _step(self, feeds):
-        if any(ord("Z") in feed.tokens for feed in feeds):
+    def read_all(self, inputs):
+        if any(ord("Z") in each.tokens for each in inputs):
             raise RuntimeError("no Z today")
-        return super()._step(feeds)
+        return super().read_all(inputs)
 
 
 def test_an_exception_ends_its_own_request_only(byte_model, tokenizer):
-    engine = Engine(byte_model, tokenizer, stepper=Failing(byte_model))
+    engine = Engine(byte_model, tokenizer, advancer=Failing(byte_model, path="torch"))
     params = SamplingParams(max_tokens=10, temperature=0, logit_bias={ord("Z"): -1000.0}, n=2)
     good = engine.add_request("abc", params)
     bad = engine.add_request("abZ", params)
@@ -328,7 +328,7 @@ def test_a_snapshot_goes_on_as_if_it_had_never_stopped(make_engine):
     (part,) = found.values()
     params.max_tokens = 25
     other = make_engine(tokens_per_step=3)
-    before = part.snapshot.state.tensors["sums"].clone()
+    before = part.snapshot.state.clone()
     for _ in range(2):  # it can be used more than once
         other.add_request(None, params, snapshot=part.snapshot)
         _, found = drained(other)
@@ -336,7 +336,7 @@ def test_a_snapshot_goes_on_as_if_it_had_never_stopped(make_engine):
         assert part.token_ids + rest.token_ids == whole.token_ids
         assert part.text + rest.text == whole.text
         assert part.logprobs + rest.logprobs == whole.logprobs
-    assert torch.equal(part.snapshot.state.tensors["sums"], before)
+    torch.testing.assert_close(part.snapshot.state.tensors, before.tensors, rtol=0, atol=0)
     assert other.stats().prompt_tokens == 2  # the one token that was pending, each time
 
 
@@ -442,7 +442,7 @@ def test_where_prompts_part_a_state_is_stored(make_engine):
 
 def test_a_state_that_is_to_be_stored_is_not_used_before(make_engine, byte_model):
     """A request ends in the step in which another one forks, into the state that it has left."""
-    state_bytes = make_stepper(byte_model).state_bytes
+    state_bytes = Advancer(byte_model).state_bytes
     engine = make_engine(prefix_cache_bytes=1 << 30, max_state_bytes=3 * state_bytes, tokens_per_step=100)
     one = SamplingParams(max_tokens=1, temperature=0)
     first = "first prompt " * 6
@@ -468,7 +468,7 @@ def test_no_memory_for_the_cache_ends_no_request(make_engine, monkeypatch, caplo
 
 
 def test_a_full_cache_of_beginnings_only_costs_time(make_engine, byte_model):
-    state_bytes = make_stepper(byte_model).state_bytes
+    state_bytes = Advancer(byte_model).state_bytes
     engine = make_engine(prefix_cache_bytes=int(2.5 * state_bytes))
     params = SamplingParams(max_tokens=5, temperature=0)
     for number in range(12):
@@ -508,7 +508,7 @@ def test_a_batch_that_is_left_leaves_nothing_behind(engine):
 @pytest.mark.parametrize("seed", range(3))
 def test_random_use_leaks_nothing(make_engine, byte_model, seed):
     draw = random.Random(seed)
-    state_bytes = make_stepper(byte_model).state_bytes
+    state_bytes = Advancer(byte_model).state_bytes
     engine = make_engine(
         max_state_bytes=6 * state_bytes, tokens_per_step=draw.choice([1, 8, 40]), prefix_cache_bytes=8 * state_bytes
     )
@@ -556,26 +556,16 @@ def test_random_use_leaks_nothing(make_engine, byte_model, seed):
     assert sum(stats.finished.values()) == sum(map(len, ended.values()))
 
 
-def test_the_stepper_sees_one_token_of_each_sequence_that_is_continued(byte_model, tokenizer):
-    class Recording(Stepper):
-        def __init__(self, inner):
-            super().__init__(inner.model)
-            self.inner, self.steps = inner, []
+def test_the_advancer_sees_one_token_of_each_sequence_that_is_continued(byte_model, tokenizer):
+    class Recording(Advancer):
+        def read_all(self, inputs):
+            steps.append(sorted(len(each.tokens) for each in inputs))
+            return super().read_all(inputs)
 
-        path = property(lambda self: self.inner.path)
-        state_bytes = property(lambda self: self.inner.state_bytes)
-
-        def new_state(self):
-            return self.inner.new_state()
-
-        def _step(self, feeds: list[Feed]):
-            self.steps.append(sorted(len(feed.tokens) for feed in feeds))
-            return self.inner._step(feeds)
-
-    stepper = Recording(make_stepper(byte_model))
-    engine = Engine(byte_model, tokenizer, config=EngineConfig(tokens_per_step=10), stepper=stepper)
+    steps = []
+    engine = Engine(byte_model, tokenizer, config=EngineConfig(tokens_per_step=10), advancer=Recording(byte_model))
     params = SamplingParams(max_tokens=3, temperature=0)
     engine.add_request("ab", params)
     engine.add_request("c" * 12, params)
     drained(engine)
-    assert stepper.steps == [[2, 8], [1, 4], [1, 1], [1]]
+    assert steps == [[2, 8], [1, 4], [1, 1], [1]]

@@ -3,13 +3,14 @@
 import pytest
 import torch
 
+from bdh.generate.advance import Advancer, StepInput
 from bdh.generate.config import EngineConfig
 from bdh.generate.engine import Engine
 from bdh.generate.params import SamplingParams
 from bdh.generate.pool import StatePool
 from bdh.generate.sampler import Sampler
 from bdh.generate.sequence import Sequence as Running
-from bdh.generate.stepper import Feed, SequenceState, TorchStepper
+from bdh.model.state import SynapticState
 from bdh.model.text import TextDecoder
 from bdh.ops.cpu import kernels
 
@@ -44,29 +45,29 @@ def engine(make_engine):
     return make_engine()
 
 
-class Failing(TorchStepper):
+class Failing(Advancer):
     """Cannot read the byte Z."""
 
-    def _step(self, feeds):
-        if any(ord("Z") in feed.tokens for feed in feeds):
+    def read_all(self, inputs):
+        if any(ord("Z") in each.tokens for each in inputs):
             raise RuntimeError("no Z today")
-        return super()._step(feeds)
+        return super().read_all(inputs)
 
 
 @pytest.fixture(params=["kernels", "torch"])
 def broken_once(request, byte_model, tokenizer, monkeypatch):
     """An engine, and what lets its next reading of several tokens fail once: before, or after the states have moved."""
     engine = Engine(byte_model, tokenizer, config=EngineConfig(path=request.param, tokens_per_step=20))
-    step, when = engine.stepper._step, []
+    read_all, when = engine.advancer.read_all, []
 
-    def failing(feeds):
-        if when and any(len(feed.tokens) > 1 for feed in feeds):
+    def failing(inputs):
+        if when and any(len(each.tokens) > 1 for each in inputs):
             if when.pop() == "after":
-                step([feed for feed in feeds if len(feed.tokens) == 1])
+                read_all([each for each in inputs if len(each.tokens) == 1])
             raise RuntimeError("out of memory")
-        return step(feeds)
+        return read_all(inputs)
 
-    monkeypatch.setattr(engine.stepper, "_step", failing)
+    monkeypatch.setattr(engine.advancer, "read_all", failing)
     return engine, when
 
 
@@ -95,14 +96,14 @@ def test_a_state_that_may_have_moved_ends_with_an_error_and_is_not_used_again(by
     expected = engine.generate("abc", params)[0][0].token_ids
     numbers = [engine.add_request("abc", params) for _ in range(2)]
     engine.step()
-    passes = kernels.passes
+    layer_steps = kernels.layer_steps
 
     def interrupted(*arguments):
         monkeypatch.undo()
-        passes(*arguments)
+        layer_steps(*arguments)
         raise MemoryError
 
-    monkeypatch.setattr(kernels, "passes", interrupted)
+    monkeypatch.setattr(kernels, "layer_steps", interrupted)
     found = drained(engine)
     assert [(found[number, 0].finish_reason, found[number, 0].error) for number in numbers] == [
         ("error", "MemoryError")
@@ -112,7 +113,7 @@ def test_a_state_that_may_have_moved_ends_with_an_error_and_is_not_used_again(by
 
 
 def test_among_many_only_the_sequence_that_cannot_be_read_ends(byte_model, tokenizer):
-    engine = Engine(byte_model, tokenizer, stepper=Failing(byte_model))
+    engine = Engine(byte_model, tokenizer, advancer=Failing(byte_model, path="torch"))
     params = SamplingParams(max_tokens=6, temperature=0, logit_bias={ord("Z"): -1000.0})
     expected = engine.generate("abc", params)[0][0].token_ids
     numbers = [engine.add_request("aZc" if place in (3, 7) else "abc", params) for place in range(9)]
@@ -131,7 +132,7 @@ def test_neurons_that_cannot_be_noted_end_their_own_request(make_engine, monkeyp
     watched = engine.add_request("abc", params, watch=3)
     plain = engine.add_request("abc", params)
     engine.step()
-    monkeypatch.setattr(Feed, "look", no_memory)
+    monkeypatch.setattr(StepInput, "record", no_memory)
     found = drained(engine)
     assert (found[watched, 0].finish_reason, found[watched, 0].error) == ("error", "not a byte")
     assert found[plain, 0].token_ids == expected
@@ -146,7 +147,7 @@ def test_an_interrupted_step_leaves_no_request_that_goes_on_from_it(make_engine,
     numbers = [engine.add_request("abc", params, keep_snapshot=True) for _ in range(2)]
     engine.step()
     owner, name = {
-        "before": (engine.stepper, "_step"), "during": (Feed, "commit"), "after": (Sampler, "sample")
+        "before": (engine.advancer, "read_all"), "during": (StepInput, "commit"), "after": (Sampler, "sample")
     }[moment]  # fmt: skip
     real = getattr(owner, name)
 
@@ -179,7 +180,7 @@ def test_without_memory_for_its_snapshot_a_text_ends_all_the_same(engine, monkey
     kept = engine.add_request("abc", params, keep_snapshot=True)
     plain = engine.add_request("abc", SamplingParams(max_tokens=9, temperature=0))
     engine.step()
-    monkeypatch.setattr(SequenceState, "clone", no_memory)
+    monkeypatch.setattr(SynapticState, "clone", no_memory)
     if ends == "by an abort":
         engine.abort(kept, keep_snapshot=True)
     found = drained(engine)
@@ -225,13 +226,13 @@ def test_a_beginning_that_cannot_be_copied_is_dropped_and_counted(make_engine, m
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(SequenceState, "clone", failing)
+        patch.setattr(SynapticState, "clone", failing)
         other = engine.generate("abd" * 30, params)[0][0]
         drained(engine)
     assert other.finish_reason == "length"
     assert f"the beginning of a prompt, 90 tokens, could not be stored: {error}" in caplog.text
     assert engine.stats().prefix_cache_failures == 1
-    assert engine.stats().prefix_cache_bytes - before < engine.stepper.state_bytes
+    assert engine.stats().prefix_cache_bytes - before < engine.advancer.state_bytes
     assert engine.generate("abc" * 30, params)[0][0].token_ids == expected
     assert engine.generate("abd" * 30, params)[0][0].token_ids == other.token_ids
 

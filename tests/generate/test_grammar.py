@@ -199,7 +199,7 @@ def test_a_step_that_is_retried_takes_no_token_twice(bytes_pair, monkeypatch, mo
     params = [SamplingParams(max_tokens=200, seed=seed, grammar={"json_schema": SCHEMA}) for seed in range(3)]
     expected = [engine_of(bytes_pair).generate("abc", each)[0][0] for each in params]
     engine = engine_of(bytes_pair, path="torch")
-    step, fails = engine.stepper._step, []
+    step, fails = engine.advancer._step, []
 
     def failing(feeds):
         if fails:
@@ -209,7 +209,7 @@ def test_a_step_that_is_retried_takes_no_token_twice(bytes_pair, monkeypatch, mo
             raise RuntimeError("out of memory")
         return step(feeds)
 
-    monkeypatch.setattr(engine.stepper, "_step", failing)
+    monkeypatch.setattr(engine.advancer, "_step", failing)
     ids, found = [engine.add_request("abc", each) for each in params], {}
     for number in range(10**6):
         if not engine.has_work:

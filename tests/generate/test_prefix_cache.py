@@ -6,15 +6,16 @@ from collections import Counter
 import pytest
 import torch
 
+from bdh.generate.advance import Advancer, StepInput
 from bdh.generate.prefix_cache import NODE_BYTES, PrefixCache
-from bdh.generate.stepper import Feed, SequenceState, make_stepper
+from bdh.model.state import SynapticState
 
 STATE_BYTES, LOGITS_BYTES = 40, 16
 
 
-def state_of(tokens) -> SequenceState:
+def state_of(tokens) -> SynapticState:
     """Of 40 bytes, and telling from which tokens it is."""
-    return SequenceState("test", {"sums": torch.full((10,), float(sum(tokens)))}, len(tokens))
+    return SynapticState([torch.full((1, 8), float(sum(tokens)))], torch.tensor([len(tokens)]), len(tokens))
 
 
 def logits_of(tokens) -> torch.Tensor:
@@ -100,7 +101,7 @@ def test_random_use_is_that_of_a_dictionary(max_bytes, max_prompt_bytes):
             assert length == naive.find(tokens)
             assert (state is None) == (logits is None) == (length == 0)
             if state is not None:
-                assert torch.equal(state.tensors["sums"], state_of(tokens[:length]).tensors["sums"])
+                assert torch.equal(state.sums[0], state_of(tokens[:length]).sums[0])
                 assert state.position == length
                 assert torch.equal(logits, logits_of(tokens[:length]))
         elif chosen < 0.7:
@@ -141,7 +142,7 @@ def test_what_is_stored_is_a_copy():
     logits.zero_()
     _, found, found_logits = cache.find([7])
     assert found.position == 1
-    assert found.tensors["sums"].eq(7).all()
+    assert found.sums[0].eq(7).all()
     assert found_logits.eq(1).all()
 
 
@@ -167,9 +168,9 @@ def test_storing_the_same_tokens_again_takes_the_new_state_and_no_more_bytes():
     cache = PrefixCache(10**6)
     cache.put([1, 2], state_of([1, 2]), logits_of([1, 2]))
     before = cache.nbytes
-    cache.put([1, 2], SequenceState("test", {"sums": torch.full((10,), 9.0)}, 2), logits_of([1, 2]))
+    cache.put([1, 2], SynapticState([torch.full((1, 8), 9.0)], torch.tensor([2]), 2), logits_of([1, 2]))
     assert cache.nbytes == before
-    assert cache.find([1, 2])[1].tensors["sums"].eq(9).all()
+    assert cache.find([1, 2])[1].sums[0].eq(9).all()
 
 
 def test_a_shared_prefix_is_noticed_with_the_second_prompt():
@@ -203,13 +204,13 @@ def test_the_memory_of_a_dropped_state_is_used_again():
     cache = PrefixCache(2 * alone([1]) + 10, max_prompt_bytes=0)
     for token in (1, 2):
         cache.put([token], state_of([token]))
-    memory = cache.find([1])[1].tensors["sums"].data_ptr()
+    memory = cache.find([1])[1].sums[0].data_ptr()
     cache.find([2])
     cache.put([3], state_of([3]))
     state = cache.find([3])[1]
-    assert state.tensors["sums"].data_ptr() == memory
-    assert state.tensors["sums"].equal(state_of([3]).tensors["sums"])
-    assert cache.find([2])[1].tensors["sums"].equal(state_of([2]).tensors["sums"])
+    assert state.sums[0].data_ptr() == memory
+    assert state.sums[0].equal(state_of([3]).sums[0])
+    assert cache.find([2])[1].sums[0].equal(state_of([2]).sums[0])
 
 
 def test_a_copy_that_finds_no_memory_leaves_the_cache_right(monkeypatch):
@@ -221,7 +222,7 @@ def test_a_copy_that_finds_no_memory_leaves_the_cache_right(monkeypatch):
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(SequenceState, "clone", fail)
+        patch.setattr(SynapticState, "clone", fail)
         with pytest.raises(MemoryError):
             cache.put([1, 3], state_of([1, 3]))
     assert (cache.nbytes, cache.num_entries, cache.find([1, 3])[0]) == (before, 1, 0)
@@ -248,16 +249,16 @@ def test_bounds_that_make_no_sense_are_refused(bounds, told):
 
 def test_a_prompt_that_hits_gives_the_logits_of_one_read_whole(model):
     """The prefix ends at a multiple of the chunk size, 4, where pieces give the bits of the whole."""
-    stepper = make_stepper(model)
+    advancer = Advancer(model)
     prompt = torch.randint(61, (21,), generator=torch.Generator().manual_seed(0)).tolist()
-    whole = stepper.new_state()
-    (expected,) = stepper.step([Feed(whole, prompt)])
-    cache, state = PrefixCache(10**9), stepper.new_state()
-    (logits,) = stepper.step([Feed(state, prompt[:12])])
+    whole = advancer.new_state()
+    (expected,) = advancer.advance([StepInput(whole, prompt)])
+    cache, state = PrefixCache(10**9), advancer.new_state()
+    (logits,) = advancer.advance([StepInput(state, prompt[:12])])
     cache.put(prompt[:12], state, logits)
     length, found, _ = cache.find(prompt)
     assert length == 12
-    slot = stepper.new_state()
+    slot = advancer.new_state()
     slot.copy_(found)
-    assert torch.equal(stepper.step([Feed(slot, prompt[length:])])[0], expected)
+    assert torch.equal(advancer.advance([StepInput(slot, prompt[length:])])[0], expected)
     assert found.position == 12

@@ -8,82 +8,60 @@ from dataclasses import replace
 import pytest
 import torch
 
-import bdh.generate.kernel_stepper
-import bdh.generate.stepper
-import bdh.generate.window
+import bdh.generate.advance
 import bdh.ops.cpu.kernels
 import bdh.ops.cpu.window
+import bdh.ops.eager
+from bdh.generate.advance import Advancer, StepInput
 from bdh.generate.config import EngineConfig
 from bdh.generate.engine import Engine
-from bdh.generate.kernel_stepper import KernelStepper
-from bdh.generate.kernel_window import WindowKernelStepper
 from bdh.generate.params import SamplingParams
 from bdh.generate.pool import StatePool
 from bdh.generate.prefix_cache import PrefixCache
 from bdh.generate.prefixes import PrefixStore
 from bdh.generate.sampler import Sampler
 from bdh.generate.sequence import Sequence
-from bdh.generate.stepper import Feed, SequenceState, Stepper, TorchStepper
-from bdh.generate.window import WindowTorchStepper
+from bdh.model.state import SynapticState
 from bdh.model.text import TextDecoder
-from bdh.ops.cpu.recurrence import Recurrence
-from bdh.ops.cpu.window import WindowedRecurrence
+from bdh.ops.cpu.recurrence import Recurrence, ScaledSums
 
-NUM_SEEDS = 200  # over all steppers
+NUM_SEEDS = 200  # over all paths
 EVERYWHERE = [
-    *((SequenceState, name) for name in ("clone", "copy_", "clear")),
-    *((Stepper, name) for name in ("step",)),
+    *((SynapticState, name) for name in ("clone", "copy_", "clear")),
+    *((Advancer, name) for name in ("advance", "read_all", "new_state")),
     *((StatePool, name) for name in ("take",)),
     *((PrefixStore, name) for name in ("find", "places", "mark")),
     *((PrefixCache, name) for name in ("put", "_make_room")),
     *((TextDecoder, name) for name in ("push", "flush", "state")),
     (Sampler, "sample"),
     *((Sequence, name) for name in ("__init__", "read", "draw", "end")),
-    (Feed, "result"),
+    *((StepInput, name) for name in ("result", "record")),
     *((torch, name) for name in ("cat", "zeros", "tensor")),
 ]
 KERNELS = [
     (Recurrence, "prepare_logits"),
+    (Recurrence, "advance"),
     (Recurrence, "_array"),
     (torch, "empty"),
     (bdh.ops.cpu.kernels, "products"),
-    (Feed, "look"),
-    (bdh.generate.kernel_stepper, "recurrence_of"),
+    (bdh.generate.advance, "recurrence_of"),
 ]
-TORCH = [(Feed, "look"), (torch, "bmm"), (torch, "stack")]
-STEPPERS = {
-    "kernels": (KernelStepper, {}, [*KERNELS, (KernelStepper, "new_state"), (Recurrence, "read"), (bdh.ops.cpu.kernels, "passes")]),
-    "kernels, decay": (KernelStepper, {}, [*KERNELS, (Recurrence, "read"), (KernelStepper, "_settled")]),
-    "torch": (
-        TorchStepper,
-        {},
-        [
-            *TORCH,
-            *((TorchStepper, name) for name in ("new_state", "_continue", "_read")),
-            *((bdh.generate.stepper, name) for name in ("layer_norm", "rotate", "rotation_table")),
-        ],
-    ),
-    "window, kernels": (
-        WindowKernelStepper,
-        {"window": 20},
-        [
-            *KERNELS,
-            (WindowKernelStepper, "new_state"),
-            (WindowedRecurrence, "read_window"),
-            (bdh.ops.cpu.window, "window_passes"),
-        ],
-    ),
+TORCH = [
+    *((torch, name) for name in ("bmm",)),
+    *((bdh.ops.eager, name) for name in ("advance", "layer_norm", "rotate")),
+    (bdh.generate.advance, "rotation_table"),
+]
+PATHS = {
+    "kernels": ({}, [*KERNELS, (bdh.ops.cpu.kernels, "layer_steps")]),
+    "kernels, decay": ({}, [*KERNELS, (ScaledSums, "rescaled"), (bdh.ops.cpu.kernels, "layer_steps")]),
+    "torch": ({"path": "torch"}, [*TORCH, (bdh.ops.eager, "parallel_attention")]),
+    "window, kernels": ({"window": 20}, [*KERNELS, (bdh.ops.cpu.window, "window_steps")]),
     "window, torch": (
-        WindowTorchStepper,
-        {"window": 20},
-        [
-            (Feed, "look"),
-            *((WindowTorchStepper, name) for name in ("new_state", "_read_rows", "_logits")),
-            *((bdh.generate.window, name) for name in ("layer_norm", "rotate", "attend_window", "take_in")),
-        ],
+        {"window": 20, "path": "torch"},
+        [*TORCH[1:], *((bdh.ops.eager, name) for name in ("attend_window", "take_in"))],
     ),
-}  # fmt: skip
-"""The class, its settings, and operations of its own."""
+}
+"""The settings of an advancer, and operations of its own."""
 
 
 class Faults:
@@ -264,17 +242,17 @@ def quickly():
 
 
 @pytest.mark.usefixtures("quickly")
-@pytest.mark.parametrize("name", STEPPERS)
+@pytest.mark.parametrize("name", PATHS)
 def test_no_fault_changes_the_text_of_a_request_that_ends_well(make_model, tokenizer, monkeypatch, name):
-    kind, settings, operations = STEPPERS[name]
+    settings, operations = PATHS[name]
     model = make_model(
         vocab_size=256, n_embd=16, n_head=2, n_layer=2, chunk_size=64, decay=3 if "decay" in name else None
     )
     with torch.no_grad():
         model.lm_head.weight *= 0.5
-    if kind in (TorchStepper, WindowTorchStepper):
+    if "torch" in name:
         model = model.double()  # whose rounding, other with other neighbours, is far from changing a token
-    stepper = kind(model, **settings)
+    advancer = Advancer(model, **settings)
 
     def make_engine(draw=None):
         config = EngineConfig()
@@ -282,10 +260,10 @@ def test_no_fault_changes_the_text_of_a_request_that_ends_well(make_model, token
             config = EngineConfig(
                 tokens_per_step=draw.choice([8, 40, 100]),
                 max_running=draw.choice([3, 6]),
-                max_state_bytes=draw.choice([3, 6]) * stepper.state_bytes,
-                prefix_cache_bytes=int(draw.choice([1.5, 3.5]) * stepper.state_bytes) + 8000,
+                max_state_bytes=draw.choice([3, 6]) * advancer.state_bytes,
+                prefix_cache_bytes=int(draw.choice([1.5, 3.5]) * advancer.state_bytes) + 8000,
             )
-        return Engine(model, tokenizer, config=config, stepper=stepper)
+        return Engine(model, tokenizer, config=config, advancer=advancer)
 
     twins = []
     for prompt, params, more in requests():
@@ -297,7 +275,7 @@ def test_no_fault_changes_the_text_of_a_request_that_ends_well(make_model, token
     operations = [*EVERYWHERE, *operations]
     faults = Faults(monkeypatch, operations)
     reasons = Counter()
-    for seed in range(list(STEPPERS).index(name), NUM_SEEDS, len(STEPPERS)):
+    for seed in range(list(PATHS).index(name), NUM_SEEDS, len(PATHS)):
         trial = Trial(make_engine, faults, twins, seed)
         try:
             trial.run()

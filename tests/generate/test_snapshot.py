@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bdh.generate.advance import Advancer, StepInput
 from bdh.generate.snapshot import Snapshot
-from bdh.generate.stepper import Feed, make_stepper
 from bdh.model.fingerprint import fingerprint
+from bdh.model.state import SynapticState
 from bdh.ops.rope import turns_per_token
 from bdh.storage import DiskFullError
 
@@ -24,9 +25,9 @@ def random_tokens(count, seed=0, vocabulary=61):
 def snapshot(model):
     """After 10 tokens of which the state has read 9."""
     tokens = random_tokens(10)
-    stepper = make_stepper(model)
-    state = stepper.new_state()
-    (logits,) = stepper.step([Feed(state, tokens[:9])])
+    advancer = Advancer(model)
+    state = advancer.new_state()
+    (logits,) = advancer.advance([StepInput(state, tokens[:9])])
     return Snapshot(
         state=state,
         tokens=tokens,
@@ -42,10 +43,7 @@ def snapshot(model):
 def assert_equal(a: Snapshot, b: Snapshot) -> None:
     assert a.state.kind == b.state.kind
     assert a.state.position == b.state.position
-    assert a.state.tensors.keys() == b.state.tensors.keys()
-    for name, tensor in a.state.tensors.items():
-        assert tensor.dtype == b.state.tensors[name].dtype
-        assert torch.equal(tensor, b.state.tensors[name])
+    torch.testing.assert_close(a.state.tensors, b.state.tensors, rtol=0, atol=0)
     assert torch.equal(a.logits, b.logits)
     assert torch.equal(a.generator_state, b.generator_state)
     for name in ("tokens", "num_prompt_tokens", "pending", "decoder", "notes"):
@@ -54,11 +52,11 @@ def assert_equal(a: Snapshot, b: Snapshot) -> None:
 
 def sampled(model, snapshot: Snapshot, count: int) -> list[int]:
     """Further tokens, drawn with the snapshot's generator."""
-    stepper, generator = make_stepper(model), torch.Generator()
+    advancer, generator = Advancer(model), torch.Generator()
     generator.set_state(snapshot.generator_state)
     state, pending, tokens = snapshot.state.clone(), snapshot.pending, []
     for _ in range(count):
-        (logits,) = stepper.step([Feed(state, pending)])
+        (logits,) = advancer.advance([StepInput(state, pending)])
         pending = torch.multinomial(logits.softmax(-1), 1, generator=generator).tolist()
         tokens += pending
     return tokens
@@ -72,17 +70,16 @@ def test_what_was_saved_comes_back_bit_for_bit_and_goes_on_alike(model, snapshot
 
 
 def test_a_sequence_that_has_read_nothing_and_draws_nothing_can_be_saved(model, tmp_path):
-    Snapshot(make_stepper(model).new_state(), [], None).save(tmp_path / "s", model)
+    Snapshot(Advancer(model).new_state(), [], None).save(tmp_path / "s", model)
     loaded = Snapshot.load(tmp_path / "s", model)
     assert (loaded.tokens, loaded.logits, loaded.generator_state, loaded.state.position) == ([], None, None, 0)
 
 
 def test_a_state_that_is_a_part_of_other_memory_is_stored_alone(model, snapshot, tmp_path):
-    pool = {name: torch.stack([t, t + 1, t + 2]) for name, t in snapshot.state.tensors.items()}
+    pool = SynapticState.concat([snapshot.state.filter([0, 0]), snapshot.state, snapshot.state.filter([0])])
     snapshot.save(tmp_path / "alone", model)
     expected = snapshot.clone()
-    for name, tensors in pool.items():
-        snapshot.state.tensors[name] = tensors[0]
+    snapshot.state = pool.sequence(2)
     snapshot.save(tmp_path / "part", model)
     assert_equal(Snapshot.load(tmp_path / "part", model), expected)
     assert (tmp_path / "part").stat().st_size == (tmp_path / "alone").stat().st_size
@@ -92,13 +89,13 @@ def test_a_clone_shares_nothing(snapshot):
     clone = snapshot.clone()
     assert_equal(clone, snapshot)
     assert clone.nbytes == snapshot.nbytes
-    for tensor in (*clone.state.tensors.values(), clone.logits, clone.generator_state):
+    for tensor in (*clone.state.sums, clone.logits, clone.generator_state):
         tensor.zero_()
     clone.tokens.append(1)
     clone.pending.clear()
     clone.decoder["window"].append(3)
     clone.notes["messages"][0]["content"] = "?"
-    assert all(t.any() for t in (*snapshot.state.tensors.values(), snapshot.logits, snapshot.generator_state))
+    assert all(t.any() for t in (*snapshot.state.sums, snapshot.logits, snapshot.generator_state))
     assert (len(snapshot.tokens), len(snapshot.pending), snapshot.decoder["window"]) == (10, 1, [1, 2])
     assert snapshot.notes == {"messages": [{"role": "user", "content": "Grüße"}]}
 
@@ -225,7 +222,7 @@ def test_only_differences_of_positions_matter_up_to_a_billion(make_model, shift)
     tokens = random_tokens(23)
     (near, near_state), (far, far_state) = (read_from(model, tokens, position) for position in (0, shift))
     torch.testing.assert_close(far, near, rtol=0, atol=2e-5)
-    turned = zip(near_state.tensors.values(), far_state.tensors.values(), strict=True)
+    turned = zip(near_state.sums, far_state.sums, strict=True)
     assert not all(torch.allclose(a, b) for a, b in turned)  # the position did reach the rotation
 
 
@@ -233,11 +230,11 @@ def test_only_differences_of_positions_matter_up_to_a_billion(make_model, shift)
 def test_a_token_at_a_billion_is_turned_by_the_exact_angle(model, position):
     """The neurons' keys, which the state after one token holds, against angles in 60 decimal digits."""
     model = model.double()
-    stepper = make_stepper(model, path="torch")
-    state, start = stepper.new_state(), stepper.new_state()
+    advancer = Advancer(model, path="torch")
+    state, start = advancer.new_state(), advancer.new_state()
     state.position = position
-    stepper.step([Feed(start, [5])])
-    stepper.step([Feed(state, [5])])
+    advancer.advance([StepInput(start, [5])])
+    advancer.advance([StepInput(state, [5])])
     getcontext().prec = 60
     N = model.config.neurons_per_head
     angles = []
@@ -245,18 +242,18 @@ def test_a_token_at_a_billion_is_turned_by_the_exact_angle(model, position):
         turns = Decimal(frequency) * position
         angles.append(2 * math.pi * float(turns - int(turns)))
     turn = torch.polar(torch.ones(N // 2, dtype=torch.float64), torch.tensor(angles, dtype=torch.float64))
-    unturned = torch.view_as_complex(start.tensors["sums"].unflatten(2, (-1, 2)).movedim(3, -1).contiguous())
-    turned = torch.view_as_complex(state.tensors["sums"].unflatten(2, (-1, 2)).movedim(3, -1).contiguous())
+    unturned = torch.view_as_complex(torch.cat(start.sums).unflatten(2, (-1, 2)).movedim(3, -1).contiguous())
+    turned = torch.view_as_complex(torch.cat(state.sums).unflatten(2, (-1, 2)).movedim(3, -1).contiguous())
     # Half an ulp of 1.6e8 turns, the fastest pair's at this position, is 1.5e-8 of a turn: 1e-7 rad.
     torch.testing.assert_close(turned, unturned * turn[:, None], rtol=2e-7, atol=1e-12)
 
 
 def read_from(model, tokens, position):
-    stepper = make_stepper(model)
-    state = stepper.new_state()
+    advancer = Advancer(model)
+    state = advancer.new_state()
     state.position = position
     pieces = [tokens[:9], *([token] for token in tokens[9:])]
-    logits = torch.cat([stepper.step([Feed(state, piece, "all")])[0] for piece in pieces])
+    logits = torch.cat([advancer.advance([StepInput(state, piece, "all")])[0] for piece in pieces])
     assert state.position == position + len(tokens)
     return logits, state
 

@@ -11,11 +11,11 @@ from functools import partial
 import pytest
 import torch
 
+from bdh.generate.advance import Advancer, StepInput
 from bdh.generate.config import EngineConfig
 from bdh.generate.engine import Engine
 from bdh.generate.params import SamplingParams
 from bdh.generate.snapshot import Snapshot
-from bdh.generate.stepper import Feed, make_stepper
 from bdh.model import passes
 from bdh.ops.blocks.plan import LayerOptions
 from tests.train.conftest import losses, weights
@@ -175,18 +175,18 @@ def test_a_snapshot_moves_to_another_device_and_back(make_model, tmp_path, devic
     """Saved on the CPU, continued on the device, saved there and continued on the CPU."""
     here, text = make_model().double(), [5, 17, 60, 3, 8, 9, 41, 2, 33, 12]
     there = moved(here, device)
-    stepper = make_stepper(here, path="torch", window=window)
-    (expected,) = stepper.step([Feed(stepper.new_state(), text, logits="all")])
-    state, found = stepper.new_state(), []
+    advancer = Advancer(here, path="torch", window=window)
+    (expected,) = advancer.advance([StepInput(advancer.new_state(), text, logits="all")])
+    state, found = advancer.new_state(), []
     for number, (model, end) in enumerate([(here, 4), (there, 7), (here, 10)]):
-        stepper = make_stepper(model, path="torch", window=window)
-        (logits,) = stepper.step([Feed(state, text[state.position : end], logits="all")])
+        advancer = Advancer(model, path="torch", window=window)
+        (logits,) = advancer.advance([StepInput(state, text[state.position : end], logits="all")])
         found.append(logits)
         Snapshot(state, text[:end], logits[-1]).save(tmp_path / str(number), model)
         next_model = there if model is here else here
         state = Snapshot.load(tmp_path / str(number), next_model).state
-        assert {tensor.device.type for tensor in state.tensors.values()} == {next_model.device.type}
-    # The stepper's logits are float32, whose numbers are 6e-8 apart.
+        assert {tensor.device.type for many in state.tensors.values() for tensor in many} == {next_model.device.type}
+    # The advancer's logits are float32, whose numbers are 6e-8 apart.
     assert_close(torch.cat(found), expected, rtol=1e-6, atol=1e-6)
 
 

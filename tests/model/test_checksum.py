@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from bdh.model import checksum as module
-from bdh.model.checksum import checksum
+from bdh.model import fingerprint as module
+from bdh.model.fingerprint import checksum
 
 
 def by_host(tensor):

@@ -3,8 +3,7 @@ import torch
 from torch import nn
 
 from bdh import BDHForCausalLM
-from bdh.generate.kernel_stepper import KernelStepper
-from bdh.generate.stepper import Feed, TorchStepper, make_stepper
+from bdh.generate.advance import Advancer, StepInput
 from bdh.model.kernels import forget_kernels, kernel_obstacle, recurrence_of
 
 
@@ -25,12 +24,12 @@ def test_single_tokens_take_the_kernels_and_agree_with_the_dense_form(model, tok
         torch.testing.assert_close(kernels, torchs, rtol=1e-4, atol=1e-4)
 
 
-def test_the_model_and_the_stepper_give_the_same_bits(model, tokens):
-    state, stepper = model.new_state(), KernelStepper(model)
-    alone = stepper.new_state()
+def test_the_model_and_the_advancer_give_the_same_bits(model, tokens):
+    state, advancer = model.new_state(), Advancer(model, path="kernels")
+    alone = advancer.new_state()
     for token in tokens[0]:
         logits = step(model, state, token.view(1, 1)).logits[0, 0]
-        assert torch.equal(logits, stepper.step([Feed(alone, [int(token)])])[0])
+        assert torch.equal(logits, advancer.advance([StepInput(alone, [int(token)])])[0])
 
 
 def test_rows_of_a_reordered_state_are_read_in_their_order(model, tokens):
@@ -67,8 +66,8 @@ def test_a_backward_pass_notices_that_its_state_has_been_advanced(model, tokens)
 def test_a_model_made_in_inference_mode_runs(make_model):
     with torch.inference_mode():
         model = make_model()
-        stepper = KernelStepper(model)
-        assert stepper.step([Feed(stepper.new_state(), [1, 2])])[0].shape == (61,)
+        advancer = Advancer(model, path="kernels")
+        assert advancer.advance([StepInput(advancer.new_state(), [1, 2])])[0].shape == (61,)
 
 
 def test_what_the_kernels_do_not_run_is_said(make_model):
@@ -78,13 +77,13 @@ def test_what_the_kernels_do_not_run_is_said(make_model):
     model = make_model()
     model.encoder = nn.Sequential(model.encoder)
     assert "Sequential" in kernel_obstacle(model)
-    assert isinstance(make_stepper(make_model().double()), TorchStepper)
+    assert Advancer(make_model().double()).backend == "eager"
     with pytest.raises(ValueError, match="float64"):
-        make_stepper(make_model().double(), path="kernels")
+        Advancer(make_model().double(), path="kernels")
     with pytest.raises(ValueError, match="weights is 'bfloat16': must be float32 with torch's operations"):
-        make_stepper(make_model(), path="torch", weights="bfloat16")
+        Advancer(make_model(), path="torch", weights="bfloat16")
     with pytest.raises(ValueError, match="state is 'int8': must be one of float32, bfloat16"):
-        make_stepper(make_model(), state="int8")
+        Advancer(make_model(), state="int8")
 
 
 def test_weights_are_packed_once_and_given_back(make_model):
@@ -108,20 +107,20 @@ def test_bfloat16_weights_are_those_of_a_bfloat16_model(make_model):
                 weight.copy_(weight.bfloat16())
     tokens = list(range(40))
     logits = [
-        stepper.step([Feed(stepper.new_state(), tokens, "all")])[0]
-        for stepper in (KernelStepper(model, weights="bfloat16"), KernelStepper(rounded))
+        advancer.advance([StepInput(advancer.new_state(), tokens, "all")])[0]
+        for advancer in (Advancer(model, weights="bfloat16", path="kernels"), Advancer(rounded, path="kernels"))
     ]
     assert torch.equal(*logits)
 
 
 @pytest.mark.parametrize("path", ["kernels", "torch"])
-def test_greedy_continuations_are_the_references_through_the_steppers(golden, path):
+def test_greedy_continuations_are_the_references_on_every_path(golden, path):
     model = BDHForCausalLM.from_reference(golden.weights, golden.config)
-    stepper = make_stepper(model, path=path)
+    advancer = Advancer(model, path=path)
     for row in golden.greedy_32.tolist():
-        state, text = stepper.new_state(), row[:-32]
-        logits = stepper.step([Feed(state, text)])[0]
+        state, text = advancer.new_state(), row[:-32]
+        logits = advancer.advance([StepInput(state, text)])[0]
         for _ in range(32):
             text.append(int(logits.argmax()))
-            logits = stepper.step([Feed(state, text[-1:])])[0]
+            logits = advancer.advance([StepInput(state, text[-1:])])[0]
         assert text == row

@@ -33,7 +33,7 @@ def test_concat_undoes_filter(state):
 
 def test_concat_refuses_states_of_different_models_and_none_at_all(state):
     other = SynapticState.zeros((1, 2, 6, 5), 2)
-    with pytest.raises(ValueError, match=r"different models cannot be joined.*\(2, 6, 4, .*\(2, 6, 5, "):
+    with pytest.raises(ValueError, match=r"different models cannot be joined.*\(2, 2, 6, 4\).*\(2, 2, 6, 5\)"):
         SynapticState.concat([state, other])
     with pytest.raises(ValueError, match="concat got no states"):
         SynapticState.concat([])

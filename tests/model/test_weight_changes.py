@@ -18,14 +18,12 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DeviceMesh
 
+from bdh.generate.advance import Advancer, StepInput
 from bdh.generate.chat import Conversation
 from bdh.generate.chat_options import ChatOptions
 from bdh.generate.config import EngineConfig
 from bdh.generate.engine import Engine
-from bdh.generate.kernel_stepper import KernelStepper
-from bdh.generate.kernel_window import WindowKernelStepper
 from bdh.generate.params import SamplingParams
-from bdh.generate.stepper import Feed, make_stepper
 from bdh.model import kernels
 from bdh.model.fingerprint import fingerprint
 from bdh.model.kernels import forget_kernels, recurrence_of
@@ -130,67 +128,71 @@ def by_generate(model, count=12):
     ].tolist()
 
 
-def by_stepper(stepper, count=12):
-    state, text = stepper.new_state(), []
-    logits = stepper.step([Feed(state, PROMPT)])[0]
+def by_advancer(advancer, count=12):
+    state, text = advancer.new_state(), []
+    logits = advancer.advance([StepInput(state, PROMPT)])[0]
     for _ in range(count):
         text.append(int(logits.argmax()))
-        logits = stepper.step([Feed(state, text[-1:])])[0]
+        logits = advancer.advance([StepInput(state, text[-1:])])[0]
     return text
 
 
-def agrees(model, *steppers):
+def agrees(model, *advancers):
     expected = by_argmax(model)
     assert by_generate(model) == expected
-    for stepper in steppers:
-        assert by_stepper(stepper) == expected
+    for advancer in advancers:
+        assert by_advancer(advancer) == expected
     return expected
 
 
 @pytest.mark.parametrize("change", WAYS)
 def test_a_new_text_has_the_weights_of_now(model, change):
-    steppers = [KernelStepper(model), WindowKernelStepper(model, 64)]
-    agrees(model, *steppers)
+    advancers = [Advancer(model, path="kernels"), Advancer(model, path="kernels", window=64)]
+    agrees(model, *advancers)
     change(model)
-    agrees(model, *steppers)
+    agrees(model, *advancers)
 
 
 @pytest.mark.parametrize("change", WAYS)
 @pytest.mark.parametrize("storage", ["float32", "bfloat16"])
 def test_a_text_goes_on_with_the_weights_of_now(model, change, storage):
     """At the very token: the state has been read with other weights, what comes has not."""
-    stepper = KernelStepper(model, weights=storage)
-    state = stepper.new_state()
-    stepper.step([Feed(state, PROMPT)])
-    stepper.step([Feed(state, [9])])
+    advancer = Advancer(model, weights=storage, path="kernels")
+    state = advancer.new_state()
+    advancer.advance([StepInput(state, PROMPT)])
+    advancer.advance([StepInput(state, [9])])
     change(model)
-    expected = KernelStepper(copy.deepcopy(model), weights=storage).step([Feed(state.clone(), [4])])[0]
-    assert torch.equal(stepper.step([Feed(state, [4])])[0], expected)
+    expected = Advancer(copy.deepcopy(model), weights=storage, path="kernels").advance([StepInput(state.clone(), [4])])[
+        0
+    ]
+    assert torch.equal(advancer.advance([StepInput(state, [4])])[0], expected)
 
 
 @pytest.mark.parametrize("storage", ["float32", "bfloat16"])
 def test_a_single_number_of_a_large_matrix_is_found_within_128_tokens(model, storage, monkeypatch):
     monkeypatch.setattr(kernels, "_PIECE_BYTES", 64)  # so that these count as large ones
-    stepper = KernelStepper(model, weights=storage)
-    state = stepper.new_state()
-    stepper.step([Feed(state, PROMPT)])
+    advancer = Advancer(model, weights=storage, path="kernels")
+    state = advancer.new_state()
+    advancer.advance([StepInput(state, PROMPT)])
     set_one_number_through_data(model)
     for _ in range(128):
-        stepper.step([Feed(state, [4])])
-    expected = KernelStepper(copy.deepcopy(model), weights=storage).step([Feed(state.clone(), [4])])[0]
-    assert torch.equal(stepper.step([Feed(state, [4])])[0], expected)
+        advancer.advance([StepInput(state, [4])])
+    expected = Advancer(copy.deepcopy(model), weights=storage, path="kernels").advance([StepInput(state.clone(), [4])])[
+        0
+    ]
+    assert torch.equal(advancer.advance([StepInput(state, [4])])[0], expected)
 
 
 @pytest.mark.parametrize("change", WAYS)
 def test_a_prompt_within_a_text_has_the_weights_of_now(model, change):
     """As the next turn of a conversation is."""
-    stepper = KernelStepper(model)
-    state = stepper.new_state()
-    stepper.step([Feed(state, PROMPT)])
-    stepper.step([Feed(state, [9])])
+    advancer = Advancer(model, path="kernels")
+    state = advancer.new_state()
+    advancer.advance([StepInput(state, PROMPT)])
+    advancer.advance([StepInput(state, [9])])
     change(model)
-    expected = KernelStepper(copy.deepcopy(model)).step([Feed(state.clone(), PROMPT)])[0]
-    assert torch.equal(stepper.step([Feed(state, PROMPT)])[0], expected)
+    expected = Advancer(copy.deepcopy(model), path="kernels").advance([StepInput(state.clone(), PROMPT)])[0]
+    assert torch.equal(advancer.advance([StepInput(state, PROMPT)])[0], expected)
 
 
 OPTIMIZERS = {
@@ -207,7 +209,7 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_samples_of_a_training_have_the_weights_of_their_step(model, tokens, name):
     optimizer = OPTIMIZERS[name](model.parameters())
-    stepper = KernelStepper(model)
+    advancer = Advancer(model, path="kernels")
     known, seen = set(), set()
     for _ in range(20):
         model.train()
@@ -215,7 +217,7 @@ def test_samples_of_a_training_have_the_weights_of_their_step(model, tokens, nam
         optimizer.step()
         optimizer.zero_grad()
         model.eval()
-        seen.add(tuple(agrees(model, stepper)))
+        seen.add(tuple(agrees(model, advancer)))
         known.add(fingerprint(model))
     assert len(seen) > 1  # so that weights of an earlier step would have shown
     assert len(known) == 20
@@ -225,14 +227,14 @@ def test_the_smallest_step_of_an_optimizer_is_seen_in_the_middle_of_a_text(model
     """One weight moves by its last bit, and no counter: the optimizer itself says that it has stepped."""
     model.requires_grad_(False)
     last = model.decoder.weight.requires_grad_(True)
-    stepper = KernelStepper(model)
-    state = stepper.new_state()
-    stepper.step([Feed(state, PROMPT)])
+    advancer = Advancer(model, path="kernels")
+    state = advancer.new_state()
+    advancer.advance([StepInput(state, PROMPT)])
     last.grad = torch.zeros_like(last)
     last.grad[-1, -1] = 1
     torch.optim.SGD([last], lr=0.5, fused=True).step()
-    expected = KernelStepper(copy.deepcopy(model)).step([Feed(state.clone(), [4])])[0]
-    assert torch.equal(stepper.step([Feed(state, [4])])[0], expected)
+    expected = Advancer(copy.deepcopy(model), path="kernels").advance([StepInput(state.clone(), [4])])[0]
+    assert torch.equal(advancer.advance([StepInput(state, [4])])[0], expected)
 
 
 @pytest.mark.parametrize("path", ["kernels", "torch"])
@@ -265,13 +267,13 @@ def _negate(weight):
 
 def test_another_process_changes_weights_in_shared_memory(model):
     model.share_memory()
-    stepper = KernelStepper(model)
-    first, known = agrees(model, stepper), fingerprint(model)
+    advancer = Advancer(model, path="kernels")
+    first, known = agrees(model, advancer), fingerprint(model)
     process = multiprocessing.get_context("spawn").Process(target=_negate, args=(model.decoder.weight,))
     process.start()
     process.join()
     assert process.exitcode == 0
-    assert agrees(model, stepper) != first
+    assert agrees(model, advancer) != first
     assert fingerprint(model) != known
 
 
@@ -294,7 +296,7 @@ def test_sharded_weights_are_those_of_their_step(make_model, tokens, one_process
             optimizer.zero_grad()
             each.eval()
         model.unshard()
-        assert by_stepper(KernelStepper(model)) == by_argmax(plain)
+        assert by_advancer(Advancer(model, path="kernels")) == by_argmax(plain)
         model.reshard()
 
 
@@ -306,62 +308,62 @@ def test_copies_are_kept_while_nothing_changes(model):
 
 def test_constants_of_the_configuration_count(make_model):
     model = make_model()
-    stepper = KernelStepper(model)
-    by_stepper(stepper)
+    advancer = Advancer(model, path="kernels")
+    by_advancer(advancer)
     model.config.layer_norm_eps = 0.5
-    assert by_stepper(stepper) == by_stepper(KernelStepper(make_model(layer_norm_eps=0.5)))
+    assert by_advancer(advancer) == by_advancer(Advancer(make_model(layer_norm_eps=0.5), path="kernels"))
 
 
 def test_a_layer_that_is_no_longer_its_weight_alone_is_refused(model):
-    """An adapter or a hook that came after the stepper was left out without a word."""
-    stepper = KernelStepper(model)
-    by_stepper(stepper)
+    """An adapter or a hook that came after the advancer was left out without a word."""
+    advancer = Advancer(model, path="kernels")
+    by_advancer(advancer)
     handle = model.encoder.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match="a layer has hooks"):
-        stepper.step([Feed(stepper.new_state(), PROMPT)])
+        advancer.advance([StepInput(advancer.new_state(), PROMPT)])
     handle.remove()
-    by_stepper(stepper)
+    by_advancer(advancer)
     peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["decoder"], init_lora_weights=False))
     with pytest.raises(ValueError, match=r"not a plain nn\.Linear"):
-        stepper.step([Feed(stepper.new_state(), PROMPT)])
+        advancer.advance([StepInput(advancer.new_state(), PROMPT)])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_copy_of_tied_weights_is_compared_too(model, dtype):
     """The head's copy was taken for the embedding's memory, and never looked at again."""
     model.to(dtype).lm_head.weight = model.embed.weight
-    stepper = KernelStepper(model, weights="bfloat16")
-    by_stepper(stepper)
+    advancer = Advancer(model, weights="bfloat16", path="kernels")
+    by_advancer(advancer)
     model.embed.weight.data.mul_(-3)
-    expected = KernelStepper(copy.deepcopy(model), weights="bfloat16")
-    assert torch.equal(*(each.step([Feed(each.new_state(), PROMPT)])[0] for each in (stepper, expected)))
+    expected = Advancer(copy.deepcopy(model), weights="bfloat16", path="kernels")
+    assert torch.equal(*(each.advance([StepInput(each.new_state(), PROMPT)])[0] for each in (advancer, expected)))
 
 
 def test_the_same_memory_in_another_order_is_other_weights(make_model):
     model = make_model(n_embd=24, n_head=2, mlp_internal_dim_multiplier=2)
-    stepper = KernelStepper(model)
-    by_stepper(stepper)
+    advancer = Advancer(model, path="kernels")
+    by_advancer(advancer)
     weight = model.encoder_v[0].weight
     assert weight.shape == (24, 24)
     weight.data = weight.data.t()
-    agrees(model, stepper)
+    agrees(model, advancer)
 
 
 def test_a_neuron_of_a_decoder_in_pieces_is_found_at_its_token(make_model, monkeypatch):
     monkeypatch.setattr(kernels, "_PIECE_BYTES", 64)
     model = make_model(n_embd=12)
-    stepper = KernelStepper(model)
-    state = stepper.new_state()
-    stepper.step([Feed(state, PROMPT)])
+    advancer = Advancer(model, path="kernels")
+    state = advancer.new_state()
+    advancer.advance([StepInput(state, PROMPT)])
     for neuron in range(20):
-        stepper.step([Feed(state, [9])])
+        advancer.advance([StepInput(state, [9])])
         model.decoder.weight.data[:, neuron] += 1
-        expected = KernelStepper(copy.deepcopy(model)).step([Feed(state.clone(), [4])])[0]
-        assert torch.equal(stepper.step([Feed(state, [4])])[0], expected)
+        expected = Advancer(copy.deepcopy(model), path="kernels").advance([StepInput(state.clone(), [4])])[0]
+        assert torch.equal(advancer.advance([StepInput(state, [4])])[0], expected)
 
 
 def test_weights_of_before_are_not_kept_in_memory(model):
-    by_stepper(KernelStepper(model, weights="bfloat16"))
+    by_advancer(Advancer(model, weights="bfloat16", path="kernels"))
     former = weakref.ref(model.decoder.weight.untyped_storage())
     model.double()
     gc.collect()
@@ -396,7 +398,7 @@ def test_prefixes_and_conversations_of_other_adapters_are_not_gone_on_with(byte_
     params = SamplingParams(temperature=0, max_tokens=5)
     prompt = "a beginning that is long enough to be stored with its state " * 2
     with_adapter = engine.generate(prompt, params)[0][0].token_ids
-    chat = Conversation(make_stepper(byte_model), tokenizer, ChatOptions(temperature=0, max_tokens=5), plain=True)
+    chat = Conversation(Advancer(byte_model), tokenizer, ChatOptions(temperature=0, max_tokens=5), plain=True)
     list(chat.say("Hello"))
     assert not chat._is_stale(chat._weights())
     with adapted.disable_adapter():
@@ -430,7 +432,7 @@ def test_a_snapshot_that_other_weights_have_read_is_read_again(byte_model, token
 def test_optimizers_step_in_one_thread_while_models_come_and_go_in_others(make_model):
     """The list of models changed while it was gone through."""
     model, errors, ends = make_model(), [], threading.Event()
-    by_stepper(KernelStepper(model))
+    by_advancer(Advancer(model, path="kernels"))
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
 
     def come_and_go():

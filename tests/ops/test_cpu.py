@@ -13,7 +13,7 @@ from bdh.ops import naive
 from bdh.ops.backends import Work, choose_backend
 from bdh.ops.cpu import kernels, vector
 from bdh.ops.cpu.pieces import new_progress
-from bdh.ops.cpu.recurrence import KernelWeights, Recurrence
+from bdh.ops.cpu.recurrence import KernelWeights, Recurrence, Rows
 from bdh.ops.cpu.runtime import compiled, follow_torch_threads
 
 LENGTHS = [1, 2, 15, 16, 17, 48, 63]
@@ -67,7 +67,7 @@ def test_relu_keeps_nan():
 
 @njit
 def sweep(like, rows, factors, value, out, length):
-    vector.recall_and_learn(like, rows, factors[0], factors[1], factors[2], factors[3], value, out, length)
+    vector.attend_and_update(like, rows, factors[0], factors[1], factors[2], factors[3], value, out, length)
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
@@ -86,7 +86,7 @@ def test_a_sweep_reads_before_it_writes(length, dtype):
 
 
 @pytest.mark.parametrize(("H", "N", "D"), [(1, 2, 1), (3, 10, 7), (2, 1030, 20), (5, 64, 33)])
-def test_passes_are_those_of_naive(H, N, D):
+def test_layer_steps_are_those_of_naive(H, N, D):
     """Over rows read at once, and one by one; 1030 neurons are three stretches, of which one has 6."""
     V, L, T = 19, 3, 30
     scale = D**-0.5
@@ -105,25 +105,18 @@ def test_passes_are_those_of_naive(H, N, D):
             lm_head=weights.lm_head.T,
             rope_theta=naive.ROPE_THETA,
             eps=naive.LAYER_NORM_EPS,
-            num_passes=L,
+            num_layer_steps=L,
         )
     )
     results = []
     for cuts in ([0, T], range(T + 1)):
         sums = torch.zeros(L, 1, H, N, D)
-        addresses = np.array([[s.data_ptr()] for s in sums])
         logits = []
         for start, end in zip(list(cuts)[:-1], list(cuts)[1:], strict=True):
-            v = recurrence.read(
-                tokens[0, start:end].numpy(),
-                np.arange(start, end),
-                np.array([0, end - start]),
-                addresses,
-                torch.float32,
-            )
-            logits.append(recurrence.logits(v))
+            rows = Rows(tokens[0, start:end].numpy(), np.arange(start, end), np.array([0, end - start]))
+            logits.append(recurrence.logits(recurrence.advance(rows, [{"sums": list(sums)}])))
         results.append(torch.cat(logits))
-    # Float32 through three passes, whose layer norms can amplify what little there is at D = 1.
+    # Float32 through three layer steps, whose layer norms can amplify what little there is at D = 1.
     torch.testing.assert_close(results[0].double(), expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(*results)
 
@@ -154,9 +147,9 @@ def test_the_first_launch_leaves_torchs_threads_alone():
     """numba asked the OpenMP that both share for all cores."""
     program = (
         "import torch; torch.set_num_threads(1); from bdh import BDHConfig, BDHForCausalLM\n"
-        "from bdh.generate.stepper import Feed, make_stepper\n"
-        "stepper = make_stepper(BDHForCausalLM(BDHConfig(n_embd=8, n_head=1, n_layer=1)))\n"
-        "stepper.step([Feed(stepper.new_state(), [1])]); print(torch.get_num_threads())\n"
+        "from bdh.generate.advance import Advancer, StepInput\n"
+        "advancer = Advancer(BDHForCausalLM(BDHConfig(n_embd=8, n_head=1, n_layer=1)))\n"
+        "advancer.advance([StepInput(advancer.new_state(), [1])]); print(torch.get_num_threads())\n"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "1"
@@ -176,13 +169,13 @@ def test_a_compilation_says_that_it_compiles_and_how_long_it_took():
 def test_kernels_are_compiled_once_and_then_loaded(tmp_path):
     """In two new processes that share a cache; the first one alone says that it compiles."""
     program = (
-        "import torch; from bdh import BDHConfig, BDHForCausalLM; from bdh.generate.stepper import Feed, make_stepper\n"
+        "import torch; from bdh import BDHConfig, BDHForCausalLM; from bdh.generate.advance import Advancer, StepInput\n"
         "model = BDHForCausalLM(BDHConfig(n_embd=8, n_head=1, n_layer=1, mlp_internal_dim_multiplier=2))\n"
-        "stepper = make_stepper(model)\n"
-        "print(stepper.path)\n"
-        "stepper.step([Feed(stepper.new_state(), [1, 2])])\n"
+        "advancer = Advancer(model)\n"
+        "print(advancer.description)\n"
+        "advancer.advance([StepInput(advancer.new_state(), [1, 2])])\n"
         "from bdh.ops.cpu import kernels\n"
-        "print(sum(kernels.passes.stats.cache_hits.values()))\n"
+        "print(sum(kernels.layer_steps.stats.cache_hits.values()))\n"
     )
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
     runs = [
@@ -217,11 +210,11 @@ def test_two_threads_may_read_at_once_on_every_threading_layer():
     """numba's own layer ends the process if two threads use it at once."""
     program = (
         "import threading, torch; from bdh import BDHConfig, BDHForCausalLM\n"
-        "from bdh.generate.stepper import Feed, make_stepper\n"
+        "from bdh.generate.advance import Advancer, StepInput\n"
         "model = BDHForCausalLM(BDHConfig(n_embd=64, n_head=2, n_layer=2, mlp_internal_dim_multiplier=16))\n"
-        "stepper = make_stepper(model)\n"
+        "advancer = Advancer(model)\n"
         "def read():\n"
-        "    for _ in range(20): stepper.step([Feed(stepper.new_state(), [1, 2, 3])])\n"
+        "    for _ in range(20): advancer.advance([StepInput(advancer.new_state(), [1, 2, 3])])\n"
         "threads = [threading.Thread(target=read) for _ in range(4)]\n"
         "[t.start() for t in threads]; [t.join() for t in threads]\n"
         "import numba; print(numba.threading_layer())\n"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bdh.ops import naive
-from bdh.ops.window import empty_ring, windowed_attention
+from bdh.ops.window import Ring, attend_window, ring_shapes, take_in
 
 assert_close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-9)
 HALF_LIVES = [3.0, float("inf"), 0.01, 40.0, 7.0]
@@ -20,10 +20,16 @@ def random_inputs(H, T, N, D):
     return make(H, T, N).relu(), make(T, D)
 
 
+def empty_ring(window, *sizes):
+    shapes = ring_shapes(window, *sizes, torch.float64)
+    return Ring(**{name: torch.zeros(shape, dtype=dtype) for name, (dtype, shape) in shapes.items()})
+
+
 def in_pieces(q, v, ring, pieces, position, half_lives):
     parts = []
     for q_piece, v_piece in zip(q.split(pieces, dim=1), v.split(pieces), strict=True):
-        parts.append(windowed_attention(q_piece, v_piece, ring, position, half_lives=half_lives))
+        parts.append(attend_window(q_piece, v_piece, ring, position, half_lives=half_lives))
+        take_in(q_piece, v_piece, ring, position)
         position += v_piece.shape[0]
     return torch.cat(parts, dim=1)
 
@@ -37,7 +43,7 @@ def test_any_pieces_give_what_banded_scores_give(shape, window, pieces, position
     H, _, N, D = shape
     q, v = random_inputs(*shape)
     half_lives = torch.tensor(HALF_LIVES[:H], dtype=torch.float64) if with_decay else None
-    ring = empty_ring(window, (1, H, N, D), dtype=torch.float64).of_pass(0)
+    ring = empty_ring(window, H, N, D)
     a = in_pieces(q, v, ring, pieces, position, half_lives)
     assert_close(a, naive.attention(q[None], v[None], window=window, half_lives=half_lives)[0])
 
@@ -55,7 +61,7 @@ def test_a_window_as_long_as_the_text_is_none():
 def test_the_ring_marks_the_pairs_that_fire_and_holds_the_last_tokens():
     q, v = random_inputs(3, 23, 18, 5)
     q[:, :, 4:14] *= torch.rand(3, 23, 1) > 0.5
-    ring = empty_ring(8, (1, 3, 18, 5), dtype=torch.float64).of_pass(0)
+    ring = empty_ring(8, 3, 18, 5)
     in_pieces(q, v, ring, [2, 1, 11, 9], 0, None)
     for token in range(16, 23):
         column = token % 7

@@ -311,17 +311,17 @@ def test_an_engine_that_fails_turns_the_server_off(start_server, bytes_pair, mon
 def test_a_long_step_that_makes_progress_is_no_hang(start_server, bytes_pair, monkeypatch):
     """A step of more than a minute ended the server, whatever it was doing."""
     server = start_server(*bytes_pair, limits=LimitSettings(stall_timeout=1.5))
-    stepper = server.service.loaded.engine.engine.stepper
-    step = stepper._step
+    advancer = server.service.loaded.engine.engine.advancer
+    step = advancer.read_all
 
     def slow(feeds):
         for _ in range(60):
             time.sleep(0.05)
-            stepper.mark_progress()
+            advancer.mark_progress()
             server.service.watch_engine()
         step(feeds)
 
-    monkeypatch.setattr(stepper, "_step", slow)
+    monkeypatch.setattr(advancer, "read_all", slow)
     assert server.complete("abc", max_tokens=1).status_code == 200
     assert server.service.status == "ready"
 
@@ -332,13 +332,13 @@ def test_a_step_without_progress_is_a_hang_unless_that_is_switched_off(
 ):
     server = start_server(*bytes_pair, limits=LimitSettings(stall_timeout=stall_timeout))
     front, going_on = server.service.loaded.engine, threading.Event()
-    step = front.engine.stepper._step
+    step = front.engine.advancer.read_all
 
     def hanging(feeds):
         going_on.wait(60)
         step(feeds)
 
-    monkeypatch.setattr(front.engine.stepper, "_step", hanging)
+    monkeypatch.setattr(front.engine.advancer, "read_all", hanging)
     asked = threading.Thread(target=server.complete, kwargs={"max_tokens": 1})
     asked.start()
     while front.seconds_without_progress < 0.3:

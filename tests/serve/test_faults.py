@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from bdh.generate.stepper import SequenceState
+from bdh.model.state import SynapticState
 from bdh.serve.config import StateSettings
 from bdh.serve.states import StateStore
 
@@ -35,8 +35,8 @@ def server(start_server, bytes_pair):
 @pytest.fixture
 def fragile(server, monkeypatch):
     """A server that cannot read the byte Z, and notices it after half of the states have moved."""
-    stepper = server.service.loaded.engine.engine.stepper
-    step = stepper._step
+    advancer = server.service.loaded.engine.engine.advancer
+    step = advancer.read_all
 
     def failing(feeds):
         if any(ord("Z") in feed.tokens for feed in feeds):
@@ -44,7 +44,7 @@ def fragile(server, monkeypatch):
             raise RuntimeError("out of memory")
         return step(feeds)
 
-    monkeypatch.setattr(stepper, "_step", failing)
+    monkeypatch.setattr(advancer, "read_all", failing)
     return server
 
 
@@ -71,7 +71,7 @@ def test_a_text_that_fails_is_a_500_or_an_event_and_changes_no_other(fragile):
 def test_a_state_that_finds_no_memory_is_a_507_or_an_event(server, monkeypatch):
     expected = server.text()
     with monkeypatch.context() as patch:
-        patch.setattr(SequenceState, "clone", no_memory)
+        patch.setattr(SynapticState, "clone", no_memory)
         answer = server.complete(bdh={"save_state": True})
         stream = server.complete(bdh={"save_state": True}, stream=True)
     error = answer.json()["error"]
@@ -83,7 +83,7 @@ def test_a_state_that_finds_no_memory_is_a_507_or_an_event(server, monkeypatch):
     assert server.text() == expected
 
 
-@pytest.mark.parametrize("where", [(SequenceState, "clone"), (StateStore, "put")])
+@pytest.mark.parametrize("where", [(SynapticState, "clone"), (StateStore, "put")])
 def test_texts_are_cut_off_where_there_is_no_memory_to_keep_them(
     start_server, bytes_pair, tmp_path, monkeypatch, where
 ):

@@ -350,7 +350,7 @@ def test_responses_outlast_a_restart(start_server, chat_pair, tmp_path):
 
 
 def test_where_states_find_no_room_the_text_is_read_again(start_server, chat_pair):
-    size = Engine(*chat_pair).stepper.state_bytes
+    size = Engine(*chat_pair).advancer.state_bytes
     for max_bytes, num_kept in ((10, 0), (int(2.9 * size), 2)):
         server = start_server(*chat_pair, states=StateSettings(max_bytes=max_bytes), served_model_name=["chatty"])
         responses = [created(server, input=f"Who are you, {number}?") for number in range(4)]
@@ -367,7 +367,7 @@ def test_where_states_find_no_room_the_text_is_read_again(start_server, chat_pai
 
 
 def test_states_of_responses_never_push_out_those_that_were_saved_by_name(start_server, chat_pair):
-    size = Engine(*chat_pair).stepper.state_bytes
+    size = Engine(*chat_pair).advancer.state_bytes
     server = start_server(*chat_pair, states=StateSettings(max_bytes=int(2.9 * size)))
     saved = [server.complete("abc", max_tokens=1, bdh={"save_state": True}).json()["choices"][0]["bdh"]["state_id"]]
     responses = [created(server, input="Hi") for _ in range(3)]

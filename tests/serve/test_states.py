@@ -3,23 +3,23 @@ import json
 import pytest
 import torch
 
+from bdh.generate.advance import Advancer, StepInput
 from bdh.generate.snapshot import Snapshot
-from bdh.generate.stepper import Feed, make_stepper
 from bdh.serve.config import StateSettings
 from bdh.serve.states import StateStore
 from tests.serve.conftest import made_model
 
 
 @pytest.fixture(scope="module")
-def stepper():
-    return make_stepper(made_model(256))
+def advancer():
+    return Advancer(made_model(256))
 
 
 @pytest.fixture
-def snapshot(stepper):
+def snapshot(advancer):
     def make(text: str = "abc") -> Snapshot:
-        state = stepper.new_state()
-        (logits,) = stepper.step([Feed(state, list(text.encode()))])
+        state = advancer.new_state()
+        (logits,) = advancer.advance([StepInput(state, list(text.encode()))])
         return Snapshot(state, list(text.encode()), logits)
 
     return make
@@ -38,10 +38,10 @@ def clock():
 
 
 @pytest.fixture
-def make_store(stepper, clock, tmp_path):
+def make_store(advancer, clock, tmp_path):
     def make(on_disk: bool = False, **settings) -> StateStore:
         folder = str(tmp_path / "states") if on_disk else None
-        return StateStore(StateSettings(folder=folder, **settings), stepper.model, clock)
+        return StateStore(StateSettings(folder=folder, **settings), advancer.model, clock)
 
     return make
 
@@ -70,14 +70,14 @@ def test_what_nobody_uses_is_forgotten(make_store, snapshot, clock, on_disk):
         store.snapshot(old.id, "ann")
 
 
-def test_the_disk_keeps_what_the_memory_does_not(make_store, snapshot, stepper, tmp_path):
+def test_the_disk_keeps_what_the_memory_does_not(make_store, snapshot, advancer, tmp_path):
     size = snapshot().nbytes
     store = make_store(True, max_bytes=size, folder_bytes=3 * size)
     saved = [store.put(snapshot(text), owner="ann", model="m") for text in ("one", "two", "three")]
     assert store.bytes_in_memory == size
     found = store.snapshot(saved[0].id, "ann")
     assert found.tokens == list(b"one")
-    assert all(torch.equal(found.state.tensors[name], t) for name, t in snapshot("one").state.tensors.items())
+    torch.testing.assert_close(found.state.tensors, snapshot("one").state.tensors, rtol=0, atol=0)
     store.put(snapshot("four"), owner="ann", model="m")  # "two" is the least recently used
     left = make_store(True)
     assert sorted(bytes(left.snapshot(each.id, "ann").tokens) for each in left.of_owner("ann")) == [
@@ -125,12 +125,12 @@ def test_states_of_another_model_are_refused(make_store, snapshot, tmp_path):
         other.snapshot(saved.id, "ann")
 
 
-def test_states_of_another_tokenizer_are_refused(make_store, snapshot, stepper, clock, tmp_path):
+def test_states_of_another_tokenizer_are_refused(make_store, snapshot, advancer, clock, tmp_path):
     """The same weights went on from tokens that meant other text."""
 
     def store(tokenizer):
         settings = StateSettings(folder=str(tmp_path / "states"))
-        return StateStore(settings, stepper.model, clock, tokenizer=tokenizer)
+        return StateStore(settings, advancer.model, clock, tokenizer=tokenizer)
 
     before = make_store(True).put(snapshot(), owner="ann", model="m")  # by a version that did not record it
     saved = store("a").put(snapshot(), owner="ann", model="m")

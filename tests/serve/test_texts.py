@@ -207,7 +207,7 @@ def test_states_are_found_after_a_restart(start_server, bytes_pair, tmp_path):
 
 
 def test_states_that_do_not_fit_make_room_or_are_refused(start_server, bytes_pair):
-    size = Engine(*bytes_pair).stepper.state_bytes
+    size = Engine(*bytes_pair).advancer.state_bytes
     server = start_server(*bytes_pair, states=StateSettings(max_bytes=int(2.9 * size)))
     saved = [extras_of(server, "abc", max_tokens=1, bdh={"save_state": True})["state_id"] for _ in range(4)]
     kept = [each["id"] for each in server.http.get("/v1/states").json()["data"]]

@@ -1,12 +1,12 @@
-"""The passes of the model over rows of tokens, neuron by neuron, skipping those that do not fire.
+"""The layer steps of the model over rows of tokens, neuron by neuron, skipping those that do not fire.
 
-A *row* is a token of some sequence; the rows of a sequence follow each other in order. The stages of a pass are
+A *row* is a token of some sequence; the rows of a sequence follow each other in order. The stages of a layer step are
 
-    project   x = relu(E v)                                       every neuron, every row
-    recall    a = q S, then S += k v^T                            pairs of neurons that fire
-    settle    LN(a)
-    respond   y = relu(Ev LN(a)), and Dec (x * y)                 y where x fires, Dec where y fires too
-    finish    v = LN(v + LN(sum))
+    project            x = relu(E v)                              every neuron, every row
+    attention_update   a = q S, then S += k v^T                   pairs of neurons that fire
+    reduce_norm        LN(a)
+    gated_mlp          y = relu(Ev LN(a)), and Dec (x * y)        y where x fires, Dec where y fires too
+    residual_norm      v = LN(v + LN(sum))
 
 Each is a stage (:mod:`bdh.ops.cpu.pieces`) whose pieces are stretches of neurons, or rows: its first argument is the address
 of its counters, and every thread calls it. Whatever is summed over neurons is first summed within each
@@ -22,11 +22,11 @@ from numba import njit, prange
 from bdh.ops.cpu.pieces import STAGE_WORDS, pieces
 from bdh.ops.cpu.vector import (
     add_scaled,
+    attend_and_update,
     dot,
     dots_1,
     dots_8,
     prefetch,
-    recall_and_learn,
     tile_1x1,
     tile_1x4,
     tile_4x4,
@@ -48,7 +48,7 @@ _PROJECTED = 256  # neurons of a piece; a multiple of BLOCK_NEURONS
 _TURNED = 256  # pairs of a piece
 STAGE_BYTES = 8 * STAGE_WORDS
 STAGES = 7
-"""Counters that :func:`passes` needs for each pass, and once more."""
+"""Counters that :func:`layer_steps` needs for each layer step, and once more."""
 
 jit = njit(cache=True, nogil=True, parallel=True, error_model="numpy")
 jit_inner = njit(cache=True, nogil=True, error_model="numpy")
@@ -68,7 +68,7 @@ def projected_pieces(num_neurons):
 
 @jit_inner
 def bounds_of(stretch, N):
-    """The head of a stretch, and its first neuron and the one behind its last within the head."""
+    """The head of a stretch, and its first neuron and the one after its last within the head."""
     per_head = stretches_of(N)
     first = stretch % per_head * STRETCH_NEURONS
     return stretch // per_head, first, min(N, first + STRETCH_NEURONS)
@@ -102,7 +102,7 @@ def rotations(stage, positions, turns_per_token, cos, sin):
 
 @jit_inner
 def begin(stage, embed, tokens, v, eps):
-    """v (R, D) = LN(embed[tokens]) before the first pass."""
+    """v (R, D) = LN(embed[tokens]) before the first layer step."""
     ones = np.ones(v.shape[1], np.float32)
     for r in pieces(stage, v.shape[0]):
         v[r] = embed[tokens[r]]
@@ -145,7 +145,7 @@ def project(stage, like, weights, v, out, relu):
 
 
 @jit_inner
-def recall(stage, like, states, starts, x, cos, sin, read_scales, write_scales, v, parts, N):
+def attention_update(stage, like, states, starts, x, cos, sin, read_scales, write_scales, v, parts, N):
     """The sums of each stretch, ``parts`` (stretches, R, D), of q S; and S with the rows' keys and values added.
 
     ``states`` (sequences,) are addresses of (H, N, D); the rows of sequence s are ``starts[s]`` to ``starts[s + 1]``.
@@ -176,7 +176,7 @@ def recall(stage, like, states, starts, x, cos, sin, read_scales, write_scales, 
                     x_0, x_1 = x[h * N + 2 * i, row], x[h * N + 2 * i + 1, row]
                     q_0 = x_0 * cos[i, row] - x_1 * sin[i, row]
                     q_1 = x_1 * cos[i, row] + x_0 * sin[i, row]
-                    recall_and_learn(
+                    attend_and_update(
                         like,
                         state + 2 * i * row_bytes,
                         q_0 * read,
@@ -196,7 +196,7 @@ def recall(stage, like, states, starts, x, cos, sin, read_scales, write_scales, 
                     q_0 = x_0 * cos[i, r] - x_1 * sin[i, r]
                     q_1 = x_1 * cos[i, r] + x_0 * sin[i, r]
                     read, write = read_scales[r, h], write_scales[r, h]
-                    recall_and_learn(
+                    attend_and_update(
                         like,
                         state + 2 * i * row_bytes,
                         q_0 * read,
@@ -210,7 +210,7 @@ def recall(stage, like, states, starts, x, cos, sin, read_scales, write_scales, 
 
 
 @jit_inner
-def settle(stage, parts, a, eps):
+def reduce_norm(stage, parts, a, eps):
     """LN of the sums over each head's stretches: ``parts`` (H * stretches of a head, R, D) to a (R, H, D)."""
     R, H, D = a.shape
     per_head = parts.shape[0] // H
@@ -225,7 +225,7 @@ def settle(stage, parts, a, eps):
 
 
 @jit_inner
-def respond(stage, like, encoder_v, decoder, x, a, parts, N):
+def gated_mlp(stage, like, encoder_v, decoder, x, a, parts, N):
     """The sums of each stretch, ``parts`` (stretches, R, D), of Dec (x * y).
 
     ``encoder_v`` (H,) are the addresses of Ev, neuron by neuron, one for each head, and ``decoder`` is that of Dec.
@@ -287,8 +287,8 @@ def respond(stage, like, encoder_v, decoder, x, a, parts, N):
 
 
 @jit_inner
-def finish(stage, parts, v, eps):
-    """v (R, D) behind the pass, in place: LN(v + LN(the sum over all stretches))."""
+def residual_norm(stage, parts, v, eps):
+    """v (R, D) after the layer step, in place: LN(v + LN(the sum over all stretches))."""
     R, D = v.shape
     ones = np.ones(D, np.float32)
     total = np.empty(D, np.float32)
@@ -305,13 +305,13 @@ def finish(stage, parts, v, eps):
 
 @jit_inner
 def enter(progress, embed, tokens, positions, turns_per_token, v, cos, sin, eps):
-    """What comes before the first pass: two stages."""
+    """What comes before the first layer step: two stages."""
     rotations(progress, positions, turns_per_token, cos, sin)
     begin(progress + STAGE_BYTES, embed, tokens, v, eps)
 
 
 @jit_inner
-def _passes(
+def _layer_steps(
     progress,
     embed,
     tokens,
@@ -321,7 +321,7 @@ def _passes(
     cos,
     sin,
     eps,
-    first_pass,
+    first_step,
     like_weights,
     encoder,
     encoder_v,
@@ -336,35 +336,35 @@ def _passes(
     parts,
 ):
     N, stage = x.shape[0] // a.shape[1], progress.ctypes.data
-    if first_pass == 0:
+    if first_step == 0:
         enter(stage, embed, tokens, positions, turns_per_token, v, cos, sin, eps)
     for index in range(len(states)):
         stage += STAGES * STAGE_BYTES
         project(stage, like_weights, encoder, v, x, True)
-        recall(
+        attention_update(
             stage + STAGE_BYTES, like_states, states[index], starts, x, cos, sin, read_scales, write_scales, v, parts, N
         )
-        settle(stage + 2 * STAGE_BYTES, parts, a, eps)
-        respond(stage + 3 * STAGE_BYTES, like_weights, encoder_v, decoder, x, a, parts, N)
-        finish(stage + 4 * STAGE_BYTES, parts, v, eps)
+        reduce_norm(stage + 2 * STAGE_BYTES, parts, a, eps)
+        gated_mlp(stage + 3 * STAGE_BYTES, like_weights, encoder_v, decoder, x, a, parts, N)
+        residual_norm(stage + 4 * STAGE_BYTES, parts, v, eps)
 
 
 @jit
-def passes(num_threads, arguments):
-    """Passes of the model over v (R, D), in place.
+def layer_steps(num_threads, arguments):
+    """Layer steps of the model over v (R, D), in place.
 
     Args:
-        arguments: of :func:`_passes`:
-            progress: of ``STAGES`` for each pass and once more.
-            embed to eps: of :func:`enter`, which is called where ``first_pass`` is 0.
-            states: (passes, sequences) addresses of each pass's sums, (H, N, D).
+        arguments: of :func:`_layer_steps`:
+            progress: of ``STAGES`` for each layer step and once more.
+            embed to eps: of :func:`enter`, which is called where ``first_step`` is 0.
+            states: (layer steps, sequences) addresses of each one's sums, (H, N, D).
             x: (H*N, R), a: (R, H, D), parts: (H * stretches of a head, R, D): memory to work in.
     """
     if num_threads == 1:
-        _passes(*arguments)
+        _layer_steps(*arguments)
     else:
         for _ in prange(num_threads):
-            _passes(*arguments)
+            _layer_steps(*arguments)
 
 
 @jit_inner

@@ -1,29 +1,30 @@
-"""Rows of tokens through the kernels: the weights as they want them, and the memory to work in."""
+"""The CPU's ``advance``: rows of tokens of many sequences through the kernels, and the states written in place."""
 
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from bdh.ops.cpu import kernels
+from bdh.ops.backends import Storage
+from bdh.ops.cpu import kernels, window
 from bdh.ops.cpu.pieces import new_progress
 from bdh.ops.cpu.runtime import Announce, compiled, exclusive, team_for, to_stderr
 from bdh.ops.rope import turns_per_token
+from bdh.ops.window import ring_shapes
 
-Storage = Literal["float32", "bfloat16"]
-LIKE = {"float32": kernels.FLOAT32, "bfloat16": kernels.BFLOAT16}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-Watch = Callable[[int, np.ndarray], None]
+OnLayerStep = Callable[[int, np.ndarray], None]
+Tensors = Mapping[str, Sequence[torch.Tensor]]
+"""Of one sequence, by name, a contiguous tensor on the CPU for each layer step: ``sums`` (H, N, D), or those of a
+:class:`bdh.ops.window.Ring`. Dimensions of size 1 may come before these."""
 
-
-def passes_at_once(num_passes: int, watch: Watch | None) -> list[range]:
-    """The passes of each call of the kernels: all, unless somebody looks at what is there between two of them."""
-    return [range(num_passes)] if watch is None else [range(index, index + 1) for index in range(num_passes)]
+_RESCALED_BITS = 32
+_MOST_BITS = 60  # lost at one token: float32 keeps 24, so what is left of what was there has vanished
 
 
 @dataclass
@@ -40,7 +41,7 @@ class KernelWeights:
     lm_head: torch.Tensor  # (V, D)
     rope_theta: float
     eps: float
-    num_passes: int
+    num_layer_steps: int
 
     @classmethod
     def of(
@@ -53,7 +54,7 @@ class KernelWeights:
         lm_head: torch.Tensor,
         rope_theta: float,
         eps: float,
-        num_passes: int,
+        num_layer_steps: int,
         storage: Storage = "float32",
     ) -> "KernelWeights":
         """From weights in the layout of ``nn.Linear``: ``decoder`` is (D, H*N), the others are as above."""
@@ -69,7 +70,7 @@ class KernelWeights:
             lm_head=stored(lm_head),
             rope_theta=float(rope_theta),
             eps=eps,
-            num_passes=num_passes,
+            num_layer_steps=num_layer_steps,
         )
 
     @property
@@ -79,14 +80,66 @@ class KernelWeights:
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """L, H, N, D."""
-        return self.num_passes, len(self.encoder_v), self.encoder_v[0].shape[0], self.encoder.shape[1]
+        return self.num_layer_steps, len(self.encoder_v), self.encoder_v[0].shape[0], self.encoder.shape[1]
+
+
+class Rows(NamedTuple):
+    """The tokens that a call reads, those of each sequence in order, one sequence after the other."""
+
+    tokens: np.ndarray
+    """int64 (R,)."""
+    positions: np.ndarray
+    """int64 (R,), absolute."""
+    starts: np.ndarray
+    """int64 (sequences + 1,): the rows of sequence s are ``starts[s]`` to ``starts[s + 1]``."""
+
+
+class ScaledSums:
+    """How the sums of heads that forget are stored.
+
+    Such a head would have to fade all of its rows at each token. Instead a factor of all its rows fades, which follows
+    from the position alone; what is added is divided by it. At absolute multiples of the tokens in which it loses 32
+    binary digits the rows are multiplied by it, and it starts again from 1.
+
+    Args:
+        half_lives: (H,) tokens in which what a head keeps halves; inf for one that never forgets.
+    """
+
+    def __init__(self, half_lives: Sequence[float]):
+        self.half_lives = np.maximum(half_lives, 1 / _MOST_BITS)
+        rescaled = np.floor(self.half_lives * _RESCALED_BITS)
+        # The upper bound is for heads that never forget: no text is as long.
+        self._period = np.clip(rescaled, 1, 2.0**62).astype(
+            np.int64
+        )  # (H,): tokens after which rows take up their factor
+
+    def tokens_left(self, position: int) -> int:
+        """How many tokens may be read at once from a position: to where the next head's rows are multiplied."""
+        return int((self._period - position % self._period).min())
+
+    def scales(self, position: int, count: int) -> np.ndarray:
+        """The factors of the rows (count + 1, H) before each of the next tokens, and after the last."""
+        first = position % self._period  # (H,): tokens since the rows took theirs up
+        return np.exp2(-(first + np.arange(count + 1)[:, None]) / self.half_lives)
+
+    def rescaled(self, position: int, sums: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, float]]:
+        """The rows of heads that take up their factor at a position, and that factor."""
+        heads = np.flatnonzero(position % self._period == 0)
+        factors = {head: float(2.0 ** -(self._period[head] / self.half_lives[head])) for head in heads}
+        return [(each[..., head, :, :], factor) for head, factor in factors.items() for each in sums]
+
+
+def ring_fading(window_tokens: int, num_heads: int, half_lives: Sequence[float] | None = None) -> np.ndarray:
+    """What weighs a token of a window by how many stand between it and the reader: float32 (H, W - 1)."""
+    lives = np.full(num_heads, np.inf) if half_lives is None else np.asarray(half_lives)
+    return np.exp2(-np.arange(window_tokens - 1) / lives[:, None]).astype(np.float32)
 
 
 class Recurrence:
     """Reads tokens into states, at the price of the neurons that fire.
 
     Every row of tokens is computed in the same order of operations, whichever others are beside it; so its logits and
-    the state behind it have the same bits however texts are cut into pieces, batched, or spread over threads.
+    the state after it have the same bits however texts are cut into pieces, batched, or spread over threads.
     """
 
     def __init__(self, weights: KernelWeights, *, announce: Announce = to_stderr):
@@ -99,84 +152,108 @@ class Recurrence:
         self._num_parts = H * kernels.stretches_of(N)
         self._memory = threading.local()  # of each thread its own, so that two may read at once
         self._announce = announce
-        self._is_compiled: set[torch.dtype] = set()
+        self._is_compiled: set[Any] = set()
 
-    def read(
+    def advance(
         self,
-        tokens: np.ndarray,
-        positions: np.ndarray,
-        starts: np.ndarray,
-        states: np.ndarray,
-        state_dtype: torch.dtype,
-        read_scales: np.ndarray | None = None,
-        write_scales: np.ndarray | None = None,
-        watch: Watch | None = None,
+        rows: Rows,
+        states: Sequence[Tensors],
+        *,
+        scaled: ScaledSums | None = None,
+        fading: np.ndarray | None = None,
+        on_layer_step: OnLayerStep | None = None,
         before_writing: Callable[[], None] | None = None,
     ) -> np.ndarray:
-        """v behind the last pass, (R, D) float32, of R rows; the states are advanced.
+        """v after the last layer step, (R, D) float32; the states are advanced.
 
-        The result is memory of this object: it is good until the next call of this thread.
+        The result is memory of this object: it is good until the next call of this thread. All memory that is needed is
+        taken before a state is written.
 
         Args:
-            tokens: int64 (R,).
-            positions: int64 (R,), absolute.
-            starts: int64 (sequences + 1,): the rows of sequence s are ``starts[s]`` to ``starts[s + 1]``.
-            states: int64 (L, sequences): the addresses of its sums in each pass, (H, N, D) contiguous.
-            state_dtype: float32 or bfloat16.
-            read_scales: float32 (R, H), what the sums count when they are read; None for 1.
-            write_scales: float32 (R, H), what the rows count when they are added; None for 1.
-            watch: is called behind each pass with its number and x (H*N, R), which is memory of this object. The
-                bits of the result do not depend on it.
-            before_writing: is called when all memory has been taken, just before the first state is written.
+            states: of each sequence sums, in float32 or bfloat16; or all of them rings, of which a window's fading tells.
+            scaled: of the sums, where heads forget. The rows of a sequence end where it says at the latest.
+            fading: of the rings, (H, W - 1), by :func:`ring_fading`.
+            on_layer_step: is called after each layer step with its number and x (H*N, R), which is memory of this object.
+                The bits of the result do not depend on it.
+            before_writing: is called just before the first state is written.
         """
-        if state_dtype not in self._is_compiled:
-            self._is_compiled.add(state_dtype)
-            compiled(lambda: self._warm_up(state_dtype), self._announce)
+        key = ("ring", fading.shape[1]) if fading is not None else states[0]["sums"][0].dtype
+        if key not in self._is_compiled:
+            self._is_compiled.add(key)
+            compiled(lambda: self._warm_up(states[0], fading), self._announce)
         _, H, N, D = self.weights.shape
-        R = len(tokens)
-        like_states = kernels.FLOAT32 if state_dtype == torch.float32 else kernels.BFLOAT16
-        a, parts = self._array("a", R, H, D), self._array("parts", self._num_parts, R, D)
-        x = self._array("x", H * N, R)
-        if read_scales is None or write_scales is None:
+        R = len(rows.tokens)
+        x, a = self._array("x", H * N, R), self._array("a", R, H, D)
+        parts = self._array("parts", self._num_parts, R, D)
+        if fading is not None:
+            rings = np.array([_addresses(states, name) for name in ("keys", "fired", "values")], np.int64)
+            rings = np.ascontiguousarray(rings.transpose(1, 0, 2))  # (L, 3, sequences)
+            scores = self._array("scores", self._num_parts, R, states[0]["keys"][0].shape[-1])
+            if fading.shape[1] == 0:
+                a[:] = 0
+            return self._run(
+                window.window_steps,
+                rows,
+                x,
+                lambda some: (rings[some], fading, rows.starts, x, a, scores, parts),
+                on_layer_step,
+                before_writing,
+            )
+        addresses = np.array(_addresses(states, "sums"), np.int64)
+        like_states = kernels.FLOAT32 if states[0]["sums"][0].dtype == torch.float32 else kernels.BFLOAT16
+        rescaled: list[tuple[torch.Tensor, float]] = []
+        if scaled is None:
             read_scales = write_scales = np.ones((R, H), np.float32)
-
-        def of_passes(some: slice) -> tuple[Any, ...]:
-            return like_states, states[some], starts, read_scales, write_scales, x, a, parts
-
-        return self._run(kernels.passes, tokens, positions, x, of_passes, watch, before_writing)
+        else:
+            starts, counts = rows.positions[rows.starts[:-1]], np.diff(rows.starts)
+            scales = [scaled.scales(int(p), int(n)) for p, n in zip(starts, counts, strict=True)]
+            read_scales = np.concatenate([each[:-1] for each in scales]).astype(np.float32)
+            write_scales = (1 / np.concatenate([each[1:] for each in scales])).astype(np.float32)
+            for state, end in zip(states, starts + counts, strict=True):
+                rescaled += scaled.rescaled(int(end), state["sums"])
+        v = self._run(
+            kernels.layer_steps,
+            rows,
+            x,
+            lambda some: (like_states, addresses[some], rows.starts, read_scales, write_scales, x, a, parts),
+            on_layer_step,
+            before_writing,
+        )
+        for of_head, factor in rescaled:
+            of_head.mul_(factor)
+        return v
 
     def _run(
         self,
-        passes: Callable[[int, tuple[Any, ...]], None],
-        tokens: np.ndarray,
-        positions: np.ndarray,
+        kernel: Callable[[int, tuple[Any, ...]], None],
+        rows: Rows,
         x: np.ndarray,
-        of_passes: Callable[[slice], tuple[Any, ...]],
-        watch: Watch | None,
+        arguments: Callable[[slice], tuple[Any, ...]],
+        on_layer_step: OnLayerStep | None,
         before_writing: Callable[[], None] | None,
     ) -> np.ndarray:
-        """v behind the last pass. Arguments as of :meth:`read`, and:
+        """v after the last layer step.
 
         Args:
-            passes: the kernel.
-            x: (H*N, R), its memory.
-            of_passes: what it takes after the weights, for some of the passes.
+            x: (H*N, R), memory of the kernel.
+            arguments: what it takes after the weights, for some of the layer steps.
         """
         L, _, N, D = self.weights.shape
-        R = len(tokens)
+        R = len(rows.tokens)
         team = team_for(R)
         v, cos, sin = self._array("v", R, D), self._array("cos", N // 2, R), self._array("sin", N // 2, R)
-        text = self._embed, tokens, positions, self._turns, v, cos, sin, self.weights.eps
+        text = self._embed, rows.tokens, rows.positions, self._turns, v, cos, sin, self.weights.eps
         weights = self._like, self.weights.encoder.data_ptr(), self._encoder_v, self.weights.decoder.data_ptr()
         progress = new_progress(kernels.STAGES * (1 + L), is_crowded=team.is_crowded)
         if before_writing is not None:
             before_writing()
-        for some in passes_at_once(L, watch):
-            rest = of_passes(slice(some.start, some.stop))
+        # All layer steps in one call, unless somebody looks at what is there between two of them.
+        for first in range(0, L, L if on_layer_step is None else 1):
+            rest = arguments(slice(first, L if on_layer_step is None else first + 1))
             with exclusive():
-                passes(team.threads, (progress[some.start * kernels.STAGES :], *text, some.start, *weights, *rest))
-            if watch is not None:
-                watch(some.start, x)
+                kernel(team.threads, (progress[first * kernels.STAGES :], *text, first, *weights, *rest))
+            if on_layer_step is not None:
+                on_layer_step(first, x)
         return v
 
     def logits(self, v: np.ndarray) -> torch.Tensor:
@@ -212,9 +289,17 @@ class Recurrence:
             memory[name] = np.empty(size, np.float32)
         return memory[name][:size].reshape(shape)
 
-    def _warm_up(self, state_dtype: torch.dtype) -> None:
+    def _warm_up(self, state: Tensors, fading: np.ndarray | None) -> None:
+        """A token into an empty state of this kind."""
         L, H, N, D = self.weights.shape
-        sums = torch.zeros(H, N, D, dtype=state_dtype)
-        states = np.full((L, 1), sums.data_ptr(), np.int64)
-        one = np.zeros(1, np.int64)
-        self.logits(self.read(one, one, np.array([0, 1]), states, state_dtype))
+        shapes = ring_shapes(fading.shape[1] + 1, H, N, D) if fading is not None else {}
+        shapes = shapes or {"sums": (state["sums"][0].dtype, (H, N, D))}
+        empty = {name: [torch.zeros(shape, dtype=dtype)] * L for name, (dtype, shape) in shapes.items()}
+        one = Rows(np.zeros(1, np.int64), np.zeros(1, np.int64), np.array([0, 1]))
+        self.logits(self.advance(one, [empty], fading=fading))
+
+
+def _addresses(states: Sequence[Tensors], name: str) -> list[list[int]]:
+    """Of each layer step those of all sequences."""
+    many = [state[name] for state in states]
+    return [[tensors[step].data_ptr() for tensors in many] for step in range(len(many[0]))]

@@ -244,7 +244,7 @@ def add_scaled(typingctx, like, out, row, factor, length):
 
 
 @intrinsic
-def recall_and_learn(typingctx, like, rows, read_0, read_1, write_0, write_1, value, out, length):
+def attend_and_update(typingctx, like, rows, read_0, read_1, write_0, write_1, value, out, length):
     """One sweep over the state's two rows of a pair of neurons: reads them, then adds the value to them.
 
     ``out += read_0 * rows[0] + read_1 * rows[1]``, then ``rows[i] += write_i * value``. The rows lie behind each other

@@ -1,6 +1,6 @@
-"""The passes of the model with attention to the last tokens only: :mod:`bdh.ops.window` at the price of what fires.
+"""The layer steps with attention to the last tokens only: :mod:`bdh.ops.window` at the price of the neurons that fire.
 
-In place of ``recall`` and ``settle`` of :mod:`bdh.ops.cpu.kernels` stand
+In place of ``attention_update`` and ``reduce_norm`` of :mod:`bdh.ops.cpu.kernels` stand
 
     score     q K, then the row's key goes into its column        pairs of neurons that fire, or fired there before
     gather    LN(the values, weighted by their scores)            every column of the ring
@@ -10,12 +10,9 @@ Sums run over the neurons of a stretch, over stretches and over the ring's colum
 a token stands in follows from its position: so here too the bits of a result depend neither on the threads, nor on the
 other rows, nor on how a text was cut into calls.
 
-Rings come by address: of each pass and sequence the keys (H, N, C), the marks (H, W - 1, ceil(N / 16)) and the values
+Rings come by address: of each layer step and sequence the keys (H, N, C), the marks (H, W - 1, ceil(N / 16)) and the values
 (W - 1, D), as :class:`bdh.ops.window.Ring` has them.
 """
-
-from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 from numba import prange
@@ -28,18 +25,15 @@ from bdh.ops.cpu.kernels import (
     STRETCH_NEURONS,  # whole bytes of marks: no two threads write to one
     bounds_of,
     enter,
-    finish,
+    gated_mlp,
     jit,
     jit_inner,
     normalise,
     project,
-    respond,
+    residual_norm,
 )
 from bdh.ops.cpu.pieces import pieces
-from bdh.ops.cpu.recurrence import KernelWeights, Recurrence, Watch
-from bdh.ops.cpu.runtime import Announce, compiled, to_stderr
 from bdh.ops.cpu.vector import add_scaled, get_byte, prefetch, put_byte, put_float
-from bdh.ops.window import Ring, empty_ring
 
 _CACHE_LINE = 64
 
@@ -150,7 +144,7 @@ def store(stage, values, length, starts, positions, v):
 
 
 @jit_inner
-def _window_passes(
+def _window_steps(
     progress,
     embed,
     tokens,
@@ -160,7 +154,7 @@ def _window_passes(
     cos,
     sin,
     eps,
-    first_pass,
+    first_step,
     like_weights,
     encoder,
     encoder_v,
@@ -174,7 +168,7 @@ def _window_passes(
     parts,
 ):
     N, length, stage = x.shape[0] // a.shape[1], fading.shape[1], progress.ctypes.data
-    if first_pass == 0:
+    if first_step == 0:
         enter(stage, embed, tokens, positions, turns_per_token, v, cos, sin, eps)
     for index in range(len(rings)):
         stage += STAGES * STAGE_BYTES
@@ -184,96 +178,24 @@ def _window_passes(
             score(stage + STAGE_BYTES, keys, marks, length, starts, positions, x, cos, sin, scores, N)
             gather(stage + 2 * STAGE_BYTES, scores, fading, values, length, starts, positions, v, a, eps)
             store(stage + 3 * STAGE_BYTES, values, length, starts, positions, v)
-        respond(stage + 4 * STAGE_BYTES, like_weights, encoder_v, decoder, x, a, parts, N)
-        finish(stage + 5 * STAGE_BYTES, parts, v, eps)
+        gated_mlp(stage + 4 * STAGE_BYTES, like_weights, encoder_v, decoder, x, a, parts, N)
+        residual_norm(stage + 5 * STAGE_BYTES, parts, v, eps)
 
 
 @jit
-def window_passes(num_threads, arguments):
-    """Passes of the model over v (R, D), in place.
+def window_steps(num_threads, arguments):
+    """Layer steps of the model over v (R, D), in place.
 
     Args:
-        arguments: of :func:`_window_passes`:
-            progress to first_pass: as those of :func:`bdh.ops.cpu.kernels.passes`.
-            rings: (passes, 3, sequences) addresses of each pass's keys, marks and values.
+        arguments: of :func:`_window_steps`:
+            progress to first_step: as those of :func:`bdh.ops.cpu.kernels.layer_steps`.
+            rings: (layer steps, 3, sequences) addresses of each one's keys, marks and values.
             fading: (H, W - 1).
             x: (H*N, R), a: (R, H, D), scores: (H * stretches of a head, R, C), parts: (the same, R, D): memory to work
                 in; a holds 0 where W is 1.
     """
     if num_threads == 1:
-        _window_passes(*arguments)
+        _window_steps(*arguments)
     else:
         for _ in prange(num_threads):
-            _window_passes(*arguments)
-
-
-class WindowedRecurrence(Recurrence):
-    """Reads tokens into rings, at the price of the neurons that fire; bits as :class:`Recurrence` has them.
-
-    Args:
-        window: W.
-        half_lives: (H,) tokens in which what a head keeps of another halves; None where none does.
-    """
-
-    def __init__(
-        self,
-        weights: KernelWeights,
-        window: int,
-        *,
-        half_lives: Sequence[float] | None = None,
-        announce: Announce = to_stderr,
-    ):
-        super().__init__(weights, announce=announce)
-        self.window = window
-        H = weights.shape[1]
-        between = np.arange(window - 1)
-        lives = np.full(H, np.inf) if half_lives is None else np.asarray(half_lives)
-        self._fading = np.exp2(-between / lives[:, None]).astype(np.float32)  # (H, W - 1)
-        self._window_is_compiled = False
-
-    def read_window(
-        self,
-        tokens: np.ndarray,
-        positions: np.ndarray,
-        starts: np.ndarray,
-        rings: Sequence[Ring],
-        watch: Watch | None = None,
-        before_writing: Callable[[], None] | None = None,
-    ) -> np.ndarray:
-        """v behind the last pass, (R, D) float32, of R rows; the rings are advanced.
-
-        The result is memory of this object: it is good until the next call of this thread.
-
-        Args:
-            tokens: int64 (R,).
-            positions: int64 (R,), absolute.
-            starts: int64 (sequences + 1,): the rows of sequence s are ``starts[s]`` to ``starts[s + 1]``.
-            rings: of each sequence, for all passes, contiguous and on the CPU.
-            watch, before_writing: as :meth:`Recurrence.read`.
-        """
-        if not self._window_is_compiled:
-            self._window_is_compiled = True
-            compiled(self._warm_up_window, self._announce)
-        _, H, N, D = self.weights.shape
-        R, columns = len(tokens), rings[0].keys.shape[-1]
-        x, addresses = self._array("x", H * N, R), self._addresses(rings)
-        a, scores = self._array("a", R, H, D), self._array("scores", self._num_parts, R, columns)
-        parts = self._array("parts", self._num_parts, R, D)
-        if self.window == 1:
-            a[:] = 0
-
-        def of_passes(some: slice) -> tuple[Any, ...]:
-            return addresses[some], self._fading, starts, x, a, scores, parts
-
-        return self._run(window_passes, tokens, positions, x, of_passes, watch, before_writing)
-
-    def _addresses(self, rings: Sequence[Ring]) -> np.ndarray:
-        """int64 (L, 3, sequences)."""
-        parts = list(zip(*rings, strict=True))  # the keys, marks and values of all
-        passes = range(self.weights.num_passes)
-        return np.array([[[tensor[i].data_ptr() for tensor in part] for part in parts] for i in passes], np.int64)
-
-    def _warm_up_window(self) -> None:
-        zero = np.zeros(1, np.int64)
-        ring = empty_ring(self.window, self.weights.shape)
-        self.logits(self.read_window(zero, zero, np.array([0, 1]), [ring]))
+            _window_steps(*arguments)

@@ -48,27 +48,27 @@ def test_a_thread_that_comes_when_all_is_done_finds_nothing_to_do():
 _PROGRAM = """
 import os, sys, threading, torch
 from bdh import BDHConfig, BDHForCausalLM
-from bdh.generate.stepper import Feed, make_stepper
+from bdh.generate.advance import Advancer, StepInput
 from bdh.ops.cpu.runtime import calm
 
 torch.manual_seed(0)
 model = BDHForCausalLM(BDHConfig(n_embd=16, n_head=2, n_layer=3, mlp_internal_dim_multiplier=128))
 text = list(range(40))
 
-def read(stepper):
-    state = stepper.new_state()
-    prompt = stepper.step([Feed(state, text)])[0]
-    return torch.stack([prompt, *(stepper.step([Feed(state, [token])])[0] for token in text)])
+def read(advancer):
+    state = advancer.new_state()
+    prompt = advancer.advance([StepInput(state, text)])[0]
+    return torch.stack([prompt, *(advancer.advance([StepInput(state, [token])])[0] for token in text)])
 
 for window in ({}, {"window": 9}):
-    stepper = make_stepper(model, **window)
+    advancer = Advancer(model, **window)
     torch.set_num_threads(1)
-    expected = read(stepper)
+    expected = read(advancer)
     for threads in (2, 3, 4, 1, 3):
         torch.set_num_threads(threads)
-        assert torch.equal(read(stepper), expected), threads
+        assert torch.equal(read(advancer), expected), threads
     found = []
-    together = [threading.Thread(target=lambda: found.append(read(stepper))) for _ in range(3)]
+    together = [threading.Thread(target=lambda: found.append(read(advancer))) for _ in range(3)]
     [thread.start() for thread in together], [thread.join() for thread in together]
     assert all(torch.equal(each, expected) for each in found) and len(found) == 3
     if not window:
@@ -78,7 +78,7 @@ if hasattr(os, "fork"):
     child = os.fork()
     if not child:
         torch.set_num_threads(1)
-        torch.testing.assert_close(read(make_stepper(model)), alone, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(read(Advancer(model)), alone, rtol=1e-3, atol=1e-4)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 print("the same")

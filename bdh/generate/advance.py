@@ -1,0 +1,461 @@
+"""Advances sequences by tokens: what the engine, chat, evaluation and the benchmarks read texts with.
+
+A :class:`bdh.SynapticState` is all that a model remembers of a sequence. An :class:`Advancer` advances the states of several at
+once, by one token where a text is being continued and by many where a prompt is read.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from bdh.model.kernels import kernel_obstacle, recurrence_of
+from bdh.model.network import ModelParts
+from bdh.model.state import Pattern, Shapes, SynapticState
+from bdh.ops import eager
+from bdh.ops.attention import sum_dtype
+from bdh.ops.backends import Storage, Work, choose_backend
+from bdh.ops.rope import rotation_table
+from bdh.ops.window import ring_shapes
+from bdh.validation import Faults
+
+_log = logging.getLogger(__name__)
+WantedLogits = Literal["none", "last", "all"]
+MOST_NEURONS = 64
+"""The strongest neurons that may be asked for, of each layer step."""
+MAX_ROWS = {"cpu": 128, "eager": 512}
+"""Tokens in one call of a backend: what it works in grows with it, and the gain has ended before."""
+LONG_CALL = 1 << 30
+"""Rows by neurons by width from which the kernels' layer steps are calls of their own, so that each is seen to make progress:
+one takes tens of milliseconds then."""
+
+
+@dataclass
+class LayerActivity:
+    """Which neurons fired while a token was read, in one layer step."""
+
+    fired: float
+    """The share of all neurons that fired."""
+    neurons: list[int]
+    """The strongest of those that did, from 0 to H*N - 1, head by head; the strongest first."""
+    values: list[float]
+    """Their activations x."""
+
+    @classmethod
+    def of(cls, x: np.ndarray, num_strongest: int) -> "LayerActivity":
+        """Of a token's activations x (H*N,)."""
+        num_fired = int(np.count_nonzero(x > 0))
+        count = min(num_strongest, num_fired)
+        strongest = np.argpartition(x, len(x) - count)[len(x) - count :] if count else np.empty(0, np.int64)
+        strongest = strongest[np.lexsort((strongest, -x[strongest]))]
+        return cls(num_fired / len(x), strongest.tolist(), [float(value) for value in x[strongest]])
+
+
+class Residuals:
+    """Sums up v after the last layer step over the tokens of one sequence, while they are read.
+
+    The sum is taken in float64, one token after the other, so that it has the same bits however the tokens are cut.
+
+    Attributes:
+        num_tokens: read so far.
+        last: v of the last of them, float32 (D,).
+    """
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+        self.last: np.ndarray | None = None
+        self._sum: np.ndarray | None = None
+
+    def add(self, v: torch.Tensor | np.ndarray) -> None:
+        """The next tokens, (T, D)."""
+        rows = v.detach().float().cpu().numpy() if isinstance(v, torch.Tensor) else v
+        total = np.zeros(rows.shape[1]) if self._sum is None else self._sum.copy()
+        for row in rows:
+            total += row
+        self._sum, self.last = total, np.array(rows[-1], np.float32)
+        self.num_tokens += len(rows)
+
+    @property
+    def mean(self) -> np.ndarray:
+        """Float32, (D,).
+
+        Raises:
+            ValueError: nothing has been read.
+        """
+        if self._sum is None:
+            raise ValueError("no token has been read: there is no mean residual of none")
+        return (self._sum / self.num_tokens).astype(np.float32)
+
+
+@dataclass
+class StepInput:
+    """Tokens that one sequence reads in a step. After an exception the same one may be given again, unless its state is
+    torn: it continues with the tokens that have not been read."""
+
+    state: SynapticState
+    """Of one sequence; advanced in place."""
+    tokens: Sequence[int]
+    """At least one."""
+    logits: WantedLogits = "last"
+    """Of which tokens the logits of the next one are wanted."""
+    record_activations: int | None = None
+    """How many of the strongest neurons of each layer step are wanted of the last token; None for no activity."""
+    residuals: Residuals | None = None
+    """Takes v after the last layer step of all its tokens."""
+    activity: list[LayerActivity] | None = None
+    """A result: of each layer step, where it was asked for."""
+    num_read: int = 0
+    """A result: how many of the tokens the state has read."""
+    error: Exception | None = None
+    """A result: what went wrong with this sequence alone, in a step that others have come through."""
+    found: list[torch.Tensor] = field(default_factory=list)
+    """Logits (T, V) of the pieces that have been read."""
+
+    @property
+    def is_done(self) -> bool:
+        return self.num_read == len(self.tokens)
+
+    def num_wanted(self, count: int) -> int:
+        """Of how many of the next ``count`` tokens, the last ones of them, logits are wanted."""
+        is_last = self.num_read + count == len(self.tokens)
+        return {"all": count, "last": int(is_last), "none": 0}[self.logits]
+
+    def records(self, count: int) -> bool:
+        """Whether activity is wanted of the last one of the next ``count`` tokens."""
+        return self.record_activations is not None and self.num_read + count == len(self.tokens)
+
+    def record(self, x: np.ndarray) -> None:
+        """Takes down a layer step from x (H*N,) of the last token."""
+        assert self.record_activations is not None
+        self.activity = [*(self.activity or ()), LayerActivity.of(x, self.record_activations)]
+
+    def commit(self, count: int, logits: torch.Tensor | None, v: torch.Tensor | np.ndarray) -> None:
+        """Its state, whose memory is whole again, has read so many more tokens.
+
+        Args:
+            logits: those that are wanted.
+            v: (count, D) after the last layer step.
+        """
+        if self.residuals is not None:
+            self.residuals.add(v)
+        self.state.positions.add_(count)
+        self.state.num_columns += count
+        self.num_read += count
+        if logits is not None:
+            self.found.append(logits)
+        self.state.is_torn = False
+
+    def result(self) -> torch.Tensor | None:
+        """The logits that are wanted: (V,) of the last token, (T, V) of all of them, or None."""
+        if self.logits == "none":
+            return None
+        return torch.cat(self.found) if self.logits == "all" else self.found[-1][-1]
+
+
+Taken = Sequence[tuple[StepInput, int]]
+"""What goes into a call of a backend, with the number of its next tokens."""
+
+
+class Advancer:
+    """Advances the states of sequences of one model, by the fastest backend for it and its device.
+
+    With the kernels of :mod:`bdh.ops.cpu` logits and states have the same bits however tokens are given. With torch's
+    operations they agree up to rounding; one sequence alone is read in pieces that end at absolute multiples of the
+    configuration's ``chunk_size``, so that texts cut there have the bits of the whole.
+
+    Args:
+        path: one of :data:`bdh.ops.backends.STEP_PATHS`; "auto" takes the kernels where they run.
+        weights: "float32", or "bfloat16": half the memory and traffic of the kernels' weights.
+        state: "float32", or "bfloat16": half the memory and traffic of the states.
+        window: attend to the last so many tokens only (:mod:`bdh.ops.window`); None for all of the text.
+
+    Raises:
+        ValueError: a value that is none of these, or the kernels, or what only they do, where they do not run.
+
+    Attributes:
+        backend: "cpu" or "eager".
+        last_progress: ``time.monotonic()`` when a step last came to an end of some of its work. For other threads, which
+            tell by it a long step from one that hangs.
+    """
+
+    def __init__(
+        self,
+        model: ModelParts,
+        *,
+        path: str = "auto",
+        weights: Storage = "float32",
+        state: Storage = "float32",
+        window: int | None = None,
+    ):
+        faults = Faults()
+        for name, value in (("weights", weights), ("state", state)):
+            faults.require_one_of(name, value, ("float32", "bfloat16"))
+        if window is not None:
+            is_length = isinstance(window, int) and not isinstance(window, bool) and window >= 1
+            faults.require(is_length, "window", window, "a whole number of tokens, at least 1, or None")
+            faults.require(state == "float32", "state", state, "float32 with a window")
+        faults.raise_if_any()
+        chosen = choose_backend("advance", path, Work(model.device, obstacle=kernel_obstacle(model)))
+        for name, value, formats in (
+            ("weights", weights, chosen.backend.weights),
+            ("state", state, chosen.backend.states),
+        ):
+            faults.require(value in formats, name, value, f"float32 with torch's operations ({chosen.reason})")
+        faults.raise_if_any()
+        model.eval()
+        self.model, self.window, self.backend = model, window, chosen.backend.name
+        self._weights, self._state, self._reason = weights, state, chosen.reason
+        config = model.config
+        self._shape = H, N, D = config.n_head, config.neurons_per_head, config.n_embd
+        half_lives = config.half_lives
+        self._kernel_settings: dict[str, Any] = {}
+        self._half_lives: torch.Tensor | None = None  # (H,), for torch's operations
+        if self.backend == "cpu":
+            from bdh.ops.cpu.recurrence import DTYPES, ScaledSums, ring_fading
+
+            dtype = DTYPES[state]
+            if window is not None:
+                self._kernel_settings["fading"] = ring_fading(window, H, half_lives)
+            elif half_lives is not None:
+                self._kernel_settings["scaled"] = ScaledSums(half_lives)
+        else:
+            dtype = sum_dtype(model.dtype)
+            if half_lives is not None:
+                self._half_lives = torch.tensor(half_lives, dtype=dtype, device=model.device)
+        self._kind = "sums" if state == "float32" else f"sums {state}"
+        if "scaled" in self._kernel_settings:
+            self._kind += ", scaled"
+        self._shapes: Shapes = {"sums": (dtype, (H, N, D))}
+        if window is not None:
+            self._kind, self._shapes = f"window:{window}", ring_shapes(window, H, N, D, model.dtype)
+        self._is_reading = False  # whether the last call of the kernels had more than a token of some sequence
+        self.last_progress = time.monotonic()
+
+    @property
+    def description(self) -> str:
+        """Which code runs, and why: a line for people."""
+        window = f"a window of {self.window} tokens"
+        if self.backend == "eager":
+            how = "dense recurrent steps" if self.window is None else window
+            return f"torch on {self.model.device}, {how} ({self._reason})"
+        held = f"state {self._state}" if self.window is None else window
+        threads = f"sparse kernels on the cpu, {torch.get_num_threads()} threads"
+        return f"{threads}, weights {self._weights}, {held} ({self._reason})"
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of one sequence's state."""
+        return self.model.config.n_layer * sum(
+            math.prod(shape) * dtype.itemsize for dtype, shape in self._shapes.values()
+        )
+
+    @property
+    def pattern(self) -> Pattern:
+        """That of its states."""
+        L = self.model.config.n_layer
+        return self._kind, {name: (dtype, (L, *shape)) for name, (dtype, shape) in self._shapes.items()}
+
+    @torch.inference_mode(False)  # a state is kept for later steps, which may come outside of it
+    def new_state(self, batch_size: int = 1) -> SynapticState:
+        """The state of sequences before their first token."""
+        return SynapticState.empty(
+            self._kind,
+            self._shapes,
+            self.model.config.n_layer,
+            batch_size=batch_size,
+            device=self.model.device,
+            positions_device="cpu",  # where they are asked for
+        )
+
+    def mark_progress(self) -> None:
+        """Some work of a step has ended: a layer step, a piece of a prompt, a sequence."""
+        self.last_progress = time.monotonic()
+
+    def advance(self, inputs: Sequence[StepInput]) -> list[torch.Tensor | None]:
+        """Reads the tokens of all inputs, and returns the logits that each wants.
+
+        The sequences do not see each other, and no state may be given twice in one step.
+
+        After an exception each state is as it was, or has read :attr:`StepInput.num_read` tokens, or is marked as torn.
+
+        Returns:
+            For each input float32 logits on the CPU: (V,) of its last token, (T, V) of all of them, or None.
+
+        Raises:
+            ValueError: no tokens, or ids outside of the vocabulary; all states are left as they were.
+            RuntimeError: a state is torn; the others are left as they were.
+        """
+        V = self.model.config.vocab_size
+        for each in inputs:
+            if not len(each.tokens):
+                raise ValueError("a sequence was given no tokens: it needs at least one in a step")
+            lowest, highest = min(each.tokens), max(each.tokens)
+            if lowest < 0 or highest >= V:
+                wrong = lowest if lowest < 0 else highest
+                raise ValueError(f"token id {wrong} is not in the vocabulary: must be within 0 to {V - 1}")
+            each.state.check_whole()
+        for each in inputs:
+            if not each.is_done:
+                each.activity = each.error = None
+        with torch.no_grad():
+            self.read_all(inputs)
+        for each in inputs:
+            if each.error is not None:
+                raise each.error
+        return [each.result() for each in inputs]
+
+    def read_all(self, inputs: Sequence[StepInput]) -> None:
+        """Reads all tokens that have not been read, of inputs that :meth:`advance` has checked.
+
+        What can fail comes before the first byte of a state is written. From then until it is committed the state is
+        marked as torn, so that what moved, and what did not, can be told from each other after an exception.
+        """
+        while unread := [each for each in inputs if not each.is_done and each.error is None]:
+            (self._by_kernels if self.backend == "cpu" else self._by_torch)(self._taken(unread))
+
+    def advance_what_can_be(self, inputs: Sequence[StepInput], *, is_first: bool = True) -> None:
+        """As :meth:`advance`, but what cannot be read has an error then; all else is read, whatever goes wrong beside it.
+
+        After an exception those whose states are untouched are tried again: together where it has ended others, else in
+        halves, until those that cannot be read are alone.
+        """
+        if not inputs:
+            return
+        try:
+            self.advance(inputs)
+        except Exception as error:
+            if is_first:  # what follows from it is not worth as much of the log
+                _log.exception("a step of %d sequences has failed", len(inputs))
+            for each in inputs:
+                if each.state.is_torn and each.error is None:
+                    each.error = error
+            unread = [each for each in inputs if each.error is None and not each.is_done]
+            if unread and len(inputs) == 1:
+                inputs[0].error = error
+                return
+            cut = len(unread) if len(unread) < len(inputs) else len(unread) // 2
+            self.advance_what_can_be(unread[:cut], is_first=False)
+            self.advance_what_can_be(unread[cut:], is_first=False)
+
+    def _taken(self, unread: Sequence[StepInput]) -> Taken:
+        """What goes into the next call, up to ``MAX_ROWS`` tokens."""
+        taken, available = [], MAX_ROWS[self.backend]
+        scaled, chunk_size = self._kernel_settings.get("scaled"), self.model.config.chunk_size
+        for each in unread:
+            count = min(len(each.tokens) - each.num_read, available)
+            if scaled is not None:
+                count = min(count, scaled.tokens_left(each.state.position))
+            elif self.backend == "eager" and self.window is None and count > 1:
+                count = min(count, chunk_size - each.state.position % chunk_size)
+            taken.append((each, count))
+            available -= count
+            if not available:
+                break
+        return taken
+
+    def _record(self, recorded: Sequence[tuple[StepInput, int]], x_of: Callable[[int], np.ndarray]) -> None:
+        """Takes down a layer step of those of whose row, given with them, activity is wanted."""
+        self.mark_progress()
+        for each, row in recorded:
+            try:
+                each.record(x_of(row))
+            except Exception as error:  # the others are read
+                each.error = error
+
+    def _by_kernels(self, taken: Taken) -> None:
+        """All memory that a call needs is taken before a state is written."""
+        from bdh.ops.cpu.recurrence import Rows
+
+        tokens, positions, starts = _rows(taken)
+        wanted, recorded = _wanted(taken, starts), _recorded(taken, starts)
+        recurrence = recurrence_of(self.model, self._weights, is_prompt=self._begins_prompt(taken))
+        logits_of = recurrence.prepare_logits([row for rows in wanted for row in rows])
+
+        def before_writing() -> None:
+            for each, _ in taken:
+                each.state.is_torn = True
+
+        is_long = starts[-1] * math.prod(self._shape) >= LONG_CALL
+        v = recurrence.advance(
+            Rows(np.array(tokens, np.int64), np.array(positions, np.int64), np.array(starts, np.int64)),
+            [each.state.tensors for each, _ in taken],
+            **self._kernel_settings,
+            on_layer_step=(lambda _, x: self._record(recorded, lambda row: x[:, row])) if recorded or is_long else None,
+            before_writing=before_writing,
+        )
+        self.mark_progress()
+        of_inputs = [v[first:end] for first, end in pairwise(starts)]
+        for (each, count), rows, of_input in zip(taken, wanted, of_inputs, strict=True):
+            if not rows and each.error is None:
+                each.commit(count, None, of_input)
+        logits, first = logits_of(v), 0
+        for (each, count), rows, of_input in zip(taken, wanted, of_inputs, strict=True):
+            if rows and each.error is None:
+                each.commit(count, logits[first : first + len(rows)], of_input)
+            first += len(rows)
+
+    def _begins_prompt(self, taken: Taken) -> bool:
+        """Whether a sequence reads the first of a prompt, as far as the states and the call before tell."""
+        was_reading, self._is_reading = self._is_reading, any(count > 1 for _, count in taken)
+        return (self._is_reading and not was_reading) or any(each.state.position == 0 for each, _ in taken)
+
+    def _by_torch(self, taken: Taken) -> None:
+        """Single tokens and pieces of prompts share their products with the weights."""
+        model, config = self.model, self.model.config
+        dtype, eps = model.dtype, config.layer_norm_eps
+        tokens, positions, starts = _rows(taken)
+        recorded = _recorded(taken, starts)
+        table = rotation_table(
+            torch.tensor(positions, device=model.device), config.neurons_per_head, config.rope_theta, dtype
+        )
+        v, writes = eager.advance(
+            eager.layer_norm(model.embed(torch.tensor(tokens, device=model.device)), eps),
+            eager.Layer(model.encoder, model.encoder_v, model.decoder),
+            table,
+            [eager.Piece(each.state.tensors, each.state.position, count) for each, count in taken],
+            num_layer_steps=config.n_layer,
+            eps=eps,
+            dtype=dtype,
+            half_lives=self._half_lives,
+            on_layer_step=lambda _, x: self._record(recorded, lambda row: x[row].float().cpu().numpy()),
+        )
+        wanted = _wanted(taken, starts)
+        logits: list[torch.Tensor | None] = [None] * len(taken)
+        if rows := [row for of_input in wanted for row in of_input]:
+            found = model.lm_head(v[rows].to(dtype)).float().cpu().split([len(of_input) for of_input in wanted])
+            logits = [each if len(each) else None for each in found]
+        of_inputs = v.split([count for _, count in taken])
+        for (each, count), write, of_logits, of_input in zip(taken, writes, logits, of_inputs, strict=True):
+            if each.error is None:
+                each.state.is_torn = True
+                write()
+                each.commit(count, of_logits, of_input)
+
+
+def _rows(taken: Taken) -> tuple[list[int], list[int], list[int]]:
+    """Tokens and positions of all rows; and where the rows of each input start, and the end of the last."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    starts = [0]
+    for each, count in taken:
+        position = each.state.position
+        tokens.extend(each.tokens[each.num_read : each.num_read + count])
+        positions.extend(range(position, position + count))
+        starts.append(len(tokens))
+    return tokens, positions, starts
+
+
+def _wanted(taken: Taken, starts: list[int]) -> list[range]:
+    """The rows of whose v each input wants the logits."""
+    return [range(end - each.num_wanted(count), end) for (each, count), end in zip(taken, starts[1:], strict=True)]
+
+
+def _recorded(taken: Taken, starts: list[int]) -> list[tuple[StepInput, int]]:
+    """Those that want activity of their last token, and its row."""
+    return [(each, end - 1) for (each, count), end in zip(taken, starts[1:], strict=True) if each.records(count)]
