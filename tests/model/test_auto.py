@@ -9,7 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from bdh import BDHForCausalLM
+from bdh import BDHConfig, BDHForCausalLM
+from bdh.tokenizer import byte_tokenizer
+from bdh.train.export import export_model
 
 
 def test_saved_and_loaded_is_bit_equal(model, tokens, tmp_path):
@@ -33,11 +35,9 @@ def test_loading_takes_a_dtype(model, tokens, tmp_path, dtype):
 @pytest.mark.parametrize(
     "imports",
     [
-        "import bdh\nfrom transformers import AutoModelForCausalLM, AutoConfig",
         "from transformers import AutoModelForCausalLM, AutoConfig\nimport bdh",
-        "import bdh, transformers\nfrom transformers import Trainer, AutoModelForCausalLM, AutoConfig",
-        "from bdh import BDH\nfrom transformers import AutoModelForCausalLM, AutoConfig",
-        "from bdh import BDHModel\nfrom transformers import AutoModelForCausalLM, AutoConfig",
+        "from bdh import BDH\nfrom transformers import AutoModelForCausalLM, AutoConfig",  # bdh.model.modeling first
+        "from bdh import BDHModel\nfrom transformers import AutoModelForCausalLM, AutoConfig",  # bdh.model.backbone first
     ],
 )
 def test_the_auto_classes_know_it_whatever_is_imported_first(model, tmp_path, imports):
@@ -45,10 +45,11 @@ def test_the_auto_classes_know_it_whatever_is_imported_first(model, tmp_path, im
     code = f"""{imports}
 print(type(AutoConfig.from_pretrained({str(tmp_path)!r})).__name__)
 print(type(AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})).__name__)
-from transformers import AutoModel
-print(type(AutoModel.from_pretrained({str(tmp_path)!r})).__name__)"""
+from transformers import AutoModel, AutoModelForSequenceClassification
+print(type(AutoModel.from_pretrained({str(tmp_path)!r})).__name__)
+print(type(AutoModelForSequenceClassification.from_pretrained({str(tmp_path)!r})).__name__)"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["BDHConfig", "BDHForCausalLM", "BDHModel"]
+    assert done.stdout.split() == ["BDHConfig", "BDHForCausalLM", "BDHModel", "BDHForSequenceClassification"]
 
 
 def test_importing_bdh_loads_no_heavy_library():
@@ -69,80 +70,73 @@ def test_unknown_names_are_attribute_errors():
         bdh.Hatchling  # noqa: B018
 
 
-WITHOUT_BDH = """
-import sys
-from transformers import AutoModelForCausalLM, AutoTokenizer
-folder, copied = sys.argv[1:3]
-def refused(**arguments):
-    try:
-        AutoModelForCausalLM.from_pretrained(folder, **arguments)
-    except (ValueError, ImportError) as error:
-        return str(error)
-size = len(AutoTokenizer.from_pretrained(folder))
-print("\\nprinted", size)
-"""
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """The folder of a model and its tokenizer."""
+    folder = tmp_path_factory.mktemp("exported") / "model"
+    config = BDHConfig(vocab_size=256, n_embd=8, n_head=1, n_layer=1, mlp_internal_dim_multiplier=2)
+    export_model(BDHForCausalLM(config), byte_tokenizer(), folder, "")
+    return folder
 
 
-def run_without_bdh(code: str, folder, tmp_path) -> list[str]:
-    """What a program prints in which nothing of bdh was imported, and nobody answers questions."""
+def run(code: str, folder, tmp_path) -> list[str]:
+    """What a program prints, to whose questions nobody answers. ``sys.argv[1:]`` are the folder and a new one."""
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    command = [sys.executable, "-c", WITHOUT_BDH + code, str(folder), str(tmp_path / "copied")]
+    command = [sys.executable, "-c", code, str(folder), str(tmp_path / "copied")]
     done = subprocess.run(
         command, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL, env=environment, timeout=120
     )
     return done.stdout.rpartition("printed")[2].split()  # before it stands what transformers asks
 
 
-@pytest.fixture
-def exported(byte_model, tokenizer, tmp_path):
-    from bdh.train.export import export_model
+WITHOUT_BDH = """
+import builtins, sys
+folder, copied = sys.argv[1:3]
 
-    export_model(byte_model, tokenizer, tmp_path / "exported", "")
-    return tmp_path / "exported"
+def refuse(*_):
+    raise SystemExit("asked")
 
+answer, builtins.input = builtins.input, refuse
+from transformers import AutoModelForCausalLM, AutoTokenizer
+assert len(AutoTokenizer.from_pretrained(folder, trust_remote_code=False)) == 256
+assert "bdh" not in sys.modules
+builtins.input = answer
+assert len(AutoTokenizer.from_pretrained(folder)) == 256
 
-def test_without_importing_bdh_the_error_says_what_to_do(exported, tmp_path):
-    code = """
+def refused(**arguments):
+    try:
+        AutoModelForCausalLM.from_pretrained(folder, **arguments)
+    except (ValueError, ImportError) as error:
+        return str(error)
+
+class NotInstalled:
+    def find_spec(self, name, path=None, target=None):
+        if name == "bdh":
+            raise ModuleNotFoundError("No module named 'bdh'", name=name)
+
 assert "trust_remote_code=True" in refused()
+sys.meta_path.insert(0, NotInstalled())
+assert "pip install bdh" in refused(trust_remote_code=True)
+del sys.meta_path[0]
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-print("printed", type(model).__module__, type(model).__name__)
 model.save_pretrained(copied)
+print("printed", type(model).__module__, type(model).__name__)
 """
-    assert run_without_bdh(code, exported, tmp_path) == ["bdh.model.modeling", "BDHForCausalLM"]
+
+
+def test_without_importing_bdh_the_tokenizer_loads_and_the_model_says_what_to_do(exported, tmp_path):
+    """Nothing is asked where no code is to be trusted; where bdh is not installed, the error says so."""
+    assert run(WITHOUT_BDH, exported, tmp_path) == ["bdh.model.modeling", "BDHForCausalLM"]
     # With the stub, and no copies of the package's modules.
     assert sorted(p.name for p in (tmp_path / "copied").glob("*.py")) == ["bdh_auto.py"]
     assert (tmp_path / "copied" / "config.json").read_text() == (exported / "config.json").read_text()
 
 
-def test_the_tokenizer_alone_loads_without_bdh_and_asks_nothing_where_no_code_is_to_be_trusted(exported):
-    code = """
-import builtins, sys
-def refuse(*_):
-    raise SystemExit("asked")
-builtins.input = refuse
-from transformers import AutoTokenizer
-print(len(AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=False)), "bdh" in sys.modules)
-"""
-    command = [sys.executable, "-c", code, str(exported)]
-    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() == ["256", "False"]
-
-
-def test_where_bdh_is_not_installed_the_error_says_so(exported, tmp_path):
-    code = """
-class NotInstalled:
-    def find_spec(self, name, path=None, target=None):
-        if name == "bdh":
-            raise ModuleNotFoundError("No module named 'bdh'", name=name)
-sys.meta_path.insert(0, NotInstalled())
-print("printed", refused(trust_remote_code=True))
-"""
-    assert "pip install bdh" in " ".join(run_without_bdh(code, exported, tmp_path))
-
-
 def test_after_import_bdh_no_one_is_asked(exported, tmp_path):
     code = """
-import bdh
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, pipeline
+import bdh, sys, transformers
+from transformers import Trainer, AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, pipeline
+folder, copied = sys.argv[1:3]
 for trust in (None, False, True):
     assert type(AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trust)) is bdh.BDHForCausalLM
 assert type(AutoModel.from_pretrained(folder)) is bdh.BDHModel
@@ -151,16 +145,7 @@ AutoModelForCausalLM.from_pretrained(folder).save_pretrained(copied)
 print("printed", AutoConfig.from_pretrained(copied).auto_map["AutoModelForCausalLM"])
 pipeline("text-generation", folder)
 """
-    assert run_without_bdh(code, exported, tmp_path) == ["bdh_auto.BDHForCausalLM"]
-
-
-@pytest.mark.parametrize("name", ["backbone", "modeling"])
-def test_any_of_its_modules_can_be_imported_first(name):
-    code = f"""import bdh.model.{name}
-from transformers import AutoModel, AutoModelForSequenceClassification
-assert bdh.BDHConfig in AutoModel._model_mapping
-assert bdh.BDHConfig in AutoModelForSequenceClassification._model_mapping"""
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert run(code, exported, tmp_path) == ["bdh_auto.BDHForCausalLM"]
 
 
 def test_folders_without_the_stub_load_as_before(model, tokens, tmp_path):

@@ -169,7 +169,7 @@ def test_gradient_checkpointing_gives_equal_gradients_from_a_state(make_model, f
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
 def test_a_compiled_step_with_documents_decay_and_a_state_is_the_plain_one(make_model):
-    model = make_model(decay=5.0).train()
+    model = make_model(decay=5.0, n_layer=2).train()
     tokens, starts = row_of(21), starts_at([4, 13], 21)
     state = model(row_of(9, seed=4), use_cache=True).past_key_values.detach()
 

@@ -55,7 +55,7 @@ def test_a_few_steps_learn_a_text_by_heart(make_model, tokens):
     model = make_model(initializer_range=0.02).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
-    for _ in range(150):
+    for _ in range(100):
         loss, _ = loss_and_gradients(model, tokens)
         optimizer.step()
         losses.append(loss.item())
@@ -66,7 +66,7 @@ def test_a_few_steps_learn_a_text_by_heart(make_model, tokens):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
 def test_a_compiled_training_step_is_the_plain_one(make_model, tokens):
-    model = make_model().train()
+    model = make_model(n_layer=2).train()
     loss, expected = loss_and_gradients(model, tokens)
     compiled = torch.compile(model)
     compiled_loss, gradients = loss_and_gradients(compiled, tokens)
