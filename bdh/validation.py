@@ -7,6 +7,7 @@ are made: so all that is wrong with nested settings is found together, by ``vali
 
 import dataclasses
 import functools
+import re
 import types
 import typing
 from collections.abc import Iterable
@@ -38,6 +39,13 @@ class Unit(NamedTuple):
     """Names the unit of a type's range in messages."""
 
     name: str
+
+
+PositiveSeconds = Annotated[float, Gt(0), Unit("seconds")]
+DeviceName = Annotated[
+    str, Allowed(re.compile(r"auto|cpu|cuda(:\d+)?|mps").fullmatch, "auto, cpu, cuda, cuda:N or mps")
+]
+"""A device's name; whether the machine has it, PyTorch alone knows."""
 
 
 class Faults:

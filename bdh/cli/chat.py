@@ -15,7 +15,7 @@ from bdh.cli.models import ReadsModel
 from bdh.cli.settings import parse_settings, verbatim
 from bdh.generate.chat_options import ChatOptions
 from bdh.storage import check_file
-from bdh.validation import Faults, PathText
+from bdh.validation import DeviceName, Faults, PathText
 
 if TYPE_CHECKING:
     from bdh.generate.chat import Conversation
@@ -50,7 +50,7 @@ class ChatSettings(ReadsModel, ChatOptions):
     """For a run: last (the default), best, or a step."""
     base: PathText | None = None
     """For adapters: where the model that they were trained beside is now, by default where it was."""
-    device: str = "auto"
+    device: DeviceName = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
 
     def collect_faults(self, faults: Faults) -> None:

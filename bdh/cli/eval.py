@@ -12,7 +12,7 @@ from bdh.cli.models import ReadsModel
 from bdh.cli.settings import parse_settings
 from bdh.data.config import DataConfig
 from bdh.evaluate.task_files import check_task_files
-from bdh.validation import Faults, PathText
+from bdh.validation import DeviceName, Faults, PathText
 
 _UNKNOWN_BLOCK_SIZE = 512
 
@@ -58,7 +58,7 @@ class EvalSettings(ReadsModel):
     """For a run: last (the default), best, or a step."""
     base: PathText | None = None
     """For adapters: where the model that they were trained beside is now, by default where it was."""
-    device: str = "auto"
+    device: DeviceName = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     json: bool = False
     """Print one JSON object instead of lines."""

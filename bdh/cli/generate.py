@@ -17,7 +17,7 @@ from bdh.generate.prompts_file import Job, num_done, read_jobs, result_lines
 from bdh.model.sampling import SamplingOptions
 from bdh.storage import check_folder_of
 from bdh.text_files import read_text
-from bdh.validation import Faults, PathText
+from bdh.validation import DeviceName, Faults, PathText
 
 _BEAM_PROMPTS = 16  # searched together
 _ONLY_ENGINE = (
@@ -77,7 +77,7 @@ class GenerateSettings(ReadsModel, SamplingOptions):
     """For a run: last (the default), best, or a step."""
     base: PathText | None = None
     """For adapters: where the model that they were trained beside is now, by default where it was."""
-    device: str = "auto"
+    device: DeviceName = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
 
     def collect_faults(self, faults: Faults) -> None:

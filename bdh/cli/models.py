@@ -1,8 +1,7 @@
 """What commands have in common that read a model."""
 
-from bdh.train.config import require_device
 from bdh.train.places import find_model
-from bdh.validation import Faults, Settings
+from bdh.validation import DeviceName, Settings
 
 
 class ReadsModel(Settings):
@@ -11,11 +10,7 @@ class ReadsModel(Settings):
     model: str | None
     checkpoint: str | None = None
     base: str | None = None
-    device: str = "auto"
-
-    def collect_faults(self, faults: Faults) -> None:
-        super().collect_faults(faults)
-        require_device(self.device, faults)
+    device: DeviceName = "auto"
 
     def check_available(self) -> None:
         super().check_available()

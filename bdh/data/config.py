@@ -1,12 +1,36 @@
 """Settings of the section ``data``."""
 
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+import math
+import re
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from annotated_types import Gt, Lt
 
 from bdh.data.builtin import BUILTIN
 from bdh.data.files import check_item, item_names
-from bdh.data.mix_config import collect_mix_faults, mix_sources
-from bdh.validation import Faults, PathText, Settings
+from bdh.validation import Allowed, Faults, PathText, PositiveInt, Settings, collect_faults
+
+# What an entry may set for its source. The rest of the section holds for all of them.
+ENTRY_FIELDS = (
+    "name",
+    "split",
+    "revision",
+    "format",
+    "text_column",
+    "csv_delimiter",
+    "csv_quoting",
+    "csv_header",
+    "csv_bad_rows",
+    "encoding_errors",
+    "val_split",
+    "val_source",
+    "val_fraction",
+    "streaming",
+)
+# What says which texts are read: with a mix it has its place in the entries.
+_ONLY_IN_ENTRIES = ("source", "name", "split", "revision", "val_split", "val_source")
 
 
 @dataclass
@@ -25,7 +49,10 @@ class DataConfig(Settings):
     """chat: conversations, of which the assistant's part is learned. auto: chat where .jsonl files begin with messages."""
     text_column: str | None = None
     """Column that holds the text, in tables. None takes the only column of strings, if there is only one; chat: messages."""
-    csv_delimiter: str | None = None
+    csv_delimiter: (
+        Annotated[str, Allowed(re.compile(r'tab|[^"\r\n]').fullmatch, "one character, no quote or line end; or tab")]
+        | None
+    ) = None
     """.csv files: the character between fields, or tab. None finds it out among , ; | and tab; a .tsv file has tabs."""
     csv_quoting: bool | None = None
     """.csv files: whether double quotes enclose fields. None finds it out; false: they are characters like any other."""
@@ -39,15 +66,15 @@ class DataConfig(Settings):
     """Hub: split to validate on, instead of val_fraction."""
     val_source: PathText | list[PathText] | None = None
     """Files to validate on, instead of val_fraction."""
-    val_fraction: float = 0.1
+    val_fraction: Annotated[float, Gt(0), Lt(1)] = 0.1
     """Share of the documents that is held out, from the end; of the text's bytes where there is one document."""
     pack: Literal["stream", "documents"] = "stream"
     """stream: a block is read through, whatever it holds. documents: none sees across the end of one, which takes <eos>."""
     streaming: bool = False
     """Read, shuffle and tokenize while training: nothing is written to disk, and memory stays flat."""
-    shuffle_buffer_documents: int = 1000
+    shuffle_buffer_documents: PositiveInt = 1000
     """Streaming: documents that are shuffled among each other; the buffer also ends at 64 MiB of text."""
-    val_tokens: int = 262_144
+    val_tokens: PositiveInt = 262_144
     """Streaming: tokens to collect for validation; the document that reaches them is taken whole."""
     cache_dir: PathText | None = None
     """Folder of the token cache. None takes $BDH_CACHE, or else ~/.cache/bdh."""
@@ -64,16 +91,6 @@ class DataConfig(Settings):
             items = value if isinstance(value, list) else [value]
             is_right = bool(items) and all(item is None or item.strip() for item in items)
             faults.require(is_right, name, value, "a name, or a list of names, none of them empty")
-        faults.require_one_of("format", self.format, ("auto", "text", "chat"))
-        is_one = self.csv_delimiter is None or (len(self.csv_delimiter) == 1 and self.csv_delimiter not in '"\r\n')
-        allowed = "one character, no quote or line end; or tab"
-        faults.require(is_one or self.csv_delimiter == "tab", "csv_delimiter", self.csv_delimiter, allowed)
-        faults.require_one_of("csv_bad_rows", self.csv_bad_rows, ("error", "skip"))
-        faults.require_one_of("encoding_errors", self.encoding_errors, ("strict", "replace"))
-        faults.require_one_of("pack", self.pack, ("stream", "documents"))
-        faults.require(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "above 0 and below 1")
-        for name in ("shuffle_buffer_documents", "val_tokens"):
-            faults.require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         faults.require(
             self.val_split is None or self.val_source is None,
             "val_split",
@@ -104,3 +121,73 @@ class EntryConfig(DataConfig):
 
     others: list[DataConfig] = field(default_factory=list)
     """The sections of the other entries: what they validate on is not trained on in this one either."""
+
+
+@dataclass(frozen=True)
+class MixSource:
+    """One source of a mix."""
+
+    label: str
+    """A short name, another for each source of the mix."""
+    share: float
+    """Of the rows, above 0; those of all sources sum to 1."""
+    config: EntryConfig
+    """The section as it holds for this source alone."""
+
+
+def mix_sources(config: DataConfig) -> list[MixSource]:
+    """The sources of a mix without faults. Those of weight 0 are left out."""
+    entries = [entry for entry in config.mix or [] if entry.get("weight", 1) > 0]
+    total = sum(entry.get("weight", 1) for entry in entries)
+    labels = [_label(entry["source"]) for entry in entries]
+    sections = [_alone(config, entry) for entry in entries]
+    return [
+        MixSource(
+            label if labels.count(label) == 1 else f"{number}:{label}",
+            entry.get("weight", 1) / total,
+            sections[number - 1].beside([*sections[: number - 1], *sections[number:]]),
+        )
+        for number, (label, entry) in enumerate(zip(labels, entries, strict=True), start=1)
+    ]
+
+
+def collect_mix_faults(config: DataConfig, faults: Faults) -> None:
+    """Records what is wrong with ``config.mix``, which is not None, and with each of its entries."""
+    mix = config.mix
+    if not mix:
+        faults.require(False, "mix", mix, "a list of at least one source, as [{source: a.txt, weight: 2}]")
+        return
+    defaults = type(config)()
+    for name in _ONLY_IN_ENTRIES:
+        value = getattr(config, name)
+        faults.require(value == getattr(defaults, name), name, value, "left out with data.mix: its entries have it")
+    weights = []
+    for number, entry in enumerate(mix):
+        inner = faults.with_prefix(f"mix[{number}]")
+        weights.append(entry.get("weight", 1))
+        unknown = [key for key in entry if key not in ("source", "weight", *ENTRY_FIELDS)]
+        if unknown:
+            allowed = ", ".join(("source", "weight", *ENTRY_FIELDS))
+            inner.require(False, str(unknown[0]), entry[unknown[0]], f"left out: an entry has {allowed}")
+            continue
+        if "source" not in entry:
+            faults.require(False, f"mix[{number}]", entry, "a source, as {source: a.txt, weight: 2}")
+            continue
+        collect_faults(_alone(config, entry), inner)
+    are_numbers = all(
+        isinstance(weight, int | float) and not isinstance(weight, bool) and math.isfinite(weight) and weight >= 0
+        for weight in weights
+    )
+    faults.require(
+        are_numbers and sum(weights) > 0, "mix", weights, "weights that are finite, not negative, and sum to above 0"
+    )
+
+
+def _alone(config: DataConfig, entry: dict[str, Any]) -> DataConfig:
+    return replace(config, mix=None, **{name: value for name, value in entry.items() if name != "weight"})
+
+
+def _label(source: str | list[str]) -> str:
+    """The last part of a path; of several, all of theirs."""
+    items = source.split(",") if isinstance(source, str) else source
+    return ",".join(Path(item.strip()).name or item.strip() for item in items)

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from bdh.data import builtin
-from bdh.data.config import DataConfig
+from bdh.data.config import DataConfig, mix_sources
 from bdh.data.files import file_type, find_files, item_names
 from bdh.data.jsonl import parse_line, text_lines
-from bdh.data.mix_config import mix_sources
 from bdh.data.parts import OTHER_TYPES, Skipped, to_utf8
 from bdh.data.source import Source, training_source, validation_source
 from bdh.data.split import num_kept

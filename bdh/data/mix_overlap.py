@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from bdh.data.mix_config import MixSource
+from bdh.data.config import MixSource
 from bdh.data.paths import file_key
 from bdh.data.source import Source, training_source, validation_source
 

@@ -9,9 +9,8 @@ import numpy as np
 import torch
 
 from bdh.data.batch import Batch, ValidationPart
-from bdh.data.config import DataConfig
+from bdh.data.config import DataConfig, mix_sources
 from bdh.data.corpus import Corpus, Loader
-from bdh.data.mix_config import mix_sources
 from bdh.data.mix_overlap import check_overlap
 from bdh.data.windows import check_rows, check_state
 

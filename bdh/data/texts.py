@@ -7,9 +7,8 @@ a model is validated on.
 from collections.abc import Iterator
 
 from bdh.data.columns import show_columns
-from bdh.data.config import DataConfig
+from bdh.data.config import DataConfig, mix_sources
 from bdh.data.conversations import chat_texts, holds_chat
-from bdh.data.mix_config import mix_sources
 from bdh.data.mix_overlap import check_overlap
 from bdh.data.parts import Part, split_document
 from bdh.data.source import training_source, validation_source

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from bdh.validation import Faults, Settings
+from bdh.validation import Faults, PositiveFloat, Settings
 
 
 @dataclass
@@ -14,11 +14,10 @@ class DistributedConfig(Settings):
     """fsdp: dtype in which the weights are gathered and multiplied. The parts that are kept stay in the model's."""
     reduce_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """fsdp: dtype in which gradients are summed over the processes."""
-    timeout_minutes: float = 30.0
+    timeout_minutes: PositiveFloat = 30.0
     """A process that waits for another for so long ends with an error."""
 
     def collect_faults(self, faults: Faults) -> None:
-        faults.require(self.timeout_minutes > 0, "timeout_minutes", self.timeout_minutes, "above 0")
         if self.strategy != "fsdp":
             for name in ("param_dtype", "reduce_dtype"):
                 value = getattr(self, name)

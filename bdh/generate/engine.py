@@ -66,8 +66,8 @@ class Engine:
         self.advancer = advancer or Advancer(
             model,
             path=self.config.path,
-            weights=self.config.weights,  # type: ignore[arg-type]  # validated above
-            state=self.config.state,  # type: ignore[arg-type]
+            weights=self.config.weights,
+            state=self.config.state,
             window=self.config.window,
         )
         max_bytes = self.config.max_state_bytes

@@ -2,9 +2,9 @@
 
 import importlib.util
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from bdh.validation import Faults, Settings, collect_faults
+from bdh.validation import Allowed, Faults, PositiveInt, PositiveSeconds, Settings, collect_faults
 
 AUTO = "auto"
 BACKENDS = ("console", "jsonl", "tensorboard", "wandb", "trackio")
@@ -14,30 +14,25 @@ _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio
 
 @dataclass
 class MonitorConfig(Settings):
-    log_every_steps: int = 10
+    log_every_steps: PositiveInt = 10
     """Steps between two that are logged."""
     backends: list[str] = field(default_factory=lambda: [AUTO])
     """Where to show and record the run: console, jsonl (metrics.jsonl), tensorboard, wandb, trackio, as a list or with
     commas. auto stands for console, jsonl, and tensorboard where it is installed: `auto,wandb` adds to them."""
     progress_bar: bool = True
     """Console: a live bar with loss, speed and time left; without a terminal, lines."""
-    project: str = "bdh"
+    project: Annotated[str, Allowed(str.strip, "a name")] = "bdh"
     """W&B, Trackio: project of the run."""
     run_name: str | None = None
     """W&B, Trackio: name of the run. None takes the name of its folder."""
     wandb_mode: Literal["online", "offline"] = "online"
     """W&B: offline writes files that `wandb sync` sends later; so does online where the server cannot be reached."""
-    wandb_timeout_seconds: float = 30.0
+    wandb_timeout_seconds: PositiveSeconds = 30.0
     """W&B: how long to wait for the server at the start, and for the last figures to arrive at the end."""
 
     def collect_faults(self, faults: Faults) -> None:
-        faults.require(self.log_every_steps >= 1, "log_every_steps", self.log_every_steps, "at least 1")
         for name in split_names(self.backends):
             faults.require_one_of("backends", name, (AUTO, *BACKENDS))
-        faults.require(bool(self.project.strip()), "project", self.project, "a name")
-        faults.require(
-            self.wandb_timeout_seconds > 0, "wandb_timeout_seconds", self.wandb_timeout_seconds, "above 0, in seconds"
-        )
 
 
 def chosen_backends(config: MonitorConfig) -> list[str]:

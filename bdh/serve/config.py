@@ -5,11 +5,24 @@ import os
 import socket
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Le
 
 from bdh.generate.config import EngineConfig
 from bdh.serve.keys import read_callers
 from bdh.text_files import read_text
-from bdh.validation import Faults, PathText, Settings
+from bdh.validation import (
+    Allowed,
+    DeviceName,
+    Faults,
+    NonNegativeInt,
+    PathText,
+    PositiveInt,
+    PositiveSeconds,
+    Settings,
+    Unit,
+)
 
 PLAIN = "plain"
 PACKAGES = ("fastapi", "uvicorn", "h11", "prometheus_client")  # of the extra `serve`
@@ -18,61 +31,48 @@ _ENDPOINTS = [f"OTEL_EXPORTER_OTLP_{name}ENDPOINT" for name in ("", "TRACES_", "
 
 @dataclass
 class LimitSettings(Settings):
-    queue_requests: int = 64
+    queue_requests: PositiveInt = 64
     """Prompts that may wait for a state; more are refused with 429."""
-    queue_tokens: int = 1_000_000
+    queue_tokens: PositiveInt = 1_000_000
     """Tokens that the waiting prompts may have together."""
-    prompt_tokens: int = 100_000
+    prompt_tokens: PositiveInt = 100_000
     """Tokens of a prompt at most."""
-    max_tokens: int = 16_384
+    max_tokens: PositiveInt = 16_384
     """Tokens that a request may ask for."""
-    chat_tokens: int = 1_024
+    chat_tokens: PositiveInt = 1_024
     """Tokens of a chat's reply where the request does not say; of a completion they are 16, as in OpenAI's API."""
-    prompts: int = 64
+    prompts: PositiveInt = 64
     """Prompts of one request."""
-    texts: int = 16
+    texts: PositiveInt = 16
     """Texts of each prompt: n, and best_of."""
-    embeddings: int = 2048
+    embeddings: PositiveInt = 2048
     """Texts of one request for embeddings."""
-    body_bytes: int = 4 << 20
+    body_bytes: Annotated[int, Ge(1024)] = 4 << 20
     """Size of a request; a larger one is refused before it is read."""
-    body_timeout: float = 30.0
+    body_timeout: PositiveSeconds = 30.0
     """Seconds in which the whole of a request must have come."""
-    queue_timeout: float = 60.0
+    queue_timeout: PositiveSeconds = 60.0
     """Seconds that a prompt may wait for a state."""
-    request_timeout: float = 600.0
+    request_timeout: PositiveSeconds = 600.0
     """Seconds from a request's arrival to its last token."""
-    connections: int = 512
+    connections: PositiveInt = 512
     """Connections that are open at once. A new one takes the place of the one whose client has sent no whole request
     for longest; it is refused with 503 where all are at work."""
-    head_bytes: int = 64 << 10
+    head_bytes: Annotated[int, Ge(1024)] = 64 << 10
     """Size of a request's first line and headers; larger ones are refused with 414 or 431."""
-    head_fields: int = 100
+    head_fields: PositiveInt = 100
     """Headers of a request; more are refused with 431."""
-    head_timeout: float = 10.0
+    head_timeout: PositiveSeconds = 10.0
     """Seconds in which the headers must have come."""
-    keep_alive_timeout: float = 30.0
+    keep_alive_timeout: PositiveSeconds = 30.0
     """Seconds that a connection stays open between two requests."""
-    send_timeout: float = 60.0
+    send_timeout: PositiveSeconds = 60.0
     """Seconds in which a client must have taken some of its answer."""
-    stall_timeout: float | None = 60.0
+    stall_timeout: PositiveSeconds | None = 60.0
     """Seconds without any progress of the engine, within a step or between two, after which it is taken to hang and the
     server ends with status 1; null for never."""
 
     def collect_faults(self, faults: Faults) -> None:
-        for name in (
-            "queue_requests",
-            "queue_tokens",
-            "prompt_tokens",
-            "max_tokens",
-            "chat_tokens",
-            "prompts",
-            "texts",
-            "connections",
-            "head_fields",
-            "embeddings",
-        ):
-            faults.require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         faults.require(
             self.chat_tokens <= self.max_tokens,
             "chat_tokens",
@@ -85,19 +85,6 @@ class LimitSettings(Settings):
             self.prompts,
             f"at most queue_requests, {self.queue_requests}",
         )
-        for name in ("body_bytes", "head_bytes"):
-            faults.require(getattr(self, name) >= 1024, name, getattr(self, name), "at least 1024")
-        for name in (
-            "body_timeout",
-            "queue_timeout",
-            "request_timeout",
-            "head_timeout",
-            "keep_alive_timeout",
-            "send_timeout",
-        ):
-            faults.require(getattr(self, name) > 0, name, getattr(self, name), "above 0 seconds")
-        is_right = self.stall_timeout is None or self.stall_timeout > 0
-        faults.require(is_right, "stall_timeout", self.stall_timeout, "above 0 seconds, or null")
 
 
 @dataclass
@@ -106,15 +93,10 @@ class AuthSettings(Settings):
     """File with an API key in each line, or a name and a key; # begins a comment. Read again on SIGHUP."""
     keys_variable: str = "BDH_API_KEYS"
     """Environment variable with further keys, separated by commas. Without any key everybody may ask."""
-    requests_per_minute: int | None = None
+    requests_per_minute: PositiveInt | None = None
     """Of each key, or, without keys, of each address; None for no limit."""
-    tokens_per_minute: int | None = None
+    tokens_per_minute: PositiveInt | None = None
     """Read and generated, of each key; None for no limit."""
-
-    def collect_faults(self, faults: Faults) -> None:
-        for name in ("requests_per_minute", "tokens_per_minute"):
-            value = getattr(self, name)
-            faults.require(value is None or value >= 1, name, value, "at least 1, or null")
 
     def check_available(self) -> None:
         read_callers(self.keys_file, self.keys_variable)
@@ -122,21 +104,16 @@ class AuthSettings(Settings):
 
 @dataclass
 class StateSettings(Settings):
-    max_bytes: int = 2 << 30
+    max_bytes: NonNegativeInt = 2 << 30
     """Memory for saved states; the least recently used go, or stay on the disk only."""
     folder: PathText | None = None
     """Folder that keeps them over a restart. None for memory only."""
-    folder_bytes: int = 20 << 30
+    folder_bytes: NonNegativeInt = 20 << 30
     """Room in that folder; the least recently used go."""
-    ttl: float = 24 * 3600.0
+    ttl: PositiveSeconds = 24 * 3600.0
     """Seconds after which a state that nobody has used is forgotten."""
-    response_bytes: int = 64 << 20
+    response_bytes: NonNegativeInt = 64 << 20
     """Memory for the texts of stored responses, the least recently used of which go; 0 stores none."""
-
-    def collect_faults(self, faults: Faults) -> None:
-        for name in ("max_bytes", "folder_bytes", "response_bytes"):
-            faults.require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        faults.require(self.ttl > 0, "ttl", self.ttl, "above 0 seconds")
 
 
 @dataclass(kw_only=True)
@@ -145,19 +122,19 @@ class ServeSettings(Settings):
     """Folder of an exported model or of a run, or a hub id."""
     host: str = "127.0.0.1"
     """Address to listen on: 0.0.0.0 opens the server to the network."""
-    port: int = 8000
+    port: Annotated[int, Ge(0), Le(65535)] = 8000
     """0 takes a free one."""
-    served_model_name: list[str] = field(default_factory=list)
+    served_model_name: list[Annotated[str, Allowed(bool, "names, not empty")]] = field(default_factory=list)
     """Names that requests give; the first one stands in the answers. By default the last part of model."""
     chat_template: PathText | None = None
     """For a tokenizer without chat template: plain (User: and Assistant: before each message), or a file. None refuses chats."""
-    chat_stop: list[str] = field(default_factory=list)
+    chat_stop: list[Annotated[str, Allowed(bool, "strings of at least one character")]] = field(default_factory=list)
     """Strings that end every reply of a chat."""
     engine: EngineConfig = field(default_factory=lambda: EngineConfig(prefix_cache_bytes=1 << 30))
     limits: LimitSettings = field(default_factory=LimitSettings)
     auth: AuthSettings = field(default_factory=AuthSettings)
     states: StateSettings = field(default_factory=StateSettings)
-    drain_timeout: float = 30.0
+    drain_timeout: Annotated[float, Ge(0), Unit("seconds")] = 30.0
     """Seconds that running requests have after SIGTERM."""
     resume_on_restart: bool = False
     """Keep the requests that were cut off by that in states.folder, and finish them with the next start."""
@@ -167,7 +144,7 @@ class ServeSettings(Settings):
     """Serve the page at /."""
     cors_origins: list[str] = field(default_factory=list)
     """Origins whose pages may ask: https://example.org, or * for all. By default none but the server's own."""
-    log_format: str = "json"
+    log_format: Literal["json", "text"] = "json"
     """json (an object a line) or text, to the standard error."""
     log_prompts: bool = False
     """Write prompts and generated texts into the log."""
@@ -177,15 +154,10 @@ class ServeSettings(Settings):
     """For a run: last (the default), best, or a step."""
     base: PathText | None = None
     """For adapters: where the model that they were trained beside is now, by default where it was."""
-    device: str = "auto"
+    device: DeviceName = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
 
     def collect_faults(self, faults: Faults) -> None:
-        faults.require(0 <= self.port <= 65535, "port", self.port, "within 0 and 65535")
-        faults.require(all(self.served_model_name), "served_model_name", self.served_model_name, "names, not empty")
-        faults.require(all(self.chat_stop), "chat_stop", self.chat_stop, "strings of at least one character")
-        faults.require(self.drain_timeout >= 0, "drain_timeout", self.drain_timeout, "at least 0 seconds")
-        faults.require_one_of("log_format", self.log_format, ("json", "text"))
         faults.require(
             not self.resume_on_restart or self.states.folder is not None,
             "resume_on_restart",

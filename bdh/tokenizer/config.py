@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from bdh.storage import recover_dir
 from bdh.text_files import read_text
-from bdh.validation import Faults, PathText, Settings
+from bdh.validation import Allowed, Faults, PathText, Settings
 
 BYTE = "byte"
 TOKENIZER_FILE = "tokenizer.json"
@@ -14,19 +15,15 @@ DEFAULT_CHAT_TEMPLATE = "default"
 
 @dataclass
 class TokenizerConfig(Settings):
-    path: PathText = BYTE
+    path: Annotated[PathText, Allowed(str.strip, "byte, a folder or a hub id")] = BYTE
     """byte (a token is a byte), a folder that `bdh tokenizer train` or an export wrote, a tokenizer.json, or a hub id."""
     special_tokens: bool = False
     """byte only: add <pad> <bos> <eos> <unk> behind the 256 bytes. With them, <eos> ends every document."""
 
-    chat_template: PathText | None = None
+    chat_template: Annotated[PathText, Allowed(str.strip, "default, the name of a file")] | None = None
     """A .jinja file, or default. None keeps the tokenizer's own; chat data without one get the default, with its tokens."""
 
     def collect_faults(self, faults: Faults) -> None:
-        faults.require(bool(self.path.strip()), "path", self.path, "byte, a folder or a hub id")
-        template = self.chat_template
-        is_right = template is None or bool(template.strip())
-        faults.require(is_right, "chat_template", template, "default, the name of a file, or null")
         faults.require(
             not self.special_tokens or self.path == BYTE,
             "special_tokens",

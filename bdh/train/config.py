@@ -3,7 +3,9 @@
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
 
 from bdh.data.config import DataConfig
 from bdh.distributed.config import DistributedConfig
@@ -11,31 +13,49 @@ from bdh.model.shape import decay_fault
 from bdh.monitor.config import MonitorConfig
 from bdh.tokenizer.config import TokenizerConfig
 from bdh.train.places import LOCK_FILE, CheckpointFolder, check_peft, find_model, holds_run, taken_by_run
-from bdh.validation import Faults, PathText, Settings
+from bdh.validation import (
+    Allowed,
+    DeviceName,
+    Faults,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PathText,
+    PositiveFloat,
+    PositiveInt,
+    Settings,
+)
 
 _METRIC = re.compile(
     r"(val|val_ema)/(loss|perplexity|bits_per_byte|accuracy)"
     r"|val/(loss_at/\d+|dead_neurons|(density|norm)/(x|y|xy)/\d+)"
 )
+MetricName = Annotated[
+    str,
+    Allowed(
+        _METRIC.fullmatch,
+        "a metric of the evaluations, such as val/loss, val_ema/loss, val/accuracy or val/loss_at/64",
+    ),
+]
 
 
 @dataclass
 class ModelSettings(Settings):
-    n_layer: int = 6
+    n_layer: PositiveInt = 6
     """L, passes through the one shared layer."""
-    n_embd: int = 256
+    n_embd: PositiveInt = 256
     """D, width of the residual stream."""
-    n_head: int = 4
+    n_head: PositiveInt = 4
     """H, heads. They must divide n_embd * mlp_internal_dim_multiplier into even parts."""
-    mlp_internal_dim_multiplier: int = 128
+    mlp_internal_dim_multiplier: PositiveInt = 128
     """Neurons of all heads together, in multiples of n_embd."""
-    dropout: float = 0.1
+    dropout: Fraction = 0.1
     """Share of the neurons' outputs that training drops, 0 to below 1."""
-    rope_theta: float = 65536.0
+    rope_theta: Annotated[float, Gt(1)] = 65536.0
     """Base of the rotary frequencies."""
     attention_form: Literal["auto", "parallel", "chunked", "recurrent"] = "auto"
     """How attention is computed; the results are equal. auto takes the cheapest for the length."""
-    chunk_size: int = 128
+    chunk_size: PositiveInt = 128
     """Tokens in a chunk of the chunked form."""
     decay: list[float | None] | float | None = None
     """Half-life of the state in tokens: of the first head, twice as long in each further one; or a list, one a head, null for never. null for no decay."""
@@ -44,10 +64,6 @@ class ModelSettings(Settings):
 
     def collect_faults(self, faults: Faults) -> None:
         sizes = ("n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier", "chunk_size")
-        for name in sizes:
-            faults.require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        faults.require(0 <= self.dropout < 1, "dropout", self.dropout, "at least 0 and below 1")
-        faults.require(self.rope_theta > 1, "rope_theta", self.rope_theta, "above 1")
         if wanted := decay_fault(self.decay, self.n_head):
             faults.require(False, "decay", self.decay, wanted)
         if min(getattr(self, name) for name in sizes) >= 1:
@@ -62,17 +78,21 @@ class ModelSettings(Settings):
 
 
 LORA_LAYERS = ("encoder", "encoder_v", "decoder")
+LoraLayers = Annotated[
+    list[str],
+    Allowed(lambda names: bool(names) and set(names) <= set(LORA_LAYERS), f"some of {', '.join(LORA_LAYERS)}"),
+]
 
 
 @dataclass
 class LoraSettings(Settings):
-    r: int = 0
+    r: NonNegativeInt = 0
     """Rank of the adapters that are trained instead of the weights of init_from; 0 trains all weights."""
-    alpha: float = 16.0
+    alpha: PositiveFloat = 16.0
     """The adapters' product is scaled by alpha / r."""
-    dropout: float = 0.0
+    dropout: Fraction = 0.0
     """Share of an adapter's inputs that training drops, 0 to below 1."""
-    target_modules: list[str] = field(default_factory=lambda: list(LORA_LAYERS))
+    target_modules: LoraLayers = field(default_factory=lambda: list(LORA_LAYERS))
     """Layers that get adapters, of encoder, encoder_v and decoder."""
     embeddings: bool = False
     """Train embed and lm_head too, as a whole: needed for tokens that init_from does not know, as those of chat."""
@@ -80,11 +100,6 @@ class LoraSettings(Settings):
     """Export: the weights with the adapters merged into them; false: a folder of adapters, for peft."""
 
     def collect_faults(self, faults: Faults) -> None:
-        faults.require(self.r >= 0, "r", self.r, "at least 1, or 0 for none")
-        faults.require(self.alpha > 0, "alpha", self.alpha, "above 0")
-        faults.require(0 <= self.dropout < 1, "dropout", self.dropout, "at least 0 and below 1")
-        is_right = bool(self.target_modules) and set(self.target_modules) <= set(LORA_LAYERS)
-        faults.require(is_right, "target_modules", self.target_modules, f"some of {', '.join(LORA_LAYERS)}")
         faults.require(
             self.merge or not self.embeddings, "merge", self.merge, "true with embeddings, which are no adapters"
         )
@@ -94,114 +109,90 @@ class LoraSettings(Settings):
             check_peft()
 
 
-def require_device(device: str, faults: Faults) -> None:
-    """Records a fault where the name is not that of a device. Whether the machine has it, PyTorch alone knows."""
-    is_right = re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", device) is not None
-    faults.require(is_right, "device", device, "auto, cpu, cuda, cuda:N or mps")
-
-
 @dataclass
 class TrainSettings(Settings):
-    max_steps: int = 3000
+    max_steps: PositiveInt = 3000
     """Optimizer steps of the whole run; the learning-rate schedule spans them."""
-    stop_at_step: int | None = None
+    stop_at_step: PositiveInt | None = None
     """Save and stop early at this step, the schedule unchanged. The run can be resumed."""
-    block_size: int = 512
+    block_size: PositiveInt = 512
     """Tokens of a training sequence."""
-    batch_size: int = 32
+    batch_size: PositiveInt = 32
     """Sequences in one forward pass of a process. A step takes batch_size x gradient_accumulation_steps x processes."""
     carry_state: bool = False
     """Each row reads on where it ended in the step before, with the state that it had there, up to an <eos>."""
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: PositiveInt = 1
     """Forward passes whose gradients are added up for one step."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: for the neurons' matrices, with AdamW for embedding and head (its products are bfloat16: slow on a CPU)."""
-    learning_rate: float = 1e-3
+    learning_rate: PositiveFloat = 1e-3
     """Highest learning rate of the schedule. Muon's updates are scaled to fit AdamW's."""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     """Course of the learning rate behind the warm-up; wsd: constant, then linear decay over decay_steps."""
-    warmup_steps: int = 100
+    warmup_steps: NonNegativeInt = 100
     """Steps over which the learning rate rises from 0."""
-    decay_steps: int | None = None
+    decay_steps: PositiveInt | None = None
     """wsd: steps of the final decay; None for a fifth of max_steps."""
-    min_learning_rate_ratio: float = 0.1
+    min_learning_rate_ratio: Annotated[float, Ge(0), Le(1)] = 0.1
     """Learning rate at the end of the schedule, as a share of learning_rate."""
-    weight_decay: float = 0.1
+    weight_decay: NonNegativeFloat = 0.1
     """Decay of the matrices' weights for each step, times the learning rate."""
     decay_embeddings: bool = False
     """Decay the embedding and the head too."""
-    beta1: float = 0.9
+    beta1: Fraction = 0.9
     """AdamW's decay of the mean gradient."""
-    beta2: float = 0.95
+    beta2: Fraction = 0.95
     """AdamW's decay of the mean squared gradient."""
-    grad_clip: float = 1.0
+    grad_clip: NonNegativeFloat = 1.0
     """Largest norm of the gradient; 0 does not clip."""
     dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
     """Arithmetic of the forward pass; weights stay float32, or are float64. auto: bfloat16 on hardware that has it, else float32."""
-    device: str = "auto"
+    device: DeviceName = "auto"
     """auto, cpu, cuda, cuda:N or mps. auto takes the first accelerator."""
     compile: bool = False
     """Compile the model with torch.compile: minutes at the start, faster steps."""
     recompute: Literal["none", "pass", "auto"] = "auto"
     """Wide activations in the backward pass: pass computes them again, none keeps them, auto keeps those of as many passes as the memory budget has room for."""
-    memory_budget_gb: float | None = None
+    memory_budget_gb: PositiveFloat | None = None
     """Memory for all wide activations, in GB of 10^9 bytes. null: a block, and 256 MiB of what may be kept."""
     layer_path: Literal["auto", "plain", "torch", "kernels"] = "auto"
     """Who computes the layer. kernels: in blocks, by the CPU's sparse kernels; torch: in blocks, by PyTorch; plain: all tokens at once, by autograd. auto takes the first that is there."""
-    rows_per_block: int | None = None
+    rows_per_block: PositiveInt | None = None
     """Sequences in a block of the layer, at most batch_size. null for what suits the device and the budget."""
-    tokens_per_block: int | None = None
+    tokens_per_block: PositiveInt | None = None
     """Tokens of each sequence in a block, at most block_size. null for what costs least."""
-    ema_decay: float | None = None
+    ema_decay: Annotated[float, Gt(0), Lt(1)] | None = None
     """Keep an exponential moving average of the weights with this decay, such as 0.999, and evaluate it too. null for none."""
     init_from: PathText | None = None
     """Model to start from, with a fresh optimizer: an export, a run, or a hub id. Its sizes and tokenizer are taken over."""
     lora: LoraSettings = field(default_factory=LoraSettings)
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is not finite: stop before the update, or leave the step out; 26 in a row stop anyway."""
-    spike_threshold: float | None = None
+    spike_threshold: PositiveFloat | None = None
     """Treat a gradient's norm that exceeds its running mean by so many standard deviations, such as 6, as on_nonfinite says."""
-    seed: int = 1337
+    # The seeds of the samples are counted on from it, and PyTorch's end at 2**64 - 1.
+    seed: Annotated[int, Ge(0), Lt(2**63)] = 1337
     """Seed of the weights, the data order, the dropout and the samples."""
-    eval_every_steps: int = 250
+    eval_every_steps: PositiveInt = 250
     """Steps between evaluations on the validation windows; there is one at max_steps too."""
-    eval_windows: int = 64
+    eval_windows: PositiveInt = 64
     """Windows of block_size tokens in the fixed validation set."""
-    patience: int | None = None
+    patience: PositiveInt | None = None
     """Stop after so many evaluations in a row without a better validation loss; None never does."""
-    sample_every_steps: int = 500
+    sample_every_steps: NonNegativeInt = 500
     """Steps between text samples; 0 for none."""
-    sample_prompts: list[str] = field(default_factory=lambda: ["The "])
+    sample_prompts: list[Annotated[str, Allowed(bool, "non-empty texts")]] = field(default_factory=lambda: ["The "])
     """Prompts of the text samples."""
-    sample_max_new_tokens: int = 100
+    sample_max_new_tokens: PositiveInt = 100
     """Tokens of a text sample."""
 
     gone: ClassVar[dict[str, str]] = {"gradient_checkpointing": "train.recompute: pass does what it did"}
     """Settings of earlier versions, and what to say of them."""
 
     def collect_faults(self, faults: Faults) -> None:
-        positive = ("max_steps", "block_size", "batch_size", "gradient_accumulation_steps", "eval_every_steps")
-        for name in (*positive, "eval_windows", "sample_max_new_tokens"):
-            faults.require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("warmup_steps", "weight_decay", "grad_clip", "sample_every_steps", "seed"):
-            faults.require(getattr(self, name) >= 0, name, getattr(self, name), "0 or above")
-        # The seeds of the samples are counted on from it, and PyTorch's end at 2**64 - 1.
-        faults.require(self.seed < 2**63, "seed", self.seed, "at most 2**63 - 1")
-        for name in ("stop_at_step", "patience", "decay_steps", "rows_per_block", "tokens_per_block"):
-            value = getattr(self, name)
-            faults.require(value is None or value >= 1, name, value, "at least 1, or null")
         for name, whole in (("rows_per_block", "batch_size"), ("tokens_per_block", "block_size")):
             value, most = getattr(self, name), getattr(self, whole)
             faults.require((value or 0) <= most, name, value, f"at most train.{whole}, {most}")
-        budget = self.memory_budget_gb
-        is_right = budget is None or budget > 0
-        faults.require(is_right, "memory_budget_gb", budget, "above 0, or null")
-        faults.require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
-        faults.require(
-            0 <= self.min_learning_rate_ratio <= 1, "min_learning_rate_ratio", self.min_learning_rate_ratio, "0 to 1"
-        )
-        for name in ("beta1", "beta2"):
-            faults.require(0 <= getattr(self, name) < 1, name, getattr(self, name), "at least 0 and below 1")
         faults.require(
             self.warmup_steps <= self.max_steps,
             "warmup_steps",
@@ -214,27 +205,21 @@ class TrainSettings(Settings):
             self.decay_steps,
             f"at most max_steps - warmup_steps, {self.max_steps - self.warmup_steps}",
         )
-        threshold = self.spike_threshold
-        faults.require(threshold is None or threshold > 0, "spike_threshold", threshold, "above 0, or null")
         if self.lora.r > 0:
             base, optimizer = self.init_from, self.optimizer
             faults.require(base is not None, "init_from", base, "the model that the adapters of train.lora are for")
             faults.require(optimizer == "adamw", "optimizer", optimizer, "adamw with train.lora")
-        decay = self.ema_decay
-        faults.require(decay is None or 0 < decay < 1, "ema_decay", decay, "above 0 and below 1, or null")
-        require_device(self.device, faults)
-        faults.require(all(self.sample_prompts), "sample_prompts", self.sample_prompts, "non-empty texts")
 
 
 @dataclass
 class CheckpointSettings(Settings):
-    every_steps: int = 500
+    every_steps: PositiveInt = 500
     """Steps between checkpoints; there is always one at the end."""
-    keep_last: int = 2
+    keep_last: PositiveInt = 2
     """Newest checkpoints that are kept; the best one is kept besides."""
-    keep_every_steps: int | None = None
+    keep_every_steps: PositiveInt | None = None
     """Keep the checkpoints of the multiples of so many steps for good. null for none."""
-    best_metric: str = "val/loss"
+    best_metric: MetricName = "val/loss"
     """Which metric of an evaluation makes a checkpoint the best one, such as val/accuracy or val_ema/loss."""
     best_mode: Literal["auto", "min", "max"] = "auto"
     """Whether a lower or a higher best_metric is better; auto: higher for an accuracy, else lower."""
@@ -242,18 +227,6 @@ class CheckpointSettings(Settings):
     """Write checkpoints while the training goes on; takes memory for a copy of weights and optimizer state."""
     export: Literal["last", "best", "ema", "none"] = "last"
     """Which weights are exported to <run_dir>/model at the end: the last, those of the best loss, or the moving average."""
-
-    def collect_faults(self, faults: Faults) -> None:
-        faults.require(self.every_steps >= 1, "every_steps", self.every_steps, "at least 1")
-        faults.require(self.keep_last >= 1, "keep_last", self.keep_last, "at least 1")
-        every = self.keep_every_steps
-        faults.require(every is None or every >= 1, "keep_every_steps", every, "at least 1, or null")
-        faults.require(
-            _METRIC.fullmatch(self.best_metric) is not None,
-            "best_metric",
-            self.best_metric,
-            "a metric of the evaluations, such as val/loss, val_ema/loss, val/accuracy or val/loss_at/64",
-        )
 
 
 @dataclass

@@ -10,7 +10,7 @@ import torch
 from bdh.data import DataConfig
 from bdh.data.mixed import apportion
 from bdh.data.texts import training_texts, validation_texts
-from bdh.validation import Faults
+from bdh.validation import Faults, collect_faults
 from tests.data.conftest import write_table, write_text
 
 
@@ -148,7 +148,7 @@ def test_a_mix_as_one_text_is_refused(mixed):
 
 def faults_of(**settings):
     faults = Faults()
-    DataConfig(**settings).collect_faults(faults.with_prefix("data"))
+    collect_faults(DataConfig(**settings), faults.with_prefix("data"))
     return faults.found
 
 
@@ -161,8 +161,8 @@ def test_a_mix_with_all_that_it_may_set_has_no_fault():
     ([], "data.mix is []: must be a list of at least one source"),
     ([{"weight": 2}], "data.mix[0] is {'weight': 2}: must be a source"),
     ([{"source": "a", "wait": 2}], "data.mix[0].wait is 2: must be left out: an entry has source, weight, name"),
-    ([{"source": "a"}, {"source": 3}], "data.mix[1].source is 3: must be a value that data.source takes"),
-    ([{"source": "a", "text_column": 3}], "data.mix[0].text_column is 3: must be a value that data.text_column takes"),
+    ([{"source": "a"}, {"source": 3}], "data.mix[1].source is 3: must be text, or a list of texts"),
+    ([{"source": "a", "text_column": 3}], "data.mix[0].text_column is 3: must be text, or null"),
     ([{"source": "a", "val_fraction": 2.0}], "data.mix[0].val_fraction is 2.0: must be above 0 and below 1"),
     ([{"source": "a", "weight": -1}], "data.mix is [-1]: must be weights that are finite, not negative, and sum to"),
     ([{"source": "a", "weight": 0}, {"source": "b", "weight": 0}], "data.mix is [0, 0]: must be weights"),

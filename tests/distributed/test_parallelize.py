@@ -3,7 +3,7 @@ import pytest
 from bdh.distributed.config import DistributedConfig
 from bdh.distributed.parallelize import choose_strategy
 from bdh.distributed.world import World
-from bdh.validation import Faults
+from bdh.validation import Faults, collect_faults
 
 
 def chosen(strategy: str, size: int, device: str = "cpu") -> str:
@@ -32,7 +32,7 @@ def test_what_does_not_go_with_the_number_of_processes_is_refused(strategy, size
 
 def test_only_fsdp_casts():
     faults = Faults()
-    DistributedConfig(strategy="ddp", reduce_dtype="bfloat16", timeout_minutes=0).collect_faults(faults)
+    collect_faults(DistributedConfig(strategy="ddp", reduce_dtype="bfloat16", timeout_minutes=0), faults)
     told = str(faults.found)
     assert "reduce_dtype" in told
     assert "timeout_minutes" in told

@@ -12,7 +12,7 @@ from bdh.tokenizer import (
     train_tokenizer,
     with_chat_template,
 )
-from bdh.validation import Faults
+from bdh.validation import Faults, collect_faults
 from bdh.vocabulary import vocabulary_size
 from tests.tokenizer.conftest import TRAINING_TEXT
 
@@ -81,12 +81,12 @@ def test_hub_out_of_reach_says_so_and_what_works_offline(name):
 
 def test_settings_that_do_not_go_together_are_faults():
     faults = Faults()
-    TokenizerConfig().collect_faults(faults)
-    TokenizerConfig(special_tokens=True).collect_faults(faults)
-    TokenizerConfig(path="folder").collect_faults(faults)
+    collect_faults(TokenizerConfig(), faults)
+    collect_faults(TokenizerConfig(special_tokens=True), faults)
+    collect_faults(TokenizerConfig(path="folder"), faults)
     assert faults.found == []
-    TokenizerConfig(path="").collect_faults(faults)
-    TokenizerConfig(path="folder", special_tokens=True).collect_faults(faults)
+    collect_faults(TokenizerConfig(path=""), faults)
+    collect_faults(TokenizerConfig(path="folder", special_tokens=True), faults)
     assert faults.found[0].startswith("path is ''")
     assert faults.found[1].startswith("special_tokens is True: must be false with the tokenizer 'folder'")
 
