@@ -12,12 +12,11 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from bdh.generate.advance import MOST_NEURONS, Advancer, Residuals, StepInput
+from bdh.generate.advance import MOST_NEURONS, Advancer, Residuals, StatePool, StepInput
 from bdh.generate.config import EngineConfig
 from bdh.generate.matcher import Grammars, Matcher
 from bdh.generate.params import SamplingParams
-from bdh.generate.pool import StatePool
-from bdh.generate.prefixes import PrefixStore
+from bdh.generate.prefix_cache import PrefixStore
 from bdh.generate.request import Request
 from bdh.generate.sequence import Completion, FinishReason, StepOutput, told
 from bdh.generate.sequence import Sequence as Running

@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from bdh.generate.advance import Advancer, StepInput
+from bdh.generate.advance import Advancer, StatePool, StepInput
 from bdh.generate.config import EngineConfig
 from bdh.generate.engine import Engine
 from bdh.generate.params import SamplingParams
-from bdh.generate.pool import StatePool
 from bdh.generate.sampler import Sampler
 from bdh.generate.sequence import Sequence as Running
 from bdh.model.state import SynapticState

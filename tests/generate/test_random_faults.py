@@ -12,13 +12,11 @@ import bdh.generate.advance
 import bdh.ops.cpu.kernels
 import bdh.ops.cpu.window
 import bdh.ops.eager
-from bdh.generate.advance import Advancer, StepInput
+from bdh.generate.advance import Advancer, StatePool, StepInput
 from bdh.generate.config import EngineConfig
 from bdh.generate.engine import Engine
 from bdh.generate.params import SamplingParams
-from bdh.generate.pool import StatePool
-from bdh.generate.prefix_cache import PrefixCache
-from bdh.generate.prefixes import PrefixStore
+from bdh.generate.prefix_cache import PrefixCache, PrefixStore
 from bdh.generate.sampler import Sampler
 from bdh.generate.sequence import Sequence
 from bdh.model.state import SynapticState

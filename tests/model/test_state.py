@@ -3,6 +3,7 @@ import torch
 from safetensors.torch import save_file
 
 from bdh import SynapticState
+from bdh.generate.advance import Advancer, StepInput
 
 
 @pytest.fixture
@@ -59,6 +60,58 @@ def test_a_model_that_goes_on_from_a_clone_leaves_the_original(model, tokens):
     assert not torch.equal(original.sums[0], kept.sums[0])
 
 
+def test_a_view_shares_memory_with_its_batch(state):
+    view = state.sequence(1)
+    assert (view.position, view.batch_size) == (7, 1)
+    view.sums[1].fill_(3)
+    view.position = 8
+    assert state.sums[1][1].eq(3).all()
+    assert state.positions.tolist() == [5, 8, 10**9]
+    view.clear()
+    assert not state.sums[0][1].any()
+    assert state.sums[0][0].any()
+    with pytest.raises(ValueError, match="the state has 3 sequences: only one alone has a position"):
+        _ = state.position
+    with pytest.raises(IndexError):
+        state.sequence(3)
+
+
+def test_a_torn_sequence_is_torn_in_its_batch_and_its_neighbours_are_whole(state):
+    first, last = state.sequence(0), state.sequence(-1)
+    last.is_torn = True
+    assert (first.is_torn, last.is_torn, state.is_torn) == (False, True, True)
+    for use in (state.clone, last.clone, lambda: state.filter([0]), lambda: first.copy_(last), lambda: last.save("s")):
+        with pytest.raises(RuntimeError, match="half-written"):
+            use()
+    assert first.clone().position == 5
+    last.copy_(first)  # overwritten, it is whole again
+    assert not state.is_torn
+    assert state.positions.tolist() == [5, 7, 5]
+    state.is_torn = True
+    assert first.is_torn
+    state.clear()
+    assert not first.is_torn
+
+
+def test_a_state_is_copied_into_its_like_alone(state):
+    kept = state.clone()
+    for other in (state.filter([0]), SynapticState(state.sums, state.positions, 12, "sums, scaled")):
+        with pytest.raises(ValueError, match="cannot become one"):
+            other.copy_(state)
+    assert_equal(state, kept)
+
+
+def test_forward_takes_no_torn_state_and_no_other_kind(model, tokens):
+    state = model.new_state(2)
+    state.is_torn = True
+    with pytest.raises(RuntimeError, match="half-written"):
+        model(tokens, past_key_values=state)
+    state.clear()
+    state.kind = "sums bfloat16"
+    with pytest.raises(ValueError, match="of kind 'sums bfloat16': forward reads and writes sums alone"):
+        model(tokens, past_key_values=state)
+
+
 def test_nbytes_counts_sums_and_positions(state):
     assert state.nbytes == 2 * 3 * 2 * 6 * 4 * 4 + 3 * 8
 
@@ -84,6 +137,16 @@ def test_a_saved_state_comes_back_bit_for_bit(state, dtype, tmp_path):
     loaded = SynapticState.load(tmp_path / "state.safetensors")
     assert_equal(loaded, state)
     assert loaded.sums[0].dtype == dtype
+
+
+def test_the_state_of_a_window_is_saved_too(model, tmp_path):
+    advancer = Advancer(model, window=5)
+    state = advancer.new_state(2)
+    advancer.advance([StepInput(state.sequence(0), [1, 2, 3, 4]), StepInput(state.sequence(1), [5])])
+    state.save(tmp_path / "state.safetensors")
+    loaded = SynapticState.load(tmp_path / "state.safetensors")
+    assert (loaded.kind, loaded.positions.tolist()) == ("window:5", [4, 1])
+    torch.testing.assert_close(loaded.tensors, state.tensors, rtol=0, atol=0)
 
 
 def test_a_text_goes_on_from_a_saved_state_as_if_never_stopped(model, tokens, tmp_path):
