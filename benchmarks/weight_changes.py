@@ -28,7 +28,6 @@ import yaml
 from bdh import BDHConfig, BDHForCausalLM
 from bdh.generate.advance import Advancer, StepInput
 from bdh.generate.chat import Conversation
-from bdh.generate.chat_options import ChatOptions
 from bdh.generate.engine import Engine
 from bdh.generate.params import SamplingParams
 from bdh.tokenizer import byte_tokenizer
@@ -82,7 +81,6 @@ def follow(
     optimizer = make_optimizer(model.parameters())
     batches = made_batches()
     engine = Engine(model, tokenizer)
-    advancer = Advancer(model)
     wrong, ties, texts = dict.fromkeys(("generate", "engine", "chat"), 0), 0, set()
     for _ in range(steps):
         model.train()
@@ -93,7 +91,7 @@ def follow(
         model.eval()
         expected, logits = by_argmax(model, list(PROMPT.encode()))
         texts.add(tuple(expected))
-        chat = Conversation(advancer, tokenizer, ChatOptions(temperature=0, max_tokens=NEW_TOKENS), plain=True)
+        chat = Conversation(Engine(model, tokenizer), SamplingParams(temperature=0, max_tokens=NEW_TOKENS), plain=True)
         for _ in chat.say(PROMPT):
             pass
         found = {

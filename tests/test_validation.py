@@ -17,7 +17,7 @@ from bdh.validation import Faults, Settings, collect_faults
 from tests.cli.test_defaults import REQUIRED, Command
 
 for module in pkgutil.walk_packages(bdh.__path__, "bdh."):
-    if module.name.rpartition(".")[2] in ("config", "params", "sampling", "chat_options") or module.name in (
+    if module.name.rpartition(".")[2] in ("config", "params") or module.name in (
         f"bdh.cli.{command}" for command in COMMANDS
     ):
         importlib.import_module(module.name)
@@ -64,7 +64,7 @@ def made(settings_class: type, **values: Any) -> Any:
 def test_all_classes_of_settings_are_looked_at():
     names = {each.__name__ for each in CLASSES}
     assert names >= {"RunSettings", "TrainSettings", "ModelSettings", "ServeSettings", "LimitSettings", "DataConfig"}
-    assert names >= {"SamplingParams", "SamplingOptions", "ChatOptions", "EngineConfig", "GenerateSettings"}
+    assert names >= {"SamplingParams", "EngineConfig", "ChatSettings", "GenerateSettings"}
     assert len(NUMBERS) > 50
 
 

@@ -6,14 +6,15 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from bdh.cli.libraries import show_kept
-from bdh.cli.models import ReadsModel
+from bdh.cli.models import ReadsModel, load_for_generation
 from bdh.cli.settings import parse_settings, verbatim
-from bdh.generate.chat_options import ChatOptions
+from bdh.generate.config import EngineConfig
+from bdh.generate.params import DrawSettings, SamplingParams
 from bdh.storage import check_file
 from bdh.validation import DeviceName, Faults, PathText
 
@@ -21,15 +22,18 @@ if TYPE_CHECKING:
     from bdh.generate.chat import Conversation
 
 _PROMPT = "> "
+_PIECE_TOKENS = 256
 _HISTORY_LINES = 1000
 # Codes that would move the cursor or change colours: a model of bytes writes them too.
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 @dataclass(kw_only=True)
-class ChatSettings(ReadsModel, ChatOptions):
+class ChatSettings(ReadsModel, DrawSettings):
     model: PathText
     """Folder of an exported model or of a run, or a hub id."""
+    max_tokens: int = 500
+    """Tokens of a reply at most."""
     system: str | None = verbatim(None)
     """System message: how the model is to answer. Without a chat template, text in front of everything."""
     load: PathText | None = None
@@ -55,6 +59,7 @@ class ChatSettings(ReadsModel, ChatOptions):
 
     def collect_faults(self, faults: Faults) -> None:
         super().collect_faults(faults)
+        faults.require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1 token")
         faults.require(self.max_undo_bytes >= 0, "max_undo_bytes", self.max_undo_bytes, "at least 0")
         faults.require(self.window is None or self.window >= 1, "window", self.window, "at least 1, or null")
 
@@ -63,8 +68,20 @@ class ChatSettings(ReadsModel, ChatOptions):
         if self.load is not None:
             check_file(Path(self.load).expanduser(), "snapshot file")
 
-    def options(self) -> ChatOptions:
-        return ChatOptions(**{f.name: getattr(self, f.name) for f in fields(ChatOptions)})
+    def params(self) -> SamplingParams:
+        drawing = {each.name: getattr(self, each.name) for each in fields(DrawSettings)}
+        return SamplingParams(max_tokens=self.max_tokens, **drawing)
+
+    def engine(self) -> EngineConfig:
+        """Of one sequence, whose prompts are read in pieces: an interrupted one ends after the piece."""
+        return EngineConfig(
+            path=self.path,
+            window=self.window,
+            weights=self.weights,
+            state=self.state,
+            max_running=1,
+            tokens_per_step=_PIECE_TOKENS,
+        )
 
 
 def run(argv: list[str]) -> int:
@@ -75,18 +92,14 @@ def run(argv: list[str]) -> int:
         description="Talk with a model, or, where its tokenizer has no chat template, write a text together.",
         positionals=("model",),
     )
-    from bdh.generate.advance import Advancer
     from bdh.generate.chat import Conversation
-    from bdh.train.models import load_model
+    from bdh.generate.engine import Engine
 
-    model, tokenizer = load_model(
-        settings.model, checkpoint=settings.checkpoint, base=settings.base, device=settings.device
-    )
+    model, tokenizer = load_for_generation(settings)
     show_kept()
     conversation = Conversation(
-        Advancer(model, path=settings.path, weights=settings.weights, state=settings.state, window=settings.window),
-        tokenizer,
-        settings.options(),
+        Engine(model, tokenizer, config=settings.engine()),
+        settings.params(),
         system=settings.system,
         plain=settings.plain,
         max_undo_bytes=settings.max_undo_bytes,
@@ -125,9 +138,11 @@ class Session:
     def introduce(self, name: str) -> None:
         conversation = self.conversation
         _tell(f"  model      {name}")
-        _tell(f"  runs       {conversation.advancer.description}")
+        _tell(f"  runs       {conversation.engine.advancer.description}")
         _tell(f"  mode       {self._mode()}")
-        _tell(f"  memory     a state of {conversation.advancer.state_bytes:,} bytes, at any length of the conversation")
+        _tell(
+            f"  memory     a state of {conversation.engine.advancer.state_bytes:,} bytes, at any length of the conversation"
+        )
         if self.is_terminal:
             _tell("/help lists the commands; Ctrl-C stops a reply, Ctrl-D ends")
 
@@ -241,17 +256,15 @@ class Session:
         def set_it(value: str) -> None:
             conversation = self.conversation
             if value:
-                conversation.options = replace(
-                    conversation.options, **{name: _number(name, value, convert)}
-                ).validated()
-            _tell(f"{name} is {getattr(conversation.options, name)}")
+                conversation.set_params(**{name: _number(name, value, convert)})
+            _tell(f"{name} is {getattr(conversation.params, name)}")
 
         return set_it
 
     def _seed(self, value: str) -> None:
         if value:
             self.conversation.set_seed(None if value == "none" else _number("seed", value, int))
-        seed = self.conversation.options.seed
+        seed = self.conversation.params.seed
         _tell(f"seed is {'none' if seed is None else seed}")
 
     def _system(self, value: str) -> None:
@@ -293,10 +306,10 @@ class Session:
         conversation, stats = self.conversation, self.conversation.stats
         _tell(f"  read       {_speed(stats.tokens_read, stats.seconds_reading)}")
         _tell(f"  written    {_speed(stats.tokens_written, stats.seconds_writing)}")
-        _tell(f"  state      {conversation.advancer.state_bytes:,} bytes, at position {conversation.position:,}")
+        _tell(f"  state      {conversation.engine.advancer.state_bytes:,} bytes, at position {conversation.position:,}")
         turns = len(conversation.messages) // 2
         _tell(f"  turns      {turns}, of which the last {conversation.num_undoable} can be taken back")
-        _tell(f"  runs       {conversation.advancer.description}")
+        _tell(f"  runs       {conversation.engine.advancer.description}")
 
 
 def _number(name: str, value: str, convert: Callable[[str], Any]) -> Any:

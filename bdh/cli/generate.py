@@ -8,35 +8,21 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from bdh.cli.models import ReadsModel
+from bdh.cli.models import ReadsModel, load_for_generation
 from bdh.cli.settings import parse_settings, verbatim
 from bdh.generate.config import EngineConfig
-from bdh.generate.grammar import check_grammar_library
-from bdh.generate.params import SamplingParams
+from bdh.generate.grammar import check_grammar_library, collect_grammar_faults
+from bdh.generate.params import SamplingParams, TextSettings, collect_text_faults
 from bdh.generate.prompts_file import Job, num_done, read_jobs, result_lines
-from bdh.model.sampling import SamplingOptions
 from bdh.storage import check_folder_of
 from bdh.text_files import read_text
 from bdh.validation import DeviceName, Faults, PathText
 
 _BEAM_PROMPTS = 16  # searched together
-_ONLY_ENGINE = (
-    "min_tokens",
-    "presence_penalty",
-    "frequency_penalty",
-    "logit_bias",
-    "stop_token_ids",
-    "ignore_eos",
-    "logprobs",
-    "prompt_logprobs",
-    "echo",
-    "json_schema",
-    "regex",
-)
 
 
 @dataclass(kw_only=True)
-class GenerateSettings(ReadsModel, SamplingOptions):
+class GenerateSettings(ReadsModel, TextSettings):
     model: PathText
     """Folder of an exported model or of a run, or a hub id."""
     prompt: str | None = verbatim(None)
@@ -50,18 +36,12 @@ class GenerateSettings(ReadsModel, SamplingOptions):
     """File to write results to, one JSON object a line, in the order of the prompts; by default they are printed."""
     resume: bool = False
     """Go on with an output that was interrupted: what it holds is checked, and stays."""
-    min_tokens: int = 0
-    """Tokens generated before the text may end."""
-    presence_penalty: float = 0.0
-    """Is taken from the logits of tokens that have been generated."""
-    frequency_penalty: float = 0.0
-    """Is taken from the logits of a token once for each time that it has been generated."""
-    logit_bias: dict[int, float] = field(default_factory=dict)
-    """Is added to the logits of these tokens."""
-    stop_token_ids: list[int] = field(default_factory=list)
-    """Tokens that end the text, beside the model's own."""
-    ignore_eos: bool = False
-    """Go on behind the model's own end of a text."""
+    max_new_tokens: int = SamplingParams.max_tokens
+    """Tokens generated at most."""
+    num_beams: int = 1
+    """Beams of a beam search; 1 for none."""
+    num_return_sequences: int = 1
+    """Continuations of each prompt."""
     logprobs: int | None = None
     """With output: log-probabilities of each token and of the so many likeliest; 0 for those of the tokens alone."""
     prompt_logprobs: int | None = None
@@ -82,15 +62,10 @@ class GenerateSettings(ReadsModel, SamplingOptions):
 
     def collect_faults(self, faults: Faults) -> None:
         super().collect_faults(faults)
-        known = set(faults.found)
-        own = Faults()
-        self.params().collect_faults(own)
-        names = {"max_tokens": "max_new_tokens", "n": "num_return_sequences"}
-        for fault in own.found:
-            name, rest = fault.split(" ", 1)
-            told = f"{names.get(name, name)} {rest}"
-            if not any(each.startswith(f"{names.get(name, name)} ") for each in known):
-                faults.add(told)
+        counts = (self.max_new_tokens, self.num_return_sequences, self.num_beams)
+        collect_text_faults(self, faults, max_new_tokens=counts[0], num_return_sequences=counts[1], num_beams=counts[2])
+        is_right = 0 <= self.min_tokens <= max(0, self.max_new_tokens)
+        faults.require(is_right, "min_tokens", self.min_tokens, "within 0 and max_new_tokens")
         if (self.prompt is None) == (self.prompts_file is None):
             faults.add("give either --prompt or --prompts_file")
         for name in ("logprobs", "prompt_logprobs", "echo"):
@@ -99,11 +74,11 @@ class GenerateSettings(ReadsModel, SamplingOptions):
         faults.require(not self.resume or self.output is not None, "resume", self.resume, "given with output")
         both = self.regex is not None and self.json_schema is not None
         faults.require(not both, "regex", self.regex, "left out with json_schema")
-        if self.num_beams > 1:
-            defaults = SamplingParams()
-            for name in _ONLY_ENGINE:
-                value = getattr(self, name)
-                faults.require(value == getattr(defaults, name, None), name, value, "left out with num_beams above 1")
+        for name in ("json_schema", "regex"):
+            value = getattr(self, name)
+            faults.require(self.num_beams == 1 or value is None, name, value, "left out with num_beams above 1")
+        if self.regex is not None:
+            faults.found += collect_grammar_faults({"regex": self.regex})
 
     def check_available(self) -> None:
         super().check_available()
@@ -112,16 +87,12 @@ class GenerateSettings(ReadsModel, SamplingOptions):
         if self.regex is not None or self.json_schema is not None:
             check_grammar_library()
 
-    def sampling(self) -> SamplingOptions:
-        return SamplingOptions(**{f.name: getattr(self, f.name) for f in fields(SamplingOptions)})
-
     def params(self) -> SamplingParams:
-        shared = [f.name for f in fields(SamplingParams) if hasattr(self, f.name)]
         return SamplingParams(
             max_tokens=self.max_new_tokens,
             n=self.num_return_sequences,
             grammar=None if self.regex is None else {"regex": self.regex},
-            **{name: getattr(self, name) for name in shared},
+            **{each.name: getattr(self, each.name) for each in fields(TextSettings)},
         )
 
 
@@ -141,18 +112,20 @@ def run(argv: list[str]) -> int:
         jobs = read_jobs(Path(settings.prompts_file), params)
     done = _prepare_output(settings, jobs)
 
-    from bdh.train.models import load_model
-
-    model, tokenizer = load_model(
-        settings.model, checkpoint=settings.checkpoint, base=settings.base, device=settings.device
-    )
-    asked = [_asked(tokenizer, job, settings.chat) for job in jobs]
     if settings.num_beams > 1:
-        results = _beams(model, tokenizer, jobs[done:], asked[done:], settings.sampling())
+        from bdh.train.models import load_model
+
+        model, tokenizer = load_model(
+            settings.model, checkpoint=settings.checkpoint, base=settings.base, device=settings.device
+        )
+        asked = [_asked(tokenizer, job, settings.chat) for job in jobs]
+        results = _beams(model, tokenizer, jobs[done:], asked[done:], settings)
     else:
         from bdh.generate.engine import Engine
 
-        engine = Engine(model, tokenizer, config=settings.engine)
+        network, plain = load_for_generation(settings)
+        asked = [_asked(plain, job, settings.chat) for job in jobs]
+        engine = Engine(network, plain, config=settings.engine)
         print(f"steps by {engine.advancer.description}", file=sys.stderr)
         if settings.output is None and len(jobs) == 1 and jobs[0].params.n == 1:
             return _print_stream("" if settings.chat else settings.prompt or "", engine, asked[0], jobs[0].params)
@@ -202,11 +175,14 @@ def _by_engine(engine: Any, jobs: list[Job], asked: list) -> Iterator[list[Any]]
     yield from engine.map(zip(encoded, (job.params for job in jobs), strict=True))
 
 
-def _beams(model: Any, tokenizer: Any, jobs: list[Job], asked: list, options: SamplingOptions) -> Iterator[list[Any]]:
+def _beams(model: Any, tokenizer: Any, jobs: list[Job], asked: list, settings: GenerateSettings) -> Iterator[list[Any]]:
     from bdh.generate.sequence import Completion
+    from bdh.generate.texts import generate_texts
 
+    params, num_beams = settings.params(), settings.num_beams
     for start in range(0, len(jobs), _BEAM_PROMPTS):
-        for texts in model.generate_texts(tokenizer, asked[start : start + _BEAM_PROMPTS], options):
+        prompts = asked[start : start + _BEAM_PROMPTS]
+        for texts in generate_texts(model, tokenizer, prompts, params, num_beams=num_beams):
             ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
             yield [Completion(text, tokens, "length") for text, tokens in zip(texts, ids, strict=True)]
 

@@ -1,7 +1,19 @@
 """What commands have in common that read a model."""
 
-from bdh.train.places import find_model
+import logging
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bdh.train.places import find_checkpoint, find_model
 from bdh.validation import DeviceName, Settings
+
+if TYPE_CHECKING:
+    from bdh.model.network import ModelParts
+    from bdh.tokenizer.plain import PlainTokenizer
+
+_logger = logging.getLogger(__name__)
+_HUB_FILES = ["*.json", "*.jinja", "model*.safetensors"]
 
 
 class ReadsModel(Settings):
@@ -16,3 +28,73 @@ class ReadsModel(Settings):
         super().check_available()
         if self.model is not None:
             find_model(self.model, checkpoint=self.checkpoint, base=self.base)
+
+
+def load_for_generation(settings: ReadsModel) -> "tuple[ModelParts, PlainTokenizer]":
+    """The model that settings name, in evaluation mode, and its tokenizer.
+
+    transformers, which takes seconds to import, is used only for what it alone can read: adapters, quantized weights, and
+    tokenizers of its own classes.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`bdh.train.models.load_model`.
+    """
+    from bdh.model.network import ModelConfig, Network, QuantizedWeightsError, choose_device
+    from bdh.tokenizer.plain import PlainTokenizer
+
+    assert settings.model is not None  # of a command that needs one
+    device = choose_device(settings.device)
+    place = find_model(settings.model, checkpoint=settings.checkpoint, base=settings.base)
+    folder = _from_hub(settings.model) if place.kind == "hub" else place.path
+    network: Network | None = None
+    if place.kind in ("export", "hub"):
+        with suppress(QuantizedWeightsError):
+            network = Network.load(folder, device)
+            network.config.name_or_path = settings.model
+    elif place.kind == "run":
+        from bdh.train.checkpoint import Checkpointer
+
+        which = find_checkpoint(place.path, place.checkpoint or "last")
+        checkpoint, folder = Checkpointer(place.path).load(which), place.path / "tokenizer"
+        if not (checkpoint.training["settings"]["train"].get("lora") or {}).get("r"):
+            config = ModelConfig.from_facts(checkpoint.training["model_config"])
+            network = Network(config, checkpoint.tensors("weights"), name=settings.model).to(device)
+    if network is None:
+        return _load_with_transformers(settings)
+    tokenizer = PlainTokenizer.load(folder)
+    if tokenizer is None:
+        from bdh.tokenizer.loading import load_tokenizer
+
+        tokenizer = PlainTokenizer.of(load_tokenizer(folder))
+    return network, tokenizer
+
+
+def _load_with_transformers(settings: Any) -> "tuple[ModelParts, PlainTokenizer]":
+    from bdh.tokenizer.plain import PlainTokenizer
+    from bdh.train.models import load_model
+
+    model, tokenizer = load_model(
+        settings.model, checkpoint=settings.checkpoint, base=settings.base, device=settings.device
+    )
+    return model, PlainTokenizer.of(tokenizer)
+
+
+def _from_hub(name: str) -> Path:
+    """The folder of the hub's cache that holds the newest commit of a model, downloaded where it is not there yet."""
+    from huggingface_hub import constants, snapshot_download
+
+    if not constants.HF_HUB_OFFLINE:
+        _logger.warning("there is no folder %s: looking for it on the Hugging Face hub", name)
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(name, allow_patterns=[*_HUB_FILES, "pytorch_model*.bin"]))
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError("it has no config.json")
+    except OSError as error:  # of the network, and of the hub
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise FileNotFoundError(
+            f"{name!r} is neither a folder here nor a model that the hub gives: {reason}. Without a network, give the "
+            "folder of an export or of a run"
+        ) from error
+    return folder

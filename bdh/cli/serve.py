@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from bdh.cli.models import ReadsModel
+from bdh.cli.models import ReadsModel, load_for_generation
 from bdh.cli.settings import parse_settings
 from bdh.cli.streams import lasting_streams
 from bdh.serve.config import ServeSettings
@@ -28,10 +28,9 @@ def run(argv: list[str]) -> int:
     )
     from bdh.cli.libraries import show_kept
     from bdh.serve.server import serve
-    from bdh.train.models import load_model
 
     show_kept()  # a server tells what happens as it happens
     return serve(
         settings,
-        lambda: load_model(settings.model, checkpoint=settings.checkpoint, base=settings.base, device=settings.device),
+        lambda: load_for_generation(settings),
     )

@@ -18,8 +18,8 @@ from bdh.evaluate.task_files import check_task_files, is_task_path
 from bdh.generate.config import EngineConfig
 from bdh.generate.engine import Engine
 from bdh.generate.params import SamplingParams
+from bdh.generate.texts import generate_text, params_of
 from bdh.model import BDHForCausalLM
-from bdh.model.sampling import SamplingOptions
 from bdh.vocabulary import document_end_id
 
 _MAX_LOGITS = 2**26  # of one forward pass: 256 MiB in float32
@@ -95,17 +95,17 @@ class HarnessModel(TemplateLM):
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Continues each context until one of its stop strings."""
         asked = [_sampling(request.args[1]) for request in requests]
+        contexts = [self._last_part(request.args[0]) for request in requests]
         texts: list[str] = [""] * len(requests)
-        alone = [index for index, options in enumerate(asked) if options.num_beams == 1]
-        jobs = ((self._last_part(requests[index].args[0]), _params(asked[index])) for index in alone)
+        alone = [index for index, (_, num_beams) in enumerate(asked) if num_beams == 1]
+        jobs = ((contexts[index], asked[index][0]) for index in alone)
         for index, (completion,) in zip(alone, self._engine.map(jobs), strict=True):
             if completion.error is not None:
                 raise RuntimeError(f"a text of the task could not be generated: {completion.error}")
             texts[index] = completion.text
-        for index in sorted(set(range(len(requests))) - set(alone)):
-            ((texts[index],),) = self._model.generate_texts(
-                self.tokenizer, [self._last_part(requests[index].args[0])], asked[index]
-            )
+        for index, (params, num_beams) in enumerate(asked):
+            if num_beams > 1:
+                texts[index] = generate_text(self._model, self.tokenizer, contexts[index], params, num_beams=num_beams)
         return texts
 
     @cached_property
@@ -237,8 +237,8 @@ def _found_tasks(tasks: Sequence[str], include_path: str | None) -> tuple[list[s
     return names, manager
 
 
-def _sampling(arguments: dict[str, Any]) -> SamplingOptions:
-    """What a task's ``generation_kwargs`` mean.
+def _sampling(arguments: dict[str, Any]) -> tuple[SamplingParams, int]:
+    """What a task's ``generation_kwargs`` mean: how to sample, and the beams of a beam search, 1 for none.
 
     Raises:
         ValueError: there is one that has no meaning here.
@@ -255,9 +255,9 @@ def _sampling(arguments: dict[str, Any]) -> SamplingOptions:
         )
     if not samples:
         given["temperature"] = 0.0
-    return SamplingOptions(max_new_tokens=max_new_tokens, stop=[s for s in stop if s], seed=0, **given).validated()
-
-
-def _params(options: SamplingOptions) -> SamplingParams:
-    shared = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "seed")
-    return SamplingParams(max_tokens=options.max_new_tokens, **{name: getattr(options, name) for name in shared})
+    num_beams = given.pop("num_beams", 1)
+    return params_of(
+        None,
+        {"max_new_tokens": max_new_tokens, "stop": [s for s in stop if s], "seed": 0, **given},
+        num_beams=num_beams,
+    ), num_beams

@@ -9,11 +9,11 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from bdh.generate.advance import Residuals
+from bdh.generate.decoder import Prompt
 from bdh.generate.engine import Engine
 from bdh.generate.params import SamplingParams
 from bdh.generate.sequence import Completion, StepOutput
 from bdh.generate.snapshot import Snapshot
-from bdh.model.text import Prompt
 
 _log = logging.getLogger(__name__)
 Item = StepOutput | BaseException | None

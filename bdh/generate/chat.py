@@ -9,22 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerFast
 
-from bdh.generate.advance import Advancer, StepInput
-from bdh.generate.chat_options import ChatOptions
-from bdh.generate.sampler import Sampler, generator_of
+from bdh.generate.advance import StepInput
+from bdh.generate.decoder import TextDecoder, encode_prompt, end_token_ids
+from bdh.generate.engine import Engine
+from bdh.generate.params import SamplingParams
+from bdh.generate.sampler import generator_of
+from bdh.generate.sequence import Completion, StepOutput
 from bdh.generate.snapshot import Snapshot
 from bdh.model.fingerprint import weights_mark
 from bdh.model.state import SynapticState
-from bdh.model.text import TextDecoder, encode_prompt
 from bdh.tokenizer.chat import ChatEncoder
-from bdh.vocabulary import check_vocabulary
 
 Message = dict[str, str]
 
-# Tokens read between two looks at whether the reply is to be stopped, roughly.
-_PIECE_TOKENS = 256
+REPLY_TOKENS = 500
+"""Of a reply at most, unless the settings say otherwise."""
 
 
 @dataclass
@@ -57,22 +57,6 @@ class _Point:
         return [[next(tokens) for _ in range(length)] for length in self.lengths]
 
 
-@dataclass
-class _Reply:
-    """One that is being written."""
-
-    snapshot: Snapshot
-    """Advanced as it goes."""
-    spans: list[list[int]]
-    """Up to where the model is to write."""
-    has_begun: bool = False
-    """Whether the model has chosen a token."""
-
-    @property
-    def written(self) -> list[int]:
-        return self.snapshot.tokens[sum(map(len, self.spans)) :]
-
-
 class Conversation:
     """Turns of a user and a model.
 
@@ -83,38 +67,38 @@ class Conversation:
     an answer is left to the template.
 
     Args:
-        options: how replies are sampled; may be replaced between turns, except for the seed. All replies are drawn
-            from one generator, which ``seed`` starts.
+        engine: of the model, for nothing else meanwhile.
+        params: how replies are sampled. All of them are drawn from one generator, which ``seed`` starts.
         system: the system message; without a template, text in front of everything.
         plain: continue text though there is a chat template.
         max_undo_bytes: of the states kept for :meth:`undo`, a whole one for each turn.
         notify: is told in a line what goes otherwise than expected.
 
     Raises:
-        ValueError: the tokenizer is another model's, its chat template cannot be used, or it refuses the system
-            message.
+        ValueError: the chat template cannot be used, or it refuses the system message.
     """
 
     def __init__(
         self,
-        advancer: Advancer,
-        tokenizer: PreTrainedTokenizerFast,
-        options: ChatOptions | None = None,
+        engine: Engine,
+        params: SamplingParams | None = None,
         *,
         system: str | None = None,
         plain: bool = False,
         max_undo_bytes: int = 1 << 30,
         notify: Callable[[str], None] = lambda line: None,
     ):
-        check_vocabulary(tokenizer, advancer.model.config.vocab_size)
-        self.advancer = advancer
-        self.options = (options or ChatOptions()).validated()
+        self.engine = engine
+        self.params = params or SamplingParams(max_tokens=REPLY_TOKENS)
+        self.set_params()
         self.max_undo_bytes = max_undo_bytes
         self.stats = ChatStats()
-        self._tokenizer = tokenizer
+        self._tokenizer = tokenizer = engine.tokenizer
         self._notify = notify
         self._encoder = None if plain or not tokenizer.chat_template else ChatEncoder(tokenizer)
-        self._ends = self._end_tokens()
+        self._ends = set(end_token_ids(engine.model, tokenizer))
+        if self._encoder is not None:
+            self._ends.add(self._encoder.turn_end_id)
         self._interrupted = self._told_of_rewriting = False
         self._now = _Point()
         self._earlier: deque[tuple[_Point, torch.Tensor]] = deque()  # for undo, with the generator's states
@@ -172,11 +156,11 @@ class Conversation:
         if not self._earlier:
             raise ValueError(
                 f"the state before that turn is not kept: undo keeps {self.max_undo_bytes:,} bytes of states, of "
-                f"{self.advancer.state_bytes:,} each, and none from before a conversation was loaded"
+                f"{self.engine.advancer.state_bytes:,} each, and none from before a conversation was loaded"
             )
         undone = self._now.messages
         self._now, generator_state = self._earlier.pop()
-        if self.options.seed is not None:
+        if self.params.seed is not None:
             self._generator.set_state(generator_state)
         return [dict(message) for message in undone[len(self._now.messages) :]]
 
@@ -184,7 +168,18 @@ class Conversation:
         """Forgets all that was said; the system message stays."""
         self._now = _Point()
         self._earlier.clear()
-        self.set_seed(self.options.seed)
+        self.set_seed(self.params.seed)
+
+    def set_params(self, **changes: Any) -> None:
+        """Other settings for the replies that follow; for the seed there is :meth:`set_seed`.
+
+        Raises:
+            ValueError: one is out of range; nothing has changed.
+        """
+        params = replace(self.params, **changes).validated()
+        if params.max_tokens < 1:
+            raise ValueError(f"max_tokens is {params.max_tokens}: must be at least 1 token")
+        self.params = params
 
     def set_seed(self, seed: int | None) -> None:
         """What follows is drawn from this seed; None for a different one each time.
@@ -192,7 +187,7 @@ class Conversation:
         Raises:
             ValueError: it is out of range; nothing has changed.
         """
-        self.options = replace(self.options, seed=seed).validated()
+        self.set_params(seed=seed)
         self._generator = generator_of(seed)
 
     def set_system(self, system: str | None) -> None:
@@ -219,12 +214,12 @@ class Conversation:
             "system": self.system,
             "system_read": now.system,
         }
-        snapshot = now.snapshot or Snapshot(self.advancer.new_state(), [], None)
+        snapshot = now.snapshot or Snapshot(self.engine.advancer.new_state(), [], None)
         weights = self._weights()
         if self._is_stale(weights):
             snapshot = self._read_again(snapshot, weights)
         snapshot = replace(snapshot, generator_state=self._generator.get_state(), notes={"conversation": notes})
-        snapshot.save(path, self.advancer.model)
+        snapshot.save(path, self.engine.model)
 
     def load(self, path: str | Path) -> None:
         """Goes on from a file that :meth:`save` wrote, exactly. The turns in it cannot be undone.
@@ -233,7 +228,7 @@ class Conversation:
             FileNotFoundError, ValueError: as :meth:`Snapshot.load`; also where the file holds no conversation, or
                 one with another tokenizer or template. The present conversation stays.
         """
-        snapshot = Snapshot.load(path, self.advancer.model)
+        snapshot = Snapshot.load(path, self.engine.model)
         notes = snapshot.notes.get("conversation")
         if notes is None:
             raise ValueError(f"{path} is the snapshot of a sequence, but not of a conversation")
@@ -250,100 +245,108 @@ class Conversation:
         self.system = notes["system"]
 
     def _turn(self, text: str, spans: list[list[int]], is_anew: bool) -> Iterator[str]:
-        generator_state = self._generator.get_state()
-        weights = self._weights()
-        is_anew |= self._is_stale(weights)
-        # The state goes on as a copy: whatever happens, the earlier one is there.
-        if is_anew or self._now.snapshot is None:
-            snapshot = Snapshot(self.advancer.new_state(), [], None, weights=weights)
-            given = [token for span in spans for token in span]
-        else:
-            snapshot, given = self._now.snapshot.clone(), spans[-1]
-        snapshot.tokens += given
-        snapshot.pending += given
-        reply, system = _Reply(snapshot, spans), self.system
-        context = snapshot.tokens if self.is_plain else ()
-        decoder = TextDecoder(self._tokenizer, self.options.stop, context)
+        generator_state, system = self._generator.get_state(), self.system
+        is_anew |= self._is_stale(self._weights())
+        read = [token for span in spans for token in span]
+        # The engine continues from a copy: whatever happens, the earlier state is there.
+        snapshot = None if is_anew else self._now.snapshot
+        # What ends a reply is decided here: strings by a decoder which, for a template, begins with the reply.
+        params = replace(self.params, stop=[], stop_token_ids=sorted(self._ends))
+        decoder = TextDecoder(self._tokenizer, self.params.stop, context=read if self.is_plain else ())
+        reply: list[int] = []
+        request = None
         try:
-            for token in self._written(reply):
-                if piece := decoder.push([token]):
-                    yield piece
-                if decoder.stopped:
-                    break
-            if rest := decoder.flush():
-                yield rest
-        except GeneratorExit:  # the reader wants no more: we stand between two tokens
-            self._end_turn(text, reply, system, generator_state)
+            request = self.engine.add_request(
+                read if snapshot is None else spans[-1],
+                params,
+                snapshot=snapshot,
+                keep_snapshot=True,
+                generator=self._generator,
+            )
+            completion = None
+            try:
+                for output in self._outputs(request):
+                    completion = output.completion
+                    reply += output.token_ids
+                    if piece := decoder.push(output.token_ids):
+                        yield piece
+                    if decoder.stopped:
+                        break
+                if rest := decoder.flush():
+                    yield rest
+            except GeneratorExit:  # the reader wants no more: we stand between two tokens
+                self._end_turn(text, spans, reply, system, generator_state, completion or self._stopped(request))
+                raise
+            self._end_turn(text, spans, reply, system, generator_state, completion or self._stopped(request))
+        except GeneratorExit:
             raise
         except BaseException:
+            if request is not None:
+                self.engine.abort(request)
             self._generator.set_state(generator_state)
             raise
-        self._end_turn(text, reply, system, generator_state)
 
-    def _end_turn(self, text: str, reply: _Reply, system: str | None, generator_state: torch.Tensor) -> None:
-        if not reply.has_begun:
+    def _outputs(self, request: int) -> Iterator[StepOutput]:
+        """What the engine's steps give until the reply has ended.
+
+        Raises:
+            RuntimeError: it has ended with an error.
+        """
+        has_begun = False
+        while True:
+            if self._interrupted:
+                self.engine.abort(request, keep_snapshot=True)
+            start, num_read = time.perf_counter(), self.engine.stats().prompt_tokens
+            outputs = [output for output in self.engine.step() if output.request_id == request]
+            seconds = time.perf_counter() - start
+            if has_begun:
+                self.stats.seconds_writing += seconds
+                self.stats.tokens_written += 1
+            else:
+                self.stats.seconds_reading += seconds
+                self.stats.tokens_read += self.engine.stats().prompt_tokens - num_read
+            has_begun |= bool(outputs)
+            for output in outputs:
+                if output.completion is not None and output.completion.error is not None:
+                    raise RuntimeError(output.completion.error)
+                yield output
+                if output.completion is not None:
+                    return
+
+    def _stopped(self, request: int) -> Completion:
+        """The end of a reply that is to be written no further."""
+        self.engine.abort(request, keep_snapshot=True)
+        (completion,) = (output.completion for output in self.engine.step() if output.request_id == request)
+        assert completion is not None
+        return completion
+
+    def _end_turn(
+        self,
+        text: str,
+        spans: list[list[int]],
+        reply: list[int],
+        system: str | None,
+        generator_state: torch.Tensor,
+        completion: Completion,
+    ) -> None:
+        if not reply and completion.finish_reason == "abort":  # before the model has chosen a token
             return
-        context = [token for span in reply.spans for token in span] if self.is_plain else ()
+        if completion.snapshot is None:
+            raise RuntimeError(f"the state after the reply could not be kept: {completion.snapshot_error}")
+        context = [token for span in spans for token in span] if self.is_plain else ()
         messages = (
             {"role": "user", "content": text},
-            {"role": "assistant", "content": self._text_of(reply.written, context)},
+            {"role": "assistant", "content": self._text_of(reply, context)},
         )
         self._earlier.append((self._now, generator_state))
-        lengths = (*map(len, reply.spans), len(reply.written))
-        self._now = _Point(reply.snapshot, (*self._now.messages, *messages), lengths, system)
+        self._now = _Point(
+            completion.snapshot, (*self._now.messages, *messages), (*map(len, spans), len(reply)), system
+        )
         while self._earlier and self._undo_bytes() > self.max_undo_bytes:
             self._earlier.popleft()
 
     def _undo_bytes(self) -> int:
         return sum(point.snapshot.nbytes for point, _ in self._earlier if point.snapshot)
-
-    def _written(self, reply: _Reply) -> Iterator[int]:
-        """The tokens of the reply, each of which is already the last of the snapshot's."""
-        snapshot = reply.snapshot
-        sampler = Sampler(
-            self.options.params(),
-            vocab_size=self.advancer.model.config.vocab_size,
-            prompt=snapshot.tokens,
-            generator=self._generator,
-        )
-        for _ in range(self.options.max_tokens):
-            start = time.perf_counter()
-            if reply.has_begun:
-                self._feed(snapshot, len(snapshot.pending))
-            elif not self._read(snapshot):
-                return
-            assert snapshot.logits is not None
-            token = sampler.sample(snapshot.logits)
-            if reply.has_begun:
-                self.stats.seconds_writing += time.perf_counter() - start
-                self.stats.tokens_written += 1
-            else:
-                self.stats.seconds_reading += time.perf_counter() - start
-            reply.has_begun = True
-            if token in self._ends:
-                return
-            snapshot.tokens.append(token)
-            snapshot.pending.append(token)
-            yield token
-            if self._interrupted:
-                return
-
-    def _read(self, snapshot: Snapshot) -> bool:
-        """Reads all that is pending; False if it was interrupted."""
-        size = self.advancer.model.config.chunk_size
-        size *= -(-_PIECE_TOKENS // size)
-        while snapshot.pending:
-            if self._interrupted:
-                return False
-            # Up to a multiple of the chunk size, where pieces give the bits of the whole.
-            num_tokens = min(len(snapshot.pending), size - snapshot.state.position % size)
-            self._feed(snapshot, num_tokens)
-            self.stats.tokens_read += num_tokens
-        return True
-
-    def _feed(self, snapshot: Snapshot, num_tokens: int) -> None:
-        (snapshot.logits,) = self.advancer.advance([StepInput(snapshot.state, snapshot.pending[:num_tokens])])
-        del snapshot.pending[:num_tokens]
 
     def _spans_with(self, text: str) -> tuple[list[list[int]], bool]:
         """What is to have been read before the reply, in spans, and whether from the start anew.
@@ -374,8 +377,7 @@ class Conversation:
         return wanted, True
 
     def _plain_ids(self, text: str) -> list[int]:
-        ids = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        return list(ids)
+        return self._tokenizer.encode(text)
 
     def _template_spans(self, encoder: ChatEncoder, messages: Sequence[Message]) -> list[list[int]]:
         """A conversation's tokens as the template has them. What ends an answer begins the next given span."""
@@ -395,8 +397,8 @@ class Conversation:
         return decoder.push(tokens) + decoder.flush()
 
     def _own_state(self, snapshot: Snapshot) -> SynapticState:
-        """The state of a snapshot as this advancer has them."""
-        state = self.advancer.new_state()
+        """The state of a snapshot as this engine has them."""
+        state = self.engine.advancer.new_state()
         try:
             state.copy_(snapshot.state)
         except ValueError:
@@ -408,14 +410,14 @@ class Conversation:
         return state
 
     def _read_again(self, snapshot: Snapshot, weights: tuple[Any, ...] | None) -> Snapshot:
-        """The snapshot as this advancer reads it with the weights of now, which are these."""
-        state, logits = self.advancer.new_state(), None
+        """The snapshot as this engine reads it with the weights of now, which are these."""
+        state, logits = self.engine.advancer.new_state(), None
         if num_read := len(snapshot.tokens) - len(snapshot.pending):
-            (logits,) = self.advancer.advance([StepInput(state, snapshot.tokens[:num_read])])
+            (logits,) = self.engine.advancer.advance([StepInput(state, snapshot.tokens[:num_read])])
         return replace(snapshot, state=state, logits=logits, weights=weights)
 
     def _weights(self) -> tuple[Any, ...]:
-        return weights_mark(self.advancer.model).content
+        return weights_mark(self.engine.model).content
 
     def _is_stale(self, weights: tuple[Any, ...]) -> bool:
         """Whether what has been read was read with other weights than these, the model's of now; says so."""
@@ -423,14 +425,6 @@ class Conversation:
         if is_stale:
             self._notify("the model's weights have changed since: the conversation is read anew")
         return is_stale
-
-    def _end_tokens(self) -> set[int]:
-        """The tokens that end a reply."""
-        of_model: Any = self.advancer.model.generation_config.eos_token_id
-        ends = {*(of_model if isinstance(of_model, list) else [of_model]), self._tokenizer.eos_token_id}
-        if self._encoder is not None:
-            ends.add(self._encoder.turn_end_id)
-        return ends - {None}
 
     def _tokenizer_hash(self) -> str:
         if self._encoder is not None:

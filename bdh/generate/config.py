@@ -1,6 +1,6 @@
-"""What an engine may use, and how it runs its steps, as settings."""
+"""What an engine may use, and how it runs its steps, as settings; and what it counts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from bdh.validation import NonNegativeInt, PositiveInt, Settings
@@ -25,3 +25,26 @@ class EngineConfig(Settings):
     faster, and makes the others wait longer for their next token."""
     prefix_cache_bytes: NonNegativeInt = 0
     """Bytes of states that are kept for prompts with the same beginning; 0 for no such cache."""
+
+
+@dataclass
+class EngineStats:
+    """Gauges of what is there now, and counters since the engine was made."""
+
+    running: int = 0
+    """Sequences that have a state."""
+    waiting: int = 0
+    """Requests that have none yet."""
+    state_bytes: int = 0
+    """Of states in use or promised."""
+    prefix_cache_bytes: int = 0
+    prompt_tokens: int = 0
+    """Read. Those that a stored prefix spared are not among them."""
+    generated_tokens: int = 0
+    finished: dict[str, int] = field(default_factory=dict)
+    """Continuations, by the reason of their end."""
+    prefix_cache_hits: int = 0
+    prefix_cache_tokens: int = 0
+    """Tokens that need not be read."""
+    prefix_cache_failures: int = 0
+    """Beginnings of prompts that could not be stored, for want of memory say."""

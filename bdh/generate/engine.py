@@ -8,25 +8,24 @@ import itertools
 import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerFast
 
 from bdh.generate.advance import MOST_NEURONS, Advancer, Residuals, StatePool, StepInput
-from bdh.generate.config import EngineConfig
+from bdh.generate.config import EngineConfig, EngineStats
+from bdh.generate.decoder import Prompt, encode_prompt, end_token_ids
 from bdh.generate.matcher import Grammars, Matcher
 from bdh.generate.params import SamplingParams
 from bdh.generate.prefix_cache import PrefixStore
-from bdh.generate.request import Request
-from bdh.generate.sequence import Completion, FinishReason, StepOutput, told
+from bdh.generate.sequence import Completion, FinishReason, Request, StepOutput, told
 from bdh.generate.sequence import Sequence as Running
 from bdh.generate.snapshot import Snapshot
-from bdh.generate.stats import EngineStats
 from bdh.memory import available_bytes
 from bdh.model.fingerprint import weights_mark
 from bdh.model.kernels import recheck_weights
-from bdh.model.modeling import BDHForCausalLM
-from bdh.model.text import Prompt, encode_prompt, end_token_ids
+from bdh.model.network import ModelParts
+from bdh.tokenizer.plain import PlainTokenizer
 from bdh.vocabulary import check_vocabulary
 
 _log = logging.getLogger(__name__)
@@ -41,7 +40,7 @@ class Engine:
     Not for several threads at once; :class:`bdh.generate.async_engine.AsyncEngine` is.
 
     Args:
-        tokenizer: the model's.
+        tokenizer: the model's, a ``PreTrainedTokenizerFast`` or a :class:`PlainTokenizer`.
         config: what it may use; see :class:`EngineConfig`.
         advancer: instead of the one that the configuration describes.
 
@@ -51,16 +50,16 @@ class Engine:
 
     def __init__(
         self,
-        model: BDHForCausalLM,
-        tokenizer: PreTrainedTokenizerFast,
+        model: ModelParts,
+        tokenizer: Any,
         *,
         config: EngineConfig | None = None,
         advancer: Advancer | None = None,
     ):
         check_vocabulary(tokenizer, model.config.vocab_size)
         self.config = (config or EngineConfig()).validated()
-        self.model, self.tokenizer = model, tokenizer
-        self.grammars = Grammars(tokenizer, model.config.vocab_size)
+        self.model, self.tokenizer = model, PlainTokenizer.of(tokenizer)
+        self.grammars = Grammars(self.tokenizer, model.config.vocab_size)
         """For any thread: what is compiled there ahead of a request holds up no step."""
         self.advancer = advancer or Advancer(
             model,
@@ -171,6 +170,7 @@ class Engine:
         keep_snapshot: bool = False,
         watch: int | None = None,
         residuals: Residuals | None = None,
+        generator: torch.Generator | None = None,
     ) -> int:
         """Takes up a request; :meth:`step` works on it.
 
@@ -181,6 +181,7 @@ class Engine:
             keep_snapshot: let completions have a snapshot, from which they can go on.
             watch: let outputs tell which neurons fired, and so many of the strongest. The tokens are the same.
             residuals: takes those of all tokens that are read.
+            generator: draw the first continuation from this one, instead of one that begins with the seed.
 
         Returns:
             The number that outputs and :meth:`abort` name it by.
@@ -217,6 +218,7 @@ class Engine:
                 snapshot=snapshot,
                 keep_snapshot=keep_snapshot,
                 matcher=None if beginning is None else Matcher(beginning, self.model.config.vocab_size),
+                generator=generator if index == 0 else None,
             )
             sequence.watch, sequence.residuals = watch, residuals
             sequence.mark_weights = lambda: weights_mark(self.model).content
@@ -375,8 +377,7 @@ class Engine:
             if room < 1:
                 break
             assert sequence.state is not None
-            count = min(room, len(sequence.pending))
-            position = sequence.state.position
+            position, count = sequence.state.position, min(room, len(sequence.pending))
             for place in request.places:
                 if position < place:
                     count = min(count, place - position)

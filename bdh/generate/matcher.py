@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerFast
 
 from bdh.generate.grammar import check_grammar_library, grammar_source
 from bdh.tokenizer.byte_level import token_bytes
+from bdh.tokenizer.plain import PlainTokenizer
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
@@ -39,7 +39,7 @@ class Grammars:
         vocab_size: V.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, vocab_size: int):
+    def __init__(self, tokenizer: PlainTokenizer, vocab_size: int):
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._lock = threading.Lock()
         self._trie: LLTokenizer | None = None
@@ -150,7 +150,7 @@ def _reason(matcher: "LLMatcher") -> str:
     return told or "no reason given"
 
 
-def _trie(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> "LLTokenizer":
+def _trie(tokenizer: PlainTokenizer, vocab_size: int) -> "LLTokenizer":
     """The bytes of all tokens as the library wants them; an entry more, V, stands for the end of the text."""
     check_grammar_library()
     from llguidance import LLTokenizer, TokenizerWrapper

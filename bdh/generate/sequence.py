@@ -1,4 +1,4 @@
-"""One continuation of a request: its tokens, its text, and where it stands."""
+"""A request and its continuations while they run: tokens, text, and where they stand."""
 
 import logging
 from collections.abc import Callable
@@ -6,15 +6,16 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedTokenizerFast
 
 from bdh.generate.advance import LayerActivity, Residuals
+from bdh.generate.decoder import TextDecoder
 from bdh.generate.matcher import GRAMMAR_FAULT, Matcher
 from bdh.generate.params import SamplingParams
 from bdh.generate.sampler import Sampler, TokenLogprobs, token_logprobs
 from bdh.generate.snapshot import Snapshot
+from bdh.model.fingerprint import WeightsMark
 from bdh.model.state import SynapticState
-from bdh.model.text import TextDecoder
+from bdh.tokenizer.plain import PlainTokenizer
 
 _log = logging.getLogger(__name__)
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -71,6 +72,7 @@ class Sequence:
         tokens: the prompt's, and those generated before where it goes on from a snapshot.
         ends: tokens that end the text.
         matcher: at the beginning of the text's grammar, where it has one.
+        generator: draw from this one, instead of the snapshot's or one that begins with the seed.
 
     Raises:
         ValueError: what a snapshot holds of the text does not begin a text of the grammar.
@@ -82,7 +84,7 @@ class Sequence:
         index: int,
         params: SamplingParams,
         *,
-        tokenizer: PreTrainedTokenizerFast,
+        tokenizer: PlainTokenizer,
         vocab_size: int,
         tokens: list[int],
         num_prompt_tokens: int,
@@ -90,6 +92,7 @@ class Sequence:
         snapshot: Snapshot | None = None,
         keep_snapshot: bool = False,
         matcher: Matcher | None = None,
+        generator: torch.Generator | None = None,
     ):
         self.request_id, self.index, self.params = request_id, index, params
         self.tokens, self.num_prompt_tokens = list(tokens), num_prompt_tokens
@@ -110,8 +113,8 @@ class Sequence:
             self.prompt_logprobs = [None]
         self.completion: Completion | None = None
         goes_on = snapshot is not None and len(tokens) == len(snapshot.tokens)
-        generator = None
-        if snapshot is not None and snapshot.generator_state is not None and goes_on and index == 0:
+        goes_on_drawing = goes_on and index == 0 and generator is None
+        if snapshot is not None and snapshot.generator_state is not None and goes_on_drawing:
             generator = torch.Generator()
             generator.set_state(snapshot.generator_state)
         self.sampler = Sampler(
@@ -275,6 +278,40 @@ class Sequence:
     def _text_of(self, tokens: list[int]) -> str:
         decoder = TextDecoder(self._tokenizer)
         return decoder.push(tokens) + decoder.flush()
+
+
+class Request:
+    """A request: one sequence that reads the prompt, and later its further continuations."""
+
+    def __init__(self, request_id: int, first: Sequence, make: Callable[[int], Sequence], snapshot: Snapshot | None):
+        self.id, self.snapshot = request_id, snapshot
+        self.sequences = [first]
+        self.make = make
+        self.places: set[int] = set()  # where the state on the way through the prompt is stored
+        self.weights: WeightsMark | None = None  # of those that began to read it, where there are such places
+        self.ended: set[int] = set()  # continuations whose last output is among the engine's
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.sequences[0].params
+
+    @property
+    def num_reserved(self) -> int:
+        """Continuations that have not ended: each has a state, or will get one."""
+        return self.params.n - len(self.ended)
+
+    @property
+    def is_done(self) -> bool:
+        return len(self.ended) == self.params.n
+
+    def failed(self, index: int, error: str) -> StepOutput:
+        """The end of a continuation that may not have begun, and cannot even finish its text."""
+        completion = Completion("", [], "error", error=error, num_prompt_tokens=self.sequences[0].num_before)
+        if index < len(self.sequences):
+            sequence = self.sequences[index]
+            completion.text, completion.token_ids = sequence.text, sequence.tokens[sequence.num_before :]
+            sequence.completion = completion
+        return StepOutput(self.id, index, completion=completion)
 
 
 def told(error: BaseException) -> str:

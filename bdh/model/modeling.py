@@ -16,8 +16,8 @@ from bdh.model.conversion import from_reference, to_reference
 from bdh.model.forward import step_by_kernels
 from bdh.model.private_api import StateForGeneration
 from bdh.model.state import SynapticState
-from bdh.model.text import TextGenerationMixin
 from bdh.ops.loss import chunked_cross_entropy, cross_entropy
+from bdh.texts import TextMethods
 
 # Above this many logits (128 MiB in float32) the loss is computed in chunks of tokens.
 MAX_LOGITS_IN_ONE_PIECE = 2**25
@@ -30,7 +30,7 @@ class BDHOutput(CausalLMOutputWithPast):
     past_key_values: SynapticState | None = None  # type: ignore[assignment]
 
 
-class BDHForCausalLM(TextGenerationMixin, BDHPreTrainedModel, StateForGeneration, GenerationMixin):
+class BDHForCausalLM(TextMethods, BDHPreTrainedModel, StateForGeneration, GenerationMixin):
     """A Dragon Hatchling language model (arXiv 2509.26507).
 
     The weights, with the names of the published reference code and those of the paper:

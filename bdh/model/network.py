@@ -3,7 +3,7 @@
 import difflib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -24,6 +24,10 @@ ALIASES = {"hidden_size": "n_embd", "num_attention_heads": "n_head", "num_hidden
 """The names that transformers has for sizes, and ours."""
 # In the order in which transformers looks for them; the index of a model in several files names each weight's file.
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+class QuantizedWeightsError(ValueError):
+    """A model's weights are not plain numbers, but in a format that a quantizer of transformers reads."""
 
 
 class Config(Protocol):
@@ -75,6 +79,8 @@ class ModelParts(Protocol):
 
     @property
     def dtype(self) -> torch.dtype: ...
+
+    def train(self, mode: bool = True) -> Any: ...
 
     def eval(self) -> Any: ...
 
@@ -193,18 +199,47 @@ class GenerationSettings:
 
 
 class Network(nn.Module):
-    """The modules of :class:`bdh.BDHForCausalLM` under the same names, without its ``forward``, for generation."""
+    """The modules of :class:`bdh.BDHForCausalLM` under the same names, without its ``forward``, for generation,
+    in evaluation mode.
 
-    def __init__(self, config: ModelConfig, generation_config: GenerationSettings | None = None):
+    Args:
+        weights: by the names of the parameters, which become these tensors themselves; others are left aside.
+        name: of the model, for messages.
+        generation_config: that of its folder; by default what the configuration says.
+
+    Raises:
+        ValueError: weights are missing, or of other shapes than the configuration says.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, torch.Tensor],
+        *,
+        name: str = "the model",
+        generation_config: GenerationSettings | None = None,
+    ):
         super().__init__()
         self.config = config
         self.generation_config = generation_config or GenerationSettings(config.eos_token_id)
-        D, H, N = config.n_embd, config.n_head, config.neurons_per_head
-        self.embed = nn.Embedding(config.vocab_size, D)
-        self.encoder = nn.Linear(D, H * N, bias=False)
-        self.encoder_v = nn.ModuleList(nn.Linear(D, N, bias=False) for _ in range(H))
-        self.decoder = nn.Linear(H * N, D, bias=False)
-        self.lm_head = nn.Linear(D, config.vocab_size, bias=False)
+        V, D, H, N = config.vocab_size, config.n_embd, config.n_head, config.neurons_per_head
+        shapes = {"embed": (V, D), "encoder": (H * N, D), "decoder": (D, H * N), "lm_head": (V, D)}
+        shapes |= {f"encoder_v.{head}": (N, D) for head in range(H)}
+        given = {module: weights[f"{module}.weight"] for module in shapes if f"{module}.weight" in weights}
+        if lacking := sorted(f"{module}.weight" for module in shapes.keys() - given.keys()):
+            raise ValueError(f"the weights of {name} are not complete: it lacks {', '.join(lacking)}")
+        wrong = [
+            f"{module}.weight is {tuple(given[module].shape)}, not {shape}"
+            for module, shape in sorted(shapes.items())
+            if given[module].shape != shape
+        ]
+        if wrong:
+            raise ValueError(f"the weights of {name} do not have the shapes of its {CONFIG_FILE}: {'; '.join(wrong)}")
+        self.embed = nn.Embedding(V, D, _weight=given["embed"])
+        self.encoder = _linear(given["encoder"])
+        self.encoder_v = nn.ModuleList(_linear(given[f"encoder_v.{head}"]) for head in range(H))
+        self.decoder, self.lm_head = _linear(given["decoder"]), _linear(given["lm_head"])
+        self.eval()
 
     @property
     def device(self) -> torch.device:
@@ -213,42 +248,6 @@ class Network(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.embed.weight.dtype
-
-    @classmethod
-    def of_weights(
-        cls,
-        config: ModelConfig,
-        weights: dict[str, torch.Tensor],
-        *,
-        name: str,
-        generation_config: GenerationSettings | None = None,
-    ) -> Self:
-        """A model in evaluation mode that holds these tensors themselves.
-
-        Args:
-            weights: by the names of the parameters; others are left aside.
-            name: of the model, for messages.
-
-        Raises:
-            ValueError: weights are missing, or of other shapes than the configuration says.
-        """
-        try:
-            with torch.device("meta"):
-                network = cls(config, generation_config)
-        except RuntimeError as error:  # sizes that no machine has room for
-            raise ValueError(f"{name} cannot be loaded: {error}") from error
-        needed = {key: tuple(parameter.shape) for key, parameter in network.named_parameters()}
-        if lacking := sorted(needed.keys() - weights.keys()):
-            raise ValueError(f"the weights of {name} are not complete: it lacks {', '.join(lacking)}")
-        wrong = [
-            f"{key} is {tuple(weights[key].shape)}, not {shape}"
-            for key, shape in sorted(needed.items())
-            if tuple(weights[key].shape) != shape
-        ]
-        if wrong:
-            raise ValueError(f"the weights of {name} do not have the shapes of its config.json: {'; '.join(wrong)}")
-        network.load_state_dict({key: weights[key] for key in needed}, assign=True)
-        return network.eval()
 
     @classmethod
     def load(cls, folder: str | Path, device: torch.device | str = "cpu") -> Self:
@@ -267,7 +266,35 @@ class Network(nn.Module):
         weights = _read_weights(folder)
         stored = next((each.dtype for each in weights.values() if each.is_floating_point()), torch.float32)
         weights = {key: each.to(device, dtype or stored, copy=True) for key, each in weights.items()}
-        return cls.of_weights(config, weights, name=str(folder), generation_config=_read_generation(folder, config))
+        return cls(config, weights, name=str(folder), generation_config=_read_generation(folder, config))
+
+
+def _linear(weight: torch.Tensor) -> nn.Linear:
+    """Around a weight that is there: the constructor would fill one with random numbers, and on meta load TorchDynamo."""
+    module = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(module)
+    module.out_features, module.in_features = weight.shape
+    module.weight = nn.Parameter(weight)
+    module.register_parameter("bias", None)
+    return module
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a name: auto, cpu, cuda, cuda:N or mps.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    available = ["cpu"]
+    if torch.backends.mps.is_available():
+        available.append("mps")
+    if torch.cuda.is_available():
+        available.extend(["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
+    if name == "auto":
+        return torch.device("cuda" if "cuda" in available else available[-1])
+    if name not in available:
+        raise ValueError(f"device is {name!r}: this machine and PyTorch build have {', '.join(available)}")
+    return torch.device(name)
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, torch.dtype | None]:
@@ -286,7 +313,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, torch.dtype | None]:
     if facts.get("model_type") != "bdh" or not {"n_embd", "hidden_size"} & facts.keys():
         raise ValueError(f"{folder} is no BDH model: its model_type is {facts.get('model_type')!r}")
     if facts.get("quantization_config") is not None:
-        raise ValueError(f"{folder} has quantized weights, which only transformers reads")
+        raise QuantizedWeightsError(f"{folder} has quantized weights, which only transformers reads")
     dtype = facts.get("dtype", facts.get("torch_dtype"))
     if dtype is not None and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
         raise ValueError(f"{wrong}: module 'torch' has no attribute {str(dtype)!r}")

@@ -10,11 +10,11 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from bdh.generate.decoder import TextDecoder
 from bdh.generate.matcher import GRAMMAR_FAULT
 from bdh.generate.params import SamplingParams
 from bdh.generate.sequence import Completion, StepOutput
 from bdh.generate.snapshot import Snapshot
-from bdh.model.text import TextDecoder
 from bdh.serve.answers import ChatAnswer, ChatWriter, CompletionAnswer, CompletionWriter, Writer
 from bdh.serve.errors import ApiError, bad_request, internal_error
 from bdh.serve.middleware import EventStream, unless_gone

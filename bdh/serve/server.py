@@ -2,22 +2,21 @@
 
 import asyncio
 import contextlib
-import copy
 import hashlib
 import logging
 import resource
 import signal
 import socket
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import uvicorn
-from transformers import PreTrainedTokenizerFast
 
 from bdh.generate.async_engine import AsyncEngine
 from bdh.generate.engine import Engine
 from bdh.generate.params import SamplingParams
-from bdh.model.modeling import BDHForCausalLM
+from bdh.model.network import ModelParts
 from bdh.serve.app import make_app
 from bdh.serve.completions import finish_unfinished
 from bdh.serve.config import ServeSettings, check_telemetry, listen
@@ -27,9 +26,9 @@ from bdh.serve.monitoring import log, log_to_stderr
 from bdh.serve.service import Loaded, Service
 from bdh.serve.states import StateStore
 from bdh.serve.text import ChatPrompts, TokenNames
-from bdh.tokenizer import TextEncoder
+from bdh.tokenizer import PlainTokenizer, TextEncoder
 
-LoadModel = Callable[[], tuple[BDHForCausalLM, PreTrainedTokenizerFast]]
+LoadModel = Callable[[], tuple[ModelParts, Any]]
 _WATCH_SECONDS = 0.5
 _OTHER_FILES = 128  # besides connections: the model's, the log, states, and connections about to end
 
@@ -40,15 +39,15 @@ def load(settings: ServeSettings, load_model: LoadModel) -> Loaded:
     Raises:
         FileNotFoundError, ValueError: as loading the model, and for settings that do not fit it.
     """
-    model, tokenizer = load_model()
+    model, loaded = load_model()
+    tokenizer = PlainTokenizer.of(loaded)
     engine = Engine(model, tokenizer, config=settings.engine)
-    for_text = copy.deepcopy(tokenizer)
     name = settings.model.rstrip("/").rpartition("/")[2]
-    prompts = ChatPrompts(for_text, settings.chat_template, settings.chat_stop)  # which gives for_text the template
-    encoding = f"{TextEncoder(tokenizer).hash}{for_text.chat_template}"
+    prompts = ChatPrompts(tokenizer, settings.chat_template, settings.chat_stop)
+    encoding = f"{TextEncoder(tokenizer).hash}{tokenizer.chat_template}"
     return Loaded(
         model,
-        for_text,
+        tokenizer,
         AsyncEngine(engine),
         prompts,
         TokenNames(tokenizer),

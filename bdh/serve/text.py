@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
-from transformers.utils.chat_template_utils import render_jinja_template
 
-from bdh.model.text import encode_prompt
+from bdh.generate.decoder import encode_prompt
 from bdh.serve.config import PLAIN, read_template
 from bdh.serve.errors import bad_request
 from bdh.tokenizer.byte_level import byte_of_character
 from bdh.tokenizer.chat import ChatEncoder
+from bdh.tokenizer.plain import PlainTokenizer, render_chat
 from bdh.vocabulary import vocabulary_size
 
 _PLAIN_TEMPLATE = """\
@@ -32,18 +31,17 @@ _SPACES = " \u0120\u2581"  # as vocabularies spell a space
 Message = dict[str, str]
 
 
-def encode_text(tokenizer: PreTrainedTokenizerFast, text: str, *, add_special_tokens: bool = False) -> list[int]:
+def encode_text(tokenizer: PlainTokenizer, text: str, *, add_special_tokens: bool = False) -> list[int]:
     """The tokens of a text, in which nothing is a special token."""
-    ids: Any = tokenizer(text, add_special_tokens=add_special_tokens, split_special_tokens=True)["input_ids"]
-    return list(ids)
+    return tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
 
-def decode_tokens(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int]) -> str:
-    return str(tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
+def decode_tokens(tokenizer: PlainTokenizer, tokens: Sequence[int]) -> str:
+    return tokenizer.decode(list(tokens))
 
 
 def prompt_tokens(
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PlainTokenizer,
     vocab_size: int,
     prompt: str | Sequence[int],
     param: str,
@@ -74,11 +72,11 @@ def prompt_tokens(
     return tokens
 
 
-def tokenizer_info(tokenizer: PreTrainedTokenizerFast, template: str | None, max_length: int) -> dict[str, Any]:
+def tokenizer_info(tokenizer: PlainTokenizer, template: str | None, max_length: int) -> dict[str, Any]:
     """A tokenizer's facts by the names of its tokenizer_config.json; special tokens that it has not are None."""
     attributes = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
     return {
-        "tokenizer_class": type(tokenizer).__name__,
+        "tokenizer_class": "TokenizersBackend",  # of transformers, which reads the same files
         "vocab_size": vocabulary_size(tokenizer),
         "model_max_length": max_length,
         **dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token")),
@@ -104,7 +102,7 @@ class ChatPrompts:
         ValueError: the tokenizer has a template of its own, or the template cannot be used.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, template: str | None, stops: Sequence[str]):
+    def __init__(self, tokenizer: PlainTokenizer, template: str | None, stops: Sequence[str]):
         self.stops = list(stops)
         self._is_plain = template == PLAIN
         if template is not None:
@@ -152,10 +150,8 @@ class ChatPrompts:
             ApiError: 400, as :meth:`encode`, or the template does not say how an answer ends.
         """
         if self._is_plain:
-            rendered: Any = render_jinja_template(
-                conversations=[list(messages)], chat_template=self.template, add_generation_prompt=True
-            )
-            return encode_text(self._tokenizer, f"\n{rendered[0][0]}".removeprefix(stopped_by or ""))
+            text, _ = render_chat(str(self.template), messages, add_generation_prompt=True)
+            return encode_text(self._tokenizer, f"\n{text}".removeprefix(stopped_by or ""))
         ids, is_answer = self._encode([*before, *messages])
         if self._marks_answers:
             num_answers = sum(message["role"] == "assistant" for message in before)
@@ -182,7 +178,7 @@ class ChatPrompts:
         return ids.tolist(), is_answer
 
 
-def _plain_template(tokenizer: PreTrainedTokenizerFast) -> str:
+def _plain_template(tokenizer: PlainTokenizer) -> str:
     """The plain form, which ends with ``Assistant: ``, so that the model begins with a word. Where words have their space
     in the same token, it ends with ``Assistant:``, and the model writes the space.
     """
@@ -194,9 +190,8 @@ def _plain_template(tokenizer: PreTrainedTokenizerFast) -> str:
 class TokenNames:
     """The names of tokens in log-probabilities: their text, or, where they are no whole characters, their bytes."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast):
-        # A copy, since reading and encoding at the same time in two threads fails.
-        self._tokenizer = tokenizer = copy.deepcopy(tokenizer)
+    def __init__(self, tokenizer: PlainTokenizer):
+        self._tokenizer = tokenizer
         self._added = {token: str(added) for token, added in tokenizer.added_tokens_decoder.items()}
         self._byte_of = byte_of_character() if "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder) else None
         self.bytes_of = lru_cache(maxsize=65536)(self._bytes_of)

@@ -13,20 +13,19 @@ import re
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jinja2 import TemplateError
 from tokenizers import AddedToken, Tokenizer
 
 from bdh.tokenizer.config import DEFAULT_CHAT_TEMPLATE, read_template
-from bdh.tokenizer.plain import PlainTokenizer, render_chat
+from bdh.tokenizer.plain import AnyTokenizer, render_chat
 from bdh.vocabulary import vocabulary_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-AnyTokenizer = Union[PlainTokenizer, "PreTrainedTokenizerFast"]
 ROLES = ("system", "user", "assistant")
 CHAT_TOKENS = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 DEFAULT_TEMPLATE = """\

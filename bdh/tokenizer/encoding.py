@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
 
 from bdh.tokenizer.byte_level import is_byte_tokenizer, without_padding
+from bdh.tokenizer.plain import AnyTokenizer
 from bdh.vocabulary import document_end_id, vocabulary_size
 
 _BATCH_BYTES = 1 << 22
@@ -23,7 +23,7 @@ class TextEncoder:
     ``tokenizer(...)`` leaves behind, neither disturb nor are disturbed.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast):
+    def __init__(self, tokenizer: AnyTokenizer):
         backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         backend.no_padding()
         backend.no_truncation()
@@ -52,7 +52,7 @@ class TextEncoder:
         return self.encode([text.decode() for text in texts])
 
 
-def encode_texts(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[np.ndarray]:
+def encode_texts(tokenizer: AnyTokenizer, texts: Sequence[str]) -> list[np.ndarray]:
     """Token ids of each text. For many calls with one tokenizer, keep a :class:`TextEncoder`.
 
     Returns:
@@ -61,7 +61,7 @@ def encode_texts(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> li
     return TextEncoder(tokenizer).encode(texts)
 
 
-def compression_ratio(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> float:
+def compression_ratio(tokenizer: AnyTokenizer, texts: Iterable[str]) -> float:
     """Bytes of UTF-8 text per token, over all texts.
 
     Raises:

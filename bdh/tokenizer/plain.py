@@ -6,7 +6,7 @@ from contextvars import ContextVar
 from datetime import datetime
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self, Union
 
 from jinja2 import Template, TemplateError, nodes, pass_eval_context
 from jinja2.exceptions import SecurityError
@@ -17,6 +17,10 @@ from tokenizers import AddedToken, Tokenizer
 
 from bdh.tokenizer.config import TOKENIZER_FILE
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+AnyTokenizer = Union["PlainTokenizer", "PreTrainedTokenizerFast"]
 _CONFIG_FILE = "tokenizer_config.json"
 # Classes of transformers that add nothing to tokenizer.json; the others may build their tokenizer anew.
 _PLAIN_CLASSES = (None, "PreTrainedTokenizerFast", "TokenizersBackend")

@@ -10,8 +10,9 @@ from bdh.data.batch import ValidationPart
 from bdh.evaluate.activity import measure_activity
 from bdh.evaluate.loss import Metrics
 from bdh.evaluate.parts import evaluate_parts
+from bdh.generate.params import SamplingParams
+from bdh.generate.texts import generate_text
 from bdh.memory import peak_bytes
-from bdh.model.sampling import SamplingOptions
 from bdh.monitor import Monitor
 from bdh.tokenizer.chat import question
 from bdh.train.checkpoint import CheckpointError
@@ -199,18 +200,16 @@ def sample(run: Run, monitor: Monitor) -> None:
     settings = run.settings.train
     if run.parallel.strategy != "fsdp" and not run.world.is_main:
         return
-    run.model.eval()
     with run.parallel.whole_model():
+        if not run.world.is_main:
+            return
         for number, prompt in enumerate(settings.sample_prompts):
-            options = SamplingOptions(
-                max_new_tokens=settings.sample_max_new_tokens, temperature=0.8, top_k=50, seed=settings.seed + number
+            params = SamplingParams(
+                max_tokens=settings.sample_max_new_tokens, temperature=0.8, top_k=50, seed=settings.seed + number
             )
-            # transformers keeps the processes of a sharded model in step, so all of them draw the same text.
             # A model that learns to answer is asked.
             asked = question(run.tokenizer, prompt) if run.corpus.is_chat else prompt
-            text = run.model.generate_text(run.tokenizer, asked, options)
-            if run.world.is_main:
-                _record_sample(run, monitor, number, prompt, text)
+            _record_sample(run, monitor, number, prompt, generate_text(run.model, run.tokenizer, asked, params))
 
 
 def _record_sample(run: Run, monitor: Monitor, number: int, prompt: str, text: str) -> None:

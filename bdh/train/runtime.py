@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from bdh.distributed import environment
+from bdh.model.network import choose_device
 from bdh.train.config import TrainSettings
 
 _DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -38,7 +39,7 @@ def choose_runtime(settings: TrainSettings) -> Runtime:
     Raises:
         ValueError: the device is not there.
     """
-    device = _choose_device(settings.device)
+    device = choose_device(settings.device)
     if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", environment.local_rank())
         if device.index >= torch.cuda.device_count():
@@ -54,19 +55,6 @@ def choose_runtime(settings: TrainSettings) -> Runtime:
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return Runtime(device, torch.bfloat16, "bfloat16, which this GPU has in hardware")
     return Runtime(device, torch.float32, "float32: this GPU has no bfloat16; float16 is faster, if you set it")
-
-
-def _choose_device(wanted: str) -> torch.device:
-    available = ["cpu"]
-    if torch.backends.mps.is_available():
-        available.append("mps")
-    if torch.cuda.is_available():
-        available.extend(["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
-    if wanted == "auto":
-        return torch.device("cuda" if "cuda" in available else available[-1])
-    if wanted not in available:
-        raise ValueError(f"train.device is {wanted!r}: this machine and PyTorch build have {', '.join(available)}")
-    return torch.device(wanted)
 
 
 def random_states(device: torch.device) -> dict[str, torch.Tensor]:

@@ -20,7 +20,8 @@ from bdh.cli.main import main
 from bdh.cli.settings import parse_settings
 from bdh.generate.advance import Advancer
 from bdh.generate.chat import Conversation
-from bdh.generate.chat_options import ChatOptions
+from bdh.generate.engine import Engine
+from bdh.generate.params import SamplingParams
 from bdh.tokenizer import byte_tokenizer, with_chat_template
 from bdh.train.export import export_model
 from bdh.train.models import load_model
@@ -60,8 +61,8 @@ def chat(chat_folder, monkeypatch, capsys):
 
 def replies(folder, texts, **settings) -> list[str]:
     model, tokenizer = load_model(str(folder))
-    options = ChatOptions(**{"seed": 1, "max_tokens": 6, **settings})
-    conversation = Conversation(Advancer(model), tokenizer, options)
+    params = SamplingParams(**{"seed": 1, "max_tokens": 6, **settings})
+    conversation = Conversation(Engine(model, tokenizer), params)
     return ["".join(conversation.say(text)) for text in texts]
 
 

@@ -16,11 +16,9 @@ from bdh.cli import settings as cli_settings
 from bdh.cli.arguments import leaves_of
 from bdh.cli.main import COMMANDS
 from bdh.cli.settings import parse_settings, to_yaml
-from bdh.generate.chat_options import ChatOptions
 from bdh.generate.config import EngineConfig
 from bdh.generate.params import SamplingParams
 from bdh.model.configuration import BDHConfig
-from bdh.model.sampling import SamplingOptions
 from bdh.serve.config import ServeSettings
 from bdh.train.config import ModelSettings, RunSettings
 
@@ -222,8 +220,7 @@ def test_the_docs_say_the_default(page, text, value):
 @pytest.mark.parametrize(
     ("one", "other", "but"),
     [
-        (SamplingOptions, SamplingParams, set()),
-        (ChatOptions, SamplingParams, {"max_tokens"}),
+        (importlib.import_module("bdh.cli.chat").ChatSettings, SamplingParams, {"max_tokens"}),
         (importlib.import_module("bdh.cli.generate").GenerateSettings, SamplingParams, set()),
         (importlib.import_module("bdh.cli.chat").ChatSettings, EngineConfig, set()),
         (ModelSettings, BDHConfig, {"vocab_size"}),

@@ -1,6 +1,5 @@
 """Conversations: nothing is read twice, and what was said is what the template makes of it, whatever happens."""
 
-from dataclasses import replace
 from itertools import chain
 
 import pytest
@@ -8,9 +7,9 @@ import torch
 
 from bdh.generate.advance import Advancer, StepInput
 from bdh.generate.chat import Conversation
-from bdh.generate.chat_options import ChatOptions
+from bdh.generate.engine import Engine
+from bdh.generate.params import SamplingParams
 from bdh.generate.snapshot import Snapshot
-from bdh.model.state import SynapticState
 from bdh.tokenizer import byte_tokenizer, train_tokenizer, with_chat_template
 from bdh.tokenizer.chat import ChatEncoder
 
@@ -31,6 +30,10 @@ def advancer(make_model, request):
 ON_EVERY_PATH = pytest.mark.parametrize("advancer", ["torch", "auto"], indirect=True)
 
 
+def conversation_of(advancer, tokenizer, params=None, **settings) -> Conversation:
+    return Conversation(Engine(advancer.model, tokenizer, advancer=advancer), params, **settings)
+
+
 @pytest.fixture
 def talk(advancer, chat_bytes):
     """Makes conversations with one model."""
@@ -38,7 +41,7 @@ def talk(advancer, chat_bytes):
     def make(seed=1, tokenizer=chat_bytes, **settings) -> Conversation:
         names = {"max_tokens", "temperature", "top_k", "top_p", "stop", "repetition_penalty"}
         options = {"max_tokens": 8, **{name: settings.pop(name) for name in names & settings.keys()}}
-        return Conversation(advancer, tokenizer, ChatOptions(seed=seed, **options), **settings)
+        return conversation_of(advancer, tokenizer, SamplingParams(seed=seed, **options), **settings)
 
     return make
 
@@ -48,8 +51,8 @@ def write(byte_model):
     """Makes texts that a model of bytes continues."""
 
     def make(seed=1, max_tokens=8, stop=(), **settings) -> Conversation:
-        options = ChatOptions(seed=seed, max_tokens=max_tokens, stop=list(stop))
-        return Conversation(Advancer(byte_model, path="torch"), byte_tokenizer(), options, **settings)
+        options = SamplingParams(seed=seed, max_tokens=max_tokens, stop=list(stop))
+        return conversation_of(Advancer(byte_model, path="torch"), byte_tokenizer(), options, **settings)
 
     return make
 
@@ -92,8 +95,8 @@ def test_the_state_reads_what_the_template_gives_and_nothing_twice(talk):
     # All but the last token, which nothing has followed; those that were written are read as they are fed back.
     assert conversation.position == len(tokens_of(conversation)) - 1
     assert conversation.stats.tokens_read == sum(map(len, spans[::2])) + 2  # the last written ones of two replies
-    fresh = conversation.advancer.new_state()
-    (logits,) = conversation.advancer.advance([StepInput(fresh, tokens_of(conversation)[:-1])])
+    fresh = conversation.engine.advancer.new_state()
+    (logits,) = conversation.engine.advancer.advance([StepInput(fresh, tokens_of(conversation)[:-1])])
     # float32 sums in another grouping
     torch.testing.assert_close(conversation._now.snapshot.logits, logits, rtol=1e-4, atol=1e-4)
 
@@ -105,7 +108,7 @@ def test_with_other_tokenizers_the_messages_give_the_same_template_tokens(make_m
     )
     advancer = Advancer(make_model(vocab_size=len(tokenizer)), path="torch")
     notices = []
-    conversation = Conversation(advancer, tokenizer, ChatOptions(max_tokens=6, seed=1), notify=notices.append)
+    conversation = conversation_of(advancer, tokenizer, SamplingParams(max_tokens=6, seed=1), notify=notices.append)
     for text in ("Hi", "1+1 Yes", "Be brief."):
         said(conversation, text)
     encoder = ChatEncoder(tokenizer)
@@ -254,11 +257,11 @@ class Failing(Advancer):
 @pytest.mark.parametrize("steps", [0, 1, 5])
 def test_a_turn_that_fails_has_never_been(advancer, chat_bytes, talk, steps):
     failing = Failing(advancer.model)
-    conversation, other = Conversation(failing, chat_bytes, ChatOptions(max_tokens=8, seed=1)), talk()
+    conversation, other = conversation_of(failing, chat_bytes, SamplingParams(max_tokens=8, seed=1)), talk()
     said(conversation, "Hi")
     said(other, "Hi")
     failing.steps_left = steps
-    with pytest.raises(MemoryError):
+    with pytest.raises(RuntimeError, match="no more of it"):
         said(conversation, "1")
     failing.steps_left = 10**9
     assert_same_place(conversation, other)
@@ -289,7 +292,7 @@ def test_a_template_that_rewrites_the_past_is_read_anew_and_that_is_said_once(ma
     (tmp_path / "own.jinja").write_text(REWRITING)
     tokenizer = with_chat_template(byte_tokenizer(), str(tmp_path / "own.jinja"), needs_one=True)
     advancer, notices = Advancer(make_model(vocab_size=257), path="torch"), []
-    conversation = Conversation(advancer, tokenizer, ChatOptions(max_tokens=4, seed=1), notify=notices.append)
+    conversation = conversation_of(advancer, tokenizer, SamplingParams(max_tokens=4, seed=1), notify=notices.append)
     said(conversation, "a")
     said(conversation, "b")
     assert notices == []
@@ -329,8 +332,8 @@ def test_a_system_message_that_the_template_refuses_changes_nothing(tmp_path, ma
     tokenizer = with_chat_template(byte_tokenizer(), str(tmp_path / "own.jinja"), needs_one=True)
     advancer = Advancer(make_model(vocab_size=257), path="torch")
     with pytest.raises(ValueError, match="no system here"):
-        Conversation(advancer, tokenizer, system="Be brief.")
-    conversation = Conversation(advancer, tokenizer, ChatOptions(max_tokens=4))
+        conversation_of(advancer, tokenizer, system="Be brief.")
+    conversation = conversation_of(advancer, tokenizer, SamplingParams(max_tokens=4))
     with pytest.raises(ValueError, match="no system here"):
         conversation.set_system("Be brief.")
     assert conversation.system is None
@@ -363,12 +366,12 @@ def test_a_seed_begins_the_draws_anew(talk):
     assert said(other, "Hi") == reply
     with pytest.raises(ValueError, match="seed is"):
         other.set_seed(2**64)
-    assert other.options.seed == 5
+    assert other.params.seed == 5
 
 
 def test_options_between_turns_count_for_the_next(talk):
     greedy, conversation = talk(temperature=0), talk(temperature=1)
-    conversation.options = replace(conversation.options, temperature=0, top_k=3)
+    conversation.set_params(temperature=0, top_k=3)
     assert said(conversation, "Hi") == said(greedy, "Hi")
 
 
@@ -382,7 +385,7 @@ def test_options_between_turns_count_for_the_next(talk):
     ids=["top_k", "top_p", "min_p"],
 )
 def test_what_is_drawn_is_what_the_options_leave(advancer, chat_bytes, options, is_held):
-    conversation = Conversation(advancer, chat_bytes, ChatOptions(max_tokens=60, seed=1, **options))
+    conversation = conversation_of(advancer, chat_bytes, SamplingParams(max_tokens=60, seed=1, **options))
     said(conversation, "Hi")
     tokens, state = tokens_of(conversation), advancer.new_state()
     given = len(spans_of(conversation)[0])
@@ -395,8 +398,8 @@ def test_what_is_drawn_is_what_the_options_leave(advancer, chat_bytes, options, 
 
 def test_a_file_of_another_model_or_tokenizer_leaves_the_conversation_alone(talk, make_model, chat_bytes, tmp_path):
     path = tmp_path / "talk"
-    other = Conversation(
-        Advancer(make_model(seed=1, vocab_size=260), path="torch"), chat_bytes, ChatOptions(max_tokens=4)
+    other = conversation_of(
+        Advancer(make_model(seed=1, vocab_size=260), path="torch"), chat_bytes, SamplingParams(max_tokens=4)
     )
     said(other, "Hi")
     other.save(path)
@@ -410,7 +413,7 @@ def test_a_file_of_another_model_or_tokenizer_leaves_the_conversation_alone(talk
     plain.save(path)
     with pytest.raises(ValueError, match="with another tokenizer or chat template"):
         conversation.load(path)
-    Snapshot(conversation.advancer.new_state(), [], None).save(path, conversation.advancer.model)
+    Snapshot(conversation.engine.advancer.new_state(), [], None).save(path, conversation.engine.model)
     with pytest.raises(ValueError, match="a sequence, but not of a conversation"):
         conversation.load(path)
     assert_same_place(conversation, same)
@@ -431,27 +434,22 @@ def test_turns_of_a_loaded_conversation_cannot_be_undone_and_later_ones_can(talk
     assert len(conversation.messages) == 2
 
 
-class OfAnotherKind(Advancer):
-    """Keeps what torch's operations keep, under another name."""
-
-    def new_state(self):
-        return SynapticState(super().new_state().sums, torch.zeros(1, dtype=torch.int64), 0, "other")
-
-
 def test_a_state_of_another_kind_is_made_from_the_tokens_and_that_is_said(talk, advancer, chat_bytes, tmp_path):
     conversation, notices = talk(), []
     for text in ("Hi", "1+1"):
         said(conversation, text)
     conversation.save(tmp_path / "talk")
-    options = ChatOptions(max_tokens=8, seed=1)
-    other = Conversation(OfAnotherKind(advancer.model), chat_bytes, options, notify=notices.append)
+    options = SamplingParams(max_tokens=8, seed=1)
+    other = conversation_of(
+        Advancer(advancer.model, path="torch", window=500), chat_bytes, options, notify=notices.append
+    )
     other.load(tmp_path / "talk")
     (notice,) = notices
-    assert "of another kind, 'sums' and not 'other'" in notice
+    assert "of another kind, 'sums' and not 'window:500'" in notice
     snapshot = other._now.snapshot
     assert (snapshot.tokens, snapshot.state.position) == (tokens_of(conversation), conversation.position)
     # float32 sums in another grouping
-    torch.testing.assert_close(snapshot.state.sums, conversation._now.snapshot.state.sums, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(snapshot.logits, conversation._now.snapshot.logits, rtol=1e-3, atol=1e-3)
     said(other, "x")
 
 
@@ -462,14 +460,14 @@ def test_what_other_weights_have_read_is_read_anew(talk, tmp_path):
     conversation, other = talk(notify=notices.append, temperature=0), talk(temperature=0)
     said(conversation, "Hi")
     said(other, "Hi")
-    conversation.advancer.model.decoder.weight.data.neg_()
+    conversation.engine.model.decoder.weight.data.neg_()
     conversation.save(tmp_path / "changed")
     other.load(tmp_path / "changed")
     # From the file, and from nothing, the weights of now have read the same.
     assert said(conversation, "1+1") == said(other, "1+1")
     assert tokens_of(conversation) == tokens_of(other)
-    fresh = conversation.advancer.new_state()
-    (logits,) = conversation.advancer.advance([StepInput(fresh, tokens_of(conversation)[:-1])])
+    fresh = conversation.engine.advancer.new_state()
+    (logits,) = conversation.engine.advancer.advance([StepInput(fresh, tokens_of(conversation)[:-1])])
     # float32 sums in another grouping
     torch.testing.assert_close(conversation._now.snapshot.logits, logits, rtol=1e-4, atol=1e-4)
     assert [notice for notice in notices if "weights have changed" in notice] == notices[:2]

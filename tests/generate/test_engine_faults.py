@@ -5,12 +5,12 @@ import torch
 
 from bdh.generate.advance import Advancer, StatePool, StepInput
 from bdh.generate.config import EngineConfig
+from bdh.generate.decoder import TextDecoder
 from bdh.generate.engine import Engine
 from bdh.generate.params import SamplingParams
 from bdh.generate.sampler import Sampler
 from bdh.generate.sequence import Sequence as Running
 from bdh.model.state import SynapticState
-from bdh.model.text import TextDecoder
 from bdh.ops.cpu import kernels
 
 

@@ -20,7 +20,6 @@ from torch.distributed.tensor import DeviceMesh
 
 from bdh.generate.advance import Advancer, StepInput
 from bdh.generate.chat import Conversation
-from bdh.generate.chat_options import ChatOptions
 from bdh.generate.config import EngineConfig
 from bdh.generate.engine import Engine
 from bdh.generate.params import SamplingParams
@@ -398,7 +397,7 @@ def test_prefixes_and_conversations_of_other_adapters_are_not_gone_on_with(byte_
     params = SamplingParams(temperature=0, max_tokens=5)
     prompt = "a beginning that is long enough to be stored with its state " * 2
     with_adapter = engine.generate(prompt, params)[0][0].token_ids
-    chat = Conversation(Advancer(byte_model), tokenizer, ChatOptions(temperature=0, max_tokens=5), plain=True)
+    chat = Conversation(Engine(byte_model, tokenizer), SamplingParams(temperature=0, max_tokens=5), plain=True)
     list(chat.say("Hello"))
     assert not chat._is_stale(chat._weights())
     with adapted.disable_adapter():

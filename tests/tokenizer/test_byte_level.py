@@ -3,7 +3,7 @@
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from bdh.model.text import encode_prompt
+from bdh.generate.decoder import encode_prompt
 from bdh.tokenizer import (
     TextEncoder,
     byte_tokenizer,

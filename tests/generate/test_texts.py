@@ -6,8 +6,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from bdh.model.sampling import SamplingOptions
-from bdh.model.text import TextDecoder, encode_prompt
+from bdh.generate.decoder import TextDecoder, encode_prompt
+from bdh.generate.params import SamplingParams
 from bdh.tokenizer import byte_tokenizer
 
 
@@ -98,21 +98,39 @@ def test_two_streams_at_once_do_not_disturb_each_other(byte_model, tokenizer):
     assert texts == alone
 
 
-def test_closing_a_stream_ends_its_thread(byte_model, tokenizer):
+def test_a_stream_generates_what_is_asked_for_alone(byte_model, tokenizer):
+    """Without a thread that runs ahead."""
     before = threading.active_count()
     stream = byte_model.stream_text(tokenizer, "a", max_new_tokens=100_000, seed=1)
     next(stream)
-    stream.close()
     assert threading.active_count() == before
+    stream.close()
 
 
-def test_an_error_in_the_generation_reaches_the_reader(byte_model, tokenizer, monkeypatch):
+def test_a_model_in_training_is_evaluated_and_trains_on(make_model, tokenizer):
+    model = make_model(vocab_size=256, dropout=0.5).train()
+    texts = {model.generate_text(tokenizer, "a", temperature=0, max_new_tokens=9) for _ in range(3)}
+    assert texts == {"".join(model.stream_text(tokenizer, "a", temperature=0, max_new_tokens=9))}
+    assert model.training
+
+
+def test_without_a_seed_the_generator_of_pytorch_gives_it(byte_model, tokenizer):
+    def text():
+        torch.manual_seed(5)
+        return byte_model.generate_text(tokenizer, "a", max_new_tokens=9)
+
+    assert text() == text() != byte_model.generate_text(tokenizer, "a", max_new_tokens=9)
+
+
+def test_an_error_in_the_generation_reaches_the_reader(byte_model, tokenizer):
     def fail(*args, **kwargs):
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr(byte_model, "forward", fail)
+    byte_model.decoder.register_forward_hook(fail)
     with pytest.raises(RuntimeError, match="out of luck"):
         list(byte_model.stream_text(tokenizer, "a", max_new_tokens=5))
+    with pytest.raises(RuntimeError, match="out of luck"):
+        byte_model.generate_text(tokenizer, "a", max_new_tokens=5)
 
 
 def test_several_sequences_and_beams(byte_model, tokenizer):
@@ -167,8 +185,8 @@ def test_what_cannot_stream_or_start_is_refused(byte_model, model, tokenizer):
         byte_model.generate_text(tokenizer, "")
     with pytest.raises(ValueError, match="the tokenizer has 256 entries and the model 61"):
         model.generate_text(tokenizer, "a")
-    with pytest.raises(ValueError, match="either options or keywords"):
-        byte_model.generate_text(tokenizer, "a", SamplingOptions(), seed=1)
+    with pytest.raises(ValueError, match="either params or keywords"):
+        byte_model.generate_text(tokenizer, "a", SamplingParams(), seed=1)
 
 
 def test_word_pieces_keep_their_spaces(make_model):
