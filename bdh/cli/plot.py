@@ -25,7 +25,7 @@ def run(argv: list[str]) -> int:
         description="Draw the training and validation loss of runs over their steps, or other metrics.",
         positionals=("runs",),
     )
-    from bdh.monitor.plots import LOSS_KEYS, plot_metrics
+    from bdh.monitor.history import LOSS_KEYS, plot_metrics
 
     if not settings.runs:
         raise ValueError("no run is given: name the folder of at least one run")

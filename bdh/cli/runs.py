@@ -9,7 +9,7 @@ from bdh.cli.settings import parse_settings
 from bdh.validation import PathText, Settings
 
 if TYPE_CHECKING:
-    from bdh.monitor.runs import RunSummary
+    from bdh.monitor.history import RunSummary
 
 
 @dataclass
@@ -28,7 +28,7 @@ def run(argv: list[str]) -> int:
         description="List runs: how far each is, its losses and speed, and the settings that differ among them.",
         positionals=("folder",),
     )
-    from bdh.monitor.runs import summarize_runs
+    from bdh.monitor.history import summarize_runs
 
     folder = Path(settings.folder)
     summaries = summarize_runs(folder)

@@ -1,7 +1,7 @@
 """Shows and records how a training goes. Knows nothing of models or data."""
 
-from bdh.monitor.backends.jsonl import read_metrics
 from bdh.monitor.config import MonitorConfig, chosen_backends
-from bdh.monitor.monitor import Monitor
+from bdh.monitor.history import cut_back, read_metrics
+from bdh.monitor.monitor import Backend, Monitor
 
-__all__ = ["Monitor", "MonitorConfig", "chosen_backends", "read_metrics"]
+__all__ = ["Backend", "Monitor", "MonitorConfig", "chosen_backends", "cut_back", "read_metrics"]

@@ -1,15 +1,121 @@
-"""What a folder of runs holds: how far each is, how good, and what sets it apart."""
+"""What runs have recorded, read back: the rows of ``metrics.jsonl``, pictures of them, and a summary of each run in a folder."""
 
+import importlib.util
+import json
+import os
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bdh.monitor.backends.jsonl import read_metrics
 from bdh.validation import Faults
 from bdh.yaml_files import read_yaml
 
+LOSS_KEYS = ("train/loss", "val/loss")
 _ACTIVE_SECONDS = 120
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a ``metrics.jsonl`` or ``samples.jsonl``. What is not finite is None. A torn last line is left out.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line before the last is not JSON.
+    """
+    rows = []
+    # Not splitlines, which also splits at characters that texts may hold as they are.
+    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number}, is not JSON: {error}") from error
+    return rows
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Drops the rows of later steps, and a last line that is torn, from a file of JSON lines, if there is one.
+
+    Raises:
+        ValueError: a line before the last is not JSON; the file is left as it is.
+    """
+    if not path.exists():
+        return
+    kept = [row for row in read_metrics(path) if row["step"] <= step]
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def plot_metrics(run_dirs: list[Path], output: Path, keys: Sequence[str] = LOSS_KEYS) -> None:
+    """Draws metrics of runs over their steps into a PNG file: all runs over each other, a colour each.
+
+    Losses share one panel; every other metric has its own.
+
+    Args:
+        keys: names in ``metrics.jsonl``. A run that has not logged one of several is drawn without it.
+
+    Raises:
+        FileNotFoundError: a folder has no ``metrics.jsonl``.
+        ValueError: a run has logged none of the metrics, or no run has logged one of them.
+        ImportError: matplotlib is missing; the message says how to install it.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError('plots need matplotlib: pip install "bdh[report]"')
+    rows = {run_dir: _rows_of_run(run_dir, keys) for run_dir in run_dirs}
+    for key in keys:
+        if key not in LOSS_KEYS and not any(_curve(of_run, key) for of_run in rows.values()):
+            raise ValueError(
+                f"no run has logged {key}: logged are {_logged(row for each in rows.values() for row in each)}"
+            )
+    losses = [key for key in keys if key in LOSS_KEYS]
+    panels = ([losses] if losses else []) + [[key] for key in keys if key not in LOSS_KEYS]
+    names = [run_dir.name for run_dir in run_dirs]
+    from matplotlib.figure import Figure  # slow to import: after all that can be wrong
+
+    figure = Figure(figsize=(8, 1 + 4 * len(panels)), layout="constrained")
+    for axes, panel in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
+        for number, (run_dir, of_run) in enumerate(rows.items()):
+            label = run_dir.name if names.count(run_dir.name) == 1 else str(run_dir)
+            for key in panel:
+                if curve := _curve(of_run, key):
+                    _draw(axes, curve, key, f"C{number % 10}", label)
+        axes.set(xlabel="step", ylabel="loss, nats per token" if panel == losses else panel[0])
+        axes.grid(alpha=0.3)
+        axes.legend()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=120, format="png")
+
+
+def _rows_of_run(run_dir: Path, keys: Sequence[str]) -> list[dict[str, Any]]:
+    path = run_dir / "metrics.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"{run_dir} holds no run: it has no metrics.jsonl")
+    rows = read_metrics(path)
+    if not any(_curve(rows, key) for key in keys):
+        logged = _logged(rows)
+        reason = f"it has {logged}" if logged else "the run has not logged a step yet"
+        raise ValueError(f"{path} has no {' or '.join(keys)}: {reason}")
+    return rows
+
+
+def _curve(rows: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
+    return [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+
+
+def _logged(rows: Iterable[dict[str, Any]]) -> str:
+    return ", ".join(sorted({name for row in rows for name in row} - {"step", "time"}))
+
+
+def _draw(axes: Any, curve: list[tuple[int, float]], key: str, color: str, label: str) -> None:
+    if key == "train/loss":
+        axes.plot(*zip(*curve, strict=True), color=color, alpha=0.4, label=f"{label}, training")
+    else:
+        what = ", validation" if key == "val/loss" else ""
+        marker = "o" if len(curve) < 50 else None
+        axes.plot(*zip(*curve, strict=True), color=color, marker=marker, markersize=4, label=label + what)
 
 
 @dataclass

@@ -1,23 +1,81 @@
-"""One place to tell what happens, for all backends."""
+"""One place to report what happens in a run, and the backends that show or record it."""
 
-from collections.abc import Mapping
+import contextlib
+import html
+import io
+import json
+import math
+import os
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import yaml
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from bdh.monitor.backends import Backend, RunFacts, open_backend
 from bdh.monitor.config import AUTO, MonitorConfig, chosen_backends, is_installed, split_names
+from bdh.monitor.history import cut_back
 
 _HISTOGRAM_VALUES = 1 << 16  # counting all of millions takes seconds
-_TITLES = {"wandb": "W&B", "trackio": "Trackio", "tensorboard": "TensorBoard", "jsonl": "metrics.jsonl"}
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a backend is given when it is opened."""
+
+    run_dir: Path
+    config: MonitorConfig
+    total_steps: int
+    start_step: int
+    """Steps done by earlier starts of the run; what had been logged after it will be logged again."""
+    settings: Mapping[str, Any]
+    """The run's configuration: nested, plain data."""
+    console: Console
+    warn: Callable[[str], None]
+
+
+class Backend(ABC):
+    """One place where a run is shown or recorded. What it cannot show, it leaves out: these do nothing.
+
+    Steps come in order; several calls may be for one step. A method may raise anything: the backend is then
+    not called again, except for ``close``.
+    """
+
+    title: str
+    """What people call it."""
+
+    def start(self) -> None:  # noqa: B027 (a backend overrides what it can show)
+        """Called when the training is about to start."""
+
+    def message(self, text: str) -> None:  # noqa: B027
+        """A line for people who watch."""
+
+    def progress(self, step: int, *, loss: float, tokens_per_second: float) -> None:  # noqa: B027
+        """Called after every step, logged or not."""
+
+    def log(self, step: int, values: dict[str, float]) -> None:  # noqa: B027
+        """Numbers by name; some may be infinite or NaN."""
+
+    def log_text(self, step: int, name: str, text: str) -> None:  # noqa: B027
+        """A text of several lines."""
+
+    def log_histogram(self, step: int, name: str, values: Any) -> None:  # noqa: B027
+        """The distribution of a tensor's values: float32, one dimension, on the CPU, not empty."""
+
+    def close(self) -> None:  # noqa: B027
+        """Writes what is left."""
 
 
 class Monitor:
     """Passes metrics, texts and messages on to the backends. A context manager.
 
-    A backend that raises, because the disk is full or its server is gone, does not end the training: it is
+    A backend that raises, because the disk is full or its server cannot be reached, does not end the training: it is
     announced, left out from then on, and named again at the end.
 
     Args:
@@ -41,20 +99,13 @@ class Monitor:
         self._lost: list[str] = []
         self._step = start_step
         self._backends: list[Backend] = []
-        facts = RunFacts(
-            run_dir=run_dir,
-            config=config,
-            total_steps=total_steps,
-            start_step=start_step,
-            settings=settings or {},
-            console=self._console,
-            warn=self.warn,
-        )
+        facts = RunFacts(run_dir, config, total_steps, start_step, settings or {}, self._console, self.warn)
         for name in chosen_backends(config):
+            kind = _KINDS[name]
             try:
-                self._backends.append(open_backend(name, facts))
+                self._backends.append(kind(facts))
             except Exception as error:
-                self._lose(_TITLES.get(name, name), "cannot be opened", error)
+                self._lose(kind.title, "cannot be opened", error)
         if AUTO in split_names(config.backends) and not is_installed("tensorboard"):
             self.message('No TensorBoard files: the package is missing (pip install "bdh[monitor]" brings it).')
 
@@ -66,6 +117,10 @@ class Monitor:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def add(self, backend: Backend) -> None:
+        """A further backend, beside those of the settings."""
+        self._backends.append(backend)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Records the metrics of a step. What is not a finite number is null in ``metrics.jsonl``."""
@@ -82,8 +137,7 @@ class Monitor:
         if shows_them and values.numel() > 0:
             some = values.detach().flatten()[:: 1 + values.numel() // _HISTOGRAM_VALUES].float().cpu()
             # A copy: a backend may keep it while the training changes the values, or FSDP frees them.
-            some = some.clone()
-            self._each("log_histogram", step, name, some)
+            self._each("log_histogram", step, name, some.clone())
 
     def progress(self, step: int, *, loss: float, tokens_per_second: float) -> None:
         """Moves the bar."""
@@ -98,33 +152,316 @@ class Monitor:
         self._console.print(f"warning: {text}", style="yellow", markup=False, highlight=False)
 
     def close(self) -> None:
-        for backend in list(self._backends):
-            self._call(backend, "close")
+        self._each("close")
         for what in self._lost:
             self.warn(what)
         self._backends, self._lost = [], []
 
     def _each(self, method: str, *arguments: Any, **keywords: Any) -> None:
         for backend in list(self._backends):
-            self._call(backend, method, *arguments, **keywords)
-
-    def _call(self, backend: Backend, method: str, *arguments: Any, **keywords: Any) -> None:
-        try:
-            getattr(backend, method)(*arguments, **keywords)
-        except Exception as error:
-            self._backends.remove(backend)
-            self._lose(backend.title, "cannot be written", error)
-            if method != "close":
-                self._close_lost(backend)
-
-    def _close_lost(self, backend: Backend) -> None:
-        try:
-            backend.close()
-        except Exception:
-            # It has been announced already, with the error that came first.
-            return
+            try:
+                getattr(backend, method)(*arguments, **keywords)
+            except Exception as error:
+                self._backends.remove(backend)
+                self._lose(backend.title, "cannot be written", error)
+                if method != "close":
+                    with contextlib.suppress(Exception):  # the error that came first has been announced
+                        backend.close()
 
     def _lose(self, title: str, what: str, error: Exception) -> None:
-        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        reason = _first_line(error)
         self._lost.append(f"{title} is incomplete: it lacks what came at step {self._step} or later ({reason})")
         self.warn(f"{title} {what} ({reason}); the training goes on without it")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0] or type(error).__name__
+
+
+def _indented(text: str) -> str:
+    """For Markdown, which would join the lines of the text."""
+    return "    " + text.replace("\n", "\n    ")
+
+
+class ConsoleBackend(Backend):
+    """The terminal: a live bar, or lines where there is none."""
+
+    title = "the console"
+
+    def __init__(self, facts: RunFacts):
+        self._facts, self._start_time = facts, time.monotonic()
+        self._bar: Progress | None = None
+        if facts.config.progress_bar and facts.console.is_terminal:
+            self._bar = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=None),
+                TextColumn("loss {task.fields[loss]:.4f}"),
+                TextColumn("{task.fields[tokens_per_second]:,.0f} tokens/s"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=facts.console,
+                refresh_per_second=4,
+                expand=True,
+            )
+            self._task = self._bar.add_task(
+                "training", total=facts.total_steps, completed=facts.start_step, loss=math.nan, tokens_per_second=0.0
+            )
+
+    def start(self) -> None:
+        if self._bar is not None:
+            self._bar.start()
+
+    def progress(self, step: int, *, loss: float, tokens_per_second: float) -> None:
+        config, total = self._facts.config, self._facts.total_steps
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, loss=loss, tokens_per_second=tokens_per_second)
+        elif config.progress_bar and (step % (10 * config.log_every_steps) == 0 or step == total):
+            each = (time.monotonic() - self._start_time) / max(1, step - self._facts.start_step)
+            minutes, seconds = divmod(int((total - step) * each), 60)
+            left = f"{minutes // 60:02d}:{minutes % 60:02d}:{seconds:02d}"
+            self.message(f"step {step}/{total}: loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s, {left} left")
+
+    def message(self, text: str) -> None:
+        self._facts.console.print(text, markup=False, highlight=False)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+class MetricsFile(Backend):
+    """Appends one JSON object for each logged step to ``metrics.jsonl``.
+
+    A file that exists already, of the run that is resumed, is cut back to ``start_step`` first: later steps will
+    be taken again, and a last line that a kill has torn is dropped.
+    """
+
+    title = "metrics.jsonl"
+
+    def __init__(self, facts: RunFacts):
+        path = facts.run_dir / "metrics.jsonl"
+        cut_back(path, facts.start_step)
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        row: dict[str, Any] = {"step": step, "time": round(time.time(), 3)}
+        row |= {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps(row) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoardBackend(Backend):
+    """TensorBoard's event files."""
+
+    title = "TensorBoard"
+
+    def __init__(self, facts: RunFacts):
+        # Imported here: it takes a second, and works only where tensorboard is installed.
+        from torch.utils.tensorboard import SummaryWriter
+
+        # purge_step hides what a run that is resumed from start_step had logged after it.
+        purge_step = facts.start_step + 1 if facts.start_step else None
+        self._writer = SummaryWriter(str(facts.run_dir / "tensorboard"), purge_step=purge_step)
+        if facts.settings:
+            self.log_text(facts.start_step, "settings", yaml.safe_dump(dict(facts.settings), sort_keys=False))
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def log_text(self, step: int, name: str, text: str) -> None:
+        self._writer.add_text(name, _indented(text), step)
+
+    def log_histogram(self, step: int, name: str, values: Any) -> None:
+        self._writer.add_histogram(name, values, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class StepwiseBackend(Backend):
+    """What W&B and Trackio have in common: a run with an id, whose steps can be added but not taken back.
+
+    Sends each step once, as a whole, in order, over all starts of a run. A file in the run's folder keeps the id, so that
+    a later start continues the same run, and the last step that was sent. Steps up to that one, which a start from an
+    earlier checkpoint takes again, are not sent a second time. A step is sent when the next one comes, or at the end.
+    """
+
+    memory_file: str
+
+    def __init__(self, facts: RunFacts):
+        self._facts, self._memory_path = facts, facts.run_dir / self.memory_file
+        memory: dict[str, Any] = {}
+        try:
+            memory = json.loads(self._memory_path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            pass
+        except ValueError as error:
+            raise ValueError(
+                f"{self._memory_path} does not hold the id of the run: {error}; without the file a new one is made"
+            ) from error
+        self.run_id: str = memory.get("id") or uuid.uuid4().hex[:8]
+        self._last_step: int = memory.get("last_step", -1)
+        self._pending: dict[str, Any] = {}
+        self._pending_step: int | None = None
+        self._remember()
+        if self._last_step > facts.start_step:
+            facts.warn(
+                f"{self.title} has the steps up to {self._last_step} already, and cannot take them back: those from "
+                f"{facts.start_step + 1} on are not sent again"
+            )
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        if step <= self._last_step:
+            return
+        if step != self._pending_step:
+            self._send_pending()
+            self._pending_step = step
+        self._pending |= values
+
+    def log_text(self, step: int, name: str, text: str) -> None:
+        self.log(step, {name: self._text(text)})
+
+    def log_histogram(self, step: int, name: str, values: Any) -> None:
+        self.log(step, {name: self._histogram(values)})
+
+    def close(self) -> None:
+        try:
+            self._send_pending()
+        finally:
+            self._finish()
+
+    @abstractmethod
+    def _text(self, text: str) -> Any: ...
+
+    @abstractmethod
+    def _histogram(self, values: Any) -> Any: ...
+
+    @abstractmethod
+    def _send(self, step: int, values: dict[str, Any]) -> None: ...
+
+    @abstractmethod
+    def _finish(self) -> None: ...
+
+    def _send_pending(self) -> None:
+        if self._pending_step is None:
+            return
+        step, values = self._pending_step, self._pending
+        self._pending_step, self._pending = None, {}
+        self._send(step, values)
+        self._last_step = step
+        self._remember()
+
+    def _remember(self) -> None:
+        temporary = self._memory_path.with_name(f".{self._memory_path.name}.tmp")
+        temporary.write_text(json.dumps({"id": self.run_id, "last_step": self._last_step}), encoding="utf-8")
+        os.replace(temporary, self._memory_path)
+
+
+class WandbBackend(StepwiseBackend):
+    """Weights & Biases, with its server or into files for later."""
+
+    title, memory_file = "W&B", "wandb.json"
+
+    def __init__(self, facts: RunFacts):
+        import wandb
+
+        self._wandb = wandb
+        super().__init__(facts)
+        config, seconds = facts.config, facts.config.wandb_timeout_seconds
+        timeouts: dict[str, Any] = dict.fromkeys(("init_timeout", "login_timeout", "finish_timeout"), seconds)
+        arguments: dict[str, Any] = {
+            "project": config.project,
+            "name": config.run_name or facts.run_dir.resolve().name,
+            "id": self.run_id,
+            "resume": "allow",
+            "dir": str(facts.run_dir),
+            "config": dict(facts.settings),
+            # The terminal is ours.
+            "settings": wandb.Settings(**timeouts, finish_timeout_raises=True, console="off", silent=True),
+        }
+        self._only_in_files = False
+        try:
+            self._run = wandb.init(mode=config.wandb_mode, **arguments)
+        except wandb.errors.Error as error:
+            if config.wandb_mode == "offline":
+                raise
+            facts.warn(f"W&B cannot be used online ({_first_line(error)}): the run goes into files, to be sent later")
+            self._only_in_files = True
+            wandb.teardown()  # its service keeps the id in use
+            self._run = wandb.init(mode="offline", **arguments)
+
+    def _text(self, text: str) -> Any:
+        return self._wandb.Html(f"<pre>{html.escape(text)}</pre>", inject=False)
+
+    def _histogram(self, values: Any) -> Any:
+        return self._wandb.Histogram(values.numpy())
+
+    def _send(self, step: int, values: dict[str, Any]) -> None:
+        self._run.log(values, step=step)
+
+    def _finish(self) -> None:
+        self._run.finish()
+        if self._only_in_files:
+            folder = self._facts.run_dir
+            self._facts.warn(f"W&B has nothing of this start yet: `wandb sync {folder}/wandb/offline-run-*` sends it")
+
+
+class TrackioBackend(StepwiseBackend):
+    """Trackio: a local database with a dashboard (`trackio show`), or a Space or server where its variables name one."""
+
+    title, memory_file = "Trackio", "trackio.json"
+
+    def __init__(self, facts: RunFacts):
+        import trackio
+
+        self._trackio = trackio
+        super().__init__(facts)
+        # Trackio finds a run that is resumed by its name, so the name must be of this run alone.
+        name = f"{facts.config.run_name or facts.run_dir.resolve().name}-{self.run_id}"
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what `bdh train` says already
+            self._run = trackio.init(
+                project=facts.config.project,
+                name=name,
+                resume="allow",
+                config=dict(facts.settings),
+                embed=False,
+                auto_log_cpu=False,
+                auto_log_gpu=False,
+            )
+        self._sent_to: int | None = None
+
+    def _text(self, text: str) -> Any:
+        return self._trackio.Markdown(_indented(text))
+
+    def _histogram(self, values: Any) -> Any:
+        return self._trackio.Histogram(values.numpy())
+
+    def _send(self, step: int, values: dict[str, Any]) -> None:
+        self._run.log(values, step=step)
+        self._sent_to = step
+
+    def _finish(self) -> None:
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._trackio.finish()
+        # It writes in a thread, and only prints what went wrong there.
+        if self._sent_to is not None and self._run.url is None:
+            run = self._run
+            kept = self._trackio.SQLiteStorage.get_max_step_for_run(run.project, run.name, run_id=run.id)
+            if kept != self._sent_to:
+                missing = f"nothing after step {kept}" if kept else "none of the steps"
+                raise OSError(f"its database has {missing}")
+
+
+_KINDS: dict[str, type[Any]] = {
+    "console": ConsoleBackend,
+    "jsonl": MetricsFile,
+    "tensorboard": TensorBoardBackend,
+    "wandb": WandbBackend,
+    "trackio": TrackioBackend,
+}

@@ -21,8 +21,7 @@ from bdh.distributed.world import World
 from bdh.memory import used_bytes
 from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.model.averaging import MovingAverage
-from bdh.monitor import chosen_backends
-from bdh.monitor.backends.jsonl import cut_back
+from bdh.monitor import chosen_backends, cut_back
 from bdh.ops.blocks.plan import LayerPlan
 from bdh.storage import atomic_dir, write_text
 from bdh.tokenizer import load_tokenizer, stop_token_ids, with_chat_template

@@ -11,8 +11,7 @@ import time
 import pytest
 from rich.console import Console
 
-from bdh.monitor import Monitor, MonitorConfig, read_metrics
-from bdh.monitor.backends import Backend
+from bdh.monitor import Backend, Monitor, MonitorConfig, read_metrics
 
 
 def opened(run_dir, *backends, **config) -> tuple[Monitor, io.StringIO]:
@@ -127,7 +126,7 @@ def test_a_backend_that_raises_is_left_out_and_the_others_go_on(tmp_path, monkey
             Breaks.closed += 1
 
     monitor, shown = opened(tmp_path, "jsonl")
-    monitor._backends.insert(0, Breaks())
+    monitor.add(Breaks())
     with monitor:
         for step in range(1, 6):
             monitor.log(step, {"train/loss": 1.0})

@@ -10,8 +10,7 @@ import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from bdh.monitor import Monitor, MonitorConfig, chosen_backends, read_metrics
-from bdh.monitor.backends.jsonl import cut_back
+from bdh.monitor import Monitor, MonitorConfig, chosen_backends, cut_back, read_metrics
 
 
 def quiet() -> Console:

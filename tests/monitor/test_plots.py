@@ -5,7 +5,7 @@ import pytest
 from matplotlib.image import imread
 
 from bdh.cli.main import main
-from bdh.monitor.plots import plot_metrics
+from bdh.monitor.history import plot_metrics
 
 
 def a_run(folder, rows):

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from bdh.cli.main import main
-from bdh.monitor.runs import summarize_runs
+from bdh.monitor.history import summarize_runs
 
 
 def made(folder, *, rate=0.001, steps=(10, 20), max_steps=20, age=9_000.0):

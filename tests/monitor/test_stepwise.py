@@ -10,7 +10,7 @@ from rich.console import Console
 
 from bdh.monitor import Monitor, MonitorConfig
 
-from ..readers import trackio_rows, wandb_runs
+from .readers import trackio_rows, wandb_runs
 
 
 def opened(run_dir, name, *, start_step=0, settings=None, **config) -> tuple[Monitor, io.StringIO]:
