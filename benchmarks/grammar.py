@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from bdh import BDHConfig, BDHForCausalLM
-from bdh.bench.timing import interleaved
+from bdh.bench.report import interleaved
 from bdh.data.builtin import stdlib_files
 from bdh.generate.config import EngineConfig
 from bdh.generate.engine import Engine

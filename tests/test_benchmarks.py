@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu
+from benchmarks import compare, gpu
 
 ROOT = Path(__file__).parents[1]
 
@@ -171,3 +171,37 @@ def test_a_grammar_costs_what_is_told(tmp_path, monkeypatch):
     assert "all of those follow the schema; free text stays as it is" in done.stdout
     assert len(re.findall(r"ms, once; then +\d+ us a token", done.stdout)) == 3
     assert len(re.findall(r"at once +[\d.]+ tokens/s without, +[\d.]+ with", done.stdout)) == 2
+
+
+def test_a_figure_beyond_the_tolerance_is_named():
+    found = {
+        "steady": compare.Figure([0.010, 0.020, 0.011], [0.012, 0.010, 0.030]),
+        "slower": compare.Figure([0.010], [0.0131]),
+    }
+    text, slow = compare.table(found, tolerance=0.25)
+    assert slow == ["slower"]
+    assert re.search(r"^steady +11\.00 ms +12\.00 ms +1\.091 +10\.00 to 20\.00$", text, re.MULTILINE)
+    assert "1.310" in text
+    assert text.endswith("over 25 % slower")
+    assert compare.table(found, tolerance=0.4)[1] == []
+
+
+def test_bits_that_differ_are_named():
+    import torch
+
+    old = {"logits": torch.zeros(4), "state": torch.ones(2, dtype=torch.bfloat16), "gone": torch.ones(1)}
+    new = {"logits": torch.tensor([0.0, 1e-7, 0.0, 0.0]), "state": torch.ones(2, dtype=torch.bfloat16)}
+    assert compare.differences(old, old) == []
+    assert compare.differences(old, new) == ["gone: only in old", "logits: 1 of 4 numbers, by up to 1.0e-07"]
+
+
+@pytest.mark.slow
+def test_two_checkouts_are_compared_by_turns(tmp_path):
+    command = [sys.executable, "benchmarks/compare.py", str(ROOT), "--only", "decode, 1", "bdh --help", "--size", "odd"]
+    command += ["--processes", "1", "--starts", "1", "--seconds", "0.01", "--json", str(tmp_path / "found.json")]
+    done = subprocess.run([*command, "--tolerance", "50"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert {name: (len(each["old"]), len(each["new"])) for name, each in found.items()} == {
+        "decode, 1 sequence": (1, 1), "start: bdh --help": (2, 2),
+    }  # fmt: skip

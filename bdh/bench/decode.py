@@ -1,21 +1,23 @@
-"""One token at a time: whether all forms agree, and then what each costs."""
+"""Reading: one token at a time beside other forms, several sequences, prompts by their length. All forms must agree first."""
 
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import cycle
+from statistics import mean
 from typing import Any
 
 import torch
 
-from bdh.bench.bandwidth import Bandwidth, measure_bandwidth, traffic
-from bdh.bench.baselines import AdvancerDecoder, AllocatingDecoder, Decoder, Gpt2Decoder, RecomputingDecoder
-from bdh.bench.busy import time_busy
-from bdh.bench.config import BenchOptions
-from bdh.bench.report import Report, milliseconds, random_tokens
-from bdh.bench.timing import interleaved
-from bdh.bench.weights import Density, naive_logits
-from bdh.generate.advance import Advancer, StepInput, Storage
+from bdh.bench import BenchOptions
+from bdh.bench.decoders import AllocatingDecoder, Decoder, Gpt2Decoder, RecomputingDecoder, StateDecoder
+from bdh.bench.models import Bandwidth, Density, measure_bandwidth, naive_logits, random_tokens, traffic
+from bdh.bench.report import Progress, Report, interleaved, milliseconds
 from bdh.memory import used_bytes
 from bdh.model.modeling import BDHForCausalLM
+from bdh.ops.backends import Storage
 
 TOLERANCE = 1e-4
 """Of the largest difference of two logits; where their standard deviation is above 1, as many times that."""
@@ -27,15 +29,15 @@ _FORMATS: dict[str, tuple[Storage, Storage]] = {
     "kernels, weights and state bfloat16": ("bfloat16", "bfloat16"),
 }
 _REFERENCE = "kernels float32"
-
-Progress = Callable[[str], None]
+_SETTLING_SECONDS = 0.5
+"""For busy programs to start, and for the kernels to find out that they have."""
 
 
 def bench_decode(model: BDHForCausalLM, options: BenchOptions, progress: Progress = lambda stage: None) -> Report:
     """Figures of single tokens. Nothing is timed unless kernels, dense steps and ``ops/naive.py`` agree."""
     report = Report("decode")
     density = report.introduce(model, options.seed)
-    report.say(f"path      {Advancer(model, path='kernels').description}")
+    report.say(f"path      {StateDecoder(model, path='kernels').description}")
     _compare(report, model, options, progress)
     if report.failed:
         return report
@@ -54,19 +56,20 @@ def bench_decode(model: BDHForCausalLM, options: BenchOptions, progress: Progres
     return report
 
 
+def _kernels(model: BDHForCausalLM, name: str) -> StateDecoder:
+    weights, state = _FORMATS[name]
+    return StateDecoder(model, name, path="kernels", weights=weights, state=state)
+
+
 def _compare(report: Report, model: BDHForCausalLM, options: BenchOptions, progress: Progress) -> None:
     """The logits of all forms over the same tokens, read one by one."""
     count = options.agreement_tokens
     tokens = random_tokens(model.config.vocab_size, count, options.seed + 2)
     found: dict[str, torch.Tensor] = {}  # (T, V) of each form
-    memory = (0, 0)
-    for name, (weights, state) in _FORMATS.items():
-        progress(f"agreement: {name}, {count:,} tokens")
-        decoder = AdvancerDecoder(name, Advancer(model, path="kernels", weights=weights, state=state))
-        found[name], before_and_after = _read_all(decoder, tokens)
-        memory = before_and_after if name == _REFERENCE else memory
-    progress(f"agreement: dense recurrent steps, {count:,} tokens")
-    found["dense"], _ = _read_all(AdvancerDecoder("dense", Advancer(model, path="torch")), tokens)
+    memory: dict[str, tuple[int, int]] = {}
+    for decoder in [*(_kernels(model, name) for name in _FORMATS), StateDecoder(model, "dense", path="torch")]:
+        progress(f"agreement: {decoder.name}, {count:,} tokens")
+        found[decoder.name], memory[decoder.name] = _read_all(decoder, tokens)
     progress(f"agreement: ops/naive.py, {count:,} tokens")
     found["naive"] = naive_logits(model, tokens[None])[0]
 
@@ -105,17 +108,18 @@ def _compare(report: Report, model: BDHForCausalLM, options: BenchOptions, progr
     if report.failed:
         report.say("the forms do not agree: nothing was timed")
         return
-    report.figures["resident_bytes"] = {"before": memory[0], "after": memory[1], "tokens": count}
+    before, after = memory[_REFERENCE]
+    report.figures["resident_bytes"] = {"before": before, "after": after, "tokens": count}
     report.say()
     report.say(
-        f"memory    {memory[0] / 2**20:,.1f} MiB before and {memory[1] / 2**20:,.1f} MiB behind the {count:,} tokens of the kernels"
+        f"memory    {before / 2**20:,.1f} MiB before and {after / 2**20:,.1f} MiB after the {count:,} tokens of the kernels"
     )
 
 
-def _read_all(decoder: AdvancerDecoder, tokens: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
-    """The logits (T, V), and the memory of the process behind the first token and behind the last."""
-    logits = torch.zeros(len(tokens), decoder.advancer.model.config.vocab_size)
-    logits += 0  # so that its pages are there
+def _read_all(decoder: StateDecoder, tokens: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+    """The logits (T, V), and the memory of the process after the first token and after the last."""
+    logits = torch.zeros(len(tokens), decoder.vocab_size)
+    logits += 0  # so that its memory is mapped
     before = 0
     for index, token in enumerate(tokens.tolist()):
         logits[index] = decoder.read(token)
@@ -132,28 +136,24 @@ def _time_forms(
     progress: Progress,
 ) -> None:
     text = random_tokens(model.config.vocab_size, options.context, options.seed + 3).tolist()
-    decoders: list[Decoder] = [
-        AdvancerDecoder(name, Advancer(model, path="kernels", weights=weights, state=state))
-        for name, (weights, state) in _FORMATS.items()
-    ]
-    decoders += [
-        AdvancerDecoder("dense recurrent, in place", Advancer(model, path="torch")),
-        AllocatingDecoder(model),
-        RecomputingDecoder(model, options.context, text),
-    ]
     fast, slow = options.tokens_in_round, max(1, options.tokens_in_round // 4)
-    repeats = {decoder.name: fast for decoder in decoders[:3]} | {decoder.name: slow for decoder in decoders[3:5]}
+    decoders: list[tuple[Decoder, int]] = [(_kernels(model, name), fast) for name in _FORMATS]
+    decoders += [
+        (StateDecoder(model, "dense recurrent, in place", path="torch"), slow),
+        (AllocatingDecoder(model), slow),
+        (RecomputingDecoder(model, options.context, text), 1),
+    ]
     # From a little below the context to a little above it: the mean is at the context.
     num_reads = (options.rounds + 1) * fast
     torch.manual_seed(options.seed)
     gpt2 = Gpt2Decoder(model.config.vocab_size, (text * 2)[: max(1, options.context - num_reads // 2)])
-    decoders.append(gpt2)
-    repeats[gpt2.name] = fast
+    decoders.append((gpt2, fast))
     progress("timing: kernels, dense recurrent steps, ops/naive.py, GPT-2")
     timings = interleaved(
-        {decoder.name: _reader(decoder, text) for decoder in decoders}, rounds=options.rounds, repeats=repeats
+        {decoder.name: _reader(decoder, text) for decoder, _ in decoders},
+        rounds=options.rounds,
+        repeats={decoder.name: count for decoder, count in decoders},
     )
-
     reference = timings[_REFERENCE].median
     rows, figures = [], []
     for name, timing in timings.items():
@@ -171,16 +171,8 @@ def _time_forms(
             found |= {"bytes_per_token": moved.total, "limit_ms": 1000 * least, "of_limit": least / timing.median}
             limit = [f"{moved.total / 2**20:,.1f}", milliseconds(least), f"{100 * least / timing.median:.0f} %"]
         figures.append(found)
-        rows.append(
-            [
-                name,
-                milliseconds(timing.median),
-                milliseconds(timing.least),
-                f"{1 / timing.median:,.1f}",
-                f"{timing.median / reference:,.2f}",
-                *limit,
-            ]
-        )
+        times = [milliseconds(timing.median), milliseconds(timing.least)]
+        rows.append([name, *times, f"{1 / timing.median:,.1f}", f"{timing.median / reference:,.2f}", *limit])
     report.figures["forms"] = figures
     report.table(
         f"one sequence, a token at a time: medians of {options.rounds} rounds by turns; GPT-2 at context {options.context}",
@@ -190,33 +182,19 @@ def _time_forms(
 
 
 def _reader(decoder: Decoder, tokens: list[int]) -> Callable[[], int]:
-    """Each call reads a further token of an endless text."""
+    """Each call reads a further token of an endless text, and says which is likeliest to follow, as a greedy loop does."""
     text: Iterator[int] = cycle(tokens)
-    return lambda: decoder.next(next(text))
-
-
-def _time_busy(report: Report, model: BDHForCausalLM, options: BenchOptions, progress: Progress) -> None:
-    progress(f"timing: alone, and beside busy programs ({options.busy})")
-    text = random_tokens(model.config.vocab_size, options.context, options.seed + 3).tolist()
-    decoder = AdvancerDecoder("a token", Advancer(model, path="kernels"))
-    state = decoder.advancer.new_state()
-
-    def read_prompt() -> None:
-        state.clear()
-        decoder.advancer.advance([StepInput(state, text)])
-
-    candidates = {"a token": _reader(decoder, text), f"a prompt of {len(text)} tokens": read_prompt}
-    time_busy(report, candidates, options.busy, rounds=options.rounds, seconds=options.busy_seconds)
+    return lambda: int(decoder.read(next(text)).argmax())
 
 
 def _time_positions(report: Report, model: BDHForCausalLM, options: BenchOptions, progress: Progress) -> None:
-    """The same tokens behind an empty state, at positions far apart."""
+    """The same tokens after an empty state, at positions far apart."""
     progress(f"timing: positions {POSITIONS[0]:,} and {POSITIONS[1]:,}")
     text = random_tokens(model.config.vocab_size, options.context, options.seed + 4).tolist()
     readers = {}
     for position in POSITIONS:
-        decoder = AdvancerDecoder(f"{position:,}", Advancer(model, path="kernels"))
-        decoder.state.position = position
+        decoder = StateDecoder(model, f"{position:,}", path="kernels")
+        decoder.states[0].position = position
         readers[decoder.name] = _reader(decoder, text)
     repeats = dict.fromkeys(readers, options.tokens_in_round)
     timings = interleaved(readers, rounds=options.rounds, warm_up=2, repeats=repeats)
@@ -241,27 +219,20 @@ def _time_batches(
     progress: Progress,
 ) -> None:
     progress(f"timing: {', '.join(map(str, BATCHES))} sequences in a step")
-    config = model.config
-    largest = AdvancerDecoder("kernels", Advancer(model, path="kernels"), batch=max(BATCHES))
-    texts = random_tokens(config.vocab_size, options.context * max(BATCHES), options.seed + 5)
-    columns = cycle(texts.view(-1, max(BATCHES)).tolist())
-    readers: dict[str, Callable[[], object]] = {}
-    for batch in BATCHES:
-        decoder = AdvancerDecoder("kernels", largest.advancer, batch=0)
-        decoder.states = largest.states[:batch]
-        readers[str(batch)] = (
-            lambda decoder=decoder, batch=batch: [  # type: ignore[misc]
-                int(row.argmax()) for row in decoder.read_each(next(columns)[:batch])
-            ]
-        )
+    decoder = StateDecoder(model, path="kernels", num_sequences=max(BATCHES))
+    texts = random_tokens(model.config.vocab_size, options.context * max(BATCHES), options.seed + 5)
+    tokens = cycle(texts.view(-1, max(BATCHES)).tolist())
+    readers = {
+        str(batch): (lambda batch=batch: decoder.read_each(next(tokens)[:batch]).argmax(-1).tolist())
+        for batch in BATCHES
+    }
     repeats = dict.fromkeys(readers, max(1, options.tokens_in_round // 2))
     timings = interleaved(readers, rounds=options.rounds, warm_up=2, repeats=repeats)
-    moved = traffic(config, density)
-    alone = timings["1"].median
+    moved = traffic(model.config, density)
     rows, figures = [], []
     for batch in BATCHES:
         seconds, limit = timings[str(batch)].median, moved.limit_seconds(bandwidth, batch)
-        gain = batch * alone / seconds
+        gain = batch * timings["1"].median / seconds
         most = batch * moved.limit_seconds(bandwidth) / limit
         figures.append(
             {
@@ -273,19 +244,140 @@ def _time_batches(
                 "limit_ms": 1000 * limit,
             }
         )
-        rows.append(
-            [
-                str(batch),
-                milliseconds(seconds),
-                f"{batch / seconds:,.1f}",
-                f"{gain:.2f}",
-                f"{most:.2f}",
-                milliseconds(limit),
-            ]
-        )
+        speeds = [f"{batch / seconds:,.1f}", f"{gain:.2f}", f"{most:.2f}"]
+        rows.append([str(batch), milliseconds(seconds), *speeds, milliseconds(limit)])
     report.figures["batches"] = figures
     report.table(
         "kernels float32, sequences in one step",
         ["sequences", "ms/step", "tokens/s", "times one", "by bytes", "limit ms"],
         rows,
     )
+
+
+def bench_prefill(model: BDHForCausalLM, options: BenchOptions, progress: Progress = lambda stage: None) -> Report:
+    """Seconds of prompts of several lengths from an empty state to the logits after their last token."""
+    report = Report("prefill")
+    report.introduce(model, options.seed)
+    decoder = StateDecoder(model, path="kernels")
+    report.say(f"path      {decoder.description}")
+    lengths, count = options.prompt_lengths, options.naive_prompt
+    tokens = random_tokens(model.config.vocab_size, max(*lengths, count), options.seed + 6)
+    text = tokens.tolist()
+    progress(f"timing: ops/naive.py over {count:,} tokens, once")
+    start = time.perf_counter()
+    expected = naive_logits(model, tokens[None, :count])[0, -1]
+    naive_seconds = time.perf_counter() - start
+    decoder.read_prompt(text[:64])  # what is compiled on first use
+    progress("timing: the kernels over the same tokens")
+    own = interleaved({"": lambda: decoder.read_prompt(text[:count])}, rounds=options.prompt_rounds, warm_up=0)[
+        ""
+    ].median
+    difference = (decoder.read_prompt(text[:count]) - expected).abs().max().item()
+    allowed = TOLERANCE * max(1.0, expected.std().item())
+    report.failed = not difference <= allowed  # what is not a number does not agree
+    report.figures["naive"] = {
+        "tokens": count,
+        "seconds": naive_seconds,
+        "kernels_seconds": own,
+        "ratio": naive_seconds / own,
+        "largest_difference_of_last_logits": difference,
+        "allowed": allowed,
+    }
+    if report.failed:
+        report.say(f"the last of {count:,} tokens' logits differ by {difference:.1e}: must be at most {allowed:.1e}")
+        report.say("the forms do not agree: nothing more was timed")
+        return report
+    report.say()
+    report.say(
+        f"ops/naive.py over {count:,} tokens, once: {naive_seconds:.2f} s, the kernels {own:.2f} s: "
+        f"{naive_seconds / own:.1f} times; the last logits differ by {difference:.1e} at most"
+    )
+    progress(f"timing: prompts of {', '.join(f'{length:,}' for length in lengths)} tokens")
+    timings = interleaved(
+        {f"{length:,}": lambda length=length: decoder.read_prompt(text[:length]) for length in lengths},  # type: ignore[misc]
+        rounds=options.prompt_rounds,
+        warm_up=0,
+    )
+    found = {length: timings[f"{length:,}"].median for length in lengths}
+    rows = []
+    for length, shorter in zip(lengths, (0, *lengths), strict=False):
+        ratio = f"{found[length] / found[shorter]:.2f}" if shorter else ""
+        rows.append([f"{length:,}", f"{found[length]:.2f}", f"{length / found[length]:,.0f}", ratio])
+    report.figures["prompts"] = [
+        {"tokens": length, "seconds": seconds, "tokens_per_s": length / seconds} for length, seconds in found.items()
+    ]
+    report.figures["last_to_the_one_before"] = found[lengths[-1]] / found[lengths[-2]]
+    report.table(
+        f"kernels float32, medians of {options.prompt_rounds} rounds by turns",
+        ["tokens", "seconds", "tokens/s", "times the one before"],
+        rows,
+    )
+    return report
+
+
+def _time_busy(report: Report, model: BDHForCausalLM, options: BenchOptions, progress: Progress) -> None:
+    progress(f"timing: alone, and beside busy programs ({options.busy})")
+    text = random_tokens(model.config.vocab_size, options.context, options.seed + 3).tolist()
+    decoder, other = (StateDecoder(model, path="kernels") for _ in range(2))
+    candidates: dict[str, Callable[[], object]] = {
+        "a token": _reader(decoder, text),
+        f"a prompt of {len(text)} tokens": lambda: other.read_prompt(text),
+    }
+    time_busy(report, candidates, options.busy, rounds=options.rounds, seconds=options.busy_seconds)
+
+
+@contextmanager
+def busy_programs(count: int) -> Iterator[None]:
+    """So many other processes, each of which keeps a core busy."""
+    programs = [subprocess.Popen([sys.executable, "-I", "-S", "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for program in programs:
+            program.kill()
+        for program in programs:
+            program.wait()
+
+
+def time_busy(
+    report: Report, candidates: Mapping[str, Callable[[], object]], num_busy: int, *, rounds: int, seconds: float
+) -> None:
+    """Times each candidate for about so many seconds a round, with one thread and with all, alone and beside busy programs, by
+    turns. Means, since what is lost to others is lost in lumps."""
+    most = torch.get_num_threads()
+    found: dict[tuple[str, int, int], list[float]] = {}
+    try:
+        for _ in range(rounds):
+            for name, candidate in candidates.items():
+                for threads in sorted({1, most}):
+                    torch.set_num_threads(threads)
+                    for busy in (0, num_busy):
+                        with busy_programs(busy):
+                            _run(candidate, min(_SETTLING_SECONDS, seconds))
+                            found.setdefault((name, threads, busy), []).extend(_run(candidate, seconds))
+    finally:
+        torch.set_num_threads(most)
+    rows, figures = [], []
+    for name in candidates:
+        for threads in sorted({1, most}):
+            alone, beside = mean(found[name, threads, 0]), mean(found[name, threads, num_busy])
+            times = {"ms_alone": 1000 * alone, "ms_beside": 1000 * beside, "speed_kept": alone / beside}
+            figures.append({"name": name, "threads": threads, **times})
+            rows.append([name, str(threads), milliseconds(alone), milliseconds(beside), f"{alone / beside:.2f}"])
+    report.figures["busy"] = {"programs": num_busy, "timings": figures}
+    report.table(
+        f"alone, and beside busy programs ({num_busy}): means of {rounds} rounds by turns",
+        ["", "threads", "ms alone", "ms beside", "speed kept"],
+        rows,
+    )
+
+
+def _run(candidate: Callable[[], object], seconds: float) -> list[float]:
+    """The seconds of each call."""
+    found: list[float] = []
+    first = time.perf_counter()
+    while not found or time.perf_counter() - first < seconds:
+        start = time.perf_counter()
+        candidate()
+        found.append(time.perf_counter() - start)
+    return found

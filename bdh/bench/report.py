@@ -1,19 +1,106 @@
-"""What a benchmark found: tables for people, and the same figures as one JSON object."""
+"""Timing by turns, so that whatever else the machine does affects all candidates alike, and the report: tables for people,
+and the same figures as one JSON object."""
 
 import json
 import math
-from collections.abc import Sequence
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from statistics import mean
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import mean, median
 from typing import Any
 
 import torch
 
-from bdh.bench.timing import machine, machine_line
-from bdh.bench.weights import Density, densities
+from bdh.bench.models import Density, densities, random_tokens
 from bdh.model.modeling import BDHForCausalLM
 
+Progress = Callable[[str], None]
 _DENSITY_TOKENS = 256
+
+
+@dataclass
+class Timing:
+    """Seconds of what was run several times."""
+
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        return median(self.seconds)
+
+    @property
+    def least(self) -> float:
+        return min(self.seconds)
+
+
+def interleaved(
+    candidates: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    warm_up: int = 1,
+    repeats: Mapping[str, int] | None = None,
+) -> dict[str, Timing]:
+    """Times the candidates in rounds: in each one, every candidate in turn.
+
+    Args:
+        rounds: timed rounds, after ``warm_up`` others.
+        repeats: how often a candidate runs in a round, where that is not once; each run is timed.
+    """
+    found = {name: Timing() for name in candidates}
+    for number in range(warm_up + rounds):
+        for name, candidate in candidates.items():
+            for _ in range((repeats or {}).get(name, 1)):
+                start = time.perf_counter()
+                candidate()
+                seconds = time.perf_counter() - start
+                if number >= warm_up:
+                    found[name].seconds.append(seconds)
+    return found
+
+
+def percentile(numbers: list[float], share: float) -> float:
+    """The smallest of the numbers that at least this share of them does not exceed."""
+    ordered = sorted(numbers)
+    return ordered[min(len(ordered) - 1, max(0, -int(-share * len(ordered) // 1) - 1))]
+
+
+def machine() -> dict[str, str | int]:
+    """What the figures depend on, beside the code."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count() or 0,
+        "torch_threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in ("torch", "numba", "transformers")},
+    }
+
+
+def machine_line() -> str:
+    found = machine()
+    return (
+        f"{found['cpu']}, {found['cores']} cores, {found['torch_threads']} threads; Python {found['python']}, "
+        f"torch {found['torch']}, numba {found['numba']}, transformers {found['transformers']}"
+    )
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "missing"
 
 
 @dataclass
@@ -68,7 +155,7 @@ class Report:
         shares = {name: [100 * getattr(each, name) for each in found] for name in ("x", "pairs", "xy")}
         names = {"x": "x", "pairs": "pairs of x", "xy": "x * y"}
         told = [f"{names[n]} {mean(s):.1f} % ({min(s):.1f} to {max(s):.1f})" for n, s in shares.items()]
-        self.say(f"fires     {', '.join(told)}, in the mean of the passes (and from one to another)")
+        self.say(f"fires     {', '.join(told)}, on average over the layer steps (and in the sparsest and the densest)")
         return found
 
 
@@ -79,11 +166,6 @@ def _finite(found: Any) -> Any:
     if isinstance(found, list | tuple):
         return [_finite(value) for value in found]
     return None if isinstance(found, float) and not math.isfinite(found) else found
-
-
-def random_tokens(vocab_size: int, count: int, seed: int) -> torch.Tensor:
-    """(count,): text for a model that has read none."""
-    return torch.randint(vocab_size, (count,), generator=torch.Generator().manual_seed(seed))
 
 
 def milliseconds(seconds: float) -> str:

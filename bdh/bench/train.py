@@ -2,24 +2,24 @@
 
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
-from bdh.bench.report import Report, milliseconds
-from bdh.bench.split import median_step
-from bdh.bench.timing import Timing, interleaved
-from bdh.bench.training import (
+from bdh.bench.report import Progress, Report, Timing, interleaved, milliseconds
+from bdh.bench.steps import (
     STEPS,
     BlocksStep,
     NaiveStep,
     Step,
     TrainCase,
+    device_clock,
     dropout_masks,
     make_model,
     measure_memory,
+    median_step,
     plan_step,
 )
 from bdh.memory import available_bytes
@@ -36,8 +36,6 @@ of a batch takes the gradients 1e-4 apart, among the 10^6 of a small one up to 2
 are. A half-precision product rounds each of its factors, by up to 4e-3 in bfloat16 and 5e-4 in float16, and a gradient passes
 through some tens of them."""
 _SHARE_OF_MEMORY = 0.6
-
-Progress = Callable[[str], None]
 
 
 def bench_train(
@@ -66,7 +64,7 @@ def bench_train(
         report.say(
             f"step      {case.num_tokens:,} tokens: {case.batch_size} sequences of {case.block_size:,}, {case.dtype}"
         )
-        _compare(report, figures, case, progress)
+        compare(report, figures, case, progress)
         if report.failed:
             return report
         _time(report, figures, case, plan, baselines, rounds, progress)
@@ -122,7 +120,7 @@ def _facts(case: TrainCase, plan: LayerPlan | None) -> dict[str, Any]:
     }
 
 
-def _compare(report: Report, figures: dict[str, Any], case: TrainCase, progress: Progress) -> None:
+def compare(report: Report, figures: dict[str, Any], case: TrainCase, progress: Progress) -> None:
     """Loss and gradients beside those of ``ops/naive.py`` with the same dropout, on as many sequences as have room."""
     room = int(available_bytes(torch.device(case.device)) * _SHARE_OF_MEMORY)
     each = 3 * replace(case, batch_size=1).naive_bytes()  # in float64, and the masks
@@ -138,12 +136,12 @@ def _compare(report: Report, figures: dict[str, Any], case: TrainCase, progress:
     path = "plain" if plan is None else plan.path
     exact, plain = (_naive(small, dtype, path) for dtype in (torch.float64, torch.float32))
     expected, rounded = exact(), plain()
-    differences = {"loss": _share(abs(loss - expected), abs(expected))}
-    of_naive = {"loss": _share(abs(rounded - expected), abs(expected))}
+    differences = {"loss": relative(abs(loss - expected), abs(expected))}
+    of_naive = {"loss": relative(abs(rounded - expected), abs(expected))}
     for name, grad in _gradients(blocks.model).items():
         wanted, also = (getattr(step.weights, name).grad.double() for step in (exact, plain))
-        differences[name] = _share((grad.double() - wanted).norm().item(), wanted.norm().item())
-        of_naive[name] = _share((also - wanted).norm().item(), wanted.norm().item())
+        differences[name] = relative((grad.double() - wanted).norm().item(), wanted.norm().item())
+        of_naive[name] = relative((also - wanted).norm().item(), wanted.norm().item())
     allowed = TOLERANCES[case.dtype]
     # Not `>`: what is not a number does not agree.
     report.failed = not all(value <= allowed for value in differences.values())
@@ -169,7 +167,7 @@ def _compare(report: Report, figures: dict[str, Any], case: TrainCase, progress:
     report.say()
 
 
-def _share(difference: float, size: float) -> float:
+def relative(difference: float, size: float) -> float:
     """Of two that are both 0, none is apart: a text of one token gives most weights no gradient."""
     if size == 0:
         return 0.0 if difference == 0 else math.inf
@@ -305,7 +303,7 @@ def _peak(report: Report, figures: dict[str, Any], case: TrainCase, own: Timing)
 
 
 def _split(report: Report, figures: dict[str, Any], case: TrainCase, blocks: BlocksStep, rounds: int) -> None:
-    total, parts = median_step(blocks, case.device, rounds)
+    total, parts = median_step(blocks, device_clock(case.device), rounds)
     figures["parts"] = {name: 1000 * value for name, value in parts.items()}
     figures["ms_of_step_with_clocks"] = 1000 * total
     report.table(

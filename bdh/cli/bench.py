@@ -1,4 +1,4 @@
-"""bdh bench: how fast a model goes on, reads, serves several requests, and is trained on this machine."""
+"""bdh bench: how fast a model continues texts, reads prompts, serves several requests, and is trained on this machine."""
 
 import os
 import shlex
@@ -6,14 +6,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from bdh.bench.config import QUICK_SIZES, BenchOptions
+from annotated_types import Ge, Lt
+
+from bdh.bench import QUICK_SIZES, BenchOptions
 from bdh.cli.models import ReadsModel
 from bdh.cli.settings import given_settings, parse_settings
 from bdh.model.shape import shape_faults
 from bdh.storage import write_text
-from bdh.validation import Faults, PathText
+from bdh.validation import Faults, Fraction, PathText, PositiveFloat, PositiveInt
 
 if TYPE_CHECKING:
     from bdh.bench.report import Report
@@ -22,29 +24,14 @@ if TYPE_CHECKING:
 
 Baseline = Literal["naive", "compiled", "gpt2"]
 _BASELINES: tuple[Baseline, ...] = ("naive", "compiled", "gpt2")
-_SIZES = {
-    "n_embd": 256,
-    "n_head": 4,
-    "n_layer": 6,
-    "mlp_internal_dim_multiplier": 128,
-    "vocab_size": 256,
-}
+_SIZES = {"n_embd": 256, "n_head": 4, "n_layer": 6, "mlp_internal_dim_multiplier": 128, "vocab_size": 256}
 # The `small` configuration, that of a training step.
 _TRAIN_SIZES = {"n_embd": 128, "n_head": 4, "n_layer": 4, "mlp_internal_dim_multiplier": 32, "vocab_size": 256}
 _TRAIN_STEP = {"batch_size": 16, "block_size": 128, "dropout": 0.1, "rounds": 5}
 _QUICK_STEP = {"batch_size": 2, "block_size": 32, "dropout": 0.1, "rounds": 2}
 _TAKEN_OVER = ("dtype", "layer_path", "recompute", "memory_budget_gb", "rows_per_block", "tokens_per_block")
-_ONLY_TRAIN = (
-    "batch_size",
-    "block_size",
-    "dropout",
-    "density",
-    "device",
-    *_TAKEN_OVER,
-    "baselines",
-    "one_step",
-    "rounds",
-)
+_STEP = ("batch_size", "block_size", "dropout", "density", "device")
+_ONLY_TRAIN = (*_STEP, *_TAKEN_OVER, "baselines", "one_step", "rounds")
 _FLAGS = {"path": "layer_path", "memory_budget": "memory_budget_gb"}  # of options of the layer that have other names
 # More than a few threads a core only wait for each other, and for millions of them OpenMP ends the process.
 _THREADS_A_CORE = 4
@@ -66,15 +53,15 @@ class BenchSettings(ReadsModel):
     """Neurons of all heads, in multiples of D. By default 128; for train and with --quick 32."""
     vocab_size: int | None = None
     """V, at least 2. By default 256."""
-    agreement_tokens: int = 2000
+    agreement_tokens: PositiveInt = 2000
     """decode: tokens over which all forms must agree before any is timed; at most 100 with --quick."""
     busy: int = 0
     """decode: busy programs to start beside, at most 4 for each core. Then a token and a prompt are timed alone and beside them, with one thread and with all, in place of the other forms."""
-    batch_size: int | None = None
+    batch_size: PositiveInt | None = None
     """train: sequences of a step. By default 16; with --quick 2."""
     block_size: int | list[int] | None = None
     """train: tokens of a sequence; several are timed one after the other. By default 128; with --quick 32."""
-    dropout: float | None = None
+    dropout: Fraction | None = None
     """train: share of the neurons' outputs that is dropped. By default 0.1."""
     density: float | None = None
     """train: share of x that is to fire, such as 0.2, of the model that is made. By default its weights are untrained."""
@@ -86,7 +73,7 @@ class BenchSettings(ReadsModel):
     """train: as train.layer_path of bdh train."""
     recompute: Literal["none", "pass", "auto"] = "auto"
     """train: as train.recompute of bdh train."""
-    memory_budget_gb: float | None = None
+    memory_budget_gb: PositiveFloat | None = None
     """train: as train.memory_budget_gb of bdh train."""
     rows_per_block: int | None = None
     """train: sequences in a block of the layer, at most batch_size; null for what suits the device and the budget."""
@@ -96,11 +83,11 @@ class BenchSettings(ReadsModel):
     """train: what it is timed beside: ops/naive.py with autograd, that under torch.compile, a GPT-2 of as many parameters. By default all three; [] for none."""
     one_step: bool = False
     """train: only the memory and the time of one optimizer step, in a process of its own."""
-    rounds: int | None = None
+    rounds: PositiveInt | None = None
     """train: rounds, in which the forms take turns. By default 5; with --quick 2."""
     threads: int | None = None
     """Of the kernels and of torch, at most 4 for each core of the machine. By default what torch takes."""
-    seed: int = 0
+    seed: Annotated[int, Ge(0), Lt(2**63)] = 0
     """Of the weights that are made, and of the text."""
     quick: bool = False
     """Everything small, in seconds: to see that it runs. Its figures say little."""
@@ -122,7 +109,6 @@ class BenchSettings(ReadsModel):
             is_right = self.benchmark != "engine" or vocab_size == 256
             faults.require(is_right, "vocab_size", self.vocab_size, "256 for engine: the made model reads bytes")
         faults.require(self.model is not None or not self.checkpoint, "checkpoint", self.checkpoint, "given with model")
-        faults.require(self.agreement_tokens >= 1, "agreement_tokens", self.agreement_tokens, "at least 1")
         if self.benchmark == "train":
             self._collect_train_faults(faults)
         else:
@@ -133,7 +119,6 @@ class BenchSettings(ReadsModel):
         faults.require(0 <= self.busy <= most, "busy", self.busy, f"from 0 to {most}, {_THREADS_A_CORE} for each core")
         is_right = self.threads is None or 1 <= self.threads <= most
         faults.require(is_right, "threads", self.threads, f"from 1 to {most}, {_THREADS_A_CORE} for each core")
-        faults.require(0 <= self.seed < 2**63, "seed", self.seed, "from 0 to 2**63 - 1")
         if self.json not in (None, "-"):
             wanted = _wanted_of_file(self.json)
             faults.require(wanted is None, "json", self.json, f"{wanted}, or - for the standard output")
@@ -143,18 +128,13 @@ class BenchSettings(ReadsModel):
         if self.one_step:
             self._refuse(("rounds", "baselines"), faults, "left out with one_step, which is one step of bdh alone")
         sizes, batch_size = self.block_sizes(), self.step("batch_size")
-        faults.require(batch_size >= 1, "batch_size", batch_size, "at least 1")
         is_right = bool(sizes) and min(sizes) >= 1 and len(set(sizes)) == len(sizes)
         faults.require(is_right, "block_size", self.block_size, "at least 1 each, and no two the same")
         faults.require(len(sizes) <= 1 or not self.one_step, "block_size", self.block_size, "one with one_step")
-        faults.require(self.dropout is None or 0 <= self.dropout < 1, "dropout", self.dropout, "at least 0 and below 1")
         is_share = self.density is None or 0.01 <= self.density <= 0.6
         faults.require(is_share, "density", self.density, "from 0.01 to 0.6, or null")
         is_made = self.density is None or self.model is None
         faults.require(is_made, "density", self.density, "left out with model, whose neurons fire as they do")
-        faults.require(self.step("rounds") >= 1, "rounds", self.rounds, "at least 1")
-        budget = self.memory_budget_gb
-        faults.require(budget is None or budget > 0, "memory_budget_gb", budget, "above 0, or null")
         for name, whole, most in (
             ("rows_per_block", "batch_size", batch_size),
             ("tokens_per_block", "block_size", min(sizes, default=1)),
@@ -200,31 +180,12 @@ def run(argv: list[str]) -> int:
     training = _training_settings(files, argv)
     base = None
     if training is not None:
-        given = given_settings(BenchSettings, argv)
-        base = _base(training, files)
+        given, base = given_settings(BenchSettings, argv), _base(training, files)
         # Without what is only printed: faults are reported before a tokenizer is loaded.
-        parse_settings(
-            BenchSettings,
-            [argument for argument in argv if argument != "--print_config"],
-            prog="bdh bench",
-            description="",
-            positionals=("benchmark",),
-            base=base,
-        )
+        _parse([argument for argument in argv if argument != "--print_config"], base)
         if "vocab_size" not in given:
             base["vocab_size"] = training.model.vocab_size or _entries(training)
-    settings = parse_settings(
-        BenchSettings,
-        argv,
-        prog="bdh bench",
-        description="Time a model on this machine. decode, prefill and engine run on its processor, with the sparse "
-        "kernels; train times a training step there, or on a GPU with --device. What is compared must agree first; if it "
-        "does not, nothing is timed, and the status is 1. For train, --config FILE is a configuration of bdh train: its "
-        "model section is what is timed, with its batch_size, block_size, device, dtype and what it says of the layer, and "
-        "flags override them. So for train the output of --print_config is to be read, and cannot be given as --config.",
-        positionals=("benchmark",),
-        base=base,
-    )
+    settings = _parse(argv, base)
     import torch
 
     before = torch.get_num_threads()
@@ -243,10 +204,24 @@ def run(argv: list[str]) -> int:
     return 1 if report.failed else 0
 
 
+def _parse(argv: Sequence[str], base: dict[str, Any] | None) -> BenchSettings:
+    return parse_settings(
+        BenchSettings,
+        argv,
+        prog="bdh bench",
+        description="Time a model on this machine. decode, prefill and engine run on its processor, with the sparse "
+        "kernels; train times a training step there, or on a GPU with --device. What is compared must agree first; if it "
+        "does not, nothing is timed, and the status is 1. For train, --config FILE is a configuration of bdh train: its "
+        "model section is what is timed, with its batch_size, block_size, device, dtype and what it says of the layer, and "
+        "flags override them. So for train the output of --print_config is to be read, and cannot be given as --config.",
+        positionals=("benchmark",),
+        base=base,
+    )
+
+
 def _measured(settings: BenchSettings, training: "RunSettings | None") -> "Report":
-    from bdh.bench.decode import bench_decode
+    from bdh.bench.decode import bench_decode, bench_prefill
     from bdh.bench.engine import bench_engine
-    from bdh.bench.prefill import bench_prefill
     from bdh.tokenizer import byte_tokenizer
 
     if settings.benchmark == "train":
@@ -267,8 +242,8 @@ def _measured(settings: BenchSettings, training: "RunSettings | None") -> "Repor
 def _trained(settings: BenchSettings, training: "RunSettings | None") -> "Report":
     import torch
 
+    from bdh.bench.steps import TrainCase
     from bdh.bench.train import bench_one_step, bench_train
-    from bdh.bench.training import TrainCase
     from bdh.model.configuration import BDHConfig
     from bdh.ops.blocks.plan import LayerOptionError
     from bdh.train.config import TrainSettings
@@ -322,15 +297,17 @@ def _training_files(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         return [], list(argv)
     files: list[str] = []
     rest: list[str] = []
-    words = list(argv)
-    while words:
-        word = words.pop(0)
-        if word == "--config" and words and not words[0].startswith("--"):
-            files.append(words.pop(0))
+    words = iter([*argv, "--"])
+    word = next(words)
+    for following in words:
+        if word == "--config" and not following.startswith("--"):
+            files.append(following)
+            following = next(words)
         elif word.startswith("--config="):
             files.append(word.removeprefix("--config="))
         else:
             rest.append(word)
+        word = following
     return files, rest
 
 
@@ -411,7 +388,7 @@ def _resolved(name: str) -> Path:
 
 
 def _made(settings: BenchSettings) -> "BDHForCausalLM":
-    from bdh.bench.weights import sparse_model
+    from bdh.bench.models import sparse_model
     from bdh.model.configuration import BDHConfig
 
     _tell("making a model whose neurons fire sparsely")

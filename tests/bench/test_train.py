@@ -1,6 +1,7 @@
 """The comparison that goes before the timing finds a wrong gradient."""
 
 import pickle
+import time
 from dataclasses import replace
 
 import pytest
@@ -8,9 +9,18 @@ import torch
 
 from bdh.bench import train
 from bdh.bench.report import Report
-from bdh.bench.split import timed_parts
-from bdh.bench.train import _compare, bench_one_step, bench_train
-from bdh.bench.training import BlocksStep, Memory, NaiveStep, TrainCase, dropout_masks, gpt2_config
+from bdh.bench.steps import (
+    REST,
+    BlocksStep,
+    Memory,
+    NaiveStep,
+    TrainCase,
+    dropout_masks,
+    gpt2_config,
+    median_step,
+    timed_parts,
+)
+from bdh.bench.train import bench_one_step, bench_train, compare, relative
 from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.ops.blocks import train as blocks
 from bdh.ops.blocks.plan import LayerOptionError, LayerOptions
@@ -25,7 +35,7 @@ def case():
 
 def compared(case):
     report, figures = Report("train"), {}
-    _compare(report, figures, case, lambda stage: None)
+    compare(report, figures, case, lambda stage: None)
     return report, figures["agreement"]
 
 
@@ -60,8 +70,8 @@ def test_one_token_leaves_most_weights_without_gradient_and_agrees(case):
 
 
 def test_a_gradient_where_there_should_be_none_does_not_agree():
-    assert train._share(0.0, 0.0) == 0
-    assert train._share(1e-9, 0.0) == float("inf")
+    assert relative(0.0, 0.0) == 0
+    assert relative(1e-9, 0.0) == float("inf")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -79,7 +89,7 @@ def test_decay_chunks_and_another_base_agree(case):
 
 
 def test_options_of_every_case_are_checked_before_anything_is_computed(case, monkeypatch):
-    monkeypatch.setattr(train, "_compare", lambda *arguments: pytest.fail("something was computed"))
+    monkeypatch.setattr(train, "compare", lambda *arguments: pytest.fail("something was computed"))
     monkeypatch.setattr(train, "measure_memory", lambda *arguments, **others: pytest.fail("something was measured"))
     wrong = replace(case, dtype="bfloat16", options=LayerOptions(path="kernels"))
     with pytest.raises(LayerOptionError, match="bfloat16"):
@@ -135,8 +145,29 @@ def test_timing_the_parts_leaves_nothing_behind():
     torch.manual_seed(0)
     model = BDHForCausalLM(BDHConfig(**CONFIG)).train()
     before = blocks.make_neurons, blocks.read_block
-    with timed_parts("cpu") as seconds:
+    with timed_parts(time.perf_counter) as seconds:
         model(torch.zeros(2, 9, dtype=torch.long), labels=torch.zeros(2, 9, dtype=torch.long)).loss.backward()
     assert (blocks.make_neurons, blocks.read_block) == before
     assert len(seconds) == 7  # fire, read, gated_mlp, all three backwards, and the rotation of the x that was kept
     assert all(value > 0 for value in seconds.values())
+
+
+@pytest.mark.parametrize(("rounds", "median"), [(3, (0.4, 0.3)), (2, (0.2, 0.1))])
+def test_the_parts_add_up_to_the_step_of_median_length(monkeypatch, rounds, median):
+    """The rest was what other steps had left of their time, and so was often cut at 0."""
+    now = [100.0]
+
+    def take(seconds):
+        now[0] += seconds
+
+    monkeypatch.setattr(blocks, "learn_block", take)
+    times = iter([(0.2, 0.1), (2.0, 0.0), (0.4, 0.3)])
+
+    def step():
+        in_part, outside = next(times)
+        blocks.learn_block(in_part)
+        take(outside)
+
+    seconds, parts = median_step(step, lambda: now[0], rounds)
+    assert seconds == pytest.approx(sum(median))
+    assert parts == pytest.approx(dict(zip(("attention: the state behind a block", REST), median, strict=True)))

@@ -1,4 +1,5 @@
-"""Made weights fire as trained ones do, in every pass, also on other tokens than those they were made with."""
+"""Made weights fire as trained ones do, in every layer step, also on other tokens than those they were made with; and the bytes of
+a token, counted by hand."""
 
 from statistics import mean
 
@@ -6,7 +7,15 @@ import pytest
 import torch
 
 from bdh import BDHConfig, BDHForCausalLM
-from bdh.bench.weights import densities, half_lives, naive_weights, sparse_model
+from bdh.bench.models import (
+    Bandwidth,
+    Density,
+    densities,
+    half_lives,
+    naive_weights,
+    sparse_model,
+    traffic,
+)
 from bdh.ops import naive
 
 SIZES = {"n_embd": 64, "n_head": 2, "n_layer": 4, "mlp_internal_dim_multiplier": 32, "vocab_size": 256}
@@ -55,3 +64,35 @@ def test_weights_for_naive_are_those_of_the_model():
     expected = naive.forward(tokens, naive_weights(model), model.config.n_layer)
     # float32 sums of 2048 neurons in another order, through four passes.
     assert torch.allclose(model(tokens).logits, expected, rtol=0, atol=1e-4)
+
+
+CONFIG = BDHConfig()  # D 256, H 4, N 8192, L 6, V 256
+
+
+def test_bytes_of_a_token_of_the_25m_model():
+    found = traffic(CONFIG, [Density(x=0.125, pairs=0.25, xy=0.03125)] * 6)
+    assert found.encoder == 6 * 32768 * 1024
+    # A quarter of 16384 pairs, two rows each, read and written.
+    assert found.state == 6 * 4096 * 2 * 2 * 1024
+    assert found.encoder_v == 6 * 4096 * 1024
+    assert found.decoder == 6 * 1024 * 1024
+    assert found.lm_head == 256 * 1024
+    assert found.total == 6 * (32768 + 16384 + 4096 + 1024) * 1024 + 256 * 1024
+
+
+def test_bfloat16_halves_what_it_holds():
+    density = [Density(x=0.125, pairs=0.25, xy=0.03125)] * 6
+    full = traffic(CONFIG, density)
+    weights = traffic(CONFIG, density, weights="bfloat16")
+    both = traffic(CONFIG, density, weights="bfloat16", state="bfloat16")
+    assert weights.state == full.state
+    assert weights.total - weights.state == (full.total - full.state) // 2
+    assert both.total == full.total // 2
+
+
+def test_a_batch_shares_the_dense_part():
+    found = traffic(CONFIG, [Density(x=0.125, pairs=0.25, xy=0.03125)] * 6)
+    bandwidth = Bandwidth(copy=1e10, read=1e10)
+    assert found.limit_seconds(bandwidth) == pytest.approx(found.total / 1e10)
+    shared = found.encoder + found.lm_head
+    assert found.limit_seconds(bandwidth, batch=8) == pytest.approx((8 * found.total - 7 * shared) / 1e10)

@@ -1,23 +1,26 @@
-"""One training step, forwards and backwards, in several forms: what ``bdh bench train`` compares."""
+"""One training step, forward and backward pass, in several forms: what ``bdh bench train`` compares, and where its time goes."""
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from bdh.bench.weights import half_lives, naive_weights, sparse_model
+from bdh.bench.models import half_lives, naive_weights, sparse_model
 from bdh.memory import peak_bytes, reset_peak, used_bytes
 from bdh.model.configuration import BDHConfig
 from bdh.model.forward import draw_seeds, plan_for
 from bdh.model.modeling import BDHForCausalLM
 from bdh.ops import naive
+from bdh.ops.blocks import train
 from bdh.ops.blocks.plan import LayerOptions, LayerPlan
 from bdh.ops.dropout import kept, make_dropout
 from bdh.train.config import TrainSettings
@@ -26,6 +29,22 @@ from bdh.train.optim import Optimizers
 # What autograd keeps of a pass of the plain equations: tensors as wide as the neurons, and of T x T scores; counted.
 _WIDE_KEPT, _SCORES_KEPT = 12, 3
 _HEAD_WIDTH = 64  # of GPT-2
+
+_METHODS = {
+    "fire": "x = relu(E v), and its rotation",
+    "rotated": "the rotation of a kept x",
+    "gated_mlp": "y = relu(Ev a), dropout(x * y) and the decoder",
+    "gated_mlp_backward": "the same backwards",
+    "fire_backward": "x backwards: gradients of E and v",
+}
+_FUNCTIONS = {
+    "read_block": "attention: scores, what they and the state give",
+    "learn_block": "attention: the state behind a block",
+    "read_block_backward": "attention backwards",
+}
+
+
+REST = "the rest: embedding, norms, head, loss"
 
 
 @dataclass(frozen=True)
@@ -309,3 +328,70 @@ def _measured(case: TrainCase, form: str, update: bool) -> Memory:
         run()
         seconds = time.perf_counter() - start
     return Memory(before, peak_bytes(device) or before, seconds)
+
+
+class ClockedStep(NamedTuple):
+    """A step with clocks in it."""
+
+    seconds: float
+    parts: dict[str, float]
+    """Seconds of each part, and of the rest: together those of the step."""
+
+
+Clock = Callable[[], float]
+
+
+def device_clock(device: str) -> Clock:
+    """Seconds, once the device has done all that it was given."""
+
+    def now() -> float:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return now
+
+
+def median_step(step: Callable[[], object], clock: Clock, rounds: int) -> ClockedStep:
+    """The step of median length among so many: one step, so that its parts add up to it."""
+    found = []
+    for _ in range(rounds):
+        with timed_parts(clock) as parts:
+            start = clock()
+            step()
+            seconds = clock() - start
+        found.append(ClockedStep(seconds, {**parts, REST: seconds - sum(parts.values())}))
+    return sorted(found, key=lambda each: each.seconds)[(rounds - 1) // 2]
+
+
+@contextmanager
+def timed_parts(clock: Clock) -> Iterator[dict[str, float]]:
+    """Seconds of each part, from now on until the end of the block: what computes it is wrapped meanwhile."""
+    seconds: dict[str, float] = defaultdict(float)
+
+    def timed(call: Callable[..., Any], part: str) -> Callable[..., Any]:
+        def run(*arguments: Any, **others: Any) -> Any:
+            start = clock()
+            try:
+                return call(*arguments, **others)
+            finally:
+                seconds[part] += clock() - start
+
+        return run
+
+    originals = {name: getattr(train, name) for name in (*_FUNCTIONS, "make_neurons")}
+
+    def make_neurons(*arguments: Any, **others: Any) -> Any:
+        made = originals["make_neurons"](*arguments, **others)
+        for name, part in _METHODS.items():
+            setattr(made, name, timed(getattr(made, name), part))
+        return made
+
+    try:
+        train.make_neurons = make_neurons
+        for name, part in _FUNCTIONS.items():
+            setattr(train, name, timed(originals[name], part))
+        yield seconds
+    finally:
+        for name, original in originals.items():
+            setattr(train, name, original)

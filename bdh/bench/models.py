@@ -1,4 +1,4 @@
-"""Models whose neurons fire as sparsely as those of trained ones, without training.
+"""Models whose neurons fire as sparsely as those of trained ones, without training; and the memory traffic of a token.
 
 Which neurons fire decides what the sparse kernels cost, and with fresh weights half of them do. Here a direction u of
 the residual stream is common to all tokens, the rows of E and Ev lean against it, which is a threshold, and the columns of
@@ -6,14 +6,19 @@ Dec lean towards it, so that it lasts through the passes. How far they lean is f
 """
 
 import math
+import time
 from dataclasses import dataclass
-from statistics import NormalDist, mean
+from functools import partial
+from statistics import NormalDist, mean, median
 
 import torch
 
 from bdh.model.configuration import BDHConfig
 from bdh.model.modeling import BDHForCausalLM
 from bdh.ops import naive
+from bdh.ops.attention import DecayMask, attend
+from bdh.ops.eager import Layer, layer_norm, layer_step
+from bdh.ops.rope import rotation_table
 
 X_DENSITY = 0.13
 """Share of x that fire; in trained models of 25M to 100M parameters 11 to 14 %."""
@@ -96,28 +101,24 @@ def _lean(model: BDHForCausalLM, direction: torch.Tensor, *, x: float, y: float,
 
 @torch.no_grad()
 def densities(model: BDHForCausalLM, tokens: torch.Tensor) -> list[Density]:
-    """What fires in each pass while the model reads ``tokens`` (T,), but for the first few, which recall little."""
-    config, weights = model.config, naive_weights(model)
-    first = min(_SKIPPED_TOKENS, len(tokens) - 1)
-    positions = torch.arange(len(tokens))
-    v = naive.layer_norm(weights.embed[tokens[None]], config.layer_norm_eps)  # (1, T, D)
+    """What fires in each layer step while the model reads ``tokens`` (T,), but for the first few, whose attention sees little."""
+    config, first = model.config, min(_SKIPPED_TOKENS, len(tokens) - 1)
+    layer = Layer(model.encoder, list(model.encoder_v), model.decoder)
+    table = rotation_table(torch.arange(len(tokens)), config.neurons_per_head, config.rope_theta, torch.float32)
+    lives = half_lives(model)
+    attention = partial(attend, form="parallel", decay_mask=None if lives is None else DecayMask(half_lives=lives))
+    v = layer_norm(model.embed(tokens[None]), config.layer_norm_eps)  # (1, T, D)
     found = []
     for _ in range(config.n_layer):
-        x = torch.relu(v[:, None] @ weights.encoder)  # (1, H, T, N)
-        a = naive.attention(naive.rope(x, positions, config.rope_theta), v, half_lives=half_lives(model))
-        y = torch.relu(naive.layer_norm(a, config.layer_norm_eps) @ weights.encoder_v)
-        z = x * y
-        fires = (x > 0)[:, :, first:]
-        pairs = fires.unflatten(-1, (-1, 2)).any(-1)
-        found.append(Density(_share(fires), _share(pairs), _share(z[:, :, first:] > 0)))
-        out = z.transpose(1, 2).flatten(2) @ weights.decoder
-        out = naive.layer_norm(out, config.layer_norm_eps)
-        v = naive.layer_norm(v + out, config.layer_norm_eps)
+        fires: dict[str, torch.Tensor] = {}
+
+        def trace(name: str, wide: torch.Tensor, fires: dict[str, torch.Tensor] = fires) -> None:
+            fires[name] = wide[:, first:] > 0
+
+        v, _ = layer_step(v, layer, attention, table, eps=config.layer_norm_eps, dtype=torch.float32, trace=trace)
+        pairs = fires["x"].unflatten(-1, (-1, 2)).any(-1)
+        found.append(Density(*(share.float().mean().item() for share in (fires["x"], pairs, fires["xy"]))))
     return found
-
-
-def _share(fires: torch.Tensor) -> float:
-    return fires.float().mean().item()
 
 
 def naive_weights(model: BDHForCausalLM) -> naive.Weights:
@@ -149,4 +150,75 @@ def naive_logits(model: BDHForCausalLM, tokens: torch.Tensor, weights: naive.Wei
         theta=config.rope_theta,
         eps=config.layer_norm_eps,
         half_lives=half_lives(model),
+    )
+
+
+def random_tokens(vocab_size: int, count: int, seed: int) -> torch.Tensor:
+    """(count,): text for a model that has read none."""
+    return torch.randint(vocab_size, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass(frozen=True)
+class Bandwidth:
+    """Bytes a second, of as many threads as torch has."""
+
+    copy: float
+    """Copying: what is read and what is written, counted together."""
+    read: float
+
+
+def measure_bandwidth(num_bytes: int = 1 << 30, rounds: int = 7) -> Bandwidth:
+    """The medians of several rounds, by turns, over a buffer of so many bytes (and a second one)."""
+    source = torch.ones(num_bytes // 4)
+    target = torch.empty_like(source)
+    target.copy_(source)  # so that its pages are there
+    copies, reads = [], []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        target.copy_(source)
+        copies.append(2 * source.nbytes / (time.perf_counter() - start))
+        start = time.perf_counter()
+        source.sum()
+        reads.append(source.nbytes / (time.perf_counter() - start))
+    return Bandwidth(median(copies), median(reads))
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that must move for one token of one sequence, read and written ones counted alike."""
+
+    encoder: int
+    """E, whole, in each layer step: which neurons fire is not known before."""
+    state: int
+    """The rows of pairs that fire: two a pair, read and written."""
+    encoder_v: int
+    """Rows of Ev where x fires."""
+    decoder: int
+    """Rows of Dec where x * y is not zero."""
+    lm_head: int
+
+    @property
+    def total(self) -> int:
+        return self.encoder + self.state + self.encoder_v + self.decoder + self.lm_head
+
+    def limit_seconds(self, bandwidth: Bandwidth, batch: int = 1) -> float:
+        """The least time of a step of ``batch`` sequences: E and the head once, the rest for each of them.
+
+        Rows of weights that several sequences use are counted for each, so the limit of a batch is not quite one.
+        """
+        each = self.state + self.encoder_v + self.decoder
+        return (self.encoder + self.lm_head + batch * each) / bandwidth.copy
+
+
+def traffic(config: BDHConfig, found: list[Density], weights: str = "float32", state: str = "float32") -> Traffic:
+    """Of a model whose layer steps are as dense as was found."""
+    num_rows = config.n_layer * config.n_head * config.neurons_per_head
+    weight_row, state_row = (config.n_embd * getattr(torch, dtype).itemsize for dtype in (weights, state))
+    x, pairs, xy = (mean(getattr(each, name) for each in found) for name in ("x", "pairs", "xy"))
+    return Traffic(
+        encoder=num_rows * weight_row,
+        state=round(pairs * num_rows) * state_row * 2,
+        encoder_v=round(x * num_rows) * weight_row,
+        decoder=round(xy * num_rows) * weight_row,
+        lm_head=config.vocab_size * weight_row,
     )

@@ -1,4 +1,4 @@
-"""What the sparse kernels are compared with. Each reads one token, and says which one is likeliest to follow.
+"""What reads one token after the other: the backends' ``advance``, and what they are compared with.
 
 Tokens are given to all of them, rather than each one's own continued, so that all do the work of the same text.
 """
@@ -6,50 +6,59 @@ Tokens are given to all of them, rather than each one's own continued, so that a
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
-from bdh.bench.weights import naive_logits, naive_weights
+from bdh.bench.models import naive_logits, naive_weights
 from bdh.generate.advance import Advancer, StepInput
 from bdh.model.modeling import BDHForCausalLM
-from bdh.model.state import SynapticState
 from bdh.ops.eager import Layer, layer_norm, layer_step
 from bdh.ops.rope import rotation_table
 
 
 class Decoder(ABC):
-    """One sequence that is continued token by token."""
+    """A sequence that is continued token by token."""
 
     name: str
 
     @abstractmethod
     def read(self, token: int) -> torch.Tensor:
-        """The logits (V,) behind one more token."""
-
-    def next(self, token: int) -> int:
-        """The likeliest token behind one more token: what a greedy loop does."""
-        return int(self.read(token).argmax())
+        """The logits (V,) after one more token."""
 
 
-class AdvancerDecoder(Decoder):
-    """An Advancer with one sequence, or with several that read the same token."""
+class StateDecoder(Decoder):
+    """One sequence or several, whose states a backend advances.
 
-    def __init__(self, name: str, advancer: Advancer, batch: int = 1):
-        self.name, self.advancer = name, advancer
-        self.states = [advancer.new_state() for _ in range(batch)]
+    Args:
+        settings: how, as :class:`bdh.generate.advance.Advancer` takes them.
+    """
 
-    def read(self, token: int) -> torch.Tensor:
-        return self.read_each([token] * len(self.states))[0]
-
-    def read_each(self, tokens: Sequence[int]) -> list[torch.Tensor]:
-        """The logits (V,) of each sequence behind its next token."""
-        logits = self.advancer.advance([StepInput(state, [t]) for state, t in zip(self.states, tokens, strict=True)])
-        return [row for row in logits if row is not None]
+    def __init__(self, model: BDHForCausalLM, name: str = "", *, num_sequences: int = 1, **settings: Any):
+        self.name, self.vocab_size = name, model.config.vocab_size
+        self.advancer = Advancer(model, **settings)
+        self.states = [self.advancer.new_state() for _ in range(num_sequences)]
 
     @property
-    def state(self) -> SynapticState:
-        return self.states[0]
+    def description(self) -> str:
+        return self.advancer.description
+
+    def read(self, token: int) -> torch.Tensor:
+        return self.read_each([token])[0]
+
+    def read_each(self, tokens: Sequence[int]) -> torch.Tensor:
+        """The logits (B, V) of the first B sequences, after one more token of each."""
+        inputs = [StepInput(state, [token]) for state, token in zip(self.states, tokens, strict=False)]
+        return torch.stack([row for row in self.advancer.advance(inputs) if row is not None])
+
+    def read_prompt(self, tokens: Sequence[int]) -> torch.Tensor:
+        """The logits (V,) after the last of the tokens, of a text that begins with them."""
+        state = self.states[0]
+        state.clear()
+        (logits,) = self.advancer.advance([StepInput(state, tokens)])
+        assert logits is not None
+        return logits
 
 
 class AllocatingDecoder(Decoder):
@@ -68,20 +77,17 @@ class AllocatingDecoder(Decoder):
     @torch.no_grad()
     def read(self, token: int) -> torch.Tensor:
         model, config = self.model, self.model.config
-        table = rotation_table(torch.tensor([self.position]), config.neurons_per_head, config.rope_theta, torch.float32)
+        table = rotation_table(torch.tensor([self.position]), config.neurons_per_head, config.rope_theta)
         v = layer_norm(model.embed(torch.tensor([token])), config.layer_norm_eps)  # (1, D)
         layer = Layer(model.encoder, list(model.encoder_v), model.decoder)
         for index, state in enumerate(self.states):
 
-            def attention(
-                q: torch.Tensor, v: torch.Tensor, state: torch.Tensor = state
-            ) -> tuple[torch.Tensor, torch.Tensor]:
+            def attention(q: torch.Tensor, v: torch.Tensor, state: torch.Tensor = state) -> tuple[torch.Tensor, ...]:
                 kept = state if self._kept is None else state * self._kept
                 return q @ state, kept + q.transpose(1, 2) * v
 
-            v, self.states[index] = layer_step(
-                v, layer, attention, table, eps=config.layer_norm_eps, dtype=torch.float32
-            )
+            step = layer_step(v, layer, attention, table, eps=config.layer_norm_eps, dtype=torch.float32)  # type: ignore[arg-type, var-annotated]
+            v, self.states[index] = step
         self.position += 1
         return model.lm_head(v)[0]
 
@@ -94,11 +100,9 @@ class RecomputingDecoder(Decoder):
         self.model, self.weights = model, naive_weights(model)
         self.text = deque(text, maxlen=context)
 
-    @torch.no_grad()
     def read(self, token: int) -> torch.Tensor:
         self.text.append(token)
-        logits = naive_logits(self.model, torch.tensor([list(self.text)]), self.weights)
-        return logits[0, -1]
+        return naive_logits(self.model, torch.tensor([list(self.text)]), self.weights)[0, -1]
 
 
 class Gpt2Decoder(Decoder):
@@ -123,12 +127,12 @@ class Gpt2Decoder(Decoder):
         millions = sum(weight.numel() for weight in self.model.parameters()) / 1e6
         self.name = f"GPT-2 of {millions:.1f}M in transformers, KV cache"
         self.cache = DynamicCache(config=config)
-        self._read([list(text)])
+        self._read(list(text))
 
     def read(self, token: int) -> torch.Tensor:
-        return self._read([[token]])
+        return self._read([token])
 
     @torch.inference_mode()
-    def _read(self, tokens: list[list[int]]) -> torch.Tensor:
-        output = self.model(torch.tensor(tokens), past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+    def _read(self, tokens: list[int]) -> torch.Tensor:
+        output = self.model(torch.tensor([tokens]), past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         return output.logits[0, -1]

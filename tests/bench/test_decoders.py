@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from bdh import BDHConfig
-from bdh.bench.baselines import AdvancerDecoder, AllocatingDecoder, Gpt2Decoder, RecomputingDecoder
-from bdh.bench.weights import naive_weights, sparse_model
-from bdh.generate.advance import Advancer
+from bdh.bench.decoders import AllocatingDecoder, Gpt2Decoder, RecomputingDecoder, StateDecoder
+from bdh.bench.models import naive_weights, sparse_model
 from bdh.ops import naive
 
 TOKENS = torch.randint(256, (40,), generator=torch.Generator().manual_seed(9)).tolist()
@@ -32,8 +31,8 @@ def test_the_allocating_step_is_the_model(sparse, expected):
 
 
 @pytest.mark.parametrize("path", ["kernels", "torch"])
-def test_an_advancer_of_several_sequences_is_the_model(sparse, expected, path):
-    decoder = AdvancerDecoder(path, Advancer(sparse, path=path), batch=2)
+def test_states_of_several_sequences_are_advanced_as_the_model_reads(sparse, expected, path):
+    decoder = StateDecoder(sparse, path=path, num_sequences=2)
     logits = torch.stack([decoder.read_each([token, 0])[0] for token in TOKENS])
     assert torch.allclose(logits, expected, rtol=0, atol=TOLERANCE)
 
