@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
 from typing import Any, NamedTuple
 
 import torch
@@ -300,7 +300,9 @@ def measure_memory(case: TrainCase, form: str, *, update: bool = False) -> Memor
     Args:
         update: a single step, as that of a training run, with the update of the weights by AdamW; else two without.
     """
-    context = get_context("spawn")
+    # Of a server that has imported what is needed, where there are such: PyTorch takes seconds.
+    context = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
+    context.set_forkserver_preload([__name__])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(_measured, case, form, update).result()
 

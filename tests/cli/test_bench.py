@@ -320,7 +320,7 @@ def test_a_full_disk_leaves_the_figures_that_were_there(bench, tmp_path, monkeyp
         (["--one_step", "--baselines", "naive"], "baselines is 'naive': must be left out with one_step"),
         (["--rows_per_block", 17], "rows_per_block is 17: must be from 1 to batch_size, 16"),
         (["--block_size", 20, "--tokens_per_block", 21], "tokens_per_block is 21: must be from 1 to block_size, 20"),
-        (["--memory_budget_gb", 0], "memory_budget_gb is 0.0: must be above 0"),
+        (["--memory_budget_gb", 0], "memory_budget_gb is 0: must be above 0"),
     ],
 )
 def test_what_a_training_step_cannot_be_is_refused(bench, argv, said):
