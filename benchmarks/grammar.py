@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from bdh import BDHConfig, BDHForCausalLM
 from bdh.bench.report import interleaved
-from bdh.data.builtin import stdlib_files
+from bdh.data.sources import stdlib_files
 from bdh.generate.config import EngineConfig
 from bdh.generate.engine import Engine
 from bdh.generate.matcher import Grammars

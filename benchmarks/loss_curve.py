@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import torch
 
 from bdh.cli.settings import parse_settings
-from bdh.data.conversations import holds_chat
+from bdh.data.chat import holds_chat
 from bdh.model.forward import plan_for
 from bdh.ops import naive
 from bdh.ops.loss import cross_entropy

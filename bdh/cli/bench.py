@@ -356,7 +356,7 @@ def _as_flags(files: Sequence[str]) -> list[str]:
 def _entries(training: "RunSettings") -> int:
     """Of the vocabulary that a run of this configuration has."""
     training.tokenizer.check_available()
-    from bdh.data.conversations import holds_chat
+    from bdh.data.chat import holds_chat
     from bdh.tokenizer import load_tokenizer, with_chat_template
     from bdh.vocabulary import vocabulary_size
 

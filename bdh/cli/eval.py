@@ -147,7 +147,7 @@ def run(argv: list[str]) -> int:
 
 def _run_text(settings: EvalSettings, model: Any, tokenizer: Any) -> int:
     from bdh.cli.progress import token_progress
-    from bdh.data.conversations import holds_chat
+    from bdh.data.chat import holds_chat
     from bdh.evaluate.loss import evaluate_text
     from bdh.vocabulary import document_end_id
 

@@ -8,20 +8,18 @@ from typing import TYPE_CHECKING, Any
 from bdh.data.config import DataConfig
 
 if TYPE_CHECKING:
-    from bdh.data.batch import Batch
-    from bdh.data.corpus import Corpus, Loader
-    from bdh.data.prepare import prepare_corpus
-    from bdh.data.texts import training_texts, validation_texts
+    from bdh.data.corpus import Batch, Corpus, Loader
+    from bdh.data.prepare import prepare_corpus, training_texts, validation_texts
 
 __all__ = ["Batch", "Corpus", "DataConfig", "Loader", "prepare_corpus", "training_texts", "validation_texts"]
 
 _MODULES = {
-    "Batch": "batch",
+    "Batch": "corpus",
     "Corpus": "corpus",
     "Loader": "corpus",
     "prepare_corpus": "prepare",
-    "training_texts": "texts",
-    "validation_texts": "texts",
+    "training_texts": "prepare",
+    "validation_texts": "prepare",
 }
 
 

@@ -1,39 +1,59 @@
-"""A corpus of conversations, of which the assistant's tokens count."""
+"""Conversations from .jsonl files, of which the assistant's tokens count: a check of every line, a corpus, and packed rows."""
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from bdh.data.batch import Batch, ValidationPart
-from bdh.data.config import DataConfig
-from bdh.data.conversations import (
-    Conversation,
-    has_answer,
-    read_conversations,
-    training_conversations,
-    validation_conversations,
+from bdh.data.config import DataConfig, mix_sources
+from bdh.data.corpus import (
+    Batch,
+    Corpus,
+    ProgressCallback,
+    StepLoader,
+    ValidationPart,
+    announce,
+    check_rows,
+    left_out,
+    step_generator,
 )
-from bdh.data.corpus import Corpus, announce, left_out
-from bdh.data.packing import ID_BITS, IS_ANSWER, packed, pieces_of, with_marks
-from bdh.data.parts import Skipped, describe
-from bdh.data.progress import ProgressCallback
-from bdh.data.split import num_kept
-from bdh.data.token_cache import TokenCache, TokenMeta, TokenWriter
-from bdh.data.windows import check_rows, check_state
-from bdh.tokenizer.chat import ChatEncoder
+from bdh.data.files import BUILTIN, OTHER_TYPES, file_type, find_files, item_names, text_lines
+from bdh.data.json_files import parse_line
+from bdh.data.reading import Skipped, num_kept, to_utf8
+from bdh.data.sources import Source, training_source, validation_source
+from bdh.data.tokenized import TokenCache, TokenMeta, TokenWriter
+from bdh.tokenizer.chat import ROLES, ChatEncoder
 
-NO_ANSWER = "conversations without a message of the assistant"
+_CHAT_TYPE = ".jsonl"
+_DEFAULT_COLUMN = "messages"
+# Bits beside the id of a token, in the stream of conversations on disk.
+IS_ANSWER = np.uint32(1 << 31)
+STARTS = np.uint32(1 << 30)
+ID_BITS = np.uint32((1 << 30) - 1)
+
+_NO_ANSWER = "conversations without a message of the assistant"
 _BATCH = 256  # conversations that are encoded together
 _logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Conversation:
+    """One line of a file."""
+
+    messages: list[dict[str, str]]
+    """Each with a role and a content."""
+    where: str
+    """File and line, for errors."""
+
+
 class ChatCorpus(Corpus):
-    """Conversations, tokenized once; see :mod:`bdh.data.token_cache`.
+    """Conversations, tokenized once; see :mod:`bdh.data.tokenized`.
 
     The loss counts what the assistant writes, the end of its turn included. Training rows hold several conversations,
     each of which starts from nothing; a validation row holds one.
@@ -88,7 +108,8 @@ class ChatCorpus(Corpus):
             raise ValueError(
                 f"data.source {config.source!r} leaves nothing to {part}: the chat template marks no answer"
             )
-        self._rows = _Rows(self._train, pieces, block_size, self._pad_id)
+        self._train_pieces = pieces
+        self._packed = packed((pieces[:, 1] - pieces[:, 0]).tolist(), block_size + 1)
         if num_cut:
             _logger.warning(
                 "%s of %s conversations are longer than train.block_size, %s tokens: they go on in another row, from "
@@ -112,7 +133,7 @@ class ChatCorpus(Corpus):
             "val_answer_tokens": num_val_answers,
             "train_bytes": meta.num_train_bytes,
             "val_bytes": meta.num_bytes - meta.num_train_bytes,
-            "rows": len(self._rows),
+            "rows": len(self._packed),
             "cut_documents": num_cut,
             "dtype": meta.dtype,
             "skipped": skipped.counts,
@@ -123,10 +144,26 @@ class ChatCorpus(Corpus):
 
     def train_loader(
         self, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, *, carry_state: bool = False
-    ) -> "ChatLoader":
+    ) -> StepLoader:
         if carry_state:
             raise ValueError("train.carry_state is true, but conversations are read from nothing: set it to false")
-        return ChatLoader(self._rows, batch_size, check_rows(batch_size, rank, world_size), seed)
+        own, orders = check_rows(batch_size, rank, world_size), dict[int, np.ndarray]()
+
+        def rows(step: int) -> Batch:
+            """Each row once a pass through them, every pass in another order."""
+            passes, places = np.divmod(step * batch_size + np.arange(batch_size)[own], len(self._packed))
+            for number in [each for each in orders if each < passes[0]]:
+                del orders[number]
+            for number in set(passes.tolist()) - set(orders):
+                orders[number] = step_generator(seed, 0, 0, 0, number).permutation(len(self._packed))
+            numbers = [orders[number][place] for number, place in zip(passes.tolist(), places, strict=True)]
+            return _batch([self._train_row(number) for number in numbers])
+
+        return StepLoader("chat", seed, rows)
+
+    def _train_row(self, number: int) -> np.ndarray:
+        pieces = [self._train_pieces[i] for i in self._packed[number]]
+        return _row(self._train, pieces, self.block_size + 1, self._pad_id)
 
     def train_tokens(self) -> np.ndarray:
         raise ValueError("conversations are no single text: only what the assistant writes counts")
@@ -151,66 +188,6 @@ class ChatCorpus(Corpus):
         longest = int((pieces[:, 1] - pieces[:, 0]).max())
         rows = [_row(self._validation, [piece], longest, self._pad_id) for piece in pieces]
         return [ValidationPart("", _batch(rows), self.val_bytes_per_token)]
-
-
-class ChatLoader:
-    """Rows of packed conversations, each once a pass, every pass in another order.
-
-    Row i of step s depends on (seed, s, i) and the size of the batch alone.
-    """
-
-    def __init__(self, packed_rows: "_Rows", batch_size: int, rows: slice, seed: int):
-        self._packed = packed_rows
-        self._batch_size = batch_size
-        self._rows = rows
-        self._seed = seed
-        self._step = 0
-        self._orders: dict[int, np.ndarray] = {}  # of the passes that the last batch was of
-
-    def prepare(self) -> None:
-        pass
-
-    def next(self) -> Batch:
-        """The rows of the next step; ``starts`` marks the conversations, ``is_target`` what the assistant writes."""
-        numbers = self._step * self._batch_size + np.arange(self._batch_size)[self._rows]
-        self._step += 1
-        passes, places = np.divmod(numbers, len(self._packed))
-        self._orders = {each: self._order(each) for each in np.unique(passes).tolist()}
-        return _batch([self._packed[self._orders[p][i]] for p, i in zip(passes.tolist(), places, strict=True)])
-
-    def _order(self, number: int) -> np.ndarray:
-        if number in self._orders:
-            return self._orders[number]
-        generator = np.random.Generator(np.random.Philox(key=self._seed, counter=[0, 0, 0, number]))
-        return generator.permutation(len(self._packed))
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"kind": "chat", "step": self._step, "seed": self._seed}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """
-        Raises:
-            ValueError: the state is of another kind of loader, or of another seed.
-        """
-        check_state(state, "chat", seed=self._seed)
-        self._step = state["step"]
-
-
-class _Rows:
-    """The packed rows of a stream of conversations, made when they are asked for."""
-
-    def __init__(self, stream: np.ndarray, pieces: np.ndarray, block_size: int, pad_id: int):
-        self._stream = stream
-        self._pieces = pieces
-        self._length = block_size + 1
-        self._pad_id = pad_id
-        self._packed = packed((pieces[:, 1] - pieces[:, 0]).tolist(), self._length)
-
-    def __len__(self) -> int:
-        return len(self._packed)
-
-    def __getitem__(self, number: int) -> np.ndarray:
-        return _row(self._stream, [self._pieces[i] for i in self._packed[number]], self._length, self._pad_id)
 
 
 def _row(stream: np.ndarray, pieces: Iterable[np.ndarray], length: int, pad_id: int) -> np.ndarray:
@@ -252,7 +229,7 @@ def _tokenize(
     if kept == 0 or num_val == 0:
         raise ValueError(
             f"data.source {config.source!r} has {len(ends) - 1} conversations with an answer: at least one to train on "
-            f"and one to validate on are needed{describe(skipped)}"
+            f"and one to validate on are needed{skipped}"
         )
     train_tokens, train_bytes = ends[kept]
     return writer.finish(np.dtype(np.uint32), train_tokens, train_bytes, num_val, skipped.counts)
@@ -270,7 +247,7 @@ def _write(
     while read := list(islice(conversations, _BATCH)):
         batch = [conversation for conversation in read if has_answer(conversation)]
         if len(batch) < len(read):
-            skipped.add(NO_ANSWER, len(read) - len(batch))
+            skipped.add(_NO_ANSWER, len(read) - len(batch))
         for conversation, (ids, is_answer) in zip(batch, _encoded(batch, encoder), strict=True):
             answers = (m["content"] for m in conversation.messages if m["role"] == "assistant")
             num_bytes = sum(len(answer.encode()) for answer in answers)
@@ -289,3 +266,174 @@ def _encoded(batch: list[Conversation], encoder: ChatEncoder) -> list[tuple[np.n
             except ValueError as error:
                 raise ValueError(f"{conversation.where}: {error}") from error
         raise
+
+
+def holds_chat(config: DataConfig) -> bool:
+    """Whether the section, or a source of its mix, gives conversations: as set, or as the first line of the files tells.
+
+    With ``data.format`` "auto" they are conversations where every file is a .jsonl and the first line of the first one
+    has a list of messages; a ``data.text_column`` says that they are text.
+    """
+    if config.mix is not None:
+        return any(holds_chat(source.config) for source in mix_sources(config))
+    if config.format != "auto":
+        return config.format == "chat"
+    if config.text_column is not None:
+        return False
+    try:
+        found = [[] if item in BUILTIN else find_files(item, Skipped()) for item in item_names(config.source)]
+    except (FileNotFoundError, ValueError):
+        return False  # whoever reads the source says what is wrong with it
+    files = [file for files in found for file in files or []]
+    if not all(found) or any(file_type(file) != _CHAT_TYPE for file in files):
+        return False
+    return bool(files) and _begins_with_messages(files[0])
+
+
+def _begins_with_messages(path: Path) -> bool:
+    try:
+        row = parse_line(next((line.text for line in text_lines(path, "replace")), ""), str(path))
+    except ValueError:
+        return False
+    return isinstance(row, dict) and isinstance(row.get(_DEFAULT_COLUMN), list)
+
+
+def training_conversations(config: DataConfig) -> Source:
+    """The files to train on. Raises as :func:`bdh.data.sources.training_source`, and where they are no .jsonl files."""
+    return _chat_files(training_source(config), config)
+
+
+def validation_conversations(config: DataConfig) -> Source | None:
+    """The files to validate on; None where they are a share of the others."""
+    source = validation_source(config)
+    return None if source is None else _chat_files(source, config)
+
+
+def read_conversations(files: Sequence[Path], column: str | None, encoding_errors: str) -> Iterator[Conversation]:
+    """The conversations of files, in order. Empty lines are nothing.
+
+    Args:
+        column: the name of the list of messages; None for "messages".
+
+    Raises:
+        ValueError: a line is no conversation; the message has the file and the number of the line.
+    """
+    for path in files:
+        for line in text_lines(path, encoding_errors):
+            where = f"{path}, line {line.number}"
+            row = parse_line(line.text, where)
+            yield Conversation(_messages(row, column or _DEFAULT_COLUMN, where, encoding_errors), where)
+
+
+def chat_texts(config: DataConfig, held_out: bool) -> Iterator[str]:
+    """The messages of one of the two parts, each a text; split as :class:`bdh.data.chat.ChatCorpus` splits them."""
+
+    def read(source: Source) -> Iterator[Conversation]:
+        found = read_conversations(source.files, config.text_column, config.encoding_errors)
+        return (each for each in found if has_answer(each))
+
+    validation, training = validation_conversations(config), training_conversations(config)
+    if validation is not None:
+        chosen: Iterable[Conversation] = read(validation if held_out else training)
+    else:
+        kept = num_kept(sum(1 for _ in read(training)), config.val_fraction)
+        chosen = islice(read(training), kept, None) if held_out else islice(read(training), kept)
+    for conversation in chosen:
+        yield from (message["content"] for message in conversation.messages if message["content"])
+
+
+def has_answer(conversation: Conversation) -> bool:
+    """Whether the assistant says something: else there is nothing to learn."""
+    return any(message["role"] == "assistant" for message in conversation.messages)
+
+
+def _messages(row: Any, column: str, where: str, encoding_errors: str) -> list[dict[str, str]]:
+    example = f'{{"{column}": [{{"role": "user", "content": "..."}}, ...]}}'
+    if not isinstance(row, dict) or column not in row:
+        has = f"only {', '.join(map(repr, row)) or 'nothing'}" if isinstance(row, dict) else f"{row!r:.80}"
+        raise ValueError(f"{where} has no {column!r}, but {has}: a line must be like {example}")
+    given = row[column]
+    if not isinstance(given, list) or not given:
+        raise ValueError(f"{where}: {column} is {given!r:.80}: must be a list of at least one message, as in {example}")
+    messages = []
+    for number, message in enumerate(given, start=1):
+        role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
+        if role not in ROLES:
+            shown = repr(role) if isinstance(message, dict) else f"missing in {message!r:.80}"
+            raise ValueError(f"{where}, message {number}: the role is {shown}: must be one of {', '.join(ROLES)}")
+        if not isinstance(content, str):
+            raise ValueError(f"{where}, message {number}: the content is {content!r:.80}: must be text")
+        text = to_utf8(content, encoding_errors, f"{where}, message {number}").decode()
+        messages.append({"role": str(role), "content": text})
+    return messages
+
+
+def _chat_files(source: Source, config: DataConfig) -> Source:
+    files = [path for path in source.files if file_type(path) == _CHAT_TYPE]
+    if not files:
+        raise ValueError(
+            f"data.source {config.source!r} holds no conversations: they are read from {_CHAT_TYPE} files, also as .gz or "
+            ".zst; for text set data.format=text"
+        )
+    if len(files) < len(source.files):
+        source.skipped.add(OTHER_TYPES, len(source.files) - len(files))
+    source.shard_files = [files]
+    return source
+
+
+def with_marks(ids: np.ndarray, is_answer: np.ndarray) -> np.ndarray:
+    """One conversation as uint32: its ids, which tokens are the assistant's, and that it starts with the first."""
+    marked = ids.astype(np.uint32) | np.where(is_answer, IS_ANSWER, np.uint32(0))
+    marked[:1] |= STARTS
+    return marked
+
+
+def pieces_of(stream: np.ndarray, block_size: int) -> tuple[np.ndarray, int]:
+    """What fits into rows of ``block_size + 1`` tokens, of conversations one behind the other.
+
+    A longer conversation goes on in a further piece, from nothing: the last token of a piece, a target there, is the
+    first input of the next, so every token is predicted once. Pieces in which nothing counts are left out.
+
+    Returns:
+        Begin and end of each piece, int64 (pieces, 2), and the number of conversations that were cut.
+    """
+    begins = np.flatnonzero(stream & STARTS)
+    ends = np.append(begins[1:], len(stream))
+    each = np.maximum(1, -(-(ends - begins - 1) // block_size))  # pieces of each conversation
+    which = np.repeat(np.arange(len(begins)), each)
+    index = np.arange(len(which)) - np.repeat(np.cumsum(each) - each, each)
+    starts = begins[which] + index * block_size
+    stops = np.minimum(starts + block_size + 1, ends[which])
+    num_answers = np.concatenate([[0], np.cumsum((stream & IS_ANSWER) != 0)])
+    counts = num_answers[stops] > num_answers[np.minimum(starts + 1, stops)]  # the first token is no target
+    return np.stack([starts, stops], axis=1)[counts], int((each > 1).sum())
+
+
+def packed(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Pieces into as few rows as the best fit gives: the longest first, each into the fullest row that it fits.
+
+    Args:
+        lengths: of the pieces, tokens; at most ``capacity``.
+
+    Returns:
+        For each row the numbers of its pieces.
+    """
+    rows: list[list[int]] = []
+    with_room: dict[int, list[int]] = {}  # rows by the tokens that they have left
+    there = 0  # a bit for each number of tokens that some row has left
+    for piece in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        length = lengths[piece]
+        fitting = there >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1
+            row = with_room[room].pop()
+            if not with_room[room]:
+                there &= ~(1 << room)
+            rows[row].append(piece)
+        else:
+            room, row = capacity, len(rows)
+            rows.append([piece])
+        left = room - length
+        with_room.setdefault(left, []).append(row)
+        there |= 1 << left
+    return rows

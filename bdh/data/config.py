@@ -8,8 +8,7 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Gt, Lt
 
-from bdh.data.builtin import BUILTIN
-from bdh.data.files import check_item, item_names
+from bdh.data.files import BUILTIN, check_item, item_names
 from bdh.validation import Allowed, Faults, PathText, PositiveInt, Settings, collect_faults
 
 # What an entry may set for its source. The rest of the section holds for all of them.

@@ -1,20 +1,136 @@
-"""What a corpus offers to training and evaluation, and what both kinds of corpus share."""
+"""What training and evaluation get from the data: batches, loaders whose position can be stored, and corpora.
+
+A :class:`Corpus` is a tokenized text in two parts. ``bdh.train`` uses of it: ``facts`` and ``fingerprint``, its loader
+(``prepare``, ``next``, ``state_dict``, ``load_state_dict``; the states of several processes become one with
+:func:`join_states`), and the sequences to validate on.
+"""
 
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from bdh.data.batch import Batch, ValidationPart
 from bdh.data.config import DataConfig
-from bdh.data.documents import batch_of_documents, starts_behind
-from bdh.data.parts import Skipped, describe
-from bdh.data.source import Source
-from bdh.data.windows import evenly_spaced_windows
+from bdh.data.reading import Skipped
+from bdh.data.sources import Source
 
+ProgressCallback = Callable[[str, int, int | None], None]
+"""Called with the step's name, the bytes of text done so far, and how many there are, or None if that is unknown."""
+
+_NOT_COUNTED = -100  # PyTorch's and transformers' label of what the loss leaves out
 _logger = logging.getLogger(__name__)
+
+
+def no_progress(step: str, done_bytes: int, total_bytes: int | None) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of tokens, and which of them count.
+
+    Attributes:
+        tokens: int64 (rows, T + 1): each token but the last is an input, each but the first a target.
+        is_target: bool (rows, T): whether the loss counts ``tokens[:, 1:]``; None where it counts all of them.
+        starts: bool (rows, T): whether a document starts at ``tokens[:, :-1]``: it sees nothing of what is before,
+            and stands at position 0. None where rows are read through, whatever they hold.
+    """
+
+    tokens: torch.Tensor
+    is_target: torch.Tensor | None = None
+    starts: torch.Tensor | None = None
+
+    @classmethod
+    def stack(cls, batches: Sequence["Batch"]) -> "Batch":
+        """The rows of several batches, in order. Where one marks nothing, all its tokens count, and none is a start."""
+        return cls(
+            torch.cat([batch.tokens for batch in batches]),
+            _cat([batch.is_target for batch in batches], batches, fill=True),
+            _cat([batch.starts for batch in batches], batches, fill=False),
+        )
+
+    @property
+    def input_ids(self) -> torch.Tensor:
+        """(rows, T)."""
+        return self.tokens[:, :-1]
+
+    @property
+    def targets(self) -> torch.Tensor:
+        """(rows, T): the token behind each, or -100 where it does not count."""
+        following = self.tokens[:, 1:]
+        return following if self.is_target is None else following.masked_fill(~self.is_target, _NOT_COUNTED)
+
+    @property
+    def num_targets(self) -> int:
+        """How many tokens the loss counts."""
+        return self.tokens[:, 1:].numel() if self.is_target is None else int(self.is_target.sum())
+
+    def split(self, num_rows: int) -> Iterator["Batch"]:
+        """Batches of ``num_rows`` rows, in order."""
+        for start in range(0, len(self.tokens), num_rows):
+            yield self[start : start + num_rows]
+
+    def __getitem__(self, rows: slice) -> "Batch":
+        return self._each(lambda tensor: tensor[rows])
+
+    def to(self, device: torch.device) -> "Batch":
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        is_target, starts = (None if each is None else change(each) for each in (self.is_target, self.starts))
+        return Batch(change(self.tokens), is_target, starts)
+
+
+@dataclass(frozen=True)
+class ValidationPart:
+    """Rows to validate on, each of which is read from nothing.
+
+    Attributes:
+        name: of the source, where there are several; else "".
+        bytes_per_token: UTF-8 text of a token that counts, in the mean.
+    """
+
+    name: str
+    batch: Batch
+    bytes_per_token: float
+
+
+def _cat(parts: Sequence[torch.Tensor | None], batches: Sequence[Batch], *, fill: bool) -> torch.Tensor | None:
+    if all(part is None for part in parts):
+        return None
+    return torch.cat(
+        [
+            torch.full_like(batch.input_ids, fill, dtype=torch.bool) if part is None else part
+            for part, batch in zip(parts, batches, strict=True)
+        ]
+    )
+
+
+def starts_after(tokens: torch.Tensor, document_end: int) -> torch.Tensor:
+    """Whether a document starts at each token (rows, length): behind each ``document_end``.
+
+    The first token of a row goes on with whatever was before it, which the row does not show.
+    """
+    starts = torch.zeros_like(tokens, dtype=torch.bool)
+    starts[:, 1:] = tokens[:, :-1] == document_end
+    return starts
+
+
+def batch_of_documents(tokens: torch.Tensor, starts: torch.Tensor) -> Batch:
+    """A batch whose rows see nothing beyond their documents' starts.
+
+    Args:
+        tokens: int64 (rows, T + 1).
+        starts: bool (rows, T + 1): a document starts at that token. It is not predicted: nothing before it is its
+            context. So the loss is that of the documents alone.
+    """
+    if not starts.any():
+        return Batch(tokens)
+    return Batch(tokens, is_target=~starts[:, 1:], starts=starts[:, :-1])
 
 
 class Loader(Protocol):
@@ -39,11 +155,48 @@ class Loader(Protocol):
     def state_dict(self) -> dict[str, Any]:
         """The position: numbers, strings, lists and tensors. Of several processes, those of all are stored as one.
 
-        See :func:`bdh.data.streaming.join_states`.
+        See :func:`join_states`.
         """
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class StepLoader:
+    """A loader whose sequences depend on the seed, the step and their place in the global batch alone."""
+
+    def __init__(self, kind: str, seed: int, batch_of_step: Callable[[int], Batch]):
+        """
+        Args:
+            kind: of the state.
+            batch_of_step: the sequences of a step that this process gets.
+        """
+        self._kind, self._seed, self._batch_of_step, self._step = kind, seed, batch_of_step, 0
+
+    def prepare(self) -> None:
+        pass
+
+    def next(self) -> Batch:
+        self._step += 1
+        return self._batch_of_step(self._step - 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"kind": self._kind, "step": self._step, "seed": self._seed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """
+        Raises:
+            ValueError: the state is of another kind of loader, or of another seed.
+        """
+        check_state(state, self._kind, seed=self._seed)
+        self._step = state["step"]
+
+
+def join_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The states of the loaders of all processes, by rank, as one, which loaders of any number of processes load."""
+    if "shares" not in states[0]:
+        return states[0]  # every process has the same
+    return {**states[0], "shares": [share for state in states for share in state["shares"]]}
 
 
 class Corpus(ABC):
@@ -109,7 +262,7 @@ class Corpus(ABC):
         """
         batch = Batch(self.validation_windows(num_windows))
         if document_end is not None:
-            batch = batch_of_documents(batch.tokens, starts_behind(batch.tokens, document_end))
+            batch = batch_of_documents(batch.tokens, starts_after(batch.tokens, document_end))
         return [ValidationPart("", batch, self.val_bytes_per_token)]
 
 
@@ -130,15 +283,64 @@ def check_long_enough(config: DataConfig, train_tokens: int, val_tokens: int, bl
             )
 
 
-def left_out(read: dict[str, int], *sources: Source | None) -> Skipped:
+def left_out(while_reading: dict[str, int], *sources: Source | None) -> Skipped:
     """What was left out when sources were looked up, and when they were read."""
-    skipped = Skipped(dict(read))
-    for source in sources:
-        if source is not None:
-            skipped.include(source.skipped)
+    skipped = Skipped(dict(while_reading))
+    for source in filter(None, sources):
+        skipped.include(source.skipped)
     return skipped
 
 
 def announce(config: DataConfig, skipped: Skipped) -> None:
     if skipped.counts:
-        _logger.warning("data.source %r%s", config.source, describe(skipped))
+        _logger.warning("data.source %r%s", config.source, skipped)
+
+
+def check_rows(batch_size: int, rank: int, world_size: int) -> slice:
+    """The rows of the global batch that a process gets.
+
+    Raises:
+        ValueError: the processes cannot share the rows evenly.
+    """
+    if batch_size < 1 or batch_size % world_size:
+        raise ValueError(
+            f"the global batch has {batch_size} rows: it must be a multiple of the {world_size} processes that share it"
+        )
+    rows = batch_size // world_size
+    return slice(rank * rows, (rank + 1) * rows)
+
+
+def step_generator(seed: int, *counter: int) -> np.random.Generator:
+    """Random numbers that depend on these numbers alone."""
+    return np.random.Generator(np.random.Philox(key=seed, counter=list(counter)))
+
+
+def check_state(state: dict[str, Any], kind: str, **fixed: Any) -> None:
+    """
+    Raises:
+        ValueError: the state is of another kind of loader, or was made with other settings.
+    """
+    if state.get("kind") != kind:
+        raise ValueError(
+            f"the loader's state is of kind {state.get('kind')!r}, not {kind!r}: data.streaming or "
+            "train.carry_state was another"
+        )
+    for name, value in fixed.items():
+        if state[name] != value:
+            raise ValueError(f"the loader's state was made with {name} {state[name]!r}, but now it is {value!r}")
+
+
+def evenly_spaced_windows(tokens: np.ndarray, block_size: int, num_windows: int) -> torch.Tensor:
+    """See :meth:`Corpus.validation_windows`."""
+    last_start = len(tokens) - block_size - 1
+    number = min(num_windows, last_start // block_size + 1)
+    starts = np.linspace(0, last_start, number).astype(np.int64)
+    return torch.from_numpy(take_windows(tokens, starts, block_size + 1))
+
+
+def take_windows(tokens: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
+    """(windows, length), int64."""
+    windows = np.empty((len(starts), length), dtype=np.int64)
+    for row, start in zip(windows, starts, strict=True):
+        row[:] = tokens[start : start + length]
+    return windows

@@ -1,212 +1,106 @@
-"""Tables in .csv and .tsv files: how their fields are written, which column holds the text, and a reader of the rows.
+"""Tables in .csv and .tsv files: a reader of their rows, and what is reported of them.
 
-The ``csv`` module reads them, strictly. Every row must have as many fields as the header: neither is a column ever
-taken for an index, nor a field cut off. Where the header lacks it, rows may end with one more delimiter, if all do.
+Every row must have as many fields as the header: neither is a column ever taken for an index, nor a field cut off. Where
+the header lacks it, rows may end with one more delimiter, if all do.
 """
 
 import logging
-import re
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from bdh.data.csv_rows import Format, Lines, MalformedRowError, parsed, rows
-from bdh.data.parts import NO_TEXT, Part, Skipped, from_plain, split_document, to_plain
-from bdh.data.readers import State, compression
-from bdh.data.tables import PEEKED_ROWS, ColumnError, choose_column
+from bdh.data.csv_layout import CsvSettings, Layout, Lines, find_layout, rows
+from bdh.data.reading import NO_TEXT, DocumentReader, Skipped, State
 
-if TYPE_CHECKING:
-    from bdh.data.config import DataConfig
-
-CSV_TYPES = (".csv", ".tsv")
-BAD_ROWS = "rows with another number of fields than the header"
-
-_DELIMITERS = (",", ";", "\t", "|")
-_SAMPLE_CHARACTERS = 1 << 17
-_MAX_SAMPLE_CHARACTERS = 1 << 26
+SHOWN_CHARACTERS = 60
+_BAD_ROWS = "rows with another number of fields than the header"
 _MAX_COUNTED_BYTES = 1 << 26
 _MAX_SHOWN_FILES = 3
-SHOWN_CHARACTERS = 60
-_NAME = re.compile(r"[A-Za-z_][\w./:-]{,63}", re.ASCII)
-_USUAL_NAMES = ("text", "texts", "content", "body", "document", "sentence", "word")
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class CsvSettings:
-    """What the section ``data`` says about .csv files; None is found out."""
+def csv_reader(
+    path: Path,
+    layout: Layout,
+    settings: CsvSettings,
+    encoding_errors: str,
+    skipped: Skipped,
+    state: State | None = None,
+) -> DocumentReader:
+    """The rows of a .csv or .tsv file, one document each. Iterating raises as :func:`csv_texts`."""
 
-    delimiter: str | None = None
-    quoting: bool | None = None
-    header: bool | None = None
-    bad_rows: str = "error"
+    def documents(after: State) -> Iterator[tuple[bytes | None, State]]:
+        lines = Lines(path, encoding_errors, (after["offset"], after["line"]) if after else None)
+        for text in csv_texts(lines, layout, settings):
+            if not text:
+                skipped.add(NO_TEXT if text is not None else _BAD_ROWS)
+            yield (text or "").encode(), {"offset": lines.offset, "line": lines.number}
 
-    @classmethod
-    def of(cls, config: "DataConfig") -> "CsvSettings":
-        delimiter = "\t" if config.csv_delimiter == "tab" else config.csv_delimiter
-        return cls(delimiter, config.csv_quoting, config.csv_header, config.csv_bad_rows)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How one file is written, and where its text is."""
-
-    format: Format
-    names: list[str]
-    """Of the columns; "1", "2", ... where there is no header."""
-    column: int
-    """The one that holds the text."""
-    has_header: bool
-    has_trailing_delimiter: bool
-    """Whether each row ends with one more delimiter than the header."""
-    number_columns: tuple[int, ...]
-    """Those that hold numbers."""
-    first_text: str
-
-    @property
-    def width(self) -> int:
-        """The number of fields of a row."""
-        return len(self.names) + self.has_trailing_delimiter
-
-    def fits(self, fields: list[str]) -> bool:
-        return len(fields) == self.width and not (self.has_trailing_delimiter and fields[-1])
-
-    def may_be_rows(self, lines: list[str]) -> bool:
-        """Whether each of the lines of a row may be a row of its own, if the quote that joins them encloses nothing.
-
-        Between tabs, those with as many fields as a row may be. Other delimiters are common in texts: the fields must also
-        begin without a space, and be numbers in the columns that hold numbers.
-        """
-        format = self.format
-        filled = [line for line in lines if line.strip()]
-        if len(filled) < 2 or any(line.count(format.delimiter) + 1 != self.width for line in filled):
-            return False
-        if format.delimiter == "\t":
-            return True
-        split = [line.rstrip("\r\n").split(format.delimiter) for line in filled]
-        has_spaces = any(field.startswith(" ") for fields in split for field in fields[1:])
-        are_numbers = all(_is_number(fields[index]) for fields in split for index in self.number_columns)
-        return self.width > 1 and are_numbers and (format.has_spaces or not has_spaces)
-
-    def __str__(self) -> str:
-        facts = [f"{self.column + 1} of {len(self.names)}", f"separated by {self.format.delimiter!r}"]
-        facts += [] if self.has_header else ["no header"]
-        facts += [] if self.format.has_quoting else ["no quoting"]
-        facts += ['quotes written \\"'] if self.format.has_escapes else []
-        return f"the text is column {self.names[self.column]!r} ({', '.join(facts)})"
+    return DocumentReader(documents, state)
 
 
-class CsvReader:
-    """The rows of a .csv or .tsv file, one document each."""
+def csv_texts(lines: Lines, layout: Layout, settings: CsvSettings) -> Iterator[str | None]:
+    """The text of each row, also where it is empty; None for a row with another number of fields that is skipped.
 
-    def __init__(
-        self,
-        path: Path,
-        layout: Layout,
-        settings: CsvSettings,
-        encoding_errors: str,
-        skipped: Skipped,
-        state: State | None = None,
-    ):
-        self._path = path
-        self._layout = layout
-        self._skips_bad_rows = settings.bad_rows == "skip"
-        self._checks_quotes = layout.format.has_quoting and settings.quoting is None
-        self._skipped = skipped
-        self._lines = Lines(path, encoding_errors, (state["offset"], state["line"]) if state else None)
-        self._position = (self._lines.offset, self._lines.number)  # after the last row that was right
-        self._pending = deque(from_plain(state["pending"]) if state else ())
-
-    @property
-    def offset(self) -> int:
-        """Bytes of the file that have been read."""
-        return self._lines.offset
-
-    def state(self) -> State:
-        return {
-            "offset": self._position[0],
-            "line": self._position[1],
-            "pending": to_plain(self._pending),
-        }
-
-    def __iter__(self) -> Iterator[Part]:
-        """Raises as :meth:`texts`."""
-        texts = self.texts()
-        while True:
-            while self._pending:
-                yield self._pending.popleft()
-            text = next(texts, None)
-            if text is None:
-                return
-            if text:
-                self._pending.extend(split_document(text.encode()))
-            else:
-                self._skipped.add(NO_TEXT)
-
-    def texts(self) -> Iterator[str]:
-        """The text of each row, also where it is empty.
-
-        Raises:
-            ValueError: a row has another number of fields than the header, or quotes that are not closed or not doubled;
-                or the file is not UTF-8, damaged or cut off.
-        """
-        layout = self._layout
-        begins = self._lines.number == 0
-        found = rows(self._lines, layout.format)
-        if begins and layout.has_header:
-            next(found, None)
-        for line, lines, fields in found:
-            if self._checks_quotes and len(lines) > 1 and layout.may_be_rows(lines):
-                raise ValueError(
-                    f"{self._path}, line {line}: it cannot be told whether the {len(lines)} lines from {lines[0]!r:.60} on are "
-                    "one row, of which quotes enclose a field, or as many rows. Set data.csv_quoting=true if quotes enclose "
-                    "fields; or data.csv_quoting=false if they are characters like any other"
-                )
-            if layout.format.has_escapes and any(each.rstrip("\r\n").endswith("\\") for each in lines[:-1]):
-                raise ValueError(
-                    f"{self._path}, line {line}: a line in quotes ends with a backslash, and it cannot be told whether that is "
-                    "part of the text, as the quotes in this file have backslashes before them: write it with quotes doubled"
-                )
-            fits = layout.fits(fields)
-            if not fits and not self._skips_bad_rows:
-                raise self._misfit(line, fields)
-            self._position = (self._lines.offset, self._lines.number)
-            if fits:
-                yield fields[layout.column]
-            else:
-                self._skipped.add(BAD_ROWS)
-
-    def _misfit(self, line: int, fields: list[str]) -> ValueError:
-        layout, delimiter = self._layout, self._layout.format.delimiter
-        expected = f"the header has {len(layout.names)} ({', '.join(layout.names)})"
-        if not layout.has_header:
-            expected = f"most of the first rows have {len(layout.names)}"
-        if layout.has_trailing_delimiter:
-            expected += f", and most of the first rows {layout.width}, of which the last is empty"
-        ways = ["data.csv_bad_rows=skip leaves such rows out and counts them"]
-        if len(fields) > layout.width and layout.format.has_quoting:
-            ways.insert(0, f"A field that holds {delimiter!r} must be in quotes")
-        elif len(fields) < layout.width and layout.format.has_quoting:
-            ways.insert(0, "A field that holds a line end must be in quotes")
-        if len(fields) > layout.width == 1:
-            other = "tab" if delimiter != "\t" else "'|'"
-            ways.insert(1, f"where lines are texts as they are, set data.csv_delimiter={other}")
-        return ValueError(
-            f"{self._path}, line {line}: the row has {len(fields)} field{'s' * (len(fields) != 1)}, but {expected}: "
-            f"{delimiter.join(fields)!r:.80}. {'; '.join(ways)}"
-        )
+    Raises:
+        ValueError: a row has another number of fields than the header, or quotes that are not closed or not doubled;
+            or the file is not UTF-8, damaged or cut off.
+    """
+    checks_quotes = layout.format.has_quoting and settings.quoting is None
+    begins, found = lines.number == 0, rows(lines, layout.format)
+    if begins and layout.has_header:
+        next(found, None)
+    for line, row_lines, fields in found:
+        where = f"{lines.path}, line {line}"
+        if checks_quotes and len(row_lines) > 1 and layout.may_be_rows(row_lines):
+            raise ValueError(
+                f"{where}: it cannot be told whether the {len(row_lines)} lines from {row_lines[0]!r:.60} on are "
+                "one row, of which quotes enclose a field, or as many rows. Set data.csv_quoting=true if quotes enclose "
+                "fields; or data.csv_quoting=false if they are characters like any other"
+            )
+        if layout.format.has_escapes and any(each.rstrip("\r\n").endswith("\\") for each in row_lines[:-1]):
+            raise ValueError(
+                f"{where}: a line in quotes ends with a backslash, and it cannot be told whether that is "
+                "part of the text, as the quotes in this file have backslashes before them: write it with quotes doubled"
+            )
+        fits = layout.fits(fields)
+        if not fits and settings.bad_rows != "skip":
+            raise ValueError(f"{where}: {_misfit(layout, fields)}")
+        yield fields[layout.column] if fits else None
 
 
-def show_columns(files: Iterable[Path], config: "DataConfig") -> None:
+def _misfit(layout: Layout, fields: list[str]) -> str:
+    delimiter = layout.format.delimiter
+    expected = f"the header has {len(layout.names)} ({', '.join(layout.names)})"
+    if not layout.has_header:
+        expected = f"most of the first rows have {len(layout.names)}"
+    if layout.has_trailing_delimiter:
+        expected += f", and most of the first rows {layout.width}, of which the last is empty"
+    ways = ["data.csv_bad_rows=skip leaves such rows out and counts them"]
+    if len(fields) > layout.width and layout.format.has_quoting:
+        ways.insert(0, f"A field that holds {delimiter!r} must be in quotes")
+    elif len(fields) < layout.width and layout.format.has_quoting:
+        ways.insert(0, "A field that holds a line end must be in quotes")
+    if len(fields) > layout.width == 1:
+        other = "tab" if delimiter != "\t" else "'|'"
+        ways.insert(1, f"where lines are texts as they are, set data.csv_delimiter={other}")
+    return (
+        f"the row has {len(fields)} field{'s' * (len(fields) != 1)}, but {expected}: "
+        f"{delimiter.join(fields)!r:.80}. {'; '.join(ways)}"
+    )
+
+
+def show_csv_columns(files: Iterable[Path], config: Any) -> None:
     """Says of each file which column holds the text, how many rows there are, and how the first text begins.
 
     The rows of the first files are counted, up to 64 MiB of text.
 
+    Args:
+        config: a ``DataConfig``.
+
     Raises:
-        ValueError: as of :func:`find_layout`; and of :meth:`CsvReader.texts` in the counted rows.
+        ValueError: as of :func:`find_layout`; and of :func:`csv_texts` in the counted rows.
     """
     settings, num_shown, num_bytes, further = CsvSettings.of(config), 0, 0, Counter[str]()
     for path in files:
@@ -216,249 +110,18 @@ def show_columns(files: Iterable[Path], config: "DataConfig") -> None:
         if num_shown == _MAX_SHOWN_FILES:
             further[layout.names[layout.column]] += 1
             continue
-        reader = CsvReader(path, layout, settings, config.encoding_errors, Skipped())
-        num_rows, is_all, texts = 0, False, reader.texts()
-        while num_bytes + reader.offset < _MAX_COUNTED_BYTES and not is_all:
-            is_all = next(texts, None) is None
-            num_rows += not is_all
-        num_shown, num_bytes = num_shown + 1, num_bytes + reader.offset
-        rows = f"{num_rows:,} row{'s' * (num_rows != 1)}" if is_all else f"more than {num_rows:,} rows"
+        lines = Lines(path, config.encoding_errors)
+        texts, num_rows, is_all = csv_texts(lines, layout, settings), 0, False
+        end = object()
+        while num_bytes + lines.offset < _MAX_COUNTED_BYTES and not is_all:
+            text = next(texts, end)
+            is_all = text is end
+            num_rows += not is_all and text is not None
+        num_shown, num_bytes = num_shown + 1, num_bytes + lines.offset
+        number = f"{num_rows:,} row{'s' * (num_rows != 1)}" if is_all else f"more than {num_rows:,} rows"
         _logger.warning(
-            "%s: %s; %s, the first text begins %r", path, layout, rows, layout.first_text[:SHOWN_CHARACTERS]
+            "%s: %s; %s, the first text begins %r", path, layout, number, layout.first_text[:SHOWN_CHARACTERS]
         )
     if further:
         columns = ", ".join(f"{name!r} in {number:,}" for name, number in further.items())
         _logger.warning("%s further tables: the text is column %s", f"{further.total():,}", columns)
-
-
-def find_layout(path: Path, wanted: str | None, encoding_errors: str, settings: CsvSettings) -> Layout | None:
-    """How a file is written, from its first lines; None if it has no rows.
-
-    Args:
-        wanted: ``data.text_column``.
-
-    Raises:
-        ColumnError: the column of the text is not there or cannot be guessed, the first line may be a row as well as a
-            header, or what separates the fields cannot be told.
-        ValueError: as of :meth:`CsvReader.texts`, in the first rows.
-    """
-    sample, format = _find_format(path, encoding_errors, wanted, settings)
-    found = list(islice(rows(Lines(path, encoding_errors), format), 1 + PEEKED_ROWS))
-    if not found:
-        return None
-    has_header = settings.header is not False
-    data = [fields for _, _, fields in found[has_header:]]
-    width = len(found[0][2]) if has_header else _usual_width(data)
-    names = _stripped(found[0][2]) if has_header else [str(number) for number in range(1, width + 1)]
-    is_longer = _is_longer(width, data)
-    if is_longer and width == 1 and settings.delimiter is None:
-        texts = [
-            lines[0] for _, lines, fields in found[has_header:] if len(fields) == 2 and not lines[0].startswith('"')
-        ]
-        if texts:
-            raise ColumnError(
-                f"{path}: it cannot be told whether the {format.delimiter!r} at the end of {texts[0].strip()!r:.60} is part of "
-                f"the text: set data.csv_delimiter=tab if it is, or data.csv_delimiter={format.delimiter!r} if it separates fields"
-            )
-    fitting = [fields for fields in data if len(fields) == width + is_longer]
-    columns = {  # of two with one name, the last
-        name: [fields[index] for fields in fitting or data if index < len(fields)] for index, name in enumerate(names)
-    }
-    are_names = all(map(_is_name, names)) and not (settings.header is None and _is_unknown_column(names))
-    if not data and (wanted in names or (wanted is None and are_names)):
-        return None
-    first_line = next(filter(None, map(str.strip, sample)), "")
-    asks = (
-        f"If its first line, {first_line!r:.60}, is a row, set data.csv_header=false, which calls the columns 1, 2, ..."
-    )
-    others = [
-        repr(each) for each in _DELIMITERS if len(names) == 1 and each in first_line and settings.delimiter is None
-    ]
-    separated = f". If its fields are separated by {' or '.join(others)}, set data.csv_delimiter" if others else ""
-    try:
-        name = choose_column({name: {_type(values)} for name, values in columns.items()}, wanted, str(path))
-    except ColumnError as error:
-        is_sure = not has_header or settings.header or (wanted is None and all(map(_is_name, names)))
-        raise error if is_sure else ColumnError(f"{error}. {asks}{separated}") from None
-    if names.count(name) > 1:
-        raise ColumnError(f"{path}: {names.count(name)} columns have the name {name!r}: it must be one only")
-    if wanted is None and settings.header is None and _may_be_row(names, name, columns[name]):
-        raise ColumnError(
-            f"{path}: it cannot be told whether its first line, {first_line!r:.60}, is a header or a row. Set "
-            f"data.text_column, to {name!r} if that is the name of a column; or data.csv_header=false, which calls the "
-            f"columns 1, 2, ...{separated}"
-        )
-    first_text = next((text for text in columns[name] if text), "")
-    numbers = tuple(index for index, each in enumerate(names) if _type(columns[each]) is float)
-    return Layout(format, names, names.index(name), has_header, is_longer, numbers, first_text)
-
-
-def _find_format(
-    path: Path, encoding_errors: str, wanted: str | None, settings: CsvSettings
-) -> tuple[list[str], Format]:
-    """The first lines of the file, and the format in which the most of them are in rows as long as the header.
-
-    Raises:
-        ColumnError: several formats do equally well.
-    """
-    size, has_header = _SAMPLE_CHARACTERS, settings.header is not False
-    while True:
-        sample, separator, is_whole = _sample(path, encoding_errors, size)
-        delimiters = tuple(filter(None, (settings.delimiter or separator,))) or _DELIMITERS
-        if delimiters == _DELIMITERS and path.name.lower().removesuffix(compression(path)).endswith(".tsv"):
-            delimiters = ("\t",)
-        # One that is nowhere separates nothing.
-        delimiters = delimiters[:1] + tuple(each for each in delimiters[1:] if any(each in line for line in sample))
-        tried = {each: _tried(sample, each, is_whole, settings) for each in delimiters}
-        lacks_rows = any(
-            each.is_unfinished and not each.rows[has_header:] for found in tried.values() for each in found
-        )
-        if is_whole or not lacks_rows or size >= _MAX_SAMPLE_CHARACTERS:
-            break
-        size *= 4
-    # The first of those that do best: quotes enclose fields, if that does as well.
-    candidates = [max(found, key=lambda each: each.share) for found in tried.values()]
-    several = [each for each in candidates if each.width > 1 and each.share > 0]
-    if has_header:
-        several = [each for each in several if wanted in each.names] or several
-    best = [each for each in several if each.share == max(each.share for each in several)] or candidates[:1]
-    if len(best) > 1 or (lacks_rows and not is_whole and not several and len(delimiters) > 1):
-        possible = " or ".join(repr(each.format.delimiter) for each in (best if len(best) > 1 else candidates))
-        raise ColumnError(
-            f"{path}: set data.csv_delimiter, as the fields may be separated by {possible}: the first line is "
-            f"{sample[0].strip()!r:.80}"
-        )
-    for rival in tried[best[0].format.delimiter]:
-        if rival.share == best[0].share > 0 and not rival.format.has_quoting and rival.rows != best[0].rows:
-            line = next(each for each in sample if '"' in each)
-            raise ColumnError(
-                f"{path}: it cannot be told whether quotes enclose fields, as in {line.strip()!r:.60}. Set "
-                "data.csv_quoting=true if they do; or data.csv_quoting=false if they are characters like any other"
-            )
-    return sample, best[0].format
-
-
-def _tried(sample: list[str], delimiter: str, is_whole: bool, settings: CsvSettings) -> "list[_Candidate]":
-    """The formats that a file with this delimiter may have, the likelier one first."""
-
-    def tried(format: Format) -> _Candidate:
-        return _Candidate(sample, format, is_whole, settings.header is not False)
-
-    plain = Format(delimiter)
-    found = []
-    if settings.quoting is not False:
-        found = [tried(plain)]
-        before_quotes = re.compile(rf'^ +"|{re.escape(delimiter)} +"')
-        if any(before_quotes.search(line) for line in sample if ' "' in line):
-            spaced = tried(replace(plain, has_spaces=True))
-            if not spaced.is_malformed and spaced.share >= found[0].share:
-                found = [spaced]
-        if any('\\"' in line for line in sample):
-            escaped = tried(replace(plain, has_escapes=True))
-            if not escaped.is_malformed and escaped.share > found[0].share:
-                found = [escaped]
-    # Between tabs, quotes are often characters like any other.
-    if settings.quoting is False or (settings.quoting is None and delimiter == "\t"):
-        found.append(tried(replace(plain, has_quoting=False)))
-    return found
-
-
-class _Candidate:
-    """A format that is tried on the first lines of a file."""
-
-    def __init__(self, sample: list[str], format: Format, is_whole: bool, has_header: bool):
-        self.format = format
-        self.rows: list[list[str]] = []
-        """Up to the first one that is malformed."""
-        self.is_malformed = self.is_unfinished = False
-        """Whether a row is malformed; and whether the last one may go on after the sample."""
-        num_row_lines, num_blank = [], 0
-        try:
-            for lines, fields in parsed(sample, format):
-                if fields:
-                    self.rows.append(fields)
-                    num_row_lines.append(len(lines))
-                else:
-                    num_blank += 1
-        except MalformedRowError as error:
-            self.is_unfinished = error.is_unfinished and not is_whole
-            self.is_malformed = not self.is_unfinished
-        data = self.rows[has_header:]
-        self.names = _stripped(self.rows[0]) if self.rows else []
-        self.width = len(self.names) if has_header else _usual_width(data)
-        """The number of columns."""
-        width = self.width + _is_longer(self.width, data)
-        num_fitting = sum(
-            lines for lines, fields in zip(num_row_lines[has_header:], data, strict=True) if len(fields) == width
-        )
-        num_lines = len(sample) - sum(num_row_lines[:has_header])
-        self.share = (num_fitting + num_blank) / num_lines if num_lines > 0 else 1.0
-        """Of the lines, those in rows that are as long as the others; up to the first row that is malformed."""
-        if not format.has_quoting:
-            quotes = [field for fields in self.rows for field in fields if field.startswith('"')]
-            if 2 * sum(len(field) > 1 and field.endswith('"') for field in quotes) > len(quotes):
-                self.share = 0.0
-
-
-def _is_longer(width: int, data: list[list[str]]) -> bool:
-    """Whether most rows have one more field, which is empty, than the header."""
-    num_longer = sum(len(fields) == width + 1 and not fields[-1] for fields in data)
-    return num_longer > sum(len(fields) == width for fields in data)
-
-
-def _usual_width(data: list[list[str]]) -> int:
-    return Counter(map(len, data)).most_common(1)[0][0] if data else 0
-
-
-def _sample(path: Path, encoding_errors: str, max_characters: int) -> tuple[list[str], str | None, bool]:
-    """The first lines of a file, what its line ``sep=`` says, and whether these are all lines."""
-    sample, size, lines = [], 0, Lines(path, encoding_errors)
-    for line in lines:
-        sample.append(line)
-        size += len(line)
-        if size >= max_characters:
-            break
-    return sample, lines.separator, lines.has_ended
-
-
-def _stripped(fields: list[str]) -> list[str]:
-    return [field.strip() for field in fields]
-
-
-def _type(values: list[str]) -> type:
-    """What a column holds: nothing, numbers (or true and false), or text."""
-    filled = [value for value in values if value.strip()]
-    if all(_is_number(value) or value.lower() in ("true", "false") for value in filled):
-        return float if filled else type(None)
-    return str
-
-
-def _is_number(value: str) -> bool:
-    try:
-        float(value)
-    except ValueError:
-        return False
-    return True
-
-
-def _is_name(field: str) -> bool:
-    return _NAME.fullmatch(field) is not None
-
-
-def _may_be_row(names: list[str], name: str, values: list[str]) -> bool:
-    """Whether what looks like a header may be the first row of a file without one.
-
-    ``name`` is that of the column of the text. Of the other names the first may be empty, as an index's is, and the last.
-    """
-    if _is_unknown_column(names):
-        return True
-    others = names[not names[0] : len(names) - (not names[-1])]
-    if not _is_name(name) or len(set(names)) < len(names) or any(not each or _is_number(each) for each in others):
-        return True
-    filled = [value for value in values if value]
-    return name.lower() not in _USUAL_NAMES and 2 * sum(map(_is_name, filled)) > len(filled)
-
-
-def _is_unknown_column(names: list[str]) -> bool:
-    """Whether there is but one column, with a name that any line of a text may be."""
-    return len(names) - (not names[-1]) == 1 and names[0].lower() not in _USUAL_NAMES

@@ -1,21 +1,100 @@
-"""Data sets of the hub, and local folders in the hub's layout."""
+"""What the ``datasets`` library reads: parquet files, data sets of the hub, and local folders in the hub's layout."""
 
+import glob
 import re
 import warnings
+from collections import deque
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from bdh.data.files import file_type
-from bdh.data.parts import Skipped
-from bdh.data.readers import Reader, State, TableReader
-from bdh.data.tables import ColumnError, text_column
+from bdh.data.reading import (
+    PEEKED_ROWS,
+    Chunk,
+    ColumnError,
+    Skipped,
+    State,
+    choose_column,
+    from_plain,
+    row_text,
+    split_document,
+    to_plain,
+)
 
-SHAKESPEARE_ID = "karpathy/tiny_shakespeare"
+_SHAKESPEARE_ID = "karpathy/tiny_shakespeare"
 # The hub's own conversion: the repository itself is a loading script, which datasets no longer runs.
-SHAKESPEARE_REVISION = "refs/convert/parquet"
+_SHAKESPEARE_REVISION = "refs/convert/parquet"
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.\w+$")
 _FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*(\n|\Z)", re.DOTALL)
+_PYTHON: dict[str, type] = {"string": str, "large_string": str, "null": type(None)}  # of the types that matter
+
+
+class TableReader:
+    """The rows of a ``datasets`` table, one document each."""
+
+    def __init__(
+        self,
+        rows: Any,
+        column: str,
+        where: str,
+        encoding_errors: str,
+        skipped: Skipped,
+        explain: Callable[[Exception], Exception],
+        state: State | None = None,
+    ):
+        """
+        Args:
+            rows: a ``datasets.IterableDataset``.
+            where: the name of the table, for errors.
+            explain: makes an error of the reading library into one for the reader of the message.
+        """
+        self._rows = rows
+        self._column = column
+        self._where = where
+        self._encoding_errors = encoding_errors
+        self._skipped = skipped
+        self._explain = explain
+        self._num_rows: int = state["num_rows"] if state else 0
+        self._is_lost = False  # whether the table's own state is past a row that could not be read
+        self._pending = deque(from_plain(state["pending"]) if state else ())
+        self._num_passed = 0  # rows to read over
+        if state and state["rows"] is not None:
+            self._rows.load_state_dict(state["rows"])
+        elif state:
+            self._num_passed = self._num_rows
+
+    def state(self) -> State:
+        return {
+            "rows": self._rows.state_dict() if self._num_rows and not self._is_lost else None,
+            "num_rows": self._num_rows,
+            "pending": to_plain(self._pending),
+        }
+
+    def __iter__(self) -> Iterator[Chunk]:
+        """
+        Raises:
+            ValueError: a row cannot be read, or its column holds something else than text.
+        """
+        rows = islice(self._rows, self._num_passed, None)
+        while True:
+            while self._pending:
+                yield self._pending.popleft()
+            self._is_lost = True
+            try:
+                row = next(rows, None)
+            except Exception as error:  # pyarrow, pandas, fsspec and datasets each raise their own
+                raise self._explain(error) from error
+            if row is None:
+                self._is_lost = False
+                return
+            where = f"{self._where}, row {self._num_rows + 1}"
+            utf8 = row_text(row.get(self._column), self._column, where, self._encoding_errors, self._skipped)
+            self._num_rows, self._is_lost = self._num_rows + 1, False
+            if utf8:
+                self._pending.extend(split_document(utf8))
 
 
 class HubSet:
@@ -40,14 +119,14 @@ class HubSet:
         """
         self.where = f"{path}, split {split}"
         self._encoding_errors = encoding_errors
-        load = partial(load_split, path, name=name, split=split, revision=revision, streaming=streaming)
+        load = partial(_load_split, path, name=name, split=split, revision=revision, streaming=streaming)
         rows = load()
         is_csv = rows.info.builder_name == "csv"
         if is_csv:
             load = partial(load, **_strict_csv())
             rows = load()
         try:
-            found = text_column(rows, column, self.where)
+            found = _text_column(rows, column, self.where)
         except ColumnError:
             raise
         except Exception as error:  # pyarrow, pandas, fsspec and datasets each raise their own
@@ -69,7 +148,7 @@ class HubSet:
         # A streamed data set carries the position of its one reader: each reader loads its own.
         self._rows = load if self.identity is None else lambda: rows
 
-    def open(self, skipped: Skipped, state: State | None) -> Reader:
+    def open(self, skipped: Skipped, state: State | None) -> TableReader:
         """A reader of its rows."""
         import datasets
 
@@ -81,15 +160,80 @@ class HubSet:
         return TableReader(rows, self.column, self.where, self._encoding_errors, skipped, self._explain, state)
 
     def _explain(self, error: Exception) -> Exception:
-        reason = (str(error).splitlines() or [""])[0]
-        return ValueError(f"{self.where} cannot be read: {type(error).__name__}: {reason}")
+        return ValueError(f"{self.where} cannot be read: {_reason(error)}")
+
+
+def parquet_reader(
+    path: Path, column: str, encoding_errors: str, skipped: Skipped, state: State | None = None
+) -> TableReader:
+    """The rows of a .parquet file, one document each.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    explain = partial(_unreadable, path)
+    try:
+        rows = _parquet_rows(path, column)
+    except Exception as error:  # pyarrow, fsspec and datasets each raise their own
+        raise explain(error) from error
+    return TableReader(rows, column, str(path), encoding_errors, skipped, explain, state)
+
+
+def parquet_column(path: Path, wanted: str | None) -> str | None:
+    """The column that holds the text, or None if there are no rows; see :func:`bdh.data.reading.choose_column`.
+
+    Raises:
+        ColumnError: the wanted column is not there; or none is wanted, and not exactly one holds strings.
+        ValueError: the file is damaged.
+    """
+    from pyarrow import parquet
+
+    try:
+        if parquet.read_metadata(path).num_rows == 0:  # such a shard may have another type of column, or none at all
+            return None
+        return _text_column(_parquet_rows(path), wanted, str(path))
+    except ColumnError:
+        raise
+    except Exception as error:  # pyarrow, fsspec and datasets each raise their own
+        raise _unreadable(path, error) from error
+
+
+def _parquet_rows(path: Path, column: str | None = None) -> Any:
+    """A ``datasets.IterableDataset`` over a file; with ``column``, of this one alone."""
+    from datasets import IterableDataset
+
+    # Not load_dataset, which reports each call to the hub.
+    return IterableDataset.from_parquet(glob.escape(str(path)), columns=None if column is None else [column])
+
+
+def _unreadable(path: Path, error: Exception) -> Exception:
+    return ValueError(f"{path} cannot be read as {file_type(path)}: {_reason(error)}")
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def _text_column(rows: Any, wanted: str | None, where: str) -> str | None:
+    """The column that holds the text of a ``datasets.Dataset`` or ``IterableDataset``, or None if there is no row.
+
+    Where the table does not tell the types of its columns, the first rows do.
+    """
+    if rows.features is not None:
+        types = {name: {_PYTHON.get(getattr(each, "dtype", ""), object)} for name, each in rows.features.items()}
+        return choose_column(types, wanted, where)
+    types = {}
+    for row in rows.take(PEEKED_ROWS):
+        for name, value in row.items():
+            types.setdefault(name, set()).add(type(value))
+    return choose_column(types, wanted, where) if types else None
 
 
 def local_tables(path: str, *, name: str | None, split: str) -> list[Path] | None:
     """The .json, .jsonl, .csv, .tsv or .parquet files of a split of a local folder, which are read as any others.
 
     So only the column of the text matters, where ``datasets`` wants the same columns in all rows. None for other files,
-    for .csv files whose form the data card describes, and for what :func:`load_split` refuses.
+    for .csv files whose form the data card describes, and for what :func:`_load_split` refuses.
     """
     import datasets
 
@@ -99,7 +243,7 @@ def local_tables(path: str, *, name: str | None, split: str) -> list[Path] | Non
     try:
         builder = datasets.load_dataset_builder(path, name)
     except (ValueError, RuntimeError, OSError):
-        return None  # load_split raises it again, and says what is wrong
+        return None  # _load_split raises it again, and says what is wrong
     if builder.name not in ("json", "csv", "parquet") or getattr(builder.config, "field", None) is not None:
         return None
     files = [Path(file) for file in (builder.config.data_files or {}).get(split, [])]
@@ -115,7 +259,7 @@ def _has_options(config: Any, files: list[Path]) -> bool:
     return not is_usual or any(getattr(config, name) != getattr(defaults, name) for name in config.pd_read_csv_kwargs)
 
 
-def load_split(
+def _load_split(
     path: str, *, name: str | None, split: str, revision: str | None, streaming: bool, **options: Any
 ) -> Any:
     """``datasets.load_dataset``, with errors for the reader; folders of ``save_to_disk`` open too."""
@@ -163,7 +307,7 @@ def shakespeare() -> bytes:
     """
     splits = ("train", "validation", "test")
     loaded = [
-        load_split(SHAKESPEARE_ID, name=None, split=split, revision=SHAKESPEARE_REVISION, streaming=False)
+        _load_split(_SHAKESPEARE_ID, name=None, split=split, revision=_SHAKESPEARE_REVISION, streaming=False)
         for split in splits
     ]
     return "".join(text for rows in loaded for text in rows["text"]).encode()

@@ -7,7 +7,7 @@ been dealt to sequences that have not come to it, the collected validation token
 import hashlib
 import logging
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -15,17 +15,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from bdh.data.batch import Batch
-from bdh.data.columns import show_columns
 from bdh.data.config import DataConfig
-from bdh.data.corpus import Corpus, Loader, announce, check_long_enough, left_out
-from bdh.data.documents import batch_of_documents
-from bdh.data.parts import Part, Skipped, describe, from_plain
-from bdh.data.progress import ProgressCallback
-from bdh.data.readers import ChainReader, State
-from bdh.data.source import Source, training_source, validation_source
-from bdh.data.split import StreamSplit, stream_split
-from bdh.data.windows import check_rows, check_state
+from bdh.data.corpus import (
+    Batch,
+    Corpus,
+    Loader,
+    ProgressCallback,
+    announce,
+    batch_of_documents,
+    check_long_enough,
+    check_rows,
+    check_state,
+    left_out,
+    step_generator,
+)
+from bdh.data.reading import ChainReader, Chunk, Skipped, Split, State, from_plain, stream_split
+from bdh.data.sources import Source, show_columns, training_source, validation_source
 from bdh.tokenizer.encoding import TextEncoder
 
 _BUFFER_BYTES = 1 << 26
@@ -38,9 +43,9 @@ _logger = logging.getLogger(__name__)
 class StreamingCorpus(Corpus):
     """A corpus that is read while training.
 
-    Without a validation source of its own, every ``round(1 / val_fraction)``-th part of it is held out: a part is
+    Without a validation source of its own, every ``round(1 / val_fraction)``-th chunk of it is held out: a chunk is
     a document, or 256 KiB of a longer one. (A source of not more parts is split as it is without streaming, see
-    :func:`bdh.data.split.stream_split`.) Of the held-out text, the first ``val_tokens`` tokens are kept to
+    :func:`bdh.data.reading.stream_split`.) Of the held-out text, the first ``val_tokens`` tokens are kept to
     validate on; the search for them ends after 256 MiB of text.
     """
 
@@ -51,19 +56,19 @@ class StreamingCorpus(Corpus):
         validation = validation_source(config)
         self._source = training_source(config)
         show_columns(config, self._source, validation)
-        self._split = None if validation is not None else stream_split(self._source, config.val_fraction)
+        self._split = None if validation is not None else stream_split(self._source.open, config.val_fraction)
 
         skipped = left_out({}, self._source, validation)
         collector = _Collector(config, encoder, block_size, progress)
         if validation is not None:
-            collector.read(((part, True) for part in validation.open(skipped)), needs_training=False)
-            collector.read(((part, False) for part in self._source.open(skipped)), needs_validation=False)
+            collector.read(((chunk, True) for chunk in validation.open(skipped)), needs_training=False)
+            collector.read(((chunk, False) for chunk in self._source.open(skipped)), needs_validation=False)
         else:
             assert self._split is not None
             marked = self._split.marked(self._source.open(skipped))
-            collector.read((part, held_out) for part, held_out, _ in marked)
+            collector.read((chunk, held_out) for chunk, held_out, _ in marked)
         if collector.num_read_bytes == 0:
-            raise ValueError(f"data.source {config.source!r} holds no text" + describe(skipped))
+            raise ValueError(f"data.source {config.source!r} holds no text" + str(skipped))
         announce(config, skipped)
         self._validation = collector.tokens()
         check_long_enough(config, collector.num_train_tokens, len(self._validation), block_size)
@@ -130,10 +135,10 @@ class _Lane:
     num_drawn: int = 0
     first_undealt: int = 0
     """The number of the first chunk that has not been dealt to it, if it is its own."""
-    waiting: deque[tuple[int, Part]] = field(default_factory=deque)
+    waiting: deque[tuple[int, Chunk]] = field(default_factory=deque)
     """Dealt, each with its pass, and not in the buffer yet."""
-    buffer: list[Part] = field(default_factory=list)
-    drawn: list[Part] = field(default_factory=list)
+    buffer: list[Chunk] = field(default_factory=list)
+    drawn: list[Chunk] = field(default_factory=list)
     """Not tokenized yet."""
     tokens: list[np.ndarray] = field(default_factory=list)
     starts: list[np.ndarray] = field(default_factory=list)
@@ -161,8 +166,8 @@ class _Lane:
         return tokens[index], starts[index]
 
     def state_dict(self) -> dict[str, Any]:
-        chunks = [*self.drawn, *self.buffer, *(part for _, part in self.waiting)]
-        text = b"".join(part.utf8 for part in chunks) or b"\0"
+        chunks = [*self.drawn, *self.buffer, *(chunk for _, chunk in self.waiting)]
+        text = b"".join(chunk.utf8 for chunk in chunks) or b"\0"
         return {
             "number": self.number,
             "epoch": self.epoch,
@@ -170,8 +175,8 @@ class _Lane:
             "tokens": torch.from_numpy(np.concatenate([np.empty(0, np.int64), *self.tokens]).astype(np.int64)),
             "starts": torch.from_numpy(np.concatenate([np.empty(0, bool), *self.starts])),
             "text": torch.frombuffer(bytearray(text), dtype=torch.uint8),
-            "lengths": [len(part.utf8) for part in chunks],
-            "ends_document": [part.ends_document for part in chunks],
+            "lengths": [len(chunk.utf8) for chunk in chunks],
+            "ends_document": [chunk.ends_document for chunk in chunks],
             "sizes": [len(self.drawn), len(self.buffer)],
             "waiting_epochs": [epoch for epoch, _ in self.waiting],
         }
@@ -180,7 +185,7 @@ class _Lane:
     def from_state(cls, state: dict[str, Any], num_sequences: int, first_undealt: int, dtype: np.dtype) -> "_Lane":
         text, ends = state["text"].numpy().tobytes(), np.cumsum(state["lengths"]).tolist()
         begins = [0, *ends[:-1]]
-        chunks = [Part(text[a:b], is_end) for a, b, is_end in zip(begins, ends, state["ends_document"], strict=False)]
+        chunks = [Chunk(text[a:b], is_end) for a, b, is_end in zip(begins, ends, state["ends_document"], strict=False)]
         num_drawn, num_buffered = state["sizes"]
         lane = cls(state["number"], num_sequences, state["epoch"], state["num_drawn"], first_undealt)
         lane.drawn, lane.buffer = chunks[:num_drawn], chunks[num_drawn : num_drawn + num_buffered]
@@ -201,7 +206,7 @@ class StreamLoader:
     def __init__(
         self,
         source: Source,
-        split: StreamSplit | None,
+        split: Split | None,
         encoder: TextEncoder,
         block_size: int,
         batch_size: int,
@@ -253,12 +258,12 @@ class StreamLoader:
         while lacking := [lane for lane in self._lanes.values() if lane.num_lacking(self._block_size)]:
             for lane in lacking:
                 # A token is a byte at least, so this is never much too much: a small source is not read far ahead.
-                while sum(len(part.utf8) for part in lane.drawn) < lane.num_lacking(self._block_size):
+                while sum(len(chunk.utf8) for chunk in lane.drawn) < lane.num_lacking(self._block_size):
                     lane.drawn.append(self._draw(lane))
-            tokens = iter(self._encoder.encode_utf8([part.utf8 for lane in lacking for part in lane.drawn]))
+            tokens = iter(self._encoder.encode_utf8([chunk.utf8 for lane in lacking for chunk in lane.drawn]))
             for lane in lacking:
-                for part in lane.drawn:
-                    lane.add(*_with_end(next(tokens), part, self._encoder))
+                for chunk in lane.drawn:
+                    lane.add(*_with_end(next(tokens), chunk, self._encoder))
                 lane.drawn = []
 
     def next(self) -> Batch:
@@ -269,13 +274,13 @@ class StreamLoader:
         inputs = torch.from_numpy(tokens.astype(np.int64))
         return batch_of_documents(inputs, torch.from_numpy(starts)) if self._marks_documents else Batch(inputs)
 
-    def _draw(self, lane: _Lane) -> Part:
+    def _draw(self, lane: _Lane) -> Chunk:
         """A chunk of the lane's buffer at random, which is filled from one pass through the source at a time."""
         if not lane.buffer:
             while not lane.waiting:
                 self._read_on()
             lane.epoch = lane.waiting[0][0]
-        num_bytes = sum(len(part.utf8) for part in lane.buffer)
+        num_bytes = sum(len(chunk.utf8) for chunk in lane.buffer)
         while len(lane.buffer) < self._buffer_documents and num_bytes < max(1, self._buffer_bytes):
             while not lane.waiting and self._epoch == lane.epoch:
                 self._read_on()
@@ -289,34 +294,33 @@ class StreamLoader:
         return lane.buffer.pop()
 
     def _read_on(self) -> None:
-        """Deals the next chunk of the source, or begins it again behind its last one."""
+        """Deals the next chunk of the source, or begins it again after its last one."""
         try:
-            part = next(self._parts, None)
+            chunk = next(self._chunks, None)
         except (ValueError, OSError):
             self._open(self._reader.state())  # as an iterator that has raised is at its end
             raise
-        if part is None:
+        if chunk is None:
             if self._is_empty:
                 raise ValueError("the source gave no text to train on: it has been changed since the start")
             if self._epoch == 0 and self._skipped.counts:
-                _logger.warning("the first pass through the training text%s", describe(self._skipped))
+                _logger.warning("the first pass through the training text%s", self._skipped)
             self._begin_pass(self._epoch + 1)
             return
-        marked = [(part, False, 0)] if self._split is None else list(self._split.marked([part], self._num_read))
+        marked = [(chunk, False, 0)] if self._split is None else list(self._split.marked([chunk], self._num_read))
         self._num_read = marked[-1][2]
         for piece, is_held_out, _ in marked:
             if not is_held_out:
                 self._deal(piece)
 
-    def _deal(self, part: Part) -> None:
+    def _deal(self, chunk: Chunk) -> None:
         number, self._num_dealt, self._is_empty = self._num_dealt, self._num_dealt + 1, False
         turn, place = divmod(number, self._num_lanes)
         if turn != self._order[0]:
-            generator = np.random.Generator(np.random.Philox(key=self._seed, counter=[0, 0, 1, turn]))
-            self._order = turn, generator.permutation(self._num_lanes)
+            self._order = turn, step_generator(self._seed, 0, 0, 1, turn).permutation(self._num_lanes)
         lane = self._lanes.get(int(self._order[1][place]))
         if lane is not None and number >= lane.first_undealt:
-            lane.waiting.append((self._epoch, part))
+            lane.waiting.append((self._epoch, chunk))
             self.num_taken += 1
 
     def _begin_pass(self, epoch: int) -> None:
@@ -325,10 +329,10 @@ class StreamLoader:
 
     def _open(self, state: State | None) -> None:
         self._reader = self._source.open(self._skipped, state)
-        self._parts = iter(self._reader)
+        self._chunks = iter(self._reader)
 
     def state_dict(self) -> dict[str, Any]:
-        """This process's part of the position; see :func:`join_states`."""
+        """This process's share of the position; see :func:`bdh.data.corpus.join_states`."""
         share = {
             "lanes": [lane.state_dict() for lane in self._lanes.values()],
             "reader": self._reader.state(),
@@ -367,13 +371,6 @@ class StreamLoader:
         self._open(share["reader"])
 
 
-def join_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The states of the loaders of all processes, by rank, as one, which loaders of any number of processes load."""
-    if "shares" not in states[0]:
-        return states[0]  # every process has the same
-    return {**states[0], "shares": [share for state in states for share in state["shares"]]}
-
-
 def _with_lanes(state: dict[str, Any], num_lanes: int) -> dict[str, Any]:
     """A state of a version before 0.2, in which the sequences had no lanes: what was read is dealt to lanes.
 
@@ -386,11 +383,11 @@ def _with_lanes(state: dict[str, Any], num_lanes: int) -> dict[str, Any]:
         lanes[index % num_lanes].add(tokens.numpy(), marks.numpy())
     text, ends = state["buffer"].numpy().tobytes(), np.cumsum(state["buffer_lengths"]).tolist()
     parts = [
-        Part(text[end - length : end], is_end)
+        Chunk(text[end - length : end], is_end)
         for end, length, is_end in zip(ends, state["buffer_lengths"], state["buffer_ends"], strict=True)
     ]
-    for index, part in enumerate([*from_plain([*state.get("round", []), *state.get("drawn", [])]), *parts]):
-        lanes[index % num_lanes].waiting.append((state["epoch"], part))
+    for index, chunk in enumerate([*from_plain([*state.get("round", []), *state.get("drawn", [])]), *parts]):
+        lanes[index % num_lanes].waiting.append((state["epoch"], chunk))
     share = {
         "lanes": [lane.state_dict() for lane in lanes],
         "reader": state["reader"],
@@ -403,15 +400,9 @@ def _with_lanes(state: dict[str, Any], num_lanes: int) -> dict[str, Any]:
     return {"kind": state["kind"], "seed": state["seed"], "num_lanes": num_lanes, "shares": [share]}
 
 
-def encode_parts(parts: list[Part], encoder: TextEncoder) -> np.ndarray:
-    """The tokens of the parts, one after the other, with ``<eos>`` behind each document where there is one."""
-    encoded = encoder.encode_utf8([part.utf8 for part in parts])
-    return np.concatenate([_with_end(tokens, part, encoder)[0] for tokens, part in zip(encoded, parts, strict=True)])
-
-
-def _with_end(tokens: np.ndarray, part: Part, encoder: TextEncoder) -> tuple[np.ndarray, np.ndarray]:
-    """A chunk's tokens, with ``<eos>`` behind a document; and which is the first, that nothing before it leads to."""
-    if part.ends_document and encoder.eos_token_id is not None:
+def _with_end(tokens: np.ndarray, chunk: Chunk, encoder: TextEncoder) -> tuple[np.ndarray, np.ndarray]:
+    """A chunk's tokens, with ``<eos>`` after a document; and which is the first, that nothing before it leads to."""
+    if chunk.ends_document and encoder.eos_token_id is not None:
         tokens = np.append(tokens, np.array(encoder.eos_token_id, dtype=encoder.dtype))
     return tokens, np.arange(len(tokens)) == 0
 
@@ -428,44 +419,38 @@ def _random_number(*numbers: int) -> int:
 
 
 class _Collector:
-    """Reads a source until there are validation tokens, and enough to train on for a single row."""
+    """Reads a source until there are validation tokens, and enough to train on for a single sequence."""
 
     def __init__(self, config: DataConfig, encoder: TextEncoder, block_size: int, progress: ProgressCallback):
         self._max_tokens = max(config.val_tokens, block_size + 1)
-        self._block_size = block_size
-        self._encoder = encoder
-        self._progress = progress
-        self._pieces: list[np.ndarray] = []
-        self._num_val_tokens = 0
-        self.num_val_bytes = 0
-        self.num_train_tokens = 0
-        self.num_read_bytes = 0
+        self._block_size, self._encoder, self._progress = block_size, encoder, progress
+        self._pieces = [np.empty(0, dtype=encoder.dtype)]
+        self.num_val_bytes = self.num_train_tokens = self.num_read_bytes = 0
 
     def read(
-        self, parts: Iterable[tuple[Part, bool]], needs_training: bool = True, needs_validation: bool = True
+        self, chunks: Iterable[tuple[Chunk, bool]], needs_training: bool = True, needs_validation: bool = True
     ) -> None:
         """
         Args:
-            parts: each with whether it is held out.
+            chunks: each with whether it is held out.
         """
-        for part, held_out in parts:
-            self.num_read_bytes += len(part.utf8)
-            if held_out and self._num_val_tokens < self._max_tokens:
-                self._keep(part)
-            elif not held_out and self.num_train_tokens <= self._block_size:
-                self.num_train_tokens += len(encode_parts([part], self._encoder))
+        num_val_tokens = sum(map(len, self._pieces))
+        for chunk, is_held_out in chunks:
+            self.num_read_bytes += len(chunk.utf8)
+            lacks = num_val_tokens < self._max_tokens if is_held_out else self.num_train_tokens <= self._block_size
+            if lacks:
+                tokens, _ = _with_end(self._encoder.encode_utf8([chunk.utf8])[0], chunk, self._encoder)
+                if is_held_out:
+                    self._pieces.append(tokens)
+                    num_val_tokens += len(tokens)
+                    self.num_val_bytes += len(chunk.utf8)
+                else:
+                    self.num_train_tokens += len(tokens)
             self._progress("collecting validation text", self.num_read_bytes, None)
             lacks_training = needs_training and self.num_train_tokens <= self._block_size
             wanted = self._block_size + 1 if self.num_read_bytes > _MAX_READ_BYTES else self._max_tokens
-            lacks_validation = needs_validation and self._num_val_tokens < wanted
-            if not lacks_training and not lacks_validation:
+            if not lacks_training and not (needs_validation and num_val_tokens < wanted):
                 return
 
-    def _keep(self, part: Part) -> None:
-        tokens = encode_parts([part], self._encoder)
-        self._pieces.append(tokens)
-        self._num_val_tokens += len(tokens)
-        self.num_val_bytes += len(part.utf8)
-
     def tokens(self) -> np.ndarray:
-        return np.concatenate(self._pieces) if self._pieces else np.empty(0, dtype=self._encoder.dtype)
+        return np.concatenate(self._pieces)

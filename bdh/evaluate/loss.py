@@ -9,8 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from bdh.data.batch import Batch
-from bdh.data.documents import batch_of_documents, starts_behind
+from bdh.data.corpus import Batch, batch_of_documents, starts_after
 from bdh.evaluate.reading import Reader, reader_of
 from bdh.model import BDHForCausalLM
 
@@ -238,7 +237,7 @@ def _batch(rows: torch.Tensor, document_end: int | None, known: int = 0) -> Batc
     """Rows of tokens as a batch, without the first ``known`` columns, which only show whether they end a document."""
     if document_end is None:
         return Batch(rows[:, known:])
-    return batch_of_documents(rows[:, known:], starts_behind(rows, document_end)[:, known:])
+    return batch_of_documents(rows[:, known:], starts_after(rows, document_end)[:, known:])
 
 
 def _window_batches(

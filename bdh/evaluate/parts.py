@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from bdh.data.batch import ValidationPart
+from bdh.data.corpus import ValidationPart
 from bdh.evaluate.loss import Metrics, evaluate_batch
 from bdh.model import BDHForCausalLM
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from bdh.data.batch import ValidationPart
+from bdh.data.corpus import ValidationPart
 from bdh.evaluate.activity import measure_activity
 from bdh.evaluate.loss import Metrics
 from bdh.evaluate.parts import evaluate_parts

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from bdh.data.batch import Batch
+from bdh.data.corpus import Batch
 from bdh.memory import peak_bytes, reset_peak, used_bytes
 from bdh.train.needs import Need
 from bdh.train.run import Run

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 import bdh
 from bdh.data import Corpus, prepare_corpus
-from bdh.data.conversations import holds_chat
-from bdh.data.streaming import join_states
+from bdh.data.chat import holds_chat
+from bdh.data.corpus import join_states
 from bdh.distributed.parallelize import Parallel, choose_strategy, parallelize
 from bdh.distributed.world import World
 from bdh.memory import used_bytes

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from bdh.data.batch import Batch
-from bdh.data.streaming import join_states
+from bdh.data.corpus import Batch, join_states
 from bdh.train.run import Run
 from bdh.train.spikes import NormStatistics
 

@@ -2,7 +2,7 @@
 
 from pydoc_data.topics import topics
 
-from bdh.data.builtin import stdlib_files
+from bdh.data.sources import stdlib_files
 from tests.data.conftest import documents_of
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from bdh.data import DataConfig
-from bdh.data.conversations import holds_chat
-from bdh.data.texts import training_texts, validation_texts
+from bdh.data.chat import holds_chat
+from bdh.data.prepare import training_texts, validation_texts
 from bdh.tokenizer import byte_tokenizer, train_tokenizer, with_chat_template
 
 USER, ASSISTANT, END = 257, 258, 259

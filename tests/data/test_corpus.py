@@ -216,9 +216,9 @@ def test_killed_builder_does_not_keep_others_waiting(tmp_path, cache):
     path = write_text(tmp_path / "t.txt", WORDS * 100)
     code = f"""
 import os, signal
-from bdh.data import DataConfig, prepare_corpus, token_cache
+from bdh.data import DataConfig, prepare_corpus, tokenized
 from bdh.tokenizer import byte_tokenizer
-token_cache.TokenWriter.finish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+tokenized.TokenWriter.finish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 prepare_corpus(DataConfig(source={str(path)!r}), byte_tokenizer(), 8)
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL

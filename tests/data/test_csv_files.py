@@ -6,8 +6,8 @@ import re
 import pytest
 
 from bdh.data import DataConfig, training_texts
-from bdh.data.parts import PART_BYTES
-from bdh.data.source import training_source
+from bdh.data.reading import CHUNK_BYTES
+from bdh.data.sources import training_source
 from tests.data.conftest import documents_of, write_text
 
 TEXTS = ["first words", "second, with a comma", "third; fourth", 'so "he" said', "two\nlines\r\n\r\nof it", "a\tb|c"]
@@ -450,7 +450,7 @@ def test_long_fields_are_read_whole(tmp_path):
     path = write_text(tmp_path / "t.csv", table(",", [["id", "text"], ["1", long], ["2", "short"]]))
     parts = texts_of(path, text_column="text")
     assert len(parts) > 2
-    assert all(len(part) <= PART_BYTES for part in parts)
+    assert all(len(part) <= CHUNK_BYTES for part in parts)
     assert "".join(parts) == long + "short"
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bdh.data.documents import batch_of_documents, starts_behind
+from bdh.data.corpus import batch_of_documents, starts_after
 from tests.data.conftest import write_table
 
 EOS = 258
@@ -17,7 +17,7 @@ def source(tmp_path):
 
 def test_a_document_starts_behind_each_end_and_its_first_token_is_not_predicted():
     tokens = torch.tensor([[EOS, 1, 2, EOS, EOS, 3], [1, 2, 3, 4, 5, EOS]])
-    batch = batch_of_documents(tokens, starts_behind(tokens, EOS))
+    batch = batch_of_documents(tokens, starts_after(tokens, EOS))
     assert batch.starts.tolist() == [[False, True, False, False, True], [False] * 5]
     assert batch.targets.tolist() == [[-100, 2, EOS, -100, -100], [2, 3, 4, 5, EOS]]
     assert batch.num_targets == 7

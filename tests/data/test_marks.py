@@ -8,8 +8,8 @@ import pytest
 import zstandard
 
 from bdh.data import DataConfig
-from bdh.data.parts import PART_BYTES
-from bdh.data.source import training_source
+from bdh.data.reading import CHUNK_BYTES
+from bdh.data.sources import training_source
 from tests.data.conftest import documents_of, write_table, write_text
 
 ROWS = [{"text": "first row"}, {"text": "second"}]
@@ -47,7 +47,7 @@ def test_a_file_that_holds_a_mark_only_is_empty(tmp_path, corpus_of):
 
 def test_a_conversation_after_a_mark_is_found_and_read(tmp_path):
     """The first line was no JSON, and so the file was taken for text, or refused as chat."""
-    from bdh.data.conversations import holds_chat, read_conversations
+    from bdh.data.chat import holds_chat, read_conversations
 
     row = json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
     path = write_text(tmp_path / "t.jsonl", f"\ufeff{row}\n{row}\n")
@@ -76,7 +76,7 @@ def test_reading_a_long_file_with_a_mark_goes_on_behind_any_part(tmp_path):
     expected = list(source.open())
     assert b"".join(part.utf8 for part in expected) == b"line of text\n" * 60_000
     assert len(expected) > 2
-    assert all(len(part.utf8) <= PART_BYTES for part in expected)
+    assert all(len(part.utf8) <= CHUNK_BYTES for part in expected)
     reader = source.open()
     parts = iter(reader)
     for position in range(len(expected) + 1):

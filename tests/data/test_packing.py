@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bdh.data.packing import ID_BITS, IS_ANSWER, STARTS, packed, pieces_of, with_marks
+from bdh.data.chat import ID_BITS, IS_ANSWER, STARTS, packed, pieces_of, with_marks
 
 
 def stream_of(*conversations):

@@ -3,8 +3,8 @@
 import pytest
 
 from bdh.data import DataConfig
-from bdh.data.parts import PART_BYTES, cut_position, split_document
-from bdh.data.source import training_source
+from bdh.data.reading import CHUNK_BYTES, cut_position, split_document
+from bdh.data.sources import training_source
 from bdh.tokenizer import encode_texts, train_tokenizer
 from tests.data.conftest import write_table, write_text
 
@@ -25,7 +25,7 @@ def test_parts_of_a_long_document_join_to_it(kind):
     parts = list(split_document(utf8))
     assert b"".join(part.utf8 for part in parts) == utf8
     assert [part.ends_document for part in parts] == [False] * (len(parts) - 1) + [True]
-    assert all(0 < len(part.utf8) <= PART_BYTES for part in parts)
+    assert all(0 < len(part.utf8) <= CHUNK_BYTES for part in parts)
     for part in parts:
         part.utf8.decode()  # no character is cut
 
@@ -36,7 +36,7 @@ def test_a_file_gives_the_same_parts_as_the_text(tmp_path, kind):
     parts = list(training_source(DataConfig(source=str(tmp_path))).open())
     assert b"".join(part.utf8 for part in parts) == LONG_TEXTS[kind].encode()
     assert [part.ends_document for part in parts] == [False] * (len(parts) - 1) + [True]
-    assert all(0 < len(part.utf8) <= PART_BYTES for part in parts)
+    assert all(0 < len(part.utf8) <= CHUNK_BYTES for part in parts)
 
 
 def test_best_cut_is_a_line_end_between_words():

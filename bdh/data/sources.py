@@ -2,26 +2,45 @@
 
 import glob
 import hashlib
-from collections.abc import Callable
+import logging
+import os
+import platform
+import sysconfig
 from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bdh.data import builtin
 from bdh.data.config import DataConfig, EntryConfig
-from bdh.data.csv_files import CSV_TYPES, CsvSettings
-from bdh.data.files import PARQUET, file_type, find_files, identity, item_names, open_file
-from bdh.data.hub import HubSet, is_hub_layout, local_tables, shakespeare
-from bdh.data.parts import FOUND_TWICE, HELD_OUT_FILES, Skipped
-from bdh.data.paths import FileKey, file_key, regular_files
-from bdh.data.readers import ChainReader, DocumentsReader, Reader, State, compression, file_chunks
+from bdh.data.csv_files import SHOWN_CHARACTERS, csv_reader, show_csv_columns
+from bdh.data.csv_layout import CsvSettings, find_layout
+from bdh.data.files import (
+    BUILTIN,
+    CSV_TYPES,
+    FOUND_TWICE,
+    JSON_TYPES,
+    PARQUET,
+    TEXT_TYPES,
+    FileKey,
+    TextFileReader,
+    compression,
+    file_chunks,
+    file_key,
+    file_type,
+    find_files,
+    identity,
+    item_names,
+    regular_files,
+)
+from bdh.data.hub import HubSet, is_hub_layout, local_tables, parquet_column, parquet_reader, shakespeare
+from bdh.data.json_files import json_column, json_reader
+from bdh.data.reading import EMPTY_FILES, ChainReader, ColumnError, OpenShard, Reader, Skipped, State, listed
 
 _FINGERPRINT_BYTES = 1 << 16
 _FIRST_BYTES = 1 << 20
 _NOWHERE = (0, 0)
-
-OpenShard = Callable[[Skipped, State | None], Reader]
+_NO_SOURCE_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
+_logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -57,12 +76,7 @@ class Source:
 
     def open(self, skipped: Skipped | None = None, state: State | None = None) -> ChainReader:
         """A reader from the beginning, or from where another one was."""
-        counts = skipped or Skipped()
-
-        def bound(open_shard: OpenShard) -> Callable[[State | None], Reader]:
-            return lambda inner: open_shard(counts, inner)
-
-        return ChainReader([bound(shard) for shard in self.shards], state)
+        return ChainReader(self.shards, skipped or Skipped(), state)
 
     def fingerprint(self, until: State | None = None) -> str:
         """A hash that knows files by their names, sizes, beginnings and ends: the same on another machine.
@@ -104,11 +118,11 @@ class Source:
         reached = _NOWHERE
         with suppress(ValueError):  # text that cannot be read: it ends there, at the fault or before
             reader = self.shards[number](Skipped(), None)
-            for part in reader:
+            for chunk in reader:
                 reached = _place(reader.state())
                 if reached > wanted:
                     break
-                digest.update(repr(part).encode())
+                digest.update(f"Part(utf8={chunk.utf8!r}, ends_document={chunk.ends_document})".encode())
         if reader is not None:
             reached = max(reached, _place(reader.state()))
         digest.update(repr(min(reached, wanted)).encode())
@@ -169,7 +183,7 @@ def validation_source(config: DataConfig) -> Source | None:
     """What is validated on, or None if it is a share of the training source."""
     if config.val_split is not None:
         items = item_names(config.source)
-        if len(items) != 1 or items[0] in builtin.BUILTIN or not _is_hub(items[0], config):
+        if len(items) != 1 or items[0] in BUILTIN or not _is_hub(items[0], config):
             raise ValueError(
                 f"data.val_split is {config.val_split!r}, but only data sets of the hub have splits, not "
                 f"{config.source!r}: use data.val_source or data.val_fraction"
@@ -181,7 +195,7 @@ def validation_source(config: DataConfig) -> Source | None:
     skipped = Skipped()
     files: list[Path] = []
     for item in items:
-        found = None if item in builtin.BUILTIN else find_files(item, skipped, "data.val_source")
+        found = None if item in BUILTIN else find_files(item, skipped, "data.val_source")
         if found is None:
             raise FileNotFoundError(
                 f"data.val_source {item!r}: there is no such file or folder; for a split of a hub data set, use "
@@ -202,7 +216,7 @@ def _is_hub(item: str, config: DataConfig) -> bool:
 
 
 def _resolve(config: DataConfig, items: list[str], split: str, held_out: set[FileKey]) -> Source:
-    if len(items) == 1 and items[0] not in builtin.BUILTIN and _is_hub(items[0], config):
+    if len(items) == 1 and items[0] not in BUILTIN and _is_hub(items[0], config):
         return _of_hub(config, items[0], split, held_out)
     for setting, default in (("name", None), ("split", "train"), ("revision", None)):
         value = getattr(config, setting)
@@ -214,7 +228,7 @@ def _resolve(config: DataConfig, items: list[str], split: str, held_out: set[Fil
     known: set[FileKey] = set()
     parts: list[Source] = []
     for number, item in enumerate(items):
-        if item in builtin.BUILTIN:
+        if item in BUILTIN:
             if item in items[:number]:
                 skipped.add(FOUND_TWICE)
             else:
@@ -243,7 +257,7 @@ def _resolve(config: DataConfig, items: list[str], split: str, held_out: set[Fil
 def _not_held_out(files: list[Path], held_out: set[FileKey], skipped: Skipped) -> list[Path]:
     kept = [path for path in files if file_key(path) not in held_out]
     if len(kept) < len(files):
-        skipped.add(HELD_OUT_FILES, len(files) - len(kept))
+        skipped.add("files of data.val_source", len(files) - len(kept))
     return kept
 
 
@@ -252,16 +266,11 @@ def _nothing_left(config: DataConfig) -> ValueError:
 
 
 def _of_files(config: DataConfig, files: list[Path], skipped: Skipped) -> Source:
-    column, errors, csv_settings = config.text_column, config.encoding_errors, CsvSettings.of(config)
-
-    def opener(path: Path) -> OpenShard:
-        return lambda counts, state: open_file(path, column, errors, counts, state, csv_settings)
-
     csv_files = [path for path in files if file_type(path) in CSV_TYPES]
-    identity_of_csv = [["csv", *astuple(csv_settings)]] if csv_files else []
+    identity_of_csv = [["csv", *astuple(CsvSettings.of(config))]] if csv_files else []
     is_plain = all(file_type(path) == path.suffix.lower() and file_type(path) != PARQUET for path in files)
     return Source(
-        shards=[opener(path) for path in files],
+        shards=[_opener(path, config) for path in files],
         identity=[["files", *identity(files)], *identity_of_csv],
         shard_files=[[path] for path in files],
         num_bytes=sum(path.stat().st_size for path in files) if is_plain else None,
@@ -270,12 +279,50 @@ def _of_files(config: DataConfig, files: list[Path], skipped: Skipped) -> Source
     )
 
 
+def _opener(path: Path, config: DataConfig) -> OpenShard:
+    """Opens a file by its type; raises ValueError for a table without the column, or of which no single one can be guessed."""
+    kind, wanted, errors, settings = file_type(path), config.text_column, config.encoding_errors, CsvSettings.of(config)
+
+    def open_file(skipped: Skipped, state: State | None) -> Reader:
+        if kind in TEXT_TYPES:
+            return TextFileReader(path, errors, skipped, state)
+        if path.stat().st_size > 0:
+            if kind in CSV_TYPES:
+                if (layout := find_layout(path, wanted, errors, settings)) is not None:
+                    return csv_reader(path, layout, settings, errors, skipped, state)
+            elif kind in JSON_TYPES:
+                if (json_name := json_column(path, wanted, errors)) is not None:
+                    return json_reader(path, json_name, errors, skipped, state)
+            elif (name := parquet_column(path, wanted)) is not None:
+                return parquet_reader(path, name, errors, skipped, state)
+        if state is None:
+            skipped.add(EMPTY_FILES)
+        return listed(0, lambda number: None)
+
+    return open_file
+
+
 def _of_builtin(name: str) -> Source:
     if name == "stdlib":
-        return _of_stdlib()
-    documents = [shakespeare()] if name == "shakespeare" else builtin.pydoc_documents()
+        paths = stdlib_files()
+        num_bytes = sum(path.stat().st_size for path in paths)
+        version = f"{platform.python_implementation()} {platform.python_version()}"
+        return Source(
+            shards=[lambda skipped, state: listed(len(paths), lambda i: _python_file(paths[i], skipped), state)],
+            identity=[["stdlib", version, len(paths), num_bytes]],
+            shard_files=[[]],
+            num_bytes=num_bytes,
+            skipped=Skipped(),
+            names={("stdlib",)},
+        )
+    if name == "shakespeare":
+        documents = [shakespeare()]
+    else:  # the language reference that Python's help() shows, one document a topic
+        from pydoc_data.topics import topics
+
+        documents = [topics[topic].encode() for topic in sorted(topics)]
     return Source(
-        shards=[lambda counts, state: DocumentsReader(len(documents), documents.__getitem__, state)],
+        shards=[lambda skipped, state: listed(len(documents), documents.__getitem__, state)],
         identity=[[name, hashlib.sha256(b"\0".join(documents)).hexdigest()]],
         shard_files=[[]],
         num_bytes=sum(map(len, documents)),
@@ -284,17 +331,26 @@ def _of_builtin(name: str) -> Source:
     )
 
 
-def _of_stdlib() -> Source:
-    paths = builtin.stdlib_files()
-    num_bytes = sum(path.stat().st_size for path in paths)
-    return Source(
-        shards=[lambda counts, state: DocumentsReader(len(paths), builtin.stdlib_document(paths, counts), state)],
-        identity=[["stdlib", builtin.python_version(), len(paths), num_bytes]],
-        shard_files=[[]],
-        num_bytes=num_bytes,
-        skipped=Skipped(),
-        names={("stdlib",)},
-    )
+def stdlib_files() -> list[Path]:
+    """The standard library's .py files, without site-packages and tests, in the order of their names."""
+    root = Path(sysconfig.get_path("stdlib"))
+    found = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in _NO_SOURCE_FOLDERS]
+        found += [Path(folder, name) for name in names if name.endswith(".py")]
+    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+
+
+def _python_file(path: Path, skipped: Skipped) -> bytes | None:
+    utf8 = path.read_bytes()
+    try:
+        utf8.decode()
+    except UnicodeDecodeError:
+        skipped.add("files that are not UTF-8")
+        return None
+    if not utf8:
+        skipped.add(EMPTY_FILES)
+    return utf8
 
 
 def _of_hub(config: DataConfig, path: str, split: str, held_out: set[FileKey]) -> Source:
@@ -343,3 +399,58 @@ def _refuse_csv_settings(config: DataConfig) -> None:
                 f"data.csv_{setting} is {value!r}, but data.source {config.source!r} is a data set of the hub: leave it out, "
                 "or name the local files one by one or as a glob"
             )
+
+
+def show_columns(config: DataConfig, *sources: Source | None) -> None:
+    """Says which column holds the text: of each .csv file, and of other tables where the name was guessed.
+
+    Raises:
+        ColumnError: the guess gives other names in other files of a source, or cannot be made.
+        ValueError: as of :func:`bdh.data.csv_files.show_csv_columns`, and of a file that is damaged.
+    """
+    known = [source for source in sources if source is not None]
+    show_csv_columns([path for source in known for path in source.csv_files], config)
+    if config.text_column is not None:
+        return
+    shown: set[str] = set()
+    for source in known:
+        found = _guessed_columns(config, source)
+        if len(found) > 1:
+            (name, path), (other_name, other_path) = list(found.items())[:2]
+            raise ColumnError(
+                f"data.source {config.source!r}: set data.text_column, as the only column of strings is {name!r} in {path}, but "
+                f"{other_name!r} in {other_path}; files with other columns can be entries of data.mix, each with its text_column"
+            )
+        for name, where in found.items():
+            if name not in shown:
+                shown.add(name)
+                text = _first_text(source, where)
+                _logger.warning("%s: the text is column %r, the first text begins %r", where, name, text)
+
+
+def _guessed_columns(config: DataConfig, source: Source) -> dict[str, str | Path]:
+    """The names of columns, each with the first table in which it is so."""
+    if source.guessed_column is not None:
+        return {source.guessed_column[1]: source.guessed_column[0]}
+    found: dict[str, str | Path] = {}
+    for path in [] if source.is_hub else source.files:
+        name = None
+        if file_type(path) in (*JSON_TYPES, PARQUET) and path.stat().st_size > 0:
+            if file_type(path) == PARQUET:
+                name = parquet_column(path, None)
+            elif (column := json_column(path, None, config.encoding_errors)) is not None:
+                name = column.name
+        if name is not None:
+            found.setdefault(name, path)
+    return found
+
+
+def _first_text(source: Source, where: str | Path) -> str:
+    """How the first document of a table begins; nothing where it cannot be read, which its reading will say."""
+    number = next((number for number, paths in enumerate(source.shard_files) if where in paths), 0)
+    utf8 = b""
+    with suppress(ValueError):
+        for chunk in source.open(state={"shard": number, "inner": None}):
+            utf8 = chunk.utf8[: 4 * SHOWN_CHARACTERS]
+            break
+    return utf8.decode("utf-8", "ignore")[:SHOWN_CHARACTERS]

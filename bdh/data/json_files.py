@@ -5,28 +5,16 @@ Each row is read alone, so only the wanted field of it matters: what the others 
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
-from bdh.data.parts import Part, Skipped, split_document
-from bdh.data.readers import State, file_chunks, not_utf8, row_text, text_start
-from bdh.data.tables import PEEKED_ROWS, ColumnError, choose_column
+from bdh.data.files import file_chunks, not_utf8, text_lines, text_start
+from bdh.data.reading import PEEKED_ROWS, ColumnError, DocumentReader, Skipped, State, choose_column, row_text
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 _DECODER = json.JSONDecoder()
 _INTEGERS_AS_FLOATS = json.JSONDecoder(parse_int=float)
-
-
-class Line(NamedTuple):
-    """A line of a file that is not blank."""
-
-    number: int
-    """From 1 on."""
-    text: str
-    end: int
-    """Bytes of the (uncompressed) file up to the next line."""
 
 
 class Row(NamedTuple):
@@ -39,72 +27,43 @@ class Row(NamedTuple):
     """Where :func:`json_rows` goes on with the next one."""
 
 
-class GuessedColumn(str):
-    """The name of a field that the first rows of a file tell to be the one of the text."""
+class JsonColumn(NamedTuple):
+    """The field that holds the text."""
 
-    strings: frozenset[str]
-    """Those that held a string in these rows."""
-
-    def __new__(cls, name: str, strings: Iterable[str]) -> Self:
-        column = super().__new__(cls, name)
-        column.strings = frozenset(strings)
-        return column
+    name: str
+    strings: frozenset[str] | None
+    """Where it was guessed, the fields that held a string in the first rows: no other one may come to hold one."""
 
 
-class JsonReader:
-    """The rows of a JSON file, one document each."""
+def json_reader(
+    path: Path, column: JsonColumn, encoding_errors: str, skipped: Skipped, state: State | None = None
+) -> DocumentReader:
+    """The rows of a JSON file, one document each.
 
-    def __init__(self, path: Path, column: str, encoding_errors: str, skipped: Skipped, state: State | None = None):
-        """
-        Args:
-            column: field of the text. If it is a :class:`GuessedColumn`, no other one may come to hold a string.
+    Iterating raises:
+        ColumnError: the column was guessed, and another one holds a string, as none of the first rows has it.
+        ValueError: a row is no JSON object, or its column is given twice or holds something else than text.
+    """
+    if state and "rows" in state:
+        raise ValueError(f"{path}: the position in it was stored by an earlier version of bdh, and cannot be used")
 
-        Raises:
-            ValueError: the state was stored before rows of JSON files were read in this way.
-        """
-        if state and "rows" in state:
-            raise ValueError(f"{path}: the position in it was stored by an earlier version of bdh, and cannot be used")
-        self._path = path
-        self._column = str(column)
-        self._strings = column.strings if isinstance(column, GuessedColumn) else None
-        self._encoding_errors = encoding_errors
-        self._skipped = skipped
-        self._after: State = dict(state) if state else {}  # the last row that was given as a whole
-        self._num_given: int = self._after.pop("parts", 0)  # parts of the next row
+    def documents(after: State) -> Iterator[tuple[bytes | None, State]]:
+        for row in json_rows(path, encoding_errors, after, once=column.name):
+            known = row.value if column.strings is None else column.strings
+            for name, value in row.value.items():
+                if type(value) is str and name not in known:
+                    raise ColumnError(
+                        f"{row.where}: set data.text_column, as column {name!r} holds a string too: {column.name!r} was "
+                        "guessed from the first rows, where it did not"
+                    )
+            text = row.value.get(column.name)
+            yield row_text(text, column.name, row.where, encoding_errors, skipped), row.after
 
-    def state(self) -> State:
-        return {**self._after, "parts": self._num_given}
-
-    def __iter__(self) -> Iterator[Part]:
-        """
-        Raises:
-            ColumnError: the column was guessed, and another one holds a string, as none of the first rows has it.
-            ValueError: a row is no JSON object, or its column is given twice or holds something else than text.
-        """
-        for row in json_rows(self._path, self._encoding_errors, self._after, once=self._column):
-            if self._strings is not None:
-                for name, value in row.value.items():
-                    if type(value) is str and name not in self._strings:
-                        raise self._wrong_guess(row, name)
-            text = row.value.get(self._column)
-            utf8 = row_text(text, self._column, row.where, self._encoding_errors, self._skipped)
-            parts = list(split_document(utf8)) if utf8 else []
-            for part in parts[self._num_given :]:
-                self._num_given += 1
-                if part.ends_document:
-                    self._after, self._num_given = row.after, 0
-                yield part
-            self._after = row.after
-
-    def _wrong_guess(self, row: Row, name: str) -> ColumnError:
-        return ColumnError(
-            f"{row.where}: set data.text_column, as column {name!r} holds a string too: {self._column!r} was guessed from "
-            "the first rows, where it did not"
-        )
+    return DocumentReader(documents, state)
 
 
-def json_column(path: Path, wanted: str | None, encoding_errors: str) -> str | None:
-    """The field that holds the text, or None if there is not a single row. If none is wanted, a :class:`GuessedColumn`.
+def json_column(path: Path, wanted: str | None, encoding_errors: str) -> JsonColumn | None:
+    """The field that holds the text, or None if there is not a single row.
 
     The first rows tell, and as many more as it takes to find the wanted one, or any that holds strings.
 
@@ -116,16 +75,15 @@ def json_column(path: Path, wanted: str | None, encoding_errors: str) -> str | N
     number = 0
     for number, row in enumerate(json_rows(path, encoding_errors), start=1):
         if wanted is not None and wanted in row.value:
-            return wanted
+            return JsonColumn(wanted, None)
         for name, value in row.value.items():
             types.setdefault(name, set()).add(type(value))
         if wanted is None and number >= PEEKED_ROWS and any(str in found for found in types.values()):
             break
     if not number:
         return None
-    return GuessedColumn(
-        choose_column(types, wanted, str(path)), (name for name, found in types.items() if str in found)
-    )
+    strings = frozenset(name for name, found in types.items() if str in found)
+    return JsonColumn(choose_column(types, wanted, str(path)), strings)
 
 
 def json_rows(
@@ -165,33 +123,6 @@ def json_rows(
             where = f"{origin}, row {number}, line {line_number}"
             row = {"text": value} if isinstance(value, str) else value  # an array may hold nothing but texts
             yield Row(checked(row, written, where), where, {"row": number})
-
-
-def text_lines(path: Path, encoding_errors: str, offset: int = 0, number: int = 1) -> Iterator[Line]:
-    """The lines of a file that are not blank, without a byte order mark.
-
-    Args:
-        offset: bytes of the (uncompressed) file to leave out, which end with a line.
-        number: of the line that is there.
-
-    Raises:
-        ValueError: a line is not UTF-8, or the compressed file is damaged.
-    """
-    offset = max(offset, text_start(path))
-    pending: list[bytes] = []
-    for chunk in chain(file_chunks(path, offset), [b"\n"]):  # the last line may have no end of its own
-        first, *others = chunk.split(b"\n")
-        pending.append(first)
-        for other in others:
-            line, pending = b"".join(pending), [other]
-            start, offset = offset, offset + len(line) + 1
-            if line and not line.isspace():
-                try:
-                    text = line.decode("utf-8", encoding_errors)
-                except UnicodeDecodeError as error:
-                    raise not_utf8(path, start + error.start, line[error.start], number) from error
-                yield Line(number, text, offset)
-            number += 1
 
 
 def parse_line(text: str, where: str) -> Any:

@@ -1,0 +1,322 @@
+"""What all sources share: chunks of documents, readers that know where they are, and the split into training and validation.
+
+Text flows in chunks of at most ``CHUNK_BYTES`` bytes of UTF-8, so that no document has to fit in memory. Most documents are one
+chunk; longer ones are cut at line ends, where there are any. A reader's ``state()`` is plain data; a new reader made with
+it continues after the last chunk that was given, also where the one before ended with an error.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Protocol
+
+CHUNK_BYTES = 1 << 18
+PEEKED_ROWS = 100
+# Kinds of things that are left out, and counted.
+NO_TEXT = "rows without text"
+EMPTY_FILES = "empty files"
+
+_SPACES = b" \t\n\v\f\r"
+_MAX_LINE_ENDS = 64  # tried for the best cut: a file of empty lines has none
+_MAX_SHORT_BYTES = 1 << 28  # of text that is counted before a stream is taken for a long one
+
+State = dict[str, Any]
+
+
+class Chunk(NamedTuple):
+    utf8: bytes
+    """Text, never empty."""
+    ends_document: bool
+    """Whether it is the last chunk of its document."""
+
+
+@dataclass
+class Skipped:
+    """What a source had to leave out, by kind. Counted here, so that it can be reported."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, what: str, number: int = 1) -> None:
+        self.counts[what] = self.counts.get(what, 0) + number
+
+    def include(self, other: "Skipped") -> None:
+        for what, number in other.counts.items():
+            self.add(what, number)
+
+    def __str__(self) -> str:
+        """The end of a sentence; nothing where nothing was left out."""
+        if not self.counts:
+            return ""
+        return ": left out " + ", ".join(f"{what} ({number:,})" for what, number in self.counts.items())
+
+
+class ColumnError(ValueError):
+    """The column of the text is missing, or cannot be guessed."""
+
+
+class Reader(Protocol):
+    def __iter__(self) -> Iterator[Chunk]: ...
+
+    def state(self) -> State:
+        """Where the reader is, of plain data only."""
+        ...
+
+
+OpenShard = Callable[[Skipped, State | None], Reader]
+
+
+class DocumentReader:
+    """Chunks of documents that a function gives one by one."""
+
+    def __init__(self, documents: Callable[[State], Iterable[tuple[bytes | None, State]]], state: State | None = None):
+        """
+        Args:
+            documents: gives those after a state (at first an empty one), each with the state after it; None in the place
+                of one that has no text.
+        """
+        self._documents = documents
+        self._after = dict(state or {})
+        self._num_given: int = self._after.pop("parts", 0)  # chunks of the next document
+        self._pending = from_plain(self._after.pop("pending", []))  # of CSV files, as version 0.1.0 stored it
+
+    def state(self) -> State:
+        pending = {"pending": to_plain(self._pending)} if self._pending else {}
+        return {**self._after, "parts": self._num_given, **pending}
+
+    def __iter__(self) -> Iterator[Chunk]:
+        while self._pending:
+            yield self._pending.pop(0)
+        for utf8, after in self._documents(self._after):
+            for chunk in list(split_document(utf8) if utf8 else ())[self._num_given :]:
+                self._num_given += 1
+                if chunk.ends_document:
+                    self._after, self._num_given = after, 0
+                yield chunk
+            self._after = after
+
+
+def listed(num_documents: int, get: Callable[[int], bytes | None], state: State | None = None) -> DocumentReader:
+    """A reader of documents that can be fetched by their number; ``get`` gives None for one that it had to skip."""
+    return DocumentReader(
+        lambda after: ((get(i), {"document": i + 1}) for i in range(after.get("document", 0), num_documents)),
+        state or {"document": 0},
+    )
+
+
+class ChainReader:
+    """Several shards, one after the other."""
+
+    def __init__(self, shards: Sequence[OpenShard], skipped: Skipped, state: State | None = None):
+        """
+        Raises:
+            ValueError: the state was stored before the shards were read one by one.
+        """
+        if state and "shard" not in state:
+            raise ValueError("the position in the text was stored by an earlier version of bdh, and cannot be used")
+        self._shards, self._skipped = shards, skipped
+        self._shard: int = state["shard"] if state else 0
+        self._inner_state: State | None = state["inner"] if state else None
+        self._reader: Reader | None = None
+
+    def state(self) -> State:
+        inner = self._inner_state if self._reader is None else self._reader.state()
+        return {"shard": self._shard, "inner": inner}
+
+    def __iter__(self) -> Iterator[Chunk]:
+        while self._shard < len(self._shards):
+            self._reader = self._shards[self._shard](self._skipped, self._inner_state)
+            yield from self._reader
+            self._shard += 1
+            self._reader = self._inner_state = None
+
+
+def cut_position(utf8: bytes, limit: int = CHUNK_BYTES) -> int:
+    """Where to cut text that is longer than ``limit``: the number of bytes of its first chunk, 1 to ``limit``.
+
+    Best is a line end between two characters that are not white space: there, tokenizers that split at white
+    space give the same tokens with the cut as without. Then any line end, then any space, then any character.
+    """
+    end = limit
+    for _ in range(_MAX_LINE_ENDS):
+        end = utf8.rfind(b"\n", 1, end)
+        if end < 0:
+            break
+        if utf8[end - 1] not in _SPACES and utf8[end + 1] not in _SPACES:
+            return end + 1
+    for separator in (b"\n", b" "):
+        end = utf8.rfind(separator, 0, limit)
+        if end >= 0:
+            return end + 1
+    return _character_start(utf8, limit) or limit
+
+
+def split_document(utf8: bytes) -> Iterator[Chunk]:
+    """The chunks of a document that is in memory as a whole."""
+    start = 0
+    while len(utf8) - start > CHUNK_BYTES:
+        end = start + cut_position(utf8[start : start + CHUNK_BYTES + 1])
+        yield Chunk(utf8[start:end], False)
+        start = end
+    yield Chunk(utf8[start:], True)
+
+
+def to_plain(chunks: Iterable[Chunk]) -> list[Any]:
+    """A few chunks as plain data, for the state of a reader."""
+    return [[chunk.utf8.decode(), chunk.ends_document] for chunk in chunks]
+
+
+def from_plain(plain: list[Any]) -> list[Chunk]:
+    return [Chunk(text.encode(), ends_document) for text, ends_document in plain]
+
+
+def to_utf8(text: str, encoding_errors: str, where: str) -> bytes:
+    """
+    Raises:
+        ValueError: the text holds half of a surrogate pair, which is no character, and ``encoding_errors`` is strict.
+    """
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        if encoding_errors == "replace":
+            return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+        raise ValueError(
+            f"{where}: character {error.start} of the text is U+{ord(text[error.start]):04X}, half of a surrogate "
+            "pair, which UTF-8 cannot hold; data.encoding_errors=replace goes on"
+        ) from error
+
+
+def row_text(text: Any, column: str, where: str, encoding_errors: str, skipped: Skipped) -> bytes | None:
+    """The text of a table's row in UTF-8; None, counted, where there is none: an empty one, null, or no such field.
+
+    Raises:
+        ValueError: it is something else than text.
+    """
+    if text is None or text == "":
+        skipped.add(NO_TEXT)
+        return None
+    if not isinstance(text, str):
+        raise ValueError(f"{where}: column {column!r} holds {text!r:.80} ({type(text).__name__}): it must be text")
+    return to_utf8(text, encoding_errors, where)
+
+
+def choose_column(types: Mapping[str, set[type]], wanted: str | None, where: str) -> str:
+    """The name of the column that holds the text of a table.
+
+    Args:
+        types: of each column, those of the values that are known.
+        wanted: ``data.text_column``.
+        where: the name of the table, for errors.
+
+    Raises:
+        ColumnError: the wanted column is not there; or none is wanted, and not exactly one holds strings.
+    """
+    names = ", ".join(types)
+    if wanted is not None:
+        if wanted not in types:
+            raise ColumnError(f"data.text_column is {wanted!r}, but {where} has no such column: it has {names}")
+        return wanted
+    nothing = type(None)
+    # Best one of strings alone; else one that holds a string, whose other rows are faults; else one of nothing, all of
+    # whose rows are without text.
+    strings = (
+        [name for name, found in types.items() if str in found and found <= {str, nothing}]
+        or [name for name, found in types.items() if str in found]
+        or [name for name, found in types.items() if found == {nothing}]
+    )
+    if len(strings) == 1:
+        return strings[0]
+    found = f"{len(strings)} columns hold strings ({', '.join(strings)})" if strings else "no column holds strings"
+    raise ColumnError(f"{where}: set data.text_column, as {found}; its columns are {names}")
+
+
+def num_kept(number: int, val_fraction: float) -> int:
+    """How many of so many documents or bytes are trained on, from the front; at least one each way, if possible."""
+    kept = int(number * (1 - val_fraction))
+    return min(max(kept, 1), number - 1) if number > 1 else number
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which chunks of a source are held out."""
+
+    unit: Literal["parts", "documents", "bytes"]
+    """What is counted from the front of the source on; parts are chunks."""
+    number: int
+    """Of chunks, every so many-th is held out; of documents or bytes, those after the first so many."""
+
+    def __repr__(self) -> str:  # it is hashed into fingerprints, in which earlier versions gave it this name
+        return f"StreamSplit(unit={self.unit!r}, number={self.number!r})"
+
+    def marked(self, chunks: Iterable[Chunk], position: int = 0) -> Iterator[tuple[Chunk, bool, int]]:
+        """
+        Args:
+            position: of the first chunk, in units.
+
+        Yields:
+            Each chunk, or both sides of one that is cut; whether it is held out; and the position after it.
+        """
+        for chunk in chunks:
+            if self.unit == "parts":
+                position += 1
+                yield chunk, position % self.number == 0, position
+            elif self.unit == "documents":
+                is_after, position = position >= self.number, position + chunk.ends_document
+                yield chunk, is_after, position
+            else:
+                length, left = len(chunk.utf8), self.number - position
+                at = _character_start(chunk.utf8, left) if 0 < left < length else 0
+                if at:
+                    yield Chunk(chunk.utf8[:at], False), False, position + at
+                position += length
+                if 0 < left < length:
+                    yield Chunk(chunk.utf8[at:], chunk.ends_document), True, position
+                else:
+                    yield chunk, left <= 0, position
+
+
+def whole_split(open_source: Callable[[], Iterable[Chunk]], val_fraction: float) -> Split:
+    """The last share of the documents is held out; of the bytes, where there is one document only. Reads the source once."""
+    num_documents = num_bytes = 0
+    for chunk in open_source():
+        num_documents += chunk.ends_document
+        num_bytes += len(chunk.utf8)
+    return _last_share(num_documents, num_bytes, val_fraction)
+
+
+def count_if_single(open_source: Callable[[], Iterable[Chunk]]) -> int | None:
+    """The bytes of a source's text if it is one document, else None. Reads up to the second document at most."""
+    num_bytes, has_ended = 0, False
+    for chunk in open_source():
+        if has_ended:
+            return None
+        num_bytes += len(chunk.utf8)
+        has_ended = chunk.ends_document
+    return num_bytes
+
+
+def stream_split(open_source: Callable[[], Iterable[Chunk]], val_fraction: float) -> Split:
+    """How a source is split whose end is far: every ``round(1 / val_fraction)``-th chunk is held out.
+
+    A fraction above one half holds out every second chunk: it cannot hold out more than it leaves. A source of not more chunks
+    than that, of which none or only the rest of a document would be held out, is split as without streaming.
+    """
+    every = max(2, round(1 / val_fraction))
+    num_documents = num_bytes = 0
+    for number, chunk in enumerate(open_source()):
+        num_documents += chunk.ends_document
+        num_bytes += len(chunk.utf8)
+        if number == every or num_bytes > _MAX_SHORT_BYTES:
+            return Split("parts", every)
+    return _last_share(num_documents, num_bytes, val_fraction)
+
+
+def _last_share(num_documents: int, num_bytes: int, val_fraction: float) -> Split:
+    if num_documents <= 1:
+        return Split("bytes", num_kept(num_bytes, val_fraction))
+    return Split("documents", num_kept(num_documents, val_fraction))
+
+
+def _character_start(utf8: bytes, position: int) -> int:
+    """The start of the character that the byte at ``position`` belongs to; the end, where there is none."""
+    while 0 < position < len(utf8) and utf8[position] & 0xC0 == 0x80:
+        position -= 1
+    return position
