@@ -12,22 +12,12 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from bdh.data.config import DataConfig, mix_sources
-from bdh.data.corpus import (
-    Batch,
-    Corpus,
-    ProgressCallback,
-    StepLoader,
-    ValidationPart,
-    announce,
-    check_rows,
-    left_out,
-    step_generator,
-)
+from bdh.data.corpus import Batch, ProgressCallback, StepLoader, ValidationPart, check_rows, step_generator
 from bdh.data.files import BUILTIN, OTHER_TYPES, file_type, find_files, item_names, text_lines
 from bdh.data.json_files import parse_line
 from bdh.data.reading import Skipped, num_kept, to_utf8
 from bdh.data.sources import Source, training_source, validation_source
-from bdh.data.tokenized import TokenCache, TokenMeta, TokenWriter
+from bdh.data.tokenized import TokenizedCorpus, TokenMeta, TokenWriter
 from bdh.tokenizer.chat import ROLES, ChatEncoder
 
 _CHAT_TYPE = ".jsonl"
@@ -52,7 +42,7 @@ class Conversation:
     """File and line, for errors."""
 
 
-class ChatCorpus(Corpus):
+class ChatCorpus(TokenizedCorpus):
     """Conversations, tokenized once; see :mod:`bdh.data.tokenized`.
 
     The loss counts what the assistant writes, the end of its turn included. Training rows hold several conversations,
@@ -77,30 +67,16 @@ class ChatCorpus(Corpus):
         self._pad_id = tokenizer.pad_token_id or 0  # neither seen nor counted
         encoder = ChatEncoder(tokenizer)
         training, validation = training_conversations(config), validation_conversations(config)
-        key = [
-            "chat",
-            training.identity,
-            validation.identity if validation else config.val_fraction,
-            config.text_column,
-            config.encoding_errors,
-            encoder.hash,
-        ]
-        cache = TokenCache(config.cache_dir, key)
-        meta = cache.load()
-        is_cached = meta is not None
-        if meta is None:
 
-            def conversations(part: Any) -> Iterator[Conversation]:
-                return read_conversations(part.files, config.text_column, config.encoding_errors)
+        def conversations(source: Source) -> Iterator[Conversation]:
+            return read_conversations(source.files, config.text_column, config.encoding_errors)
 
+        def write(writer: TokenWriter) -> TokenMeta:
             held_out = None if validation is None else conversations(validation)
-            meta = cache.build(
-                lambda writer: _tokenize(config, conversations(training), held_out, encoder, writer, progress)
-            )
-        skipped = left_out(meta.skipped, training, validation)
-        announce(config, skipped)
-        stream = cache.tokens(meta)
-        self._train, self._validation = stream[: meta.num_train_tokens], stream[meta.num_train_tokens :]
+            return _tokenize(config, conversations(training), held_out, encoder, writer, progress)
+
+        super().__init__(config, (training, validation), ["chat", encoder.hash], write)
+        self._train, self._validation = self._streams
         pieces, num_cut = pieces_of(self._train, block_size)
         self._val_pieces, _ = pieces_of(self._validation, block_size)
         if not len(pieces) or not len(self._val_pieces):
@@ -115,31 +91,17 @@ class ChatCorpus(Corpus):
                 "%s of %s conversations are longer than train.block_size, %s tokens: they go on in another row, from "
                 "nothing",
                 f"{num_cut:,}",
-                f"{meta.num_documents - meta.num_val_documents:,}",
+                f"{self.facts['documents'] - self.facts['val_documents']:,}",
                 f"{block_size:,}",
             )
         num_val_answers = int(np.count_nonzero(self._validation & IS_ANSWER))
-        self.val_bytes_per_token = (meta.num_bytes - meta.num_train_bytes) / num_val_answers
-        self.fingerprint = meta.content_hash
-        self.facts = {
-            "source": config.source,
+        self.val_bytes_per_token = self.facts["val_bytes"] / num_val_answers
+        self.facts |= {
             "format": "chat",
-            "streaming": False,
-            "documents": meta.num_documents,
-            "val_documents": meta.num_val_documents,
-            "train_tokens": len(self._train),
-            "val_tokens": len(self._validation),
             "train_answer_tokens": int(np.count_nonzero(self._train & IS_ANSWER)),
             "val_answer_tokens": num_val_answers,
-            "train_bytes": meta.num_train_bytes,
-            "val_bytes": meta.num_bytes - meta.num_train_bytes,
             "rows": len(self._packed),
             "cut_documents": num_cut,
-            "dtype": meta.dtype,
-            "skipped": skipped.counts,
-            "fingerprint": self.fingerprint,
-            "cache": str(cache.folder),
-            "was_cached": is_cached,
         }
 
     def train_loader(

@@ -252,7 +252,10 @@ class Corpus(ABC):
             (n, block_size + 1) token ids, int64. n is ``num_windows``, or less where so many would overlap by
             more than the one token that is the last target of a window and the first input of the next.
         """
-        return evenly_spaced_windows(self.validation_tokens(), self.block_size, num_windows)
+        tokens, T = self.validation_tokens(), self.block_size
+        last_start = len(tokens) - T - 1
+        starts = np.linspace(0, last_start, min(num_windows, last_start // T + 1)).astype(np.int64)
+        return torch.from_numpy(take_windows(tokens, starts, T + 1))
 
     def validation_parts(self, num_windows: int, document_end: int | None = None) -> list[ValidationPart]:
         """The rows that training is measured on, the same each time; see :meth:`validation_windows`.
@@ -328,14 +331,6 @@ def check_state(state: dict[str, Any], kind: str, **fixed: Any) -> None:
     for name, value in fixed.items():
         if state[name] != value:
             raise ValueError(f"the loader's state was made with {name} {state[name]!r}, but now it is {value!r}")
-
-
-def evenly_spaced_windows(tokens: np.ndarray, block_size: int, num_windows: int) -> torch.Tensor:
-    """See :meth:`Corpus.validation_windows`."""
-    last_start = len(tokens) - block_size - 1
-    number = min(num_windows, last_start // block_size + 1)
-    starts = np.linspace(0, last_start, number).astype(np.int64)
-    return torch.from_numpy(take_windows(tokens, starts, block_size + 1))
 
 
 def take_windows(tokens: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:

@@ -16,11 +16,7 @@ from bdh.tokenizer.encoding import TextEncoder
 
 
 def prepare_corpus(
-    config: DataConfig,
-    tokenizer: PreTrainedTokenizerFast,
-    block_size: int,
-    *,
-    progress: ProgressCallback | None = None,
+    config: DataConfig, tokenizer: PreTrainedTokenizerFast, block_size: int, *, progress: ProgressCallback | None = None
 ) -> Corpus:
     """Reads, tokenizes, splits and caches a text; or, with ``streaming``, gets ready to do so while training.
 

@@ -56,8 +56,6 @@ class Source:
     """Bytes of text, where they are known beforehand. For progress bars."""
     skipped: Skipped
     """What was left out when the source was looked up."""
-    csv_files: list[Path] = field(default_factory=list)
-    """Those of the local files that are read by :mod:`bdh.data.csv_files`."""
     names: set[tuple[str | None, ...]] = field(default_factory=set)
     """Of the texts that are not read file by file: built-in ones, and splits that ``datasets`` reads."""
 
@@ -68,6 +66,11 @@ class Source:
     def files(self) -> list[Path]:
         """All local files."""
         return [path for files in self.shard_files for path in files]
+
+    @property
+    def csv_files(self) -> list[Path]:
+        """Those of the local files that are read by :mod:`bdh.data.csv_files`."""
+        return [path for path in self.files if file_type(path) in CSV_TYPES and not self.is_hub]
 
     @property
     def is_hub(self) -> bool:
@@ -249,7 +252,6 @@ def _resolve(config: DataConfig, items: list[str], split: str, held_out: set[Fil
         shard_files=[files for part in parts for files in part.shard_files],
         num_bytes=None if None in sizes else sum(size or 0 for size in sizes),
         skipped=skipped,
-        csv_files=[path for part in parts for path in part.csv_files],
         names={name for part in parts for name in part.names},
     )
 
@@ -266,8 +268,8 @@ def _nothing_left(config: DataConfig) -> ValueError:
 
 
 def _of_files(config: DataConfig, files: list[Path], skipped: Skipped) -> Source:
-    csv_files = [path for path in files if file_type(path) in CSV_TYPES]
-    identity_of_csv = [["csv", *astuple(CsvSettings.of(config))]] if csv_files else []
+    has_csv = any(file_type(path) in CSV_TYPES for path in files)
+    identity_of_csv = [["csv", *astuple(CsvSettings.of(config))]] if has_csv else []
     is_plain = all(file_type(path) == path.suffix.lower() and file_type(path) != PARQUET for path in files)
     return Source(
         shards=[_opener(path, config) for path in files],
@@ -275,7 +277,6 @@ def _of_files(config: DataConfig, files: list[Path], skipped: Skipped) -> Source
         shard_files=[[path] for path in files],
         num_bytes=sum(path.stat().st_size for path in files) if is_plain else None,
         skipped=skipped,
-        csv_files=csv_files,
     )
 
 

@@ -13,6 +13,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import IO, Any
@@ -226,8 +227,56 @@ def _batches(chunks: Iterable[Chunk]) -> Iterable[list[Chunk]]:
         yield batch
 
 
-class TextCorpus(Corpus):
-    """A text whose tokens lie in the cache."""
+class TokenizedCorpus(Corpus):
+    """A corpus whose tokens lie in the cache."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        sources: tuple[Source, Source | None],
+        key: list[Any],
+        write: Callable[[TokenWriter], TokenMeta],
+    ):
+        """
+        Args:
+            sources: what is trained on and what is validated on; None where that is a share of the first.
+            key: what the tokens depend on besides the sources.
+        """
+        training, validation = sources
+        identity = [training.identity, validation.identity if validation else config.val_fraction]
+        settings = [config.text_column, config.encoding_errors]
+        cache = TokenCache(config.cache_dir, [*key[:-1], *identity, *settings, key[-1]])
+        found = cache.load()
+        meta = found or cache.build(write)
+        skipped = left_out(meta.skipped, training, validation)
+        announce(config, skipped)
+        self._cache, self._meta = cache, meta
+        self.fingerprint = meta.content_hash
+        self.facts = {
+            "source": config.source,
+            "streaming": False,
+            "documents": meta.num_documents,
+            "val_documents": meta.num_val_documents,
+            "train_tokens": meta.num_train_tokens,
+            "val_tokens": meta.num_tokens - meta.num_train_tokens,
+            "train_bytes": meta.num_train_bytes,
+            "val_bytes": meta.num_bytes - meta.num_train_bytes,
+            "dtype": meta.dtype,
+            "skipped": skipped.counts,
+            "fingerprint": self.fingerprint,
+            "cache": str(cache.folder),
+            "was_cached": found is not None,
+        }
+
+    @cached_property
+    def _streams(self) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens to train on, and those to validate on."""
+        tokens = self._cache.tokens(self._meta)
+        return tokens[: self._meta.num_train_tokens], tokens[self._meta.num_train_tokens :]
+
+
+class TextCorpus(TokenizedCorpus):
+    """A text that is tokenized as a whole before the training."""
 
     def __init__(self, config: DataConfig, encoder: TextEncoder, block_size: int, progress: ProgressCallback):
         self.block_size = block_size
@@ -236,35 +285,14 @@ class TextCorpus(Corpus):
         validation = validation_source(config)
         training = training_source(config)
         show_columns(config, training, validation)
-        cache = TokenCache(config.cache_dir, _cache_key(config, training, validation, encoder))
-        meta = cache.load()
-        is_cached = meta is not None
-        if meta is None:
-            meta = cache.build(
-                lambda writer: _tokenize(config, training, validation, encoder, block_size, writer, progress)
-            )
-        skipped = left_out(meta.skipped, training, validation)
-        announce(config, skipped)
-        check_long_enough(config, meta.num_train_tokens, meta.num_tokens - meta.num_train_tokens, block_size)
-        tokens = cache.tokens(meta)
-        self._train, self._validation = tokens[: meta.num_train_tokens], tokens[meta.num_train_tokens :]
-        self.fingerprint = meta.content_hash
-        self.val_bytes_per_token = (meta.num_bytes - meta.num_train_bytes) / max(1, len(self._validation))
-        self.facts = {
-            "source": config.source,
-            "streaming": False,
-            "documents": meta.num_documents,
-            "val_documents": meta.num_val_documents,
-            "train_tokens": len(self._train),
-            "val_tokens": len(self._validation),
-            "train_bytes": meta.num_train_bytes,
-            "val_bytes": meta.num_bytes - meta.num_train_bytes,
-            "dtype": meta.dtype,
-            "skipped": skipped.counts,
-            "fingerprint": self.fingerprint,
-            "cache": str(cache.folder),
-            "was_cached": is_cached,
-        }
+        super().__init__(
+            config,
+            (training, validation),
+            [encoder.hash],
+            lambda writer: _tokenize(config, training, validation, encoder, block_size, writer, progress),
+        )
+        check_long_enough(config, self.facts["train_tokens"], self.facts["val_tokens"], block_size)
+        self.val_bytes_per_token = self.facts["val_bytes"] / max(1, self.facts["val_tokens"])
 
     def train_loader(
         self, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, *, carry_state: bool = False
@@ -272,12 +300,12 @@ class TextCorpus(Corpus):
         own = check_rows(batch_size, rank, world_size)
         if carry_state:
             return self._continued_loader(batch_size, own, seed)
-        length, num_starts = self.block_size + 1, len(self._train) - self.block_size
+        text, length = self.train_tokens(), self.block_size + 1
 
         def windows(step: int) -> Batch:
             """Windows at random starts: where that of sequence i begins is the i-th draw of the step."""
-            starts = step_generator(seed, 0, 0, 0, step).integers(num_starts, size=batch_size)[own]
-            tokens = torch.from_numpy(take_windows(self._train, starts, length))
+            starts = step_generator(seed, 0, 0, 0, step).integers(len(text) - length + 1, size=batch_size)[own]
+            tokens = torch.from_numpy(take_windows(text, starts, length))
             if not self._packs_documents or self._eos_token_id is None:
                 return Batch(tokens)
             return batch_of_documents(tokens, starts_after(tokens, self._eos_token_id))
@@ -294,7 +322,7 @@ class TextCorpus(Corpus):
         Raises:
             ValueError: they would read the same text at the same time.
         """
-        T, text = self.block_size, self._train
+        T, text = self.block_size, self.train_tokens()
         distance = len(text) // batch_size
         if distance <= T:
             raise ValueError(
@@ -315,20 +343,10 @@ class TextCorpus(Corpus):
         return StepLoader("continued windows", seed, next_blocks)
 
     def train_tokens(self) -> np.ndarray:
-        return self._train
+        return self._streams[0]
 
     def validation_tokens(self) -> np.ndarray:
-        return self._validation
-
-
-def _cache_key(config: DataConfig, training: Source, validation: Source | None, encoder: TextEncoder) -> list[Any]:
-    return [
-        training.identity,
-        validation.identity if validation else config.val_fraction,
-        config.text_column,
-        config.encoding_errors,
-        encoder.hash,
-    ]
+        return self._streams[1]
 
 
 def _tokenize(

@@ -28,9 +28,7 @@ def byte_tokenizer(special_tokens: bool = False) -> "PreTrainedTokenizerFast":
     if special_tokens:
         backend.add_special_tokens(list(SPECIAL_TOKENS.values()))  # in this order: 256, 257, ...
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        clean_up_tokenization_spaces=False,
-        **(SPECIAL_TOKENS if special_tokens else {}),
+        tokenizer_object=backend, clean_up_tokenization_spaces=False, **(SPECIAL_TOKENS if special_tokens else {})
     )
 
 

@@ -234,8 +234,8 @@ def _prepare(source):
 
 def test_processes_at_the_same_time_get_the_same_entry(tmp_path, cache):
     path = write_text(tmp_path / "t.txt", WORDS * 100)
-    with multiprocessing.get_context("spawn").Pool(3) as pool:
-        results = pool.map(_prepare, [str(path)] * 3, chunksize=1)
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        results = pool.map(_prepare, [str(path)] * 2, chunksize=1)
     assert len({result[1:] for result in results}) == 1
     assert len(published(cache)) == 1
 
