@@ -6,12 +6,12 @@ import sys
 import pytest
 
 from bdh.data import DataConfig
-from bdh.validation import Faults
+from bdh.validation import Faults, collect_faults
 
 
 def faults_of(**settings):
     faults = Faults()
-    DataConfig(**settings).collect_faults(faults.with_prefix("data"))
+    collect_faults(DataConfig(**settings), faults.with_prefix("data"))
     return faults.found
 
 
