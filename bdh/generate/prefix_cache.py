@@ -146,7 +146,7 @@ class PrefixCache:
         # Counted before it is copied: there should never be more in memory than is allowed.
         self._tensor_bytes += state.nbytes + logits_bytes
         try:
-            spare = self._make_room() or former
+            spare = self.make_room() or former
             if spare is not None and spare.pattern == state.pattern:
                 spare.copy_(state)  # memory that is in use already is several times as fast as new one
             else:
@@ -180,7 +180,7 @@ class PrefixCache:
             end.is_prompt = True
             self._prompts[end] = None
             self._prompts.move_to_end(end)
-            self._make_room()
+            self.make_room()
         return shared
 
     def _walk(self, tokens: "array[int]") -> Iterator[_Node]:
@@ -219,7 +219,7 @@ class PrefixCache:
         self._path_bytes += NODE_BYTES
         return middle
 
-    def _make_room(self) -> SynapticState | None:
+    def make_room(self) -> SynapticState | None:
         """Forgets what is oldest until the bounds hold, but for the newest state. Returns a state that was dropped."""
         dropped = None
         while self._path_bytes > self.max_prompt_bytes and self._prompts:

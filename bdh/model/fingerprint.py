@@ -21,7 +21,7 @@ from xxhash import xxh3_128, xxh3_128_digest
 from bdh.model.private_api import version_of
 from bdh.model.weights import adapters_in_effect
 
-_WORDS_AT_ONCE = 1 << 22  # on an accelerator; 32 MiB of their products
+WORDS_AT_ONCE = 1 << 22  # on an accelerator; 32 MiB of their products
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def identity(model: Any) -> Identity:
     now = (*((name, t.dtype, tuple(t.shape), t.device.type) for name, t in weights.items()), checksum(weights.values()))
     known = _known.get(model)
     if known is None or known[0] != now:
-        known = (now, _digest(weights))
+        known = (now, digest_of(weights))
         _known[model] = known
     return Identity(_configuration(model), known[1])
 
@@ -113,7 +113,8 @@ def _configuration(model: Any) -> dict[str, Any]:
     }
 
 
-def _digest(weights: dict[str, torch.Tensor]) -> str:
+def digest_of(weights: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of weights: names, types, shapes and bytes. In hex."""
     digest = hashlib.sha256()
     for name, tensor in weights.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -141,7 +142,7 @@ def checksum(tensors: Iterable[torch.Tensor]) -> bytes:
         elif content.device.type == "meta":
             raise ValueError("a tensor on meta has no content to compute a checksum of")
         else:
-            digest.update(_sums(content).cpu().numpy().data)
+            digest.update(word_sums(content).cpu().numpy().data)
     return digest.digest()
 
 
@@ -159,15 +160,15 @@ class Memory:
         return xxh3_128_digest(memoryview(self._bytes))
 
 
-def _sums(content: torch.Tensor) -> torch.Tensor:
-    """64 bits for each ``_WORDS_AT_ONCE`` words of bytes (n,), computed where these are.
+def word_sums(content: torch.Tensor) -> torch.Tensor:
+    """64 bits for each ``WORDS_AT_ONCE`` words of bytes (n,), computed where these are.
 
     A sum of the words times odd random numbers, modulo 2^64: a single word that changes always changes it.
     """
     padding = -content.numel() % 4
     words = (torch.nn.functional.pad(content, (0, padding)) if padding else content).view(torch.int32)
-    factors = _factors(_WORDS_AT_ONCE, content.device)
-    sums = [(part * factors[: part.numel()]).sum() for part in words.split(_WORDS_AT_ONCE)]
+    factors = _factors(WORDS_AT_ONCE, content.device)
+    sums = [(part * factors[: part.numel()]).sum() for part in words.split(WORDS_AT_ONCE)]
     return torch.stack(sums) if sums else words.long()
 
 

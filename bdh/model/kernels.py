@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # numba, which is imported where the kernels run
     from bdh.ops.cpu.recurrence import Recurrence
 
 _MAX_PIECES = 128
-_PIECE_BYTES = 1 << 18
+PIECE_BYTES = 1 << 18
 """Copied weights are compared with the model's one piece a token, so that it costs under 1 % of the token: as few pieces
 as leave each at most so large, but no more than ``_MAX_PIECES``."""
 
@@ -160,7 +160,7 @@ def _key(model: ModelParts) -> tuple[Any, ...]:
 
 def _pieces(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Views of some of its rows each."""
-    count = min(-(-weight.nbytes // _PIECE_BYTES), _MAX_PIECES, len(weight))
+    count = min(-(-weight.nbytes // PIECE_BYTES), _MAX_PIECES, len(weight))
     return weight.detach().tensor_split(max(1, count))
 
 

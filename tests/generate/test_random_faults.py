@@ -29,7 +29,7 @@ EVERYWHERE = [
     *((Advancer, name) for name in ("advance", "read_all", "new_state")),
     *((StatePool, name) for name in ("take",)),
     *((PrefixStore, name) for name in ("find", "places", "mark")),
-    *((PrefixCache, name) for name in ("put", "_make_room")),
+    *((PrefixCache, name) for name in ("put", "make_room")),
     *((TextDecoder, name) for name in ("push", "flush", "state")),
     (Sampler, "sample"),
     *((Sequence, name) for name in ("__init__", "read", "draw", "end")),
@@ -39,7 +39,7 @@ EVERYWHERE = [
 KERNELS = [
     (Recurrence, "prepare_logits"),
     (Recurrence, "advance"),
-    (Recurrence, "_array"),
+    (Recurrence, "work_memory"),
     (torch, "empty"),
     (bdh.ops.cpu.kernels, "products"),
     (bdh.generate.advance, "recurrence_of"),

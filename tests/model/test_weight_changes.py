@@ -169,7 +169,7 @@ def test_a_text_goes_on_with_the_weights_of_now(model, change, storage):
 
 @pytest.mark.parametrize("storage", ["float32", "bfloat16"])
 def test_a_single_number_of_a_large_matrix_is_found_within_128_tokens(model, storage, monkeypatch):
-    monkeypatch.setattr(kernels, "_PIECE_BYTES", 64)  # so that these count as large ones
+    monkeypatch.setattr(kernels, "PIECE_BYTES", 64)  # so that these count as large ones
     advancer = Advancer(model, weights=storage, path="kernels")
     state = advancer.new_state()
     advancer.advance([StepInput(state, PROMPT)])
@@ -349,7 +349,7 @@ def test_the_same_memory_in_another_order_is_other_weights(make_model):
 
 
 def test_a_neuron_of_a_decoder_in_pieces_is_found_at_its_token(make_model, monkeypatch):
-    monkeypatch.setattr(kernels, "_PIECE_BYTES", 64)
+    monkeypatch.setattr(kernels, "PIECE_BYTES", 64)
     model = make_model(n_embd=12)
     advancer = Advancer(model, path="kernels")
     state = advancer.new_state()

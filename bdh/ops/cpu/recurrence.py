@@ -183,12 +183,12 @@ class Recurrence:
             compiled(lambda: self._warm_up(states[0], fading), self._announce)
         _, H, N, D = self.weights.shape
         R = len(rows.tokens)
-        x, a = self._array("x", H * N, R), self._array("a", R, H, D)
-        parts = self._array("parts", self._num_parts, R, D)
+        x, a = self.work_memory("x", H * N, R), self.work_memory("a", R, H, D)
+        parts = self.work_memory("parts", self._num_parts, R, D)
         if fading is not None:
             rings = np.array([_addresses(states, name) for name in ("keys", "fired", "values")], np.int64)
             rings = np.ascontiguousarray(rings.transpose(1, 0, 2))  # (L, 3, sequences)
-            scores = self._array("scores", self._num_parts, R, states[0]["keys"][0].shape[-1])
+            scores = self.work_memory("scores", self._num_parts, R, states[0]["keys"][0].shape[-1])
             if fading.shape[1] == 0:
                 a[:] = 0
             return self._run(
@@ -241,7 +241,11 @@ class Recurrence:
         L, _, N, D = self.weights.shape
         R = len(rows.tokens)
         team = team_for(R)
-        v, cos, sin = self._array("v", R, D), self._array("cos", N // 2, R), self._array("sin", N // 2, R)
+        v, cos, sin = (
+            self.work_memory("v", R, D),
+            self.work_memory("cos", N // 2, R),
+            self.work_memory("sin", N // 2, R),
+        )
         text = self._embed, rows.tokens, rows.positions, self._turns, v, cos, sin, self.weights.eps
         weights = self._like, self.weights.encoder.data_ptr(), self._encoder_v, self.weights.decoder.data_ptr()
         progress = new_progress(kernels.STAGES * (1 + L), is_crowded=team.is_crowded)
@@ -281,7 +285,7 @@ class Recurrence:
 
         return run
 
-    def _array(self, name: str, *shape: int) -> np.ndarray:
+    def work_memory(self, name: str, *shape: int) -> np.ndarray:
         """Memory of this shape, with anything in it, kept from call to call."""
         size = math.prod(shape)
         memory = vars(self._memory)
