@@ -5,13 +5,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check format clean gpu
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+
+.PHONY: demo test quick check format clean gpu
 
 demo: $(INSTALLED)  ## train, export, generate and plot: about 5 minutes on 2 CPU cores
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh scripts/demo.sh
 
 test: $(INSTALLED)  ## the whole test suite
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
+
+quick: $(INSTALLED)  ## the tests but for those marked slow
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 check: $(INSTALLED)  ## lint, formatting, types
 	$(BIN)/ruff check .

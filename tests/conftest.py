@@ -93,9 +93,16 @@ def pytest_configure(config):
     # Before cuBLAS is first used: with other workspaces it may add in another order each time.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+    num_threads = 2
+    if hasattr(
+        config, "workerinput"
+    ):  # of xdist, one of several: a thread each is faster, in the programs they start too
+        os.environ["OMP_NUM_THREADS"] = "1"
+        num_threads = 1
+
     import torch
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(num_threads)
     # Deterministic mode fills what torch.empty returns with NaN (integers with their largest value), so that
     # reading it before writing to it fails a test. Operations without a deterministic form only warn.
     torch.use_deterministic_algorithms(True, warn_only=True)

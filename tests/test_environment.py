@@ -1,7 +1,6 @@
 """The promises of conftest.py."""
 
 import os
-import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -23,40 +22,61 @@ def test_the_hub_is_out_of_reach():
     assert os.environ["HF_HUB_OFFLINE"] == "1"  # what subprocesses inherit
 
 
-@pytest.mark.parametrize(
-    ("mark", "flags", "status"),
-    [
-        ("@pytest.mark.skip(reason='no browser')", [], 0),
-        ("@pytest.mark.skip(reason='no browser')", ["--no-skips"], 1),
-        ("@pytest.mark.gpu\n@pytest.mark.skip(reason='no GPU')", ["--no-skips"], 0),
-        ("", ["--no-skips"], 0),
-    ],
-)
-def test_where_no_test_may_be_skipped_one_that_is_fails_all(tmp_path, mark, flags, status):
+SKIPS = {
+    "test_passes.py": "def test_it(): pass\n",
+    "test_skips.py": "import pytest\n@pytest.mark.skip(reason='no browser')\ndef test_it(): pass\n",
+    "test_module.py": "import pytest\npytest.importorskip('there_is_no_such_module')\n",
+}
+GPU = "import pytest\n@pytest.mark.gpu\n@pytest.mark.skip(reason='no GPU')\ndef test_it(): pass\n"
+NAMED = [
+    "test_module.py: Skipped: could not import 'there_is_no_such_module'",
+    "test_skips.py::test_it: Skipped: no browser",
+]
+
+
+@pytest.fixture
+def outcome(tmp_path):
+    """Status and output of pytest, with the conftest.py of this folder, over some files."""
+
+    def run(files: dict[str, str], *flags: str, missing: str = "") -> tuple[int, str]:
+        conftest = Path(__file__).with_name("conftest.py").read_text()
+        (tmp_path / "conftest.py").write_text(conftest.replace('"wandb"', f'"{missing or "wandb"}"'))
+        (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+        for name, text in {**files, "test_gpu.py": GPU}.items():
+            (tmp_path / name).write_text(text)
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *flags]
+        environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+        return done.returncode, done.stdout
+
+    return run
+
+
+def test_skips_are_allowed_and_optional_packages_named(outcome):
+    status, shown = outcome(SKIPS, missing="there_is_no_such_package")
+    assert status == 0, shown
+    assert not any(line in shown for line in NAMED)
+    assert f"onnxruntime {metadata.version('onnxruntime')}" in shown
+    assert "there_is_no_such_package is missing" in shown
+
+
+@pytest.mark.parametrize("flags", [[], ["-p", "xdist", "-n", "2", "--dist", "loadfile"]], ids=["one process", "xdist"])
+def test_where_no_test_may_be_skipped_one_that_is_fails_all(outcome, flags):
     """Tests of the page and of the deployment were skipped where their programs were missing, and everything was green."""
-    shutil.copy(Path(__file__).with_name("conftest.py"), tmp_path)
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
-    (tmp_path / "test_it.py").write_text(f"import pytest\n{mark}\ndef test_it(): pass\n")
-    run = subprocess.run([sys.executable, "-m", "pytest", *flags], cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == status, run.stdout
-    assert ("test_it.py::test_it: Skipped: no browser" in run.stdout) == (status == 1)
+    status, shown = outcome(SKIPS, "--no-skips", *flags)
+    assert status == 1, shown
+    after = shown.partition("skipped, which --no-skips does not allow")[2]
+    assert [after.count(line) for line in NAMED] == [1, 1]
+    assert "test_gpu.py" not in after
 
 
-@pytest.mark.parametrize(("flags", "status"), [([], 0), (["--no-skips"], 1)])
-def test_the_summary_names_optional_packages_and_one_that_is_missing_fails_all(tmp_path, flags, status):
-    conftest = Path(__file__).with_name("conftest.py").read_text()
-    (tmp_path / "conftest.py").write_text(conftest.replace('"wandb"', '"there_is_no_such_package"'))
-    (tmp_path / "test_it.py").write_text("def test_it(): pass\n")
-    run = subprocess.run([sys.executable, "-m", "pytest", "-q", *flags], cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == status, run.stdout
-    assert f"onnxruntime {metadata.version('onnxruntime')}" in run.stdout
-    assert "there_is_no_such_package is missing" in run.stdout
+def test_what_a_gpu_is_for_may_be_skipped_always(outcome):
+    status, shown = outcome({"test_passes.py": SKIPS["test_passes.py"]}, "--no-skips")
+    assert status == 0, shown
 
 
-def test_a_module_that_is_skipped_counts_too(tmp_path):
-    shutil.copy(Path(__file__).with_name("conftest.py"), tmp_path)
-    (tmp_path / "test_it.py").write_text("import pytest\npytest.importorskip('there_is_no_such_module')\n")
-    (tmp_path / "test_other.py").write_text("def test_it(): pass\n")
-    run = subprocess.run([sys.executable, "-m", "pytest", "--no-skips"], cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 1, run.stdout
-    assert "test_it.py: Skipped: could not import 'there_is_no_such_module'" in run.stdout
+def test_where_no_test_may_be_skipped_a_missing_package_fails_all(outcome):
+    status, shown = outcome(
+        {"test_passes.py": SKIPS["test_passes.py"]}, "--no-skips", missing="there_is_no_such_package"
+    )
+    assert status == 1, shown
