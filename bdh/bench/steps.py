@@ -221,7 +221,7 @@ def naive_loss(
         mask = None
         if config.dropout > 0:
             mask = F.dropout(v.new_ones(B, H, T, N), config.dropout) if masks is None else masks[index]
-        v = naive.layer_pass(
+        v = naive.layer_step(
             v,
             weights,
             positions,

@@ -46,7 +46,7 @@ _ONE_VALUE = {
 
 @dataclass
 class Inputs(Columns):
-    """Of one forward: the residual stream before the first pass, and what is said of it."""
+    """Of one forward: the residual stream before the first layer step, and what is said of it."""
 
     state: SynapticState | None
     """That of the text before; None where there is none."""
@@ -357,7 +357,7 @@ def _check_state(config: BDHConfig, state: SynapticState, B: int, dtype: torch.d
     shapes = [tuple(s.shape) for s in state.sums]  # no set: torch.export's sizes are symbols, which have no hash
     if shapes != [expected] * config.n_layer:
         raise ValueError(
-            f"the state has sums of shapes {sorted(set(shapes))} for {len(state.sums)} passes: this model and batch "
+            f"the state has sums of shapes {sorted(set(shapes))} for {len(state.sums)} layer steps: this model and batch "
             f"need {expected} for {config.n_layer}"
         )
     dtypes = {s.dtype for s in state.sums}

@@ -37,7 +37,7 @@ class BDHConfig(PreTrainedConfig):
         vocab_size: V, entries of the vocabulary.
         n_embd: D, the width of the residual stream.
         n_head: H, heads.
-        n_layer: L, passes through the one shared layer.
+        n_layer: L, how often the one shared layer is applied.
         mlp_internal_dim_multiplier: neurons of all heads together, in multiples of D.
         dropout: share of the neurons' outputs x * y that training drops.
         rope_theta: base of the rotary frequencies.

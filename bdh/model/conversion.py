@@ -83,7 +83,7 @@ def from_reference(
         state_dict: keys may carry the prefixes that ``torch.compile`` and ``DistributedDataParallel`` add.
         config: a :class:`BDHConfig`, or a dict with its field names, of which the reference's are the first
             ones; others, such as settings of the training, are not read, but for its ``block_size``. The sizes that the tensors show may
-            be left out; the number of passes, ``n_layer``, shows nowhere and may not.
+            be left out; the number of layer steps, ``n_layer``, shows nowhere and may not.
 
     Raises:
         ValueError: tensors are missing, or unknown, or do not have the shapes of the configuration; or it has a value
@@ -182,7 +182,7 @@ def _complete_fields(tensors: dict[str, torch.Tensor], given: dict[str, Any]) ->
     fields = {BDHConfig.attribute_map.get(name, name): value for name, value in given.items() if name in known}
     if "n_layer" not in fields:
         raise ValueError(
-            "the checkpoint has no configuration, and the number of passes, n_layer, does not show in the "
+            "the checkpoint has no configuration, and the number of layer steps, n_layer, does not show in the "
             "weights: give it (the reference's default is 6)"
         )
     if tensors["encoder"].ndim != 3:

@@ -15,7 +15,7 @@ from bdh.model.state import Columns, SynapticState
 from bdh.model.weights import layer_modules, layer_weights, product_obstacle
 from bdh.ops import eager
 from bdh.ops.attention import DecayMask, sum_dtype
-from bdh.ops.backends import Work, choose_backend
+from bdh.ops.backends import CPU, Work
 from bdh.ops.blocks import train as blocks
 from bdh.ops.blocks.plan import LayerOptions, LayerPlan, LayerShape, plan_layer
 from bdh.ops.dropout import make_dropout
@@ -277,7 +277,7 @@ def step_by_kernels(model: Any, input_ids: torch.Tensor, inputs: Inputs, form: s
         return None
     if any(sums.requires_grad for sums in state.sums):
         return None
-    if choose_backend("advance", "auto", Work(model.device, obstacle=kernel_obstacle(model))).backend.name != "cpu":
+    if CPU.obstacle("advance", Work(model.device, obstacle=kernel_obstacle(model))) is not None:
         return None
     state.remember(inputs, partial(read_columns, model))
     from bdh.ops.cpu.recurrence import Rows

@@ -11,6 +11,7 @@ an entry in :data:`BACKENDS` and a file or folder of its own in ``bdh/ops``.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.util import find_spec
 from typing import Literal, NamedTuple, get_args
 
@@ -80,12 +81,13 @@ class Backend:
             return f"the model is on {work.device}, the {self.words[operation]} run on the {self.device}"
         dtypes = self.dtypes.get(operation)
         if dtypes is not None and work.dtype not in dtypes:
-            return f"they compute in {_names(dtypes)}, not in {_names({work.dtype})}"
+            return f"they compute in {_names(dtypes)}, not in {_names(frozenset({work.dtype}))}"
         return unavailable_reason() if self.needs_numba else None
 
 
-def _names(dtypes: frozenset[torch.dtype] | set[torch.dtype]) -> str:
-    return " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+@cache
+def _names(dtypes: frozenset[torch.dtype], between: str = " and ") -> str:
+    return between.join(sorted((str(dtype).removeprefix("torch.") for dtype in dtypes), reverse=True))
 
 
 NAIVE = Backend("naive", words={})  # tests and benchmarks call it; nothing chooses it
@@ -119,6 +121,10 @@ D 16,  H 2, N 64,   L 2     0.11 / 0.34  0.03 / 0.09  0.01 / 0.06  0.01 / 0.05
 ==========================  ===========  ===========  ===========  ===========
 """
 
+_OFFERED: dict[str, tuple[Backend, ...]] = {
+    operation: tuple(backend for backend in BACKENDS if operation in backend.words) for operation in get_args(Operation)
+}
+
 
 class Choice(NamedTuple):
     """The backend that computes, and why it and no other."""
@@ -144,13 +150,13 @@ def choose_backend(operation: Operation, requested: str, work: Work) -> Choice:
     Raises:
         BackendError: ``requested`` is none of them, or cannot do this work; it says why.
     """
-    offered = [backend for backend in BACKENDS if operation in backend.words]
+    offered = _OFFERED[operation]
     allowed = LAYER_PATHS if operation == "train" else STEP_PATHS
     if requested not in allowed:
         raise BackendError(f"is {requested!r}: must be one of {', '.join(allowed)}")
-    able = [backend for backend in offered if backend.obstacle(operation, work) is None]
     if requested == "auto":
-        return Choice(able[0], _reason(operation, work, able[0], offered[0]))
+        able = next(each for each in offered if each.obstacle(operation, work) is None)
+        return Choice(able, _reason(operation, work, able, offered[0]))
     backend = next(each for each in offered if each.words[operation] == requested)
     if (obstacle := backend.obstacle(operation, work)) is not None:
         # A slower one than the requested always can: eager runs everywhere.
@@ -164,8 +170,7 @@ def choose_backend(operation: Operation, requested: str, work: Work) -> Choice:
 def _reason(operation: Operation, work: Work, chosen: Backend, preferred: Backend) -> str:
     """Why ``auto`` took this one: what it computes here, or what stood in the way of the preferred one."""
     if chosen is preferred:
-        dtypes = sorted(str(dtype).removeprefix("torch.") for dtype in chosen.dtypes[operation])
-        return f"{' or '.join(reversed(dtypes))} on the {chosen.device}"
+        return f"{_names(chosen.dtypes[operation], ' or ')} on the {chosen.device}"
     if chosen.calls_modules:
         return preferred.obstacle(operation, work) or "asked for"
     if work.device.type == "cuda":

@@ -18,7 +18,7 @@ _WORD = 1 << 32
 
 
 class Dropout(NamedTuple):
-    """The mask of one pass."""
+    """The mask of one layer step."""
 
     rate: float
     """Share of the neurons' outputs that are dropped."""

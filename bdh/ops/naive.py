@@ -91,7 +91,7 @@ def attention_by_state(
         mask: bool (B, T): at a token that is False nothing happens to the state.
 
     Returns:
-        (B, H, T, D), and the state behind the last token.
+        (B, H, T, D), and the state after the last token.
     """
     B, H, T, N = q.shape
     state = q.new_zeros(B, H, N, v.shape[-1]) if state is None else state
@@ -106,7 +106,7 @@ def attention_by_state(
     return torch.cat(read, 2), state
 
 
-def layer_pass(
+def layer_step(
     v: torch.Tensor,
     weights: Weights,
     positions: torch.Tensor,
@@ -117,7 +117,7 @@ def layer_pass(
     half_lives: torch.Tensor | None = None,
     window: int | None = None,
 ) -> torch.Tensor:
-    """One pass of ``v`` (B, T, D) through the layer.
+    """One application of the layer to ``v`` (B, T, D).
 
     Args:
         half_lives: (H,) tokens in which a head's state halves; None for heads that never forget.
@@ -142,7 +142,7 @@ def layer_pass(
 def forward(
     tokens: torch.Tensor,
     weights: Weights,
-    num_passes: int,
+    num_layer_steps: int,
     *,
     theta: float = ROPE_THETA,
     eps: float = LAYER_NORM_EPS,
@@ -155,14 +155,14 @@ def forward(
 
     Args:
         starts: bool (B, T): documents start there. Each is computed alone.
-        window: tokens that are attended from, in every pass, as in :func:`attention`; None for all.
+        window: tokens that are attended from, in every layer step, as in :func:`attention`; None for all.
         first_position: of each text's first token.
     """
     if starts is not None:
         alone = partial(
             forward,
             weights=weights,
-            num_passes=num_passes,
+            num_layer_steps=num_layer_steps,
             theta=theta,
             eps=eps,
             half_lives=half_lives,
@@ -173,8 +173,8 @@ def forward(
         return torch.stack([torch.cat([alone(document[None])[0] for document in row]) for row in rows])
     v = layer_norm(weights.embed[tokens], eps)  # (B, T, D)
     positions = first_position + torch.arange(tokens.shape[1], device=tokens.device)
-    for _ in range(num_passes):
-        v = layer_pass(v, weights, positions, theta=theta, eps=eps, half_lives=half_lives, window=window)
+    for _ in range(num_layer_steps):
+        v = layer_step(v, weights, positions, theta=theta, eps=eps, half_lives=half_lives, window=window)
     return v @ weights.lm_head
 
 

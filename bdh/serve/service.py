@@ -162,10 +162,9 @@ class Service:
         if len(prompts) > limits.prompts:
             raise bad_request(f"the request has {len(prompts)} prompts: must be at most {limits.prompts}", "prompt")
         self.check_lengths(prompts)
-        engine = loaded.engine.engine
         # What can begin with the next step does not wait.
-        num_states = loaded.engine.stats.state_bytes // engine.advancer.state_bytes
-        num_free = max(0, min(engine.max_sequences, engine.config.max_running) - num_states)
+        most = min(loaded.max_sequences, loaded.engine.engine.config.max_running)
+        num_free = max(0, most - sum(generation.num_states for generation in self.running))
         num_waiting = self.num_waiting
         num_tokens = sum(len(prompt.tokens) for each in self.running for prompt in each.waiting)
         reason = None
@@ -262,7 +261,7 @@ class Generation:
         self._end = self._arrived + limits.request_timeout
         self._submissions: list[Submission | None] = [None] * len(self.prompts)
         self._items = asyncio.Queue[tuple[int, StepOutput] | BaseException]()
-        self._num_left = sum(prompt.params.n for prompt in self.prompts)
+        self._left = [prompt.params.n for prompt in self.prompts]  # texts of each prompt that have not ended
         self._last_token: dict[tuple[int, int], float] = {}
         self._is_cut_off = False
 
@@ -271,6 +270,12 @@ class Generation:
         """The prompts that have no state yet."""
         each = zip(self.prompts, self._submissions, strict=True)
         return [prompt for prompt, submission in each if submission is None or not submission.started]
+
+    @property
+    def num_states(self) -> int:
+        """Texts that have a state, or will get that of their prompt."""
+        each = zip(self._left, self._submissions, strict=True)
+        return sum(left for left, submission in each if submission is not None and submission.started)
 
     async def submit(self) -> None:
         """Hands the prompts to the engine. Who does not take all outputs is to call :meth:`close`.
@@ -319,7 +324,7 @@ class Generation:
             ApiError: 503, it takes too long, or the engine has failed.
             CutOff: the server ends.
         """
-        while self._num_left:
+        while any(self._left):
             silent_until = None if silence_seconds is None else time.monotonic() + silence_seconds
             while (item := await self._next(silent_until)) is None:
                 if silent_until is not None and time.monotonic() >= silent_until:
@@ -371,9 +376,9 @@ class Generation:
                 metrics.inter_token_latency.observe(now - last)
             self._last_token[place, output.index] = now
         if output.completion is not None:
-            self._num_left -= 1
+            self._left[place] -= 1
             metrics.finished(output.completion.finish_reason)
-            if not self._num_left:
+            if not any(self._left):
                 metrics.e2e_request_latency.observe(now - self._arrived)
 
     def cut_off(self, *, keep: bool) -> None:

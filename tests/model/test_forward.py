@@ -187,7 +187,7 @@ def test_hidden_states_are_v_before_the_first_and_after_each_pass(model64, token
     v = naive.layer_norm(weights.embed[tokens])
     torch.testing.assert_close(output.hidden_states[0], v)
     for hidden in output.hidden_states[1:]:
-        v = naive.layer_pass(v, weights, torch.arange(21))
+        v = naive.layer_step(v, weights, torch.arange(21))
         torch.testing.assert_close(hidden, v, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(output.logits, v @ weights.lm_head, rtol=1e-9, atol=1e-9)
     assert model64(tokens).hidden_states is None
@@ -271,7 +271,7 @@ class TestRefused:
     def test_a_state_of_another_batch_model_or_dtype(self, model, make_model, tokens):
         with pytest.raises(ValueError, match=r"\(3, 3, 48, 24\).* need \(2, 3, 48, 24\) for 3"):
             model(tokens, past_key_values=model.new_state(3))
-        with pytest.raises(ValueError, match=r"for 2 passes: this model and batch need .* for 3"):
+        with pytest.raises(ValueError, match=r"for 2 layer steps: this model and batch need .* for 3"):
             model(tokens, past_key_values=make_model(n_layer=2).new_state(2))
         with pytest.raises(
             ValueError, match=r"in torch\.float64: a model in torch\.float32 keeps them in torch\.float32"

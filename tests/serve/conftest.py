@@ -3,6 +3,8 @@
 import asyncio
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import httpx
 import pytest
@@ -11,7 +13,7 @@ import uvicorn
 
 from bdh import BDHConfig, BDHForCausalLM
 from bdh.generate.config import EngineConfig
-from bdh.serve.config import LimitSettings, ServeSettings
+from bdh.serve.config import AuthSettings, LimitSettings, ServeSettings
 from bdh.serve.keys import ApiKeys
 from bdh.serve.server import load, uvicorn_config
 from bdh.serve.service import Service
@@ -106,19 +108,9 @@ class Running:
             self.service.loaded.engine.close()
 
 
-@pytest.fixture(scope="module")
-def server(start_server, bytes_pair):
-    return start_server(*bytes_pair, served_model_name=["tiny", "tiny-alias"])
-
-
-@pytest.fixture(scope="module")
-def chat_server(start_server, chat_pair):
-    return start_server(*chat_pair, served_model_name=["chatty"])
-
-
-@pytest.fixture(scope="module")
-def start_server():
-    """Starts servers, which end with the module."""
+@contextmanager
+def servers():
+    """Starts servers, which end with it."""
     running = []
 
     def start(model, tokenizer, *, options=None, **settings):
@@ -127,12 +119,57 @@ def start_server():
         return running[-1]
 
     yield start
-    for server in running:
-        server.close()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(Running.close, running))
+
+
+@pytest.fixture(scope="session")
+def shared_server():
+    """A server for all tests that ask for one of this model and these settings."""
+    found = {}
+    with servers() as start:
+
+        def shared(model, tokenizer, **settings):
+            key = id(model), id(tokenizer), repr(settings)
+            if key not in found:
+                found[key] = start(model, tokenizer, **settings)
+            return found[key]
+
+        yield shared
 
 
 @pytest.fixture(scope="module")
-def served(start_server, bytes_pair):
+def start_server():
+    """Starts servers of a test's own."""
+    with servers() as start:
+        yield start
+
+
+@pytest.fixture(scope="session")
+def server(shared_server, bytes_pair):
+    return shared_server(*bytes_pair, served_model_name=["tiny", "tiny-alias"])
+
+
+@pytest.fixture(scope="session")
+def chat_server(shared_server, chat_pair):
+    return shared_server(*chat_pair, served_model_name=["chatty"])
+
+
+@pytest.fixture(scope="session")
+def plain_server(shared_server, bytes_pair):
+    return shared_server(*bytes_pair, chat_template="plain")
+
+
+@pytest.fixture(scope="session")
+def served(shared_server, bytes_pair):
     """For recorded bodies: a model called tiny, in the plain form, whose replies are short."""
     limits = LimitSettings(max_tokens=16, chat_tokens=8)
-    return start_server(*bytes_pair, chat_template="plain", served_model_name=["tiny"], limits=limits)
+    return shared_server(*bytes_pair, chat_template="plain", served_model_name=["tiny"], limits=limits)
+
+
+@pytest.fixture(scope="session")
+def guarded(shared_server, bytes_pair, tmp_path_factory):
+    """A server that asks for the key secret-of-ann."""
+    keys = tmp_path_factory.mktemp("keys") / "keys"
+    keys.write_text("secret-of-ann")
+    return shared_server(*bytes_pair, auth=AuthSettings(keys_file=str(keys)))

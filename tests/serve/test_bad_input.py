@@ -216,7 +216,7 @@ def test_garbage_on_the_socket_is_answered_or_dropped(server):
         b"POST / HTTP/9.9\r\n\r\n",
         b"A" * 200_000,
     ):
-        found = raw(server, garbage, wait=1.0)
+        found = raw(server, garbage, wait=0.3)
         assert not found or found.split()[1] == (b"414" if len(garbage) > 100_000 else b"400")
     assert server.text("abc")
 
@@ -310,13 +310,13 @@ def test_an_engine_that_fails_turns_the_server_off(start_server, bytes_pair, mon
 
 def test_a_long_step_that_makes_progress_is_no_hang(start_server, bytes_pair, monkeypatch):
     """A step of more than a minute ended the server, whatever it was doing."""
-    server = start_server(*bytes_pair, limits=LimitSettings(stall_timeout=1.5))
+    server = start_server(*bytes_pair, limits=LimitSettings(stall_timeout=0.4))
     advancer = server.service.loaded.engine.engine.advancer
     step = advancer.read_all
 
     def slow(feeds):
-        for _ in range(60):
-            time.sleep(0.05)
+        for _ in range(40):
+            time.sleep(0.02)
             advancer.mark_progress()
             server.service.watch_engine()
         step(feeds)

@@ -14,11 +14,6 @@ REPLY = {"role": "assistant", "content": "Hello"}
 DOCS = Path(__file__).parents[2] / "docs" / "serving.md"
 
 
-@pytest.fixture(scope="module")
-def plain_server(start_server, bytes_pair):
-    return start_server(*bytes_pair, chat_template="plain")
-
-
 def ask(server, messages=(QUESTION,), **fields):
     body = {"messages": list(messages), "temperature": 0, "max_tokens": 6, **fields}
     return server.http.post("/v1/chat/completions", json=body)

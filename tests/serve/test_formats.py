@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
@@ -165,25 +166,31 @@ def test_tools_are_refused_by_name(client):
         client.chat.completions.create(model="chatty", messages=QUESTION, tools=[tool])
 
 
-def test_a_text_that_the_end_of_a_server_cut_off_is_finished_in_its_form(start_server, bytes_pair, tmp_path):
+def test_a_text_that_the_end_of_a_server_cut_off_is_finished_in_its_form(
+    start_server, bytes_pair, tmp_path, monkeypatch
+):
     folder = StateSettings(folder=str(tmp_path / "states"))
     server = start_server(*bytes_pair, states=folder, resume_on_restart=True)
-    asked = {
-        "max_tokens": 3000,
-        "seed": 3,
-        "temperature": 1,
-        "response_format": {"type": "regex", "pattern": "[a-z]{3000}"},
-    }
+    pattern = {"type": "regex", "pattern": "[a-z]{300}"}
+    asked = {"max_tokens": 300, "seed": 3, "temperature": 1, "response_format": pattern}
     whole = server.text(**asked)
+    loaded = server.service.loaded
+    step, cut = loaded.engine.engine.step, threading.Event()
+
+    def step_slowly():
+        cut.wait(0.1 if loaded.engine.stats.generated_tokens > 350 else 0)
+        return step()
+
+    monkeypatch.setattr(loaded.engine.engine, "step", step_slowly)
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(server.complete, **asked)
-        while not server.service.loaded.engine.stats.running:
+        while loaded.engine.stats.generated_tokens <= 350:
             time.sleep(0.001)
         assert server.call(server.service.drain(0)) == 1
+        cut.set()
         (state,) = answer.result().json()["error"]["state_ids"]
-    loaded = server.service.loaded
     saved = loaded.states.unfinished()[0]
-    assert saved.unfinished["grammar"] == {"regex": "[a-z]{3000}", "written": saved.num_tokens - 3}
-    assert 0 < saved.num_tokens - 3 < 3000
+    assert saved.unfinished["grammar"] == {"regex": "[a-z]{300}", "written": saved.num_tokens - 3}
+    assert 50 <= saved.num_tokens - 3 < 300
     server.call(finish_unfinished(loaded))
     assert loaded.states.get(state, saved.owner).text == whole

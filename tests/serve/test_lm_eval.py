@@ -20,9 +20,9 @@ PAIRS = [
 
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])
-def test_log_likelihoods_are_those_of_the_model_in_process(start_server, bytes_pair, bpe_pair, kind, tmp_path):
+def test_log_likelihoods_are_those_of_the_model_in_process(shared_server, bytes_pair, bpe_pair, kind, tmp_path):
     model, tokenizer = bytes_pair if kind == "bytes" else bpe_pair
-    server = start_server(model, tokenizer)
+    server = shared_server(model, tokenizer)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     over_http = LocalCompletionsAPI(
         model="tiny",

@@ -5,8 +5,6 @@ import shutil
 
 import pytest
 
-from bdh.serve.config import AuthSettings
-
 sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium: install the system's package")
@@ -123,14 +121,12 @@ def test_a_model_without_template_does_not_chat(open_page, server):
     expect(open_page(server).locator("#mode-chat")).to_be_disabled()
 
 
-def test_errors_are_shown_and_a_missing_key_is_asked_for(open_page, server, start_server, bytes_pair, tmp_path):
+def test_errors_are_shown_and_a_missing_key_is_asked_for(open_page, server, guarded):
     page = open_page(server)
     page.locator("#prompt").fill("abc")
     page.locator("#max_tokens").fill("1000000")
     page.locator("#send").click()
     expect(page.locator("#error")).to_contain_text("max_tokens")
-    (tmp_path / "keys").write_text("secret-of-ann")
-    guarded = start_server(*bytes_pair, auth=AuthSettings(keys_file=str(tmp_path / "keys")))
     page = open_page(guarded)
     expect(page.locator("#error")).to_contain_text("API key")
     page.locator("#key").fill("secret-of-ann")

@@ -430,8 +430,8 @@ def test_a_stream_that_fails_says_so_in_its_last_event(start_server, chat_pair):
     server.idle()
 
 
-def test_a_plain_conversation_goes_on_in_its_state(start_server, bytes_pair):
-    server = start_server(*bytes_pair, chat_template="plain", served_model_name=["chatty"])
+def test_a_plain_conversation_goes_on_in_its_state(shared_server, bytes_pair):
+    server = shared_server(*bytes_pair, chat_template="plain", served_model_name=["chatty"])
     first = created(server, input="Hi")
     second = created(server, input="Why?", previous_response_id=first["id"])
     assert second["usage"]["input_tokens_details"]["cached_tokens"] > 0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bdh.serve.config import AuthSettings, LimitSettings
+from bdh.serve.config import LimitSettings
 from bdh.serve.describe import up_to
 
 
@@ -71,9 +71,7 @@ def test_the_pattern_of_numbers_up_to_one(last):
         assert not pattern.match(other)
 
 
-def test_keys_are_described_where_they_are_needed(server, start_server, bytes_pair, tmp_path):
-    (tmp_path / "keys").write_text("secret-of-ann")
-    guarded = start_server(*bytes_pair, auth=AuthSettings(keys_file=str(tmp_path / "keys")))
+def test_keys_are_described_where_they_are_needed(server, guarded):
     described = guarded.http.get("/openapi.json").json()
     assert described["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
     assert described["paths"]["/v1/completions"]["post"]["security"]

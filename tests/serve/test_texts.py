@@ -42,9 +42,9 @@ def extras_of(server, prompt, **fields) -> dict:
 
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])
-def test_greedy_texts_are_the_same_every_way(start_server, bytes_pair, bpe_pair, kind, tmp_path, capsys):
+def test_greedy_texts_are_the_same_every_way(shared_server, bytes_pair, bpe_pair, kind, tmp_path, capsys):
     model, tokenizer = bytes_pair if kind == "bytes" else bpe_pair
-    server = start_server(model, tokenizer)
+    server = shared_server(model, tokenizer)
     prompts = [sentence[: 5 + 3 * number] for number, sentence in enumerate(SENTENCES * 6)][:16]
     whole = [server.text(prompt, max_tokens=40) for prompt in prompts]
     assert [streamed(server, prompt, max_tokens=40) for prompt in prompts] == whole
@@ -138,8 +138,8 @@ def test_a_conversation_goes_on_in_its_state(chat_server, chat_pair):
     assert third["choices"][0]["message"]["content"]
 
 
-def test_a_plain_conversation_goes_on_in_its_state(start_server, bytes_pair):
-    server = start_server(*bytes_pair, chat_template="plain")
+def test_a_plain_conversation_goes_on_in_its_state(shared_server, bytes_pair):
+    server = shared_server(*bytes_pair, chat_template="plain")
 
     def ask(messages, **fields):
         body = {"messages": messages, "temperature": 0, "max_tokens": 9, **fields}
@@ -179,9 +179,9 @@ def test_a_plain_reply_begins_with_its_first_word(start_server):
     assert following[: len(tokens(opening)) + 3] == [*tokens(opening), token, token, token]
 
 
-def test_a_plain_prompt_of_bytes_ends_with_the_space(start_server, bytes_pair):
+def test_a_plain_prompt_of_bytes_ends_with_the_space(shared_server, bytes_pair):
     """So that the model begins with a word, as in what it has read; and what a reply began with is known in the next turn."""
-    server = start_server(*bytes_pair, chat_template="plain")
+    server = shared_server(*bytes_pair, chat_template="plain")
     messages = [{"role": "user", "content": "Is a bird that sings in the tree still a bird when it is silent?"}]
     ask = {"temperature": 0, "max_tokens": 9}
     first = server.http.post("/v1/chat/completions", json={"messages": messages, **ask}).json()
@@ -277,7 +277,7 @@ def test_special_tokens_are_put_around_a_text_where_asked_for(start_server, bpe_
     assert (error["param"], error["code"]) == ("add_special_tokens", "invalid_value")
 
 
-def test_facts_of_the_tokenizer(chat_server, start_server, chat_pair, bpe_pair, bytes_pair):
+def test_facts_of_the_tokenizer(chat_server, shared_server, chat_pair, bpe_pair, bytes_pair):
     info = chat_server.http.get("/tokenizer_info").json()
     tokenizer = chat_pair[1]
     assert info["tokenizer_class"] == type(tokenizer).__name__
@@ -285,9 +285,9 @@ def test_facts_of_the_tokenizer(chat_server, start_server, chat_pair, bpe_pair, 
     assert (info["vocab_size"], info["model_max_length"]) == (260, 100_000)
     assert {each["content"] for each in info["added_tokens_decoder"].values()} == set(tokenizer.added_tokens_encoder)
     assert info["eos_token"] is None
-    with_special = start_server(*bpe_pair)
+    with_special = shared_server(*bpe_pair)
     assert with_special.http.get("/tokenizer_info").json()["eos_token"] == "<eos>"
-    plain = start_server(*bytes_pair, chat_template="plain").http.get("/tokenizer_info").json()
+    plain = shared_server(*bytes_pair, chat_template="plain").http.get("/tokenizer_info").json()
     assert "Assistant: " in plain["chat_template"]
     assert check_remote_tokenizer_support(with_special.url)
     remote = RemoteTokenizer(with_special.url)

@@ -14,7 +14,7 @@ Recompute = Literal["none", "pass", "auto"]
 RECOMPUTE: tuple[str, ...] = get_args(Recompute)
 
 # Tensors as wide as the neurons, in the dtype that is computed in, that exist at once: of one block in its backward pass,
-# for each path; what the plain path keeps of each pass, measured; and what a block with another form of dropout adds.
+# for each path; what the plain path keeps of each layer step, measured; and what a block with another form of dropout adds.
 _WIDE_IN_BLOCK = {"torch": 9, "kernels": 4}
 _WIDE_KEPT_BY_PLAIN = 9
 _WIDE_OF_MASK = 16  # bytes for each neuron and token: its keys are int64
@@ -22,7 +22,7 @@ _WIDE_OF_TABLE = (
     4  # the same of the rotation, in float32, where documents or padding give sequences positions of their own
 )
 # A text of up to so many times D tokens is a block, a longer one is cut into blocks of 2 D, or of this many. Measured on 2
-# CPU cores, thousands of tokens a second in a training step of one pass, whole / cut to 2 D (to 256 for D = 64):
+# CPU cores, thousands of tokens a second in a training step with L = 1, whole / cut to 2 D (to 256 for D = 64):
 # D 64: T 256 17.7 / -, T 512 14.6 / 15.9. D 128: T 512 8.0 / 7.8, T 1,024 5.6 / 7.0, T 8,192 - / 6.3 (128: 5.8, 1,024: 4.6).
 # D 256, N 8,192: T 512 0.81 / 0.71 (cut to 256), T 2,048 0.44 / 0.56.
 _WHOLE_WIDTHS = 4
@@ -32,7 +32,7 @@ _LEAST_CHUNK = 256
 # 430 by 512, 420 by 1,024 and 460 by 2,048. Those of GPUs are estimates: their kernels take far longer than their start.
 _COLUMNS_OF_BLOCK = {"cpu": 512, "cuda": 8_192, "mps": 4_096}
 _NUMBERS_OF_BLOCK = 2**20
-# Without a budget, auto keeps x of so many passes as these bytes have room for: a small model is trained an eighth faster,
+# Without a budget, auto keeps x of so many layer steps as these bytes have room for: a small model is trained an eighth faster,
 # and a large one, which computes x again for a tenth of its products, still takes little more than a block.
 _KEPT_WITHOUT_BUDGET = 2**28
 # Then blocks of a GPU, and what is kept with recompute "none", stay below this share of its memory.
@@ -47,7 +47,7 @@ class LayerOptions:
     """kernels: those of :mod:`bdh.ops.cpu`, for float32 on a CPU. torch: the same blocks by torch's operations. plain: all
     at once, by autograd."""
     recompute: Recompute = "auto"
-    """none keeps x of all passes for the backward pass, pass recomputes it, auto keeps that of as many as there is memory for."""
+    """none keeps x of all layer steps for the backward pass, pass recomputes it, auto keeps that of as many as there is memory for."""
     memory_budget: int | None = None
     """Bytes for all activations that are as wide as the neurons. None for a block and a little: auto then keeps 256 MiB at most."""
     rows_per_block: int | None = None
@@ -91,18 +91,18 @@ class LayerPlan:
     reason: str
     sizes: BlockSizes
     kept_passes: int
-    """The first so many passes keep x (plain: all that autograd wants); the others recompute it."""
+    """The first so many layer steps keep x (plain: all that autograd wants); the others recompute it."""
     block_bytes: int
     """Wide activations that exist while a block is computed."""
     kept_bytes: int
     """Wide activations that are kept for the backward pass."""
     keeps_scores: bool = False
-    """Whether all passes keep the scores (B, H, T, T), which for short texts are narrower than x; they are among what is kept."""
+    """Whether all layer steps keep the scores (B, H, T, T), which for short texts are narrower than x; they are among what is kept."""
 
-    def describe(self, num_passes: int) -> str:
+    def describe(self, num_layer_steps: int) -> str:
         """For the banner of a run."""
-        kept = {0: "recomputes all wide activations", num_passes: "keeps wide activations"}.get(
-            self.kept_passes, f"keeps the wide activations of {self.kept_passes} of {num_passes} passes"
+        kept = {0: "recomputes all wide activations", num_layer_steps: "keeps wide activations"}.get(
+            self.kept_passes, f"keeps the wide activations of {self.kept_passes} of {num_layer_steps} layer steps"
         )
         blocks = "" if self.path == "plain" else f" in blocks of {self.sizes.rows} x {self.sizes.columns:,} tokens"
         return f"{self.path}{blocks} ({self.reason}); {kept}: {(self.block_bytes + self.kept_bytes) / 2**20:,.0f} MiB"
@@ -227,7 +227,7 @@ def _plan_plain(shape: LayerShape, options: LayerOptions, reason: str) -> LayerP
         if budget is not None and budget < each and shape.for_training:
             raise LayerOptionError(
                 "memory_budget",
-                f"is {_amount(budget)}: must be at least {_amount(each)}, what one pass of the plain path takes",
+                f"is {_amount(budget)}: must be at least {_amount(each)}, what one layer step of the plain path takes",
             )
         kept = _kept_passes(shape, options, each, None if budget is None else budget - each)
     return LayerPlan("plain", reason, BlockSizes(shape.B, shape.T), kept, each, kept * each)

@@ -106,7 +106,7 @@ _NOTHING_KEPT = _Kept(None, None)
 
 @dataclass
 class _Walk:
-    """The blocks of a pass, in the order in which a head's state is carried through a text."""
+    """The blocks of a layer step, in the order in which a head's state is carried through a text."""
 
     v: torch.Tensor
     num_heads: int

@@ -22,7 +22,7 @@ _FIRE_BYTES = 1024 * 1024  # of x
 _ALIASED = 256
 _scratch = threading.local()
 """A block's arrays by name, kept from call to call: fresh pages cost more than much of what is computed in them. A thread
-computes one pass at a time."""
+computes one layer step at a time."""
 _NOTHING = torch.zeros(1, 1, dtype=torch.float32, device="cpu")
 
 
@@ -164,7 +164,7 @@ class KernelNeurons(Neurons):
     def _of_x(self, block: Block, x: torch.Tensor, a: torch.Tensor) -> tuple[object, ...]:
         """x, y, whether it is there, a, and the rows of Ev and Dec.
 
-        Not ``.numpy()`` for weights: it fixes the size of their storage, which FSDP empties between passes.
+        Not ``.numpy()`` for weights: it fixes the size of their storage, which FSDP empties between forward passes.
         """
         rows, encoder_v = _rows(a), self._weights.encoder_v[block.head]
         y, has_y = _NOTHING, self._firing > DENSE_Y * x.shape[0] * len(rows)

@@ -110,5 +110,5 @@ def test_the_plain_path_keeps_everything_or_what_fits():
     assert plan_layer(SHAPE, LayerOptions(path="plain")).kept_passes == 6
     assert plan_layer(SHAPE, LayerOptions(path="plain", recompute="pass")).kept_passes == 0
     assert plan_layer(SHAPE, LayerOptions(path="plain", memory_budget=3 * each)).kept_passes == 2
-    with pytest.raises(LayerOptionError, match="what one pass of the plain path takes"):
+    with pytest.raises(LayerOptionError, match="what one layer step of the plain path takes"):
         plan_layer(SHAPE, LayerOptions(path="plain", memory_budget=each - 1))
