@@ -222,7 +222,7 @@ class Neurons:
 
     def gated_mlp(self, block: Block, x: torch.Tensor, a: torch.Tensor, out: torch.Tensor) -> None:
         """Adds the decoder's product with dropout(x * relu(Ev a)) to ``out`` (G, C, D), in the dtype of sums."""
-        z = self._run(_gated, x, self._ev_a(block, a), *_mask_of(block))
+        z = self._run(_gated, x, self._ev_a(block, a), block.dropout)
         product = z.flatten(1).t() @ self._weights.decoder[block.neurons]
         out += product.view(out.shape)
 
@@ -234,7 +234,7 @@ class Neurons:
         decoder = self._weights.decoder[block.neurons]
         grads = grad_out.flatten(0, 1)  # (G * C, D)
         grad_z = (decoder @ grads.t()).view(x.shape)
-        z, grad_y, gated = self._run(_gated_backward, x, self._ev_a(block, a), grad_z, *_mask_of(block))
+        z, grad_y, gated = self._run(_gated_backward, x, self._ev_a(block, a), grad_z, block.dropout)
         self._gradients.decoder[block.neurons] += z.flatten(1) @ grads
         self._gradients.encoder_v[block.head].add_(grad_y.flatten(1) @ a.flatten(0, 1))
         grad_a = grad_y.flatten(1).t() @ self._weights.encoder_v[block.head]
@@ -286,11 +286,6 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=True, **more)
 
 
-def _mask_of(block: Block) -> tuple[Any, ...]:
-    dropout = block.dropout
-    return (None, None, None) if dropout is None else (dropout.rate, dropout.neuron_keys, dropout.token_keys)
-
-
 def _rotated(before: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """x, and q = rope(x), from x before its ReLU (N, G, C); cos and sin are (N/2, 1 or G, C)."""
     x = before.relu()
@@ -317,34 +312,23 @@ def _pairs(wide: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return pairs[:, 0], pairs[:, 1]
 
 
-def _gated(
-    x: torch.Tensor,
-    ev_a: torch.Tensor,
-    rate: float | None,
-    neuron_keys: torch.Tensor | None,
-    token_keys: torch.Tensor | None,
-) -> torch.Tensor:
+def _gated(x: torch.Tensor, ev_a: torch.Tensor, dropout: Dropout | None) -> torch.Tensor:
     """z = dropout(x * y)."""
     z = x * ev_a.relu()
-    if rate is None or neuron_keys is None or token_keys is None:
-        return z
-    dropout = Dropout(rate, neuron_keys, token_keys)
-    return torch.where(kept(dropout, neuron_keys, token_keys), z * dropout.scale, 0.0)
+    return (
+        z
+        if dropout is None
+        else torch.where(kept(dropout, dropout.neuron_keys, dropout.token_keys), z * dropout.scale, 0.0)
+    )
 
 
 def _gated_backward(
-    x: torch.Tensor,
-    ev_a: torch.Tensor,
-    grad_z: torch.Tensor,
-    rate: float | None,
-    neuron_keys: torch.Tensor | None,
-    token_keys: torch.Tensor | None,
+    x: torch.Tensor, ev_a: torch.Tensor, grad_z: torch.Tensor, dropout: Dropout | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """z, and the gradients of y before its ReLU and of x as y's gate."""
     y = ev_a.relu()
-    if rate is not None and neuron_keys is not None and token_keys is not None:
-        dropout = Dropout(rate, neuron_keys, token_keys)
-        scale = kept(dropout, neuron_keys, token_keys).to(x.dtype) * dropout.scale
+    if dropout is not None:
+        scale = kept(dropout, dropout.neuron_keys, dropout.token_keys).to(x.dtype) * dropout.scale
         grad_z, y_kept = grad_z * scale, y * scale
     else:
         y_kept = y

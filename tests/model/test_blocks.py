@@ -27,7 +27,7 @@ def losses_and_gradients(model, path, tokens, **inputs):
 @pytest.mark.parametrize("path", BLOCKS)
 @pytest.mark.parametrize("decay", [None, 9.0])
 @pytest.mark.parametrize("given", ["nothing", "padding", "documents", "both", "state", "state and documents"])
-def test_blocks_are_the_plain_passes(make_model, tokens, path, decay, given):
+def test_blocks_are_the_plain_layer_steps(make_model, tokens, path, decay, given):
     model = make_model(decay=decay, chunk_size=8, attention_form="chunked").train()
     inputs = {}
     if given in ("padding", "both"):
