@@ -156,6 +156,7 @@ def test_onnx_of_a_large_model_refers_to_its_weights_by_a_name_that_stays(small,
     torch.testing.assert_close(torch.tensor(logits), small(ids(1, 3)).logits, **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 @torch.no_grad()
 def test_it_compiles_to_one_graph_with_and_without_a_state(smallest, dynamic):

@@ -58,7 +58,9 @@ class Pair:
 
 
 def test_objects_of_a_registered_class_are_taken_apart_by_torch_export():
-    register_pytree(Pair, ["first", "second"])
+    register_pytree(
+        Pair, lambda pair: ({"first": pair.first, "second": pair.second}, []), lambda leaves, _: Pair(*leaves)
+    )
 
     class Sum(nn.Module):
         def forward(self, pair):
