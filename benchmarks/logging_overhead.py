@@ -21,7 +21,7 @@ from bdh.cli.settings import parse_settings
 from bdh.monitor import Monitor
 from bdh.train.config import RunSettings
 from bdh.train.loop import fit
-from bdh.train.run import open_run
+from bdh.train.setup import open_run
 
 _WARM_UP = 5  # steps
 _BACKENDS = ("jsonl", "tensorboard", "wandb", "trackio")

@@ -22,7 +22,7 @@ from bdh.model import BDHForCausalLM
 from bdh.monitor import Monitor
 from bdh.train.config import RunSettings
 from bdh.train.loop import fit
-from bdh.train.run import Run, open_run
+from bdh.train.setup import Run, open_run
 
 MODEL = {
     "model.n_layer": 2,

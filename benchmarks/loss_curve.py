@@ -26,8 +26,8 @@ from bdh.model.forward import plan_for
 from bdh.ops import naive
 from bdh.ops.loss import cross_entropy
 from bdh.train.config import RunSettings
-from bdh.train.run import Run, open_run
-from bdh.train.step import training_step
+from bdh.train.loop import training_step
+from bdh.train.setup import Run, open_run
 from bdh.validation import Faults
 
 TOLERANCE = 1e-3
@@ -112,9 +112,9 @@ def _compare(runs: dict[str, Run], num_steps: int) -> float:
 
 def _step(run: Run, model: Callable[..., Any]) -> float:
     run.optimizers.set_learning_rate(run.progress.step)
-    loss = training_step(run, model).loss
+    training_step(run, model, run.batches.next())
     run.progress.step += 1
-    return loss
+    return run.guard.read(run.progress.step)[0].loss
 
 
 def _path(run: Run) -> str:

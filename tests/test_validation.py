@@ -133,7 +133,7 @@ def test_the_python_entry_points_look_at_their_settings(tmp_path):
     from bdh.serve.server import serve
     from bdh.tokenizer import byte_tokenizer
     from bdh.train.config import RunSettings, TrainSettings
-    from bdh.train.run import open_run
+    from bdh.train.setup import open_run
 
     with pytest.raises(ValueError, match=r"train\.learning_rate is inf: must be a finite number"):
         open_run(RunSettings(run_dir=str(tmp_path / "run"), train=TrainSettings(learning_rate=math.inf)))

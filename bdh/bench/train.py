@@ -26,8 +26,7 @@ from bdh.memory import available_bytes
 from bdh.model.modeling import BDHForCausalLM
 from bdh.ops import naive
 from bdh.ops.blocks.plan import LayerPlan
-from bdh.train.runtime import Runtime
-from bdh.train.speed import matmul_peak, training_flops_per_token
+from bdh.train.runtime import Runtime, matmul_peak, training_flops_per_token
 
 TOLERANCES = {"float32": 5e-3, "bfloat16": 0.1, "float16": 0.02}
 """Of the norm of the difference of two gradients of a weight, as a share of the norm. Float32 sums in another order differ

@@ -247,8 +247,7 @@ def _trained(settings: BenchSettings, training: "RunSettings | None") -> "Report
     from bdh.model.configuration import BDHConfig
     from bdh.ops.blocks.plan import LayerOptionError
     from bdh.train.config import TrainSettings
-    from bdh.train.layer import layer_options
-    from bdh.train.runtime import choose_runtime
+    from bdh.train.runtime import choose_runtime, layer_options
 
     device = "cuda" if settings.device == "auto" and torch.cuda.is_available() else settings.device
     device = "cpu" if device == "auto" else device

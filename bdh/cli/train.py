@@ -12,6 +12,7 @@ from bdh.cli.libraries import show_kept
 from bdh.cli.settings import given_settings, parse_settings
 from bdh.cli.streams import lasting_streams
 from bdh.distributed import environment
+from bdh.distributed.environment import reported_to_starter
 from bdh.locks import InUseError
 from bdh.train.config import RunSettings
 from bdh.train.signals import EXIT_STATUS
@@ -22,7 +23,7 @@ from bdh.train.stored import check_unchanged, stored_settings
 def run(argv: list[str]) -> int:
     rank = environment.rank()
     try:
-        stored = _settings_to_resume(argv)
+        stored = settings_to_resume(argv)
         settings = parse_settings(
             RunSettings,
             argv,
@@ -39,9 +40,8 @@ def run(argv: list[str]) -> int:
         return 2  # rank 0 says the same
     # Imported here, so that `--help` and faults in the settings do not wait for PyTorch.
     from bdh.cli.progress import stage_progress
-    from bdh.distributed.errors import reported_to_starter
-    from bdh.train.needs import NoRoomError
-    from bdh.train.run import open_run
+    from bdh.train.dry_run import NoRoomError, check_room
+    from bdh.train.setup import open_run
 
     console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=rank > 0)
     if rank > 0:
@@ -50,7 +50,7 @@ def run(argv: list[str]) -> int:
     try:
         with reported_to_starter(), stage_progress(console, "bytes") as progress:
             try:
-                training = open_run(settings, progress=progress)
+                training = open_run(settings, progress=progress, check_room=check_room if settings.dry_run else None)
             except NoRoomError as error:  # the answer of a dry run, and no fault
                 no_room = error
     except InUseError:
@@ -70,10 +70,9 @@ def run(argv: list[str]) -> int:
 
 def _train(console: Console, training: Any) -> int:
     """Trains, and exports; returns the exit status."""
-    from bdh.distributed.errors import reported_to_starter
     from bdh.monitor import Monitor
+    from bdh.train.batches import DataStopped
     from bdh.train.loop import fit
-    from bdh.train.step import DataStopped
     from bdh.train.stored import resume_command, settings_to_store
 
     settings = training.settings
@@ -114,8 +113,7 @@ def _train(console: Console, training: Any) -> int:
 
 def _dry_run(console: Console, training: Any) -> int:
     """Prints what the run would take; status 1 where it does not fit."""
-    from bdh.distributed.errors import reported_to_starter
-    from bdh.train.forecast import forecast
+    from bdh.train.dry_run import forecast
 
     with reported_to_starter():
         found = forecast(training, say=lambda line: console.print(line, markup=False))
@@ -127,7 +125,7 @@ def _dry_run(console: Console, training: Any) -> int:
 
 def _no_room(error: Any, rank: int) -> int:
     """The same of a run whose model has no room."""
-    from bdh.train.forecast import forecast_without_room
+    from bdh.train.dry_run import forecast_without_room
 
     if rank == 0:
         print("\n".join(forecast_without_room(error).lines()))
@@ -220,7 +218,7 @@ def _describe_data(facts: dict[str, Any]) -> str:
     return f"{facts['source']}: {facts['train_tokens']:,} tokens to train on, {facts['val_tokens']:,} for validation"
 
 
-def _settings_to_resume(argv: list[str]) -> dict[str, Any] | None:
+def settings_to_resume(argv: list[str]) -> dict[str, Any] | None:
     """The stored settings of the run that is to be resumed, below everything given now.
 
     An early stop is not among them: it was meant for the start that it was given to.

@@ -77,6 +77,10 @@ class Batch:
     def __getitem__(self, rows: slice) -> "Batch":
         return self._each(lambda tensor: tensor[rows])
 
+    def pinned(self) -> "Batch":
+        """In page-locked memory, from which a GPU copies while it computes."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
     def to(self, device: torch.device) -> "Batch":
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
@@ -172,13 +176,18 @@ class StepLoader:
             batch_of_step: the sequences of a step that this process gets.
         """
         self._kind, self._seed, self._batch_of_step, self._step = kind, seed, batch_of_step, 0
+        self._prepared: Batch | None = None
 
     def prepare(self) -> None:
-        pass
+        if self._prepared is None:
+            self._prepared = self._batch_of_step(self._step)
 
     def next(self) -> Batch:
+        self.prepare()
+        assert self._prepared is not None
+        batch, self._prepared = self._prepared, None
         self._step += 1
-        return self._batch_of_step(self._step - 1)
+        return batch
 
     def state_dict(self) -> dict[str, Any]:
         return {"kind": self._kind, "step": self._step, "seed": self._seed}
@@ -189,7 +198,7 @@ class StepLoader:
             ValueError: the state is of another kind of loader, or of another seed.
         """
         check_state(state, self._kind, seed=self._seed)
-        self._step = state["step"]
+        self._step, self._prepared = state["step"], None
 
 
 def join_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -27,6 +27,8 @@ class World:
         self.control: dist.ProcessGroup | None = None
         # A checkpoint that is written in the background talks in between, so it needs a group of its own.
         self.storage: dist.ProcessGroup | None = None
+        # So does the thread that prepares the next batch.
+        self._loading: dist.ProcessGroup | None = None
 
     @classmethod
     def join(cls, device_type: str, timeout_minutes: float = 30.0, *, even_alone: bool = False) -> "World":
@@ -53,8 +55,8 @@ class World:
                 torch.cuda.set_device(local_rank)
                 options["device_id"] = torch.device("cuda", local_rank)
             dist.init_process_group("cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo", **options)
-        world.control, world.storage = (
-            dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes)) for _ in range(2)
+        world.control, world.storage, world._loading = (
+            dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes)) for _ in range(3)
         )
         return world
 
@@ -62,7 +64,7 @@ class World:
         """Says goodbye, so that no other process waits or complains."""
         if self.control is not None:
             dist.destroy_process_group()
-            self.control = self.storage = None
+            self.control = self.storage = self._loading = None
 
     @property
     def is_main(self) -> bool:
@@ -82,12 +84,16 @@ class World:
         dist.all_reduce(numbers, group=self.control)
         return [number > 0 for number in numbers.tolist()]
 
-    def gather(self, value: Any) -> list[Any]:
-        """Every process's ``value``, by rank: small plain data."""
+    def gather(self, value: Any, *, beside_training: bool = False) -> list[Any]:
+        """Every process's ``value``, by rank: small plain data.
+
+        Args:
+            beside_training: called by the thread that prepares batches, while the training's own may call other methods.
+        """
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.control)
+        dist.all_gather_object(values, value, group=self._loading if beside_training else self.control)
         return values
 
     def wait_for_all(self) -> None:
@@ -95,7 +101,7 @@ class World:
             dist.barrier(group=self.control)
 
     @contextmanager
-    def one_first(self) -> Iterator[None]:
+    def rank0_first(self) -> Iterator[None]:
         """Lets rank 0 do something, such as filling a cache, then the first of each other machine, then the rest.
 
         So it is done once where the machines share a disk, and once on each where they do not.

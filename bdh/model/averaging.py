@@ -1,6 +1,7 @@
 """Averages of weights: of several models, and of one model over the steps of its training."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -65,11 +66,30 @@ class MovingAverage:
         self.weights = {name: weight.detach().clone() for name, weight in _trained(model)}
 
     @torch.no_grad()
-    def update(self, model: torch.nn.Module, step: int) -> None:
-        """Takes in the weights after a step."""
-        decay = min(self._decay, (1 + step) / (10 + step))
+    def update(self, model: torch.nn.Module, step: int, *, unless: torch.Tensor | None = None) -> None:
+        """Takes in the weights after a step.
+
+        Args:
+            unless: bool (): where it is set, the average stays as it is. On a GPU it is not waited for.
+        """
+        share: float | torch.Tensor = 1 - min(self._decay, (1 + step) / (10 + step))
+        if unless is not None and unless.device.type == "cpu":
+            if unless:
+                return
+        elif unless is not None:
+            share = torch.where(unless, 0.0, share)
         for name, weight in _trained(model):
-            self.weights[name].lerp_(weight, 1 - decay)
+            average = self.weights[name]
+            average.lerp_(weight, share if isinstance(share, float) else share.to(average.dtype))
+
+    @contextmanager
+    def in_place_of_weights(self, model: torch.nn.Module) -> Iterator[None]:
+        """Within it, the model has the average as its weights."""
+        self.swap(model)
+        try:
+            yield
+        finally:
+            self.swap(model)
 
     @torch.no_grad()
     def swap(self, model: torch.nn.Module) -> None:

@@ -2,11 +2,13 @@
 
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
-from bdh.data.corpus import ValidationPart
+from bdh.data.corpus import Batch, ValidationPart
 from bdh.evaluate.activity import measure_activity
 from bdh.evaluate.loss import Metrics
 from bdh.evaluate.parts import evaluate_parts
@@ -15,21 +17,30 @@ from bdh.generate.texts import generate_text
 from bdh.memory import peak_bytes
 from bdh.monitor import Monitor
 from bdh.tokenizer.chat import question
+from bdh.train.batches import DataStopped
 from bdh.train.checkpoint import CheckpointError
-from bdh.train.run import Run
+from bdh.train.optim import StepResult
+from bdh.train.runtime import StepClock, matmul_peak, training_flops_per_token
+from bdh.train.setup import Run
 from bdh.train.signals import deferred_signals
-from bdh.train.speed import StepClock, matmul_peak, training_flops_per_token
-from bdh.train.step import DataStopped, TrainingStopped, training_step
 from bdh.train.stored import resume_command
 
-# The GradScaler halves its scale after each overflow: this many in a row are no longer its search for one.
+# Several processes agree on a signal, so that all end after the same step, when the number of steps is a multiple of this.
+_AGREED_EVERY_STEPS = 10
+# float16's scale halves after each overflow: this many in a row are no longer its search for one.
 _MAX_SKIPPED_STEPS = 25
 # Whose neurons are counted at each evaluation: enough tokens for shares, a fraction of the evaluation's time.
 _ACTIVITY_WINDOWS = 16
 
 
+class TrainingStopped(ValueError):
+    """The loss or a gradient is not to be trusted; the weights are as they were before that step."""
+
+
 def fit(run: Run, monitor: Monitor) -> str:
     """Trains until the end, an early stop or a signal, and saves.
+
+    On a GPU the steps are not waited for, but for those after which something is logged, shown or saved.
 
     Returns:
         Why it ended: "finished", "stop_at_step", "patience", or the name of a signal.
@@ -40,76 +51,79 @@ def fit(run: Run, monitor: Monitor) -> str:
         CheckpointError: the last checkpoint could not be written.
         InUseError: another process has taken the folder, as this one was stopped for too long; nothing is written then.
     """
-    settings, progress = run.settings.train, run.progress
+    settings, progress, world = run.settings.train, run.progress, run.world
     step_model = torch.compile(run.parallel.step_model) if settings.compile else run.parallel.step_model
     validation = run.corpus.validation_parts(settings.eval_windows, run.document_end)
     last_step = min(settings.max_steps, settings.stop_at_step or settings.max_steps)
-    peak = matmul_peak(run.runtime) * run.world.size
-    flops_per_token = training_flops_per_token(run.model.config, settings.block_size)
+    num_tokens = run.rows_per_step * settings.block_size
+    flops_per_step = training_flops_per_token(run.model.config, settings.block_size) * num_tokens
+    peak_flops = matmul_peak(run.runtime) * world.size
     clock = StepClock()
-    skipped = 0
 
-    with deferred_signals() as received:
+    with deferred_signals() as received, run.batches.prepared_ahead():
         while progress.step < last_step:
             learning_rate = run.optimizers.set_learning_rate(progress.step)
             try:
-                result = training_step(run, step_model)
+                with clock.waiting_for_data():
+                    batch = run.batches.next()
             except DataStopped as stopped:
-                _save_before(stopped, run, monitor)
-                raise
-            skipped = 0 if result.updated else skipped + 1
-            if skipped > _MAX_SKIPPED_STEPS:
-                raise TrainingStopped(
-                    f"step {progress.step + 1}: {skipped} steps in a row had a loss or gradient not to be trusted; the "
-                    "weights are those before them"
-                )
-            run.lock.check(seldom=True)
+                raise _saved_before(stopped, run, monitor) from stopped
+            skip = training_step(run, step_model, batch)
             progress.step += 1
-            step = progress.step
-            progress.skipped_steps += not result.updated
-            if result.fault is not None:
-                monitor.warn(f"step {step}: {result.fault}: it did not change the weights")
-            if run.average is not None and result.updated:
-                run.average.update(run.model, step)
-            num_tokens = run.rows_per_step * settings.block_size
             progress.tokens_seen += num_tokens
-            clock.count(num_tokens, result.data_seconds)
+            clock.count(num_tokens)
+            step = progress.step
 
-            is_evaluated = False
-            if step % run.settings.monitor.log_every_steps == 0 or step == last_step or received:
-                times = clock.take_means()
+            is_last = step == settings.max_steps
+            logs = step % run.settings.monitor.log_every_steps == 0 or step == last_step
+            evaluates = step % settings.eval_every_steps == 0 or is_last
+            samples = settings.sample_every_steps > 0 and (step % settings.sample_every_steps == 0 or is_last)
+            saves = step % run.settings.checkpoint.every_steps == 0 or step == last_step
+            asks = world.size == 1 or step % _AGREED_EVERY_STEPS == 0
+            stopped_by = received.agreed(world) if asks else None
+            is_told = logs or evaluates or samples or saves or stopped_by is not None
+            # On a CPU there is nothing to wait for: what is wrong is told at once, and a bar moves.
+            is_seen = not run.guard.is_on_device and (bool(skip) or (world.size == 1 and clock.bar_is_due()))
+            if not (is_told or is_seen):
+                continue
+
+            result = read_results(run, monitor)
+            clock.read()
+            monitor.progress(step, loss=result.loss, tokens_per_second=clock.tokens_per_second)
+            if not is_told:
+                continue
+            run.lock.check(seldom=True)
+            if logs or stopped_by is not None:
+                means = clock.take_means()
                 values = {
                     "train/loss": result.loss,
                     "train/learning_rate": learning_rate,
                     "train/grad_norm": result.grad_norm,
                     "train/tokens": progress.tokens_seen,
                     "train/skipped_steps": progress.skipped_steps,
-                    "train/tokens_per_second": clock.tokens_per_second(),
-                    **{f"train/{name}": seconds for name, seconds in times.items()},
-                    "train/mfu": flops_per_token * num_tokens / times["step_seconds"] / peak,
+                    "train/tokens_per_second": clock.tokens_per_second,
+                    **{f"train/{name}": seconds for name, seconds in means.items()},
+                    "train/mfu": flops_per_step / means["step_seconds"] / peak_flops,
                     **{f"train/grad_norm/{name}": norm for name, norm in result.grad_norms.items()},
                 }
                 if (memory := peak_bytes(run.runtime.device)) is not None:
                     values["train/peak_memory_bytes"] = memory
                 monitor.log(step, values)
-            monitor.progress(step, loss=result.loss, tokens_per_second=clock.tokens_per_second())
-
             is_best = False
-            if step % settings.eval_every_steps == 0 or step == settings.max_steps:
-                with clock.paused():
-                    is_best, is_evaluated = evaluate(run, monitor, validation), True
-            if settings.sample_every_steps and (step % settings.sample_every_steps == 0 or step == settings.max_steps):
-                with clock.paused():
+            with clock.paused():
+                if evaluates:
+                    is_best = evaluate(run, monitor, validation)
+                if samples:
                     sample(run, monitor)
-            out_of_patience = (
-                is_evaluated
-                and settings.patience is not None
-                and progress.evaluations_without_gain >= settings.patience
-            )
-            stopped_by = received.agreed(run.world)  # asked once: another may come while this step is saved
-            ends = step == last_step or out_of_patience or stopped_by is not None
-            if is_best or ends or step % run.settings.checkpoint.every_steps == 0:
-                with clock.paused():
+                if stopped_by is None and asks and (evaluates or samples):  # one may have come meanwhile
+                    stopped_by = received.agreed(world)
+                out_of_patience = (
+                    evaluates
+                    and settings.patience is not None
+                    and progress.evaluations_without_gain >= settings.patience
+                )
+                ends = step == last_step or out_of_patience or stopped_by is not None
+                if is_best or saves or ends:
                     save(run, monitor, is_best=is_best, is_last=ends)
             if stopped_by is not None:
                 return stopped_by
@@ -118,8 +132,100 @@ def fit(run: Run, monitor: Monitor) -> str:
     return "finished" if progress.step >= settings.max_steps else "stop_at_step"
 
 
+def training_step(run: Run, step_model: Callable[..., Any], batch: Batch) -> torch.Tensor:
+    """Forward and backward passes over the step's sequences, and the update: nothing in it waits for a GPU.
+
+    With several processes, each takes its share of the sequences; the gradients are those of all. What the step came to is
+    kept until :func:`read_results`. A step whose loss or gradient is not finite, or a spike, does not change the weights.
+
+    Returns:
+        Whether they stay as they were: bool (), on the device.
+    """
+    settings, device, world = run.settings.train, run.runtime.device, run.world
+    run.model.train()
+    run.optimizers.zero_grad()
+    num_targets: torch.Tensor | int = max(1, batch.num_targets * world.size)
+    if world.size > 1 and not run.counts_all_tokens:
+        num_targets = world.sum(torch.tensor(batch.num_targets, device=device)).clamp_min(1)
+
+    loss = torch.zeros((), device=device, dtype=run.model.dtype)
+    micro_batches = list(batch.split(settings.batch_size))
+    for index, part in enumerate(micro_batches):
+        part = part.to(device)
+        with run.parallel.accumulating(is_last=index == len(micro_batches) - 1):
+            with run.runtime.autocast():
+                output = step_model(
+                    input_ids=part.input_ids,
+                    shift_labels=part.targets,
+                    document_starts=part.starts,
+                    num_items_in_batch=num_targets,
+                    past_key_values=run.carried.before(index) if run.carried else None,
+                    use_cache=run.carried is not None,
+                )
+            if run.carried:
+                run.carried.keep(index, output.past_key_values)
+            # The processes' gradients are averaged, but the loss is a sum over them. One that is not finite makes the
+            # gradients so, which tells every process.
+            part_loss = output.loss.detach()
+            factor = (run.loss_scale.value * world.size).to(part_loss)
+            output.loss.backward(torch.where(part_loss.isfinite(), factor, math.nan))
+        loss += part_loss
+    if run.guard.needs_loss_of_all:
+        world.sum(loss)
+
+    weights = {name: p for name, p in run.model.named_parameters() if p.grad is not None}
+    gradients = [p.grad for p in weights.values() if p.grad is not None]
+    if run.loss_scale.is_enabled:
+        for gradient in gradients:
+            gradient /= run.loss_scale.value
+    norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients])
+    norms = norms.full_tensor() if isinstance(norms, DTensor) else norms
+    norm = torch.linalg.vector_norm(norms)
+    torch.nn.utils.clip_grads_with_norm_(weights.values(), settings.grad_clip or math.inf, norm)
+    skip = run.guard.judge(loss, norm, norms, tuple(weights))
+    if run.settings.checkpoint.in_background:
+        run.checkpointer.wait_until_copied()  # it may still be reading the weights
+    run.optimizers.step(skip, on_device=run.guard.is_on_device)
+    run.loss_scale.update(norm)
+    if run.carried:
+        run.carried.forget(~loss.isfinite())
+    if run.average is not None:
+        run.average.update(run.model, run.progress.step + 1, unless=skip)
+    return skip
+
+
+def read_results(run: Run, monitor: Monitor) -> StepResult:
+    """Waits for the device, and tells of the steps since the last call whose weights were not changed.
+
+    Returns:
+        What the last step came to.
+
+    Raises:
+        TrainingStopped: a loss or a gradient is not finite, or a spike, and ``train.on_nonfinite`` is "stop": the weights are
+            those before that step, as no step after it has changed them. Or too many steps in a row were skipped.
+    """
+    progress = run.progress
+    results = run.guard.read(progress.step)
+    for result in results:
+        if result.fault is not None and run.settings.train.on_nonfinite == "stop":
+            raise TrainingStopped(
+                f"step {result.step}: {result.fault}; the weights are those after step {result.step - 1}. A lower "
+                "train.learning_rate or a longer train.warmup_steps may help; train.on_nonfinite=skip leaves such steps out"
+            )
+        progress.skipped_steps += not result.updated
+        progress.skipped_in_a_row = 0 if result.updated else progress.skipped_in_a_row + 1
+        if progress.skipped_in_a_row > _MAX_SKIPPED_STEPS:
+            raise TrainingStopped(
+                f"step {result.step}: {progress.skipped_in_a_row} steps in a row had a loss or gradient not to be trusted; "
+                "the weights are those before them"
+            )
+        if result.fault is not None:
+            monitor.warn(f"step {result.step}: {result.fault}: it did not change the weights")
+    return results[-1]
+
+
 def evaluate(run: Run, monitor: Monitor, validation: list[ValidationPart]) -> bool:
-    """Measures the validation rows, which the processes share, and tells whether the model is the best so far."""
+    """Measures the validation sequences, which the processes share, and tells whether the model is the best so far."""
     progress, world = run.progress, run.world
 
     def measure() -> tuple[Metrics, dict[str, Metrics]]:
@@ -139,23 +245,20 @@ def evaluate(run: Run, monitor: Monitor, validation: list[ValidationPart]) -> bo
         if world.is_main:
             windows = run.corpus.validation_windows(min(run.settings.train.eval_windows, _ACTIVITY_WINDOWS))
             activity = measure_activity(run.model, windows[:, :-1], autocast=run.runtime.autocast)
-            values |= activity.as_dict("val/") | weight_norms(run.model)
+            values |= activity.as_dict("val/")
             for name, weight in run.model.named_parameters():
+                values[f"weights/norm/{name}"] = weight.detach().norm().item()
                 monitor.log_histogram(progress.step, f"weights/{name}", weight)
-            for kind, passes in activity.samples.items():
-                for index, sampled in enumerate(passes):
+            for kind, layer_steps in activity.samples.items():
+                for index, sampled in enumerate(layer_steps):
                     monitor.log_histogram(progress.step, f"val/{kind}/{index}", sampled)
     progress.last_metrics = metrics.as_dict()
     num_windows = sum(len(part.batch.tokens) for part in validation)
     progress.last_evaluation = {"step": progress.step, "windows": num_windows, "tokens": metrics.num_tokens}
     averaged = ""
     if run.average is not None:
-        run.average.swap(run.model)
-        try:
-            with run.parallel.whole_model():
-                of_average, _ = measure()
-        finally:
-            run.average.swap(run.model)
+        with run.average.in_place_of_weights(run.model), run.parallel.whole_model():
+            of_average, _ = measure()
         progress.last_ema_metrics = of_average.as_dict()
         values |= of_average.as_dict("val_ema/")
         averaged = f"; moving average: loss {of_average.loss:.4f}"
@@ -190,71 +293,62 @@ def take_best(run: Run, values: dict[str, float]) -> bool:
     return is_best
 
 
-def weight_norms(model: torch.nn.Module) -> dict[str, float]:
-    """The L2 norm of each weight."""
-    return {f"weights/norm/{name}": weight.detach().norm().item() for name, weight in model.named_parameters()}
-
-
 def sample(run: Run, monitor: Monitor) -> None:
     """Continues the fixed prompts, from the run's seed, and writes the texts to ``samples.jsonl``."""
-    settings = run.settings.train
+    settings, step = run.settings.train, run.progress.step
     if run.parallel.strategy != "fsdp" and not run.world.is_main:
         return
     with run.parallel.whole_model():
-        if not run.world.is_main:
-            return
-        for number, prompt in enumerate(settings.sample_prompts):
+        for number, prompt in enumerate(settings.sample_prompts if run.world.is_main else []):
             params = SamplingParams(
                 max_tokens=settings.sample_max_new_tokens, temperature=0.8, top_k=50, seed=settings.seed + number
             )
             # A model that learns to answer is asked.
             asked = question(run.tokenizer, prompt) if run.corpus.is_chat else prompt
-            _record_sample(run, monitor, number, prompt, generate_text(run.model, run.tokenizer, asked, params))
+            text = generate_text(run.model, run.tokenizer, asked, params)
+            monitor.log_text(step, f"samples/{number}", prompt + text)
+            monitor.message(f"step {step}: {prompt!r} continues: {json.dumps(text, ensure_ascii=False)}")
+            line = json.dumps({"step": step, "prompt": prompt, "text": text}, ensure_ascii=False)
+            try:
+                with (run.folder / "samples.jsonl").open("a", encoding="utf-8") as file:
+                    file.write(line + "\n")
+            except OSError as error:
+                monitor.warn(f"the sample of step {step} could not be written: {error}")
 
 
-def _record_sample(run: Run, monitor: Monitor, number: int, prompt: str, text: str) -> None:
-    step = run.progress.step
-    monitor.log_text(step, f"samples/{number}", prompt + text)
-    monitor.message(f"step {step}: {prompt!r} goes on: {json.dumps(text, ensure_ascii=False)}")
-    line = json.dumps({"step": step, "prompt": prompt, "text": text}, ensure_ascii=False)
-    try:
-        with (run.folder / "samples.jsonl").open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-    except OSError as error:
-        monitor.warn(f"the sample of step {step} could not be written: {error}")
-
-
-def _save_before(stopped: DataStopped, run: Run, monitor: Monitor) -> None:
-    """Saves at the place from which the text cannot be read, and says so in the error."""
-    try:
-        save(run, monitor, is_best=False, is_last=True, loader_state=stopped.loader_state)
-    except CheckpointError as error:
-        raise CheckpointError(f"{stopped}; {error}") from stopped
-    stopped.add_note(
-        f"everything up to step {run.progress.step} is saved: when the text is mended, "
-        f"`{resume_command(run.folder)}` goes on from there"
-    )
-
-
-def save(
-    run: Run, monitor: Monitor, *, is_best: bool, is_last: bool, loader_state: dict[str, Any] | None = None
-) -> None:
-    """Writes a checkpoint. Where the disk refuses, the training goes on, but cannot end well.
+def save(run: Run, monitor: Monitor, *, is_best: bool, is_last: bool, is_before_fault: bool = False) -> None:
+    """Writes a checkpoint. Where the disk refuses, the training continues, but cannot end well.
 
     Args:
-        loader_state: instead of the loader's own, where it stopped at text that cannot be read.
+        is_before_fault: it stands where the text cannot be read any further.
     """
     try:
         run.checkpointer.wait()  # for the one before, if it is written in the background
     except CheckpointError as error:
-        monitor.warn(f"{error}. The training goes on")
+        monitor.warn(f"{error}. The training continues")
     try:
-        run.save(is_best=is_best, loader_state=loader_state)
+        run.save(is_best=is_best, is_before_fault=is_before_fault)
         if is_last:
             run.checkpointer.wait()
     except CheckpointError as error:
         if is_last and run.checkpointer.steps():
-            raise CheckpointError(f"{error}, and `{resume_command(run.folder)}` goes on from it") from error
+            raise CheckpointError(f"{error}, and `{resume_command(run.folder)}` continues from it") from error
         if is_last:
             raise
-        monitor.warn(f"{error}. The training goes on")
+        monitor.warn(f"{error}. The training continues")
+
+
+def _saved_before(stopped: DataStopped, run: Run, monitor: Monitor) -> Exception:
+    """Saves at the place from which the text cannot be read, and returns what to raise."""
+    error = DataStopped(f"step {run.progress.step + 1}: {stopped}")
+    if run.guard.has_unread:
+        read_results(run, monitor)
+    try:
+        save(run, monitor, is_best=False, is_last=True, is_before_fault=True)
+    except CheckpointError as failed:
+        return CheckpointError(f"{error}; {failed}")
+    error.add_note(
+        f"everything up to step {run.progress.step} is saved: when the text is mended, "
+        f"`{resume_command(run.folder)}` continues from there"
+    )
+    return error

@@ -1,11 +1,17 @@
-"""Optimizers, and the course of the learning rate."""
+"""What turns gradients into an update: schedules, optimizers, float16's loss scale, and the guard against bad steps.
+
+Nothing here waits for a GPU but :meth:`UpdateGuard.read`: whether a step may change the weights is decided on the device.
+"""
 
 import math
-from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
+from bdh.distributed.world import World
 from bdh.train.config import TrainSettings
 
 
@@ -34,20 +40,19 @@ def learning_rate_factor(step: int, settings: TrainSettings) -> float:
 class Optimizers:
     """The optimizers of a model's weights, but for frozen ones, stepped together.
 
-    AdamW for everything, or Muon for the neurons' matrices (``encoder``, ``encoder_v``, ``decoder``) with
-    AdamW for the embedding and the head.
+    AdamW for everything, or Muon for the neurons' matrices (``encoder``, ``encoder_v``, ``decoder``) with AdamW for the
+    embedding and the head.
     """
 
     def __init__(self, model: nn.Module, settings: TrainSettings):
-        self._settings = settings
-        self._names: dict[torch.Tensor, str] = {p: name for name, p in model.named_parameters()}
+        self._model, self._settings = model, settings
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        ends = [p for name, p in trained.items() if name.startswith(("embed.", "lm_head."))]
-        ends_ids = {id(p) for p in ends}
-        matrices = [p for p in trained.values() if id(p) not in ends_ids]
-        ends_decay = {"weight_decay": settings.weight_decay if settings.decay_embeddings else 0.0}
+        embeddings = [p for name, p in trained.items() if name.startswith(("embed.", "lm_head."))]
+        embedding_ids = {id(p) for p in embeddings}
+        matrices = [p for p in trained.values() if id(p) not in embedding_ids]
         lr = settings.learning_rate
-        groups = [{"params": ends, **ends_decay}]
+        embeddings_decay = settings.weight_decay if settings.decay_embeddings else 0.0
+        groups: list[dict[str, Any]] = [{"params": embeddings, "weight_decay": embeddings_decay}]
         self.all: list[torch.optim.Optimizer] = []
         if settings.optimizer == "muon":
             # match_rms_adamw scales the updates to AdamW's size, so that one learning rate fits both.
@@ -56,8 +61,8 @@ class Optimizers:
             )
         else:
             groups.append({"params": matrices, "weight_decay": settings.weight_decay})
-        device = next(model.parameters()).device.type
-        fused = device in ("cpu", "cuda")
+        self._device = next(model.parameters()).device.type
+        fused = self._device in ("cpu", "cuda")
         self.all.append(torch.optim.AdamW(groups, lr=lr, betas=(settings.beta1, settings.beta2), fused=fused))
 
     def set_learning_rate(self, step: int) -> float:
@@ -72,24 +77,251 @@ class Optimizers:
         for optimizer in self.all:
             optimizer.zero_grad(set_to_none=True)
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """What the optimizers keep of each weight, as "encoder.weight.exp_avg". Settings are not among it."""
-        return {
-            f"{self._names[weight]}.{key}": value
-            for optimizer in self.all
-            for weight, state in optimizer.state.items()
-            for key, value in state.items()
-        }
+    def step(self, skip: torch.Tensor, *, on_device: bool) -> None:
+        """Updates the weights, unless ``skip`` is set: then weights and optimizer state stay as they are.
 
-    def make_room(self, shapes: Mapping[str, tuple[torch.Size, torch.dtype]]) -> None:
-        """Makes tensors of the stored shapes, sharded as the weights are, for :meth:`tensors` to be read into."""
+        Args:
+            skip: bool (), on the weights' device.
+            on_device: decide there, without waiting for it.
+        """
+        if not on_device:
+            if not skip:
+                for optimizer in self.all:
+                    optimizer.step()
+            return
         for optimizer in self.all:
-            for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
-                prefix = f"{self._names[weight]}."
-                optimizer.state[weight] = {
-                    name.removeprefix(prefix): torch.zeros_like(weight, dtype=dtype)
-                    if shape == weight.shape
-                    else torch.zeros(shape, dtype=dtype, device=weight.device)
-                    for name, (shape, dtype) in shapes.items()
-                    if name.startswith(prefix)
-                }
+            if optimizer.defaults.get("fused"):
+                # As torch.amp.GradScaler does: the fused kernels change nothing where this is 1. Checked with PyTorch 2.13.
+                optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
+                optimizer.step()
+            else:
+                _step_or_undo(optimizer, skip)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What the optimizers keep of each weight, as "encoder.weight.exp_avg", sharded as the weights are.
+
+        Settings are not among it. Empty before the first update.
+        """
+        if not any(optimizer.state for optimizer in self.all):
+            return {}
+        options = StateDictOptions(flatten_optimizer_state_dict=True)
+        state: dict[str, Any] = get_optimizer_state_dict(self._model, self.all, options=options)
+        prefix = "state."
+        return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+    def make_state(self) -> None:
+        """Gives optimizers that have made no update yet what :meth:`tensors` has after one, to be read into."""
+        get_optimizer_state_dict(self._model, self.all)
+
+
+def _step_or_undo(optimizer: torch.optim.Optimizer, skip: torch.Tensor) -> None:
+    """For optimizers that cannot leave a step out on the device. The copy lives while the activations do not."""
+
+    def tensors() -> list[torch.Tensor]:
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        kept = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+        return weights + kept
+
+    with torch.no_grad():
+        before = {tensor: tensor.detach().clone() for tensor in tensors()}
+        optimizer.step()
+        for tensor in tensors():
+            old = before[tensor] if tensor in before else torch.zeros_like(tensor)
+            tensor.copy_(torch.where(skip.to(tensor.device), old, tensor))
+
+
+class LossScale:
+    """Keeps small gradients in float16's range; 1 for the other dtypes.
+
+    The rule is that of ``torch.amp.GradScaler``: halved after an overflow, doubled after 2,000 steps without one. It decides
+    by the norm of all gradients, which is the same on every process, and never waits for the device.
+    """
+
+    _GROWTH_STEPS = 2000
+
+    def __init__(self, device: torch.device, *, is_float16: bool):
+        self.is_enabled = is_float16
+        self.value = torch.full((), 65536.0 if is_float16 else 1.0, device=device)
+        self._good_steps = torch.zeros((), dtype=torch.int32, device=device)
+
+    def update(self, norm: torch.Tensor) -> None:
+        """Takes in the gradient's norm of a step."""
+        if not self.is_enabled:
+            return
+        is_good = norm.isfinite()
+        self._good_steps = torch.where(is_good, self._good_steps + 1, 0)
+        grows = self._good_steps >= self._GROWTH_STEPS
+        factor = torch.where(grows, 2.0, 1.0)
+        self.value = self.value * torch.where(is_good, factor, 0.5)
+        self._good_steps = torch.where(grows, 0, self._good_steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Under the names that ``GradScaler`` gives them."""
+        if not self.is_enabled:
+            return {}
+        return {"scale": self.value.item(), "_growth_tracker": int(self._good_steps.item())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over a stored scale; an empty state, of a run that was not in float16 until now, changes nothing."""
+        if state and self.is_enabled:
+            self.value.fill_(state["scale"])
+            self._good_steps.fill_(state["_growth_tracker"])
+
+
+class NormStatistics:
+    """Running mean and variance of the gradient's norm, as in ZClip (arXiv 2504.02507, with its decay and warm-up).
+
+    ZClip scales a spike down; here it is for the caller to decide. A spike enters the statistics as the norm at the
+    threshold, so that a lasting change of level is learned, and a single spike hardly matters.
+    """
+
+    _DECAY = 0.97
+    _WARMUP_STEPS = 25
+
+    def __init__(self, device: torch.device, threshold: float):
+        self._threshold = threshold
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._values = torch.zeros(3, dtype=dtype, device=device)  # mean, variance, steps counted
+
+    @property
+    def mean(self) -> torch.Tensor:
+        return self._values[0]
+
+    def z_score(self, norm: torch.Tensor) -> torch.Tensor:
+        """Standard deviations by which ``norm`` exceeds the mean; 0 in the first 25 steps, which only count."""
+        mean, variance, count = self._values
+        z = (norm.to(mean.dtype) - mean) / torch.maximum(variance.sqrt(), 1e-12 + 1e-6 * mean)
+        return torch.where(count < self._WARMUP_STEPS, 0.0, z)
+
+    def take_in(self, norm: torch.Tensor) -> None:
+        """Counts a step's norm, unless it is not finite."""
+        mean, variance, count = self._values
+        norm = norm.to(mean.dtype)
+        # Of the first steps Welford's mean and variance.
+        early_mean = mean + (norm - mean) / (count + 1)
+        early_variance = variance + ((norm - mean) * (norm - early_mean) - variance) / (count + 1)
+        clipped = torch.minimum(norm, mean + self._threshold * variance.sqrt())
+        late_variance = self._DECAY * variance + (1 - self._DECAY) * (clipped - mean) ** 2
+        late_mean = self._DECAY * mean + (1 - self._DECAY) * clipped
+        is_early = count < self._WARMUP_STEPS
+        new = torch.stack(
+            [
+                torch.where(is_early, early_mean, late_mean),
+                torch.where(is_early, early_variance, late_variance),
+                torch.where(is_early, count + 1, count),
+            ]
+        )
+        self._values = torch.where(norm.isfinite(), new, self._values)
+
+    def state_dict(self) -> dict[str, Any]:
+        mean, variance, count = self._values.tolist()
+        return {"mean": mean, "variance": variance, "count": int(count)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state:
+            values = [state["mean"], state["variance"], state["count"]]
+            self._values = torch.tensor(values, dtype=self._values.dtype, device=self._values.device)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step came to, over all processes."""
+
+    step: int
+    loss: float
+    """Nats per token, the mean over all tokens that count."""
+    grad_norm: float
+    """Of all gradients together, before clipping."""
+    grad_norms: dict[str, float]
+    """Of each weight's gradient, before clipping."""
+    updated: bool
+    """Whether the weights were: float16 skips a step whose scaled gradients overflow, and lowers the scale."""
+    fault: str | None
+    """What was not finite, or a spike."""
+
+
+class UpdateGuard:
+    """Decides on the device which steps may change the weights, and keeps what they came to until it is read.
+
+    A step whose loss or gradient is not finite, or whose gradient is a spike (``train.spike_threshold``), changes nothing.
+    With ``train.on_nonfinite`` "stop" no step after it does either: so, however late the fault is read, the weights are those
+    before it. The loss needs no check of its own: one that is not finite makes the gradients so, on every process.
+    """
+
+    def __init__(self, settings: TrainSettings, device: torch.device, world: World, *, is_float16: bool):
+        self._stops = settings.on_nonfinite == "stop"
+        self._is_float16 = is_float16
+        self._threshold = settings.spike_threshold
+        self._world = world
+        self._statistics = None if self._threshold is None else NormStatistics(device, self._threshold)
+        self._stopped = torch.zeros((), dtype=torch.bool, device=device)
+        # Of each step since the last reading: loss (of this process, or of all), norm, skip, norms, z-score, mean.
+        self._pending: list[tuple[torch.Tensor, ...]] = []
+        self._names: tuple[str, ...] = ()
+        self.is_on_device = device.type != "cpu"
+        """Whether steps are decided without waiting for them; on a CPU there is nothing to wait for."""
+        # Under float16 an overflow is no fault, but a loss that is not finite is: then all must know the loss in each step.
+        self.needs_loss_of_all = world.size > 1 and (is_float16 or settings.carry_state)
+
+    def judge(
+        self, loss: torch.Tensor, norm: torch.Tensor, norms: torch.Tensor, names: tuple[str, ...]
+    ) -> torch.Tensor:
+        """Whether the update is to be skipped: bool (), the same on every process.
+
+        Args:
+            loss: (), this process's part of the sum over all; with ``needs_loss_of_all`` the whole of it.
+            norm: (), of the gradient over all processes.
+            norms: (n,), the same of each weight, in the order of ``names``.
+        """
+        skip = ~norm.isfinite()
+        fault = ~loss.isfinite() if self._is_float16 else skip
+        z = mean = torch.zeros_like(norm)
+        if self._statistics is not None and self._threshold is not None:
+            z, mean = self._statistics.z_score(norm), self._statistics.mean
+            self._statistics.take_in(norm)
+            is_spike = norm.isfinite() & (z > self._threshold)
+            skip, fault = skip | is_spike, fault | is_spike
+        if self._stops:
+            self._stopped = self._stopped | fault
+            skip = skip | self._stopped
+        self._pending.append((loss, norm, skip, norms, z, mean))
+        self._names = names
+        return skip
+
+    def read(self, step: int) -> list[StepResult]:
+        """What the steps since the last call came to, up to ``step``: waits for the device, all processes together."""
+        if not self._pending:
+            return []
+        dtype = torch.float32 if self._stopped.device.type == "mps" else torch.float64
+        losses, norm, skip, norms, z, mean = (torch.stack(column) for column in zip(*self._pending, strict=True))
+        self._pending = []
+        if not self.needs_loss_of_all:
+            losses = self._world.sum(losses)
+        columns = [each.to(dtype)[:, None] for each in (losses, norm, skip, z, mean)]
+        rows = torch.cat([*columns, norms.to(dtype)], dim=1).tolist()
+        first = step - len(rows) + 1
+        return [self._result(first + number, *row) for number, row in enumerate(rows)]
+
+    def _result(
+        self, step: int, loss: float, norm: float, skipped: float, z: float, mean: float, *norms: float
+    ) -> StepResult:
+        fault = None
+        if not math.isfinite(loss):
+            fault = f"the loss is {loss}"
+        elif not math.isfinite(norm):  # float16's scale is found by such overflows
+            fault = None if self._is_float16 else f"the gradient's norm is {norm}"
+        elif self._threshold is not None and z > self._threshold:
+            fault = f"the gradient's norm is {norm:.4g}, {z:.1f} standard deviations above its mean of {mean:.4g}"
+        return StepResult(step, loss, norm, dict(zip(self._names, norms, strict=True)), not skipped, fault)
+
+    @property
+    def has_unread(self) -> bool:
+        return bool(self._pending)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The statistics of the norms; empty without a threshold."""
+        return {} if self._statistics is None else self._statistics.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self._statistics is not None:
+            self._statistics.load_state_dict(state)

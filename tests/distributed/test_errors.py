@@ -9,7 +9,7 @@ def test_an_error_of_one_process_ends_all_and_is_named(torchrun, tmp_path):
     script.write_text(
         textwrap.dedent(
             """
-            from bdh.distributed.errors import reported_to_starter
+            from bdh.distributed.environment import reported_to_starter
             from bdh.distributed.world import World
 
             with reported_to_starter():

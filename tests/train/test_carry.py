@@ -10,7 +10,7 @@ from bdh.cli.settings import parse_settings
 from bdh.monitor import Monitor, MonitorConfig
 from bdh.train.config import RunSettings
 from bdh.train.loop import fit, training_step
-from bdh.train.run import open_run
+from bdh.train.setup import open_run
 
 from .conftest import TINY, losses, weights
 
@@ -76,7 +76,9 @@ def test_a_step_reads_on_where_the_one_before_ended(documents, tmp_path, parts):
     twin = run.corpus.train_loader(4, run.settings.train.seed, carry_state=True)
     batches = [twin.next() for _ in range(3)]
     run.optimizers.set_learning_rate(0)
-    results = [training_step(run, run.model) for _ in range(3)]
+    for _ in range(3):
+        training_step(run, run.model, run.batches.next())
+    results = run.guard.read(3)
 
     tokens = torch.cat([batch.input_ids for batch in batches], 1)
     starts = torch.cat([torch.zeros(4, 32, dtype=torch.bool) if b.starts is None else b.starts for b in batches], 1)
@@ -153,7 +155,8 @@ def test_a_run_with_documents_apart_has_the_loss_of_each_document_alone(document
                     nats += run.model.eval()(document[None], labels=document[None]).loss.item() * (len(document) - 1)
                     number += len(document) - 1
     assert number < 2 * 256  # there are several documents
-    assert training_step(run, run.model).loss == pytest.approx(nats / number, rel=1e-5)  # float32, other order
+    training_step(run, run.model, run.batches.next())
+    assert run.guard.read(1)[0].loss == pytest.approx(nats / number, rel=1e-5)  # float32, other order
 
 
 def test_documents_apart_without_an_end_of_documents_stops_before_anything_is_written(train, tmp_path, capsys):

@@ -39,7 +39,7 @@ def test_a_fault_is_saved_for_and_the_mended_file_gone_on_with(train, tmp_path, 
     assert len(told) == 1
     assert told[0].startswith(f"error: step {step + 1}: {path}, line 21: column 'text' holds {bad['text']!r}")
     assert told[0].endswith(
-        f"everything up to step {step} is saved: when the text is mended, `bdh train --run_dir {run} --resume` goes on "
+        f"everything up to step {step} is saved: when the text is mended, `bdh train --run_dir {run} --resume` continues "
         "from there"
     )
 

@@ -17,7 +17,7 @@ from bdh.monitor import Monitor, MonitorConfig
 from bdh.train.checkpoint import Checkpointer
 from bdh.train.config import RunSettings
 from bdh.train.loop import fit
-from bdh.train.run import Run, open_run
+from bdh.train.setup import Run, open_run
 
 from .conftest import TINY, losses
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from bdh.cli.main import main
 from bdh.train.checkpoint import Checkpointer
 from bdh.train.models import load_model
-from bdh.train.run import open_run
+from bdh.train.setup import open_run
 
 from .conftest import losses, weights
 from .test_chat import chat_file  # noqa: F401 (a fixture)

@@ -1,11 +1,12 @@
 import itertools
+import random
 
 import pytest
 import torch
 
 from bdh import BDHConfig, BDHForCausalLM
 from bdh.train.config import TrainSettings
-from bdh.train.optim import Optimizers, learning_rate_factor
+from bdh.train.optim import LossScale, NormStatistics, Optimizers, learning_rate_factor
 
 
 def factors(**settings) -> list[float]:
@@ -65,6 +66,9 @@ def test_embeddings_decay_only_when_asked(decay_embeddings):
     assert decays[id(model.encoder.weight)] == decays[id(model.decoder.weight)] == 0.3
 
 
+KEPT = {"adamw": ("step", "exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_restored_optimizer_goes_on_bit_equal(optimizer):
     settings = TrainSettings(optimizer=optimizer, learning_rate=1e-2, warmup_steps=0, max_steps=10)
@@ -75,8 +79,7 @@ def test_a_restored_optimizer_goes_on_bit_equal(optimizer):
             optimizers.set_learning_rate(start + i)
             optimizers.zero_grad()
             model(row[:, :-1], shift_labels=row[:, 1:]).loss.backward()
-            for each in optimizers.all:
-                each.step()
+            optimizers.step(torch.tensor(False), on_device=False)
 
     straight = tiny_model().eval()
     optimizers = Optimizers(straight, settings)
@@ -89,9 +92,101 @@ def test_a_restored_optimizer_goes_on_bit_equal(optimizer):
     second.load_state_dict(first.state_dict())
     restored = Optimizers(second, settings)
     stored = {name: tensor.clone() for name, tensor in optimizers.tensors().items()}
-    restored.make_room({name: (tensor.shape, tensor.dtype) for name, tensor in stored.items()})
+    assert restored.tensors() == {}
+    restored.make_state()
     assert restored.tensors().keys() == stored.keys()
+    assert {f"encoder.weight.{key}" for key in KEPT[optimizer]} | {"embed.weight.step"} <= stored.keys()
     for name, tensor in restored.tensors().items():
         tensor.copy_(stored[name])
     steps(second, restored, batches[3:], 3)
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), second.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("when", ["first", "later"])
+def test_a_step_is_left_out_on_the_device_to_the_bit(optimizer, when):
+    """AdamW by ``found_inf``, which no documentation of PyTorch promises; Muon by taking its changes back."""
+    model = tiny_model()
+    optimizers = Optimizers(model, TrainSettings(optimizer=optimizer, learning_rate=1e-2))
+
+    def step(factor: float, skip: bool) -> None:
+        optimizers.zero_grad()
+        ids = torch.arange(16)[None]
+        model(ids, labels=ids).loss.backward()
+        for weight in model.parameters():
+            weight.grad *= factor
+        optimizers.step(torch.tensor(skip), on_device=True)
+
+    if when == "later":
+        step(1.0, skip=False)
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    state = {name: tensor.clone() for name, tensor in optimizers.tensors().items()}
+    step(float("nan"), skip=True)
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
+    assert all(torch.equal(t, state.get(name, torch.zeros_like(t))) for name, t in optimizers.tensors().items())
+    step(1.0, skip=False)
+    assert not any(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
+
+
+def norms(number: int, mean: float = 2.0) -> list[torch.Tensor]:
+    generator = random.Random(3)
+    return [torch.tensor(generator.gauss(mean, 0.1)) for _ in range(number)]
+
+
+def statistics_of(values: list[torch.Tensor]) -> NormStatistics:
+    statistics = NormStatistics(torch.device("cpu"), threshold=6)
+    for value in values:
+        statistics.take_in(value)
+    return statistics
+
+
+def test_a_spike_stands_out_and_hardly_moves_the_statistics():
+    statistics = statistics_of(norms(200))
+    assert statistics.mean.item() == pytest.approx(2.0, abs=0.1)
+    assert statistics.z_score(torch.tensor(2.1)) < 4
+    spike = torch.tensor(20.0)
+    assert statistics.z_score(spike) > 50
+    statistics.take_in(spike)
+    assert statistics.mean < 2.2
+    assert statistics.z_score(spike) > 50
+    before = statistics.state_dict()
+    statistics.take_in(torch.tensor(float("nan")))
+    assert statistics.state_dict() == before
+
+
+def test_a_lasting_new_level_is_learned():
+    statistics = statistics_of(norms(100))
+    assert statistics.z_score(torch.tensor(4.0)) > 6
+    for norm in norms(300, mean=4.0):
+        statistics.take_in(norm)
+    assert statistics.z_score(torch.tensor(4.0)) < 3
+
+
+def test_the_first_steps_only_count():
+    statistics = statistics_of([])
+    for norm in norms(24):
+        assert statistics.z_score(1000 * norm) == 0.0
+        statistics.take_in(norm)
+    statistics.take_in(torch.tensor(2.0))
+    assert statistics.z_score(torch.tensor(1000.0)) > 100
+    again = statistics_of([])
+    again.load_state_dict(statistics.state_dict())
+    assert again.state_dict() == statistics.state_dict()
+    assert again.state_dict()["count"] == 25
+
+
+def test_the_loss_scale_halves_at_an_overflow_and_grows_after_2000_good_steps():
+    """As torch.amp.GradScaler does, whose state it can take over."""
+    reference = torch.amp.GradScaler("cpu", enabled=True)
+    reference.scale(torch.ones(()))
+    scale = LossScale(torch.device("cpu"), is_float16=True)
+    scale.load_state_dict(reference.state_dict())
+    assert scale.value.item() == reference.get_scale() == 65536
+    scale.update(torch.tensor(float("inf")))
+    assert scale.value.item() == 32768
+    for _ in range(1999):
+        scale.update(torch.tensor(1.0))
+    assert scale.value.item() == 32768
+    scale.update(torch.tensor(1.0))
+    assert scale.value.item() == 65536
+    assert scale.state_dict() == {"scale": 65536.0, "_growth_tracker": 0}

@@ -16,7 +16,7 @@ from bdh.monitor import Monitor, MonitorConfig
 from bdh.train.checkpoint import Checkpointer
 from bdh.train.config import RunSettings
 from bdh.train.loop import TrainingStopped, fit
-from bdh.train.run import open_run
+from bdh.train.setup import open_run
 
 from .conftest import TINY, losses, samples, weights
 
@@ -431,10 +431,10 @@ def test_float16_skips_a_step_whose_gradients_overflow(text_file, tmp_path, monk
         return gradient * float("inf") if len(calls) == 1 else gradient
 
     run.model.decoder.weight.register_hook(overflow_once)
-    scale = run.scaler.get_scale()
+    scale = run.loss_scale.value.item()
     with Monitor(run.folder, MonitorConfig(backends=["console", "jsonl"]), total_steps=3) as monitor:
         assert fit(run, monitor) == "finished"
-    assert run.scaler.get_scale() == scale / 2
+    assert run.loss_scale.value.item() == scale / 2
     assert all(torch.isfinite(w).all() for w in run.model.state_dict().values())
 
 

@@ -15,7 +15,7 @@ from bdh.train import loop
 from bdh.train.checkpoint import Checkpointer
 from bdh.train.config import RunSettings
 from bdh.train.loop import fit
-from bdh.train.run import open_run
+from bdh.train.setup import open_run
 from bdh.train.signals import deferred_signals
 
 from .conftest import TINY, losses, weights

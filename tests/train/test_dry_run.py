@@ -6,44 +6,25 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from bdh.cli.main import main
 from bdh.cli.settings import parse_settings
-from bdh.cli.train import _settings_to_resume
+from bdh.cli.train import settings_to_resume
 from bdh.distributed.world import World
-from bdh.train import measure, needs
-from bdh.train.advice import advise
+from bdh.train import dry_run
 from bdh.train.config import RunSettings
-from bdh.train.forecast import Forecast, Line, evaluated_rows, forecast, need_of, steps_to_go
-from bdh.train.measure import Measured, Point
-from bdh.train.run import open_run
+from bdh.train.dry_run import Forecast, Line, forecast
+from bdh.train.memory_estimate import MemoryEstimate
+from bdh.train.setup import open_run
 from bdh.train.stored import stored_settings
 
 from .conftest import TINY, losses
 
 MB = 10**6
-
-
-def made(**changes):
-    fields = {
-        "parts": {"weights": 10**6},
-        "peak": 2.6e9,
-        "is_counted": False,
-        "available": 3 * 10**9,
-        "seconds": Line(0.1, 0.05),
-        "rows": 16,
-        "passes": 2,
-        "update_seconds": 0.3,
-        "tokens_per_row": 128,
-        "processes": 2,
-        "steps": 100,
-        "evaluated_rows": 60,
-        "measured_rows": [4, 8],
-    }
-    return Forecast(**{**fields, **changes})
 
 
 @pytest.fixture
@@ -54,9 +35,21 @@ def opened(text_file, tmp_path, monkeypatch):
     def open_(*more, **overrides):
         settings = {**TINY, "data.source": text_file, "run_dir": tmp_path / "dry", "dry_run": True, **overrides}
         argv = [f"--{name}={value}" for name, value in settings.items()] + list(more)
-        return open_run(parse_settings(RunSettings, argv, prog="p", description="d", base=_settings_to_resume(argv)))
+        return open_run(parse_settings(RunSettings, argv, prog="p", description="d", base=settings_to_resume(argv)))
 
     return open_
+
+
+def estimate_of(run) -> MemoryEstimate:
+    return MemoryEstimate(run.settings, run.model.config, run.runtime, run.parallel.strategy, run.world.size)
+
+
+def measured(estimate: MemoryEstimate, base: int = 400 * MB, available: int = 10**12) -> Forecast:
+    """As if the counts were true."""
+    rows = (1, estimate.settings.train.batch_size)
+    peaks = [estimate.of_sequences(count).total - estimate.of_sequences(count).unmeasured for count in rows]
+    points = [(count, 0.1 * count, base + peak) for count, peak in zip(rows, peaks, strict=True)]
+    return Forecast(estimate, base, available, steps=100, evaluated_sequences=60, points=points)
 
 
 @pytest.fixture
@@ -64,23 +57,29 @@ def free(monkeypatch):
     """Makes up how much memory is free: the one thing that is made up here."""
 
     def make(num_bytes: int) -> None:
+        monkeypatch.setattr(dry_run, "MARGIN", 1.0)  # of these tests' own memory 5 % would be too much
+
         def available(*_) -> int:
             gc.collect()  # of what other tests have left
-            measure.give_back_free_memory()
+            dry_run.give_back_free_memory()
             return num_bytes
 
-        monkeypatch.setattr("bdh.train.forecast.MARGIN", 1.0)  # of these tests' own memory 5 % would be too much
-        monkeypatch.setattr(needs, "available_bytes", available)
+        monkeypatch.setattr(dry_run, "available_bytes", available)
 
     return make
 
 
 @pytest.fixture
-def passes(monkeypatch):
-    """The numbers of sequences of all passes that are run."""
+def steps(monkeypatch):
+    """The numbers of sequences of all steps that are run."""
     seen = []
-    run = measure._Passes.run
-    monkeypatch.setattr(measure._Passes, "run", lambda self, rows: (seen.append(rows), run(self, rows)))
+    step = dry_run.training_step
+
+    def noted(run, step_model, batch):
+        seen.append(len(batch.tokens))
+        return step(run, step_model, batch)
+
+    monkeypatch.setattr(dry_run, "training_step", noted)
     return seen
 
 
@@ -92,32 +91,30 @@ def test_a_line_goes_through_its_points():
     assert Line.through((4, 2.0), (8, 1.9)).at(100) == pytest.approx(2.0)  # noise: it does not shrink
 
 
-def test_sums():
-    found = made()
+def test_sums(opened):
+    found = measured(estimate_of(opened(**{"train.gradient_accumulation_steps": 2})))
+    found.points, found.update_seconds = [(2, 0.5, 10**9), (4, 0.7, 2 * 10**9)], 0.3
     assert found.fits
-    assert not made(available=2 * 10**9).fits
-    assert made(peak=None).fits  # nobody knows otherwise
-    assert not made(seconds=None).fits  # there was no room for a single pass
-    assert not made(ran_out=True).fits
-    assert found.step_seconds == pytest.approx(2 * 0.9 + 0.3)
-    assert found.run_seconds == pytest.approx(100 * 2.1 + 60 * 0.05 / 3)
-    assert found.tokens_per_second == pytest.approx(16 * 2 * 128 * 2 / 2.1)
+    assert found.peak == 2 * 10**9
+    assert not replace(found, available=2 * 10**9).fits  # a margin is kept
+    assert not replace(found, points=[]).fits  # there was no room for a single step
+    assert not replace(found, ran_out_at=8).fits
+    assert found.step_seconds == pytest.approx(2 * 0.4 + 0.3)
+    assert found.run_seconds == pytest.approx(100 * 1.1 + 60 * 0.1 / 3)
+    assert f"step          1.10 s: {4 * 2 * 32 / 1.1:,.0f} tokens/s" in found.lines()
+    assert "available per process" not in "\n".join(found.lines())
+    found.estimate = replace(found.estimate, processes=2)
     assert "available per process" in "\n".join(found.lines())
-    assert "per process" not in "\n".join(made(processes=1).lines())
 
 
 def test_a_dry_run_tells_memory_and_time_and_writes_nothing(train, tmp_path, capsys):
     folder = tmp_path / "run"
-    assert train(folder, "--dry_run", "true") == 0
+    assert train(folder, "--dry_run", "true", **{"train.gradient_accumulation_steps": 2}) == 0
     shown = capsys.readouterr()
     assert not folder.exists()
     for name in ("weights", "optimizer", "peak memory", "tokens/s", "for 12 steps", "measured"):
         assert name in shown.out
     assert "kernels" in shown.err  # the banner's layer
-    # Nor does it change the run that follows.
-    assert train(folder) == 0
-    assert train(tmp_path / "other") == 0
-    assert losses(folder) == losses(tmp_path / "other")
 
 
 @pytest.mark.parametrize(
@@ -136,10 +133,10 @@ def test_a_dry_run_tells_memory_and_time_and_writes_nothing(train, tmp_path, cap
 )
 def test_a_dry_run_takes_all_settings_and_plans_them_without_a_model(opened, overrides):
     run = opened(**overrides)
-    assert need_of(run).plan == run.plan
+    assert estimate_of(run).plan == run.plan
     found = forecast(run)
     assert found.fits
-    assert found.peak > 0
+    assert found.points[-1][0] == run.settings.train.batch_size
 
 
 def test_adapters_are_counted_and_planned_without_a_model(train, opened, tmp_path):
@@ -147,14 +144,14 @@ def test_adapters_are_counted_and_planned_without_a_model(train, opened, tmp_pat
     assert train(tmp_path / "base", **{"train.max_steps": 2}) == 0
     adapters = {"train.init_from": tmp_path / "base" / "model", "train.lora.r": 2}
     run = opened(**adapters, **{"train.lora.dropout": 0.1})
-    need = need_of(run)
-    assert need.plan == run.plan
-    assert need.plan.path == "plain"
-    assert need_of(opened(**adapters)).plan.path == "kernels"
+    estimate = estimate_of(run)
+    assert estimate.plan == run.plan
+    assert estimate.plan.path == "plain"
+    assert estimate_of(opened(**adapters)).plan.path == "kernels"
     sizes = [(p.numel(), p.requires_grad) for p in run.model.parameters()]
-    assert need.weights.all == sum(size for size, _ in sizes)
-    assert need.weights.trained == sum(size for size, is_trained in sizes if is_trained)
-    assert forecast(run).measured_rows == [1, 2, 4]
+    assert estimate.parts["weights"] == 4 * sum(size for size, _ in sizes)
+    assert estimate.parts["optimizer"] == 8 * sum(size for size, is_trained in sizes if is_trained)
+    assert [count for count, _, _ in forecast(run).points] == [1, 2, 4]
 
 
 WIDE = {  # a sequence of the plain path keeps 28 MB: 24 tensors of its 4 x 2,048 neurons and 36 tokens
@@ -168,12 +165,12 @@ WIDE = {  # a sequence of the plain path keeps 28 MB: 24 tensors of its 4 x 2,04
 }
 
 
-def test_no_pass_is_run_for_which_the_plain_path_has_no_room(train, tmp_path, free, passes, capsys):
+def test_no_pass_is_run_for_which_the_plain_path_has_no_room(train, tmp_path, free, steps, capsys):
     """It took the whole batch for its least pass, and was killed."""
     free(600 * MB)  # of the 1.2 GB that 32 sequences keep
     assert train(tmp_path / "run", "--dry_run", "true", **WIDE) == 1
-    assert passes[:2] == [1, 1]
-    assert 4 <= max(passes) < 16
+    assert steps[:2] == [1, 1]
+    assert 4 <= max(steps) < 16
     advice = capsys.readouterr().out.split("the mildest first:\n")[1].splitlines()
     assert re.match(r"  --train.batch_size 8 --train.gradient_accumulation_steps 4: \d.\d+ GB$", advice[0])
     assert advice[1].startswith("  --train.layer_path auto: ")
@@ -224,12 +221,12 @@ def test_a_model_without_room_is_counted_and_never_made(train, tmp_path, free, c
     assert "does not fit either" not in out
 
 
-def test_a_batch_without_room_is_told_from_fewer_sequences(train, tmp_path, free, passes, capsys):
+def test_a_batch_without_room_is_told_from_fewer_sequences(train, tmp_path, free, steps, capsys):
     """It said that there was no room for a single block, and nothing of the batch."""
-    free(350 * MB)
+    free(700 * MB)
     assert train(tmp_path / "run", "--dry_run", "true", **{"train.batch_size": 10**6, "train.max_steps": 2}) == 1
     out = capsys.readouterr().out
-    assert max(passes) < 10**5
+    assert max(steps) < 10**5
     assert re.search(r"^peak memory   \d\d\.\d+ GB of the \d\.\d+ GB that are available$", out, re.M)
     assert "tokens/s" in out
     first = out.split("the mildest first:\n")[1].splitlines()[0]
@@ -237,15 +234,15 @@ def test_a_batch_without_room_is_told_from_fewer_sequences(train, tmp_path, free
     assert int(flags[1]) * int(flags[2]) == 10**6
 
 
-def test_where_nothing_has_room_the_count_is_the_peak(train, tmp_path, free, passes, capsys):
+def test_where_nothing_has_room_the_count_is_the_peak(train, tmp_path, free, steps, capsys):
     free(20 * MB)
     assert train(tmp_path / "run", "--dry_run", "true", **WIDE) == 1
     out = capsys.readouterr().out
-    assert passes == []
+    assert steps == []
     assert re.search(
         r"^peak memory   \d\.\d+ GB of the \d\.\d+ GB that are available \(counted, not measured\)$", out, re.M
     )
-    assert "not measured: there is no room for a pass of a single sequence" in out
+    assert "not measured: there is no room for a step of a single sequence" in out
     advice = out.split("the mildest first:\n")[1].splitlines()
     first, but_no_memory = advice[0].split(", which ")
     assert first.startswith("  --train.batch_size 1 --train.gradient_accumulation_steps 32: ")
@@ -254,84 +251,77 @@ def test_where_nothing_has_room_the_count_is_the_peak(train, tmp_path, free, pas
 
 def test_memory_that_runs_out_is_no_fault(train, tmp_path, monkeypatch, capsys):
     """A GPU says so, whatever it told before."""
-    run = measure._Passes.run
+    step = dry_run.training_step
 
-    def limited(self, rows):
-        if rows > 2:
+    def limited(run, step_model, batch):
+        if len(batch.tokens) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        run(self, rows)
+        return step(run, step_model, batch)
 
-    monkeypatch.setattr(measure._Passes, "run", limited)
+    monkeypatch.setattr(dry_run, "training_step", limited)
     plain = {"train.layer_path": "plain", "train.batch_size": 8}
     assert train(tmp_path / "run", "--dry_run", "true", **plain) == 1
     out = capsys.readouterr().out
-    assert "passes of 1 and 2 sequences; there was no memory for a pass of 4" in out
+    assert "steps of 1 and 2 sequences; there was no memory for a step of 4" in out
     assert "--train.batch_size 2 --train.gradient_accumulation_steps 4" in out
-
-
-def measured(need, base=400 * MB):
-    """As if the counts were true."""
-    points = [Point(rows, 0.1, 0, need.with_rows(rows).total) for rows in (1, need.rows)]
-    return Measured(base, need.plan.path, [Point(p.rows, 0.1, base + p.counted, p.counted) for p in points])
 
 
 def test_only_what_lowers_the_need_is_advised(opened):
     """Of shorter blocks the states between them are kept, which may be more than the blocks."""
-    need = need_of(opened(**{"train.batch_size": 16, "train.recompute": "none", "model.n_embd": 64}))
-    now = measured(need).peak(need)
-    assert need.changed(tokens_per_block=16).total > need.total
-    advice = advise(need, measured(need), now - 1)
+    estimate = estimate_of(opened(**{"train.batch_size": 16, "train.recompute": "none", "model.n_embd": 64}))
+    now = measured(estimate).peak
+    assert estimate.changed(tokens_per_block=16).total > estimate.total
+    advice = measured(estimate, available=round((now - 1) / dry_run.MARGIN)).advice()
     assert not any("tokens_per_block" in line for line in advice)
     assert [line.split()[0] for line in advice[:2]] == ["--train.batch_size", "--train.recompute"]
-    saved = need.total - need.changed(recompute="pass").total
+    saved = estimate.total - estimate.changed(recompute="pass").total
     told = next(line for line in advice if "recompute" in line).split(": ")[1]
     assert float(told.split()[0]) == pytest.approx((now - saved) / 1e9, abs=1e-3)
-    *marked, last = advise(need, measured(need, base=10 * MB), 9 * MB)
+    *marked, last = measured(estimate, base=10 * MB, available=9 * MB).advice()
     assert all(line.endswith("which alone does not fit either") for line in marked)
     assert last.startswith("none of these is enough alone")
 
 
 def test_a_checkpoint_in_the_background_is_counted(opened):
-    run = opened(**{"checkpoint.in_background": "true", "train.ema_decay": 0.9})
-    need = need_of(run)
-    parts = need.parts
+    estimate = estimate_of(opened(**{"checkpoint.in_background": "true", "train.ema_decay": 0.9}))
+    parts = estimate.parts
     copy = parts["weights"] + parts["optimizer"] + parts["moving average"]
-    assert parts["copy for the checkpoint"] == need.unmeasured == copy
-    found = measured(need)
-    assert found.peak(need) == found.peak_of_measuring(need) + copy
+    assert parts["copy for the checkpoint"] == estimate.unmeasured == copy
+    assert measured(estimate).peak == measured(estimate).peak_of(4) + copy
 
 
 def test_only_the_steps_and_evaluations_to_go_are_told(train, opened, tmp_path):
     """12 steps, evaluated every 4: one evaluation too many was told, and those of the whole run of one that goes on."""
-    run = opened()
-    assert (steps_to_go(run), evaluated_rows(run)) == (12, 3 * 4)
-    run = opened(**{"train.eval_every_steps": 5})  # at 5, 10 and 12
-    assert (steps_to_go(run), evaluated_rows(run)) == (12, 3 * 4)
-    run = opened(**{"train.stop_at_step": 7, "train.ema_decay": 0.9})
-    assert (steps_to_go(run), evaluated_rows(run)) == (7, 2 * 4)
+
+    def to_go(*more, **overrides):
+        found = forecast(opened(*more, **overrides))
+        return found.steps, found.evaluated_sequences
+
+    assert to_go() == (12, 3 * 4)
+    assert to_go(**{"train.eval_every_steps": 5}) == (12, 3 * 4)  # at 5, 10 and 12
+    assert to_go(**{"train.stop_at_step": 7, "train.ema_decay": 0.9}) == (7, 2 * 4)
     assert train(tmp_path / "dry", **{"train.stop_at_step": 5}) == 0
-    run = opened("--resume")
-    assert (steps_to_go(run), evaluated_rows(run)) == (7, 2 * 4)
+    assert to_go("--resume") == (7, 2 * 4)
 
 
 class OfTwo(World):
     """A process that hears of another one, which always takes more memory than it."""
 
-    def gather(self, value):
-        if isinstance(value, tuple):  # peak and seconds
-            return [value, (value[0] + 10**9, value[1])]
+    def gather(self, value, *, beside_training=False):
+        if isinstance(value, tuple):  # seconds and peak
+            return [value, (value[0], value[1] + 10**9)]
         return [value, value]
 
 
-def test_the_process_that_takes_most_decides_for_all(opened, free, passes):
+def test_the_process_that_takes_most_decides_for_all(opened, free, steps):
     free(1200 * MB)
     run = opened(**WIDE, **{"distributed.strategy": "none"})
     alone = forecast(run)
-    assert max(passes) >= 16
-    passes.clear()
+    assert max(steps) >= 16
+    steps.clear()
     run.world = OfTwo()
     together = forecast(run)
-    assert max(passes) < 16
+    assert max(steps) < 16
     assert together.peak > alone.peak + 0.5e9
     assert not together.fits
 
@@ -346,7 +336,7 @@ def test_processes_measure_together(text_file, tmp_path, monkeypatch, strategy):
     done = run_together(2, "-m", "bdh", "train", *flags(settings | {"run_dir": tmp_path / "run"}), "--dry_run")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("available per process") == 1
-    assert "passes of 1, 2 and 4 sequences" in done.stdout
+    assert "steps of 1, 2 and 4 sequences" in done.stdout
 
 
 @pytest.mark.parametrize(

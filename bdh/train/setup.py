@@ -1,8 +1,9 @@
-"""A training run: its folder, its parts, and what goes into its checkpoints."""
+"""A training run: its folder, its parts, what goes into its checkpoints, and how it is made or restored."""
 
 import logging
 import shutil
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,10 +16,8 @@ from transformers import PreTrainedTokenizerFast
 import bdh
 from bdh.data import Corpus, prepare_corpus
 from bdh.data.chat import holds_chat
-from bdh.data.corpus import join_states
 from bdh.distributed.parallelize import Parallel, choose_strategy, parallelize
 from bdh.distributed.world import World
-from bdh.memory import used_bytes
 from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.model.averaging import MovingAverage
 from bdh.monitor import chosen_backends, cut_back
@@ -26,18 +25,23 @@ from bdh.ops.blocks.plan import LayerPlan
 from bdh.storage import atomic_dir, write_text
 from bdh.tokenizer import load_tokenizer, stop_token_ids, with_chat_template
 from bdh.train.base import Base
-from bdh.train.carry import CarriedState
+from bdh.train.batches import Batches, CarriedState
 from bdh.train.checkpoint import Checkpoint, Checkpointer
 from bdh.train.config import RunSettings
 from bdh.train.initial import InitialModel
-from bdh.train.layer import layer_options, plan_training
 from bdh.train.lock import RunLock
 from bdh.train.lora import add_adapters
 from bdh.train.models import TOKENIZER_FOLDER, OtherBaseError, check_base, warn_of_removal
-from bdh.train.needs import Need, NoRoomError, available_to_each
-from bdh.train.optim import Optimizers
+from bdh.train.optim import LossScale, Optimizers, UpdateGuard
 from bdh.train.places import CONFIG_FILE, check_peft, holds_run, taken_by_run
-from bdh.train.runtime import Runtime, choose_runtime, random_states, restore_random_states
+from bdh.train.runtime import (
+    Runtime,
+    choose_runtime,
+    layer_options,
+    plan_training,
+    random_states,
+    restore_random_states,
+)
 from bdh.train.stored import (
     check_steps_are_left,
     check_unchanged,
@@ -72,8 +76,10 @@ class Progress:
     """The same of the moving average of the weights."""
     last_evaluation: dict[str, int] = field(default_factory=dict)
     """Of the last evaluation: after which ``step`` it was, its ``windows``, and the ``tokens`` that were predicted."""
+    skipped_in_a_row: int = 0
+    """Of these, the last ones, up to now."""
     norm_statistics: dict[str, Any] = field(default_factory=dict)
-    """See :class:`bdh.train.spikes.NormStatistics`."""
+    """See :class:`bdh.train.optim.NormStatistics`."""
 
 
 @dataclass
@@ -89,8 +95,10 @@ class Run:
     world: World
     parallel: Parallel
     runtime: Runtime
-    scaler: torch.amp.GradScaler
-    loader: Any
+    guard: UpdateGuard
+    loss_scale: LossScale
+    batches: Batches
+    """Of this process's share of the sequences."""
     checkpointer: Checkpointer
     progress: Progress
     plan: LayerPlan
@@ -102,17 +110,23 @@ class Run:
     base: Base | None = None
     """The model of ``train.init_from``, as it was when the run was started."""
     carried: CarriedState | None = None
-    """Of this process's rows, with ``train.carry_state``."""
+    """Of this process's sequences, with ``train.carry_state``."""
 
     @property
     def document_end(self) -> int | None:
-        """The token behind which training, and so its evaluation, sees nothing of what was before; None without."""
+        """The token after which training, and so its evaluation, sees nothing of what was before; None without."""
         is_apart = self.settings.train.carry_state or self.settings.data.pack == "documents"
         return document_end_id(self.tokenizer) if is_apart else None
 
     @property
+    def counts_all_tokens(self) -> bool:
+        """Whether the loss counts every token of every sequence."""
+        train, data = self.settings.train, self.settings.data
+        return not (self.corpus.is_chat or train.carry_state or data.pack == "documents")
+
+    @property
     def rows_per_step(self) -> int:
-        """Sequences of a step, over all forward passes and processes."""
+        """Sequences of a step, over all micro-batches and processes."""
         return rows_per_step(self.settings, self.world)
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -124,13 +138,15 @@ class Run:
             groups["carried"] = self.parallel.by_rows(self.carried.tensors())
         return {f"{group}.{name}": tensor for group, tensors in groups.items() for name, tensor in tensors.items()}
 
-    def save(self, *, is_best: bool = False, loader_state: dict[str, Any] | None = None) -> Path:
+    def save(self, *, is_best: bool = False, is_before_fault: bool = False) -> Path:
         """Writes a checkpoint of this moment; see :meth:`Checkpointer.save`.
 
         Args:
-            loader_state: instead of the loader's own, where it stopped at text that cannot be read. A run that goes on
-                from there may find the text behind it changed.
+            is_before_fault: the text cannot be read any further. A run that continues from here may find what is after this
+                place changed.
         """
+        position = self.batches.state_dict()
+        self.progress.norm_statistics = self.guard.state_dict() or self.progress.norm_statistics
         training = {
             "bdh_version": bdh.__version__,
             "progress": asdict(self.progress),
@@ -140,18 +156,18 @@ class Run:
             "data_facts": self.corpus.facts,
             "data_fingerprint": self.corpus.fingerprint,
             "rows_per_step": self.rows_per_step,
-            "scaler": self.scaler.state_dict(),
-            "data_fingerprint_before": None if loader_state is None else self._fingerprint_before(loader_state),
-            "loader": loader_state or join_states(self.world.gather(self.loader.state_dict())),
+            "scaler": self.loss_scale.state_dict(),
+            "data_fingerprint_before": self._fingerprint_before(position) if is_before_fault else None,
+            "loader": position,
             "random_states": self.world.gather(random_states(self.runtime.device)),
         }
         return self.checkpointer.save(self.progress.step, self.tensors(), training, is_best=is_best)
 
-    def _fingerprint_before(self, loader_state: dict[str, Any]) -> str | None:
+    def _fingerprint_before(self, position: dict[str, Any]) -> str | None:
         try:
-            return self.corpus.fingerprint_before(loader_state)
+            return self.corpus.fingerprint_before(position)
         except OSError as error:
-            _logger.warning("%s: the run can only go on with the very text that it had", error)
+            _logger.warning("%s: the run can only continue with the very text that it had", error)
             return None
 
     def close(self, *, release: bool = True) -> None:
@@ -191,31 +207,33 @@ class Run:
                 f"{what} (its fingerprint was {training['data_fingerprint']}, now it is {self.corpus.fingerprint}): "
                 "nothing was changed"
             )
-        shapes = checkpoint.shapes()
-        self.optimizers.make_room(
-            {name.removeprefix("optimizer."): facts for name, facts in shapes.items() if name.startswith("optimizer.")}
-        )
-        has_average = any(name.startswith("ema.") for name in shapes)
+        stored = checkpoint.shapes()
+        if any(name.startswith("optimizer.") for name in stored):  # not before the first update
+            self.optimizers.make_state()
+        has_average = any(name.startswith("ema.") for name in stored)
         wanted = {name: tensor for name, tensor in self.tensors().items() if has_average or not name.startswith("ema.")}
         checkpoint.read_into(wanted, self.world)
         if self.carried is not None:
             group = "carried."
             self.carried.load({name.removeprefix(group): t for name, t in wanted.items() if name.startswith(group)})
-        if training["scaler"] and self.scaler.is_enabled():  # empty, if the run has not been in float16 until now
-            self.scaler.load_state_dict(training["scaler"])
-        self.loader.load_state_dict(training["loader"])
+        self.loss_scale.load_state_dict(training["scaler"])
+        self.batches.load_state_dict(training["loader"])
         states = training["random_states"]
         if len(states) == self.world.size:
             restore_random_states(states[self.world.rank], self.runtime.device)
         else:
             torch.manual_seed(self.settings.train.seed + checkpoint.step + _SEEDS_APART * self.world.rank)
         self.progress = Progress(**training["progress"])
+        self.guard.load_state_dict(self.progress.norm_statistics)
         if self.average is not None and not has_average:
             # A run that had no average until now begins one with the weights of this step.
             self.average.load(dict(self.model.named_parameters()))
 
 
-def open_run(settings: RunSettings, *, progress: Any = None) -> Run:
+CheckRoom = Callable[[RunSettings, BDHConfig, Runtime, str, World], None]
+
+
+def open_run(settings: RunSettings, *, progress: Any = None, check_room: CheckRoom | None = None) -> Run:
     """Makes or, with ``settings.resume``, restores a run. All faults come up here, before the first step.
 
     The run's folder is locked first, until :meth:`Run.close`. A fresh run's files are written last, when nothing can
@@ -224,6 +242,7 @@ def open_run(settings: RunSettings, *, progress: Any = None) -> Run:
 
     Args:
         progress: passed to :func:`bdh.data.prepare_corpus`, for its bars.
+        check_room: called before the model is made; what it raises comes out.
 
     Raises:
         ValueError: a setting is out of range; settings, tokenizer and data do not go together, or not with the run
@@ -233,7 +252,6 @@ def open_run(settings: RunSettings, *, progress: Any = None) -> Run:
         FileNotFoundError: there is nothing to resume, or nothing at ``train.init_from``.
         OtherBaseError: a resumed run is to export adapters alone, and the model that they belong to has changed.
         DiskFullError: there is no room for the run's folder.
-        NoRoomError: with ``settings.dry_run``, there is no room for the model; this process has left the others.
     """
     settings.validated()
     chosen_backends(settings.monitor)  # raises where one is not there
@@ -248,11 +266,11 @@ def open_run(settings: RunSettings, *, progress: Any = None) -> Run:
     folder = Path(settings.run_dir) if settings.run_dir else Path("runs") / name
     lock = RunLock(folder, world)
     if settings.dry_run:
-        return _open(settings, folder, world, runtime, strategy, lock, progress)
+        return _open(settings, folder, world, runtime, strategy, lock, progress, check_room)
     with ExitStack() as undo:
         lock.acquire()
         undo.enter_context(lock)
-        run = _open(settings, folder, world, runtime, strategy, lock, progress)
+        run = _open(settings, folder, world, runtime, strategy, lock, progress, check_room)
         undo.pop_all()
     return run
 
@@ -265,6 +283,7 @@ def _open(
     strategy: str,
     lock: RunLock,
     progress: Any,
+    check_room: CheckRoom | None,
 ) -> Run:
     """Raises as :func:`open_run`."""
     checkpointer = Checkpointer(
@@ -300,13 +319,13 @@ def _open(
     if initial is not None:
         initial.check_tokenizer(tokenizer)
     config = model_config(settings, tokenizer)
-    with world.one_first():  # which fills the cache
+    with world.rank0_first():  # which fills the cache
         corpus = prepare_corpus(settings.data, tokenizer, settings.train.block_size, progress=progress)
     if initial is not None:
         initial.check_data(corpus.fingerprint)
 
-    if settings.dry_run:
-        _check_room(settings, config, runtime, strategy, world)
+    if check_room is not None:
+        check_room(settings, config, runtime, strategy, world)
     torch.manual_seed(settings.train.seed)
     model = BDHForCausalLM(config).to(runtime.device)  # type: ignore[arg-type]
     if runtime.dtype == torch.float64:
@@ -323,6 +342,7 @@ def _open(
     if world.rank > 0:
         torch.manual_seed(settings.train.seed + _SEEDS_APART * world.rank)
     parallel = parallelize(model, strategy, settings.distributed, world)
+    is_float16 = runtime.dtype == torch.float16
     run = Run(
         settings=settings,
         folder=folder,
@@ -333,13 +353,19 @@ def _open(
         world=world,
         parallel=parallel,
         runtime=runtime,
-        scaler=runtime.gradient_scaler(),
-        loader=corpus.train_loader(
-            rows_per_step(settings, world),
-            settings.train.seed,
-            rank=world.rank,
-            world_size=world.size,
-            carry_state=settings.train.carry_state,
+        guard=UpdateGuard(settings.train, runtime.device, world, is_float16=is_float16),
+        loss_scale=LossScale(runtime.device, is_float16=is_float16),
+        batches=Batches(
+            corpus.train_loader(
+                rows_per_step(settings, world),
+                settings.train.seed,
+                rank=world.rank,
+                world_size=world.size,
+                carry_state=settings.train.carry_state,
+            ),
+            world,
+            is_streaming=corpus.facts["streaming"],
+            pin_memory=runtime.device.type == "cuda",
         ),
         checkpointer=checkpointer,
         progress=Progress(),
@@ -400,16 +426,6 @@ def _base(
     if fault:
         raise OtherBaseError(fault)
     return base
-
-
-def _check_room(settings: RunSettings, config: BDHConfig, runtime: Runtime, strategy: str, world: World) -> None:
-    """Raises ``NoRoomError``, on all processes together, where the model cannot even be made and given an optimizer."""
-    need = Need.of(settings, config, runtime, strategy, world.size)
-    available = available_to_each(runtime, world)
-    base = max(world.gather(used_bytes(runtime.device)))
-    if available is not None and base + need.fixed > available:
-        world.leave()
-        raise NoRoomError(need, base, available)
 
 
 def _write_folder(run: Run, *, is_new: bool) -> None:
