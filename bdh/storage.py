@@ -10,8 +10,10 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from bdh.locks import Lock
+if TYPE_CHECKING:
+    from bdh.locks import Lock
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # The words that libraries written in Rust and C++ put into exceptions of their own.
@@ -167,7 +169,7 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def _writing(target: Path) -> Iterator[tuple[Path, Lock]]:
+def _writing(target: Path) -> Iterator[tuple[Path, "Lock"]]:
     """The temporary name of a target, of which nothing is left after an error, and the lock, which is held."""
     temporary = temporary_name(target)
     with naming_full_disk(target):
@@ -197,7 +199,9 @@ def naming_full_disk(target: Path) -> Iterator[None]:
         raise
 
 
-def _lock(target: Path, *, wait: bool = False) -> Lock:
+def _lock(target: Path, *, wait: bool = False) -> "Lock":
+    from bdh.locks import Lock  # filelock takes a while to import, and most commands write nothing
+
     return Lock(target.with_name(f".{target.name}.lock"), str(target), wait=wait)
 
 

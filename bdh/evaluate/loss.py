@@ -1,7 +1,7 @@
 """Loss, perplexity, bits per byte and accuracy of a model on tokens."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from bdh.data.corpus import Batch, batch_of_documents, starts_after
+from bdh.data.corpus import Batch, ValidationPart, batch_of_documents, starts_after
 from bdh.evaluate.reading import Reader, reader_of
 from bdh.model import BDHForCausalLM
 
@@ -140,6 +140,53 @@ def evaluate_batch(
     if sum_over_processes is not None:
         count = count.summed(sum_over_processes, model.device)
     return count.metrics(bytes_per_token)
+
+
+def evaluate_parts(
+    model: BDHForCausalLM,
+    parts: Sequence[ValidationPart],
+    *,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    rows: slice = slice(None),
+    sum_over_processes: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> tuple[Metrics, dict[str, Metrics]]:
+    """Predicts what counts in each part.
+
+    Args:
+        rows: those of each part that this process measures.
+        sum_over_processes: see :func:`evaluate_batch`.
+
+    Returns:
+        The metrics over all tokens that count, and where there are several parts, those of each by its name.
+    """
+    found = [
+        evaluate_batch(
+            model,
+            part.batch[rows],
+            bytes_per_token=part.bytes_per_token,
+            autocast=autocast,
+            sum_over_processes=sum_over_processes,
+        )
+        for part in parts
+    ]
+    if len(found) == 1:
+        return found[0], {}
+    return _over_all(parts, found), {part.name: metrics for part, metrics in zip(parts, found, strict=True)}
+
+
+def _over_all(parts: Sequence[ValidationPart], found: Sequence[Metrics]) -> Metrics:
+    num_tokens = sum(each.num_tokens for each in found)
+    nats = sum(each.loss * each.num_tokens for each in found)
+    num_bytes = sum(each.num_tokens * part.bytes_per_token for part, each in zip(parts, found, strict=True))
+    correct = sum(each.accuracy * each.num_tokens for each in found)
+    by_position: tuple[float, ...] = ()
+    if len({len(each.loss_by_position) for each in found}) == 1:
+        rows = [len(part.batch.tokens) for part in parts]
+        columns = zip(*(each.loss_by_position for each in found), strict=True)
+        by_position = tuple(
+            sum(n * nats_there for n, nats_there in zip(rows, column, strict=True)) / sum(rows) for column in columns
+        )
+    return Metrics(nats / num_tokens, nats / math.log(2) / num_bytes, correct / num_tokens, num_tokens, by_position)
 
 
 def evaluate_text(

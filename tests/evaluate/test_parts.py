@@ -8,8 +8,7 @@ import torch.nn.functional as F
 
 from bdh import BDHConfig, BDHForCausalLM
 from bdh.data.corpus import Batch, ValidationPart
-from bdh.evaluate.loss import evaluate_batch, evaluate_windows
-from bdh.evaluate.parts import evaluate_parts
+from bdh.evaluate.loss import evaluate_batch, evaluate_parts, evaluate_windows
 
 
 @pytest.fixture
