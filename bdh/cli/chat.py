@@ -10,8 +10,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from bdh.cli.libraries import show_kept
 from bdh.cli.models import ReadsModel, load_for_generation
+from bdh.cli.output import show_kept
 from bdh.cli.settings import parse_settings, verbatim
 from bdh.generate.config import EngineConfig
 from bdh.generate.params import DrawSettings, SamplingParams

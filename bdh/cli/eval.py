@@ -146,7 +146,7 @@ def run(argv: list[str]) -> int:
 
 
 def _run_text(settings: EvalSettings, model: Any, tokenizer: Any) -> int:
-    from bdh.cli.progress import token_progress
+    from bdh.cli.output import token_progress
     from bdh.data.chat import holds_chat
     from bdh.evaluate.loss import evaluate_text
     from bdh.vocabulary import document_end_id
@@ -258,7 +258,7 @@ def _run_tasks(settings: EvalSettings, model: Any, tokenizer: Any) -> int:
 
 
 def _run_needle(settings: EvalSettings, model: Any, tokenizer: Any) -> int:
-    from bdh.cli.progress import token_progress
+    from bdh.cli.output import token_progress
     from bdh.evaluate.needle import ModelReader, measure_recall, tokens_to_read
 
     filler, _, source = _text(settings, tokenizer)
@@ -299,7 +299,7 @@ def _text(settings: EvalSettings, tokenizer: Any) -> tuple[Any, int, str]:
     """The tokens of the part that is asked for, the bytes of their text, and the source's name."""
     import numpy as np
 
-    from bdh.cli.progress import stage_progress
+    from bdh.cli.output import stage_progress
     from bdh.data import prepare_corpus
 
     with stage_progress(_console(), "bytes") as progress:

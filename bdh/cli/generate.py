@@ -215,7 +215,7 @@ def _print_texts(jobs: list[Job], results: Iterable[list[Any]], chat: bool) -> i
 def _write(path: Path, jobs: list[Job], done: int, results: Iterable[list[Any]]) -> int:
     from rich.console import Console
 
-    from bdh.cli.progress import count_progress
+    from bdh.cli.output import count_progress
 
     failed = 0
     try:

@@ -7,7 +7,7 @@ import sys
 import traceback
 
 import bdh
-from bdh.cli.libraries import kept_back
+from bdh.cli.output import kept_back
 
 COMMANDS = {
     "train": "train a model, or go on with a run",

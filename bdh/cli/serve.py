@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from bdh.cli.models import ReadsModel, load_for_generation
+from bdh.cli.output import lasting_streams
 from bdh.cli.settings import parse_settings
-from bdh.cli.streams import lasting_streams
 from bdh.serve.config import ServeSettings
 from bdh.validation import PathText
 
@@ -26,7 +26,7 @@ def run(argv: list[str]) -> int:
         description="Serve a model over HTTP, with OpenAI's API.",
         positionals=("model",),
     )
-    from bdh.cli.libraries import show_kept
+    from bdh.cli.output import show_kept
     from bdh.serve.server import serve
 
     show_kept()  # a server tells what happens as it happens

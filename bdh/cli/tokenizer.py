@@ -44,7 +44,7 @@ def run(argv: list[str]) -> int:
     )
     from rich.console import Console
 
-    from bdh.cli.progress import stage_progress
+    from bdh.cli.output import stage_progress
     from bdh.data import training_texts, validation_texts
     from bdh.storage import atomic_dir
     from bdh.tokenizer import compression_ratio, train_tokenizer

@@ -8,9 +8,8 @@ from typing import Any
 
 from rich.console import Console
 
-from bdh.cli.libraries import show_kept
+from bdh.cli.output import lasting_streams, show_kept, stage_progress
 from bdh.cli.settings import given_settings, parse_settings
-from bdh.cli.streams import lasting_streams
 from bdh.distributed import environment
 from bdh.distributed.environment import reported_to_starter
 from bdh.locks import InUseError
@@ -39,7 +38,6 @@ def run(argv: list[str]) -> int:
             raise
         return 2  # rank 0 says the same
     # Imported here, so that `--help` and faults in the settings do not wait for PyTorch.
-    from bdh.cli.progress import stage_progress
     from bdh.train.dry_run import NoRoomError, check_room
     from bdh.train.setup import open_run
 

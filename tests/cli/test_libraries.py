@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 
-from bdh.cli.libraries import kept_back, show_kept
+from bdh.cli.output import kept_back, show_kept
 
 
 def log_as_a_library(name):

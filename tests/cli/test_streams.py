@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from bdh.cli.streams import lasting_streams
+from bdh.cli.output import lasting_streams
 
 
 def in_a_process(code: str, **streams) -> subprocess.Popen:
@@ -16,7 +16,7 @@ def in_a_process(code: str, **streams) -> subprocess.Popen:
 
 WRITES_MUCH = """
 import sys
-from bdh.cli.streams import lasting_streams
+from bdh.cli.output import lasting_streams
 with lasting_streams():
     for number in range(2000):
         print("a line of text that somebody reads", number)

@@ -1,0 +1,204 @@
+"""What a command shows: its standard streams, which may lose their reader, what libraries log, and progress bars.
+
+transformers, datasets, huggingface_hub and others log what they raise too, and each try of a download. That is kept back
+while a command gets ready, so that an error is the one line that its reader sees.
+
+Two kinds of lines are left out altogether, but with ``--debug``. transformers 5.23 imports torchao, where it is installed,
+as soon as one of its model classes is imported, by ``quantizers/quantizer_torchao.py``, and has no setting against it. On a
+machine without the GPUs that they are for, torchao 0.18 then logs that it cannot load its kernels, and that it
+registers enumerations, which PyTorch 2.13 calls old.
+"""
+
+import errno
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# The reader of a pipe, or the terminal, is gone for good; other faults, such as a full disk, may pass.
+_GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ESHUTDOWN)
+StageProgress = Callable[[str, int, int | None], None]
+_shows_all = True
+_kept: list[tuple[logging.Logger, logging.LogRecord]] | None = None
+"""None where nothing is kept back."""
+
+
+@contextmanager
+def kept_back(*, show_on_error: bool) -> Iterator[None]:
+    """Keeps back the lines of libraries that are imported within, until :func:`show_kept` or the end.
+
+    At the end they are shown, but where an exception is raised only with ``show_on_error``. Our own are never kept.
+    """
+    global _kept, _shows_all
+    _shows_all = show_on_error
+    logger_class = logging.getLoggerClass()
+    logging.setLoggerClass(_KeepingLogger)
+    logging.captureWarnings(True)
+    _kept = []
+    try:
+        yield
+    except Exception:
+        if not show_on_error:
+            _kept = []
+        raise
+    finally:
+        show_kept()
+        logging.setLoggerClass(logger_class)
+
+
+def show_kept() -> None:
+    """Shows what was kept back; from now on, lines are shown as they come."""
+    global _kept
+    kept, _kept = _kept or [], None
+    logging.captureWarnings(False)
+    for logger, record in kept:
+        if logger.name == "py.warnings":  # which has no handler but for this time
+            print(record.getMessage(), end="", file=sys.stderr)
+        else:
+            logger.handle(record)
+
+
+class _KeepingLogger(logging.Logger):
+    def handle(self, record: logging.LogRecord) -> None:
+        if not _shows_all and _is_of_importing_torchao(record):
+            return
+        if _kept is None or self.name.partition(".")[0] == "bdh":
+            super().handle(record)
+        else:
+            _kept.append((self, record))
+
+
+def _is_of_importing_torchao(record: logging.LogRecord) -> bool:
+    if record.name == "torch.utils._pytree":
+        about = record.args if isinstance(record.args, tuple) else ()
+        return any(isinstance(each, type) and each.__module__.startswith("torchao.") for each in about)
+    return record.name == "torchao" and record.getMessage().startswith("Failed to load ")
+
+
+@contextmanager
+def lasting_streams() -> Iterator[None]:
+    """Within, what cannot be written to stdout or stderr is lost, and ends nothing; the other one says so, once."""
+    before = sys.stdout, sys.stderr
+    if sys.stdout is not None:
+        sys.stdout = _LastingStream(sys.stdout, before[1])
+    if sys.stderr is not None:
+        sys.stderr = _LastingStream(sys.stderr, before[0])
+    lasting = sys.stdout, sys.stderr
+    try:
+        yield
+    finally:
+        for stream in lasting:
+            if isinstance(stream, _LastingStream):
+                stream.end()
+        sys.stdout, sys.stderr = before
+
+
+class _LastingStream:
+    """A stream whose faults are its own."""
+
+    def __init__(self, stream: TextIO, other: TextIO | None):
+        self._stream, self._other = stream, other
+        self._has_failed = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        self._tried(lambda: self._stream.write(text))
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        self.write("".join(lines))
+
+    def flush(self) -> None:
+        self._tried(self._stream.flush)
+
+    def end(self) -> None:
+        """Writes what is left; what cannot be written is lost here rather than a fault at Python's end."""
+        if not self._tried(self._stream.flush):
+            self._discard()
+            self._tried(self._stream.flush)
+
+    def _tried(self, write: Callable[[], Any]) -> bool:
+        try:
+            write()
+        except OSError as error:
+            if error.errno in _GONE:
+                self._discard()
+            if not self._has_failed:
+                self._has_failed = True
+                self._announce(error)
+            return False
+        return True
+
+    def _discard(self) -> None:
+        """Leads what follows, and what lies in the buffers, to nowhere: Python's own writing and that of libraries."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(nowhere, self._stream.fileno())
+        finally:
+            os.close(nowhere)
+
+    def _announce(self, error: OSError) -> None:
+        if self._other is None:
+            return
+        try:
+            name = self._stream.name.strip("<>")
+            print(
+                f"warning: {name} cannot be written to ({error.strerror}): what it is told is lost",
+                file=self._other,
+                flush=True,
+            )
+        except OSError:
+            pass  # both have lost their reader: there is nobody to tell
+
+
+@contextmanager
+def stage_progress(console: "Console", unit: str) -> Iterator[StageProgress]:
+    """A line for each stage of some work; yields a function of the stage, how far it is, and of how much.
+
+    The total is None where nobody knows it.
+    """
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        TextColumn("{task.fields[done]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        tasks: dict[str, int] = {}
+
+        def report(stage: str, done: int, total: int | None) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=None, done="")
+            share = f" of {total:,}" if total else ""
+            bar.update(tasks[stage], done=f"{done:,}{share} {unit}" if done else "")  # type: ignore[arg-type]
+
+        yield report
+
+
+@contextmanager
+def count_progress(
+    console: "Console", description: str, unit: str, total: int, done: int = 0
+) -> Iterator[Callable[[int], None]]:
+    """A bar over ``total`` things; yields a function that takes the number done so far."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(description), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(description, total=total, completed=done)
+        yield lambda number: bar.update(task, completed=number)
+
+
+@contextmanager
+def token_progress(console: "Console", total: int) -> Iterator[Callable[[int], None]]:
+    """A bar over ``total`` tokens; yields a function that takes the number done so far."""
+    with count_progress(console, "evaluating", "tokens", total) as advance:
+        yield advance
