@@ -93,9 +93,11 @@ def test_a_damaged_table_gets_one_line(tmp_path):
     assert done.stderr.startswith("error: t.parquet cannot be read as .parquet: ")
 
 
-def test_what_importing_torchao_logs_is_not_shown_but_with_debug(model_folder):
+def test_what_importing_torchao_logs_is_not_shown_but_with_debug(model_folder, tmp_path):
     """transformers imports it wherever it is installed: two warnings and two "Failed to load" on every command."""
-    command = [sys.executable, "-m", "bdh", "generate", str(model_folder), "--prompt", "a", "--max_new_tokens", "1"]
+    (tmp_path / "a.txt").write_text("A text. " * 20)
+    source = f"--data.source={tmp_path / 'a.txt'}"
+    command = [sys.executable, "-m", "bdh", "eval", str(model_folder), source, "--part=all"]
     plain, debug = (
         subprocess.run([*command, *more], capture_output=True, text=True, check=True).stderr
         for more in ([], ["--debug"])
