@@ -88,7 +88,7 @@ class ChatCorpus(TokenizedCorpus):
         self._packed = packed((pieces[:, 1] - pieces[:, 0]).tolist(), block_size + 1)
         if num_cut:
             _logger.warning(
-                "%s of %s conversations are longer than train.block_size, %s tokens: they go on in another row, from "
+                "%s of %s conversations are longer than train.block_size, %s tokens: they continue in another row, from "
                 "nothing",
                 f"{num_cut:,}",
                 f"{self.facts['documents'] - self.facts['val_documents']:,}",
@@ -134,7 +134,7 @@ class ChatCorpus(TokenizedCorpus):
         raise ValueError("conversations are no single text: only what the assistant writes counts")
 
     def validation_windows(self, num_windows: int) -> torch.Tensor:
-        """As of a text, (n, block_size + 1): the conversations one behind the other, again from the first if need be."""
+        """As of a text, (n, block_size + 1): the conversations one after the other, again from the first if need be."""
         length = self.block_size + 1
         number = min(num_windows, max(1, len(self._validation) // length))
         return torch.from_numpy(np.resize(self._validation & ID_BITS, (number, length)).astype(np.int64))
@@ -181,7 +181,7 @@ def _tokenize(
     progress: ProgressCallback,
 ) -> TokenMeta:
     skipped = Skipped()
-    ends = [(0, 0), *_write(training, encoder, writer, skipped, progress)]  # tokens and bytes behind each conversation
+    ends = [(0, 0), *_write(training, encoder, writer, skipped, progress)]  # tokens and bytes up to the end of each
     if validation is None:
         kept = num_kept(len(ends) - 1, config.val_fraction)
     else:
@@ -351,9 +351,9 @@ def with_marks(ids: np.ndarray, is_answer: np.ndarray) -> np.ndarray:
 
 
 def pieces_of(stream: np.ndarray, block_size: int) -> tuple[np.ndarray, int]:
-    """What fits into rows of ``block_size + 1`` tokens, of conversations one behind the other.
+    """What fits into rows of ``block_size + 1`` tokens, of conversations one after the other.
 
-    A longer conversation goes on in a further piece, from nothing: the last token of a piece, a target there, is the
+    A longer conversation continues in another piece, from nothing: the last token of a piece, a target there, is the
     first input of the next, so every token is predicted once. Pieces in which nothing counts are left out.
 
     Returns:

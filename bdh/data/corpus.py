@@ -60,7 +60,7 @@ class Batch:
 
     @property
     def targets(self) -> torch.Tensor:
-        """(rows, T): the token behind each, or -100 where it does not count."""
+        """(rows, T): the token after each, or -100 where it does not count."""
         following = self.tokens[:, 1:]
         return following if self.is_target is None else following.masked_fill(~self.is_target, _NOT_COUNTED)
 
@@ -115,9 +115,9 @@ def _cat(parts: Sequence[torch.Tensor | None], batches: Sequence[Batch], *, fill
 
 
 def starts_after(tokens: torch.Tensor, document_end: int) -> torch.Tensor:
-    """Whether a document starts at each token (rows, length): behind each ``document_end``.
+    """Whether a document starts at each token (rows, length): after each ``document_end``.
 
-    The first token of a row goes on with whatever was before it, which the row does not show.
+    The first token of a row continues whatever was before it, which the row does not show.
     """
     starts = torch.zeros_like(tokens, dtype=torch.bool)
     starts[:, 1:] = tokens[:, :-1] == document_end
@@ -151,7 +151,7 @@ class Loader(Protocol):
         """The rows of the next step that this process gets.
 
         Raises:
-            ValueError: the text cannot be read. The loader, and its state, can go on from there once it can.
+            ValueError: the text cannot be read. The loader, and its state, continue from there once it can.
             OSError: the same of a file.
         """
         ...
@@ -235,7 +235,7 @@ class Corpus(ABC):
         Args:
             batch_size: rows of the global batch, of which each process gets ``batch_size / world_size`` in a row:
                 together they get what one process alone would.
-            carry_state: each row goes on in the next step where it ended, and the batches say where a document
+            carry_state: each row continues in the next step where it ended, and the batches say where a document
                 starts.
 
         Raises:
@@ -270,7 +270,7 @@ class Corpus(ABC):
         """The rows that training is measured on, the same each time; see :meth:`validation_windows`.
 
         Args:
-            document_end: a token behind which nothing is seen of what was before.
+            document_end: a token after which nothing is seen of what was before it.
         """
         batch = Batch(self.validation_windows(num_windows))
         if document_end is not None:

@@ -247,7 +247,7 @@ class _Candidate:
         self.rows: list[list[str]] = []
         """Up to the first one that is malformed."""
         self.is_malformed = self.is_unfinished = False
-        """Whether a row is malformed; and whether the last one may go on after the sample."""
+        """Whether a row is malformed; and whether the last one may continue after the sample."""
         num_row_lines, num_blank = [], 0
         try:
             for lines, fields in parsed(sample, format):
@@ -359,7 +359,7 @@ class Lines:
     def __init__(self, path: Path, encoding_errors: str, position: tuple[int, int] | None = None):
         """
         Args:
-            position: offset in bytes and number of lines from which to go on.
+            position: offset in bytes and number of lines from which to continue.
         """
         self.path = path
         self.offset, self.number = position or (text_start(path), 0)
@@ -383,7 +383,7 @@ class Lines:
         pending: list[bytes] = []
         for chunk in file_chunks(self.path, self.offset):
             pending.append(chunk)
-            # The last line may go on in the next chunk, if only by the \n of its \r\n.
+            # The last line may continue in the next chunk, if only by the \n of its \r\n.
             if b"\n" in chunk or b"\r" in chunk or pending[0].endswith(b"\r"):
                 *lines, last = b"".join(pending).splitlines(keepends=True)
                 pending = [last]

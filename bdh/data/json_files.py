@@ -24,7 +24,7 @@ class Row(NamedTuple):
     where: str
     """File and line, for errors."""
     after: State
-    """Where :func:`json_rows` goes on with the next one."""
+    """Where :func:`json_rows` continues with the next one."""
 
 
 class JsonColumn(NamedTuple):

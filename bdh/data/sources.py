@@ -114,8 +114,8 @@ class Source:
         if "offset" in inner:
             digest.update(_bytes_before(self.shard_files[number][0], inner["offset"]))
             # What the first rows are decides how the others are read, which may also have changed by what is after them.
-            is_told = not inner.get("parts") and ("line" not in inner or inner["offset"] > _FIRST_BYTES)
-            if is_told:
+            is_enough = not inner.get("parts") and ("line" not in inner or inner["offset"] > _FIRST_BYTES)
+            if is_enough:
                 return digest.digest()
         reader: Reader | None = None
         reached = _NOWHERE
@@ -133,7 +133,7 @@ class Source:
 
 
 def _place(state: State) -> tuple[int, int]:
-    """What grows as a reader goes on: the rows, documents or bytes that it has read, and the parts given of the next one."""
+    """What grows as a reader reads: the rows, documents or bytes that it has read, and the parts given of the next one."""
     read = next((state[name] for name in ("row", "num_rows", "document", "offset") if name in state), 0)
     return read, state.get("parts", -len(state.get("pending", [])))
 

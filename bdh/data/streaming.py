@@ -223,7 +223,7 @@ class StreamLoader:
             own: the sequences of the global batch that this process gets.
             buffer_documents: of all lanes together; of text they hold 64 MiB at most.
             marks_documents: whether the batches say where documents start, whose first tokens are then not predicted.
-            carry_state: each sequence has a lane of its own, and goes on in the next step where it ended.
+            carry_state: each sequence has a lane of its own, and continues in the next step where it ended.
         """
         self._source, self._split, self._encoder = source, split, encoder
         self._block_size, self._seed = block_size, seed

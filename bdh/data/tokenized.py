@@ -55,7 +55,7 @@ class TokenMeta:
     dtype: str
     num_tokens: int
     num_train_tokens: int
-    """The split: validation tokens follow behind these."""
+    """The split: validation tokens follow these."""
     num_bytes: int
     """UTF-8 text of all tokens; the ends of documents add tokens, but no bytes."""
     num_train_bytes: int
@@ -151,7 +151,7 @@ class TokenWriter:
     def append(
         self, chunks: Iterable[Chunk], encoder: TextEncoder, progress: Callable[[int], None] | None = None
     ) -> np.ndarray:
-        """Writes the tokens of the chunks, with ``<eos>`` behind each document where the tokenizer has one.
+        """Writes the tokens of the chunks, with ``<eos>`` after each document where the tokenizer has one.
 
         Args:
             progress: called with the bytes of text written so far by this writer.

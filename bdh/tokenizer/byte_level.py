@@ -72,7 +72,7 @@ def without_padding(backend: Tokenizer) -> Tokenizer:
 def is_byte_tokenizer(tokenizer: Any) -> bool:
     """Whether every text becomes its own UTF-8 bytes, as with :func:`byte_tokenizer`, also once saved and loaded.
 
-    Any special tokens may follow behind the bytes, and those of :func:`with_padding` may stand among them.
+    Any special tokens may follow the bytes, and those of :func:`with_padding` may stand among them.
     """
     if len(tokenizer) < NUM_BYTES:
         return False

@@ -78,7 +78,7 @@ def with_chat_template(
 
 
 def add_special_tokens(tokenizer: "PreTrainedTokenizerFast", tokens: Sequence[str]) -> None:
-    """Puts those of the special tokens that the vocabulary has not yet behind its end, in this order.
+    """Puts those of the special tokens that the vocabulary lacks after its end, in this order.
 
     Raises:
         ValueError: the ids of the vocabulary have gaps, where the library would give new tokens ids that others have.
@@ -140,7 +140,7 @@ class ChatEncoder:
 
     @property
     def turn_end_id(self) -> int:
-        """The token behind each of the assistant's messages."""
+        """The token after each of the assistant's messages."""
         assert self._turn_end_id is not None
         return self._turn_end_id
 
@@ -158,7 +158,7 @@ class ChatEncoder:
         model answers. What a message spells like a special token is text.
 
         Args:
-            add_generation_prompt: go on up to where the assistant is to write next.
+            add_generation_prompt: continue up to where the assistant is to write next.
 
         Raises:
             ValueError: the template refuses a conversation.
@@ -234,7 +234,7 @@ def turn_end_id(tokenizer: AnyTokenizer) -> int | None:
 
 
 def stop_token_ids(tokenizer: AnyTokenizer) -> int | list[int] | None:
-    """The tokens behind which nothing is to be generated: the end of a text, and of an answer."""
+    """The tokens after which nothing is to be generated: the end of a text, and of an answer."""
     found = sorted({token for token in (tokenizer.eos_token_id, turn_end_id(tokenizer)) if token is not None})
     return found if len(found) > 1 else next(iter(found), None)
 

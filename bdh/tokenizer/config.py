@@ -18,7 +18,7 @@ class TokenizerConfig(Settings):
     path: Annotated[PathText, Allowed(str.strip, "byte, a folder or a hub id")] = BYTE
     """byte (a token is a byte), a folder that `bdh tokenizer train` or an export wrote, a tokenizer.json, or a hub id."""
     special_tokens: bool = False
-    """byte only: add <pad> <bos> <eos> <unk> behind the 256 bytes. With them, <eos> ends every document."""
+    """byte only: add <pad> <bos> <eos> <unk> after the 256 bytes. With them, <eos> ends every document."""
 
     chat_template: Annotated[PathText, Allowed(str.strip, "default, the name of a file")] | None = None
     """A .jinja file, or default. None keeps the tokenizer's own; chat data without one get the default, with its tokens."""

@@ -85,12 +85,12 @@ def test_saved_folder_opens_as_the_plain_fast_class_and_encodes_alike(trained, k
 
 
 @pytest.mark.parametrize(("kind", "vocab_size"), [
-    ("bpe", 261), ("bpe", 1_000), ("bpe", 4_000),
-    ("unigram", 261), ("unigram", 1_000), ("unigram", 3_000), ("unigram", 3_600),
-    ("wordpiece", 200), ("wordpiece", 1_000), ("wordpiece", 4_000),
+    ("bpe", 261), ("bpe", 4_000), ("unigram", 261), ("unigram", 1_000), ("unigram", 3_600),
+    ("wordpiece", 200), ("wordpiece", 4_000),
 ])  # fmt: skip
 def test_vocabulary_has_the_size_asked_for(kind, vocab_size, caplog):
-    assert len(train_tokenizer(topics.values(), kind, vocab_size)) == vocab_size
+    texts = list(topics.values())[: None if vocab_size > 1_000 else 10]
+    assert len(train_tokenizer(texts, kind, vocab_size)) == vocab_size
     assert caplog.records == []
 
 
@@ -161,7 +161,7 @@ def test_compression_ratio_is_bytes_per_token(trained):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("long", ["a" * 400_000, " " * 400_000, "".join(random.Random(3).choices("abc", k=30_000))])
+@pytest.mark.parametrize("long", ["a" * 150_000, " " * 150_000, "".join(random.Random(3).choices("abc", k=30_000))])
 def test_words_of_any_length_are_trained_on_in_bounded_pieces_which_is_said(kind, long, caplog):
     """unigram died of it, with a segmentation fault; the others took the square of the length in time."""
     tokenizer = train_tokenizer([TRAINING_TEXT, long], kind, 300)
