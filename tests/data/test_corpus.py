@@ -30,7 +30,7 @@ def test_single_text_is_cut_where_python_would_cut_it(tmp_path, corpus_of, lengt
 
 
 @pytest.mark.parametrize("kind", ["byte", "bpe"])
-@pytest.mark.parametrize("text", ["🙂" * 50, "é" * 400_000])
+@pytest.mark.parametrize("text", ["🙂" * 50, "é" * 150_000])
 def test_cut_never_parts_a_character(tmp_path, corpus_of, kind, text):
     write_text(tmp_path / "t.txt", text)
     tokenizer = byte_tokenizer() if kind == "byte" else train_tokenizer([WORDS], "bpe", 300)
