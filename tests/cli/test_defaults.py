@@ -202,7 +202,11 @@ def test_the_deployment_has_the_defaults_but_for_what_it_says():
             r"the last `data.val_fraction` of the documents, ([\d.]+) by default",
             RunSettings().data.val_fraction,
         ),
-        ("monitoring.md", r"`monitor.backends` selects where to show and record the run, in any combination; `(\w+)`, the default", "auto"),
+        (
+            "monitoring.md",
+            r"`monitor.backends` selects where to show and record the run, in any combination; `(\w+)`, the default",
+            "auto",
+        ),
         ("evaluation.md", r"`--part` says on what of it: `(\w+)` \(the default", "validation"),
         (
             "model.md",
