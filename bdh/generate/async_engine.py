@@ -6,6 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from bdh.generate.advance import Residuals
@@ -17,34 +18,30 @@ from bdh.generate.snapshot import Snapshot
 
 _log = logging.getLogger(__name__)
 Item = StepOutput | BaseException | None
-"""What a submission gets: an output, a failure, or, as None, that it has a state."""
+"""What a request gets: an output, a failure, or, as None, that it has a state."""
 
 
-class Submission:
-    """A request that the engine has taken up, for one event loop.
+@dataclass(eq=False)
+class AsyncRequest:
+    """One prompt for the engine, and how far it has come."""
 
-    Args:
-        deliver: is called in the event loop with what the steps add, and the exception if the engine fails. By default
-            it is kept for :meth:`outputs`.
-
-    Attributes:
-        id: its number in the engine.
-        started: whether it has a state, or has had one: until then it waits.
-    """
-
-    def __init__(
-        self,
-        front: "AsyncEngine",
-        num_sequences: int,
-        deliver: Callable[["Submission", Item], None] | None = None,
-    ):
-        self.id = -1  # until the engine has given it one
-        self.started = False
-        self.num_left = num_sequences
-        """Continuations that have not ended."""
-        self._front = front
-        self._outputs = asyncio.Queue[StepOutput | BaseException]()
-        self._on_delivery = deliver
+    prompt: Prompt | None
+    params: SamplingParams = field(default_factory=SamplingParams)
+    snapshot: Snapshot | None = None
+    keep_snapshot: bool = False
+    record_activations: int | None = None
+    residuals: Residuals | None = None
+    """This one and those before are arguments of :meth:`Engine.add_request`."""
+    deliver: Callable[[Item], None] | None = None
+    """Is called in the event loop with what the steps add, and the exception if the engine fails. By default that is kept
+    for :meth:`outputs`."""
+    id: int = -1
+    """Its number in the engine; -1 until it has one."""
+    has_started: bool = False
+    """Whether it has a state, or has had one: until then it waits."""
+    num_left: int = 0
+    """Continuations that have not ended, from :meth:`AsyncEngine.submit` on."""
+    kept: "asyncio.Queue[StepOutput | BaseException]" = field(default_factory=asyncio.Queue, repr=False)
 
     async def outputs(self) -> AsyncIterator[StepOutput]:
         """What the steps add, as it comes, until all continuations have ended.
@@ -52,33 +49,23 @@ class Submission:
         Raises:
             RuntimeError: the engine is closed, or has failed.
         """
-        while self.num_left or not self._outputs.empty():
-            item = await self._outputs.get()
+        while self.num_left or not self.kept.empty():
+            item = await self.kept.get()
             if isinstance(item, BaseException):
                 raise RuntimeError(f"the engine has failed: {item}") from item
             yield item
 
-    def abort(self) -> None:
-        """Ends it within a step; no further outputs come. Does nothing where it has ended."""
-        if self.num_left:
-            self.num_left = 0
-            self._front._order_abort(self)
-
-    def stop(self) -> None:
-        """Ends it within a step; the outputs that come last have snapshots of what had begun."""
-        if self.num_left:
-            self._front._order_stop(self)
-
-    def _deliver(self, item: Item) -> None:
-        self.started = True
+    def take(self, item: Item) -> None:
+        """Notes what has come, and delivers it."""
+        self.has_started = True
         if isinstance(item, BaseException):
             self.num_left = 0
         elif item is not None and item.completion is not None:
             self.num_left = max(0, self.num_left - 1)
-        if self._on_delivery is not None:
-            self._on_delivery(self, item)
+        if self.deliver is not None:
+            self.deliver(item)
         elif item is not None:
-            self._outputs.put_nowait(item)
+            self.kept.put_nowait(item)
 
 
 class AsyncEngine:
@@ -92,12 +79,12 @@ class AsyncEngine:
         self.engine = engine
         self._changed = threading.Condition()
         self._orders: deque[Callable[[], None]] = deque()  # what the thread is to do between two steps
-        self._receivers: dict[int, tuple[asyncio.AbstractEventLoop, Submission]] = {}
+        self._receivers: dict[int, tuple[asyncio.AbstractEventLoop, AsyncRequest]] = {}
         self._is_closed = False
         self._failure: BaseException | None = None
         self._beat, self._is_idle = time.monotonic(), True
         self.stats = engine.stats()
-        """As they were behind the last step."""
+        """As they were after the last step."""
         self._thread = threading.Thread(target=self._run, name="bdh-engine", daemon=True)
         self._thread.start()
 
@@ -112,63 +99,71 @@ class AsyncEngine:
         has nothing to do. Large where a step hangs, and not where it has much to read."""
         return 0.0 if self._is_idle else time.monotonic() - max(self._beat, self.engine.advancer.last_progress)
 
-    async def submit(
-        self,
-        prompt: Prompt | None,
-        params: SamplingParams | None = None,
-        *,
-        snapshot: Snapshot | None = None,
-        keep_snapshot: bool = False,
-        watch: int | None = None,
-        residuals: Residuals | None = None,
-        deliver: Callable[[Submission, Item], None] | None = None,
-    ) -> Submission:
-        """Hands a request to the engine. Who does not take all of its outputs is to abort it.
-
-        Args:
-            deliver: see :class:`Submission`; the other arguments are those of :meth:`Engine.add_request`.
+    async def submit(self, request: AsyncRequest) -> None:
+        """Hands a request to the engine. Who does not take all of its outputs is to call :meth:`abort`.
 
         Raises:
             ValueError: as :meth:`Engine.add_request`.
             RuntimeError: the engine is closed, or has failed.
         """
-        params = params or SamplingParams()
         loop = asyncio.get_running_loop()
         taken_up: asyncio.Future[None] = loop.create_future()
-        submission = Submission(self, params.n, deliver)
+        request.num_left = request.params.n
 
         def add() -> None:
             try:
-                submission.id = self.engine.add_request(
-                    prompt, params, snapshot=snapshot, keep_snapshot=keep_snapshot, watch=watch, residuals=residuals
+                request.id = self.engine.add_request(
+                    request.prompt,
+                    request.params,
+                    snapshot=request.snapshot,
+                    keep_snapshot=request.keep_snapshot,
+                    watch=request.record_activations,
+                    residuals=request.residuals,
                 )
             except Exception as error:
                 _call_soon(loop, _set, taken_up, error)
                 return
-            self._receivers[submission.id] = (loop, submission)
+            self._receivers[request.id] = (loop, request)
             _call_soon(loop, _set, taken_up, None)
 
         self._order(add)
         try:
             await taken_up
         except asyncio.CancelledError:
-            submission.abort()
+            self.abort(request)
             raise
-        return submission
+
+    def abort(self, request: AsyncRequest) -> None:
+        """Ends a request within a step; no further outputs come. Does nothing where it has ended."""
+
+        def abort() -> None:  # carried out after the order that adds it
+            if self._receivers.pop(request.id, None) is not None:
+                self.engine.abort(request.id)
+
+        if request.num_left:
+            request.num_left = 0
+            if self._failure is None:
+                self._order(abort, is_wanted_always=True)
+
+    def stop(self, request: AsyncRequest) -> None:
+        """Ends a request within a step; the outputs that come last have snapshots of what had begun."""
+        if request.num_left and self._failure is None:
+            self._order(lambda: self.engine.abort(request.id, keep_snapshot=True), is_wanted_always=True)
 
     async def stream(
         self, prompt: Prompt | None, params: SamplingParams | None = None, **arguments: Any
     ) -> AsyncIterator[StepOutput]:
         """The outputs of a request as they come. Leaving the loop, or cancelling the task, aborts it within a step.
 
-        Arguments and errors are those of :meth:`submit`, and :meth:`Submission.outputs`.
+        Arguments are those of :class:`AsyncRequest`, errors those of :meth:`submit` and :meth:`AsyncRequest.outputs`.
         """
-        submission = await self.submit(prompt, params, **arguments)
+        request = AsyncRequest(prompt, params or SamplingParams(), **arguments)
+        await self.submit(request)
         try:
-            async for output in submission.outputs():
+            async for output in request.outputs():
                 yield output
         finally:
-            submission.abort()
+            self.abort(request)
 
     async def generate(
         self, prompt: Prompt | None, params: SamplingParams | None = None, **arguments: Any
@@ -194,18 +189,6 @@ class AsyncEngine:
             self._changed.notify()
         self._thread.join(seconds)
         return not self._thread.is_alive()
-
-    def _order_abort(self, submission: Submission) -> None:
-        def abort() -> None:  # carried out behind the order that adds it
-            if self._receivers.pop(submission.id, None) is not None:
-                self.engine.abort(submission.id)
-
-        if self._failure is None:
-            self._order(abort, is_wanted_always=True)
-
-    def _order_stop(self, submission: Submission) -> None:
-        if self._failure is None:
-            self._order(lambda: self.engine.abort(submission.id, keep_snapshot=True), is_wanted_always=True)
 
     def _order(self, order: Callable[[], None], *, is_wanted_always: bool = False) -> None:
         with self._changed:
@@ -250,8 +233,8 @@ class AsyncEngine:
         self._receivers.clear()
 
     def _deliver(self, items: Sequence[tuple[int, Item]]) -> None:
-        """Hands items to the submissions of these ids: each event loop is woken once."""
-        for_loop: dict[asyncio.AbstractEventLoop, list[tuple[Submission, Item]]] = {}
+        """Hands items to the requests of these ids: each event loop is woken once."""
+        for_loop: dict[asyncio.AbstractEventLoop, list[tuple[AsyncRequest, Item]]] = {}
         for request_id, item in items:
             if found := self._receivers.get(request_id):
                 for_loop.setdefault(found[0], []).append((found[1], item))
@@ -279,9 +262,9 @@ def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[..., Any], *a
             raise
 
 
-def _deliver_all(items: Sequence[tuple[Submission, Item]]) -> None:
-    for submission, item in items:
-        submission._deliver(item)
+def _deliver_all(items: Sequence[tuple[AsyncRequest, Item]]) -> None:
+    for request, item in items:
+        request.take(item)
 
 
 def _set(future: "asyncio.Future[None]", error: Exception | None) -> None:

@@ -14,7 +14,7 @@ from bdh.generate.sequence import Completion, StepOutput
 from bdh.serve.errors import ApiError
 from bdh.serve.middleware import sent_event
 from bdh.serve.schemas import Json, StreamOptions
-from bdh.serve.service import PromptInput
+from bdh.serve.service import PromptRequest
 from bdh.serve.text import TokenNames
 
 Entries = Sequence[tuple[int, TokenLogprobs | None]]
@@ -102,7 +102,7 @@ class Writer:
 
     def __init__(
         self,
-        prompts: Sequence[PromptInput],
+        prompts: Sequence[PromptRequest],
         names: TokenNames,
         model: str,
         num_top: int | None,
@@ -125,7 +125,7 @@ class Writer:
         text = self.texts[place][output.index]
         entries: list[tuple[int, TokenLogprobs | None]] = []
         if self._num_top is not None:
-            entries += zip(self._prompts[place].tokens, output.prompt_logprobs or (), strict=False)
+            entries += zip(self._prompts[place].prompt, output.prompt_logprobs or (), strict=False)
             entries += [(each.token, each) for each in output.logprobs or ()]
         shown = self._shown(text, output.text)
         text.parts.append(shown)
@@ -174,7 +174,7 @@ class Writer:
     def usage(self) -> Json:
         """What has been read and generated so far."""
         firsts = [texts[0].completion for texts in self.texts]
-        prompt = sum(len(each.tokens) for each in self._prompts)
+        prompt = sum(len(each.prompt) for each in self._prompts)
         generated = sum(
             text.num_generated if text.completion is None else len(text.completion.token_ids) for text in self.all_texts
         )

@@ -20,7 +20,7 @@ from bdh.serve.errors import ApiError, bad_request, internal_error
 from bdh.serve.middleware import EventStream, unless_gone
 from bdh.serve.monitoring import log
 from bdh.serve.schemas import ChatRequest, CompletionRequest, Extras, Json
-from bdh.serve.service import CutOff, Generation, Loaded, PromptInput, Service
+from bdh.serve.service import CutOff, Generation, Loaded, PromptRequest, Service
 from bdh.serve.text import prompt_tokens
 from bdh.storage import DiskFullError
 
@@ -77,7 +77,9 @@ async def _completion(service: Service, body: CompletionRequest, request: Reques
         tokens = await loaded.in_text_thread(
             prompt_tokens, loaded.tokenizer, loaded.vocab_size, text, param, snapshot is not None
         )
-        prompt = PromptInput(tokens, replace(params), param, snapshot, bool(extras.save_state), extras.activations)
+        prompt = PromptRequest(
+            tokens, replace(params), snapshot, bool(extras.save_state), extras.activations, param=param
+        )
         prompt.notes = {"kind": "text"}
         prompts.append(prompt)
     options = body.stream_options
@@ -106,7 +108,7 @@ async def _chat(service: Service, body: ChatRequest, request: Request) -> "TextG
             raise bad_request(message, "bdh.from_state")
         before = snapshot.notes["messages"]
         tokens = await loaded.in_text_thread(loaded.chat.further, before, messages, snapshot.notes.get("stopped_by"))
-    prompt = PromptInput(tokens, params, "messages", snapshot, bool(extras.save_state), extras.activations)
+    prompt = PromptRequest(tokens, params, snapshot, bool(extras.save_state), extras.activations, param="messages")
     prompt.notes = {"kind": "chat", "messages": [*before, *messages]}
     num_top = params.logprobs if body.logprobs else None
     options = body.stream_options
@@ -149,7 +151,7 @@ class TextGeneration(Generation):
     def __init__(
         self,
         service: Service,
-        prompts: Sequence[PromptInput],
+        prompts: Sequence[PromptRequest],
         request: Request,
         writer: Writer,
         *,
@@ -163,7 +165,7 @@ class TextGeneration(Generation):
         self._format_param = format_param
         if service.settings.log_prompts:
             names = service.ready().names
-            log("prompts", prompts=[names.text(prompt.tokens) for prompt in prompts])
+            log("prompts", prompts=[names.text(prompt.prompt) for prompt in prompts])
 
     async def respond(self) -> Response:
         await self.submit()
@@ -284,7 +286,7 @@ class TextGeneration(Generation):
 
     def _finish(self) -> None:
         self.close()
-        num_prompt = sum(len(prompt.tokens) for prompt in self.prompts)
+        num_prompt = sum(len(prompt.prompt) for prompt in self.prompts)
         self.service.rates.charge(self.caller, num_prompt + self.num_generated)
         self.facts.update(prompt_tokens=num_prompt, completion_tokens=self.num_generated)
         if self.service.settings.log_prompts:

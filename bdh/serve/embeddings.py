@@ -19,7 +19,7 @@ from bdh.serve.errors import ApiError, bad_request, internal_error, unavailable
 from bdh.serve.middleware import unless_gone
 from bdh.serve.monitoring import log
 from bdh.serve.schemas import EmbeddingOptions, EmbeddingRequest, Json
-from bdh.serve.service import CutOff, Generation, PromptInput, Service
+from bdh.serve.service import CutOff, Generation, PromptRequest, Service
 from bdh.serve.text import prompt_tokens
 
 _AT_ONCE = 8  # texts of a request that are read at the same time: others' prompts wait for so many at most
@@ -59,11 +59,11 @@ async def _embed(service: Service, body: EmbeddingRequest, request: Request) -> 
         param = "input" if text is body.input else f"input.{number}"
         tokens = await loaded.in_text_thread(prompt_tokens, loaded.tokenizer, loaded.vocab_size, text, param)
         residuals.append(Residuals())
-        prompts.append(PromptInput(tokens, SamplingParams(max_tokens=0), param, residuals=residuals[-1]))
+        prompts.append(PromptRequest(tokens, SamplingParams(max_tokens=0), residuals=residuals[-1], param=param))
     service.check_lengths(prompts)  # before the first of them is read
     await unless_gone(request.receive, lambda: _read(service, prompts, request))
     vectors = [_vector(each, body.bdh or EmbeddingOptions()) for each in residuals]
-    num_tokens = sum(len(prompt.tokens) for prompt in prompts)
+    num_tokens = sum(len(prompt.prompt) for prompt in prompts)
     is_text = body.encoding_format == "base64"
     return EmbeddingAnswer(
         data=[
@@ -78,7 +78,7 @@ async def _embed(service: Service, body: EmbeddingRequest, request: Request) -> 
     )
 
 
-async def _read(service: Service, prompts: Sequence[PromptInput], request: Request) -> None:
+async def _read(service: Service, prompts: Sequence[PromptRequest], request: Request) -> None:
     """Has the engine read all texts, a few at a time, as it reads prompts.
 
     Raises:
@@ -89,7 +89,7 @@ async def _read(service: Service, prompts: Sequence[PromptInput], request: Reque
         for first in range(0, len(prompts), size):
             group = prompts[first : first + size]
             generation = await _admitted(service, group, request, is_first=first == 0)
-            num_tokens += sum(len(prompt.tokens) for prompt in group)
+            num_tokens += sum(len(prompt.prompt) for prompt in group)
             try:
                 await _finish(generation)
             finally:
@@ -100,7 +100,7 @@ async def _read(service: Service, prompts: Sequence[PromptInput], request: Reque
 
 
 async def _admitted(
-    service: Service, prompts: Sequence[PromptInput], request: Request, *, is_first: bool
+    service: Service, prompts: Sequence[PromptRequest], request: Request, *, is_first: bool
 ) -> Generation:
     """Those after the first wait where the queue is full: what has been read is not to be asked for again."""
     arrived, seconds = request.state.arrived, service.settings.limits.request_timeout

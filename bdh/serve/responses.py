@@ -31,7 +31,7 @@ from bdh.serve.response_schemas import (
     ResponseUsage,
 )
 from bdh.serve.schemas import Json
-from bdh.serve.service import Loaded, PromptInput, Service
+from bdh.serve.service import Loaded, PromptRequest, Service
 from bdh.serve.states import SavedState
 from bdh.serve.text import Message as PlainMessage
 
@@ -49,7 +49,7 @@ class ResponseWriter(ChatWriter):
 
     def __init__(
         self,
-        prompt: PromptInput,
+        prompt: PromptRequest,
         loaded: Loaded,
         answer: ResponseAnswer,
         items: list[Json],
@@ -276,7 +276,7 @@ async def _prompt(
     messages: list[PlainMessage],
     instructions: str | None,
     params: SamplingParams,
-) -> PromptInput:
+) -> PromptRequest:
     """What is to be read: with the state of the previous response, where that has been kept and has read the same
     instructions, only what is new; else the conversation from its beginning.
 
@@ -299,7 +299,7 @@ async def _prompt(
         error.param = "input" if error.param == "messages" else error.param
         raise
     notes = {"kind": "chat", "messages": [*before, *messages]}
-    return PromptInput(tokens, params, "input", snapshot, notes=notes)
+    return PromptRequest(tokens, params, snapshot, param="input", notes=notes)
 
 
 async def _state_of(loaded: Loaded, saved: SavedState) -> Snapshot | None:

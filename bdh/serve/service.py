@@ -11,11 +11,8 @@ from typing import Any, Literal, TypeVar
 
 from starlette.requests import Request
 
-from bdh.generate.advance import Residuals
-from bdh.generate.async_engine import AsyncEngine, Item, Submission
-from bdh.generate.params import SamplingParams
+from bdh.generate.async_engine import AsyncEngine, AsyncRequest, Item
 from bdh.generate.sequence import StepOutput
-from bdh.generate.snapshot import Snapshot
 from bdh.serve.config import ServeSettings
 from bdh.serve.errors import RETRY_SECONDS, ApiError, bad_request, unavailable
 from bdh.serve.keys import RateLimits
@@ -141,11 +138,11 @@ class Service:
             raise bad_request(f"{param} is {given:,}: must be at most {most:,}", param)
         return min(default, most) if given is None else given
 
-    def check_lengths(self, prompts: "Sequence[PromptInput]") -> None:
+    def check_lengths(self, prompts: "Sequence[PromptRequest]") -> None:
         """Raises an ``ApiError`` 400 for a prompt with more tokens than this server reads."""
         most = self.settings.limits.prompt_tokens
         for prompt in prompts:
-            if (size := len(prompt.tokens)) > most:
+            if (size := len(prompt.prompt)) > most:
                 message = f"the prompt has {size:,} tokens: must be at most {most:,}"
                 raise bad_request(message, prompt.param, "context_length_exceeded")
 
@@ -153,7 +150,7 @@ class Service:
     def num_waiting(self) -> int:
         return sum(len(generation.waiting) for generation in self.running)
 
-    def admit(self, prompts: "Sequence[PromptInput]") -> None:
+    def admit(self, prompts: "Sequence[PromptRequest]") -> None:
         """
         Raises:
             ApiError: 400, the request is larger than this server takes; 429, its queue is full; or 503.
@@ -166,11 +163,11 @@ class Service:
         most = min(loaded.max_sequences, loaded.engine.engine.config.max_running)
         num_free = max(0, most - sum(generation.num_states for generation in self.running))
         num_waiting = self.num_waiting
-        num_tokens = sum(len(prompt.tokens) for each in self.running for prompt in each.waiting)
+        num_tokens = sum(len(prompt.prompt) for each in self.running for prompt in each.waiting)
         reason = None
         if num_waiting + len(prompts) > limits.queue_requests + num_free:
             reason = f"{num_waiting} prompts wait already, and {limits.queue_requests} may"
-        elif num_waiting and num_tokens + sum(len(prompt.tokens) for prompt in prompts) > limits.queue_tokens:
+        elif num_waiting and num_tokens + sum(len(prompt.prompt) for prompt in prompts) > limits.queue_tokens:
             reason = f"the prompts that wait have {num_tokens:,} tokens, and {limits.queue_tokens:,} may wait"
         if reason is not None:
             raise ApiError(429, f"the queue is full: {reason}", code="queue_full", retry_after=RETRY_SECONDS)
@@ -228,54 +225,46 @@ class CutOff(Exception):
     """The server ends before the request does."""
 
 
-@dataclass
-class PromptInput:
-    """One prompt of a request."""
+@dataclass(eq=False)
+class PromptRequest(AsyncRequest):
+    """One prompt of an HTTP request, as tokens."""
 
-    tokens: list[int]
+    prompt: list[int]
     """After those of the snapshot, where there is one."""
-    params: SamplingParams
     param: str = "prompt"
-    """What the request calls it."""
-    snapshot: Snapshot | None = None
-    keep_snapshot: bool = False
-    record_activations: int | None = None
+    """What the HTTP request calls it."""
     notes: dict[str, Any] = field(default_factory=dict)
     """For the snapshots of its texts."""
-    residuals: Residuals | None = None
-    """Takes those of its tokens."""
 
 
 class Generation:
     """The texts of one HTTP request, while the engine generates them."""
 
     def __init__(
-        self, service: Service, prompts: Sequence[PromptInput], request: Request, arrived: float | None = None
+        self, service: Service, prompts: Sequence[PromptRequest], request: Request, arrived: float | None = None
     ):
         self.service, self.prompts, self.request = service, list(prompts), request
         self.caller, self.facts = request.state.caller, request.state.facts
         self.num_generated = 0
+        self._engine = service.ready().engine
         self._arrived = request.state.arrived if arrived is None else arrived
         limits = service.settings.limits
         self._queue_end = self._arrived + limits.queue_timeout
         self._end = self._arrived + limits.request_timeout
-        self._submissions: list[Submission | None] = [None] * len(self.prompts)
         self._items = asyncio.Queue[tuple[int, StepOutput] | BaseException]()
         self._left = [prompt.params.n for prompt in self.prompts]  # texts of each prompt that have not ended
         self._last_token: dict[tuple[int, int], float] = {}
         self._is_cut_off = False
 
     @property
-    def waiting(self) -> list[PromptInput]:
+    def waiting(self) -> list[PromptRequest]:
         """The prompts that have no state yet."""
-        each = zip(self.prompts, self._submissions, strict=True)
-        return [prompt for prompt, submission in each if submission is None or not submission.started]
+        return [prompt for prompt in self.prompts if not prompt.has_started]
 
     @property
     def num_states(self) -> int:
         """Texts that have a state, or will get that of their prompt."""
-        each = zip(self._left, self._submissions, strict=True)
-        return sum(left for left, submission in each if submission is not None and submission.started)
+        return sum(prompt.num_left for prompt in self.prompts if prompt.has_started)
 
     async def submit(self) -> None:
         """Hands the prompts to the engine. Who does not take all outputs is to call :meth:`close`.
@@ -287,23 +276,15 @@ class Generation:
         self.service.running.add(self)
         try:
             for place, prompt in enumerate(self.prompts):
-                self._submissions[place] = await self._submit(place, prompt)
+                prompt.deliver = partial(self._take, place)
+                await self._submit(prompt)
         except BaseException:
             self.close()
             raise
 
-    async def _submit(self, place: int, prompt: PromptInput) -> Submission:
-        assert self.service.loaded is not None
+    async def _submit(self, prompt: PromptRequest) -> None:
         try:
-            return await self.service.loaded.engine.submit(
-                prompt.tokens,
-                prompt.params,
-                snapshot=prompt.snapshot,
-                keep_snapshot=prompt.keep_snapshot,
-                watch=prompt.record_activations,
-                residuals=prompt.residuals,
-                deliver=partial(self._take, place),
-            )
+            await self._engine.submit(prompt)
         except ValueError as error:
             setting = re.match(r"(\w+) is ", str(error))  # else it is the prompt
             raise bad_request(str(error), setting[1] if setting else prompt.param) from error
@@ -311,7 +292,7 @@ class Generation:
             self.service.watch_engine()
             raise unavailable("the engine has ended", "engine_failed") from error
 
-    def _take(self, place: int, submission: Submission, item: Item) -> None:
+    def _take(self, place: int, item: Item) -> None:
         if item is not None:
             self._items.put_nowait(item if isinstance(item, BaseException) else (place, item))
         elif self.service.metrics is not None:
@@ -385,15 +366,13 @@ class Generation:
         """The server ends. With ``keep`` the texts' snapshots come before the end."""
         if keep and not self._is_cut_off:
             self._is_cut_off = True
-            for submission in self._submissions:
-                if submission is not None:
-                    submission.stop()
+            for prompt in self.prompts:
+                self._engine.stop(prompt)
         else:
             self._items.put_nowait(CutOff())
 
     def close(self) -> None:
         """Ends what still runs, within a step."""
-        for submission in self._submissions:
-            if submission is not None:
-                submission.abort()
+        for prompt in self.prompts:
+            self._engine.abort(prompt)
         self.service.running.discard(self)

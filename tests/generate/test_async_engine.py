@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from bdh.generate.advance import Advancer
-from bdh.generate.async_engine import AsyncEngine
+from bdh.generate.async_engine import AsyncEngine, AsyncRequest
 from bdh.generate.config import EngineConfig
 from bdh.generate.engine import Engine
 from bdh.generate.params import SamplingParams
@@ -182,11 +182,12 @@ def test_a_stop_without_memory_for_the_snapshot_ends_its_own_request_only(front,
 
     async def run():
         other = asyncio.create_task(front.generate("abc", SamplingParams(max_tokens=300, seed=1)))
-        submission = await front.submit("abc", SamplingParams(max_tokens=10**6, ignore_eos=True))
+        request = AsyncRequest("abc", SamplingParams(max_tokens=10**6, ignore_eos=True))
+        await front.submit(request)
         monkeypatch.setattr(SynapticState, "clone", no_memory)
-        outputs = submission.outputs()
+        outputs = request.outputs()
         await anext(outputs)
-        submission.stop()
+        front.stop(request)
         completion = [output async for output in outputs][-1].completion
         assert (completion.finish_reason, completion.snapshot) == ("abort", None)
         assert completion.snapshot_error == "not a byte"
@@ -203,12 +204,13 @@ def test_an_order_that_fails_does_not_end_the_engine(front, monkeypatch, caplog)
         raise MemoryError("not a byte")
 
     async def run():
-        submission = await front.submit("abc", SamplingParams(max_tokens=300, seed=1))
+        request = AsyncRequest("abc", SamplingParams(max_tokens=300, seed=1))
+        await front.submit(request)
         with monkeypatch.context() as patch:
             patch.setattr(front.engine, "abort", no_memory)
-            submission.stop()
+            front.stop(request)
             assert len(await front.generate("abc", SamplingParams(max_tokens=2))) == 1
-        outputs = [output async for output in submission.outputs()]
+        outputs = [output async for output in request.outputs()]
         assert outputs[-1].completion.finish_reason == "length"
 
     asyncio.run(run())
