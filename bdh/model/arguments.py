@@ -123,7 +123,7 @@ def token_positions(
     """Where each token stands in its document: padding takes up no position, a document starts at 0.
 
     Args:
-        before: int64 (B,): tokens of the document that the row goes on with. None for a fresh text in each row.
+        before: int64 (B,): tokens of the document that the sequence continues. None for a fresh text in each row.
         mask: bool (B, T): False for padding.
         starts: bool (B, T): a document starts there, or, if that is padding, with the next token.
 
@@ -207,7 +207,7 @@ def _packed(
         if name not in others:
             continue
         if state is not None and state.num_columns:
-            raise ValueError(f"{name} is given with past_key_values: say with document_starts what goes on from it")
+            raise ValueError(f"{name} is given with past_key_values: say with document_starts what continues from it")
         found[name] = read(others, B, T).to(device).expand(B, T)
     if "cu_seq_lens_q" not in others and (rest := [n for n in _PACKING[3:] if n in others]):
         raise ValueError(f"{rest[0]} is given without cu_seq_lens_q: give both, or neither")
@@ -240,7 +240,7 @@ def _packed(
             return starts
     raise ValueError(
         f"position_ids is {_shown(position_ids)}: must count the tokens of each document from 0, padding aside"
-        + (", and go on after those that past_key_values has read" if state is not None else "")
+        + (", and continue after those that past_key_values has read" if state is not None else "")
         + (f", where documents start as {first} says" if found else "")
         + "; or leave it out, which means the same"
     )

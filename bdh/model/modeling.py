@@ -165,7 +165,7 @@ class BDHForCausalLM(TextMethods, BDHPreTrainedModel, StateForGeneration, Genera
         token_type_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """What `generate` feeds in a step; it goes on from a state as transformers does from a cache.
+        """What `generate` feeds in a step; it continues from a state as transformers does from a cache.
 
         ``input_ids`` is the whole text of which the state has read the first columns, or only the new tokens, if the
         ``attention_mask`` has a column for each one read before, too.
@@ -186,7 +186,7 @@ class BDHForCausalLM(TextMethods, BDHPreTrainedModel, StateForGeneration, Genera
                     f"({input_ids.shape[0]}, {num_read} + the number of new tokens)"
                 )
             if not kwargs.get("use_cache", True):
-                raise ValueError("use_cache is False: must be True to go on from past_key_values")
+                raise ValueError("use_cache is False: must be True to continue from past_key_values")
         for name in ("tokenizer", "assistant_tokenizer"):  # of `generate` itself, which hands them on
             kwargs.pop(name, None)
         prepare: Any = super().prepare_inputs_for_generation  # type: ignore[misc]

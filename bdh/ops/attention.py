@@ -75,7 +75,7 @@ class DecayMask(NamedTuple):
         to_end = self._decayed(total - clock - 1)
         from_state, through = self._decayed(clock), self._decayed(total)
         if self.starts is not None:
-            document = self.starts.long().cumsum(1)[:, None]  # (B, 1, T): 0 goes on from the state
+            document = self.starts.long().cumsum(1)[:, None]  # (B, 1, T): 0 continues from the state
             between = between * (document[..., :, None] == document[..., None, :])
             to_end = to_end * (document == document[..., -1:])
             from_state = from_state * (document == 0)
@@ -92,15 +92,15 @@ class DecayMask(NamedTuple):
 
 
 class DecayWeights(NamedTuple):
-    """What tokens count for each other, and for the states before and behind them; 1 where nothing is lost.
+    """What tokens count for each other, and for the states before and after them; 1 where nothing is lost.
 
     B and H may be 1, where rows or heads are alike.
     """
 
     between: torch.Tensor  # (B, H, T, T): of each earlier token for each token
     from_state: torch.Tensor  # (B, H, T, 1): of the state before for each token
-    to_end: torch.Tensor  # (B, H, T, 1): of each token in the state behind
-    through: torch.Tensor  # (B, H, 1, 1): of the state before in the state behind
+    to_end: torch.Tensor  # (B, H, T, 1): of each token in the state after
+    through: torch.Tensor  # (B, H, 1, 1): of the state before in the state after
 
 
 def weighted(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -152,7 +152,7 @@ def attend(
         form: one of :data:`ATTENTION_FORMS`.
         chunk_size: tokens in a chunk of the chunked form.
         decay_mask: where documents start and how fast the state decays; None where all of the past counts alike.
-        keep_state: return the state behind the last token too.
+        keep_state: return the state after the last token too.
 
     Returns:
         ``a`` (B, H, T, D) in float32 (float64 for float64), and the new state or None.

@@ -89,7 +89,7 @@ class Rotation(NamedTuple):
         """The stretches of a block's G * C tokens that stand side by side in the table, none of two sequences.
 
         Returns:
-            int64 (runs + 1,): the first token of each, and the number of tokens behind them; int64 (runs,): its column.
+            int64 (runs + 1,): the first token of each, and the number of tokens after them; int64 (runs,): its column.
         """
         G, C = rows.stop - rows.start, columns.stop - columns.start
         if self.places is None:

@@ -75,7 +75,7 @@ def read_block(
 def learn_block(
     q: torch.Tensor, v: torch.Tensor, state: torch.Tensor | None, weights: DecayWeights | None
 ) -> torch.Tensor:
-    """The state (G, N, D) behind the block."""
+    """The state (G, N, D) after the block."""
     learned = _product(_keys_to_end(q, weights).permute(1, 0, 2), v, q.dtype)
     if state is None:
         return learned
@@ -102,7 +102,7 @@ def read_block_backward(
     Args:
         grad_a: (G, C, D), in the dtype of sums.
         grad_v: (G, C, D), in the dtype of sums.
-        grad_state: (G, N, D), of the state behind the block; None where nothing reads it.
+        grad_state: (G, N, D), of the state after the block; None where nothing reads it.
     """
     dtype = q.dtype
     grad = grad_a if scores.factor is None else grad_a * scores.factor

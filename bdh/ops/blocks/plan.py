@@ -63,7 +63,7 @@ class LayerOptionError(ValueError):
         """
         Args:
             option: the field of :class:`LayerOptions`.
-            fault: what is wrong with it, to be read behind its name.
+            fault: what is wrong with it, to be read after its name.
         """
         super().__init__(f"{option} {fault}")
         self.option, self.fault = option, fault

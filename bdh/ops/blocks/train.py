@@ -265,7 +265,7 @@ def _states_backwards(
     count = len(walk.columns)
     stretch = math.isqrt(count - 1) + 1 if count > 1 else 1
 
-    def behind(index: int, state: torch.Tensor | None) -> torch.Tensor:
+    def state_after(index: int, state: torch.Tensor | None) -> torch.Tensor:
         block = walk.block(rows, head, index)
         values = v[rows, block.columns]
         fired = _fired(neurons, block, values, kept.get((rows.start, head, index), _NOTHING_KEPT).x)
@@ -275,14 +275,14 @@ def _states_backwards(
     state = first
     last_start = (count - 1) // stretch * stretch
     for index in range(last_start):
-        state = behind(index, state)
+        state = state_after(index, state)
         if (index + 1) % stretch == 0:
             starts[index + 1] = state
     for start in sorted(starts, reverse=True):
         states = [starts.pop(start)]
         end = min(count, start + stretch)
         for index in range(start, end - 1):
-            states.append(behind(index, states[-1]))
+            states.append(state_after(index, states[-1]))
         for index in range(end - 1, start - 1, -1):
             yield index, states.pop()
 

@@ -124,7 +124,7 @@ def gather_and_spread(typingctx, row, gathered, factors, indices, source, target
 
 
 def _compressed(builder: Any, value: Any, keep: Any, address: Any) -> None:
-    """Stores the elements of a vector of 32 bits that are to be kept, one behind the other; a whole vector is written."""
+    """Stores the elements of a vector of 32 bits that are to be kept, one after the other; a whole vector is written."""
     kind = value.type
     name = "f32" if kind.element == _F32 else "i32"
     function = cgutils.get_or_insert_function(
@@ -146,7 +146,7 @@ def _count(builder: Any, keep: Any) -> Any:
 
 
 def _positive(builder: Any, value: Any) -> Any:
-    """Where a vector is above 0, or not a number: NaN goes on."""
+    """Where a vector is above 0, or not a number: NaN counts as firing."""
     return builder.fcmp_unordered(">", value, ir.Constant(value.type, [0.0] * LANES))
 
 
@@ -233,7 +233,7 @@ def scatter(typingctx, values, indices, count, row):
 
 @intrinsic
 def gate(typingctx, y, keys, key, threshold, count):
-    """Sets ``y`` to 0 where it is not above 0, where dropout leaves out the token, and in the vector behind ``count``.
+    """Sets ``y`` to 0 where it is not above 0, where dropout leaves out the token, and in the vector after ``count``.
 
     ``keys`` are those of the tokens, ``key`` the neuron's, as in :mod:`bdh.ops.dropout`; with a ``threshold`` of 0
     nothing is left out.

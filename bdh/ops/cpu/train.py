@@ -15,7 +15,7 @@ from bdh.ops.cpu.vector import LANES
 DENSE_Y = 0.45
 """Share of x from which on y is computed by a dense product, wherever x fires or not."""
 DENSE_GRADIENT = 0.4
-"""Share of x from which on the gradients behind it are computed by dense products."""
+"""Share of x from which on the gradients that come through it are computed by dense products."""
 _FIRE_BYTES = 1024 * 1024  # of x
 # Rows of so many numbers, or a multiple, fall on the same few sets of a cache: the products of the attention take a third
 # longer. So such rows are made longer by a vector.
@@ -230,7 +230,7 @@ def _whole(x: torch.Tensor) -> torch.Tensor:
 
 
 def _rows(values: torch.Tensor) -> torch.Tensor:
-    """(G, C, D) as (G * C, D), for the kernels one behind the other in memory."""
+    """(G, C, D) as (G * C, D), for the kernels one after the other in memory."""
     return values.reshape(-1, values.shape[-1]).contiguous()
 
 

@@ -6,7 +6,7 @@ in one order: ``LANES`` partial sums, folded by halves, then what is left of a r
 registers the processor has.
 
 Memory is passed by address, since the rows that fire lie scattered. Weights and states are float32, or bfloat16 kept
-as uint16, told by the dtype of an (empty) array ``like``; all arithmetic is float32.
+as uint16, which the dtype of an (empty) array ``like`` says; all arithmetic is float32.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def _vector(element: ir.Type, width: int) -> ir.Type:
 
 
 def _pointer(builder: Any, address: Any, element: ir.Type, index: Any, width: int) -> Any:
-    """A pointer to ``width`` elements, ``index`` elements behind ``address``."""
+    """A pointer to ``width`` elements, ``index`` elements after ``address``."""
     size = builder.mul(index, _I64(element.width // 8 if isinstance(element, ir.IntType) else 4))
     return builder.inttoptr(builder.add(address, size), _vector(element, width).as_pointer())
 
@@ -247,7 +247,7 @@ def add_scaled(typingctx, like, out, row, factor, length):
 def attend_and_update(typingctx, like, rows, read_0, read_1, write_0, write_1, value, out, length):
     """One sweep over the state's two rows of a pair of neurons: reads them, then adds the value to them.
 
-    ``out += read_0 * rows[0] + read_1 * rows[1]``, then ``rows[i] += write_i * value``. The rows lie behind each other
+    ``out += read_0 * rows[0] + read_1 * rows[1]``, then ``rows[i] += write_i * value``. The rows lie one after the other
     and have the dtype of ``like``.
     """
     half = _is_half(like)
