@@ -155,15 +155,14 @@ class _Lane:
         return max(0, self.num_sequences * block_size + 1 - self.num_tokens)
 
     def take(self, block_size: int) -> tuple[np.ndarray, np.ndarray]:
-        """The next sequences, and the starts in them. The last token of each, a target, is the first of the next one."""
+        """The next tokens, and the starts among them; the last one, a target, is the first of the next step."""
         num_new = self.num_sequences * block_size
         if len(self.tokens) > 1:
             self.tokens, self.starts = [np.concatenate(self.tokens)], [np.concatenate(self.starts)]
-        tokens, starts = self.tokens[0], self.starts[0]
+        (tokens,), (starts,) = self.tokens, self.starts
         self.tokens, self.starts = [tokens[num_new:]], [starts[num_new:]]
         self.num_tokens -= num_new
-        index = np.arange(0, num_new, block_size)[:, None] + np.arange(block_size + 1)
-        return tokens[index], starts[index]
+        return tokens[: num_new + 1], starts[: num_new + 1]
 
     def state_dict(self) -> dict[str, Any]:
         chunks = [*self.drawn, *self.buffer, *(chunk for _, chunk in self.waiting)]
@@ -238,6 +237,9 @@ class StreamLoader:
             for lane, (begin, end) in enumerate(pairwise(bounds))
             if begin < own.stop and end > own.start
         }
+        begins = np.concatenate([np.full(lane.num_sequences, i) for i, lane in enumerate(self._lanes.values())])
+        # Where each sequence of these lanes begins, their tokens one after the other: each lane has one token more.
+        self._index = np.arange(len(begins)) * block_size + begins
         first = bounds[min(self._lanes)]
         self._own = slice(own.start - first, own.stop - first)  # of the sequences of these lanes
         self.num_taken = 0
@@ -270,9 +272,11 @@ class StreamLoader:
         """The sequences of the next step that this process gets."""
         self.prepare()
         taken = [lane.take(self._block_size) for lane in self._lanes.values()]
-        tokens, starts = (np.concatenate(each)[self._own] for each in zip(*taken, strict=True))
-        inputs = torch.from_numpy(tokens.astype(np.int64))
-        return batch_of_documents(inputs, torch.from_numpy(starts)) if self._marks_documents else Batch(inputs)
+        index = self._index[self._own, None] + np.arange(self._block_size + 1)
+        tokens = torch.from_numpy(np.concatenate([tokens for tokens, _ in taken])[index].astype(np.int64))
+        if not self._marks_documents:
+            return Batch(tokens)
+        return batch_of_documents(tokens, torch.from_numpy(np.concatenate([starts for _, starts in taken])[index]))
 
     def _draw(self, lane: _Lane) -> Chunk:
         """A chunk of the lane's buffer at random, which is filled from one pass through the source at a time."""
