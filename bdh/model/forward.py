@@ -219,14 +219,20 @@ def _block_step(
         keep_scores=plan.keeps_scores,
     )
 
-    @torch.compiler.disable
     def step(index: int, v: torch.Tensor, sums: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         dropout = None
         if seeds is not None:
             dropout = make_dropout(rate, seeds[index], len(weights.encoder), *shape)
         return blocks.train(v, weights, replace(common, dropout=dropout, keep_wide=index < num_kept), sums)
 
-    return step
+    return partial(_outside_of_graphs, step)
+
+
+@torch.compiler.disable  # once: to wrap each forward pass's own function takes longer than a layer step of a tiny model
+def _outside_of_graphs(
+    step: LayerStep, index: int, v: torch.Tensor, sums: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return step(index, v, sums)
 
 
 def draw_seeds(num_layer_steps: int, device: torch.device) -> torch.Tensor:

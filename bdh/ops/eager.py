@@ -70,8 +70,8 @@ def layer_step(
     q = rotate(x.unflatten(-1, (num_heads, -1)).transpose(-2, -3), table).contiguous()  # (..., H, T, N)
     a, kept = attention(q, values)
     a = layer_norm(a, eps).to(dtype)  # (..., H, T, D)
-    heads = [head(a.select(-3, h)) for h, head in enumerate(layer.encoder_v)]
-    y = F.relu(torch.cat(heads, dim=-1))  # (..., H*N)
+    # The heads' outputs are let go at once: what is as wide as the neurons is kept no longer than needed.
+    y = F.relu(torch.cat([head(a.select(-3, h)) for h, head in enumerate(layer.encoder_v)], dim=-1))  # (..., H*N)
     z = x * y
     if trace is not None:
         for name, wide in (("x", x), ("y", y), ("xy", z)):
