@@ -21,7 +21,7 @@ from bdh.bench.report import interleaved
 from bdh.data.sources import stdlib_files
 from bdh.generate.config import EngineConfig
 from bdh.generate.engine import Engine
-from bdh.generate.matcher import Grammars
+from bdh.generate.grammar import Grammars
 from bdh.generate.params import SamplingParams
 from bdh.tokenizer import byte_tokenizer, train_tokenizer
 from bdh.tokenizer.byte_level import token_bytes

@@ -15,7 +15,7 @@ import torch
 from bdh.generate.advance import MOST_NEURONS, Advancer, Residuals, StatePool, StepInput
 from bdh.generate.config import EngineConfig, EngineStats
 from bdh.generate.decoder import Prompt, encode_prompt, end_token_ids
-from bdh.generate.matcher import Grammars, Matcher
+from bdh.generate.grammar import Grammars, Matcher
 from bdh.generate.params import SamplingParams
 from bdh.generate.prefix_cache import PrefixStore
 from bdh.generate.sequence import Completion, FinishReason, Request, StepOutput, told

@@ -9,7 +9,7 @@ import torch
 
 from bdh.generate.advance import LayerActivity, Residuals
 from bdh.generate.decoder import TextDecoder
-from bdh.generate.matcher import GRAMMAR_FAULT, Matcher
+from bdh.generate.grammar import GRAMMAR_FAULT, Matcher
 from bdh.generate.params import SamplingParams
 from bdh.generate.sampler import Sampler, TokenLogprobs, token_logprobs
 from bdh.generate.snapshot import Snapshot

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from bdh.generate.decoder import TextDecoder
-from bdh.generate.matcher import GRAMMAR_FAULT
+from bdh.generate.grammar import GRAMMAR_FAULT
 from bdh.generate.params import SamplingParams
 from bdh.generate.sequence import Completion, StepOutput
 from bdh.generate.snapshot import Snapshot

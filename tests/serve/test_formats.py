@@ -13,7 +13,7 @@ from openai import OpenAI
 from pydantic import BaseModel, Field
 
 from bdh.generate.engine import Engine
-from bdh.generate.matcher import GRAMMAR_FAULT
+from bdh.generate.grammar import GRAMMAR_FAULT
 from bdh.generate.params import SamplingParams
 from bdh.serve.completions import finish_unfinished
 from bdh.serve.config import StateSettings
