@@ -1,11 +1,10 @@
 """How one request is continued, as settings."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
 from bdh.generate.grammar import collect_grammar_faults
-from bdh.validation import Faults, Settings, collect_faults
+from bdh.validation import Faults, Settings, checked, collect_faults
 
 SMALLEST_DIVISOR = 1e-6  # logits divided by less would overflow
 MOST_LOGPROBS = 100
@@ -149,6 +148,14 @@ def collect_text_faults(
                 faults.require(is_right, each.name, value, "left out with num_beams above 1")
 
 
+_IN_JSON = {
+    "stop": "a string or a list of strings",
+    "stop_token_ids": "a list of whole numbers",
+    "logit_bias": "an object of numbers by token id, each once",
+    "grammar": "an object with json_schema or regex, or null",
+}
+
+
 def params_from(settings: dict[str, Any]) -> SamplingParams:
     """From a JSON object.
 
@@ -157,66 +164,17 @@ def params_from(settings: dict[str, Any]) -> SamplingParams:
     """
     faults = Faults()
     known = SamplingParams.__dataclass_fields__
-    values: dict[str, Any] = {}
-    for name, value in settings.items():
-        if name not in known:
-            faults.add(f"{name} is no setting of the sampling: must be one of {', '.join(known)}")
-        elif (converted := _converted(name, value)) is _WRONG:
-            faults.require(False, name, value, _TYPES[name][0])
-        else:
-            values[name] = converted
+    for name in [name for name in settings if name not in known]:
+        faults.add(f"{name} is no setting of the sampling: must be one of {', '.join(known)}")
+    values = {name: value for name, value in settings.items() if name in known}
+    if isinstance(stop := values.get("stop"), str):
+        values["stop"] = [stop]
+    if isinstance(bias := values.get("logit_bias"), dict):  # whose keys are strings in JSON
+        values["logit_bias"] = {int(key) if str(key).isdecimal() else key: value for key, value in bias.items()}
+        faults.require(len(values["logit_bias"]) == len(bias), "logit_bias", bias, _IN_JSON["logit_bias"])
+    params = SamplingParams(**values)
+    for fault in checked(params)[1]:
+        name = fault.path[0]
+        faults.require(fault.is_of_type, name, settings[name], _IN_JSON.get(name, fault.allowed))
     faults.raise_if_any()
-    return SamplingParams(**values)
-
-
-_WRONG = object()
-_WHOLE, _NUMBER, _FLAG = "a whole number", "a number", "true or false"
-_TYPES: dict[str, tuple[str, Any]] = {
-    **dict.fromkeys(("max_tokens", "min_tokens", "top_k", "n"), (_WHOLE, lambda v: _is_int(v))),
-    **dict.fromkeys(
-        (
-            "temperature",
-            "top_p",
-            "min_p",
-            "repetition_penalty",
-            "presence_penalty",
-            "frequency_penalty",
-        ),
-        (_NUMBER, lambda v: _is_number(v)),
-    ),
-    **dict.fromkeys(("seed", "logprobs", "prompt_logprobs"), (f"{_WHOLE} or null", lambda v: v is None or _is_int(v))),
-    **dict.fromkeys(("ignore_eos", "echo"), (_FLAG, lambda v: isinstance(v, bool))),
-    "grammar": ("an object with json_schema or regex, or null", lambda v: v is None or isinstance(v, dict)),
-    "stop": ("a string or a list of strings", lambda v: isinstance(v, str) or _is_list(v, str)),
-    "stop_token_ids": ("a list of whole numbers", lambda v: _is_list(v, int)),
-    "logit_bias": (
-        "an object of numbers by token id, each once",
-        lambda v: isinstance(v, dict) and all(map(_is_number, v.values())) and _are_token_ids(list(v)),
-    ),
-}
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return _is_int(value) or isinstance(value, float)
-
-
-def _is_list(value: Any, kind: type) -> bool:
-    return isinstance(value, Sequence) and all(isinstance(v, kind) and not isinstance(v, bool) for v in value)
-
-
-def _are_token_ids(keys: list[Any]) -> bool:
-    return all(str(key).isdecimal() for key in keys) and len(set(map(int, keys))) == len(keys)
-
-
-def _converted(name: str, value: Any) -> Any:
-    if not _TYPES[name][1](value):
-        return _WRONG
-    if name == "stop":
-        return [value] if isinstance(value, str) else list(value)
-    if name == "logit_bias":
-        return {int(token): float(bias) for token, bias in value.items()}
-    return value
+    return params

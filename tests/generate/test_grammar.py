@@ -199,7 +199,7 @@ def test_a_step_that_is_retried_takes_no_token_twice(bytes_pair, monkeypatch, mo
     params = [SamplingParams(max_tokens=200, seed=seed, grammar={"json_schema": SCHEMA}) for seed in range(3)]
     expected = [engine_of(bytes_pair).generate("abc", each)[0][0] for each in params]
     engine = engine_of(bytes_pair, path="torch")
-    step, fails = engine.advancer._step, []
+    step, fails = engine.advancer.read_all, []
 
     def failing(feeds):
         if fails:
@@ -209,7 +209,7 @@ def test_a_step_that_is_retried_takes_no_token_twice(bytes_pair, monkeypatch, mo
             raise RuntimeError("out of memory")
         return step(feeds)
 
-    monkeypatch.setattr(engine.advancer, "_step", failing)
+    monkeypatch.setattr(engine.advancer, "read_all", failing)
     ids, found = [engine.add_request("abc", each) for each in params], {}
     for number in range(10**6):
         if not engine.has_work:
@@ -267,7 +267,7 @@ def test_a_text_that_was_cut_off_goes_on_from_its_snapshot_within_its_form(bytes
         ({"regex": "a", "written": -1}, "grammar.written is -1"),
         ({"json_schema": "{}"}, "must be a JSON schema, an object"),
         ({"json_schema": {"x-guidance": {"lenient": True}, "not": {}}}, "x-guidance"),
-        ({"json_schema": {"minimum": float("nan")}}, "finite numbers"),
+        ({"json_schema": {"minimum": float("nan")}}, "grammar.json_schema is no JSON: "),
         ({"json_schema": {"const": "x" * 100_000}}, "must have at most 100,000"),
         ({"regex": "\ud800"}, "half of a surrogate pair"),
         ({"regex": "(a"}, "grammar.regex cannot be held: .*unclosed group"),
