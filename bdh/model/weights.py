@@ -27,7 +27,7 @@ def layer_weights(model: Any, dtype: torch.dtype) -> LayerWeights:
 def weights_obstacle(modules: Sequence[nn.Module]) -> str | None:
     """Why the modules cannot be computed by their weights alone; None where they are plain ``nn.Linear``."""
     for module in modules:
-        if type(module) is not nn.Linear or nn.utils.parametrize.is_parametrized(module):
+        if type(module) is not nn.Linear:  # one with a parametrization has a class of its own
             return f"a layer is {type(module).__module__}.{type(module).__name__}, not a plain nn.Linear"
         if module.bias is not None:
             return "a layer has a bias"
@@ -35,11 +35,12 @@ def weights_obstacle(modules: Sequence[nn.Module]) -> str | None:
             return "a layer has hooks"
         if "forward" in module.__dict__:  # as accelerate does it
             return "the forward of a layer has been replaced"
-        if type(module.weight) is not nn.Parameter:
-            return f"a weight is {type(module.weight).__name__}, not a plain nn.Parameter"
-        if type(module.weight.data) is not torch.Tensor:
-            return f"a weight is {type(module.weight.data).__name__}, not a plain tensor"
-        if module.weight.device.type == "meta":
+        weight = module.weight
+        if type(weight) is not nn.Parameter:
+            return f"a weight is {type(weight).__name__}, not a plain nn.Parameter"
+        if type(weight.data) is not torch.Tensor:
+            return f"a weight is {type(weight.data).__name__}, not a plain tensor"
+        if weight.is_meta:
             return "a weight is on meta"
     return None
 
