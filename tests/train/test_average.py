@@ -66,7 +66,7 @@ def test_what_has_no_average_is_refused(train, tmp_path, capsys):
     assert train(tmp_path / "next", **{"checkpoint.export": "ema", "train.ema_decay": "null"}) == 2
     assert "checkpoint.export is 'ema': must be last, best or none without train.ema_decay" in capsys.readouterr().err
     assert train(tmp_path / "next", **{"train.ema_decay": 1}) == 2
-    assert "train.ema_decay is 1.0: must be above 0 and below 1" in capsys.readouterr().err
+    assert "train.ema_decay is 1: must be above 0 and below 1" in capsys.readouterr().err
 
 
 def test_checkpoints_of_a_run_are_averaged(train, tmp_path, capsys):

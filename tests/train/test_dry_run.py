@@ -350,7 +350,7 @@ def test_processes_measure_together(text_file, tmp_path, monkeypatch, strategy):
         ({"train.recompute": "none", "train.memory_budget_gb": 0.0002}, "train.recompute is none, which needs"),
         ({"train.rows_per_block": 5}, "train.rows_per_block is 5: must be at most train.batch_size, 4"),
         ({"train.tokens_per_block": 33}, "train.tokens_per_block is 33: must be at most train.block_size, 32"),
-        ({"train.memory_budget_gb": -1}, "train.memory_budget_gb is -1.0: must be above 0"),
+        ({"train.memory_budget_gb": -1}, "train.memory_budget_gb is -1: must be above 0"),
         ({"train.gradient_checkpointing": "true"}, "train.recompute: pass does what it did"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",

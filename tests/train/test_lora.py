@@ -91,11 +91,11 @@ def test_the_merged_export_computes_what_was_trained(adapt, tmp_path):
 
 def resumed(folder):
     from bdh.cli.settings import parse_settings
-    from bdh.cli.train import _settings_to_resume
+    from bdh.cli.train import settings_to_resume
     from bdh.train.config import RunSettings
 
     argv = ["--run_dir", str(folder), "--resume"]
-    settings = parse_settings(RunSettings, argv, prog="p", description="d", base=_settings_to_resume(argv))
+    settings = parse_settings(RunSettings, argv, prog="p", description="d", base=settings_to_resume(argv))
     return open_run(settings).model
 
 
@@ -184,8 +184,8 @@ def test_settings_that_do_not_go_together_are_faults(train, base, tmp_path, caps
     for fault in (
         "train.init_from is None: must be the model that the adapters of train.lora are for",
         "train.optimizer is 'muon': must be adamw with train.lora",
-        "train.lora.alpha is 0.0: must be above 0",
-        "train.lora.dropout is 1.0: must be at least 0 and below 1",
+        "train.lora.alpha is 0: must be above 0",
+        "train.lora.dropout is 1: must be at least 0 and below 1",
         "train.lora.target_modules is ['lm_head']: must be some of encoder, encoder_v, decoder",
         "train.lora.merge is False: must be true with embeddings",
     ):
