@@ -132,7 +132,7 @@ def until_ready(tree: Path, model: Path) -> float:
                 return time.perf_counter() - start
             if process.poll() is not None:
                 raise RuntimeError(f"bdh serve ended with status {process.returncode}")
-            time.sleep(0.02)
+            time.sleep(0.05)
         raise RuntimeError(f"bdh serve was not ready after {_SERVER_SECONDS} s")
     finally:
         process.terminate()
