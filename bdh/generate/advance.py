@@ -25,7 +25,7 @@ from bdh.ops.rope import rotation_table
 from bdh.ops.window import ring_shapes
 from bdh.validation import Faults
 
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 WantedLogits = Literal["none", "last", "all"]
 MOST_NEURONS = 64
 """The strongest neurons that may be asked for, of each layer step."""
@@ -331,7 +331,7 @@ class Advancer:
             self.advance(inputs)
         except Exception as error:
             if is_first:  # what follows from it is not worth as much of the log
-                _log.exception("a step of %d sequences has failed", len(inputs))
+                _logger.exception("a step of %d sequences has failed", len(inputs))
             for each in inputs:
                 if each.state.is_torn and each.error is None:
                     each.error = error

@@ -16,7 +16,7 @@ from bdh.generate.params import SamplingParams
 from bdh.generate.sequence import Completion, StepOutput
 from bdh.generate.snapshot import Snapshot
 
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 Item = StepOutput | BaseException | None
 """What a request gets: an output, a failure, or, as None, that it has a state."""
 
@@ -117,7 +117,7 @@ class AsyncEngine:
                     request.params,
                     snapshot=request.snapshot,
                     keep_snapshot=request.keep_snapshot,
-                    watch=request.record_activations,
+                    record_activations=request.record_activations,
                     residuals=request.residuals,
                 )
             except Exception as error:
@@ -251,7 +251,7 @@ def _carry_out(order: Callable[[], None]) -> None:
     try:
         order()
     except Exception:
-        _log.exception("the engine could not carry out an order")
+        _logger.exception("the engine could not carry out an order")
 
 
 def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[..., Any], *arguments: Any) -> None:

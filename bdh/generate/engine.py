@@ -18,8 +18,7 @@ from bdh.generate.decoder import Prompt, encode_prompt, end_token_ids
 from bdh.generate.grammar import Grammars, Matcher
 from bdh.generate.params import SamplingParams
 from bdh.generate.prefix_cache import PrefixStore
-from bdh.generate.sequence import Completion, FinishReason, Request, StepOutput, told
-from bdh.generate.sequence import Sequence as Running
+from bdh.generate.sequence import Completion, Continuation, FinishReason, Request, StepOutput, told
 from bdh.generate.snapshot import Snapshot
 from bdh.memory import available_bytes
 from bdh.model.fingerprint import weights_mark
@@ -28,7 +27,7 @@ from bdh.model.network import ModelParts
 from bdh.tokenizer.plain import PlainTokenizer
 from bdh.vocabulary import check_vocabulary
 
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 # What prompts get of a step however many sequences are being continued, so that none waits for ever.
 _LEAST_PROMPT_SHARE = 8
 _INTERRUPTED = "the step that worked on it was interrupted"
@@ -168,7 +167,7 @@ class Engine:
         *,
         snapshot: Snapshot | None = None,
         keep_snapshot: bool = False,
-        watch: int | None = None,
+        record_activations: int | None = None,
         residuals: Residuals | None = None,
         generator: torch.Generator | None = None,
     ) -> int:
@@ -179,7 +178,7 @@ class Engine:
             params: how to sample; copied.
             snapshot: a sequence to go on from; it stays as it is. ``prompt`` is what follows there, or None for nothing.
             keep_snapshot: let completions have a snapshot, from which they can go on.
-            watch: let outputs tell which neurons fired, and so many of the strongest. The tokens are the same.
+            record_activations: let outputs tell which neurons fired, and so many of the strongest. The tokens are the same.
             residuals: takes those of all tokens that are read.
             generator: draw the first continuation from this one, instead of one that begins with the seed.
 
@@ -199,14 +198,16 @@ class Engine:
             added = self.encode(prompt) if prompt else []
             tokens = snapshot.tokens + added
             num_prompt_tokens = len(tokens) if added else snapshot.num_prompt_tokens
-        if watch is not None and not 0 <= watch <= MOST_NEURONS:
-            raise ValueError(f"watch is {watch}: must be within 0 and {MOST_NEURONS}, or None")
+        if record_activations is not None and not 0 <= record_activations <= MOST_NEURONS:
+            raise ValueError(
+                f"record_activations is {record_activations}: must be within 0 and {MOST_NEURONS}, or None"
+            )
         beginning = None if params.grammar is None else self.grammars.compile(params.grammar)
         request_id = next(self._numbers)
         ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._ends)
 
-        def make(index: int) -> Running:
-            sequence = Running(
+        def make(index: int) -> Continuation:
+            sequence = Continuation(
                 request_id,
                 index,
                 params,
@@ -220,7 +221,7 @@ class Engine:
                 matcher=None if beginning is None else Matcher(beginning, self.model.config.vocab_size),
                 generator=generator if index == 0 else None,
             )
-            sequence.watch, sequence.residuals = watch, residuals
+            sequence.record_activations, sequence.residuals = record_activations, residuals
             sequence.mark_weights = lambda: weights_mark(self.model).content
             return sequence
 
@@ -261,11 +262,11 @@ class Engine:
             del self._running[request_id]  # whose end was interrupted
         self._store_prefixes()
         self._admit()
-        fed = self._feeds()
-        self._in_hand.extend(request for request, *_ in fed)
-        for (request, sequence, count), feed in zip(fed, self._read(fed), strict=True):
+        chosen = self._choose_inputs()
+        self._in_hand.extend(request for request, *_ in chosen)
+        for (request, sequence, count), step_input in zip(chosen, self._read(chosen), strict=True):
             if sequence.completion is None:
-                self._advance(request, sequence, count, feed)
+                self._advance(request, sequence, count, step_input)
             self._in_hand.popleft()
             self.advancer.mark_progress()
         outputs, self._outputs = self._outputs, []
@@ -360,7 +361,7 @@ class Engine:
             request.places, request.weights = self._prefixes.places(sequence.tokens, known), self._prefixes.weights
         request.snapshot = None
 
-    def _feeds(self) -> list[tuple[Request, Running, int]]:
+    def _choose_inputs(self) -> list[tuple[Request, Continuation, int]]:
         """Which sequences read how many of their tokens in this step; 0 where logits are there already."""
         continued, reading = [], []
         for request in self._running.values():
@@ -372,7 +373,7 @@ class Engine:
                 else:
                     reading.append((request, sequence))
         room = max(self.config.tokens_per_step - len(continued), self.config.tokens_per_step // _LEAST_PROMPT_SHARE, 1)
-        fed = continued
+        chosen = continued
         for request, sequence in reading:
             if room < 1:
                 break
@@ -381,43 +382,43 @@ class Engine:
             for place in request.places:
                 if position < place:
                     count = min(count, place - position)
-            fed.append((request, sequence, count))
+            chosen.append((request, sequence, count))
             room -= count
-        return fed
+        return chosen
 
-    def _read(self, fed: list[tuple[Request, Running, int]]) -> list[StepInput | None]:
-        """StepInputs the sequences, and ends those of which that is impossible; None where nothing was to be read."""
-        feeds: list[StepInput | None] = []
-        for request, sequence, count in fed:
+    def _read(self, chosen: list[tuple[Request, Continuation, int]]) -> list[StepInput | None]:
+        """Has the sequences read so many tokens each, and ends those that cannot; None where nothing was to be read."""
+        inputs: list[StepInput | None] = []
+        for request, sequence, count in chosen:
             if not count:
-                feeds.append(None)
+                inputs.append(None)
                 continue
             assert sequence.state is not None
             is_last = count == len(sequence.pending) or sequence.state.position + count in request.places
             wants_all = sequence.prompt_logprobs is not None and not sequence.num_generated
-            feeds.append(
+            inputs.append(
                 StepInput(
                     sequence.state,
                     sequence.pending[:count],
                     "all" if wants_all else "last" if is_last else "none",
-                    record_activations=sequence.watch if count == len(sequence.pending) else None,
+                    record_activations=sequence.record_activations if count == len(sequence.pending) else None,
                     residuals=sequence.residuals,
                 )
             )
-        self.advancer.advance_what_can_be([feed for feed in feeds if feed is not None])
-        for (request, _, _), feed in zip(fed, feeds, strict=True):
-            if feed is not None and feed.error is not None:
-                self._fail(request, feed.error, has_traceback=False)
-        return feeds
+        self.advancer.advance_what_can_be([each for each in inputs if each is not None])
+        for (request, _, _), step_input in zip(chosen, inputs, strict=True):
+            if step_input is not None and step_input.error is not None:
+                self._fail(request, step_input.error, has_traceback=False)
+        return inputs
 
-    def _advance(self, request: Request, sequence: Running, count: int, feed: StepInput | None) -> None:
+    def _advance(self, request: Request, sequence: Continuation, count: int, step_input: StepInput | None) -> None:
         """What follows from tokens that have been read: a stored state, further continuations, the next token."""
         try:
             if sequence.num_generated == 0:
                 self._counters.prompt_tokens += count
-            if feed is not None:
-                sequence.activity = feed.activity
-                sequence.read(count, feed.result())
+            if step_input is not None:
+                sequence.activity = step_input.activity
+                sequence.read(count, step_input.result())
             self._mark_prefix(request, sequence)
             if sequence.pending:
                 return
@@ -428,7 +429,7 @@ class Engine:
         except Exception as error:
             self._fail(request, error)
 
-    def _mark_prefix(self, request: Request, sequence: Running) -> None:
+    def _mark_prefix(self, request: Request, sequence: Continuation) -> None:
         state = sequence.state
         if self._prefixes is None or sequence.num_generated or state is None or state.position not in request.places:
             return
@@ -439,7 +440,7 @@ class Engine:
         if self._prefixes is not None:
             self._prefixes.store_marked()
 
-    def _fork(self, request: Request, sequence: Running) -> list[Running]:
+    def _fork(self, request: Request, sequence: Continuation) -> list[Continuation]:
         """The further continuations of a prompt, once it has been read: each with a copy of the state."""
         if len(request.sequences) == request.params.n:
             return []
@@ -453,7 +454,7 @@ class Engine:
             request.sequences.append(other)
         return request.sequences[1:]
 
-    def _emit(self, request: Request, sequence: Running | None, output: StepOutput) -> None:
+    def _emit(self, request: Request, sequence: Continuation | None, output: StepOutput) -> None:
         """Hands out an output, and with the last one of a continuation what it has held."""
         if output.completion is None:
             self._outputs.append(output)
@@ -477,7 +478,7 @@ class Engine:
 
     def _fail(self, request: Request, error: Exception, *, has_traceback: bool = True) -> None:
         """Ends a request after an exception."""
-        _log.error(
+        _logger.error(
             "request %d ends with an error: %s", request.id, told(error), exc_info=error if has_traceback else None
         )
         self._end(request, "error", told(error))
@@ -494,6 +495,6 @@ class Engine:
                 sequence = sequence or request.make(index)
                 output = sequence.end(reason, error)
             except Exception as failure:  # no memory, say
-                _log.exception("continuation %d of request %d ends with an error", index, request.id)
+                _logger.exception("continuation %d of request %d ends with an error", index, request.id)
                 output = request.failed(index, error or told(failure))
             self._emit(request, sequence, output)

@@ -12,7 +12,7 @@ from bdh.generate.sequence import told
 from bdh.model.fingerprint import WeightsMark
 from bdh.model.state import SynapticState
 
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 _LONG_PROMPT_TOKENS = 256
 _FROM_THE_END = (32, 256)
 _WORTH_A_STATE_TOKENS = 64  # with fewer after another state, reading them again costs less than a further copy
@@ -357,7 +357,7 @@ class PrefixStore:
     def _note(self, error: Exception, message: str, num_tokens: int) -> None:
         """Of a failure that costs time later, but no text."""
         self.failures += 1
-        _log.warning(message, num_tokens, told(error), exc_info=True)
+        _logger.warning(message, num_tokens, told(error), exc_info=True)
 
     def _forget_other_weights(self) -> None:
         before, self.weights = self.weights, None

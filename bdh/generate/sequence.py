@@ -17,7 +17,7 @@ from bdh.model.fingerprint import WeightsMark
 from bdh.model.state import SynapticState
 from bdh.tokenizer.plain import PlainTokenizer
 
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -58,14 +58,14 @@ class StepOutput:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] | None = None
     activity: list[LayerActivity] | None = None
-    """Of each pass, while the token before this one was read, where that was asked for and is known."""
+    """Of each layer step, while the token before this one was read, where that was asked for and is known."""
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     """With the first output, where they were asked for."""
     completion: Completion | None = None
     """With the last output of a continuation."""
 
 
-class Sequence:
+class Continuation:
     """A continuation while it runs.
 
     Args:
@@ -100,10 +100,10 @@ class Sequence:
         self.num_before = len(tokens)  # tokens that this request has not generated
         self.state: SynapticState | None = None
         self.pending: list[int] = list(tokens)  # not yet read by the state
-        self.logits: torch.Tensor | None = None  # behind the last token that the state has read
+        self.logits: torch.Tensor | None = None  # after the last token that the state has read
         self.num_cached_tokens = 0
         self.mark_weights: Callable[[], tuple[Any, ...] | None] = lambda: None  # for a snapshot, of the model as it is
-        self.watch: int | None = None  # how many of the strongest neurons are wanted
+        self.record_activations: int | None = None  # how many of the strongest neurons are wanted
         self.residuals: Residuals | None = None  # that take those of all its tokens
         self.activity: list[LayerActivity] | None = None  # of the last token that was read
         self.text = ""
@@ -146,10 +146,6 @@ class Sequence:
         return len(self.tokens) - self.num_before
 
     @property
-    def is_prompt_read(self) -> bool:
-        return not self.pending or self.num_generated > 0
-
-    @property
     def wants_all_tokens(self) -> bool:
         """Whether a known beginning is of no use, since something is wanted of each of its tokens."""
         return self.prompt_logprobs is not None or self.residuals is not None
@@ -158,7 +154,7 @@ class Sequence:
         """The state has read so many of the pending tokens.
 
         Args:
-            logits: (V,) behind them; (count, V) behind each one where the prompt's log-probabilities are wanted.
+            logits: (V,) after them; (count, V) after each one where the prompt's log-probabilities are wanted.
         """
         if self.prompt_logprobs is not None and self.num_generated == 0 and logits is not None and logits.ndim == 2:
             start = len(self.tokens) - len(self.pending)  # of the tokens that were read
@@ -169,7 +165,7 @@ class Sequence:
         del self.pending[:count]
 
     def draw(self) -> StepOutput:
-        """Samples a token behind the last one.
+        """Samples a token after the last one.
 
         Raises:
             ValueError: the logits leave none.
@@ -247,7 +243,7 @@ class Sequence:
                     snapshot = self._snapshot(self.state, decoder)
                 except Exception as failure:
                     snapshot_error = told(failure)
-                    _log.exception("no snapshot of continuation %d of request %d", self.index, self.request_id)
+                    _logger.exception("no snapshot of continuation %d of request %d", self.index, self.request_id)
         self.text += output.text
         self.completion = output.completion = Completion(
             text=self.text,
@@ -283,7 +279,9 @@ class Sequence:
 class Request:
     """A request: one sequence that reads the prompt, and later its further continuations."""
 
-    def __init__(self, request_id: int, first: Sequence, make: Callable[[int], Sequence], snapshot: Snapshot | None):
+    def __init__(
+        self, request_id: int, first: Continuation, make: Callable[[int], Continuation], snapshot: Snapshot | None
+    ):
         self.id, self.snapshot = request_id, snapshot
         self.sequences = [first]
         self.make = make

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -170,7 +170,7 @@ def _choose_step(
     if not (is_step or is_one_graph):
         plan = plan_for(model, *shape, form, for_loss=for_loss or not keep_state)
     if plan is not None and plan.path != "plain":
-        return _block_step(model, plan, positions, shape, mask, decay_mask, keep_state)
+        return _block_step(model, plan, positions, shape, mask, decay_mask, keep_state, continues)
     spec = eager.EagerSpec(
         table=rotation_table(positions, config.neurons_per_head, config.rope_theta, dtype)[:, None],
         eps=config.layer_norm_eps,
@@ -202,15 +202,17 @@ def _block_step(
     mask: torch.Tensor | None,
     decay_mask: DecayMask | None,
     keep_state: bool,
+    continues: bool,
 ) -> LayerStep:
     config, dtype, device = model.config, _product_dtype(model), positions.device
     weights = layer_weights(model, dtype)
     rate = config.dropout if model.training else 0.0
     seeds = draw_seeds(config.n_layer, device) if rate > 0 else None
     num_kept = plan.kept_passes if torch.is_grad_enabled() else 0
+    bound = None if continues else shape[1]
     common = blocks.BlockSpec(
         eps=config.layer_norm_eps,
-        rotation=make_rotation(positions, config.neurons_per_head, config.rope_theta, dtype),
+        rotation=make_rotation(positions, config.neurons_per_head, config.rope_theta, dtype, bound=bound),
         sizes=plan.sizes,
         path=plan.path,
         mask=mask,
@@ -246,7 +248,15 @@ def _decay_mask(model: Any, starts: torch.Tensor | None, mask: torch.Tensor | No
     if half_lives is None:
         return None if starts is None else DecayMask(starts)
     dtype, device = sum_dtype(model.dtype), model.embed.weight.device
-    return DecayMask(starts, torch.tensor(half_lives, dtype=dtype, device=device), mask)
+    if torch.compiler.is_compiling():  # a traced tensor must not be kept
+        return DecayMask(starts, torch.tensor(half_lives, dtype=dtype, device=device), mask)
+    return DecayMask(starts, _half_lives(tuple(half_lives), dtype, device), mask)
+
+
+@lru_cache(maxsize=16)  # to copy them to a GPU in each forward pass would be to wait for it
+@torch.inference_mode(False)  # which a later forward pass may be outside of
+def _half_lives(half_lives: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.tensor(half_lives, dtype=dtype, device=device)
 
 
 def _product_dtype(model: Any) -> torch.dtype:

@@ -102,10 +102,19 @@ class Rotation(NamedTuple):
         return torch.cat([starts, starts.new_tensor([G * C])]), places[starts]
 
 
-def make_rotation(positions: torch.Tensor, num_neurons: int, theta: float, dtype: torch.dtype) -> Rotation:
-    """The table at absolute ``positions``, int64 (1 or B, T), in float64 for that ``dtype`` and else in float32."""
+def make_rotation(
+    positions: torch.Tensor, num_neurons: int, theta: float, dtype: torch.dtype, *, bound: int | None = None
+) -> Rotation:
+    """The table at absolute ``positions``, int64 (1 or B, T), in float64 for that ``dtype`` and else in float32.
+
+    Args:
+        bound: all positions are below it, where that is known: a GPU then need not be waited for.
+    """
     places = None
     if len(positions) > 1:
-        positions, places = torch.unique(positions, return_inverse=True)
+        if bound is None or positions.device.type == "cpu":
+            positions, places = torch.unique(positions, return_inverse=True)
+        else:  # how many differ is not known here before the device has got so far
+            positions, places = torch.arange(bound, device=positions.device), positions
     table = rotation_table(positions.flatten(), num_neurons, theta, dtype).t()
     return Rotation(table.real.contiguous(), table.imag.contiguous(), places)

@@ -145,7 +145,7 @@ def training_step(run: Run, step_model: Callable[..., Any], batch: Batch) -> tor
     run.optimizers.zero_grad()
     num_targets: torch.Tensor | int = max(1, batch.num_targets * world.size)
     if world.size > 1 and not run.counts_all_tokens:
-        num_targets = world.sum(torch.tensor(batch.num_targets, device=device)).clamp_min(1)
+        num_targets = world.sum(torch.full((), batch.num_targets, device=device)).clamp_min(1)
 
     loss = torch.zeros((), device=device, dtype=run.model.dtype)
     micro_batches = list(batch.split(settings.batch_size))

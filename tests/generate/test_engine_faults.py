@@ -9,7 +9,7 @@ from bdh.generate.decoder import TextDecoder
 from bdh.generate.engine import Engine
 from bdh.generate.params import SamplingParams
 from bdh.generate.sampler import Sampler
-from bdh.generate.sequence import Sequence as Running
+from bdh.generate.sequence import Continuation
 from bdh.model.state import SynapticState
 from bdh.ops.cpu import kernels
 
@@ -128,7 +128,7 @@ def test_among_many_only_the_sequence_that_cannot_be_read_ends(byte_model, token
 def test_neurons_that_cannot_be_noted_end_their_own_request(make_engine, monkeypatch, path):
     engine, params = make_engine(path=path), SamplingParams(max_tokens=9, temperature=0)
     expected = engine.generate("abc", params)[0][0].token_ids
-    watched = engine.add_request("abc", params, watch=3)
+    watched = engine.add_request("abc", params, record_activations=3)
     plain = engine.add_request("abc", params)
     engine.step()
     monkeypatch.setattr(StepInput, "record", no_memory)
@@ -193,7 +193,7 @@ def test_without_memory_for_its_snapshot_a_text_ends_all_the_same(engine, monkey
     assert engine.stats().state_bytes == 0
 
 
-@pytest.mark.parametrize("where", [(Running, "__init__"), (TextDecoder, "flush"), (StatePool, "take")])
+@pytest.mark.parametrize("where", [(Continuation, "__init__"), (TextDecoder, "flush"), (StatePool, "take")])
 def test_a_request_that_can_neither_fork_nor_end_ends_alone(engine, monkeypatch, where):
     params = SamplingParams(max_tokens=9, temperature=0)
     expected = engine.generate("abc", params)[0][0].token_ids

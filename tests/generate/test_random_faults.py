@@ -19,7 +19,7 @@ from bdh.generate.engine import Engine
 from bdh.generate.params import SamplingParams
 from bdh.generate.prefix_cache import PrefixCache, PrefixStore
 from bdh.generate.sampler import Sampler
-from bdh.generate.sequence import Sequence
+from bdh.generate.sequence import Continuation
 from bdh.model.state import SynapticState
 from bdh.ops.cpu.recurrence import Recurrence, ScaledSums
 
@@ -32,7 +32,7 @@ EVERYWHERE = [
     *((PrefixCache, name) for name in ("put", "make_room")),
     *((TextDecoder, name) for name in ("push", "flush", "state")),
     (Sampler, "sample"),
-    *((Sequence, name) for name in ("__init__", "read", "draw", "end")),
+    *((Continuation, name) for name in ("__init__", "read", "draw", "end")),
     *((StepInput, name) for name in ("result", "record")),
     *((torch, name) for name in ("cat", "zeros", "tensor")),
 ]
@@ -116,7 +116,7 @@ def requests():
     yield SHARED + "One.", GREEDY, {}
     yield SHARED + "Two.", replace(SAMPLED, n=3), {"keep_snapshot": True}
     yield "Fork", replace(SAMPLED, n=2, max_tokens=8), {}
-    yield "Watched", replace(GREEDY, max_tokens=8), {"watch": 4}
+    yield "Watched", replace(GREEDY, max_tokens=8), {"record_activations": 4}
     yield "b" * 40, replace(SAMPLED, prompt_logprobs=1, logprobs=None), {}
     yield "Stops", replace(SAMPLED, max_tokens=30, stop_token_ids=list(range(0, 256, 6)), stop=["e", "\n"]), {}
     yield "Echo", replace(GREEDY, max_tokens=0, echo=True), {}

@@ -16,7 +16,7 @@ from bdh.generate.config import EngineConfig
 from bdh.generate.engine import Engine
 from bdh.generate.params import SamplingParams
 from bdh.generate.snapshot import Snapshot
-from bdh.model import passes
+from bdh.model import forward
 from bdh.ops.blocks.plan import LayerOptions
 from tests.train.conftest import losses, weights
 
@@ -73,14 +73,14 @@ def test_outputs_state_and_gradients_of_every_form(make_model, tokens, device, p
 )
 def test_dropout_drops_the_same_neurons(make_model, tokens, device, monkeypatch, options):
     """From the same seed, which each device draws from its own generator."""
-    monkeypatch.setattr(passes, "draw_seeds", lambda count, on: torch.arange(2**40, 2**40 + count).to(on))
+    monkeypatch.setattr(forward, "draw_seeds", lambda count, on: torch.arange(2**40, 2**40 + count).to(on))
     model = make_model(dropout=0.3).double().train()
     expected = step(moved(model, "cpu", "torch"), tokens)
     assert_close(step(moved(model, device, "torch", **options), tokens), expected)
 
 
 def test_a_step_in_float32(make_model, tokens, device):
-    """Sums of some hundred terms of 24 bits, through three passes. A neuron that is within rounding of 0 may fire on one device
+    """Sums of some hundred terms of 24 bits, through three layer steps. A neuron that is within rounding of 0 may fire on one device
     alone; of the 10,000 of this batch, one would be a share of the gradients of sqrt(1e-4)."""
     model = make_model().train()
     expected = step(moved(model, "cpu").double(), tokens)
@@ -92,7 +92,7 @@ def test_a_step_in_float32(make_model, tokens, device):
 @pytest.mark.parametrize("path", ["torch", "plain"])
 def test_a_step_under_autocast_with_a_loss_scale(make_model, tokens, device, path, dtype, bits):
     """A product rounds each factor by up to 2^-bits, and there are about ten one after the other. Of the neurons, that share is
-    within rounding of 0 and passes a gradient in one precision alone: an error of its square root, in each of three passes.
+    within rounding of 0 and passes a gradient in one precision alone: an error of its square root, in each of three layer steps.
     The scale is halved until nothing overflows, as in a training."""
     rounding = 2.0**-bits
     model = make_model().train()

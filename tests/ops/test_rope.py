@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from bdh.ops import naive
-from bdh.ops.rope import rotate, rotation_table, turns_per_token
+from bdh.ops.rope import make_rotation, rotate, rotation_table, turns_per_token
 
 N, THETA = 64, 2**16
 PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494")
@@ -82,3 +82,13 @@ def test_every_row_may_stand_at_its_own_position():
     assert table.shape == (2, 3, 4)
     for row in range(2):
         assert torch.equal(table[row], rotation_table(positions[row], 8, THETA))
+
+
+def test_with_a_bound_no_position_is_looked_at_before_the_device_has_computed_it():
+    """A tensor on meta has no values: whatever depends on them, as what a GPU has to be waited for does, raises there."""
+    positions = torch.zeros(2, 5, dtype=torch.int64, device="meta")
+    rotation = make_rotation(positions, 8, THETA, torch.float32, bound=5)
+    assert rotation.cos.shape == rotation.sin.shape == (4, 5)
+    assert rotation.places is positions
+    with pytest.raises(NotImplementedError):
+        make_rotation(positions, 8, THETA, torch.float32)

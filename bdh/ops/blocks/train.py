@@ -131,8 +131,8 @@ class _Walk:
             dropout = Dropout(dropout.rate, *keys)
         return Block(head, neurons, rows, columns, self.spec.rotation, dropout)
 
-    def decay_mask(self, rows: slice, head: int, index: int) -> DecayWeights | None:
-        """DecayWeights with one head, of these sequences: (G or 1, 1, ...) each. Those of all would be a batch of T x T."""
+    def decay_weights(self, rows: slice, head: int, index: int) -> DecayWeights | None:
+        """The weights of one head for these sequences: (G or 1, 1, ...) each. Those of all would be a batch of T x T."""
         if self.spec.decay_mask is None:
             return None
         columns = self.columns[index]
@@ -163,14 +163,14 @@ class _WideStep(torch.autograd.Function):
         for rows, head in walk.groups():
             current = None if state is None else state[rows, head]
             for index, columns in enumerate(walk.columns):
-                block, decay_mask = walk.block(rows, head, index), walk.decay_mask(rows, head, index)
+                block, decay = walk.block(rows, head, index), walk.decay_weights(rows, head, index)
                 values = v[rows, columns]
                 fired = neurons.fire(block, values)
-                a, scores = read_block(fired.q, values, current, decay_mask)
+                a, scores = read_block(fired.q, values, current, decay)
                 a = _normalised(a, spec.eps)[0].to(v.dtype)
                 neurons.gated_mlp(block, fired.x, a, out[rows, columns])
                 if spec.keep_state or index < len(walk.columns) - 1:
-                    current = learn_block(fired.q, values, current, decay_mask)
+                    current = learn_block(fired.q, values, current, decay)
                 if spec.keep_wide or spec.keep_scores:
                     x = fired.x if spec.keep_wide else None
                     kept[rows.start, head, index] = _Kept(x, scores.weighted if spec.keep_scores else None)
@@ -208,16 +208,16 @@ def _backward(ctx: Any, grad_out: torch.Tensor | None, grad_state: torch.Tensor 
         first = None if state is None else state[rows, head]
         grad_after = None if grad_state is None else grad_state[rows, head]
         for index, before in _states_backwards(walk, neurons, v, rows, head, first, kept):
-            block, decay_mask = walk.block(rows, head, index), walk.decay_mask(rows, head, index)
+            block, decay = walk.block(rows, head, index), walk.decay_weights(rows, head, index)
             values, grad_values = v[rows, block.columns], grad_v[rows, block.columns]
             had = kept.pop((rows.start, head, index), _NOTHING_KEPT)
             fired = _fired(neurons, block, values, had.x)
-            a, scores = read_block(fired.q, values, before, decay_mask, had.scores)
+            a, scores = read_block(fired.q, values, before, decay, had.scores)
             a, inverse_deviation = _normalised(a, spec.eps)
             grads = grad_out[rows, block.columns].to(v.dtype)
             grad_a, gated = neurons.gated_mlp_backward(block, fired.x, a.to(v.dtype), grads)
             grad_a = _normalised_backward(grad_a, a, inverse_deviation)
-            found = read_block_backward(grad_a, grad_values, grad_after, fired.q, values, before, scores, decay_mask)
+            found = read_block_backward(grad_a, grad_values, grad_after, fired.q, values, before, scores, decay)
             neurons.fire_backward(block, fired.x, values, found.q, gated, grad_values)
             grad_after = found.state
         if grad_first is not None and grad_after is not None:
@@ -269,7 +269,7 @@ def _states_backwards(
         block = walk.block(rows, head, index)
         values = v[rows, block.columns]
         fired = _fired(neurons, block, values, kept.get((rows.start, head, index), _NOTHING_KEPT).x)
-        return learn_block(fired.q, values, state, walk.decay_mask(rows, head, index))
+        return learn_block(fired.q, values, state, walk.decay_weights(rows, head, index))
 
     starts = {0: first}
     state = first
