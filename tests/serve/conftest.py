@@ -77,6 +77,11 @@ class Running:
         self.loop = asyncio.new_event_loop()
         asyncio.set_event_loop(self.loop)
         self.loop.run_until_complete(self._server.serve())
+        left = asyncio.all_tasks(self.loop)  # of requests that still ran
+        for task in left:
+            task.cancel()
+        self.loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+        self.loop.close()
 
     def call(self, coroutine):
         """Runs something in the server's event loop."""
