@@ -103,6 +103,8 @@ def _facts(case: TrainCase, plan: LayerPlan | None) -> dict[str, Any]:
     layer: dict[str, Any] = {"path": "plain", "reason": "asked for"}
     if plan is not None:
         layer = asdict(plan)
+        layer["path"], layer["kept_passes"] = plan.path, layer.pop("kept_layer_steps")
+        del layer["backend"]
         sizes = layer.pop("sizes")
         layer |= {"rows_per_block": sizes["rows"], "tokens_per_block": sizes["columns"]}
     return {
@@ -132,8 +134,8 @@ def compare(report: Report, figures: dict[str, Any], case: TrainCase, progress: 
     torch.manual_seed(case.seed)
     loss = blocks()
     plan = plan_step(small)
-    path = "plain" if plan is None else plan.path
-    exact, plain = (_naive(small, dtype, path) for dtype in (torch.float64, torch.float32))
+    backend = "eager" if plan is None else plan.backend
+    exact, plain = (_naive(small, dtype, backend) for dtype in (torch.float64, torch.float32))
     expected, rounded = exact(), plain()
     differences = {"loss": relative(abs(loss - expected), abs(expected))}
     of_naive = {"loss": relative(abs(rounded - expected), abs(expected))}
@@ -173,13 +175,13 @@ def relative(difference: float, size: float) -> float:
     return difference / size
 
 
-def _naive(case: TrainCase, dtype: torch.dtype, path: str) -> NaiveStep:
-    """The plain equations in this precision, with the dropout that this path of the layer draws from the case's seed."""
+def _naive(case: TrainCase, dtype: torch.dtype, backend: str) -> NaiveStep:
+    """The plain equations in this precision, with the dropout that this backend draws from the case's seed."""
     step = NaiveStep(replace(case, dtype="float32"))
     step.weights = naive.Weights(*(weight.detach().to(dtype).requires_grad_() for weight in step.weights))
     if case.config.dropout:
         torch.manual_seed(case.seed)
-        plain_dtype = getattr(torch, case.dtype) if path == "plain" else None
+        plain_dtype = getattr(torch, case.dtype) if backend == "eager" else None
         masks = dropout_masks(step.model, case.batch_size, case.block_size, plain_dtype)
         step.masks = [mask.to(dtype) for mask in masks]
     return step

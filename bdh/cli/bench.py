@@ -14,6 +14,7 @@ from bdh.bench import QUICK_SIZES, BenchOptions
 from bdh.cli.models import ReadsModel
 from bdh.cli.settings import given_settings, parse_settings
 from bdh.model.shape import shape_faults
+from bdh.ops.words import LayerPath
 from bdh.storage import write_text
 from bdh.validation import Faults, Fraction, PathText, PositiveFloat, PositiveInt
 
@@ -69,7 +70,7 @@ class BenchSettings(ReadsModel):
     """train: auto takes a GPU, where there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     """train: of the matrix products; the weights are float32. auto: as train.dtype of bdh train."""
-    layer_path: Literal["auto", "plain", "torch", "kernels"] = "auto"
+    layer_path: LayerPath = "auto"
     """train: as train.layer_path of bdh train."""
     recompute: Literal["none", "pass", "auto"] = "auto"
     """train: as train.recompute of bdh train."""

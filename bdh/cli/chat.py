@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from bdh.cli.models import ReadsModel, load_for_generation
 from bdh.cli.output import show_kept
 from bdh.cli.settings import parse_settings, verbatim
 from bdh.generate.config import EngineConfig
 from bdh.generate.params import DrawSettings, SamplingParams
+from bdh.ops.words import StepPath, Storage
 from bdh.storage import check_file
 from bdh.validation import DeviceName, Faults, PathText
 
@@ -42,13 +43,13 @@ class ChatSettings(ReadsModel, DrawSettings):
     """Continue what is typed as text, though the tokenizer has a chat template."""
     max_undo_bytes: int = 1 << 30
     """Memory for the states that /undo goes back to: one for each turn, the oldest are dropped."""
-    path: Literal["auto", "kernels", "torch"] = "auto"
+    path: StepPath = "auto"
     """Code of the steps: kernels (sparse, on the CPU), torch, or auto, which takes the kernels where they run."""
     window: int | None = None
     """Attend to the last so many tokens only, for models trained on short blocks; None for all."""
-    weights: Literal["float32", "bfloat16"] = "float32"
+    weights: Storage = "float32"
     """How the CPU's kernels hold the weights: bfloat16 halves memory and traffic."""
-    state: Literal["float32", "bfloat16"] = "float32"
+    state: Storage = "float32"
     """How they hold the state."""
     checkpoint: str | None = None
     """For a run: last (the default), best, or a step."""

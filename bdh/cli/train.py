@@ -190,7 +190,7 @@ def _describe_attention(training: Any) -> str:
 
     train, config, plan = training.settings.train, training.model.config, training.plan
     chosen = " (chosen)" if config.attention_form == "auto" else ""
-    if plan.path != "plain":
+    if plan.backend != "eager":
         is_whole = plan.sizes.columns >= train.block_size
         return f"parallel{chosen}" if is_whole else f"chunked, {plan.sizes.columns:,} tokens{chosen}"
     form = choose_form(

@@ -294,8 +294,11 @@ def _opener(path: Path, config: DataConfig) -> OpenShard:
             elif kind in JSON_TYPES:
                 if (json_name := json_column(path, wanted, errors)) is not None:
                     return json_reader(path, json_name, errors, skipped, state)
-            elif (name := parquet_column(path, wanted)) is not None:
-                return parquet_reader(path, name, errors, skipped, state)
+            elif kind == PARQUET:
+                if (name := parquet_column(path, wanted)) is not None:
+                    return parquet_reader(path, name, errors, skipped, state)
+            else:
+                raise ValueError(f"{path} is of type {kind!r}, which no reader is for")
         if state is None:
             skipped.add(EMPTY_FILES)
         return listed(0, lambda number: None)

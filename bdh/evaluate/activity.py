@@ -78,7 +78,7 @@ class _Listener:
         """
         config = model.config
         self._values_each = max(1, values_each)
-        self._num_passes, self._num_heads = config.n_layer, config.n_head
+        self._num_layer_steps, self._num_heads = config.n_layer, config.n_head
         self._num_neurons = config.n_head * config.neurons_per_head
         self._calls = {"x": 0, "y": 0, "xy": 0}
         zeros = torch.zeros(config.n_layer, dtype=torch.float64, device=model.device)
@@ -125,7 +125,7 @@ class _Listener:
 
     def _pass(self, kind: str) -> int:
         calls_a_pass = self._num_heads if kind == "y" else 1
-        return self._calls[kind] // calls_a_pass % self._num_passes
+        return self._calls[kind] // calls_a_pass % self._num_layer_steps
 
     def _count(self, kind: str, values: torch.Tensor) -> None:
         index = self._pass(kind)

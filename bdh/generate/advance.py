@@ -20,16 +20,17 @@ from bdh.model.network import ModelParts
 from bdh.model.state import Pattern, Shapes, SynapticState
 from bdh.ops import eager
 from bdh.ops.attention import sum_dtype
-from bdh.ops.backends import Storage, Work, choose_backend
+from bdh.ops.backends import BackendName, Work, choose_backend
 from bdh.ops.rope import rotation_table
 from bdh.ops.window import ring_shapes
+from bdh.ops.words import STORAGES, Storage
 from bdh.validation import Faults
 
 _logger = logging.getLogger(__name__)
 WantedLogits = Literal["none", "last", "all"]
 MOST_NEURONS = 64
 """The strongest neurons that may be asked for, of each layer step."""
-MAX_ROWS = {"cpu": 128, "eager": 512}
+MAX_ROWS: dict[BackendName, int] = {"cpu": 128, "eager": 512}
 """Tokens in one call of a backend: what it works in grows with it, and the gain has ended before."""
 LONG_CALL = 1 << 30
 """Rows by neurons by width from which the kernels' layer steps are calls of their own, so that each is seen to make progress:
@@ -170,7 +171,7 @@ class Advancer:
     configuration's ``chunk_size``, so that texts cut there have the bits of the whole.
 
     Args:
-        path: one of :data:`bdh.ops.backends.STEP_PATHS`; "auto" takes the kernels where they run.
+        path: one of :data:`bdh.ops.words.STEP_PATHS`; "auto" takes the kernels where they run.
         weights: "float32", or "bfloat16": half the memory and traffic of the kernels' weights.
         state: "float32", or "bfloat16": half the memory and traffic of the states.
         window: attend to the last so many tokens only (:mod:`bdh.ops.window`); None for all of the text.
@@ -195,13 +196,13 @@ class Advancer:
     ):
         faults = Faults()
         for name, value in (("weights", weights), ("state", state)):
-            faults.require_one_of(name, value, ("float32", "bfloat16"))
+            faults.require_one_of(name, value, STORAGES)
         if window is not None:
             is_length = isinstance(window, int) and not isinstance(window, bool) and window >= 1
             faults.require(is_length, "window", window, "a whole number of tokens, at least 1, or None")
             faults.require(state == "float32", "state", state, "float32 with a window")
         faults.raise_if_any()
-        chosen = choose_backend("advance", path, Work(model.device, obstacle=kernel_obstacle(model)))
+        chosen = choose_backend("advance", path, Work(model.device, model.dtype, kernel_obstacle(model)))
         for name, value, formats in (
             ("weights", weights, chosen.backend.weights),
             ("state", state, chosen.backend.states),
@@ -215,11 +216,11 @@ class Advancer:
         self._shape = H, N, D = config.n_head, config.neurons_per_head, config.n_embd
         half_lives = config.half_lives
         self._kernel_settings: dict[str, Any] = {}
-        self._half_lives: torch.Tensor | None = None  # (H,), for torch's operations
+        self._half_lives: torch.Tensor | None = None  # (H,), for the eager backend
         if self.backend == "cpu":
-            from bdh.ops.cpu.recurrence import DTYPES, ScaledSums, ring_fading
+            from bdh.ops.cpu.recurrence import FORMATS, ScaledSums, ring_fading
 
-            dtype = DTYPES[state]
+            dtype = FORMATS[state].dtype
             if window is not None:
                 self._kernel_settings["fading"] = ring_fading(window, H, half_lives)
             elif half_lives is not None:
@@ -317,7 +318,7 @@ class Advancer:
         marked as torn, so that what moved, and what did not, can be told from each other after an exception.
         """
         while unread := [each for each in inputs if not each.is_done and each.error is None]:
-            (self._by_kernels if self.backend == "cpu" else self._by_torch)(self._taken(unread))
+            (self._by_cpu if self.backend == "cpu" else self._by_eager)(self._taken(unread))
 
     def advance_what_can_be(self, inputs: Sequence[StepInput], *, is_first: bool = True) -> None:
         """As :meth:`advance`, but what cannot be read has an error then; all else is read, whatever goes wrong beside it.
@@ -368,7 +369,7 @@ class Advancer:
             except Exception as error:  # the others are read
                 each.error = error
 
-    def _by_kernels(self, taken: Taken) -> None:
+    def _by_cpu(self, taken: Taken) -> None:
         """All memory that a call needs is taken before a state is written."""
         from bdh.ops.cpu.recurrence import Rows
 
@@ -386,7 +387,7 @@ class Advancer:
             Rows(np.array(tokens, np.int64), np.array(positions, np.int64), np.array(starts, np.int64)),
             [each.state.tensors for each, _ in taken],
             **self._kernel_settings,
-            on_layer_step=(lambda _, x: self._record(recorded, lambda row: x[:, row])) if recorded or is_long else None,
+            on_layer_step=(lambda x: self._record(recorded, lambda row: x[:, row])) if recorded or is_long else None,
             before_writing=before_writing,
         )
         self.mark_progress()
@@ -405,7 +406,7 @@ class Advancer:
         was_reading, self._is_reading = self._is_reading, any(count > 1 for _, count in taken)
         return (self._is_reading and not was_reading) or any(each.state.position == 0 for each, _ in taken)
 
-    def _by_torch(self, taken: Taken) -> None:
+    def _by_eager(self, taken: Taken) -> None:
         """Single tokens and pieces of prompts share their products with the weights."""
         model, config = self.model, self.model.config
         dtype, eps = model.dtype, config.layer_norm_eps
@@ -423,7 +424,7 @@ class Advancer:
             eps=eps,
             dtype=dtype,
             half_lives=self._half_lives,
-            on_layer_step=lambda _, x: self._record(recorded, lambda row: x[row].float().cpu().numpy()),
+            on_layer_step=lambda x: self._record(recorded, lambda row: x[row].float().cpu().numpy()),
         )
         wanted = _wanted(taken, starts)
         logits: list[torch.Tensor | None] = [None] * len(taken)

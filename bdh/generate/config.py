@@ -1,18 +1,18 @@
 """What an engine may use, and how it runs its steps, as settings; and what it counts."""
 
 from dataclasses import dataclass, field
-from typing import Literal
 
+from bdh.ops.words import StepPath, Storage
 from bdh.validation import NonNegativeInt, PositiveInt, Settings
 
 
 @dataclass
 class EngineConfig(Settings):
-    path: Literal["auto", "kernels", "torch"] = "auto"
+    path: StepPath = "auto"
     """Code of the steps: kernels (sparse, on the CPU), torch, or auto, which takes the kernels where they run."""
-    weights: Literal["float32", "bfloat16"] = "float32"
+    weights: Storage = "float32"
     """The kernels' weights: float32, or bfloat16 in half the memory."""
-    state: Literal["float32", "bfloat16"] = "float32"
+    state: Storage = "float32"
     """The kernels' states: float32, or bfloat16 in half the memory, which drifts with the length of the text."""
     window: PositiveInt | None = None
     """Attend to the last so many tokens only, for models that were trained on short blocks. None for all of the text."""

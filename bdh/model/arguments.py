@@ -89,7 +89,7 @@ def read_inputs(
         _check_state(config, past_key_values, B, dtype)
     num_earlier = past_key_values.num_columns if past_key_values is not None else 0
     mask = _new_columns(attention_mask, B, T, num_earlier)
-    _check_columns(others, B, T, num_earlier)
+    _check_columns(others, T, num_earlier)
     starts = _starts(document_starts, B, T)
     given = input_ids if input_ids is not None else inputs_embeds
     assert given is not None
@@ -175,7 +175,7 @@ def _check_names(others: dict[str, Any]) -> None:
             raise ValueError(f"{name} is {others[name]}: {why}, must be {value}")
 
 
-def _check_columns(others: dict[str, Any], B: int, T: int, num_earlier: int) -> None:
+def _check_columns(others: dict[str, Any], T: int, num_earlier: int) -> None:
     """Numbers of columns and types of tokens, where they are given, must be those that there are."""
     if torch.compiler.is_compiling():
         return

@@ -9,7 +9,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
 from bdh.model.network import ALIASES, config_faults
-from bdh.model.shape import half_lives_of_heads
+from bdh.model.shape import DerivedSizes
 
 # Without `import bdh`, transformers looks into a model's folder for the code that it needs, and finds this.
 STUB = "bdh_auto.py"
@@ -27,7 +27,7 @@ _AUTO_MAP = {
 
 
 @strict
-class BDHConfig(PreTrainedConfig):
+class BDHConfig(PreTrainedConfig, DerivedSizes):
     """Configuration of a BDH model.
 
     The names are those of the published reference code; the usual transformers names (``hidden_size``,
@@ -79,21 +79,6 @@ class BDHConfig(PreTrainedConfig):
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
-
-    @property
-    def neurons_per_head(self) -> int:
-        """N."""
-        return self.n_embd * self.mlp_internal_dim_multiplier // self.n_head
-
-    @property
-    def half_lives(self) -> list[float] | None:
-        """Of each head's state, in tokens; None where the model has no decay."""
-        return half_lives_of_heads(self.decay, self.n_head)
-
-    @property
-    def state_bytes_per_sequence(self) -> int:
-        """Bytes of one sequence's float32 state, at any length of text."""
-        return self.n_layer * self.n_head * self.neurons_per_head * self.n_embd * 4
 
     def __post_init__(self, **kwargs):
         faults = self._name_faults(kwargs)

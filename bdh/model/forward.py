@@ -21,7 +21,7 @@ from bdh.ops.blocks.plan import LayerOptions, LayerPlan, LayerShape, plan_layer
 from bdh.ops.dropout import make_dropout
 from bdh.ops.rope import make_rotation, rotation_table
 
-_ALL_PLAIN = LayerOptions(path="plain")
+_ALL_EAGER = LayerOptions(path="plain")
 # From the number of the layer step, v (B, T, D) and the sums (B, H, N, D) before it to those after it.
 LayerStep = Callable[[int, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor | None]]
 
@@ -113,7 +113,7 @@ def plan_for(model: Any, B: int, T: int, form: str, *, for_loss: bool = True) ->
     # Here, where torch.compile still follows: the eager backend is compiled as one graph.
     if not (for_loss or torch.is_grad_enabled()):
         return None
-    if model.layer_options == _ALL_PLAIN and not model.gradient_checkpointing:
+    if model.layer_options == _ALL_EAGER and not model.gradient_checkpointing:
         return None
     return _plan(model, B, T, form)
 
@@ -169,7 +169,7 @@ def _choose_step(
     plan = None
     if not (is_step or is_one_graph):
         plan = plan_for(model, *shape, form, for_loss=for_loss or not keep_state)
-    if plan is not None and plan.path != "plain":
+    if plan is not None and plan.backend != "eager":
         return _block_step(model, plan, positions, shape, mask, decay_mask, keep_state, continues)
     spec = eager.EagerSpec(
         table=rotation_table(positions, config.neurons_per_head, config.rope_theta, dtype)[:, None],
@@ -183,7 +183,7 @@ def _choose_step(
         keep_state=keep_state,
     )
     layer = eager.Layer(model.encoder, list(model.encoder_v), model.decoder)
-    num_kept = config.n_layer if plan is None else plan.kept_passes
+    num_kept = config.n_layer if plan is None else plan.kept_layer_steps
 
     def step(index: int, v: torch.Tensor, sums: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         if index < num_kept:
@@ -208,13 +208,13 @@ def _block_step(
     weights = layer_weights(model, dtype)
     rate = config.dropout if model.training else 0.0
     seeds = draw_seeds(config.n_layer, device) if rate > 0 else None
-    num_kept = plan.kept_passes if torch.is_grad_enabled() else 0
+    num_kept = plan.kept_layer_steps if torch.is_grad_enabled() else 0
     bound = None if continues else shape[1]
     common = blocks.BlockSpec(
         eps=config.layer_norm_eps,
         rotation=make_rotation(positions, config.neurons_per_head, config.rope_theta, dtype, bound=bound),
         sizes=plan.sizes,
-        path=plan.path,
+        backend=plan.backend,
         mask=mask,
         decay_mask=decay_mask,
         keep_state=keep_state,
@@ -293,7 +293,7 @@ def step_by_kernels(model: Any, input_ids: torch.Tensor, inputs: Inputs, form: s
         return None
     if any(sums.requires_grad for sums in state.sums):
         return None
-    if CPU.obstacle("advance", Work(model.device, obstacle=kernel_obstacle(model))) is not None:
+    if CPU.obstacle("advance", Work(model.device, model.dtype, kernel_obstacle(model))) is not None:
         return None
     state.remember(inputs, partial(read_columns, model))
     from bdh.ops.cpu.recurrence import Rows

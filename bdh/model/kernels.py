@@ -13,7 +13,8 @@ from bdh.model.fingerprint import Memory, checksum
 from bdh.model.network import ModelParts
 from bdh.model.private_api import has_hooks, version_of
 from bdh.model.weights import layer_modules, weights_obstacle
-from bdh.ops.backends import Storage
+from bdh.ops.backends import CPU
+from bdh.ops.words import Storage
 
 if TYPE_CHECKING:  # numba, which is imported where the kernels run
     from bdh.ops.cpu.recurrence import Recurrence
@@ -95,7 +96,7 @@ def kernel_obstacle(model: ModelParts) -> str | None:
     if has_hooks(model.embed):
         return "the embedding has hooks"
     for module in [*layer_modules(model), model.lm_head, model.embed]:
-        if module.weight.dtype not in (torch.float32, torch.bfloat16):
+        if module.weight.dtype not in CPU.dtypes["advance"]:
             return f"the weights are {module.weight.dtype}, the kernels take float32 and bfloat16"
     return None
 

@@ -16,7 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from bdh.model.shape import decay_fault, half_lives_of_heads, shape_faults
+from bdh.model.shape import DerivedSizes, decay_fault, shape_faults
 from bdh.ops.attention import ATTENTION_FORMS
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
@@ -87,7 +87,7 @@ class ModelParts(Protocol):
 
 @strict
 @dataclass
-class ModelConfig:
+class ModelConfig(DerivedSizes):
     """The fields of :class:`bdh.BDHConfig`, which documents them, without transformers.
 
     Raises:
@@ -140,21 +140,6 @@ class ModelConfig:
         if faults:
             raise ValueError("; ".join(faults))
         return cls(**values)
-
-    @property
-    def neurons_per_head(self) -> int:
-        """N."""
-        return self.n_embd * self.mlp_internal_dim_multiplier // self.n_head
-
-    @property
-    def half_lives(self) -> list[float] | None:
-        """Of each head's state, in tokens; None where the model has no decay."""
-        return half_lives_of_heads(self.decay, self.n_head)
-
-    @property
-    def state_bytes_per_sequence(self) -> int:
-        """Bytes of one sequence's float32 state, at any length of text."""
-        return self.n_layer * self.n_head * self.neurons_per_head * self.n_embd * 4
 
 
 def config_faults(config: Any) -> list[str]:

@@ -53,3 +53,28 @@ def decay_fault(decay: Decay, n_head: int) -> str | None:
     if all(each is None or 0 < each < math.inf for each in given):
         return None
     return "half-lives in tokens, numbers above 0, or null where nothing is forgotten"
+
+
+class DerivedSizes:
+    """What follows from the fields of a configuration, for the two classes that have these."""
+
+    n_embd: int
+    n_head: int
+    n_layer: int
+    mlp_internal_dim_multiplier: int
+    decay: Decay
+
+    @property
+    def neurons_per_head(self) -> int:
+        """N."""
+        return self.n_embd * self.mlp_internal_dim_multiplier // self.n_head
+
+    @property
+    def half_lives(self) -> list[float] | None:
+        """Of each head's state, in tokens; None where the model has no decay."""
+        return half_lives_of_heads(self.decay, self.n_head)
+
+    @property
+    def state_bytes_per_sequence(self) -> int:
+        """Bytes of one sequence's float32 state, at any length of text."""
+        return self.n_layer * self.n_head * self.neurons_per_head * self.n_embd * 4

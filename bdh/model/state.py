@@ -86,14 +86,14 @@ class SynapticState:
     def zeros(
         cls,
         shape: Sequence[int],
-        num_passes: int,
+        num_layer_steps: int,
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> "SynapticState":
         """The sums before the first token; ``shape`` is (B, H, N, D)."""
         B, *rest = shape
-        return cls.empty("sums", {"sums": (dtype, tuple(rest))}, num_passes, batch_size=B, device=device)
+        return cls.empty("sums", {"sums": (dtype, tuple(rest))}, num_layer_steps, batch_size=B, device=device)
 
     @classmethod
     def empty(
@@ -296,8 +296,8 @@ class SynapticState:
         self.check_whole()
         tensors = {f"{name}.{i}": t.contiguous() for name, many in self.tensors.items() for i, t in enumerate(many)}
         tensors["positions"] = self.positions
-        num_passes = max(len(many) for many in self.tensors.values())
-        facts: dict[str, Any] = {"num_columns": self.num_columns, "num_passes": num_passes}
+        num_layer_steps = max(len(many) for many in self.tensors.values())
+        facts: dict[str, Any] = {"num_columns": self.num_columns, "num_passes": num_layer_steps}
         if self.kind != "sums":
             facts["kind"] = self.kind
         with atomic_file(Path(path)) as temporary:

@@ -282,7 +282,8 @@ def _attention_within(q: torch.Tensor, v: torch.Tensor, weights: DecayWeights | 
     keys = queries = q
     scale = None
     if half_is_used:
-        queries, keys, scale = _scaled_for_float16(q)
+        queries, keys, query_scale, key_scale = scaled_for_float16(q, neurons=-1, tokens=-2)
+        scale = query_scale * key_scale
     scores = queries @ keys.transpose(-1, -2)  # (B, H, T, T)
     scores = scores.tril(-1) if weights is None else scores * weights.between.to(scores.dtype)
     values = v.to(scores.dtype)
@@ -294,18 +295,23 @@ def _attention_within(q: torch.Tensor, v: torch.Tensor, weights: DecayWeights | 
     return a if scale is None else a * scale
 
 
-def _scaled_for_float16(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries and keys whose scores, and sums of scores, stay in float16's range, and the factor left out.
+def scaled_for_float16(
+    q: torch.Tensor, *, neurons: int, tokens: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries and keys whose scores, and sums of scores, stay in float16's range, and the factors left out of each.
 
     By Cauchy-Schwarz every score q_t . k_s is at most |q_t| max_s |k_s|. With those divided out, and a further
     sqrt(T), no score exceeds 1 / sqrt(T), and no sum of T of them times a layer-normed value, which is at most
     sqrt(D), exceeds sqrt(T D): below 65,504 up to T = 10^7 at D = 256. The factor is put back in float32, so
     the result is the unscaled one; since it cancels exactly, it is a constant for the gradients.
+
+    Args:
+        neurons: which dimension of q they are; 1 in the factors.
+        tokens: the same; 1 in the factor of the keys.
     """
-    T = q.shape[-2]
-    norms = torch.linalg.vector_norm(q.detach(), dim=-1, keepdim=True, dtype=torch.float32)
+    norms = torch.linalg.vector_norm(q.detach(), dim=neurons, keepdim=True, dtype=torch.float32)
     norms = norms.clamp_min(1e-6)  # a token for which no neuron fires
-    largest = norms.amax(dim=-2, keepdim=True)
-    query_scale = norms * T**0.5
-    queries, keys = (q.float() / query_scale).half(), (q.float() / largest).half()
-    return queries, keys, query_scale * largest
+    largest = norms.amax(dim=tokens, keepdim=True)
+    query_scale = norms * q.shape[tokens] ** 0.5
+    wide = q.float()
+    return (wide / query_scale).half(), (wide / largest).half(), query_scale, largest

@@ -5,7 +5,8 @@ A backend offers one operation or both:
     train      (B, T, D) tokens of a batch; differentiable
     advance    rows of tokens of many sequences, whose states are written in place; no gradients
 
-Settings have words of their own for the backends, one set for each operation (``words``). A new device or weight format is
+Settings and banners have words of their own for the backends, one set for each operation (``words``); the code goes by their
+names. A new device or weight format is
 an entry in :data:`BACKENDS` and a file or folder of its own in ``bdh/ops``.
 """
 
@@ -18,14 +19,11 @@ from typing import Literal, NamedTuple, get_args
 import torch
 
 from bdh.ops.cpu.runtime import unavailable_reason
+from bdh.ops.words import LAYER_PATHS, STEP_PATHS, STORAGES, Storage
 
 Operation = Literal["train", "advance"]
-LayerPath = Literal["auto", "plain", "torch", "kernels"]
-LAYER_PATHS: tuple[str, ...] = get_args(LayerPath)
-StepPath = Literal["auto", "kernels", "torch"]
-STEP_PATHS: tuple[str, ...] = get_args(StepPath)
-Storage = Literal["float32", "bfloat16"]
-_FLOAT32_ONLY = frozenset({"float32"})
+BackendName = Literal["cpu", "blocks", "eager"]
+_FLOAT32_ONLY: frozenset[Storage] = frozenset({"float32"})
 
 
 class LayerWeights(NamedTuple):
@@ -52,7 +50,7 @@ class Work(NamedTuple):
 class Backend:
     """What one backend can do, and what it needs."""
 
-    name: str
+    name: BackendName
     words: Mapping[Operation, str]
     """The operations that it offers, with the word for it in that operation's settings."""
     calls_modules: bool = False
@@ -62,9 +60,9 @@ class Backend:
     dtypes: Mapping[Operation, frozenset[torch.dtype]] = field(default_factory=dict)
     """Those that it computes, where not all."""
     needs_numba: bool = False
-    weights: frozenset[str] = _FLOAT32_ONLY
+    weights: frozenset[Storage] = _FLOAT32_ONLY
     """Formats in which ``advance`` can keep copies of the weights; "float32" stands for the model's own."""
-    states: frozenset[str] = _FLOAT32_ONLY
+    states: frozenset[Storage] = _FLOAT32_ONLY
     """Formats of the states that ``advance`` writes. A window is always kept in float32."""
 
     def obstacle(self, operation: Operation, work: Work) -> str | None:
@@ -90,7 +88,6 @@ def _names(dtypes: frozenset[torch.dtype], between: str = " and ") -> str:
     return between.join(sorted((str(dtype).removeprefix("torch.") for dtype in dtypes), reverse=True))
 
 
-NAIVE = Backend("naive", words={})  # tests and benchmarks call it; nothing chooses it
 EAGER = Backend("eager", words={"train": "plain", "advance": "torch"}, calls_modules=True)
 BLOCKS = Backend("blocks", words={"train": "torch"})
 CPU = Backend(
@@ -102,11 +99,11 @@ CPU = Backend(
         "advance": frozenset({torch.float32, torch.bfloat16}),
     },
     needs_numba=True,
-    weights=frozenset({"float32", "bfloat16"}),
-    states=frozenset({"float32", "bfloat16"}),
+    weights=frozenset(STORAGES),
+    states=frozenset(STORAGES),
 )
-BACKENDS = (CPU, BLOCKS, EAGER, NAIVE)
-"""The preferred ones first. On a CPU the kernels beat torch's dense operations for any number of sequences and at any
+BACKENDS = (CPU, BLOCKS, EAGER)
+"""Those that can be chosen, the preferred ones first; ``bdh/ops/naive.py`` is for tests and benchmarks alone. On a CPU the kernels beat torch's dense operations for any number of sequences and at any
 density: each sequence has a state of its own, which they sweep over once where torch does three times, and they multiply E
 with all rows of a step in tiles. Measured at the least favourable density, 50 % (untrained weights), in ms a token, kernels /
 dense, on 2 CPU cores:

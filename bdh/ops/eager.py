@@ -136,7 +136,7 @@ def advance(
     eps: float,
     dtype: torch.dtype,
     half_lives: torch.Tensor | None = None,
-    on_layer_step: Callable[[int, torch.Tensor], None] = lambda index, x: None,
+    on_layer_step: Callable[[torch.Tensor], None] = lambda x: None,
 ) -> tuple[torch.Tensor, list[Callable[[], object]]]:
     """Takes rows of tokens of many sequences through all layer steps, beside one another in the products with the weights.
 
@@ -144,7 +144,7 @@ def advance(
         v: (R, D), embedded: those of each piece in order, one piece after the other.
         table: (R, N/2), complex: the rotations at the rows' positions.
         half_lives: (H,) tokens in which what a head keeps halves.
-        on_layer_step: is called in each layer step with its number and x (R, H*N).
+        on_layer_step: is called in each layer step with x (R, H*N).
 
     Returns:
         v after the last layer step, and for each piece what writes its state: all that can fail for want of memory has
@@ -165,9 +165,9 @@ def advance(
                 of_piece.append(write)
             return torch.cat(found, dim=1), None
 
-        def trace(name: str, wide: torch.Tensor, index: int = index) -> None:
+        def trace(name: str, wide: torch.Tensor) -> None:
             if name == "x":
-                on_layer_step(index, wide)
+                on_layer_step(wide)
 
         v, _ = layer_step(v, layer, attention, table, eps=eps, dtype=dtype, trace=trace)
 

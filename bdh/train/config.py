@@ -11,6 +11,7 @@ from bdh.data.config import DataConfig
 from bdh.distributed.config import DistributedConfig
 from bdh.model.shape import decay_fault
 from bdh.monitor.config import MonitorConfig
+from bdh.ops.words import LayerPath
 from bdh.tokenizer.config import TokenizerConfig
 from bdh.train.places import LOCK_FILE, CheckpointFolder, check_peft, find_model, holds_run, taken_by_run
 from bdh.validation import (
@@ -155,7 +156,7 @@ class TrainSettings(Settings):
     """Wide activations in the backward pass: pass computes them again, none keeps them, auto keeps those of as many passes as the memory budget has room for."""
     memory_budget_gb: PositiveFloat | None = None
     """Memory for all wide activations, in GB of 10^9 bytes. null: a block, and 256 MiB of what may be kept."""
-    layer_path: Literal["auto", "plain", "torch", "kernels"] = "auto"
+    layer_path: LayerPath = "auto"
     """Who computes the layer. kernels: in blocks, by the CPU's sparse kernels; torch: in blocks, by PyTorch; plain: all tokens at once, by autograd. auto takes the first that is there."""
     rows_per_block: PositiveInt | None = None
     """Sequences in a block of the layer, at most batch_size. null for what suits the device and the budget."""

@@ -105,7 +105,7 @@ class Forecast:
         difference = counted - nearest
         found = peak + difference * (max(1.0, told) if difference > 0 else min(1.0, max(0.0, told)))
         # What another path keeps is so much less that a small fault in the count of what it replaces would be all of it.
-        is_same_path = estimate.plan.path == self.estimate.plan.path
+        is_same_path = estimate.plan.backend == self.estimate.plan.backend
         return found if is_same_path else max(found, float(self.base + counted))
 
     def peak_of(self, number: int) -> float:
@@ -219,7 +219,7 @@ def forecast(run: Run, *, say: Callable[[str], None] = lambda line: None) -> For
     found = Forecast(estimate, max(world.gather(base)), available_to_each(run.runtime, world))
     found.steps, found.evaluated_sequences = _to_go(run)
 
-    first = 1 if estimate.plan.path == "plain" else min(estimate.plan.sizes.rows, train.batch_size)
+    first = 1 if estimate.plan.backend == "eager" else min(estimate.plan.sizes.rows, train.batch_size)
     while first > 1 and found.peak_of(first) > found.room:
         first //= 2
     if found.peak_of(first) > found.room:

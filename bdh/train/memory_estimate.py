@@ -62,8 +62,8 @@ class MemoryEstimate:
         train, plan, config = self.settings.train, self.plan, self.config
         weights, trained, optimizer = self._numbers
         block = plan.block_bytes
-        if plan.path == "plain":  # what is computed again has its gradients beside it; what is kept is all there is
-            block = 2 * plan.block_bytes if plan.kept_passes < config.n_layer else 0
+        if plan.backend == "eager":  # what is computed again has its gradients beside it; what is kept is all there is
+            block = 2 * plan.block_bytes if plan.kept_layer_steps < config.n_layer else 0
         tokens = train.batch_size * train.block_size
         # Of each layer step its input, two norms' inputs and the sum that it adds to; and the logits with gradient and softmax.
         logits = 3 * min(tokens * config.vocab_size, MAX_LOGITS_IN_ONE_PIECE)
@@ -170,7 +170,7 @@ def changes(now: MemoryEstimate) -> Iterator[Iterator[tuple[str, MemoryEstimate]
         yield iter([("--train.layer_path auto", now.changed(layer_path="auto"))])
     if train.recompute != "pass":
         yield iter([("--train.recompute pass", now.changed(recompute="pass"))])
-    if now.plan.path != "plain":
+    if now.plan.backend != "eager":
         yield smaller("train", "rows_per_block", now.plan.sizes.rows, 1)
         yield smaller("train", "tokens_per_block", now.plan.sizes.columns, 1)
     if now.processes > 1 and now.strategy != "fsdp":

@@ -161,9 +161,9 @@ def test_kernels_are_compiled_once_and_then_loaded(tmp_path):
     And their first launch leaves torch's threads alone: numba asks the OpenMP that both share for all cores.
     """
     program = (
-        "import torch; torch.set_num_threads(1); from bdh.model.network import ModelConfig, Network\n"
+        "import torch; torch.set_num_threads(1); from tests.networks import random_network\n"
         "from bdh.generate.advance import Advancer, StepInput\n"
-        "model = Network(ModelConfig(n_embd=8, n_head=1, n_layer=1, mlp_internal_dim_multiplier=2))\n"
+        "model = random_network(n_embd=8, n_head=1, n_layer=1, mlp_internal_dim_multiplier=2)\n"
         "advancer = Advancer(model)\n"
         "print(advancer.description)\n"
         "advancer.advance([StepInput(advancer.new_state(), [1, 2])])\n"
@@ -202,9 +202,9 @@ def test_the_backend_is_chosen_in_one_place(monkeypatch):
 def test_two_threads_may_read_at_once_on_numbas_own_threading_layer():
     """It ends the process if two threads use it at once. (On OpenMP, tests/ops/cpu/test_pieces.py does the same.)"""
     program = (
-        "import threading, torch; from bdh.model.network import ModelConfig, Network\n"
+        "import threading, torch; from tests.networks import random_network\n"
         "from bdh.generate.advance import Advancer, StepInput\n"
-        "model = Network(ModelConfig(n_embd=64, n_head=2, n_layer=2, mlp_internal_dim_multiplier=16))\n"
+        "model = random_network(n_embd=64, n_head=2, n_layer=2, mlp_internal_dim_multiplier=16)\n"
         "advancer = Advancer(model)\n"
         "def read():\n"
         "    for _ in range(20): advancer.advance([StepInput(advancer.new_state(), [1, 2, 3])])\n"

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bdh.ops.attention import DecayWeights, sum_dtype, weighted
+from bdh.ops.attention import DecayWeights, scaled_for_float16, sum_dtype, weighted
 from bdh.ops.backends import LayerWeights, compiles_parts
 from bdh.ops.dropout import Dropout, kept
 from bdh.ops.rope import Rotation
@@ -136,7 +136,8 @@ def _scores(q: torch.Tensor, weights: DecayWeights | None) -> Scores:
     queries = keys = q
     query_scale = key_scale = None
     if q.dtype == torch.float16:
-        queries, keys, query_scale, key_scale = _scaled_for_float16(q)
+        queries, keys, query_scale, key_scale = scaled_for_float16(q, neurons=0, tokens=2)
+        query_scale, key_scale = query_scale[0, ..., None], key_scale[0, ..., None]
     columns = keys.permute(1, 0, 2)  # (G, N, C)
     if C <= SCORE_ROWS:
         scores = torch.bmm(queries.permute(1, 2, 0), columns)
@@ -147,16 +148,6 @@ def _scores(q: torch.Tensor, weights: DecayWeights | None) -> Scores:
             scores[:, first:last, :last] = torch.bmm(queries[:, :, first:last].permute(1, 2, 0), columns[:, :, :last])
     scores = scores.tril_(-1) if weights is None else scores * weights.between[:, 0].to(q.dtype)
     return Scores(scores, queries, keys, query_scale, key_scale)
-
-
-def _scaled_for_float16(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries and keys whose scores and sums stay in range; why these scales do, :mod:`bdh.ops.attention` says."""
-    wide = q.float()
-    norms = torch.linalg.vector_norm(wide, dim=0).clamp_min_(1e-6)  # (G, C)
-    largest = norms.amax(dim=1, keepdim=True)  # (G, 1)
-    query_scale = norms * q.shape[2] ** 0.5
-    queries, keys = (wide / query_scale).half(), (wide / largest).half()
-    return queries, keys, query_scale[..., None], largest[..., None]
 
 
 def _keys_to_end(q: torch.Tensor, weights: DecayWeights | None) -> torch.Tensor:

@@ -7,16 +7,17 @@ from typing import Literal, NamedTuple, get_args
 import torch
 
 from bdh.ops.attention import choose_form
-from bdh.ops.backends import BackendError, LayerPath, Work, choose_backend
+from bdh.ops.backends import BACKENDS, BackendError, BackendName, Work, choose_backend
 from bdh.ops.blocks.train import BlockSizes
+from bdh.ops.words import LayerPath
 
 Recompute = Literal["none", "pass", "auto"]
 RECOMPUTE: tuple[str, ...] = get_args(Recompute)
 
 # Tensors as wide as the neurons, in the dtype that is computed in, that exist at once: of one block in its backward pass,
-# for each path; what the plain path keeps of each layer step, measured; and what a block with another form of dropout adds.
-_WIDE_IN_BLOCK = {"torch": 9, "kernels": 4}
-_WIDE_KEPT_BY_PLAIN = 9
+# for each backend; what the eager one keeps of each layer step, measured; and what a block with another form of dropout adds.
+_WIDE_IN_BLOCK: dict[BackendName, int] = {"blocks": 9, "cpu": 4}
+_WIDE_KEPT_BY_EAGER = 9
 _WIDE_OF_MASK = 16  # bytes for each neuron and token: its keys are int64
 _WIDE_OF_TABLE = (
     4  # the same of the rotation, in float32, where documents or padding give sequences positions of their own
@@ -86,12 +87,11 @@ class LayerShape(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerPlan:
-    path: str
-    """plain, torch or kernels."""
+    backend: BackendName
     reason: str
     sizes: BlockSizes
-    kept_passes: int
-    """The first so many layer steps keep x (plain: all that autograd wants); the others recompute it."""
+    kept_layer_steps: int
+    """The first so many layer steps keep x (eager: all that autograd wants); the others recompute it."""
     block_bytes: int
     """Wide activations that exist while a block is computed."""
     kept_bytes: int
@@ -99,12 +99,18 @@ class LayerPlan:
     keeps_scores: bool = False
     """Whether all layer steps keep the scores (B, H, T, T), which for short texts are narrower than x; they are among what is kept."""
 
+    @property
+    def path(self) -> str:
+        """The backend in the words of settings and banners."""
+        return next(each.words["train"] for each in BACKENDS if each.name == self.backend)
+
     def describe(self, num_layer_steps: int) -> str:
         """For the banner of a run."""
         kept = {0: "recomputes all wide activations", num_layer_steps: "keeps wide activations"}.get(
-            self.kept_passes, f"keeps the wide activations of {self.kept_passes} of {num_layer_steps} layer steps"
+            self.kept_layer_steps,
+            f"keeps the wide activations of {self.kept_layer_steps} of {num_layer_steps} layer steps",
         )
-        blocks = "" if self.path == "plain" else f" in blocks of {self.sizes.rows} x {self.sizes.columns:,} tokens"
+        blocks = "" if self.backend == "eager" else f" in blocks of {self.sizes.rows} x {self.sizes.columns:,} tokens"
         return f"{self.path}{blocks} ({self.reason}); {kept}: {(self.block_bytes + self.kept_bytes) / 2**20:,.0f} MiB"
 
 
@@ -131,11 +137,10 @@ def plan_layer(
         backend, reason = choose_backend("train", options.path, Work(shape.device, shape.dtype, obstacle, form))
     except BackendError as error:
         raise LayerOptionError("path", error.fault) from None
-    path = backend.words["train"]
     if options.recompute not in RECOMPUTE:
         raise LayerOptionError("recompute", f"is {options.recompute!r}: must be one of {', '.join(RECOMPUTE)}")
-    if path == "plain":
-        return _plan_plain(shape, options, reason)
+    if backend.name == "eager":
+        return _plan_eager(shape, options, reason)
     columns = _choose_columns(shape, options, form, chunk_size)
     width = max(_COLUMNS_OF_BLOCK.get(shape.device.type, 128), _NUMBERS_OF_BLOCK // shape.N)
     rows = options.rows_per_block or max(1, min(shape.B, width // columns))
@@ -146,18 +151,18 @@ def plan_layer(
         budget = int(torch.cuda.get_device_properties(shape.device).total_memory * _SHARE_OF_GPU)
     if budget is not None:
         least_rows = options.rows_per_block or 1
-        while rows > least_rows and _block_bytes(shape, path, rows, columns) > budget:
+        while rows > least_rows and _block_bytes(shape, backend.name, rows, columns) > budget:
             rows = max(least_rows, rows // 2)
-        least = _block_bytes(shape, path, rows, columns)
+        least = _block_bytes(shape, backend.name, rows, columns)
         if least > budget:
-            chunked = _block_bytes(shape, path, 1, min(columns, chunk_size))
+            chunked = _block_bytes(shape, backend.name, 1, min(columns, chunk_size))
             # Shorter blocks have more states between them.
             may = f", or {_amount(chunked)} with the chunked form of attention" if chunked < least else ""
             raise LayerOptionError(
                 "memory_budget",
                 f"is {_amount(budget)}: must be at least {_amount(least)} for blocks of {rows} x {columns:,} tokens{may}",
             )
-    block = _block_bytes(shape, path, rows, columns)
+    block = _block_bytes(shape, backend.name, rows, columns)
     each = shape.B * shape.T * shape.H * shape.N * shape.dtype.itemsize
     left = None if budget is None else budget - block
     # With one block a text, and no more tokens than v is wide, they take no more room than v does for each head. They save
@@ -169,8 +174,8 @@ def plan_layer(
     keeps_scores = keeps_scores and (left is None or scores + asked_for <= left)
     if not keeps_scores:
         scores = 0
-    kept = _kept_passes(shape, options, each, None if left is None else left - scores)
-    return LayerPlan(path, reason, BlockSizes(rows, columns), kept, block, kept * each + scores, keeps_scores)
+    kept = _kept_layer_steps(shape, options, each, None if left is None else left - scores)
+    return LayerPlan(backend.name, reason, BlockSizes(rows, columns), kept, block, kept * each + scores, keeps_scores)
 
 
 def _choose_columns(shape: LayerShape, options: LayerOptions, form: str, chunk_size: int) -> int:
@@ -188,23 +193,23 @@ def _choose_columns(shape: LayerShape, options: LayerOptions, form: str, chunk_s
     return min(shape.T, max(_LEAST_CHUNK, 2 * shape.D))
 
 
-def _block_bytes(shape: LayerShape, path: str, rows: int, columns: int) -> int:
+def _block_bytes(shape: LayerShape, backend: BackendName, rows: int, columns: int) -> int:
     wide = shape.N * rows * columns
-    total = wide * shape.dtype.itemsize * _WIDE_IN_BLOCK[path] + 3 * rows * columns**2 * shape.dtype.itemsize
+    total = wide * shape.dtype.itemsize * _WIDE_IN_BLOCK[backend] + 3 * rows * columns**2 * shape.dtype.itemsize
     num_blocks = -(-shape.T // columns)
     if num_blocks > 1:  # every sqrt(n)-th state, those of a stretch between them, and the gradient with its terms
         num_states = 2 * (math.isqrt(num_blocks - 1) + 1) + 3
         total += num_states * rows * shape.N * shape.D * max(4, shape.dtype.itemsize)
-    if path == "kernels":  # the sums of each thread
+    if backend == "cpu":  # the sums of each thread
         total += 2 * torch.get_num_threads() * rows * columns * shape.D * 4
-    if path == "torch":
+    if backend == "blocks":
         total += wide * _WIDE_OF_TABLE
         if shape.has_dropout and shape.device.type != "cuda":  # there it is fused
             total += wide * _WIDE_OF_MASK
     return total
 
 
-def _kept_passes(shape: LayerShape, options: LayerOptions, each: int, left: int | None) -> int:
+def _kept_layer_steps(shape: LayerShape, options: LayerOptions, each: int, left: int | None) -> int:
     if options.recompute == "pass" or not shape.for_training:
         return 0
     if options.recompute == "none":
@@ -218,8 +223,8 @@ def _kept_passes(shape: LayerShape, options: LayerOptions, each: int, left: int 
     return min(shape.L, room // each)
 
 
-def _plan_plain(shape: LayerShape, options: LayerOptions, reason: str) -> LayerPlan:
-    each = shape.B * shape.T * shape.H * shape.N * shape.dtype.itemsize * _WIDE_KEPT_BY_PLAIN
+def _plan_eager(shape: LayerShape, options: LayerOptions, reason: str) -> LayerPlan:
+    each = shape.B * shape.T * shape.H * shape.N * shape.dtype.itemsize * _WIDE_KEPT_BY_EAGER
     budget = options.memory_budget
     if budget is None and options.recompute == "auto":
         kept = shape.L
@@ -229,8 +234,8 @@ def _plan_plain(shape: LayerShape, options: LayerOptions, reason: str) -> LayerP
                 "memory_budget",
                 f"is {_amount(budget)}: must be at least {_amount(each)}, what one layer step of the plain path takes",
             )
-        kept = _kept_passes(shape, options, each, None if budget is None else budget - each)
-    return LayerPlan("plain", reason, BlockSizes(shape.B, shape.T), kept, each, kept * each)
+        kept = _kept_layer_steps(shape, options, each, None if budget is None else budget - each)
+    return LayerPlan("eager", reason, BlockSizes(shape.B, shape.T), kept, each, kept * each)
 
 
 def _amount(num_bytes: int) -> str:

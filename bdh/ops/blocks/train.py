@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bdh.ops.attention import DecayMask, DecayWeights, sum_dtype
-from bdh.ops.backends import LayerWeights
+from bdh.ops.backends import BackendName, LayerWeights
 from bdh.ops.blocks.block import Block, Fired, Neurons, learn_block, read_block, read_block_backward
 from bdh.ops.dropout import Dropout
 from bdh.ops.eager import layer_norm
@@ -37,8 +37,8 @@ class BlockSpec:
     """Of the layer norms."""
     rotation: Rotation
     sizes: BlockSizes
-    path: str
-    """"torch" or "kernels": what computes the neurons."""
+    backend: BackendName
+    """"blocks" or "cpu": what computes the neurons."""
     mask: torch.Tensor | None = None
     """Bool (B, T), False for padding."""
     decay_mask: DecayMask | None = None
@@ -234,7 +234,7 @@ def _backward(ctx: Any, grad_out: torch.Tensor | None, grad_state: torch.Tensor 
 
 
 def make_neurons(weights: LayerWeights, spec: BlockSpec, *, with_gradients: bool) -> Neurons:
-    if spec.path == "kernels":
+    if spec.backend == "cpu":
         from bdh.ops.cpu.train import KernelNeurons
 
         return KernelNeurons(weights, with_gradients=with_gradients, keep_wide=spec.keep_wide)

@@ -17,10 +17,11 @@ Weights and states come by address, one row of D numbers for each neuron, in flo
 """
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
-from bdh.ops.cpu.pieces import STAGE_WORDS, pieces
+from bdh.ops.cpu.pieces import STAGE_WORDS, jit, jit_inner, pieces
 from bdh.ops.cpu.vector import (
+    CACHE_LINE,
     add_scaled,
     attend_and_update,
     dot,
@@ -43,15 +44,11 @@ BLOCK_NEURONS = 8
 """Neurons whose weights stay in the nearest cache while all rows are multiplied with them; a multiple of 8."""
 AHEAD = 3  # pairs whose rows are asked for before they are needed
 _LIST = 1024  # neurons that fire, gathered before they are worked off
-_CACHE_LINE = 64
 _PROJECTED = 256  # neurons of a piece; a multiple of BLOCK_NEURONS
 _TURNED = 256  # pairs of a piece
 STAGE_BYTES = 8 * STAGE_WORDS
-STAGES = 7
-"""Counters that :func:`layer_steps` needs for each layer step, and once more."""
-
-jit = njit(cache=True, nogil=True, parallel=True, error_model="numpy")
-jit_inner = njit(cache=True, nogil=True, error_model="numpy")
+STAGES = 6
+"""Counters of a layer step: it has 5 stages here, and 6 with a window. What comes before the first one has as many, for 2."""
 
 
 @jit_inner
@@ -117,7 +114,7 @@ def project(stage, like, weights, v, out, relu):
     row_bytes = D * like.itemsize
     # The next block is asked for a little at a time, with each group of rows its share.
     groups = max(1, R // 4)
-    share = (4 * row_bytes + groups * _CACHE_LINE - 1) // (groups * _CACHE_LINE) * _CACHE_LINE
+    share = (4 * row_bytes + groups * CACHE_LINE - 1) // (groups * CACHE_LINE) * CACHE_LINE
     for piece in pieces(stage, projected_pieces(num_neurons)):
         end = min(num_neurons, (piece + 1) * _PROJECTED)
         for first in range(piece * _PROJECTED, end, BLOCK_NEURONS):
@@ -128,7 +125,7 @@ def project(stage, like, weights, v, out, relu):
                 for n in range(first, by_4, 4):
                     place = out.ctypes.data + (n * R + r) * 4
                     following = weights + (n + BLOCK_NEURONS) * row_bytes
-                    for line in range(r // 4 * share, min(4 * row_bytes, (r // 4 + 1) * share), _CACHE_LINE):
+                    for line in range(r // 4 * share, min(4 * row_bytes, (r // 4 + 1) * share), CACHE_LINE):
                         prefetch(following + line)
                     tile_4x4(like, relu, weights + n * row_bytes, row_bytes, value, D * 4, D, place, R * 4)
                 for n in range(by_4, last):
@@ -171,7 +168,7 @@ def attention_update(stage, like, states, starts, x, cos, sin, read_scales, writ
                     i = firing[index]
                     if index + AHEAD < count:
                         following = state + 2 * firing[index + AHEAD] * row_bytes
-                        for line in range(0, 2 * row_bytes, _CACHE_LINE):
+                        for line in range(0, 2 * row_bytes, CACHE_LINE):
                             prefetch(following + line)
                     x_0, x_1 = x[h * N + 2 * i, row], x[h * N + 2 * i + 1, row]
                     q_0 = x_0 * cos[i, row] - x_1 * sin[i, row]
@@ -253,7 +250,7 @@ def gated_mlp(stage, like, encoder_v, decoder, x, a, parts, N):
             for index in range(0, whole, 8):
                 for ahead in range(index + 8, min(index + 16, count)):
                     if weights[ahead] != weights[ahead - 1]:
-                        for line in range(0, row_bytes, _CACHE_LINE):
+                        for line in range(0, row_bytes, CACHE_LINE):
                             prefetch(weights[ahead] + line)
                 dots_8(
                     like,
@@ -275,7 +272,7 @@ def gated_mlp(stage, like, encoder_v, decoder, x, a, parts, N):
                     n_fired, r = h * N + neurons[index], rows[index]
                     if index + 8 < count and y[index + 8] > 0:
                         following = decoder + (h * N + neurons[index + 8]) * row_bytes
-                        for line in range(0, row_bytes, _CACHE_LINE):
+                        for line in range(0, row_bytes, CACHE_LINE):
                             prefetch(following + line)
                     add_scaled(
                         like,

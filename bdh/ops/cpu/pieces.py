@@ -30,6 +30,8 @@ _FUTEX = {"x86_64": 202, "aarch64": 98}  # the number of the system call
 _PAUSES = {"x86_64": ("llvm.x86.sse2.pause", ()), "aarch64": ("llvm.aarch64.hint", (1,))}
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 
+jit = njit(cache=True, nogil=True, parallel=True, error_model="numpy")
+"""For what Python calls; the threads are those of its ``prange``."""
 jit_inner = njit(cache=True, nogil=True, error_model="numpy")
 
 

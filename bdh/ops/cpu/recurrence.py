@@ -9,16 +9,28 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from bdh.ops.backends import Storage
 from bdh.ops.cpu import kernels, window
 from bdh.ops.cpu.pieces import new_progress
-from bdh.ops.cpu.runtime import Announce, compiled, exclusive, team_for, to_stderr
+from bdh.ops.cpu.runtime import compiled, exclusive, team_for
 from bdh.ops.rope import turns_per_token
 from bdh.ops.window import ring_shapes
+from bdh.ops.words import Storage
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-OnLayerStep = Callable[[int, np.ndarray], None]
+class Format(NamedTuple):
+    """How weights or states are stored."""
+
+    dtype: torch.dtype
+    like: np.ndarray
+    """Says so to the kernels, which get addresses."""
+
+
+FORMATS: dict[Storage, Format] = {
+    "float32": Format(torch.float32, kernels.FLOAT32),
+    "bfloat16": Format(torch.bfloat16, kernels.BFLOAT16),
+}
+_LIKE = {each.dtype: each.like for each in FORMATS.values()}
+OnLayerStep = Callable[[np.ndarray], None]
 Tensors = Mapping[str, Sequence[torch.Tensor]]
 """Of one sequence, by name, a contiguous tensor on the CPU for each layer step: ``sums`` (H, N, D), or those of a
 :class:`bdh.ops.window.Ring`. Dimensions of size 1 may come before these."""
@@ -60,7 +72,7 @@ class KernelWeights:
         """From weights in the layout of ``nn.Linear``: ``decoder`` is (D, H*N), the others are as above."""
 
         def stored(weight: torch.Tensor) -> torch.Tensor:
-            return weight.detach().to(DTYPES[storage]).contiguous()
+            return weight.detach().to(FORMATS[storage].dtype).contiguous()
 
         return cls(
             embed=embed.detach().float().contiguous(),
@@ -142,16 +154,15 @@ class Recurrence:
     the state after it have the same bits however texts are cut into pieces, batched, or spread over threads.
     """
 
-    def __init__(self, weights: KernelWeights, *, announce: Announce = to_stderr):
+    def __init__(self, weights: KernelWeights):
         self.weights = weights
         _, H, N, _ = weights.shape
-        self._like = kernels.FLOAT32 if weights.encoder.dtype == torch.float32 else kernels.BFLOAT16
+        self._like = _LIKE[weights.encoder.dtype]
         self._turns = turns_per_token(N, weights.rope_theta).numpy()
         self._encoder_v = np.array([weight.data_ptr() for weight in weights.encoder_v], np.int64)
         self._embed = np.from_dlpack(weights.embed)  # .numpy() would fix the storage's size, which FSDP changes
         self._num_parts = H * kernels.stretches_of(N)
         self._memory = threading.local()  # of each thread its own, so that two may read at once
-        self._announce = announce
         self._is_compiled: set[Any] = set()
 
     def advance(
@@ -173,14 +184,14 @@ class Recurrence:
             states: of each sequence sums, in float32 or bfloat16; or all of them rings, of which a window's fading tells.
             scaled: of the sums, where heads forget. The rows of a sequence end where it says at the latest.
             fading: of the rings, (H, W - 1), by :func:`ring_fading`.
-            on_layer_step: is called after each layer step with its number and x (H*N, R), which is memory of this object.
+            on_layer_step: is called after each layer step with x (H*N, R), which is memory of this object.
                 The bits of the result do not depend on it.
             before_writing: is called just before the first state is written.
         """
         key = ("ring", fading.shape[1]) if fading is not None else states[0]["sums"][0].dtype
         if key not in self._is_compiled:
             self._is_compiled.add(key)
-            compiled(lambda: self._warm_up(states[0], fading), self._announce)
+            compiled(lambda: self._warm_up(states[0], fading))
         _, H, N, D = self.weights.shape
         R = len(rows.tokens)
         x, a = self.work_memory("x", H * N, R), self.work_memory("a", R, H, D)
@@ -200,7 +211,7 @@ class Recurrence:
                 before_writing,
             )
         addresses = np.array(_addresses(states, "sums"), np.int64)
-        like_states = kernels.FLOAT32 if states[0]["sums"][0].dtype == torch.float32 else kernels.BFLOAT16
+        like_states = _LIKE[states[0]["sums"][0].dtype]
         rescaled: list[tuple[torch.Tensor, float]] = []
         if scaled is None:
             read_scales = write_scales = np.ones((R, H), np.float32)
@@ -257,7 +268,7 @@ class Recurrence:
             with exclusive():
                 kernel(team.threads, (progress[first * kernels.STAGES :], *text, first, *weights, *rest))
             if on_layer_step is not None:
-                on_layer_step(first, x)
+                on_layer_step(x)
         return v
 
     def logits(self, v: np.ndarray) -> torch.Tensor:

@@ -148,10 +148,6 @@ class KernelNeurons(Neurons):
             )
         _add(grad_v, parts)
 
-    def gradients(self) -> LayerWeights:
-        assert self._gradients is not None
-        return self._gradients
-
     def _rotate(
         self, turns: tuple[object, ...], x: torch.Tensor, q: torch.Tensor, first_pair: int, *, cut: bool
     ) -> None:

@@ -9,7 +9,7 @@ own part, (parts, M, D).
 """
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
 from bdh.ops.cpu.entries import (
     DOTS,
@@ -24,6 +24,7 @@ from bdh.ops.cpu.entries import (
     scatter,
     spread_row,
 )
+from bdh.ops.cpu.pieces import jit, jit_inner
 from bdh.ops.cpu.vector import LANES
 
 TILE_BYTES = 64 * 1024
@@ -31,9 +32,6 @@ TILE_BYTES = 64 * 1024
 BLOCK_BYTES = 64 * 1024
 """Of the rows of neurons, in each of the arrays that have some, that stay in the second cache while all tiles pass over
 them."""
-
-jit = njit(cache=True, nogil=True, parallel=True, error_model="numpy")
-jit_inner = njit(cache=True, nogil=True, error_model="numpy")
 
 
 @jit_inner

@@ -18,8 +18,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 LANES = 16
+CACHE_LINE = 64
 _F32, _I8, _I16, _I32, _I64 = ir.FloatType(), *(ir.IntType(bits) for bits in (8, 16, 32, 64))
-_ADDRESSES = (types.int64, types.uint64)
 
 
 def _vector(element: ir.Type, width: int) -> ir.Type:

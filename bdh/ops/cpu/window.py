@@ -26,16 +26,12 @@ from bdh.ops.cpu.kernels import (
     bounds_of,
     enter,
     gated_mlp,
-    jit,
-    jit_inner,
     normalise,
     project,
     residual_norm,
 )
-from bdh.ops.cpu.pieces import pieces
-from bdh.ops.cpu.vector import add_scaled, get_byte, prefetch, put_byte, put_float
-
-_CACHE_LINE = 64
+from bdh.ops.cpu.pieces import jit, jit_inner, pieces
+from bdh.ops.cpu.vector import CACHE_LINE, add_scaled, get_byte, prefetch, put_byte, put_float
 
 
 @jit_inner
@@ -88,7 +84,7 @@ def score(stage, keys, fired, length, starts, positions, x, cos, sin, parts, N):
                     i = firing[index]
                     if index + AHEAD < count:
                         following = table + firing[index + AHEAD] * pair_bytes
-                        for line in range(0, pair_bytes, _CACHE_LINE):
+                        for line in range(0, pair_bytes, CACHE_LINE):
                             prefetch(following + line)
                     x_0, x_1 = x[h * N + 2 * i, row], x[h * N + 2 * i + 1, row]
                     q_0 = x_0 * cos[i, row] - x_1 * sin[i, row]

@@ -86,7 +86,7 @@ class Case:
                 self.positions if self.starts or self.padding else self.positions[:1], self.N, THETA, self.dtype
             ),
             sizes=BlockSizes(self.rows, self.columns or self.T),
-            path=self.path,
+            backend={"torch": "blocks", "kernels": "cpu"}[self.path],
             decay_mask=self.decay_mask(),
             dropout=self.mask_of_dropout(),
             keep_state=self.keeps_state,

@@ -13,7 +13,7 @@ WIDE = 8 * 256 * 4 * 512 * 4  # bytes of (B, T, H, N) in float32
 
 def test_a_cpu_in_float32_gets_the_kernels_and_recomputes():
     plan = plan_layer(SHAPE._replace(B=256), LayerOptions())  # x of a pass is 512 MiB
-    assert (plan.path, plan.kept_passes, plan.kept_bytes) == ("kernels", 0, 0)
+    assert (plan.path, plan.kept_layer_steps, plan.kept_bytes) == ("kernels", 0, 0)
     assert plan.sizes.rows * plan.sizes.columns * SHAPE.N == 2**20
     assert "recomputes" in plan.describe(6)
 
@@ -68,7 +68,7 @@ def test_a_budget_below_the_least_block_says_what_the_least_is(path):
 def test_without_a_budget_a_little_is_kept():
     for rows, kept in ((8, 6), (32, 4), (128, 1), (129, 0)):
         plan = plan_layer(SHAPE._replace(B=rows), LayerOptions())
-        assert (plan.kept_passes, plan.kept_bytes) == (kept, kept * WIDE * rows // 8)
+        assert (plan.kept_layer_steps, plan.kept_bytes) == (kept, kept * WIDE * rows // 8)
         assert plan.kept_bytes <= 2**28
 
 
@@ -76,8 +76,8 @@ def test_auto_keeps_as_many_passes_as_there_is_room_for():
     block = plan_layer(SHAPE, LayerOptions()).block_bytes
     for budget, kept in ((block, 0), (block + WIDE - 1, 0), (block + WIDE, 1), (block + 4 * WIDE, 4), (10**12, 6)):
         plan = plan_layer(SHAPE, LayerOptions(memory_budget=budget))
-        assert (plan.kept_passes, plan.kept_bytes) == (kept, kept * WIDE)
-    assert plan_layer(SHAPE, LayerOptions(memory_budget=10**12, recompute="pass")).kept_passes == 0
+        assert (plan.kept_layer_steps, plan.kept_bytes) == (kept, kept * WIDE)
+    assert plan_layer(SHAPE, LayerOptions(memory_budget=10**12, recompute="pass")).kept_layer_steps == 0
     assert plan_layer(SHAPE, LayerOptions(recompute="none")).kept_bytes == 6 * WIDE
     assert plan_layer(SHAPE._replace(for_training=False), LayerOptions(recompute="none")).kept_bytes == 0
     with pytest.raises(LayerOptionError, match=r"recompute is none, which needs .* more than the memory budget"):
@@ -107,8 +107,8 @@ def test_what_cannot_be_is_refused_by_name(option, value, right):
 def test_the_plain_path_keeps_everything_or_what_fits():
     each = plan_layer(SHAPE, LayerOptions(path="plain")).block_bytes
     assert each > 8 * WIDE
-    assert plan_layer(SHAPE, LayerOptions(path="plain")).kept_passes == 6
-    assert plan_layer(SHAPE, LayerOptions(path="plain", recompute="pass")).kept_passes == 0
-    assert plan_layer(SHAPE, LayerOptions(path="plain", memory_budget=3 * each)).kept_passes == 2
+    assert plan_layer(SHAPE, LayerOptions(path="plain")).kept_layer_steps == 6
+    assert plan_layer(SHAPE, LayerOptions(path="plain", recompute="pass")).kept_layer_steps == 0
+    assert plan_layer(SHAPE, LayerOptions(path="plain", memory_budget=3 * each)).kept_layer_steps == 2
     with pytest.raises(LayerOptionError, match="what one layer step of the plain path takes"):
         plan_layer(SHAPE, LayerOptions(path="plain", memory_budget=each - 1))

@@ -48,11 +48,11 @@ def test_a_thread_that_comes_when_all_is_done_finds_nothing_to_do():
 _PROGRAM = """
 import os, sys, threading, numba, torch
 from bdh.generate.advance import Advancer, StepInput
-from bdh.model.network import ModelConfig, Network
+from tests.networks import random_network
 from bdh.ops.cpu.runtime import calm
 
 torch.manual_seed(0)
-model = Network(ModelConfig(n_embd=16, n_head=2, n_layer=2, mlp_internal_dim_multiplier=128))
+model = random_network(n_embd=16, n_head=2, n_layer=2, mlp_internal_dim_multiplier=128)
 text = list(range(24))
 
 def read(advancer):
