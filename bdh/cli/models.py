@@ -82,6 +82,7 @@ def _load_with_transformers(settings: Any) -> "tuple[ModelParts, PlainTokenizer]
 def _from_hub(name: str) -> Path:
     """The folder of the hub's cache that holds the newest commit of a model, downloaded where it is not there yet."""
     from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     if not constants.HF_HUB_OFFLINE:
         _logger.warning("there is no folder %s: looking for it on the Hugging Face hub", name)
@@ -93,6 +94,8 @@ def _from_hub(name: str) -> Path:
             raise FileNotFoundError("it has no config.json")
     except OSError as error:  # of the network, and of the hub
         reason = str(error).splitlines()[0].rstrip(".")
+        if constants.HF_HUB_OFFLINE and isinstance(error, LocalEntryNotFoundError):
+            reason = "it is not in the hub's cache, and HF_HUB_OFFLINE is set"
         raise FileNotFoundError(
             f"{name!r} is neither a folder here nor a model that the hub gives: {reason}. Without a network, give the "
             "folder of an export or of a run"

@@ -228,6 +228,7 @@ class StreamLoader:
         self._block_size, self._seed = block_size, seed
         self._kind = "continued stream" if carry_state else "stream"
         self._marks_documents = marks_documents or carry_state
+        self._carries_state = carry_state
         number = self._num_lanes = batch_size if carry_state else min(batch_size, _MAX_LANES)
         self._buffer_documents = -(-buffer_documents // number)
         self._buffer_bytes = _BUFFER_BYTES // number
@@ -357,6 +358,11 @@ class StreamLoader:
             ValueError: the state is of another kind of loader, of another seed or number of lanes.
         """
         if "shares" not in state and state.get("kind") == self._kind:
+            if not self._carries_state:  # whose sequences were lanes already
+                _logger.warning(
+                    "the position in the stream was stored by an earlier version: nothing of the text is lost or repeated, "
+                    "but from here on it is shuffled in another order than that version's"
+                )
             state = _with_lanes(state, self._num_lanes)
         check_state(state, self._kind, seed=self._seed, num_lanes=self._num_lanes)
         shares = []

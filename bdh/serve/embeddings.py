@@ -32,11 +32,16 @@ class Embedding(BaseModel):
     embedding: list[float] | str = Field(description="As text: the float32 numbers, little-endian, in base64.")
 
 
+class EmbeddingUsage(BaseModel):
+    prompt_tokens: int
+    total_tokens: int
+
+
 class EmbeddingAnswer(BaseModel):
     object: Literal["list"] = "list"
     data: list[Embedding]
     model: str
-    usage: dict[Literal["prompt_tokens", "total_tokens"], int]
+    usage: EmbeddingUsage
 
 
 def add_embeddings(app: FastAPI, service: Service, errors: dict[int | str, Json]) -> None:
@@ -74,7 +79,7 @@ async def _embed(service: Service, body: EmbeddingRequest, request: Request) -> 
             for index, vector in enumerate(vectors)
         ],
         model=model,
-        usage={"prompt_tokens": num_tokens, "total_tokens": num_tokens},
+        usage=EmbeddingUsage(prompt_tokens=num_tokens, total_tokens=num_tokens),
     )
 
 

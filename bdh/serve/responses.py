@@ -198,11 +198,11 @@ def add_responses(
         return await (await _response(service, body, request)).respond()
 
     @app.get("/v1/responses/{response_id}", **stored)
-    async def get(response_id: str, request: Request, stream: Literal["false"] = "false") -> ResponseAnswer:
+    async def response(response_id: str, request: Request, stream: Literal["false"] = "false") -> ResponseAnswer:
         return ResponseAnswer(**_stored(service, response_id, request).record["answer"])
 
     @app.delete("/v1/responses/{response_id}", **stored)
-    async def delete(response_id: str, request: Request) -> ResponseDeleted:
+    async def delete_response(response_id: str, request: Request) -> ResponseDeleted:
         _stored(service, response_id, request)
         try:
             await asyncio.to_thread(service.ready().states.delete, response_id, request.state.caller.id)
