@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from importlib import metadata
 from pathlib import Path
@@ -81,6 +83,9 @@ class NoSkips:
 
 
 def pytest_configure(config):
+    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+        # Once, before the workers: in each of them, and in the servers that they start, it takes longer than tests wait.
+        subprocess.run([sys.executable, "-m", "tests.compile_kernels"], cwd=Path(__file__).parent.parent, check=True)
     if config.getoption("--no-skips"):
         config.pluginmanager.register(NoSkips())
     # Before anything imports huggingface_hub, which reads it once.

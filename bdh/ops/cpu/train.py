@@ -27,7 +27,7 @@ _NOTHING = torch.zeros(1, 1, dtype=torch.float32, device="cpu")
 
 
 @cache
-def _compile() -> None:
+def compile_kernels() -> None:
     """Runs all kernels once, so that they are compiled, or loaded from the disk, with a word where that takes long."""
 
     def run() -> None:
@@ -58,7 +58,7 @@ class KernelNeurons(Neurons):
             weights.decoder.detach().contiguous(),
         )
         self._gradients = zeros_like(weights, torch.float32) if with_gradients else None
-        _compile()
+        compile_kernels()
         self._parts = follow_torch_threads()
         calm.set(crowding.busy_cores(self._parts, leaves_cores=False) > 0)
         self._keep_wide = keep_wide
