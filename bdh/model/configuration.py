@@ -1,6 +1,5 @@
 """The shape of a model, as transformers stores it in ``config.json``."""
 
-import difflib
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
-from bdh.model.network import ALIASES, config_faults
+from bdh.model.network import ALIASES, config_faults, misspelt
 from bdh.model.shape import DerivedSizes
 
 # Without `import bdh`, transformers looks into a model's folder for the code that it needs, and finds this.
@@ -109,9 +108,7 @@ class BDHConfig(PreTrainedConfig, DerivedSizes):
                 if given not in (value, fields[field].default):
                     faults.append(f"{name} is {value} and {field} is {given}: they are the same, give one of them")
             elif not hasattr(PreTrainedConfig, name):
-                near = difflib.get_close_matches(name, [*fields, *self.attribute_map], n=1, cutoff=0.8)
-                if near:
-                    faults.append(f"{name} is unknown: did you mean {near[0]}?")
+                faults += misspelt(name, fields)
         return faults
 
 

@@ -3,7 +3,7 @@
 import difflib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -135,11 +135,16 @@ class ModelConfig(DerivedSizes):
                 if values.setdefault(own, facts[name]) != facts[name]:
                     faults.append(f"{name} is {facts[name]} and {own} is {values[own]}: they are the same, give one")
             elif name not in known and not name.endswith("token_id"):  # transformers has many of these
-                near = difflib.get_close_matches(name, [*known, *ALIASES], n=1, cutoff=0.8)
-                faults += [f"{name} is unknown: did you mean {near[0]}?"] if near else []
+                faults += misspelt(name, known)
         if faults:
             raise ValueError("; ".join(faults))
         return cls(**values)
+
+
+def misspelt(name: str, fields: Iterable[str]) -> list[str]:
+    """The fault of a name that is no field of a configuration, where it looks like one or like an alias; else none."""
+    near = difflib.get_close_matches(name, [*fields, *ALIASES], n=1, cutoff=0.8)
+    return [f"{name} is unknown: did you mean {near[0]}?"] if near else []
 
 
 def config_faults(config: Any) -> list[str]:
