@@ -13,16 +13,19 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import tarfile
 import tempfile
 import time
+import tomllib
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -41,6 +44,8 @@ IN_PROCESS = (
 )
 BEFORE_FIRST_RELEASE = "8130d1f"
 """What --quick compares with while nothing has been released, that is, while no commit has a tag."""
+OTHER_PACKAGES = ".packages"
+"""Folder of a kept revision with what it depends on and this environment does not have."""
 _SERVER_SECONDS = 60
 _MOST_REPEATS = 3
 
@@ -59,7 +64,8 @@ class Figure:
 
 
 def environment(tree: Path) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(tree), "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive"}
+    paths = os.pathsep.join([str(tree), str(tree / OTHER_PACKAGES)])
+    return {**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive"}
 
 
 class Worker:
@@ -90,10 +96,13 @@ def until_end(tree: Path, arguments: Sequence[str], status: int = 0) -> float:
     """Seconds until a command has ended, with this status."""
     start = time.perf_counter()
     command = [sys.executable, "-m", "bdh", *arguments]
-    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    done = subprocess.run(command, cwd=tree, env=environment(tree), **quiet)  # type: ignore[call-overload]
+    done = subprocess.run(
+        command, cwd=tree, env=environment(tree), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
     if done.returncode != status:
-        raise RuntimeError(f"bdh {' '.join(arguments)} ended with status {done.returncode} in {tree}: must be {status}")
+        ended = f"bdh {' '.join(arguments)} ended with status {done.returncode} in {tree}: must be {status}"
+        raise RuntimeError(f"{ended}\n{done.stderr}")
     return time.perf_counter() - start
 
 
@@ -261,8 +270,24 @@ def checkout(of: str | None) -> Path:
             subprocess.run([*git, "archive", "-o", str(archive), of], check=True)
             with tarfile.open(archive) as file:
                 file.extractall(Path(temporary) / "tree", filter="data")
+            install_missing(Path(temporary) / "tree")
             (Path(temporary) / "tree").rename(folder)
     return folder
+
+
+def install_missing(tree: Path) -> None:
+    """Puts into the tree what it depends on and this environment lacks: a dependency that is gone since, for example."""
+    project = tomllib.loads((tree / "pyproject.toml").read_text())["project"]
+    installed = {re.sub(r"[-_.]+", "-", found.name).lower() for found in metadata.distributions()}
+    missing = [
+        requirement
+        for requirement in project["dependencies"]
+        if re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement)[0]).lower() not in installed  # type: ignore[index]
+    ]
+    if missing:
+        show(f"installing {', '.join(missing)} for it")
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(tree / OTHER_PACKAGES)]
+        subprocess.run([*pip, "-c", str(tree / "constraints.txt"), *missing], check=True)
 
 
 def main() -> int:
