@@ -24,7 +24,7 @@ from bdh.cli.settings import parse_settings
 from bdh.data.chat import holds_chat
 from bdh.model.forward import plan_for
 from bdh.ops import naive
-from bdh.ops.loss import cross_entropy
+from bdh.ops.eager import cross_entropy
 from bdh.train.config import RunSettings
 from bdh.train.loop import training_step
 from bdh.train.setup import Run, open_run

@@ -17,7 +17,7 @@ from bdh.bench.models import Bandwidth, Density, measure_bandwidth, naive_logits
 from bdh.bench.report import Progress, Report, interleaved, milliseconds
 from bdh.memory import used_bytes
 from bdh.model.modeling import BDHForCausalLM
-from bdh.ops.words import Storage
+from bdh.ops import Storage
 
 TOLERANCE = 1e-4
 """Of the largest difference of two logits; where their standard deviation is above 1, as many times that."""

@@ -14,8 +14,8 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 from bdh.bench.models import naive_logits, naive_weights
 from bdh.generate.advance import Advancer, StepInput
 from bdh.model.modeling import BDHForCausalLM
+from bdh.ops.attention import rotation_table
 from bdh.ops.eager import Layer, layer_norm, layer_step
-from bdh.ops.rope import rotation_table
 
 
 class Decoder(ABC):

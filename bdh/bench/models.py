@@ -16,9 +16,8 @@ import torch
 from bdh.model.configuration import BDHConfig
 from bdh.model.modeling import BDHForCausalLM
 from bdh.ops import naive
-from bdh.ops.attention import DecayMask, attend
+from bdh.ops.attention import DecayMask, attend, rotation_table
 from bdh.ops.eager import Layer, layer_norm, layer_step
-from bdh.ops.rope import rotation_table
 
 X_DENSITY = 0.13
 """Share of x that fire; in trained models of 25M to 100M parameters 11 to 14 %."""

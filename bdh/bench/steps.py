@@ -21,8 +21,8 @@ from bdh.model.forward import draw_seeds, plan_for
 from bdh.model.modeling import BDHForCausalLM
 from bdh.ops import naive
 from bdh.ops.blocks import train
+from bdh.ops.blocks.block import is_kept, make_dropout
 from bdh.ops.blocks.plan import LayerOptions, LayerPlan
-from bdh.ops.dropout import kept, make_dropout
 from bdh.train.config import TrainSettings
 from bdh.train.optim import Optimizers
 
@@ -253,7 +253,7 @@ def dropout_masks(
     masks = []
     for seed in draw_seeds(config.n_layer, device):
         dropout = make_dropout(config.dropout, seed, H * N, batch_size, num_tokens)
-        mask = kept(dropout, dropout.neuron_keys, dropout.token_keys).float() * dropout.scale  # (H * N, B, T)
+        mask = is_kept(dropout, dropout.neuron_keys, dropout.token_keys).float() * dropout.scale  # (H * N, B, T)
         masks.append(mask.view(H, N, batch_size, num_tokens).permute(2, 0, 3, 1))
     return masks
 

@@ -15,7 +15,7 @@ from bdh.cli.output import show_kept
 from bdh.cli.settings import parse_settings, verbatim
 from bdh.generate.config import EngineConfig
 from bdh.generate.params import DrawSettings, SamplingParams
-from bdh.ops.words import StepPath, Storage
+from bdh.ops import StepPath, Storage
 from bdh.storage import check_file
 from bdh.validation import DeviceName, Faults, PathText
 

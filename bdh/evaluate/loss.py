@@ -216,7 +216,7 @@ def evaluate_text(
             token is predicted from all of the text before it.
         stretch_tokens: with ``carry_state``, cut the text into stretches of so many tokens, each read from nothing,
             several at a time: the loss by position then reaches as far. None reads all of it as one.
-        window: with ``carry_state``, attend to the last so many tokens only, as :mod:`bdh.ops.window` does.
+        window: with ``carry_state``, attend to the last so many tokens only, as :mod:`bdh.ops.eager` does.
         document_end: a token across which nothing is seen; the token behind it is not predicted.
         progress: called with the number of tokens predicted so far.
         announce: with ``carry_state``, called with the code that reads, a line for people.

@@ -18,12 +18,10 @@ import torch
 from bdh.model.kernels import kernel_obstacle, recurrence_of
 from bdh.model.network import ModelParts
 from bdh.model.state import Pattern, Shapes, SynapticState
-from bdh.ops import eager
-from bdh.ops.attention import sum_dtype
+from bdh.ops import STORAGES, Storage, eager
+from bdh.ops.attention import rotation_table, sum_dtype
 from bdh.ops.backends import BackendName, Work, choose_backend
-from bdh.ops.rope import rotation_table
-from bdh.ops.window import ring_shapes
-from bdh.ops.words import STORAGES, Storage
+from bdh.ops.eager import ring_shapes
 from bdh.validation import Faults
 
 _logger = logging.getLogger(__name__)
@@ -171,10 +169,10 @@ class Advancer:
     configuration's ``chunk_size``, so that texts cut there have the bits of the whole.
 
     Args:
-        path: one of :data:`bdh.ops.words.STEP_PATHS`; "auto" takes the kernels where they run.
+        path: one of :data:`bdh.ops.STEP_PATHS`; "auto" takes the kernels where they run.
         weights: "float32", or "bfloat16": half the memory and traffic of the kernels' weights.
         state: "float32", or "bfloat16": half the memory and traffic of the states.
-        window: attend to the last so many tokens only (:mod:`bdh.ops.window`); None for all of the text.
+        window: attend to the last so many tokens only (:mod:`bdh.ops.eager`); None for all of the text.
 
     Raises:
         ValueError: a value that is none of these, or the kernels, or what only they do, where they do not run.

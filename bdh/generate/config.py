@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from bdh.ops.words import StepPath, Storage
+from bdh.ops import StepPath, Storage
 from bdh.validation import NonNegativeInt, PositiveInt, Settings
 
 

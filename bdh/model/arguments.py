@@ -16,8 +16,7 @@ from torch import nn
 from bdh.model.configuration import BDHConfig
 from bdh.model.state import Columns, SynapticState
 from bdh.ops.attention import sum_dtype
-from bdh.ops.eager import layer_norm
-from bdh.ops.loss import IGNORE_INDEX
+from bdh.ops.eager import IGNORE_INDEX, layer_norm
 
 # The arguments of ``forward`` that are named in it, for whoever misspells one.
 _NAMED = (

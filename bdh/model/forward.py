@@ -14,12 +14,11 @@ from bdh.model.private_api import checkpointing_of, torch_func_is_active
 from bdh.model.state import Columns, SynapticState
 from bdh.model.weights import layer_modules, layer_weights, product_obstacle
 from bdh.ops import eager
-from bdh.ops.attention import DecayMask, sum_dtype
+from bdh.ops.attention import DecayMask, make_rotation, rotation_table, sum_dtype
 from bdh.ops.backends import CPU, Work
 from bdh.ops.blocks import train as blocks
+from bdh.ops.blocks.block import make_dropout
 from bdh.ops.blocks.plan import LayerOptions, LayerPlan, LayerShape, plan_layer
-from bdh.ops.dropout import make_dropout
-from bdh.ops.rope import make_rotation, rotation_table
 
 _ALL_EAGER = LayerOptions(path="plain")
 # From the number of the layer step, v (B, T, D) and the sums (B, H, N, D) before it to those after it.

@@ -13,8 +13,8 @@ from bdh.model.fingerprint import Memory, checksum
 from bdh.model.network import ModelParts
 from bdh.model.private_api import has_hooks, version_of
 from bdh.model.weights import layer_modules, weights_obstacle
+from bdh.ops import Storage
 from bdh.ops.backends import CPU
-from bdh.ops.words import Storage
 
 if TYPE_CHECKING:  # numba, which is imported where the kernels run
     from bdh.ops.cpu.recurrence import Recurrence

@@ -16,7 +16,7 @@ from bdh.model.conversion import from_reference, to_reference
 from bdh.model.forward import step_by_kernels
 from bdh.model.private_api import StateForGeneration
 from bdh.model.state import SynapticState
-from bdh.ops.loss import chunked_cross_entropy, cross_entropy
+from bdh.ops.eager import chunked_cross_entropy, cross_entropy
 from bdh.texts import TextMethods
 
 # Above this many logits (128 MiB in float32) the loss is computed in chunks of tokens.

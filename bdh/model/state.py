@@ -49,7 +49,7 @@ class SynapticState:
 
     It is what ``past_key_values`` carries: pass it to ``forward`` to continue from it. ``forward`` advances it in
     place; ``clone`` it first to keep the earlier one. Slots of the engine, snapshots and stored prefixes are states of
-    one sequence. With a window it holds the last tokens instead of sums (:mod:`bdh.ops.window`).
+    one sequence. With a window it holds the last tokens instead of sums (:mod:`bdh.ops.eager`).
 
     Args:
         tensors: by name, one tensor (B, ...) for each of the L layer steps. A list is that of the sums.

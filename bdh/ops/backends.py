@@ -18,8 +18,8 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 
+from bdh.ops import LAYER_PATHS, STEP_PATHS, STORAGES, Storage
 from bdh.ops.cpu.runtime import unavailable_reason
-from bdh.ops.words import LAYER_PATHS, STEP_PATHS, STORAGES, Storage
 
 Operation = Literal["train", "advance"]
 BackendName = Literal["cpu", "blocks", "eager"]

@@ -11,10 +11,9 @@ from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
-from bdh.ops.attention import DecayMask, attend, parallel_attention
-from bdh.ops.rope import rotate
-from bdh.ops.window import Ring, attend_window, take_in
+from bdh.ops.attention import DecayMask, attend, parallel_attention, rotate, sum_dtype
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
 Trace = Callable[[str, torch.Tensor], None]
@@ -54,7 +53,7 @@ def layer_step(
         v: (B, T, D) of a batch, or (R, D): rows of tokens, of any sequences.
         attention: from the rotated queries, (B, H, T, N) or (H, R, N), and the values, v in ``dtype``, to
             a (B, H, T, D) or (H, R, D), and anything else that the caller wants back, such as the new state.
-        table: of :func:`bdh.ops.rope.rotation_table`, broadcast against the queries' pairs.
+        table: of :func:`bdh.ops.attention.rotation_table`, broadcast against the queries' pairs.
         dtype: of the layer's products; autocast, where it is on, overrides it.
         mask: bool, v's shape without D; False for padding, at which no neuron fires.
         dropout: share of x * y that is dropped.
@@ -207,3 +206,132 @@ def _attend_state(
         sums[0].baddbmm_(q.transpose(1, 2), v.expand(len(q), 1, -1))
 
     return torch.bmm(q, sums[0]), write
+
+
+COLUMNS_AT_ONCE = 16
+"""The columns of a ring are filled up with empty ones to a multiple of this: what processors read in one piece."""
+
+
+class Ring(NamedTuple):
+    """The last tokens of a sequence, as one layer step sees them. All is 0 where there is no token."""
+
+    keys: torch.Tensor
+    """(H, N, C), C the columns; float32 (float64 for a float64 model)."""
+    fired: torch.Tensor
+    """uint8 (H, W - 1, ceil(N / 16)): which pairs of neurons fire in each column, 8 pairs to a byte, the lowest bit
+    first. Where a bit is 0, so are the keys: the kernels need not look."""
+    values: torch.Tensor
+    """(W - 1, D), of the dtype of the keys."""
+
+
+def ring_shapes(
+    window: int, H: int, N: int, D: int, dtype: torch.dtype = torch.float32
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtype and shape of each tensor of a ring, for a model of ``dtype``."""
+    length = window - 1
+    columns = -(-length // COLUMNS_AT_ONCE) * COLUMNS_AT_ONCE
+    return {
+        "keys": (sum_dtype(dtype), (H, N, columns)),
+        "fired": (torch.uint8, (H, length, -(-N // 16))),
+        "values": (sum_dtype(dtype), (length, D)),
+    }
+
+
+def attend_window(
+    q: torch.Tensor, v: torch.Tensor, ring: Ring, position: int, *, half_lives: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Attention of the next tokens of a sequence to each other and to the ring, which stays as it is.
+
+    All scores of the tokens are made at once: feed long texts in pieces.
+
+    Args:
+        q: (H, T, N), rotated by the absolute positions.
+        v: (T, D).
+        position: of the first of the tokens.
+        half_lives: (H,) tokens in which what a head keeps of another halves.
+
+    Returns:
+        ``a`` (H, T, D) in the dtype of the ring.
+    """
+    length, T = ring.values.shape[0], q.shape[1]
+    q, v = q.to(ring.keys.dtype), v.to(ring.keys.dtype)
+    if length == 0:
+        return q.new_zeros(*q.shape[:2], v.shape[1])
+    tokens = torch.arange(position, position + T, device=q.device)
+    columns = torch.arange(length, device=q.device)
+    # In each column stands the newest token before this position whose number has that remainder.
+    standing = position - 1 - (position - 1 - columns) % length  # (W - 1,)
+    scores = torch.cat([(q @ ring.keys)[..., :length], q @ q.transpose(1, 2)], dim=2)  # (H, T, W - 1 + T)
+    distance = tokens[:, None] - torch.cat([standing, tokens])
+    scores = torch.where((distance >= 1) & (distance <= length), scores, 0)
+    if half_lives is not None:
+        scores = scores * torch.exp2(-(distance - 1).clamp(0, length) / half_lives[:, None, None]).to(scores.dtype)
+    return scores @ torch.cat([ring.values, v])
+
+
+def take_in(q: torch.Tensor, v: torch.Tensor, ring: Ring, position: int) -> None:
+    """Puts the next tokens of a sequence, q (H, T, N) and v (T, D), into the ring, as far as they stay there."""
+    length, T = ring.values.shape[0], q.shape[1]
+    if length == 0:
+        return
+    newest = slice(-min(length, T), None)
+    q, v = q[:, newest].to(ring.keys.dtype), v[newest].to(ring.keys.dtype)
+    columns = torch.arange(position, position + T, device=q.device)[newest] % length
+    ring.keys[:, :, columns] = q.transpose(1, 2)
+    ring.values[columns] = v
+    pairs = (q.unflatten(-1, (-1, 2)) != 0).any(-1)  # (H, T, N/2)
+    missing = ring.fired.shape[-1] * 8 - pairs.shape[-1]
+    octets = F.pad(pairs, (0, missing)).unflatten(-1, (-1, 8))
+    bits = 2 ** torch.arange(8, device=q.device)
+    ring.fired[:, columns] = (octets * bits).sum(-1).to(torch.uint8)
+
+
+IGNORE_INDEX = -100
+
+
+def chunked_cross_entropy(
+    hidden: torch.Tensor,
+    head: Callable[[torch.Tensor], torch.Tensor],
+    targets: torch.Tensor,
+    *,
+    tokens_per_chunk: int,
+    num_items: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """Mean cross-entropy in nats, over chunks of tokens whose logits are recomputed for the backward pass.
+
+    At most ``tokens_per_chunk`` x V logits exist at any time, in the forward and in the backward pass.
+
+    Args:
+        hidden: (tokens, D), the inputs of the head.
+        head: maps (tokens, D) to logits (tokens, V).
+        targets: (tokens,) int64; :data:`IGNORE_INDEX` is not counted.
+        num_items: divides the sum instead of the number of counted targets.
+    """
+    total = hidden.new_zeros((), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
+    for hidden_chunk, target_chunk in zip(hidden.split(tokens_per_chunk), targets.split(tokens_per_chunk), strict=True):
+        total = total + checkpoint(
+            _summed_loss, hidden_chunk, target_chunk, head, use_reentrant=False, preserve_rng_state=False
+        )
+    return total / _divisor(targets, num_items)
+
+
+def cross_entropy(
+    logits: torch.Tensor, targets: torch.Tensor, *, num_items: torch.Tensor | int | None = None
+) -> torch.Tensor:
+    """Mean cross-entropy in nats of ``logits`` (tokens, V) against ``targets`` (tokens,)."""
+    total = F.cross_entropy(_widened(logits), targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    return total / _divisor(targets, num_items)
+
+
+def _summed_loss(
+    hidden: torch.Tensor, targets: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    return F.cross_entropy(_widened(head(hidden)), targets, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+def _widened(logits: torch.Tensor) -> torch.Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _divisor(targets: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor | int:
+    return (targets != IGNORE_INDEX).sum() if num_items is None else num_items

@@ -11,7 +11,7 @@ from bdh.data.config import DataConfig
 from bdh.distributed.config import DistributedConfig
 from bdh.model.shape import decay_fault
 from bdh.monitor.config import MonitorConfig
-from bdh.ops.words import LayerPath
+from bdh.ops import LayerPath
 from bdh.tokenizer.config import TokenizerConfig
 from bdh.train.places import LOCK_FILE, CheckpointFolder, check_peft, find_model, holds_run, taken_by_run
 from bdh.validation import (

@@ -13,7 +13,7 @@ from bdh.generate.advance import Advancer, StepInput
 from bdh.generate.snapshot import Snapshot
 from bdh.model.fingerprint import fingerprint
 from bdh.model.state import SynapticState
-from bdh.ops.rope import turns_per_token
+from bdh.ops.attention import turns_per_token
 from bdh.storage import DiskFullError
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bdh.ops.loss import IGNORE_INDEX, chunked_cross_entropy, cross_entropy
+from bdh.ops.eager import IGNORE_INDEX, chunked_cross_entropy, cross_entropy
 
 
 @pytest.fixture

@@ -7,8 +7,7 @@ import torch
 
 from bdh import BDHConfig, BDHForCausalLM
 from bdh.ops import naive
-from bdh.ops.attention import attend, parallel_attention
-from bdh.ops.rope import rotate, rotation_table
+from bdh.ops.attention import attend, parallel_attention, rotate, rotation_table
 
 LARGEST = torch.finfo(torch.float16).max
 D, H, N, T = 256, 4, 8192, 24

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from bdh.ops import naive
-from bdh.ops.rope import make_rotation, rotate, rotation_table, turns_per_token
+from bdh.ops.attention import make_rotation, rotate, rotation_table, turns_per_token
 
 N, THETA = 64, 2**16
 PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bdh.ops import naive
-from bdh.ops.window import Ring, attend_window, ring_shapes, take_in
+from bdh.ops.eager import Ring, attend_window, ring_shapes, take_in
 
 assert_close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-9)
 HALF_LIVES = [3.0, float("inf"), 0.01, 40.0, 7.0]

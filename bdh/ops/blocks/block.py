@@ -14,6 +14,11 @@ and for the gradients da of a and dS' of S', with ds = (da v^T) W, which is what
     dq = (ds + ds^T) q + da S^T + v dS'^T        dv = scores^T da + q dS'        dS = dS' + q da^T
 
 Only the lower blocks of the scores are computed.
+
+Dropout's mask is computed wherever it is needed and never stored: whether neuron n of token t is kept is a function of a
+seed, n and t alone, a counter-based generator in the sense of Salmon et al. (SC 2011). So it depends neither on how the work
+is cut into blocks nor on who computes them. Keys of neurons and of tokens, 32 bits each, are made beforehand; one of each is
+added and mixed by two multiplications and three shifts, with the constants of C. Wellons's hash-prospector ("lowbias32").
 """
 
 import inspect
@@ -24,10 +29,61 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bdh.ops.attention import DecayWeights, scaled_for_float16, sum_dtype, weighted
+from bdh.ops.attention import DecayWeights, Rotation, scaled_for_float16, sum_dtype, weighted
 from bdh.ops.backends import LayerWeights, compiles_parts
-from bdh.ops.dropout import Dropout, kept
-from bdh.ops.rope import Rotation
+
+_MASK = 0xFFFFFFFF
+MULTIPLIERS = (0x7FEB352D, 0x846CA68B)
+SHIFTS = (16, 15, 16)
+_APART = 0x9E3779B9  # 2^32 divided by the golden ratio: neighbouring numbers get keys far apart
+_WORD = 1 << 32
+
+
+class Dropout(NamedTuple):
+    """The mask of one layer step."""
+
+    rate: float
+    """Share of the neurons' outputs that are dropped."""
+    neuron_keys: torch.Tensor  # int64 (H * N,), each from 0 to 2^32 - 1
+    token_keys: torch.Tensor  # int64 (B, T), likewise
+
+    @property
+    def threshold(self) -> int:
+        """Mixed keys below it are dropped."""
+        return min(_WORD - 1, round(self.rate * _WORD))
+
+    @property
+    def scale(self) -> float:
+        """What the kept ones are multiplied by, so that their mean stays."""
+        return 1 / (1 - self.rate)
+
+
+def make_dropout(rate: float, seed: torch.Tensor, num_neurons: int, num_rows: int, num_tokens: int) -> Dropout:
+    """The mask of ``num_neurons`` neurons of all heads for ``num_rows`` sequences of ``num_tokens``.
+
+    Args:
+        seed: int64, one number, on the device that computes; it is not read back from there.
+    """
+    low, high = seed & _MASK, (seed >> 32) & _MASK
+    neurons = torch.arange(num_neurons, device=seed.device)
+    tokens = torch.arange(num_rows * num_tokens, device=seed.device)
+    neuron_keys = _mix((neurons * _APART + low) & _MASK)
+    token_keys = _mix((_mix((tokens * _APART + high) & _MASK) + low) & _MASK)
+    return Dropout(rate, neuron_keys, token_keys.view(num_rows, num_tokens))
+
+
+def is_kept(dropout: Dropout, neuron_keys: torch.Tensor, token_keys: torch.Tensor) -> torch.Tensor:
+    """Which outputs of these neurons (n,) are kept for these tokens (...): bool (n, ...)."""
+    keys = neuron_keys.view(-1, *[1] * token_keys.ndim) + token_keys
+    return _mix(keys & _MASK) >= dropout.threshold
+
+
+def _mix(keys: torch.Tensor) -> torch.Tensor:
+    """Numbers of 32 bits, in int64, to others that look random. Products are cut to 32 bits before the next step."""
+    for multiplier, shift in zip(MULTIPLIERS, SHIFTS[:2], strict=True):
+        keys = ((keys ^ (keys >> shift)) * multiplier) & _MASK
+    return keys ^ (keys >> SHIFTS[2])
+
 
 # Rows of the scores that are computed at once, up to the last of them: a smaller one wastes less of the upper half, a
 # larger one is the better matrix product.
@@ -309,7 +365,7 @@ def _gated(x: torch.Tensor, ev_a: torch.Tensor, dropout: Dropout | None) -> torc
     return (
         z
         if dropout is None
-        else torch.where(kept(dropout, dropout.neuron_keys, dropout.token_keys), z * dropout.scale, 0.0)
+        else torch.where(is_kept(dropout, dropout.neuron_keys, dropout.token_keys), z * dropout.scale, 0.0)
     )
 
 
@@ -319,7 +375,7 @@ def _gated_backward(
     """z, and the gradients of y before its ReLU and of x as y's gate."""
     y = ev_a.relu()
     if dropout is not None:
-        scale = kept(dropout, dropout.neuron_keys, dropout.token_keys).to(x.dtype) * dropout.scale
+        scale = is_kept(dropout, dropout.neuron_keys, dropout.token_keys).to(x.dtype) * dropout.scale
         grad_z, y_kept = grad_z * scale, y * scale
     else:
         y_kept = y

@@ -6,10 +6,10 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 
+from bdh.ops import LayerPath
 from bdh.ops.attention import choose_form
 from bdh.ops.backends import BACKENDS, BackendError, BackendName, Work, choose_backend
 from bdh.ops.blocks.train import BlockSizes
-from bdh.ops.words import LayerPath
 
 Recompute = Literal["none", "pass", "auto"]
 RECOMPUTE: tuple[str, ...] = get_args(Recompute)

@@ -11,12 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bdh.ops.attention import DecayMask, DecayWeights, sum_dtype
+from bdh.ops.attention import DecayMask, DecayWeights, Rotation, sum_dtype
 from bdh.ops.backends import BackendName, LayerWeights
-from bdh.ops.blocks.block import Block, Fired, Neurons, learn_block, read_block, read_block_backward
-from bdh.ops.dropout import Dropout
+from bdh.ops.blocks.block import Block, Dropout, Fired, Neurons, learn_block, read_block, read_block_backward
 from bdh.ops.eager import layer_norm
-from bdh.ops.rope import Rotation
 
 
 @dataclass(frozen=True)

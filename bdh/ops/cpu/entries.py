@@ -14,8 +14,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from bdh.ops.blocks.block import MULTIPLIERS, SHIFTS
 from bdh.ops.cpu.vector import LANES, _by_vectors, _dot_products, _fma, _load, _spread, _store, _store_scalar, _vector
-from bdh.ops.dropout import MULTIPLIERS, SHIFTS
 
 GROUP = 4
 DOTS = 8
@@ -235,7 +235,7 @@ def scatter(typingctx, values, indices, count, row):
 def gate(typingctx, y, keys, key, threshold, count):
     """Sets ``y`` to 0 where it is not above 0, where dropout leaves out the token, and in the vector after ``count``.
 
-    ``keys`` are those of the tokens, ``key`` the neuron's, as in :mod:`bdh.ops.dropout`; with a ``threshold`` of 0
+    ``keys`` are those of the tokens, ``key`` the neuron's, as in :mod:`bdh.ops.blocks.block`; with a ``threshold`` of 0
     nothing is left out.
     """
 

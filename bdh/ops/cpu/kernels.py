@@ -86,7 +86,7 @@ def normalise(numbers, ones, eps):
 
 @jit_inner
 def rotations(stage, positions, turns_per_token, cos, sin):
-    """cos and sin (N/2, R) of each pair's phase at the rows' positions, exact as in ``bdh.ops.rope``."""
+    """cos and sin (N/2, R) of each pair's phase at the rows' positions, exact as in ``bdh.ops.attention``."""
     num_pairs = cos.shape[0]
     for piece in pieces(stage, (num_pairs + _TURNED - 1) // _TURNED):
         for i in range(piece * _TURNED, min(num_pairs, (piece + 1) * _TURNED)):

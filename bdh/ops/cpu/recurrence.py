@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from bdh.ops import Storage
+from bdh.ops.attention import turns_per_token
 from bdh.ops.cpu import kernels, window
 from bdh.ops.cpu.pieces import new_progress
 from bdh.ops.cpu.runtime import compiled, exclusive, team_for
-from bdh.ops.rope import turns_per_token
-from bdh.ops.window import ring_shapes
-from bdh.ops.words import Storage
+from bdh.ops.eager import ring_shapes
 
 
 class Format(NamedTuple):
@@ -33,7 +33,7 @@ _LIKE = {each.dtype: each.like for each in FORMATS.values()}
 OnLayerStep = Callable[[np.ndarray], None]
 Tensors = Mapping[str, Sequence[torch.Tensor]]
 """Of one sequence, by name, a contiguous tensor on the CPU for each layer step: ``sums`` (H, N, D), or those of a
-:class:`bdh.ops.window.Ring`. Dimensions of size 1 may come before these."""
+:class:`bdh.ops.eager.Ring`. Dimensions of size 1 may come before these."""
 
 _RESCALED_BITS = 32
 _MOST_BITS = 60  # lost at one token: float32 keeps 24, so what is left of what was there has vanished

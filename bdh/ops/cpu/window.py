@@ -1,4 +1,4 @@
-"""The layer steps with attention to the last tokens only: :mod:`bdh.ops.window` at the price of the neurons that fire.
+"""The layer steps with attention to the last tokens only: :mod:`bdh.ops.eager` at the price of the neurons that fire.
 
 In place of ``attention_update`` and ``reduce_norm`` of :mod:`bdh.ops.cpu.kernels` stand
 
@@ -11,7 +11,7 @@ a token stands in follows from its position: so here too the bits of a result de
 other rows, nor on how a text was cut into calls.
 
 Rings come by address: of each layer step and sequence the keys (H, N, C), the marks (H, W - 1, ceil(N / 16)) and the values
-(W - 1, D), as :class:`bdh.ops.window.Ring` has them.
+(W - 1, D), as :class:`bdh.ops.eager.Ring` has them.
 """
 
 import numpy as np

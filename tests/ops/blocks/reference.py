@@ -5,11 +5,10 @@ from dataclasses import dataclass
 import torch
 
 from bdh.ops import naive
-from bdh.ops.attention import DecayMask
+from bdh.ops.attention import DecayMask, make_rotation
 from bdh.ops.backends import LayerWeights
+from bdh.ops.blocks.block import Dropout, is_kept, make_dropout
 from bdh.ops.blocks.train import BlockSizes, BlockSpec, wide_step
-from bdh.ops.dropout import Dropout, kept, make_dropout
-from bdh.ops.rope import make_rotation
 
 THETA, EPS = 2.0**16, 1e-5
 
@@ -116,7 +115,7 @@ class Case:
         z = x * torch.relu(naive.layer_norm(a, EPS) @ self.encoder_v)
         dropout = self.mask_of_dropout()
         if dropout is not None:
-            mask = kept(dropout, dropout.neuron_keys, dropout.token_keys).to(self.dtype) * dropout.scale
+            mask = is_kept(dropout, dropout.neuron_keys, dropout.token_keys).to(self.dtype) * dropout.scale
             z = z * mask.view(self.H, self.N, self.B, self.T).permute(2, 0, 3, 1)
         return z.transpose(1, 2).reshape(self.B, self.T, -1) @ self.decoder, state if self.keeps_state else None
 

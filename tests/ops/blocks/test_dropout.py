@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from bdh.ops.dropout import kept, make_dropout
+from bdh.ops.blocks.block import is_kept, make_dropout
 
 
 def mask_of(seed=5, rate=0.1, neurons=512, rows=8, tokens=256):
     dropout = make_dropout(rate, torch.tensor(seed), neurons, rows, tokens)
-    return dropout, kept(dropout, dropout.neuron_keys, dropout.token_keys)
+    return dropout, is_kept(dropout, dropout.neuron_keys, dropout.token_keys)
 
 
 @pytest.mark.parametrize("rate", [0.01, 0.1, 0.5, 0.9])
@@ -39,7 +39,7 @@ def test_whole_rows_vary_as_chance_lets_them():
 
 def test_a_block_has_its_part_of_the_mask():
     dropout, whole = mask_of()
-    part = kept(dropout, dropout.neuron_keys[100:130], dropout.token_keys[2:5, 40:90])
+    part = is_kept(dropout, dropout.neuron_keys[100:130], dropout.token_keys[2:5, 40:90])
     assert torch.equal(part, whole[100:130, 2:5, 40:90])
 
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from bdh.ops.attention import rotation_table
 from bdh.ops.blocks.train import BlockSizes
 from bdh.ops.cpu.runtime import unavailable_reason
-from bdh.ops.rope import rotation_table
 from tests.ops.blocks.reference import THETA, Case, differences
 
 needs_kernels = pytest.mark.skipif(unavailable_reason() is not None, reason=str(unavailable_reason()))
