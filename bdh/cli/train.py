@@ -10,8 +10,7 @@ from rich.console import Console
 
 from bdh.cli.output import lasting_streams, show_kept, stage_progress
 from bdh.cli.settings import given_settings, parse_settings
-from bdh.distributed import environment
-from bdh.distributed.environment import reported_to_starter
+from bdh.distributed.config import rank, reported_to_torchrun, world_size
 from bdh.locks import InUseError
 from bdh.train.config import RunSettings
 from bdh.train.signals import EXIT_STATUS
@@ -20,7 +19,7 @@ from bdh.train.stored import check_unchanged, stored_settings
 
 @lasting_streams()
 def run(argv: list[str]) -> int:
-    rank = environment.rank()
+    is_main = rank() == 0
     try:
         stored = settings_to_resume(argv)
         settings = parse_settings(
@@ -29,34 +28,34 @@ def run(argv: list[str]) -> int:
             prog="bdh train",
             description="Train a model. A YAML file, or several in order, overrides the defaults; flags override the files.",
             base=stored,
-            check_available=environment.world_size() == 1,  # of several processes, not all see the same
+            check_available=world_size() == 1,  # of several processes, not all see the same
         )
         if stored is not None:
             check_unchanged(settings, stored)
     except (ValueError, OSError):
-        if rank == 0:
+        if is_main:
             raise
         return 2  # rank 0 says the same
     # Imported here, so that `--help` and faults in the settings do not wait for PyTorch.
     from bdh.train.dry_run import NoRoomError, check_room
     from bdh.train.setup import open_run
 
-    console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=rank > 0)
-    if rank > 0:
+    console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=not is_main)
+    if not is_main:
         logging.disable(logging.WARNING)
     no_room = None
     try:
-        with reported_to_starter(), stage_progress(console, "bytes") as progress:
+        with reported_to_torchrun(), stage_progress(console, "bytes") as progress:
             try:
                 training = open_run(settings, progress=progress, check_room=check_room if settings.dry_run else None)
             except NoRoomError as error:  # the answer of a dry run, and no fault
                 no_room = error
     except InUseError:
-        if rank == 0:
+        if is_main:
             raise
         return 2  # rank 0 says the same
     if no_room is not None:
-        return _no_room(no_room, rank)
+        return _no_room(no_room, is_main)
     settings = training.settings
     show_kept()
     print_banner(console, training)
@@ -83,7 +82,7 @@ def _train(console: Console, training: Any) -> int:
         console=console,
     )
     try:
-        with reported_to_starter(), monitor:
+        with reported_to_torchrun(), monitor:
             why = fit(training, monitor)
             training.close(release=False)
     except DataStopped:
@@ -113,7 +112,7 @@ def _dry_run(console: Console, training: Any) -> int:
     """Prints what the run would take; status 1 where it does not fit."""
     from bdh.train.dry_run import forecast
 
-    with reported_to_starter():
+    with reported_to_torchrun():
         found = forecast(training, say=lambda line: console.print(line, markup=False))
         training.world.leave()
     if training.world.is_main:
@@ -121,11 +120,11 @@ def _dry_run(console: Console, training: Any) -> int:
     return 0 if found.fits else 1
 
 
-def _no_room(error: Any, rank: int) -> int:
+def _no_room(error: Any, is_main: bool) -> int:
     """The same of a run whose model has no room."""
     from bdh.train.dry_run import forecast_without_room
 
-    if rank == 0:
+    if is_main:
         print("\n".join(forecast_without_room(error).lines()))
     return 1
 

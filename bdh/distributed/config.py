@@ -1,9 +1,16 @@
-"""The settings of training with several processes."""
+"""The settings of training with several processes, and what ``torchrun`` tells each of them. Imports no PyTorch."""
 
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 from bdh.validation import Faults, PositiveFloat, Settings
+
+# torchrun ends the others within about 0.1 s of the first that fails.
+_PATIENCE_SECONDS = 3.0
 
 
 @dataclass
@@ -18,9 +25,47 @@ class DistributedConfig(Settings):
     """A process that waits for another for so long ends with an error."""
 
     def collect_faults(self, faults: Faults) -> None:
-        if self.strategy != "fsdp":
-            for name in ("param_dtype", "reduce_dtype"):
-                value = getattr(self, name)
-                faults.require(
-                    value == "float32", name, value, f"float32 with strategy {self.strategy}, only fsdp casts"
-                )
+        allowed = f"float32 with strategy {self.strategy}, only fsdp casts"
+        for name in ("param_dtype", "reduce_dtype"):
+            value = getattr(self, name)
+            faults.require(value == "float32" or self.strategy == "fsdp", name, value, allowed)
+
+
+def rank() -> int:
+    """Number of this process among all of them."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """Number of this process on its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_world_size() -> int:
+    """Number of processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+@contextmanager
+def reported_to_torchrun() -> Iterator[None]:
+    """Reports an error inside to ``torchrun``, which names it as the cause and ends the other processes.
+
+    Where all processes have the same error, as with a wrong setting, only that of rank 0 should be read: the others
+    wait a moment, to be ended by ``torchrun`` before they print theirs.
+    """
+    try:
+        yield
+    except Exception as error:
+        if world_size() > 1:
+            from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+            if rank() > 0:
+                time.sleep(_PATIENCE_SECONDS)
+            get_error_handler().record_exception(error)
+            error.add_note(f"on rank {rank()} of {world_size()} processes")
+        raise

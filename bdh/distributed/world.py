@@ -1,34 +1,40 @@
-"""The processes that train together, as one of them sees it. Alone, everything here does nothing."""
+"""The processes that train together, and how they share the model, which does not know of it."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.nn.parallel import DistributedDataParallel
 
-from bdh.distributed import environment
+from bdh.distributed.config import DistributedConfig, local_rank, rank, world_size
+from bdh.model.kernels import forget_kernels
 
 
 class World:
-    """One process among those that ``torchrun`` (or Slurm, through it) has started.
+    """One process among those that ``torchrun`` (or Slurm, through it) has started. Alone, its methods do nothing.
 
     Attributes:
         rank: number of this process, 0 to ``size - 1``. Rank 0 prints and writes.
         local_rank: its number on its machine, which is that of its GPU.
         size: number of processes.
         device_type: "cpu" or "cuda": what the tensors of :meth:`sum` live on.
+        control: the group for small things, such as signals, which go over the CPU beside the training.
+        storage: the group for checkpoints, which are written in the background and talk in between.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, device_type: str = "cpu"):
         self.rank, self.size, self.local_rank, self.device_type = rank, size, local_rank, device_type
-        # Small things, such as signals, go over the CPU beside the training.
         self.control: dist.ProcessGroup | None = None
-        # A checkpoint that is written in the background talks in between, so it needs a group of its own.
         self.storage: dist.ProcessGroup | None = None
-        # So does the thread that prepares the next batch.
-        self._loading: dist.ProcessGroup | None = None
+        self._loading: dist.ProcessGroup | None = None  # of the threads that prepare batches
 
     @classmethod
     def join(cls, device_type: str, timeout_minutes: float = 30.0, *, even_alone: bool = False) -> "World":
@@ -41,22 +47,22 @@ class World:
         Raises:
             ValueError: several processes on a device that they cannot share.
         """
-        rank, size, local_rank = environment.rank(), environment.world_size(), environment.local_rank()
-        world = cls(rank, size, local_rank, device_type)
-        if size == 1 and not even_alone:
+        world = cls(rank(), world_size(), local_rank(), device_type)
+        if world.size == 1 and not even_alone:
             return world
         if device_type not in ("cpu", "cuda"):
             raise ValueError(f"train.device is {device_type!r}: several processes can train on cpu or cuda")
+        timeout = timedelta(minutes=timeout_minutes)
         if not dist.is_initialized():
-            options: dict[str, Any] = {"timeout": timedelta(minutes=timeout_minutes)}
-            if size == 1:
+            options: dict[str, Any] = {"timeout": timeout}
+            if world.size == 1:
                 options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
             if device_type == "cuda":
-                torch.cuda.set_device(local_rank)
-                options["device_id"] = torch.device("cuda", local_rank)
+                torch.cuda.set_device(world.local_rank)
+                options["device_id"] = torch.device("cuda", world.local_rank)
             dist.init_process_group("cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo", **options)
         world.control, world.storage, world._loading = (
-            dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes)) for _ in range(3)
+            dist.new_group(backend="gloo", timeout=timeout) for _ in range(3)
         )
         return world
 
@@ -112,3 +118,99 @@ class World:
         yield
         for _ in range(2 - turn):
             self.wait_for_all()
+
+
+@dataclass
+class Parallel:
+    """A model as the processes share it."""
+
+    model: nn.Module
+    strategy: str
+    """none, ddp or fsdp."""
+    step_model: Callable[..., Any]
+    """What a training step calls. Its gradients are the mean over the processes."""
+    mesh: DeviceMesh | None = None
+    """Of the processes; None for "none"."""
+
+    def accumulating(self, is_last: bool) -> AbstractContextManager:
+        """For one micro-batch of several: only after the last one are gradients exchanged."""
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(is_last)
+        if isinstance(self.step_model, DistributedDataParallel) and not is_last:
+            return self.step_model.no_sync()
+        return nullcontext()
+
+    def sharded(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Tensors of this process's sequences as shards of those of all processes, for a checkpoint."""
+        if self.mesh is None:
+            return tensors
+        return {name: DTensor.from_local(tensor, self.mesh, [Shard(0)]) for name, tensor in tensors.items()}
+
+    @contextmanager
+    def whole_model(self) -> Iterator[None]:
+        """Every process holds all weights inside, and can use the model as often as it likes, with no other taking part."""
+        if not isinstance(self.model, FSDPModule):
+            yield
+            return
+        self.model.unshard()
+        try:
+            yield
+        finally:
+            forget_kernels(self.model)  # the next time, other weights are in the same memory
+            self.model.reshard()
+
+
+def choose_strategy(config: DistributedConfig, world: World) -> str:
+    """The strategy that is set, or for "auto" DDP, where there is more than one process.
+
+    Raises:
+        ValueError: it does not go with the number of processes.
+    """
+    strategy, more = config.strategy, "torchrun --nproc_per_node 2 -m bdh train ..."
+    if strategy == "auto":
+        return "ddp" if world.size > 1 else "none"
+    fault = None
+    if strategy == "none" and world.size > 1:
+        fault = (
+            f", but {world.size} processes were started, which would train as many models: set ddp or fsdp, or start one "
+            "process"
+        )
+    elif strategy == "ddp" and world.size == 1:
+        fault = f" with one process: set none, or start more with {more}"
+    elif strategy == "fsdp" and world.size == 1 and world.device_type == "cpu":
+        fault = (
+            " with one process and no accelerator, where there is nothing to share: set none, or start more processes "
+            f"with {more}"
+        )
+    if fault is not None:
+        raise ValueError(f"distributed.strategy is {strategy!r}{fault}")
+    return strategy
+
+
+def parallelize(model: nn.Module, strategy: str, config: DistributedConfig, world: World) -> Parallel:
+    """Spreads the model over the processes, in place.
+
+    DDP: every process holds everything, and gradients are averaged while the backward pass still runs.
+
+    FSDP2: every weight, its gradient and its optimizer state are cut along their first dimension, one shard for each
+    process. The unit that is gathered is **the whole model**: all L layer steps use one set of weights, so a unit for
+    each, as other transformers have it, would gather the same weights and sum their gradient L times. As one unit they
+    are gathered once, when the forward pass starts, and stay until the backward pass ends. That takes the memory of one
+    copy of the weights during a step, which beside the (B, H, T, N) activations of a BDH is small.
+
+    Args:
+        model: on the process's device, with the same weights on every process.
+        strategy: of :func:`choose_strategy`.
+    """
+    if strategy == "none":
+        return Parallel(model, strategy, model)
+    mesh = init_device_mesh(world.device_type, (world.size,))
+    if strategy == "ddp":
+        return Parallel(model, strategy, DistributedDataParallel(model, device_mesh=mesh), mesh)
+    # None casts nothing: the weights may be float64.
+    param_dtype, reduce_dtype = (
+        None if name == "float32" else getattr(torch, name) for name in (config.param_dtype, config.reduce_dtype)
+    )
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    return Parallel(model, strategy, model, mesh)

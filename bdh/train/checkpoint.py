@@ -5,29 +5,50 @@
                                        manifest.json        the marker: size and SHA-256 of the other files
     <run_dir>/checkpoints/latest, best                      the name of a checkpoint, as text
 
-A checkpoint is written under a temporary name, synced to the disk, and then renamed: a crash at any moment
-leaves the ones before untouched. Several processes write their parts of the tensors; rank 0 does the rest. The
-folder must be one that all of them see.
+A checkpoint is written under a temporary name, synced to the disk, and then renamed: a crash at any moment leaves the ones
+before untouched. Several processes write their shards of the tensors by ``torch.distributed.checkpoint``, into a folder that
+all of them see; rank 0 does the rest. As many or as few processes as one likes read them.
 """
 
 import json
 import logging
-from collections.abc import Callable
+import pickle
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 
-from bdh.distributed.tensors import BackgroundWriter, Tensors, read_all, read_tensors, stored_shapes, write_tensors
 from bdh.distributed.world import World
 from bdh.storage import atomic_dir, remove, removed_name, temporary_name, write_text
 from bdh.train.places import MANIFEST, CheckpointFolder, checkpoint_fault, checkpoint_name, file_facts
 
 TRAINING = "training.pt"
+Tensors = Mapping[str, torch.Tensor]
 _logger = logging.getLogger(__name__)
+
+_ALONE = "torch.distributed is disabled"  # a warning, where one process stores or reads tensors, as it should
+# What the file of metadata names: shapes, dtypes, and where in which file a tensor lies.
+_METADATA_CLASSES = {
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
+        "TensorStorageMetadata", "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size", "float16", "bfloat16", "float32", "float64", "int32", "int64", "uint8", "bool", "device"},
+    "pathlib": {"Path", "PosixPath", "WindowsPath", "PurePosixPath"},
+    "collections": {"OrderedDict"},
+}  # fmt: skip
 
 
 class CheckpointError(OSError):
@@ -36,7 +57,7 @@ class CheckpointError(OSError):
 
 @dataclass
 class Checkpoint:
-    """A complete checkpoint, whose small parts are read."""
+    """A complete checkpoint, of which all but the tensors is read."""
 
     path: Path
     step: int
@@ -44,15 +65,70 @@ class Checkpoint:
 
     def tensors(self, group: str) -> dict[str, torch.Tensor]:
         """Those whose names begin with ``group`` and a dot, such as "weights", whole, under the rest of their names."""
-        return read_all(self.path, f"{group}.")
+        group = f"{group}."
+        shapes = {name: facts for name, facts in self.shapes().items() if name.startswith(group)}
+        tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
+        self.read_into(tensors)
+        return {name.removeprefix(group): tensor for name, tensor in tensors.items()}
 
     def shapes(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
         """Shape and dtype of every tensor."""
-        return stored_shapes(self.path)
+        entries = _Reader(self.path).read_metadata().state_dict_metadata
+        return {
+            name: (entry.size, entry.properties.dtype)
+            for name, entry in entries.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
 
-    def read_into(self, tensors: Tensors, world: World) -> None:
-        """Fills tensors, sharded or not, all processes together; see :func:`bdh.distributed.tensors.read_tensors`."""
-        read_tensors(self.path, tensors, world)
+    def read_into(self, tensors: Tensors, world: World | None = None) -> None:
+        """Fills tensors, which may be sharded, with what is stored under their names, all processes together.
+
+        Args:
+            world: None to read alone.
+
+        Raises:
+            ValueError: a tensor is not there, or has another shape.
+        """
+        stored = self.shapes()
+        if faults := [
+            f"{name} is not stored" if name not in stored else f"{name} is stored as {tuple(stored[name][0])}"
+            for name, tensor in tensors.items()
+            if name not in stored or stored[name][0] != tensor.shape
+        ]:
+            raise ValueError(f"{self.path} does not hold what is asked for: {'; '.join(faults)}")
+        if tensors:
+            world = world or World()
+            with _no_warning_when_alone():
+                dcp.load(
+                    dict(tensors),
+                    storage_reader=_Reader(self.path),
+                    process_group=world.storage,
+                    no_dist=world.size == 1,
+                )
+
+
+class _Reader(FileSystemReader):
+    """Reads the metadata, which are a pickle, without running code that somebody has put there."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _METADATA_CLASSES.get(module, ()):
+            raise ValueError(f"the metadata of a checkpoint name {module}.{name}, which has no place there")
+        return super().find_class(module, name)
+
+
+@contextmanager
+def _no_warning_when_alone() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=_ALONE)
+        yield
 
 
 class Checkpointer(CheckpointFolder):
@@ -72,15 +148,24 @@ class Checkpointer(CheckpointFolder):
         Args:
             keep_last: newest checkpoints that are kept, besides ``latest`` and ``best``.
             keep_every_steps: keep those of the multiples of so many steps for good.
-            in_background: write while the training goes on.
+            in_background: write while the training continues.
             may_write: called on rank 0 before a checkpoint takes its place; raises ``OSError`` where it must not.
         """
         super().__init__(run_dir)
         self._keep_last, self._keep_every_steps = keep_last, keep_every_steps
         self._world, self._may_write = world or World(), may_write
-        self._background = BackgroundWriter(self._world) if in_background else None
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: tuple[int, Future[None]] | None = None
+        self._staged: Future[None] | None = None
+        self._stager: DefaultStager | None = None
+        if in_background:
+            warnings.filterwarnings("ignore", message=_ALONE)  # in another thread, it cannot be caught for a while only
+            pins = self._world.device_type == "cuda"
+            self._stager = DefaultStager(
+                StagingOptions(
+                    use_pinned_memory=pins, use_shared_memory=False, use_async_staging=True, use_non_blocking_copy=pins
+                )
+            )
 
     def save(self, step: int, tensors: Tensors, training: dict[str, Any], *, is_best: bool = False) -> Path:
         """Writes the checkpoint of ``step``, points ``latest`` to it, and removes what is not kept any more.
@@ -103,8 +188,9 @@ class Checkpointer(CheckpointFolder):
 
     def wait_until_copied(self) -> None:
         """Afterwards the tensors that are being saved may change."""
-        if self._background is not None:
-            self._background.wait_until_copied()
+        if self._staged is not None:
+            self._staged.result()
+            self._staged = None
 
     def wait(self) -> None:
         """Waits for the checkpoint that is being written in the background.
@@ -112,10 +198,9 @@ class Checkpointer(CheckpointFolder):
         Raises:
             CheckpointError: it could not be written.
         """
-        if self._pending is None:
-            return
-        (step, future), self._pending = self._pending, None
-        self._agree(step, _reason(future.result))
+        if self._pending is not None:
+            (step, future), self._pending = self._pending, None
+            self._all_do(step, future.result)
 
     def close(self) -> None:
         """Waits, and ends the background's threads. Raises as :meth:`wait`."""
@@ -123,23 +208,23 @@ class Checkpointer(CheckpointFolder):
             self.wait()
         finally:
             self._executor.shutdown()
-            if self._background is not None:
-                self._background.close()
+            if self._stager is not None:
+                self._stager.close()
 
     def _start(self, step: int, tensors: Tensors, training: dict[str, Any], is_best: bool) -> None:
         final = self.path_of(step)
         stack = ExitStack()
-        self._agree(step, _reason(lambda: self._open_folder(stack, final)))
+        self._all_do(step, lambda: self._open_folder(stack, final))
         folder = temporary_name(final)
-        written: Callable[[], None]
-        if self._background is not None:
-            written = self._background.start(folder, tensors)
-        else:
-            written = lambda: write_tensors(folder, tensors, self._world)  # noqa: E731
+        write = self._writing(folder, tensors)
 
         def complete() -> None:
             with stack:
-                written()
+                try:
+                    write()
+                except CheckpointException as error:
+                    reasons = {str(fault).splitlines()[0] for fault, _ in error.failures.values()}
+                    raise OSError("; ".join(sorted(reasons))) from error
                 if self._world.is_main:
                     torch.save(training, folder / TRAINING)
                     files = {path.name: file_facts(path) for path in sorted(folder.iterdir())}
@@ -151,10 +236,10 @@ class Checkpointer(CheckpointFolder):
                     self._point("best", step)
                 self._remove_old()
 
-        if self._background is not None:
+        if self._stager is not None:
             self._pending = step, self._executor.submit(complete)
         else:
-            self._agree(step, _reason(complete))
+            self._all_do(step, complete)
 
     def _open_folder(self, stack: ExitStack, final: Path) -> None:
         if self._world.is_main:
@@ -163,15 +248,36 @@ class Checkpointer(CheckpointFolder):
                 remove(left)
             stack.enter_context(atomic_dir(final))
 
-    def _agree(self, step: int, reason: str | None) -> None:
-        """Raises the same error on all processes, if any of them has one."""
-        reasons = sorted({reason for reason in self._world.gather(reason) if reason is not None})
-        if reasons:
+    def _writing(self, folder: Path, tensors: Tensors) -> Callable[[], Any]:
+        """What writes the tensors of all processes; in the background that begins now, and it waits for the end.
+
+        What is not sharded is written once.
+        """
+        writer = FileSystemWriter(folder, sync_files=True)
+        how: dict[str, Any] = {
+            "storage_writer": writer,
+            "process_group": self._world.storage,
+            "no_dist": self._world.size == 1,
+        }
+        if self._stager is None:
+            return _no_warning_when_alone()(lambda: dcp.save(dict(tensors), **how))
+        response = dcp.async_save(dict(tensors), async_stager=self._stager, **how)
+        assert isinstance(response, AsyncSaveResponse)
+        self._staged = response.staging_completion
+        return response.upload_completion.result
+
+    def _all_do(self, step: int, action: Callable[[], None]) -> None:
+        """Runs ``action``, and raises the same error on all processes, if any of them could not write."""
+        reason = None
+        try:
+            action()
+        # PyTorch reports some of what the disk refuses in errors of its own.
+        except (OSError, RuntimeError) as error:
+            reason = str(error)
+        if reasons := sorted({each for each in self._world.gather(reason) if each is not None}):
             latest = self.named("latest")
-            raise CheckpointError(
-                f"the checkpoint of step {step} is not saved: {'; '.join(reasons)}; "
-                + (f"the newest one is that of step {latest}" if latest is not None else "there is none before it")
-            )
+            before = "there is none before it" if latest is None else f"the newest one is that of step {latest}"
+            raise CheckpointError(f"the checkpoint of step {step} is not saved: {'; '.join(reasons)}; {before}")
 
     def load(self, step: int | None = None) -> Checkpoint:
         """Finds a checkpoint, by default the newest, and checks every byte of it.
@@ -203,16 +309,16 @@ class Checkpointer(CheckpointFolder):
         assert wanted is not None  # there would be none
         path = self.path_of(wanted)
         if fault := self._world.gather(checkpoint_fault(path) if self._world.is_main else None)[0]:
-            whole = [s for s in self.steps() if s != wanted and not checkpoint_fault(self.path_of(s))]
-            advice = (
-                f"the newest complete one is {checkpoint_name(max(whole))}: train on from it with --resume_step {max(whole)}, "
-                f"read it with --checkpoint {max(whole)}"
-                if whole
-                else "there is no complete one besides it"
-            )
+            others = (s for s in reversed(self.steps()) if s != wanted)
+            whole = next((s for s in others if not checkpoint_fault(self.path_of(s))), None)
+            advice = "there is no complete one besides it"
+            if whole is not None:
+                advice = (
+                    f"the newest complete one is {checkpoint_name(whole)}: train on from it with --resume_step {whole}, "
+                    f"read it with --checkpoint {whole}"
+                )
             raise ValueError(f"checkpoint {path} is damaged ({fault}); {advice}")
-        training = torch.load(path / TRAINING, map_location="cpu", weights_only=True)
-        return Checkpoint(path=path, step=wanted, training=training)
+        return Checkpoint(path, wanted, torch.load(path / TRAINING, map_location="cpu", weights_only=True))
 
     def _newest(self) -> int | None:
         step = self.newest()
@@ -226,7 +332,7 @@ class Checkpointer(CheckpointFolder):
         return step
 
     def forget_after(self, step: int, best_step: int | None = None) -> None:
-        """Removes the checkpoints of later steps: the run goes another way from ``step`` on.
+        """Removes the checkpoints of later steps: the run takes another course from ``step`` on.
 
         Args:
             best_step: the best one up to ``step``, which ``best`` then names, if its checkpoint is still there and
@@ -254,16 +360,6 @@ class Checkpointer(CheckpointFolder):
                 self._remove(step)
 
     def _remove(self, step: int) -> None:
-        """Out of sight first: what is left of it, if the process is killed meanwhile, is no checkpoint."""
+        """Renames it first: what is left of it, if the process is killed meanwhile, is no checkpoint."""
         folder = self.path_of(step)
         remove(folder.rename(removed_name(folder)))
-
-
-def _reason(action: Callable[[], None]) -> str | None:
-    """Runs ``action``; why it could not write, or None."""
-    try:
-        action()
-    # PyTorch reports some of what the disk refuses in errors of its own.
-    except (OSError, RuntimeError) as error:
-        return str(error)
-    return None

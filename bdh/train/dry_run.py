@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from bdh.data.corpus import Batch
-from bdh.distributed import environment
+from bdh.distributed.config import local_world_size
 from bdh.distributed.world import World
 from bdh.memory import available_bytes, peak_bytes, reset_peak, used_bytes
 from bdh.model import BDHConfig
@@ -275,7 +275,7 @@ def available_to_each(runtime: Runtime, world: World) -> int:
     """Bytes that every process can have, what it has already among them: the same number on all of them."""
     device = runtime.device
     give_back_free_memory()
-    return min(world.gather(available_bytes(device, environment.local_world_size()) + used_bytes(device)))
+    return min(world.gather(available_bytes(device, local_world_size()) + used_bytes(device)))
 
 
 def give_back_free_memory() -> None:

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bdh.distributed import environment
-from bdh.distributed.config import DistributedConfig
+from bdh.distributed.config import DistributedConfig, local_rank
 from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.model.forward import layer_shape, plan_for
 from bdh.model.network import choose_device
@@ -46,7 +45,7 @@ def choose_runtime(settings: TrainSettings) -> Runtime:
     """
     device = choose_device(settings.device)
     if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
-        device = torch.device("cuda", environment.local_rank())
+        device = torch.device("cuda", local_rank())
         if device.index >= torch.cuda.device_count():
             raise ValueError(
                 f"process {device.index} of this machine has no GPU: there are {torch.cuda.device_count()}, so start "

@@ -16,8 +16,7 @@ from transformers import PreTrainedTokenizerFast
 import bdh
 from bdh.data import Corpus, prepare_corpus
 from bdh.data.chat import holds_chat
-from bdh.distributed.parallelize import Parallel, choose_strategy, parallelize
-from bdh.distributed.world import World
+from bdh.distributed.world import Parallel, World, choose_strategy, parallelize
 from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.model.averaging import MovingAverage
 from bdh.monitor import chosen_backends, cut_back
@@ -135,7 +134,7 @@ class Run:
         if self.average is not None:
             groups["ema"] = self.average.weights
         if self.carried is not None:
-            groups["carried"] = self.parallel.by_rows(self.carried.tensors())
+            groups["carried"] = self.parallel.sharded(self.carried.tensors())
         return {f"{group}.{name}": tensor for group, tensors in groups.items() for name, tensor in tensors.items()}
 
     def save(self, *, is_best: bool = False, is_before_fault: bool = False) -> Path:

@@ -9,10 +9,10 @@ def test_an_error_of_one_process_ends_all_and_is_named(torchrun, tmp_path):
     script.write_text(
         textwrap.dedent(
             """
-            from bdh.distributed.environment import reported_to_starter
+            from bdh.distributed.config import reported_to_torchrun
             from bdh.distributed.world import World
 
-            with reported_to_starter():
+            with reported_to_torchrun():
                 world = World.join("cpu")
                 if world.rank == 1:
                     raise ValueError("there is no such star")

@@ -1,5 +1,6 @@
 import errno
 import os
+import pickle
 import resource
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from bdh.train import checkpoint, places
-from bdh.train.checkpoint import MANIFEST, TRAINING, Checkpointer, CheckpointError
+from bdh.train.checkpoint import MANIFEST, TRAINING, Checkpoint, Checkpointer, CheckpointError
 
 TENSORS = "__0_0.distcp"  # what torch.distributed.checkpoint calls the first file of rank 0
 WEIGHT = {"weights.w": torch.arange(12, dtype=torch.float32).view(3, 4)}
@@ -37,6 +38,44 @@ def test_what_is_saved_comes_back(tmp_path):
     assert torch.equal(checkpoint.tensors("weights")["w"], WEIGHT["weights.w"] + 10)
     assert checkpoint.training["step"] == 10
     assert torch.equal(checkpoint.training["nested"][0], torch.ones(2))
+
+
+KINDS = {
+    "weights.a": torch.arange(6, dtype=torch.float32).view(2, 3),
+    "weights.b": torch.ones(4, dtype=torch.float64),
+    "optimizer.a.step": torch.tensor(3.0),
+    "optimizer.a.momentum": torch.randn(2, 3, generator=torch.Generator().manual_seed(0)).bfloat16(),
+    "counts": torch.arange(3),
+}
+
+
+def test_tensors_come_back_by_group_or_into_others(tmp_path):
+    checkpointer = Checkpointer(tmp_path)
+    checkpointer.save(1, KINDS, {})
+    checkpoint = checkpointer.load()
+    assert checkpoint.shapes() == {name: (t.shape, t.dtype) for name, t in KINDS.items()}
+    weights = checkpoint.tensors("weights")
+    assert list(weights) == ["a", "b"]
+    assert torch.equal(weights["a"], KINDS["weights.a"])
+    assert torch.equal(checkpoint.tensors("optimizer")["a.momentum"], KINDS["optimizer.a.momentum"])
+    wide = torch.zeros(2, 3, dtype=torch.float64)
+    checkpoint.read_into({"weights.a": wide})
+    assert torch.equal(wide, KINDS["weights.a"].double())
+    with pytest.raises(ValueError, match=r"weights.c is not stored; counts is stored as \(3,\)"):
+        checkpoint.read_into({"weights.c": torch.zeros(1), "counts": torch.zeros(4)})
+
+
+class _Bomb:
+    def __reduce__(self):
+        return print, ("boom",)
+
+
+def test_metadata_that_would_run_code_are_refused_and_run_none(tmp_path, capsys):
+    path = saved(tmp_path, 10).path_of(10)
+    (path / ".metadata").write_bytes(pickle.dumps(_Bomb()))
+    with pytest.raises(ValueError, match=r"builtins\.print, which has no place there"):
+        Checkpoint(path, 10, {}).tensors("weights")
+    assert capsys.readouterr().out == ""
 
 
 def test_latest_names_the_newest_and_an_earlier_one_can_be_asked_for(tmp_path):

@@ -1,8 +1,7 @@
 import pytest
 
 from bdh.distributed.config import DistributedConfig
-from bdh.distributed.parallelize import choose_strategy
-from bdh.distributed.world import World
+from bdh.distributed.world import World, choose_strategy
 from bdh.validation import Faults, collect_faults
 
 
