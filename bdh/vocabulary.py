@@ -22,7 +22,7 @@ def document_end_id(tokenizer: Any) -> int | None:
     """The id of the token that ends the documents which a model is trained on; None where there is none.
 
     It is the tokenizer's ``<eos>``, unless this stands in the place of an unused byte (``with_padding`` of
-    :mod:`bdh.tokenizer.byte_level`): no text had it when the model was trained.
+    :mod:`bdh.tokenizer.plain`): no text had it when the model was trained.
     """
     end = tokenizer.eos_token_id
     is_byte = end == 0xFE and tokenizer.convert_ids_to_tokens(0xFD) == chr(0xFD)

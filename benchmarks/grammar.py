@@ -24,7 +24,7 @@ from bdh.generate.engine import Engine
 from bdh.generate.grammar import Grammars
 from bdh.generate.params import SamplingParams
 from bdh.tokenizer import byte_tokenizer, train_tokenizer
-from bdh.tokenizer.byte_level import token_bytes
+from bdh.tokenizer.plain import token_bytes
 from bdh.train.models import load_model
 
 BIRD = {

@@ -63,7 +63,7 @@ def load_for_generation(settings: ReadsModel) -> "tuple[ModelParts, PlainTokeniz
         return _load_with_transformers(settings)
     tokenizer = PlainTokenizer.load(folder)
     if tokenizer is None:
-        from bdh.tokenizer.loading import load_tokenizer
+        from bdh.tokenizer import load_tokenizer
 
         tokenizer = PlainTokenizer.of(load_tokenizer(folder))
     return network, tokenizer

@@ -12,7 +12,7 @@ from bdh.data.reading import Chunk, split_document, stream_split, whole_split
 from bdh.data.sources import show_columns, training_source, validation_source
 from bdh.data.streaming import StreamingCorpus
 from bdh.data.tokenized import TextCorpus
-from bdh.tokenizer.encoding import TextEncoder
+from bdh.tokenizer.plain import TextEncoder
 
 
 def prepare_corpus(

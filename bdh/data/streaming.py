@@ -31,7 +31,7 @@ from bdh.data.corpus import (
 )
 from bdh.data.reading import ChainReader, Chunk, Skipped, Split, State, from_plain, stream_split
 from bdh.data.sources import Source, show_columns, training_source, validation_source
-from bdh.tokenizer.encoding import TextEncoder
+from bdh.tokenizer.plain import TextEncoder
 
 _BUFFER_BYTES = 1 << 26
 _MAX_LANES = 64

@@ -41,7 +41,7 @@ from bdh.data.reading import Chunk, Skipped, Split, count_if_single, num_kept
 from bdh.data.sources import Source, show_columns, training_source, validation_source
 from bdh.locks import Lock
 from bdh.storage import DiskFullError, atomic_dir, recover_dir
-from bdh.tokenizer.encoding import TextEncoder
+from bdh.tokenizer.plain import TextEncoder
 
 _FORMAT = 2
 _BATCH_BYTES = 1 << 22

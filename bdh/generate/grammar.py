@@ -275,7 +275,7 @@ def _trie(tokenizer: Any, vocab_size: int) -> "LLTokenizer":
     from llguidance import LLTokenizer, TokenizerWrapper
 
     try:
-        from bdh.tokenizer.byte_level import token_bytes
+        from bdh.tokenizer.plain import token_bytes
 
         tokens = token_bytes(tokenizer)
     except ValueError as error:

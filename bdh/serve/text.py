@@ -11,9 +11,8 @@ import numpy as np
 from bdh.generate.decoder import encode_prompt
 from bdh.serve.config import PLAIN, read_template
 from bdh.serve.errors import bad_request
-from bdh.tokenizer.byte_level import byte_of_character
-from bdh.tokenizer.chat import ChatEncoder
-from bdh.tokenizer.plain import PlainTokenizer, render_chat
+from bdh.tokenizer.chat import ChatEncoder, render_chat
+from bdh.tokenizer.plain import PlainTokenizer, byte_of_character
 from bdh.vocabulary import vocabulary_size
 
 _PLAIN_TEMPLATE = """\

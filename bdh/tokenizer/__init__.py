@@ -5,16 +5,22 @@ All of them are ``transformers.PreTrainedTokenizerFast``: a folder that one is s
 they are first used.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from bdh.tokenizer.config import TokenizerConfig
+from bdh.tokenizer.config import TokenizerConfig, load_tokenizer
 
 if TYPE_CHECKING:
-    from bdh.tokenizer.byte_level import byte_tokenizer, is_byte_tokenizer, with_padding
     from bdh.tokenizer.chat import ChatEncoder, stop_token_ids, with_chat_template
-    from bdh.tokenizer.encoding import TextEncoder, compression_ratio, encode_texts
-    from bdh.tokenizer.loading import load_tokenizer
-    from bdh.tokenizer.plain import PlainTokenizer
+    from bdh.tokenizer.plain import (
+        PlainTokenizer,
+        TextEncoder,
+        byte_tokenizer,
+        compression_ratio,
+        encode_texts,
+        is_byte_tokenizer,
+        with_padding,
+    )
     from bdh.tokenizer.training import train_tokenizer
 
 __all__ = [
@@ -33,25 +39,10 @@ __all__ = [
     "with_padding",
 ]
 
-_MODULES = {
-    "ChatEncoder": "chat",
-    "PlainTokenizer": "plain",
-    "TextEncoder": "encoding",
-    "byte_tokenizer": "byte_level",
-    "compression_ratio": "encoding",
-    "encode_texts": "encoding",
-    "is_byte_tokenizer": "byte_level",
-    "load_tokenizer": "loading",
-    "stop_token_ids": "chat",
-    "train_tokenizer": "training",
-    "with_chat_template": "chat",
-    "with_padding": "byte_level",
-}
-
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        from importlib import import_module
-
-        return getattr(import_module(f"bdh.tokenizer.{_MODULES[name]}"), name)
-    raise AttributeError(f"module 'bdh.tokenizer' has no attribute {name!r}")
+    if name in __all__:
+        for module in ("plain", "chat", "training"):
+            if found := getattr(import_module(f"{__name__}.{module}"), name, None):
+                return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

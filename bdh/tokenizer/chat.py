@@ -9,18 +9,25 @@ where the four names are special tokens, and what counts is ``Hi.<|end|>``.
 """
 
 import hashlib
+import json
 import re
-from collections.abc import Sequence
-from itertools import chain
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
+from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jinja2 import TemplateError
-from tokenizers import AddedToken, Tokenizer
+from jinja2 import Template, TemplateError, nodes, pass_eval_context
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+from tokenizers import AddedToken
 
 from bdh.tokenizer.config import DEFAULT_CHAT_TEMPLATE, read_template
-from bdh.tokenizer.plain import AnyTokenizer, render_chat
+from bdh.tokenizer.plain import AnyTokenizer, copy_of_backend
 from bdh.vocabulary import vocabulary_size
 
 if TYPE_CHECKING:
@@ -47,6 +54,8 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Around what a message spells like a special token: characters that Unicode keeps for such inner uses.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 _PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+# Other names for what a message of the assistant thinks before it answers; the first is what templates read.
+_REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 def with_chat_template(
@@ -122,9 +131,8 @@ class ChatEncoder:
         pattern = "|".join(map(re.escape, sorted([*spelled, _OPEN, _CLOSE], key=len, reverse=True)))
         self._special = re.compile(pattern)
         self._marked = re.compile(f"{_OPEN}({pattern}){_CLOSE}")
-        self._backend = _plain(tokenizer)
-        self._text_backend = _plain(tokenizer)
-        self._text_backend.encode_special_tokens = True  # their spelling is text
+        self._backend = copy_of_backend(tokenizer)
+        self._text_backend = copy_of_backend(tokenizer, special_is_text=True)
         state = f"{self._backend.to_str()}{template}{sorted(self._variables.items())}"
         self.hash: str = hashlib.sha256(state.encode()).hexdigest()
         """Equal for tokenizers that encode conversations alike."""
@@ -163,28 +171,22 @@ class ChatEncoder:
         Raises:
             ValueError: the template refuses a conversation.
         """
-        pieces: list[str] = []
-        kinds: list[tuple[int, bool, bool]] = []  # number of the conversation, whether an answer, whether mere text
-        for number, messages in enumerate(conversations):
-            rendered, answers = self._render(messages, add_generation_prompt=add_generation_prompt)
-            for start, end, is_answer in _segments(len(rendered), answers):
-                for index, piece in enumerate(self._marked.split(rendered[start:end])):
-                    if piece:
-                        pieces.append(piece)
-                        kinds.append((number, is_answer, index % 2 == 1))
-        ids: list[list[list[int]]] = [[] for _ in conversations]
-        marks: list[list[np.ndarray]] = [[] for _ in conversations]
-        for (number, is_answer, _), encoded in zip(
-            kinds, self._encode(pieces, [kind[2] for kind in kinds]), strict=True
-        ):
-            ids[number].append(encoded)
-            marks[number].append(np.full(len(encoded), is_answer))
+        pieces = [
+            (number, piece, is_answer, index % 2 == 1)
+            for number, messages in enumerate(conversations)
+            for text, is_answer in self._segments(messages, add_generation_prompt)
+            for index, piece in enumerate(self._marked.split(text))
+            if piece
+        ]
+        encodings = self._backend.encode_batch_fast([piece for _, piece, *_ in pieces], add_special_tokens=False)
+        ids: list[list[int]] = [[] for _ in conversations]
+        marks: list[list[bool]] = [[] for _ in conversations]
+        for (number, piece, is_answer, is_text), encoding in zip(pieces, encodings, strict=True):
+            found = self._text_backend.encode(piece, add_special_tokens=False).ids if is_text else encoding.ids
+            ids[number] += found
+            marks[number] += [is_answer] * len(found)
         return [
-            (
-                np.array(list(chain.from_iterable(each)), dtype=np.int64),
-                np.concatenate([np.empty(0, dtype=bool), *of_each]),
-            )
-            for each, of_each in zip(ids, marks, strict=True)
+            (np.array(each, np.int64), np.array(is_answer, bool)) for each, is_answer in zip(ids, marks, strict=True)
         ]
 
     def prompt(self, messages: Messages) -> list[int]:
@@ -196,14 +198,8 @@ class ChatEncoder:
         ids, _ = self.encode([messages], add_generation_prompt=True)[0]
         return ids.tolist()
 
-    def _encode(self, pieces: list[str], are_text: list[bool]) -> list[list[int]]:
-        encoded = [e.ids for e in self._backend.encode_batch_fast(pieces, add_special_tokens=False)]
-        for index, is_text in enumerate(are_text):
-            if is_text:
-                encoded[index] = self._text_backend.encode(pieces[index], add_special_tokens=False).ids
-        return encoded
-
-    def _render(self, messages: Messages, *, add_generation_prompt: bool) -> tuple[str, list[tuple[int, int]]]:
+    def _segments(self, messages: Messages, add_generation_prompt: bool) -> list[tuple[str, bool]]:
+        """The rendered conversation in pieces, and whether each is an answer."""
         marked = [
             {**message, "content": self._special.sub(f"{_OPEN}\\g<0>{_CLOSE}", message["content"])}
             for message in messages
@@ -214,7 +210,11 @@ class ChatEncoder:
             )
         except TemplateError as error:
             raise ValueError(f"the chat template refuses the conversation: {error}") from error
-        return text, answers
+        segments, position = [], 0
+        for start, end in answers:
+            segments += [(text[position:start], False), (text[start:end], True)]
+            position = end
+        return [*segments, (text[position:], False)]
 
 
 def question(tokenizer: AnyTokenizer, text: str) -> list[int]:
@@ -239,17 +239,110 @@ def stop_token_ids(tokenizer: AnyTokenizer) -> int | list[int] | None:
     return found if len(found) > 1 else next(iter(found), None)
 
 
-def _segments(length: int, answers: Sequence[tuple[int, int]]) -> list[tuple[int, int, bool]]:
-    """The stretches of a text of so many characters, and whether each is an answer."""
-    segments, position = [], 0
-    for start, end in answers:
-        segments += [(position, start, False), (start, end, True)]
-        position = end
-    return [*segments, (position, length, False)]
+def render_chat(
+    template: str, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False, **variables: Any
+) -> tuple[str, list[tuple[int, int]]]:
+    """A conversation as the text that a chat template makes of it, as transformers renders it.
+
+    Args:
+        variables: what else the template may read: the special tokens by their roles.
+
+    Returns:
+        The text, and from where to where in it stands what is within ``{% generation %}``.
+
+    Raises:
+        jinja2.TemplateError: the template refuses the conversation, or is wrong itself.
+    """
+    given = []
+    for message in messages:
+        reasoning = next((message[name] for name in _REASONING if message.get(name) is not None), None)
+        given.append(
+            {**message} if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
+        )
+    pieces: list[str] = []
+    spans: list[tuple[int, int]] = []
+    token = _rendering.set((pieces, spans))
+    try:
+        for piece in _compiled(template).generate(
+            messages=given, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **variables
+        ):
+            pieces.append(piece)
+    finally:
+        _rendering.reset(token)
+    return "".join(pieces), spans
 
 
-def _plain(tokenizer: AnyTokenizer) -> Tokenizer:
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.no_padding()
-    backend.no_truncation()
-    return backend
+_rendering: ContextVar[tuple[list[str], list[tuple[int, int]]]] = ContextVar("what has been rendered, and the spans")
+
+
+class _GenerationExtension(Extension):
+    """The tag ``{% generation %}``: notes where in the text stands what is within it."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it as a class variable)
+
+    def parse(self, parser: Any) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("note"), [], [], body).set_lineno(line)
+
+    @pass_eval_context
+    def note(self, context: Any, caller: Any) -> str:
+        text: str = caller()
+        pieces, spans = _rendering.get()
+        start = sum(map(len, pieces))
+        spans.append((start, start + len(text)))
+        return text
+
+
+class _Namespace(Namespace):
+    """Jinja's, without names that lead into Python's internals: templates of the hub are not to be trusted."""
+
+    def __init__(*args: Any, **values: Any):
+        self, *given = args  # so that a template may have a variable named self
+        attributes = dict(*given, **values)
+        for name in attributes:
+            _check_name(name)
+        Namespace.__init__(self, attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_name(name)
+        super().__setitem__(name, value)
+
+
+def _check_name(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"a chat template may not store {name!r} in a namespace: names must not begin with _")
+
+
+class _Dict:
+    """What templates call ``dict``, without the attributes of the type."""
+
+    def __call__(self, *args: Any, **values: Any) -> dict[Any, Any]:
+        return dict(*args, **values)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        return dict.fromkeys(*args)
+
+
+@lru_cache
+def _compiled(template: str) -> Template:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationExtension, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals |= {
+        "raise_exception": _raise_exception,
+        "strftime_now": lambda form: datetime.now().strftime(form),
+        "dict": _Dict(),
+        "namespace": _Namespace,
+    }
+    return environment.from_string(template)
+
+
+def _to_json(value: Any, ensure_ascii: bool = False, **form: Any) -> str:
+    """Unlike Jinja's own, it does not escape what means something in HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, **form)
+
+
+def _raise_exception(message: str) -> None:
+    raise TemplateError(message)

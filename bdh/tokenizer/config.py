@@ -1,12 +1,19 @@
-"""Settings of the section ``tokenizer``."""
+"""Settings of the section ``tokenizer``, and the tokenizer that they name.
 
+Settings are read without importing transformers, which only :func:`load_tokenizer` needs.
+"""
+
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from bdh.storage import recover_dir
 from bdh.text_files import read_text
 from bdh.validation import Allowed, Faults, PathText, Settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 BYTE = "byte"
 TOKENIZER_FILE = "tokenizer.json"
@@ -51,7 +58,9 @@ def check_tokenizer_there(name: str) -> None:
             f"tokenizer.path is {name!r}: this folder holds no {TOKENIZER_FILE}, so it is neither a tokenizer nor an "
             "exported model"
         )
-    if not folder.exists() and _is_no_hub_id(name):
+    # A hub id is NAME or ORGANISATION/NAME: anything else can only have been meant as a path.
+    is_path = name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1 or name.endswith("/")
+    if is_path and not folder.exists():
         raise FileNotFoundError(f"tokenizer.path is {name!r}: there is no such folder")
 
 
@@ -70,6 +79,92 @@ def read_template(path: Path) -> str:
     return read_text(path)
 
 
-def _is_no_hub_id(name: str) -> bool:
-    """A hub id is NAME or ORGANISATION/NAME: anything else can only have been meant as a path."""
-    return name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1 or name.endswith("/")
+def load_tokenizer(config: TokenizerConfig | str | Path) -> "PreTrainedTokenizerFast":
+    """The tokenizer that a setting names.
+
+    Args:
+        config: the settings, or just their ``path``: ``byte``, a folder, a ``tokenizer.json``, or a hub id.
+
+    Raises:
+        FileNotFoundError: the folder is missing or holds no tokenizer; the hub has none or cannot be reached.
+        ValueError: what is there cannot be read as a fast tokenizer, or its ids are not those of its file.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    from bdh.tokenizer.plain import byte_tokenizer, first_line
+
+    settings = config if isinstance(config, TokenizerConfig) else TokenizerConfig(path=str(config))
+    if settings.path == BYTE:
+        return byte_tokenizer(settings.special_tokens)
+    check_tokenizer_there(settings.path)
+    path, is_local = Path(settings.path), Path(settings.path).exists()
+    if path.is_file() and not (path.name == TOKENIZER_FILE and (path.parent / "tokenizer_config.json").is_file()):
+        return _bare_tokenizer(path)
+    name = str(path.parent) if path.is_file() else settings.path
+    setting = f"tokenizer.path is {name!r}"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=is_local)
+    except Exception as error:  # the tokenizers library raises nothing narrower for a damaged file
+        if is_local:
+            raise ValueError(f"{setting}: its tokenizer files cannot be read: {first_line(error)}") from error
+        if not isinstance(error, OSError | ValueError):
+            raise
+        raise FileNotFoundError(
+            f"{setting}: there is no such folder here, and the hub gave no tokenizer of that name "
+            f"({first_line(error)}). Without a network these work: byte, a folder that holds {TOKENIZER_FILE}, and "
+            "what the hub's cache holds already, with HF_HUB_OFFLINE=1"
+        ) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(
+            f"{setting}: it is a {type(tokenizer).__name__}, not a fast tokenizer; convert it to one that saves "
+            f"{TOKENIZER_FILE}"
+        )
+    if is_local:
+        _check_ids(tokenizer.get_vocab(), Path(name) / TOKENIZER_FILE, name)
+    else:
+        from huggingface_hub import try_to_load_from_cache
+
+        file = try_to_load_from_cache(name, TOKENIZER_FILE)
+        _check_ids(tokenizer.get_vocab(), Path(file) if isinstance(file, str) else None, name)
+    return tokenizer
+
+
+def _bare_tokenizer(path: Path) -> "PreTrainedTokenizerFast":
+    """That of a ``tokenizer.json`` without its other files. Its special tokens are found by their usual names."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    from bdh.tokenizer.plain import SPECIAL_TOKENS, first_line
+
+    try:
+        backend = Tokenizer.from_file(str(path))
+    except Exception as error:  # as above
+        raise ValueError(
+            f"tokenizer.path is {str(path)!r}: it is no {TOKENIZER_FILE} of the tokenizers library: {first_line(error)}"
+        ) from error
+    _check_ids(backend.get_vocab(), path, str(path))
+    special = {role: token for role, token in SPECIAL_TOKENS.items() if backend.token_to_id(token) is not None}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special)
+
+
+def _check_ids(vocabulary: dict[str, int], file: Path | None, name: str) -> None:
+    """Compares a tokenizer that was read with its tokenizer.json: the library numbers added tokens itself.
+
+    Raises:
+        ValueError: two tokens share an id, or a token has another id than in the file.
+    """
+    added = json.loads(file.read_text(encoding="utf-8")).get("added_tokens") or [] if file else []
+    for token in added:
+        given = vocabulary.get(token["content"])
+        if given != token["id"]:
+            raise ValueError(
+                f"tokenizer.path is {name!r}: its added token {token['content']!r} has the id {token['id']}, but the "
+                f"tokenizers library reads it as {given}: ids of added tokens must follow on the vocabulary without a gap"
+            )
+    by_id: dict[int, str] = {}
+    for text, number in vocabulary.items():
+        if by_id.setdefault(number, text) != text:
+            raise ValueError(
+                f"tokenizer.path is {name!r}: its tokens {by_id[number]!r} and {text!r} share the id {number}: each needs "
+                "one of its own"
+            )

@@ -1,32 +1,156 @@
-"""A tokenizer for generation, by the libraries ``tokenizers`` and ``jinja2`` alone: transformers takes a second to import."""
+"""Texts to token ids and back by the ``tokenizers`` library alone, as transformers takes a second to import.
 
+The byte-level tokenizer (a token is a byte of the UTF-8 text, and its id the byte's value), a tokenizer for generation, and
+the encoding of whole corpora.
+"""
+
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from contextvars import ContextVar
-from datetime import datetime
-from functools import cached_property, lru_cache
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, Union
+from typing import TYPE_CHECKING, Any, Self, TypeVar, Union
 
-from jinja2 import Template, TemplateError, nodes, pass_eval_context
-from jinja2.exceptions import SecurityError
-from jinja2.ext import Extension
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
-from tokenizers import AddedToken, Tokenizer
+import numpy as np
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from bdh.tokenizer.config import TOKENIZER_FILE
+from bdh.vocabulary import document_end_id, vocabulary_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 AnyTokenizer = Union["PlainTokenizer", "PreTrainedTokenizerFast"]
+T = TypeVar("T")
+
+NUM_BYTES = 256
+SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
+# UTF-8 has the bytes 0xC0, 0xC1 and 0xF5 to 0xFF in no text (RFC 3629, section 1): their ids are free.
+_TOKENS_OF_UNUSED_BYTES = {"pad_token": ("<pad>", 0xFF), "eos_token": ("<eos>", 0xFE)}
+
+_BATCH_BYTES = 1 << 22
+_TOKENIZER_FILE = "tokenizer.json"
 _CONFIG_FILE = "tokenizer_config.json"
 # Classes of transformers that add nothing to tokenizer.json; the others may build their tokenizer anew.
 _PLAIN_CLASSES = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-# Other names for what a message of the assistant thinks before it answers; the first is what templates read.
-_REASONING = ("reasoning_content", "thinking", "reasoning")
+
+
+def byte_tokenizer(special_tokens: bool = False) -> "PreTrainedTokenizerFast":
+    """The tokenizer of 256 entries whose ids are the bytes' values.
+
+    Every text comes back exactly. With ``special_tokens``, ``<pad> <bos> <eos> <unk>`` follow as 256 to 259.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE(vocab=byte_of_character(), merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    special = SPECIAL_TOKENS if special_tokens else {}
+    backend.add_special_tokens(list(special.values()))  # in this order: 256, 257, ...
+    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special)
+
+
+def with_padding(tokenizer: "PreTrainedTokenizerFast") -> "PreTrainedTokenizerFast":
+    """The tokenizer with ``<pad>`` and ``<eos>``, which padded batches, the harness and trainers ask for.
+
+    In a byte tokenizer without special tokens they take the place of two bytes that no UTF-8 text has, so that the
+    vocabulary stays as large as the model's. Every other tokenizer is returned as it is.
+    """
+    has_special = (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) != (None, None, None)
+    if has_special or not is_byte_tokenizer(tokenizer):
+        return tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    backend = _renamed(tokenizer.backend_tokenizer, {byte: name for name, byte in _TOKENS_OF_UNUSED_BYTES.values()})
+    backend.add_special_tokens([name for name, _ in _TOKENS_OF_UNUSED_BYTES.values()])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        clean_up_tokenization_spaces=False,
+        model_max_length=tokenizer.model_max_length,
+        chat_template=tokenizer.chat_template,
+        **{role: name for role, (name, _) in _TOKENS_OF_UNUSED_BYTES.items()},
+    )
+
+
+def is_byte_tokenizer(tokenizer: Any) -> bool:
+    """Whether every text becomes its own UTF-8 bytes, as with :func:`byte_tokenizer`, also once saved and loaded.
+
+    Any special tokens may follow the bytes, and those of :func:`with_padding` may stand among them.
+    """
+    if len(tokenizer) < NUM_BYTES:
+        return False
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    model, splitter = parts["model"], parts["pre_tokenizer"] or {}
+    added = {token["id"]: token["content"] for token in parts["added_tokens"]}
+    renamed = {byte: name for byte, name in added.items() if byte < NUM_BYTES}
+    return (
+        model["type"] == "BPE"
+        and not model["merges"]
+        and model["vocab"] == {renamed.get(byte, character): byte for character, byte in byte_of_character().items()}
+        and renamed.items() <= {(byte, name) for name, byte in _TOKENS_OF_UNUSED_BYTES.values()}
+        and parts["normalizer"] is None
+        and splitter.get("type") == "ByteLevel"
+        and not splitter.get("add_prefix_space")
+        and list(added)[len(renamed) :] == list(range(NUM_BYTES, len(tokenizer)))
+        and all(token["special"] for token in parts["added_tokens"])
+    )
+
+
+def token_bytes(tokenizer: Any) -> list[bytes]:
+    """What each token adds to a text, by its id: exactly these bytes, wherever it stands; none for special tokens.
+
+    Args:
+        tokenizer: a ``PreTrainedTokenizerFast`` or a :class:`PlainTokenizer`.
+
+    Raises:
+        ValueError: the tokenizer is not byte-level: what a token adds depends on those beside it, as with WordPiece, or
+            the spelling is not known.
+    """
+    decoder = tokenizer.backend_tokenizer.decoder
+    if not isinstance(decoder, decoders.ByteLevel):
+        raise ValueError(
+            f"its tokens have no bytes of their own (its decoder is {type(decoder).__name__}, not ByteLevel): train one "
+            "of the kinds bpe or unigram, or use byte"
+        )
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    vocabulary, byte_of = tokenizer.get_vocab(), byte_of_character()
+    found = [b""] * (max(vocabulary.values()) + 1)
+    for text, number in vocabulary.items():
+        if number not in special:
+            is_spelled = all(character in byte_of for character in text)
+            found[number] = bytes(map(byte_of.__getitem__, text)) if is_spelled else text.encode()
+    return found
+
+
+def byte_of_character() -> dict[str, int]:
+    """The printable character that stands for each byte in byte-level vocabularies (GPT-2's table), to the byte.
+
+    Printable bytes of Latin-1 stand for themselves, the other 68 for the characters from U+0100 on.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(NUM_BYTES, 2 * NUM_BYTES))
+    return {chr(byte if byte in printable else next(others)): byte for byte in range(NUM_BYTES)}
+
+
+def _renamed(backend: Tokenizer, names: Mapping[int, str]) -> Tokenizer:
+    """A copy without the added tokens among the bytes, in which these bytes have other names."""
+    parts = json.loads(backend.to_str())
+    parts["model"]["vocab"] = {names.get(byte, text): byte for text, byte in parts["model"]["vocab"].items()}
+    parts["added_tokens"] = [token for token in parts["added_tokens"] if token["id"] >= NUM_BYTES]
+    return Tokenizer.from_str(json.dumps(parts))
+
+
+def copy_of_backend(tokenizer: AnyTokenizer, *, special_is_text: bool = False) -> Tokenizer:
+    """A copy without padding and truncation, which ``tokenizer(...)`` of transformers leaves behind.
+
+    Args:
+        special_is_text: whether what a text spells like a special token is text.
+    """
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_padding()
+    backend.no_truncation()
+    backend.encode_special_tokens = special_is_text
+    return backend
 
 
 class PlainTokenizer:
@@ -38,6 +162,7 @@ class PlainTokenizer:
         backend: of the library ``tokenizers``.
         special_tokens: by their role, such as ``eos_token``.
         chat_template: Jinja; several by their names are kept, but not used.
+        clean_up_tokenization_spaces: as the files say it, for who asks; :meth:`decode` never does.
     """
 
     def __init__(
@@ -52,7 +177,6 @@ class PlainTokenizer:
         self.special_tokens_map = dict(special_tokens or {})
         self.chat_template = chat_template
         self.clean_up_tokenization_spaces = clean_up_tokenization_spaces
-        """As the files say it, for who asks; :meth:`decode` never does."""
 
     @classmethod
     def of(cls, tokenizer: Any) -> "PlainTokenizer":
@@ -80,9 +204,9 @@ class PlainTokenizer:
             facts = json.loads((folder / _CONFIG_FILE).read_text(encoding="utf-8"))
             if not isinstance(facts, dict) or _needs_transformers(folder, facts):
                 return None
-            backend = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
+            backend = Tokenizer.from_file(str(folder / _TOKENIZER_FILE))
             added = facts.get("added_tokens_decoder") or {}
-            tokens = [_added_token(token) for _, token in sorted(added.items(), key=lambda item: int(item[0]))]
+            tokens = [_added_token(added[number]) for number in sorted(added, key=int)]
             special = {
                 role: _added_token(facts[role])
                 for role in [*_ROLES, *(name for name in facts if name.endswith("_token") and name not in _ROLES)]
@@ -95,10 +219,8 @@ class PlainTokenizer:
                     tokens.append(token)
                     known.add(str(token))
             backend.add_tokens(tokens)
-        # The tokenizers library raises plain Exception for a damaged file; there is nothing narrower to catch.
-        except Exception as error:
-            reason = f"{type(error).__name__}: {(str(error).splitlines() or ['no reason given'])[0]}"
-            raise ValueError(f"the tokenizer files of {folder} cannot be read: {reason}") from error
+        except Exception as error:  # the tokenizers library raises nothing narrower for a damaged file
+            raise ValueError(f"the tokenizer files of {folder} cannot be read: {first_line(error)}") from error
         return cls(
             backend,
             {role: str(token) for role, token in special.items()},
@@ -119,12 +241,7 @@ class PlainTokenizer:
 
     @cached_property
     def _text_backend(self) -> Tokenizer:
-        """A copy, since how special tokens are read is a setting of the whole backend."""
-        backend = Tokenizer.from_str(self.backend_tokenizer.to_str())
-        backend.no_padding()
-        backend.no_truncation()
-        backend.encode_special_tokens = True
-        return backend
+        return copy_of_backend(self, special_is_text=True)
 
     @property
     def bos_token_id(self) -> int | None:
@@ -158,11 +275,10 @@ class PlainTokenizer:
 
 def _needs_transformers(folder: Path, facts: dict[str, Any]) -> bool:
     older = any((folder / name).is_file() for name in ("special_tokens_map.json", "added_tokens.json"))
+    names = ("auto_map", "add_bos_token", "add_eos_token", "model_specific_special_tokens")
     return (
         facts.get("tokenizer_class") not in _PLAIN_CLASSES
-        or any(
-            facts.get(name) for name in ("auto_map", "add_bos_token", "add_eos_token", "model_specific_special_tokens")
-        )
+        or any(facts.get(name) for name in names)
         or isinstance(facts.get("extra_special_tokens"), dict)
         or (older and not facts.get("added_tokens_decoder"))
     )
@@ -177,121 +293,86 @@ def _added_token(token: str | dict[str, Any]) -> AddedToken:
 
 def _read_templates(folder: Path, in_config: Any) -> Any:
     """The chat template; by their names where there are several. Files count before what the configuration holds."""
-    files = sorted((folder / "additional_chat_templates").glob("*.jinja"))
-    found = {path.stem: path.read_text(encoding="utf-8") for path in files}
+    files = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
     if (path := folder / "chat_template.jinja").is_file():
-        found = {"default": path.read_text(encoding="utf-8"), **found}
-    if not found and isinstance(in_config, list):
-        return {each["name"]: each["template"] for each in in_config}
-    if not found:
-        return in_config
+        files = {"default": path, **files}
+    if not files:
+        return {each["name"]: each["template"] for each in in_config} if isinstance(in_config, list) else in_config
+    found = {name: path.read_text(encoding="utf-8") for name, path in files.items()}
     return found["default"] if list(found) == ["default"] else found
 
 
-def render_chat(
-    template: str, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False, **variables: Any
-) -> tuple[str, list[tuple[int, int]]]:
-    """A conversation as the text that a chat template makes of it, as transformers renders it.
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or ['no reason given'])[0]}"
 
-    Args:
-        variables: what else the template may read: the special tokens by their roles.
+
+class TextEncoder:
+    """A tokenizer made ready for encoding whole corpora: in batches, on all cores, and text is text.
+
+    A document that spells out ``<eos>`` gives the tokens of those five characters, never the special token.
+    """
+
+    def __init__(self, tokenizer: AnyTokenizer):
+        backend = copy_of_backend(tokenizer)
+        self.is_byte_level = is_byte_tokenizer(tokenizer)
+        if self.is_byte_level:  # with_padding changes nothing for a text
+            backend = _renamed(backend, {byte: character for character, byte in byte_of_character().items()})
+        self.eos_token_id: int | None = document_end_id(tokenizer)
+        self.hash: str = hashlib.sha256(f"{backend.to_str()}{self.eos_token_id}".encode()).hexdigest()
+        """Equal for tokenizers that encode alike."""
+        backend.encode_special_tokens = True
+        self._backend = backend
+        self.dtype = np.min_scalar_type(vocabulary_size(tokenizer) - 1)
+        """Smallest unsigned integer type that holds every token id."""
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids of each text, without special tokens, as ``dtype``."""
+        if self.is_byte_level:
+            return self.encode_utf8([text.encode() for text in texts])
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
+
+    def encode_utf8(self, texts: Sequence[bytes]) -> list[np.ndarray]:
+        """As :meth:`encode`, of texts in UTF-8: for the byte-level tokenizer they are the tokens already."""
+        if self.is_byte_level:
+            return [np.frombuffer(text, dtype=np.uint8).astype(self.dtype, copy=False) for text in texts]
+        return self.encode([text.decode() for text in texts])
+
+
+def encode_texts(tokenizer: AnyTokenizer, texts: Sequence[str]) -> list[np.ndarray]:
+    """Token ids of each text. For many calls with one tokenizer, keep a :class:`TextEncoder`.
 
     Returns:
-        The text, and from where to where in it stands what is within ``{% generation %}``.
+        One array a text, of the smallest unsigned integer type that holds every id of the vocabulary.
+    """
+    return TextEncoder(tokenizer).encode(texts)
+
+
+def compression_ratio(tokenizer: AnyTokenizer, texts: Iterable[str]) -> float:
+    """Bytes of UTF-8 text per token, over all texts.
 
     Raises:
-        jinja2.TemplateError: the template refuses the conversation, or is wrong itself.
+        ValueError: the texts give no token at all.
     """
-    given = []
-    for message in messages:
-        reasoning = next((message[name] for name in _REASONING if message.get(name) is not None), None)
-        given.append(
-            {**message} if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
-        )
-    pieces: list[str] = []
-    spans: list[tuple[int, int]] = []
-    token = _rendering.set((pieces, spans))
-    try:
-        for piece in _compiled(template).generate(
-            messages=given, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **variables
-        ):
-            pieces.append(piece)
-    finally:
-        _rendering.reset(token)
-    return "".join(pieces), spans
+    encoder = TextEncoder(tokenizer)
+    num_bytes = num_tokens = 0
+    for batch in batches_of_bytes((text.encode() for text in texts), len):
+        num_bytes += sum(map(len, batch))
+        num_tokens += sum(map(len, encoder.encode_utf8(batch)))
+    if num_tokens == 0:
+        raise ValueError("there is no text to measure the tokenizer on: the texts are empty")
+    return num_bytes / num_tokens
 
 
-_rendering: ContextVar[tuple[list[str], list[tuple[int, int]]]] = ContextVar("what has been rendered, and the spans")
-
-
-class _GenerationExtension(Extension):
-    """The tag ``{% generation %}``: notes where in the text stands what is within it."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it as a class variable)
-
-    def parse(self, parser: Any) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("note"), [], [], body).set_lineno(line)
-
-    @pass_eval_context
-    def note(self, context: Any, caller: Any) -> str:
-        text: str = caller()
-        pieces, spans = _rendering.get()
-        start = sum(map(len, pieces))
-        spans.append((start, start + len(text)))
-        return text
-
-
-class _Namespace(Namespace):
-    """Jinja's, without names that lead into Python's internals: templates of the hub are not to be trusted."""
-
-    def __init__(*args: Any, **values: Any):
-        self, *given = args  # so that a template may have a variable named self
-        attributes = dict(*given, **values)
-        for name in attributes:
-            _check_name(name)
-        Namespace.__init__(self, attributes)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _check_name(name)
-        super().__setitem__(name, value)
-
-
-def _check_name(name: Any) -> None:
-    if isinstance(name, str) and name.startswith("_"):
-        raise SecurityError(f"a chat template may not store {name!r} in a namespace: names must not begin with _")
-
-
-class _Dict:
-    """What templates call ``dict``, without the attributes of the type."""
-
-    def __call__(self, *args: Any, **values: Any) -> dict[Any, Any]:
-        return dict(*args, **values)
-
-    def fromkeys(self, *args: Any) -> dict[Any, Any]:
-        return dict.fromkeys(*args)
-
-
-@lru_cache
-def _compiled(template: str) -> Template:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationExtension, "jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals |= {
-        "raise_exception": _raise_exception,
-        "strftime_now": lambda form: datetime.now().strftime(form),
-        "dict": _Dict(),
-        "namespace": _Namespace,
-    }
-    return environment.from_string(template)
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, **form: Any) -> str:
-    """Unlike Jinja's own, it does not escape what means something in HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, **form)
-
-
-def _raise_exception(message: str) -> None:
-    raise TemplateError(message)
+def batches_of_bytes(items: Iterable[T], num_bytes: Callable[[T], int]) -> Iterator[list[T]]:
+    """Items, in order, in lists of 4 MiB or a little more; keeps one list at a time."""
+    batch: list[T] = []
+    size = 0
+    for item in items:
+        batch.append(item)
+        size += num_bytes(item)
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

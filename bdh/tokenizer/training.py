@@ -23,7 +23,7 @@ from typing import Any, Literal, get_args
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from bdh.tokenizer.byte_level import NUM_BYTES, SPECIAL_TOKENS
+from bdh.tokenizer.plain import NUM_BYTES, SPECIAL_TOKENS
 
 Kind = Literal["bpe", "wordpiece", "unigram"]
 

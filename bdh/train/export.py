@@ -113,7 +113,7 @@ def export_model(
     """Writes model, tokenizer, generation settings and card into ``folder``, which appears when it is complete.
 
     Args:
-        pad_and_eos: give a byte tokenizer without special tokens those of :func:`bdh.tokenizer.byte_level.with_padding`.
+        pad_and_eos: give a byte tokenizer without special tokens those of :func:`bdh.tokenizer.with_padding`.
 
     Raises:
         FileExistsError: the folder is there and not empty, and ``replace`` is not set.

@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from bdh.model import BDHForCausalLM
 from bdh.tokenizer import TextEncoder, TokenizerConfig, is_byte_tokenizer, load_tokenizer
-from bdh.tokenizer.byte_level import NUM_BYTES
 from bdh.tokenizer.chat import CHAT_TOKENS, add_special_tokens
+from bdh.tokenizer.plain import NUM_BYTES
 from bdh.train.config import LoraSettings, ModelSettings, RunSettings
 from bdh.train.models import open_model
 from bdh.vocabulary import vocabulary_size

@@ -15,7 +15,7 @@ from bdh.generate.grammar import GRAMMAR_FAULT, Grammars
 from bdh.generate.params import SamplingParams, params_from
 from bdh.generate.snapshot import Snapshot
 from bdh.tokenizer import byte_tokenizer, train_tokenizer
-from bdh.tokenizer.byte_level import token_bytes
+from bdh.tokenizer.plain import token_bytes
 
 SCHEMA = {
     "type": "object",

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models
 
-from bdh.tokenizer import TextEncoder, byte_tokenizer, encode_texts, train_tokenizer
-from bdh.tokenizer.encoding import smallest_dtype
+from bdh.tokenizer import PlainTokenizer, TextEncoder, byte_tokenizer, encode_texts, train_tokenizer
 from tests.tokenizer.conftest import TRAINING_TEXT
 
 
@@ -12,8 +12,11 @@ from tests.tokenizer.conftest import TRAINING_TEXT
     (256, np.uint8), (257, np.uint16), (65_536, np.uint16), (65_537, np.uint32)
 ])  # fmt: skip
 def test_smallest_type_holds_every_id(num_entries, dtype):
-    assert smallest_dtype(num_entries) is dtype
-    assert np.iinfo(dtype).max >= num_entries - 1
+    words = {str(number): number for number in range(num_entries)}
+    encoder = TextEncoder(PlainTokenizer(Tokenizer(models.WordLevel(words, unk_token="0"))))
+    ids = encoder.encode([str(num_entries - 1)])[0]
+    assert ids.tolist() == [num_entries - 1]
+    assert ids.dtype == encoder.dtype == dtype
 
 
 def test_each_text_gives_an_array():
