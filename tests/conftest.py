@@ -32,6 +32,20 @@ OPTIONAL_PACKAGES = [
 ]
 
 
+# By how long they take: of several test processes none is then left with one of them at the end.
+LONGEST_FILES = [
+    "test_benchmarks.py",
+    "train/test_dry_run.py",
+    "distributed/test_training.py",
+    "train/test_run.py",
+    "distributed/test_data_faults.py",
+    "test_deploy.py",
+    "test_imports.py",
+    "serve/test_process.py",
+    "cli/test_bench.py",
+]
+
+
 def installed_packages() -> dict[str, str | None]:
     """The optional packages and their versions; None for one that is missing."""
     found: dict[str, str | None] = {}
@@ -50,6 +64,13 @@ def pytest_terminal_summary(terminalreporter):
 
 def pytest_addoption(parser):
     parser.addoption("--no-skips", action="store_true", help="fail where a test is skipped, but for those marked gpu")
+
+
+def pytest_collection_modifyitems(config, items):
+    if hasattr(config, "workerinput"):
+        folder = Path(__file__).parent
+        first = {folder / name: place for place, name in enumerate(LONGEST_FILES)}
+        items.sort(key=lambda item: first.get(item.path, len(first)))
 
 
 class NoSkips:
@@ -84,7 +105,8 @@ class NoSkips:
 
 def pytest_configure(config):
     if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
-        # Once, before the workers: in each of them, and in the servers that they start, it takes longer than tests wait.
+        # Once, before the workers: in each of them, and in the servers that they start, it takes longer
+        # than tests wait.
         subprocess.run([sys.executable, "-m", "tests.compile_kernels"], cwd=Path(__file__).parent.parent, check=True)
     if config.getoption("--no-skips"):
         config.pluginmanager.register(NoSkips())
@@ -99,9 +121,7 @@ def pytest_configure(config):
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
     num_threads = 2
-    if hasattr(
-        config, "workerinput"
-    ):  # of xdist, one of several: a thread each is faster, in the programs they start too
+    if hasattr(config, "workerinput"):  # of xdist, one of several: a thread each is faster, in what they start too
         os.environ["OMP_NUM_THREADS"] = "1"
         num_threads = 1
 
