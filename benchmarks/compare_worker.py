@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from bdh import BDHConfig, BDHForCausalLM
-from bdh.generate.config import EngineConfig
 from bdh.generate.engine import Engine
 from bdh.generate.params import SamplingParams
 from bdh.tokenizer import byte_tokenizer
@@ -29,6 +28,11 @@ try:
     from bdh.ops.blocks.plan import LayerOptions
 except ModuleNotFoundError:  # before ops/layer became ops/blocks
     from bdh.ops.layer.plan import LayerOptions
+
+try:
+    from bdh.generate.params import EngineConfig
+except ImportError:  # before generate/config.py was part of generate/params.py
+    from bdh.generate.config import EngineConfig
 
 Read = Callable[[list[tuple[Any, list[int]]], str], list[Any]]
 

@@ -19,10 +19,9 @@ from transformers import PreTrainedTokenizerFast
 from bdh import BDHConfig, BDHForCausalLM
 from bdh.bench.report import interleaved
 from bdh.data.sources import stdlib_files
-from bdh.generate.config import EngineConfig
 from bdh.generate.engine import Engine
 from bdh.generate.grammar import Grammars
-from bdh.generate.params import SamplingParams
+from bdh.generate.params import EngineConfig, SamplingParams
 from bdh.tokenizer import byte_tokenizer, train_tokenizer
 from bdh.tokenizer.plain import token_bytes
 from bdh.train.models import load_model

@@ -118,9 +118,8 @@ def bare_engine(model: str, prompts: list[list[int]], tokens: int) -> dict:
 
 
 def _bare_engine(model: str, prompts: list[list[int]], tokens: int) -> dict:
-    from bdh.generate.config import EngineConfig
     from bdh.generate.engine import Engine
-    from bdh.generate.params import SamplingParams
+    from bdh.generate.params import EngineConfig, SamplingParams
     from bdh.train.models import load_model
 
     engine = Engine(*load_model(model), config=EngineConfig(max_running=STATES))

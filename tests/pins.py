@@ -49,8 +49,8 @@ def layer_options(**fields: Any) -> Any:
 
 
 def make_engine(model: BDHForCausalLM, settings: dict[str, Any]) -> Any:
-    from bdh.generate.config import EngineConfig
     from bdh.generate.engine import Engine
+    from bdh.generate.params import EngineConfig
 
     return Engine(model, byte_tokenizer(), config=EngineConfig(max_state_bytes=10**8, **settings))
 

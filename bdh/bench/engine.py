@@ -10,9 +10,8 @@ from bdh.bench import BenchOptions
 from bdh.bench.decoders import StateDecoder
 from bdh.bench.models import Density, measure_bandwidth, random_tokens, traffic
 from bdh.bench.report import Progress, Report, interleaved, milliseconds, percentile
-from bdh.generate.config import EngineConfig
 from bdh.generate.engine import Engine
-from bdh.generate.params import SamplingParams
+from bdh.generate.params import EngineConfig, SamplingParams
 from bdh.model.modeling import BDHForCausalLM
 
 CONCURRENT = 8

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 from bdh.cli.models import ReadsModel, load_for_generation
 from bdh.cli.output import show_kept
 from bdh.cli.settings import parse_settings, verbatim
-from bdh.generate.config import EngineConfig
-from bdh.generate.params import DrawSettings, SamplingParams
+from bdh.generate.params import DrawSettings, EngineConfig, SamplingParams
 from bdh.ops import StepPath, Storage
 from bdh.storage import check_file
 from bdh.validation import DeviceName, Faults, PathText

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from bdh.cli.models import ReadsModel
 from bdh.cli.settings import parse_settings
 from bdh.data.config import DataConfig
-from bdh.evaluate.task_files import check_task_files
+from bdh.evaluate import check_task_files
 from bdh.validation import DeviceName, Faults, PathText
 
 _UNKNOWN_BLOCK_SIZE = 512

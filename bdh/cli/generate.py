@@ -10,9 +10,8 @@ from typing import Any
 
 from bdh.cli.models import ReadsModel, load_for_generation
 from bdh.cli.settings import parse_settings, verbatim
-from bdh.generate.config import EngineConfig
 from bdh.generate.grammar import check_grammar_library, collect_grammar_faults
-from bdh.generate.params import SamplingParams, TextSettings, collect_text_faults
+from bdh.generate.params import EngineConfig, SamplingParams, TextSettings, collect_text_faults
 from bdh.generate.prompts_file import Job, num_done, read_jobs, result_lines
 from bdh.storage import check_folder_of
 from bdh.text_files import read_text

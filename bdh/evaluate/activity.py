@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from bdh.evaluate.loss import inference
+from bdh.generate.texts import inference
 from bdh.model import BDHForCausalLM
 
 _SAMPLE = 4096  # values kept of each kind and pass, for histograms

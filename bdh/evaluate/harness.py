@@ -13,12 +13,10 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerFast
 
-from bdh.evaluate.loss import inference
-from bdh.evaluate.task_files import check_task_files, is_task_path
-from bdh.generate.config import EngineConfig
+from bdh.evaluate import check_task_files, is_task_path
 from bdh.generate.engine import Engine
-from bdh.generate.params import SamplingParams
-from bdh.generate.texts import generate_text, params_of
+from bdh.generate.params import EngineConfig, SamplingParams
+from bdh.generate.texts import generate_text, inference, params_of
 from bdh.model import BDHForCausalLM
 from bdh.vocabulary import document_end_id
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from bdh.evaluate.loss import inference
+from bdh.generate.texts import inference
 from bdh.model import BDHForCausalLM
 
 DISTANCES = (64, 128, 256, 512, 1024, 2048, 4096, 8192)

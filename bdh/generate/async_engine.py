@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bdh.generate.advance import Residuals
-from bdh.generate.decoder import Prompt
 from bdh.generate.engine import Engine
 from bdh.generate.params import SamplingParams
-from bdh.generate.sequence import Completion, StepOutput
+from bdh.generate.sequence import Completion, Prompt, StepOutput
 from bdh.generate.snapshot import Snapshot
 
 _logger = logging.getLogger(__name__)

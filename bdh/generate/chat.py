@@ -11,11 +11,10 @@ from typing import Any
 import torch
 
 from bdh.generate.advance import StepInput
-from bdh.generate.decoder import TextDecoder, encode_prompt, end_token_ids
 from bdh.generate.engine import Engine
 from bdh.generate.params import SamplingParams
 from bdh.generate.sampler import generator_of
-from bdh.generate.sequence import Completion, StepOutput
+from bdh.generate.sequence import Completion, StepOutput, TextDecoder, encode_prompt, end_token_ids
 from bdh.generate.snapshot import Snapshot
 from bdh.model.fingerprint import weights_mark
 from bdh.model.state import SynapticState

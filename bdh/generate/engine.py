@@ -13,12 +13,20 @@ from typing import Any
 import torch
 
 from bdh.generate.advance import MOST_NEURONS, Advancer, Residuals, StatePool, StepInput
-from bdh.generate.config import EngineConfig, EngineStats
-from bdh.generate.decoder import Prompt, encode_prompt, end_token_ids
 from bdh.generate.grammar import Grammars, Matcher
-from bdh.generate.params import SamplingParams
+from bdh.generate.params import EngineConfig, EngineStats, SamplingParams
 from bdh.generate.prefix_cache import PrefixStore
-from bdh.generate.sequence import Completion, Continuation, FinishReason, Request, StepOutput, told
+from bdh.generate.sequence import (
+    Completion,
+    Continuation,
+    FinishReason,
+    Prompt,
+    Request,
+    StepOutput,
+    encode_prompt,
+    end_token_ids,
+    told,
+)
 from bdh.generate.snapshot import Snapshot
 from bdh.memory import available_bytes
 from bdh.model.fingerprint import weights_mark
@@ -91,16 +99,12 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return self._has_requests or bool(self._prefixes and self._prefixes.marked)
-
-    @property
-    def _has_requests(self) -> bool:
-        return bool(self._waiting or self._running or self._outputs)
+        return bool(self._waiting or self._running or self._outputs or (self._prefixes and self._prefixes.marked))
 
     def knows(self, request_id: int) -> bool:
         """Whether a request waits, runs, or has outputs that the next step gives."""
-        others = (*(request.id for request in self._waiting), *(output.request_id for output in self._outputs))
-        return request_id in self._running or request_id in others
+        others = (request.id for request in self._waiting), (output.request_id for output in self._outputs)
+        return request_id in itertools.chain(self._running, *others)
 
     def stats(self) -> EngineStats:
         counters = self._counters
@@ -260,7 +264,8 @@ class Engine:
             self._in_hand.popleft()
         for request_id in [each.id for each in self._running.values() if each.is_done]:
             del self._running[request_id]  # whose end was interrupted
-        self._store_prefixes()
+        if self._prefixes is not None:
+            self._prefixes.store_marked()
         self._admit()
         chosen = self._choose_inputs()
         self._in_hand.extend(request for request, *_ in chosen)
@@ -284,12 +289,11 @@ class Engine:
         Raises:
             ValueError: as :meth:`add_request`, before anything is generated; or the engine has other work.
         """
-        several: Sequence[Prompt] = [prompts] if isinstance(prompts, str) else prompts  # type: ignore[assignment]
+        encoded = [self.encode(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]  # type: ignore[arg-type]
         if isinstance(params, SamplingParams) or params is None:
-            params = [params or SamplingParams()] * len(several)
-        if len(params) != len(several):
-            raise ValueError(f"there are {len(several)} prompts and {len(params)} params: must be one for each, or one")
-        encoded = [self.encode(prompt) for prompt in several]
+            params = [params or SamplingParams()] * len(encoded)
+        if len(params) != len(encoded):
+            raise ValueError(f"there are {len(encoded)} prompts and {len(params)} params: must be one for each, or one")
         for each in params:
             self.check(each)
         return list(self.map(zip(encoded, params, strict=True)))
@@ -300,7 +304,7 @@ class Engine:
         Raises:
             ValueError: a request is wrong: those before it are ended; or the engine has other work.
         """
-        if self._has_requests:
+        if self._waiting or self._running or self._outputs:
             raise ValueError("the engine has other requests: end them before a whole batch is generated")
         source, ids = iter(requests), deque[int]()
         found: dict[int, dict[int, Completion]] = {}
@@ -436,15 +440,12 @@ class Engine:
         request.places.discard(state.position)
         self._prefixes.mark(sequence.tokens[: state.position], state, sequence.logits, request.weights)
 
-    def _store_prefixes(self) -> None:
-        if self._prefixes is not None:
-            self._prefixes.store_marked()
-
     def _fork(self, request: Request, sequence: Continuation) -> list[Continuation]:
         """The further continuations of a prompt, once it has been read: each with a copy of the state."""
         if len(request.sequences) == request.params.n:
             return []
-        self._store_prefixes()  # before a state that another request has just left is taken
+        if self._prefixes is not None:
+            self._prefixes.store_marked()  # before a state that another request has just left is taken
         for index in range(1, request.params.n):
             other = request.make(index)
             other.state = self._pool.take(copy_of=sequence.state)
@@ -478,9 +479,8 @@ class Engine:
 
     def _fail(self, request: Request, error: Exception, *, has_traceback: bool = True) -> None:
         """Ends a request after an exception."""
-        _logger.error(
-            "request %d ends with an error: %s", request.id, told(error), exc_info=error if has_traceback else None
-        )
+        traceback = error if has_traceback else None
+        _logger.error("request %d ends with an error: %s", request.id, told(error), exc_info=traceback)
         self._end(request, "error", told(error))
 
     def _end(self, request: Request, reason: FinishReason, error: str | None = None) -> None:

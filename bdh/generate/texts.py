@@ -1,4 +1,7 @@
-"""Texts of a model by function calls: what :class:`bdh.BDHForCausalLM` has as methods of these names."""
+"""Texts of a model by function calls: what :class:`bdh.BDHForCausalLM` has as methods of these names.
+
+They are calls of the engine, but for beam search, which is transformers' ``generate``.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -7,11 +10,11 @@ from typing import Any
 
 import torch
 
-from bdh.generate.decoder import Prompt
 from bdh.generate.engine import Engine
 from bdh.generate.params import SamplingParams, collect_text_faults
-from bdh.generate.sequence import StepOutput
+from bdh.generate.sequence import CONTEXT_TOKENS, Prompt, TextDecoder, encode_prompt, end_token_ids
 from bdh.model.network import ModelParts
+from bdh.tokenizer.plain import PlainTokenizer
 from bdh.validation import Faults, collect_faults
 from bdh.vocabulary import check_vocabulary
 
@@ -45,13 +48,9 @@ def generate_texts(
     if not prompts:
         raise ValueError("there are no prompts: give at least one")
     if num_beams > 1:
-        from bdh.generate.beams import search_beams  # with transformers
-
-        return search_beams(model, tokenizer, prompts, params, num_beams)
-    seeds = [params.seed] * len(prompts) if params.seed is not None else [_drawn_seed() for _ in prompts]
-    with _in_evaluation(model):
-        engine = Engine(model, tokenizer)
-        found = engine.generate(prompts, [replace(params, seed=seed) for seed in seeds])
+        return _search_beams(model, PlainTokenizer.of(tokenizer), prompts, params, num_beams)
+    with inference(model):
+        found = Engine(model, tokenizer).generate(prompts, [_with_seed(params) for _ in prompts])
     for completion in (each for several in found for each in several):
         if completion.error is not None:
             raise RuntimeError(completion.error)
@@ -84,18 +83,16 @@ def stream_text(
         raise ValueError(
             f"a stream carries one text: num_beams is {num_beams} and num_return_sequences {params.n}, both must be 1"
         )
-    if params.seed is None:
-        params = replace(params, seed=_drawn_seed())
-    with _in_evaluation(model):
+    with inference(model):
         engine = Engine(model, tokenizer)
-        engine.add_request(prompt, params)
+        engine.add_request(prompt, _with_seed(params))
     return _pieces(engine)
 
 
 def _pieces(engine: Engine) -> Iterator[str]:
     while engine.has_work:
-        with _in_evaluation(engine.model):
-            outputs: list[StepOutput] = engine.step()
+        with inference(engine.model):
+            outputs = engine.step()
         for output in outputs:
             if output.text:
                 yield output.text
@@ -122,18 +119,72 @@ def params_of(params: SamplingParams | None, settings: dict[str, Any], *, num_be
     return params
 
 
+def _with_seed(params: SamplingParams) -> SamplingParams:
+    """Without a seed, PyTorch's generator gives one, so that ``torch.manual_seed`` makes texts repeatable."""
+    return params if params.seed is not None else replace(params, seed=int(torch.randint(2**62, ())))
+
+
 @contextmanager
-def _in_evaluation(model: ModelParts) -> Iterator[None]:
-    """Within it nothing is dropped out; the model is as it was afterwards."""
+def inference(model: ModelParts) -> Iterator[None]:
+    """Evaluation mode without gradients; the mode before comes back at the end."""
     was_training = model.training
     model.eval()
     try:
-        yield
+        with torch.no_grad():
+            yield
     finally:
-        if was_training:
-            model.train()
+        model.train(was_training)
 
 
-def _drawn_seed() -> int:
-    """From PyTorch's generator, so that ``torch.manual_seed`` makes texts repeatable."""
-    return int(torch.randint(2**62, ()))
+def _search_beams(
+    model: Any, tokenizer: PlainTokenizer, prompts: Sequence[Prompt], params: SamplingParams, num_beams: int
+) -> list[list[str]]:
+    """For each prompt the ``params.n`` best continuations that a beam search finds, all prompts in one batch."""
+    from transformers import StoppingCriteriaList
+
+    encoded = [encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+    T = max(map(len, encoded))
+    pad = tokenizer.pad_token_id or 0  # never seen: the mask hides it
+    ids = torch.tensor([[pad] * (T - len(tokens)) + tokens for tokens in encoded], device=model.device)  # (B, T)
+    mask = torch.tensor([[0] * (T - len(tokens)) + [1] * len(tokens) for tokens in encoded], device=model.device)
+    ends = end_token_ids(model, tokenizer)
+    # A token has at least one byte, except special ones, which decode to nothing.
+    tail_tokens = max((len(s.encode()) for s in params.stop), default=0) + CONTEXT_TOKENS
+
+    def decoded(sequence: torch.Tensor, start: int) -> tuple[TextDecoder, str]:
+        """The text of a sequence's tokens from ``start`` to its end, after which padding stands, and its decoder."""
+        context, generated = sequence[max(0, start - CONTEXT_TOKENS) : start].tolist(), sequence[start:].tolist()
+        end = next((place for place, token in enumerate(generated) if token in ends), len(generated))
+        decoder = TextDecoder(tokenizer, params.stop, context)
+        return decoder, decoder.push(generated[:end])
+
+    def is_stopped(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """Beams change places, so each is decoded anew, but only what a stop string at its end can stand in."""
+        start = max(T, input_ids.shape[1] - tail_tokens)
+        return torch.tensor([decoded(beam, start)[0].stopped for beam in input_ids], device=input_ids.device)
+
+    # Neutral values are given too: left out, those of the model's generation_config would count.
+    arguments: dict[str, Any] = {"do_sample": params.temperature > 0, "repetition_penalty": params.repetition_penalty}
+    if params.temperature > 0:
+        arguments |= {"temperature": params.temperature, "top_k": params.top_k, "top_p": params.top_p}
+        arguments["min_p"] = params.min_p or None
+    # transformers draws from PyTorch's own generator, which then continues as if nothing had been drawn.
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else [], enabled=params.seed is not None):
+        if params.seed is not None:
+            torch.manual_seed(params.seed)
+        found = model.generate(
+            ids,
+            attention_mask=mask,
+            stopping_criteria=StoppingCriteriaList([is_stopped] if params.stop else []),
+            pad_token_id=pad,
+            eos_token_id=ends or None,
+            max_new_tokens=params.max_tokens,
+            num_beams=num_beams,
+            num_return_sequences=params.n,
+            **arguments,
+        )
+    texts = []
+    for sequence in found:
+        decoder, text = decoded(sequence, T)
+        texts.append(text + decoder.flush())
+    return [texts[start : start + params.n] for start in range(0, len(texts), params.n)]

@@ -10,10 +10,9 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from bdh.generate.decoder import TextDecoder
 from bdh.generate.grammar import GRAMMAR_FAULT
 from bdh.generate.params import SamplingParams
-from bdh.generate.sequence import Completion, StepOutput
+from bdh.generate.sequence import Completion, StepOutput, TextDecoder
 from bdh.generate.snapshot import Snapshot
 from bdh.serve.answers import ChatAnswer, ChatWriter, CompletionAnswer, CompletionWriter, Writer
 from bdh.serve.errors import ApiError, bad_request, internal_error

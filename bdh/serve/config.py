@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Le
 
-from bdh.generate.config import EngineConfig
+from bdh.generate.params import EngineConfig
 from bdh.serve.keys import read_callers
 from bdh.text_files import read_text
 from bdh.validation import (

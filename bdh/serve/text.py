@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bdh.generate.decoder import encode_prompt
+from bdh.generate.sequence import encode_prompt
 from bdh.serve.config import PLAIN, read_template
 from bdh.serve.errors import bad_request
 from bdh.tokenizer.chat import ChatEncoder, render_chat

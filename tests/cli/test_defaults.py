@@ -16,8 +16,7 @@ from bdh.cli import settings as cli_settings
 from bdh.cli.arguments import leaves_of
 from bdh.cli.main import COMMANDS
 from bdh.cli.settings import parse_settings, to_yaml
-from bdh.generate.config import EngineConfig
-from bdh.generate.params import SamplingParams
+from bdh.generate.params import EngineConfig, SamplingParams
 from bdh.model.configuration import BDHConfig
 from bdh.serve.config import ServeSettings
 from bdh.train.config import ModelSettings, RunSettings

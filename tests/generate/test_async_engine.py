@@ -6,9 +6,8 @@ import pytest
 
 from bdh.generate.advance import Advancer
 from bdh.generate.async_engine import AsyncEngine, AsyncRequest
-from bdh.generate.config import EngineConfig
 from bdh.generate.engine import Engine
-from bdh.generate.params import SamplingParams
+from bdh.generate.params import EngineConfig, SamplingParams
 from bdh.model.state import SynapticState
 
 

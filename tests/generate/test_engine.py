@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from bdh.generate.advance import Advancer
-from bdh.generate.config import EngineConfig
 from bdh.generate.engine import Engine
-from bdh.generate.params import SamplingParams
+from bdh.generate.params import EngineConfig, SamplingParams
 
 
 def drained(engine, *, each_step=lambda: None):

@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from bdh import BDHConfig, BDHForCausalLM
-from bdh.generate.config import EngineConfig
 from bdh.generate.engine import Engine
 from bdh.generate.grammar import GRAMMAR_FAULT, Grammars
-from bdh.generate.params import SamplingParams, params_from
+from bdh.generate.params import EngineConfig, SamplingParams, params_from
 from bdh.generate.snapshot import Snapshot
 from bdh.tokenizer import byte_tokenizer, train_tokenizer
 from bdh.tokenizer.plain import token_bytes

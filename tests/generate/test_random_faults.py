@@ -13,13 +13,11 @@ import bdh.ops.cpu.kernels
 import bdh.ops.cpu.window
 import bdh.ops.eager
 from bdh.generate.advance import Advancer, StatePool, StepInput
-from bdh.generate.config import EngineConfig
-from bdh.generate.decoder import TextDecoder
 from bdh.generate.engine import Engine
-from bdh.generate.params import SamplingParams
+from bdh.generate.params import EngineConfig, SamplingParams
 from bdh.generate.prefix_cache import PrefixCache, PrefixStore
 from bdh.generate.sampler import Sampler
-from bdh.generate.sequence import Continuation
+from bdh.generate.sequence import Continuation, TextDecoder
 from bdh.model.state import SynapticState
 from bdh.ops.cpu.recurrence import Recurrence, ScaledSums
 

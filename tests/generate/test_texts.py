@@ -6,8 +6,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from bdh.generate.decoder import TextDecoder, encode_prompt
 from bdh.generate.params import SamplingParams
+from bdh.generate.sequence import TextDecoder, encode_prompt
 from bdh.tokenizer import byte_tokenizer
 
 

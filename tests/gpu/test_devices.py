@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from bdh.generate.advance import Advancer, StepInput
-from bdh.generate.config import EngineConfig
 from bdh.generate.engine import Engine
-from bdh.generate.params import SamplingParams
+from bdh.generate.params import EngineConfig, SamplingParams
 from bdh.generate.snapshot import Snapshot
 from bdh.model import forward
 from bdh.ops.blocks.plan import LayerOptions

@@ -20,9 +20,8 @@ from torch.distributed.tensor import DeviceMesh
 
 from bdh.generate.advance import Advancer, StepInput
 from bdh.generate.chat import Conversation
-from bdh.generate.config import EngineConfig
 from bdh.generate.engine import Engine
-from bdh.generate.params import SamplingParams
+from bdh.generate.params import EngineConfig, SamplingParams
 from bdh.model import kernels
 from bdh.model.fingerprint import fingerprint
 from bdh.model.kernels import forget_kernels, recurrence_of

@@ -12,7 +12,7 @@ import torch
 import uvicorn
 
 from bdh import BDHConfig, BDHForCausalLM
-from bdh.generate.config import EngineConfig
+from bdh.generate.params import EngineConfig
 from bdh.serve.config import AuthSettings, LimitSettings, ServeSettings
 from bdh.serve.keys import ApiKeys
 from bdh.serve.server import load, uvicorn_config

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from bdh.generate.config import EngineConfig
+from bdh.generate.params import EngineConfig
 from bdh.serve.config import AuthSettings, LimitSettings
 from bdh.serve.middleware import EventStream
 from bdh.serve.monitoring import JsonFormatter, TextFormatter

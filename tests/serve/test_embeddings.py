@@ -8,7 +8,7 @@ import openai
 import pytest
 import torch
 
-from bdh.generate.config import EngineConfig
+from bdh.generate.params import EngineConfig
 from bdh.serve.config import LimitSettings
 from bdh.tokenizer import byte_tokenizer
 from tests.serve.conftest import SENTENCES, made_model

@@ -6,9 +6,8 @@ import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
-from bdh.generate.config import EngineConfig
 from bdh.generate.engine import Engine
-from bdh.generate.params import SamplingParams
+from bdh.generate.params import EngineConfig, SamplingParams
 from bdh.serve.config import AuthSettings, LimitSettings
 
 QUESTION = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Is a Straße naß?"}]

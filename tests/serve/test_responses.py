@@ -7,8 +7,8 @@ import openai
 import pytest
 from pydantic import BaseModel, Field
 
-from bdh.generate.config import EngineConfig
 from bdh.generate.engine import Engine
+from bdh.generate.params import EngineConfig
 from bdh.serve.config import AuthSettings, LimitSettings, StateSettings
 from tests.serve.test_openai import client_of
 

@@ -10,9 +10,8 @@ from lm_eval.utils import RemoteTokenizer, check_remote_tokenizer_support
 from tokenizers.processors import TemplateProcessing
 
 from bdh.cli.main import main
-from bdh.generate.config import EngineConfig
 from bdh.generate.engine import Engine
-from bdh.generate.params import SamplingParams
+from bdh.generate.params import EngineConfig, SamplingParams
 from bdh.serve.answers import CompletionAnswer, CompletionLogprobs
 from bdh.serve.config import StateSettings
 from bdh.tokenizer import train_tokenizer

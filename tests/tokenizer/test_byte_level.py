@@ -3,7 +3,7 @@
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from bdh.generate.decoder import encode_prompt
+from bdh.generate.sequence import encode_prompt
 from bdh.tokenizer import (
     TextEncoder,
     byte_tokenizer,
