@@ -6,7 +6,7 @@ from pathlib import Path
 
 from bdh.cli.settings import parse_settings
 from bdh.storage import check_free
-from bdh.train.places import find_model
+from bdh.train.places import find_model, lock_run_around
 from bdh.validation import Faults, PathText, Settings
 
 
@@ -47,7 +47,6 @@ def run(argv: list[str]) -> int:
     from bdh.model.fingerprint import identity
     from bdh.tokenizer import TextEncoder
     from bdh.train.export import export_model
-    from bdh.train.lock import lock_run_around
     from bdh.train.models import load_model
 
     out = Path(settings.out)

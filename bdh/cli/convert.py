@@ -6,7 +6,7 @@ from pathlib import Path
 from bdh.cli.settings import parse_settings
 from bdh.storage import check_file, is_taken
 from bdh.tokenizer.config import TokenizerConfig
-from bdh.train.places import find_model
+from bdh.train.places import find_model, lock_run_around
 from bdh.validation import PathText, Settings
 
 
@@ -67,7 +67,6 @@ def _from_reference(settings: ConvertSettings, out: Path) -> int:
             f"{vocabulary_size(tokenizer)}: give the tokenizer that it was trained with, with --tokenizer"
         )
     from bdh.train.export import export_model
-    from bdh.train.lock import lock_run_around
 
     num_parameters = sum(p.numel() for p in model.parameters())
     with lock_run_around(out):

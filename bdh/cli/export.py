@@ -5,7 +5,7 @@ from pathlib import Path
 
 from bdh.cli.settings import parse_settings
 from bdh.storage import check_free, recover_dir
-from bdh.train.places import ADAPTER_CONFIG, check_peft, find_checkpoint
+from bdh.train.places import ADAPTER_CONFIG, check_peft, find_checkpoint, lock_run_around
 from bdh.validation import Faults, PathText, Settings
 
 
@@ -51,7 +51,6 @@ def run(argv: list[str]) -> int:
         positionals=("run", "out"),
     )
     from bdh.train.export import export_merged, export_run
-    from bdh.train.lock import lock_run_around
 
     run, out = Path(settings.run), Path(settings.out)
     with lock_run_around(out):

@@ -12,9 +12,7 @@ from bdh.cli.output import lasting_streams, show_kept, stage_progress
 from bdh.cli.settings import given_settings, parse_settings
 from bdh.distributed.config import rank, reported_to_torchrun, world_size
 from bdh.locks import InUseError
-from bdh.train.config import RunSettings
-from bdh.train.signals import EXIT_STATUS
-from bdh.train.stored import check_unchanged, stored_settings
+from bdh.train.config import RunSettings, check_unchanged, resume_command, settings_to_store, stored_settings
 
 
 @lasting_streams()
@@ -69,8 +67,7 @@ def _train(console: Console, training: Any) -> int:
     """Trains, and exports; returns the exit status."""
     from bdh.monitor import Monitor
     from bdh.train.batches import DataStopped
-    from bdh.train.loop import fit
-    from bdh.train.stored import resume_command, settings_to_store
+    from bdh.train.loop import EXIT_STATUS, fit
 
     settings = training.settings
     monitor = Monitor(

@@ -1,9 +1,14 @@
-"""The settings of a training run, one dataclass a section. A docstring under a field is its help text."""
+"""The settings of a training run, one dataclass a section, and what is stored of them in its folder.
+
+A docstring under a field is its help text.
+"""
 
 import re
-from dataclasses import dataclass, field
+import shlex
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
@@ -13,7 +18,15 @@ from bdh.model.shape import decay_fault
 from bdh.monitor.config import MonitorConfig
 from bdh.ops import LayerPath
 from bdh.tokenizer.config import TokenizerConfig
-from bdh.train.places import LOCK_FILE, CheckpointFolder, check_peft, find_model, holds_run, taken_by_run
+from bdh.train.places import (
+    CONFIG_FILE,
+    LOCK_FILE,
+    CheckpointFolder,
+    check_peft,
+    find_model,
+    holds_run,
+    taken_by_run,
+)
 from bdh.validation import (
     Allowed,
     DeviceName,
@@ -26,6 +39,7 @@ from bdh.validation import (
     PositiveInt,
     Settings,
 )
+from bdh.yaml_files import read_yaml
 
 _METRIC = re.compile(
     r"(val|val_ema)/(loss|perplexity|bits_per_byte|accuracy)"
@@ -64,10 +78,9 @@ class ModelSettings(Settings):
     """Entries of the vocabulary. It follows from the tokenizer; given, it must agree with it."""
 
     def collect_faults(self, faults: Faults) -> None:
-        sizes = ("n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier", "chunk_size")
         if wanted := decay_fault(self.decay, self.n_head):
             faults.require(False, "decay", self.decay, wanted)
-        if min(getattr(self, name) for name in sizes) >= 1:
+        if min(self.n_embd, self.n_head, self.mlp_internal_dim_multiplier) >= 1:
             neurons = self.n_embd * self.mlp_internal_dim_multiplier
             faults.require(
                 neurons % (2 * self.n_head) == 0,
@@ -190,22 +203,19 @@ class TrainSettings(Settings):
     gone: ClassVar[dict[str, str]] = {"gradient_checkpointing": "train.recompute: pass does what it did"}
     """Settings of earlier versions, and what to say of them."""
 
+    @property
+    def sequences_per_process(self) -> int:
+        """Of a step, over all its micro-batches."""
+        return self.batch_size * self.gradient_accumulation_steps
+
     def collect_faults(self, faults: Faults) -> None:
         for name, whole in (("rows_per_block", "batch_size"), ("tokens_per_block", "block_size")):
             value, most = getattr(self, name), getattr(self, whole)
             faults.require((value or 0) <= most, name, value, f"at most train.{whole}, {most}")
-        faults.require(
-            self.warmup_steps <= self.max_steps,
-            "warmup_steps",
-            self.warmup_steps,
-            f"at most max_steps, {self.max_steps}",
-        )
-        faults.require(
-            (self.decay_steps or 0) + self.warmup_steps <= self.max_steps or self.schedule != "wsd",
-            "decay_steps",
-            self.decay_steps,
-            f"at most max_steps - warmup_steps, {self.max_steps - self.warmup_steps}",
-        )
+        warmup, decay, most = self.warmup_steps, self.decay_steps, self.max_steps
+        faults.require(warmup <= most, "warmup_steps", warmup, f"at most max_steps, {most}")
+        fits = (decay or 0) + warmup <= most or self.schedule != "wsd"
+        faults.require(fits, "decay_steps", decay, f"at most max_steps - warmup_steps, {most - warmup}")
         if self.lora.r > 0:
             base, optimizer = self.init_from, self.optimizer
             faults.require(base is not None, "init_from", base, "the model that the adapters of train.lora are for")
@@ -249,24 +259,15 @@ class RunSettings(Settings):
     """Write no run: measure a step or two on this device, and tell the memory and the time that the run would take."""
 
     def collect_faults(self, faults: Faults) -> None:
-        faults.require(
-            not self.resume or self.run_dir is not None, "run_dir", self.run_dir, "the folder of the run to resume"
-        )
-        faults.require(
-            self.resume_step is None or self.resume, "resume_step", self.resume_step, "given together with --resume"
-        )
-        faults.require(
-            self.checkpoint.export != "ema" or self.train.ema_decay is not None,
-            "checkpoint.export",
-            self.checkpoint.export,
-            "last, best or none without train.ema_decay, which keeps the moving average",
-        )
-        faults.require(
-            not self.checkpoint.best_metric.startswith("val_ema/") or self.train.ema_decay is not None,
-            "checkpoint.best_metric",
-            self.checkpoint.best_metric,
-            "one of val/... without train.ema_decay, which keeps the moving average",
-        )
+        run_dir, step = self.run_dir, self.resume_step
+        faults.require(not self.resume or run_dir is not None, "run_dir", run_dir, "the folder of the run to resume")
+        faults.require(step is None or self.resume, "resume_step", step, "given together with --resume")
+        if self.train.ema_decay is None:
+            export, metric = self.checkpoint.export, self.checkpoint.best_metric
+            without = "without train.ema_decay, which keeps the moving average"
+            faults.require(export != "ema", "checkpoint.export", export, f"last, best or none {without}")
+            is_right = not metric.startswith("val_ema/")
+            faults.require(is_right, "checkpoint.best_metric", metric, f"one of val/... {without}")
 
     def check_available(self) -> None:
         for section in (self.monitor, self.train.lora):
@@ -285,3 +286,139 @@ class RunSettings(Settings):
         if not self.resume:  # a run keeps the tokenizer that it was started with
             self.tokenizer.check_available()
         self.data.check_available()
+
+
+# A run cannot continue exactly, or at all, if one of these is another: name of the section, and its fields.
+_FIXED = {
+    "model": None,
+    "tokenizer": None,
+    "data": None,
+    "train": ("block_size", "carry_state", "optimizer", "seed", "init_from", "lora"),
+}
+_FREE = {
+    # The text itself is compared, wherever it lies now: see Run.restore.
+    "data.source",
+    "data.val_source",
+    "model.attention_form",
+    "model.chunk_size",
+    "model.dropout",
+    "data.cache_dir",
+    "train.lora.dropout",
+    "train.lora.merge",
+}
+_NOT_STORED = ("run_dir", "resume", "resume_step", "dry_run")
+
+
+def resume_command(folder: Path) -> str:
+    """What to type to continue the run of a folder, quoted for the shell."""
+    return shlex.join(("bdh", "train", "--run_dir", str(folder), "--resume"))
+
+
+def settings_to_store(settings: RunSettings) -> dict[str, Any]:
+    """The settings as plain data, without those that say where this start of the run reads and writes."""
+    return {name: value for name, value in asdict(settings).items() if name not in _NOT_STORED}
+
+
+def stored_settings(folder: Path) -> dict[str, Any]:
+    """What a run's ``config.yaml`` holds, in the settings of this version.
+
+    Raises:
+        FileNotFoundError: the folder holds no run.
+        ValueError: the file is cut off, holds something else, or holds settings twice or without a value.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no run to resume in {folder}: it has no {CONFIG_FILE}")
+    faults = Faults()
+    try:
+        stored = read_yaml(path, faults).tree
+    except ValueError as error:
+        raise ValueError(f"{path} is cut off or damaged: {error}") from error
+    sections = stored if isinstance(stored, dict) else {}
+    if lacking := [name for name in _FIXED if not isinstance(sections.get(name), dict)]:
+        raise ValueError(f"{path} is cut off or damaged: it has no settings for {', '.join(lacking)}")
+    faults.raise_if_any()
+    # What earlier versions stored.
+    if stored["train"].pop("gradient_checkpointing", False):
+        stored["train"]["recompute"] = "pass"
+    monitor = stored.get("monitor") or {}
+    if monitor.pop("tensorboard", None) == "off":
+        monitor["backends"] = ["console", "jsonl"]
+    return stored
+
+
+def check_unchanged(settings: RunSettings, stored: dict[str, Any]) -> None:
+    """Raises ``ValueError`` naming every field of the model or the data that is not as it was stored."""
+    now = settings_to_store(settings)
+    changed = [
+        f"{name}: {before!r} in the run, {value!r} now"
+        for section, names in _FIXED.items()
+        for name, value, before in _fields(section, now[section], stored.get(section, {}))
+        if (names is None or name.split(".")[1] in names)
+        and name not in _FREE
+        and _without_places(before) != _without_places(value)
+    ]
+    if changed:
+        raise ValueError("a resumed run keeps its model and data, but these differ: " + "; ".join(changed))
+
+
+def _fields(prefix: str, now: dict[str, Any], stored: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Of each field, those of nested sections among them: its dotted name, its value, and what was stored.
+
+    What the run's version did not have counts as stored with the value that it has now.
+    """
+    for name, value in now.items():
+        if isinstance(value, dict):
+            yield from _fields(f"{prefix}.{name}", value, stored.get(name) or {})
+        else:
+            yield f"{prefix}.{name}", value, stored.get(name, value)
+
+
+def _without_places(value: Any) -> Any:
+    """The setting ``data.mix`` without where its texts lie; any other as it is."""
+    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+        return value
+    return [{name: each for name, each in entry.items() if f"data.{name}" not in _FREE} for entry in value]
+
+
+def continued(
+    settings: RunSettings, stored: dict[str, Any], step: int, sequences_per_step: int, num_processes: int
+) -> RunSettings:
+    """The settings of a run that continues, such that a step has as many sequences as before, whoever shares them.
+
+    Args:
+        stored: the run's settings until now.
+        step: that it has reached.
+        sequences_per_step: until now.
+
+    Raises:
+        ValueError: it is to end before that step; the processes cannot share so many sequences, or batch size and
+            accumulation were set to give others.
+    """
+    train = settings.train
+    for name in ("max_steps", "stop_at_step"):
+        if (last := getattr(train, name)) is not None and last < step:
+            raise ValueError(
+                f"train.{name} is {last}, but the run has reached step {step}: give more to continue it, or an earlier "
+                "checkpoint with --resume_step; nothing was changed"
+            )
+    now = train.sequences_per_process * num_processes
+    if now == sequences_per_step:
+        return settings
+    if any(getattr(train, name) != stored["train"][name] for name in ("batch_size", "gradient_accumulation_steps")):
+        raise ValueError(
+            f"train.batch_size {train.batch_size} x train.gradient_accumulation_steps {train.gradient_accumulation_steps} "
+            f"x {num_processes} processes are {now} sequences a step: the run has had {sequences_per_step}, and must "
+            "continue with as many"
+        )
+    if sequences_per_step % num_processes:
+        *others, most = (str(n) for n in range(1, sequences_per_step + 1) if sequences_per_step % n == 0)
+        raise ValueError(
+            f"a step of this run has {sequences_per_step} sequences, which {num_processes} processes cannot share evenly: "
+            f"start {', '.join(others)} or {most}"
+        )
+    share = sequences_per_step // num_processes
+    batch_size = max(size for size in range(1, min(share, train.batch_size) + 1) if share % size == 0)
+    return replace(
+        settings, train=replace(train, batch_size=batch_size, gradient_accumulation_steps=share // batch_size)
+    )

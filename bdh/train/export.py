@@ -13,11 +13,10 @@ import bdh
 from bdh.model import BDHForCausalLM
 from bdh.storage import atomic_dir, check_free, recover_dir
 from bdh.tokenizer import load_tokenizer, stop_token_ids, with_padding
-from bdh.train.base import Base, read_base
+from bdh.train.adapters import Base, read_base, write_adapters
 from bdh.train.checkpoint import Checkpoint
 from bdh.train.config import LoraSettings
-from bdh.train.lora import write_adapters
-from bdh.train.models import check_base, load_run, open_model, run_weights
+from bdh.train.models import check_base, open_model, run_weights
 
 
 def export_run(
@@ -43,7 +42,9 @@ def export_run(
         OtherBaseError: adapters are to be written alone, and there are models with other weights in the place of their base.
         ValueError: the checkpoint is damaged, or ``which`` is neither of the above.
     """
-    model, tokenizer, checkpoint = load_run(run_dir, which, ema=ema)
+    opened = open_model(str(run_dir), checkpoint=which, ema=ema)
+    model, tokenizer, checkpoint = opened.merged(), load_tokenizer(opened.tokenizer_path), opened.checkpoint
+    assert checkpoint is not None  # of a run
     lora = LoraSettings(**checkpoint.training["settings"]["train"].get("lora") or {})
     base = _base_of(checkpoint)
     if lora.r and not (lora.merge if merge is None else merge):
@@ -97,7 +98,7 @@ def export_merged(adapters: Path, folder: Path, *, base: str | None = None) -> B
         _table({"base": _base_text(record), "adapters": f"`{adapters}`"}),
         "",
     ]
-    export_model(model, load_tokenizer(opened.tokenizer), folder, "\n".join(card))
+    export_model(model, load_tokenizer(opened.tokenizer_path), folder, "\n".join(card))
     return record
 
 

@@ -2,13 +2,18 @@
 
 import json
 import math
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from bdh.data.corpus import Batch, ValidationPart
+from bdh.distributed.world import World
 from bdh.evaluate.activity import measure_activity
 from bdh.evaluate.loss import Metrics, evaluate_parts
 from bdh.generate.params import SamplingParams
@@ -18,12 +23,17 @@ from bdh.monitor import Monitor
 from bdh.tokenizer.chat import question
 from bdh.train.batches import DataStopped
 from bdh.train.checkpoint import CheckpointError
+from bdh.train.config import resume_command
 from bdh.train.optim import StepResult
 from bdh.train.runtime import StepClock, matmul_peak, training_flops_per_token
 from bdh.train.setup import Run
-from bdh.train.signals import deferred_signals
-from bdh.train.stored import resume_command
 
+# SIGUSR1 is what Slurm is asked to send before a job's time is over (`#SBATCH --signal=USR1@120`); 75 is EX_TEMPFAIL of
+# sysexits.h: what was left undone should be tried again.
+EXIT_STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129, "SIGUSR1": 75}
+# These come more than once for one reason: SIGUSR1 from Slurm and, passed on, from `torchrun`; SIGHUP, when a terminal is
+# closed, from the kernel and from the shell.
+_MAY_REPEAT = ("SIGUSR1", "SIGHUP")
 # Several processes agree on a signal, so that all end after the same step, when the number of steps is a multiple of this.
 _AGREED_EVERY_STEPS = 10
 # float16's scale halves after each overflow: this many in a row are no longer its search for one.
@@ -39,7 +49,7 @@ class TrainingStopped(ValueError):
 def fit(run: Run, monitor: Monitor) -> str:
     """Trains until the end, an early stop or a signal, and saves.
 
-    On a GPU the steps are not waited for, but for those after which something is logged, shown or saved.
+    On a GPU only those steps are waited for after which something is logged, shown or saved.
 
     Returns:
         Why it ended: "finished", "stop_at_step", "patience", or the name of a signal.
@@ -79,17 +89,17 @@ def fit(run: Run, monitor: Monitor) -> str:
             samples = settings.sample_every_steps > 0 and (step % settings.sample_every_steps == 0 or is_last)
             saves = step % run.settings.checkpoint.every_steps == 0 or step == last_step
             asks = world.size == 1 or step % _AGREED_EVERY_STEPS == 0
-            stopped_by = received.agreed(world) if asks else None
-            is_told = logs or evaluates or samples or saves or stopped_by is not None
-            # On a CPU there is nothing to wait for: what is wrong is told at once, and a bar moves.
-            is_seen = not run.guard.is_on_device and (bool(skip) or (world.size == 1 and clock.bar_is_due()))
-            if not (is_told or is_seen):
+            stopped_by = agreed_signal(received, world) if asks else None
+            reports = logs or evaluates or samples or saves or stopped_by is not None
+            # On a CPU there is nothing to wait for: what is wrong is reported at once, and a bar moves.
+            shows = not run.guard.is_on_device and (bool(skip) or (world.size == 1 and clock.bar_is_due()))
+            if not (reports or shows):
                 continue
 
             result = read_results(run, monitor)
             clock.read()
             monitor.progress(step, loss=result.loss, tokens_per_second=clock.tokens_per_second)
-            if not is_told:
+            if not reports:
                 continue
             run.lock.check(seldom=True)
             if logs or stopped_by is not None:
@@ -115,12 +125,9 @@ def fit(run: Run, monitor: Monitor) -> str:
                 if samples:
                     sample(run, monitor)
                 if stopped_by is None and asks and (evaluates or samples):  # one may have come meanwhile
-                    stopped_by = received.agreed(world)
-                out_of_patience = (
-                    evaluates
-                    and settings.patience is not None
-                    and progress.evaluations_without_gain >= settings.patience
-                )
+                    stopped_by = agreed_signal(received, world)
+                patience = settings.patience if evaluates else None
+                out_of_patience = patience is not None and progress.evaluations_without_gain >= patience
                 ends = step == last_step or out_of_patience or stopped_by is not None
                 if is_best or saves or ends:
                     save(run, monitor, is_best=is_best, is_last=ends)
@@ -131,11 +138,46 @@ def fit(run: Run, monitor: Monitor) -> str:
     return "finished" if progress.step >= settings.max_steps else "stop_at_step"
 
 
+@contextmanager
+def deferred_signals() -> Iterator[list[str]]:
+    """Collects the names of signals, so that a step ends before the run does. A second one acts at once, as it does without.
+
+    Not so SIGUSR1 and SIGHUP, which may come twice. SIGHUP stays ignored where it is, as under ``nohup``. Outside of the
+    main thread, where Python gives none, it collects nothing.
+    """
+    received: list[str] = []
+    before: dict[int, Any] = {}
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        received.append(name := signal.Signals(number).name)
+        if name not in _MAY_REPEAT:
+            restore()
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (getattr(signal, name) for name in EXIT_STATUS if hasattr(signal, name)):
+            if number.name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, remember)
+    try:
+        yield received
+    finally:
+        restore()
+
+
+def agreed_signal(received: list[str], world: World) -> str | None:
+    """A signal that came to any of the processes, the same on all of them, or None."""
+    flags = world.any([name in received for name in EXIT_STATUS])
+    return next((name for name, flag in zip(EXIT_STATUS, flags, strict=True) if flag), None)
+
+
 def training_step(run: Run, step_model: Callable[..., Any], batch: Batch) -> torch.Tensor:
     """Forward and backward passes over the step's sequences, and the update: nothing in it waits for a GPU.
 
-    With several processes, each takes its share of the sequences; the gradients are those of all. What the step came to is
-    kept until :func:`read_results`. A step whose loss or gradient is not finite, or a spike, does not change the weights.
+    With several processes, each takes its share of the sequences; the gradients are those of all. The results are kept
+    until :func:`read_results`. A step whose loss or gradient is not finite, or a spike, does not change the weights.
 
     Returns:
         Whether they stay as they were: bool (), on the device.
@@ -149,14 +191,14 @@ def training_step(run: Run, step_model: Callable[..., Any], batch: Batch) -> tor
 
     loss = torch.zeros((), device=device, dtype=run.model.dtype)
     micro_batches = list(batch.split(settings.batch_size))
-    for index, part in enumerate(micro_batches):
-        part = part.to(device)
+    for index, micro_batch in enumerate(micro_batches):
+        micro_batch = micro_batch.to(device)
         with run.parallel.accumulating(is_last=index == len(micro_batches) - 1):
             with run.runtime.autocast():
                 output = step_model(
-                    input_ids=part.input_ids,
-                    shift_labels=part.targets,
-                    document_starts=part.starts,
+                    input_ids=micro_batch.input_ids,
+                    shift_labels=micro_batch.targets,
+                    document_starts=micro_batch.starts,
                     num_items_in_batch=num_targets,
                     past_key_values=run.carried.before(index) if run.carried else None,
                     use_cache=run.carried is not None,
@@ -165,10 +207,10 @@ def training_step(run: Run, step_model: Callable[..., Any], batch: Batch) -> tor
                 run.carried.keep(index, output.past_key_values)
             # The processes' gradients are averaged, but the loss is a sum over them. One that is not finite makes the
             # gradients so, which tells every process.
-            part_loss = output.loss.detach()
-            factor = (run.loss_scale.value * world.size).to(part_loss)
-            output.loss.backward(torch.where(part_loss.isfinite(), factor, math.nan))
-        loss += part_loss
+            its_loss = output.loss.detach()
+            factor = (run.loss_scale.value * world.size).to(its_loss)
+            output.loss.backward(torch.where(its_loss.isfinite(), factor, math.nan))
+        loss += its_loss
     if run.guard.needs_loss_of_all:
         world.sum(loss)
 
@@ -194,10 +236,10 @@ def training_step(run: Run, step_model: Callable[..., Any], batch: Batch) -> tor
 
 
 def read_results(run: Run, monitor: Monitor) -> StepResult:
-    """Waits for the device, and tells of the steps since the last call whose weights were not changed.
+    """Waits for the device, and warns of the steps since the last call that did not change the weights.
 
     Returns:
-        What the last step came to.
+        The result of the last step.
 
     Raises:
         TrainingStopped: a loss or a gradient is not finite, or a spike, and ``train.on_nonfinite`` is "stop": the weights are
@@ -224,7 +266,7 @@ def read_results(run: Run, monitor: Monitor) -> StepResult:
 
 
 def evaluate(run: Run, monitor: Monitor, validation: list[ValidationPart]) -> bool:
-    """Measures the validation sequences, which the processes share, and tells whether the model is the best so far."""
+    """Measures the validation sequences, which the processes share. Whether the model is the best so far."""
     progress, world = run.progress, run.world
 
     def measure() -> tuple[Metrics, dict[str, Metrics]]:
@@ -275,7 +317,7 @@ def evaluate(run: Run, monitor: Monitor, validation: list[ValidationPart]) -> bo
 
 
 def take_best(run: Run, values: dict[str, float]) -> bool:
-    """Tells whether ``checkpoint.best_metric`` is better than at all evaluations before, and remembers it."""
+    """Whether ``checkpoint.best_metric`` is better than at all evaluations before, which is remembered."""
     progress, settings = run.progress, run.settings.checkpoint
     if settings.best_metric not in values:
         raise ValueError(
@@ -319,7 +361,7 @@ def save(run: Run, monitor: Monitor, *, is_best: bool, is_last: bool, is_before_
     """Writes a checkpoint. Where the disk refuses, the training continues, but cannot end well.
 
     Args:
-        is_before_fault: it stands where the text cannot be read any further.
+        is_before_fault: the text cannot be read any further.
     """
     try:
         run.checkpointer.wait()  # for the one before, if it is written in the background

@@ -13,8 +13,8 @@ from bdh.model.modeling import MAX_LOGITS_IN_ONE_PIECE
 from bdh.model.weights import layer_modules, product_obstacle
 from bdh.ops.attention import sum_dtype
 from bdh.ops.blocks.plan import LayerPlan
+from bdh.train.adapters import add_adapters
 from bdh.train.config import RunSettings
-from bdh.train.lora import add_adapters
 from bdh.train.runtime import Runtime, plan_settings
 
 _LEAST_SIZE = 16  # of a training sequence, and of the model's width, that is proposed

@@ -1,8 +1,8 @@
-"""Finds the model that a name stands for: an exported folder, a run, adapters, or a hub id."""
+"""Finds the model that a name stands for: an exported folder, a run, adapters, or a hub id; and starts a run from one."""
 
 import copy
 import logging as standard_logging
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -17,14 +17,15 @@ from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.model.fingerprint import Identity, identity
 from bdh.model.network import one_line_type_faults
 from bdh.storage import recover_dir
-from bdh.tokenizer import TokenizerConfig, load_tokenizer
-from bdh.train.base import Base, read_base
+from bdh.tokenizer import TextEncoder, TokenizerConfig, is_byte_tokenizer, load_tokenizer
+from bdh.tokenizer.chat import CHAT_TOKENS, add_special_tokens
+from bdh.tokenizer.plain import NUM_BYTES
+from bdh.train.adapters import Base, add_adapters, load_adapters, merge, read_base, scale
 from bdh.train.checkpoint import Checkpoint, Checkpointer
-from bdh.train.config import TrainSettings
-from bdh.train.lora import load_adapters, load_weights, merge, scale
+from bdh.train.config import LoraSettings, ModelSettings, RunSettings, TrainSettings, stored_settings
 from bdh.train.places import find_checkpoint, find_model, is_run
 from bdh.train.runtime import choose_runtime
-from bdh.train.stored import stored_settings
+from bdh.vocabulary import vocabulary_size
 
 TOKENIZER_FOLDER = "tokenizer"
 _logger = standard_logging.getLogger(__name__)
@@ -32,6 +33,8 @@ _ADVICE = (
     "Nothing was merged. Bring that model back, or say where it is with --base (of bdh generate, chat, eval and serve, and "
     "of bdh export, which merges the adapters for all other commands)"
 )
+# What the weights fix. The rest, such as dropout, is the new run's to choose.
+_TAKEN_OVER = ("n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier", "rope_theta")
 
 
 class OtherBaseError(ValueError):
@@ -45,7 +48,7 @@ class OpenedModel:
     place: Base
     """Where it is, without its fingerprint."""
     model: BDHForCausalLM
-    tokenizer: TokenizerConfig
+    tokenizer_path: str
     tuner: Any = None
     """Of the adapters; None without."""
     checkpoint: Checkpoint | None = None
@@ -67,7 +70,7 @@ class OpenedModel:
 
     def pinned(self) -> Base:
         """The record of this model for what is trained beside it. Call it before :meth:`merged`."""
-        return self.place.with_identity(self.identity(), self.model.dtype)
+        return replace(self.place, identity=self.identity(), dtype=str(self.model.dtype).removeprefix("torch."))
 
     def merged(self) -> BDHForCausalLM:
         """The model in evaluation mode, with the adapters in its weights."""
@@ -94,36 +97,56 @@ def load_model(
     """
     target = choose_runtime(TrainSettings(device=device)).device
     opened = open_model(name, checkpoint=checkpoint, base=base)
-    return opened.merged().to(target), load_tokenizer(opened.tokenizer)  # type: ignore[arg-type]
+    return opened.merged().to(target), load_tokenizer(opened.tokenizer_path)  # type: ignore[arg-type]
 
 
 def open_model(
-    name: str, *, checkpoint: str | None = None, base: str | None = None, commit: str | None = None
+    name: str,
+    *,
+    checkpoint: str | None = None,
+    ema: bool = False,
+    base: str | None = None,
+    commit: str | None = None,
 ) -> OpenedModel:
     """The model on the CPU; see :func:`load_model`.
 
     Args:
+        ema: of a run, the moving average of the weights instead of the weights.
         commit: for a hub id, the hash of the commit; None for the newest.
     """
-    place_of_model = find_model(name, checkpoint=checkpoint, base=base)
-    path, kind = place_of_model.path, place_of_model.kind
-    folder = str(path.resolve())
-    if kind == "run":
-        found = _load_checkpoint(path, place_of_model.checkpoint or "last")
-        model, tuner = _open_checkpoint(found, ema=False)
-        place = Base(str(path), folder, step=found.step)
-        return OpenedModel(place, model, TokenizerConfig(path=str(path / TOKENIZER_FOLDER)), tuner, found)
-    if kind == "adapters" and (adapters_of := read_base(path)) is not None:
+    there = find_model(name, checkpoint=checkpoint, base=base)
+    path, folder = there.path, str(there.path.resolve())
+    if there.kind == "run":
+        found = Checkpointer(path).load(find_checkpoint(path, there.checkpoint or "last"))
+        model = BDHForCausalLM(BDHConfig(**found.training["model_config"]))
+        lora = found.training["settings"]["train"].get("lora")
+        tuner = add_adapters(model, LoraSettings(**lora)) if lora and lora["r"] else None
+        model.load_state_dict(run_weights(found, ema=ema))
+        return OpenedModel(Base(str(path), folder, step=found.step), model, str(path / TOKENIZER_FOLDER), tuner, found)
+    if there.kind == "adapters" and (adapters_of := read_base(path)) is not None:
         model = open_base(adapters_of, path, given=base).merged()
         model.config.__dict__.pop("train_data", None)  # of the base
-        return OpenedModel(Base(name, folder), model, TokenizerConfig(path=name), load_adapters(model, path))
-    is_local = kind != "hub"
-    if not is_local and not constants.HF_HUB_OFFLINE:
-        _logger.warning("there is no folder %s: looking for it on the Hugging Face hub", name)
-    model, commit = _pretrained(name, is_local=is_local, commit=None if is_local else commit)
+        return OpenedModel(Base(name, folder), model, name, load_adapters(model, path))
+    if there.kind == "hub":
+        if not constants.HF_HUB_OFFLINE:
+            _logger.warning("there is no folder %s: looking for it on the Hugging Face hub", name)
+        model, commit = _pretrained(name, is_local=False, commit=commit)
+        return OpenedModel(Base(name, commit=commit), model, name)
+    model, _ = _pretrained(name, is_local=True)
     step = (getattr(model.config, "train_data", None) or {}).get("step")
-    place = Base(name, folder, export_step=step) if is_local else Base(name, commit=commit)
-    return OpenedModel(place, model, TokenizerConfig(path=name))
+    return OpenedModel(Base(name, folder, export_step=step), model, name)
+
+
+def run_weights(checkpoint: Checkpoint, *, ema: bool) -> dict[str, torch.Tensor]:
+    """The weights of a checkpoint, or their moving average.
+
+    Raises:
+        ValueError: there is no average in it.
+    """
+    average = checkpoint.tensors("ema") if ema else {}
+    if ema and not average:
+        raise ValueError(f"{checkpoint.path} has no moving average of the weights: its run had no train.ema_decay")
+    return checkpoint.tensors("weights") | average  # frozen weights have none
 
 
 def open_base(base: Base, stored_in: Path, *, given: str | None = None, advice: str = _ADVICE) -> OpenedModel:
@@ -148,15 +171,12 @@ def open_base(base: Base, stored_in: Path, *, given: str | None = None, advice: 
             given or base.name,
             stored_in,
         )
+    places = [given or base.name]
     others: list[str] = []
-    if given is not None:
-        places = [given]
-    elif base.folder is not None:
+    if given is None and base.folder is not None:
         folders = base.folders(stored_in)
-        others = [str(other) for folder in folders for other in base.others(folder)]
+        others = [str(other) for folder in folders for other in _twins(base, folder)]
         places = [*map(str, folders), *others]
-    else:
-        places = [base.name]
     faults: list[str] = []
     is_other = False
     for place in places:
@@ -164,8 +184,7 @@ def open_base(base: Base, stored_in: Path, *, given: str | None = None, advice: 
             opened = _open_place(base, place, is_hub_id=base.folder is None or given is not None)
         except (FileNotFoundError, ValueError) as error:
             faults.append(str(error))
-            if isinstance(error, OtherBaseError):  # of a base that is adapters itself
-                is_other = is_other or place not in others
+            is_other |= isinstance(error, OtherBaseError) and place not in others  # of a base that is adapters itself
             continue
         if base.identity is None:
             return opened
@@ -174,13 +193,33 @@ def open_base(base: Base, stored_in: Path, *, given: str | None = None, advice: 
             if place in others:
                 _logger.warning("%s is not there: %s has the same weights, and is taken", base.describe(), place)
             return opened
-        is_other = is_other or place not in others
+        is_other |= place not in others
         faults.append(f"{opened.place.describe()}: {difference} (fingerprint {here.fingerprint[:12]})")
-    error_type = OtherBaseError if is_other else FileNotFoundError
-    raise error_type(
+    raise (OtherBaseError if is_other else FileNotFoundError)(
         f"{stored_in} needs the model that its adapters were trained beside, {base.describe()}, which is not found: "
         f"{'; '.join(dict.fromkeys(faults))}. {advice}"
     )
+
+
+def _twins(base: Base, folder: Path) -> list[Path]:
+    """Where the weights may be if ``folder`` has others by now: a run has them twice, in a checkpoint and its export."""
+    export, run = folder / "model", folder.parent
+    recover_dir(folder)
+    if not folder.is_dir():
+        return []
+    recover_dir(export)
+    found = [export] if base.step is not None and (export / "config.json").is_file() else []
+    return found + ([run] if base.export_step is not None and is_run(run) else [])
+
+
+def _open_place(base: Base, place: str, *, is_hub_id: bool) -> OpenedModel:
+    path = Path(place)
+    recover_dir(path)
+    if not is_hub_id and not path.is_dir():
+        raise FileNotFoundError(f"there is no folder {place}")
+    step = base.export_step if base.step is None else base.step
+    checkpoint = str(step) if step is not None and is_run(path) else None
+    return open_model(place, checkpoint=checkpoint, commit=base.commit if place == base.name else None)
 
 
 def check_base(base: Base, stored_in: Path, *, merge: bool) -> Base:
@@ -198,23 +237,20 @@ def check_base(base: Base, stored_in: Path, *, merge: bool) -> Base:
     if base.commit is not None or base.identity is None:  # what a commit holds does not change
         return base
     try:
-        opened = open_base(base, stored_in, advice="The run's checkpoints hold its weights too")
-    except FileNotFoundError as error:
-        _logger.warning("%s", error)
-    except OtherBaseError as error:
-        if not merge:
+        there = open_base(base, stored_in, advice="The run's checkpoints hold its weights too").place
+    except (FileNotFoundError, OtherBaseError) as error:
+        if isinstance(error, OtherBaseError) and not merge:
             raise OtherBaseError(
                 f"{error}. Adapters alone would name another model as their base: write whole weights, with "
                 "--train.lora.merge true to continue the run or --merge true of bdh export, or bring that model back"
             ) from error
         _logger.warning("%s", error)
-    else:
-        return base.found_at(opened.place).seen_from(stored_in)
-    return base
+        return base
+    return replace(base, folder=there.folder, step=there.step, export_step=there.export_step).seen_from(stored_in)
 
 
 def warn_of_removal(base: Base) -> None:
-    """Says where the run that a checkpoint belongs to will remove it when it trains on."""
+    """Warns where the run that a checkpoint belongs to will remove it when it trains on."""
     if base.step is None or base.folder is None:
         return
     try:
@@ -233,62 +269,7 @@ def warn_of_removal(base: Base) -> None:
         )
 
 
-def _open_place(base: Base, place: str, *, is_hub_id: bool) -> OpenedModel:
-    path = Path(place)
-    recover_dir(path)
-    if not is_hub_id and not path.is_dir():
-        raise FileNotFoundError(f"there is no folder {place}")
-    step = base.export_step if base.step is None else base.step
-    checkpoint = str(step) if step is not None and is_run(path) else None
-    return open_model(place, checkpoint=checkpoint, commit=base.commit if place == base.name else None)
-
-
-def load_run(
-    run_dir: Path, which: str = "last", *, ema: bool = False
-) -> tuple[BDHForCausalLM, PreTrainedTokenizerFast, Checkpoint]:
-    """The model and tokenizer of a run, straight from one of its checkpoints.
-
-    Args:
-        which: "last", "best" (of the validation loss), or a step.
-        ema: the moving average of the weights instead of the weights.
-
-    Raises:
-        FileNotFoundError: ``run_dir`` holds no run, or the run has no such checkpoint.
-        ValueError: the checkpoint is damaged or has no moving average, or ``which`` is neither of the above.
-    """
-    checkpoint = _load_checkpoint(run_dir, which)
-    model, tuner = _open_checkpoint(checkpoint, ema=ema)
-    model = model if tuner is None else merge(tuner)
-    return model.eval(), load_tokenizer(run_dir / TOKENIZER_FOLDER), checkpoint
-
-
-def _load_checkpoint(run_dir: Path, which: str) -> Checkpoint:
-    return Checkpointer(run_dir).load(find_checkpoint(run_dir, which))
-
-
-def _open_checkpoint(checkpoint: Checkpoint, *, ema: bool) -> tuple[BDHForCausalLM, Any]:
-    """The model, and, if it has adapters, what merges them."""
-    training = checkpoint.training
-    model = BDHForCausalLM(BDHConfig(**training["model_config"]))
-    tuner = load_weights(model, run_weights(checkpoint, ema=ema), training["settings"]["train"].get("lora"))
-    return model, tuner
-
-
-def run_weights(checkpoint: Checkpoint, *, ema: bool) -> dict[str, torch.Tensor]:
-    """The weights of a checkpoint, or their moving average.
-
-    Raises:
-        ValueError: there is no average in it.
-    """
-    if not ema:
-        return checkpoint.tensors("weights")
-    average = checkpoint.tensors("ema")
-    if not average:
-        raise ValueError(f"{checkpoint.path} has no moving average of the weights: its run had no train.ema_decay")
-    return checkpoint.tensors("weights") | average  # frozen weights have none
-
-
-def _pretrained(name: str, *, is_local: bool, commit: str | None) -> tuple[BDHForCausalLM, str | None]:
+def _pretrained(name: str, *, is_local: bool, commit: str | None = None) -> tuple[BDHForCausalLM, str | None]:
     """The model, and from the hub the hash of its commit."""
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
@@ -298,9 +279,12 @@ def _pretrained(name: str, *, is_local: bool, commit: str | None) -> tuple[BDHFo
             file = cached_file(name, "config.json", revision=commit)
             assert file is not None  # what is missing raises
             commit = Path(file).parent.name
-        config = _pretrained_config(name, commit)
         loaded: Any = BDHForCausalLM.from_pretrained(
-            name, config=config, revision=commit or "main", output_loading_info=True, ignore_mismatched_sizes=True
+            name,
+            config=_pretrained_config(name, commit),
+            revision=commit or "main",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
         model, report = loaded
         if lacking := sorted(report["missing_keys"]):
@@ -316,7 +300,7 @@ def _pretrained(name: str, *, is_local: bool, commit: str | None) -> tuple[BDHFo
         raise ValueError(
             f"the weights of {name} are damaged, or hold more than tensors: PyTorch refuses them"
         ) from error
-    except RuntimeError as error:  # sizes that no machine has room for
+    except RuntimeError as error:  # sizes that no machine has memory for
         raise ValueError(f"{name} cannot be loaded: {error}") from error
     except OSError as error:
         if is_local:
@@ -339,3 +323,96 @@ def _pretrained_config(name: str, commit: str | None) -> BDHConfig:
     if config.model_type != "bdh" or "n_embd" not in config.to_dict():
         raise ValueError(f"{name} is no BDH model: its model_type is {config.model_type!r}")
     return config
+
+
+class InitialModel:
+    """The model that ``train.init_from`` names: a run starts with its sizes, its tokenizer and its weights.
+
+    Attributes:
+        base: which model exactly it is.
+    """
+
+    def __init__(self, name: str):
+        """Raises as :func:`load_model`."""
+        self._name = name
+        opened = open_model(name)
+        self.base = opened.pinned()
+        self._model = opened.merged()
+        self._tokenizer_path = opened.tokenizer_path
+        self._tokenizer = load_tokenizer(opened.tokenizer_path)
+        self._data: dict[str, Any] = getattr(self._model.config, "train_data", None) or {}  # where it says so
+        if opened.checkpoint is not None:
+            training = opened.checkpoint.training
+            self._data = {"source": training["data_facts"]["source"], "fingerprint": training["data_fingerprint"]}
+
+    def completed(self, settings: RunSettings) -> RunSettings:
+        """The settings with the sizes, and unless another was chosen the tokenizer, of this model.
+
+        Raises:
+            ValueError: a size or a vocabulary was chosen that is not this model's.
+        """
+        defaults = {field.name: field.default for field in fields(ModelSettings)}
+        sizes = {name: getattr(self._model.config, name) for name in _TAKEN_OVER}
+        if wrong := [
+            f"model.{name} is {value!r}, but {self._name} has {size!r}"
+            for name, size in sizes.items()
+            if (value := getattr(settings.model, name)) not in (defaults[name], size)
+        ]:
+            raise ValueError(
+                f"train.init_from fixes the sizes of the model: {'; '.join(wrong)}. Leave them out, and they follow"
+            )
+        # A decay may be added, but one that the weights were trained with is not lost by leaving it out.
+        decay = self._model.config.decay if settings.model.decay is None else settings.model.decay
+        tokenizer = settings.tokenizer
+        if tokenizer == TokenizerConfig(chat_template=tokenizer.chat_template):
+            if is_byte_tokenizer(self._tokenizer) and self._tokenizer.chat_template is None:
+                tokenizer = replace(tokenizer, special_tokens=len(self._tokenizer) > NUM_BYTES)
+            else:
+                tokenizer = replace(tokenizer, path=self._tokenizer_path)
+        return replace(settings, model=replace(settings.model, **sizes, decay=decay), tokenizer=tokenizer)
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        """Warns where the run's tokenizer gives other tokens than the model was trained on.
+
+        Raises:
+            ValueError: it has another number of entries.
+        """
+        known = copy.deepcopy(self._tokenizer)
+        if len(tokenizer) > len(known) and tokenizer.chat_template:
+            new = [token for token in CHAT_TOKENS if token in set(tokenizer.get_vocab()) - set(known.get_vocab())]
+            add_special_tokens(known, new)
+            _logger.warning("%s does not know %s: they start from random weights", self._name, ", ".join(new))
+        if vocabulary_size(tokenizer) != vocabulary_size(known):
+            raise ValueError(
+                f"the run's tokenizer has {vocabulary_size(tokenizer)} entries, but {self._name} was trained with one of "
+                f"{vocabulary_size(self._tokenizer)}: leave tokenizer.path out, and it takes that one"
+            )
+        if TextEncoder(tokenizer).hash != TextEncoder(known).hash:
+            _logger.warning(
+                "the tokenizer is not the one that %s was trained with: its tokens mean other text", self._name
+            )
+
+    def check_data(self, fingerprint: str) -> None:
+        """Warns where the run's data are others than those the model was trained on, if that is known."""
+        if self._data.get("fingerprint", fingerprint) != fingerprint:
+            _logger.warning("%s was trained on other data, %s", self._name, self._data["source"])
+
+    def copy_into(self, model: BDHForCausalLM, lora: LoraSettings) -> None:
+        """Gives a model of the same sizes the weights, in the model's own dtype.
+
+        Of a larger vocabulary, the entries at its end keep the weights that they have.
+
+        Raises:
+            ValueError: there are such entries, and nothing would train their weights.
+        """
+        model.config.layer_norm_eps = self._model.config.layer_norm_eps
+        weights, V = self._model.state_dict(), self._model.config.vocab_size
+        if (num_new := model.config.vocab_size - V) > 0:
+            if lora.r and not lora.embeddings:
+                raise ValueError(
+                    f"{self._name} does not know the last {num_new} tokens of the vocabulary, and train.lora would leave "
+                    "their weights random: set train.lora.embeddings=true, or start from a model that knows them"
+                )
+            for name in ("embed.weight", "lm_head.weight"):  # a token a row
+                weights[name] = torch.cat([weights[name], model.state_dict()[name][V:].cpu()])
+        model.load_state_dict(weights)

@@ -1,4 +1,4 @@
-"""What lies at the place that a name stands for: an export, a run with its checkpoints, adapters, or nothing.
+"""What lies at the place that a name stands for: an export, a run with its checkpoints, adapters, or nothing; and its lock.
 
 Reads names and small files alone, without PyTorch, so that a wrong name is reported at once.
 """
@@ -7,11 +7,16 @@ import hashlib
 import importlib.util
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from bdh.storage import recover_dir, recover_dirs
+from bdh.storage import naming_full_disk, recover_dir, recover_dirs
+
+if TYPE_CHECKING:
+    from bdh.distributed.world import World
 
 ADAPTER_CONFIG = "adapter_config.json"  # which ``peft`` puts beside adapters: a folder with it is one of adapters
 CONFIG_FILE, LOCK_FILE, MANIFEST = "config.yaml", "lock", "manifest.json"
@@ -78,16 +83,11 @@ def find_checkpoint(run_dir: Path, which: str) -> int | None:
     """
     if not is_run(run_dir):
         raise FileNotFoundError(f"{run_dir} holds no run: it has no folder checkpoints")
+    if which not in ("last", "best") and not which.isdigit():
+        raise ValueError(f"checkpoint is {which!r}: must be last, best, or a step")
     checkpoints = CheckpointFolder(run_dir)
     checkpoints.recover()
-    if which == "last":
-        step = None
-    elif which == "best":
-        step = checkpoints.step_of("best")
-    elif which.isdigit():
-        step = int(which)
-    else:
-        raise ValueError(f"checkpoint is {which!r}: must be last, best, or a step")
+    step = None if which == "last" else checkpoints.step_of("best") if which == "best" else int(which)
     checkpoints.check_there(step)
     return step
 
@@ -156,16 +156,15 @@ class CheckpointFolder:
             FileNotFoundError: there is no such file yet.
             ValueError: it names no step.
         """
-        step = self.named(which)
-        if step is None and self.has(which):
-            raise ValueError(
-                f"{self.folder / which} must hold the name of a checkpoint, such as {checkpoint_name(100)}, but holds "
-                f"{self.excerpt(which)}: choose a step ({', '.join(map(str, self.steps())) or 'there is none'}); "
-                "going on with the run restores the file"
-            )
-        if step is None:
+        if (step := self.named(which)) is not None:
+            return step
+        if not self.has(which):
             raise FileNotFoundError(f"{self.folder} has no {which!r}: there is no such checkpoint yet")
-        return step
+        raise ValueError(
+            f"{self.folder / which} must hold the name of a checkpoint, such as {checkpoint_name(100)}, but holds "
+            f"{self.excerpt(which)}: choose a step ({', '.join(map(str, self.steps())) or 'there is none'}); "
+            "continuing the run restores the file"
+        )
 
     def named(self, which: str) -> int | None:
         """The step in the file ``latest`` or ``best``; None if there is no such file, or it is empty or damaged."""
@@ -211,24 +210,104 @@ def file_facts(path: Path) -> dict[str, Any]:
 
 def checkpoint_fault(path: Path) -> str | None:
     """What is wrong with the files of a checkpoint, every byte of which is read; None where nothing is."""
-    try:
-        return _fault_of_files(path)
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} was removed meanwhile"
-
-
-def _fault_of_files(path: Path) -> str | None:
     if not (path / MANIFEST).is_file():
         return f"its {MANIFEST} is missing"
     try:
         files = json.loads((path / MANIFEST).read_text())["files"]
+        for name, facts in files.items():
+            if not (path / name).is_file():
+                return f"{name} is missing"
+            if (size := (path / name).stat().st_size) != facts["bytes"]:
+                return f"{name} has {size} bytes instead of {facts['bytes']}"
+            if file_facts(path / name) != facts:
+                return f"the SHA-256 of {name} is not the recorded one"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} was removed meanwhile"
     except (ValueError, KeyError) as error:
         return f"its {MANIFEST} cannot be read: {error}"
-    for name, facts in files.items():
-        if not (path / name).is_file():
-            return f"{name} is missing"
-        if (size := (path / name).stat().st_size) != facts["bytes"]:
-            return f"{name} has {size} bytes instead of {facts['bytes']}"
-        if file_facts(path / name) != facts:
-            return f"the SHA-256 of {name} is not the recorded one"
     return None
+
+
+class RunLock:
+    """Keeps other starts out of a run's folder. Rank 0 takes it; all processes call :meth:`acquire` together."""
+
+    def __init__(self, folder: Path, world: "World"):
+        from bdh.locks import Lock  # which takes a while to import
+
+        self._folder, self._world = folder, world
+        self._made: list[Path] = []
+        advice = "wait until it has ended, and continue the run with --resume, or give another --run_dir"
+        self._lock = Lock(folder / LOCK_FILE, str(folder), advice=advice)
+
+    def acquire(self) -> None:
+        """Takes the lock. The folder is made, if it is not there.
+
+        Raises:
+            InUseError: another process has it, on all processes alike.
+            DiskFullError: there is no space for it; a folder that was made is removed.
+            OSError: the folder cannot be written.
+        """
+        from bdh.locks import InUseError
+
+        error = None
+        if self._world.is_main:
+            try:
+                self._take()
+            except OSError as caught:
+                error = caught
+        reason = self._world.gather(error and str(error))[0]
+        if reason is not None:
+            raise error or InUseError(reason)
+
+    def check(self, *, seldom: bool = False) -> None:
+        """Raises on rank 0, where another process has taken the lock meanwhile; see :meth:`bdh.locks.Lock.check`."""
+        if self._world.is_main:
+            self._lock.check(seldom=seldom)
+
+    def release(self) -> None:
+        """Gives the lock back; a folder that it made, and that has stayed empty, is removed."""
+        if self._world.is_main:
+            self._lock.release()
+            self._remove_made()
+
+    def __enter__(self) -> "RunLock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def _take(self) -> None:
+        self._made = [folder for folder in (self._folder, *self._folder.parents) if not folder.exists()]
+        try:
+            with naming_full_disk(self._folder):
+                while True:
+                    self._folder.mkdir(parents=True, exist_ok=True)
+                    with suppress(FileNotFoundError):  # another start has failed and removed its empty folder
+                        self._lock.acquire()
+                        break
+        except BaseException:
+            self._remove_made()
+            raise
+
+    def _remove_made(self) -> None:
+        for folder in self._made:
+            with suppress(OSError):  # there is something in it
+                folder.rmdir()
+        self._made = []
+
+
+@contextmanager
+def lock_run_around(path: Path) -> Iterator[None]:
+    """Locks the run in whose folder ``path`` lies, if it lies in one, for a command that writes there.
+
+    Raises:
+        InUseError: the run is being trained.
+    """
+    from bdh.locks import Lock
+
+    run = next((folder for folder in path.resolve().parents if holds_run(folder)), None)
+    if run is None:
+        yield
+        return
+    with Lock(run / LOCK_FILE, str(run), advice="wait until it has ended, or write somewhere else"):
+        yield

@@ -23,16 +23,13 @@ from bdh.monitor import chosen_backends, cut_back
 from bdh.ops.blocks.plan import LayerPlan
 from bdh.storage import atomic_dir, write_text
 from bdh.tokenizer import load_tokenizer, stop_token_ids, with_chat_template
-from bdh.train.base import Base
+from bdh.train.adapters import Base, add_adapters
 from bdh.train.batches import Batches, CarriedState
 from bdh.train.checkpoint import Checkpoint, Checkpointer
-from bdh.train.config import RunSettings
-from bdh.train.initial import InitialModel
-from bdh.train.lock import RunLock
-from bdh.train.lora import add_adapters
-from bdh.train.models import TOKENIZER_FOLDER, OtherBaseError, check_base, warn_of_removal
+from bdh.train.config import RunSettings, check_unchanged, continued, settings_to_store, stored_settings
+from bdh.train.models import TOKENIZER_FOLDER, InitialModel, OtherBaseError, check_base, warn_of_removal
 from bdh.train.optim import LossScale, Optimizers, UpdateGuard
-from bdh.train.places import CONFIG_FILE, check_peft, holds_run, taken_by_run
+from bdh.train.places import CONFIG_FILE, RunLock, check_peft, holds_run, taken_by_run
 from bdh.train.runtime import (
     Runtime,
     choose_runtime,
@@ -40,14 +37,6 @@ from bdh.train.runtime import (
     plan_training,
     random_states,
     restore_random_states,
-)
-from bdh.train.stored import (
-    check_steps_are_left,
-    check_unchanged,
-    rows_per_step,
-    settings_to_store,
-    stored_settings,
-    with_same_rows,
 )
 from bdh.vocabulary import document_end_id, vocabulary_size
 from bdh.yaml_files import dump_yaml
@@ -126,7 +115,7 @@ class Run:
     @property
     def rows_per_step(self) -> int:
         """Sequences of a step, over all micro-batches and processes."""
-        return rows_per_step(self.settings, self.world)
+        return self.settings.train.sequences_per_process * self.world.size
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a checkpoint holds of this moment, sharded as the processes share it."""
@@ -298,8 +287,7 @@ def _open(
         stored = stored_settings(folder)
         check_unchanged(settings, stored)
         checkpoint = checkpointer.load(settings.resume_step)
-        check_steps_are_left(settings, checkpoint.step)
-        settings = with_same_rows(settings, stored, checkpoint.training["rows_per_step"], world)
+        settings = continued(settings, stored, checkpoint.step, checkpoint.training["rows_per_step"], world.size)
     elif any(world.gather(holds_run(folder))):
         raise taken_by_run(folder)
 
@@ -330,8 +318,7 @@ def _open(
     if runtime.dtype == torch.float64:
         model = model.double()
     if initial is not None:
-        initial.copy_into(model)
-        initial.check_lora(settings.train.lora, model)
+        initial.copy_into(model, settings.train.lora)
     if settings.train.lora.r:
         if base is not None and not settings.train.lora.merge:
             base.check_same_layer(model)
@@ -356,7 +343,7 @@ def _open(
         loss_scale=LossScale(runtime.device, is_float16=is_float16),
         batches=Batches(
             corpus.train_loader(
-                rows_per_step(settings, world),
+                settings.train.sequences_per_process * world.size,
                 settings.train.seed,
                 rank=world.rank,
                 world_size=world.size,

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from bdh import BDHForCausalLM
 from bdh.cli.main import main
 from bdh.model.fingerprint import fingerprint
-from bdh.train.base import read_base
+from bdh.train.adapters import read_base
 from bdh.train.models import OtherBaseError, load_model
 
 from .conftest import losses, weights
@@ -280,7 +280,7 @@ def test_the_merged_model_is_another_model_than_its_base(adapt, base, tmp_path):
     opened = open_base(read_base(tmp_path / "run" / "model"), tmp_path / "run" / "model")
     before = opened.identity()
     from bdh.model.fingerprint import identity
-    from bdh.train.lora import load_adapters, merge
+    from bdh.train.adapters import load_adapters, merge
 
     assert identity(merge(load_adapters(opened.merged(), tmp_path / "run" / "model"))) != before
 

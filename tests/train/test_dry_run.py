@@ -16,11 +16,10 @@ from bdh.cli.settings import parse_settings
 from bdh.cli.train import settings_to_resume
 from bdh.distributed.world import World
 from bdh.train import dry_run
-from bdh.train.config import RunSettings
+from bdh.train.config import RunSettings, stored_settings
 from bdh.train.dry_run import Forecast, Line, forecast
 from bdh.train.memory_estimate import MemoryEstimate
 from bdh.train.setup import open_run
-from bdh.train.stored import stored_settings
 
 from .conftest import TINY, losses
 

@@ -14,9 +14,8 @@ from bdh.monitor import Monitor, MonitorConfig
 from bdh.train import loop
 from bdh.train.checkpoint import Checkpointer
 from bdh.train.config import RunSettings
-from bdh.train.loop import fit
+from bdh.train.loop import deferred_signals, fit
 from bdh.train.setup import open_run
-from bdh.train.signals import deferred_signals
 
 from .conftest import TINY, losses, weights
 
