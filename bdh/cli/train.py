@@ -53,7 +53,9 @@ def run(argv: list[str]) -> int:
             raise
         return 2  # rank 0 says the same
     if no_room is not None:
-        return _no_room(no_room, is_main)
+        if is_main:
+            print("\n".join(no_room.forecast.lines()))
+        return 1
     settings = training.settings
     show_kept()
     print_banner(console, training)
@@ -115,15 +117,6 @@ def _dry_run(console: Console, training: Any) -> int:
     if training.world.is_main:
         print("\n".join(found.lines()))
     return 0 if found.fits else 1
-
-
-def _no_room(error: Any, is_main: bool) -> int:
-    """The same of a run whose model has no room."""
-    from bdh.train.dry_run import forecast_without_room
-
-    if is_main:
-        print("\n".join(forecast_without_room(error).lines()))
-    return 1
 
 
 def _export(console: Console, training: Any) -> None:

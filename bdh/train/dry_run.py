@@ -7,9 +7,10 @@ the whole batch are on the line through them. What other settings would take is 
 import ctypes
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,12 +19,16 @@ from bdh.data.corpus import Batch
 from bdh.distributed.config import local_world_size
 from bdh.distributed.world import World
 from bdh.memory import available_bytes, peak_bytes, reset_peak, used_bytes
-from bdh.model import BDHConfig
+from bdh.model import BDHConfig, BDHForCausalLM
+from bdh.model.modeling import MAX_LOGITS_IN_ONE_PIECE
+from bdh.model.weights import layer_modules, product_obstacle
+from bdh.ops.attention import sum_dtype
+from bdh.ops.blocks.plan import LayerPlan
+from bdh.train.adapters import add_adapters
 from bdh.train.batches import CarriedState
 from bdh.train.config import RunSettings
 from bdh.train.loop import training_step
-from bdh.train.memory_estimate import MemoryEstimate, changes
-from bdh.train.runtime import Runtime
+from bdh.train.runtime import Runtime, plan_settings
 from bdh.train.setup import Run
 
 MARGIN = 0.95
@@ -31,34 +36,170 @@ MARGIN = 0.95
 MEASURING_SECONDS = 20.0
 """A step that is expected to take longer is not measured."""
 _LOADED_BYTES = 2 * 10**8  # what the first step on a CPU loads: compiled kernels and libraries
-_TELLING_BYTES = 2**26  # of growth: below that, an allocator's steps are larger than what is measured
-_TELLING_SHARE = 0.01  # what saves less is not worth a line
-
-
-class NoRoomError(Exception):
-    """The weights, and what belongs to each of them, need more memory than there is."""
-
-    def __init__(self, estimate: MemoryEstimate, base: int, available: int):
-        super().__init__("there is no room for the weights and what belongs to them")
-        self.estimate, self.base, self.available = estimate, base, available
+_TRUSTED_BYTES = 2**26  # of growth: below that, an allocator's steps are larger than what is measured
+_LEAST_SAVING = 0.01  # a share: what saves less is not worth a line
+_LEAST_SIZE = 16  # of a training sequence, and of the model's width, that is proposed
 
 
 @dataclass(frozen=True)
-class Line:
-    """A quantity that grows evenly with the sequences of a micro-batch."""
+class MemoryEstimate:
+    """What one process of a run needs, counted from its settings: no weight has to be there for it."""
 
-    fixed: float
-    each: float
+    settings: RunSettings
+    config: BDHConfig
+    runtime: Runtime
+    strategy: str = "none"
+    processes: int = 1
 
-    @classmethod
-    def through(cls, first: tuple[int, float], second: tuple[int, float]) -> "Line":
-        """Through two measurements, (sequences, quantity); what noise makes shrink is taken to stay."""
-        (x, y), (other_x, other_y) = sorted((first, second))
-        each = max(0.0, (other_y - y) / (other_x - x)) if other_x > x else y / x
-        return cls(max(0.0, y - each * x), each)
+    def changed(self, section: str = "train", **fields: Any) -> "MemoryEstimate":
+        """With other settings of a section. Raises ``ValueError`` where those of the model do not go together."""
+        settings = replace(self.settings, **{section: replace(getattr(self.settings, section), **fields)})
+        config = self.config
+        if section == "model":
+            config = BDHConfig(**{name: getattr(config, name) for name in BDHConfig.__annotations__} | fields)
+        return replace(self, settings=settings, config=config)
 
-    def at(self, number: float) -> float:
-        return self.fixed + self.each * number
+    def of_sequences(self, number: int) -> "MemoryEstimate":
+        """With so many sequences in a micro-batch, and blocks of at most as many."""
+        return self.changed(batch_size=number, rows_per_block=_at_most(self.settings.train.rows_per_block, number))
+
+    @cached_property
+    def plan(self) -> LayerPlan:
+        """Raises ``ValueError`` where the settings ask for what is not there."""
+        train, obstacle = self.settings.train, None
+        if train.lora.r:  # a model of the least size has the same obstacle; one on meta has another
+            heads = self.config.n_head
+            least = BDHConfig(n_embd=2, mlp_internal_dim_multiplier=heads, n_head=heads, n_layer=1, vocab_size=2)
+            model = BDHForCausalLM(least)
+            add_adapters(model, train.lora)
+            obstacle = product_obstacle(layer_modules(model.train()))
+        return plan_settings(train, self.config, self.runtime, self.settings.distributed, obstacle=obstacle)
+
+    @cached_property
+    def parts(self) -> dict[str, int]:
+        """Bytes, by what they are for."""
+        train, plan, config = self.settings.train, self.plan, self.config
+        weights, trained, optimizer = self._numbers
+        block = plan.block_bytes
+        if plan.backend == "eager":  # what is computed again has its gradients beside it; what is kept is all there is
+            block = 2 * plan.block_bytes if plan.kept_layer_steps < config.n_layer else 0
+        tokens = train.batch_size * train.block_size
+        # Of each layer step its input, two norms' inputs and the sum that it adds to; and the logits with gradient and softmax.
+        logits = 3 * min(tokens * config.vocab_size, MAX_LOGITS_IN_ONE_PIECE)
+        narrow = 4 * (4 * (config.n_layer + 1) * tokens * config.n_embd + logits)
+        found = {
+            "weights": self._own(weights),
+            "gradients": self._own(trained) * (2 if self.strategy == "ddp" else 1),  # DDP copies them to exchange them
+            "optimizer": self._own(optimizer),
+            "wide activations of a block": block,
+            "wide activations that are kept": plan.kept_bytes,
+            "narrow activations": narrow + 8 * tokens * train.gradient_accumulation_steps,
+        }
+        if self.strategy == "fsdp":
+            gathered = getattr(torch, self.settings.distributed.param_dtype).itemsize
+            found["weights and gradients, gathered"] = (weights + trained) * gathered
+        if train.ema_decay is not None:
+            found["moving average"] = self._own(trained)
+        if train.carry_state:  # what a micro-batch begins with is kept beside what it leaves
+            found["carried state"] = self._state_bytes * (train.sequences_per_process + train.batch_size)
+        if copied := self._copied_bytes:
+            found["copy for the checkpoint"] = copied
+        return found
+
+    @property
+    def counted(self) -> int:
+        """At the peak of a step that is measured."""
+        return sum(self.parts.values()) - self.unmeasured
+
+    @property
+    def fixed(self) -> int:
+        """What has to be there before anything is computed, whatever the sequences of a micro-batch."""
+        return sum(size for name, size in self.parts.items() if "activations" not in name) - self._copied_bytes
+
+    @property
+    def unmeasured(self) -> int:
+        """What a measured step does not show: the copy for a checkpoint, and the states of other micro-batches."""
+        train = self.settings.train
+        others = (train.sequences_per_process - train.batch_size) * train.carry_state
+        return self._copied_bytes + self._state_bytes * others
+
+    @cached_property
+    def _numbers(self) -> tuple[int, int, int]:
+        """Of weights, of trained ones, and of what the optimizer keeps."""
+        with torch.device("meta"):
+            model = BDHForCausalLM(self.config)
+            if self.settings.train.lora.r:
+                add_adapters(model, self.settings.train.lora)
+        trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+        embeddings = sum(number for name, number in trained.items() if name.startswith(("embed.", "lm_head.")))
+        number = sum(trained.values())
+        each = 2 if self.settings.train.optimizer == "adamw" else 1
+        return sum(p.numel() for p in model.parameters()), number, 2 * embeddings + each * (number - embeddings)
+
+    def _own(self, number: int) -> int:
+        """Bytes of this process's share of so many numbers that belong to the weights."""
+        itemsize = 8 if self.runtime.dtype == torch.float64 else 4
+        return -(-number // self.processes) * itemsize if self.strategy == "fsdp" else number * itemsize
+
+    @property
+    def _state_bytes(self) -> int:
+        """Of one sequence."""
+        config = self.config
+        numbers = config.n_layer * config.n_head * config.neurons_per_head * config.n_embd
+        return numbers * sum_dtype(self.runtime.dtype).itemsize
+
+    @property
+    def _copied_bytes(self) -> int:
+        """What a checkpoint in the background copies; a GPU's go to the memory of the machine."""
+        train, (weights, trained, optimizer) = self.settings.train, self._numbers
+        if not self.settings.checkpoint.in_background or self.runtime.device.type == "cuda":
+            return 0
+        states = self._state_bytes * train.sequences_per_process * train.carry_state
+        return self._own(weights + optimizer + trained * (train.ema_decay is not None)) + states
+
+
+def changes(now: MemoryEstimate) -> Iterator[Iterator[tuple[str, MemoryEstimate]]]:
+    """Other settings that may need less, kind by kind and within a kind ever less, with their flags."""
+    settings, train, config = now.settings, now.settings.train, now.config
+    rows, columns, number = train.rows_per_block, train.tokens_per_block, train.batch_size
+
+    def of(section: str, options: Iterable[dict[str, Any]]) -> Iterator[tuple[str, MemoryEstimate]]:
+        before = getattr(settings, section)
+        for fields in options:
+            words = {name: str(value).lower() for name, value in fields.items() if value != getattr(before, name)}
+            with suppress(ValueError):  # neurons that cannot be shared evenly by the heads
+                yield (
+                    " ".join(f"--{section}.{name} {word}" for name, word in words.items()),
+                    now.changed(section, **fields),
+                )
+
+    def smaller(section: str, name: str, size: int, least: int = 1) -> Iterator[tuple[str, MemoryEstimate]]:
+        return of(section, ({name: number} for number in _halved(size, least)))
+
+    accumulation, total = "gradient_accumulation_steps", train.sequences_per_process
+    divisors = (each for each in range(number // 2, 0, -1) if number % each == 0)
+    yield of(
+        "train",
+        ({"batch_size": n, accumulation: total // n, "rows_per_block": _at_most(rows, n)} for n in divisors),
+    )
+    if settings.checkpoint.in_background:
+        yield of("checkpoint", [{"in_background": False}])
+    if train.layer_path == "plain":
+        yield of("train", [{"layer_path": "auto"}])
+    if train.recompute != "pass":
+        yield of("train", [{"recompute": "pass"}])
+    if now.plan.backend != "eager":
+        yield smaller("train", "rows_per_block", now.plan.sizes.rows)
+        yield smaller("train", "tokens_per_block", now.plan.sizes.columns)
+    if now.processes > 1 and now.strategy != "fsdp":
+        flags = "--distributed.strategy fsdp, which shares weights, gradients and optimizer among the processes"
+        yield iter([(flags, replace(now, strategy="fsdp"))])
+    if not settings.resume:
+        shorter = _halved(train.block_size, _LEAST_SIZE)
+        yield of("train", ({"block_size": each, "tokens_per_block": _at_most(columns, each)} for each in shorter))
+        if train.init_from is None:
+            yield smaller("model", "mlp_internal_dim_multiplier", config.mlp_internal_dim_multiplier)
+            yield smaller("model", "n_embd", config.n_embd, _LEAST_SIZE)
 
 
 @dataclass
@@ -69,9 +210,9 @@ class Forecast:
     base: int
     """Bytes that the process has beside what is counted: the program itself."""
     available: int
-    """To each process, what it has already among it."""
+    """To each process, including what it has already."""
     steps: int = 0
-    """To go, and sequences of this process that are evaluated meanwhile."""
+    """To do, and sequences of this process that are evaluated meanwhile."""
     evaluated_sequences: int = 0
     points: list[tuple[int, float, int | None]] = field(default_factory=list)
     """Measured steps: sequences, seconds, and bytes at the peak; of several processes, of the one that took most."""
@@ -83,27 +224,22 @@ class Forecast:
     """Sequences of a step that found no memory, whatever the system says of it."""
 
     @property
-    def is_counted(self) -> bool:
-        """Whether the peak is the sum of the parts, as none was measured."""
-        return not any(peak is not None for _, _, peak in self.points)
+    def measured_peaks(self) -> list[tuple[int, int]]:
+        """Of each measured step, what was counted for it and its peak, in bytes; empty where the system records no peaks."""
+        return [(self.estimate.of_sequences(n).counted, peak) for n, _, peak in self.points if peak is not None]
 
     def peak_with(self, estimate: MemoryEstimate) -> float:
         """Bytes at the peak of a measured step with these settings: of the measured step that is most like it, and what is
-        counted for the difference, in the proportion that measured peaks have to their counts where they tell it."""
-        counted = estimate.total - estimate.unmeasured
-        known = []
-        for number, _, peak in self.points:
-            if peak is not None:
-                then = self.estimate.of_sequences(number)
-                known.append((then.total - then.unmeasured, peak))
+        counted for the difference, in the proportion that measured peaks have to their counts where they show one."""
+        counted, known = estimate.counted, self.measured_peaks
         if not known:
             return self.base + counted + (0 if estimate.runtime.device.type == "cuda" else _LOADED_BYTES)
         nearest, peak = min(known, key=lambda point: abs(counted - point[0]))
         (first, first_peak), (last, last_peak) = known[0], known[-1]
-        told = (last_peak - first_peak) / (last - first) if last - first >= _TELLING_BYTES else 1.0
+        ratio = (last_peak - first_peak) / (last - first) if last - first >= _TRUSTED_BYTES else 1.0
         # Where the counts prove wrong, in the direction that promises less.
         difference = counted - nearest
-        found = peak + difference * (max(1.0, told) if difference > 0 else min(1.0, max(0.0, told)))
+        found = peak + difference * (max(1.0, ratio) if difference > 0 else min(1.0, max(0.0, ratio)))
         # What another path keeps is so much less that a small fault in the count of what it replaces would be all of it.
         is_same_path = estimate.plan.backend == self.estimate.plan.backend
         return found if is_same_path else max(found, float(self.base + counted))
@@ -117,50 +253,53 @@ class Forecast:
         return self.peak_with(self.estimate) + self.estimate.unmeasured
 
     @property
-    def room(self) -> float:
+    def limit(self) -> float:
+        """Bytes that the peak may have."""
         return MARGIN * self.available
 
     @property
     def fits(self) -> bool:
-        return bool(self.points) and self.ran_out_at is None and self.peak <= self.room
+        return bool(self.points) and self.ran_out_at is None and self.peak <= self.limit
 
     @property
-    def seconds(self) -> Line:
-        """Of the forward and backward pass of a micro-batch, by its sequences."""
-        (first, first_seconds, _), (last, last_seconds, _) = self.points[0], self.points[-1]
-        return Line.through(
-            (first, max(0.0, first_seconds - self.update_seconds)), (last, last_seconds - self.update_seconds)
-        )
+    def line(self) -> tuple[float, float]:
+        """Seconds of the forward and backward pass of a micro-batch: fixed, and for each of its sequences.
+
+        Through the first and the last measured step; what noise makes shrink is taken to stay.
+        """
+        (x, first, _), (y, last, _) = self.points[0], self.points[-1]
+        first, last = max(0.0, first - self.update_seconds), last - self.update_seconds
+        each = max(0.0, (last - first) / (y - x)) if y > x else first / x
+        return max(0.0, first - each * x), each
 
     @property
     def step_seconds(self) -> float:
-        train = self.estimate.settings.train
-        return train.gradient_accumulation_steps * self.seconds.at(train.batch_size) + self.update_seconds
+        train, (fixed, each) = self.estimate.settings.train, self.line
+        return train.gradient_accumulation_steps * (fixed + each * train.batch_size) + self.update_seconds
 
     @property
     def run_seconds(self) -> float:
         """With the evaluations: a forward pass is about a third of one with its backward pass."""
-        return self.steps * self.step_seconds + self.seconds.each * self.evaluated_sequences / 3
+        return self.steps * self.step_seconds + self.line[1] * self.evaluated_sequences / 3
 
     def lines(self) -> list[str]:
         """For people."""
         estimate, train = self.estimate, self.estimate.settings.train
         width = max(map(len, estimate.parts))
-        found = [f"  {name:<{width}}  {gigabytes(size):>10}" for name, size in estimate.parts.items()]
+        found = [f"  {name:<{width}}  {_gigabytes(size):>10}" for name, size in estimate.parts.items()]
         each = " per process" if estimate.processes > 1 else ""
-        counted = " (counted, not measured)" if self.is_counted else ""
-        found.append(
-            f"peak memory   {gigabytes(self.peak)} of the {gigabytes(self.available)} that are available{each}{counted}"
-        )
+        counted = "" if self.measured_peaks else " (counted, not measured)"
+        available = f"{_gigabytes(self.available)} that are available{each}"
+        found.append(f"peak memory   {_gigabytes(self.peak)} of the {available}{counted}")
         if self.points:
-            num_tokens = (
-                train.batch_size * train.gradient_accumulation_steps * train.block_size * self.estimate.processes
-            )
+            speed = train.sequences_per_process * train.block_size * estimate.processes / self.step_seconds
+            *fewer, most = (str(count) for count, _, _ in self.points)
+            counts = f"{', '.join(fewer)} and {most}" if fewer else most
             also = f"; {self.obstacle}" if self.obstacle else ""
             found += [
-                f"step          {self.step_seconds:,.2f} s: {num_tokens / self.step_seconds:,.0f} tokens/s",
-                f"run           {duration(self.run_seconds)} for {self.steps:,} steps and their evaluations",
-                f"measured      steps of {_listed([count for count, _, _ in self.points])}{also}",
+                f"step          {self.step_seconds:,.2f} s: {speed:,.0f} tokens/s",
+                f"run           {_duration(self.run_seconds)} for {self.steps:,} steps and their evaluations",
+                f"measured      steps of {counts} sequence{'s' * (counts != '1')}{also}",
             ]
         else:
             found.append(f"not measured: {self.obstacle}")
@@ -173,13 +312,12 @@ class Forecast:
     def advice(self) -> list[str]:
         """What to change, the mildest first: settings that change no result, then those that train another model.
 
-        Of each kind the least change that fits alone, or else the one that needs least; none that needs no less than the
-        settings as they are.
+        Of each kind the least change that fits alone, or else the one that needs least, if it is less than now.
         """
-        now, room = self.peak, self.room
+        now, limit = self.peak, self.limit
         if self.ran_out_at is not None:
-            room = min(room, self.peak_of(self.ran_out_at) - 1)
-        no_room_at_all = self.base + self.estimate.fixed > room
+            limit = min(limit, self.peak_of(self.ran_out_at) - 1)
+        never_fits = self.base + self.estimate.fixed > limit
         lines, is_enough = [], False
         for kind in changes(self.estimate):
             less = []
@@ -188,20 +326,36 @@ class Forecast:
                     peak = self.peak_with(changed) + changed.unmeasured
                 except ValueError:  # it does not go with the other settings, such as a memory budget
                     continue
-                saves = peak < (1 - _TELLING_SHARE) * now
-                if peak <= room and peak < now:
-                    less.append((flags, peak))
+                saves = peak < (1 - _LEAST_SAVING) * now
+                if peak <= limit and peak < now:
+                    less.append((peak, flags))
                     break
-                if saves and (changed.fixed < self.estimate.fixed or not no_room_at_all):
-                    less.append((flags, peak))
+                if saves and (changed.fixed < self.estimate.fixed or not never_fits):
+                    less.append((peak, flags))
             if less:
-                flags, peak = min(less, key=lambda each: each[1])
-                fits = peak <= room
-                is_enough = is_enough or fits
-                lines.append(f"{flags}: {gigabytes(peak)}" + ("" if fits else ", which alone does not fit either"))
+                peak, flags = min(less, key=lambda each: each[0])
+                is_enough |= peak <= limit
+                lines.append(f"{flags}: {_gigabytes(peak)}" + ", which alone does not fit either" * (peak > limit))
         if lines and not is_enough:
             lines.append("none of these is enough alone: combine them, or train where there is more memory")
         return lines
+
+
+class NoRoomError(Exception):
+    """The weights, and what belongs to each of them, need more memory than there is."""
+
+    def __init__(self, forecast: Forecast):
+        self.forecast = forecast
+
+
+def check_room(settings: RunSettings, config: BDHConfig, runtime: Runtime, strategy: str, world: World) -> None:
+    """Raises ``NoRoomError``, on all processes together, where the model cannot even be made and given an optimizer."""
+    estimate = MemoryEstimate(settings, config, runtime, strategy, world.size)
+    available, base = _available_to_each(runtime, world), max(world.gather(used_bytes(runtime.device)))
+    if base + estimate.fixed > available:
+        world.leave()
+        obstacle = "there is no room for the weights and what belongs to them"
+        raise NoRoomError(Forecast(estimate, base, available, obstacle=obstacle))
 
 
 def forecast(run: Run, *, say: Callable[[str], None] = lambda line: None) -> Forecast:
@@ -209,20 +363,17 @@ def forecast(run: Run, *, say: Callable[[str], None] = lambda line: None) -> For
 
     All processes of the run call it together, and get the same.
     """
-    estimate = MemoryEstimate(
-        run.settings, run.model.config, run.runtime, run.parallel.strategy, processes=run.world.size
-    )
-    device, world, train = run.runtime.device, run.world, run.settings.train
+    settings, device, world, train = run.settings, run.runtime.device, run.world, run.settings.train
+    estimate = MemoryEstimate(settings, run.model.config, run.runtime, run.parallel.strategy, world.size)
     give_back_free_memory()
     there = ("weights", "moving average", *(("optimizer",) if run.progress.step else ()))
     base = max(0, used_bytes(device) - sum(estimate.parts.get(name, 0) for name in there))
-    found = Forecast(estimate, max(world.gather(base)), available_to_each(run.runtime, world))
-    found.steps, found.evaluated_sequences = _to_go(run)
+    found = Forecast(estimate, max(world.gather(base)), _available_to_each(run.runtime, world), *_work_left(run))
 
     first = 1 if estimate.plan.backend == "eager" else min(estimate.plan.sizes.rows, train.batch_size)
-    while first > 1 and found.peak_of(first) > found.room:
+    while first > 1 and found.peak_of(first) > found.limit:
         first //= 2
-    if found.peak_of(first) > found.room:
+    if found.peak_of(first) > found.limit:
         found.obstacle = "there is no room for a step of a single sequence"
         return found
     loader = run.corpus.train_loader(
@@ -232,20 +383,23 @@ def forecast(run: Run, *, say: Callable[[str], None] = lambda line: None) -> For
     step_model = torch.compile(run.parallel.step_model) if train.compile else run.parallel.step_model
     say("a first step, which compiles and fills the optimizer ...")
     seconds, count = _timed_step(run, step_model, sequences, first), first
-    for count in _doubled(first, train.batch_size) if seconds is not None else ():
-        if found.points and (
-            found.points[-1][1] * count / found.points[-1][0] > MEASURING_SECONDS or found.peak_of(count) > found.room
-        ):
-            break
+    counts = sorted(
+        {min(first << doublings, train.batch_size) for doublings in range(train.batch_size.bit_length() + 1)}
+    )
+    for count in counts if seconds is not None else ():
+        if found.points:
+            before, its_seconds, _ = found.points[-1]
+            if its_seconds * count / before > MEASURING_SECONDS or found.peak_of(count) > found.limit:
+                break
         say(f"a step of {count} of {train.batch_size} sequences ...")
         give_back_free_memory()
         reset_peak(device)
         seconds = _timed_step(run, step_model, sequences, count)
         if seconds is None:
             break
-        told = world.gather((seconds, peak_bytes(device)))
-        peaks = [peak for _, peak in told if peak is not None]
-        found.points.append((count, max(each for each, _ in told), max(peaks, default=None)))
+        measured = world.gather((seconds, peak_bytes(device)))
+        peaks = [peak for _, peak in measured if peak is not None]
+        found.points.append((count, max(each for each, _ in measured), max(peaks, default=None)))
     if seconds is None:
         found.ran_out_at, found.obstacle = count, f"there was no memory for a step of {count}"
     elif train.gradient_accumulation_steps > 1:
@@ -255,33 +409,6 @@ def forecast(run: Run, *, say: Callable[[str], None] = lambda line: None) -> For
             once = 2 * found.points[-1][1] - max(world.gather(both))
             found.update_seconds = min(max(0.0, once), found.points[0][1])
     return found
-
-
-def forecast_without_room(error: NoRoomError) -> Forecast:
-    """Of a run whose model was not even made."""
-    return Forecast(error.estimate, error.base, error.available, obstacle=str(error))
-
-
-def check_room(settings: RunSettings, config: BDHConfig, runtime: Runtime, strategy: str, world: World) -> None:
-    """Raises ``NoRoomError``, on all processes together, where the model cannot even be made and given an optimizer."""
-    estimate = MemoryEstimate(settings, config, runtime, strategy, world.size)
-    available, base = available_to_each(runtime, world), max(world.gather(used_bytes(runtime.device)))
-    if base + estimate.fixed > available:
-        world.leave()
-        raise NoRoomError(estimate, base, available)
-
-
-def available_to_each(runtime: Runtime, world: World) -> int:
-    """Bytes that every process can have, what it has already among them: the same number on all of them."""
-    device = runtime.device
-    give_back_free_memory()
-    return min(world.gather(available_bytes(device, local_world_size()) + used_bytes(device)))
-
-
-def give_back_free_memory() -> None:
-    """What the C library has kept of smaller steps would count for a larger one, which would not have had them before."""
-    with suppress(OSError, AttributeError):  # where it is not glibc
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _timed_step(
@@ -294,29 +421,28 @@ def _timed_step(
     run.settings = replace(settings, train=replace(settings.train, batch_size=count))
     if run.carried is not None:
         run.carried = CarriedState(run.model, num_micro_batches, count)
+    start = time.perf_counter()
     try:
-        start = time.perf_counter()
         training_step(run, step_model, batch)
         run.guard.read(run.progress.step)  # waits for the device
-        seconds = time.perf_counter() - start
-    except (torch.OutOfMemoryError, MemoryError):
-        failed = True
-    except RuntimeError as error:
-        if "allocate memory" not in str(error):  # what PyTorch says on a CPU, as under ulimit
+    except (RuntimeError, MemoryError) as error:
+        # PyTorch has no class for a CPU's lack of memory, as under ulimit.
+        failed = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
+        if not failed:
             raise
-        failed = True
     finally:
         run.settings = settings
-    if any(run.world.any([failed])):
-        run.optimizers.zero_grad()
-        if run.runtime.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return None
-    return seconds
+    seconds = time.perf_counter() - start
+    if not any(run.world.any([failed])):
+        return seconds
+    run.optimizers.zero_grad()
+    if run.runtime.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return None
 
 
-def _to_go(run: Run) -> tuple[int, int]:
-    """Steps to go, and sequences evaluated meanwhile by the process that has most of them."""
+def _work_left(run: Run) -> tuple[int, int]:
+    """Steps to do, and sequences evaluated meanwhile by the process that has most of them."""
     settings, first = run.settings.train, run.progress.step
     last = min(settings.max_steps, settings.stop_at_step or settings.max_steps)
     every = settings.eval_every_steps
@@ -328,25 +454,33 @@ def _to_go(run: Run) -> tuple[int, int]:
     return max(0, last - first), number * sequences * (1 if run.average is None else 2)
 
 
-def _doubled(first: int, last: int) -> Iterator[int]:
-    while first < last:
-        yield first
-        first *= 2
-    yield last
+def _available_to_each(runtime: Runtime, world: World) -> int:
+    """Bytes that every process can have, including what it has already: the same number on all of them."""
+    give_back_free_memory()
+    device = runtime.device
+    return min(world.gather(available_bytes(device, local_world_size()) + used_bytes(device)))
 
 
-def _listed(numbers: list[int]) -> str:
-    *others, last = map(str, numbers)
-    if not others:
-        return f"{last} sequence{'s' * (last != '1')}"
-    return f"{', '.join(others)} and {last} sequences"
+def give_back_free_memory() -> None:
+    """What the C library has kept of smaller steps would count for a larger one, which would not have had them before."""
+    with suppress(OSError, AttributeError):  # where it is not glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
-def gigabytes(num_bytes: float) -> str:
+def _at_most(size: int | None, largest: int) -> int | None:
+    return size and min(size, largest)
+
+
+def _halved(number: int, least: int) -> Iterator[int]:
+    while (number := number // 2) >= least:
+        yield number
+
+
+def _gigabytes(num_bytes: float) -> str:
     return f"{num_bytes / 1e9:,.3f} GB"
 
 
-def duration(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:,.0f} s"
     minutes = round(seconds / 60)

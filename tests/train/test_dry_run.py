@@ -17,8 +17,7 @@ from bdh.cli.train import settings_to_resume
 from bdh.distributed.world import World
 from bdh.train import dry_run
 from bdh.train.config import RunSettings, stored_settings
-from bdh.train.dry_run import Forecast, Line, forecast
-from bdh.train.memory_estimate import MemoryEstimate
+from bdh.train.dry_run import Forecast, MemoryEstimate, forecast
 from bdh.train.setup import open_run
 
 from .conftest import TINY, losses
@@ -46,7 +45,7 @@ def estimate_of(run) -> MemoryEstimate:
 def measured(estimate: MemoryEstimate, base: int = 400 * MB, available: int = 10**12) -> Forecast:
     """As if the counts were true."""
     rows = (1, estimate.settings.train.batch_size)
-    peaks = [estimate.of_sequences(count).total - estimate.of_sequences(count).unmeasured for count in rows]
+    peaks = [estimate.of_sequences(count).counted for count in rows]
     points = [(count, 0.1 * count, base + peak) for count, peak in zip(rows, peaks, strict=True)]
     return Forecast(estimate, base, available, steps=100, evaluated_sequences=60, points=points)
 
@@ -82,12 +81,19 @@ def steps(monkeypatch):
     return seen
 
 
-def test_a_line_goes_through_its_points():
-    line = Line.through((8, 1.4), (4, 1.0))
-    assert (line.fixed, line.each) == pytest.approx((0.6, 0.1))
-    assert line.at(16) == pytest.approx(2.2)
-    assert Line.through((4, 2.0), (4, 2.0)).at(8) == pytest.approx(4.0)  # one point: all of it grows
-    assert Line.through((4, 2.0), (8, 1.9)).at(100) == pytest.approx(2.0)  # noise: it does not shrink
+@pytest.mark.parametrize(
+    ("points", "batch_size", "seconds"),
+    [
+        ([(4, 1.0), (8, 1.4)], 16, 2.2),
+        ([(4, 2.0)], 8, 4.0),  # one point: all of it grows
+        ([(4, 2.0), (8, 1.9)], 100, 2.0),  # noise: it does not shrink
+    ],
+)
+def test_the_seconds_of_a_step_are_on_the_line_through_those_measured(opened, points, batch_size, seconds):
+    found = measured(estimate_of(opened()))
+    found.estimate = found.estimate.changed(batch_size=batch_size)
+    found.points = [(*point, None) for point in points]
+    assert found.step_seconds == pytest.approx(seconds)
 
 
 def test_sums(opened):
@@ -269,11 +275,11 @@ def test_only_what_lowers_the_need_is_advised(opened):
     """Of shorter blocks the states between them are kept, which may be more than the blocks."""
     estimate = estimate_of(opened(**{"train.batch_size": 16, "train.recompute": "none", "model.n_embd": 64}))
     now = measured(estimate).peak
-    assert estimate.changed(tokens_per_block=16).total > estimate.total
+    assert estimate.changed(tokens_per_block=16).counted > estimate.counted
     advice = measured(estimate, available=round((now - 1) / dry_run.MARGIN)).advice()
     assert not any("tokens_per_block" in line for line in advice)
     assert [line.split()[0] for line in advice[:2]] == ["--train.batch_size", "--train.recompute"]
-    saved = estimate.total - estimate.changed(recompute="pass").total
+    saved = estimate.counted - estimate.changed(recompute="pass").counted
     told = next(line for line in advice if "recompute" in line).split(": ")[1]
     assert float(told.split()[0]) == pytest.approx((now - saved) / 1e9, abs=1e-3)
     *marked, last = measured(estimate, base=10 * MB, available=9 * MB).advice()
