@@ -7,7 +7,8 @@ import pytest
 
 from bdh.generate.params import SamplingParams
 from bdh.generate.prompts_file import read_jobs
-from bdh.serve.keys import ApiKeys
+from bdh.serve.config import AuthSettings
+from bdh.serve.middleware import ApiKeys
 from bdh.serve.text import ChatPrompts
 from bdh.text_files import read_text
 from bdh.tokenizer import byte_tokenizer, with_chat_template
@@ -75,7 +76,7 @@ def test_prompts_begin_after_a_mark(tmp_path):
 def test_the_first_key_of_a_file_is_accepted_after_a_mark(tmp_path):
     """It was stored with the mark, and its owner refused."""
     marked(tmp_path / "keys", "a-long-secret\n")
-    keys = ApiKeys(str(tmp_path / "keys"), "NOTHING_HERE")
+    keys = ApiKeys(AuthSettings(keys_file=str(tmp_path / "keys"), keys_variable="NOTHING_HERE"))
     assert keys.caller("Bearer a-long-secret", "1.2.3.4").name.startswith("key-")
 
 

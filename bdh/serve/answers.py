@@ -3,7 +3,7 @@
 import codecs
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -11,13 +11,12 @@ from pydantic import BaseModel
 
 from bdh.generate.sampler import TokenLogprobs
 from bdh.generate.sequence import Completion, StepOutput
-from bdh.serve.errors import ApiError
-from bdh.serve.middleware import sent_event
+from bdh.serve.middleware import ApiError, sent_event
 from bdh.serve.schemas import Json, StreamOptions
 from bdh.serve.service import PromptRequest
 from bdh.serve.text import TokenNames
 
-Entries = Sequence[tuple[int, TokenLogprobs | None]]
+Entries = list[tuple[int, TokenLogprobs | None]]
 """Tokens, each with its log-probabilities; None for the first of a prompt, which nothing predicts."""
 
 
@@ -68,12 +67,52 @@ class ChatAnswer(_Answer):
     choices: list[ChatChoice]
 
 
+class ResponseUsage(BaseModel):
+    input_tokens: int
+    input_tokens_details: dict[str, int]
+    output_tokens: int
+    output_tokens_details: dict[str, int]
+    total_tokens: int
+
+
+class ResponseAnswer(BaseModel):
+    """A response as it is given and kept. What is always the same here is there for clients that look for it."""
+
+    id: str
+    object: Literal["response"] = "response"
+    created_at: int
+    completed_at: int | None = None
+    status: Literal["in_progress", "completed", "incomplete", "failed"] = "in_progress"
+    model: str
+    output: list[Json] = []
+    usage: ResponseUsage | None = None
+    error: Json | None = None
+    incomplete_details: dict[str, str] | None = None
+    instructions: str | None = None
+    previous_response_id: str | None = None
+    store: bool
+    metadata: dict[str, str] = {}
+    max_output_tokens: int | None = None
+    temperature: float
+    top_p: float
+    top_logprobs: int = 0
+    text: Json = {"format": {"type": "text"}, "verbosity": "medium"}
+    reasoning: dict[str, None] = {"effort": None, "summary": None}
+    tools: list[Any] = []
+    tool_choice: str = "auto"
+    parallel_tool_calls: bool = True
+    truncation: str = "disabled"
+    background: bool = False
+    service_tier: str = "default"
+    user: str | None = None
+
+
 @dataclass
 class Text:
     """One text of an answer, so far."""
 
     parts: list[str] = field(default_factory=list)
-    entries: list[tuple[int, TokenLogprobs | None]] = field(default_factory=list)
+    entries: Entries = field(default_factory=list)
     num_generated: int = 0
     offset: int = 0
     """Characters of the tokens so far."""
@@ -87,6 +126,9 @@ class Text:
         assert self.completion is not None
         found = [each.logprob for each in self.completion.logprobs or []]
         return sum(found) / len(found) if found else 0.0
+
+    def __str__(self) -> str:
+        return "".join(self.parts)
 
 
 class Writer:
@@ -123,7 +165,7 @@ class Writer:
     def take(self, place: int, output: StepOutput) -> Json | None:
         """Notes what has come. Returns a chunk's choice, or None where there is nothing to say."""
         text = self.texts[place][output.index]
-        entries: list[tuple[int, TokenLogprobs | None]] = []
+        entries: Entries = []
         if self._num_top is not None:
             entries += zip(self._prompts[place].prompt, output.prompt_logprobs or (), strict=False)
             entries += [(each.token, each) for each in output.logprobs or ()]
@@ -148,11 +190,11 @@ class Writer:
     def pieces(self, place: int, output: StepOutput) -> list[bytes]:
         """Notes what has come. Returns the events that tell it."""
         choice = self.take(place, output)
-        return [] if choice is None else [self._chunk([choice])]
+        return [] if choice is None else [self._chunk(choice)]
 
     def closing(self) -> list[bytes]:
         """The events that a stream ends with, once everything has come."""
-        usage = [self._chunk([], usage=self.usage())] if self._options.include_usage else []
+        usage = [self._chunk(usage=self.usage())] if self._options.include_usage else []
         return [*usage, b"data: [DONE]\n\n"]
 
     def failure(self, error: ApiError) -> bytes:
@@ -160,16 +202,18 @@ class Writer:
         return sent_event(error.body())
 
     def answer(self) -> Json:
-        choices = []
+        given = []
         for texts in self.texts:
             if len(texts) > self._num_given:
                 texts = sorted(texts, key=lambda text: text.likelihood, reverse=True)
-            choices += texts[: self._num_given]
-        return {
-            **self._head(self.object),
-            "choices": [self._whole_choice(index, text) for index, text in enumerate(choices)],
-            "usage": self.usage(),
-        }
+            given += texts[: self._num_given]
+        choices = []
+        for index, text in enumerate(given):
+            assert text.completion is not None
+            logprobs = None if self._num_top is None else self._logprobs(Text(), text.entries)
+            choice = self._answer_choice(index, str(text), logprobs, text.completion)
+            choices.append({**choice, "bdh": text.extras} if text.extras else choice)
+        return {**self._head(self.object), "choices": choices, "usage": self.usage()}
 
     def usage(self) -> Json:
         """What has been read and generated so far."""
@@ -185,7 +229,7 @@ class Writer:
             "prompt_tokens_details": {"cached_tokens": sum(each.num_cached_tokens for each in firsts if each)},
         }
 
-    def _chunk(self, choices: list[Json], *, usage: Json | None = None) -> bytes:
+    def _chunk(self, *choices: Json, usage: Json | None = None) -> bytes:
         found = {**self._head(self.chunk_object), "choices": choices}
         if self._options.are_needed:
             found["usage"] = self.usage() if self._options.continuous_usage_stats else usage
@@ -199,12 +243,6 @@ class Writer:
             return {}
         token = self._names.name(output.token_ids[-1]) if output.token_ids else None
         return {"activations": [{"token": token, "passes": [asdict(each) for each in output.activity]}]}
-
-    def _whole_choice(self, index: int, text: Text) -> Json:
-        assert text.completion is not None
-        logprobs = None if self._num_top is None else self._logprobs(Text(), text.entries)
-        choice = self._answer_choice(index, "".join(text.parts), logprobs, text.completion)
-        return {**choice, "bdh": text.extras} if text.extras else choice
 
     def _shown(self, text: Text, piece: str) -> str:
         """What of a text's next piece is given."""
@@ -268,11 +306,8 @@ class ChatWriter(Writer):
 
     def opening(self) -> list[bytes]:
         delta = {"role": "assistant", "content": ""}
-        choices: Iterable[Json] = (
-            {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
-            for index in range(self._num_given)
-        )
-        return [self._chunk([choice]) for choice in choices]
+        choice = {"delta": delta, "logprobs": None, "finish_reason": None}
+        return [self._chunk({"index": index, **choice}) for index in range(self._num_given)]
 
     def _chunk_choice(self, index: int, text: str, logprobs: Json | None, completion: Completion | None) -> Json:
         reason = None if completion is None else completion.finish_reason
@@ -284,12 +319,107 @@ class ChatWriter(Writer):
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": completion.finish_reason}
 
     def _logprobs(self, text: Text, entries: Entries) -> Json:
-        content = []
-        for token, entry in entries:
-            assert entry is not None  # a prompt's are never asked for here
-            top = [self._of_token(other, logprob) for other, logprob in entry.top]
-            content.append({**self._of_token(token, entry.logprob), "top_logprobs": top})
+        content = [
+            {
+                **self._of_token(entry.token, entry.logprob),
+                "top_logprobs": [self._of_token(*each) for each in entry.top],
+            }
+            for _, entry in entries
+            if entry is not None  # as are those of a prompt, which nobody asks for here
+        ]
         return {"content": content, "refusal": None}
 
     def _of_token(self, token: int, logprob: float) -> Json:
         return {"token": self._names.name(token), "logprob": logprob, "bytes": list(self._names.bytes_of(token))}
+
+
+class ResponseWriter(ChatWriter):
+    """The one text of a response, as an answer or as the events of its stream.
+
+    Args:
+        answer: the response as it is known before its text.
+    """
+
+    def __init__(self, prompt: PromptRequest, names: TokenNames, answer: ResponseAnswer, reply: Callable[[str], str]):
+        super().__init__([prompt], names, answer.model, prompt.params.logprobs, reply=reply)
+        self.id, self.response = answer.id, answer
+        ((self._text,),) = self.texts
+        self._number = 0  # of the next event
+        self._place = {"item_id": item_id(answer.id), "output_index": 0, "content_index": 0}
+
+    def opening(self) -> list[bytes]:
+        return [
+            self._event("created", response=self.facts()),
+            self._event("in_progress", response=self.facts()),
+            self._event("output_item.added", output_index=0, item=self._item("in_progress")),
+            self._event("content_part.added", **self._place, part=_part("", [])),
+        ]
+
+    def pieces(self, place: int, output: StepOutput) -> list[bytes]:
+        choice = self.take(place, output)
+        if choice is None or not (choice["text"] or choice["logprobs"]):
+            return []
+        return [self._event("output_text.delta", **self._place, delta=choice["text"], logprobs=choice["logprobs"])]
+
+    def closing(self) -> list[bytes]:
+        facts = self.answer()
+        (item,) = facts["output"]
+        (part,) = item["content"]
+        return [
+            self._event("output_text.done", **self._place, text=part["text"], logprobs=part["logprobs"]),
+            self._event("content_part.done", **self._place, part=part),
+            self._event("output_item.done", output_index=0, item=item),
+            self._event(facts["status"], response=facts),
+        ]
+
+    def failure(self, error: ApiError) -> bytes:
+        code = "rate_limit_exceeded" if error.status == 429 else "server_error"  # all that there is for it
+        self.response.status = "failed"
+        self.response.error = {"code": code, "message": error.message, **error.facts}
+        return self._event("failed", response=self.facts())
+
+    def answer(self) -> Json:
+        completion, response = self._text.completion, self.response
+        assert completion is not None
+        is_cut = completion.finish_reason == "length"
+        response.status = "incomplete" if is_cut else "completed"
+        response.incomplete_details = {"reason": "max_output_tokens"} if is_cut else None
+        response.completed_at = response.completed_at or int(time.time())
+        logprobs = [] if self._num_top is None else self._logprobs(self._text, self._text.entries)["content"]
+        response.output = [self._item(response.status, _part(str(self._text), logprobs))]
+        # All that the state has read counts as input; what it had read before this request, as cached.
+        snapshot = self._prompts[0].snapshot
+        known = completion.num_cached_tokens if snapshot is None else snapshot.state.position
+        num_input, num_output = completion.num_prompt_tokens, len(completion.token_ids)
+        response.usage = ResponseUsage(
+            input_tokens=num_input,
+            input_tokens_details={"cached_tokens": known, "cache_write_tokens": 0},
+            output_tokens=num_output,
+            output_tokens_details={"reasoning_tokens": 0},
+            total_tokens=num_input + num_output,
+        )
+        return self.facts()
+
+    def facts(self) -> Json:
+        return self.response.model_dump(mode="json")
+
+    def _item(self, status: str, *content: Json) -> Json:
+        item = {"id": self._place["item_id"], "type": "message", "status": status, "role": "assistant"}
+        return {**item, "content": list(content)}
+
+    def _event(self, name: str, **facts: Any) -> bytes:
+        self._number += 1
+        name = f"response.{name}"
+        return sent_event({"type": name, "sequence_number": self._number - 1, **facts}, name)
+
+    def _chunk_choice(self, index: int, text: str, logprobs: Json | None, completion: Completion | None) -> Json:
+        return {"text": text, "logprobs": [] if logprobs is None else logprobs["content"]}
+
+
+def item_id(response_id: str) -> str:
+    """The id of a response's message."""
+    return response_id.replace("resp_", "msg_")
+
+
+def _part(text: str, logprobs: list[Json]) -> Json:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}

@@ -1,15 +1,20 @@
-"""The application: its routes, and the shape of its errors."""
+"""The application: its routes, the shape of its errors, and its description, /openapi.json.
+
+The description says as much as JSON Schema can of what this server, with its model and its limits, takes and gives, so that
+what a client makes from it is not refused.
+"""
 
 import asyncio
 import base64
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from typing import Any, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from prometheus_client import generate_latest
 from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -18,21 +23,20 @@ from starlette.routing import Match
 from starlette.types import ASGIApp
 
 import bdh
-from bdh.serve.completions import add_completions, no_state
-from bdh.serve.describe import describe
-from bdh.serve.embeddings import add_embeddings
-from bdh.serve.errors import ApiError, bad_request, internal_error
-from bdh.serve.fields import named
-from bdh.serve.keys import ApiKeys
-from bdh.serve.middleware import ClientGone, RequestMiddleware, error_response
+from bdh.serve.completions import add_completions, add_embeddings, no_state
+from bdh.serve.config import LimitSettings
+from bdh.serve.middleware import ApiError, ApiKeys, ClientGone, RequestMiddleware, bad_request, internal_error
 from bdh.serve.responses import add_responses
-from bdh.serve.schemas import DetokenizeRequest, Json, TokenizeRequest
+from bdh.serve.schemas import MOST_WHOLE, DetokenizeRequest, Json, TokenizeRequest
 from bdh.serve.service import Loaded, Service
 from bdh.serve.states import SavedState
-from bdh.serve.text import decode_tokens, encode_text, tokenizer_info
+from bdh.serve.text import tokenizer_info
+from bdh.vocabulary import document_end_id
 
 _CLIENT_GONE = 499  # what nginx calls it; for log and metrics only
 _HEALTH = ("/health", "/health/live", "/health/ready")
+_NAME_CHARACTERS = 64  # of a name in an error
+_OF_TEXTS = ("CompletionRequest", "ChatRequest", "ResponseRequest")
 _ERRORS = {
     400: "Something in the request is wrong; `param` names it.",
     401: "An API key is needed.",
@@ -143,7 +147,7 @@ def make_app(service: Service, keys: ApiKeys) -> ASGIApp:
     _add_states(app, service)
     add_responses(app, service, _errors(401, 404, 429, 503), _errors(401, 404, 503))
     add_embeddings(app, service, _errors(401, 404, 429, 503))
-    describe(app, service, needs_key=keys.are_needed)
+    _add_description(app, service, needs_key=keys.are_needed)
     open_paths = {*_HEALTH, "/openapi.json"}
     if settings.page:
         _add_page(app)
@@ -168,14 +172,27 @@ def _errors(*statuses: int) -> dict[int | str, Json]:
 
 
 def _add_models(app: FastAPI, service: Service) -> None:
+    def facts(name: str) -> ModelFacts:
+        loaded = service.ready()
+        config, advancer = loaded.model.config, loaded.engine.engine.advancer
+        facts = {
+            "layers": config.n_layer,
+            "heads": config.n_head,
+            "neurons_per_head": config.neurons_per_head,
+            "vocabulary": config.vocab_size,
+            "chat": loaded.chat.template is not None,
+            "state_bytes": advancer.state_bytes,
+            "path": advancer.description,
+        }
+        return ModelFacts(id=name, created=loaded.created, bdh=facts)
+
     @app.get("/v1/models", responses=_errors(401, 503), tags=["models"])
     async def models() -> ModelList:
-        loaded = service.ready()
-        return ModelList(data=[_model_facts(loaded, name) for name in loaded.model_names])
+        return ModelList(data=[facts(name) for name in service.ready().model_names])
 
     @app.get("/v1/models/{model:path}", responses=_errors(401, 404, 503), tags=["models"])
     async def model(model: str) -> ModelFacts:
-        return _model_facts(service.ready(), service.check_model(model))
+        return facts(service.check_model(model))
 
     @app.post("/tokenize", responses=_errors(401, 404, 503), tags=["tokens"])
     async def tokenize(body: TokenizeRequest) -> TokenizeAnswer:
@@ -186,9 +203,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
         else:
             text = (body.prompt if body.content is None else body.content) or ""
             with_special = bool(body.add_special_tokens)
-            tokens = await loaded.in_text_thread(
-                lambda: encode_text(loaded.tokenizer, text, add_special_tokens=with_special)
-            )
+            tokens = await loaded.in_text_thread(lambda: loaded.tokenizer.encode(text, add_special_tokens=with_special))
         return TokenizeAnswer(tokens=tokens, count=len(tokens))
 
     @app.get("/tokenizer_info", responses=_errors(401, 503), tags=["tokens"])
@@ -203,21 +218,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
         if wrong := [token for token in body.tokens if token >= loaded.vocab_size][:3]:
             last = loaded.vocab_size - 1
             raise bad_request(f"the token ids {wrong} are not there: must be within 0 and {last}", "tokens")
-        return DetokenizeAnswer(prompt=await loaded.in_text_thread(decode_tokens, loaded.tokenizer, body.tokens))
-
-
-def _model_facts(loaded: Loaded, name: str) -> ModelFacts:
-    config, advancer = loaded.model.config, loaded.engine.engine.advancer
-    facts = {
-        "layers": config.n_layer,
-        "heads": config.n_head,
-        "neurons_per_head": config.neurons_per_head,
-        "vocabulary": config.vocab_size,
-        "chat": loaded.chat.template is not None,
-        "state_bytes": advancer.state_bytes,
-        "path": advancer.description,
-    }
-    return ModelFacts(id=name, created=loaded.created, bdh=facts)
+        return DetokenizeAnswer(prompt=await loaded.in_text_thread(loaded.tokenizer.decode, body.tokens))
 
 
 def _add_states(app: FastAPI, service: Service) -> None:
@@ -292,17 +293,19 @@ def _add_metrics(app: FastAPI, service: Service) -> None:
         if service.metrics is None:
             service.ready()  # raises: nothing is loaded
         assert service.metrics is not None
-        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(
+            generate_latest(service.metrics.registry), media_type="text/plain; version=0.0.4; charset=utf-8"
+        )
 
 
 def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
     async def known(request: Request, error: ApiError) -> Response:
-        return error_response(error)
+        return error.response()
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        return error_response(_invalid(error.errors(), error.body))
+        return _invalid(error.errors(), error.body).response()
 
     @app.exception_handler(HTTPException)
     async def of_starlette(request: Request, error: HTTPException) -> Response:
@@ -311,7 +314,7 @@ def _add_errors(app: FastAPI) -> None:
             405: f"{request.method} is not allowed at {request.url.path}",
             400: "the request's body is not JSON",
         }.get(error.status_code, str(error.detail))
-        response = error_response(ApiError(error.status_code, message))
+        response = ApiError(error.status_code, message).response()
         response.headers.update(error.headers or {})
         if error.status_code == 405:
             response.headers["Allow"] = ", ".join(sorted(_methods(app, request)))
@@ -324,7 +327,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def unknown(request: Request, error: Exception) -> Response:
-        return error_response(internal_error())  # logged by the middleware
+        return internal_error().response()  # logged by the middleware
 
 
 def _methods(app: FastAPI, request: Request) -> set[str]:
@@ -361,3 +364,114 @@ def _invalid(faults: Sequence[Any], given: Any) -> ApiError:
     extra = [each for each in found if "is not supported" in each[1]]
     param, message = (extra or found)[0]
     return bad_request(message, param or None, "unsupported_field" if extra else "invalid_value")
+
+
+def named(place: Sequence[str | int], given: Any, *, is_missing: bool = False) -> str:
+    """A place in a request as its client wrote it: ``messages.0.content``.
+
+    Args:
+        place: the keys and indices that lead there, and, between them, what only the schema has: which of several types.
+        given: the request.
+        is_missing: whether the last key is of a field that is not there.
+    """
+    parts = []
+    for number, key in enumerate(place, 1):
+        is_there = key in given if isinstance(given, dict) else isinstance(given, list) and isinstance(key, int)
+        if is_there:
+            given = given[key]
+        if is_there or (is_missing and number == len(place)):
+            parts.append(str(key).encode(errors="replace").decode()[:_NAME_CHARACTERS])
+    return ".".join(parts)
+
+
+def _add_description(app: FastAPI, service: Service, *, needs_key: bool) -> None:
+    """Lets the application's description say what depends on the settings, and, once it is there, on the model."""
+    make = app.openapi
+
+    def openapi() -> Json:
+        described = make()
+        _describe_errors(described, needs_key=needs_key)
+        schemas, loaded = described["components"]["schemas"], service.loaded
+        limits = service.settings.limits
+        most_texts = limits.texts if loaded is None else min(limits.texts, loaded.max_sequences)
+        for name in _OF_TEXTS:
+            _describe_limits(schemas[name]["properties"], limits, most_texts)
+        _limit_texts(schemas["CompletionRequest"]["properties"]["prompt"], limits.prompts)
+        _limit_texts(schemas["EmbeddingRequest"]["properties"]["input"], limits.embeddings)
+        if loaded is not None:
+            _describe_model(schemas, loaded)
+        return described
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _describe_errors(described: Json, *, needs_key: bool) -> None:
+    header = {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}}
+    for operation in [operation for path in described["paths"].values() for operation in path.values()]:
+        responses = operation["responses"]
+        responses.pop("422", None)  # it is 400 here
+        for status in {"429", "503"} & responses.keys():
+            responses[status]["headers"] = {"Retry-After": header}
+        if needs_key and "401" in responses:
+            operation["security"] = [{"key": []}]
+    for name in ("HTTPValidationError", "ValidationError"):
+        described["components"]["schemas"].pop(name, None)
+    if needs_key:
+        described["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+
+
+def _describe_limits(properties: Json, limits: LimitSettings, most_texts: int) -> None:
+    tokens = dict.fromkeys(("max_tokens", "max_completion_tokens", "max_output_tokens"), limits.max_tokens)
+    for name, most in {**tokens, "n": most_texts, "best_of": most_texts}.items():
+        if name in properties:
+            properties[name]["anyOf"][0]["maximum"] = most
+    temperature = {"type": "number", "minimum": 1e-6, "maximum": 100}
+    properties["temperature"]["anyOf"] = [{"const": 0}, temperature, {"type": "null"}]
+
+
+def _limit_texts(texts: Json, most: int) -> None:
+    for kind in texts["anyOf"]:
+        if kind.get("type") == "array" and kind["items"].get("type") != "integer":
+            kind["maxItems"] = most
+
+
+def _describe_model(schemas: Json, loaded: Loaded) -> None:
+    """The vocabulary: which token ids there are, and whether an empty text can be continued."""
+    last = loaded.vocab_size - 1
+    for schema in _objects(schemas):
+        if (schema.get("type"), schema.get("minimum"), schema.get("maximum")) == ("integer", 0, MOST_WHOLE):
+            schema["maximum"] = last
+    width = {"const": loaded.model.config.n_embd}
+    schemas["EmbeddingRequest"]["properties"]["dimensions"]["anyOf"] = [width, {"type": "null"}]
+    if loaded.tokenizer.bos_token_id is None and document_end_id(loaded.tokenizer) is None:
+        for name, field in (("CompletionRequest", "prompt"), ("EmbeddingRequest", "input")):
+            for kind in schemas[name]["properties"][field]["anyOf"]:
+                for text in (kind, kind.get("items", {})):
+                    if text.get("type") == "string":
+                        text["minLength"] = 1
+    for name in _OF_TEXTS:
+        for kind in schemas[name]["properties"]["logit_bias"]["anyOf"]:
+            if kind.get("type") == "object":
+                kind.pop("patternProperties", None)
+                kind["propertyNames"] = {"pattern": f"^({up_to(last)})$"}
+                kind["additionalProperties"] = {"type": "number", "minimum": -100, "maximum": 100}
+
+
+def _objects(schema: Any) -> Iterator[Json]:
+    """All objects within one."""
+    if isinstance(schema, dict):
+        yield schema
+    for each in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
+        yield from _objects(each)
+
+
+def up_to(last: int) -> str:
+    """A pattern of the whole numbers from 0 to this one."""
+    digits = str(last)
+    found = ["0"] + [f"[1-9][0-9]{{{length - 1}}}" if length > 1 else "[1-9]" for length in range(1, len(digits))]
+    for place, digit in enumerate(digits):
+        least = 1 if place == 0 else 0
+        if int(digit) > least:
+            rest = len(digits) - place - 1
+            found.append(f"{digits[:place]}[{least}-{int(digit) - 1}]" + (f"[0-9]{{{rest}}}" if rest else ""))
+    return "|".join([*found, *([digits] if last else [])])

@@ -1,30 +1,81 @@
-"""/v1/completions and /v1/chat/completions: from a request to its answer, whole or in pieces."""
+"""/v1/completions, /v1/chat/completions and /v1/embeddings: from a request to its answer, whole or in pieces."""
 
 import asyncio
+import base64
 import logging
+import time
 from collections.abc import AsyncIterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 from fastapi import FastAPI
+from pydantic import BaseModel, Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from bdh.generate.advance import Residuals
 from bdh.generate.grammar import GRAMMAR_FAULT
 from bdh.generate.params import SamplingParams
 from bdh.generate.sequence import Completion, StepOutput, TextDecoder
 from bdh.generate.snapshot import Snapshot
 from bdh.serve.answers import ChatAnswer, ChatWriter, CompletionAnswer, CompletionWriter, Writer
-from bdh.serve.errors import ApiError, bad_request, internal_error
-from bdh.serve.middleware import EventStream, unless_gone
-from bdh.serve.monitoring import log
-from bdh.serve.schemas import ChatRequest, CompletionRequest, Extras, Json
+from bdh.serve.middleware import ApiError, EventStream, bad_request, internal_error, log, unavailable, unless_gone
+from bdh.serve.schemas import (
+    ChatRequest,
+    CompletionRequest,
+    Extras,
+    Json,
+    Positive,
+    Prompt,
+    RequestModel,
+    Sampling,
+    texts_of,
+)
 from bdh.serve.service import CutOff, Generation, Loaded, PromptRequest, Service
-from bdh.serve.text import prompt_tokens
 from bdh.storage import DiskFullError
 
 COMPLETION_TOKENS = 16  # where the request does not say, as in OpenAI's API
 STREAMS: dict[int | str, Json] = {200: {"content": {"text/event-stream": {}}}}
+_AT_ONCE = (
+    8  # texts of a request for embeddings that are read at the same time: others' prompts wait for so many at most
+)
+_QUEUE_SECONDS = 0.1
+
+
+class EmbeddingOptions(RequestModel):
+    pooling: Literal["mean", "last"] | None = Field(
+        default=None, description="Of the residuals of all tokens (mean, the default), or that of the last."
+    )
+    normalize: bool | None = Field(default=None, description="To length 1, as OpenAI's are; true if not given.")
+
+
+class EmbeddingRequest(RequestModel):
+    input: Prompt = Field(description="Text, texts, token ids, or lists of them.")
+    model: str | None = Field(default=None, description="A name that the server has; None for its first.")
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Positive | None = Field(default=None, description="The model's residual width, or left out.")
+    user: str | None = Field(default=None, description="For the log.")
+    bdh: EmbeddingOptions | None = None
+
+
+class Embedding(BaseModel):
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str = Field(description="As text: the float32 numbers, little-endian, in base64.")
+
+
+class EmbeddingUsage(BaseModel):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingAnswer(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
 
 
 def add_completions(app: FastAPI, service: Service, errors: dict[int | str, Json]) -> None:
@@ -32,26 +83,27 @@ def add_completions(app: FastAPI, service: Service, errors: dict[int | str, Json
     Args:
         errors: the descriptions of errors, for the API's description.
     """
-    responses = {**errors, **STREAMS}
+    of_texts: Json = {"responses": {**errors, **STREAMS}, "tags": ["texts"]}
 
-    @app.post("/v1/completions", response_model=CompletionAnswer, responses=responses, tags=["texts"])
+    @app.post("/v1/completions", response_model=CompletionAnswer, **of_texts)
     async def complete(body: CompletionRequest, request: Request) -> Response:
         return await (await _completion(service, body, request)).respond()
 
-    @app.post("/v1/chat/completions", response_model=ChatAnswer, responses=responses, tags=["texts"])
+    @app.post("/v1/chat/completions", response_model=ChatAnswer, **of_texts)
     async def chat(body: ChatRequest, request: Request) -> Response:
         return await (await _chat(service, body, request)).respond()
 
 
-def begin(service: Service, body: Any, request: Request) -> str:
-    """Counts a request for texts; the name of its model. Errors are those of :meth:`Service.begin`."""
-    model = service.begin(body, request)
-    request.state.facts["stream"] = bool(body.stream)
-    return model
+def add_embeddings(app: FastAPI, service: Service, errors: dict[int | str, Json]) -> None:
+    """Arguments are those of :func:`add_completions`."""
+
+    @app.post("/v1/embeddings", response_model=EmbeddingAnswer, responses=errors, tags=["embeddings"])
+    async def embed(body: EmbeddingRequest, request: Request) -> Response:
+        return JSONResponse((await _embed(service, body, request)).model_dump())
 
 
 async def _completion(service: Service, body: CompletionRequest, request: Request) -> "TextGeneration":
-    model = begin(service, body, request)
+    model = service.begin(body, request)
     loaded, extras = service.ready(), body.extras
     params = replace(
         body.params(service.max_tokens(body.max_tokens, COMPLETION_TOKENS)),
@@ -63,8 +115,8 @@ async def _completion(service: Service, body: CompletionRequest, request: Reques
     if params.n > (body.n or 1) and params.logprobs is None:
         params.logprobs = 0  # to choose by
     service.check_texts(params.n, "n" if params.n == body.n else "best_of")
-    snapshot = await saved_snapshot(loaded, extras, request)
-    texts = body.texts
+    snapshot = await _saved_snapshot(loaded, extras, request)
+    texts = texts_of(body.prompt)
     if snapshot is not None and (len(texts) > 1 or body.echo):
         name = "prompt" if len(texts) > 1 else "echo"
         raise bad_request(f"{name}: with bdh.from_state only one prompt, and no echo", name)
@@ -73,21 +125,15 @@ async def _completion(service: Service, body: CompletionRequest, request: Reques
     prompts = []
     for number, text in enumerate(texts):
         param = "prompt" if text is body.prompt else f"prompt.{number}"
-        tokens = await loaded.in_text_thread(
-            prompt_tokens, loaded.tokenizer, loaded.vocab_size, text, param, snapshot is not None
-        )
-        prompt = PromptRequest(
-            tokens, replace(params), snapshot, bool(extras.save_state), extras.activations, param=param
-        )
-        prompt.notes = {"kind": "text"}
-        prompts.append(prompt)
+        tokens = await loaded.prompt_tokens(text, param, continues=snapshot is not None)
+        prompts.append(_prompt(tokens, replace(params), snapshot, extras, param, {"kind": "text"}))
     options = body.stream_options
     writer = CompletionWriter(prompts, loaded.names, model, body.logprobs, body.n or 1, options=options)
-    return TextGeneration(service, prompts, request, writer, is_stream=bool(body.stream), extras=extras)
+    return TextGeneration(service, prompts, request, writer, body, saves_state=bool(extras.save_state))
 
 
 async def _chat(service: Service, body: ChatRequest, request: Request) -> "TextGeneration":
-    model = begin(service, body, request)
+    model = service.begin(body, request)
     loaded, extras = service.ready(), body.extras
     messages = [message.plain() for message in body.messages]
     name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
@@ -97,7 +143,7 @@ async def _chat(service: Service, body: ChatRequest, request: Request) -> "TextG
         params.logprobs = body.top_logprobs or 0
     service.check_texts(params.n, "n")
     await compile_grammar(loaded, params, "response_format")
-    snapshot = await saved_snapshot(loaded, extras, request)
+    snapshot = await _saved_snapshot(loaded, extras, request)
     before: list[dict[str, str]] = []
     if snapshot is None:
         tokens = await loaded.in_text_thread(loaded.chat.encode, messages)
@@ -107,12 +153,21 @@ async def _chat(service: Service, body: ChatRequest, request: Request) -> "TextG
             raise bad_request(message, "bdh.from_state")
         before = snapshot.notes["messages"]
         tokens = await loaded.in_text_thread(loaded.chat.further, before, messages, snapshot.notes.get("stopped_by"))
-    prompt = PromptRequest(tokens, params, snapshot, bool(extras.save_state), extras.activations, param="messages")
-    prompt.notes = {"kind": "chat", "messages": [*before, *messages]}
-    num_top = params.logprobs if body.logprobs else None
+    notes = {"kind": "chat", "messages": [*before, *messages]}
+    prompts = [_prompt(tokens, params, snapshot, extras, "messages", notes)]
     options = body.stream_options
-    writer = ChatWriter([prompt], loaded.names, model, num_top, params.n, reply=loaded.chat.reply, options=options)
-    return TextGeneration(service, [prompt], request, writer, is_stream=bool(body.stream), extras=extras)
+    writer = ChatWriter(
+        prompts, loaded.names, model, params.logprobs, params.n, reply=loaded.chat.reply, options=options
+    )
+    return TextGeneration(service, prompts, request, writer, body, saves_state=bool(extras.save_state))
+
+
+def _prompt(
+    tokens: list[int], params: SamplingParams, snapshot: Snapshot | None, extras: Extras, param: str, notes: Json
+) -> PromptRequest:
+    return PromptRequest(
+        tokens, params, snapshot, bool(extras.save_state), extras.activations, param=param, notes=notes
+    )
 
 
 async def compile_grammar(loaded: Loaded, params: SamplingParams, param: str) -> None:
@@ -129,7 +184,7 @@ async def compile_grammar(loaded: Loaded, params: SamplingParams, param: str) ->
         raise bad_request(f"{param}: {error}", param) from error
 
 
-async def saved_snapshot(loaded: Loaded, extras: Extras, request: Request) -> Snapshot | None:
+async def _saved_snapshot(loaded: Loaded, extras: Extras, request: Request) -> Snapshot | None:
     if extras.from_state is None:
         return None
     try:
@@ -144,8 +199,11 @@ class TextGeneration(Generation):
     """The texts of one request, and how they become its answer.
 
     Args:
-        format_param: what the request calls the form that its texts must have.
+        saves_state: the state after each text is kept, and its id stands in the answer.
     """
+
+    format_param = "response_format"
+    """What the request calls the form that its texts must have."""
 
     def __init__(
         self,
@@ -153,18 +211,14 @@ class TextGeneration(Generation):
         prompts: Sequence[PromptRequest],
         request: Request,
         writer: Writer,
+        body: Sampling,
         *,
-        is_stream: bool,
-        extras: Extras | None = None,
-        format_param: str = "response_format",
+        saves_state: bool = False,
     ):
         super().__init__(service, prompts, request)
-        self.writer, self._is_stream = writer, is_stream
-        self._saves_state = extras is not None and bool(extras.save_state)
-        self._format_param = format_param
+        self.writer, self._is_stream, self._saves_state = writer, bool(body.stream), saves_state
         if service.settings.log_prompts:
-            names = service.ready().names
-            log("prompts", prompts=[names.text(prompt.prompt) for prompt in prompts])
+            log("prompts", prompts=[self.loaded.names.text(prompt.prompt) for prompt in prompts])
 
     async def respond(self) -> Response:
         await self.submit()
@@ -226,32 +280,25 @@ class TextGeneration(Generation):
 
     def _failure(self, reason: str) -> ApiError:
         if reason.startswith(GRAMMAR_FAULT):
-            return bad_request(f"{self._format_param}: {reason}", self._format_param)
+            return bad_request(f"{self.format_param}: {reason}", self.format_param)
         log("a text failed", level=logging.ERROR, reason=reason)
         return internal_error()
 
     async def _save_state(self, place: int, completion: Completion) -> str:
         if completion.snapshot is None:
             raise _no_room(completion.snapshot_error)
-        notes = dict(self.prompts[place].notes)
-        if notes["kind"] == "chat":
-            notes["messages"] = [*notes["messages"], {"role": "assistant", "content": completion.text}]
-            notes["stopped_by"] = completion.stop_reason if isinstance(completion.stop_reason, str) else None
+        notes = notes_with_reply(self.prompts[place].notes, completion.text, completion)
         try:
-            saved = await self._put(replace(completion.snapshot, notes=notes))
+            return await self._put(replace(completion.snapshot, notes=notes))
         except (ValueError, DiskFullError) as error:
             raise _no_room(error) from error
-        return str(saved.id)
 
-    async def _put(self, snapshot: Snapshot, **facts: Any) -> Any:
-        loaded = self.service.loaded
-        assert loaded is not None
+    async def _put(self, snapshot: Snapshot, **facts: Any) -> str:
         owner, model = self.caller.id, self.writer.model
-        return await asyncio.to_thread(loaded.states.put, snapshot, owner=owner, model=model, **facts)
+        return (await asyncio.to_thread(self.loaded.states.put, snapshot, owner=owner, model=model, **facts)).id
 
     async def _keep_unfinished(self, place: int, index: int, completion: Completion) -> None:
-        prompt, snapshot, loaded = self.prompts[place], completion.snapshot, self.service.loaded
-        assert loaded is not None
+        prompt, snapshot, loaded = self.prompts[place], completion.snapshot, self.loaded
         if snapshot is None:
             if completion.snapshot_error is not None:
                 log("a text that was cut off cannot be kept", level=logging.ERROR, reason=completion.snapshot_error)
@@ -267,11 +314,11 @@ class TextGeneration(Generation):
         )
         text = completion.text.removesuffix(held)
         try:
-            saved = await self._put(replace(snapshot, notes=prompt.notes), unfinished=asdict(params), text=text)
+            state_id = await self._put(replace(snapshot, notes=prompt.notes), unfinished=asdict(params), text=text)
         except Exception as error:  # the others of the request are kept nevertheless
             log("a text that was cut off cannot be kept", level=logging.ERROR, error=error)
             return
-        self.writer.texts[place][index].extras["state_id"] = saved.id
+        self.writer.texts[place][index].extras["state_id"] = state_id
 
     def _cut_off_error(self) -> ApiError:
         kept = [text.extras["state_id"] for text in self.writer.all_texts if "state_id" in text.extras]
@@ -289,7 +336,16 @@ class TextGeneration(Generation):
         self.service.rates.charge(self.caller, num_prompt + self.num_generated)
         self.facts.update(prompt_tokens=num_prompt, completion_tokens=self.num_generated)
         if self.service.settings.log_prompts:
-            self.facts["texts"] = ["".join(text.parts) for text in self.writer.all_texts]
+            self.facts["texts"] = [str(text) for text in self.writer.all_texts]
+
+
+def notes_with_reply(notes: Json, reply: str, completion: Completion) -> Json:
+    """The notes of a prompt for the snapshot after its text."""
+    if notes["kind"] != "chat":
+        return notes
+    stopped_by = completion.stop_reason if isinstance(completion.stop_reason, str) else None
+    messages = [*notes["messages"], {"role": "assistant", "content": reply}]
+    return {**notes, "messages": messages, "stopped_by": stopped_by}
 
 
 async def finish_unfinished(loaded: Loaded) -> None:
@@ -303,13 +359,11 @@ async def finish_unfinished(loaded: Loaded) -> None:
             if completion.snapshot is None:
                 raise RuntimeError(completion.error or completion.snapshot_error)
             text = (saved.text or "") + completion.text
-            notes = dict(snapshot.notes)
-            if notes["kind"] == "chat":
+            if snapshot.notes["kind"] == "chat":
                 text = loaded.chat.reply(text)
-                notes["messages"] = [*notes["messages"], {"role": "assistant", "content": text}]
             await asyncio.to_thread(
                 loaded.states.put,
-                replace(completion.snapshot, notes=notes),
+                replace(completion.snapshot, notes=notes_with_reply(snapshot.notes, text, completion)),
                 owner=saved.owner,
                 model=saved.model,
                 text=text,
@@ -326,3 +380,83 @@ def _no_room(reason: object) -> ApiError:
 
 def no_state(state_id: str, param: str | None = None) -> ApiError:
     return ApiError(404, f"there is no state {state_id!r} of yours here", param=param, code="state_not_found")
+
+
+async def _embed(service: Service, body: EmbeddingRequest, request: Request) -> EmbeddingAnswer:
+    model = service.begin(body, request)
+    loaded, most = service.ready(), service.settings.limits.embeddings
+    width = loaded.model.config.n_embd
+    if body.dimensions not in (None, width):
+        raise bad_request(f"dimensions is {body.dimensions}: must be {width}, or left out", "dimensions")
+    texts, options = texts_of(body.input), body.bdh or EmbeddingOptions()
+    if len(texts) > most:
+        raise bad_request(f"the request has {len(texts):,} texts: must be at most {most:,}", "input")
+    prompts = []
+    for number, text in enumerate(texts):
+        param = "input" if text is body.input else f"input.{number}"
+        tokens = await loaded.prompt_tokens(text, param)
+        prompts.append(PromptRequest(tokens, SamplingParams(max_tokens=0), residuals=Residuals(), param=param))
+    service.check_lengths(prompts)  # before the first of them is read
+    await unless_gone(request.receive, lambda: _read(service, prompts, request))
+    data = []
+    for index, prompt in enumerate(prompts):
+        vector = _vector(prompt.residuals, options)
+        is_text = body.encoding_format == "base64"
+        shown = base64.b64encode(vector.astype("<f4").tobytes()).decode() if is_text else vector.tolist()
+        data.append(Embedding(index=index, embedding=shown))
+    num_tokens = sum(len(prompt.prompt) for prompt in prompts)
+    usage = EmbeddingUsage(prompt_tokens=num_tokens, total_tokens=num_tokens)
+    return EmbeddingAnswer(data=data, model=model, usage=usage)
+
+
+async def _read(service: Service, prompts: Sequence[PromptRequest], request: Request) -> None:
+    """Has the engine read all texts, a few at a time, as it reads prompts.
+
+    Raises:
+        ApiError: as :meth:`Generation.submit`; 500, or 503.
+    """
+    size, num_tokens = min(_AT_ONCE, service.settings.limits.prompts), 0
+    try:
+        for first in range(0, len(prompts), size):
+            group = prompts[first : first + size]
+            with closing(await _admitted(service, group, request, is_first=first == 0)) as generation:
+                num_tokens += sum(len(prompt.prompt) for prompt in group)
+                async for item in generation.outputs():
+                    completion = None if item is None else item[1].completion
+                    if completion is not None and completion.finish_reason == "error":
+                        log("a text could not be read", level=logging.ERROR, reason=completion.error)
+                        raise internal_error()
+    except CutOff:
+        raise unavailable("the server has ended before the texts were read", "draining") from None
+    finally:
+        service.rates.charge(request.state.caller, num_tokens)
+        request.state.facts["prompt_tokens"] = num_tokens
+
+
+async def _admitted(
+    service: Service, prompts: Sequence[PromptRequest], request: Request, *, is_first: bool
+) -> Generation:
+    """Those after the first wait where the queue is full: what has been read is not to be asked for again."""
+    arrived, seconds = request.state.arrived, service.settings.limits.request_timeout
+    while (now := time.monotonic()) - arrived <= seconds:
+        generation = Generation(service, prompts, request, arrived if is_first else now)
+        try:
+            await generation.submit()
+            return generation
+        except ApiError as error:
+            if is_first or error.code != "queue_full":
+                raise
+        await asyncio.sleep(_QUEUE_SECONDS)
+    message = f"the request has run for {now - arrived:.0f} seconds, which is as long as it may: send fewer texts"
+    raise unavailable(message, "request_timeout")
+
+
+def _vector(residuals: Residuals | None, options: EmbeddingOptions) -> np.ndarray:
+    """Float32, (D,)."""
+    assert residuals is not None
+    vector = residuals.mean if options.pooling != "last" else residuals.last
+    assert vector is not None
+    length = float(np.linalg.norm(vector.astype(np.float64)))
+    if options.normalize is False or length == 0:
+        return vector
+    return (vector / length).astype(np.float32)

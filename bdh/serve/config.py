@@ -1,5 +1,6 @@
-"""The settings of a server. Apart from it, so that `bdh serve --help` needs neither PyTorch nor FastAPI."""
+"""The settings of a server, and what can be checked before PyTorch and FastAPI are imported."""
 
+import hashlib
 import importlib.util
 import os
 import socket
@@ -10,7 +11,6 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Le
 
 from bdh.generate.params import EngineConfig
-from bdh.serve.keys import read_callers
 from bdh.text_files import read_text
 from bdh.validation import (
     Allowed,
@@ -26,6 +26,7 @@ from bdh.validation import (
 
 PLAIN = "plain"
 PACKAGES = ("fastapi", "uvicorn", "h11", "prometheus_client")  # of the extra `serve`
+_SMALLEST_KEY = 8
 _ENDPOINTS = [f"OTEL_EXPORTER_OTLP_{name}ENDPOINT" for name in ("", "TRACES_", "METRICS_")]
 
 
@@ -73,18 +74,19 @@ class LimitSettings(Settings):
     server ends with status 1; null for never."""
 
     def collect_faults(self, faults: Faults) -> None:
-        faults.require(
-            self.chat_tokens <= self.max_tokens,
-            "chat_tokens",
-            self.chat_tokens,
-            f"at most max_tokens, {self.max_tokens}",
-        )
-        faults.require(
-            self.prompts <= self.queue_requests,
-            "prompts",
-            self.prompts,
-            f"at most queue_requests, {self.queue_requests}",
-        )
+        for name, most in (("chat_tokens", "max_tokens"), ("prompts", "queue_requests")):
+            value, limit = getattr(self, name), getattr(self, most)
+            faults.require(value <= limit, name, value, f"at most {most}, {limit}")
+
+
+@dataclass(frozen=True)
+class Caller:
+    """The owner of a key, or, without keys, an address."""
+
+    id: str
+    """A hash of the key, or the address. States belong to it."""
+    name: str
+    """For the log."""
 
 
 @dataclass
@@ -98,8 +100,38 @@ class AuthSettings(Settings):
     tokens_per_minute: PositiveInt | None = None
     """Read and generated, of each key; None for no limit."""
 
+    def callers(self) -> dict[bytes, Caller]:
+        """The callers by the SHA-256 digests of their keys, read from the file and the environment.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: a key is too short, given twice, or the file has none.
+        """
+        given = os.environ.get(self.keys_variable, "")
+        lines = [(f"the variable {self.keys_variable}", key.strip()) for key in given.split(",")]
+        if self.keys_file is not None:
+            path = Path(self.keys_file)
+            if not path.is_file():
+                raise FileNotFoundError(f"auth.keys_file is {str(path)!r}: there is no such file")
+            of_file = [line.split("#")[0].strip() for line in read_text(path).splitlines()]
+            if not any(of_file):
+                raise ValueError(f"{path} has no key: it needs one in a line, or everybody could ask")
+            lines += [(f"line {number} of {path}", line) for number, line in enumerate(of_file, 1)]
+        found: dict[bytes, Caller] = {}
+        for place, line in lines:
+            if not line:
+                continue
+            name, _, key = line.rpartition(" ")
+            if len(key) < _SMALLEST_KEY:
+                raise ValueError(f"the key in {place} has {len(key)} characters: must be at least {_SMALLEST_KEY}")
+            digest = hashlib.sha256(key.encode()).digest()
+            if digest in found:
+                raise ValueError(f"the key in {place} is given twice: must be there once")
+            found[digest] = Caller(digest.hex()[:32], name.strip() or f"key-{digest.hex()[:8]}")
+        return found
+
     def check_available(self) -> None:
-        read_callers(self.keys_file, self.keys_variable)
+        self.callers()
 
 
 @dataclass

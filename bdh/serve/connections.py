@@ -19,8 +19,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from bdh.serve.config import LimitSettings
-from bdh.serve.errors import ApiError
-from bdh.serve.monitoring import log
+from bdh.serve.middleware import ApiError, log
 
 _EMPTY_LINE = "no request line received"  # h11's words for one before a request: some send it after a body
 _SWEEP_SECONDS = 0.25

@@ -5,23 +5,38 @@ that the client has gone.
 """
 
 import asyncio
+import hashlib
+import hmac
 import json
 import logging
+import math
 import re
+import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bdh.serve.config import LimitSettings
-from bdh.serve.errors import ApiError, internal_error
-from bdh.serve.keys import ApiKeys, Caller
-from bdh.serve.monitoring import log
+from bdh.serve.config import AuthSettings, Caller, LimitSettings
 
+LOGGER = logging.getLogger("bdh.serve")
+RETRY_SECONDS = 5.0  # where nothing better is known
+_MOST_CALLERS = 10_000  # addresses whose counts are kept
+_CODES = {
+    400: "invalid_value",
+    401: "invalid_api_key",
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "request_timeout",
+    413: "request_too_large",
+    500: "internal_error",
+}
+_TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "service_unavailable_error"}
 _REQUEST_ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 _DRAINED_BYTES = 32 << 20  # of a body that is too large are read and dropped, so that the client reads the answer
 _SECURITY = [(b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store")]
@@ -33,8 +48,191 @@ class ClientGone(Exception):
     """There is nobody to answer any more."""
 
 
-def error_response(error: ApiError) -> JSONResponse:
-    return JSONResponse(error.body(), error.status, error.headers())
+class ApiError(Exception):
+    """An error that the client gets, in the shape of OpenAI's API.
+
+    Args:
+        status: of HTTP.
+        param: the field that was wrong.
+        code: a word for programs; None for the usual one of this status.
+        retry_after: seconds after which it may work.
+        facts: further fields of the error.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: float | None = None,
+        facts: dict[str, Any] | None = None,
+    ):
+        super().__init__(message)
+        self.status, self.message, self.param = status, message, param
+        self.code = code or _CODES.get(status, "error")
+        self.retry_after, self.facts = retry_after, facts or {}
+
+    def body(self) -> dict[str, Any]:
+        kind = _TYPES.get(self.status, "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code, **self.facts}}
+
+    def headers(self) -> dict[str, str]:
+        found = {}
+        if self.retry_after is not None:
+            found["Retry-After"] = str(max(1, math.ceil(self.retry_after)))
+        if self.status in (408, 413):
+            found["Connection"] = "close"  # the rest of the body is of no use
+        if self.status == 401:
+            found["WWW-Authenticate"] = "Bearer"
+        return found
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body(), self.status, self.headers())
+
+
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    return ApiError(400, message, param=param, code=code)
+
+
+def unavailable(message: str, code: str) -> ApiError:
+    """A 503, after which asking again may help."""
+    return ApiError(503, message, code=code, retry_after=RETRY_SECONDS)
+
+
+def internal_error() -> ApiError:
+    """A 500 that does not say what happened; the log does."""
+    return ApiError(500, "something went wrong in the server; its log has the request's id", code="internal_error")
+
+
+def log_to_stderr(log_format: str) -> None:
+    """Sends this package's and uvicorn's records to the standard error, as json or text."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
+    for name in ("bdh", "uvicorn.error"):
+        logger = logging.getLogger(name)
+        logger.handlers[:] = [handler]
+        logger.propagate = False
+        logger.setLevel(logging.INFO)
+    logging.getLogger("uvicorn.access").disabled = True  # the middleware writes the line of a request
+
+
+def log(event: str, *, level: int = logging.INFO, error: BaseException | None = None, **facts: Any) -> None:
+    LOGGER.log(level, event, exc_info=error, extra={"facts": {k: v for k, v in facts.items() if v is not None}})
+
+
+class JsonFormatter(logging.Formatter):
+    """One object per line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "event": record.getMessage(),
+            **getattr(record, "facts", {}),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+class TextFormatter(logging.Formatter):
+    """For people."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        when = datetime.fromtimestamp(record.created).strftime("%H:%M:%S")
+        # What a client has sent may not look like a line of the log.
+        texts = {name: str(value) for name, value in getattr(record, "facts", {}).items()}
+        facts = " ".join(f"{name}={text if text.isprintable() else ascii(text)}" for name, text in texts.items())
+        line = f"{when} {record.levelname.lower():<8}{record.getMessage()}" + (f"  {facts}" if facts else "")
+        return line + (f"\n{self.formatException(record.exc_info)}" if record.exc_info else "")
+
+
+class ApiKeys:
+    """The API keys, of which only SHA-256 digests are kept. Without any, every address is a caller of its own.
+
+    Errors are those of :meth:`AuthSettings.callers`.
+    """
+
+    def __init__(self, settings: AuthSettings):
+        self._settings = settings
+        self.load()
+
+    def load(self) -> None:
+        """Reads file and environment again; after an error the keys are what they were before."""
+        self._callers = self._settings.callers()
+
+    @property
+    def are_needed(self) -> bool:
+        return bool(self._callers)
+
+    def caller(self, authorization: str | None, address: str) -> Caller:
+        """The caller that an Authorization header names.
+
+        Raises:
+            ApiError: 401, a key is needed, or it is not one of ours.
+        """
+        if not self._callers:
+            return Caller(f"address {address}", address)
+        scheme, _, key = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer" or not key.strip():
+            raise ApiError(401, "an API key is needed: Authorization: Bearer KEY", code="missing_api_key")
+        digest = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
+        # All of them are compared, so that the time says nothing.
+        found = [caller for known, caller in self._callers.items() if hmac.compare_digest(known, digest)]
+        if not found:
+            raise ApiError(401, "the API key is not known here", code="invalid_api_key")
+        return found[0]
+
+
+class RateLimits:
+    """Requests and tokens a minute for each caller: what has been used comes back evenly over a minute.
+
+    Tokens are known only when they have been generated. So a caller may begin while anything is left, and pays what it
+    turned out to be.
+    """
+
+    def __init__(self, settings: AuthSettings, now: Callable[[], float] = time.monotonic):
+        self._limits = {"requests": settings.requests_per_minute, "tokens": settings.tokens_per_minute}
+        self._now = now
+        self.used: dict[tuple[str, str], tuple[float, float]] = {}
+        """By (requests or tokens, caller's id): how much, and when that was counted."""
+
+    def begin(self, caller: Caller) -> None:
+        """Counts a request.
+
+        Raises:
+            ApiError: 429, something is used up; nothing was counted.
+        """
+        for what, limit in self._limits.items():
+            if limit is None:
+                continue
+            over = self._level(what, caller, limit) - limit + (1 if what == "requests" else 0)
+            if over > 0 or (what == "tokens" and over == 0):
+                raise ApiError(
+                    429,
+                    f"the limit of {limit:,} {what} a minute is reached: wait, and ask again",
+                    code="rate_limit_exceeded",
+                    retry_after=max(over, 1) * 60 / limit,
+                )
+        self._add("requests", caller, 1)
+
+    def charge(self, caller: Caller, num_tokens: int) -> None:
+        self._add("tokens", caller, num_tokens)
+
+    def _level(self, what: str, caller: Caller, limit: int) -> float:
+        used, since = self.used.get((what, caller.id), (0.0, 0.0))
+        return max(0.0, used - (self._now() - since) * limit / 60)
+
+    def _add(self, what: str, caller: Caller, count: float) -> None:
+        limit = self._limits[what]
+        if limit is None:
+            return
+        if len(self.used) > _MOST_CALLERS:
+            now = self._now()
+            self.used = {key: value for key, value in self.used.items() if now - value[1] < 60}
+        self.used[what, caller.id] = (self._level(what, caller, limit) + count, self._now())
 
 
 class RequestMiddleware:
@@ -95,13 +293,13 @@ class RequestMiddleware:
             await self._app(scope, _receive_of(body, receive), send_with_headers)
         except ApiError as error:
             if not status:
-                await error_response(error)(scope, receive, send_with_headers)
+                await error.response()(scope, receive, send_with_headers)
         except ClientGone:
             facts["gone"] = True
         except Exception as error:
             log("exception", level=logging.ERROR, error=error, request_id=request_id, path=scope["path"])
             if not status:
-                await error_response(internal_error())(scope, receive, send_with_headers)
+                await internal_error().response()(scope, receive, send_with_headers)
         finally:
             self._answered(getattr(scope.get("route"), "path", "none"), status)
             log(

@@ -2,185 +2,297 @@
 
 import asyncio
 import contextlib
+import json
 import logging
 import re
 import secrets
 import time
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from fastapi import FastAPI, Query
+from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 from starlette.requests import Request
 from starlette.responses import Response
 
 from bdh.generate.params import SamplingParams
-from bdh.generate.sequence import Completion, StepOutput
+from bdh.generate.sequence import Completion
 from bdh.generate.snapshot import Snapshot
-from bdh.serve.answers import ChatWriter
-from bdh.serve.completions import STREAMS, TextGeneration, begin, compile_grammar
-from bdh.serve.errors import ApiError
-from bdh.serve.middleware import sent_event
-from bdh.serve.monitoring import log
-from bdh.serve.response_schemas import (
-    InputItems,
-    ItemReference,
-    Message,
-    ResponseAnswer,
-    ResponseDeleted,
-    ResponseRequest,
-    ResponseUsage,
+from bdh.serve.answers import ResponseAnswer, ResponseWriter, item_id
+from bdh.serve.completions import STREAMS, TextGeneration, compile_grammar, notes_with_reply
+from bdh.serve.middleware import ApiError, log
+from bdh.serve.schemas import (
+    NOT_NULL,
+    NULL,
+    WITHOUT_EFFECT,
+    FormatType,
+    Grammar,
+    Json,
+    JsonSchema,
+    MessageModel,
+    Positive,
+    RequestModel,
+    Sampling,
+    TopLogprobs,
+    form,
+    given,
+    grammar_of,
+    when,
 )
-from bdh.serve.schemas import Json
 from bdh.serve.service import Loaded, PromptRequest, Service
 from bdh.serve.states import SavedState
 from bdh.serve.text import Message as PlainMessage
 
 _ITEM_ID = re.compile(r"msg_([0-9a-f]{32})(_\d+)?")
+OUTPUT_LOGPROBS = "message.output_text.logprobs"
 
 
-class ResponseWriter(ChatWriter):
-    """The one text of a response, as an answer or as the events of its stream.
+class TextFormat(JsonSchema):
+    """The same of ``text.format`` in a request to /v1/responses, where the schema stands beside the type."""
+
+    conditions: ClassVar[Json] = {
+        "oneOf": [
+            form({"enum": ["text", "json_object", None]}, schema=NULL, pattern=NULL),
+            form({"const": "json_schema"}, pattern=NULL),
+            form({"const": "regex"}, schema=NULL, pattern=NOT_NULL),
+        ]
+    }
+    type: FormatType | None = Field(default=None, description="None for text.")
+    pattern: str | None = Field(default=None, description="With the type regex, of the whole text.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.schema_ is not None and self.type != "json_schema":
+            raise ValueError("schema: must be given with the type json_schema only")
+        if (self.pattern is not None) != (self.type == "regex"):
+            raise ValueError("pattern: must be given with the type regex, and with no other")
+        return self
+
+
+class InputText(RequestModel):
+    without_effect = WITHOUT_EFFECT["response part"]
+    type: Literal["input_text"]
+    text: str
+
+
+class OutputText(RequestModel):
+    """As an earlier answer had it."""
+
+    without_effect = WITHOUT_EFFECT["response part"]
+    type: Literal["output_text"]
+    text: str
+
+
+def _type_of(item: Any) -> str:
+    kind = item.get("type") if isinstance(item, dict) else getattr(item, "type", None)
+    return kind if isinstance(kind, str) else "message" if kind is None else ""
+
+
+# The tags are in capitals, so that no error takes them for the name of a field.
+_PARTS = {"input_text": "InputText", "output_text": "OutputText"}
+_ITEMS = {"message": "Message", "reasoning": "EmptyReasoning", "item_reference": "ItemReference"}
+Part = Annotated[
+    Annotated[InputText, Tag("InputText")] | Annotated[OutputText, Tag("OutputText")],
+    Discriminator(lambda part: _PARTS.get(_type_of(part))),
+]
+
+
+class Message(MessageModel):
+    without_effect = WITHOUT_EFFECT["response item"]
+    type: Literal["message"] | None = None
+    content: str | list[Part]
+
+    def item(self, item_id: str) -> Json:
+        """As ``input_items`` lists it."""
+        content: Json = {"type": "input_text", "text": self.text}
+        if self.role == "assistant":
+            content = {"type": "output_text", "text": self.text, "annotations": [], "logprobs": []}
+        return {"id": item_id, "type": "message", "role": self.role, "status": "completed", "content": [content]}
+
+
+class EmptyReasoning(RequestModel):
+    """A reasoning item in which nothing stands: what some clients put before each answer."""
+
+    without_effect = WITHOUT_EFFECT["response item"]
+    type: Literal["reasoning"]
+
+
+class ItemReference(RequestModel):
+    type: Literal["item_reference"]
+    id: str = Field(description="Of a message that a stored response has got or given.")
+
+
+Item = Annotated[
+    Annotated[Message, Tag("Message")]
+    | Annotated[EmptyReasoning, Tag("EmptyReasoning")]
+    | Annotated[ItemReference, Tag("ItemReference")],
+    Discriminator(lambda item: _ITEMS.get(_type_of(item))),
+]
+
+
+class TextOptions(RequestModel):
+    without_effect = WITHOUT_EFFECT["response text"]
+    format: TextFormat | None = None
+
+
+class ReasoningOptions(RequestModel):
+    without_effect = WITHOUT_EFFECT["response reasoning"]
+
+
+class ResponseStreamOptions(RequestModel):
+    without_effect = WITHOUT_EFFECT["response stream_options"]
+
+
+class ResponseRequest(Sampling):
+    without_effect = WITHOUT_EFFECT["response"]
+    conditions: ClassVar[Json] = {
+        "allOf": [
+            when(
+                given("top_logprobs", type="integer", minimum=1),
+                given("include", type="array", contains={"const": OUTPUT_LOGPROBS}),
+            )
+        ]
+    }
+    input: (
+        str
+        | Annotated[
+            list[Item],
+            Field(
+                min_length=1,
+                json_schema_extra={"contains": {"properties": {"type": {"not": {"const": "reasoning"}}}}},
+            ),
+        ]
+    ) = Field(description="A user's text, or items; with previous_response_id only the new ones.")
+    instructions: str | None = Field(default=None, description="What the system says before all else, in this turn.")
+    max_output_tokens: Positive | None = None
+    previous_response_id: str | None = Field(default=None, description="Continue a stored response.")
+    store: bool | None = Field(default=None, description="Keep the response and its state; true if not given.")
+    # All but the first are of items that there are never here: asking for more of them changes nothing.
+    include: (
+        list[
+            Literal[
+                "message.output_text.logprobs",
+                "reasoning.encrypted_content",
+                "message.input_image.image_url",
+                "file_search_call.results",
+                "web_search_call.results",
+                "web_search_call.action.sources",
+                "computer_call_output.output.image_url",
+                "code_interpreter_call.outputs",
+            ]
+        ]
+        | None
+    ) = None
+    top_logprobs: TopLogprobs | None = None
+    metadata: (
+        Annotated[
+            dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+        ]
+        | None
+    ) = None
+    stream_options: ResponseStreamOptions | None = None
+    text: TextOptions | None = None
+    reasoning: ReasoningOptions | None = None
+
+    @property
+    def items(self) -> list[tuple[int, Message | ItemReference]]:
+        """What is not empty of the input, with its place there."""
+        if isinstance(self.input, str):
+            return [(0, Message(role="user", content=self.input))]
+        return [(place, item) for place, item in enumerate(self.input) if not isinstance(item, EmptyReasoning)]
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many of the likeliest tokens get log-probabilities beside the token's own; None for no log-probabilities."""
+        return (self.top_logprobs or 0) if OUTPUT_LOGPROBS in (self.include or []) else None
+
+    @property
+    def format(self) -> TextFormat:
+        return (self.text and self.text.format) or TextFormat()
+
+    def grammar(self) -> Grammar | None:
+        return grammar_of(self.format.type, self.format.schema_, self.format.pattern)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_items(cls, given: Any) -> Any:
+        """Names what is of another kind, where pydantic would list all kinds that there are."""
+        items = given.get("input") if isinstance(given, dict) else None
+        for number, item in enumerate(items if isinstance(items, list) else []):
+            _check_type(f"input.{number}", item, _ITEMS)
+            parts = item.get("content") if isinstance(item, dict) else None
+            if _type_of(item) == "message" and isinstance(parts, list):
+                for place, part in enumerate(parts):
+                    _check_type(f"input.{number}.content.{place}", part, _PARTS)
+        return given
+
+    @model_validator(mode="after")
+    def _check_response(self) -> Self:
+        if self.top_logprobs and self.num_logprobs is None:
+            raise ValueError(f"top_logprobs: only with {OUTPUT_LOGPROBS!r} in include")
+        if not self.items:
+            raise ValueError("input: has no message, but only empty reasoning: there is nothing to answer")
+        return self
+
+
+def _check_type(place: str, value: Any, known: Mapping[str, str]) -> None:
+    kind = value.get("type") if isinstance(value, dict) else None
+    if isinstance(kind, str) and kind not in known:
+        shown = json.dumps(kind)
+        shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+        raise ValueError(f"{place}.type: {shown} is not supported: must be {' or '.join(known)}")
+
+
+class InputItems(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Json]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class ResponseDeleted(BaseModel):
+    id: str
+    object: Literal["response"] = "response"
+    deleted: bool = True
+
+
+class ResponseGeneration(TextGeneration):
+    """That of a response, which is stored at its end.
 
     Args:
-        answer: the response as it is known before its text.
         items: of the input, as ``input_items`` lists them.
         messages: the conversation that is answered, without the instructions.
     """
 
-    def __init__(
-        self,
-        prompt: PromptRequest,
-        loaded: Loaded,
-        answer: ResponseAnswer,
-        items: list[Json],
-        messages: list[PlainMessage],
-    ):
-        super().__init__([prompt], loaded.names, answer.model, prompt.params.logprobs, reply=loaded.chat.reply)
-        self.id = answer.id
-        self._prompt, self._items, self._messages = prompt, items, messages
-        self._answer, self._number = answer, 0
-        self._item_id = _item_id(answer.id)
-
-    @property
-    def is_stored(self) -> bool:
-        return self._answer.store
-
-    def not_stored(self) -> None:
-        self._answer.store = False
-
-    def opening(self) -> list[bytes]:
-        item = self._item("in_progress", [])
-        return [
-            self._event("created", response=self.facts()),
-            self._event("in_progress", response=self.facts()),
-            self._event("output_item.added", output_index=0, item=item),
-            self._part_event("content_part.added", part=_part("", [])),
-        ]
-
-    def pieces(self, place: int, output: StepOutput) -> list[bytes]:
-        piece = self.take(place, output)
-        if piece is None or not (piece["text"] or piece["logprobs"]):
-            return []
-        return [self._part_event("output_text.delta", delta=piece["text"], logprobs=piece["logprobs"])]
-
-    def closing(self) -> list[bytes]:
-        facts = self.answer()
-        (item,) = facts["output"]
-        (part,) = item["content"]
-        return [
-            self._part_event("output_text.done", text=part["text"], logprobs=part["logprobs"]),
-            self._part_event("content_part.done", part=part),
-            self._event("output_item.done", output_index=0, item=item),
-            self._event(facts["status"], response=facts),
-        ]
-
-    def failure(self, error: ApiError) -> bytes:
-        code = "rate_limit_exceeded" if error.status == 429 else "server_error"  # all that there is for it
-        self._answer.status = "failed"
-        self._answer.error = {"code": code, "message": error.message, **error.facts}
-        return self._event("failed", response=self.facts())
-
-    def answer(self) -> Json:
-        completion = self._completion
-        is_cut = completion.finish_reason == "length"
-        answer = self._answer
-        answer.status = "incomplete" if is_cut else "completed"
-        answer.incomplete_details = {"reason": "max_output_tokens"} if is_cut else None
-        answer.completed_at = answer.completed_at or int(time.time())
-        (text,) = self.all_texts
-        logprobs = [] if self._num_top is None else self._logprobs(text, text.entries)["content"]
-        answer.output = [self._item(answer.status, [_part("".join(text.parts), logprobs)])]
-        answer.usage = self._response_usage(completion)
-        return self.facts()
-
-    def facts(self) -> Json:
-        return self._answer.model_dump(mode="json")
-
-    def record(self) -> Json:
-        """What is kept of it, once it has ended."""
-        reason = self._completion.stop_reason
-        (text,) = self.all_texts
-        return {
-            "answer": self.answer(),
-            "items": self._items,
-            "messages": [*self._messages, {"role": "assistant", "content": "".join(text.parts)}],
-            "stopped_by": reason if isinstance(reason, str) else None,
-        }
-
-    @property
-    def _completion(self) -> Completion:
-        (text,) = self.all_texts
-        assert text.completion is not None
-        return text.completion
-
-    def _response_usage(self, completion: Completion) -> ResponseUsage:
-        """All that the state has read counts as input; what it had read before this request, as cached."""
-        snapshot = self._prompt.snapshot
-        known = completion.num_cached_tokens if snapshot is None else snapshot.state.position
-        num_input, num_output = completion.num_prompt_tokens, len(completion.token_ids)
-        return ResponseUsage(
-            input_tokens=num_input,
-            input_tokens_details={"cached_tokens": known, "cache_write_tokens": 0},
-            output_tokens=num_output,
-            output_tokens_details={"reasoning_tokens": 0},
-            total_tokens=num_input + num_output,
-        )
-
-    def _item(self, status: str, content: list[Json]) -> Json:
-        return {"id": self._item_id, "type": "message", "status": status, "role": "assistant", "content": content}
-
-    def _event(self, name: str, **facts: Any) -> bytes:
-        self._number += 1
-        name = f"response.{name}"
-        return sent_event({"type": name, "sequence_number": self._number - 1, **facts}, name)
-
-    def _part_event(self, name: str, **facts: Any) -> bytes:
-        return self._event(name, item_id=self._item_id, output_index=0, content_index=0, **facts)
-
-    def _chunk_choice(self, index: int, text: str, logprobs: Json | None, completion: Completion | None) -> Json:
-        return {"text": text, "logprobs": [] if logprobs is None else logprobs["content"]}
-
-
-class ResponseGeneration(TextGeneration):
-    """That of a response, which is stored at its end."""
-
     writer: ResponseWriter
+    format_param = "text.format"
+
+    def __init__(self, *arguments: Any, items: list[Json], messages: list[PlainMessage]):
+        super().__init__(*arguments)
+        self._input_items, self._messages = items, messages
 
     async def finished(self, completion: Completion) -> None:
-        writer, loaded = self.writer, self.service.loaded
-        if not writer.is_stored:
+        writer, snapshot = self.writer, completion.snapshot
+        if not writer.response.store:
             return
-        assert loaded is not None
-        record, snapshot, notes = writer.record(), completion.snapshot, self.prompts[0].notes
+        reply = str(writer.all_texts[0])
+        of_input = {"kind": "chat", "messages": self._messages}
+        of_answer = notes_with_reply(of_input, reply, completion)
+        record = {
+            "answer": writer.answer(),
+            "items": self._input_items,
+            "messages": of_answer["messages"],
+            "stopped_by": of_answer["stopped_by"],
+        }
         if snapshot is None:
             log("a response is stored without its state", level=logging.WARNING, reason=completion.snapshot_error)
         else:
-            messages = [*notes["messages"], record["messages"][-1]]
-            notes = {**notes, "messages": messages, "stopped_by": record["stopped_by"]}
-            snapshot = replace(snapshot, notes=notes)
-        put, owner = loaded.states.put_response, self.caller.id
+            snapshot = replace(snapshot, notes=notes_with_reply(self.prompts[0].notes, reply, completion))
+        put, owner = self.loaded.states.put_response, self.caller.id
         if not await asyncio.to_thread(put, writer.id, record, snapshot, owner=owner, model=writer.model):
-            writer.not_stored()
+            writer.response.store = False
 
 
 def add_responses(
@@ -231,7 +343,7 @@ def add_responses(
 
 
 async def _response(service: Service, body: ResponseRequest, request: Request) -> ResponseGeneration:
-    model = begin(service, body, request)
+    model = service.begin(body, request)
     loaded = service.ready()
     max_tokens = service.max_tokens(body.max_output_tokens, service.settings.limits.chat_tokens, "max_output_tokens")
     params = body.params(max_tokens, stops=loaded.chat.stops, stop_token_ids=loaded.chat.end_ids)
@@ -245,7 +357,7 @@ async def _response(service: Service, body: ResponseRequest, request: Request) -
     for place, item in body.items:
         message = _referred(service, item, place, request) if isinstance(item, ItemReference) else item
         messages.append(message.plain())
-        items.append(message.item(f"{_item_id(response_id)}_{place}"))
+        items.append(message.item(f"{item_id(response_id)}_{place}"))
     answer = ResponseAnswer(
         id=response_id,
         created_at=int(time.time()),
@@ -255,7 +367,10 @@ async def _response(service: Service, body: ResponseRequest, request: Request) -
         top_p=params.top_p,
         metadata=body.metadata or {},
         top_logprobs=body.top_logprobs or 0,
-        text={"format": body.format.shown(), "verbosity": "medium"},
+        text={
+            "format": {"type": "text", **body.format.model_dump(by_alias=True, exclude_none=True)},
+            "verbosity": "medium",
+        },
         instructions=body.instructions,
         previous_response_id=body.previous_response_id,
         max_output_tokens=body.max_output_tokens,
@@ -264,10 +379,8 @@ async def _response(service: Service, body: ResponseRequest, request: Request) -
     prompt = await _prompt(loaded, previous, messages, body.instructions or None, params)
     prompt.keep_snapshot = answer.store
     before = [] if previous is None else previous.record["messages"]
-    writer = ResponseWriter(prompt, loaded, answer, items, [*before, *messages])
-    return ResponseGeneration(
-        service, [prompt], request, writer, is_stream=bool(body.stream), format_param="text.format"
-    )
+    writer = ResponseWriter(prompt, loaded.names, answer, loaded.chat.reply)
+    return ResponseGeneration(service, [prompt], request, writer, body, items=items, messages=[*before, *messages])
 
 
 async def _prompt(
@@ -351,11 +464,3 @@ def _referred(service: Service, item: ItemReference, place: int, request: Reques
 
 def _not_found(response_id: str) -> ApiError:
     return ApiError(404, f"there is no response {response_id!r} of yours here", code="response_not_found")
-
-
-def _item_id(response_id: str) -> str:
-    return response_id.replace("resp_", "msg_")
-
-
-def _part(text: str, logprobs: list[Json]) -> Json:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}

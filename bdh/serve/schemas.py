@@ -1,23 +1,146 @@
-"""What requests look like. A field that is not here is refused, unless it asks for nothing."""
+"""What requests look like: what is no field here is refused by its name, unless its value asks for nothing.
+
+Clients send along what they know of OpenAI's API, and what an answer had comes back in the next question. So a field that
+the server does not have is accepted with a value that asks for nothing: null, empty, or one of those in the table
+``WITHOUT_EFFECT``, which holds for all routes; docs/serving.md shows it.
+"""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from bdh.generate.advance import MOST_NEURONS
 from bdh.generate.params import SamplingParams
-from bdh.serve.fields import NOTHING_SCHEMA, WITHOUT_EFFECT, NoEffect, asks_nothing
 
 Json = dict[str, Any]
 Grammar = dict[str, Any]
 
+_TYPES: dict[str, type] = {"string": str, "boolean": bool, "object": dict, "array": list}
+_EMPTY: list[Json] = [
+    {"type": "null"},
+    {"type": "string", "maxLength": 0},
+    {"type": "array", "maxItems": 0},
+    {"type": "object", "maxProperties": 0},
+]
+_NOTHING: Json = {"anyOf": [*_EMPTY, {"type": "object", "additionalProperties": {"anyOf": _EMPTY}}]}
 
-def _as_whole(value: Any) -> Any:
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+def _is_empty(value: Any) -> bool:
+    return value in (None, "", [], {})
 
 
-AS_WHOLE = BeforeValidator(_as_whole)
+def _asks_nothing(value: Any) -> bool:
+    """Whether a field has no effect by this value, as ``_NOTHING`` says it in JSON Schema."""
+    return _is_empty(value) or (isinstance(value, dict) and all(map(_is_empty, value.values())))
+
+
+@dataclass(frozen=True)
+class NoEffect:
+    """The values by which a field that the server does not have changes nothing, besides null and empty ones."""
+
+    why: str
+    values: tuple[Any, ...] = ()
+    type: str | None = None
+    """Any value of this type of JSON."""
+    may_be_empty: bool = True
+    """False for a field that asks for something when it is an empty object: only null is accepted."""
+
+    def accepts(self, value: Any) -> bool:
+        if _asks_nothing(value):
+            return value is None or self.may_be_empty
+        if self.type is not None:
+            return isinstance(value, _TYPES[self.type])
+        return any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in self.values)
+
+    @property
+    def schema(self) -> Json:
+        allowed = list(_NOTHING["anyOf"]) if self.may_be_empty else [{"type": "null"}]
+        allowed += [{"type": self.type}] if self.type is not None else []
+        allowed += [{"enum": list(self.values)}] if self.values else []
+        return {"anyOf": allowed, "description": f"Has no effect: {self.why}."}
+
+
+_CACHE = "beginnings that prompts share are kept without it"
+_REPLY = "it comes back from a reply"
+_ALWAYS = "what always happens"
+_FORM = "an empty schema asks for JSON, as response_format does"
+_LENGTH = "no reply is shorter or longer by it"
+_AT_ONCE = "the model writes its reply at once"
+_OF_TEXTS: dict[str, NoEffect] = {
+    "tool_choice": NoEffect("there are no tools", values=("none", "auto")),
+    "parallel_tool_calls": NoEffect("there are no tools", type="boolean"),
+    "service_tier": NoEffect("there is one", values=("auto", "default")),
+    "prompt_cache_key": NoEffect("beginnings that prompts share are found without it", type="string"),
+    "prompt_cache_retention": NoEffect(_CACHE, type="string"),
+    "safety_identifier": NoEffect("a name of the user", type="string"),
+}
+_OBFUSCATION = {"include_obfuscation": NoEffect("streams are not padded", type="boolean")}
+_CACHE_CONTROL = {"cache_control": NoEffect(_CACHE, type="object")}
+_TEMPLATE = {
+    "add_generation_prompt": NoEffect(_ALWAYS, values=(True,)),
+    "continue_final_message": NoEffect(_ALWAYS, values=(False,)),
+}
+WITHOUT_EFFECT: dict[str, dict[str, NoEffect]] = {
+    "request": {
+        **_OF_TEXTS,
+        **_TEMPLATE,
+        "function_call": NoEffect("there are no tools", values=("none", "auto")),
+        "web_search_options": NoEffect("an empty object asks for a search", may_be_empty=False),
+        "json_schema": NoEffect(_FORM, may_be_empty=False),
+        "guided_json": NoEffect(_FORM, may_be_empty=False),
+        "structured_outputs": NoEffect(_FORM, may_be_empty=False),
+        "modalities": NoEffect("replies are text", values=(["text"],)),
+        "reasoning_effort": NoEffect(_AT_ONCE, values=("none",)),
+        "verbosity": NoEffect(_LENGTH, values=("medium",)),
+        "store": NoEffect("replies are not kept", values=(False,)),
+        "metadata": NoEffect("tags of replies that are kept", type="object"),
+        "cache_prompt": NoEffect(_CACHE, type="boolean"),
+        "min_tokens": NoEffect("no least length", values=(0,)),
+        "length_penalty": NoEffect("no beams", values=(1,)),
+        "use_beam_search": NoEffect("no beams", values=(False,)),
+        "early_stopping": NoEffect("no beams", values=(False,)),
+        "typical_p": NoEffect("switched off", values=(1,)),
+        "mirostat": NoEffect("switched off", values=(0,)),
+        "skip_special_tokens": NoEffect(_ALWAYS, values=(True,)),
+        "spaces_between_special_tokens": NoEffect(_ALWAYS, values=(True,)),
+        "include_stop_str_in_output": NoEffect(_ALWAYS, values=(False,)),
+        "return_token_ids": NoEffect(_ALWAYS, values=(False,)),
+    },
+    "stream_options": _OBFUSCATION,
+    "message": {"name": NoEffect("the model is not shown it", type="string"), **_CACHE_CONTROL},
+    "content part": _CACHE_CONTROL,
+    "response": {
+        **_OF_TEXTS,
+        "truncation": NoEffect("nothing is cut off", values=("disabled",)),
+        "background": NoEffect("answers are waited for", values=(False,)),
+    },
+    "response stream_options": {
+        **_OBFUSCATION,
+        "include_usage": NoEffect("the last event always has it", type="boolean"),
+    },
+    "response text": {"verbosity": NoEffect(_LENGTH, values=("medium",))},
+    "response reasoning": {"effort": NoEffect(_AT_ONCE, values=("none",))},
+    "response item": {
+        "id": NoEffect(_REPLY, type="string"),
+        "status": NoEffect(_REPLY, type="string"),
+        "phase": NoEffect(_REPLY, values=("final_answer",)),
+    },
+    "response part": {
+        "logprobs": NoEffect(_REPLY, type="array"),
+        "prompt_cache_breakpoint": NoEffect(_CACHE, type="object"),
+    },
+    "tokenize": {
+        **_TEMPLATE,
+        "parse_special": NoEffect(_ALWAYS, values=(False,)),
+        "with_pieces": NoEffect("ids are given", values=(False,)),
+        "return_token_strs": NoEffect("ids are given", values=(False,)),
+    },
+}
+
+
+AS_WHOLE = BeforeValidator(lambda value: int(value) if isinstance(value, float) and value.is_integer() else value)
 """2.0 is a whole number, as in JSON Schema."""
 MOST_WHOLE = 2**31 - 1
 _MOST_SEED = 9_223_372_036_854_776_000  # 2**63, as descriptions of APIs have it, whose numbers are float64
@@ -37,7 +160,7 @@ def _describe(schema: Json, model: "type[RequestModel]") -> None:
     """Says in the model's JSON schema what it accepts besides its fields, and which fields go together."""
     without_effect = {name: field.schema for name, field in model.without_effect.items()}
     schema["properties"] = {**without_effect, **schema["properties"]}
-    schema["additionalProperties"] = NOTHING_SCHEMA
+    schema["additionalProperties"] = _NOTHING
     schema |= model.conditions
 
 
@@ -65,7 +188,7 @@ class RequestModel(BaseModel):
                     raise ValueError(f"{where}: has half of a surrogate pair, which is no text")
             if name not in fields:
                 effect = cls.without_effect.get(name)
-                if asks_nothing(value) if effect is None else effect.accepts(value):
+                if _asks_nothing(value) if effect is None else effect.accepts(value):
                     continue
             kept[name] = value
         return kept
@@ -84,15 +207,19 @@ def given(name: str, **schema: Any) -> Json:
     return {"required": [name], "properties": {name: schema}}
 
 
-def _only(name: str, schema: Json, *absent: str) -> Json:
+def _only(name: str, type: str, *absent: str) -> Json:
     """This field, and none of those."""
     nothing = {"enum": [None, False]}
-    return {"required": [name], "properties": {name: schema, **dict.fromkeys(absent, nothing)}}
+    return {"required": [name], "properties": {name: {"type": type}, **dict.fromkeys(absent, nothing)}}
 
 
-def _texts(given: Any) -> list[str | list[int]]:
+def when(condition: Json, then: Json) -> Json:
+    return {"if": condition, "then": then}
+
+
+def texts_of(prompt: Any) -> list[str | list[int]]:
     """The texts of a :data:`Prompt`."""
-    return [given] if isinstance(given, str) or isinstance(given[0], int) else list(given)
+    return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else list(prompt)
 
 
 class JsonSchema(RequestModel):
@@ -102,13 +229,19 @@ class JsonSchema(RequestModel):
     strict: bool | None = Field(default=None, description="The schema is held exactly, whatever this says.")
 
 
-_FormatType = Literal["text", "json_object", "json_schema", "regex"]
-_NULL: Json = {"type": "null"}
-_NOT_NULL: Json = {"not": _NULL}
+FormatType = Literal["text", "json_object", "json_schema", "regex"]
+NULL: Json = {"type": "null"}
+NOT_NULL: Json = {"not": NULL}
 
 
-def _grammar(kind: str | None, schema: Json | None, pattern: str | None) -> Grammar | None:
-    """``SamplingParams.grammar`` for a format of this type."""
+def form(kinds: Json, **fields: Json) -> Json:
+    """A form of a text: the schema of its type, and those of the fields beside it."""
+    needed = (["type"] if "const" in kinds else []) + [name for name, schema in fields.items() if schema == NOT_NULL]
+    return {**({"required": needed} if needed else {}), "properties": {"type": kinds, **fields}}
+
+
+def grammar_of(kind: str | None, schema: Json | None, pattern: str | None) -> Grammar | None:
+    """``SamplingParams.grammar`` for a form of this type."""
     if kind in (None, "text"):
         return None
     return {"regex": pattern} if kind == "regex" else {"json_schema": {"type": "object"} if schema is None else schema}
@@ -117,22 +250,13 @@ def _grammar(kind: str | None, schema: Json | None, pattern: str | None) -> Gram
 class ResponseFormat(RequestModel):
     conditions = {
         "oneOf": [
-            {"properties": {"type": {"enum": ["text", None]}, "json_schema": _NULL, "pattern": _NULL}},
-            {
-                "required": ["type"],
-                "properties": {"type": {"const": "json_object"}, "json_schema": _NULL, "pattern": _NULL},
-            },
-            {
-                "required": ["type", "json_schema"],
-                "properties": {"type": {"const": "json_schema"}, "json_schema": _NOT_NULL, "pattern": _NULL},
-            },
-            {
-                "required": ["type", "pattern"],
-                "properties": {"type": {"const": "regex"}, "json_schema": _NULL, "pattern": _NOT_NULL},
-            },
+            form({"enum": ["text", None]}, json_schema=NULL, pattern=NULL),
+            form({"const": "json_object"}, json_schema=NULL, pattern=NULL),
+            form({"const": "json_schema"}, json_schema=NOT_NULL, pattern=NULL),
+            form({"const": "regex"}, json_schema=NULL, pattern=NOT_NULL),
         ]
     }
-    type: _FormatType | None = Field(default=None, description="None for text.")
+    type: FormatType | None = Field(default=None, description="None for text.")
     json_schema: JsonSchema | None = Field(default=None, description="With the type json_schema.")
     pattern: str | None = Field(default=None, description="With the type regex, of the whole text.")
 
@@ -144,41 +268,7 @@ class ResponseFormat(RequestModel):
         return self
 
     def grammar(self) -> Grammar | None:
-        """The form that the text must have, for ``SamplingParams``; None for any."""
-        return _grammar(self.type, None if self.json_schema is None else self.json_schema.schema_, self.pattern)
-
-
-class TextFormat(JsonSchema):
-    """The same of ``text.format`` in a request to /v1/responses, where the schema stands beside the type."""
-
-    conditions = {
-        "oneOf": [
-            {"properties": {"type": {"enum": ["text", "json_object", None]}, "schema": _NULL, "pattern": _NULL}},
-            {"required": ["type"], "properties": {"type": {"const": "json_schema"}, "pattern": _NULL}},
-            {
-                "required": ["type", "pattern"],
-                "properties": {"type": {"const": "regex"}, "schema": _NULL, "pattern": _NOT_NULL},
-            },
-        ]
-    }
-    type: _FormatType | None = Field(default=None, description="None for text.")
-    pattern: str | None = Field(default=None, description="With the type regex, of the whole text.")
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.schema_ is not None and self.type != "json_schema":
-            raise ValueError("schema: must be given with the type json_schema only")
-        if (self.pattern is not None) != (self.type == "regex"):
-            raise ValueError("pattern: must be given with the type regex, and with no other")
-        return self
-
-    def grammar(self) -> Grammar | None:
-        """The form that the text must have, for ``SamplingParams``; None for any."""
-        return _grammar(self.type, self.schema_, self.pattern)
-
-    def shown(self) -> Json:
-        """As an answer repeats it."""
-        return {"type": "text", **self.model_dump(by_alias=True, exclude_none=True)}
+        return grammar_of(self.type, None if self.json_schema is None else self.json_schema.schema_, self.pattern)
 
 
 class StreamOptions(RequestModel):
@@ -267,9 +357,9 @@ class Sampling(RequestModel):
 
 _STREAMS = given("stream", const=True)
 _ONLY_STREAMED = [
-    {"if": given("stream_options", **given("include_usage", const=True)), "then": _STREAMS},
-    {"if": given("stream_options", **given("continuous_usage_stats", const=True)), "then": _STREAMS},
-    {"if": given("bdh", type="object", **given("activations", type="integer")), "then": _STREAMS},
+    when(given("stream_options", **given("include_usage", const=True)), _STREAMS),
+    when(given("stream_options", **given("continuous_usage_stats", const=True)), _STREAMS),
+    when(given("bdh", type="object", **given("activations", type="integer")), _STREAMS),
 ]
 
 
@@ -302,14 +392,8 @@ class CompletionRequest(_Texts):
     conditions = {
         "allOf": [
             *_ONLY_STREAMED,
-            {
-                "if": given("best_of", type="integer", minimum=2),
-                "then": {"properties": {"stream": {"enum": [False, None]}}},
-            },
-            {
-                "if": given("best_of", type="integer"),
-                "then": {"properties": {"n": {"anyOf": [_NULL, {"const": 1}]}}},
-            },
+            when(given("best_of", type="integer", minimum=2), {"properties": {"stream": {"enum": [False, None]}}}),
+            when(given("best_of", type="integer"), {"properties": {"n": {"anyOf": [NULL, {"const": 1}]}}}),
         ]
     }
     prompt: Prompt = Field(description="Text, texts, token ids, or lists of them.")
@@ -317,10 +401,6 @@ class CompletionRequest(_Texts):
     best_of: Positive | None = Field(default=None, description="Texts generated, of which the likeliest is given.")
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=5), AS_WHOLE] | None = None
-
-    @property
-    def texts(self) -> list[str | list[int]]:
-        return _texts(self.prompt)
 
     @model_validator(mode="after")
     def _check_best_of(self) -> Self:
@@ -356,10 +436,10 @@ class ChatMessage(MessageModel):
     without_effect = WITHOUT_EFFECT["message"]
     conditions = {
         "allOf": [
-            {
-                "if": {"properties": {"role": {"enum": ["system", "developer", "user"]}}},
-                "then": given("content", type=["string", "array"], minItems=1),
-            }
+            when(
+                {"properties": {"role": {"enum": ["system", "developer", "user"]}}},
+                given("content", type=["string", "array"], minItems=1),
+            )
         ]
     }
     content: str | list[TextPart] | None = Field(default=None, description="An assistant's may be left out: no text.")
@@ -375,11 +455,8 @@ class ChatRequest(_Texts):
     conditions = {
         "allOf": [
             *_ONLY_STREAMED,
-            {"if": given("top_logprobs", type="integer", minimum=1), "then": given("logprobs", const=True)},
-            {
-                "if": given("max_completion_tokens", type="integer"),
-                "then": {"properties": {"max_tokens": _NULL}},
-            },
+            when(given("top_logprobs", type="integer", minimum=1), given("logprobs", const=True)),
+            when(given("max_completion_tokens", type="integer"), {"properties": {"max_tokens": NULL}}),
         ]
     }
     messages: list[ChatMessage] = Field(min_length=1, description="With bdh.from_state only the new ones.")
@@ -401,9 +478,9 @@ class TokenizeRequest(RequestModel):
     without_effect = WITHOUT_EFFECT["tokenize"]
     conditions = {
         "oneOf": [
-            _only("prompt", {"type": "string"}, "content", "messages"),
-            _only("content", {"type": "string"}, "prompt", "messages"),
-            _only("messages", {"type": "array"}, "prompt", "content", "add_special_tokens"),
+            _only("prompt", "string", "content", "messages"),
+            _only("content", "string", "prompt", "messages"),
+            _only("messages", "array", "prompt", "content", "add_special_tokens"),
         ]
     }
     model: str | None = None
@@ -427,23 +504,3 @@ class TokenizeRequest(RequestModel):
 class DetokenizeRequest(RequestModel):
     model: str | None = None
     tokens: list[Whole]
-
-
-class EmbeddingOptions(RequestModel):
-    pooling: Literal["mean", "last"] | None = Field(
-        default=None, description="Of the residuals of all tokens (mean, the default), or that of the last."
-    )
-    normalize: bool | None = Field(default=None, description="To length 1, as OpenAI's are; true if not given.")
-
-
-class EmbeddingRequest(RequestModel):
-    input: Prompt = Field(description="Text, texts, token ids, or lists of them.")
-    model: str | None = Field(default=None, description="A name that the server has; None for its first.")
-    encoding_format: Literal["float", "base64"] | None = None
-    dimensions: Positive | None = Field(default=None, description="The model's residual width, or left out.")
-    user: str | None = Field(default=None, description="For the log.")
-    bdh: EmbeddingOptions | None = None
-
-    @property
-    def texts(self) -> list[str | list[int]]:
-        return _texts(self.input)

@@ -21,8 +21,7 @@ from bdh.serve.app import make_app
 from bdh.serve.completions import finish_unfinished
 from bdh.serve.config import ServeSettings, check_telemetry, listen
 from bdh.serve.connections import Connections, Server
-from bdh.serve.keys import ApiKeys
-from bdh.serve.monitoring import log, log_to_stderr
+from bdh.serve.middleware import ApiKeys, log, log_to_stderr
 from bdh.serve.service import Loaded, Service
 from bdh.serve.states import StateStore
 from bdh.serve.text import ChatPrompts, TokenNames
@@ -69,7 +68,7 @@ def serve(settings: ServeSettings, load_model: LoadModel, *, last_step_seconds: 
     settings.validated()
     check_telemetry(settings.telemetry)
     log_to_stderr(settings.log_format)
-    keys = ApiKeys(settings.auth.keys_file, settings.auth.keys_variable)
+    keys = ApiKeys(settings.auth)
     listening = listen(settings.host, settings.port)
     with listening:
         return asyncio.run(_run(settings, load_model, keys, listening, last_step_seconds))
@@ -197,7 +196,7 @@ async def _load(service: Service, settings: ServeSettings, load_model: LoadModel
 async def _watch(service: Service, ending: asyncio.Event) -> None:
     """Ends the server where its engine has."""
     while not ending.is_set():
-        service.watch_engine()
+        service.check_engine()
         if service.status == "failed":
             log("the engine has failed", level=logging.ERROR, reason=str(service.failure))
             await asyncio.sleep(_WATCH_SECONDS)  # those who wait are told

@@ -1,27 +1,101 @@
-"""Between the routes and the engine: which requests are admitted, how long they may take, and how they end."""
+"""Between the routes and the engine: which requests are admitted, how long they may take, how they end, and what is counted."""
 
 import asyncio
+import math
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeVar
 
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 from starlette.requests import Request
 
 from bdh.generate.async_engine import AsyncEngine, AsyncRequest, Item
-from bdh.generate.sequence import StepOutput
+from bdh.generate.sequence import StepOutput, encode_prompt
 from bdh.serve.config import ServeSettings
-from bdh.serve.errors import RETRY_SECONDS, ApiError, bad_request, unavailable
-from bdh.serve.keys import RateLimits
-from bdh.serve.monitoring import Metrics
+from bdh.serve.middleware import RETRY_SECONDS, ApiError, RateLimits, bad_request, unavailable
 from bdh.serve.states import StateStore
 from bdh.serve.text import ChatPrompts, TokenNames
 from bdh.tokenizer.plain import PlainTokenizer
 
+_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 300)
+_BETWEEN = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1, 2)
+_GAUGES = {
+    "num_requests_running": "Sequences that have a state.",
+    "num_requests_waiting": "Prompts that wait for one.",
+    "state_bytes_in_use": "Bytes of the states of running sequences.",
+    "state_bytes_limit": "Bytes that they may take.",
+    "prefix_cache_bytes": "Bytes of states kept for prompts that begin alike.",
+    "saved_states": "States that clients have saved.",
+    "saved_state_bytes": "Bytes of them in memory.",
+}
+_TOTALS = {
+    "prompt_tokens": "Tokens of prompts that were read.",
+    "generation_tokens": "Tokens generated.",
+    "prefix_cache_hits": "Prompts of which a stored beginning was found.",
+    "prefix_cache_tokens": "Tokens that need not be read for that.",
+    "prefix_cache_failures": "Beginnings of prompts that could not be stored.",
+}
+
 Result = TypeVar("Result")
+
+
+class Metrics(Collector):
+    """All of a server's metrics, under the names that dashboards of such servers know.
+
+    Args:
+        values: the present value of each gauge and total; called at every scrape.
+    """
+
+    def __init__(self, model_name: str, values: Callable[[], dict[str, float]]):
+        self.registry = CollectorRegistry()
+        self._model, self._values = model_name, values
+
+        def histogram(name: str, about: str, buckets: tuple[float, ...] = _SECONDS) -> Histogram:
+            made = Histogram(f"bdh:{name}_seconds", about, ["model_name"], buckets=buckets, registry=self.registry)
+            return made.labels(model_name)
+
+        self.time_to_first_token = histogram("time_to_first_token", "From a request's arrival to its first token.")
+        self.inter_token_latency = histogram(
+            "inter_token_latency", "Between two tokens of a text, as they are handed on.", _BETWEEN
+        )
+        self.e2e_request_latency = histogram("e2e_request_latency", "From a request's arrival to its last token.")
+        self.request_queue_time = histogram(
+            "request_queue_time", "From a request's arrival until its prompt has a state."
+        )
+        self._requests = Counter(
+            "bdh:requests",
+            "Answers, by route and status.",
+            ["model_name", "route", "status"],
+            registry=self.registry,
+        )
+        self._success = Counter(
+            "bdh:request_success",
+            "Texts that have ended, by the reason.",
+            ["model_name", "finished_reason"],
+            registry=self.registry,
+        )
+        self.registry.register(self)
+
+    def answered(self, route: str, status: int) -> None:
+        self._requests.labels(self._model, route, str(status)).inc()
+
+    def finished(self, reason: str) -> None:
+        self._success.labels(self._model, reason).inc()
+
+    def collect(self) -> Iterator[Metric]:
+        """The gauges and totals now."""
+        values = self._values()
+        for names, family in ((_GAUGES, GaugeMetricFamily), (_TOTALS, CounterMetricFamily)):
+            for name, about in names.items():
+                metric = family(f"bdh:{name}", about, labels=["model_name"])
+                metric.add_metric([self._model], values[name])
+                yield metric
 
 
 @dataclass
@@ -50,6 +124,32 @@ class Loaded:
     async def in_text_thread(self, function: Callable[..., Result], *arguments: Any) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self.text_thread, function, *arguments)
 
+    async def prompt_tokens(self, prompt: str | Sequence[int], param: str, *, continues: bool = False) -> list[int]:
+        """The tokens of a text, or ids that are checked.
+
+        Args:
+            param: what the request calls it.
+            continues: it follows in a state, where it may be empty, and begins with nothing of its own.
+
+        Raises:
+            ApiError: 400, there is nothing to start from, or ids outside of the vocabulary.
+        """
+        try:
+            if not isinstance(prompt, str):
+                tokens = list(prompt)
+            elif continues:
+                tokens = await self.in_text_thread(self.tokenizer.encode, prompt)
+            else:
+                tokens = await self.in_text_thread(encode_prompt, self.tokenizer, prompt)
+        except ValueError as error:
+            raise bad_request(str(error), param) from error
+        if not tokens and not continues:
+            raise bad_request("the prompt has no tokens: give at least one to start from", param)
+        if wrong := [token for token in tokens if token >= self.vocab_size][:3]:
+            message = f"the prompt has the token ids {wrong}: must be within 0 and {self.vocab_size - 1}"
+            raise bad_request(message, param)
+        return tokens
+
 
 class Service:
     """
@@ -62,7 +162,7 @@ class Service:
 
     def __init__(self, settings: ServeSettings, *, silence_seconds: float = 10.0):
         self.settings, self.silence_seconds = settings, silence_seconds
-        self.rates = RateLimits(settings.auth.requests_per_minute, settings.auth.tokens_per_minute)
+        self.rates = RateLimits(settings.auth)
         self.status: Literal["loading", "ready", "draining", "failed"] = "loading"
         self.failure: BaseException | None = None
         self.loaded: Loaded | None = None
@@ -82,7 +182,7 @@ class Service:
         Raises:
             ApiError: 503, the model is loading, the server ends, or its engine has failed.
         """
-        self.watch_engine()
+        self.check_engine()
         if self.status == "ready" and self.loaded is not None:
             return self.loaded
         if self.status == "failed":
@@ -91,7 +191,7 @@ class Service:
             "the server is ending" if self.status == "draining" else "the model is being loaded", self.status
         )
 
-    def watch_engine(self) -> None:
+    def check_engine(self) -> None:
         """Takes note where the engine's thread has ended, or hangs."""
         if self.loaded is None or self.status == "failed":
             return
@@ -115,7 +215,7 @@ class Service:
         return name or names[0]
 
     def begin(self, body: Any, request: Request) -> str:
-        """Counts a request for texts; the name of its model.
+        """Counts a request for texts or embeddings; the name of its model.
 
         Raises:
             ApiError: 404, there is no such model; 429, its caller has asked for too much; or 503.
@@ -123,6 +223,8 @@ class Service:
         model = self.check_model(body.model)
         self.rates.begin(request.state.caller)
         request.state.facts["user"] = body.user
+        if hasattr(body, "stream"):
+            request.state.facts["stream"] = bool(body.stream)
         return model
 
     def check_texts(self, count: int, param: str) -> None:
@@ -147,8 +249,9 @@ class Service:
                 raise bad_request(message, prompt.param, "context_length_exceeded")
 
     @property
-    def num_waiting(self) -> int:
-        return sum(len(generation.waiting) for generation in self.running)
+    def waiting(self) -> "list[PromptRequest]":
+        """The prompts that have no state yet."""
+        return [prompt for generation in self.running for prompt in generation.waiting]
 
     def admit(self, prompts: "Sequence[PromptRequest]") -> None:
         """
@@ -162,15 +265,15 @@ class Service:
         # What can begin with the next step does not wait.
         most = min(loaded.max_sequences, loaded.engine.engine.config.max_running)
         num_free = max(0, most - sum(generation.num_states for generation in self.running))
-        num_waiting = self.num_waiting
-        num_tokens = sum(len(prompt.prompt) for each in self.running for prompt in each.waiting)
-        reason = None
+        num_waiting = len(self.waiting)
+        num_tokens = sum(len(prompt.prompt) for prompt in self.waiting)
         if num_waiting + len(prompts) > limits.queue_requests + num_free:
             reason = f"{num_waiting} prompts wait already, and {limits.queue_requests} may"
         elif num_waiting and num_tokens + sum(len(prompt.prompt) for prompt in prompts) > limits.queue_tokens:
             reason = f"the prompts that wait have {num_tokens:,} tokens, and {limits.queue_tokens:,} may wait"
-        if reason is not None:
-            raise ApiError(429, f"the queue is full: {reason}", code="queue_full", retry_after=RETRY_SECONDS)
+        else:
+            return
+        raise ApiError(429, f"the queue is full: {reason}", code="queue_full", retry_after=RETRY_SECONDS)
 
     def answered(self, route: str, status: int) -> None:
         """Counts an answer."""
@@ -202,22 +305,18 @@ class Service:
             await asyncio.sleep(0.02)
 
     def _values(self) -> dict[str, float]:
-        """For the metrics."""
+        """For the metrics: the engine's, and those that have another name or are not of the engine."""
         assert self.loaded is not None
         stats, states = self.loaded.engine.stats, self.loaded.states
         return {
+            **vars(stats),
             "num_requests_running": stats.running,
-            "num_requests_waiting": self.num_waiting,
+            "num_requests_waiting": len(self.waiting),
             "state_bytes_in_use": stats.state_bytes,
             "state_bytes_limit": self.loaded.engine.engine.max_state_bytes,
-            "prefix_cache_bytes": stats.prefix_cache_bytes,
             "saved_states": states.num_states,
             "saved_state_bytes": states.bytes_in_memory,
-            "prompt_tokens": stats.prompt_tokens,
             "generation_tokens": stats.generated_tokens,
-            "prefix_cache_hits": stats.prefix_cache_hits,
-            "prefix_cache_tokens": stats.prefix_cache_tokens,
-            "prefix_cache_failures": stats.prefix_cache_failures,
         }
 
 
@@ -244,9 +343,9 @@ class Generation:
         self, service: Service, prompts: Sequence[PromptRequest], request: Request, arrived: float | None = None
     ):
         self.service, self.prompts, self.request = service, list(prompts), request
+        self.loaded = service.ready()
         self.caller, self.facts = request.state.caller, request.state.facts
         self.num_generated = 0
-        self._engine = service.ready().engine
         self._arrived = request.state.arrived if arrived is None else arrived
         limits = service.settings.limits
         self._queue_end = self._arrived + limits.queue_timeout
@@ -284,12 +383,12 @@ class Generation:
 
     async def _submit(self, prompt: PromptRequest) -> None:
         try:
-            await self._engine.submit(prompt)
+            await self.loaded.engine.submit(prompt)
         except ValueError as error:
             setting = re.match(r"(\w+) is ", str(error))  # else it is the prompt
             raise bad_request(str(error), setting[1] if setting else prompt.param) from error
         except RuntimeError as error:
-            self.service.watch_engine()
+            self.service.check_engine()
             raise unavailable("the engine has ended", "engine_failed") from error
 
     def _take(self, place: int, item: Item) -> None:
@@ -298,7 +397,7 @@ class Generation:
         elif self.service.metrics is not None:
             self.service.metrics.request_queue_time.observe(time.monotonic() - self._arrived)
 
-    async def outputs(self, silence_seconds: float | None = None) -> AsyncIterator[tuple[int, StepOutput] | None]:
+    async def outputs(self, silence_seconds: float = math.inf) -> AsyncIterator[tuple[int, StepOutput] | None]:
         """What the steps add, with the place of its prompt, until all texts have ended; None after each such silence.
 
         Raises:
@@ -306,14 +405,11 @@ class Generation:
             CutOff: the server ends.
         """
         while any(self._left):
-            silent_until = None if silence_seconds is None else time.monotonic() + silence_seconds
-            while (item := await self._next(silent_until)) is None:
-                if silent_until is not None and time.monotonic() >= silent_until:
-                    break
+            item = await self._next(time.monotonic() + silence_seconds)
             if isinstance(item, CutOff):
                 raise item
             if isinstance(item, BaseException):
-                self.service.watch_engine()
+                self.service.check_engine()
                 raise unavailable("the engine has failed", "engine_failed")
             if item is not None:
                 self._note(*item)
@@ -321,24 +417,21 @@ class Generation:
         if self._is_cut_off:
             raise CutOff
 
-    async def _next(self, silent_until: float | None) -> tuple[int, StepOutput] | BaseException | None:
-        """What comes next; None where a time is over that is not the request's."""
-        is_waiting = bool(self.waiting)
-        ends = [
-            self._end,
-            *([self._queue_end] if is_waiting else []),
-            *([] if silent_until is None else [silent_until]),
-        ]
-        try:
-            async with asyncio.timeout(max(0.0, min(ends) - time.monotonic())):
-                return await self._items.get()
-        except TimeoutError:
-            now = time.monotonic()
-            if self.waiting and now >= self._queue_end:
-                raise self._late("has waited for a state", "queue_timeout") from None
-            if now >= self._end:
-                raise self._late("has run", "request_timeout") from None
-            return None
+    async def _next(self, silent_until: float) -> tuple[int, StepOutput] | BaseException | None:
+        """What comes next; None where nothing has come by that time."""
+        while True:
+            ends = [self._end, silent_until, *([self._queue_end] if self.waiting else [])]
+            try:
+                async with asyncio.timeout(max(0.0, min(ends) - time.monotonic())):
+                    return await self._items.get()
+            except TimeoutError:
+                now = time.monotonic()
+                if self.waiting and now >= self._queue_end:
+                    raise self._late("has waited for a state", "queue_timeout") from None
+                if now >= self._end:
+                    raise self._late("has run", "request_timeout") from None
+                if now >= silent_until:
+                    return None
 
     def _late(self, what: str, code: str) -> ApiError:
         seconds = time.monotonic() - self._arrived
@@ -367,12 +460,12 @@ class Generation:
         if keep and not self._is_cut_off:
             self._is_cut_off = True
             for prompt in self.prompts:
-                self._engine.stop(prompt)
+                self.loaded.engine.stop(prompt)
         else:
             self._items.put_nowait(CutOff())
 
     def close(self) -> None:
         """Ends what still runs, within a step."""
         for prompt in self.prompts:
-            self._engine.abort(prompt)
+            self.loaded.engine.abort(prompt)
         self.service.running.discard(self)

@@ -16,7 +16,7 @@ from typing import Any
 
 from bdh.generate.snapshot import Snapshot
 from bdh.serve.config import StateSettings
-from bdh.serve.monitoring import log
+from bdh.serve.middleware import log
 from bdh.storage import write_text
 
 _ID = re.compile(r"state-[\w-]{24}|resp_[0-9a-f]{32}")

@@ -1,4 +1,4 @@
-"""Between text and tokens: prompts, conversations by a chat template, and the names of tokens in log-probabilities."""
+"""Between text and tokens: conversations by a chat template, and the names of tokens in log-probabilities."""
 
 import copy
 from collections.abc import Sequence
@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from bdh.generate.sequence import encode_prompt
 from bdh.serve.config import PLAIN, read_template
-from bdh.serve.errors import bad_request
+from bdh.serve.middleware import bad_request
 from bdh.tokenizer.chat import ChatEncoder, render_chat
 from bdh.tokenizer.plain import PlainTokenizer, byte_of_character
 from bdh.vocabulary import vocabulary_size
@@ -22,53 +21,11 @@ _PLAIN_TEMPLATE = """\
 {%- else %}{{ 'Assistant: ' + message['content'].lstrip() + '\n' }}
 {%- endif %}
 {%- endfor %}
-{%- if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}
+{%- if add_generation_prompt %}{{ 'START' }}{% endif %}
 """
-_PLAIN_STOPS = ["\nUser:", "\nAssistant:"]
 _SPACES = " \u0120\u2581"  # as vocabularies spell a space
 
 Message = dict[str, str]
-
-
-def encode_text(tokenizer: PlainTokenizer, text: str, *, add_special_tokens: bool = False) -> list[int]:
-    """The tokens of a text, in which nothing is a special token."""
-    return tokenizer.encode(text, add_special_tokens=add_special_tokens)
-
-
-def decode_tokens(tokenizer: PlainTokenizer, tokens: Sequence[int]) -> str:
-    return tokenizer.decode(list(tokens))
-
-
-def prompt_tokens(
-    tokenizer: PlainTokenizer,
-    vocab_size: int,
-    prompt: str | Sequence[int],
-    param: str,
-    continues: bool = False,
-) -> list[int]:
-    """The tokens of a text, or ids that are checked.
-
-    Args:
-        param: what the request calls it.
-        continues: it follows in a state, where it may be empty, and begins with nothing of its own.
-
-    Raises:
-        ApiError: 400, there is nothing to start from, or ids outside of the vocabulary.
-    """
-    try:
-        if not isinstance(prompt, str):
-            tokens = list(prompt)
-        elif continues:
-            tokens = encode_text(tokenizer, prompt)
-        else:
-            tokens = encode_prompt(tokenizer, prompt)
-    except ValueError as error:
-        raise bad_request(str(error), param) from error
-    if not tokens and not continues:
-        raise bad_request("the prompt has no tokens: give at least one to start from", param)
-    if wrong := [token for token in tokens if token >= vocab_size][:3]:
-        raise bad_request(f"the prompt has the token ids {wrong}: must be within 0 and {vocab_size - 1}", param)
-    return tokens
 
 
 def tokenizer_info(tokenizer: PlainTokenizer, template: str | None, max_length: int) -> dict[str, Any]:
@@ -108,23 +65,26 @@ class ChatPrompts:
             if tokenizer.chat_template:
                 raise ValueError(f"chat_template is {template!r}: must be left out, the tokenizer has one of its own")
             tokenizer = copy.deepcopy(tokenizer)
-            tokenizer.chat_template = _plain_template(tokenizer) if self._is_plain else read_template(Path(template))
-            self.stops += _PLAIN_STOPS if self._is_plain else []
+            if self._is_plain:
+                # The model begins with a word. Where words have their space in the same token, it writes the space too.
+                has_spaces = any(len(token) > 1 and token[0] in _SPACES for token in tokenizer.get_vocab())
+                tokenizer.chat_template = _PLAIN_TEMPLATE.replace(
+                    "START", "Assistant:" if has_spaces else "Assistant: "
+                )
+                self.stops += ["\nUser:", "\nAssistant:"]
+            else:
+                tokenizer.chat_template = read_template(Path(template))
         self._tokenizer = tokenizer
         self.template = str(tokenizer.chat_template) if tokenizer.chat_template else None
         """Jinja; None where there is none, and no chat is possible."""
         self._encoder = ChatEncoder(tokenizer, tells_answers=False) if self.template else None
-        self._marks_answers = self._encoder is not None and self._encoder.tells_answers
-
-    @property
-    def end_ids(self) -> list[int]:
+        self.end_ids = [self._encoder.turn_end_id] if self._encoder and self._encoder.tells_answers else []
         """Tokens that end a reply, beside the model's own."""
-        return [self._encoder.turn_end_id] if self._encoder is not None and self._marks_answers else []
 
     @property
     def can_continue(self) -> bool:
         """Whether :meth:`further` knows where an answer ends."""
-        return self._is_plain or self._marks_answers
+        return self._is_plain or bool(self.end_ids)
 
     def reply(self, text: str) -> str:
         """What the model has written as a message: in the plain form, without the space after the role."""
@@ -150,9 +110,9 @@ class ChatPrompts:
         """
         if self._is_plain:
             text, _ = render_chat(str(self.template), messages, add_generation_prompt=True)
-            return encode_text(self._tokenizer, f"\n{text}".removeprefix(stopped_by or ""))
+            return self._tokenizer.encode(f"\n{text}".removeprefix(stopped_by or ""))
         ids, is_answer = self._encode([*before, *messages])
-        if self._marks_answers:
+        if self.end_ids:
             num_answers = sum(message["role"] == "assistant" for message in before)
             ends = [i for i in range(len(ids)) if is_answer[i] and not is_answer[i + 1 : i + 2].any()]
             if len(ends) >= num_answers > 0:
@@ -177,15 +137,6 @@ class ChatPrompts:
         return ids.tolist(), is_answer
 
 
-def _plain_template(tokenizer: PlainTokenizer) -> str:
-    """The plain form, which ends with ``Assistant: ``, so that the model begins with a word. Where words have their space
-    in the same token, it ends with ``Assistant:``, and the model writes the space.
-    """
-    if any(len(token) > 1 and token[0] in _SPACES for token in tokenizer.get_vocab()):
-        return _PLAIN_TEMPLATE
-    return _PLAIN_TEMPLATE.replace("'Assistant:'", "'Assistant: '")
-
-
 class TokenNames:
     """The names of tokens in log-probabilities: their text, or, where they are no whole characters, their bytes."""
 
@@ -204,7 +155,7 @@ class TokenNames:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in found)
 
     def text(self, tokens: Sequence[int]) -> str:
-        return decode_tokens(self._tokenizer, tokens)
+        return self._tokenizer.decode(list(tokens))
 
     def _bytes_of(self, token: int) -> bytes:
         if token in self._added:

@@ -14,7 +14,7 @@ import uvicorn
 from bdh import BDHConfig, BDHForCausalLM
 from bdh.generate.params import EngineConfig
 from bdh.serve.config import AuthSettings, LimitSettings, ServeSettings
-from bdh.serve.keys import ApiKeys
+from bdh.serve.middleware import ApiKeys
 from bdh.serve.server import load, uvicorn_config
 from bdh.serve.service import Service
 from bdh.tokenizer import byte_tokenizer, train_tokenizer, with_chat_template
@@ -57,7 +57,7 @@ class Running:
     def __init__(self, settings, model, tokenizer, **options):
         self.settings = settings
         self.service = Service(settings, **options)
-        self.keys = ApiKeys(settings.auth.keys_file, settings.auth.keys_variable)
+        self.keys = ApiKeys(settings.auth)
         config = uvicorn_config(self.service, self.keys)
         config.port, config.log_level = 0, "error"
         self.connections = config.http.__self__
@@ -99,7 +99,7 @@ class Running:
         """Waits until nothing runs; the gauges are those of an engine without work."""
         for _ in range(1000):
             stats = self.service.loaded.engine.stats
-            waits = self.service.num_waiting
+            waits = len(self.service.waiting)
             if not (stats.running or stats.waiting or stats.state_bytes or waits or self.service.running):
                 return
             time.sleep(0.01)

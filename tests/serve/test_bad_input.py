@@ -12,8 +12,7 @@ import pytest
 
 from bdh.generate.params import EngineConfig
 from bdh.serve.config import AuthSettings, LimitSettings
-from bdh.serve.middleware import EventStream
-from bdh.serve.monitoring import JsonFormatter, TextFormatter
+from bdh.serve.middleware import EventStream, JsonFormatter, TextFormatter
 from bdh.serve.schemas import CompletionRequest
 
 
@@ -318,7 +317,7 @@ def test_a_long_step_that_makes_progress_is_no_hang(start_server, bytes_pair, mo
         for _ in range(40):
             time.sleep(0.02)
             advancer.mark_progress()
-            server.service.watch_engine()
+            server.service.check_engine()
         step(feeds)
 
     monkeypatch.setattr(advancer, "read_all", slow)

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from bdh.serve.app import named
 from bdh.serve.config import LimitSettings
-from bdh.serve.fields import WITHOUT_EFFECT, named
+from bdh.serve.schemas import WITHOUT_EFFECT
 from tests.serve.test_bad_input import assert_refused
 
 QUESTION = {"role": "user", "content": "Hi"}

@@ -1,7 +1,7 @@
 import pytest
 
-from bdh.serve.errors import ApiError
-from bdh.serve.keys import ApiKeys, Caller, RateLimits
+from bdh.serve.config import AuthSettings, Caller
+from bdh.serve.middleware import ApiError, ApiKeys, RateLimits
 
 
 class Clock:
@@ -21,7 +21,7 @@ ANN, BOB = Caller("a", "ann"), Caller("b", "bob")
 
 
 def test_so_many_requests_a_minute_come_back_evenly(clock):
-    rates = RateLimits(requests_per_minute=6, now=clock)
+    rates = RateLimits(AuthSettings(requests_per_minute=6), clock)
     for _ in range(6):
         rates.begin(ANN)
     with pytest.raises(ApiError) as found:
@@ -39,7 +39,7 @@ def test_so_many_requests_a_minute_come_back_evenly(clock):
 
 
 def test_tokens_are_paid_when_they_are_known(clock):
-    rates = RateLimits(tokens_per_minute=600, now=clock)
+    rates = RateLimits(AuthSettings(tokens_per_minute=600), clock)
     rates.begin(ANN)
     rates.charge(ANN, 1200)
     with pytest.raises(ApiError) as found:
@@ -53,7 +53,7 @@ def test_tokens_are_paid_when_they_are_known(clock):
 
 
 def test_a_refused_request_is_not_counted(clock):
-    rates = RateLimits(requests_per_minute=1, tokens_per_minute=60, now=clock)
+    rates = RateLimits(AuthSettings(requests_per_minute=1, tokens_per_minute=60), clock)
     rates.charge(ANN, 70)
     for _ in range(5):
         with pytest.raises(ApiError, match="tokens a minute"):
@@ -63,7 +63,7 @@ def test_a_refused_request_is_not_counted(clock):
 
 
 def test_without_limits_nothing_is_kept(clock):
-    rates = RateLimits(now=clock)
+    rates = RateLimits(AuthSettings(), clock)
     for _ in range(1000):
         rates.begin(ANN)
         rates.charge(ANN, 10**6)
@@ -81,14 +81,14 @@ def test_without_limits_nothing_is_kept(clock):
 def test_a_wrong_file_of_keys_is_refused_without_telling_them(tmp_path, text, told):
     (tmp_path / "keys").write_text(text)
     with pytest.raises(ValueError, match=told) as found:
-        ApiKeys(str(tmp_path / "keys"))
+        ApiKeys(AuthSettings(keys_file=str(tmp_path / "keys")))
     assert "long-enough" not in str(found.value)
 
 
 def test_names_stand_for_keys_in_the_log(tmp_path, monkeypatch):
     (tmp_path / "keys").write_text("ann of sales   a-long-secret # since May\n")
     monkeypatch.setenv("OTHER", "another-secret,")
-    keys = ApiKeys(str(tmp_path / "keys"), "OTHER")
+    keys = ApiKeys(AuthSettings(keys_file=str(tmp_path / "keys"), keys_variable="OTHER"))
     assert keys.caller("Bearer a-long-secret", "1.2.3.4").name == "ann of sales"
     assert keys.caller("bearer another-secret", "1.2.3.4").name.startswith("key-")
     for header in (None, "", "Bearer", "Bearer ", "Basic a-long-secret", "Bearer A-long-secret", "Bearer \udcff"):
@@ -99,6 +99,6 @@ def test_names_stand_for_keys_in_the_log(tmp_path, monkeypatch):
 
 
 def test_without_keys_each_address_is_a_caller():
-    keys = ApiKeys(None, "NOTHING_HERE")
+    keys = ApiKeys(AuthSettings(keys_variable="NOTHING_HERE"))
     assert not keys.are_needed
     assert keys.caller(None, "1.2.3.4").id != keys.caller("Bearer what", "1.2.3.5").id

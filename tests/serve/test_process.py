@@ -223,7 +223,7 @@ import sys, threading
 from bdh.generate.engine import Engine
 from bdh.model.network import Network
 from bdh.serve.config import LimitSettings, ServeSettings
-from bdh.serve.monitoring import log
+from bdh.serve.middleware import log
 from bdh.serve.server import serve
 from bdh.tokenizer import PlainTokenizer
 

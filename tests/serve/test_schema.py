@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from bdh.serve.app import up_to
 from bdh.serve.config import LimitSettings
-from bdh.serve.describe import up_to
 
 
 @pytest.mark.slow
