@@ -19,6 +19,7 @@ from bdh.serve.config import StateSettings
 from bdh.serve.middleware import log
 from bdh.storage import write_text
 
+_PREFIXES = ("state-", "resp_")
 _ID = re.compile(r"state-[\w-]{24}|resp_[0-9a-f]{32}")
 
 
@@ -76,7 +77,7 @@ class StateStore:
         self._loaded: dict[str, Snapshot] = {}
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._find()
+            self._find(self._folder)
 
     @property
     def num_states(self) -> int:
@@ -88,20 +89,12 @@ class StateStore:
         with self._lock:
             return sum(snapshot.nbytes for snapshot in self._loaded.values())
 
-    def put(
-        self,
-        snapshot: Snapshot,
-        *,
-        owner: str,
-        model: str,
-        unfinished: dict[str, Any] | None = None,
-        text: str | None = None,
-        state_id: str | None = None,
-    ) -> SavedState:
+    def put(self, snapshot: Snapshot, *, state_id: str | None = None, **facts: Any) -> SavedState:
         """Keeps a snapshot, which is not copied.
 
         Args:
             state_id: replaces the state of this id.
+            facts: the ``owner`` and the ``model`` of its :class:`SavedState`, and ``unfinished`` and ``text``.
 
         Raises:
             ValueError: it is larger than all that may be kept.
@@ -112,12 +105,11 @@ class StateStore:
             raise ValueError(
                 f"the state has {size:,} bytes, and the states that are kept may have {self._capacity:,} together"
             )
-        state_id = state_id or f"state-{secrets.token_urlsafe(18)}"
-        saved = self._describe(state_id, snapshot, owner=owner, model=model, unfinished=unfinished, text=text)
+        saved = self._describe(state_id or f"state-{secrets.token_urlsafe(18)}", snapshot, **facts)
         if self._folder is not None:
             self._make_room_on_disk(size)
             # The description comes last: without it a file of a state does not count.
-            snapshot.save(self._tensors_path(state_id), self._model)
+            snapshot.save(self._path(saved.id, "safetensors"), self._model)
             self._write_description(saved)
         self._keep(saved, snapshot)
         return saved
@@ -130,18 +122,16 @@ class StateStore:
         Returns:
             Whether it is kept: not where it is larger than all that may be.
         """
-        num_bytes = len(json.dumps(response))
-        if num_bytes > self._settings.response_bytes:
+        size = len(json.dumps(response))
+        if size > self._settings.response_bytes:
             return False
         if snapshot is not None and snapshot.nbytes > self._capacity:
             snapshot = None
-        saved = self._describe(
-            response_id, snapshot, owner=owner, model=model, response=response, response_bytes=num_bytes
-        )
+        saved = self._describe(response_id, snapshot, owner=owner, model=model, response=response, response_bytes=size)
         if self._folder is not None:
             try:
                 if snapshot is not None and self._make_room_on_disk(saved.nbytes, for_response=True):
-                    snapshot.save(self._tensors_path(response_id), self._model)
+                    snapshot.save(self._path(response_id, "safetensors"), self._model)
                 else:
                     snapshot, saved.nbytes = None, 0
                 self._write_description(saved)
@@ -155,18 +145,11 @@ class StateStore:
         self.expire()
         now = self._now()
         num_tokens, nbytes = (0, 0) if snapshot is None else (len(snapshot.tokens), snapshot.nbytes)
-        return SavedState(
-            id=state_id,
-            created=now,
-            used=now,
-            num_tokens=num_tokens,
-            nbytes=nbytes,
-            tokenizer=self._tokenizer,
-            **facts,
-        )
+        facts |= {"created": now, "used": now, "tokenizer": self._tokenizer}
+        return SavedState(id=state_id, num_tokens=num_tokens, nbytes=nbytes, **facts)
 
     def _write_description(self, saved: SavedState) -> None:
-        write_text(self._description_path(saved.id), json.dumps(asdict(saved)), private=True)
+        write_text(self._path(saved.id, "json"), json.dumps(asdict(saved)), private=True)
 
     def _keep(self, saved: SavedState, snapshot: Snapshot | None) -> None:
         with self._lock:
@@ -191,7 +174,7 @@ class StateStore:
             self._known.move_to_end(state_id)
             if self._folder is not None:  # where the next process reads when it was used
                 with contextlib.suppress(FileNotFoundError):  # somebody has emptied the folder
-                    os.utime(self._description_path(state_id), (saved.used, saved.used))
+                    os.utime(self._path(state_id, "json"), (saved.used, saved.used))
             return saved
 
     def snapshot(self, state_id: str, owner: str) -> Snapshot:
@@ -201,24 +184,24 @@ class StateStore:
             KeyError: as :meth:`get`.
             ValueError: its file is damaged, or it is of another model or tokenizer.
         """
-        saved = self.get(state_id, owner)
-        if saved.tokenizer not in ("", self._tokenizer):
+        if self.get(state_id, owner).tokenizer not in ("", self._tokenizer):
             raise ValueError(
                 f"{state_id} was saved with another tokenizer or chat template: its tokens mean other text"
             )
         with self._lock:
             found = self._loaded.get(state_id)
-        if found is None and self._folder is None:
+        if found is not None:
+            return found
+        if self._folder is None:
             raise KeyError(state_id)  # of a response whose text alone is left
-        if found is None:
-            try:
-                found = Snapshot.load(self._tensors_path(state_id), self._model)
-            except FileNotFoundError:
-                raise KeyError(state_id) from None
-            with self._lock:
-                if saved.id in self._known:
-                    self._loaded[state_id] = found
-                    self._make_room()
+        try:
+            found = Snapshot.load(self._path(state_id, "safetensors"), self._model)
+        except FileNotFoundError:
+            raise KeyError(state_id) from None
+        with self._lock:
+            if state_id in self._known:
+                self._loaded[state_id] = found
+                self._make_room()
         return found
 
     def of_owner(self, owner: str) -> list[SavedState]:
@@ -238,15 +221,14 @@ class StateStore:
             KeyError: as :meth:`get`.
         """
         with self._lock:
-            self.get(state_id, owner)
-            self._remove(state_id)
+            self._remove(self.get(state_id, owner))
 
     def expire(self) -> None:
         """Forgets what nobody has used for too long."""
         with self._lock:
             limit = self._now() - self._settings.ttl
-            for state_id in [saved.id for saved in self._known.values() if saved.used < limit]:
-                self._remove(state_id)
+            for saved in [saved for saved in self._known.values() if saved.used < limit]:
+                self._remove(saved)
 
     def _in_order_of_removal(self) -> list[SavedState]:
         """The states of responses, which nobody has asked to keep, before the rest; the least recently used first."""
@@ -262,22 +244,19 @@ class StateStore:
             elif saved.response is not None:
                 self._remove_state(saved)
             elif len(self._loaded) > 1:
-                self._remove(saved.id)
+                self._remove(saved)
 
     def _make_room_on_disk(self, size: int, *, for_response: bool = False) -> bool:
         """Whether a state of this size fits then; for a response no state goes that a client has saved by name."""
+        most = self._settings.folder_bytes - size
         with self._lock:
-            num_bytes = size + sum(saved.nbytes for saved in self._known.values())
+            num_bytes = sum(saved.nbytes for saved in self._known.values())
             for saved in self._in_order_of_removal():
-                if num_bytes <= self._settings.folder_bytes:
+                if num_bytes <= most or (for_response and saved.response is None):
                     break
-                if saved.response is not None:
-                    num_bytes -= saved.nbytes
-                    self._remove_state(saved)
-                elif not for_response:
-                    num_bytes -= saved.nbytes
-                    self._remove(saved.id)
-            return num_bytes <= self._settings.folder_bytes
+                num_bytes -= saved.nbytes
+                (self._remove if saved.response is None else self._remove_state)(saved)
+            return num_bytes <= most
 
     def _make_room_for_texts(self) -> None:
         responses = [saved for saved in self._known.values() if saved.response is not None]
@@ -286,28 +265,26 @@ class StateStore:
             if num_bytes <= self._settings.response_bytes:
                 return
             num_bytes -= saved.response_bytes
-            self._remove(saved.id)
+            self._remove(saved)
 
     def _remove_state(self, saved: SavedState) -> None:
         """Of a response, whose text stays."""
         self._loaded.pop(saved.id, None)
         saved.nbytes = 0
         if self._folder is not None:
-            self._tensors_path(saved.id).unlink(missing_ok=True)
+            self._path(saved.id, "safetensors").unlink(missing_ok=True)
 
-    def _remove(self, state_id: str) -> None:
-        self._known.pop(state_id, None)
-        self._loaded.pop(state_id, None)
+    def _remove(self, saved: SavedState) -> None:
+        self._known.pop(saved.id, None)
         if self._folder is not None:
-            self._description_path(state_id).unlink(missing_ok=True)
-            self._tensors_path(state_id).unlink(missing_ok=True)
+            self._path(saved.id, "json").unlink(missing_ok=True)
+        self._remove_state(saved)
 
-    def _find(self) -> None:
+    def _find(self, folder: Path) -> None:
         """Takes up the states that an earlier process has left."""
-        assert self._folder is not None
         found = []
-        for path in self._folder.glob("*.json"):
-            if not path.name.startswith(("state-", "resp_")):
+        for path in folder.glob("*.json"):
+            if not path.name.startswith(_PREFIXES):
                 continue
             try:
                 saved = SavedState(**json.loads(path.read_text(encoding="utf-8")))
@@ -316,20 +293,16 @@ class StateStore:
                 continue
             if not _ID.fullmatch(saved.id) or path.stem != saved.id:
                 continue
-            if not self._tensors_path(saved.id).is_file():
+            if not self._path(saved.id, "safetensors").is_file():
                 saved.nbytes = 0
             if saved.nbytes or saved.response is not None:
                 saved.used = path.stat().st_mtime
                 found.append(saved)
         self._known.update((saved.id, saved) for saved in sorted(found, key=lambda each: each.used))
-        for path in self._folder.glob("*.safetensors"):
-            if path.name.startswith(("state-", "resp_")) and not path.with_suffix(".json").exists():
+        for path in folder.glob("*.safetensors"):
+            if path.name.startswith(_PREFIXES) and not path.with_suffix(".json").exists():
                 path.unlink()  # of a process that died in between
 
-    def _tensors_path(self, state_id: str) -> Path:
+    def _path(self, state_id: str, ending: str) -> Path:
         assert self._folder is not None
-        return self._folder / f"{state_id}.safetensors"
-
-    def _description_path(self, state_id: str) -> Path:
-        assert self._folder is not None
-        return self._folder / f"{state_id}.json"
+        return self._folder / f"{state_id}.{ending}"
