@@ -27,7 +27,6 @@ from bdh.serve.schemas import (
     NULL,
     WITHOUT_EFFECT,
     FormatType,
-    Grammar,
     Json,
     JsonSchema,
     MessageModel,
@@ -211,8 +210,9 @@ class ResponseRequest(Sampling):
     def format(self) -> TextFormat:
         return (self.text and self.text.format) or TextFormat()
 
-    def grammar(self) -> Grammar | None:
-        return grammar_of(self.format.type, self.format.schema_, self.format.pattern)
+    def params(self, *arguments: Any, **options: Any) -> SamplingParams:
+        grammar = grammar_of(self.format.type, self.format.schema_, self.format.pattern)
+        return replace(super().params(*arguments, **options), logprobs=self.num_logprobs, grammar=grammar)
 
     @model_validator(mode="before")
     @classmethod
@@ -347,7 +347,6 @@ async def _response(service: Service, body: ResponseRequest, request: Request) -
     loaded = service.ready()
     max_tokens = service.max_tokens(body.max_output_tokens, service.settings.limits.chat_tokens, "max_output_tokens")
     params = body.params(max_tokens, stops=loaded.chat.stops, stop_token_ids=loaded.chat.end_ids)
-    params.logprobs = body.num_logprobs
     await compile_grammar(loaded, params, "text.format")
     previous = None
     if body.previous_response_id is not None:

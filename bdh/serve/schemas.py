@@ -6,7 +6,7 @@ the server does not have is accepted with a value that asks for nothing: null, e
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -15,7 +15,6 @@ from bdh.generate.advance import MOST_NEURONS
 from bdh.generate.params import SamplingParams
 
 Json = dict[str, Any]
-Grammar = dict[str, Any]
 
 _TYPES: dict[str, type] = {"string": str, "boolean": bool, "object": dict, "array": list}
 _EMPTY: list[Json] = [
@@ -143,6 +142,8 @@ WITHOUT_EFFECT: dict[str, dict[str, NoEffect]] = {
 AS_WHOLE = BeforeValidator(lambda value: int(value) if isinstance(value, float) and value.is_integer() else value)
 """2.0 is a whole number, as in JSON Schema."""
 MOST_WHOLE = 2**31 - 1
+_PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
+_AS_GIVEN = ("temperature", "top_p", "min_p", "n", "seed", "ignore_eos", *_PENALTIES)
 _MOST_SEED = 9_223_372_036_854_776_000  # 2**63, as descriptions of APIs have it, whose numbers are float64
 Whole = Annotated[int, Field(ge=0, le=MOST_WHOLE), AS_WHOLE]
 Positive = Annotated[int, Field(ge=1, le=MOST_WHOLE), AS_WHOLE]
@@ -240,7 +241,7 @@ def form(kinds: Json, **fields: Json) -> Json:
     return {**({"required": needed} if needed else {}), "properties": {"type": kinds, **fields}}
 
 
-def grammar_of(kind: str | None, schema: Json | None, pattern: str | None) -> Grammar | None:
+def grammar_of(kind: str | None, schema: Json | None, pattern: str | None) -> Json | None:
     """``SamplingParams.grammar`` for a form of this type."""
     if kind in (None, "text"):
         return None
@@ -266,9 +267,6 @@ class ResponseFormat(RequestModel):
             if (getattr(self, name) is not None) != (self.type == kind):
                 raise ValueError(f"{name}: must be given with the type {kind}, and with no other")
         return self
-
-    def grammar(self) -> Grammar | None:
-        return grammar_of(self.type, None if self.json_schema is None else self.json_schema.schema_, self.pattern)
 
 
 class StreamOptions(RequestModel):
@@ -323,28 +321,19 @@ class Sampling(RequestModel):
         self, max_tokens: int, *, stops: Sequence[str] = (), stop_token_ids: Sequence[int] = ()
     ) -> SamplingParams:
         """How the engine samples, but for what only one kind of request has."""
-        names = ("temperature", "top_p", "min_p", "n", "seed", "ignore_eos")
-        penalties = ("presence_penalty", "frequency_penalty", "repetition_penalty")
-        values = {name: getattr(self, name, None) for name in (*names, *penalties)}
-        given: Json = {name: value for name, value in values.items() if value is not None}
+        given: Json = {name: value for name in _AS_GIVEN if (value := getattr(self, name, None)) is not None}
         if given.get("seed", 0) < -(2**63):
             given["seed"] %= 2**64  # the few beyond what PyTorch takes
         if self.top_p == 0:  # no tokens but the likeliest
             given |= {"temperature": 0.0, "top_p": 1.0}
-        stop = [self.stop] if isinstance(self.stop, str) and self.stop else list(self.stop or [])
         return SamplingParams(
             **given,
             max_tokens=max_tokens,
             top_k=max(0, self.top_k or 0),
-            stop=[*stop, *stops],
+            stop=[*([self.stop] if isinstance(self.stop, str) and self.stop else self.stop or []), *stops],
             stop_token_ids=[*(self.stop_token_ids or []), *stop_token_ids],
             logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
-            grammar=self.grammar(),
         )
-
-    def grammar(self) -> Grammar | None:
-        """The form that the text must have, for ``SamplingParams``; None for any."""
-        return None
 
     @model_validator(mode="after")
     def _check_sampling(self) -> Self:
@@ -376,8 +365,11 @@ class _Texts(Sampling):
     def extras(self) -> Extras:
         return self.bdh or Extras()
 
-    def grammar(self) -> Grammar | None:
-        return None if self.response_format is None else self.response_format.grammar()
+    def params(self, *arguments: Any, **options: Any) -> SamplingParams:
+        form = self.response_format or ResponseFormat()
+        schema = None if form.json_schema is None else form.json_schema.schema_
+        grammar = grammar_of(form.type, schema, form.pattern)
+        return replace(super().params(*arguments, **options), grammar=grammar)
 
     @model_validator(mode="after")
     def _check_streamed(self) -> Self:
