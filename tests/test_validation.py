@@ -12,6 +12,7 @@ import pytest
 
 import bdh
 from bdh.cli.main import COMMANDS, main
+from bdh.model.config_fields import ConfigFields
 from bdh.model.configuration import BDHConfig
 from bdh.validation import Faults, Settings, collect_faults
 from tests.cli.test_defaults import REQUIRED, Command
@@ -123,7 +124,7 @@ def test_a_model_has_finite_numbers(name, number):
 
 
 def test_the_names_of_a_models_numbers_are_all_tried():
-    floats = {name for name, hint in BDHConfig.__annotations__.items() if forms(hint)}
+    floats = {name for name, hint in ConfigFields.__annotations__.items() if forms(hint)}
     assert floats == {"dropout", "rope_theta", "layer_norm_eps", "initializer_range", "decay"}
 
 

@@ -43,7 +43,7 @@ def run(argv: list[str]) -> int:
     )
     import torch
 
-    from bdh.model.averaging import average_weights
+    from bdh.model.conversion import average_weights
     from bdh.model.fingerprint import identity
     from bdh.tokenizer import TextEncoder
     from bdh.train.export import export_model

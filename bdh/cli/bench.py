@@ -13,7 +13,7 @@ from annotated_types import Ge, Lt
 from bdh.bench import QUICK_SIZES, BenchOptions
 from bdh.cli.models import ReadsModel
 from bdh.cli.settings import given_settings, parse_settings
-from bdh.model.shape import shape_faults
+from bdh.model.config_fields import shape_faults
 from bdh.ops import LayerPath
 from bdh.storage import write_text
 from bdh.validation import Faults, Fraction, PathText, PositiveFloat, PositiveInt

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from bdh.distributed.config import DistributedConfig, local_rank, rank, world_size
-from bdh.model.kernels import forget_kernels
+from bdh.model.weights import forget_kernels
 
 
 class World:

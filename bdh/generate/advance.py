@@ -15,9 +15,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from bdh.model.kernels import kernel_obstacle, recurrence_of
 from bdh.model.network import ModelParts
 from bdh.model.state import Pattern, Shapes, SynapticState
+from bdh.model.weights import kernel_obstacle, recurrence_of
 from bdh.ops import STORAGES, Storage, eager
 from bdh.ops.attention import rotation_table, sum_dtype
 from bdh.ops.backends import BackendName, Work, choose_backend

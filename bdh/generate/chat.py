@@ -16,8 +16,8 @@ from bdh.generate.params import SamplingParams
 from bdh.generate.sampler import generator_of
 from bdh.generate.sequence import Completion, StepOutput, TextDecoder, encode_prompt, end_token_ids
 from bdh.generate.snapshot import Snapshot
-from bdh.model.fingerprint import weights_mark
 from bdh.model.state import SynapticState
+from bdh.model.weights import weights_mark
 from bdh.tokenizer.chat import ChatEncoder
 
 Message = dict[str, str]

@@ -29,9 +29,8 @@ from bdh.generate.sequence import (
 )
 from bdh.generate.snapshot import Snapshot
 from bdh.memory import available_bytes
-from bdh.model.fingerprint import weights_mark
-from bdh.model.kernels import recheck_weights
 from bdh.model.network import ModelParts
+from bdh.model.weights import recheck_weights, weights_mark
 from bdh.tokenizer.plain import PlainTokenizer
 from bdh.vocabulary import check_vocabulary
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 
 from bdh.generate.sequence import told
-from bdh.model.fingerprint import WeightsMark
 from bdh.model.state import SynapticState
+from bdh.model.weights import WeightsMark
 
 _logger = logging.getLogger(__name__)
 _LONG_PROMPT_TOKENS = 256

@@ -12,8 +12,8 @@ from bdh.generate.grammar import GRAMMAR_FAULT, Matcher
 from bdh.generate.params import SamplingParams
 from bdh.generate.sampler import Sampler, TokenLogprobs, token_logprobs
 from bdh.generate.snapshot import Snapshot
-from bdh.model.fingerprint import WeightsMark
 from bdh.model.state import SynapticState
+from bdh.model.weights import WeightsMark
 from bdh.tokenizer.plain import PlainTokenizer
 from bdh.vocabulary import document_end_id
 

@@ -10,9 +10,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from bdh.model.fingerprint import Identity, identity, model_name, weights_mark
+from bdh.model.fingerprint import Identity, identity, model_name
 from bdh.model.network import ModelParts
 from bdh.model.state import Pattern, SynapticState
+from bdh.model.weights import weights_mark
 from bdh.storage import atomic_file, check_file
 
 _FORMAT_NAME = "bdh-snapshot-"

@@ -7,9 +7,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bdh.model.backbone import BDHModel
     from bdh.model.configuration import BDHConfig
-    from bdh.model.modeling import BDHForCausalLM, BDHForSequenceClassification
+    from bdh.model.modeling import BDHForCausalLM, BDHForSequenceClassification, BDHModel
     from bdh.model.state import SynapticState
 
 __all__ = ["BDHConfig", "BDHForCausalLM", "BDHForSequenceClassification", "BDHModel", "SynapticState"]
@@ -18,7 +17,7 @@ _MODULE_OF = {
     "BDHConfig": "configuration",
     "BDHForCausalLM": "modeling",
     "BDHForSequenceClassification": "modeling",
-    "BDHModel": "backbone",
+    "BDHModel": "modeling",
     "SynapticState": "state",
 }
 

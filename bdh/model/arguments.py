@@ -1,17 +1,19 @@
-"""What `forward` is given, checked and brought into one form.
+"""What `forward` and transformers' `generate` are given, checked and brought into one form.
 
 Libraries hand on more than the model needs. What says nothing new is accepted, what says where documents begin in a packed
 batch is understood, and everything else is refused by name.
 """
 
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from bdh.model.configuration import BDHConfig
 from bdh.model.state import Columns, SynapticState
@@ -50,53 +52,48 @@ class Inputs(Columns):
     state: SynapticState | None
     """That of the text before; None where there is none."""
 
-    @property
-    def is_plain_step(self) -> bool:
-        """Whether it is one token for each sequence of a state, with nothing said about it."""
-        return self.state is not None and self.v.shape[1] == 1 and self.mask is None and self.starts is None
-
 
 def read_inputs(
-    config: BDHConfig,
-    embed: nn.Module,
-    *,
+    model: Any,
     input_ids: torch.Tensor | None,
     inputs_embeds: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
-    past_key_values: SynapticState | None,
+    state: SynapticState | None,
     others: dict[str, Any],
-    dtype: torch.dtype,
 ) -> Inputs:
     """
     Values are compared outside of ``torch.compile`` and ``torch.export``, which take them as they are.
 
     Args:
-        embed: the embedding.
+        model: of which ``config``, ``embed`` and ``dtype`` are read.
         others: the further arguments of ``forward``, ``document_starts`` among them, as
             :meth:`bdh.BDHForCausalLM.forward` lists them.
-        dtype: that of the model.
 
     Raises:
         TypeError, ValueError: as ``forward`` does.
     """
+    config = model.config
     others = {name: value for name, value in others.items() if value is not None}
-    document_starts = others.pop("document_starts", None)
+    starts = others.pop("document_starts", None)
     _check_names(others)
     B, T = _shape(config, input_ids, inputs_embeds)
-    if past_key_values is not None:
-        check_state_type(past_key_values)
-        _check_state(config, past_key_values, B, dtype)
-    num_earlier = past_key_values.num_columns if past_key_values is not None else 0
+    if state is not None:
+        check_state_type(state)
+        _check_state(config, state, B, model.dtype)
+    num_earlier = state.num_columns if state is not None else 0
     mask = _new_columns(attention_mask, B, T, num_earlier)
     _check_columns(others, T, num_earlier)
-    starts = _starts(document_starts, B, T)
+    if starts is not None and not (_has_shape(starts, (B, T)) and starts.dtype == torch.bool):
+        raise ValueError(
+            f"document_starts is {starts.dtype} of shape {tuple(starts.shape)}: must be bool {(B, T)}, that of the tokens"
+        )
     given = input_ids if input_ids is not None else inputs_embeds
     assert given is not None
     if any(name in others for name in _PACKING):
-        starts = _packed(others, starts, mask, past_key_values, (B, T), given.device)
+        starts = _packed(others, starts, mask, state, (B, T), given.device)
     if input_ids is not None:
-        given = embed(_known_ids(config, input_ids, mask))
-    return Inputs(layer_norm(given, config.layer_norm_eps), mask, starts, past_key_values)
+        given = model.embed(_known_ids(config, input_ids, mask))
+    return Inputs(layer_norm(given, config.layer_norm_eps), mask, starts, state)
 
 
 def check_state_type(state: object) -> None:
@@ -293,19 +290,15 @@ def _shape(config: BDHConfig, input_ids: torch.Tensor | None, inputs_embeds: tor
     """B and T."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("forward takes either input_ids or inputs_embeds: give exactly one of them")
-    if input_ids is not None:
-        if input_ids.ndim != 2 or 0 in input_ids.shape:
-            raise ValueError(
-                f"input_ids has shape {tuple(input_ids.shape)}: must be (batch, tokens) with at least 1 token"
-            )
-        return input_ids.shape[0], input_ids.shape[1]
-    assert inputs_embeds is not None
-    if inputs_embeds.ndim != 3 or 0 in inputs_embeds.shape or inputs_embeds.shape[2] != config.n_embd:
-        raise ValueError(
-            f"inputs_embeds has shape {tuple(inputs_embeds.shape)}: must be (batch, tokens, "
-            f"{config.n_embd}) with at least 1 token"
-        )
-    return inputs_embeds.shape[0], inputs_embeds.shape[1]
+    name, given = "input_ids", input_ids
+    width: tuple[int, ...] = ()
+    if inputs_embeds is not None:
+        name, given, width = "inputs_embeds", inputs_embeds, (config.n_embd,)
+    assert given is not None
+    if given.ndim != 2 + len(width) or 0 in given.shape or tuple(given.shape[2:]) != width:
+        wanted = ", ".join(["batch", "tokens", *map(str, width)])
+        raise ValueError(f"{name} has shape {tuple(given.shape)}: must be ({wanted}) with at least 1 token")
+    return given.shape[0], given.shape[1]
 
 
 def _known_ids(config: BDHConfig, input_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -336,17 +329,6 @@ def _new_columns(attention_mask: torch.Tensor | None, B: int, T: int, num_earlie
     return mask
 
 
-def _starts(document_starts: torch.Tensor | None, B: int, T: int) -> torch.Tensor | None:
-    if document_starts is None:
-        return None
-    if not _has_shape(document_starts, (B, T)) or document_starts.dtype != torch.bool:
-        raise ValueError(
-            f"document_starts is {document_starts.dtype} of shape {tuple(document_starts.shape)}: must be bool "
-            f"{(B, T)}, that of the tokens"
-        )
-    return document_starts
-
-
 def _check_state(config: BDHConfig, state: SynapticState, B: int, dtype: torch.dtype) -> None:
     if not torch.compiler.is_compiling():
         state.check_whole()
@@ -365,3 +347,107 @@ def _check_state(config: BDHConfig, state: SynapticState, B: int, dtype: torch.d
             f"the state has sums in {', '.join(sorted(map(str, dtypes)))}: a model in {dtype} keeps them in "
             f"{sum_dtype(dtype)}"
         )
+
+
+# What transformers' `generate` asks of a model, and of which it has no public name. Checked with transformers 5.23;
+# ``tests/model/test_private_names.py`` fails where it changes.
+
+
+def checkpointing_of(model: Any) -> Callable[..., Any]:
+    """How a model recomputes activations: as the caller of transformers' ``gradient_checkpointing_enable`` said."""
+    return getattr(model, "_gradient_checkpointing_func", partial(checkpoint, use_reentrant=False))
+
+
+class StateForGeneration:
+    """Gives transformers' ``generate`` a state where it would make a cache of keys and values.
+
+    A mixin, which stands before ``GenerationMixin``.
+    """
+
+    new_state: Any
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        """Tells `generate` to make no cache of keys and values: ``forward`` makes the state."""
+        return False
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int, *sizes: Any
+    ) -> Any:
+        """Makes a state where `generate` wants one beforehand: to take tokens back, and for a prompt read in chunks.
+
+        Raises:
+            TypeError: the cache that is given is that of another kind of model.
+            ValueError: a text is to be continued from a state, with tokens proposed by an assistant.
+        """
+        given = model_kwargs.get("past_key_values")
+        is_assisted = generation_mode.value == "assisted_generation"
+        if given is not None:
+            check_state_type(given)
+            if is_assisted and given.num_columns:  # transformers reads the whole text on any cache then, silently
+                raise ValueError(
+                    f"past_key_values has read {given.num_columns} columns: must be left out with assistant_model and "
+                    "prompt_lookup_num_tokens, with which transformers reads the whole text anew"
+                )
+        parent: Any = super()
+        parent._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, *sizes)
+        takes_back = generation_config.is_assistant or is_assisted
+        if given is not None or generation_config.use_cache is False:
+            return
+        if takes_back or generation_config.prefill_chunk_size is not None:
+            sequences = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
+            state = model_kwargs["past_key_values"] = self.new_state(sequences)
+            if takes_back:
+                state.activate_past_recording()
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        """Repeats each sequence for its beams or continuations: those of the state too, into a copy of it."""
+        state = model_kwargs.get("past_key_values")
+        given = input_ids if input_ids is not None else model_kwargs.get("inputs_embeds")
+        if expand_size > 1 and state is not None and given is not None and state.batch_size == given.shape[0]:
+            sequences = torch.arange(state.batch_size).repeat_interleave(expand_size)
+            model_kwargs["past_key_values"] = state.filter(sequences)
+        parent: Any = super()
+        return parent._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: SynapticState | None = None,
+        attention_mask: torch.Tensor | None = None,  # named, as `generate` looks at the names
+        inputs_embeds: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The arguments of ``forward`` in a step of `generate`; it continues from a state as transformers does from a cache.
+
+        ``input_ids`` is the whole text of which the state has read the first columns, or only the new tokens, if the
+        ``attention_mask`` has a column for each one read before, too.
+
+        Raises:
+            ValueError: ``input_ids`` has no column that the state has not read and the mask does not say that all
+                are new, or a state is given without ``use_cache``.
+        """
+        if past_key_values is not None:
+            check_state_type(past_key_values)
+        if past_key_values is not None and past_key_values.num_columns:
+            num_read = past_key_values.num_columns
+            if next_sequence_length is not None and next_sequence_length < 1:
+                raise ValueError(
+                    f"the text has {num_read + next_sequence_length} tokens, but past_key_values has read {num_read} "
+                    "already: give the whole text, those included; or the new tokens alone, and an attention_mask of "
+                    f"({input_ids.shape[0]}, {num_read} + the number of new tokens)"
+                )
+            if not kwargs.get("use_cache", True):
+                raise ValueError("use_cache is False: must be True to continue from past_key_values")
+        for name in ("tokenizer", "assistant_tokenizer"):  # of `generate` itself, which hands them on
+            kwargs.pop(name, None)
+        kwargs |= {"past_key_values": past_key_values, "attention_mask": attention_mask}
+        kwargs |= {"inputs_embeds": inputs_embeds, "token_type_ids": token_type_ids}
+        parent: Any = super()
+        return parent.prepare_inputs_for_generation(input_ids, next_sequence_length=next_sequence_length, **kwargs)

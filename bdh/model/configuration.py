@@ -7,8 +7,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
-from bdh.model.network import ALIASES, config_faults, misspelt
-from bdh.model.shape import DerivedSizes
+from bdh.model.config_fields import ALIASES, ConfigFields, name_faults
 
 # Without `import bdh`, transformers looks into a model's folder for the code that it needs, and finds this.
 STUB = "bdh_auto.py"
@@ -26,7 +25,7 @@ _AUTO_MAP = {
 
 
 @strict
-class BDHConfig(PreTrainedConfig, DerivedSizes):
+class BDHConfig(ConfigFields, PreTrainedConfig):
     """Configuration of a BDH model.
 
     The names are those of the published reference code; the usual transformers names (``hidden_size``,
@@ -60,29 +59,15 @@ class BDHConfig(PreTrainedConfig, DerivedSizes):
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers adds lists to it)
     attribute_map = dict(ALIASES)  # noqa: RUF012 (transformers declares it as a class variable)
 
-    vocab_size: int = 256
-    n_embd: int = 256
-    n_head: int = 4
-    n_layer: int = 6
-    mlp_internal_dim_multiplier: int = 128
-    dropout: float | int = 0.1
-    rope_theta: float | int = 65536.0
-    layer_norm_eps: float = 1e-5
-    initializer_range: float = 0.02
-    attention_form: str = "auto"
-    chunk_size: int = 128
-    decay: list[float | int | None] | float | int | None = None
-    train_block_size: int | None = None
-    use_cache: bool = True
-    tie_word_embeddings: bool = False
-    pad_token_id: int | None = None
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-
     def __post_init__(self, **kwargs):
-        faults = self._name_faults(kwargs)
+        known = type(self).__dataclass_fields__
+        given = {name: value for name, each in known.items() if (value := getattr(self, name)) != each.default}
+        others = {
+            name: value for name, value in kwargs.items() if name in ALIASES or not hasattr(PreTrainedConfig, name)
+        }
+        faults = name_faults(given, others, known)
         super().__post_init__(**kwargs)  # resolves the aliases
-        faults += config_faults(self)
+        faults += self.value_faults()
         if faults:
             raise ValueError("; ".join(faults))
         self.auto_map = dict(_AUTO_MAP)
@@ -96,20 +81,6 @@ class BDHConfig(PreTrainedConfig, DerivedSizes):
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
         """Nothing: transformers, which calls it where the stub was used, would put copies of our modules beside models."""
-
-    def _name_faults(self, extra: dict[str, Any]) -> list[str]:
-        """What is wrong with the names given beside the fields."""
-        fields = type(self).__dataclass_fields__
-        faults = []
-        for name, value in extra.items():
-            if name in self.attribute_map:
-                field = self.attribute_map[name]
-                given = getattr(self, field)
-                if given not in (value, fields[field].default):
-                    faults.append(f"{name} is {value} and {field} is {given}: they are the same, give one of them")
-            elif not hasattr(PreTrainedConfig, name):
-                faults += misspelt(name, fields)
-        return faults
 
 
 AutoConfig.register("bdh", BDHConfig, exist_ok=True)

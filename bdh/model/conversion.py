@@ -1,6 +1,6 @@
-"""Reads and writes checkpoints of the published reference code.
+"""A model's weights from and to other forms: checkpoints of the published reference code, averages, and ONNX.
 
-That code keeps raw parameters: ``encoder`` and ``encoder_v`` (H, D, N), ``decoder`` (H*N, D), ``lm_head``
+The reference code keeps raw parameters: ``encoder`` and ``encoder_v`` (H, D, N), ``decoder`` (H*N, D), ``lm_head``
 (D, V), ``embed.weight`` (V, D), and a float32 buffer ``attn.freqs`` (1, 1, 1, N) of rotary frequencies in
 turns per token. Here they are ``nn.Linear`` weights, which are stored output-major. Converting moves numbers
 and changes none of them.
@@ -9,14 +9,20 @@ and changes none of them.
 import functools
 import math
 import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import nn
 
+from bdh.model.config_fields import ALIASES, ConfigFields
 from bdh.model.configuration import BDHConfig
 from bdh.model.network import one_line_type_faults
-from bdh.storage import check_file
+from bdh.model.state import SynapticState
+from bdh.storage import atomic_file, check_file, sync
 
 WEIGHT_KEYS = ("embed.weight", "encoder", "encoder_v", "decoder", "lm_head")
 FREQUENCY_KEY = "attn.freqs"
@@ -178,8 +184,8 @@ def _without_wrappers(key: str) -> str:
 
 def _complete_fields(tensors: dict[str, torch.Tensor], given: dict[str, Any]) -> dict[str, Any]:
     """The configuration's fields: what is given, and what the tensors show."""
-    known = {*BDHConfig.__annotations__, *BDHConfig.attribute_map} - {"attribute_map"}
-    fields = {BDHConfig.attribute_map.get(name, name): value for name, value in given.items() if name in known}
+    known = {*ConfigFields.__annotations__, *ALIASES}
+    fields = {ALIASES.get(name, name): value for name, value in given.items() if name in known}
     if "n_layer" not in fields:
         raise ValueError(
             "the checkpoint has no configuration, and the number of layer steps, n_layer, does not show in the "
@@ -233,3 +239,179 @@ def _check_frequencies(stored: torch.Tensor, config: BDHConfig) -> None:
             f"{FREQUENCY_KEY} differs from the frequencies of rope_theta = {config.rope_theta:g} by up to "
             f"{error:.1e} of their value: the model was trained with other ones, and would not work with these"
         )
+
+
+# Averages.
+
+Weights = Mapping[str, torch.Tensor]
+
+
+def average_weights(models: Iterable[Weights], shares: Sequence[float] | None = None) -> dict[str, torch.Tensor]:
+    """The weighted mean of each weight over several models of one shape, which are read one after the other.
+
+    Args:
+        models: state dicts.
+        shares: a number for each; they are divided by their sum. None for equal ones.
+
+    Returns:
+        A state dict in the first one's dtypes; the sums are taken in float64.
+
+    Raises:
+        ValueError: no models, another number of shares than of models, shares that are negative or sum to 0, or
+            models whose weights have not the same names and shapes.
+    """
+    if shares is not None and (not all(share >= 0 for share in shares) or not sum(shares) > 0):
+        raise ValueError(f"the shares are {list(shares)}: none may be negative, and their sum must be above 0")
+    total: dict[str, torch.Tensor] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    number = 0
+    for number, weights in enumerate(models, start=1):
+        if shares is not None and number > len(shares):
+            raise ValueError(f"there are more models than the {len(shares)} shares: give one share a model")
+        share = 1.0 if shares is None else shares[number - 1]
+        if number == 1:
+            dtypes = {name: weight.dtype for name, weight in weights.items()}
+            total = {name: torch.zeros_like(weight, dtype=torch.float64) for name, weight in weights.items()}
+        differing = sorted(
+            name
+            for name in {*total, *weights}
+            if name not in total or name not in weights or total[name].shape != weights[name].shape
+        )
+        if differing:
+            raise ValueError(
+                f"model {number} has not the shape of the first one, so they cannot be averaged: {', '.join(differing)}"
+            )
+        for name, weight in weights.items():
+            total[name] += share * weight.double()
+    if number == 0:
+        raise ValueError("there are no models to average: give at least one")
+    if shares is not None and number < len(shares):
+        raise ValueError(f"there are {number} models and {len(shares)} shares: give one share a model")
+    divisor = float(number) if shares is None else sum(shares)
+    return {name: (weight / divisor).to(dtypes[name]) for name, weight in total.items()}
+
+
+class MovingAverage:
+    """An exponential moving average of a model's weights (Polyak averaging).
+
+    After step t (counted from 1) it is ``d * average + (1 - d) * weights`` with d the smaller of ``decay`` and
+    (1 + t) / (10 + t): the early steps, whose weights are far from the later ones, are soon forgotten. Frozen
+    weights have no average of their own.
+    """
+
+    def __init__(self, model: torch.nn.Module, decay: float):
+        self._decay = decay
+        self.weights = {name: weight.detach().clone() for name, weight in _trained(model)}
+
+    @torch.no_grad()
+    def update(self, model: torch.nn.Module, step: int, *, unless: torch.Tensor | None = None) -> None:
+        """Takes in the weights after a step.
+
+        Args:
+            unless: bool (): where it is set, the average stays as it is. On a GPU it is not waited for.
+        """
+        share: float | torch.Tensor = 1 - min(self._decay, (1 + step) / (10 + step))
+        if unless is not None and unless.device.type == "cpu":
+            if unless:
+                return
+        elif unless is not None:
+            share = torch.where(unless, 0.0, share)
+        for name, weight in _trained(model):
+            average = self.weights[name]
+            average.lerp_(weight, share if isinstance(share, float) else share.to(average.dtype))
+
+    @contextmanager
+    def in_place_of_weights(self, model: torch.nn.Module) -> Iterator[None]:
+        """Within it, the model has the average as its weights."""
+        self.swap(model)
+        try:
+            yield
+        finally:
+            self.swap(model)
+
+    @torch.no_grad()
+    def swap(self, model: torch.nn.Module) -> None:
+        """Exchanges the model's weights and the average; a second time undoes it exactly."""
+        for name, weight in _trained(model):
+            kept = weight.clone()
+            weight.copy_(self.weights[name])
+            self.weights[name].copy_(kept)
+
+    def load(self, weights: Weights) -> None:
+        """Takes over an average that was stored."""
+        for name, weight in self.weights.items():
+            weight.copy_(weights[name])
+
+
+def _trained(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    return ((name, weight) for name, weight in model.named_parameters() if weight.requires_grad)
+
+
+# ONNX.
+
+
+class _Reading(nn.Module):
+    """The model with its state as two tensors."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, positions: torch.Tensor, sums: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        state = SynapticState(list(sums.unbind(0)), positions, 0)
+        output = self.model(input_ids, attention_mask=attention_mask, past_key_values=state)
+        return output.logits, state.positions, torch.stack(state.sums)
+
+
+def export_onnx(model: Any, path: str | Path) -> None:
+    """Writes a :class:`bdh.BDHForCausalLM` that continues from a state, for every number of sequences B and of tokens T.
+
+    ==============  =========================  ============================================================
+    input           type and shape
+    ==============  =========================  ============================================================
+    input_ids       int64 (B, T)               the next tokens: a prompt, or one for each sequence
+    attention_mask  int64 (B, T)               0 marks padding
+    positions       int64 (B,)                 tokens read before; zeros start a text
+    sums            float32 (L, B, H, N, D)    the state; zeros start a text
+    ==============  =========================  ============================================================
+
+    The outputs are logits (B, T, V), new_positions and new_sums: the inputs for what follows. All T x T scores are computed
+    at once, so a long text is read in pieces of some hundred tokens. The model is in float32, and in evaluation mode.
+
+    PyTorch writes weights of more than 1.5 GiB to a file of their own: ``model.onnx.data`` beside ``model.onnx``. They are
+    moved together, and keep their names.
+
+    Raises:
+        ImportError: onnx and onnxscript are not installed.
+        ValueError: the model is not in float32.
+    """
+    if model.dtype != torch.float32:
+        raise ValueError(f"the model is in {model.dtype}: must be in float32 to be written as ONNX")
+    batch, tokens = torch.export.Dim("batch"), torch.export.Dim("tokens")
+    state = model.new_state(2)
+    ids = torch.zeros(2, 3, dtype=torch.int64, device=model.device)
+    was_training = model.training
+    try:
+        program = torch.onnx.export(
+            _Reading(model).eval(),
+            (ids, torch.ones_like(ids), state.positions, torch.stack(state.sums)),
+            dynamic_shapes=({0: batch, 1: tokens}, {0: batch, 1: tokens}, {0: batch}, {1: batch}),
+            input_names=["input_ids", "attention_mask", "positions", "sums"],
+            output_names=["logits", "new_positions", "new_sums"],
+            dynamo=True,
+            verbose=False,
+        )
+    finally:
+        model.train(was_training)
+    assert program is not None
+    path = Path(path)
+    # In a folder of their own the files have their last names, by which the one refers to the other.
+    with atomic_file(path) as temporary, TemporaryDirectory(dir=path.parent, prefix=".") as folder:
+        written, data = Path(folder, path.name), Path(folder, f"{path.name}.data")
+        program.save(str(written))
+        if data.exists():
+            sync(data)
+            data.replace(path.with_name(data.name))
+        written.replace(temporary)

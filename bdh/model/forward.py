@@ -8,11 +8,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from bdh.model.arguments import Inputs, token_positions
-from bdh.model.kernels import kernel_obstacle, recheck_weights, recurrence_of
-from bdh.model.private_api import checkpointing_of, torch_func_is_active
+from bdh.model.arguments import Inputs, checkpointing_of, token_positions
 from bdh.model.state import Columns, SynapticState
-from bdh.model.weights import layer_modules, layer_weights, product_obstacle
+from bdh.model.weights import (
+    kernel_obstacle,
+    layer_modules,
+    layer_weights,
+    product_obstacle,
+    recheck_weights,
+    recurrence_of,
+    torch_func_is_active,
+)
 from bdh.ops import eager
 from bdh.ops.attention import DecayMask, make_rotation, rotation_table, sum_dtype
 from bdh.ops.backends import CPU, Work
@@ -41,7 +47,7 @@ def run_layer(
     *,
     use_cache: bool,
     form: str | None = None,
-    keep_hidden_states: bool = False,
+    keep_hidden_states: bool | None = None,
     for_loss: bool = False,
 ) -> Hidden:
     """All layer steps over the tokens of a batch.
@@ -50,7 +56,7 @@ def run_layer(
         model: its modules are those of :class:`bdh.model.network.ModelParts`; and it has ``layer_options`` and
             ``gradient_checkpointing``.
         use_cache: return the state; one that is given is advanced in place.
-        form: of the attention; None for that of the configuration.
+        form: of the attention; None for that of the configuration. So with ``keep_hidden_states``.
         for_loss: whether a loss is computed from it.
     """
     config, mask, starts = model.config, inputs.mask, inputs.starts
@@ -63,7 +69,7 @@ def run_layer(
     if state is None and use_cache:
         shape = (B, config.n_head, config.neurons_per_head, config.n_embd)
         state = SynapticState.zeros(shape, 0, device=v.device)  # the layer steps add their sums
-    if not torch.compiler.is_compiling():
+    if use_cache and not torch.compiler.is_compiling():
         recheck_weights(model)  # a prompt: the tokens after it are read by the kernels
     before = given.positions if given is not None else None
     positions, following = token_positions(T, before=before, mask=mask, starts=starts, device=v.device)
@@ -78,6 +84,8 @@ def run_layer(
         continues=given is not None,
         for_loss=for_loss,
     )
+    if keep_hidden_states is None:
+        keep_hidden_states = bool(config.output_hidden_states)
     hidden_states = [v]
     for index in range(config.n_layer):
         v, sums = step(index, v, given.sums[index] if given is not None else None)
@@ -98,7 +106,7 @@ def run_layer(
 @torch.no_grad()
 def read_columns(model: Any, state: SynapticState, columns: Columns) -> None:
     """Reads columns into a state."""
-    run_layer(model, Inputs(columns.v, columns.mask, columns.starts, state), use_cache=True)
+    run_layer(model, Inputs(columns.v, columns.mask, columns.starts, state), use_cache=True, keep_hidden_states=False)
 
 
 def plan_for(model: Any, B: int, T: int, form: str, *, for_loss: bool = True) -> LayerPlan | None:
@@ -284,7 +292,7 @@ def _obstacle(model: Any) -> str | None:
 def step_by_kernels(model: Any, input_ids: torch.Tensor, inputs: Inputs, form: str | None) -> torch.Tensor | None:
     """Logits (B, 1, V) of one token for each sequence of a state, by the sparse kernels; None where they do not serve."""
     config, state = model.config, inputs.state
-    if state is None or not inputs.is_plain_step or (form or config.attention_form) != "auto":
+    if state is None or not inputs.is_single or (form or config.attention_form) != "auto":
         return None
     if torch.is_grad_enabled() or model.training or torch.compiler.is_compiling():
         return None

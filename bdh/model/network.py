@@ -1,9 +1,7 @@
 """A model as plain PyTorch modules and a plain configuration: what generation works on, without transformers."""
 
-import difflib
 import json
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -16,45 +14,15 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from bdh.model.shape import DerivedSizes, decay_fault, shape_faults
-from bdh.ops.attention import ATTENTION_FORMS
+from bdh.model.config_fields import ALIASES, ConfigFields, name_faults
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
-ALIASES = {"hidden_size": "n_embd", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer"}
-"""The names that transformers has for sizes, and ours."""
 # In the order in which transformers looks for them; the index of a model in several files names each weight's file.
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 class QuantizedWeightsError(ValueError):
     """A model's weights are not plain numbers, but in a format that a quantizer of transformers reads."""
-
-
-class Config(Protocol):
-    """What is read of a model's configuration: that of :class:`ModelConfig`, or of :class:`bdh.BDHConfig`."""
-
-    vocab_size: int
-    n_embd: int
-    n_head: int
-    n_layer: int
-    mlp_internal_dim_multiplier: int
-    dropout: float | int
-    rope_theta: float | int
-    layer_norm_eps: float
-    attention_form: str
-    chunk_size: int
-    decay: list[float | int | None] | float | int | None
-    train_block_size: int | None
-    name_or_path: str
-
-    @property
-    def neurons_per_head(self) -> int: ...
-
-    @property
-    def half_lives(self) -> list[float] | None: ...
-
-    @property
-    def state_bytes_per_sequence(self) -> int: ...
 
 
 @runtime_checkable
@@ -70,7 +38,7 @@ class ModelParts(Protocol):
     encoder_v: Any  # one module for each head
     decoder: Any
     lm_head: Any
-    config: Any  # see Config; Any, since that of transformers has its fields from a decorator
+    config: Any  # see ConfigFields; Any, since that of transformers has its fields from a decorator
     generation_config: Any  # of which eos_token_id is read
     training: bool
 
@@ -86,37 +54,19 @@ class ModelParts(Protocol):
 
 
 @strict
-@dataclass
-class ModelConfig(DerivedSizes):
-    """The fields of :class:`bdh.BDHConfig`, which documents them, without transformers.
+@dataclass(kw_only=True)
+class ModelConfig(ConfigFields):
+    """A configuration without transformers.
 
     Raises:
         ValueError: sizes that do not divide, or a value out of range.
         StrictDataclassError: a value of another type.
     """
 
-    vocab_size: int = 256
-    n_embd: int = 256
-    n_head: int = 4
-    n_layer: int = 6
-    mlp_internal_dim_multiplier: int = 128
-    dropout: float | int = 0.1
-    rope_theta: float | int = 65536.0
-    layer_norm_eps: float = 1e-5
-    initializer_range: float = 0.02
-    attention_form: str = "auto"
-    chunk_size: int = 128
-    decay: list[float | int | None] | float | int | None = None
-    train_block_size: int | None = None
-    use_cache: bool = True
-    tie_word_embeddings: bool = False
-    pad_token_id: int | None = None
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
     name_or_path: str = ""
 
     def __post_init__(self) -> None:
-        if faults := config_faults(self):
+        if faults := self.value_faults():
             raise ValueError("; ".join(faults))
 
     @classmethod
@@ -127,46 +77,12 @@ class ModelConfig(DerivedSizes):
             ValueError: as the constructor; or a name beside its alias with another value, or a misspelt name.
         """
         known = {each.name for each in fields(cls)}
-        values = {name: value for name, value in facts.items() if name in known}
-        faults = []
-        for name in facts:
-            if name in ALIASES:
-                own = ALIASES[name]
-                if values.setdefault(own, facts[name]) != facts[name]:
-                    faults.append(f"{name} is {facts[name]} and {own} is {values[own]}: they are the same, give one")
-            elif name not in known and not name.endswith("token_id"):  # transformers has many of these
-                faults += misspelt(name, known)
-        if faults:
+        given = {name: value for name, value in facts.items() if name in known}
+        others = {name: value for name, value in facts.items() if name not in known}
+        unlike_token_ids = {name: value for name, value in others.items() if not name.endswith("token_id")}
+        if faults := name_faults(given, unlike_token_ids, known):  # transformers has many token ids
             raise ValueError("; ".join(faults))
-        return cls(**values)
-
-
-def misspelt(name: str, fields: Iterable[str]) -> list[str]:
-    """The fault of a name that is no field of a configuration, where it looks like one or like an alias; else none."""
-    near = difflib.get_close_matches(name, [*fields, *ALIASES], n=1, cutoff=0.8)
-    return [f"{name} is unknown: did you mean {near[0]}?"] if near else []
-
-
-def config_faults(config: Any) -> list[str]:
-    """What is wrong with the values of a configuration, one sentence a fault."""
-    sizes = (config.n_embd, config.n_head, config.n_layer, config.mlp_internal_dim_multiplier, config.vocab_size)
-    faults = shape_faults(*sizes)
-    if fault := decay_fault(config.decay, config.n_head):
-        faults.append(f"decay is {config.decay}: must be {fault}")
-    if not 0 <= config.dropout < 1:
-        faults.append(f"dropout is {config.dropout}: must be at least 0 and below 1")
-    for name in ("rope_theta", "layer_norm_eps", "initializer_range"):
-        if not 0 < getattr(config, name) < math.inf:
-            faults.append(f"{name} is {getattr(config, name)}: must be a number above 0")
-    if config.chunk_size < 1:
-        faults.append(f"chunk_size is {config.chunk_size}: must be at least 1")
-    if config.train_block_size is not None and config.train_block_size < 1:
-        faults.append(f"train_block_size is {config.train_block_size}: must be at least 1, or None")
-    if config.attention_form not in ATTENTION_FORMS:
-        faults.append(f"attention_form is {config.attention_form!r}: must be one of {', '.join(ATTENTION_FORMS)}")
-    if config.tie_word_embeddings:
-        faults.append("tie_word_embeddings is True: must be False, embed and lm_head are separate weights")
-    return faults
+        return cls(**{ALIASES[name]: value for name, value in others.items() if name in ALIASES} | given)
 
 
 @contextmanager

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.utils._pytree import GetAttrKey, register_pytree_node
 
-from bdh.model.private_api import register_pytree
 from bdh.storage import atomic_file
 
 FILE_FORMAT = "bdh-synaptic-state-1"
@@ -29,6 +29,11 @@ class Columns:
     """Bool (B, T), False for padding; None where nothing is masked."""
     starts: torch.Tensor | None
     """Bool (B, T), True for the first token of a document; None where none starts."""
+
+    @property
+    def is_single(self) -> bool:
+        """Whether it is one token for each sequence, with nothing said about it."""
+        return self.v.shape[1] == 1 and self.mask is None and self.starts is None
 
     def first(self, count: int) -> "Columns":
         mask, starts = (None if each is None else each[:, :count] for each in (self.mask, self.starts))
@@ -345,13 +350,12 @@ class SynapticState:
         """
         if self._record is None:
             return
-        is_single = columns.v.shape[1] == 1 and columns.mask is None and columns.starts is None
-        if is_single and self._record and self._record[-1].is_run:
+        if columns.is_single and self._record and self._record[-1].is_run:
             run = self._record[-1].columns
             run.v = torch.cat([run.v, columns.v.detach()], 1)
         else:
             kept = Columns(columns.v.detach(), columns.mask, columns.starts)
-            self._record.append(_Read(self.clone(), kept, advance, is_single))
+            self._record.append(_Read(self.clone(), kept, advance, columns.is_single))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes the newest columns back: -3 three of them. Those that were read at once with them are read again.
@@ -386,9 +390,16 @@ class SynapticState:
         self._record = None if self._record is None else []  # of rows that have changed places
 
 
-def _flatten(state: SynapticState) -> tuple[dict[str, Any], list[str]]:
-    leaves = {**state.tensors, "positions": state.positions, "num_columns": state.num_columns}
-    return leaves, [state.kind, *state.tensors]
+# torch.export, and so ONNX, takes a state as input and output, as it does lists and dicts. The public way for that,
+# ``torch.export.register_dataclass``, is for dataclasses, which FSDP copies where a state is to be advanced in place.
+
+
+def _leaves(state: SynapticState) -> dict[str, Any]:
+    return {**state.tensors, "positions": state.positions, "num_columns": state.num_columns}
+
+
+def _context(state: SynapticState) -> list[str]:
+    return [state.kind, *state.tensors]
 
 
 def _unflatten(leaves: Iterable[Any], context: list[str]) -> SynapticState:
@@ -397,4 +408,13 @@ def _unflatten(leaves: Iterable[Any], context: list[str]) -> SynapticState:
     return SynapticState(dict(zip(names, tensors, strict=True)), positions, num_columns, kind)
 
 
-register_pytree(SynapticState, _flatten, _unflatten)
+register_pytree_node(
+    SynapticState,
+    lambda state: (list(_leaves(state).values()), _context(state)),
+    _unflatten,
+    serialized_type_name="bdh.SynapticState",
+    flatten_with_keys_fn=lambda state: (
+        [(GetAttrKey(name), leaf) for name, leaf in _leaves(state).items()],
+        _context(state),
+    ),
+)

@@ -2,6 +2,7 @@
 
 from typing import Literal, get_args
 
+ATTENTION_FORMS = ("auto", "parallel", "chunked", "recurrent")
 LayerPath = Literal["auto", "plain", "torch", "kernels"]
 """Who computes the layer in training and evaluation; :data:`bdh.ops.backends.BACKENDS` says which backend each means."""
 LAYER_PATHS: tuple[str, ...] = get_args(LayerPath)

@@ -24,12 +24,11 @@ decay for each head is that of RetNet (arXiv 2307.08621, eq. 5), and the multipl
 
 import math
 from collections.abc import Iterator
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 
-AttentionForm = Literal["auto", "parallel", "chunked", "recurrent"]
-ATTENTION_FORMS: tuple[str, ...] = get_args(AttentionForm)
+from bdh.ops import ATTENTION_FORMS
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:

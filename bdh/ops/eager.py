@@ -89,7 +89,7 @@ class EagerSpec:
     eps: float
     dtype: torch.dtype
     form: str = "auto"
-    """Of the attention, one of :data:`bdh.ops.attention.ATTENTION_FORMS`."""
+    """Of the attention, one of :data:`bdh.ops.ATTENTION_FORMS`."""
     chunk_size: int = 128
     decay_mask: DecayMask | None = None
     mask: torch.Tensor | None = None

@@ -18,7 +18,7 @@ from bdh.data import Corpus, prepare_corpus
 from bdh.data.chat import holds_chat
 from bdh.distributed.world import Parallel, World, choose_strategy, parallelize
 from bdh.model import BDHConfig, BDHForCausalLM
-from bdh.model.averaging import MovingAverage
+from bdh.model.conversion import MovingAverage
 from bdh.monitor import chosen_backends, cut_back
 from bdh.ops.blocks.plan import LayerPlan
 from bdh.storage import atomic_dir, write_text

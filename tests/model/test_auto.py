@@ -37,7 +37,7 @@ def test_loading_takes_a_dtype(model, tokens, tmp_path, dtype):
     [
         "from transformers import AutoModelForCausalLM, AutoConfig\nimport bdh",
         "from bdh import BDH\nfrom transformers import AutoModelForCausalLM, AutoConfig",  # bdh.model.modeling first
-        "from bdh import BDHModel\nfrom transformers import AutoModelForCausalLM, AutoConfig",  # bdh.model.backbone first
+        "from bdh import BDHModel\nfrom transformers import AutoModelForCausalLM, AutoConfig",  # bdh.model.modeling first
     ],
 )
 def test_the_auto_classes_know_it_whatever_is_imported_first(model, tmp_path, imports):

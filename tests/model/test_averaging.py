@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from bdh.model.averaging import MovingAverage, average_weights
+from bdh.model.conversion import MovingAverage, average_weights
 
 
 def made(value: float, dtype=torch.float32) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch.export import Dim
 
 from bdh import BDHConfig, BDHForCausalLM, SynapticState
-from bdh.model.onnx import export_onnx
+from bdh.model.conversion import export_onnx
 from bdh.ops.blocks.plan import LayerOptions
 
 CLOSE = {"atol": 2e-5, "rtol": 2e-5}

@@ -12,7 +12,9 @@ import torch
 
 from bdh import BDHForCausalLM
 from bdh.model import fingerprint as fingerprint_module
-from bdh.model.fingerprint import checksum, fingerprint, identity
+from bdh.model import weights as weights_module
+from bdh.model.fingerprint import fingerprint, identity
+from bdh.model.weights import checksum
 
 
 @pytest.fixture
@@ -109,7 +111,7 @@ def by_host(tensor):
 
 def by_accelerator(tensor):
     content = tensor.detach().contiguous().flatten().view(torch.uint8)
-    return tuple(fingerprint_module.word_sums(content).tolist())
+    return tuple(weights_module.word_sums(content).tolist())
 
 
 on_both = pytest.mark.parametrize("of", [by_host, by_accelerator])
@@ -119,7 +121,7 @@ in_parts = pytest.mark.usefixtures("short_parts")
 @pytest.fixture
 def short_parts(monkeypatch):
     """So that a tensor has several of them, and the last is not full."""
-    monkeypatch.setattr(fingerprint_module, "WORDS_AT_ONCE", 16)
+    monkeypatch.setattr(weights_module, "WORDS_AT_ONCE", 16)
 
 
 @in_parts

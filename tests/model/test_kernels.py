@@ -4,7 +4,7 @@ from torch import nn
 
 from bdh import BDHForCausalLM
 from bdh.generate.advance import Advancer, StepInput
-from bdh.model.kernels import forget_kernels, kernel_obstacle, recurrence_of
+from bdh.model.weights import forget_kernels, kernel_obstacle, recurrence_of
 
 
 def step(model, state, tokens, **arguments):

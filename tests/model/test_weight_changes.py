@@ -22,9 +22,9 @@ from bdh.generate.advance import Advancer, StepInput
 from bdh.generate.chat import Conversation
 from bdh.generate.engine import Engine
 from bdh.generate.params import EngineConfig, SamplingParams
-from bdh.model import kernels
+from bdh.model import weights as weights_module
 from bdh.model.fingerprint import fingerprint
-from bdh.model.kernels import forget_kernels, recurrence_of
+from bdh.model.weights import forget_kernels, recurrence_of
 
 PROMPT = [5, 17, 3, 60, 2, 2, 41]
 
@@ -168,7 +168,7 @@ def test_a_text_goes_on_with_the_weights_of_now(model, change, storage):
 
 @pytest.mark.parametrize("storage", ["float32", "bfloat16"])
 def test_a_single_number_of_a_large_matrix_is_found_within_128_tokens(model, storage, monkeypatch):
-    monkeypatch.setattr(kernels, "PIECE_BYTES", 64)  # so that these count as large ones
+    monkeypatch.setattr(weights_module, "PIECE_BYTES", 64)  # so that these count as large ones
     advancer = Advancer(model, weights=storage, path="kernels")
     state = advancer.new_state()
     advancer.advance([StepInput(state, PROMPT)])
@@ -348,7 +348,7 @@ def test_the_same_memory_in_another_order_is_other_weights(make_model):
 
 
 def test_a_neuron_of_a_decoder_in_pieces_is_found_at_its_token(make_model, monkeypatch):
-    monkeypatch.setattr(kernels, "PIECE_BYTES", 64)
+    monkeypatch.setattr(weights_module, "PIECE_BYTES", 64)
     model = make_model(n_embd=12)
     advancer = Advancer(model, path="kernels")
     state = advancer.new_state()

@@ -98,11 +98,13 @@ def test_layer_steps_are_those_of_naive(H, N, D):
     expected = naive.forward(tokens, naive.Weights(*(w.double() for w in weights)), L)[0]
     recurrence = Recurrence(
         KernelWeights.of(
-            embed=weights.embed,
-            encoder=weights.encoder.transpose(1, 2).reshape(H * N, D),
-            encoder_v=list(weights.encoder_v.transpose(1, 2)),
-            decoder=weights.decoder.T,
-            lm_head=weights.lm_head.T,
+            [
+                weights.embed,
+                weights.encoder.transpose(1, 2).reshape(H * N, D),
+                *weights.encoder_v.transpose(1, 2),
+                weights.decoder.T,
+                weights.lm_head.T,
+            ],
             rope_theta=naive.ROPE_THETA,
             eps=naive.LAYER_NORM_EPS,
             num_layer_steps=L,

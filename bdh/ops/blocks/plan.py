@@ -124,7 +124,7 @@ def plan_layer(
 ) -> LayerPlan:
     """
     Args:
-        form: of the attention, one of :data:`bdh.ops.attention.ATTENTION_FORMS`.
+        form: of the attention, one of :data:`bdh.ops.ATTENTION_FORMS`.
         chunk_size: tokens in a block of the chunked form.
         obstacle: what about the model keeps the blocks from computing it; None for nothing.
 

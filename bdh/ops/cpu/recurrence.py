@@ -58,32 +58,21 @@ class KernelWeights:
     @classmethod
     def of(
         cls,
+        weights: Sequence[torch.Tensor],
         *,
-        embed: torch.Tensor,
-        encoder: torch.Tensor,
-        encoder_v: Sequence[torch.Tensor],
-        decoder: torch.Tensor,
-        lm_head: torch.Tensor,
         rope_theta: float,
         eps: float,
         num_layer_steps: int,
         storage: Storage = "float32",
     ) -> "KernelWeights":
-        """From weights in the layout of ``nn.Linear``: ``decoder`` is (D, H*N), the others are as above."""
-
-        def stored(weight: torch.Tensor) -> torch.Tensor:
-            return weight.detach().to(FORMATS[storage].dtype).contiguous()
-
-        return cls(
-            embed=embed.detach().float().contiguous(),
-            encoder=stored(encoder),
-            encoder_v=[stored(weight) for weight in encoder_v],
-            decoder=stored(decoder.detach().t()),
-            lm_head=stored(lm_head),
-            rope_theta=float(rope_theta),
-            eps=eps,
-            num_layer_steps=num_layer_steps,
+        """From ``weights`` in the order of :attr:`tensors` and the layout of ``nn.Linear``, in which Dec is (D, H*N)."""
+        embed, *layer, lm_head = (weight.detach() for weight in weights)
+        layer[-1] = layer[-1].t()
+        encoder, *encoder_v, decoder, lm_head = (
+            weight.to(FORMATS[storage].dtype).contiguous() for weight in (*layer, lm_head)
         )
+        embed = embed.float().contiguous()
+        return cls(embed, encoder, encoder_v, decoder, lm_head, float(rope_theta), eps, num_layer_steps)
 
     @property
     def tensors(self) -> list[torch.Tensor]:

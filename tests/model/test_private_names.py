@@ -1,4 +1,4 @@
-"""The private names of PyTorch and transformers that bdh.model.private_api uses are there, and mean what it takes them for."""
+"""The private names of PyTorch and transformers that bdh.model uses are there, and mean what it takes them for."""
 
 import inspect
 
@@ -8,8 +8,9 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 
-from bdh.model import private_api
-from bdh.model.private_api import checkpointing_of, has_hooks, register_pytree, torch_func_is_active, version_of
+from bdh.model.arguments import StateForGeneration, checkpointing_of
+from bdh.model.state import SynapticState
+from bdh.model.weights import has_hooks, torch_func_is_active, version_of
 
 
 def test_a_transform_of_torch_func_is_seen_while_it_runs():
@@ -52,23 +53,16 @@ def test_changes_to_a_tensor_are_counted():
         assert version_of(torch.zeros(2)) == -1
 
 
-class Pair:
-    def __init__(self, first, second):
-        self.first, self.second = first, second
+def test_a_state_is_taken_apart_and_put_together_by_torch_export():
+    class Grown(nn.Module):
+        def forward(self, state):
+            return SynapticState([sums + 1 for sums in state.sums], state.positions + 1, state.num_columns + 1)
 
-
-def test_objects_of_a_registered_class_are_taken_apart_by_torch_export():
-    register_pytree(
-        Pair, lambda pair: ({"first": pair.first, "second": pair.second}, []), lambda leaves, _: Pair(*leaves)
-    )
-
-    class Sum(nn.Module):
-        def forward(self, pair):
-            return pair.first + pair.second
-
-    pair = Pair(torch.ones(2), torch.ones(2))
-    program = torch.export.export(Sum(), (pair,))
-    assert torch.equal(program.module()(pair), torch.full((2,), 2.0))
+    state = SynapticState.zeros((1, 2, 4, 3), 2)
+    grown = torch.export.export(Grown(), (state,)).module()(state)
+    assert type(grown) is SynapticState
+    assert [sums.sum().item() for sums in grown.sums] == [24, 24]
+    assert (grown.positions.item(), grown.num_columns, grown.kind) == (1, 1, "sums")
 
 
 def test_transformers_says_how_activations_are_recomputed(make_model):
@@ -80,10 +74,7 @@ def test_transformers_says_how_activations_are_recomputed(make_model):
 
 
 def test_generate_asks_for_its_cache_by_the_methods_that_are_overridden():
-    of_state = {name for name, value in vars(private_api.StateForGeneration).items() if callable(value)} | {
-        "_supports_default_dynamic_cache"
-    }
-    private = {name for name in of_state if name.startswith("_") and not name.startswith("__")}
+    private = {name for name in vars(StateForGeneration) if name.startswith("_") and not name.startswith("__")}
     assert private == {
         "_supports_default_dynamic_cache",
         "_prepare_cache_for_generation",
