@@ -1,11 +1,17 @@
 """BDH: train, understand and serve Dragon Hatchling language models.
 
-Importing this package is cheap: its names load what they need when they are first used.
+Importing this package is cheap: its names load what they need when they are first used, and transformers' auto classes get
+to know BDH when they are themselves imported.
 """
 
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
-
-from bdh import autoregister
 
 if TYPE_CHECKING:
     from bdh.model import BDHConfig, BDHForCausalLM, BDHForSequenceClassification, BDHModel, SynapticState
@@ -24,13 +30,54 @@ __all__ = [
 ]
 
 _IN_MODEL = {"BDH": "BDHForCausalLM", **{name: name for name in __all__[1:-1]}}
-
-autoregister.install()
+# Modules of transformers, and the one of ours that registers itself there when it is imported. Two, since transformers loads
+# the first while its model classes, which ours need, are not there yet.
+_REGISTERED_BY = {
+    "transformers.models.auto.configuration_auto": "bdh.model.configuration",
+    "transformers.models.auto.modeling_auto": "bdh.model.modeling",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name in _IN_MODEL:
-        from bdh import model
-
-        return getattr(model, _IN_MODEL[name])
+        return getattr(importlib.import_module("bdh.model"), _IN_MODEL[name])
     raise AttributeError(f"module 'bdh' has no attribute {name!r}")
+
+
+class _AutoClassesFinder(MetaPathFinder):
+    """Lets Python find transformers' auto classes as ever, and registers ours once they are loaded."""
+
+    def __init__(self) -> None:
+        self._being_found: set[str] = set()
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname not in _REGISTERED_BY or fullname in self._being_found:
+            return None
+        self._being_found.add(fullname)
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._being_found.remove(fullname)
+        if spec is not None and (loader := spec.loader) is not None:
+
+            def exec_module(module: ModuleType) -> None:
+                del loader.exec_module  # the class's own again
+                loader.exec_module(module)
+                _register(fullname)
+
+            loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _register(auto_module: str) -> None:
+    ours = _REGISTERED_BY[auto_module]
+    if ours not in sys.modules:  # else it is what is importing transformers, and registers itself
+        importlib.import_module(ours)
+
+
+for _auto_module in _REGISTERED_BY:
+    if _auto_module in sys.modules:
+        _register(_auto_module)
+sys.meta_path.insert(0, _AutoClassesFinder())

@@ -1,8 +1,22 @@
-"""Text files that people write: UTF-8, with or without a byte order mark (BOM), which is never text."""
+"""Files that people write: UTF-8 text, and YAML of which nothing is lost or misread without a word.
+
+A byte order mark (BOM) is never text. PyYAML drops the first of two equal keys, takes a name with nothing after its colon for
+null, and follows YAML 1.1, in which 010 is 8 and 1:30 is 90: here those are faults, with the lines where they are. Anchors,
+aliases and merge keys work, as long as no value contains itself and what they repeat stays small.
+"""
 
 import codecs
 import io
+import re
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import yaml
+from yaml.constructor import SafeConstructor
+
+from bdh.validation import Faults
 
 _OTHER_MARKS = {  # the longer ones first: UTF-32's begins like UTF-16's
     codecs.BOM_UTF32_LE: "UTF-32",
@@ -18,6 +32,19 @@ _WIDE = {  # of each encoding the bytes in a unit, the place of the highest one 
 }
 MARK_BYTES = 64
 """So many bytes at the beginning of a file tell its encoding."""
+
+MAX_LEVELS = 50
+"""Of lists and mappings within each other."""
+MAX_BY_ALIASES = 10_000
+"""Values that the aliases of a document may add to it."""
+WRONG = object()
+"""Stands in a tree for a value that is among the faults."""
+
+_TAG = "tag:yaml.org,2002:"
+_WRONG_TAG = "tag:bdh,2026:wrong"
+_LEADING_ZERO = re.compile(r"[-+]?0[0-9_]+")
+_BASE_60 = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
+_UNDERSCORES = re.compile(r"_(?![0-9a-fA-F])|(?<![0-9a-fA-F])_")  # other than between two digits
 
 
 def mark_length(beginning: bytes, path: Path) -> int:
@@ -72,3 +99,237 @@ def read_text(path: Path) -> str:
         position = start + error.start
         raise ValueError(f"{path} is not UTF-8: byte {position} is 0x{data[position]:02X}") from error
     return io.StringIO(text, newline=None).read()
+
+
+class TooDeepError(yaml.YAMLError):
+    """Lists or mappings within each other are too many to be read."""
+
+
+@dataclass
+class YamlDocument:
+    tree: Any
+    """Plain data, with ``WRONG`` in the place of what is among the faults."""
+    lines: dict[str, list[int]] = field(default_factory=dict)
+    """The lines, from 1, where each value's name is written: ``data.mix[0].weight``. Several, if also with a dot in it."""
+    written: dict[str, str] = field(default_factory=dict)
+    """How values that are not text are written: ``no``, where the tree has False."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Dates stay text: no setting is one."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML declares it as a class variable)
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != f"{_TAG}timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts in quotes what would be a fault without them."""
+
+    def text(self, value: str) -> yaml.ScalarNode:
+        is_plain = value != "None" and not _LEADING_ZERO.fullmatch(value)
+        return self.represent_scalar(f"{_TAG}str", value, style=None if is_plain else "'")
+
+
+_Dumper.add_representer(str, _Dumper.text)
+_Loader.add_constructor(_WRONG_TAG, lambda loader, node: WRONG)
+
+
+def read_yaml(path: Path, faults: Faults) -> YamlDocument:
+    """A file of YAML. What stands in it twice, has no value, or would be misread is added to ``faults``.
+
+    Raises:
+        ValueError: it is not UTF-8, or not YAML.
+        OSError: it cannot be read.
+    """
+    text = read_text(path)
+    try:
+        return parse_yaml(text, faults, origin=str(path))
+    except TooDeepError as error:
+        raise ValueError(f"{path} is not YAML that can be read: {error}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        reason = str(getattr(error, "problem", None) or error)
+        raise ValueError(f"{path}{line} is not YAML: {' '.join(reason.split())}") from error
+
+
+def parse_yaml(text: str, faults: Faults, *, origin: str | None = None, name: str = "") -> YamlDocument:
+    """The same of a text.
+
+    Args:
+        origin: file that the text is from; faults then name it, and the line.
+        name: what the text is the value of.
+
+    Raises:
+        yaml.YAMLError: it is not YAML.
+    """
+    loader = _Loader(text)
+    try:
+        try:
+            root = loader.get_single_node()
+        except RecursionError as error:
+            raise TooDeepError("it is nested too deeply") from error
+        if root is None or (isinstance(root, yaml.ScalarNode) and not name):
+            return YamlDocument(None if root is None else loader.construct_document(root))
+        check = _Check(faults, origin)
+        root = check.node(root, name, root.start_mark.line + 1)
+        return YamlDocument(loader.construct_document(root), check.lines, check.written)
+    finally:
+        loader.dispose()
+
+
+def dump_yaml(tree: Any, **options: Any) -> str:
+    """Plain data as YAML that is read back as it was. ``options`` are those of ``yaml.dump``."""
+    written: str = yaml.dump(tree, Dumper=_Dumper, **options)
+    return written
+
+
+def lines_in_words(lines: Iterable[int]) -> str:
+    """Such as "lines 1, 3 and 4", for messages."""
+    *others, last = map(str, dict.fromkeys(lines))
+    return f"lines {', '.join(others)} and {last}" if others else f"line {last}"
+
+
+class _Check:
+    """Walks the nodes of a document, and puts marks in the place of those that are faults."""
+
+    def __init__(self, faults: Faults, origin: str | None):
+        self.lines: dict[str, list[int]] = {}
+        self.written: dict[str, str] = {}
+        self._faults, self._origin = faults, origin
+        self._open: dict[yaml.Node, tuple[str, int]] = {}  # name and line of those that the walk is inside of
+        self._extents: dict[yaml.Node, tuple[int, int]] = {}  # of those that it is through: levels and values
+        self._seen_keys: set[yaml.Node] = set()
+        self._num_by_aliases = 0
+
+    def node(self, node: yaml.Node, name: str, line: int) -> yaml.Node:
+        """What is to stand in the place of a node: itself, or a mark."""
+        self.lines.setdefault(name, []).append(line)
+        if node in self._open:
+            outer, outer_line = self._open[node]
+            fault = f"{outer or 'the document'} contains itself, as {name}: write out what is meant"
+            return self._wrong(node, fault, outer_line, line)
+        is_alias = node in self._extents
+        levels, num_values = self._extents.get(node, (isinstance(node, yaml.CollectionNode), 0))
+        if len(self._open) + levels > MAX_LEVELS:
+            return self._wrong(node, f"{name} is nested too deeply: at most {MAX_LEVELS} levels", line)
+        if is_alias:
+            if self._num_by_aliases <= MAX_BY_ALIASES < self._num_by_aliases + num_values:
+                fault = f"{name} repeats too much: aliases may add {MAX_BY_ALIASES} values to a file"
+                self._num_by_aliases = MAX_BY_ALIASES + 1  # said once
+                return self._wrong(node, fault, line)
+            self._num_by_aliases += num_values
+            return node if self._num_by_aliases <= MAX_BY_ALIASES else _mark(node)
+        self._open[node] = (name, line)
+        children: list[yaml.Node] = []
+        if isinstance(node, yaml.MappingNode):
+            self._mapping(node, name)
+            children = [value for _, value in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            node.value = children = [
+                self.node(item, f"{name}[{index}]", item.start_mark.line + 1) for index, item in enumerate(node.value)
+            ]
+        elif scalar_fault := self._fault(node):
+            self._add(f"{name} {scalar_fault}", line)
+            node.tag = _WRONG_TAG
+        elif isinstance(node, yaml.ScalarNode) and node.style is None and node.tag != f"{_TAG}str":
+            self.written[name] = node.value
+        del self._open[node]
+        extents = [self._extents.get(child, (0, 1)) for child in children]
+        levels = max((levels for levels, _ in extents), default=0) + isinstance(node, yaml.CollectionNode)
+        self._extents[node] = (levels, 1 + sum(num_values for _, num_values in extents))
+        return node
+
+    def _mapping(self, node: yaml.MappingNode, name: str) -> None:
+        entries: dict[Hashable, list[tuple[yaml.Node, yaml.Node]]] = {}
+        for key, value in node.value:
+            if isinstance(key, yaml.CollectionNode):
+                kind = "list" if isinstance(key, yaml.SequenceNode) else "mapping"
+                self._add(
+                    f"a name{f' under {name}' if name else ''} is a {kind}: must be text", key.start_mark.line + 1
+                )
+                self.node(value, f"{name}.?", value.start_mark.line + 1)
+            else:
+                entries.setdefault(_identity(key), []).append((key, value))
+        node.value = [same[-1] for same in entries.values()]
+        checked = [(same[-1][0], self._entry(same, name)) for same in entries.values()]
+        node.value = [(key, value) for key, value in checked if not _is_no_merge(key, value)]
+
+    def _entry(self, same: list[tuple[yaml.Node, yaml.Node]], name: str) -> yaml.Node:
+        """What is to stand for the value of a name under ``name``, given once or more often."""
+        key, value = same[-1]
+        written = f"{name}.{key.value}" if name else str(key.value)
+        lines = [each.start_mark.line + 1 for each, _ in same]
+        if len(same) > 1:
+            times = "twice" if len(same) == 2 else f"{len(same)} times"
+            self._add(f"{written} is given {times}: give it once", *lines)
+        for (_, earlier), line in zip(same[:-1], lines, strict=False):
+            if isinstance(earlier, yaml.MappingNode) and isinstance(value, yaml.MappingNode):
+                if earlier is not value:  # what is wrong in either is to be found
+                    value.value = [*earlier.value, *value.value]
+            else:
+                self.node(earlier, written, line)
+        if key not in self._seen_keys:
+            self._seen_keys.add(key)
+            if fault := self._fault(key, is_key=True):
+                self._add(f"a name{f' under {name}' if name else ''} {fault}", lines[-1])
+                key.tag = _WRONG_TAG
+        return self.node(value, written, lines[-1])
+
+    def _wrong(self, node: yaml.Node, fault: str, *lines: int) -> yaml.Node:
+        self._add(fault, *lines)
+        return _mark(node)
+
+    def _fault(self, node: yaml.Node, *, is_key: bool = False) -> str | None:
+        """What is to be said of a scalar, where something is."""
+        if not isinstance(node, yaml.ScalarNode) or node.style is not None:
+            return None  # in quotes, or a block of text
+        text = node.value
+        if not text and node.tag == f"{_TAG}null":
+            if is_key:
+                return "is empty: give it one"
+            return "has no value: give it one, or null where that is allowed, or leave it out"
+        if text == "None" and not is_key:
+            return "is None, which YAML takes for a text: write null for no value, or 'None' if it is one"
+        if node.tag not in (f"{_TAG}int", f"{_TAG}float") and not _LEADING_ZERO.fullmatch(text):
+            return None
+        if _LEADING_ZERO.fullmatch(text):
+            return f"is {text}, which YAML may take for octal: leave out the leading zeros, or put it in quotes"
+        if _BASE_60.fullmatch(text):
+            return f"is {text}, which YAML takes for a number to base 60: write a plain one, or put it in quotes"
+        if _UNDERSCORES.search(text):
+            return f"is {text}: in a number _ stands between two digits; put it in quotes if it is text"
+        try:
+            SafeConstructor().construct_object(node)
+        except ValueError:
+            return f"is {text[:20]}...: a number of {len(text)} characters is too long to be read"
+        return None
+
+    def _add(self, fault: str, *lines: int) -> None:
+        self._faults.add(f"{fault} ({self._origin}, {lines_in_words(lines)})" if self._origin else fault)
+
+
+def _mark(node: yaml.Node) -> yaml.Node:
+    return yaml.ScalarNode(_WRONG_TAG, "", node.start_mark, node.end_mark)
+
+
+def _is_no_merge(key: yaml.Node, value: yaml.Node) -> bool:
+    """Whether nothing is left to be merged, as it is among the faults."""
+    if key.tag != f"{_TAG}merge":
+        return False
+    if isinstance(value, yaml.SequenceNode):
+        value.value = [item for item in value.value if item.tag != _WRONG_TAG]
+    return value.tag == _WRONG_TAG
+
+
+def _identity(key: yaml.Node) -> Hashable:
+    """Equal for keys of which a mapping would keep one."""
+    if isinstance(key, yaml.ScalarNode) and key.tag not in (f"{_TAG}merge", f"{_TAG}value"):
+        try:
+            constructed: Hashable = SafeConstructor().construct_object(key)
+        except ValueError:
+            return key.value
+        return constructed
+    return (key.tag, str(key.value))

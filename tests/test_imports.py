@@ -26,7 +26,7 @@ ALLOWED = {
 }
 ALLOWED["cli"] = set(ALLOWED)
 # The modules in bdh/ that stand above packages: the public names, `python -m bdh`, and methods that the engine carries out.
-ABOVE_PACKAGES = {"bdh": {"model"}, "bdh.__main__": {"cli"}, "bdh.autoregister": {"model"}, "bdh.texts": {"generate"}}
+ABOVE_PACKAGES = {"bdh": {"model"}, "bdh.__main__": {"cli"}, "bdh.texts": {"generate"}}
 
 # Circles that are still there, each as all the files in it. Only remove from this.
 KNOWN_CIRCLES: list[set[str]] = []

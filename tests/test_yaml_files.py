@@ -7,8 +7,8 @@ from unittest.mock import ANY
 import pytest
 import yaml
 
+from bdh.text_files import WRONG, YamlDocument, dump_yaml, parse_yaml, read_yaml
 from bdh.validation import Faults
-from bdh.yaml_files import WRONG, YamlDocument, dump_yaml, parse_yaml, read_yaml
 
 ROOT = Path(__file__).parent.parent
 
@@ -280,7 +280,7 @@ def test_the_shipped_files_are_read_as_any_reader_of_yaml_does(path):
 
 def test_the_product_reads_yaml_by_this_reader_alone():
     """A header in another's README.md is only looked at: `datasets` reads it."""
-    elsewhere = {"yaml_files.py", "hub.py"}
+    elsewhere = {"text_files.py", "hub.py"}
     reading = {
         path.name
         for path in (ROOT / "bdh").rglob("*.py")

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from bdh.text_files import WRONG, YamlDocument, lines_in_words, read_yaml
 from bdh.validation import Faults, alternatives, field_types, plain_type
-from bdh.yaml_files import WRONG, YamlDocument, lines_in_words, read_yaml
 
 MISSING = dataclasses.MISSING
 

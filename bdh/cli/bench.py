@@ -358,7 +358,7 @@ def _entries(training: "RunSettings") -> int:
     training.tokenizer.check_available()
     from bdh.data.chat import holds_chat
     from bdh.tokenizer import load_tokenizer, with_chat_template
-    from bdh.vocabulary import vocabulary_size
+    from bdh.tokenizer.plain import vocabulary_size
 
     tokenizer = load_tokenizer(training.tokenizer)
     template = training.tokenizer.chat_template

@@ -53,7 +53,7 @@ def _from_reference(settings: ConvertSettings, out: Path) -> int:
     from bdh.model import BDHForCausalLM
     from bdh.model.conversion import load_reference
     from bdh.tokenizer import load_tokenizer
-    from bdh.vocabulary import vocabulary_size
+    from bdh.tokenizer.plain import vocabulary_size
 
     state_dict, config = load_reference(settings.source)
     fields = {} if settings.n_layer is None else {"n_layer": settings.n_layer}

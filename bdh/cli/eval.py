@@ -130,8 +130,8 @@ def run(argv: list[str]) -> int:
         "the LM Evaluation Harness; or, with --needle, how long a planted fact is remembered.",
         positionals=("model",),
     )
+    from bdh.tokenizer.plain import vocabulary_size
     from bdh.train.models import load_model
-    from bdh.vocabulary import vocabulary_size
 
     model, tokenizer = load_model(
         settings.model, checkpoint=settings.checkpoint, base=settings.base, device=settings.device
@@ -149,7 +149,7 @@ def _run_text(settings: EvalSettings, model: Any, tokenizer: Any) -> int:
     from bdh.cli.output import token_progress
     from bdh.data.chat import holds_chat
     from bdh.evaluate.loss import evaluate_text
-    from bdh.vocabulary import document_end_id
+    from bdh.tokenizer.plain import document_end_id
 
     block_size = settings.block_size or model.config.train_block_size or _UNKNOWN_BLOCK_SIZE
     faults = Faults()

@@ -27,6 +27,7 @@ from bdh.cli.arguments import (
     leaves_of,
     shown_value,
 )
+from bdh.text_files import WRONG, YamlDocument, dump_yaml, parse_yaml
 from bdh.validation import (
     Faults,
     Settings,
@@ -38,7 +39,6 @@ from bdh.validation import (
     plain_type,
     type_in_words,
 )
-from bdh.yaml_files import WRONG, YamlDocument, dump_yaml, parse_yaml
 
 
 def verbatim(default: Any) -> Any:

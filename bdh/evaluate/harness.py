@@ -18,7 +18,7 @@ from bdh.generate.engine import Engine
 from bdh.generate.params import EngineConfig, SamplingParams
 from bdh.generate.texts import generate_text, inference, params_of
 from bdh.model import BDHForCausalLM
-from bdh.vocabulary import document_end_id
+from bdh.tokenizer.plain import document_end_id
 
 _MAX_LOGITS = 2**26  # of one forward pass: 256 MiB in float32
 _CHUNK = 1024  # tokens of one forward pass, where the whole of a long text is read

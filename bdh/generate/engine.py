@@ -31,8 +31,7 @@ from bdh.generate.snapshot import Snapshot
 from bdh.memory import available_bytes
 from bdh.model.network import ModelParts
 from bdh.model.weights import recheck_weights, weights_mark
-from bdh.tokenizer.plain import PlainTokenizer
-from bdh.vocabulary import check_vocabulary
+from bdh.tokenizer.plain import PlainTokenizer, check_vocabulary
 
 _logger = logging.getLogger(__name__)
 # What prompts get of a step however many sequences are being continued, so that none waits for ever.

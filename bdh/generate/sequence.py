@@ -14,8 +14,7 @@ from bdh.generate.sampler import Sampler, TokenLogprobs, token_logprobs
 from bdh.generate.snapshot import Snapshot
 from bdh.model.state import SynapticState
 from bdh.model.weights import WeightsMark
-from bdh.tokenizer.plain import PlainTokenizer
-from bdh.vocabulary import document_end_id
+from bdh.tokenizer.plain import PlainTokenizer, document_end_id
 
 _logger = logging.getLogger(__name__)
 REPLACEMENT = "\ufffd"  # what decoders put for bytes that are no character (yet)

@@ -14,9 +14,8 @@ from bdh.generate.engine import Engine
 from bdh.generate.params import SamplingParams, collect_text_faults
 from bdh.generate.sequence import CONTEXT_TOKENS, Prompt, TextDecoder, encode_prompt, end_token_ids
 from bdh.model.network import ModelParts
-from bdh.tokenizer.plain import PlainTokenizer
+from bdh.tokenizer.plain import PlainTokenizer, check_vocabulary
 from bdh.validation import Faults, collect_faults
-from bdh.vocabulary import check_vocabulary
 
 _ALIASES = {"max_new_tokens": "max_tokens", "num_return_sequences": "n"}
 """The names that transformers has for fields of :class:`SamplingParams`."""

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bdh.text_files import read_yaml
 from bdh.validation import Faults
-from bdh.yaml_files import read_yaml
 
 LOSS_KEYS = ("train/loss", "val/loss")
 _ACTIVE_SECONDS = 120

@@ -31,7 +31,7 @@ from bdh.serve.schemas import MOST_WHOLE, DetokenizeRequest, Json, TokenizeReque
 from bdh.serve.service import Loaded, Service
 from bdh.serve.states import SavedState
 from bdh.serve.text import tokenizer_info
-from bdh.vocabulary import document_end_id
+from bdh.tokenizer.plain import document_end_id
 
 _CLIENT_GONE = 499  # what nginx calls it; for log and metrics only
 _HEALTH = ("/health", "/health/live", "/health/ready")

@@ -11,8 +11,7 @@ import numpy as np
 from bdh.serve.config import PLAIN, read_template
 from bdh.serve.middleware import bad_request
 from bdh.tokenizer.chat import ChatEncoder, render_chat
-from bdh.tokenizer.plain import PlainTokenizer, byte_of_character
-from bdh.vocabulary import vocabulary_size
+from bdh.tokenizer.plain import PlainTokenizer, byte_of_character, vocabulary_size
 
 _PLAIN_TEMPLATE = """\
 {% for message in messages %}

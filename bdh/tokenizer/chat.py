@@ -27,8 +27,7 @@ from jinja2.utils import Namespace
 from tokenizers import AddedToken
 
 from bdh.tokenizer.config import DEFAULT_CHAT_TEMPLATE, read_template
-from bdh.tokenizer.plain import AnyTokenizer, copy_of_backend
-from bdh.vocabulary import vocabulary_size
+from bdh.tokenizer.plain import AnyTokenizer, copy_of_backend, vocabulary_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -10,11 +10,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar, Union
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-from bdh.vocabulary import document_end_id, vocabulary_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -33,6 +32,7 @@ _CONFIG_FILE = "tokenizer_config.json"
 # Classes of transformers that add nothing to tokenizer.json; the others may build their tokenizer anew.
 _PLAIN_CLASSES = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_vocabulary_sizes: "WeakKeyDictionary[Any, tuple[int, int]]" = WeakKeyDictionary()
 
 
 def byte_tokenizer(special_tokens: bool = False) -> "PreTrainedTokenizerFast":
@@ -376,3 +376,39 @@ def batches_of_bytes(items: Iterable[T], num_bytes: Callable[[T], int]) -> Itera
             batch, size = [], 0
     if batch:
         yield batch
+
+
+def vocabulary_size(tokenizer: AnyTokenizer) -> int:
+    """The largest token id of a ``PreTrainedTokenizerFast``, plus one: the rows of the embedding that it needs.
+
+    ``len(tokenizer)`` counts the tokens, which are fewer where the ids have gaps.
+    """
+    num_tokens, size = _vocabulary_sizes.get(tokenizer, (-1, 0))
+    if num_tokens != len(tokenizer):  # else no token was added since
+        num_tokens, size = len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1
+        _vocabulary_sizes[tokenizer] = (num_tokens, size)
+    return size
+
+
+def document_end_id(tokenizer: AnyTokenizer) -> int | None:
+    """The id of the token that ends the documents which a model is trained on; None where there is none.
+
+    It is the tokenizer's ``<eos>``, unless this stands in the place of an unused byte (:func:`with_padding`): no text
+    had it when the model was trained.
+    """
+    end = tokenizer.eos_token_id
+    is_byte = end == 0xFE and tokenizer.convert_ids_to_tokens(0xFD) == chr(0xFD)
+    return None if is_byte else end
+
+
+def check_vocabulary(tokenizer: AnyTokenizer, vocab_size: int) -> None:
+    """
+    Raises:
+        ValueError: the tokenizer is not that of a model with a vocabulary of this size.
+    """
+    if vocabulary_size(tokenizer) == vocab_size + 1 and tokenizer.pad_token_id == vocab_size:
+        return  # padding that was added to the tokenizer alone: no model sees it
+    if vocabulary_size(tokenizer) != vocab_size:
+        raise ValueError(
+            f"the tokenizer has {vocabulary_size(tokenizer)} entries and the model {vocab_size}: they do not belong together"
+        )

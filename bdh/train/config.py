@@ -17,6 +17,7 @@ from bdh.distributed.config import DistributedConfig
 from bdh.model.config_fields import decay_fault
 from bdh.monitor.config import MonitorConfig
 from bdh.ops import LayerPath
+from bdh.text_files import read_yaml
 from bdh.tokenizer.config import TokenizerConfig
 from bdh.train.places import (
     CONFIG_FILE,
@@ -39,7 +40,6 @@ from bdh.validation import (
     PositiveInt,
     Settings,
 )
-from bdh.yaml_files import read_yaml
 
 _METRIC = re.compile(
     r"(val|val_ema)/(loss|perplexity|bits_per_byte|accuracy)"

@@ -19,13 +19,12 @@ from bdh.model.network import one_line_type_faults
 from bdh.storage import recover_dir
 from bdh.tokenizer import TextEncoder, TokenizerConfig, is_byte_tokenizer, load_tokenizer
 from bdh.tokenizer.chat import CHAT_TOKENS, add_special_tokens
-from bdh.tokenizer.plain import NUM_BYTES
+from bdh.tokenizer.plain import NUM_BYTES, vocabulary_size
 from bdh.train.adapters import Base, add_adapters, load_adapters, merge, read_base, scale
 from bdh.train.checkpoint import Checkpoint, Checkpointer
 from bdh.train.config import LoraSettings, ModelSettings, RunSettings, TrainSettings, stored_settings
 from bdh.train.places import find_checkpoint, find_model, is_run
 from bdh.train.runtime import choose_runtime
-from bdh.vocabulary import vocabulary_size
 
 TOKENIZER_FOLDER = "tokenizer"
 _logger = standard_logging.getLogger(__name__)

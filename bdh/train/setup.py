@@ -22,7 +22,9 @@ from bdh.model.conversion import MovingAverage
 from bdh.monitor import chosen_backends, cut_back
 from bdh.ops.blocks.plan import LayerPlan
 from bdh.storage import atomic_dir, write_text
+from bdh.text_files import dump_yaml
 from bdh.tokenizer import load_tokenizer, stop_token_ids, with_chat_template
+from bdh.tokenizer.plain import document_end_id, vocabulary_size
 from bdh.train.adapters import Base, add_adapters
 from bdh.train.batches import Batches, CarriedState
 from bdh.train.checkpoint import Checkpoint, Checkpointer
@@ -38,8 +40,6 @@ from bdh.train.runtime import (
     random_states,
     restore_random_states,
 )
-from bdh.vocabulary import document_end_id, vocabulary_size
-from bdh.yaml_files import dump_yaml
 
 _logger = logging.getLogger(__name__)
 _SEEDS_APART = 1_000_003  # between the processes, whose dropout must differ

@@ -14,7 +14,7 @@ from bdh.tokenizer import (
     with_chat_template,
     with_padding,
 )
-from bdh.vocabulary import document_end_id, vocabulary_size
+from bdh.tokenizer.plain import document_end_id, vocabulary_size
 from tests.tokenizer.conftest import TRAINING_TEXT
 
 

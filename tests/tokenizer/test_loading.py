@@ -12,8 +12,8 @@ from bdh.tokenizer import (
     train_tokenizer,
     with_chat_template,
 )
+from bdh.tokenizer.plain import vocabulary_size
 from bdh.validation import Faults, collect_faults
-from bdh.vocabulary import vocabulary_size
 from tests.tokenizer.conftest import TRAINING_TEXT
 
 

@@ -12,8 +12,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from bdh.tokenizer import ChatEncoder, byte_tokenizer, train_tokenizer, with_chat_template, with_padding
 from bdh.tokenizer.chat import render_chat
-from bdh.tokenizer.plain import PlainTokenizer
-from bdh.vocabulary import document_end_id, vocabulary_size
+from bdh.tokenizer.plain import PlainTokenizer, document_end_id, vocabulary_size
 from tests.tokenizer.conftest import NASTY_TEXTS, TRAINING_TEXT
 
 TALK = [
