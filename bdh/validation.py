@@ -7,6 +7,7 @@ are made: so all that is wrong with nested settings is found together, by ``vali
 
 import dataclasses
 import functools
+import os
 import re
 import types
 import typing
@@ -25,6 +26,7 @@ NonNegativeFloat = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Ge(0), Lt(1)]
 PathText = Annotated[str, "path"]
 """The type of a setting that is, or may be, a path: ``~`` and ``$VARIABLE`` in it are replaced."""
+_VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,3 +266,30 @@ def range_in_words(annotation: Any) -> str:
             words.append(f"at most {upper.le}" if isinstance(upper, Le) else f"below {upper.lt}")
     unit = next((f" {each.name}" for each in limits if isinstance(each, Unit)), "")
     return f"{' and '.join(words)}{unit}" if words else type_in_words(kind)
+
+
+def holds_paths(annotation: Any) -> bool:
+    """Whether a type is ``PathText``, or made of it."""
+    if typing.get_origin(annotation) is Annotated:
+        return "path" in annotation.__metadata__
+    return any(map(holds_paths, typing.get_args(annotation)))
+
+
+def expanded_path(text: str) -> str:
+    """A path with ``~`` and ``$VARIABLE`` or ``${VARIABLE}`` replaced; also each of several with commas between them.
+
+    What exists under the very name that is given stays as it is, and a ``$`` that no name of a variable follows.
+
+    Raises:
+        ValueError: a variable is not set.
+    """
+    if os.path.lexists(text):
+        return text
+    if "," in text:
+        return ",".join(map(expanded_path, text.split(",")))
+    path = text.lstrip()  # "a, ~/b"
+    try:
+        expanded = _VARIABLE.sub(lambda match: os.environ[match[1] or match[2]], path)
+    except KeyError as error:
+        raise ValueError(f"the environment variable {error.args[0]} is not set") from None
+    return text[: -len(path) or None] + os.path.expanduser(expanded)

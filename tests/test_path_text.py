@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 
 from bdh.cli import average, bench, chat, convert, eval, export, generate, plot, runs, tokenizer
-from bdh.cli.arguments import expanded_path, holds_paths, leaves_of
-from bdh.cli.settings import parse_settings
+from bdh.cli.settings import leaves_of, parse_settings
 from bdh.data.config import DataConfig
 from bdh.serve.config import ServeSettings
 from bdh.train.config import RunSettings
-from bdh.validation import PathText, Settings
+from bdh.validation import PathText, Settings, expanded_path, holds_paths
 
 ALL_SETTINGS = [
     RunSettings,

@@ -1,33 +1,24 @@
 """From YAML files and flags to a dataclass of settings, with every fault reported at once.
 
 A settings class is a dataclass whose fields are values, or dataclasses: sections, whose fields are named with a dot. The
-docstring under a field is its help text. Pydantic checks the values, by :mod:`bdh.validation`.
+docstring under a field is its help text. Pydantic checks the values, by :mod:`bdh.validation`. Text on the command line is
+kept from being read as YAML: a prompt of `# x` would be nothing, and one of `1e3` a number.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import functools
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from bdh.cli.arguments import (
-    MISSING,
-    CommandLine,
-    Given,
-    Leaf,
-    Leaves,
-    default_of,
-    expanded_path,
-    flattened,
-    holds_paths,
-    leaves_of,
-    shown_value,
-)
-from bdh.text_files import WRONG, YamlDocument, dump_yaml, parse_yaml
+from bdh.text_files import WRONG, YamlDocument, dump_yaml, lines_in_words, parse_yaml, read_yaml
 from bdh.validation import (
     Faults,
     Settings,
@@ -35,7 +26,9 @@ from bdh.validation import (
     alternatives,
     checked,
     collect_relations,
+    expanded_path,
     field_types,
+    holds_paths,
     plain_type,
     type_in_words,
 )
@@ -69,18 +62,15 @@ def parse_settings(
     Raises:
         OSError, ImportError: a configuration file, or what a setting names, is missing.
         ValueError: lists all unknown settings, values of a wrong type, and values out of range.
-        SystemExit: with status 0, behind ``--help`` or ``--print_config``.
+        SystemExit: with status 0, after ``--help`` or ``--print_config``.
     """
-    command_line = CommandLine(leaves := Leaves(settings_class), positionals, argv)
+    leaves, faults = Leaves(settings_class), Faults()
+    command_line = CommandLine(leaves, positionals, argv)
     if command_line.wants_help:
-        _print_help(settings_class, prog, description, positionals)
+        _print_help(leaves, prog, description, positionals)
         raise SystemExit(0)
-
-    faults = Faults()
-    stored = YamlDocument(base or {})
-    raw = flattened(stored, leaves, "the run's stored configuration", faults)
-    raw |= command_line.raw_values(faults)
-    settings, _ = _checked(settings_class, raw, leaves, faults)
+    given = leaves.given_in(YamlDocument(base or {}), "the run's stored configuration", faults)
+    settings, _ = _checked(leaves, given | command_line.given(faults), faults)
     faults.raise_if_any()
     if command_line.wants_config:
         print(to_yaml(settings, with_help=True), end="")
@@ -98,9 +88,9 @@ def given_settings(settings_class: type, argv: Sequence[str]) -> dict[str, Any]:
         ValueError: a configuration file is not YAML.
     """
     ignored, leaves = Faults(), Leaves(settings_class)
-    raw = CommandLine(leaves, (), argv).raw_values(ignored)
-    settings, right = _checked(settings_class, raw, leaves, ignored)  # type: ignore[var-annotated]
-    return {name: functools.reduce(getattr, name.split("."), settings) for name in raw if name in right}
+    given = CommandLine(leaves, (), argv).given(ignored)
+    settings, right = _checked(leaves, given, ignored)
+    return {name: functools.reduce(getattr, name.split("."), settings) for name in given if name in right}
 
 
 def to_yaml(settings: Any, *, with_help: bool = False) -> str:
@@ -110,50 +100,286 @@ def to_yaml(settings: Any, *, with_help: bool = False) -> str:
     for leaf in leaves_of(type(settings)):
         *path, name = leaf.name.split(".")
         value = functools.reduce(getattr, (*path, name), settings)
-        same = next((depth for depth, (a, b) in enumerate(zip(path, section, strict=False)) if a != b), len(section))
-        lines += [f"{'  ' * depth}{path[depth]}:" for depth in range(min(same, len(path)), len(path))]
-        section = path
-        indent = "  " * len(path)
+        pairs = enumerate(zip(path, section, strict=False))
+        same = next((depth for depth, (a, b) in pairs if a != b), min(len(path), len(section)))
+        lines += [f"{'  ' * depth}{path[depth]}:" for depth in range(same, len(path))]
+        section, indent = path, "  " * len(path)
         if with_help and leaf.help:
             lines.append(f"{indent}# {leaf.help}")
-        written = dump_yaml(value, default_flow_style=True, allow_unicode=True, width=10**6)
-        lines.append(f"{indent}{name}: {written.removesuffix('...' + chr(10)).strip()}")
+        lines.append(f"{indent}{name}: {_in_a_line(value, allow_unicode=True)}")
     return "\n".join(lines) + "\n"
 
 
-def _checked(
-    settings_class: type[SettingsType], raw: Mapping[str, Given], leaves: Leaves, faults: Faults
-) -> tuple[SettingsType, set[str]]:
+def _in_a_line(value: Any, **options: Any) -> str:
+    return dump_yaml(value, default_flow_style=True, width=10**6, **options).removesuffix("...\n").strip()
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One setting."""
+
+    name: str
+    """With its section: data.source."""
+    type: Any
+    default: Any
+    owner: type
+    """The section's class."""
+    verbatim: bool
+    """Whether even the flag's value `null` is text."""
+
+    @property
+    def help(self) -> str:
+        """The docstring under the field."""
+        return _helps(self.owner).get(self.name.rpartition(".")[2], "")
+
+    @functools.cached_property
+    def types(self) -> tuple[Any, ...]:
+        """What a value may be; several where the type is a union."""
+        return _members([self.type])
+
+    @property
+    def item_types(self) -> list[Any]:
+        """Of the lists that a value may be."""
+        return [typing.get_args(each)[0] for each in self.types if typing.get_origin(each) is list]
+
+    @property
+    def takes_texts(self) -> bool:
+        return str in map(plain_type, self.item_types)
+
+    @property
+    def takes_text(self) -> bool:
+        """Whether a value may be any text, or a list of texts."""
+        return str in self.types or self.takes_texts
+
+    @property
+    def is_list(self) -> bool:
+        return len(self.types) == len(self.item_types) == 1
+
+
+@dataclass(frozen=True)
+class Given:
+    """A value of a setting, not converted yet."""
+
+    value: Any
+    place: str = ""
+    """File and line, in brackets."""
+    shown: str = ""
+    """How a file has it, where that is not as Python would show it."""
+    quotable: str = ""
+    """What in it would be text in quotes, as a file has it."""
+
+
+class Leaves(dict[str, Leaf]):
+    """All settings of a class by their names."""
+
+    def __init__(self, settings_class: Any):
+        super().__init__((leaf.name, leaf) for leaf in leaves_of(settings_class))
+        self.settings_class = settings_class
+
+    def given_in(self, document: YamlDocument, origin: str, faults: Faults) -> dict[str, Given]:
+        """The settings of a document by their dotted names, without those that are among the faults already."""
+        found: dict[str, Given] = {}
+        sections = {name.rpartition(".")[0] for name in self} - {""}
+
+        def walk(branch: Mapping[Any, Any], prefix: str) -> None:
+            for key, value in branch.items():
+                name = f"{prefix}{key}"
+                lines = document.lines.get(name, [])
+                place = f" ({origin}, line {lines[-1]})" if lines else f" ({origin})"
+                if name in sections and isinstance(value, dict):
+                    walk(value, f"{name}.")
+                elif key is WRONG or _holds_wrong(value):
+                    continue
+                elif name in self:
+                    if name in found:
+                        where = f"{origin}, {lines_in_words(sorted(lines))}" if lines else origin
+                        faults.add(f"{name} is given twice: give it once ({where})")
+                    found[name] = Given(value, place, *_as_written(name, value, document))
+                elif name in sections:
+                    faults.add(f"{name} is {_shown(value)}: must be a section, with settings under it{place}")
+                else:
+                    faults.add(f"{name} is not a setting{self.suggestion(name)}{place}")
+
+        walk(document.tree, "")
+        return found
+
+    def suggestion(self, name: str) -> str:
+        """What may be meant by a name that no setting has."""
+        if hint := dict(_gone(self.settings_class)).get(name):
+            return f": {hint}"
+        end, ends = name.rpartition(".")[2], {leaf.rpartition(".")[2]: leaf for leaf in self}
+        near = [leaf for leaf in self if leaf.rpartition(".")[2] == end]
+        near = near or difflib.get_close_matches(name, self, n=1, cutoff=0.6)
+        near = near or [ends[each] for each in difflib.get_close_matches(end, ends, n=1, cutoff=0.7)]
+        return f": did you mean {near[0]}?" if near else "; --help lists them"
+
+
+class CommandLine:
+    """What an argv says: values of settings, configuration files, and the two questions it may ask."""
+
+    def __init__(self, leaves: Leaves, positionals: Sequence[str], argv: Sequence[str]):
+        self.wants_help = self.wants_config = False
+        self._leaves, self._faults = leaves, Faults()
+        self._values: dict[str, Any] = {}
+        self._files: list[str] = []
+        by_place: list[str] = []
+        arguments = list(argv)
+        while arguments:
+            argument = arguments.pop(0)
+            if argument == "--":
+                by_place += arguments
+                break
+            flag = argument.partition("=")[0].replace("-", "_")
+            if flag in ("_h", "__help"):
+                self.wants_help = True
+            elif flag == "__print_config":
+                self.wants_config = True
+            elif argument.startswith("--"):
+                self._option(argument, arguments)
+            elif argument.startswith("-") and len(argument) > 1 and not argument[1].isdigit():
+                self._faults.add(f"{argument} is not a setting: settings start with two dashes")
+            else:
+                by_place.append(argument)
+        for name in positionals:
+            num_taken = len(by_place) if leaves[name].item_types else 1
+            for value in by_place[:num_taken]:
+                self._give(leaves[name], value)
+            by_place = by_place[num_taken:]
+        for argument in by_place:
+            self._faults.add(f"{argument!r} is not expected here: settings start with two dashes")
+
+    def given(self, faults: Faults) -> dict[str, Given]:
+        """The values of the files in their order, and over them those of the flags."""
+        found: dict[str, Given] = {}
+        for path in self._files:
+            found |= self._leaves.given_in(_read_config(Path(expanded_path(path)), faults), path, faults)
+        faults.found += self._faults.found
+        return found | {name: Given(value) for name, value in self._values.items()}
+
+    def _option(self, argument: str, rest: list[str]) -> None:
+        written, equals, value = argument[2:].partition("=")
+        name = written.replace("-", "_")
+        leaf = self._leaves.get(name)
+        follows = bool(rest) and not rest[0].startswith("--")
+        if not equals and leaf is not None and leaf.types == (bool,):
+            value = rest.pop(0) if follows and rest[0].lower() in ("true", "false", "yes", "no") else "true"
+        elif not equals and follows:
+            value = rest.pop(0)
+        elif not equals and (leaf is not None or name == "config"):
+            self._faults.add(f"--{written} is given without a value")
+            return
+        if name == "config":
+            self._files.append(value)
+        elif leaf is None:
+            self._faults.add(f"--{written} is not a setting{self._leaves.suggestion(name)}")
+        else:
+            self._give(leaf, value)
+
+    def _give(self, leaf: Leaf, value: str) -> None:
+        """A list grows with each value; anything else is given once."""
+        before = self._values.get(leaf.name, MISSING)
+        is_nullable_text = leaf.takes_text and type(None) in leaf.types and not leaf.verbatim
+        if is_nullable_text and value == "None":
+            self._faults.add(f"{leaf.name} is 'None': write null for no value")
+        elif before is MISSING:
+            self._values[leaf.name] = None if is_nullable_text and value == "null" else value
+        elif leaf.item_types:
+            self._values[leaf.name] = [*(before if isinstance(before, list) else [before]), value]
+        else:
+            self._faults.add(f"{leaf.name} is given twice, as {before!r} and {value!r}: give it once")
+
+
+def leaves_of(settings_class: Any, prefix: str = "", section: Any = None) -> Iterator[Leaf]:
+    """The settings of a class. Those of a section have the defaults of ``section``, the object that its field makes."""
+    for field in dataclasses.fields(settings_class):
+        default, annotation = _default_of(field, section), field_types(settings_class)[field.name]
+        name = prefix + field.name
+        if dataclasses.is_dataclass(annotation):
+            yield from leaves_of(annotation, f"{name}.", None if default is MISSING else default)
+        else:
+            yield Leaf(name, annotation, default, settings_class, field.metadata.get("verbatim", False))
+
+
+def _default_of(field: dataclasses.Field, section: Any) -> Any:
+    if section is not None:
+        return getattr(section, field.name)
+    return field.default if field.default_factory is MISSING else field.default_factory()
+
+
+def _gone(settings_class: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Settings that are no more, by their dotted names, each with what is said of it: the sections' ``gone``."""
+    yield from ((f"{prefix}{name}", hint) for name, hint in getattr(settings_class, "gone", {}).items())
+    for name, annotation in field_types(settings_class).items():
+        if dataclasses.is_dataclass(annotation):
+            yield from _gone(annotation, f"{prefix}{name}.")
+
+
+@functools.cache
+def _helps(settings_class: Any) -> dict[str, str]:
+    """The docstrings under the fields, those of the classes above included."""
+    from docstring_parser import parse_from_object
+
+    parameters = [each for base in reversed(settings_class.__mro__[:-1]) for each in parse_from_object(base).params]
+    return {each.arg_name: " ".join(each.description.split()) for each in parameters if each.description}
+
+
+def _read_config(path: Path, faults: Faults) -> YamlDocument:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no configuration file {path}")
+    document = read_yaml(path, faults)
+    if document.tree is None:
+        raise ValueError(f"{path} is empty: a configuration file holds at least one setting")
+    if not isinstance(document.tree, dict):
+        raise ValueError(f"{path} holds a {type(document.tree).__name__}: must hold settings, as `name: value`")
+    return document
+
+
+def _as_written(name: str, value: Any, document: YamlDocument) -> tuple[str, str]:
+    """How a value is written, and what in it would be text in quotes; nothing where it is as Python would show it."""
+    if len(document.lines.get(name, ())) > 1:
+        return "", ""  # which of them it is cannot be told
+    shown = document.written.get(name, "") if value is not None else ""
+    items = [document.written.get(f"{name}[{index}]") for index in range(len(value) if isinstance(value, list) else 0)]
+    return shown, shown or next(filter(None, items), "")
+
+
+def _holds_wrong(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(key is WRONG or _holds_wrong(inner) for key, inner in value.items())
+    return value is WRONG or (isinstance(value, list) and any(map(_holds_wrong, value)))
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else repr(value)
+
+
+def _checked(leaves: Leaves, given: Mapping[str, Given], faults: Faults) -> tuple[Any, set[str]]:
     """The settings with the values that are of their types, whose names come second; what else is given is a fault."""
     values: dict[str, Any] = {}
-    for name, given in raw.items():
+    for name, each in given.items():
         try:
-            value = _read(leaves[name], given.value, faults)
+            value = _read(leaves[name], each.value, faults)
             if value is not WRONG:
                 values[name] = _with_expanded_paths(value, leaves[name].type, field_types(leaves[name].owner))
         except ValueError as error:
-            faults.add(f"{name} is {shown_value(given.value)}: {error}{given.at}")
-    missing = [leaf for leaf in leaves.values() if leaf.default is MISSING and leaf.name not in raw]
-    settings, wrong = checked(_built(settings_class, values))
-    out_of_range = []
+            faults.add(f"{name} is {_shown(each.value)}: {error}{each.place}")
+    settings, wrong = checked(_built(leaves.settings_class, values))
     for fault in wrong:
-        name = ".".join(fault.path)
+        if not fault.is_of_type and values.pop(name := ".".join(fault.path), MISSING) is not MISSING:
+            each = given[name]
+            is_quotable = each.quotable and leaves[name].takes_text
+            hint = f"; put it in quotes if it is text: '{each.quotable}'" if is_quotable else ""
+            faults.add(f"{name} is {each.shown or _shown(each.value)}: must be {fault.allowed}{hint}{each.place}")
+    required = [leaf for leaf in leaves.values() if leaf.default is MISSING]
+    for leaf in required:
+        if leaf.name not in given:
+            faults.add(f"{leaf.name} is missing: {leaf.help}")
+    for fault in wrong:
         if fault.is_of_type:
-            out_of_range.append(fault)
-        elif name in values:
-            del values[name]
-            leaf, given = leaves[name], raw[name]
-            is_quotable = given.quotable and leaf.takes_text
-            hint = f"; put it in quotes if it is text: '{given.quotable}'" if is_quotable else ""
-            faults.add(f"{name} is {given.shown or shown_value(given.value)}: must be {fault.allowed}{hint}{given.at}")
-    for leaf in missing:
-        faults.add(f"{leaf.name} is missing: {leaf.help}")
-    for fault in out_of_range:
-        faults.require_type(".".join(fault.path), fault.value, fault.allowed)
+            faults.require_type(".".join(fault.path), fault.value, fault.allowed)
     if faults.found:
-        settings = _built(settings_class, values)
-    without = [name for name, leaf in leaves.items() if leaf.default is MISSING and name not in values]
-    collect_relations(settings, faults, [tuple(name.split(".")) for name in without])
+        settings = _built(leaves.settings_class, values)
+    collect_relations(settings, faults, [tuple(leaf.name.split(".")) for leaf in required if leaf.name not in values])
     return settings, set(values)
 
 
@@ -204,12 +430,12 @@ def _built(settings_class: Any, values: Mapping[str, Any], prefix: str = "", sec
     """An instance from the values by dotted name; the rest is as in ``section``, or has its defaults, or is None."""
     arguments = {}
     for field in dataclasses.fields(settings_class):
-        name, default = prefix + field.name, default_of(field, section)
+        name, default = prefix + field.name, _default_of(field, section)
+        default = None if default is MISSING else default
         if dataclasses.is_dataclass(annotation := field_types(settings_class)[field.name]):
-            inner = None if default is MISSING else default
-            arguments[field.name] = _built(annotation, values, f"{name}.", inner)
+            arguments[field.name] = _built(annotation, values, f"{name}.", default)
         else:
-            arguments[field.name] = values.get(name, None if default is MISSING else default)
+            arguments[field.name] = values.get(name, default)
     return settings_class(**arguments)
 
 
@@ -222,25 +448,26 @@ def _with_expanded_paths(value: Any, annotation: Any, section: Mapping[str, Any]
     return expanded_path(value) if isinstance(value, str) and holds_paths(annotation) else value
 
 
-def _print_help(settings_class: Any, prog: str, description: str, positionals: Sequence[str]) -> None:
+def _print_help(leaves: Leaves, prog: str, description: str, positionals: Sequence[str]) -> None:
     usage = " ".join([prog, *(name.upper() for name in positionals), "[--config FILE ...] [--SETTING VALUE ...]"])
     parser = argparse.ArgumentParser(prog=prog, usage=usage, description=description, add_help=False)
     groups: dict[str, Any] = {"": parser.add_argument_group("settings")}
     general = parser.add_argument_group("general")
     general.add_argument("--config", metavar="FILE", help="YAML file with settings; several are read in order")
-    general.add_argument("--print_config", action="store_true", help="print the resulting configuration and exit")
-    general.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    general.add_argument("--help", action="store_true", help="print this text and exit")
-    for leaf in leaves_of(settings_class):
+    for flag, text in (
+        ("--print_config", "print the resulting configuration and exit"),
+        ("--debug", "show the traceback of an error"),
+        ("--help", "print this text and exit"),
+    ):
+        general.add_argument(flag, action="store_true", help=text)
+    for leaf in leaves.values():
         section, _, end = leaf.name.rpartition(".")
         if section not in groups:
             groups[section] = parser.add_argument_group(f"section {section}")
         has_place = leaf.name in positionals
         about = [] if has_place else [type_in_words(leaf.type)]
         if leaf.default is not MISSING and not (has_place and not leaf.default):
-            shown = dump_yaml(leaf.default, default_flow_style=True).removesuffix("...\n").strip()
-            about.append(f"default: {shown}")
+            about.append(f"default: {_in_a_line(leaf.default)}")
         text = (f"{leaf.help} ({'; '.join(about)})" if about else leaf.help).replace("%", "%%")
-        name = leaf.name if has_place else f"--{leaf.name}"
-        groups[section].add_argument(name, metavar=end.upper(), help=text)
+        groups[section].add_argument(leaf.name if has_place else f"--{leaf.name}", metavar=end.upper(), help=text)
     parser.print_help()

@@ -13,9 +13,8 @@ import pytest
 import yaml
 
 from bdh.cli import settings as cli_settings
-from bdh.cli.arguments import leaves_of
 from bdh.cli.main import COMMANDS
-from bdh.cli.settings import parse_settings, to_yaml
+from bdh.cli.settings import leaves_of, parse_settings, to_yaml
 from bdh.generate.params import EngineConfig, SamplingParams
 from bdh.model.configuration import BDHConfig
 from bdh.serve.config import ServeSettings
