@@ -174,11 +174,15 @@ class Writer:
         text.num_generated += len(output.token_ids)
         text.entries += entries
         text.completion = output.completion
-        extras = self._extras(output)
+        extras = {}
+        if output.activity is not None:
+            token = self._names.name(output.token_ids[-1]) if output.token_ids else None
+            extras["activations"] = [{"token": token, "passes": [asdict(each) for each in output.activity]}]
         if not (shown or entries or extras or output.completion):
             return None
         logprobs = self._logprobs(text, entries) if entries else None
-        choice = self._chunk_choice(place * self._num_given + output.index, shown, logprobs, output.completion)
+        reason = None if output.completion is None else output.completion.finish_reason
+        choice = self._choice(place * self._num_given + output.index, shown, logprobs, reason, is_chunk=True)
         if extras or text.extras:
             choice["bdh"] = {**extras, **text.extras}
         return choice
@@ -211,7 +215,7 @@ class Writer:
         for index, text in enumerate(given):
             assert text.completion is not None
             logprobs = None if self._num_top is None else self._logprobs(Text(), text.entries)
-            choice = self._answer_choice(index, str(text), logprobs, text.completion)
+            choice = self._choice(index, str(text), logprobs, text.completion.finish_reason, is_chunk=False)
             choices.append({**choice, "bdh": text.extras} if text.extras else choice)
         return {**self._head(self.object), "choices": choices, "usage": self.usage()}
 
@@ -222,12 +226,9 @@ class Writer:
         generated = sum(
             text.num_generated if text.completion is None else len(text.completion.token_ids) for text in self.all_texts
         )
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": generated,
-            "total_tokens": prompt + generated,
-            "prompt_tokens_details": {"cached_tokens": sum(each.num_cached_tokens for each in firsts if each)},
-        }
+        counts = {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
+        cached = sum(each.num_cached_tokens for each in firsts if each)
+        return {**counts, "prompt_tokens_details": {"cached_tokens": cached}}
 
     def _chunk(self, *choices: Json, usage: Json | None = None) -> bytes:
         found = {**self._head(self.chunk_object), "choices": choices}
@@ -238,12 +239,6 @@ class Writer:
     def _head(self, kind: str) -> Json:
         return {"id": self.id, "object": kind, "created": self._created, "model": self.model}
 
-    def _extras(self, output: StepOutput) -> Json:
-        if output.activity is None:
-            return {}
-        token = self._names.name(output.token_ids[-1]) if output.token_ids else None
-        return {"activations": [{"token": token, "passes": [asdict(each) for each in output.activity]}]}
-
     def _shown(self, text: Text, piece: str) -> str:
         """What of a text's next piece is given."""
         return piece
@@ -251,21 +246,15 @@ class Writer:
     def _logprobs(self, text: Text, entries: Entries) -> Json:
         raise NotImplementedError
 
-    def _chunk_choice(self, index: int, text: str, logprobs: Json | None, completion: Completion | None) -> Json:
-        raise NotImplementedError
-
-    def _answer_choice(self, index: int, text: str, logprobs: Json | None, completion: Completion) -> Json:
+    def _choice(self, index: int, text: str, logprobs: Json | None, reason: str | None, *, is_chunk: bool) -> Json:
         raise NotImplementedError
 
 
 class CompletionWriter(Writer):
     prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
 
-    def _chunk_choice(self, index: int, text: str, logprobs: Json | None, completion: Completion | None) -> Json:
-        reason = None if completion is None else completion.finish_reason
+    def _choice(self, index: int, text: str, logprobs: Json | None, reason: str | None, *, is_chunk: bool) -> Json:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
-
-    _answer_choice = _chunk_choice
 
     def _logprobs(self, text: Text, entries: Entries) -> Json:
         offsets = []
@@ -283,10 +272,8 @@ class CompletionWriter(Writer):
         """By name, the likeliest first; the token itself is always among them."""
         if entry is None:
             return None
-        found: dict[str, float] = {}
-        for token, logprob in [*entry.top, (entry.token, entry.logprob)]:
-            found.setdefault(self._names.name(token), logprob)
-        return found
+        found = {self._names.name(token): logprob for token, logprob in entry.top}
+        return {**found, self._names.name(entry.token): entry.logprob}
 
 
 class ChatWriter(Writer):
@@ -309,14 +296,12 @@ class ChatWriter(Writer):
         choice = {"delta": delta, "logprobs": None, "finish_reason": None}
         return [self._chunk({"index": index, **choice}) for index in range(self._num_given)]
 
-    def _chunk_choice(self, index: int, text: str, logprobs: Json | None, completion: Completion | None) -> Json:
-        reason = None if completion is None else completion.finish_reason
-        delta = {"content": text} if text else {}
-        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-
-    def _answer_choice(self, index: int, text: str, logprobs: Json | None, completion: Completion) -> Json:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": completion.finish_reason}
+    def _choice(self, index: int, text: str, logprobs: Json | None, reason: str | None, *, is_chunk: bool) -> Json:
+        if is_chunk:
+            shown: Json = {"delta": {"content": text} if text else {}}
+        else:
+            shown = {"message": {"role": "assistant", "content": text, "refusal": None}}
+        return {"index": index, **shown, "logprobs": logprobs, "finish_reason": reason}
 
     def _logprobs(self, text: Text, entries: Entries) -> Json:
         content = [
@@ -412,7 +397,7 @@ class ResponseWriter(ChatWriter):
         name = f"response.{name}"
         return sent_event({"type": name, "sequence_number": self._number - 1, **facts}, name)
 
-    def _chunk_choice(self, index: int, text: str, logprobs: Json | None, completion: Completion | None) -> Json:
+    def _choice(self, index: int, text: str, logprobs: Json | None, reason: str | None, *, is_chunk: bool) -> Json:
         return {"text": text, "logprobs": [] if logprobs is None else logprobs["content"]}
 
 

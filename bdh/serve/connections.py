@@ -7,7 +7,6 @@ server's ``capture_signals`` (checked with 0.54; ``tests/serve/test_connections.
 
 import asyncio
 import contextlib
-import json
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -66,10 +65,6 @@ class Connections:
             waiting = [each for each in serving if each.is_waiting and each is not connection]
             min(waiting, key=lambda each: each.since, default=connection).give_way()
 
-    def remove(self, connection: "Connection") -> None:
-        """A connection is closed."""
-        self.open.discard(connection)
-
     @property
     def may_linger(self) -> bool:
         """Whether one more may stay for a while only to be told why it has ended."""
@@ -108,7 +103,7 @@ class Connection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self._connections.remove(self)
+        self._connections.open.discard(self)
 
     @property
     def is_waiting(self) -> bool:
@@ -136,19 +131,13 @@ class Connection(H11Protocol):
             piece = data[at : at + size]
             at += len(piece)
             if state is h11.IDLE:
-                self._read_head(piece)
-            else:
-                super().data_received(piece)
-
-    def _read_head(self, piece: bytes) -> None:
-        if self._until is None:
-            self.since = self.loop.time()
-            self._until = self.since + self._limits.head_timeout
-        self._head_bytes += len(piece)
-        super().data_received(piece)
-        if self.conn.their_state is not h11.IDLE:
-            self._head_bytes = 0
-            self._until, self.since = None, self.loop.time()
+                self._head_bytes += len(piece)
+                if self._until is None:
+                    self.since = self.loop.time()
+                    self._until = self.since + self._limits.head_timeout
+            super().data_received(piece)
+            if state is h11.IDLE and self.conn.their_state is not h11.IDLE:
+                self._head_bytes, self._until, self.since = 0, None, self.loop.time()
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -168,10 +157,7 @@ class Connection(H11Protocol):
             self._end()
         elif self._until is not None and now >= self._until:
             if self._head_bytes:
-                seconds = self._limits.head_timeout
-                self._refuse(
-                    ApiError(408, f"the headers have not come within {seconds:g} seconds", code="request_timeout")
-                )
+                self._refuse(ApiError(408, f"the headers have not come within {self._limits.head_timeout:g} seconds"))
             else:
                 self.transport.close()
 
@@ -198,12 +184,8 @@ class Connection(H11Protocol):
 
     def _too_large(self) -> ApiError:
         is_address = self.conn.our_state is h11.IDLE and b"\n" not in self.conn.trailing_data[0]
-        most = self._limits.head_bytes
-        return ApiError(
-            414 if is_address else 431,
-            f"the request's {'address' if is_address else 'headers'} must be at most {most:,} bytes",
-            code="uri_too_long" if is_address else "headers_too_large",
-        )
+        status, what, code = (414, "address", "uri_too_long") if is_address else (431, "headers", "headers_too_large")
+        return ApiError(status, f"the request's {what} must be at most {self._limits.head_bytes:,} bytes", code=code)
 
     def _refuse(self, error: ApiError) -> None:
         """Ends it with an error, which the client is told unless an answer has begun."""
@@ -213,12 +195,11 @@ class Connection(H11Protocol):
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            body = json.dumps(error.body()).encode()
-            headers = {**error.headers(), "Content-Type": "application/json", "Content-Length": str(len(body))}
-            headers["Connection"] = "close"
+            answer = error.response()
+            headers = {**dict(answer.raw_headers), b"connection": b"close"}
             reason = HTTPStatus(error.status).phrase.encode()
-            answer = h11.Response(status_code=error.status, headers=list(headers.items()), reason=reason)
-            for event in (answer, h11.Data(data=body), h11.EndOfMessage()):
+            head = h11.Response(status_code=error.status, headers=list(headers.items()), reason=reason)
+            for event in (head, h11.Data(data=bytes(answer.body)), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         self._end()
 

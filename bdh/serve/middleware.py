@@ -103,7 +103,7 @@ def unavailable(message: str, code: str) -> ApiError:
 
 def internal_error() -> ApiError:
     """A 500 that does not say what happened; the log does."""
-    return ApiError(500, "something went wrong in the server; its log has the request's id", code="internal_error")
+    return ApiError(500, "something went wrong in the server; its log has the request's id")
 
 
 def log_to_stderr(log_format: str) -> None:
@@ -194,7 +194,8 @@ class RateLimits:
     """
 
     def __init__(self, settings: AuthSettings, now: Callable[[], float] = time.monotonic):
-        self._limits = {"requests": settings.requests_per_minute, "tokens": settings.tokens_per_minute}
+        limits = {"requests": settings.requests_per_minute, "tokens": settings.tokens_per_minute}
+        self._limits = {what: limit for what, limit in limits.items() if limit is not None}
         self._now = now
         self.used: dict[tuple[str, str], tuple[float, float]] = {}
         """By (requests or tokens, caller's id): how much, and when that was counted."""
@@ -206,33 +207,25 @@ class RateLimits:
             ApiError: 429, something is used up; nothing was counted.
         """
         for what, limit in self._limits.items():
-            if limit is None:
-                continue
-            over = self._level(what, caller, limit) - limit + (1 if what == "requests" else 0)
+            over = self._level(what, caller) - limit + (1 if what == "requests" else 0)
             if over > 0 or (what == "tokens" and over == 0):
-                raise ApiError(
-                    429,
-                    f"the limit of {limit:,} {what} a minute is reached: wait, and ask again",
-                    code="rate_limit_exceeded",
-                    retry_after=max(over, 1) * 60 / limit,
-                )
+                message = f"the limit of {limit:,} {what} a minute is reached: wait, and ask again"
+                raise ApiError(429, message, code="rate_limit_exceeded", retry_after=max(over, 1) * 60 / limit)
         self._add("requests", caller, 1)
 
     def charge(self, caller: Caller, num_tokens: int) -> None:
         self._add("tokens", caller, num_tokens)
 
-    def _level(self, what: str, caller: Caller, limit: int) -> float:
+    def _level(self, what: str, caller: Caller) -> float:
         used, since = self.used.get((what, caller.id), (0.0, 0.0))
-        return max(0.0, used - (self._now() - since) * limit / 60)
+        return max(0.0, used - (self._now() - since) * self._limits[what] / 60)
 
     def _add(self, what: str, caller: Caller, count: float) -> None:
-        limit = self._limits[what]
-        if limit is None:
-            return
-        if len(self.used) > _MOST_CALLERS:
+        if what in self._limits:
             now = self._now()
-            self.used = {key: value for key, value in self.used.items() if now - value[1] < 60}
-        self.used[what, caller.id] = (self._level(what, caller, limit) + count, self._now())
+            if len(self.used) > _MOST_CALLERS:
+                self.used = {key: value for key, value in self.used.items() if now - value[1] < 60}
+            self.used[what, caller.id] = (self._level(what, caller) + count, now)
 
 
 class RequestMiddleware:
@@ -256,18 +249,17 @@ class RequestMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        start = time.monotonic()
+            return await self._app(scope, receive, send)
+        start, method = time.monotonic(), scope["method"]
+        if method == "HEAD":
+            scope = {**scope, "method": "GET"}  # uvicorn leaves the body out, by its own scope
         scope["path"] = scope["path"].rstrip("/") or "/"  # a slash at the end makes no other route
         connection = HTTPConnection(scope)
         given = connection.headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         facts: dict[str, Any] = {}
         scope.setdefault("state", {}).update(request_id=request_id, arrived=start, facts=facts)
-        method = scope["method"]
-        if method == "HEAD":
-            scope = {**scope, "method": "GET"}  # uvicorn leaves the body out, by its own scope
+        caller: Caller | None = None
         status, is_read = 0, False
 
         async def send_with_headers(message: Message) -> None:
@@ -281,16 +273,20 @@ class RequestMiddleware:
                 message["headers"] = [*headers, (b"x-request-id", request_id.encode())]
             await send(message)
 
-        caller: Caller | None = None
         try:
             self._check_head(scope)
             if scope["path"] not in self._open_paths:
                 address = connection.client.host if connection.client else "local"
                 caller = self._keys.caller(connection.headers.get("authorization"), address)
                 scope["state"]["caller"] = caller
-            body = await self._body(connection, receive)
+            given_once: list[Message] = [{"type": "http.request", "body": await self._body(connection, receive)}]
             is_read = True
-            await self._app(scope, _receive_of(body, receive), send_with_headers)
+
+            async def receive_body() -> Message:
+                """The whole body, and then what the client does: in effect, that it leaves."""
+                return given_once.pop() if given_once else await receive()
+
+            await self._app(scope, receive_body, send_with_headers)
         except ApiError as error:
             if not status:
                 await error.response()(scope, receive, send_with_headers)
@@ -322,12 +318,7 @@ class RequestMiddleware:
             raise ApiError(431, f"the request has more than {most} headers", code="headers_too_large")
 
     async def _body(self, connection: HTTPConnection, receive: Receive) -> bytes:
-        """All of the request's body.
-
-        Raises:
-            ApiError: 413 or 408, it is larger than allowed, or does not come.
-            ClientGone: the client has gone before its end.
-        """
+        """All of the request's body. Raises an ``ApiError`` 413 or 408, it is too large or late, or :class:`ClientGone`."""
         limits, declared = self._limits, connection.headers.get("content-length", "0")
         is_too_large = declared.isdigit() and int(declared) > limits.body_bytes
         parts: list[bytes] = []
@@ -346,22 +337,10 @@ class RequestMiddleware:
                         break
         except TimeoutError:
             if not is_too_large:
-                reason = f"the request has not come within {limits.body_timeout:g} seconds"
-                raise ApiError(408, reason, code="request_timeout") from None
+                raise ApiError(408, f"the request has not come within {limits.body_timeout:g} seconds") from None
         if is_too_large:
-            reason = f"the request has more than {limits.body_bytes:,} bytes: send less"
-            raise ApiError(413, reason, code="request_too_large")
+            raise ApiError(413, f"the request has more than {limits.body_bytes:,} bytes: send less")
         return b"".join(parts)
-
-
-def _receive_of(body: bytes, receive: Receive) -> Receive:
-    """Gives the body in one message, and then what the client does: in effect, that it leaves."""
-    given: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def receive_body() -> Message:
-        return given.pop() if given else await receive()
-
-    return receive_body
 
 
 def sent_event(data: dict[str, Any], name: str | None = None) -> bytes:
@@ -406,19 +385,18 @@ async def unless_gone(receive: Receive, work: Callable[[], Awaitable[Result]]) -
     Raises:
         ClientGone: it has left.
     """
-    working = asyncio.ensure_future(work())
-    leaving = asyncio.ensure_future(_left(receive))
+
+    async def left() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    working, leaving = asyncio.ensure_future(work()), asyncio.ensure_future(left())
     try:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
         raise ClientGone
     finally:
-        for task in (working, leaving):
-            task.cancel()
+        working.cancel()
+        leaving.cancel()
         await asyncio.gather(working, leaving, return_exceptions=True)
-
-
-async def _left(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

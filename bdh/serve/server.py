@@ -41,18 +41,11 @@ def load(settings: ServeSettings, load_model: LoadModel) -> Loaded:
     model, loaded = load_model()
     tokenizer = PlainTokenizer.of(loaded)
     engine = Engine(model, tokenizer, config=settings.engine)
-    name = settings.model.rstrip("/").rpartition("/")[2]
-    prompts = ChatPrompts(tokenizer, settings.chat_template, settings.chat_stop)
-    encoding = f"{TextEncoder(tokenizer).hash}{tokenizer.chat_template}"
-    return Loaded(
-        model,
-        tokenizer,
-        AsyncEngine(engine),
-        prompts,
-        TokenNames(tokenizer),
-        StateStore(settings.states, model, tokenizer=hashlib.sha256(encoding.encode()).hexdigest()),
-        list(settings.served_model_name) or [name],
-    )
+    chat = ChatPrompts(tokenizer, settings.chat_template, settings.chat_stop)
+    encoding = hashlib.sha256(f"{TextEncoder(tokenizer).hash}{tokenizer.chat_template}".encode()).hexdigest()
+    states = StateStore(settings.states, model, tokenizer=encoding)
+    names = list(settings.served_model_name) or [settings.model.rstrip("/").rpartition("/")[2]]
+    return Loaded(model, tokenizer, AsyncEngine(engine), chat, TokenNames(tokenizer), states, names)
 
 
 def serve(settings: ServeSettings, load_model: LoadModel, *, last_step_seconds: float = 5.0) -> int:
@@ -69,8 +62,7 @@ def serve(settings: ServeSettings, load_model: LoadModel, *, last_step_seconds: 
     check_telemetry(settings.telemetry)
     log_to_stderr(settings.log_format)
     keys = ApiKeys(settings.auth)
-    listening = listen(settings.host, settings.port)
-    with listening:
+    with listen(settings.host, settings.port) as listening:
         return asyncio.run(_run(settings, load_model, keys, listening, last_step_seconds))
 
 
@@ -99,46 +91,38 @@ def _allow_open_files(connections: int) -> None:
     allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
     if allowed < needed:
-        log(
-            f"limits.connections is {connections}, for which the process needs {needed} open files: it may have {hard}",
-            level=logging.WARNING,
-        )
+        needs = f"limits.connections is {connections}, for which the process needs {needed} open files"
+        log(f"{needs}: it may have {hard}", level=logging.WARNING)
 
 
 async def _run(
-    settings: ServeSettings,
-    load_model: LoadModel,
-    keys: ApiKeys,
-    listening: socket.socket,
-    last_step_seconds: float,
+    settings: ServeSettings, load_model: LoadModel, keys: ApiKeys, listening: socket.socket, last_step_seconds: float
 ) -> int:
-    service = Service(settings)
     _allow_open_files(settings.limits.connections)
+    service = Service(settings)
     server = Server(uvicorn_config(service, keys))
     host, port = listening.getsockname()[:2]
     log("listening", url=f"http://{host}:{port}", keys=keys.are_needed)
     if not keys.are_needed and host not in ("127.0.0.1", "::1"):
         log("open to the network without API keys: everybody who reaches it may ask", level=logging.WARNING)
 
-    ending, hurry = asyncio.Event(), asyncio.Event()
-    num_signals = 0
+    ending, hurry, is_signalled = asyncio.Event(), asyncio.Event(), False
 
     def end() -> None:
-        nonlocal num_signals
-        num_signals += 1
-        service.refuse()  # at once: who reads the line below may ask in the same moment
-        if num_signals == 1:
-            log("ending", drain_timeout=settings.drain_timeout)
-        ending.set()
-        if num_signals > 1:
+        nonlocal is_signalled
+        if is_signalled:
             server.force_exit = True
             hurry.set()
+        service.refuse()  # at once: who reads the line below may ask in the same moment
+        if not is_signalled:
+            log("ending", drain_timeout=settings.drain_timeout)
+        is_signalled = True
+        ending.set()
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, end)
-    if hasattr(signal, "SIGHUP"):
-        loop.add_signal_handler(signal.SIGHUP, _reload, keys)
+    loop.add_signal_handler(signal.SIGHUP, _reload, keys)
 
     serving = asyncio.create_task(server.serve([listening]))
     loading = asyncio.create_task(_load(service, settings, load_model))
