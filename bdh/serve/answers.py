@@ -272,8 +272,10 @@ class CompletionWriter(Writer):
         """By name, the likeliest first; the token itself is always among them."""
         if entry is None:
             return None
-        found = {self._names.name(token): logprob for token, logprob in entry.top}
-        return {**found, self._names.name(entry.token): entry.logprob}
+        found: dict[str, float] = {}
+        for token, logprob in [*entry.top, (entry.token, entry.logprob)]:
+            found.setdefault(self._names.name(token), logprob)
+        return found
 
 
 class ChatWriter(Writer):

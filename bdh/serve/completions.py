@@ -120,8 +120,6 @@ async def _completion(service: Service, body: CompletionRequest, request: Reques
     if snapshot is not None and (len(texts) > 1 or body.echo):
         name = "prompt" if len(texts) > 1 else "echo"
         raise bad_request(f"{name}: with bdh.from_state only one prompt, and no echo", name)
-    await compile_grammar(loaded, params, "response_format")
-    params.validated()  # what pydantic does not know
     prompts = []
     for number, text in enumerate(texts):
         param = "prompt" if text is body.prompt else f"prompt.{number}"
@@ -142,7 +140,6 @@ async def _chat(service: Service, body: ChatRequest, request: Request) -> "TextG
     if body.logprobs:
         params.logprobs = body.top_logprobs or 0
     service.check_texts(params.n, "n")
-    await compile_grammar(loaded, params, "response_format")
     snapshot = await _saved_snapshot(loaded, extras, request)
     before: list[dict[str, str]] = []
     if snapshot is None:
@@ -168,20 +165,6 @@ def _prompt(
     return PromptRequest(
         tokens, params, snapshot, bool(extras.save_state), extras.activations, param=param, notes=notes
     )
-
-
-async def compile_grammar(loaded: Loaded, params: SamplingParams, param: str) -> None:
-    """Makes the text's grammar ready, which takes a second at worst, where it holds up nobody.
-
-    Raises:
-        ApiError: 400, it cannot be held.
-    """
-    if params.grammar is None:
-        return
-    try:
-        await asyncio.to_thread(loaded.engine.engine.grammars.compile, params.grammar)
-    except (ValueError, ImportError) as error:
-        raise bad_request(f"{param}: {error}", param) from error
 
 
 async def _saved_snapshot(loaded: Loaded, extras: Extras, request: Request) -> Snapshot | None:
@@ -221,6 +204,15 @@ class TextGeneration(Generation):
             log("prompts", prompts=[self.loaded.names.text(prompt.prompt) for prompt in prompts])
 
     async def respond(self) -> Response:
+        """
+        Raises:
+            ApiError: as :meth:`Generation.submit`; 400, the form of the texts cannot be held.
+        """
+        if (grammar := self.prompts[0].params.grammar) is not None:
+            try:  # it takes a second at worst, in a thread where it holds up nobody
+                await asyncio.to_thread(self.loaded.engine.engine.grammars.compile, grammar)
+            except (ValueError, ImportError) as error:
+                raise bad_request(f"{self.format_param}: {error}", self.format_param) from error
         await self.submit()
         if self._is_stream:
             return EventStream(self._events(), self._finish)

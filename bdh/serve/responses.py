@@ -20,7 +20,7 @@ from bdh.generate.params import SamplingParams
 from bdh.generate.sequence import Completion
 from bdh.generate.snapshot import Snapshot
 from bdh.serve.answers import ResponseAnswer, ResponseWriter, item_id
-from bdh.serve.completions import STREAMS, TextGeneration, compile_grammar, notes_with_reply
+from bdh.serve.completions import STREAMS, TextGeneration, notes_with_reply
 from bdh.serve.middleware import ApiError, log
 from bdh.serve.schemas import (
     NOT_NULL,
@@ -130,6 +130,13 @@ Item = Annotated[
 ]
 
 
+_NOT_ALL_EMPTY: Json = {"contains": {"properties": {"type": {"not": {"const": "reasoning"}}}}}
+Items = Annotated[list[Item], Field(min_length=1, json_schema_extra=_NOT_ALL_EMPTY)]
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+]
+
+
 class TextOptions(RequestModel):
     without_effect = WITHOUT_EFFECT["response text"]
     format: TextFormat | None = None
@@ -153,16 +160,7 @@ class ResponseRequest(Sampling):
             )
         ]
     }
-    input: (
-        str
-        | Annotated[
-            list[Item],
-            Field(
-                min_length=1,
-                json_schema_extra={"contains": {"properties": {"type": {"not": {"const": "reasoning"}}}}},
-            ),
-        ]
-    ) = Field(description="A user's text, or items; with previous_response_id only the new ones.")
+    input: str | Items = Field(description="A user's text, or items; with previous_response_id only the new ones.")
     instructions: str | None = Field(default=None, description="What the system says before all else, in this turn.")
     max_output_tokens: Positive | None = None
     previous_response_id: str | None = Field(default=None, description="Continue a stored response.")
@@ -184,12 +182,7 @@ class ResponseRequest(Sampling):
         | None
     ) = None
     top_logprobs: TopLogprobs | None = None
-    metadata: (
-        Annotated[
-            dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
-        ]
-        | None
-    ) = None
+    metadata: Metadata | None = None
     stream_options: ResponseStreamOptions | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
@@ -347,7 +340,6 @@ async def _response(service: Service, body: ResponseRequest, request: Request) -
     loaded = service.ready()
     max_tokens = service.max_tokens(body.max_output_tokens, service.settings.limits.chat_tokens, "max_output_tokens")
     params = body.params(max_tokens, stops=loaded.chat.stops, stop_token_ids=loaded.chat.end_ids)
-    await compile_grammar(loaded, params, "text.format")
     previous = None
     if body.previous_response_id is not None:
         previous = _stored(service, body.previous_response_id, request, is_previous=True)
@@ -357,6 +349,7 @@ async def _response(service: Service, body: ResponseRequest, request: Request) -
         message = _referred(service, item, place, request) if isinstance(item, ItemReference) else item
         messages.append(message.plain())
         items.append(message.item(f"{item_id(response_id)}_{place}"))
+    text_format = {"type": "text", **body.format.model_dump(by_alias=True, exclude_none=True)}
     answer = ResponseAnswer(
         id=response_id,
         created_at=int(time.time()),
@@ -366,28 +359,18 @@ async def _response(service: Service, body: ResponseRequest, request: Request) -
         top_p=params.top_p,
         metadata=body.metadata or {},
         top_logprobs=body.top_logprobs or 0,
-        text={
-            "format": {"type": "text", **body.format.model_dump(by_alias=True, exclude_none=True)},
-            "verbosity": "medium",
-        },
-        instructions=body.instructions,
-        previous_response_id=body.previous_response_id,
-        max_output_tokens=body.max_output_tokens,
-        user=body.user,
+        text={"format": text_format, "verbosity": "medium"},
+        **body.model_dump(include={"instructions", "previous_response_id", "max_output_tokens", "user"}),
     )
-    prompt = await _prompt(loaded, previous, messages, body.instructions or None, params)
-    prompt.keep_snapshot = answer.store
+    prompt = await _prompt(loaded, previous, messages, body.instructions or None)
+    prompt.params, prompt.keep_snapshot = params, answer.store
     before = [] if previous is None else previous.record["messages"]
     writer = ResponseWriter(prompt, loaded.names, answer, loaded.chat.reply)
     return ResponseGeneration(service, [prompt], request, writer, body, items=items, messages=[*before, *messages])
 
 
 async def _prompt(
-    loaded: Loaded,
-    previous: SavedState | None,
-    messages: list[PlainMessage],
-    instructions: str | None,
-    params: SamplingParams,
+    loaded: Loaded, previous: SavedState | None, messages: list[PlainMessage], instructions: str | None
 ) -> PromptRequest:
     """What is to be read: with the state of the previous response, where that has been kept and has read the same
     instructions, only what is new; else the conversation from its beginning.
@@ -411,7 +394,7 @@ async def _prompt(
         error.param = "input" if error.param == "messages" else error.param
         raise
     notes = {"kind": "chat", "messages": [*before, *messages]}
-    return PromptRequest(tokens, params, snapshot, param="input", notes=notes)
+    return PromptRequest(tokens, snapshot=snapshot, param="input", notes=notes)
 
 
 async def _state_of(loaded: Loaded, saved: SavedState) -> Snapshot | None:

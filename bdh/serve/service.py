@@ -25,6 +25,16 @@ from bdh.tokenizer.plain import PlainTokenizer
 
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 300)
 _BETWEEN = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1, 2)
+_HISTOGRAMS = {
+    "time_to_first_token": ("From a request's arrival to its first token.", _SECONDS),
+    "inter_token_latency": ("Between two tokens of a text, as they are handed on.", _BETWEEN),
+    "e2e_request_latency": ("From a request's arrival to its last token.", _SECONDS),
+    "request_queue_time": ("From a request's arrival until its prompt has a state.", _SECONDS),
+}
+_COUNTERS = {
+    "requests": ("Answers, by route and status.", ("route", "status")),
+    "request_success": ("Texts that have ended, by the reason.", ("finished_reason",)),
+}
 _GAUGES = {
     "num_requests_running": "Sequences that have a state.",
     "num_requests_waiting": "Prompts that wait for one.",
@@ -53,40 +63,23 @@ class Metrics(Collector):
     """
 
     def __init__(self, model_name: str, values: Callable[[], dict[str, float]]):
-        self.registry = CollectorRegistry()
+        self.registry = registry = CollectorRegistry()
         self._model, self._values = model_name, values
+        self._histograms = {
+            name: Histogram(f"bdh:{name}_seconds", about, ["model_name"], buckets=buckets, registry=registry)
+            for name, (about, buckets) in _HISTOGRAMS.items()
+        }
+        self._counters = {
+            name: Counter(f"bdh:{name}", about, ["model_name", *labels], registry=registry)
+            for name, (about, labels) in _COUNTERS.items()
+        }
+        registry.register(self)
 
-        def histogram(name: str, about: str, buckets: tuple[float, ...] = _SECONDS) -> Histogram:
-            made = Histogram(f"bdh:{name}_seconds", about, ["model_name"], buckets=buckets, registry=self.registry)
-            return made.labels(model_name)
+    def observe(self, name: str, seconds: float) -> None:
+        self._histograms[name].labels(self._model).observe(seconds)
 
-        self.time_to_first_token = histogram("time_to_first_token", "From a request's arrival to its first token.")
-        self.inter_token_latency = histogram(
-            "inter_token_latency", "Between two tokens of a text, as they are handed on.", _BETWEEN
-        )
-        self.e2e_request_latency = histogram("e2e_request_latency", "From a request's arrival to its last token.")
-        self.request_queue_time = histogram(
-            "request_queue_time", "From a request's arrival until its prompt has a state."
-        )
-        self._requests = Counter(
-            "bdh:requests",
-            "Answers, by route and status.",
-            ["model_name", "route", "status"],
-            registry=self.registry,
-        )
-        self._success = Counter(
-            "bdh:request_success",
-            "Texts that have ended, by the reason.",
-            ["model_name", "finished_reason"],
-            registry=self.registry,
-        )
-        self.registry.register(self)
-
-    def answered(self, route: str, status: int) -> None:
-        self._requests.labels(self._model, route, str(status)).inc()
-
-    def finished(self, reason: str) -> None:
-        self._success.labels(self._model, reason).inc()
+    def count(self, name: str, *labels: str) -> None:
+        self._counters[name].labels(self._model, *labels).inc()
 
     def collect(self) -> Iterator[Metric]:
         """The gauges and totals now."""
@@ -145,9 +138,9 @@ class Loaded:
             raise bad_request(str(error), param) from error
         if not tokens and not continues:
             raise bad_request("the prompt has no tokens: give at least one to start from", param)
-        if wrong := [token for token in tokens if token >= self.vocab_size][:3]:
-            message = f"the prompt has the token ids {wrong}: must be within 0 and {self.vocab_size - 1}"
-            raise bad_request(message, param)
+        last = self.vocab_size - 1
+        if wrong := [token for token in tokens if token > last][:3]:
+            raise bad_request(f"the prompt has the token ids {wrong}: must be within 0 and {last}", param)
         return tokens
 
 
@@ -187,9 +180,8 @@ class Service:
             return self.loaded
         if self.status == "failed":
             raise unavailable("the engine has failed", "engine_failed")
-        raise unavailable(
-            "the server is ending" if self.status == "draining" else "the model is being loaded", self.status
-        )
+        reason = "the server is ending" if self.status == "draining" else "the model is being loaded"
+        raise unavailable(reason, self.status)
 
     def check_engine(self) -> None:
         """Takes note where the engine's thread has ended, or hangs."""
@@ -278,7 +270,7 @@ class Service:
     def answered(self, route: str, status: int) -> None:
         """Counts an answer."""
         if self.metrics is not None:
-            self.metrics.answered(route, status)
+            self.metrics.count("requests", route, str(status))
 
     def refuse(self) -> None:
         """From here on no more requests are taken."""
@@ -395,7 +387,7 @@ class Generation:
         if item is not None:
             self._items.put_nowait(item if isinstance(item, BaseException) else (place, item))
         elif self.service.metrics is not None:
-            self.service.metrics.request_queue_time.observe(time.monotonic() - self._arrived)
+            self.service.metrics.observe("request_queue_time", time.monotonic() - self._arrived)
 
     async def outputs(self, silence_seconds: float = math.inf) -> AsyncIterator[tuple[int, StepOutput] | None]:
         """What the steps add, with the place of its prompt, until all texts have ended; None after each such silence.
@@ -444,16 +436,14 @@ class Generation:
         if output.token_ids:
             self.num_generated += len(output.token_ids)
             last = self._last_token.get((place, output.index))
-            if last is None:
-                metrics.time_to_first_token.observe(now - self._arrived)
-            else:
-                metrics.inter_token_latency.observe(now - last)
+            name = "time_to_first_token" if last is None else "inter_token_latency"
+            metrics.observe(name, now - (self._arrived if last is None else last))
             self._last_token[place, output.index] = now
         if output.completion is not None:
             self._left[place] -= 1
-            metrics.finished(output.completion.finish_reason)
+            metrics.count("request_success", output.completion.finish_reason)
             if not any(self._left):
-                metrics.e2e_request_latency.observe(now - self._arrived)
+                metrics.observe("e2e_request_latency", now - self._arrived)
 
     def cut_off(self, *, keep: bool) -> None:
         """The server ends. With ``keep`` the texts' snapshots come before the end."""

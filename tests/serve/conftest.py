@@ -109,6 +109,7 @@ class Running:
         self.http.close()
         self._server.should_exit = self._server.force_exit = True
         self._thread.join(20)
+        assert not self._thread.is_alive(), f"the server at {self.url} does not end"
         if self.service.loaded is not None:
             self.service.loaded.engine.close()
 

@@ -10,6 +10,8 @@ import time
 
 import pytest
 
+import bdh.generate.advance
+import bdh.generate.async_engine
 from bdh.generate.params import EngineConfig
 from bdh.serve.config import AuthSettings, LimitSettings
 from bdh.serve.middleware import EventStream, JsonFormatter, TextFormatter
@@ -307,20 +309,30 @@ def test_an_engine_that_fails_turns_the_server_off(start_server, bytes_pair, mon
     assert server.http.get("/health/live").status_code == 200
 
 
+class Clock:
+    def __init__(self):
+        self.now = time.monotonic()
+
+    def monotonic(self):
+        return self.now
+
+
 def test_a_long_step_that_makes_progress_is_no_hang(start_server, bytes_pair, monkeypatch):
     """A step of more than a minute ended the server, whatever it was doing."""
-    server = start_server(*bytes_pair, limits=LimitSettings(stall_timeout=0.4))
+    server = start_server(*bytes_pair, limits=LimitSettings(stall_timeout=60))
     advancer = server.service.loaded.engine.engine.advancer
-    step = advancer.read_all
+    step, clock = advancer.read_all, Clock()
 
-    def slow(feeds):
-        for _ in range(40):
-            time.sleep(0.02)
-            advancer.mark_progress()
+    def slow(inputs):
+        for _ in range(4):
+            clock.now += 50
             server.service.check_engine()
-        step(feeds)
+            advancer.mark_progress()
+        step(inputs)
 
     monkeypatch.setattr(advancer, "read_all", slow)
+    for module in (bdh.generate.advance, bdh.generate.async_engine):
+        monkeypatch.setattr(module, "time", clock)
     assert server.complete("abc", max_tokens=1).status_code == 200
     assert server.service.status == "ready"
 
