@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bdh.cli import average, bench, chat, convert, eval, export, generate, plot, runs, tokenizer
+from bdh.cli import bench, chat, commands, eval, generate
 from bdh.cli.settings import leaves_of, parse_settings
 from bdh.data.config import DataConfig
 from bdh.serve.config import ServeSettings
@@ -17,16 +17,16 @@ from bdh.validation import PathText, Settings, expanded_path, holds_paths
 ALL_SETTINGS = [
     RunSettings,
     ServeSettings,
-    average.AverageSettings,
+    commands.AverageSettings,
     bench.BenchSettings,
     chat.ChatSettings,
-    convert.ConvertSettings,
+    commands.ConvertSettings,
     eval.EvalSettings,
-    export.ExportSettings,
+    commands.ExportSettings,
     generate.GenerateSettings,
-    plot.PlotSettings,
-    runs.RunsSettings,
-    tokenizer.TokenizerTrainSettings,
+    commands.PlotSettings,
+    commands.RunsSettings,
+    commands.TokenizerTrainSettings,
 ]
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import math
 import pkgutil
+import sys
 import types
 import typing
 from typing import Any
@@ -11,16 +12,14 @@ from typing import Any
 import pytest
 
 import bdh
-from bdh.cli.main import COMMANDS, main
+from bdh.cli.main import COMMANDS, find_command, main
 from bdh.model.config_fields import ConfigFields
 from bdh.model.configuration import BDHConfig
 from bdh.validation import Faults, Settings, collect_faults
 from tests.cli.test_defaults import REQUIRED, Command
 
 for module in pkgutil.walk_packages(bdh.__path__, "bdh."):
-    if module.name.rpartition(".")[2] in ("config", "params") or module.name in (
-        f"bdh.cli.{command}" for command in COMMANDS
-    ):
+    if module.name.rpartition(".")[2] in ("config", "params") or module.name.startswith("bdh.cli."):
         importlib.import_module(module.name)
 
 
@@ -70,9 +69,8 @@ def test_all_classes_of_settings_are_looked_at():
 
 
 def test_whatever_has_faults_of_its_own_is_a_class_of_settings():
-    for command in COMMANDS:
-        module = importlib.import_module(f"bdh.cli.{command}")
-        for value in vars(module).values():
+    for module in {find_command(command).__module__ for command in COMMANDS}:
+        for value in vars(sys.modules[module]).values():
             if dataclasses.is_dataclass(value) and hasattr(value, "collect_faults"):
                 assert issubclass(value, Settings)
 
@@ -93,7 +91,7 @@ def test_a_number_of_every_settings_class_is_finite(settings_class, name, form, 
 @pytest.mark.parametrize("value", [".inf", ".nan", "-.inf", "1e999"])
 def test_every_command_refuses_what_is_not_finite(command, value, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patched:
-        settings_class = type(Command(importlib.import_module(f"bdh.cli.{command}"), command).settings(patched))
+        settings_class = type(Command(command).settings(patched))
 
     def names(of: type, prefix: str = "") -> list[str]:
         found = []

@@ -176,7 +176,7 @@ class BenchSettings(ReadsModel):
         return options.quick() if self.quick else options
 
 
-def run(argv: list[str]) -> int:
+def run_bench(argv: list[str]) -> int:
     files, argv = _training_files(argv)
     training = _training_settings(files, argv)
     base = None

@@ -10,13 +10,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bdh.cli.models import ReadsModel, load_for_generation
-from bdh.cli.output import show_kept
+from bdh.cli.models import ModelSettings, load_for_generation
+from bdh.cli.output import print_error, show_kept
 from bdh.cli.settings import parse_settings, verbatim
 from bdh.generate.params import DrawSettings, EngineConfig, SamplingParams
 from bdh.ops import StepPath, Storage
 from bdh.storage import check_file
-from bdh.validation import DeviceName, Faults, PathText
+from bdh.validation import Faults, PathText
 
 if TYPE_CHECKING:
     from bdh.generate.chat import Conversation
@@ -29,9 +29,7 @@ _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) i
 
 
 @dataclass(kw_only=True)
-class ChatSettings(ReadsModel, DrawSettings):
-    model: PathText
-    """Folder of an exported model or of a run, or a hub id."""
+class ChatSettings(ModelSettings, DrawSettings):
     max_tokens: int = 500
     """Tokens of a reply at most."""
     system: str | None = verbatim(None)
@@ -50,12 +48,6 @@ class ChatSettings(ReadsModel, DrawSettings):
     """How the CPU's kernels hold the weights: bfloat16 halves memory and traffic."""
     state: Storage = "float32"
     """How they hold the state."""
-    checkpoint: str | None = None
-    """For a run: last (the default), best, or a step."""
-    base: PathText | None = None
-    """For adapters: where the model that they were trained beside is now, by default where it was."""
-    device: DeviceName = "auto"
-    """auto, cpu, cuda, cuda:N or mps."""
 
     def collect_faults(self, faults: Faults) -> None:
         super().collect_faults(faults)
@@ -84,7 +76,7 @@ class ChatSettings(ReadsModel, DrawSettings):
         )
 
 
-def run(argv: list[str]) -> int:
+def run_chat(argv: list[str]) -> int:
     settings = parse_settings(
         ChatSettings,
         argv,
@@ -161,7 +153,7 @@ class Session:
                     raise
                 except (ValueError, OSError) as error:
                     self._failed = True
-                    _complain(str(error))
+                    print_error(str(error))
                 except KeyboardInterrupt:
                     if not self.is_terminal:
                         raise
@@ -336,11 +328,6 @@ def _shortened(text: str) -> str:
 
 def _tell(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def _complain(message: str) -> None:
-    red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() else ("", "")
-    _tell(f"{red}error: {message}{plain}")
 
 
 @contextmanager

@@ -4,23 +4,21 @@ import importlib.util
 import json
 import math
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from bdh.cli.models import ReadsModel
+from bdh.cli.models import ModelSettings
+from bdh.cli.output import count_progress, error_console, stage_progress, table_lines
 from bdh.cli.settings import parse_settings
 from bdh.data.config import DataConfig
 from bdh.evaluate import check_task_files
-from bdh.validation import DeviceName, Faults, PathText
+from bdh.validation import Faults, PathText
 
 _UNKNOWN_BLOCK_SIZE = 512
 
 
 @dataclass(kw_only=True)
-class EvalSettings(ReadsModel):
-    model: PathText
-    """Folder of an exported model or of a run, or a hub id."""
+class EvalSettings(ModelSettings):
     data: DataConfig = field(default_factory=DataConfig)
     part: Literal["validation", "train", "all"] = "validation"
     """Part of the data: what training would validate on, what it would train on, or both."""
@@ -54,53 +52,39 @@ class EvalSettings(ReadsModel):
     """Needle: facts that are planted."""
     seed: int = 0
     """Needle: of the facts and the places."""
-    checkpoint: str | None = None
-    """For a run: last (the default), best, or a step."""
-    base: PathText | None = None
-    """For adapters: where the model that they were trained beside is now, by default where it was."""
-    device: DeviceName = "auto"
-    """auto, cpu, cuda, cuda:N or mps."""
     json: bool = False
     """Print one JSON object instead of lines."""
 
     def collect_faults(self, faults: Faults) -> None:
         super().collect_faults(faults)
-        faults.require(self.block_size is None or self.block_size >= 1, "block_size", self.block_size, "at least 1")
-        faults.require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
-        for name in ("num_fewshot", "limit"):
-            value, least = getattr(self, name), 0 if name == "num_fewshot" else 1
-            faults.require(value is None or value >= least, name, value, f"at least {least}")
-        faults.require(self.needle_trials >= 1, "needle_trials", self.needle_trials, "at least 1")
-        distances = self.needle_distances
-        faults.require(
-            bool(distances) and min(distances) >= 1, "needle_distances", distances, "a list of numbers of at least 1"
-        )
-        faults.require(not (self.needle and self.tasks), "needle", self.needle, "left out with tasks")
-        self.collect_stride_faults(self.block_size, faults)
-        faults.require(
-            not self.carry_state or self.stride in (None, self.block_size),
-            "stride",
-            self.stride,
-            "left out with carry_state, which reads every token once",
-        )
-        faults.require(self.streams >= 1, "streams", self.streams, "at least 1")
-        faults.require(self.streams == 1 or self.carry_state, "streams", self.streams, "given with carry_state")
-        faults.require(self.blocks is None or self.blocks >= 1, "blocks", self.blocks, "at least 1")
-        faults.require(
-            self.blocks is None or (self.carry_state and self.streams == 1),
-            "blocks",
-            self.blocks,
-            "given with carry_state, and without streams, whose number follows from it",
-        )
 
-        faults.require(self.window is None or self.window >= 1, "window", self.window, "at least 1")
-        reads_on = self.carry_state and not self.tasks and not self.needle
-        faults.require(
-            self.window is None or reads_on,
+        def require(name: str, is_right: bool, allowed: str) -> None:
+            value = getattr(self, name)
+            faults.require(value is None or is_right, name, value, allowed)
+
+        for name in (
+            "block_size",
+            "batch_size",
+            "num_fewshot",
+            "limit",
+            "needle_trials",
+            "streams",
+            "blocks",
             "window",
-            self.window,
-            "given with carry_state, and without tasks or needle",
-        )
+        ):
+            least = 0 if name == "num_fewshot" else 1
+            require(name, (getattr(self, name) or 0) >= least, f"at least {least}")
+        distances = self.needle_distances
+        require("needle_distances", bool(distances) and min(distances) >= 1, "a list of numbers of at least 1")
+        require("needle", not (self.needle and self.tasks), "left out with tasks")
+        self.collect_stride_faults(self.block_size, faults)
+        is_right = not self.carry_state or self.stride == self.block_size
+        require("stride", is_right, "left out with carry_state, which reads every token once")
+        require("streams", self.streams == 1 or self.carry_state, "given with carry_state")
+        is_right = self.carry_state and self.streams == 1
+        require("blocks", is_right, "given with carry_state, and without streams, whose number follows from it")
+        reads_on = self.carry_state and not self.tasks and not self.needle
+        require("window", reads_on, "given with carry_state, and without tasks or needle")
 
     def check_available(self) -> None:
         super().check_available()
@@ -121,7 +105,7 @@ class EvalSettings(ReadsModel):
         faults.require(is_right, "stride", self.stride, limit)
 
 
-def run(argv: list[str]) -> int:
+def run_eval(argv: list[str]) -> int:
     settings = parse_settings(
         EvalSettings,
         argv,
@@ -131,34 +115,32 @@ def run(argv: list[str]) -> int:
         positionals=("model",),
     )
     from bdh.tokenizer.plain import vocabulary_size
-    from bdh.train.models import load_model
 
-    model, tokenizer = load_model(
-        settings.model, checkpoint=settings.checkpoint, base=settings.base, device=settings.device
-    )
+    model, tokenizer = settings.load_with_transformers()
     if vocabulary_size(tokenizer) != model.config.vocab_size:
         raise ValueError(f"the tokenizer has {vocabulary_size(tokenizer)} entries, the model {model.config.vocab_size}")
-    if settings.tasks:
-        return _run_tasks(settings, model, tokenizer)
-    if settings.needle:
-        return _run_needle(settings, model, tokenizer)
-    return _run_text(settings, model, tokenizer)
+    settings = replace(settings, block_size=settings.block_size or model.config.train_block_size or _UNKNOWN_BLOCK_SIZE)
+    run = _run_tasks if settings.tasks else _run_needle if settings.needle else _run_text
+    run(settings, model, tokenizer)
+    return 0
 
 
-def _run_text(settings: EvalSettings, model: Any, tokenizer: Any) -> int:
-    from bdh.cli.output import token_progress
+def _run_text(settings: EvalSettings, model: Any, tokenizer: Any) -> None:
     from bdh.data.chat import holds_chat
     from bdh.evaluate.loss import evaluate_text
     from bdh.tokenizer.plain import document_end_id
 
-    block_size = settings.block_size or model.config.train_block_size or _UNKNOWN_BLOCK_SIZE
+    block_size = settings.block_size
+    assert block_size is not None
     faults = Faults()
     settings.collect_stride_faults(block_size, faults)
     faults.raise_if_any()
     if settings.data.mix is None and holds_chat(settings.data):
-        return _measure_answers(settings, model, tokenizer, block_size)
+        _measure_answers(settings, model, tokenizer, block_size)
+        return
     tokens, num_bytes, source = _text(settings, tokenizer)
-    with token_progress(_console(), len(tokens) - 1) as advance:
+    stretch_tokens = math.ceil((len(tokens) - 1) / settings.streams) if settings.streams > 1 else None
+    with count_progress("evaluating", "tokens", len(tokens) - 1) as advance:
         metrics = evaluate_text(
             model,
             tokens,
@@ -166,7 +148,7 @@ def _run_text(settings: EvalSettings, model: Any, tokenizer: Any) -> int:
             block_size=block_size,
             stride=settings.stride,
             carry_state=settings.carry_state,
-            stretch_tokens=_stretch_tokens(settings, block_size, len(tokens) - 1),
+            stretch_tokens=settings.blocks * block_size if settings.blocks else stretch_tokens,
             window=settings.window,
             document_end=document_end_id(tokenizer) if settings.data.pack == "documents" else None,
             max_batch_size=settings.batch_size,
@@ -175,20 +157,19 @@ def _run_text(settings: EvalSettings, model: Any, tokenizer: Any) -> int:
         )
     windows = f"windows        {block_size:,} tokens, {_describe(settings)}"
     _print_metrics(settings, metrics, source, block_size, windows)
-    return 0
 
 
-def _measure_answers(settings: EvalSettings, model: Any, tokenizer: Any, block_size: int) -> int:
-    """Of conversations: each read from nothing, in pieces of ``block_size``, and what the assistant writes is measured."""
+def _measure_answers(settings: EvalSettings, model: Any, tokenizer: Any, block_size: int) -> None:
+    """Of conversations: each read from nothing, in chunks of ``block_size``, and what the assistant writes is measured."""
     from bdh.data import prepare_corpus
     from bdh.evaluate.loss import evaluate_batch
 
-    wrong: list[tuple[str, Any, bool, str]] = []
-    wrong += [("part", settings.part, settings.part != "validation", "their validation part, or data.val_source")]
-    wrong += [("stride", settings.stride, settings.stride not in (None, block_size), "windows without overlap")]
-    wrong += [("carry_state", True, settings.carry_state, "one conversation at a time")]
-    for name, value, is_wrong, on in wrong:
-        if is_wrong:
+    for name, right, on in (
+        ("part", ("validation",), "their validation part, or data.val_source"),
+        ("stride", (None, block_size), "windows without overlap"),
+        ("carry_state", (False,), "one conversation at a time"),
+    ):
+        if (value := getattr(settings, name)) not in right:
             raise ValueError(f"{name} is {value!r}: conversations are measured on {on}")
     corpus = prepare_corpus(settings.data, tokenizer, block_size)
     (part,) = corpus.validation_parts(sys.maxsize)
@@ -197,7 +178,6 @@ def _measure_answers(settings: EvalSettings, model: Any, tokenizer: Any, block_s
     )
     rows = f"conversations  {len(part.batch.tokens):,}, each read from nothing; only answers count"
     _print_metrics(settings, metrics, corpus.facts["source"], block_size, rows)
-    return 0
 
 
 def _print_metrics(settings: EvalSettings, metrics: Any, source: Any, block_size: int, windows: str) -> None:
@@ -218,17 +198,10 @@ def _print_metrics(settings: EvalSettings, metrics: Any, source: Any, block_size
         print(f"block {number:<8} {loss:.4f} nats per token")
 
 
-def _stretch_tokens(settings: EvalSettings, block_size: int, num_predicted: int) -> int | None:
-    if settings.blocks is not None:
-        return settings.blocks * block_size
-    return math.ceil(num_predicted / settings.streams) if settings.streams > 1 else None
-
-
-def _run_tasks(settings: EvalSettings, model: Any, tokenizer: Any) -> int:
+def _run_tasks(settings: EvalSettings, model: Any, tokenizer: Any) -> None:
     from bdh.evaluate.harness import HarnessModel, evaluate_tasks
 
-    block_size = settings.block_size or model.config.train_block_size or _UNKNOWN_BLOCK_SIZE
-    max_length = None if settings.carry_state else block_size
+    max_length = None if settings.carry_state else settings.block_size
     lm = HarnessModel(model, tokenizer, max_length=max_length, batch_size=settings.batch_size)
     scores = evaluate_tasks(
         lm,
@@ -238,8 +211,8 @@ def _run_tasks(settings: EvalSettings, model: Any, tokenizer: Any) -> int:
         limit=settings.limit,
     )
     if lm.num_cut:
-        _console().print(
-            f"warning: {lm.num_cut:,} texts were longer than {block_size:,} tokens, of which a prediction sees the last: "
+        error_console().print(
+            f"warning: {lm.num_cut:,} texts were longer than {max_length:,} tokens, of which a prediction sees the last: "
             "--block_size sets how many, --carry_state lets it see all",
             style="yellow",
             markup=False,
@@ -247,62 +220,50 @@ def _run_tasks(settings: EvalSettings, model: Any, tokenizer: Any) -> int:
     if settings.json:
         figures = [asdict(score) for score in scores]
         print(json.dumps({"scores": figures, "max_length": max_length, "cut_contexts": lm.num_cut}))
-        return 0
+        return
     rows = [("task", "metric", "value", "± error", "documents")]
     for score in scores:
         error = "-" if score.stderr is None else f"{score.stderr:.4f}"
         documents = "-" if score.num_samples is None else f"{score.num_samples:,}"
         rows.append((score.task, score.metric, f"{score.value:.4f}", error, documents))
-    _print_table(rows, num_names=2)
-    return 0
+    print("\n".join(table_lines(rows, num_names=2)))
 
 
-def _run_needle(settings: EvalSettings, model: Any, tokenizer: Any) -> int:
-    from bdh.cli.output import token_progress
+def _run_needle(settings: EvalSettings, model: Any, tokenizer: Any) -> None:
     from bdh.evaluate.needle import ModelReader, measure_recall, tokens_to_read
 
     filler, _, source = _text(settings, tokenizer)
-    reader = ModelReader(model)
-    with token_progress(_console(), tokens_to_read(settings.needle_distances, settings.needle_trials)) as advance:
+    reader, distances, trials = ModelReader(model), settings.needle_distances, settings.needle_trials
+    with count_progress("evaluating", "tokens", tokens_to_read(distances, trials)) as advance:
         recalls = measure_recall(
             reader,
             tokenizer,
             filler,
-            distances=settings.needle_distances,
-            trials=settings.needle_trials,
+            distances=distances,
+            trials=trials,
             rows_at_once=reader.rows_that_fit(settings.batch_size),
             seed=settings.seed,
             progress=advance,
         )
     if settings.json:
         print(json.dumps({"filler": source, "seed": settings.seed, "recall": [asdict(each) for each in recalls]}))
-        return 0
+        return
     rows = [("distance", "recalled", "guessed", "log-probability", "without the fact", "difference")]
     for each in recalls:
-        difference = each.log_probability - each.control_log_probability
-        rows.append(
-            (
-                f"{each.distance:,}",
-                f"{each.accuracy:.1%}",
-                f"{each.control_accuracy:.1%}",
-                f"{each.log_probability:.3f}",
-                f"{each.control_log_probability:.3f}",
-                f"{difference:+.3f}",
-            )
-        )
-    _print_table(rows, num_names=0)
-    print(f"{settings.needle_trials} facts in {source}; log-probability in nats per token of the planted value")
-    return 0
+        with_fact, without = each.log_probability, each.control_log_probability
+        shares = (f"{each.distance:,}", f"{each.accuracy:.1%}", f"{each.control_accuracy:.1%}")
+        rows.append((*shares, f"{with_fact:.3f}", f"{without:.3f}", f"{with_fact - without:+.3f}"))
+    print("\n".join(table_lines(rows, num_names=0)))
+    print(f"{trials} facts in {source}; log-probability in nats per token of the planted value")
 
 
 def _text(settings: EvalSettings, tokenizer: Any) -> tuple[Any, int, str]:
     """The tokens of the part that is asked for, the bytes of their text, and the source's name."""
     import numpy as np
 
-    from bdh.cli.output import stage_progress
     from bdh.data import prepare_corpus
 
-    with stage_progress(_console(), "bytes") as progress:
+    with stage_progress("bytes") as progress:
         corpus = prepare_corpus(settings.data, tokenizer, block_size=0, progress=progress)
     parts = []
     if settings.part in ("train", "all"):
@@ -316,24 +277,8 @@ def _text(settings: EvalSettings, tokenizer: Any) -> tuple[Any, int, str]:
     return tokens, sum(number for _, number in parts), corpus.facts["source"]
 
 
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console(stderr=True, highlight=False, soft_wrap=True)
-
-
-def _print_table(rows: Sequence[Sequence[str]], *, num_names: int) -> None:
-    """In columns, of which the first ones hold names and the others numbers."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = [
-            text.ljust(width) if number < num_names else text.rjust(width)
-            for number, (text, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        print("  ".join(cells).rstrip())
-
-
 def _describe(settings: EvalSettings) -> str:
+    """How the windows hang together."""
     if settings.window is not None:
         return f"{_describe(replace(settings, window=None))}, attending to the last {settings.window:,}"
     if settings.blocks is not None:

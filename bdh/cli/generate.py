@@ -8,22 +8,21 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from bdh.cli.models import ReadsModel, load_for_generation
+from bdh.cli.models import ModelSettings, load_for_generation
+from bdh.cli.output import count_progress
 from bdh.cli.settings import parse_settings, verbatim
 from bdh.generate.grammar import check_grammar_library, collect_grammar_faults
 from bdh.generate.params import EngineConfig, SamplingParams, TextSettings, collect_text_faults
 from bdh.generate.prompts_file import Job, num_done, read_jobs, result_lines
 from bdh.storage import check_folder_of
 from bdh.text_files import read_text
-from bdh.validation import DeviceName, Faults, PathText
+from bdh.validation import Faults, PathText
 
 _BEAM_PROMPTS = 16  # searched together
 
 
 @dataclass(kw_only=True)
-class GenerateSettings(ReadsModel, TextSettings):
-    model: PathText
-    """Folder of an exported model or of a run, or a hub id."""
+class GenerateSettings(ModelSettings, TextSettings):
     prompt: str | None = verbatim(None)
     """Text to continue."""
     prompts_file: PathText | None = None
@@ -52,12 +51,6 @@ class GenerateSettings(ReadsModel, TextSettings):
     regex: str | None = verbatim(None)
     """Regular expression that the text must match, from its first character to its last."""
     engine: EngineConfig = field(default_factory=EngineConfig)
-    checkpoint: str | None = None
-    """For a run: last (the default), best, or a step."""
-    base: PathText | None = None
-    """For adapters: where the model that they were trained beside is now, by default where it was."""
-    device: DeviceName = "auto"
-    """auto, cpu, cuda, cuda:N or mps."""
 
     def collect_faults(self, faults: Faults) -> None:
         super().collect_faults(faults)
@@ -95,7 +88,7 @@ class GenerateSettings(ReadsModel, TextSettings):
         )
 
 
-def run(argv: list[str]) -> int:
+def run_generate(argv: list[str]) -> int:
     settings = parse_settings(
         GenerateSettings,
         argv,
@@ -112,11 +105,7 @@ def run(argv: list[str]) -> int:
     done = _prepare_output(settings, jobs)
 
     if settings.num_beams > 1:
-        from bdh.train.models import load_model
-
-        model, tokenizer = load_model(
-            settings.model, checkpoint=settings.checkpoint, base=settings.base, device=settings.device
-        )
+        model, tokenizer = settings.load_with_transformers()
         asked = [_asked(tokenizer, job, settings.chat) for job in jobs]
         results = _beams(model, tokenizer, jobs[done:], asked[done:], settings)
     else:
@@ -212,15 +201,11 @@ def _print_texts(jobs: list[Job], results: Iterable[list[Any]], chat: bool) -> i
 
 
 def _write(path: Path, jobs: list[Job], done: int, results: Iterable[list[Any]]) -> int:
-    from rich.console import Console
-
-    from bdh.cli.output import count_progress
-
     failed = 0
     try:
         with (
             path.open("a" if done or path.exists() else "x", encoding="utf-8") as file,
-            count_progress(Console(stderr=True), "continuing", "prompts", len(jobs), done) as advance,
+            count_progress("continuing", "prompts", len(jobs), done) as advance,
         ):
             for job, completions in zip(jobs[done:], results, strict=True):
                 file.writelines(result_lines(job, completions))

@@ -1,13 +1,14 @@
-"""The command `bdh`: finds the module of a command, runs it, and reports errors for the person who reads them."""
+"""The command `bdh`: finds a command, runs it, and reports errors for the person who reads them."""
 
 import difflib
 import importlib
 import re
 import sys
 import traceback
+from collections.abc import Callable
 
 import bdh
-from bdh.cli.output import kept_back
+from bdh.cli.output import kept_back, print_error
 
 COMMANDS = {
     "train": "train a model, or go on with a run",
@@ -25,6 +26,11 @@ COMMANDS = {
 }
 
 
+_MODULES = {"serve": "models"} | dict.fromkeys(
+    ("tokenizer", "export", "average", "convert", "runs", "plot"), "commands"
+)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs one command line, and returns its exit status: 0, 2 for bad input, 1 for a fault of the program."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -40,20 +46,16 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ImportError) as error:
-        if debug:
-            traceback.print_exc()
-        else:
-            _print_error(_told(re.sub(r"^\[Errno \d+\] ", "", str(error)) or type(error).__name__, error))
-        return 2
     except Exception as error:
+        is_expected = isinstance(error, (ValueError, OSError, ImportError))
+        message = re.sub(r"^\[Errno \d+\] ", "", str(error)) or type(error).__name__
+        if not is_expected:
+            message = f"unexpected {type(error).__name__}: {error} (the same with --debug shows where)"
         if debug:
             traceback.print_exc()
         else:
-            _print_error(
-                _told(f"unexpected {type(error).__name__}: {error} (the same with --debug shows where)", error)
-            )
-        return 1
+            print_error("; ".join([message, *getattr(error, "__notes__", [])]))
+        return 2 if is_expected else 1
 
 
 def _run(arguments: list[str]) -> int:
@@ -68,8 +70,15 @@ def _run(arguments: list[str]) -> int:
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
         raise ValueError(f"{command!r} is not a command: {hint}")
-    # Imported when it runs: `bdh --help` should not wait for PyTorch.
-    return importlib.import_module(f"bdh.cli.{command}").run(rest) or 0
+    return find_command(command)(rest) or 0
+
+
+def find_command(name: str) -> Callable[[list[str]], int]:
+    """The function that runs a command. Its module is imported here: `bdh --help` should not wait for PyTorch."""
+    function: Callable[[list[str]], int] = getattr(
+        importlib.import_module(f"bdh.cli.{_MODULES.get(name, name)}"), f"run_{name}"
+    )
+    return function
 
 
 def _usage() -> str:
@@ -87,17 +96,6 @@ def _usage() -> str:
         "  --debug     show the traceback of an error, and what libraries logged",
     ]
     return "\n".join(lines)
-
-
-def _told(message: str, error: Exception) -> str:
-    """The message, with what has been noted about the error since it was raised."""
-    return "; ".join([message, *getattr(error, "__notes__", [])])
-
-
-def _print_error(message: str) -> None:
-    first, *others = message.splitlines()
-    red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() else ("", "")
-    print(f"{red}error: {first}{plain}", *others, sep="\n", file=sys.stderr)
 
 
 if __name__ == "__main__":

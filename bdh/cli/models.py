@@ -1,14 +1,21 @@
-"""What commands have in common that read a model."""
+"""What commands have in common that read a model, and `bdh serve`, which does nothing else with it here."""
 
 import logging
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from bdh.cli.output import lasting_streams, show_kept
+from bdh.cli.settings import parse_settings
+from bdh.serve.config import ServeSettings
 from bdh.train.places import find_checkpoint, find_model
-from bdh.validation import DeviceName, Settings
+from bdh.validation import DeviceName, PathText, Settings
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from bdh.model.modeling import BDHForCausalLM
     from bdh.model.network import ModelParts
     from bdh.tokenizer.plain import PlainTokenizer
 
@@ -28,6 +35,27 @@ class ReadsModel(Settings):
         super().check_available()
         if self.model is not None:
             find_model(self.model, checkpoint=self.checkpoint, base=self.base)
+
+    def load_with_transformers(self, device: str | None = None) -> "tuple[BDHForCausalLM, PreTrainedTokenizerFast]":
+        """The model as transformers' class, and its tokenizer; errors are those of :func:`bdh.train.models.load_model`."""
+        from bdh.train.models import load_model
+
+        assert self.model is not None  # of a command that needs one
+        return load_model(self.model, checkpoint=self.checkpoint, base=self.base, device=device or self.device)
+
+
+@dataclass(kw_only=True)
+class ModelSettings(ReadsModel):
+    """What commands that use one model have in common."""
+
+    model: PathText
+    """Folder of an exported model or of a run, or a hub id."""
+    checkpoint: str | None = None
+    """For a run: last (the default), best, or a step."""
+    base: PathText | None = None
+    """For adapters: where the model that they were trained beside is now, by default where it was."""
+    device: DeviceName = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
 
 
 def load_for_generation(settings: ReadsModel) -> "tuple[ModelParts, PlainTokenizer]":
@@ -60,23 +88,14 @@ def load_for_generation(settings: ReadsModel) -> "tuple[ModelParts, PlainTokeniz
             config = ModelConfig.from_facts(checkpoint.training["model_config"])
             network = Network(config, checkpoint.tensors("weights"), name=settings.model).to(device)
     if network is None:
-        return _load_with_transformers(settings)
+        model, its_tokenizer = settings.load_with_transformers()
+        return model, PlainTokenizer.of(its_tokenizer)
     tokenizer = PlainTokenizer.load(folder)
     if tokenizer is None:
         from bdh.tokenizer import load_tokenizer
 
         tokenizer = PlainTokenizer.of(load_tokenizer(folder))
     return network, tokenizer
-
-
-def _load_with_transformers(settings: Any) -> "tuple[ModelParts, PlainTokenizer]":
-    from bdh.tokenizer.plain import PlainTokenizer
-    from bdh.train.models import load_model
-
-    model, tokenizer = load_model(
-        settings.model, checkpoint=settings.checkpoint, base=settings.base, device=settings.device
-    )
-    return model, PlainTokenizer.of(tokenizer)
 
 
 def _from_hub(name: str) -> Path:
@@ -101,3 +120,27 @@ def _from_hub(name: str) -> Path:
             "folder of an export or of a run"
         ) from error
     return folder
+
+
+@dataclass(kw_only=True)
+class ServeCommandSettings(ReadsModel, ServeSettings):
+    """With the check that the model is there: ``bdh.serve`` does not know what a name stands for."""
+
+    model: PathText
+    """Folder of an exported model or of a run, or a hub id."""
+
+
+@lasting_streams()
+def run_serve(argv: list[str]) -> int:
+    """An OpenAI-compatible server."""
+    settings = parse_settings(
+        ServeCommandSettings,
+        argv,
+        prog="bdh serve",
+        description="Serve a model over HTTP, with OpenAI's API.",
+        positionals=("model",),
+    )
+    from bdh.serve.server import serve
+
+    show_kept()  # a server reports what happens as it happens
+    return serve(settings, lambda: load_for_generation(settings))

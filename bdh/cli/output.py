@@ -13,12 +13,13 @@ import errno
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import TaskID
 
 # The reader of a pipe, or the terminal, is gone for good; other faults, such as a full disk, may pass.
 _GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ESHUTDOWN)
@@ -158,47 +159,55 @@ class _LastingStream:
             pass  # both have lost their reader: there is nobody to tell
 
 
+def print_error(message: str) -> None:
+    """To standard error, the first line in red on a terminal."""
+    first, *others = message.splitlines() or [""]
+    red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() else ("", "")
+    print(f"{red}error: {first}{plain}", *others, sep="\n", file=sys.stderr, flush=True)
+
+
+def table_lines(rows: Sequence[Sequence[str]], *, num_names: int) -> list[str]:
+    """In columns, of which the first ones hold names and the others numbers."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    aligned = [str.ljust] * num_names + [str.rjust] * (len(widths) - num_names)
+    return ["  ".join(map(lambda align, *cell: align(*cell), aligned, row, widths)).rstrip() for row in rows]
+
+
+def error_console(**options: Any) -> "Console":
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, soft_wrap=True, **options)
+
+
 @contextmanager
-def stage_progress(console: "Console", unit: str) -> Iterator[StageProgress]:
+def stage_progress(unit: str, console: "Console | None" = None) -> Iterator[StageProgress]:
     """A line for each stage of some work; yields a function of the stage, how far it is, and of how much.
 
     The total is None where nobody knows it.
     """
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        TextColumn("{task.fields[done]}"),
-        TimeElapsedColumn(),
-    )
+    console = console or error_console()
+    columns = (SpinnerColumn(), "{task.description}", "{task.fields[done]}", TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        tasks: dict[str, int] = {}
+        tasks: dict[str, TaskID] = {}
 
         def report(stage: str, done: int, total: int | None) -> None:
             if stage not in tasks:
                 tasks[stage] = bar.add_task(stage, total=None, done="")
             share = f" of {total:,}" if total else ""
-            bar.update(tasks[stage], done=f"{done:,}{share} {unit}" if done else "")  # type: ignore[arg-type]
+            bar.update(tasks[stage], done=f"{done:,}{share} {unit}" if done else "")
 
         yield report
 
 
 @contextmanager
-def count_progress(
-    console: "Console", description: str, unit: str, total: int, done: int = 0
-) -> Iterator[Callable[[int], None]]:
+def count_progress(description: str, unit: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
     """A bar over ``total`` things; yields a function that takes the number done so far."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    columns = (TextColumn(description), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeRemainingColumn())
+    console = error_console()
+    columns = (description, BarColumn(), MofNCompleteColumn(), unit, TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(description, total=total, completed=done)
         yield lambda number: bar.update(task, completed=number)
-
-
-@contextmanager
-def token_progress(console: "Console", total: int) -> Iterator[Callable[[int], None]]:
-    """A bar over ``total`` tokens; yields a function that takes the number done so far."""
-    with count_progress(console, "evaluating", "tokens", total) as advance:
-        yield advance

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bdh.cli.output import lasting_streams, show_kept, stage_progress
+from bdh.cli.output import error_console, lasting_streams, show_kept, stage_progress
 from bdh.cli.settings import given_settings, parse_settings
 from bdh.distributed.config import rank, reported_to_torchrun, world_size
 from bdh.locks import InUseError
@@ -16,7 +16,7 @@ from bdh.train.config import RunSettings, check_unchanged, resume_command, setti
 
 
 @lasting_streams()
-def run(argv: list[str]) -> int:
+def run_train(argv: list[str]) -> int:
     is_main = rank() == 0
     try:
         stored = settings_to_resume(argv)
@@ -38,12 +38,12 @@ def run(argv: list[str]) -> int:
     from bdh.train.dry_run import NoRoomError, check_room
     from bdh.train.setup import open_run
 
-    console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=not is_main)
+    console = error_console(quiet=not is_main)
     if not is_main:
         logging.disable(logging.WARNING)
     no_room = None
     try:
-        with reported_to_torchrun(), stage_progress(console, "bytes") as progress:
+        with reported_to_torchrun(), stage_progress("bytes", console) as progress:
             try:
                 training = open_run(settings, progress=progress, check_room=check_room if settings.dry_run else None)
             except NoRoomError as error:  # the answer of a dry run, and no fault

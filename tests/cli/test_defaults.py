@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import inspect
 import re
+import sys
 import typing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import yaml
 
 from bdh.cli import settings as cli_settings
-from bdh.cli.main import COMMANDS
+from bdh.cli.main import COMMANDS, find_command
 from bdh.cli.settings import leaves_of, parse_settings, to_yaml
 from bdh.generate.params import EngineConfig, SamplingParams
 from bdh.model.configuration import BDHConfig
@@ -47,7 +48,6 @@ class Parsed(Exception):
 
 @dataclass
 class Command:
-    module: Any
     name: str
 
     def settings(self, monkeypatch, *more: str) -> Any:
@@ -56,20 +56,21 @@ class Command:
         def parse(*args, **keywords):
             raise Parsed(cli_settings.parse_settings(*args, **keywords | {"check_available": False}))
 
-        monkeypatch.setattr(self.module, "parse_settings", parse)
+        run = find_command(self.name)
+        monkeypatch.setattr(sys.modules[run.__module__], "parse_settings", parse)
         with pytest.raises(Parsed) as caught:
-            self.module.run([*REQUIRED[self.name][0], *more])
+            run([*REQUIRED[self.name][0], *more])
         return caught.value.settings
 
     def help(self, capsys) -> str:
         with pytest.raises(SystemExit):
-            self.module.run([*(["train"] if self.name == "tokenizer" else []), "--help"])
+            find_command(self.name)([*(["train"] if self.name == "tokenizer" else []), "--help"])
         return " ".join(capsys.readouterr().out.split())
 
 
 @pytest.fixture(params=COMMANDS)
 def command(request):
-    return Command(importlib.import_module(f"bdh.cli.{request.param}"), request.param)
+    return Command(request.param)
 
 
 def leaves(settings: Any, prefix: str = "") -> dict[str, Any]:

@@ -65,7 +65,7 @@ def test_errors_become_a_line_and_a_status(monkeypatch, capsys, error, status, s
     def fail(argv):
         raise error
 
-    monkeypatch.setattr("bdh.cli.plot.run", fail)
+    monkeypatch.setattr("bdh.cli.commands.run_plot", fail)
     assert main(["plot"]) == status
     assert capsys.readouterr().err == shown
 

@@ -23,10 +23,10 @@ assert main(["generate", folder, "--prompt", "x", "--max_new_tokens", "2", "--en
 sys.stdin = io.StringIO("a\\n")
 assert main(["chat", folder, "--max_tokens", "2"]) == 0
 import asyncio
-from bdh.cli.serve import _ServeSettings
+from bdh.cli.models import ServeCommandSettings
 from bdh.cli.models import load_for_generation
 from bdh.serve.server import load
-settings = _ServeSettings(model=folder)
+settings = ServeCommandSettings(model=folder)
 load(settings, lambda: load_for_generation(settings))
 print("SLOW", *(name for name in %r if name in sys.modules))
 """
