@@ -20,6 +20,7 @@ from bdh.distributed.config import local_world_size
 from bdh.distributed.world import World
 from bdh.memory import available_bytes, peak_bytes, reset_peak, used_bytes
 from bdh.model import BDHConfig, BDHForCausalLM
+from bdh.model.config_fields import ConfigFields
 from bdh.model.modeling import MAX_LOGITS_IN_ONE_PIECE
 from bdh.model.weights import layer_modules, product_obstacle
 from bdh.ops.attention import sum_dtype
@@ -56,7 +57,7 @@ class MemoryEstimate:
         settings = replace(self.settings, **{section: replace(getattr(self.settings, section), **fields)})
         config = self.config
         if section == "model":
-            config = BDHConfig(**{name: getattr(config, name) for name in BDHConfig.__annotations__} | fields)
+            config = BDHConfig(**{name: getattr(config, name) for name in ConfigFields.__annotations__} | fields)
         return replace(self, settings=settings, config=config)
 
     def of_sequences(self, number: int) -> "MemoryEstimate":

@@ -18,6 +18,7 @@ from bdh.data import Corpus, prepare_corpus
 from bdh.data.chat import holds_chat
 from bdh.distributed.world import Parallel, World, choose_strategy, parallelize
 from bdh.model import BDHConfig, BDHForCausalLM
+from bdh.model.config_fields import ConfigFields
 from bdh.model.conversion import MovingAverage
 from bdh.monitor import chosen_backends, cut_back
 from bdh.ops.blocks.plan import LayerPlan
@@ -139,7 +140,7 @@ class Run:
             "bdh_version": bdh.__version__,
             "progress": asdict(self.progress),
             "settings": settings_to_store(self.settings),
-            "model_config": {name: getattr(self.model.config, name) for name in BDHConfig.__annotations__},
+            "model_config": {name: getattr(self.model.config, name) for name in ConfigFields.__annotations__},
             "base": None if self.base is None else self.base.facts(),
             "data_facts": self.corpus.facts,
             "data_fingerprint": self.corpus.fingerprint,
