@@ -20,7 +20,7 @@ from bdh import BDHConfig, BDHForCausalLM
 from bdh.bench.report import interleaved
 from bdh.data.sources import stdlib_files
 from bdh.generate.engine import Engine
-from bdh.generate.grammar import Grammars
+from bdh.generate.grammar import Grammars, Matcher
 from bdh.generate.params import EngineConfig, SamplingParams
 from bdh.tokenizer import byte_tokenizer, train_tokenizer
 from bdh.tokenizer.plain import token_bytes
@@ -94,7 +94,7 @@ def time_masks(engine: Engine) -> None:
         compiled = time.perf_counter() - began
         seconds = []
         for _ in range(3):
-            matcher = grammars.matcher(params.grammar or {})
+            matcher = Matcher(grammars.compile(params.grammar or {}), engine.model.config.vocab_size)
             for number in range(len(tokens)):
                 began = time.perf_counter()
                 matcher.allowed()

@@ -120,17 +120,8 @@ class StepInput:
     def is_done(self) -> bool:
         return self.num_read == len(self.tokens)
 
-    def num_wanted(self, count: int) -> int:
-        """Of how many of the next ``count`` tokens, the last ones of them, logits are wanted."""
-        is_last = self.num_read + count == len(self.tokens)
-        return {"all": count, "last": int(is_last), "none": 0}[self.logits]
-
-    def records(self, count: int) -> bool:
-        """Whether activity is wanted of the last one of the next ``count`` tokens."""
-        return self.record_activations is not None and self.num_read + count == len(self.tokens)
-
     def record(self, x: np.ndarray) -> None:
-        """Takes down a layer step from x (H*N,) of the last token."""
+        """Notes a layer step, x (H*N,) of the last token."""
         assert self.record_activations is not None
         self.activity = [*(self.activity or ()), LayerActivity.of(x, self.record_activations)]
 
@@ -146,7 +137,7 @@ class StepInput:
         self.state.positions.add_(count)
         self.state.num_columns += count
         self.num_read += count
-        if logits is not None:
+        if logits is not None and len(logits):
             self.found.append(logits)
         self.state.is_torn = False
 
@@ -157,8 +148,32 @@ class StepInput:
         return torch.cat(self.found) if self.logits == "all" else self.found[-1][-1]
 
 
-Taken = Sequence[tuple[StepInput, int]]
-"""What goes into a call of a backend, with the number of its next tokens."""
+class _Call:
+    """What goes into a call of a backend: the next tokens of some sequences, those of one after those of another.
+
+    Args:
+        taken: the inputs, with the number of their tokens.
+    """
+
+    def __init__(self, taken: Sequence[tuple[StepInput, int]]):
+        self.taken = taken
+        self.tokens: list[int] = []
+        self.positions: list[int] = []
+        self.starts = [0]
+        """Where the tokens of each input begin, and the end of the last."""
+        self.wanted: list[range] = []
+        """The tokens of each input after which it wants logits."""
+        self.recorded: list[tuple[StepInput, int]] = []
+        """Inputs that want the activity of their last token, and its place."""
+        for each, count in taken:
+            first, position, end = each.num_read, each.state.position, self.starts[-1] + count
+            self.tokens += each.tokens[first : first + count]
+            self.positions += range(position, position + count)
+            self.starts.append(end)
+            is_last = first + count == len(each.tokens)
+            self.wanted.append(range(end - {"all": count, "last": int(is_last), "none": 0}[each.logits], end))
+            if is_last and each.record_activations is not None:
+                self.recorded.append((each, end - 1))
 
 
 class Advancer:
@@ -316,7 +331,7 @@ class Advancer:
         marked as torn, so that what moved, and what did not, can be told from each other after an exception.
         """
         while unread := [each for each in inputs if not each.is_done and each.error is None]:
-            (self._by_cpu if self.backend == "cpu" else self._by_eager)(self._taken(unread))
+            (self._by_cpu if self.backend == "cpu" else self._by_eager)(self._next_call(unread))
 
     def advance_what_can_be(self, inputs: Sequence[StepInput], *, is_first: bool = True) -> None:
         """As :meth:`advance`, but what cannot be read has an error then; all else is read, whatever goes wrong beside it.
@@ -342,8 +357,8 @@ class Advancer:
             self.advance_what_can_be(unread[:cut], is_first=False)
             self.advance_what_can_be(unread[cut:], is_first=False)
 
-    def _taken(self, unread: Sequence[StepInput]) -> Taken:
-        """What goes into the next call, up to ``MAX_ROWS`` tokens."""
+    def _next_call(self, unread: Sequence[StepInput]) -> _Call:
+        """Of up to ``MAX_ROWS`` tokens."""
         taken, available = [], MAX_ROWS[self.backend]
         scaled, chunk_size = self._kernel_settings.get("scaled"), self.model.config.chunk_size
         for each in unread:
@@ -356,10 +371,10 @@ class Advancer:
             available -= count
             if not available:
                 break
-        return taken
+        return _Call(taken)
 
     def _record(self, recorded: Sequence[tuple[StepInput, int]], x_of: Callable[[int], np.ndarray]) -> None:
-        """Takes down a layer step of those of whose row, given with them, activity is wanted."""
+        """Notes a layer step of inputs that want it of the token at the place given with them."""
         self.mark_progress()
         for each, row in recorded:
             try:
@@ -367,97 +382,67 @@ class Advancer:
             except Exception as error:  # the others are read
                 each.error = error
 
-    def _by_cpu(self, taken: Taken) -> None:
+    def _by_cpu(self, call: _Call) -> None:
         """All memory that a call needs is taken before a state is written."""
         from bdh.ops.cpu.recurrence import Rows
 
-        tokens, positions, starts = _rows(taken)
-        wanted, recorded = _wanted(taken, starts), _recorded(taken, starts)
-        recurrence = recurrence_of(self.model, self._weights, is_prompt=self._begins_prompt(taken))
-        logits_of = recurrence.prepare_logits([row for rows in wanted for row in rows])
+        starts, recorded = call.starts, call.recorded
+        recurrence = recurrence_of(self.model, self._weights, is_prompt=self._begins_prompt(call))
+        logits_of = recurrence.prepare_logits([place for places in call.wanted for place in places])
 
         def before_writing() -> None:
-            for each, _ in taken:
+            for each, _ in call.taken:
                 each.state.is_torn = True
 
         is_long = starts[-1] * math.prod(self._shape) >= LONG_CALL
         v = recurrence.advance(
-            Rows(np.array(tokens, np.int64), np.array(positions, np.int64), np.array(starts, np.int64)),
-            [each.state.tensors for each, _ in taken],
+            Rows(*(np.array(each, np.int64) for each in (call.tokens, call.positions, starts))),
+            [each.state.tensors for each, _ in call.taken],
             **self._kernel_settings,
             on_layer_step=(lambda x: self._record(recorded, lambda row: x[:, row])) if recorded or is_long else None,
             before_writing=before_writing,
         )
         self.mark_progress()
         of_inputs = [v[first:end] for first, end in pairwise(starts)]
-        for (each, count), rows, of_input in zip(taken, wanted, of_inputs, strict=True):
-            if not rows and each.error is None:
+        for (each, count), places, of_input in zip(call.taken, call.wanted, of_inputs, strict=True):
+            if not places and each.error is None:
                 each.commit(count, None, of_input)
         logits, first = logits_of(v), 0
-        for (each, count), rows, of_input in zip(taken, wanted, of_inputs, strict=True):
-            if rows and each.error is None:
-                each.commit(count, logits[first : first + len(rows)], of_input)
-            first += len(rows)
+        for (each, count), places, of_input in zip(call.taken, call.wanted, of_inputs, strict=True):
+            if places and each.error is None:
+                each.commit(count, logits[first : first + len(places)], of_input)
+            first += len(places)
 
-    def _begins_prompt(self, taken: Taken) -> bool:
+    def _begins_prompt(self, call: _Call) -> bool:
         """Whether a sequence reads the first of a prompt, as far as the states and the call before tell."""
-        was_reading, self._is_reading = self._is_reading, any(count > 1 for _, count in taken)
-        return (self._is_reading and not was_reading) or any(each.state.position == 0 for each, _ in taken)
+        was_reading, self._is_reading = self._is_reading, any(count > 1 for _, count in call.taken)
+        return (self._is_reading and not was_reading) or any(each.state.position == 0 for each, _ in call.taken)
 
-    def _by_eager(self, taken: Taken) -> None:
+    def _by_eager(self, call: _Call) -> None:
         """Single tokens and pieces of prompts share their products with the weights."""
         model, config = self.model, self.model.config
-        dtype, eps = model.dtype, config.layer_norm_eps
-        tokens, positions, starts = _rows(taken)
-        recorded = _recorded(taken, starts)
-        table = rotation_table(
-            torch.tensor(positions, device=model.device), config.neurons_per_head, config.rope_theta, dtype
-        )
+        dtype, eps, device = model.dtype, config.layer_norm_eps, model.device
+        positions = torch.tensor(call.positions, device=device)
         v, writes = eager.advance(
-            eager.layer_norm(model.embed(torch.tensor(tokens, device=model.device)), eps),
+            eager.layer_norm(model.embed(torch.tensor(call.tokens, device=device)), eps),
             eager.Layer(model.encoder, model.encoder_v, model.decoder),
-            table,
-            [eager.Piece(each.state.tensors, each.state.position, count) for each, count in taken],
+            rotation_table(positions, config.neurons_per_head, config.rope_theta, dtype),
+            [eager.Piece(each.state.tensors, each.state.position, count) for each, count in call.taken],
             num_layer_steps=config.n_layer,
             eps=eps,
             dtype=dtype,
             half_lives=self._half_lives,
-            on_layer_step=lambda x: self._record(recorded, lambda row: x[row].float().cpu().numpy()),
+            on_layer_step=lambda x: self._record(call.recorded, lambda row: x[row].float().cpu().numpy()),
         )
-        wanted = _wanted(taken, starts)
-        logits: list[torch.Tensor | None] = [None] * len(taken)
-        if rows := [row for of_input in wanted for row in of_input]:
-            found = model.lm_head(v[rows].to(dtype)).float().cpu().split([len(of_input) for of_input in wanted])
-            logits = [each if len(each) else None for each in found]
-        of_inputs = v.split([count for _, count in taken])
-        for (each, count), write, of_logits, of_input in zip(taken, writes, logits, of_inputs, strict=True):
+        logits: Sequence[torch.Tensor | None] = [None] * len(call.taken)
+        if places := [place for of_input in call.wanted for place in of_input]:
+            logits = model.lm_head(v[places].to(dtype)).float().cpu().split([len(of_input) for of_input in call.wanted])
+        of_inputs = v.split([count for _, count in call.taken])
+        for (each, count), write, of_logits, of_input in zip(call.taken, writes, logits, of_inputs, strict=True):
             if each.error is None:
                 each.state.is_torn = True
                 write()
                 each.commit(count, of_logits, of_input)
-
-
-def _rows(taken: Taken) -> tuple[list[int], list[int], list[int]]:
-    """Tokens and positions of all rows; and where the rows of each input start, and the end of the last."""
-    tokens: list[int] = []
-    positions: list[int] = []
-    starts = [0]
-    for each, count in taken:
-        position = each.state.position
-        tokens.extend(each.tokens[each.num_read : each.num_read + count])
-        positions.extend(range(position, position + count))
-        starts.append(len(tokens))
-    return tokens, positions, starts
-
-
-def _wanted(taken: Taken, starts: list[int]) -> list[range]:
-    """The rows of whose v each input wants the logits."""
-    return [range(end - each.num_wanted(count), end) for (each, count), end in zip(taken, starts[1:], strict=True)]
-
-
-def _recorded(taken: Taken, starts: list[int]) -> list[tuple[StepInput, int]]:
-    """Those that want activity of their last token, and its row."""
-    return [(each, end - 1) for (each, count), end in zip(taken, starts[1:], strict=True) if each.records(count)]
 
 
 class StatePool:

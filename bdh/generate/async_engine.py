@@ -6,6 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,17 +81,13 @@ class AsyncEngine:
         self._orders: deque[Callable[[], None]] = deque()  # what the thread is to do between two steps
         self._receivers: dict[int, tuple[asyncio.AbstractEventLoop, AsyncRequest]] = {}
         self._is_closed = False
-        self._failure: BaseException | None = None
+        self.failure: BaseException | None = None
+        """Why the thread has ended; None while it runs."""
         self._beat, self._is_idle = time.monotonic(), True
         self.stats = engine.stats()
         """As they were after the last step."""
         self._thread = threading.Thread(target=self._run, name="bdh-engine", daemon=True)
         self._thread.start()
-
-    @property
-    def failure(self) -> BaseException | None:
-        """Why the thread has ended; None while it runs."""
-        return self._failure
 
     @property
     def seconds_without_progress(self) -> float:
@@ -106,10 +103,12 @@ class AsyncEngine:
             RuntimeError: the engine is closed, or has failed.
         """
         loop = asyncio.get_running_loop()
-        taken_up: asyncio.Future[None] = loop.create_future()
+        taken_up: Future[None] = Future()
         request.num_left = request.params.n
 
         def add() -> None:
+            if not taken_up.set_running_or_notify_cancel():
+                return
             try:
                 request.id = self.engine.add_request(
                     request.prompt,
@@ -120,14 +119,14 @@ class AsyncEngine:
                     residuals=request.residuals,
                 )
             except Exception as error:
-                _call_soon(loop, _set, taken_up, error)
+                taken_up.set_exception(error)
                 return
             self._receivers[request.id] = (loop, request)
-            _call_soon(loop, _set, taken_up, None)
+            taken_up.set_result(None)
 
         self._order(add)
         try:
-            await taken_up
+            await asyncio.wrap_future(taken_up)
         except asyncio.CancelledError:
             self.abort(request)
             raise
@@ -141,12 +140,12 @@ class AsyncEngine:
 
         if request.num_left:
             request.num_left = 0
-            if self._failure is None:
+            if self.failure is None:
                 self._order(abort, is_wanted_always=True)
 
     def stop(self, request: AsyncRequest) -> None:
         """Ends a request within a step; the outputs that come last have snapshots of what had begun."""
-        if request.num_left and self._failure is None:
+        if request.num_left and self.failure is None:
             self._order(lambda: self.engine.abort(request.id, keep_snapshot=True), is_wanted_always=True)
 
     async def stream(
@@ -191,16 +190,12 @@ class AsyncEngine:
 
     def _order(self, order: Callable[[], None], *, is_wanted_always: bool = False) -> None:
         with self._changed:
-            if not is_wanted_always:
-                self._check_running()
+            if self._is_closed and not is_wanted_always:
+                raise RuntimeError("the engine is closed")
+            if self.failure is not None and not is_wanted_always:
+                raise RuntimeError(f"the engine has failed: {self.failure}") from self.failure
             self._orders.append(order)
             self._changed.notify()
-
-    def _check_running(self) -> None:
-        if self._is_closed:
-            raise RuntimeError("the engine is closed")
-        if self._failure is not None:
-            raise RuntimeError(f"the engine has failed: {self._failure}") from self._failure
 
     def _run(self) -> None:
         failure: BaseException = RuntimeError("the engine was closed")
@@ -219,12 +214,13 @@ class AsyncEngine:
                 outputs = self.engine.step() if self.engine.has_work else []
                 started: list[tuple[int, Item]] = [(each, None) for each in self.engine.take_started()]
                 self._deliver([*started, *((output.request_id, output) for output in outputs)])
-                self._drop_ended()
+                for request_id in [each for each in self._receivers if not self.engine.knows(each)]:
+                    del self._receivers[request_id]
                 self.stats = self.engine.stats()
         except BaseException as error:
             failure = error
         with self._changed:
-            self._failure = failure
+            self.failure = failure
             orders = list(self._orders)
         for order in orders:  # those that have just come are told what happened, like all others
             _carry_out(order)
@@ -238,38 +234,21 @@ class AsyncEngine:
             if found := self._receivers.get(request_id):
                 for_loop.setdefault(found[0], []).append((found[1], item))
         for loop, several in for_loop.items():
-            _call_soon(loop, _deliver_all, several)
-
-    def _drop_ended(self) -> None:
-        for request_id in [each for each in self._receivers if not self.engine.knows(each)]:
-            del self._receivers[request_id]
-
-
-def _carry_out(order: Callable[[], None]) -> None:
-    """An order whose failure is its own: what it asked for may not have happened, and all else goes on."""
-    try:
-        order()
-    except Exception:
-        _logger.exception("the engine could not carry out an order")
+            try:
+                loop.call_soon_threadsafe(_take_all, several)
+            except RuntimeError:  # the loop has been closed: nobody waits any more
+                if not loop.is_closed():
+                    raise
 
 
-def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[..., Any], *arguments: Any) -> None:
-    try:
-        loop.call_soon_threadsafe(function, *arguments)
-    except RuntimeError:  # the loop has been closed: nobody waits any more
-        if not loop.is_closed():
-            raise
-
-
-def _deliver_all(items: Sequence[tuple[AsyncRequest, Item]]) -> None:
+def _take_all(items: Sequence[tuple[AsyncRequest, Item]]) -> None:
     for request, item in items:
         request.take(item)
 
 
-def _set(future: "asyncio.Future[None]", error: Exception | None) -> None:
-    if future.done():  # cancelled
-        return
-    if error is None:
-        future.set_result(None)
-    else:
-        future.set_exception(error)
+def _carry_out(order: Callable[[], None]) -> None:
+    """An order whose failure is its own: what it asked for may not have happened, and all else continues."""
+    try:
+        order()
+    except Exception:
+        _logger.exception("the engine could not carry out an order")

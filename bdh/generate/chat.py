@@ -4,6 +4,7 @@ import hashlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,12 @@ import torch
 from bdh.generate.advance import StepInput
 from bdh.generate.engine import Engine
 from bdh.generate.params import SamplingParams
-from bdh.generate.sampler import generator_of
-from bdh.generate.sequence import Completion, StepOutput, TextDecoder, encode_prompt, end_token_ids
+from bdh.generate.sequence import Completion, StepOutput, TextDecoder, encode_prompt, generator_of, text_of
 from bdh.generate.snapshot import Snapshot
 from bdh.model.state import SynapticState
 from bdh.model.weights import weights_mark
 from bdh.tokenizer.chat import ChatEncoder
+from bdh.tokenizer.plain import end_token_ids
 
 Message = dict[str, str]
 
@@ -263,7 +264,7 @@ class Conversation:
                 generator=self._generator,
             )
             completion = None
-            try:
+            with suppress(GeneratorExit):  # the reader wants no more: we stand between two tokens
                 for output in self._outputs(request):
                     completion = output.completion
                     reply += output.token_ids
@@ -273,12 +274,19 @@ class Conversation:
                         break
                 if rest := decoder.flush():
                     yield rest
-            except GeneratorExit:  # the reader wants no more: we stand between two tokens
-                self._end_turn(text, spans, reply, system, generator_state, completion or self._stopped(request))
-                raise
-            self._end_turn(text, spans, reply, system, generator_state, completion or self._stopped(request))
-        except GeneratorExit:
-            raise
+            completion = completion or self._stopped(request)
+            if not reply and completion.finish_reason == "abort":  # before the model has chosen a token
+                return
+            if completion.snapshot is None:
+                raise RuntimeError(f"the state after the reply could not be kept: {completion.snapshot_error}")
+            said = text_of(self._tokenizer, reply, read if self.is_plain else ())
+            messages = ({"role": "user", "content": text}, {"role": "assistant", "content": said})
+            self._earlier.append((self._now, generator_state))
+            self._now = _Point(
+                completion.snapshot, (*self._now.messages, *messages), (*map(len, spans), len(reply)), system
+            )
+            while sum(point.snapshot.nbytes for point, _ in self._earlier if point.snapshot) > self.max_undo_bytes:
+                self._earlier.popleft()
         except BaseException:
             if request is not None:
                 self.engine.abort(request)
@@ -319,34 +327,6 @@ class Conversation:
         assert completion is not None
         return completion
 
-    def _end_turn(
-        self,
-        text: str,
-        spans: list[list[int]],
-        reply: list[int],
-        system: str | None,
-        generator_state: torch.Tensor,
-        completion: Completion,
-    ) -> None:
-        if not reply and completion.finish_reason == "abort":  # before the model has chosen a token
-            return
-        if completion.snapshot is None:
-            raise RuntimeError(f"the state after the reply could not be kept: {completion.snapshot_error}")
-        context = [token for span in spans for token in span] if self.is_plain else ()
-        messages = (
-            {"role": "user", "content": text},
-            {"role": "assistant", "content": self._text_of(reply, context)},
-        )
-        self._earlier.append((self._now, generator_state))
-        self._now = _Point(
-            completion.snapshot, (*self._now.messages, *messages), (*map(len, spans), len(reply)), system
-        )
-        while self._earlier and self._undo_bytes() > self.max_undo_bytes:
-            self._earlier.popleft()
-
-    def _undo_bytes(self) -> int:
-        return sum(point.snapshot.nbytes for point, _ in self._earlier if point.snapshot)
-
     def _spans_with(self, text: str) -> tuple[list[list[int]], bool]:
         """What is to have been read before the reply, in spans, and whether from the start anew.
 
@@ -355,18 +335,17 @@ class Conversation:
         read = self._now.spans
         is_same_system = self._now.system == self.system
         if self._encoder is None:
+            system, encode = self.system or "", self._tokenizer.encode
             if not read:
-                return [encode_prompt(self._tokenizer, (self.system or "") + text)], True
-            first = (
-                read[0] if is_same_system else self._plain_ids((self.system or "") + self._now.messages[0]["content"])
-            )
-            return [first, *read[1:], self._plain_ids(text)], not is_same_system
-        system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        messages = [*system, *self._now.messages, {"role": "user", "content": text}]
+                return [encode_prompt(self._tokenizer, system + text)], True
+            first = read[0] if is_same_system else encode(system + self._now.messages[0]["content"])
+            return [first, *read[1:], encode(text)], not is_same_system
+        messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+        messages += [*self._now.messages, {"role": "user", "content": text}]
         wanted = self._template_spans(self._encoder, messages)
         # What the model wrote has to be the same text only: it may have put it into other tokens than the tokenizer.
         for index in range(1, min(len(read), len(wanted)), 2):
-            if self._text_of(read[index]) == self._text_of(wanted[index]):
+            if text_of(self._tokenizer, read[index]) == text_of(self._tokenizer, wanted[index]):
                 wanted[index] = read[index]
         if not read or wanted[:-1] == read:
             return wanted, not read
@@ -374,9 +353,6 @@ class Conversation:
             self._told_of_rewriting = True
             self._notify("the chat template changes what was said before: the conversation is read anew each time")
         return wanted, True
-
-    def _plain_ids(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text)
 
     def _template_spans(self, encoder: ChatEncoder, messages: Sequence[Message]) -> list[list[int]]:
         """A conversation's tokens as the template has them. What ends an answer begins the next given span."""
@@ -390,10 +366,6 @@ class Conversation:
                 was_answer = of_answer
             spans[-1].append(token)
         return spans
-
-    def _text_of(self, tokens: Sequence[int], context: Sequence[int] = ()) -> str:
-        decoder = TextDecoder(self._tokenizer, context=context)
-        return decoder.push(tokens) + decoder.flush()
 
     def _own_state(self, snapshot: Snapshot) -> SynapticState:
         """The state of a snapshot as this engine has them."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from bdh.generate.advance import MOST_NEURONS, Advancer, Residuals, StatePool, StepInput
-from bdh.generate.grammar import Grammars, Matcher
+from bdh.generate.grammar import Grammars
 from bdh.generate.params import EngineConfig, EngineStats, SamplingParams
 from bdh.generate.prefix_cache import PrefixStore
 from bdh.generate.sequence import (
@@ -24,14 +24,13 @@ from bdh.generate.sequence import (
     Request,
     StepOutput,
     encode_prompt,
-    end_token_ids,
     told,
 )
 from bdh.generate.snapshot import Snapshot
 from bdh.memory import available_bytes
 from bdh.model.network import ModelParts
 from bdh.model.weights import recheck_weights, weights_mark
-from bdh.tokenizer.plain import PlainTokenizer, check_vocabulary
+from bdh.tokenizer.plain import PlainTokenizer, check_vocabulary, end_token_ids
 
 _logger = logging.getLogger(__name__)
 # What prompts get of a step however many sequences are being continued, so that none waits for ever.
@@ -204,31 +203,22 @@ class Engine:
             raise ValueError(
                 f"record_activations is {record_activations}: must be within 0 and {MOST_NEURONS}, or None"
             )
-        beginning = None if params.grammar is None else self.grammars.compile(params.grammar)
-        request_id = next(self._numbers)
-        ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._ends)
-
-        def make(index: int) -> Continuation:
-            sequence = Continuation(
-                request_id,
-                index,
-                params,
-                tokenizer=self.tokenizer,
-                vocab_size=self.model.config.vocab_size,
-                tokens=tokens,
-                num_prompt_tokens=num_prompt_tokens,
-                ends=ends,
-                snapshot=snapshot,
-                keep_snapshot=keep_snapshot,
-                matcher=None if beginning is None else Matcher(beginning, self.model.config.vocab_size),
-                generator=generator if index == 0 else None,
-            )
-            sequence.record_activations, sequence.residuals = record_activations, residuals
-            sequence.mark_weights = lambda: weights_mark(self.model).content
-            return sequence
-
-        self._waiting.append(Request(request_id, make(0), make, snapshot))
-        return request_id
+        request = Request(
+            next(self._numbers),
+            params,
+            tokens,
+            num_prompt_tokens,
+            ends=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._ends),
+            grammar=None if params.grammar is None else self.grammars.compile(params.grammar),
+            snapshot=snapshot,
+            keep_snapshot=keep_snapshot,
+            record_activations=record_activations,
+            residuals=residuals,
+            generator=generator,
+        )
+        request.sequences.append(Continuation(request, 0, self.model, self.tokenizer))
+        self._waiting.append(request)
+        return request.id
 
     def abort(self, request_id: int, *, keep_snapshot: bool = False) -> None:
         """Ends a request; what it has written comes with the next step. One that has ended is left alone.
@@ -238,8 +228,7 @@ class Engine:
         """
         for request in [*self._waiting, *self._running.values()]:
             if request.id == request_id:
-                for sequence in request.sequences:
-                    sequence.keep_snapshot |= keep_snapshot
+                request.keep_snapshot |= keep_snapshot
                 is_broken = request in self._in_hand
                 self._end(request, "error" if is_broken else "abort", _INTERRUPTED if is_broken else None)
                 return
@@ -260,7 +249,7 @@ class Engine:
         while self._in_hand:
             self._end(self._in_hand[0], "error", _INTERRUPTED)
             self._in_hand.popleft()
-        for request_id in [each.id for each in self._running.values() if each.is_done]:
+        for request_id in [each.id for each in self._running.values() if not each.num_reserved]:
             del self._running[request_id]  # whose end was interrupted
         if self._prefixes is not None:
             self._prefixes.store_marked()
@@ -346,12 +335,13 @@ class Engine:
     def _begin(self, request: Request) -> None:
         """Gives a request's first sequence its state, as far on as one is known."""
         sequence, snapshot = request.sequences[0], request.snapshot
+        wants_all_tokens = sequence.prompt_logprobs is not None or request.residuals is not None
         recheck_weights(self.model)
         if snapshot is not None and snapshot.weights in (None, weights_mark(self.model).content):
             sequence.state = self._pool.take(copy_of=snapshot.state)
             sequence.logits = snapshot.logits
             sequence.pending = sequence.pending[snapshot.state.position :]
-        elif snapshot is not None or self._prefixes is None or sequence.wants_all_tokens:
+        elif snapshot is not None or self._prefixes is None or wants_all_tokens:
             sequence.state = self._pool.take()  # what other weights have read is read again
         else:
             known, state, logits = self._prefixes.find(sequence.tokens)
@@ -361,7 +351,6 @@ class Engine:
             sequence.logits, sequence.num_cached_tokens = logits, known
             sequence.pending = sequence.pending[known:]
             request.places, request.weights = self._prefixes.places(sequence.tokens, known), self._prefixes.weights
-        request.snapshot = None
 
     def _choose_inputs(self) -> list[tuple[Request, Continuation, int]]:
         """Which sequences read how many of their tokens in this step; 0 where logits are there already."""
@@ -403,8 +392,8 @@ class Engine:
                     sequence.state,
                     sequence.pending[:count],
                     "all" if wants_all else "last" if is_last else "none",
-                    record_activations=sequence.record_activations if count == len(sequence.pending) else None,
-                    residuals=sequence.residuals,
+                    record_activations=request.record_activations if count == len(sequence.pending) else None,
+                    residuals=request.residuals,
                 )
             )
         self.advancer.advance_what_can_be([each for each in inputs if each is not None])
@@ -445,7 +434,7 @@ class Engine:
         if self._prefixes is not None:
             self._prefixes.store_marked()  # before a state that another request has just left is taken
         for index in range(1, request.params.n):
-            other = request.make(index)
+            other = Continuation(request, index, self.model, self.tokenizer)
             other.state = self._pool.take(copy_of=sequence.state)
             other.logits, other.pending = sequence.logits, []
             other.num_cached_tokens = sequence.num_cached_tokens
@@ -465,7 +454,7 @@ class Engine:
             request.ended.discard(output.index)
             raise
         # From here on it has ended, whatever happens.
-        if request.is_done:
+        if not request.num_reserved:
             self._running.pop(request.id, None)
         reason = output.completion.finish_reason
         self._counters.finished[reason] = self._counters.finished.get(reason, 0) + 1
@@ -490,9 +479,15 @@ class Engine:
                 continue
             sequence = request.sequences[index] if index < len(request.sequences) else None
             try:
-                sequence = sequence or request.make(index)
+                sequence = sequence or Continuation(request, index, self.model, self.tokenizer)
                 output = sequence.end(reason, error)
-            except Exception as failure:  # no memory, say
+            except Exception as failure:  # no memory, say: without what the text still holds back
                 _logger.exception("continuation %d of request %d ends with an error", index, request.id)
-                output = request.failed(index, error or told(failure))
+                completion = Completion(
+                    "", [], "error", error=error or told(failure), num_prompt_tokens=len(request.tokens)
+                )
+                if sequence is not None:
+                    completion.text, completion.token_ids = sequence.text, sequence.tokens[sequence.num_before :]
+                    sequence.completion = completion
+                output = StepOutput(request.id, index, completion=completion)
             self._emit(request, sequence, output)

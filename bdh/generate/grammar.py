@@ -11,7 +11,7 @@ import importlib.util
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -182,10 +182,6 @@ class Grammars:
                 self._compiled.popitem(last=False)
         return made
 
-    def matcher(self, grammar: Mapping[str, Any]) -> "Matcher":
-        """A new text of this grammar. Raises as :meth:`compile`."""
-        return Matcher(self.compile(grammar), self._vocab_size)
-
 
 class Matcher:
     """Where one text stands in its grammar.
@@ -218,8 +214,8 @@ class Matcher:
         """Whether the text has its form, and nothing may follow."""
         return self._matcher.is_stopped()
 
-    def allowed(self) -> "tuple[torch.Tensor, bool]":
-        """Which tokens may come next, bool (V,), and whether the text may end here.
+    def allowed(self, ends: Iterable[int] = ()) -> "torch.Tensor":
+        """Which tokens may come next, bool (V,): none where the text is complete; of ``ends`` all where it may end here.
 
         Raises:
             ValueError: the grammar is too complex, or leaves nothing.
@@ -231,7 +227,12 @@ class Matcher:
         if self._matcher.is_error():
             raise ValueError(GRAMMAR_FAULT + _reason(self._matcher))
         flags = np.unpackbits(bits, count=self._vocab_size + 1, bitorder="little").view(np.bool_)
-        return torch.from_numpy(flags[:-1]), bool(flags[-1])
+        allowed, may_end = torch.from_numpy(flags[:-1]), bool(flags[-1])
+        if not may_end and not allowed.any():
+            raise ValueError(f"{GRAMMAR_FAULT}no token of the vocabulary can follow")
+        if may_end and allowed.any():
+            allowed[list(ends)] = True
+        return allowed
 
 
 def _compile(kind: str, text: str, trie: "LLTokenizer") -> "LLMatcher":

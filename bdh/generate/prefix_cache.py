@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from bdh.generate.sequence import told
@@ -24,22 +25,16 @@ _MOST_PROMPT_BYTES = 64 << 20
 
 @dataclass(eq=False)
 class _Node:
-    edge: "array[int]"
-    """The tokens between the parent and here; none at the root only."""
+    edge: "array[int]"  # the tokens between the parent and here; none at the root only
     parent: "_Node | None" = None
-    children: dict[int, "_Node"] = field(default_factory=dict)
-    """By the first token of their edges."""
-    state: SynapticState | None = None
-    """After the tokens from the root to here, where it is stored."""
+    children: dict[int, "_Node"] = field(default_factory=dict)  # by the first token of their edges
+    state: SynapticState | None = None  # after the tokens from the root to here, where it is stored
     logits: torch.Tensor | None = None
-    is_prompt: bool = False
-    """Whether a prompt ended here that is remembered."""
+    is_prompt: bool = False  # whether a prompt ended here that is remembered
 
     @property
     def tensor_bytes(self) -> int:
-        if self.state is None:
-            return 0
-        return self.state.nbytes + (0 if self.logits is None else self.logits.nbytes)
+        return sum(each.nbytes for each in (self.state, self.logits) if each is not None)
 
     @property
     def path_bytes(self) -> int:
@@ -103,14 +98,14 @@ class PrefixCache:
         """The longest stored prefix of ``tokens``, which may be all of them.
 
         Returns:
-            How many tokens it has; the state behind them; and the logits of the next one, where they were stored.
+            How many tokens it has; the state after them; and the logits of the next one, where they were stored.
             0 and None without one. The state is the cache's own: copy it, before anything else is stored, and never
             advance it.
         """
         best, best_depth, depth = None, 0, 0
-        for node in self._walk(array("i", tokens)):
-            depth += len(node.edge)
-            if node.state is not None:
+        for node, is_whole, length in self._descend(array("i", tokens)):
+            depth += length
+            if is_whole and node.state is not None:
                 best, best_depth = node, depth
         if best is None:
             self.misses += 1
@@ -121,7 +116,7 @@ class PrefixCache:
         return best_depth, best.state, best.logits
 
     def put(self, tokens: Sequence[int], state: SynapticState, logits: torch.Tensor | None = None) -> bool:
-        """Stores a copy of the state behind ``tokens``, in place of one that is there.
+        """Stores a copy of the state after ``tokens``, in place of one that is there.
 
         Returns:
             Whether it was stored: not where it alone takes more than ``max_bytes``.
@@ -166,46 +161,37 @@ class PrefixCache:
         take more than ``max_prompt_bytes`` the beginning.
         """
         given = array("i", tokens)
-        shared = 0
-        node = self._root
-        while shared < len(given) and (child := node.children.get(given[shared])):
-            length = _common_length(child.edge, given[shared:])
-            shared += length
-            if length < len(child.edge):
-                break
-            node = child
-        room = (self.max_prompt_bytes - NODE_BYTES) // _TOKEN_BYTES
-        if given and room > 0:
-            end = self._insert(given[:room])
+        shared = sum(length for *_, length in self._descend(given))
+        num_kept = (self.max_prompt_bytes - NODE_BYTES) // _TOKEN_BYTES
+        if given and num_kept > 0:
+            end = self._insert(given[:num_kept])
             end.is_prompt = True
             self._prompts[end] = None
             self._prompts.move_to_end(end)
             self.make_room()
         return shared
 
-    def _walk(self, tokens: "array[int]") -> Iterator[_Node]:
-        """The nodes whose path is a prefix of the tokens, from the root on, without the root."""
+    def _descend(self, tokens: "array[int]") -> Iterator[tuple[_Node, bool, int]]:
+        """The nodes that the tokens lead to, without the root: whether over the whole edge, and over how many tokens of it."""
         node, depth = self._root, 0
-        while depth < len(tokens):
-            child = node.children.get(tokens[depth])
-            if child is None or tokens[depth : depth + len(child.edge)] != child.edge:
+        while depth < len(tokens) and (child := node.children.get(tokens[depth])):
+            length = _common_length(child.edge, tokens[depth : depth + len(child.edge)])
+            is_whole = length == len(child.edge)
+            yield child, is_whole, length
+            if not is_whole:
                 return
-            yield child
-            node, depth = child, depth + len(child.edge)
+            node, depth = child, depth + length
 
     def _insert(self, tokens: "array[int]") -> _Node:
         """The node of these tokens, which is made where there is none."""
-        node = self._root
-        while tokens:
-            child = node.children.get(tokens[0])
-            if child is None:
-                child = _Node(tokens, parent=node)
-                node.children[tokens[0]] = child
-                self._path_bytes += child.path_bytes
-                return child
-            length = _common_length(child.edge, tokens)
-            node = child if length == len(child.edge) else self._split(child, length)
-            tokens = tokens[length:]
+        node, depth = self._root, 0
+        for child, is_whole, length in self._descend(tokens):
+            node, depth = child if is_whole else self._split(child, length), depth + length
+        if depth < len(tokens):
+            child = _Node(tokens[depth:], parent=node)
+            node.children[tokens[depth]] = child
+            self._path_bytes += child.path_bytes
+            node = child
         return node
 
     def _split(self, node: _Node, length: int) -> _Node:
@@ -265,17 +251,10 @@ class PrefixCache:
 
 
 def _common_length(a: "array[int]", b: "array[int]") -> int:
-    """How many leading tokens are the same: by halves, since comparing arrays is much faster than a loop."""
-    low, high = 0, min(len(a), len(b))
-    if a[:high] == b[:high]:
-        return high
-    while high - low > 1:  # the first `low` are the same, the first `high` are not
-        middle = (low + high) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle
-    return low
+    """How many leading tokens are the same; the first one is."""
+    length = min(len(a), len(b))
+    differ = np.frombuffer(a, np.intc, length) != np.frombuffer(b, np.intc, length)
+    return int(differ.argmax()) if differ.any() else length
 
 
 class PrefixStore:
@@ -295,7 +274,7 @@ class PrefixStore:
         self.weights: WeightsMark | None = None
         """The mark of the weights that have read all of the cache's states."""
         self.marked: list[tuple[list[int], SynapticState, torch.Tensor | None, WeightsMark | None]] = []
-        """What is to be stored before anything is fed again: no token waits for the copying."""
+        """What is to be stored before any state is advanced again: no token waits for the copying."""
         self.failures = 0
         """How often a state could not be stored or looked up."""
 
@@ -309,7 +288,7 @@ class PrefixStore:
         }
 
     def find(self, tokens: Sequence[int]) -> tuple[int, SynapticState | None, torch.Tensor | None]:
-        """The longest known beginning: its length, its state, which is not to be advanced, and the logits behind it."""
+        """The longest known beginning: its length, its state, which is not to be advanced, and the logits after it."""
         try:
             if len(tokens) >= _WORTH_A_STATE_TOKENS:  # none is stored for fewer
                 self._forget_other_weights()
@@ -320,22 +299,21 @@ class PrefixStore:
 
     def places(self, tokens: Sequence[int], num_known: int) -> set[int]:
         """The numbers of tokens after which the state of this new prompt is to be stored."""
-        candidates = [self.cache.branch_point(tokens)]
-        if len(tokens) - num_known >= _LONG_PROMPT_TOKENS:
-            candidates += [len(tokens) - distance for distance in _FROM_THE_END]
-        else:
-            candidates.append(len(tokens))
-        places: set[int] = set()
-        for place in candidates:
-            is_far_on = place - num_known >= _WORTH_A_STATE_TOKENS
-            if is_far_on and all(abs(place - other) >= _WORTH_A_STATE_TOKENS for other in places):
-                places.add(place)
-        return places
+        distances = _FROM_THE_END if len(tokens) - num_known >= _LONG_PROMPT_TOKENS else (0,)
+        places: list[int] = []
+        for place in (self.cache.branch_point(tokens), *(len(tokens) - distance for distance in distances)):
+            if (
+                place - num_known
+                >= _WORTH_A_STATE_TOKENS
+                <= min((abs(place - other) for other in places), default=place)
+            ):
+                places.append(place)
+        return set(places)
 
     def mark(
         self, tokens: list[int], state: SynapticState, logits: torch.Tensor | None, weights: WeightsMark | None
     ) -> None:
-        """Notes a state to be stored, which is not to be fed until then.
+        """Notes a state to be stored, which is not to be advanced until then.
 
         Args:
             weights: the mark of those that began to read the tokens.

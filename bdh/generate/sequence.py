@@ -1,32 +1,263 @@
-"""A request and its continuations while they run: tokens, text, and where they stand."""
+"""A sequence while it runs: its next token, its text in whole characters, and how it ends."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from bdh.generate.advance import LayerActivity, Residuals
-from bdh.generate.grammar import GRAMMAR_FAULT, Matcher
-from bdh.generate.params import SamplingParams
-from bdh.generate.sampler import Sampler, TokenLogprobs, token_logprobs
+from bdh.generate.grammar import Matcher
+from bdh.generate.params import DrawSettings, SamplingParams
 from bdh.generate.snapshot import Snapshot
+from bdh.model.network import ModelParts
 from bdh.model.state import SynapticState
-from bdh.model.weights import WeightsMark
+from bdh.model.weights import WeightsMark, weights_mark
 from bdh.tokenizer.plain import PlainTokenizer, document_end_id
 
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
 _logger = logging.getLogger(__name__)
-REPLACEMENT = "\ufffd"  # what decoders put for bytes that are no character (yet)
+FinishReason = Literal["stop", "length", "abort", "error"]
+Prompt = str | Sequence[int]
+"""A text, in which nothing is a special token, or the ids of tokens."""
+
+_REPLACEMENT = "\ufffd"  # what decoders put for bytes that are no character (yet)
 # A character has at most 4 bytes, so at most 3 bytes of an unfinished one can stand at the end.
 _MAX_UNFINISHED = 3
 CONTEXT_TOKENS = 8
-"""In front of a text: whether a word-piece begins with a space depends on whether anything stands before it."""
+"""Before a text: whether a word-piece begins with a space depends on whether anything stands before it."""
 _WINDOW_TOKENS = 64
 
-Prompt = str | Sequence[int]
-"""A text, in which nothing is a special token, or the ids of tokens."""
-FinishReason = Literal["stop", "length", "abort", "error"]
+
+def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
+    """The ids of a prompt. Text that looks like a special token is text; an empty prompt is ``<bos>``.
+
+    Raises:
+        ValueError: the prompt is empty and the tokenizer has neither ``<bos>`` nor ``<eos>`` to start from.
+    """
+    if ids := PlainTokenizer.of(tokenizer).encode(prompt):
+        return ids
+    for start in (tokenizer.bos_token_id, document_end_id(tokenizer)):
+        if start is not None:
+            return [start]
+    raise ValueError(
+        "the prompt is empty, and this tokenizer has no <bos> token to start from: give at least one character"
+    )
+
+
+def text_of(tokenizer: Any, tokens: Sequence[int], context: Sequence[int] = ()) -> str:
+    """The whole text of tokens, as :class:`TextDecoder` gives it in pieces."""
+    decoder = TextDecoder(tokenizer, context=context)
+    return decoder.push(tokens) + decoder.flush()
+
+
+class TextDecoder:
+    """Turns token ids into text as they come, holding back unfinished characters and what may become a stop string.
+
+    ``stopped`` turns true with a stop string, ``stopped_by``, and nothing comes out after it.
+
+    Args:
+        tokenizer: a ``PreTrainedTokenizerFast`` or a :class:`PlainTokenizer`.
+        stop: the stop strings.
+        context: the tokens before the text.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), context: Sequence[int] = ()):
+        self._backend, self._stop = tokenizer.backend_tokenizer, list(stop)
+        # The last tokens: decoding all of them anew for each would be quadratic.
+        self._window: list[int] = list(context[-CONTEXT_TOKENS:])
+        # Characters of the window's text that are in `_pending` or out, or are not of this text.
+        self._num_decoded = len(self._decode())
+        self._pending = ""  # decoded, but perhaps the beginning of a stop string
+        self.stopped = False
+        self.stopped_by: str | None = None
+
+    def state(self) -> dict[str, Any]:
+        """What it holds, in JSON's types."""
+        held = {"window": list(self._window), "num_decoded": self._num_decoded, "pending": self._pending}
+        return {**held, "stopped": self.stopped}
+
+    @classmethod
+    def from_state(cls, tokenizer: Any, stop: Sequence[str], state: dict[str, Any]) -> "TextDecoder":
+        """Continues where :meth:`state` was taken. Text held back is released where no stop string begins with it."""
+        decoder = cls(tokenizer, stop)
+        decoder._window, decoder._num_decoded = list(state["window"]), state["num_decoded"]
+        decoder._pending, decoder.stopped = state["pending"], state["stopped"]
+        return decoder
+
+    def push(self, token_ids: Sequence[int], *, stops: bool = True) -> str:
+        """The text that is certain after these further tokens; often none. Without ``stops``, no stop string ends it."""
+        if self.stopped:
+            return ""
+        self._window.extend(token_ids)
+        text = self._decode()
+        num_unfinished = len(text) - len(text.rstrip(_REPLACEMENT))
+        certain = len(text) - min(num_unfinished, _MAX_UNFINISHED)
+        new = text[self._num_decoded : certain]
+        self._num_decoded = max(self._num_decoded, certain)
+        if num_unfinished == 0 and len(self._window) >= _WINDOW_TOKENS:
+            self._window = self._window[-CONTEXT_TOKENS:]
+            self._num_decoded = len(self._decode())
+        return self._release(new, self._stop if stops else [])
+
+    def flush(self) -> str:
+        """The rest, at the end of the text."""
+        if self.stopped:
+            return ""
+        rest = self._release(self._decode()[self._num_decoded :], self._stop)
+        rest, self._pending = rest + self._pending, ""
+        return rest
+
+    def _decode(self) -> str:
+        # Without cleaning up spaces, which looks at the characters on both sides: it would change text that is out.
+        return self._backend.decode(self._window, skip_special_tokens=True)
+
+    def _release(self, new: str, stop: Sequence[str]) -> str:
+        text = self._pending + new
+        if found := [(at + len(s), at, s) for s in stop if (at := text.find(s)) >= 0]:
+            # The one that was complete first: so it is for text that comes character by character too.
+            _, cut, self.stopped_by = min(found)
+            self._pending, self.stopped = "", True
+        else:
+            cut = len(text) - max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+            self._pending = text[cut:]
+        return text[:cut]
+
+
+@dataclass
+class TokenLogprobs:
+    """Natural logarithms of the probabilities that the model gives, before temperature and penalties."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
+    """The likeliest tokens, as many as asked for."""
+
+    @classmethod
+    def of(cls, logits: torch.Tensor, token: int, num_top: int) -> "TokenLogprobs":
+        """Of a token under logits (V,)."""
+        logprobs = logits.float().log_softmax(-1)
+        values, ids = logprobs.topk(min(num_top, len(logprobs)))
+        return cls(token, float(logprobs[token]), list(zip(ids.tolist(), values.tolist(), strict=True)))
+
+
+def generator_of(seed: int | None) -> torch.Generator:
+    """A generator that begins with a seed; with None, differently each time."""
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
+    return generator
+
+
+class Sampler:
+    """Draws the tokens of one sequence. What it draws depends on its seed and text alone.
+
+    Args:
+        prompt: the tokens before what is generated; they count for the repetition penalty only.
+        generated: tokens that have been generated already, where a sequence continues.
+        ends: tokens that may not come before ``min_tokens``.
+        generator: draw from this one, instead of one that begins with the seed.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        *,
+        vocab_size: int,
+        prompt: Iterable[int] = (),
+        generated: Iterable[int] = (),
+        ends: Iterable[int] = (),
+        index: int = 0,
+        generator: torch.Generator | None = None,
+    ):
+        self._params = params
+        self.generator = generator or generator_of(params.seed_of(index))
+        self._ends = torch.tensor(sorted(set(ends)), dtype=torch.int64)
+        self._bias: torch.Tensor | None = None
+        if params.logit_bias:
+            self._bias = torch.zeros(vocab_size)
+            self._bias[list(params.logit_bias)] = torch.tensor(list(params.logit_bias.values()))
+        self._seen: torch.Tensor | None = None  # bool (V,): which tokens are in the text, for the repetition penalty
+        if params.repetition_penalty != 1:
+            self._seen = torch.zeros(vocab_size, dtype=torch.bool)
+            self._seen[list(prompt)] = True
+        self._counts: torch.Tensor | None = None
+        if params.presence_penalty or params.frequency_penalty:
+            self._counts = torch.zeros(vocab_size)
+        for token in generated:
+            self._count(token)
+        self._num_generated = 0  # by this request
+
+    def sample(self, logits: torch.Tensor, allowed: torch.Tensor | None = None) -> int:
+        """The next token, from float32 logits (V,), which stay as they are.
+
+        Args:
+            allowed: bool (V,), the tokens that may be drawn; None for all.
+
+        Raises:
+            ValueError: the logits hold NaN, or leave no token that could be drawn.
+        """
+        if bool(logits.isnan().any()):
+            raise ValueError("the model's logits hold NaN: no token can be drawn from them")
+        if allowed is not None:
+            logits = logits.masked_fill(~allowed, -torch.inf)
+        scores = self._adjusted(logits)
+        if allowed is not None and bool(scores.isneginf().all()):
+            raise ValueError("the model's logits rule out all tokens that the grammar allows: none can be drawn")
+        if self._params.temperature == 0:
+            token = int(scores.argmax())
+        else:
+            probabilities = warped(scores, self._params).softmax(-1)
+            token = int(torch.multinomial(probabilities, 1, generator=self.generator))
+        self._count(token)
+        self._num_generated += 1
+        return token
+
+    def _adjusted(self, logits: torch.Tensor) -> torch.Tensor:
+        """With penalties and biases, in the order that OpenAI's API and transformers have them."""
+        params, scores = self._params, logits
+        if self._seen is not None:
+            factor = params.repetition_penalty
+            scores = torch.where(self._seen, torch.where(scores < 0, scores * factor, scores / factor), scores)
+        if self._counts is not None:
+            scores = scores - params.frequency_penalty * self._counts - params.presence_penalty * (self._counts > 0)
+        if self._bias is not None:
+            scores = scores + self._bias
+        if self._num_generated < params.min_tokens and len(self._ends):
+            scores = scores.index_fill(0, self._ends, -torch.inf)
+        return scores
+
+    def _count(self, token: int) -> None:
+        if self._counts is not None:
+            self._counts[token] += 1
+        if self._seen is not None:
+            self._seen[token] = True
+
+
+def warped(scores: torch.Tensor, settings: DrawSettings) -> torch.Tensor:
+    """Scores (V,) after temperature, ``top_k``, ``top_p`` and ``min_p``, in this order and as transformers applies them:
+    tokens that are not to be drawn have minus infinity."""
+    if settings.temperature != 1:
+        scores = scores / settings.temperature
+    if settings.top_k:
+        least = scores.topk(min(settings.top_k, len(scores))).values[-1]
+        scores = scores.masked_fill(scores < least, -torch.inf)
+    if settings.top_p < 1:
+        ascending, places = scores.sort()
+        is_rest = ascending.softmax(-1).cumsum(-1) <= 1 - settings.top_p
+        is_rest[-1] = False
+        scores = scores.masked_fill(is_rest.scatter(0, places, is_rest), -torch.inf)
+    if settings.min_p > 0:
+        probabilities = scores.softmax(-1)
+        is_unlikely = probabilities < settings.min_p * probabilities.max()
+        is_unlikely[scores.argmax()] = False
+        scores = scores.masked_fill(is_unlikely, -torch.inf)
+    return scores
 
 
 @dataclass
@@ -49,7 +280,7 @@ class Completion:
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     """One for each token of the prompt; None for the first."""
     snapshot: Snapshot | None = None
-    """From which the sequence can go on, where that was asked for."""
+    """From which the sequence can continue, where that was asked for."""
     snapshot_error: str | None = None
     """Why there is none though it was asked for: there was no memory for it, say."""
 
@@ -73,90 +304,83 @@ class StepOutput:
     """With the last output of a continuation."""
 
 
-class Continuation:
-    """A continuation while it runs.
+@dataclass(eq=False)
+class Request:
+    """What is asked of the engine, and the continuations that have begun: one reads the prompt, the others join later."""
 
-    Args:
-        tokens: the prompt's, and those generated before where it goes on from a snapshot.
-        ends: tokens that end the text.
-        matcher: at the beginning of the text's grammar, where it has one.
-        generator: draw from this one, instead of the snapshot's or one that begins with the seed.
+    id: int
+    params: SamplingParams
+    tokens: list[int]  # the prompt's, and those generated before where it continues from a snapshot
+    num_prompt_tokens: int
+    ends: frozenset[int]  # tokens that end the text
+    grammar: "LLMatcher | None" = None  # the beginning of a text of its grammar
+    snapshot: Snapshot | None = None
+    keep_snapshot: bool = False
+    record_activations: int | None = None
+    residuals: Residuals | None = None
+    generator: torch.Generator | None = None  # of the first continuation, instead of one that begins with the seed
+    sequences: list["Continuation"] = field(default_factory=list)
+    places: set[int] = field(default_factory=set)  # the state is stored after so many tokens of the prompt
+    weights: WeightsMark | None = None  # that began to read the prompt, where there are such places
+    ended: set[int] = field(default_factory=set)  # continuations whose last output is among the engine's
+
+    @property
+    def num_reserved(self) -> int:
+        """Continuations that have not ended: each has a state, or will get one."""
+        return self.params.n - len(self.ended)
+
+
+class Continuation:
+    """A continuation of a request while it runs.
 
     Raises:
         ValueError: what a snapshot holds of the text does not begin a text of the grammar.
     """
 
-    def __init__(
-        self,
-        request_id: int,
-        index: int,
-        params: SamplingParams,
-        *,
-        tokenizer: PlainTokenizer,
-        vocab_size: int,
-        tokens: list[int],
-        num_prompt_tokens: int,
-        ends: frozenset[int],
-        snapshot: Snapshot | None = None,
-        keep_snapshot: bool = False,
-        matcher: Matcher | None = None,
-        generator: torch.Generator | None = None,
-    ):
-        self.request_id, self.index, self.params = request_id, index, params
-        self.tokens, self.num_prompt_tokens = list(tokens), num_prompt_tokens
-        self.ends, self.keep_snapshot = ends, keep_snapshot
+    def __init__(self, request: Request, index: int, model: ModelParts, tokenizer: PlainTokenizer):
+        params, tokens, snapshot, V = request.params, request.tokens, request.snapshot, model.config.vocab_size
+        self.request, self.index, self.params = request, index, params
+        self._model, self._tokenizer = model, tokenizer
+        self.tokens, self.pending = list(tokens), list(tokens)  # all; and those that the state has not read
         self.num_before = len(tokens)  # tokens that this request has not generated
         self.state: SynapticState | None = None
-        self.pending: list[int] = list(tokens)  # not yet read by the state
         self.logits: torch.Tensor | None = None  # after the last token that the state has read
         self.num_cached_tokens = 0
-        self.mark_weights: Callable[[], tuple[Any, ...] | None] = lambda: None  # for a snapshot, of the model as it is
-        self.record_activations: int | None = None  # how many of the strongest neurons are wanted
-        self.residuals: Residuals | None = None  # that take those of all its tokens
         self.activity: list[LayerActivity] | None = None  # of the last token that was read
         self.text = ""
         self.logprobs: list[TokenLogprobs] | None = None if params.logprobs is None else []
-        self.prompt_logprobs: list[TokenLogprobs | None] | None = None
-        if params.prompt_logprobs is not None:
-            self.prompt_logprobs = [None]
+        self.prompt_logprobs: list[TokenLogprobs | None] | None = None if params.prompt_logprobs is None else [None]
         self.completion: Completion | None = None
-        goes_on = snapshot is not None and len(tokens) == len(snapshot.tokens)
-        goes_on_drawing = goes_on and index == 0 and generator is None
-        if snapshot is not None and snapshot.generator_state is not None and goes_on_drawing:
+        self._has_output = False
+        if snapshot is not None and len(tokens) > len(snapshot.tokens):
+            snapshot = None  # what was held back there, and its generator, are those of another text
+        generator = request.generator if index == 0 else None
+        if snapshot is not None and snapshot.generator_state is not None and index == 0 and generator is None:
             generator = torch.Generator()
             generator.set_state(snapshot.generator_state)
         self.sampler = Sampler(
             params,
-            vocab_size=vocab_size,
-            prompt=tokens[:num_prompt_tokens],
-            generated=tokens[num_prompt_tokens:],
-            ends=ends,
+            vocab_size=V,
+            prompt=tokens[: request.num_prompt_tokens],
+            generated=tokens[request.num_prompt_tokens :],
+            ends=request.ends,
             index=index,
             generator=generator,
         )
-        self._tokenizer = tokenizer
-        if goes_on and snapshot is not None and snapshot.decoder:
+        if snapshot is not None and snapshot.decoder:
             self._decoder = TextDecoder.from_state(tokenizer, params.stop, snapshot.decoder)
         else:
             self._decoder = TextDecoder(tokenizer, params.stop, context=tokens)
-        self._matcher = matcher
-        self._grammar_start = self.num_before - (params.grammar or {}).get("written", 0)
-        if self._grammar_start < 0:
-            raise ValueError(
-                f"grammar.written is {self.num_before - self._grammar_start}: must be at most {self.num_before}"
-            )
+        self._matcher = None if request.grammar is None else Matcher(request.grammar, V)
+        num_written = (params.grammar or {}).get("written", 0)
+        if num_written > self.num_before:
+            raise ValueError(f"grammar.written is {num_written}: must be at most {self.num_before}")
+        self._grammar_start = self.num_before - num_written
         self._follow_grammar()
-        self._has_said = False
-        self._unsaid = self._text_of(tokens) if params.echo else ""  # comes with the first output
 
     @property
     def num_generated(self) -> int:
         return len(self.tokens) - self.num_before
-
-    @property
-    def wants_all_tokens(self) -> bool:
-        """Whether a known beginning is of no use, since something is wanted of each of its tokens."""
-        return self.prompt_logprobs is not None or self.residuals is not None
 
     def read(self, count: int, logits: torch.Tensor | None) -> None:
         """The state has read so many of the pending tokens.
@@ -164,12 +388,13 @@ class Continuation:
         Args:
             logits: (V,) after them; (count, V) after each one where the prompt's log-probabilities are wanted.
         """
-        if self.prompt_logprobs is not None and self.num_generated == 0 and logits is not None and logits.ndim == 2:
-            start = len(self.tokens) - len(self.pending)  # of the tokens that were read
-            for row, token in zip(logits, self.tokens[start + 1 : start + count + 1], strict=False):
-                self.prompt_logprobs.append(token_logprobs(row, token, self.params.prompt_logprobs or 0))
-        if logits is not None:
-            self.logits = logits[-1] if logits.ndim == 2 else logits
+        if logits is not None and logits.ndim == 2:
+            if self.prompt_logprobs is not None and self.num_generated == 0:
+                following = self.tokens[len(self.tokens) - len(self.pending) + 1 :][:count]
+                for of_token, token in zip(logits, following, strict=False):
+                    self.prompt_logprobs.append(TokenLogprobs.of(of_token, token, self.params.prompt_logprobs or 0))
+            logits = logits[-1]
+        self.logits = self.logits if logits is None else logits
         del self.pending[:count]
 
     def draw(self) -> StepOutput:
@@ -179,59 +404,43 @@ class Continuation:
             ValueError: the logits leave none.
         """
         assert self.logits is not None
-        allowed = self._allowed()
+        allowed = None if self._matcher is None else self._matcher.allowed(self.request.ends)
         if allowed is not None and not allowed.any():
             return self.end("stop")
         token = self.sampler.sample(self.logits, allowed)
         output = self._new_output()
-        if token in self.ends and self.num_generated >= self.params.min_tokens:
-            self._finish("stop", output, stop_reason=token)
-            return output
+        if token in self.request.ends and self.num_generated >= self.params.min_tokens:
+            return self._finish("stop", output, stop_reason=token)
         self.tokens.append(token)
         self.pending.append(token)
         self._follow_grammar()
         output.token_ids, output.activity = [token], self.activity
         if self.logprobs is not None:
-            entry = token_logprobs(self.logits, token, self.params.logprobs or 0)
-            self.logprobs.append(entry)
-            output.logprobs = [entry]
+            output.logprobs = [TokenLogprobs.of(self.logits, token, self.params.logprobs or 0)]
+            self.logprobs += output.logprobs
         output.text += self._decoder.push([token], stops=self.num_generated > self.params.min_tokens)
         if self._decoder.stopped:
-            self._finish("stop", output, stop_reason=self._decoder.stopped_by)
-        elif self._matcher is not None and self._matcher.is_complete:
-            self._finish("stop", output)
-        elif self.num_generated >= self.params.max_tokens:
-            self._finish("length", output)
-        else:
-            self.text += output.text
+            return self._finish("stop", output, stop_reason=self._decoder.stopped_by)
+        if self._matcher is not None and self._matcher.is_complete:
+            return self._finish("stop", output)
+        if self.num_generated >= self.params.max_tokens:
+            return self._finish("length", output)
+        self.text += output.text
         return output
 
     def _follow_grammar(self) -> None:
         if self._matcher is not None:
             self._matcher.read(self.tokens, start=self._grammar_start)
 
-    def _allowed(self) -> torch.Tensor | None:
-        """The tokens that the grammar allows next, bool (V,): none where it is complete. None without a grammar."""
-        if self._matcher is None:
-            return None
-        allowed, may_end = self._matcher.allowed()
-        if not may_end and not allowed.any():
-            raise ValueError(f"{GRAMMAR_FAULT}no token of the vocabulary can follow")
-        if may_end and allowed.any():
-            allowed[list(self.ends)] = True
-        return allowed
-
     def end(self, reason: FinishReason, error: str | None = None) -> StepOutput:
         """Ends it before its time, or before its first token."""
-        output = self._new_output()
-        self._finish(reason, output, error=error)
-        return output
+        return self._finish(reason, self._new_output(), error=error)
 
     def _new_output(self) -> StepOutput:
-        output = StepOutput(self.request_id, self.index, self._unsaid)
-        self._unsaid = ""
-        if not self._has_said:
-            self._has_said, output.prompt_logprobs = True, self.prompt_logprobs
+        output = StepOutput(self.request.id, self.index)
+        if not self._has_output:
+            output.text = text_of(self._tokenizer, self.request.tokens) if self.params.echo else ""
+            self._has_output, output.prompt_logprobs = True, self.prompt_logprobs
         return output
 
     def _finish(
@@ -241,17 +450,17 @@ class Continuation:
         *,
         stop_reason: str | int | None = None,
         error: str | None = None,
-    ) -> None:
+    ) -> StepOutput:
         snapshot = snapshot_error = None
         if reason != "error":  # which may be the decoder's own
             decoder = self._decoder.state()
             output.text += self._decoder.flush()
-            if self.keep_snapshot and self.state is not None:
+            if self.request.keep_snapshot and self.state is not None:
                 try:
                     snapshot = self._snapshot(self.state, decoder)
                 except Exception as failure:
                     snapshot_error = told(failure)
-                    _logger.exception("no snapshot of continuation %d of request %d", self.index, self.request_id)
+                    _logger.exception("no snapshot of continuation %d of request %d", self.index, self.request.id)
         self.text += output.text
         self.completion = output.completion = Completion(
             text=self.text,
@@ -266,6 +475,7 @@ class Continuation:
             snapshot=snapshot,
             snapshot_error=snapshot_error,
         )
+        return output
 
     def _snapshot(self, state: SynapticState, decoder: dict[str, Any]) -> Snapshot:
         return Snapshot(
@@ -273,167 +483,13 @@ class Continuation:
             tokens=list(self.tokens),
             logits=None if self.logits is None else self.logits.clone(),
             generator_state=self.sampler.generator.get_state(),
-            num_prompt_tokens=self.num_prompt_tokens,
+            num_prompt_tokens=self.request.num_prompt_tokens,
             pending=list(self.pending),
             decoder=decoder,
-            weights=self.mark_weights(),
+            weights=weights_mark(self._model).content,
         )
-
-    def _text_of(self, tokens: list[int]) -> str:
-        decoder = TextDecoder(self._tokenizer)
-        return decoder.push(tokens) + decoder.flush()
-
-
-class Request:
-    """A request: one sequence that reads the prompt, and later its further continuations."""
-
-    def __init__(
-        self, request_id: int, first: Continuation, make: Callable[[int], Continuation], snapshot: Snapshot | None
-    ):
-        self.id, self.snapshot = request_id, snapshot
-        self.sequences = [first]
-        self.make = make
-        self.places: set[int] = set()  # where the state on the way through the prompt is stored
-        self.weights: WeightsMark | None = None  # of those that began to read it, where there are such places
-        self.ended: set[int] = set()  # continuations whose last output is among the engine's
-
-    @property
-    def params(self) -> SamplingParams:
-        return self.sequences[0].params
-
-    @property
-    def num_reserved(self) -> int:
-        """Continuations that have not ended: each has a state, or will get one."""
-        return self.params.n - len(self.ended)
-
-    @property
-    def is_done(self) -> bool:
-        return len(self.ended) == self.params.n
-
-    def failed(self, index: int, error: str) -> StepOutput:
-        """The end of a continuation that may not have begun, and cannot even finish its text."""
-        completion = Completion("", [], "error", error=error, num_prompt_tokens=self.sequences[0].num_before)
-        if index < len(self.sequences):
-            sequence = self.sequences[index]
-            completion.text, completion.token_ids = sequence.text, sequence.tokens[sequence.num_before :]
-            sequence.completion = completion
-        return StepOutput(self.id, index, completion=completion)
 
 
 def told(error: BaseException) -> str:
     """An exception in the words of a completion."""
     return str(error) or type(error).__name__
-
-
-class TextDecoder:
-    """Turns token ids into text as they come, holding back what is not certain yet.
-
-    Held back are unfinished characters, and text that may become a stop string. ``stopped`` turns true with
-    a stop string, and nothing comes out after it.
-
-    Args:
-        stop: the stop strings.
-        tokenizer: a ``PreTrainedTokenizerFast`` or a :class:`PlainTokenizer`.
-        context: the tokens in front of the text.
-    """
-
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), context: Sequence[int] = ()):
-        self._tokenizer = PlainTokenizer.of(tokenizer)
-        self._stop = list(stop)
-        # The last tokens: decoding all of them anew for each would be quadratic.
-        self._window: list[int] = list(context[-CONTEXT_TOKENS:])
-        # Characters of the window's text that went on to `_pending`, or are not of this text.
-        self._num_decoded = len(self._decode(self._window))
-        self._pending = ""  # decoded, but perhaps the beginning of a stop string
-        self.stopped = False
-        self.stopped_by: str | None = None
-
-    def state(self) -> dict[str, Any]:
-        """What it holds, in JSON's types."""
-        return {
-            "window": list(self._window),
-            "num_decoded": self._num_decoded,
-            "pending": self._pending,
-            "stopped": self.stopped,
-        }
-
-    @classmethod
-    def from_state(cls, tokenizer: Any, stop: Sequence[str], state: dict[str, Any]) -> "TextDecoder":
-        """Goes on where :meth:`state` was taken. Text held back is released where no stop string begins with it."""
-        decoder = cls(tokenizer, stop)
-        decoder._window = list(state["window"])
-        decoder._num_decoded = state["num_decoded"]
-        decoder._pending = state["pending"]
-        decoder.stopped = state["stopped"]
-        return decoder
-
-    def push(self, token_ids: Sequence[int], *, stops: bool = True) -> str:
-        """The text that is certain after these further tokens; often none. Without ``stops``, no stop string ends it."""
-        if self.stopped:
-            return ""
-        self._window.extend(token_ids)
-        text = self._decode(self._window)
-        num_unfinished = len(text) - len(text.rstrip(REPLACEMENT))
-        certain = len(text) - min(num_unfinished, _MAX_UNFINISHED)
-        new = text[self._num_decoded : certain]
-        self._num_decoded = max(self._num_decoded, certain)
-        if num_unfinished == 0 and len(self._window) >= _WINDOW_TOKENS:
-            self._window = self._window[-CONTEXT_TOKENS:]
-            self._num_decoded = len(self._decode(self._window))
-        if not stops:
-            new, self._pending = self._pending + new, ""
-            return new
-        return self._release(new)
-
-    def flush(self) -> str:
-        """The rest, at the end of the text."""
-        if self.stopped:
-            return ""
-        rest = self._release(self._decode(self._window)[self._num_decoded :])
-        rest, self._pending = rest + self._pending, ""
-        return rest
-
-    def _decode(self, token_ids: list[int]) -> str:
-        # Without cleaning up spaces, which looks at the characters on both sides: it would change text that is out.
-        return self._tokenizer.decode(token_ids, skip_special_tokens=True)
-
-    def _release(self, new: str) -> str:
-        self._pending += new
-        found = [(at + len(s), at, s) for s in self._stop if (at := self._pending.find(s)) >= 0]
-        if found:
-            # The one that was complete first: so it is for text that comes character by character too.
-            _, start, self.stopped_by = min(found)
-            released, self._pending, self.stopped = self._pending[:start], "", True
-            return released
-        held = max((_overlap(self._pending, s) for s in self._stop), default=0)
-        cut = len(self._pending) - held
-        released, self._pending = self._pending[:cut], self._pending[cut:]
-        return released
-
-
-def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of ``text`` are the beginning of ``stop``."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
-
-
-def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """The ids of a prompt. Text that looks like a special token is text; an empty prompt is ``<bos>``.
-
-    Raises:
-        ValueError: the prompt is empty and the tokenizer has neither ``<bos>`` nor ``<eos>`` to start from.
-    """
-    if ids := PlainTokenizer.of(tokenizer).encode(prompt):
-        return ids
-    for start in (tokenizer.bos_token_id, document_end_id(tokenizer)):
-        if start is not None:
-            return [start]
-    raise ValueError(
-        "the prompt is empty, and this tokenizer has no <bos> token to start from: give at least one character"
-    )
-
-
-def end_token_ids(model: Any, tokenizer: Any) -> list[int]:
-    """The tokens that end a text, by the tokenizer and by the model's settings."""
-    of_model = model.generation_config.eos_token_id
-    ends = [*(of_model if isinstance(of_model, list) else [of_model]), tokenizer.eos_token_id]
-    return sorted({token for token in ends if token is not None})

@@ -12,9 +12,9 @@ import torch
 
 from bdh.generate.engine import Engine
 from bdh.generate.params import SamplingParams, collect_text_faults
-from bdh.generate.sequence import CONTEXT_TOKENS, Prompt, TextDecoder, encode_prompt, end_token_ids
+from bdh.generate.sequence import CONTEXT_TOKENS, Prompt, TextDecoder, encode_prompt
 from bdh.model.network import ModelParts
-from bdh.tokenizer.plain import PlainTokenizer, check_vocabulary
+from bdh.tokenizer.plain import PlainTokenizer, check_vocabulary, end_token_ids
 from bdh.validation import Faults, collect_faults
 
 _ALIASES = {"max_new_tokens": "max_tokens", "num_return_sequences": "n"}

@@ -9,8 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from bdh.generate.sampler import TokenLogprobs
-from bdh.generate.sequence import Completion, StepOutput
+from bdh.generate.sequence import Completion, StepOutput, TokenLogprobs
 from bdh.serve.middleware import ApiError, sent_event
 from bdh.serve.schemas import Json, StreamOptions
 from bdh.serve.service import PromptRequest

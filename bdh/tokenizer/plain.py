@@ -401,6 +401,13 @@ def document_end_id(tokenizer: AnyTokenizer) -> int | None:
     return None if is_byte else end
 
 
+def end_token_ids(model: Any, tokenizer: AnyTokenizer) -> list[int]:
+    """The tokens that end a text, by the tokenizer and by the model's ``generation_config``."""
+    of_model = model.generation_config.eos_token_id
+    ends = {*(of_model if isinstance(of_model, list) else [of_model]), tokenizer.eos_token_id}
+    return sorted(ends - {None})
+
+
 def check_vocabulary(tokenizer: AnyTokenizer, vocab_size: int) -> None:
     """
     Raises:

@@ -6,8 +6,7 @@ import torch
 from bdh.generate.advance import Advancer, StatePool, StepInput
 from bdh.generate.engine import Engine
 from bdh.generate.params import EngineConfig, SamplingParams
-from bdh.generate.sampler import Sampler
-from bdh.generate.sequence import Continuation, TextDecoder
+from bdh.generate.sequence import Continuation, Sampler, TextDecoder
 from bdh.model.state import SynapticState
 from bdh.ops.cpu import kernels
 

@@ -10,7 +10,7 @@ import torch
 
 from bdh import BDHConfig, BDHForCausalLM
 from bdh.generate.engine import Engine
-from bdh.generate.grammar import GRAMMAR_FAULT, Grammars
+from bdh.generate.grammar import GRAMMAR_FAULT, Grammars, Matcher
 from bdh.generate.params import EngineConfig, SamplingParams, params_from
 from bdh.generate.snapshot import Snapshot
 from bdh.tokenizer import byte_tokenizer, train_tokenizer
@@ -141,7 +141,7 @@ def test_every_way_of_writing_what_must_follow_is_allowed():
     tokenizer = train_tokenizer(["the bird and the bird"] * 20, "bpe", 290)
     spellings, grammars = token_bytes(tokenizer), Grammars(tokenizer, len(tokenizer))
     for grammar, text in (({"regex": "the bird"}, b"the bird"), ({"json_schema": {"const": "the"}}, b'"the"')):
-        allowed = grammars.matcher(grammar).allowed()[0]
+        allowed = Matcher(grammars.compile(grammar), len(tokenizer)).allowed()
         assert {spellings[i] for i in allowed.nonzero()[:, 0].tolist()} == {
             each for each in spellings if each and text.startswith(each)
         }

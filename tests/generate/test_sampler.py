@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from bdh.generate.params import SamplingParams
-from bdh.generate.sampler import Sampler, warped
+from bdh.generate.sequence import Sampler, warped
 
 V = 61
 NO_TOKENS = torch.empty(1, 0, dtype=torch.int64)
