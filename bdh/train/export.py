@@ -37,27 +37,36 @@ def export_run(
             run's settings say.
 
     Raises:
-        FileNotFoundError: ``run_dir`` holds no run, or the run has no such checkpoint.
+        FileNotFoundError: the run has no such checkpoint.
         FileExistsError: ``folder`` is there and not empty, and ``replace`` is not set.
         OtherBaseError: adapters are to be written alone, and there are models with other weights in the place of their base.
-        ValueError: the checkpoint is damaged, or ``which`` is neither of the above.
+        ValueError: ``run_dir`` holds no run, the checkpoint is damaged, ``which`` is neither of the above, or ``merge`` is
+            False and more than adapters was trained.
     """
     opened = open_model(str(run_dir), checkpoint=which, ema=ema)
-    model, tokenizer, checkpoint = opened.merged(), load_tokenizer(opened.tokenizer_path), opened.checkpoint
+    checkpoint = opened.checkpoint
     assert checkpoint is not None  # of a run
-    lora = LoraSettings(**checkpoint.training["settings"]["train"].get("lora") or {})
-    base = _base_of(checkpoint)
+    model, tokenizer = opened.merged(), load_tokenizer(opened.tokenizer_path)
+    lora, base = LoraSettings(**checkpoint.training["settings"]["train"].get("lora") or {}), _base_of(checkpoint)
     if lora.r and not (lora.merge if merge is None else merge):
         assert base is not None  # settings without it are refused
         base = check_base(base, run_dir, merge=False).seen_from(folder)
-        _export_adapters(model, tokenizer, checkpoint, lora, base, folder, ema=ema, replace=replace)
+        if lora.embeddings:
+            raise ValueError("merge is False: the run trained embed and lm_head too, which are no adapters")
+        base.check_same_layer(model)
+        if not replace:
+            check_free(folder)
+        with atomic_dir(folder) as temporary:
+            write_adapters(temporary, model.config, run_weights(checkpoint, ema=ema), lora, base)
+            _for_batches(tokenizer).save_pretrained(temporary)
+            card = model_card(model, checkpoint, ema=ema, adapters_of=base)
+            (temporary / "README.md").write_text(card, encoding="utf-8")
         return checkpoint.step
     if merge is False:
         raise ValueError(f"merge is False: {run_dir} has no adapters, it trained all weights")
     # For whoever trains it further: config.json keeps what the class does not know.
-    facts = checkpoint.training["data_facts"]
     model.config.train_data = {
-        "source": facts["source"],
+        "source": checkpoint.training["data_facts"]["source"],
         "fingerprint": checkpoint.training["data_fingerprint"],
         "step": checkpoint.step,
     }
@@ -91,14 +100,12 @@ def export_merged(adapters: Path, folder: Path, *, base: str | None = None) -> B
     opened = open_model(str(adapters), base=base)
     model = opened.merged()
     model.config.merged_adapters = {"base": record.summary(), "adapters": adapters.resolve().name}
-    card = [
-        *("---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [bdh, dragon-hatchling]", "---"),
-        f"\n# A BDH language model of {sum(p.numel() for p in model.parameters()):,} parameters\n",
-        "Adapters (LoRA) merged into the weights of their base (architecture: Dragon Hatchling, arXiv 2509.26507).\n",
-        _table({"base": _base_text(record), "adapters": f"`{adapters}`"}),
-        "",
-    ]
-    export_model(model, load_tokenizer(opened.tokenizer_path), folder, "\n".join(card))
+    about = (
+        "Adapters (LoRA) merged into the weights of their base (architecture: Dragon Hatchling, arXiv 2509.26507).\n\n"
+        + _table({"base": _base_text(record), "adapters": f"`{adapters}`"})
+    )
+    title = f"A BDH language model of {model.num_parameters():,} parameters"
+    export_model(model, load_tokenizer(opened.tokenizer_path), folder, card(title, about))
     return record
 
 
@@ -118,24 +125,21 @@ def export_model(
 
     Raises:
         FileExistsError: the folder is there and not empty, and ``replace`` is not set.
-        DiskFullError: there is no room for it.
+        DiskFullError: there is no space for it.
     """
     if not replace:
         check_free(folder)
     logging.disable_progress_bar()
     tokenizer = _for_batches(tokenizer) if pad_and_eos else tokenizer
-    # What libraries ask for they find in both.
-    model.config.pad_token_id, model.config.bos_token_id = tokenizer.pad_token_id, tokenizer.bos_token_id
-    model.config.eos_token_id = stop_token_ids(tokenizer)
-    model.generation_config = GenerationConfig(
-        do_sample=True,
-        temperature=0.8,
-        top_k=50,
-        max_new_tokens=200,
-        pad_token_id=model.config.pad_token_id,
-        bos_token_id=model.config.bos_token_id,
-        eos_token_id=model.config.eos_token_id,
-    )
+    # Libraries ask for these in both configurations.
+    tokens = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": stop_token_ids(tokenizer),
+    }
+    for name, value in tokens.items():
+        setattr(model.config, name, value)
+    model.generation_config = GenerationConfig(do_sample=True, temperature=0.8, top_k=50, max_new_tokens=200, **tokens)
     with atomic_dir(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
@@ -144,32 +148,9 @@ def export_model(
 
 def _for_batches(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     tokenizer = with_padding(tokenizer)
-    # A text goes on at its right end. What is saved is what a tokenizer was made with.
+    # A text continues at its right end. What is saved is what a tokenizer was made with.
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
     return tokenizer
-
-
-def _export_adapters(
-    model: BDHForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    checkpoint: Checkpoint,
-    lora: LoraSettings,
-    base: Base,
-    folder: Path,
-    *,
-    ema: bool,
-    replace: bool,
-) -> None:
-    """Raises as :func:`export_model`; ``ValueError`` where more than adapters was trained."""
-    if lora.embeddings:
-        raise ValueError("merge is False: the run trained embed and lm_head too, which are no adapters")
-    base.check_same_layer(model)
-    if not replace:
-        check_free(folder)
-    with atomic_dir(folder) as temporary:
-        write_adapters(temporary, model.config, run_weights(checkpoint, ema=ema), lora, base)
-        _for_batches(tokenizer).save_pretrained(temporary)
-        (temporary / "README.md").write_text(model_card(model, checkpoint, ema=ema, adapters_of=base), encoding="utf-8")
 
 
 def _base_of(checkpoint: Checkpoint) -> Base | None:
@@ -183,22 +164,32 @@ def _base_of(checkpoint: Checkpoint) -> Base | None:
     return Base(name, folder=str(Path(name).resolve()) if Path(name).is_dir() else None)
 
 
+def card(title: str, text: str, library: str = "library_name: transformers") -> str:
+    """A README as the hub reads it."""
+    return f"""\
+---
+{library}
+pipeline_tag: text-generation
+tags: [bdh, dragon-hatchling]
+---
+
+# {title}
+
+{text}
+"""
+
+
 def model_card(
     model: BDHForCausalLM, checkpoint: Checkpoint, *, ema: bool = False, adapters_of: Base | None = None
 ) -> str:
     """The README of an exported model, or of adapters of that model: only what the run knows."""
-    config, training = model.config, checkpoint.training
-    data_facts = training["data_facts"]
-    settings, progress, base = training["settings"], training["progress"], _base_of(checkpoint)
-    train = settings["train"]
-    metrics = progress["last_ema_metrics"] if ema else progress["last_metrics"]
-    num_parameters = sum(p.numel() for p in model.parameters())
-    skipped = (
-        f", {progress['skipped_steps']:,} of which did not change the weights" if progress["skipped_steps"] else ""
-    )
-    is_chat = "chat" in [facts.get("format") for facts in (data_facts, *data_facts.get("mix", []))]
-    rows = {
-        "parameters": f"{num_parameters:,}",
+    config, training, base = model.config, checkpoint.training, _base_of(checkpoint)
+    data, settings, progress = training["data_facts"], training["settings"], training["progress"]
+    train, lora = settings["train"], settings["train"].get("lora") or {}
+    is_chat = "chat" in [facts.get("format") for facts in (data, *data.get("mix", []))]
+    skipped = progress["skipped_steps"]
+    model_rows = {
+        "parameters": f"{model.num_parameters():,}",
         "passes through the shared layer": config.n_layer,
         "width": config.n_embd,
         "heads": config.n_head,
@@ -206,22 +197,22 @@ def model_card(
         "vocabulary": f"{config.vocab_size:,} ({settings['tokenizer']['path']} tokenizer)",
         "state of one sequence": f"{config.state_bytes_per_sequence:,} bytes, at any length",
     }
-    trained = {
-        "data": f"`{data_facts['source']}`" if isinstance(data_facts["source"], str) else str(data_facts["source"]),
-        **{
-            label: f"{data_facts[key]:,}"
-            for label, key in (
-                ("training tokens", "train_tokens"),
-                ("of which are the assistant's and count", "train_answer_tokens"),
-                ("validation tokens that were kept" if data_facts["streaming"] else "validation tokens", "val_tokens"),
-            )
-            if data_facts.get(key) is not None
-        },
-        **({"started from": _base_text(base)} if base is not None else {}),
-        **_lora_row(train.get("lora")),
-        **({"weights": f"moving average with decay {train['ema_decay']:g}"} if ema else {}),
-        "steps": f"{progress['step']:,} of {train['max_steps']:,}{skipped}",
-        f"tokens seen{', padding included' if is_chat else ''}": f"{progress['tokens_seen']:,}",
+    trained = (
+        f"adapters (LoRA) of rank {lora['r']}, alpha {lora['alpha']:g}, in {', '.join(lora['target_modules'])}"
+        if lora.get("r")
+        else None
+    )
+    rows = {
+        "data": f"`{data['source']}`" if isinstance(data["source"], str) else str(data["source"]),
+        "training tokens": _count(data.get("train_tokens")),
+        "of which are the assistant's and count": _count(data.get("train_answer_tokens")),
+        f"validation tokens{' that were kept' * data['streaming']}": _count(data.get("val_tokens")),
+        "started from": None if base is None else _base_text(base),
+        "trained weights": trained and trained + " (and embed and lm_head as a whole)" * lora["embeddings"],
+        "weights": f"moving average with decay {train['ema_decay']:g}" if ema else None,
+        "steps": f"{progress['step']:,} of {train['max_steps']:,}"
+        + (f", {skipped:,} of which did not change the weights" if skipped else ""),
+        f"tokens seen{', padding included' * is_chat}": f"{progress['tokens_seen']:,}",
         "sequence length": f"{train['block_size']:,} tokens",
         "sequences a step": f"{training['rows_per_step']:,}",
         "optimizer": f"{train['optimizer']}, learning rate {train['learning_rate']:g}, {train['schedule']} schedule "
@@ -229,80 +220,54 @@ def model_card(
         "dropout": settings["model"]["dropout"],
         "seed": train["seed"],
     }
-    measured = (
-        {
+    validation = ""
+    if metrics := progress["last_ema_metrics"] if ema else progress["last_metrics"]:
+        measured = {
             "loss, nats per token": f"{metrics['loss']:.4f}",
             "perplexity": f"{metrics['perplexity']:.3f}",
             "bits per byte": f"{metrics['bits_per_byte']:.4f}",
             "next-token accuracy": f"{metrics['accuracy']:.1%}",
         }
-        if metrics
-        else {}
-    )
-    prompt = train["sample_prompts"][0] if train["sample_prompts"] else "The "
-    asked = f"question(tokenizer, {json.dumps(prompt)})" if is_chat else json.dumps(prompt)
-    parts = [
-        "---",
-        *(
-            ["library_name: transformers"]
-            if adapters_of is None
-            else ["library_name: peft", f"base_model: {json.dumps(adapters_of.name)}"]
-        ),
-        "pipeline_tag: text-generation",
-        "tags: [bdh, dragon-hatchling]",
-        "---",
-        "",
-        f"# {'A' if adapters_of is None else 'Adapters of a'} BDH language model of {num_parameters:,} parameters",
-        "",
-        "Architecture: Dragon Hatchling (arXiv 2509.26507), a recurrent language model with sparse, non-negative "
-        "activations and linear attention.",
-        "",
-        _table(rows),
-        "",
-        "## Training",
-        "",
-        _table(trained),
-        "",
+        on = _measured_on(progress, train["block_size"], is_chat)
+        validation = f"## Validation\n\n{on}\n\n{_table(measured)}\n\n"
+    prompt = json.dumps(train["sample_prompts"][0] if train["sample_prompts"] else "The ")
+    code = ["import bdh", "from transformers import AutoModelForCausalLM, AutoTokenizer"]
+    load = [
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        "model = AutoModelForCausalLM.from_pretrained(folder)",
     ]
-    if measured:
-        parts += [
-            "## Validation",
-            "",
-            _measured_on(progress, train["block_size"], is_chat),
-            "",
-            _table(measured),
-            "",
+    library, kind = "library_name: transformers", "A"
+    if adapters_of is not None:
+        library, kind = f"library_name: peft\nbase_model: {json.dumps(adapters_of.name)}", "Adapters of a"
+        code = ["from bdh.train.models import load_model"]
+        load = [
+            "# Finds the base, verifies its fingerprint, and merges the adapters; base=... says where it is now.",
+            "model, tokenizer = load_model(folder)",
         ]
-    parts += [
-        "## Use",
-        "",
-        "```python",
-        *(
-            ["import bdh", "from transformers import AutoModelForCausalLM, AutoTokenizer"]
-            if adapters_of is None
-            else ["from bdh.train.models import load_model"]
-        ),
-        *(["from bdh.tokenizer.chat import question"] if is_chat else []),
-        "",
-        'folder = "."  # this folder',
-        *(
-            [
-                "tokenizer = AutoTokenizer.from_pretrained(folder)",
-                "model = AutoModelForCausalLM.from_pretrained(folder)",
-            ]
-            if adapters_of is None
-            else [
-                "# Finds the base, verifies its fingerprint, and merges the adapters; base=... says where it is now.",
-                "model, tokenizer = load_model(folder)",
-            ]
-        ),
-        f"print(model.generate_text(tokenizer, {asked}, temperature=0.8, top_k=50))",
-        "```",
-        "",
-        f"Written by bdh {bdh.__version__}, PyTorch {torch.__version__}, transformers {transformers.__version__}.",
-        "",
-    ]
-    return "\n".join(parts)
+    if is_chat:
+        code.append("from bdh.tokenizer.chat import question")
+        prompt = f"question(tokenizer, {prompt})"
+    code += ["", 'folder = "."  # this folder', *load]
+    code.append(f"print(model.generate_text(tokenizer, {prompt}, temperature=0.8, top_k=50))")
+    program = "\n".join(code)
+    text = f"""\
+Architecture: Dragon Hatchling (arXiv 2509.26507), a recurrent language model with sparse, non-negative activations and \
+linear attention.
+
+{_table(model_rows)}
+
+## Training
+
+{_table(rows)}
+
+{validation}## Use
+
+```python
+{program}
+```
+
+Written by bdh {bdh.__version__}, PyTorch {torch.__version__}, transformers {transformers.__version__}."""
+    return card(f"{kind} BDH language model of {model.num_parameters():,} parameters", text, library)
 
 
 def _base_text(base: Base) -> str:
@@ -320,12 +285,11 @@ def _measured_on(progress: dict[str, Any], block_size: int, is_chat: bool) -> st
     )
 
 
-def _lora_row(lora: dict[str, Any] | None) -> dict[str, str]:
-    if not lora or not lora["r"]:
-        return {}
-    layers = ", ".join(lora["target_modules"]) + (" (and embed and lm_head as a whole)" if lora["embeddings"] else "")
-    return {"trained weights": f"adapters (LoRA) of rank {lora['r']}, alpha {lora['alpha']:g}, in {layers}"}
+def _count(number: int | None) -> str | None:
+    return None if number is None else f"{number:,}"
 
 
 def _table(rows: dict[str, Any]) -> str:
-    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())])
+    """Of names and values; those that are None are left out."""
+    there = (f"| {name} | {value} |" for name, value in rows.items() if value is not None)
+    return "\n".join(["| | |", "| --- | --- |", *there])
