@@ -139,7 +139,7 @@ def print_banner(console: Console, training: Any) -> None:
     settings, model, runtime = training.settings, training.model, training.runtime
     train, config, facts = settings.train, model.config, training.corpus.facts
     num_parameters = sum(p.numel() for p in model.parameters())
-    rows = training.rows_per_step // training.world.size
+    rows = training.sequences_per_step // training.world.size
     num_tokens = len(training.tokenizer)
     gaps = f" ({num_tokens:,} tokens, whose ids have gaps)" if num_tokens < config.vocab_size else ""
     lines = {
@@ -148,7 +148,7 @@ def print_banner(console: Console, training: Any) -> None:
         "state": f"{config.state_bytes_per_sequence:,} bytes a sequence, at any length"
         + (f"; carried on for {rows} rows: {config.state_bytes_per_sequence * rows:,} bytes" * train.carry_state),
         "data": _describe_data(facts),
-        "step": f"{training.rows_per_step * train.block_size:,} tokens: {train.batch_size} sequences of "
+        "step": f"{training.sequences_per_step * train.block_size:,} tokens: {train.batch_size} sequences of "
         f"{train.block_size:,}"
         + (f", {train.gradient_accumulation_steps} times" if train.gradient_accumulation_steps > 1 else "")
         + (f", on each of {training.world.size} processes" if training.world.size > 1 else ""),

@@ -64,7 +64,7 @@ def fit(run: Run, monitor: Monitor) -> str:
     step_model = torch.compile(run.parallel.step_model) if settings.compile else run.parallel.step_model
     validation = run.corpus.validation_parts(settings.eval_windows, run.document_end)
     last_step = min(settings.max_steps, settings.stop_at_step or settings.max_steps)
-    num_tokens = run.rows_per_step * settings.block_size
+    num_tokens = run.sequences_per_step * settings.block_size
     flops_per_step = training_flops_per_token(run.model.config, settings.block_size) * num_tokens
     peak_flops = matmul_peak(run.runtime) * world.size
     clock = StepClock()

@@ -73,33 +73,41 @@ class Progress:
 
 @dataclass
 class Run:
-    """Everything that the training loop works with."""
+    """Everything that the training loop works with, before the first step or as a checkpoint has restored it."""
 
     settings: RunSettings
     folder: Path
     tokenizer: PreTrainedTokenizerFast
     corpus: Corpus
     model: BDHForCausalLM
-    optimizers: Optimizers
-    world: World
     parallel: Parallel
+    world: World
     runtime: Runtime
-    guard: UpdateGuard
-    loss_scale: LossScale
-    batches: Batches
-    """Of this process's share of the sequences."""
-    checkpointer: Checkpointer
-    progress: Progress
     plan: LayerPlan
     """How the layer is computed in a training step."""
+    checkpointer: Checkpointer
     lock: RunLock
     """On the folder, from before anything is written; not taken in a dry run."""
-    average: MovingAverage | None = None
-    """Of the weights, with ``train.ema_decay``."""
     base: Base | None = None
     """The model of ``train.init_from``, as it was when the run was started."""
-    carried: CarriedState | None = None
-    """Of this process's sequences, with ``train.carry_state``."""
+    progress: Progress = field(default_factory=Progress)
+
+    def __post_init__(self) -> None:
+        train, world, device = self.settings.train, self.world, self.runtime.device
+        is_float16 = self.runtime.dtype == torch.float16
+        self.optimizers = Optimizers(self.model, train)
+        self.guard = UpdateGuard(train, device, world, is_float16=is_float16)
+        self.loss_scale = LossScale(device, is_float16=is_float16)
+        # Of this process's share of the sequences, as are the states that are carried.
+        loader = self.corpus.train_loader(
+            self.sequences_per_step, train.seed, world.rank, world.size, carry_state=train.carry_state
+        )
+        is_streaming = self.corpus.facts["streaming"]
+        self.batches = Batches(loader, world, is_streaming=is_streaming, pin_memory=device.type == "cuda")
+        self.carried: CarriedState | None = None
+        if train.carry_state:
+            self.carried = CarriedState(self.model, train.gradient_accumulation_steps, train.batch_size)
+        self.average = None if train.ema_decay is None else MovingAverage(self.model, train.ema_decay)
 
     @property
     def document_end(self) -> int | None:
@@ -114,8 +122,8 @@ class Run:
         return not (self.corpus.is_chat or train.carry_state or data.pack == "documents")
 
     @property
-    def rows_per_step(self) -> int:
-        """Sequences of a step, over all micro-batches and processes."""
+    def sequences_per_step(self) -> int:
+        """Over all micro-batches and processes."""
         return self.settings.train.sequences_per_process * self.world.size
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -144,7 +152,7 @@ class Run:
             "base": None if self.base is None else self.base.facts(),
             "data_facts": self.corpus.facts,
             "data_fingerprint": self.corpus.fingerprint,
-            "rows_per_step": self.rows_per_step,
+            "rows_per_step": self.sequences_per_step,
             "scaler": self.loss_scale.state_dict(),
             "data_fingerprint_before": self._fingerprint_before(position) if is_before_fault else None,
             "loader": position,
@@ -179,23 +187,18 @@ class Run:
             ValueError: the data are not the ones that the run was trained on.
         """
         training = checkpoint.training
-        is_same = training["data_fingerprint"] == self.corpus.fingerprint
-        if not is_same and (before := training.get("data_fingerprint_before")) is not None:
-            is_same = before == self._fingerprint_before(training["loader"])
-            if is_same:
-                _logger.warning(
-                    "the text of %s has changed after the place where it could not be read",
-                    self.corpus.facts["source"],
+        source, old_source = self.corpus.facts["source"], training["data_facts"]["source"]
+        if training["data_fingerprint"] != self.corpus.fingerprint:
+            before = training.get("data_fingerprint_before")
+            if before is None or before != self._fingerprint_before(training["loader"]):
+                what = f"the text of {source} has changed since the run was started"
+                if source != old_source:
+                    what = f"the text of {source} is not that of {old_source}, which the run was started with"
+                raise ValueError(
+                    f"{what} (its fingerprint was {training['data_fingerprint']}, now it is {self.corpus.fingerprint}): "
+                    "nothing was changed"
                 )
-        if not is_same:
-            source, before = self.corpus.facts["source"], training["data_facts"]["source"]
-            what = f"the text of {source} has changed since the run was started"
-            if source != before:
-                what = f"the text of {source} is not that of {before}, which the run was started with"
-            raise ValueError(
-                f"{what} (its fingerprint was {training['data_fingerprint']}, now it is {self.corpus.fingerprint}): "
-                "nothing was changed"
-            )
+            _logger.warning("the text of %s has changed after the place where it could not be read", source)
         stored = checkpoint.shapes()
         if any(name.startswith("optimizer.") for name in stored):  # not before the first update
             self.optimizers.make_state()
@@ -240,141 +243,153 @@ def open_run(settings: RunSettings, *, progress: Any = None, check_room: CheckRo
         InUseError: another process is training in the folder.
         FileNotFoundError: there is nothing to resume, or nothing at ``train.init_from``.
         OtherBaseError: a resumed run is to export adapters alone, and the model that they belong to has changed.
-        DiskFullError: there is no room for the run's folder.
+        DiskFullError: there is no space for the run's folder.
     """
     settings.validated()
     chosen_backends(settings.monitor)  # raises where one is not there
-    runtime = choose_runtime(settings.train)
-    world = World.join(
-        runtime.device.type,
-        settings.distributed.timeout_minutes,
-        even_alone=settings.distributed.strategy == "fsdp" and runtime.device.type == "cuda",
-    )
-    strategy = choose_strategy(settings.distributed, world)
+    runtime, distributed = choose_runtime(settings.train), settings.distributed
+    even_alone = distributed.strategy == "fsdp" and runtime.device.type == "cuda"
+    world = World.join(runtime.device.type, distributed.timeout_minutes, even_alone=even_alone)
+    strategy = choose_strategy(distributed, world)
     name = world.gather(time.strftime("%Y-%m-%d_%H-%M-%S"))[0]
     folder = Path(settings.run_dir) if settings.run_dir else Path("runs") / name
     lock = RunLock(folder, world)
-    if settings.dry_run:
-        return _open(settings, folder, world, runtime, strategy, lock, progress, check_room)
+    saved = settings.checkpoint
+    checkpointer = Checkpointer(
+        folder,
+        keep_last=saved.keep_last,
+        keep_every_steps=saved.keep_every_steps,
+        in_background=saved.in_background,
+        world=world,
+        may_write=lock.check,
+    )
     with ExitStack() as undo:
-        lock.acquire()
-        undo.enter_context(lock)
-        run = _open(settings, folder, world, runtime, strategy, lock, progress, check_room)
+        if not settings.dry_run:
+            lock.acquire()
+            undo.enter_context(lock)
+        checkpoint = None
+        if settings.resume:
+            stored = stored_settings(folder)
+            check_unchanged(settings, stored)
+            checkpoint = checkpointer.load(settings.resume_step)
+            settings = continued(settings, stored, checkpoint.step, checkpoint.training["rows_per_step"], world.size)
+        elif any(world.gather(holds_run(folder))):
+            raise taken_by_run(folder)
+        if settings.train.lora.r:
+            check_peft()
+        initial = None
+        if checkpoint is None and settings.train.init_from is not None:
+            initial = InitialModel(settings.train.init_from)
+            settings = initial.completed(settings)
+        base = _base(settings, folder, initial, checkpoint, world)
+        if checkpoint is not None:  # a run keeps the tokenizer that it was started with
+            tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER)
+        else:
+            template, is_chat = settings.tokenizer.chat_template, holds_chat(settings.data)
+            tokenizer = with_chat_template(load_tokenizer(settings.tokenizer), template, needs_one=is_chat)
+        if initial is not None:
+            initial.check_tokenizer(tokenizer)
+        config = _model_config(settings, tokenizer)
+        with world.rank0_first():  # which fills the cache
+            corpus = prepare_corpus(settings.data, tokenizer, settings.train.block_size, progress=progress)
+        if initial is not None:
+            initial.check_data(corpus.fingerprint)
+        if check_room is not None:
+            check_room(settings, config, runtime, strategy, world)
+
+        model = _make_model(settings, config, runtime, initial, base)
+        train = settings.train
+        plan = plan_training(model, train.batch_size, train.block_size, runtime, distributed)
+        if world.rank > 0:
+            torch.manual_seed(train.seed + _SEEDS_APART * world.rank)
+        run = Run(
+            settings=settings,
+            folder=folder,
+            tokenizer=tokenizer,
+            corpus=corpus,
+            model=model,
+            parallel=parallelize(model, strategy, distributed, world),
+            world=world,
+            runtime=runtime,
+            plan=plan,
+            checkpointer=checkpointer,
+            lock=lock,
+            base=base,
+        )
+        if checkpoint is not None:
+            _restore(run, checkpoint)
+        if not settings.dry_run:
+            _write_folder(run, is_new=checkpoint is None)
         undo.pop_all()
     return run
 
 
-def _open(
-    settings: RunSettings,
-    folder: Path,
-    world: World,
-    runtime: Runtime,
-    strategy: str,
-    lock: RunLock,
-    progress: Any,
-    check_room: CheckRoom | None,
-) -> Run:
-    """Raises as :func:`open_run`."""
-    checkpointer = Checkpointer(
-        folder,
-        keep_last=settings.checkpoint.keep_last,
-        keep_every_steps=settings.checkpoint.keep_every_steps,
-        in_background=settings.checkpoint.in_background,
-        world=world,
-        may_write=lock.check,
+def _base(
+    settings: RunSettings, folder: Path, initial: InitialModel | None, checkpoint: Checkpoint | None, world: World
+) -> Base | None:
+    """The model that the run started from; that of adapters is compared with what is there when the run is resumed.
+
+    Raises:
+        OtherBaseError: it has other weights now, and the adapters alone are to be exported; on all processes.
+    """
+    lora = settings.train.lora
+    if initial is not None:
+        if lora.r and not lora.merge and world.is_main:
+            warn_of_removal(initial.base)
+        return initial.base.seen_from(folder)
+    if checkpoint is None or (facts := checkpoint.training.get("base")) is None:
+        return None
+    base, fault = Base.from_facts(facts), None
+    if lora.r and world.is_main:
+        try:
+            base = check_base(base, folder, merge=lora.merge)
+        except OtherBaseError as error:
+            fault = str(error)
+    base, fault = world.gather((base, fault))[0]
+    if fault:
+        raise OtherBaseError(fault)
+    return base
+
+
+def _model_config(settings: RunSettings, tokenizer: PreTrainedTokenizerFast) -> BDHConfig:
+    """The model's configuration; its vocabulary and special tokens are the tokenizer's.
+
+    Raises:
+        ValueError: ``model.vocab_size`` is given and is another.
+    """
+    fields, V = asdict(settings.model), vocabulary_size(tokenizer)
+    if fields.pop("vocab_size") not in (None, V):
+        raise ValueError(
+            f"model.vocab_size is {settings.model.vocab_size}: the tokenizer {settings.tokenizer.path!r} has {V} entries; "
+            "leave model.vocab_size out, and it follows from the tokenizer"
+        )
+    return BDHConfig(
+        vocab_size=V,
+        train_block_size=settings.train.block_size,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=stop_token_ids(tokenizer),
+        **fields,
     )
-    checkpoint = None
-    if settings.resume:
-        stored = stored_settings(folder)
-        check_unchanged(settings, stored)
-        checkpoint = checkpointer.load(settings.resume_step)
-        settings = continued(settings, stored, checkpoint.step, checkpoint.training["rows_per_step"], world.size)
-    elif any(world.gather(holds_run(folder))):
-        raise taken_by_run(folder)
 
-    if settings.train.lora.r:
-        check_peft()
-    initial = None
-    if checkpoint is None and settings.train.init_from is not None:
-        initial = InitialModel(settings.train.init_from)
-        settings = initial.completed(settings)
-    base = _base(settings, folder, initial, checkpoint, world)
-    # A run keeps the tokenizer that it was started with.
-    tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER if checkpoint else settings.tokenizer)
-    if checkpoint is None:
-        template = settings.tokenizer.chat_template
-        tokenizer = with_chat_template(tokenizer, template, needs_one=holds_chat(settings.data))
-    if initial is not None:
-        initial.check_tokenizer(tokenizer)
-    config = model_config(settings, tokenizer)
-    with world.rank0_first():  # which fills the cache
-        corpus = prepare_corpus(settings.data, tokenizer, settings.train.block_size, progress=progress)
-    if initial is not None:
-        initial.check_data(corpus.fingerprint)
 
-    if check_room is not None:
-        check_room(settings, config, runtime, strategy, world)
-    torch.manual_seed(settings.train.seed)
+def _make_model(
+    settings: RunSettings, config: BDHConfig, runtime: Runtime, initial: InitialModel | None, base: Base | None
+) -> BDHForCausalLM:
+    """A model of random weights or those of ``initial``, with adapters if there are to be."""
+    train = settings.train
+    torch.manual_seed(train.seed)
     model = BDHForCausalLM(config).to(runtime.device)  # type: ignore[arg-type]
     if runtime.dtype == torch.float64:
         model = model.double()
     if initial is not None:
-        initial.copy_into(model, settings.train.lora)
-    if settings.train.lora.r:
-        if base is not None and not settings.train.lora.merge:
+        initial.copy_into(model, train.lora)
+    if train.lora.r:
+        if base is not None and not train.lora.merge:
             base.check_same_layer(model)
-        add_adapters(model, settings.train.lora)
-    model.layer_options = layer_options(settings.train)
-    plan = plan_training(model, settings.train.batch_size, settings.train.block_size, runtime, settings.distributed)
-    if world.rank > 0:
-        torch.manual_seed(settings.train.seed + _SEEDS_APART * world.rank)
-    parallel = parallelize(model, strategy, settings.distributed, world)
-    is_float16 = runtime.dtype == torch.float16
-    run = Run(
-        settings=settings,
-        folder=folder,
-        tokenizer=tokenizer,
-        corpus=corpus,
-        model=model,
-        optimizers=Optimizers(model, settings.train),
-        world=world,
-        parallel=parallel,
-        runtime=runtime,
-        guard=UpdateGuard(settings.train, runtime.device, world, is_float16=is_float16),
-        loss_scale=LossScale(runtime.device, is_float16=is_float16),
-        batches=Batches(
-            corpus.train_loader(
-                settings.train.sequences_per_process * world.size,
-                settings.train.seed,
-                rank=world.rank,
-                world_size=world.size,
-                carry_state=settings.train.carry_state,
-            ),
-            world,
-            is_streaming=corpus.facts["streaming"],
-            pin_memory=runtime.device.type == "cuda",
-        ),
-        checkpointer=checkpointer,
-        progress=Progress(),
-        plan=plan,
-        lock=lock,
-        average=None if settings.train.ema_decay is None else MovingAverage(model, settings.train.ema_decay),
-        base=base,
-    )
-    if settings.train.carry_state:
-        run.carried = CarriedState(model, settings.train.gradient_accumulation_steps, settings.train.batch_size)
-    if checkpoint is not None:
-        _restore(run, checkpoint)
-    if settings.dry_run:
-        return run
-    if world.is_main:
-        _write_folder(run, is_new=checkpoint is None)
-    world.wait_for_all()
-    if checkpoint is not None:
-        checkpointer.forget_after(run.progress.step, best_step=run.progress.best_step)
-        if world.is_main:
-            cut_back(folder / "samples.jsonl", run.progress.step)
-    return run
+        add_adapters(model, train.lora)
+    model.layer_options = layer_options(train)
+    return model
 
 
 def _restore(run: Run, checkpoint: Checkpoint) -> None:
@@ -388,63 +403,21 @@ def _restore(run: Run, checkpoint: Checkpoint) -> None:
         run.restore(run.checkpointer.load())  # a training that is running there has removed it
 
 
-def _base(
-    settings: RunSettings, folder: Path, initial: InitialModel | None, checkpoint: Checkpoint | None, world: World
-) -> Base | None:
-    """The model that the run started from; that of adapters is compared with what is there when the run is resumed.
-
-    Raises:
-        OtherBaseError: it has other weights now, and the adapters alone are to be exported; on all processes.
-    """
-    if initial is not None:
-        if settings.train.lora.r and not settings.train.lora.merge and world.is_main:
-            warn_of_removal(initial.base)
-        return initial.base.seen_from(folder)
-    if checkpoint is None or (facts := checkpoint.training.get("base")) is None:
-        return None
-    base, lora = Base.from_facts(facts), settings.train.lora
-    fault = None
-    if lora.r and world.is_main:
-        try:
-            base = check_base(base, folder, merge=lora.merge)
-        except OtherBaseError as error:
-            fault = str(error)
-    base, fault = world.gather((base, fault))[0]
-    if fault:
-        raise OtherBaseError(fault)
-    return base
-
-
 def _write_folder(run: Run, *, is_new: bool) -> None:
-    try:
-        if is_new:
-            with atomic_dir(run.folder / TOKENIZER_FOLDER) as temporary:
-                run.tokenizer.save_pretrained(temporary)
-        stored = dump_yaml(settings_to_store(run.settings), sort_keys=False)
-        write_text(run.folder / CONFIG_FILE, stored)
-    except OSError:
-        if is_new:
-            shutil.rmtree(run.folder / TOKENIZER_FOLDER, ignore_errors=True)
-        raise
-
-
-def model_config(settings: RunSettings, tokenizer: PreTrainedTokenizerFast) -> BDHConfig:
-    """The model's configuration; its vocabulary and special tokens are the tokenizer's.
-
-    Raises:
-        ValueError: ``model.vocab_size`` is given and is another.
-    """
-    fields = asdict(settings.model)
-    if fields.pop("vocab_size") not in (None, vocabulary_size(tokenizer)):
-        raise ValueError(
-            f"model.vocab_size is {settings.model.vocab_size}: the tokenizer {settings.tokenizer.path!r} has "
-            f"{vocabulary_size(tokenizer)} entries; leave model.vocab_size out, and it follows from the tokenizer"
-        )
-    return BDHConfig(
-        vocab_size=vocabulary_size(tokenizer),
-        train_block_size=settings.train.block_size,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=stop_token_ids(tokenizer),
-        **fields,
-    )
+    """Writes the files of a start; of a run that continues, forgets what came after the step that it continues from."""
+    folder, progress = run.folder, run.progress
+    if run.world.is_main:
+        try:
+            if is_new:
+                with atomic_dir(folder / TOKENIZER_FOLDER) as temporary:
+                    run.tokenizer.save_pretrained(temporary)
+            write_text(folder / CONFIG_FILE, dump_yaml(settings_to_store(run.settings), sort_keys=False))
+        except OSError:
+            if is_new:
+                shutil.rmtree(folder / TOKENIZER_FOLDER, ignore_errors=True)
+            raise
+    run.world.wait_for_all()
+    if not is_new:
+        run.checkpointer.forget_after(progress.step, best_step=progress.best_step)
+        if run.world.is_main:
+            cut_back(folder / "samples.jsonl", progress.step)
