@@ -78,10 +78,7 @@ class Base:
 
     @classmethod
     def from_facts(cls, facts: dict[str, Any]) -> "Base":
-        """
-        Raises:
-            ValueError: something is missing, or the fingerprint is not that of the rest.
-        """
+        """Raises ``ValueError`` where something is missing, or the fingerprint is not that of the rest."""
         place = [field.name for field in fields(cls) if field.name != "identity"]
         if lacking := [name for name in (*place, *_IDENTITY) if name not in facts]:
             raise ValueError(f"it lacks {', '.join(lacking)}")
@@ -92,11 +89,7 @@ class Base:
         return cls(**{name: facts[name] for name in place}, identity=identity)
 
     def check_same_layer(self, model: BDHForCausalLM) -> None:
-        """Of a run that is to export adapters alone.
-
-        Raises:
-            ValueError: its model differs from this one in more than weights, as by a decay of its own.
-        """
+        """Raises ``ValueError`` if the model of a run that is to export adapters alone differs in more than weights."""
         base = {} if self.identity is None else self.identity.configuration
         changed = [
             f"{name} is {value}, in {self.name} {base[name]}"
@@ -128,8 +121,7 @@ class Base:
 def read_base(folder: Path) -> Base | None:
     """The model that a folder of adapters belongs to; None if it is no such folder.
 
-    Raises:
-        ValueError: the folder does not say, or its record is damaged.
+    Raises ``ValueError`` where the folder does not say, or its record is damaged.
     """
     recover_dir(folder)
     path, record = folder / ADAPTER_CONFIG, folder / BASE_FILE
@@ -152,11 +144,7 @@ def read_base(folder: Path) -> Base | None:
 def add_adapters(model: BDHForCausalLM, settings: LoraSettings) -> Any:
     """Puts fresh adapters, which change nothing yet, into the layers, and freezes every other weight.
 
-    Returns:
-        What ``peft`` keeps of it, which :func:`merge` takes.
-
-    Raises:
-        ImportError: ``peft`` is missing.
+    Returns what :func:`merge` takes; raises ``ImportError`` without ``peft``.
     """
     check_peft()
     from peft import LoraModel
@@ -173,11 +161,7 @@ def write_adapters(
 ) -> None:
     """Writes the adapters among a run's weights as ``peft.PeftModel.from_pretrained(base_model, folder)`` reads them.
 
-    Args:
-        base: the model that they were trained beside; it is recorded in a file of its own, which ``peft`` does not read.
-
-    Raises:
-        ImportError: ``peft`` is missing.
+    The model that they were trained beside is recorded in a file of its own, which ``peft`` does not read.
     """
     check_peft()
     ours = {
@@ -193,10 +177,7 @@ def write_adapters(
 
 
 def load_adapters(base: BDHForCausalLM, folder: Path) -> Any:
-    """Puts the adapters of a folder into the layers of a model.
-
-    Returns:
-        What :func:`merge` takes.
+    """Puts the adapters of a folder into the layers of a model, and returns what :func:`merge` takes.
 
     Raises:
         ImportError: ``peft`` is missing.
@@ -234,11 +215,7 @@ def load_adapters(base: BDHForCausalLM, folder: Path) -> Any:
 
 
 def merge(tuner: Any) -> BDHForCausalLM:
-    """The model, plain again, with its adapters added to its weights.
-
-    Raises:
-        ValueError: the sums are not finite.
-    """
+    """The model, plain again, with its adapters added to its weights. Raises ``ValueError`` where a sum is not finite."""
     return tuner.merge_and_unload(safe_merge=True)  # into new memory, which shows that the weights are others
 
 

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Any
@@ -32,29 +33,34 @@ class Batches:
             pin_memory: so that a GPU copies the sequences while it computes.
         """
         self._loader, self._world, self._is_streaming, self._pin_memory = loader, world, is_streaming, pin_memory
-        self._requests: SimpleQueue[bool] | None = None
-        self._answers: SimpleQueue[BaseException | None] = SimpleQueue()
-        self._is_asked = False
+        self._requests: SimpleQueue[Future[None] | None] | None = None
+        self._prepared: Future[None] | None = None
 
     @contextmanager
     def prepared_ahead(self) -> Iterator[None]:
         """Within it, the next sequences are prepared in the background."""
-        requests: SimpleQueue[bool] = SimpleQueue()
+        requests: SimpleQueue[Future[None] | None] = SimpleQueue()
 
         def work() -> None:
-            while requests.get():
-                self._answers.put(self._fault())
+            while (future := requests.get()) is not None:
+                try:
+                    self._prepare()
+                    future.set_result(None)
+                except BaseException as error:  # for the training's own thread
+                    future.set_exception(error)
 
         # A daemon: should the training end by an error while another process is waited for, this one ends all the same.
         threading.Thread(target=work, daemon=True, name="batches").start()
         self._requests = requests
-        self._ask()
+        self._prepare_next()
         try:
             yield
-            self._wait()
+            if self._prepared is not None:
+                self._prepared.exception()  # waits
+                self._prepared = None
         finally:
             self._requests = None
-            requests.put(False)
+            requests.put(None)
 
     def next(self) -> Batch:
         """The sequences of the next step.
@@ -63,61 +69,49 @@ class Batches:
             DataStopped: some process cannot read its own; all raise it, and :meth:`state_dict` is from where they can be
                 read once the text is mended.
         """
-        fault = self._wait() if self._requests is not None else self._fault()
-        if fault is not None:
-            raise fault
+        prepared, self._prepared = self._prepared, None
+        if prepared is None:
+            self._prepare()
+        else:
+            prepared.result()
         batch = self._loader.next()
-        self._ask()
+        self._prepare_next()
         return batch.pinned() if self._pin_memory else batch
 
     def state_dict(self) -> dict[str, Any]:
         """The position after what was handed out, of all processes, which call this together."""
-        if self._is_asked:  # then the thread may be moving the loader
-            self._answers.put(self._wait())
-            self._is_asked = True
+        if self._prepared is not None:
+            self._prepared.exception()  # waits for the thread, which may be moving the loader
         return join_states(self._world.gather(self._loader.state_dict()))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ``ValueError`` where the state is that of another kind of loader. Not while batches are prepared ahead."""
         self._loader.load_state_dict(state)
 
-    def _ask(self) -> None:
+    def _prepare_next(self) -> None:
         if self._requests is not None:
-            self._requests.put(True)
-            self._is_asked = True
+            self._prepared = Future()
+            self._requests.put(self._prepared)
 
-    def _wait(self) -> BaseException | None:
-        if not self._is_asked:
-            return None
-        self._is_asked = False
-        return self._answers.get()
-
-    def _fault(self) -> BaseException | None:
-        """Prepares the next sequences; why some process cannot, if so."""
+    def _prepare(self) -> None:
+        """Prepares the next sequences. Raises ``DataStopped`` on all processes, if some process cannot."""
         reason = cause = None
         try:
             self._loader.prepare()
         except (ValueError, OSError) as error:
-            cause, reason = error, _reason(error)
-        except BaseException as error:  # for the training's own thread
-            return error
+            cause, reason = error, str(error)
+            if isinstance(error, OSError) and error.filename:
+                reason = f"{error.filename}: {error.strerror}"
         # The one exchange that it takes is between these threads: the steps do not wait for it.
         reasons = self._world.gather(reason, beside_training=True) if self._is_streaming else [reason]
-        if all(each is None for each in reasons):
-            return None
-        stopped = DataStopped(next(each for each in reasons if each is not None))
-        stopped.__cause__ = cause
-        return stopped
-
-
-def _reason(error: Exception) -> str:
-    return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+        if there := [each for each in reasons if each is not None]:
+            raise DataStopped(there[0]) from cause
 
 
 class CarriedState:
-    """The states of this process's sequences between two steps, one for each forward pass of a step.
+    """The states of this process's sequences between two steps, one for each micro-batch.
 
-    A step reads on from them; gradients end at its first token (truncated backpropagation through time, a block long).
+    A step continues from them; gradients end at its first token (truncated backpropagation through time, a block long).
     """
 
     def __init__(self, model: BDHForCausalLM, num_micro_batches: int, batch_size: int):
@@ -125,12 +119,8 @@ class CarriedState:
         self._batch_size = batch_size
         self._states = [model.new_state(batch_size) for _ in range(num_micro_batches)]
 
-    @property
-    def nbytes(self) -> int:
-        return sum(state.nbytes for state in self._states)
-
     def before(self, index: int) -> SynapticState:
-        """What micro-batch ``index`` of a step goes on from. ``forward`` leaves it alone until :meth:`keep`."""
+        """What micro-batch ``index`` of a step continues from. ``forward`` leaves it alone until :meth:`keep`."""
         state = self._states[index]
         return SynapticState(list(state.sums), state.positions, state.num_columns)
 
@@ -139,8 +129,7 @@ class CarriedState:
         self._states[index] = state.detach()
 
     def forget(self, when: torch.Tensor) -> None:
-        """Starts all sequences afresh where ``when``, bool (), is set: a loss that is not finite leaves a state that would
-        spoil all that follow."""
+        """Starts all sequences afresh if ``when``, bool (): the state after a loss that is not finite would spoil all steps."""
         if when.device.type == "cpu":
             if when:
                 self._states = [self._model.new_state(self._batch_size) for _ in self._states]

@@ -377,10 +377,8 @@ def forecast(run: Run, *, say: Callable[[str], None] = lambda line: None) -> For
     if found.peak_of(first) > found.limit:
         found.obstacle = "there is no room for a step of a single sequence"
         return found
-    loader = run.corpus.train_loader(
-        first * world.size, train.seed, world.rank, world.size, carry_state=train.carry_state
-    )
-    sequences = loader.next()
+    shared = first * world.size, train.seed, world.rank, world.size
+    sequences = run.corpus.train_loader(*shared, carry_state=train.carry_state).next()
     step_model = torch.compile(run.parallel.step_model) if train.compile else run.parallel.step_model
     say("a first step, which compiles and fills the optimizer ...")
     seconds, count = _timed_step(run, step_model, sequences, first), first
@@ -444,22 +442,18 @@ def _timed_step(
 
 def _work_left(run: Run) -> tuple[int, int]:
     """Steps to do, and sequences evaluated meanwhile by the process that has most of them."""
-    settings, first = run.settings.train, run.progress.step
-    last = min(settings.max_steps, settings.stop_at_step or settings.max_steps)
-    every = settings.eval_every_steps
-    number = max(0, last // every - first // every)
-    if last == settings.max_steps and last % every and last > first:
-        number += 1
-    parts = run.corpus.validation_parts(settings.eval_windows, run.document_end) if number else []
+    train, most = run.settings.train, run.settings.train.max_steps
+    steps = range(run.progress.step + 1, min(most, train.stop_at_step or most) + 1)
+    evaluations = sum(step % train.eval_every_steps == 0 or step == most for step in steps)
+    parts = run.corpus.validation_parts(train.eval_windows, run.document_end) if evaluations else []
     sequences = sum(-(-len(part.batch.tokens) // run.world.size) for part in parts)
-    return max(0, last - first), number * sequences * (1 if run.average is None else 2)
+    return len(steps), evaluations * sequences * (1 if run.average is None else 2)
 
 
 def _available_to_each(runtime: Runtime, world: World) -> int:
     """Bytes that every process can have, including what it has already: the same number on all of them."""
     give_back_free_memory()
-    device = runtime.device
-    return min(world.gather(available_bytes(device, local_world_size()) + used_bytes(device)))
+    return min(world.gather(available_bytes(runtime.device, local_world_size()) + used_bytes(runtime.device)))
 
 
 def give_back_free_memory() -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -25,7 +26,7 @@ from bdh.train.batches import DataStopped
 from bdh.train.checkpoint import CheckpointError
 from bdh.train.config import resume_command
 from bdh.train.optim import StepResult
-from bdh.train.runtime import StepClock, matmul_peak, training_flops_per_token
+from bdh.train.runtime import matmul_peak, training_flops_per_token
 from bdh.train.setup import Run
 
 # SIGUSR1 is what Slurm is asked to send before a job's time is over (`#SBATCH --signal=USR1@120`); 75 is EX_TEMPFAIL of
@@ -38,7 +39,7 @@ _MAY_REPEAT = ("SIGUSR1", "SIGHUP")
 _AGREED_EVERY_STEPS = 10
 # float16's scale halves after each overflow: this many in a row are no longer its search for one.
 _MAX_SKIPPED_STEPS = 25
-# Whose neurons are counted at each evaluation: enough tokens for shares, a fraction of the evaluation's time.
+# Whose neurons are counted at each evaluation, in a fraction of its time.
 _ACTIVITY_WINDOWS = 16
 
 
@@ -105,19 +106,19 @@ def fit(run: Run, monitor: Monitor) -> str:
             if logs or stopped_by is not None:
                 means = clock.take_means()
                 values = {
-                    "train/loss": result.loss,
-                    "train/learning_rate": learning_rate,
-                    "train/grad_norm": result.grad_norm,
-                    "train/tokens": progress.tokens_seen,
-                    "train/skipped_steps": progress.skipped_steps,
-                    "train/tokens_per_second": clock.tokens_per_second,
-                    **{f"train/{name}": seconds for name, seconds in means.items()},
-                    "train/mfu": flops_per_step / means["step_seconds"] / peak_flops,
-                    **{f"train/grad_norm/{name}": norm for name, norm in result.grad_norms.items()},
+                    "loss": result.loss,
+                    "learning_rate": learning_rate,
+                    "grad_norm": result.grad_norm,
+                    "tokens": progress.tokens_seen,
+                    "skipped_steps": progress.skipped_steps,
+                    "tokens_per_second": clock.tokens_per_second,
+                    **means,
+                    "mfu": flops_per_step / means["step_seconds"] / peak_flops,
+                    **{f"grad_norm/{name}": norm for name, norm in result.grad_norms.items()},
                 }
                 if (memory := peak_bytes(run.runtime.device)) is not None:
-                    values["train/peak_memory_bytes"] = memory
-                monitor.log(step, values)
+                    values["peak_memory_bytes"] = memory
+                monitor.log(step, {f"train/{name}": value for name, value in values.items()})
             is_best = False
             with clock.paused():
                 if evaluates:
@@ -173,6 +174,63 @@ def agreed_signal(received: list[str], world: World) -> str | None:
     return next((name for name, flag in zip(EXIT_STATUS, flags, strict=True) if flag), None)
 
 
+class StepClock:
+    """Times the training steps, without the pauses between them for evaluation, samples and checkpoints.
+
+    On a GPU steps are launched ahead of their computation, so only the time between two readings is that of steps.
+    """
+
+    _BAR_SECONDS = 0.25
+
+    def __init__(self) -> None:
+        self.tokens_per_second = 0.0
+        """Over about the last twenty steps."""
+        self._start = self._moved = time.perf_counter()
+        self._tokens = self._steps = self._read_steps = self._mean_steps = 0
+        self._seconds = self._data_seconds = 0.0
+
+    def count(self, num_tokens: int) -> None:
+        """A step was launched."""
+        self._tokens += num_tokens
+        self._steps += 1
+
+    def read(self) -> None:
+        """All steps that were launched are done."""
+        now = time.perf_counter()
+        seconds, steps = max(now - self._start, 1e-9), self._steps
+        # The first steps compile and warm up.
+        kept = 0.95**steps if self._read_steps >= 5 else 0.0
+        self.tokens_per_second = kept * self.tokens_per_second + (1 - kept) * self._tokens / seconds
+        self._read_steps += steps
+        self._mean_steps += steps
+        self._seconds += seconds
+        self._tokens = self._steps = 0
+        self._start = self._moved = now
+
+    def bar_is_due(self) -> bool:
+        """Whether a bar has not moved for a while."""
+        return time.perf_counter() - self._moved > self._BAR_SECONDS
+
+    def take_means(self) -> dict[str, float]:
+        """Seconds of a step, and of waiting for its data, in the mean over the steps since the last call."""
+        steps = max(1, self._mean_steps)
+        means = {"step_seconds": self._seconds / steps, "data_seconds": self._data_seconds / steps}
+        self._mean_steps, self._seconds, self._data_seconds = 0, 0.0, 0.0
+        return means
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        before = time.perf_counter()
+        yield
+        self._data_seconds += time.perf_counter() - before
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        before = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - before
+
+
 def training_step(run: Run, step_model: Callable[..., Any], batch: Batch) -> torch.Tensor:
     """Forward and backward passes over the step's sequences, and the update: nothing in it waits for a GPU.
 
@@ -194,7 +252,7 @@ def training_step(run: Run, step_model: Callable[..., Any], batch: Batch) -> tor
     for index, micro_batch in enumerate(micro_batches):
         micro_batch = micro_batch.to(device)
         with run.parallel.accumulating(is_last=index == len(micro_batches) - 1):
-            with run.runtime.autocast():
+            with run.autocast:
                 output = step_model(
                     input_ids=micro_batch.input_ids,
                     shift_labels=micro_batch.targets,
@@ -236,10 +294,7 @@ def training_step(run: Run, step_model: Callable[..., Any], batch: Batch) -> tor
 
 
 def read_results(run: Run, monitor: Monitor) -> StepResult:
-    """Waits for the device, and warns of the steps since the last call that did not change the weights.
-
-    Returns:
-        The result of the last step.
+    """The result of the last step. Waits for the device, and warns of the steps since the last call that were skipped.
 
     Raises:
         TrainingStopped: a loss or a gradient is not finite, or a spike, and ``train.on_nonfinite`` is "stop": the weights are
@@ -267,7 +322,7 @@ def read_results(run: Run, monitor: Monitor) -> StepResult:
 
 def evaluate(run: Run, monitor: Monitor, validation: list[ValidationPart]) -> bool:
     """Measures the validation sequences, which the processes share. Whether the model is the best so far."""
-    progress, world = run.progress, run.world
+    progress, step, world = run.progress, run.progress.step, run.world
 
     def measure() -> tuple[Metrics, dict[str, Metrics]]:
         return evaluate_parts(
@@ -289,13 +344,13 @@ def evaluate(run: Run, monitor: Monitor, validation: list[ValidationPart]) -> bo
             values |= activity.as_dict("val/")
             for name, weight in run.model.named_parameters():
                 values[f"weights/norm/{name}"] = weight.detach().norm().item()
-                monitor.log_histogram(progress.step, f"weights/{name}", weight)
+                monitor.log_histogram(step, f"weights/{name}", weight)
             for kind, layer_steps in activity.samples.items():
                 for index, sampled in enumerate(layer_steps):
-                    monitor.log_histogram(progress.step, f"val/{kind}/{index}", sampled)
+                    monitor.log_histogram(step, f"val/{kind}/{index}", sampled)
     progress.last_metrics = metrics.as_dict()
     num_windows = sum(len(part.batch.tokens) for part in validation)
-    progress.last_evaluation = {"step": progress.step, "windows": num_windows, "tokens": metrics.num_tokens}
+    progress.last_evaluation = {"step": step, "windows": num_windows, "tokens": metrics.num_tokens}
     averaged = ""
     if run.average is not None:
         with run.average.in_place_of_weights(run.model), run.parallel.whole_model():
@@ -304,33 +359,29 @@ def evaluate(run: Run, monitor: Monitor, validation: list[ValidationPart]) -> bo
         values |= of_average.as_dict("val_ema/")
         averaged = f"; moving average: loss {of_average.loss:.4f}"
     values = world.gather(values)[0]  # rank 0 has counted the neurons
-    monitor.log(progress.step, values)
-    is_best = take_best(run, values)
+    monitor.log(step, values)
+    is_best = _take_best(run, values)
     of_sources = "".join(f"; {name}: loss {each.loss:.4f}" for name, each in by_source.items())
     fired = [value for name, value in values.items() if name.startswith("val/density/x/")]
     monitor.message(
-        f"step {progress.step}: validation loss {metrics.loss:.4f} nats per token, perplexity {metrics.perplexity:.2f}, "
+        f"step {step}: validation loss {metrics.loss:.4f} nats per token, perplexity {metrics.perplexity:.2f}, "
         f"{metrics.bits_per_byte:.3f} bits per byte, accuracy {metrics.accuracy:.1%}, "
         f"{sum(fired) / len(fired):.1%} of the neurons fire{of_sources}{averaged}{' (best)' if is_best else ''}"
     )
     return is_best
 
 
-def take_best(run: Run, values: dict[str, float]) -> bool:
+def _take_best(run: Run, values: dict[str, float]) -> bool:
     """Whether ``checkpoint.best_metric`` is better than at all evaluations before, which is remembered."""
-    progress, settings = run.progress, run.settings.checkpoint
-    if settings.best_metric not in values:
-        raise ValueError(
-            f"checkpoint.best_metric is {settings.best_metric!r}, which was not measured: there are {', '.join(values)}"
-        )
-    value = values[settings.best_metric]
-    is_high = settings.best_mode == "max" or (settings.best_mode == "auto" and "accuracy" in settings.best_metric)
-    sign = -1 if is_high else 1
-    is_best = math.isfinite(value) and (progress.best_value is None or sign * value < sign * progress.best_value)
+    progress, name, mode = run.progress, run.settings.checkpoint.best_metric, run.settings.checkpoint.best_mode
+    if name not in values:
+        raise ValueError(f"checkpoint.best_metric is {name!r}, which was not measured: there are {', '.join(values)}")
+    value, best = values[name], progress.best_value
+    is_high = mode == "max" or (mode == "auto" and "accuracy" in name)
+    is_best = math.isfinite(value) and (best is None or (value > best if is_high else value < best))
+    progress.evaluations_without_gain += 1
     if is_best:
         progress.best_value, progress.best_step, progress.evaluations_without_gain = value, progress.step, 0
-    else:
-        progress.evaluations_without_gain += 1
     return is_best
 
 
@@ -341,9 +392,8 @@ def sample(run: Run, monitor: Monitor) -> None:
         return
     with run.parallel.whole_model():
         for number, prompt in enumerate(settings.sample_prompts if run.world.is_main else []):
-            params = SamplingParams(
-                max_tokens=settings.sample_max_new_tokens, temperature=0.8, top_k=50, seed=settings.seed + number
-            )
+            length, seed = settings.sample_max_new_tokens, settings.seed + number
+            params = SamplingParams(max_tokens=length, temperature=0.8, top_k=50, seed=seed)
             # A model that learns to answer is asked.
             asked = question(run.tokenizer, prompt) if run.corpus.is_chat else prompt
             text = generate_text(run.model, run.tokenizer, asked, params)
@@ -358,11 +408,7 @@ def sample(run: Run, monitor: Monitor) -> None:
 
 
 def save(run: Run, monitor: Monitor, *, is_best: bool, is_last: bool, is_before_fault: bool = False) -> None:
-    """Writes a checkpoint. Where the disk refuses, the training continues, but cannot end well.
-
-    Args:
-        is_before_fault: the text cannot be read any further.
-    """
+    """Writes a checkpoint; arguments as of :meth:`Run.save`. Where the disk refuses, the training continues, unless it ends."""
     try:
         run.checkpointer.wait()  # for the one before, if it is written in the background
     except CheckpointError as error:

@@ -54,10 +54,9 @@ class OpenedModel:
     """Of a run."""
 
     def identity(self, dtype: torch.dtype | None = None) -> Identity:
-        """What the model is, adapters apart from the weights below them: their sum is rounded on each machine in its way.
+        """What the model is, its weights in ``dtype``, or None for their own.
 
-        Args:
-            dtype: that the weights are brought into before; None for their own.
+        Adapters count apart from the weights below them: their sum is rounded on each machine in its way.
         """
         model: Any = self.model
         if dtype not in (None, model.dtype):
@@ -137,11 +136,7 @@ def open_model(
 
 
 def run_weights(checkpoint: Checkpoint, *, ema: bool) -> dict[str, torch.Tensor]:
-    """The weights of a checkpoint, or their moving average.
-
-    Raises:
-        ValueError: there is no average in it.
-    """
+    """The weights of a checkpoint, or their moving average. Raises ``ValueError`` where it has none."""
     average = checkpoint.tensors("ema") if ema else {}
     if ema and not average:
         raise ValueError(f"{checkpoint.path} has no moving average of the weights: its run had no train.ema_decay")
@@ -155,9 +150,6 @@ def open_base(base: Base, stored_in: Path, *, given: str | None = None, advice: 
         stored_in: the folder that holds the record.
         given: where to look instead, as the name of :func:`load_model`.
         advice: the end of the error, which says what can be done.
-
-    Returns:
-        The model; its ``place`` is where it was found.
 
     Raises:
         FileNotFoundError: there is no such model.
@@ -347,8 +339,7 @@ class InitialModel:
     def completed(self, settings: RunSettings) -> RunSettings:
         """The settings with the sizes, and unless another was chosen the tokenizer, of this model.
 
-        Raises:
-            ValueError: a size or a vocabulary was chosen that is not this model's.
+        Raises ``ValueError`` if a size was chosen that is not this model's.
         """
         defaults = {field.name: field.default for field in fields(ModelSettings)}
         sizes = {name: getattr(self._model.config, name) for name in _TAKEN_OVER}
@@ -373,8 +364,7 @@ class InitialModel:
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> None:
         """Warns where the run's tokenizer gives other tokens than the model was trained on.
 
-        Raises:
-            ValueError: it has another number of entries.
+        Raises ``ValueError`` if it has another number of entries.
         """
         known = copy.deepcopy(self._tokenizer)
         if len(tokenizer) > len(known) and tokenizer.chat_template:
@@ -399,10 +389,8 @@ class InitialModel:
     def copy_into(self, model: BDHForCausalLM, lora: LoraSettings) -> None:
         """Gives a model of the same sizes the weights, in the model's own dtype.
 
-        Of a larger vocabulary, the entries at its end keep the weights that they have.
-
-        Raises:
-            ValueError: there are such entries, and nothing would train their weights.
+        Of a larger vocabulary, the entries at its end keep the weights that they have; raises ``ValueError`` if nothing would
+        train those.
         """
         model.config.layer_norm_eps = self._model.config.layer_norm_eps
         weights, V = self._model.state_dict(), self._model.config.vocab_size

@@ -38,7 +38,7 @@ def learning_rate_factor(step: int, settings: TrainSettings) -> float:
 
 
 class Optimizers:
-    """The optimizers of a model's weights, but for frozen ones, stepped together.
+    """The optimizers of a model's weights that are not frozen, stepped together.
 
     AdamW for everything, or Muon for the neurons' matrices (``encoder``, ``encoder_v``, ``decoder``) with AdamW for the
     embedding and the head.
@@ -47,22 +47,19 @@ class Optimizers:
     def __init__(self, model: nn.Module, settings: TrainSettings):
         self._model, self._settings = model, settings
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        embeddings = [p for name, p in trained.items() if name.startswith(("embed.", "lm_head."))]
-        embedding_ids = {id(p) for p in embeddings}
-        matrices = [p for p in trained.values() if id(p) not in embedding_ids]
-        lr = settings.learning_rate
-        embeddings_decay = settings.weight_decay if settings.decay_embeddings else 0.0
-        groups: list[dict[str, Any]] = [{"params": embeddings, "weight_decay": embeddings_decay}]
+        is_embedding = {name: name.startswith(("embed.", "lm_head.")) for name in trained}
+        embeddings, matrices = (
+            [p for name, p in trained.items() if is_embedding[name] is each] for each in (True, False)
+        )
+        lr, decay = settings.learning_rate, settings.weight_decay
+        groups = [{"params": embeddings, "weight_decay": decay if settings.decay_embeddings else 0.0}]
         self.all: list[torch.optim.Optimizer] = []
         if settings.optimizer == "muon":
             # match_rms_adamw scales the updates to AdamW's size, so that one learning rate fits both.
-            self.all.append(
-                torch.optim.Muon(matrices, lr=lr, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw")
-            )
+            self.all.append(torch.optim.Muon(matrices, lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
         else:
-            groups.append({"params": matrices, "weight_decay": settings.weight_decay})
-        self._device = next(model.parameters()).device.type
-        fused = self._device in ("cpu", "cuda")
+            groups.append({"params": matrices, "weight_decay": decay})
+        fused = next(model.parameters()).device.type in ("cpu", "cuda")
         self.all.append(torch.optim.AdamW(groups, lr=lr, betas=(settings.beta1, settings.beta2), fused=fused))
 
     def set_learning_rate(self, step: int) -> float:
@@ -100,7 +97,7 @@ class Optimizers:
     def tensors(self) -> dict[str, torch.Tensor]:
         """What the optimizers keep of each weight, as "encoder.weight.exp_avg", sharded as the weights are.
 
-        Settings are not among it. Empty before the first update.
+        Settings are not included. Empty before the first update.
         """
         if not any(optimizer.state for optimizer in self.all):
             return {}
@@ -115,7 +112,7 @@ class Optimizers:
 
 
 def _step_or_undo(optimizer: torch.optim.Optimizer, skip: torch.Tensor) -> None:
-    """For optimizers that cannot leave a step out on the device. The copy lives while the activations do not."""
+    """For optimizers that cannot skip a step on the device. The copy lives while the activations do not."""
 
     def tensors() -> list[torch.Tensor]:
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
@@ -148,12 +145,10 @@ class LossScale:
         """Takes in the gradient's norm of a step."""
         if not self.is_enabled:
             return
-        is_good = norm.isfinite()
-        self._good_steps = torch.where(is_good, self._good_steps + 1, 0)
-        grows = self._good_steps >= self._GROWTH_STEPS
-        factor = torch.where(grows, 2.0, 1.0)
-        self.value = self.value * torch.where(is_good, factor, 0.5)
-        self._good_steps = torch.where(grows, 0, self._good_steps)
+        good_steps = torch.where(norm.isfinite(), self._good_steps + 1, 0)
+        grows = good_steps >= self._GROWTH_STEPS
+        self.value = self.value * torch.where(norm.isfinite(), torch.where(grows, 2.0, 1.0), 0.5)
+        self._good_steps = torch.where(grows, 0, good_steps)
 
     def state_dict(self) -> dict[str, Any]:
         """Under the names that ``GradScaler`` gives them."""
@@ -171,8 +166,7 @@ class LossScale:
 class NormStatistics:
     """Running mean and variance of the gradient's norm, as in ZClip (arXiv 2504.02507, with its decay and warm-up).
 
-    ZClip scales a spike down; here it is for the caller to decide. A spike enters the statistics as the norm at the
-    threshold, so that a lasting change of level is learned, and a single spike hardly matters.
+    A spike enters as the norm at the threshold, so that a lasting change of level is learned, and a single one hardly matters.
     """
 
     _DECAY = 0.97
@@ -200,17 +194,11 @@ class NormStatistics:
         # Of the first steps Welford's mean and variance.
         early_mean = mean + (norm - mean) / (count + 1)
         early_variance = variance + ((norm - mean) * (norm - early_mean) - variance) / (count + 1)
+        early = torch.stack([early_mean, early_variance, count + 1])
         clipped = torch.minimum(norm, mean + self._threshold * variance.sqrt())
-        late_variance = self._DECAY * variance + (1 - self._DECAY) * (clipped - mean) ** 2
         late_mean = self._DECAY * mean + (1 - self._DECAY) * clipped
-        is_early = count < self._WARMUP_STEPS
-        new = torch.stack(
-            [
-                torch.where(is_early, early_mean, late_mean),
-                torch.where(is_early, early_variance, late_variance),
-                torch.where(is_early, count + 1, count),
-            ]
-        )
+        late_variance = self._DECAY * variance + (1 - self._DECAY) * (clipped - mean) ** 2
+        new = torch.where(count < self._WARMUP_STEPS, early, torch.stack([late_mean, late_variance, count]))
         self._values = torch.where(norm.isfinite(), new, self._values)
 
     def state_dict(self) -> dict[str, Any]:
@@ -225,7 +213,7 @@ class NormStatistics:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step came to, over all processes."""
+    """The outcome of an optimizer step, over all processes."""
 
     step: int
     loss: float
@@ -235,13 +223,13 @@ class StepResult:
     grad_norms: dict[str, float]
     """Of each weight's gradient, before clipping."""
     updated: bool
-    """Whether the weights were: float16 skips a step whose scaled gradients overflow, and lowers the scale."""
+    """Whether the weights changed: float16 skips a step whose scaled gradients overflow, and lowers the scale."""
     fault: str | None
     """What was not finite, or a spike."""
 
 
 class UpdateGuard:
-    """Decides on the device which steps may change the weights, and keeps what they came to until it is read.
+    """Decides on the device which steps may change the weights, and keeps their outcome until it is read.
 
     A step whose loss or gradient is not finite, or whose gradient is a spike (``train.spike_threshold``), changes nothing.
     With ``train.on_nonfinite`` "stop" no step after it does either: so, however late the fault is read, the weights are those
@@ -269,7 +257,7 @@ class UpdateGuard:
         """Whether the update is to be skipped: bool (), the same on every process.
 
         Args:
-            loss: (), this process's part of the sum over all; with ``needs_loss_of_all`` the whole of it.
+            loss: (), this process's share of the sum over all; with ``needs_loss_of_all`` the whole of it.
             norm: (), of the gradient over all processes.
             norms: (n,), the same of each weight, in the order of ``names``.
         """
@@ -289,7 +277,7 @@ class UpdateGuard:
         return skip
 
     def read(self, step: int) -> list[StepResult]:
-        """What the steps since the last call came to, up to ``step``: waits for the device, all processes together."""
+        """The outcomes of the steps since the last call, up to ``step``: waits for the device, all processes together."""
         if not self._pending:
             return []
         dtype = torch.float32 if self._stopped.device.type == "mps" else torch.float64

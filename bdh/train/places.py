@@ -72,10 +72,7 @@ def find_model(name: str, *, checkpoint: str | None = None, base: str | None = N
 
 
 def find_checkpoint(run_dir: Path, which: str) -> int | None:
-    """The step of a run's checkpoint that a word or number names; None for the newest.
-
-    Args:
-        which: "last", "best" (of the validation loss), or a step.
+    """The step of a run's checkpoint that "last", "best" (of the validation loss) or a step names; None for the newest.
 
     Raises:
         FileNotFoundError: the folder holds no run, or the run has no such checkpoint.
@@ -102,17 +99,14 @@ def holds_run(folder: Path) -> bool:
 
 
 def taken_by_run(folder: Path) -> FileExistsError:
-    """What a fresh start says of a folder that holds a run."""
+    """The error of a fresh start in a folder that holds a run."""
     return FileExistsError(
         f"{folder} already holds a run, which is never overwritten: continue it with --resume, or give another --run_dir"
     )
 
 
 def check_peft() -> None:
-    """
-    Raises:
-        ImportError: the package is missing; the message says how to get it.
-    """
+    """Raises ``ImportError``, which says how to get the package, where it is missing."""
     if importlib.util.find_spec("peft") is None:
         raise ImportError('LoRA needs the package peft: pip install "bdh[finetune]"')
 
@@ -136,13 +130,7 @@ class CheckpointFolder:
         return named if not steps or (named is not None and self.path_of(named).is_dir()) else steps[-1]
 
     def check_there(self, step: int | None) -> None:
-        """
-        Args:
-            step: None for the newest.
-
-        Raises:
-            FileNotFoundError: there is no such checkpoint.
-        """
+        """Raises ``FileNotFoundError`` where there is no such checkpoint; None is the newest."""
         if step is None and self.newest() is None:
             raise FileNotFoundError(f"there is no complete checkpoint in {self.folder}")
         if step is not None and not self.path_of(step).is_dir():
@@ -150,12 +138,7 @@ class CheckpointFolder:
             raise FileNotFoundError(f"there is no checkpoint of step {step} in {self.folder}: there are {there}")
 
     def step_of(self, which: str) -> int:
-        """The step that ``latest`` or ``best`` names.
-
-        Raises:
-            FileNotFoundError: there is no such file yet.
-            ValueError: it names no step.
-        """
+        """The step that ``latest`` or ``best`` names. Raises ``FileNotFoundError`` without the file, ``ValueError`` if none."""
         if (step := self.named(which)) is not None:
             return step
         if not self.has(which):
@@ -300,8 +283,7 @@ class RunLock:
 def lock_run_around(path: Path) -> Iterator[None]:
     """Locks the run in whose folder ``path`` lies, if it lies in one, for a command that writes there.
 
-    Raises:
-        InUseError: the run is being trained.
+    Raises ``InUseError`` where the run is being trained.
     """
     from bdh.locks import Lock
 

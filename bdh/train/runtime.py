@@ -1,10 +1,10 @@
-"""Where, in which arithmetic and how fast a run computes, and how its layer is computed."""
+"""Where and in which arithmetic a run computes, how its layer is computed, and how fast that could be."""
 
 import os
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,8 +17,6 @@ from bdh.train.config import TrainSettings
 
 _MEASURING_SECONDS = 0.04
 _LARGEST_SIZE = 8192
-
-_DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -36,12 +34,9 @@ class Runtime:
 
 
 def choose_runtime(settings: TrainSettings) -> Runtime:
-    """The device and dtype that the settings ask for, or the best ones there are.
+    """The device and dtype that the settings ask for, or the best ones there are. Raises ``ValueError`` without the device.
 
     Of several processes on a machine, each takes the GPU of its number.
-
-    Raises:
-        ValueError: the device is not there.
     """
     device = choose_device(settings.device)
     if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
@@ -52,7 +47,7 @@ def choose_runtime(settings: TrainSettings) -> Runtime:
                 "torchrun with --nproc_per_node of at most that many"
             )
     if settings.dtype != "auto":
-        return Runtime(device, _DTYPES[settings.dtype], f"{settings.dtype} as set")
+        return Runtime(device, getattr(torch, settings.dtype), f"{settings.dtype} as set")
     if device.type != "cuda":
         return Runtime(device, torch.float32, f"float32, the fast one on {device.type}")
     # Without this argument the question is answered with yes on a T4, which emulates bfloat16 slowly.
@@ -63,10 +58,8 @@ def choose_runtime(settings: TrainSettings) -> Runtime:
 
 def random_states(device: torch.device) -> dict[str, torch.Tensor]:
     """The states of the generators that training draws from."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
+    cuda = {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+    return {"cpu": torch.get_rng_state()} | cuda
 
 
 def restore_random_states(states: dict[str, torch.Tensor], device: torch.device) -> None:
@@ -91,139 +84,63 @@ def layer_options(settings: TrainSettings) -> LayerOptions:
 
 
 def plan_training(
-    model: BDHForCausalLM, rows: int, tokens: int, runtime: Runtime, distributed: DistributedConfig
+    model: BDHForCausalLM, train: TrainSettings, runtime: Runtime, distributed: DistributedConfig
 ) -> LayerPlan:
-    """How the model, with its ``layer_options``, will compute a training step's forward pass of so many sequences.
+    """How the model, with its ``layer_options``, will compute a training step's forward pass.
 
-    Raises:
-        ValueError: the options ask for what is not there; it names the setting.
+    Raises ``ValueError``, which names the setting, if the options ask for what is not there.
     """
+    shape = _shape(model.config, train, runtime, distributed)
     was_training = model.training
     model.train()
     try:
-        with _arithmetic(runtime, distributed), torch.enable_grad(), _faults_of_settings():
-            plan = plan_for(model, rows, tokens, model.config.attention_form)
+        with replace(runtime, dtype=shape.dtype).autocast(), torch.enable_grad(), _faults_of_settings():
+            plan = plan_for(model, shape.B, shape.T, model.config.attention_form)
             # None is the plain forms with nothing to decide.
-            return plan or plan_layer(_shape(model.config, rows, tokens, runtime, distributed), model.layer_options)
+            return plan or plan_layer(shape, model.layer_options)
     finally:
         model.train(was_training)
 
 
 def plan_settings(
-    settings: TrainSettings,
+    train: TrainSettings,
     config: BDHConfig,
     runtime: Runtime,
     distributed: DistributedConfig,
     *,
     obstacle: str | None = None,
 ) -> LayerPlan:
-    """The same, of a model that need not be there.
-
-    Args:
-        obstacle: what about it keeps the blocks from computing it, as for :func:`bdh.ops.blocks.plan.plan_layer`.
-
-    Raises:
-        ValueError: as of :func:`plan_training`.
-    """
+    """The same, of a model that need not be there; ``obstacle`` as for :func:`bdh.ops.blocks.plan.plan_layer`."""
+    shape = _shape(config, train, runtime, distributed)
     with _faults_of_settings():
         return plan_layer(
-            _shape(config, settings.batch_size, settings.block_size, runtime, distributed),
-            layer_options(settings),
-            form=config.attention_form,
-            chunk_size=config.chunk_size,
-            obstacle=obstacle,
+            shape, layer_options(train), form=config.attention_form, chunk_size=config.chunk_size, obstacle=obstacle
         )
 
 
-def _shape(config: BDHConfig, rows: int, tokens: int, runtime: Runtime, distributed: DistributedConfig) -> LayerShape:
-    return layer_shape(config, rows, tokens, _dtype(runtime, distributed), runtime.device)
+def _shape(config: BDHConfig, train: TrainSettings, runtime: Runtime, distributed: DistributedConfig) -> LayerShape:
+    """With the dtype of the matrix products. FSDP casts the weights only when it gathers them, so it has to be said here."""
+    gathered = getattr(torch, distributed.param_dtype)
+    dtype = gathered if runtime.dtype == torch.float32 and gathered != torch.float32 else runtime.dtype
+    return layer_shape(config, train.batch_size, train.block_size, dtype, runtime.device)
 
 
 @contextmanager
 def _faults_of_settings() -> Iterator[None]:
-    """Within it, what is wrong with an option is said of the setting that it comes from."""
+    """Within it, a fault of an option is reported as one of the setting that it comes from."""
     try:
         yield
     except LayerOptionError as error:
         raise ValueError(f"train.{_SETTINGS.get(error.option, error.option)} {error.fault}") from error
 
 
-def _arithmetic(runtime: Runtime, distributed: DistributedConfig) -> AbstractContextManager:
-    """That of a step."""
-    dtype = _dtype(runtime, distributed)
-    return runtime.autocast() if dtype == runtime.dtype else torch.autocast(runtime.device.type, dtype=dtype)
-
-
-def _dtype(runtime: Runtime, distributed: DistributedConfig) -> torch.dtype:
-    """Of the matrix products. FSDP casts the weights only when it gathers them, so until then it has to be said."""
-    gathered = getattr(torch, distributed.param_dtype)
-    return gathered if runtime.dtype == torch.float32 and gathered != torch.float32 else runtime.dtype
-
-
-class StepClock:
-    """Times the training steps, without the pauses between them for evaluation, samples and checkpoints.
-
-    On a GPU steps are asked for ahead of their computation, so only the time between two readings is that of steps.
-    """
-
-    _BAR_SECONDS = 0.25
-
-    def __init__(self) -> None:
-        self.tokens_per_second = 0.0
-        """Over about the last twenty steps."""
-        self._start = self._moved = time.perf_counter()
-        self._tokens = self._steps = self._read_steps = self._mean_steps = 0
-        self._seconds = self._data_seconds = 0.0
-
-    def count(self, num_tokens: int) -> None:
-        """A step was asked for."""
-        self._tokens += num_tokens
-        self._steps += 1
-
-    def read(self) -> None:
-        """All steps that were asked for are done."""
-        now = time.perf_counter()
-        seconds, steps = max(now - self._start, 1e-9), self._steps
-        # The first steps compile and warm up; later ones count for about the last twenty.
-        kept = 0.95**steps if self._read_steps >= 5 else 0.0
-        self.tokens_per_second = kept * self.tokens_per_second + (1 - kept) * self._tokens / seconds
-        self._read_steps += steps
-        self._mean_steps += steps
-        self._seconds += seconds
-        self._tokens = self._steps = 0
-        self._start = self._moved = now
-
-    def bar_is_due(self) -> bool:
-        """Whether a bar has not moved for a while."""
-        return time.perf_counter() - self._moved > self._BAR_SECONDS
-
-    def take_means(self) -> dict[str, float]:
-        """Seconds of a step, and of waiting for its data, in the mean over the steps since the last call."""
-        steps = max(1, self._mean_steps)
-        means = {"step_seconds": self._seconds / steps, "data_seconds": self._data_seconds / steps}
-        self._mean_steps, self._seconds, self._data_seconds = 0, 0.0, 0.0
-        return means
-
-    @contextmanager
-    def waiting_for_data(self) -> Iterator[None]:
-        before = time.perf_counter()
-        yield
-        self._data_seconds += time.perf_counter() - before
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        before = time.perf_counter()
-        yield
-        self._start += time.perf_counter() - before
-
-
 def training_flops_per_token(config: BDHConfig, block_size: int) -> float:
     """Floating-point operations that a training step needs for a token, at the least.
 
-    A multiplication and an addition count as two. Counted are the matrix products of the three linear layers of
-    each pass, of the head, and of the attention in its cheaper form: the lower half of the T x T scores, or the
-    reads and updates of the state. The backward pass takes twice the forward pass. Left out are element-wise
-    work, recomputation, and what sparsity would save.
+    A multiplication and an addition count as two. Counted are the matrix products of the three linear layers of each layer
+    step, of the head, and of the attention in its cheaper form: the lower half of the T x T scores, or the reads and updates
+    of the state. The backward pass takes twice the forward pass. Element-wise work, recomputation, and what sparsity would
+    save are left out.
     """
     D, V, T = config.n_embd, config.vocab_size, block_size
     neurons = config.n_head * config.neurons_per_head
@@ -234,25 +151,20 @@ def training_flops_per_token(config: BDHConfig, block_size: int) -> float:
 
 def matmul_peak(runtime: Runtime) -> float:
     """Operations per second of a large square matrix product on this device in this dtype, measured in about 0.1 s."""
-    size, best = 256, 0.0
+    device, size, best = runtime.device, 256, 0.0
     while True:
-        factor = torch.ones(size, size, device=runtime.device, dtype=runtime.dtype)
+        factor = torch.ones(size, size, device=device, dtype=runtime.dtype)
         # The fastest of several: the first may load libraries, and any may be interrupted.
         times: list[float] = []
         while len(times) < 3 or sum(times) < _MEASURING_SECONDS / 4:
             started = time.perf_counter()
             factor @ factor
-            wait_for_device(runtime.device)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            elif device.type == "mps":
+                torch.mps.synchronize()
             times.append(time.perf_counter() - started)
         best = max(best, 2 * size**3 / min(times))
         if min(times) > _MEASURING_SECONDS / 8 or size >= _LARGEST_SIZE:
             return best
         size *= 2
-
-
-def wait_for_device(device: torch.device) -> None:
-    """Waits until what was asked of the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()

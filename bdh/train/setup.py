@@ -95,6 +95,7 @@ class Run:
     def __post_init__(self) -> None:
         train, world, device = self.settings.train, self.world, self.runtime.device
         is_float16 = self.runtime.dtype == torch.float16
+        self.autocast = self.runtime.autocast()  # of the forward passes of all steps
         self.optimizers = Optimizers(self.model, train)
         self.guard = UpdateGuard(train, device, world, is_float16=is_float16)
         self.loss_scale = LossScale(device, is_float16=is_float16)
@@ -179,12 +180,11 @@ class Run:
             self.lock.release()
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Puts every part back to where it was when the checkpoint was written.
+        """Puts everything back to where it was when the checkpoint was written.
 
         The number of processes, and how they share the model, may be another. Then dropout draws other numbers.
 
-        Raises:
-            ValueError: the data are not the ones that the run was trained on.
+        Raises ``ValueError`` if the data are not the ones that the run was trained on.
         """
         training = checkpoint.training
         source, old_source = self.corpus.facts["source"], training["data_facts"]["source"]
@@ -254,20 +254,19 @@ def open_run(settings: RunSettings, *, progress: Any = None, check_room: CheckRo
     name = world.gather(time.strftime("%Y-%m-%d_%H-%M-%S"))[0]
     folder = Path(settings.run_dir) if settings.run_dir else Path("runs") / name
     lock = RunLock(folder, world)
-    saved = settings.checkpoint
-    checkpointer = Checkpointer(
-        folder,
-        keep_last=saved.keep_last,
-        keep_every_steps=saved.keep_every_steps,
-        in_background=saved.in_background,
-        world=world,
-        may_write=lock.check,
-    )
     with ExitStack() as undo:
         if not settings.dry_run:
             lock.acquire()
             undo.enter_context(lock)
-        checkpoint = None
+        wanted, checkpoint = settings.checkpoint, None
+        checkpointer = Checkpointer(
+            folder,
+            keep_last=wanted.keep_last,
+            keep_every_steps=wanted.keep_every_steps,
+            in_background=wanted.in_background,
+            world=world,
+            may_write=lock.check,
+        )
         if settings.resume:
             stored = stored_settings(folder)
             check_unchanged(settings, stored)
@@ -299,7 +298,7 @@ def open_run(settings: RunSettings, *, progress: Any = None, check_room: CheckRo
 
         model = _make_model(settings, config, runtime, initial, base)
         train = settings.train
-        plan = plan_training(model, train.batch_size, train.block_size, runtime, distributed)
+        plan = plan_training(model, train, runtime, distributed)
         if world.rank > 0:
             torch.manual_seed(train.seed + _SEEDS_APART * world.rank)
         run = Run(
@@ -329,8 +328,7 @@ def _base(
 ) -> Base | None:
     """The model that the run started from; that of adapters is compared with what is there when the run is resumed.
 
-    Raises:
-        OtherBaseError: it has other weights now, and the adapters alone are to be exported; on all processes.
+    Raises ``OtherBaseError`` on all processes if it has other weights now, and the adapters alone are to be exported.
     """
     lora = settings.train.lora
     if initial is not None:
@@ -354,8 +352,7 @@ def _base(
 def _model_config(settings: RunSettings, tokenizer: PreTrainedTokenizerFast) -> BDHConfig:
     """The model's configuration; its vocabulary and special tokens are the tokenizer's.
 
-    Raises:
-        ValueError: ``model.vocab_size`` is given and is another.
+    Raises ``ValueError`` where ``model.vocab_size`` is given and is another.
     """
     fields, V = asdict(settings.model), vocabulary_size(tokenizer)
     if fields.pop("vocab_size") not in (None, V):

@@ -9,7 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from bdh import BDHConfig, BDHForCausalLM
 from bdh.ops.blocks.plan import LayerOptions
 from bdh.train.config import TrainSettings
-from bdh.train.runtime import StepClock, choose_runtime, matmul_peak, training_flops_per_token
+from bdh.train.loop import StepClock
+from bdh.train.runtime import choose_runtime, matmul_peak, training_flops_per_token
 
 from .conftest import losses
 
