@@ -1,4 +1,4 @@
-"""The settings of training with several processes, and what ``torchrun`` tells each of them. Imports no PyTorch."""
+"""The settings of training with several processes, and what ``torchrun`` reports to each of them. Imports no PyTorch."""
 
 import os
 import time
@@ -16,9 +16,9 @@ _PATIENCE_SECONDS = 3.0
 @dataclass
 class DistributedConfig(Settings):
     strategy: Literal["auto", "none", "ddp", "fsdp"] = "auto"
-    """How processes share the model: each holds all of it (ddp), or a part (fsdp). auto: ddp, or none if alone."""
+    """How processes share the model: each holds all of it (ddp), or a shard (fsdp). auto: ddp, or none if alone."""
     param_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """fsdp: dtype in which the weights are gathered and multiplied. The parts that are kept stay in the model's."""
+    """fsdp: dtype in which the weights are gathered and multiplied. The shards that are kept stay in the model's."""
     reduce_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """fsdp: dtype in which gradients are summed over the processes."""
     timeout_minutes: PositiveFloat = 30.0

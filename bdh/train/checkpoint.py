@@ -153,14 +153,14 @@ class Checkpointer(CheckpointFolder):
         """
         super().__init__(run_dir)
         self._keep_last, self._keep_every_steps = keep_last, keep_every_steps
-        self.world, self._may_write = world or World(), may_write
+        self._world, self._may_write = world or World(), may_write
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: tuple[int, Future[None]] | None = None
         self._staged: Future[None] | None = None
         self._stager: DefaultStager | None = None
         if in_background:
             warnings.filterwarnings("ignore", message=_ALONE)  # in another thread, it cannot be caught for a while only
-            pins = self.world.device_type == "cuda"
+            pins = self._world.device_type == "cuda"
             self._stager = DefaultStager(
                 StagingOptions(
                     use_pinned_memory=pins, use_shared_memory=False, use_async_staging=True, use_non_blocking_copy=pins
@@ -225,12 +225,12 @@ class Checkpointer(CheckpointFolder):
                 except CheckpointException as error:
                     reasons = {str(fault).splitlines()[0] for fault, _ in error.failures.values()}
                     raise OSError("; ".join(sorted(reasons))) from error
-                if self.world.is_main:
+                if self._world.is_main:
                     torch.save(training, folder / TRAINING)
                     files = {path.name: file_facts(path) for path in sorted(folder.iterdir())}
                     (folder / MANIFEST).write_text(json.dumps({"step": step, "files": files}, indent=1))
                     self._may_write()
-            if self.world.is_main:
+            if self._world.is_main:
                 self._point("latest", step)
                 if is_best:
                     self._point("best", step)
@@ -242,7 +242,7 @@ class Checkpointer(CheckpointFolder):
             self._all_do(step, complete)
 
     def _open_folder(self, stack: ExitStack, final: Path) -> None:
-        if self.world.is_main:
+        if self._world.is_main:
             self.recover()
             for left in self.folder.glob(".step-*"):  # by a process that was killed
                 remove(left)
@@ -256,8 +256,8 @@ class Checkpointer(CheckpointFolder):
         writer = FileSystemWriter(folder, sync_files=True)
         how: dict[str, Any] = {
             "storage_writer": writer,
-            "process_group": self.world.storage,
-            "no_dist": self.world.size == 1,
+            "process_group": self._world.storage,
+            "no_dist": self._world.size == 1,
         }
         if self._stager is None:
             return _no_warning_when_alone()(lambda: dcp.save(dict(tensors), **how))
@@ -274,7 +274,7 @@ class Checkpointer(CheckpointFolder):
         # PyTorch reports some of what the disk refuses in errors of its own.
         except (OSError, RuntimeError) as error:
             reason = str(error)
-        if reasons := sorted({each for each in self.world.gather(reason) if each is not None}):
+        if reasons := sorted({each for each in self._world.gather(reason) if each is not None}):
             latest = self.named("latest")
             before = "there is none before it" if latest is None else f"the newest one is that of step {latest}"
             raise CheckpointError(f"the checkpoint of step {step} is not saved: {'; '.join(reasons)}; {before}")
@@ -289,15 +289,15 @@ class Checkpointer(CheckpointFolder):
             FileNotFoundError: there is none, or none of that step.
             ValueError: it is cut off or altered; the message names the newest one that is whole.
         """
-        if self.world.is_main:
+        if self._world.is_main:
             self.recover()
-        self.world.wait_for_all()
+        self._world.wait_for_all()
         newest = self._newest() if step is None else None
         try:
             return self._load(newest if step is None else step)
         except (OSError, ValueError):
             # Several processes might not see the same.
-            if newest is None or self.world.size > 1 or self.path_of(newest).is_dir():
+            if newest is None or self._world.size > 1 or self.path_of(newest).is_dir():
                 raise
             now = self._newest()
             if now in (None, newest):
@@ -308,7 +308,7 @@ class Checkpointer(CheckpointFolder):
         self.check_there(wanted)
         assert wanted is not None  # there would be none
         path = self.path_of(wanted)
-        if fault := self.world.gather(checkpoint_fault(path) if self.world.is_main else None)[0]:
+        if fault := self._world.gather(checkpoint_fault(path) if self._world.is_main else None)[0]:
             others = (s for s in reversed(self.steps()) if s != wanted)
             whole = next((s for s in others if not checkpoint_fault(self.path_of(s))), None)
             advice = "there is no complete one besides it"
@@ -322,7 +322,7 @@ class Checkpointer(CheckpointFolder):
 
     def _newest(self) -> int | None:
         step = self.newest()
-        if self.world.is_main and self.has("latest") and step != self.named("latest"):
+        if self._world.is_main and self.has("latest") and step != self.named("latest"):
             _logger.warning(
                 "%s names no checkpoint that is there (%s): the newest complete one is taken, that of step %s",
                 self.folder / "latest",
@@ -338,7 +338,7 @@ class Checkpointer(CheckpointFolder):
             best_step: the best one up to ``step``, which ``best`` then names, if its checkpoint is still there and
                 ``best`` names a later one or none.
         """
-        if self.world.is_main:
+        if self._world.is_main:
             # The pointers first: killed in between, they name checkpoints that are there.
             best = self.named("best")
             if self.has("best") and (best is None or best > step):
@@ -348,7 +348,7 @@ class Checkpointer(CheckpointFolder):
             self._point("latest", step)
             for later in [s for s in self.steps() if s > step]:
                 self._remove(later)
-        self.world.wait_for_all()
+        self._world.wait_for_all()
 
     def _point(self, which: str, step: int) -> None:
         write_text(self.folder / which, checkpoint_name(step) + "\n")

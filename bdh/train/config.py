@@ -57,11 +57,11 @@ MetricName = Annotated[
 @dataclass
 class ModelSettings(Settings):
     n_layer: PositiveInt = 6
-    """L, passes through the one shared layer."""
+    """L, how often the one shared layer is applied."""
     n_embd: PositiveInt = 256
     """D, width of the residual stream."""
     n_head: PositiveInt = 4
-    """H, heads. They must divide n_embd * mlp_internal_dim_multiplier into even parts."""
+    """H, heads. They must divide n_embd * mlp_internal_dim_multiplier evenly, into an even number for each."""
     mlp_internal_dim_multiplier: PositiveInt = 128
     """Neurons of all heads together, in multiples of n_embd."""
     dropout: Fraction = 0.1
@@ -132,17 +132,17 @@ class TrainSettings(Settings):
     block_size: PositiveInt = 512
     """Tokens of a training sequence."""
     batch_size: PositiveInt = 32
-    """Sequences in one forward pass of a process. A step takes batch_size x gradient_accumulation_steps x processes."""
+    """Sequences of a micro-batch, in one forward pass of a process. A step takes batch_size x gradient_accumulation_steps x processes."""
     carry_state: bool = False
-    """Each row reads on where it ended in the step before, with the state that it had there, up to an <eos>."""
+    """Each sequence continues where it ended in the step before, with the state that it had there, up to an <eos>."""
     gradient_accumulation_steps: PositiveInt = 1
-    """Forward passes whose gradients are added up for one step."""
+    """Micro-batches whose gradients are added up for one step."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon: for the neurons' matrices, with AdamW for embedding and head (its products are bfloat16: slow on a CPU)."""
     learning_rate: PositiveFloat = 1e-3
     """Highest learning rate of the schedule. Muon's updates are scaled to fit AdamW's."""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    """Course of the learning rate behind the warm-up; wsd: constant, then linear decay over decay_steps."""
+    """Course of the learning rate after the warm-up; wsd: constant, then linear decay over decay_steps."""
     warmup_steps: NonNegativeInt = 100
     """Steps over which the learning rate rises from 0."""
     decay_steps: PositiveInt | None = None
@@ -166,7 +166,7 @@ class TrainSettings(Settings):
     compile: bool = False
     """Compile the model with torch.compile: minutes at the start, faster steps."""
     recompute: Literal["none", "pass", "auto"] = "auto"
-    """Wide activations in the backward pass: pass computes them again, none keeps them, auto keeps those of as many passes as the memory budget has room for."""
+    """Wide activations in the backward pass: pass computes them again, none keeps them, auto keeps those of as many layer steps as fit into the memory budget."""
     memory_budget_gb: PositiveFloat | None = None
     """Memory for all wide activations, in GB of 10^9 bytes. null: a block, and 256 MiB of what may be kept."""
     layer_path: LayerPath = "auto"
@@ -235,7 +235,7 @@ class CheckpointSettings(Settings):
     best_mode: Literal["auto", "min", "max"] = "auto"
     """Whether a lower or a higher best_metric is better; auto: higher for an accuracy, else lower."""
     in_background: bool = False
-    """Write checkpoints while the training goes on; takes memory for a copy of weights and optimizer state."""
+    """Write checkpoints while the training continues; takes memory for a copy of weights and optimizer state."""
     export: Literal["last", "best", "ema", "none"] = "last"
     """Which weights are exported to <run_dir>/model at the end: the last, those of the best loss, or the moving average."""
 
@@ -256,7 +256,7 @@ class RunSettings(Settings):
     resume_step: int | None = None
     """With resume: continue from the checkpoint of this step instead of the newest."""
     dry_run: bool = False
-    """Write no run: measure a step or two on this device, and tell the memory and the time that the run would take."""
+    """Write no run: measure a step or two on this device, and report the memory and the time that the run would take."""
 
     def collect_faults(self, faults: Faults) -> None:
         run_dir, step = self.run_dir, self.resume_step

@@ -264,7 +264,7 @@ def training_step(run: Run, step_model: Callable[..., Any], batch: Batch) -> tor
             if run.carried:
                 run.carried.keep(index, output.past_key_values)
             # The processes' gradients are averaged, but the loss is a sum over them. One that is not finite makes the
-            # gradients so, which tells every process.
+            # gradients so, on every process.
             its_loss = output.loss.detach()
             factor = (run.loss_scale.value * world.size).to(its_loss)
             output.loss.backward(torch.where(its_loss.isfinite(), factor, math.nan))

@@ -1,4 +1,4 @@
-"""A training run: its folder, its parts, what goes into its checkpoints, and how it is made or restored."""
+"""A training run: what it consists of, what goes into its checkpoints, and how it is made or restored."""
 
 import logging
 import shutil
