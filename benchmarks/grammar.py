@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from bdh import BDHConfig, BDHForCausalLM
-from bdh.bench.report import interleaved
+from bdh.bench.common import interleaved
 from bdh.data.sources import stdlib_files
 from bdh.generate.engine import Engine
 from bdh.generate.grammar import Grammars, Matcher

@@ -27,7 +27,7 @@ from statistics import median
 import httpx
 import psutil
 
-from bdh.bench.report import percentile
+from bdh.bench.common import percentile
 
 STATES = 8
 
@@ -53,7 +53,7 @@ def main() -> int:
 def made_model(folder: str) -> str:
     """In a process of its own: torch's threads would stand in the way of the others."""
     script = (
-        "import sys; from bdh.bench.models import sparse_model; from bdh.model import BDHConfig;"
+        "import sys; from bdh.bench.common import sparse_model; from bdh.model import BDHConfig;"
         "from bdh.tokenizer import byte_tokenizer;"
         "model = sparse_model(BDHConfig(n_embd=256, n_head=4, n_layer=6, mlp_internal_dim_multiplier=128, vocab_size=256));"
         "model.save_pretrained(sys.argv[1]); byte_tokenizer().save_pretrained(sys.argv[1])"

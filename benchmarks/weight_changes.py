@@ -142,7 +142,7 @@ def by_generate(model: BDHForCausalLM) -> list[int]:
 
 def measure() -> None:
     """Prints seconds of 200 tokens one by one, and of a prompt of 512, for this process's version."""
-    from bdh.bench.models import sparse_model
+    from bdh.bench.common import sparse_model
 
     model = sparse_model(BDHConfig(n_embd=256, n_head=4, n_layer=6, mlp_internal_dim_multiplier=128, vocab_size=256))
     tokens = torch.randint(256, (512,), generator=torch.Generator().manual_seed(0)).tolist()

@@ -1,23 +1,41 @@
-"""Reading: one token at a time beside other forms, several sequences, prompts by their length. All forms must agree first."""
+"""Reading: one token at a time beside other forms, several sequences, prompts by their length. All forms must agree first.
+
+Tokens are given to all decoders, rather than each one's own continued, so that all do the work of the same text.
+"""
 
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import cycle
+from itertools import cycle, pairwise
 from statistics import mean
 from typing import Any
 
 import torch
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from bdh.bench import BenchOptions
-from bdh.bench.decoders import AllocatingDecoder, Decoder, Gpt2Decoder, RecomputingDecoder, StateDecoder
-from bdh.bench.models import Bandwidth, Density, measure_bandwidth, naive_logits, random_tokens, traffic
-from bdh.bench.report import Progress, Report, interleaved, milliseconds
+from bdh.bench.common import (
+    Bandwidth,
+    Progress,
+    Report,
+    interleaved,
+    measure_bandwidth,
+    milliseconds,
+    naive_logits,
+    naive_weights,
+    random_tokens,
+    traffic,
+)
+from bdh.generate.advance import Advancer, StepInput
 from bdh.memory import used_bytes
 from bdh.model.modeling import BDHForCausalLM
-from bdh.ops import Storage
+from bdh.ops.attention import rotation_table
+from bdh.ops.eager import Layer, layer_norm, layer_step
+from bdh.ops.words import Storage
 
 TOLERANCE = 1e-4
 """Of the largest difference of two logits; where their standard deviation is above 1, as many times that."""
@@ -33,152 +51,359 @@ _SETTLING_SECONDS = 0.5
 """For busy programs to start, and for the kernels to find out that they have."""
 
 
+class Decoder(ABC):
+    """A sequence that is continued token by token."""
+
+    name: str
+
+    @abstractmethod
+    def read(self, token: int) -> torch.Tensor:
+        """The logits (V,) after one more token."""
+
+
+class StateDecoder(Decoder):
+    """One sequence or several, whose states a backend advances.
+
+    Args:
+        settings: how, as :class:`bdh.generate.advance.Advancer` takes them.
+    """
+
+    def __init__(self, model: BDHForCausalLM, name: str = "", *, num_sequences: int = 1, **settings: Any):
+        self.name, self.advancer = name, Advancer(model, **settings)
+        self.states = [self.advancer.new_state() for _ in range(num_sequences)]
+
+    def read(self, token: int) -> torch.Tensor:
+        return self.read_each([token])[0]
+
+    def read_each(self, tokens: Sequence[int]) -> torch.Tensor:
+        """The logits (B, V) of the first B sequences, after one more token of each."""
+        inputs = [StepInput(state, [token]) for state, token in zip(self.states, tokens, strict=False)]
+        return torch.stack([logits for logits in self.advancer.advance(inputs) if logits is not None])
+
+    def read_prompt(self, tokens: Sequence[int]) -> torch.Tensor:
+        """The logits (V,) after the last of the tokens, of a text that begins with them."""
+        state = self.states[0]
+        state.clear()
+        (logits,) = self.advancer.advance([StepInput(state, tokens)])
+        assert logits is not None
+        return logits
+
+
+class AllocatingDecoder(Decoder):
+    """The dense recurrent step as it is commonly written: each token makes a new state, S + k v^T."""
+
+    name = "dense recurrent, a new state for each token"
+
+    def __init__(self, model: BDHForCausalLM):
+        config = model.config
+        self.model, self.position = model, 0
+        shape = (config.n_head, config.neurons_per_head, config.n_embd)
+        self.states = [torch.zeros(shape) for _ in range(config.n_layer)]
+        lives = config.half_lives
+        self._kept = None if lives is None else torch.exp2(-1 / torch.tensor(lives))[:, None, None]
+
+    @torch.no_grad()
+    def read(self, token: int) -> torch.Tensor:
+        model, config = self.model, self.model.config
+        table = rotation_table(torch.tensor([self.position]), config.neurons_per_head, config.rope_theta)
+        v = layer_norm(model.embed(torch.tensor([token])), config.layer_norm_eps)  # (1, D)
+        layer = Layer(model.encoder, list(model.encoder_v), model.decoder)
+        for index, state in enumerate(self.states):
+
+            def attention(q: torch.Tensor, v: torch.Tensor, state: torch.Tensor = state) -> tuple[torch.Tensor, ...]:
+                kept = state if self._kept is None else state * self._kept
+                return q @ state, kept + q.transpose(1, 2) * v
+
+            step = layer_step(v, layer, attention, table, eps=config.layer_norm_eps, dtype=torch.float32)  # type: ignore[arg-type, var-annotated]
+            v, self.states[index] = step
+        self.position += 1
+        return model.lm_head(v)[0]
+
+
+class RecomputingDecoder(Decoder):
+    """``ops/naive.py`` over the last ``context`` tokens, again for each token."""
+
+    def __init__(self, model: BDHForCausalLM, context: int, text: Sequence[int] = ()):
+        self.name = f"ops/naive.py, the last {context} tokens recomputed"
+        self.model, self.weights = model, naive_weights(model)
+        self.text = deque(text, maxlen=context)
+
+    def read(self, token: int) -> torch.Tensor:
+        self.text.append(token)
+        return naive_logits(self.model, torch.tensor([list(self.text)]), self.weights)[0, -1]
+
+
+class Gpt2Decoder(Decoder):
+    """A GPT-2 of about 26M parameters in transformers with its KV cache: 8 layers, width 512, 8 heads.
+
+    Its forward pass is called directly, which spares the overhead of ``generate``. The cache is the one that
+    transformers takes by default, and its attention PyTorch's own.
+    """
+
+    def __init__(self, vocab_size: int, text: Sequence[int], *, n_layer: int = 8, n_embd: int = 512, n_head: int = 8):
+        config = GPT2Config(
+            vocab_size=vocab_size,
+            n_positions=2 * max(512, len(text)),
+            n_layer=n_layer,
+            n_embd=n_embd,
+            n_head=n_head,
+            bos_token_id=0,
+            eos_token_id=0,
+            attn_implementation="sdpa",  # type: ignore[call-arg]  # transformers takes it for every model
+        )
+        self.model = GPT2LMHeadModel(config).eval()
+        millions = sum(weight.numel() for weight in self.model.parameters()) / 1e6
+        self.name = f"GPT-2 of {millions:.1f}M in transformers, KV cache"
+        self.cache = DynamicCache(config=config)
+        self._read(list(text))
+
+    def read(self, token: int) -> torch.Tensor:
+        return self._read([token])
+
+    @torch.inference_mode()
+    def _read(self, tokens: list[int]) -> torch.Tensor:
+        output = self.model(torch.tensor([tokens]), past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        return output.logits[0, -1]
+
+
 def bench_decode(model: BDHForCausalLM, options: BenchOptions, progress: Progress = lambda stage: None) -> Report:
     """Figures of single tokens. Nothing is timed unless kernels, dense steps and ``ops/naive.py`` agree."""
-    report = Report("decode")
-    density = report.introduce(model, options.seed)
-    report.say(f"path      {StateDecoder(model, path='kernels').description}")
-    _compare(report, model, options, progress)
+    bench = _DecodeBench(model, options, progress)
+    report = bench.report
+    bench.compare()
     if report.failed:
         return report
     if options.busy:
-        _time_busy(report, model, options, progress)
+        bench.time_busy()
         return report
     progress("measuring the bandwidth")
-    bandwidth = measure_bandwidth(options.copy_bytes)
-    report.figures["bandwidth"] = {"copy_bytes_per_s": bandwidth.copy, "read_bytes_per_s": bandwidth.read}
-    report.say(
-        f"memory    copies {bandwidth.copy / 1e9:.1f} GB/s (read and written together), reads {bandwidth.read / 1e9:.1f} GB/s"
-    )
-    _time_forms(report, model, options, density, bandwidth, progress)
-    _time_positions(report, model, options, progress)
-    _time_batches(report, model, options, density, bandwidth, progress)
+    bench.bandwidth = measure_bandwidth(options.copy_bytes)
+    copied, read = bench.bandwidth.copy, bench.bandwidth.read
+    report.figures["bandwidth"] = {"copy_bytes_per_s": copied, "read_bytes_per_s": read}
+    report.say(f"memory    copies {copied / 1e9:.1f} GB/s (read and written together), reads {read / 1e9:.1f} GB/s")
+    bench.time_forms()
+    bench.time_positions()
+    bench.time_batches()
     return report
 
 
-def _kernels(model: BDHForCausalLM, name: str) -> StateDecoder:
-    weights, state = _FORMATS[name]
-    return StateDecoder(model, name, path="kernels", weights=weights, state=state)
+class _DecodeBench:
+    bandwidth: Bandwidth
 
+    def __init__(self, model: BDHForCausalLM, options: BenchOptions, progress: Progress):
+        self.model, self.options, self.progress = model, options, progress
+        self.report = Report("decode")
+        self.density = self.report.introduce(model, options.seed)
+        self.report.say(f"path      {StateDecoder(model, path='kernels').advancer.description}")
 
-def _compare(report: Report, model: BDHForCausalLM, options: BenchOptions, progress: Progress) -> None:
-    """The logits of all forms over the same tokens, read one by one."""
-    count = options.agreement_tokens
-    tokens = random_tokens(model.config.vocab_size, count, options.seed + 2)
-    found: dict[str, torch.Tensor] = {}  # (T, V) of each form
-    memory: dict[str, tuple[int, int]] = {}
-    for decoder in [*(_kernels(model, name) for name in _FORMATS), StateDecoder(model, "dense", path="torch")]:
-        progress(f"agreement: {decoder.name}, {count:,} tokens")
-        found[decoder.name], memory[decoder.name] = _read_all(decoder, tokens)
-    progress(f"agreement: ops/naive.py, {count:,} tokens")
-    found["naive"] = naive_logits(model, tokens[None])[0]
+    def text(self, count: int, seed: int) -> torch.Tensor:
+        return random_tokens(self.model.config.vocab_size, count, self.options.seed + seed)
 
-    def difference(a: str, b: str) -> float:
-        return (found[a] - found[b]).abs().max().item()
+    def kernels(self, name: str) -> StateDecoder:
+        weights, state = _FORMATS[name]
+        return StateDecoder(self.model, name, path="kernels", weights=weights, state=state)
 
-    largest, spread = found["naive"].abs().max().item(), found["naive"].std().item()
-    allowed = TOLERANCE * max(1.0, spread)
-    forms = {
-        "kernels and dense recurrent": difference(_REFERENCE, "dense"),
-        "kernels and ops/naive.py": difference(_REFERENCE, "naive"),
-        "dense recurrent and ops/naive.py": difference("dense", "naive"),
-    }
-    _, by_weights, by_both = _FORMATS
-    drift = {
-        "bfloat16 weights": difference(_REFERENCE, by_weights),
-        "bfloat16 state (both with bfloat16 weights)": difference(by_weights, by_both),
-    }
-    # Not `>`: what is not a number does not agree.
-    report.failed = not all(value <= allowed for value in forms.values())
-    report.figures["agreement"] = {
-        "tokens": count,
-        "largest_logit": largest,
-        "standard_deviation": spread,
-        "allowed": allowed,
-        "agrees": not report.failed,
-        "largest_difference": forms,
-        "largest_difference_by_rounding": drift,
-    }
-    report.table(
-        f"agreement: largest difference of logits over {count:,} tokens (their deviation {spread:.2f}, the largest {largest:.2f})",
-        ["", "difference", "allowed"],
-        [[name, f"{value:.1e}", f"{allowed:.1e}"] for name, value in forms.items()]
-        + [[name, f"{value:.1e}", "-"] for name, value in drift.items()],
-    )
-    if report.failed:
-        report.say("the forms do not agree: nothing was timed")
-        return
-    before, after = memory[_REFERENCE]
-    report.figures["resident_bytes"] = {"before": before, "after": after, "tokens": count}
-    report.say()
-    report.say(
-        f"memory    {before / 2**20:,.1f} MiB before and {after / 2**20:,.1f} MiB after the {count:,} tokens of the kernels"
-    )
+    def compare(self) -> None:
+        """The logits of all forms over the same tokens, read one by one."""
+        report, count = self.report, self.options.agreement_tokens
+        tokens = self.text(count, 2)
+        found: dict[str, torch.Tensor] = {}  # (T, V) of each form
+        memory: dict[str, list[int]] = {}
+        for decoder in [*map(self.kernels, _FORMATS), StateDecoder(self.model, "dense", path="torch")]:
+            self.progress(f"agreement: {decoder.name}, {count:,} tokens")
+            logits = found[decoder.name] = torch.zeros(count, self.model.config.vocab_size)
+            logits += 0  # so that its memory is mapped
+            used = memory[decoder.name] = []  # after the first token, and after the last
+            for index, token in enumerate(tokens.tolist()):
+                logits[index] = decoder.read(token)
+                if index in (0, count - 1):
+                    used.append(used_bytes(torch.device("cpu")))
+        self.progress(f"agreement: ops/naive.py, {count:,} tokens")
+        found["naive"] = naive_logits(self.model, tokens[None])[0]
 
+        def difference(a: str, b: str) -> float:
+            return (found[a] - found[b]).abs().max().item()
 
-def _read_all(decoder: StateDecoder, tokens: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
-    """The logits (T, V), and the memory of the process after the first token and after the last."""
-    logits = torch.zeros(len(tokens), decoder.vocab_size)
-    logits += 0  # so that its memory is mapped
-    before = 0
-    for index, token in enumerate(tokens.tolist()):
-        logits[index] = decoder.read(token)
-        before = before or used_bytes(torch.device("cpu"))
-    return logits, (before, used_bytes(torch.device("cpu")))
-
-
-def _time_forms(
-    report: Report,
-    model: BDHForCausalLM,
-    options: BenchOptions,
-    density: list[Density],
-    bandwidth: Bandwidth,
-    progress: Progress,
-) -> None:
-    text = random_tokens(model.config.vocab_size, options.context, options.seed + 3).tolist()
-    fast, slow = options.tokens_in_round, max(1, options.tokens_in_round // 4)
-    decoders: list[tuple[Decoder, int]] = [(_kernels(model, name), fast) for name in _FORMATS]
-    decoders += [
-        (StateDecoder(model, "dense recurrent, in place", path="torch"), slow),
-        (AllocatingDecoder(model), slow),
-        (RecomputingDecoder(model, options.context, text), 1),
-    ]
-    # From a little below the context to a little above it: the mean is at the context.
-    num_reads = (options.rounds + 1) * fast
-    torch.manual_seed(options.seed)
-    gpt2 = Gpt2Decoder(model.config.vocab_size, (text * 2)[: max(1, options.context - num_reads // 2)])
-    decoders.append((gpt2, fast))
-    progress("timing: kernels, dense recurrent steps, ops/naive.py, GPT-2")
-    timings = interleaved(
-        {decoder.name: _reader(decoder, text) for decoder, _ in decoders},
-        rounds=options.rounds,
-        repeats={decoder.name: count for decoder, count in decoders},
-    )
-    reference = timings[_REFERENCE].median
-    rows, figures = [], []
-    for name, timing in timings.items():
-        found: dict[str, Any] = {
-            "name": name,
-            "ms_per_token": 1000 * timing.median,
-            "least_ms": 1000 * timing.least,
-            "tokens_per_s": 1 / timing.median,
-            "times_kernels_float32": timing.median / reference,
+        largest, spread = found["naive"].abs().max().item(), found["naive"].std().item()
+        allowed = TOLERANCE * max(1.0, spread)
+        forms = {
+            "kernels and dense recurrent": difference(_REFERENCE, "dense"),
+            "kernels and ops/naive.py": difference(_REFERENCE, "naive"),
+            "dense recurrent and ops/naive.py": difference("dense", "naive"),
         }
-        limit = ["", "", ""]
-        if name in _FORMATS:
-            moved = traffic(model.config, density, *_FORMATS[name])
-            least = moved.limit_seconds(bandwidth)
-            found |= {"bytes_per_token": moved.total, "limit_ms": 1000 * least, "of_limit": least / timing.median}
-            limit = [f"{moved.total / 2**20:,.1f}", milliseconds(least), f"{100 * least / timing.median:.0f} %"]
-        figures.append(found)
-        times = [milliseconds(timing.median), milliseconds(timing.least)]
-        rows.append([name, *times, f"{1 / timing.median:,.1f}", f"{timing.median / reference:,.2f}", *limit])
-    report.figures["forms"] = figures
-    report.table(
-        f"one sequence, a token at a time: medians of {options.rounds} rounds by turns; GPT-2 at context {options.context}",
-        ["", "ms/token", "least", "tokens/s", "times kernels", "MiB moved", "limit ms", "of limit"],
-        rows,
-    )
+        _, by_weights, by_both = _FORMATS
+        drift = {
+            "bfloat16 weights": difference(_REFERENCE, by_weights),
+            "bfloat16 state (both with bfloat16 weights)": difference(by_weights, by_both),
+        }
+        # Not `>`: what is not a number does not agree.
+        report.failed = not all(value <= allowed for value in forms.values())
+        report.figures["agreement"] = {
+            "tokens": count,
+            "largest_logit": largest,
+            "standard_deviation": spread,
+            "allowed": allowed,
+            "agrees": not report.failed,
+            "largest_difference": forms,
+            "largest_difference_by_rounding": drift,
+        }
+        report.table(
+            f"agreement: largest difference of logits over {count:,} tokens (their deviation {spread:.2f}, the largest "
+            f"{largest:.2f})",
+            ["", "difference", "allowed"],
+            [[name, f"{value:.1e}", f"{allowed:.1e}"] for name, value in forms.items()]
+            + [[name, f"{value:.1e}", "-"] for name, value in drift.items()],
+        )
+        if report.failed:
+            report.say("the forms do not agree: nothing was timed")
+            return
+        before, after = memory[_REFERENCE][0], memory[_REFERENCE][-1]
+        report.figures["resident_bytes"] = {"before": before, "after": after, "tokens": count}
+        report.say()
+        report.say(
+            f"memory    {before / 2**20:,.1f} MiB before and {after / 2**20:,.1f} MiB after the {count:,} tokens of the "
+            "kernels"
+        )
+
+    def time_forms(self) -> None:
+        options = self.options
+        text = self.text(options.context, 3).tolist()
+        fast, slow = options.tokens_in_round, max(1, options.tokens_in_round // 4)
+        decoders: list[tuple[Decoder, int]] = [(self.kernels(name), fast) for name in _FORMATS]
+        decoders += [
+            (StateDecoder(self.model, "dense recurrent, in place", path="torch"), slow),
+            (AllocatingDecoder(self.model), slow),
+            (RecomputingDecoder(self.model, options.context, text), 1),
+        ]
+        # From a little below the context to a little above it: the mean is at the context.
+        num_reads = (options.rounds + 1) * fast
+        torch.manual_seed(options.seed)
+        gpt2_text = (text * 2)[: max(1, options.context - num_reads // 2)]
+        decoders.append((Gpt2Decoder(self.model.config.vocab_size, gpt2_text), fast))
+        self.progress("timing: kernels, dense recurrent steps, ops/naive.py, GPT-2")
+        timings = interleaved(
+            {decoder.name: _reader(decoder, text) for decoder, _ in decoders},
+            rounds=options.rounds,
+            repeats={decoder.name: count for decoder, count in decoders},
+        )
+        reference = timings[_REFERENCE].median
+        rows, figures = [], []
+        for name, timing in timings.items():
+            times = timing.median / reference
+            figures.append({"name": name, **timing.figures("token"), "times_kernels_float32": times})
+            row = [
+                name,
+                milliseconds(timing.median),
+                milliseconds(timing.least),
+                f"{1 / timing.median:,.1f}",
+                f"{times:,.2f}",
+            ]
+            if name in _FORMATS:
+                moved = traffic(self.model.config, self.density, *_FORMATS[name])
+                least = moved.limit_seconds(self.bandwidth)
+                share = least / timing.median
+                figures[-1] |= {"bytes_per_token": moved.total, "limit_ms": 1000 * least, "of_limit": share}
+                row += [f"{moved.total / 2**20:,.1f}", milliseconds(least), f"{100 * share:.0f} %"]
+            rows.append(row if name in _FORMATS else [*row, "", "", ""])
+        self.report.figures["forms"] = figures
+        self.report.table(
+            f"one sequence, a token at a time: medians of {options.rounds} rounds by turns; GPT-2 at context "
+            f"{options.context}",
+            ["", "ms/token", "least", "tokens/s", "times kernels", "MiB moved", "limit ms", "of limit"],
+            rows,
+        )
+
+    def time_positions(self) -> None:
+        """The same tokens after an empty state, at positions far apart."""
+        self.progress(f"timing: positions {POSITIONS[0]:,} and {POSITIONS[1]:,}")
+        text = self.text(self.options.context, 4).tolist()
+        readers = {}
+        for position in POSITIONS:
+            decoder = StateDecoder(self.model, path="kernels")
+            decoder.states[0].position = position
+            readers[f"{position:,}"] = _reader(decoder, text)
+        repeats = dict.fromkeys(readers, self.options.tokens_in_round)
+        timings = interleaved(readers, rounds=self.options.rounds, warm_up=2, repeats=repeats)
+        first, last = timings.values()
+        ratio = last.median / first.median
+        by_position = {name: 1000 * timing.median for name, timing in timings.items()}
+        self.report.figures["positions"] = {"ms_per_token": by_position, "ratio": ratio}
+        self.report.table(
+            f"kernels float32 by position (the last is {ratio:.3f} times the first)",
+            ["position", "ms/token", "least"],
+            [[name, milliseconds(timing.median), milliseconds(timing.least)] for name, timing in timings.items()],
+        )
+
+    def time_batches(self) -> None:
+        self.progress(f"timing: {', '.join(map(str, BATCHES))} sequences in a step")
+        decoder = StateDecoder(self.model, path="kernels", num_sequences=max(BATCHES))
+        texts = self.text(self.options.context * max(BATCHES), 5)
+        tokens = cycle(texts.view(-1, max(BATCHES)).tolist())
+        readers = {
+            str(batch): (lambda batch=batch: decoder.read_each(next(tokens)[:batch]).argmax(-1).tolist())
+            for batch in BATCHES
+        }
+        repeats = dict.fromkeys(readers, max(1, self.options.tokens_in_round // 2))
+        timings = interleaved(readers, rounds=self.options.rounds, warm_up=2, repeats=repeats)
+        moved = traffic(self.model.config, self.density)
+        rows, figures = [], []
+        for batch in BATCHES:
+            seconds, limit = timings[str(batch)].median, moved.limit_seconds(self.bandwidth, batch)
+            found = {
+                "sequences": batch,
+                "ms_per_step": 1000 * seconds,
+                "tokens_per_s": batch / seconds,
+                "times_one": batch * timings["1"].median / seconds,
+                "times_one_by_bytes": batch * moved.limit_seconds(self.bandwidth) / limit,
+                "limit_ms": 1000 * limit,
+            }
+            figures.append(found)
+            forms = ("{}", "{:,.2f}", "{:,.1f}", "{:.2f}", "{:.2f}", "{:,.2f}")
+            rows.append([form.format(value) for form, value in zip(forms, found.values(), strict=True)])
+        self.report.figures["batches"] = figures
+        self.report.table(
+            "kernels float32, sequences in one step",
+            ["sequences", "ms/step", "tokens/s", "times one", "by bytes", "limit ms"],
+            rows,
+        )
+
+    def time_busy(self) -> None:
+        """A token and a prompt, for about so many seconds a round, with one thread and with all, alone and beside busy
+        programs, by turns. Means, since what is lost to others is lost in lumps."""
+        options, num_busy, seconds = self.options, self.options.busy, self.options.busy_seconds
+        self.progress(f"timing: alone, and beside busy programs ({num_busy})")
+        text = self.text(options.context, 3).tolist()
+        decoder, other = (StateDecoder(self.model, path="kernels") for _ in range(2))
+        candidates: dict[str, Callable[[], object]] = {
+            "a token": _reader(decoder, text),
+            f"a prompt of {len(text)} tokens": lambda: other.read_prompt(text),
+        }
+        most = torch.get_num_threads()
+        found: dict[tuple[str, int], dict[int, list[float]]] = {}
+        try:
+            for _ in range(options.rounds):
+                for name, candidate in candidates.items():
+                    for threads in sorted({1, most}):
+                        torch.set_num_threads(threads)
+                        for busy in (0, num_busy):
+                            with busy_programs(busy):
+                                _run(candidate, min(_SETTLING_SECONDS, seconds))
+                                times = found.setdefault((name, threads), {}).setdefault(busy, [])
+                                times += _run(candidate, seconds)
+        finally:
+            torch.set_num_threads(most)
+        rows, figures = [], []
+        for (name, threads), times_of in found.items():
+            alone, beside = mean(times_of[0]), mean(times_of[num_busy])
+            times_in_ms = {"ms_alone": 1000 * alone, "ms_beside": 1000 * beside, "speed_kept": alone / beside}
+            figures.append({"name": name, "threads": threads, **times_in_ms})
+            rows.append([name, str(threads), milliseconds(alone), milliseconds(beside), f"{alone / beside:.2f}"])
+        self.report.figures["busy"] = {"programs": num_busy, "timings": figures}
+        self.report.table(
+            f"alone, and beside busy programs ({num_busy}): means of {options.rounds} rounds by turns",
+            ["", "threads", "ms alone", "ms beside", "speed kept"],
+            rows,
+        )
 
 
 def _reader(decoder: Decoder, tokens: list[int]) -> Callable[[], int]:
@@ -187,91 +412,29 @@ def _reader(decoder: Decoder, tokens: list[int]) -> Callable[[], int]:
     return lambda: int(decoder.read(next(text)).argmax())
 
 
-def _time_positions(report: Report, model: BDHForCausalLM, options: BenchOptions, progress: Progress) -> None:
-    """The same tokens after an empty state, at positions far apart."""
-    progress(f"timing: positions {POSITIONS[0]:,} and {POSITIONS[1]:,}")
-    text = random_tokens(model.config.vocab_size, options.context, options.seed + 4).tolist()
-    readers = {}
-    for position in POSITIONS:
-        decoder = StateDecoder(model, f"{position:,}", path="kernels")
-        decoder.states[0].position = position
-        readers[decoder.name] = _reader(decoder, text)
-    repeats = dict.fromkeys(readers, options.tokens_in_round)
-    timings = interleaved(readers, rounds=options.rounds, warm_up=2, repeats=repeats)
-    first, last = (timings[f"{position:,}"] for position in POSITIONS)
-    report.figures["positions"] = {
-        "ms_per_token": {name: 1000 * timing.median for name, timing in timings.items()},
-        "ratio": last.median / first.median,
-    }
-    report.table(
-        f"kernels float32 by position (the last is {last.median / first.median:.3f} times the first)",
-        ["position", "ms/token", "least"],
-        [[name, milliseconds(timing.median), milliseconds(timing.least)] for name, timing in timings.items()],
-    )
-
-
-def _time_batches(
-    report: Report,
-    model: BDHForCausalLM,
-    options: BenchOptions,
-    density: list[Density],
-    bandwidth: Bandwidth,
-    progress: Progress,
-) -> None:
-    progress(f"timing: {', '.join(map(str, BATCHES))} sequences in a step")
-    decoder = StateDecoder(model, path="kernels", num_sequences=max(BATCHES))
-    texts = random_tokens(model.config.vocab_size, options.context * max(BATCHES), options.seed + 5)
-    tokens = cycle(texts.view(-1, max(BATCHES)).tolist())
-    readers = {
-        str(batch): (lambda batch=batch: decoder.read_each(next(tokens)[:batch]).argmax(-1).tolist())
-        for batch in BATCHES
-    }
-    repeats = dict.fromkeys(readers, max(1, options.tokens_in_round // 2))
-    timings = interleaved(readers, rounds=options.rounds, warm_up=2, repeats=repeats)
-    moved = traffic(model.config, density)
-    rows, figures = [], []
-    for batch in BATCHES:
-        seconds, limit = timings[str(batch)].median, moved.limit_seconds(bandwidth, batch)
-        gain = batch * timings["1"].median / seconds
-        most = batch * moved.limit_seconds(bandwidth) / limit
-        figures.append(
-            {
-                "sequences": batch,
-                "ms_per_step": 1000 * seconds,
-                "tokens_per_s": batch / seconds,
-                "times_one": gain,
-                "times_one_by_bytes": most,
-                "limit_ms": 1000 * limit,
-            }
-        )
-        speeds = [f"{batch / seconds:,.1f}", f"{gain:.2f}", f"{most:.2f}"]
-        rows.append([str(batch), milliseconds(seconds), *speeds, milliseconds(limit)])
-    report.figures["batches"] = figures
-    report.table(
-        "kernels float32, sequences in one step",
-        ["sequences", "ms/step", "tokens/s", "times one", "by bytes", "limit ms"],
-        rows,
-    )
-
-
 def bench_prefill(model: BDHForCausalLM, options: BenchOptions, progress: Progress = lambda stage: None) -> Report:
     """Seconds of prompts of several lengths from an empty state to the logits after their last token."""
     report = Report("prefill")
     report.introduce(model, options.seed)
     decoder = StateDecoder(model, path="kernels")
-    report.say(f"path      {decoder.description}")
+    report.say(f"path      {decoder.advancer.description}")
     lengths, count = options.prompt_lengths, options.naive_prompt
     tokens = random_tokens(model.config.vocab_size, max(*lengths, count), options.seed + 6)
     text = tokens.tolist()
+
+    def timed(*lengths: int) -> list[float]:
+        """The medians of the kernels over so many tokens."""
+        prompts = {str(length): lambda length=length: decoder.read_prompt(text[:length]) for length in lengths}
+        timings = interleaved(prompts, rounds=options.prompt_rounds, warm_up=0)
+        return [timing.median for timing in timings.values()]
+
     progress(f"timing: ops/naive.py over {count:,} tokens, once")
     start = time.perf_counter()
     expected = naive_logits(model, tokens[None, :count])[0, -1]
     naive_seconds = time.perf_counter() - start
     decoder.read_prompt(text[:64])  # what is compiled on first use
     progress("timing: the kernels over the same tokens")
-    own = interleaved({"": lambda: decoder.read_prompt(text[:count])}, rounds=options.prompt_rounds, warm_up=0)[
-        ""
-    ].median
+    (own,) = timed(count)
     difference = (decoder.read_prompt(text[:count]) - expected).abs().max().item()
     allowed = TOLERANCE * max(1.0, expected.std().item())
     report.failed = not difference <= allowed  # what is not a number does not agree
@@ -293,37 +456,21 @@ def bench_prefill(model: BDHForCausalLM, options: BenchOptions, progress: Progre
         f"{naive_seconds / own:.1f} times; the last logits differ by {difference:.1e} at most"
     )
     progress(f"timing: prompts of {', '.join(f'{length:,}' for length in lengths)} tokens")
-    timings = interleaved(
-        {f"{length:,}": lambda length=length: decoder.read_prompt(text[:length]) for length in lengths},  # type: ignore[misc]
-        rounds=options.prompt_rounds,
-        warm_up=0,
-    )
-    found = {length: timings[f"{length:,}"].median for length in lengths}
-    rows = []
-    for length, shorter in zip(lengths, (0, *lengths), strict=False):
-        ratio = f"{found[length] / found[shorter]:.2f}" if shorter else ""
-        rows.append([f"{length:,}", f"{found[length]:.2f}", f"{length / found[length]:,.0f}", ratio])
-    report.figures["prompts"] = [
-        {"tokens": length, "seconds": seconds, "tokens_per_s": length / seconds} for length, seconds in found.items()
+    seconds = timed(*lengths)
+    ratios = [later / earlier for earlier, later in pairwise(seconds)]
+    figures = [
+        {"tokens": n, "seconds": each, "tokens_per_s": n / each} for n, each in zip(lengths, seconds, strict=True)
     ]
-    report.figures["last_to_the_one_before"] = found[lengths[-1]] / found[lengths[-2]]
+    report.figures |= {"prompts": figures, "last_to_the_one_before": ratios[-1]}
     report.table(
         f"kernels float32, medians of {options.prompt_rounds} rounds by turns",
         ["tokens", "seconds", "tokens/s", "times the one before"],
-        rows,
+        [
+            [f"{each['tokens']:,}", f"{each['seconds']:.2f}", f"{each['tokens_per_s']:,.0f}", ratio]
+            for each, ratio in zip(figures, ["", *(f"{ratio:.2f}" for ratio in ratios)], strict=True)
+        ],
     )
     return report
-
-
-def _time_busy(report: Report, model: BDHForCausalLM, options: BenchOptions, progress: Progress) -> None:
-    progress(f"timing: alone, and beside busy programs ({options.busy})")
-    text = random_tokens(model.config.vocab_size, options.context, options.seed + 3).tolist()
-    decoder, other = (StateDecoder(model, path="kernels") for _ in range(2))
-    candidates: dict[str, Callable[[], object]] = {
-        "a token": _reader(decoder, text),
-        f"a prompt of {len(text)} tokens": lambda: other.read_prompt(text),
-    }
-    time_busy(report, candidates, options.busy, rounds=options.rounds, seconds=options.busy_seconds)
 
 
 @contextmanager
@@ -337,39 +484,6 @@ def busy_programs(count: int) -> Iterator[None]:
             program.kill()
         for program in programs:
             program.wait()
-
-
-def time_busy(
-    report: Report, candidates: Mapping[str, Callable[[], object]], num_busy: int, *, rounds: int, seconds: float
-) -> None:
-    """Times each candidate for about so many seconds a round, with one thread and with all, alone and beside busy programs, by
-    turns. Means, since what is lost to others is lost in lumps."""
-    most = torch.get_num_threads()
-    found: dict[tuple[str, int, int], list[float]] = {}
-    try:
-        for _ in range(rounds):
-            for name, candidate in candidates.items():
-                for threads in sorted({1, most}):
-                    torch.set_num_threads(threads)
-                    for busy in (0, num_busy):
-                        with busy_programs(busy):
-                            _run(candidate, min(_SETTLING_SECONDS, seconds))
-                            found.setdefault((name, threads, busy), []).extend(_run(candidate, seconds))
-    finally:
-        torch.set_num_threads(most)
-    rows, figures = [], []
-    for name in candidates:
-        for threads in sorted({1, most}):
-            alone, beside = mean(found[name, threads, 0]), mean(found[name, threads, num_busy])
-            times = {"ms_alone": 1000 * alone, "ms_beside": 1000 * beside, "speed_kept": alone / beside}
-            figures.append({"name": name, "threads": threads, **times})
-            rows.append([name, str(threads), milliseconds(alone), milliseconds(beside), f"{alone / beside:.2f}"])
-    report.figures["busy"] = {"programs": num_busy, "timings": figures}
-    report.table(
-        f"alone, and beside busy programs ({num_busy}): means of {rounds} rounds by turns",
-        ["", "threads", "ms alone", "ms beside", "speed kept"],
-        rows,
-    )
 
 
 def _run(candidate: Callable[[], object], seconds: float) -> list[float]:

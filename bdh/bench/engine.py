@@ -7,9 +7,18 @@ from statistics import median
 from typing import Any
 
 from bdh.bench import BenchOptions
-from bdh.bench.decoders import StateDecoder
-from bdh.bench.models import Density, measure_bandwidth, random_tokens, traffic
-from bdh.bench.report import Progress, Report, interleaved, milliseconds, percentile
+from bdh.bench.common import (
+    Density,
+    Progress,
+    Report,
+    interleaved,
+    measure_bandwidth,
+    milliseconds,
+    percentile,
+    random_tokens,
+    traffic,
+)
+from bdh.bench.decode import StateDecoder
 from bdh.generate.engine import Engine
 from bdh.generate.params import EngineConfig, SamplingParams
 from bdh.model.modeling import BDHForCausalLM
@@ -30,7 +39,7 @@ def bench_engine(
     report = Report("engine")
     density = report.introduce(model, options.seed)
     bench = _EngineBench(report, model, tokenizer, StateDecoder(model, path="kernels"), options, progress)
-    report.say(f"path      {bench.decoder.description}")
+    report.say(f"path      {bench.decoder.advancer.description}")
     bench.compare()
     if not report.failed:
         bench.time_requests(density)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from bdh.bench.models import half_lives, naive_weights, sparse_model
+from bdh.bench.common import half_lives, naive_weights, sparse_model
 from bdh.memory import peak_bytes, reset_peak, used_bytes
 from bdh.model.configuration import BDHConfig
 from bdh.model.forward import draw_seeds, plan_for

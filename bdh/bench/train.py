@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bdh.bench.report import Progress, Report, Timing, interleaved, milliseconds
+from bdh.bench.common import Progress, Report, Timing, interleaved, milliseconds
 from bdh.bench.steps import (
     STEPS,
     BlocksStep,

@@ -19,7 +19,7 @@ from bdh.storage import write_text
 from bdh.validation import Faults, Fraction, PathText, PositiveFloat, PositiveInt
 
 if TYPE_CHECKING:
-    from bdh.bench.report import Report
+    from bdh.bench.common import Report
     from bdh.model.modeling import BDHForCausalLM
     from bdh.train.config import RunSettings
 
@@ -388,7 +388,7 @@ def _resolved(name: str) -> Path:
 
 
 def _made(settings: BenchSettings) -> "BDHForCausalLM":
-    from bdh.bench.models import sparse_model
+    from bdh.bench.common import sparse_model
     from bdh.model.configuration import BDHConfig
 
     _tell("making a model whose neurons fire sparsely")

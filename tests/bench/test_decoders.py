@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from bdh import BDHConfig
-from bdh.bench.decoders import AllocatingDecoder, Gpt2Decoder, RecomputingDecoder, StateDecoder
-from bdh.bench.models import naive_weights, sparse_model
+from bdh.bench.common import naive_weights, sparse_model
+from bdh.bench.decode import AllocatingDecoder, Gpt2Decoder, RecomputingDecoder, StateDecoder
 from bdh.ops import naive
 
 TOKENS = torch.randint(256, (40,), generator=torch.Generator().manual_seed(9)).tolist()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bdh import BDHConfig, BDHForCausalLM
-from bdh.bench.models import (
+from bdh.bench.common import (
     Bandwidth,
     Density,
     densities,

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from bdh import BDHConfig
-from bdh.bench.models import sparse_model
-from bdh.bench.report import Report, Timing, interleaved, machine, machine_line, percentile
+from bdh.bench.common import Report, Timing, interleaved, machine, machine_line, percentile, sparse_model
 
 
 def test_tables_are_aligned():

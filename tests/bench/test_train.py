@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bdh.bench import train
-from bdh.bench.report import Report
+from bdh.bench.common import Report
 from bdh.bench.steps import (
     REST,
     BlocksStep,

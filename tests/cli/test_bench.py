@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from bdh.bench import train as bench_train
-from bdh.bench.models import sparse_model
-from bdh.bench.report import Report
+from bdh.bench.common import Report, sparse_model
 from bdh.cli.main import main
 from bdh.model.configuration import BDHConfig
 from bdh.tokenizer import byte_tokenizer

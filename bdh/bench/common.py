@@ -1,15 +1,24 @@
-"""Models whose neurons fire as sparsely as those of trained ones, without training; and the memory traffic of a token.
+"""What the benchmarks share: models whose neurons fire as sparsely as those of trained ones, the memory traffic of a token,
+timing by turns (whatever else the machine does affects all candidates alike), and the report.
 
-Which neurons fire decides what the sparse kernels cost, and with fresh weights half of them do. Here a direction u of
-the residual stream is common to all tokens, the rows of E and Ev lean against it, which is a threshold, and the columns of
-Dec lean towards it, so that it lasts through the passes. How far they lean is found by measuring.
+Which neurons fire decides what the sparse kernels cost, and with fresh weights half of them do. In a made model a direction u
+of the residual stream is common to all tokens, the rows of E and Ev lean against it, which is a threshold, and the columns of
+Dec lean towards it, so that it lasts through the layer steps. How far they lean is found by measuring.
 """
 
+import json
 import math
+import os
+import platform
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from statistics import NormalDist, mean, median
+from typing import Any
 
 import torch
 
@@ -19,6 +28,8 @@ from bdh.ops import naive
 from bdh.ops.attention import DecayMask, attend, rotation_table
 from bdh.ops.eager import Layer, layer_norm, layer_step
 
+Progress = Callable[[str], None]
+_DENSITY_TOKENS = 256
 X_DENSITY = 0.13
 """Share of x that fire; in trained models of 25M to 100M parameters 11 to 14 %."""
 XY_DENSITY = 0.04
@@ -221,3 +232,148 @@ def traffic(config: BDHConfig, found: list[Density], weights: str = "float32", s
         decoder=round(xy * num_rows) * weight_row,
         lm_head=config.vocab_size * weight_row,
     )
+
+
+@dataclass
+class Timing:
+    """Seconds of what was run several times."""
+
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        return median(self.seconds)
+
+    @property
+    def least(self) -> float:
+        return min(self.seconds)
+
+    def figures(self, per: str, work: float = 1) -> dict[str, float]:
+        """Of a ``per`` (token, step) that does so much ``work``, in tokens."""
+        return {f"ms_per_{per}": 1000 * self.median, "least_ms": 1000 * self.least, "tokens_per_s": work / self.median}
+
+
+def interleaved(
+    candidates: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    warm_up: int = 1,
+    repeats: Mapping[str, int] | None = None,
+) -> dict[str, Timing]:
+    """Times the candidates in rounds: in each one, every candidate in turn.
+
+    Args:
+        rounds: timed rounds, after ``warm_up`` others.
+        repeats: how often a candidate runs in a round, where that is not once; each run is timed.
+    """
+    found = {name: Timing() for name in candidates}
+    for number in range(warm_up + rounds):
+        for name, candidate in candidates.items():
+            for _ in range((repeats or {}).get(name, 1)):
+                start = time.perf_counter()
+                candidate()
+                seconds = time.perf_counter() - start
+                if number >= warm_up:
+                    found[name].seconds.append(seconds)
+    return found
+
+
+def percentile(numbers: list[float], share: float) -> float:
+    """The smallest of the numbers that at least this share of them does not exceed."""
+    ordered = sorted(numbers)
+    return ordered[min(len(ordered) - 1, max(0, -int(-share * len(ordered) // 1) - 1))]
+
+
+def machine() -> dict[str, str | int]:
+    """What the figures depend on, beside the code."""
+    names = [platform.processor() or platform.machine()]
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")] or names
+    found: dict[str, str | int] = {
+        "cpu": names[0],
+        "cores": os.cpu_count() or 0,
+        "torch_threads": torch.get_num_threads(),
+    }
+    found["python"] = platform.python_version()
+    for package in ("torch", "numba", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "missing"
+    return found
+
+
+def machine_line() -> str:
+    return (
+        "{cpu}, {cores} cores, {torch_threads} threads; Python {python}, torch {torch}, numba {numba}, "
+        "transformers {transformers}".format_map(machine())
+    )
+
+
+@dataclass
+class Report:
+    """Gathered while a benchmark runs."""
+
+    benchmark: str
+    figures: dict[str, Any] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)
+    failed: bool = False
+    """Whether what was to be compared does not agree; nothing was timed then."""
+
+    def say(self, line: str = "") -> None:
+        self.lines.append(line)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """The first column to the left, the others to the right."""
+        cells = [columns, *rows]
+        first, *others = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        self.lines += ["", title]
+        for name, *numbers in cells:
+            aligned = [f"{cell:>{width}}" for cell, width in zip(numbers, others, strict=True)]
+            self.lines.append("  ".join(["", f"{name:<{first}}", *aligned]).rstrip())
+
+    def text(self) -> str:
+        return "\n".join(self.lines) + "\n"
+
+    def json(self) -> str:
+        found = {"benchmark": self.benchmark, "failed": self.failed, **self.figures}
+        return json.dumps(_finite(found), indent=2, allow_nan=False) + "\n"
+
+    def introduce(self, model: BDHForCausalLM, seed: int) -> list[Density]:
+        """Says what is measured and where, and how densely its layer steps fire, which it returns."""
+        config = model.config
+        parameters = sum(weight.numel() for weight in model.parameters())
+        found = densities(model, random_tokens(config.vocab_size, _DENSITY_TOKENS, seed + 1))
+        names = ("n_embd", "n_head", "n_layer", "mlp_internal_dim_multiplier", "vocab_size", "neurons_per_head")
+        others = ("rope_theta", "decay", "attention_form", "chunk_size")
+        self.figures["machine"] = machine()
+        self.figures["model"] = {name: getattr(config, name) for name in names} | {"parameters": parameters}
+        self.figures["model"] |= {name: getattr(config, name) for name in others}
+        self.figures["density"] = [asdict(each) for each in found]
+        self.say(f"machine   {machine_line()}")
+        self.say(
+            f"model     D {config.n_embd}, H {config.n_head}, N {config.neurons_per_head}, L {config.n_layer}, "
+            f"V {config.vocab_size}: {parameters / 1e6:.1f}M parameters"
+        )
+        shares = []
+        for name, words in (("x", "x"), ("pairs", "pairs of x"), ("xy", "x * y")):
+            each = [100 * getattr(density, name) for density in found]
+            shares.append(f"{words} {mean(each):.1f} % ({min(each):.1f} to {max(each):.1f})")
+        self.say(
+            f"fires     {', '.join(shares)}, on average over the layer steps (and in the sparsest and the densest)"
+        )
+        return found
+
+
+def _finite(found: Any) -> Any:
+    """JSON has no infinity, and nothing for what is not a number: null stands for them."""
+    if isinstance(found, dict):
+        return {name: _finite(value) for name, value in found.items()}
+    if isinstance(found, list | tuple):
+        return [_finite(value) for value in found]
+    return None if isinstance(found, float) and not math.isfinite(found) else found
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:,.2f}"
