@@ -33,9 +33,9 @@ from bdh.bench.common import (
 from bdh.generate.advance import Advancer, StepInput
 from bdh.memory import used_bytes
 from bdh.model.modeling import BDHForCausalLM
+from bdh.ops import Storage
 from bdh.ops.attention import rotation_table
 from bdh.ops.eager import Layer, layer_norm, layer_step
-from bdh.ops.words import Storage
 
 TOLERANCE = 1e-4
 """Of the largest difference of two logits; where their standard deviation is above 1, as many times that."""

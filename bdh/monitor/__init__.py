@@ -1,7 +1,6 @@
 """Shows and records how a training goes. Knows nothing of models or data."""
 
-from bdh.monitor.config import MonitorConfig, chosen_backends
 from bdh.monitor.history import cut_back, read_metrics
-from bdh.monitor.monitor import Backend, Monitor
+from bdh.monitor.monitor import Backend, Monitor, MonitorConfig, chosen_backends
 
 __all__ = ["Backend", "Monitor", "MonitorConfig", "chosen_backends", "cut_back", "read_metrics"]

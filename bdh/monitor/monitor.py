@@ -2,6 +2,7 @@
 
 import contextlib
 import html
+import importlib.util
 import io
 import json
 import math
@@ -10,19 +11,71 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
-from bdh.monitor.config import AUTO, MonitorConfig, chosen_backends, is_installed, split_names
 from bdh.monitor.history import cut_back
+from bdh.validation import Allowed, Faults, PositiveInt, PositiveSeconds, Settings, collect_faults
 
+AUTO = "auto"
+BACKENDS = ("console", "jsonl", "tensorboard", "wandb", "trackio")
 _HISTOGRAM_VALUES = 1 << 16  # counting all of millions takes seconds
+# Imported by those that are not part of the core's dependencies.
+_PACKAGES = ("tensorboard", "wandb", "trackio")
+
+
+@dataclass
+class MonitorConfig(Settings):
+    log_every_steps: PositiveInt = 10
+    """Steps between two that are logged."""
+    backends: list[str] = field(default_factory=lambda: [AUTO])
+    """Where to show and record the run: console, jsonl (metrics.jsonl), tensorboard, wandb, trackio, as a list or with
+    commas. auto stands for console, jsonl, and tensorboard where it is installed: `auto,wandb` adds to them."""
+    progress_bar: bool = True
+    """Console: a live bar with loss, speed and time left; without a terminal, lines."""
+    project: Annotated[str, Allowed(str.strip, "a name")] = "bdh"
+    """W&B, Trackio: project of the run."""
+    run_name: str | None = None
+    """W&B, Trackio: name of the run. None takes the name of its folder."""
+    wandb_mode: Literal["online", "offline"] = "online"
+    """W&B: offline writes files that `wandb sync` sends later; so does online where the server cannot be reached."""
+    wandb_timeout_seconds: PositiveSeconds = 30.0
+    """W&B: how long to wait for the server at the start, and for the last figures to arrive at the end."""
+
+    def collect_faults(self, faults: Faults) -> None:
+        for name in split_names(self.backends):
+            faults.require_one_of("backends", name, (AUTO, *BACKENDS))
+
+
+def chosen_backends(config: MonitorConfig) -> list[str]:
+    """The names that ``backends`` stands for, each once, in the order of ``BACKENDS``.
+
+    Raises:
+        ValueError: an unknown name, or one that was asked for by name and whose package is missing.
+    """
+    faults = Faults("monitor.")
+    collect_faults(config, faults)
+    given = split_names(config.backends)
+    for name in filter(is_missing, given):
+        about = f"monitor.backends names {name}, but the package {name} is missing"
+        faults.add(f'{about}: pip install "bdh[monitor]", or leave it out')
+    faults.raise_if_any()
+    by_default = {"console", "jsonl", "tensorboard"} if AUTO in given else set()
+    return [name for name in BACKENDS if name in given or (name in by_default and not is_missing(name))]
+
+
+def is_missing(backend: str) -> bool:
+    return backend in _PACKAGES and importlib.util.find_spec(backend) is None
+
+
+def split_names(backends: list[str]) -> list[str]:
+    """The names in a list whose items may hold several with commas between them."""
+    return [name.strip() for item in backends for name in item.split(",") if name.strip()]
 
 
 @dataclass(frozen=True)
@@ -40,7 +93,7 @@ class RunFacts:
     warn: Callable[[str], None]
 
 
-class Backend(ABC):
+class Backend:
     """One place where a run is shown or recorded. What it cannot show, it leaves out: these do nothing.
 
     Steps come in order; several calls may be for one step. A method may raise anything: the backend is then
@@ -50,30 +103,30 @@ class Backend(ABC):
     title: str
     """What people call it."""
 
-    def start(self) -> None:  # noqa: B027 (a backend overrides what it can show)
+    def start(self) -> None:
         """Called when the training is about to start."""
 
-    def message(self, text: str) -> None:  # noqa: B027
+    def message(self, text: str) -> None:
         """A line for people who watch."""
 
-    def progress(self, step: int, *, loss: float, tokens_per_second: float) -> None:  # noqa: B027
+    def progress(self, step: int, *, loss: float, tokens_per_second: float) -> None:
         """Called after every step, logged or not."""
 
-    def log(self, step: int, values: dict[str, float]) -> None:  # noqa: B027
+    def log(self, step: int, values: dict[str, float]) -> None:
         """Numbers by name; some may be infinite or NaN."""
 
-    def log_text(self, step: int, name: str, text: str) -> None:  # noqa: B027
+    def log_text(self, step: int, name: str, text: str) -> None:
         """A text of several lines."""
 
-    def log_histogram(self, step: int, name: str, values: Any) -> None:  # noqa: B027
+    def log_histogram(self, step: int, name: str, values: Any) -> None:
         """The distribution of a tensor's values: float32, one dimension, on the CPU, not empty."""
 
-    def close(self) -> None:  # noqa: B027
+    def close(self) -> None:
         """Writes what is left."""
 
 
 class Monitor:
-    """Passes metrics, texts and messages on to the backends. A context manager.
+    """Hands metrics, texts and messages to the backends. A context manager.
 
     A backend that raises, because the disk is full or its server cannot be reached, does not end the training: it is
     announced, left out from then on, and named again at the end.
@@ -106,16 +159,14 @@ class Monitor:
                 self._backends.append(kind(facts))
             except Exception as error:
                 self._lose(kind.title, "cannot be opened", error)
-        if AUTO in split_names(config.backends) and not is_installed("tensorboard"):
+        if AUTO in split_names(config.backends) and is_missing("tensorboard"):
             self.message('No TensorBoard files: the package is missing (pip install "bdh[monitor]" brings it).')
 
     def __enter__(self) -> "Monitor":
         self._each("start")
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.close()
 
     def add(self, backend: Backend) -> None:
@@ -192,19 +243,10 @@ class ConsoleBackend(Backend):
         self._facts, self._start_time = facts, time.monotonic()
         self._bar: Progress | None = None
         if facts.config.progress_bar and facts.console.is_terminal:
-            self._bar = Progress(
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(bar_width=None),
-                TextColumn("loss {task.fields[loss]:.4f}"),
-                TextColumn("{task.fields[tokens_per_second]:,.0f} tokens/s"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                console=facts.console,
-                refresh_per_second=4,
-                expand=True,
-            )
+            speed = ("loss {task.fields[loss]:.4f}", "{task.fields[tokens_per_second]:,.0f} tokens/s")
+            columns = ("step", MofNCompleteColumn(), BarColumn(bar_width=None), *speed, TimeElapsedColumn())
+            left = ("left", TimeRemainingColumn())
+            self._bar = Progress(*columns, *left, console=facts.console, refresh_per_second=4, expand=True)
             self._task = self._bar.add_task(
                 "training", total=facts.total_steps, completed=facts.start_step, loss=math.nan, tokens_per_second=0.0
             )
@@ -284,7 +326,7 @@ class TensorBoardBackend(Backend):
         self._writer.close()
 
 
-class StepwiseBackend(Backend):
+class StepwiseBackend(Backend, ABC):
     """What W&B and Trackio have in common: a run with an id, whose steps can be added but not taken back.
 
     Sends each step once, as a whole, in order, over all starts of a run. A file in the run's folder keeps the id, so that
@@ -293,14 +335,14 @@ class StepwiseBackend(Backend):
     """
 
     memory_file: str
+    _package: Any
+    """wandb, or trackio, which has its interface."""
+    _run: Any
 
     def __init__(self, facts: RunFacts):
         self._facts, self._memory_path = facts, facts.run_dir / self.memory_file
-        memory: dict[str, Any] = {}
         try:
-            memory = json.loads(self._memory_path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            pass
+            memory = json.loads(self._memory_path.read_text("utf-8")) if self._memory_path.exists() else {}
         except ValueError as error:
             raise ValueError(
                 f"{self._memory_path} does not hold the id of the run: {error}; without the file a new one is made"
@@ -339,23 +381,22 @@ class StepwiseBackend(Backend):
     @abstractmethod
     def _text(self, text: str) -> Any: ...
 
-    @abstractmethod
-    def _histogram(self, values: Any) -> Any: ...
+    def _histogram(self, values: Any) -> Any:
+        return self._package.Histogram(values.numpy())
 
-    @abstractmethod
-    def _send(self, step: int, values: dict[str, Any]) -> None: ...
+    def _send(self, step: int, values: dict[str, Any]) -> None:
+        self._run.log(values, step=step)
 
     @abstractmethod
     def _finish(self) -> None: ...
 
     def _send_pending(self) -> None:
-        if self._pending_step is None:
-            return
         step, values = self._pending_step, self._pending
         self._pending_step, self._pending = None, {}
-        self._send(step, values)
-        self._last_step = step
-        self._remember()
+        if step is not None:
+            self._send(step, values)
+            self._last_step = step
+            self._remember()
 
     def _remember(self) -> None:
         temporary = self._memory_path.with_name(f".{self._memory_path.name}.tmp")
@@ -371,7 +412,7 @@ class WandbBackend(StepwiseBackend):
     def __init__(self, facts: RunFacts):
         import wandb
 
-        self._wandb = wandb
+        self._package = wandb
         super().__init__(facts)
         config, seconds = facts.config, facts.config.wandb_timeout_seconds
         timeouts: dict[str, Any] = dict.fromkeys(("init_timeout", "login_timeout", "finish_timeout"), seconds)
@@ -397,13 +438,7 @@ class WandbBackend(StepwiseBackend):
             self._run = wandb.init(mode="offline", **arguments)
 
     def _text(self, text: str) -> Any:
-        return self._wandb.Html(f"<pre>{html.escape(text)}</pre>", inject=False)
-
-    def _histogram(self, values: Any) -> Any:
-        return self._wandb.Histogram(values.numpy())
-
-    def _send(self, step: int, values: dict[str, Any]) -> None:
-        self._run.log(values, step=step)
+        return self._package.Html(f"<pre>{html.escape(text)}</pre>", inject=False)
 
     def _finish(self) -> None:
         self._run.finish()
@@ -420,7 +455,7 @@ class TrackioBackend(StepwiseBackend):
     def __init__(self, facts: RunFacts):
         import trackio
 
-        self._trackio = trackio
+        self._package = trackio
         super().__init__(facts)
         # Trackio finds a run that is resumed by its name, so the name must be of this run alone.
         name = f"{facts.config.run_name or facts.run_dir.resolve().name}-{self.run_id}"
@@ -437,31 +472,24 @@ class TrackioBackend(StepwiseBackend):
         self._sent_to: int | None = None
 
     def _text(self, text: str) -> Any:
-        return self._trackio.Markdown(_indented(text))
-
-    def _histogram(self, values: Any) -> Any:
-        return self._trackio.Histogram(values.numpy())
+        return self._package.Markdown(_indented(text))
 
     def _send(self, step: int, values: dict[str, Any]) -> None:
-        self._run.log(values, step=step)
+        super()._send(step, values)
         self._sent_to = step
 
     def _finish(self) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
-            self._trackio.finish()
+            self._package.finish()
         # It writes in a thread, and only prints what went wrong there.
         if self._sent_to is not None and self._run.url is None:
             run = self._run
-            kept = self._trackio.SQLiteStorage.get_max_step_for_run(run.project, run.name, run_id=run.id)
+            kept = self._package.SQLiteStorage.get_max_step_for_run(run.project, run.name, run_id=run.id)
             if kept != self._sent_to:
                 missing = f"nothing after step {kept}" if kept else "none of the steps"
                 raise OSError(f"its database has {missing}")
 
 
-_KINDS: dict[str, type[Any]] = {
-    "console": ConsoleBackend,
-    "jsonl": MetricsFile,
-    "tensorboard": TensorBoardBackend,
-    "wandb": WandbBackend,
-    "trackio": TrackioBackend,
-}
+_KINDS: dict[str, type[Any]] = dict(
+    zip(BACKENDS, (ConsoleBackend, MetricsFile, TensorBoardBackend, WandbBackend, TrackioBackend), strict=True)
+)

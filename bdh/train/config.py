@@ -15,7 +15,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from bdh.data.config import DataConfig
 from bdh.distributed.config import DistributedConfig
 from bdh.model.config_fields import decay_fault
-from bdh.monitor.config import MonitorConfig
+from bdh.monitor import MonitorConfig
 from bdh.ops import LayerPath
 from bdh.text_files import read_yaml
 from bdh.tokenizer.config import TokenizerConfig
