@@ -21,6 +21,7 @@ from statistics import NormalDist, mean, median
 from typing import Any
 
 import torch
+from transformers import GPT2Config
 
 from bdh.model.configuration import BDHConfig
 from bdh.model.modeling import BDHForCausalLM
@@ -160,6 +161,22 @@ def naive_logits(model: BDHForCausalLM, tokens: torch.Tensor, weights: naive.Wei
         theta=config.rope_theta,
         eps=config.layer_norm_eps,
         half_lives=half_lives(model),
+    )
+
+
+def gpt2_config(vocab_size: int, num_positions: int, layers: int, width: int, heads: int, dropout: float) -> GPT2Config:
+    return GPT2Config(
+        vocab_size=vocab_size,
+        n_positions=num_positions,
+        n_layer=layers,
+        n_embd=width,
+        n_head=heads,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+        bos_token_id=0,
+        eos_token_id=0,
+        attn_implementation="sdpa",  # type: ignore[call-arg]  # transformers takes it for every model
     )
 
 

@@ -15,13 +15,14 @@ from statistics import mean
 from typing import Any
 
 import torch
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
+from transformers import DynamicCache, GPT2LMHeadModel
 
 from bdh.bench import BenchOptions
 from bdh.bench.common import (
     Bandwidth,
     Progress,
     Report,
+    gpt2_config,
     interleaved,
     measure_bandwidth,
     milliseconds,
@@ -141,16 +142,7 @@ class Gpt2Decoder(Decoder):
     """
 
     def __init__(self, vocab_size: int, text: Sequence[int], *, n_layer: int = 8, n_embd: int = 512, n_head: int = 8):
-        config = GPT2Config(
-            vocab_size=vocab_size,
-            n_positions=2 * max(512, len(text)),
-            n_layer=n_layer,
-            n_embd=n_embd,
-            n_head=n_head,
-            bos_token_id=0,
-            eos_token_id=0,
-            attn_implementation="sdpa",  # type: ignore[call-arg]  # transformers takes it for every model
-        )
+        config = gpt2_config(vocab_size, 2 * max(512, len(text)), n_layer, n_embd, n_head, dropout=0.0)
         self.model = GPT2LMHeadModel(config).eval()
         millions = sum(weight.numel() for weight in self.model.parameters()) / 1e6
         self.name = f"GPT-2 of {millions:.1f}M in transformers, KV cache"

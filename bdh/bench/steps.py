@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from bdh.bench.common import half_lives, naive_weights, sparse_model
+from bdh.bench.common import gpt2_config, half_lives, naive_weights, sparse_model
 from bdh.memory import peak_bytes, reset_peak, used_bytes
 from bdh.model.configuration import BDHConfig
 from bdh.model.forward import draw_seeds, plan_for
@@ -42,8 +42,6 @@ _FUNCTIONS = {
     "learn_block": "attention: the state behind a block",
     "read_block_backward": "attention backwards",
 }
-
-
 REST = "the rest: embedding, norms, head, loss"
 
 
@@ -193,7 +191,7 @@ class Gpt2Step(Step):
     def __init__(self, case: TrainCase):
         super().__init__(case)
         wanted = sum(weight.numel() for weight in make_model(replace(case, density=None, weights=None)).parameters())
-        self.model = GPT2LMHeadModel(gpt2_config(case, wanted)).train().to(case.device)
+        self.model = GPT2LMHeadModel(gpt2_of_size(case, wanted)).train().to(case.device)
         count = sum(weight.numel() for weight in self.model.parameters())
         self.name = f"GPT-2 of {count / 1e6:.2f}M parameters"
 
@@ -258,7 +256,7 @@ def dropout_masks(
     return masks
 
 
-def gpt2_config(case: TrainCase, num_parameters: int) -> GPT2Config:
+def gpt2_of_size(case: TrainCase, num_parameters: int) -> GPT2Config:
     """The one that comes nearest to so many parameters, with heads of width 64 where that goes, at least 2 layers."""
     V, T = case.config.vocab_size, case.block_size
 
@@ -267,20 +265,8 @@ def gpt2_config(case: TrainCase, num_parameters: int) -> GPT2Config:
 
     shapes = [(layers, width) for layers in range(2, 25) for width in range(16, 2049, 16) if width >= 16 * layers]
     layers, width = min(shapes, key=lambda shape: abs(count(*shape) - num_parameters))
-    rate = case.config.dropout
-    return GPT2Config(
-        vocab_size=V,
-        n_positions=T,
-        n_layer=layers,
-        n_embd=width,
-        n_head=width // (_HEAD_WIDTH if width % _HEAD_WIDTH == 0 else 16),
-        resid_pdrop=rate,
-        embd_pdrop=rate,
-        attn_pdrop=rate,
-        bos_token_id=0,
-        eos_token_id=0,
-        attn_implementation="sdpa",  # type: ignore[call-arg]  # transformers takes it for every model
-    )
+    heads = width // (_HEAD_WIDTH if width % _HEAD_WIDTH == 0 else 16)
+    return gpt2_config(V, T, layers, width, heads, case.config.dropout)
 
 
 class Memory(NamedTuple):
@@ -332,14 +318,6 @@ def _measured(case: TrainCase, form: str, update: bool) -> Memory:
     return Memory(before, peak_bytes(device) or before, seconds)
 
 
-class ClockedStep(NamedTuple):
-    """A step with clocks in it."""
-
-    seconds: float
-    parts: dict[str, float]
-    """Seconds of each part, and of the rest: together those of the step."""
-
-
 Clock = Callable[[], float]
 
 
@@ -354,16 +332,16 @@ def device_clock(device: str) -> Clock:
     return now
 
 
-def median_step(step: Callable[[], object], clock: Clock, rounds: int) -> ClockedStep:
-    """The step of median length among so many: one step, so that its parts add up to it."""
+def median_step(step: Callable[[], object], clock: Clock, rounds: int) -> tuple[float, dict[str, float]]:
+    """The seconds of the step of median length among so many, and of its parts and the rest, which add up to them."""
     found = []
     for _ in range(rounds):
         with timed_parts(clock) as parts:
             start = clock()
             step()
             seconds = clock() - start
-        found.append(ClockedStep(seconds, {**parts, REST: seconds - sum(parts.values())}))
-    return sorted(found, key=lambda each: each.seconds)[(rounds - 1) // 2]
+        found.append((seconds, {**parts, REST: seconds - sum(parts.values())}))
+    return sorted(found, key=lambda each: each[0])[(rounds - 1) // 2]
 
 
 @contextmanager

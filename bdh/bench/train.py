@@ -12,6 +12,7 @@ from bdh.bench.common import Progress, Report, Timing, interleaved, milliseconds
 from bdh.bench.steps import (
     STEPS,
     BlocksStep,
+    Memory,
     NaiveStep,
     Step,
     TrainCase,
@@ -25,7 +26,6 @@ from bdh.bench.steps import (
 from bdh.memory import available_bytes
 from bdh.model.modeling import BDHForCausalLM
 from bdh.ops import naive
-from bdh.ops.blocks.plan import LayerPlan
 from bdh.train.runtime import Runtime, matmul_peak, training_flops_per_token
 
 TOLERANCES = {"float32": 5e-3, "bfloat16": 0.1, "float16": 0.02}
@@ -44,29 +44,24 @@ def bench_train(
     rounds: int = 5,
     progress: Progress = lambda stage: None,
 ) -> Report:
-    """Figures of each case, beside ``baselines``. One whose gradients do not agree is not timed, nor are those behind it.
+    """Figures of each case, beside ``baselines``. One whose gradients do not agree is not timed, nor are those after it.
 
     Raises:
         LayerOptionError: the options of a case ask for what is not there; nothing has been computed.
     """
     report = Report("train")
-    plans = [plan_step(case) for case in cases]
-    for index, (case, plan) in enumerate(zip(cases, plans, strict=True)):
-        model = make_model(case)
-        if index == 0:
-            report.introduce(model.eval().requires_grad_(False).to("cpu"), case.seed)
-            report.figures["cases"] = []
-        del model
-        figures = {**_facts(case, plan), "rounds": rounds}
-        report.figures["cases"].append(figures)
+    benches = [CaseBench(report, case, progress) for case in cases]
+    _introduce(report, cases[0])
+    report.figures["cases"] = []
+    for bench in benches:
+        bench.figures["rounds"] = rounds
+        report.figures["cases"].append(bench.figures)
         report.say()
-        report.say(
-            f"step      {case.num_tokens:,} tokens: {case.batch_size} sequences of {case.block_size:,}, {case.dtype}"
-        )
-        compare(report, figures, case, progress)
+        report.say(f"step      {bench.describe()}, {bench.case.dtype}")
+        bench.compare()
         if report.failed:
-            return report
-        _time(report, figures, case, plan, baselines, rounds, progress)
+            break
+        bench.time(baselines, rounds)
     return report
 
 
@@ -77,95 +72,187 @@ def bench_one_step(case: TrainCase, progress: Progress = lambda stage: None) -> 
         LayerOptionError: the case's options ask for what is not there; nothing has been computed.
     """
     report = Report("train")
-    plan = plan_step(case)
-    model = make_model(case)
-    report.introduce(model.eval().requires_grad_(False).to("cpu"), case.seed)
-    del model
+    bench = CaseBench(report, case, progress)
+    _introduce(report, case)
     progress("one optimizer step in a fresh process")
     memory = measure_memory(case, "bdh", update=True)
     report.figures["one_step"] = {
-        **_facts(case, plan),
+        **bench.figures,
         "bytes_before": memory.before,
         "peak_bytes": memory.peak,
         "seconds": memory.seconds,
         "tokens_per_s": case.num_tokens / memory.seconds,
         "naive_bytes": case.naive_bytes(),
     }
-    report.say(f"step      {case.num_tokens:,} tokens: {case.batch_size} sequences of {case.block_size:,}, with AdamW")
+    report.say(f"step      {bench.describe()}, with AdamW")
     report.say(f"memory    {_mebibytes(memory.before)} before, at most {_mebibytes(memory.peak)} during the step")
     report.say(f"          the plain equations would keep about {_mebibytes(case.naive_bytes())} for the backward pass")
     report.say(f"time      {memory.seconds:,.1f} s, the first step: {case.num_tokens / memory.seconds:,.0f} tokens/s")
     return report
 
 
-def _facts(case: TrainCase, plan: LayerPlan | None) -> dict[str, Any]:
-    """What is measured."""
-    layer: dict[str, Any] = {"path": "plain", "reason": "asked for"}
-    if plan is not None:
-        layer = asdict(plan)
-        layer["path"], layer["kept_passes"] = plan.path, layer.pop("kept_layer_steps")
-        del layer["backend"]
-        sizes = layer.pop("sizes")
-        layer |= {"rows_per_block": sizes["rows"], "tokens_per_block": sizes["columns"]}
-    return {
-        "batch_size": case.batch_size,
-        "block_size": case.block_size,
-        "device": case.device,
-        "dtype": case.dtype,
-        "dropout": case.config.dropout,
-        "requested_density": case.density,
-        "seed": case.seed,
-        "threads": case.threads or torch.get_num_threads(),
-        "layer_options": asdict(case.options),
-        "layer": layer,
-    }
+def _introduce(report: Report, case: TrainCase) -> None:
+    report.introduce(make_model(case).eval().requires_grad_(False).to("cpu"), case.seed)
 
 
-def compare(report: Report, figures: dict[str, Any], case: TrainCase, progress: Progress) -> None:
-    """Loss and gradients beside those of ``ops/naive.py`` with the same dropout, on as many sequences as have room."""
-    room = int(available_bytes(torch.device(case.device)) * _SHARE_OF_MEMORY)
-    each = 3 * replace(case, batch_size=1).naive_bytes()  # in float64, and the masks
-    small = replace(case, batch_size=max(1, min(case.batch_size, room // each)))
-    if each > room:  # not even one sequence: a shorter one has the same blocks but for their number
-        small = replace(small, block_size=max(1, int(case.block_size * (room / each) ** 0.5)))
-    progress(f"agreement: gradients over {small.batch_size} x {small.block_size} tokens")
-    torch.manual_seed(case.seed)
-    blocks = BlocksStep(small)
-    torch.manual_seed(case.seed)
-    loss = blocks()
-    plan = plan_step(small)
-    backend = "eager" if plan is None else plan.backend
-    exact, plain = (_naive(small, dtype, backend) for dtype in (torch.float64, torch.float32))
-    expected, rounded = exact(), plain()
-    differences = {"loss": relative(abs(loss - expected), abs(expected))}
-    of_naive = {"loss": relative(abs(rounded - expected), abs(expected))}
-    for name, grad in _gradients(blocks.model).items():
-        wanted, also = (getattr(step.weights, name).grad.double() for step in (exact, plain))
-        differences[name] = relative((grad.double() - wanted).norm().item(), wanted.norm().item())
-        of_naive[name] = relative((also - wanted).norm().item(), wanted.norm().item())
-    allowed = TOLERANCES[case.dtype]
-    # Not `>`: what is not a number does not agree.
-    report.failed = not all(value <= allowed for value in differences.values())
-    figures["agreement"] = {
-        "batch_size": small.batch_size,
-        "block_size": small.block_size,
-        "agrees": not report.failed,
-        "allowed": allowed,
-        "relative_difference": differences,
-        "relative_difference_of_naive_in_float32": of_naive,
-    }
-    where = "" if small == case else f" over {small.batch_size} x {small.block_size:,} tokens, for which that has room"
-    report.table(
-        f"agreement with ops/naive.py in float64{where}: norm of the difference as a share of the norm, allowed {allowed:.0e}",
-        ["", *differences],
-        [
-            ["bdh", *(f"{value:.1e}" for value in differences.values())],
-            ["ops/naive.py in float32", *(f"{value:.1e}" for value in of_naive.values())],
-        ],
-    )
-    if report.failed:
-        report.say("the gradients do not agree: nothing was timed")
-    report.say()
+class CaseBench:
+    """One case: how its layer is computed is planned when this is made, and said in ``figures``."""
+
+    def __init__(self, report: Report, case: TrainCase, progress: Progress):
+        self.report, self.case, self.progress = report, case, progress
+        self.plan = plan_step(case)
+        layer: dict[str, Any] = {"path": "plain", "reason": "asked for"}
+        if self.plan is not None:
+            layer = asdict(self.plan)
+            layer["path"], layer["kept_passes"] = self.plan.path, layer.pop("kept_layer_steps")
+            del layer["backend"]
+            sizes = layer.pop("sizes")
+            layer |= {"rows_per_block": sizes["rows"], "tokens_per_block": sizes["columns"]}
+        self.figures: dict[str, Any] = {
+            "batch_size": case.batch_size,
+            "block_size": case.block_size,
+            "device": case.device,
+            "dtype": case.dtype,
+            "dropout": case.config.dropout,
+            "requested_density": case.density,
+            "seed": case.seed,
+            "threads": case.threads or torch.get_num_threads(),
+            "layer_options": asdict(case.options),
+            "layer": layer,
+        }
+
+    def describe(self) -> str:
+        return f"{self.case.num_tokens:,} tokens: {self.case.batch_size} sequences of {self.case.block_size:,}"
+
+    def compare(self) -> None:
+        """Loss and gradients beside those of ``ops/naive.py`` with the same dropout, on as many sequences as fit."""
+        case, report = self.case, self.report
+        available = int(available_bytes(torch.device(case.device)) * _SHARE_OF_MEMORY)
+        each = 3 * replace(case, batch_size=1).naive_bytes()  # in float64, and the masks
+        small = replace(case, batch_size=max(1, min(case.batch_size, available // each)))
+        if each > available:  # not even one sequence: a shorter one has the same blocks but for their number
+            small = replace(small, block_size=max(1, int(case.block_size * (available / each) ** 0.5)))
+        self.progress(f"agreement: gradients over {small.batch_size} x {small.block_size} tokens")
+        torch.manual_seed(case.seed)
+        blocks = BlocksStep(small)
+        torch.manual_seed(case.seed)
+        loss = blocks()
+        plan = plan_step(small)
+        backend = "eager" if plan is None else plan.backend
+        exact, plain = (_naive(small, dtype, backend) for dtype in (torch.float64, torch.float32))
+        expected, rounded = exact(), plain()
+        differences = {"loss": relative(abs(loss - expected), abs(expected))}
+        of_naive = {"loss": relative(abs(rounded - expected), abs(expected))}
+        for name, grad in _gradients(blocks.model).items():
+            wanted, also = (getattr(step.weights, name).grad.double() for step in (exact, plain))
+            differences[name] = relative((grad.double() - wanted).norm().item(), wanted.norm().item())
+            of_naive[name] = relative((also - wanted).norm().item(), wanted.norm().item())
+        allowed = TOLERANCES[case.dtype]
+        # Not `>`: what is not a number does not agree.
+        report.failed = not all(value <= allowed for value in differences.values())
+        self.figures["agreement"] = {
+            "batch_size": small.batch_size,
+            "block_size": small.block_size,
+            "agrees": not report.failed,
+            "allowed": allowed,
+            "relative_difference": differences,
+            "relative_difference_of_naive_in_float32": of_naive,
+        }
+        where = "" if small == case else f" over {small.batch_size} x {small.block_size:,} tokens, which fit in memory"
+        report.table(
+            f"agreement with ops/naive.py in float64{where}: norm of the difference as a share of the norm, allowed "
+            f"{allowed:.0e}",
+            ["", *differences],
+            [
+                [name, *(f"{value:.1e}" for value in found.values())]
+                for name, found in (("bdh", differences), ("ops/naive.py in float32", of_naive))
+            ],
+        )
+        if report.failed:
+            report.say("the gradients do not agree: nothing was timed")
+        report.say()
+
+    def time(self, baselines: Sequence[str], rounds: int) -> None:
+        case, report, left_out = self.case, self.report, self._left_out(baselines)
+        memory = {}
+        for form in STEPS:
+            if form == "bdh" or (form in baselines and form not in left_out):
+                self.progress(f"memory: {form}")
+                try:
+                    memory[form] = measure_memory(case, form)
+                except torch.OutOfMemoryError as error:
+                    if form == "bdh":
+                        raise
+                    left_out[form] = f"runs out of memory: {error}"
+        steps: dict[str, Step] = {}
+        for form in memory:
+            self.progress(f"making {form}")
+            steps[form] = STEPS[form](case)
+        self.progress(f"timing: {', '.join(steps)}")
+        timings = interleaved(steps, rounds=rounds, warm_up=2)
+        report.say(f"layer     {self.plan.describe(case.config.n_layer) if self.plan else 'plain (asked for)'}")
+        self._say_forms(steps, timings, memory)
+        for form, reason in left_out.items():
+            report.say(f"  {STEPS[form].name} is left out: it {reason}")
+        self.figures["left_out"] = left_out
+        # The operations that the step needs at the least, beside what matrix products reach.
+        peak = matmul_peak(Runtime(torch.device(case.device), getattr(torch, case.dtype), ""))
+        useful = training_flops_per_token(case.config, case.block_size) * case.num_tokens / timings["bdh"].median
+        self.figures["flops"] = {"useful_per_s": useful, "matmul_peak_per_s": peak, "share": useful / peak}
+        report.say()
+        report.say(
+            f"useful    {useful / 1e9:,.0f} GFLOP/s, {100 * useful / peak:.0f} % of the {peak / 1e9:,.0f} that matrix "
+            "products reach (as if all neurons fired: what is not computed counts too)"
+        )
+        self.progress("timing: the parts of bdh")
+        total, parts = median_step(steps["bdh"], device_clock(case.device), rounds)
+        self.figures["parts"] = {name: 1000 * value for name, value in parts.items()}
+        self.figures["ms_of_step_with_clocks"] = 1000 * total
+        report.table(
+            f"where the time goes, over all passes: in a step with clocks in it, of {milliseconds(total)} ms, the median of "
+            f"{rounds}",
+            ["", "ms/step", "share"],
+            [[name, milliseconds(value), f"{100 * value / total:.0f} %"] for name, value in parts.items()],
+        )
+
+    def _left_out(self, baselines: Sequence[str]) -> dict[str, str]:
+        """Baselines that cannot run here, and why."""
+        case, left_out = self.case, dict[str, str]()
+        if case.device == "cuda":  # it says so itself, where it has no more memory, and nothing else comes to harm
+            torch.cuda.empty_cache()  # of what was compared: the other processes need it
+        elif case.naive_bytes() > available_bytes(torch.device(case.device)) * _SHARE_OF_MEMORY:
+            reason = f"would keep about {_mebibytes(case.naive_bytes())} for the backward pass"
+            left_out = {"naive": reason, "compiled": reason}
+        elif not any(map(shutil.which, ("g++", "clang++", "cl"))):
+            left_out = {"compiled": "torch.compile needs a C++ compiler"}
+        return {form: reason for form, reason in left_out.items() if form in baselines}
+
+    def _say_forms(self, steps: dict[str, Step], timings: dict[str, Timing], memory: dict[str, Memory]) -> None:
+        own = timings["bdh"].median
+        rows, figures = [], []
+        for form, timing in timings.items():
+            before, peak, _ = memory[form]
+            figures.append(
+                {
+                    "name": steps[form].name,
+                    **timing.figures("step", self.case.num_tokens),
+                    "bdh_is_faster": timing.median / own,
+                    "bytes_before": before,
+                    "peak_bytes": peak,
+                }
+            )
+            times = [f"{1000 * timing.median:,.1f}", f"{1000 * timing.least:,.1f}"]
+            speeds = [f"{self.case.num_tokens / timing.median:,.0f}", f"{timing.median / own:.2f} x"]
+            rows.append(
+                [steps[form].name, *times, *speeds, *(f"{n / 2**20:,.0f}" for n in (before, peak, peak - before))]
+            )
+        self.figures["forms"] = figures
+        self.report.table(
+            f"forward and backward pass, medians of {len(timings['bdh'].seconds)} rounds by turns; memory in processes of "
+            "their own",
+            ["", "ms/step", "least", "tokens/s", "bdh is faster", "MiB before", "peak", "more"],
+            rows,
+        )
 
 
 def relative(difference: float, size: float) -> float:
@@ -190,128 +277,14 @@ def _naive(case: TrainCase, dtype: torch.dtype, backend: str) -> NaiveStep:
 def _gradients(model: BDHForCausalLM) -> dict[str, torch.Tensor]:
     """In the layout of ``naive.Weights``."""
     shape = (model.config.n_head, model.config.neurons_per_head)
+    grads: dict[str, Any] = {name: weight.grad for name, weight in model.named_parameters()}
     return {
-        "embed": _of(model.embed),
-        "encoder": _of(model.encoder).unflatten(0, shape).transpose(1, 2),
-        "encoder_v": torch.stack([_of(head).t() for head in model.encoder_v]),
-        "decoder": _of(model.decoder).t(),
-        "lm_head": _of(model.lm_head).t(),
+        "embed": grads["embed.weight"],
+        "encoder": grads["encoder.weight"].unflatten(0, shape).transpose(1, 2),
+        "encoder_v": torch.stack([grads[f"encoder_v.{head}.weight"].t() for head in range(shape[0])]),
+        "decoder": grads["decoder.weight"].t(),
+        "lm_head": grads["lm_head.weight"].t(),
     }
-
-
-def _of(module: Any) -> torch.Tensor:
-    return module.weight.grad
-
-
-def _time(
-    report: Report,
-    figures: dict[str, Any],
-    case: TrainCase,
-    plan: LayerPlan | None,
-    baselines: Sequence[str],
-    rounds: int,
-    progress: Progress,
-) -> None:
-    room = available_bytes(torch.device(case.device)) * _SHARE_OF_MEMORY
-    left_out = {}
-    if case.device == "cuda":  # it says so itself, where it has no more memory, and nothing else comes to harm
-        torch.cuda.empty_cache()  # of what was compared: the other processes need it
-    elif case.naive_bytes() > room:
-        reason = f"would keep about {_mebibytes(case.naive_bytes())} for the backward pass"
-        left_out = {"naive": reason, "compiled": reason}
-    elif not any(map(shutil.which, ("g++", "clang++", "cl"))):
-        left_out = {"compiled": "torch.compile needs a C++ compiler"}
-    left_out = {form: reason for form, reason in left_out.items() if form in baselines}
-    forms = [form for form in STEPS if form == "bdh" or (form in baselines and form not in left_out)]
-    memory = {}
-    for form in forms:
-        progress(f"memory: {form}")
-        try:
-            memory[form] = measure_memory(case, form)
-        except torch.OutOfMemoryError as error:
-            if form == "bdh":
-                raise
-            left_out[form] = f"runs out of memory: {error}"
-    forms = list(memory)
-    steps: dict[str, Step] = {}
-    for form in forms:
-        progress(f"making {form}")
-        steps[form] = STEPS[form](case)
-    progress(f"timing: {', '.join(forms)}")
-    timings = interleaved(steps, rounds=rounds, warm_up=2)
-    blocks = steps["bdh"]
-    assert isinstance(blocks, BlocksStep)
-    report.say(f"layer     {plan.describe(case.config.n_layer) if plan else 'plain (asked for)'}")
-    _table(report, figures, case, steps, timings, memory)
-    for form, reason in left_out.items():
-        report.say(f"  {STEPS[form].name} is left out: it {reason}")
-    figures["left_out"] = left_out
-    _peak(report, figures, case, timings["bdh"])
-    progress("timing: the parts of bdh")
-    _split(report, figures, case, blocks, rounds)
-
-
-def _table(
-    report: Report,
-    figures: dict[str, Any],
-    case: TrainCase,
-    steps: dict[str, Step],
-    timings: dict[str, Timing],
-    memory: dict[str, Any],
-) -> None:
-    own = timings["bdh"].median
-    figures["forms"] = [
-        {
-            "name": steps[form].name,
-            "ms_per_step": 1000 * timing.median,
-            "least_ms": 1000 * timing.least,
-            "tokens_per_s": case.num_tokens / timing.median,
-            "bdh_is_faster": timing.median / own,
-            "bytes_before": memory[form].before,
-            "peak_bytes": memory[form].peak,
-        }
-        for form, timing in timings.items()
-    ]
-    report.table(
-        f"forward and backward pass, medians of {len(timings['bdh'].seconds)} rounds by turns; memory in processes of their own",
-        ["", "ms/step", "least", "tokens/s", "bdh is faster", "MiB before", "peak", "more"],
-        [
-            [
-                found["name"],
-                f"{found['ms_per_step']:,.1f}",
-                f"{found['least_ms']:,.1f}",
-                f"{found['tokens_per_s']:,.0f}",
-                f"{found['bdh_is_faster']:.2f} x",
-                f"{found['bytes_before'] / 2**20:,.0f}",
-                f"{found['peak_bytes'] / 2**20:,.0f}",
-                f"{(found['peak_bytes'] - found['bytes_before']) / 2**20:,.0f}",
-            ]
-            for found in figures["forms"]
-        ],
-    )
-
-
-def _peak(report: Report, figures: dict[str, Any], case: TrainCase, own: Timing) -> None:
-    """The operations that the step needs at the least, beside what matrix products reach."""
-    peak = matmul_peak(Runtime(torch.device(case.device), getattr(torch, case.dtype), ""))
-    useful = training_flops_per_token(case.config, case.block_size) * case.num_tokens / own.median
-    figures["flops"] = {"useful_per_s": useful, "matmul_peak_per_s": peak, "share": useful / peak}
-    report.say()
-    report.say(
-        f"useful    {useful / 1e9:,.0f} GFLOP/s, {100 * useful / peak:.0f} % of the {peak / 1e9:,.0f} that matrix products "
-        "reach (as if all neurons fired: what is not computed counts too)"
-    )
-
-
-def _split(report: Report, figures: dict[str, Any], case: TrainCase, blocks: BlocksStep, rounds: int) -> None:
-    total, parts = median_step(blocks, device_clock(case.device), rounds)
-    figures["parts"] = {name: 1000 * value for name, value in parts.items()}
-    figures["ms_of_step_with_clocks"] = 1000 * total
-    report.table(
-        f"where the time goes, over all passes: in a step with clocks in it, of {milliseconds(total)} ms, the median of {rounds}",
-        ["", "ms/step", "share"],
-        [[name, milliseconds(value), f"{100 * value / total:.0f} %"] for name, value in parts.items()],
-    )
 
 
 def _mebibytes(num_bytes: int) -> str:

@@ -20,7 +20,6 @@ from bdh.validation import Faults, Fraction, PathText, PositiveFloat, PositiveIn
 
 if TYPE_CHECKING:
     from bdh.bench.common import Report
-    from bdh.model.modeling import BDHForCausalLM
     from bdh.train.config import RunSettings
 
 Baseline = Literal["naive", "compiled", "gpt2"]
@@ -120,7 +119,7 @@ class BenchSettings(ReadsModel):
         faults.require(0 <= self.busy <= most, "busy", self.busy, f"from 0 to {most}, {_THREADS_A_CORE} for each core")
         is_right = self.threads is None or 1 <= self.threads <= most
         faults.require(is_right, "threads", self.threads, f"from 1 to {most}, {_THREADS_A_CORE} for each core")
-        if self.json not in (None, "-"):
+        if self.json is not None and self.json != "-":
             wanted = _wanted_of_file(self.json)
             faults.require(wanted is None, "json", self.json, f"{wanted}, or - for the standard output")
 
@@ -136,9 +135,10 @@ class BenchSettings(ReadsModel):
         faults.require(is_share, "density", self.density, "from 0.01 to 0.6, or null")
         is_made = self.density is None or self.model is None
         faults.require(is_made, "density", self.density, "left out with model, whose neurons fire as they do")
+        least = min(sizes, default=1)
         for name, whole, most in (
             ("rows_per_block", "batch_size", batch_size),
-            ("tokens_per_block", "block_size", min(sizes, default=1)),
+            ("tokens_per_block", "block_size", least),
         ):
             value = getattr(self, name)
             is_right = value is None or 1 <= value <= max(1, most)
@@ -167,9 +167,8 @@ class BenchSettings(ReadsModel):
     def sizes(self) -> dict[str, int]:
         """Of the model that is made."""
         defaults = QUICK_SIZES if self.quick else _TRAIN_SIZES if self.benchmark == "train" else _SIZES
-        return {
-            name: default if getattr(self, name) is None else getattr(self, name) for name, default in defaults.items()
-        }
+        given = {name: value for name in defaults if (value := getattr(self, name)) is not None}
+        return defaults | given
 
     def options(self) -> BenchOptions:
         options = BenchOptions(seed=self.seed, agreement_tokens=self.agreement_tokens, busy=self.busy)
@@ -228,11 +227,14 @@ def _measured(settings: BenchSettings, training: "RunSettings | None") -> "Repor
     if settings.benchmark == "train":
         return _trained(settings, training)
     if settings.model is None:
-        model, tokenizer = _made(settings), byte_tokenizer()
-    else:
-        from bdh.train.models import load_model
+        from bdh.bench.common import sparse_model
+        from bdh.model.configuration import BDHConfig
 
-        model, tokenizer = load_model(settings.model, checkpoint=settings.checkpoint, device="cpu")
+        _tell("making a model whose neurons fire sparsely")
+        config = BDHConfig(**settings.sizes())  # type: ignore[arg-type]  # sizes are its only keys
+        model, tokenizer = sparse_model(config, settings.seed), byte_tokenizer()
+    else:
+        model, tokenizer = settings.load_with_transformers("cpu")
         model = model.float()  # what it is compared with computes in float32
     if settings.benchmark == "engine":
         return bench_engine(model, tokenizer, settings.options(), _tell)
@@ -250,18 +252,16 @@ def _trained(settings: BenchSettings, training: "RunSettings | None") -> "Report
     from bdh.train.config import TrainSettings
     from bdh.train.runtime import choose_runtime, layer_options
 
-    device = "cuda" if settings.device == "auto" and torch.cuda.is_available() else settings.device
-    device = "cpu" if device == "auto" else device
-    if device == "cuda" and not torch.cuda.is_available():
+    has_gpu = torch.cuda.is_available()
+    if settings.device == "cuda" and not has_gpu:
         raise ValueError("device is cuda: this machine and PyTorch build have cpu")
+    device = "cuda" if settings.device != "cpu" and has_gpu else "cpu"
     if settings.model is None:
         section = {} if training is None else asdict(training.model)
         config = BDHConfig(**(section | settings.sizes() | {"dropout": settings.step("dropout")}))
         weights = None
     else:
-        from bdh.train.models import load_model
-
-        model, _ = load_model(settings.model, checkpoint=settings.checkpoint, device="cpu")
+        model, _ = settings.load_with_transformers("cpu")
         config, weights = model.config, model.float().state_dict()
         if settings.dropout is not None:
             config.dropout = settings.dropout
@@ -291,23 +291,18 @@ def _trained(settings: BenchSettings, training: "RunSettings | None") -> "Report
 
 
 def _training_files(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The files behind ``--config`` for a training step, which are configurations of ``bdh train``, and the rest."""
-    first = next(iter(argv), "")
-    if first != "train" and not (first.startswith("--") and "train" in argv):
-        return [], list(argv)
-    files: list[str] = []
-    rest: list[str] = []
-    words = iter([*argv, "--"])
-    word = next(words)
-    for following in words:
-        if word == "--config" and not following.startswith("--"):
-            files.append(following)
-            following = next(words)
+    """The files that ``--config`` gives for a training step, which are configurations of ``bdh train``, and the rest."""
+    words, files, rest = list(argv), list[str](), list[str]()
+    if not words or (words[0] != "train" and not (words[0].startswith("--") and "train" in words)):
+        return [], words
+    while words:
+        word = words.pop(0)
+        if word == "--config" and words and not words[0].startswith("--"):
+            files.append(words.pop(0))
         elif word.startswith("--config="):
             files.append(word.removeprefix("--config="))
         else:
             rest.append(word)
-        word = following
     return files, rest
 
 
@@ -365,34 +360,24 @@ def _entries(training: "RunSettings") -> int:
     return vocabulary_size(with_chat_template(tokenizer, template, needs_one=holds_chat(training.data)))
 
 
-def _wanted_of_file(name: str | None) -> str | None:
+def _wanted_of_file(name: str) -> str | None:
     """What a file to be written must be, where it is not; None where it can be written."""
-    if not name:
-        return "the name of a file"
     path = _resolved(name)
-    if path.is_dir():
-        return "a file, not a folder"
-    if path.exists() and not path.is_file():
-        return "a file, not a device"
-    if not path.parent.is_dir():
-        return "a file in a folder that exists"
     # It is written beside its place, and then renamed.
-    if not os.access(path.parent, os.W_OK | os.X_OK) or (path.exists() and not os.access(path, os.W_OK)):
-        return "a file that may be written, in a folder that may be"
-    return None
+    is_writable = os.access(path.parent, os.W_OK | os.X_OK) and (not path.exists() or os.access(path, os.W_OK))
+    wanted = {
+        "the name of a file": bool(name),
+        "a file, not a folder": not path.is_dir(),
+        "a file, not a device": path.is_file() or not path.exists(),
+        "a file in a folder that exists": path.parent.is_dir(),
+        "a file that may be written, in a folder that may be": is_writable,
+    }
+    return next((words for words, is_so in wanted.items() if not is_so), None)
 
 
 def _resolved(name: str) -> Path:
-    """Behind links, so that what they lead to is replaced, and not they."""
+    """With links followed, so that what they lead to is replaced, and not they."""
     return Path(name).expanduser().resolve()
-
-
-def _made(settings: BenchSettings) -> "BDHForCausalLM":
-    from bdh.bench.common import sparse_model
-    from bdh.model.configuration import BDHConfig
-
-    _tell("making a model whose neurons fire sparsely")
-    return sparse_model(BDHConfig(**settings.sizes()), settings.seed)  # type: ignore[arg-type]  # sizes are its only keys
 
 
 def _tell(stage: str) -> None:

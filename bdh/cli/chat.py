@@ -16,7 +16,7 @@ from bdh.cli.settings import parse_settings, verbatim
 from bdh.generate.params import DrawSettings, EngineConfig, SamplingParams
 from bdh.ops import StepPath, Storage
 from bdh.storage import check_file
-from bdh.validation import Faults, PathText
+from bdh.validation import NonNegativeInt, PathText, PositiveInt
 
 if TYPE_CHECKING:
     from bdh.generate.chat import Conversation
@@ -30,7 +30,7 @@ _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) i
 
 @dataclass(kw_only=True)
 class ChatSettings(ModelSettings, DrawSettings):
-    max_tokens: int = 500
+    max_tokens: PositiveInt = 500
     """Tokens of a reply at most."""
     system: str | None = verbatim(None)
     """System message: how the model is to answer. Without a chat template, text in front of everything."""
@@ -38,22 +38,16 @@ class ChatSettings(ModelSettings, DrawSettings):
     """Conversation to go on with, from a file that /save wrote."""
     plain: bool = False
     """Continue what is typed as text, though the tokenizer has a chat template."""
-    max_undo_bytes: int = 1 << 30
+    max_undo_bytes: NonNegativeInt = 1 << 30
     """Memory for the states that /undo goes back to: one for each turn, the oldest are dropped."""
     path: StepPath = "auto"
     """Code of the steps: kernels (sparse, on the CPU), torch, or auto, which takes the kernels where they run."""
-    window: int | None = None
+    window: PositiveInt | None = None
     """Attend to the last so many tokens only, for models trained on short blocks; None for all."""
     weights: Storage = "float32"
     """How the CPU's kernels hold the weights: bfloat16 halves memory and traffic."""
     state: Storage = "float32"
     """How they hold the state."""
-
-    def collect_faults(self, faults: Faults) -> None:
-        super().collect_faults(faults)
-        faults.require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1 token")
-        faults.require(self.max_undo_bytes >= 0, "max_undo_bytes", self.max_undo_bytes, "at least 0")
-        faults.require(self.window is None or self.window >= 1, "window", self.window, "at least 1, or null")
 
     def check_available(self) -> None:
         super().check_available()
@@ -66,14 +60,8 @@ class ChatSettings(ModelSettings, DrawSettings):
 
     def engine(self) -> EngineConfig:
         """Of one sequence, whose prompts are read in pieces: an interrupted one ends after the piece."""
-        return EngineConfig(
-            path=self.path,
-            window=self.window,
-            weights=self.weights,
-            state=self.state,
-            max_running=1,
-            tokens_per_step=_PIECE_TOKENS,
-        )
+        how = {name: getattr(self, name) for name in ("path", "window", "weights", "state")}
+        return EngineConfig(**how, max_running=1, tokens_per_step=_PIECE_TOKENS)
 
 
 def run_chat(argv: list[str]) -> int:
@@ -128,13 +116,11 @@ class Session:
         }
 
     def introduce(self, name: str) -> None:
-        conversation = self.conversation
+        advancer = self.conversation.engine.advancer
         _tell(f"  model      {name}")
-        _tell(f"  runs       {conversation.engine.advancer.description}")
+        _tell(f"  runs       {advancer.description}")
         _tell(f"  mode       {self._mode()}")
-        _tell(
-            f"  memory     a state of {conversation.engine.advancer.state_bytes:,} bytes, at any length of the conversation"
-        )
+        _tell(f"  memory     a state of {advancer.state_bytes:,} bytes, at any length of the conversation")
         if self.is_terminal:
             _tell("/help lists the commands; Ctrl-C stops a reply, Ctrl-D ends")
 

@@ -12,7 +12,7 @@ from bdh.cli.output import count_progress, error_console, stage_progress, table_
 from bdh.cli.settings import parse_settings
 from bdh.data.config import DataConfig
 from bdh.evaluate import check_task_files
-from bdh.validation import Faults, PathText
+from bdh.validation import Faults, NonNegativeInt, PathText, PositiveInt
 
 _UNKNOWN_BLOCK_SIZE = 512
 
@@ -22,33 +22,33 @@ class EvalSettings(ModelSettings):
     data: DataConfig = field(default_factory=DataConfig)
     part: Literal["validation", "train", "all"] = "validation"
     """Part of the data: what training would validate on, what it would train on, or both."""
-    block_size: int | None = None
+    block_size: PositiveInt | None = None
     """Tokens that a window reads. None takes the length that the model was trained at, or 512 if it is unknown."""
     stride: int | None = None
     """Tokens between the starts of two windows; less than block_size gives more context, at more work."""
     carry_state: bool = False
     """Read the text once, with the state handed from window to window. With tasks: read all of each context."""
-    streams: int = 1
+    streams: PositiveInt = 1
     """With carry_state: stretches of equal length that the text is cut into, each read from nothing, side by side."""
-    blocks: int | None = None
+    blocks: PositiveInt | None = None
     """With carry_state: read the text in stretches of so many blocks, each from nothing, and show the loss of each block."""
-    window: int | None = None
+    window: PositiveInt | None = None
     """With carry_state: attend to the last so many tokens only, the newest included. None for all of the text."""
-    batch_size: int = 16
+    batch_size: PositiveInt = 16
     """Windows, stretches or texts in one forward pass."""
     tasks: list[PathText] = field(default_factory=list)
     """Run these tasks of the LM Evaluation Harness: names, YAML files or folders of them, with commas or as a list."""
     include_path: PathText | None = None
     """Tasks: folder with further ones."""
-    num_fewshot: int | None = None
+    num_fewshot: NonNegativeInt | None = None
     """Tasks: solved examples before each question. None for what the task says."""
-    limit: int | None = None
+    limit: PositiveInt | None = None
     """Tasks: documents of each. None for all."""
     needle: bool = False
     """Plant a fact in the text, and ask for it at growing distances."""
     needle_distances: list[int] = field(default_factory=lambda: [64, 128, 256, 512, 1024, 2048, 4096, 8192])
     """Needle: tokens between the fact and the question."""
-    needle_trials: int = 16
+    needle_trials: PositiveInt = 16
     """Needle: facts that are planted."""
     seed: int = 0
     """Needle: of the facts and the places."""
@@ -62,18 +62,6 @@ class EvalSettings(ModelSettings):
             value = getattr(self, name)
             faults.require(value is None or is_right, name, value, allowed)
 
-        for name in (
-            "block_size",
-            "batch_size",
-            "num_fewshot",
-            "limit",
-            "needle_trials",
-            "streams",
-            "blocks",
-            "window",
-        ):
-            least = 0 if name == "num_fewshot" else 1
-            require(name, (getattr(self, name) or 0) >= least, f"at least {least}")
         distances = self.needle_distances
         require("needle_distances", bool(distances) and min(distances) >= 1, "a list of numbers of at least 1")
         require("needle", not (self.needle and self.tasks), "left out with tasks")

@@ -54,8 +54,8 @@ class GenerateSettings(ModelSettings, TextSettings):
 
     def collect_faults(self, faults: Faults) -> None:
         super().collect_faults(faults)
-        counts = (self.max_new_tokens, self.num_return_sequences, self.num_beams)
-        collect_text_faults(self, faults, max_new_tokens=counts[0], num_return_sequences=counts[1], num_beams=counts[2])
+        names = ("max_new_tokens", "num_return_sequences", "num_beams")
+        collect_text_faults(self, faults, **{name: getattr(self, name) for name in names})
         is_right = 0 <= self.min_tokens <= max(0, self.max_new_tokens)
         faults.require(is_right, "min_tokens", self.min_tokens, "within 0 and max_new_tokens")
         if (self.prompt is None) == (self.prompts_file is None):

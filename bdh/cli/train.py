@@ -182,14 +182,8 @@ def _describe_attention(training: Any) -> str:
     if plan.backend != "eager":
         is_whole = plan.sizes.columns >= train.block_size
         return f"parallel{chosen}" if is_whole else f"chunked, {plan.sizes.columns:,} tokens{chosen}"
-    form = choose_form(
-        config.attention_form,
-        train.block_size,
-        config.n_embd,
-        has_state=train.carry_state,
-        chunk_size=config.chunk_size,
-    )
-    return f"{form}{chosen}"
+    how = {"has_state": train.carry_state, "chunk_size": config.chunk_size}
+    return f"{choose_form(config.attention_form, train.block_size, config.n_embd, **how)}{chosen}"
 
 
 def _describe_data(facts: dict[str, Any]) -> str:

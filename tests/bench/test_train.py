@@ -16,11 +16,11 @@ from bdh.bench.steps import (
     NaiveStep,
     TrainCase,
     dropout_masks,
-    gpt2_config,
+    gpt2_of_size,
     median_step,
     timed_parts,
 )
-from bdh.bench.train import bench_one_step, bench_train, compare, relative
+from bdh.bench.train import CaseBench, bench_one_step, bench_train, relative
 from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.ops.blocks import train as blocks
 from bdh.ops.blocks.plan import LayerOptionError, LayerOptions
@@ -34,9 +34,10 @@ def case():
 
 
 def compared(case):
-    report, figures = Report("train"), {}
-    compare(report, figures, case, lambda stage: None)
-    return report, figures["agreement"]
+    report = Report("train")
+    bench = CaseBench(report, case, lambda stage: None)
+    bench.compare()
+    return report, bench.figures["agreement"]
 
 
 def test_equal_gradients_agree(case):
@@ -89,7 +90,7 @@ def test_decay_chunks_and_another_base_agree(case):
 
 
 def test_options_of_every_case_are_checked_before_anything_is_computed(case, monkeypatch):
-    monkeypatch.setattr(train, "compare", lambda *arguments: pytest.fail("something was computed"))
+    monkeypatch.setattr(CaseBench, "compare", lambda *arguments: pytest.fail("something was computed"))
     monkeypatch.setattr(train, "measure_memory", lambda *arguments, **others: pytest.fail("something was measured"))
     wrong = replace(case, dtype="bfloat16", options=LayerOptions(path="kernels"))
     with pytest.raises(LayerOptionError, match="bfloat16"):
@@ -135,7 +136,7 @@ def test_the_masks_are_those_that_the_model_draws(case):
 def test_gpt2_has_about_as_many_parameters(wanted):
     from transformers import GPT2LMHeadModel
 
-    config = gpt2_config(TrainCase(BDHConfig(), 1, 128), wanted)
+    config = gpt2_of_size(TrainCase(BDHConfig(), 1, 128), wanted)
     with torch.device("meta"):
         count = sum(p.numel() for p in GPT2LMHeadModel(config).parameters())
     assert count == pytest.approx(wanted, rel=0.05)
