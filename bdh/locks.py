@@ -1,9 +1,8 @@
 """Locks: at most one process writes something, be it on one machine or, over a network disk, on several.
 
-A lock is a file beside or inside what it protects. It names its holder (host, process, its start), and the holder
-touches it every few seconds. Who finds it held takes it over if the holder has ended, which is certain on the same
-machine, and on another one is concluded from a lock that nobody has touched for a while. The clocks of the machines do
-not matter: whoever waits watches the file for a change.
+A lock is a file beside or inside what it protects. It names its holder (host, process, its start), which touches it every few
+seconds. A process that finds it held takes it over if the holder has ended, which is certain on the same machine, and on
+another one is concluded from a lock that nobody has touched for a while, by the clock of the process that waits.
 """
 
 import functools
@@ -16,7 +15,6 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple, Self
 
 from filelock import LeaseSettingsMismatch, SoftFileLease, Timeout
@@ -63,9 +61,7 @@ class Lock:
         self.acquire()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.release()
 
     def acquire(self) -> None:
@@ -84,12 +80,10 @@ class Lock:
         is_announced = False
         while not self._take():
             holder, beat = self._look()
-            patience = self._patience(holder, beat)
-            if patience == math.inf and not self._wait:
-                raise self._in_use()
-            if beat not in (None, seen):
-                if not self._wait:
-                    raise self._in_use()
+            patience, is_touched = self._patience(holder, beat), beat not in (None, seen)
+            if (patience == math.inf or is_touched) and not self._wait:
+                raise InUseError(f"{self._target} is in use by {self._holder()}: {self._advice}; nothing was changed")
+            if is_touched:
                 seen, changed = beat, time.monotonic()
             if patience == 0 or time.monotonic() - changed > patience:
                 self._remove(seen)
@@ -142,16 +136,12 @@ class Lock:
         )
 
     def _bear(self, error: OSError) -> None:
-        """Goes on without a look at the lock, for a while."""
+        """Continues without a look at the lock, for a while."""
         now = time.monotonic()
         if self._unreadable_since is None:
             self._unreadable_since = now
-            _logger.warning(
-                "the lock on %s cannot be read (%s): it counts as held for %g s more",
-                self._target,
-                error,
-                LEASE_SECONDS,
-            )
+            about = "the lock on %s cannot be read (%s): it counts as held for %g s more"
+            _logger.warning(about, self._target, error, LEASE_SECONDS)
         if self._lease.compromise is not None or now - self._unreadable_since > LEASE_SECONDS:
             raise InUseError(
                 f"this process may have lost its lock on {self._target}, which it cannot read any more ({error}); it "
@@ -163,15 +153,11 @@ class Lock:
             return False
         try:
             self._lease.acquire(timeout=0)
-        except (Timeout, LeaseSettingsMismatch):
-            return False
-        except OSError as error:
-            error.filename = error.filename or str(self._path)
-            raise
-        try:
             with self._path.open("a", encoding="utf-8") as file:  # filelock skips lines that it does not know
                 since = time.strftime("%Y-%m-%d %H:%M:%S%z")
                 file.write(f"since={since}\nfile={_Beat.of(os.fstat(file.fileno())).file}\n")
+        except (Timeout, LeaseSettingsMismatch):
+            return False
         except OSError as error:
             self.release()
             error.filename = error.filename or str(self._path)
@@ -198,9 +184,8 @@ class Lock:
         if _is_of_namesake(holder):
             return 2 * LEASE_SECONDS / _BEATS
         if beat is not None and holder.get("file", beat.file) != beat.file:
-            _logger.warning(
-                "%s is a copy, as of a folder that was copied while process %s used it: it is removed", self._path, pid
-            )
+            about = "%s is a copy, as of a folder that was copied while process %s used it: it is removed"
+            _logger.warning(about, self._path, pid)
             return 0
         if os.name == "nt":  # filelock has looked; os.kill would end the process
             return math.inf
@@ -235,9 +220,6 @@ class Lock:
         since = f" since {facts['since']}" if "since" in facts else ""
         return f"process {facts['pid']} on {facts.get('host', '').partition('?')[0]}{since}"
 
-    def _in_use(self) -> InUseError:
-        return InUseError(f"{self._target} is in use by {self._holder()}: {self._advice}; nothing was changed")
-
 
 class _Beat(NamedTuple):
     """What is another after each touch and for each holder."""
@@ -257,10 +239,8 @@ def _is_of_namesake(holder: dict[str, str]) -> bool:
     """
     name, boot = _machine()
     start = holder.get("start", "")
-    if holder.get("host") != name or not re.fullmatch("[0-9]{1,60}", start):
-        return False
-    boots = {boot, _boot(int(start))}
-    return len(boots) == 2 and 0 not in boots
+    is_known = holder.get("host") == name and re.fullmatch("[0-9]{1,60}", start)
+    return bool(is_known) and 0 != boot != _boot(int(start)) != 0
 
 
 @functools.cache

@@ -98,12 +98,8 @@ def recover_dir(folder: Path) -> None:
     except OSError as error:
         if error.errno not in _NOT_ALLOWED:
             raise
-        _logger.warning(
-            "%s was being replaced when a process died, and the one before, %s, cannot be put back (%s)",
-            folder,
-            old,
-            os.strerror(error.errno or 0),
-        )
+        about = "%s was being replaced when a process died, and the one before, %s, cannot be put back (%s)"
+        _logger.warning(about, folder, old, os.strerror(error.errno or 0))
     else:
         _logger.warning("%s was being replaced when a process died: the one before is back in its place", folder)
 
@@ -180,10 +176,8 @@ def _writing(target: Path) -> Iterator[tuple[Path, "Lock"]]:
             try:
                 _put_back(target)
                 yield temporary, lock
-            except BaseException:
-                _put_back(target)
-                raise
             finally:
+                _put_back(target)  # after an error between the two renames
                 remove(temporary)
 
 

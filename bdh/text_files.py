@@ -101,10 +101,6 @@ def read_text(path: Path) -> str:
     return io.StringIO(text, newline=None).read()
 
 
-class TooDeepError(yaml.YAMLError):
-    """Lists or mappings within each other are too many to be read."""
-
-
 @dataclass
 class YamlDocument:
     tree: Any
@@ -146,8 +142,8 @@ def read_yaml(path: Path, faults: Faults) -> YamlDocument:
     text = read_text(path)
     try:
         return parse_yaml(text, faults, origin=str(path))
-    except TooDeepError as error:
-        raise ValueError(f"{path} is not YAML that can be read: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is not YAML that can be read: it is nested too deeply") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
@@ -164,13 +160,11 @@ def parse_yaml(text: str, faults: Faults, *, origin: str | None = None, name: st
 
     Raises:
         yaml.YAMLError: it is not YAML.
+        RecursionError: it is nested too deeply.
     """
     loader = _Loader(text)
     try:
-        try:
-            root = loader.get_single_node()
-        except RecursionError as error:
-            raise TooDeepError("it is nested too deeply") from error
+        root = loader.get_single_node()
         if root is None or (isinstance(root, yaml.ScalarNode) and not name):
             return YamlDocument(None if root is None else loader.construct_document(root))
         check = _Check(faults, origin)

@@ -392,7 +392,7 @@ def _read(leaf: Leaf, value: Any, faults: Faults) -> Any:
         return value
     if isinstance(value, str):
         before, text, tree = len(faults.found), value, None
-        with contextlib.suppress(yaml.YAMLError):  # what is no YAML is no number either
+        with contextlib.suppress(yaml.YAMLError, RecursionError):  # what is no YAML is no number either
             tree = parse_yaml(text, faults, name=leaf.name).tree
         if len(faults.found) > before:
             return WRONG
