@@ -11,12 +11,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from bdh.data.config import DataConfig, mix_sources
-from bdh.data.corpus import Batch, ProgressCallback, StepLoader, ValidationPart, check_rows, step_generator
-from bdh.data.files import BUILTIN, OTHER_TYPES, file_type, find_files, item_names, text_lines
-from bdh.data.json_files import parse_line
-from bdh.data.reading import Skipped, num_kept, to_utf8
+from bdh.data.config import BUILTIN, OTHER_TYPES, DataConfig, file_type, find_files, item_names, mix_sources
+from bdh.data.corpus import Batch, ProgressCallback, StepLoader, ValidationPart, check_sequences, step_generator
+from bdh.data.reading import Skipped, num_kept, text_lines, to_utf8
 from bdh.data.sources import Source, training_source, validation_source
+from bdh.data.tables import parse_line
 from bdh.data.tokenized import TokenizedCorpus, TokenMeta, TokenWriter
 from bdh.tokenizer.chat import ROLES, ChatEncoder
 
@@ -50,6 +49,7 @@ class ChatCorpus(TokenizedCorpus):
     """
 
     is_chat = True
+    no_tokens_because = "conversations are no single text: only what the assistant writes counts"
 
     def __init__(
         self, config: DataConfig, tokenizer: PreTrainedTokenizerFast, block_size: int, progress: ProgressCallback
@@ -109,7 +109,7 @@ class ChatCorpus(TokenizedCorpus):
     ) -> StepLoader:
         if carry_state:
             raise ValueError("train.carry_state is true, but conversations are read from nothing: set it to false")
-        own, orders = check_rows(batch_size, rank, world_size), dict[int, np.ndarray]()
+        own, orders = check_sequences(batch_size, rank, world_size), dict[int, np.ndarray]()
 
         def rows(step: int) -> Batch:
             """Each row once a pass through them, every pass in another order."""
@@ -126,12 +126,6 @@ class ChatCorpus(TokenizedCorpus):
     def _train_row(self, number: int) -> np.ndarray:
         pieces = [self._train_pieces[i] for i in self._packed[number]]
         return _row(self._train, pieces, self.block_size + 1, self._pad_id)
-
-    def train_tokens(self) -> np.ndarray:
-        raise ValueError("conversations are no single text: only what the assistant writes counts")
-
-    def validation_tokens(self) -> np.ndarray:
-        raise ValueError("conversations are no single text: only what the assistant writes counts")
 
     def validation_windows(self, num_windows: int) -> torch.Tensor:
         """As of a text, (n, block_size + 1): the conversations one after the other, again from the first if need be."""
@@ -213,7 +207,8 @@ def _write(
         for conversation, (ids, is_answer) in zip(batch, _encoded(batch, encoder), strict=True):
             answers = (m["content"] for m in conversation.messages if m["role"] == "assistant")
             num_bytes = sum(len(answer.encode()) for answer in answers)
-            ends.append(writer.append_encoded(with_marks(ids, is_answer), num_bytes))
+            writer.write(with_marks(ids, is_answer), num_bytes, 1)
+            ends.append((writer.num_tokens, writer.num_bytes))
         progress("tokenizing", writer.num_bytes, None)
     return ends
 

@@ -1,20 +1,28 @@
-"""What all sources share: chunks of documents, readers that know where they are, and the split into training and validation.
+"""How text is read: the bytes and lines of files, chunks of documents, and readers that know where they are.
 
 Text flows in chunks of at most ``CHUNK_BYTES`` bytes of UTF-8, so that no document has to fit in memory. Most documents are one
 chunk; longer ones are cut at line ends, where there are any. A reader's ``state()`` is plain data; a new reader made with
 it continues after the last chunk that was given, also where the one before ended with an error.
 """
 
+import gzip
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
+
+from bdh.text_files import MARK_BYTES, mark_length
 
 CHUNK_BYTES = 1 << 18
 PEEKED_ROWS = 100
 # Kinds of things that are left out, and counted.
 NO_TEXT = "rows without text"
 EMPTY_FILES = "empty files"
+COMPRESSED = (".gz", ".zst")
 
+_COMPRESSED_CHUNK_BYTES = 1 << 14
 _SPACES = b" \t\n\v\f\r"
 _MAX_LINE_ENDS = 64  # tried for the best cut: a file of empty lines has none
 _MAX_SHORT_BYTES = 1 << 28  # of text that is counted before a stream is taken for a long one
@@ -44,21 +52,20 @@ class Skipped:
 
     def __str__(self) -> str:
         """The end of a sentence; nothing where nothing was left out."""
-        if not self.counts:
-            return ""
-        return ": left out " + ", ".join(f"{what} ({number:,})" for what, number in self.counts.items())
-
-
-class ColumnError(ValueError):
-    """The column of the text is missing, or cannot be guessed."""
+        counted = ", ".join(f"{what} ({number:,})" for what, number in self.counts.items())
+        return f": left out {counted}" if counted else ""
 
 
 class Reader(Protocol):
-    def __iter__(self) -> Iterator[Chunk]: ...
+    def __iter__(self) -> Iterator[Chunk]:
+        """
+        Raises:
+            ValueError: what is to be read is no text, or no table of texts.
+            OSError: it cannot be read.
+        """
 
     def state(self) -> State:
         """Where the reader is, of plain data only."""
-        ...
 
 
 OpenShard = Callable[[Skipped, State | None], Reader]
@@ -118,8 +125,7 @@ class ChainReader:
         self._reader: Reader | None = None
 
     def state(self) -> State:
-        inner = self._inner_state if self._reader is None else self._reader.state()
-        return {"shard": self._shard, "inner": inner}
+        return {"shard": self._shard, "inner": self._reader.state() if self._reader else self._inner_state}
 
     def __iter__(self) -> Iterator[Chunk]:
         while self._shard < len(self._shards):
@@ -127,6 +133,37 @@ class ChainReader:
             yield from self._reader
             self._shard += 1
             self._reader = self._inner_state = None
+
+
+class TextFileReader:
+    """A plain or compressed text file: one document, read in chunks."""
+
+    def __init__(self, path: Path, encoding_errors: str, skipped: Skipped, state: State | None = None):
+        self._path, self._encoding_errors, self._skipped = path, encoding_errors, skipped
+        self._start = text_start(path)
+        # Bytes of the (uncompressed) file that were given.
+        self._offset: int = max(self._start, state["offset"] if state else 0)
+
+    def state(self) -> State:
+        return {"offset": self._offset}
+
+    def __iter__(self) -> Iterator[Chunk]:
+        pending = b""
+        for chunk in file_chunks(self._path, self._offset):
+            pending += chunk
+            while len(pending) > CHUNK_BYTES:
+                cut = cut_position(pending)
+                yield self._chunk(pending[:cut], False)
+                pending = pending[cut:]
+        if pending:
+            yield self._chunk(pending, True)
+        elif self._offset == self._start:
+            self._skipped.add(EMPTY_FILES)
+
+    def _chunk(self, raw: bytes, ends_document: bool) -> Chunk:
+        utf8 = raw if raw.isascii() else decoded(raw, self._encoding_errors, self._path, self._offset).encode()
+        self._offset += len(raw)
+        return Chunk(utf8, ends_document)
 
 
 def cut_position(utf8: bytes, limit: int = CHUNK_BYTES) -> int:
@@ -168,72 +205,6 @@ def from_plain(plain: list[Any]) -> list[Chunk]:
     return [Chunk(text.encode(), ends_document) for text, ends_document in plain]
 
 
-def to_utf8(text: str, encoding_errors: str, where: str) -> bytes:
-    """
-    Raises:
-        ValueError: the text holds half of a surrogate pair, which is no character, and ``encoding_errors`` is strict.
-    """
-    try:
-        return text.encode()
-    except UnicodeEncodeError as error:
-        if encoding_errors == "replace":
-            return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
-        raise ValueError(
-            f"{where}: character {error.start} of the text is U+{ord(text[error.start]):04X}, half of a surrogate "
-            "pair, which UTF-8 cannot hold; data.encoding_errors=replace goes on"
-        ) from error
-
-
-def row_text(text: Any, column: str, where: str, encoding_errors: str, skipped: Skipped) -> bytes | None:
-    """The text of a table's row in UTF-8; None, counted, where there is none: an empty one, null, or no such field.
-
-    Raises:
-        ValueError: it is something else than text.
-    """
-    if text is None or text == "":
-        skipped.add(NO_TEXT)
-        return None
-    if not isinstance(text, str):
-        raise ValueError(f"{where}: column {column!r} holds {text!r:.80} ({type(text).__name__}): it must be text")
-    return to_utf8(text, encoding_errors, where)
-
-
-def choose_column(types: Mapping[str, set[type]], wanted: str | None, where: str) -> str:
-    """The name of the column that holds the text of a table.
-
-    Args:
-        types: of each column, those of the values that are known.
-        wanted: ``data.text_column``.
-        where: the name of the table, for errors.
-
-    Raises:
-        ColumnError: the wanted column is not there; or none is wanted, and not exactly one holds strings.
-    """
-    names = ", ".join(types)
-    if wanted is not None:
-        if wanted not in types:
-            raise ColumnError(f"data.text_column is {wanted!r}, but {where} has no such column: it has {names}")
-        return wanted
-    nothing = type(None)
-    # Best one of strings alone; else one that holds a string, whose other rows are faults; else one of nothing, all of
-    # whose rows are without text.
-    strings = (
-        [name for name, found in types.items() if str in found and found <= {str, nothing}]
-        or [name for name, found in types.items() if str in found]
-        or [name for name, found in types.items() if found == {nothing}]
-    )
-    if len(strings) == 1:
-        return strings[0]
-    found = f"{len(strings)} columns hold strings ({', '.join(strings)})" if strings else "no column holds strings"
-    raise ColumnError(f"{where}: set data.text_column, as {found}; its columns are {names}")
-
-
-def num_kept(number: int, val_fraction: float) -> int:
-    """How many of so many documents or bytes are trained on, from the front; at least one each way, if possible."""
-    kept = int(number * (1 - val_fraction))
-    return min(max(kept, 1), number - 1) if number > 1 else number
-
-
 @dataclass(frozen=True)
 class Split:
     """Which chunks of a source are held out."""
@@ -267,52 +238,33 @@ class Split:
                 if at:
                     yield Chunk(chunk.utf8[:at], False), False, position + at
                 position += length
-                if 0 < left < length:
-                    yield Chunk(chunk.utf8[at:], chunk.ends_document), True, position
-                else:
-                    yield chunk, left <= 0, position
+                yield Chunk(chunk.utf8[at:], chunk.ends_document), left < length, position
 
 
-def whole_split(open_source: Callable[[], Iterable[Chunk]], val_fraction: float) -> Split:
-    """The last share of the documents is held out; of the bytes, where there is one document only. Reads the source once."""
-    num_documents = num_bytes = 0
-    for chunk in open_source():
-        num_documents += chunk.ends_document
-        num_bytes += len(chunk.utf8)
-    return _last_share(num_documents, num_bytes, val_fraction)
+def split_of(open_source: Callable[[], Iterable[Chunk]], val_fraction: float, *, streaming: bool) -> Split:
+    """The last share of the documents is held out; of the bytes, where there is one document only. Reads the source once.
 
-
-def count_if_single(open_source: Callable[[], Iterable[Chunk]]) -> int | None:
-    """The bytes of a source's text if it is one document, else None. Reads up to the second document at most."""
-    num_bytes, has_ended = 0, False
-    for chunk in open_source():
-        if has_ended:
-            return None
-        num_bytes += len(chunk.utf8)
-        has_ended = chunk.ends_document
-    return num_bytes
-
-
-def stream_split(open_source: Callable[[], Iterable[Chunk]], val_fraction: float) -> Split:
-    """How a source is split whose end is far: every ``round(1 / val_fraction)``-th chunk is held out.
-
-    A fraction above one half holds out every second chunk: it cannot hold out more than it leaves. A source of not more chunks
-    than that, of which none or only the rest of a document would be held out, is split as without streaming.
+    Args:
+        streaming: the end is far, so every ``round(1 / val_fraction)``-th chunk is held out. (A fraction above one half
+            holds out every second one: it cannot hold out more than it leaves.) A source of not more chunks than that,
+            of which none or only the rest of a document would be held out, is split as without.
     """
     every = max(2, round(1 / val_fraction))
     num_documents = num_bytes = 0
     for number, chunk in enumerate(open_source()):
         num_documents += chunk.ends_document
         num_bytes += len(chunk.utf8)
-        if number == every or num_bytes > _MAX_SHORT_BYTES:
+        if streaming and (number == every or num_bytes > _MAX_SHORT_BYTES):
             return Split("parts", every)
-    return _last_share(num_documents, num_bytes, val_fraction)
-
-
-def _last_share(num_documents: int, num_bytes: int, val_fraction: float) -> Split:
     if num_documents <= 1:
         return Split("bytes", num_kept(num_bytes, val_fraction))
     return Split("documents", num_kept(num_documents, val_fraction))
+
+
+def num_kept(number: int, val_fraction: float) -> int:
+    """How many of so many documents or bytes are trained on, from the front; at least one each way, if possible."""
+    kept = int(number * (1 - val_fraction))
+    return min(max(kept, 1), number - 1) if number > 1 else number
 
 
 def _character_start(utf8: bytes, position: int) -> int:
@@ -320,3 +272,189 @@ def _character_start(utf8: bytes, position: int) -> int:
     while 0 < position < len(utf8) and utf8[position] & 0xC0 == 0x80:
         position -= 1
     return position
+
+
+class ColumnError(ValueError):
+    """The column of the text is missing, or cannot be guessed."""
+
+
+def choose_column(types: Mapping[str, set[type]], wanted: str | None, where: str) -> str:
+    """The name of the column that holds the text of a table.
+
+    Args:
+        types: of each column, those of the values that are known.
+        wanted: ``data.text_column``.
+        where: the name of the table, for errors.
+
+    Raises:
+        ColumnError: the wanted column is not there; or none is wanted, and not exactly one holds strings.
+    """
+    names = ", ".join(types)
+    if wanted is not None:
+        if wanted not in types:
+            raise ColumnError(f"data.text_column is {wanted!r}, but {where} has no such column: it has {names}")
+        return wanted
+    nothing = type(None)
+    # Best one of strings alone; else one that holds a string, whose other rows are faults; else one of nothing, all of
+    # whose rows are without text.
+    strings = (
+        [name for name, found in types.items() if str in found and found <= {str, nothing}]
+        or [name for name, found in types.items() if str in found]
+        or [name for name, found in types.items() if found == {nothing}]
+    )
+    if len(strings) == 1:
+        return strings[0]
+    found = f"{len(strings)} columns hold strings ({', '.join(strings)})" if strings else "no column holds strings"
+    raise ColumnError(f"{where}: set data.text_column, as {found}; its columns are {names}")
+
+
+def row_text(text: Any, column: str, where: str, encoding_errors: str, skipped: Skipped) -> bytes | None:
+    """The text of a table's row in UTF-8; None, counted, where there is none: an empty one, null, or no such field.
+
+    Raises:
+        ValueError: it is something else than text.
+    """
+    if text is None or text == "":
+        skipped.add(NO_TEXT)
+        return None
+    if not isinstance(text, str):
+        raise ValueError(f"{where}: column {column!r} holds {text!r:.80} ({type(text).__name__}): it must be text")
+    return to_utf8(text, encoding_errors, where)
+
+
+def to_utf8(text: str, encoding_errors: str, where: str) -> bytes:
+    """
+    Raises:
+        ValueError: the text holds half of a surrogate pair, which is no character, and ``encoding_errors`` is strict.
+    """
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        if encoding_errors == "replace":
+            return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+        raise ValueError(
+            f"{where}: character {error.start} of the text is U+{ord(text[error.start]):04X}, half of a surrogate "
+            "pair, which UTF-8 cannot hold; data.encoding_errors=replace goes on"
+        ) from error
+
+
+def decoded(utf8: bytes, encoding_errors: str, path: Path, offset: int, line: int | None = None) -> str:
+    """The text of the bytes that stand at ``offset`` of a file.
+
+    Raises:
+        ValueError: they are not UTF-8, and ``encoding_errors`` is strict.
+    """
+    try:
+        return utf8.decode("utf-8", encoding_errors)
+    except UnicodeDecodeError as error:
+        number = utf8.count(b"\n", 0, error.start)
+        where = f", in line {line + number}" if line else ""
+        raise ValueError(
+            f"{path} is not UTF-8: byte {offset + error.start} is 0x{utf8[error.start]:02X}{where}. Convert the file, or set "
+            "data.encoding_errors=replace to put U+FFFD in the place of such bytes"
+        ) from error
+
+
+class Line(NamedTuple):
+    """A line of a file that is not blank."""
+
+    number: int
+    """From 1 on."""
+    text: str
+    end: int
+    """Bytes of the (uncompressed) file up to the next line."""
+
+
+def text_lines(path: Path, encoding_errors: str, offset: int = 0, number: int = 1) -> Iterator[Line]:
+    """The lines of a file that are not blank, without a byte order mark.
+
+    Args:
+        offset: bytes of the (uncompressed) file to leave out, which end with a line.
+        number: of the line that is there.
+
+    Raises:
+        ValueError: a line is not UTF-8, or the compressed file is damaged.
+    """
+    offset = max(offset, text_start(path))
+    pending: list[bytes] = []
+    for chunk in chain(file_chunks(path, offset), [b"\n"]):  # the last line may have no end of its own
+        first, *others = chunk.split(b"\n")
+        pending.append(first)
+        for other in others:
+            line, pending = b"".join(pending), [other]
+            start, offset = offset, offset + len(line) + 1
+            if line and not line.isspace():
+                yield Line(number, decoded(line, encoding_errors, path, start, number), offset)
+            number += 1
+
+
+def compression(path: Path) -> str:
+    """The last suffix of a file's name in small letters, if it is one of a compression; else nothing."""
+    suffix = path.suffix.lower()
+    return suffix if suffix in COMPRESSED else ""
+
+
+def text_start(path: Path) -> int:
+    """Where the text of a file begins in its uncompressed bytes: after the byte order mark, if there is one.
+
+    Raises:
+        ValueError: the mark is that of another encoding than UTF-8, or the compressed file is damaged or cut off.
+    """
+    beginning = b""
+    for chunk in file_chunks(path):
+        beginning += chunk
+        if len(beginning) >= MARK_BYTES:
+            break
+    return mark_length(beginning, path)
+
+
+def file_chunks(path: Path, offset: int = 0) -> Iterator[bytes]:
+    """The bytes of a file from ``offset`` on, uncompressed if its name ends in .gz or .zst.
+
+    Raises:
+        ValueError: the compressed file is damaged or cut off.
+        OSError: the file cannot be read; the error has its name.
+    """
+    try:
+        if not compression(path):
+            with path.open("rb") as file:
+                file.seek(offset)
+                while chunk := file.read(CHUNK_BYTES):
+                    yield chunk
+            return
+        for chunk in _gzip_chunks(path) if compression(path) == ".gz" else _zstd_chunks(path):
+            if offset < len(chunk):
+                yield chunk[offset:]
+            offset = max(0, offset - len(chunk))
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def _gzip_chunks(path: Path) -> Iterator[bytes]:
+    try:
+        with gzip.open(path, "rb") as file:
+            while chunk := file.read(CHUNK_BYTES):
+                yield chunk
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is damaged or cut off: {error}") from error
+
+
+def _zstd_chunks(path: Path) -> Iterator[bytes]:
+    """By hand, as the library's own reader takes a file that is cut off for one that is complete."""
+    import zstandard
+
+    frame = None
+    with path.open("rb") as file:
+        while chunk := file.read(_COMPRESSED_CHUNK_BYTES):
+            while chunk:
+                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                try:
+                    yield frame.decompress(chunk)
+                except zstandard.ZstdError as error:
+                    raise ValueError(f"{path} is damaged: {error}") from error
+                chunk = b""
+                if frame.eof:
+                    chunk, frame = frame.unused_data, None
+    if frame is not None:
+        raise ValueError(f"{path} is cut off: its last zstandard frame has no end")

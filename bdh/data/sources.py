@@ -6,39 +6,53 @@ import logging
 import os
 import platform
 import sysconfig
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bdh.data.config import DataConfig, EntryConfig
-from bdh.data.csv_files import SHOWN_CHARACTERS, csv_reader, show_csv_columns
-from bdh.data.csv_layout import CsvSettings, find_layout
-from bdh.data.files import (
+from bdh.data.config import (
     BUILTIN,
     CSV_TYPES,
     FOUND_TWICE,
     JSON_TYPES,
     PARQUET,
     TEXT_TYPES,
+    DataConfig,
+    EntryConfig,
     FileKey,
-    TextFileReader,
-    compression,
-    file_chunks,
     file_key,
     file_type,
     find_files,
-    identity,
+    is_hub_layout,
     item_names,
     regular_files,
 )
-from bdh.data.hub import HubSet, is_hub_layout, local_tables, parquet_column, parquet_reader, shakespeare
-from bdh.data.json_files import json_column, json_reader
-from bdh.data.reading import EMPTY_FILES, ChainReader, ColumnError, OpenShard, Reader, Skipped, State, listed
+from bdh.data.csv_files import Lines, csv_reader, csv_settings, csv_texts, find_layout
+from bdh.data.reading import (
+    EMPTY_FILES,
+    ChainReader,
+    ColumnError,
+    OpenShard,
+    Reader,
+    Skipped,
+    State,
+    TextFileReader,
+    compression,
+    file_chunks,
+    listed,
+)
+from bdh.data.tables import HubSet, json_column, json_reader, local_tables, parquet_column, parquet_reader, shakespeare
 
 _FINGERPRINT_BYTES = 1 << 16
 _FIRST_BYTES = 1 << 20
 _NOWHERE = (0, 0)
+_NOTHING_LEFT = "nothing is left to train on without data.val_source"
+_SHOWN_CHARACTERS = 60
+_MAX_COUNTED_BYTES = 1 << 26
+_MAX_SHOWN_FILES = 3
 _NO_SOURCE_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 _logger = logging.getLogger(__name__)
 
@@ -58,7 +72,6 @@ class Source:
     """What was left out when the source was looked up."""
     names: set[tuple[str | None, ...]] = field(default_factory=set)
     """Of the texts that are not read file by file: built-in ones, and splits that ``datasets`` reads."""
-
     guessed_column: tuple[str, str] | None = None
     """Of what ``datasets`` reads: its name, and the column that was taken for the text without being asked for."""
 
@@ -102,11 +115,7 @@ class Source:
         return digest.hexdigest()
 
     def _before(self, number: int, inner: State) -> bytes:
-        """A hash of a shard's text before the place where a reader of it was.
-
-        Raises:
-            OSError: a file cannot be read.
-        """
+        """A hash of a shard's text before the place where a reader of it was."""
         wanted = _place(inner)
         if wanted == _NOWHERE:
             return b""
@@ -133,7 +142,7 @@ class Source:
 
 
 def _place(state: State) -> tuple[int, int]:
-    """What grows as a reader reads: the rows, documents or bytes that it has read, and the parts given of the next one."""
+    """What grows as a reader reads: rows, documents or bytes that it has read, and chunks given of the next one."""
     read = next((state[name] for name in ("row", "num_rows", "document", "offset") if name in state), 0)
     return read, state.get("parts", -len(state.get("pending", [])))
 
@@ -244,7 +253,7 @@ def _resolve(config: DataConfig, items: list[str], split: str, held_out: set[Fil
         if kept:
             parts.append(_of_files(config, kept, Skipped()))
     if not parts:
-        raise _nothing_left(config)
+        raise ValueError(f"data.source {config.source!r}: {_NOTHING_LEFT}")
     sizes = [part.num_bytes for part in parts]
     return Source(
         shards=[shard for part in parts for shard in part.shards],
@@ -263,17 +272,19 @@ def _not_held_out(files: list[Path], held_out: set[FileKey], skipped: Skipped) -
     return kept
 
 
-def _nothing_left(config: DataConfig) -> ValueError:
-    return ValueError(f"data.source {config.source!r}: nothing is left to train on without data.val_source")
+def _identity(files: Sequence[Path]) -> list[Any]:
+    """Path, size and time of each file: another list where a file has been changed."""
+    found = [(path.resolve(), path.stat()) for path in files]
+    return [[path.as_posix(), stat.st_size, stat.st_mtime_ns] for path, stat in found]
 
 
 def _of_files(config: DataConfig, files: list[Path], skipped: Skipped) -> Source:
     has_csv = any(file_type(path) in CSV_TYPES for path in files)
-    identity_of_csv = [["csv", *astuple(CsvSettings.of(config))]] if has_csv else []
+    identity_of_csv = [["csv", *csv_settings(config).values()]] if has_csv else []
     is_plain = all(file_type(path) == path.suffix.lower() and file_type(path) != PARQUET for path in files)
     return Source(
         shards=[_opener(path, config) for path in files],
-        identity=[["files", *identity(files)], *identity_of_csv],
+        identity=[["files", *_identity(files)], *identity_of_csv],
         shard_files=[[path] for path in files],
         num_bytes=sum(path.stat().st_size for path in files) if is_plain else None,
         skipped=skipped,
@@ -282,18 +293,18 @@ def _of_files(config: DataConfig, files: list[Path], skipped: Skipped) -> Source
 
 def _opener(path: Path, config: DataConfig) -> OpenShard:
     """Opens a file by its type; raises ValueError for a table without the column, or of which no single one can be guessed."""
-    kind, wanted, errors, settings = file_type(path), config.text_column, config.encoding_errors, CsvSettings.of(config)
+    kind, wanted, errors = file_type(path), config.text_column, config.encoding_errors
 
     def open_file(skipped: Skipped, state: State | None) -> Reader:
         if kind in TEXT_TYPES:
             return TextFileReader(path, errors, skipped, state)
         if path.stat().st_size > 0:
             if kind in CSV_TYPES:
-                if (layout := find_layout(path, wanted, errors, settings)) is not None:
-                    return csv_reader(path, layout, settings, errors, skipped, state)
+                if layout := find_layout(path, config):
+                    return csv_reader(path, layout, config, skipped, state)
             elif kind in JSON_TYPES:
-                if (json_name := json_column(path, wanted, errors)) is not None:
-                    return json_reader(path, json_name, errors, skipped, state)
+                if column := json_column(path, wanted, errors):
+                    return json_reader(path, column, errors, skipped, state)
             elif kind == PARQUET:
                 if (name := parquet_column(path, wanted)) is not None:
                     return parquet_reader(path, name, errors, skipped, state)
@@ -309,27 +320,28 @@ def _opener(path: Path, config: DataConfig) -> OpenShard:
 def _of_builtin(name: str) -> Source:
     if name == "stdlib":
         paths = stdlib_files()
-        num_bytes = sum(path.stat().st_size for path in paths)
+        number, num_bytes = len(paths), sum(path.stat().st_size for path in paths)
         version = f"{platform.python_implementation()} {platform.python_version()}"
-        return Source(
-            shards=[lambda skipped, state: listed(len(paths), lambda i: _python_file(paths[i], skipped), state)],
-            identity=[["stdlib", version, len(paths), num_bytes]],
-            shard_files=[[]],
-            num_bytes=num_bytes,
-            skipped=Skipped(),
-            names={("stdlib",)},
-        )
-    if name == "shakespeare":
-        documents = [shakespeare()]
-    else:  # the language reference that Python's help() shows, one document a topic
-        from pydoc_data.topics import topics
+        identity = [name, version, number, num_bytes]
 
-        documents = [topics[topic].encode() for topic in sorted(topics)]
+        def get(i: int, skipped: Skipped) -> bytes | None:
+            return _python_file(paths[i], skipped)
+
+    else:
+        from pydoc_data.topics import topics  # the language reference that Python's help() shows
+
+        documents = [shakespeare()] if name == "shakespeare" else [topics[topic].encode() for topic in sorted(topics)]
+        number, num_bytes = len(documents), sum(map(len, documents))
+        identity = [name, hashlib.sha256(b"\0".join(documents)).hexdigest()]
+
+        def get(i: int, skipped: Skipped) -> bytes | None:
+            return documents[i]
+
     return Source(
-        shards=[lambda skipped, state: listed(len(documents), documents.__getitem__, state)],
-        identity=[[name, hashlib.sha256(b"\0".join(documents)).hexdigest()]],
+        shards=[lambda skipped, state: listed(number, lambda i: get(i, skipped), state)],
+        identity=[identity],
         shard_files=[[]],
-        num_bytes=sum(map(len, documents)),
+        num_bytes=num_bytes,
         skipped=Skipped(),
         names={(name,)},
     )
@@ -361,12 +373,17 @@ def _of_hub(config: DataConfig, path: str, split: str, held_out: set[FileKey]) -
     folder = Path(path).expanduser()
     tables = local_tables(str(folder), name=config.name, split=split) or []
     if not any(file_type(table) in CSV_TYPES for table in tables):
-        _refuse_csv_settings(config)
+        for setting, value in csv_settings(config).items():
+            if value != csv_settings(DataConfig())[setting]:
+                raise ValueError(
+                    f"data.csv_{setting} is {value!r}, but data.source {config.source!r} is a data set of the hub: leave it "
+                    "out, or name the local files one by one or as a glob"
+                )
     if tables:
         skipped = Skipped()
         kept = _not_held_out(tables, held_out, skipped)
         if not kept:
-            raise _nothing_left(config)
+            raise ValueError(f"data.source {config.source!r}: {_NOTHING_LEFT}")
         return _of_files(config, kept, skipped)
     files = sorted(f for f in folder.rglob("*") if f.is_file()) if folder.is_dir() else []
     for file in files:
@@ -387,7 +404,7 @@ def _of_hub(config: DataConfig, path: str, split: str, held_out: set[FileKey]) -
     name = [folder.name if files else path, config.name, split, config.revision, hub_set.column]
     return Source(
         shards=[hub_set.open],
-        identity=[["hub", *name, hub_set.identity], ["files", *identity(files)]],
+        identity=[["hub", *name, hub_set.identity], ["files", *_identity(files)]],
         shard_files=[files],
         num_bytes=None,
         skipped=Skipped(),
@@ -396,24 +413,15 @@ def _of_hub(config: DataConfig, path: str, split: str, held_out: set[FileKey]) -
     )
 
 
-def _refuse_csv_settings(config: DataConfig) -> None:
-    for setting, value in asdict(CsvSettings.of(config)).items():
-        if value != getattr(CsvSettings, setting):
-            raise ValueError(
-                f"data.csv_{setting} is {value!r}, but data.source {config.source!r} is a data set of the hub: leave it out, "
-                "or name the local files one by one or as a glob"
-            )
-
-
 def show_columns(config: DataConfig, *sources: Source | None) -> None:
     """Says which column holds the text: of each .csv file, and of other tables where the name was guessed.
 
     Raises:
         ColumnError: the guess gives other names in other files of a source, or cannot be made.
-        ValueError: as of :func:`bdh.data.csv_files.show_csv_columns`, and of a file that is damaged.
+        ValueError: as of :func:`_show_csv_columns`, and of a file that is damaged.
     """
     known = [source for source in sources if source is not None]
-    show_csv_columns([path for source in known for path in source.csv_files], config)
+    _show_csv_columns([path for source in known for path in source.csv_files], config)
     if config.text_column is not None:
         return
     shown: set[str] = set()
@@ -430,6 +438,38 @@ def show_columns(config: DataConfig, *sources: Source | None) -> None:
                 shown.add(name)
                 text = _first_text(source, where)
                 _logger.warning("%s: the text is column %r, the first text begins %r", where, name, text)
+
+
+def _show_csv_columns(files: Sequence[Path], config: DataConfig) -> None:
+    """Says of each file which column holds the text, how many rows there are, and how the first text begins.
+
+    The rows of the first files are counted, up to 64 MiB of text.
+
+    Raises:
+        ValueError: as of :func:`find_layout`; and of :func:`csv_texts` in the counted rows.
+    """
+    num_shown, num_bytes, further = 0, 0, Counter[str]()
+    for path in files:
+        layout = find_layout(path, config)
+        if layout is None:
+            continue
+        if num_shown == _MAX_SHOWN_FILES:
+            further[layout.names[layout.column]] += 1
+            continue
+        lines, num_rows, is_all = Lines(path, config), 0, False
+        texts, end = csv_texts(lines, layout, config), object()
+        while num_bytes + lines.offset < _MAX_COUNTED_BYTES and not is_all:
+            text = next(texts, end)
+            is_all = text is end
+            num_rows += not is_all and text is not None
+        num_shown, num_bytes = num_shown + 1, num_bytes + lines.offset
+        number = f"{num_rows:,} row{'s' * (num_rows != 1)}" if is_all else f"more than {num_rows:,} rows"
+        _logger.warning(
+            "%s: %s; %s, the first text begins %r", path, layout, number, layout.first_text[:_SHOWN_CHARACTERS]
+        )
+    if further:
+        columns = ", ".join(f"{name!r} in {number:,}" for name, number in further.items())
+        _logger.warning("%s further tables: the text is column %s", f"{further.total():,}", columns)
 
 
 def _guessed_columns(config: DataConfig, source: Source) -> dict[str, str | Path]:
@@ -452,9 +492,7 @@ def _guessed_columns(config: DataConfig, source: Source) -> dict[str, str | Path
 def _first_text(source: Source, where: str | Path) -> str:
     """How the first document of a table begins; nothing where it cannot be read, which its reading will say."""
     number = next((number for number, paths in enumerate(source.shard_files) if where in paths), 0)
-    utf8 = b""
     with suppress(ValueError):
         for chunk in source.open(state={"shard": number, "inner": None}):
-            utf8 = chunk.utf8[: 4 * SHOWN_CHARACTERS]
-            break
-    return utf8.decode("utf-8", "ignore")[:SHOWN_CHARACTERS]
+            return chunk.utf8[: 4 * _SHOWN_CHARACTERS].decode("utf-8", "ignore")[:_SHOWN_CHARACTERS]
+    return ""

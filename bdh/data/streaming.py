@@ -22,14 +22,13 @@ from bdh.data.corpus import (
     Loader,
     ProgressCallback,
     announce,
-    batch_of_documents,
     check_long_enough,
-    check_rows,
+    check_sequences,
     check_state,
     left_out,
     step_generator,
 )
-from bdh.data.reading import ChainReader, Chunk, Skipped, Split, State, from_plain, stream_split
+from bdh.data.reading import ChainReader, Chunk, Skipped, Split, State, from_plain, split_of
 from bdh.data.sources import Source, show_columns, training_source, validation_source
 from bdh.tokenizer.plain import TextEncoder
 
@@ -45,9 +44,11 @@ class StreamingCorpus(Corpus):
 
     Without a validation source of its own, every ``round(1 / val_fraction)``-th chunk of it is held out: a chunk is
     a document, or 256 KiB of a longer one. (A source of not more parts is split as it is without streaming, see
-    :func:`bdh.data.reading.stream_split`.) Of the held-out text, the first ``val_tokens`` tokens are kept to
+    :func:`bdh.data.reading.split_of`.) Of the held-out text, the first ``val_tokens`` tokens are kept to
     validate on; the search for them ends after 256 MiB of text.
     """
+
+    no_tokens_because = "a streaming corpus is never tokenized as a whole: set data.streaming=false"
 
     def __init__(self, config: DataConfig, encoder: TextEncoder, block_size: int, progress: ProgressCallback):
         self.block_size = block_size
@@ -56,7 +57,9 @@ class StreamingCorpus(Corpus):
         validation = validation_source(config)
         self._source = training_source(config)
         show_columns(config, self._source, validation)
-        self._split = None if validation is not None else stream_split(self._source.open, config.val_fraction)
+        self._split = (
+            None if validation is not None else split_of(self._source.open, config.val_fraction, streaming=True)
+        )
 
         skipped = left_out({}, self._source, validation)
         collector = _Collector(config, encoder, block_size, progress)
@@ -109,15 +112,12 @@ class StreamingCorpus(Corpus):
             self._encoder,
             self.block_size,
             batch_size,
-            check_rows(batch_size, rank, world_size),
+            check_sequences(batch_size, rank, world_size),
             seed,
             buffer_documents=self._config.shuffle_buffer_documents,
             marks_documents=self._config.pack == "documents",
             carry_state=carry_state,
         )
-
-    def train_tokens(self) -> np.ndarray:
-        raise ValueError("a streaming corpus is never tokenized as a whole: set data.streaming=false")
 
     def validation_tokens(self) -> np.ndarray:
         return self._validation
@@ -277,7 +277,7 @@ class StreamLoader:
         tokens = torch.from_numpy(np.concatenate([tokens for tokens, _ in taken])[index].astype(np.int64))
         if not self._marks_documents:
             return Batch(tokens)
-        return batch_of_documents(tokens, torch.from_numpy(np.concatenate([starts for _, starts in taken])[index]))
+        return Batch.of_documents(tokens, torch.from_numpy(np.concatenate([starts for _, starts in taken])[index]))
 
     def _draw(self, lane: _Lane) -> Chunk:
         """A chunk of the lane's buffer at random, which is filled from one pass through the source at a time."""

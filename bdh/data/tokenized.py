@@ -19,32 +19,26 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import torch
 
 from bdh.data.config import DataConfig
 from bdh.data.corpus import (
-    Batch,
     Corpus,
     Loader,
     ProgressCallback,
-    StepLoader,
     announce,
-    batch_of_documents,
     check_long_enough,
-    check_rows,
+    check_sequences,
+    continued_loader,
     left_out,
-    starts_after,
-    step_generator,
-    take_windows,
+    window_loader,
 )
-from bdh.data.reading import Chunk, Skipped, Split, count_if_single, num_kept
+from bdh.data.reading import Chunk, Skipped, Split, num_kept
 from bdh.data.sources import Source, show_columns, training_source, validation_source
 from bdh.locks import Lock
 from bdh.storage import DiskFullError, atomic_dir, recover_dir
-from bdh.tokenizer.plain import TextEncoder
+from bdh.tokenizer.plain import TextEncoder, batches_of_bytes
 
 _FORMAT = 2
-_BATCH_BYTES = 1 << 22
 _logger = logging.getLogger(__name__)
 
 
@@ -67,10 +61,6 @@ class TokenMeta:
     """What was left out when the source was read, by kind; not what was when it was looked up, which each start does."""
 
 
-def default_cache_dir() -> Path:
-    return Path(os.environ.get("BDH_CACHE") or "~/.cache/bdh").expanduser()
-
-
 class TokenCache:
     """One entry of the cache."""
 
@@ -79,7 +69,7 @@ class TokenCache:
         Args:
             key: plain data that is another wherever the tokens may be others.
         """
-        root = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+        root = Path(cache_dir or os.environ.get("BDH_CACHE") or "~/.cache/bdh").expanduser()
         self.folder = root / "tokens" / hashlib.sha256(f"{_FORMAT}{json.dumps(key)}".encode()).hexdigest()[:32]
 
     def load(self) -> TokenMeta | None:
@@ -109,14 +99,19 @@ class TokenCache:
             write: writes the tokens. An error that it raises leaves nothing behind.
 
         Raises:
-            DiskFullError: there is no room for it.
+            DiskFullError: it does not fit on the disk.
             OSError: the folder cannot be written.
         """
         parent = self.folder.parent
         try:
             parent.mkdir(parents=True, exist_ok=True)
             with Lock(parent / f"{self.folder.name}.building", f"the token cache {self.folder}", wait=True):
-                return self.load() or self._build(write)
+                if (meta := self.load()) is None:
+                    with atomic_dir(self.folder) as temporary:
+                        with (temporary / "tokens.bin").open("wb") as file:
+                            meta = write(TokenWriter(file, temporary / "documents.bin"))
+                        (temporary / "meta.json").write_text(json.dumps(asdict(meta), indent=2), encoding="utf-8")
+                return meta
         except DiskFullError as error:
             raise DiskFullError(f"{error}: make room, or choose another disk with data.cache_dir") from error
         except OSError as error:
@@ -129,29 +124,30 @@ class TokenCache:
                 ) from error
             raise
 
-    def _build(self, write: Callable[["TokenWriter"], TokenMeta]) -> TokenMeta:
-        with atomic_dir(self.folder) as temporary:
-            with (temporary / "tokens.bin").open("wb") as file:
-                meta = write(TokenWriter(file, temporary))
-            (temporary / "meta.json").write_text(json.dumps(asdict(meta), indent=2), encoding="utf-8")
-        return meta
-
 
 class TokenWriter:
-    """Tokenizes chunks, batch by batch, on all cores, and appends them to a file."""
+    """Appends tokens to the file of an entry, and counts them."""
 
-    def __init__(self, file: IO[bytes], folder: Path):
-        self._file = file
-        self._folder = folder
-        self.num_tokens = 0
-        self.num_bytes = 0
-        self.num_documents = 0
+    def __init__(self, file: IO[bytes], ends: Path):
+        """
+        Args:
+            ends: a temporary file, for where documents end.
+        """
+        self._file, self._ends = file, ends
         self._hash = hashlib.blake2b(digest_size=16)
+        self.num_tokens = self.num_bytes = self.num_documents = 0
 
-    def append(
-        self, chunks: Iterable[Chunk], encoder: TextEncoder, progress: Callable[[int], None] | None = None
-    ) -> np.ndarray:
-        """Writes the tokens of the chunks, with ``<eos>`` after each document where the tokenizer has one.
+    def write(self, tokens: np.ndarray, num_bytes: int, num_documents: int) -> None:
+        """Tokens that stand for so many bytes of text, in which so many documents end."""
+        data = tokens.tobytes()
+        self._file.write(data)
+        self._hash.update(data)
+        self.num_tokens += len(tokens)
+        self.num_bytes += num_bytes
+        self.num_documents += num_documents
+
+    def append(self, chunks: Iterable[Chunk], encoder: TextEncoder, progress: Callable[[int], None]) -> np.ndarray:
+        """Tokenizes chunks, batch by batch, on all cores, with ``<eos>`` after each document where the tokenizer has one.
 
         Args:
             progress: called with the bytes of text written so far by this writer.
@@ -160,46 +156,28 @@ class TokenWriter:
             For each document that ended, the tokens and the bytes up to its end, counted from the writer's
             beginning: (documents, 2), a map of a file.
         """
-        with (self._folder / "documents.bin").open("wb") as ends:
-            for batch in _batches(chunks):
-                arrays = encoder.encode_utf8([chunk.utf8 for chunk in batch])
+        end = [] if encoder.eos_token_id is None else [np.array([encoder.eos_token_id], dtype=encoder.dtype)]
+        with self._ends.open("wb") as ends:
+            for batch in batches_of_bytes(chunks, lambda chunk: len(chunk.utf8)):
                 pieces: list[np.ndarray] = []
-                positions = []
-                for chunk, tokens in zip(batch, arrays, strict=True):
-                    pieces.append(tokens)
-                    self.num_tokens += len(tokens)
-                    self.num_bytes += len(chunk.utf8)
-                    if chunk.ends_document:
-                        if encoder.eos_token_id is not None:
-                            pieces.append(np.array([encoder.eos_token_id], dtype=encoder.dtype))
-                            self.num_tokens += 1
-                        positions.append((self.num_tokens, self.num_bytes))
-                self.num_documents += len(positions)
-                data = np.concatenate(pieces).tobytes()
-                self._file.write(data)
-                self._hash.update(data)
-                ends.write(np.array(positions, dtype=np.int64).tobytes())
-                if progress is not None:
-                    progress(self.num_bytes)
-        path = self._folder / "documents.bin"
-        if path.stat().st_size == 0:
+                lengths = []
+                for chunk, tokens in zip(batch, encoder.encode_utf8([chunk.utf8 for chunk in batch]), strict=True):
+                    new = [tokens, *end] if chunk.ends_document else [tokens]
+                    pieces += new
+                    lengths.append((sum(map(len, new)), len(chunk.utf8)))
+                positions = np.cumsum([(self.num_tokens, self.num_bytes), *lengths], axis=0)[1:]
+                positions = positions[[chunk.ends_document for chunk in batch]]
+                ends.write(positions.astype(np.int64).tobytes())
+                self.write(np.concatenate(pieces), sum(size for _, size in lengths), len(positions))
+                progress(self.num_bytes)
+        if self._ends.stat().st_size == 0:
             return np.empty((0, 2), dtype=np.int64)
-        return np.memmap(path, dtype=np.int64, mode="r").reshape(-1, 2)
-
-    def append_encoded(self, tokens: np.ndarray, num_bytes: int) -> tuple[int, int]:
-        """Writes the tokens of a document, which stand for so many bytes of text; returns all so far of both."""
-        data = tokens.tobytes()
-        self._file.write(data)
-        self._hash.update(data)
-        self.num_tokens += len(tokens)
-        self.num_bytes += num_bytes
-        self.num_documents += 1
-        return self.num_tokens, self.num_bytes
+        return np.memmap(self._ends, dtype=np.int64, mode="r").reshape(-1, 2)
 
     def finish(
         self, dtype: np.dtype, train_tokens: int, train_bytes: int, val_documents: int, skipped: dict[str, int]
     ) -> TokenMeta:
-        (self._folder / "documents.bin").unlink(missing_ok=True)
+        self._ends.unlink(missing_ok=True)
         self._hash.update(f"{dtype} {train_tokens}".encode())
         return TokenMeta(
             dtype=dtype.name,
@@ -212,19 +190,6 @@ class TokenWriter:
             content_hash=self._hash.hexdigest(),
             skipped=skipped,
         )
-
-
-def _batches(chunks: Iterable[Chunk]) -> Iterable[list[Chunk]]:
-    batch: list[Chunk] = []
-    size = 0
-    for chunk in chunks:
-        batch.append(chunk)
-        size += len(chunk.utf8)
-        if size >= _BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 class TokenizedCorpus(Corpus):
@@ -245,12 +210,11 @@ class TokenizedCorpus(Corpus):
         training, validation = sources
         identity = [training.identity, validation.identity if validation else config.val_fraction]
         settings = [config.text_column, config.encoding_errors]
-        cache = TokenCache(config.cache_dir, [*key[:-1], *identity, *settings, key[-1]])
-        found = cache.load()
-        meta = found or cache.build(write)
+        self._cache = TokenCache(config.cache_dir, [*key[:-1], *identity, *settings, key[-1]])
+        found = self._cache.load()
+        self._meta = meta = found or self._cache.build(write)
         skipped = left_out(meta.skipped, training, validation)
         announce(config, skipped)
-        self._cache, self._meta = cache, meta
         self.fingerprint = meta.content_hash
         self.facts = {
             "source": config.source,
@@ -264,7 +228,7 @@ class TokenizedCorpus(Corpus):
             "dtype": meta.dtype,
             "skipped": skipped.counts,
             "fingerprint": self.fingerprint,
-            "cache": str(cache.folder),
+            "cache": str(self._cache.folder),
             "was_cached": found is not None,
         }
 
@@ -280,67 +244,25 @@ class TextCorpus(TokenizedCorpus):
 
     def __init__(self, config: DataConfig, encoder: TextEncoder, block_size: int, progress: ProgressCallback):
         self.block_size = block_size
-        self._eos_token_id = encoder.eos_token_id
-        self._packs_documents = config.pack == "documents"
-        validation = validation_source(config)
-        training = training_source(config)
+        self._eos_token_id, self._packs_documents = encoder.eos_token_id, config.pack == "documents"
+        validation, training = validation_source(config), training_source(config)
         show_columns(config, training, validation)
-        super().__init__(
-            config,
-            (training, validation),
-            [encoder.hash],
-            lambda writer: _tokenize(config, training, validation, encoder, block_size, writer, progress),
-        )
+
+        def write(writer: TokenWriter) -> TokenMeta:
+            return _tokenize(config, training, validation, encoder, block_size, writer, progress)
+
+        super().__init__(config, (training, validation), [encoder.hash], write)
         check_long_enough(config, self.facts["train_tokens"], self.facts["val_tokens"], block_size)
         self.val_bytes_per_token = self.facts["val_bytes"] / max(1, self.facts["val_tokens"])
 
     def train_loader(
         self, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, *, carry_state: bool = False
     ) -> Loader:
-        own = check_rows(batch_size, rank, world_size)
+        own, end = check_sequences(batch_size, rank, world_size), self._eos_token_id
         if carry_state:
-            return self._continued_loader(batch_size, own, seed)
-        text, length = self.train_tokens(), self.block_size + 1
-
-        def windows(step: int) -> Batch:
-            """Windows at random starts: where that of sequence i begins is the i-th draw of the step."""
-            starts = step_generator(seed, 0, 0, 0, step).integers(len(text) - length + 1, size=batch_size)[own]
-            tokens = torch.from_numpy(take_windows(text, starts, length))
-            if not self._packs_documents or self._eos_token_id is None:
-                return Batch(tokens)
-            return batch_of_documents(tokens, starts_after(tokens, self._eos_token_id))
-
-        return StepLoader("windows", seed, windows)
-
-    def _continued_loader(self, batch_size: int, own: slice, seed: int) -> Loader:
-        """Sequences that read on from step to step, so that a state can be carried.
-
-        The text is a circle, which they enter at equal distances from a point that the seed chooses. When each has come
-        to where the next one entered, every token was predicted once. A document starts after each <eos>, and at the
-        beginning of the text.
-
-        Raises:
-            ValueError: they would read the same text at the same time.
-        """
-        T, text = self.block_size, self.train_tokens()
-        distance = len(text) // batch_size
-        if distance <= T:
-            raise ValueError(
-                f"train.carry_state lets {batch_size} rows read on through {len(text):,} training tokens, each "
-                f"{distance:,} tokens behind the next: must be more than a block, {T}; a lower "
-                "train.batch_size or train.block_size, or more text would do"
-            )
-        entries = (int(step_generator(seed, 0, 0, 0, 0).integers(len(text))) + np.arange(batch_size) * distance)[own]
-
-        def next_blocks(step: int) -> Batch:
-            index = (entries[:, None] + step * T + np.arange(-1, T + 1)) % len(text)  # with the token before
-            tokens = torch.from_numpy(text[index].astype(np.int64))
-            starts = torch.from_numpy(index == 0)
-            if self._eos_token_id is not None:
-                starts[:, 1:] |= tokens[:, :-1] == self._eos_token_id
-            return batch_of_documents(tokens[:, 1:], starts[:, 1:])
-
-        return StepLoader("continued windows", seed, next_blocks)
+            return continued_loader(self.train_tokens(), self.block_size, batch_size, own, seed, end)
+        end = end if self._packs_documents else None
+        return window_loader(self.train_tokens(), self.block_size, batch_size, own, seed, end)
 
     def train_tokens(self) -> np.ndarray:
         return self._streams[0]
@@ -366,28 +288,35 @@ def _tokenize(
     def advance(num_bytes: int) -> None:
         progress("tokenizing", num_bytes, total)
 
-    single_bytes = None if validation is not None else count_if_single(training.open)
-    train_tokens = train_bytes = 0
+    single_bytes = None if validation is not None else _count_if_single(training.open())
+    train_tokens = train_bytes = val_documents = 0
     if single_bytes is not None:  # one document, or none
         marked = Split("bytes", num_kept(single_bytes, config.val_fraction)).marked(training.open(skipped))
         for is_held_out, group in groupby(marked, key=lambda each: each[1]):
             writer.append((chunk for chunk, *_ in group), encoder, advance)
             if not is_held_out:
                 train_tokens, train_bytes = writer.num_tokens, writer.num_bytes
-        val_documents = 0
-    elif validation is not None:
-        writer.append(training.open(skipped), encoder, advance)
-        train_tokens, train_bytes, documents = writer.num_tokens, writer.num_bytes, writer.num_documents
-        writer.append(validation.open(skipped), encoder, advance)
-        val_documents = writer.num_documents - documents
     else:
         ends = writer.append(training.open(skipped), encoder, advance)
-        kept = num_kept(len(ends), config.val_fraction)
-        train_tokens, train_bytes = (int(number) for number in ends[kept - 1])
-        val_documents = len(ends) - kept
+        kept = len(ends) if validation is not None else num_kept(len(ends), config.val_fraction)
+        train_tokens, train_bytes = ends[kept - 1].tolist() if kept else (0, 0)
         del ends
+        if validation is not None:
+            writer.append(validation.open(skipped), encoder, advance)
+        val_documents = writer.num_documents - kept
     if writer.num_bytes == 0:
         found = left_out(skipped.counts, training, validation)
         raise ValueError(f"data.source {config.source!r} holds no text{found}")
     check_long_enough(config, train_tokens, writer.num_tokens - train_tokens, block_size)
     return writer.finish(encoder.dtype, train_tokens, train_bytes, val_documents, skipped.counts)
+
+
+def _count_if_single(chunks: Iterable[Chunk]) -> int | None:
+    """The bytes of a text if it is one document, else None. Reads up to the second document at most."""
+    num_bytes, has_ended = 0, False
+    for chunk in chunks:
+        if has_ended:
+            return None
+        num_bytes += len(chunk.utf8)
+        has_ended = chunk.ends_document
+    return num_bytes

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from bdh.data.corpus import Batch, ValidationPart, batch_of_documents, starts_after
+from bdh.data.corpus import Batch, ValidationPart, starts_after
 from bdh.generate.advance import Advancer, StepInput
 from bdh.generate.texts import inference
 from bdh.model import BDHForCausalLM
@@ -369,7 +369,7 @@ def _batch(rows: torch.Tensor, document_end: int | None, known: int = 0) -> Batc
     """Rows of tokens as a batch, without the first ``known`` columns, which only show whether they end a document."""
     if document_end is None:
         return Batch(rows[:, known:])
-    return batch_of_documents(rows[:, known:], starts_after(rows, document_end)[:, known:])
+    return Batch.of_documents(rows[:, known:], starts_after(rows, document_end)[:, known:])
 
 
 def _window_batches(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bdh.data.corpus import batch_of_documents, starts_after
+from bdh.data.corpus import Batch, starts_after
 from tests.data.conftest import write_table
 
 EOS = 258
@@ -17,14 +17,14 @@ def source(tmp_path):
 
 def test_a_document_starts_behind_each_end_and_its_first_token_is_not_predicted():
     tokens = torch.tensor([[EOS, 1, 2, EOS, EOS, 3], [1, 2, 3, 4, 5, EOS]])
-    batch = batch_of_documents(tokens, starts_after(tokens, EOS))
+    batch = Batch.of_documents(tokens, starts_after(tokens, EOS))
     assert batch.starts.tolist() == [[False, True, False, False, True], [False] * 5]
     assert batch.targets.tolist() == [[-100, 2, EOS, -100, -100], [2, 3, 4, 5, EOS]]
     assert batch.num_targets == 7
 
 
 def test_a_batch_without_an_end_is_a_plain_one():
-    batch = batch_of_documents(torch.ones(2, 5, dtype=torch.int64), torch.zeros(2, 5, dtype=torch.bool))
+    batch = Batch.of_documents(torch.ones(2, 5, dtype=torch.int64), torch.zeros(2, 5, dtype=torch.bool))
     assert batch.starts is None
     assert batch.is_target is None
 

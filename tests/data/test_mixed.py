@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from bdh.data import DataConfig
-from bdh.data.mix import apportion
-from bdh.data.prepare import training_texts, validation_texts
+from bdh.data.prepare import apportion, training_texts, validation_texts
 from bdh.validation import Faults, collect_faults
 from tests.data.conftest import write_table, write_text
 
