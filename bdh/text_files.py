@@ -56,17 +56,16 @@ def mark_length(beginning: bytes, path: Path) -> int:
     Raises:
         ValueError: the file has the mark of another encoding, or seems to be in one without a mark.
     """
-    for mark, encoding in _OTHER_MARKS.items():
-        if beginning.startswith(mark):
-            raise ValueError(
-                f"{path} is {encoding}, as its first bytes say ({mark.hex(' ').upper()}): must be UTF-8. "
-                f"`iconv -f {encoding} -t UTF-8` converts it"
-            )
-    if wide := _wide_encoding(beginning[:MARK_BYTES]):
-        raise ValueError(
-            f"{path} seems to be {wide} without a byte order mark, as its first bytes tell "
-            f"({beginning[:8].hex(' ').upper()}): must be UTF-8. `iconv -f {wide} -t UTF-8` converts it"
+    mark = next(filter(beginning.startswith, _OTHER_MARKS), None)
+    encoding = _OTHER_MARKS[mark] if mark else _wide_encoding(beginning[:MARK_BYTES])
+    if encoding:
+        about = (
+            f"is {encoding}, as its first bytes say"
+            if mark
+            else (f"seems to be {encoding} without a byte order mark, as its first bytes tell")
         )
+        shown = (mark or beginning[:8]).hex(" ").upper()
+        raise ValueError(f"{path} {about} ({shown}): must be UTF-8. `iconv -f {encoding} -t UTF-8` converts it")
     return len(codecs.BOM_UTF8) if beginning.startswith(codecs.BOM_UTF8) else 0
 
 
@@ -210,12 +209,15 @@ class _Check:
         if len(self._open) + levels > MAX_LEVELS:
             return self._wrong(node, f"{name} is nested too deeply: at most {MAX_LEVELS} levels", line)
         if is_alias:
-            if self._num_by_aliases <= MAX_BY_ALIASES < self._num_by_aliases + num_values:
-                fault = f"{name} repeats too much: aliases may add {MAX_BY_ALIASES} values to a file"
-                self._num_by_aliases = MAX_BY_ALIASES + 1  # said once
-                return self._wrong(node, fault, line)
+            had_too_many = self._num_by_aliases > MAX_BY_ALIASES
             self._num_by_aliases += num_values
-            return node if self._num_by_aliases <= MAX_BY_ALIASES else _mark(node)
+            if self._num_by_aliases <= MAX_BY_ALIASES:
+                return node
+            if had_too_many:  # which is said once
+                return _mark(node)
+            return self._wrong(
+                node, f"{name} repeats too much: aliases may add {MAX_BY_ALIASES} values to a file", line
+            )
         self._open[node] = (name, line)
         children: list[yaml.Node] = []
         if isinstance(node, yaml.MappingNode):
@@ -241,9 +243,7 @@ class _Check:
         for key, value in node.value:
             if isinstance(key, yaml.CollectionNode):
                 kind = "list" if isinstance(key, yaml.SequenceNode) else "mapping"
-                self._add(
-                    f"a name{f' under {name}' if name else ''} is a {kind}: must be text", key.start_mark.line + 1
-                )
+                self._add(f"a name{name and f' under {name}'} is a {kind}: must be text", key.start_mark.line + 1)
                 self.node(value, f"{name}.?", value.start_mark.line + 1)
             else:
                 entries.setdefault(_identity(key), []).append((key, value))
@@ -268,7 +268,7 @@ class _Check:
         if key not in self._seen_keys:
             self._seen_keys.add(key)
             if fault := self._fault(key, is_key=True):
-                self._add(f"a name{f' under {name}' if name else ''} {fault}", lines[-1])
+                self._add(f"a name{name and f' under {name}'} {fault}", lines[-1])
                 key.tag = _WRONG_TAG
         return self.node(value, written, lines[-1])
 
@@ -282,15 +282,14 @@ class _Check:
             return None  # in quotes, or a block of text
         text = node.value
         if not text and node.tag == f"{_TAG}null":
-            if is_key:
-                return "is empty: give it one"
-            return "has no value: give it one, or null where that is allowed, or leave it out"
+            without = "has no value: give it one, or null where that is allowed, or leave it out"
+            return "is empty: give it one" if is_key else without
         if text == "None" and not is_key:
             return "is None, which YAML takes for a text: write null for no value, or 'None' if it is one"
-        if node.tag not in (f"{_TAG}int", f"{_TAG}float") and not _LEADING_ZERO.fullmatch(text):
-            return None
         if _LEADING_ZERO.fullmatch(text):
             return f"is {text}, which YAML may take for octal: leave out the leading zeros, or put it in quotes"
+        if node.tag not in (f"{_TAG}int", f"{_TAG}float"):
+            return None
         if _BASE_60.fullmatch(text):
             return f"is {text}, which YAML takes for a number to base 60: write a plain one, or put it in quotes"
         if _UNDERSCORES.search(text):

@@ -168,14 +168,14 @@ def checked(settings: SettingsType) -> tuple[SettingsType, list[FieldFault]]:
     except ValidationError as error:
         errors = error.errors(include_url=False, include_context=False)
     kinds: dict[tuple[str, ...], set[str]] = {}
+    annotations: dict[tuple[str, ...], Any] = {}
     for each in errors:
-        kinds.setdefault(_field_path(settings_class, each["loc"]), set()).add(each["type"])
+        path, annotation = _field(settings_class, each["loc"])
+        kinds.setdefault(path, set()).add(each["type"])
+        annotations[path] = annotation
     found = []
     for path, types_of_errors in kinds.items():
-        value = functools.reduce(getattr, path, settings)
-        owner = functools.reduce(lambda of, name: field_types(of)[name], path[:-1], settings_class)
-        annotation = field_types(owner)[path[-1]]
-        is_of_type = True
+        value, annotation, is_of_type = functools.reduce(getattr, path, settings), annotations[path], True
         if "finite_number" in types_of_errors:
             allowed = "a finite number" if isinstance(value, float) else "of finite numbers only"
         elif types_of_errors & _RANGE_ERRORS:
@@ -203,16 +203,16 @@ def field_types(settings_class: type) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(settings_class)}
 
 
-def _field_path(settings_class: type, location: tuple[int | str, ...]) -> tuple[str, ...]:
-    """The names of sections and field, without what follows inside of the value."""
-    path: list[str] = []
+def _field(settings_class: type, location: tuple[int | str, ...]) -> tuple[tuple[str, ...], Any]:
+    """The names of sections and field, without what follows inside of the value; and the field's type."""
     of: Any = settings_class
-    for name in location:
-        of = field_types(of)[str(name)]
-        path.append(str(name))
+    path: list[str] = []
+    for name in map(str, location):
+        path.append(name)
+        of = field_types(of)[name]
         if not dataclasses.is_dataclass(of):
             break
-    return tuple(path)
+    return tuple(path), of
 
 
 def alternatives(annotation: Any) -> tuple[Any, ...]:
@@ -255,15 +255,14 @@ def range_in_words(annotation: Any) -> str:
         return type_in_words(annotation)
     kind, *limits = typing.get_args(annotation)
     words = [each.words for each in limits if isinstance(each, Allowed)]
-    lower = next((each for each in limits if isinstance(each, Ge | Gt)), None)
-    upper = next((each for each in limits if isinstance(each, Le | Lt)), None)
-    if isinstance(lower, Ge) and isinstance(upper, Le):
-        words.append(f"{lower.ge} to {upper.le}")
+    bounds = {
+        kind: getattr(each, kind.__name__.lower()) for kind in (Ge, Gt, Le, Lt) for each in limits if type(each) is kind
+    }
+    if Ge in bounds and Le in bounds:
+        words.append(f"{bounds[Ge]} to {bounds[Le]}")
     else:
-        if lower is not None:
-            words.append(f"at least {lower.ge}" if isinstance(lower, Ge) else f"above {lower.gt}")
-        if upper is not None:
-            words.append(f"at most {upper.le}" if isinstance(upper, Le) else f"below {upper.lt}")
+        names = {Ge: "at least", Gt: "above", Le: "at most", Lt: "below"}
+        words += [f"{names[kind]} {bound}" for kind, bound in bounds.items()]
     unit = next((f" {each.name}" for each in limits if isinstance(each, Unit)), "")
     return f"{' and '.join(words)}{unit}" if words else type_in_words(kind)
 

@@ -2,13 +2,11 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 from bdh.bench import BenchOptions
 from bdh.bench.common import (
-    Density,
     Progress,
     Report,
     interleaved,
@@ -19,6 +17,7 @@ from bdh.bench.common import (
     traffic,
 )
 from bdh.bench.decode import StateDecoder
+from bdh.generate.advance import Advancer
 from bdh.generate.engine import Engine
 from bdh.generate.params import EngineConfig, SamplingParams
 from bdh.model.modeling import BDHForCausalLM
@@ -36,40 +35,32 @@ def bench_engine(
     Raises:
         ValueError: the tokenizer is not the model's.
     """
-    report = Report("engine")
-    density = report.introduce(model, options.seed)
-    bench = _EngineBench(report, model, tokenizer, StateDecoder(model, path="kernels"), options, progress)
-    report.say(f"path      {bench.decoder.advancer.description}")
+    bench = _EngineBench(model, tokenizer, options, progress)
     bench.compare()
-    if not report.failed:
-        bench.time_requests(density)
+    if not bench.report.failed:
+        bench.time_requests()
         bench.time_gaps()
         bench.time_shared_prefix()
-    return report
+    return bench.report
 
 
 def _endless(seed: int, max_tokens: int = 10**6) -> SamplingParams:
     return SamplingParams(max_tokens=max_tokens, ignore_eos=True, seed=seed)
 
 
-@dataclass
 class _EngineBench:
-    report: Report
-    model: BDHForCausalLM
-    tokenizer: Any
-    decoder: StateDecoder
-    """The backend alone; the engines advance their states with it too."""
-    options: BenchOptions
-    progress: Progress
+    def __init__(self, model: BDHForCausalLM, tokenizer: Any, options: BenchOptions, progress: Progress):
+        self.model, self.tokenizer, self.options, self.progress = model, tokenizer, options, progress
+        self.report = Report("engine")
+        self.density = self.report.introduce(model, options.seed)
+        self.advancer = Advancer(model, path="kernels")  # of all engines
+        self.report.say(f"path      {self.advancer.description}")
 
     def engine(self, num_states: int, num_cached: int = 0) -> Engine:
-        each = self.decoder.advancer.state_bytes
-        config = EngineConfig(
-            max_state_bytes=num_states * each,
-            # Of each state also its logits and tokens, which are small beside it.
-            prefix_cache_bytes=num_cached * (each + (1 << 20)),
-        )
-        return Engine(self.model, self.tokenizer, config=config, advancer=self.decoder.advancer)
+        each = self.advancer.state_bytes
+        # Of each cached state also its logits and tokens, which are small beside it.
+        config = EngineConfig(max_state_bytes=num_states * each, prefix_cache_bytes=num_cached * (each + (1 << 20)))
+        return Engine(self.model, self.tokenizer, config=config, advancer=self.advancer)
 
     def prompt(self, count: int, seed: int) -> list[int]:
         return random_tokens(self.model.config.vocab_size, count, self.options.seed + seed).tolist()
@@ -90,7 +81,7 @@ class _EngineBench:
         if self.report.failed:
             self.report.say("the requests disturb each other: nothing was timed")
 
-    def time_requests(self, density: list[Density]) -> None:
+    def time_requests(self) -> None:
         """Steps of running requests, one and several, by turns with those of the backend alone."""
         self.progress("measuring the bandwidth")
         bandwidth = measure_bandwidth(self.options.copy_bytes)
@@ -109,25 +100,24 @@ class _EngineBench:
             candidates[f"backend, {count}"] = lambda bare=bare: bare.read_each(text).argmax(-1).tolist()  # type: ignore[misc]
         repeats = dict.fromkeys(candidates, max(1, self.options.engine_tokens // rounds))
         timings = interleaved(candidates, rounds=rounds, repeats=repeats)
-        moved = traffic(self.model.config, density)
+        moved = traffic(self.model.config, self.density)
         rows, figures = [], []
         for count in counts:
             seconds, without = timings[f"engine, {count}"].median, timings[f"backend, {count}"].median
             gain = count * timings["engine, 1"].median / seconds
             most = count * moved.limit_seconds(bandwidth) / moved.limit_seconds(bandwidth, count)
-            figures.append(
-                {
-                    "requests": count,
-                    "ms_per_step": 1000 * seconds,
-                    "tokens_per_s": count / seconds,
-                    "times_one": gain,
-                    "times_one_by_bytes": most,
-                    "stepper_ms_per_step": 1000 * without,
-                    "overhead_ms_per_token": 1000 * (seconds - without) / count,
-                }
-            )
-            speeds = [milliseconds(seconds), f"{count / seconds:,.1f}", f"{gain:.2f}", f"{most:.2f}"]
-            rows.append([str(count), *speeds, milliseconds(without), milliseconds((seconds - without) / count)])
+            found = {
+                "requests": count,
+                "ms_per_step": 1000 * seconds,
+                "tokens_per_s": count / seconds,
+                "times_one": gain,
+                "times_one_by_bytes": most,
+                "stepper_ms_per_step": 1000 * without,
+                "overhead_ms_per_token": 1000 * (seconds - without) / count,
+            }
+            figures.append(found)
+            forms = ("{}", "{:,.2f}", "{:,.1f}", "{:.2f}", "{:.2f}", "{:,.2f}", "{:,.2f}")
+            rows.append([form.format(value) for form, value in zip(forms, found.values(), strict=True)])
         self.report.figures["requests"] = figures
         self.report.table(
             f"running requests, sampled at temperature 1: medians of {rounds} rounds by turns",

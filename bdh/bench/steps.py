@@ -102,14 +102,6 @@ def plan_step(case: TrainCase) -> LayerPlan | None:
         return plan_for(model, case.batch_size, case.block_size, case.config.attention_form)
 
 
-def make_batch(case: TrainCase) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random tokens (B, T), and those to be predicted at each place."""
-    generator = torch.Generator().manual_seed(case.seed + 1)
-    shape = (case.batch_size, case.block_size + 1)
-    tokens = torch.randint(case.config.vocab_size, shape, generator=generator).to(case.device)
-    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-
-
 class Step(ABC):
     """The forward and backward pass of one form."""
 
@@ -118,7 +110,10 @@ class Step(ABC):
 
     def __init__(self, case: TrainCase):
         self.case = case
-        self.tokens, self.targets = make_batch(case)
+        generator = torch.Generator().manual_seed(case.seed + 1)
+        shape = (case.batch_size, case.block_size + 1)
+        tokens = torch.randint(case.config.vocab_size, shape, generator=generator).to(case.device)
+        self.tokens, self.targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()  # (B, T)
 
     @abstractmethod
     def loss(self) -> torch.Tensor:

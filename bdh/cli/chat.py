@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from bdh.cli.models import ModelSettings, load_for_generation
 from bdh.cli.output import print_error, show_kept
-from bdh.cli.settings import parse_settings, verbatim
+from bdh.cli.settings import command, verbatim
 from bdh.generate.params import DrawSettings, EngineConfig, SamplingParams
 from bdh.ops import StepPath, Storage
 from bdh.storage import check_file
@@ -64,14 +64,9 @@ class ChatSettings(ModelSettings, DrawSettings):
         return EngineConfig(**how, max_running=1, tokens_per_step=_PIECE_TOKENS)
 
 
-def run_chat(argv: list[str]) -> int:
-    settings = parse_settings(
-        ChatSettings,
-        argv,
-        prog="bdh chat",
-        description="Talk with a model, or, where its tokenizer has no chat template, write a text together.",
-        positionals=("model",),
-    )
+@command("model")
+def run_chat(settings: ChatSettings) -> int:
+    """Talk with a model, or, where its tokenizer has no chat template, write a text together."""
     from bdh.generate.chat import Conversation
     from bdh.generate.engine import Engine
 

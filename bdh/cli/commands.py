@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from bdh.cli.settings import parse_settings
+from bdh.cli.settings import command, parse_settings
 from bdh.data.config import DataConfig
 from bdh.storage import check_file, check_free, is_taken, recover_dir
 from bdh.tokenizer.config import TokenizerConfig
@@ -57,16 +57,11 @@ class ExportSettings(Settings):
             find_checkpoint(Path(self.run), self.checkpoint)
 
 
-def run_export(argv: list[str]) -> int:
-    """Writes a run's weights, or adapters merged into their base, as a model folder."""
-    settings = parse_settings(
-        ExportSettings,
-        argv,
-        prog="bdh export",
-        description="Write the weights of a run, or adapters merged into their base, as a folder that from_pretrained "
-        "loads, with its model card.",
-        positionals=("run", "out"),
-    )
+@command("run", "out")
+def run_export(settings: ExportSettings) -> int:
+    """Write the weights of a run, or adapters merged into their base, as a folder that from_pretrained loads, with
+    its model card.
+    """
     from bdh.train.export import export_merged, export_run
 
     run, out = Path(settings.run), Path(settings.out)
@@ -103,15 +98,9 @@ class AverageSettings(Settings):
             find_model(name)
 
 
-def run_average(argv: list[str]) -> int:
-    """Averages the weights of several models of one shape."""
-    settings = parse_settings(
-        AverageSettings,
-        argv,
-        prog="bdh average",
-        description="Average the weights of models of one shape, such as the last checkpoints of a run.",
-        positionals=("models",),
-    )
+@command("models")
+def run_average(settings: AverageSettings) -> int:
+    """Average the weights of models of one shape, such as the last checkpoints of a run."""
     from bdh.model.conversion import average_weights
     from bdh.model.fingerprint import identity
     from bdh.tokenizer import TextEncoder
@@ -176,15 +165,9 @@ class ConvertSettings(Settings):
             TokenizerConfig(path=self.tokenizer).check_available()
 
 
-def run_convert(argv: list[str]) -> int:
-    """Converts between checkpoints of the published reference code and model folders."""
-    settings = parse_settings(
-        ConvertSettings,
-        argv,
-        prog="bdh convert",
-        description="Convert a checkpoint of the published reference code into a model folder, or back.",
-        positionals=("source", "out"),
-    )
+@command("source", "out")
+def run_convert(settings: ConvertSettings) -> int:
+    """Convert a checkpoint of the published reference code into a model folder, or back."""
     return (_to_reference if settings.to_reference else _from_reference)(settings, Path(settings.out))
 
 
@@ -293,15 +276,9 @@ class RunsSettings(Settings):
     """Print one JSON object a run instead of a table."""
 
 
-def run_runs(argv: list[str]) -> int:
-    """Lists the runs of a folder."""
-    settings = parse_settings(
-        RunsSettings,
-        argv,
-        prog="bdh runs",
-        description="List runs: how far each is, its losses and speed, and the settings that differ among them.",
-        positionals=("folder",),
-    )
+@command("folder")
+def run_runs(settings: RunsSettings) -> int:
+    """List runs: how far each is, its losses and speed, and the settings that differ among them."""
     from bdh.cli.output import table_lines
     from bdh.monitor.history import summarize_runs
 
@@ -356,15 +333,9 @@ class PlotSettings(Settings):
     """PNG file to write; by default loss.png, or metrics.png with keys, in the folder of the first run."""
 
 
-def run_plot(argv: list[str]) -> int:
-    """Draws what one or more runs have logged."""
-    settings = parse_settings(
-        PlotSettings,
-        argv,
-        prog="bdh plot",
-        description="Draw the training and validation loss of runs over their steps, or other metrics.",
-        positionals=("runs",),
-    )
+@command("runs")
+def run_plot(settings: PlotSettings) -> int:
+    """Draw the training and validation loss of runs over their steps, or other metrics."""
     from bdh.monitor.history import LOSS_KEYS, plot_metrics
 
     if not settings.runs:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from bdh.cli.models import ModelSettings
 from bdh.cli.output import count_progress, error_console, stage_progress, table_lines
-from bdh.cli.settings import parse_settings
+from bdh.cli.settings import command
 from bdh.data.config import DataConfig
 from bdh.evaluate import check_task_files
 from bdh.validation import Faults, NonNegativeInt, PathText, PositiveInt
@@ -93,15 +93,11 @@ class EvalSettings(ModelSettings):
         faults.require(is_right, "stride", self.stride, limit)
 
 
-def run_eval(argv: list[str]) -> int:
-    settings = parse_settings(
-        EvalSettings,
-        argv,
-        prog="bdh eval",
-        description="Measure loss, perplexity, bits per byte and accuracy on a whole text; or, with --tasks, on tasks of "
-        "the LM Evaluation Harness; or, with --needle, how long a planted fact is remembered.",
-        positionals=("model",),
-    )
+@command("model")
+def run_eval(settings: EvalSettings) -> int:
+    """Measure loss, perplexity, bits per byte and accuracy on a whole text; or, with --tasks, on tasks of the LM
+    Evaluation Harness; or, with --needle, how long a planted fact is remembered.
+    """
     from bdh.tokenizer.plain import vocabulary_size
 
     model, tokenizer = settings.load_with_transformers()

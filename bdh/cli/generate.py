@@ -10,7 +10,7 @@ from typing import Any
 
 from bdh.cli.models import ModelSettings, load_for_generation
 from bdh.cli.output import count_progress
-from bdh.cli.settings import parse_settings, verbatim
+from bdh.cli.settings import command, verbatim
 from bdh.generate.grammar import check_grammar_library, collect_grammar_faults
 from bdh.generate.params import EngineConfig, SamplingParams, TextSettings, collect_text_faults
 from bdh.generate.prompts_file import Job, num_done, read_jobs, result_lines
@@ -88,14 +88,9 @@ class GenerateSettings(ModelSettings, TextSettings):
         )
 
 
-def run_generate(argv: list[str]) -> int:
-    settings = parse_settings(
-        GenerateSettings,
-        argv,
-        prog="bdh generate",
-        description="Continue a prompt, printing the text as it comes, or all prompts of a file.",
-        positionals=("model",),
-    )
+@command("model")
+def run_generate(settings: GenerateSettings) -> int:
+    """Continue a prompt, printing the text as it comes, or all prompts of a file."""
     params = settings.params()
     if settings.json_schema is not None:
         params = replace(params, grammar={"json_schema": _read_schema(Path(settings.json_schema))}).validated()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bdh.cli.output import lasting_streams, show_kept
-from bdh.cli.settings import parse_settings
+from bdh.cli.settings import command
 from bdh.serve.config import ServeSettings
 from bdh.train.places import find_checkpoint, find_model
 from bdh.validation import DeviceName, PathText, Settings
@@ -131,15 +131,9 @@ class ServeCommandSettings(ReadsModel, ServeSettings):
 
 
 @lasting_streams()
-def run_serve(argv: list[str]) -> int:
-    """An OpenAI-compatible server."""
-    settings = parse_settings(
-        ServeCommandSettings,
-        argv,
-        prog="bdh serve",
-        description="Serve a model over HTTP, with OpenAI's API.",
-        positionals=("model",),
-    )
+@command("model")
+def run_serve(settings: ServeCommandSettings) -> int:
+    """Serve a model over HTTP, with OpenAI's API."""
     from bdh.serve.server import serve
 
     show_kept()  # a server reports what happens as it happens

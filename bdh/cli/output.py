@@ -14,7 +14,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -85,17 +85,13 @@ def _is_of_importing_torchao(record: logging.LogRecord) -> bool:
 def lasting_streams() -> Iterator[None]:
     """Within, what cannot be written to stdout or stderr is lost, and ends nothing; the other one says so, once."""
     before = sys.stdout, sys.stderr
-    if sys.stdout is not None:
-        sys.stdout = _LastingStream(sys.stdout, before[1])
-    if sys.stderr is not None:
-        sys.stderr = _LastingStream(sys.stderr, before[0])
-    lasting = sys.stdout, sys.stderr
+    lasting = [stream and _LastingStream(stream, other) for stream, other in (before, before[::-1])]
+    sys.stdout, sys.stderr = lasting
     try:
         yield
     finally:
-        for stream in lasting:
-            if isinstance(stream, _LastingStream):
-                stream.end()
+        for stream in filter(None, lasting):
+            stream.end()
         sys.stdout, sys.stderr = before
 
 
@@ -146,17 +142,11 @@ class _LastingStream:
             os.close(nowhere)
 
     def _announce(self, error: OSError) -> None:
-        if self._other is None:
-            return
-        try:
-            name = self._stream.name.strip("<>")
-            print(
-                f"warning: {name} cannot be written to ({error.strerror}): what it is told is lost",
-                file=self._other,
-                flush=True,
-            )
-        except OSError:
-            pass  # both have lost their reader: there is nobody to tell
+        name = self._stream.name.strip("<>")
+        about = f"warning: {name} cannot be written to ({error.strerror}): what it is told is lost"
+        if self._other is not None:
+            with suppress(OSError):  # both have lost their reader: nobody is left
+                print(about, file=self._other, flush=True)
 
 
 def print_error(message: str) -> None:

@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 import functools
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -78,6 +78,26 @@ def parse_settings(
     if check_available and isinstance(settings, Settings):
         settings.check_available()
     return settings
+
+
+def command(*positionals: str) -> Callable[[Callable[[Any], int]], Callable[[Sequence[str]], int]]:
+    """Makes the command ``bdh NAME`` of a function ``run_NAME(settings)``, whose docstring is its description in the help."""
+
+    def made(run: Callable[[Any], int]) -> Callable[[Sequence[str]], int]:
+        name, description = run.__name__.removeprefix("run_"), " ".join((run.__doc__ or "").split())
+
+        @functools.wraps(run)
+        def run_argv(argv: Sequence[str]) -> int:
+            settings_class = run.__annotations__["settings"]
+            return run(
+                parse_settings(
+                    settings_class, argv, prog=f"bdh {name}", description=description, positionals=positionals
+                )
+            )
+
+        return run_argv
+
+    return made
 
 
 def given_settings(settings_class: type, argv: Sequence[str]) -> dict[str, Any]:

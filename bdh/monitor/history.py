@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +66,12 @@ def plot_metrics(run_dirs: list[Path], output: Path, keys: Sequence[str] = LOSS_
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError('plots need matplotlib: pip install "bdh[report]"')
     rows = {run_dir: _rows_of_run(run_dir, keys) for run_dir in run_dirs}
-    for key in keys:
-        if key not in LOSS_KEYS and not any(_curve(of_run, key) for of_run in rows.values()):
-            raise ValueError(
-                f"no run has logged {key}: logged are {_logged(row for each in rows.values() for row in each)}"
-            )
     losses = [key for key in keys if key in LOSS_KEYS]
-    panels = ([losses] if losses else []) + [[key] for key in keys if key not in LOSS_KEYS]
+    others = [[key] for key in keys if key not in LOSS_KEYS]
+    for (key,) in others:
+        if not any(_curve(of_run, key) for of_run in rows.values()):
+            raise ValueError(f"no run has logged {key}: logged are {_logged(chain(*rows.values()))}")
+    panels = [losses, *others] if losses else others
     names = [run_dir.name for run_dir in run_dirs]
     from matplotlib.figure import Figure  # slow to import: after all that can be wrong
 
@@ -81,7 +81,10 @@ def plot_metrics(run_dirs: list[Path], output: Path, keys: Sequence[str] = LOSS_
             label = run_dir.name if names.count(run_dir.name) == 1 else str(run_dir)
             for key in panel:
                 if curve := _curve(of_run, key):
-                    _draw(axes, curve, key, f"C{number % 10}", label)
+                    words = {"train/loss": ", training", "val/loss": ", validation"}.get(key, "")
+                    style = {"alpha": 0.4} if key == "train/loss" else {"marker": "o" if len(curve) < 50 else None}
+                    line = {"color": f"C{number % 10}", "label": label + words, "markersize": 4, **style}
+                    axes.plot(*zip(*curve, strict=True), **line)
         axes.set(xlabel="step", ylabel="loss, nats per token" if panel == losses else panel[0])
         axes.grid(alpha=0.3)
         axes.legend()
@@ -107,15 +110,6 @@ def _curve(rows: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
 
 def _logged(rows: Iterable[dict[str, Any]]) -> str:
     return ", ".join(sorted({name for row in rows for name in row} - {"step", "time"}))
-
-
-def _draw(axes: Any, curve: list[tuple[int, float]], key: str, color: str, label: str) -> None:
-    if key == "train/loss":
-        axes.plot(*zip(*curve, strict=True), color=color, alpha=0.4, label=f"{label}, training")
-    else:
-        what = ", validation" if key == "val/loss" else ""
-        marker = "o" if len(curve) < 50 else None
-        axes.plot(*zip(*curve, strict=True), color=color, marker=marker, markersize=4, label=label + what)
 
 
 @dataclass
@@ -148,36 +142,32 @@ def summarize_runs(folder: Path) -> list[RunSummary]:
     found = sorted(path.parent for path in folder.rglob("config.yaml") if (path.parent / "metrics.jsonl").is_file())
     if not found:
         raise FileNotFoundError(f"{folder} holds no run: no folder in it has a config.yaml and a metrics.jsonl")
-    settings: list[dict[str, Any]] = []
-    summaries = []
+    summaries: dict[Path, RunSummary] = {}
+    settings: dict[Path, dict[str, Any]] = {}
     for run in found:
         try:
-            stored = _settings(run / "config.yaml")
-            summaries.append(_summary(run, stored))
+            settings[run] = _settings(run / "config.yaml")
+            summaries[run] = _summary(run, settings[run])
         except ValueError as error:
-            stored = {}
-            summaries.append(RunSummary(run, "unreadable", 0, None, None, None, None, None, fault=str(error)))
-        settings.append(stored)
-    readable = [stored for stored in settings if stored]
+            settings.pop(run, None)
+            summaries[run] = RunSummary(run, "unreadable", 0, None, None, None, None, None, fault=str(error))
+    readable = [stored for stored in settings.values() if stored]
     names = sorted({name for stored in readable for name in stored})
     usual = {name: _most_common([stored.get(name) for stored in readable]) for name in names}
-    for summary, stored in zip(summaries, settings, strict=True):
-        summary.differences = {name: value for name, value in stored.items() if value != usual[name]}
-    return summaries
+    for run, stored in settings.items():
+        summaries[run].differences = {name: value for name, value in stored.items() if value != usual[name]}
+    return list(summaries.values())
 
 
 def _summary(run: Path, settings: dict[str, Any]) -> RunSummary:
     rows = read_metrics(run / "metrics.jsonl")
-    step = max((row["step"] for row in rows), default=0)
-    max_steps = settings.get("train.max_steps")
+    step, max_steps = max((row["step"] for row in rows), default=0), settings.get("train.max_steps")
     age = time.time() - rows[-1]["time"] if rows else None
-    if max_steps is not None and step >= max_steps:
-        state = "finished"
-    else:
-        state = "active" if age is not None and age < _ACTIVE_SECONDS else "stopped"
+    is_active = age is not None and age < _ACTIVE_SECONDS
+    is_finished = max_steps is not None and step >= max_steps
     return RunSummary(
         folder=run,
-        state=state,
+        state="finished" if is_finished else "active" if is_active else "stopped",
         step=step,
         max_steps=max_steps,
         train_loss=_last(rows, "train/loss"),

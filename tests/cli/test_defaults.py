@@ -54,10 +54,11 @@ class Command:
         """What the command would run with."""
 
         def parse(*args, **keywords):
-            raise Parsed(cli_settings.parse_settings(*args, **keywords | {"check_available": False}))
+            raise Parsed(parse_settings(*args, **keywords | {"check_available": False}))
 
         run = find_command(self.name)
-        monkeypatch.setattr(sys.modules[run.__module__], "parse_settings", parse)
+        for module in (cli_settings, sys.modules[run.__module__]):
+            monkeypatch.setattr(module, "parse_settings", parse, raising=False)
         with pytest.raises(Parsed) as caught:
             run([*REQUIRED[self.name][0], *more])
         return caught.value.settings
