@@ -214,7 +214,7 @@ def _run_tasks(settings: EvalSettings, model: Any, tokenizer: Any) -> None:
 
 
 def _run_needle(settings: EvalSettings, model: Any, tokenizer: Any) -> None:
-    from bdh.evaluate.needle import ModelReader, measure_recall, tokens_to_read
+    from bdh.evaluate.probes import ModelReader, measure_recall, tokens_to_read
 
     filler, _, source = _text(settings, tokenizer)
     reader, distances, trials = ModelReader(model), settings.needle_distances, settings.needle_trials

@@ -12,7 +12,7 @@ from bdh.cli.models import ModelSettings, load_for_generation
 from bdh.cli.output import count_progress
 from bdh.cli.settings import command, verbatim
 from bdh.generate.grammar import check_grammar_library, collect_grammar_faults
-from bdh.generate.params import EngineConfig, SamplingParams, TextSettings, collect_text_faults
+from bdh.generate.params import EngineConfig, LogprobCount, SamplingParams, TextSettings, collect_text_faults
 from bdh.generate.prompts_file import Job, num_done, read_jobs, result_lines
 from bdh.storage import check_folder_of
 from bdh.text_files import read_text
@@ -40,9 +40,9 @@ class GenerateSettings(ModelSettings, TextSettings):
     """Beams of a beam search; 1 for none."""
     num_return_sequences: int = 1
     """Continuations of each prompt."""
-    logprobs: int | None = None
+    logprobs: LogprobCount | None = None
     """With output: log-probabilities of each token and of the so many likeliest; 0 for those of the tokens alone."""
-    prompt_logprobs: int | None = None
+    prompt_logprobs: LogprobCount | None = None
     """With output: the same of the prompt's tokens."""
     echo: bool = False
     """With output: put the prompt in front of the text."""

@@ -1,7 +1,7 @@
 """Tasks of the LM Evaluation Harness (lm_eval) on a BDH model. Imported only where lm_eval is installed."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -73,13 +73,9 @@ class HarnessModel(TemplateLM):
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """For each (context, continuation) the log-probability, and whether greedy decoding would give it."""
-        pairs = []
-        for request in requests:
-            context, continuation = request.args
-            if context:
-                pairs.append(self._encode_pair(context, continuation))
-            else:
-                pairs.append((self._start, self.tok_encode(continuation)))
+        pairs = [
+            self._encode_pair(*each.args) if each.args[0] else ([], self.tok_encode(each.args[1])) for each in requests
+        ]
         return self._scored([(context or self._start, continuation) for context, continuation in pairs])
 
     def _loglikelihood_tokens(self, requests: list[Any], **kwargs: Any) -> list[tuple[float, bool]]:
@@ -92,18 +88,17 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Continues each context until one of its stop strings."""
-        asked = [_sampling(request.args[1]) for request in requests]
-        contexts = [self._last_part(request.args[0]) for request in requests]
-        texts: list[str] = [""] * len(requests)
-        alone = [index for index, (_, num_beams) in enumerate(asked) if num_beams == 1]
-        jobs = ((contexts[index], asked[index][0]) for index in alone)
-        for index, (completion,) in zip(alone, self._engine.map(jobs), strict=True):
+        asked = [(self._last_part(each.args[0]), *_sampling(each.args[1])) for each in requests]
+        by_engine = self._engine.map((context, params) for context, params, num_beams in asked if num_beams == 1)
+        texts = []
+        for context, params, num_beams in asked:
+            if num_beams > 1:
+                texts.append(generate_text(self._model, self.tokenizer, context, params, num_beams=num_beams))
+                continue
+            (completion,) = next(by_engine)
             if completion.error is not None:
                 raise RuntimeError(f"a text of the task could not be generated: {completion.error}")
-            texts[index] = completion.text
-        for index, (params, num_beams) in enumerate(asked):
-            if num_beams > 1:
-                texts[index] = generate_text(self._model, self.tokenizer, contexts[index], params, num_beams=num_beams)
+            texts.append(completion.text)
         return texts
 
     @cached_property
@@ -120,46 +115,42 @@ class HarnessModel(TemplateLM):
     def _scored(
         self, pairs: Sequence[tuple[list[int], list[int]]], *, counts_cuts: bool = True
     ) -> list[tuple[float, bool]]:
-        """Sum of log-probabilities of the second of each pair behind the first, and whether each was the likeliest."""
-        rows: list[tuple[int, list[int], int]] = []  # (pair, tokens, how many at their end are predicted)
+        """Sum of log-probabilities of the second of each pair after the first, and whether each was the likeliest."""
+        windows: list[tuple[int, list[int], int]] = []  # (pair, tokens, how many at their end are predicted)
         for number, (context, continuation) in enumerate(pairs):
             tokens = context + continuation
             longest = self.max_length or len(tokens)
             for start in range(len(context), len(tokens), longest):
                 end = min(start + longest, len(tokens))
-                rows.append((number, tokens[max(0, end - 1 - longest) : end], end - start))
+                windows.append((number, tokens[max(0, end - 1 - longest) : end], end - start))
             self.num_cut += counts_cuts and len(tokens) - 1 > longest
         sums, greedy = [0.0] * len(pairs), [True] * len(pairs)
-        rows.sort(key=lambda row: -len(row[1]))
-        while rows:
-            width = min(len(rows[0][1]) - 1, _CHUNK)
+        windows.sort(key=lambda window: -len(window[1]))
+        while windows:
+            width = min(len(windows[0][1]) - 1, _CHUNK)
             size = max(1, min(self.batch_size, _MAX_LOGITS // (width * self._model.config.vocab_size)))
-            batch, rows = rows[:size], rows[size:]
-            for (number, _, _), (score, is_greedy) in zip(batch, self._score_rows(batch), strict=True):
+            for number, score, is_greedy in self._score_batch(windows[:size]):
                 sums[number] += score
                 greedy[number] &= is_greedy
+            del windows[:size]
         return list(zip(sums, greedy, strict=True))
 
-    def _score_rows(self, rows: list[tuple[int, list[int], int]]) -> list[tuple[float, bool]]:
-        longest = max(len(tokens) for _, tokens, _ in rows)
-        # What pads a row stands behind it, where no prediction sees it.
-        padded = torch.tensor([tokens + [0] * (longest - len(tokens)) for _, tokens, _ in rows])
+    def _score_batch(self, windows: list[tuple[int, list[int], int]]) -> Iterator[tuple[int, float, bool]]:
+        longest = max(len(tokens) for _, tokens, _ in windows)
+        # Padding stands after a text, where no prediction sees it.
+        padded = torch.tensor([tokens + [0] * (longest - len(tokens)) for _, tokens, _ in windows])
         padded = padded.to(self._model.device)
-        state = self._model.new_state(len(rows)) if longest - 1 > _CHUNK else None
+        state = self._model.new_state(len(windows)) if longest - 1 > _CHUNK else None
         scores, hits = [], []
         with inference(self._model):
-            for start in range(0, longest - 1, _CHUNK):
-                inputs = padded[:, start : min(start + _CHUNK, longest - 1)]
-                targets = padded[:, start + 1 : start + 1 + inputs.shape[1]]
+            for inputs, targets in zip(padded[:, :-1].split(_CHUNK, 1), padded[:, 1:].split(_CHUNK, 1), strict=True):
                 logits = self._model(inputs, past_key_values=state, use_cache=state is not None).logits.float()
                 scores.append(logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0].double().cpu())
                 hits.append((logits.argmax(-1) == targets).cpu())
         of_tokens, is_likeliest = torch.cat(scores, 1), torch.cat(hits, 1)  # (B, T - 1)
-        found = []
-        for index, (_, tokens, num_predicted) in enumerate(rows):
+        for index, (number, tokens, num_predicted) in enumerate(windows):
             part = slice(len(tokens) - 1 - num_predicted, len(tokens) - 1)
-            found.append((of_tokens[index, part].sum().item(), bool(is_likeliest[index, part].all())))
-        return found
+            yield number, of_tokens[index, part].sum().item(), bool(is_likeliest[index, part].all())
 
 
 def evaluate_tasks(
@@ -198,12 +189,11 @@ def evaluate_tasks(
         counts = results.get("n-samples", {}).get(task, {})
         for key, value in figures.items():
             metric, _, filter_name = key.partition(",")
-            if not isinstance(value, int | float) or not filter_name or metric.endswith("_stderr"):
-                continue
-            stderr = figures.get(f"{metric}_stderr,{filter_name}")
-            shown = metric if filter_name == "none" else f"{metric} ({filter_name})"
-            stderr = stderr if isinstance(stderr, int | float) else None
-            scores.append(TaskScore(task, shown, value, stderr, counts.get("effective")))
+            if isinstance(value, int | float) and filter_name and not metric.endswith("_stderr"):
+                stderr = figures.get(f"{metric}_stderr,{filter_name}")
+                stderr = stderr if isinstance(stderr, int | float) else None
+                shown = metric if filter_name == "none" else f"{metric} ({filter_name})"
+                scores.append(TaskScore(task, shown, value, stderr, counts.get("effective")))
     return scores
 
 
@@ -218,10 +208,8 @@ def _found_tasks(tasks: Sequence[str], include_path: str | None) -> tuple[list[s
             continue
         paths.append(str(path if path.is_dir() else path.parent))
         found = TaskManager(include_path=paths[-1], include_defaults=False)
-        if path.is_dir():
-            names += found.all_subtasks
-        else:
-            names += [name for name, entry in found.task_index.items() if entry.yaml_path == path]
+        index = found.task_index.items()
+        names += found.all_subtasks if path.is_dir() else [name for name, entry in index if entry.yaml_path == path]
         if not names:
             raise ValueError(f"{task} holds no task: a task is a YAML file with `task: NAME` in it")
     manager = TaskManager(include_path=paths, include_defaults=False)

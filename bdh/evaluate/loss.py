@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import groupby, pairwise
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from bdh.data.corpus import Batch, ValidationPart, starts_after
 from bdh.generate.advance import Advancer, StepInput
 from bdh.generate.texts import inference
 from bdh.model import BDHForCausalLM
+from bdh.model.state import SynapticState
 
 # Logits of one forward pass, at most: 256 MiB in float32.
 _MAX_LOGITS = 2**26
@@ -32,7 +33,7 @@ class Metrics:
     num_tokens: int
     """Tokens that were predicted."""
     loss_by_position: tuple[float, ...] = ()
-    """Nats per token at each position behind nothing, where windows of one length, or stretches, were read so."""
+    """Nats per token at each position of texts read from nothing, where these were windows of one length, or stretches."""
 
     @property
     def perplexity(self) -> float:
@@ -72,23 +73,36 @@ class _Count:
     nats: float = 0.0
     correct: int = 0
     tokens: int = 0
-    nats_at: torch.Tensor | None = None
-    """By position, where that is wanted; and how many tokens were predicted there."""
+    nats_at: torch.Tensor | None = None  # by position, where that is wanted
     tokens_at: torch.Tensor | None = None
 
     @classmethod
     def by_position(cls, length: int) -> "_Count":
         return cls(nats_at=torch.zeros(length, dtype=torch.float64), tokens_at=torch.zeros(length, dtype=torch.int64))
 
+    def add(self, logits: torch.Tensor, targets: torch.Tensor, *, position: int = 0) -> None:
+        """Counts predictions, (B, T, V) of (B, T); ``position`` is that of the first ones, for the loss by position."""
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        targets = targets.to(logits.device)
+        is_target = targets >= 0
+        nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+        self.nats += nats.sum(dtype=torch.float64).item()
+        self.correct += int((logits.argmax(-1) == targets).sum().item())
+        self.tokens += int(is_target.sum().item())
+        if self.nats_at is not None and self.tokens_at is not None:
+            at = slice(position, position + targets.shape[1])
+            self.nats_at[at] += nats.sum(0, dtype=torch.float64).cpu()
+            self.tokens_at[at] += is_target.sum(0).cpu()
+
     def summed(self, total: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> "_Count":
         """The counts of all processes, of windows of one length."""
         assert self.nats_at is not None
         assert self.tokens_at is not None
-        length = len(self.nats_at)
         numbers = torch.tensor([self.nats, self.correct, self.tokens], dtype=torch.float64)
         sums = total(torch.cat([numbers, self.nats_at, self.tokens_at.double()]).to(device)).cpu()
         nats, correct, tokens = sums[:3].tolist()
-        return _Count(nats, int(correct), int(tokens), sums[3 : 3 + length], sums[3 + length :].long())
+        nats_at, tokens_at = sums[3:].chunk(2)
+        return _Count(nats, int(correct), int(tokens), nats_at, tokens_at.long())
 
     def metrics(self, bytes_per_token: float) -> Metrics:
         loss = self.nats / self.tokens
@@ -96,25 +110,6 @@ class _Count:
         if self.nats_at is not None and self.tokens_at is not None and bool((self.tokens_at > 0).all()):
             by_position = tuple((self.nats_at / self.tokens_at).tolist())
         return Metrics(loss, loss / math.log(2) / bytes_per_token, self.correct / self.tokens, self.tokens, by_position)
-
-
-def evaluate_windows(
-    model: BDHForCausalLM,
-    windows: torch.Tensor,
-    *,
-    bytes_per_token: float,
-    document_end: int | None = None,
-    autocast: Callable[[], AbstractContextManager] = nullcontext,
-    max_batch_size: int = 16,
-) -> Metrics:
-    """Predicts every token but the first of each window (n, T + 1), each from the ones before it in its window.
-
-    With ``document_end``, a token, nothing is seen across one, and the token behind it is not predicted.
-    """
-    batch = _batch(windows, document_end)
-    return evaluate_batch(
-        model, batch, bytes_per_token=bytes_per_token, autocast=autocast, max_batch_size=max_batch_size
-    )
 
 
 def evaluate_batch(
@@ -126,19 +121,19 @@ def evaluate_batch(
     max_batch_size: int = 16,
     sum_over_processes: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> Metrics:
-    """Predicts what counts in rows, each read from nothing.
+    """Predicts what counts in the sequences of a batch, each read from nothing.
 
     It draws no random numbers, and leaves the model in the mode, training or not, that it was in.
 
     Args:
-        sum_over_processes: where several processes have each a share of the rows, which may be none: sums a
+        sum_over_processes: where several processes have each a share of the sequences, which may be none: sums a
             float64 tensor over them.
     """
     length = batch.tokens.shape[1] - 1
     count = _Count.by_position(length)
     with inference(model), autocast():
-        for rows in batch.split(_batch_size(model, length, max_batch_size)):
-            _score(model, rows, count)
+        for each in batch.split(_batch_size(model, length, max_batch_size)):
+            _score(model, each, count)
     if sum_over_processes is not None:
         count = count.summed(sum_over_processes, model.device)
     return count.metrics(bytes_per_token)
@@ -219,7 +214,7 @@ def evaluate_text(
         stretch_tokens: with ``carry_state``, cut the text into stretches of so many tokens, each read from nothing,
             several at a time: the loss by position then reaches as far. None reads all of it as one.
         window: with ``carry_state``, attend to the last so many tokens only, as :mod:`bdh.ops.eager` does.
-        document_end: a token across which nothing is seen; the token behind it is not predicted.
+        document_end: a token across which nothing is seen; the token after it is not predicted.
         progress: called with the number of tokens predicted so far.
         announce: with ``carry_state``, called with the code that reads, a line for people.
 
@@ -241,7 +236,7 @@ def evaluate_text(
     batch_size = _batch_size(model, block_size, max_batch_size)
     with inference(model), autocast():
         if carry_state:
-            reader = reader_of(model, window)
+            reader = _reader_of(model, window)
             announce(reader.path)
             count = _read_on(reader, tokens, block_size, stretch_tokens, batch_size, document_end, progress)
         else:
@@ -252,75 +247,52 @@ def evaluate_text(
     return count.metrics(bytes_per_token)
 
 
-class Reader(Protocol):
-    """Reads rows on from where the last call ended."""
-
-    path: str
-    """Which code runs: a line for people."""
-
-    def begin(self, num_rows: int) -> None:
-        """The rows of the next call start from nothing."""
-
-    def read(self, tokens: torch.Tensor, starts: torch.Tensor | None) -> torch.Tensor:
-        """Logits (B, T, V) of tokens (B, T); ``starts`` is bool (B, T), where documents start, or None."""
-
-
-class ForwardReader:
-    """Through ``model.forward``: on every device, in every precision and under autocast."""
+class _ForwardReader:
+    """Reads texts on through ``model.forward``: on every device, in every precision and under autocast."""
 
     def __init__(self, model: BDHForCausalLM):
         self.path = f"forward on {model.device}"
-        self._model = model
-        self._state = model.new_state()
+        self._model, self._state = model, model.new_state()
 
-    def begin(self, num_rows: int) -> None:
-        self._state = self._model.new_state(num_rows)
+    def begin(self, num_texts: int) -> None:
+        """What is read next are so many other texts."""
+        self._state = self._model.new_state(num_texts)
 
     def read(self, tokens: torch.Tensor, starts: torch.Tensor | None) -> torch.Tensor:
+        """Logits (B, T, V) of the next tokens (B, T); ``starts`` is bool (B, T), where documents start, or None."""
         device = self._model.device
         starts = None if starts is None else starts.to(device)
         return self._model(tokens.to(device), document_starts=starts, past_key_values=self._state).logits
 
 
-class StepReader:
-    """Through an Advancer. A sequence whose document ends begins anew from an empty state."""
+class _AdvancingReader:
+    """The same through an Advancer. A text whose document ends begins anew from an empty state."""
 
     def __init__(self, advancer: Advancer):
-        self.path = advancer.description
-        self._advancer = advancer
-        self._states = [advancer.new_state()]
+        self.path, self._advancer = advancer.description, advancer
+        self._states: list[SynapticState] = []
 
-    def begin(self, num_rows: int) -> None:
-        self._states += [self._advancer.new_state() for _ in range(num_rows - len(self._states))]
-        self._states = self._states[:num_rows]
+    def begin(self, num_texts: int) -> None:
+        self._states = self._states[:num_texts]
+        self._states += [self._advancer.new_state() for _ in range(num_texts - len(self._states))]
         for state in self._states:
             state.clear()
 
     def read(self, tokens: torch.Tensor, starts: torch.Tensor | None) -> torch.Tensor:
-        rows = tokens.tolist()
-        cuts = [[0] if starts is None else [0, *starts[b].nonzero()[:, 0].tolist()] for b in range(len(rows))]
-        pieces = [
-            [(row[start:end], index > 0) for index, (start, end) in enumerate(zip(at, [*at[1:], None], strict=True))]
-            for row, at in zip(rows, cuts, strict=True)
-        ]
-        found: list[list[torch.Tensor]] = [[] for _ in rows]
-        while any(pieces):
-            inputs, of_rows = [], []
-            for index, queue in enumerate(pieces):
-                if queue:
-                    piece, is_new = queue.pop(0)
-                    if is_new:
-                        self._states[index].clear()
-                    if piece:
-                        inputs.append(StepInput(self._states[index], piece, "all"))
-                        of_rows.append(index)
-            for index, logits in zip(of_rows, self._advancer.advance(inputs), strict=True):
-                assert logits is not None
-                found[index].append(logits)
-        return torch.stack([torch.cat(parts) for parts in found])
+        found: list[torch.Tensor] = []
+        is_start = torch.zeros_like(tokens, dtype=torch.bool) if starts is None else starts
+        cuts = {0, *is_start.any(0).nonzero()[:, 0].tolist(), tokens.shape[1]}  # where a document of any text starts
+        for first, end in pairwise(sorted(cuts)):
+            for state, is_new in zip(self._states, is_start[:, first].tolist(), strict=True):
+                if is_new:
+                    state.clear()
+            pieces = tokens[:, first:end].tolist()
+            inputs = [StepInput(state, piece, "all") for state, piece in zip(self._states, pieces, strict=True)]
+            found.append(torch.stack([each for each in self._advancer.advance(inputs) if each is not None]))
+        return torch.cat(found, 1)
 
 
-def reader_of(model: BDHForCausalLM, window: int | None = None) -> Reader:
+def _reader_of(model: BDHForCausalLM, window: int | None) -> _ForwardReader | _AdvancingReader:
     """The fastest reader for a model; only an Advancer attends within a window.
 
     Raises:
@@ -328,15 +300,15 @@ def reader_of(model: BDHForCausalLM, window: int | None = None) -> Reader:
     """
     uses_kernels = model.dtype == torch.float32 and not torch.is_autocast_enabled(model.device.type)
     if window is None and not uses_kernels:
-        return ForwardReader(model)
+        return _ForwardReader(model)
     advancer = Advancer(model, window=window, path="auto" if uses_kernels else "torch")
     if window is None and advancer.backend == "eager":
-        return ForwardReader(model)  # it reads rows side by side too
-    return StepReader(advancer)
+        return _ForwardReader(model)  # it reads texts side by side too
+    return _AdvancingReader(advancer)
 
 
 def _read_on(
-    reader: Reader,
+    reader: _ForwardReader | _AdvancingReader,
     tokens: np.ndarray,
     block_size: int,
     stretch_tokens: int | None,
@@ -358,18 +330,19 @@ def _read_on(
         for position in range(0, length, block_size):
             end = min(position + block_size, length)
             known = min(position, 1)  # the token before a block may end a document
-            rows = _stack(tokens, [(start + position - known, start + end, 0) for start in group])
-            batch = _batch(rows, document_end, known)
-            _add(reader.read(batch.input_ids, batch.starts), batch.targets, count, position=position)
+            batch = _batch(
+                _stack(tokens, [(start + position - known, start + end) for start in group]), document_end, known
+            )
+            count.add(reader.read(batch.input_ids, batch.starts), batch.targets, position=position)
             progress(count.tokens)
     return count
 
 
-def _batch(rows: torch.Tensor, document_end: int | None, known: int = 0) -> Batch:
-    """Rows of tokens as a batch, without the first ``known`` columns, which only show whether they end a document."""
+def _batch(tokens: torch.Tensor, document_end: int | None, known: int = 0) -> Batch:
+    """A batch without the first ``known`` tokens of each sequence, which only show whether they end a document."""
     if document_end is None:
-        return Batch(rows[:, known:])
-    return Batch.of_documents(rows[:, known:], starts_after(rows, document_end)[:, known:])
+        return Batch(tokens[:, known:])
+    return Batch.of_documents(tokens[:, known:], starts_after(tokens, document_end)[:, known:])
 
 
 def _window_batches(
@@ -377,46 +350,22 @@ def _window_batches(
 ) -> Iterator[tuple[torch.Tensor, int]]:
     """Batches of windows (b, T + 1), and how many of each window's targets earlier windows have predicted."""
     last = len(tokens) - 1
-    starts = list(range(0, max(1, last - block_size + stride), stride))
-    pending: list[tuple[int, int, int]] = []  # (start, end, num_known)
-    for start in starts:
-        end = min(start + block_size, last)
-        num_known = 0 if start == 0 else block_size - stride
-        if pending and (end - start, num_known) != (pending[0][1] - pending[0][0], pending[0][2]):
-            yield _stack(tokens, pending), pending[0][2]
-            pending = []
-        pending.append((start, end, num_known))
-        if len(pending) == batch_size:
-            yield _stack(tokens, pending), num_known
-            pending = []
-    if pending:
-        yield _stack(tokens, pending), pending[0][2]
+    windows = [(start, min(start + block_size, last)) for start in range(0, max(1, last - block_size + stride), stride)]
+    for (_, num_known), group in groupby(windows, lambda w: (w[1] - w[0], block_size - stride if w[0] else 0)):
+        alike = list(group)
+        for first in range(0, len(alike), batch_size):
+            yield _stack(tokens, alike[first : first + batch_size]), num_known
 
 
-def _stack(tokens: np.ndarray, windows: list[tuple[int, int, int]]) -> torch.Tensor:
-    return torch.from_numpy(np.stack([tokens[start : end + 1].astype(np.int64) for start, end, _ in windows]))
+def _stack(tokens: np.ndarray, windows: list[tuple[int, int]]) -> torch.Tensor:
+    return torch.from_numpy(np.stack([tokens[start : end + 1].astype(np.int64) for start, end in windows]))
 
 
 def _score(model: BDHForCausalLM, batch: Batch, count: _Count, *, num_known: int = 0) -> None:
-    """Counts the predictions of rows that are read from nothing, but for the first ``num_known`` of each."""
+    """Counts the predictions of sequences that are read from nothing, but for the first ``num_known`` of each."""
     batch = batch.to(model.device)
     output = model(batch.input_ids, document_starts=batch.starts, use_cache=False)
-    _add(output.logits[:, num_known:], batch.targets[:, num_known:], count)
-
-
-def _add(logits: torch.Tensor, targets: torch.Tensor, count: _Count, *, position: int = 0) -> None:
-    """Counts predictions, (B, T, V) of (B, T); ``position`` is that of the first column, for the loss by position."""
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    targets = targets.to(logits.device)
-    is_target = targets >= 0
-    nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
-    count.nats += nats.sum(dtype=torch.float64).item()
-    count.correct += int((logits.argmax(-1) == targets).sum().item())
-    count.tokens += int(is_target.sum().item())
-    if count.nats_at is not None and count.tokens_at is not None:
-        columns = slice(position, position + targets.shape[1])
-        count.nats_at[columns] += nats.sum(0, dtype=torch.float64).cpu()
-        count.tokens_at[columns] += is_target.sum(0).cpu()
+    count.add(output.logits[:, num_known:], batch.targets[:, num_known:])
 
 
 def _batch_size(model: BDHForCausalLM, block_size: int, largest: int) -> int:

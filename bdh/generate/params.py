@@ -1,49 +1,40 @@
-"""How one request is continued, as settings."""
+"""Settings: how one request is continued, and what an engine may use; and what an engine counts."""
 
 from dataclasses import dataclass, field, fields
-from typing import Any, Self
+from typing import Annotated, Any, Self
+
+from annotated_types import Ge, Le
 
 from bdh.generate.grammar import collect_grammar_faults
 from bdh.ops import StepPath, Storage
-from bdh.validation import Faults, NonNegativeInt, PositiveInt, Settings, checked, collect_faults
+from bdh.validation import Allowed, Faults, Fraction, NonNegativeInt, PositiveInt, Settings, checked, collect_faults
 
-SMALLEST_DIVISOR = 1e-6  # logits divided by less would overflow
-MOST_LOGPROBS = 100
+_LEAST = 1e-6  # logits divided by less would overflow
+_Temperature = Annotated[
+    float, Allowed(lambda t: t == 0 or t >= _LEAST, f"0 (greedy) or above; if above, at least {_LEAST:g}")
+]
+_Seed = Annotated[int, Allowed(range(-(2**63), 2**64).__contains__, "from -2**63 to 2**64 - 1")]  # what PyTorch takes
+LogprobCount = Annotated[int, Ge(0), Le(100)]
 
 
 @dataclass
 class DrawSettings(Settings):
     """How the next token is drawn. The names and meanings are those of OpenAI's API and of transformers."""
 
-    temperature: float = 1.0
+    temperature: _Temperature = 1.0
     """Divides the logits: below 1 sharper, above 1 flatter, 0 takes the likeliest token (greedy)."""
-    top_k: int = 0
+    top_k: NonNegativeInt = 0
     """Sample from the k likeliest tokens only; 0 for all."""
-    top_p: float = 1.0
+    top_p: Annotated[float, Allowed(lambda p: 0 < p <= 1, "above 0, up to 1")] = 1.0
     """Sample from the likeliest tokens that together have this probability."""
-    min_p: float = 0.0
+    min_p: Fraction = 0.0
     """Drop tokens less likely than this share of the likeliest one's probability."""
-    repetition_penalty: float = 1.0
+    repetition_penalty: Annotated[float, Allowed(lambda p: p >= _LEAST, f"above 0, at least {_LEAST:g}")] = 1.0
     """Divides the logits of tokens already in the text, the prompt included (multiplies negative ones); 1 for none."""
-    seed: int | None = None
+    seed: _Seed | None = None
     """Seed of the sampling: the same seed gives the same text, whatever else runs. None for a different one each time."""
-    stop: list[str] = field(default_factory=list)
+    stop: Annotated[list[str], Allowed(all, "strings of at least one character")] = field(default_factory=list)
     """Strings that end the text; they are not part of it."""
-
-    def collect_faults(self, faults: Faults) -> None:
-        super().collect_faults(faults)
-        is_right = self.temperature == 0 or self.temperature >= SMALLEST_DIVISOR
-        allowed = f"0 (greedy) or above; if above, at least {SMALLEST_DIVISOR:g}"
-        faults.require(is_right, "temperature", self.temperature, allowed)
-        faults.require(self.top_k >= 0, "top_k", self.top_k, "0 (all tokens) or above")
-        faults.require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, up to 1")
-        faults.require(0 <= self.min_p < 1, "min_p", self.min_p, "at least 0 and below 1")
-        is_right = self.repetition_penalty >= SMALLEST_DIVISOR
-        allowed = f"above 0, at least {SMALLEST_DIVISOR:g}"
-        faults.require(is_right, "repetition_penalty", self.repetition_penalty, allowed)
-        is_right = self.seed is None or -(2**63) <= self.seed < 2**64  # what PyTorch takes
-        faults.require(is_right, "seed", self.seed, "from -2**63 to 2**64 - 1, or null")
-        faults.require(all(self.stop), "stop", self.stop, "strings of at least one character")
 
 
 @dataclass
@@ -62,59 +53,41 @@ class TextSettings(DrawSettings):
     """Tokens that end the text, beside the model's own; they are not part of it."""
     ignore_eos: bool = False
     """Go on after the model's own end of a text."""
-    logprobs: int | None = None
+    logprobs: LogprobCount | None = None
     """Log-probabilities of each generated token and of the so many likeliest, as the model gives them, before
     temperature and penalties; 0 for that of the token alone, None for none."""
-    prompt_logprobs: int | None = None
+    prompt_logprobs: LogprobCount | None = None
     """The same of each token of the prompt but the first, which nothing predicts."""
     echo: bool = False
     """Put the prompt in front of the text."""
-
-    def collect_faults(self, faults: Faults) -> None:
-        super().collect_faults(faults)
-        for name in ("logprobs", "prompt_logprobs"):
-            value = getattr(self, name)
-            is_right = value is None or 0 <= value <= MOST_LOGPROBS
-            faults.require(is_right, name, value, f"within 0 and {MOST_LOGPROBS}, or null")
 
 
 @dataclass
 class SamplingParams(TextSettings):
     """Settings of a request."""
 
-    max_tokens: int = 200
+    max_tokens: NonNegativeInt = 200
     """Tokens generated at most; 0 only reads the prompt."""
-    n: int = 1
+    n: PositiveInt = 1
     """Continuations of the prompt, which is read once. The first has the seed itself, the others derived ones."""
     grammar: dict[str, Any] | None = None
     """The form that the text must have: ``{"json_schema": SCHEMA}`` or ``{"regex": PATTERN}``, held exactly. It may end
     only where it has it, and ends where nothing may follow, before ``min_tokens`` too; cut off by ``max_tokens`` or a stop
-    string it is a beginning of such a text. For going on in the midst of a text from a snapshot, ``"written"`` is the number
+    string it is a beginning of such a text. To continue in the midst of a text from a snapshot, ``"written"`` is the number
     of the snapshot's last tokens that are its beginning."""
 
     def collect_faults(self, faults: Faults) -> None:
-        super().collect_faults(faults)
-        faults.require(self.max_tokens >= 0, "max_tokens", self.max_tokens, "at least 0")
-        faults.require(
-            0 <= self.min_tokens <= max(0, self.max_tokens), "min_tokens", self.min_tokens, "within 0 and max_tokens"
-        )
-        faults.require(self.n >= 1, "n", self.n, "at least 1")
-        for fault in [] if self.grammar is None else collect_grammar_faults(self.grammar):
-            faults.add(fault)
-
-    def collect_token_faults(self, vocab_size: int, faults: Faults) -> None:
-        """What is wrong for a vocabulary of this size."""
-        allowed = f"token ids within 0 and {vocab_size - 1}"
-        for name, ids in (("logit_bias", list(self.logit_bias)), ("stop_token_ids", self.stop_token_ids)):
-            wrong = [token for token in ids if not 0 <= token < vocab_size]
-            faults.require(not wrong, name, wrong, allowed)
+        is_right = 0 <= self.min_tokens <= max(0, self.max_tokens)
+        faults.require(is_right, "min_tokens", self.min_tokens, "within 0 and max_tokens")
+        faults.found += [] if self.grammar is None else collect_grammar_faults(self.grammar)
 
     def validated(self, vocab_size: int | None = None) -> Self:
-        """This object, or a ``ValueError`` that lists all faults."""
+        """This object, or a ``ValueError`` that lists all faults, those for a vocabulary of this size among them."""
         faults = Faults()
         collect_faults(self, faults)
-        if vocab_size is not None:
-            self.collect_token_faults(vocab_size, faults)
+        for name, ids in (("logit_bias", list(self.logit_bias)), ("stop_token_ids", self.stop_token_ids)):
+            if vocab_size is not None and (wrong := [token for token in ids if not 0 <= token < vocab_size]):
+                faults.require(False, name, wrong, f"token ids within 0 and {vocab_size - 1}")
         faults.raise_if_any()
         return self
 
@@ -131,22 +104,18 @@ def collect_text_faults(
     """What is wrong for whole texts, by the names that the command line and transformers have for these fields."""
     faults.require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "at least 1 token")
     faults.require(num_beams >= 1, "num_beams", num_beams, "at least 1")
+    draws_alike = settings.temperature <= 0 and num_beams <= 1 and num_return_sequences != 1
     for is_right, allowed in (
         (num_return_sequences >= 1, "at least 1"),
-        (
-            settings.temperature > 0 or num_beams > 1 or num_return_sequences == 1,
-            "1 with temperature 0, which always gives the same text",
-        ),
+        (not draws_alike, "1 with temperature 0, which always gives the same text"),
         (num_beams == 1 or num_return_sequences <= num_beams, f"at most num_beams, {num_beams}"),
     ):
         faults.require(is_right, "num_return_sequences", num_return_sequences, allowed)
     if num_beams > 1:
-        neutral = TextSettings()
-        for each in fields(TextSettings):
-            if each.name not in DrawSettings.__dataclass_fields__:
-                value = getattr(settings, each.name)
-                is_right = value == getattr(neutral, each.name)
-                faults.require(is_right, each.name, value, "left out with num_beams above 1")
+        neutral, shared = TextSettings(), DrawSettings.__dataclass_fields__
+        for name in (each.name for each in fields(TextSettings) if each.name not in shared):
+            value = getattr(settings, name)
+            faults.require(value == getattr(neutral, name), name, value, "left out with num_beams above 1")
 
 
 _IN_JSON = {

@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor
 
 from bdh.data.corpus import Batch, ValidationPart
 from bdh.distributed.world import World
-from bdh.evaluate.activity import measure_activity
 from bdh.evaluate.loss import Metrics, evaluate_parts
+from bdh.evaluate.probes import measure_activity
 from bdh.generate.params import SamplingParams
 from bdh.generate.texts import generate_text
 from bdh.memory import peak_bytes

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bdh import BDHConfig, BDHForCausalLM
-from bdh.evaluate.activity import measure_activity
+from bdh.evaluate.probes import measure_activity
 from bdh.ops import naive
 
 L, D, H, N = 3, 16, 2, 32

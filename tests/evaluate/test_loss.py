@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from bdh import BDHConfig, BDHForCausalLM
-from bdh.evaluate.loss import evaluate_text, evaluate_windows
+from bdh.data.corpus import Batch, starts_after
+from bdh.evaluate.loss import evaluate_batch, evaluate_text
 from bdh.ops import naive
 
 TOLERANCE = 1e-6  # float32 logits, summed in float64
@@ -85,15 +86,15 @@ def test_evaluation_draws_no_random_numbers_and_keeps_the_mode(model, tokens):
     model.train()
     before = torch.get_rng_state()
     windows = torch.from_numpy(tokens[:200].astype(np.int64)).view(4, 50)
-    first = evaluate_windows(model, windows, bytes_per_token=1.0)
+    first = evaluate_batch(model, Batch(windows), bytes_per_token=1.0)
     assert torch.equal(torch.get_rng_state(), before)
     assert model.training
-    assert evaluate_windows(model, windows, bytes_per_token=1.0) == first  # dropout 0.5 is off
+    assert evaluate_batch(model, Batch(windows), bytes_per_token=1.0) == first  # dropout 0.5 is off
 
 
 def test_the_batch_size_does_not_change_the_result(model, tokens):
     windows = torch.from_numpy(tokens[:200].astype(np.int64)).view(8, 25)
-    one, all_at_once = (evaluate_windows(model, windows, bytes_per_token=1.0, max_batch_size=n) for n in (1, 8))
+    one, all_at_once = (evaluate_batch(model, Batch(windows), bytes_per_token=1.0, max_batch_size=n) for n in (1, 8))
     assert one.loss == pytest.approx(all_at_once.loss, abs=TOLERANCE)
 
 
@@ -117,7 +118,7 @@ def test_a_text_without_anything_to_predict_is_refused(model):
 
 def test_loss_by_position_is_the_mean_over_the_windows(model, tokens):
     windows = torch.from_numpy(tokens[:140].astype(np.int64)).view(7, 20)
-    metrics = evaluate_windows(model, windows, bytes_per_token=1.0, max_batch_size=3)
+    metrics = evaluate_batch(model, Batch(windows), bytes_per_token=1.0, max_batch_size=3)
     with torch.no_grad():
         logits = model.eval()(windows[:, :-1]).logits
     nats = F.cross_entropy(logits.transpose(1, 2), windows[:, 1:], reduction="none")  # (7, 19)
@@ -179,7 +180,7 @@ def test_windows_tell_documents_apart_too(model, tokens):
     windows = torch.from_numpy(np.stack([tokens[:21], tokens[60:81]]).astype(np.int64))
     windows[windows == 9] = 8
     windows[0, 12] = 9
-    metrics = evaluate_windows(model, windows, bytes_per_token=1.0, document_end=9)
+    metrics = evaluate_batch(model, Batch.of_documents(windows, starts_after(windows, 9)), bytes_per_token=1.0)
     flat = windows.flatten().numpy()
     loss, _ = loss_by_hand(model, flat, [(0, 1, 12), (13, 14, 20), (21, 22, 41)])
     assert metrics.num_tokens == 39

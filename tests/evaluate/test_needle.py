@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from bdh import BDHConfig, BDHForCausalLM
-from bdh.evaluate.needle import ModelReader, Question, measure_recall
+from bdh.evaluate.probes import ModelReader, Question, measure_recall
 from bdh.tokenizer import byte_tokenizer
 
 FILLER = np.frombuffer(b"Of all the things that one may say of filler, few are worth the telling. " * 3, np.uint8)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from bdh import BDHConfig, BDHForCausalLM
 from bdh.data.corpus import Batch, ValidationPart
-from bdh.evaluate.loss import evaluate_batch, evaluate_parts, evaluate_windows
+from bdh.evaluate.loss import evaluate_batch, evaluate_parts
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def rows():
 
 def test_a_single_part_is_measured_as_its_windows(model, rows):
     whole, by_name = evaluate_parts(model, [ValidationPart("", Batch(rows), 2.0)])
-    assert whole == evaluate_windows(model, rows, bytes_per_token=2.0)
+    assert whole == evaluate_batch(model, Batch(rows), bytes_per_token=2.0)
     assert by_name == {}
 
 
@@ -46,12 +46,12 @@ def test_only_what_counts_is_measured(model, rows):
 def test_several_parts_are_weighed_by_their_tokens(model, rows):
     a, b = ValidationPart("a", Batch(rows[:3]), 1.0), ValidationPart("b", Batch(rows[3:]), 1.0)
     whole, by_name = evaluate_parts(model, [a, b])
-    together = evaluate_windows(model, rows, bytes_per_token=1.0)
+    together = evaluate_batch(model, Batch(rows), bytes_per_token=1.0)
     assert whole.loss == pytest.approx(together.loss)
     assert whole.accuracy == pytest.approx(together.accuracy)
     assert whole.num_tokens == together.num_tokens
     assert whole.loss_by_position == pytest.approx(together.loss_by_position)
-    assert by_name["a"].loss == pytest.approx(evaluate_windows(model, rows[:3], bytes_per_token=1.0).loss)
+    assert by_name["a"].loss == pytest.approx(evaluate_batch(model, Batch(rows[:3]), bytes_per_token=1.0).loss)
     assert by_name["b"].loss != pytest.approx(by_name["a"].loss)
 
 

@@ -1,0 +1,290 @@
+"""What a loss does not show: how many neurons of a model fire, and for how long it knows a fact that it has read."""
+
+import random
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from bdh.generate.texts import inference
+from bdh.model import BDHForCausalLM
+
+_SAMPLE = 4096  # values kept of each kind and layer step, for histograms
+# Neurons times tokens that are read at once, where several sequences have them: 128 MiB for each wide tensor in float32.
+MAX_WIDE = 2**25
+
+
+@dataclass(frozen=True)
+class Activity:
+    """What the neurons did on the tokens that were measured. Each list has one entry a layer step."""
+
+    density: dict[str, list[float]]
+    """Share of the neurons that fire on a token: those of ``x``, of ``y``, and of both (``xy``)."""
+    norm: dict[str, list[float]]
+    """Mean over the tokens of the L2 norm over all neurons: of ``x``, ``y`` and their product ``xy``."""
+    dead_neurons: float
+    """Share of the neurons whose x fired on none of the tokens, in no layer step: they did nothing."""
+    samples: dict[str, list[torch.Tensor]]
+    """Some values above 0 of ``x``, ``y`` and ``xy``, evenly spaced among all of them."""
+
+    def as_dict(self, prefix: str = "") -> dict[str, float]:
+        """``density/x/0`` is that of x in the first layer step; so for the others."""
+        found = {f"{prefix}dead_neurons": self.dead_neurons}
+        for name, table in (("density", self.density), ("norm", self.norm)):
+            for kind, values in table.items():
+                found |= {f"{prefix}{name}/{kind}/{index}": value for index, value in enumerate(values)}
+        return found
+
+
+def measure_activity(
+    model: BDHForCausalLM,
+    tokens: torch.Tensor,
+    *,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    max_batch_size: int = 16,
+) -> Activity:
+    """Reads tokens (n, T), each sequence from nothing, and counts.
+
+    It costs a forward pass of the linear modules as they are, to which hooks listen, and a count of each wide tensor. It
+    draws no random numbers and leaves the model as it was.
+    """
+    batches = tokens.split(sequences_at_once(model, tokens.shape[1], max_batch_size))
+    counts = {kind: _Counts(model, max(1, _SAMPLE // len(batches))) for kind in ("x", "y", "xy")}
+    heads: list[torch.Tensor] = []  # of y in this layer step
+
+    def on_head(module: Any, inputs: Any, output: torch.Tensor) -> None:
+        heads.append(output)
+        if len(heads) == model.config.n_head:
+            counts["y"].add(torch.cat(heads, -1))
+            heads.clear()
+
+    with ExitStack() as hooks, inference(model), autocast():
+        for handle in (
+            model.encoder.register_forward_hook(lambda module, inputs, output: counts["x"].add(output)),
+            *(head.register_forward_hook(on_head) for head in model.encoder_v),
+            model.decoder.register_forward_pre_hook(lambda module, inputs: counts["xy"].add(inputs[0])),
+        ):
+            hooks.callback(handle.remove)
+        for batch in batches:
+            model(batch.to(model.device), use_cache=False, logits_to_keep=1)
+    num_neurons = len(counts["x"].ever)
+    return Activity(
+        density={kind: (each.fired / (tokens.numel() * num_neurons)).tolist() for kind, each in counts.items()},
+        norm={kind: (each.norm / tokens.numel()).tolist() for kind, each in counts.items()},
+        dead_neurons=1 - counts["x"].ever.double().mean().item(),
+        samples={kind: [torch.cat(found) for found in each.samples] for kind, each in counts.items()},
+    )
+
+
+def sequences_at_once(model: BDHForCausalLM, num_tokens: int, largest: int = 16) -> int:
+    """Sequences of so many tokens that :func:`measure_activity` reads together."""
+    return max(1, min(largest, MAX_WIDE // (num_tokens * model.config.n_head * model.config.neurons_per_head)))
+
+
+class _Counts:
+    """Of x, y or x * y, layer step by layer step.
+
+    Args:
+        num_samples: values to keep of one layer step of one forward pass.
+    """
+
+    def __init__(self, model: BDHForCausalLM, num_samples: int):
+        L = model.config.n_layer
+        self._num_samples, self._num_calls = num_samples, 0
+        self.fired, self.norm = torch.zeros(2, L, dtype=torch.float64, device=model.device)
+        self.ever = torch.zeros(
+            model.config.n_head * model.config.neurons_per_head, dtype=torch.bool, device=model.device
+        )
+        self.samples: list[list[torch.Tensor]] = [[] for _ in range(L)]
+
+    def add(self, wide: torch.Tensor) -> None:
+        """The next layer step, (..., H*N); what is below 0 counts as 0, as ReLU leaves it."""
+        index = self._num_calls % len(self.samples)
+        self._num_calls += 1
+        fires = wide > 0
+        self.ever |= fires.flatten(0, -2).any(0)
+        self.fired[index] += fires.sum()
+        self.norm[index] += torch.linalg.vector_norm(wide.clamp_min(0), dim=-1, dtype=torch.float64).sum()
+        above = wide[fires]
+        step = max(1, above.numel() // self._num_samples)
+        self.samples[index].append(above[::step][: self._num_samples].float().cpu())
+
+
+DISTANCES = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
+_NAMES = ("Anna", "Boris", "Clara", "David", "Elena", "Felix", "Greta", "Henry", "Irene", "Jonas", "Karen", "Lukas")
+_LEAD_TOKENS = 128  # filler and fact together, so that the fact is not the first that is read
+_STATE_BYTES = 2**30  # of the states of all sequences that are read together
+_WIDE_VALUES = 2**27  # of one wide activation: 512 MiB in float32
+_CHUNK = 1024  # tokens of one forward pass
+Score = tuple[list[float], bool]
+"""The log-probabilities of a value's tokens, and whether each was the likeliest."""
+
+
+@dataclass(frozen=True)
+class Recall:
+    """What is known of the planted values at one distance."""
+
+    distance: int
+    """Tokens between the fact and the question."""
+    trials: int
+    accuracy: float
+    """Share of the trials in which greedy decoding gives the whole value."""
+    control_accuracy: float
+    """The same without the fact: what guessing gives."""
+    log_probability: float
+    """Mean over the value's tokens, nats."""
+    control_log_probability: float
+    """The same without the fact. Where the two are equal, the fact is forgotten."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """``fact`` ends with the same tokens as ``query + value``, and a full stop."""
+
+    fact: list[int]
+    query: list[int]
+    value: list[int]
+
+
+class Reader(Protocol):
+    """Reads several texts, and can be asked at any time without remembering that it was."""
+
+    def start(self, num_rows: int) -> None: ...
+
+    def read(self, tokens: torch.Tensor) -> None:
+        """Further tokens (num_rows, T) of each text."""
+
+    def score(self, questions: Sequence[Question]) -> list[Score]:
+        """Of each text's value."""
+
+
+def measure_recall(
+    reader: Reader,
+    tokenizer: PreTrainedTokenizerFast,
+    filler: np.ndarray,
+    *,
+    distances: Sequence[int] = DISTANCES,
+    trials: int = 16,
+    rows_at_once: int = 16,
+    seed: int = 0,
+    progress: Callable[[int], None] = lambda num_tokens: None,
+) -> list[Recall]:
+    """Plants a fact, reads on, and asks for it at each distance; and the same with filler in place of the fact.
+
+    A trial reads its text once, up to the largest distance: the cost is linear in it.
+
+    Args:
+        filler: (n,) tokens of a text to plant the facts in; a short one is repeated.
+        rows_at_once: texts that are read together, of which each trial has two.
+        progress: called with the number of tokens read so far, of all texts.
+
+    Raises:
+        ValueError: distances or trials below 1, or an empty filler.
+    """
+    if not distances or min(distances) < 1 or trials < 1:
+        raise ValueError(f"distances are {list(distances)} and trials {trials}: there must be some, all at least 1")
+    if len(filler) == 0:
+        raise ValueError("the filler text has no tokens: at least 1 is needed")
+    ordered = sorted(set(distances))
+    randomness = random.Random(seed)
+    questions = [_question(tokenizer, randomness) for _ in range(trials)]
+    starts = [randomness.randrange(len(filler)) for _ in range(trials)]
+    num_read, num_together = 0, max(1, rows_at_once // 2)
+    scores: dict[int, list[Score]] = {distance: [] for distance in ordered}
+    controls: dict[int, list[Score]] = {distance: [] for distance in ordered}
+    for first in range(0, trials, num_together):
+        asked = questions[first : first + num_together]
+        places = np.array(starts[first : first + num_together])[:, None] + np.arange(_LEAD_TOKENS + ordered[-1])
+        texts = np.tile(np.take(filler, places, mode="wrap").astype(np.int64), (2, 1))  # with the fact, and without
+        for text, question in zip(texts, asked, strict=False):
+            text[_LEAD_TOKENS - len(question.fact) : _LEAD_TOKENS] = question.fact
+        tokens, done = torch.from_numpy(texts), 0
+        reader.start(len(texts))
+        for distance in ordered:
+            end = _LEAD_TOKENS + distance
+            reader.read(tokens[:, done:end])
+            num_read, done = num_read + (end - done) * len(texts), end
+            progress(num_read)
+            found = reader.score([*asked, *asked])
+            scores[distance] += found[: len(asked)]
+            controls[distance] += found[len(asked) :]
+    return [
+        Recall(
+            distance=distance,
+            trials=trials,
+            accuracy=_share(scores[distance]),
+            control_accuracy=_share(controls[distance]),
+            log_probability=_mean(scores[distance]),
+            control_log_probability=_mean(controls[distance]),
+        )
+        for distance in ordered
+    ]
+
+
+def tokens_to_read(distances: Sequence[int], trials: int) -> int:
+    """What ``progress`` counts up to."""
+    return 2 * trials * (_LEAD_TOKENS + max(distances))
+
+
+class ModelReader:
+    """A model, its state handed on from chunk to chunk."""
+
+    def __init__(self, model: BDHForCausalLM):
+        self._model, self._state = model, model.new_state()
+
+    def rows_that_fit(self, most: int) -> int:
+        """How many texts can be read together: an even number, as states of large models are large."""
+        fitting = _STATE_BYTES // self._model.config.state_bytes_per_sequence
+        return max(2, min(most, fitting) // 2 * 2)
+
+    def start(self, num_rows: int) -> None:
+        self._state = self._model.new_state(num_rows)
+
+    def read(self, tokens: torch.Tensor) -> None:
+        config = self._model.config
+        chunk = _WIDE_VALUES // (len(tokens) * config.n_head * config.neurons_per_head)
+        with inference(self._model):
+            for part in tokens.split(max(1, min(_CHUNK, chunk)), dim=1):
+                self._model(part.to(self._model.device), past_key_values=self._state, logits_to_keep=1)
+
+    def score(self, questions: Sequence[Question]) -> list[Score]:
+        found: list[Score] = [([], False)] * len(questions)
+        groups: dict[tuple[int, int], list[int]] = {}  # texts whose questions have one shape
+        for index, question in enumerate(questions):
+            groups.setdefault((len(question.query), len(question.value)), []).append(index)
+        for (_, num_values), group in groups.items():
+            tokens = torch.tensor([questions[index].query + questions[index].value for index in group])
+            tokens = tokens.to(self._model.device)
+            with inference(self._model):
+                logits = self._model(
+                    tokens[:, :-1], past_key_values=self._state.filter(group), logits_to_keep=num_values
+                ).logits.float()
+            values = tokens[:, -num_values:]
+            nats = logits.log_softmax(-1).gather(-1, values[..., None])[..., 0].tolist()
+            hits = (logits.argmax(-1) == values).all(-1).tolist()
+            for index, score in zip(group, zip(nats, hits, strict=True), strict=True):
+                found[index] = score
+        return found
+
+
+def _question(tokenizer: PreTrainedTokenizerFast, randomness: random.Random) -> Question:
+    def encoded(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    name = randomness.choice(_NAMES)
+    digits = "".join(randomness.sample("0123456789", 4))
+    query, value = encoded(f"\nThe secret number of {name} is"), encoded(f" {digits}")
+    # Encoded apart, so that the value has the same tokens where it is planted and where it is asked for.
+    return Question(fact=[*query, *value, *encoded(".\n")], query=query, value=value)
+
+
+def _share(scores: list[Score]) -> float:
+    return sum(hit for _, hit in scores) / len(scores)
+
+
+def _mean(scores: list[Score]) -> float:
+    return sum(sum(nats) / len(nats) for nats, _ in scores) / len(scores)
