@@ -8,11 +8,12 @@ import itertools
 import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from bdh.generate.advance import MOST_NEURONS, Advancer, Residuals, StatePool, StepInput
+from bdh.generate.advance import MOST_NEURONS, Advancer, Residuals, StatePool, StepInput, WantedLogits
 from bdh.generate.grammar import Grammars
 from bdh.generate.params import EngineConfig, EngineStats, SamplingParams
 from bdh.generate.prefix_cache import PrefixStore
@@ -104,14 +105,12 @@ class Engine:
         return request_id in itertools.chain(self._running, *others)
 
     def stats(self) -> EngineStats:
-        counters = self._counters
-        return EngineStats(
+        return replace(
+            self._counters,
             running=sum(1 for request in self._running.values() for s in request.sequences if s.state is not None),
             waiting=len(self._waiting),
             state_bytes=self._num_reserved * self.advancer.state_bytes,
-            prompt_tokens=counters.prompt_tokens,
-            generated_tokens=counters.generated_tokens,
-            finished=dict(counters.finished),
+            finished=dict(self._counters.finished),
             **(self._prefixes.stats() if self._prefixes else {}),
         )
 
@@ -255,10 +254,10 @@ class Engine:
             self._prefixes.store_marked()
         self._admit()
         chosen = self._choose_inputs()
-        self._in_hand.extend(request for request, *_ in chosen)
-        for (request, sequence, count), step_input in zip(chosen, self._read(chosen), strict=True):
+        self._in_hand.extend(sequence.request for sequence, _ in chosen)
+        for (sequence, count), step_input in zip(chosen, self._read(chosen), strict=True):
             if sequence.completion is None:
-                self._advance(request, sequence, count, step_input)
+                self._advance(sequence, count, step_input)
             self._in_hand.popleft()
             self.advancer.mark_progress()
         outputs, self._outputs = self._outputs, []
@@ -352,83 +351,70 @@ class Engine:
             sequence.pending = sequence.pending[known:]
             request.places, request.weights = self._prefixes.places(sequence.tokens, known), self._prefixes.weights
 
-    def _choose_inputs(self) -> list[tuple[Request, Continuation, int]]:
+    def _choose_inputs(self) -> list[tuple[Continuation, int]]:
         """Which sequences read how many of their tokens in this step; 0 where logits are there already."""
-        continued, reading = [], []
-        for request in self._running.values():
-            for sequence in request.sequences:
-                if sequence.completion is not None or sequence.state is None:
-                    continue
-                if sequence.num_generated or not sequence.pending:
-                    continued.append((request, sequence, len(sequence.pending)))
-                else:
-                    reading.append((request, sequence))
-        room = max(self.config.tokens_per_step - len(continued), self.config.tokens_per_step // _LEAST_PROMPT_SHARE, 1)
-        chosen = continued
-        for request, sequence in reading:
-            if room < 1:
+        active = [each for request in self._running.values() for each in request.sequences]
+        active = [each for each in active if each.completion is None and each.state is not None]
+        reading = [each for each in active if each.pending and not each.num_generated]
+        chosen = [(each, len(each.pending)) for each in active if each.num_generated or not each.pending]
+        available = max(
+            self.config.tokens_per_step - len(chosen), self.config.tokens_per_step // _LEAST_PROMPT_SHARE, 1
+        )
+        for sequence in reading:
+            if available < 1:
                 break
             assert sequence.state is not None
-            position, count = sequence.state.position, min(room, len(sequence.pending))
-            for place in request.places:
-                if position < place:
-                    count = min(count, place - position)
-            chosen.append((request, sequence, count))
-            room -= count
+            position = sequence.state.position
+            to_places = (place - position for place in sequence.request.places if place > position)
+            count = min(available, len(sequence.pending), *to_places)
+            chosen.append((sequence, count))
+            available -= count
         return chosen
 
-    def _read(self, chosen: list[tuple[Request, Continuation, int]]) -> list[StepInput | None]:
+    def _read(self, chosen: list[tuple[Continuation, int]]) -> list[StepInput | None]:
         """Has the sequences read so many tokens each, and ends those that cannot; None where nothing was to be read."""
         inputs: list[StepInput | None] = []
-        for request, sequence, count in chosen:
+        for sequence, count in chosen:
             if not count:
                 inputs.append(None)
                 continue
-            assert sequence.state is not None
-            is_last = count == len(sequence.pending) or sequence.state.position + count in request.places
-            wants_all = sequence.prompt_logprobs is not None and not sequence.num_generated
-            inputs.append(
-                StepInput(
-                    sequence.state,
-                    sequence.pending[:count],
-                    "all" if wants_all else "last" if is_last else "none",
-                    record_activations=request.record_activations if count == len(sequence.pending) else None,
-                    residuals=request.residuals,
-                )
-            )
+            request, state, is_last = sequence.request, sequence.state, count == len(sequence.pending)
+            assert state is not None
+            logits: WantedLogits = "last" if is_last or state.position + count in request.places else "none"
+            if sequence.prompt_logprobs is not None and not sequence.num_generated:
+                logits = "all"
+            recorded = request.record_activations if is_last else None
+            inputs.append(StepInput(state, sequence.pending[:count], logits, recorded, request.residuals))
         self.advancer.advance_what_can_be([each for each in inputs if each is not None])
-        for (request, _, _), step_input in zip(chosen, inputs, strict=True):
+        for (sequence, _), step_input in zip(chosen, inputs, strict=True):
             if step_input is not None and step_input.error is not None:
-                self._fail(request, step_input.error, has_traceback=False)
+                self._fail(sequence.request, step_input.error, has_traceback=False)
         return inputs
 
-    def _advance(self, request: Request, sequence: Continuation, count: int, step_input: StepInput | None) -> None:
+    def _advance(self, sequence: Continuation, count: int, step_input: StepInput | None) -> None:
         """What follows from tokens that have been read: a stored state, further continuations, the next token."""
+        request, state = sequence.request, sequence.state
         try:
             if sequence.num_generated == 0:
                 self._counters.prompt_tokens += count
             if step_input is not None:
                 sequence.activity = step_input.activity
                 sequence.read(count, step_input.result())
-            self._mark_prefix(request, sequence)
+            if self._prefixes is not None and state is not None and state.position in request.places:
+                request.places.discard(state.position)
+                self._prefixes.mark(sequence.tokens[: state.position], state, sequence.logits, request.weights)
             if sequence.pending:
                 return
-            for each in [sequence, *self._fork(request, sequence)]:
+            for each in [sequence, *self._fork(sequence)]:
                 output = each.end("length") if each.params.max_tokens == 0 else each.draw()
                 self._counters.generated_tokens += len(output.token_ids)
                 self._emit(request, each, output)
         except Exception as error:
             self._fail(request, error)
 
-    def _mark_prefix(self, request: Request, sequence: Continuation) -> None:
-        state = sequence.state
-        if self._prefixes is None or sequence.num_generated or state is None or state.position not in request.places:
-            return
-        request.places.discard(state.position)
-        self._prefixes.mark(sequence.tokens[: state.position], state, sequence.logits, request.weights)
-
-    def _fork(self, request: Request, sequence: Continuation) -> list[Continuation]:
+    def _fork(self, sequence: Continuation) -> list[Continuation]:
         """The further continuations of a prompt, once it has been read: each with a copy of the state."""
+        request = sequence.request
         if len(request.sequences) == request.params.n:
             return []
         if self._prefixes is not None:

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,21 +20,19 @@ from bdh.storage import atomic_file, check_file
 
 _FORMAT_NAME = "bdh-snapshot-"
 FILE_FORMAT = f"{_FORMAT_NAME}1"
-# Stands in the file where its checksum comes, while that is computed.
-_NO_CHECKSUM = "0" * 64
-_BLOCK_BYTES = 1 << 20
+_NO_CHECKSUM = "0" * 64  # in the place of the checksum while that is computed
 
 
 @dataclass
 class Snapshot:
-    """A sequence at one point of its generation. Going on from it is going on as if it had never stopped."""
+    """A sequence at one point of its generation. From there it continues as if it had never stopped."""
 
     state: SynapticState
     """What the model remembers, and the position."""
     tokens: list[int]
     """All tokens of the sequence so far, the prompt's first; penalties are counted from them."""
     logits: torch.Tensor | None
-    """Float32, (V,): of the token behind the last one that the state has read; None before the first."""
+    """Float32, (V,): of the token after the last one that the state has read; None before the first."""
     generator_state: torch.Tensor | None = None
     """Of the sequence's ``torch.Generator``; None where nothing is drawn."""
     num_prompt_tokens: int = 0
@@ -58,7 +58,7 @@ class Snapshot:
                 "prompt_logprobs was given with a snapshot, whose tokens are not read again: must be left out"
             )
         if not self.tokens:
-            raise ValueError("the snapshot has no tokens: there is nothing to go on from")
+            raise ValueError("the snapshot has no tokens: there is nothing to continue")
         if self.state.pattern != pattern:
             raise ValueError(
                 f"the snapshot's state is {self.state.pattern}, this engine's are {pattern}: "
@@ -68,9 +68,7 @@ class Snapshot:
     @property
     def nbytes(self) -> int:
         """Of the tensors: nearly all of it."""
-        return sum(tensor.nbytes for tensor in (self.logits, self.generator_state) if tensor is not None) + (
-            self.state.nbytes
-        )
+        return sum(each.nbytes for each in (self.state, self.logits, self.generator_state) if each is not None)
 
     def clone(self) -> "Snapshot":
         """A copy that shares no memory with this one: a fork of the sequence."""
@@ -81,8 +79,8 @@ class Snapshot:
             logits=None if self.logits is None else self.logits.clone(),
             generator_state=None if self.generator_state is None else self.generator_state.clone(),
             pending=list(self.pending),
-            decoder=_copied(self.decoder),
-            notes=_copied(self.notes),
+            decoder=deepcopy(self.decoder),
+            notes=deepcopy(self.notes),
         )
 
     def save(self, path: str | Path, model: ModelParts) -> None:
@@ -98,11 +96,9 @@ class Snapshot:
         known = identity(model)
         tensors = {f"state.{name}": torch.cat(of_steps) for name, of_steps in self.state.tensors.items()}  # (L, ...)
         tensors["tokens"] = torch.tensor(self.tokens, dtype=torch.int64)
-        tensors |= {
-            name: tensor
-            for name, tensor in (("logits", self.logits), ("generator_state", self.generator_state))
-            if tensor is not None
-        }
+        for name, tensor in (("logits", self.logits), ("generator_state", self.generator_state)):
+            if tensor is not None:
+                tensors[name] = tensor.clone()  # which may be a part of another one: safetensors writes none of these
         facts = {
             "kind": self.state.kind,
             "position": self.state.position,
@@ -114,7 +110,7 @@ class Snapshot:
         }
         metadata = {"format": FILE_FORMAT, "facts": json.dumps(facts, sort_keys=True), "checksum": _NO_CHECKSUM}
         with atomic_file(path, private=True) as temporary:
-            save_file({name: _own_memory(tensor) for name, tensor in tensors.items()}, temporary, metadata=metadata)
+            save_file({name: tensor.detach().cpu() for name, tensor in tensors.items()}, temporary, metadata=metadata)
             with temporary.open("r+b") as file:
                 place = _place_of_checksum(file, _NO_CHECKSUM)
                 checksum = _checksum(file, place)
@@ -142,20 +138,13 @@ class Snapshot:
                 _check(path, metadata.get("checksum", ""))
                 facts = json.loads(metadata["facts"])
                 _refuse_others(path, model, facts["model"])
-                # Copied, since what safetensors gives is the mapped file, which may change.
+                # Copied: what safetensors gives is the mapped file, which may change.
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
         except SafetensorError as error:
             raise ValueError(f"{path} is not a complete snapshot file: {error}") from error
-        state = SynapticState(
-            {
-                name.removeprefix("state."): list(tensor.to(model.device).split(1))
-                for name, tensor in tensors.items()
-                if name.startswith("state.")
-            },
-            torch.tensor([facts["position"]]),
-            facts["position"],
-            facts["kind"],
-        )
+        of_state = [name for name in tensors if name.startswith("state.")]
+        sums = {name.removeprefix("state."): list(tensors[name].to(model.device).split(1)) for name in of_state}
+        state = SynapticState(sums, torch.tensor([facts["position"]]), facts["position"], facts["kind"])
         return cls(
             state=state,
             tokens=tensors["tokens"].tolist(),
@@ -198,7 +187,7 @@ def _check(path: Path, stored: str) -> None:
             )
 
 
-def _place_of_checksum(file: BinaryIO, checksum: str) -> int:
+def _place_of_checksum(file: BufferedIOBase, checksum: str) -> int:
     """Where in the file's header it stands; -1 for nowhere."""
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")  # of the header, which is JSON
@@ -206,22 +195,9 @@ def _place_of_checksum(file: BinaryIO, checksum: str) -> int:
     return at if at < 0 else 8 + at + len(b'"checksum":"')
 
 
-def _checksum(file: BinaryIO, place: int) -> str:
+def _checksum(file: BufferedIOBase, place: int) -> str:
     """SHA-256, in hex, of the whole file but for the checksum itself, which stands at ``place``."""
-    digest = hashlib.sha256()
     file.seek(0)
-    digest.update(file.read(place))
+    digest = hashlib.sha256(file.read(place))
     file.seek(place + len(_NO_CHECKSUM))
-    while block := file.read(_BLOCK_BYTES):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-def _own_memory(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor as safetensors takes it: on the CPU, in one piece, and not a part of another one's memory."""
-    tensor = tensor.detach().cpu().contiguous()
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
-
-
-def _copied(facts: dict[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps(facts))
+    return hashlib.file_digest(file, lambda: digest).hexdigest()
