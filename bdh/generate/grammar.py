@@ -10,13 +10,13 @@ Settings check a grammar's outer form, so that importing this needs neither PyTo
 import importlib.util
 import json
 import threading
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
-    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+    from llguidance import LLMatcher, LLTokenizer
 
 KINDS = ("json_schema", "regex")
 MOST_CHARACTERS = 100_000
@@ -26,20 +26,9 @@ MOST_LEVELS = 100
 MOST_JOINED = 12
 """Patterns and formats of a schema that may want several of them of one text: what it takes to see whether such a text
 exists doubles with each."""
-_ABOUT = [
-    "$comment",
-    "$defs",
-    "$id",
-    "$schema",
-    "default",
-    "definitions",
-    "deprecated",
-    "description",
-    "examples",
-    "readOnly",
-    "title",
-    "writeOnly",
-]
+# What is said of a schema, and wants nothing of a text.
+_ABOUT = {"$comment", "$defs", "$id", "$schema", "default", "definitions", "deprecated", "description", "examples"}
+_ABOUT |= {"readOnly", "title", "writeOnly"}
 GRAMMAR_FAULT = "the grammar cannot be held further: "
 """With this the errors of a text begin whose grammar was found to be too complex on the way: no fault of the engine."""
 
@@ -95,8 +84,7 @@ def grammar_source(grammar: Mapping[str, Any]) -> tuple[str, str]:
             raise ValueError(
                 "grammar.json_schema has the key x-guidance, which changes what a schema means: leave it out"
             )
-        _check_levels(schema)
-        _check_joined(schema)
+        _check_size(schema)
         try:
             text = json.dumps(schema, allow_nan=False, ensure_ascii=False)
         except (TypeError, ValueError) as error:
@@ -110,42 +98,29 @@ def grammar_source(grammar: Mapping[str, Any]) -> tuple[str, str]:
     return kind, text
 
 
-def _check_levels(schema: dict[str, Any]) -> None:
+def _check_size(schema: dict[str, Any]) -> None:
     level: list[Any] = [schema]
+    objects: list[dict[str, Any]] = []
     for _ in range(MOST_LEVELS):
-        parts = (each.values() if isinstance(each, dict) else each for each in level)
-        level = [part for several in parts for part in several if isinstance(part, dict | list)]
-        if not level:
-            return
-    raise ValueError(f"grammar.json_schema has more than {MOST_LEVELS} lists and objects inside each other")
-
-
-def _check_joined(schema: dict[str, Any]) -> None:
-    count = sum(isinstance(part.get(name), str) for part in _objects(schema) for name in ("pattern", "format"))
-    if count > MOST_JOINED and any(map(_joins, _objects(schema))):
+        objects += (each for each in level if isinstance(each, dict))
+        inside = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [each for several in inside for each in several if isinstance(each, dict | list)]
+    if level:
+        raise ValueError(f"grammar.json_schema has more than {MOST_LEVELS} lists and objects inside each other")
+    count = sum(isinstance(each.get(name), str) for each in objects for name in ("pattern", "format"))
+    if count > MOST_JOINED and any(map(_joins, objects)):
         raise ValueError(
             f"grammar.json_schema has {count} patterns and formats, and joins schemas, by allOf or by what stands beside "
             f"$ref, anyOf or oneOf: must then have at most {MOST_JOINED}"
         )
 
 
-def _joins(part: dict[str, Any]) -> bool:
+def _joins(schema: dict[str, Any]) -> bool:
     """Whether a text must follow several schemas at once."""
-    names = [name for name in part if name not in _ABOUT]
-    several = part.get("allOf")
+    names, several = [name for name in schema if name not in _ABOUT], schema.get("allOf")
     return (isinstance(several, list) and len(several) > 1) or (
         len(names) > 1 and any(name in names for name in ("allOf", "$ref", "anyOf", "oneOf"))
     )
-
-
-def _objects(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """All objects in a schema, itself included."""
-    left: list[Any] = [schema]
-    while left:
-        part = left.pop()
-        if isinstance(part, dict):
-            yield part
-        left += [each for each in (part.values() if isinstance(part, dict) else part) if isinstance(each, dict | list)]
 
 
 class Grammars:
@@ -159,7 +134,7 @@ class Grammars:
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._lock = threading.Lock()
         self._trie: LLTokenizer | None = None
-        self._compiled: OrderedDict[tuple[str, str], LLMatcher] = OrderedDict()
+        self._compiled = lru_cache(_MOST_COMPILED)(lambda kind, text: _compile(kind, text, self._trie))
 
     def compile(self, grammar: Mapping[str, Any]) -> "LLMatcher":
         """The beginning of a text of this grammar, which is not to be advanced. Made once for the same grammar.
@@ -170,17 +145,9 @@ class Grammars:
         """
         source = grammar_source(grammar)
         with self._lock:
-            if found := self._compiled.get(source):
-                self._compiled.move_to_end(source)
-                return found
             if self._trie is None:
                 self._trie = _trie(self._tokenizer, self._vocab_size)
-        made = _compile(*source, self._trie)
-        with self._lock:
-            self._compiled[source] = made
-            while len(self._compiled) > _MOST_COMPILED:
-                self._compiled.popitem(last=False)
-        return made
+        return self._compiled(*source)
 
 
 class Matcher:
@@ -235,30 +202,24 @@ class Matcher:
         return allowed
 
 
-def _compile(kind: str, text: str, trie: "LLTokenizer") -> "LLMatcher":
-    from llguidance import LLMatcher
+def _compile(kind: str, text: str, trie: Any) -> "LLMatcher":
+    from llguidance import LLMatcher, LLParserLimits
 
     if kind == "regex":
         source = json.loads(LLMatcher.grammar_from_regex(text))["grammars"][0]["lark_grammar"]
     else:
         schema = {**json.loads(text), "x-guidance": {"whitespace_pattern": _WHITESPACE}}
         source = f"start: %json {json.dumps(schema)}"
-    matcher = LLMatcher(trie, f"{_ALL_TOKENS}\n{source}", log_level=0, limits=_limits())
+    limits = LLParserLimits(max_lexer_states=_MOST_LEXER_STATES, verbose_errors=False)
+    matcher = LLMatcher(trie, f"{_ALL_TOKENS}\n{source}", log_level=0, limits=limits)
     bits = b"" if matcher.is_error() else matcher.compute_bitmask()  # which finds what the first step would
     if matcher.is_error():
         reason = _reason(matcher)
-        if "NoExtension" in reason:
-            reason = "no text has this form"
+        reason = "no text has this form" if "NoExtension" in reason else reason
         raise ValueError(f"grammar.{kind} cannot be held: {reason}")
     if not any(bits):
         raise ValueError(f"grammar.{kind} cannot be held: no token of this vocabulary begins such a text")
     return matcher
-
-
-def _limits() -> "LLParserLimits":
-    from llguidance import LLParserLimits
-
-    return LLParserLimits(max_lexer_states=_MOST_LEXER_STATES, verbose_errors=False)
 
 
 def _reason(matcher: "LLMatcher") -> str:

@@ -1,8 +1,10 @@
-"""Files of prompts, and files of results that can be gone on with."""
+"""Files of prompts, and files of results, which a later run can continue."""
 
 import json
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ class Job:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """With what its lines of results begin."""
+        """What its lines of results begin with."""
         name = "prompt" if isinstance(self.prompt, str) else "messages"
         return {**self.passed_on, name: self.prompt}
 
@@ -79,12 +81,11 @@ def _job(line: str, params: SamplingParams) -> Job:
             raise ValueError(f"messages is {prompt!r}: must be a list of objects with role and content")
     elif not isinstance(prompt, str):
         raise ValueError(f"prompt is {prompt!r}: must be a string")
-    if taken := [name for name in facts if name in RESULT_KEYS and name not in SamplingParams.__dataclass_fields__]:
-        raise ValueError(f"{', '.join(taken)} is what results are written under: give it another name")
     settings = {name: facts.pop(name) for name in list(facts) if name in SamplingParams.__dataclass_fields__}
+    if taken := [name for name in facts if name in RESULT_KEYS]:
+        raise ValueError(f"{', '.join(taken)} is what results are written under: give it another name")
     own = params_from(settings)
-    overrides = {name: getattr(own, name) for name in settings}
-    return Job(prompt, replace(params, **overrides).validated(), facts)
+    return Job(prompt, replace(params, **{name: getattr(own, name) for name in settings}).validated(), facts)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -118,37 +119,28 @@ def result_lines(job: Job, completions: list[Any]) -> Iterator[str]:
 def num_done(path: Path, jobs: list[Job]) -> tuple[int, int]:
     """How many of the jobs have all of their lines in a file of results, and at which byte those end.
 
-    What is behind, torn by a kill or belonging to a job that is not complete, is to be cut off.
+    What follows, torn by a kill or belonging to a job that is not complete, is to be cut off.
 
     Raises:
         ValueError: the file is not one of results of these jobs, in this order.
     """
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    lines = whole.split(b"\n")[:-1]
-    done, at, end = 0, 0, 0
-    while done < len(jobs) and at + jobs[done].params.n <= len(lines):
-        job = jobs[done]
-        for number in range(at, at + job.params.n):
-            _check_line(lines[number], job, path, number + 1)
-        end += sum(len(line) + 1 for line in lines[at : at + job.params.n])
-        at += job.params.n
-        done += 1
-    if done == len(jobs) and at < len(lines):
-        raise ValueError(f"{path} has {len(lines)} lines, {at} are the results of all prompts: it is another run's")
-    for number in range(at, len(lines)):
-        _check_line(lines[number], jobs[done], path, number + 1)
-    return done, end
-
-
-def _check_line(line: bytes, job: Job, path: Path, number: int) -> None:
-    try:
-        found = json.loads(line)
-    except ValueError:
-        found = None
-    expected = job.facts
-    if not isinstance(found, dict) or any(found.get(name) != value for name, value in expected.items()):
+    with path.open("rb") as file:
+        lines = [line for line in file if line.endswith(b"\n")]
+    expected = [job for job in jobs for _ in range(job.params.n)]
+    for number, (line, job) in enumerate(zip(lines, expected, strict=False), 1):
+        try:
+            found = json.loads(line)
+        except ValueError:
+            found = None
+        if not isinstance(found, dict) or any(found.get(name) != value for name, value in job.facts.items()):
+            raise ValueError(
+                f"{path}, line {number}, is not a result of the prompt that comes there, {job.prompt!r}: give the prompts "
+                "that the file was written from, or another --output"
+            )
+    if len(lines) > len(expected):
         raise ValueError(
-            f"{path}, line {number}, is not a result of the prompt that comes there, {job.prompt!r}: give the prompts "
-            "that the file was written from, or another --output"
+            f"{path} has {len(lines)} lines, {len(expected)} are the results of all prompts: it is another run's"
         )
+    ends = [0, *accumulate(job.params.n for job in jobs)]
+    done = bisect_right(ends, len(lines)) - 1
+    return done, sum(map(len, lines[: ends[done]]))

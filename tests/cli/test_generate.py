@@ -130,7 +130,7 @@ def test_every_stop_string_counts_and_is_text(model_folder, capsys):
         ([], "give either --prompt or --prompts_file"),
         (["--prompt", "a", "--prompts_file", "b"], "give either --prompt or --prompts_file"),
         (["--prompt", ""], "the prompt is empty"),
-        (["--prompt", "a", "--temperature", "-1"], "temperature is -1.0: must be 0 (greedy) or above"),
+        (["--prompt", "a", "--temperature", "-1.0"], "temperature is -1.0: must be 0 (greedy) or above"),
         (["--prompt", "a", "--temperature", "1e-40"], "temperature is 1e-40: must be 0 (greedy) or above; if above"),
         (["--prompt", "a", "--repetition_penalty", "1e-40"], "repetition_penalty is 1e-40: must be above 0, at least"),
         (["--prompt", "a", "--seed", str(2**64)], f"seed is {2**64}: must be from -2**63 to 2**64 - 1"),
