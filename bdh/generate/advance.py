@@ -1,8 +1,4 @@
-"""Advances sequences by tokens: what the engine, chat, evaluation and the benchmarks read texts with.
-
-A :class:`bdh.SynapticState` is all that a model remembers of a sequence. An :class:`Advancer` advances the states of several at
-once, by one token where a text is being continued and by many where a prompt is read.
-"""
+"""Advances the states of sequences, several at once: by one token where a text is continued, by many where a prompt is read."""
 
 import logging
 import math
@@ -31,8 +27,8 @@ MOST_NEURONS = 64
 MAX_ROWS: dict[BackendName, int] = {"cpu": 128, "eager": 512}
 """Tokens in one call of a backend: what it works in grows with it, and the gain has ended before."""
 LONG_CALL = 1 << 30
-"""Rows by neurons by width from which the kernels' layer steps are calls of their own, so that each is seen to make progress:
-one takes tens of milliseconds then."""
+"""Tokens by neurons by width from which each layer step is a call of the kernels, so that progress is seen every few tens of
+milliseconds."""
 
 
 @dataclass
@@ -50,35 +46,29 @@ class LayerActivity:
     def of(cls, x: np.ndarray, num_strongest: int) -> "LayerActivity":
         """Of a token's activations x (H*N,)."""
         num_fired = int(np.count_nonzero(x > 0))
-        count = min(num_strongest, num_fired)
-        strongest = np.argpartition(x, len(x) - count)[len(x) - count :] if count else np.empty(0, np.int64)
+        num_others = len(x) - min(num_strongest, num_fired)
+        strongest = np.argpartition(x, min(num_others, len(x) - 1))[num_others:]
         strongest = strongest[np.lexsort((strongest, -x[strongest]))]
         return cls(num_fired / len(x), strongest.tolist(), [float(value) for value in x[strongest]])
 
 
 class Residuals:
-    """Sums up v after the last layer step over the tokens of one sequence, while they are read.
-
-    The sum is taken in float64, one token after the other, so that it has the same bits however the tokens are cut.
-
-    Attributes:
-        num_tokens: read so far.
-        last: v of the last of them, float32 (D,).
-    """
+    """Sums up v after the last layer step over the tokens of one sequence, while they are read: in float64, one token after the
+    other, for the same bits however the tokens are cut."""
 
     def __init__(self) -> None:
         self.num_tokens = 0
         self.last: np.ndarray | None = None
+        """v of the last token, float32 (D,)."""
         self._sum: np.ndarray | None = None
 
     def add(self, v: torch.Tensor | np.ndarray) -> None:
         """The next tokens, (T, D)."""
-        rows = v.detach().float().cpu().numpy() if isinstance(v, torch.Tensor) else v
-        total = np.zeros(rows.shape[1]) if self._sum is None else self._sum.copy()
-        for row in rows:
-            total += row
-        self._sum, self.last = total, np.array(rows[-1], np.float32)
-        self.num_tokens += len(rows)
+        values = v.detach().float().cpu().numpy() if isinstance(v, torch.Tensor) else v
+        before = np.zeros_like(values[:1], np.float64) if self._sum is None else self._sum[None]
+        self._sum = np.cumsum(np.concatenate([before, values]), axis=0, dtype=np.float64)[-1]
+        self.last = np.array(values[-1], np.float32)
+        self.num_tokens += len(values)
 
     @property
     def mean(self) -> np.ndarray:
@@ -126,12 +116,7 @@ class StepInput:
         self.activity = [*(self.activity or ()), LayerActivity.of(x, self.record_activations)]
 
     def commit(self, count: int, logits: torch.Tensor | None, v: torch.Tensor | np.ndarray) -> None:
-        """Its state, whose memory is whole again, has read so many more tokens.
-
-        Args:
-            logits: those that are wanted.
-            v: (count, D) after the last layer step.
-        """
+        """Its state, whose memory is whole again, has read so many more tokens; ``v`` is (count, D) after the last layer step."""
         if self.residuals is not None:
             self.residuals.add(v)
         self.state.positions.add_(count)
@@ -149,22 +134,15 @@ class StepInput:
 
 
 class _Call:
-    """What goes into a call of a backend: the next tokens of some sequences, those of one after those of another.
-
-    Args:
-        taken: the inputs, with the number of their tokens.
-    """
+    """What goes into a call of a backend: the next tokens of some sequences, those of one after those of another."""
 
     def __init__(self, taken: Sequence[tuple[StepInput, int]]):
-        self.taken = taken
+        self.taken = taken  # with the number of their tokens
         self.tokens: list[int] = []
         self.positions: list[int] = []
-        self.starts = [0]
-        """Where the tokens of each input begin, and the end of the last."""
-        self.wanted: list[range] = []
-        """The tokens of each input after which it wants logits."""
-        self.recorded: list[tuple[StepInput, int]] = []
-        """Inputs that want the activity of their last token, and its place."""
+        self.starts = [0]  # where the tokens of each input begin, and the end of the last
+        self.wanted: list[range] = []  # the tokens of each input after which it wants logits
+        self.recorded: list[tuple[StepInput, int]] = []  # who wants the activity of the last token, and its place
         for each, count in taken:
             first, position, end = each.num_read, each.state.position, self.starts[-1] + count
             self.tokens += each.tokens[first : first + count]
@@ -179,9 +157,8 @@ class _Call:
 class Advancer:
     """Advances the states of sequences of one model, by the fastest backend for it and its device.
 
-    With the kernels of :mod:`bdh.ops.cpu` logits and states have the same bits however tokens are given. With torch's
-    operations they agree up to rounding; one sequence alone is read in pieces that end at absolute multiples of the
-    configuration's ``chunk_size``, so that texts cut there have the bits of the whole.
+    With the kernels of :mod:`bdh.ops.cpu` logits and states have the same bits however tokens are given; with torch's
+    operations they agree up to rounding, and have the bits of the whole where texts are cut at multiples of ``chunk_size``.
 
     Args:
         path: one of :data:`bdh.ops.STEP_PATHS`; "auto" takes the kernels where they run.
@@ -446,20 +423,15 @@ class Advancer:
 
 
 class StatePool:
-    """States of running sequences, made when they are first needed, and used again.
-
-    As many as fit into ``max_bytes``, so that none is missing in mid-generation.
-    """
+    """States of running sequences, made when they are first needed, and used again; ``capacity`` of them fit."""
 
     def __init__(self, advancer: Advancer, max_bytes: int):
-        self._advancer = advancer
-        self.max_bytes = max_bytes
+        self._advancer, self.max_bytes = advancer, max_bytes
         self.capacity = max_bytes // advancer.state_bytes
-        """States that fit."""
         self._free: list[SynapticState] = []
 
     def take(self, *, copy_of: SynapticState | None = None) -> SynapticState:
-        """A state, empty or a copy. For the engine to ask for no more than there is capacity for."""
+        """A state, empty or a copy. The engine asks for no more than there is capacity for."""
         state = self._free.pop() if self._free else self._advancer.new_state()
         if copy_of is not None:
             state.copy_(copy_of)
@@ -468,6 +440,6 @@ class StatePool:
         return state
 
     def give_back(self, state: SynapticState) -> None:
-        """A state is needed no more. One whose content is unknown is dropped."""
+        """A state that is needed no more; one whose content is unknown is dropped."""
         if not state.is_torn:
             self._free.append(state)

@@ -41,13 +41,10 @@ class ChatStats:
 class _Point:
     """A conversation between two turns. The snapshot is not advanced, so that undo may come back to it."""
 
-    snapshot: Snapshot | None = None
-    """None where nothing has been read yet."""
+    snapshot: Snapshot | None = None  # None where nothing has been read yet
     messages: tuple[Message, ...] = ()
-    lengths: tuple[int, ...] = ()
-    """The snapshot's tokens in spans: so many given, so many written by the model, given, written, and so on."""
-    system: str | None = None
-    """The system message that has been read."""
+    lengths: tuple[int, ...] = ()  # its tokens in spans: so many given, so many written by the model, given, and so on
+    system: str | None = None  # the system message that has been read
 
     @property
     def spans(self) -> list[list[int]]:
@@ -61,18 +58,16 @@ class Conversation:
     """Turns of a user and a model.
 
     Where the tokenizer has a chat template, a turn is a message, and the state reads what the template adds for it.
-    Elsewhere the text simply goes on: what the user says is put behind it, and the model continues.
-
-    What the model has written stays in its memory as it wrote it, a stop string included; only the token that ends
-    an answer is left to the template.
+    Elsewhere what the user says is appended to the text, and the model continues. What the model has written stays in its
+    memory as it wrote it, a stop string included; only the token that ends an answer is left to the template.
 
     Args:
         engine: of the model, for nothing else meanwhile.
         params: how replies are sampled. All of them are drawn from one generator, which ``seed`` starts.
-        system: the system message; without a template, text in front of everything.
+        system: the system message; without a template, text before everything.
         plain: continue text though there is a chat template.
         max_undo_bytes: of the states kept for :meth:`undo`, a whole one for each turn.
-        notify: is told in a line what goes otherwise than expected.
+        notify: called with a line where something is otherwise than expected.
 
     Raises:
         ValueError: the chat template cannot be used, or it refuses the system message.
@@ -88,13 +83,11 @@ class Conversation:
         max_undo_bytes: int = 1 << 30,
         notify: Callable[[str], None] = lambda line: None,
     ):
-        self.engine = engine
+        self.engine, self.max_undo_bytes, self._notify = engine, max_undo_bytes, notify
         self.params = params or SamplingParams(max_tokens=REPLY_TOKENS)
         self.set_params()
-        self.max_undo_bytes = max_undo_bytes
         self.stats = ChatStats()
         self._tokenizer = tokenizer = engine.tokenizer
-        self._notify = notify
         self._encoder = None if plain or not tokenizer.chat_template else ChatEncoder(tokenizer)
         self._ends = set(end_token_ids(engine.model, tokenizer))
         if self._encoder is not None:
@@ -102,13 +95,12 @@ class Conversation:
         self._interrupted = self._told_of_rewriting = False
         self._now = _Point()
         self._earlier: deque[tuple[_Point, torch.Tensor]] = deque()  # for undo, with the generator's states
-        self.system: str | None = None
         self.set_system(system)
         self.reset()
 
     @property
     def is_plain(self) -> bool:
-        """Whether the text simply goes on, without a chat template."""
+        """Whether the text is continued without a chat template."""
         return self._encoder is None
 
     @property
@@ -191,14 +183,14 @@ class Conversation:
         self._generator = generator_of(seed)
 
     def set_system(self, system: str | None) -> None:
-        """Another system message, or none. What was said before is read again behind it, with the next turn.
+        """Another system message, or none. What was said before is read again after it, with the next turn.
 
         Raises:
             ValueError: the chat template refuses it; nothing has changed.
         """
         if self._encoder is not None and system is not None:
             self._encoder.prompt([{"role": "system", "content": system}, {"role": "user", "content": "a"}])
-        self.system = system
+        self.system: str | None = system
 
     def save(self, path: str | Path) -> None:
         """Writes the conversation into a :class:`Snapshot`'s file. How replies are sampled is not in it.
@@ -215,14 +207,13 @@ class Conversation:
             "system_read": now.system,
         }
         snapshot = now.snapshot or Snapshot(self.engine.advancer.new_state(), [], None)
-        weights = self._weights()
-        if self._is_stale(weights):
-            snapshot = self._read_again(snapshot, weights)
+        if self._is_stale():
+            snapshot = self._read_again(snapshot)
         snapshot = replace(snapshot, generator_state=self._generator.get_state(), notes={"conversation": notes})
         snapshot.save(path, self.engine.model)
 
     def load(self, path: str | Path) -> None:
-        """Goes on from a file that :meth:`save` wrote, exactly. The turns in it cannot be undone.
+        """Continues from a file that :meth:`save` wrote, exactly. The turns in it cannot be undone.
 
         Raises:
             FileNotFoundError, ValueError: as :meth:`Snapshot.load`; also where the file holds no conversation, or
@@ -246,7 +237,7 @@ class Conversation:
 
     def _turn(self, text: str, spans: list[list[int]], is_anew: bool) -> Iterator[str]:
         generator_state, system = self._generator.get_state(), self.system
-        is_anew |= self._is_stale(self._weights())
+        is_anew |= self._is_stale()
         read = [token for span in spans for token in span]
         # The engine continues from a copy: whatever happens, the earlier state is there.
         snapshot = None if is_anew else self._now.snapshot
@@ -377,21 +368,19 @@ class Conversation:
                 f"the file's state is of another kind, {snapshot.state.kind!r} and not {state.kind!r}: its "
                 f"{snapshot.state.position:,} tokens are read again, and what follows may differ by rounding"
             )
-            state = self._read_again(snapshot, snapshot.weights).state
+            state = self._read_again(snapshot).state
         return state
 
-    def _read_again(self, snapshot: Snapshot, weights: tuple[Any, ...] | None) -> Snapshot:
-        """The snapshot as this engine reads it with the weights of now, which are these."""
+    def _read_again(self, snapshot: Snapshot) -> Snapshot:
+        """The snapshot as this engine reads it with the weights of now."""
         state, logits = self.engine.advancer.new_state(), None
         if num_read := len(snapshot.tokens) - len(snapshot.pending):
             (logits,) = self.engine.advancer.advance([StepInput(state, snapshot.tokens[:num_read])])
-        return replace(snapshot, state=state, logits=logits, weights=weights)
+        return replace(snapshot, state=state, logits=logits, weights=weights_mark(self.engine.model).content)
 
-    def _weights(self) -> tuple[Any, ...]:
-        return weights_mark(self.engine.model).content
-
-    def _is_stale(self, weights: tuple[Any, ...]) -> bool:
-        """Whether what has been read was read with other weights than these, the model's of now; says so."""
+    def _is_stale(self) -> bool:
+        """Whether what has been read was read with other weights than the model's of now; says so."""
+        weights = weights_mark(self.engine.model).content
         is_stale = self._now.snapshot is not None and self._now.snapshot.weights != weights
         if is_stale:
             self._notify("the model's weights have changed since: the conversation is read anew")

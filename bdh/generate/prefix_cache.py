@@ -42,12 +42,10 @@ class _Node:
 
 
 class PrefixCache:
-    """States by the tokens that led to them, within a bound of bytes; the least recently used ones go first.
+    """States by the tokens that led to them, within a bound of bytes; the least recently used are dropped first.
 
-    The tokens of prompts are remembered without a state too, so that a prefix that two prompts share is noticed
-    with the second one. They count, and have a bound of their own within the other.
-
-    Not for several threads: an engine uses it from the thread that steps.
+    The tokens of prompts are remembered without a state too, so that a prefix that two prompts share is noticed with the
+    second one. Not for several threads: an engine uses it from the thread that steps.
 
     Args:
         max_bytes: of states, logits, tokens, and 512 for each node of the tree.
@@ -70,8 +68,7 @@ class PrefixCache:
             raise ValueError(
                 f"max_prompt_bytes is {max_prompt_bytes}: must be at least 0 and at most max_bytes, {max_bytes}"
             )
-        self.max_bytes = max_bytes
-        self.max_prompt_bytes = max_prompt_bytes
+        self.max_bytes, self.max_prompt_bytes = max_bytes, max_prompt_bytes
         self.hits = self.misses = self.tokens_saved = self.evictions = self.rejections = 0
         self.clear()
 
@@ -81,8 +78,7 @@ class PrefixCache:
         # Both from the least to the most recently used.
         self._stored: OrderedDict[_Node, None] = OrderedDict()
         self._prompts: OrderedDict[_Node, None] = OrderedDict()
-        self._tensor_bytes = 0
-        self._path_bytes = 0
+        self._tensor_bytes = self._path_bytes = 0
 
     @property
     def nbytes(self) -> int:
@@ -98,9 +94,8 @@ class PrefixCache:
         """The longest stored prefix of ``tokens``, which may be all of them.
 
         Returns:
-            How many tokens it has; the state after them; and the logits of the next one, where they were stored.
-            0 and None without one. The state is the cache's own: copy it, before anything else is stored, and never
-            advance it.
+            How many tokens it has; the state after them; and the logits of the next one, where they were stored; 0 and
+            None without one. The state is the cache's own: copy it before anything else is stored.
         """
         best, best_depth, depth = None, 0, 0
         for node, is_whole, length in self._descend(array("i", tokens)):
@@ -258,11 +253,11 @@ def _common_length(a: "array[int]", b: "array[int]") -> int:
 
 
 class PrefixStore:
-    """Finds the states of known beginnings, and says where on the way through a prompt a state is worth keeping.
+    """Finds the states of known beginnings, and decides after which tokens of a prompt a state is worth keeping.
 
-    That is where an earlier prompt has parted from it, which shows what they have in common; at its end; and, of a long
-    prompt of which most is new, at a few places before its end instead, since what follows with the second prompt is
-    likely to differ in its last part only. No two are close to each other, or to the beginning.
+    That is where an earlier prompt differs from it; at its end; and, of a long prompt of which most is new, shortly before
+    its end instead, since the next one is likely to differ in its last tokens only. No two are close to each other, or to
+    the beginning.
 
     Args:
         mark_of_weights: of the model as it is. States that other weights have read are forgotten.
@@ -271,12 +266,10 @@ class PrefixStore:
     def __init__(self, max_bytes: int, mark_of_weights: Callable[[], WeightsMark]):
         self.cache = PrefixCache(max_bytes)
         self._mark_of_weights = mark_of_weights
-        self.weights: WeightsMark | None = None
-        """The mark of the weights that have read all of the cache's states."""
+        self.weights: WeightsMark | None = None  # that have read all of the cache's states
+        # What is to be stored before any state is advanced again: no token waits for the copying.
         self.marked: list[tuple[list[int], SynapticState, torch.Tensor | None, WeightsMark | None]] = []
-        """What is to be stored before any state is advanced again: no token waits for the copying."""
-        self.failures = 0
-        """How often a state could not be stored or looked up."""
+        self.failures = 0  # how often a state could not be stored or looked up
 
     def stats(self) -> dict[str, int]:
         """Its gauge and counters, by their names in ``EngineStats``."""
@@ -313,11 +306,7 @@ class PrefixStore:
     def mark(
         self, tokens: list[int], state: SynapticState, logits: torch.Tensor | None, weights: WeightsMark | None
     ) -> None:
-        """Notes a state to be stored, which is not to be advanced until then.
-
-        Args:
-            weights: the mark of those that began to read the tokens.
-        """
+        """Notes a state to be stored, which is not to be advanced until then, and the weights that began to read its tokens."""
         self.marked.append((tokens, state, logits, weights))
 
     def store_marked(self) -> None:

@@ -398,9 +398,9 @@ def test_prefixes_and_conversations_of_other_adapters_are_not_gone_on_with(byte_
     with_adapter = engine.generate(prompt, params)[0][0].token_ids
     chat = Conversation(Engine(byte_model, tokenizer), SamplingParams(temperature=0, max_tokens=5), plain=True)
     list(chat.say("Hello"))
-    assert not chat._is_stale(chat._weights())
+    assert not chat._is_stale()
     with adapted.disable_adapter():
-        assert chat._is_stale(chat._weights())
+        assert chat._is_stale()
         without = engine.generate(prompt, params)[0][0]
         assert without.num_cached_tokens == 0
         fresh = Engine(byte_model, tokenizer, config=EngineConfig())
