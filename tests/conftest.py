@@ -104,10 +104,11 @@ class NoSkips:
 
 
 def pytest_configure(config):
-    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+    starts_workers = getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput")
+    if starts_workers and (folder := Path(__file__).parent).joinpath("compile_kernels.py").exists():
         # Once, before the workers: in each of them, and in the servers that they start, it takes longer
         # than tests wait.
-        subprocess.run([sys.executable, "-m", "tests.compile_kernels"], cwd=Path(__file__).parent.parent, check=True)
+        subprocess.run([sys.executable, "-m", "tests.compile_kernels"], cwd=folder.parent, check=True)
     if config.getoption("--no-skips"):
         config.pluginmanager.register(NoSkips())
     # Before anything imports huggingface_hub, which reads it once.
@@ -120,6 +121,8 @@ def pytest_configure(config):
     # Before cuBLAS is first used: with other workspaces it may add in another order each time.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+    if starts_workers:
+        return  # it runs no tests
     num_threads = 2
     if hasattr(config, "workerinput"):  # of xdist, one of several: a thread each is faster, in what they start too
         os.environ["OMP_NUM_THREADS"] = "1"

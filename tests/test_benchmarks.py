@@ -99,21 +99,14 @@ def test_long_context_gets_worse_beyond_the_block_unless_the_state_is_carried(tm
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "more", [[], ["--checkpoint.in_background=true", "--train.ema_decay=0.9"]], ids=["", "background"]
+    "more",
+    [["--starts", "0"], ["--starts", "2", "--checkpoint.in_background=true", "--train.ema_decay=0.9"]],
+    ids=["", "background"],
 )
 def test_random_kills_lose_nothing(tmp_path, monkeypatch, more):
+    """Two starts at once without more are those of tests/train/test_lock.py."""
     monkeypatch.setenv("BDH_CACHE", str(tmp_path))
-    command = [
-        sys.executable,
-        "benchmarks/random_kills.py",
-        "--kills",
-        "3",
-        "--starts",
-        "2",
-        "--folder",
-        str(tmp_path),
-        *more,
-    ]
+    command = [sys.executable, "benchmarks/random_kills.py", "--kills", "2", "--folder", str(tmp_path), *more]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert "losses, samples and weights are those of the undisturbed run, to the bit" in done.stdout, done.stdout
     assert done.returncode == 0

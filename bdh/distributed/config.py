@@ -10,7 +10,7 @@ from typing import Literal
 from bdh.validation import Faults, PositiveFloat, Settings
 
 # torchrun ends the others within about 0.1 s of the first that fails.
-_PATIENCE_SECONDS = 3.0
+PATIENCE_SECONDS = 3.0
 
 
 @dataclass
@@ -65,7 +65,7 @@ def reported_to_torchrun() -> Iterator[None]:
             from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
             if rank() > 0:
-                time.sleep(_PATIENCE_SECONDS)
+                time.sleep(PATIENCE_SECONDS)
             get_error_handler().record_exception(error)
             error.add_note(f"on rank {rank()} of {world_size()} processes")
         raise

@@ -2,9 +2,11 @@ import textwrap
 
 import pytest
 
+from tests.distributed.conftest import run_together
+
 
 @pytest.mark.slow
-def test_an_error_of_one_process_ends_all_and_is_named(torchrun, tmp_path):
+def test_an_error_of_one_process_ends_all_and_is_named(tmp_path):
     script = tmp_path / "fails.py"
     script.write_text(
         textwrap.dedent(
@@ -21,7 +23,7 @@ def test_an_error_of_one_process_ends_all_and_is_named(torchrun, tmp_path):
             """
         )
     )
-    done = torchrun(2, str(script))
+    done = run_together(2, str(script))
     assert done.returncode != 0
     assert "ValueError: there is no such star" in done.stderr
     assert "on rank 1 of 2 processes" in done.stderr

@@ -12,35 +12,100 @@ import pytest
 from bdh.cli.main import main
 from bdh.locks import Lock
 from bdh.train.checkpoint import Checkpointer
-from tests.distributed.conftest import SETTINGS, flags, torchrun_command
-from tests.train.conftest import losses, samples
+from tests.distributed.conftest import SETTINGS, flags, torchrun_command, train_in_turn
+from tests.train.conftest import TINY, losses, samples
 
 pytestmark = pytest.mark.slow
+STRATEGIES = ["ddp", "fsdp"]
+KERNELS = {
+    "train.dtype": "float32",
+    "train.layer_path": "kernels",
+    "train.max_steps": 10,
+    "train.carry_state": True,
+    "train.sample_every_steps": 5,
+}
 
 
-@pytest.fixture
-def text_file(tmp_path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text(" ".join(f"{number * 7919 % 1009} is a number" for number in range(2000)))
-    return path
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Of all runs, with the text."""
+    folder = tmp_path_factory.mktemp("training")
+    (folder / "text.txt").write_text(" ".join(f"{number * 7919 % 1009} is a number" for number in range(2000)))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("BDH_CACHE", str(folder / "cache"))
+        yield folder
 
 
-@pytest.fixture
-def settings(text_file, tmp_path, monkeypatch) -> dict:
-    monkeypatch.setenv("BDH_CACHE", str(tmp_path / "cache"))
-    return {**SETTINGS, "data.source": text_file}
+@pytest.fixture(scope="module")
+def settings(folder) -> dict:
+    return {**SETTINGS, "data.source": folder / "text.txt"}
 
 
-@pytest.fixture
-def alone(settings, tmp_path) -> Path:
+def train_alone(run: Path, settings: dict) -> Path:
     """A run of one process, with 12 sequences a step."""
-    assert main(["train", *flags(settings | {"run_dir": tmp_path / "alone", "train.batch_size": 12})]) == 0
-    return tmp_path / "alone"
+    assert main(["train", *flags(settings | {"run_dir": run, "train.batch_size": 12})]) == 0
+    return run
 
 
-def train_together(torchrun, processes: int, settings: dict, *more: str) -> None:
-    done = torchrun(processes, "-m", "bdh", "train", *flags(settings), *more)
-    assert done.returncode == 0, done.stderr
+@pytest.fixture(scope="module")
+def alone(settings, folder) -> Path:
+    return train_alone(folder / "alone", settings)
+
+
+def of_two_processes(settings: dict, strategy: str, accumulation: int) -> dict:
+    return settings | {
+        "train.batch_size": 6 // accumulation,
+        "train.gradient_accumulation_steps": accumulation,
+        "distributed.strategy": strategy,
+        "train.layer_path": "torch",  # an error, were the weights not there as plain tensors
+    }
+
+
+@pytest.fixture(scope="module")
+def together(settings, folder):
+    """What two processes do in turn; in the last command, the folder of the run is in use."""
+    commands: dict[str, dict] = {}
+    for strategy in STRATEGIES:
+        of_strategy = {"distributed.strategy": strategy}
+        for accumulation in (1, 3):
+            commands[f"two-{strategy}-{accumulation}"] = of_two_processes(settings, strategy, accumulation)
+        commands[f"kernels-{strategy}"] = settings | KERNELS | of_strategy | {"train.batch_size": 6}
+        commands[f"dry-{strategy}"] = {
+            **TINY, "data.source": settings["data.source"], "train.layer_path": "plain", "dry_run": "true", **of_strategy,
+        }  # fmt: skip
+    for carry_state in (False, True):
+        commands[f"continued-{carry_state}"] = settings | {
+            "train.carry_state": carry_state,
+            "distributed.strategy": "fsdp",
+            "checkpoint.in_background": True,
+            "train.ema_decay": 0.9,
+            "train.batch_size": 6,
+            "train.stop_at_step": 13,
+        }
+    commands["used"] = settings
+    (folder / "used").mkdir()
+    with Lock(folder / "used" / "lock", "the run"):
+        lists = {name: flags(given | {"run_dir": folder / name}) for name, given in commands.items()}
+        return train_in_turn(2, folder / "together", lists)
+
+
+@pytest.fixture(scope="module")
+def continued(settings, folder, alone, together):
+    """What was stopped after 13 steps is continued by three processes, by one, and by two; and what three refused."""
+    runs = {f"continued-{carry_state}": folder / f"continued-{carry_state}" for carry_state in (False, True)}
+    for name in runs:
+        assert together[name].statuses == [0, 0], together[name].err
+    eight = {"run_dir": folder / "eight", "train.batch_size": 8, "train.max_steps": 5}
+    assert main(["train", *flags(settings | eight)]) == 0
+    commands = {name: [*flags({"run_dir": run, "train.stop_at_step": 30}), "--resume"] for name, run in runs.items()}
+    commands["uneven"] = [f"--run_dir={folder / 'eight'}", "--train.max_steps=6", "--resume"]
+    by_three = train_in_turn(3, folder / "by-three", commands)
+    for name, run in runs.items():
+        assert by_three[name].statuses == [0, 0, 0], by_three[name].err
+        by_one = {"run_dir": run, "distributed.strategy": "none", "train.stop_at_step": 40}
+        assert main(["train", *flags(by_one), "--resume"]) == 0
+    commands = {name: [f"--run_dir={run}", "--distributed.strategy=ddp", "--resume"] for name, run in runs.items()}
+    return by_three["uneven"], train_in_turn(2, folder / "by-two", commands)
 
 
 def assert_same_curve(run: Path, reference: Path, relative: float) -> None:
@@ -49,68 +114,60 @@ def assert_same_curve(run: Path, reference: Path, relative: float) -> None:
     assert len(losses(run)) == 50
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_two_processes_train_as_one(settings, alone, torchrun, tmp_path, strategy, accumulation):
-    more = {
-        "run_dir": tmp_path / "two",
-        "train.batch_size": 6 // accumulation,
-        "train.gradient_accumulation_steps": accumulation,
-        "distributed.strategy": strategy,
-        "train.layer_path": "torch",  # an error, were the weights not there as plain tensors
-    }
-    train_together(torchrun, 2, settings | more)
+def test_two_processes_train_as_one(folder, alone, together, strategy, accumulation):
+    name = f"two-{strategy}-{accumulation}"
+    assert together[name].statuses == [0, 0], together[name].err
     # float64 has 1e-16; sums of another order, through 50 steps, may lose a few digits of it.
-    assert_same_curve(tmp_path / "two", alone, 1e-9)
-    assert samples(tmp_path / "two") == samples(alone)
+    assert_same_curve(folder / name, alone, 1e-9)
+    assert samples(folder / name) == samples(alone)
     # The model card gave the sequences of one process.
-    assert "| sequences a step | 12 |" in (tmp_path / "two" / "model" / "README.md").read_text()
-    found = Checkpointer(tmp_path / "two").load().tensors("weights")  # the export is rounded to float32
-    for name, weight in Checkpointer(alone).load().tensors("weights").items():
-        assert (found[name] - weight).abs().max() < 1e-9
+    assert "| sequences a step | 12 |" in (folder / name / "model" / "README.md").read_text()
+    found = Checkpointer(folder / name).load().tensors("weights")  # the export is rounded to float32
+    for weight_name, weight in Checkpointer(alone).load().tensors("weights").items():
+        assert (found[weight_name] - weight).abs().max() < 1e-9
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_the_kernels_serve_several_processes(settings, torchrun, tmp_path, strategy):
-    kernels = {
-        "train.dtype": "float32",
-        "train.layer_path": "kernels",
-        "train.max_steps": 10,
-        "train.carry_state": True,
-        "train.sample_every_steps": 5,
-    }
-    assert main(["train", *flags(settings | kernels | {"run_dir": tmp_path / "alone", "train.batch_size": 12})]) == 0
-    more = {"run_dir": tmp_path / "two", "train.batch_size": 6, "distributed.strategy": strategy}
-    train_together(torchrun, 2, settings | kernels | more)
+@pytest.fixture(scope="module")
+def alone_by_kernels(settings, folder) -> Path:
+    return train_alone(folder / "alone-by-kernels", settings | KERNELS)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_kernels_serve_several_processes(folder, alone_by_kernels, together, strategy):
+    name = f"kernels-{strategy}"
+    assert together[name].statuses == [0, 0], together[name].err
     # float32 sums in another order, through 10 steps.
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
-    assert samples(tmp_path / "two") == samples(tmp_path / "alone")
-    assert len(samples(tmp_path / "two")) == 2
+    assert losses(folder / name) == pytest.approx(losses(alone_by_kernels), rel=1e-4)
+    assert samples(folder / name) == samples(alone_by_kernels)
+    assert len(samples(folder / name)) == 2
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_processes_measure_together(together, strategy):
+    dry = together[f"dry-{strategy}"]
+    assert dry.statuses == [0, 0], dry.err
+    assert dry.out.count("available per process") == 1
+    assert "steps of 1, 2 and 4 sequences" in dry.out
 
 
 @pytest.mark.parametrize("carry_state", [False, True])
-def test_what_two_processes_saved_others_go_on_with(settings, torchrun, tmp_path, carry_state):
-    settings["train.carry_state"] = carry_state
-    alone, run = tmp_path / "alone", tmp_path / "run"
-    assert main(["train", *flags(settings | {"run_dir": alone, "train.batch_size": 12})]) == 0
-    fsdp = {"run_dir": run, "distributed.strategy": "fsdp", "checkpoint.in_background": True, "train.ema_decay": 0.9}
-    train_together(torchrun, 2, settings | fsdp | {"train.batch_size": 6, "train.stop_at_step": 13})
-    train_together(torchrun, 3, {"run_dir": run, "train.stop_at_step": 30}, "--resume")
-    assert (
-        main(["train", *flags({"run_dir": run, "distributed.strategy": "none", "train.stop_at_step": 40}), "--resume"])
-        == 0
-    )
-    train_together(torchrun, 2, {"run_dir": run, "distributed.strategy": "ddp"}, "--resume")
-    assert_same_curve(run, alone, 1e-6)
-    assert Checkpointer(run).load().training["rows_per_step"] == 12
+def test_what_two_processes_saved_others_go_on_with(folder, settings, alone, continued, carry_state):
+    name = f"continued-{carry_state}"
+    assert continued[1][name].statuses == [0, 0], continued[1][name].err
+    if carry_state:
+        alone = train_alone(folder / "alone-carrying", settings | {"train.carry_state": True})
+    assert_same_curve(folder / name, alone, 1e-6)
+    assert Checkpointer(folder / name).load().training["rows_per_step"] == 12
 
 
-def test_processes_that_cannot_share_a_step_evenly_are_refused(settings, alone, torchrun):
-    done = torchrun(5, "-m", "bdh", "train", f"--run_dir={alone}", "--train.max_steps=60", "--resume")
-    assert done.returncode != 0
-    assert "12 sequences, which 5 processes cannot share evenly: start 1, 2, 3, 4, 6 or 12" in done.stderr
-    assert done.stderr.count("error: a step of this run") == 1
-    assert len(losses(alone)) == 50
+def test_processes_that_cannot_share_a_step_evenly_are_refused(folder, continued):
+    uneven = continued[0]
+    assert 0 not in uneven.statuses
+    assert "8 sequences, which 3 processes cannot share evenly: start 1, 2, 4 or 8" in uneven.err
+    assert uneven.err.count("error: a step of this run") == 1
+    assert len(losses(folder / "eight")) == 5
 
 
 def test_a_signal_to_the_starter_saves_on_all_processes(settings, tmp_path):
@@ -133,12 +190,9 @@ def test_a_signal_to_the_starter_saves_on_all_processes(settings, tmp_path):
     assert step == json.loads(metrics.read_text().splitlines()[-1])["step"]
 
 
-def test_a_folder_in_use_ends_all_processes_with_one_error(settings, torchrun, tmp_path):
-    run = tmp_path / "run"
-    run.mkdir()
-    with Lock(run / "lock", "the run"):
-        done = torchrun(2, "-m", "bdh", "train", *flags(settings | {"run_dir": run}))
-    assert done.returncode != 0
-    said = [line for line in done.stderr.splitlines() if f"{run} is in use by process {os.getpid()} on " in line]
-    assert len([line for line in said if line.startswith("error: ")]) == 1, done.stderr
+def test_a_folder_in_use_ends_all_processes_with_one_error(folder, together):
+    run, used = folder / "used", together["used"]
+    assert 0 not in used.statuses
+    said = [line for line in used.err.splitlines() if f"{run} is in use by process {os.getpid()} on " in line]
+    assert len([line for line in said if line.startswith("error: ")]) == 1, used.err
     assert list(run.iterdir()) == []

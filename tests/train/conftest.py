@@ -30,15 +30,18 @@ TINY = {
 }
 
 
-@pytest.fixture
-def text_file(tmp_path) -> Path:
+def write_text(path: Path) -> Path:
     """Words in an order that a model can learn something of."""
     words = random.Random(5).choices(
         ["the", "cat", "dog", "sat", "on", "a", "mat", "and", "ate", "some", "fish"], k=3000
     )
-    path = tmp_path / "text.txt"
     path.write_text(" ".join(words))
     return path
+
+
+@pytest.fixture
+def text_file(tmp_path) -> Path:
+    return write_text(tmp_path / "text.txt")
 
 
 @pytest.fixture

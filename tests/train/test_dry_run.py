@@ -331,19 +331,6 @@ def test_the_process_that_takes_most_decides_for_all(opened, free, steps):
     assert not together.fits
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_processes_measure_together(text_file, tmp_path, monkeypatch, strategy):
-    from tests.distributed.conftest import flags, run_together
-
-    monkeypatch.setenv("BDH_CACHE", str(tmp_path / "cache"))
-    settings = {**TINY, "data.source": text_file, "distributed.strategy": strategy, "train.layer_path": "plain"}
-    done = run_together(2, "-m", "bdh", "train", *flags(settings | {"run_dir": tmp_path / "run"}), "--dry_run")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("available per process") == 1
-    assert "steps of 1, 2 and 4 sequences" in done.stdout
-
-
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from bdh.train.config import RunSettings
 from bdh.train.loop import TrainingStopped, fit
 from bdh.train.setup import open_run
 
-from .conftest import TINY, losses, samples, weights
+from .conftest import TINY, losses, samples, weights, write_text
 
 
 def assert_same_run(one, other):
@@ -466,6 +467,25 @@ def wait_for_checkpoint(process, run_dir):
     pytest.fail("no checkpoint after a minute")
 
 
+STOPPED = {
+    "train.max_steps": 150,
+    "train.eval_every_steps": 50,
+    "train.sample_every_steps": 50,
+    "checkpoint.every_steps": 9,
+}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> Path:
+    """The run that no signal stops."""
+    folder = tmp_path_factory.mktemp("straight")
+    settings = {**TINY, **STOPPED, "data.source": write_text(folder / "text.txt"), "run_dir": folder / "run"}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("BDH_CACHE", str(folder / "cache"))
+        assert main(["train", *(f"--{name}={value}" for name, value in settings.items())]) == 0
+    return folder / "run"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "status"),
@@ -477,21 +497,15 @@ def wait_for_checkpoint(process, run_dir):
         (signal.SIGKILL, -signal.SIGKILL),
     ],
 )
-def test_a_run_stopped_by_a_signal_goes_on_to_the_same_end(train, tmp_path, text_file, number, status):
-    few = {
-        "train.max_steps": 150,
-        "train.eval_every_steps": 50,
-        "train.sample_every_steps": 50,
-        "checkpoint.every_steps": 9,
-    }
-    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    process = started(tmp_path, text_file, stopped, **few)
+def test_a_run_stopped_by_a_signal_goes_on_to_the_same_end(straight, tmp_path, text_file, monkeypatch, number, status):
+    monkeypatch.setenv("BDH_CACHE", str(tmp_path / "cache"))
+    stopped = tmp_path / "stopped"
+    process = started(tmp_path, text_file, stopped, **STOPPED)
     wait_for_checkpoint(process, stopped)
     process.send_signal(number)
     assert process.wait(timeout=60) == status
     if number != signal.SIGKILL:
         assert b"everything is saved" in process.stderr.read()
     assert main(["train", "--run_dir", str(stopped), "--resume"]) == 0
-    assert train(straight, **few) == 0
     assert losses(straight) == losses(stopped)
     assert all(torch.equal(a, b) for a, b in zip(weights(straight).values(), weights(stopped).values(), strict=True))
