@@ -52,6 +52,7 @@ def outcome(tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_skips_are_allowed_and_optional_packages_named(outcome):
     status, shown = outcome(SKIPS, missing="there_is_no_such_package")
     assert status == 0, shown
@@ -60,6 +61,7 @@ def test_skips_are_allowed_and_optional_packages_named(outcome):
     assert "there_is_no_such_package is missing" in shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], ["-p", "xdist", "-n", "2", "--dist", "loadfile"]], ids=["one process", "xdist"])
 def test_where_no_test_may_be_skipped_one_that_is_fails_all(outcome, flags):
     """Tests of the page and of the deployment were skipped where their programs were missing, and everything was green."""
@@ -70,11 +72,13 @@ def test_where_no_test_may_be_skipped_one_that_is_fails_all(outcome, flags):
     assert "test_gpu.py" not in after
 
 
+@pytest.mark.slow
 def test_what_a_gpu_is_for_may_be_skipped_always(outcome):
     status, shown = outcome({"test_passes.py": SKIPS["test_passes.py"]}, "--no-skips")
     assert status == 0, shown
 
 
+@pytest.mark.slow
 def test_where_no_test_may_be_skipped_a_missing_package_fails_all(outcome):
     status, shown = outcome(
         {"test_passes.py": SKIPS["test_passes.py"]}, "--no-skips", missing="there_is_no_such_package"

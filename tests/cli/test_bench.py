@@ -51,6 +51,7 @@ def test_decode_compares_and_then_times_every_form(bench, tmp_path):
     assert found["model"]["n_embd"] == 32
 
 
+@pytest.mark.slow
 def test_decode_beside_busy_programs(bench):
     status, out, _ = bench("decode", "--quick", *SMALL, "--busy", 1, "--threads", 2, "--json", "-")
     found = json.loads(out)

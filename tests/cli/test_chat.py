@@ -161,6 +161,7 @@ def test_help_and_stats_say_where_we_are(chat):
     assert "turns      2, of which the last 2 can be taken back" in err
 
 
+@pytest.mark.slow
 def test_a_conversation_goes_on_in_another_process_as_if_it_had_never_stopped(chat_folder, tmp_path):
     def run(flags, *lines):
         done = subprocess.run(
@@ -303,6 +304,7 @@ def terminal():
         each.close()
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_a_reply_and_not_the_program(model_folder, terminal, tmp_path):
     screen = terminal(model_folder, "--seed", 1, "--max_tokens", 10**7)  # of bytes, which never ends by itself
     screen.wait_for("Ctrl-D ends")
@@ -336,6 +338,7 @@ def test_ctrl_c_stops_a_reply_and_not_the_program(model_folder, terminal, tmp_pa
     assert (tmp_path / "state" / "bdh" / "chat_history").stat().st_mode & 0o077 == 0
 
 
+@pytest.mark.slow
 def test_ctrl_d_ends_and_earlier_lines_come_back_with_the_arrow(chat_folder, terminal):
     flags = ("--max_tokens", 3, "--seed", 1)
     screen = terminal(chat_folder, *flags)

@@ -55,6 +55,7 @@ def test_a_text_follows_a_schema_or_a_pattern(model_folder, tmp_path, capsys):
     assert found[2]["finish_reason"] == "length"
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_text_in_another_process(model_folder):
     argv = [sys.executable, "-m", "bdh", "generate", str(model_folder), "--prompt", "a", "--max_new_tokens", "20"]
     texts = [
@@ -209,6 +210,7 @@ def test_a_kill_loses_nothing_that_was_finished(model_folder, tmp_path):
     assert [json.loads(line)["id"] for line in after.splitlines()] == list(range(300))
 
 
+@pytest.mark.slow
 def test_an_interruption_says_how_to_go_on(model_folder, tmp_path):
     prompts, output = write_prompts(tmp_path / "prompts.jsonl", 300), tmp_path / "out.jsonl"
     flags = ["--prompts_file", str(prompts), "--output", str(output), "--max_new_tokens", "200"]

@@ -66,6 +66,7 @@ def test_the_logger_class_and_warnings_are_as_before():
     assert (logging.getLoggerClass(), warnings.showwarning) == before
 
 
+@pytest.mark.slow
 def test_a_damaged_table_gets_one_line(tmp_path):
     """datasets logs what it raises."""
     (tmp_path / "t.parquet").write_bytes(b"no parquet")
@@ -93,6 +94,7 @@ def test_a_damaged_table_gets_one_line(tmp_path):
     assert done.stderr.startswith("error: t.parquet cannot be read as .parquet: ")
 
 
+@pytest.mark.slow
 def test_what_importing_torchao_logs_is_not_shown_but_with_debug(model_folder, tmp_path):
     """transformers imports it wherever it is installed: two warnings and two "Failed to load" on every command."""
     (tmp_path / "a.txt").write_text("A text. " * 20)

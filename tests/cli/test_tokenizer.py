@@ -16,6 +16,7 @@ def text_file(tmp_path):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bpe", "wordpiece", "unigram"])
 def test_a_model_trained_with_a_trained_tokenizer_talks_the_same_in_a_new_process(text_file, tmp_path, capsys, kind):
     out, run = tmp_path / "tokenizer", tmp_path / "run"

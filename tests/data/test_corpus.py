@@ -232,6 +232,7 @@ def _prepare(source):
     return corpus.facts["was_cached"], corpus.fingerprint, int(corpus.train_tokens().sum())
 
 
+@pytest.mark.slow
 def test_processes_at_the_same_time_get_the_same_entry(tmp_path, cache):
     path = write_text(tmp_path / "t.txt", WORDS * 100)
     with multiprocessing.get_context("spawn").Pool(2) as pool:
@@ -240,6 +241,7 @@ def test_processes_at_the_same_time_get_the_same_entry(tmp_path, cache):
     assert len(published(cache)) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="limits the size of files as POSIX systems do")
 def test_full_disk_is_said_to_be_full_and_the_beginning_removed(tmp_path, cache):
     path = write_text(tmp_path / "t.txt", WORDS * 100)

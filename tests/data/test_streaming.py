@@ -180,6 +180,7 @@ def test_resume_is_bit_equal(folder, corpus_of, num_steps):
     assert again.epoch == loader.epoch > 1
 
 
+@pytest.mark.slow
 def test_resume_is_bit_equal_inside_long_documents(tmp_path, corpus_of):
     """Rows of several parts, and more text than is tokenized at a time."""
     rows = [{"text": f"{letter} some text\n" * 40_000} for letter in "abcdef"]
@@ -223,6 +224,7 @@ def equal(one, other):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("carry_state", [False, True])
 @pytest.mark.parametrize(("batch_size", "world_size"), [(4, 2), (4, 4), (70, 7)])
 def test_processes_share_the_documents_and_together_get_the_batch_of_one(
@@ -326,6 +328,7 @@ print(peak, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak in KiB")
 @pytest.mark.parametrize("name", ["t.txt", "t.jsonl"])
 def test_memory_stays_flat_while_the_source_is_read(tmp_path, name):

@@ -107,6 +107,7 @@ def test_a_task_is_found_by_its_file_or_its_name_in_a_folder(model, tasks, how):
     assert scores[0].num_samples == (4 if how == "limit" else 12)
 
 
+@pytest.mark.slow
 def test_a_task_that_is_not_there_is_named(model, tasks):
     with pytest.raises(ValueError, match="there is no task local_riddles"):
         evaluate_tasks(adapter(model), ["local_riddles"], include_path=str(tasks))

@@ -339,6 +339,7 @@ def test_a_snapshot_goes_on_as_if_it_had_never_stopped(make_engine):
     assert other.stats().prompt_tokens == 2  # the one token that was pending, each time
 
 
+@pytest.mark.slow
 def test_a_saved_sequence_goes_on_in_another_process(byte_model, tokenizer, make_engine, tmp_path):
     """Bit for bit: tokens and log-probabilities, sampled with penalties."""
     byte_model.save_pretrained(tmp_path / "model")

@@ -236,6 +236,7 @@ def quickly():
     torch.set_num_threads(num_threads)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize("name", PATHS)
 def test_no_fault_changes_the_text_of_a_request_that_ends_well(make_model, tokenizer, monkeypatch, name):

@@ -192,6 +192,7 @@ def test_generate_refuses_the_cache_of_another_kind_of_model(model, tokens, cach
         model.generate(tokens[:1], past_key_values=given, max_new_tokens=2, pad_token_id=0)
 
 
+@pytest.mark.slow
 def test_arguments_are_traced_in_one_graph(make_model, tokens):
     """Nothing of them is looked at there that would break the graph."""
     model = make_model(n_layer=1).double()

@@ -32,6 +32,7 @@ def test_loading_takes_a_dtype(model, tokens, tmp_path, dtype):
     torch.testing.assert_close(loaded(tokens).logits.float(), model(tokens).logits, atol=0.5, rtol=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "imports",
     [
@@ -124,6 +125,7 @@ print("printed", type(model).__module__, type(model).__name__)
 """
 
 
+@pytest.mark.slow
 def test_without_importing_bdh_the_tokenizer_loads_and_the_model_says_what_to_do(exported, tmp_path):
     """Nothing is asked where no code is to be trusted; where bdh is not installed, the error says so."""
     assert run(WITHOUT_BDH, exported, tmp_path) == ["bdh.model.modeling", "BDHForCausalLM"]
@@ -132,6 +134,7 @@ def test_without_importing_bdh_the_tokenizer_loads_and_the_model_says_what_to_do
     assert (tmp_path / "copied" / "config.json").read_text() == (exported / "config.json").read_text()
 
 
+@pytest.mark.slow
 def test_after_import_bdh_no_one_is_asked(exported, tmp_path):
     code = """
 import bdh, sys, transformers

@@ -171,6 +171,7 @@ def test_transforms_and_traces_go_the_plain_way(make_model, tokens):
     torch.testing.assert_close(traced(tokens), model(tokens, use_cache=False).logits, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["prompt", "evaluation", "training"])
 def test_the_plain_forms_compile_as_one_graph(make_model, tokens, case):
     model = make_model().train(case == "training")

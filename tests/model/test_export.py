@@ -107,6 +107,7 @@ def session(small, tmp_path, ready_made):
     return onnxruntime.InferenceSession(tmp_path / "model.onnx")
 
 
+@pytest.mark.slow
 def test_onnx_reads_a_text_in_pieces_as_forward_reads_it_whole(small, session):
     assert [each.name for each in session.get_inputs()] == ["input_ids", "attention_mask", "positions", "sums"]
     for B, T, cuts in ((1, 30, (0, 29, 30)), (3, 90, (0, 1, 2, 3, 60, 90))):
@@ -184,6 +185,7 @@ def test_it_compiles_to_one_graph_in_training_by_the_plain_path(smallest):
     assert model.encoder.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_it_compiles_to_code(smallest):
     """With the compiler that is taken by default, once."""

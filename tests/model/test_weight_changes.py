@@ -263,6 +263,7 @@ def _negate(weight):
     weight.data.neg_()
 
 
+@pytest.mark.slow
 def test_another_process_changes_weights_in_shared_memory(model):
     model.share_memory()
     advancer = Advancer(model, path="kernels")

@@ -201,6 +201,7 @@ def test_the_backend_is_chosen_in_one_place(monkeypatch):
     assert choose("auto") == ("eager", "numba cannot be imported: not there")
 
 
+@pytest.mark.slow
 def test_two_threads_may_read_at_once_on_numbas_own_threading_layer():
     """It ends the process if two threads use it at once. (On OpenMP, tests/ops/cpu/test_pieces.py does the same.)"""
     program = (

@@ -83,6 +83,7 @@ def start(folder):
         each.http.close()
 
 
+@pytest.mark.slow
 def test_sigterm_lets_what_runs_come_to_its_end(start):
     server = start("--drain_timeout", "50")
     lengths = [1000 + 40 * number for number in range(8)]
@@ -99,6 +100,7 @@ def test_sigterm_lets_what_runs_come_to_its_end(start):
     assert server.wait_for("drained")["cut_off"] == 0
 
 
+@pytest.mark.slow
 def test_what_is_cut_off_is_told_so_and_goes_on_after_a_restart(start, tmp_path):
     keeping = ("--drain_timeout", "0.3", "--states.folder", str(tmp_path / "states"), "--resume_on_restart", "true")
     server = start(*keeping)
@@ -132,6 +134,7 @@ def test_what_is_cut_off_is_told_so_and_goes_on_after_a_restart(start, tmp_path)
     assert server.end() == 0
 
 
+@pytest.mark.slow
 def test_without_that_it_is_cut_off_all_the_same(start):
     server = start("--drain_timeout", "0")
     with ThreadPoolExecutor(1) as pool:
@@ -143,6 +146,7 @@ def test_without_that_it_is_cut_off_all_the_same(start):
     assert "state_ids" not in error
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_it_at_once(start):
     server = start("--drain_timeout", "60")
     with ThreadPoolExecutor(1) as pool:
@@ -157,6 +161,7 @@ def test_a_second_signal_ends_it_at_once(start):
         asked.exception()
 
 
+@pytest.mark.slow
 def test_sighup_reads_the_keys_again_and_the_log_has_neither_keys_nor_prompts(start, tmp_path):
     (tmp_path / "keys").write_text("secret-of-ann")
     server = start(
@@ -179,6 +184,7 @@ def test_sighup_reads_the_keys_again_and_the_log_has_neither_keys_nor_prompts(st
     assert "private" not in lines
 
 
+@pytest.mark.slow
 def test_prompts_are_logged_where_asked_for_and_an_open_server_and_a_taken_port_are_told(start, folder):
     server = start("--log_prompts", "true", "--host", "0.0.0.0")
     server.complete(prompt="a very private prompt", max_tokens=2)
@@ -191,6 +197,7 @@ def test_prompts_are_logged_where_asked_for_and_an_open_server_and_a_taken_port_
     assert f"cannot listen on 0.0.0.0:{port}" in found.stderr
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_loaded_ends_the_process(folder, tmp_path):
     damaged = tmp_path / "damaged"
     shutil.copytree(folder, damaged)
@@ -260,6 +267,7 @@ def start_faulty(folder):
         each.http.close()
 
 
+@pytest.mark.slow
 def test_a_dead_engine_ends_the_process_with_status_1(start_faulty):
     server = start_faulty("raise RuntimeError('the memory is on fire')")
     assert server.complete(prompt="abc").status_code == 200
@@ -271,6 +279,7 @@ def test_a_dead_engine_ends_the_process_with_status_1(start_faulty):
     assert server.wait_for("ended by a failure")["reason"] == "the memory is on fire"
 
 
+@pytest.mark.slow
 def test_a_hung_engine_ends_the_process_with_status_1(start_faulty):
     server = start_faulty("threading.Event().wait()", ", limits=LimitSettings(stall_timeout=0.5)")
     with ThreadPoolExecutor(1) as pool:
@@ -280,6 +289,7 @@ def test_a_hung_engine_ends_the_process_with_status_1(start_faulty):
     assert "no progress" in server.wait_for("ended by a failure")["reason"]
 
 
+@pytest.mark.slow
 def test_an_engine_that_hangs_while_the_server_ends_does_not_keep_it(start_faulty):
     server = start_faulty("log('it hangs'); threading.Event().wait()", ", drain_timeout=0.1")
     with ThreadPoolExecutor(1) as pool:
@@ -291,6 +301,7 @@ def test_an_engine_that_hangs_while_the_server_ends_does_not_keep_it(start_fault
     server.wait_for("the engine does not end its step, and is left")
 
 
+@pytest.mark.slow
 def test_telemetry_goes_to_the_collector(start):
     found = []
 

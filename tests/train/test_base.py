@@ -90,6 +90,7 @@ def test_peft_reads_them_without_a_warning_about_unknown_fields(adapt, base, tmp
     torch.testing.assert_close(logits_of(loaded), logits_of(ours), atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_base_that_was_trained_on_is_refused_by_every_command(adapt, train, base, tmp_path, capsys):
     """The adapters were merged into whatever weights lay where the base had been, without a word."""
     assert adapt(tmp_path / "run", base / "model", **ALONE) == 0

@@ -185,6 +185,7 @@ def test_a_leftover_of_a_killed_save_is_ignored_and_replaced(tmp_path):
     assert not list((tmp_path / "checkpoints").glob(".step*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_background", [False, True])
 def test_a_save_that_the_disk_refuses_leaves_the_one_before(tmp_path, in_background):
     """A file-size limit makes the kernel refuse the write, as a full disk does."""

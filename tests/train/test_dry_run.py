@@ -226,6 +226,7 @@ def test_a_model_without_room_is_counted_and_never_made(train, tmp_path, free, c
     assert "does not fit either" not in out
 
 
+@pytest.mark.slow
 def test_a_batch_without_room_is_told_from_fewer_sequences(train, tmp_path, free, steps, capsys):
     """It said that there was no room for a single block, and nothing of the batch."""
     free(700 * MB)
@@ -318,6 +319,7 @@ class OfTwo(World):
         return [value, value]
 
 
+@pytest.mark.slow
 def test_the_process_that_takes_most_decides_for_all(opened, free, steps):
     free(1200 * MB)
     run = opened(**WIDE, **{"distributed.strategy": "none"})
@@ -359,6 +361,7 @@ def test_a_budget_that_is_refused_names_one_that_is_not(train, tmp_path, capsys)
     assert train(tmp_path / "run", **{"train.memory_budget_gb": least, "train.max_steps": 2}) == 0
 
 
+@pytest.mark.slow
 def test_how_the_layer_is_computed_changes_rounding_only(train, tmp_path):
     quiet = {"model.dropout": 0.0}
     assert train(tmp_path / "auto", **quiet) == 0

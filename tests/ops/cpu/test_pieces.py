@@ -85,6 +85,7 @@ print("the same", numba.threading_layer())
 """
 
 
+@pytest.mark.slow
 def test_bits_depend_neither_on_threads_nor_on_busy_programs():
     """More threads than cores, several callers at once, and a fork; and the process ends while OpenMP is calmed."""
     busy = subprocess.Popen([sys.executable, "-I", "-S", "-c", "while True: pass"])
