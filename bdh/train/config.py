@@ -19,15 +19,7 @@ from bdh.monitor import MonitorConfig
 from bdh.ops import LayerPath
 from bdh.text_files import read_yaml
 from bdh.tokenizer.config import TokenizerConfig
-from bdh.train.places import (
-    CONFIG_FILE,
-    LOCK_FILE,
-    CheckpointFolder,
-    check_peft,
-    find_model,
-    holds_run,
-    taken_by_run,
-)
+from bdh.train.places import CONFIG_FILE, LOCK_FILE, CheckpointFolder, check_peft, find_model, holds_run, taken_by_run
 from bdh.validation import (
     Allowed,
     DeviceName,
@@ -48,8 +40,7 @@ _METRIC = re.compile(
 MetricName = Annotated[
     str,
     Allowed(
-        _METRIC.fullmatch,
-        "a metric of the evaluations, such as val/loss, val_ema/loss, val/accuracy or val/loss_at/64",
+        _METRIC.fullmatch, "a metric of the evaluations, such as val/loss, val_ema/loss, val/accuracy or val/loss_at/64"
     ),
 ]
 

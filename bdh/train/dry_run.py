@@ -180,8 +180,7 @@ def changes(now: MemoryEstimate) -> Iterator[Iterator[tuple[str, MemoryEstimate]
     accumulation, total = "gradient_accumulation_steps", train.sequences_per_process
     divisors = (each for each in range(number // 2, 0, -1) if number % each == 0)
     yield of(
-        "train",
-        ({"batch_size": n, accumulation: total // n, "rows_per_block": _at_most(rows, n)} for n in divisors),
+        "train", ({"batch_size": n, accumulation: total // n, "rows_per_block": _at_most(rows, n)} for n in divisors)
     )
     if settings.checkpoint.in_background:
         yield of("checkpoint", [{"in_background": False}])

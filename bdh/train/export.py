@@ -232,10 +232,7 @@ def model_card(
         validation = f"## Validation\n\n{on}\n\n{_table(measured)}\n\n"
     prompt = json.dumps(train["sample_prompts"][0] if train["sample_prompts"] else "The ")
     code = ["import bdh", "from transformers import AutoModelForCausalLM, AutoTokenizer"]
-    load = [
-        "tokenizer = AutoTokenizer.from_pretrained(folder)",
-        "model = AutoModelForCausalLM.from_pretrained(folder)",
-    ]
+    load = ["tokenizer = AutoTokenizer.from_pretrained(folder)", "model = AutoModelForCausalLM.from_pretrained(folder)"]
     library, kind = "library_name: transformers", "A"
     if adapters_of is not None:
         library, kind = f"library_name: peft\nbase_model: {json.dumps(adapters_of.name)}", "Adapters of a"

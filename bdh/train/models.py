@@ -99,12 +99,7 @@ def load_model(
 
 
 def open_model(
-    name: str,
-    *,
-    checkpoint: str | None = None,
-    ema: bool = False,
-    base: str | None = None,
-    commit: str | None = None,
+    name: str, *, checkpoint: str | None = None, ema: bool = False, base: str | None = None, commit: str | None = None
 ) -> OpenedModel:
     """The model on the CPU; see :func:`load_model`.
 
