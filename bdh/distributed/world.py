@@ -1,7 +1,7 @@
 """The processes that train together, and how they share the model, which does not know of it."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -132,13 +132,20 @@ class Parallel:
     mesh: DeviceMesh | None = None
     """Of the processes; None for "none"."""
 
-    def accumulating(self, is_last: bool) -> AbstractContextManager:
-        """For one micro-batch of several: only after the last one are gradients exchanged."""
+    @contextmanager
+    def without_exchange(self) -> Iterator[None]:
+        """For all micro-batches of a step but the last: the gradients of the processes are exchanged only after that one."""
         if isinstance(self.model, FSDPModule):
-            self.model.set_requires_gradient_sync(is_last)
-        if isinstance(self.step_model, DistributedDataParallel) and not is_last:
-            return self.step_model.no_sync()
-        return nullcontext()
+            self.model.set_requires_gradient_sync(False)
+            try:
+                yield
+            finally:
+                self.model.set_requires_gradient_sync(True)
+        elif isinstance(self.step_model, DistributedDataParallel):
+            with self.step_model.no_sync():
+                yield
+        else:
+            yield
 
     def sharded(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Tensors of this process's sequences as shards of those of all processes, for a checkpoint."""

@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import Any
 
@@ -35,7 +35,7 @@ EXIT_STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129, "SIGUSR1": 75}
 # These come more than once for one reason: SIGUSR1 from Slurm and, passed on, from `torchrun`; SIGHUP, when a terminal is
 # closed, from the kernel and from the shell.
 _MAY_REPEAT = ("SIGUSR1", "SIGHUP")
-# Several processes agree on a signal, so that all end after the same step, when the number of steps is a multiple of this.
+# Several processes agree on a signal after the multiples of so many steps, so that all end after the same one.
 _AGREED_EVERY_STEPS = 10
 # float16's scale halves after each overflow: this many in a row are no longer its search for one.
 _MAX_SKIPPED_STEPS = 25
@@ -89,8 +89,7 @@ def fit(run: Run, monitor: Monitor) -> str:
             evaluates = step % settings.eval_every_steps == 0 or is_last
             samples = settings.sample_every_steps > 0 and (step % settings.sample_every_steps == 0 or is_last)
             saves = step % run.settings.checkpoint.every_steps == 0 or step == last_step
-            asks = world.size == 1 or step % _AGREED_EVERY_STEPS == 0
-            stopped_by = agreed_signal(received, world) if asks else None
+            stopped_by = agreed_signal(received, world, step)
             reports = logs or evaluates or samples or saves or stopped_by is not None
             # On a CPU there is nothing to wait for: what is wrong is reported at once, and a bar moves.
             shows = not run.guard.is_on_device and (bool(skip) or (world.size == 1 and clock.bar_is_due()))
@@ -125,8 +124,8 @@ def fit(run: Run, monitor: Monitor) -> str:
                     is_best = evaluate(run, monitor, validation)
                 if samples:
                     sample(run, monitor)
-                if stopped_by is None and asks and (evaluates or samples):  # one may have come meanwhile
-                    stopped_by = agreed_signal(received, world)
+                if stopped_by is None and (evaluates or samples):  # one may have come meanwhile
+                    stopped_by = agreed_signal(received, world, step)
                 patience = settings.patience if evaluates else None
                 out_of_patience = patience is not None and progress.evaluations_without_gain >= patience
                 ends = step == last_step or out_of_patience or stopped_by is not None
@@ -168,10 +167,14 @@ def deferred_signals() -> Iterator[list[str]]:
         restore()
 
 
-def agreed_signal(received: list[str], world: World) -> str | None:
-    """A signal that came to any of the processes, the same on all of them, or None."""
-    flags = world.any([name in received for name in EXIT_STATUS])
-    return next((name for name, flag in zip(EXIT_STATUS, flags, strict=True) if flag), None)
+def agreed_signal(received: list[str], world: World, step: int) -> str | None:
+    """A signal that came to any of the processes, the same on all of them; None between the steps after which they agree."""
+    if world.size > 1:
+        if step % _AGREED_EVERY_STEPS:
+            return None
+        flags = world.any([name in received for name in EXIT_STATUS])
+        received = [name for name, flag in zip(EXIT_STATUS, flags, strict=True) if flag]
+    return next((name for name in EXIT_STATUS if name in received), None)
 
 
 class StepClock:
@@ -251,7 +254,8 @@ def training_step(run: Run, step_model: Callable[..., Any], batch: Batch) -> tor
     micro_batches = list(batch.split(settings.batch_size))
     for index, micro_batch in enumerate(micro_batches):
         micro_batch = micro_batch.to(device)
-        with run.parallel.accumulating(is_last=index == len(micro_batches) - 1):
+        is_last = index == len(micro_batches) - 1
+        with nullcontext() if is_last else run.parallel.without_exchange():
             with run.autocast:
                 output = step_model(
                     input_ids=micro_batch.input_ids,

@@ -47,12 +47,11 @@ class Optimizers:
     def __init__(self, model: nn.Module, settings: TrainSettings):
         self._model, self._settings = model, settings
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        is_embedding = {name: name.startswith(("embed.", "lm_head.")) for name in trained}
-        embeddings, matrices = (
-            [p for name, p in trained.items() if is_embedding[name] is each] for each in (True, False)
-        )
+        embeddings = [name for name in trained if name.startswith(("embed.", "lm_head."))]
+        matrices = [p for name, p in trained.items() if name not in embeddings]
         lr, decay = settings.learning_rate, settings.weight_decay
-        groups = [{"params": embeddings, "weight_decay": decay if settings.decay_embeddings else 0.0}]
+        embeddings_decay = decay if settings.decay_embeddings else 0.0
+        groups = [{"params": [trained[name] for name in embeddings], "weight_decay": embeddings_decay}]
         self.all: list[torch.optim.Optimizer] = []
         if settings.optimizer == "muon":
             # match_rms_adamw scales the updates to AdamW's size, so that one learning rate fits both.
