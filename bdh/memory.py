@@ -11,12 +11,10 @@ import torch
 
 
 class Cgroups(NamedTuple):
-    """Where Linux shows the control groups, by which containers are limited."""
+    """Where Linux shows the control groups, by which containers are limited, and what names this process's groups."""
 
     root: Path = Path("/sys/fs/cgroup")
-    """Where the groups are mounted."""
     membership: Path = Path("/proc/self/cgroup")
-    """Names this process's group in each hierarchy."""
 
 
 _THIS_PROCESS = Cgroups()

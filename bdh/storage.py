@@ -26,31 +26,19 @@ _logger = logging.getLogger(__name__)
 
 
 def check_file(path: Path, what: str) -> None:
-    """
-    Args:
-        what: the file holds, for the error.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-    """
+    """Raises FileNotFoundError where there is no such file; ``what`` it holds is for the message."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no {what} {path}")
 
 
 def check_free(folder: Path, advice: str = "choose another folder") -> None:
-    """
-    Raises:
-        FileExistsError: something other than an empty folder has this name.
-    """
+    """Raises FileExistsError where something other than an empty folder has this name."""
     if is_taken(folder):
         raise FileExistsError(f"{folder} exists already and is not empty: {advice}")
 
 
 def check_folder_of(file: Path, setting: str) -> None:
-    """
-    Raises:
-        FileNotFoundError: the folder that a file is to be written into is not there.
-    """
+    """Raises FileNotFoundError where the folder that a file is to be written into is not there."""
     if not file.parent.is_dir():
         raise FileNotFoundError(f"{setting} is {str(file)!r}: must be a file in a folder that exists")
 
@@ -248,12 +236,12 @@ def _remove_old(folder: Path) -> None:
 
 
 def _put_back(folder: Path) -> bool:
-    """Ends a replacement that was broken off between its two renames."""
+    """Ends a replacement that was broken off between its two renames; whether there was one."""
     old = _old_name(folder)
-    if os.path.lexists(folder) or not old.is_dir():
-        return False
-    old.rename(folder)
-    return True
+    is_broken_off = not os.path.lexists(folder) and old.is_dir()
+    if is_broken_off:
+        old.rename(folder)
+    return is_broken_off
 
 
 def remove(path: Path) -> None:

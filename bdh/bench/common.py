@@ -198,16 +198,8 @@ def measure_bandwidth(num_bytes: int = 1 << 30, rounds: int = 7) -> Bandwidth:
     """The medians of several rounds, by turns, over a buffer of so many bytes (and a second one)."""
     source = torch.ones(num_bytes // 4)
     target = torch.empty_like(source)
-    target.copy_(source)  # so that its pages are there
-    copies, reads = [], []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        target.copy_(source)
-        copies.append(2 * source.nbytes / (time.perf_counter() - start))
-        start = time.perf_counter()
-        source.sum()
-        reads.append(source.nbytes / (time.perf_counter() - start))
-    return Bandwidth(median(copies), median(reads))
+    timings = interleaved({"copy": lambda: target.copy_(source), "read": source.sum}, rounds=rounds)
+    return Bandwidth(2 * source.nbytes / timings["copy"].median, source.nbytes / timings["read"].median)
 
 
 @dataclass(frozen=True)

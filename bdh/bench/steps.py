@@ -292,23 +292,18 @@ def _measured(case: TrainCase, form: str, update: bool) -> Memory:
     if case.threads is not None:
         torch.set_num_threads(case.threads)
     step = STEPS[form](case)
-    run: Callable[[], object] = step
-    if update:
-        optimizers = Optimizers(step.model, TrainSettings())
-
-        def run() -> None:
-            step()
-            torch.nn.utils.clip_grad_norm_(step.model.parameters(), 1.0)
-            for optimizer in optimizers.all:
-                optimizer.step()
-
+    optimizers = Optimizers(step.model, TrainSettings()).all if update else []
     device = torch.device(case.device)
     before = used_bytes(device)
     reset_peak(device)
     seconds = 0.0
     for _ in range(1 if update else 2):
         start = time.perf_counter()
-        run()
+        step()
+        if update:
+            torch.nn.utils.clip_grad_norm_(step.model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
         seconds = time.perf_counter() - start
     return Memory(before, peak_bytes(device) or before, seconds)
 

@@ -315,7 +315,9 @@ def _training_settings(files: Sequence[str], argv: Sequence[str]) -> "RunSetting
     from bdh.train.config import RunSettings
 
     prog, description = "bdh bench train", "A configuration of bdh train."
-    training = parse_settings(RunSettings, _as_flags(files), prog=prog, description=description, check_available=False)
+    training = parse_settings(
+        RunSettings, [f"--config={file}" for file in files], prog=prog, description=description, check_available=False
+    )
     train, default = training.train, RunSettings().train
     if train.init_from is not None:
         raise ValueError(
@@ -339,13 +341,9 @@ def _base(training: "RunSettings", files: Sequence[str]) -> dict[str, Any]:
     found |= {"dropout": model.dropout, "batch_size": train.batch_size, "block_size": train.block_size}
     found |= {name: getattr(train, name) for name in _TAKEN_OVER}
     # auto, which is the default there, would move to a GPU what is said to run on the processor.
-    if "train.device" in given_settings(type(training), _as_flags(files)):
+    if "train.device" in given_settings(type(training), [f"--config={file}" for file in files]):
         found["device"] = train.device
     return found
-
-
-def _as_flags(files: Sequence[str]) -> list[str]:
-    return [f"--config={file}" for file in files]
 
 
 def _entries(training: "RunSettings") -> int:

@@ -101,7 +101,7 @@ class Session:
             "/top_p": ("P", "sample from the likeliest tokens of this probability", self._setter("top_p", float)),
             "/max_tokens": ("N", "tokens of a reply at most", self._setter("max_tokens", int)),
             "/seed": ("S", "draw from this seed from here on, none for no fixed one", self._seed),
-            "/system": ("TEXT", 'the system message, "" for none; what was said is read again behind it', self._system),
+            "/system": ("TEXT", 'the system message, "" for none; what was said is read again after it', self._system),
             "/reset": ("", "forget what was said", self._reset),
             "/save": ("FILE", "write the conversation to a file", self._save),
             "/load": ("FILE", "go on with the conversation of a file", self.load),
@@ -179,20 +179,22 @@ class Session:
         pieces = self.conversation.say(text)
         ended_by_ctrl_c = False
 
-        def stop() -> None:
+        def stop(*_: object) -> None:
             nonlocal ended_by_ctrl_c
             if ended_by_ctrl_c:  # once more: at once, and as if nothing had been said
                 raise KeyboardInterrupt
             ended_by_ctrl_c = True
             self.conversation.interrupt()
 
+        before = signal.signal(signal.SIGINT, stop)
         try:
-            with _on_ctrl_c(stop):
-                for piece in pieces:
-                    sys.stdout.write(piece.translate(_CONTROLS) if self.is_terminal else piece)
-                    sys.stdout.flush()
+            for piece in pieces:
+                sys.stdout.write(piece.translate(_CONTROLS) if self.is_terminal else piece)
+                sys.stdout.flush()
         except KeyboardInterrupt:
             pieces.close()  # type: ignore[attr-defined]
+        finally:
+            signal.signal(signal.SIGINT, before)
         sys.stdout.write("\n")
         sys.stdout.flush()
         if len(self.conversation.messages) == num_messages:
@@ -222,7 +224,7 @@ class Session:
 
     def _mode(self) -> str:
         if self.conversation.is_plain:
-            return "plain continuation: what you type is put behind the text, and an empty line lets it go on"
+            return "plain continuation: what you type is put after the text, and an empty line continues it"
         return "a conversation: each line is a message, put into the tokenizer's chat template"
 
     def _setter(self, name: str, convert: Callable[[str], Any]) -> Callable[[str], None]:
@@ -244,7 +246,7 @@ class Session:
         if value:
             self.conversation.set_system(None if value == '""' else value)
             if self.conversation.messages:
-                _tell("what was said before is read again behind it, with the next message")
+                _tell("what was said before is read again after it, with the next message")
         system = self.conversation.system
         _tell("there is no system message" if system is None else f"the system message is {system!r}")
 
@@ -271,18 +273,21 @@ class Session:
 
     def _undo(self, value: str) -> None:
         user, _ = self.conversation.undo()
-        reach = self.conversation.num_undoable
-        more = f"{_counted(reach, 'more turn')} can be taken back"
-        _tell(f"taken back: {_shortened(user['content'])} ({more})")
+        more = _counted(self.conversation.num_undoable, "more turn")
+        _tell(f"taken back: {_shortened(user['content'])} ({more} can be taken back)")
 
     def _stats(self, value: str) -> None:
-        conversation, stats = self.conversation, self.conversation.stats
-        _tell(f"  read       {_speed(stats.tokens_read, stats.seconds_reading)}")
-        _tell(f"  written    {_speed(stats.tokens_written, stats.seconds_writing)}")
-        _tell(f"  state      {conversation.engine.advancer.state_bytes:,} bytes, at position {conversation.position:,}")
+        conversation, stats, advancer = self.conversation, self.conversation.stats, self.conversation.engine.advancer
+        for what, num_tokens, seconds in (
+            ("read", stats.tokens_read, stats.seconds_reading),
+            ("written", stats.tokens_written, stats.seconds_writing),
+        ):
+            speed = f", {num_tokens / seconds:,.0f} tokens/s" if num_tokens and seconds else ""
+            _tell(f"  {what:<10} {_counted(num_tokens, 'token')} in {seconds:.1f} s{speed}")
+        _tell(f"  state      {advancer.state_bytes:,} bytes, at position {conversation.position:,}")
         turns = len(conversation.messages) // 2
         _tell(f"  turns      {turns}, of which the last {conversation.num_undoable} can be taken back")
-        _tell(f"  runs       {conversation.engine.advancer.description}")
+        _tell(f"  runs       {advancer.description}")
 
 
 def _number(name: str, value: str, convert: Callable[[str], Any]) -> Any:
@@ -291,11 +296,6 @@ def _number(name: str, value: str, convert: Callable[[str], Any]) -> Any:
     except ValueError:
         kind = "a whole number" if convert is int else "a number"
         raise ValueError(f"{name} is {value!r}: must be {kind}") from None
-
-
-def _speed(num_tokens: int, seconds: float) -> str:
-    speed = f", {num_tokens / seconds:,.0f} tokens/s" if num_tokens and seconds else ""
-    return f"{_counted(num_tokens, 'token')} in {seconds:.1f} s{speed}"
 
 
 def _counted(count: int, noun: str) -> str:
@@ -309,16 +309,6 @@ def _shortened(text: str) -> str:
 
 def _tell(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-@contextmanager
-def _on_ctrl_c(function: Callable[[], None]) -> Iterator[None]:
-    """Within it Ctrl-C calls a function."""
-    before = signal.signal(signal.SIGINT, lambda number, frame: function())
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
