@@ -23,9 +23,17 @@ from starlette.routing import Match
 from starlette.types import ASGIApp
 
 import bdh
-from bdh.serve.completions import add_completions, add_embeddings, no_state
+from bdh.serve.completions import add_completions, no_state
 from bdh.serve.config import LimitSettings
-from bdh.serve.middleware import ApiError, ApiKeys, ClientGone, RequestMiddleware, bad_request, internal_error
+from bdh.serve.middleware import (
+    ApiError,
+    ApiKeys,
+    ClientGone,
+    RequestMiddleware,
+    bad_request,
+    errors_of,
+    internal_error,
+)
 from bdh.serve.responses import add_responses
 from bdh.serve.schemas import MOST_WHOLE, DetokenizeRequest, Json, TokenizeRequest
 from bdh.serve.service import Loaded, Service
@@ -37,30 +45,6 @@ _CLIENT_GONE = 499  # what nginx calls it; for log and metrics only
 _HEALTH = ("/health", "/health/live", "/health/ready")
 _NAME_CHARACTERS = 64  # of a name in an error
 _OF_TEXTS = ("CompletionRequest", "ChatRequest", "ResponseRequest")
-_ERRORS = {
-    400: "Something in the request is wrong; `param` names it.",
-    401: "An API key is needed.",
-    404: "There is no such model, state or page.",
-    405: "Not this method.",
-    408: "The request has not come in time.",
-    413: "The request is too large.",
-    429: "Too many requests; Retry-After says when to ask again.",
-    500: "A fault of the server.",
-    503: "The model is loading, the server is ending, or it took too long; Retry-After says when to ask again.",
-    507: "The state does not fit.",
-}
-
-
-class ErrorFacts(BaseModel):
-    model_config = ConfigDict(extra="allow")
-    message: str
-    type: str
-    param: str | None
-    code: str
-
-
-class ErrorBody(BaseModel):
-    error: ErrorFacts
 
 
 class ModelFacts(BaseModel):
@@ -138,15 +122,14 @@ def make_app(service: Service, keys: ApiKeys) -> ASGIApp:
         docs_url=None,  # they load scripts from elsewhere
         redoc_url=None,
         telemetry={"tracing": exported, "metrics": exported, "logs": False, "auto_configure": exported},
-        responses=_errors(400, 405, 408, 413, 500),
+        responses=errors_of(400, 405, 408, 413, 500),
     )
     _add_errors(app)
     _add_health(app, service)
-    add_completions(app, service, _errors(401, 404, 429, 503, 507))
+    add_completions(app, service)
     _add_models(app, service)
     _add_states(app, service)
-    add_responses(app, service, _errors(401, 404, 429, 503), _errors(401, 404, 503))
-    add_embeddings(app, service, _errors(401, 404, 429, 503))
+    add_responses(app, service)
     _add_description(app, service, needs_key=keys.are_needed)
     open_paths = {*_HEALTH, "/openapi.json"}
     if settings.page:
@@ -166,11 +149,6 @@ def make_app(service: Service, keys: ApiKeys) -> ASGIApp:
     return wrapped
 
 
-def _errors(*statuses: int) -> dict[int | str, Json]:
-    """Their descriptions."""
-    return {status: {"model": ErrorBody, "description": _ERRORS[status]} for status in statuses}
-
-
 def _add_models(app: FastAPI, service: Service) -> None:
     def facts(name: str) -> ModelFacts:
         loaded = service.ready()
@@ -186,15 +164,15 @@ def _add_models(app: FastAPI, service: Service) -> None:
         }
         return ModelFacts(id=name, created=loaded.created, bdh=facts)
 
-    @app.get("/v1/models", responses=_errors(401, 503), tags=["models"])
+    @app.get("/v1/models", responses=errors_of(401, 503), tags=["models"])
     async def models() -> ModelList:
         return ModelList(data=[facts(name) for name in service.ready().model_names])
 
-    @app.get("/v1/models/{model:path}", responses=_errors(401, 404, 503), tags=["models"])
+    @app.get("/v1/models/{model:path}", responses=errors_of(401, 404, 503), tags=["models"])
     async def model(model: str) -> ModelFacts:
         return facts(service.check_model(model))
 
-    @app.post("/tokenize", responses=_errors(401, 404, 503), tags=["tokens"])
+    @app.post("/tokenize", responses=errors_of(401, 404, 503), tags=["tokens"])
     async def tokenize(body: TokenizeRequest) -> TokenizeAnswer:
         service.check_model(body.model)
         loaded = service.ready()
@@ -206,12 +184,12 @@ def _add_models(app: FastAPI, service: Service) -> None:
             tokens = await loaded.in_text_thread(lambda: loaded.tokenizer.encode(text, add_special_tokens=with_special))
         return TokenizeAnswer(tokens=tokens, count=len(tokens))
 
-    @app.get("/tokenizer_info", responses=_errors(401, 503), tags=["tokens"])
+    @app.get("/tokenizer_info", responses=errors_of(401, 503), tags=["tokens"])
     async def info() -> TokenizerInfo:
         loaded, limits = service.ready(), service.settings.limits
         return TokenizerInfo(**tokenizer_info(loaded.tokenizer, loaded.chat.template, limits.prompt_tokens))
 
-    @app.post("/detokenize", responses=_errors(401, 404, 503), tags=["tokens"])
+    @app.post("/detokenize", responses=errors_of(401, 404, 503), tags=["tokens"])
     async def detokenize(body: DetokenizeRequest) -> DetokenizeAnswer:
         service.check_model(body.model)
         loaded = service.ready()
@@ -222,19 +200,19 @@ def _add_models(app: FastAPI, service: Service) -> None:
 
 
 def _add_states(app: FastAPI, service: Service) -> None:
-    @app.get("/v1/states", responses=_errors(401, 503), tags=["states"])
+    @app.get("/v1/states", responses=errors_of(401, 503), tags=["states"])
     async def states(request: Request) -> StateList:
         found = await asyncio.to_thread(service.ready().states.of_owner, request.state.caller.id)
         return StateList(data=[_state_facts(saved) for saved in found])
 
-    @app.get("/v1/states/{state_id}", responses=_errors(401, 404, 503), tags=["states"])
+    @app.get("/v1/states/{state_id}", responses=errors_of(401, 404, 503), tags=["states"])
     async def state(state_id: str, request: Request) -> StateFacts:
         try:
             return _state_facts(service.ready().states.get(state_id, request.state.caller.id))
         except KeyError:
             raise no_state(state_id) from None
 
-    @app.delete("/v1/states/{state_id}", responses=_errors(401, 404, 503), tags=["states"])
+    @app.delete("/v1/states/{state_id}", responses=errors_of(401, 404, 503), tags=["states"])
     async def delete_state(state_id: str, request: Request) -> Deleted:
         try:
             await asyncio.to_thread(service.ready().states.delete, state_id, request.state.caller.id)
@@ -261,8 +239,8 @@ def _add_health(app: FastAPI, service: Service) -> None:
         """The process answers."""
         return Health(status="live")
 
-    @app.get("/health", responses=_errors(503), tags=["health"])
-    @app.get("/health/ready", responses=_errors(503), tags=["health"])
+    @app.get("/health", responses=errors_of(503), tags=["health"])
+    @app.get("/health/ready", responses=errors_of(503), tags=["health"])
     async def ready() -> Health:
         """Requests are taken: the model is loaded, its engine runs, and the server is not ending."""
         service.ready()
@@ -390,7 +368,7 @@ def _add_description(app: FastAPI, service: Service, *, needs_key: bool) -> None
 
     def openapi() -> Json:
         described = make()
-        _describe_errors(described, needs_key=needs_key)
+        _describeerrors_of(described, needs_key=needs_key)
         schemas, loaded = described["components"]["schemas"], service.loaded
         limits = service.settings.limits
         most_texts = limits.texts if loaded is None else min(limits.texts, loaded.max_sequences)
@@ -405,7 +383,7 @@ def _add_description(app: FastAPI, service: Service, *, needs_key: bool) -> None
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-def _describe_errors(described: Json, *, needs_key: bool) -> None:
+def _describeerrors_of(described: Json, *, needs_key: bool) -> None:
     header = {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}}
     for operation in [operation for path in described["paths"].values() for operation in path.values()]:
         responses = operation["responses"]

@@ -21,7 +21,16 @@ from bdh.generate.params import SamplingParams
 from bdh.generate.sequence import Completion, StepOutput, TextDecoder
 from bdh.generate.snapshot import Snapshot
 from bdh.serve.answers import ChatAnswer, ChatWriter, CompletionAnswer, CompletionWriter, Writer
-from bdh.serve.middleware import ApiError, EventStream, bad_request, internal_error, log, unavailable, unless_gone
+from bdh.serve.middleware import (
+    ApiError,
+    EventStream,
+    bad_request,
+    errors_of,
+    internal_error,
+    log,
+    unavailable,
+    unless_gone,
+)
 from bdh.serve.schemas import (
     ChatRequest,
     CompletionRequest,
@@ -78,12 +87,9 @@ class EmbeddingAnswer(BaseModel):
     usage: EmbeddingUsage
 
 
-def add_completions(app: FastAPI, service: Service, errors: dict[int | str, Json]) -> None:
-    """
-    Args:
-        errors: the descriptions of errors, for the API's description.
-    """
-    of_texts: Json = {"responses": {**errors, **STREAMS}, "tags": ["texts"]}
+def add_completions(app: FastAPI, service: Service) -> None:
+    of_texts: Json = {"responses": {**errors_of(401, 404, 429, 503, 507), **STREAMS}, "tags": ["texts"]}
+    of_embeddings: Json = {"responses": errors_of(401, 404, 429, 503), "tags": ["embeddings"]}
 
     @app.post("/v1/completions", response_model=CompletionAnswer, **of_texts)
     async def complete(body: CompletionRequest, request: Request) -> Response:
@@ -93,11 +99,7 @@ def add_completions(app: FastAPI, service: Service, errors: dict[int | str, Json
     async def chat(body: ChatRequest, request: Request) -> Response:
         return await (await _chat(service, body, request)).respond()
 
-
-def add_embeddings(app: FastAPI, service: Service, errors: dict[int | str, Json]) -> None:
-    """Arguments are those of :func:`add_completions`."""
-
-    @app.post("/v1/embeddings", response_model=EmbeddingAnswer, responses=errors, tags=["embeddings"])
+    @app.post("/v1/embeddings", response_model=EmbeddingAnswer, **of_embeddings)
     async def embed(body: EmbeddingRequest, request: Request) -> Response:
         return JSONResponse((await _embed(service, body, request)).model_dump())
 
@@ -204,10 +206,7 @@ class TextGeneration(Generation):
             log("prompts", prompts=[self.loaded.names.text(prompt.prompt) for prompt in prompts])
 
     async def respond(self) -> Response:
-        """
-        Raises:
-            ApiError: as :meth:`Generation.submit`; 400, the form of the texts cannot be held.
-        """
+        """Raises ``ApiError`` as :meth:`Generation.submit`; 400, the form of the texts cannot be held."""
         if (grammar := self.prompts[0].params.grammar) is not None:
             try:  # it takes a second at worst, in a thread where it holds up nobody
                 await asyncio.to_thread(self.loaded.engine.engine.grammars.compile, grammar)
@@ -319,7 +318,7 @@ class TextGeneration(Generation):
             "the server has ended before the text did" + ("; it finishes it when it is back" if kept else ""),
             code="draining",
             retry_after=5,
-            facts={"state_ids": kept} if kept else None,
+            facts={"state_ids": kept} if kept else {},
         )
 
     def _finish(self) -> None:

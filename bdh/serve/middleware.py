@@ -15,9 +15,11 @@ import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
+from pydantic import BaseModel, ConfigDict
 from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -27,6 +29,18 @@ from bdh.serve.config import AuthSettings, Caller, LimitSettings
 LOGGER = logging.getLogger("bdh.serve")
 RETRY_SECONDS = 5.0  # where nothing better is known
 _MOST_CALLERS = 10_000  # addresses whose counts are kept
+_ERRORS = {
+    400: "Something in the request is wrong; `param` names it.",
+    401: "An API key is needed.",
+    404: "There is no such model, state or page.",
+    405: "Not this method.",
+    408: "The request has not come in time.",
+    413: "The request is too large.",
+    429: "Too many requests; Retry-After says when to ask again.",
+    500: "A fault of the server.",
+    503: "The model is loading, the server is ending, or it took too long; Retry-After says when to ask again.",
+    507: "The state does not fit.",
+}
 _CODES = {
     400: "invalid_value",
     401: "invalid_api_key",
@@ -48,31 +62,42 @@ class ClientGone(Exception):
     """There is nobody to answer any more."""
 
 
+class ErrorFacts(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorBody(BaseModel):
+    error: ErrorFacts
+
+
+def errors_of(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """What a route's errors look like, for the API's description."""
+    return {status: {"model": ErrorBody, "description": _ERRORS[status]} for status in statuses}
+
+
+@dataclass(eq=False)
 class ApiError(Exception):
-    """An error that the client gets, in the shape of OpenAI's API.
+    """An error that the client gets, in the shape of OpenAI's API."""
 
-    Args:
-        status: of HTTP.
-        param: the field that was wrong.
-        code: a word for programs; None for the usual one of this status.
-        retry_after: seconds after which it may work.
-        facts: further fields of the error.
-    """
+    status: int
+    """Of HTTP."""
+    message: str
+    param: str | None = None
+    """The field that was wrong."""
+    code: str = ""
+    """A word for programs; by default the usual one of this status."""
+    retry_after: float | None = None
+    """Seconds after which it may work."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Further fields of the error."""
 
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        retry_after: float | None = None,
-        facts: dict[str, Any] | None = None,
-    ):
-        super().__init__(message)
-        self.status, self.message, self.param = status, message, param
-        self.code = code or _CODES.get(status, "error")
-        self.retry_after, self.facts = retry_after, facts or {}
+    def __post_init__(self) -> None:
+        super().__init__(self.message)
+        self.code = self.code or _CODES.get(self.status, "error")
 
     def body(self) -> dict[str, Any]:
         kind = _TYPES.get(self.status, "invalid_request_error")
@@ -92,8 +117,8 @@ class ApiError(Exception):
         return JSONResponse(self.body(), self.status, self.headers())
 
 
-def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
-    return ApiError(400, message, param=param, code=code)
+def bad_request(message: str, param: str | None = None, code: str = "") -> ApiError:
+    return ApiError(400, message, param, code)
 
 
 def unavailable(message: str, code: str) -> ApiError:

@@ -7,9 +7,9 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import FastAPI, Query
 from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
@@ -21,7 +21,7 @@ from bdh.generate.sequence import Completion
 from bdh.generate.snapshot import Snapshot
 from bdh.serve.answers import ResponseAnswer, ResponseWriter, item_id
 from bdh.serve.completions import STREAMS, TextGeneration, notes_with_reply
-from bdh.serve.middleware import ApiError, log
+from bdh.serve.middleware import ApiError, errors_of, log
 from bdh.serve.schemas import (
     NOT_NULL,
     NULL,
@@ -60,13 +60,11 @@ class TextFormat(JsonSchema):
     type: FormatType | None = Field(default=None, description="None for text.")
     pattern: str | None = Field(default=None, description="With the type regex, of the whole text.")
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
+    def faults(self) -> Iterator[str]:
         if self.schema_ is not None and self.type != "json_schema":
-            raise ValueError("schema: must be given with the type json_schema only")
+            yield "schema: must be given with the type json_schema only"
         if (self.pattern is not None) != (self.type == "regex"):
-            raise ValueError("pattern: must be given with the type regex, and with no other")
-        return self
+            yield "pattern: must be given with the type regex, and with no other"
 
 
 class InputText(RequestModel):
@@ -220,13 +218,12 @@ class ResponseRequest(Sampling):
                     _check_type(f"input.{number}.content.{place}", part, _PARTS)
         return given
 
-    @model_validator(mode="after")
-    def _check_response(self) -> Self:
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
         if self.top_logprobs and self.num_logprobs is None:
-            raise ValueError(f"top_logprobs: only with {OUTPUT_LOGPROBS!r} in include")
+            yield f"top_logprobs: only with {OUTPUT_LOGPROBS!r} in include"
         if not self.items:
-            raise ValueError("input: has no message, but only empty reasoning: there is nothing to answer")
-        return self
+            yield "input: has no message, but only empty reasoning: there is nothing to answer"
 
 
 def _check_type(place: str, value: Any, known: Mapping[str, str]) -> None:
@@ -288,17 +285,11 @@ class ResponseGeneration(TextGeneration):
             writer.response.store = False
 
 
-def add_responses(
-    app: FastAPI, service: Service, errors: dict[int | str, Json], of_stored: dict[int | str, Json]
-) -> None:
-    """
-    Args:
-        errors: the descriptions of errors of a new response, for the API's description.
-        of_stored: those of a stored one.
-    """
-    stored: Json = {"responses": of_stored, "tags": ["responses"]}
+def add_responses(app: FastAPI, service: Service) -> None:
+    new: Json = {"responses": {**errors_of(401, 404, 429, 503), **STREAMS}, "tags": ["responses"]}
+    stored: Json = {"responses": errors_of(401, 404, 503), "tags": ["responses"]}
 
-    @app.post("/v1/responses", response_model=ResponseAnswer, responses={**errors, **STREAMS}, tags=["responses"])
+    @app.post("/v1/responses", response_model=ResponseAnswer, **new)
     async def create(body: ResponseRequest, request: Request) -> Response:
         return await (await _response(service, body, request)).respond()
 

@@ -5,7 +5,7 @@ the server does not have is accepted with a value that asks for nothing: null, e
 ``WITHOUT_EFFECT``, which holds for all routes; docs/serving.md shows it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -194,6 +194,16 @@ class RequestModel(BaseModel):
             kept[name] = value
         return kept
 
+    def faults(self) -> Iterator[str]:
+        """What is wrong between fields, each with the name of one: ``n: must be 1``."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if fault := next(self.faults(), None):
+            raise ValueError(fault)
+        return self
+
 
 def _is_text(value: str) -> bool:
     """False for what JSON can spell, and is no text: half of a surrogate pair."""
@@ -261,12 +271,10 @@ class ResponseFormat(RequestModel):
     json_schema: JsonSchema | None = Field(default=None, description="With the type json_schema.")
     pattern: str | None = Field(default=None, description="With the type regex, of the whole text.")
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
+    def faults(self) -> Iterator[str]:
         for name, kind in (("json_schema", "json_schema"), ("pattern", "regex")):
             if (getattr(self, name) is not None) != (self.type == kind):
-                raise ValueError(f"{name}: must be given with the type {kind}, and with no other")
-        return self
+                yield f"{name}: must be given with the type {kind}, and with no other"
 
 
 class StreamOptions(RequestModel):
@@ -335,13 +343,11 @@ class Sampling(RequestModel):
             logit_bias={int(token): bias for token, bias in (self.logit_bias or {}).items()},
         )
 
-    @model_validator(mode="after")
-    def _check_sampling(self) -> Self:
+    def faults(self) -> Iterator[str]:
         if self.temperature is not None and 0 < self.temperature < 1e-6:
-            raise ValueError("temperature: must be 0, or at least 1e-6")
+            yield "temperature: must be 0, or at least 1e-6"
         if self.logit_bias is not None and len(set(map(int, self.logit_bias))) < len(self.logit_bias):
-            raise ValueError("logit_bias: has a token twice, with and without leading zeros")
-        return self
+            yield "logit_bias: has a token twice, with and without leading zeros"
 
 
 _STREAMS = given("stream", const=True)
@@ -371,13 +377,12 @@ class _Texts(Sampling):
         grammar = grammar_of(form.type, schema, form.pattern)
         return replace(super().params(*arguments, **options), grammar=grammar)
 
-    @model_validator(mode="after")
-    def _check_streamed(self) -> Self:
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
         if self.stream_options is not None and self.stream_options.are_needed and not self.stream:
-            raise ValueError("stream_options: only with stream")
+            yield "stream_options: only with stream"
         if self.extras.activations is not None and not self.stream:
-            raise ValueError("bdh.activations: only with stream")
-        return self
+            yield "bdh.activations: only with stream"
 
 
 class CompletionRequest(_Texts):
@@ -394,13 +399,12 @@ class CompletionRequest(_Texts):
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=5), AS_WHOLE] | None = None
 
-    @model_validator(mode="after")
-    def _check_best_of(self) -> Self:
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
         if (self.best_of or 1) > 1 and self.stream:
-            raise ValueError("best_of: only without stream")
+            yield "best_of: only without stream"
         if self.best_of is not None and self.n not in (None, 1):
-            raise ValueError("best_of: only with n left out, or 1: the likeliest is given")
-        return self
+            yield "best_of: only with n left out, or 1: the likeliest is given"
 
 
 class MessageModel(RequestModel):
@@ -436,11 +440,9 @@ class ChatMessage(MessageModel):
     }
     content: str | list[TextPart] | None = Field(default=None, description="An assistant's may be left out: no text.")
 
-    @model_validator(mode="after")
-    def _check_content(self) -> Self:
+    def faults(self) -> Iterator[str]:
         if self.role != "assistant" and self.content in (None, []):
-            raise ValueError(f"content: is needed in a message of the role {self.role}")
-        return self
+            yield f"content: is needed in a message of the role {self.role}"
 
 
 class ChatRequest(_Texts):
@@ -457,13 +459,12 @@ class ChatRequest(_Texts):
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = None
 
-    @model_validator(mode="after")
-    def _check_chat(self) -> Self:
+    def faults(self) -> Iterator[str]:
+        yield from super().faults()
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs: only with logprobs")
+            yield "top_logprobs: only with logprobs"
         if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise ValueError("max_completion_tokens: is the same as max_tokens, of which only one may be given")
-        return self
+            yield "max_completion_tokens: is the same as max_tokens, of which only one may be given"
 
 
 class TokenizeRequest(RequestModel):
@@ -484,13 +485,11 @@ class TokenizeRequest(RequestModel):
         description="Put around a text what the tokenizer does. A conversation has what its template says.",
     )
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
+    def faults(self) -> Iterator[str]:
         if [self.prompt, self.content, self.messages].count(None) != 2:
-            raise ValueError("prompt: one of prompt, content and messages is needed")
+            yield "prompt: one of prompt, content and messages is needed"
         if self.add_special_tokens and self.messages is not None:
-            raise ValueError("add_special_tokens: only with prompt or content, a chat template has its own")
-        return self
+            yield "add_special_tokens: only with prompt or content, a chat template has its own"
 
 
 class DetokenizeRequest(RequestModel):

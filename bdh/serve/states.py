@@ -216,10 +216,7 @@ class StateStore:
             return [saved for saved in self._known.values() if saved.unfinished is not None]
 
     def delete(self, state_id: str, owner: str) -> None:
-        """
-        Raises:
-            KeyError: as :meth:`get`.
-        """
+        """Raises ``KeyError`` as :meth:`get`."""
         with self._lock:
             self._remove(self.get(state_id, owner))
 
