@@ -44,11 +44,9 @@ class Lock:
     def __init__(self, path: Path, target: str, *, wait: bool = False, advice: str = "try again when it has ended"):
         """
         Args:
-            path: the lock's file, in a folder that is there.
-            target: what it protects, for the errors.
-            wait: for as long as another process holds it. Without, only to see whether a holder on another machine is
-                alive.
-            advice: what to do while another process holds it, for the errors.
+            path: the lock's file, in a folder that exists.
+            target, advice: what it protects, and what to do while another process holds it, for the errors.
+            wait: for as long as another process holds it. Without, only to see whether a holder on another machine lives.
         """
         self._path, self._target, self._wait, self._advice = path, target, wait, advice
         self._lease = SoftFileLease(
@@ -99,16 +97,12 @@ class Lock:
         self._lease.release()
 
     def check(self, *, seldom: bool = False) -> None:
-        """Makes sure that the lock, once taken, is still this process's.
+        """Makes sure that the lock, once taken, is still this process's; ``seldom`` does so only every few seconds.
 
         A disk that does not answer is no loss, for as long as no other machine can have taken the lock meanwhile.
 
-        Args:
-            seldom: look only every few seconds, as for a call in each step.
-
         Raises:
-            InUseError: it was removed, or another process has taken it, as this one was stopped for too long; or it
-                could not be read for too long.
+            InUseError: it was removed, or taken by another process, as this one was stopped, or unreadable, for too long.
         """
         now, token = time.monotonic(), self._lease.token
         if seldom and now - self._looked < _LOOK_SECONDS:

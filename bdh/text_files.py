@@ -48,10 +48,7 @@ _UNDERSCORES = re.compile(r"_(?![0-9a-fA-F])|(?<![0-9a-fA-F])_")  # other than b
 
 
 def mark_length(beginning: bytes, path: Path) -> int:
-    """The number of bytes of UTF-8's byte order mark at the beginning of a file: 3, or 0 where there is none.
-
-    Args:
-        beginning: the first ``MARK_BYTES`` bytes of the file, or more.
+    """The bytes of UTF-8's byte order mark in the first ``MARK_BYTES`` bytes of a file, or more: 3, or 0 without one.
 
     Raises:
         ValueError: the file has the mark of another encoding, or seems to be in one without a mark.
@@ -151,11 +148,7 @@ def read_yaml(path: Path, faults: Faults) -> YamlDocument:
 
 
 def parse_yaml(text: str, faults: Faults, *, origin: str | None = None, name: str = "") -> YamlDocument:
-    """The same of a text.
-
-    Args:
-        origin: file that the text is from; faults then name it, and the line.
-        name: what the text is the value of.
+    """The same of a text, which is from the file ``origin`` (faults then name it, and the line), or the value of ``name``.
 
     Raises:
         yaml.YAMLError: it is not YAML.

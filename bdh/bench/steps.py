@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_all_start_methods, get_context
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -109,11 +110,14 @@ class Step(ABC):
     model: torch.nn.Module
 
     def __init__(self, case: TrainCase):
-        self.case = case
+        self.case, self.model = case, self.make_model(case)
         generator = torch.Generator().manual_seed(case.seed + 1)
         shape = (case.batch_size, case.block_size + 1)
         tokens = torch.randint(case.config.vocab_size, shape, generator=generator).to(case.device)
         self.tokens, self.targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()  # (B, T)
+
+    def make_model(self, case: TrainCase) -> torch.nn.Module:
+        return make_model(case)
 
     @abstractmethod
     def loss(self) -> torch.Tensor:
@@ -137,10 +141,6 @@ class BlocksStep(Step):
     name = "bdh"
     model: BDHForCausalLM
 
-    def __init__(self, case: TrainCase):
-        super().__init__(case)
-        self.model = make_model(case)
-
     def loss(self) -> torch.Tensor:
         found = self.model(self.tokens, shift_labels=self.targets).loss
         assert found is not None
@@ -155,7 +155,6 @@ class NaiveStep(Step):
 
     def __init__(self, case: TrainCase):
         super().__init__(case)
-        self.model = make_model(case)
         self.weights = naive.Weights(*(w.contiguous().requires_grad_() for w in naive_weights(self.model)))
         self.masks: list[torch.Tensor] | None = None
 
@@ -183,12 +182,11 @@ class CompiledStep(NaiveStep):
 class Gpt2Step(Step):
     """GPT-2 of transformers, of about as many parameters, with the same dropout and vocabulary."""
 
-    def __init__(self, case: TrainCase):
-        super().__init__(case)
+    def make_model(self, case: TrainCase) -> torch.nn.Module:
         wanted = sum(weight.numel() for weight in make_model(replace(case, density=None, weights=None)).parameters())
-        self.model = GPT2LMHeadModel(gpt2_of_size(case, wanted)).train().to(case.device)
-        count = sum(weight.numel() for weight in self.model.parameters())
-        self.name = f"GPT-2 of {count / 1e6:.2f}M parameters"
+        model = GPT2LMHeadModel(gpt2_of_size(case, wanted)).train().to(case.device)
+        self.name = f"GPT-2 of {sum(weight.numel() for weight in model.parameters()) / 1e6:.2f}M parameters"
+        return model
 
     def loss(self) -> torch.Tensor:
         logits = self.model(self.tokens, use_cache=False).logits
@@ -232,7 +230,7 @@ def dropout_masks(
 ) -> list[torch.Tensor]:
     """The masks (B, H, T, N) that the model's next forward pass in training draws, divided by the keep probability.
 
-    The generator stands behind them then: seed it again before that pass.
+    The generator has drawn them then: seed it again before that pass.
 
     Args:
         plain_dtype: that of the products, where the pass is computed on the plain path, which draws others; else None.
@@ -349,19 +347,14 @@ def timed_parts(clock: Clock) -> Iterator[dict[str, float]]:
 
         return run
 
-    originals = {name: getattr(train, name) for name in (*_FUNCTIONS, "make_neurons")}
+    plain_neurons = train.make_neurons
 
     def make_neurons(*arguments: Any, **others: Any) -> Any:
-        made = originals["make_neurons"](*arguments, **others)
+        made = plain_neurons(*arguments, **others)
         for name, part in _METHODS.items():
             setattr(made, name, timed(getattr(made, name), part))
         return made
 
-    try:
-        train.make_neurons = make_neurons
-        for name, part in _FUNCTIONS.items():
-            setattr(train, name, timed(originals[name], part))
+    functions: dict[str, Any] = {name: timed(getattr(train, name), part) for name, part in _FUNCTIONS.items()}
+    with patch.multiple(train, **functions, make_neurons=make_neurons):
         yield seconds
-    finally:
-        for name, original in originals.items():
-            setattr(train, name, original)
