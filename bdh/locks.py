@@ -20,9 +20,9 @@ from typing import NamedTuple, Self
 from filelock import LeaseSettingsMismatch, SoftFileLease, Timeout
 
 LEASE_SECONDS = 120.0
-"""So long untouched, a lock of another machine counts as left behind."""
+"""So long untouched, a lock of another machine counts as abandoned."""
 _BEATS = 12  # touches in that time
-_LOOK_SECONDS = 5.0  # from one look at a lock that is held to the next, where it is asked for in each step
+_CHECK_SECONDS = 5.0  # between two checks of a lock that is held, where one is asked for in each step
 _ASIDE_SECONDS = 1.0  # longer than another process has the lock aside to see whether its holder has ended
 _MAX_BYTES = 1 << 14  # of a lock; those that are written here have a few hundred
 _logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class Lock:
         self._lease = SoftFileLease(
             path, lease_duration=LEASE_SECONDS, heartbeat_interval=LEASE_SECONDS / _BEATS, thread_local=False
         )
-        self._looked = -math.inf  # when this was last checked
+        self._checked_at = -math.inf  # when this was last checked
         self._unreadable_since: float | None = None
 
     def __enter__(self) -> Self:
@@ -74,10 +74,10 @@ class Lock:
             raise IsADirectoryError(
                 f"{self._path} is a folder, but must be free for the lock on {self._target}: remove or rename it"
             )
-        seen, changed = self._look()[1], time.monotonic()
+        seen, changed = self._read()[1], time.monotonic()
         is_announced = False
         while not self._take():
-            holder, beat = self._look()
+            holder, beat = self._read()
             patience, is_touched = self._patience(holder, beat), beat not in (None, seen)
             if (patience == math.inf or is_touched) and not self._wait:
                 raise InUseError(f"{self._target} is in use by {self._holder()}: {self._advice}; nothing was changed")
@@ -105,16 +105,16 @@ class Lock:
             InUseError: it was removed, or taken by another process, as this one was stopped, or unreadable, for too long.
         """
         now, token = time.monotonic(), self._lease.token
-        if seldom and now - self._looked < _LOOK_SECONDS:
+        if seldom and now - self._checked_at < _CHECK_SECONDS:
             return
-        self._looked = now
+        self._checked_at = now
         try:
-            holder = self._look()[0]
+            holder = self._read()[0]
             if token is not None and holder.get("token") != token:
                 time.sleep(_ASIDE_SECONDS)
-                holder = self._look()[0]
+                holder = self._read()[0]
         except OSError as error:
-            self._bear(error)
+            self._tolerate(error)
             return
         self._unreadable_since = None
         if token is not None and holder.get("token") == token:
@@ -129,8 +129,8 @@ class Lock:
             f"removed {self._path}; it writes nothing more there"
         )
 
-    def _bear(self, error: OSError) -> None:
-        """Continues without a look at the lock, for a while."""
+    def _tolerate(self, error: OSError) -> None:
+        """Continues though the lock cannot be read, for a while."""
         now = time.monotonic()
         if self._unreadable_since is None:
             self._unreadable_since = now
@@ -143,7 +143,7 @@ class Lock:
             ) from error
 
     def _take(self) -> bool:
-        if _is_of_namesake(self._look()[0]):  # filelock would look for its process here
+        if _is_of_namesake(self._read()[0]):  # filelock would look for its process here
             return False
         try:
             self._lease.acquire(timeout=0)
@@ -158,7 +158,7 @@ class Lock:
             raise
         return True
 
-    def _look(self) -> tuple[dict[str, str], "_Beat | None"]:
+    def _read(self) -> tuple[dict[str, str], "_Beat | None"]:
         """What the lock says of its holder, and its beat; nothing and None without a lock."""
         try:
             with self._path.open("rb") as file:  # opened, as network disks answer from memory otherwise
@@ -171,7 +171,7 @@ class Lock:
     def _patience(self, holder: dict[str, str], beat: "_Beat | None") -> float:
         """For how many seconds nobody may touch the lock until its holder counts as ended: 0 if it has, inf if not."""
         pid = holder.get("pid", "")
-        if not pid:  # whoever was writing it was killed, or is about to touch it
+        if not pid:  # the process that was writing it was killed, or is about to touch it
             return 2 * LEASE_SECONDS / _BEATS
         if holder.get("host") != _machine()[0] or not re.fullmatch("[0-9]{1,9}", pid):
             return LEASE_SECONDS
@@ -208,7 +208,7 @@ class Lock:
         aside.unlink()
 
     def _holder(self) -> str:
-        facts = self._look()[0]
+        facts = self._read()[0]
         if "pid" not in facts:
             return "another process"
         since = f" since {facts['since']}" if "since" in facts else ""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # The words that libraries written in Rust and C++ put into exceptions of their own.
 _SAYS_FULL = re.compile(rf"{os.strerror(errno.ENOSPC)}|\bos error ({'|'.join(map(str, sorted(_FULL)))})\b")
-_ROOM = 1 << 16  # bytes; with less than this free, PyTorch's writer has failed for want of room, which it does not say
+_LEAST_FREE = 1 << 16  # bytes; with less, PyTorch's writer has failed since the disk is full, which it does not say
 # What a system or a disk answers that cannot exchange two names: seccomp filters say EPERM, overlayfs EXDEV.
 _NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.EXDEV}
 _NOT_ALLOWED = {errno.EROFS, errno.EACCES, errno.EPERM}
@@ -44,7 +44,7 @@ def check_folder_of(file: Path, setting: str) -> None:
 
 
 class DiskFullError(OSError):
-    """There was no room for what should have been written; nothing of it is left."""
+    """The disk is full: nothing of what should have been written is left."""
 
 
 @contextmanager
@@ -52,12 +52,12 @@ def atomic_dir(folder: Path) -> Iterator[Path]:
     """A folder to write into, which takes the place and name of ``folder`` when the block ends.
 
     If the block raises, or the process dies, ``folder`` is what it was before. Where the system cannot exchange two
-    folders in one step, a process that dies in between leaves the one before under another name: whoever opens such
+    folders in one step, a process that dies in between leaves the one before under another name: code that opens such
     folders calls :func:`recover_dir` first.
 
     Raises:
         InUseError: another process is writing it.
-        DiskFullError: the block or the syncing raised for want of room.
+        DiskFullError: the block or the syncing raised since the disk is full.
     """
     with _writing(folder) as (temporary, lock):
         temporary.mkdir()
@@ -171,7 +171,7 @@ def _writing(target: Path) -> Iterator[tuple[Path, "Lock"]]:
 
 @contextmanager
 def naming_full_disk(target: Path) -> Iterator[None]:
-    """Raises :class:`DiskFullError` where the block raises for want of room to write ``target``."""
+    """Raises :class:`DiskFullError` where the block raises since there is no space left to write ``target``."""
     try:
         yield
     except Exception as error:
@@ -257,4 +257,6 @@ def _is_full(error: Exception, folder: Path) -> bool:
         return error.errno in _FULL
     if _SAYS_FULL.search(str(error)):
         return True
-    return isinstance(error, (OSError, RuntimeError)) and folder.is_dir() and shutil.disk_usage(folder).free < _ROOM
+    return (
+        isinstance(error, (OSError, RuntimeError)) and folder.is_dir() and shutil.disk_usage(folder).free < _LEAST_FREE
+    )

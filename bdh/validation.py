@@ -110,7 +110,7 @@ class Settings:
     def check_available(self) -> None:
         """Whether what the settings name is there: files, folders, packages, a port. Asked of all sections inside.
 
-        To be told at once, it needs neither PyTorch nor another large package. What uses them later checks again, by the
+        To be reported at once, it needs neither PyTorch nor another large package. What uses them later checks again, by the
         same functions.
 
         Raises:

@@ -38,14 +38,14 @@ XY_DENSITY = 0.04
 _CALIBRATION_TOKENS = 96
 _ROUNDS = 12
 _CLOSE_ENOUGH = 0.01  # of a density, relatively
-# Of the embedding: with it the first pass is about as dense as the others.
+# Of the embedding: with it the first layer step is about as dense as the others.
 _EMBED_LEAN = 1.5
 _SKIPPED_TOKENS = 8  # the first ones recall little, or nothing
 
 
 @dataclass(frozen=True)
 class Density:
-    """Of one pass."""
+    """Of one layer step."""
 
     x: float
     """Share of the neurons that fire in x."""
@@ -58,7 +58,7 @@ class Density:
 def sparse_model(
     config: BDHConfig, seed: int = 0, *, x_density: float = X_DENSITY, xy_density: float = XY_DENSITY
 ) -> BDHForCausalLM:
-    """A float32 model on the CPU whose passes fire, in the mean, as densely as that.
+    """A float32 model on the CPU whose layer steps fire, in the mean, as densely as that.
 
     The same seed and configuration give the same weights on one machine.
     """
@@ -80,14 +80,14 @@ def sparse_model(
 def _calibrate(
     model: BDHForCausalLM, direction: torch.Tensor, tokens: torch.Tensor, x_density: float, xy_density: float
 ) -> None:
-    """Leans the weights until the densities are those wanted, and those of the last pass like those of the first."""
+    """Leans the weights until the densities are those wanted, and those of the last layer step like those of the first."""
     normal = NormalDist()
     num_neurons = model.decoder.weight.shape[1]
     _lean(model, direction, x=-1.6, y=-0.6, out=0.5 / math.sqrt(xy_density * num_neurons))
     for _ in range(_ROUNDS):
         found = densities(model, tokens)
         x, xy = mean(each.x for each in found), mean(each.xy for each in found)
-        slope = found[-1].x / found[0].x  # below 1, u grows from pass to pass
+        slope = found[-1].x / found[0].x  # below 1, u grows from step to step
         errors = (x / x_density - 1, xy / xy_density - 1, slope - 1 if len(found) > 1 else 0)
         if max(map(abs, errors)) < _CLOSE_ENOUGH:
             break

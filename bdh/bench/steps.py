@@ -27,7 +27,7 @@ from bdh.ops.blocks.plan import LayerOptions, LayerPlan
 from bdh.train.config import TrainSettings
 from bdh.train.optim import Optimizers
 
-# What autograd keeps of a pass of the plain equations: tensors as wide as the neurons, and of T x T scores; counted.
+# What autograd keeps of a layer step of the plain equations: tensors as wide as the neurons, and of T x T scores; counted.
 _WIDE_KEPT, _SCORES_KEPT = 12, 3
 _HEAD_WIDTH = 64  # of GPT-2
 
@@ -40,7 +40,7 @@ _METHODS = {
 }
 _FUNCTIONS = {
     "read_block": "attention: scores, what they and the state give",
-    "learn_block": "attention: the state behind a block",
+    "learn_block": "attention: the state after a block",
     "read_block_backward": "attention backwards",
 }
 REST = "the rest: embedding, norms, head, loss"
@@ -148,7 +148,7 @@ class BlocksStep(Step):
 
 
 class NaiveStep(Step):
-    """``ops/naive.py`` with autograd. Its dropout draws a mask in each pass, if none are given."""
+    """``ops/naive.py`` with autograd. Its dropout draws a mask in each layer step, if none are given."""
 
     name = "ops/naive.py"
     model: BDHForCausalLM
@@ -203,7 +203,7 @@ def naive_loss(
     targets: torch.Tensor,
     masks: list[torch.Tensor] | None,
 ) -> torch.Tensor:
-    """The loss by the plain equations. ``masks`` are those of the passes' dropout, (B, H, T, N); None draws them."""
+    """The loss by the plain equations. ``masks`` are those of the layer steps' dropout, (B, H, T, N); None draws them."""
     config = model.config
     (B, T), H, N = tokens.shape, config.n_head, config.neurons_per_head
     positions = torch.arange(T, device=tokens.device)
@@ -233,7 +233,7 @@ def dropout_masks(
     The generator has drawn them then: seed it again before that pass.
 
     Args:
-        plain_dtype: that of the products, where the pass is computed on the plain path, which draws others; else None.
+        plain_dtype: that of the products, where the layer step is computed on the plain path, which draws others; else None.
     """
     config, device = model.config, model.embed.weight.device
     H, N = config.n_head, config.neurons_per_head

@@ -209,7 +209,7 @@ class CaseBench:
         self.figures["parts"] = {name: 1000 * value for name, value in parts.items()}
         self.figures["ms_of_step_with_clocks"] = 1000 * total
         report.table(
-            f"where the time goes, over all passes: in a step with clocks in it, of {milliseconds(total)} ms, the median of "
+            f"where the time goes, over all layer steps: in a step with clocks in it, of {milliseconds(total)} ms, the median of "
             f"{rounds}",
             ["", "ms/step", "share"],
             [[name, milliseconds(value), f"{100 * value / total:.0f} %"] for name, value in parts.items()],

@@ -35,7 +35,7 @@ class ChatSettings(ModelSettings, DrawSettings):
     system: str | None = verbatim(None)
     """System message: how the model is to answer. Without a chat template, text in front of everything."""
     load: PathText | None = None
-    """Conversation to go on with, from a file that /save wrote."""
+    """Conversation to continue, from a file that /save wrote."""
     plain: bool = False
     """Continue what is typed as text, though the tokenizer has a chat template."""
     max_undo_bytes: NonNegativeInt = 1 << 30
@@ -104,7 +104,7 @@ class Session:
             "/system": ("TEXT", 'the system message, "" for none; what was said is read again after it', self._system),
             "/reset": ("", "forget what was said", self._reset),
             "/save": ("FILE", "write the conversation to a file", self._save),
-            "/load": ("FILE", "go on with the conversation of a file", self.load),
+            "/load": ("FILE", "continue the conversation of a file", self.load),
             "/undo": ("", "take back the last turn", self._undo),
             "/stats": ("", "tokens, speed, the state", self._stats),
             "/quit": ("", "end, as Ctrl-D does", lambda value: None),

@@ -152,7 +152,9 @@ def _asked(tokenizer, job: Job, chat: bool) -> str | list[int]:
 
 
 def _by_engine(engine: Any, jobs: list[Job], asked: list) -> Iterator[list[Any]]:
-    encoded = [engine.encode(each) for each in asked]  # before anything is generated, so that a fault is told at once
+    encoded = [
+        engine.encode(each) for each in asked
+    ]  # before anything is generated, so that a fault is reported at once
     for job in jobs:
         engine.check(job.params)
     yield from engine.map(zip(encoded, (job.params for job in jobs), strict=True))

@@ -11,7 +11,7 @@ import bdh
 from bdh.cli.output import kept_back, print_error
 
 COMMANDS = {
-    "train": "train a model, or go on with a run",
+    "train": "train a model, or resume a run",
     "generate": "continue prompts",
     "chat": "talk with a model, or write a text together",
     "eval": "measure a model on a text, on tasks, or on what it recalls",

@@ -143,7 +143,7 @@ class _LastingStream:
 
     def _announce(self, error: OSError) -> None:
         name = self._stream.name.strip("<>")
-        about = f"warning: {name} cannot be written to ({error.strerror}): what it is told is lost"
+        about = f"warning: {name} cannot be written to ({error.strerror}): what is written there is lost"
         if self._other is not None:
             with suppress(OSError):  # both have lost their reader: nobody is left
                 print(about, file=self._other, flush=True)

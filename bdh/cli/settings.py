@@ -357,7 +357,7 @@ def _read_config(path: Path, faults: Faults) -> YamlDocument:
 def _as_written(name: str, value: Any, document: YamlDocument) -> tuple[str, str]:
     """How a value is written, and what in it would be text in quotes; nothing where it is as Python would show it."""
     if len(document.lines.get(name, ())) > 1:
-        return "", ""  # which of them it is cannot be told
+        return "", ""  # which of them it is is not known
     shown = document.written.get(name, "") if value is not None else ""
     items = [document.written.get(f"{name}[{index}]") for index in range(len(value) if isinstance(value, list) else 0)]
     return shown, shown or next(filter(None, items), "")

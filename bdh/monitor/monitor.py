@@ -107,7 +107,7 @@ class Backend:
         """Called when the training is about to start."""
 
     def message(self, text: str) -> None:
-        """A line for people who watch."""
+        """A line for people to read."""
 
     def progress(self, step: int, *, loss: float, tokens_per_second: float) -> None:
         """Called after every step, logged or not."""

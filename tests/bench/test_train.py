@@ -171,4 +171,4 @@ def test_the_parts_add_up_to_the_step_of_median_length(monkeypatch, rounds, medi
 
     seconds, parts = median_step(step, lambda: now[0], rounds)
     assert seconds == pytest.approx(sum(median))
-    assert parts == pytest.approx(dict(zip(("attention: the state behind a block", REST), median, strict=True)))
+    assert parts == pytest.approx(dict(zip(("attention: the state after a block", REST), median, strict=True)))
