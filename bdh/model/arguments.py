@@ -1,10 +1,11 @@
 """What `forward` and transformers' `generate` are given, checked and brought into one form.
 
-Libraries hand on more than the model needs. What says nothing new is accepted, what says where documents begin in a packed
-batch is understood, and everything else is refused by name.
+Libraries pass more than the model needs. What agrees with the defaults is accepted, what says where documents begin in a
+packed batch is understood, and everything else is refused by name.
 """
 
 import difflib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,24 +21,8 @@ from bdh.model.state import Columns, SynapticState
 from bdh.ops.attention import sum_dtype
 from bdh.ops.eager import IGNORE_INDEX, layer_norm
 
-# The arguments of ``forward`` that are named in it, for whoever misspells one.
-_NAMED = (
-    "input_ids",
-    "attention_mask",
-    "past_key_values",
-    "inputs_embeds",
-    "labels",
-    "document_starts",
-    "num_items_in_batch",
-    "use_cache",
-    "logits_to_keep",
-    "attention_form",
-    "output_hidden_states",
-    "return_dict",
-    "shift_labels",
-)
 _PACKING = ("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-# An argument that there is nothing to choose in, its one value, and why.
+# Arguments with only one possible value, and why.
 _ONE_VALUE = {
     "output_attentions": (False, "linear attention computes no weights"),
     "output_router_logits": (False, "there are no experts to route to"),
@@ -75,7 +60,7 @@ def read_inputs(
     config = model.config
     others = {name: value for name, value in others.items() if value is not None}
     starts = others.pop("document_starts", None)
-    _check_names(others)
+    _check_names(model, others)
     B, T = _shape(config, input_ids, inputs_embeds)
     if state is not None:
         check_state_type(state)
@@ -161,10 +146,11 @@ def shifted_labels(
     return shift_labels
 
 
-def _check_names(others: dict[str, Any]) -> None:
+def _check_names(model: Any, others: dict[str, Any]) -> None:
     known = [*_PACKING, *_ONE_VALUE, "cache_position", "token_type_ids"]
     if unknown := sorted(set(others) - set(known)):
-        near = difflib.get_close_matches(unknown[0], [*_NAMED, *known], n=1, cutoff=0.8)
+        names = [*inspect.signature(model.forward).parameters, "shift_labels", "return_dict", *known]
+        near = difflib.get_close_matches(unknown[0], names, n=1, cutoff=0.8)
         raise TypeError(f"forward does not know {', '.join(unknown)}{f': did you mean {near[0]}?' if near else ''}")
     for name, (value, why) in _ONE_VALUE.items():
         if name in others and bool(others[name]) != value:
@@ -196,7 +182,7 @@ def _packed(
     shape: tuple[int, int],
     device: torch.device,
 ) -> torch.Tensor | None:
-    """Where documents start by all that is given of it, which must agree: bool (B, T), or None where none does."""
+    """Where documents start by all descriptions of them, which must agree: bool (B, T), or None where none starts."""
     (B, T), is_compiling = shape, torch.compiler.is_compiling()
     found = {} if starts is None else {"document_starts": starts}
     for name, read in (("cu_seq_lens_q", _starts_of_lengths), ("seq_idx", _starts_of_numbers)):
@@ -225,15 +211,10 @@ def _packed(
         same = position_ids == expected
         return bool((same if mask is None else same | ~mask).all())
 
-    if starts is not None:
-        if is_compiling or agree(starts):
-            return starts
-    elif not is_compiling and agree(None):
-        return None
-    else:
-        starts = position_ids == 0 if mask is None else (position_ids == 0) & mask
-        if is_compiling or agree(starts):
-            return starts
+    from_zero = position_ids == 0 if mask is None else (position_ids == 0) & mask
+    for possible in [None, from_zero] if starts is None else [starts]:
+        if (possible is not None) if is_compiling else agree(possible):
+            return possible
     raise ValueError(
         f"position_ids is {_shown(position_ids)}: must count the tokens of each document from 0, padding aside"
         + (", and continue after those that past_key_values has read" if state is not None else "")

@@ -26,15 +26,8 @@ from bdh.storage import atomic_file, check_file, sync
 
 WEIGHT_KEYS = ("embed.weight", "encoder", "encoder_v", "decoder", "lm_head")
 FREQUENCY_KEY = "attn.freqs"
-_WRAPPER_PREFIXES = ("_orig_mod.", "module.")
-_CONFIG_FIELDS = (
-    "n_layer",
-    "n_embd",
-    "n_head",
-    "mlp_internal_dim_multiplier",
-    "dropout",
-    "vocab_size",
-)
+_WRAPPERS = re.compile(r"^((_orig_mod|module)\.)+")
+_CONFIG_FIELDS = ("n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier", "dropout", "vocab_size")
 
 
 def load_reference(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
@@ -87,22 +80,20 @@ def from_reference(
 
     Args:
         state_dict: keys may carry the prefixes that ``torch.compile`` and ``DistributedDataParallel`` add.
-        config: a :class:`BDHConfig`, or a dict with its field names, of which the reference's are the first
-            ones; others, such as settings of the training, are not read, but for its ``block_size``. The sizes that the tensors show may
-            be left out; the number of layer steps, ``n_layer``, shows nowhere and may not.
+        config: a :class:`BDHConfig`, or a dict with its field names; others, such as settings of the training, are not read,
+            but for its ``block_size``. The sizes that the tensors show may be left out; the number of layer steps,
+            ``n_layer``, shows nowhere and may not.
 
     Raises:
         ValueError: tensors are missing, or unknown, or do not have the shapes of the configuration; or it has a value
             of a wrong type or out of range.
     """
-    tensors = {_without_wrappers(str(key)): value for key, value in state_dict.items()}
+    tensors = {_WRAPPERS.sub("", str(key)): value for key, value in state_dict.items()}
     missing = [key for key in WEIGHT_KEYS if key not in tensors]
     unknown = sorted(set(tensors) - {*WEIGHT_KEYS, FREQUENCY_KEY})
     if missing or unknown:
-        raise ValueError(
-            f"not a BDH reference state dict: it lacks {missing or 'nothing'} and has the unknown "
-            f"{unknown or 'nothing'}"
-        )
+        lacks, has = missing or "nothing", unknown or "nothing"
+        raise ValueError(f"not a BDH reference state dict: it lacks {lacks} and has the unknown {has}")
     if len(tensors) < len(state_dict):
         raise ValueError(f"the state dict has a weight twice, under different prefixes: {sorted(map(str, state_dict))}")
     if not isinstance(config, BDHConfig):
@@ -176,12 +167,6 @@ def _check_no_decay(config: BDHConfig) -> None:
         )
 
 
-def _without_wrappers(key: str) -> str:
-    while key.startswith(_WRAPPER_PREFIXES):
-        key = key.split(".", 1)[1]
-    return key
-
-
 def _complete_fields(tensors: dict[str, torch.Tensor], given: dict[str, Any]) -> dict[str, Any]:
     """The configuration's fields: what is given, and what the tensors show."""
     known = {*ConfigFields.__annotations__, *ALIASES}
@@ -207,19 +192,9 @@ def _complete_fields(tensors: dict[str, torch.Tensor], given: dict[str, Any]) ->
 
 def _check_shapes(tensors: dict[str, torch.Tensor], config: BDHConfig) -> None:
     D, H, N, V = config.n_embd, config.n_head, config.neurons_per_head, config.vocab_size
-    expected = {
-        "embed.weight": (V, D),
-        "encoder": (H, D, N),
-        "encoder_v": (H, D, N),
-        "decoder": (H * N, D),
-        "lm_head": (D, V),
-    }
-    faults = [
-        f"{key} is {tuple(tensors[key].shape)}, not {shape}"
-        for key, shape in expected.items()
-        if tuple(tensors[key].shape) != shape
-    ]
-    if faults:
+    expected = dict(zip(WEIGHT_KEYS, ((V, D), (H, D, N), (H, D, N), (H * N, D), (D, V)), strict=True))
+    found = {key: tuple(tensors[key].shape) for key in expected}
+    if faults := [f"{key} is {found[key]}, not {shape}" for key, shape in expected.items() if found[key] != shape]:
         raise ValueError("the tensors do not have the shapes of the configuration: " + "; ".join(faults))
 
 
@@ -229,12 +204,11 @@ def _check_frequencies(stored: torch.Tensor, config: BDHConfig) -> None:
         raise ValueError(f"{FREQUENCY_KEY} has {stored.numel()} entries: the configuration needs {expected.numel()}")
     # float32 rounding differs between platforms by a few units in the last place, another theta by far more; and
     # files in half precision have the buffer rounded too, in float16 down to its smallest numbers.
-    info = torch.finfo(stored.dtype) if stored.is_floating_point() else torch.finfo(torch.float32)
-    rounding = max(1e-5, info.eps)
-    smallest = info.smallest_normal * info.eps
-    difference = (stored.flatten().double() - expected.flatten().double()).abs()
-    error = ((difference - smallest).clamp_min(0) / expected.flatten().double()).max().item()
-    if error > rounding:
+    info = torch.finfo(stored.dtype if stored.is_floating_point() else torch.float32)
+    wanted = expected.flatten().double()
+    difference = (stored.flatten().double() - wanted).abs() - info.smallest_normal * info.eps
+    error = (difference.clamp_min(0) / wanted).max().item()
+    if error > max(1e-5, info.eps):
         raise ValueError(
             f"{FREQUENCY_KEY} differs from the frequencies of rope_theta = {config.rope_theta:g} by up to "
             f"{error:.1e} of their value: the model was trained with other ones, and would not work with these"
@@ -262,33 +236,28 @@ def average_weights(models: Iterable[Weights], shares: Sequence[float] | None = 
     """
     if shares is not None and (not all(share >= 0 for share in shares) or not sum(shares) > 0):
         raise ValueError(f"the shares are {list(shares)}: none may be negative, and their sum must be above 0")
+    first: dict[str, torch.dtype] = {}
     total: dict[str, torch.Tensor] = {}
-    dtypes: dict[str, torch.dtype] = {}
     number = 0
     for number, weights in enumerate(models, start=1):
         if shares is not None and number > len(shares):
             raise ValueError(f"there are more models than the {len(shares)} shares: give one share a model")
-        share = 1.0 if shares is None else shares[number - 1]
         if number == 1:
-            dtypes = {name: weight.dtype for name, weight in weights.items()}
+            first = {name: weight.dtype for name, weight in weights.items()}
             total = {name: torch.zeros_like(weight, dtype=torch.float64) for name, weight in weights.items()}
-        differing = sorted(
-            name
-            for name in {*total, *weights}
-            if name not in total or name not in weights or total[name].shape != weights[name].shape
-        )
-        if differing:
+        ours, theirs = ({(name, weight.shape) for name, weight in each.items()} for each in (total, weights))
+        if differing := sorted({name for name, _ in ours ^ theirs}):
             raise ValueError(
                 f"model {number} has not the shape of the first one, so they cannot be averaged: {', '.join(differing)}"
             )
         for name, weight in weights.items():
-            total[name] += share * weight.double()
+            total[name] += (1.0 if shares is None else shares[number - 1]) * weight.double()
     if number == 0:
         raise ValueError("there are no models to average: give at least one")
     if shares is not None and number < len(shares):
         raise ValueError(f"there are {number} models and {len(shares)} shares: give one share a model")
     divisor = float(number) if shares is None else sum(shares)
-    return {name: (weight / divisor).to(dtypes[name]) for name, weight in total.items()}
+    return {name: (weight / divisor).to(first[name]) for name, weight in total.items()}
 
 
 class MovingAverage:
@@ -299,12 +268,12 @@ class MovingAverage:
     weights have no average of their own.
     """
 
-    def __init__(self, model: torch.nn.Module, decay: float):
+    def __init__(self, model: nn.Module, decay: float):
         self._decay = decay
         self.weights = {name: weight.detach().clone() for name, weight in _trained(model)}
 
     @torch.no_grad()
-    def update(self, model: torch.nn.Module, step: int, *, unless: torch.Tensor | None = None) -> None:
+    def update(self, model: nn.Module, step: int, *, unless: torch.Tensor | None = None) -> None:
         """Takes in the weights after a step.
 
         Args:
@@ -321,7 +290,7 @@ class MovingAverage:
             average.lerp_(weight, share if isinstance(share, float) else share.to(average.dtype))
 
     @contextmanager
-    def in_place_of_weights(self, model: torch.nn.Module) -> Iterator[None]:
+    def in_place_of_weights(self, model: nn.Module) -> Iterator[None]:
         """Within it, the model has the average as its weights."""
         self.swap(model)
         try:
@@ -330,7 +299,7 @@ class MovingAverage:
             self.swap(model)
 
     @torch.no_grad()
-    def swap(self, model: torch.nn.Module) -> None:
+    def swap(self, model: nn.Module) -> None:
         """Exchanges the model's weights and the average; a second time undoes it exactly."""
         for name, weight in _trained(model):
             kept = weight.clone()
@@ -343,7 +312,7 @@ class MovingAverage:
             weight.copy_(weights[name])
 
 
-def _trained(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, weight) for name, weight in model.named_parameters() if weight.requires_grad)
 
 

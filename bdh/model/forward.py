@@ -1,5 +1,6 @@
 """A forward pass: which backend computes the layer steps, and the loop over them. Knows nothing of transformers."""
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache, partial
@@ -59,31 +60,20 @@ def run_layer(
         form: of the attention; None for that of the configuration. So with ``keep_hidden_states``.
         for_loss: whether a loss is computed from it.
     """
-    config, mask, starts = model.config, inputs.mask, inputs.starts
-    v, given = inputs.v, inputs.state
+    config, v, given = model.config, inputs.v, inputs.state
     B, T, _ = v.shape
-    form = form or config.attention_form
     state = given
-    if given is not None and use_cache:
-        given.remember(inputs, partial(read_columns, model))
-    if state is None and use_cache:
-        shape = (B, config.n_head, config.neurons_per_head, config.n_embd)
-        state = SynapticState.zeros(shape, 0, device=v.device)  # the layer steps add their sums
-    if use_cache and not torch.compiler.is_compiling():
-        recheck_weights(model)  # a prompt: the tokens after it are read by the kernels
+    if use_cache:
+        if given is not None:
+            given.remember(inputs, partial(read_columns, model))
+        else:  # the layer steps add their sums
+            shape = (B, config.n_head, config.neurons_per_head, config.n_embd)
+            state = SynapticState.zeros(shape, 0, device=v.device)
+        if not torch.compiler.is_compiling():
+            recheck_weights(model)  # a prompt: the tokens after it are read by the kernels
     before = given.positions if given is not None else None
-    positions, following = token_positions(T, before=before, mask=mask, starts=starts, device=v.device)
-    step = _choose_step(
-        model,
-        positions,
-        (B, T),
-        form=form,
-        mask=mask,
-        decay_mask=_decay_mask(model, starts, mask),
-        keep_state=use_cache,
-        continues=given is not None,
-        for_loss=for_loss,
-    )
+    positions, following = token_positions(T, before=before, mask=inputs.mask, starts=inputs.starts, device=v.device)
+    step = _choose_step(model, inputs, positions, form or config.attention_form, use_cache, for_loss)
     if keep_hidden_states is None:
         keep_hidden_states = bool(config.output_hidden_states)
     hidden_states = [v]
@@ -141,7 +131,21 @@ def _plan(model: Any, B: int, T: int, form: str) -> LayerPlan:
     options = replace(options, rows_per_block=rows and min(rows, B), tokens_per_block=tokens and min(tokens, T))
     if obstacle is not None and not torch.is_grad_enabled():  # when hooks are attached for a measurement
         options = replace(options, path="auto")
-    return plan_layer(shape, options, form=form, chunk_size=config.chunk_size, obstacle=obstacle)
+    return _plan_once(os.getpid(), torch.get_num_threads(), shape, options, form, config.chunk_size, obstacle)
+
+
+@lru_cache(maxsize=64)
+def _plan_once(
+    process: int,
+    num_threads: int,
+    shape: LayerShape,
+    options: LayerOptions,
+    form: str,
+    chunk: int,
+    obstacle: str | None,
+) -> LayerPlan:
+    """A plan depends on nothing else: a forked process may have other backends, threads take memory."""
+    return plan_layer(shape, options, form=form, chunk_size=chunk, obstacle=obstacle)
 
 
 def layer_shape(config: Any, B: int, T: int, dtype: torch.dtype, device: torch.device) -> LayerShape:
@@ -151,33 +155,21 @@ def layer_shape(config: Any, B: int, T: int, dtype: torch.dtype, device: torch.d
 
 
 def _choose_step(
-    model: Any,
-    positions: torch.Tensor,
-    shape: tuple[int, int],
-    *,
-    form: str,
-    mask: torch.Tensor | None,
-    decay_mask: DecayMask | None,
-    keep_state: bool,
-    continues: bool,
-    for_loss: bool,
+    model: Any, inputs: Inputs, positions: torch.Tensor, form: str, keep_state: bool, for_loss: bool
 ) -> LayerStep:
-    """
-    Args:
-        positions: int64 (1 or B, T).
-        shape: B and T.
-        continues: whether there is a state of the tokens before.
-    """
+    """``positions`` are int64 (1 or B, T)."""
     config, dtype = model.config, model.embed.weight.dtype
-    is_step = shape[1] == 1 and continues
+    B, T, _ = inputs.v.shape
+    decay_mask = _decay_mask(model, inputs.starts, inputs.mask)
+    is_step = T == 1 and inputs.state is not None
     # Blocks break the graph that torch.compile makes. It saves memory in training; what is not trained stays whole.
     is_one_graph = torch.compiler.is_exporting() or (torch.compiler.is_compiling() and not (for_loss or model.training))
     # What keeps no state is no prompt, but is evaluated by its logits.
     plan = None
     if not (is_step or is_one_graph):
-        plan = plan_for(model, *shape, form, for_loss=for_loss or not keep_state)
+        plan = plan_for(model, B, T, form, for_loss=for_loss or not keep_state)
     if plan is not None and plan.backend != "eager":
-        return _block_step(model, plan, positions, shape, mask, decay_mask, keep_state, continues)
+        return _block_step(model, plan, inputs, positions, decay_mask, keep_state)
     spec = eager.EagerSpec(
         table=rotation_table(positions, config.neurons_per_head, config.rope_theta, dtype)[:, None],
         eps=config.layer_norm_eps,
@@ -185,7 +177,7 @@ def _choose_step(
         form=form,
         chunk_size=config.chunk_size,
         decay_mask=decay_mask,
-        mask=mask,
+        mask=inputs.mask,
         dropout=config.dropout if model.training else 0.0,
         keep_state=keep_state,
     )
@@ -204,34 +196,30 @@ def _choose_step(
 def _block_step(
     model: Any,
     plan: LayerPlan,
+    inputs: Inputs,
     positions: torch.Tensor,
-    shape: tuple[int, int],
-    mask: torch.Tensor | None,
     decay_mask: DecayMask | None,
     keep_state: bool,
-    continues: bool,
 ) -> LayerStep:
-    config, dtype, device = model.config, _product_dtype(model), positions.device
+    config, dtype, (B, T, _) = model.config, _product_dtype(model), inputs.v.shape
     weights = layer_weights(model, dtype)
     rate = config.dropout if model.training else 0.0
-    seeds = draw_seeds(config.n_layer, device) if rate > 0 else None
+    seeds = draw_seeds(config.n_layer, positions.device) if rate > 0 else None
     num_kept = plan.kept_layer_steps if torch.is_grad_enabled() else 0
-    bound = None if continues else shape[1]
+    bound = None if inputs.state is not None else T
     common = blocks.BlockSpec(
         eps=config.layer_norm_eps,
         rotation=make_rotation(positions, config.neurons_per_head, config.rope_theta, dtype, bound=bound),
         sizes=plan.sizes,
         backend=plan.backend,
-        mask=mask,
+        mask=inputs.mask,
         decay_mask=decay_mask,
         keep_state=keep_state,
         keep_scores=plan.keeps_scores,
     )
 
     def step(index: int, v: torch.Tensor, sums: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        dropout = None
-        if seeds is not None:
-            dropout = make_dropout(rate, seeds[index], len(weights.encoder), *shape)
+        dropout = None if seeds is None else make_dropout(rate, seeds[index], len(weights.encoder), B, T)
         return blocks.train(v, weights, replace(common, dropout=dropout, keep_wide=index < num_kept), sums)
 
     return partial(_outside_of_graphs, step)
@@ -269,13 +257,8 @@ def _half_lives(half_lives: tuple[float, ...], dtype: torch.dtype, device: torch
 def _product_dtype(model: Any) -> torch.dtype:
     """In which the matrix products are computed."""
     device, dtype = model.embed.weight.device.type, model.embed.weight.dtype
-    if (
-        torch.amp.is_autocast_available(device)
-        and torch.is_autocast_enabled(device)
-        and sum_dtype(dtype) != torch.float64
-    ):
-        return torch.get_autocast_dtype(device)
-    return dtype
+    is_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if is_autocast and dtype != torch.float64 else dtype
 
 
 def _obstacle(model: Any) -> str | None:

@@ -263,12 +263,6 @@ class BDHForCausalLM(TextMethods, BDHPreTrainedModel, StateForGeneration, Genera
         logits = self.lm_head(v)
         return cross_entropy(logits.flatten(0, 1), targets, num_items=num_items), logits
 
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        self.lm_head = new_embeddings
-
     @classmethod
     def from_reference(
         cls, state_dict: dict[str, torch.Tensor], config: BDHConfig | dict[str, Any] | None = None

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Protocol, Self, runtime_checkable
@@ -101,7 +101,6 @@ class GenerationSettings:
 
     eos_token_id: int | list[int] | None = None
     """The tokens that end a text."""
-    others: dict[str, Any] = field(default_factory=dict)
 
 
 class Network(nn.Module):
@@ -131,15 +130,14 @@ class Network(nn.Module):
         V, D, H, N = config.vocab_size, config.n_embd, config.n_head, config.neurons_per_head
         shapes = {"embed": (V, D), "encoder": (H * N, D), "decoder": (D, H * N), "lm_head": (V, D)}
         shapes |= {f"encoder_v.{head}": (N, D) for head in range(H)}
-        given = {module: weights[f"{module}.weight"] for module in shapes if f"{module}.weight" in weights}
-        if lacking := sorted(f"{module}.weight" for module in shapes.keys() - given.keys()):
+        if lacking := sorted(f"{module}.weight" for module in shapes if f"{module}.weight" not in weights):
             raise ValueError(f"the weights of {name} are not complete: it lacks {', '.join(lacking)}")
-        wrong = [
+        given = {module: weights[f"{module}.weight"] for module in shapes}
+        if wrong := [
             f"{module}.weight is {tuple(given[module].shape)}, not {shape}"
             for module, shape in sorted(shapes.items())
             if given[module].shape != shape
-        ]
-        if wrong:
+        ]:
             raise ValueError(f"the weights of {name} do not have the shapes of its {CONFIG_FILE}: {'; '.join(wrong)}")
         self.embed = nn.Embedding(V, D, _weight=given["embed"])
         self.encoder = _linear(given["encoder"])
@@ -232,10 +230,9 @@ def _read_generation(folder: Path, config: ModelConfig) -> GenerationSettings:
     if not path.is_file():
         return GenerationSettings(config.eos_token_id)
     try:
-        facts = dict(json.loads(path.read_text(encoding="utf-8")))
+        return GenerationSettings(dict(json.loads(path.read_text(encoding="utf-8"))).get("eos_token_id"))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is no object of JSON: {error}") from error
-    return GenerationSettings(facts.pop("eos_token_id", None), facts)
 
 
 def _read_weights(folder: Path) -> dict[str, torch.Tensor]:

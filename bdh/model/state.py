@@ -65,7 +65,7 @@ class SynapticState:
             into each other.
         positions: int64 (B,): tokens read by each sequence, padding not counted. Exact. On the device of the tensors, or
             on the CPU.
-        num_columns: columns fed so far, padding included; what transformers calls the sequence length.
+        num_columns: columns read so far, padding included; what transformers calls the sequence length.
     """
 
     is_compileable = False  # asked by transformers' `generate`
@@ -155,7 +155,7 @@ class SynapticState:
     @property
     def nbytes(self) -> int:
         """Bytes of memory that the tensors and positions take."""
-        return sum(t.nbytes for tensors in self.tensors.values() for t in tensors) + self.positions.nbytes
+        return sum(tensor.nbytes for tensor in self._memory())
 
     @property
     def pattern(self) -> Pattern:
@@ -174,14 +174,14 @@ class SynapticState:
     def is_torn(self) -> bool:
         """Whether a sequence's memory is being written, or was when an exception came. Such a state is never read, only
         cleared or overwritten."""
-        return bool(self._torn) and not self._torn.isdisjoint(self._rows)
+        return bool(self._torn) and not self._torn.isdisjoint(self._numbers)
 
     @is_torn.setter
     def is_torn(self, is_torn: bool) -> None:
-        (self._torn.update if is_torn else self._torn.difference_update)(self._rows)
+        (self._torn.update if is_torn else self._torn.difference_update)(self._numbers)
 
     @property
-    def _rows(self) -> range:
+    def _numbers(self) -> range:
         return range(self._first, self._first + len(self.positions))
 
     def check_whole(self) -> None:
@@ -192,7 +192,7 @@ class SynapticState:
         if self.is_torn:
             raise RuntimeError("an exception has left the state half-written: it can only be cleared or overwritten")
 
-    # Copies, rows and views.
+    # Copies, selections and views.
 
     def _mapped(
         self, change: Callable[[torch.Tensor], torch.Tensor], positions: torch.Tensor | None = None
@@ -227,11 +227,11 @@ class SynapticState:
         view._torn, view._first = self._torn, self._first + index
         return view
 
-    def filter(self, rows: Sequence[int] | torch.Tensor) -> "SynapticState":
+    def filter(self, sequences: Sequence[int] | torch.Tensor) -> "SynapticState":
         """A state of the given sequences, in that order; a sequence may be taken more than once."""
-        index = torch.as_tensor(rows)
+        index = torch.as_tensor(sequences)
         if index.dtype == torch.bool:
-            raise ValueError("filter takes the numbers of the rows, not a mask: give mask.nonzero()[:, 0]")
+            raise ValueError("filter takes the numbers of the sequences, not a mask: give mask.nonzero()[:, 0]")
         self.check_whole()
         index = index.to(torch.int64)
         return self._mapped(lambda tensor: tensor.index_select(0, index.to(tensor.device)))
@@ -245,14 +245,15 @@ class SynapticState:
         """
         if not states:
             raise ValueError("concat got no states: it needs at least one")
-        patterns = [state.pattern for state in states]
-        if other := next((pattern for pattern in patterns if pattern != patterns[0]), None):
-            raise ValueError(f"states of different models cannot be joined: one is {patterns[0]}, another {other}")
-        for state in states:
-            state.check_whole()
         first = states[0]
+        for state in states:
+            if state.pattern != first.pattern:
+                raise ValueError(
+                    f"states of different models cannot be joined: one is {first.pattern}, another {state.pattern}"
+                )
+            state.check_whole()
         tensors = {
-            name: [torch.cat(parts) for parts in zip(*(state.tensors[name] for state in states), strict=True)]
+            name: [torch.cat(of_step) for of_step in zip(*(state.tensors[name] for state in states), strict=True)]
             for name in first.tensors
         }
         positions = torch.cat([state.positions for state in states])
@@ -272,22 +273,21 @@ class SynapticState:
                 f"{self.batch_size}"
             )
         self.is_torn = True
-        for name, tensors in self.tensors.items():
-            for tensor, source in zip(tensors, other.tensors[name], strict=True):
-                tensor.copy_(source)
-        self.positions.copy_(other.positions)
+        for tensor, source in zip(self._memory(), other._memory(), strict=True):
+            tensor.copy_(source)
         self.num_columns = other.num_columns
         self.is_torn = False
 
     def clear(self) -> None:
         """Forgets everything: the state before the first token, in the memory that it has."""
         self.is_torn = True
-        for tensors in self.tensors.values():
-            for tensor in tensors:
-                tensor.zero_()
-        self.positions.zero_()
+        for tensor in self._memory():
+            tensor.zero_()
         self.num_columns = 0
         self.is_torn = False
+
+    def _memory(self) -> list[torch.Tensor]:
+        return [*(tensor for name in sorted(self.tensors) for tensor in self.tensors[name]), self.positions]
 
     # Files.
 
@@ -363,17 +363,15 @@ class SynapticState:
         If that fails, the state is left as it was.
 
         Raises:
-            ValueError: it is above 0, or goes back behind the last crop or :meth:`activate_past_recording`.
+            ValueError: it is above 0, or goes back before the last crop or :meth:`activate_past_recording`.
         """
-        record = self._record or []
-        num_recorded = sum(read.columns.v.shape[1] for read in record)
-        if not -num_recorded <= tokens_to_remove <= 0:
+        record, recorded = self._record or [], sum(read.columns.v.shape[1] for read in self._record or [])
+        if not -recorded <= tokens_to_remove <= 0:
             raise ValueError(
-                f"crop got {tokens_to_remove}: must be between -{num_recorded}, the columns read since the state was last "
+                f"crop got {tokens_to_remove}: must be between -{recorded}, the columns read since the state was last "
                 "cropped or activate_past_recording() called, and 0"
             )
-        if self._record is not None:
-            self._record = []
+        self._record = None if self._record is None else []
         state = self
         while tokens_to_remove < 0:
             read = record.pop()
@@ -384,10 +382,10 @@ class SynapticState:
         self.tensors, self.positions, self.num_columns = state.tensors, state.positions, state.num_columns
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Keeps the rows of the beams that continue; called between the steps of a beam search."""
+        """Keeps the sequences of the beams that continue; called between the steps of a beam search."""
         chosen = self.filter(beam_idx)
         self.tensors, self.positions = chosen.tensors, chosen.positions
-        self._record = None if self._record is None else []  # of rows that have changed places
+        self._record = None if self._record is None else []  # of sequences that have changed places
 
 
 # torch.export, and so ONNX, takes a state as input and output, as it does lists and dicts. The public way for that,

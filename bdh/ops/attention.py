@@ -1,4 +1,4 @@
-"""Linear attention in its three equal forms.
+"""Linear attention in its three equal forms, and the rotation of its queries and keys.
 
 With strictly causal masking, no softmax and no scale, attention is a sum of outer products:
 
@@ -17,13 +17,15 @@ a document, and after it
 
     S_{t+1} = g S_t + k_t v_t^T        g = 2^(-1 / half-life), one for each head
 
-so token s < t of the same document reaches token t with the weight g^(t - 1 - s): the nearest with 1. Such a fixed
-decay for each head is that of RetNet (arXiv 2307.08621, eq. 5), and the multiplicative relative of ALiBi's bias
-(arXiv 2108.12409). Weights are powers of differences of positions, never quotients of powers, so that none overflows.
+so token s < t of the same document reaches token t with the weight g^(t - 1 - s): the nearest with 1. It is the decay of
+RetNet (arXiv 2307.08621, eq. 5). Weights are powers of differences of positions, never quotients of powers, so that none overflows.
+
+A pair of neurons is turned by ``position * frequency`` turns, of which only the fraction counts. In float32 that product has
+lost a 64th of a turn at position 10^6; in float64 it is good to 4e-8 of a turn at position 10^9. So the fraction is taken in
+float64 and only then rounded.
 """
 
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -49,17 +51,10 @@ class DecayMask(NamedTuple):
     half_lives: torch.Tensor | None = None
     mask: torch.Tensor | None = None
 
-    def split(self, num_tokens: int, chunk_size: int) -> Iterator["DecayMask"]:
-        """That of each chunk, where the state is handed from chunk to chunk."""
-        for start in range(0, num_tokens, chunk_size):
-            columns = slice(start, start + chunk_size)
-            starts, mask = (None if part is None else part[:, columns] for part in (self.starts, self.mask))
-            yield DecayMask(starts, self.half_lives, mask)
-
-    def part(self, rows: slice, head: int, columns: slice) -> "DecayMask":
-        """That of one head, some sequences and some tokens, to which a state is handed."""
-        starts, mask = (None if part is None else part[rows, columns] for part in (self.starts, self.mask))
-        return DecayMask(starts, None if self.half_lives is None else self.half_lives[head : head + 1], mask)
+    def part(self, sequences: slice, heads: slice, tokens: slice) -> "DecayMask":
+        """That of some heads, sequences and tokens, to which a state is given."""
+        starts, mask = (None if each is None else each[sequences, tokens] for each in (self.starts, self.mask))
+        return DecayMask(starts, None if self.half_lives is None else self.half_lives[heads], mask)
 
     def weights(self, num_tokens: int, device: torch.device) -> "DecayWeights":
         """The weights among ``num_tokens`` tokens."""
@@ -113,12 +108,8 @@ def choose_form(requested: str, num_tokens: int, width: int, *, has_state: bool,
 
     One token on top of a state is a recurrent step. Beyond that, T tokens cost each head T^2 (N + D)
     multiplications in the parallel form, and T C (N + D) + 2 T N D in chunks of C. With N far above D, parallel
-    wins up to T = C + 2 D.
-
-    Measured on 2 CPU cores with C = 128, forward alone as well as with backward: at that length the two are
-    within a tenth for D = 64, N = 512 (T = 256), D = 128, N = 1,024 (384) and D = 256, N = 2,048 (640); at twice
-    the length chunked is about twice as fast. States too large for the processor's cache move the crossing up:
-    with D = 256 and N = 8,192 (33 MB) parallel still wins at T = 1,024.
+    wins up to T = C + 2 D. Measured on 2 CPU cores, the two are within a tenth at that length, and at twice the length
+    chunked is about twice as fast, unless states are too large for the processor's cache (D = 256, N = 8,192).
 
     Raises:
         ValueError: ``requested`` is not a form.
@@ -149,20 +140,18 @@ def attend(
     Args:
         state: (B, H, N, D) of the tokens before, or None where there are none. The recurrent form writes to
             it, where ``keep_state`` is given and no gradients are needed.
-        form: one of :data:`ATTENTION_FORMS`.
+        form: one of :data:`bdh.ops.ATTENTION_FORMS`.
         chunk_size: tokens in a chunk of the chunked form.
-        decay_mask: where documents start and how fast the state decays; None where all of the past counts alike.
         keep_state: return the state after the last token too.
 
     Returns:
         ``a`` (B, H, T, D) in float32 (float64 for float64), and the new state or None.
     """
-    chosen = choose_form(form, q.shape[2], v.shape[-1], has_state=state is not None, chunk_size=chunk_size)
-    if chosen == "parallel":
-        return parallel_attention(q, v, state, decay_mask=decay_mask, keep_state=keep_state)
-    if chosen == "chunked":
+    form = choose_form(form, q.shape[2], v.shape[-1], has_state=state is not None, chunk_size=chunk_size)
+    if form == "chunked":
         return chunked_attention(q, v, state, chunk_size=chunk_size, decay_mask=decay_mask, keep_state=keep_state)
-    return recurrent_attention(q, v, state, decay_mask=decay_mask, keep_state=keep_state)
+    of_form = parallel_attention if form == "parallel" else recurrent_attention
+    return of_form(q, v, state, decay_mask=decay_mask, keep_state=keep_state)
 
 
 def parallel_attention(
@@ -202,16 +191,15 @@ def chunked_attention(
     keep_state: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Scores inside chunks of ``chunk_size`` tokens, the state between them: linear in T."""
-    parts = []
+    found = []
     chunks = list(zip(q.split(chunk_size, dim=2), v.split(chunk_size, dim=1), strict=True))
-    decay_masks = [None] * len(chunks) if decay_mask is None else list(decay_mask.split(q.shape[2], chunk_size))
     for index, (q_chunk, v_chunk) in enumerate(chunks):
-        state_is_read_later = keep_state or index < len(chunks) - 1
-        a, state = parallel_attention(
-            q_chunk, v_chunk, state, decay_mask=decay_masks[index], keep_state=state_is_read_later
-        )
-        parts.append(a)
-    return torch.cat(parts, dim=2), state
+        tokens = slice(index * chunk_size, (index + 1) * chunk_size)
+        of_chunk = None if decay_mask is None else decay_mask.part(slice(None), slice(None), tokens)
+        is_read_later = keep_state or index < len(chunks) - 1
+        a, state = parallel_attention(q_chunk, v_chunk, state, decay_mask=of_chunk, keep_state=is_read_later)
+        found.append(a)
+    return torch.cat(found, dim=2), state
 
 
 def recurrent_attention(
@@ -224,42 +212,37 @@ def recurrent_attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Token by token. With ``keep_state`` and without gradients, a given ``state`` is updated in place."""
     B, H, T, N = q.shape
-    D = v.shape[-1]
-    dtype = sum_dtype(q.dtype)
+    D, dtype = v.shape[-1], sum_dtype(q.dtype)
     has_gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (q, v, state) if t is not None)
-    may_write = (
-        not has_gradients and not torch.compiler.is_exporting()
-    )  # what is exported leaves its inputs as they are
+    # What is exported leaves its inputs as they are.
+    in_place = (state is None or keep_state) and not has_gradients and not torch.compiler.is_exporting()
     if state is None:
         state = q.new_zeros(B, H, N, D, dtype=dtype)
-        in_place = may_write
-    else:
-        in_place = keep_state and may_write
     flat_state = state.view(B * H, N, D)
     with torch.autocast(q.device.type, enabled=False):
-        rows = q.to(dtype).transpose(1, 2).reshape(B, T, H * N)
+        keys = q.to(dtype).transpose(1, 2).reshape(B, T, H * N)
         values = v.to(dtype)
         starts, kept = _by_token(decay_mask or DecayMask(), B, H, T, dtype)
-        parts = []
+        found = []
         for t in range(T):
             if starts is not None:
                 cleared = starts[:, t]
                 flat_state = flat_state.masked_fill_(cleared, 0) if in_place else flat_state.masked_fill(cleared, 0)
-            k = rows[:, t].reshape(B * H, N, 1)
+            k = keys[:, t].reshape(B * H, N, 1)
             value = values[:, t, None].expand(B, H, D).reshape(B * H, 1, D)
-            parts.append(torch.bmm(k.transpose(1, 2), flat_state).view(B, H, 1, D))
+            found.append(torch.bmm(k.transpose(1, 2), flat_state).view(B, H, 1, D))
             if t == T - 1 and not keep_state:
                 break
             if kept is not None:
                 flat_state = flat_state.mul_(kept[:, t]) if in_place else flat_state * kept[:, t]
             flat_state = flat_state.baddbmm_(k, value) if in_place else torch.baddbmm(flat_state, k, value)
-    return torch.cat(parts, dim=2), flat_state.view(B, H, N, D) if keep_state else None
+    return torch.cat(found, dim=2), flat_state.view(B, H, N, D) if keep_state else None
 
 
 def _by_token(
     decay_mask: DecayMask, B: int, H: int, T: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """For each row of the flat state and each token, (B * H, T, 1, 1): whether it is cleared, and the share kept."""
+    """For each matrix of the flat state and each token, (B * H, T, 1, 1): whether it is cleared, and the share kept."""
     starts = kept = None
     if decay_mask.starts is not None:
         starts = decay_mask.starts[:, None].expand(B, H, T).reshape(B * H, T, 1, 1)
@@ -300,10 +283,9 @@ def scaled_for_float16(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Queries and keys whose scores, and sums of scores, stay in float16's range, and the factors left out of each.
 
-    By Cauchy-Schwarz every score q_t . k_s is at most |q_t| max_s |k_s|. With those divided out, and a further
-    sqrt(T), no score exceeds 1 / sqrt(T), and no sum of T of them times a layer-normed value, which is at most
-    sqrt(D), exceeds sqrt(T D): below 65,504 up to T = 10^7 at D = 256. The factor is put back in float32, so
-    the result is the unscaled one; since it cancels exactly, it is a constant for the gradients.
+    By Cauchy-Schwarz every score q_t . k_s is at most |q_t| max_s |k_s|. With those divided out, and a further sqrt(T), no sum
+    of T scores times a layer-normed value, which is at most sqrt(D), exceeds sqrt(T D): below 65,504 up to T = 10^7 at
+    D = 256. The factor is put back in float32; since it cancels exactly, it is a constant for the gradients.
 
     Args:
         neurons: which dimension of q they are; 1 in the factors.
@@ -334,8 +316,7 @@ def rotation_table(
     Args:
         positions: int64, (...,): absolute positions.
         num_neurons: N, the neurons of one head.
-        dtype: float64 gives complex128; everything else gives complex64, since half-precision phases would
-            be off by a hundredth of a turn.
+        dtype: float64 gives complex128, everything else complex64: half-precision phases would be off by 0.01 turns.
 
     Returns:
         (..., N/2) complex; while torch.compile or torch.export traces, (..., N/2, 2), cosine and sine: their backends,
@@ -353,19 +334,12 @@ def rotation_table(
 
 
 def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Turns the pairs (2i, 2i + 1) of ``x`` (..., N): (a, b) goes to (a cos - b sin, b cos + a sin).
+    """Turns the pairs (2i, 2i + 1) of ``x`` (..., N): (a, b) goes to (a cos - b sin, b cos + a sin), in x's dtype.
 
     That is a complex product, which one sweep over memory computes where the written-out form takes six, unless it is
-    compiled.
-
-    Args:
-        table: from :func:`rotation_table`, broadcast against x's pairs.
-
-    Returns:
-        A tensor of x's shape and dtype.
+    compiled. ``table`` is that of :func:`rotation_table`, broadcast against x's pairs.
     """
-    wide = x if x.dtype == torch.float64 else x.float()
-    pairs = wide.unflatten(-1, (-1, 2))
+    pairs = x.to(sum_dtype(x.dtype)).unflatten(-1, (-1, 2))
     if table.is_complex():
         return torch.view_as_real(torch.view_as_complex(pairs) * table).flatten(-2).to(x.dtype)
     (a, b), (cos, sin) = pairs.unbind(-1), table.unbind(-1)

@@ -3,18 +3,16 @@
 A backend offers one operation or both:
 
     train      (B, T, D) tokens of a batch; differentiable
-    advance    rows of tokens of many sequences, whose states are written in place; no gradients
+    advance    tokens of many sequences, whose states are written in place; no gradients
 
-Settings and banners have words of their own for the backends, one set for each operation (``words``); the code goes by their
-names. A new device or weight format is
-an entry in :data:`BACKENDS` and a file or folder of its own in ``bdh/ops``.
+Settings and banners have words of their own for the backends, one set for each operation (``words``).
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -69,12 +67,10 @@ class Backend:
         """Why it cannot do this work here; None where it can."""
         if self.calls_modules:
             return None
+        if work.obstacle is not None:
+            return work.obstacle
         if operation == "train" and work.attention_form == "recurrent":
-            return work.obstacle or "attention_form is recurrent"
-        return work.obstacle or self.machine_obstacle(operation, work)
-
-    def machine_obstacle(self, operation: Operation, work: Work) -> str | None:
-        """Why it cannot run on this device in this dtype, whatever the model."""
+            return "attention_form is recurrent"
         if self.device is not None and work.device.type != self.device:
             return f"the model is on {work.device}, the {self.words[operation]} run on the {self.device}"
         dtypes = self.dtypes.get(operation)
@@ -103,9 +99,9 @@ CPU = Backend(
     states=frozenset(STORAGES),
 )
 BACKENDS = (CPU, BLOCKS, EAGER)
-"""Those that can be chosen, the preferred ones first; ``bdh/ops/naive.py`` is for tests and benchmarks alone. On a CPU the kernels beat torch's dense operations for any number of sequences and at any
-density: each sequence has a state of its own, which they sweep over once where torch does three times, and they multiply E
-with all rows of a step in tiles. Measured at the least favourable density, 50 % (untrained weights), in ms a token, kernels /
+"""Those that can be chosen, the preferred ones first; ``bdh/ops/naive.py`` is for tests and benchmarks alone. On a CPU the
+kernels beat torch's dense operations for any number of sequences and at any density: each sequence has a state of its own,
+which they sweep over once where torch does three times, and they multiply E with all tokens of a step in tiles. Measured at the least favourable density, 50 % (untrained weights), in ms a token, kernels /
 dense, on 2 CPU cores:
 
 ==========================  ===========  ===========  ===========  ===========
@@ -117,10 +113,6 @@ D 64,  H 4, N 512,  L 4     0.26 / 0.94  0.12 / 0.34  0.11 / 0.27  0.14 / 0.25
 D 16,  H 2, N 64,   L 2     0.11 / 0.34  0.03 / 0.09  0.01 / 0.06  0.01 / 0.05
 ==========================  ===========  ===========  ===========  ===========
 """
-
-_OFFERED: dict[str, tuple[Backend, ...]] = {
-    operation: tuple(backend for backend in BACKENDS if operation in backend.words) for operation in get_args(Operation)
-}
 
 
 class Choice(NamedTuple):
@@ -147,7 +139,7 @@ def choose_backend(operation: Operation, requested: str, work: Work) -> Choice:
     Raises:
         BackendError: ``requested`` is none of them, or cannot do this work; it says why.
     """
-    offered = _OFFERED[operation]
+    offered = [backend for backend in BACKENDS if operation in backend.words]
     allowed = LAYER_PATHS if operation == "train" else STEP_PATHS
     if requested not in allowed:
         raise BackendError(f"is {requested!r}: must be one of {', '.join(allowed)}")

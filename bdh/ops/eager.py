@@ -1,7 +1,18 @@
 """The layer in torch's plain operations: for any device, with autograd, hooks, ``torch.func``, tracing and export.
 
-:func:`layer_step` holds the equations. It calls E, Ev and Dec instead of multiplying with their weights, so these may be
+:func:`layer_step` has the equations. It calls E, Ev and Dec instead of multiplying with their weights, so these may be
 modules with hooks, adapters or quantized weights; and it leaves the attention to its caller, who knows what came before.
+
+With a window of W, token t sees the W - 1 tokens before it (:func:`attend_window`):
+
+    a_t = sum_{t - W < s < t} (q_t . k_s) v_s
+
+so what is predicted after t follows, in one layer step, from the last W tokens, t included: what a block of W tokens from
+nothing gives its last token. Positions are absolute, but a score depends on t - s only. In later layer steps the values are
+those of tokens that saw their own windows, so L of them see back L (W - 1) tokens. A :class:`Ring` keeps them: token s stands
+in column s mod (W - 1), where the token that leaves the window stood. The keys are kept neuron by neuron, a line of columns for
+each, as the state of the recurrence is with its D columns: the scores of a token are its query times that matrix, and only the
+lines of neurons that fire count.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,13 +29,11 @@ from bdh.ops.attention import DecayMask, attend, parallel_attention, rotate, sum
 Linear = Callable[[torch.Tensor], torch.Tensor]
 Trace = Callable[[str, torch.Tensor], None]
 T = TypeVar("T")
-HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
 def layer_norm(v: torch.Tensor, eps: float) -> torch.Tensor:
     """Normalises the last dimension of ``v``. Half precision is computed in, and returned as, float32."""
-    wide = v.float() if v.dtype in HALF_DTYPES else v
-    return F.layer_norm(wide, wide.shape[-1:], eps=eps)
+    return F.layer_norm(v.to(sum_dtype(v.dtype)), v.shape[-1:], eps=eps)
 
 
 class Layer(NamedTuple):
@@ -50,7 +59,7 @@ def layer_step(
     """One application of the layer.
 
     Args:
-        v: (B, T, D) of a batch, or (R, D): rows of tokens, of any sequences.
+        v: (B, T, D) of a batch, or (R, D): tokens of any sequences.
         attention: from the rotated queries, (B, H, T, N) or (H, R, N), and the values, v in ``dtype``, to
             a (B, H, T, D) or (H, R, D), and anything else that the caller wants back, such as the new state.
         table: of :func:`bdh.ops.attention.rotation_table`, broadcast against the queries' pairs.
@@ -137,11 +146,11 @@ def advance(
     half_lives: torch.Tensor | None = None,
     on_layer_step: Callable[[torch.Tensor], None] = lambda x: None,
 ) -> tuple[torch.Tensor, list[Callable[[], object]]]:
-    """Takes rows of tokens of many sequences through all layer steps, beside one another in the products with the weights.
+    """Takes tokens of many sequences through all layer steps, beside one another in the products with the weights.
 
     Args:
         v: (R, D), embedded: those of each piece in order, one piece after the other.
-        table: (R, N/2), complex: the rotations at the rows' positions.
+        table: (R, N/2), complex: the rotations at the tokens' positions.
         half_lives: (H,) tokens in which what a head keeps halves.
         on_layer_step: is called in each layer step with x (R, H*N).
 
@@ -240,9 +249,7 @@ def ring_shapes(
 def attend_window(
     q: torch.Tensor, v: torch.Tensor, ring: Ring, position: int, *, half_lives: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Attention of the next tokens of a sequence to each other and to the ring, which stays as it is.
-
-    All scores of the tokens are made at once: feed long texts in pieces.
+    """Attention of the next tokens of a sequence to each other and to the ring, which stays as it is; all scores at once.
 
     Args:
         q: (H, T, N), rotated by the absolute positions.
@@ -297,9 +304,7 @@ def chunked_cross_entropy(
     tokens_per_chunk: int,
     num_items: torch.Tensor | int | None = None,
 ) -> torch.Tensor:
-    """Mean cross-entropy in nats, over chunks of tokens whose logits are recomputed for the backward pass.
-
-    At most ``tokens_per_chunk`` x V logits exist at any time, in the forward and in the backward pass.
+    """:func:`cross_entropy` over chunks of tokens, whose logits are recomputed for the backward pass: no more exist at a time.
 
     Args:
         hidden: (tokens, D), the inputs of the head.
@@ -307,10 +312,14 @@ def chunked_cross_entropy(
         targets: (tokens,) int64; :data:`IGNORE_INDEX` is not counted.
         num_items: divides the sum instead of the number of counted targets.
     """
-    total = hidden.new_zeros((), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
+    total = hidden.new_zeros((), dtype=sum_dtype(hidden.dtype))
     for hidden_chunk, target_chunk in zip(hidden.split(tokens_per_chunk), targets.split(tokens_per_chunk), strict=True):
         total = total + checkpoint(
-            _summed_loss, hidden_chunk, target_chunk, head, use_reentrant=False, preserve_rng_state=False
+            lambda hidden, targets: _summed_loss(head(hidden), targets),
+            hidden_chunk,
+            target_chunk,
+            use_reentrant=False,
+            preserve_rng_state=False,
         )
     return total / _divisor(targets, num_items)
 
@@ -319,18 +328,12 @@ def cross_entropy(
     logits: torch.Tensor, targets: torch.Tensor, *, num_items: torch.Tensor | int | None = None
 ) -> torch.Tensor:
     """Mean cross-entropy in nats of ``logits`` (tokens, V) against ``targets`` (tokens,)."""
-    total = F.cross_entropy(_widened(logits), targets, ignore_index=IGNORE_INDEX, reduction="sum")
-    return total / _divisor(targets, num_items)
+    return _summed_loss(logits, targets) / _divisor(targets, num_items)
 
 
-def _summed_loss(
-    hidden: torch.Tensor, targets: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor]
-) -> torch.Tensor:
-    return F.cross_entropy(_widened(head(hidden)), targets, ignore_index=IGNORE_INDEX, reduction="sum")
-
-
-def _widened(logits: torch.Tensor) -> torch.Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
+def _summed_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    wide = logits.to(sum_dtype(logits.dtype))
+    return F.cross_entropy(wide, targets, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 def _divisor(targets: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor | int:

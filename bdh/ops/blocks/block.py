@@ -123,7 +123,7 @@ def read_block(
     if scores.factor is not None:
         a *= scores.factor
     if state is not None:
-        read = _read(q.permute(1, 2, 0), state)
+        read = _product(q.permute(1, 2, 0), state, q.dtype)
         a += read if weights is None else weighted(read, weights.from_state[:, 0])
     return a, scores
 
@@ -138,11 +138,6 @@ def learn_block(
     return learned.add_(state if weights is None else weighted(state, weights.through[:, 0]))
 
 
-class Gradients(NamedTuple):
-    q: torch.Tensor  # (N, G, C), possibly a view of another order
-    state: torch.Tensor | None  # (G, N, D): of the state before the block; None where there was none
-
-
 def read_block_backward(
     grad_a: torch.Tensor,
     grad_v: torch.Tensor,
@@ -152,8 +147,11 @@ def read_block_backward(
     state: torch.Tensor | None,
     scores: Scores,
     weights: DecayWeights | None,
-) -> Gradients:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The gradients of :func:`read_block` and :func:`learn_block` together; that of v is added to ``grad_v``.
+
+    Returns:
+        That of q (N, G, C), possibly a view of another order, and of the state before the block, where there was one.
 
     Args:
         grad_a: (G, C, D), in the dtype of sums.
@@ -174,17 +172,16 @@ def read_block_backward(
         grad_q = of_queries / scores.query_scale.transpose(1, 2) + of_keys / scores.key_scale
     if grad_state is not None:
         learned = _product(grad_state, v.transpose(1, 2), dtype)  # (G, N, C)
-        of_values = _read(_keys_to_end(q, weights).permute(1, 2, 0), grad_state)
-        grad_v += of_values
+        grad_v += _product(_keys_to_end(q, weights).permute(1, 2, 0), grad_state, dtype)
         grad_q = grad_q + (learned if weights is None else learned * weights.to_end[:, 0].transpose(1, 2))
     if state is None:
-        return Gradients(grad_q.permute(1, 0, 2), None)
+        return grad_q.permute(1, 0, 2), None
     grad_read = grad_a if weights is None else weighted(grad_a, weights.from_state[:, 0])
     grad_q = grad_q + _product(state, grad_read.transpose(1, 2), dtype)
     before = _product(q.permute(1, 0, 2), grad_read, dtype)
     if grad_state is not None:
         before += grad_state if weights is None else weighted(grad_state, weights.through[:, 0])
-    return Gradients(grad_q.permute(1, 0, 2), before)
+    return grad_q.permute(1, 0, 2), before
 
 
 def _scores(q: torch.Tensor, weights: DecayWeights | None) -> Scores:
@@ -210,15 +207,10 @@ def _keys_to_end(q: torch.Tensor, weights: DecayWeights | None) -> torch.Tensor:
     return q if weights is None else q * weights.to_end[:, 0, :, 0].to(q.dtype)
 
 
-def _read(q: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-    """(G, C, N) times a sum over the text (G, N, D)."""
-    return _product(q, state, q.dtype)
-
-
 def _product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A product with, or for, a state, in the dtype of sums.
 
-    bfloat16 multiplies as such; float16 has no room for the sums of a text, so the product is a wide one.
+    bfloat16 multiplies as such; float16 does not hold the sums of a text, so the product is a wide one.
     """
     wide = sum_dtype(dtype)
     factors = dtype if dtype == torch.bfloat16 else wide
@@ -362,21 +354,17 @@ def _pairs(wide: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _gated(x: torch.Tensor, ev_a: torch.Tensor, dropout: Dropout | None) -> torch.Tensor:
     """z = dropout(x * y)."""
     z = x * ev_a.relu()
-    return (
-        z
-        if dropout is None
-        else torch.where(is_kept(dropout, dropout.neuron_keys, dropout.token_keys), z * dropout.scale, 0.0)
-    )
+    if dropout is None:
+        return z
+    return torch.where(is_kept(dropout, dropout.neuron_keys, dropout.token_keys), z * dropout.scale, 0.0)
 
 
 def _gated_backward(
     x: torch.Tensor, ev_a: torch.Tensor, grad_z: torch.Tensor, dropout: Dropout | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """z, and the gradients of y before its ReLU and of x as y's gate."""
-    y = ev_a.relu()
+    y = y_kept = ev_a.relu()
     if dropout is not None:
         scale = is_kept(dropout, dropout.neuron_keys, dropout.token_keys).to(x.dtype) * dropout.scale
         grad_z, y_kept = grad_z * scale, y * scale
-    else:
-        y_kept = y
     return x * y_kept, torch.where(y > 0, grad_z * x, 0.0), grad_z * y

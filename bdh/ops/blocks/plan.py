@@ -1,4 +1,4 @@
-"""Decides, before a forward pass, who computes the layer, in which blocks, and what is kept for the backward pass."""
+"""Decides, before a forward pass, which backend computes the layer, in which blocks, and what is kept for the backward pass."""
 
 import math
 from dataclasses import dataclass
@@ -19,9 +19,7 @@ RECOMPUTE: tuple[str, ...] = get_args(Recompute)
 _WIDE_IN_BLOCK: dict[BackendName, int] = {"blocks": 9, "cpu": 4}
 _WIDE_KEPT_BY_EAGER = 9
 _WIDE_OF_MASK = 16  # bytes for each neuron and token: its keys are int64
-_WIDE_OF_TABLE = (
-    4  # the same of the rotation, in float32, where documents or padding give sequences positions of their own
-)
+_WIDE_OF_TABLE = 4  # the same of the rotation, in float32, where documents give sequences positions of their own
 # A text of up to so many times D tokens is a block, a longer one is cut into blocks of 2 D, or of this many. Measured on 2
 # CPU cores, thousands of tokens a second in a training step with L = 1, whole / cut to 2 D (to 256 for D = 64):
 # D 64: T 256 17.7 / -, T 512 14.6 / 15.9. D 128: T 512 8.0 / 7.8, T 1,024 5.6 / 7.0, T 8,192 - / 6.3 (128: 5.8, 1,024: 4.6).
@@ -33,7 +31,7 @@ _LEAST_CHUNK = 256
 # 430 by 512, 420 by 1,024 and 460 by 2,048. Those of GPUs are estimates: their kernels take far longer than their start.
 _COLUMNS_OF_BLOCK = {"cpu": 512, "cuda": 8_192, "mps": 4_096}
 _NUMBERS_OF_BLOCK = 2**20
-# Without a budget, auto keeps x of so many layer steps as these bytes have room for: a small model is trained an eighth faster,
+# Without a budget, auto keeps x of so many layer steps as fit into these bytes: a small model is trained an eighth faster,
 # and a large one, which computes x again for a tenth of its products, still takes little more than a block.
 _KEPT_WITHOUT_BUDGET = 2**28
 # Then blocks of a GPU, and what is kept with recompute "none", stay below this share of its memory.
@@ -61,11 +59,6 @@ class LayerOptionError(ValueError):
     """``LayerOptions`` ask for what is not there."""
 
     def __init__(self, option: str, fault: str):
-        """
-        Args:
-            option: the field of :class:`LayerOptions`.
-            fault: what is wrong with it, to be read after its name.
-        """
         super().__init__(f"{option} {fault}")
         self.option, self.fault = option, fault
 
@@ -149,31 +142,25 @@ def plan_layer(
     budget = options.memory_budget
     if budget is None and shape.device.type == "cuda":
         budget = int(torch.cuda.get_device_properties(shape.device).total_memory * _SHARE_OF_GPU)
-    if budget is not None:
-        least_rows = options.rows_per_block or 1
-        while rows > least_rows and _block_bytes(shape, backend.name, rows, columns) > budget:
-            rows = max(least_rows, rows // 2)
-        least = _block_bytes(shape, backend.name, rows, columns)
-        if least > budget:
-            chunked = _block_bytes(shape, backend.name, 1, min(columns, chunk_size))
-            # Shorter blocks have more states between them.
-            may = f", or {_amount(chunked)} with the chunked form of attention" if chunked < least else ""
-            raise LayerOptionError(
-                "memory_budget",
-                f"is {_amount(budget)}: must be at least {_amount(least)} for blocks of {rows} x {columns:,} tokens{may}",
-            )
-    block = _block_bytes(shape, backend.name, rows, columns)
+    limit, least_rows = math.inf if budget is None else budget, options.rows_per_block or 1
+    while (block := _block_bytes(shape, backend.name, rows, columns)) > limit and rows > least_rows:
+        rows = max(least_rows, rows // 2)
+    if budget is not None and block > budget:
+        chunked = _block_bytes(shape, backend.name, 1, min(columns, chunk_size))
+        # Shorter blocks have more states between them.
+        may = f", or {_amount(chunked)} with the chunked form of attention" if chunked < block else ""
+        wanted = f"must be at least {_amount(block)} for blocks of {rows} x {columns:,} tokens{may}"
+        raise LayerOptionError("memory_budget", f"is {_amount(budget)}: {wanted}")
     each = shape.B * shape.T * shape.H * shape.N * shape.dtype.itemsize
     left = None if budget is None else budget - block
-    # With one block a text, and no more tokens than v is wide, they take no more room than v does for each head. They save
+    # With one block a text, and no more tokens than v is wide, they take no more memory than v does for each head. They save
     # N / 2 operations for each byte, x saves D / 2.
     is_narrow = columns == shape.T and columns <= shape.D and shape.dtype != torch.float16
     scores = shape.L * shape.B * shape.H * shape.T**2 * shape.dtype.itemsize
     asked_for = each * shape.L if options.recompute == "none" else 0
     keeps_scores = is_narrow and options.recompute != "pass" and shape.for_training
     keeps_scores = keeps_scores and (left is None or scores + asked_for <= left)
-    if not keeps_scores:
-        scores = 0
+    scores = scores if keeps_scores else 0
     kept = _kept_layer_steps(shape, options, each, None if left is None else left - scores)
     return LayerPlan(backend.name, reason, BlockSizes(rows, columns), kept, block, kept * each + scores, keeps_scores)
 
@@ -219,8 +206,8 @@ def _kept_layer_steps(shape: LayerShape, options: LayerOptions, each: int, left:
                 "recompute", f"is none, which needs {_amount(needed)} more than the memory budget: must be auto or pass"
             )
         return shape.L
-    room = _KEPT_WITHOUT_BUDGET if options.memory_budget is None or left is None else left
-    return min(shape.L, room // each)
+    available = _KEPT_WITHOUT_BUDGET if options.memory_budget is None or left is None else left
+    return min(shape.L, available // each)
 
 
 def _plan_eager(shape: LayerShape, options: LayerOptions, reason: str) -> LayerPlan:

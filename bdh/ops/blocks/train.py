@@ -13,7 +13,7 @@ import torch
 
 from bdh.ops.attention import DecayMask, DecayWeights, Rotation, sum_dtype
 from bdh.ops.backends import BackendName, LayerWeights
-from bdh.ops.blocks.block import Block, Dropout, Fired, Neurons, learn_block, read_block, read_block_backward
+from bdh.ops.blocks.block import Block, Dropout, Neurons, learn_block, read_block, read_block_backward
 from bdh.ops.eager import layer_norm
 
 
@@ -65,20 +65,16 @@ def train(
 
 
 def wide_step(
-    v: torch.Tensor,
-    weights: LayerWeights,
-    spec: BlockSpec,
-    state: torch.Tensor | None = None,
+    v: torch.Tensor, weights: LayerWeights, spec: BlockSpec, state: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """sum_h dropout(x_h * y_h) Dec_h, with x, y and the attention between them as ``docs/model.md`` defines them.
 
     Args:
-        v: (B, T, D), in the dtype of the weights. Rows of zeros fire nothing: so padding is left out.
+        v: (B, T, D), in the dtype of the weights. Tokens of zeros fire nothing: so padding is left out.
         state: (B, H, N, D) in the dtype of sums, or None for that of an empty text.
 
     Returns:
-        (B, T, D) in the dtype of sums, and the new state with ``spec.keep_state``, else None. Gradients of the first
-        order flow to v, the weights and the state.
+        (B, T, D) in the dtype of sums, and the new state with ``spec.keep_state``, else None.
 
     Raises:
         ValueError: no tokens, or kept scores in float16.
@@ -125,8 +121,7 @@ class _Walk:
         columns, dropout = self.columns[index], self.spec.dropout
         neurons = slice(head * self.neurons_per_head, (head + 1) * self.neurons_per_head)
         if dropout is not None:
-            keys = dropout.neuron_keys[neurons], dropout.token_keys[rows, columns]
-            dropout = Dropout(dropout.rate, *keys)
+            dropout = Dropout(dropout.rate, dropout.neuron_keys[neurons], dropout.token_keys[rows, columns])
         return Block(head, neurons, rows, columns, self.spec.rotation, dropout)
 
     def decay_weights(self, rows: slice, head: int, index: int) -> DecayWeights | None:
@@ -134,7 +129,9 @@ class _Walk:
         if self.spec.decay_mask is None:
             return None
         columns = self.columns[index]
-        return self.spec.decay_mask.part(rows, head, columns).weights(columns.stop - columns.start, self.v.device)
+        return self.spec.decay_mask.part(rows, slice(head, head + 1), columns).weights(
+            columns.stop - columns.start, self.v.device
+        )
 
 
 class _WideStep(torch.autograd.Function):
@@ -152,11 +149,10 @@ class _WideStep(torch.autograd.Function):
         weights = LayerWeights(encoder, encoder_v, decoder)
         neurons = make_neurons(weights, spec, with_gradients=False)
         walk = _Walk(v, len(encoder_v), len(encoder_v[0]), spec)
-        B, T, D = v.shape
-        out = torch.zeros(B, T, D, dtype=sum_dtype(v.dtype), device=v.device)
+        out = torch.zeros(v.shape, dtype=sum_dtype(v.dtype), device=v.device)
         new_state = None
         if spec.keep_state:
-            new_state = out.new_empty(B, walk.num_heads, walk.neurons_per_head, D)
+            new_state = out.new_empty(len(v), walk.num_heads, walk.neurons_per_head, v.shape[-1])
         kept: dict[tuple[int, int, int], _Kept] = {}
         for rows, head in walk.groups():
             current = None if state is None else state[rows, head]
@@ -209,15 +205,16 @@ def _backward(ctx: Any, grad_out: torch.Tensor | None, grad_state: torch.Tensor 
             block, decay = walk.block(rows, head, index), walk.decay_weights(rows, head, index)
             values, grad_values = v[rows, block.columns], grad_v[rows, block.columns]
             had = kept.pop((rows.start, head, index), _NOTHING_KEPT)
-            fired = _fired(neurons, block, values, had.x)
+            fired = neurons.fire(block, values) if had.x is None else neurons.rotated(block, had.x)
             a, scores = read_block(fired.q, values, before, decay, had.scores)
             a, inverse_deviation = _normalised(a, spec.eps)
             grads = grad_out[rows, block.columns].to(v.dtype)
             grad_a, gated = neurons.gated_mlp_backward(block, fired.x, a.to(v.dtype), grads)
             grad_a = _normalised_backward(grad_a, a, inverse_deviation)
-            found = read_block_backward(grad_a, grad_values, grad_after, fired.q, values, before, scores, decay)
-            neurons.fire_backward(block, fired.x, values, found.q, gated, grad_values)
-            grad_after = found.state
+            grad_q, grad_after = read_block_backward(
+                grad_a, grad_values, grad_after, fired.q, values, before, scores, decay
+            )
+            neurons.fire_backward(block, fired.x, values, grad_q, gated, grad_values)
         if grad_first is not None and grad_after is not None:
             grad_first[rows, head] = grad_after
     found_weights = neurons.gradients()
@@ -243,10 +240,6 @@ def _ranges(total: int, size: int) -> list[slice]:
     return [slice(start, min(total, start + size)) for start in range(0, total, size)]
 
 
-def _fired(neurons: Neurons, block: Block, v: torch.Tensor, x: torch.Tensor | None) -> Fired:
-    return neurons.fire(block, v) if x is None else neurons.rotated(block, x)
-
-
 def _states_backwards(
     walk: _Walk,
     neurons: Neurons,
@@ -266,19 +259,17 @@ def _states_backwards(
     def state_after(index: int, state: torch.Tensor | None) -> torch.Tensor:
         block = walk.block(rows, head, index)
         values = v[rows, block.columns]
-        fired = _fired(neurons, block, values, kept.get((rows.start, head, index), _NOTHING_KEPT).x)
+        x = kept.get((rows.start, head, index), _NOTHING_KEPT).x
+        fired = neurons.fire(block, values) if x is None else neurons.rotated(block, x)
         return learn_block(fired.q, values, state, walk.decay_weights(rows, head, index))
 
-    starts = {0: first}
-    state = first
-    last_start = (count - 1) // stretch * stretch
-    for index in range(last_start):
+    starts, state = {0: first}, first
+    for index in range((count - 1) // stretch * stretch):
         state = state_after(index, state)
         if (index + 1) % stretch == 0:
             starts[index + 1] = state
     for start in sorted(starts, reverse=True):
-        states = [starts.pop(start)]
-        end = min(count, start + stretch)
+        states, end = [starts.pop(start)], min(count, start + stretch)
         for index in range(start, end - 1):
             states.append(state_after(index, states[-1]))
         for index in range(end - 1, start - 1, -1):
@@ -292,6 +283,5 @@ def _normalised(a: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor
 
 
 def _normalised_backward(grad: torch.Tensor, normal: torch.Tensor, inverse_deviation: torch.Tensor) -> torch.Tensor:
-    mean = grad.mean(-1, keepdim=True)
     along = (grad * normal).mean(-1, keepdim=True)
-    return (grad - mean - normal * along) * inverse_deviation
+    return (grad - grad.mean(-1, keepdim=True) - normal * along) * inverse_deviation

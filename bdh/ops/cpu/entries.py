@@ -12,115 +12,95 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
 from bdh.ops.blocks.block import MULTIPLIERS, SHIFTS
-from bdh.ops.cpu.vector import LANES, _by_vectors, _dot_products, _fma, _load, _spread, _store, _store_scalar, _vector
+from bdh.ops.cpu.vector import (
+    ADDRESS,
+    LANES,
+    NUMBER,
+    _by_vectors,
+    _dot_products,
+    _fma,
+    _lanes,
+    _load,
+    _load_scalar,
+    _spread,
+    _store,
+    _store_scalar,
+    instruction,
+)
 
 GROUP = 4
 DOTS = 8
 _F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
-_ADDRESS = types.int64
 
 
-def _rows(builder: Any, indices: Any, base: Any, stride: Any, count: int) -> list[Any]:
+def _rows(builder: Any, indices: Any, base: Any, stride: Any, count: int = GROUP) -> list[Any]:
     """The addresses of the rows of the first ``count`` indices at an address."""
-    found = []
-    for number in range(count):
-        place = builder.inttoptr(builder.add(indices, _I64(4 * number)), _I32.as_pointer())
-        index = builder.sext(builder.load(place), _I64)
-        found.append(builder.add(base, builder.mul(index, stride)))
-    return found
+    found = [builder.sext(_load_scalar(builder, indices, number, _I32), _I64) for number in range(count)]
+    return [builder.add(base, builder.mul(index, stride)) for index in found]
 
 
-def _scalars(builder: Any, address: Any, count: int) -> list[Any]:
-    places = [builder.inttoptr(builder.add(address, _I64(4 * i)), _F32.as_pointer()) for i in range(count)]
-    return [builder.load(place) for place in places]
+def _factors(builder: Any, address: Any) -> list[Any]:
+    return [_load_scalar(builder, address, number, _F32) for number in range(GROUP)]
 
 
-@intrinsic
-def dots(typingctx, row, indices, base, stride, length, out):
+@instruction(*[ADDRESS] * 3, NUMBER, NUMBER, ADDRESS)
+def dots(builder, row, indices, base, stride, length, out):
     """The products of a row with those of ``DOTS`` tokens, to ``out``."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        row, indices, base, stride, length, out = arguments
-        rows = _rows(builder, indices, base, stride, DOTS)
-        products = _dot_products(builder, [row], rows, [(0, j) for j in range(DOTS)], length, False)
-        for j, product in enumerate(products):
-            _store_scalar(builder, product, builder.add(out, _I64(4 * j)))
-        return context.get_dummy_value()
-
-    return types.void(*[_ADDRESS] * 6), codegen
+    rows = _rows(builder, indices, base, stride, DOTS)
+    for j, product in enumerate(_dot_products(builder, [row], rows, [(0, j) for j in range(DOTS)], length, False)):
+        _store_scalar(builder, product, out, j)
 
 
-@intrinsic
-def spread_row(typingctx, row, factors, indices, base, stride, length):
+@instruction(*[ADDRESS] * 4, NUMBER, NUMBER)
+def spread_row(builder, row, factors, indices, base, stride, length):
     """Adds a row, times a factor each, to those of ``GROUP`` tokens."""
+    rows, numbers = _rows(builder, indices, base, stride), _factors(builder, factors)
 
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        row, factors, indices, base, stride, length = arguments
-        rows, numbers = _rows(builder, indices, base, stride, GROUP), _scalars(builder, factors, GROUP)
+    def body(index: Any, width: int) -> None:
+        wide = _load(builder, row, index, width)
+        for place, number in zip(rows, numbers, strict=True):
+            total = _fma(builder, _spread(builder, number, width), wide, _load(builder, place, index, width))
+            _store(builder, total, place, index, width)
 
-        def body(index: Any, width: int) -> None:
-            wide = _load(builder, row, index, width)
-            for place, number in zip(rows, numbers, strict=True):
-                total = _fma(builder, _spread(builder, number, width), wide, _load(builder, place, index, width))
-                _store(builder, total, place, index, width)
-
-        _by_vectors(builder, length, body)
-        return context.get_dummy_value()
-
-    return types.void(*[_ADDRESS] * 6), codegen
+    _by_vectors(builder, length, body)
 
 
-@intrinsic
-def dots_and_gather(typingctx, row, gathered, factors, indices, base, stride, length, out):
+@instruction(*[ADDRESS] * 5, NUMBER, NUMBER, ADDRESS)
+def dots_and_gather(builder, row, gathered, factors, indices, base, stride, length, out):
     """The products of a row with those of ``GROUP`` tokens; and these, times a factor each, are added to ``gathered``."""
+    rows, numbers = _rows(builder, indices, base, stride), _factors(builder, factors)
 
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        row, gathered, factors, indices, base, stride, length, out = arguments
-        rows, numbers = _rows(builder, indices, base, stride, GROUP), _scalars(builder, factors, GROUP)
+    def gather(index: Any, width: int, values: list[Any]) -> None:
+        total = _load(builder, gathered, index, width)
+        for number, value in zip(numbers, values, strict=True):
+            total = _fma(builder, _spread(builder, number, width), value, total)
+        _store(builder, total, gathered, index, width)
 
-        def gather(index: Any, width: int, values: list[Any]) -> None:
-            total = _load(builder, gathered, index, width)
-            for number, value in zip(numbers, values, strict=True):
-                total = _fma(builder, _spread(builder, number, width), value, total)
-            _store(builder, total, gathered, index, width)
-
-        pairs = [(0, j) for j in range(GROUP)]
-        products = _dot_products(builder, [row], rows, pairs, length, False, also=gather)
-        for j, product in enumerate(products):
-            _store_scalar(builder, product, builder.add(out, _I64(4 * j)))
-        return context.get_dummy_value()
-
-    return types.void(*[_ADDRESS] * 8), codegen
+    pairs = [(0, j) for j in range(GROUP)]
+    for j, product in enumerate(_dot_products(builder, [row], rows, pairs, length, False, also=gather)):
+        _store_scalar(builder, product, out, j)
 
 
-@intrinsic
-def gather_and_spread(typingctx, row, gathered, factors, indices, source, target, stride, length):
+@instruction(*[ADDRESS] * 6, NUMBER, NUMBER)
+def gather_and_spread(builder, row, gathered, factors, indices, source, target, stride, length):
     """Rows of ``GROUP`` tokens of ``source``, times a factor each, are added to ``gathered``; the row, times the same
     factors, to those of ``target``.
     """
+    sources, targets = _rows(builder, indices, source, stride), _rows(builder, indices, target, stride)
+    numbers = _factors(builder, factors)
 
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        row, gathered, factors, indices, source, target, stride, length = arguments
-        sources = _rows(builder, indices, source, stride, GROUP)
-        targets = _rows(builder, indices, target, stride, GROUP)
-        numbers = _scalars(builder, factors, GROUP)
+    def body(index: Any, width: int) -> None:
+        wide, total = _load(builder, row, index, width), _load(builder, gathered, index, width)
+        for from_row, to_row, number in zip(sources, targets, numbers, strict=True):
+            factor = _spread(builder, number, width)
+            total = _fma(builder, factor, _load(builder, from_row, index, width), total)
+            added = _fma(builder, factor, wide, _load(builder, to_row, index, width))
+            _store(builder, added, to_row, index, width)
+        _store(builder, total, gathered, index, width)
 
-        def body(index: Any, width: int) -> None:
-            wide, total = _load(builder, row, index, width), _load(builder, gathered, index, width)
-            for from_row, to_row, number in zip(sources, targets, numbers, strict=True):
-                factor = _spread(builder, number, width)
-                total = _fma(builder, factor, _load(builder, from_row, index, width), total)
-                added = _fma(builder, factor, wide, _load(builder, to_row, index, width))
-                _store(builder, added, to_row, index, width)
-            _store(builder, total, gathered, index, width)
-
-        _by_vectors(builder, length, body)
-        return context.get_dummy_value()
-
-    return types.void(*[_ADDRESS] * 8), codegen
+    _by_vectors(builder, length, body)
 
 
 def _compressed(builder: Any, value: Any, keep: Any, address: Any) -> None:
@@ -133,15 +113,13 @@ def _compressed(builder: Any, value: Any, keep: Any, address: Any) -> None:
         f"llvm.experimental.vector.compress.v{LANES}{name}",
     )
     packed = builder.call(function, [value, keep, ir.Constant(kind, ir.Undefined)])
-    stored = builder.store(packed, builder.inttoptr(address, kind.as_pointer()))
-    stored.align = 4
+    builder.store(packed, builder.inttoptr(address, kind.as_pointer())).align = 4
 
 
 def _count(builder: Any, keep: Any) -> Any:
     bits = builder.bitcast(keep, ir.IntType(LANES))
-    function = cgutils.get_or_insert_function(
-        builder.module, ir.FunctionType(bits.type, [bits.type]), f"llvm.ctpop.i{LANES}"
-    )
+    kind = ir.FunctionType(bits.type, [bits.type])
+    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.ctpop.i{LANES}")
     return builder.zext(builder.call(function, [bits]), _I64)
 
 
@@ -150,8 +128,9 @@ def _positive(builder: Any, value: Any) -> Any:
     return builder.fcmp_unordered(">", value, ir.Constant(value.type, [0.0] * LANES))
 
 
-def _lanes(numbers: list[int]) -> ir.Constant:
-    return ir.Constant(_vector(_I32, LANES), numbers)
+def _numbers_from(builder: Any, index: Any) -> Any:
+    """A vector of the numbers from ``index`` on."""
+    return builder.add(_spread(builder, builder.trunc(index, _I32), LANES), _lanes(_I32, list(range(LANES))))
 
 
 def _list(builder: Any, flags: Any, count: Any, indices: Any, values: Any, others: list[tuple[Any, Any]]) -> Any:
@@ -161,8 +140,7 @@ def _list(builder: Any, flags: Any, count: Any, indices: Any, values: Any, other
         value = _load(builder, flags, index, LANES)
         keep = _positive(builder, value)
         offset = builder.mul(builder.load(found), _I64(4))
-        here = builder.add(_spread(builder, builder.trunc(index, _I32), LANES), _lanes(list(range(LANES))))
-        _compressed(builder, here, keep, builder.add(indices, offset))
+        _compressed(builder, _numbers_from(builder, index), keep, builder.add(indices, offset))
         _compressed(builder, value, keep, builder.add(values, offset))
         for source, target in others:
             _compressed(builder, _load(builder, source, index, LANES), keep, builder.add(target, offset))
@@ -170,93 +148,60 @@ def _list(builder: Any, flags: Any, count: Any, indices: Any, values: Any, other
     return builder.load(found)
 
 
-@intrinsic
-def list_firing_1(typingctx, flags, count, indices, values, source, target):
+@instruction(ADDRESS, NUMBER, *[ADDRESS] * 4, result=types.int64)
+def list_firing_1(builder, flags, count, indices, values, source, target):
     """Lists the tokens of ``count``, a multiple of the lanes, at which ``flags`` is above 0 or not a number.
 
     Their indices go to ``indices``, their flags to ``values``, and what ``source`` has for them, 32 bits each, to
     ``target``. Returns how many there are. Lists need room for a vector more than they hold.
     """
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        flags, count, indices, values, source, target = arguments
-        return _list(builder, flags, count, indices, values, [(source, target)])
-
-    return types.int64(*[_ADDRESS] * 6), codegen
+    return _list(builder, flags, count, indices, values, [(source, target)])
 
 
-@intrinsic
-def list_firing_2(typingctx, flags, count, indices, values, source_1, target_1, source_2, target_2):
+@instruction(ADDRESS, NUMBER, *[ADDRESS] * 6, result=types.int64)
+def list_firing_2(builder, flags, count, indices, values, source_1, target_1, source_2, target_2):
     """:func:`list_firing_1` with two sources."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        flags, count, indices, values, source_1, target_1, source_2, target_2 = arguments
-        return _list(builder, flags, count, indices, values, [(source_1, target_1), (source_2, target_2)])
-
-    return types.int64(*[_ADDRESS] * 8), codegen
+    return _list(builder, flags, count, indices, values, [(source_1, target_1), (source_2, target_2)])
 
 
-@intrinsic
-def pad(typingctx, indices, factors, count):
+@instruction(ADDRESS, ADDRESS, NUMBER)
+def pad(builder, indices, factors, count):
     """Completes the last group of a list with entries that add nothing: the first token, times 0."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        indices, factors, count = arguments
-        first = builder.load(builder.inttoptr(indices, _I32.as_pointer()))
-        for address, value in ((indices, first), (factors, ir.Constant(_F32, 0.0))):
-            place = builder.inttoptr(
-                builder.add(address, builder.mul(count, _I64(4))), _vector(value.type, LANES).as_pointer()
-            )
-            stored = builder.store(_spread(builder, value, LANES), place)
-            stored.align = 4
-        return context.get_dummy_value()
-
-    return types.void(*[_ADDRESS] * 3), codegen
+    first = _load_scalar(builder, indices, 0, _I32)
+    for address, value in ((indices, first), (factors, ir.Constant(_F32, 0.0))):
+        _store(builder, _spread(builder, value, LANES), address, count, LANES)
 
 
-@intrinsic
-def scatter(typingctx, values, indices, count, row):
+@instruction(ADDRESS, ADDRESS, NUMBER, ADDRESS)
+def scatter(builder, values, indices, count, row):
     """Writes the values of a list to the tokens' places in a row."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        values, indices, count, row = arguments
-        with cgutils.for_range_slice(builder, _I64(0), count, _I64(1), _I64) as (index, _):
-            offset = builder.mul(index, _I64(4))
-            place = builder.inttoptr(builder.add(indices, offset), _I32.as_pointer())
-            target = builder.mul(builder.sext(builder.load(place), _I64), _I64(4))
-            value = builder.load(builder.inttoptr(builder.add(values, offset), _F32.as_pointer()))
-            _store_scalar(builder, value, builder.add(row, target))
-        return context.get_dummy_value()
-
-    return types.void(*[_ADDRESS] * 4), codegen
+    with cgutils.for_range_slice(builder, _I64(0), count, _I64(1), _I64) as (index, _):
+        offset = builder.mul(index, _I64(4))
+        token = builder.sext(_load_scalar(builder, builder.add(indices, offset), 0, _I32), _I64)
+        value = _load_scalar(builder, builder.add(values, offset), 0, _F32)
+        _store_scalar(builder, value, builder.add(row, builder.mul(token, _I64(4))))
 
 
-@intrinsic
-def gate(typingctx, y, keys, key, threshold, count):
+@instruction(ADDRESS, ADDRESS, *[NUMBER] * 3)
+def gate(builder, y, keys, key, threshold, count):
     """Sets ``y`` to 0 where it is not above 0, where dropout leaves out the token, and in the vector after ``count``.
 
     ``keys`` are those of the tokens, ``key`` the neuron's, as in :mod:`bdh.ops.blocks.block`; with a ``threshold`` of 0
     nothing is left out.
     """
+    zero = _lanes(_F32, [0.0] * LANES)
+    own, least, end = (_spread(builder, builder.trunc(number, _I32), LANES) for number in (key, threshold, count))
 
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        y, keys, key, threshold, count = arguments
-        zero = ir.Constant(_vector(_F32, LANES), [0.0] * LANES)
-        own, least, end = (_spread(builder, builder.trunc(number, _I32), LANES) for number in (key, threshold, count))
+    def mixed(bits: Any) -> Any:
+        for multiplier, shift in zip(MULTIPLIERS, SHIFTS[:2], strict=True):
+            bits = builder.xor(bits, builder.lshr(bits, _lanes(_I32, [shift] * LANES)))
+            bits = builder.mul(bits, _lanes(_I32, [multiplier] * LANES))
+        return builder.xor(bits, builder.lshr(bits, _lanes(_I32, [SHIFTS[2]] * LANES)))
 
-        def mixed(bits: Any) -> Any:
-            for multiplier, shift in zip(MULTIPLIERS, SHIFTS[:2], strict=True):
-                bits = builder.xor(bits, builder.lshr(bits, _lanes([shift] * LANES)))
-                bits = builder.mul(bits, _lanes([multiplier] * LANES))
-            return builder.xor(bits, builder.lshr(bits, _lanes([SHIFTS[2]] * LANES)))
-
-        with cgutils.for_range_slice(builder, _I64(0), count, _I64(LANES), _I64) as (index, _):
-            value = _load(builder, y, index, LANES)
-            bits = builder.bitcast(_load(builder, keys, index, LANES), _vector(_I32, LANES))
-            stays = builder.icmp_unsigned(">=", mixed(builder.add(bits, own)), least)
-            here = builder.add(_spread(builder, builder.trunc(index, _I32), LANES), _lanes(list(range(LANES))))
-            keep = builder.and_(builder.and_(_positive(builder, value), stays), builder.icmp_signed("<", here, end))
-            _store(builder, builder.select(keep, value, zero), y, index, LANES)
-        return context.get_dummy_value()
-
-    return types.void(*[_ADDRESS] * 5), codegen
+    with cgutils.for_range_slice(builder, _I64(0), count, _I64(LANES), _I64) as (index, _):
+        value = _load(builder, y, index, LANES)
+        bits = builder.bitcast(_load(builder, keys, index, LANES), ir.VectorType(_I32, LANES))
+        stays = builder.icmp_unsigned(">=", mixed(builder.add(bits, own)), least)
+        is_listed = builder.icmp_signed("<", _numbers_from(builder, index), end)
+        keep = builder.and_(builder.and_(_positive(builder, value), stays), is_listed)
+        _store(builder, builder.select(keep, value, zero), y, index, LANES)

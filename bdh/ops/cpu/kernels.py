@@ -308,30 +308,11 @@ def enter(progress, embed, tokens, positions, turns_per_token, v, cos, sin, eps)
 
 
 @jit_inner
-def _layer_steps(
-    progress,
-    embed,
-    tokens,
-    positions,
-    turns_per_token,
-    v,
-    cos,
-    sin,
-    eps,
-    first_step,
-    like_weights,
-    encoder,
-    encoder_v,
-    decoder,
-    like_states,
-    states,
-    starts,
-    read_scales,
-    write_scales,
-    x,
-    a,
-    parts,
-):
+def _layer_steps(arguments):
+    text, weights, rest = arguments[:10], arguments[10:14], arguments[14:]
+    progress, embed, tokens, positions, turns_per_token, v, cos, sin, eps, first_step = text
+    like_weights, encoder, encoder_v, decoder = weights
+    like_states, states, starts, read_scales, write_scales, x, a, parts = rest
     N, stage = x.shape[0] // a.shape[1], progress.ctypes.data
     if first_step == 0:
         enter(stage, embed, tokens, positions, turns_per_token, v, cos, sin, eps)
@@ -358,10 +339,10 @@ def layer_steps(num_threads, arguments):
             x: (H*N, R), a: (R, H, D), parts: (H * stretches of a head, R, D): memory to work in.
     """
     if num_threads == 1:
-        _layer_steps(*arguments)
+        _layer_steps(arguments)
     else:
         for _ in prange(num_threads):
-            _layer_steps(*arguments)
+            _layer_steps(arguments)
 
 
 @jit_inner

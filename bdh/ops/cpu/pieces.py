@@ -12,6 +12,7 @@ core is free for the thread that has it in hand, which another program may keep 
 The counters of a stage are ``STAGE_WORDS`` int64, 0 at first, in the ``progress`` (stages, STAGE_WORDS) of a call.
 """
 
+import platform
 import sys
 from typing import Any
 
@@ -19,7 +20,8 @@ import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
-from numba.extending import intrinsic
+
+from bdh.ops.cpu.vector import ADDRESS, NUMBER, instruction
 
 STAGE_WORDS = 16  # two lines of the cache
 _TAKEN, _SPINS, _DONE, _SLEEPERS = 0, 1, 8, 9
@@ -28,6 +30,7 @@ SPINS, SPINS_WHEN_CROWDED = 10_000, 300
 _FUTEX_WAIT, _FUTEX_WAKE = 128, 129  # within a process
 _FUTEX = {"x86_64": 202, "aarch64": 98}  # the number of the system call
 _PAUSES = {"x86_64": ("llvm.x86.sse2.pause", ()), "aarch64": ("llvm.aarch64.hint", (1,))}
+_ARCHITECTURE = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 
 jit = njit(cache=True, nogil=True, parallel=True, error_model="numpy")
@@ -50,79 +53,45 @@ def _pointer(builder: Any, address: Any) -> Any:
     return builder.inttoptr(address, _I64.as_pointer())
 
 
-@intrinsic
-def _add(typingctx, address, number):
+@instruction(ADDRESS, NUMBER, result=types.int64)
+def _add(builder, address, number):
     """Adds to a counter, for all threads at once, and returns what it was before."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.atomic_rmw("add", _pointer(builder, arguments[0]), arguments[1], "seq_cst")
-
-    return types.int64(types.int64, types.int64), codegen
+    return builder.atomic_rmw("add", _pointer(builder, address), number, "seq_cst")
 
 
-@intrinsic
-def _get(typingctx, address):
+@instruction(ADDRESS, result=types.int64)
+def _get(builder, address):
     """What a counter is."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.load_atomic(_pointer(builder, arguments[0]), "seq_cst", 8)
-
-    return types.int64(types.int64), codegen
+    return builder.load_atomic(_pointer(builder, address), "seq_cst", 8)
 
 
-def _architecture() -> str:
-    import platform
-
-    return {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
-
-
-@intrinsic
-def _pause(typingctx):
+@instruction()
+def _pause(builder):
     """Tells the processor that this is a loop that waits."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        name, numbers = _PAUSES.get(_architecture(), (None, ()))
-        if name is not None:
-            kind = ir.FunctionType(ir.VoidType(), [_I32] * len(numbers))
-            builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [_I32(n) for n in numbers])
-        return context.get_dummy_value()
-
-    return types.void(), codegen
+    name, numbers = _PAUSES.get(_ARCHITECTURE, (None, ()))
+    if name is not None:
+        kind = ir.FunctionType(ir.VoidType(), [_I32] * len(numbers))
+        builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [_I32(n) for n in numbers])
 
 
 def _call_futex(builder: Any, address: Any, operation: int, number: Any) -> None:
-    """A counter is a futex by its lower half, which comes first."""
-    kind = ir.FunctionType(_I64, [_I64], var_arg=True)
-    function = cgutils.get_or_insert_function(builder.module, kind, "syscall")
-    zero = _I64(0)
-    builder.call(function, [_I64(_FUTEX[_architecture()]), address, _I64(operation), number, zero, zero, zero])
+    """Where there is none, nothing. A counter is a futex by its lower half, which comes first."""
+    if sys.platform == "linux" and sys.byteorder == "little" and _ARCHITECTURE in _FUTEX:
+        kind = ir.FunctionType(_I64, [_I64], var_arg=True)
+        function = cgutils.get_or_insert_function(builder.module, kind, "syscall")
+        builder.call(function, [_I64(_FUTEX[_ARCHITECTURE]), address, _I64(operation), number, *[_I64(0)] * 3])
 
 
-_CAN_SLEEP = sys.platform == "linux" and _architecture() in _FUTEX and sys.byteorder == "little"
-
-
-@intrinsic
-def _sleep(typingctx, address, number):
+@instruction(ADDRESS, NUMBER)
+def _sleep(builder, address, number):
     """Sleeps until somebody calls :func:`_wake`; not if the counter is another number already."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        if _CAN_SLEEP:
-            _call_futex(builder, arguments[0], _FUTEX_WAIT, arguments[1])
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), codegen
+    _call_futex(builder, address, _FUTEX_WAIT, number)
 
 
-@intrinsic
-def _wake(typingctx, address):
+@instruction(ADDRESS)
+def _wake(builder, address):
     """Wakes all who sleep at a counter."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        if _CAN_SLEEP:
-            _call_futex(builder, arguments[0], _FUTEX_WAKE, _I64(2**31 - 1))
-        return context.get_dummy_value()
-
-    return types.void(types.int64), codegen
+    _call_futex(builder, address, _FUTEX_WAKE, _I64(2**31 - 1))
 
 
 @jit_inner
@@ -155,7 +124,7 @@ def next_piece(stage, count):
 
 @njit(nogil=True, error_model="numpy")  # of a generator that numba has loaded from the disk it does not know the code
 def pieces(stage, count):
-    """The pieces of a stage, at an address, that this thread does; behind the last of them all of the stage are done."""
+    """The pieces of a stage, at an address, that this thread does; after the last of them all of the stage are done."""
     piece = take(stage, count)
     while piece >= 0:
         yield piece

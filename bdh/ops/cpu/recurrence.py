@@ -18,11 +18,10 @@ from bdh.ops.eager import ring_shapes
 
 
 class Format(NamedTuple):
-    """How weights or states are stored."""
+    """How weights or states are stored; ``like`` says so to the kernels, which get addresses."""
 
     dtype: torch.dtype
     like: np.ndarray
-    """Says so to the kernels, which get addresses."""
 
 
 FORMATS: dict[Storage, Format] = {
@@ -108,11 +107,8 @@ class ScaledSums:
 
     def __init__(self, half_lives: Sequence[float]):
         self.half_lives = np.maximum(half_lives, 1 / _MOST_BITS)
-        rescaled = np.floor(self.half_lives * _RESCALED_BITS)
-        # The upper bound is for heads that never forget: no text is as long.
-        self._period = np.clip(rescaled, 1, 2.0**62).astype(
-            np.int64
-        )  # (H,): tokens after which rows take up their factor
+        # (H,): tokens after which rows take up their factor. The bound is for heads that never forget: no text is as long.
+        self._period = np.clip(np.floor(self.half_lives * _RESCALED_BITS), 1, 2.0**62).astype(np.int64)
 
     def tokens_left(self, position: int) -> int:
         """How many tokens may be read at once from a position: to where the next head's rows are multiplied."""
@@ -240,20 +236,16 @@ class Recurrence:
         """
         L, _, N, D = self.weights.shape
         R = len(rows.tokens)
-        team = team_for(R)
-        v, cos, sin = (
-            self.work_memory("v", R, D),
-            self.work_memory("cos", N // 2, R),
-            self.work_memory("sin", N // 2, R),
-        )
+        team, v = team_for(R), self.work_memory("v", R, D)
+        cos, sin = (self.work_memory(name, N // 2, R) for name in ("cos", "sin"))
         text = self._embed, rows.tokens, rows.positions, self._turns, v, cos, sin, self.weights.eps
         weights = self._like, self.weights.encoder.data_ptr(), self._encoder_v, self.weights.decoder.data_ptr()
         progress = new_progress(kernels.STAGES * (1 + L), is_crowded=team.is_crowded)
         if before_writing is not None:
             before_writing()
-        # All layer steps in one call, unless somebody looks at what is there between two of them.
-        for first in range(0, L, L if on_layer_step is None else 1):
-            rest = arguments(slice(first, L if on_layer_step is None else first + 1))
+        steps_per_call = L if on_layer_step is None else 1
+        for first in range(0, L, steps_per_call):
+            rest = arguments(slice(first, first + steps_per_call))
             with exclusive():
                 kernel(team.threads, (progress[first * kernels.STAGES :], *text, first, *weights, *rest))
             if on_layer_step is not None:
@@ -296,8 +288,10 @@ class Recurrence:
     def _warm_up(self, state: Tensors, fading: np.ndarray | None) -> None:
         """A token into an empty state of this kind."""
         L, H, N, D = self.weights.shape
-        shapes = ring_shapes(fading.shape[1] + 1, H, N, D) if fading is not None else {}
-        shapes = shapes or {"sums": (state["sums"][0].dtype, (H, N, D))}
+        if fading is not None:
+            shapes = ring_shapes(fading.shape[1] + 1, H, N, D)
+        else:
+            shapes = {"sums": (state["sums"][0].dtype, (H, N, D))}
         empty = {name: [torch.zeros(shape, dtype=dtype)] * L for name, (dtype, shape) in shapes.items()}
         one = Rows(np.zeros(1, np.int64), np.zeros(1, np.int64), np.array([0, 1]))
         self.logits(self.advance(one, [empty], fading=fading))

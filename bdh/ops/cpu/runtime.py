@@ -10,15 +10,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cache
 from typing import NamedTuple
 
 import torch
 
-Announce = Callable[[str], None]
 _one_at_a_time = threading.RLock()
-
 _is_forked = False
 
 
@@ -72,29 +70,20 @@ def waited_seconds() -> float | None:
     total = 0
     try:
         for name in os.listdir("/proc/self/task"):
-            try:
+            with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
                 # Without a Python file around it: half of the time, where threads are many.
                 file = os.open(f"/proc/self/task/{name}/schedstat", os.O_RDONLY)
-            except (FileNotFoundError, ProcessLookupError):  # it has just ended
-                continue
-            try:
-                total += int(os.read(file, 100).split()[1])
-            except ProcessLookupError:
-                continue
-            finally:
-                os.close(file)
+                try:
+                    total += int(os.read(file, 100).split()[1])
+                finally:
+                    os.close(file)
     except (OSError, IndexError, ValueError):
         return None
     return total / 1e9
 
 
 class Crowding:
-    """Follows how many cores others keep busy, as calls of the kernels come.
-
-    Args:
-        clock: seconds.
-        waited: as :func:`waited_seconds`.
-    """
+    """Follows how many cores others keep busy, as calls of the kernels come. ``clock`` gives seconds."""
 
     def __init__(
         self,
@@ -217,38 +206,32 @@ def exclusive() -> AbstractContextManager[object]:
     return nullcontext() if is_safe else _one_at_a_time
 
 
-def compiled(run: Callable[[], None], announce: Announce = to_stderr) -> float:
+def compiled(run: Callable[[], None], announce: Callable[[str], None] = to_stderr) -> None:
     """Runs something small that uses every kernel, so that they are compiled, or loaded from the disk.
 
     Says so where numba compiles, and not where it loads, however long that takes on a busy machine: compiling takes about
     ten seconds, once for each version and processor.
-
-    Returns:
-        The seconds that it took.
     """
     from numba.core import event
 
-    class Compiling(event.Listener):
-        has_begun = False
+    begun: list[float] = []
 
+    class Compiling(event.Listener):
         def on_start(self, event: object) -> None:
-            if not self.has_begun:
-                self.has_begun = True
+            if not begun:
+                begun.append(time.perf_counter())
                 announce("compiling the kernels for this processor, once ...")
 
         def on_end(self, event: object) -> None:
             pass
 
     _watch_forks()
-    start, threads = time.perf_counter(), torch.get_num_threads()
-    compiling = Compiling()
+    threads = torch.get_num_threads()
     try:
-        with event.install_listener("numba:compile", compiling):
+        with event.install_listener("numba:compile", Compiling()):
             run()
     finally:
         # numba and torch share OpenMP, and numba's first launch asks it for all cores.
         torch.set_num_threads(threads)
-    seconds = time.perf_counter() - start
-    if compiling.has_begun:
-        announce(f"the kernels are ready, after {seconds:.1f} s")
-    return seconds
+    if begun:
+        announce(f"the kernels are ready, after {time.perf_counter() - begun[0]:.1f} s")

@@ -39,9 +39,8 @@ def compile_kernels() -> None:
         keys = np.zeros(2, np.int64), np.zeros(LANES, np.int32), 0, np.float32(1)
         gated, grad_q = np.zeros_like(x), np.ones((1, 2, 1), np.float32)
         kernels.rotate(x, x.copy(), *turns, 0, True, counts)
-        common = x, x, False, narrow, weight, weight
-        kernels.gated_mlp(*common, parts, *keys)
-        kernels.gated_mlp_backward(*common, narrow, weight.copy(), weight.copy(), gated, parts, *keys)
+        grads = True, narrow, weight.copy(), weight.copy(), gated
+        kernels.gated_mlp(x, x, False, narrow, weight, weight, grads, parts, *keys)
         kernels.fire_backward(x, grad_q, gated, *turns, narrow, weight, weight.copy(), parts)
         kernels.turn_back(x, grad_q, gated, *turns)
 
@@ -87,32 +86,35 @@ class KernelNeurons(Neurons):
         return _fired(wide, q, G, C)
 
     def gated_mlp(self, block: Block, x: torch.Tensor, a: torch.Tensor, out: torch.Tensor) -> None:
-        x = _whole(x)
-        parts = self._sums("out", a)
-        with exclusive():
-            kernels.gated_mlp(*self._of_x(block, x, a), parts.numpy(), *self._keys(block, x))
-        _add(out, parts)
+        nothing = _NOTHING.numpy()
+        self._run_gated_mlp(block, x, a, out, (False, nothing, nothing, nothing, nothing))
 
     def gated_mlp_backward(
         self, block: Block, x: torch.Tensor, a: torch.Tensor, grad_out: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         assert self._gradients is not None
-        wide = _whole(x)
-        gated = self._memory("gated", block, a)
-        parts = self._sums("a", a)
-        with exclusive():
-            kernels.gated_mlp_backward(
-                *self._of_x(block, wide, a),
-                _rows(grad_out).numpy(),
-                self._gradients.encoder_v[block.head].numpy(),
-                self._gradients.decoder[block.neurons].numpy(),
-                gated.numpy(),
-                parts.numpy(),
-                *self._keys(block, wide),
-            )
-        grad_a = torch.zeros_like(a)
-        _add(grad_a, parts)
+        gated, grad_a = self._memory("gated", block, a), torch.zeros_like(a)
+        of_weights = self._gradients.encoder_v[block.head].numpy(), self._gradients.decoder[block.neurons].numpy()
+        self._run_gated_mlp(block, x, a, grad_a, (True, _rows(grad_out).numpy(), *of_weights, gated.numpy()))
         return grad_a, gated
+
+    def _run_gated_mlp(
+        self, block: Block, x: torch.Tensor, a: torch.Tensor, total: torch.Tensor, grads: tuple[object, ...]
+    ) -> None:
+        """Adds the sums of the kernel to ``total`` (G, C, D)."""
+        wide, rows, encoder_v = _whole(x), _rows(a), self._weights.encoder_v[block.head]
+        y, has_y = _NOTHING, self._firing > DENSE_Y * wide.shape[0] * len(rows)
+        if has_y:
+            y = self._memory("y", block, a)
+            torch.mm(encoder_v, rows.t(), out=y[:, : len(rows)])
+        parts = self._sums("sums", a)
+        # Not ``.numpy()`` for weights: it fixes the size of their storage, which FSDP empties between forward passes.
+        weights = np.from_dlpack(encoder_v), np.from_dlpack(self._weights.decoder[block.neurons])
+        with exclusive():
+            kernels.gated_mlp(
+                wide.numpy(), y.numpy(), has_y, rows.numpy(), *weights, grads, parts.numpy(), *_keys(block, wide)
+            )
+        _add(total, parts)
 
     def fire_backward(
         self,
@@ -134,7 +136,7 @@ class KernelNeurons(Neurons):
             grad_weights.addmm_(grad_x, values)
             grad_v += (grad_x.t() @ weights).view(grad_v.shape)
             return
-        parts = self._sums("v", v)
+        parts = self._sums("sums", v)
         with exclusive():
             kernels.fire_backward(
                 wide.numpy(),
@@ -156,39 +158,6 @@ class KernelNeurons(Neurons):
         with exclusive():
             kernels.rotate(x.numpy(), q.numpy(), *turns, first_pair, cut, counts)
         self._firing += int(counts.sum())
-
-    def _of_x(self, block: Block, x: torch.Tensor, a: torch.Tensor) -> tuple[object, ...]:
-        """x, y, whether it is there, a, and the rows of Ev and Dec.
-
-        Not ``.numpy()`` for weights: it fixes the size of their storage, which FSDP empties between forward passes.
-        """
-        rows, encoder_v = _rows(a), self._weights.encoder_v[block.head]
-        y, has_y = _NOTHING, self._firing > DENSE_Y * x.shape[0] * len(rows)
-        if has_y:
-            y = self._memory("y", block, a)
-            torch.mm(encoder_v, rows.t(), out=y[:, : len(rows)])
-        return (
-            x.numpy(),
-            y.numpy(),
-            has_y,
-            rows.numpy(),
-            np.from_dlpack(encoder_v),
-            np.from_dlpack(self._weights.decoder[block.neurons]),
-        )
-
-    def _keys(self, block: Block, x: torch.Tensor) -> tuple[object, ...]:
-        N, M = x.shape
-        dropout = block.dropout
-        if dropout is None:
-            return np.zeros(N, np.int64), np.zeros(M, np.int32), 0, np.float32(1)
-        keys = torch.zeros(M, dtype=torch.int64, device="cpu")
-        keys[: dropout.token_keys.numel()] = dropout.token_keys.flatten()
-        return (
-            dropout.neuron_keys.numpy(),
-            keys.to(torch.int32).numpy(),
-            dropout.threshold,
-            np.float32(dropout.scale),
-        )
 
     def _memory(self, name: str, block: Block, like: torch.Tensor, *, fresh: bool = False) -> torch.Tensor:
         """(N, M or more): memory that is used again and again, columns beyond the tokens of ``like`` (G, C, D) being 0."""
@@ -214,6 +183,17 @@ class KernelNeurons(Neurons):
 
 def _fired(x: torch.Tensor, q: torch.Tensor, G: int, C: int) -> Fired:
     return Fired(x[:, : G * C].unflatten(1, (G, C)), q[:, : G * C].unflatten(1, (G, C)))
+
+
+def _keys(block: Block, x: torch.Tensor) -> tuple[object, ...]:
+    """Of dropout: those of neurons and tokens, the threshold, and the scale."""
+    N, M = x.shape
+    dropout = block.dropout
+    if dropout is None:
+        return np.zeros(N, np.int64), np.zeros(M, np.int32), 0, np.float32(1)
+    keys = torch.zeros(M, dtype=torch.int64, device="cpu")
+    keys[: dropout.token_keys.numel()] = dropout.token_keys.flatten()
+    return dropout.neuron_keys.numpy(), keys.to(torch.int32).numpy(), dropout.threshold, np.float32(dropout.scale)
 
 
 def _whole_lanes(columns: int) -> int:

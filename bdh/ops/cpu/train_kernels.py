@@ -116,15 +116,18 @@ def _gated(x_row, y_row, has_y, a, stride, weight_row, D, width, keys, key, thre
 
 
 @jit
-def gated_mlp(x, y, has_y, a, encoder_v, decoder, parts, neuron_keys, token_keys, threshold, scale):
-    """``parts`` (P, M, D) = sums of dropout(x * relu(Ev a)) Dec over the neurons of each part.
+def gated_mlp(x, y, has_y, a, encoder_v, decoder, grads, parts, neuron_keys, token_keys, threshold, scale):
+    """``parts`` (P, M, D) = sums of dropout(x * relu(Ev a)) Dec over the neurons of each part; or gradients of it.
 
     Args:
         y: (N, M), Ev a, with ``has_y``; else it is computed where x fires.
         a: (M or less, D).
         encoder_v: (N, D), decoder: (N, D).
+        grads: whether gradients are computed, and then that of the sum, (M or less, D); those of Ev and Dec, (N, D), which
+            are added to; and ``gated`` (N, M), set to that of x as the gate of y. ``parts`` are then sums of that of a.
         neuron_keys: int64 (N,), token_keys: int32 (M,), threshold: of dropout; 0 for none.
     """
+    is_backward, grad_out, grad_encoder_v, grad_decoder, gated = grads
     N, row_length = x.shape
     M = parts.shape[1]
     P, stride, D = parts.shape[0], parts.strides[1], decoder.shape[1]
@@ -135,6 +138,7 @@ def gated_mlp(x, y, has_y, a, encoder_v, decoder, parts, neuron_keys, token_keys
         parts[part] = 0
         memory = np.empty((8, tile + LANES), np.float32)
         lists = memory.ctypes.data
+        factors, staying = lists + _FACTORS * room, lists + _STAYING * room
         end_neuron = (part + 1) * N // P
         for start in range(part * N // P, end_neuron, some):
             for first in range(0, M, tile):
@@ -143,6 +147,9 @@ def gated_mlp(x, y, has_y, a, encoder_v, decoder, parts, neuron_keys, token_keys
                 sums = parts.ctypes.data + part * parts.strides[0] + first * stride
                 for n in range(start, min(end_neuron, start + some)):
                     place, row = (n * row_length + first) * 4, n * D * 4
+                    if is_backward:
+                        for index in range(first, first + width):
+                            gated[n, index] = 0
                     count = _gated(
                         x.ctypes.data + place,
                         y.ctypes.data + place * has_y,
@@ -162,88 +169,19 @@ def gated_mlp(x, y, has_y, a, encoder_v, decoder, parts, neuron_keys, token_keys
                         continue
                     for index in range(count):
                         memory[_FACTORS, index] = memory[_X_STAYING, index] * memory[_Y_STAYING, index] * scale
-                    pad(lists + _STAYING * room, lists + _FACTORS * room, count)
-                    for index in range(0, count, GROUP):
-                        spread_row(
-                            decoder.ctypes.data + row,
-                            lists + _FACTORS * room + index * 4,
-                            lists + _STAYING * room + index * 4,
-                            sums,
-                            stride,
-                            D,
-                        )
-
-
-@jit
-def gated_mlp_backward(
-    x,
-    y,
-    has_y,
-    a,
-    encoder_v,
-    decoder,
-    grad_out,
-    grad_encoder_v,
-    grad_decoder,
-    gated,
-    parts,
-    neuron_keys,
-    token_keys,
-    threshold,
-    scale,
-):
-    """The gradients behind :func:`gated_mlp` for that of its sum, ``grad_out`` (M or less, D).
-
-    Those of Ev and Dec, (N, D), are added to; ``parts`` (P, M, D) is set to the sums of that of a, and ``gated`` (N, M)
-    to that of x as the gate of y.
-    """
-    N, row_length = x.shape
-    M = parts.shape[1]
-    P, stride, D = parts.shape[0], parts.strides[1], decoder.shape[1]
-    tile = _tile(M, D)
-    room = (tile + LANES) * 4
-    some = max(1, BLOCK_BYTES // (4 * D))
-    for part in prange(P):
-        parts[part] = 0
-        memory = np.empty((8, tile + LANES), np.float32)
-        lists = memory.ctypes.data
-        factors, staying = lists + _FACTORS * room, lists + _STAYING * room
-        end_neuron = (part + 1) * N // P
-        for start in range(part * N // P, end_neuron, some):
-            for first in range(0, M, tile):
-                width = min(tile, M - first)
-                offset = first * stride
-                for n in range(start, min(end_neuron, start + some)):
-                    place, row = (n * row_length + first) * 4, n * D * 4
-                    for index in range(first, first + width):
-                        gated[n, index] = 0
-                    count = _gated(
-                        x.ctypes.data + place,
-                        y.ctypes.data + place * has_y,
-                        has_y,
-                        a.ctypes.data + offset,
-                        stride,
-                        encoder_v.ctypes.data + row,
-                        D,
-                        width,
-                        token_keys.ctypes.data + first * 4,
-                        neuron_keys[n],
-                        threshold,
-                        lists,
-                        room,
-                    )
-                    if count == 0:
-                        continue
-                    for index in range(count):
-                        memory[_FACTORS, index] = memory[_X_STAYING, index] * memory[_Y_STAYING, index] * scale
                     pad(staying, factors, count)
+                    if not is_backward:
+                        for index in range(0, count, GROUP):
+                            at = index * 4
+                            spread_row(decoder.ctypes.data + row, factors + at, staying + at, sums, stride, D)
+                        continue
                     for index in range(0, count, GROUP):
                         dots_and_gather(
                             decoder.ctypes.data + row,
                             grad_decoder.ctypes.data + row,
                             factors + index * 4,
                             staying + index * 4,
-                            grad_out.ctypes.data + offset,
+                            grad_out.ctypes.data + first * stride,
                             stride,
                             D,
                             lists + _Y * room + index * 4,
@@ -260,8 +198,8 @@ def gated_mlp_backward(
                             grad_encoder_v.ctypes.data + row,
                             factors + index * 4,
                             staying + index * 4,
-                            a.ctypes.data + offset,
-                            parts.ctypes.data + part * parts.strides[0] + offset,
+                            values,
+                            sums,
                             stride,
                             D,
                         )
@@ -272,7 +210,7 @@ def fire_backward(x, grad_q, gated, cos, sin, starts, places, v, encoder, grad_e
     """The gradients behind x: that of E (N, D) is added to, ``parts`` (P, M, D) is set to the sums of that of v.
 
     Args:
-        grad_q: (G, N, C), gated: (N, M), as :func:`gated_mlp_backward` gives it.
+        grad_q: (G, N, C), gated: (N, M), as :func:`gated_mlp` gives it.
         cos, sin, starts, places: as of :func:`rotate`; each stretch lies within a sequence.
         v: (M or less, D).
     """

@@ -9,6 +9,7 @@ Memory is passed by address, since the rows that fire lie scattered. Weights and
 as uint16, which the dtype of an (empty) array ``like`` says; all arithmetic is float32.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -19,48 +20,67 @@ from numba.extending import intrinsic
 
 LANES = 16
 CACHE_LINE = 64
+ADDRESS = NUMBER = types.int64
 _F32, _I8, _I16, _I32, _I64 = ir.FloatType(), *(ir.IntType(bits) for bits in (8, 16, 32, 64))
+
+
+def instruction(
+    *parameters: Any, result: Any = types.void, has_like: bool = False
+) -> Callable[[Callable[..., Any]], Any]:
+    """Makes an intrinsic of a function that emits it, from the builder and an argument of each of these types.
+
+    Args:
+        has_like: the intrinsic's first argument is an array ``like``, of which the function gets whether it is of bfloat16.
+    """
+
+    def decorate(emit: Callable[..., Any]) -> Any:
+        def typed(typingctx: Any, *found: Any) -> tuple[Any, Callable[..., Any]]:
+            def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+                if has_like:
+                    arguments = [found[0].dtype == types.uint16, *arguments[1:]]
+                value = emit(builder, *arguments)
+                return context.get_dummy_value() if value is None else value
+
+            return result(*found[:has_like], *parameters), codegen
+
+        typed.__name__, typed.__doc__ = emit.__name__, emit.__doc__
+        names = [inspect.Parameter("typingctx", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
+        names += list(inspect.signature(emit).parameters.values())[1:]
+        typed.__signature__ = inspect.Signature(names)  # type: ignore[attr-defined]  # numba counts the arguments by it
+        return intrinsic(typed)
+
+    return decorate
 
 
 def _vector(element: ir.Type, width: int) -> ir.Type:
     return ir.VectorType(element, width)
 
 
-def _pointer(builder: Any, address: Any, element: ir.Type, index: Any, width: int) -> Any:
-    """A pointer to ``width`` elements, ``index`` elements after ``address``."""
-    size = builder.mul(index, _I64(element.width // 8 if isinstance(element, ir.IntType) else 4))
-    return builder.inttoptr(builder.add(address, size), _vector(element, width).as_pointer())
+def _lanes(element: ir.Type, numbers: list[Any]) -> ir.Constant:
+    return ir.Constant(_vector(element, len(numbers)), numbers)
 
 
 def _load(builder: Any, address: Any, index: Any, width: int, is_half: bool = False) -> Any:
-    """``width`` numbers as float32."""
+    """``width`` numbers as float32, ``index`` numbers after an address."""
+    size, element = (2, _I16) if is_half else (4, _F32)
+    place = builder.add(address, builder.mul(index, _I64(size)))
+    value = builder.load(builder.inttoptr(place, _vector(element, width).as_pointer()))
+    value.align = size
     if not is_half:
-        value = builder.load(_pointer(builder, address, _F32, index, width))
-        value.align = 4
         return value
-    halves = builder.load(_pointer(builder, address, _I16, index, width))
-    halves.align = 2
-    wide = builder.zext(halves, _vector(_I32, width))
-    shift = ir.Constant(_vector(_I32, width), [16] * width)
-    return builder.bitcast(builder.shl(wide, shift), _vector(_F32, width))
+    bits = builder.shl(builder.zext(value, _vector(_I32, width)), _lanes(_I32, [16] * width))
+    return builder.bitcast(bits, _vector(_F32, width))
 
 
 def _store(builder: Any, value: Any, address: Any, index: Any, width: int, is_half: bool = False) -> None:
-    if not is_half:
-        stored = builder.store(value, _pointer(builder, address, _F32, index, width))
-        stored.align = 4
-        return
-    ints = _vector(_I32, width)
-
-    def constant(number: int) -> ir.Constant:
-        return ir.Constant(ints, [number] * width)
-
-    bits = builder.bitcast(value, ints)
-    odd = builder.and_(builder.lshr(bits, constant(16)), constant(1))
-    rounded = builder.add(bits, builder.add(odd, constant(0x7FFF)))  # to the nearest, ties to even
-    halves = builder.trunc(builder.lshr(rounded, constant(16)), _vector(_I16, width))
-    stored = builder.store(halves, _pointer(builder, address, _I16, index, width))
-    stored.align = 2
+    size = 2 if is_half else 4
+    if is_half:
+        bits = builder.bitcast(value, _vector(_I32, width))
+        odd = builder.and_(builder.lshr(bits, _lanes(_I32, [16] * width)), _lanes(_I32, [1] * width))
+        rounded = builder.add(bits, builder.add(odd, _lanes(_I32, [0x7FFF] * width)))  # to the nearest, ties to even
+        value = builder.trunc(builder.lshr(rounded, _lanes(_I32, [16] * width)), _vector(_I16, width))
+    place = builder.add(address, builder.mul(index, _I64(size)))
+    builder.store(value, builder.inttoptr(place, value.type.as_pointer())).align = size
 
 
 def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
@@ -74,9 +94,7 @@ def _spread(builder: Any, number: Any, width: int) -> Any:
     """A vector of one number."""
     kind = _vector(number.type, width)
     single = builder.insert_element(ir.Constant(kind, ir.Undefined), number, _I32(0))
-    return builder.shuffle_vector(
-        single, ir.Constant(kind, ir.Undefined), ir.Constant(_vector(_I32, width), [0] * width)
-    )
+    return builder.shuffle_vector(single, ir.Constant(kind, ir.Undefined), _lanes(_I32, [0] * width))
 
 
 def _folded(builder: Any, value: Any) -> Any:
@@ -86,7 +104,7 @@ def _folded(builder: Any, value: Any) -> Any:
         width //= 2
         nothing = ir.Constant(value.type, ir.Undefined)
         halves = [
-            builder.shuffle_vector(value, nothing, ir.Constant(_vector(_I32, width), list(range(start, start + width))))
+            builder.shuffle_vector(value, nothing, _lanes(_I32, list(range(start, start + width))))
             for start in (0, width)
         ]
         value = builder.fadd(*halves)
@@ -117,11 +135,8 @@ def _dot_products(
     """
     sums: dict[int, list[Any]] = {width: [] for width in (LANES, 1)}
     for width, slots in sums.items():
-        zero = ir.Constant(_vector(_F32, width), [0.0] * width)
         for _ in pairs:
-            slot = cgutils.alloca_once(builder, zero.type)
-            builder.store(zero, slot)
-            slots.append(slot)
+            slots.append(cgutils.alloca_once_value(builder, _lanes(_F32, [0.0] * width)))
 
     def body(index: Any, width: int) -> None:
         wide_weights = [_load(builder, address, index, width, is_half) for address in weights]
@@ -138,42 +153,36 @@ def _dot_products(
     ]
 
 
-def _is_half(like: Any) -> bool:
-    return like.dtype == types.uint16
+def _load_scalar(builder: Any, address: Any, number: int, kind: ir.Type) -> Any:
+    """A number of an array."""
+    place = builder.add(address, _I64(number * (8 if kind == _I64 else 4)))
+    return builder.load(builder.inttoptr(place, kind.as_pointer()))
 
 
-def _store_scalar(builder: Any, value: Any, address: Any) -> None:
-    stored = builder.store(value, builder.inttoptr(address, _F32.as_pointer()))
-    stored.align = 4
+def _store_scalar(builder: Any, value: Any, address: Any, number: int = 0) -> None:
+    place = builder.add(address, _I64(4 * number)) if number else address
+    builder.store(value, builder.inttoptr(place, _F32.as_pointer())).align = 4
 
 
 def _make_tile(num_weights: int, num_values: int) -> Any:
     """Products of ``num_weights`` rows of weights with ``num_values`` rows of values."""
 
-    @intrinsic
-    def tile(typingctx, like, relu, weight, weight_stride, value, value_stride, length, out, out_stride):
+    @instruction(types.boolean, *[NUMBER] * 7, has_like=True)
+    def tile(builder, like, relu, weight, weight_stride, value, value_stride, length, out, out_stride):
         """Addresses and strides in bytes; the product of weights i and values j goes to ``out + i * stride + 4 j``.
 
         With ``relu``, negative ones go there as 0.
         """
-        half = _is_half(like)
-
-        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            _, relu, weight, weight_stride, value, value_stride, length, out, out_stride = arguments
-            weights = [builder.add(weight, builder.mul(weight_stride, _I64(i))) for i in range(num_weights)]
-            values = [builder.add(value, builder.mul(value_stride, _I64(j))) for j in range(num_values)]
-            pairs = [(i, j) for i in range(num_weights) for j in range(num_values)]
-            zero = ir.Constant(_F32, 0.0)
-            products = _dot_products(builder, weights, values, pairs, length, half)
-            for (i, j), product in zip(pairs, products, strict=True):
-                # Written so that NaN stays NaN, as ReLU keeps it.
-                is_cut = builder.and_(relu, builder.fcmp_ordered("<", product, zero))
-                kept = builder.select(is_cut, zero, product)
-                place = builder.add(builder.add(out, builder.mul(out_stride, _I64(i))), _I64(4 * j))
-                _store_scalar(builder, kept, place)
-            return context.get_dummy_value()
-
-        return types.void(like, types.boolean, *[types.int64] * 7), codegen
+        weights = [builder.add(weight, builder.mul(weight_stride, _I64(i))) for i in range(num_weights)]
+        values = [builder.add(value, builder.mul(value_stride, _I64(j))) for j in range(num_values)]
+        pairs = [(i, j) for i in range(num_weights) for j in range(num_values)]
+        zero = ir.Constant(_F32, 0.0)
+        products = _dot_products(builder, weights, values, pairs, length, like)
+        for (i, j), product in zip(pairs, products, strict=True):
+            # Written so that NaN stays NaN, as ReLU keeps it.
+            is_cut = builder.and_(relu, builder.fcmp_ordered("<", product, zero))
+            row = builder.add(out, builder.mul(out_stride, _I64(i)))
+            _store_scalar(builder, builder.select(is_cut, zero, product), row, j)
 
     return tile
 
@@ -185,25 +194,13 @@ tile_1x4 = _make_tile(1, 4)
 
 
 def _make_dots(count: int) -> Any:
-    @intrinsic
-    def dots(typingctx, like, weights, values, length, out):
+    @instruction(*[NUMBER] * 4, has_like=True)
+    def dots(builder, like, weights, values, length, out):
         """``count`` products of rows whose addresses stand in int64 arrays at ``weights`` and ``values``."""
-        half = _is_half(like)
-
-        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            _, weights, values, length, out = arguments
-
-            def addresses(array: Any) -> list[Any]:
-                places = [builder.inttoptr(builder.add(array, _I64(8 * i)), _I64.as_pointer()) for i in range(count)]
-                return [builder.load(place) for place in places]
-
-            pairs = [(i, i) for i in range(count)]
-            products = _dot_products(builder, addresses(weights), addresses(values), pairs, length, half)
-            for i, product in enumerate(products):
-                _store_scalar(builder, product, builder.add(out, _I64(4 * i)))
-            return context.get_dummy_value()
-
-        return types.void(like, *[types.int64] * 4), codegen
+        weights, values = ([_load_scalar(builder, each, i, _I64) for i in range(count)] for each in (weights, values))
+        products = _dot_products(builder, weights, values, [(i, i) for i in range(count)], length, like)
+        for i, product in enumerate(products):
+            _store_scalar(builder, product, out, i)
 
     return dots
 
@@ -212,108 +209,67 @@ dots_8 = _make_dots(8)
 dots_1 = _make_dots(1)
 
 
-@intrinsic
-def dot(typingctx, like, weight, value, length):
+@instruction(*[NUMBER] * 3, has_like=True, result=types.float32)
+def dot(builder, like, weight, value, length):
     """The product of a row of weights with one of values."""
-    half = _is_half(like)
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _, weight, value, length = arguments
-        return _dot_products(builder, [weight], [value], [(0, 0)], length, half)[0]
-
-    return types.float32(like, *[types.int64] * 3), codegen
+    return _dot_products(builder, [weight], [value], [(0, 0)], length, like)[0]
 
 
-@intrinsic
-def add_scaled(typingctx, like, out, row, factor, length):
+@instruction(ADDRESS, ADDRESS, types.float32, NUMBER, has_like=True)
+def add_scaled(builder, like, out, row, factor, length):
     """``out += factor * row``; ``out`` is float32, ``row`` of the dtype of ``like``."""
-    half = _is_half(like)
 
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _, out, row, factor, length = arguments
+    def body(index: Any, width: int) -> None:
+        loaded = _load(builder, row, index, width, like)
+        total = _fma(builder, _spread(builder, factor, width), loaded, _load(builder, out, index, width))
+        _store(builder, total, out, index, width)
 
-        def body(index: Any, width: int) -> None:
-            loaded = _load(builder, row, index, width, half)
-            total = _fma(builder, _spread(builder, factor, width), loaded, _load(builder, out, index, width))
-            _store(builder, total, out, index, width)
-
-        _by_vectors(builder, length, body)
-        return context.get_dummy_value()
-
-    return types.void(like, types.int64, types.int64, types.float32, types.int64), codegen
+    _by_vectors(builder, length, body)
 
 
-@intrinsic
-def attend_and_update(typingctx, like, rows, read_0, read_1, write_0, write_1, value, out, length):
+@instruction(ADDRESS, *[types.float32] * 4, ADDRESS, ADDRESS, NUMBER, has_like=True)
+def attend_and_update(builder, like, rows, read_0, read_1, write_0, write_1, value, out, length):
     """One sweep over the state's two rows of a pair of neurons: reads them, then adds the value to them.
 
     ``out += read_0 * rows[0] + read_1 * rows[1]``, then ``rows[i] += write_i * value``. The rows lie one after the other
     and have the dtype of ``like``.
     """
-    half = _is_half(like)
-    size = 2 if half else 4
+    factors, second = (read_0, read_1, write_0, write_1), builder.add(rows, builder.mul(length, _I64(2 if like else 4)))
 
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _, first, *factors, value, out, length = arguments
-        second = builder.add(first, builder.mul(length, _I64(size)))
+    def body(index: Any, width: int) -> None:
+        read_0, read_1, write_0, write_1 = (_spread(builder, factor, width) for factor in factors)
+        row_0, row_1 = (_load(builder, row, index, width, like) for row in (rows, second))
+        wide_value = _load(builder, value, index, width)
+        total = _fma(builder, read_0, row_0, _load(builder, out, index, width))
+        _store(builder, _fma(builder, read_1, row_1, total), out, index, width)
+        _store(builder, _fma(builder, write_0, wide_value, row_0), rows, index, width, like)
+        _store(builder, _fma(builder, write_1, wide_value, row_1), second, index, width, like)
 
-        def body(index: Any, width: int) -> None:
-            read_0, read_1, write_0, write_1 = (_spread(builder, factor, width) for factor in factors)
-            row_0, row_1 = (_load(builder, row, index, width, half) for row in (first, second))
-            wide_value = _load(builder, value, index, width)
-            total = _fma(builder, read_0, row_0, _load(builder, out, index, width))
-            _store(builder, _fma(builder, read_1, row_1, total), out, index, width)
-            _store(builder, _fma(builder, write_0, wide_value, row_0), first, index, width, half)
-            _store(builder, _fma(builder, write_1, wide_value, row_1), second, index, width, half)
-
-        _by_vectors(builder, length, body)
-        return context.get_dummy_value()
-
-    signature = types.void(like, types.int64, *[types.float32] * 4, types.int64, types.int64, types.int64)
-    return signature, codegen
+    _by_vectors(builder, length, body)
 
 
-@intrinsic
-def prefetch(typingctx, address):
+@instruction(ADDRESS)
+def prefetch(builder, address):
     """Asks for the cache line at an address, which need not be read."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer = builder.inttoptr(arguments[0], _I8.as_pointer())
-        kind = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
-        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
-        builder.call(function, [pointer, _I32(0), _I32(3), _I32(1)])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), codegen
+    pointer = builder.inttoptr(address, _I8.as_pointer())
+    kind = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+    builder.call(function, [pointer, _I32(0), _I32(3), _I32(1)])
 
 
 # Single numbers, by address.
 
 
-@intrinsic
-def put_float(typingctx, address, value):
-    """Writes a float32."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        stored = builder.store(arguments[1], builder.inttoptr(arguments[0], _F32.as_pointer()))
-        stored.align = 4
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.float32), codegen
+@instruction(ADDRESS, types.float32)
+def put_float(builder, address, value):
+    _store_scalar(builder, value, address)
 
 
-@intrinsic
-def get_byte(typingctx, address):
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.load(builder.inttoptr(arguments[0], _I8.as_pointer()))
-
-    return types.uint8(types.int64), codegen
+@instruction(ADDRESS, result=types.uint8)
+def get_byte(builder, address):
+    return builder.load(builder.inttoptr(address, _I8.as_pointer()))
 
 
-@intrinsic
-def put_byte(typingctx, address, value):
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        builder.store(arguments[1], builder.inttoptr(arguments[0], _I8.as_pointer()))
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.uint8), codegen
+@instruction(ADDRESS, types.uint8)
+def put_byte(builder, address, value):
+    builder.store(value, builder.inttoptr(address, _I8.as_pointer()))

@@ -140,29 +140,11 @@ def store(stage, values, length, starts, positions, v):
 
 
 @jit_inner
-def _window_steps(
-    progress,
-    embed,
-    tokens,
-    positions,
-    turns_per_token,
-    v,
-    cos,
-    sin,
-    eps,
-    first_step,
-    like_weights,
-    encoder,
-    encoder_v,
-    decoder,
-    rings,
-    fading,
-    starts,
-    x,
-    a,
-    scores,
-    parts,
-):
+def _window_steps(arguments):
+    text, weights, rest = arguments[:10], arguments[10:14], arguments[14:]
+    progress, embed, tokens, positions, turns_per_token, v, cos, sin, eps, first_step = text
+    like_weights, encoder, encoder_v, decoder = weights
+    rings, fading, starts, x, a, scores, parts = rest
     N, length, stage = x.shape[0] // a.shape[1], fading.shape[1], progress.ctypes.data
     if first_step == 0:
         enter(stage, embed, tokens, positions, turns_per_token, v, cos, sin, eps)
@@ -191,7 +173,7 @@ def window_steps(num_threads, arguments):
                 in; a holds 0 where W is 1.
     """
     if num_threads == 1:
-        _window_steps(*arguments)
+        _window_steps(arguments)
     else:
         for _ in prange(num_threads):
-            _window_steps(*arguments)
+            _window_steps(arguments)
