@@ -3,6 +3,7 @@
 Importing this package is cheap: its names load what they need when they are first used.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from bdh.data.config import DataConfig
@@ -13,19 +14,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Batch", "Corpus", "DataConfig", "Loader", "prepare_corpus", "training_texts", "validation_texts"]
 
-_MODULES = {
-    "Batch": "corpus",
-    "Corpus": "corpus",
-    "Loader": "corpus",
-    "prepare_corpus": "prepare",
-    "training_texts": "prepare",
-    "validation_texts": "prepare",
-}
-
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        from importlib import import_module
-
-        return getattr(import_module(f"bdh.data.{_MODULES[name]}"), name)
-    raise AttributeError(f"module 'bdh.data' has no attribute {name!r}")
+    if name in __all__:
+        for module in ("corpus", "prepare"):
+            if found := getattr(import_module(f"{__name__}.{module}"), name, None):
+                return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

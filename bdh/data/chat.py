@@ -1,8 +1,9 @@
 """Conversations from .jsonl files, of which the assistant's tokens count: a check of every line, a corpus, and packed rows."""
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,6 @@ IS_ANSWER = np.uint32(1 << 31)
 STARTS = np.uint32(1 << 30)
 ID_BITS = np.uint32((1 << 30) - 1)
 
-_NO_ANSWER = "conversations without a message of the assistant"
 _BATCH = 256  # conversations that are encoded together
 _logger = logging.getLogger(__name__)
 
@@ -44,8 +44,8 @@ class Conversation:
 class ChatCorpus(TokenizedCorpus):
     """Conversations, tokenized once; see :mod:`bdh.data.tokenized`.
 
-    The loss counts what the assistant writes, the end of its turn included. Training rows hold several conversations,
-    each of which starts from nothing; a validation row holds one.
+    The loss counts what the assistant writes, the end of its turn included. Training sequences hold several conversations,
+    each of which starts from nothing; a validation sequence holds one.
     """
 
     is_chat = True
@@ -66,26 +66,22 @@ class ChatCorpus(TokenizedCorpus):
         self.block_size = block_size
         self._pad_id = tokenizer.pad_token_id or 0  # neither seen nor counted
         encoder = ChatEncoder(tokenizer)
-        training, validation = training_conversations(config), validation_conversations(config)
-
-        def conversations(source: Source) -> Iterator[Conversation]:
-            return read_conversations(source.files, config.text_column, config.encoding_errors)
-
-        def write(writer: TokenWriter) -> TokenMeta:
-            held_out = None if validation is None else conversations(validation)
-            return _tokenize(config, conversations(training), held_out, encoder, writer, progress)
-
-        super().__init__(config, (training, validation), ["chat", encoder.hash], write)
+        sources = _chat_sources(config)
+        super().__init__(
+            config,
+            sources,
+            ["chat", encoder.hash],
+            lambda writer: _tokenize(config, sources, encoder, writer, progress),
+        )
         self._train, self._validation = self._streams
-        pieces, num_cut = pieces_of(self._train, block_size)
+        self._train_pieces, num_cut = pieces_of(self._train, block_size)
         self._val_pieces, _ = pieces_of(self._validation, block_size)
-        if not len(pieces) or not len(self._val_pieces):
-            part = "validate on" if len(pieces) else "train on"
+        if not len(self._train_pieces) or not len(self._val_pieces):
+            part = "validate on" if len(self._train_pieces) else "train on"
             raise ValueError(
                 f"data.source {config.source!r} leaves nothing to {part}: the chat template marks no answer"
             )
-        self._train_pieces = pieces
-        self._packed = packed((pieces[:, 1] - pieces[:, 0]).tolist(), block_size + 1)
+        self._packed = packed(np.diff(self._train_pieces)[:, 0].tolist(), block_size + 1)
         if num_cut:
             _logger.warning(
                 "%s of %s conversations are longer than train.block_size, %s tokens: they continue in another row, from "
@@ -109,23 +105,19 @@ class ChatCorpus(TokenizedCorpus):
     ) -> StepLoader:
         if carry_state:
             raise ValueError("train.carry_state is true, but conversations are read from nothing: set it to false")
-        own, orders = check_sequences(batch_size, rank, world_size), dict[int, np.ndarray]()
+        own = check_sequences(batch_size, rank, world_size)
 
-        def rows(step: int) -> Batch:
-            """Each row once a pass through them, every pass in another order."""
-            passes, places = np.divmod(step * batch_size + np.arange(batch_size)[own], len(self._packed))
-            for number in [each for each in orders if each < passes[0]]:
-                del orders[number]
-            for number in set(passes.tolist()) - set(orders):
-                orders[number] = step_generator(seed, 0, 0, 0, number).permutation(len(self._packed))
-            numbers = [orders[number][place] for number, place in zip(passes.tolist(), places, strict=True)]
-            return _batch([self._train_row(number) for number in numbers])
+        @lru_cache(maxsize=2)
+        def order(epoch: int) -> np.ndarray:
+            return step_generator(seed, 0, 0, 0, epoch).permutation(len(self._packed))
 
-        return StepLoader("chat", seed, rows)
+        def sequences(step: int) -> Batch:
+            """Each sequence once an epoch, every epoch in another order."""
+            epochs, places = np.divmod(step * batch_size + np.arange(batch_size)[own], len(self._packed))
+            chosen = [self._packed[order(epoch)[place]] for epoch, place in zip(epochs.tolist(), places, strict=True)]
+            return self._batch(self._train, [self._train_pieces[pieces] for pieces in chosen], self.block_size + 1)
 
-    def _train_row(self, number: int) -> np.ndarray:
-        pieces = [self._train_pieces[i] for i in self._packed[number]]
-        return _row(self._train, pieces, self.block_size + 1, self._pad_id)
+        return StepLoader("chat", seed, sequences)
 
     def validation_windows(self, num_windows: int) -> torch.Tensor:
         """As of a text, (n, block_size + 1): the conversations one after the other, again from the first if need be."""
@@ -134,83 +126,70 @@ class ChatCorpus(TokenizedCorpus):
         return torch.from_numpy(np.resize(self._validation & ID_BITS, (number, length)).astype(np.int64))
 
     def validation_parts(self, num_windows: int, document_end: int | None = None) -> list[ValidationPart]:
-        """So many conversations of the validation part, or all, evenly spaced, each in a row of its own.
+        """So many conversations of the validation part, or all, evenly spaced, each in a sequence of its own.
 
-        Of one that is longer than a row, each piece counts as one.
+        Of one that is longer than a sequence, each piece counts as one.
         """
         number = min(num_windows, len(self._val_pieces))
-        chosen = np.linspace(0, len(self._val_pieces) - 1, number).astype(np.int64)
-        pieces = self._val_pieces[chosen]
-        longest = int((pieces[:, 1] - pieces[:, 0]).max())
-        rows = [_row(self._validation, [piece], longest, self._pad_id) for piece in pieces]
-        return [ValidationPart("", _batch(rows), self.val_bytes_per_token)]
+        chosen = self._val_pieces[np.linspace(0, len(self._val_pieces) - 1, number).astype(np.int64)]
+        batch = self._batch(self._validation, chosen[:, None], int(np.diff(chosen).max()))
+        return [ValidationPart("", batch, self.val_bytes_per_token)]
 
-
-def _row(stream: np.ndarray, pieces: Iterable[np.ndarray], length: int, pad_id: int) -> np.ndarray:
-    """Tokens, whether each counts, and whether a conversation starts at it: int64 (3, length)."""
-    row = np.zeros((3, length), dtype=np.int64)
-    row[0] = pad_id
-    end = 0
-    for start, stop in pieces:
-        begin, end = end, end + stop - start
-        marked = stream[start:stop]
-        row[0, begin:end] = marked & ID_BITS
-        row[1, begin:end] = (marked & IS_ANSWER) != 0
-        row[1, begin] = 0  # nothing of its conversation is before it
-        row[2, begin] = 1
-    return row
-
-
-def _batch(rows: list[np.ndarray]) -> Batch:
-    tokens, counts, starts = torch.from_numpy(np.stack(rows, axis=1))
-    return Batch(tokens, is_target=counts[:, 1:].bool(), starts=starts[:, :-1].bool())
+    def _batch(self, stream: np.ndarray, sequences: Sequence[np.ndarray] | np.ndarray, length: int) -> Batch:
+        """
+        Args:
+            sequences: of each, where the pieces in it begin and end in the stream, (pieces, 2).
+        """
+        tokens = np.full((len(sequences), length), self._pad_id, dtype=np.int64)
+        is_answer, starts = np.zeros((2, *tokens.shape), dtype=bool)
+        for number, pieces in enumerate(sequences):
+            end = 0
+            for start, stop in pieces:
+                begin, end = end, end + stop - start
+                marked = stream[start:stop]
+                tokens[number, begin:end] = marked & ID_BITS
+                is_answer[number, begin + 1 : end] = marked[1:] & IS_ANSWER  # of the first, nothing is before it
+                starts[number, begin] = True
+        return Batch(*map(torch.from_numpy, (tokens, is_answer[:, 1:], starts[:, :-1])))
 
 
 def _tokenize(
     config: DataConfig,
-    training: Iterator[Conversation],
-    validation: Iterator[Conversation] | None,
+    sources: tuple[Source, Source | None],
     encoder: ChatEncoder,
     writer: TokenWriter,
     progress: ProgressCallback,
 ) -> TokenMeta:
     skipped = Skipped()
-    ends = [(0, 0), *_write(training, encoder, writer, skipped, progress)]  # tokens and bytes up to the end of each
+
+    def write(source: Source) -> None:
+        conversations = read_conversations(source.files, config.text_column, config.encoding_errors)
+        while read := list(islice(conversations, _BATCH)):
+            batch = [conversation for conversation in read if has_answer(conversation)]
+            if len(batch) < len(read):
+                skipped.add("conversations without a message of the assistant", len(read) - len(batch))
+            for conversation, (ids, is_answer) in zip(batch, _encoded(batch, encoder), strict=True):
+                answers = (m["content"] for m in conversation.messages if m["role"] == "assistant")
+                writer.write(with_marks(ids, is_answer), sum(len(answer.encode()) for answer in answers), 1)
+                ends.append((writer.num_tokens, writer.num_bytes))
+            progress("tokenizing", writer.num_bytes, None)
+
+    ends = [(0, 0)]  # tokens, and bytes of answers, up to the end of each conversation
+    training, validation = sources
+    write(training)
+    kept = len(ends) - 1
     if validation is None:
-        kept = num_kept(len(ends) - 1, config.val_fraction)
+        kept = num_kept(kept, config.val_fraction)
     else:
-        kept = len(ends) - 1
-        ends += _write(validation, encoder, writer, skipped, progress)
-    num_val = len(ends) - 1 - kept
-    if kept == 0 or num_val == 0:
+        write(validation)
+    number = len(ends) - 1
+    if kept in (0, number):
         raise ValueError(
-            f"data.source {config.source!r} has {len(ends) - 1} conversations with an answer: at least one to train on "
+            f"data.source {config.source!r} has {number} conversations with an answer: at least one to train on "
             f"and one to validate on are needed{skipped}"
         )
     train_tokens, train_bytes = ends[kept]
-    return writer.finish(np.dtype(np.uint32), train_tokens, train_bytes, num_val, skipped.counts)
-
-
-def _write(
-    conversations: Iterator[Conversation],
-    encoder: ChatEncoder,
-    writer: TokenWriter,
-    skipped: Skipped,
-    progress: ProgressCallback,
-) -> list[tuple[int, int]]:
-    """Writes conversations, and returns the tokens and the bytes of answers up to the end of each."""
-    ends = []
-    while read := list(islice(conversations, _BATCH)):
-        batch = [conversation for conversation in read if has_answer(conversation)]
-        if len(batch) < len(read):
-            skipped.add(_NO_ANSWER, len(read) - len(batch))
-        for conversation, (ids, is_answer) in zip(batch, _encoded(batch, encoder), strict=True):
-            answers = (m["content"] for m in conversation.messages if m["role"] == "assistant")
-            num_bytes = sum(len(answer.encode()) for answer in answers)
-            writer.write(with_marks(ids, is_answer), num_bytes, 1)
-            ends.append((writer.num_tokens, writer.num_bytes))
-        progress("tokenizing", writer.num_bytes, None)
-    return ends
+    return writer.finish(np.dtype(np.uint32), train_tokens, train_bytes, number - kept, skipped.counts)
 
 
 def _encoded(batch: list[Conversation], encoder: ChatEncoder) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -239,31 +218,14 @@ def holds_chat(config: DataConfig) -> bool:
         return False
     try:
         found = [[] if item in BUILTIN else find_files(item, Skipped()) for item in item_names(config.source)]
+        files = [file for files in found for file in files or []]
+        if not files or not all(found) or any(file_type(file) != _CHAT_TYPE for file in files):
+            return False
+        first = next((line.text for line in text_lines(files[0], "replace")), "")
+        row = parse_line(first, str(files[0]))
     except (FileNotFoundError, ValueError):
         return False  # whoever reads the source says what is wrong with it
-    files = [file for files in found for file in files or []]
-    if not all(found) or any(file_type(file) != _CHAT_TYPE for file in files):
-        return False
-    return bool(files) and _begins_with_messages(files[0])
-
-
-def _begins_with_messages(path: Path) -> bool:
-    try:
-        row = parse_line(next((line.text for line in text_lines(path, "replace")), ""), str(path))
-    except ValueError:
-        return False
     return isinstance(row, dict) and isinstance(row.get(_DEFAULT_COLUMN), list)
-
-
-def training_conversations(config: DataConfig) -> Source:
-    """The files to train on. Raises as :func:`bdh.data.sources.training_source`, and where they are no .jsonl files."""
-    return _chat_files(training_source(config), config)
-
-
-def validation_conversations(config: DataConfig) -> Source | None:
-    """The files to validate on; None where they are a share of the others."""
-    source = validation_source(config)
-    return None if source is None else _chat_files(source, config)
 
 
 def read_conversations(files: Sequence[Path], column: str | None, encoding_errors: str) -> Iterator[Conversation]:
@@ -283,15 +245,14 @@ def read_conversations(files: Sequence[Path], column: str | None, encoding_error
 
 
 def chat_texts(config: DataConfig, held_out: bool) -> Iterator[str]:
-    """The messages of one of the two parts, each a text; split as :class:`bdh.data.chat.ChatCorpus` splits them."""
+    """The messages of one of the two parts, each a text; split as :class:`ChatCorpus` splits them."""
 
     def read(source: Source) -> Iterator[Conversation]:
-        found = read_conversations(source.files, config.text_column, config.encoding_errors)
-        return (each for each in found if has_answer(each))
+        return filter(has_answer, read_conversations(source.files, config.text_column, config.encoding_errors))
 
-    validation, training = validation_conversations(config), training_conversations(config)
+    training, validation = _chat_sources(config)
     if validation is not None:
-        chosen: Iterable[Conversation] = read(validation if held_out else training)
+        chosen = read(validation if held_out else training)
     else:
         kept = num_kept(sum(1 for _ in read(training)), config.val_fraction)
         chosen = islice(read(training), kept, None) if held_out else islice(read(training), kept)
@@ -325,17 +286,20 @@ def _messages(row: Any, column: str, where: str, encoding_errors: str) -> list[d
     return messages
 
 
-def _chat_files(source: Source, config: DataConfig) -> Source:
-    files = [path for path in source.files if file_type(path) == _CHAT_TYPE]
-    if not files:
-        raise ValueError(
-            f"data.source {config.source!r} holds no conversations: they are read from {_CHAT_TYPE} files, also as .gz or "
-            ".zst; for text set data.format=text"
-        )
-    if len(files) < len(source.files):
-        source.skipped.add(OTHER_TYPES, len(source.files) - len(files))
-    source.shard_files = [files]
-    return source
+def _chat_sources(config: DataConfig) -> tuple[Source, Source | None]:
+    """The .jsonl files to train on, and those to validate on; None where these are a share of the others."""
+    training, validation = training_source(config), validation_source(config)
+    for source in filter(None, (training, validation)):
+        files = [path for path in source.files if file_type(path) == _CHAT_TYPE]
+        if not files:
+            raise ValueError(
+                f"data.source {config.source!r} holds no conversations: they are read from {_CHAT_TYPE} files, also as .gz "
+                "or .zst; for text set data.format=text"
+            )
+        if len(files) < len(source.files):
+            source.skipped.add(OTHER_TYPES, len(source.files) - len(files))
+        source.shard_files = [files]
+    return training, validation
 
 
 def with_marks(ids: np.ndarray, is_answer: np.ndarray) -> np.ndarray:
@@ -346,7 +310,7 @@ def with_marks(ids: np.ndarray, is_answer: np.ndarray) -> np.ndarray:
 
 
 def pieces_of(stream: np.ndarray, block_size: int) -> tuple[np.ndarray, int]:
-    """What fits into rows of ``block_size + 1`` tokens, of conversations one after the other.
+    """What fits into sequences of ``block_size + 1`` tokens, of conversations one after the other.
 
     A longer conversation continues in another piece, from nothing: the last token of a piece, a target there, is the
     first input of the next, so every token is predicted once. Pieces in which nothing counts are left out.
@@ -367,30 +331,28 @@ def pieces_of(stream: np.ndarray, block_size: int) -> tuple[np.ndarray, int]:
 
 
 def packed(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Pieces into as few rows as the best fit gives: the longest first, each into the fullest row that it fits.
+    """Pieces into as few sequences as the best fit gives: the longest first, each into the fullest one that it fits.
 
     Args:
         lengths: of the pieces, tokens; at most ``capacity``.
 
     Returns:
-        For each row the numbers of its pieces.
+        For each sequence the numbers of its pieces.
     """
-    rows: list[list[int]] = []
-    with_room: dict[int, list[int]] = {}  # rows by the tokens that they have left
-    there = 0  # a bit for each number of tokens that some row has left
+    sequences: list[list[int]] = []
+    by_space: dict[int, list[list[int]]] = {}  # sequences by the tokens that they have left
+    spaces = 0  # a bit for each number of tokens that some sequence has left
     for piece in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         length = lengths[piece]
-        fitting = there >> length
-        if fitting:
-            room = length + (fitting & -fitting).bit_length() - 1
-            row = with_room[room].pop()
-            if not with_room[room]:
-                there &= ~(1 << room)
-            rows[row].append(piece)
+        if fitting := spaces >> length:
+            space = length + (fitting & -fitting).bit_length() - 1
+            sequence = by_space[space].pop()
+            if not by_space[space]:
+                spaces &= ~(1 << space)
         else:
-            room, row = capacity, len(rows)
-            rows.append([piece])
-        left = room - length
-        with_room.setdefault(left, []).append(row)
-        there |= 1 << left
-    return rows
+            space, sequence = capacity, []
+            sequences.append(sequence)
+        sequence.append(piece)
+        by_space.setdefault(space - length, []).append(sequence)
+        spaces |= 1 << (space - length)
+    return sequences

@@ -36,7 +36,7 @@ FileKey = tuple[int, int]
 _RECURSIVE = "**"
 _MAX_NAMED = 3
 # What `bdh train` writes into a run's folder.
-_OF_A_RUN = (
+_OF_A_RUN = [
     "checkpoints",
     "config.yaml",
     "metrics.jsonl",
@@ -45,28 +45,13 @@ _OF_A_RUN = (
     "tensorboard",
     "tokenizer",
     "wandb",
-)
+]
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.\w+$")
 _FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*(\n|\Z)", re.DOTALL)
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 
-# What an entry may set for its source. The rest of the section holds for all of them.
-ENTRY_FIELDS = (
-    "name",
-    "split",
-    "revision",
-    "format",
-    "text_column",
-    "csv_delimiter",
-    "csv_quoting",
-    "csv_header",
-    "csv_bad_rows",
-    "encoding_errors",
-    "val_split",
-    "val_source",
-    "val_fraction",
-    "streaming",
-)
+# What holds for all sources of a mix: entries cannot set it.
+_NOT_IN_ENTRIES = ("mix", "pack", "shuffle_buffer_documents", "val_tokens", "cache_dir")
 # What says which texts are read: with a mix it has its place in the entries.
 _ONLY_IN_ENTRIES = ("source", "name", "split", "revision", "val_split", "val_source")
 
@@ -116,10 +101,6 @@ class DataConfig(Settings):
     """Streaming: tokens to collect for validation; the document that reaches them is taken whole."""
     cache_dir: PathText | None = None
     """Folder of the token cache. None takes $BDH_CACHE, or else ~/.cache/bdh."""
-
-    def beside(self, others: "list[DataConfig]") -> "EntryConfig":
-        """The section as that of an entry of a mix."""
-        return EntryConfig(**{each.name: getattr(self, each.name) for each in fields(self)}, others=others)
 
     def collect_faults(self, faults: Faults) -> None:
         if self.mix is not None:
@@ -183,9 +164,9 @@ def mix_sources(config: DataConfig) -> list[MixSource]:
         MixSource(
             label if labels.count(label) == 1 else f"{number}:{label}",
             entry.get("weight", 1) / total,
-            sections[number - 1].beside([*sections[: number - 1], *sections[number:]]),
+            EntryConfig(**vars(section), others=[each for each in sections if each is not section]),
         )
-        for number, (label, entry) in enumerate(zip(labels, entries, strict=True), start=1)
+        for number, (label, entry, section) in enumerate(zip(labels, entries, sections, strict=True), start=1)
     ]
 
 
@@ -199,23 +180,19 @@ def collect_mix_faults(config: DataConfig, faults: Faults) -> None:
     for name in _ONLY_IN_ENTRIES:
         value = getattr(config, name)
         faults.require(value == getattr(defaults, name), name, value, "left out with data.mix: its entries have it")
-    weights = []
+    names = [each.name for each in fields(DataConfig) if each.name not in _NOT_IN_ENTRIES]
+    allowed = ["source", "weight", *names[1:]]
     for number, entry in enumerate(mix):
         inner = faults.with_prefix(f"mix[{number}]")
-        weights.append(entry.get("weight", 1))
-        unknown = [key for key in entry if key not in ("source", "weight", *ENTRY_FIELDS)]
-        if unknown:
-            allowed = ", ".join(("source", "weight", *ENTRY_FIELDS))
-            inner.require(False, str(unknown[0]), entry[unknown[0]], f"left out: an entry has {allowed}")
-            continue
-        if "source" not in entry:
+        unknown = next((key for key in entry if key not in allowed), None)
+        if unknown is not None:
+            inner.require(False, str(unknown), entry[unknown], f"left out: an entry has {', '.join(allowed)}")
+        elif "source" not in entry:
             faults.require(False, f"mix[{number}]", entry, "a source, as {source: a.txt, weight: 2}")
-            continue
-        collect_faults(_alone(config, entry), inner)
-    are_numbers = all(
-        isinstance(weight, int | float) and not isinstance(weight, bool) and math.isfinite(weight) and weight >= 0
-        for weight in weights
-    )
+        else:
+            collect_faults(_alone(config, entry), inner)
+    weights = [entry.get("weight", 1) for entry in mix]
+    are_numbers = all(type(weight) in (int, float) and math.isfinite(weight) and weight >= 0 for weight in weights)
     faults.require(
         are_numbers and sum(weights) > 0, "mix", weights, "weights that are finite, not negative, and sum to above 0"
     )
@@ -317,9 +294,6 @@ def files_below(folder: Path, skipped: Skipped) -> list[Path]:
 
     A symbolic link is followed, and what several links lead to is given once. Left out and counted are links that lead
     nowhere, what is no regular file, and the folders of runs, exported models, tokenizers and the token cache.
-
-    Raises:
-        OSError: a folder cannot be listed.
     """
     found = sorted(_matching(folder, [_RECURSIVE]), key=lambda path: path.relative_to(folder).as_posix())
     return _not_written_by_us(regular_files(found, set(), skipped), folder, skipped)

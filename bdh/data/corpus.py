@@ -149,10 +149,7 @@ class Loader(Protocol):
         """The position: numbers, strings, lists and tensors. Of several processes, see :func:`join_states`."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """
-        Raises:
-            ValueError: the state is of another kind of loader, or was made with other settings.
-        """
+        """Raises ValueError: the state is of another kind of loader, or was made with other settings."""
 
 
 def join_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -163,10 +160,7 @@ def join_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def check_state(state: dict[str, Any], kind: str, **fixed: Any) -> None:
-    """
-    Raises:
-        ValueError: the state is of another kind of loader, or was made with other settings.
-    """
+    """Raises ValueError: the state is of another kind of loader, or was made with other settings."""
     if state.get("kind") != kind:
         raise ValueError(
             f"the loader's state is of kind {state.get('kind')!r}, not {kind!r}: data.streaming or "
@@ -326,10 +320,7 @@ class Corpus(ABC):
 
 
 def check_long_enough(config: DataConfig, train_tokens: int, val_tokens: int, block_size: int) -> None:
-    """
-    Raises:
-        ValueError: a part is shorter than one sequence, and ``block_size`` is not 0.
-    """
+    """Raises ValueError: a part is shorter than one sequence, and ``block_size`` is not 0."""
     parts = (
         ("training", train_tokens, "a lower train.block_size"),
         ("validation", val_tokens, "a higher data.val_fraction, data.val_source, or a lower train.block_size"),
@@ -356,11 +347,7 @@ def announce(config: DataConfig, skipped: Skipped) -> None:
 
 
 def check_sequences(batch_size: int, rank: int, world_size: int) -> slice:
-    """The sequences of the global batch that a process gets.
-
-    Raises:
-        ValueError: the processes cannot share them evenly.
-    """
+    """The sequences of the global batch that a process gets. Raises ValueError: the processes cannot share them evenly."""
     if batch_size < 1 or batch_size % world_size:
         raise ValueError(
             f"the global batch has {batch_size} rows: it must be a multiple of the {world_size} processes that share it"

@@ -113,10 +113,7 @@ class ChainReader:
     """Several shards, one after the other."""
 
     def __init__(self, shards: Sequence[OpenShard], skipped: Skipped, state: State | None = None):
-        """
-        Raises:
-            ValueError: the state was stored before the shards were read one by one.
-        """
+        """Raises ValueError: the state was stored before the shards were read one by one."""
         if state and "shard" not in state:
             raise ValueError("the position in the text was stored by an earlier version of bdh, and cannot be used")
         self._shards, self._skipped = shards, skipped

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,16 @@ from bdh.data.reading import (
     file_chunks,
     listed,
 )
-from bdh.data.tables import HubSet, json_column, json_reader, local_tables, parquet_column, parquet_reader, shakespeare
+from bdh.data.tables import (
+    HubSet,
+    JsonColumn,
+    json_column,
+    json_reader,
+    local_tables,
+    parquet_column,
+    parquet_reader,
+    shakespeare,
+)
 
 _FINGERPRINT_BYTES = 1 << 16
 _FIRST_BYTES = 1 << 20
@@ -81,11 +91,6 @@ class Source:
         return [path for files in self.shard_files for path in files]
 
     @property
-    def csv_files(self) -> list[Path]:
-        """Those of the local files that are read by :mod:`bdh.data.csv_files`."""
-        return [path for path in self.files if file_type(path) in CSV_TYPES and not self.is_hub]
-
-    @property
     def is_hub(self) -> bool:
         """Whether ``datasets`` reads it as a whole: its files may hold other splits too."""
         return any(name[0] == "hub" for name in self.names)
@@ -104,14 +109,11 @@ class Source:
         known = [entry for entry in self.identity if entry[0] != "files"]
         digest = hashlib.sha256(repr(known).encode())
         last = len(self.shards) if until is None else until["shard"]
-        for number, files in enumerate(self.shard_files[: last + 1]):
-            for path in files:
-                if number < last:
-                    digest.update(_ends(path, path.stat().st_size))
-                elif until is not None:
-                    digest.update(path.name.encode())
-            if number == last and until is not None and files:
-                digest.update(self._before(number, until["inner"] or {}))
+        for path in chain.from_iterable(self.shard_files[:last]):
+            digest.update(_ends(path, path.stat().st_size))
+        if until is not None and (files := [*self.shard_files, []][last]):
+            digest.update("".join(path.name for path in files).encode())
+            digest.update(self._before(last, until["inner"] or {}))
         return digest.hexdigest()
 
     def _before(self, number: int, inner: State) -> bytes:
@@ -123,8 +125,7 @@ class Source:
         if "offset" in inner:
             digest.update(_bytes_before(self.shard_files[number][0], inner["offset"]))
             # What the first rows are decides how the others are read, which may also have changed by what is after them.
-            is_enough = not inner.get("parts") and ("line" not in inner or inner["offset"] > _FIRST_BYTES)
-            if is_enough:
+            if not inner.get("parts") and ("line" not in inner or inner["offset"] > _FIRST_BYTES):
                 return digest.digest()
         reader: Reader | None = None
         reached = _NOWHERE
@@ -293,7 +294,7 @@ def _of_files(config: DataConfig, files: list[Path], skipped: Skipped) -> Source
 
 def _opener(path: Path, config: DataConfig) -> OpenShard:
     """Opens a file by its type; raises ValueError for a table without the column, or of which no single one can be guessed."""
-    kind, wanted, errors = file_type(path), config.text_column, config.encoding_errors
+    kind, errors = file_type(path), config.encoding_errors
 
     def open_file(skipped: Skipped, state: State | None) -> Reader:
         if kind in TEXT_TYPES:
@@ -303,10 +304,10 @@ def _opener(path: Path, config: DataConfig) -> OpenShard:
                 if layout := find_layout(path, config):
                     return csv_reader(path, layout, config, skipped, state)
             elif kind in JSON_TYPES:
-                if column := json_column(path, wanted, errors):
+                if column := json_column(path, config):
                     return json_reader(path, column, errors, skipped, state)
             elif kind == PARQUET:
-                if (name := parquet_column(path, wanted)) is not None:
+                if (name := parquet_column(path, config)) is not None:
                     return parquet_reader(path, name, errors, skipped, state)
             else:
                 raise ValueError(f"{path} is of type {kind!r}, which no reader is for")
@@ -392,15 +393,7 @@ def _of_hub(config: DataConfig, path: str, split: str, held_out: set[FileKey]) -
                 f"data.source {config.source!r} is read as a whole, so {file} cannot be held out of it: name the files to "
                 "train on one by one or as a glob"
             )
-    hub_set = HubSet(
-        str(folder) if folder.is_dir() else path,
-        name=config.name,
-        split=split,
-        revision=config.revision,
-        column=config.text_column,
-        encoding_errors=config.encoding_errors,
-        streaming=config.streaming,
-    )
+    hub_set = HubSet(str(folder) if folder.is_dir() else path, split, config)
     name = [folder.name if files else path, config.name, split, config.revision, hub_set.column]
     return Source(
         shards=[hub_set.open],
@@ -421,7 +414,8 @@ def show_columns(config: DataConfig, *sources: Source | None) -> None:
         ValueError: as of :func:`_show_csv_columns`, and of a file that is damaged.
     """
     known = [source for source in sources if source is not None]
-    _show_csv_columns([path for source in known for path in source.csv_files], config)
+    files = [path for source in known if not source.is_hub for path in source.files]
+    _show_csv_columns([path for path in files if file_type(path) in CSV_TYPES], config)
     if config.text_column is not None:
         return
     shown: set[str] = set()
@@ -441,12 +435,9 @@ def show_columns(config: DataConfig, *sources: Source | None) -> None:
 
 
 def _show_csv_columns(files: Sequence[Path], config: DataConfig) -> None:
-    """Says of each file which column holds the text, how many rows there are, and how the first text begins.
+    """Of each file the column, the number of rows and how the first text begins; the first files' rows are counted.
 
-    The rows of the first files are counted, up to 64 MiB of text.
-
-    Raises:
-        ValueError: as of :func:`find_layout`; and of :func:`csv_texts` in the counted rows.
+    Raises as :func:`find_layout` and, in the counted rows, :func:`csv_texts`.
     """
     num_shown, num_bytes, further = 0, 0, Counter[str]()
     for path in files:
@@ -475,17 +466,18 @@ def _show_csv_columns(files: Sequence[Path], config: DataConfig) -> None:
 def _guessed_columns(config: DataConfig, source: Source) -> dict[str, str | Path]:
     """The names of columns, each with the first table in which it is so."""
     if source.guessed_column is not None:
-        return {source.guessed_column[1]: source.guessed_column[0]}
+        where, name = source.guessed_column
+        return {name: where}
     found: dict[str, str | Path] = {}
     for path in [] if source.is_hub else source.files:
-        name = None
-        if file_type(path) in (*JSON_TYPES, PARQUET) and path.stat().st_size > 0:
+        column: JsonColumn | str | None = None
+        if path.stat().st_size > 0:
             if file_type(path) == PARQUET:
-                name = parquet_column(path, None)
-            elif (column := json_column(path, None, config.encoding_errors)) is not None:
-                name = column.name
-        if name is not None:
-            found.setdefault(name, path)
+                column = parquet_column(path, config)
+            elif file_type(path) in JSON_TYPES:
+                column = json_column(path, config)
+        if column is not None:
+            found.setdefault(column if isinstance(column, str) else column.name, path)
     return found
 
 

@@ -5,9 +5,10 @@ been dealt to sequences that have not come to it, the collected validation token
 """
 
 import hashlib
+import io
 import logging
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -51,32 +52,27 @@ class StreamingCorpus(Corpus):
     no_tokens_because = "a streaming corpus is never tokenized as a whole: set data.streaming=false"
 
     def __init__(self, config: DataConfig, encoder: TextEncoder, block_size: int, progress: ProgressCallback):
-        self.block_size = block_size
-        self._config = config
-        self._encoder = encoder
+        self.block_size, self._config, self._encoder = block_size, config, encoder
         validation = validation_source(config)
         self._source = training_source(config)
         show_columns(config, self._source, validation)
-        self._split = (
-            None if validation is not None else split_of(self._source.open, config.val_fraction, streaming=True)
-        )
-
+        self._split = None
         skipped = left_out({}, self._source, validation)
-        collector = _Collector(config, encoder, block_size, progress)
+        collected = _Collected(config, encoder, block_size, progress)
         if validation is not None:
-            collector.read(((chunk, True) for chunk in validation.open(skipped)), needs_training=False)
-            collector.read(((chunk, False) for chunk in self._source.open(skipped)), needs_validation=False)
+            collected.read(((chunk, True) for chunk in validation.open(skipped)), until_enough=(True,))
+            collected.read(((chunk, False) for chunk in self._source.open(skipped)), until_enough=(False,))
         else:
-            assert self._split is not None
+            self._split = split_of(self._source.open, config.val_fraction, streaming=True)
             marked = self._split.marked(self._source.open(skipped))
-            collector.read((chunk, held_out) for chunk, held_out, _ in marked)
-        if collector.num_read_bytes == 0:
-            raise ValueError(f"data.source {config.source!r} holds no text" + str(skipped))
+            collected.read((chunk, held_out) for chunk, held_out, _ in marked)
+        if collected.num_read_bytes == 0:
+            raise ValueError(f"data.source {config.source!r} holds no text{skipped}")
         announce(config, skipped)
-        self._validation = collector.tokens()
-        check_long_enough(config, collector.num_train_tokens, len(self._validation), block_size)
+        self._validation = np.concatenate(collected.pieces)
+        check_long_enough(config, collected.num_tokens[False], len(self._validation), block_size)
 
-        self.val_bytes_per_token = collector.num_val_bytes / max(1, len(self._validation))
+        self.val_bytes_per_token = collected.num_val_bytes / max(1, len(self._validation))
         identity: list[Any] = [validation.fingerprint() if validation else config.val_fraction]
         if self._split is not None and self._split.unit != "parts":
             identity.append(self._split)
@@ -88,16 +84,15 @@ class StreamingCorpus(Corpus):
             "documents": None,
             "train_tokens": None,
             "val_tokens": len(self._validation),
-            "val_bytes": collector.num_val_bytes,
+            "val_bytes": collected.num_val_bytes,
             "dtype": encoder.dtype.name,
             "skipped": skipped.counts,
             "fingerprint": self.fingerprint,
         }
 
     def fingerprint_before(self, loader_state: dict[str, Any]) -> str:
-        if "shares" not in loader_state:
-            return self._fingerprint(loader_state["reader"])
-        return self._fingerprint(min(loader_state["shares"], key=lambda share: share["num_dealt"])["reader"])
+        shares = loader_state.get("shares", [loader_state])  # before version 0.2 there was one
+        return self._fingerprint(min(shares, key=lambda share: share.get("num_dealt", 0))["reader"])
 
     def _fingerprint(self, until: State | None) -> str:
         identity = [self._source.fingerprint(until), *self._identity]
@@ -106,17 +101,9 @@ class StreamingCorpus(Corpus):
     def train_loader(
         self, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, *, carry_state: bool = False
     ) -> Loader:
+        own = check_sequences(batch_size, rank, world_size)
         return StreamLoader(
-            self._source,
-            self._split,
-            self._encoder,
-            self.block_size,
-            batch_size,
-            check_sequences(batch_size, rank, world_size),
-            seed,
-            buffer_documents=self._config.shuffle_buffer_documents,
-            marks_documents=self._config.pack == "documents",
-            carry_state=carry_state,
+            self._source, self._split, self._encoder, self._config, self.block_size, batch_size, own, seed, carry_state
         )
 
     def validation_tokens(self) -> np.ndarray:
@@ -182,9 +169,7 @@ class _Lane:
 
     @classmethod
     def from_state(cls, state: dict[str, Any], num_sequences: int, first_undealt: int, dtype: np.dtype) -> "_Lane":
-        text, ends = state["text"].numpy().tobytes(), np.cumsum(state["lengths"]).tolist()
-        begins = [0, *ends[:-1]]
-        chunks = [Chunk(text[a:b], is_end) for a, b, is_end in zip(begins, ends, state["ends_document"], strict=False)]
+        chunks = _chunks_of(state["text"], state["lengths"], state["ends_document"])
         num_drawn, num_buffered = state["sizes"]
         lane = cls(state["number"], num_sequences, state["epoch"], state["num_drawn"], first_undealt)
         lane.drawn, lane.buffer = chunks[:num_drawn], chunks[num_drawn : num_drawn + num_buffered]
@@ -207,30 +192,26 @@ class StreamLoader:
         source: Source,
         split: Split | None,
         encoder: TextEncoder,
+        config: DataConfig,
         block_size: int,
         batch_size: int,
         own: slice,
         seed: int,
-        *,
-        buffer_documents: int,
-        marks_documents: bool = False,
-        carry_state: bool = False,
+        carry_state: bool,
     ):
         """
         Args:
             split: which chunks to hold out, or None.
             own: the sequences of the global batch that this process gets.
-            buffer_documents: of all lanes together; of text they hold 64 MiB at most.
-            marks_documents: whether the batches say where documents start, whose first tokens are then not predicted.
             carry_state: each sequence has a lane of its own, and continues in the next step where it ended.
         """
         self._source, self._split, self._encoder = source, split, encoder
         self._block_size, self._seed = block_size, seed
         self._kind = "continued stream" if carry_state else "stream"
-        self._marks_documents = marks_documents or carry_state
+        self._marks_documents = carry_state or config.pack == "documents"
         self._carries_state = carry_state
         number = self._num_lanes = batch_size if carry_state else min(batch_size, _MAX_LANES)
-        self._buffer_documents = -(-buffer_documents // number)
+        self._buffer_documents = -(-config.shuffle_buffer_documents // number)
         self._buffer_bytes = _BUFFER_BYTES // number
         bounds = [lane * batch_size // number for lane in range(number + 1)]
         self._lanes = {
@@ -247,6 +228,7 @@ class StreamLoader:
         """Chunks that were dealt to this process."""
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
         self._num_dealt = self._num_read = 0
+        self._is_empty = True
         self._skipped = Skipped()
         self._reader: ChainReader
         self._begin_pass(0)
@@ -270,7 +252,6 @@ class StreamLoader:
                 lane.drawn = []
 
     def next(self) -> Batch:
-        """The sequences of the next step that this process gets."""
         self.prepare()
         taken = [lane.take(self._block_size) for lane in self._lanes.values()]
         index = self._index[self._own, None] + np.arange(self._block_size + 1)
@@ -314,19 +295,15 @@ class StreamLoader:
             return
         marked = [(chunk, False, 0)] if self._split is None else list(self._split.marked([chunk], self._num_read))
         self._num_read = marked[-1][2]
-        for piece, is_held_out, _ in marked:
-            if not is_held_out:
-                self._deal(piece)
-
-    def _deal(self, chunk: Chunk) -> None:
-        number, self._num_dealt, self._is_empty = self._num_dealt, self._num_dealt + 1, False
-        turn, place = divmod(number, self._num_lanes)
-        if turn != self._order[0]:
-            self._order = turn, step_generator(self._seed, 0, 0, 1, turn).permutation(self._num_lanes)
-        lane = self._lanes.get(int(self._order[1][place]))
-        if lane is not None and number >= lane.first_undealt:
-            lane.waiting.append((self._epoch, chunk))
-            self.num_taken += 1
+        for chunk in (piece for piece, is_held_out, _ in marked if not is_held_out):
+            number, self._num_dealt, self._is_empty = self._num_dealt, self._num_dealt + 1, False
+            turn, place = divmod(number, self._num_lanes)
+            if turn != self._order[0]:
+                self._order = turn, step_generator(self._seed, 0, 0, 1, turn).permutation(self._num_lanes)
+            lane = self._lanes.get(int(self._order[1][place]))
+            if lane is not None and number >= lane.first_undealt:
+                lane.waiting.append((self._epoch, chunk))
+                self.num_taken += 1
 
     def _begin_pass(self, epoch: int) -> None:
         self._epoch, self._num_read, self._is_empty, self._skipped = epoch, 0, True, Skipped()
@@ -353,9 +330,6 @@ class StreamLoader:
         """
         Args:
             state: of all processes, whose number may have been another.
-
-        Raises:
-            ValueError: the state is of another kind of loader, of another seed or number of lanes.
         """
         if "shares" not in state and state.get("kind") == self._kind:
             if not self._carries_state:  # whose sequences were lanes already
@@ -391,12 +365,9 @@ def _with_lanes(state: dict[str, Any], num_lanes: int) -> dict[str, Any]:
     starts = state.get("starts", torch.zeros(len(state["tokens"]), dtype=torch.bool))
     for index, (tokens, marks) in enumerate(zip(state["tokens"].split(lengths), starts.split(lengths), strict=True)):
         lanes[index % num_lanes].add(tokens.numpy(), marks.numpy())
-    text, ends = state["buffer"].numpy().tobytes(), np.cumsum(state["buffer_lengths"]).tolist()
-    parts = [
-        Chunk(text[end - length : end], is_end)
-        for end, length, is_end in zip(ends, state["buffer_lengths"], state["buffer_ends"], strict=True)
-    ]
-    for index, chunk in enumerate([*from_plain([*state.get("round", []), *state.get("drawn", [])]), *parts]):
+    first = from_plain([*state.get("round", []), *state.get("drawn", [])])
+    buffered = _chunks_of(state["buffer"], state["buffer_lengths"], state["buffer_ends"])
+    for index, chunk in enumerate([*first, *buffered]):
         lanes[index % num_lanes].waiting.append((state["epoch"], chunk))
     share = {
         "lanes": [lane.state_dict() for lane in lanes],
@@ -408,6 +379,11 @@ def _with_lanes(state: dict[str, Any], num_lanes: int) -> dict[str, Any]:
         "skipped": state.get("skipped", {}),
     }
     return {"kind": state["kind"], "seed": state["seed"], "num_lanes": num_lanes, "shares": [share]}
+
+
+def _chunks_of(text: torch.Tensor, lengths: list[int], are_ends: list[bool]) -> list[Chunk]:
+    utf8 = io.BytesIO(text.numpy().tobytes())
+    return [Chunk(utf8.read(length), is_end) for length, is_end in zip(lengths, are_ends, strict=True)]
 
 
 def _with_end(tokens: np.ndarray, chunk: Chunk, encoder: TextEncoder) -> tuple[np.ndarray, np.ndarray]:
@@ -428,39 +404,35 @@ def _random_number(*numbers: int) -> int:
     return bits
 
 
-class _Collector:
-    """Reads a source until there are validation tokens, and enough to train on for a single sequence."""
+class _Collected:
+    """Validation tokens from the beginning of a source, and whether there is enough to train on for a single sequence."""
 
     def __init__(self, config: DataConfig, encoder: TextEncoder, block_size: int, progress: ProgressCallback):
         self._max_tokens = max(config.val_tokens, block_size + 1)
         self._block_size, self._encoder, self._progress = block_size, encoder, progress
-        self._pieces = [np.empty(0, dtype=encoder.dtype)]
-        self.num_val_bytes = self.num_train_tokens = self.num_read_bytes = 0
+        self.pieces = [np.empty(0, dtype=encoder.dtype)]
+        self.num_tokens = {False: 0, True: 0}
+        """Those to train on, and the held out ones."""
+        self.num_val_bytes = self.num_read_bytes = 0
 
-    def read(
-        self, chunks: Iterable[tuple[Chunk, bool]], needs_training: bool = True, needs_validation: bool = True
-    ) -> None:
+    def read(self, chunks: Iterable[tuple[Chunk, bool]], until_enough: Sequence[bool] = (False, True)) -> None:
         """
         Args:
             chunks: each with whether it is held out.
+            until_enough: of which of the two.
         """
-        num_val_tokens = sum(map(len, self._pieces))
         for chunk, is_held_out in chunks:
             self.num_read_bytes += len(chunk.utf8)
-            lacks = num_val_tokens < self._max_tokens if is_held_out else self.num_train_tokens <= self._block_size
-            if lacks:
+            if self._lacks(is_held_out):
                 tokens, _ = _with_end(self._encoder.encode_utf8([chunk.utf8])[0], chunk, self._encoder)
+                self.num_tokens[is_held_out] += len(tokens)
                 if is_held_out:
-                    self._pieces.append(tokens)
-                    num_val_tokens += len(tokens)
+                    self.pieces.append(tokens)
                     self.num_val_bytes += len(chunk.utf8)
-                else:
-                    self.num_train_tokens += len(tokens)
             self._progress("collecting validation text", self.num_read_bytes, None)
-            lacks_training = needs_training and self.num_train_tokens <= self._block_size
-            wanted = self._block_size + 1 if self.num_read_bytes > _MAX_READ_BYTES else self._max_tokens
-            if not lacks_training and not (needs_validation and num_val_tokens < wanted):
+            if not any(map(self._lacks, until_enough)):
                 return
 
-    def tokens(self) -> np.ndarray:
-        return np.concatenate(self._pieces)
+    def _lacks(self, held_out: bool) -> bool:
+        takes_many = held_out and self.num_read_bytes <= _MAX_READ_BYTES
+        return self.num_tokens[held_out] < (self._max_tokens if takes_many else self._block_size + 1)

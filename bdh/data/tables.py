@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bdh.data.config import file_type, is_saved_to_disk
+from bdh.data.config import DataConfig, file_type, is_saved_to_disk
 from bdh.data.reading import (
     PEEKED_ROWS,
     Chunk,
@@ -92,7 +92,7 @@ def json_reader(
     return DocumentReader(documents, state)
 
 
-def json_column(path: Path, wanted: str | None, encoding_errors: str) -> JsonColumn | None:
+def json_column(path: Path, config: DataConfig) -> JsonColumn | None:
     """The field that holds the text, or None if there is not a single row.
 
     The first rows tell, and as many more as it takes to find the wanted one, or any that holds strings.
@@ -102,8 +102,8 @@ def json_column(path: Path, wanted: str | None, encoding_errors: str) -> JsonCol
         ValueError: a row that was looked at is no JSON object.
     """
     types: dict[str, set[type]] = {}
-    number = 0
-    for number, row in enumerate(json_rows(path, encoding_errors), start=1):
+    number, wanted = 0, config.text_column
+    for number, row in enumerate(json_rows(path, config.encoding_errors), start=1):
         if wanted is not None and wanted in row.value:
             return JsonColumn(wanted, None)
         for name, value in row.value.items():
@@ -157,11 +157,7 @@ def json_rows(
 
 
 def parse_line(text: str, where: str) -> Any:
-    """The JSON value of a line.
-
-    Raises:
-        ValueError: it is none; the message says where in the line.
-    """
+    """The JSON value of a line. Raises ValueError: it is none; the message says where in the line."""
     text = text.strip(" \t\n\r")
     try:
         value, end = _decode(text, 0)
@@ -302,18 +298,14 @@ class TableReader:
 def parquet_reader(
     path: Path, column: str, encoding_errors: str, skipped: Skipped, state: State | None = None
 ) -> TableReader:
-    """The rows of a .parquet file, one document each.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
+    """The rows of a .parquet file, one document each. Raises ValueError: the file is damaged."""
     fault = f"{path} cannot be read as {file_type(path)}"
     with _explained(fault):
         rows = _parquet_rows(path, column)
     return TableReader(rows, column, str(path), fault, encoding_errors, skipped, state)
 
 
-def parquet_column(path: Path, wanted: str | None) -> str | None:
+def parquet_column(path: Path, config: DataConfig) -> str | None:
     """The column that holds the text, or None if there are no rows; see :func:`bdh.data.reading.choose_column`.
 
     Raises:
@@ -325,7 +317,7 @@ def parquet_column(path: Path, wanted: str | None) -> str | None:
     with _explained(f"{path} cannot be read as {file_type(path)}"):
         if parquet.read_metadata(path).num_rows == 0:  # such a shard may have another type of column, or none at all
             return None
-        return _text_column(_parquet_rows(path), wanted, str(path))
+        return _text_column(_parquet_rows(path), config.text_column, str(path))
 
 
 def _parquet_rows(path: Path, column: str | None = None) -> Any:
@@ -354,17 +346,7 @@ def _text_column(rows: Any, wanted: str | None, where: str) -> str | None:
 class HubSet:
     """One split of a data set."""
 
-    def __init__(
-        self,
-        path: str,
-        *,
-        name: str | None = None,
-        split: str = "train",
-        revision: str | None = None,
-        column: str | None = None,
-        encoding_errors: str = "strict",
-        streaming: bool = False,
-    ):
+    def __init__(self, path: str, split: str, config: DataConfig):
         """Finds the split; with ``streaming`` nothing but its description is fetched.
 
         Raises:
@@ -372,15 +354,22 @@ class HubSet:
             ValueError: it has no such configuration or split, or no column that holds the text.
         """
         self.where = f"{path}, split {split}"
-        self._fault, self._encoding_errors = f"{self.where} cannot be read", encoding_errors
-        load = partial(_load_split, path, name=name, split=split, revision=revision, streaming=streaming)
+        self._fault, self._encoding_errors = f"{self.where} cannot be read", config.encoding_errors
+        load = partial(
+            _load_split, path, name=config.name, split=split, revision=config.revision, streaming=config.streaming
+        )
         rows = load()
         is_csv = rows.info.builder_name == "csv"
         if is_csv:
-            load = partial(load, **_strict_csv())
+            import pandas
+
+            # pandas takes the first column for an index where rows have more fields than the header; without, it cuts such
+            # rows off, and only warns.
+            warnings.filterwarnings("error", "Length of header or names", pandas.errors.ParserWarning)
+            load = partial(load, index_col=False)
             rows = load()
         with _explained(self._fault):
-            found = _text_column(rows, column, self.where)
+            found = _text_column(rows, config.text_column, self.where)
         if found is None:
             raise ValueError(f"{self.where} has no rows")
         if is_csv and any(delimiter in found for delimiter in ";\t|"):
@@ -472,15 +461,6 @@ def _load_split(
     except (ValueError, RuntimeError) as error:
         settings = f"data.name {name!r}, data.split {split!r}, data.revision {revision!r}"
         raise ValueError(f"{path} cannot be loaded with {settings}: {' '.join(str(error).split())}") from error
-
-
-def _strict_csv() -> dict[str, Any]:
-    """Options for pandas, which takes the first column for an index where rows have more fields than the header."""
-    import pandas
-
-    # Without the index it cuts such rows off, and only warns.
-    warnings.filterwarnings("error", "Length of header or names", pandas.errors.ParserWarning)
-    return {"index_col": False}
 
 
 def shakespeare() -> bytes:

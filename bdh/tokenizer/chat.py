@@ -110,8 +110,7 @@ class ChatEncoder:
             tells_answers: False takes any template, which may not say what the assistant writes: enough for prompts.
 
         Raises:
-            ValueError: there is no template, it does not mark what the assistant writes, or that does not end with a
-                special token.
+            ValueError: there is no template, or it does not mark what the assistant writes, special token at the end.
         """
         template = tokenizer.chat_template
         if not isinstance(template, str):
@@ -136,8 +135,8 @@ class ChatEncoder:
         self.hash: str = hashlib.sha256(state.encode()).hexdigest()
         """Equal for tokenizers that encode conversations alike."""
         ids, is_answer = self.encode([_PROBE])[0]
-        last = int(ids[is_answer][-1]) if is_answer.any() else None
-        is_special = last is not None and last in tokens and tokens[last].special
+        last = int(ids[is_answer][-1]) if is_answer.any() else -1
+        is_special = last in tokens and tokens[last].special
         if tells_answers and not is_special:
             raise ValueError(
                 "the chat template must end what the assistant writes with a special token, within {% generation %}: "
@@ -189,11 +188,7 @@ class ChatEncoder:
         ]
 
     def prompt(self, messages: Messages) -> list[int]:
-        """The ids of a conversation up to where the assistant is to write.
-
-        Raises:
-            ValueError: the template refuses it.
-        """
+        """The ids of a conversation up to where the assistant is to write. Raises ValueError: the template refuses it."""
         ids, _ = self.encode([messages], add_generation_prompt=True)[0]
         return ids.tolist()
 
@@ -225,17 +220,13 @@ def question(tokenizer: AnyTokenizer, text: str) -> list[int]:
     return ChatEncoder(tokenizer).prompt([{"role": "user", "content": text}])
 
 
-def turn_end_id(tokenizer: AnyTokenizer) -> int | None:
-    """The token that ends an answer; None where there is no chat template, or none that tells."""
-    if not isinstance(tokenizer.chat_template, str) or not _GENERATION.search(tokenizer.chat_template):
-        return None
-    return ChatEncoder(tokenizer).turn_end_id
-
-
 def stop_token_ids(tokenizer: AnyTokenizer) -> int | list[int] | None:
-    """The tokens after which nothing is to be generated: the end of a text, and of an answer."""
-    found = sorted({token for token in (tokenizer.eos_token_id, turn_end_id(tokenizer)) if token is not None})
-    return found if len(found) > 1 else next(iter(found), None)
+    """The tokens after which nothing is to be generated: the end of a text, and of an answer, where a template tells."""
+    template = tokenizer.chat_template
+    marks_answers = isinstance(template, str) and _GENERATION.search(template)
+    found = (tokenizer.eos_token_id, ChatEncoder(tokenizer).turn_end_id if marks_answers else None)
+    ends = sorted({token for token in found if token is not None})
+    return ends if len(ends) > 1 else next(iter(ends), None)
 
 
 def render_chat(
@@ -298,19 +289,16 @@ class _Namespace(Namespace):
 
     def __init__(*args: Any, **values: Any):
         self, *given = args  # so that a template may have a variable named self
-        attributes = dict(*given, **values)
-        for name in attributes:
-            _check_name(name)
-        Namespace.__init__(self, attributes)
+        Namespace.__init__(self, {_checked_name(name): value for name, value in dict(*given, **values).items()})
 
     def __setitem__(self, name: str, value: Any) -> None:
-        _check_name(name)
-        super().__setitem__(name, value)
+        super().__setitem__(_checked_name(name), value)
 
 
-def _check_name(name: Any) -> None:
+def _checked_name(name: Any) -> Any:
     if isinstance(name, str) and name.startswith("_"):
         raise SecurityError(f"a chat template may not store {name!r} in a namespace: names must not begin with _")
+    return name
 
 
 class _Dict:

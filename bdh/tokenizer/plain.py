@@ -349,11 +349,7 @@ def encode_texts(tokenizer: AnyTokenizer, texts: Sequence[str]) -> list[np.ndarr
 
 
 def compression_ratio(tokenizer: AnyTokenizer, texts: Iterable[str]) -> float:
-    """Bytes of UTF-8 text per token, over all texts.
-
-    Raises:
-        ValueError: the texts give no token at all.
-    """
+    """Bytes of UTF-8 text per token, over all texts. Raises ValueError: the texts give no token at all."""
     encoder = TextEncoder(tokenizer)
     num_bytes = num_tokens = 0
     for batch in batches_of_bytes((text.encode() for text in texts), len):

@@ -72,19 +72,32 @@ def train_tokenizer(
         raise ValueError(f"vocab_size is {vocab_size}: a {kind} tokenizer has {entries}, so at least {smallest + 1}")
 
     backend, trainer = _untrained(kind, vocab_size, min_frequency)
-    reader = _Reader(texts, progress)
+    num_bytes = num_long_runs = 0
+
+    def counted() -> Iterator[str]:
+        nonlocal num_bytes, num_long_runs
+        for text in texts:
+            num_bytes += len(text.encode())
+            if len(text) > _MAX_WORD:
+                num_long_runs += sum(1 for _ in _LONG_RUN.finditer(text))
+            if progress is not None:
+                progress("reading", num_bytes, None)
+            yield text
+        if progress is not None:
+            progress("training", 0, None)
+
     splitter = backend.pre_tokenizer
     pieces = pre_tokenizers.Split(Regex(rf"[\s\S]{{1,{_MAX_WORD}}}"), "isolated")
     backend.pre_tokenizer = pre_tokenizers.Sequence([splitter, pieces])
-    backend.train_from_iterator(reader, trainer)
+    backend.train_from_iterator(counted(), trainer)
     backend.pre_tokenizer = splitter
-    if reader.num_long_runs:
+    if num_long_runs:
         _logger.warning(
             "%s runs of more than %s characters without a space, or of nothing but spaces, were learned in pieces of so many",
-            f"{reader.num_long_runs:,}",
+            f"{num_long_runs:,}",
             f"{_MAX_WORD:,}",
         )
-    if reader.num_bytes == 0:
+    if num_bytes == 0:
         raise ValueError("there is no text to train a tokenizer on: the corpus is empty")
 
     if kind == "unigram":
@@ -100,30 +113,9 @@ def train_tokenizer(
             "the vocabulary has %d entries, not the %d asked for: the corpus of %d bytes supports no more",
             len(tokenizer),
             vocab_size,
-            reader.num_bytes,
+            num_bytes,
         )
     return tokenizer
-
-
-class _Reader:
-    """Hands the texts to the trainer, counting their bytes."""
-
-    def __init__(self, texts: Iterable[str], progress: Callable[[str, int, int | None], None] | None):
-        self._texts = texts
-        self._progress = progress
-        self.num_bytes = 0
-        self.num_long_runs = 0
-
-    def __iter__(self) -> Iterator[str]:
-        for text in self._texts:
-            self.num_bytes += len(text.encode())
-            if len(text) > _MAX_WORD:
-                self.num_long_runs += sum(1 for _ in _LONG_RUN.finditer(text))
-            if self._progress is not None:
-                self._progress("reading", self.num_bytes, None)
-            yield text
-        if self._progress is not None:
-            self._progress("training", 0, None)
 
 
 def _untrained(kind: Kind, vocab_size: int, min_frequency: int) -> tuple[Tokenizer, Any]:
@@ -154,12 +146,7 @@ def _of_size(backend: Tokenizer, vocab_size: int) -> Tokenizer:
     vocabulary = parts["model"]["vocab"]  # pairs of piece and score: special tokens first, then by falling score
     alphabet = set(pre_tokenizers.ByteLevel.alphabet())
     specials, pieces = vocabulary[: len(_SPECIALS)], vocabulary[len(_SPECIALS) :]
-    room = vocab_size - len(specials) - len(alphabet)
-    kept = []
-    for piece, score in pieces:
-        is_byte = piece in alphabet
-        if is_byte or room > 0:
-            kept.append([piece, score])
-            room -= not is_byte
-    parts["model"]["vocab"] = specials + kept
+    others = [piece for piece, _ in pieces if piece not in alphabet]
+    kept = {*alphabet, *others[: vocab_size - len(specials) - len(alphabet)]}
+    parts["model"]["vocab"] = specials + [each for each in pieces if each[0] in kept]
     return Tokenizer.from_str(json.dumps(parts))
