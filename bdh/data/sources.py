@@ -31,7 +31,7 @@ from bdh.data.config import (
     item_names,
     regular_files,
 )
-from bdh.data.csv_files import Lines, csv_reader, csv_settings, csv_texts, find_layout
+from bdh.data.csv_files import Layout, Lines, csv_reader, csv_settings, csv_texts, find_layout
 from bdh.data.reading import (
     EMPTY_FILES,
     ChainReader,
@@ -294,28 +294,36 @@ def _of_files(config: DataConfig, files: list[Path], skipped: Skipped) -> Source
 
 def _opener(path: Path, config: DataConfig) -> OpenShard:
     """Opens a file by its type; raises ValueError for a table without the column, or of which no single one can be guessed."""
-    kind, errors = file_type(path), config.encoding_errors
+    errors = config.encoding_errors
 
     def open_file(skipped: Skipped, state: State | None) -> Reader:
-        if kind in TEXT_TYPES:
+        if file_type(path) in TEXT_TYPES:
             return TextFileReader(path, errors, skipped, state)
-        if path.stat().st_size > 0:
-            if kind in CSV_TYPES:
-                if layout := find_layout(path, config):
-                    return csv_reader(path, layout, config, skipped, state)
-            elif kind in JSON_TYPES:
-                if column := json_column(path, config):
-                    return json_reader(path, column, errors, skipped, state)
-            elif kind == PARQUET:
-                if (name := parquet_column(path, config)) is not None:
-                    return parquet_reader(path, name, errors, skipped, state)
-            else:
-                raise ValueError(f"{path} is of type {kind!r}, which no reader is for")
+        column = _column(path, config)
+        if isinstance(column, Layout):
+            return csv_reader(path, column, config, skipped, state)
+        if isinstance(column, JsonColumn):
+            return json_reader(path, column, errors, skipped, state)
+        if column is not None:
+            return parquet_reader(path, column, errors, skipped, state)
         if state is None:
             skipped.add(EMPTY_FILES)
         return listed(0, lambda number: None)
 
     return open_file
+
+
+def _column(path: Path, config: DataConfig) -> Layout | JsonColumn | str | None:
+    """Which column of a table holds the text, as its reader wants to know it; None if there are no rows."""
+    if path.stat().st_size == 0:
+        return None
+    if file_type(path) in CSV_TYPES:
+        return find_layout(path, config)
+    if file_type(path) in JSON_TYPES:
+        return json_column(path, config)
+    if file_type(path) == PARQUET:
+        return parquet_column(path, config)
+    raise ValueError(f"{path} is of type {file_type(path)!r}, which no reader is for")
 
 
 def _of_builtin(name: str) -> Source:
@@ -470,14 +478,8 @@ def _guessed_columns(config: DataConfig, source: Source) -> dict[str, str | Path
         return {name: where}
     found: dict[str, str | Path] = {}
     for path in [] if source.is_hub else source.files:
-        column: JsonColumn | str | None = None
-        if path.stat().st_size > 0:
-            if file_type(path) == PARQUET:
-                column = parquet_column(path, config)
-            elif file_type(path) in JSON_TYPES:
-                column = json_column(path, config)
-        if column is not None:
-            found.setdefault(column if isinstance(column, str) else column.name, path)
+        if file_type(path) in (*JSON_TYPES, PARQUET) and (column := _column(path, config)) is not None:
+            found.setdefault(column.name if isinstance(column, JsonColumn) else str(column), path)
     return found
 
 
