@@ -1,4 +1,4 @@
-"""From settings to a corpus that is ready to train on, of one source or a mix of several, or to the texts behind it."""
+"""From settings to a corpus that is ready to train on, of one source or a mix of several, or to the texts that it is made of."""
 
 import hashlib
 from collections import Counter

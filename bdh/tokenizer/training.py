@@ -1,16 +1,8 @@
 """Training of tokenizers, on a stream of texts that is never held in memory.
 
-All kinds share the special tokens ``<pad> <bos> <eos> <unk>`` with ids 0 to 3.
-
-``bpe`` and ``unigram`` work on the bytes of the text, each written as one printable character (GPT-2's table).
-All 256 are in the vocabulary, the table is one to one, the splitter's pieces cover the text without a gap, and
-the pieces of a text join to it again: so every Unicode text comes back exactly, whatever the corpus was. The
-splitter separates letters, digits, signs and white space, so that no piece of text can spell a special token:
-``<eos>`` in a document is ``<``, ``eos``, ``>``.
-
-``wordpiece`` splits at white space and around punctuation and drops the white space. It cannot give back: runs
-of spaces, tabs and line ends; which side of a punctuation mark a space was on; words with a character that the
-training corpus did not have, or of more than 100 characters (each becomes one ``<unk>``).
+All kinds share the special tokens ``<pad> <bos> <eos> <unk>`` with ids 0 to 3. ``bpe`` and ``unigram`` work on bytes and give
+back every text exactly; their splitter separates letters, digits, signs and white space, so that no piece of text can spell
+a special token. What ``wordpiece`` cannot give back is in docs/tokenizers.md.
 """
 
 import json
@@ -52,7 +44,7 @@ def train_tokenizer(
     Args:
         texts: documents or parts of them, read once. What is held are the different words, not the texts. A word of
             more than 1,000 characters is learned in pieces of so many, which is logged as a warning.
-        kind: ``bpe`` or ``unigram``, which are exact, or ``wordpiece``, which is not: see this module's text.
+        kind: ``bpe`` or ``unigram``, which are exact, or ``wordpiece``, which is not.
         vocab_size: entries of the vocabulary, the 4 special tokens and, where there are any, the 256 bytes included.
         min_frequency: ``bpe`` and ``wordpiece``: a pair must occur so often to become an entry.
         progress: called with ("reading", bytes of text read so far, None), then with ("training", 0, None).

@@ -19,7 +19,7 @@ def cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture
 def corpus_of():
-    """Prepares a corpus, byte by byte, with <eos> behind each document unless told otherwise."""
+    """Prepares a corpus, byte by byte, with <eos> after each document unless it is given a tokenizer without."""
 
     # Not at the top: pytest may import this file before it has heard that there is no network.
     from bdh.data import DataConfig, prepare_corpus

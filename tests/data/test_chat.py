@@ -105,7 +105,7 @@ def test_it_resumes_bit_equal_and_processes_share_the_rows(numbers, chat_of):
         corpus.train_loader(6, seed=2).load_state_dict(alone.state_dict())
 
 
-def test_a_conversation_longer_than_a_row_goes_on_in_another_and_is_announced(tmp_path, chat_of, caplog):
+def test_a_conversation_longer_than_a_row_continues_in_another_and_is_announced(tmp_path, chat_of, caplog):
     path = written(tmp_path / "c.jsonl", [talk("a", "B" * 40), talk("c", "D")])
     corpus = chat_of(path, block_size=16, val_fraction=0.5)
     assert "1 of 1 conversations are longer than train.block_size, 16 tokens" in caplog.text

@@ -55,7 +55,7 @@ def test_every_training_token_is_predicted_once_before_a_row_comes_where_the_nex
     assert read == sorted(corpus.train_tokens().tolist())
 
 
-def test_a_mapped_document_starts_behind_each_end(documents, corpus_of):
+def test_a_mapped_document_starts_after_each_end(documents, corpus_of):
     corpus = corpus_of(documents, block_size=10)
     tokens, starts = rows_over(corpus.train_loader(4, seed=7, carry_state=True), 100)
     assert starts.sum() > 50
@@ -92,7 +92,7 @@ def test_processes_together_get_the_rows_of_one_and_store_the_same(documents, co
         assert len(states) == 1
 
 
-def test_a_mapped_loader_goes_on_from_its_state(documents, corpus_of):
+def test_a_mapped_loader_continues_from_its_state(documents, corpus_of):
     corpus = corpus_of(documents, block_size=10)
     loader = corpus.train_loader(4, seed=7, carry_state=True)
     for _ in range(5):

@@ -42,7 +42,7 @@ def test_cut_never_parts_a_character(tmp_path, corpus_of, kind, text):
         assert abs(len(validation.encode()) - fraction * len(text.encode())) <= 4
 
 
-def test_text_before_the_cut_does_not_end_and_text_behind_it_does(tmp_path, corpus_of):
+def test_text_before_the_cut_does_not_end_and_text_after_it_does(tmp_path, corpus_of):
     corpus = corpus_of(write_text(tmp_path / "t.txt", "0123456789"), val_fraction=0.5)
     assert corpus.train_tokens().tolist() == list(b"01234")
     assert corpus.validation_tokens().tolist() == [*b"56789", 258]
@@ -310,7 +310,7 @@ def test_every_window_can_be_drawn(tmp_path, corpus_of):
     assert {bytes(row.tolist()) for row in rows} == {b"0123", b"1234", b"2345"}
 
 
-def test_loader_goes_on_from_its_state(tmp_path, corpus_of):
+def test_loader_continues_from_its_state(tmp_path, corpus_of):
     corpus = corpus_of(write_text(tmp_path / "t.txt", WORDS), block_size=16)
     loader = corpus.train_loader(4, seed=7)
     loader.next()

@@ -113,7 +113,7 @@ def test_a_tsv_file_is_never_split_at_commas(tmp_path):
     assert texts_of(path) == ["hello, world", "foo, bar"]
 
 
-def test_a_delimiter_that_cannot_be_told_is_asked_for(tmp_path, corpus_of):
+def test_a_delimiter_that_cannot_be_found_is_asked_for(tmp_path, corpus_of):
     path = write_text(tmp_path / "t.csv", "a,b;c\nfoo,bar;baz\nx y,z;w v\n")
     assert "set data.csv_delimiter, as the fields may be separated by ',' or ';'" in error_of(path, corpus_of)
     assert texts_of(path, csv_delimiter=";", text_column="c") == ["baz", "w v"]
@@ -455,7 +455,7 @@ def test_long_fields_are_read_whole(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".csv.gz"])
-def test_reading_goes_on_behind_any_row(tmp_path, suffix):
+def test_reading_continues_after_any_row(tmp_path, suffix):
     rows = [["id", "text"], *([str(i), f"text {i}\nof é {'long ' * (i * 9000)}"] for i in range(8))]
     write_text(tmp_path / f"t{suffix}", "\ufeff" + table(";", rows, "\r\n"))
     source = training_source(DataConfig(source=str(tmp_path)))
@@ -467,7 +467,7 @@ def test_reading_goes_on_behind_any_row(tmp_path, suffix):
         next(parts, None)
 
 
-def test_a_row_that_is_refused_is_the_next_one_when_reading_goes_on(tmp_path):
+def test_a_row_that_is_refused_is_the_next_one_when_reading_continues(tmp_path):
     """A mended file is read on without a loss; and its lines are counted from the beginning."""
     path = write_text(tmp_path / "t.csv", 'id,text\n1,"one\ntwo"\n2,three\n3,bad, row\n')
     source = training_source(DataConfig(source=str(path)))

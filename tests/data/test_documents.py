@@ -15,7 +15,7 @@ def source(tmp_path):
     return write_table(tmp_path / "t.jsonl", TEXTS)
 
 
-def test_a_document_starts_behind_each_end_and_its_first_token_is_not_predicted():
+def test_a_document_starts_after_each_end_and_its_first_token_is_not_predicted():
     tokens = torch.tensor([[EOS, 1, 2, EOS, EOS, 3], [1, 2, 3, 4, 5, EOS]])
     batch = Batch.of_documents(tokens, starts_after(tokens, EOS))
     assert batch.starts.tolist() == [[False, True, False, False, True], [False] * 5]

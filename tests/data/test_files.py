@@ -230,7 +230,7 @@ def test_a_character_cut_off_at_the_end_is_located(tmp_path, corpus_of):
     ("t.jsonl", b'{"text": "one t\xffwo"}\n'),
     ("t.csv", b"text\none t\xffwo\n"),
 ])  # fmt: skip
-def test_encoding_errors_replace_goes_on(tmp_path, corpus_of, name, data):
+def test_encoding_errors_replace_continues(tmp_path, corpus_of, name, data):
     (tmp_path / name).write_bytes(data)
     write_text(tmp_path / "z.txt", "another")
     assert documents_of(corpus_of(tmp_path, encoding_errors="replace")) == ["one t\ufffdwo", "another"]

@@ -16,7 +16,7 @@ FILLER = "words " * 100
 
 
 def rows_beyond(num_bytes, *others):
-    """Rows of filler, so many that the others stand behind ``num_bytes``."""
+    """Rows of filler, so many that the others stand after ``num_bytes``."""
     return [{"text": f"{i} {FILLER}", "meta": None} for i in range(num_bytes // 640)] + list(others)
 
 
@@ -164,7 +164,7 @@ def test_nesting_without_end_is_a_fault_with_its_line(tmp_path, corpus_of):
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
 @pytest.mark.parametrize("form", ["lines", "array"])
-def test_reading_goes_on_behind_any_row(tmp_path, form, suffix):
+def test_reading_continues_after_any_row(tmp_path, form, suffix):
     rows = [{"text": f"row {i}" * i, "é": "ü"} for i in range(20)]
     name = {"lines": "t.jsonl", "array": "t.json"}[form] + suffix
     path = write_table(tmp_path / name, rows)

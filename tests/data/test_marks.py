@@ -70,7 +70,7 @@ def test_other_encodings_are_named_and_refused(tmp_path, corpus_of, suffix, enco
         corpus_of(tmp_path / f"t{suffix}", encoding_errors=encoding_errors)
 
 
-def test_reading_a_long_file_with_a_mark_goes_on_behind_any_part(tmp_path):
+def test_reading_a_long_file_with_a_mark_continues_after_any_part(tmp_path):
     write_text(tmp_path / "t.txt", "\ufeff" + "line of text\n" * 60_000)
     source = training_source(DataConfig(source=str(tmp_path)))
     expected = list(source.open())

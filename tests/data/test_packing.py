@@ -26,7 +26,7 @@ def test_marks_tell_the_start_and_the_answer():
     assert np.flatnonzero(stream & IS_ANSWER).tolist() == [2, 3, 5]
 
 
-def test_a_long_conversation_goes_on_in_pieces_that_share_a_token():
+def test_a_long_conversation_continues_in_pieces_that_share_a_token():
     stream = stream_of("abCDefGHiJ", "kL")
     pieces, num_cut = pieces_of(stream, block_size=4)
     assert texts_of(stream, pieces) == ["abCDe", "efGHi", "iJ", "kL"]

@@ -72,7 +72,7 @@ def every_type(tmp_path):
     return tmp_path
 
 
-def test_reading_goes_on_behind_any_part(every_type):
+def test_reading_continues_after_any_part(every_type):
     source = training_source(DataConfig(source=str(every_type)))
     expected = list(source.open())
     reader = source.open()
@@ -85,7 +85,7 @@ def test_reading_goes_on_behind_any_part(every_type):
 
 
 @pytest.mark.parametrize("name", ["pydoc", "stdlib"])
-def test_reading_a_built_in_text_goes_on_behind_any_part(name):
+def test_reading_a_built_in_text_continues_after_any_part(name):
     source = training_source(DataConfig(source=name))
     expected = list(source.open())
     reader = source.open()

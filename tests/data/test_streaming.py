@@ -162,7 +162,7 @@ def test_validation_files_are_never_trained_on(folder, corpus_of):
     assert set(texts(corpus.train_loader(10, seed=1), 300)) == {f"{i:03}" for i in range(100) if i != 40}
 
 
-# A pass is 360 tokens, a batch 20: the third pass begins behind step 36.
+# A pass is 360 tokens, a batch 20: the third pass begins after step 36.
 @pytest.mark.parametrize("num_steps", [0, 1, 2, 5, 8, 16, 17, 18, 19, 36, 40])
 def test_resume_is_bit_equal(folder, corpus_of, num_steps):
     corpus = corpus_of(folder, block_size=5, **SETTINGS)

@@ -1,4 +1,4 @@
-"""Text that cannot be read in the middle of a stream: what had been read is not lost, and goes on once it is mended."""
+"""Text that cannot be read in the middle of a stream: what had been read is not lost, and continues once it is mended."""
 
 import gzip
 import io
@@ -85,7 +85,7 @@ def prepared(corpus_of):
         (file_that_is_gone, r"b\.jsonl", FileNotFoundError),
     ],
 )
-def test_it_goes_on_bit_equal_once_the_text_is_mended(tmp_path, prepared, write, fault, error, kind):
+def test_it_continues_bit_equal_once_the_text_is_mended(tmp_path, prepared, write, fault, error, kind):
     """The parts that had been drawn for the step were lost, and so the rows were others."""
     folder = tmp_path / "texts"
     folder.mkdir()

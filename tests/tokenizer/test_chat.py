@@ -63,7 +63,7 @@ def test_a_special_token_that_a_message_spells_is_text(chat_bytes):
         assert ChatEncoder(chat_bytes).prompt(messages[:1]) == expected[: expected.index(ASSISTANT) + 1]
 
 
-def test_chat_tokens_come_behind_the_others_and_bytes_stay_bytes(chat_bytes, tmp_path):
+def test_chat_tokens_come_after_the_others_and_bytes_stay_bytes(chat_bytes, tmp_path):
     assert len(chat_bytes) == 260
     assert is_byte_tokenizer(chat_bytes)
     chat_bytes.save_pretrained(tmp_path)

@@ -137,7 +137,7 @@ def test_error_of_the_texts_comes_through(kind):
         train_tokenizer(texts(), kind, 300)
 
 
-def test_texts_are_read_once_in_order_and_progress_is_told():
+def test_texts_are_read_once_in_order_and_progress_is_reported():
     calls = []
     train_tokenizer(iter(["one", "twö"]), "bpe", 300, progress=lambda *call: calls.append(call))
     assert calls == [("reading", 3, None), ("reading", 7, None), ("training", 0, None)]
