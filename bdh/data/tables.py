@@ -11,7 +11,7 @@ import re
 import warnings
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -177,11 +177,10 @@ def _is_array(path: Path, encoding_errors: str) -> bool:
         return True
     if ".jsonl" in path.name.lower():
         return False
-    try:
+    with suppress(ValueError):
         parse_line(first, "")
-    except ValueError:
-        return True
-    return False
+        return False
+    return True
 
 
 def _values(path: Path, encoding_errors: str) -> Iterator[tuple[Any, str, int]]:
