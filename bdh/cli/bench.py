@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from annotated_types import Ge, Lt
+from annotated_types import Ge, Le, Lt
 
 from bdh.bench import QUICK_SIZES, BenchOptions
 from bdh.cli.models import ReadsModel
@@ -63,7 +63,7 @@ class BenchSettings(ReadsModel):
     """train: tokens of a sequence; several are timed one after the other. By default 128; with --quick 32."""
     dropout: Fraction | None = None
     """train: share of the neurons' outputs that is dropped. By default 0.1."""
-    density: float | None = None
+    density: Annotated[float, Ge(0.01), Le(0.6)] | None = None
     """train: share of x that is to fire, such as 0.2, of the model that is made. By default its weights are untrained."""
     device: Literal["auto", "cpu", "cuda"] = "cpu"
     """train: auto takes a GPU, where there is one."""
@@ -131,16 +131,11 @@ class BenchSettings(ReadsModel):
         is_right = bool(sizes) and min(sizes) >= 1 and len(set(sizes)) == len(sizes)
         faults.require(is_right, "block_size", self.block_size, "at least 1 each, and no two the same")
         faults.require(len(sizes) <= 1 or not self.one_step, "block_size", self.block_size, "one with one_step")
-        is_share = self.density is None or 0.01 <= self.density <= 0.6
-        faults.require(is_share, "density", self.density, "from 0.01 to 0.6, or null")
         is_made = self.density is None or self.model is None
         faults.require(is_made, "density", self.density, "left out with model, whose neurons fire as they do")
-        least = min(sizes, default=1)
-        for name, whole, most in (
-            ("rows_per_block", "batch_size", batch_size),
-            ("tokens_per_block", "block_size", least),
-        ):
-            value = getattr(self, name)
+        limits = {"rows": ("batch_size", batch_size), "tokens": ("block_size", min(sizes, default=1))}
+        for of, (whole, most) in limits.items():
+            value = getattr(self, name := f"{of}_per_block")
             is_right = value is None or 1 <= value <= max(1, most)
             faults.require(is_right, name, value, f"from 1 to {whole}, {most}, or null")
 

@@ -249,10 +249,10 @@ class CommandLine:
             if argument == "--":
                 by_place += arguments
                 break
-            flag = argument.partition("=")[0].replace("-", "_")
-            if flag in ("_h", "__help"):
+            flag = argument.partition("=")[0]
+            if argument == "-h" or flag == "--help":
                 self.wants_help = True
-            elif flag == "__print_config":
+            elif flag in ("--print_config", "--print-config"):
                 self.wants_config = True
             elif argument.startswith("--"):
                 self._option(argument, arguments)

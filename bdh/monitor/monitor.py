@@ -80,15 +80,13 @@ def split_names(backends: list[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a backend is given when it is opened."""
+    """What a backend is given when it is opened. What an earlier start had logged after ``start_step`` is logged again."""
 
     run_dir: Path
     config: MonitorConfig
     total_steps: int
     start_step: int
-    """Steps done by earlier starts of the run; what had been logged after it will be logged again."""
     settings: Mapping[str, Any]
-    """The run's configuration: nested, plain data."""
     console: Console
     warn: Callable[[str], None]
 
@@ -126,7 +124,7 @@ class Backend:
 
 
 class Monitor:
-    """Hands metrics, texts and messages to the backends. A context manager.
+    """Hands metrics, texts and messages to the backends, by the same methods as theirs. A context manager.
 
     A backend that raises, because the disk is full or its server cannot be reached, does not end the training: it is
     announced, left out from then on, and named again at the end.
@@ -179,7 +177,6 @@ class Monitor:
         self._each("log", step, values)
 
     def log_text(self, step: int, name: str, text: str) -> None:
-        """Records a text, where texts can be shown."""
         self._each("log_text", step, name, text)
 
     def log_histogram(self, step: int, name: str, values: Any) -> None:
@@ -191,11 +188,9 @@ class Monitor:
             self._each("log_histogram", step, name, some.clone())
 
     def progress(self, step: int, *, loss: float, tokens_per_second: float) -> None:
-        """Moves the bar."""
         self._each("progress", step, loss=loss, tokens_per_second=tokens_per_second)
 
     def message(self, text: str) -> None:
-        """Prints a line, above the bar."""
         self._each("message", text)
 
     def warn(self, text: str) -> None:

@@ -165,6 +165,11 @@ def test_a_switch_does_not_swallow_what_stands_behind_it():
     assert (settings.light, settings.dish) == (True, "cake")
 
 
+@pytest.mark.parametrize("text", ["_h", "__help", "__print_config"])
+def test_what_begins_with_an_underscore_is_no_flag(text):
+    assert parse(text).dish == text
+
+
 def test_dashes_and_underscores_are_one():
     @dataclass
     class Errand(Settings):
