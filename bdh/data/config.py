@@ -295,8 +295,7 @@ def files_below(folder: Path, skipped: Skipped) -> list[Path]:
     A symbolic link is followed, and what several links lead to is given once. Left out and counted are links that lead
     nowhere, what is no regular file, and the folders of runs, exported models, tokenizers and the token cache.
     """
-    found = sorted(_matching(folder, [_RECURSIVE]), key=lambda path: path.relative_to(folder).as_posix())
-    return _not_written_by_us(regular_files(found, set(), skipped), folder, skipped)
+    return _files_below(folder, (_RECURSIVE,), skipped)
 
 
 def files_matching(pattern: str, skipped: Skipped) -> list[Path]:
@@ -306,10 +305,12 @@ def files_matching(pattern: str, skipped: Skipped) -> list[Path]:
     """
     path = Path(os.path.expanduser(pattern))
     literal = next(number for number, part in enumerate(path.parts) if glob.has_magic(part))
-    root, parts = Path(*path.parts[:literal]), path.parts[literal:]
+    return _files_below(Path(*path.parts[:literal]), path.parts[literal:], skipped)
+
+
+def _files_below(root: Path, parts: Sequence[str], skipped: Skipped) -> list[Path]:
     found = sorted(_matching(root, parts), key=Path.as_posix)
-    num_folders = sum(each.is_dir() for each in found)
-    if num_folders and _RECURSIVE not in parts:
+    if _RECURSIVE not in parts and (num_folders := sum(each.is_dir() for each in found)):
         skipped.add("folders", num_folders)
     files = regular_files(found, set(), skipped)
     return _not_written_by_us(files, root, skipped) if glob.has_magic(parts[-1]) else files

@@ -14,6 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from bdh.data import tables
 from bdh.data.config import (
     BUILTIN,
     CSV_TYPES,
@@ -44,16 +45,6 @@ from bdh.data.reading import (
     compression,
     file_chunks,
     listed,
-)
-from bdh.data.tables import (
-    HubSet,
-    JsonColumn,
-    json_column,
-    json_reader,
-    local_tables,
-    parquet_column,
-    parquet_reader,
-    shakespeare,
 )
 
 _FINGERPRINT_BYTES = 1 << 16
@@ -302,10 +293,10 @@ def _opener(path: Path, config: DataConfig) -> OpenShard:
         column = _column(path, config)
         if isinstance(column, Layout):
             return csv_reader(path, column, config, skipped, state)
-        if isinstance(column, JsonColumn):
-            return json_reader(path, column, errors, skipped, state)
+        if isinstance(column, tables.JsonColumn):
+            return tables.json_reader(path, column, errors, skipped, state)
         if column is not None:
-            return parquet_reader(path, column, errors, skipped, state)
+            return tables.parquet_reader(path, column, errors, skipped, state)
         if state is None:
             skipped.add(EMPTY_FILES)
         return listed(0, lambda number: None)
@@ -313,16 +304,16 @@ def _opener(path: Path, config: DataConfig) -> OpenShard:
     return open_file
 
 
-def _column(path: Path, config: DataConfig) -> Layout | JsonColumn | str | None:
+def _column(path: Path, config: DataConfig) -> Layout | tables.JsonColumn | str | None:
     """Which column of a table holds the text, as its reader wants to know it; None if there are no rows."""
     if path.stat().st_size == 0:
         return None
     if file_type(path) in CSV_TYPES:
         return find_layout(path, config)
     if file_type(path) in JSON_TYPES:
-        return json_column(path, config)
+        return tables.json_column(path, config)
     if file_type(path) == PARQUET:
-        return parquet_column(path, config)
+        return tables.parquet_column(path, config)
     raise ValueError(f"{path} is of type {file_type(path)!r}, which no reader is for")
 
 
@@ -339,12 +330,14 @@ def _of_builtin(name: str) -> Source:
     else:
         from pydoc_data.topics import topics  # the language reference that Python's help() shows
 
-        documents = [shakespeare()] if name == "shakespeare" else [topics[topic].encode() for topic in sorted(topics)]
-        number, num_bytes = len(documents), sum(map(len, documents))
-        identity = [name, hashlib.sha256(b"\0".join(documents)).hexdigest()]
+        texts = (
+            [tables.shakespeare()] if name == "shakespeare" else [topics[topic].encode() for topic in sorted(topics)]
+        )
+        number, num_bytes = len(texts), sum(map(len, texts))
+        identity = [name, hashlib.sha256(b"\0".join(texts)).hexdigest()]
 
         def get(i: int, skipped: Skipped) -> bytes | None:
-            return documents[i]
+            return texts[i]
 
     return Source(
         shards=[lambda skipped, state: listed(number, lambda i: get(i, skipped), state)],
@@ -380,17 +373,17 @@ def _python_file(path: Path, skipped: Skipped) -> bytes | None:
 
 def _of_hub(config: DataConfig, path: str, split: str, held_out: set[FileKey]) -> Source:
     folder = Path(path).expanduser()
-    tables = local_tables(str(folder), name=config.name, split=split) or []
-    if not any(file_type(table) in CSV_TYPES for table in tables):
+    files = tables.local_tables(str(folder), name=config.name, split=split) or []
+    if not any(file_type(table) in CSV_TYPES for table in files):
         for setting, value in csv_settings(config).items():
             if value != csv_settings(DataConfig())[setting]:
                 raise ValueError(
                     f"data.csv_{setting} is {value!r}, but data.source {config.source!r} is a data set of the hub: leave it "
                     "out, or name the local files one by one or as a glob"
                 )
-    if tables:
+    if files:
         skipped = Skipped()
-        kept = _not_held_out(tables, held_out, skipped)
+        kept = _not_held_out(files, held_out, skipped)
         if not kept:
             raise ValueError(f"data.source {config.source!r}: {_NOTHING_LEFT}")
         return _of_files(config, kept, skipped)
@@ -401,7 +394,7 @@ def _of_hub(config: DataConfig, path: str, split: str, held_out: set[FileKey]) -
                 f"data.source {config.source!r} is read as a whole, so {file} cannot be held out of it: name the files to "
                 "train on one by one or as a glob"
             )
-    hub_set = HubSet(str(folder) if folder.is_dir() else path, split, config)
+    hub_set = tables.HubSet(str(folder) if folder.is_dir() else path, split, config)
     name = [folder.name if files else path, config.name, split, config.revision, hub_set.column]
     return Source(
         shards=[hub_set.open],
@@ -479,7 +472,7 @@ def _guessed_columns(config: DataConfig, source: Source) -> dict[str, str | Path
     found: dict[str, str | Path] = {}
     for path in [] if source.is_hub else source.files:
         if file_type(path) in (*JSON_TYPES, PARQUET) and (column := _column(path, config)) is not None:
-            found.setdefault(column.name if isinstance(column, JsonColumn) else str(column), path)
+            found.setdefault(column.name if isinstance(column, tables.JsonColumn) else str(column), path)
     return found
 
 
