@@ -25,6 +25,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from forked import Forked, ForkServer  # beside this file
 from safetensors.torch import load_file
 from torch import equal
 
@@ -79,15 +80,17 @@ def main() -> int:
     given, more = parser.parse_known_args()
     steps = given.steps or 40 * max(given.kills, given.starts)
     generator = random.Random(given.seed)
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, ForkServer() as server:
         folder = given.folder or Path(temporary)
         settings = SETTINGS | {"train.max_steps": steps} | dict(flag.removeprefix("--").split("=", 1) for flag in more)
         if "data.mix" in settings:
             del settings["data.source"]
         flags = [f"--{name}={value}" for name, value in settings.items()]
         straight, disturbed, doubled = (folder / name for name in ("straight", "disturbed", "doubled"))
-        subprocess.run(command(straight, flags), check=True, stderr=subprocess.DEVNULL)
-        kills, in_saves = disturb(disturbed, flags, given.kills, generator)
+        undisturbed = server.start(command(straight, flags))
+        if undisturbed.wait():
+            raise SystemExit(f"the undisturbed training failed: {undisturbed.said()}")
+        kills, in_saves = disturb(server, disturbed, flags, given.kills, generator)
         print(f"killed {kills} times, {in_saves} of them while a checkpoint was being written; newest always whole")
         faults = differences(straight, disturbed)
         for how in ("exchange", "renames"):
@@ -97,7 +100,7 @@ def main() -> int:
                 "the newest version always whole"
             )
         if given.starts:
-            print(start_twice(doubled, flags, given.starts, steps, generator))
+            print(start_twice(server, doubled, flags, given.starts, steps, generator))
             faults += differences(straight, doubled)
     for fault in faults:
         print(f"not the same: {fault}")
@@ -107,10 +110,10 @@ def main() -> int:
 
 
 def command(run: Path, flags: list[str]) -> list[str]:
-    return [sys.executable, "-m", "bdh", "train", f"--run_dir={run}", *flags]
+    return ["train", f"--run_dir={run}", *flags]
 
 
-def disturb(run: Path, flags: list[str], wanted: int, generator: random.Random) -> tuple[int, int]:
+def disturb(server: ForkServer, run: Path, flags: list[str], wanted: int, generator: random.Random) -> tuple[int, int]:
     """Trains to the end through so many kills; returns how many there were, and how many within a save."""
     kills = in_saves = 0
     checkpointer = Checkpointer(run)
@@ -119,7 +122,7 @@ def disturb(run: Path, flags: list[str], wanted: int, generator: random.Random) 
         if not resume and run.exists():  # killed before its first checkpoint: there is nothing to go on from
             run.rename(run.with_name(f"{run.name}-{kills}"))
         before = progress_of(run)
-        process = subprocess.Popen(command(run, flags + resume), stderr=subprocess.DEVNULL)
+        process = server.start(command(run, flags + resume))
         if kills < wanted and wait_for_training(process, run, before):
             if kills % 2:
                 time.sleep(generator.uniform(0, 0.6))
@@ -130,7 +133,7 @@ def disturb(run: Path, flags: list[str], wanted: int, generator: random.Random) 
         if process.wait() == 0:
             return kills, in_saves
         if process.returncode != -signal.SIGKILL:
-            raise SystemExit(f"the training ended with status {process.returncode}")
+            raise SystemExit(f"the training ended with status {process.returncode}: {process.said()}")
         kills += 1
         if checkpointer.steps():
             checkpointer.load()  # raises if it is not whole
@@ -156,30 +159,31 @@ def replace_and_kill(folder: Path, how: str, wanted: int, generator: random.Rand
     return recovered
 
 
-def start_twice(run: Path, flags: list[str], wanted: int, steps: int, generator: random.Random) -> str:
+def start_twice(
+    server: ForkServer, run: Path, flags: list[str], wanted: int, steps: int, generator: random.Random
+) -> str:
     """Trains to the end in so many rounds of two starts; returns what happened."""
     checkpointer = Checkpointer(run)
     refused = after = most = 0
-    # Every other second start comes within a second; the rest is spread over half of a round, as most of the other
-    # half is the start of Python and PyTorch.
+    # Every other second start comes within a second; the rest is spread over half of a round.
     span = 0.0
     for number in range(1, wanted + 1):
         stop = steps * number // wanted
         resume = ["--resume"] if checkpointer.steps() else []
         line = command(run, [*flags, *resume, f"--train.stop_at_step={stop}"])
         began = time.monotonic()
-        processes = [subprocess.Popen(line, stderr=subprocess.PIPE, text=True)]
+        processes = [server.start(line)]
         second = began + generator.uniform(0, span if number % 2 else 1)
         while any(process.poll() is None for process in processes) or len(processes) == 1:
             most = max(most, writers(processes, run))
             if len(processes) == 1 and time.monotonic() >= second:
-                processes.append(subprocess.Popen(line, stderr=subprocess.PIPE, text=True))
+                processes.append(server.start(line))
             if len(processes) == 1 and processes[0].poll() is not None:
                 second = began
             time.sleep(0.002)
         span = (time.monotonic() - began) / 2
         statuses = sorted(process.wait() for process in processes)
-        said = "".join(process.stderr.read() for process in processes if process.stderr is not None)
+        said = "".join(process.said() for process in processes)
         if statuses == [0, 2] and " is in use by process " in said:
             refused += 1
         elif statuses == [0, 0] or (statuses == [0, 2] and "already holds a run" in said):
@@ -195,12 +199,12 @@ def start_twice(run: Path, flags: list[str], wanted: int, steps: int, generator:
     )
 
 
-def writers(processes: list[subprocess.Popen], run: Path) -> int:
+def writers(processes: list[Forked], run: Path) -> int:
     """How many of the processes have a file of the run, besides its lock, open."""
     return sum(any(name.startswith(f"{run}/") and name != f"{run}/lock" for name in open_files(p)) for p in processes)
 
 
-def open_files(process: subprocess.Popen) -> list[str]:
+def open_files(process: Forked) -> list[str]:
     folder = f"/proc/{process.pid}/fd"
     names = []
     try:
@@ -216,7 +220,7 @@ def progress_of(run: Path) -> int:
     return metrics.stat().st_size if metrics.exists() else 0
 
 
-def wait_for_training(process: subprocess.Popen, run: Path, before: int) -> bool:
+def wait_for_training(process: Forked, run: Path, before: int) -> bool:
     """Until it has logged something; whether it still runs then."""
     while process.poll() is None:
         if progress_of(run) != before:
@@ -225,7 +229,7 @@ def wait_for_training(process: subprocess.Popen, run: Path, before: int) -> bool
     return False
 
 
-def wait_for_save(process: subprocess.Popen, run: Path) -> None:
+def wait_for_save(process: Forked, run: Path) -> None:
     while process.poll() is None and not is_saving(run):
         time.sleep(0.0005)
 

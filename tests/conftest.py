@@ -35,14 +35,22 @@ OPTIONAL_PACKAGES = [
 # By how long they take: of several test processes none is then left with one of them at the end.
 LONGEST_FILES = [
     "test_benchmarks.py",
-    "train/test_dry_run.py",
     "distributed/test_training.py",
-    "train/test_run.py",
-    "distributed/test_data_faults.py",
-    "test_deploy.py",
-    "test_imports.py",
     "serve/test_process.py",
-    "cli/test_bench.py",
+    "serve/test_schema.py",
+    "train/test_dry_run.py",
+    "distributed/test_data_faults.py",
+    "train/test_run.py",
+    "model/test_auto.py",
+    "train/test_base.py",
+    "model/test_export.py",
+    "test_environment.py",
+    "test_locks.py",
+    "train/test_lora.py",
+    "data/test_streaming.py",
+    "ops/test_cpu.py",
+    "model/test_documents.py",
+    "generate/test_random_faults.py",
 ]
 
 

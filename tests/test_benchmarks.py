@@ -14,6 +14,14 @@ from benchmarks import compare, gpu
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """Of all of them, so that a text is prepared once."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("BDH_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def gpu_checks(tmp_path):
     """Runs benchmarks/gpu.py where PyTorch sees no GPU; returns the process, and its results."""
@@ -69,8 +77,7 @@ def test_what_failed_is_told_with_its_message(tmp_path):
 
 
 @pytest.mark.slow
-def test_logging_overhead(tmp_path, monkeypatch):
-    monkeypatch.setenv("BDH_CACHE", str(tmp_path))
+def test_logging_overhead():
     command = [sys.executable, "benchmarks/logging_overhead.py", "--steps", "12"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert re.search(r"a step +\d+\.\d+ ms\n", done.stdout)
@@ -79,9 +86,8 @@ def test_logging_overhead(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_long_context_gets_worse_beyond_the_block_unless_the_state_is_carried(tmp_path, monkeypatch):
+def test_long_context_gets_worse_beyond_the_block_unless_the_state_is_carried(tmp_path):
     """The carried model with decay stays at the loss of its first block through eight; the plain one does not."""
-    monkeypatch.setenv("BDH_CACHE", str(tmp_path))
     command = [sys.executable, "benchmarks/long_context.py", "--source", "pydoc", "--steps", "200"]
     command += ["--block_size", "32", "--val_tokens", "20000", "--png", str(tmp_path / "loss.png")]
     command += ["--variants", "plain", "carried, decay"]
@@ -103,9 +109,8 @@ def test_long_context_gets_worse_beyond_the_block_unless_the_state_is_carried(tm
     [["--starts", "0"], ["--starts", "2", "--checkpoint.in_background=true", "--train.ema_decay=0.9"]],
     ids=["", "background"],
 )
-def test_random_kills_lose_nothing(tmp_path, monkeypatch, more):
+def test_random_kills_lose_nothing(tmp_path, more):
     """Two starts at once without more are those of tests/train/test_lock.py."""
-    monkeypatch.setenv("BDH_CACHE", str(tmp_path))
     command = [sys.executable, "benchmarks/random_kills.py", "--kills", "2", "--folder", str(tmp_path), *more]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert "losses, samples and weights are those of the undisturbed run, to the bit" in done.stdout, done.stdout
@@ -113,13 +118,12 @@ def test_random_kills_lose_nothing(tmp_path, monkeypatch, more):
 
 
 @pytest.mark.slow
-def test_window_compares_with_reading_again(tmp_path, monkeypatch):
+def test_window_compares_with_reading_again(tmp_path):
     import torch
 
     from bdh import BDHConfig, BDHForCausalLM
     from bdh.tokenizer import byte_tokenizer
 
-    monkeypatch.setenv("BDH_CACHE", str(tmp_path / "cache"))
     torch.manual_seed(0)
     sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "mlp_internal_dim_multiplier": 4, "vocab_size": 256}
     BDHForCausalLM(BDHConfig(**sizes, initializer_range=0.3)).save_pretrained(tmp_path / "m")
@@ -135,8 +139,7 @@ def test_window_compares_with_reading_again(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_loss_curve_is_that_of_the_plain_equations(tmp_path, monkeypatch):
-    monkeypatch.setenv("BDH_CACHE", str(tmp_path))
+def test_the_loss_curve_is_that_of_the_plain_equations(tmp_path):
     command = [sys.executable, "benchmarks/loss_curve.py", "--steps", "12"]
     command += ["--train.block_size", "24", "--train.batch_size", "4", "--model.n_embd", "16"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -147,13 +150,12 @@ def test_the_loss_curve_is_that_of_the_plain_equations(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_grammar_costs_what_is_told(tmp_path, monkeypatch):
+def test_a_grammar_costs_what_is_told(tmp_path):
     import torch
 
     from bdh import BDHConfig, BDHForCausalLM
     from bdh.tokenizer import byte_tokenizer
 
-    monkeypatch.setenv("BDH_CACHE", str(tmp_path / "cache"))
     torch.manual_seed(0)
     sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "mlp_internal_dim_multiplier": 4, "vocab_size": 260}
     BDHForCausalLM(BDHConfig(**sizes)).save_pretrained(tmp_path / "m")

@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 
 from bdh.cli.main import main
 from bdh.monitor import read_metrics
+from benchmarks.forked import ForkServer
 
 TINY = {
     "model.n_layer": 2,
@@ -42,6 +43,12 @@ def write_text(path: Path) -> Path:
 @pytest.fixture
 def text_file(tmp_path) -> Path:
     return write_text(tmp_path / "text.txt")
+
+
+@pytest.fixture(scope="module")
+def fork_server():
+    with ForkServer() as server:
+        yield server
 
 
 @pytest.fixture

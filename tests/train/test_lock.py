@@ -4,8 +4,6 @@ import errno
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -33,8 +31,12 @@ def flags(text_file, tmp_path, monkeypatch):
     return of
 
 
-def start(flags) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-m", "bdh", "train", *flags], stderr=subprocess.PIPE, text=True)
+@pytest.fixture
+def start(fork_server, flags, tmp_path):
+    """Starts a training in a process of its own."""
+    return lambda **overrides: fork_server.start(
+        ["train", *flags(**overrides)], {"BDH_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    )
 
 
 def contents(folder) -> dict:
@@ -42,13 +44,13 @@ def contents(folder) -> dict:
 
 
 @pytest.mark.slow
-def test_a_second_start_is_refused_and_a_killed_one_can_be_resumed_at_once(flags, tmp_path, capsys, monkeypatch):
+def test_a_second_start_is_refused_and_a_killed_one_can_be_resumed_at_once(start, flags, tmp_path, capsys):
     """Both trained, both exported; two resumes removed each other's checkpoints."""
     run = tmp_path / "runs" / "run"
     long = {"train.max_steps": 1_000_000, "checkpoint.keep_last": 2}
-    first = start(flags(**long))
+    first = start(**long)
     while not Checkpointer(run).steps():
-        assert first.poll() is None, first.stderr.read()
+        assert first.poll() is None, first.said()
         time.sleep(0.01)
     os.kill(first.pid, signal.SIGSTOP)  # so that what changes was not changed by it
     before = contents(run)
@@ -61,7 +63,7 @@ def test_a_second_start_is_refused_and_a_killed_one_can_be_resumed_at_once(flags
     assert f"error: {run} is in use by process {first.pid} on " in capsys.readouterr().err
     assert contents(run) == before
     first.kill()
-    first.communicate()
+    first.wait()
     step = Checkpointer(run).load().step
     assert main(["train", *flags(**long, **{"train.stop_at_step": step + 2}), "--resume"]) == 0
     assert len(losses(run)) == step + 2
@@ -70,10 +72,10 @@ def test_a_second_start_is_refused_and_a_killed_one_can_be_resumed_at_once(flags
 
 
 @pytest.mark.slow
-def test_of_two_starts_at_once_one_trains(flags, tmp_path):
-    processes = [start(flags()) for _ in range(2)]
-    said = [process.communicate()[1] for process in processes]
-    statuses = [process.returncode for process in processes]
+def test_of_two_starts_at_once_one_trains(start, tmp_path):
+    processes = [start() for _ in range(2)]
+    statuses = [process.wait() for process in processes]
+    said = [process.said() for process in processes]
     assert sorted(statuses) == [0, 2], said
     assert any(reason in said[statuses.index(2)] for reason in ("is in use by process", "already holds a run"))
     assert len(losses(tmp_path / "runs" / "run")) == 12

@@ -1,9 +1,6 @@
 import importlib.util
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -452,18 +449,12 @@ def test_a_training_outside_of_the_main_thread_leaves_the_signals_alone(text_fil
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-def started(tmp_path, text_file, run_dir, **overrides) -> subprocess.Popen:
-    flags = {**TINY, "data.source": text_file, "run_dir": run_dir, "train.max_steps": 400, **overrides}
-    argv = [sys.executable, "-m", "bdh", "train", *(f"--{name}={value}" for name, value in flags.items())]
-    return subprocess.Popen(argv, env={**os.environ, "BDH_CACHE": str(tmp_path / "cache")}, stderr=subprocess.PIPE)
-
-
 def wait_for_checkpoint(process, run_dir):
-    for _ in range(600):
+    for _ in range(1200):
         if (run_dir / "checkpoints" / "latest").exists():
             return
-        assert process.poll() is None, process.stderr.read().decode()
-        time.sleep(0.1)
+        assert process.poll() is None, process.said()
+        time.sleep(0.05)
     pytest.fail("no checkpoint after a minute")
 
 
@@ -497,15 +488,19 @@ def straight(tmp_path_factory) -> Path:
         (signal.SIGKILL, -signal.SIGKILL),
     ],
 )
-def test_a_run_stopped_by_a_signal_goes_on_to_the_same_end(straight, tmp_path, text_file, monkeypatch, number, status):
+def test_a_run_stopped_by_a_signal_goes_on_to_the_same_end(
+    fork_server, straight, tmp_path, text_file, monkeypatch, number, status
+):
     monkeypatch.setenv("BDH_CACHE", str(tmp_path / "cache"))
     stopped = tmp_path / "stopped"
-    process = started(tmp_path, text_file, stopped, **STOPPED)
+    settings = {**TINY, **STOPPED, "data.source": text_file, "run_dir": stopped}
+    arguments = ["train", *(f"--{name}={value}" for name, value in settings.items())]
+    process = fork_server.start(arguments, {"BDH_CACHE": str(tmp_path / "cache")})
     wait_for_checkpoint(process, stopped)
     process.send_signal(number)
     assert process.wait(timeout=60) == status
     if number != signal.SIGKILL:
-        assert b"everything is saved" in process.stderr.read()
+        assert "everything is saved" in process.said()
     assert main(["train", "--run_dir", str(stopped), "--resume"]) == 0
     assert losses(straight) == losses(stopped)
     assert all(torch.equal(a, b) for a, b in zip(weights(straight).values(), weights(stopped).values(), strict=True))
