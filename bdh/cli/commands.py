@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from bdh.monitor.history import RunSummary
 
-_CARD = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [bdh, dragon-hatchling]\n---\n\n"
-
 
 @dataclass
 class ExportSettings(Settings):
@@ -104,7 +102,7 @@ def run_average(settings: AverageSettings) -> int:
     from bdh.model.conversion import average_weights
     from bdh.model.fingerprint import identity
     from bdh.tokenizer import TextEncoder
-    from bdh.train.export import export_model
+    from bdh.train.export import card, export_model
     from bdh.train.models import load_model
 
     out, first_name = Path(settings.out), settings.models[0]
@@ -130,12 +128,10 @@ def run_average(settings: AverageSettings) -> int:
     first.load_state_dict(average_weights(state_dicts(), settings.weights))
     shares = settings.weights or [1.0] * len(settings.models)
     rows = [f"| `{name}` | {share / sum(shares):.4g} |" for name, share in zip(settings.models, shares, strict=True)]
-    card = (
-        f"{_CARD}# A BDH language model, averaged\n\n"
-        "The mean of the weights of these models (architecture: Dragon Hatchling, arXiv 2509.26507):\n\n"
-    )
+    about = "The mean of the weights of these models (architecture: Dragon Hatchling, arXiv 2509.26507):\n"
+    text = "\n".join([about, "| model | share |\n| --- | --- |", *rows])
     with lock_run_around(out):
-        export_model(first, tokenizer, out, card + "\n".join(["| model | share |\n| --- | --- |", *rows, ""]))
+        export_model(first, tokenizer, out, card("A BDH language model, averaged", text))
     print(f"{out}: the average of {len(settings.models)} models")
     return 0
 
@@ -188,16 +184,16 @@ def _from_reference(settings: ConvertSettings, out: Path) -> int:
             f"the model has a vocabulary of {model.config.vocab_size}, the tokenizer {settings.tokenizer!r} of "
             f"{vocabulary_size(tokenizer)}: give the tokenizer that it was trained with, with --tokenizer"
         )
-    from bdh.train.export import export_model
+    from bdh.train.export import card, export_model
 
     num_parameters = sum(p.numel() for p in model.parameters())
-    card = (
-        f"{_CARD}# A BDH language model of {num_parameters:,} parameters\n\n"
+    text = (
         f"Converted from the checkpoint `{Path(settings.source).name}` of the published reference code (arXiv 2509.26507). "
-        "The checkpoint does not say what it was trained on.\n"
+        "The checkpoint does not say what it was trained on."
     )
+    about = card(f"A BDH language model of {num_parameters:,} parameters", text)
     with lock_run_around(out):
-        export_model(model, tokenizer, out, card, pad_and_eos=settings.pad_and_eos)
+        export_model(model, tokenizer, out, about, pad_and_eos=settings.pad_and_eos)
     print(
         f"{out}: {num_parameters:,} parameters, {model.config.n_layer} passes, vocabulary {model.config.vocab_size:,}"
     )
