@@ -253,15 +253,19 @@ class Checkpointer(CheckpointFolder):
 
         What is not sharded is written once.
         """
-        writer = FileSystemWriter(folder, sync_files=True)
-        how: dict[str, Any] = {
-            "storage_writer": writer,
+        where: dict[str, Any] = {
+            "storage_writer": FileSystemWriter(folder, sync_files=True),
             "process_group": self._world.storage,
             "no_dist": self._world.size == 1,
         }
         if self._stager is None:
-            return _no_warning_when_alone()(lambda: dcp.save(dict(tensors), **how))
-        response = dcp.async_save(dict(tensors), async_stager=self._stager, **how)
+
+            def write() -> None:
+                with _no_warning_when_alone():
+                    dcp.save(dict(tensors), **where)
+
+            return write
+        response = dcp.async_save(dict(tensors), async_stager=self._stager, **where)
         assert isinstance(response, AsyncSaveResponse)
         self._staged = response.staging_completion
         return response.upload_completion.result

@@ -167,21 +167,19 @@ def changes(now: MemoryEstimate) -> Iterator[Iterator[tuple[str, MemoryEstimate]
     def of(section: str, options: Iterable[dict[str, Any]]) -> Iterator[tuple[str, MemoryEstimate]]:
         before = getattr(settings, section)
         for fields in options:
-            words = {name: str(value).lower() for name, value in fields.items() if value != getattr(before, name)}
+            other = {name: str(value).lower() for name, value in fields.items() if value != getattr(before, name)}
+            flags = " ".join(f"--{section}.{name} {value}" for name, value in other.items())
             with suppress(ValueError):  # neurons that cannot be shared evenly by the heads
-                yield (
-                    " ".join(f"--{section}.{name} {word}" for name, word in words.items()),
-                    now.changed(section, **fields),
-                )
+                yield flags, now.changed(section, **fields)
 
     def smaller(section: str, name: str, size: int, least: int = 1) -> Iterator[tuple[str, MemoryEstimate]]:
         return of(section, ({name: number} for number in _halved(size, least)))
 
-    accumulation, total = "gradient_accumulation_steps", train.sequences_per_process
-    divisors = (each for each in range(number // 2, 0, -1) if number % each == 0)
-    yield of(
-        "train", ({"batch_size": n, accumulation: total // n, "rows_per_block": _at_most(rows, n)} for n in divisors)
-    )
+    def micro_batches_of(size: int) -> dict[str, Any]:
+        times = train.sequences_per_process // size
+        return {"batch_size": size, "gradient_accumulation_steps": times, "rows_per_block": _at_most(rows, size)}
+
+    yield of("train", (micro_batches_of(size) for size in range(number // 2, 0, -1) if number % size == 0))
     if settings.checkpoint.in_background:
         yield of("checkpoint", [{"in_background": False}])
     if train.layer_path == "plain":
@@ -376,8 +374,10 @@ def forecast(run: Run, *, say: Callable[[str], None] = lambda line: None) -> For
     if found.peak_of(first) > found.limit:
         found.obstacle = "there is no room for a step of a single sequence"
         return found
-    shared = first * world.size, train.seed, world.rank, world.size
-    sequences = run.corpus.train_loader(*shared, carry_state=train.carry_state).next()
+    loader = run.corpus.train_loader(
+        first * world.size, train.seed, world.rank, world.size, carry_state=train.carry_state
+    )
+    sequences = loader.next()
     step_model = torch.compile(run.parallel.step_model) if train.compile else run.parallel.step_model
     say("a first step, which compiles and fills the optimizer ...")
     seconds, count = _timed_step(run, step_model, sequences, first), first
