@@ -204,25 +204,21 @@ def naive_loss(
     masks: list[torch.Tensor] | None,
 ) -> torch.Tensor:
     """The loss by the plain equations. ``masks`` are those of the layer steps' dropout, (B, H, T, N); None draws them."""
-    config = model.config
-    (B, T), H, N = tokens.shape, config.n_head, config.neurons_per_head
-    positions = torch.arange(T, device=tokens.device)
-    v = naive.layer_norm(weights.embed[tokens], config.layer_norm_eps)
-    for index in range(config.n_layer):
-        mask = None
-        if config.dropout > 0:
-            mask = F.dropout(v.new_ones(B, H, T, N), config.dropout) if masks is None else masks[index]
-        v = naive.layer_step(
-            v,
-            weights,
-            positions,
-            theta=config.rope_theta,
-            eps=config.layer_norm_eps,
-            dropout_mask=mask,
-            half_lives=half_lives(model),
-            window=T if config.decay is not None else None,  # all of them; without one, decay is a walk over the tokens
-        )
-    return F.cross_entropy((v @ weights.lm_head).flatten(0, 1), targets.flatten())
+    config, (B, T) = model.config, tokens.shape
+    if masks is None and config.dropout > 0:
+        shape = (B, config.n_head, T, config.neurons_per_head)
+        masks = [F.dropout(weights.embed.new_ones(shape), config.dropout) for _ in range(config.n_layer)]
+    logits = naive.forward(
+        tokens,
+        weights,
+        config.n_layer,
+        theta=config.rope_theta,
+        eps=config.layer_norm_eps,
+        half_lives=half_lives(model),
+        window=T if config.decay is not None else None,  # all of them; without one, decay is a walk over the tokens
+        dropout_masks=masks or (),
+    )
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 def dropout_masks(

@@ -6,6 +6,7 @@ computes with it: tests and benchmarks do.
 """
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
@@ -150,10 +151,12 @@ def forward(
     starts: torch.Tensor | None = None,
     window: int | None = None,
     first_position: int = 0,
+    dropout_masks: Sequence[torch.Tensor | None] = (),
 ) -> torch.Tensor:
-    """Logits (B, T, V) of ``tokens`` (B, T), without dropout.
+    """Logits (B, T, V) of ``tokens`` (B, T), without dropout unless masks are given.
 
     Args:
+        dropout_masks: of each layer step, as in :func:`layer_step`; not with ``starts``.
         starts: bool (B, T): documents start there. Each is computed alone.
         window: tokens that are attended from, in every layer step, as in :func:`attention`; None for all.
         first_position: of each text's first token.
@@ -173,8 +176,9 @@ def forward(
         return torch.stack([torch.cat([alone(document[None])[0] for document in row]) for row in rows])
     v = layer_norm(weights.embed[tokens], eps)  # (B, T, D)
     positions = first_position + torch.arange(tokens.shape[1], device=tokens.device)
-    for _ in range(num_layer_steps):
-        v = layer_step(v, weights, positions, theta=theta, eps=eps, half_lives=half_lives, window=window)
+    step = partial(layer_step, theta=theta, eps=eps, half_lives=half_lives, window=window)
+    for mask in dropout_masks or [None] * num_layer_steps:
+        v = step(v, weights, positions, dropout_mask=mask)
     return v @ weights.lm_head
 
 
