@@ -4,7 +4,9 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby, pairwise
+from operator import mul
 
 import numpy as np
 import torch
@@ -45,12 +47,7 @@ class Metrics:
         return self.bits_per_byte * math.log(2)
 
     def as_dict(self, prefix: str = "") -> dict[str, float]:
-        return {
-            f"{prefix}loss": self.loss,
-            f"{prefix}perplexity": self.perplexity,
-            f"{prefix}bits_per_byte": self.bits_per_byte,
-            f"{prefix}accuracy": self.accuracy,
-        }
+        return {f"{prefix}{name}": getattr(self, name) for name in ("loss", "perplexity", "bits_per_byte", "accuracy")}
 
     def loss_at(self, prefix: str = "") -> dict[str, float]:
         """The loss by position, in octaves: ``loss_at/8`` is the mean of the positions 8 to 15, counted from 1.
@@ -63,8 +60,8 @@ class Metrics:
 
     def loss_by_block(self, block_size: int) -> tuple[float, ...]:
         """The mean of each ``block_size`` positions; empty without a loss by position."""
-        starts = range(0, len(self.loss_by_position), block_size)
-        blocks = [self.loss_by_position[start : start + block_size] for start in starts]
+        losses = self.loss_by_position
+        blocks = (losses[start : start + block_size] for start in range(0, len(losses), block_size))
         return tuple(sum(block) / len(block) for block in blocks)
 
 
@@ -150,22 +147,14 @@ def evaluate_parts(
     """Predicts what counts in each part.
 
     Args:
-        rows: those of each part that this process measures.
+        rows: the sequences of each part that this process measures.
         sum_over_processes: see :func:`evaluate_batch`.
 
     Returns:
         The metrics over all tokens that count, and where there are several parts, those of each by its name.
     """
-    found = [
-        evaluate_batch(
-            model,
-            part.batch[rows],
-            bytes_per_token=part.bytes_per_token,
-            autocast=autocast,
-            sum_over_processes=sum_over_processes,
-        )
-        for part in parts
-    ]
+    evaluate = partial(evaluate_batch, model, autocast=autocast, sum_over_processes=sum_over_processes)
+    found = [evaluate(part.batch[rows], bytes_per_token=part.bytes_per_token) for part in parts]
     if len(found) == 1:
         return found[0], {}
     return _over_all(parts, found), {part.name: metrics for part, metrics in zip(parts, found, strict=True)}
@@ -178,11 +167,9 @@ def _over_all(parts: Sequence[ValidationPart], found: Sequence[Metrics]) -> Metr
     correct = sum(each.accuracy * each.num_tokens for each in found)
     by_position: tuple[float, ...] = ()
     if len({len(each.loss_by_position) for each in found}) == 1:
-        rows = [len(part.batch.tokens) for part in parts]
-        columns = zip(*(each.loss_by_position for each in found), strict=True)
-        by_position = tuple(
-            sum(n * nats_there for n, nats_there in zip(rows, column, strict=True)) / sum(rows) for column in columns
-        )
+        sizes = [len(part.batch.tokens) for part in parts]
+        at_positions = zip(*(each.loss_by_position for each in found), strict=True)
+        by_position = tuple(sum(map(mul, sizes, nats_there)) / sum(sizes) for nats_there in at_positions)
     return Metrics(nats / num_tokens, nats / math.log(2) / num_bytes, correct / num_tokens, num_tokens, by_position)
 
 

@@ -4,7 +4,6 @@ import asyncio
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -69,16 +68,15 @@ class AsyncRequest:
 
 
 class AsyncEngine:
-    """Requests from any task or thread; the engine belongs to this object's thread from now on.
+    """Takes requests from any task or thread; the engine belongs to this object's thread from now on.
 
-    An exception in the engine itself, not in a request, ends the thread, and reaches everyone who waits and
-    who asks from then on.
+    An exception in the engine itself, not in a request, ends the thread, and is raised for everyone who waits or asks later.
     """
 
     def __init__(self, engine: Engine):
         self.engine = engine
         self._changed = threading.Condition()
-        self._orders: deque[Callable[[], None]] = deque()  # what the thread is to do between two steps
+        self._orders: list[Callable[[], None]] = []  # what the thread is to do between two steps
         self._receivers: dict[int, tuple[asyncio.AbstractEventLoop, AsyncRequest]] = {}
         self._is_closed = False
         self.failure: BaseException | None = None
@@ -91,8 +89,8 @@ class AsyncEngine:
 
     @property
     def seconds_without_progress(self) -> float:
-        """Since the thread last went from one step to the next, or a step from one of its parts to the next; 0 where it
-        has nothing to do. Large where a step hangs, and not where it has much to read."""
+        """Since a step, or some work of a step, came to its end; 0 where there is nothing to do. Large where a step hangs, and
+        not where it has much to read."""
         return 0.0 if self._is_idle else time.monotonic() - max(self._beat, self.engine.advancer.last_progress)
 
     async def submit(self, request: AsyncRequest) -> None:
@@ -176,11 +174,8 @@ class AsyncEngine:
     def close(self, seconds: float | None = None) -> bool:
         """Ends the thread after its present step; requests that still run end with an error.
 
-        Args:
-            seconds: to wait for that at most; None for as long as it takes.
-
         Returns:
-            Whether it has ended.
+            Whether it has ended within so many seconds; None waits for as long as it takes.
         """
         with self._changed:
             self._is_closed = True
@@ -207,10 +202,8 @@ class AsyncEngine:
                     self._beat, self._is_idle = time.monotonic(), False
                     if self._is_closed:
                         break
-                    orders = list(self._orders)
-                    self._orders.clear()
-                for order in orders:
-                    _carry_out(order)
+                    orders, self._orders = self._orders, []
+                self._carry_out(orders)
                 outputs = self.engine.step() if self.engine.has_work else []
                 started: list[tuple[int, Item]] = [(each, None) for each in self.engine.take_started()]
                 self._deliver([*started, *((output.request_id, output) for output in outputs)])
@@ -221,11 +214,17 @@ class AsyncEngine:
             failure = error
         with self._changed:
             self.failure = failure
-            orders = list(self._orders)
-        for order in orders:  # those that have just come are told what happened, like all others
-            _carry_out(order)
+        self._carry_out(self._orders)  # those that have just come get the failure too
         self._deliver([(request_id, failure) for request_id in self._receivers])
         self._receivers.clear()
+
+    def _carry_out(self, orders: Sequence[Callable[[], None]]) -> None:
+        """One that fails does so alone: what it asked for may not have happened, and all else continues."""
+        for order in orders:
+            try:
+                order()
+            except Exception:
+                _logger.exception("the engine could not carry out an order")
 
     def _deliver(self, items: Sequence[tuple[int, Item]]) -> None:
         """Hands items to the requests of these ids: each event loop is woken once."""
@@ -244,11 +243,3 @@ class AsyncEngine:
 def _take_all(items: Sequence[tuple[AsyncRequest, Item]]) -> None:
     for request, item in items:
         request.take(item)
-
-
-def _carry_out(order: Callable[[], None]) -> None:
-    """An order whose failure is its own: what it asked for may not have happened, and all else continues."""
-    try:
-        order()
-    except Exception:
-        _logger.exception("the engine could not carry out an order")

@@ -66,13 +66,8 @@ class Engine:
         self.model, self.tokenizer = model, PlainTokenizer.of(tokenizer)
         self.grammars = Grammars(self.tokenizer, model.config.vocab_size)
         """For any thread: what is compiled there ahead of a request holds up no step."""
-        self.advancer = advancer or Advancer(
-            model,
-            path=self.config.path,
-            weights=self.config.weights,
-            state=self.config.state,
-            window=self.config.window,
-        )
+        settings = {name: getattr(self.config, name) for name in ("path", "weights", "state", "window")}
+        self.advancer = advancer or Advancer(model, **settings)
         max_bytes = self.config.max_state_bytes
         if max_bytes is None:
             max_bytes = max(available_bytes(model.device) // 2, self.advancer.state_bytes)
@@ -175,10 +170,10 @@ class Engine:
 
         Args:
             prompt: a text, in which nothing is a special token, or the ids of tokens.
-            params: how to sample; copied.
-            snapshot: a sequence to go on from; it stays as it is. ``prompt`` is what follows there, or None for nothing.
-            keep_snapshot: let completions have a snapshot, from which they can go on.
-            record_activations: let outputs tell which neurons fired, and so many of the strongest. The tokens are the same.
+            params: how to sample.
+            snapshot: a sequence to continue; it stays as it is. ``prompt`` is what follows there, or None for nothing.
+            keep_snapshot: completions have a snapshot, from which they can be continued.
+            record_activations: outputs say which neurons fired, and name so many of the strongest. The tokens are the same.
             residuals: takes those of all tokens that are read.
             generator: draw the first continuation from this one, instead of one that begins with the seed.
 
@@ -220,11 +215,7 @@ class Engine:
         return request.id
 
     def abort(self, request_id: int, *, keep_snapshot: bool = False) -> None:
-        """Ends a request; what it has written comes with the next step. One that has ended is left alone.
-
-        Args:
-            keep_snapshot: let the completions of what has begun have a snapshot, from which they can go on.
-        """
+        """Ends a request, if it has not ended; what it has written comes with the next step, and a snapshot of it if asked for."""
         for request in [*self._waiting, *self._running.values()]:
             if request.id == request_id:
                 request.keep_snapshot |= keep_snapshot
@@ -241,9 +232,9 @@ class Engine:
     def step(self) -> list[StepOutput]:
         """One step of all that runs: a token for each sequence that is being continued, a piece of prompts.
 
-        An exception within one request ends that request, with the reason "error"; the others go on. So does one that
-        leaves its state half-written, in a call for several. What leaves the step, as KeyboardInterrupt does, ends
-        with the next one all requests that were being worked on.
+        An exception within one request, or one that leaves its state half-written in a call for several, ends that request
+        with the reason "error". What leaves the step, such as KeyboardInterrupt, ends with the next step all requests that
+        were being worked on.
         """
         while self._in_hand:
             self._end(self._in_hand[0], "error", _INTERRUPTED)
@@ -266,11 +257,7 @@ class Engine:
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[list[Completion]]:
-        """The continuations of each prompt, in their order.
-
-        Args:
-            prompts: several, or a single text.
-            params: for all of them, or one for each.
+        """The continuations of each prompt, in their order; ``params`` are for all of them, or one for each.
 
         Raises:
             ValueError: as :meth:`add_request`, before anything is generated; or the engine has other work.
@@ -293,23 +280,21 @@ class Engine:
         if self._waiting or self._running or self._outputs:
             raise ValueError("the engine has other requests: end them before a whole batch is generated")
         source, ids = iter(requests), deque[int]()
-        found: dict[int, dict[int, Completion]] = {}
-        wanted: dict[int, int] = {}
+        found: dict[int, list[Completion | None]] = {}
         # So many that none has to wait for one that is still to be read, and not so many that results pile up.
         most = 2 * self.max_sequences
         try:
             while True:
                 for prompt, params in itertools.islice(source, max(0, most - len(ids))):
                     ids.append(self.add_request(prompt, params))
-                    wanted[ids[-1]], found[ids[-1]] = params.n, {}
+                    found[ids[-1]] = [None] * params.n
                 if not ids:
                     return
                 for output in self.step():
                     if output.completion is not None:
                         found[output.request_id][output.index] = output.completion
-                while ids and len(found[ids[0]]) == wanted[ids[0]]:
-                    done = found.pop(ids.popleft())
-                    yield [done[index] for index in sorted(done)]
+                while ids and None not in found[ids[0]]:
+                    yield [each for each in found.pop(ids.popleft()) if each is not None]
         finally:
             for request_id in ids:
                 self.abort(request_id)

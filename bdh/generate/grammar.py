@@ -1,10 +1,9 @@
 """The form that a text must have, a JSON schema or a regular expression, held token by token by ``llguidance``.
 
-What may follow a text is computed from the bytes of each token, and everything else is taken from the logits before a
-token is drawn: a text that comes to its end has the form, whatever the model. One that ``max_tokens`` or a stop string
-cuts off is a beginning of such a text.
+From the bytes of each token follows which may come next; all others are taken from the logits before one is drawn. So a text
+that comes to its end has the form, and one that ``max_tokens`` or a stop string cuts off is a beginning of such a text.
 
-Settings check a grammar's outer form, so that importing this needs neither PyTorch nor ``llguidance``.
+Settings check a grammar's outer form, so importing this needs neither PyTorch nor ``llguidance``.
 """
 
 import importlib.util
@@ -19,19 +18,15 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 KINDS = ("json_schema", "regex")
-MOST_CHARACTERS = 100_000
-"""Of a schema, as JSON, or of a regular expression."""
-MOST_LEVELS = 100
-"""Of lists and objects inside each other in a schema."""
+MOST_CHARACTERS = 100_000  # of a schema, as JSON, or of a regular expression
+MOST_LEVELS = 100  # of lists and objects inside each other in a schema
+# Patterns and formats of a schema that joins schemas: the time to see whether such a text exists doubles with each.
 MOST_JOINED = 12
-"""Patterns and formats of a schema that may want several of them of one text: what it takes to see whether such a text
-exists doubles with each."""
 # What is said of a schema, and wants nothing of a text.
 _ABOUT = {"$comment", "$defs", "$id", "$schema", "default", "definitions", "deprecated", "description", "examples"}
 _ABOUT |= {"readOnly", "title", "writeOnly"}
 GRAMMAR_FAULT = "the grammar cannot be held further: "
-"""With this the errors of a text begin whose grammar was found to be too complex on the way: no fault of the engine."""
-
+"""Errors begin with it where a grammar was found to be too complex on the way: no fault of the engine."""
 _MOST_COMPILED = 64
 # Between the parts of JSON. Without a bound a model could write spaces for ever.
 _WHITESPACE = r"[ \t\r\n]{1,20}"

@@ -25,8 +25,7 @@ Prompt = str | Sequence[int]
 """A text, in which nothing is a special token, or the ids of tokens."""
 
 _REPLACEMENT = "\ufffd"  # what decoders put for bytes that are no character (yet)
-# A character has at most 4 bytes, so at most 3 bytes of an unfinished one can stand at the end.
-_MAX_UNFINISHED = 3
+_MAX_UNFINISHED = 3  # bytes at the end of a text: a character has at most 4
 CONTEXT_TOKENS = 8
 """Before a text: whether a word-piece begins with a space depends on whether anything stands before it."""
 _WINDOW_TOKENS = 64
@@ -161,7 +160,7 @@ class Sampler:
         prompt: the tokens before what is generated; they count for the repetition penalty only.
         generated: tokens that have been generated already, where a sequence continues.
         ends: tokens that may not come before ``min_tokens``.
-        generator: draw from this one, instead of one that begins with the seed.
+        generator: instead of one that begins with the seed.
     """
 
     def __init__(
@@ -186,9 +185,8 @@ class Sampler:
         if params.repetition_penalty != 1:
             self._seen = torch.zeros(vocab_size, dtype=torch.bool)
             self._seen[list(prompt)] = True
-        self._counts: torch.Tensor | None = None
-        if params.presence_penalty or params.frequency_penalty:
-            self._counts = torch.zeros(vocab_size)
+        has_counts = params.presence_penalty or params.frequency_penalty
+        self._counts = torch.zeros(vocab_size) if has_counts else None
         for token in generated:
             self._count(token)
         self._num_generated = 0  # by this request

@@ -34,7 +34,7 @@ def generate_texts(
 
     Args:
         prompts: texts, in which nothing is a special token, or ids of tokens.
-        params: how to sample; or give its fields as keywords, or by transformers' names ``max_new_tokens`` and
+        params: how to sample; or give its fields as keywords, also by transformers' names ``max_new_tokens`` and
             ``num_return_sequences``. A seed is that of each prompt; without one, PyTorch's generator gives it.
         num_beams: of a beam search, which takes :class:`bdh.BDHForCausalLM`; 1 for none.
 
