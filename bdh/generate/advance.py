@@ -193,11 +193,9 @@ class Advancer:
             faults.require(state == "float32", "state", state, "float32 with a window")
         faults.raise_if_any()
         chosen = choose_backend("advance", path, Work(model.device, model.dtype, kernel_obstacle(model)))
-        for name, value, formats in (
-            ("weights", weights, chosen.backend.weights),
-            ("state", state, chosen.backend.states),
-        ):
-            faults.require(value in formats, name, value, f"float32 with torch's operations ({chosen.reason})")
+        allowed = f"float32 with torch's operations ({chosen.reason})"
+        faults.require(weights in chosen.backend.weights, "weights", weights, allowed)
+        faults.require(state in chosen.backend.states, "state", state, allowed)
         faults.raise_if_any()
         model.eval()
         self.model, self.window, self.backend = model, window, chosen.backend.name
@@ -231,20 +229,17 @@ class Advancer:
     @property
     def description(self) -> str:
         """Which code runs, and why: a line for people."""
-        window = f"a window of {self.window} tokens"
+        window = None if self.window is None else f"a window of {self.window} tokens"
         if self.backend == "eager":
-            how = "dense recurrent steps" if self.window is None else window
-            return f"torch on {self.model.device}, {how} ({self._reason})"
-        held = f"state {self._state}" if self.window is None else window
+            return f"torch on {self.model.device}, {window or 'dense recurrent steps'} ({self._reason})"
         threads = f"sparse kernels on the cpu, {torch.get_num_threads()} threads"
-        return f"{threads}, weights {self._weights}, {held} ({self._reason})"
+        return f"{threads}, weights {self._weights}, {window or f'state {self._state}'} ({self._reason})"
 
     @property
     def state_bytes(self) -> int:
         """Bytes of one sequence's state."""
-        return self.model.config.n_layer * sum(
-            math.prod(shape) * dtype.itemsize for dtype, shape in self._shapes.values()
-        )
+        L = self.model.config.n_layer
+        return L * sum(math.prod(shape) * dtype.itemsize for dtype, shape in self._shapes.values())
 
     @property
     def pattern(self) -> Pattern:
@@ -254,14 +249,10 @@ class Advancer:
 
     @torch.inference_mode(False)  # a state is kept for later steps, which may come outside of it
     def new_state(self, batch_size: int = 1) -> SynapticState:
-        """The state of sequences before their first token."""
+        """The state of sequences before their first token; positions are on the CPU, where they are asked for."""
+        L, device = self.model.config.n_layer, self.model.device
         return SynapticState.empty(
-            self._kind,
-            self._shapes,
-            self.model.config.n_layer,
-            batch_size=batch_size,
-            device=self.model.device,
-            positions_device="cpu",  # where they are asked for
+            self._kind, self._shapes, L, batch_size=batch_size, device=device, positions_device="cpu"
         )
 
     def mark_progress(self) -> None:

@@ -16,7 +16,6 @@ from bdh.generate.engine import Engine
 from bdh.generate.params import SamplingParams
 from bdh.generate.sequence import Completion, StepOutput, TextDecoder, encode_prompt, generator_of, text_of
 from bdh.generate.snapshot import Snapshot
-from bdh.model.state import SynapticState
 from bdh.model.weights import weights_mark
 from bdh.tokenizer.chat import ChatEncoder
 from bdh.tokenizer.plain import end_token_ids
@@ -228,7 +227,16 @@ class Conversation:
                 f"{path} is a conversation with another tokenizer or chat template, or with one where here is none"
             )
         assert snapshot.generator_state is not None  # `save` puts it there
-        snapshot.state = self._own_state(snapshot)
+        state = self.engine.advancer.new_state()
+        try:
+            state.copy_(snapshot.state)
+        except ValueError:
+            self._notify(
+                f"the file's state is of another kind, {snapshot.state.kind!r} and not {state.kind!r}: its "
+                f"{snapshot.state.position:,} tokens are read again, and what follows may differ by rounding"
+            )
+            state = self._read_again(snapshot).state
+        snapshot.state = state
         messages, lengths = tuple(notes["messages"]), tuple(notes["lengths"])
         self._now = _Point(snapshot if snapshot.tokens else None, messages, lengths, notes["system_read"])
         self._earlier.clear()
@@ -357,19 +365,6 @@ class Conversation:
                 was_answer = of_answer
             spans[-1].append(token)
         return spans
-
-    def _own_state(self, snapshot: Snapshot) -> SynapticState:
-        """The state of a snapshot as this engine has them."""
-        state = self.engine.advancer.new_state()
-        try:
-            state.copy_(snapshot.state)
-        except ValueError:
-            self._notify(
-                f"the file's state is of another kind, {snapshot.state.kind!r} and not {state.kind!r}: its "
-                f"{snapshot.state.position:,} tokens are read again, and what follows may differ by rounding"
-            )
-            state = self._read_again(snapshot).state
-        return state
 
     def _read_again(self, snapshot: Snapshot) -> Snapshot:
         """The snapshot as this engine reads it with the weights of now."""

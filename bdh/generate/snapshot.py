@@ -49,10 +49,7 @@ class Snapshot:
     model's fingerprint; None where nobody has noted it."""
 
     def check_for(self, pattern: Pattern, *, prompt_logprobs: bool) -> None:
-        """
-        Raises:
-            ValueError: a sequence cannot go on from it, among states of this pattern.
-        """
+        """Raises a ``ValueError`` where a sequence cannot continue from it, among states of this pattern."""
         if prompt_logprobs:
             raise ValueError(
                 "prompt_logprobs was given with a snapshot, whose tokens are not read again: must be left out"
