@@ -37,13 +37,11 @@ class TaskScore:
 
 
 class HarnessModel(TemplateLM):
-    """What the harness asks of a model.
+    """What the harness asks of a model. Where the tokenizer has neither ``<bos>`` nor ``<eos>``, texts begin after a newline.
 
     Args:
         max_length: tokens that a prediction sees at most: a longer context loses its beginning, and ``num_cut``
             counts how often. None reads all of it: the model's state is of one size at any length.
-
-    A tokenizer of a model that knows neither ``<bos>`` nor ``<eos>`` gets a newline before a text that has nothing before it.
     """
 
     def __init__(
@@ -55,11 +53,8 @@ class HarnessModel(TemplateLM):
         batch_size: int = 16,
     ):
         super().__init__()
-        self._model = model
-        self.tokenizer = tokenizer
-        self.max_length = max_length
-        self.batch_size = batch_size
-        self.num_cut = 0
+        self._model, self.tokenizer = model, tokenizer
+        self.max_length, self.batch_size, self.num_cut = max_length, batch_size, 0
         special = [i for i in (tokenizer.bos_token_id, document_end_id(tokenizer)) if i is not None]
         self._start: list[int] = special[:1] or self.tok_encode("\n")
 
@@ -175,25 +170,18 @@ def evaluate_tasks(
     """
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     names, manager = _found_tasks(tasks, include_path)
-    results: Any = simple_evaluate(
-        model=lm,
-        tasks=names,
-        task_manager=manager,
-        num_fewshot=num_fewshot,
-        limit=limit,
-        log_samples=False,
-        bootstrap_iters=1000,
-    )
+    counts = {"num_fewshot": num_fewshot, "limit": limit, "bootstrap_iters": 1000}
+    results: Any = simple_evaluate(model=lm, tasks=names, task_manager=manager, log_samples=False, **counts)
     scores = []
     for task, figures in sorted((results["results"] | results.get("groups", {})).items()):
-        counts = results.get("n-samples", {}).get(task, {})
+        num_samples = results.get("n-samples", {}).get(task, {}).get("effective")
         for key, value in figures.items():
             metric, _, filter_name = key.partition(",")
             if isinstance(value, int | float) and filter_name and not metric.endswith("_stderr"):
                 stderr = figures.get(f"{metric}_stderr,{filter_name}")
                 stderr = stderr if isinstance(stderr, int | float) else None
                 shown = metric if filter_name == "none" else f"{metric} ({filter_name})"
-                scores.append(TaskScore(task, shown, value, stderr, counts.get("effective")))
+                scores.append(TaskScore(task, shown, value, stderr, num_samples))
     return scores
 
 
@@ -208,10 +196,10 @@ def _found_tasks(tasks: Sequence[str], include_path: str | None) -> tuple[list[s
             continue
         paths.append(str(path if path.is_dir() else path.parent))
         found = TaskManager(include_path=paths[-1], include_defaults=False)
-        index = found.task_index.items()
-        names += found.all_subtasks if path.is_dir() else [name for name, entry in index if entry.yaml_path == path]
-        if not names:
+        held = [name for name, entry in found.task_index.items() if entry.yaml_path == path]
+        if not (held := found.all_subtasks if path.is_dir() else held):
             raise ValueError(f"{task} holds no task: a task is a YAML file with `task: NAME` in it")
+        names += held
     manager = TaskManager(include_path=paths, include_defaults=False)
     if not set(names) <= set(manager.all_tasks):  # the harness's own are thousands of files to read
         manager = TaskManager(include_path=paths)
@@ -230,9 +218,9 @@ def _sampling(arguments: dict[str, Any]) -> tuple[SamplingParams, int]:
         ValueError: there is one that has no meaning here.
     """
     given = dict(arguments)
-    stop = given.pop("until", None) or []
-    stop = [stop] if isinstance(stop, str) else stop
-    max_new_tokens = given.pop("max_gen_toks", 256)
+    until = given.pop("until", None) or []
+    stop = [each for each in ([until] if isinstance(until, str) else until) if each]
+    max_tokens = given.pop("max_gen_toks", 256)
     samples = given.pop("do_sample", given.get("temperature", 0) > 0)
     if unknown := sorted(set(given) - _GENERATION):
         raise ValueError(
@@ -242,8 +230,5 @@ def _sampling(arguments: dict[str, Any]) -> tuple[SamplingParams, int]:
     if not samples:
         given["temperature"] = 0.0
     num_beams = given.pop("num_beams", 1)
-    return params_of(
-        None,
-        {"max_new_tokens": max_new_tokens, "stop": [s for s in stop if s], "seed": 0, **given},
-        num_beams=num_beams,
-    ), num_beams
+    settings = {"max_new_tokens": max_tokens, "stop": stop, "seed": 0, **given}
+    return params_of(None, settings, num_beams=num_beams), num_beams

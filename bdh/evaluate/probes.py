@@ -212,17 +212,11 @@ def measure_recall(
             found = reader.score([*asked, *asked])
             scores[distance] += found[: len(asked)]
             controls[distance] += found[len(asked) :]
-    return [
-        Recall(
-            distance=distance,
-            trials=trials,
-            accuracy=_share(scores[distance]),
-            control_accuracy=_share(controls[distance]),
-            log_probability=_mean(scores[distance]),
-            control_log_probability=_mean(controls[distance]),
-        )
-        for distance in ordered
-    ]
+    recalls = []
+    for distance in ordered:
+        (accuracy, nats), (control, control_nats) = map(_summary, (scores[distance], controls[distance]))
+        recalls.append(Recall(distance, trials, accuracy, control, nats, control_nats))
+    return recalls
 
 
 def tokens_to_read(distances: Sequence[int], trials: int) -> int:
@@ -282,9 +276,6 @@ def _question(tokenizer: PreTrainedTokenizerFast, randomness: random.Random) -> 
     return Question(fact=[*query, *value, *encoded(".\n")], query=query, value=value)
 
 
-def _share(scores: list[Score]) -> float:
-    return sum(hit for _, hit in scores) / len(scores)
-
-
-def _mean(scores: list[Score]) -> float:
-    return sum(sum(nats) / len(nats) for nats, _ in scores) / len(scores)
+def _summary(scores: list[Score]) -> tuple[float, float]:
+    """The share of values that were known, and the mean log-probability of their tokens."""
+    return sum(hit for _, hit in scores) / len(scores), sum(sum(nats) / len(nats) for nats, _ in scores) / len(scores)
