@@ -108,10 +108,9 @@ class Settings:
         """Records what is wrong between fields; their types, and the sections inside, are checked apart from that."""
 
     def check_available(self) -> None:
-        """Whether what the settings name is there: files, folders, packages, a port. Asked of all sections inside.
+        """Checks that what the settings name is there: files, folders, packages, a port; also those of all sections inside.
 
-        To be reported at once, it needs neither PyTorch nor another large package. What uses them later checks again, by the
-        same functions.
+        It needs no large package, so that faults are reported at once. What uses them later checks again, by the same functions.
 
         Raises:
             OSError, ValueError, ImportError: as the functions that would use what is missing.

@@ -13,7 +13,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -218,7 +218,7 @@ class Traffic:
 
     @property
     def total(self) -> int:
-        return self.encoder + self.state + self.encoder_v + self.decoder + self.lm_head
+        return sum(astuple(self))
 
     def limit_seconds(self, bandwidth: Bandwidth, batch: int = 1) -> float:
         """The least time of a step of ``batch`` sequences: E and the head once, the rest for each of them.
@@ -256,6 +256,9 @@ class Timing:
     @property
     def least(self) -> float:
         return min(self.seconds)
+
+    def cells(self) -> list[str]:
+        return [milliseconds(self.median), milliseconds(self.least)]
 
     def figures(self, per: str, work: float = 1) -> dict[str, float]:
         """Of a ``per`` (token, step) that does so much ``work``, in tokens."""

@@ -283,20 +283,14 @@ class _DecodeBench:
         for name, timing in timings.items():
             times = timing.median / reference
             figures.append({"name": name, **timing.figures("token"), "times_kernels_float32": times})
-            row = [
-                name,
-                milliseconds(timing.median),
-                milliseconds(timing.least),
-                f"{1 / timing.median:,.1f}",
-                f"{times:,.2f}",
-            ]
+            limit = ["", "", ""]
             if name in _FORMATS:
                 moved = traffic(self.model.config, self.density, *_FORMATS[name])
                 least = moved.limit_seconds(self.bandwidth)
                 share = least / timing.median
                 figures[-1] |= {"bytes_per_token": moved.total, "limit_ms": 1000 * least, "of_limit": share}
-                row += [f"{moved.total / 2**20:,.1f}", milliseconds(least), f"{100 * share:.0f} %"]
-            rows.append(row if name in _FORMATS else [*row, "", "", ""])
+                limit = [f"{moved.total / 2**20:,.1f}", milliseconds(least), f"{100 * share:.0f} %"]
+            rows.append([name, *timing.cells(), f"{1 / timing.median:,.1f}", f"{times:,.2f}", *limit])
         self.report.figures["forms"] = figures
         self.report.table(
             f"one sequence, a token at a time: medians of {options.rounds} rounds by turns; GPT-2 at context "
@@ -323,7 +317,7 @@ class _DecodeBench:
         self.report.table(
             f"kernels float32 by position (the last is {ratio:.3f} times the first)",
             ["position", "ms/token", "least"],
-            [[name, milliseconds(timing.median), milliseconds(timing.least)] for name, timing in timings.items()],
+            [[name, *timing.cells()] for name, timing in timings.items()],
         )
 
     def time_batches(self) -> None:

@@ -3,10 +3,9 @@
 transformers, datasets, huggingface_hub and others log what they raise too, and each try of a download. That is kept back
 while a command gets ready, so that an error is the one line that its reader sees.
 
-Two kinds of lines are left out altogether, but with ``--debug``. transformers 5.23 imports torchao, where it is installed,
-as soon as one of its model classes is imported, by ``quantizers/quantizer_torchao.py``, and has no setting against it. On a
-machine without the GPUs that they are for, torchao 0.18 then logs that it cannot load its kernels, and that it
-registers enumerations, which PyTorch 2.13 calls old.
+Two kinds of lines are left out altogether, but with ``--debug``: transformers 5.23 imports torchao, where it is installed, with
+its model classes (``quantizers/quantizer_torchao.py``), and torchao 0.18 then logs on a machine without the GPUs that they are
+for that it cannot load its kernels, and that it registers enumerations, which PyTorch 2.13 calls old.
 """
 
 import errno
@@ -25,8 +24,7 @@ if TYPE_CHECKING:
 _GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ESHUTDOWN)
 StageProgress = Callable[[str, int, int | None], None]
 _shows_all = True
-_kept: list[tuple[logging.Logger, logging.LogRecord]] | None = None
-"""None where nothing is kept back."""
+_kept: list[tuple[logging.Logger, logging.LogRecord]] | None = None  # where nothing is kept back
 
 
 @contextmanager
