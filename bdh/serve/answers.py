@@ -131,12 +131,12 @@ class Text:
 
 
 class Writer:
-    """Puts the texts of one request into an answer, or into chunks.
+    """Puts the texts of one request into an answer, or into the chunks of a stream.
 
     Args:
         num_top: how many of the likeliest tokens are listed with log-probabilities; None for no log-probabilities.
-        num_given: texts given of each prompt.
-        options: of a stream: what it says of its usage.
+        num_given: texts returned for each prompt.
+        options: what a stream reports of its usage.
     """
 
     prefix = object = chunk_object = ""
@@ -162,7 +162,7 @@ class Writer:
         return [text for texts in self.texts for text in texts]
 
     def take(self, place: int, output: StepOutput) -> Json | None:
-        """Notes what has come. Returns a chunk's choice, or None where there is nothing to say."""
+        """Adds an output. Returns the choice of its chunk, or None if there is nothing to send."""
         text = self.texts[place][output.index]
         entries: Entries = []
         if self._num_top is not None:
@@ -191,7 +191,7 @@ class Writer:
         return []
 
     def pieces(self, place: int, output: StepOutput) -> list[bytes]:
-        """Notes what has come. Returns the events that tell it."""
+        """Adds an output. Returns its events."""
         choice = self.take(place, output)
         return [] if choice is None else [self._chunk(choice)]
 
@@ -239,7 +239,7 @@ class Writer:
         return {"id": self.id, "object": kind, "created": self._created, "model": self.model}
 
     def _shown(self, text: Text, piece: str) -> str:
-        """What of a text's next piece is given."""
+        """What is shown of the next piece of a text."""
         return piece
 
     def _logprobs(self, text: Text, entries: Entries) -> Json:
@@ -311,7 +311,7 @@ class ChatWriter(Writer):
                 "top_logprobs": [self._of_token(*each) for each in entry.top],
             }
             for _, entry in entries
-            if entry is not None  # as are those of a prompt, which nobody asks for here
+            if entry is not None  # only tokens of a prompt have none, and chats do not ask for these
         ]
         return {"content": content, "refusal": None}
 

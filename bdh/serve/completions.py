@@ -40,6 +40,7 @@ from bdh.serve.schemas import (
     Prompt,
     RequestModel,
     Sampling,
+    optional,
     texts_of,
 )
 from bdh.serve.service import CutOff, Generation, Loaded, PromptRequest, Service
@@ -54,18 +55,18 @@ _QUEUE_SECONDS = 0.1
 
 
 class EmbeddingOptions(RequestModel):
-    pooling: Literal["mean", "last"] | None = Field(
-        default=None, description="Of the residuals of all tokens (mean, the default), or that of the last."
+    pooling: Literal["mean", "last"] | None = optional(
+        "Of the residuals of all tokens (mean, the default), or that of the last."
     )
-    normalize: bool | None = Field(default=None, description="To length 1, as OpenAI's are; true if not given.")
+    normalize: bool | None = optional("To length 1, as OpenAI's are; true if not given.")
 
 
 class EmbeddingRequest(RequestModel):
     input: Prompt = Field(description="Text, texts, token ids, or lists of them.")
-    model: str | None = Field(default=None, description="A name that the server has; None for its first.")
+    model: str | None = optional("A name that the server has; None for its first.")
     encoding_format: Literal["float", "base64"] | None = None
-    dimensions: Positive | None = Field(default=None, description="The model's residual width, or left out.")
-    user: str | None = Field(default=None, description="For the log.")
+    dimensions: Positive | None = optional("The model's residual width, or left out.")
+    user: str | None = optional("For the log.")
     bdh: EmbeddingOptions | None = None
 
 
@@ -129,7 +130,7 @@ async def _completion(service: Service, body: CompletionRequest, request: Reques
         prompts.append(_prompt(tokens, replace(params), snapshot, extras, param, {"kind": "text"}))
     options = body.stream_options
     writer = CompletionWriter(prompts, loaded.names, model, body.logprobs, body.n or 1, options=options)
-    return TextGeneration(service, prompts, request, writer, body, saves_state=bool(extras.save_state))
+    return TextGeneration(service, prompts, request, writer, body)
 
 
 async def _chat(service: Service, body: ChatRequest, request: Request) -> "TextGeneration":
@@ -154,11 +155,9 @@ async def _chat(service: Service, body: ChatRequest, request: Request) -> "TextG
         tokens = await loaded.in_text_thread(loaded.chat.further, before, messages, snapshot.notes.get("stopped_by"))
     notes = {"kind": "chat", "messages": [*before, *messages]}
     prompts = [_prompt(tokens, params, snapshot, extras, "messages", notes)]
-    options = body.stream_options
-    writer = ChatWriter(
-        prompts, loaded.names, model, params.logprobs, params.n, reply=loaded.chat.reply, options=options
-    )
-    return TextGeneration(service, prompts, request, writer, body, saves_state=bool(extras.save_state))
+    reply, options = loaded.chat.reply, body.stream_options
+    writer = ChatWriter(prompts, loaded.names, model, params.logprobs, params.n, reply=reply, options=options)
+    return TextGeneration(service, prompts, request, writer, body)
 
 
 def _prompt(
@@ -181,34 +180,25 @@ async def _saved_snapshot(loaded: Loaded, extras: Extras, request: Request) -> S
 
 
 class TextGeneration(Generation):
-    """The texts of one request, and how they become its answer.
-
-    Args:
-        saves_state: the state after each text is kept, and its id stands in the answer.
-    """
+    """The texts of one request, and how they become its answer."""
 
     format_param = "response_format"
     """What the request calls the form that its texts must have."""
+    names_states = True
+    """Whether the states after its texts, where they are kept, have ids in the answer."""
 
     def __init__(
-        self,
-        service: Service,
-        prompts: Sequence[PromptRequest],
-        request: Request,
-        writer: Writer,
-        body: Sampling,
-        *,
-        saves_state: bool = False,
+        self, service: Service, prompts: Sequence[PromptRequest], request: Request, writer: Writer, body: Sampling
     ):
         super().__init__(service, prompts, request)
-        self.writer, self._is_stream, self._saves_state = writer, bool(body.stream), saves_state
+        self.writer, self._is_stream = writer, bool(body.stream)
         if service.settings.log_prompts:
             log("prompts", prompts=[self.loaded.names.text(prompt.prompt) for prompt in prompts])
 
     async def respond(self) -> Response:
         """Raises ``ApiError`` as :meth:`Generation.submit`; 400, the form of the texts cannot be held."""
         if (grammar := self.prompts[0].params.grammar) is not None:
-            try:  # it takes a second at worst, in a thread where it holds up nobody
+            try:  # up to a second, in a thread, so that no other request waits
                 await asyncio.to_thread(self.loaded.engine.engine.grammars.compile, grammar)
             except (ValueError, ImportError) as error:
                 raise bad_request(f"{self.format_param}: {error}", self.format_param) from error
@@ -249,7 +239,7 @@ class TextGeneration(Generation):
             yield writer.failure(internal_error())
 
     async def _handle(self, place: int, output: StepOutput) -> list[bytes]:
-        """Notes what has come, and keeps its state; the events that tell it."""
+        """Adds an output, saving its state where asked to. Returns its events."""
         completion = output.completion
         if completion is not None:
             if completion.finish_reason == "error":
@@ -258,7 +248,7 @@ class TextGeneration(Generation):
                 await self._keep_unfinished(place, output.index, completion)
                 self.writer.take(place, output)
                 return []
-            if self._saves_state:
+            if self.names_states and self.prompts[place].keep_snapshot:
                 state_id = await self._save_state(place, completion)
                 self.writer.texts[place][output.index].extras["state_id"] = state_id
         pieces = self.writer.pieces(place, output)

@@ -208,10 +208,7 @@ class ServeSettings(Settings):
 
 
 def check_telemetry(is_wanted: bool) -> None:
-    """
-    Raises:
-        ValueError: the environment does not say where it goes.
-    """
+    """Raises a ``ValueError`` where it is to be sent, and the environment does not say where to."""
     if is_wanted and not any(os.environ.get(name) for name in _ENDPOINTS):
         raise ValueError(f"telemetry is asked for, but not where it goes: set {_ENDPOINTS[0]}")
 

@@ -22,8 +22,8 @@ from bdh.serve.middleware import ApiError, log
 
 _EMPTY_LINE = "no request line received"  # h11's words for one before a request: some send it after a body
 _SWEEP_SECONDS = 0.25
-_PIECE_BYTES = 16 << 10  # the parser gets at once
-# A connection that is closed while bytes come in loses the answer on its way: so long they are read and dropped.
+_PIECE_BYTES = 16 << 10  # passed to the parser in one call
+# A connection that is closed while bytes arrive loses the answer on its way: for so long they are read and dropped.
 _LINGER_SECONDS = 2.0
 _MOST_LINGERING = 64
 
@@ -43,7 +43,7 @@ class Connections:
     longest. Only where all are at work it is refused.
 
     Args:
-        answered: is given route, none here, and status of every answer.
+        answered: called with the route (none here) and the status of every answer.
     """
 
     def __init__(self, limits: LimitSettings, answered: Callable[[str, int], None]):
@@ -67,14 +67,14 @@ class Connections:
 
     @property
     def may_linger(self) -> bool:
-        """Whether one more may stay for a while only to be told why it has ended."""
+        """Whether one more may stay open for a while, only so that its client reads why it was ended."""
         return len(self.open) <= self.limits.connections + _MOST_LINGERING
 
     def _sweep_all(self, loop: asyncio.AbstractEventLoop) -> None:
         for connection in list(self.open):
             try:
                 connection.check_time()
-            except Exception as error:  # the others are to be looked at all the same, now and from now on
+            except Exception as error:  # the others are still to be checked, now and later
                 log("exception", level=logging.ERROR, error=error)
                 connection.transport.abort()
         self._sweep = loop.call_later(_SWEEP_SECONDS, self._sweep_all, loop) if self.open else None
@@ -121,7 +121,7 @@ class Connection(H11Protocol):
                     self._refuse(self._too_large())
                     return
             elif state is h11.SEND_BODY and self.cycle.response_complete:
-                self._end()  # answered before its body has come, which nobody wants any more
+                self._end()  # answered before its body has come, which is not needed any more
                 return
             elif state is not h11.SEND_BODY:
                 self._ahead_bytes += min(size, len(data) - at)
@@ -188,7 +188,7 @@ class Connection(H11Protocol):
         return ApiError(status, f"the request's {what} must be at most {self._limits.head_bytes:,} bytes", code=code)
 
     def _refuse(self, error: ApiError) -> None:
-        """Ends it with an error, which the client is told unless an answer has begun."""
+        """Ends it with an error, which is sent to the client unless an answer has begun."""
         log("refused", status=error.status, code=error.code, address=self.client and self.client[0])
         self._connections.answered("none", error.status)
         if self.cycle is not None and not self.cycle.response_complete:

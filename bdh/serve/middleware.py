@@ -1,7 +1,7 @@
 """What surrounds every route: the request's id, key, body, errors and log line, and streams that end when their reader leaves.
 
-A plain ASGI application around another one: nothing stands between a route and its client, so that a route sees at once
-that the client has gone.
+A plain ASGI application around another one: nothing stands between a route and its client, so that a route sees immediately
+when the client has disconnected.
 """
 
 import asyncio
@@ -59,7 +59,7 @@ Result = TypeVar("Result")
 
 
 class ClientGone(Exception):
-    """There is nobody to answer any more."""
+    """The client has disconnected: there is no one to answer."""
 
 
 class ErrorFacts(BaseModel):
@@ -257,7 +257,7 @@ class RequestMiddleware:
     """
     Args:
         open_paths: paths that need no key.
-        answered: is given route and status of every answer.
+        answered: called with the route and the status of every answer.
     """
 
     def __init__(
@@ -294,7 +294,7 @@ class RequestMiddleware:
                 names = {name.lower() for name, _ in headers}
                 headers += [pair for pair in _SECURITY if pair[0] not in names]
                 if not is_read and "expect" in connection.headers:
-                    headers.append((b"connection", b"close"))  # the client keeps its body, or not: nobody knows
+                    headers.append((b"connection", b"close"))  # it is unknown whether the client still sends its body
                 message["headers"] = [*headers, (b"x-request-id", request_id.encode())]
             await send(message)
 

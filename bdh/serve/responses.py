@@ -37,6 +37,7 @@ from bdh.serve.schemas import (
     form,
     given,
     grammar_of,
+    optional,
     when,
 )
 from bdh.serve.service import Loaded, PromptRequest, Service
@@ -57,8 +58,8 @@ class TextFormat(JsonSchema):
             form({"const": "regex"}, schema=NULL, pattern=NOT_NULL),
         ]
     }
-    type: FormatType | None = Field(default=None, description="None for text.")
-    pattern: str | None = Field(default=None, description="With the type regex, of the whole text.")
+    type: FormatType | None = optional("None for text.")
+    pattern: str | None = optional("With the type regex, of the whole text.")
 
     def faults(self) -> Iterator[str]:
         if self.schema_ is not None and self.type != "json_schema":
@@ -159,10 +160,10 @@ class ResponseRequest(Sampling):
         ]
     }
     input: str | Items = Field(description="A user's text, or items; with previous_response_id only the new ones.")
-    instructions: str | None = Field(default=None, description="What the system says before all else, in this turn.")
+    instructions: str | None = optional("What the system says before all else, in this turn.")
     max_output_tokens: Positive | None = None
-    previous_response_id: str | None = Field(default=None, description="Continue a stored response.")
-    store: bool | None = Field(default=None, description="Keep the response and its state; true if not given.")
+    previous_response_id: str | None = optional("Continue a stored response.")
+    store: bool | None = optional("Keep the response and its state; true if not given.")
     # All but the first are of items that there are never here: asking for more of them changes nothing.
     include: (
         list[
@@ -257,7 +258,7 @@ class ResponseGeneration(TextGeneration):
     """
 
     writer: ResponseWriter
-    format_param = "text.format"
+    format_param, names_states = "text.format", False
 
     def __init__(self, *arguments: Any, items: list[Json], messages: list[PlainMessage]):
         super().__init__(*arguments)

@@ -139,6 +139,11 @@ WITHOUT_EFFECT: dict[str, dict[str, NoEffect]] = {
 }
 
 
+def optional(description: str, **limits: Any) -> Any:
+    """A field that may be left out, or null."""
+    return Field(default=None, description=description, **limits)
+
+
 AS_WHOLE = BeforeValidator(lambda value: int(value) if isinstance(value, float) and value.is_integer() else value)
 """2.0 is a whole number, as in JSON Schema."""
 MOST_WHOLE = 2**31 - 1
@@ -237,7 +242,7 @@ class JsonSchema(RequestModel):
     name: str | None = None
     description: str | None = None
     schema_: Json | None = Field(default=None, alias="schema", description="None for any object.")
-    strict: bool | None = Field(default=None, description="The schema is held exactly, whatever this says.")
+    strict: bool | None = optional("The schema is held exactly, whatever this says.")
 
 
 FormatType = Literal["text", "json_object", "json_schema", "regex"]
@@ -267,9 +272,9 @@ class ResponseFormat(RequestModel):
             form({"const": "regex"}, json_schema=NULL, pattern=NOT_NULL),
         ]
     }
-    type: FormatType | None = Field(default=None, description="None for text.")
-    json_schema: JsonSchema | None = Field(default=None, description="With the type json_schema.")
-    pattern: str | None = Field(default=None, description="With the type regex, of the whole text.")
+    type: FormatType | None = optional("None for text.")
+    json_schema: JsonSchema | None = optional("With the type json_schema.")
+    pattern: str | None = optional("With the type regex, of the whole text.")
 
     def faults(self) -> Iterator[str]:
         for name, kind in (("json_schema", "json_schema"), ("pattern", "regex")):
@@ -280,7 +285,7 @@ class ResponseFormat(RequestModel):
 class StreamOptions(RequestModel):
     without_effect = WITHOUT_EFFECT["stream_options"]
     include_usage: bool | None = None
-    continuous_usage_stats: bool | None = Field(default=None, description="Usage so far in each chunk.")
+    continuous_usage_stats: bool | None = optional("Usage so far in each chunk.")
 
     @property
     def are_needed(self) -> bool:
@@ -291,26 +296,20 @@ class StreamOptions(RequestModel):
 class Extras(RequestModel):
     """What only a model with a state of fixed size can do."""
 
-    save_state: bool | None = Field(default=None, description="Keep the state after the text; the answer has its id.")
-    from_state: str | None = Field(default=None, description="Continue from a saved state, without reading it again.")
-    activations: Annotated[int, Field(ge=0, le=MOST_NEURONS), AS_WHOLE] | None = Field(
-        default=None,
-        description="With each streamed token the share of neurons that fired in each layer step, and so many of the "
-        "strongest.",
+    save_state: bool | None = optional("Keep the state after the text; the answer has its id.")
+    from_state: str | None = optional("Continue from a saved state, without reading it again.")
+    activations: Annotated[int, Field(ge=0, le=MOST_NEURONS), AS_WHOLE] | None = optional(
+        "With each streamed token the share of neurons that fired in each layer step, and so many of the strongest."
     )
 
 
 class Sampling(RequestModel):
     """What all requests for texts have."""
 
-    model: str | None = Field(default=None, description="A name that the server has; null, or empty, for its first.")
-    temperature: float | None = Field(
-        default=None, ge=0, le=100, description="0 takes the likeliest token; else at least 1e-6."
-    )
-    top_p: float | None = Field(default=None, ge=0, le=1, description="0 takes the likeliest token.")
-    top_k: Annotated[int, Field(ge=-1, le=MOST_WHOLE), AS_WHOLE] | None = Field(
-        default=None, description="0 or -1 for all tokens."
-    )
+    model: str | None = optional("A name that the server has; null, or empty, for its first.")
+    temperature: float | None = optional("0 takes the likeliest token; else at least 1e-6.", ge=0, le=100)
+    top_p: float | None = optional("0 takes the likeliest token.", ge=0, le=1)
+    top_k: Annotated[int, Field(ge=-1, le=MOST_WHOLE), AS_WHOLE] | None = optional("0 or -1 for all tokens.")
     min_p: float | None = Field(default=None, ge=0, lt=1)
     stop: str | Annotated[list[Text], Field(max_length=16)] | None = None
     stop_token_ids: list[Whole] | None = Field(default=None, max_length=64)
@@ -323,7 +322,7 @@ class Sampling(RequestModel):
     ) = None
     ignore_eos: bool | None = None
     stream: bool | None = None
-    user: str | None = Field(default=None, description="For the log.")
+    user: str | None = optional("For the log.")
 
     def params(
         self, max_tokens: int, *, stops: Sequence[str] = (), stop_token_ids: Sequence[int] = ()
@@ -363,7 +362,7 @@ class _Texts(Sampling):
 
     without_effect = WITHOUT_EFFECT["request"]
     n: Positive | None = None
-    response_format: ResponseFormat | None = Field(default=None, description="The form that the text must have.")
+    response_format: ResponseFormat | None = optional("The form that the text must have.")
     stream_options: StreamOptions | None = None
     bdh: Extras | None = None
 
@@ -394,8 +393,8 @@ class CompletionRequest(_Texts):
         ]
     }
     prompt: Prompt = Field(description="Text, texts, token ids, or lists of them.")
-    max_tokens: Whole | None = Field(default=None, description="16 if not given.")
-    best_of: Positive | None = Field(default=None, description="Texts generated, of which the likeliest is given.")
+    max_tokens: Whole | None = optional("16 if not given.")
+    best_of: Positive | None = optional("Texts generated, of which the likeliest is given.")
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=5), AS_WHOLE] | None = None
 
@@ -438,7 +437,7 @@ class ChatMessage(MessageModel):
             )
         ]
     }
-    content: str | list[TextPart] | None = Field(default=None, description="An assistant's may be left out: no text.")
+    content: str | list[TextPart] | None = optional("An assistant's may be left out: no text.")
 
     def faults(self) -> Iterator[str]:
         if self.role != "assistant" and self.content in (None, []):
@@ -454,7 +453,7 @@ class ChatRequest(_Texts):
         ]
     }
     messages: list[ChatMessage] = Field(min_length=1, description="With bdh.from_state only the new ones.")
-    max_tokens: Positive | None = Field(default=None, description="The same as max_completion_tokens.")
+    max_tokens: Positive | None = optional("The same as max_completion_tokens.")
     max_completion_tokens: Positive | None = None
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = None
@@ -477,12 +476,11 @@ class TokenizeRequest(RequestModel):
         ]
     }
     model: str | None = None
-    prompt: str | None = Field(default=None, description="A text, in which nothing is a special token.")
-    content: str | None = Field(default=None, description="The same as prompt.")
-    messages: list[ChatMessage] | None = Field(default=None, min_length=1, description="Or a conversation.")
-    add_special_tokens: bool | None = Field(
-        default=None,
-        description="Put around a text what the tokenizer does. A conversation has what its template says.",
+    prompt: str | None = optional("A text, in which nothing is a special token.")
+    content: str | None = optional("The same as prompt.")
+    messages: list[ChatMessage] | None = optional("Or a conversation.", min_length=1)
+    add_special_tokens: bool | None = optional(
+        "Put around a text what the tokenizer does. A conversation has what its template says."
     )
 
     def faults(self) -> Iterator[str]:

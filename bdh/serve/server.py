@@ -28,7 +28,7 @@ from bdh.serve.text import ChatPrompts, TokenNames
 from bdh.tokenizer import PlainTokenizer, TextEncoder
 
 LoadModel = Callable[[], tuple[ModelParts, Any]]
-_WATCH_SECONDS = 0.5
+_CHECK_SECONDS = 0.5
 _OTHER_FILES = 128  # besides connections: the model's, the log, states, and connections about to end
 
 
@@ -52,7 +52,7 @@ def serve(settings: ServeSettings, load_model: LoadModel, *, last_step_seconds: 
     """Serves until SIGTERM or SIGINT. Returns the exit status: 0, or 1 where the model could not be loaded or has failed.
 
     Args:
-        last_step_seconds: that the engine has at the end for a step that nobody waits for.
+        last_step_seconds: how long the engine may take at the end for a step whose result is not needed.
 
     Raises:
         ValueError, OSError: settings out of range, telemetry without a destination, keys that cannot be read, an address
@@ -106,14 +106,14 @@ async def _run(
     if not keys.are_needed and host not in ("127.0.0.1", "::1"):
         log("open to the network without API keys: everybody who reaches it may ask", level=logging.WARNING)
 
-    ending, hurry, is_signalled = asyncio.Event(), asyncio.Event(), False
+    ending, forced, is_signalled = asyncio.Event(), asyncio.Event(), False
 
     def end() -> None:
         nonlocal is_signalled
         if is_signalled:
             server.force_exit = True
-            hurry.set()
-        service.refuse()  # at once: who reads the line below may ask in the same moment
+            forced.set()
+        service.refuse()  # before the line below is logged: whoever reads it may send a request immediately
         if not is_signalled:
             log("ending", drain_timeout=settings.drain_timeout)
         is_signalled = True
@@ -126,20 +126,20 @@ async def _run(
 
     serving = asyncio.create_task(server.serve([listening]))
     loading = asyncio.create_task(_load(service, settings, load_model))
-    watching = asyncio.create_task(_watch(service, ending))
+    checking = asyncio.create_task(_check_engine(service, ending))
     await asyncio.wait({asyncio.create_task(ending.wait()), serving}, return_when=asyncio.FIRST_COMPLETED)
     if serving.done():
         service.failure = service.failure or serving.exception() or RuntimeError("the server could not start")
     # An engine that has failed brings nothing to its end.
     draining = asyncio.create_task(service.drain(settings.drain_timeout if service.failure is None else 0))
-    hurrying = asyncio.create_task(hurry.wait())
-    await asyncio.wait({draining, hurrying}, return_when=asyncio.FIRST_COMPLETED)
+    forcing = asyncio.create_task(forced.wait())
+    await asyncio.wait({draining, forcing}, return_when=asyncio.FIRST_COMPLETED)
     if draining.done():
         log("drained", cut_off=draining.result())
     server.should_exit = True
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(serving, 10)
-    for task in (loading, watching, draining, hurrying):
+    for task in (loading, checking, draining, forcing):
         task.cancel()
     loaded = service.loaded if service.failure is None else None  # else its thread hangs
     if loaded is not None and not await asyncio.to_thread(loaded.engine.close, last_step_seconds):
@@ -177,15 +177,15 @@ async def _load(service: Service, settings: ServeSettings, load_model: LoadModel
         await finish_unfinished(loaded)
 
 
-async def _watch(service: Service, ending: asyncio.Event) -> None:
+async def _check_engine(service: Service, ending: asyncio.Event) -> None:
     """Ends the server where its engine has."""
     while not ending.is_set():
         service.check_engine()
         if service.status == "failed":
             log("the engine has failed", level=logging.ERROR, reason=str(service.failure))
-            await asyncio.sleep(_WATCH_SECONDS)  # those who wait are told
+            await asyncio.sleep(_CHECK_SECONDS)  # so that those who wait get an error
             ending.set()
-        await asyncio.sleep(_WATCH_SECONDS)
+        await asyncio.sleep(_CHECK_SECONDS)
 
 
 def _reload(keys: ApiKeys) -> None:

@@ -221,14 +221,14 @@ class StateStore:
             self._remove(self.get(state_id, owner))
 
     def expire(self) -> None:
-        """Forgets what nobody has used for too long."""
+        """Removes what has not been used for too long."""
         with self._lock:
             limit = self._now() - self._settings.ttl
             for saved in [saved for saved in self._known.values() if saved.used < limit]:
                 self._remove(saved)
 
     def _in_order_of_removal(self) -> list[SavedState]:
-        """The states of responses, which nobody has asked to keep, before the rest; the least recently used first."""
+        """The states of responses, which no client has asked to keep, before the rest; the least recently used first."""
         return sorted(self._known.values(), key=lambda saved: saved.response is None)
 
     def _make_room(self) -> None:

@@ -5,6 +5,7 @@ import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from enum import StrEnum
 
 import openai
@@ -194,3 +195,19 @@ def test_a_text_that_the_end_of_a_server_cut_off_is_finished_in_its_form(
     assert 50 <= saved.num_tokens - 3 < 300
     server.call(finish_unfinished(loaded))
     assert loaded.states.get(state, saved.owner).text == whole
+
+
+def test_a_conversation_that_is_finished_later_knows_what_has_stopped_it(start_server, bytes_pair):
+    """The next message began with the stop string, which the state had read already."""
+    server = start_server(*bytes_pair, chat_template="plain")
+    loaded, owner = server.service.loaded, "address 127.0.0.1"
+    body = {"messages": QUESTION, "max_tokens": 5, "temperature": 0, "bdh": {"save_state": True}}
+    answer = server.http.post("/v1/chat/completions", json=body).json()
+    snapshot = loaded.states.snapshot(answer["choices"][0]["bdh"]["state_id"], owner)
+    params = SamplingParams(max_tokens=30, temperature=0, ignore_eos=True)
+    (whole,) = server.call(loaded.engine.generate(None, params, snapshot=snapshot))
+    params.stop = [whole.text[6:9]]
+    saved = loaded.states.put(snapshot, owner=owner, model="m", unfinished=asdict(params), text="")
+    server.call(finish_unfinished(loaded))
+    assert loaded.states.unfinished() == []
+    assert loaded.states.snapshot(saved.id, owner).notes["stopped_by"] == whole.text[6:9] != ""
