@@ -24,7 +24,7 @@ _logger = logging.getLogger(__name__)
 WantedLogits = Literal["none", "last", "all"]
 MOST_NEURONS = 64
 """The strongest neurons that may be asked for, of each layer step."""
-MAX_ROWS: dict[BackendName, int] = {"cpu": 128, "eager": 512}
+MAX_TOKENS: dict[BackendName, int] = {"cpu": 128, "eager": 512}
 """Tokens in one call of a backend: what it works in grows with it, and the gain has ended before."""
 LONG_CALL = 1 << 30
 """Tokens by neurons by width from which each layer step is a call of the kernels, so that progress is seen every few tens of
@@ -296,7 +296,7 @@ class Advancer:
         """Reads all tokens that have not been read, of inputs that :meth:`advance` has checked.
 
         What can fail comes before the first byte of a state is written. From then until it is committed the state is
-        marked as torn, so that what moved, and what did not, can be told from each other after an exception.
+        marked as torn, so that after an exception it is known what has moved and what has not.
         """
         while unread := [each for each in inputs if not each.is_done and each.error is None]:
             (self._by_cpu if self.backend == "cpu" else self._by_eager)(self._next_call(unread))
@@ -326,8 +326,8 @@ class Advancer:
             self.advance_what_can_be(unread[cut:], is_first=False)
 
     def _next_call(self, unread: Sequence[StepInput]) -> _Call:
-        """Of up to ``MAX_ROWS`` tokens."""
-        taken, available = [], MAX_ROWS[self.backend]
+        """Of up to ``MAX_TOKENS`` tokens."""
+        taken, available = [], MAX_TOKENS[self.backend]
         scaled, chunk_size = self._kernel_settings.get("scaled"), self.model.config.chunk_size
         for each in unread:
             count = min(len(each.tokens) - each.num_read, available)
@@ -344,9 +344,9 @@ class Advancer:
     def _record(self, recorded: Sequence[tuple[StepInput, int]], x_of: Callable[[int], np.ndarray]) -> None:
         """Notes a layer step of inputs that want it of the token at the place given with them."""
         self.mark_progress()
-        for each, row in recorded:
+        for each, place in recorded:
             try:
-                each.record(x_of(row))
+                each.record(x_of(place))
             except Exception as error:  # the others are read
                 each.error = error
 
@@ -367,7 +367,9 @@ class Advancer:
             Rows(*(np.array(each, np.int64) for each in (call.tokens, call.positions, starts))),
             [each.state.tensors for each, _ in call.taken],
             **self._kernel_settings,
-            on_layer_step=(lambda x: self._record(recorded, lambda row: x[:, row])) if recorded or is_long else None,
+            on_layer_step=(lambda x: self._record(recorded, lambda place: x[:, place]))
+            if recorded or is_long
+            else None,
             before_writing=before_writing,
         )
         self.mark_progress()
@@ -400,7 +402,7 @@ class Advancer:
             eps=eps,
             dtype=dtype,
             half_lives=self._half_lives,
-            on_layer_step=lambda x: self._record(call.recorded, lambda row: x[row].float().cpu().numpy()),
+            on_layer_step=lambda x: self._record(call.recorded, lambda place: x[place].float().cpu().numpy()),
         )
         logits: Sequence[torch.Tensor | None] = [None] * len(call.taken)
         if places := [place for of_input in call.wanted for place in of_input]:

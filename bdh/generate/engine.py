@@ -25,7 +25,7 @@ from bdh.generate.sequence import (
     Request,
     StepOutput,
     encode_prompt,
-    told,
+    error_text,
 )
 from bdh.generate.snapshot import Snapshot
 from bdh.memory import available_bytes
@@ -272,7 +272,7 @@ class Engine:
         return list(self.map(zip(encoded, params, strict=True)))
 
     def map(self, requests: Iterable[tuple[Prompt, SamplingParams]]) -> Iterator[list[Completion]]:
-        """The continuations of each request, in their order, as they are ready; requests are taken as there is room.
+        """The continuations of each request, in their order, as they are ready; further requests are taken as earlier ones end.
 
         Raises:
             ValueError: a request is wrong: those before it are ended; or the engine has other work.
@@ -438,8 +438,8 @@ class Engine:
     def _fail(self, request: Request, error: Exception, *, has_traceback: bool = True) -> None:
         """Ends a request after an exception."""
         traceback = error if has_traceback else None
-        _logger.error("request %d ends with an error: %s", request.id, told(error), exc_info=traceback)
-        self._end(request, "error", told(error))
+        _logger.error("request %d ends with an error: %s", request.id, error_text(error), exc_info=traceback)
+        self._end(request, "error", error_text(error))
 
     def _end(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
         """Ends all continuations of a request that have not ended, those that have not begun included."""
@@ -455,7 +455,7 @@ class Engine:
             except Exception as failure:  # no memory, say: without what the text still holds back
                 _logger.exception("continuation %d of request %d ends with an error", index, request.id)
                 completion = Completion(
-                    "", [], "error", error=error or told(failure), num_prompt_tokens=len(request.tokens)
+                    "", [], "error", error=error or error_text(failure), num_prompt_tokens=len(request.tokens)
                 )
                 if sequence is not None:
                     completion.text, completion.token_ids = sequence.text, sequence.tokens[sequence.num_before :]

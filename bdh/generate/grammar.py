@@ -220,10 +220,10 @@ def _compile(kind: str, text: str, trie: Any) -> "LLMatcher":
 def _reason(matcher: "LLMatcher") -> str:
     """Its error in one line, without where in a rewritten form of the grammar it was found."""
     lines = (line.strip() for line in matcher.get_error().partition("   1 | ")[0].splitlines())
-    told = " ".join(line for line in lines if line.strip("^") and line != "<non-verbose/>")
+    reason = " ".join(line for line in lines if line.strip("^") and line != "<non-verbose/>")
     for before in ("(in regex): ", "failed to compile JSON schema: "):
-        told = told.rpartition(before)[2]
-    return told or "no reason given"
+        reason = reason.rpartition(before)[2]
+    return reason or "no reason given"
 
 
 def _trie(tokenizer: Any, vocab_size: int) -> "LLTokenizer":

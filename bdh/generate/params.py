@@ -59,7 +59,7 @@ class TextSettings(DrawSettings):
     prompt_logprobs: LogprobCount | None = None
     """The same of each token of the prompt but the first, which nothing predicts."""
     echo: bool = False
-    """Put the prompt in front of the text."""
+    """Put the prompt before the text."""
 
 
 @dataclass

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from bdh.generate.sequence import told
+from bdh.generate.sequence import error_text
 from bdh.model.state import SynapticState
 from bdh.model.weights import WeightsMark
 
@@ -136,7 +136,7 @@ class PrefixCache:
         # Counted before it is copied: there should never be more in memory than is allowed.
         self._tensor_bytes += state.nbytes + logits_bytes
         try:
-            spare = self.make_room() or former
+            spare = self.evict() or former
             if spare is not None and spare.pattern == state.pattern:
                 spare.copy_(state)  # memory that is in use already is several times as fast as new one
             else:
@@ -163,7 +163,7 @@ class PrefixCache:
             end.is_prompt = True
             self._prompts[end] = None
             self._prompts.move_to_end(end)
-            self.make_room()
+            self.evict()
         return shared
 
     def _descend(self, tokens: "array[int]") -> Iterator[tuple[_Node, bool, int]]:
@@ -200,7 +200,7 @@ class PrefixCache:
         self._path_bytes += NODE_BYTES
         return middle
 
-    def make_room(self) -> SynapticState | None:
+    def evict(self) -> SynapticState | None:
         """Forgets what is oldest until the bounds hold, but for the newest state. Returns a state that was dropped."""
         dropped = None
         while self._path_bytes > self.max_prompt_bytes and self._prompts:
@@ -324,7 +324,7 @@ class PrefixStore:
     def _note(self, error: Exception, message: str, num_tokens: int) -> None:
         """Of a failure that costs time later, but no text."""
         self.failures += 1
-        _logger.warning(message, num_tokens, told(error), exc_info=True)
+        _logger.warning(message, num_tokens, error_text(error), exc_info=True)
 
     def _forget_other_weights(self) -> None:
         before, self.weights = self.weights, None

@@ -457,7 +457,7 @@ class Continuation:
                 try:
                     snapshot = self._snapshot(self.state, decoder)
                 except Exception as failure:
-                    snapshot_error = told(failure)
+                    snapshot_error = error_text(failure)
                     _logger.exception("no snapshot of continuation %d of request %d", self.index, self.request.id)
         self.text += output.text
         self.completion = output.completion = Completion(
@@ -488,6 +488,6 @@ class Continuation:
         )
 
 
-def told(error: BaseException) -> str:
+def error_text(error: BaseException) -> str:
     """An exception in the words of a completion."""
     return str(error) or type(error).__name__

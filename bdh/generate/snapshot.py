@@ -84,7 +84,7 @@ class Snapshot:
         """Writes a safetensors file, which is replaced as a whole, for the model whose sequence this is.
 
         Raises:
-            DiskFullError: there is no room for it; a file that was there before stays.
+            DiskFullError: the disk is full; a file that was there before stays.
             FileNotFoundError: there is no such folder.
         """
         path = Path(path)

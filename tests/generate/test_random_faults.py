@@ -26,7 +26,7 @@ EVERYWHERE = [
     *((Advancer, name) for name in ("advance", "read_all", "new_state")),
     *((StatePool, name) for name in ("take",)),
     *((PrefixStore, name) for name in ("find", "places", "mark")),
-    *((PrefixCache, name) for name in ("put", "make_room")),
+    *((PrefixCache, name) for name in ("put", "evict")),
     *((TextDecoder, name) for name in ("push", "flush", "state")),
     (Sampler, "sample"),
     *((Continuation, name) for name in ("__init__", "read", "draw", "end")),
