@@ -1,9 +1,8 @@
 """A model's weights from and to other forms: checkpoints of the published reference code, averages, and ONNX.
 
-The reference code keeps raw parameters: ``encoder`` and ``encoder_v`` (H, D, N), ``decoder`` (H*N, D), ``lm_head``
-(D, V), ``embed.weight`` (V, D), and a float32 buffer ``attn.freqs`` (1, 1, 1, N) of rotary frequencies in
-turns per token. Here they are ``nn.Linear`` weights, which are stored output-major. Converting moves numbers
-and changes none of them.
+The reference code keeps raw parameters: ``encoder`` and ``encoder_v`` (H, D, N), ``decoder`` (H*N, D), ``lm_head`` (D, V),
+``embed.weight`` (V, D), and a float32 buffer ``attn.freqs`` (1, 1, 1, N) of rotary frequencies in turns per token. Here they
+are weights of ``nn.Linear``, stored output-major. Converting moves numbers and changes none of them.
 """
 
 import functools

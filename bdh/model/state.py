@@ -23,16 +23,13 @@ Pattern = tuple[str, Shapes]
 class Columns:
     """What a state reads at once."""
 
-    v: torch.Tensor
-    """The embedded tokens, (B, T, D)."""
-    mask: torch.Tensor | None
-    """Bool (B, T), False for padding; None where nothing is masked."""
-    starts: torch.Tensor | None
-    """Bool (B, T), True for the first token of a document; None where none starts."""
+    v: torch.Tensor  # the embedded tokens, (B, T, D)
+    mask: torch.Tensor | None  # bool (B, T), False for padding; None where nothing is masked
+    starts: torch.Tensor | None  # bool (B, T), True for the first token of a document; None where none starts
 
     @property
     def is_single(self) -> bool:
-        """Whether it is one token for each sequence, with nothing said about it."""
+        """Whether it is one token for each sequence, neither padding nor a document's first."""
         return self.v.shape[1] == 1 and self.mask is None and self.starts is None
 
     def first(self, count: int) -> "Columns":
@@ -139,11 +136,7 @@ class SynapticState:
 
     @property
     def position(self) -> int:
-        """That of the only sequence.
-
-        Raises:
-            ValueError: there are several.
-        """
+        """That of the only sequence; a ``ValueError`` where there are several."""
         if self.batch_size != 1:
             raise ValueError(f"the state has {self.batch_size} sequences: only one alone has a position")
         return self.positions.item()  # type: ignore[return-value]
@@ -159,14 +152,9 @@ class SynapticState:
 
     @property
     def pattern(self) -> Pattern:
-        """Its kind, and dtype and shape (L, ...) of what it holds of a sequence: equal where states can be copied into
-        each other."""
-        shapes = {
-            name: (tensors[0].dtype, (len(tensors), *tensors[0].shape[1:]))
-            for name, tensors in self.tensors.items()
-            if tensors
-        }
-        return self.kind, shapes
+        """Its kind, and dtype and shape (L, ...) of what it holds of a sequence: equal for states that can be copied."""
+        held = {name: tensors for name, tensors in self.tensors.items() if tensors}
+        return self.kind, {name: (t[0].dtype, (len(t), *t[0].shape[1:])) for name, t in held.items()}
 
     # Whole, or torn: half-written when an exception came, so that nobody knows what it holds.
 
@@ -295,7 +283,7 @@ class SynapticState:
         """Writes the state to a safetensors file, which is replaced as a whole.
 
         Raises:
-            DiskFullError: there is no room for it; a file that was there before stays.
+            DiskFullError: it does not fit on the disk; a file that was there before stays.
             RuntimeError: an exception has left it half-written.
         """
         self.check_whole()
@@ -336,18 +324,13 @@ class SynapticState:
         return self.num_columns
 
     def activate_past_recording(self) -> None:
-        """From now on the state remembers what it reads, so that :meth:`crop` can take columns back.
-
-        It costs a copy of the sums for each text read at once, and for each run of single tokens.
-        """
+        """From now on the state remembers what it reads, so that :meth:`crop` can take columns back: with a copy of the sums
+        for each text read at once, and for each run of single tokens."""
         self._record = []
 
     def remember(self, columns: Columns, advance: Callable[["SynapticState", Columns], object]) -> None:
         """For a model about to read the columns: they are recorded, where :meth:`activate_past_recording` asked for it.
-
-        Args:
-            advance: reads columns into a state.
-        """
+        ``advance`` reads columns into a state."""
         if self._record is None:
             return
         if columns.is_single and self._record and self._record[-1].is_run:

@@ -159,10 +159,9 @@ def version_of(tensor: torch.Tensor) -> int:
 
 
 def checksum(tensors: Iterable[torch.Tensor]) -> bytes:
-    """16 bytes that depend on every bit of the tensors, and on its place.
+    """16 bytes that depend on every bit of the tensors, and on its place, but not on shapes or dtypes.
 
-    Reads memory at about the speed at which it can be read (25 GB/s for one CPU thread). Not for shapes or dtypes: the
-    same bytes have the same checksum. Equal for equal bytes on the same kind of device.
+    Reads memory at about its speed (25 GB/s for one CPU thread). Equal for equal bytes on the same kind of device.
     """
     digest = xxh3_128()
     for tensor in tensors:
@@ -200,8 +199,7 @@ def _factors(count: int, device: torch.device) -> torch.Tensor:
 class _KernelCopies:
     """The kernels over a model's weights, and what tells whether these have changed since they were copied.
 
-    Most weights are read in the model's own memory. Of those that are copied, changes that move autograd's version
-    counter are seen at once, and the others by checksums of the model's weights.
+    Most weights are read in the model's own memory. Of those that are copied, checksums find what moves no version counter.
     """
 
     def __init__(self, model: ModelParts, storage: Storage):
@@ -273,10 +271,9 @@ def recurrence_of(model: ModelParts, storage: Storage = "float32", *, is_prompt:
     A change that autograd's version counter does not see (by a fused optimizer, ``.data``, NumPy, or another process)
     is found
 
-    - at the start of every prompt, whatever it is: all copied weights are read, at the speed of memory;
-    - between two tokens of a text, at once where an optimizer has stepped, ``train()`` was called or the change is
-      spread over the matrix, as a neuron's ablation in the decoder is. A few rows of a matrix
-      of over 256 KiB are found within 128 tokens.
+    - at the start of every prompt: all copied weights are read, at the speed of memory;
+    - between two tokens of a text, at once where an optimizer has stepped, ``train()`` was called or the change is spread
+      over the matrix, as a neuron's ablation in the decoder is; else, in a matrix of over 256 KiB, within 128 tokens.
 
     Args:
         is_prompt: whether what is read now is the first of a prompt.
