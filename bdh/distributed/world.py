@@ -93,8 +93,7 @@ class World:
     def gather(self, value: Any, *, beside_training: bool = False) -> list[Any]:
         """Every process's ``value``, by rank: small plain data.
 
-        Args:
-            beside_training: called by the thread that prepares batches, while the training's own may call other methods.
+        ``beside_training`` is for the thread that prepares batches, while the training's own may call other methods.
         """
         if self.size == 1:
             return [value]
@@ -170,8 +169,7 @@ class Parallel:
 def choose_strategy(config: DistributedConfig, world: World) -> str:
     """The strategy that is set, or for "auto" DDP, where there is more than one process.
 
-    Raises:
-        ValueError: it does not go with the number of processes.
+    Raises ``ValueError`` if it does not go with the number of processes.
     """
     strategy, more = config.strategy, "torchrun --nproc_per_node 2 -m bdh train ..."
     if strategy == "auto":

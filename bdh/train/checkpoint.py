@@ -81,13 +81,9 @@ class Checkpoint:
         }
 
     def read_into(self, tensors: Tensors, world: World | None = None) -> None:
-        """Fills tensors, which may be sharded, with what is stored under their names, all processes together.
+        """Fills tensors, which may be sharded, with what is stored under their names, all processes of ``world`` together.
 
-        Args:
-            world: None to read alone.
-
-        Raises:
-            ValueError: a tensor is not there, or has another shape.
+        Raises ``ValueError`` if a tensor is not there, or has another shape.
         """
         stored = self.shapes()
         if faults := [
@@ -193,11 +189,7 @@ class Checkpointer(CheckpointFolder):
             self._staged = None
 
     def wait(self) -> None:
-        """Waits for the checkpoint that is being written in the background.
-
-        Raises:
-            CheckpointError: it could not be written.
-        """
+        """Waits for the checkpoint that is being written in the background. Raises ``CheckpointError`` if that failed."""
         if self._pending is not None:
             (step, future), self._pending = self._pending, None
             self._all_do(step, future.result)
@@ -249,10 +241,7 @@ class Checkpointer(CheckpointFolder):
             stack.enter_context(atomic_dir(final))
 
     def _writing(self, folder: Path, tensors: Tensors) -> Callable[[], Any]:
-        """What writes the tensors of all processes; in the background that begins now, and it waits for the end.
-
-        What is not sharded is written once.
-        """
+        """What writes the tensors of all processes; in the background that begins now, and it waits for the end."""
         where: dict[str, Any] = {
             "storage_writer": FileSystemWriter(folder, sync_files=True),
             "process_group": self._world.storage,

@@ -32,7 +32,7 @@ def export_run(
 
     Args:
         which: "last", "best" (of the validation loss), or a step.
-        ema: the moving average of the weights instead of the weights.
+        ema: the moving average instead of the weights.
         merge: of a run with ``train.lora``, whether adapters are merged into the weights, or written alone; None as the
             run's settings say.
 

@@ -144,7 +144,7 @@ def open_base(base: Base, stored_in: Path, *, given: str | None = None, advice: 
     Args:
         stored_in: the folder that holds the record.
         given: where to look instead, as the name of :func:`load_model`.
-        advice: the end of the error, which says what can be done.
+        advice: the end of the error.
 
     Raises:
         FileNotFoundError: there is no such model.
@@ -211,14 +211,8 @@ def _open_place(base: Base, place: str, *, is_hub_id: bool) -> OpenedModel:
 def check_base(base: Base, stored_in: Path, *, merge: bool) -> Base:
     """Compares the base of a run with adapters, whose checkpoints hold its weights, with what is there now.
 
-    Args:
-        merge: whether the run exports whole weights; then another base is only warned of.
-
-    Returns:
-        The record, with the place where the base was found; as it was, where it was not.
-
-    Raises:
-        OtherBaseError: there is another model in its place.
+    Returns the record with the place where the base was found, or as it was. Where there is another model in its place, it
+    warns with ``merge``, when the run exports whole weights, and else raises ``OtherBaseError``.
     """
     if base.commit is not None or base.identity is None:  # what a commit holds does not change
         return base

@@ -74,11 +74,9 @@ class Optimizers:
             optimizer.zero_grad(set_to_none=True)
 
     def step(self, skip: torch.Tensor, *, on_device: bool) -> None:
-        """Updates the weights, unless ``skip`` is set: then weights and optimizer state stay as they are.
+        """Updates the weights, unless ``skip``, bool () on their device, is set: then they and the optimizer state stay.
 
-        Args:
-            skip: bool (), on the weights' device.
-            on_device: decide there, without waiting for it.
+        With ``on_device`` that is decided there, without waiting for it.
         """
         if not on_device:
             if not skip:

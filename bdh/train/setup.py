@@ -139,9 +139,7 @@ class Run:
     def save(self, *, is_best: bool = False, is_before_fault: bool = False) -> Path:
         """Writes a checkpoint of this moment; see :meth:`Checkpointer.save`.
 
-        Args:
-            is_before_fault: the text cannot be read any further. A run that continues from here may find what is after this
-                place changed.
+        With ``is_before_fault`` the text cannot be read any further: a run that continues from here may find the rest changed.
         """
         position = self.batches.state_dict()
         self.progress.norm_statistics = self.guard.state_dict() or self.progress.norm_statistics
@@ -171,8 +169,7 @@ class Run:
     def close(self, *, release: bool = True) -> None:
         """Waits for what is still being written, leaves the other processes, and releases the folder.
 
-        Args:
-            release: False for whoever writes into the folder still, and calls ``lock.release()`` then.
+        Who still writes into it gives ``release`` False, and calls ``lock.release()`` later.
         """
         self.checkpointer.close()
         self.world.leave()
