@@ -192,7 +192,10 @@ def collect_mix_faults(config: DataConfig, faults: Faults) -> None:
         else:
             collect_faults(_alone(config, entry), inner)
     weights = [entry.get("weight", 1) for entry in mix]
-    are_numbers = all(type(weight) in (int, float) and math.isfinite(weight) and weight >= 0 for weight in weights)
+    are_numbers = all(
+        isinstance(weight, int | float) and not isinstance(weight, bool) and math.isfinite(weight) and weight >= 0
+        for weight in weights
+    )
     faults.require(
         are_numbers and sum(weights) > 0, "mix", weights, "weights that are finite, not negative, and sum to above 0"
     )
@@ -221,15 +224,10 @@ def find_files(item: str, skipped: Skipped, setting: str = "data.source") -> lis
     :func:`files_below` for what else is.
 
     Args:
-        setting: that names it, for the errors.
+        setting: that names it, for the errors, which are those of :func:`check_item`.
 
     Returns:
         None if it can only be a hub id: there is nothing of that name, and nothing says that there should be.
-
-    Raises:
-        FileNotFoundError: there is nothing of that name, or the folder or the glob gives no file of a known type.
-        ValueError: the file is of an unknown type, or no regular file.
-        OSError: a folder cannot be listed.
     """
     check_item(item, setting)
     path = Path(item).expanduser()
