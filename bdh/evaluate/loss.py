@@ -280,11 +280,7 @@ class _AdvancingReader:
 
 
 def _reader_of(model: BDHForCausalLM, window: int | None) -> _ForwardReader | _AdvancingReader:
-    """The fastest reader for a model; only an Advancer attends within a window.
-
-    Raises:
-        ValueError: ``window`` is no whole number of at least 1.
-    """
+    """The fastest reader for a model; only an Advancer attends within a window."""
     uses_kernels = model.dtype == torch.float32 and not torch.is_autocast_enabled(model.device.type)
     if window is None and not uses_kernels:
         return _ForwardReader(model)

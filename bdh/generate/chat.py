@@ -134,10 +134,7 @@ class Conversation:
         self._interrupted = True
 
     def undo(self) -> list[Message]:
-        """Takes back the last turn. With a seed, the same message gets the same reply again; without, another one.
-
-        Returns:
-            The messages of that turn.
+        """Takes back the last turn, and returns its messages. With a seed, the same message gets the same reply again.
 
         Raises:
             ValueError: there is none, or the state before it is not kept.
@@ -162,27 +159,19 @@ class Conversation:
         self.set_seed(self.params.seed)
 
     def set_params(self, **changes: Any) -> None:
-        """Other settings for the replies that follow; for the seed there is :meth:`set_seed`.
-
-        Raises:
-            ValueError: one is out of range; nothing has changed.
-        """
+        """Other settings for the replies that follow, or a ``ValueError``; for the seed there is :meth:`set_seed`."""
         params = replace(self.params, **changes).validated()
         if params.max_tokens < 1:
             raise ValueError(f"max_tokens is {params.max_tokens}: must be at least 1 token")
         self.params = params
 
     def set_seed(self, seed: int | None) -> None:
-        """What follows is drawn from this seed; None for a different one each time.
-
-        Raises:
-            ValueError: it is out of range; nothing has changed.
-        """
+        """What follows is drawn from this seed, unless it is a ``ValueError``; None for a different one each time."""
         self.set_params(seed=seed)
         self._generator = generator_of(seed)
 
     def set_system(self, system: str | None) -> None:
-        """Another system message, or none. What was said before is read again after it, with the next turn.
+        """Another system message, or none; what was said before is read again after it, with the next turn.
 
         Raises:
             ValueError: the chat template refuses it; nothing has changed.
@@ -192,11 +181,7 @@ class Conversation:
         self.system: str | None = system
 
     def save(self, path: str | Path) -> None:
-        """Writes the conversation into a :class:`Snapshot`'s file. How replies are sampled is not in it.
-
-        Raises:
-            DiskFullError, FileNotFoundError: as :meth:`Snapshot.save`.
-        """
+        """Writes the conversation, but not how replies are sampled, to a file as :meth:`Snapshot.save` does."""
         now = self._now
         notes = {
             "tokenizer": self._tokenizer_hash(),
@@ -293,11 +278,7 @@ class Conversation:
             raise
 
     def _outputs(self, request: int) -> Iterator[StepOutput]:
-        """What the engine's steps give until the reply has ended.
-
-        Raises:
-            RuntimeError: it has ended with an error.
-        """
+        """What the engine's steps give until the reply has ended; a ``RuntimeError`` where that is with an error."""
         has_begun = False
         while True:
             if self._interrupted:
@@ -327,10 +308,7 @@ class Conversation:
         return completion
 
     def _spans_with(self, text: str) -> tuple[list[list[int]], bool]:
-        """What is to have been read before the reply, in spans, and whether from the start anew.
-
-        Otherwise all but the last span is what has been read.
-        """
+        """What has to be read before the reply, in spans, and whether all of it, not only the last span, is to be read anew."""
         read = self._now.spans
         is_same_system = self._now.system == self.system
         if self._encoder is None:

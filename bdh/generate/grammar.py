@@ -36,10 +36,7 @@ _MOST_LEXER_STATES = 20_000  # of 1 to 2 kB, for each running text; the library'
 
 
 def check_grammar_library() -> None:
-    """
-    Raises:
-        ImportError: ``llguidance`` is not installed.
-    """
+    """Raises an ``ImportError`` unless ``llguidance`` is installed."""
     if importlib.util.find_spec("llguidance") is None:
         raise ImportError('a grammar needs llguidance, which is not installed: pip install "bdh[serve]"')
 
@@ -62,11 +59,7 @@ def collect_grammar_faults(grammar: Mapping[str, Any]) -> list[str]:
 
 
 def grammar_source(grammar: Mapping[str, Any]) -> tuple[str, str]:
-    """The kind, and a text that is equal for equal grammars.
-
-    Raises:
-        ValueError: it is of another type, or too large.
-    """
+    """The kind, and a text that is equal for equal grammars; a ``ValueError`` for another type, or one that is too large."""
     if "regex" in grammar:
         kind, text = "regex", grammar["regex"]
         if not isinstance(text, str):
@@ -119,11 +112,7 @@ def _joins(schema: dict[str, Any]) -> bool:
 
 
 class Grammars:
-    """The grammars of requests, made ready for the tokens of one tokenizer. For several threads.
-
-    Args:
-        vocab_size: V.
-    """
+    """The grammars of requests, made ready for the tokens of one tokenizer. For several threads."""
 
     def __init__(self, tokenizer: Any, vocab_size: int):
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
@@ -146,22 +135,14 @@ class Grammars:
 
 
 class Matcher:
-    """Where one text stands in its grammar.
-
-    Args:
-        beginning: as :meth:`Grammars.compile` gives it; it stays as it is.
-    """
+    """Where one text stands in its grammar, from ``beginning``, of :meth:`Grammars.compile`, which stays as it is."""
 
     def __init__(self, beginning: "LLMatcher", vocab_size: int):
         self._matcher, self._vocab_size = beginning.deep_copy(), vocab_size
         self._num_read = 0
 
     def read(self, tokens: Sequence[int], *, start: int = 0) -> None:
-        """Follows the text up to here; what has been read before is not read again.
-
-        Args:
-            tokens: all of the sequence's.
-            start: where among them the text begins.
+        """Follows the text, which begins at ``start`` of a sequence's tokens; what has been read is not read again.
 
         Raises:
             ValueError: they do not begin a text of the grammar, or it is too complex.

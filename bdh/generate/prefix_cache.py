@@ -150,10 +150,9 @@ class PrefixCache:
         return True
 
     def branch_point(self, tokens: Sequence[int]) -> int:
-        """How many leading tokens earlier prompts, or stored prefixes, have in common with these.
+        """How many leading tokens earlier prompts, or stored prefixes, have in common with these: a state there serves both.
 
-        A state there would serve both. ``tokens`` are remembered, as one more prompt; of those that alone would
-        take more than ``max_prompt_bytes`` the beginning.
+        The tokens are remembered as one more prompt, up to ``max_prompt_bytes``.
         """
         given = array("i", tokens)
         shared = sum(length for *_, length in self._descend(given))

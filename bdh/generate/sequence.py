@@ -56,12 +56,8 @@ def text_of(tokenizer: Any, tokens: Sequence[int], context: Sequence[int] = ()) 
 class TextDecoder:
     """Turns token ids into text as they come, holding back unfinished characters and what may become a stop string.
 
-    ``stopped`` turns true with a stop string, ``stopped_by``, and nothing comes out after it.
-
-    Args:
-        tokenizer: a ``PreTrainedTokenizerFast`` or a :class:`PlainTokenizer`.
-        stop: the stop strings.
-        context: the tokens before the text.
+    ``stopped`` turns true with a stop string, ``stopped_by``, and nothing comes out after it. ``context`` are tokens before
+    the text; the tokenizer is a ``PreTrainedTokenizerFast`` or a :class:`PlainTokenizer`.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = (), context: Sequence[int] = ()):
@@ -329,11 +325,7 @@ class Request:
 
 
 class Continuation:
-    """A continuation of a request while it runs.
-
-    Raises:
-        ValueError: what a snapshot holds of the text does not begin a text of the grammar.
-    """
+    """A continuation of a request while it runs; a ``ValueError`` where a snapshot's text begins none of the grammar."""
 
     def __init__(self, request: Request, index: int, model: ModelParts, tokenizer: PlainTokenizer):
         params, tokens, snapshot, V = request.params, request.tokens, request.snapshot, model.config.vocab_size
@@ -381,11 +373,7 @@ class Continuation:
         return len(self.tokens) - self.num_before
 
     def read(self, count: int, logits: torch.Tensor | None) -> None:
-        """The state has read so many of the pending tokens.
-
-        Args:
-            logits: (V,) after them; (count, V) after each one where the prompt's log-probabilities are wanted.
-        """
+        """The state has read so many of the pending tokens: logits (V,) after the last, or (count, V) after each one."""
         if logits is not None and logits.ndim == 2:
             if self.prompt_logprobs is not None and self.num_generated == 0:
                 following = self.tokens[len(self.tokens) - len(self.pending) + 1 :][:count]
@@ -396,11 +384,7 @@ class Continuation:
         del self.pending[:count]
 
     def draw(self) -> StepOutput:
-        """Samples a token after the last one.
-
-        Raises:
-            ValueError: the logits leave none.
-        """
+        """Samples a token after the last one, or raises a ``ValueError`` where the logits leave none."""
         assert self.logits is not None
         allowed = None if self._matcher is None else self._matcher.allowed(self.request.ends)
         if allowed is not None and not allowed.any():
