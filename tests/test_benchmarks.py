@@ -48,6 +48,7 @@ def test_the_checks_of_a_gpu_run_small_on_the_cpu(gpu_checks):
     assert [form["name"] for form in bench["figures"]["cases"][0]["forms"]] == ["bdh", "ops/naive.py"]
 
 
+@pytest.mark.slow
 def test_the_checks_of_a_gpu_say_that_there_is_none(gpu_checks):
     done, results = gpu_checks()
     assert done.returncode == 2

@@ -193,6 +193,7 @@ def task_file(tmp_path):
     return tmp_path / "sums.yaml"
 
 
+@pytest.mark.slow
 def test_tasks_as_a_table_and_as_json(model_folder, task_file, capsys):
     assert main(["eval", str(model_folder), "--tasks", str(task_file)]) == 0
     header, row = capsys.readouterr().out.splitlines()

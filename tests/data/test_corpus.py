@@ -212,6 +212,7 @@ def test_entry_that_a_killed_process_was_replacing_is_found(tmp_path, corpus_of,
     assert published(cache) == [folder.name]
 
 
+@pytest.mark.slow
 def test_killed_builder_does_not_keep_others_waiting(tmp_path, cache):
     path = write_text(tmp_path / "t.txt", WORDS * 100)
     code = f"""

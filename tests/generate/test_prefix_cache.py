@@ -85,6 +85,7 @@ class NaiveCache:
             self.prompts.pop(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("max_bytes", "max_prompt_bytes"), [(1500, 0), (1500, 1500), (4000, 530), (4000, 1300), (9000, 0), (9000, 3000)]
 )

@@ -48,6 +48,7 @@ def test_a_plain_call_is_exported_with_its_state(small):
     assert torch.equal(found.past_key_values.positions, expected.past_key_values.positions)
 
 
+@pytest.mark.slow
 def test_an_exported_program_takes_any_batch_and_length_and_is_saved(small, tmp_path):
     sizes = {0: Dim("batch"), 1: Dim("tokens")}
     program = torch.export.export(small, (), {"input_ids": ids(2, 12)}, dynamic_shapes={"input_ids": sizes})

@@ -35,6 +35,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", disk], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of TensorBoard's writer
 @pytest.mark.parametrize(
     ("name", "title"), [("jsonl", "metrics.jsonl"), ("tensorboard", "TensorBoard"), ("wandb", "W&B")]

@@ -492,6 +492,7 @@ def test_a_name_that_can_only_be_a_folder_is_not_asked_of_the_hub(name):
         load_model(name)
 
 
+@pytest.mark.slow
 def test_what_is_looked_up_on_the_hub_is_said(tmp_path):
     asked = []
 

@@ -170,6 +170,7 @@ WIDE = {  # a sequence of the plain path keeps 28 MB: 24 tensors of its 4 x 2,04
 }
 
 
+@pytest.mark.slow
 def test_no_pass_is_run_for_which_the_plain_path_has_no_room(train, tmp_path, free, steps, capsys):
     """It took the whole batch for its least pass, and was killed."""
     free(600 * MB)  # of the 1.2 GB that 32 sequences keep
