@@ -1,13 +1,14 @@
-"""TRL's trainers take a model as they take every other: by object and by path, whole and with adapters."""
+"""TRL's trainers take a model as they take every other: by object and by path, whole and with adapters.
+
+TRL and peft take seconds to import, and are imported where a test of these is run.
+"""
 
 import math
 
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from bdh import BDHConfig, BDHForCausalLM
 from bdh.tokenizer import byte_tokenizer
@@ -55,6 +56,8 @@ def settings(tmp_path):
 
 def trained(trainer, export, folder):
     """Trains, and returns the losses. What has changed is checked, and that the export is the model."""
+    from peft import PeftModel
+
     tokens = torch.arange(10)[None] + 60
     whole = AutoModelForCausalLM.from_pretrained(export)
     trainer.train()
@@ -83,6 +86,9 @@ def trained(trainer, export, folder):
 
 @pytest.mark.parametrize("lora", [None, LORA], ids=["whole", "adapters"])
 def test_sft(model, lora, export, settings):
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(**settings),
@@ -96,6 +102,8 @@ def test_sft(model, lora, export, settings):
 
 @pytest.mark.parametrize("packing", [{"padding_free": True, "max_length": None}, {"packing": True, "max_length": 64}])
 def test_sft_without_padding(packing, export, settings):
+    from trl import SFTConfig, SFTTrainer
+
     trainer = SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(export),
         args=SFTConfig(**settings, **packing),
@@ -106,6 +114,8 @@ def test_sft_without_padding(packing, export, settings):
 
 
 def test_a_padding_free_batch_has_the_loss_of_the_padded_one(export, settings):
+    from trl import SFTConfig, SFTTrainer
+
     losses = []
     for padding_free in (False, True):
         model = AutoModelForCausalLM.from_pretrained(export, dropout=0.0, initializer_range=0.3)
@@ -123,6 +133,9 @@ def test_a_padding_free_batch_has_the_loss_of_the_padded_one(export, settings):
 
 @pytest.mark.parametrize("reference", ["explicit", "implicit", "adapters"])
 def test_dpo(model, reference, export, settings):
+    from peft import LoraConfig
+    from trl import DPOConfig, DPOTrainer
+
     trainer = DPOTrainer(
         model=model,
         ref_model=AutoModelForCausalLM.from_pretrained(export) if reference == "explicit" else None,
@@ -137,6 +150,8 @@ def test_dpo(model, reference, export, settings):
 
 @pytest.mark.parametrize("beta", [0.0, 0.1], ids=["no_reference", "reference"])
 def test_grpo(model, beta, export, settings):
+    from trl import GRPOConfig, GRPOTrainer
+
     trainer = GRPOTrainer(
         model=model,
         reward_funcs=lambda completions, **_: [float(len(set(text))) for text in completions],
