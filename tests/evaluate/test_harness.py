@@ -115,6 +115,13 @@ def test_a_task_that_is_not_there_is_named(model, tasks):
         evaluate_tasks(adapter(model), ["nowhere.yaml"])
 
 
+def test_a_file_that_holds_no_task_is_named_beside_one_that_does(model, tasks, tmp_path):
+    """It was left out without a word."""
+    (tmp_path / "empty.yaml").write_text("metric_list: []\n")
+    with pytest.raises(ValueError, match=r"empty\.yaml holds no task"):
+        evaluate_tasks(adapter(model), [str(tasks / "local_choice.yaml"), str(tmp_path / "empty.yaml")])
+
+
 def test_scores_do_not_depend_on_what_shares_the_batch(model):
     pairs = [("The cat", " sat"), ("", "\nAlone"), ("A much longer context than the others", " x"), ("a ", "b")]
     requests = [request("loglikelihood", *pair) for pair in pairs]
