@@ -12,9 +12,8 @@ from numba import njit
 from bdh.ops import naive
 from bdh.ops.backends import Work, choose_backend
 from bdh.ops.cpu import kernels, vector
-from bdh.ops.cpu.pieces import new_progress
 from bdh.ops.cpu.recurrence import KernelWeights, Recurrence, Rows
-from bdh.ops.cpu.runtime import compiled, follow_torch_threads
+from bdh.ops.cpu.runtime import Team, compiled, follow_torch_threads
 
 LENGTHS = [1, 2, 15, 16, 17, 48, 63]
 FORMATS = [torch.float32, torch.bfloat16]
@@ -127,7 +126,7 @@ def test_rotations_are_exact_at_a_position_of_a_thousand_million():
     positions = np.array([0, 7, 10**6 + 1, 10**9 - 1, 10**9])
     turns = (65536.0 ** (-2 * np.arange(4) / 8)) / (2 * np.pi)
     cos, sin = np.empty((4, 5), np.float32), np.empty((4, 5), np.float32)
-    kernels.rotations(new_progress(1).ctypes.data, positions, turns, cos, sin)
+    kernels.rotations(Team(1).new_progress(1).ctypes.data, positions, turns, cos, sin)
     phases = 2 * np.longdouble(np.pi) * np.fmod(positions[None].astype(np.longdouble) * turns[:, None], 1)
     # The product in float64 is good to 4e-8 turns at 10^9, a phase of 2.4e-7.
     np.testing.assert_allclose(cos, np.cos(phases).astype(np.float64), rtol=0, atol=4e-7)

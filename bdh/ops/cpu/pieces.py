@@ -9,24 +9,21 @@ piece must not depend on it.
 Waiting costs the core of whoever waits only for a moment. Then the thread sleeps, on Linux, until the last piece is done: the
 core is free for the thread that has it in hand, which another program may keep from its own.
 
-The counters of a stage are ``STAGE_WORDS`` int64, 0 at first, in the ``progress`` (stages, STAGE_WORDS) of a call.
+The counters of a stage are int64, in the ``progress`` (stages, STAGE_WORDS) of a call (:meth:`bdh.ops.cpu.runtime.Team.new_progress`).
 """
 
 import platform
 import sys
 from typing import Any
 
-import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 
+from bdh.ops.cpu.runtime import SPINS_WORD
 from bdh.ops.cpu.vector import ADDRESS, NUMBER, instruction
 
-STAGE_WORDS = 16  # two lines of the cache
-_TAKEN, _SPINS, _DONE, _SLEEPERS = 0, 1, 8, 9
-SPINS, SPINS_WHEN_CROWDED = 10_000, 300
-"""How often a waiting thread looks before it sleeps. A look takes 20 to 50 nanoseconds."""
+_TAKEN, _DONE, _SLEEPERS = 0, 8, 9
 _FUTEX_WAIT, _FUTEX_WAKE = 128, 129  # within a process
 _FUTEX = {"x86_64": 202, "aarch64": 98}  # the number of the system call
 _PAUSES = {"x86_64": ("llvm.x86.sse2.pause", ()), "aarch64": ("llvm.aarch64.hint", (1,))}
@@ -36,17 +33,6 @@ _I32, _I64 = ir.IntType(32), ir.IntType(64)
 jit = njit(cache=True, nogil=True, parallel=True, error_model="numpy")
 """For what Python calls; the threads are those of its ``prange``."""
 jit_inner = njit(cache=True, nogil=True, error_model="numpy")
-
-
-def new_progress(num_stages: int, *, is_crowded: bool = False) -> np.ndarray:
-    """The counters of so many stages; each can be gone through once.
-
-    Args:
-        is_crowded: others want the cores, so that it is better to sleep soon.
-    """
-    progress = np.zeros((num_stages, STAGE_WORDS), np.int64)
-    progress[:, _SPINS] = SPINS_WHEN_CROWDED if is_crowded else SPINS
-    return progress
 
 
 def _pointer(builder: Any, address: Any) -> Any:
@@ -101,7 +87,7 @@ def take(stage, count):
     if piece < count:
         return piece
     done = stage + 8 * _DONE
-    for _ in range(_get(stage + 8 * _SPINS)):
+    for _ in range(_get(stage + 8 * SPINS_WORD)):
         if _get(done) >= count:
             return -1
         _pause()

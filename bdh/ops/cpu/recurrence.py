@@ -12,7 +12,6 @@ import torch
 from bdh.ops import Storage
 from bdh.ops.attention import turns_per_token
 from bdh.ops.cpu import kernels, window
-from bdh.ops.cpu.pieces import new_progress
 from bdh.ops.cpu.runtime import compiled, exclusive, team_for
 from bdh.ops.eager import ring_shapes
 
@@ -240,7 +239,7 @@ class Recurrence:
         cos, sin = (self.work_memory(name, N // 2, R) for name in ("cos", "sin"))
         text = self._embed, rows.tokens, rows.positions, self._turns, v, cos, sin, self.weights.eps
         weights = self._like, self.weights.encoder.data_ptr(), self._encoder_v, self.weights.decoder.data_ptr()
-        progress = new_progress(kernels.STAGES * (1 + L), is_crowded=team.is_crowded)
+        progress = team.new_progress(kernels.STAGES * (1 + L))
         if before_writing is not None:
             before_writing()
         steps_per_call = L if on_layer_step is None else 1
@@ -268,7 +267,7 @@ class Recurrence:
             if len(index):
                 np.take(v, index, axis=0, out=chosen, mode="clip")  # other modes take memory
                 team = team_for(len(index))
-                progress = new_progress(1, is_crowded=team.is_crowded)
+                progress = team.new_progress(1)
                 num_threads = min(team.threads, kernels.projected_pieces(weight.shape[0]))
                 with exclusive():
                     kernels.products(num_threads, (progress, self._like, weight.data_ptr(), chosen, out, False))

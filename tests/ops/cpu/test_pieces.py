@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from numba import njit
 
-from bdh.ops.cpu.pieces import STAGE_WORDS, new_progress, pieces
+from bdh.ops.cpu.pieces import pieces
+from bdh.ops.cpu.runtime import STAGE_WORDS, Team
 
 NUM_PIECES = 7
 
@@ -28,8 +29,8 @@ def count_up(progress, done):
 @pytest.mark.parametrize("is_crowded", [False, True])
 @pytest.mark.parametrize("num_threads", [1, 2, 3, 9])
 def test_every_piece_is_done_once_and_stages_follow_each_other(num_threads, is_crowded):
-    progress, done = new_progress(500, is_crowded=is_crowded), np.zeros((500, NUM_PIECES), np.int64)
-    count_up(new_progress(1), done[:1].copy())
+    progress, done = Team(num_threads, is_crowded).new_progress(500), np.zeros((500, NUM_PIECES), np.int64)
+    count_up(Team(1).new_progress(1), done[:1].copy())
     threads = [threading.Thread(target=count_up, args=[progress, done]) for _ in range(num_threads)]
     for thread in threads:
         thread.start()
@@ -39,7 +40,7 @@ def test_every_piece_is_done_once_and_stages_follow_each_other(num_threads, is_c
 
 
 def test_a_thread_that_comes_when_all_is_done_finds_nothing_to_do():
-    progress, done = new_progress(3), np.zeros((3, NUM_PIECES), np.int64)
+    progress, done = Team(2).new_progress(3), np.zeros((3, NUM_PIECES), np.int64)
     for _ in range(3):
         count_up(progress, done)
     assert (done == 1).all()
