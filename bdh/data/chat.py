@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from bdh.data.config import BUILTIN, OTHER_TYPES, DataConfig, file_type, find_files, item_names, mix_sources
+from bdh.data.config import BUILTIN, DataConfig, mix_sources
 from bdh.data.corpus import Batch, ProgressCallback, StepLoader, ValidationPart, check_sequences, step_generator
+from bdh.data.files import OTHER_TYPES, file_type, find_files, item_names
+from bdh.data.json_files import parse_line
 from bdh.data.reading import Skipped, num_kept, text_lines, to_utf8
 from bdh.data.sources import Source, training_source, validation_source
-from bdh.data.tables import parse_line
 from bdh.data.tokenized import TokenizedCorpus, TokenMeta, TokenWriter
 from bdh.tokenizer.chat import ROLES, ChatEncoder
 

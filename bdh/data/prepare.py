@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from bdh.data.chat import ChatCorpus, chat_texts, holds_chat
-from bdh.data.config import DataConfig, MixSource, file_key, mix_sources
+from bdh.data.config import DataConfig, MixSource, mix_sources
 from bdh.data.corpus import (
     Batch,
     Corpus,
@@ -22,6 +22,7 @@ from bdh.data.corpus import (
     check_state,
     step_generator,
 )
+from bdh.data.files import file_key
 from bdh.data.reading import Chunk, split_document, split_of
 from bdh.data.sources import Source, show_columns, training_source, validation_source
 from bdh.data.streaming import StreamingCorpus

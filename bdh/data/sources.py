@@ -15,15 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from bdh.data import tables
-from bdh.data.config import (
-    BUILTIN,
+from bdh.data.config import BUILTIN, DataConfig, EntryConfig
+from bdh.data.csv_files import Layout, Lines, csv_reader, csv_settings, csv_texts, find_layout
+from bdh.data.files import (
     CSV_TYPES,
     FOUND_TWICE,
     JSON_TYPES,
     PARQUET,
     TEXT_TYPES,
-    DataConfig,
-    EntryConfig,
     FileKey,
     file_key,
     file_type,
@@ -32,7 +31,7 @@ from bdh.data.config import (
     item_names,
     regular_files,
 )
-from bdh.data.csv_files import Layout, Lines, csv_reader, csv_settings, csv_texts, find_layout
+from bdh.data.json_files import JsonColumn, json_column, json_reader
 from bdh.data.reading import (
     EMPTY_FILES,
     ChainReader,
@@ -293,8 +292,8 @@ def _opener(path: Path, config: DataConfig) -> OpenShard:
         column = _column(path, config)
         if isinstance(column, Layout):
             return csv_reader(path, column, config, skipped, state)
-        if isinstance(column, tables.JsonColumn):
-            return tables.json_reader(path, column, errors, skipped, state)
+        if isinstance(column, JsonColumn):
+            return json_reader(path, column, errors, skipped, state)
         if column is not None:
             return tables.parquet_reader(path, column, errors, skipped, state)
         if state is None:
@@ -304,14 +303,14 @@ def _opener(path: Path, config: DataConfig) -> OpenShard:
     return open_file
 
 
-def _column(path: Path, config: DataConfig) -> Layout | tables.JsonColumn | str | None:
+def _column(path: Path, config: DataConfig) -> Layout | JsonColumn | str | None:
     """Which column of a table holds the text, as its reader wants to know it; None if there are no rows."""
     if path.stat().st_size == 0:
         return None
     if file_type(path) in CSV_TYPES:
         return find_layout(path, config)
     if file_type(path) in JSON_TYPES:
-        return tables.json_column(path, config)
+        return json_column(path, config)
     if file_type(path) == PARQUET:
         return tables.parquet_column(path, config)
     raise ValueError(f"{path} is of type {file_type(path)!r}, which no reader is for")
@@ -472,7 +471,7 @@ def _guessed_columns(config: DataConfig, source: Source) -> dict[str, str | Path
     found: dict[str, str | Path] = {}
     for path in [] if source.is_hub else source.files:
         if file_type(path) in (*JSON_TYPES, PARQUET) and (column := _column(path, config)) is not None:
-            found.setdefault(column.name if isinstance(column, tables.JsonColumn) else str(column), path)
+            found.setdefault(column.name if isinstance(column, JsonColumn) else str(column), path)
     return found
 
 

@@ -8,7 +8,7 @@ from itertools import islice
 import pytest
 import zstandard
 
-from bdh.data.tables import json_rows
+from bdh.data.json_files import json_rows
 from tests.data.conftest import documents_of, write_table, write_text
 
 LARGE = 11_000_000  # bytes; readers of tables look at 10 MB at a time

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bdh.data.config import files_below, files_matching
+from bdh.data.files import files_below, files_matching
 from bdh.data.reading import Skipped
 from tests.data.conftest import documents_of, write_table, write_text
 

@@ -1,0 +1,272 @@
+"""The local files that the names in the settings stand for.
+
+A folder or a pattern gives each file once, and none that a run, an export or the token cache wrote.
+"""
+
+import fnmatch
+import glob
+import os
+import re
+import stat
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+
+from bdh.data.reading import COMPRESSED, Skipped, compression
+
+TEXT_TYPES = (".txt", ".md", ".py")
+JSON_TYPES = (".jsonl", ".json")
+CSV_TYPES = (".csv", ".tsv")
+PARQUET = ".parquet"  # which has a compression of its own
+_LINES = (*TEXT_TYPES, *JSON_TYPES, *CSV_TYPES)
+_KNOWN_TYPES = f"{', '.join(_LINES)}, each also as {' or '.join(COMPRESSED)}, and {PARQUET}"
+OTHER_TYPES = "files of other types"
+FOUND_TWICE = "texts that were found already"
+
+FileKey = tuple[int, int]
+
+_RECURSIVE = "**"
+_MAX_NAMED = 3
+# What `bdh train` writes into a run's folder.
+_OF_A_RUN = [
+    "checkpoints",
+    "config.yaml",
+    "metrics.jsonl",
+    "model",
+    "samples.jsonl",
+    "tensorboard",
+    "tokenizer",
+    "wandb",
+]
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.\w+$")
+_FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*(\n|\Z)", re.DOTALL)
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+
+
+def file_type(path: Path) -> str | None:
+    """The suffix that says what a file holds, without that of its compression; None if it is no known one."""
+    suffix = os.path.splitext(path.name.lower().removesuffix(compression(path)))[1]
+    return suffix if suffix in (*_LINES, *([] if compression(path) else [PARQUET])) else None
+
+
+def find_files(item: str, skipped: Skipped, setting: str = "data.source") -> list[Path] | None:
+    """The files that a file's or folder's name or a glob stands for, in the same order on every system.
+
+    In folders and globs, files of other types are counted as skipped, hidden files and folders are left out; see
+    :func:`files_below` for what else is.
+
+    Args:
+        setting: that names it, for the errors, which are those of :func:`check_item`.
+
+    Returns:
+        None if it can only be a hub id: there is nothing of that name, and nothing says that there should be.
+    """
+    check_item(item, setting)
+    path = Path(item).expanduser()
+    if path.is_file():
+        return [path]
+    counts = Skipped()
+    if path.is_dir():
+        found = files_below(path, counts)
+    elif glob.has_magic(item):
+        found = files_matching(item, counts)
+    else:
+        return None
+    files = [path for path in found if file_type(path) is not None]
+    if len(files) < len(found):
+        counts.add(OTHER_TYPES, len(found) - len(files))
+    if not files:
+        raise FileNotFoundError(f"{setting} {item!r} gives no file to read{counts}; known types are {_KNOWN_TYPES}")
+    skipped.include(counts)
+    return files
+
+
+def check_item(item: str, setting: str = "data.source") -> None:
+    """Whether a name of a source can be one of local files, as far as it tells without a look into folders.
+
+    Raises:
+        FileNotFoundError: there is nothing of that name, which is not that of a data set of the hub.
+        ValueError: the file is of an unknown type, or no regular file.
+    """
+    path = Path(item).expanduser()
+    if path.is_file():
+        if file_type(path) is None:
+            raise ValueError(f"{setting} {item!r} is of an unknown type: known are {_KNOWN_TYPES}")
+    elif path.exists():
+        if not path.is_dir():
+            raise ValueError(
+                f"{setting} {item!r} is a pipe, a socket or a device: text is read more than once, so write it to a file"
+            )
+    elif path.is_symlink():
+        raise FileNotFoundError(f"{setting} {item!r} is a broken link: there is no {os.readlink(path)}")
+    # A hub id is NAME or ORGANISATION/NAME; a known suffix tells a file.
+    elif not glob.has_magic(item) and (
+        file_type(path) is not None
+        or item.startswith((".", "/", "~"))
+        or item.endswith("/")
+        or "\\" in item
+        or item.count("/") > 1
+    ):
+        raise FileNotFoundError(f"{setting} {item!r}: there is no such file or folder")
+
+
+def item_names(source: str | Sequence[str]) -> list[str]:
+    """The names in a setting. One that exists as it is may hold commas."""
+    if not isinstance(source, str):
+        return [item.strip() for item in source]
+    if Path(source).expanduser().exists():
+        return [source]
+    return [item.strip() for item in source.split(",") if item.strip()]
+
+
+def files_below(folder: Path, skipped: Skipped) -> list[Path]:
+    """The files below a folder, without hidden ones, in the same order on every system.
+
+    A symbolic link is followed, and what several links lead to is given once. Left out and counted are links that lead
+    nowhere, what is no regular file, and the folders of runs, exported models, tokenizers and the token cache.
+    """
+    return _files_below(folder, (_RECURSIVE,), skipped)
+
+
+def files_matching(pattern: str, skipped: Skipped) -> list[Path]:
+    """The files that match a pattern of :mod:`glob`, otherwise as :func:`files_below`.
+
+    Folders of runs and so on are entered where the pattern names the file, as ``runs/*/samples.jsonl`` does.
+    """
+    path = Path(os.path.expanduser(pattern))
+    literal = next(number for number, part in enumerate(path.parts) if glob.has_magic(part))
+    return _files_below(Path(*path.parts[:literal]), path.parts[literal:], skipped)
+
+
+def _files_below(root: Path, parts: Sequence[str], skipped: Skipped) -> list[Path]:
+    found = sorted(_matching(root, parts), key=Path.as_posix)
+    if _RECURSIVE not in parts and (num_folders := sum(each.is_dir() for each in found)):
+        skipped.add("folders", num_folders)
+    files = regular_files(found, set(), skipped)
+    return _not_written_by_us(files, root, skipped) if glob.has_magic(parts[-1]) else files
+
+
+def regular_files(paths: Iterable[Path], known: set[FileKey], skipped: Skipped) -> list[Path]:
+    """Those of the files that can be read and are not known yet; the others are counted, but for folders.
+
+    Args:
+        known: keys of the files that are left out; those of the returned ones are added.
+    """
+    files = []
+    for path in paths:
+        try:
+            facts = path.stat()
+        except OSError:
+            if not path.is_symlink():
+                raise
+            skipped.add("broken links")
+            continue
+        key = (facts.st_dev, facts.st_ino)
+        if stat.S_ISDIR(facts.st_mode):
+            continue
+        if not stat.S_ISREG(facts.st_mode):
+            skipped.add("pipes, sockets and devices")
+        elif key in known:
+            skipped.add(FOUND_TWICE)
+        else:
+            known.add(key)
+            files.append(path)
+    return files
+
+
+def file_key(path: Path) -> FileKey:
+    """Equal for two paths that lead to one file or folder."""
+    facts = path.stat()
+    return facts.st_dev, facts.st_ino
+
+
+def _matching(folder: Path, parts: Iterable[str]) -> Iterator[Path]:
+    """As ``glob.glob`` below ``folder``; but ``**`` enters each folder once, and none is passed over in silence."""
+    if not parts:
+        yield folder
+        return
+    part, *rest = parts
+    if part == _RECURSIVE:
+        for each in _folders(folder, set()):
+            yield from _matching(each, rest or ["*"])
+    elif not glob.has_magic(part):
+        if os.path.lexists(folder / part):
+            yield from _matching(folder / part, rest)
+    elif folder.is_dir():
+        for name in sorted(os.listdir(folder)):
+            if fnmatch.fnmatch(name, part) and (not name.startswith(".") or part.startswith(".")):
+                yield from _matching(folder / name, rest)
+
+
+def _folders(folder: Path, known: set[FileKey]) -> Iterator[Path]:
+    """A folder and those below it, hidden ones left out, each once."""
+    if not folder.is_dir() or file_key(folder) in known:
+        return
+    known.add(file_key(folder))
+    yield folder
+    for name in sorted(os.listdir(folder)):
+        if not name.startswith("."):
+            yield from _folders(folder / name, known)
+
+
+def _not_written_by_us(files: list[Path], root: Path, skipped: Skipped) -> list[Path]:
+    """The files but those of runs and so on below ``root``; and of a run whose folder ``root`` is itself."""
+    kind_of = cache(_kind)
+
+    def owner(path: Path) -> str | None:
+        inside = path.relative_to(root)
+        if kind_of(root) == "run" and inside.parts[0] in _OF_A_RUN:
+            return f"run {root}"
+        folders = [root / parent for parent in reversed(inside.parents)][1:]
+        return next((f"{kind_of(folder)} {folder}" for folder in folders if kind_of(folder)), None)
+
+    owners = [owner(path) for path in files]
+    counts = Counter(name for name in owners if name)
+    further = f"files of {len(counts) - _MAX_NAMED:,} further runs, models or caches"
+    for number, (name, count) in enumerate(counts.items()):
+        skipped.add(f"files of the {name}" if number < _MAX_NAMED else further, count)
+    return [path for path, name in zip(files, owners, strict=True) if name is None]
+
+
+def _kind(folder: Path) -> str | None:
+    """Which of the folders that this program writes this one is, if any."""
+
+    def has(*names: str) -> bool:
+        return any((folder / name).exists() for name in names)
+
+    if has("config.yaml") and has("metrics.jsonl", "checkpoints", "tokenizer/tokenizer.json"):
+        return "run"
+    if has("config.json", "adapter_config.json") and has(*_WEIGHTS):
+        return "model"
+    if has("tokenizer.json") and has("tokenizer_config.json"):
+        return "tokenizer"
+    return "token cache" if has("tokens.bin") and has("meta.json") else None
+
+
+def is_hub_layout(folder: Path) -> bool:
+    """Whether a folder says itself which of its files are which split.
+
+    Either its README.md has ``configs`` or ``dataset_info`` in its YAML header, or its ``data`` folder holds
+    files named like ``train-00000-of-00001.parquet``, or ``datasets`` saved it to disk.
+    """
+    data, card = folder / "data", folder / "README.md"
+    if is_saved_to_disk(folder) or (data.is_dir() and any(_SHARD.search(path.name) for path in data.iterdir())):
+        return True
+    header = _FRONT_MATTER.match(card.read_text(encoding="utf-8", errors="replace")) if card.is_file() else None
+    if header is None:
+        return False
+    import yaml
+
+    try:
+        fields = yaml.safe_load(header.group(1))
+    except yaml.YAMLError:
+        return False  # a page with a line that looks like a header: text like any other
+    return isinstance(fields, dict) and ("configs" in fields or "dataset_info" in fields)
+
+
+def is_saved_to_disk(folder: Path) -> bool:
+    """Whether ``save_to_disk`` of ``datasets`` wrote a folder."""
+    return (folder / "dataset_dict.json").is_file() or (
+        (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+    )

@@ -1,0 +1,211 @@
+"""Rows of JSON files: an object in each line, or objects over any lines, in an array or not.
+
+Each row is read alone, so only the wanted field of it matters: what the others hold, and in which rows, is all the same.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bdh.data.config import DataConfig
+from bdh.data.reading import (
+    PEEKED_ROWS,
+    ColumnError,
+    DocumentReader,
+    Skipped,
+    State,
+    choose_column,
+    decoded,
+    file_chunks,
+    row_text,
+    text_lines,
+    text_start,
+)
+
+_SPACE = re.compile(r"[ \t\n\r]*")
+_DECODER = json.JSONDecoder()
+_INTEGERS_AS_FLOATS = json.JSONDecoder(parse_int=float)
+_PAIRS = json.JSONDecoder(object_pairs_hook=list, parse_int=float)
+
+
+class Row(NamedTuple):
+    """An object of a JSON file."""
+
+    value: dict[str, Any]
+    where: str
+    """File and line, for errors."""
+    after: State
+    """Where :func:`json_rows` continues with the next one."""
+
+
+class JsonColumn(NamedTuple):
+    """The field that holds the text."""
+
+    name: str
+    strings: frozenset[str] | None
+    """Where it was guessed, the fields that held a string in the first rows: no other one may come to hold one."""
+
+
+def json_reader(
+    path: Path, column: JsonColumn, encoding_errors: str, skipped: Skipped, state: State | None = None
+) -> DocumentReader:
+    """The rows of a JSON file, one document each.
+
+    Iterating raises:
+        ColumnError: the column was guessed, and another one holds a string, as none of the first rows has it.
+        ValueError: a row is no JSON object, or its column is given twice or holds something else than text.
+    """
+    if state and "rows" in state:
+        raise ValueError(f"{path}: the position in it was stored by an earlier version of bdh, and cannot be used")
+
+    def documents(after: State) -> Iterator[tuple[bytes | None, State]]:
+        for row in json_rows(path, encoding_errors, after, once=column.name):
+            known = row.value if column.strings is None else column.strings
+            for name, value in row.value.items():
+                if type(value) is str and name not in known:
+                    raise ColumnError(
+                        f"{row.where}: set data.text_column, as column {name!r} holds a string too: {column.name!r} was "
+                        "guessed from the first rows, where it did not"
+                    )
+            text = row.value.get(column.name)
+            yield row_text(text, column.name, row.where, encoding_errors, skipped), row.after
+
+    return DocumentReader(documents, state)
+
+
+def json_column(path: Path, config: DataConfig) -> JsonColumn | None:
+    """The field that holds the text, or None if there is not a single row.
+
+    The first rows tell, and as many more as it takes to find the wanted one, or any that holds strings.
+
+    Raises:
+        ColumnError: the wanted field is in no row; or none is wanted, and not exactly one holds strings.
+        ValueError: a row that was looked at is no JSON object.
+    """
+    types: dict[str, set[type]] = {}
+    number, wanted = 0, config.text_column
+    for number, row in enumerate(json_rows(path, config.encoding_errors), start=1):
+        if wanted is not None and wanted in row.value:
+            return JsonColumn(wanted, None)
+        for name, value in row.value.items():
+            types.setdefault(name, set()).add(type(value))
+        if wanted is None and number >= PEEKED_ROWS and any(str in found for found in types.values()):
+            break
+    if not number:
+        return None
+    strings = frozenset(name for name, found in types.items() if str in found)
+    return JsonColumn(choose_column(types, wanted, str(path)), strings)
+
+
+def json_rows(
+    path: Path, encoding_errors: str, after: State | None = None, *, once: str | None = None
+) -> Iterator[Row]:
+    """The objects of a file, or those after a row.
+
+    Where each line is an object, one line is read after the other. A file of another form (its first line is no object
+    of its own) is held in memory as a whole.
+
+    Args:
+        once: a field that no object may have twice.
+
+    Raises:
+        ValueError: the text is not UTF-8, not JSON, or something else than objects, or an object has a field twice; the
+            message has the line.
+    """
+    after = after or {}
+    spellings = set() if once is None else {json.dumps(once), json.dumps(once, ensure_ascii=False)}
+
+    def checked(value: Any, written: str, where: str) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            raise ValueError(f'{where} is {value!r:.80}: must be an object, such as {{"text": "..."}}')
+        if sum(map(written.count, spellings)) > 1:  # seldom: in an object inside of it, or as a text
+            names = [name for name, _ in _PAIRS.raw_decode(written, _end_of_space(written, 0))[0]]
+            if names.count(once) > 1:
+                raise ValueError(f"{where}: column {once!r} is given twice: give it once")
+        return value
+
+    if not ("row" in after or _is_array(path, encoding_errors)):
+        for line in text_lines(path, encoding_errors, after.get("offset", 0), after.get("line", 1)):
+            where = f"{path}, line {line.number}"
+            value = checked(parse_line(line.text, where), line.text, where)
+            yield Row(value, where, {"offset": line.end, "line": line.number + 1})
+        return
+    for number, (value, written, line_number) in enumerate(_values(path, encoding_errors), start=1):
+        if number > after.get("row", 0):
+            where = f"{path}, row {number}, line {line_number}"
+            row = {"text": value} if isinstance(value, str) else value  # an array may hold nothing but texts
+            yield Row(checked(row, written, where), where, {"row": number})
+
+
+def parse_line(text: str, where: str) -> Any:
+    """The JSON value of a line. Raises ValueError: it is none; the message says where in the line."""
+    text = text.strip(" \t\n\r")
+    try:
+        value, end = _decode(text, 0)
+        if end < len(text):
+            raise json.JSONDecodeError("Extra data", text, _end_of_space(text, end))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON: {error.msg} (column {error.pos + 1})") from error
+    except RecursionError as error:
+        raise ValueError(f"{where} is not JSON that can be read: it is nested too deeply") from error
+    return value
+
+
+def _is_array(path: Path, encoding_errors: str) -> bool:
+    """Whether values stand in an array or over several lines."""
+    first = next((line.text.strip() for line in text_lines(path, encoding_errors)), "")
+    if first.startswith("[") or first == "{":
+        return True
+    if ".jsonl" in path.name.lower():
+        return False
+    with suppress(ValueError):
+        parse_line(first, "")
+        return False
+    return True
+
+
+def _values(path: Path, encoding_errors: str) -> Iterator[tuple[Any, str, int]]:
+    """The elements of an array, or values one after the other; each with how it is written and the number of its line."""
+    start = text_start(path)
+    text = decoded(b"".join(file_chunks(path, start)), encoding_errors, path, start, 1)
+    at = counted = _end_of_space(text, 0)
+    line = 1 + text.count("\n", 0, at)
+    is_array = text.startswith("[", at)
+    at += is_array
+    has_begun = False
+    try:
+        while (at := _end_of_space(text, at)) < len(text) or is_array:
+            if is_array and text.startswith("]", at):
+                at = _end_of_space(text, at + 1)
+                if at < len(text):
+                    raise json.JSONDecodeError("Extra data", text, at)
+                return
+            if is_array and has_begun:
+                if not text.startswith(",", at):
+                    raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
+                at = _end_of_space(text, at + 1)
+            line, counted = line + text.count("\n", counted, at), at
+            begin = at
+            value, at = _decode(text, begin)
+            has_begun = True
+            yield value, text[begin:at], line
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}, column {error.colno} is not JSON: {error.msg}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path}, line {line} is not JSON that can be read: it is nested too deeply") from error
+
+
+def _decode(text: str, at: int) -> tuple[Any, int]:
+    try:
+        return _DECODER.raw_decode(text, at)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:  # a number of more digits than Python makes an int of
+        return _INTEGERS_AS_FLOATS.raw_decode(text, at)
+
+
+def _end_of_space(text: str, at: int) -> int:
+    return _SPACE.match(text, at).end()  # type: ignore[union-attr]
