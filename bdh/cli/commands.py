@@ -195,7 +195,7 @@ def _from_reference(settings: ConvertSettings, out: Path) -> int:
     with lock_run_around(out):
         export_model(model, tokenizer, out, about, pad_and_eos=settings.pad_and_eos)
     print(
-        f"{out}: {num_parameters:,} parameters, {model.config.n_layer} passes, vocabulary {model.config.vocab_size:,}"
+        f"{out}: {num_parameters:,} parameters, {model.config.n_layer} layer steps, vocabulary {model.config.vocab_size:,}"
     )
     return 0
 

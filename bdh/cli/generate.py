@@ -33,7 +33,7 @@ class GenerateSettings(ModelSettings, TextSettings):
     output: PathText | None = None
     """File to write results to, one JSON object a line, in the order of the prompts; by default they are printed."""
     resume: bool = False
-    """Go on with an output that was interrupted: what it holds is checked, and stays."""
+    """Continue an output that was interrupted: what it holds is checked, and stays."""
     max_new_tokens: int = SamplingParams.max_tokens
     """Tokens generated at most."""
     num_beams: int = 1
@@ -133,7 +133,7 @@ def _prepare_output(settings: GenerateSettings, jobs: list[Job]) -> int:
         return 0
     path = Path(settings.output)
     if not settings.resume:
-        raise FileExistsError(f"{path} exists already: choose another --output, or go on with it by --resume")
+        raise FileExistsError(f"{path} exists already: choose another --output, or continue it with --resume")
     done, end = num_done(path, jobs)
     if (cut := path.stat().st_size - end) > 0:
         os.truncate(path, end)
@@ -212,7 +212,7 @@ def _write(path: Path, jobs: list[Job], done: int, results: Iterable[list[Any]])
                 advance(done)
     except KeyboardInterrupt:
         print(
-            f"{done:,} of {len(jobs):,} prompts are in {path}; the same command with --resume goes on", file=sys.stderr
+            f"{done:,} of {len(jobs):,} prompts are in {path}; the same command with --resume continues", file=sys.stderr
         )
         raise
     print(f"{len(jobs)} prompts continued, in {path}", file=sys.stderr)

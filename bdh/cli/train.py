@@ -94,10 +94,10 @@ def _train(console: Console, training: Any) -> int:
     step = training.progress.step
     resume = resume_command(training.folder)
     if why in EXIT_STATUS:
-        console.print(f"Stopped by {why} after step {step}; everything is saved. Go on with: {resume}", markup=False)
+        console.print(f"Stopped by {why} after step {step}; everything is saved. Continue with: {resume}", markup=False)
         return EXIT_STATUS[why]
     if why == "stop_at_step" and step < settings.train.max_steps:
-        console.print(f"Stopped at step {step} as set; everything is saved. Go on with: {resume}", markup=False)
+        console.print(f"Stopped at step {step} as set; everything is saved. Continue with: {resume}", markup=False)
     elif why == "patience":
         best = training.progress.best_step
         metric = settings.checkpoint.best_metric
@@ -143,7 +143,7 @@ def print_banner(console: Console, training: Any) -> None:
     num_tokens = len(training.tokenizer)
     gaps = f" ({num_tokens:,} tokens, whose ids have gaps)" if num_tokens < config.vocab_size else ""
     lines = {
-        "model": f"{num_parameters:,} parameters: {config.n_layer} passes, width {config.n_embd}, {config.n_head} heads "
+        "model": f"{num_parameters:,} parameters: {config.n_layer} layer steps, width {config.n_embd}, {config.n_head} heads "
         f"of {config.neurons_per_head:,} neurons, vocabulary {config.vocab_size:,}{gaps}",
         "state": f"{config.state_bytes_per_sequence:,} bytes a sequence, at any length"
         + (f"; carried on for {rows} rows: {config.state_bytes_per_sequence * rows:,} bytes" * train.carry_state),

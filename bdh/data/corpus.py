@@ -231,8 +231,8 @@ def continued_loader(
     distance = len(text) // batch_size
     if distance <= block_size:
         raise ValueError(
-            f"train.carry_state lets {batch_size} rows read on through {len(text):,} training tokens, each "
-            f"{distance:,} tokens behind the next: must be more than a block, {block_size}; a lower "
+            f"train.carry_state lets {batch_size} sequences read on through {len(text):,} training tokens, each "
+            f"{distance:,} tokens after the next: must be more than a block, {block_size}; a lower "
             "train.batch_size or train.block_size, or more text would do"
         )
     entries = (int(step_generator(seed, 0, 0, 0, 0).integers(len(text))) + np.arange(batch_size) * distance)[own]

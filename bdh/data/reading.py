@@ -331,7 +331,7 @@ def to_utf8(text: str, encoding_errors: str, where: str) -> bytes:
             return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
         raise ValueError(
             f"{where}: character {error.start} of the text is U+{ord(text[error.start]):04X}, half of a surrogate "
-            "pair, which UTF-8 cannot hold; data.encoding_errors=replace goes on"
+            "pair, which UTF-8 cannot hold; data.encoding_errors=replace continues"
         ) from error
 
 

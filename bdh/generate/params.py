@@ -52,7 +52,7 @@ class TextSettings(DrawSettings):
     stop_token_ids: list[int] = field(default_factory=list)
     """Tokens that end the text, beside the model's own; they are not part of it."""
     ignore_eos: bool = False
-    """Go on after the model's own end of a text."""
+    """Continue after the model's own end of a text."""
     logprobs: LogprobCount | None = None
     """Log-probabilities of each generated token and of the so many likeliest, as the model gives them, before
     temperature and penalties; 0 for that of the token alone, None for none."""

@@ -217,7 +217,7 @@ class Monitor:
     def _lose(self, title: str, what: str, error: Exception) -> None:
         reason = _first_line(error)
         self._lost.append(f"{title} is incomplete: it lacks what came at step {self._step} or later ({reason})")
-        self.warn(f"{title} {what} ({reason}); the training goes on without it")
+        self.warn(f"{title} {what} ({reason}); the training continues without it")
 
 
 def _first_line(error: Exception) -> str:

@@ -352,7 +352,7 @@ def check_room(settings: RunSettings, config: BDHConfig, runtime: Runtime, strat
     available, base = _available_to_each(runtime, world), max(world.gather(used_bytes(runtime.device)))
     if base + estimate.fixed > available:
         world.leave()
-        obstacle = "there is no room for the weights and what belongs to them"
+        obstacle = "the weights and what belongs to them do not fit"
         raise NoRoomError(Forecast(estimate, base, available, obstacle=obstacle))
 
 
@@ -372,7 +372,7 @@ def forecast(run: Run, *, say: Callable[[str], None] = lambda line: None) -> For
     while first > 1 and found.peak_of(first) > found.limit:
         first //= 2
     if found.peak_of(first) > found.limit:
-        found.obstacle = "there is no room for a step of a single sequence"
+        found.obstacle = "a step of a single sequence does not fit"
         return found
     loader = run.corpus.train_loader(
         first * world.size, train.seed, world.rank, world.size, carry_state=train.carry_state

@@ -190,7 +190,7 @@ def model_card(
     skipped = progress["skipped_steps"]
     model_rows = {
         "parameters": f"{model.num_parameters():,}",
-        "passes through the shared layer": config.n_layer,
+        "steps through the shared layer": config.n_layer,
         "width": config.n_embd,
         "heads": config.n_head,
         "neurons per head": f"{config.neurons_per_head:,}",

@@ -222,7 +222,7 @@ def test_an_interruption_says_how_to_go_on(model_folder, tmp_path):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "the same command with --resume goes on" in errors
+    assert "the same command with --resume continues" in errors
     assert output.read_bytes().endswith(b"\n")
 
 

@@ -134,6 +134,6 @@ def test_a_backend_that_raises_is_left_out_and_the_others_go_on(tmp_path, monkey
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
     assert Breaks.closed == 1
     assert shown.getvalue().splitlines() == [
-        "warning: the broken one cannot be written (no more); the training goes on without it",
+        "warning: the broken one cannot be written (no more); the training continues without it",
         "warning: the broken one is incomplete: it lacks what came at step 3 or later (no more)",
     ]

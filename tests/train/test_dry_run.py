@@ -238,7 +238,7 @@ def test_a_model_without_room_is_counted_and_never_made(train, tmp_path, free, c
     assert re.search(r"^  optimizer +206\.\d+ GB$", out, re.M)
     # Of this process, which has a gigabyte or two by now, as well.
     assert re.search(r"^peak memory   41\d\.\d+ GB of the 1\d\.\d+ GB .*\(counted, not measured\)$", out, re.M)
-    assert "not measured: there is no room for the weights and what belongs to them" in out
+    assert "not measured: the weights and what belongs to them do not fit" in out
     assert [line.split()[0] for line in out.splitlines() if line.startswith("  --")] == [
         "--model.mlp_internal_dim_multiplier",
         "--model.n_embd",
@@ -268,7 +268,7 @@ def test_where_nothing_has_room_the_count_is_the_peak(train, tmp_path, free, ste
     assert re.search(
         r"^peak memory   \d\.\d+ GB of the \d\.\d+ GB that are available \(counted, not measured\)$", out, re.M
     )
-    assert "not measured: there is no room for a step of a single sequence" in out
+    assert "not measured: a step of a single sequence does not fit" in out
     advice = out.split("the mildest first:\n")[1].splitlines()
     first, but_no_memory = advice[0].split(", which ")
     assert first.startswith("  --train.batch_size 1 --train.gradient_accumulation_steps 32: ")

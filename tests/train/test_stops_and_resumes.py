@@ -145,7 +145,7 @@ def test_commands_that_are_printed_can_be_pasted_into_a_shell(train, tmp_path, c
     run = tmp_path / "it's a run; here"
     assert train(run, **{"train.stop_at_step": 5}) == 0
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "Stopped at step 5" in line]
-    program, *arguments = shlex.split(line.partition("Go on with: ")[2])
+    program, *arguments = shlex.split(line.partition("Continue with: ")[2])
     assert program == "bdh"
     assert main(arguments) == 0
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Exported to")]

@@ -207,7 +207,7 @@ def gated_mlp(x, y, has_y, a, encoder_v, decoder, grads, parts, neuron_keys, tok
 
 @jit
 def fire_backward(x, grad_q, gated, cos, sin, starts, places, v, encoder, grad_encoder, parts):
-    """The gradients behind x: that of E (N, D) is added to, ``parts`` (P, M, D) is set to the sums of that of v.
+    """the gradients that lead to x: that of E (N, D) is added to, ``parts`` (P, M, D) is set to the sums of that of v.
 
     Args:
         grad_q: (G, N, C), gated: (N, M), as :func:`gated_mlp` gives it.
