@@ -212,7 +212,8 @@ def _write(path: Path, jobs: list[Job], done: int, results: Iterable[list[Any]])
                 advance(done)
     except KeyboardInterrupt:
         print(
-            f"{done:,} of {len(jobs):,} prompts are in {path}; the same command with --resume continues", file=sys.stderr
+            f"{done:,} of {len(jobs):,} prompts are in {path}; the same command with --resume continues",
+            file=sys.stderr,
         )
         raise
     print(f"{len(jobs)} prompts continued, in {path}", file=sys.stderr)

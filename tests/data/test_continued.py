@@ -115,7 +115,9 @@ def test_a_text_too_short_for_so_many_rows_is_refused_with_the_numbers(tmp_path,
         write_text(tmp_path / "t.txt", "0123456789" * 13), block_size=20, special_tokens=False, val_fraction=0.3
     )
     corpus.train_loader(4, seed=7, carry_state=True)
-    with pytest.raises(ValueError, match="5 sequences read on through 91 training tokens, each 18 tokens after the next"):
+    with pytest.raises(
+        ValueError, match="5 sequences read on through 91 training tokens, each 18 tokens after the next"
+    ):
         corpus.train_loader(5, seed=7, carry_state=True)
 
 
