@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 import textwrap
+import time
 
 import pytest
 import torch
@@ -18,6 +19,10 @@ def quiet() -> Console:
 
 
 def opened(run_dir, *, start_step=0, console=None, **config) -> Monitor:
+    if (
+        start_step
+    ):  # TensorBoard orders files by the second in which they were opened, and then by a number without zeros
+        time.sleep(1.01 - time.time() % 1)
     return Monitor(run_dir, MonitorConfig(**config), total_steps=100, start_step=start_step, console=console or quiet())
 
 
