@@ -270,8 +270,8 @@ def checkout(of: str | None) -> Path:
             subprocess.run([*git, "archive", "-o", str(archive), of], check=True)
             with tarfile.open(archive) as file:
                 file.extractall(Path(temporary) / "tree", filter="data")
-            install_missing(Path(temporary) / "tree")
             (Path(temporary) / "tree").rename(folder)
+    install_missing(folder)  # of one that was kept too: this environment may be another
     return folder
 
 
@@ -284,10 +284,13 @@ def install_missing(tree: Path) -> None:
         for requirement in project["dependencies"]
         if re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement)[0]).lower() not in installed  # type: ignore[index]
     ]
-    if missing:
+    if missing and not (tree / OTHER_PACKAGES).is_dir():
         show(f"installing {', '.join(missing)} for it")
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(tree / OTHER_PACKAGES)]
-        subprocess.run([*pip, "-c", str(tree / "constraints.txt"), *missing], check=True)
+        with tempfile.TemporaryDirectory(dir=tree) as temporary:
+            target = Path(temporary) / "packages"
+            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(target)]
+            subprocess.run([*pip, "-c", str(tree / "constraints.txt"), *missing], check=True)
+            target.rename(tree / OTHER_PACKAGES)
 
 
 def main() -> int:
