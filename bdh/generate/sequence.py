@@ -117,7 +117,9 @@ class TextDecoder:
             _, cut, self.stopped_by = min(found)
             self._pending, self.stopped = "", True
         else:
-            cut = len(text) - max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+            most = min(len(text), max(map(len, stop), default=1) - 1)
+            held = (n for n in range(most, 0, -1) if any(n < len(s) and text.endswith(s[:n]) for s in stop))
+            cut = len(text) - next(held, 0)
             self._pending = text[cut:]
         return text[:cut]
 

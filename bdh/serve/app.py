@@ -368,7 +368,7 @@ def _add_description(app: FastAPI, service: Service, *, needs_key: bool) -> None
 
     def openapi() -> Json:
         described = make()
-        _describeerrors_of(described, needs_key=needs_key)
+        _describe_errors(described, needs_key=needs_key)
         schemas, loaded = described["components"]["schemas"], service.loaded
         limits = service.settings.limits
         most_texts = limits.texts if loaded is None else min(limits.texts, loaded.max_sequences)
@@ -383,7 +383,7 @@ def _add_description(app: FastAPI, service: Service, *, needs_key: bool) -> None
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-def _describeerrors_of(described: Json, *, needs_key: bool) -> None:
+def _describe_errors(described: Json, *, needs_key: bool) -> None:
     header = {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}}
     for operation in [operation for path in described["paths"].values() for operation in path.values()]:
         responses = operation["responses"]

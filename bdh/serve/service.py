@@ -65,8 +65,11 @@ class Metrics(Collector):
     def __init__(self, model_name: str, values: Callable[[], dict[str, float]]):
         self.registry = registry = CollectorRegistry()
         self._model, self._values = model_name, values
+        # With their label, so that they are there, with zeros, before anything is observed.
         self._histograms = {
-            name: Histogram(f"bdh:{name}_seconds", about, ["model_name"], buckets=buckets, registry=registry)
+            name: Histogram(f"bdh:{name}_seconds", about, ("model_name",), buckets=buckets, registry=registry).labels(
+                model_name
+            )
             for name, (about, buckets) in _HISTOGRAMS.items()
         }
         self._counters = {
@@ -76,7 +79,7 @@ class Metrics(Collector):
         registry.register(self)
 
     def observe(self, name: str, seconds: float) -> None:
-        self._histograms[name].labels(self._model).observe(seconds)
+        self._histograms[name].observe(seconds)
 
     def count(self, name: str, *labels: str) -> None:
         self._counters[name].labels(self._model, *labels).inc()

@@ -1,5 +1,6 @@
 import random
 import threading
+import time
 
 import pytest
 import torch
@@ -54,6 +55,14 @@ def test_a_stop_string_ends_the_text_and_never_leaks(tokenizer):
 def test_what_might_become_a_stop_string_waits(tokenizer):
     assert pieces(tokenizer, b"EN-END", stop=["END"]) == ["", "", "EN-", "", "", "", ""]
     assert pieces(tokenizer, b"an EN", stop=["END"]) == ["a", "n", " ", "", "", "EN"]
+
+
+def test_a_very_long_stop_string_holds_up_nothing(tokenizer):
+    """Each token took time that grew with the square of its length: seconds for one of a few hundred kilobytes."""
+    decoder = TextDecoder(tokenizer, ["ab" * 200_000])
+    start = time.process_time()
+    assert [decoder.push([token]) for token in b"xabx"] == ["x", "", "", "abx"]
+    assert time.process_time() - start < 1
 
 
 def test_the_first_complete_stop_string_counts_however_the_text_comes(tokenizer):

@@ -320,6 +320,13 @@ def test_metrics_go_back_to_zero_and_count(start_server, bytes_pair):
     assert lines[f"bdh:time_to_first_token_seconds_count{{{named}}}"] == "2.0"
 
 
+def test_histograms_are_there_before_the_first_request(start_server, bytes_pair):
+    """Else the first requests of a process are in no rate that Prometheus computes from them."""
+    found = start_server(*bytes_pair, metrics=True).http.get("/metrics").text
+    for name in ("time_to_first_token", "inter_token_latency", "e2e_request_latency", "request_queue_time"):
+        assert f'bdh:{name}_seconds_count{{model_name="tiny"}} 0.0' in found
+
+
 def test_metrics_and_page_can_be_left_out(start_server, bytes_pair):
     server = start_server(*bytes_pair, page=False)
     assert server.http.get("/metrics").status_code == 404
