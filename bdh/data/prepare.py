@@ -90,11 +90,15 @@ def _chunks(config: DataConfig, held_out: bool) -> Iterator[Chunk]:
         for text in chat_texts(config, held_out):
             yield from split_document(text.encode())
         return
-    validation, training = validation_source(config), training_source(config)
+    validation = validation_source(config)
+    if validation is not None and held_out:  # the training's source need not be there
+        yield from validation.open()
+        return
+    training = training_source(config)
     if not held_out:
         show_columns(config, training)
     if validation is not None:
-        yield from (validation if held_out else training).open()
+        yield from training.open()
         return
     split = split_of(training.open, config.val_fraction, streaming=config.streaming)
     yield from (chunk for chunk, is_held_out, _ in split.marked(training.open()) if is_held_out == held_out)

@@ -36,3 +36,14 @@ def test_texts_are_read_as_they_are_asked_for(tmp_path):
     assert next(texts) == "good text"
     with pytest.raises(ValueError, match="not UTF-8"):
         next(texts)
+
+
+def test_texts_of_the_validation_are_read_where_those_of_the_training_are_not_there(tmp_path):
+    """As for a tokenizer that is measured on files of their own; a data set of the hub would be loaded for nothing."""
+    held_out = tmp_path / "held_out.txt"
+    held_out.write_text("held out")
+    for source in (str(held_out), str(tmp_path / "missing.txt")):
+        config = DataConfig(source=source, val_source=str(held_out))
+        assert list(validation_texts(config)) == ["held out"]
+        with pytest.raises((ValueError, FileNotFoundError)):
+            list(training_texts(config))
