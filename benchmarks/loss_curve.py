@@ -20,10 +20,10 @@ from typing import Any, NoReturn
 
 import torch
 
+from bdh.bench.common import naive_forward
 from bdh.cli.settings import parse_settings
 from bdh.data.chat import holds_chat
 from bdh.model.forward import plan_for
-from bdh.ops import naive
 from bdh.ops.eager import cross_entropy
 from bdh.train.config import RunSettings
 from bdh.train.loop import training_step
@@ -132,29 +132,11 @@ def _settings(config: str, folder: Path, name: str, overrides: list[str]) -> Run
 
 def _naive(run: Run) -> Callable[..., Any]:
     """What stands in for the model in a training step."""
-    model, config = run.model, run.model.config
-    H, N = config.n_head, config.neurons_per_head
-    dtype, device = model.embed.weight.dtype, model.embed.weight.device
-    half_lives = None if config.half_lives is None else torch.tensor(config.half_lives, dtype=dtype, device=device)
 
     def step_model(input_ids: torch.Tensor, shift_labels: torch.Tensor, num_items_in_batch: int, **others: Any) -> Any:
         assert others["document_starts"] is None
         assert others["past_key_values"] is None
-        weights = naive.Weights(
-            embed=model.embed.weight,
-            encoder=model.encoder.weight.unflatten(0, (H, N)).transpose(1, 2),
-            encoder_v=torch.stack([head.weight.t() for head in model.encoder_v]),  # type: ignore[operator]
-            decoder=model.decoder.weight.t(),
-            lm_head=model.lm_head.weight.t(),
-        )
-        logits = naive.forward(
-            input_ids,
-            weights,
-            config.n_layer,
-            theta=config.rope_theta,
-            eps=config.layer_norm_eps,
-            half_lives=half_lives,
-        )
+        logits = naive_forward(run.model, input_ids)
         loss = cross_entropy(logits.flatten(0, 1), shift_labels.flatten(), num_items=num_items_in_batch)
         return SimpleNamespace(loss=loss)
 

@@ -133,26 +133,33 @@ def densities(model: BDHForCausalLM, tokens: torch.Tensor) -> list[Density]:
 
 
 def naive_weights(model: BDHForCausalLM) -> naive.Weights:
-    """A model's weights as :mod:`bdh.ops.naive` takes them: views of the same memory, but for Ev."""
+    """A model's weights as :mod:`bdh.ops.naive` takes them: views of the same memory, but for Ev. Gradients reach the model."""
     H, N = model.config.n_head, model.config.neurons_per_head
     return naive.Weights(
-        embed=model.embed.weight.detach(),
-        encoder=model.encoder.weight.detach().unflatten(0, (H, N)).transpose(1, 2),
-        encoder_v=torch.stack([head.weight.detach().t() for head in model.encoder_v]),  # type: ignore[operator]
-        decoder=model.decoder.weight.detach().t(),
-        lm_head=model.lm_head.weight.detach().t(),
+        embed=model.embed.weight,
+        encoder=model.encoder.weight.unflatten(0, (H, N)).transpose(1, 2),
+        encoder_v=torch.stack([head.weight.t() for head in model.encoder_v]),  # type: ignore[operator]
+        decoder=model.decoder.weight.t(),
+        lm_head=model.lm_head.weight.t(),
     )
 
 
 def half_lives(model: BDHForCausalLM) -> torch.Tensor | None:
-    """As :mod:`bdh.ops.naive` takes them, (H,)."""
-    lives = model.config.half_lives
-    return None if lives is None else torch.tensor(lives, device=model.embed.weight.device)
+    """As :mod:`bdh.ops.naive` takes them, (H,), in float32 or the model's own float64."""
+    lives, weight = model.config.half_lives, model.embed.weight
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return None if lives is None else torch.tensor(lives, dtype=dtype, device=weight.device)
 
 
-@torch.no_grad()
-def naive_logits(model: BDHForCausalLM, tokens: torch.Tensor, weights: naive.Weights | None = None) -> torch.Tensor:
-    """Logits (B, T, V) of :func:`bdh.ops.naive.forward` for ``tokens`` (B, T); ``weights`` spares making them again."""
+def naive_forward(
+    model: BDHForCausalLM, tokens: torch.Tensor, weights: naive.Weights | None = None, **options: Any
+) -> torch.Tensor:
+    """Logits (B, T, V) of :func:`bdh.ops.naive.forward`, with a graph, for ``tokens`` (B, T) and the model's configuration.
+
+    Args:
+        weights: spares making them again, or are others.
+        options: further arguments of :func:`bdh.ops.naive.forward`.
+    """
     config = model.config
     return naive.forward(
         tokens,
@@ -161,7 +168,14 @@ def naive_logits(model: BDHForCausalLM, tokens: torch.Tensor, weights: naive.Wei
         theta=config.rope_theta,
         eps=config.layer_norm_eps,
         half_lives=half_lives(model),
+        **options,
     )
+
+
+@torch.no_grad()
+def naive_logits(model: BDHForCausalLM, tokens: torch.Tensor, weights: naive.Weights | None = None) -> torch.Tensor:
+    """The same without a graph."""
+    return naive_forward(model, tokens, weights)
 
 
 def gpt2_config(vocab_size: int, num_positions: int, layers: int, width: int, heads: int, dropout: float) -> GPT2Config:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from bdh.bench.common import gpt2_config, half_lives, naive_weights, sparse_model
+from bdh.bench.common import gpt2_config, naive_forward, naive_weights, sparse_model
 from bdh.memory import peak_bytes, reset_peak, used_bytes
 from bdh.model.configuration import BDHConfig
 from bdh.model.forward import draw_seeds, plan_for
@@ -155,7 +155,7 @@ class NaiveStep(Step):
 
     def __init__(self, case: TrainCase):
         super().__init__(case)
-        self.weights = naive.Weights(*(w.contiguous().requires_grad_() for w in naive_weights(self.model)))
+        self.weights = naive.Weights(*(w.detach().contiguous().requires_grad_() for w in naive_weights(self.model)))
         self.masks: list[torch.Tensor] | None = None
 
     def clear(self) -> None:
@@ -208,13 +208,10 @@ def naive_loss(
     if masks is None and config.dropout > 0:
         shape = (B, config.n_head, T, config.neurons_per_head)
         masks = [F.dropout(weights.embed.new_ones(shape), config.dropout) for _ in range(config.n_layer)]
-    logits = naive.forward(
+    logits = naive_forward(
+        model,
         tokens,
         weights,
-        config.n_layer,
-        theta=config.rope_theta,
-        eps=config.layer_norm_eps,
-        half_lives=half_lives(model),
         window=T if config.decay is not None else None,  # all of them; without one, decay is a walk over the tokens
         dropout_masks=masks or (),
     )
