@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from bdh.cli.output import lasting_streams, show_kept
 from bdh.cli.settings import command
 from bdh.serve.config import ServeSettings
-from bdh.train.places import find_checkpoint, find_model
+from bdh.train.places import find_checkpoint, find_model, not_found
 from bdh.validation import DeviceName, PathText, Settings
 
 if TYPE_CHECKING:
@@ -112,13 +112,9 @@ def _from_hub(name: str) -> Path:
         if not (folder / "config.json").is_file():
             raise FileNotFoundError("it has no config.json")
     except OSError as error:  # of the network, and of the hub
-        reason = str(error).splitlines()[0].rstrip(".")
-        if constants.HF_HUB_OFFLINE and isinstance(error, LocalEntryNotFoundError):
-            reason = "it is not in the hub's cache, and HF_HUB_OFFLINE is set"
-        raise FileNotFoundError(
-            f"{name!r} is neither a folder here nor a model that the hub gives: {reason}. Without a network, give the "
-            "folder of an export or of a run"
-        ) from error
+        is_not_cached = constants.HF_HUB_OFFLINE and isinstance(error, LocalEntryNotFoundError)
+        reason = "it is not in the hub's cache, and HF_HUB_OFFLINE is set" if is_not_cached else str(error)
+        raise not_found(name, reason) from error
     return folder
 
 

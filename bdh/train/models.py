@@ -23,7 +23,7 @@ from bdh.tokenizer.plain import NUM_BYTES, vocabulary_size
 from bdh.train.adapters import Base, add_adapters, load_adapters, merge, read_base, scale
 from bdh.train.checkpoint import Checkpoint, Checkpointer
 from bdh.train.config import LoraSettings, ModelSettings, RunSettings, TrainSettings, stored_settings
-from bdh.train.places import find_checkpoint, find_model, is_run
+from bdh.train.places import find_checkpoint, find_model, is_run, not_found
 from bdh.train.runtime import choose_runtime
 
 TOKENIZER_FOLDER = "tokenizer"
@@ -285,11 +285,7 @@ def _pretrained(name: str, *, is_local: bool, commit: str | None = None) -> tupl
     except OSError as error:
         if is_local:
             raise
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise FileNotFoundError(
-            f"{name!r} is neither a folder here nor a model that the hub gives: {reason}. Without a network, give the "
-            "folder of an export or of a run"
-        ) from error
+        raise not_found(name, str(error)) from error
     finally:
         logging.set_verbosity(verbosity)
 

@@ -32,6 +32,15 @@ class ModelPlace:
     """Of a run: last, best, or a step."""
 
 
+def not_found(name: str, reason: str) -> FileNotFoundError:
+    """The error for a name that stands for no folder, where the hub has answered ``reason``, of which the first line counts."""
+    reason = reason.splitlines()[0].rstrip(".")
+    return FileNotFoundError(
+        f"{name!r} is neither a folder here nor a model that the hub gives: {reason}. Without a network, give the folder "
+        "of an export or of a run"
+    )
+
+
 def find_model(name: str, *, checkpoint: str | None = None, base: str | None = None) -> ModelPlace:
     """The place of a model, as far as names and small files tell.
 
