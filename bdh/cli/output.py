@@ -63,13 +63,19 @@ def show_kept() -> None:
 
 
 class _KeepingLogger(logging.Logger):
-    def handle(self, record: logging.LogRecord) -> None:
+    """A logger whose lines can be kept back, unless it is one of ours, on which nothing is put."""
+
+    def __init__(self, name: str, level: int = logging.NOTSET):
+        super().__init__(name, level)
+        if name.partition(".")[0] != "bdh":
+            self.addFilter(self._is_shown_now)
+
+    def _is_shown_now(self, record: logging.LogRecord) -> bool:
         if not _shows_all and _is_of_importing_torchao(record):
-            return
-        if _kept is None or self.name.partition(".")[0] == "bdh":
-            super().handle(record)
-        else:
+            return False
+        if _kept is not None:
             _kept.append((self, record))
+        return _kept is None
 
 
 def _is_of_importing_torchao(record: logging.LogRecord) -> bool:

@@ -132,8 +132,11 @@ def internal_error() -> ApiError:
 
 
 def log_to_stderr(log_format: str) -> None:
-    """Sends this package's and uvicorn's records to the standard error, as json or text."""
-    handler = logging.StreamHandler(sys.stderr)
+    """Sends this package's and uvicorn's records to the standard error, as json or text.
+
+    It is the process's own: logging survives its faults, and reports them to ``sys.stderr``, which `bdh` may have replaced.
+    """
+    handler = logging.StreamHandler(sys.__stderr__)
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
     for name in ("bdh", "uvicorn.error"):
         logger = logging.getLogger(name)

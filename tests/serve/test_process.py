@@ -134,6 +134,22 @@ def test_what_is_cut_off_is_told_so_and_goes_on_after_a_restart(start, tmp_path)
     assert server.end() == 0
 
 
+def test_a_log_that_has_lost_its_reader_ends_nothing(folder):
+    command = [sys.executable, "-m", "bdh", "serve", str(folder), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        url = json.loads(process.stderr.readline())["url"]
+        while "ready" not in process.stderr.readline():
+            pass
+        process.stderr.close()
+        with httpx.Client(base_url=url, timeout=60) as http:
+            for _ in range(3):
+                assert http.post("/v1/completions", json={"prompt": "abc", "max_tokens": 2}).status_code == 200
+        process.send_signal(signal.SIGTERM)
+        told = process.stdout.read()
+    assert process.returncode == 0
+    assert told == "warning: stderr cannot be written to (Broken pipe): what is written there is lost\n"
+
+
 @pytest.mark.slow
 def test_without_that_it_is_cut_off_all_the_same(start):
     server = start("--drain_timeout", "0")
