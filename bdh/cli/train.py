@@ -67,8 +67,8 @@ def run_train(argv: list[str]) -> int:
 
 def _train(console: Console, training: Any) -> int:
     """Trains, and exports; returns the exit status."""
+    from bdh.data.batches import DataStopped
     from bdh.monitor import Monitor
-    from bdh.train.batches import DataStopped
     from bdh.train.loop import EXIT_STATUS, fit
 
     settings = training.settings

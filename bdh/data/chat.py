@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from bdh.data.batches import Batch, StepLoader, check_sequences, step_generator
 from bdh.data.config import BUILTIN, DataConfig, mix_sources
-from bdh.data.corpus import Batch, ProgressCallback, StepLoader, ValidationPart, check_sequences, step_generator
+from bdh.data.corpus import ProgressCallback, ValidationPart
 from bdh.data.files import OTHER_TYPES, file_type, find_files, item_names
 from bdh.data.json_files import parse_line
 from bdh.data.reading import Skipped, num_kept, text_lines, to_utf8

@@ -10,18 +10,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from bdh.data.batches import Batch, Loader, check_sequences, check_state, step_generator
 from bdh.data.chat import ChatCorpus, chat_texts, holds_chat
 from bdh.data.config import DataConfig, MixSource, mix_sources
-from bdh.data.corpus import (
-    Batch,
-    Corpus,
-    Loader,
-    ProgressCallback,
-    ValidationPart,
-    check_sequences,
-    check_state,
-    step_generator,
-)
+from bdh.data.corpus import Corpus, ProgressCallback, ValidationPart
 from bdh.data.files import file_key
 from bdh.data.reading import Chunk, split_document, split_of
 from bdh.data.sources import Source, show_columns, training_source, validation_source

@@ -16,19 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from bdh.data.batches import Batch, Loader, check_sequences, check_state, step_generator
 from bdh.data.config import DataConfig
-from bdh.data.corpus import (
-    Batch,
-    Corpus,
-    Loader,
-    ProgressCallback,
-    announce,
-    check_long_enough,
-    check_sequences,
-    check_state,
-    left_out,
-    step_generator,
-)
+from bdh.data.corpus import Corpus, ProgressCallback, announce, check_long_enough, left_out
 from bdh.data.reading import ChainReader, Chunk, Skipped, Split, State, from_plain, split_of
 from bdh.data.sources import Source, show_columns, training_source, validation_source
 from bdh.tokenizer.plain import TextEncoder
@@ -314,7 +304,7 @@ class StreamLoader:
         self._chunks = iter(self._reader)
 
     def state_dict(self) -> dict[str, Any]:
-        """This process's share of the position; see :func:`bdh.data.corpus.join_states`."""
+        """This process's share of the position; see :func:`bdh.data.batches.join_states`."""
         share = {
             "lanes": [lane.state_dict() for lane in self._lanes.values()],
             "reader": self._reader.state(),

@@ -20,18 +20,9 @@ from typing import IO, Any
 
 import numpy as np
 
+from bdh.data.batches import Loader, check_sequences, continued_loader, window_loader
 from bdh.data.config import DataConfig
-from bdh.data.corpus import (
-    Corpus,
-    Loader,
-    ProgressCallback,
-    announce,
-    check_long_enough,
-    check_sequences,
-    continued_loader,
-    left_out,
-    window_loader,
-)
+from bdh.data.corpus import Corpus, ProgressCallback, announce, check_long_enough, left_out
 from bdh.data.reading import Chunk, Skipped, Split, num_kept
 from bdh.data.sources import Source, show_columns, training_source, validation_source
 from bdh.locks import Lock

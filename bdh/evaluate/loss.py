@@ -12,7 +12,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from bdh.data.corpus import Batch, ValidationPart, starts_after
+from bdh.data.batches import Batch, starts_after
+from bdh.data.corpus import ValidationPart
 from bdh.generate.advance import Advancer, StepInput
 from bdh.generate.texts import inference
 from bdh.model import BDHForCausalLM

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from bdh.data.corpus import Batch
+from bdh.data.batches import Batch
 from bdh.distributed.config import local_world_size
 from bdh.distributed.world import World
 from bdh.memory import available_bytes, peak_bytes, reset_peak, used_bytes
@@ -26,7 +26,7 @@ from bdh.model.weights import layer_modules, product_obstacle
 from bdh.ops.attention import sum_dtype
 from bdh.ops.blocks.plan import LayerPlan
 from bdh.train.adapters import add_adapters
-from bdh.train.batches import CarriedState
+from bdh.train.carried import CarriedState
 from bdh.train.config import RunSettings
 from bdh.train.loop import training_step
 from bdh.train.runtime import Runtime, plan_settings

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from bdh.data.corpus import Batch, ValidationPart
+from bdh.data.batches import Batch, DataStopped
+from bdh.data.corpus import ValidationPart
 from bdh.distributed.world import World
 from bdh.evaluate.loss import Metrics, evaluate_parts
 from bdh.evaluate.probes import measure_activity
@@ -22,7 +23,6 @@ from bdh.generate.texts import generate_text
 from bdh.memory import peak_bytes
 from bdh.monitor import Monitor
 from bdh.tokenizer.chat import question
-from bdh.train.batches import DataStopped
 from bdh.train.checkpoint import CheckpointError
 from bdh.train.config import resume_command
 from bdh.train.optim import StepResult

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 import bdh
 from bdh.data import Corpus, prepare_corpus
+from bdh.data.batches import Batches
 from bdh.data.chat import holds_chat
 from bdh.distributed.world import Parallel, World, choose_strategy, parallelize
 from bdh.model import BDHConfig, BDHForCausalLM
@@ -27,7 +28,7 @@ from bdh.text_files import dump_yaml
 from bdh.tokenizer import load_tokenizer, stop_token_ids, with_chat_template
 from bdh.tokenizer.plain import document_end_id, vocabulary_size
 from bdh.train.adapters import Base, add_adapters
-from bdh.train.batches import Batches, CarriedState
+from bdh.train.carried import CarriedState
 from bdh.train.checkpoint import Checkpoint, Checkpointer
 from bdh.train.config import RunSettings, check_unchanged, continued, settings_to_store, stored_settings
 from bdh.train.models import TOKENIZER_FOLDER, InitialModel, OtherBaseError, check_base, warn_of_removal
@@ -104,7 +105,7 @@ class Run:
             self.sequences_per_step, train.seed, world.rank, world.size, carry_state=train.carry_state
         )
         is_streaming = self.corpus.facts["streaming"]
-        self.batches = Batches(loader, world, is_streaming=is_streaming, pin_memory=device.type == "cuda")
+        self.batches = Batches(loader, world.gather, is_streaming=is_streaming, pin_memory=device.type == "cuda")
         self.carried: CarriedState | None = None
         if train.carry_state:
             self.carried = CarriedState(self.model, train.gradient_accumulation_steps, train.batch_size)

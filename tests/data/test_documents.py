@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bdh.data.corpus import Batch, starts_after
+from bdh.data.batches import Batch, starts_after
 from tests.data.conftest import write_table
 
 EOS = 258

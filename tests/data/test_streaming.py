@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bdh.data import DataConfig, training_texts, validation_texts
-from bdh.data.corpus import Batch, join_states
+from bdh.data.batches import Batch, join_states
 from bdh.tokenizer import train_tokenizer
 from tests.data.conftest import write_table, write_text
 

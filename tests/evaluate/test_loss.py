@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from bdh import BDHConfig, BDHForCausalLM
-from bdh.data.corpus import Batch, starts_after
+from bdh.data.batches import Batch, starts_after
 from bdh.evaluate.loss import evaluate_batch, evaluate_text
 from bdh.ops import naive
 

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from bdh import BDHConfig, BDHForCausalLM
-from bdh.data.corpus import Batch, ValidationPart
+from bdh.data.batches import Batch
+from bdh.data.corpus import ValidationPart
 from bdh.evaluate.loss import evaluate_batch, evaluate_parts
 
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bdh.cli.main import main
-from bdh.data.corpus import Batch
+from bdh.data.batches import Batch
 from bdh.train.loop import training_step
 
 from .conftest import losses, samples, weights
