@@ -1,14 +1,12 @@
 """``bdh train --dry_run``: what a run will take of this machine, and what to change where that is too much.
 
 Real training steps of a growing number of sequences are measured, as far as memory and a few seconds allow; time and memory of
-the whole batch are on the line through them. What other settings would take is counted from the settings alone.
+the whole step are on the line through them. What other settings would take is counted from the settings alone.
 """
 
-import ctypes
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -17,25 +15,23 @@ import torch
 
 from bdh.data.batches import Batch
 from bdh.distributed.config import local_world_size
-from bdh.distributed.world import World
-from bdh.memory import available_bytes, peak_bytes, reset_peak, used_bytes
+from bdh.distributed.world import World, choose_strategy
+from bdh.memory import available_bytes, give_back_free_memory, peak_bytes, reset_peak, used_bytes
 from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.model.config_fields import ConfigFields
 from bdh.model.modeling import MAX_LOGITS_IN_ONE_PIECE
-from bdh.model.weights import layer_modules, product_obstacle
 from bdh.ops.attention import sum_dtype
 from bdh.ops.blocks.plan import LayerPlan
 from bdh.train.adapters import add_adapters
 from bdh.train.carried import CarriedState
-from bdh.train.config import RunSettings
+from bdh.train.config import RunSettings, TrainSettings
 from bdh.train.loop import training_step
 from bdh.train.runtime import Runtime, plan_settings
 from bdh.train.setup import Run
 
 MARGIN = 0.95
 """Of the available memory: more than that is not counted on."""
-MEASURING_SECONDS = 20.0
-"""A step that is expected to take longer is not measured."""
+_MEASURING_SECONDS = 20.0  # a step that is expected to take longer is not measured
 _LOADED_BYTES = 2 * 10**8  # what the first step on a CPU loads: compiled kernels and libraries
 _TRUSTED_BYTES = 2**26  # of growth: below that, an allocator's steps are larger than what is measured
 _LEAST_SAVING = 0.01  # a share: what saves less is not worth a line
@@ -49,8 +45,7 @@ class MemoryEstimate:
     settings: RunSettings
     config: BDHConfig
     runtime: Runtime
-    strategy: str = "none"
-    processes: int = 1
+    world: World
 
     def changed(self, section: str = "train", **fields: Any) -> "MemoryEstimate":
         """With other settings of a section. Raises ``ValueError`` where those of the model do not go together."""
@@ -60,144 +55,101 @@ class MemoryEstimate:
             config = BDHConfig(**{name: getattr(config, name) for name in ConfigFields.__annotations__} | fields)
         return replace(self, settings=settings, config=config)
 
-    def of_sequences(self, number: int) -> "MemoryEstimate":
-        """With so many sequences in a micro-batch, and blocks of at most as many."""
-        return self.changed(batch_size=number, rows_per_block=_at_most(self.settings.train.rows_per_block, number))
+    def of_step(self, number: int) -> "MemoryEstimate":
+        """Of a measured step of so many sequences: in micro-batches, and blocks, of at most as many, and with no checkpoint."""
+        size = min(number, self.settings.train.batch_size)
+        step = self.changed(**_micro_batches(self.settings.train, size, number))
+        return step.changed("checkpoint", in_background=False)
 
     @cached_property
     def plan(self) -> LayerPlan:
         """Raises ``ValueError`` where the settings ask for what is not there."""
-        train, obstacle = self.settings.train, None
-        if train.lora.r:  # a model of the least size has the same obstacle; one on meta has another
-            heads = self.config.n_head
-            least = BDHConfig(n_embd=2, mlp_internal_dim_multiplier=heads, n_head=heads, n_layer=1, vocab_size=2)
-            model = BDHForCausalLM(least)
-            add_adapters(model, train.lora)
-            obstacle = product_obstacle(layer_modules(model.train()))
+        train = self.settings.train
+        # What the layer of a model that is there would say of itself.
+        obstacle = "adapters have dropout" if train.lora.r and train.lora.dropout else None
         return plan_settings(train, self.config, self.runtime, self.settings.distributed, obstacle=obstacle)
 
     @cached_property
     def parts(self) -> dict[str, int]:
-        """Bytes, by what they are for."""
-        train, plan, config = self.settings.train, self.plan, self.config
-        weights, trained, optimizer = self._numbers
+        """Bytes, by what they are for. Raises as :attr:`plan`."""
+        train, config, plan = self.settings.train, self.config, self.plan
+        strategy = choose_strategy(self.settings.distributed, self.world)
+        itemsize = 8 if self.runtime.dtype == torch.float64 else 4
+
+        def own(number: int) -> int:
+            """Of this process's share of so many numbers that belong to the weights."""
+            return -(-number // self.world.size) * itemsize if strategy == "fsdp" else number * itemsize
+
+        with torch.device("meta"):
+            model = BDHForCausalLM(config)
+            if train.lora.r:
+                add_adapters(model, train.lora)
+        weights = sum(p.numel() for p in model.parameters())
+        trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+        number = sum(trained.values())
+        embeddings = sum(each for name, each in trained.items() if name.startswith(("embed.", "lm_head.")))
         block = plan.block_bytes
         if plan.backend == "eager":  # what is computed again has its gradients beside it; what is kept is all there is
-            block = 2 * plan.block_bytes if plan.kept_layer_steps < config.n_layer else 0
+            block = 2 * block if plan.kept_layer_steps < config.n_layer else 0
         tokens = train.batch_size * train.block_size
         # Of each layer step its input, two norms' inputs and the sum that it adds to; and the logits with gradient and softmax.
         logits = 3 * min(tokens * config.vocab_size, MAX_LOGITS_IN_ONE_PIECE)
         narrow = 4 * (4 * (config.n_layer + 1) * tokens * config.n_embd + logits)
         found = {
-            "weights": self._own(weights),
-            "gradients": self._own(trained) * (2 if self.strategy == "ddp" else 1),  # DDP copies them to exchange them
-            "optimizer": self._own(optimizer),
+            "weights": own(weights),
+            "gradients": own(number) * (2 if strategy == "ddp" else 1),  # DDP copies them to exchange them
+            "optimizer": own(2 * number if train.optimizer == "adamw" else number + embeddings),
             "wide activations of a block": block,
             "wide activations that are kept": plan.kept_bytes,
             "narrow activations": narrow + 8 * tokens * train.gradient_accumulation_steps,
         }
-        if self.strategy == "fsdp":
+        if strategy == "fsdp":
             gathered = getattr(torch, self.settings.distributed.param_dtype).itemsize
-            found["weights and gradients, gathered"] = (weights + trained) * gathered
+            found["weights and gradients, gathered"] = (weights + number) * gathered
+        copied = found["weights"] + found["optimizer"]
         if train.ema_decay is not None:
-            found["moving average"] = self._own(trained)
+            found["moving average"] = own(number)
+            copied += own(number)
         if train.carry_state:  # what a micro-batch begins with is kept beside what it leaves
-            found["carried state"] = self._state_bytes * (train.sequences_per_process + train.batch_size)
-        if copied := self._copied_bytes:
+            numbers = config.n_layer * config.n_head * config.neurons_per_head * config.n_embd
+            state = numbers * sum_dtype(self.runtime.dtype).itemsize
+            found["carried state"] = state * (train.sequences_per_process + train.batch_size)
+            copied += state * train.sequences_per_process
+        is_copied = self.settings.checkpoint.in_background
+        if is_copied and self.runtime.device.type != "cuda":  # a GPU's goes to the memory of the machine
             found["copy for the checkpoint"] = copied
         return found
 
     @property
-    def counted(self) -> int:
-        """At the peak of a step that is measured."""
-        return sum(self.parts.values()) - self.unmeasured
+    def total(self) -> int:
+        return sum(self.parts.values())
 
     @property
     def fixed(self) -> int:
-        """What has to be there before anything is computed, whatever the sequences of a micro-batch."""
-        return sum(size for name, size in self.parts.items() if "activations" not in name) - self._copied_bytes
-
-    @property
-    def unmeasured(self) -> int:
-        """What a measured step does not show: the copy for a checkpoint, and the states of other micro-batches."""
-        train = self.settings.train
-        others = (train.sequences_per_process - train.batch_size) * train.carry_state
-        return self._copied_bytes + self._state_bytes * others
-
-    @cached_property
-    def _numbers(self) -> tuple[int, int, int]:
-        """Of weights, of trained ones, and of what the optimizer keeps."""
-        with torch.device("meta"):
-            model = BDHForCausalLM(self.config)
-            if self.settings.train.lora.r:
-                add_adapters(model, self.settings.train.lora)
-        trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
-        embeddings = sum(number for name, number in trained.items() if name.startswith(("embed.", "lm_head.")))
-        number = sum(trained.values())
-        each = 2 if self.settings.train.optimizer == "adamw" else 1
-        return sum(p.numel() for p in model.parameters()), number, 2 * embeddings + each * (number - embeddings)
-
-    def _own(self, number: int) -> int:
-        """Bytes of this process's share of so many numbers that belong to the weights."""
-        itemsize = 8 if self.runtime.dtype == torch.float64 else 4
-        return -(-number // self.processes) * itemsize if self.strategy == "fsdp" else number * itemsize
-
-    @property
-    def _state_bytes(self) -> int:
-        """Of one sequence."""
-        config = self.config
-        numbers = config.n_layer * config.n_head * config.neurons_per_head * config.n_embd
-        return numbers * sum_dtype(self.runtime.dtype).itemsize
-
-    @property
-    def _copied_bytes(self) -> int:
-        """What a checkpoint in the background copies; a GPU's go to the memory of the machine."""
-        train, (weights, trained, optimizer) = self.settings.train, self._numbers
-        if not self.settings.checkpoint.in_background or self.runtime.device.type == "cuda":
-            return 0
-        states = self._state_bytes * train.sequences_per_process * train.carry_state
-        return self._own(weights + optimizer + trained * (train.ema_decay is not None)) + states
+        """What has to be there before anything is computed."""
+        return sum(size for name, size in self.parts.items() if "activations" not in name and "copy" not in name)
 
 
-def changes(now: MemoryEstimate) -> Iterator[Iterator[tuple[str, MemoryEstimate]]]:
-    """Other settings that may need less, kind by kind and within a kind ever less, with their flags."""
-    settings, train, config = now.settings, now.settings.train, now.config
-    rows, columns, number = train.rows_per_block, train.tokens_per_block, train.batch_size
-
-    def of(section: str, options: Iterable[dict[str, Any]]) -> Iterator[tuple[str, MemoryEstimate]]:
-        before = getattr(settings, section)
-        for fields in options:
-            other = {name: str(value).lower() for name, value in fields.items() if value != getattr(before, name)}
-            flags = " ".join(f"--{section}.{name} {value}" for name, value in other.items())
-            with suppress(ValueError):  # neurons that cannot be shared evenly by the heads
-                yield flags, now.changed(section, **fields)
-
-    def smaller(section: str, name: str, size: int, least: int = 1) -> Iterator[tuple[str, MemoryEstimate]]:
-        return of(section, ({name: number} for number in _halved(size, least)))
-
-    def micro_batches_of(size: int) -> dict[str, Any]:
-        times = train.sequences_per_process // size
-        return {"batch_size": size, "gradient_accumulation_steps": times, "rows_per_block": _at_most(rows, size)}
-
-    yield of("train", (micro_batches_of(size) for size in range(number // 2, 0, -1) if number % size == 0))
-    if settings.checkpoint.in_background:
-        yield of("checkpoint", [{"in_background": False}])
+def changes(now: MemoryEstimate) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Other settings that may need less: kind by kind the section, and what to set there, ever less."""
+    settings, train, config, plan = now.settings, now.settings.train, now.config, now.plan
+    sizes = [size for size in range(train.batch_size // 2, 0, -1) if train.batch_size % size == 0]
+    yield "train", [_micro_batches(train, size, train.sequences_per_process) for size in sizes]
+    yield "checkpoint", [{"in_background": False}]
     if train.layer_path == "plain":
-        yield of("train", [{"layer_path": "auto"}])
-    if train.recompute != "pass":
-        yield of("train", [{"recompute": "pass"}])
-    if now.plan.backend != "eager":
-        yield smaller("train", "rows_per_block", now.plan.sizes.rows)
-        yield smaller("train", "tokens_per_block", now.plan.sizes.columns)
-    if now.processes > 1 and now.strategy != "fsdp":
-        flags = "--distributed.strategy fsdp, which shares weights, gradients and optimizer among the processes"
-        yield iter([(flags, replace(now, strategy="fsdp"))])
+        yield "train", [{"layer_path": "auto"}]
+    yield "train", [{"recompute": "pass"}]
+    if plan.backend != "eager":
+        yield "train", [{"rows_per_block": size} for size in _halved(plan.sizes.rows)]
+        yield "train", [{"tokens_per_block": size} for size in _halved(plan.sizes.columns)]
+    if now.world.size > 1:
+        yield "distributed", [{"strategy": "fsdp"}]
     if not settings.resume:
-        shorter = _halved(train.block_size, _LEAST_SIZE)
-        yield of("train", ({"block_size": each, "tokens_per_block": _at_most(columns, each)} for each in shorter))
+        shorter, columns = _halved(train.block_size, _LEAST_SIZE), train.tokens_per_block
+        yield "train", [{"block_size": size, "tokens_per_block": columns and min(columns, size)} for size in shorter]
         if train.init_from is None:
-            yield smaller("model", "mlp_internal_dim_multiplier", config.mlp_internal_dim_multiplier)
-            yield smaller("model", "n_embd", config.n_embd, _LEAST_SIZE)
+            yield "model", [{"mlp_internal_dim_multiplier": n} for n in _halved(config.mlp_internal_dim_multiplier)]
+            yield "model", [{"n_embd": size} for size in _halved(config.n_embd, _LEAST_SIZE)]
 
 
 @dataclass
@@ -213,42 +165,32 @@ class Forecast:
     """To do, and sequences of this process that are evaluated meanwhile."""
     evaluated_sequences: int = 0
     points: list[tuple[int, float, int | None]] = field(default_factory=list)
-    """Measured steps: sequences, seconds, and bytes at the peak; of several processes, of the one that took most."""
-    update_seconds: float = 0.0
-    """Of a step, for what it does once, whatever its micro-batches."""
+    """Measured steps: sequences, seconds, and bytes at the peak, where the system records it; of several processes, of the
+    one that took most."""
     obstacle: str = ""
     """Why nothing, or no more, was measured, where that was for lack of memory."""
     ran_out_at: int | None = None
     """Sequences of a step that found no memory, whatever the system says of it."""
 
-    @property
-    def measured_peaks(self) -> list[tuple[int, int]]:
-        """Of each measured step, what was counted for it and its peak, in bytes; empty where the system records no peaks."""
-        return [(self.estimate.of_sequences(n).counted, peak) for n, _, peak in self.points if peak is not None]
-
     def peak_with(self, estimate: MemoryEstimate) -> float:
-        """Bytes at the peak of a measured step with these settings: of the measured step that is most like it, and what is
-        counted for the difference, in the proportion that measured peaks have to their counts where they show one."""
-        counted, known = estimate.counted, self.measured_peaks
+        """Bytes at the peak with these settings: of the measured step that is most like it, and what is counted for the
+        difference, in the proportion that measured peaks have to their counts where they show one."""
+        known = [(self.estimate.of_step(number).total, peak) for number, _, peak in self.points if peak is not None]
         if not known:
-            return self.base + counted + (0 if estimate.runtime.device.type == "cuda" else _LOADED_BYTES)
-        nearest, peak = min(known, key=lambda point: abs(counted - point[0]))
+            return self.base + estimate.total + (0 if estimate.runtime.device.type == "cuda" else _LOADED_BYTES)
+        nearest, peak = min(known, key=lambda point: abs(estimate.total - point[0]))
         (first, first_peak), (last, last_peak) = known[0], known[-1]
         ratio = (last_peak - first_peak) / (last - first) if last - first >= _TRUSTED_BYTES else 1.0
         # Where the counts prove wrong, in the direction that promises less.
-        difference = counted - nearest
+        difference = estimate.total - nearest
         found = peak + difference * (max(1.0, ratio) if difference > 0 else min(1.0, max(0.0, ratio)))
         # What another path keeps is so much less that a small fault in the count of what it replaces would be all of it.
         is_same_path = estimate.plan.backend == self.estimate.plan.backend
-        return found if is_same_path else max(found, float(self.base + counted))
-
-    def peak_of(self, number: int) -> float:
-        """The same of micro-batches of so many sequences."""
-        return self.peak_with(self.estimate.of_sequences(number))
+        return found if is_same_path else max(found, float(self.base + estimate.total))
 
     @property
     def peak(self) -> float:
-        return self.peak_with(self.estimate) + self.estimate.unmeasured
+        return self.peak_with(self.estimate)
 
     @property
     def limit(self) -> float:
@@ -260,43 +202,33 @@ class Forecast:
         return bool(self.points) and self.ran_out_at is None and self.peak <= self.limit
 
     @property
-    def line(self) -> tuple[float, float]:
-        """Seconds of the forward and backward pass of a micro-batch: fixed, and for each of its sequences.
+    def seconds(self) -> tuple[float, float]:
+        """Of a step, and of each of its sequences: on the line through the last two measured steps.
 
-        Through the first and the last measured step; what noise makes shrink is taken to stay.
+        What noise makes shrink is taken to stay, and of a single measured step all to grow.
         """
-        (x, first, _), (y, last, _) = self.points[0], self.points[-1]
-        first, last = max(0.0, first - self.update_seconds), last - self.update_seconds
-        each = max(0.0, (last - first) / (y - x)) if y > x else first / x
-        return max(0.0, first - each * x), each
-
-    @property
-    def step_seconds(self) -> float:
-        train, (fixed, each) = self.estimate.settings.train, self.line
-        return train.gradient_accumulation_steps * (fixed + each * train.batch_size) + self.update_seconds
-
-    @property
-    def run_seconds(self) -> float:
-        """With the evaluations: a forward pass is about a third of one with its backward pass."""
-        return self.steps * self.step_seconds + self.line[1] * self.evaluated_sequences / 3
+        (x, before, _), (y, last, _) = [(0, 0.0, None), *self.points][-2:]
+        each = max(0.0, (last - before) / (y - x))
+        return last + each * (self.estimate.settings.train.sequences_per_process - y), each
 
     def lines(self) -> list[str]:
         """For people."""
-        estimate, train = self.estimate, self.estimate.settings.train
-        width = max(map(len, estimate.parts))
-        found = [f"  {name:<{width}}  {_gigabytes(size):>10}" for name, size in estimate.parts.items()]
-        each = " per process" if estimate.processes > 1 else ""
-        counted = "" if self.measured_peaks else " (counted, not measured)"
-        available = f"{_gigabytes(self.available)} that are available{each}"
+        parts, train, size = self.estimate.parts, self.estimate.settings.train, self.estimate.world.size
+        width = max(map(len, parts))
+        found = [f"  {name:<{width}}  {_gigabytes(num_bytes):>10}" for name, num_bytes in parts.items()]
+        available = f"{_gigabytes(self.available)} that are available{' per process' * (size > 1)}"
+        counted = " (counted, not measured)" * all(peak is None for _, _, peak in self.points)
         found.append(f"peak memory   {_gigabytes(self.peak)} of the {available}{counted}")
         if self.points:
-            speed = train.sequences_per_process * train.block_size * estimate.processes / self.step_seconds
-            *fewer, most = (str(count) for count, _, _ in self.points)
-            counts = f"{', '.join(fewer)} and {most}" if fewer else most
-            also = f"; {self.obstacle}" if self.obstacle else ""
+            seconds, each = self.seconds
+            tokens = train.sequences_per_process * train.block_size * size
+            # A forward pass is about a third of one with its backward pass.
+            run_seconds = self.steps * seconds + self.evaluated_sequences * each / 3
+            counts = " and ".join(", ".join(str(count) for count, _, _ in self.points).rsplit(", ", 1))
+            also = f"; {self.obstacle}" * bool(self.obstacle)
             found += [
-                f"step          {self.step_seconds:,.2f} s: {speed:,.0f} tokens/s",
-                f"run           {_duration(self.run_seconds)} for {self.steps:,} steps and their evaluations",
+                f"step          {seconds:,.2f} s: {tokens / seconds:,.0f} tokens/s",
+                f"run           {_duration(run_seconds)} for {self.steps:,} steps and their evaluations",
                 f"measured      steps of {counts} sequence{'s' * (counts != '1')}{also}",
             ]
         else:
@@ -312,27 +244,31 @@ class Forecast:
 
         Of each kind the least change that fits alone, or else the one that needs least, if it is less than now.
         """
-        now, limit = self.peak, self.limit
+        estimate, now, limit = self.estimate, self.peak, self.limit
         if self.ran_out_at is not None:
-            limit = min(limit, self.peak_of(self.ran_out_at) - 1)
-        never_fits = self.base + self.estimate.fixed > limit
+            limit = min(limit, self.peak_with(estimate.of_step(self.ran_out_at)) - 1)
+        never_fits = self.base + estimate.fixed > limit
         lines, is_enough = [], False
-        for kind in changes(self.estimate):
-            less = []
-            for flags, changed in kind:
+        for section, options in changes(estimate):
+            before, less = getattr(estimate.settings, section), []
+            for fields in options:
                 try:
-                    peak = self.peak_with(changed) + changed.unmeasured
-                except ValueError:  # it does not go with the other settings, such as a memory budget
+                    changed = estimate.changed(section, **fields)
+                    peak = self.peak_with(changed)
+                except ValueError:  # it does not go with the other settings, such as a memory budget or the heads
                     continue
-                saves = peak < (1 - _LEAST_SAVING) * now
-                if peak <= limit and peak < now:
-                    less.append((peak, flags))
-                    break
-                if saves and (changed.fixed < self.estimate.fixed or not never_fits):
-                    less.append((peak, flags))
+                helps = changed.fixed < estimate.fixed or not never_fits
+                if helps and (peak < (1 - _LEAST_SAVING) * now or peak <= min(limit, now - 1)):
+                    less.append((peak, fields))
+                    if peak <= limit:
+                        break
             if less:
-                peak, flags = min(less, key=lambda each: each[0])
+                peak, fields = min(less, key=lambda each: each[0])
                 is_enough |= peak <= limit
+                other = {name: str(value).lower() for name, value in fields.items() if value != getattr(before, name)}
+                flags = " ".join(f"--{section}.{name} {value}" for name, value in other.items())
+                if section == "distributed":
+                    flags += ", which shares weights, gradients and optimizer among the processes"
                 lines.append(f"{flags}: {_gigabytes(peak)}" + ", which alone does not fit either" * (peak > limit))
         if lines and not is_enough:
             lines.append("none of these is enough alone: combine them, or train where there is more memory")
@@ -346,14 +282,18 @@ class NoRoomError(Exception):
         self.forecast = forecast
 
 
-def check_room(settings: RunSettings, config: BDHConfig, runtime: Runtime, strategy: str, world: World) -> None:
+def check_room(settings: RunSettings, config: BDHConfig, runtime: Runtime, world: World) -> None:
     """Raises ``NoRoomError``, on all processes together, where the model cannot even be made and given an optimizer."""
-    estimate = MemoryEstimate(settings, config, runtime, strategy, world.size)
-    available, base = _available_to_each(runtime, world), max(world.gather(used_bytes(runtime.device)))
-    if base + estimate.fixed > available:
+    estimate = MemoryEstimate(settings, config, runtime, world)
+    found = _before_steps(estimate)
+    if found.base + estimate.fixed > found.available:
         world.leave()
-        obstacle = "the weights and what belongs to them do not fit"
-        raise NoRoomError(Forecast(estimate, base, available, obstacle=obstacle))
+        found.obstacle = "the weights and what belongs to them do not fit"
+        raise NoRoomError(found)
+
+
+class _OutOfMemoryError(Exception):
+    """A step found no memory, on this process or on another."""
 
 
 def forecast(run: Run, *, say: Callable[[str], None] = lambda line: None) -> Forecast:
@@ -361,65 +301,58 @@ def forecast(run: Run, *, say: Callable[[str], None] = lambda line: None) -> For
 
     All processes of the run call it together, and get the same.
     """
-    settings, device, world, train = run.settings, run.runtime.device, run.world, run.settings.train
-    estimate = MemoryEstimate(settings, run.model.config, run.runtime, run.parallel.strategy, world.size)
-    give_back_free_memory()
-    there = ("weights", "moving average", *(("optimizer",) if run.progress.step else ()))
-    base = max(0, used_bytes(device) - sum(estimate.parts.get(name, 0) for name in there))
-    found = Forecast(estimate, max(world.gather(base)), _available_to_each(run.runtime, world), *_work_left(run))
+    world, train, plan = run.world, run.settings.train, run.plan
+    estimate = MemoryEstimate(run.settings, run.model.config, run.runtime, world)
+    found = _before_steps(estimate, "weights", "moving average", *["optimizer"] * (run.progress.step > 0))
+    found.steps, found.evaluated_sequences = _work_left(run)
 
-    first = 1 if estimate.plan.backend == "eager" else min(estimate.plan.sizes.rows, train.batch_size)
-    while first > 1 and found.peak_of(first) > found.limit:
-        first //= 2
-    if found.peak_of(first) > found.limit:
+    def has_room(count: int) -> bool:
+        return found.peak_with(estimate.of_step(count)) <= found.limit
+
+    counts = [1 if plan.backend == "eager" else min(plan.sizes.rows, train.batch_size)]
+    while counts[0] > 1 and not has_room(counts[0]):
+        counts[0] //= 2
+    if not has_room(count := counts[0]):
         found.obstacle = "a step of a single sequence does not fit"
         return found
+    while counts[-1] < train.batch_size:
+        counts.append(min(2 * counts[-1], train.batch_size))
+    if train.gradient_accumulation_steps > 1:  # a second micro-batch shows what a step does once
+        counts.append(2 * train.batch_size)
     loader = run.corpus.train_loader(
-        first * world.size, train.seed, world.rank, world.size, carry_state=train.carry_state
+        count * world.size, train.seed, world.rank, world.size, carry_state=train.carry_state
     )
     sequences = loader.next()
     step_model = torch.compile(run.parallel.step_model) if train.compile else run.parallel.step_model
     say("a first step, which compiles and fills the optimizer ...")
-    seconds, count = _timed_step(run, step_model, sequences, first), first
-    counts = sorted(
-        {min(first << doublings, train.batch_size) for doublings in range(train.batch_size.bit_length() + 1)}
-    )
-    for count in counts if seconds is not None else ():
-        if found.points:
-            before, its_seconds, _ = found.points[-1]
-            if its_seconds * count / before > MEASURING_SECONDS or found.peak_of(count) > found.limit:
-                break
-        say(f"a step of {count} of {train.batch_size} sequences ...")
-        give_back_free_memory()
-        reset_peak(device)
-        seconds = _timed_step(run, step_model, sequences, count)
-        if seconds is None:
-            break
-        measured = world.gather((seconds, peak_bytes(device)))
-        peaks = [peak for _, peak in measured if peak is not None]
-        found.points.append((count, max(each for each, _ in measured), max(peaks, default=None)))
-    if seconds is None:
+    try:
+        _measured_step(run, step_model, sequences, count)
+        for count in counts:
+            if found.points:
+                before, its_seconds, _ = found.points[-1]
+                if its_seconds * count / before > _MEASURING_SECONDS or not has_room(count):
+                    break
+            say(f"a step of {count} of {train.sequences_per_process} sequences ...")
+            found.points.append((count, *_measured_step(run, step_model, sequences, count)))
+    except _OutOfMemoryError:
         found.ran_out_at, found.obstacle = count, f"there was no memory for a step of {count}"
-    elif train.gradient_accumulation_steps > 1:
-        # A second micro-batch shows what a step does once.
-        both = _timed_step(run, step_model, sequences, found.points[-1][0], num_micro_batches=2)
-        if both is not None:
-            once = 2 * found.points[-1][1] - max(world.gather(both))
-            found.update_seconds = min(max(0.0, once), found.points[0][1])
     return found
 
 
-def _timed_step(
-    run: Run, step_model: Callable[..., Any], sequences: Batch, count: int, num_micro_batches: int = 1
-) -> float | None:
-    """Seconds of a training step with micro-batches of ``count`` sequences; None where some process runs out of memory."""
-    settings, total = run.settings, count * num_micro_batches
-    batch = Batch.stack([sequences] * math.ceil(total / len(sequences.tokens)))[:total]
-    failed = False
-    run.settings = replace(settings, train=replace(settings.train, batch_size=count))
+def _measured_step(run: Run, step_model: Callable[..., Any], sequences: Batch, count: int) -> tuple[float, int | None]:
+    """Seconds and peak of a training step of ``count`` sequences, on the process that took most.
+
+    Raises ``_OutOfMemoryError`` on all processes together.
+    """
+    settings, device, world = run.settings, run.runtime.device, run.world
+    size = min(count, settings.train.batch_size)
+    run.settings = replace(settings, train=replace(settings.train, batch_size=size))
+    batch = Batch.stack([sequences] * math.ceil(count / len(sequences.tokens)))[:count]
     if run.carried is not None:
-        run.carried = CarriedState(run.model, num_micro_batches, count)
-    start = time.perf_counter()
+        run.carried = CarriedState(run.model, -(-count // size), size)
+    give_back_free_memory()
+    reset_peak(device)
+    failed, start = False, time.perf_counter()
     try:
         training_step(run, step_model, batch)
         run.guard.read(run.progress.step)  # waits for the device
@@ -431,12 +364,11 @@ def _timed_step(
     finally:
         run.settings = settings
     seconds = time.perf_counter() - start
-    if not any(run.world.any([failed])):
-        return seconds
-    run.optimizers.zero_grad()
-    if run.runtime.device.type == "cuda":
-        torch.cuda.empty_cache()
-    return None
+    if any(world.any([failed])):
+        raise _OutOfMemoryError
+    measured = world.gather((seconds, peak_bytes(device)))
+    peaks = [peak for _, peak in measured if peak is not None]
+    return max(each for each, _ in measured), max(peaks, default=None)
 
 
 def _work_left(run: Run) -> tuple[int, int]:
@@ -449,25 +381,24 @@ def _work_left(run: Run) -> tuple[int, int]:
     return len(steps), evaluations * sequences * (1 if run.average is None else 2)
 
 
-def _available_to_each(runtime: Runtime, world: World) -> int:
-    """Bytes that every process can have, including what it has already: the same number on all of them."""
+def _before_steps(estimate: MemoryEstimate, *there: str) -> Forecast:
+    """With the memory of this moment, when the named parts are there: the same on all processes."""
     give_back_free_memory()
-    return min(world.gather(available_bytes(runtime.device, local_world_size()) + used_bytes(runtime.device)))
+    device, world = estimate.runtime.device, estimate.world
+    used = used_bytes(device)
+    base = max(0, used - sum(estimate.parts.get(name, 0) for name in there))
+    found = world.gather((base, used + available_bytes(device, local_world_size())))
+    return Forecast(estimate, max(base for base, _ in found), min(available for _, available in found))
 
 
-def give_back_free_memory() -> None:
-    """What the C library has kept of smaller steps would count for a larger one, which would not have had them before."""
-    with suppress(OSError, AttributeError):  # where it is not glibc
-        ctypes.CDLL(None).malloc_trim(0)
+def _micro_batches(train: TrainSettings, size: int, number: int) -> dict[str, Any]:
+    """Settings with which a step takes ``number`` sequences, so many at a time."""
+    rows = train.rows_per_block and min(train.rows_per_block, size)
+    return {"batch_size": size, "gradient_accumulation_steps": number // size, "rows_per_block": rows}
 
 
-def _at_most(size: int | None, largest: int) -> int | None:
-    return size and min(size, largest)
-
-
-def _halved(number: int, least: int) -> Iterator[int]:
-    while (number := number // 2) >= least:
-        yield number
+def _halved(number: int, least: int = 1) -> list[int]:
+    return [size for halvings in range(1, number.bit_length()) if (size := number >> halvings) >= least]
 
 
 def _gigabytes(num_bytes: float) -> str:

@@ -220,7 +220,7 @@ class Run:
             self.average.load(dict(self.model.named_parameters()))
 
 
-CheckRoom = Callable[[RunSettings, BDHConfig, Runtime, str, World], None]
+CheckRoom = Callable[[RunSettings, BDHConfig, Runtime, World], None]
 
 
 def open_run(settings: RunSettings, *, progress: Any = None, check_room: CheckRoom | None = None) -> Run:
@@ -292,7 +292,7 @@ def open_run(settings: RunSettings, *, progress: Any = None, check_room: CheckRo
         if initial is not None:
             initial.check_data(corpus.fingerprint)
         if check_room is not None:
-            check_room(settings, config, runtime, strategy, world)
+            check_room(settings, config, runtime, world)
 
         model = _make_model(settings, config, runtime, initial, base)
         train = settings.train

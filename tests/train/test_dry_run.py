@@ -39,13 +39,13 @@ def opened(text_file, tmp_path, monkeypatch):
 
 
 def estimate_of(run) -> MemoryEstimate:
-    return MemoryEstimate(run.settings, run.model.config, run.runtime, run.parallel.strategy, run.world.size)
+    return MemoryEstimate(run.settings, run.model.config, run.runtime, run.world)
 
 
 def measured(estimate: MemoryEstimate, base: int = 400 * MB, available: int = 10**12) -> Forecast:
     """As if the counts were true."""
     rows = (1, estimate.settings.train.batch_size)
-    peaks = [estimate.of_sequences(count).counted for count in rows]
+    peaks = [estimate.of_step(count).total for count in rows]
     points = [(count, 0.1 * count, base + peak) for count, peak in zip(rows, peaks, strict=True)]
     return Forecast(estimate, base, available, steps=100, evaluated_sequences=60, points=points)
 
@@ -86,29 +86,30 @@ def steps(monkeypatch):
     [
         ([(4, 1.0), (8, 1.4)], 16, 2.2),
         ([(4, 2.0)], 8, 4.0),  # one point: all of it grows
-        ([(4, 2.0), (8, 1.9)], 100, 2.0),  # noise: it does not shrink
+        ([(4, 2.0), (8, 1.9)], 100, 1.9),  # noise: it does not shrink
+        ([(2, 9.0), (4, 1.0), (8, 1.4)], 16, 2.2),
     ],
 )
 def test_the_seconds_of_a_step_are_on_the_line_through_those_measured(opened, points, batch_size, seconds):
     found = measured(estimate_of(opened()))
     found.estimate = found.estimate.changed(batch_size=batch_size)
     found.points = [(*point, None) for point in points]
-    assert found.step_seconds == pytest.approx(seconds)
+    assert found.seconds[0] == pytest.approx(seconds)
 
 
 def test_sums(opened):
     found = measured(estimate_of(opened(**{"train.gradient_accumulation_steps": 2})))
-    found.points, found.update_seconds = [(2, 0.5, 10**9), (4, 0.7, 2 * 10**9)], 0.3
+    found.points = [(4, 0.7, 10**9), (8, 1.1, 2 * 10**9)]  # the second of two micro-batches
     assert found.fits
     assert found.peak == 2 * 10**9
     assert not replace(found, available=2 * 10**9).fits  # a margin is kept
     assert not replace(found, points=[]).fits  # there was no room for a single step
     assert not replace(found, ran_out_at=8).fits
-    assert found.step_seconds == pytest.approx(2 * 0.4 + 0.3)
-    assert found.run_seconds == pytest.approx(100 * 1.1 + 60 * 0.1 / 3)
+    assert found.seconds == pytest.approx((1.1, 0.1))
+    assert "run           112 s for 100 steps and their evaluations" in found.lines()  # 100 * 1.1 + 60 * 0.1 / 3
     assert f"step          1.10 s: {4 * 2 * 32 / 1.1:,.0f} tokens/s" in found.lines()
     assert "available per process" not in "\n".join(found.lines())
-    found.estimate = replace(found.estimate, processes=2)
+    found.estimate = replace(found.estimate, world=World(size=2))
     assert "available per process" in "\n".join(found.lines())
 
 
@@ -141,7 +142,7 @@ def test_a_dry_run_takes_all_settings_and_plans_them_without_a_model(opened, ove
     assert estimate_of(run).plan == run.plan
     found = forecast(run)
     assert found.fits
-    assert found.points[-1][0] == run.settings.train.batch_size
+    assert found.points[-1][0] == run.settings.train.sequences_per_process
 
 
 def test_adapters_are_counted_and_planned_without_a_model(train, opened, tmp_path):
@@ -296,11 +297,11 @@ def test_only_what_lowers_the_need_is_advised(opened):
     """Of shorter blocks the states between them are kept, which may be more than the blocks."""
     estimate = estimate_of(opened(**{"train.batch_size": 16, "train.recompute": "none", "model.n_embd": 64}))
     now = measured(estimate).peak
-    assert estimate.changed(tokens_per_block=16).counted > estimate.counted
+    assert estimate.changed(tokens_per_block=16).total > estimate.total
     advice = measured(estimate, available=round((now - 1) / dry_run.MARGIN)).advice()
     assert not any("tokens_per_block" in line for line in advice)
     assert [line.split()[0] for line in advice[:2]] == ["--train.batch_size", "--train.recompute"]
-    saved = estimate.counted - estimate.changed(recompute="pass").counted
+    saved = estimate.total - estimate.changed(recompute="pass").total
     told = next(line for line in advice if "recompute" in line).split(": ")[1]
     assert float(told.split()[0]) == pytest.approx((now - saved) / 1e9, abs=1e-3)
     *marked, last = measured(estimate, base=10 * MB, available=9 * MB).advice()
@@ -312,8 +313,9 @@ def test_a_checkpoint_in_the_background_is_counted(opened):
     estimate = estimate_of(opened(**{"checkpoint.in_background": "true", "train.ema_decay": 0.9}))
     parts = estimate.parts
     copy = parts["weights"] + parts["optimizer"] + parts["moving average"]
-    assert parts["copy for the checkpoint"] == estimate.unmeasured == copy
-    assert measured(estimate).peak == measured(estimate).peak_of(4) + copy
+    assert parts["copy for the checkpoint"] == copy
+    found = measured(estimate)
+    assert found.peak == found.peak_with(estimate.of_step(4)) + copy
 
 
 def test_only_the_steps_and_evaluations_to_go_are_told(train, opened, tmp_path):
