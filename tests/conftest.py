@@ -1,5 +1,6 @@
 """What holds for every test: no network, few threads, and no memory that was never written."""
 
+import gc
 import os
 import shutil
 import subprocess
@@ -9,6 +10,14 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+
+# Here, not in a hook: a conftest.py of a folder that pytest is given is imported before the hooks are called, and huggingface_hub
+# reads this once, when it is first imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
+# Before torch loads OpenMP: threads that wait actively are slow beside other programs, and several tests start some.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Before cuBLAS is first used: with other workspaces it may add in another order each time.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 # Beside what the package cannot do without. The extra dev of pyproject.toml installs them.
 OPTIONAL_PACKAGES = [
@@ -119,16 +128,9 @@ def pytest_configure(config):
         subprocess.run([sys.executable, "-m", "tests.compile_kernels"], cwd=folder.parent, check=True)
     if config.getoption("--no-skips"):
         config.pluginmanager.register(NoSkips())
-    # Before anything imports huggingface_hub, which reads it once.
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    # Before torch loads OpenMP: threads that wait actively are slow beside other programs, and several tests start some.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Before anything imports trackio, which reads it once: trl does so, and evaluate.
     os.environ["TRACKIO_DIR"] = folder = tempfile.mkdtemp(prefix="trackio-")
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
-    # Before cuBLAS is first used: with other workspaces it may add in another order each time.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
     if starts_workers:
         return  # it runs no tests
     num_threads = 2
@@ -140,9 +142,16 @@ def pytest_configure(config):
 
     torch.set_num_threads(num_threads)
     # Deterministic mode fills what torch.empty returns with NaN (integers with their largest value), so that
-    # reading it before writing to it fails a test. Operations without a deterministic form only warn.
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # reading it before writing to it fails a test. Operations without a deterministic form only warn. The call that has
+    # "algorithms" in its name would import torch's compiler too, for more than a second.
+    torch.set_deterministic_debug_mode("warn")
     torch.utils.deterministic.fill_uninitialized_memory = True
+    gc.disable()  # until all is imported: it would look through the same objects again and again
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -22,11 +22,22 @@ def test_the_hub_is_out_of_reach():
     assert os.environ["HF_HUB_OFFLINE"] == "1"  # what subprocesses inherit
 
 
+def test_the_hub_is_out_of_reach_of_what_a_folder_imports(outcome):
+    """Given such a folder, pytest imported the hub's package before it had heard that there is no network."""
+    files = {
+        "folder/conftest.py": "from huggingface_hub import constants\n",
+        "folder/test_hub.py": "from huggingface_hub import constants\ndef test_it(): assert constants.HF_HUB_OFFLINE\n",
+    }
+    assert outcome(files, "folder", hub="0")[0] == 0
+
+
 SKIPS = {
     "test_passes.py": "def test_it(): pass\n",
     "test_skips.py": "import pytest\n@pytest.mark.skip(reason='no browser')\ndef test_it(): pass\n",
     "test_module.py": "import pytest\npytest.importorskip('there_is_no_such_module')\n",
 }
+# What the copied conftest.py sets up in torch is not what these look at, and importing it takes longer than all else.
+NO_TORCH = "import sys\nfrom unittest.mock import MagicMock\nsys.modules[__name__] = MagicMock()\n"
 GPU = "import pytest\n@pytest.mark.gpu\n@pytest.mark.skip(reason='no GPU')\ndef test_it(): pass\n"
 NAMED = [
     "test_module.py: Skipped: could not import 'there_is_no_such_module'",
@@ -38,21 +49,21 @@ NAMED = [
 def outcome(tmp_path):
     """Status and output of pytest, with the conftest.py of this folder, over some files."""
 
-    def run(files: dict[str, str], *flags: str, missing: str = "") -> tuple[int, str]:
+    def run(files: dict[str, str], *flags: str, missing: str = "", hub: str = "1") -> tuple[int, str]:
         conftest = Path(__file__).with_name("conftest.py").read_text()
         (tmp_path / "conftest.py").write_text(conftest.replace('"wandb"', f'"{missing or "wandb"}"'))
         (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
-        for name, text in {**files, "test_gpu.py": GPU}.items():
+        for name, text in {**files, "test_gpu.py": GPU, "torch.py": NO_TORCH}.items():
+            (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).write_text(text)
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *flags]
-        environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+        environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "HF_HUB_OFFLINE": hub}
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
         return done.returncode, done.stdout
 
     return run
 
 
-@pytest.mark.slow
 def test_skips_are_allowed_and_optional_packages_named(outcome):
     status, shown = outcome(SKIPS, missing="there_is_no_such_package")
     assert status == 0, shown
@@ -72,13 +83,11 @@ def test_where_no_test_may_be_skipped_one_that_is_fails_all(outcome, flags):
     assert "test_gpu.py" not in after
 
 
-@pytest.mark.slow
 def test_what_a_gpu_is_for_may_be_skipped_always(outcome):
     status, shown = outcome({"test_passes.py": SKIPS["test_passes.py"]}, "--no-skips")
     assert status == 0, shown
 
 
-@pytest.mark.slow
 def test_where_no_test_may_be_skipped_a_missing_package_fails_all(outcome):
     status, shown = outcome(
         {"test_passes.py": SKIPS["test_passes.py"]}, "--no-skips", missing="there_is_no_such_package"
