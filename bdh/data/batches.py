@@ -129,8 +129,8 @@ class Loader(Protocol):
 
 def join_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The states of the loaders of all processes, by rank, as one, which loaders of any number of processes load."""
-    if "shares" not in states[0]:
-        return states[0]  # every process has the same
+    if "num_lanes" not in states[0]:
+        return states[0]  # every process has the same; the shares of a mix are the weights of its sources
     return {**states[0], "shares": [share for state in states for share in state["shares"]]}
 
 

@@ -204,7 +204,9 @@ class MixLoader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        check_state(state, "mix", seed=self._seed, shares=self._shares)
+        # In checkpoints of several processes, earlier versions repeated the shares for each of them.
+        shares = state.get("shares", [])[: len(self._shares)]
+        check_state({**state, "shares": shares}, "mix", seed=self._seed, shares=self._shares)
         for loader, inner in zip(self._loaders, state["sources"], strict=True):
             loader.load_state_dict(inner)
         self._step = state["step"]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bdh.data import DataConfig
+from bdh.data.batches import join_states
 from bdh.data.prepare import apportion, training_texts, validation_texts
 from bdh.validation import Faults, collect_faults
 from tests.data.conftest import write_table, write_text
@@ -76,6 +77,21 @@ def test_processes_together_get_the_rows_of_one_and_share_a_state(mixed, world_s
     for _ in range(10):
         assert torch.equal(alone.next().tokens, torch.cat([loader.next().tokens for loader in shared]))
     assert {repr(loader.state_dict()) for loader in shared} == {repr(alone.state_dict())}
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_a_run_of_several_processes_resumes_bit_equal(mixed, repeats):
+    """The weights of the sources were joined over the processes as their shares of a stream are, so that none could resume."""
+    shared = [mixed().train_loader(6, 1, rank, 2) for rank in range(2)]
+    for _ in range(7):
+        for loader in shared:
+            loader.next()
+    state = join_states([loader.state_dict() for loader in shared])
+    state["shares"] *= repeats  # as in the checkpoints of that version
+    expected = [torch.cat([loader.next().tokens for loader in shared]) for _ in range(20)]
+    again = mixed().train_loader(6, seed=1)
+    again.load_state_dict(state)
+    assert all(torch.equal(again.next().tokens, rows) for rows in expected)
 
 
 def test_two_sources_of_one_text_do_not_go_through_it_in_step(tmp_path, corpus_of):
