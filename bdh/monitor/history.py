@@ -10,6 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from bdh.storage import atomic_file
 from bdh.text_files import read_yaml
 from bdh.validation import Faults
 
@@ -88,8 +89,8 @@ def plot_metrics(run_dirs: list[Path], output: Path, keys: Sequence[str] = LOSS_
         axes.set(xlabel="step", ylabel="loss, nats per token" if panel == losses else panel[0])
         axes.grid(alpha=0.3)
         axes.legend()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output, dpi=120, format="png")
+    with atomic_file(output) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
 
 
 def _rows_of_run(run_dir: Path, keys: Sequence[str]) -> list[dict[str, Any]]:

@@ -1,4 +1,6 @@
+import errno
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -6,6 +8,7 @@ from matplotlib.image import imread
 
 from bdh.cli.main import main
 from bdh.monitor.history import plot_metrics
+from bdh.storage import DiskFullError
 
 
 def a_run(folder, rows):
@@ -66,3 +69,19 @@ def test_what_was_not_logged_is_named(tmp_path):
     with pytest.raises(ValueError, match="no run has logged val/x: logged are train/loss"):
         plot_metrics([run], tmp_path / "loss.png", ["train/loss", "val/x"])
     assert not (tmp_path / "loss.png").exists()
+
+
+def test_a_full_disk_leaves_the_picture_before(tmp_path, monkeypatch):
+    """It was written over in place."""
+    run = a_run(tmp_path / "a", ROWS)
+    picture = tmp_path / "p.png"
+    picture.write_bytes(b"before")
+
+    def savefig(figure, file, **options):
+        Path(file).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", savefig)
+    with pytest.raises(DiskFullError, match=r"the disk is full, .*p\.png could not be written"):
+        plot_metrics([run], picture)
+    assert picture.read_bytes() == b"before"
