@@ -34,7 +34,7 @@ from bdh.bench.common import (
 from bdh.generate.advance import Advancer, StepInput
 from bdh.memory import used_bytes
 from bdh.model.modeling import BDHForCausalLM
-from bdh.ops import Storage
+from bdh.ops import StateFormat, WeightFormat
 from bdh.ops.attention import rotation_table
 from bdh.ops.eager import Layer, layer_norm, layer_step
 
@@ -42,12 +42,13 @@ TOLERANCE = 1e-4
 """Of the largest difference of two logits; where their standard deviation is above 1, as many times that."""
 BATCHES = (1, 2, 4, 8)
 POSITIONS = (1_000, 1_000_000)
-_FORMATS: dict[str, tuple[Storage, Storage]] = {
-    "kernels float32": ("float32", "float32"),
-    "kernels, weights bfloat16": ("bfloat16", "float32"),
-    "kernels, weights and state bfloat16": ("bfloat16", "bfloat16"),
-}
 _REFERENCE = "kernels float32"
+_BY_WEIGHTS, _BY_BOTH = "kernels, weights bfloat16", "kernels, weights and state bfloat16"
+_FORMATS: dict[str, tuple[WeightFormat, StateFormat]] = {
+    _REFERENCE: ("float32", "float32"),
+    _BY_WEIGHTS: ("bfloat16", "float32"),
+    _BY_BOTH: ("bfloat16", "bfloat16"),
+}
 _SETTLING_SECONDS = 0.5
 """For busy programs to start, and for the kernels to find out that they have."""
 
@@ -223,10 +224,9 @@ class _DecodeBench:
             "kernels and ops/naive.py": difference(_REFERENCE, "naive"),
             "dense recurrent and ops/naive.py": difference("dense", "naive"),
         }
-        _, by_weights, by_both = _FORMATS
         drift = {
-            "bfloat16 weights": difference(_REFERENCE, by_weights),
-            "bfloat16 state (both with bfloat16 weights)": difference(by_weights, by_both),
+            "bfloat16 weights": difference(_REFERENCE, _BY_WEIGHTS),
+            "bfloat16 state (both with bfloat16 weights)": difference(_BY_WEIGHTS, _BY_BOTH),
         }
         # Not `>`: what is not a number does not agree.
         report.failed = not all(value <= allowed for value in forms.values())

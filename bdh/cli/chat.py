@@ -14,7 +14,7 @@ from bdh.cli.models import ModelSettings, load_for_generation
 from bdh.cli.output import print_error, show_kept
 from bdh.cli.settings import command, verbatim
 from bdh.generate.params import DrawSettings, EngineConfig, SamplingParams
-from bdh.ops import StepPath, Storage
+from bdh.ops import StateFormat, StepPath, WeightFormat
 from bdh.storage import check_file
 from bdh.validation import NonNegativeInt, PathText, PositiveInt
 
@@ -44,9 +44,9 @@ class ChatSettings(ModelSettings, DrawSettings):
     """Code of the steps: kernels (sparse, on the CPU), torch, or auto, which takes the kernels where they run."""
     window: PositiveInt | None = None
     """Attend to the last so many tokens only, for models trained on short blocks; None for all."""
-    weights: Storage = "float32"
+    weights: WeightFormat = "float32"
     """How the CPU's kernels hold the weights: bfloat16 halves memory and traffic."""
-    state: Storage = "float32"
+    state: StateFormat = "float32"
     """How they hold the state."""
 
     def check_available(self) -> None:

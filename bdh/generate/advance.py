@@ -14,7 +14,7 @@ import torch
 from bdh.model.network import ModelParts
 from bdh.model.state import Pattern, Shapes, SynapticState
 from bdh.model.weights import kernel_obstacle, recurrence_of
-from bdh.ops import STORAGES, Storage, eager
+from bdh.ops import STATE_FORMATS, WEIGHT_FORMATS, StateFormat, WeightFormat, eager
 from bdh.ops.attention import rotation_table, sum_dtype
 from bdh.ops.backends import BackendName, Work, choose_backend
 from bdh.ops.eager import ring_shapes
@@ -180,13 +180,13 @@ class Advancer:
         model: ModelParts,
         *,
         path: str = "auto",
-        weights: Storage = "float32",
-        state: Storage = "float32",
+        weights: WeightFormat = "float32",
+        state: StateFormat = "float32",
         window: int | None = None,
     ):
         faults = Faults()
-        for name, value in (("weights", weights), ("state", state)):
-            faults.require_one_of(name, value, STORAGES)
+        faults.require_one_of("weights", weights, WEIGHT_FORMATS)
+        faults.require_one_of("state", state, STATE_FORMATS)
         if window is not None:
             is_length = isinstance(window, int) and not isinstance(window, bool) and window >= 1
             faults.require(is_length, "window", window, "a whole number of tokens, at least 1, or None")
@@ -206,9 +206,9 @@ class Advancer:
         self._kernel_settings: dict[str, Any] = {}
         self._half_lives: torch.Tensor | None = None  # (H,), for the eager backend
         if self.backend == "cpu":
-            from bdh.ops.cpu.recurrence import FORMATS, ScaledSums, ring_fading
+            from bdh.ops.cpu.recurrence import STATE_DTYPES, ScaledSums, ring_fading
 
-            dtype = FORMATS[state].dtype
+            dtype = STATE_DTYPES[state]
             if window is not None:
                 self._kernel_settings["fading"] = ring_fading(window, H, half_lives)
             elif half_lives is not None:

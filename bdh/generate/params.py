@@ -6,7 +6,7 @@ from typing import Annotated, Any, Self
 from annotated_types import Ge, Le
 
 from bdh.generate.grammar import collect_grammar_faults
-from bdh.ops import StepPath, Storage
+from bdh.ops import StateFormat, StepPath, WeightFormat
 from bdh.validation import Allowed, Faults, Fraction, NonNegativeInt, PositiveInt, Settings, checked, collect_faults
 
 _LEAST = 1e-6  # logits divided by less would overflow
@@ -154,9 +154,9 @@ def params_from(settings: dict[str, Any]) -> SamplingParams:
 class EngineConfig(Settings):
     path: StepPath = "auto"
     """Code of the steps: kernels (sparse, on the CPU), torch, or auto, which takes the kernels where they run."""
-    weights: Storage = "float32"
+    weights: WeightFormat = "float32"
     """The kernels' weights: float32, or bfloat16 in half the memory."""
-    state: Storage = "float32"
+    state: StateFormat = "float32"
     """The kernels' states: float32, or bfloat16 in half the memory, which drifts with the length of the text."""
     window: PositiveInt | None = None
     """Attend to the last so many tokens only, for models that were trained on short blocks. None for all of the text."""

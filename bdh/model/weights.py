@@ -23,7 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from xxhash import xxh3_128, xxh3_128_digest
 
 from bdh.model.network import ModelParts
-from bdh.ops import Storage
+from bdh.ops import WeightFormat
 from bdh.ops.backends import CPU, LayerWeights
 
 if TYPE_CHECKING:  # numba, which is imported where the kernels run
@@ -202,7 +202,7 @@ class _KernelCopies:
     Most weights are read in the model's own memory. Of those that are copied, checksums find what moves no version counter.
     """
 
-    def __init__(self, model: ModelParts, storage: Storage):
+    def __init__(self, model: ModelParts, weight_format: WeightFormat):
         from bdh.ops.cpu.recurrence import KernelWeights, Recurrence
 
         self._key = _key(model)
@@ -214,7 +214,7 @@ class _KernelCopies:
             rope_theta=config.rope_theta,
             eps=config.layer_norm_eps,
             num_layer_steps=config.n_layer,
-            storage=storage,
+            weight_format=weight_format,
         )
         self.recurrence: Recurrence = Recurrence(copies)
         # Of each weight that is copied: which it is, its pieces where they can be read without its tensor (which is not to be
@@ -247,7 +247,7 @@ class _KernelCopies:
         return True
 
 
-_kernels: "weakref.WeakKeyDictionary[Any, dict[Storage, _KernelCopies]]" = weakref.WeakKeyDictionary()
+_kernels: "weakref.WeakKeyDictionary[Any, dict[WeightFormat, _KernelCopies]]" = weakref.WeakKeyDictionary()
 _lock = threading.RLock()  # on the dictionary: models may run, and optimizers step, in several threads
 
 
@@ -265,8 +265,10 @@ def kernel_obstacle(model: ModelParts) -> str | None:
     return None
 
 
-def recurrence_of(model: ModelParts, storage: Storage = "float32", *, is_prompt: bool = False) -> "Recurrence":
-    """The kernels over this model's weights, stored as ``storage``. Kept until the weights change.
+def recurrence_of(
+    model: ModelParts, weight_format: WeightFormat = "float32", *, is_prompt: bool = False
+) -> "Recurrence":
+    """The kernels over this model's weights, copied where they have not this format. Kept until the weights change.
 
     A change that autograd's version counter does not see (by a fused optimizer, ``.data``, NumPy, or another process)
     is found
@@ -284,7 +286,7 @@ def recurrence_of(model: ModelParts, storage: Storage = "float32", *, is_prompt:
     """
     with _lock:
         of_model = _kernels.setdefault(model, {})
-    kept = of_model.get(storage)
+    kept = of_model.get(weight_format)
     if kept is not None and not is_prompt and kept.holds(model, all_pieces=False):
         return kept.recurrence
     if (obstacle := kernel_obstacle(model)) is not None:
@@ -293,7 +295,7 @@ def recurrence_of(model: ModelParts, storage: Storage = "float32", *, is_prompt:
         )
     if kept is None or not is_prompt or not kept.holds(model, all_pieces=True):
         _watch_optimizers()
-        kept = of_model[storage] = _KernelCopies(model, storage)
+        kept = of_model[weight_format] = _KernelCopies(model, weight_format)
     return kept.recurrence
 
 

@@ -9,7 +9,9 @@ LAYER_PATHS: tuple[str, ...] = get_args(LayerPath)
 StepPath = Literal["auto", "kernels", "torch"]
 """Who advances states."""
 STEP_PATHS: tuple[str, ...] = get_args(StepPath)
-Storage = Literal["float32", "bfloat16"]
-"""How ``advance`` keeps its copies of the weights, and the states. What the kernels make of each is in
-:data:`bdh.ops.cpu.recurrence.FORMATS`."""
-STORAGES: tuple[Storage, ...] = get_args(Storage)
+WeightFormat = Literal["float32", "bfloat16"]
+"""How ``advance`` keeps its copies of the weights: :data:`bdh.ops.cpu.recurrence.WEIGHT_DTYPES`."""
+WEIGHT_FORMATS: tuple[WeightFormat, ...] = get_args(WeightFormat)
+StateFormat = Literal["float32", "bfloat16"]
+"""How it keeps the states: :data:`bdh.ops.cpu.recurrence.STATE_DTYPES`."""
+STATE_FORMATS: tuple[StateFormat, ...] = get_args(StateFormat)

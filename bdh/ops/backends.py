@@ -16,12 +16,11 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from bdh.ops import LAYER_PATHS, STEP_PATHS, STORAGES, Storage
+from bdh.ops import LAYER_PATHS, STATE_FORMATS, STEP_PATHS, WEIGHT_FORMATS, StateFormat, WeightFormat
 from bdh.ops.cpu.runtime import unavailable_reason
 
 Operation = Literal["train", "advance"]
 BackendName = Literal["cpu", "blocks", "eager"]
-_FLOAT32_ONLY: frozenset[Storage] = frozenset({"float32"})
 
 
 class LayerWeights(NamedTuple):
@@ -58,9 +57,9 @@ class Backend:
     dtypes: Mapping[Operation, frozenset[torch.dtype]] = field(default_factory=dict)
     """Those that it computes, where not all."""
     needs_numba: bool = False
-    weights: frozenset[Storage] = _FLOAT32_ONLY
+    weights: frozenset[WeightFormat] = frozenset({"float32"})
     """Formats in which ``advance`` can keep copies of the weights; "float32" stands for the model's own."""
-    states: frozenset[Storage] = _FLOAT32_ONLY
+    states: frozenset[StateFormat] = frozenset({"float32"})
     """Formats of the states that ``advance`` writes. A window is always kept in float32."""
 
     def obstacle(self, operation: Operation, work: Work) -> str | None:
@@ -95,8 +94,8 @@ CPU = Backend(
         "advance": frozenset({torch.float32, torch.bfloat16}),
     },
     needs_numba=True,
-    weights=frozenset(STORAGES),
-    states=frozenset(STORAGES),
+    weights=frozenset(WEIGHT_FORMATS),
+    states=frozenset(STATE_FORMATS),
 )
 BACKENDS = (CPU, BLOCKS, EAGER)
 """Those that can be chosen, the preferred ones first; ``bdh/ops/naive.py`` is for tests and benchmarks alone. On a CPU the

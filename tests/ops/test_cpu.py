@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from numba import njit
+from numba.core.errors import TypingError
 
 from bdh.ops import naive
 from bdh.ops.backends import Work, choose_backend
-from bdh.ops.cpu import kernels, vector
+from bdh.ops.cpu import kernels, recurrence, vector
 from bdh.ops.cpu.recurrence import KernelWeights, Recurrence, Rows
 from bdh.ops.cpu.runtime import Team, compiled, follow_torch_threads
 
@@ -120,6 +121,21 @@ def test_layer_steps_are_those_of_naive(H, N, D):
     # Float32 through three layer steps, whose layer norms can amplify what little there is at D = 1.
     torch.testing.assert_close(results[0].double(), expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(*results)
+
+
+def test_rows_of_another_dtype_than_float32_and_bfloat16_are_refused():
+    """int8 was read as float32."""
+    values = numbers(8)
+    with pytest.raises(TypingError, match="rows of int8: they must be float32, or bfloat16 kept as uint16"):
+        all_tiles(np.zeros(0, np.int8), False, values.data_ptr(), values.data_ptr(), 3, np.zeros((5, 8, 4), np.float32))
+
+
+def test_weights_are_not_copied_to_a_dtype_that_the_kernels_do_not_read(monkeypatch):
+    """The weights of a format of integers were rounded to zeros, without a word."""
+    monkeypatch.setitem(recurrence.WEIGHT_DTYPES, "int8", torch.int8)
+    weights = [numbers(19, 6), numbers(8, 6), numbers(8, 6), numbers(6, 8), numbers(19, 6)]
+    with pytest.raises(ValueError, match=r"weights cannot be copied as int8: the kernels do not read torch\.int8"):
+        KernelWeights.of(weights, rope_theta=65536.0, eps=1e-5, num_layer_steps=1, weight_format="int8")
 
 
 def test_rotations_are_exact_at_a_position_of_a_thousand_million():

@@ -9,25 +9,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from bdh.ops import Storage
+from bdh.ops import StateFormat, WeightFormat
 from bdh.ops.attention import turns_per_token
 from bdh.ops.cpu import kernels, window
 from bdh.ops.cpu.runtime import compiled, exclusive, team_for
 from bdh.ops.eager import ring_shapes
 
-
-class Format(NamedTuple):
-    """How weights or states are stored; ``like`` says so to the kernels, which get addresses."""
-
-    dtype: torch.dtype
-    like: np.ndarray
-
-
-FORMATS: dict[Storage, Format] = {
-    "float32": Format(torch.float32, kernels.FLOAT32),
-    "bfloat16": Format(torch.bfloat16, kernels.BFLOAT16),
-}
-_LIKE = {each.dtype: each.like for each in FORMATS.values()}
+WEIGHT_DTYPES: dict[WeightFormat, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+STATE_DTYPES: dict[StateFormat, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_LIKE = {torch.float32: kernels.FLOAT32, torch.bfloat16: kernels.BFLOAT16}
+"""What tells the kernels, which get addresses, the dtype of weights or states."""
 OnLayerStep = Callable[[np.ndarray], None]
 Tensors = Mapping[str, Sequence[torch.Tensor]]
 """Of one sequence, by name, a contiguous tensor on the CPU for each layer step: ``sums`` (H, N, D), or those of a
@@ -61,14 +52,15 @@ class KernelWeights:
         rope_theta: float,
         eps: float,
         num_layer_steps: int,
-        storage: Storage = "float32",
+        weight_format: WeightFormat = "float32",
     ) -> "KernelWeights":
         """From ``weights`` in the order of :attr:`tensors` and the layout of ``nn.Linear``, in which Dec is (D, H*N)."""
+        dtype = WEIGHT_DTYPES[weight_format]
+        if dtype not in _LIKE:  # .to() would round to whole numbers, say
+            raise ValueError(f"weights cannot be copied as {weight_format}: the kernels do not read {dtype}")
         embed, *layer, lm_head = (weight.detach() for weight in weights)
         layer[-1] = layer[-1].t()
-        encoder, *encoder_v, decoder, lm_head = (
-            weight.to(FORMATS[storage].dtype).contiguous() for weight in (*layer, lm_head)
-        )
+        encoder, *encoder_v, decoder, lm_head = (weight.to(dtype).contiguous() for weight in (*layer, lm_head))
         embed = embed.float().contiguous()
         return cls(embed, encoder, encoder_v, decoder, lm_head, float(rope_theta), eps, num_layer_steps)
 

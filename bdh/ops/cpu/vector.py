@@ -16,11 +16,13 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.core.errors import TypingError
 from numba.extending import intrinsic
 
 LANES = 16
 CACHE_LINE = 64
 ADDRESS = NUMBER = types.int64
+_IS_BFLOAT16 = {types.float32: False, types.uint16: True}
 _F32, _I8, _I16, _I32, _I64 = ir.FloatType(), *(ir.IntType(bits) for bits in (8, 16, 32, 64))
 
 
@@ -35,9 +37,12 @@ def instruction(
 
     def decorate(emit: Callable[..., Any]) -> Any:
         def typed(typingctx: Any, *found: Any) -> tuple[Any, Callable[..., Any]]:
+            if has_like and found[0].dtype not in _IS_BFLOAT16:
+                raise TypingError(f"rows of {found[0].dtype}: they must be float32, or bfloat16 kept as uint16")
+
             def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
                 if has_like:
-                    arguments = [found[0].dtype == types.uint16, *arguments[1:]]
+                    arguments = [_IS_BFLOAT16[found[0].dtype], *arguments[1:]]
                 value = emit(builder, *arguments)
                 return context.get_dummy_value() if value is None else value
 
@@ -60,21 +65,21 @@ def _lanes(element: ir.Type, numbers: list[Any]) -> ir.Constant:
     return ir.Constant(_vector(element, len(numbers)), numbers)
 
 
-def _load(builder: Any, address: Any, index: Any, width: int, is_half: bool = False) -> Any:
+def _load(builder: Any, address: Any, index: Any, width: int, is_bfloat16: bool = False) -> Any:
     """``width`` numbers as float32, ``index`` numbers after an address."""
-    size, element = (2, _I16) if is_half else (4, _F32)
+    size, element = (2, _I16) if is_bfloat16 else (4, _F32)
     place = builder.add(address, builder.mul(index, _I64(size)))
     value = builder.load(builder.inttoptr(place, _vector(element, width).as_pointer()))
     value.align = size
-    if not is_half:
+    if not is_bfloat16:
         return value
     bits = builder.shl(builder.zext(value, _vector(_I32, width)), _lanes(_I32, [16] * width))
     return builder.bitcast(bits, _vector(_F32, width))
 
 
-def _store(builder: Any, value: Any, address: Any, index: Any, width: int, is_half: bool = False) -> None:
-    size = 2 if is_half else 4
-    if is_half:
+def _store(builder: Any, value: Any, address: Any, index: Any, width: int, is_bfloat16: bool = False) -> None:
+    size = 2 if is_bfloat16 else 4
+    if is_bfloat16:
         bits = builder.bitcast(value, _vector(_I32, width))
         odd = builder.and_(builder.lshr(bits, _lanes(_I32, [16] * width)), _lanes(_I32, [1] * width))
         rounded = builder.add(bits, builder.add(odd, _lanes(_I32, [0x7FFF] * width)))  # to the nearest, ties to even
@@ -126,7 +131,7 @@ def _dot_products(
     values: list[Any],
     pairs: list[tuple[int, int]],
     length: Any,
-    is_half: bool,
+    is_bfloat16: bool,
     also: Callable[[Any, int, list[Any]], None] | None = None,
 ) -> list[Any]:
     """The products of rows of weights and values at these addresses, as scalars; each row is loaded once.
@@ -139,7 +144,7 @@ def _dot_products(
             slots.append(cgutils.alloca_once_value(builder, _lanes(_F32, [0.0] * width)))
 
     def body(index: Any, width: int) -> None:
-        wide_weights = [_load(builder, address, index, width, is_half) for address in weights]
+        wide_weights = [_load(builder, address, index, width, is_bfloat16) for address in weights]
         wide_values = [_load(builder, address, index, width) for address in values]
         for (i, j), slot in zip(pairs, sums[width], strict=True):
             builder.store(_fma(builder, wide_weights[i], wide_values[j], builder.load(slot)), slot)
