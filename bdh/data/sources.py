@@ -290,21 +290,21 @@ def _opener(path: Path, config: DataConfig) -> OpenShard:
         if file_type(path) in TEXT_TYPES:
             return TextFileReader(path, errors, skipped, state)
         column = _column(path, config)
+        if column is None:
+            if state is None:
+                skipped.add(EMPTY_FILES)
+            return listed(0, lambda number: None)
         if isinstance(column, Layout):
             return csv_reader(path, column, config, skipped, state)
         if isinstance(column, JsonColumn):
             return json_reader(path, column, errors, skipped, state)
-        if column is not None:
-            return tables.parquet_reader(path, column, errors, skipped, state)
-        if state is None:
-            skipped.add(EMPTY_FILES)
-        return listed(0, lambda number: None)
+        return tables.parquet_reader(path, column, errors, skipped, state)
 
     return open_file
 
 
-def _column(path: Path, config: DataConfig) -> Layout | JsonColumn | str | None:
-    """Which column of a table holds the text, as its reader wants to know it; None if there are no rows."""
+def _column(path: Path, config: DataConfig) -> Layout | JsonColumn | tables.ParquetColumn | None:
+    """Which column of a table holds the text, in the class of its type's reader; None if there are no rows."""
     if path.stat().st_size == 0:
         return None
     if file_type(path) in CSV_TYPES:
@@ -470,8 +470,9 @@ def _guessed_columns(config: DataConfig, source: Source) -> dict[str, str | Path
         return {name: where}
     found: dict[str, str | Path] = {}
     for path in [] if source.is_hub else source.files:
-        if file_type(path) in (*JSON_TYPES, PARQUET) and (column := _column(path, config)) is not None:
-            found.setdefault(column.name if isinstance(column, JsonColumn) else str(column), path)
+        column = _column(path, config) if file_type(path) in (*JSON_TYPES, PARQUET) else None
+        if isinstance(column, JsonColumn | tables.ParquetColumn):
+            found.setdefault(column.name, path)
     return found
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bdh.data.config import DataConfig
 from bdh.data.files import file_type, is_saved_to_disk
@@ -98,17 +98,23 @@ class TableReader:
                 self._pending.extend(split_document(utf8))
 
 
+class ParquetColumn(NamedTuple):
+    """The column that holds the text."""
+
+    name: str
+
+
 def parquet_reader(
-    path: Path, column: str, encoding_errors: str, skipped: Skipped, state: State | None = None
+    path: Path, column: ParquetColumn, encoding_errors: str, skipped: Skipped, state: State | None = None
 ) -> TableReader:
     """The rows of a .parquet file, one document each. Raises ValueError: the file is damaged."""
     fault = f"{path} cannot be read as {file_type(path)}"
     with _explained(fault):
-        rows = _parquet_rows(path, column)
-    return TableReader(rows, column, str(path), fault, encoding_errors, skipped, state)
+        rows = _parquet_rows(path, column.name)
+    return TableReader(rows, column.name, str(path), fault, encoding_errors, skipped, state)
 
 
-def parquet_column(path: Path, config: DataConfig) -> str | None:
+def parquet_column(path: Path, config: DataConfig) -> ParquetColumn | None:
     """The column that holds the text, or None if there are no rows; see :func:`bdh.data.reading.choose_column`.
 
     Raises:
@@ -120,7 +126,8 @@ def parquet_column(path: Path, config: DataConfig) -> str | None:
     with _explained(f"{path} cannot be read as {file_type(path)}"):
         if parquet.read_metadata(path).num_rows == 0:  # such a shard may have another type of column, or none at all
             return None
-        return _text_column(_parquet_rows(path), config.text_column, str(path))
+        name = _text_column(_parquet_rows(path), config.text_column, str(path))
+        return None if name is None else ParquetColumn(name)
 
 
 def _parquet_rows(path: Path, column: str | None = None) -> Any:
