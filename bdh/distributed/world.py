@@ -195,7 +195,8 @@ def choose_strategy(config: DistributedConfig, world: World) -> str:
 def parallelize(model: nn.Module, strategy: str, config: DistributedConfig, world: World) -> Parallel:
     """Spreads the model over the processes, in place.
 
-    DDP: every process holds everything, and gradients are averaged while the backward pass still runs.
+    DDP: every process holds everything. Gradients are averaged as soon as they are complete: that of ``lm_head`` while the
+    backward pass runs; those of E, Ev and Dec, to which all L layer steps add, only at its end.
 
     FSDP2: every weight, its gradient and its optimizer state are cut along their first dimension, one shard for each
     process. The unit that is gathered is **the whole model**: all L layer steps use one set of weights, so a unit for

@@ -161,6 +161,8 @@ class BDHForCausalLM(TextMethods, BDHPreTrainedModel, StateForGeneration, Genera
     lm_head                 Linear D -> V
     ============  ========  ==========================  =================================================
 
+    Elsewhere in the code E, Ev and Dec are the encoder, encoder_v and decoder: not the paper's E.
+
     ``embed`` and ``lm_head`` are not tied, no layer has a bias and no layer norm has parameters. The same
     layer is applied ``config.n_layer`` times. The attention is linear, its state a :class:`SynapticState`.
     """

@@ -108,7 +108,7 @@ class Backend:
         """A line for people to read."""
 
     def progress(self, step: int, *, loss: float, tokens_per_second: float) -> None:
-        """Called after every step, logged or not."""
+        """Called after steps whose results are read: those that are logged, and on a CPU others too."""
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Numbers by name; some may be infinite or NaN."""

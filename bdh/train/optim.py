@@ -1,6 +1,7 @@
 """What turns gradients into an update: schedules, optimizers, float16's loss scale, and the guard against bad steps.
 
-Nothing here waits for a GPU but :meth:`UpdateGuard.read`: whether a step may change the weights is decided on the device.
+Nothing here waits for a GPU but :meth:`UpdateGuard.read` and, for checkpoints, the ``state_dict`` of the loss scale and of
+the norms: whether a step may change the weights is decided on the device.
 """
 
 import math
