@@ -34,6 +34,29 @@ def test_elsewhere_torch_computes_the_blocks_and_says_why(shape, reason):
         plan_layer(shape, LayerOptions(path="kernels"))
 
 
+SMALL_ON_GPU = {"device": torch.device("cuda"), "dtype": torch.bfloat16, "B": 32, "T": 1024}  # 2^24 of (B, T, N)
+
+
+def test_a_gpu_computes_a_small_step_at_once_and_a_large_one_in_blocks():
+    """Of what is chosen: a budget takes the place of the GPU's memory, which is asked for without one."""
+    shape, options = SHAPE._replace(**SMALL_ON_GPU), LayerOptions(memory_budget=10**12)
+    plan = plan_layer(shape, options)
+    assert (plan.path, plan.kept_layer_steps) == ("plain", 6)
+    assert "on cuda, for which a step is small" in plan.describe(6)
+    assert plan_layer(shape._replace(B=33), options).path == "torch"
+    exactly = plan.block_bytes + plan.kept_bytes
+    assert plan_layer(shape, LayerOptions(memory_budget=exactly)).path == "plain"
+    assert plan_layer(shape, LayerOptions(memory_budget=exactly - 1)).path == "torch"
+
+
+@pytest.mark.parametrize(
+    "asked", [{"path": "torch"}, {"rows_per_block": 2}, {"tokens_per_block": 128}, {"recompute": "pass"}]
+)
+def test_who_asks_for_blocks_on_a_gpu_gets_them(asked):
+    plan = plan_layer(SHAPE._replace(**SMALL_ON_GPU), LayerOptions(memory_budget=10**12, **asked))
+    assert plan.path == "torch"
+
+
 def test_modules_that_are_no_plain_weights_are_called_as_they_are():
     plan = plan_layer(SHAPE, LayerOptions(), obstacle="a layer is Linear4bit")
     assert (plan.path, plan.reason) == ("plain", "a layer is Linear4bit")
