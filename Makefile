@@ -24,7 +24,7 @@ check: $(INSTALLED)  ## lint, formatting, types
 	$(BIN)/mypy
 
 # Without the environment: on a machine with a GPU and no network, PyTorch is in its own Python.
-gpu:  ## what a GPU computes, and how fast, in OUT (gpu.json): under 6 minutes; WHEELS=DIR has missing packages; DEVICE=cpu
+gpu:  ## what a GPU computes, and how fast, in OUT (gpu.json): about 6 minutes; WHEELS=DIR has missing packages; DEVICE=cpu
 	$(PYTHON) benchmarks/gpu.py --device $(or $(DEVICE),cuda) --out $(or $(OUT),gpu.json) $(if $(WHEELS),--wheels $(WHEELS))
 
 format: $(INSTALLED)
