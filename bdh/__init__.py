@@ -8,7 +8,6 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -44,7 +43,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'bdh' has no attribute {name!r}")
 
 
-class _AutoClassesFinder(MetaPathFinder):
+class _AutoClassesFinder:
     """Lets Python find transformers' auto classes as ever, and registers ours once they are loaded."""
 
     def __init__(self) -> None:

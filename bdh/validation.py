@@ -5,10 +5,14 @@ several fields is said in :meth:`Settings.collect_faults`. The classes are plain
 are made: so all that is wrong with nested settings is found together, by ``validated()``, and pydantic is imported only then.
 """
 
+import ast
 import dataclasses
 import functools
+import inspect
+import itertools
 import os
 import re
+import sys
 import types
 import typing
 from collections.abc import Iterable
@@ -200,6 +204,25 @@ def field_types(settings_class: type) -> dict[str, Any]:
     """The types of a class's fields, with what they are annotated with."""
     hints = typing.get_type_hints(settings_class, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(settings_class)}
+
+
+@functools.cache
+def field_helps(settings_class: type) -> dict[str, str]:
+    """The docstrings under the fields, those of the classes above included."""
+    found = {}
+    for base in reversed(settings_class.__mro__[:-1]):
+        for field, below in itertools.pairwise(_class_bodies(base.__module__).get(base.__name__, [])):
+            match field, below:
+                case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(text))):
+                    found[name] = " ".join(text.split())
+    return found
+
+
+@functools.cache
+def _class_bodies(module: str) -> dict[str, list[ast.stmt]]:
+    """The statements of each class of a module, which is parsed once for all of them."""
+    tree = ast.parse(inspect.getsource(sys.modules[module]))
+    return {each.name: each.body for each in ast.walk(tree) if isinstance(each, ast.ClassDef)}
 
 
 def _field(settings_class: type, location: tuple[int | str, ...]) -> tuple[tuple[str, ...], Any]:

@@ -1,6 +1,5 @@
 """The command `bdh`: finds a command, runs it, and reports errors for the person who reads them."""
 
-import difflib
 import importlib
 import re
 import sys
@@ -26,9 +25,7 @@ COMMANDS = {
 }
 
 
-_MODULES = {"serve": "models"} | dict.fromkeys(
-    ("tokenizer", "export", "average", "convert", "runs", "plot"), "commands"
-)
+_MODULES = dict.fromkeys(("tokenizer", "export", "average", "convert", "runs", "plot"), "commands")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -67,6 +64,8 @@ def _run(arguments: list[str]) -> int:
         print(f"bdh {bdh.__version__}")
         return 0
     if command not in COMMANDS:
+        import difflib
+
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
         raise ValueError(f"{command!r} is not a command: {hint}")

@@ -1,4 +1,4 @@
-"""What commands have in common that read a model, and `bdh serve`, which does nothing else with it here."""
+"""What commands have in common that read a model."""
 
 import logging
 from contextlib import suppress
@@ -6,9 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bdh.cli.output import lasting_streams, show_kept
-from bdh.cli.settings import command
-from bdh.serve.config import ServeSettings
 from bdh.train.places import find_checkpoint, find_model, not_found
 from bdh.validation import DeviceName, PathText, Settings
 
@@ -116,21 +113,3 @@ def _from_hub(name: str) -> Path:
         reason = "it is not in the hub's cache, and HF_HUB_OFFLINE is set" if is_not_cached else str(error)
         raise not_found(name, reason) from error
     return folder
-
-
-@dataclass(kw_only=True)
-class ServeCommandSettings(ReadsModel, ServeSettings):
-    """With the check that the model is there: ``bdh.serve`` does not know what a name stands for."""
-
-    model: PathText
-    """Folder of an exported model or of a run, or a hub id."""
-
-
-@lasting_streams()
-@command("model")
-def run_serve(settings: ServeCommandSettings) -> int:
-    """Serve a model over HTTP, with OpenAI's API."""
-    from bdh.serve.server import serve
-
-    show_kept()  # a server reports what happens as it happens
-    return serve(settings, lambda: load_for_generation(settings))

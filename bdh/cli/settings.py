@@ -27,6 +27,7 @@ from bdh.validation import (
     checked,
     collect_relations,
     expanded_path,
+    field_helps,
     field_types,
     holds_paths,
     plain_type,
@@ -150,7 +151,7 @@ class Leaf:
     @property
     def help(self) -> str:
         """The docstring under the field."""
-        return _helps(self.owner).get(self.name.rpartition(".")[2], "")
+        return field_helps(self.owner).get(self.name.rpartition(".")[2], "")
 
     @functools.cached_property
     def types(self) -> tuple[Any, ...]:
@@ -332,15 +333,6 @@ def _gone(settings_class: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
     for name, annotation in field_types(settings_class).items():
         if dataclasses.is_dataclass(annotation):
             yield from _gone(annotation, f"{prefix}{name}.")
-
-
-@functools.cache
-def _helps(settings_class: Any) -> dict[str, str]:
-    """The docstrings under the fields, those of the classes above included."""
-    from docstring_parser import parse_from_object
-
-    parameters = [each for base in reversed(settings_class.__mro__[:-1]) for each in parse_from_object(base).params]
-    return {each.arg_name: " ".join(each.description.split()) for each in parameters if each.description}
 
 
 def _read_config(path: Path, faults: Faults) -> YamlDocument:

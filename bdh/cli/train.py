@@ -4,15 +4,16 @@ import logging
 import shlex
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
+from typing import TYPE_CHECKING, Any
 
 from bdh.cli.output import error_console, lasting_streams, show_kept, stage_progress
 from bdh.cli.settings import given_settings, parse_settings
 from bdh.distributed.config import rank, reported_to_torchrun, world_size
 from bdh.locks import InUseError
 from bdh.train.config import RunSettings, check_unchanged, resume_command, settings_to_store, stored_settings
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 @lasting_streams()
@@ -65,7 +66,7 @@ def run_train(argv: list[str]) -> int:
         return _train(console, training)
 
 
-def _train(console: Console, training: Any) -> int:
+def _train(console: "Console", training: Any) -> int:
     """Trains, and exports; returns the exit status."""
     from bdh.data.batches import DataStopped
     from bdh.monitor import Monitor
@@ -107,7 +108,7 @@ def _train(console: Console, training: Any) -> int:
     return 0
 
 
-def _dry_run(console: Console, training: Any) -> int:
+def _dry_run(console: "Console", training: Any) -> int:
     """Prints what the run would take; status 1 where it does not fit."""
     from bdh.train.dry_run import forecast
 
@@ -119,7 +120,7 @@ def _dry_run(console: Console, training: Any) -> int:
     return 0 if found.fits else 1
 
 
-def _export(console: Console, training: Any) -> None:
+def _export(console: "Console", training: Any) -> None:
     from bdh.train.export import export_run
 
     which = training.settings.checkpoint.export
@@ -134,7 +135,7 @@ def _export(console: Console, training: Any) -> None:
     console.print(f"Exported to {folder}: {shlex.join(('bdh', 'generate', str(folder)))} {ask}", markup=False)
 
 
-def print_banner(console: Console, training: Any) -> None:
+def print_banner(console: "Console", training: Any) -> None:
     """One block that says what will be computed, how, and where it is written."""
     settings, model, runtime = training.settings, training.model, training.runtime
     train, config, facts = settings.train, model.config, training.corpus.facts

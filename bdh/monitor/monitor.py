@@ -13,14 +13,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from bdh.monitor.history import cut_back
 from bdh.validation import Allowed, Faults, PositiveInt, PositiveSeconds, Settings, collect_faults
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 AUTO = "auto"
 BACKENDS = ("console", "jsonl", "tensorboard", "wandb", "trackio")
@@ -87,7 +88,7 @@ class RunFacts:
     total_steps: int
     start_step: int
     settings: Mapping[str, Any]
-    console: Console
+    console: "Console"
     warn: Callable[[str], None]
 
 
@@ -144,8 +145,10 @@ class Monitor:
         total_steps: int,
         start_step: int = 0,
         settings: Mapping[str, Any] | None = None,
-        console: Console | None = None,
+        console: "Console | None" = None,
     ):
+        from rich.console import Console
+
         self._console = console or Console(stderr=True, highlight=False, soft_wrap=True)
         self._lost: list[str] = []
         self._step = start_step
@@ -236,6 +239,8 @@ class ConsoleBackend(Backend):
 
     def __init__(self, facts: RunFacts):
         self._facts, self._start_time = facts, time.monotonic()
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+
         self._bar: Progress | None = None
         if facts.config.progress_bar and facts.console.is_terminal:
             speed = ("loss {task.fields[loss]:.4f}", "{task.fields[tokens_per_second]:,.0f} tokens/s")

@@ -23,8 +23,8 @@ assert main(["generate", folder, "--prompt", "x", "--max_new_tokens", "2", "--en
 sys.stdin = io.StringIO("a\\n")
 assert main(["chat", folder, "--max_tokens", "2"]) == 0
 import asyncio
-from bdh.cli.models import ServeCommandSettings
 from bdh.cli.models import load_for_generation
+from bdh.cli.serve import ServeCommandSettings
 from bdh.serve.server import load
 settings = ServeCommandSettings(model=folder)
 load(settings, lambda: load_for_generation(settings))
@@ -37,6 +37,28 @@ def test_generate_chat_and_serve_never_import_transformers(model_folder):
     run = subprocess.run([sys.executable, "-c", program, str(model_folder)], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines()[-1] == "SLOW"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "not_needed"),
+    [
+        (["--help"], "importlib.resources tempfile pathlib difflib yaml"),
+        (["train", "--help"], "importlib.resources rich pydantic torch"),
+        (["eval", "--modle", "x"], "bdh.serve rich torch"),
+    ],
+)
+def test_what_prints_at_once_imports_no_more_than_it_needs(arguments, not_needed):
+    program = f"""
+import sys
+from bdh.cli.main import main
+try:
+    main({arguments})
+except SystemExit:
+    pass
+print("IMPORTED", *(name for name in {not_needed.split()} if name in sys.modules))
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.stdout.splitlines()[-1] == "IMPORTED", run.stderr
 
 
 def test_an_export_is_loaded_as_transformers_does(model_folder):
