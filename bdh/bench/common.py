@@ -27,6 +27,7 @@ from bdh.model.configuration import BDHConfig
 from bdh.model.modeling import BDHForCausalLM
 from bdh.ops import StateFormat, WeightFormat, naive
 from bdh.ops.attention import DecayMask, attend, rotation_table
+from bdh.ops.backends import STATE_DTYPES, WEIGHT_DTYPES
 from bdh.ops.eager import Layer, layer_norm, layer_step
 
 Progress = Callable[[str], None]
@@ -247,8 +248,6 @@ def traffic(
     config: BDHConfig, found: list[Density], weights: WeightFormat = "float32", state: StateFormat = "float32"
 ) -> Traffic:
     """Of a model whose layer steps are as dense as was found."""
-    from bdh.ops.cpu.recurrence import STATE_DTYPES, WEIGHT_DTYPES
-
     num_rows = config.n_layer * config.n_head * config.neurons_per_head
     weight_row, state_row = (config.n_embd * dtype.itemsize for dtype in (WEIGHT_DTYPES[weights], STATE_DTYPES[state]))
     x, pairs, xy = (mean(getattr(each, name) for each in found) for name in ("x", "pairs", "xy"))

@@ -16,7 +16,7 @@ from bdh.model.state import Pattern, Shapes, SynapticState
 from bdh.model.weights import kernel_obstacle, recurrence_of
 from bdh.ops import STATE_FORMATS, WEIGHT_FORMATS, StateFormat, WeightFormat, eager
 from bdh.ops.attention import rotation_table, sum_dtype
-from bdh.ops.backends import BackendName, Work, choose_backend
+from bdh.ops.backends import STATE_DTYPES, BackendName, Work, choose_backend
 from bdh.ops.eager import ring_shapes
 from bdh.validation import Faults
 
@@ -205,18 +205,16 @@ class Advancer:
         half_lives = config.half_lives
         self._kernel_settings: dict[str, Any] = {}
         self._half_lives: torch.Tensor | None = None  # (H,), for the eager backend
+        dtype = sum_dtype(model.dtype) if state == "float32" else STATE_DTYPES[state]
         if self.backend == "cpu":
-            from bdh.ops.cpu.recurrence import STATE_DTYPES, ScaledSums, ring_fading
+            from bdh.ops.cpu.recurrence import ScaledSums, ring_fading
 
-            dtype = STATE_DTYPES[state]
             if window is not None:
                 self._kernel_settings["fading"] = ring_fading(window, H, half_lives)
             elif half_lives is not None:
                 self._kernel_settings["scaled"] = ScaledSums(half_lives)
-        else:
-            dtype = sum_dtype(model.dtype)
-            if half_lives is not None:
-                self._half_lives = torch.tensor(half_lives, dtype=dtype, device=model.device)
+        elif half_lives is not None:
+            self._half_lives = torch.tensor(half_lives, dtype=dtype, device=model.device)
         self._kind = "sums" if state == "float32" else f"sums {state}"
         if "scaled" in self._kernel_settings:
             self._kind += ", scaled"
@@ -298,8 +296,9 @@ class Advancer:
         What can fail comes before the first byte of a state is written. From then until it is committed the state is
         marked as torn, so that after an exception it is known what has moved and what has not.
         """
+        run = {"cpu": self._by_cpu, "eager": self._by_eager}[self.backend]
         while unread := [each for each in inputs if not each.is_done and each.error is None]:
-            (self._by_cpu if self.backend == "cpu" else self._by_eager)(self._next_call(unread))
+            run(self._next_call(unread))
 
     def advance_what_can_be(self, inputs: Sequence[StepInput], *, is_first: bool = True) -> None:
         """As :meth:`advance`, but what cannot be read has an error then; all else is read, whatever goes wrong beside it.
@@ -367,9 +366,7 @@ class Advancer:
             Rows(*(np.array(each, np.int64) for each in (call.tokens, call.positions, starts))),
             [each.state.tensors for each, _ in call.taken],
             **self._kernel_settings,
-            on_layer_step=(lambda x: self._record(recorded, lambda place: x[:, place]))
-            if recorded or is_long
-            else None,
+            on_layer_step=(lambda x: self._record(recorded, lambda place: x[place])) if recorded or is_long else None,
             before_writing=before_writing,
         )
         self.mark_progress()

@@ -10,8 +10,8 @@ StepPath = Literal["auto", "kernels", "torch"]
 """Who advances states."""
 STEP_PATHS: tuple[str, ...] = get_args(StepPath)
 WeightFormat = Literal["float32", "bfloat16"]
-"""How ``advance`` keeps its copies of the weights: :data:`bdh.ops.cpu.recurrence.WEIGHT_DTYPES`."""
+"""How ``advance`` keeps its copies of the weights; "float32" stands for the model's own dtype where it makes none."""
 WEIGHT_FORMATS: tuple[WeightFormat, ...] = get_args(WeightFormat)
 StateFormat = Literal["float32", "bfloat16"]
-"""How it keeps the states: :data:`bdh.ops.cpu.recurrence.STATE_DTYPES`."""
+"""How it keeps the states."""
 STATE_FORMATS: tuple[StateFormat, ...] = get_args(StateFormat)

@@ -5,6 +5,11 @@ A backend offers one operation or both:
     train      (B, T, D) tokens of a batch; differentiable
     advance    tokens of many sequences, whose states are written in place; no gradients
 
+An ``advance`` takes all memory that it needs before it writes the first byte of a state, so that an error before that leaves
+the states as they were; the caller marks states as torn just before they are written. It gives v (R, D) after the last layer
+step, and ``on_layer_step`` each layer step's x (R, H*N). The method of :class:`bdh.generate.advance.Advancer` that calls it
+commits each input that has no error, with logits in float32 on the CPU.
+
 Settings and banners have words of their own for the backends, one set for each operation (``words``).
 """
 
@@ -21,6 +26,8 @@ from bdh.ops.cpu.runtime import unavailable_reason
 
 Operation = Literal["train", "advance"]
 BackendName = Literal["cpu", "blocks", "eager"]
+WEIGHT_DTYPES: dict[WeightFormat, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+STATE_DTYPES: dict[StateFormat, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class LayerWeights(NamedTuple):
@@ -58,7 +65,7 @@ class Backend:
     """Those that it computes, where not all."""
     needs_numba: bool = False
     weights: frozenset[WeightFormat] = frozenset({"float32"})
-    """Formats in which ``advance`` can keep copies of the weights; "float32" stands for the model's own."""
+    """Formats in which ``advance`` can keep copies of the weights."""
     states: frozenset[StateFormat] = frozenset({"float32"})
     """Formats of the states that ``advance`` writes. A window is always kept in float32."""
 
@@ -158,10 +165,11 @@ def choose_backend(operation: Operation, requested: str, work: Work) -> Choice:
 def _reason(operation: Operation, work: Work, chosen: Backend, preferred: Backend) -> str:
     """Why ``auto`` took this one: what it computes here, or what stood in the way of the preferred one."""
     if chosen is preferred:
-        return f"{_names(chosen.dtypes[operation], ' or ')} on the {chosen.device}"
+        dtypes = chosen.dtypes.get(operation, frozenset({work.dtype}))
+        return f"{_names(dtypes, ' or ')} on the {work.device.type}"
     if chosen.calls_modules:
         return preferred.obstacle(operation, work) or "asked for"
-    if work.device.type == "cuda":
+    if chosen is BLOCKS and work.device.type == "cuda":
         parts = "compiled" if compiles_parts(work.device) else "not compiled, as Triton is missing"
         return f"on {work.device}, element-wise parts {parts}"
     return f"no {preferred.words[operation]}: {preferred.obstacle(operation, work)}"

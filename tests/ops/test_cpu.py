@@ -10,9 +10,9 @@ import torch
 from numba import njit
 from numba.core.errors import TypingError
 
-from bdh.ops import naive
+from bdh.ops import backends, naive
 from bdh.ops.backends import Work, choose_backend
-from bdh.ops.cpu import kernels, recurrence, vector
+from bdh.ops.cpu import kernels, vector
 from bdh.ops.cpu.recurrence import KernelWeights, Recurrence, Rows
 from bdh.ops.cpu.runtime import Team, compiled, follow_torch_threads
 
@@ -132,7 +132,7 @@ def test_rows_of_another_dtype_than_float32_and_bfloat16_are_refused():
 
 def test_weights_are_not_copied_to_a_dtype_that_the_kernels_do_not_read(monkeypatch):
     """The weights of a format of integers were rounded to zeros, without a word."""
-    monkeypatch.setitem(recurrence.WEIGHT_DTYPES, "int8", torch.int8)
+    monkeypatch.setitem(backends.WEIGHT_DTYPES, "int8", torch.int8)
     weights = [numbers(19, 6), numbers(8, 6), numbers(8, 6), numbers(6, 8), numbers(19, 6)]
     with pytest.raises(ValueError, match=r"weights cannot be copied as int8: the kernels do not read torch\.int8"):
         KernelWeights.of(weights, rope_theta=65536.0, eps=1e-5, num_layer_steps=1, weight_format="int8")
@@ -217,6 +217,19 @@ def test_the_backend_is_chosen_in_one_place(monkeypatch):
         choose("kernels", obstacle="a layer has hooks")
     monkeypatch.setattr("bdh.ops.backends.unavailable_reason", lambda: "numba cannot be imported: not there")
     assert choose("auto") == ("eager", "numba cannot be imported: not there")
+
+
+def test_the_reason_for_a_further_backend_is_its_own(monkeypatch):
+    """It was the blocks' on a GPU, and a KeyError where it was preferred."""
+
+    def choose(*offered):
+        monkeypatch.setattr(backends, "BACKENDS", offered)
+        return choose_backend("advance", "auto", Work(torch.device("cuda:0")))
+
+    other = backends.Backend("other", words={"advance": "other"})
+    expected = "no kernels: the model is on cuda:0, the kernels run on the cpu"
+    assert choose(backends.CPU, other, backends.EAGER) == (other, expected)
+    assert choose(other, backends.EAGER) == (other, "float32 on the cuda")
 
 
 @pytest.mark.slow

@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from bdh.ops import StateFormat, WeightFormat
+from bdh.ops import WeightFormat
 from bdh.ops.attention import turns_per_token
+from bdh.ops.backends import WEIGHT_DTYPES
 from bdh.ops.cpu import kernels, window
 from bdh.ops.cpu.runtime import compiled, exclusive, team_for
 from bdh.ops.eager import ring_shapes
 
-WEIGHT_DTYPES: dict[WeightFormat, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-STATE_DTYPES: dict[StateFormat, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _LIKE = {torch.float32: kernels.FLOAT32, torch.bfloat16: kernels.BFLOAT16}
 """What tells the kernels, which get addresses, the dtype of weights or states."""
 OnLayerStep = Callable[[np.ndarray], None]
@@ -160,7 +159,7 @@ class Recurrence:
             states: of each sequence sums, in float32 or bfloat16; or all of them rings, of which a window's fading tells.
             scaled: of the sums, where heads forget. The rows of a sequence end where it says at the latest.
             fading: of the rings, (H, W - 1), by :func:`ring_fading`.
-            on_layer_step: is called after each layer step with x (H*N, R), which is memory of this object.
+            on_layer_step: is called after each layer step with x (R, H*N), which is memory of this object.
                 The bits of the result do not depend on it.
             before_writing: is called just before the first state is written.
         """
@@ -240,7 +239,7 @@ class Recurrence:
             with exclusive():
                 kernel(team.threads, (progress[first * kernels.STAGES :], *text, first, *weights, *rest))
             if on_layer_step is not None:
-                on_layer_step(x)
+                on_layer_step(x.T)
         return v
 
     def logits(self, v: np.ndarray) -> torch.Tensor:
