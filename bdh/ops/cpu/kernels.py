@@ -309,8 +309,7 @@ def enter(progress, embed, tokens, positions, turns_per_token, v, cos, sin, eps)
 
 
 @jit_inner
-def _layer_steps(arguments):
-    text, weights, rest = arguments[:10], arguments[10:14], arguments[14:]
+def _layer_steps(text, weights, rest):
     progress, embed, tokens, positions, turns_per_token, v, cos, sin, eps, first_step = text
     like_weights, encoder, encoder_v, decoder = weights
     like_states, states, starts, read_scales, write_scales, x, a, parts = rest
@@ -329,21 +328,21 @@ def _layer_steps(arguments):
 
 
 @jit
-def layer_steps(num_threads, arguments):
+def layer_steps(num_threads, text, weights, rest):
     """Layer steps of the model over v (R, D), in place.
 
     Args:
-        arguments: of :func:`_layer_steps`:
-            progress: of ``STAGES`` for each layer step and once more.
-            embed to eps: of :func:`enter`, which is called where ``first_step`` is 0.
-            states: (layer steps, sequences) addresses of each one's sums, (H, N, D).
+        text: progress, of ``STAGES`` for each layer step and once more; embed to eps as of :func:`enter`, which is called
+            where first_step is 0.
+        weights: like and the addresses of E, of the heads of Ev and of Dec.
+        rest: states: (layer steps, sequences) addresses of each one's sums, (H, N, D);
             x: (H*N, R), a: (R, H, D), parts: (H * stretches of a head, R, D): memory to work in.
     """
     if num_threads == 1:
-        _layer_steps(arguments)
+        _layer_steps(text, weights, rest)
     else:
         for _ in prange(num_threads):
-            _layer_steps(arguments)
+            _layer_steps(text, weights, rest)
 
 
 @jit_inner

@@ -70,7 +70,7 @@ class KernelWeights:
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """L, H, N, D."""
-        return self.num_layer_steps, len(self.encoder_v), self.encoder_v[0].shape[0], self.encoder.shape[1]
+        return self.num_layer_steps, len(self.encoder_v), self.encoder_v[0].shape[0], self.embed.shape[1]
 
 
 class Rows(NamedTuple):
@@ -211,7 +211,7 @@ class Recurrence:
 
     def _run(
         self,
-        kernel: Callable[[int, tuple[Any, ...]], None],
+        kernel: Callable[[int, tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]], None],
         rows: Rows,
         x: np.ndarray,
         arguments: Callable[[slice], tuple[Any, ...]],
@@ -237,7 +237,7 @@ class Recurrence:
         for first in range(0, L, steps_per_call):
             rest = arguments(slice(first, first + steps_per_call))
             with exclusive():
-                kernel(team.threads, (progress[first * kernels.STAGES :], *text, first, *weights, *rest))
+                kernel(team.threads, (progress[first * kernels.STAGES :], *text, first), weights, rest)
             if on_layer_step is not None:
                 on_layer_step(x.T)
         return v
@@ -250,7 +250,7 @@ class Recurrence:
         """What computes the logits (len(rows), V) of these rows of a v (R, D), and takes no memory any more."""
         weight = self.weights.lm_head
         index = np.array(rows, np.int64)
-        chosen = np.empty((len(index), weight.shape[1]), np.float32)
+        chosen = np.empty((len(index), self.weights.shape[-1]), np.float32)
         out = np.empty((weight.shape[0], len(index)), np.float32)
         logits = torch.empty(len(index), weight.shape[0])
 

@@ -140,8 +140,7 @@ def store(stage, values, length, starts, positions, v):
 
 
 @jit_inner
-def _window_steps(arguments):
-    text, weights, rest = arguments[:10], arguments[10:14], arguments[14:]
+def _window_steps(text, weights, rest):
     progress, embed, tokens, positions, turns_per_token, v, cos, sin, eps, first_step = text
     like_weights, encoder, encoder_v, decoder = weights
     rings, fading, starts, x, a, scores, parts = rest
@@ -161,19 +160,17 @@ def _window_steps(arguments):
 
 
 @jit
-def window_steps(num_threads, arguments):
+def window_steps(num_threads, text, weights, rest):
     """Layer steps of the model over v (R, D), in place.
 
     Args:
-        arguments: of :func:`_window_steps`:
-            progress to first_step: as those of :func:`bdh.ops.cpu.kernels.layer_steps`.
-            rings: (layer steps, 3, sequences) addresses of each one's keys, marks and values.
-            fading: (H, W - 1).
+        text, weights: as those of :func:`bdh.ops.cpu.kernels.layer_steps`.
+        rest: rings: (layer steps, 3, sequences) addresses of each one's keys, marks and values; fading: (H, W - 1);
             x: (H*N, R), a: (R, H, D), scores: (H * stretches of a head, R, C), parts: (the same, R, D): memory to work
                 in; a holds 0 where W is 1.
     """
     if num_threads == 1:
-        _window_steps(arguments)
+        _window_steps(text, weights, rest)
     else:
         for _ in prange(num_threads):
-            _window_steps(arguments)
+            _window_steps(text, weights, rest)
