@@ -300,7 +300,7 @@ class Advancer:
         while unread := [each for each in inputs if not each.is_done and each.error is None]:
             run(self._next_call(unread))
 
-    def advance_what_can_be(self, inputs: Sequence[StepInput], *, is_first: bool = True) -> None:
+    def advance_isolating_faults(self, inputs: Sequence[StepInput], *, is_first: bool = True) -> None:
         """As :meth:`advance`, but what cannot be read has an error then; all else is read, whatever goes wrong beside it.
 
         After an exception those whose states are untouched are tried again: together where it has ended others, else in
@@ -321,8 +321,8 @@ class Advancer:
                 inputs[0].error = error
                 return
             cut = len(unread) if len(unread) < len(inputs) else len(unread) // 2
-            self.advance_what_can_be(unread[:cut], is_first=False)
-            self.advance_what_can_be(unread[cut:], is_first=False)
+            self.advance_isolating_faults(unread[:cut], is_first=False)
+            self.advance_isolating_faults(unread[cut:], is_first=False)
 
     def _next_call(self, unread: Sequence[StepInput]) -> _Call:
         """Of up to ``MAX_TOKENS`` tokens."""

@@ -16,8 +16,14 @@ from bdh.generate.sequence import Completion, Prompt, StepOutput
 from bdh.generate.snapshot import Snapshot
 
 _logger = logging.getLogger(__name__)
-Item = StepOutput | BaseException | None
-"""What a request gets: an output, a failure, or, as None, that it has a state."""
+
+
+class Started:
+    """A request has a state."""
+
+
+Item = StepOutput | BaseException | Started
+"""What a request gets: an output, a failure, or that it has a state."""
 
 
 @dataclass(eq=False)
@@ -32,15 +38,32 @@ class AsyncRequest:
     residuals: Residuals | None = None
     """This one and those before are arguments of :meth:`Engine.add_request`."""
     deliver: Callable[[Item], None] | None = None
-    """Is called in the event loop with what the steps add, and the exception if the engine fails. By default that is kept
-    for :meth:`outputs`."""
+    """Is called in the event loop with what the steps add, and the exception if the engine fails."""
     id: int = -1
     """Its number in the engine; -1 until it has one."""
     has_started: bool = False
     """Whether it has a state, or has had one: until then it waits."""
     num_left: int = 0
     """Continuations that have not ended, from :meth:`AsyncEngine.submit` on."""
-    kept: "asyncio.Queue[StepOutput | BaseException]" = field(default_factory=asyncio.Queue, repr=False)
+
+    def receive(self, item: Item) -> None:
+        """Notes what has come, and delivers it."""
+        self.has_started = True
+        if isinstance(item, BaseException):
+            self.num_left = 0
+        elif isinstance(item, StepOutput) and item.completion is not None:
+            self.num_left = max(0, self.num_left - 1)
+        if self.deliver is not None:
+            self.deliver(item)
+
+
+@dataclass(eq=False)
+class KeepingRequest(AsyncRequest):
+    """One whose outputs are kept until they are asked for."""
+
+    def __post_init__(self) -> None:
+        self._kept: asyncio.Queue[Item] = asyncio.Queue()
+        self.deliver = self._kept.put_nowait
 
     async def outputs(self) -> AsyncIterator[StepOutput]:
         """What the steps add, as it comes, until all continuations have ended.
@@ -48,23 +71,12 @@ class AsyncRequest:
         Raises:
             RuntimeError: the engine is closed, or has failed.
         """
-        while self.num_left or not self.kept.empty():
-            item = await self.kept.get()
+        while self.num_left or not self._kept.empty():
+            item = await self._kept.get()
             if isinstance(item, BaseException):
                 raise RuntimeError(f"the engine has failed: {item}") from item
-            yield item
-
-    def take(self, item: Item) -> None:
-        """Notes what has come, and delivers it."""
-        self.has_started = True
-        if isinstance(item, BaseException):
-            self.num_left = 0
-        elif item is not None and item.completion is not None:
-            self.num_left = max(0, self.num_left - 1)
-        if self.deliver is not None:
-            self.deliver(item)
-        elif item is not None:
-            self.kept.put_nowait(item)
+            if isinstance(item, StepOutput):
+                yield item
 
 
 class AsyncEngine:
@@ -151,9 +163,9 @@ class AsyncEngine:
     ) -> AsyncIterator[StepOutput]:
         """The outputs of a request as they come. Leaving the loop, or cancelling the task, aborts it within a step.
 
-        Arguments are those of :class:`AsyncRequest`, errors those of :meth:`submit` and :meth:`AsyncRequest.outputs`.
+        Arguments are those of :class:`AsyncRequest`, errors those of :meth:`submit` and :meth:`KeepingRequest.outputs`.
         """
-        request = AsyncRequest(prompt, params or SamplingParams(), **arguments)
+        request = KeepingRequest(prompt, params or SamplingParams(), **arguments)
         await self.submit(request)
         try:
             async for output in request.outputs():
@@ -205,7 +217,7 @@ class AsyncEngine:
                     orders, self._orders = self._orders, []
                 self._carry_out(orders)
                 outputs = self.engine.step() if self.engine.has_work else []
-                started: list[tuple[int, Item]] = [(each, None) for each in self.engine.take_started()]
+                started: list[tuple[int, Item]] = [(each, Started()) for each in self.engine.take_started()]
                 self._deliver([*started, *((output.request_id, output) for output in outputs)])
                 for request_id in [each for each in self._receivers if not self.engine.knows(each)]:
                     del self._receivers[request_id]
@@ -234,12 +246,12 @@ class AsyncEngine:
                 for_loop.setdefault(found[0], []).append((found[1], item))
         for loop, several in for_loop.items():
             try:
-                loop.call_soon_threadsafe(_take_all, several)
+                loop.call_soon_threadsafe(_receive_all, several)
             except RuntimeError:  # the loop has been closed: nobody waits any more
                 if not loop.is_closed():
                     raise
 
 
-def _take_all(items: Sequence[tuple[AsyncRequest, Item]]) -> None:
+def _receive_all(items: Sequence[tuple[AsyncRequest, Item]]) -> None:
     for request, item in items:
-        request.take(item)
+        request.receive(item)

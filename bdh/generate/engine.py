@@ -246,9 +246,9 @@ class Engine:
         self._admit()
         chosen = self._choose_inputs()
         self._in_hand.extend(sequence.request for sequence, _ in chosen)
-        for (sequence, count), step_input in zip(chosen, self._read(chosen), strict=True):
+        for (sequence, count), step_input in zip(chosen, self._run_model(chosen), strict=True):
             if sequence.completion is None:
-                self._advance(sequence, count, step_input)
+                self._draw_next(sequence, count, step_input)
             self._in_hand.popleft()
             self.advancer.mark_progress()
         outputs, self._outputs = self._outputs, []
@@ -356,7 +356,7 @@ class Engine:
             available -= count
         return chosen
 
-    def _read(self, chosen: list[tuple[Continuation, int]]) -> list[StepInput | None]:
+    def _run_model(self, chosen: list[tuple[Continuation, int]]) -> list[StepInput | None]:
         """Has the sequences read so many tokens each, and ends those that cannot; None where nothing was to be read."""
         inputs: list[StepInput | None] = []
         for sequence, count in chosen:
@@ -370,13 +370,13 @@ class Engine:
                 logits = "all"
             recorded = request.record_activations if is_last else None
             inputs.append(StepInput(state, sequence.pending[:count], logits, recorded, request.residuals))
-        self.advancer.advance_what_can_be([each for each in inputs if each is not None])
+        self.advancer.advance_isolating_faults([each for each in inputs if each is not None])
         for (sequence, _), step_input in zip(chosen, inputs, strict=True):
             if step_input is not None and step_input.error is not None:
                 self._fail(sequence.request, step_input.error, has_traceback=False)
         return inputs
 
-    def _advance(self, sequence: Continuation, count: int, step_input: StepInput | None) -> None:
+    def _draw_next(self, sequence: Continuation, count: int, step_input: StepInput | None) -> None:
         """What follows from tokens that have been read: a stored state, further continuations, the next token."""
         request, state = sequence.request, sequence.state
         try:
@@ -384,7 +384,7 @@ class Engine:
                 self._counters.prompt_tokens += count
             if step_input is not None:
                 sequence.activity = step_input.activity
-                sequence.read(count, step_input.result())
+                sequence.note_read(count, step_input.result())
             if self._prefixes is not None and state is not None and state.position in request.places:
                 request.places.discard(state.position)
                 self._prefixes.mark(sequence.tokens[: state.position], state, sequence.logits, request.weights)

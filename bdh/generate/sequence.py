@@ -374,7 +374,7 @@ class Continuation:
     def num_generated(self) -> int:
         return len(self.tokens) - self.num_before
 
-    def read(self, count: int, logits: torch.Tensor | None) -> None:
+    def note_read(self, count: int, logits: torch.Tensor | None) -> None:
         """The state has read so many of the pending tokens: logits (V,) after the last, or (count, V) after each one."""
         if logits is not None and logits.ndim == 2:
             if self.prompt_logprobs is not None and self.num_generated == 0:

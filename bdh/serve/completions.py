@@ -378,7 +378,7 @@ async def _embed(service: Service, body: EmbeddingRequest, request: Request) -> 
         tokens = await loaded.prompt_tokens(text, param)
         prompts.append(PromptRequest(tokens, SamplingParams(max_tokens=0), residuals=Residuals(), param=param))
     service.check_lengths(prompts)  # before the first of them is read
-    await unless_gone(request.receive, lambda: _read(service, prompts, request))
+    await unless_gone(request.receive, lambda: _read_embeddings(service, prompts, request))
     data = []
     for index, prompt in enumerate(prompts):
         vector = _vector(prompt.residuals, options)
@@ -390,7 +390,7 @@ async def _embed(service: Service, body: EmbeddingRequest, request: Request) -> 
     return EmbeddingAnswer(data=data, model=model, usage=usage)
 
 
-async def _read(service: Service, prompts: Sequence[PromptRequest], request: Request) -> None:
+async def _read_embeddings(service: Service, prompts: Sequence[PromptRequest], request: Request) -> None:
     """Has the engine read all texts, a few at a time, as it reads prompts.
 
     Raises:

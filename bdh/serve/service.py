@@ -15,7 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 from starlette.requests import Request
 
-from bdh.generate.async_engine import AsyncEngine, AsyncRequest, Item
+from bdh.generate.async_engine import AsyncEngine, AsyncRequest, Item, Started
 from bdh.generate.sequence import StepOutput, encode_prompt
 from bdh.serve.config import ServeSettings
 from bdh.serve.middleware import RETRY_SECONDS, ApiError, RateLimits, bad_request, unavailable
@@ -370,7 +370,7 @@ class Generation:
         self.service.running.add(self)
         try:
             for place, prompt in enumerate(self.prompts):
-                prompt.deliver = partial(self._take, place)
+                prompt.deliver = partial(self._enqueue, place)
                 await self._submit(prompt)
         except BaseException:
             self.close()
@@ -386,8 +386,8 @@ class Generation:
             self.service.check_engine()
             raise unavailable("the engine has ended", "engine_failed") from error
 
-    def _take(self, place: int, item: Item) -> None:
-        if item is not None:
+    def _enqueue(self, place: int, item: Item) -> None:
+        if not isinstance(item, Started):
             self._items.put_nowait(item if isinstance(item, BaseException) else (place, item))
         elif self.service.metrics is not None:
             self.service.metrics.observe("request_queue_time", time.monotonic() - self._arrived)

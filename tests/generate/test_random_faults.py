@@ -29,7 +29,7 @@ EVERYWHERE = [
     *((PrefixCache, name) for name in ("put", "evict")),
     *((TextDecoder, name) for name in ("push", "flush", "state")),
     (Sampler, "sample"),
-    *((Continuation, name) for name in ("__init__", "read", "draw", "end")),
+    *((Continuation, name) for name in ("__init__", "note_read", "draw", "end")),
     *((StepInput, name) for name in ("result", "record")),
     *((torch, name) for name in ("cat", "zeros", "tensor")),
 ]
