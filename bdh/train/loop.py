@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -24,7 +24,7 @@ from bdh.memory import peak_bytes
 from bdh.monitor import Monitor
 from bdh.tokenizer.chat import question
 from bdh.train.checkpoint import CheckpointError
-from bdh.train.config import resume_command
+from bdh.train.config import RunSettings, resume_command
 from bdh.train.optim import StepResult
 from bdh.train.runtime import matmul_peak, training_flops_per_token
 from bdh.train.setup import Run
@@ -84,13 +84,9 @@ def fit(run: Run, monitor: Monitor) -> str:
             clock.count(num_tokens)
             step = progress.step
 
-            is_last = step == settings.max_steps
-            logs = step % run.settings.monitor.log_every_steps == 0 or step == last_step
-            evaluates = step % settings.eval_every_steps == 0 or is_last
-            samples = settings.sample_every_steps > 0 and (step % settings.sample_every_steps == 0 or is_last)
-            saves = step % run.settings.checkpoint.every_steps == 0 or step == last_step
+            due = due_after(step, last_step, run.settings)
             stopped_by = agreed_signal(received, world, step)
-            reports = logs or evaluates or samples or saves or stopped_by is not None
+            reports = any(due) or stopped_by is not None
             # On a CPU there is nothing to wait for: what is wrong is reported at once, and a bar moves.
             shows = not run.guard.is_on_device and (bool(skip) or (world.size == 1 and clock.bar_is_due()))
             if not (reports or shows):
@@ -102,7 +98,7 @@ def fit(run: Run, monitor: Monitor) -> str:
             if not reports:
                 continue
             run.lock.check(seldom=True)
-            if logs or stopped_by is not None:
+            if due.log or stopped_by is not None:
                 means = clock.take_means()
                 values = {
                     "loss": result.loss,
@@ -120,16 +116,16 @@ def fit(run: Run, monitor: Monitor) -> str:
                 monitor.log(step, {f"train/{name}": value for name, value in values.items()})
             is_best = False
             with clock.paused():
-                if evaluates:
+                if due.evaluation:
                     is_best = evaluate(run, monitor, validation)
-                if samples:
+                if due.samples:
                     sample(run, monitor)
-                if stopped_by is None and (evaluates or samples):  # one may have come meanwhile
+                if stopped_by is None and (due.evaluation or due.samples):  # one may have come meanwhile
                     stopped_by = agreed_signal(received, world, step)
-                patience = settings.patience if evaluates else None
+                patience = settings.patience if due.evaluation else None
                 out_of_patience = patience is not None and progress.evaluations_without_gain >= patience
                 ends = step == last_step or out_of_patience or stopped_by is not None
-                if is_best or saves or ends:
+                if is_best or due.checkpoint or ends:
                     save(run, monitor, is_best=is_best, is_last=ends)
             if stopped_by is not None:
                 return stopped_by
@@ -165,6 +161,25 @@ def deferred_signals() -> Iterator[list[str]]:
         yield received
     finally:
         restore()
+
+
+class Due(NamedTuple):
+    """What follows a step."""
+
+    log: bool
+    evaluation: bool
+    samples: bool
+    checkpoint: bool
+
+
+def due_after(step: int, last_step: int, settings: RunSettings) -> Due:
+    train, is_last = settings.train, step == settings.train.max_steps
+    return Due(
+        log=step % settings.monitor.log_every_steps == 0 or step == last_step,
+        evaluation=step % train.eval_every_steps == 0 or is_last,
+        samples=train.sample_every_steps > 0 and (step % train.sample_every_steps == 0 or is_last),
+        checkpoint=step % settings.checkpoint.every_steps == 0 or step == last_step,
+    )
 
 
 def agreed_signal(received: list[str], world: World, step: int) -> str | None:
