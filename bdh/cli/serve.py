@@ -2,19 +2,15 @@
 
 from dataclasses import dataclass
 
-from bdh.cli.models import ReadsModel, load_for_generation
+from bdh.cli.models import ModelSettings, load_for_generation
 from bdh.cli.output import lasting_streams, show_kept
 from bdh.cli.settings import command
 from bdh.serve.config import ServeSettings
-from bdh.validation import PathText
 
 
 @dataclass(kw_only=True)
-class ServeCommandSettings(ReadsModel, ServeSettings):
-    """With the check that the model is there: ``bdh.serve`` does not know what a name stands for."""
-
-    model: PathText
-    """Folder of an exported model or of a run, or a hub id."""
+class ServeCommandSettings(ModelSettings, ServeSettings):
+    """With what finds the model: ``bdh.serve`` does not know what a name stands for."""
 
 
 @lasting_streams()

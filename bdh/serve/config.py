@@ -14,7 +14,6 @@ from bdh.generate.params import EngineConfig
 from bdh.text_files import read_text
 from bdh.validation import (
     Allowed,
-    DeviceName,
     Faults,
     NonNegativeInt,
     PathText,
@@ -182,12 +181,6 @@ class ServeSettings(Settings):
     """Write prompts and generated texts into the log."""
     telemetry: bool = False
     """Traces and metrics by FastAPI's OpenTelemetry, sent to OTEL_EXPORTER_OTLP_ENDPOINT."""
-    checkpoint: str | None = None
-    """For a run: last (the default), best, or a step."""
-    base: PathText | None = None
-    """For adapters: where the model that they were trained beside is now, by default where it was."""
-    device: DeviceName = "auto"
-    """auto, cpu, cuda, cuda:N or mps."""
 
     def collect_faults(self, faults: Faults) -> None:
         faults.require(
