@@ -343,6 +343,9 @@ class StepwiseBackend(Backend, ABC):
         self._facts, self._memory_path = facts, facts.run_dir / self.memory_file
         try:
             memory = json.loads(self._memory_path.read_text("utf-8")) if self._memory_path.exists() else {}
+            is_object = isinstance(memory, dict) and isinstance(memory.get("last_step", -1), int)
+            if not is_object or not isinstance(memory.get("id", ""), str):
+                raise ValueError(f"it holds {json.dumps(memory)[:80]}")
         except ValueError as error:
             raise ValueError(
                 f"{self._memory_path} does not hold the id of the run: {error}; without the file a new one is made"

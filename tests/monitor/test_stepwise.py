@@ -96,14 +96,16 @@ def test_two_runs_of_one_name_do_not_mix_in_trackio(tmp_path, trackio_folder):
     assert [(step, values["x"]) for run_id, _, step, values in rows if run_id == rows[0][0]] == [(1, 1.0), (2, 1.0)]
 
 
-def test_a_damaged_memory_is_named_and_the_training_goes_on(tmp_path):
+@pytest.mark.parametrize("damaged", ['{"id": ', "3", "[1]", '{"id": 3}', '{"id": "a", "last_step": "4"}'])
+def test_a_damaged_memory_is_named_and_the_training_goes_on(tmp_path, damaged):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "wandb.json").write_text('{"id": ')
+    (tmp_path / "run" / "wandb.json").write_text(damaged)
     monitor, shown = opened(tmp_path / "run", "wandb")
     with monitor:
         monitor.log(1, {"x": 1.0})
     assert "W&B cannot be opened" in shown.getvalue()
     assert "wandb.json does not hold the id of the run" in shown.getvalue()
+    assert (tmp_path / "run" / "wandb.json").read_text() == damaged
 
 
 def test_the_memory_holds_steps_that_are_sent_as_a_whole(tmp_path):
