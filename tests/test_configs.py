@@ -1,12 +1,9 @@
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-import yaml
 
 from bdh.cli.generate import GenerateSettings
 from bdh.cli.settings import parse_settings
-from bdh.serve.config import ServeSettings
 from bdh.train.config import RunSettings
 
 FOLDER = Path(__file__).parent.parent / "configs"
@@ -30,18 +27,6 @@ def test_the_configuration_of_generate_is_valid():
     )
     assert settings.engine.weights == "bfloat16"
     assert settings.params().stop == ["\n\n"]
-
-
-def test_the_configuration_of_serve_has_every_setting_with_its_default():
-    argv = ["model", "--config", str(FOLDER / "serve.yaml")]
-    settings = parse_settings(
-        ServeSettings, argv, prog="bdh serve", description="", positionals=("model",), check_available=False
-    )
-    assert settings == ServeSettings(model="model")
-    given = yaml.safe_load((FOLDER / "serve.yaml").read_text())
-    expected = asdict(settings)
-    del expected["model"]  # of the command line
-    assert given == expected
 
 
 @pytest.mark.parametrize(
