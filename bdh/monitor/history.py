@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from bdh.storage import atomic_file
+from bdh.storage import atomic_file, write_text
 from bdh.text_files import read_yaml
 from bdh.validation import Faults
 
@@ -46,9 +45,7 @@ def cut_back(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [row for row in read_metrics(path) if row["step"] <= step]
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
 
 
 def plot_metrics(run_dirs: list[Path], output: Path, keys: Sequence[str] = LOSS_KEYS) -> None:
