@@ -81,18 +81,31 @@ def parse_settings(
     return settings
 
 
-def command(*positionals: str) -> Callable[[Callable[[Any], int]], Callable[[Sequence[str]], int]]:
-    """Makes the command ``bdh NAME`` of a function ``run_NAME(settings)``, whose docstring is its description in the help."""
+def command(
+    *positionals: str, base: Callable[[Mapping[str, Any]], Mapping[str, Any] | None] | None = None
+) -> Callable[[Callable[[Any], int]], Callable[[Sequence[str]], int]]:
+    """Makes the command ``bdh NAME`` of a function ``run_NAME(settings)``, whose docstring is its description in the help.
+
+    Args:
+        base: gives the settings that stand in place of the defaults, nested, for what the command line gives.
+    """
 
     def made(run: Callable[[Any], int]) -> Callable[[Sequence[str]], int]:
         name, description = run.__name__.removeprefix("run_"), " ".join((run.__doc__ or "").split())
 
         @functools.wraps(run)
         def run_argv(argv: Sequence[str]) -> int:
-            settings_class = run.__annotations__["settings"]
+            settings_class, stored = run.__annotations__["settings"], None
+            if base is not None and not {"-h", "--help"} & set(argv):
+                stored = base(given_settings(settings_class, argv, positionals))
             return run(
                 parse_settings(
-                    settings_class, argv, prog=f"bdh {name}", description=description, positionals=positionals
+                    settings_class,
+                    argv,
+                    prog=f"bdh {name}",
+                    description=description,
+                    positionals=positionals,
+                    base=stored,
                 )
             )
 
@@ -101,7 +114,7 @@ def command(*positionals: str) -> Callable[[Callable[[Any], int]], Callable[[Seq
     return made
 
 
-def given_settings(settings_class: type, argv: Sequence[str]) -> dict[str, Any]:
+def given_settings(settings_class: type, argv: Sequence[str], positionals: Sequence[str] = ()) -> dict[str, Any]:
     """What the files and flags of a command line give, by dotted name; what is wrong is left to ``parse_settings``.
 
     Raises:
@@ -109,7 +122,7 @@ def given_settings(settings_class: type, argv: Sequence[str]) -> dict[str, Any]:
         ValueError: a configuration file is not YAML.
     """
     ignored, leaves = Faults(), Leaves(settings_class)
-    given = CommandLine(leaves, (), argv).given(ignored)
+    given = CommandLine(leaves, positionals, argv).given(ignored)
     settings, right = _checked(leaves, given, ignored)
     return {name: functools.reduce(getattr, name.split("."), settings) for name in given if name in right}
 

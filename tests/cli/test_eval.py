@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -7,8 +8,11 @@ import torch
 
 from bdh import BDHConfig, BDHForCausalLM
 from bdh.cli.main import main
+from bdh.cli.settings import to_yaml
+from bdh.data.config import DataConfig
 from bdh.evaluate.loss import evaluate_text
 from bdh.tokenizer import byte_tokenizer
+from bdh.train.config import RunSettings
 from bdh.train.models import load_model
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 40
@@ -249,3 +253,41 @@ def test_recall_as_a_table_and_as_json(model_folder, text_file, capsys):
 def test_bad_input_for_tasks_and_needles_gets_status_2(model_folder, capsys, argv, message):
     assert main(["eval", str(model_folder), *argv]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def stored_run(tmp_path, model_folder):
+    """Makes a run's folder of the model that says which data it was trained on."""
+
+    def make(**data):
+        run = tmp_path / "run"
+        shutil.copytree(model_folder, run / "model")
+        (run / "checkpoints").mkdir()
+        (run / "config.yaml").write_text(to_yaml(RunSettings(data=DataConfig(**data))))
+        return run / "model"
+
+    return make
+
+
+def test_the_held_out_text_of_a_run_is_what_its_training_held_out(stored_run, text_file, tmp_path, capsys):
+    model = stored_run(source=str(text_file), val_fraction=0.05)
+    assert evaluated(capsys, model)["tokens"] == len(TEXT) * 0.05 - 1
+    assert evaluated(capsys, model, "--data.source", text_file)["tokens"] == len(TEXT) * 0.05 - 1
+    assert evaluated(capsys, model, "--data.val_fraction", 0.5)["tokens"] == len(TEXT) * 0.5 - 1
+    assert main(["eval", str(model), "--data.val_fraction", "0.5"]) == 0
+    assert capsys.readouterr().err.startswith(f"data settings of {tmp_path / 'run'}: source {text_file}\n")
+
+
+def test_another_text_than_the_run_s_has_only_the_share_of_the_run(stored_run, text_file, tmp_path, capsys):
+    (other := tmp_path / "other.txt").write_text("Something else. " * 100)
+    model = stored_run(source=str(other), val_source=str(other), val_fraction=0.2)
+    assert evaluated(capsys, model, "--data.source", text_file)["tokens"] == len(TEXT) * 0.2 - 1
+
+
+def test_a_source_of_a_run_s_mix_is_split_as_its_entry_says(stored_run, text_file, tmp_path, capsys):
+    (other := tmp_path / "other.txt").write_text("Something else. " * 100)
+    model = stored_run(mix=[{"source": str(other), "weight": 2}, {"source": str(text_file), "val_fraction": 0.25}])
+    assert main(["eval", str(model)]) == 2
+    assert "measure its sources one by one, with data.source" in capsys.readouterr().err
+    assert evaluated(capsys, model, "--data.source", text_file)["tokens"] == len(TEXT) * 0.25 - 1
+    assert evaluated(capsys, model, "--data.source", other)["tokens"] == 160 - 1
