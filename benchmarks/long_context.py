@@ -6,6 +6,8 @@ from nothing, the state handed from block to block, and prints the loss of each 
 Before that it checks that reading block by block gives what reading a stretch at once gives.
 
     python benchmarks/long_context.py --png long_context.png     # three minutes on two CPU cores
+
+Further flags are settings of the training.
 """
 
 import argparse
@@ -45,7 +47,7 @@ VARIANTS: dict[str, dict[str, object]] = {
 }
 
 
-def trained(folder: Path, source: str, block_size: int, steps: int, variant: dict[str, object]) -> Run:
+def trained(folder: Path, source: str, block_size: int, steps: int, variant: dict[str, object], more: list[str]) -> Run:
     flags = {
         **MODEL,
         "data.source": source,
@@ -58,7 +60,7 @@ def trained(folder: Path, source: str, block_size: int, steps: int, variant: dic
         **variant,
         "run_dir": folder,
     }
-    argv = [f"--{name}={value}" for name, value in flags.items()]
+    argv = [*(f"--{name}={value}" for name, value in flags.items()), *more]
     run = open_run(parse_settings(RunSettings, argv, prog="long_context", description=""))
     with Monitor(run.folder, run.settings.monitor, total_steps=steps, console=Console(quiet=True)) as monitor:
         fit(run, monitor)
@@ -113,14 +115,16 @@ def main() -> None:
     parser.add_argument("--val_tokens", type=int, default=100_000, help="tokens to measure on, at most")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--png", type=Path, help="picture to write")
-    arguments = parser.parse_args()
+    arguments, more = parser.parse_known_args()
 
     metrics: dict[str, Metrics] = {}
     print(f"{'':16}" + "".join(f"  block {i + 1:<3}" for i in range(arguments.blocks)) + "  training")
     for name in arguments.variants:
         with tempfile.TemporaryDirectory() as folder:
             started = time.perf_counter()
-            run = trained(Path(folder) / "run", arguments.source, arguments.block_size, arguments.steps, VARIANTS[name])
+            run = trained(
+                Path(folder) / "run", arguments.source, arguments.block_size, arguments.steps, VARIANTS[name], more
+            )
             seconds = time.perf_counter() - started
             metrics[name] = measured(run, arguments.block_size, arguments.blocks, arguments.val_tokens)
         losses = metrics[name].loss_by_block(arguments.block_size)

@@ -89,7 +89,9 @@ def test_logging_overhead():
 @pytest.mark.slow
 def test_long_context_gets_worse_beyond_the_block_unless_the_state_is_carried(tmp_path):
     """The carried model with decay stays at the loss of its first block through eight; the plain one does not."""
-    command = [sys.executable, "benchmarks/long_context.py", "--source", "pydoc", "--steps", "200"]
+    command = [sys.executable, "benchmarks/long_context.py", "--source", "pydoc", "--steps", "300"]
+    # A quarter of the neurons: a step takes a third of the time, and more of them show the same.
+    command += ["--model.mlp_internal_dim_multiplier", "8"]
     command += ["--block_size", "32", "--val_tokens", "20000", "--png", str(tmp_path / "loss.png")]
     command += ["--variants", "plain", "carried, decay"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
@@ -99,7 +101,7 @@ def test_long_context_gets_worse_beyond_the_block_unless_the_state_is_carried(tm
     # A block's mean is over 78 * 32 tokens whose losses spread by about 2 nats: good to 0.04. Twice and a half that;
     # measured was 0.07 below the first block.
     assert sum(carried[1:]) / 7 < carried[0] + 0.1
-    # Measured was 0.37 above it.
+    # Measured was 0.42 above it.
     assert sum(plain[2:]) / 6 > plain[0] + 0.2
     assert (tmp_path / "loss.png").stat().st_size > 10_000
 

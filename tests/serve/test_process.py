@@ -15,6 +15,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import httpx
 import pytest
 
+from benchmarks.forked import ForkServer
+
+
+@pytest.fixture(scope="module")
+def fork_server():
+    with ForkServer("bdh.cli.models", "bdh.serve.server", "bdh.model.network") as server:
+        yield server
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, bytes_pair):
@@ -25,20 +33,32 @@ def folder(tmp_path_factory, bytes_pair):
 
 
 class Process:
-    def __init__(self, folder, *arguments, environment=None, command=None):
-        command = command or [sys.executable, "-m", "bdh", "serve", str(folder), "--port", "0", *arguments]
-        self.process = subprocess.Popen(
-            command, stderr=subprocess.PIPE, text=True, env={**os.environ, **(environment or {})}
-        )
+    """A server.
+
+    Args:
+        command: follows ``bdh``, or ``python`` where it begins with -c.
+        forked: what starts it, from imports that are done; None for a Python of its own.
+    """
+
+    def __init__(self, command, tmp_path, forked, environment=None):
         self.log, self._changed = [], threading.Condition()
-        threading.Thread(target=self._read, daemon=True).start()
+        pipe = tmp_path / f"stderr of {len(list(tmp_path.iterdir()))}"
+        os.mkfifo(pipe)
+        threading.Thread(target=self._read, args=[pipe], daemon=True).start()
+        if forked:
+            self.process = forked.start(command, environment, stderr=pipe)
+        else:
+            start = [sys.executable, "-m", "bdh", *command]
+            with pipe.open("w") as stderr:
+                self.process = subprocess.Popen(start, stderr=stderr, env={**os.environ, **(environment or {})})
         self.http = httpx.Client(base_url=self.wait_for("listening")["url"], timeout=60)
 
-    def _read(self):
-        for line in self.process.stderr:
-            with self._changed:
-                self.log.append(json.loads(line) if line.startswith("{") else {"event": line.rstrip()})
-                self._changed.notify_all()
+    def _read(self, pipe):
+        with pipe.open() as lines:
+            for line in lines:
+                with self._changed:
+                    self.log.append(json.loads(line) if line.startswith("{") else {"event": line.rstrip()})
+                    self._changed.notify_all()
 
     def wait_for(self, event: str) -> dict:
         def found():
@@ -68,12 +88,11 @@ class Process:
 
 
 @pytest.fixture
-def start(folder):
+def start_process(tmp_path):
     started = []
 
-    def start(*arguments, environment=None) -> Process:
-        started.append(Process(folder, "--metrics", "true", *arguments, environment=environment))
-        started[-1].wait_for("ready")
+    def start(*arguments, **options) -> Process:
+        started.append(Process(*arguments, tmp_path, **options))
         return started[-1]
 
     yield start
@@ -81,6 +100,17 @@ def start(folder):
         each.process.kill()
         each.process.wait()
         each.http.close()
+
+
+@pytest.fixture
+def start(start_process, fork_server, folder):
+    def start(*arguments, forked=fork_server, **options) -> Process:
+        command = ["serve", str(folder), "--port", "0", "--metrics", "true", *arguments]
+        server = start_process(command, forked=forked, **options)
+        server.wait_for("ready")
+        return server
+
+    return start
 
 
 @pytest.mark.slow
@@ -103,7 +133,7 @@ def test_sigterm_lets_what_runs_come_to_its_end(start):
 @pytest.mark.slow
 def test_what_is_cut_off_is_told_so_and_goes_on_after_a_restart(start, tmp_path):
     keeping = ("--drain_timeout", "0.3", "--states.folder", str(tmp_path / "states"), "--resume_on_restart", "true")
-    server = start(*keeping)
+    server = start(*keeping, forked=None)  # the other one shares nothing with it
     whole = server.complete(prompt="abc", max_tokens=1500).json()["choices"][0]
     saved = server.complete(prompt="xyz", max_tokens=20, bdh={"save_state": True}).json()["choices"][0]
     rest = server.tokens(prompt="", max_tokens=15, bdh={"from_state": saved["bdh"]["state_id"]})
@@ -214,11 +244,11 @@ def test_prompts_are_logged_where_asked_for_and_an_open_server_and_a_taken_port_
 
 
 @pytest.mark.slow
-def test_a_model_that_cannot_be_loaded_ends_the_process(folder, tmp_path):
+def test_a_model_that_cannot_be_loaded_ends_the_process(start_process, fork_server, folder, tmp_path):
     damaged = tmp_path / "damaged"
     shutil.copytree(folder, damaged)
     (damaged / "model.safetensors").write_bytes(b"nothing")
-    process = Process(damaged)
+    process = start_process(["serve", str(damaged), "--port", "0"], forked=fork_server)
     assert process.process.wait(60) == 1
     assert "cut off or damaged" in process.wait_for("the model cannot be served")["event"]
 
@@ -266,21 +296,16 @@ sys.exit(serve(settings, lambda: (Network.load(sys.argv[1]), PlainTokenizer.load
 
 
 @pytest.fixture
-def start_faulty(folder):
+def start_faulty(start_process, fork_server, folder):
     """A server whose engine has this fault with the first request of the seed 13."""
-    started = []
 
     def start(fault, settings="") -> Process:
         script = FAULTY.format(fault=fault, settings=settings)
-        started.append(Process(folder, command=[sys.executable, "-c", script, str(folder)]))
-        started[-1].wait_for("ready")
-        return started[-1]
+        server = start_process(["-c", script, str(folder)], forked=fork_server)
+        server.wait_for("ready")
+        return server
 
-    yield start
-    for each in started:
-        each.process.kill()
-        each.process.wait()
-        each.http.close()
+    return start
 
 
 @pytest.mark.slow
