@@ -7,7 +7,7 @@ Before that it checks that reading block by block gives what reading a stretch a
 
     python benchmarks/long_context.py --png long_context.png     # three minutes on two CPU cores
 
-Further flags are settings of the training.
+Further flags, such as --model.n_embd=32, are settings of the training.
 """
 
 import argparse
@@ -58,9 +58,10 @@ def trained(folder: Path, source: str, block_size: int, steps: int, variant: dic
         "checkpoint.every_steps": steps,
         "monitor.log_every_steps": steps,
         **variant,
+        **dict(flag.removeprefix("--").split("=", 1) for flag in more),
         "run_dir": folder,
     }
-    argv = [*(f"--{name}={value}" for name, value in flags.items()), *more]
+    argv = [f"--{name}={value}" for name, value in flags.items()]
     run = open_run(parse_settings(RunSettings, argv, prog="long_context", description=""))
     with Monitor(run.folder, run.settings.monitor, total_steps=steps, console=Console(quiet=True)) as monitor:
         fit(run, monitor)

@@ -91,7 +91,7 @@ def test_long_context_gets_worse_beyond_the_block_unless_the_state_is_carried(tm
     """The carried model with decay stays at the loss of its first block through eight; the plain one does not."""
     command = [sys.executable, "benchmarks/long_context.py", "--source", "pydoc", "--steps", "300"]
     # A quarter of the neurons: a step takes a third of the time, and more of them show the same.
-    command += ["--model.mlp_internal_dim_multiplier", "8"]
+    command += ["--model.mlp_internal_dim_multiplier=8"]
     command += ["--block_size", "32", "--val_tokens", "20000", "--png", str(tmp_path / "loss.png")]
     command += ["--variants", "plain", "carried, decay"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
