@@ -1,8 +1,10 @@
 """The sparse kernels against naive.py, and the vector instructions that they consist of."""
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -63,6 +65,23 @@ def test_relu_keeps_nan():
     out = np.zeros((5, 8, 4), np.float32)
     all_tiles(kernels.FLOAT32, True, weights.data_ptr(), values.data_ptr(), 3, out)
     assert np.isnan(out[3]).all()
+
+
+@njit
+def address_after(array, num_bytes):
+    return vector.address(array) + num_bytes
+
+
+def test_addresses_are_signed_integers():
+    """An unsigned one plus a number is a float to numba: the kernels were compiled a second time for those."""
+    array = np.zeros(3, np.float32)
+    after = address_after(array, 4)
+    assert isinstance(after, int)
+    assert after == array[1:].ctypes.data
+    folder = Path(vector.__file__).parent
+    assert [file.name for file in folder.glob("*.py") if re.search(r"\w\.ctypes\.data", file.read_text())] == [
+        "vector.py"  # which says why not
+    ]
 
 
 @njit

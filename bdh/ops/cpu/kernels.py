@@ -24,6 +24,7 @@ from bdh.ops.cpu.runtime import STAGE_WORDS
 from bdh.ops.cpu.vector import (
     CACHE_LINE,
     add_scaled,
+    address,
     attend_and_update,
     dot,
     dots_1,
@@ -76,10 +77,10 @@ def bounds_of(stretch, N):
 def normalise(numbers, ones, eps):
     """LN of a row (D,), in place."""
     D = numbers.shape[0]
-    mean = dot(FLOAT32, numbers.ctypes.data, ones.ctypes.data, D) / np.float32(D)
+    mean = dot(FLOAT32, address(numbers), address(ones), D) / np.float32(D)
     for d in range(D):
         numbers[d] -= mean
-    variance = dot(FLOAT32, numbers.ctypes.data, numbers.ctypes.data, D) / np.float32(D)
+    variance = dot(FLOAT32, address(numbers), address(numbers), D) / np.float32(D)
     scale = np.float32(1) / np.sqrt(variance + np.float32(eps))
     for d in range(D):
         numbers[d] *= scale
@@ -103,7 +104,8 @@ def begin(stage, embed, tokens, v, eps):
     """v (R, D) = LN(embed[tokens]) before the first layer step."""
     ones = np.ones(v.shape[1], np.float32)
     for r in pieces(stage, v.shape[0]):
-        v[r] = embed[tokens[r]]
+        for d in range(v.shape[1]):  # the assignment of a row would take two seconds to compile
+            v[r, d] = embed[tokens[r], d]
         normalise(v[r], ones, eps)
 
 
@@ -122,23 +124,23 @@ def project(stage, like, weights, v, out, relu):
             last = min(end, first + BLOCK_NEURONS)
             by_4, by_8 = last - (last - first) % 4, last - (last - first) % 8
             for r in range(0, R - R % 4, 4):
-                value = v.ctypes.data + r * D * 4
+                value = address(v) + r * D * 4
                 for n in range(first, by_4, 4):
-                    place = out.ctypes.data + (n * R + r) * 4
+                    place = address(out) + (n * R + r) * 4
                     following = weights + (n + BLOCK_NEURONS) * row_bytes
                     for line in range(r // 4 * share, min(4 * row_bytes, (r // 4 + 1) * share), CACHE_LINE):
                         prefetch(following + line)
                     tile_4x4(like, relu, weights + n * row_bytes, row_bytes, value, D * 4, D, place, R * 4)
                 for n in range(by_4, last):
-                    place = out.ctypes.data + (n * R + r) * 4
+                    place = address(out) + (n * R + r) * 4
                     tile_1x4(like, relu, weights + n * row_bytes, row_bytes, value, D * 4, D, place, R * 4)
             for r in range(R - R % 4, R):
-                value = v.ctypes.data + r * D * 4
+                value = address(v) + r * D * 4
                 for n in range(first, by_8, 8):
-                    place = out.ctypes.data + (n * R + r) * 4
+                    place = address(out) + (n * R + r) * 4
                     tile_8x1(like, relu, weights + n * row_bytes, row_bytes, value, D * 4, D, place, R * 4)
                 for n in range(by_8, last):
-                    place = out.ctypes.data + (n * R + r) * 4
+                    place = address(out) + (n * R + r) * 4
                     tile_1x1(like, relu, weights + n * row_bytes, row_bytes, value, D * 4, D, place, R * 4)
 
 
@@ -181,8 +183,8 @@ def attention_update(stage, like, states, starts, x, cos, sin, read_scales, writ
                         q_1 * read,
                         q_0 * write,
                         q_1 * write,
-                        v.ctypes.data + row * D * 4,
-                        parts.ctypes.data + (stretch * R + row) * D * 4,
+                        address(v) + row * D * 4,
+                        address(parts) + (stretch * R + row) * D * 4,
                         D,
                     )
                 continue
@@ -201,8 +203,8 @@ def attention_update(stage, like, states, starts, x, cos, sin, read_scales, writ
                         q_1 * read,
                         q_0 * write,
                         q_1 * write,
-                        v.ctypes.data + r * D * 4,
-                        parts.ctypes.data + (stretch * R + r) * D * 4,
+                        address(v) + r * D * 4,
+                        address(parts) + (stretch * R + r) * D * 4,
                         D,
                     )
 
@@ -244,7 +246,7 @@ def gated_mlp(stage, like, encoder_v, decoder, x, a, parts, N):
                 for r in range(R):
                     neurons[count], rows[count] = n, r
                     weights[count] = encoder_v[h] + n * row_bytes
-                    values[count] = a.ctypes.data + (r * H + h) * D * 4
+                    values[count] = address(a) + (r * H + h) * D * 4
                     count += x[h * N + n, r] > 0
                 n += 1
             whole = count - count % 8
@@ -255,18 +257,18 @@ def gated_mlp(stage, like, encoder_v, decoder, x, a, parts, N):
                             prefetch(weights[ahead] + line)
                 dots_8(
                     like,
-                    weights.ctypes.data + index * 8,
-                    values.ctypes.data + index * 8,
+                    address(weights) + index * 8,
+                    address(values) + index * 8,
                     D,
-                    y.ctypes.data + index * 4,
+                    address(y) + index * 4,
                 )
             for index in range(whole, count):
                 dots_1(
                     like,
-                    weights.ctypes.data + index * 8,
-                    values.ctypes.data + index * 8,
+                    address(weights) + index * 8,
+                    address(values) + index * 8,
                     D,
-                    y.ctypes.data + index * 4,
+                    address(y) + index * 4,
                 )
             for index in range(count):
                 if y[index] > 0:
@@ -277,7 +279,7 @@ def gated_mlp(stage, like, encoder_v, decoder, x, a, parts, N):
                             prefetch(following + line)
                     add_scaled(
                         like,
-                        parts.ctypes.data + (stretch * R + r) * D * 4,
+                        address(parts) + (stretch * R + r) * D * 4,
                         decoder + n_fired * row_bytes,
                         x[n_fired, r] * y[index],
                         D,
@@ -313,12 +315,12 @@ def _layer_steps(text, weights, rest):
     progress, embed, tokens, positions, turns_per_token, v, cos, sin, eps, first_step = text
     like_weights, encoder, encoder_v, decoder = weights
     like_states, states, starts, read_scales, write_scales, x, a, parts = rest
-    N, stage = x.shape[0] // a.shape[1], progress.ctypes.data
+    N, stage = x.shape[0] // a.shape[1], address(progress)
     if first_step == 0:
         enter(stage, embed, tokens, positions, turns_per_token, v, cos, sin, eps)
     for index in range(len(states)):
         stage += STAGES * STAGE_BYTES
-        project(stage, like_weights, encoder, v, x, True)
+        project(stage, like_weights, encoder, v, x, np.bool_(True))  # for a literal it would be compiled apart
         attention_update(
             stage + STAGE_BYTES, like_states, states[index], starts, x, cos, sin, read_scales, write_scales, v, parts, N
         )
@@ -347,7 +349,7 @@ def layer_steps(num_threads, text, weights, rest):
 
 @jit_inner
 def _products(progress, like, weights, v, out, relu):
-    project(progress.ctypes.data, like, weights, v, out, relu)
+    project(address(progress), like, weights, v, out, relu)
 
 
 @jit

@@ -25,7 +25,7 @@ from bdh.ops.cpu.entries import (
     spread_row,
 )
 from bdh.ops.cpu.pieces import jit, jit_inner
-from bdh.ops.cpu.vector import LANES
+from bdh.ops.cpu.vector import LANES, address
 
 TILE_BYTES = 64 * 1024
 
@@ -137,29 +137,29 @@ def gated_mlp(x, y, has_y, a, encoder_v, decoder, grads, parts, neuron_keys, tok
     for part in prange(P):
         parts[part] = 0
         memory = np.empty((8, tile + LANES), np.float32)
-        lists = memory.ctypes.data
+        lists = address(memory)
         factors, staying = lists + _FACTORS * room, lists + _STAYING * room
         end_neuron = (part + 1) * N // P
         for start in range(part * N // P, end_neuron, some):
             for first in range(0, M, tile):
                 width = min(tile, M - first)
-                values = a.ctypes.data + first * stride
-                sums = parts.ctypes.data + part * parts.strides[0] + first * stride
+                values = address(a) + first * stride
+                sums = address(parts) + part * parts.strides[0] + first * stride
                 for n in range(start, min(end_neuron, start + some)):
                     place, row = (n * row_length + first) * 4, n * D * 4
                     if is_backward:
                         for index in range(first, first + width):
                             gated[n, index] = 0
                     count = _gated(
-                        x.ctypes.data + place,
-                        y.ctypes.data + place * has_y,
+                        address(x) + place,
+                        address(y) + place * has_y,
                         has_y,
                         values,
                         stride,
-                        encoder_v.ctypes.data + row,
+                        address(encoder_v) + row,
                         D,
                         width,
-                        token_keys.ctypes.data + first * 4,
+                        address(token_keys) + first * 4,
                         neuron_keys[n],
                         threshold,
                         lists,
@@ -173,15 +173,15 @@ def gated_mlp(x, y, has_y, a, encoder_v, decoder, grads, parts, neuron_keys, tok
                     if not is_backward:
                         for index in range(0, count, GROUP):
                             at = index * 4
-                            spread_row(decoder.ctypes.data + row, factors + at, staying + at, sums, stride, D)
+                            spread_row(address(decoder) + row, factors + at, staying + at, sums, stride, D)
                         continue
                     for index in range(0, count, GROUP):
                         dots_and_gather(
-                            decoder.ctypes.data + row,
-                            grad_decoder.ctypes.data + row,
+                            address(decoder) + row,
+                            address(grad_decoder) + row,
                             factors + index * 4,
                             staying + index * 4,
-                            grad_out.ctypes.data + first * stride,
+                            address(grad_out) + first * stride,
                             stride,
                             D,
                             lists + _Y * room + index * 4,
@@ -190,12 +190,12 @@ def gated_mlp(x, y, has_y, a, encoder_v, decoder, grads, parts, neuron_keys, tok
                         grad_z = memory[_Y, index] * scale
                         memory[_FACTORS, index] = grad_z * memory[_X_STAYING, index]
                         memory[_Y, index] = grad_z * memory[_Y_STAYING, index]
-                    scatter(lists + _Y * room, staying, count, gated.ctypes.data + place)
+                    scatter(lists + _Y * room, staying, count, address(gated) + place)
                     pad(staying, factors, count)
                     for index in range(0, count, GROUP):
                         gather_and_spread(
-                            encoder_v.ctypes.data + row,
-                            grad_encoder_v.ctypes.data + row,
+                            address(encoder_v) + row,
+                            address(grad_encoder_v) + row,
                             factors + index * 4,
                             staying + index * 4,
                             values,
@@ -223,17 +223,19 @@ def fire_backward(x, grad_q, gated, cos, sin, starts, places, v, encoder, grad_e
     some = max(1, BLOCK_BYTES // (8 * D))
     for part in prange(P):
         parts[part] = 0
-        memory, grads = np.empty((8, tile + LANES), np.float32), np.empty((2, tile), np.float32)
-        lists = memory.ctypes.data
+        memory = np.empty((10, tile + LANES), np.float32)
+        lists, grads = address(memory), memory[8:]  # a view, with which the lists stay in memory
         end_pair = (part + 1) * (N // 2) // P
         for start in range(part * (N // 2) // P, end_pair, some):
+            run = 0  # in which the tile begins; np.searchsorted would take a second to compile
             for first in range(0, M, tile):
                 width = min(tile, M - first)
                 last = min(first + width, G * C)  # what follows is no token
                 offset = first * stride
-                first_run = np.searchsorted(starts, first, side="right") - 1
+                while starts[run + 1] <= first:
+                    run += 1
                 for i in range(start, min(end_pair, start + some)):
-                    r, m = first_run, first
+                    r, m = run, first
                     while m < last:
                         g, end, place = m // C, min(last, starts[r + 1]), places[r] + m - starts[r]
                         c = m - g * C
@@ -249,11 +251,11 @@ def fire_backward(x, grad_q, gated, cos, sin, starts, places, v, encoder, grad_e
                     for side in range(2):
                         n = 2 * i + side
                         count = list_firing_1(
-                            x.ctypes.data + (n * row_length + first) * 4,
+                            address(x) + (n * row_length + first) * 4,
                             width,
                             lists + _FIRING * room,
                             lists + _X * room,
-                            grads.ctypes.data + side * tile * 4,
+                            address(grads) + side * room,
                             lists + _FACTORS * room,
                         )
                         if count == 0:
@@ -261,12 +263,12 @@ def fire_backward(x, grad_q, gated, cos, sin, starts, places, v, encoder, grad_e
                         pad(lists + _FIRING * room, lists + _FACTORS * room, count)
                         for index in range(0, count, GROUP):
                             gather_and_spread(
-                                encoder.ctypes.data + n * D * 4,
-                                grad_encoder.ctypes.data + n * D * 4,
+                                address(encoder) + n * D * 4,
+                                address(grad_encoder) + n * D * 4,
                                 lists + _FACTORS * room + index * 4,
                                 lists + _FIRING * room + index * 4,
-                                v.ctypes.data + offset,
-                                parts.ctypes.data + part * parts.strides[0] + offset,
+                                address(v) + offset,
+                                address(parts) + part * parts.strides[0] + offset,
                                 stride,
                                 D,
                             )

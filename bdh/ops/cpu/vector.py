@@ -262,6 +262,20 @@ def prefetch(builder, address):
     builder.call(function, [pointer, _I32(0), _I32(3), _I32(1)])
 
 
+@intrinsic
+def address(typingctx: Any, array: Any) -> tuple[Any, Callable[..., Any]]:
+    """Of an array's first number; the array must outlive it.
+
+    ``array.ctypes.data`` is unsigned, which numba adds to a signed integer as floats.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        return builder.ptrtoint(data, _I64)
+
+    return types.int64(array), codegen
+
+
 # Single numbers, by address.
 
 

@@ -31,7 +31,7 @@ from bdh.ops.cpu.kernels import (
     residual_norm,
 )
 from bdh.ops.cpu.pieces import jit, jit_inner, pieces
-from bdh.ops.cpu.vector import CACHE_LINE, add_scaled, get_byte, prefetch, put_byte, put_float
+from bdh.ops.cpu.vector import CACHE_LINE, add_scaled, address, get_byte, prefetch, put_byte, put_float
 
 
 @jit_inner
@@ -77,7 +77,7 @@ def score(stage, keys, fired, length, starts, positions, x, cos, sin, parts, N):
             for row in range(starts[sequence], starts[sequence + 1]):
                 column = positions[row] % length
                 marks = fired[sequence] + (h * length + column) * mark_bytes
-                out = parts.ctypes.data + (stretch * R + row) * row_bytes
+                out = address(parts) + (stretch * R + row) * row_bytes
                 place = table + column * 4
                 count = take_in(x, row, h, N, first, end, marks, place, pair_bytes, firing)
                 for index in range(count):
@@ -123,8 +123,8 @@ def gather(stage, parts, fading, values, length, starts, positions, v, a, eps):
                 between = (positions[r] - 1 - c) % length
                 value = values[sequence] + c * D * 4
                 if between < num_earlier:
-                    value = v.ctypes.data + (r - 1 - between) * D * 4
-                add_scaled(FLOAT32, a.ctypes.data + (r * H + h) * D * 4, value, scores[c] * fading[h, between], D)
+                    value = address(v) + (r - 1 - between) * D * 4
+                add_scaled(FLOAT32, address(a) + (r * H + h) * D * 4, value, scores[c] * fading[h, between], D)
         normalise(a[r, h], ones, eps)
 
 
@@ -144,12 +144,12 @@ def _window_steps(text, weights, rest):
     progress, embed, tokens, positions, turns_per_token, v, cos, sin, eps, first_step = text
     like_weights, encoder, encoder_v, decoder = weights
     rings, fading, starts, x, a, scores, parts = rest
-    N, length, stage = x.shape[0] // a.shape[1], fading.shape[1], progress.ctypes.data
+    N, length, stage = x.shape[0] // a.shape[1], fading.shape[1], address(progress)
     if first_step == 0:
         enter(stage, embed, tokens, positions, turns_per_token, v, cos, sin, eps)
     for index in range(len(rings)):
         stage += STAGES * STAGE_BYTES
-        project(stage, like_weights, encoder, v, x, True)
+        project(stage, like_weights, encoder, v, x, np.bool_(True))
         if length > 0:
             keys, marks, values = rings[index]
             score(stage + STAGE_BYTES, keys, marks, length, starts, positions, x, cos, sin, scores, N)
