@@ -57,10 +57,18 @@ def test_a_text_follows_a_schema_or_a_pattern(model_folder, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_seed_gives_the_same_text_in_another_process(model_folder):
-    argv = [sys.executable, "-m", "bdh", "generate", str(model_folder), "--prompt", "a", "--max_new_tokens", "20"]
-    texts = [
-        subprocess.run([*argv, "--seed", seed], capture_output=True, check=True).stdout for seed in ("1", "1", "2")
-    ]
+    """The third text, of another seed, comes from the second process too."""
+    argv = ["generate", str(model_folder), "--prompt", "a", "--max_new_tokens", "20", "--seed"]
+    code = (
+        "import sys; from bdh.cli.main import main\n"
+        "for seed in sys.argv[1].split(','):\n"
+        "    assert main([*sys.argv[2:], seed]) == 0\n"
+        "    sys.stdout.flush(); sys.stdout.buffer.write(bytes(8)); sys.stdout.flush()\n"
+    )
+    texts = []
+    for seeds in ("1", "1,2"):
+        command = [sys.executable, "-c", code, seeds, *argv]
+        texts += subprocess.run(command, capture_output=True, check=True).stdout.split(bytes(8))[:-1]
     assert texts[0] == texts[1] != texts[2]
 
 

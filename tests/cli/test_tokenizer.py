@@ -1,6 +1,8 @@
+import io
 import json
 import subprocess
 import sys
+from contextlib import redirect_stdout
 
 import pytest
 from transformers import AutoTokenizer
@@ -8,32 +10,40 @@ from transformers import AutoTokenizer
 from bdh.cli.main import main
 
 
-@pytest.fixture
-def text_file(tmp_path):
-    path = tmp_path / "text.txt"
+def write_text(path):
     words = [f"word{i % 97} number{i % 89} thing{i % 83}s" for i in range(3000)]
     path.write_text("\n".join(words))
     return path
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["bpe", "wordpiece", "unigram"])
-def test_a_model_trained_with_a_trained_tokenizer_talks_the_same_in_a_new_process(text_file, tmp_path, capsys, kind):
-    out, run = tmp_path / "tokenizer", tmp_path / "run"
-    argv = [
-        "tokenizer",
-        "train",
-        "--data.source",
-        str(text_file),
-        "--kind",
-        kind,
-        "--vocab_size",
-        "320",
-        "--out",
-        str(out),
-    ]
-    assert main(argv) == 0
-    assert "bytes per token on held-out text" in capsys.readouterr().out
+@pytest.fixture
+def text_file(tmp_path):
+    return write_text(tmp_path / "text.txt")
+
+
+KINDS = ["bpe", "wordpiece", "unigram"]
+OPTIONS = ["--prompt", "word1 number1", "--seed", "5", "--max_new_tokens", "15"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """For each kind, a tokenizer and a run with it."""
+    folder = tmp_path_factory.mktemp("kinds")
+    text = write_text(folder / "text.txt")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("BDH_CACHE", str(folder / "cache"))
+        for kind in KINDS:
+            train_both(text, kind, folder / kind)
+    return folder
+
+
+def train_both(text, kind, folder):
+    out = folder / "tokenizer"
+    argv = ["--data.source", str(text), "--kind", kind, "--vocab_size", "320", "--out", str(out)]
+    told = io.StringIO()
+    with redirect_stdout(told):
+        assert main(["tokenizer", "train", *argv]) == 0
+    assert "bytes per token on held-out text" in told.getvalue()
     assert len(AutoTokenizer.from_pretrained(out)) <= 320
 
     flags = {
@@ -42,24 +52,39 @@ def test_a_model_trained_with_a_trained_tokenizer_talks_the_same_in_a_new_proces
         "model.n_head": 2,
         "model.mlp_internal_dim_multiplier": 8,
         "tokenizer.path": out,
-        "data.source": text_file,
+        "data.source": text,
         "train.block_size": 16,
         "train.batch_size": 4,
         "train.max_steps": 10,
         "train.warmup_steps": 1,
         "train.sample_every_steps": 0,
         "monitor.backends": "console,jsonl",
-        "run_dir": run,
+        "run_dir": folder / "run",
     }
     assert main(["train", *(f"--{name}={value}" for name, value in flags.items())]) == 0
-    capsys.readouterr()
-    options = ["--prompt", "word1 number1", "--seed", "5", "--max_new_tokens", "15"]
-    assert main(["generate", str(run / "model"), *options]) == 0
+
+
+@pytest.fixture(scope="module")
+def there(folder) -> dict[str, bytes]:
+    """What models of all kinds write in a new process: one, as starting it takes longest."""
+    code = (
+        "import sys; from bdh.cli.main import main\n"
+        "for run in sys.argv[1].split(','):\n"
+        "    assert main(['generate', run, *sys.argv[2:]]) == 0\n"
+        "    sys.stdout.flush(); sys.stdout.buffer.write(bytes(8)); sys.stdout.flush()\n"
+    )
+    runs = ",".join(str(folder / kind / "run") for kind in KINDS)
+    done = subprocess.run([sys.executable, "-c", code, runs, *OPTIONS], capture_output=True, check=True)
+    return dict(zip(KINDS, done.stdout.split(bytes(8)), strict=False))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_trained_with_a_trained_tokenizer_talks_the_same_in_a_new_process(folder, there, capsys, kind):
+    run = folder / kind / "run"
+    assert main(["generate", str(run / "model"), *OPTIONS]) == 0
     here = capsys.readouterr().out
-    there = subprocess.run(
-        [sys.executable, "-m", "bdh", "generate", str(run), *options], capture_output=True, check=True
-    ).stdout
-    assert here == there.decode()  # not text=True, which turns a generated CR into a line end
+    assert here == there[kind].decode()  # not text=True, which turns a generated CR into a line end
     config = json.loads((run / "model" / "config.json").read_text())
     assert config["vocab_size"] == len(AutoTokenizer.from_pretrained(run / "model"))
     assert config["eos_token_id"] == AutoTokenizer.from_pretrained(run / "model").eos_token_id
