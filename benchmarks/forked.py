@@ -47,6 +47,10 @@ class Forked:
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
 
+    def wrote(self) -> str:
+        """What it has written to stdout."""
+        return self._files.with_suffix(".out").read_text()
+
     def said(self) -> str:
         """What it has written to stderr."""
         return self._files.with_suffix(".err").read_text()
@@ -121,8 +125,6 @@ def wait_for_one(arguments: list[str], environment: dict[str, str], files: str, 
 
 def run(arguments: list[str], environment: dict[str, str], stdout: str, stderr: str) -> NoReturn:
     """Ends as any Python does, which waits for threads."""
-    from bdh.cli.main import main
-
     os.environ.update(environment)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number, name in ((1, stdout), (2, stderr)):
@@ -131,6 +133,8 @@ def run(arguments: list[str], environment: dict[str, str], stdout: str, stderr: 
         sys.argv = ["-c", *arguments[2:]]
         exec(arguments[1], {"__name__": "__main__"})
         sys.exit()
+    from bdh.cli.main import main
+
     sys.exit(main(arguments))
 
 

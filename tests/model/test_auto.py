@@ -1,7 +1,6 @@
 """`import bdh` makes transformers' auto classes know the model, and costs nothing."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -12,6 +11,26 @@ from transformers import AutoModelForCausalLM
 from bdh import BDHConfig, BDHForCausalLM
 from bdh.tokenizer import byte_tokenizer
 from bdh.train.export import export_model
+from benchmarks.forked import ForkServer
+
+
+@pytest.fixture(scope="module")
+def fork_server():
+    """With what takes long of the imports of transformers: neither that nor bdh."""
+    with ForkServer("torch._dynamo", "torch.distributed.tensor", "scipy.optimize") as server:
+        yield server
+
+
+@pytest.fixture
+def printed(fork_server, tmp_path):
+    """What a program prints, to whose questions nobody answers."""
+
+    def run(code: str, *arguments: str) -> str:
+        started = fork_server.start(["-c", code, *arguments], {"HF_MODULES_CACHE": str(tmp_path / "modules")})
+        assert started.wait(120) == 0, started.said()
+        return started.wrote()
+
+    return run
 
 
 def test_saved_and_loaded_is_bit_equal(model, tokens, tmp_path):
@@ -41,16 +60,17 @@ def test_loading_takes_a_dtype(model, tokens, tmp_path, dtype):
         "from bdh import BDHModel\nfrom transformers import AutoModelForCausalLM, AutoConfig",  # bdh.model.modeling first
     ],
 )
-def test_the_auto_classes_know_it_whatever_is_imported_first(model, tmp_path, imports):
+def test_the_auto_classes_know_it_whatever_is_imported_first(printed, model, tmp_path, imports):
     model.save_pretrained(tmp_path)
-    code = f"""{imports}
+    code = f"""import sys
+assert not {{"bdh", "transformers"}} & set(sys.modules)
+{imports}
 print(type(AutoConfig.from_pretrained({str(tmp_path)!r})).__name__)
 print(type(AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})).__name__)
 from transformers import AutoModel, AutoModelForSequenceClassification
 print(type(AutoModel.from_pretrained({str(tmp_path)!r})).__name__)
 print(type(AutoModelForSequenceClassification.from_pretrained({str(tmp_path)!r})).__name__)"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["BDHConfig", "BDHForCausalLM", "BDHModel", "BDHForSequenceClassification"]
+    assert printed(code).split() == ["BDHConfig", "BDHForCausalLM", "BDHModel", "BDHForSequenceClassification"]
 
 
 def test_importing_bdh_loads_no_heavy_library():
@@ -78,16 +98,6 @@ def exported(tmp_path_factory):
     config = BDHConfig(vocab_size=256, n_embd=8, n_head=1, n_layer=1, mlp_internal_dim_multiplier=2)
     export_model(BDHForCausalLM(config), byte_tokenizer(), folder, "")
     return folder
-
-
-def run(code: str, folder, tmp_path) -> list[str]:
-    """What a program prints, to whose questions nobody answers. ``sys.argv[1:]`` are the folder and a new one."""
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    command = [sys.executable, "-c", code, str(folder), str(tmp_path / "copied")]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL, env=environment, timeout=120
-    )
-    return done.stdout.rpartition("printed")[2].split()  # before it stands what transformers asks
 
 
 WITHOUT_BDH = """
@@ -126,16 +136,17 @@ print("printed", type(model).__module__, type(model).__name__)
 
 
 @pytest.mark.slow
-def test_without_importing_bdh_the_tokenizer_loads_and_the_model_says_what_to_do(exported, tmp_path):
+def test_without_importing_bdh_the_tokenizer_loads_and_the_model_says_what_to_do(printed, exported, tmp_path):
     """Nothing is asked where no code is to be trusted; where bdh is not installed, the error says so."""
-    assert run(WITHOUT_BDH, exported, tmp_path) == ["bdh.model.modeling", "BDHForCausalLM"]
+    out = printed(WITHOUT_BDH, str(exported), str(tmp_path / "copied"))
+    assert out.rpartition("printed")[2].split() == ["bdh.model.modeling", "BDHForCausalLM"]
     # With the stub, and no copies of the package's modules.
     assert sorted(p.name for p in (tmp_path / "copied").glob("*.py")) == ["bdh_auto.py"]
     assert (tmp_path / "copied" / "config.json").read_text() == (exported / "config.json").read_text()
 
 
 @pytest.mark.slow
-def test_after_import_bdh_no_one_is_asked(exported, tmp_path):
+def test_after_import_bdh_no_one_is_asked(printed, exported, tmp_path):
     code = """
 import bdh, sys, transformers
 from transformers import Trainer, AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, pipeline
@@ -148,7 +159,8 @@ AutoModelForCausalLM.from_pretrained(folder).save_pretrained(copied)
 print("printed", AutoConfig.from_pretrained(copied).auto_map["AutoModelForCausalLM"])
 pipeline("text-generation", folder)
 """
-    assert run(code, exported, tmp_path) == ["bdh_auto.BDHForCausalLM"]
+    out = printed(code, str(exported), str(tmp_path / "copied"))
+    assert out.rpartition("printed")[2].split() == ["bdh_auto.BDHForCausalLM"]
 
 
 def test_folders_without_the_stub_load_as_before(model, tokens, tmp_path):
