@@ -5,10 +5,14 @@ run=runs/demo
 
 if [ -f "$run/model/config.json" ]; then
     echo "$run holds a trained model already: using it. Remove the folder to train again."
-elif [ -f "$run/config.yaml" ]; then
+elif [ -f "$run/config.yaml" ] && { [ -f "$run/lock" ] || [ -n "$(ls "$run/checkpoints" 2>/dev/null)" ]; }; then
     echo "$run was interrupted: going on with it."
     bdh train --run_dir "$run" --resume
 else
+    if [ -f "$run/config.yaml" ]; then
+        echo "$run was interrupted before its first checkpoint: training anew."
+        rm -r "$run"
+    fi
     bdh train --config configs/tiny.yaml --run_dir "$run"
 fi
 

@@ -109,6 +109,11 @@ def holds_run(folder: Path) -> bool:
 
 def taken_by_run(folder: Path) -> FileExistsError:
     """The error of a fresh start in a folder that holds a run."""
+    if CheckpointFolder(folder).newest() is None and not (folder / "model").exists():
+        return FileExistsError(
+            f"{folder} already holds a run, which was stopped before its first checkpoint and cannot be continued: "
+            "remove the folder, or give another --run_dir"
+        )
     return FileExistsError(
         f"{folder} already holds a run, which is never overwritten: continue it with --resume, or give another --run_dir"
     )
@@ -141,7 +146,10 @@ class CheckpointFolder:
     def check_there(self, step: int | None) -> None:
         """Raises ``FileNotFoundError`` where there is no such checkpoint; None is the newest."""
         if step is None and self.newest() is None:
-            raise FileNotFoundError(f"there is no complete checkpoint in {self.folder}")
+            raise FileNotFoundError(
+                f"there is no complete checkpoint in {self.folder}: a run that was stopped before its first one cannot be "
+                f"continued; remove {self.folder.parent}, or train with another --run_dir"
+            )
         if step is not None and not self.path_of(step).is_dir():
             there = ", ".join(map(str, self.steps())) or "none"
             raise FileNotFoundError(f"there is no checkpoint of step {step} in {self.folder}: there are {there}")

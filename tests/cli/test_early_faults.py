@@ -31,8 +31,8 @@ for line in json.load(sys.stdin):
     print(json.dumps([status, shown.getvalue(), loaded]))
 """
 NO_MODEL = "there is no folder nowhere (and a model of the hub"
-# Command line, status, what is said. {folder} is an empty folder, {run} a run with a checkpoint of step 3, {model} an export,
-# {port} a taken port.
+# Command line, status, what is said. {folder} is an empty folder, {run} a run with a checkpoint of step 3, {early} one without
+# any, {model} an export, {port} a taken port.
 LINES = [
     *((f"{command} --help", 0, "") for command in ("train", "eval", "generate", "chat", "serve", "convert", "export")),
     *((f"{command} --help", 0, "") for command in ("tokenizer train", "average", "plot", "runs", "bench")),
@@ -90,6 +90,8 @@ LINES = [
     ("train --tokenizer.chat_template nowhere", 2, "tokenizer.chat_template is 'nowhere'"),
     ("train --train.init_from nowhere", 2, NO_MODEL),
     ("train --run_dir {run}", 2, "{run} already holds a run, which is never overwritten"),
+    ("train --run_dir {early}", 2, "{early} already holds a run, which was stopped before its first checkpoint"),
+    ("train --run_dir {early} --resume", 2, "cannot be continued; remove {early}, or train with another --run_dir"),
     ("train --run_dir {bad}", 2, "run_dir is '{bad}': must be a folder, not a file"),
     ("train --run_dir {folder} --resume", 2, "there is no run to resume in {folder}"),
     ("train --run_dir {run} --resume --resume_step 7", 2, "there is no checkpoint of step 7"),
@@ -104,8 +106,10 @@ def results(tmp_path_factory):
     from bdh.train.config import RunSettings
 
     folder = tmp_path_factory.mktemp("early")
-    places = {name: folder / name for name in ("folder", "run", "model")}
-    places["folder"].mkdir()
+    places = {name: folder / name for name in ("folder", "run", "early", "model")}
+    for name in ("folder", "early"):
+        places[name].mkdir()
+    (places["early"] / "config.yaml").write_text(to_yaml(RunSettings()))
     checkpoint = places["run"] / "checkpoints" / "step-0000003"
     checkpoint.mkdir(parents=True)
     (checkpoint / "manifest.json").write_text("{}")
