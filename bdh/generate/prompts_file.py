@@ -1,5 +1,6 @@
 """Files of prompts, and files of results, which a later run can continue."""
 
+import difflib
 import json
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -14,6 +15,13 @@ from bdh.validation import Faults
 
 RESULT_KEYS = ("text", "index", "finish_reason", "num_tokens", "logprobs", "prompt_logprobs", "error")
 _MOST_FAULTS = 10
+# What the command line and transformers call settings of a request.
+_OTHER_NAMES = {"max_new_tokens": "max_tokens", "num_return_sequences": "n"}
+_FLAGS = {
+    "num_beams": "it holds for all prompts, as --num_beams",
+    "json_schema": 'write it as {"grammar": {"json_schema": SCHEMA}}',
+    "regex": 'write it as {"grammar": {"regex": PATTERN}}',
+}
 
 
 @dataclass
@@ -37,7 +45,8 @@ def read_jobs(path: Path, params: SamplingParams) -> list[Job]:
     """The prompts of a file: of a ``.jsonl`` file an object a line, else each line that is not empty.
 
     An object has a ``prompt``, or the ``messages`` of a conversation, and may have any setting of
-    :class:`SamplingParams` in place of that of ``params``. What else it has is passed on to the results.
+    :class:`SamplingParams` in place of that of ``params``. What else it has is passed on to the results, but for names that
+    are all but those of a setting.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -81,7 +90,16 @@ def _job(line: str, params: SamplingParams) -> Job:
             raise ValueError(f"messages is {prompt!r}: must be a list of objects with role and content")
     elif not isinstance(prompt, str):
         raise ValueError(f"prompt is {prompt!r}: must be a string")
-    settings = {name: facts.pop(name) for name in list(facts) if name in SamplingParams.__dataclass_fields__}
+    known = SamplingParams.__dataclass_fields__
+    for name, own_name in _OTHER_NAMES.items():
+        if name in facts and own_name in facts:
+            raise ValueError(f"{name} is {own_name}, which is given too: give it once")
+    facts = {_OTHER_NAMES.get(name, name): value for name, value in facts.items()}
+    settings = {name: facts.pop(name) for name in list(facts) if name in known}
+    for name in facts:
+        near = difflib.get_close_matches(name.lower(), [*known, *_OTHER_NAMES], n=1, cutoff=0.88)
+        if hint := _FLAGS.get(name) or (near and f"did you mean {near[0]}? Data of your own go under other names"):
+            raise ValueError(f"{name} is no setting of a prompt: {hint}")
     if taken := [name for name in facts if name in RESULT_KEYS]:
         raise ValueError(f"{', '.join(taken)} is what results are written under: give it another name")
     own = params_from(settings)

@@ -26,19 +26,35 @@ def test_objects_may_have_settings_of_their_own_and_more(tmp_path):
         {"prompt": "a"},
         {"id": 7, "prompt": "b", "max_tokens": 9, "stop": "x", "logit_bias": {"65": -1}, "tags": ["t"]},
         {"messages": [{"role": "user", "content": "c"}], "seed": None},
+        {
+            "prompt": "d",
+            "max_new_tokens": 3,
+            "num_return_sequences": 1,
+            "step": 4,
+            "name": "n",
+            "output": "o",
+            "top": 1,
+        },
     ]
     path.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
-    first, second, third = read_jobs(path, PARAMS)
+    first, second, third, fourth = read_jobs(path, PARAMS)
     assert (first.params, first.facts) == (PARAMS, {"prompt": "a"})
     assert second.params == SamplingParams(max_tokens=9, temperature=0, stop=["x"], logit_bias={65: -1.0})
     assert second.facts == {"id": 7, "tags": ["t"], "prompt": "b"}
     assert third.facts == {"messages": [{"role": "user", "content": "c"}]}
+    assert fourth.params == SamplingParams(max_tokens=3, temperature=0)
+    assert fourth.facts == {"step": 4, "name": "n", "output": "o", "top": 1, "prompt": "d"}
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("{", "line 2: it is not JSON"),
+        ('{"prompt": "a", "temprature": 0}', "line 2: temprature is no setting of a prompt: did you mean temperature?"),
+        ('{"prompt": "a", "maxNewTokens": 1}', "did you mean max_new_tokens? Data of your own go under other names"),
+        ('{"prompt": "a", "num_beams": 2}', "num_beams is no setting of a prompt: it holds for all prompts"),
+        ('{"prompt": "a", "regex": "b"}', 'write it as {"grammar": {"regex": PATTERN}}'),
+        ('{"prompt": "a", "n": 1, "num_return_sequences": 2}', "num_return_sequences is n, which is given too"),
         ("[1]", "line 2: it is list, not an object"),
         ("{}", "line 2: it must have either a prompt or messages"),
         ('{"prompt": 3}', "line 2: prompt is 3: must be a string"),
