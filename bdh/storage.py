@@ -163,7 +163,8 @@ def _writing(target: Path) -> Iterator[tuple[Path, "Lock"]]:
                 remove(left)
             try:
                 _put_back(target)
-                yield temporary, lock
+                with naming_full_disk(target):  # which what is removed now frees again
+                    yield temporary, lock
             finally:
                 _put_back(target)  # after an error between the two renames
                 remove(temporary)
@@ -174,6 +175,8 @@ def naming_full_disk(target: Path) -> Iterator[None]:
     """Raises :class:`DiskFullError` where the block raises since there is no space left to write ``target``."""
     try:
         yield
+    except DiskFullError:  # of the same
+        raise
     except Exception as error:
         if _is_full(error, target.parent):
             reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from contextlib import ExitStack
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,6 +78,20 @@ def test_a_full_disk_is_called_one_with_the_target(tmp_path, error):
         with pytest.raises(DiskFullError, match=f"the disk is full, .*{name} could not be written"):
             fail(tmp_path / name, error)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_full_until_the_rest_is_removed_is_called_full(tmp_path, monkeypatch):
+    """PyTorch's writer does not say why it failed, and free space was looked at when its file was gone."""
+
+    def disk_usage(path):
+        return SimpleNamespace(free=0 if any(path.glob(".*.tmp")) else 1 << 30)
+
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+    error = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+    with pytest.raises(
+        DiskFullError, match=r"^the disk is full, [^(]*folder could not be written \(.enforce fail[^(]*\)$"
+    ):
+        fail_in_folder(tmp_path / "folder", error)
 
 
 def test_a_killed_process_leaves_the_target_and_the_next_one_cleans_up(tmp_path):

@@ -14,7 +14,7 @@ from bdh.cli.settings import command, verbatim
 from bdh.generate.grammar import check_grammar_library, collect_grammar_faults
 from bdh.generate.params import EngineConfig, LogprobCount, SamplingParams, TextSettings, collect_text_faults
 from bdh.generate.prompts_file import Job, num_done, read_jobs, result_lines
-from bdh.storage import check_folder_of
+from bdh.storage import check_folder_of, naming_full_disk
 from bdh.text_files import read_text
 from bdh.validation import Faults, PathText
 
@@ -201,6 +201,7 @@ def _write(path: Path, jobs: list[Job], done: int, results: Iterable[list[Any]])
     failed = 0
     try:
         with (
+            naming_full_disk(path),
             path.open("a" if done or path.exists() else "x", encoding="utf-8") as file,
             count_progress("continuing", "prompts", len(jobs), done) as advance,
         ):

@@ -104,7 +104,9 @@ class TokenCache:
                         (temporary / "meta.json").write_text(json.dumps(asdict(meta), indent=2), encoding="utf-8")
                 return meta
         except DiskFullError as error:
-            raise DiskFullError(f"{error}: free some space, or choose another disk with data.cache_dir") from error
+            raise DiskFullError(
+                f"{error}: free some space, or choose another disk with data.cache_dir or $BDH_CACHE"
+            ) from error
         except OSError as error:
             if isinstance(error, PermissionError) or error.errno == errno.EROFS:
                 raise PermissionError(

@@ -114,7 +114,8 @@ def _logged(rows: Iterable[dict[str, Any]]) -> str:
 class RunSummary:
     folder: Path
     state: str
-    """finished; active (it has logged within two minutes); or stopped."""
+    """finished, or "finished, not saved" without a checkpoint of its end or a model; active (it has logged within two minutes);
+    or stopped."""
     step: int
     """Of the last logged row."""
     max_steps: int | None
@@ -163,9 +164,11 @@ def _summary(run: Path, settings: dict[str, Any]) -> RunSummary:
     age = time.time() - rows[-1]["time"] if rows else None
     is_active = age is not None and age < _ACTIVE_SECONDS
     is_finished = max_steps is not None and step >= max_steps
+    is_saved = any(run.joinpath(name).is_dir() for name in (f"checkpoints/step-{step:07d}", "model"))
+    finished = "finished" if is_saved else "active" if is_active else "finished, not saved"
     return RunSummary(
         folder=run,
-        state="finished" if is_finished else "active" if is_active else "stopped",
+        state=finished if is_finished else "active" if is_active else "stopped",
         step=step,
         max_steps=max_steps,
         train_loss=_last(rows, "train/loss"),

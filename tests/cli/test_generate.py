@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import re
 import shutil
 import signal
@@ -232,6 +234,16 @@ def test_an_interruption_says_how_to_go_on(model_folder, tmp_path):
     assert process.returncode == 130
     assert "the same command with --resume continues" in errors
     assert output.read_bytes().endswith(b"\n")
+
+
+def test_a_full_disk_under_the_output_is_named(model_folder, tmp_path, monkeypatch, capsys):
+    def write(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("bdh.cli.generate.result_lines", write)
+    output = tmp_path / "out.jsonl"
+    assert generate(model_folder, "--prompt", "abc", "--output", output, "--max_new_tokens", 1) == 2
+    assert f"the disk is full, {output} could not be written" in capsys.readouterr().err
 
 
 def test_results_carry_what_was_asked_for(model_folder, tmp_path):

@@ -9,7 +9,7 @@ from bdh.monitor.history import summarize_runs
 
 
 def made(folder, *, rate=0.001, steps=(10, 20), max_steps=20, age=9_000.0):
-    folder.mkdir(parents=True)
+    (folder / "checkpoints" / "step-0000020").mkdir(parents=True)
     settings = {"train": {"max_steps": max_steps, "learning_rate": rate}, "data": {"source": ["a", "b"]}}
     (folder / "config.yaml").write_text(json.dumps(settings))  # JSON is YAML
     rows = []
@@ -27,10 +27,12 @@ def test_state_and_figures_of_each_run(tmp_path):
     made(tmp_path / "deep" / "b", steps=(10,))
     made(tmp_path / "c", steps=(10,), age=5)
     made(tmp_path / "d", steps=())
+    (made(tmp_path / "full") / "checkpoints" / "step-0000020").rmdir()
     (tmp_path / "no_run").mkdir()
     found = {run.folder.relative_to(tmp_path).as_posix(): run for run in summarize_runs(tmp_path)}
-    assert list(found) == ["a", "c", "d", "deep/b"]
-    assert [run.state for run in found.values()] == ["finished", "active", "stopped", "stopped"]
+    assert list(found) == ["a", "c", "d", "deep/b", "full"]
+    states = ["finished", "active", "stopped", "stopped", "finished, not saved"]
+    assert [run.state for run in found.values()] == states
     a, empty = found["a"], found["d"]
     assert (a.step, a.max_steps, a.train_loss, a.best_val_loss, a.tokens_per_second) == (20, 20, 1.0, 1.5, 50.0)
     assert a.seconds_since_logged == pytest.approx(9_000, abs=100)
