@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test quick check format clean gpu
 
-demo: $(INSTALLED)  ## train, export, generate and plot: about 5 minutes on 2 CPU cores
+demo: $(INSTALLED)  ## train, export, generate and plot
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh scripts/demo.sh
 
 test: $(INSTALLED)  ## the whole test suite
@@ -36,5 +36,6 @@ clean:  ## removes the environment and caches; leaves runs/ alone
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing PyTorch and the test tools into $(VENV): some minutes"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
