@@ -243,12 +243,12 @@ class ConsoleBackend(Backend):
 
         self._bar: Progress | None = None
         if facts.config.progress_bar and facts.console.is_terminal:
-            speed = ("loss {task.fields[loss]:.4f}", "{task.fields[tokens_per_second]:,.0f} tokens/s")
+            speed = ("loss {task.fields[loss]}", "{task.fields[tokens_per_second]} tokens/s")
             columns = ("step", MofNCompleteColumn(), BarColumn(bar_width=None), *speed, TimeElapsedColumn())
             left = ("left", TimeRemainingColumn())
             self._bar = Progress(*columns, *left, console=facts.console, refresh_per_second=4, expand=True)
             self._task = self._bar.add_task(
-                "training", total=facts.total_steps, completed=facts.start_step, loss=math.nan, tokens_per_second=0.0
+                "training", total=facts.total_steps, completed=facts.start_step, loss="-", tokens_per_second="-"
             )
 
     def start(self) -> None:
@@ -258,7 +258,8 @@ class ConsoleBackend(Backend):
     def progress(self, step: int, *, loss: float, tokens_per_second: float) -> None:
         config, total = self._facts.config, self._facts.total_steps
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, loss=loss, tokens_per_second=tokens_per_second)
+            speed = f"{tokens_per_second:,.0f}"
+            self._bar.update(self._task, completed=step, loss=f"{loss:.4f}", tokens_per_second=speed)
         elif config.progress_bar and (step % (10 * config.log_every_steps) == 0 or step == total):
             each = (time.monotonic() - self._start_time) / max(1, step - self._facts.start_step)
             minutes, seconds = divmod(int((total - step) * each), 60)

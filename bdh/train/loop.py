@@ -2,11 +2,12 @@
 
 import json
 import math
+import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -41,6 +42,8 @@ _AGREED_EVERY_STEPS = 10
 _MAX_SKIPPED_STEPS = 25
 # Whose neurons are counted at each evaluation, in a fraction of its time.
 _ACTIVITY_WINDOWS = 16
+# With more left after the second step (the first compiles), a run on a CPU says how long it takes.
+_LONG_HOURS = 12.0
 
 
 class TrainingStopped(ValueError):
@@ -68,9 +71,9 @@ def fit(run: Run, monitor: Monitor) -> str:
     num_tokens = run.sequences_per_step * settings.block_size
     flops_per_step = training_flops_per_token(run.model.config, settings.block_size) * num_tokens
     peak_flops = matmul_peak(run.runtime) * world.size
-    clock = StepClock()
+    clock, first = StepClock(), progress.step
 
-    with deferred_signals() as received, run.batches.prepared_ahead():
+    with deferred_signals(says=world.is_main) as received, run.batches.prepared_ahead():
         while progress.step < last_step:
             learning_rate = run.optimizers.set_learning_rate(progress.step)
             try:
@@ -95,6 +98,12 @@ def fit(run: Run, monitor: Monitor) -> str:
             result = read_results(run, monitor)
             clock.read()
             monitor.progress(step, loss=result.loss, tokens_per_second=clock.tokens_per_second)
+            hours = clock.step_seconds * (last_step - step) / 3600
+            if step == first + 2 and not run.guard.is_on_device and hours > _LONG_HOURS:
+                monitor.message(
+                    f"a step takes {clock.step_seconds:.3g} s here, the {last_step - step:,} that are left about "
+                    f"{hours / 24:.1f} days: configs/tiny.yaml is a small model"
+                )
             if not reports:
                 continue
             run.lock.check(seldom=True)
@@ -135,8 +144,9 @@ def fit(run: Run, monitor: Monitor) -> str:
 
 
 @contextmanager
-def deferred_signals() -> Iterator[list[str]]:
+def deferred_signals(*, says: bool = False) -> Iterator[list[str]]:
     """Collects the names of signals, so that a step ends before the run does. A second one acts at once, as it does without.
+    With ``says`` a line on stderr answers each, as a step may take minutes.
 
     Not so SIGUSR1 and SIGHUP, which may come twice. SIGHUP stays ignored where it is, as under ``nohup``. Outside of the
     main thread, where Python gives none, it collects nothing.
@@ -145,7 +155,12 @@ def deferred_signals() -> Iterator[list[str]]:
     before: dict[int, Any] = {}
 
     def remember(number: int, frame: FrameType | None) -> None:
-        received.append(name := signal.Signals(number).name)
+        name = signal.Signals(number).name
+        if says and name not in received:
+            again = "" if name in _MAY_REPEAT else "; the same again ends at once, without saving"
+            with suppress(OSError):  # nobody reads it; print could not be called while another is at work
+                os.write(2, f"\n{name}: finishing the step, then saving{again}\n".encode())
+        received.append(name)
         if name not in _MAY_REPEAT:
             restore()
 
@@ -203,6 +218,8 @@ class StepClock:
     def __init__(self) -> None:
         self.tokens_per_second = 0.0
         """Over about the last twenty steps."""
+        self.step_seconds = 0.0
+        """Of the steps between the last two readings, each."""
         self._start = self._moved = time.perf_counter()
         self._tokens = self._steps = self._read_steps = self._mean_steps = 0
         self._seconds = self._data_seconds = 0.0
@@ -216,6 +233,7 @@ class StepClock:
         """All steps that were launched are done."""
         now = time.perf_counter()
         seconds, steps = max(now - self._start, 1e-9), self._steps
+        self.step_seconds = seconds / max(1, steps)
         # The first steps compile and warm up.
         kept = 0.95**steps if self._read_steps >= 5 else 0.0
         self.tokens_per_second = kept * self.tokens_per_second + (1 - kept) * self._tokens / seconds

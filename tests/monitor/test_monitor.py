@@ -107,6 +107,7 @@ def test_the_bar_shows_loss_speed_and_time_left(tmp_path):
         monitor.progress(50, loss=1.5, tokens_per_second=2000.0)
         monitor.message("a [line] above the bar")
     shown = console.file.getvalue()
+    assert "loss nan" not in shown  # before the first step
     assert "loss 1.5000" in shown
     assert "2,000 tokens/s" in shown
     assert "a [line] above the bar" in shown

@@ -161,6 +161,36 @@ def test_signals_that_come_twice_for_one_reason_are_collected_both_times(name):
         assert received
 
 
+def test_a_signal_is_answered_at_once_as_a_step_may_take_minutes(capfd):
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with deferred_signals(says=True) as received:
+            for name in ("SIGUSR1", "SIGUSR1", "SIGTERM"):
+                os.kill(os.getpid(), signal.Signals[name])
+                assert received
+            said = capfd.readouterr().err.split("\n\n")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert [line.strip() for line in said] == [
+        "SIGUSR1: finishing the step, then saving",
+        "SIGTERM: finishing the step, then saving; the same again ends at once, without saving",
+    ]
+
+
+def test_a_run_of_days_says_so_after_its_second_step(train, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("bdh.train.loop._LONG_HOURS", 0.0)
+    few = {
+        "train.max_steps": 4,
+        "train.eval_every_steps": 9,
+        "train.sample_every_steps": 0,
+        "checkpoint.export": "none",
+    }
+    assert train(tmp_path / "run", **few) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("a step takes")]
+    assert len(said) == 1
+    assert "s here, the 2 that are left about 0.0 days: configs/tiny.yaml is a small model" in said[0]
+
+
 def test_a_hangup_that_nohup_ignores_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
