@@ -158,8 +158,7 @@ def print_banner(console: "Console", training: Any) -> None:
         "layer": training.plan.describe(config.n_layer),
         "attention": _describe_attention(training),
         "optimizer": f"{train.optimizer}, {train.schedule} schedule, {train.max_steps:,} steps",
-        "run": str(training.folder)
-        + (f", going on from step {training.progress.step}" if training.progress.step else ""),
+        "run": str(training.folder) + _describe_start(training.progress.step, train.max_steps),
     }
     if training.world.size == 1:
         del lines["processes"]
@@ -173,6 +172,12 @@ def print_banner(console: "Console", training: Any) -> None:
         )
     for name, text in lines.items():
         console.print(f"  {name:<10} {text}", markup=False, soft_wrap=True)
+
+
+def _describe_start(step: int, max_steps: int) -> str:
+    if step >= max_steps:
+        return f": all {step:,} steps are done, nothing to train; a higher --train.max_steps continues"
+    return f", going on from step {step}" if step else ""
 
 
 def _describe_attention(training: Any) -> str:

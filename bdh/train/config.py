@@ -350,7 +350,10 @@ def check_unchanged(settings: RunSettings, stored: dict[str, Any]) -> None:
         and _without_places(before) != _without_places(value)
     ]
     if changed:
-        raise ValueError("a resumed run keeps its model and data, but these differ: " + "; ".join(changed))
+        raise ValueError(
+            "a resumed run keeps its model and data, but these differ: " + "; ".join(changed) + "; leave out "
+            "the --config and flags that set them: a resumed run's own settings are read"
+        )
 
 
 def _fields(prefix: str, now: dict[str, Any], stored: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:

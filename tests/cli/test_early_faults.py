@@ -95,7 +95,11 @@ LINES = [
     ("train --run_dir {bad}", 2, "run_dir is '{bad}': must be a folder, not a file"),
     ("train --run_dir {folder} --resume", 2, "there is no run to resume in {folder}"),
     ("train --run_dir {run} --resume --resume_step 7", 2, "there is no checkpoint of step 7"),
-    ("train --run_dir {run} --resume --model.n_layer 9", 2, "model.n_layer: 6 in the run, 9 now"),
+    (
+        "train --run_dir {run} --resume --model.n_layer 9",
+        2,
+        "model.n_layer: 6 in the run, 9 now; leave out the --config",
+    ),
 ]
 
 

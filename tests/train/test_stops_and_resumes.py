@@ -150,6 +150,9 @@ def test_commands_that_are_printed_can_be_pasted_into_a_shell(train, tmp_path, c
     assert main(arguments) == 0
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Exported to")]
     assert shlex.split(line.partition(": bdh ")[2])[:2] == ["generate", str(run / "model")]
+    assert main(arguments) == 0
+    said = capsys.readouterr().err
+    assert f"{run}: all 12 steps are done, nothing to train; a higher --train.max_steps continues" in said
 
 
 @pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1"])

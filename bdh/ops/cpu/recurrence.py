@@ -166,7 +166,8 @@ class Recurrence:
         key = ("ring", fading.shape[1]) if fading is not None else states[0]["sums"][0].dtype
         if key not in self._is_compiled:
             self._is_compiled.add(key)
-            compiled(lambda: self._warm_up(states[0], fading))
+            kind = " in a window" if fading is not None else " with bfloat16 states" if key == torch.bfloat16 else ""
+            compiled(f"reading and writing{kind}", lambda: self._warm_up(states[0], fading))
         _, H, N, D = self.weights.shape
         R = len(rows.tokens)
         x, a = self.work_memory("x", H * N, R), self.work_memory("a", R, H, D)

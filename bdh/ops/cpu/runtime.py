@@ -219,8 +219,8 @@ def exclusive() -> AbstractContextManager[object]:
     return nullcontext() if is_safe else _one_at_a_time
 
 
-def compiled(run: Callable[[], None], announce: Callable[[str], None] = to_stderr) -> None:
-    """Runs something small that uses every kernel, so that they are compiled, or loaded from the disk.
+def compiled(what: str, run: Callable[[], None], announce: Callable[[str], None] = to_stderr) -> None:
+    """Runs something small that uses every kernel of ``what``, so that they are compiled, or loaded from the disk.
 
     Says so where numba compiles, and not where it loads, however long that takes on a busy machine: compiling takes about
     ten seconds, once for each version and processor.
@@ -233,7 +233,7 @@ def compiled(run: Callable[[], None], announce: Callable[[str], None] = to_stder
         def on_start(self, event: object) -> None:
             if not begun:
                 begun.append(time.perf_counter())
-                announce("compiling the kernels for this processor, once ...")
+                announce(f"compiling the kernels for {what}, once on this processor ...")
 
         def on_end(self, event: object) -> None:
             pass
@@ -247,4 +247,4 @@ def compiled(run: Callable[[], None], announce: Callable[[str], None] = to_stder
         # numba and torch share OpenMP, and numba's first launch asks it for all cores.
         torch.set_num_threads(threads)
     if begun:
-        announce(f"the kernels are ready, after {time.perf_counter() - begun[0]:.1f} s")
+        announce(f"the kernels for {what} are ready, after {time.perf_counter() - begun[0]:.1f} s")

@@ -44,7 +44,7 @@ def compile_kernels() -> None:
         kernels.fire_backward(x, grad_q, gated, *turns, narrow, weight, weight.copy(), parts)
         kernels.turn_back(x, grad_q, gated, *turns)
 
-    compiled(run)
+    compiled("training", run)
 
 
 class KernelNeurons(Neurons):
