@@ -1,5 +1,7 @@
 """Rows of parquet files, and of what the ``datasets`` library reads: data sets of the hub or in its layout."""
 
+import difflib
+import logging
 import warnings
 from collections import deque
 from collections.abc import Iterator
@@ -9,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bdh.data.config import DataConfig
+from bdh.data.config import BUILTIN, DataConfig
 from bdh.data.files import file_type, is_saved_to_disk
 from bdh.data.reading import (
     PEEKED_ROWS,
@@ -29,6 +31,7 @@ _SHAKESPEARE_ID = "karpathy/tiny_shakespeare"
 # The hub's own conversion: the repository itself is a loading script, which datasets no longer runs.
 _SHAKESPEARE_REVISION = "refs/convert/parquet"
 _PYTHON: dict[str, type] = {"string": str, "large_string": str, "null": type(None)}  # of Arrow's types that matter
+_logger = logging.getLogger(__name__)
 _ROWS_AT_ONCE = 256  # of a parquet file; more are no faster
 
 
@@ -187,6 +190,7 @@ class HubSet:
         load = partial(
             _load_split, path, name=config.name, split=split, revision=config.revision, streaming=config.streaming
         )
+        _announce(path)
         rows = load()
         is_csv = rows.info.builder_name == "csv"
         if is_csv:
@@ -257,6 +261,14 @@ def local_tables(path: str, *, name: str | None, split: str) -> list[Path] | Non
     return files
 
 
+def _announce(path: str) -> None:
+    """Says that the hub is asked, which without a network takes a while to fail."""
+    from huggingface_hub import constants
+
+    if not Path(path).is_dir() and not constants.HF_HUB_OFFLINE:
+        _logger.warning("asking the Hugging Face hub for the data set %s", path)
+
+
 def _load_split(
     path: str, *, name: str | None, split: str, revision: str | None, streaming: bool, **options: Any
 ) -> Any:
@@ -282,9 +294,11 @@ def _load_split(
     except OSError as error:
         if folder.is_dir():
             raise
+        near = difflib.get_close_matches(path, BUILTIN, n=1, cutoff=0.75)
+        hint = f"Did you mean {near[0]}? " if near else ""
         raise FileNotFoundError(
             f"data.source {path!r} is no file, folder or built-in text, and the hub did not give a data set of that name "
-            f"({(str(error).splitlines() or [''])[0]}). Without a network these work: pydoc and stdlib, local files and "
+            f"({(str(error).splitlines() or [''])[0]}). {hint}Without a network these work: pydoc and stdlib, local files and "
             "folders, and data sets that are in the hub's cache, with HF_HUB_OFFLINE=1"
         ) from error
     except (ValueError, RuntimeError) as error:
@@ -298,5 +312,6 @@ def shakespeare() -> bytes:
     Raises:
         FileNotFoundError: the hub cannot be reached, and the data set is not in its cache.
     """
+    _announce(_SHAKESPEARE_ID)
     load = partial(_load_split, _SHAKESPEARE_ID, name=None, revision=_SHAKESPEARE_REVISION, streaming=False)
     return "".join(text for split in ("train", "validation", "test") for text in load(split=split)["text"]).encode()

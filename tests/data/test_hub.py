@@ -144,6 +144,19 @@ def test_hub_out_of_reach_says_so_and_what_works_offline(source, streaming, corp
         corpus_of(source, streaming=streaming)
 
 
+def test_the_hub_is_named_before_it_is_asked_and_what_may_be_meant_after(monkeypatch, corpus_of, caplog):
+    """Without a network it takes a minute until the error."""
+
+    def load_dataset(*_, **__):
+        assert "asking the Hugging Face hub for the data set pydocs" in caplog.text
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(FileNotFoundError, match=r"\(no network\)\. Did you mean pydoc\? Without a network"):
+        corpus_of("pydocs")
+
+
 def test_hub_set_stands_alone(tmp_path, corpus_of):
     write_text(tmp_path / "a.txt", "text")
     with pytest.raises(ValueError, match="'organisation/set' is a data set: it can only stand alone"):
