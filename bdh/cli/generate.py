@@ -97,6 +97,11 @@ def run_generate(settings: GenerateSettings) -> int:
     jobs = [Job(settings.prompt, params)] if settings.prompt is not None else []
     if settings.prompts_file is not None:
         jobs = read_jobs(Path(settings.prompts_file), params)
+        own = next((job for job in jobs if job.params != params), None)
+        if own is not None and settings.num_beams > 1:
+            raise ValueError(
+                f"the prompt {own.prompt!r} has settings of its own: leave them out with num_beams above 1"
+            )
     done = _prepare_output(settings, jobs)
 
     if settings.num_beams > 1:

@@ -236,6 +236,12 @@ def test_an_interruption_says_how_to_go_on(model_folder, tmp_path):
     assert output.read_bytes().endswith(b"\n")
 
 
+def test_settings_of_a_prompt_s_own_are_refused_where_beams_are_searched(model_folder, tmp_path, capsys):
+    (prompts := tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b", "max_tokens": 3}\n')
+    assert generate(model_folder, "--prompts_file", prompts, "--num_beams", 2) == 2
+    assert "the prompt 'b' has settings of its own: leave them out with num_beams above 1" in capsys.readouterr().err
+
+
 def test_a_full_disk_under_the_output_is_named(model_folder, tmp_path, monkeypatch, capsys):
     def write(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
