@@ -165,7 +165,8 @@ def _summary(run: Path, settings: dict[str, Any]) -> RunSummary:
     is_active = age is not None and age < _ACTIVE_SECONDS
     is_finished = max_steps is not None and step >= max_steps
     is_saved = any(run.joinpath(name).is_dir() for name in (f"checkpoints/step-{step:07d}", "model"))
-    finished = "finished" if is_saved else "active" if is_active else "finished, not saved"
+    is_saving = is_active and (run / "lock").is_file()
+    finished = "finished" if is_saved else "active" if is_saving else "finished, not saved"
     return RunSummary(
         folder=run,
         state=finished if is_finished else "active" if is_active else "stopped",

@@ -27,7 +27,7 @@ def test_state_and_figures_of_each_run(tmp_path):
     made(tmp_path / "deep" / "b", steps=(10,))
     made(tmp_path / "c", steps=(10,), age=5)
     made(tmp_path / "d", steps=())
-    (made(tmp_path / "full") / "checkpoints" / "step-0000020").rmdir()
+    (made(tmp_path / "full", age=5) / "checkpoints" / "step-0000020").rmdir()
     (tmp_path / "no_run").mkdir()
     found = {run.folder.relative_to(tmp_path).as_posix(): run for run in summarize_runs(tmp_path)}
     assert list(found) == ["a", "c", "d", "deep/b", "full"]
