@@ -5,7 +5,6 @@ docstring under a field is its help text. Pydantic checks the values, by :mod:`b
 kept from being read as YAML: a prompt of `# x` would be nothing, and one of `1e3` a number.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import difflib
@@ -18,20 +17,17 @@ from typing import Any, Literal
 
 import yaml
 
-from bdh.text_files import WRONG, YamlDocument, dump_yaml, lines_in_words, parse_yaml, read_yaml
+from bdh.cli.leaves import Leaf, default_of, in_a_line, leaves_of, members, print_help
+from bdh.text_files import WRONG, YamlDocument, lines_in_words, parse_yaml, read_yaml
 from bdh.validation import (
     Faults,
     Settings,
     SettingsType,
-    alternatives,
     checked,
     collect_relations,
     expanded_path,
-    field_helps,
     field_types,
     holds_paths,
-    plain_type,
-    type_in_words,
 )
 
 
@@ -68,7 +64,7 @@ def parse_settings(
     leaves, faults = Leaves(settings_class), Faults()
     command_line = CommandLine(leaves, positionals, argv)
     if command_line.wants_help:
-        _print_help(leaves, prog, description, positionals)
+        print_help(settings_class, leaves, prog, description, positionals)
         raise SystemExit(0)
     given = leaves.given_in(YamlDocument(base or {}), "the run's stored configuration", faults)
     settings, _ = _checked(leaves, given | command_line.given(faults), faults)
@@ -140,54 +136,8 @@ def to_yaml(settings: Any, *, with_help: bool = False) -> str:
         section, indent = path, "  " * len(path)
         if with_help and leaf.help:
             lines.append(f"{indent}# {leaf.help}")
-        lines.append(f"{indent}{name}: {_in_a_line(value, allow_unicode=True)}")
+        lines.append(f"{indent}{name}: {in_a_line(value, allow_unicode=True)}")
     return "\n".join(lines) + "\n"
-
-
-def _in_a_line(value: Any, **options: Any) -> str:
-    return dump_yaml(value, default_flow_style=True, width=10**6, **options).removesuffix("...\n").strip()
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """One setting."""
-
-    name: str
-    """With its section: data.source."""
-    type: Any
-    default: Any
-    owner: type
-    """The section's class."""
-    verbatim: bool
-    """Whether even the flag's value `null` is text."""
-
-    @property
-    def help(self) -> str:
-        """The docstring under the field."""
-        return field_helps(self.owner).get(self.name.rpartition(".")[2], "")
-
-    @functools.cached_property
-    def types(self) -> tuple[Any, ...]:
-        """What a value may be; several where the type is a union."""
-        return _members([self.type])
-
-    @property
-    def item_types(self) -> list[Any]:
-        """Of the lists that a value may be."""
-        return [typing.get_args(each)[0] for each in self.types if typing.get_origin(each) is list]
-
-    @property
-    def takes_texts(self) -> bool:
-        return str in map(plain_type, self.item_types)
-
-    @property
-    def takes_text(self) -> bool:
-        """Whether a value may be any text, or a list of texts."""
-        return str in self.types or self.takes_texts
-
-    @property
-    def is_list(self) -> bool:
-        return len(self.types) == len(self.item_types) == 1
 
 
 @dataclass(frozen=True)
@@ -209,18 +159,18 @@ class Leaves(dict[str, Leaf]):
     def __init__(self, settings_class: Any):
         super().__init__((leaf.name, leaf) for leaf in leaves_of(settings_class))
         self.settings_class = settings_class
+        self.sections = {name.rpartition(".")[0] for name in self} - {""}
 
     def given_in(self, document: YamlDocument, origin: str, faults: Faults) -> dict[str, Given]:
         """The settings of a document by their dotted names, without those that are among the faults already."""
         found: dict[str, Given] = {}
-        sections = {name.rpartition(".")[0] for name in self} - {""}
 
         def walk(branch: Mapping[Any, Any], prefix: str) -> None:
             for key, value in branch.items():
                 name = f"{prefix}{key}"
                 lines = document.lines.get(name, [])
                 place = f" ({origin}, line {lines[-1]})" if lines else f" ({origin})"
-                if name in sections and isinstance(value, dict):
+                if name in self.sections and isinstance(value, dict):
                     walk(value, f"{name}.")
                 elif key is WRONG or _holds_wrong(value):
                     continue
@@ -229,7 +179,7 @@ class Leaves(dict[str, Leaf]):
                         where = f"{origin}, {lines_in_words(sorted(lines))}" if lines else origin
                         faults.add(f"{name} is given twice: give it once ({where})")
                     found[name] = Given(value, place, *_as_written(name, value, document))
-                elif name in sections:
+                elif name in self.sections:
                     faults.add(f"{name} is {_shown(value)}: must be a section, with settings under it{place}")
                 else:
                     faults.add(f"{name} is not a setting{self.suggestion(name)}{place}")
@@ -243,6 +193,9 @@ class Leaves(dict[str, Leaf]):
             return f": {hint}"
         end, ends = name.rpartition(".")[2], {leaf.rpartition(".")[2]: leaf for leaf in self}
         near = [leaf for leaf in self if leaf.rpartition(".")[2] == end]
+        near = near or [ends[each] for each in ends if "_" in each and _initials(each) == end]
+        if not near and (section := difflib.get_close_matches(name, self.sections, n=1, cutoff=0.8)):
+            return f": did you mean the section {section[0]}?"
         near = near or difflib.get_close_matches(name, self, n=1, cutoff=0.6)
         near = near or [ends[each] for each in difflib.get_close_matches(end, ends, n=1, cutoff=0.7)]
         return f": did you mean {near[0]}?" if near else "; --help lists them"
@@ -280,7 +233,8 @@ class CommandLine:
                 self._give(leaves[name], value)
             by_place = by_place[num_taken:]
         for argument in by_place:
-            self._faults.add(f"{argument!r} is not expected here: settings start with two dashes")
+            meant = f"did you mean --config {argument}?" if argument.endswith((".yaml", ".yml")) else ""
+            self._faults.add(f"{argument!r} is not expected here: {meant or 'settings start with two dashes'}")
 
     def given(self, faults: Faults) -> dict[str, Given]:
         """The values of the files in their order, and over them those of the flags."""
@@ -305,7 +259,10 @@ class CommandLine:
         if name == "config":
             self._files.append(value)
         elif leaf is None:
-            self._faults.add(f"--{written} is not a setting{self._leaves.suggestion(name)}")
+            switch = self._leaves.get(positive := name.replace("no_", "", 1))
+            is_switch = positive != name and switch is not None and switch.types == (bool,)
+            hint = f": write --{positive} false" if is_switch else self._leaves.suggestion(name)
+            self._faults.add(f"--{written} is not a setting{hint}")
         else:
             self._give(leaf, value)
 
@@ -323,21 +280,8 @@ class CommandLine:
             self._faults.add(f"{leaf.name} is given twice, as {before!r} and {value!r}: give it once")
 
 
-def leaves_of(settings_class: Any, prefix: str = "", section: Any = None) -> Iterator[Leaf]:
-    """The settings of a class. Those of a section have the defaults of ``section``, the object that its field makes."""
-    for field in dataclasses.fields(settings_class):
-        default, annotation = _default_of(field, section), field_types(settings_class)[field.name]
-        name = prefix + field.name
-        if dataclasses.is_dataclass(annotation):
-            yield from leaves_of(annotation, f"{name}.", None if default is MISSING else default)
-        else:
-            yield Leaf(name, annotation, default, settings_class, field.metadata.get("verbatim", False))
-
-
-def _default_of(field: dataclasses.Field, section: Any) -> Any:
-    if section is not None:
-        return getattr(section, field.name)
-    return field.default if field.default_factory is MISSING else field.default_factory()
+def _initials(name: str) -> str:
+    return "".join(part[:1] for part in name.split("_"))
 
 
 def _gone(settings_class: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -432,13 +376,13 @@ def _with_numbers(value: Any, kinds: Sequence[Any]) -> Any:
     """A value with the texts in it that stand for numbers, where its type has numbers, as these: YAML 1.1 leaves 1e3."""
     if isinstance(value, list):
         inner = [typing.get_args(kind)[0] for kind in kinds if typing.get_origin(kind) is list]
-        return [_with_numbers(each, _members(inner)) for each in value]
+        return [_with_numbers(each, members(inner)) for each in value]
     if isinstance(value, dict):
         of, to = next((typing.get_args(kind) for kind in kinds if typing.get_origin(kind) is dict), (Any, Any))
         keys = [_with_numbers(key, (of,)) for key in value]
         if len(set(keys)) < len(keys):
             return value  # with keys of other types
-        return {key: _with_numbers(each, _members([to])) for key, each in zip(keys, value.values(), strict=True)}
+        return {key: _with_numbers(each, members([to])) for key, each in zip(keys, value.values(), strict=True)}
     if isinstance(value, str) and "n" not in value.lower():  # inf and nan
         for kind in (int, float) if str not in kinds else ():
             if kind in kinds:
@@ -447,15 +391,11 @@ def _with_numbers(value: Any, kinds: Sequence[Any]) -> Any:
     return value
 
 
-def _members(annotations: Sequence[Any]) -> tuple[Any, ...]:
-    return tuple(plain_type(each) for annotation in annotations for each in alternatives(plain_type(annotation)))
-
-
 def _built(settings_class: Any, values: Mapping[str, Any], prefix: str = "", section: Any = None) -> Any:
     """An instance from the values by dotted name; the rest is as in ``section``, or has its defaults, or is None."""
     arguments = {}
     for field in dataclasses.fields(settings_class):
-        name, default = prefix + field.name, _default_of(field, section)
+        name, default = prefix + field.name, default_of(field, section)
         default = None if default is MISSING else default
         if dataclasses.is_dataclass(annotation := field_types(settings_class)[field.name]):
             arguments[field.name] = _built(annotation, values, f"{name}.", default)
@@ -471,28 +411,3 @@ def _with_expanded_paths(value: Any, annotation: Any, section: Mapping[str, Any]
     if isinstance(value, dict):
         return {key: _with_expanded_paths(each, section.get(key), section) for key, each in value.items()}
     return expanded_path(value) if isinstance(value, str) and holds_paths(annotation) else value
-
-
-def _print_help(leaves: Leaves, prog: str, description: str, positionals: Sequence[str]) -> None:
-    usage = " ".join([prog, *(name.upper() for name in positionals), "[--config FILE ...] [--SETTING VALUE ...]"])
-    parser = argparse.ArgumentParser(prog=prog, usage=usage, description=description, add_help=False)
-    groups: dict[str, Any] = {"": parser.add_argument_group("settings")}
-    general = parser.add_argument_group("general")
-    general.add_argument("--config", metavar="FILE", help="YAML file with settings; several are read in order")
-    for flag, text in (
-        ("--print_config", "print the resulting configuration and exit"),
-        ("--debug", "show the traceback of an error"),
-        ("--help", "print this text and exit"),
-    ):
-        general.add_argument(flag, action="store_true", help=text)
-    for leaf in leaves.values():
-        section, _, end = leaf.name.rpartition(".")
-        if section not in groups:
-            groups[section] = parser.add_argument_group(f"section {section}")
-        has_place = leaf.name in positionals
-        about = [] if has_place else [type_in_words(leaf.type)]
-        if leaf.default is not MISSING and not (has_place and not leaf.default):
-            about.append(f"default: {_in_a_line(leaf.default)}")
-        text = (f"{leaf.help} ({'; '.join(about)})" if about else leaf.help).replace("%", "%%")
-        groups[section].add_argument(leaf.name if has_place else f"--{leaf.name}", metavar=end.upper(), help=text)
-    parser.print_help()

@@ -101,9 +101,11 @@ def test_the_help_says_what_is_in_effect(command, monkeypatch, capsys):
         if name in given:
             continue
         written = yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
-        words = name.upper() if name in places else f"--{name} {name.rpartition('.')[2].upper()}"
+        metavar = "[true|false]" if isinstance(value, bool) else name.rpartition(".")[2].upper()
+        words = ("RUN ..." if name == "runs" else name.upper()) if name in places else f"--{name} {metavar}"
         about = shown.partition(f" {words} ")[2]
         assert about, f"{name} is not in the help"
+        assert "None" not in about.partition("default: ")[0], f"{name}: what is written for it is null"
         if name not in places or value:
             # Without blanks: lines are broken at hyphens too.
             said = about.partition("default: ")[2].replace(" ", "")

@@ -1,3 +1,4 @@
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -400,6 +401,20 @@ def test_a_missing_file_is_named(tmp_path):
 def test_a_surplus_argument_is_refused():
     with pytest.raises(ValueError, match="'pie' is not expected here"):
         parse("cake", "pie")
+    with pytest.raises(ValueError, match=r"'a\.yaml' is not expected here: did you mean --config a\.yaml"):
+        parse("cake", "a.yaml")
+
+
+def test_initials_negated_switches_and_sections_are_understood_in_suggestions(tmp_path):
+    from bdh.train.config import RunSettings
+
+    for argv, hint in (
+        (["--train.lr", "1"], "did you mean train.learning_rate?"),
+        (["--no-resume"], "write --resume false"),
+        (["--config", written(tmp_path, "a.yaml", "modell: {n_layer: 3}\n")], "did you mean the section model?"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(hint)):
+            parse_settings(RunSettings, argv, prog="bdh train", description="")
 
 
 def test_help_shows_docstrings_types_and_defaults(capsys):
@@ -410,6 +425,7 @@ def test_help_shows_docstrings_types_and_defaults(capsys):
     assert "Temperature, in degrees Celsius; 5 % more does no harm. (a number; default: 180.0)" in shown
     assert "--oven.mode" in shown
     assert "one of air, grill; default: air" in shown
+    assert "--light [true|false] Whether the light is on. (default: false)" in shown
 
 
 def test_print_config_is_read_back_as_it_was(tmp_path, capsys):
