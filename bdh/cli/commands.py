@@ -69,7 +69,8 @@ def run_export(settings: ExportSettings) -> int:
             print(f"{settings.out}: the adapters of {settings.run} merged into {base.describe()}")
             return 0
         step = export_run(run, out, which=settings.checkpoint, ema=settings.ema, merge=settings.merge)
-    print(f"{settings.out}: the {'averaged ' if settings.ema else ''}weights of step {step}")
+    what = "adapters" if (out / "adapter_config.json").is_file() else "weights"
+    print(f"{settings.out}: the {'averaged ' if settings.ema else ''}{what} of step {step}")
     return 0
 
 
@@ -132,7 +133,7 @@ def run_average(settings: AverageSettings) -> int:
     text = "\n".join([about, "| model | share |\n| --- | --- |", *rows])
     with lock_run_around(out):
         export_model(first, tokenizer, out, card("A BDH language model, averaged", text))
-    print(f"{out}: the average of {len(settings.models)} models")
+    print(f"{out}: the average of {len(settings.models)} model{'s' * (len(settings.models) > 1)}")
     return 0
 
 

@@ -222,7 +222,7 @@ def _write(path: Path, jobs: list[Job], done: int, results: Iterable[list[Any]])
             file=sys.stderr,
         )
         raise
-    print(f"{len(jobs)} prompts continued, in {path}", file=sys.stderr)
+    print(f"{len(jobs)} prompt{'s' * (len(jobs) != 1)} continued, in {path}", file=sys.stderr)
     if failed:
         print(f"{failed} of them failed: their lines have an error", file=sys.stderr)
     return 1 if failed else 0

@@ -144,7 +144,7 @@ def print_banner(console: "Console", training: Any) -> None:
     num_tokens = len(training.tokenizer)
     gaps = f" ({num_tokens:,} tokens, whose ids have gaps)" if num_tokens < config.vocab_size else ""
     lines = {
-        "model": f"{num_parameters:,} parameters: {config.n_layer} layer steps, width {config.n_embd}, {config.n_head} heads "
+        "model": f"{num_parameters:,} parameters: {config.n_layer} layer step{'s' * (config.n_layer > 1)}, width {config.n_embd}, {config.n_head} heads "
         f"of {config.neurons_per_head:,} neurons, vocabulary {config.vocab_size:,}{gaps}",
         "state": f"{config.state_bytes_per_sequence:,} bytes a sequence, at any length"
         + (f"; carried on for {rows} rows: {config.state_bytes_per_sequence * rows:,} bytes" * train.carry_state),

@@ -92,7 +92,9 @@ def check_item(item: str, setting: str = "data.source") -> None:
     path = Path(item).expanduser()
     if path.is_file():
         if file_type(path) is None:
-            raise ValueError(f"{setting} {item!r} is of an unknown type: known are {_KNOWN_TYPES}")
+            raise ValueError(
+                f"{setting} {item!r} is of an unknown type: known are {_KNOWN_TYPES}; a link with another name is read as text: ln -s {path} NAME.txt"
+            )
     elif path.exists():
         if not path.is_dir():
             raise ValueError(

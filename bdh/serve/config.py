@@ -1,5 +1,6 @@
 """The settings of a server, and what can be checked before PyTorch and FastAPI are imported."""
 
+import errno
 import hashlib
 import importlib.util
 import os
@@ -231,4 +232,7 @@ def listen(host: str, port: int) -> socket.socket:
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return listening
     except OSError as error:
-        raise OSError(f"cannot listen on {host}:{port}: {error.strerror or error}") from error
+        reason = error.strerror or str(error)
+        if error.errno == errno.EADDRINUSE:
+            reason = "another program uses this port: choose another with --port N, or a free one with --port 0"
+        raise OSError(f"cannot listen on {host}:{port}: {reason}") from error

@@ -115,7 +115,8 @@ class ChatEncoder:
         template = tokenizer.chat_template
         if not isinstance(template, str):
             raise ValueError(
-                "the tokenizer has no chat template: tokenizer.chat_template=default gives a fresh run one"
+                "the tokenizer has no chat template, so the model has learned no conversations: as text, without a chat, it "
+                "continues any prompt; tokenizer.chat_template=default gives a fresh run one (docs/finetuning.md)"
             )
         if tells_answers and _GENERATION.search(template) is None:
             raise ValueError(

@@ -251,7 +251,8 @@ class RunSettings(Settings):
 
     def collect_faults(self, faults: Faults) -> None:
         run_dir, step = self.run_dir, self.resume_step
-        faults.require(not self.resume or run_dir is not None, "run_dir", run_dir, "the folder of the run to resume")
+        if self.resume and run_dir is None:
+            faults.add("--resume needs --run_dir, the folder of the run to continue")
         faults.require(step is None or self.resume, "resume_step", step, "given together with --resume")
         if self.train.ema_decay is None:
             export, metric = self.checkpoint.export, self.checkpoint.best_metric

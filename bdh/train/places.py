@@ -88,7 +88,10 @@ def find_checkpoint(run_dir: Path, which: str) -> int | None:
         ValueError: ``which`` is neither of the above.
     """
     if not is_run(run_dir):
-        raise FileNotFoundError(f"{run_dir} holds no run: it has no folder checkpoints")
+        is_there = Path(run_dir).exists()
+        raise FileNotFoundError(
+            f"{run_dir} holds no run: it has no folder checkpoints" if is_there else f"there is no folder {run_dir}"
+        )
     if which not in ("last", "best") and not which.isdigit():
         raise ValueError(f"checkpoint is {which!r}: must be last, best, or a step")
     checkpoints = CheckpointFolder(run_dir)

@@ -270,7 +270,7 @@ def test_compressed_parquet_is_of_no_known_type(tmp_path, corpus_of, compression
     path = write_text(tmp_path / f"b.parquet.{compression}", "no table")
     assert corpus_of(tmp_path).facts["skipped"] == {"files of other types": 1}
     with pytest.raises(
-        ValueError, match=r"unknown type: known are .*\.tsv, each also as \.gz or \.zst, and \.parquet$"
+        ValueError, match=r"unknown type: known are .*\.tsv, each also as \.gz or \.zst, and \.parquet; a link"
     ):
         corpus_of(path)
 
