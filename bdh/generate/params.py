@@ -126,6 +126,10 @@ _IN_JSON = {
 }
 
 
+ALIASES = {"max_new_tokens": "max_tokens", "num_return_sequences": "n"}
+"""The names that transformers and the command line have for fields of :class:`SamplingParams`."""
+
+
 def params_from(settings: dict[str, Any]) -> SamplingParams:
     """From a JSON object.
 

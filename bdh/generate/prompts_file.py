@@ -9,14 +9,12 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from bdh.generate.params import SamplingParams, params_from
+from bdh.generate.params import ALIASES, SamplingParams, params_from
 from bdh.text_files import read_text
 from bdh.validation import Faults
 
 RESULT_KEYS = ("text", "index", "finish_reason", "num_tokens", "logprobs", "prompt_logprobs", "error")
 _MOST_FAULTS = 10
-# What the command line and transformers call settings of a request.
-_OTHER_NAMES = {"max_new_tokens": "max_tokens", "num_return_sequences": "n"}
 _FLAGS = {
     "num_beams": "it holds for all prompts, as --num_beams",
     "json_schema": 'write it as {"grammar": {"json_schema": SCHEMA}}',
@@ -91,13 +89,13 @@ def _job(line: str, params: SamplingParams) -> Job:
     elif not isinstance(prompt, str):
         raise ValueError(f"prompt is {prompt!r}: must be a string")
     known = SamplingParams.__dataclass_fields__
-    for name, own_name in _OTHER_NAMES.items():
+    for name, own_name in ALIASES.items():
         if name in facts and own_name in facts:
             raise ValueError(f"{name} is {own_name}, which is given too: give it once")
-    facts = {_OTHER_NAMES.get(name, name): value for name, value in facts.items()}
+    facts = {ALIASES.get(name, name): value for name, value in facts.items()}
     settings = {name: facts.pop(name) for name in list(facts) if name in known}
     for name in facts:
-        near = difflib.get_close_matches(name.lower(), [*known, *_OTHER_NAMES], n=1, cutoff=0.88)
+        near = difflib.get_close_matches(name.lower(), [*known, *ALIASES], n=1, cutoff=0.88)
         if hint := _FLAGS.get(name) or (near and f"did you mean {near[0]}? Data of your own go under other names"):
             raise ValueError(f"{name} is no setting of a prompt: {hint}")
     if taken := [name for name in facts if name in RESULT_KEYS]:

@@ -11,14 +11,11 @@ from typing import Any
 import torch
 
 from bdh.generate.engine import Engine
-from bdh.generate.params import SamplingParams, collect_text_faults
+from bdh.generate.params import ALIASES, SamplingParams, collect_text_faults
 from bdh.generate.sequence import CONTEXT_TOKENS, Prompt, TextDecoder, encode_prompt
 from bdh.model.network import ModelParts
 from bdh.tokenizer.plain import PlainTokenizer, check_vocabulary, end_token_ids
 from bdh.validation import Faults, collect_faults
-
-_ALIASES = {"max_new_tokens": "max_tokens", "num_return_sequences": "n"}
-"""The names that transformers has for fields of :class:`SamplingParams`."""
 
 
 def generate_texts(
@@ -108,7 +105,7 @@ def params_of(params: SamplingParams | None, settings: dict[str, Any], *, num_be
     if params is not None and settings:
         raise ValueError(f"give either params or keywords, not both: got {', '.join(settings)} too")
     if params is None:
-        params = SamplingParams(**{_ALIASES.get(name, name): value for name, value in settings.items()})
+        params = SamplingParams(**{ALIASES.get(name, name): value for name, value in settings.items()})
     faults = Faults()
     collect_faults(params, faults)
     faults.found = [fault for fault in faults.found if not fault.startswith(("max_tokens is", "n is"))]

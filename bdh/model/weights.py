@@ -85,6 +85,9 @@ def weights_obstacle(modules: Sequence[nn.Module]) -> str | None:
     return None
 
 
+ADAPTERS_HAVE_DROPOUT = "adapters have dropout"
+
+
 def product_obstacle(modules: Sequence[nn.Module]) -> str | None:
     """Why the modules are no products with the matrices of :func:`layer_weights`; None where they are."""
     found = (_adapters_obstacle(each) if _has_adapters(each) else weights_obstacle([each]) for each in modules)
@@ -116,7 +119,7 @@ def _adapters_obstacle(module: Any) -> str | None:
         if name in module.lora_variant:
             return "adapters are of another kind than LoRA"
         if module.training and getattr(module.lora_dropout[name], "p", 0) > 0:
-            return "adapters have dropout"
+            return ADAPTERS_HAVE_DROPOUT
         if (obstacle := weights_obstacle([module.lora_A[name], module.lora_B[name]])) is not None:
             return f"an adapter is not two plain products: {obstacle}"
     return weights_obstacle([module.base_layer])

@@ -20,6 +20,7 @@ from bdh.memory import available_bytes, give_back_free_memory, peak_bytes, reset
 from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.model.config_fields import ConfigFields
 from bdh.model.modeling import MAX_LOGITS_IN_ONE_PIECE
+from bdh.model.weights import ADAPTERS_HAVE_DROPOUT
 from bdh.ops.attention import sum_dtype
 from bdh.ops.blocks.plan import LayerPlan
 from bdh.train.adapters import add_adapters
@@ -66,7 +67,7 @@ class MemoryEstimate:
         """Raises ``ValueError`` where the settings ask for what is not there."""
         train = self.settings.train
         # What the layer of a model that is there would say of itself.
-        obstacle = "adapters have dropout" if train.lora.r and train.lora.dropout else None
+        obstacle = ADAPTERS_HAVE_DROPOUT if train.lora.r and train.lora.dropout else None
         return plan_settings(train, self.config, self.runtime, self.settings.distributed, obstacle=obstacle)
 
     @cached_property
