@@ -112,7 +112,7 @@ def _compare(runs: dict[str, Run], num_steps: int) -> float:
 
 def _step(run: Run, model: Callable[..., Any]) -> float:
     run.optimizers.set_learning_rate(run.progress.step)
-    training_step(run, model, run.batches.next())
+    training_step(run, model, *run.batches.next())
     run.progress.step += 1
     return run.guard.read(run.progress.step)[0].loss
 

@@ -1,12 +1,13 @@
 """The sequences of each training step: what a batch is, how it is drawn from a text, and a thread that prepares the next one."""
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,7 +72,7 @@ class Batch:
     @property
     def num_targets(self) -> int:
         """How many tokens the loss counts."""
-        return self.tokens[:, 1:].numel() if self.is_target is None else int(self.is_target.sum())
+        return self.tokens[:, 1:].numel() if self.is_target is None else int(np.count_nonzero(self.is_target.numpy()))
 
     def split(self, num_sequences: int) -> Iterator["Batch"]:
         """Batches of ``num_sequences``, in order."""
@@ -103,28 +104,49 @@ def starts_after(tokens: torch.Tensor, document_end: int) -> torch.Tensor:
     return starts
 
 
-class Loader(Protocol):
+class Loader(ABC):
     """An endless supply of training sequences, whose position can be stored."""
 
-    def prepare(self) -> None:
-        """Reads what the next step needs, as :meth:`next` does unless it is done before, and raises the same errors.
+    _prepared: Batch | None = None
 
-        It takes nothing: the state before a call and after it are of the same place in the text.
-        """
+    def prepare(self) -> Batch:
+        """The sequences of the next step that this process gets, which :meth:`next` then takes.
 
-    def next(self) -> Batch:
-        """The sequences of the next step that this process gets.
+        The state before a call and after it are of the same place in the text.
 
         Raises:
             ValueError: the text cannot be read. The loader, and its state, continue from there once it can.
             OSError: the same of a file.
         """
+        if self._prepared is None:
+            self._prepared = self._read()
+        return self._prepared
 
-    def state_dict(self) -> dict[str, Any]:
-        """The position: numbers, strings, lists and tensors. Of several processes, see :func:`join_states`."""
+    def next(self) -> Batch:
+        """Takes the sequences of the next step. Raises as :meth:`prepare`."""
+        batch, self._prepared = self.prepare(), None
+        self._move_on()
+        return batch
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError: the state is of another kind of loader, or was made with other settings."""
+        self._load(state)
+        self._prepared = None
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """The position: numbers, strings, lists and tensors. Of several processes, see :func:`join_states`."""
+
+    @abstractmethod
+    def _read(self) -> Batch:
+        """The sequences of the next step, after which the position is the same."""
+
+    @abstractmethod
+    def _move_on(self) -> None:
+        """To the position after the sequences that were read."""
+
+    @abstractmethod
+    def _load(self, state: dict[str, Any]) -> None: ...
 
 
 def join_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -161,7 +183,7 @@ def step_generator(seed: int, *counter: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=seed, counter=list(counter)))
 
 
-class StepLoader:
+class StepLoader(Loader):
     """A loader whose sequences depend on the seed, the step and their place in the global batch alone."""
 
     def __init__(self, kind: str, seed: int, batch_of_step: Callable[[int], Batch]):
@@ -171,22 +193,19 @@ class StepLoader:
             batch_of_step: the sequences of a step that this process gets.
         """
         self._kind, self._seed, self._batch_of_step, self._step = kind, seed, batch_of_step, 0
-        self._prepared: Batch | None = None
 
-    def prepare(self) -> None:
-        self._prepared = self._prepared or self._batch_of_step(self._step)
+    def _read(self) -> Batch:
+        return self._batch_of_step(self._step)
 
-    def next(self) -> Batch:
-        batch = self._prepared or self._batch_of_step(self._step)
-        self._step, self._prepared = self._step + 1, None
-        return batch
+    def _move_on(self) -> None:
+        self._step += 1
 
     def state_dict(self) -> dict[str, Any]:
         return {"kind": self._kind, "step": self._step, "seed": self._seed}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def _load(self, state: dict[str, Any]) -> None:
         check_state(state, self._kind, seed=self._seed)
-        self._step, self._prepared = state["step"], None
+        self._step = state["step"]
 
 
 def window_loader(text: np.ndarray, block_size: int, batch_size: int, own: slice, seed: int, end: int | None) -> Loader:
@@ -244,31 +263,40 @@ class DataStopped(ValueError):
 class Batches:
     """The sequences of this process, step by step.
 
-    Within :meth:`prepared_ahead` a thread reads, tokenizes and packs those of the next step while this one runs. The position
-    that is stored is always that of the sequences that were handed out.
+    Within :meth:`prepared_ahead` a thread reads, tokenizes, packs and pins those of the next step while this one runs. The
+    position that is stored is always that of the sequences that were handed out.
     """
 
-    def __init__(self, loader: Loader, gather: Callable[..., list[Any]], *, is_streaming: bool, pin_memory: bool):
+    def __init__(
+        self,
+        loader: Loader,
+        gather: Callable[..., list[Any]],
+        *,
+        num_processes: int,
+        are_alike: bool,
+        pin_memory: bool,
+    ):
         """
         Args:
             gather: of the processes that train together, :meth:`bdh.distributed.world.World.gather`.
-            is_streaming: whether the text is read from its source, which may be damaged for one process and not for another.
+            are_alike: whether all processes have as many targets in each step, and none finds text that it cannot read
+                where the others read on: then they need not agree.
             pin_memory: so that a GPU copies the sequences while it computes.
         """
-        self._loader, self._gather, self._is_streaming, self._pin_memory = loader, gather, is_streaming, pin_memory
-        self._requests: SimpleQueue[Future[None] | None] | None = None
-        self._prepared: Future[None] | None = None
+        self._loader, self._gather, self._pin_memory = loader, gather, pin_memory
+        self._num_processes, self._are_alike = num_processes, are_alike
+        self._requests: SimpleQueue[Future[tuple[Batch, int]] | None] | None = None
+        self._prepared: Future[tuple[Batch, int]] | None = None
 
     @contextmanager
     def prepared_ahead(self) -> Iterator[None]:
         """Within it, the next sequences are prepared in the background."""
-        requests: SimpleQueue[Future[None] | None] = SimpleQueue()
+        requests: SimpleQueue[Future[tuple[Batch, int]] | None] = SimpleQueue()
 
         def work() -> None:
             while (future := requests.get()) is not None:
                 try:
-                    self._prepare()
-                    future.set_result(None)
+                    future.set_result(self._prepare())
                 except BaseException as error:  # for the training's own thread
                     future.set_exception(error)
 
@@ -285,21 +313,18 @@ class Batches:
             self._requests = None
             requests.put(None)
 
-    def next(self) -> Batch:
-        """The sequences of the next step.
+    def next(self) -> tuple[Batch, int]:
+        """The sequences of the next step, and how many targets the loss counts in those of all processes.
 
         Raises:
             DataStopped: some process cannot read its own; all raise it, and :meth:`state_dict` is from where they can be
                 read once the text is mended.
         """
         prepared, self._prepared = self._prepared, None
-        if prepared is None:
-            self._prepare()
-        else:
-            prepared.result()
-        batch = self._loader.next()
+        batch, num_targets = self._prepare() if prepared is None else prepared.result()
+        self._loader.next()
         self._prepare_next()
-        return batch.pinned() if self._pin_memory else batch
+        return batch, num_targets
 
     def state_dict(self) -> dict[str, Any]:
         """The position after what was handed out, of all processes, which call this together."""
@@ -316,16 +341,20 @@ class Batches:
             self._prepared = Future()
             self._requests.put(self._prepared)
 
-    def _prepare(self) -> None:
-        """Prepares the next sequences. Raises ``DataStopped`` on all processes, if some process cannot."""
-        reason = cause = None
+    def _prepare(self) -> tuple[Batch, int]:
+        """What :meth:`next` gives. Raises ``DataStopped`` on all processes, if some process cannot read its sequences."""
+        batch = reason = cause = None
         try:
-            self._loader.prepare()
+            batch = self._loader.prepare()
         except (ValueError, OSError) as error:
             cause, reason = error, str(error)
             if isinstance(error, OSError) and error.filename:
                 reason = f"{error.filename}: {error.strerror}"
-        # The one exchange that it takes is between these threads: the steps do not wait for it.
-        reasons = self._gather(reason, beside_training=True) if self._is_streaming else [reason]
-        if there := [each for each in reasons if each is not None]:
+        num_targets = 0 if batch is None else batch.num_targets
+        found = [(reason, num_targets)] * self._num_processes
+        if not self._are_alike:  # between these threads: the steps do not wait for it
+            found = self._gather((reason, num_targets), beside_training=True)
+        if there := [each for each, _ in found if each is not None]:
             raise DataStopped(there[0]) from cause
+        assert batch is not None
+        return batch.pinned() if self._pin_memory else batch, sum(number for _, number in found)

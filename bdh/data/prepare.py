@@ -160,7 +160,7 @@ class MixCorpus(Corpus):
         ]
 
 
-class MixLoader:
+class MixLoader(Loader):
     """Sequences of several loaders. Which one gives sequence i of step s depends on (seed, s, i) alone.
 
     Each process draws all sequences of the step and keeps its own, so that every source is at the same place in all of
@@ -177,15 +177,14 @@ class MixLoader:
         self._step = 0
         self._begun: list[Batch] = []  # the first sequences of the next step, where an error ended it
 
-    def prepare(self) -> None:
+    def _read(self) -> Batch:
         for number in self.sources_of(self._step)[len(self._begun) :]:
             self._begun.append(self._loaders[number].next())
+        return Batch.stack(self._begun[self._own])
 
-    def next(self) -> Batch:
-        self.prepare()
-        sequences, self._begun = self._begun, []
+    def _move_on(self) -> None:
+        self._begun = []
         self._step += 1
-        return Batch.stack(sequences[self._own])
 
     def sources_of(self, step: int) -> list[int]:
         """The number of the source of each sequence of the global batch."""
@@ -203,7 +202,7 @@ class MixLoader:
             "begun": [asdict(sequence) for sequence in self._begun],
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def _load(self, state: dict[str, Any]) -> None:
         # In checkpoints of several processes, earlier versions repeated the shares for each of them.
         shares = state.get("shares", [])[: len(self._shares)]
         check_state({**state, "shares": shares}, "mix", seed=self._seed, shares=self._shares)

@@ -131,15 +131,17 @@ class _Lane:
         """How many tokens are still to be read for the next step."""
         return max(0, self.num_sequences * block_size + 1 - self.num_tokens)
 
-    def take(self, block_size: int) -> tuple[np.ndarray, np.ndarray]:
+    def following(self, block_size: int) -> tuple[np.ndarray, np.ndarray]:
         """The next tokens, and the starts among them; the last one, a target, is the first of the next step."""
-        num_new = self.num_sequences * block_size
         if len(self.tokens) > 1:
             self.tokens, self.starts = [np.concatenate(self.tokens)], [np.concatenate(self.starts)]
-        (tokens,), (starts,) = self.tokens, self.starts
-        self.tokens, self.starts = [tokens[num_new:]], [starts[num_new:]]
-        self.num_tokens -= num_new
-        return tokens[: num_new + 1], starts[: num_new + 1]
+        end = self.num_sequences * block_size + 1
+        return self.tokens[0][:end], self.starts[0][:end]
+
+    def move_on(self, block_size: int) -> None:
+        num_taken = self.num_sequences * block_size
+        self.tokens, self.starts = [self.tokens[0][num_taken:]], [self.starts[0][num_taken:]]
+        self.num_tokens -= num_taken
 
     def state_dict(self) -> dict[str, Any]:
         chunks = [*self.drawn, *self.buffer, *(chunk for _, chunk in self.waiting)]
@@ -168,7 +170,7 @@ class _Lane:
         return lane
 
 
-class StreamLoader:
+class StreamLoader(Loader):
     """Sequences that read on through shuffled chunks of a source (documents, or 256 KiB of longer ones).
 
     The sequences of the global batch are shared by *lanes*, each of which is read through from step to step. The chunks
@@ -228,27 +230,27 @@ class StreamLoader:
         """How many times all lanes of this process have been through the source."""
         return min(lane.epoch for lane in self._lanes.values())
 
-    def prepare(self) -> None:
-        """Reads and tokenizes what the next step needs, and raises as :meth:`next` would."""
+    def _read(self) -> Batch:
         while lacking := [lane for lane in self._lanes.values() if lane.num_lacking(self._block_size)]:
             for lane in lacking:
                 # A token is a byte at least, so this is never much too much: a small source is not read far ahead.
                 while sum(len(chunk.utf8) for chunk in lane.drawn) < lane.num_lacking(self._block_size):
                     lane.drawn.append(self._draw(lane))
-            tokens = iter(self._encoder.encode_utf8([chunk.utf8 for lane in lacking for chunk in lane.drawn]))
+            encoded = iter(self._encoder.encode_utf8([chunk.utf8 for lane in lacking for chunk in lane.drawn]))
             for lane in lacking:
                 for chunk in lane.drawn:
-                    lane.add(*_with_end(next(tokens), chunk, self._encoder))
+                    lane.add(*_with_end(next(encoded), chunk, self._encoder))
                 lane.drawn = []
-
-    def next(self) -> Batch:
-        self.prepare()
-        taken = [lane.take(self._block_size) for lane in self._lanes.values()]
+        taken = [lane.following(self._block_size) for lane in self._lanes.values()]
         index = self._index[self._own, None] + np.arange(self._block_size + 1)
         tokens = torch.from_numpy(np.concatenate([tokens for tokens, _ in taken])[index].astype(np.int64))
         if not self._marks_documents:
             return Batch(tokens)
         return Batch.of_documents(tokens, torch.from_numpy(np.concatenate([starts for _, starts in taken])[index]))
+
+    def _move_on(self) -> None:
+        for lane in self._lanes.values():
+            lane.move_on(self._block_size)
 
     def _draw(self, lane: _Lane) -> Chunk:
         """A chunk of the lane's buffer at random, which is filled from one pass through the source at a time."""
@@ -316,7 +318,7 @@ class StreamLoader:
         }
         return {"kind": self._kind, "seed": self._seed, "num_lanes": self._num_lanes, "shares": [share]}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def _load(self, state: dict[str, Any]) -> None:
         """
         Args:
             state: of all processes, whose number may have been another.

@@ -353,9 +353,10 @@ def _measured_step(run: Run, step_model: Callable[..., Any], sequences: Batch, c
         run.carried = CarriedState(run.model, -(-count // size), size)
     give_back_free_memory()
     reset_peak(device)
+    num_targets = sum(world.gather(batch.num_targets))
     failed, start = False, time.perf_counter()
     try:
-        training_step(run, step_model, batch)
+        training_step(run, step_model, batch, num_targets)
         run.guard.read(run.progress.step)  # waits for the device
     except (RuntimeError, MemoryError) as error:
         # PyTorch has no class for a CPU's lack of memory, as under ulimit.

@@ -53,7 +53,8 @@ class TrainingStopped(ValueError):
 def fit(run: Run, monitor: Monitor) -> str:
     """Trains until the end, an early stop or a signal, and saves.
 
-    On a GPU only those steps are waited for after which something is logged, shown or saved.
+    On a GPU only those steps are waited for after which something is logged, shown or saved; but with ``train.carry_state``,
+    in blocks, each is, to make a table of the positions at which the states stand.
 
     Returns:
         Why it ended: "finished", "stop_at_step", "patience", or the name of a signal.
@@ -78,10 +79,10 @@ def fit(run: Run, monitor: Monitor) -> str:
             learning_rate = run.optimizers.set_learning_rate(progress.step)
             try:
                 with clock.waiting_for_data():
-                    batch = run.batches.next()
+                    batch, num_targets = run.batches.next()
             except DataStopped as stopped:
                 raise _saved_before(stopped, run, monitor) from stopped
-            skip = training_step(run, step_model, batch)
+            skip = training_step(run, step_model, batch, num_targets)
             progress.step += 1
             progress.tokens_seen += num_tokens
             clock.count(num_tokens)
@@ -267,11 +268,14 @@ class StepClock:
         self._start += time.perf_counter() - before
 
 
-def training_step(run: Run, step_model: Callable[..., Any], batch: Batch) -> torch.Tensor:
+def training_step(run: Run, step_model: Callable[..., Any], batch: Batch, num_targets: int) -> torch.Tensor:
     """Forward and backward passes over the step's sequences, and the update: nothing in it waits for a GPU.
 
     With several processes, each takes its share of the sequences; the gradients are those of all. The results are kept
     until :func:`read_results`. A step whose loss or gradient is not finite, or a spike, does not change the weights.
+
+    Args:
+        num_targets: of the sequences of all processes.
 
     Returns:
         Whether they stay as they were: bool (), on the device.
@@ -279,9 +283,6 @@ def training_step(run: Run, step_model: Callable[..., Any], batch: Batch) -> tor
     settings, device, world = run.settings.train, run.runtime.device, run.world
     run.model.train()
     run.optimizers.zero_grad()
-    num_targets: torch.Tensor | int = max(1, batch.num_targets * world.size)
-    if world.size > 1 and not run.counts_all_tokens:
-        num_targets = world.sum(torch.full((), batch.num_targets, device=device)).clamp_min(1)
 
     loss = torch.zeros((), device=device, dtype=run.model.dtype)
     micro_batches = list(batch.split(settings.batch_size))
@@ -294,7 +295,7 @@ def training_step(run: Run, step_model: Callable[..., Any], batch: Batch) -> tor
                     input_ids=micro_batch.input_ids,
                     shift_labels=micro_batch.targets,
                     document_starts=micro_batch.starts,
-                    num_items_in_batch=num_targets,
+                    num_items_in_batch=max(1, num_targets),
                     past_key_values=run.carried.before(index) if run.carried else None,
                     use_cache=run.carried is not None,
                 )
@@ -324,7 +325,8 @@ def training_step(run: Run, step_model: Callable[..., Any], batch: Batch) -> tor
     run.optimizers.step(skip, on_device=run.guard.is_on_device)
     run.loss_scale.update(norm)
     if run.carried:
-        run.carried.forget(~loss.isfinite())
+        # A loss that is not finite has made the norm NaN, on every process. In float16 an overflow does so too.
+        run.carried.forget(~loss.isfinite() if run.loss_scale.is_enabled else norm.isnan())
     if run.average is not None:
         run.average.update(run.model, run.progress.step + 1, unless=skip)
     return skip

@@ -247,7 +247,7 @@ class UpdateGuard:
         self.is_on_device = device.type != "cpu"
         """Whether steps are decided without waiting for them; on a CPU there is nothing to wait for."""
         # Under float16 an overflow is no fault, but a loss that is not finite is: then all must know the loss in each step.
-        self.needs_loss_of_all = world.size > 1 and (is_float16 or settings.carry_state)
+        self.needs_loss_of_all = world.size > 1 and is_float16
 
     def judge(
         self, loss: torch.Tensor, norm: torch.Tensor, norms: torch.Tensor, names: tuple[str, ...]

@@ -104,8 +104,13 @@ class Run:
         loader = self.corpus.train_loader(
             self.sequences_per_step, train.seed, world.rank, world.size, carry_state=train.carry_state
         )
-        is_streaming = self.corpus.facts["streaming"]
-        self.batches = Batches(loader, world.gather, is_streaming=is_streaming, pin_memory=device.type == "cuda")
+        self.batches = Batches(
+            loader,
+            world.gather,
+            num_processes=world.size,
+            are_alike=self._counts_all_tokens and not self.corpus.facts["streaming"],
+            pin_memory=device.type == "cuda",
+        )
         self.carried: CarriedState | None = None
         if train.carry_state:
             self.carried = CarriedState(self.model, train.gradient_accumulation_steps, train.batch_size)
@@ -118,7 +123,7 @@ class Run:
         return document_end_id(self.tokenizer) if is_apart else None
 
     @property
-    def counts_all_tokens(self) -> bool:
+    def _counts_all_tokens(self) -> bool:
         """Whether the loss counts every token of every sequence."""
         train, data = self.settings.train, self.settings.data
         return not (self.corpus.is_chat or train.carry_state or data.pack == "documents")

@@ -77,7 +77,7 @@ def test_a_step_reads_on_where_the_one_before_ended(documents, tmp_path, parts):
     batches = [twin.next() for _ in range(3)]
     run.optimizers.set_learning_rate(0)
     for _ in range(3):
-        training_step(run, run.model, run.batches.next())
+        training_step(run, run.model, *run.batches.next())
     results = run.guard.read(3)
 
     tokens = torch.cat([batch.input_ids for batch in batches], 1)
@@ -155,7 +155,7 @@ def test_a_run_with_documents_apart_has_the_loss_of_each_document_alone(document
                     nats += run.model.eval()(document[None], labels=document[None]).loss.item() * (len(document) - 1)
                     number += len(document) - 1
     assert number < 2 * 256  # there are several documents
-    training_step(run, run.model, run.batches.next())
+    training_step(run, run.model, *run.batches.next())
     assert run.guard.read(1)[0].loss == pytest.approx(nats / number, rel=1e-5)  # float32, other order
 
 

@@ -91,7 +91,7 @@ def test_the_loss_of_a_step_is_the_mean_over_the_assistants_tokens(chat_file, tm
     with torch.no_grad():
         logits = run.model.eval()(batch.input_ids, document_starts=batch.starts, use_cache=False).logits
     expected = torch.nn.functional.cross_entropy(logits[batch.is_target], batch.tokens[:, 1:][batch.is_target])
-    training_step(run, run.model, run.batches.next())
+    training_step(run, run.model, *run.batches.next())
     assert run.guard.read(1)[0].loss == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -99,7 +99,7 @@ def test_a_step_in_which_nothing_counts_is_no_nan(chat_file, tmp_path, monkeypat
     monkeypatch.setenv("BDH_CACHE", str(tmp_path / "cache"))
     run = opened(chat_file, tmp_path / "run", **{"train.weight_decay": 0.0})
     tokens = torch.zeros(4, 33, dtype=torch.int64)
-    training_step(run, run.model, Batch(tokens, is_target=torch.zeros(4, 32, dtype=torch.bool)))
+    training_step(run, run.model, Batch(tokens, is_target=torch.zeros(4, 32, dtype=torch.bool)), 0)
     (result,) = run.guard.read(1)
     assert (result.loss, result.grad_norm, result.updated) == (0.0, 0.0, True)
     assert all(torch.isfinite(weight).all() for weight in run.model.parameters())

@@ -73,9 +73,9 @@ def steps(monkeypatch):
     seen = []
     step = dry_run.training_step
 
-    def noted(run, step_model, batch):
+    def noted(run, step_model, batch, num_targets):
         seen.append(len(batch.tokens))
-        return step(run, step_model, batch)
+        return step(run, step_model, batch, num_targets)
 
     monkeypatch.setattr(dry_run, "training_step", noted)
     return seen
@@ -280,10 +280,10 @@ def test_memory_that_runs_out_is_no_fault(train, tmp_path, monkeypatch, capsys):
     """A GPU says so, whatever it told before."""
     step = dry_run.training_step
 
-    def limited(run, step_model, batch):
+    def limited(run, step_model, batch, num_targets):
         if len(batch.tokens) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return step(run, step_model, batch)
+        return step(run, step_model, batch, num_targets)
 
     monkeypatch.setattr(dry_run, "training_step", limited)
     plain = {"train.layer_path": "plain", "train.batch_size": 8}
