@@ -193,7 +193,7 @@ def _lock(target: Path, *, wait: bool = False) -> "Lock":
 def _replace_dir(folder: Path, temporary: Path) -> None:
     if not os.path.lexists(folder):
         temporary.rename(folder)
-    elif not _exchange(folder, temporary):
+    elif not exchange(folder, temporary):
         _logger.info("%s cannot be exchanged in one step: it is renamed first", folder)
         old = _old_name(folder)
         _remove_old(folder)
@@ -204,7 +204,7 @@ def _replace_dir(folder: Path, temporary: Path) -> None:
     sync(folder.parent)
 
 
-def _exchange(one: Path, other: Path) -> bool:
+def exchange(one: Path, other: Path) -> bool:
     """Exchanges the names of two folders in one step; False where system or disk cannot."""
     if os.name == "nt":
         return False

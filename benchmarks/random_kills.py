@@ -56,7 +56,7 @@ REPLACE = """
 import itertools, pathlib, sys, time
 from bdh import storage
 if sys.argv[2] == "renames":
-    storage._exchange = lambda *_: False
+    storage.exchange = lambda *_: False
     rename = pathlib.Path.rename
     # Or hardly a kill would come in between.
     pathlib.Path.rename = lambda *paths: (rename(*paths), time.sleep(0.02))[0]

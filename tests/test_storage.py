@@ -120,7 +120,7 @@ REPLACE = """
 import os, pathlib, signal, sys
 from bdh import storage
 if sys.argv[2] == "renames":
-    storage._exchange = lambda *_: False  # as on a disk that cannot
+    storage.exchange = lambda *_: False  # as on a disk that cannot
 folder, rename = pathlib.Path(sys.argv[1]), pathlib.Path.rename
 def rename_and_die_where_the_folder_is_missing(path, target):
     rename(path, target)
@@ -171,7 +171,7 @@ def test_where_two_folders_cannot_be_exchanged_a_kill_between_the_renames_is_men
 KILL_IN_REMOVAL = """
 import os, pathlib, signal, sys
 from bdh import storage
-storage._exchange = lambda *_: False
+storage.exchange = lambda *_: False
 unlink = os.unlink
 def unlink_and_die(path, **where):
     unlink(path, **where)
@@ -195,7 +195,7 @@ def test_what_is_left_of_a_replaced_folder_that_was_being_deleted_is_never_put_b
     assert killed.returncode == -signal.SIGKILL
     (tmp_path / "folder").rename(tmp_path / "kept")
     assert not is_taken(tmp_path / "folder")
-    monkeypatch.setattr(storage, "_exchange", lambda *_: False)
+    monkeypatch.setattr(storage, "exchange", lambda *_: False)
     written(tmp_path / "folder")
     written(tmp_path / "folder")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "kept"]
@@ -219,7 +219,7 @@ def test_a_second_rename_that_fails_puts_the_folder_back(tmp_path, monkeypatch):
             raise OSError(errno.EIO, "Input/output error")
         return rename(path, target)
 
-    monkeypatch.setattr(storage, "_exchange", lambda *_: False)
+    monkeypatch.setattr(storage, "exchange", lambda *_: False)
     monkeypatch.setattr(pathlib.Path, "rename", refuse_the_second)
     with pytest.raises(OSError, match="Input/output error"):
         written(folder, "after")
@@ -233,10 +233,10 @@ def test_a_system_that_cannot_exchange_is_told_from_other_errors(tmp_path, monke
         monkeypatch.setattr(storage.ctypes, "get_errno", lambda number=number: number)
         with monkeypatch.context() as patched:
             patched.setattr(storage.ctypes, "CDLL", lambda *_, **__: Refusing())
-            assert not storage._exchange(one, other)
+            assert not storage.exchange(one, other)
     monkeypatch.undo()
     with pytest.raises(FileNotFoundError):
-        storage._exchange(one, tmp_path / "none")
+        storage.exchange(one, tmp_path / "none")
 
 
 class Refusing:

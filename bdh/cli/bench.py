@@ -187,7 +187,7 @@ def run_bench(argv: list[str]) -> int:
     try:
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
-        report = _measured(settings, training)
+        report = measured(settings, training)
     finally:
         torch.set_num_threads(before)
     if settings.json == "-":
@@ -214,7 +214,8 @@ def _parse(argv: Sequence[str], base: dict[str, Any] | None) -> BenchSettings:
     )
 
 
-def _measured(settings: BenchSettings, training: "RunSettings | None") -> "Report":
+def measured(settings: BenchSettings, training: "RunSettings | None") -> "Report":
+    """The benchmark's report; raises ``ValueError`` for a device, path or size that is not to be had here."""
     from bdh.bench.decode import bench_decode, bench_prefill
     from bdh.bench.engine import bench_engine
     from bdh.tokenizer import byte_tokenizer

@@ -189,7 +189,7 @@ class Leaves(dict[str, Leaf]):
 
     def suggestion(self, name: str) -> str:
         """What may be meant by a name that no setting has."""
-        if hint := dict(_gone(self.settings_class)).get(name):
+        if hint := dict(_removed(self.settings_class)).get(name):
             return f": {hint}"
         end, ends = name.rpartition(".")[2], {leaf.rpartition(".")[2]: leaf for leaf in self}
         near = [leaf for leaf in self if leaf.rpartition(".")[2] == end]
@@ -284,12 +284,12 @@ def _initials(name: str) -> str:
     return "".join(part[:1] for part in name.split("_"))
 
 
-def _gone(settings_class: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Settings that are no more, by their dotted names, each with what is said of it: the sections' ``gone``."""
-    yield from ((f"{prefix}{name}", hint) for name, hint in getattr(settings_class, "gone", {}).items())
+def _removed(settings_class: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Settings of earlier versions, by their dotted names, each with what is said of it: the sections' ``REMOVED``."""
+    yield from ((f"{prefix}{name}", hint) for name, hint in getattr(settings_class, "REMOVED", {}).items())
     for name, annotation in field_types(settings_class).items():
         if dataclasses.is_dataclass(annotation):
-            yield from _gone(annotation, f"{prefix}{name}.")
+            yield from _removed(annotation, f"{prefix}{name}.")
 
 
 def _read_config(path: Path, faults: Faults) -> YamlDocument:

@@ -27,12 +27,12 @@ from bdh.data.reading import (
     to_plain,
 )
 
+ROWS_AT_ONCE = 256  # of a parquet file; more are no faster
 _SHAKESPEARE_ID = "karpathy/tiny_shakespeare"
 # The hub's own conversion: the repository itself is a loading script, which datasets no longer runs.
 _SHAKESPEARE_REVISION = "refs/convert/parquet"
 _PYTHON: dict[str, type] = {"string": str, "large_string": str, "null": type(None)}  # of Arrow's types that matter
 _logger = logging.getLogger(__name__)
-_ROWS_AT_ONCE = 256  # of a parquet file; more are no faster
 
 
 @contextmanager
@@ -134,7 +134,7 @@ def _parquet_values(path: Path, column: str, first: int) -> Iterator[Any]:
         for group in range(file.num_row_groups):
             num_rows = file.metadata.row_group(group).num_rows
             if first < num_rows:
-                for rows in file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=[column]):
+                for rows in file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=[column]):
                     yield from rows.column(column)[first:].to_pylist()
                     first = max(0, first - len(rows))
             else:

@@ -76,9 +76,9 @@ class Engine:
             raise ValueError(
                 f"max_state_bytes is {max_bytes:,}: must be at least {self.advancer.state_bytes:,}, the state of one sequence"
             )
-        self._prefixes: PrefixStore | None = None
+        self.prefixes: PrefixStore | None = None
         if self.config.prefix_cache_bytes:
-            self._prefixes = PrefixStore(self.config.prefix_cache_bytes, lambda: weights_mark(model))
+            self.prefixes = PrefixStore(self.config.prefix_cache_bytes, lambda: weights_mark(model))
         self._ends = frozenset(end_token_ids(model, tokenizer))
         self._numbers = itertools.count()
         self._waiting: deque[Request] = deque()
@@ -92,7 +92,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return bool(self._waiting or self._running or self._outputs or (self._prefixes and self._prefixes.marked))
+        return bool(self._waiting or self._running or self._outputs or (self.prefixes and self.prefixes.marked))
 
     def knows(self, request_id: int) -> bool:
         """Whether a request waits, runs, or has outputs that the next step gives."""
@@ -106,7 +106,7 @@ class Engine:
             waiting=len(self._waiting),
             state_bytes=self._num_reserved * self.advancer.state_bytes,
             finished=dict(self._counters.finished),
-            **(self._prefixes.stats() if self._prefixes else {}),
+            **(self.prefixes.stats() if self.prefixes else {}),
         )
 
     @property
@@ -241,8 +241,8 @@ class Engine:
             self._in_hand.popleft()
         for request_id in [each.id for each in self._running.values() if not each.num_reserved]:
             del self._running[request_id]  # whose end was interrupted
-        if self._prefixes is not None:
-            self._prefixes.store_marked()
+        if self.prefixes is not None:
+            self.prefixes.store_marked()
         self._admit()
         chosen = self._choose_inputs()
         self._in_hand.extend(sequence.request for sequence, _ in chosen)
@@ -325,16 +325,16 @@ class Engine:
             sequence.state = self._pool.take(copy_of=snapshot.state)
             sequence.logits = snapshot.logits
             sequence.pending = sequence.pending[snapshot.state.position :]
-        elif snapshot is not None or self._prefixes is None or wants_all_tokens:
+        elif snapshot is not None or self.prefixes is None or wants_all_tokens:
             sequence.state = self._pool.take()  # what other weights have read is read again
         else:
-            known, state, logits = self._prefixes.find(sequence.tokens)
+            known, state, logits = self.prefixes.find(sequence.tokens)
             if known == len(sequence.tokens) and logits is None:
                 known, state = 0, None
             sequence.state = self._pool.take(copy_of=state)
             sequence.logits, sequence.num_cached_tokens = logits, known
             sequence.pending = sequence.pending[known:]
-            request.places, request.weights = self._prefixes.places(sequence.tokens, known), self._prefixes.weights
+            request.places, request.weights = self.prefixes.places(sequence.tokens, known), self.prefixes.weights
 
     def _choose_inputs(self) -> list[tuple[Continuation, int]]:
         """Which sequences read how many of their tokens in this step; 0 where logits are there already."""
@@ -385,9 +385,9 @@ class Engine:
             if step_input is not None:
                 sequence.activity = step_input.activity
                 sequence.note_read(count, step_input.result())
-            if self._prefixes is not None and state is not None and state.position in request.places:
+            if self.prefixes is not None and state is not None and state.position in request.places:
                 request.places.discard(state.position)
-                self._prefixes.mark(sequence.tokens[: state.position], state, sequence.logits, request.weights)
+                self.prefixes.mark(sequence.tokens[: state.position], state, sequence.logits, request.weights)
             if sequence.pending:
                 return
             for each in [sequence, *self._fork(sequence)]:
@@ -402,8 +402,8 @@ class Engine:
         request = sequence.request
         if len(request.sequences) == request.params.n:
             return []
-        if self._prefixes is not None:
-            self._prefixes.store_marked()  # before a state that another request has just left is taken
+        if self.prefixes is not None:
+            self.prefixes.store_marked()  # before a state that another request has just left is taken
         for index in range(1, request.params.n):
             other = Continuation(request, index, self.model, self.tokenizer)
             other.state = self._pool.take(copy_of=sequence.state)

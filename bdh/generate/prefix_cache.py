@@ -264,7 +264,7 @@ class PrefixStore:
 
     def __init__(self, max_bytes: int, mark_of_weights: Callable[[], WeightsMark]):
         self.cache = PrefixCache(max_bytes)
-        self._mark_of_weights = mark_of_weights
+        self.mark_of_weights = mark_of_weights
         self.weights: WeightsMark | None = None  # that have read all of the cache's states
         # What is to be stored before any state is advanced again: no token waits for the copying.
         self.marked: list[tuple[list[int], SynapticState, torch.Tensor | None, WeightsMark | None]] = []
@@ -327,7 +327,7 @@ class PrefixStore:
 
     def _forget_other_weights(self) -> None:
         before, self.weights = self.weights, None
-        now = self._mark_of_weights()
+        now = self.mark_of_weights()
         if before is None or before.content != now.content:
             self.cache.clear()
         self.weights = now

@@ -191,7 +191,7 @@ class TrainSettings(Settings):
     sample_max_new_tokens: PositiveInt = 100
     """Tokens of a text sample."""
 
-    gone: ClassVar[dict[str, str]] = {"gradient_checkpointing": "train.recompute: pass does what it did"}
+    REMOVED: ClassVar[dict[str, str]] = {"gradient_checkpointing": "train.recompute: pass does what it did"}
     """Settings of earlier versions, and what to say of them."""
 
     @property

@@ -43,7 +43,7 @@ _MAX_SKIPPED_STEPS = 25
 # Whose neurons are counted at each evaluation, in a fraction of its time.
 _ACTIVITY_WINDOWS = 16
 # With more left after the second step (the first compiles), a run on a CPU says how long it takes.
-_LONG_HOURS = 12.0
+LONG_RUN_HOURS = 12.0
 
 
 class TrainingStopped(ValueError):
@@ -100,7 +100,7 @@ def fit(run: Run, monitor: Monitor) -> str:
             clock.read()
             monitor.progress(step, loss=result.loss, tokens_per_second=clock.tokens_per_second)
             hours = clock.step_seconds * (last_step - step) / 3600
-            if step == first + 2 and not run.guard.is_on_device and hours > _LONG_HOURS:
+            if step == first + 2 and not run.guard.is_on_device and hours > LONG_RUN_HOURS:
                 monitor.message(
                     f"a step takes {clock.step_seconds:.3g} s here, the {last_step - step:,} that are left about "
                     f"{hours / 24:.1f} days: configs/tiny.yaml is a small model"

@@ -15,7 +15,7 @@ from bdh.model.network import choose_device
 from bdh.ops.blocks.plan import LayerOptionError, LayerOptions, LayerPlan, LayerShape, plan_layer
 from bdh.train.config import TrainSettings
 
-_MEASURING_SECONDS = 0.04
+MEASURING_SECONDS = 0.04
 _LARGEST_SIZE = 8192
 
 
@@ -156,7 +156,7 @@ def matmul_peak(runtime: Runtime) -> float:
         factor = torch.ones(size, size, device=device, dtype=runtime.dtype)
         # The fastest of several: the first may load libraries, and any may be interrupted.
         times: list[float] = []
-        while len(times) < 3 or sum(times) < _MEASURING_SECONDS / 4:
+        while len(times) < 3 or sum(times) < MEASURING_SECONDS / 4:
             started = time.perf_counter()
             factor @ factor
             if device.type == "cuda":
@@ -165,6 +165,6 @@ def matmul_peak(runtime: Runtime) -> float:
                 torch.mps.synchronize()
             times.append(time.perf_counter() - started)
         best = max(best, 2 * size**3 / min(times))
-        if min(times) > _MEASURING_SECONDS / 8 or size >= _LARGEST_SIZE:
+        if min(times) > MEASURING_SECONDS / 8 or size >= _LARGEST_SIZE:
             return best
         size *= 2

@@ -260,7 +260,7 @@ def test_a_dtype_of_training(bench, tmp_path, monkeypatch, dtype):
 
 @pytest.fixture
 def nothing_runs(monkeypatch):
-    monkeypatch.setattr("bdh.cli.bench._measured", lambda *arguments: pytest.fail("something was measured"))
+    monkeypatch.setattr("bdh.cli.bench.measured", lambda *arguments: pytest.fail("something was measured"))
 
 
 @pytest.mark.usefixtures("nothing_runs")
@@ -295,7 +295,7 @@ def test_a_full_disk_leaves_the_figures_that_were_there(bench, tmp_path, monkeyp
 
     monkeypatch.setattr(Path, "write_text", full)
     report = Report("train", lines=["1,000 tokens/s"])
-    monkeypatch.setattr("bdh.cli.bench._measured", lambda *arguments: report)
+    monkeypatch.setattr("bdh.cli.bench.measured", lambda *arguments: report)
     status, out, err = bench("train", "--json", path)
     assert status == 2
     assert f"the disk is full, {path} could not be written" in err

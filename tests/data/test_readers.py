@@ -100,7 +100,7 @@ def row_groups(tmp_path):
 
 def test_parquet_is_read_without_datasets_in_pieces_of_row_groups_from_any_row(row_groups, monkeypatch):
     """``datasets`` took seven times as long for short rows, a context manager for each row a fifth of that."""
-    monkeypatch.setattr(tables, "_ROWS_AT_ONCE", 3)
+    monkeypatch.setattr(tables, "ROWS_AT_ONCE", 3)
     monkeypatch.setitem(sys.modules, "datasets", None)
     reader = row_groups.open()
     places = [(reader.state(), None)] + [(reader.state(), chunk) for chunk in reader]

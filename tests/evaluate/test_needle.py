@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -116,7 +118,7 @@ def test_few_rows_are_read_together_where_states_are_large(model):
     assert reader.rows_that_fit(17) == 16
     assert reader.rows_that_fit(1) == 2
     large = BDHConfig(n_embd=256, n_layer=6, n_head=4, mlp_internal_dim_multiplier=128)
-    reader._model = type("Large", (), {"config": large})
+    reader = ModelReader(SimpleNamespace(config=large, new_state=lambda: None))
     assert reader.rows_that_fit(16) == 4  # 201 MB each
 
 

@@ -461,7 +461,7 @@ def test_no_memory_for_the_cache_ends_no_request(make_engine, monkeypatch, caplo
     def put(*arguments):
         raise MemoryError("not a byte")
 
-    monkeypatch.setattr(engine._prefixes.cache, "put", put)
+    monkeypatch.setattr(engine.prefixes.cache, "put", put)
     for _ in range(2):
         assert engine.generate("abc" * 30, SamplingParams(max_tokens=3))[0][0].finish_reason == "length"
     assert "could not be stored: not a byte" in caplog.text

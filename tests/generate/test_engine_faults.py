@@ -262,7 +262,7 @@ def test_a_request_that_is_interrupted_while_it_is_admitted_reserves_nothing(eng
 
     engine.add_request("Once", SamplingParams(n=2, max_tokens=3))
     with monkeypatch.context() as patch:
-        patch.setattr(Engine, "_begin", interrupted)
+        patch.setattr(StatePool, "take", interrupted)
         with pytest.raises(KeyboardInterrupt):
             engine.step()
     assert {completion.finish_reason for completion in drained(engine).values()} == {"error"}
@@ -275,7 +275,7 @@ def test_a_prompt_whose_beginning_cannot_be_looked_up_is_read(make_engine, monke
     expected = engine.generate("abc" * 30, params)[0][0].token_ids
     drained(engine)
     with monkeypatch.context() as patch:
-        patch.setattr(engine._prefixes, "_mark_of_weights", no_memory)
+        patch.setattr(engine.prefixes, "mark_of_weights", no_memory)
         found = engine.generate("abc" * 30, params)[0][0]
         drained(engine)
     assert found.token_ids == expected

@@ -187,7 +187,7 @@ class Trial:
         assert (stats.running, stats.waiting, stats.state_bytes) == (0, 0, 0)
         assert sum(stats.finished.values()) == len(self.found)
         assert all(not state.is_torn for state in self.engine._pool._free)
-        check_cache(self.engine._prefixes.cache)
+        check_cache(self.engine.prefixes.cache)
 
     def check_snapshot(self, completion, params, twin):
         """That of a text that has ended is its twin's; from that of one that was cut off comes the rest of its twin."""

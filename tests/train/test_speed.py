@@ -52,7 +52,7 @@ def test_operations_are_those_that_pytorch_counts(block_size):
 
 
 def test_the_peak_is_of_the_order_of_a_product_timed_here(monkeypatch):
-    monkeypatch.setattr("bdh.train.runtime._MEASURING_SECONDS", 0.04)
+    monkeypatch.setattr("bdh.train.runtime.MEASURING_SECONDS", 0.04)
     runtime = choose_runtime(TrainSettings(device="cpu"))
     peak = matmul_peak(runtime)
     factor = torch.ones(128, 128)

@@ -181,7 +181,7 @@ def test_a_signal_is_answered_at_once_as_a_step_may_take_minutes(capfd):
 
 
 def test_a_run_of_days_says_so_after_its_second_step(train, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("bdh.train.loop._LONG_HOURS", 0.0)
+    monkeypatch.setattr("bdh.train.loop.LONG_RUN_HOURS", 0.0)
     few = {
         "train.max_steps": 4,
         "train.eval_every_steps": 9,

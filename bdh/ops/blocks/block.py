@@ -318,15 +318,15 @@ def zeros_like(weights: LayerWeights, dtype: torch.dtype) -> LayerWeights:
 
 # So many sizes of a block are compiled for themselves. All others share a kernel, which divides by sizes that it does not know:
 # with it the rotation takes eleven times as long on an H200.
-_MOST_SIZES = 8
-_sizes: set[torch.Size] = set()
+MOST_SIZES_COMPILED = 8
+sizes_compiled: set[torch.Size] = set()
 
 
 def compiled(function: Callable[..., Any], size: torch.Size) -> Callable[..., Any]:
     """An element-wise part for blocks (N, G, C) of this size."""
-    if len(_sizes) < _MOST_SIZES:
-        _sizes.add(size)
-    return _compiled(function, size not in _sizes)
+    if len(sizes_compiled) < MOST_SIZES_COMPILED:
+        sizes_compiled.add(size)
+    return _compiled(function, size not in sizes_compiled)
 
 
 @cache

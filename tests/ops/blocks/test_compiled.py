@@ -15,15 +15,16 @@ from tests.ops.blocks.reference import Case, differences
 def test_compiled_parts_are_those_that_are_not(monkeypatch, most_sizes):
     case = Case(T=20, D=8, H=2, N=16, B=3, rows=2, columns=9, dropout=0.1, state=True)
     expected = case.found(case.by_blocks())
-    parts = []
+    parts, compiled = [], block.compiled
 
-    def compile_parts(self, function, *arguments):
+    def noted(function, size):
         parts.append(function)
-        return block.compiled(function, arguments[0].shape)(*arguments)
+        return compiled(function, size)
 
-    monkeypatch.setattr(block, "_sizes", set())
-    monkeypatch.setattr(block, "_MOST_SIZES", most_sizes)
-    monkeypatch.setattr(block.Neurons, "_run", compile_parts)
+    monkeypatch.setattr(block, "sizes_compiled", set())
+    monkeypatch.setattr(block, "MOST_SIZES_COMPILED", most_sizes)
+    monkeypatch.setattr(block, "compiles_parts", lambda device: True)
+    monkeypatch.setattr(block, "compiled", noted)
     found = case.found(case.by_blocks())
     assert len(set(parts)) == 4  # rotated, gated, and both backwards
     assert max(differences(found, expected)) < 1e-12  # fused, but in float64
@@ -31,9 +32,10 @@ def test_compiled_parts_are_those_that_are_not(monkeypatch, most_sizes):
 
 
 def test_more_sizes_than_are_compiled_for_themselves_share_one(monkeypatch):
-    monkeypatch.setattr(block, "_sizes", set())
+    monkeypatch.setattr(block, "sizes_compiled", set())
     sizes = [torch.Size((16, 2, columns)) for columns in range(1, 12)]
-    found = [block.compiled(block._gated, size) for size in sizes]
-    assert found[:8] == [block._compiled(block._gated, False)] * 8
-    assert found[8:] == [block._compiled(block._gated, True)] * 3
-    assert block.compiled(block._gated, sizes[0]) is found[0]
+    found = [block.compiled(torch.relu, size) for size in sizes]
+    assert found[:8] == [found[0]] * 8
+    assert found[8:] == [found[8]] * 3
+    assert found[0] is not found[8]
+    assert block.compiled(torch.relu, sizes[0]) is found[0]
