@@ -226,7 +226,7 @@ async def post(port: int, body: dict) -> tuple[int, float, float, list[bytes]]:
 
 
 def abuse(model: str, clients: int) -> dict:
-    """Gauges and memory before and behind clients that behave badly."""
+    """Gauges and memory before and after clients that behave badly."""
     with server(model) as (url, process):
         measured = psutil.Process(process.pid)
         port = int(url.rpartition(":")[2])
@@ -244,9 +244,9 @@ def abuse(model: str, clients: int) -> dict:
     print(f"  the server            {'answers as before' if alive else 'has ended'}")
     print(f"  gauges above 0        {left or 'none'}")
     print(
-        f"  memory                {before / 2**20:,.1f} MiB before, {after / 2**20:,.1f} MiB behind: {100 * growth:+.1f} %"
+        f"  memory                {before / 2**20:,.1f} MiB before, {after / 2**20:,.1f} MiB after: {100 * growth:+.1f} %"
     )
-    return {"alive": alive, "gauges_above_0": left, "memory_before": before, "memory_behind": after, "growth": growth}
+    return {"alive": alive, "gauges_above_0": left, "memory_before": before, "memory_after": after, "growth": growth}
 
 
 def gauges(url: str) -> dict[str, float]:

@@ -49,7 +49,7 @@ def read_once(advancer: Advancer, tokens: list[int]) -> tuple[torch.Tensor, list
 
 @torch.no_grad()
 def read_again(model: BDHForCausalLM, tokens: list[int], window: int, places: range) -> torch.Tensor:
-    """The loss of the token behind each place, from the last ``window`` tokens read from nothing."""
+    """The loss of the token after each place, from the last ``window`` tokens read from nothing."""
     losses = []
     for start in range(places.start, places.stop, 32):
         rows = range(start, min(start + 32, places.stop))

@@ -6,7 +6,7 @@ run=runs/demo
 if [ -f "$run/model/config.json" ]; then
     echo "$run holds a trained model already: using it. Remove the folder to train again."
 elif [ -f "$run/config.yaml" ] && { [ -f "$run/lock" ] || [ -n "$(ls "$run/checkpoints" 2>/dev/null)" ]; }; then
-    echo "$run was interrupted: going on with it."
+    echo "$run was interrupted: continuing it."
     bdh train --run_dir "$run" --resume
 else
     if [ -f "$run/config.yaml" ]; then

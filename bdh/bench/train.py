@@ -107,7 +107,7 @@ class CaseBench:
             layer["path"], layer["kept_passes"] = self.plan.path, layer.pop("kept_layer_steps")
             del layer["backend"]
             sizes = layer.pop("sizes")
-            layer |= {"rows_per_block": sizes["rows"], "tokens_per_block": sizes["columns"]}
+            layer |= {"rows_per_block": sizes["sequences"], "tokens_per_block": sizes["tokens"]}
         self.figures: dict[str, Any] = {
             "batch_size": case.batch_size,
             "block_size": case.block_size,

@@ -262,7 +262,7 @@ def _run_needle(settings: EvalSettings, model: Any, tokenizer: Any) -> None:
             filler,
             distances=distances,
             trials=trials,
-            rows_at_once=reader.rows_that_fit(settings.batch_size),
+            texts_at_once=reader.texts_that_fit(settings.batch_size),
             seed=settings.seed,
             progress=advance,
         )

@@ -140,14 +140,17 @@ def print_banner(console: "Console", training: Any) -> None:
     settings, model, runtime = training.settings, training.model, training.runtime
     train, config, facts = settings.train, model.config, training.corpus.facts
     num_parameters = sum(p.numel() for p in model.parameters())
-    rows = training.sequences_per_step // training.world.size
+    num_sequences = training.sequences_per_step // training.world.size
     num_tokens = len(training.tokenizer)
     gaps = f" ({num_tokens:,} tokens, whose ids have gaps)" if num_tokens < config.vocab_size else ""
     lines = {
         "model": f"{num_parameters:,} parameters: {config.n_layer} layer step{'s' * (config.n_layer > 1)}, width {config.n_embd}, {config.n_head} heads "
         f"of {config.neurons_per_head:,} neurons, vocabulary {config.vocab_size:,}{gaps}",
         "state": f"{config.state_bytes_per_sequence:,} bytes a sequence, at any length"
-        + (f"; carried on for {rows} rows: {config.state_bytes_per_sequence * rows:,} bytes" * train.carry_state),
+        + (
+            f"; carried on for {num_sequences} sequences: {config.state_bytes_per_sequence * num_sequences:,} bytes"
+            * train.carry_state
+        ),
         "data": _describe_data(facts),
         "step": f"{training.sequences_per_step * train.block_size:,} tokens: {train.batch_size} sequences of "
         f"{train.block_size:,}"
@@ -177,7 +180,7 @@ def print_banner(console: "Console", training: Any) -> None:
 def _describe_start(step: int, max_steps: int) -> str:
     if step >= max_steps:
         return f": all {step:,} steps are done, nothing to train; a higher --train.max_steps continues"
-    return f", going on from step {step}" if step else ""
+    return f", continuing from step {step}" if step else ""
 
 
 def _describe_attention(training: Any) -> str:
@@ -186,8 +189,8 @@ def _describe_attention(training: Any) -> str:
     train, config, plan = training.settings.train, training.model.config, training.plan
     chosen = " (chosen)" if config.attention_form == "auto" else ""
     if plan.backend != "eager":
-        is_whole = plan.sizes.columns >= train.block_size
-        return f"parallel{chosen}" if is_whole else f"chunked, {plan.sizes.columns:,} tokens{chosen}"
+        is_whole = plan.sizes.tokens >= train.block_size
+        return f"parallel{chosen}" if is_whole else f"chunked, {plan.sizes.tokens:,} tokens{chosen}"
     how = {"has_state": train.carry_state, "chunk_size": config.chunk_size}
     return f"{choose_form(config.attention_form, train.block_size, config.n_embd, **how)}{chosen}"
 
@@ -198,7 +201,7 @@ def _describe_data(facts: dict[str, Any]) -> str:
     if facts.get("format") == "chat":
         num_train = facts["documents"] - facts["val_documents"]
         return (
-            f"{facts['source']}: {num_train:,} conversations (chat) in {facts['rows']:,} rows, "
+            f"{facts['source']}: {num_train:,} conversations (chat) in {facts['rows']:,} sequences, "
             f"{facts['train_answer_tokens']:,} of {facts['train_tokens']:,} tokens are the assistant's and count; "
             f"{facts['val_documents']:,} for validation"
         )

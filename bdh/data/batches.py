@@ -172,7 +172,7 @@ def check_sequences(batch_size: int, rank: int, world_size: int) -> slice:
     """The sequences of the global batch that a process gets. Raises ValueError: the processes cannot share them evenly."""
     if batch_size < 1 or batch_size % world_size:
         raise ValueError(
-            f"the global batch has {batch_size} rows: it must be a multiple of the {world_size} processes that share it"
+            f"the global batch has {batch_size} sequences: it must be a multiple of the {world_size} processes that share it"
         )
     number = batch_size // world_size
     return slice(rank * number, (rank + 1) * number)

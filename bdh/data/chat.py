@@ -1,4 +1,4 @@
-"""Conversations from .jsonl files, of which the assistant's tokens count: a check of every line, a corpus, and packed rows."""
+"""Conversations from .jsonl files, of which the assistant's tokens count: a check of every line, a corpus, and packed sequences."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -86,7 +86,7 @@ class ChatCorpus(TokenizedCorpus):
         self._packed = packed(np.diff(self._train_pieces)[:, 0].tolist(), block_size + 1)
         if num_cut:
             _logger.warning(
-                "%s of %s conversations are longer than train.block_size, %s tokens: they continue in another row, from "
+                "%s of %s conversations are longer than train.block_size, %s tokens: they continue in another sequence, from "
                 "nothing",
                 f"{num_cut:,}",
                 f"{self.facts['documents'] - self.facts['val_documents']:,}",

@@ -112,7 +112,7 @@ class MixSource:
     label: str
     """A short name, another for each source of the mix."""
     share: float
-    """Of the rows, above 0; those of all sources sum to 1."""
+    """Of the sequences, above 0; those of all sources sum to 1."""
     config: EntryConfig
     """The section as it holds for this source alone."""
 

@@ -116,7 +116,7 @@ def check_long_enough(config: DataConfig, train_tokens: int, val_tokens: int, bl
     for part, num_tokens, remedy in parts:
         if block_size > 0 and num_tokens < block_size + 1:
             raise ValueError(
-                f"data.source {config.source!r}: the {part} part has {num_tokens} tokens, but one row of "
+                f"data.source {config.source!r}: the {part} part has {num_tokens} tokens, but one sequence of "
                 f"block_size {block_size} needs {block_size + 1}: more text or {remedy} would do"
             )
 

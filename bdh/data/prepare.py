@@ -138,7 +138,7 @@ class MixCorpus(Corpus):
     ) -> "MixLoader":
         if carry_state:
             raise ValueError(
-                "train.carry_state is true, but a row of data.mix is of another source in each step: set false"
+                "train.carry_state is true, but with data.mix a sequence of the batch is of another source in each step: set false"
             )
         own = check_sequences(batch_size, rank, world_size)
         # Each source gives one sequence at a time, as many as the draws ask of it. Their seeds differ, so that two

@@ -142,20 +142,20 @@ def evaluate_parts(
     parts: Sequence[ValidationPart],
     *,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
-    rows: slice = slice(None),
+    sequences: slice = slice(None),
     sum_over_processes: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> tuple[Metrics, dict[str, Metrics]]:
     """Predicts what counts in each part.
 
     Args:
-        rows: the sequences of each part that this process measures.
+        sequences: those of each part that this process measures.
         sum_over_processes: see :func:`evaluate_batch`.
 
     Returns:
         The metrics over all tokens that count, and where there are several parts, those of each by its name.
     """
     evaluate = partial(evaluate_batch, model, autocast=autocast, sum_over_processes=sum_over_processes)
-    found = [evaluate(part.batch[rows], bytes_per_token=part.bytes_per_token) for part in parts]
+    found = [evaluate(part.batch[sequences], bytes_per_token=part.bytes_per_token) for part in parts]
     if len(found) == 1:
         return found[0], {}
     return _over_all(parts, found), {part.name: metrics for part, metrics in zip(parts, found, strict=True)}

@@ -153,10 +153,10 @@ class Question:
 class Reader(Protocol):
     """Reads several texts, and can be asked at any time without remembering that it was."""
 
-    def start(self, num_rows: int) -> None: ...
+    def start(self, num_texts: int) -> None: ...
 
     def read(self, tokens: torch.Tensor) -> None:
-        """Further tokens (num_rows, T) of each text."""
+        """Further tokens (num_texts, T) of each text."""
 
     def score(self, questions: Sequence[Question]) -> list[Score]:
         """Of each text's value."""
@@ -169,7 +169,7 @@ def measure_recall(
     *,
     distances: Sequence[int] = DISTANCES,
     trials: int = 16,
-    rows_at_once: int = 16,
+    texts_at_once: int = 16,
     seed: int = 0,
     progress: Callable[[int], None] = lambda num_tokens: None,
 ) -> list[Recall]:
@@ -179,7 +179,7 @@ def measure_recall(
 
     Args:
         filler: (n,) tokens of a text to plant the facts in; a short one is repeated.
-        rows_at_once: texts that are read together, of which each trial has two.
+        texts_at_once: texts that are read together, of which each trial has two.
         progress: called with the number of tokens read so far, of all texts.
 
     Raises:
@@ -193,7 +193,7 @@ def measure_recall(
     randomness = random.Random(seed)
     questions = [_question(tokenizer, randomness) for _ in range(trials)]
     starts = [randomness.randrange(len(filler)) for _ in range(trials)]
-    num_read, num_together = 0, max(1, rows_at_once // 2)
+    num_read, num_together = 0, max(1, texts_at_once // 2)
     scores: dict[int, list[Score]] = {distance: [] for distance in ordered}
     controls: dict[int, list[Score]] = {distance: [] for distance in ordered}
     for first in range(0, trials, num_together):
@@ -230,13 +230,13 @@ class ModelReader:
     def __init__(self, model: BDHForCausalLM):
         self._model, self._state = model, model.new_state()
 
-    def rows_that_fit(self, most: int) -> int:
+    def texts_that_fit(self, most: int) -> int:
         """How many texts can be read together: an even number, as states of large models are large."""
         fitting = _STATE_BYTES // self._model.config.state_bytes_per_sequence
         return max(2, min(most, fitting) // 2 * 2)
 
-    def start(self, num_rows: int) -> None:
-        self._state = self._model.new_state(num_rows)
+    def start(self, num_texts: int) -> None:
+        self._state = self._model.new_state(num_texts)
 
     def read(self, tokens: torch.Tensor) -> None:
         config = self._model.config

@@ -88,9 +88,9 @@ class Conversation:
         self.stats = ChatStats()
         self._tokenizer = tokenizer = engine.tokenizer
         self._encoder = None if plain or not tokenizer.chat_template else ChatEncoder(tokenizer)
-        self._ends = set(end_token_ids(engine.model, tokenizer))
+        self._end_token_ids = set(end_token_ids(engine.model, tokenizer))
         if self._encoder is not None:
-            self._ends.add(self._encoder.turn_end_id)
+            self._end_token_ids.add(self._encoder.turn_end_id)
         self._interrupted = self._told_of_rewriting = False
         self._now = _Point()
         self._earlier: deque[tuple[_Point, torch.Tensor]] = deque()  # for undo, with the generator's states
@@ -235,7 +235,7 @@ class Conversation:
         # The engine continues from a copy: whatever happens, the earlier state is there.
         snapshot = None if is_anew else self._now.snapshot
         # What ends a reply is decided here: strings by a decoder which, for a template, begins with the reply.
-        params = replace(self.params, stop=[], stop_token_ids=sorted(self._ends))
+        params = replace(self.params, stop=[], stop_token_ids=sorted(self._end_token_ids))
         decoder = TextDecoder(self._tokenizer, self.params.stop, context=read if self.is_plain else ())
         reply: list[int] = []
         request = None

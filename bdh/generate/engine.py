@@ -79,7 +79,7 @@ class Engine:
         self.prefixes: PrefixStore | None = None
         if self.config.prefix_cache_bytes:
             self.prefixes = PrefixStore(self.config.prefix_cache_bytes, lambda: weights_mark(model))
-        self._ends = frozenset(end_token_ids(model, tokenizer))
+        self._end_token_ids = frozenset(end_token_ids(model, tokenizer))
         self._numbers = itertools.count()
         self._waiting: deque[Request] = deque()
         self._running: dict[int, Request] = {}
@@ -202,7 +202,8 @@ class Engine:
             params,
             tokens,
             num_prompt_tokens,
-            ends=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._ends),
+            end_token_ids=frozenset(params.stop_token_ids)
+            | (frozenset() if params.ignore_eos else self._end_token_ids),
             grammar=None if params.grammar is None else self.grammars.compile(params.grammar),
             snapshot=snapshot,
             keep_snapshot=keep_snapshot,

@@ -157,8 +157,8 @@ class Matcher:
         """Whether the text has its form, and nothing may follow."""
         return self._matcher.is_stopped()
 
-    def allowed(self, ends: Iterable[int] = ()) -> "torch.Tensor":
-        """Which tokens may come next, bool (V,): none where the text is complete; of ``ends`` all where it may end here.
+    def allowed(self, end_token_ids: Iterable[int] = ()) -> "torch.Tensor":
+        """Which tokens may come next, bool (V,): none where the text is complete; of ``end_token_ids`` all where it may end here.
 
         Raises:
             ValueError: the grammar is too complex, or leaves nothing.
@@ -174,7 +174,7 @@ class Matcher:
         if not may_end and not allowed.any():
             raise ValueError(f"{GRAMMAR_FAULT}no token of the vocabulary can follow")
         if may_end and allowed.any():
-            allowed[list(ends)] = True
+            allowed[list(end_token_ids)] = True
         return allowed
 
 

@@ -157,7 +157,7 @@ class Sampler:
     Args:
         prompt: the tokens before what is generated; they count for the repetition penalty only.
         generated: tokens that have been generated already, where a sequence continues.
-        ends: tokens that may not come before ``min_tokens``.
+        end_token_ids: tokens that may not come before ``min_tokens``.
         generator: instead of one that begins with the seed.
     """
 
@@ -168,13 +168,13 @@ class Sampler:
         vocab_size: int,
         prompt: Iterable[int] = (),
         generated: Iterable[int] = (),
-        ends: Iterable[int] = (),
+        end_token_ids: Iterable[int] = (),
         index: int = 0,
         generator: torch.Generator | None = None,
     ):
         self._params = params
         self.generator = generator or generator_of(params.seed_of(index))
-        self._ends = torch.tensor(sorted(set(ends)), dtype=torch.int64)
+        self._end_token_ids = torch.tensor(sorted(set(end_token_ids)), dtype=torch.int64)
         self._bias: torch.Tensor | None = None
         if params.logit_bias:
             self._bias = torch.zeros(vocab_size)
@@ -224,8 +224,8 @@ class Sampler:
             scores = scores - params.frequency_penalty * self._counts - params.presence_penalty * (self._counts > 0)
         if self._bias is not None:
             scores = scores + self._bias
-        if self._num_generated < params.min_tokens and len(self._ends):
-            scores = scores.index_fill(0, self._ends, -torch.inf)
+        if self._num_generated < params.min_tokens and len(self._end_token_ids):
+            scores = scores.index_fill(0, self._end_token_ids, -torch.inf)
         return scores
 
     def _count(self, token: int) -> None:
@@ -308,7 +308,7 @@ class Request:
     params: SamplingParams
     tokens: list[int]  # the prompt's, and those generated before where it continues from a snapshot
     num_prompt_tokens: int
-    ends: frozenset[int]  # tokens that end the text
+    end_token_ids: frozenset[int]  # tokens that end the text
     grammar: "LLMatcher | None" = None  # the beginning of a text of its grammar
     snapshot: Snapshot | None = None
     keep_snapshot: bool = False
@@ -355,7 +355,7 @@ class Continuation:
             vocab_size=V,
             prompt=tokens[: request.num_prompt_tokens],
             generated=tokens[request.num_prompt_tokens :],
-            ends=request.ends,
+            end_token_ids=request.end_token_ids,
             index=index,
             generator=generator,
         )
@@ -388,12 +388,12 @@ class Continuation:
     def draw(self) -> StepOutput:
         """Samples a token after the last one, or raises a ``ValueError`` where the logits leave none."""
         assert self.logits is not None
-        allowed = None if self._matcher is None else self._matcher.allowed(self.request.ends)
+        allowed = None if self._matcher is None else self._matcher.allowed(self.request.end_token_ids)
         if allowed is not None and not allowed.any():
             return self.end("stop")
         token = self.sampler.sample(self.logits, allowed)
         output = self._new_output()
-        if token in self.request.ends and self.num_generated >= self.params.min_tokens:
+        if token in self.request.end_token_ids and self.num_generated >= self.params.min_tokens:
             return self._finish("stop", output, stop_reason=token)
         self.tokens.append(token)
         self.pending.append(token)

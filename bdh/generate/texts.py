@@ -143,14 +143,14 @@ def _search_beams(
     pad = tokenizer.pad_token_id or 0  # never seen: the mask hides it
     ids = torch.tensor([[pad] * (T - len(tokens)) + tokens for tokens in encoded], device=model.device)  # (B, T)
     mask = torch.tensor([[0] * (T - len(tokens)) + [1] * len(tokens) for tokens in encoded], device=model.device)
-    ends = end_token_ids(model, tokenizer)
+    eos_token_ids = end_token_ids(model, tokenizer)
     # A token has at least one byte, except special ones, which decode to nothing.
     tail_tokens = max((len(s.encode()) for s in params.stop), default=0) + CONTEXT_TOKENS
 
     def decoded(sequence: torch.Tensor, start: int) -> tuple[TextDecoder, str]:
         """The text of a sequence's tokens from ``start`` to its end, after which padding stands, and its decoder."""
         context, generated = sequence[max(0, start - CONTEXT_TOKENS) : start].tolist(), sequence[start:].tolist()
-        end = next((place for place, token in enumerate(generated) if token in ends), len(generated))
+        end = next((place for place, token in enumerate(generated) if token in eos_token_ids), len(generated))
         decoder = TextDecoder(tokenizer, params.stop, context)
         return decoder, decoder.push(generated[:end])
 
@@ -173,7 +173,7 @@ def _search_beams(
             attention_mask=mask,
             stopping_criteria=StoppingCriteriaList([is_stopped] if params.stop else []),
             pad_token_id=pad,
-            eos_token_id=ends or None,
+            eos_token_id=eos_token_ids or None,
             max_new_tokens=params.max_tokens,
             num_beams=num_beams,
             num_return_sequences=params.n,

@@ -357,24 +357,24 @@ class Rotation(NamedTuple):
     sin: torch.Tensor
     places: torch.Tensor | None  # int64 (B, T): the column of each token; None where token t's is t in all sequences
 
-    def of_block(self, rows: slice, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    def of_block(self, sequences: slice, tokens: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosine and sine for some sequences and tokens, (N/2, 1 or G, C)."""
         if self.places is None:
             # Not views: code compiled for one offset in memory is compiled again for another.
-            return self.cos[:, None, columns].contiguous(), self.sin[:, None, columns].contiguous()
-        places = self.places[rows, columns]
+            return self.cos[:, None, tokens].contiguous(), self.sin[:, None, tokens].contiguous()
+        places = self.places[sequences, tokens]
         return self.cos[:, places], self.sin[:, places]
 
-    def runs(self, rows: slice, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    def runs(self, sequences: slice, tokens: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """The stretches of a block's G * C tokens that stand side by side in the table, none of two sequences.
 
         Returns:
             int64 (runs + 1,): the first token of each, and the number of tokens after them; int64 (runs,): its column.
         """
-        G, C = rows.stop - rows.start, columns.stop - columns.start
+        G, C = sequences.stop - sequences.start, tokens.stop - tokens.start
         if self.places is None:
-            return torch.arange(G + 1, device="cpu") * C, torch.full((G,), columns.start, device="cpu")
-        places = self.places[rows, columns].flatten()
+            return torch.arange(G + 1, device="cpu") * C, torch.full((G,), tokens.start, device="cpu")
+        places = self.places[sequences, tokens].flatten()
         begins = torch.ones_like(places, dtype=torch.bool)
         begins[1:] = places[1:] != places[:-1] + 1
         begins[::C] = True

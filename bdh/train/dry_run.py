@@ -141,8 +141,8 @@ def changes(now: MemoryEstimate) -> Iterator[tuple[str, list[dict[str, Any]]]]:
         yield "train", [{"layer_path": "auto"}]
     yield "train", [{"recompute": "pass"}]
     if plan.backend != "eager":
-        yield "train", [{"rows_per_block": size} for size in _halved(plan.sizes.rows)]
-        yield "train", [{"tokens_per_block": size} for size in _halved(plan.sizes.columns)]
+        yield "train", [{"rows_per_block": size} for size in _halved(plan.sizes.sequences)]
+        yield "train", [{"tokens_per_block": size} for size in _halved(plan.sizes.tokens)]
     if now.world.size > 1:
         yield "distributed", [{"strategy": "fsdp"}]
     if not settings.resume:
@@ -310,7 +310,7 @@ def forecast(run: Run, *, say: Callable[[str], None] = lambda line: None) -> For
     def has_room(count: int) -> bool:
         return found.peak_with(estimate.of_step(count)) <= found.limit
 
-    counts = [1 if plan.backend == "eager" else min(plan.sizes.rows, train.batch_size)]
+    counts = [1 if plan.backend == "eager" else min(plan.sizes.sequences, train.batch_size)]
     while counts[0] > 1 and not has_room(counts[0]):
         counts[0] //= 2
     if not has_room(count := counts[0]):

@@ -275,7 +275,7 @@ def _measured_on(progress: dict[str, Any], block_size: int, is_chat: bool) -> st
     last = progress.get("last_evaluation")
     if not last:  # a checkpoint that does not say it
         return f"At the last evaluation up to step {progress['step']:,}, on text that was not trained on:"
-    what = "rows of conversations, of up to" if is_chat else "windows of"
+    what = "sequences of conversations, of up to" if is_chat else "windows of"
     return (
         f"After step {last['step']:,}, on {last['windows']:,} fixed {what} {block_size:,} tokens that were not trained on; "
         f"{last['tokens']:,} tokens of them were predicted:"

@@ -368,7 +368,7 @@ def evaluate(run: Run, monitor: Monitor, validation: list[ValidationPart]) -> bo
             run.model,
             validation,
             autocast=run.runtime.autocast,
-            rows=slice(world.rank, None, world.size),
+            sequences=slice(world.rank, None, world.size),
             sum_over_processes=world.sum if world.size > 1 else None,
         )
 

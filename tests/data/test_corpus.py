@@ -327,7 +327,7 @@ def test_loader_continues_from_its_state(tmp_path, corpus_of):
 @pytest.mark.parametrize(("batch_size", "world_size"), [(4, 3), (1, 2), (0, 1)])
 def test_rows_that_cannot_be_shared_are_refused(tmp_path, corpus_of, batch_size, world_size):
     corpus = corpus_of(write_text(tmp_path / "t.txt", WORDS))
-    with pytest.raises(ValueError, match=f"{batch_size} rows: it must be a multiple of the {world_size}"):
+    with pytest.raises(ValueError, match=f"{batch_size} sequences: it must be a multiple of the {world_size}"):
         corpus.train_loader(batch_size, 7, 0, world_size)
 
 

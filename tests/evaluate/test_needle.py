@@ -17,8 +17,8 @@ class BookReader:
     def __init__(self, memory: int):
         self.memory = memory
 
-    def start(self, num_rows):
-        self.rows = [[] for _ in range(num_rows)]
+    def start(self, num_texts):
+        self.rows = [[] for _ in range(num_texts)]
         self.num_read = 0
 
     def read(self, tokens):
@@ -42,7 +42,7 @@ def test_full_recall_and_its_control_are_told_apart():
 
 def test_a_memory_that_ends_between_two_distances_is_found_out():
     reader = BookReader(300)
-    near, far = measure_recall(reader, byte_tokenizer(), FILLER, distances=(290, 250), trials=3, rows_at_once=4)
+    near, far = measure_recall(reader, byte_tokenizer(), FILLER, distances=(290, 250), trials=3, texts_at_once=4)
     assert (near.distance, near.accuracy) == (250, 1.0)
     assert (far.distance, far.accuracy, far.log_probability) == (290, 0.0, -5.0)
 
@@ -106,7 +106,7 @@ def test_the_seed_decides(model):
 def test_trials_read_together_or_apart_give_the_same(model):
     kinds = (2, 6)
     apart, together = (
-        measure_recall(ModelReader(model), byte_tokenizer(), FILLER, distances=(64,), trials=3, rows_at_once=rows)[0]
+        measure_recall(ModelReader(model), byte_tokenizer(), FILLER, distances=(64,), trials=3, texts_at_once=rows)[0]
         for rows in kinds
     )
     assert apart.log_probability == pytest.approx(together.log_probability, abs=1e-5)
@@ -115,11 +115,11 @@ def test_trials_read_together_or_apart_give_the_same(model):
 
 def test_few_rows_are_read_together_where_states_are_large(model):
     reader = ModelReader(model)
-    assert reader.rows_that_fit(17) == 16
-    assert reader.rows_that_fit(1) == 2
+    assert reader.texts_that_fit(17) == 16
+    assert reader.texts_that_fit(1) == 2
     large = BDHConfig(n_embd=256, n_layer=6, n_head=4, mlp_internal_dim_multiplier=128)
     reader = ModelReader(SimpleNamespace(config=large, new_state=lambda: None))
-    assert reader.rows_that_fit(16) == 4  # 201 MB each
+    assert reader.texts_that_fit(16) == 4  # 201 MB each
 
 
 @pytest.mark.parametrize("arguments", [{"distances": ()}, {"distances": (0,)}, {"trials": 0}])

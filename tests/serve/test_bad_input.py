@@ -296,12 +296,12 @@ def test_nothing_is_answered_before_the_model_is_there(start_server):
 
 def test_an_engine_that_fails_turns_the_server_off(start_server, bytes_pair, monkeypatch):
     server = start_server(*bytes_pair)
-    front = server.service.loaded.engine
+    async_engine = server.service.loaded.engine
 
     def fail():
         raise RuntimeError("the memory is on fire")
 
-    monkeypatch.setattr(front.engine, "step", fail)
+    monkeypatch.setattr(async_engine.engine, "step", fail)
     answer = server.complete("abc")
     message = assert_refused(answer, 503, code="engine_failed")
     assert "fire" not in message
@@ -342,17 +342,17 @@ def test_a_step_without_progress_is_a_hang_unless_that_is_switched_off(
     start_server, bytes_pair, monkeypatch, stall_timeout
 ):
     server = start_server(*bytes_pair, limits=LimitSettings(stall_timeout=stall_timeout))
-    front, going_on = server.service.loaded.engine, threading.Event()
-    step = front.engine.advancer.read_all
+    async_engine, going_on = server.service.loaded.engine, threading.Event()
+    step = async_engine.engine.advancer.read_all
 
     def hanging(feeds):
         going_on.wait(60)
         step(feeds)
 
-    monkeypatch.setattr(front.engine.advancer, "read_all", hanging)
+    monkeypatch.setattr(async_engine.engine.advancer, "read_all", hanging)
     asked = threading.Thread(target=server.complete, kwargs={"max_tokens": 1})
     asked.start()
-    while front.seconds_without_progress < 0.3:
+    while async_engine.seconds_without_progress < 0.3:
         time.sleep(0.01)
     answer = server.http.get("/health/ready")
     assert answer.status_code == (200 if stall_timeout is None else 503)

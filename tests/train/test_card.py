@@ -68,7 +68,7 @@ def test_conversations_count_answers_and_rows(train, tmp_path, is_mixed):
     card = card_of(tmp_path / "run" / "model")
     num_answer = len("That one.") + 1  # with the token that ends it
     assert evaluation(card) == (12, 4, 4 * num_answer)  # of 4 conversations, one a row
-    assert "4 fixed rows of conversations, of up to 32 tokens" in card
+    assert "4 fixed sequences of conversations, of up to 32 tokens" in card
     assert row(card, "tokens seen, padding included") == f"{12 * 4 * 32:,}"
     assert "question(tokenizer" in card
     if not is_mixed:

@@ -124,7 +124,7 @@ def test_the_banner_says_what_the_carried_states_take(train, documents, tmp_path
     settings = {"data.source": documents, "train.gradient_accumulation_steps": 2, "train.max_steps": 2}
     assert train(tmp_path / "run", **settings, **CARRY) == 0
     # 2 passes of 128 neurons and width 16, float32, for 8 rows.
-    assert "carried on for 8 rows: 131,072 bytes" in capsys.readouterr().err
+    assert "carried on for 8 sequences: 131,072 bytes" in capsys.readouterr().err
     assert train(tmp_path / "plain", **settings) == 0
     assert "carried" not in capsys.readouterr().err
 

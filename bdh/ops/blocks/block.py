@@ -58,18 +58,18 @@ class Dropout(NamedTuple):
         return 1 / (1 - self.rate)
 
 
-def make_dropout(rate: float, seed: torch.Tensor, num_neurons: int, num_rows: int, num_tokens: int) -> Dropout:
-    """The mask of ``num_neurons`` neurons of all heads for ``num_rows`` sequences of ``num_tokens``.
+def make_dropout(rate: float, seed: torch.Tensor, num_neurons: int, num_sequences: int, num_tokens: int) -> Dropout:
+    """The mask of ``num_neurons`` neurons of all heads for ``num_sequences`` sequences of ``num_tokens``.
 
     Args:
         seed: int64, one number, on the device that computes; it is not read back from there.
     """
     low, high = seed & _MASK, (seed >> 32) & _MASK
     neurons = torch.arange(num_neurons, device=seed.device)
-    tokens = torch.arange(num_rows * num_tokens, device=seed.device)
+    tokens = torch.arange(num_sequences * num_tokens, device=seed.device)
     neuron_keys = _mix((neurons * _APART + low) & _MASK)
     token_keys = _mix((_mix((tokens * _APART + high) & _MASK) + low) & _MASK)
-    return Dropout(rate, neuron_keys, token_keys.view(num_rows, num_tokens))
+    return Dropout(rate, neuron_keys, token_keys.view(num_sequences, num_tokens))
 
 
 def is_kept(dropout: Dropout, neuron_keys: torch.Tensor, token_keys: torch.Tensor) -> torch.Tensor:
@@ -225,8 +225,8 @@ class Block:
     head: int
     neurons: slice
     """Of the head, among those of all heads."""
-    rows: slice
-    columns: slice
+    sequences: slice
+    tokens: slice
     rotation: Rotation
     """Of all sequences and tokens."""
     dropout: Dropout | None
@@ -234,7 +234,7 @@ class Block:
 
     def turns(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosine and sine of this block, (N/2, 1 or G, C)."""
-        return self.rotation.of_block(self.rows, self.columns)
+        return self.rotation.of_block(self.sequences, self.tokens)
 
 
 class Fired(NamedTuple):

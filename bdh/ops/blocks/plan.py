@@ -27,7 +27,7 @@ _WIDE_OF_TABLE = 4  # the same of the rotation, in float32, where documents give
 _WHOLE_WIDTHS = 4
 _LEAST_CHUNK = 256
 # Columns from which on a matrix product is no faster for more of them. Few neurons take more, so that what a block costs
-# beside them does not count: a step of D 48, N 384 takes 67 ms by 512 columns and 50 by 1,536, one of D 128, N 1,024
+# beside them does not count: a step of D 48, N 384 takes 67 ms by 512 tokens and 50 by 1,536, one of D 128, N 1,024
 # 430 by 512, 420 by 1,024 and 460 by 2,048. One of D 256, N 8,192 on an H200: 106 by 8,192 and 99 by 16,384; mps is an estimate.
 _COLUMNS_OF_BLOCK = {"cpu": 512, "cuda": 16_384, "mps": 4_096}
 _NUMBERS_OF_BLOCK = 2**20
@@ -108,7 +108,9 @@ class LayerPlan:
             self.kept_layer_steps,
             f"keeps the wide activations of {self.kept_layer_steps} of {num_layer_steps} layer steps",
         )
-        blocks = "" if self.backend == "eager" else f" in blocks of {self.sizes.rows} x {self.sizes.columns:,} tokens"
+        blocks = (
+            "" if self.backend == "eager" else f" in blocks of {self.sizes.sequences} x {self.sizes.tokens:,} tokens"
+        )
         return f"{self.path}{blocks} ({self.reason}); {kept}: {(self.block_bytes + self.kept_bytes) / 2**20:,.0f} MiB"
 
 
@@ -141,38 +143,42 @@ def plan_layer(
         return _plan_eager(shape, options, f"on {shape.device}, for which a step is small")
     if backend.name == "eager":
         return _plan_eager(shape, options, reason)
-    columns = _choose_columns(shape, options, form, chunk_size)
+    tokens = _choose_tokens(shape, options, form, chunk_size)
     width = max(_COLUMNS_OF_BLOCK.get(shape.device.type, 128), _NUMBERS_OF_BLOCK // shape.N)
-    rows = options.rows_per_block or max(1, min(shape.B, width // columns))
-    if not 1 <= rows <= shape.B:
-        raise LayerOptionError("rows_per_block", f"is {rows}: must be from 1 to the {shape.B} sequences of a batch")
+    sequences = options.rows_per_block or max(1, min(shape.B, width // tokens))
+    if not 1 <= sequences <= shape.B:
+        raise LayerOptionError(
+            "rows_per_block", f"is {sequences}: must be from 1 to the {shape.B} sequences of a batch"
+        )
     budget = options.memory_budget
     if budget is None and shape.device.type == "cuda":
         budget = int(_memory_of_gpu(shape.device) * _SHARE_OF_GPU)
-    limit, least_rows = math.inf if budget is None else budget, options.rows_per_block or 1
-    while (block := _block_bytes(shape, backend.name, rows, columns)) > limit and rows > least_rows:
-        rows = max(least_rows, rows // 2)
+    limit, least_sequences = math.inf if budget is None else budget, options.rows_per_block or 1
+    while (block := _block_bytes(shape, backend.name, sequences, tokens)) > limit and sequences > least_sequences:
+        sequences = max(least_sequences, sequences // 2)
     if budget is not None and block > budget:
-        chunked = _block_bytes(shape, backend.name, 1, min(columns, chunk_size))
+        chunked = _block_bytes(shape, backend.name, 1, min(tokens, chunk_size))
         # Shorter blocks have more states between them.
         may = f", or {_amount(chunked)} with the chunked form of attention" if chunked < block else ""
-        wanted = f"must be at least {_amount(block)} for blocks of {rows} x {columns:,} tokens{may}"
+        wanted = f"must be at least {_amount(block)} for blocks of {sequences} x {tokens:,} tokens{may}"
         raise LayerOptionError("memory_budget", f"is {_amount(budget)}: {wanted}")
     each = shape.B * shape.T * shape.H * shape.N * shape.dtype.itemsize
     left = None if budget is None else budget - block
     # With one block a text, and no more tokens than v is wide, they take no more memory than v does for each head. They save
     # N / 2 operations for each byte, x saves D / 2.
-    is_narrow = columns == shape.T and columns <= shape.D and shape.dtype != torch.float16
+    is_narrow = tokens == shape.T and tokens <= shape.D and shape.dtype != torch.float16
     scores = shape.L * shape.B * shape.H * shape.T**2 * shape.dtype.itemsize
     asked_for = each * shape.L if options.recompute == "none" else 0
     keeps_scores = is_narrow and options.recompute != "pass" and shape.for_training
     keeps_scores = keeps_scores and (left is None or scores + asked_for <= left)
     scores = scores if keeps_scores else 0
     kept = _kept_layer_steps(shape, options, each, None if left is None else left - scores)
-    return LayerPlan(backend.name, reason, BlockSizes(rows, columns), kept, block, kept * each + scores, keeps_scores)
+    return LayerPlan(
+        backend.name, reason, BlockSizes(sequences, tokens), kept, block, kept * each + scores, keeps_scores
+    )
 
 
-def _choose_columns(shape: LayerShape, options: LayerOptions, form: str, chunk_size: int) -> int:
+def _choose_tokens(shape: LayerShape, options: LayerOptions, form: str, chunk_size: int) -> int:
     if options.tokens_per_block is not None:
         if not 1 <= options.tokens_per_block <= shape.T:
             raise LayerOptionError(
@@ -187,15 +193,15 @@ def _choose_columns(shape: LayerShape, options: LayerOptions, form: str, chunk_s
     return min(shape.T, max(_LEAST_CHUNK, 2 * shape.D))
 
 
-def _block_bytes(shape: LayerShape, backend: BackendName, rows: int, columns: int) -> int:
-    wide = shape.N * rows * columns
-    total = wide * shape.dtype.itemsize * _WIDE_IN_BLOCK[backend] + 3 * rows * columns**2 * shape.dtype.itemsize
-    num_blocks = -(-shape.T // columns)
+def _block_bytes(shape: LayerShape, backend: BackendName, sequences: int, tokens: int) -> int:
+    wide = shape.N * sequences * tokens
+    total = wide * shape.dtype.itemsize * _WIDE_IN_BLOCK[backend] + 3 * sequences * tokens**2 * shape.dtype.itemsize
+    num_blocks = -(-shape.T // tokens)
     if num_blocks > 1:  # every sqrt(n)-th state, those of a stretch between them, and the gradient with its terms
         num_states = 2 * (math.isqrt(num_blocks - 1) + 1) + 3
-        total += num_states * rows * shape.N * shape.D * max(4, shape.dtype.itemsize)
+        total += num_states * sequences * shape.N * shape.D * max(4, shape.dtype.itemsize)
     if backend == "cpu":  # the sums of each thread
-        total += 2 * torch.get_num_threads() * rows * columns * shape.D * 4
+        total += 2 * torch.get_num_threads() * sequences * tokens * shape.D * 4
     if backend == "blocks":
         total += wide * _WIDE_OF_TABLE
         if shape.has_dropout and shape.device.type != "cuda":  # there it is fused

@@ -21,9 +21,9 @@ from bdh.ops.eager import layer_norm
 class BlockSizes:
     """How a layer step is cut into blocks. Bits of the result may depend on it, the result does not."""
 
-    rows: int
+    sequences: int
     """Sequences in a block."""
-    columns: int
+    tokens: int
     """Tokens of each sequence in a block; where a sequence has more, the state is carried between its blocks."""
 
 
@@ -106,31 +106,31 @@ class _Walk:
     num_heads: int
     neurons_per_head: int
     spec: BlockSpec
-    columns: list[slice] = field(init=False)
+    tokens: list[slice] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.columns = _ranges(self.v.shape[1], self.spec.sizes.columns)
+        self.tokens = _ranges(self.v.shape[1], self.spec.sizes.tokens)
 
     def groups(self) -> Iterator[tuple[slice, int]]:
         """Sequences and head of each state that is carried."""
-        for rows in _ranges(self.v.shape[0], self.spec.sizes.rows):
+        for sequences in _ranges(self.v.shape[0], self.spec.sizes.sequences):
             for head in range(self.num_heads):
-                yield rows, head
+                yield sequences, head
 
-    def block(self, rows: slice, head: int, index: int) -> Block:
-        columns, dropout = self.columns[index], self.spec.dropout
+    def block(self, sequences: slice, head: int, index: int) -> Block:
+        tokens, dropout = self.tokens[index], self.spec.dropout
         neurons = slice(head * self.neurons_per_head, (head + 1) * self.neurons_per_head)
         if dropout is not None:
-            dropout = Dropout(dropout.rate, dropout.neuron_keys[neurons], dropout.token_keys[rows, columns])
-        return Block(head, neurons, rows, columns, self.spec.rotation, dropout)
+            dropout = Dropout(dropout.rate, dropout.neuron_keys[neurons], dropout.token_keys[sequences, tokens])
+        return Block(head, neurons, sequences, tokens, self.spec.rotation, dropout)
 
-    def decay_weights(self, rows: slice, head: int, index: int) -> DecayWeights | None:
+    def decay_weights(self, sequences: slice, head: int, index: int) -> DecayWeights | None:
         """The weights of one head for these sequences: (G or 1, 1, ...) each. Those of all would be a batch of T x T."""
         if self.spec.decay_mask is None:
             return None
-        columns = self.columns[index]
-        return self.spec.decay_mask.part(rows, slice(head, head + 1), columns).weights(
-            columns.stop - columns.start, self.v.device
+        tokens = self.tokens[index]
+        return self.spec.decay_mask.part(sequences, slice(head, head + 1), tokens).weights(
+            tokens.stop - tokens.start, self.v.device
         )
 
 
@@ -154,22 +154,22 @@ class _WideStep(torch.autograd.Function):
         if spec.keep_state:
             new_state = out.new_empty(len(v), walk.num_heads, walk.neurons_per_head, v.shape[-1])
         kept: dict[tuple[int, int, int], _Kept] = {}
-        for rows, head in walk.groups():
-            current = None if state is None else state[rows, head]
-            for index, columns in enumerate(walk.columns):
-                block, decay = walk.block(rows, head, index), walk.decay_weights(rows, head, index)
-                values = v[rows, columns]
+        for sequences, head in walk.groups():
+            current = None if state is None else state[sequences, head]
+            for index, tokens in enumerate(walk.tokens):
+                block, decay = walk.block(sequences, head, index), walk.decay_weights(sequences, head, index)
+                values = v[sequences, tokens]
                 fired = neurons.fire(block, values)
                 a, scores = read_block(fired.q, values, current, decay)
                 a = _normalised(a, spec.eps)[0].to(v.dtype)
-                neurons.gated_mlp(block, fired.x, a, out[rows, columns])
-                if spec.keep_state or index < len(walk.columns) - 1:
+                neurons.gated_mlp(block, fired.x, a, out[sequences, tokens])
+                if spec.keep_state or index < len(walk.tokens) - 1:
                     current = learn_block(fired.q, values, current, decay)
                 if spec.keep_wide or spec.keep_scores:
                     x = fired.x if spec.keep_wide else None
-                    kept[rows.start, head, index] = _Kept(x, scores.weighted if spec.keep_scores else None)
+                    kept[sequences.start, head, index] = _Kept(x, scores.weighted if spec.keep_scores else None)
             if new_state is not None and current is not None:
-                new_state[rows, head] = current
+                new_state[sequences, head] = current
         ctx.save_for_backward(v, encoder, decoder, state, *encoder_v)
         ctx.spec, ctx.kept, ctx.device_type = spec, kept, v.device.type
         ctx.set_materialize_grads(False)
@@ -198,17 +198,17 @@ def _backward(ctx: Any, grad_out: torch.Tensor | None, grad_state: torch.Tensor 
     grad_first = None if state is None else torch.zeros_like(state)
     # Handed over, so that each is given back as soon as it was used; a second backward pass computes it again.
     kept, ctx.kept = ctx.kept, {}
-    for rows, head in walk.groups():
-        first = None if state is None else state[rows, head]
-        grad_after = None if grad_state is None else grad_state[rows, head]
-        for index, before in _states_backwards(walk, neurons, v, rows, head, first, kept):
-            block, decay = walk.block(rows, head, index), walk.decay_weights(rows, head, index)
-            values, grad_values = v[rows, block.columns], grad_v[rows, block.columns]
-            had = kept.pop((rows.start, head, index), _NOTHING_KEPT)
+    for sequences, head in walk.groups():
+        first = None if state is None else state[sequences, head]
+        grad_after = None if grad_state is None else grad_state[sequences, head]
+        for index, before in _states_backwards(walk, neurons, v, sequences, head, first, kept):
+            block, decay = walk.block(sequences, head, index), walk.decay_weights(sequences, head, index)
+            values, grad_values = v[sequences, block.tokens], grad_v[sequences, block.tokens]
+            had = kept.pop((sequences.start, head, index), _NOTHING_KEPT)
             fired = neurons.fire(block, values) if had.x is None else neurons.rotated(block, had.x)
             a, scores = read_block(fired.q, values, before, decay, had.scores)
             a, inverse_deviation = _normalised(a, spec.eps)
-            grads = grad_out[rows, block.columns].to(v.dtype)
+            grads = grad_out[sequences, block.tokens].to(v.dtype)
             grad_a, gated = neurons.gated_mlp_backward(block, fired.x, a.to(v.dtype), grads)
             grad_a = _normalised_backward(grad_a, a, inverse_deviation)
             grad_q, grad_after = read_block_backward(
@@ -216,7 +216,7 @@ def _backward(ctx: Any, grad_out: torch.Tensor | None, grad_state: torch.Tensor 
             )
             neurons.fire_backward(block, fired.x, values, grad_q, gated, grad_values)
         if grad_first is not None and grad_after is not None:
-            grad_first[rows, head] = grad_after
+            grad_first[sequences, head] = grad_after
     found_weights = neurons.gradients()
     return (
         grad_v.to(v.dtype),
@@ -244,7 +244,7 @@ def _states_backwards(
     walk: _Walk,
     neurons: Neurons,
     v: torch.Tensor,
-    rows: slice,
+    sequences: slice,
     head: int,
     first: torch.Tensor | None,
     kept: "dict[tuple[int, int, int], _Kept]",
@@ -253,15 +253,15 @@ def _states_backwards(
 
     Of n states, every sqrt(n)-th is kept in a first walk; those between them are computed again, a stretch at a time.
     """
-    count = len(walk.columns)
+    count = len(walk.tokens)
     stretch = math.isqrt(count - 1) + 1 if count > 1 else 1
 
     def state_after(index: int, state: torch.Tensor | None) -> torch.Tensor:
-        block = walk.block(rows, head, index)
-        values = v[rows, block.columns]
-        x = kept.get((rows.start, head, index), _NOTHING_KEPT).x
+        block = walk.block(sequences, head, index)
+        values = v[sequences, block.tokens]
+        x = kept.get((sequences.start, head, index), _NOTHING_KEPT).x
         fired = neurons.fire(block, values) if x is None else neurons.rotated(block, x)
-        return learn_block(fired.q, values, state, walk.decay_weights(rows, head, index))
+        return learn_block(fired.q, values, state, walk.decay_weights(sequences, head, index))
 
     starts, state = {0: first}, first
     for index in range((count - 1) // stretch * stretch):

@@ -213,7 +213,7 @@ def _rows(values: torch.Tensor) -> torch.Tensor:
 def _turns(block: Block) -> tuple[object, ...]:
     """Tables, and where the block's tokens stand in them."""
     rotation = block.rotation
-    starts, places = rotation.runs(block.rows, block.columns)
+    starts, places = rotation.runs(block.sequences, block.tokens)
     return rotation.cos.numpy(), rotation.sin.numpy(), starts.numpy(), places.numpy()
 
 

@@ -14,7 +14,7 @@ WIDE = 8 * 256 * 4 * 512 * 4  # bytes of (B, T, H, N) in float32
 def test_a_cpu_in_float32_gets_the_kernels_and_recomputes():
     plan = plan_layer(SHAPE._replace(B=256), LayerOptions())  # x of a pass is 512 MiB
     assert (plan.path, plan.kept_layer_steps, plan.kept_bytes) == ("kernels", 0, 0)
-    assert plan.sizes.rows * plan.sizes.columns * SHAPE.N == 2**20
+    assert plan.sizes.sequences * plan.sizes.tokens * SHAPE.N == 2**20
     assert "recomputes" in plan.describe(6)
 
 
@@ -72,7 +72,7 @@ def test_modules_that_are_no_plain_weights_are_called_as_they_are():
 ])  # fmt: skip
 def test_tokens_of_a_block(num_tokens, form, columns):
     plan = plan_layer(SHAPE._replace(T=num_tokens), LayerOptions(), form=form, chunk_size=100)
-    assert plan.sizes.columns == columns
+    assert plan.sizes.tokens == columns
 
 
 @pytest.mark.parametrize("path", ["torch", "kernels"])
@@ -83,7 +83,7 @@ def test_a_budget_below_the_least_block_says_what_the_least_is(path):
     least = int(str(caught.value).split("at least ")[1].split(" bytes")[0].replace(",", ""))
     plan = plan_layer(SHAPE, replace(options, memory_budget=least))
     assert plan.block_bytes == least
-    assert plan.sizes.rows == 1
+    assert plan.sizes.sequences == 1
     with pytest.raises(LayerOptionError, match="memory_budget"):
         plan_layer(SHAPE, replace(options, memory_budget=least - 1))
 
