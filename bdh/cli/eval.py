@@ -183,7 +183,7 @@ def _run_text(settings: EvalSettings, model: Any, tokenizer: Any) -> None:
 def _measure_answers(settings: EvalSettings, model: Any, tokenizer: Any, block_size: int) -> None:
     """Of conversations: each read from nothing, in chunks of ``block_size``, and what the assistant writes is measured."""
     from bdh.data import prepare_corpus
-    from bdh.evaluate.loss import evaluate_batch
+    from bdh.evaluate.loss import evaluate_parts
 
     for name, right, on in (
         ("part", ("validation",), "their validation part, or data.val_source"),
@@ -194,9 +194,7 @@ def _measure_answers(settings: EvalSettings, model: Any, tokenizer: Any, block_s
             raise ValueError(f"{name} is {value!r}: conversations are measured on {on}")
     corpus = prepare_corpus(settings.data, tokenizer, block_size)
     (part,) = corpus.validation_parts(sys.maxsize)
-    metrics = evaluate_batch(
-        model, part.batch, bytes_per_token=part.bytes_per_token, max_batch_size=settings.batch_size
-    )
+    metrics, _ = evaluate_parts(model, [part], max_batch_size=settings.batch_size)
     rows = f"conversations  {len(part.batch.tokens):,}, each read from nothing; only answers count"
     _print_metrics(settings, metrics, corpus.facts["source"], block_size, rows)
 

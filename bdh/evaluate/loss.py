@@ -4,9 +4,9 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import reduce
 from itertools import groupby, pairwise
-from operator import mul
+from operator import add
 
 import numpy as np
 import torch
@@ -71,70 +71,46 @@ class _Count:
     nats: float = 0.0
     correct: int = 0
     tokens: int = 0
-    nats_at: torch.Tensor | None = None  # by position, where that is wanted
-    tokens_at: torch.Tensor | None = None
+    at: torch.Tensor | None = None  # nats and tokens by position, float64 (2, T), where that is wanted
 
     @classmethod
     def by_position(cls, length: int) -> "_Count":
-        return cls(nats_at=torch.zeros(length, dtype=torch.float64), tokens_at=torch.zeros(length, dtype=torch.int64))
+        return cls(at=torch.zeros(2, length, dtype=torch.float64))
 
     def add(self, logits: torch.Tensor, targets: torch.Tensor, *, position: int = 0) -> None:
         """Counts predictions, (B, T, V) of (B, T); ``position`` is that of the first ones, for the loss by position."""
         logits = logits if logits.dtype == torch.float64 else logits.float()
         targets = targets.to(logits.device)
-        is_target = targets >= 0
         nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
-        self.nats += nats.sum(dtype=torch.float64).item()
+        each = torch.stack([nats.cpu().double(), (targets >= 0).cpu().double()])  # (2, B, T)
+        self.nats += each[0].sum().item()
         self.correct += int((logits.argmax(-1) == targets).sum().item())
-        self.tokens += int(is_target.sum().item())
-        if self.nats_at is not None and self.tokens_at is not None:
-            at = slice(position, position + targets.shape[1])
-            self.nats_at[at] += nats.sum(0, dtype=torch.float64).cpu()
-            self.tokens_at[at] += is_target.sum(0).cpu()
+        self.tokens += int(each[1].sum().item())
+        if self.at is not None:
+            self.at[:, position : position + targets.shape[1]] += each.sum(1)
 
     def summed(self, total: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> "_Count":
         """The counts of all processes, of windows of one length."""
-        assert self.nats_at is not None
-        assert self.tokens_at is not None
+        assert self.at is not None
         numbers = torch.tensor([self.nats, self.correct, self.tokens], dtype=torch.float64)
-        sums = total(torch.cat([numbers, self.nats_at, self.tokens_at.double()]).to(device)).cpu()
+        sums = total(torch.cat([numbers, self.at.flatten()]).to(device)).cpu()
         nats, correct, tokens = sums[:3].tolist()
-        nats_at, tokens_at = sums[3:].chunk(2)
-        return _Count(nats, int(correct), int(tokens), nats_at, tokens_at.long())
+        return _Count(nats, int(correct), int(tokens), sums[3:].view_as(self.at))
 
-    def metrics(self, bytes_per_token: float) -> Metrics:
-        loss = self.nats / self.tokens
+    def __add__(self, other: "_Count") -> "_Count":
+        """Both together; by position where both have the same positions."""
+        at = None
+        if self.at is not None and other.at is not None and self.at.shape == other.at.shape:
+            at = self.at + other.at
+        return _Count(self.nats + other.nats, self.correct + other.correct, self.tokens + other.tokens, at)
+
+    def metrics(self, num_bytes: float) -> Metrics:
+        """``num_bytes`` are those of the text of all tokens that count."""
         by_position: tuple[float, ...] = ()
-        if self.nats_at is not None and self.tokens_at is not None and bool((self.tokens_at > 0).all()):
-            by_position = tuple((self.nats_at / self.tokens_at).tolist())
-        return Metrics(loss, loss / math.log(2) / bytes_per_token, self.correct / self.tokens, self.tokens, by_position)
-
-
-def evaluate_batch(
-    model: BDHForCausalLM,
-    batch: Batch,
-    *,
-    bytes_per_token: float,
-    autocast: Callable[[], AbstractContextManager] = nullcontext,
-    max_batch_size: int = 16,
-    sum_over_processes: Callable[[torch.Tensor], torch.Tensor] | None = None,
-) -> Metrics:
-    """Predicts what counts in the sequences of a batch, each read from nothing.
-
-    It draws no random numbers, and leaves the model in the mode, training or not, that it was in.
-
-    Args:
-        sum_over_processes: where several processes have each a share of the sequences, which may be none: sums a
-            float64 tensor over them.
-    """
-    length = batch.tokens.shape[1] - 1
-    count = _Count.by_position(length)
-    with inference(model), autocast():
-        for each in batch.split(_batch_size(model, length, max_batch_size)):
-            _score(model, each, count)
-    if sum_over_processes is not None:
-        count = count.summed(sum_over_processes, model.device)
-    return count.metrics(bytes_per_token)
+        if self.at is not None and bool((self.at[1] > 0).all()):
+            by_position = tuple((self.at[0] / self.at[1]).tolist())
+        bits_per_byte = self.nats / math.log(2) / num_bytes
+        return Metrics(self.nats / self.tokens, bits_per_byte, self.correct / self.tokens, self.tokens, by_position)
 
 
 def evaluate_parts(
@@ -142,36 +118,34 @@ def evaluate_parts(
     parts: Sequence[ValidationPart],
     *,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
+    max_batch_size: int = 16,
     sequences: slice = slice(None),
     sum_over_processes: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> tuple[Metrics, dict[str, Metrics]]:
-    """Predicts what counts in each part.
+    """Predicts what counts in the sequences of each part, each read from nothing.
+
+    It draws no random numbers, and leaves the model in the mode, training or not, that it was in.
 
     Args:
-        sequences: those of each part that this process measures.
-        sum_over_processes: see :func:`evaluate_batch`.
+        sequences: those of each part that this process measures, which may be none.
+        sum_over_processes: where several processes have each a share of the sequences: sums a float64 tensor over them.
 
     Returns:
         The metrics over all tokens that count, and where there are several parts, those of each by its name.
     """
-    evaluate = partial(evaluate_batch, model, autocast=autocast, sum_over_processes=sum_over_processes)
-    found = [evaluate(part.batch[sequences], bytes_per_token=part.bytes_per_token) for part in parts]
-    if len(found) == 1:
-        return found[0], {}
-    return _over_all(parts, found), {part.name: metrics for part, metrics in zip(parts, found, strict=True)}
-
-
-def _over_all(parts: Sequence[ValidationPart], found: Sequence[Metrics]) -> Metrics:
-    num_tokens = sum(each.num_tokens for each in found)
-    nats = sum(each.loss * each.num_tokens for each in found)
-    num_bytes = sum(each.num_tokens * part.bytes_per_token for part, each in zip(parts, found, strict=True))
-    correct = sum(each.accuracy * each.num_tokens for each in found)
-    by_position: tuple[float, ...] = ()
-    if len({len(each.loss_by_position) for each in found}) == 1:
-        sizes = [len(part.batch.tokens) for part in parts]
-        at_positions = zip(*(each.loss_by_position for each in found), strict=True)
-        by_position = tuple(sum(map(mul, sizes, nats_there)) / sum(sizes) for nats_there in at_positions)
-    return Metrics(nats / num_tokens, nats / math.log(2) / num_bytes, correct / num_tokens, num_tokens, by_position)
+    counts: list[_Count] = []
+    with inference(model), autocast():
+        for part in parts:
+            length = part.batch.tokens.shape[1] - 1
+            count = _Count.by_position(length)
+            for batch in part.batch[sequences].split(_batch_size(model, length, max_batch_size)):
+                _score(model, batch, count)
+            counts.append(count if sum_over_processes is None else count.summed(sum_over_processes, model.device))
+    num_bytes = [count.tokens * part.bytes_per_token for count, part in zip(counts, parts, strict=True)]
+    whole = reduce(add, counts).metrics(sum(num_bytes))
+    if len(parts) == 1:
+        return whole, {}
+    return whole, {part.name: count.metrics(n) for part, count, n in zip(parts, counts, num_bytes, strict=True)}
 
 
 def evaluate_text(
@@ -232,7 +206,7 @@ def evaluate_text(
             for windows, num_known in _window_batches(tokens, block_size, stride, batch_size):
                 _score(model, _batch(windows, document_end), count, num_known=num_known)
                 progress(count.tokens)
-    return count.metrics(bytes_per_token)
+    return count.metrics(count.tokens * bytes_per_token)
 
 
 class _ForwardReader:

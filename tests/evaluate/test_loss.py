@@ -7,7 +7,8 @@ import torch.nn.functional as F
 
 from bdh import BDHConfig, BDHForCausalLM
 from bdh.data.batches import Batch, starts_after
-from bdh.evaluate.loss import evaluate_batch, evaluate_text
+from bdh.data.corpus import ValidationPart
+from bdh.evaluate.loss import evaluate_parts, evaluate_text
 from bdh.ops import naive
 
 TOLERANCE = 1e-6  # float32 logits, summed in float64
@@ -23,6 +24,12 @@ def model() -> BDHForCausalLM:
 @pytest.fixture
 def tokens() -> np.ndarray:
     return np.random.default_rng(4).integers(0, 32, 203).astype(np.uint8)
+
+
+def measured(model, batch, *, bytes_per_token=1.0, **how):
+    """Of the sequences of one batch."""
+    metrics, _ = evaluate_parts(model, [ValidationPart("", batch, bytes_per_token)], **how)
+    return metrics
 
 
 def loss_by_hand(model, tokens, pieces) -> tuple[float, float]:
@@ -86,15 +93,15 @@ def test_evaluation_draws_no_random_numbers_and_keeps_the_mode(model, tokens):
     model.train()
     before = torch.get_rng_state()
     windows = torch.from_numpy(tokens[:200].astype(np.int64)).view(4, 50)
-    first = evaluate_batch(model, Batch(windows), bytes_per_token=1.0)
+    first = measured(model, Batch(windows))
     assert torch.equal(torch.get_rng_state(), before)
     assert model.training
-    assert evaluate_batch(model, Batch(windows), bytes_per_token=1.0) == first  # dropout 0.5 is off
+    assert measured(model, Batch(windows)) == first  # dropout 0.5 is off
 
 
 def test_the_batch_size_does_not_change_the_result(model, tokens):
     windows = torch.from_numpy(tokens[:200].astype(np.int64)).view(8, 25)
-    one, all_at_once = (evaluate_batch(model, Batch(windows), bytes_per_token=1.0, max_batch_size=n) for n in (1, 8))
+    one, all_at_once = (measured(model, Batch(windows), max_batch_size=n) for n in (1, 8))
     assert one.loss == pytest.approx(all_at_once.loss, abs=TOLERANCE)
 
 
@@ -118,7 +125,7 @@ def test_a_text_without_anything_to_predict_is_refused(model):
 
 def test_loss_by_position_is_the_mean_over_the_windows(model, tokens):
     windows = torch.from_numpy(tokens[:140].astype(np.int64)).view(7, 20)
-    metrics = evaluate_batch(model, Batch(windows), bytes_per_token=1.0, max_batch_size=3)
+    metrics = measured(model, Batch(windows), max_batch_size=3)
     with torch.no_grad():
         logits = model.eval()(windows[:, :-1]).logits
     nats = F.cross_entropy(logits.transpose(1, 2), windows[:, 1:], reduction="none")  # (7, 19)
@@ -180,7 +187,7 @@ def test_windows_tell_documents_apart_too(model, tokens):
     windows = torch.from_numpy(np.stack([tokens[:21], tokens[60:81]]).astype(np.int64))
     windows[windows == 9] = 8
     windows[0, 12] = 9
-    metrics = evaluate_batch(model, Batch.of_documents(windows, starts_after(windows, 9)), bytes_per_token=1.0)
+    metrics = measured(model, Batch.of_documents(windows, starts_after(windows, 9)))
     flat = windows.flatten().numpy()
     loss, _ = loss_by_hand(model, flat, [(0, 1, 12), (13, 14, 20), (21, 22, 41)])
     assert metrics.num_tokens == 39

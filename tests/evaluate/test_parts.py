@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from bdh import BDHConfig, BDHForCausalLM
 from bdh.data.batches import Batch
 from bdh.data.corpus import ValidationPart
-from bdh.evaluate.loss import evaluate_batch, evaluate_parts
+from bdh.evaluate.loss import evaluate_parts
 
 
 @pytest.fixture
@@ -26,15 +26,16 @@ def rows():
     return torch.randint(20, (5, 9), generator=torch.Generator().manual_seed(4))
 
 
-def test_a_single_part_is_measured_as_its_windows(model, rows):
-    whole, by_name = evaluate_parts(model, [ValidationPart("", Batch(rows), 2.0)])
-    assert whole == evaluate_batch(model, Batch(rows), bytes_per_token=2.0)
+def measured(model, batch, *, bytes_per_token=1.0, **how):
+    """Of the sequences of one batch."""
+    metrics, by_name = evaluate_parts(model, [ValidationPart("", batch, bytes_per_token)], **how)
     assert by_name == {}
+    return metrics
 
 
 def test_only_what_counts_is_measured(model, rows):
     counts = torch.rand(5, 8, generator=torch.Generator().manual_seed(5)) < 0.3
-    found = evaluate_batch(model, Batch(rows, counts), bytes_per_token=2.0, max_batch_size=2)
+    found = measured(model, Batch(rows, counts), bytes_per_token=2.0, max_batch_size=2)
     with torch.no_grad():
         logits = model.eval()(rows[:, :-1], use_cache=False).logits[counts]
     targets = rows[:, 1:][counts]
@@ -47,12 +48,12 @@ def test_only_what_counts_is_measured(model, rows):
 def test_several_parts_are_weighed_by_their_tokens(model, rows):
     a, b = ValidationPart("a", Batch(rows[:3]), 1.0), ValidationPart("b", Batch(rows[3:]), 1.0)
     whole, by_name = evaluate_parts(model, [a, b])
-    together = evaluate_batch(model, Batch(rows), bytes_per_token=1.0)
+    together = measured(model, Batch(rows))
     assert whole.loss == pytest.approx(together.loss)
     assert whole.accuracy == pytest.approx(together.accuracy)
     assert whole.num_tokens == together.num_tokens
     assert whole.loss_by_position == pytest.approx(together.loss_by_position)
-    assert by_name["a"].loss == pytest.approx(evaluate_batch(model, Batch(rows[:3]), bytes_per_token=1.0).loss)
+    assert by_name["a"].loss == pytest.approx(measured(model, Batch(rows[:3])).loss)
     assert by_name["b"].loss != pytest.approx(by_name["a"].loss)
 
 
@@ -60,3 +61,14 @@ def test_bits_per_byte_of_several_parts_divide_by_all_their_bytes(model, rows):
     parts = [ValidationPart("a", Batch(rows[:3]), 1.0), ValidationPart("b", Batch(rows[3:]), 4.0)]
     whole, _ = evaluate_parts(model, parts)
     assert whole.bits_per_byte == pytest.approx(whole.loss * 40 / math.log(2) / (24 * 1.0 + 16 * 4.0))
+
+
+def test_the_loss_by_position_of_several_parts_is_that_of_the_tokens_that_count_there(model, rows):
+    """It was the mean over sequences, of whose tokens at a position not all may count."""
+    counts = torch.rand(5, 8, generator=torch.Generator().manual_seed(6)) < 0.7
+    a, b = (
+        ValidationPart(name, Batch(rows[each], counts[each]), 1.0)
+        for name, each in (("a", slice(3)), ("b", slice(3, 5)))
+    )
+    whole, _ = evaluate_parts(model, [a, b])
+    assert whole.loss_by_position == pytest.approx(measured(model, Batch(rows, counts)).loss_by_position)
