@@ -169,7 +169,7 @@ def _tokenize(
         while read := list(islice(conversations, _BATCH)):
             batch = [conversation for conversation in read if has_answer(conversation)]
             if len(batch) < len(read):
-                skipped.add("conversations without a message of the assistant", len(read) - len(batch))
+                skipped["conversations without a message of the assistant"] += len(read) - len(batch)
             for conversation, (ids, is_answer) in zip(batch, _encoded(batch, encoder), strict=True):
                 answers = (m["content"] for m in conversation.messages if m["role"] == "assistant")
                 writer.write(with_marks(ids, is_answer), sum(len(answer.encode()) for answer in answers), 1)
@@ -191,7 +191,7 @@ def _tokenize(
             f"and one to validate on are needed{skipped}"
         )
     train_tokens, train_bytes = ends[kept]
-    return writer.finish(np.dtype(np.uint32), train_tokens, train_bytes, number - kept, skipped.counts)
+    return writer.finish(np.dtype(np.uint32), train_tokens, train_bytes, number - kept, dict(skipped))
 
 
 def _encoded(batch: list[Conversation], encoder: ChatEncoder) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -299,7 +299,7 @@ def _chat_sources(config: DataConfig) -> tuple[Source, Source | None]:
                 "or .zst; for text set data.format=text"
             )
         if len(files) < len(source.files):
-            source.skipped.add(OTHER_TYPES, len(source.files) - len(files))
+            source.skipped[OTHER_TYPES] += len(source.files) - len(files)
         source.shard_files = [files]
     return training, validation
 

@@ -123,12 +123,12 @@ def check_long_enough(config: DataConfig, train_tokens: int, val_tokens: int, bl
 
 def left_out(while_reading: dict[str, int], *sources: Source | None) -> Skipped:
     """What was left out when sources were looked up, and when they were read."""
-    skipped = Skipped(dict(while_reading))
+    skipped = Skipped(while_reading)
     for source in filter(None, sources):
-        skipped.include(source.skipped)
+        skipped.update(source.skipped)
     return skipped
 
 
 def announce(config: DataConfig, skipped: Skipped) -> None:
-    if skipped.counts:
+    if skipped:
         _logger.warning("data.source %r%s", config.source, skipped)

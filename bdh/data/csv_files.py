@@ -24,7 +24,7 @@ from bdh.data.reading import (
     choose_column,
     compression,
     decoded,
-    file_chunks,
+    encoded_lines,
     text_start,
 )
 
@@ -110,7 +110,7 @@ def csv_reader(
         lines = Lines(path, config, (after["offset"], after["line"]) if after else None)
         for text in csv_texts(lines, layout, config):
             if not text:
-                skipped.add(NO_TEXT if text is not None else _BAD_ROWS)
+                skipped[NO_TEXT if text is not None else _BAD_ROWS] += 1
             yield (text or "").encode(), {"offset": lines.offset, "line": lines.number}
 
     return DocumentReader(documents, state)
@@ -410,7 +410,10 @@ class Lines:
         """What the line ``sep=`` says."""
 
     def __iter__(self) -> Iterator[str]:
-        for line in self._encoded():
+        for encoded in encoded_lines(self.path, self.offset):
+            # Only the last line can end so.
+            if not (line := encoded.removesuffix(b"\x1a")):
+                break
             text = decoded(line, self._encoding_errors, self.path, self.offset)
             self.offset += len(line)
             self.number += 1
@@ -419,18 +422,6 @@ class Lines:
             else:
                 yield text
         self.has_ended = True
-
-    def _encoded(self) -> Iterator[bytes]:
-        pending: list[bytes] = []
-        for chunk in file_chunks(self.path, self.offset):
-            pending.append(chunk)
-            # The last line may continue in the next chunk, if only by the \n of its \r\n.
-            if b"\n" in chunk or b"\r" in chunk or pending[0].endswith(b"\r"):
-                *lines, last = b"".join(pending).splitlines(keepends=True)
-                pending = [last]
-                yield from lines
-        if last := b"".join(pending).removesuffix(b"\x1a"):
-            yield last
 
 
 def parsed(lines: Iterable[str], format: Format) -> Iterator[tuple[list[str], list[str]]]:

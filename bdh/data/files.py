@@ -75,10 +75,10 @@ def find_files(item: str, skipped: Skipped, setting: str = "data.source") -> lis
         return None
     files = [path for path in found if file_type(path) is not None]
     if len(files) < len(found):
-        counts.add(OTHER_TYPES, len(found) - len(files))
+        counts[OTHER_TYPES] += len(found) - len(files)
     if not files:
         raise FileNotFoundError(f"{setting} {item!r} gives no file to read{counts}; known types are {_KNOWN_TYPES}")
-    skipped.include(counts)
+    skipped.update(counts)
     return files
 
 
@@ -144,7 +144,7 @@ def files_matching(pattern: str, skipped: Skipped) -> list[Path]:
 def _files_below(root: Path, parts: Sequence[str], skipped: Skipped) -> list[Path]:
     found = sorted(_matching(root, parts), key=Path.as_posix)
     if _RECURSIVE not in parts and (num_folders := sum(each.is_dir() for each in found)):
-        skipped.add("folders", num_folders)
+        skipped["folders"] += num_folders
     files = regular_files(found, set(), skipped)
     return _not_written_by_us(files, root, skipped) if glob.has_magic(parts[-1]) else files
 
@@ -162,15 +162,15 @@ def regular_files(paths: Iterable[Path], known: set[FileKey], skipped: Skipped) 
         except OSError:
             if not path.is_symlink():
                 raise
-            skipped.add("broken links")
+            skipped["broken links"] += 1
             continue
         key = (facts.st_dev, facts.st_ino)
         if stat.S_ISDIR(facts.st_mode):
             continue
         if not stat.S_ISREG(facts.st_mode):
-            skipped.add("pipes, sockets and devices")
+            skipped["pipes, sockets and devices"] += 1
         elif key in known:
-            skipped.add(FOUND_TWICE)
+            skipped[FOUND_TWICE] += 1
         else:
             known.add(key)
             files.append(path)
@@ -227,7 +227,7 @@ def _not_written_by_us(files: list[Path], root: Path, skipped: Skipped) -> list[
     counts = Counter(name for name in owners if name)
     further = f"files of {len(counts) - _MAX_NAMED:,} further runs, models or caches"
     for number, (name, count) in enumerate(counts.items()):
-        skipped.add(f"files of the {name}" if number < _MAX_NAMED else further, count)
+        skipped[f"files of the {name}" if number < _MAX_NAMED else further] += count
     return [path for path, name in zip(files, owners, strict=True) if name is None]
 
 

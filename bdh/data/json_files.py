@@ -17,6 +17,7 @@ from bdh.data.reading import (
     DocumentReader,
     Skipped,
     State,
+    TextColumn,
     choose_column,
     decoded,
     file_chunks,
@@ -41,16 +42,8 @@ class Row(NamedTuple):
     """Where :func:`json_rows` continues with the next one."""
 
 
-class JsonColumn(NamedTuple):
-    """The field that holds the text."""
-
-    name: str
-    strings: frozenset[str] | None
-    """Where it was guessed, the fields that held a string in the first rows: no other one may come to hold one."""
-
-
 def json_reader(
-    path: Path, column: JsonColumn, encoding_errors: str, skipped: Skipped, state: State | None = None
+    path: Path, column: TextColumn, config: DataConfig, skipped: Skipped, state: State | None = None
 ) -> DocumentReader:
     """The rows of a JSON file, one document each.
 
@@ -62,7 +55,7 @@ def json_reader(
         raise ValueError(f"{path}: the position in it was stored by an earlier version of bdh, and cannot be used")
 
     def documents(after: State) -> Iterator[tuple[bytes | None, State]]:
-        for row in json_rows(path, encoding_errors, after, once=column.name):
+        for row in json_rows(path, config.encoding_errors, after, once=column.name):
             known = row.value if column.strings is None else column.strings
             for name, value in row.value.items():
                 if type(value) is str and name not in known:
@@ -71,12 +64,12 @@ def json_reader(
                         "guessed from the first rows, where it did not"
                     )
             text = row.value.get(column.name)
-            yield row_text(text, column.name, row.where, encoding_errors, skipped), row.after
+            yield row_text(text, column.name, row.where, config.encoding_errors, skipped), row.after
 
     return DocumentReader(documents, state)
 
 
-def json_column(path: Path, config: DataConfig) -> JsonColumn | None:
+def json_column(path: Path, config: DataConfig) -> TextColumn | None:
     """The field that holds the text, or None if there is not a single row.
 
     The first rows tell, and as many more as it takes to find the wanted one, or any that holds strings.
@@ -89,7 +82,7 @@ def json_column(path: Path, config: DataConfig) -> JsonColumn | None:
     number, wanted = 0, config.text_column
     for number, row in enumerate(json_rows(path, config.encoding_errors), start=1):
         if wanted is not None and wanted in row.value:
-            return JsonColumn(wanted, None)
+            return TextColumn(wanted)
         for name, value in row.value.items():
             types.setdefault(name, set()).add(type(value))
         if wanted is None and number >= PEEKED_ROWS and any(str in found for found in types.values()):
@@ -97,7 +90,7 @@ def json_column(path: Path, config: DataConfig) -> JsonColumn | None:
     if not number:
         return None
     strings = frozenset(name for name, found in types.items() if str in found)
-    return JsonColumn(choose_column(types, wanted, str(path)), strings)
+    return TextColumn(choose_column(types, wanted, str(path)), strings)
 
 
 def json_rows(

@@ -7,9 +7,9 @@ it continues after the last chunk that was given, also where the one before ende
 
 import gzip
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import chain
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -37,22 +37,12 @@ class Chunk(NamedTuple):
     """Whether it is the last chunk of its document."""
 
 
-@dataclass
-class Skipped:
-    """What a source had to leave out, by kind. Counted here, so that it can be reported."""
-
-    counts: dict[str, int] = field(default_factory=dict)
-
-    def add(self, what: str, number: int = 1) -> None:
-        self.counts[what] = self.counts.get(what, 0) + number
-
-    def include(self, other: "Skipped") -> None:
-        for what, number in other.counts.items():
-            self.add(what, number)
+class Skipped(Counter[str]):
+    """What a source had to leave out, by kind. Counted, so that it can be reported."""
 
     def __str__(self) -> str:
         """The end of a sentence; nothing where nothing was left out."""
-        counted = ", ".join(f"{what} ({number:,})" for what, number in self.counts.items())
+        counted = ", ".join(f"{what} ({number:,})" for what, number in self.items())
         return f": left out {counted}" if counted else ""
 
 
@@ -155,7 +145,7 @@ class TextFileReader:
         if pending:
             yield self._chunk(pending, True)
         elif self._offset == self._start:
-            self._skipped.add(EMPTY_FILES)
+            self._skipped[EMPTY_FILES] += 1
 
     def _chunk(self, raw: bytes, ends_document: bool) -> Chunk:
         utf8 = raw if raw.isascii() else decoded(raw, self._encoding_errors, self._path, self._offset).encode()
@@ -275,6 +265,14 @@ class ColumnError(ValueError):
     """The column of the text is missing, or cannot be guessed."""
 
 
+class TextColumn(NamedTuple):
+    """The column of a table that holds the text."""
+
+    name: str
+    strings: frozenset[str] | None = None
+    """Of JSON, where it was guessed, the fields that held a string in the first rows: no other one may come to hold one."""
+
+
 def choose_column(types: Mapping[str, set[type]], wanted: str | None, where: str) -> str:
     """The name of the column that holds the text of a table.
 
@@ -312,7 +310,7 @@ def row_text(text: Any, column: str, where: str, encoding_errors: str, skipped: 
         ValueError: it is something else than text.
     """
     if text is None or text == "":
-        skipped.add(NO_TEXT)
+        skipped[NO_TEXT] += 1
         return None
     if not isinstance(text, str):
         raise ValueError(f"{where}: column {column!r} holds {text!r:.80} ({type(text).__name__}): it must be text")
@@ -373,16 +371,24 @@ def text_lines(path: Path, encoding_errors: str, offset: int = 0, number: int = 
         ValueError: a line is not UTF-8, or the compressed file is damaged.
     """
     offset = max(offset, text_start(path))
+    for line in encoded_lines(path, offset):
+        start, offset = offset, offset + len(line)
+        if not line.isspace():
+            yield Line(number, decoded(line, encoding_errors, path, start, number), offset)
+        number += 1
+
+
+def encoded_lines(path: Path, offset: int) -> Iterator[bytes]:
+    r"""The lines of a file from ``offset`` on, each with its end, which may be ``\n``, ``\r`` or both."""
     pending: list[bytes] = []
-    for chunk in chain(file_chunks(path, offset), [b"\n"]):  # the last line may have no end of its own
-        first, *others = chunk.split(b"\n")
-        pending.append(first)
-        for other in others:
-            line, pending = b"".join(pending), [other]
-            start, offset = offset, offset + len(line) + 1
-            if line and not line.isspace():
-                yield Line(number, decoded(line, encoding_errors, path, start, number), offset)
-            number += 1
+    for chunk in file_chunks(path, offset):
+        pending.append(chunk)
+        # The last line may continue in the next chunk, if only by the \n of its \r\n.
+        if b"\n" in chunk or b"\r" in chunk or pending[0].endswith(b"\r"):
+            *lines, last = b"".join(pending).splitlines(keepends=True)
+            pending = [last]
+            yield from lines
+    yield from filter(None, [b"".join(pending)])
 
 
 def compression(path: Path) -> str:

@@ -7,16 +7,16 @@ import os
 import platform
 import sysconfig
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bdh.data import tables
 from bdh.data.config import BUILTIN, DataConfig, EntryConfig
-from bdh.data.csv_files import Layout, Lines, csv_reader, csv_settings, csv_texts, find_layout
+from bdh.data.csv_files import Lines, csv_reader, csv_settings, csv_texts, find_layout
 from bdh.data.files import (
     CSV_TYPES,
     FOUND_TWICE,
@@ -31,7 +31,7 @@ from bdh.data.files import (
     item_names,
     regular_files,
 )
-from bdh.data.json_files import JsonColumn, json_column, json_reader
+from bdh.data.json_files import json_column, json_reader
 from bdh.data.reading import (
     EMPTY_FILES,
     ChainReader,
@@ -55,6 +55,21 @@ _MAX_COUNTED_BYTES = 1 << 26
 _MAX_SHOWN_FILES = 3
 _NO_SOURCE_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 _logger = logging.getLogger(__name__)
+
+
+class _TableType(NamedTuple):
+    """How the files of a type are read, a document a row."""
+
+    find_column: Callable[[Path, DataConfig], Any]
+    """Which column holds the text, in words of its own; None if there are no rows."""
+    open: Callable[[Path, Any, DataConfig, Skipped, State | None], Reader]
+
+
+_TABLES: dict[str | None, _TableType] = {
+    **dict.fromkeys(CSV_TYPES, _TableType(find_layout, csv_reader)),
+    **dict.fromkeys(JSON_TYPES, _TableType(json_column, json_reader)),
+    PARQUET: _TableType(tables.parquet_column, tables.parquet_reader),
+}
 
 
 @dataclass
@@ -87,7 +102,7 @@ class Source:
 
     def open(self, skipped: Skipped | None = None, state: State | None = None) -> ChainReader:
         """A reader from the beginning, or from where another one was."""
-        return ChainReader(self.shards, skipped or Skipped(), state)
+        return ChainReader(self.shards, Skipped() if skipped is None else skipped, state)
 
     def fingerprint(self, until: State | None = None) -> str:
         """A hash that knows files by their names, sizes, beginnings and ends: the same on another machine.
@@ -233,7 +248,7 @@ def _resolve(config: DataConfig, items: list[str], split: str, held_out: set[Fil
     for number, item in enumerate(items):
         if item in BUILTIN:
             if item in items[:number]:
-                skipped.add(FOUND_TWICE)
+                skipped[FOUND_TWICE] += 1
             else:
                 parts.append(_of_builtin(item))
             continue
@@ -259,7 +274,7 @@ def _resolve(config: DataConfig, items: list[str], split: str, held_out: set[Fil
 def _not_held_out(files: list[Path], held_out: set[FileKey], skipped: Skipped) -> list[Path]:
     kept = [path for path in files if file_key(path) not in held_out]
     if len(kept) < len(files):
-        skipped.add("files of data.val_source", len(files) - len(kept))
+        skipped["files of data.val_source"] += len(files) - len(kept)
     return kept
 
 
@@ -284,36 +299,23 @@ def _of_files(config: DataConfig, files: list[Path], skipped: Skipped) -> Source
 
 def _opener(path: Path, config: DataConfig) -> OpenShard:
     """Opens a file by its type; raises ValueError for a table without the column, or of which no single one can be guessed."""
-    errors = config.encoding_errors
 
     def open_file(skipped: Skipped, state: State | None) -> Reader:
         if file_type(path) in TEXT_TYPES:
-            return TextFileReader(path, errors, skipped, state)
+            return TextFileReader(path, config.encoding_errors, skipped, state)
         column = _column(path, config)
         if column is None:
             if state is None:
-                skipped.add(EMPTY_FILES)
+                skipped[EMPTY_FILES] += 1
             return listed(0, lambda number: None)
-        if isinstance(column, Layout):
-            return csv_reader(path, column, config, skipped, state)
-        if isinstance(column, JsonColumn):
-            return json_reader(path, column, errors, skipped, state)
-        return tables.parquet_reader(path, column, errors, skipped, state)
+        return _TABLES[file_type(path)].open(path, column, config, skipped, state)
 
     return open_file
 
 
-def _column(path: Path, config: DataConfig) -> Layout | JsonColumn | tables.ParquetColumn | None:
-    """Which column of a table holds the text, in the class of its type's reader; None if there are no rows."""
-    if path.stat().st_size == 0:
-        return None
-    if file_type(path) in CSV_TYPES:
-        return find_layout(path, config)
-    if file_type(path) in JSON_TYPES:
-        return json_column(path, config)
-    if file_type(path) == PARQUET:
-        return tables.parquet_column(path, config)
-    raise ValueError(f"{path} is of type {file_type(path)!r}, which no reader is for")
+def _column(path: Path, config: DataConfig) -> Any:
+    """Which column of a table holds the text, in the words of its type's reader; None if there are no rows."""
+    return _TABLES[file_type(path)].find_column(path, config) if path.stat().st_size else None
 
 
 def _of_builtin(name: str) -> Source:
@@ -363,10 +365,10 @@ def _python_file(path: Path, skipped: Skipped) -> bytes | None:
     try:
         utf8.decode()
     except UnicodeDecodeError:
-        skipped.add("files that are not UTF-8")
+        skipped["files that are not UTF-8"] += 1
         return None
     if not utf8:
-        skipped.add(EMPTY_FILES)
+        skipped[EMPTY_FILES] += 1
     return utf8
 
 
@@ -470,8 +472,7 @@ def _guessed_columns(config: DataConfig, source: Source) -> dict[str, str | Path
         return {name: where}
     found: dict[str, str | Path] = {}
     for path in [] if source.is_hub else source.files:
-        column = _column(path, config) if file_type(path) in (*JSON_TYPES, PARQUET) else None
-        if isinstance(column, JsonColumn | tables.ParquetColumn):
+        if file_type(path) in (*JSON_TYPES, PARQUET) and (column := _column(path, config)) is not None:
             found.setdefault(column.name, path)
     return found
 

@@ -76,7 +76,7 @@ class StreamingCorpus(Corpus):
             "val_tokens": len(self._validation),
             "val_bytes": collected.num_val_bytes,
             "dtype": encoder.dtype.name,
-            "skipped": skipped.counts,
+            "skipped": dict(skipped),
             "fingerprint": self.fingerprint,
         }
 
@@ -281,7 +281,7 @@ class StreamLoader(Loader):
         if chunk is None:
             if self._is_empty:
                 raise ValueError("the source gave no text to train on: it has been changed since the start")
-            if self._epoch == 0 and self._skipped.counts:
+            if self._epoch == 0 and self._skipped:
                 _logger.warning("the first pass through the training text%s", self._skipped)
             self._begin_pass(self._epoch + 1)
             return
@@ -314,7 +314,7 @@ class StreamLoader(Loader):
             "num_read": self._num_read,
             "num_dealt": self._num_dealt,
             "is_empty": self._is_empty,
-            "skipped": dict(self._skipped.counts),
+            "skipped": dict(self._skipped),
         }
         return {"kind": self._kind, "seed": self._seed, "num_lanes": self._num_lanes, "shares": [share]}
 

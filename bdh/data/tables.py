@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from bdh.data.config import BUILTIN, DataConfig
 from bdh.data.files import file_type, is_saved_to_disk
@@ -20,6 +20,7 @@ from bdh.data.reading import (
     DocumentReader,
     Skipped,
     State,
+    TextColumn,
     choose_column,
     from_plain,
     row_text,
@@ -105,14 +106,8 @@ class TableReader:
             yield from islice(self._rows, self._num_passed, None)
 
 
-class ParquetColumn(NamedTuple):
-    """The column that holds the text."""
-
-    name: str
-
-
 def parquet_reader(
-    path: Path, column: ParquetColumn, encoding_errors: str, skipped: Skipped, state: State | None = None
+    path: Path, column: TextColumn, config: DataConfig, skipped: Skipped, state: State | None = None
 ) -> DocumentReader:
     """The rows of a .parquet file, one document each. Iterating raises ValueError: the file is damaged."""
 
@@ -120,7 +115,7 @@ def parquet_reader(
         first = after.get("num_rows", 0)
         for number, text in enumerate(_parquet_values(path, column.name, first), start=first + 1):
             where = f"{path}, row {number}"
-            yield row_text(text, column.name, where, encoding_errors, skipped), {"num_rows": number}
+            yield row_text(text, column.name, where, config.encoding_errors, skipped), {"num_rows": number}
 
     return DocumentReader(documents, state)
 
@@ -141,7 +136,7 @@ def _parquet_values(path: Path, column: str, first: int) -> Iterator[Any]:
                 first -= num_rows
 
 
-def parquet_column(path: Path, config: DataConfig) -> ParquetColumn | None:
+def parquet_column(path: Path, config: DataConfig) -> TextColumn | None:
     """The column that holds the text, or None if there are no rows; see :func:`bdh.data.reading.choose_column`.
 
     Raises:
@@ -153,7 +148,7 @@ def parquet_column(path: Path, config: DataConfig) -> ParquetColumn | None:
     with _explained(f"{path} cannot be read as {file_type(path)}"), parquet.ParquetFile(path) as file:
         if file.metadata.num_rows == 0:  # such a shard may have another type of column, or none at all
             return None
-        return ParquetColumn(choose_column(_types(file.schema_arrow), config.text_column, str(path)))
+        return TextColumn(choose_column(_types(file.schema_arrow), config.text_column, str(path)))
 
 
 def _types(schema: Any) -> dict[str, set[type]]:

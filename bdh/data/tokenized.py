@@ -219,7 +219,7 @@ class TokenizedCorpus(Corpus):
             "train_bytes": meta.num_train_bytes,
             "val_bytes": meta.num_bytes - meta.num_train_bytes,
             "dtype": meta.dtype,
-            "skipped": skipped.counts,
+            "skipped": dict(skipped),
             "fingerprint": self.fingerprint,
             "cache": str(self._cache.folder),
             "was_cached": found is not None,
@@ -298,10 +298,10 @@ def _tokenize(
             writer.append(validation.open(skipped), encoder, advance)
         val_documents = writer.num_documents - kept
     if writer.num_bytes == 0:
-        found = left_out(skipped.counts, training, validation)
+        found = left_out(skipped, training, validation)
         raise ValueError(f"data.source {config.source!r} holds no text{found}")
     check_long_enough(config, train_tokens, writer.num_tokens - train_tokens, block_size)
-    return writer.finish(encoder.dtype, train_tokens, train_bytes, val_documents, skipped.counts)
+    return writer.finish(encoder.dtype, train_tokens, train_bytes, val_documents, dict(skipped))
 
 
 def _count_if_single(chunks: Iterable[Chunk]) -> int | None:

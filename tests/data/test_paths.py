@@ -190,7 +190,7 @@ def test_many_runs_are_not_all_named(tmp_path):
         write_run(tmp_path / f"{number}")
     skipped = Skipped()
     assert files_below(tmp_path, skipped) == []
-    assert list(skipped.counts)[2:] == [f"files of the run {tmp_path}/2", "files of 6 further runs, models or caches"]
+    assert list(skipped)[2:] == [f"files of the run {tmp_path}/2", "files of 6 further runs, models or caches"]
 
 
 def test_what_is_named_of_a_run_is_read(tmp_path, corpus_of):
