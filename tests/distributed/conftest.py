@@ -7,6 +7,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+
+from benchmarks.forked import TRAINING, ForkServer
 from tests.train.conftest import TINY
 
 ROOT = Path(__file__).parents[2]
@@ -62,7 +65,17 @@ class Outcome(NamedTuple):
     err: str
 
 
-def train_in_turn(processes: int, folder: Path, commands: dict[str, list[str]], at: str = ".") -> dict[str, Outcome]:
+@pytest.fixture(scope="package")
+def fork_server():
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("OMP_NUM_THREADS", "1")  # a thread each, which is settled when PyTorch is imported
+        with ForkServer(*TRAINING, "torch.distributed.launcher.api") as server:
+            yield server
+
+
+def train_in_turn(
+    server: ForkServer, processes: int, folder: Path, commands: dict[str, list[str]], at: str = "."
+) -> dict[str, Outcome]:
     """``bdh train`` with several lists of arguments, one after the other in the same processes.
 
     Args:
@@ -76,16 +89,19 @@ def train_in_turn(processes: int, folder: Path, commands: dict[str, list[str]], 
         for port, (name, arguments) in zip(free_ports(len(commands)), commands.items(), strict=True)
     ]
     path.write_text(json.dumps(listed))
-    done = run_together(processes, "-m", "tests.distributed.in_turn", str(path))
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from tests.distributed import in_turn"
+    code += f"; in_turn.launch({processes}, sys.argv[2], {free_ports(1)[0]})"
+    done = server.start(["-c", code, str(ROOT), str(path)], dict(os.environ))
+    done.wait(250)
     found = {}
     for number, name in enumerate(commands):
         files = [f"{path}.{number}.{rank}" for rank in range(processes)]
-        assert Path(f"{files[0]}.err").exists(), f"{name} was not run: {done.stderr}"
+        assert Path(f"{files[0]}.err").exists(), f"{name} was not run: {done.said()}"
         # A process that torchrun has ended has no status.
         statuses, out, err = (
             [written.read_text() for file in files if (written := Path(f"{file}.{kind}")).exists()]
             for kind in ("status", "out", "err")
         )
         found[name] = Outcome([int(status) for status in statuses], "".join(out), "".join(err))
-    assert (done.returncode == 0) == (found[name].statuses == [0] * processes), done.stderr
+    assert (done.returncode == 0) == (found[name].statuses == [0] * processes), done.said()
     return found

@@ -1,22 +1,50 @@
-"""Runs commands of bdh one after the other in each of the processes that torchrun has started, as starting takes longest.
+"""Runs commands of bdh one after the other in each of several processes, as starting takes longest.
 
-The processes end with the status of the last one. What each prints is in files beside the list of commands.
+What starts and ends them is torchrun's agent; but they are forked from a process that has imported what they need. They end
+with the status of the last command. What each prints is in files beside the list of commands.
 """
 
 import json
 import os
+import signal
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from bdh.cli.main import main
 from bdh.distributed import config
 
 
-def run(path: Path) -> int:
+def launch(processes: int, path: str, port: int) -> None:
+    """Does what ``torchrun --nproc_per_node=PROCESSES --master_port=PORT`` does with a program that calls :func:`run`."""
+    settings = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        rdzv_backend="static",
+        rdzv_endpoint=f"127.0.0.1:{port}",
+        rdzv_configs={"rank": 0},
+        max_restarts=0,
+        monitor_interval=0.1,
+        start_method="fork",
+    )
+    try:
+        elastic_launch(settings, run)(path)
+    except ChildFailedError as error:
+        sys.exit(str(error))
+
+
+def run(path: str) -> None:
+    # A program that torchrun starts has none of the agent's handlers.
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     rank, status = os.environ["RANK"], 0
     del os.environ["TORCHELASTIC_USE_AGENT_STORE"]  # at torchrun's port one command would read what another has left
-    commands = json.loads(path.read_text())
+    commands = json.loads(Path(path).read_text())
     for number, command in enumerate(commands):
         os.environ["MASTER_PORT"] = str(command["port"])
         os.chdir(command["folder"].replace("{rank}", rank))
@@ -31,8 +59,4 @@ def run(path: Path) -> int:
         ):
             status = main(command["arguments"])
         Path(f"{prefix}.status").write_text(str(status))
-    return status
-
-
-if __name__ == "__main__":
-    sys.exit(run(Path(sys.argv[1])))
+    sys.exit(status)

@@ -21,7 +21,7 @@ def write(path, rows):
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
+def outcomes(tmp_path_factory, fork_server):
     """The folder of the runs, how they ended, at which step, and how those ended that were continued with the fault mended."""
     folder = tmp_path_factory.mktemp("faults")
     settings = SETTINGS | {
@@ -40,13 +40,13 @@ def outcomes(tmp_path_factory):
             write(folder / name / f"{rank}" / "t.jsonl", BAD if rank in at_fault else ROWS)
     commands = {name: flags(settings | {"run_dir": folder / f"run-{name}"}) for name in ("straight", *AT_FAULT)}
     places = str(folder / "{name}" / "{rank}")
-    ended = train_in_turn(2, folder / "ended", commands, places)
+    ended = train_in_turn(fork_server, 2, folder / "ended", commands, places)
     steps = {name: Checkpointer(folder / f"run-{name}").load().step for name in commands}
     for name in AT_FAULT:
         for rank in (0, 1):
             write(folder / name / f"{rank}" / "t.jsonl", ROWS)
     commands = {name: [f"--run_dir={folder / f'run-{name}'}", "--resume"] for name in AT_FAULT}
-    return folder, ended, steps, train_in_turn(2, folder / "continued", commands, places)
+    return folder, ended, steps, train_in_turn(fork_server, 2, folder / "continued", commands, places)
 
 
 @pytest.mark.parametrize("at_fault", AT_FAULT)

@@ -62,7 +62,7 @@ def of_two_processes(settings: dict, strategy: str, accumulation: int) -> dict:
 
 
 @pytest.fixture(scope="module")
-def together(settings, folder):
+def together(settings, folder, fork_server):
     """What two processes do in turn; in the last command, the folder of the run is in use."""
     commands: dict[str, dict] = {}
     for strategy in STRATEGIES:
@@ -86,11 +86,11 @@ def together(settings, folder):
     (folder / "used").mkdir()
     with Lock(folder / "used" / "lock", "the run"):
         lists = {name: flags(given | {"run_dir": folder / name}) for name, given in commands.items()}
-        return train_in_turn(2, folder / "together", lists)
+        return train_in_turn(fork_server, 2, folder / "together", lists)
 
 
 @pytest.fixture(scope="module")
-def continued(settings, folder, alone, together):
+def continued(settings, folder, alone, together, fork_server):
     """What was stopped after 13 steps is continued by three processes, by one, and by two; and what three refused."""
     runs = {f"continued-{carry_state}": folder / f"continued-{carry_state}" for carry_state in (False, True)}
     for name in runs:
@@ -99,13 +99,13 @@ def continued(settings, folder, alone, together):
     assert main(["train", *flags(settings | eight)]) == 0
     commands = {name: [*flags({"run_dir": run, "train.stop_at_step": 30}), "--resume"] for name, run in runs.items()}
     commands["uneven"] = [f"--run_dir={folder / 'eight'}", "--train.max_steps=6", "--resume"]
-    by_three = train_in_turn(3, folder / "by-three", commands)
+    by_three = train_in_turn(fork_server, 3, folder / "by-three", commands)
     for name, run in runs.items():
         assert by_three[name].statuses == [0, 0, 0], by_three[name].err
         by_one = {"run_dir": run, "distributed.strategy": "none", "train.stop_at_step": 40}
         assert main(["train", *flags(by_one), "--resume"]) == 0
     commands = {name: [f"--run_dir={run}", "--distributed.strategy=ddp", "--resume"] for name, run in runs.items()}
-    return by_three["uneven"], train_in_turn(2, folder / "by-two", commands)
+    return by_three["uneven"], train_in_turn(fork_server, 2, folder / "by-two", commands)
 
 
 def assert_same_curve(run: Path, reference: Path, relative: float) -> None:
