@@ -139,7 +139,7 @@ class Network(nn.Module):
             if given[module].shape != shape
         ]:
             raise ValueError(f"the weights of {name} do not have the shapes of its {CONFIG_FILE}: {'; '.join(wrong)}")
-        self.embed = nn.Embedding(V, D, _weight=given["embed"])
+        self.embed = nn.Embedding.from_pretrained(given["embed"], freeze=False)
         self.encoder = _linear(given["encoder"])
         self.encoder_v = nn.ModuleList(_linear(given[f"encoder_v.{head}"]) for head in range(H))
         self.decoder, self.lm_head = _linear(given["decoder"]), _linear(given["lm_head"])

@@ -6,6 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from bdh.data import DataConfig, training_texts, validation_texts
+from bdh.data.tables import HubSet
 from tests.data.conftest import documents_of, write_table, write_text
 
 TRAIN = [f"train {i}" for i in range(10)]
@@ -76,6 +77,19 @@ def test_folder_that_datasets_saved_opens(tmp_path, corpus_of):
     assert documents_of(corpus_of(tmp_path / "two", val_split="test")) == TRAIN + TEST
     with pytest.raises(ValueError, match="no split 'dev': it has train, test"):
         corpus_of(tmp_path / "two", split="dev")
+
+
+def test_what_datasets_saved_is_told_from_what_was_there_before(tmp_path):
+    """By a name of datasets that is not public: without it the tokens of the old text were taken for the new one's."""
+
+    def saved(texts):
+        datasets.Dataset.from_dict({"text": texts}).save_to_disk(tmp_path / "one")
+        return HubSet(str(tmp_path / "one"), "train", DataConfig(source=str(tmp_path / "one"))).identity
+
+    first, second = saved(TRAIN), saved(TEST)
+    assert None not in (first, second)
+    assert first != second
+    assert HubSet(str(tmp_path / "one"), "train", DataConfig(source=str(tmp_path / "one"))).identity == second
 
 
 def test_readme_of_a_plain_folder_is_a_document(tmp_path, corpus_of):
