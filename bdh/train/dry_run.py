@@ -20,14 +20,13 @@ from bdh.memory import available_bytes, give_back_free_memory, peak_bytes, reset
 from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.model.config_fields import ConfigFields
 from bdh.model.modeling import MAX_LOGITS_IN_ONE_PIECE
-from bdh.model.weights import ADAPTERS_HAVE_DROPOUT
 from bdh.ops.attention import sum_dtype
 from bdh.ops.blocks.plan import LayerPlan
 from bdh.train.adapters import add_adapters
 from bdh.train.carried import CarriedState
 from bdh.train.config import RunSettings, TrainSettings
 from bdh.train.loop import training_step
-from bdh.train.runtime import Runtime, plan_settings
+from bdh.train.runtime import Runtime, plan_training
 from bdh.train.setup import Run
 
 MARGIN = 0.95
@@ -65,10 +64,7 @@ class MemoryEstimate:
     @cached_property
     def plan(self) -> LayerPlan:
         """Raises ``ValueError`` where the settings ask for what is not there."""
-        train = self.settings.train
-        # What the layer of a model that is there would say of itself.
-        obstacle = ADAPTERS_HAVE_DROPOUT if train.lora.r and train.lora.dropout else None
-        return plan_settings(train, self.config, self.runtime, self.settings.distributed, obstacle=obstacle)
+        return plan_training(self.settings.train, self.config, self.runtime, self.settings.distributed)
 
     @cached_property
     def parts(self) -> dict[str, int]:

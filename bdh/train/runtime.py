@@ -2,17 +2,17 @@
 
 import os
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 
 from bdh.distributed.config import DistributedConfig, local_rank
-from bdh.model import BDHConfig, BDHForCausalLM
-from bdh.model.forward import layer_shape, plan_for
+from bdh.model import BDHConfig
+from bdh.model.forward import layer_shape
 from bdh.model.network import choose_device
-from bdh.ops.blocks.plan import LayerOptionError, LayerOptions, LayerPlan, LayerShape, plan_layer
+from bdh.model.weights import ADAPTERS_HAVE_DROPOUT
+from bdh.ops.blocks.plan import LayerOptionError, LayerOptions, LayerPlan, plan_layer
 from bdh.train.config import TrainSettings
 
 MEASURING_SECONDS = 0.04
@@ -84,52 +84,21 @@ def layer_options(settings: TrainSettings) -> LayerOptions:
 
 
 def plan_training(
-    model: BDHForCausalLM, train: TrainSettings, runtime: Runtime, distributed: DistributedConfig
+    train: TrainSettings, config: BDHConfig, runtime: Runtime, distributed: DistributedConfig
 ) -> LayerPlan:
-    """How the model, with its ``layer_options``, will compute a training step's forward pass.
+    """How a training step's forward pass will compute the layer, told from the settings: the model need not be there.
 
-    Raises ``ValueError``, which names the setting, if the options ask for what is not there.
+    Raises ``ValueError``, which names the setting, if they ask for what is not there.
     """
-    shape = _shape(model.config, train, runtime, distributed)
-    was_training = model.training
-    model.train()
+    # FSDP casts the weights only when it gathers them.
+    gathered = getattr(torch, distributed.param_dtype)
+    dtype = gathered if runtime.dtype == torch.float32 and gathered != torch.float32 else runtime.dtype
+    shape = layer_shape(config, train.batch_size, train.block_size, dtype, runtime.device)
+    obstacle = ADAPTERS_HAVE_DROPOUT if train.lora.r and train.lora.dropout else None
     try:
-        with replace(runtime, dtype=shape.dtype).autocast(), torch.enable_grad(), _faults_of_settings():
-            plan = plan_for(model, shape.B, shape.T, model.config.attention_form)
-            # None is the plain forms with nothing to decide.
-            return plan or plan_layer(shape, model.layer_options)
-    finally:
-        model.train(was_training)
-
-
-def plan_settings(
-    train: TrainSettings,
-    config: BDHConfig,
-    runtime: Runtime,
-    distributed: DistributedConfig,
-    *,
-    obstacle: str | None = None,
-) -> LayerPlan:
-    """The same, of a model that need not be there; ``obstacle`` as for :func:`bdh.ops.blocks.plan.plan_layer`."""
-    shape = _shape(config, train, runtime, distributed)
-    with _faults_of_settings():
         return plan_layer(
             shape, layer_options(train), form=config.attention_form, chunk_size=config.chunk_size, obstacle=obstacle
         )
-
-
-def _shape(config: BDHConfig, train: TrainSettings, runtime: Runtime, distributed: DistributedConfig) -> LayerShape:
-    """With the dtype of the matrix products. FSDP casts the weights only when it gathers them, so it has to be said here."""
-    gathered = getattr(torch, distributed.param_dtype)
-    dtype = gathered if runtime.dtype == torch.float32 and gathered != torch.float32 else runtime.dtype
-    return layer_shape(config, train.batch_size, train.block_size, dtype, runtime.device)
-
-
-@contextmanager
-def _faults_of_settings() -> Iterator[None]:
-    """Within it, a fault of an option is reported as one of the setting that it comes from."""
-    try:
-        yield
     except LayerOptionError as error:
         raise ValueError(f"train.{_SETTINGS.get(error.option, error.option)} {error.fault}") from error
 

@@ -301,7 +301,7 @@ def open_run(settings: RunSettings, *, progress: Any = None, check_room: CheckRo
 
         model = _make_model(settings, config, runtime, initial, base)
         train = settings.train
-        plan = plan_training(model, train, runtime, distributed)
+        plan = plan_training(train, config, runtime, distributed)
         if world.rank > 0:
             torch.manual_seed(train.seed + _SEEDS_APART * world.rank)
         run = Run(
