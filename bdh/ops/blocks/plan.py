@@ -36,10 +36,7 @@ _NUMBERS_OF_BLOCK = 2**20
 _KEPT_WITHOUT_BUDGET = 2**28
 # Then blocks of a GPU, and what is kept with recompute "none", stay below this share of its memory.
 _SHARE_OF_GPU = 0.5
-# On a GPU the eager backend computes a step with up to so many numbers (B, T, N), as long as what it keeps stays below that share
-# of the memory: the blocks then wait for their kernels to be started, one head after the other. D 128, N 1,024, L 4 with 2,048
-# tokens, 2^21 numbers, on an H200: 13 ms, and 52 in blocks; with 2^27, D 256, N 8,192, L 6, the blocks are far ahead.
-_NUMBERS_OF_EAGER_ON_GPU = 2**24
+# What the eager backend keeps of a small step, which it may compute instead of blocks, below that one.
 _SHARE_OF_EAGER_ON_GPU = 1 / 8
 
 
@@ -133,14 +130,18 @@ def plan_layer(
             for the smallest block; it says what the least is.
     """
     choose_form(form, shape.T, shape.D, has_state=False)  # raises for one that is not there
+    asks_for_blocks = options.rows_per_block or options.tokens_per_block or options.recompute == "pass"
+    most = _budget(shape, options, _SHARE_OF_EAGER_ON_GPU)
+    may_be_whole = not asks_for_blocks and most is not None and (shape.L + 1) * _kept_by_eager(shape) <= most
+    at_once = shape.B * shape.T * shape.N if may_be_whole else None
     try:
-        backend, reason = choose_backend("train", options.path, Work(shape.device, shape.dtype, obstacle, form))
+        backend, reason = choose_backend(
+            "train", options.path, Work(shape.device, shape.dtype, obstacle, form, at_once)
+        )
     except BackendError as error:
         raise LayerOptionError("path", error.fault) from None
     if options.recompute not in RECOMPUTE:
         raise LayerOptionError("recompute", f"is {options.recompute!r}: must be one of {', '.join(RECOMPUTE)}")
-    if options.path == "auto" and backend.name == "blocks" and _is_small_for_gpu(shape, options):
-        return _plan_eager(shape, options, f"on {shape.device}, for which a step is small")
     if backend.name == "eager":
         return _plan_eager(shape, options, reason)
     tokens = _choose_tokens(shape, options, form, chunk_size)
@@ -150,9 +151,7 @@ def plan_layer(
         raise LayerOptionError(
             "rows_per_block", f"is {sequences}: must be from 1 to the {shape.B} sequences of a batch"
         )
-    budget = options.memory_budget
-    if budget is None and shape.device.type == "cuda":
-        budget = int(_memory_of_gpu(shape.device) * _SHARE_OF_GPU)
+    budget = _budget(shape, options, _SHARE_OF_GPU)
     limit, least_sequences = math.inf if budget is None else budget, options.rows_per_block or 1
     while (block := _block_bytes(shape, backend.name, sequences, tokens)) > limit and sequences > least_sequences:
         sequences = max(least_sequences, sequences // 2)
@@ -223,19 +222,11 @@ def _kept_layer_steps(shape: LayerShape, options: LayerOptions, each: int, left:
     return min(shape.L, available // each)
 
 
-def _is_small_for_gpu(shape: LayerShape, options: LayerOptions) -> bool:
-    """Whether the eager backend computes it faster than blocks, for which nobody has asked in other words."""
-    asks_for_blocks = options.rows_per_block or options.tokens_per_block or options.recompute == "pass"
-    if shape.device.type != "cuda" or asks_for_blocks or shape.B * shape.T * shape.N > _NUMBERS_OF_EAGER_ON_GPU:
-        return False
-    limit = options.memory_budget
-    if limit is None:
-        limit = int(_memory_of_gpu(shape.device) * _SHARE_OF_EAGER_ON_GPU)
-    return (shape.L + 1) * _kept_by_eager(shape) <= limit
-
-
-def _memory_of_gpu(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).total_memory
+def _budget(shape: LayerShape, options: LayerOptions, share: float) -> int | None:
+    """The memory budget; without one, of a GPU a share of its memory."""
+    if options.memory_budget is None and shape.device.type == "cuda":
+        return int(torch.cuda.get_device_properties(shape.device).total_memory * share)
+    return options.memory_budget
 
 
 def _kept_by_eager(shape: LayerShape) -> int:
