@@ -28,9 +28,6 @@ ALLOWED["cli"] = set(ALLOWED)
 # The modules in bdh/ that stand above packages: the public names, `python -m bdh`, and methods that the engine carries out.
 ABOVE_PACKAGES = {"bdh": {"model"}, "bdh.__main__": {"cli"}, "bdh.texts": {"generate"}}
 
-# Circles that are still there, each as all the files in it. Only remove from this.
-KNOWN_CIRCLES: list[set[str]] = []
-
 
 class Import(NamedTuple):
     by: str
@@ -125,15 +122,8 @@ def test_imports_point_one_way(imports):
 
 
 def test_no_file_imports_itself_by_way_of_others(imports):
-    found = list(circles(imports))
-    unknown = {
-        "\n".join(sorted(map(str, circle)))
-        for circle in found
-        if not any({each.by for each in circle} <= known for known in KNOWN_CIRCLES)
-    }
-    assert not unknown, "\n\n".join(["circles of imports:", *unknown])
-    gone = [known for known in KNOWN_CIRCLES if not any({each.by for each in circle} <= known for circle in found)]
-    assert gone == [], "no circle is left of these: remove them from KNOWN_CIRCLES"
+    found = {"\n".join(sorted(map(str, circle))) for circle in circles(imports)}
+    assert not found, "\n\n".join(["circles of imports:", *found])
 
 
 def test_wrong_arrows_and_circles_would_be_seen(tmp_path):
