@@ -147,13 +147,12 @@ def collect_mix_faults(config: DataConfig, faults: Faults) -> None:
     allowed = ["source", "weight", *names[1:]]
     for number, entry in enumerate(mix):
         inner = faults.with_prefix(f"mix[{number}]")
-        unknown = next((key for key in entry if key not in allowed), None)
-        if unknown is not None:
-            inner.require(False, str(unknown), entry[unknown], f"left out: an entry has {', '.join(allowed)}")
-        elif "source" not in entry:
+        for name in (key for key in entry if key not in allowed):
+            inner.require(False, str(name), entry[name], f"left out: an entry has {', '.join(allowed)}")
+        if "source" not in entry:
             faults.require(False, f"mix[{number}]", entry, "a source, as {source: a.txt, weight: 2}")
         else:
-            collect_faults(_alone(config, entry), inner)
+            collect_faults(_alone(config, {name: entry[name] for name in allowed if name in entry}), inner)
     weights = [entry.get("weight", 1) for entry in mix]
     are_numbers = all(
         isinstance(weight, int | float) and not isinstance(weight, bool) and math.isfinite(weight) and weight >= 0

@@ -189,6 +189,19 @@ def test_a_fault_of_a_mix_names_the_entry_or_the_weights(mix, fault):
     assert [found for found in faults_of(mix=mix) if found.startswith(fault)]
 
 
+def test_all_that_is_wrong_with_an_entry_is_reported_together():
+    """A name that is no setting hid the next one, and what was wrong with the entry's values."""
+    found = faults_of(mix=[{"source": 3, "wait": 2, "colour": "red", "val_fraction": 2.0}, {"wieght": 1}])
+    assert [fault.partition(": must be ")[0] for fault in found] == [
+        "data.mix[0].wait is 2",
+        "data.mix[0].colour is 'red'",
+        "data.mix[0].source is 3",
+        "data.mix[0].val_fraction is 2.0",
+        "data.mix[1].wieght is 1",
+        "data.mix[1] is {'wieght': 1}",
+    ]
+
+
 def test_what_names_texts_beside_a_mix_is_refused():
     found = faults_of(mix=[{"source": "a"}], source="b.txt", val_source="c.txt")
     assert [fault.split(" is ")[0] for fault in found] == ["data.source", "data.val_source"]
