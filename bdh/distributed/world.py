@@ -84,11 +84,7 @@ class World:
 
     def any(self, flags: list[bool]) -> list[bool]:
         """For each flag, whether it is set on any process."""
-        if self.size == 1:
-            return flags
-        numbers = torch.tensor(flags, dtype=torch.int32)
-        dist.all_reduce(numbers, group=self.control)
-        return [number > 0 for number in numbers.tolist()]
+        return list(map(any, zip(*self.gather(flags), strict=True)))
 
     def gather(self, value: Any, *, beside_training: bool = False) -> list[Any]:
         """Every process's ``value``, by rank: small plain data.

@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from bdh.generate.texts import inference
 from bdh.model import BDHForCausalLM
+from bdh.model.network import exact_dtype
 
 _SAMPLE = 4096  # values kept of each kind and layer step, for histograms
 # Neurons times tokens that are read at once, where several sequences have them: 128 MiB for each wide tensor in float32.
@@ -52,7 +53,8 @@ def measure_activity(
     It costs a forward pass of the linear modules as they are, to which hooks listen, and a count of each wide tensor. It
     draws no random numbers and leaves the model as it was.
     """
-    batches = tokens.split(sequences_at_once(model, tokens.shape[1], max_batch_size))
+    num_wide = tokens.shape[1] * model.config.n_head * model.config.neurons_per_head
+    batches = tokens.split(max(1, min(max_batch_size, MAX_WIDE // num_wide)))
     counts = {kind: _Counts(model, max(1, _SAMPLE // len(batches))) for kind in ("x", "y", "xy")}
     heads: list[torch.Tensor] = []  # of y in this layer step
 
@@ -75,14 +77,9 @@ def measure_activity(
     return Activity(
         density={kind: (each.fired / (tokens.numel() * num_neurons)).tolist() for kind, each in counts.items()},
         norm={kind: (each.norm / tokens.numel()).tolist() for kind, each in counts.items()},
-        dead_neurons=1 - counts["x"].ever.double().mean().item(),
+        dead_neurons=1 - counts["x"].ever.count_nonzero().item() / num_neurons,
         samples={kind: [torch.cat(found) for found in each.samples] for kind, each in counts.items()},
     )
-
-
-def sequences_at_once(model: BDHForCausalLM, num_tokens: int, largest: int = 16) -> int:
-    """Sequences of so many tokens that :func:`measure_activity` reads together."""
-    return max(1, min(largest, MAX_WIDE // (num_tokens * model.config.n_head * model.config.neurons_per_head)))
 
 
 class _Counts:
@@ -95,7 +92,8 @@ class _Counts:
     def __init__(self, model: BDHForCausalLM, num_samples: int):
         L = model.config.n_layer
         self._num_samples, self._num_calls = num_samples, 0
-        self.fired, self.norm = torch.zeros(2, L, dtype=torch.float64, device=model.device)
+        self._dtype = exact_dtype(model.device)
+        self.fired, self.norm = torch.zeros(2, L, dtype=self._dtype, device=model.device)
         self.ever = torch.zeros(
             model.config.n_head * model.config.neurons_per_head, dtype=torch.bool, device=model.device
         )
@@ -108,7 +106,7 @@ class _Counts:
         fires = wide > 0
         self.ever |= fires.flatten(0, -2).any(0)
         self.fired[index] += fires.sum()
-        self.norm[index] += torch.linalg.vector_norm(wide.clamp_min(0), dim=-1, dtype=torch.float64).sum()
+        self.norm[index] += torch.linalg.vector_norm(wide.clamp_min(0), dim=-1, dtype=self._dtype).sum()
         above = wide[fires]
         step = max(1, above.numel() // self._num_samples)
         self.samples[index].append(above[::step][: self._num_samples].float().cpu())
@@ -150,20 +148,8 @@ class Question:
     value: list[int]
 
 
-class Reader(Protocol):
-    """Reads several texts, and can be asked at any time without remembering that it was."""
-
-    def start(self, num_texts: int) -> None: ...
-
-    def read(self, tokens: torch.Tensor) -> None:
-        """Further tokens (num_texts, T) of each text."""
-
-    def score(self, questions: Sequence[Question]) -> list[Score]:
-        """Of each text's value."""
-
-
 def measure_recall(
-    reader: Reader,
+    reader: "ModelReader",
     tokenizer: PreTrainedTokenizerFast,
     filler: np.ndarray,
     *,
@@ -225,7 +211,7 @@ def tokens_to_read(distances: Sequence[int], trials: int) -> int:
 
 
 class ModelReader:
-    """A model, its state handed on from chunk to chunk."""
+    """A model that reads several texts, and can be asked at any time without remembering that it was."""
 
     def __init__(self, model: BDHForCausalLM):
         self._model, self._state = model, model.new_state()
@@ -236,9 +222,11 @@ class ModelReader:
         return max(2, min(most, fitting) // 2 * 2)
 
     def start(self, num_texts: int) -> None:
+        """What is read next are so many other texts."""
         self._state = self._model.new_state(num_texts)
 
     def read(self, tokens: torch.Tensor) -> None:
+        """Further tokens (num_texts, T) of each text, in chunks, from which the state is handed on."""
         config = self._model.config
         chunk = _WIDE_VALUES // (len(tokens) * config.n_head * config.neurons_per_head)
         with inference(self._model):
@@ -246,6 +234,7 @@ class ModelReader:
                 self._model(part.to(self._model.device), past_key_values=self._state, logits_to_keep=1)
 
     def score(self, questions: Sequence[Question]) -> list[Score]:
+        """Of each text's value."""
         found: list[Score] = [([], False)] * len(questions)
         groups: dict[tuple[int, int], list[int]] = {}  # texts whose questions have one shape
         for index, question in enumerate(questions):

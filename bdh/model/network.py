@@ -201,6 +201,11 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """Float64, or the widest that a device has: MPS has no float64, and raises where one is asked for."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def read_config(folder: Path) -> tuple[ModelConfig, torch.dtype | None]:
     """The configuration of a folder's model, and the dtype that it names for the weights.
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
 from bdh.distributed.world import World
+from bdh.model.network import exact_dtype
 from bdh.train.config import TrainSettings
 
 
@@ -172,8 +173,7 @@ class NormStatistics:
 
     def __init__(self, device: torch.device, threshold: float):
         self._threshold = threshold
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        self._values = torch.zeros(3, dtype=dtype, device=device)  # mean, variance, steps counted
+        self._values = torch.zeros(3, dtype=exact_dtype(device), device=device)  # mean, variance, steps counted
 
     @property
     def mean(self) -> torch.Tensor:
@@ -278,7 +278,7 @@ class UpdateGuard:
         """The outcomes of the steps since the last call, up to ``step``: waits for the device, all processes together."""
         if not self._pending:
             return []
-        dtype = torch.float32 if self._stopped.device.type == "mps" else torch.float64
+        dtype = exact_dtype(self._stopped.device)
         losses, norm, skip, norms, z, mean = (torch.stack(column) for column in zip(*self._pending, strict=True))
         self._pending = []
         if not self.needs_loss_of_all:

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from bdh import BDHConfig, BDHForCausalLM
+from bdh.evaluate import probes
 from bdh.evaluate.probes import measure_activity
+from bdh.model.network import exact_dtype
 from bdh.ops import naive
 
 L, D, H, N = 3, 16, 2, 32
@@ -54,6 +56,18 @@ def test_figures_are_those_of_the_plain_computation(model, tokens, max_batch_siz
     ever = torch.stack(expected["x"]).flatten(0, 2).gt(0).any(0)
     assert activity.dead_neurons == pytest.approx(1 - ever.double().mean().item())
     assert activity.dead_neurons >= 1 / (H * N)
+
+
+def test_it_counts_in_float32_where_a_device_has_no_float64(model, tokens, monkeypatch):
+    """On MPS the first evaluation of a training raised."""
+    assert exact_dtype(torch.device("mps")) == torch.float32
+    expected, asked = measure_activity(model, tokens), []
+    monkeypatch.setattr(probes, "exact_dtype", lambda device: asked.append(device) or torch.float32)
+    found = measure_activity(model.float(), tokens)
+    assert set(asked) == {model.device}
+    for kind in ("x", "y", "xy"):
+        assert found.norm[kind] == pytest.approx(expected.norm[kind], rel=1e-5)
+        assert found.density[kind] == pytest.approx(expected.density[kind], abs=1e-3)
 
 
 def test_samples_are_values_that_fired(model, tokens):
