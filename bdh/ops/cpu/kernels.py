@@ -145,18 +145,18 @@ def project(stage, like, weights, v, out, relu):
 
 
 @jit_inner
-def attention_update(stage, like, states, starts, x, cos, sin, read_scales, write_scales, v, parts, N):
-    """The sums of each stretch, ``parts`` (stretches, R, D), of q S; and S with the rows' keys and values added.
+def attention_update(stage, like, states, starts, x, cos, sin, read_scales, write_scales, v, partial_sums, N):
+    """The sums of each stretch, ``partial_sums`` (stretches, R, D), of q S; and S with the rows' keys and values added.
 
     ``states`` (sequences,) are addresses of (H, N, D); the rows of sequence s are ``starts[s]`` to ``starts[s + 1]``.
     ``read_scales`` and ``write_scales`` (R, H) multiply queries and keys.
     """
-    num_stretches, R, D = parts.shape
+    num_stretches, R, D = partial_sums.shape
     row_bytes = D * like.itemsize
     firing = np.empty(STRETCH_NEURONS // 2, np.int64)
     for stretch in pieces(stage, num_stretches):
         h, first, end = bounds_of(stretch, N)
-        parts[stretch] = 0
+        partial_sums[stretch] = 0
         for sequence in range(states.shape[0]):
             state = states[sequence] + h * N * row_bytes
             row, last = starts[sequence], starts[sequence + 1]
@@ -184,7 +184,7 @@ def attention_update(stage, like, states, starts, x, cos, sin, read_scales, writ
                         q_0 * write,
                         q_1 * write,
                         address(v) + row * D * 4,
-                        address(parts) + (stretch * R + row) * D * 4,
+                        address(partial_sums) + (stretch * R + row) * D * 4,
                         D,
                     )
                 continue
@@ -204,33 +204,33 @@ def attention_update(stage, like, states, starts, x, cos, sin, read_scales, writ
                         q_0 * write,
                         q_1 * write,
                         address(v) + r * D * 4,
-                        address(parts) + (stretch * R + r) * D * 4,
+                        address(partial_sums) + (stretch * R + r) * D * 4,
                         D,
                     )
 
 
 @jit_inner
-def reduce_norm(stage, parts, a, eps):
-    """LN of the sums over each head's stretches: ``parts`` (H * stretches of a head, R, D) to a (R, H, D)."""
+def reduce_norm(stage, partial_sums, a, eps):
+    """LN of the sums over each head's stretches: ``partial_sums`` (H * stretches of a head, R, D) to a (R, H, D)."""
     R, H, D = a.shape
-    per_head = parts.shape[0] // H
+    per_head = partial_sums.shape[0] // H
     ones = np.ones(D, np.float32)
     for item in pieces(stage, R * H):
         r, h = item // H, item % H
         a[r, h] = 0
         for stretch in range(h * per_head, (h + 1) * per_head):
             for d in range(D):
-                a[r, h, d] += parts[stretch, r, d]
+                a[r, h, d] += partial_sums[stretch, r, d]
         normalise(a[r, h], ones, eps)
 
 
 @jit_inner
-def gated_mlp(stage, like, encoder_v, decoder, x, a, parts, N):
-    """The sums of each stretch, ``parts`` (stretches, R, D), of Dec (x * y).
+def gated_mlp(stage, like, encoder_v, decoder, x, a, partial_sums, N):
+    """The sums of each stretch, ``partial_sums`` (stretches, R, D), of Dec (x * y).
 
     ``encoder_v`` (H,) are the addresses of Ev, neuron by neuron, one for each head, and ``decoder`` is that of Dec.
     """
-    num_stretches, R, D = parts.shape
+    num_stretches, R, D = partial_sums.shape
     H = a.shape[1]
     row_bytes = D * like.itemsize
     neurons, rows = np.empty(_LIST + R, np.int64), np.empty(_LIST + R, np.int64)
@@ -238,7 +238,7 @@ def gated_mlp(stage, like, encoder_v, decoder, x, a, parts, N):
     y = np.empty(_LIST + R, np.float32)
     for stretch in pieces(stage, num_stretches):
         h, first, end = bounds_of(stretch, N)
-        parts[stretch] = 0
+        partial_sums[stretch] = 0
         n = first
         while n < end:
             count = 0
@@ -279,7 +279,7 @@ def gated_mlp(stage, like, encoder_v, decoder, x, a, parts, N):
                             prefetch(following + line)
                     add_scaled(
                         like,
-                        address(parts) + (stretch * R + r) * D * 4,
+                        address(partial_sums) + (stretch * R + r) * D * 4,
                         decoder + n_fired * row_bytes,
                         x[n_fired, r] * y[index],
                         D,
@@ -287,16 +287,16 @@ def gated_mlp(stage, like, encoder_v, decoder, x, a, parts, N):
 
 
 @jit_inner
-def residual_norm(stage, parts, v, eps):
+def residual_norm(stage, partial_sums, v, eps):
     """v (R, D) after the layer step, in place: LN(v + LN(the sum over all stretches))."""
     R, D = v.shape
     ones = np.ones(D, np.float32)
     total = np.empty(D, np.float32)
     for r in pieces(stage, R):
         total[:] = 0
-        for stretch in range(parts.shape[0]):
+        for stretch in range(partial_sums.shape[0]):
             for d in range(D):
-                total[d] += parts[stretch, r, d]
+                total[d] += partial_sums[stretch, r, d]
         normalise(total, ones, eps)
         for d in range(D):
             v[r, d] += total[d]
@@ -314,7 +314,7 @@ def enter(progress, embed, tokens, positions, turns_per_token, v, cos, sin, eps)
 def _layer_steps(text, weights, rest):
     progress, embed, tokens, positions, turns_per_token, v, cos, sin, eps, first_step = text
     like_weights, encoder, encoder_v, decoder = weights
-    like_states, states, starts, read_scales, write_scales, x, a, parts = rest
+    like_states, states, starts, read_scales, write_scales, x, a, partial_sums = rest
     N, stage = x.shape[0] // a.shape[1], address(progress)
     if first_step == 0:
         enter(stage, embed, tokens, positions, turns_per_token, v, cos, sin, eps)
@@ -322,11 +322,22 @@ def _layer_steps(text, weights, rest):
         stage += STAGES * STAGE_BYTES
         project(stage, like_weights, encoder, v, x, np.bool_(True))  # for a literal it would be compiled apart
         attention_update(
-            stage + STAGE_BYTES, like_states, states[index], starts, x, cos, sin, read_scales, write_scales, v, parts, N
+            stage + STAGE_BYTES,
+            like_states,
+            states[index],
+            starts,
+            x,
+            cos,
+            sin,
+            read_scales,
+            write_scales,
+            v,
+            partial_sums,
+            N,
         )
-        reduce_norm(stage + 2 * STAGE_BYTES, parts, a, eps)
-        gated_mlp(stage + 3 * STAGE_BYTES, like_weights, encoder_v, decoder, x, a, parts, N)
-        residual_norm(stage + 4 * STAGE_BYTES, parts, v, eps)
+        reduce_norm(stage + 2 * STAGE_BYTES, partial_sums, a, eps)
+        gated_mlp(stage + 3 * STAGE_BYTES, like_weights, encoder_v, decoder, x, a, partial_sums, N)
+        residual_norm(stage + 4 * STAGE_BYTES, partial_sums, v, eps)
 
 
 @jit
@@ -338,7 +349,7 @@ def layer_steps(num_threads, text, weights, rest):
             where first_step is 0.
         weights: like and the addresses of E, of the heads of Ev and of Dec.
         rest: states: (layer steps, sequences) addresses of each one's sums, (H, N, D);
-            x: (H*N, R), a: (R, H, D), parts: (H * stretches of a head, R, D): memory to work in.
+            x: (H*N, R), a: (R, H, D), partial_sums: (H * stretches of a head, R, D): memory to work in.
     """
     if num_threads == 1:
         _layer_steps(text, weights, rest)

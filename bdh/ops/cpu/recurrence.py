@@ -136,7 +136,7 @@ class Recurrence:
         self._turns = turns_per_token(N, weights.rope_theta).numpy()
         self._encoder_v = np.array([weight.data_ptr() for weight in weights.encoder_v], np.int64)
         self._embed = np.from_dlpack(weights.embed)  # .numpy() would fix the storage's size, which FSDP changes
-        self._num_parts = H * kernels.stretches_of(N)
+        self._num_partial_sums = H * kernels.stretches_of(N)
         self._memory = threading.local()  # of each thread its own, so that two may read at once
         self._is_compiled: set[Any] = set()
 
@@ -171,18 +171,18 @@ class Recurrence:
         _, H, N, D = self.weights.shape
         R = len(rows.tokens)
         x, a = self.work_memory("x", H * N, R), self.work_memory("a", R, H, D)
-        parts = self.work_memory("parts", self._num_parts, R, D)
+        partial_sums = self.work_memory("partial_sums", self._num_partial_sums, R, D)
         if fading is not None:
             rings = np.array([_addresses(states, name) for name in ("keys", "fired", "values")], np.int64)
             rings = np.ascontiguousarray(rings.transpose(1, 0, 2))  # (L, 3, sequences)
-            scores = self.work_memory("scores", self._num_parts, R, states[0]["keys"][0].shape[-1])
+            scores = self.work_memory("scores", self._num_partial_sums, R, states[0]["keys"][0].shape[-1])
             if fading.shape[1] == 0:
                 a[:] = 0
             return self._run(
                 window.window_steps,
                 rows,
                 x,
-                lambda some: (rings[some], fading, rows.starts, x, a, scores, parts),
+                lambda some: (rings[some], fading, rows.starts, x, a, scores, partial_sums),
                 on_layer_step,
                 before_writing,
             )
@@ -202,7 +202,7 @@ class Recurrence:
             kernels.layer_steps,
             rows,
             x,
-            lambda some: (like_states, addresses[some], rows.starts, read_scales, write_scales, x, a, parts),
+            lambda some: (like_states, addresses[some], rows.starts, read_scales, write_scales, x, a, partial_sums),
             on_layer_step,
             before_writing,
         )

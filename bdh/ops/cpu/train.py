@@ -31,7 +31,7 @@ def compile_kernels() -> None:
     """Runs all kernels once, so that they are compiled, or loaded from the disk, with a word where that takes long."""
 
     def run() -> None:
-        x, narrow, table, weight, parts = (
+        x, narrow, table, weight, partial_sums = (
             np.ones(shape, np.float32) for shape in ((2, LANES), (LANES, 1), (1, 1), (2, 1), (1, LANES, 1))
         )
         turns = table, table, np.array([0, 1]), np.zeros(1, np.int64)
@@ -40,8 +40,8 @@ def compile_kernels() -> None:
         gated, grad_q = np.zeros_like(x), np.ones((1, 2, 1), np.float32)
         kernels.rotate(x, x.copy(), *turns, 0, True, counts)
         grads = True, narrow, weight.copy(), weight.copy(), gated
-        kernels.gated_mlp(x, x, False, narrow, weight, weight, grads, parts, *keys)
-        kernels.fire_backward(x, grad_q, gated, *turns, narrow, weight, weight.copy(), parts)
+        kernels.gated_mlp(x, x, False, narrow, weight, weight, grads, partial_sums, *keys)
+        kernels.fire_backward(x, grad_q, gated, *turns, narrow, weight, weight.copy(), partial_sums)
         kernels.turn_back(x, grad_q, gated, *turns)
 
     compiled("training", run)
@@ -107,14 +107,14 @@ class KernelNeurons(Neurons):
         if has_y:
             y = self._memory("y", block, a)
             torch.mm(encoder_v, rows.t(), out=y[:, : len(rows)])
-        parts = self._sums("sums", a)
+        partial_sums = self._sums("sums", a)
         # Not ``.numpy()`` for weights: it fixes the size of their storage, which FSDP empties between forward passes.
         weights = np.from_dlpack(encoder_v), np.from_dlpack(self._weights.decoder[block.neurons])
         with exclusive():
             kernels.gated_mlp(
-                wide.numpy(), y.numpy(), has_y, rows.numpy(), *weights, grads, parts.numpy(), *_keys(block, wide)
+                wide.numpy(), y.numpy(), has_y, rows.numpy(), *weights, grads, partial_sums.numpy(), *_keys(block, wide)
             )
-        _add(total, parts)
+        _add(total, partial_sums)
 
     def fire_backward(
         self,
@@ -136,7 +136,7 @@ class KernelNeurons(Neurons):
             grad_weights.addmm_(grad_x, values)
             grad_v += (grad_x.t() @ weights).view(grad_v.shape)
             return
-        parts = self._sums("sums", v)
+        partial_sums = self._sums("sums", v)
         with exclusive():
             kernels.fire_backward(
                 wide.numpy(),
@@ -146,9 +146,9 @@ class KernelNeurons(Neurons):
                 values.numpy(),
                 np.from_dlpack(weights),
                 grad_weights.numpy(),
-                parts.numpy(),
+                partial_sums.numpy(),
             )
-        _add(grad_v, parts)
+        _add(grad_v, partial_sums)
 
     def _rotate(
         self, turns: tuple[object, ...], x: torch.Tensor, q: torch.Tensor, first_pair: int, *, cut: bool
@@ -175,10 +175,10 @@ class KernelNeurons(Neurons):
 
     def _sums(self, name: str, like: torch.Tensor) -> torch.Tensor:
         shape = (self._parts, _whole_lanes(like.shape[0] * like.shape[1]), like.shape[-1])
-        parts = self._wide.get(name)
-        if parts is None or parts.shape != shape:
-            parts = self._wide[name] = torch.empty(shape, dtype=torch.float32, device="cpu")
-        return parts
+        partial_sums = self._wide.get(name)
+        if partial_sums is None or partial_sums.shape != shape:
+            partial_sums = self._wide[name] = torch.empty(shape, dtype=torch.float32, device="cpu")
+        return partial_sums
 
 
 def _fired(x: torch.Tensor, q: torch.Tensor, G: int, C: int) -> Fired:
@@ -217,7 +217,7 @@ def _turns(block: Block) -> tuple[object, ...]:
     return rotation.cos.numpy(), rotation.sin.numpy(), starts.numpy(), places.numpy()
 
 
-def _add(total: torch.Tensor, parts: torch.Tensor) -> None:
+def _add(total: torch.Tensor, partial_sums: torch.Tensor) -> None:
     G, C, D = total.shape
-    for part in parts:
+    for part in partial_sums:
         total += part[: G * C].view(G, C, D)

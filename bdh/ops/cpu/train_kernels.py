@@ -5,7 +5,7 @@ the vector lanes; columns that are no tokens hold 0. A neuron's tokens are taken
 that these stay in the nearest cache while all neurons pass over them.
 
 The neurons are shared out among threads, so nothing is written twice but sums over neurons: of those each thread has its
-own part, (parts, M, D).
+own part, (P, M, D).
 """
 
 import numpy as np
@@ -47,7 +47,7 @@ def _tile(M, D):
 
 @jit
 def rotate(x, q, cos, sin, starts, places, first_pair, cut, counts):
-    """q = rope(x) for x (N, M), of which ``cut`` cuts off what is negative before; ``counts`` (parts,): how many fire.
+    """q = rope(x) for x (N, M), of which ``cut`` cuts off what is negative before; ``counts`` (P,): how many fire.
 
     ``cos`` and ``sin`` are (pairs, positions), of which these pairs stand from ``first_pair`` on; the tokens from
     ``starts[r]`` to ``starts[r + 1]`` have the positions from ``places[r]`` on.
@@ -116,26 +116,26 @@ def _gated(x_row, y_row, has_y, a, stride, weight_row, D, width, keys, key, thre
 
 
 @jit
-def gated_mlp(x, y, has_y, a, encoder_v, decoder, grads, parts, neuron_keys, token_keys, threshold, scale):
-    """``parts`` (P, M, D) = sums of dropout(x * relu(Ev a)) Dec over the neurons of each part; or gradients of it.
+def gated_mlp(x, y, has_y, a, encoder_v, decoder, grads, partial_sums, neuron_keys, token_keys, threshold, scale):
+    """``partial_sums`` (P, M, D) = sums of dropout(x * relu(Ev a)) Dec over the neurons of each part; or gradients of it.
 
     Args:
         y: (N, M), Ev a, with ``has_y``; else it is computed where x fires.
         a: (M or less, D).
         encoder_v: (N, D), decoder: (N, D).
         grads: whether gradients are computed, and then that of the sum, (M or less, D); those of Ev and Dec, (N, D), which
-            are added to; and ``gated`` (N, M), set to that of x as the gate of y. ``parts`` are then sums of that of a.
+            are added to; and ``gated`` (N, M), set to that of x as the gate of y. ``partial_sums`` are then sums of that of a.
         neuron_keys: int64 (N,), token_keys: int32 (M,), threshold: of dropout; 0 for none.
     """
     is_backward, grad_out, grad_encoder_v, grad_decoder, gated = grads
     N, row_length = x.shape
-    M = parts.shape[1]
-    P, stride, D = parts.shape[0], parts.strides[1], decoder.shape[1]
+    M = partial_sums.shape[1]
+    P, stride, D = partial_sums.shape[0], partial_sums.strides[1], decoder.shape[1]
     tile = _tile(M, D)
     room = (tile + LANES) * 4
     some = max(1, BLOCK_BYTES // (4 * D))
     for part in prange(P):
-        parts[part] = 0
+        partial_sums[part] = 0
         memory = np.empty((8, tile + LANES), np.float32)
         lists = address(memory)
         factors, staying = lists + _FACTORS * room, lists + _STAYING * room
@@ -144,7 +144,7 @@ def gated_mlp(x, y, has_y, a, encoder_v, decoder, grads, parts, neuron_keys, tok
             for first in range(0, M, tile):
                 width = min(tile, M - first)
                 values = address(a) + first * stride
-                sums = address(parts) + part * parts.strides[0] + first * stride
+                sums = address(partial_sums) + part * partial_sums.strides[0] + first * stride
                 for n in range(start, min(end_neuron, start + some)):
                     place, row = (n * row_length + first) * 4, n * D * 4
                     if is_backward:
@@ -206,8 +206,8 @@ def gated_mlp(x, y, has_y, a, encoder_v, decoder, grads, parts, neuron_keys, tok
 
 
 @jit
-def fire_backward(x, grad_q, gated, cos, sin, starts, places, v, encoder, grad_encoder, parts):
-    """the gradients that lead to x: that of E (N, D) is added to, ``parts`` (P, M, D) is set to the sums of that of v.
+def fire_backward(x, grad_q, gated, cos, sin, starts, places, v, encoder, grad_encoder, partial_sums):
+    """the gradients that lead to x: that of E (N, D) is added to, ``partial_sums`` (P, M, D) is set to the sums of that of v.
 
     Args:
         grad_q: (G, N, C), gated: (N, M), as :func:`gated_mlp` gives it.
@@ -215,14 +215,14 @@ def fire_backward(x, grad_q, gated, cos, sin, starts, places, v, encoder, grad_e
         v: (M or less, D).
     """
     N, row_length = x.shape
-    M = parts.shape[1]
-    P, stride, D = parts.shape[0], parts.strides[1], encoder.shape[1]
+    M = partial_sums.shape[1]
+    P, stride, D = partial_sums.shape[0], partial_sums.strides[1], encoder.shape[1]
     G, _, C = grad_q.shape
     tile = _tile(M, D)
     room = (tile + LANES) * 4
     some = max(1, BLOCK_BYTES // (8 * D))
     for part in prange(P):
-        parts[part] = 0
+        partial_sums[part] = 0
         memory = np.empty((10, tile + LANES), np.float32)
         lists, grads = address(memory), memory[8:]  # a view, with which the lists stay in memory
         end_pair = (part + 1) * (N // 2) // P
@@ -268,7 +268,7 @@ def fire_backward(x, grad_q, gated, cos, sin, starts, places, v, encoder, grad_e
                                 lists + _FACTORS * room + index * 4,
                                 lists + _FIRING * room + index * 4,
                                 address(v) + offset,
-                                address(parts) + part * parts.strides[0] + offset,
+                                address(partial_sums) + part * partial_sums.strides[0] + offset,
                                 stride,
                                 D,
                             )

@@ -60,24 +60,24 @@ def take_in(x, row, h, N, first, end, marks, table, pair_bytes, firing):
 
 
 @jit_inner
-def score(stage, keys, fired, length, starts, positions, x, cos, sin, parts, N):
-    """The scores of each stretch, ``parts`` (stretches, R, C), of the rows with the tokens in the ring; their keys enter.
+def score(stage, keys, fired, length, starts, positions, x, cos, sin, partial_sums, N):
+    """The scores of each stretch, ``partial_sums`` (stretches, R, C), of the rows with the tokens in the ring; their keys enter.
 
     ``keys`` and ``fired`` (sequences,) are addresses; the rows of sequence s are ``starts[s]`` to ``starts[s + 1]``.
     """
-    num_stretches, R, C = parts.shape
+    num_stretches, R, C = partial_sums.shape
     row_bytes = C * 4
     pair_bytes, mark_bytes = 2 * row_bytes, (N + 15) // 16
     firing = np.empty(STRETCH_NEURONS // 2, np.int64)
     for stretch in pieces(stage, num_stretches):
         h, first, end = bounds_of(stretch, N)
-        parts[stretch] = 0
+        partial_sums[stretch] = 0
         for sequence in range(keys.shape[0]):
             table = keys[sequence] + h * N * row_bytes
             for row in range(starts[sequence], starts[sequence + 1]):
                 column = positions[row] % length
                 marks = fired[sequence] + (h * length + column) * mark_bytes
-                out = address(parts) + (stretch * R + row) * row_bytes
+                out = address(partial_sums) + (stretch * R + row) * row_bytes
                 place = table + column * 4
                 count = take_in(x, row, h, N, first, end, marks, place, pair_bytes, firing)
                 for index in range(count):
@@ -97,13 +97,13 @@ def score(stage, keys, fired, length, starts, positions, x, cos, sin, parts, N):
 
 
 @jit_inner
-def gather(stage, parts, fading, values, length, starts, positions, v, a, eps):
-    """LN of the values in the window weighted by their scores: ``parts`` (H * stretches of a head, R, C) to a (R, H, D).
+def gather(stage, partial_sums, fading, values, length, starts, positions, v, a, eps):
+    """LN of the values in the window weighted by their scores: ``partial_sums`` (H * stretches of a head, R, C) to a (R, H, D).
 
     ``fading`` (H, W - 1) weighs a token by how many stand between it and the row; ``values`` (sequences,) are addresses.
     """
     R, H, D = a.shape
-    C, per_head = parts.shape[2], parts.shape[0] // H
+    C, per_head = partial_sums.shape[2], partial_sums.shape[0] // H
     ones = np.ones(D, np.float32)
     sequence_of = np.empty(R, np.int64)
     for sequence in range(values.shape[0]):
@@ -114,7 +114,7 @@ def gather(stage, parts, fading, values, length, starts, positions, v, a, eps):
         scores[:] = 0
         for stretch in range(h * per_head, (h + 1) * per_head):
             for c in range(C):
-                scores[c] += parts[stretch, r, c]
+                scores[c] += partial_sums[stretch, r, c]
         a[r, h] = 0
         sequence = sequence_of[r]
         num_earlier = r - starts[sequence]  # rows of the sequence whose values are not in the ring yet
@@ -143,7 +143,7 @@ def store(stage, values, length, starts, positions, v):
 def _window_steps(text, weights, rest):
     progress, embed, tokens, positions, turns_per_token, v, cos, sin, eps, first_step = text
     like_weights, encoder, encoder_v, decoder = weights
-    rings, fading, starts, x, a, scores, parts = rest
+    rings, fading, starts, x, a, scores, partial_sums = rest
     N, length, stage = x.shape[0] // a.shape[1], fading.shape[1], address(progress)
     if first_step == 0:
         enter(stage, embed, tokens, positions, turns_per_token, v, cos, sin, eps)
@@ -155,8 +155,8 @@ def _window_steps(text, weights, rest):
             score(stage + STAGE_BYTES, keys, marks, length, starts, positions, x, cos, sin, scores, N)
             gather(stage + 2 * STAGE_BYTES, scores, fading, values, length, starts, positions, v, a, eps)
             store(stage + 3 * STAGE_BYTES, values, length, starts, positions, v)
-        gated_mlp(stage + 4 * STAGE_BYTES, like_weights, encoder_v, decoder, x, a, parts, N)
-        residual_norm(stage + 5 * STAGE_BYTES, parts, v, eps)
+        gated_mlp(stage + 4 * STAGE_BYTES, like_weights, encoder_v, decoder, x, a, partial_sums, N)
+        residual_norm(stage + 5 * STAGE_BYTES, partial_sums, v, eps)
 
 
 @jit
@@ -166,7 +166,7 @@ def window_steps(num_threads, text, weights, rest):
     Args:
         text, weights: as those of :func:`bdh.ops.cpu.kernels.layer_steps`.
         rest: rings: (layer steps, 3, sequences) addresses of each one's keys, marks and values; fading: (H, W - 1);
-            x: (H*N, R), a: (R, H, D), scores: (H * stretches of a head, R, C), parts: (the same, R, D): memory to work
+            x: (H*N, R), a: (R, H, D), scores: (H * stretches of a head, R, C), partial_sums: (the same, R, D): memory to work
                 in; a holds 0 where W is 1.
     """
     if num_threads == 1:
