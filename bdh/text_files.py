@@ -99,6 +99,8 @@ def read_text(path: Path) -> str:
 
 @dataclass
 class YamlDocument:
+    """What a YAML file holds, and where and how it is written there."""
+
     tree: Any
     """Plain data, with ``WRONG`` in the place of what is among the faults."""
     lines: dict[str, list[int]] = field(default_factory=dict)

@@ -180,6 +180,7 @@ def naive_logits(model: BDHForCausalLM, tokens: torch.Tensor, weights: naive.Wei
 
 
 def gpt2_config(vocab_size: int, num_positions: int, layers: int, width: int, heads: int, dropout: float) -> GPT2Config:
+    """A GPT-2 of this size, with PyTorch's own attention."""
     return GPT2Config(
         vocab_size=vocab_size,
         n_positions=num_positions,
@@ -334,6 +335,7 @@ def machine() -> dict[str, str | int]:
 
 
 def machine_line() -> str:
+    """The processor and the versions of what computes, for a report."""
     return (
         "{cpu}, {cores} cores, {torch_threads} threads; Python {python}, torch {torch}, numba {numba}, "
         "transformers {transformers}".format_map(machine())

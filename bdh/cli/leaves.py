@@ -68,12 +68,14 @@ def leaves_of(settings_class: Any, prefix: str = "", section: Any = None) -> Ite
 
 
 def default_of(field: dataclasses.Field, section: Any) -> Any:
+    """A field's value in ``section``, or else its own default; MISSING without one."""
     if section is not None:
         return getattr(section, field.name)
     return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def members(annotations: Sequence[Any]) -> tuple[Any, ...]:
+    """The plain types that values of any of these types may have."""
     return tuple(plain_type(each) for annotation in annotations for each in alternatives(plain_type(annotation)))
 
 

@@ -31,6 +31,8 @@ State = dict[str, Any]
 
 
 class Chunk(NamedTuple):
+    """Text of one document, or of a piece of a long one."""
+
     utf8: bytes
     """Text, never empty."""
     ends_document: bool

@@ -170,6 +170,7 @@ class TokenWriter:
     def finish(
         self, dtype: np.dtype, train_tokens: int, train_bytes: int, val_documents: int, skipped: dict[str, int]
     ) -> TokenMeta:
+        """What is stored beside the tokens, all of which have been written."""
         self._ends.unlink(missing_ok=True)
         self._hash.update(f"{dtype} {train_tokens}".encode())
         return TokenMeta(

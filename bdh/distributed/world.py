@@ -98,6 +98,7 @@ class World:
         return values
 
     def wait_for_all(self) -> None:
+        """Returns when all processes have come here."""
         if self.size > 1:
             dist.barrier(group=self.control)
 

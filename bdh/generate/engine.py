@@ -100,6 +100,7 @@ class Engine:
         return request_id in itertools.chain(self._running, *others)
 
     def stats(self) -> EngineStats:
+        """Sequences, bytes and counters as they are now."""
         return replace(
             self._counters,
             running=sum(1 for request in self._running.values() for s in request.sequences if s.state is not None),

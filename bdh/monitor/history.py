@@ -112,6 +112,8 @@ def _logged(rows: Iterable[dict[str, Any]]) -> str:
 
 @dataclass
 class RunSummary:
+    """A run in a line, as its folder shows it."""
+
     folder: Path
     state: str
     """finished, or "finished, not saved" without a checkpoint of its end or a model; active (it has logged within two minutes);

@@ -89,6 +89,7 @@ class EmbeddingAnswer(BaseModel):
 
 
 def add_completions(app: FastAPI, service: Service) -> None:
+    """Adds the routes of texts, chats and embeddings."""
     of_texts: Json = {"responses": {**errors_of(401, 404, 429, 503, 507), **STREAMS}, "tags": ["texts"]}
     of_embeddings: Json = {"responses": errors_of(401, 404, 429, 503), "tags": ["embeddings"]}
 

@@ -287,6 +287,7 @@ class ResponseGeneration(TextGeneration):
 
 
 def add_responses(app: FastAPI, service: Service) -> None:
+    """Adds the routes of /v1/responses."""
     new: Json = {"responses": {**errors_of(401, 404, 429, 503), **STREAMS}, "tags": ["responses"]}
     stored: Json = {"responses": errors_of(401, 404, 503), "tags": ["responses"]}
 

@@ -212,6 +212,7 @@ class StateStore:
             return sorted(found, key=lambda saved: -saved.created)
 
     def unfinished(self) -> list[SavedState]:
+        """Those of requests that were cut off when the server ended."""
         with self._lock:
             return [saved for saved in self._known.values() if saved.unfinished is not None]
 

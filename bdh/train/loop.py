@@ -189,6 +189,7 @@ class Due(NamedTuple):
 
 
 def due_after(step: int, last_step: int, settings: RunSettings) -> Due:
+    """What follows this step; a run that ends before max_steps ends with ``last_step``."""
     train, is_last = settings.train, step == settings.train.max_steps
     return Due(
         log=step % settings.monitor.log_every_steps == 0 or step == last_step,

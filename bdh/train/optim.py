@@ -72,6 +72,7 @@ class Optimizers:
         return lr
 
     def zero_grad(self) -> None:
+        """Drops all gradients."""
         for optimizer in self.all:
             optimizer.zero_grad(set_to_none=True)
 

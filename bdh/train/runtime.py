@@ -21,6 +21,8 @@ _LARGEST_SIZE = 8192
 
 @dataclass(frozen=True)
 class Runtime:
+    """The device of a run, and the dtype of its matrix products."""
+
     device: torch.device
     dtype: torch.dtype
     """Of the matrix products; the weights are float32, or float64."""
@@ -28,6 +30,7 @@ class Runtime:
     """Why this device and dtype, in a few words, for the banner."""
 
     def autocast(self) -> AbstractContextManager:
+        """Within it, matrix products are computed in ``dtype``."""
         if self.dtype in (torch.float32, torch.float64):
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
@@ -73,6 +76,7 @@ _SETTINGS = {"path": "layer_path", "memory_budget": "memory_budget_gb"}  # where
 
 
 def layer_options(settings: TrainSettings) -> LayerOptions:
+    """What the settings say of the layer, in bytes instead of GB."""
     budget = settings.memory_budget_gb
     return LayerOptions(
         path=settings.layer_path,

@@ -238,6 +238,8 @@ class Block:
 
 
 class Fired(NamedTuple):
+    """What the neurons of a block give: x = relu(E v), and q = rope(x)."""
+
     x: torch.Tensor  # (N, G, C)
     q: torch.Tensor  # (N, G, C)
 

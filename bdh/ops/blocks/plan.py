@@ -82,6 +82,8 @@ class LayerShape(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerPlan:
+    """How a layer step will be computed, and how much memory its wide activations (B, H, T, N) take."""
+
     backend: BackendName
     reason: str
     sizes: BlockSizes
