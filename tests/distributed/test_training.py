@@ -26,11 +26,24 @@ KERNELS = {
 }
 
 
+# The processes' sequences hold different numbers of documents, whose first tokens are not predicted.
+DOCUMENTS = {
+    "data.pack": "documents",
+    "data.streaming": True,
+    "tokenizer.special_tokens": True,
+    "train.max_steps": 10,
+    "train.eval_every_steps": 10,
+    "train.sample_every_steps": 0,
+}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Of all runs, with the text."""
     folder = tmp_path_factory.mktemp("training")
     (folder / "text.txt").write_text(" ".join(f"{number * 7919 % 1009} is a number" for number in range(2000)))
+    documents = [{"text": f"{number} " * (1 + number % 7 * (number % 3))} for number in range(900)]
+    (folder / "documents.jsonl").write_text("".join(json.dumps(each) + "\n" for each in documents))
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("BDH_CACHE", str(folder / "cache"))
         yield folder
@@ -82,6 +95,8 @@ def together(settings, folder, fork_server):
             "train.batch_size": 6,
             "train.stop_at_step": 13,
         }
+    documents = settings | DOCUMENTS | {"data.source": folder / "documents.jsonl"}
+    commands["documents"] = documents | {"train.batch_size": 6, "train.layer_path": "torch"}
     commands["used"] = settings
     (folder / "used").mkdir()
     with Lock(folder / "used" / "lock", "the run"):
@@ -127,6 +142,15 @@ def test_two_processes_train_as_one(folder, alone, together, strategy, accumulat
     found = Checkpointer(folder / name).load().tensors("weights")  # the export is rounded to float32
     for weight_name, weight in Checkpointer(alone).load().tensors("weights").items():
         assert (found[weight_name] - weight).abs().max() < 1e-9
+
+
+def test_two_processes_count_the_targets_of_both(settings, folder, together):
+    run, alone = folder / "documents", folder / "documents-alone"
+    assert together["documents"].statuses == [0, 0], together["documents"].err
+    train_alone(alone, settings | DOCUMENTS | {"data.source": folder / "documents.jsonl"})
+    for key in ("train/loss", "train/grad_norm", "val/loss"):
+        assert losses(run, key) == pytest.approx(losses(alone, key), rel=1e-9)  # as above
+    assert len(losses(run)) == 10
 
 
 @pytest.fixture(scope="module")
