@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -92,12 +92,10 @@ def recover_dir(folder: Path) -> None:
         _logger.warning("%s was being replaced when a process died: the one before is back in its place", folder)
 
 
-def recover_dirs(parent: Path, is_whole: Callable[[Path], bool]) -> None:
-    """The same for all folders in another, of which those that are not whole are left as they are."""
+def recover_dirs(parent: Path) -> None:
+    """The same for all folders in another."""
     for old in parent.glob(".*.old"):
-        folder = parent / old.name.removeprefix(".").removesuffix(".old")
-        if not os.path.lexists(folder) and is_whole(old):
-            recover_dir(folder)
+        recover_dir(parent / old.name.removeprefix(".").removesuffix(".old"))
 
 
 def is_taken(folder: Path) -> bool:

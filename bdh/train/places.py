@@ -186,9 +186,7 @@ class CheckpointFolder:
 
     def recover(self) -> None:
         """Puts back checkpoints that a process was replacing when it died."""
-        if self.folder.is_dir():
-            # Earlier versions deleted checkpoints under the name of one that is being replaced.
-            recover_dirs(self.folder, lambda folder: checkpoint_fault(folder) is None)
+        recover_dirs(self.folder)
 
 
 def checkpoint_name(step: int) -> str:

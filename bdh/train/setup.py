@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import CheckpointException
 from transformers import PreTrainedTokenizerFast
 
 import bdh
@@ -319,7 +318,7 @@ def open_run(settings: RunSettings, *, progress: Any = None, check_room: CheckRo
             base=base,
         )
         if checkpoint is not None:
-            _restore(run, checkpoint)
+            run.restore(checkpoint)
         if not settings.dry_run:
             _write_folder(run, is_new=checkpoint is None)
         undo.pop_all()
@@ -390,17 +389,6 @@ def _make_model(
         add_adapters(model, train.lora)
     model.layer_options = layer_options(train)
     return model
-
-
-def _restore(run: Run, checkpoint: Checkpoint) -> None:
-    """Raises as :meth:`Run.restore`."""
-    try:
-        run.restore(checkpoint)
-    except (OSError, CheckpointException):
-        settings = run.settings
-        if not settings.dry_run or settings.resume_step is not None or run.world.size > 1 or checkpoint.path.is_dir():
-            raise
-        run.restore(run.checkpointer.load())  # a training that is running there has removed it
 
 
 def _write_folder(run: Run, *, is_new: bool) -> None:

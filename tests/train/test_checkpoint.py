@@ -257,19 +257,6 @@ def test_a_checkpoint_between_two_renames_is_recovered_and_a_removed_one_is_not(
     assert checkpointer.steps() == [20]
 
 
-@pytest.mark.parametrize("missing", [MANIFEST, TRAINING])
-def test_what_an_earlier_version_was_deleting_is_not_put_back(tmp_path, missing):
-    """It deleted checkpoints under the name of one that is being replaced: half of one came back, as a damaged one."""
-    checkpointer = saved(tmp_path, 10, 20)
-    folder = tmp_path / "checkpoints"
-    (folder / "step-0000010").rename(folder / ".step-0000010.old")
-    (folder / ".step-0000010.old" / missing).unlink()
-    assert checkpointer.load().step == 20
-    assert checkpointer.steps() == [20]
-    save_and_wait(checkpointer, 30)
-    assert sorted(path.name for path in folder.glob("*step-*")) == ["step-0000020", "step-0000030"]
-
-
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
 def test_a_run_on_a_read_only_disk_is_read_though_a_checkpoint_cannot_be_put_back(
     tmp_path, monkeypatch, caplog, number

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import shutil
 import signal
 import time
 
@@ -15,7 +14,7 @@ from bdh.monitor import Monitor, MonitorConfig
 from bdh.train.checkpoint import Checkpointer
 from bdh.train.config import RunSettings
 from bdh.train.loop import fit
-from bdh.train.setup import Run, open_run
+from bdh.train.setup import open_run
 
 from .conftest import TINY, losses
 
@@ -109,32 +108,6 @@ def test_a_start_on_a_full_disk_names_the_folder_and_leaves_none(flags, tmp_path
 def test_a_dry_run_takes_no_lock(flags, tmp_path):
     assert main(["train", *flags(), "--dry_run"]) == 0
     assert not (tmp_path / "runs").exists()
-
-
-def test_a_dry_run_beside_a_training_takes_the_checkpoint_that_is_there(flags, tmp_path, monkeypatch):
-    """The training had removed the newest one between the check of its files and their reading."""
-    run = tmp_path / "runs" / "run"
-    every = {"checkpoint.every_steps": 1, "checkpoint.keep_last": 1, "train.max_steps": 20, "checkpoint.export": "none"}
-    assert main(["train", *flags(**every, **{"train.stop_at_step": 4})]) == 0
-    shutil.copytree(run, tmp_path / "before")
-    assert main(["train", *flags(**every, **{"train.stop_at_step": 8}), "--resume"]) == 0
-    for name in ("before", "runs/run"):
-        for pointer in (tmp_path / name / "checkpoints").glob("best"):
-            pointer.unlink()
-    later = run.rename(tmp_path / "later")
-    (tmp_path / "before").rename(run)
-    restore, read = Run.restore, []
-
-    def train_on_first(self, checkpoint):
-        read.append(checkpoint.step)
-        if len(read) == 1:
-            shutil.rmtree(run)
-            later.rename(run)
-        restore(self, checkpoint)
-
-    monkeypatch.setattr(Run, "restore", train_on_first)
-    assert main(["train", *flags(**every), "--resume", "--dry_run"]) == 0
-    assert read == [4, 8]
 
 
 def test_a_run_whose_folder_was_taken_meanwhile_writes_nothing_more(flags, tmp_path):
