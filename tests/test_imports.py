@@ -1,6 +1,8 @@
 """The structure that CONTRIBUTING.md describes, read from the code: which file imports which, and how long files are."""
 
 import ast
+import itertools
+import re
 import subprocess
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -119,6 +121,24 @@ def test_every_package_is_known_and_has_tests(modules):
 
 def test_imports_point_one_way(imports):
     assert wrong_arrows(imports) == []
+
+
+def test_every_import_between_packages_is_a_way_in_the_picture(imports):
+    """It says that imports follow its arrows, and had none from evaluate/ to generate/, and no bench/."""
+    picture = (ROOT / "docs/architecture.md").read_text(encoding="utf-8").split("```")[1]
+    package = dict(re.findall(r'(\w+)\["([a-z]+)/', picture))  # of each box
+    after: dict[str, set[str]] = {name: set() for name in package.values()}
+    for line in picture.splitlines():
+        ends = [box.split(" & ") for box in re.split(r' (?:-- "[^"]*" )?--> ', line.strip())]
+        for sources, targets in itertools.pairwise(ends):
+            for source, target in itertools.product(sources, targets):
+                after[package[source]].add(package[target])
+    for _ in after:  # ways of more than one arrow
+        for ways in after.values():
+            ways |= {further for name in ways for further in after[name]}
+    found = {(package_of(each.by), package_of(each.of)) for each in imports}
+    missing = {(by, of) for by, of in found if by and of and by != of and of not in after.get(by, set())}
+    assert missing == set()
 
 
 def test_no_file_imports_itself_by_way_of_others(imports):

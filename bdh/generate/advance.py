@@ -351,7 +351,7 @@ class Advancer:
 
     def _by_cpu(self, call: _Call) -> None:
         """All memory that a call needs is taken before a state is written."""
-        from bdh.ops.cpu.recurrence import Rows
+        from bdh.ops.cpu.recurrence import TokenRows
 
         starts, recorded = call.starts, call.recorded
         recurrence = recurrence_of(self.model, self._weights, is_prompt=self._begins_prompt(call))
@@ -363,7 +363,7 @@ class Advancer:
 
         is_long = starts[-1] * math.prod(self._shape) >= LONG_CALL
         v = recurrence.advance(
-            Rows(*(np.array(each, np.int64) for each in (call.tokens, call.positions, starts))),
+            TokenRows(*(np.array(each, np.int64) for each in (call.tokens, call.positions, starts))),
             [each.state.tensors for each, _ in call.taken],
             **self._kernel_settings,
             on_layer_step=(lambda x: self._record(recorded, lambda place: x[place])) if recorded or is_long else None,

@@ -286,7 +286,7 @@ def step_by_kernels(model: Any, input_ids: torch.Tensor, inputs: Inputs, form: s
     if CPU.obstacle("advance", Work(model.device, model.dtype, kernel_obstacle(model))) is not None:
         return None
     state.remember(inputs, partial(read_columns, model))
-    from bdh.ops.cpu.recurrence import Rows
+    from bdh.ops.cpu.recurrence import TokenRows
 
     recurrence = recurrence_of(model, is_prompt=state.num_columns == 0)
     state.sums = [sums.contiguous() for sums in state.sums]
@@ -297,7 +297,7 @@ def step_by_kernels(model: Any, input_ids: torch.Tensor, inputs: Inputs, form: s
 
     tokens = np.ascontiguousarray(input_ids[:, 0], np.int64)
     v = recurrence.advance(
-        Rows(tokens, state.positions.contiguous().numpy(), np.arange(len(tokens) + 1)),
+        TokenRows(tokens, state.positions.contiguous().numpy(), np.arange(len(tokens) + 1)),
         [{"sums": of_sequence} for of_sequence in zip(*(sums.unbind(0) for sums in state.sums), strict=True)],
         before_writing=before_writing,
     )

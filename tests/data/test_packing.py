@@ -1,4 +1,4 @@
-"""Conversations into rows: nothing that counts is lost, and rows are well filled."""
+"""Conversations into sequences: nothing that counts is lost, and sequences are well filled."""
 
 import numpy as np
 import pytest
@@ -51,13 +51,13 @@ def test_a_piece_in_which_nothing_counts_is_left_out():
     assert len(pieces) == 0
 
 
-def test_rows_hold_every_piece_once_and_no_more_than_fits():
+def test_sequences_hold_every_piece_once_and_no_more_than_fits():
     lengths = np.random.default_rng(1).integers(2, 65, size=2000).tolist()
-    rows = packed(lengths, 65)
-    assert sorted(piece for row in rows for piece in row) == list(range(2000))
-    filled = [sum(lengths[piece] for piece in row) for row in rows]
+    sequences = packed(lengths, 65)
+    assert sorted(piece for sequence in sequences for piece in sequence) == list(range(2000))
+    filled = [sum(lengths[piece] for piece in sequence) for sequence in sequences]
     assert max(filled) <= 65
-    assert sum(filled) / len(rows) > 0.98 * 65
+    assert sum(filled) / len(sequences) > 0.98 * 65
 
 
 def test_the_best_fit_is_taken():

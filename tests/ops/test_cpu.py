@@ -15,7 +15,7 @@ from numba.core.errors import TypingError
 from bdh.ops import backends, naive
 from bdh.ops.backends import Work, choose_backend
 from bdh.ops.cpu import kernels, vector
-from bdh.ops.cpu.recurrence import KernelWeights, Recurrence, Rows
+from bdh.ops.cpu.recurrence import KernelWeights, Recurrence, TokenRows
 from bdh.ops.cpu.runtime import Team, compiled, follow_torch_threads
 
 LENGTHS = [1, 2, 15, 16, 17, 48, 63]
@@ -134,7 +134,7 @@ def test_layer_steps_are_those_of_naive(H, N, D):
         sums = torch.zeros(L, 1, H, N, D)
         logits = []
         for start, end in zip(list(cuts)[:-1], list(cuts)[1:], strict=True):
-            rows = Rows(tokens[0, start:end].numpy(), np.arange(start, end), np.array([0, end - start]))
+            rows = TokenRows(tokens[0, start:end].numpy(), np.arange(start, end), np.array([0, end - start]))
             logits.append(recurrence.logits(recurrence.advance(rows, [{"sums": list(sums)}])))
         results.append(torch.cat(logits))
     # Float32 through three layer steps, whose layer norms can amplify what little there is at D = 1.

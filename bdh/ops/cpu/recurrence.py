@@ -73,7 +73,7 @@ class KernelWeights:
         return self.num_layer_steps, len(self.encoder_v), self.encoder_v[0].shape[0], self.embed.shape[1]
 
 
-class Rows(NamedTuple):
+class TokenRows(NamedTuple):
     """The tokens that a call reads, those of each sequence in order, one sequence after the other."""
 
     tokens: np.ndarray
@@ -142,7 +142,7 @@ class Recurrence:
 
     def advance(
         self,
-        rows: Rows,
+        rows: TokenRows,
         states: Sequence[Tensors],
         *,
         scaled: ScaledSums | None = None,
@@ -213,7 +213,7 @@ class Recurrence:
     def _run(
         self,
         kernel: Callable[[int, tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]], None],
-        rows: Rows,
+        rows: TokenRows,
         x: np.ndarray,
         arguments: Callable[[slice], tuple[Any, ...]],
         on_layer_step: OnLayerStep | None,
@@ -284,7 +284,7 @@ class Recurrence:
         else:
             shapes = {"sums": (state["sums"][0].dtype, (H, N, D))}
         empty = {name: [torch.zeros(shape, dtype=dtype)] * L for name, (dtype, shape) in shapes.items()}
-        one = Rows(np.zeros(1, np.int64), np.zeros(1, np.int64), np.array([0, 1]))
+        one = TokenRows(np.zeros(1, np.int64), np.zeros(1, np.int64), np.array([0, 1]))
         self.logits(self.advance(one, [empty], fading=fading))
 
 
