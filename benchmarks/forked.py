@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -86,7 +87,7 @@ class ForkServer:
     def start(
         self, arguments: Sequence[str], environment: dict[str, str] | None = None, *, stderr: Path | None = None
     ) -> Forked:
-        """Starts ``bdh ARGUMENTS``, or what follows ``-c`` as Python does.
+        """Starts ``bdh ARGUMENTS``; or what follows ``-c``, or a file that ends with .py, as Python does.
 
         Args:
             environment: variables besides those that the server has.
@@ -132,6 +133,10 @@ def run(arguments: list[str], environment: dict[str, str], stdout: str, stderr: 
     if arguments[0] == "-c":
         sys.argv = ["-c", *arguments[2:]]
         exec(arguments[1], {"__name__": "__main__"})
+        sys.exit()
+    if arguments[0].endswith(".py"):
+        sys.argv = arguments
+        runpy.run_path(arguments[0], run_name="__main__")
         sys.exit()
     from bdh.cli.main import main
 

@@ -28,19 +28,18 @@ _BACKENDS = ("jsonl", "tensorboard", "wandb", "trackio")
 
 
 class TimedMonitor(Monitor):
-    """Notes when steps end, and how long its own methods take."""
+    """Notes how long its own methods take, and what is between two of them."""
 
     def __init__(self, *arguments: Any, **keywords: Any):
         super().__init__(*arguments, **keywords)
-        self.ends: list[float] = []
-        self.log_seconds: list[float] = []
+        self.calls: list[tuple[float, float]] = []  # of log: when each began and ended
         self.histogram_seconds = 0.0
         self.last_loss = float("nan")
 
     def log(self, step: int, values: dict[str, float]) -> None:
         start = time.perf_counter()
         super().log(step, values)
-        self.log_seconds.append(time.perf_counter() - start)
+        self.calls.append((start, time.perf_counter()))
 
     def log_histogram(self, step: int, name: str, values: Any) -> None:
         start = time.perf_counter()
@@ -49,7 +48,6 @@ class TimedMonitor(Monitor):
 
     def progress(self, step: int, *, loss: float, tokens_per_second: float) -> None:
         super().progress(step, loss=loss, tokens_per_second=tokens_per_second)
-        self.ends.append(time.perf_counter())
         self.last_loss = loss
 
 
@@ -91,11 +89,12 @@ def main() -> None:
             raise SystemExit(
                 f"the runs do not agree: with {name} the loss is {monitor.last_loss}, not {silent.last_loss}"
             )
-    step = statistics.median(b - a for a, b in pairwise(silent.ends[_WARM_UP:]))
+    # The silent run says nothing of most steps.
+    step = statistics.median(began - ended for (_, ended), (began, _) in pairwise(logged["jsonl"].calls[_WARM_UP:]))
     print(f"a step {step * 1e3:.3f} ms\n")
     print("              logging one   of a step   one in ten   histograms of an evaluation")
     for name, monitor in logged.items():
-        log = statistics.mean(monitor.log_seconds[_WARM_UP:])
+        log = statistics.mean(ended - began for began, ended in monitor.calls[_WARM_UP:])
         print(
             f"{name:<12}{log * 1e3:10.3f} ms{log / step:12.2%}{log / step / 10:13.2%}"
             f"{monitor.histogram_seconds * 1e3:27.3f} ms"

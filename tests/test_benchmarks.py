@@ -10,8 +10,23 @@ from pathlib import Path
 import pytest
 
 from benchmarks import compare, gpu
+from benchmarks.forked import TRAINING, Forked, ForkServer
 
 ROOT = Path(__file__).parents[1]
+IMPORTED = (
+    *TRAINING,
+    "bdh.bench.common",
+    "bdh.evaluate.loss",
+    "bdh.generate.engine",
+    "transformers",
+    "matplotlib.figure",
+)
+"""What benchmarks import, and takes long."""
+SMALL = """
+model: {n_layer: 1, n_embd: 16, n_head: 2, mlp_internal_dim_multiplier: 8}
+data: {source: pydoc}
+train: {block_size: 32, batch_size: 4, eval_windows: 4}
+"""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -20,6 +35,21 @@ def cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("BDH_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="module")
+def benchmark(cache):
+    """Runs one of the benchmarks to its end, in a process forked from one that has imported what they need."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(ROOT)
+        with ForkServer(*IMPORTED) as server:
+
+            def run(name: str, *arguments: str) -> Forked:
+                done = server.start([str(ROOT / "benchmarks" / name), *arguments])
+                done.wait(250)
+                return done
+
+            yield run
 
 
 @pytest.fixture
@@ -78,24 +108,24 @@ def test_what_failed_is_told_with_its_message(tmp_path):
 
 
 @pytest.mark.slow
-def test_logging_overhead():
-    command = [sys.executable, "benchmarks/logging_overhead.py", "--steps", "12"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert re.search(r"a step +\d+\.\d+ ms\n", done.stdout)
+def test_logging_overhead(benchmark, tmp_path):
+    (tmp_path / "small.yaml").write_text(SMALL)
+    done = benchmark("logging_overhead.py", "--config", str(tmp_path / "small.yaml"), "--steps", "12")
+    assert done.returncode == 0, done.said()
+    assert re.search(r"a step +\d+\.\d+ ms\n", done.wrote())
     for name in ("jsonl", "tensorboard", "wandb", "trackio"):
-        assert re.search(rf"{name} +\d+\.\d+ ms +\d+\.\d+% +\d+\.\d+% +\d+\.\d+ ms\n", done.stdout)
+        assert re.search(rf"{name} +\d+\.\d+ ms +\d+\.\d+% +\d+\.\d+% +\d+\.\d+ ms\n", done.wrote())
 
 
 @pytest.mark.slow
-def test_long_context_gets_worse_beyond_the_block_unless_the_state_is_carried(tmp_path):
+def test_long_context_gets_worse_beyond_the_block_unless_the_state_is_carried(benchmark, tmp_path):
     """The carried model with decay stays at the loss of its first block through eight; the plain one does not."""
-    command = [sys.executable, "benchmarks/long_context.py", "--source", "pydoc", "--steps", "300"]
     # A quarter of the neurons: a step takes a third of the time, and more of them show the same.
-    command += ["--model.mlp_internal_dim_multiplier=8"]
-    command += ["--block_size", "32", "--val_tokens", "20000", "--png", str(tmp_path / "loss.png")]
-    command += ["--variants", "plain", "carried, decay"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    found = re.findall(r"^(plain|carried, decay) +((?:\d\.\d+ +){8})", done.stdout, re.MULTILINE)
+    flags = ["--source", "pydoc", "--steps", "300", "--model.mlp_internal_dim_multiplier=8"]
+    flags += ["--block_size", "32", "--val_tokens", "20000", "--png", str(tmp_path / "loss.png")]
+    done = benchmark("long_context.py", *flags, "--variants", "plain", "carried, decay")
+    assert done.returncode == 0, done.said()
+    found = re.findall(r"^(plain|carried, decay) +((?:\d\.\d+ +){8})", done.wrote(), re.MULTILINE)
     losses = {name: [float(loss) for loss in numbers.split()] for name, numbers in found}
     plain, carried = losses["plain"], losses["carried, decay"]
     # A block's mean is over 78 * 32 tokens whose losses spread by about 2 nats: good to 0.04. Twice and a half that;
@@ -112,16 +142,15 @@ def test_long_context_gets_worse_beyond_the_block_unless_the_state_is_carried(tm
     [["--starts", "0"], ["--starts", "2", "--checkpoint.in_background=true", "--train.ema_decay=0.9"]],
     ids=["", "background"],
 )
-def test_random_kills_lose_nothing(tmp_path, more):
+def test_random_kills_lose_nothing(benchmark, tmp_path, more):
     """Two starts at once without more are those of tests/train/test_lock.py."""
-    command = [sys.executable, "benchmarks/random_kills.py", "--kills", "2", "--folder", str(tmp_path), *more]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert "losses, samples and weights are those of the undisturbed run, to the bit" in done.stdout, done.stdout
+    done = benchmark("random_kills.py", "--kills", "2", "--folder", str(tmp_path), *more)
+    assert "losses, samples and weights are those of the undisturbed run, to the bit" in done.wrote(), done.wrote()
     assert done.returncode == 0
 
 
 @pytest.mark.slow
-def test_window_compares_with_reading_again(tmp_path):
+def test_window_compares_with_reading_again(benchmark, tmp_path):
     import torch
 
     from bdh import BDHConfig, BDHForCausalLM
@@ -132,28 +161,27 @@ def test_window_compares_with_reading_again(tmp_path):
     BDHForCausalLM(BDHConfig(**sizes, initializer_range=0.3)).save_pretrained(tmp_path / "m")
     byte_tokenizer().save_pretrained(tmp_path / "m")
     (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 300)
-    command = [sys.executable, "benchmarks/window.py", str(tmp_path / "m"), "--source", str(tmp_path / "text.txt")]
-    command += ["--window", "16", "--stretches", "3", "--stretch_tokens", "100"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    flags = ["--source", str(tmp_path / "text.txt"), "--window", "16", "--stretches", "3", "--stretch_tokens", "100"]
+    done = benchmark("window.py", str(tmp_path / "m"), *flags)
+    assert done.returncode == 0, done.said()
     # A model of one pass sees the same either way; logits of float32 sums in another order.
-    (difference,) = re.findall(r"mean difference ([+-]\d\.\d{4}) nats", done.stdout)
+    (difference,) = re.findall(r"mean difference ([+-]\d\.\d{4}) nats", done.wrote())
     assert abs(float(difference)) <= 0.0001
-    assert len(re.findall(r"^ +[\d,]+ +100 +\d\.\d{4} +\d\.\d{4} +[+-]", done.stdout, re.MULTILINE)) == 3
+    assert len(re.findall(r"^ +[\d,]+ +100 +\d\.\d{4} +\d\.\d{4} +[+-]", done.wrote(), re.MULTILINE)) == 3
 
 
 @pytest.mark.slow
-def test_the_loss_curve_is_that_of_the_plain_equations(tmp_path):
-    command = [sys.executable, "benchmarks/loss_curve.py", "--steps", "12"]
-    command += ["--train.block_size", "24", "--train.batch_size", "4", "--model.n_embd", "16"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    apart = float(re.search(r"12 steps: at most (\S+) nats apart", done.stdout)[1])
+def test_the_loss_curve_is_that_of_the_plain_equations(benchmark):
+    flags = ["--train.block_size", "24", "--train.batch_size", "4", "--model.n_embd", "16"]
+    done = benchmark("loss_curve.py", "--steps", "12", *flags)
+    assert done.returncode == 0, done.said()
+    apart = float(re.search(r"12 steps: at most (\S+) nats apart", done.wrote())[1])
     assert 0 <= apart < 1e-9  # float64
-    assert "blocks float32: kernels in blocks" in done.stdout
+    assert "blocks float32: kernels in blocks" in done.wrote()
 
 
 @pytest.mark.slow
-def test_a_grammar_costs_what_is_told(tmp_path):
+def test_a_grammar_costs_what_is_told(benchmark, tmp_path):
     import torch
 
     from bdh import BDHConfig, BDHForCausalLM
@@ -163,12 +191,11 @@ def test_a_grammar_costs_what_is_told(tmp_path):
     sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "mlp_internal_dim_multiplier": 4, "vocab_size": 260}
     BDHForCausalLM(BDHConfig(**sizes)).save_pretrained(tmp_path / "m")
     byte_tokenizer(special_tokens=True).save_pretrained(tmp_path / "m")
-    command = [sys.executable, "benchmarks/grammar.py", "--model", str(tmp_path / "m"), "--rounds", "1", "--steps", "2"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "all of those follow the schema; free text stays as it is" in done.stdout
-    assert len(re.findall(r"ms, once; then +\d+ us a token", done.stdout)) == 3
-    assert len(re.findall(r"at once +[\d.]+ tokens/s without, +[\d.]+ with", done.stdout)) == 2
+    done = benchmark("grammar.py", "--model", str(tmp_path / "m"), "--rounds", "1", "--steps", "2")
+    assert done.returncode == 0, done.said()
+    assert "all of those follow the schema; free text stays as it is" in done.wrote()
+    assert len(re.findall(r"ms, once; then +\d+ us a token", done.wrote())) == 3
+    assert len(re.findall(r"at once +[\d.]+ tokens/s without, +[\d.]+ with", done.wrote())) == 2
 
 
 def test_a_figure_beyond_the_tolerance_is_named():
