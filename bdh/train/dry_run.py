@@ -166,8 +166,8 @@ class Forecast:
     one that took most."""
     obstacle: str = ""
     """Why nothing, or no more, was measured, where that was for lack of memory."""
-    ran_out_at: int | None = None
-    """Sequences of a step that found no memory, whatever the system says of it."""
+    too_much: float = math.inf
+    """Bytes at the peak of a step that found no memory, whatever the system says of it."""
 
     def peak_with(self, estimate: MemoryEstimate) -> float:
         """Bytes at the peak with these settings: of the measured step that is most like it, and what is counted for the
@@ -192,11 +192,11 @@ class Forecast:
     @property
     def limit(self) -> float:
         """Bytes that the peak may have."""
-        return MARGIN * self.available
+        return min(MARGIN * self.available, self.too_much - 1)
 
     @property
     def fits(self) -> bool:
-        return bool(self.points) and self.ran_out_at is None and self.peak <= self.limit
+        return bool(self.points) and self.peak <= self.limit
 
     @property
     def seconds(self) -> tuple[float, float]:
@@ -242,8 +242,6 @@ class Forecast:
         Of each kind the least change that fits alone, or else the one that needs least, if it is less than now.
         """
         estimate, now, limit = self.estimate, self.peak, self.limit
-        if self.ran_out_at is not None:
-            limit = min(limit, self.peak_with(estimate.of_step(self.ran_out_at)) - 1)
         never_fits = self.base + estimate.fixed > limit
         lines, is_enough = [], False
         for section, options in changes(estimate):
@@ -289,10 +287,6 @@ def check_room(settings: RunSettings, config: BDHConfig, runtime: Runtime, world
         raise NoRoomError(found)
 
 
-class _OutOfMemoryError(Exception):
-    """A step found no memory, on this process or on another."""
-
-
 def forecast(run: Run, *, say: Callable[[str], None] = lambda line: None) -> Forecast:
     """Measures, and thereby trains, a run of ``settings.dry_run``: it is of no use afterwards.
 
@@ -322,25 +316,27 @@ def forecast(run: Run, *, say: Callable[[str], None] = lambda line: None) -> For
     sequences = loader.next()
     step_model = torch.compile(run.parallel.step_model) if train.compile else run.parallel.step_model
     say("a first step, which compiles and fills the optimizer ...")
-    try:
-        _measured_step(run, step_model, sequences, count)
-        for count in counts:
-            if found.points:
-                before, its_seconds, _ = found.points[-1]
-                if its_seconds * count / before > _MEASURING_SECONDS or not has_room(count):
-                    break
-            say(f"a step of {count} of {train.sequences_per_process} sequences ...")
-            found.points.append((count, *_measured_step(run, step_model, sequences, count)))
-    except _OutOfMemoryError:
-        found.ran_out_at, found.obstacle = count, f"there was no memory for a step of {count}"
+    measured = _measured_step(run, step_model, sequences, count)
+    for count in counts if measured is not None else []:
+        if found.points:
+            before, its_seconds, _ = found.points[-1]
+            if its_seconds * count / before > _MEASURING_SECONDS or not has_room(count):
+                break
+        say(f"a step of {count} of {train.sequences_per_process} sequences ...")
+        if (measured := _measured_step(run, step_model, sequences, count)) is None:
+            break
+        found.points.append((count, *measured))
+    if measured is None:
+        found.too_much = found.peak_with(estimate.of_step(count))
+        found.obstacle = f"there was no memory for a step of {count}"
     return found
 
 
-def _measured_step(run: Run, step_model: Callable[..., Any], sequences: Batch, count: int) -> tuple[float, int | None]:
-    """Seconds and peak of a training step of ``count`` sequences, on the process that took most.
-
-    Raises ``_OutOfMemoryError`` on all processes together.
-    """
+def _measured_step(
+    run: Run, step_model: Callable[..., Any], sequences: Batch, count: int
+) -> tuple[float, int | None] | None:
+    """Seconds and peak of a training step of ``count`` sequences, on the process that took most; None where one of them
+    found no memory."""
     settings, device, world = run.settings, run.runtime.device, run.world
     size = min(count, settings.train.batch_size)
     run.settings = replace(settings, train=replace(settings.train, batch_size=size))
@@ -363,7 +359,7 @@ def _measured_step(run: Run, step_model: Callable[..., Any], sequences: Batch, c
         run.settings = settings
     seconds = time.perf_counter() - start
     if any(world.any([failed])):
-        raise _OutOfMemoryError
+        return None
     measured = world.gather((seconds, peak_bytes(device)))
     peaks = [peak for _, peak in measured if peak is not None]
     return max(each for each, _ in measured), max(peaks, default=None)
