@@ -23,6 +23,7 @@ from bdh.bench.common import (
     Progress,
     Report,
     gpt2_config,
+    half_lives,
     interleaved,
     measure_bandwidth,
     milliseconds,
@@ -35,7 +36,7 @@ from bdh.generate.advance import Advancer, StepInput
 from bdh.memory import used_bytes
 from bdh.model.modeling import BDHForCausalLM
 from bdh.ops import StateFormat, WeightFormat
-from bdh.ops.attention import rotation_table
+from bdh.ops.attention import DecayMask, recurrent_attention, rotation_table
 from bdh.ops.eager import Layer, layer_norm, layer_step
 
 TOLERANCE = 1e-4
@@ -92,17 +93,17 @@ class StateDecoder(Decoder):
 
 
 class AllocatingDecoder(Decoder):
-    """The dense recurrent step as it is commonly written: each token makes a new state, S + k v^T."""
+    """The dense recurrent step as it is commonly written: each token makes a new state, here a copy to which it adds."""
 
     name = "dense recurrent, a new state for each token"
 
     def __init__(self, model: BDHForCausalLM):
         config = model.config
         self.model, self.position = model, 0
-        shape = (config.n_head, config.neurons_per_head, config.n_embd)
+        shape = (1, config.n_head, config.neurons_per_head, config.n_embd)
         self.states = [torch.zeros(shape) for _ in range(config.n_layer)]
-        lives = config.half_lives
-        self._kept = None if lives is None else torch.exp2(-1 / torch.tensor(lives))[:, None, None]
+        lives = half_lives(model)
+        self._decay_mask = None if lives is None else DecayMask(half_lives=lives)
 
     @torch.no_grad()
     def read(self, token: int) -> torch.Tensor:
@@ -112,12 +113,17 @@ class AllocatingDecoder(Decoder):
         layer = Layer(model.encoder, list(model.encoder_v), model.decoder)
         for index, state in enumerate(self.states):
 
-            def attention(q: torch.Tensor, v: torch.Tensor, state: torch.Tensor = state) -> tuple[torch.Tensor, ...]:
-                kept = state if self._kept is None else state * self._kept
-                return q @ state, kept + q.transpose(1, 2) * v
+            def attention(
+                q: torch.Tensor, v: torch.Tensor, state: torch.Tensor = state
+            ) -> tuple[torch.Tensor, torch.Tensor]:
+                mask = self._decay_mask
+                a, new = recurrent_attention(q[None], v[None], state.clone(), decay_mask=mask, keep_state=True)
+                assert new is not None
+                return a[0], new
 
-            step = layer_step(v, layer, attention, table, eps=config.layer_norm_eps, dtype=torch.float32)  # type: ignore[arg-type, var-annotated]
-            v, self.states[index] = step
+            v, self.states[index] = layer_step(
+                v, layer, attention, table, eps=config.layer_norm_eps, dtype=torch.float32
+            )
         self.position += 1
         return model.lm_head(v)[0]
 
