@@ -345,7 +345,8 @@ def _checked(leaves: Leaves, given: Mapping[str, Given], faults: Faults) -> tupl
             faults.add(f"{leaf.name} is missing: {leaf.help}")
     for fault in wrong:
         if fault.is_of_type:
-            faults.require_type(".".join(fault.path), fault.value, fault.allowed)
+            place = given[name].place if (name := ".".join(fault.path)) in given else ""
+            faults.require_type(name, fault.value, fault.allowed + place)
     if faults.found:
         settings = _built(leaves.settings_class, values)
     collect_relations(settings, faults, [tuple(leaf.name.split(".")) for leaf in required if leaf.name not in values])
