@@ -121,3 +121,10 @@ def test_every_setting_that_names_a_file_or_a_folder_is_a_path(settings_class):
     not_text = {leaf.name for leaf in leaves if not leaf.takes_text}
     mentions = {"data.csv_delimiter", "data.format", "data.mix", "monitor.run_name"}
     assert {leaf.name for leaf in leaves if holds_paths(leaf.type)} >= named - not_text - mentions
+
+
+@pytest.mark.parametrize("argv", [["--out", ""], ["--out="], ["--others", ""]])
+def test_an_empty_path_is_refused(argv):
+    """`--run_dir "$RUN"` with a variable that is not set trained in another folder, one named by the time."""
+    with pytest.raises(ValueError, match=r"^(out|others) is '': must not be empty$"):
+        parse_settings(Errand, argv, prog="x", description="x")

@@ -23,7 +23,6 @@ from bdh.bench.common import (
     Progress,
     Report,
     gpt2_config,
-    half_lives,
     interleaved,
     measure_bandwidth,
     milliseconds,
@@ -36,7 +35,7 @@ from bdh.generate.advance import Advancer, StepInput
 from bdh.memory import used_bytes
 from bdh.model.modeling import BDHForCausalLM
 from bdh.ops import StateFormat, WeightFormat
-from bdh.ops.attention import DecayMask, recurrent_attention, rotation_table
+from bdh.ops.attention import rotation_table
 from bdh.ops.eager import Layer, layer_norm, layer_step
 
 TOLERANCE = 1e-4
@@ -93,17 +92,17 @@ class StateDecoder(Decoder):
 
 
 class AllocatingDecoder(Decoder):
-    """The dense recurrent step as it is commonly written: each token makes a new state, here a copy to which it adds."""
+    """The dense recurrent step as it is commonly written: each token makes a new state, S + k v^T."""
 
     name = "dense recurrent, a new state for each token"
 
     def __init__(self, model: BDHForCausalLM):
         config = model.config
         self.model, self.position = model, 0
-        shape = (1, config.n_head, config.neurons_per_head, config.n_embd)
+        shape = (config.n_head, config.neurons_per_head, config.n_embd)
         self.states = [torch.zeros(shape) for _ in range(config.n_layer)]
-        lives = half_lives(model)
-        self._decay_mask = None if lives is None else DecayMask(half_lives=lives)
+        lives = config.half_lives
+        self._kept = None if lives is None else torch.exp2(-1 / torch.tensor(lives))[:, None, None]
 
     @torch.no_grad()
     def read(self, token: int) -> torch.Tensor:
@@ -113,17 +112,12 @@ class AllocatingDecoder(Decoder):
         layer = Layer(model.encoder, list(model.encoder_v), model.decoder)
         for index, state in enumerate(self.states):
 
-            def attention(
-                q: torch.Tensor, v: torch.Tensor, state: torch.Tensor = state
-            ) -> tuple[torch.Tensor, torch.Tensor]:
-                mask = self._decay_mask
-                a, new = recurrent_attention(q[None], v[None], state.clone(), decay_mask=mask, keep_state=True)
-                assert new is not None
-                return a[0], new
+            def attention(q: torch.Tensor, v: torch.Tensor, state: torch.Tensor = state) -> tuple[torch.Tensor, ...]:
+                kept = state if self._kept is None else state * self._kept
+                return q @ state, kept + q.transpose(1, 2) * v
 
-            v, self.states[index] = layer_step(
-                v, layer, attention, table, eps=config.layer_norm_eps, dtype=torch.float32
-            )
+            step = layer_step(v, layer, attention, table, eps=config.layer_norm_eps, dtype=torch.float32)  # type: ignore[arg-type, var-annotated]
+            v, self.states[index] = step
         self.position += 1
         return model.lm_head(v)[0]
 
@@ -142,17 +136,17 @@ class RecomputingDecoder(Decoder):
 
 
 class Gpt2Decoder(Decoder):
-    """A GPT-2 of about 26M parameters in transformers with its KV cache: 8 layers, width 512, 8 heads.
+    """A GPT-2 in transformers with its KV cache; ``shape`` is its layers, width and heads.
 
     Its forward pass is called directly, which spares the overhead of ``generate``. The cache is the one that
     transformers takes by default, and its attention PyTorch's own.
     """
 
-    def __init__(self, vocab_size: int, text: Sequence[int], *, n_layer: int = 8, n_embd: int = 512, n_head: int = 8):
-        config = gpt2_config(vocab_size, 2 * max(512, len(text)), n_layer, n_embd, n_head, dropout=0.0)
+    def __init__(self, vocab_size: int, text: Sequence[int], shape: tuple[int, int, int]):
+        config = gpt2_config(vocab_size, 2 * max(512, len(text)), *shape, dropout=0.0)
         self.model = GPT2LMHeadModel(config).eval()
         millions = sum(weight.numel() for weight in self.model.parameters()) / 1e6
-        self.name = f"GPT-2 of {millions:.1f}M in transformers, KV cache"
+        self.name = f"GPT-2 of {millions:.3g}M in transformers, KV cache"
         self.cache = DynamicCache(config=config)
         self._read(list(text))
 
@@ -277,7 +271,7 @@ class _DecodeBench:
         num_reads = (options.rounds + 1) * fast
         torch.manual_seed(options.seed)
         gpt2_text = (text * 2)[: max(1, options.context - num_reads // 2)]
-        decoders.append((Gpt2Decoder(self.model.config.vocab_size, gpt2_text), fast))
+        decoders.append((Gpt2Decoder(self.model.config.vocab_size, gpt2_text, options.gpt2), fast))
         self.progress("timing: kernels, dense recurrent steps, ops/naive.py, GPT-2")
         timings = interleaved(
             {decoder.name: _reader(decoder, text) for decoder, _ in decoders},

@@ -1,6 +1,5 @@
 """bdh chat: a conversation in the terminal, or over a pipe: a message a line."""
 
-import difflib
 import os
 import signal
 import sys
@@ -17,6 +16,7 @@ from bdh.generate.params import DrawSettings, EngineConfig, SamplingParams
 from bdh.ops import StateFormat, StepPath, WeightFormat
 from bdh.storage import check_file
 from bdh.validation import NonNegativeInt, PathText, PositiveInt
+from bdh.words import counted, nearest
 
 if TYPE_CHECKING:
     from bdh.generate.chat import Conversation
@@ -204,8 +204,8 @@ class Session:
 
     def _command(self, name: str, value: str) -> None:
         if name not in self._commands:
-            near = difflib.get_close_matches(name, self._commands, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else "/help lists them."
+            near = nearest(name, self._commands, 0.5)
+            hint = f"did you mean {near}?" if near else "/help lists them."
             raise ValueError(f"{name} is not a command: {hint} A message that begins with a slash gets two")
         takes, _, function = self._commands[name]
         value = value.strip()
@@ -261,19 +261,19 @@ class Session:
         if path.exists() and not is_snapshot(path):
             raise FileExistsError(f"{path} exists and is no conversation: it was left as it is, choose another name")
         self.conversation.save(path)
-        _tell(f"{path}: {_counted(len(self.conversation.messages), 'message')}, {path.stat().st_size:,} bytes")
+        _tell(f"{path}: {counted(len(self.conversation.messages), 'message')}, {path.stat().st_size:,} bytes")
 
     def load(self, value: str) -> None:
         conversation = self.conversation
         conversation.load(Path(value).expanduser())
         messages = conversation.messages
-        _tell(f"{value}: {_counted(len(messages), 'message')}, at position {conversation.position:,}")
+        _tell(f"{value}: {counted(len(messages), 'message')}, at position {conversation.position:,}")
         for message in messages[-2:]:
             _tell(f"  {message['role']}: {_shortened(message['content'])}")
 
     def _undo(self, value: str) -> None:
         user, _ = self.conversation.undo()
-        more = _counted(self.conversation.num_undoable, "more turn")
+        more = counted(self.conversation.num_undoable, "more turn")
         _tell(f"taken back: {_shortened(user['content'])} ({more} can be taken back)")
 
     def _stats(self, value: str) -> None:
@@ -283,7 +283,7 @@ class Session:
             ("written", stats.tokens_written, stats.seconds_writing),
         ):
             speed = f", {num_tokens / seconds:,.0f} tokens/s" if num_tokens and seconds else ""
-            _tell(f"  {what:<10} {_counted(num_tokens, 'token')} in {seconds:.1f} s{speed}")
+            _tell(f"  {what:<10} {counted(num_tokens, 'token')} in {seconds:.1f} s{speed}")
         _tell(f"  state      {advancer.state_bytes:,} bytes, at position {conversation.position:,}")
         turns = len(conversation.messages) // 2
         _tell(f"  turns      {turns}, of which the last {conversation.num_undoable} can be taken back")
@@ -296,10 +296,6 @@ def _number(name: str, value: str, convert: Callable[[str], Any]) -> Any:
     except ValueError:
         kind = "a whole number" if convert is int else "a number"
         raise ValueError(f"{name} is {value!r}: must be {kind}") from None
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def _shortened(text: str) -> str:

@@ -16,8 +16,9 @@ from bdh.data.config import DataConfig
 from bdh.data.files import item_names
 from bdh.evaluate import check_task_files
 from bdh.train.config import stored_settings
-from bdh.train.places import CONFIG_FILE, is_checkpoint, is_run
+from bdh.train.places import CONFIG_FILE, run_of
 from bdh.validation import Faults, NonNegativeInt, PathText, PositiveInt
+from bdh.words import counted
 
 _UNKNOWN_BLOCK_SIZE = 512
 _SPLITTING = ("val_fraction", "pack")  # what holds for another text than the run's too
@@ -103,9 +104,8 @@ def _data_of_run(given: Mapping[str, Any]) -> dict[str, Any] | None:
     """The ``data`` settings of the run that the model is of: with others, text that it was trained on would count as held out."""
     if given.get("model") is None or given.get("tasks"):
         return None
-    path = Path(given["model"])
-    run = path.parent.parent if is_checkpoint(path) else path.parent if path.name == "model" else path
-    if not (is_run(run) and (run / CONFIG_FILE).is_file()):
+    run = run_of(Path(given["model"]))
+    if run is None or not (run / CONFIG_FILE).is_file():
         return None
     known = {each.name for each in fields(DataConfig)}
     data = {name: value for name, value in stored_settings(run)["data"].items() if name in known}
@@ -139,7 +139,9 @@ def run_eval(settings: EvalSettings) -> int:
 
     model, tokenizer = settings.load_with_transformers()
     if vocabulary_size(tokenizer) != model.config.vocab_size:
-        raise ValueError(f"the tokenizer has {vocabulary_size(tokenizer)} entries, the model {model.config.vocab_size}")
+        raise ValueError(
+            f"the tokenizer has {counted(vocabulary_size(tokenizer), 'entry', 'entries')}, the model {model.config.vocab_size}"
+        )
     settings = replace(settings, block_size=settings.block_size or model.config.train_block_size or _UNKNOWN_BLOCK_SIZE)
     run = _run_tasks if settings.tasks else _run_needle if settings.needle else _run_text
     run(settings, model, tokenizer)
@@ -176,7 +178,7 @@ def _run_text(settings: EvalSettings, model: Any, tokenizer: Any) -> None:
             progress=advance,
             announce=lambda path: print(f"reading by {path}", file=sys.stderr),
         )
-    windows = f"windows        {block_size:,} tokens, {_describe(settings)}"
+    windows = f"windows        {counted(block_size, 'token')}, {_describe(settings)}"
     _print_metrics(settings, metrics, source, block_size, windows)
 
 
@@ -231,7 +233,7 @@ def _run_tasks(settings: EvalSettings, model: Any, tokenizer: Any) -> None:
     )
     if lm.num_cut:
         error_console().print(
-            f"warning: {lm.num_cut:,} texts were longer than {max_length:,} tokens, of which a prediction sees the last: "
+            f"warning: {counted(lm.num_cut, 'text was', 'texts were')} longer than {max_length:,} tokens, of which a prediction sees the last: "
             "--block_size sets how many, --carry_state lets it see all",
             style="yellow",
             markup=False,
@@ -273,7 +275,7 @@ def _run_needle(settings: EvalSettings, model: Any, tokenizer: Any) -> None:
         shares = (f"{each.distance:,}", f"{each.accuracy:.1%}", f"{each.control_accuracy:.1%}")
         rows.append((*shares, f"{with_fact:.3f}", f"{without:.3f}", f"{with_fact - without:+.3f}"))
     print("\n".join(table_lines(rows, num_names=0)))
-    print(f"{trials} facts in {source}; log-probability in nats per token of the planted value")
+    print(f"{counted(trials, 'fact')} in {source}; log-probability in nats per token of the planted value")
 
 
 def _text(settings: EvalSettings, tokenizer: Any) -> tuple[Any, int, str]:
@@ -292,7 +294,7 @@ def _text(settings: EvalSettings, tokenizer: Any) -> tuple[Any, int, str]:
     tokens = np.concatenate([part for part, _ in parts])
     if len(tokens) < 2:
         source = f"data.source {settings.data.source!r}, part {settings.part}"
-        raise ValueError(f"{source}, has {len(tokens)} tokens: at least 2 are needed to predict one")
+        raise ValueError(f"{source}, has {counted(len(tokens), 'token')}: at least 2 are needed to predict one")
     return tokens, sum(number for _, number in parts), corpus.facts["source"]
 
 

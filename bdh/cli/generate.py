@@ -17,6 +17,7 @@ from bdh.generate.prompts_file import Job, num_done, read_jobs, result_lines
 from bdh.storage import check_folder_of, naming_full_disk
 from bdh.text_files import read_text
 from bdh.validation import Faults, PathText
+from bdh.words import counted
 
 _BEAM_PROMPTS = 16  # searched together
 
@@ -142,7 +143,7 @@ def _prepare_output(settings: GenerateSettings, jobs: list[Job]) -> int:
     done, end = num_done(path, jobs)
     if (cut := path.stat().st_size - end) > 0:
         os.truncate(path, end)
-        print(f"{path}: {cut:,} bytes of an unfinished result are cut off", file=sys.stderr)
+        print(f"{path}: {counted(cut, 'byte')} of an unfinished result cut off", file=sys.stderr)
     print(f"{path}: {done:,} of {len(jobs):,} prompts are done", file=sys.stderr)
     return done
 
@@ -222,7 +223,7 @@ def _write(path: Path, jobs: list[Job], done: int, results: Iterable[list[Any]])
             file=sys.stderr,
         )
         raise
-    print(f"{len(jobs)} prompt{'s' * (len(jobs) != 1)} continued, in {path}", file=sys.stderr)
+    print(f"{counted(len(jobs), 'prompt')} continued, in {path}", file=sys.stderr)
     if failed:
         print(f"{failed} of them failed: their lines have an error", file=sys.stderr)
     return 1 if failed else 0

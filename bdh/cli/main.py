@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import bdh
 from bdh.cli.output import kept_back, print_error
+from bdh.words import nearest
 
 COMMANDS = {
     "train": "train a model, or resume a run",
@@ -64,10 +65,8 @@ def _run(arguments: list[str]) -> int:
         print(f"bdh {bdh.__version__}")
         return 0
     if command not in COMMANDS:
-        import difflib
-
-        near = difflib.get_close_matches(command, COMMANDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
+        near = nearest(command, COMMANDS)
+        hint = f"did you mean {near}?" if near else f"there are {', '.join(COMMANDS)}"
         raise ValueError(f"{command!r} is not a command: {hint}")
     return find_command(command)(rest) or 0
 

@@ -1,17 +1,15 @@
 """What a command shows: its standard streams, which may lose their reader, what libraries log, and progress bars.
 
 transformers, datasets, huggingface_hub and others log what they raise too, and each try of a download. That is kept back
-while a command gets ready, so that an error is the one line that its reader sees.
-
-Two kinds of lines are left out altogether, but with ``--debug``: transformers 5.23 imports torchao, where it is installed, with
-its model classes (``quantizers/quantizer_torchao.py``), and torchao 0.18 then logs on a machine without the GPUs that they are
-for that it cannot load its kernels, and that it registers enumerations, which PyTorch 2.13 calls old.
+while a command gets ready, so that an error is the one line that its reader sees. See also :mod:`bdh.no_torchao_lines`.
 """
 
 import errno
 import logging
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TextIO
@@ -23,7 +21,6 @@ if TYPE_CHECKING:
 # The reader of a pipe, or the terminal, is gone for good; other faults, such as a full disk, may pass.
 _GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ESHUTDOWN)
 StageProgress = Callable[[str, int, int | None], None]
-_shows_all = True
 _kept: list[tuple[logging.Logger, logging.LogRecord]] | None = None  # where nothing is kept back
 
 
@@ -33,12 +30,13 @@ def kept_back(*, show_on_error: bool) -> Iterator[None]:
 
     At the end they are shown, but where an exception is raised only with ``show_on_error``. Our own are never kept.
     """
-    global _kept, _shows_all
-    _shows_all = show_on_error
+    global _kept
     logger_class = logging.getLoggerClass()
     logging.setLoggerClass(_KeepingLogger)
     logging.captureWarnings(True)
     _kept = []
+    if not show_on_error:
+        import bdh.no_torchao_lines  # noqa: F401
     try:
         yield
     except Exception:
@@ -71,18 +69,9 @@ class _KeepingLogger(logging.Logger):
             self.addFilter(self._is_shown_now)
 
     def _is_shown_now(self, record: logging.LogRecord) -> bool:
-        if not _shows_all and _is_of_importing_torchao(record):
-            return False
         if _kept is not None:
             _kept.append((self, record))
         return _kept is None
-
-
-def _is_of_importing_torchao(record: logging.LogRecord) -> bool:
-    if record.name == "torch.utils._pytree":
-        about = record.args if isinstance(record.args, tuple) else ()
-        return any(isinstance(each, type) and each.__module__.startswith("torchao.") for each in about)
-    return record.name == "torchao" and record.getMessage().startswith("Failed to load ")
 
 
 @contextmanager
@@ -165,6 +154,13 @@ def table_lines(rows: Sequence[Sequence[str]], *, num_names: int) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     aligned = [str.ljust] * num_names + [str.rjust] * (len(widths) - num_names)
     return ["  ".join(map(lambda align, *cell: align(*cell), aligned, row, widths)).rstrip() for row in rows]
+
+
+def indented(text: str) -> str:
+    """A line below an entry of a list: on a terminal as several, that none is wider than it; else whole, for other programs."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else len(text) + 4
+    wrapper = textwrap.TextWrapper(width, "    ", "      ", break_long_words=False, break_on_hyphens=False)
+    return wrapper.fill(text)
 
 
 def error_console(**options: Any) -> "Console":

@@ -7,7 +7,6 @@ kept from being read as YAML: a prompt of `# x` would be nothing, and one of `1e
 
 import contextlib
 import dataclasses
-import difflib
 import functools
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +28,7 @@ from bdh.validation import (
     field_types,
     holds_paths,
 )
+from bdh.words import nearest
 
 
 def verbatim(default: Any) -> Any:
@@ -192,13 +192,12 @@ class Leaves(dict[str, Leaf]):
         if hint := dict(_removed(self.settings_class)).get(name):
             return f": {hint}"
         end, ends = name.rpartition(".")[2], {leaf.rpartition(".")[2]: leaf for leaf in self}
-        near = [leaf for leaf in self if leaf.rpartition(".")[2] == end]
-        near = near or [ends[each] for each in ends if "_" in each and _initials(each) == end]
-        if not near and (section := difflib.get_close_matches(name, self.sections, n=1, cutoff=0.8)):
-            return f": did you mean the section {section[0]}?"
-        near = near or difflib.get_close_matches(name, self, n=1, cutoff=0.6)
-        near = near or [ends[each] for each in difflib.get_close_matches(end, ends, n=1, cutoff=0.7)]
-        return f": did you mean {near[0]}?" if near else "; --help lists them"
+        near = next((leaf for leaf in self if leaf.rpartition(".")[2] == end), None)
+        near = near or next((ends[each] for each in ends if "_" in each and _initials(each) == end), None)
+        if not near and (section := nearest(name, self.sections, 0.8)):
+            return f": did you mean the section {section}?"
+        near = near or nearest(name, self) or ends.get(nearest(end, ends, 0.7) or "")
+        return f": did you mean {near}?" if near else "; --help lists them"
 
 
 class CommandLine:
@@ -345,8 +344,7 @@ def _checked(leaves: Leaves, given: Mapping[str, Given], faults: Faults) -> tupl
             faults.add(f"{leaf.name} is missing: {leaf.help}")
     for fault in wrong:
         if fault.is_of_type:
-            place = given[name].place if (name := ".".join(fault.path)) in given else ""
-            faults.require_type(name, fault.value, fault.allowed + place)
+            faults.require_type(".".join(fault.path), fault.value, fault.allowed)
     if faults.found:
         settings = _built(leaves.settings_class, values)
     collect_relations(settings, faults, [tuple(leaf.name.split(".")) for leaf in required if leaf.name not in values])
@@ -411,4 +409,8 @@ def _with_expanded_paths(value: Any, annotation: Any, section: Mapping[str, Any]
         return [_with_expanded_paths(each, annotation, section) for each in value]
     if isinstance(value, dict):
         return {key: _with_expanded_paths(each, section.get(key), section) for key, each in value.items()}
-    return expanded_path(value) if isinstance(value, str) and holds_paths(annotation) else value
+    if not (isinstance(value, str) and holds_paths(annotation)):
+        return value
+    if not value:  # as a variable of the shell that is not set
+        raise ValueError("must not be empty")
+    return expanded_path(value)

@@ -11,6 +11,7 @@ from bdh.cli.settings import given_settings, parse_settings
 from bdh.distributed.config import rank, reported_to_torchrun, world_size
 from bdh.locks import InUseError
 from bdh.train.config import RunSettings, check_unchanged, resume_command, settings_to_store, stored_settings
+from bdh.words import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -144,15 +145,15 @@ def print_banner(console: "Console", training: Any) -> None:
     num_tokens = len(training.tokenizer)
     gaps = f" ({num_tokens:,} tokens, whose ids have gaps)" if num_tokens < config.vocab_size else ""
     lines = {
-        "model": f"{num_parameters:,} parameters: {config.n_layer} layer step{'s' * (config.n_layer > 1)}, width {config.n_embd}, {config.n_head} heads "
+        "model": f"{num_parameters:,} parameters: {counted(config.n_layer, 'layer step')}, width {config.n_embd}, {counted(config.n_head, 'head')} "
         f"of {config.neurons_per_head:,} neurons, vocabulary {config.vocab_size:,}{gaps}",
         "state": f"{config.state_bytes_per_sequence:,} bytes a sequence, at any length"
         + (
-            f"; carried on for {num_sequences} sequences: {config.state_bytes_per_sequence * num_sequences:,} bytes"
+            f"; carried on for {counted(num_sequences, 'sequence')}: {config.state_bytes_per_sequence * num_sequences:,} bytes"
             * train.carry_state
         ),
         "data": _describe_data(facts),
-        "step": f"{training.sequences_per_step * train.block_size:,} tokens: {train.batch_size} sequences of "
+        "step": f"{training.sequences_per_step * train.block_size:,} tokens: {counted(train.batch_size, 'sequence')} of "
         f"{train.block_size:,}"
         + (f", {train.gradient_accumulation_steps} times" if train.gradient_accumulation_steps > 1 else "")
         + (f", on each of {training.world.size} processes" if training.world.size > 1 else ""),
@@ -160,7 +161,7 @@ def print_banner(console: "Console", training: Any) -> None:
         "processes": f"{training.world.size}: {training.parallel.strategy}",
         "layer": training.plan.describe(config.n_layer),
         "attention": _describe_attention(training),
-        "optimizer": f"{train.optimizer}, {train.schedule} schedule, {train.max_steps:,} steps",
+        "optimizer": f"{train.optimizer}, {train.schedule} schedule, {counted(train.max_steps, 'step')}",
         "run": str(training.folder) + _describe_start(training.progress.step, train.max_steps),
     }
     if training.world.size == 1:
@@ -201,7 +202,7 @@ def _describe_data(facts: dict[str, Any]) -> str:
     if facts.get("format") == "chat":
         num_train = facts["documents"] - facts["val_documents"]
         return (
-            f"{facts['source']}: {num_train:,} conversations (chat) in {facts['rows']:,} sequences, "
+            f"{facts['source']}: {counted(num_train, 'conversation')} (chat) in {counted(facts['rows'], 'sequence')}, "
             f"{facts['train_answer_tokens']:,} of {facts['train_tokens']:,} tokens are the assistant's and count; "
             f"{facts['val_documents']:,} for validation"
         )

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
+from bdh.words import counted
+
 _NOT_COUNTED = -100  # PyTorch's and transformers' label of what the loss leaves out
 
 
@@ -172,7 +174,7 @@ def check_sequences(batch_size: int, rank: int, world_size: int) -> slice:
     """The sequences of the global batch that a process gets. Raises ValueError: the processes cannot share them evenly."""
     if batch_size < 1 or batch_size % world_size:
         raise ValueError(
-            f"the global batch has {batch_size} sequences: it must be a multiple of the {world_size} processes that share it"
+            f"the global batch has {counted(batch_size, 'sequence')}: it must be a multiple of the {world_size} processes that share it"
         )
     number = batch_size // world_size
     return slice(rank * number, (rank + 1) * number)
@@ -240,8 +242,8 @@ def continued_loader(
     distance = len(text) // batch_size
     if distance <= block_size:
         raise ValueError(
-            f"train.carry_state lets {batch_size} sequences read on through {len(text):,} training tokens, each "
-            f"{distance:,} tokens after the next: must be more than a block, {block_size}; a lower "
+            f"train.carry_state lets {counted(batch_size, 'sequence')} read on through {counted(len(text), 'training token')}, each "
+            f"{counted(distance, 'token')} after the next: must be more than a block, {block_size}; a lower "
             "train.batch_size or train.block_size, or more text would do"
         )
     entries = (int(step_generator(seed, 0, 0, 0, 0).integers(len(text))) + np.arange(batch_size) * distance)[own]

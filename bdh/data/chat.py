@@ -21,6 +21,7 @@ from bdh.data.reading import Skipped, num_kept, text_lines, to_utf8
 from bdh.data.sources import Source, training_source, validation_source
 from bdh.data.tokenized import TokenizedCorpus, TokenMeta, TokenWriter
 from bdh.tokenizer.chat import ROLES, ChatEncoder
+from bdh.words import counted
 
 _CHAT_TYPE = ".jsonl"
 _DEFAULT_COLUMN = "messages"
@@ -187,7 +188,7 @@ def _tokenize(
     number = len(ends) - 1
     if kept in (0, number):
         raise ValueError(
-            f"data.source {config.source!r} has {number} conversations with an answer: at least one to train on "
+            f"data.source {config.source!r} has {counted(number, 'conversation')} with an answer: at least one to train on "
             f"and one to validate on are needed{skipped}"
         )
     train_tokens, train_bytes = ends[kept]

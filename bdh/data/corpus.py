@@ -14,6 +14,7 @@ from bdh.data.batches import Batch, Loader, starts_after
 from bdh.data.config import DataConfig
 from bdh.data.reading import Skipped
 from bdh.data.sources import Source
+from bdh.words import counted
 
 ProgressCallback = Callable[[str, int, int | None], None]
 """Called with the step's name, the bytes of text done so far, and how many there are, or None if that is unknown."""
@@ -116,7 +117,7 @@ def check_long_enough(config: DataConfig, train_tokens: int, val_tokens: int, bl
     for part, num_tokens, remedy in parts:
         if block_size > 0 and num_tokens < block_size + 1:
             raise ValueError(
-                f"data.source {config.source!r}: the {part} part has {num_tokens} tokens, but one sequence of "
+                f"data.source {config.source!r}: the {part} part has {counted(num_tokens, 'token')}, but one sequence of "
                 f"block_size {block_size} needs {block_size + 1}: more text or {remedy} would do"
             )
 

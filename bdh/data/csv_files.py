@@ -27,6 +27,7 @@ from bdh.data.reading import (
     encoded_lines,
     text_start,
 )
+from bdh.words import counted
 
 _DELIMITERS = (",", ";", "\t", "|")
 _SAMPLE_CHARACTERS = 1 << 17
@@ -162,7 +163,7 @@ def _misfit(layout: Layout, fields: list[str]) -> str:
         other = "tab" if delimiter != "\t" else "'|'"
         ways.insert(1, f"where lines are texts as they are, set data.csv_delimiter={other}")
     return (
-        f"the row has {len(fields)} field{'s' * (len(fields) != 1)}, but {expected}: "
+        f"the row has {counted(len(fields), 'field')}, but {expected}: "
         f"{delimiter.join(fields)!r:.80}. {'; '.join(ways)}"
     )
 

@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 
 from bdh.data.reading import COMPRESSED, Skipped, compression
+from bdh.words import counted
 
 TEXT_TYPES = (".txt", ".md", ".py")
 JSON_TYPES = (".jsonl", ".json")
@@ -225,7 +226,9 @@ def _not_written_by_us(files: list[Path], root: Path, skipped: Skipped) -> list[
 
     owners = [owner(path) for path in files]
     counts = Counter(name for name in owners if name)
-    further = f"files of {len(counts) - _MAX_NAMED:,} further runs, models or caches"
+    further = (
+        f"files of {counted(len(counts) - _MAX_NAMED, 'further run, model or cache', 'further runs, models or caches')}"
+    )
     for number, (name, count) in enumerate(counts.items()):
         skipped[f"files of the {name}" if number < _MAX_NAMED else further] += count
     return [path for path, name in zip(files, owners, strict=True) if name is None]

@@ -45,6 +45,7 @@ from bdh.data.reading import (
     file_chunks,
     listed,
 )
+from bdh.words import counted
 
 _FINGERPRINT_BYTES = 1 << 16
 _FIRST_BYTES = 1 << 20
@@ -456,7 +457,7 @@ def _show_csv_columns(files: Sequence[Path], config: DataConfig) -> None:
             is_all = text is end
             num_rows += not is_all and text is not None
         num_shown, num_bytes = num_shown + 1, num_bytes + lines.offset
-        number = f"{num_rows:,} row{'s' * (num_rows != 1)}" if is_all else f"more than {num_rows:,} rows"
+        number = counted(num_rows, "row") if is_all else f"more than {counted(num_rows, 'row')}"
         _logger.warning(
             "%s: %s; %s, the first text begins %r", path, layout, number, layout.first_text[:_SHOWN_CHARACTERS]
         )

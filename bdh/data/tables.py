@@ -1,6 +1,5 @@
 """Rows of parquet files, and of what the ``datasets`` library reads: data sets of the hub or in its layout."""
 
-import difflib
 import logging
 import warnings
 from collections import deque
@@ -27,6 +26,7 @@ from bdh.data.reading import (
     split_document,
     to_plain,
 )
+from bdh.words import nearest
 
 ROWS_AT_ONCE = 256  # of a parquet file; more are no faster
 _SHAKESPEARE_ID = "karpathy/tiny_shakespeare"
@@ -293,8 +293,8 @@ def _load_split(
     except OSError as error:
         if folder.is_dir():
             raise
-        near = difflib.get_close_matches(path, BUILTIN, n=1, cutoff=0.75)
-        hint = f"Did you mean {near[0]}? " if near else ""
+        near = nearest(path, BUILTIN, 0.75)
+        hint = f"Did you mean {near}? " if near else ""
         raise FileNotFoundError(
             f"data.source {path!r} is no file, folder or built-in text, and the hub did not give a data set of that name "
             f"({(str(error).splitlines() or [''])[0]}). {hint}Without a network these work: pydoc and stdlib, local files and "

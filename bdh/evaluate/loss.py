@@ -18,6 +18,7 @@ from bdh.generate.advance import Advancer, StepInput
 from bdh.generate.texts import inference
 from bdh.model import BDHForCausalLM
 from bdh.model.state import SynapticState
+from bdh.words import counted
 
 # Logits of one forward pass, at most: 256 MiB in float32.
 _MAX_LOGITS = 2**26
@@ -186,7 +187,7 @@ def evaluate_text(
     """
     stride = block_size if stride is None else stride
     if len(tokens) < 2:
-        raise ValueError(f"the text has {len(tokens)} tokens: at least 2 are needed to predict one")
+        raise ValueError(f"the text has {counted(len(tokens), 'token')}: at least 2 are needed to predict one")
     if block_size < 1 or not 1 <= stride <= block_size:
         raise ValueError(f"stride is {stride}: must be within 1 and block_size, {block_size}")
     if carry_state and stride != block_size:

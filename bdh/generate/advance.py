@@ -19,6 +19,7 @@ from bdh.ops.attention import rotation_table, sum_dtype
 from bdh.ops.backends import STATE_DTYPES, BackendName, Work, choose_backend
 from bdh.ops.eager import ring_shapes
 from bdh.validation import Faults
+from bdh.words import counted
 
 _logger = logging.getLogger(__name__)
 WantedLogits = Literal["none", "last", "all"]
@@ -227,10 +228,10 @@ class Advancer:
     @property
     def description(self) -> str:
         """Which code runs, and why: a line for people."""
-        window = None if self.window is None else f"a window of {self.window} tokens"
+        window = None if self.window is None else f"a window of {counted(self.window, 'token')}"
         if self.backend == "eager":
             return f"torch on {self.model.device}, {window or 'dense recurrent steps'} ({self._reason})"
-        threads = f"sparse kernels on the cpu, {torch.get_num_threads()} threads"
+        threads = f"sparse kernels on the cpu, {counted(torch.get_num_threads(), 'thread')}"
         return f"{threads}, weights {self._weights}, {window or f'state {self._state}'} ({self._reason})"
 
     @property

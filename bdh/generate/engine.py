@@ -32,6 +32,7 @@ from bdh.memory import available_bytes
 from bdh.model.network import ModelParts
 from bdh.model.weights import recheck_weights, weights_mark
 from bdh.tokenizer.plain import PlainTokenizer, check_vocabulary, end_token_ids
+from bdh.words import counted
 
 _logger = logging.getLogger(__name__)
 # What prompts get of a step however many sequences are being continued, so that none waits for ever.
@@ -268,7 +269,9 @@ class Engine:
         if isinstance(params, SamplingParams) or params is None:
             params = [params or SamplingParams()] * len(encoded)
         if len(params) != len(encoded):
-            raise ValueError(f"there are {len(encoded)} prompts and {len(params)} params: must be one for each, or one")
+            raise ValueError(
+                f"there are {len(params)} params for {counted(len(encoded), 'prompt')}: must be one for each, or one"
+            )
         for each in params:
             self.check(each)
         return list(self.map(zip(encoded, params, strict=True)))

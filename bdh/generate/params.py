@@ -1,5 +1,6 @@
 """Settings: how one request is continued, and what an engine may use; and what an engine counts."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Self
 
@@ -128,6 +129,18 @@ _IN_JSON = {
 
 ALIASES = {"max_new_tokens": "max_tokens", "num_return_sequences": "n"}
 """The names that transformers and the command line have for fields of :class:`SamplingParams`."""
+
+
+def by_own_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that may have transformers' names, by the names of our fields.
+
+    Raises:
+        ValueError: one is given by both of its names.
+    """
+    for name, own_name in ALIASES.items():
+        if name in settings and own_name in settings:
+            raise ValueError(f"{name} is {own_name}, which is given too: give it once")
+    return {ALIASES.get(name, name): value for name, value in settings.items()}
 
 
 def params_from(settings: dict[str, Any]) -> SamplingParams:

@@ -1,6 +1,5 @@
 """Files of prompts, and files of results, which a later run can continue."""
 
-import difflib
 import json
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -9,9 +8,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from bdh.generate.params import ALIASES, SamplingParams, params_from
+from bdh.generate.params import ALIASES, SamplingParams, by_own_names, params_from
 from bdh.text_files import read_text
 from bdh.validation import Faults
+from bdh.words import counted, nearest
 
 RESULT_KEYS = ("text", "index", "finish_reason", "num_tokens", "logprobs", "prompt_logprobs", "error")
 _MOST_FAULTS = 10
@@ -65,7 +65,7 @@ def read_jobs(path: Path, params: SamplingParams) -> list[Job]:
                 except ValueError as error:
                     faults.add(f"{path}, line {number}: {' '.join(str(error).split())}")
         if len(faults.found) > _MOST_FAULTS:
-            faults.found[_MOST_FAULTS:] = [f"... and {len(faults.found) - _MOST_FAULTS} further lines"]
+            faults.found[_MOST_FAULTS:] = [f"... and {counted(len(faults.found) - _MOST_FAULTS, 'further line')}"]
         faults.raise_if_any()
     if not jobs:
         raise ValueError(f"{path} holds no prompts: it needs one a line")
@@ -89,14 +89,11 @@ def _job(line: str, params: SamplingParams) -> Job:
     elif not isinstance(prompt, str):
         raise ValueError(f"prompt is {prompt!r}: must be a string")
     known = SamplingParams.__dataclass_fields__
-    for name, own_name in ALIASES.items():
-        if name in facts and own_name in facts:
-            raise ValueError(f"{name} is {own_name}, which is given too: give it once")
-    facts = {ALIASES.get(name, name): value for name, value in facts.items()}
+    facts = by_own_names(facts)
     settings = {name: facts.pop(name) for name in list(facts) if name in known}
     for name in facts:
-        near = difflib.get_close_matches(name.lower(), [*known, *ALIASES], n=1, cutoff=0.88)
-        if hint := _FLAGS.get(name) or (near and f"did you mean {near[0]}? Data of your own go under other names"):
+        near = nearest(name.lower(), [*known, *ALIASES], 0.88)
+        if hint := _FLAGS.get(name) or (near and f"did you mean {near}? Data of your own go under other names"):
             raise ValueError(f"{name} is no setting of a prompt: {hint}")
     if taken := [name for name in facts if name in RESULT_KEYS]:
         raise ValueError(f"{', '.join(taken)} is what results are written under: give it another name")
@@ -155,7 +152,7 @@ def num_done(path: Path, jobs: list[Job]) -> tuple[int, int]:
             )
     if len(lines) > len(expected):
         raise ValueError(
-            f"{path} has {len(lines)} lines, {len(expected)} are the results of all prompts: it is another run's"
+            f"{path} has {counted(len(lines), 'line')}, but {len(expected)} would be the results of all prompts: it is another run's"
         )
     ends = [0, *accumulate(job.params.n for job in jobs)]
     done = bisect_right(ends, len(lines)) - 1

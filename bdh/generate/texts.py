@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from bdh.generate.engine import Engine
-from bdh.generate.params import ALIASES, SamplingParams, collect_text_faults
+from bdh.generate.params import ALIASES, SamplingParams, by_own_names, collect_text_faults
 from bdh.generate.sequence import CONTEXT_TOKENS, Prompt, TextDecoder, encode_prompt
 from bdh.model.network import ModelParts
 from bdh.tokenizer.plain import PlainTokenizer, check_vocabulary, end_token_ids
 from bdh.validation import Faults, collect_faults
+from bdh.words import nearest
 
 
 def generate_texts(
@@ -101,11 +102,16 @@ def params_of(params: SamplingParams | None, settings: dict[str, Any], *, num_be
 
     Raises:
         ValueError: something is wrong with them.
+        TypeError: one has no such name.
     """
     if params is not None and settings:
         raise ValueError(f"give either params or keywords, not both: got {', '.join(settings)} too")
+    known = [*SamplingParams.__dataclass_fields__, *ALIASES]
+    for name in settings.keys() - {*known}:
+        near = nearest(name, known)
+        raise TypeError(f"{name} is no setting of a text{f': did you mean {near}?' if near else ''}")
     if params is None:
-        params = SamplingParams(**{ALIASES.get(name, name): value for name, value in settings.items()})
+        params = SamplingParams(**by_own_names(settings))
     faults = Faults()
     collect_faults(params, faults)
     faults.found = [fault for fault in faults.found if not fault.startswith(("max_tokens is", "n is"))]

@@ -4,7 +4,6 @@ Libraries pass more than the model needs. What agrees with the defaults is accep
 packed batch is understood, and everything else is refused by name.
 """
 
-import difflib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from bdh.model.configuration import BDHConfig
 from bdh.model.state import Columns, SynapticState
 from bdh.ops.attention import sum_dtype
 from bdh.ops.eager import IGNORE_INDEX, layer_norm
+from bdh.words import counted, nearest
 
 _PACKING = ("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 # Arguments with only one possible value, and why.
@@ -150,8 +150,8 @@ def _check_names(model: Any, others: dict[str, Any]) -> None:
     known = [*_PACKING, *_ONE_VALUE, "cache_position", "token_type_ids"]
     if unknown := sorted(set(others) - set(known)):
         names = [*inspect.signature(model.forward).parameters, "shift_labels", "return_dict", *known]
-        near = difflib.get_close_matches(unknown[0], names, n=1, cutoff=0.8)
-        raise TypeError(f"forward does not know {', '.join(unknown)}{f': did you mean {near[0]}?' if near else ''}")
+        near = nearest(unknown[0], names, 0.8)
+        raise TypeError(f"forward does not know {', '.join(unknown)}{f': did you mean {near}?' if near else ''}")
     for name, (value, why) in _ONE_VALUE.items():
         if name in others and bool(others[name]) != value:
             raise ValueError(f"{name} is {others[name]}: {why}, must be {value}")
@@ -238,7 +238,9 @@ def _starts_of_lengths(others: dict[str, Any], B: int, T: int) -> torch.Tensor:
             raise ValueError(f"cu_seq_lens_k is {_shown(torch.as_tensor(other))}: must be cu_seq_lens_q")
         for name in ("max_length_q", "max_length_k"):
             if int(others.get(name, max(lengths))) < max(lengths):
-                raise ValueError(f"{name} is {int(others[name])}: the longest document has {max(lengths)} tokens")
+                raise ValueError(
+                    f"{name} is {int(others[name])}: the longest document has {counted(max(lengths), 'token')}"
+                )
     starts = torch.zeros(1, T + 1, dtype=torch.bool, device=bounds.device)
     return starts.index_fill(1, bounds.flatten().long(), True)[:, :T]
 
@@ -319,7 +321,7 @@ def _check_state(config: BDHConfig, state: SynapticState, B: int, dtype: torch.d
     shapes = [tuple(s.shape) for s in state.sums]  # no set: torch.export's sizes are symbols, which have no hash
     if shapes != [expected] * config.n_layer:
         raise ValueError(
-            f"the state has sums of shapes {sorted(set(shapes))} for {len(state.sums)} layer steps: this model and batch "
+            f"the state has sums of shapes {sorted(set(shapes))} for {counted(len(state.sums), 'layer step')}: this model and batch "
             f"need {expected} for {config.n_layer}"
         )
     dtypes = {s.dtype for s in state.sums}
@@ -367,7 +369,7 @@ class StateForGeneration:
             check_state_type(given)
             if is_assisted and given.num_columns:  # transformers reads the whole text on any cache then, silently
                 raise ValueError(
-                    f"past_key_values has read {given.num_columns} columns: must be left out with assistant_model and "
+                    f"past_key_values has read {counted(given.num_columns, 'column')}: must be left out with assistant_model and "
                     "prompt_lookup_num_tokens, with which transformers reads the whole text anew"
                 )
         parent: Any = super()
@@ -420,7 +422,7 @@ class StateForGeneration:
             num_read = past_key_values.num_columns
             if next_sequence_length is not None and next_sequence_length < 1:
                 raise ValueError(
-                    f"the text has {num_read + next_sequence_length} tokens, but past_key_values has read {num_read} "
+                    f"the text has {counted(num_read + next_sequence_length, 'token')}, but past_key_values has read {num_read} "
                     "already: give the whole text, those included; or the new tokens alone, and an attention_mask of "
                     f"({input_ids.shape[0]}, {num_read} + the number of new tokens)"
                 )

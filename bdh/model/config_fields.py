@@ -1,12 +1,12 @@
 """The fields of a model's configuration, and which values are possible. In plain Python: settings are checked by it too."""
 
-import difflib
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from bdh.ops import ATTENTION_FORMS
+from bdh.words import counted, nearest
 
 ALIASES = {"hidden_size": "n_embd", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer"}
 """The names that transformers has for sizes, and ours."""
@@ -94,8 +94,8 @@ def name_faults(given: Mapping[str, Any], others: Mapping[str, Any], known: Coll
         if field is not None:
             if given.get(field, value) != value:
                 faults.append(f"{name} is {value} and {field} is {given[field]}: they are the same, give one of them")
-        elif near := difflib.get_close_matches(name, [*known, *ALIASES], n=1, cutoff=0.8):
-            faults.append(f"{name} is unknown: did you mean {near[0]}?")
+        elif near := nearest(name, [*known, *ALIASES], 0.8):
+            faults.append(f"{name} is unknown: did you mean {near}?")
     return faults
 
 
@@ -126,7 +126,7 @@ def shape_faults(n_embd: int, n_head: int, n_layer: int, multiplier: int, vocab_
 def decay_fault(decay: list[float | int | None] | float | int | None, n_head: int) -> str | None:
     """What ``decay`` must be, where it is not; None where it is right."""
     if isinstance(decay, list) and len(decay) != n_head:
-        return f"one half-life for each of the n_head = {n_head} heads, or a single number"
+        return f"one half-life for each of the n_head = {counted(n_head, 'head')}, or a single number"
     given = decay if isinstance(decay, list) else [decay]
     if all(each is None or 0 < each < math.inf for each in given):
         return None

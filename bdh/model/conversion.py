@@ -22,6 +22,7 @@ from bdh.model.configuration import BDHConfig
 from bdh.model.network import one_line_type_faults
 from bdh.model.state import SynapticState
 from bdh.storage import atomic_file, check_file, sync
+from bdh.words import counted
 
 WEIGHT_KEYS = ("embed.weight", "encoder", "encoder_v", "decoder", "lm_head")
 FREQUENCY_KEY = "attn.freqs"
@@ -66,10 +67,11 @@ def _why_not_loaded(path: str | Path, error: Exception) -> str:
             f"{path} asks for the Python object {unsafe[1]}, which is not loaded since it could run code: save its "
             f"state dict again, with the configuration as a plain dict"
         )
-    text = str(error).strip() or type(error).__name__
-    # PyTorch puts the reason into a page of advice.
-    reason = found[1] if (found := re.search(r"WeightsUnpickler error:\s*(.+)", text)) else text.splitlines()[0]
-    return f"{path} is not a complete PyTorch checkpoint: {reason}"
+    # PyTorch's own words are about its unpickler; they stay the cause.
+    return (
+        f"{path} is not a complete PyTorch checkpoint: must be a .pt file that torch.save wrote, with a state dict in it, "
+        "neither cut off nor damaged"
+    )
 
 
 def from_reference(
@@ -200,7 +202,9 @@ def _check_shapes(tensors: dict[str, torch.Tensor], config: BDHConfig) -> None:
 def _check_frequencies(stored: torch.Tensor, config: BDHConfig) -> None:
     expected = reference_frequencies(config.neurons_per_head, config.rope_theta)
     if stored.numel() != expected.numel():
-        raise ValueError(f"{FREQUENCY_KEY} has {stored.numel()} entries: the configuration needs {expected.numel()}")
+        raise ValueError(
+            f"{FREQUENCY_KEY} has {counted(stored.numel(), 'entry', 'entries')}: the configuration needs {expected.numel()}"
+        )
     # float32 rounding differs between platforms by a few units in the last place, another theta by far more; and
     # files in half precision have the buffer rounded too, in float16 down to its smallest numbers.
     info = torch.finfo(stored.dtype if stored.is_floating_point() else torch.float32)
@@ -240,7 +244,7 @@ def average_weights(models: Iterable[Weights], shares: Sequence[float] | None = 
     number = 0
     for number, weights in enumerate(models, start=1):
         if shares is not None and number > len(shares):
-            raise ValueError(f"there are more models than the {len(shares)} shares: give one share a model")
+            raise ValueError(f"there are more models than the {counted(len(shares), 'share')}: give one share a model")
         if number == 1:
             first = {name: weight.dtype for name, weight in weights.items()}
             total = {name: torch.zeros_like(weight, dtype=torch.float64) for name, weight in weights.items()}
@@ -254,9 +258,20 @@ def average_weights(models: Iterable[Weights], shares: Sequence[float] | None = 
     if number == 0:
         raise ValueError("there are no models to average: give at least one")
     if shares is not None and number < len(shares):
-        raise ValueError(f"there are {number} models and {len(shares)} shares: give one share a model")
+        raise ValueError(
+            f"{counted(number, 'model has', 'models have')} {counted(len(shares), 'share')}: give one share a model"
+        )
     divisor = float(number) if shares is None else sum(shares)
     return {name: (weight / divisor).to(first[name]) for name, weight in total.items()}
+
+
+def cosine_similarity(first: Weights, second: Weights) -> float:
+    """Of all weights of two models of one shape, each taken as one long vector; summed in float64."""
+
+    def product(a: Weights, b: Weights) -> float:
+        return sum((weight.double() * b[name].double()).sum().item() for name, weight in a.items())
+
+    return product(first, second) / math.sqrt(product(first, first) * product(second, second))
 
 
 class MovingAverage:

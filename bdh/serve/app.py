@@ -321,14 +321,17 @@ def _invalid(faults: Sequence[Any], given: Any) -> ApiError:
     # Of a union each member complains: that it has another type says least.
     for fault in sorted(faults, key=lambda fault: (fault["type"].endswith("_type"), -len(fault["loc"]))):
         source, *place = fault["loc"]
+        if is_unknown := fault["type"] == "unknown_field":
+            place.append(fault["ctx"]["name"])
         if source == "body":
             param = named(place, given, is_missing=fault["type"] == "missing")
         else:  # of the path or the query
             param = ".".join(map(str, place))
         if fault["type"] == "json_invalid":
             return bad_request(f"the request's body is not JSON: {fault['ctx']['error']}", None, "invalid_json")
-        if fault["type"] == "extra_forbidden":
-            message = f"{param} is not supported: leave it out"
+        if is_unknown:
+            near = fault["ctx"]["near"]
+            message = f"{param} is not supported: leave it out{f'; did you mean {near}?' if near else ''}"
         elif fault["type"] == "value_error":  # of an object, and begins with the name of its field
             message = str(fault["ctx"]["error"])
             inner = message.partition(":")[0]

@@ -45,6 +45,7 @@ from bdh.serve.schemas import (
 )
 from bdh.serve.service import CutOff, Generation, Loaded, PromptRequest, Service
 from bdh.storage import DiskFullError
+from bdh.words import counted
 
 COMPLETION_TOKENS = 16  # where the request does not say, as in OpenAI's API
 STREAMS: dict[int | str, Json] = {200: {"content": {"text/event-stream": {}}}}
@@ -372,7 +373,7 @@ async def _embed(service: Service, body: EmbeddingRequest, request: Request) -> 
         raise bad_request(f"dimensions is {body.dimensions}: must be {width}, or left out", "dimensions")
     texts, options = texts_of(body.input), body.bdh or EmbeddingOptions()
     if len(texts) > most:
-        raise bad_request(f"the request has {len(texts):,} texts: must be at most {most:,}", "input")
+        raise bad_request(f"the request has {counted(len(texts), 'text')}: must be at most {most:,}", "input")
     prompts = []
     for number, text in enumerate(texts):
         param = "input" if text is body.input else f"input.{number}"

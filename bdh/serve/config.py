@@ -23,6 +23,7 @@ from bdh.validation import (
     Settings,
     Unit,
 )
+from bdh.words import counted
 
 PLAIN = "plain"
 PACKAGES = ("fastapi", "uvicorn", "h11", "prometheus_client")  # of the extra `serve`
@@ -123,7 +124,9 @@ class AuthSettings(Settings):
                 continue
             name, _, key = line.rpartition(" ")
             if len(key) < _SMALLEST_KEY:
-                raise ValueError(f"the key in {place} has {len(key)} characters: must be at least {_SMALLEST_KEY}")
+                raise ValueError(
+                    f"the key in {place} has {counted(len(key), 'character')}: must be at least {_SMALLEST_KEY}"
+                )
             digest = hashlib.sha256(key.encode()).digest()
             if digest in found:
                 raise ValueError(f"the key in {place} is given twice: must be there once")

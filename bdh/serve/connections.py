@@ -19,6 +19,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from bdh.serve.config import LimitSettings
 from bdh.serve.middleware import ApiError, log
+from bdh.words import counted
 
 _EMPTY_LINE = "no request line received"  # h11's words for one before a request: some send it after a body
 _SWEEP_SECONDS = 0.25
@@ -166,7 +167,7 @@ class Connection(H11Protocol):
         if self.cycle is not None and self.cycle.response_complete and not self._head_bytes:
             self.transport.close()  # as at the end of any idle connection
             return
-        message = f"the server has {self._limits.connections:,} connections, which is as many as it may"
+        message = f"the server has {counted(self._limits.connections, 'connection')}, which is as many as it may"
         self._refuse(ApiError(503, message, code="too_many_connections", retry_after=1))
 
     def send_400_response(self, msg: str) -> None:

@@ -25,6 +25,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bdh.serve.config import AuthSettings, Caller, LimitSettings
+from bdh.words import counted
 
 LOGGER = logging.getLogger("bdh.serve")
 RETRY_SECONDS = 5.0  # where nothing better is known
@@ -343,7 +344,7 @@ class RequestMiddleware:
         if not version.startswith("1."):
             raise ApiError(400, f"HTTP/{version} is not spoken here: must be HTTP/1.1", code="invalid_http")
         if len(scope["headers"]) > most:
-            raise ApiError(431, f"the request has more than {most} headers", code="headers_too_large")
+            raise ApiError(431, f"the request has more than {counted(most, 'header')}", code="headers_too_large")
 
     async def _body(self, connection: HTTPConnection, receive: Receive) -> bytes:
         """All of the request's body. Raises an ``ApiError`` 413 or 408, it is too large or late, or :class:`ClientGone`."""
@@ -367,7 +368,7 @@ class RequestMiddleware:
             if not is_too_large:
                 raise ApiError(408, f"the request has not come within {limits.body_timeout:g} seconds") from None
         if is_too_large:
-            raise ApiError(413, f"the request has more than {limits.body_bytes:,} bytes: send less")
+            raise ApiError(413, f"the request has more than {counted(limits.body_bytes, 'byte')}: send less")
         return b"".join(parts)
 
 

@@ -10,9 +10,11 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from bdh.generate.advance import MOST_NEURONS
 from bdh.generate.params import SamplingParams
+from bdh.words import nearest
 
 Json = dict[str, Any]
 
@@ -196,6 +198,8 @@ class RequestModel(BaseModel):
                 effect = cls.without_effect.get(name)
                 if _asks_nothing(value) if effect is None else effect.accepts(value):
                     continue
+                near = nearest(name, fields, 0.75) if effect is None else None
+                raise PydanticCustomError("unknown_field", "is no field", {"name": name, "near": near})
             kept[name] = value
         return kept
 

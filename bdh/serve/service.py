@@ -22,6 +22,7 @@ from bdh.serve.middleware import RETRY_SECONDS, ApiError, RateLimits, bad_reques
 from bdh.serve.states import StateStore
 from bdh.serve.text import ChatPrompts, TokenNames
 from bdh.tokenizer.plain import PlainTokenizer
+from bdh.words import counted
 
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 300)
 _BETWEEN = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1, 2)
@@ -240,7 +241,7 @@ class Service:
         most = self.settings.limits.prompt_tokens
         for prompt in prompts:
             if (size := len(prompt.prompt)) > most:
-                message = f"the prompt has {size:,} tokens: must be at most {most:,}"
+                message = f"the prompt has {counted(size, 'token')}: must be at most {most:,}"
                 raise bad_request(message, prompt.param, "context_length_exceeded")
 
     @property
@@ -255,7 +256,9 @@ class Service:
         """
         loaded, limits = self.ready(), self.settings.limits
         if len(prompts) > limits.prompts:
-            raise bad_request(f"the request has {len(prompts)} prompts: must be at most {limits.prompts}", "prompt")
+            raise bad_request(
+                f"the request has {counted(len(prompts), 'prompt')}: must be at most {limits.prompts}", "prompt"
+            )
         self.check_lengths(prompts)
         # What can begin with the next step does not wait.
         most = min(loaded.max_sequences, loaded.engine.engine.config.max_running)
@@ -263,9 +266,9 @@ class Service:
         num_waiting = len(self.waiting)
         num_tokens = sum(len(prompt.prompt) for prompt in self.waiting)
         if num_waiting + len(prompts) > limits.queue_requests + num_free:
-            reason = f"{num_waiting} prompts wait already, and {limits.queue_requests} may"
+            reason = f"{counted(num_waiting, 'prompt waits', 'prompts wait')} already, and {limits.queue_requests} may"
         elif num_waiting and num_tokens + sum(len(prompt.prompt) for prompt in prompts) > limits.queue_tokens:
-            reason = f"the prompts that wait have {num_tokens:,} tokens, and {limits.queue_tokens:,} may wait"
+            reason = f"the prompts that wait have {counted(num_tokens, 'token')}, and {limits.queue_tokens:,} may wait"
         else:
             return
         raise ApiError(429, f"the queue is full: {reason}", code="queue_full", retry_after=RETRY_SECONDS)

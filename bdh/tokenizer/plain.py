@@ -15,6 +15,8 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from bdh.words import counted
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
@@ -413,5 +415,5 @@ def check_vocabulary(tokenizer: AnyTokenizer, vocab_size: int) -> None:
         return  # padding that was added to the tokenizer alone: no model sees it
     if vocabulary_size(tokenizer) != vocab_size:
         raise ValueError(
-            f"the tokenizer has {vocabulary_size(tokenizer)} entries and the model {vocab_size}: they do not belong together"
+            f"the tokenizer has {counted(vocabulary_size(tokenizer), 'entry', 'entries')} and the model {vocab_size}: they do not belong together"
         )

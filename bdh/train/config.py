@@ -32,6 +32,7 @@ from bdh.validation import (
     PositiveInt,
     Settings,
 )
+from bdh.words import counted
 
 _METRIC = re.compile(
     r"(val|val_ema)/(loss|perplexity|bits_per_byte|accuracy)"
@@ -403,13 +404,13 @@ def continued(
     if any(getattr(train, name) != stored["train"][name] for name in ("batch_size", "gradient_accumulation_steps")):
         raise ValueError(
             f"train.batch_size {train.batch_size} x train.gradient_accumulation_steps {train.gradient_accumulation_steps} "
-            f"x {num_processes} processes are {now} sequences a step: the run has had {sequences_per_step}, and must "
+            f"x {counted(num_processes, 'process', 'processes')} are {counted(now, 'sequence')} a step: the run has had {sequences_per_step}, and must "
             "continue with as many"
         )
     if sequences_per_step % num_processes:
         *others, most = (str(n) for n in range(1, sequences_per_step + 1) if sequences_per_step % n == 0)
         raise ValueError(
-            f"a step of this run has {sequences_per_step} sequences, which {num_processes} processes cannot share evenly: "
+            f"a step of this run has {counted(sequences_per_step, 'sequence')}, which {num_processes} processes cannot share evenly: "
             f"start {', '.join(others)} or {most}"
         )
     share = sequences_per_step // num_processes

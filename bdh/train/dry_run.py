@@ -28,6 +28,7 @@ from bdh.train.config import RunSettings, TrainSettings
 from bdh.train.loop import training_step
 from bdh.train.runtime import Runtime, plan_training
 from bdh.train.setup import Run
+from bdh.words import counted
 
 MARGIN = 0.95
 """Of the available memory: more than that is not counted on."""
@@ -166,8 +167,8 @@ class Forecast:
     one that took most."""
     obstacle: str = ""
     """Why nothing, or no more, was measured, where that was for lack of memory."""
-    too_much: float = math.inf
-    """Bytes at the peak of a step that found no memory, whatever the system says of it."""
+    ran_out_at: int | None = None
+    """Sequences of a step that found no memory, whatever the system says of it."""
 
     def peak_with(self, estimate: MemoryEstimate) -> float:
         """Bytes at the peak with these settings: of the measured step that is most like it, and what is counted for the
@@ -192,11 +193,11 @@ class Forecast:
     @property
     def limit(self) -> float:
         """Bytes that the peak may have."""
-        return min(MARGIN * self.available, self.too_much - 1)
+        return MARGIN * self.available
 
     @property
     def fits(self) -> bool:
-        return bool(self.points) and self.peak <= self.limit
+        return bool(self.points) and self.ran_out_at is None and self.peak <= self.limit
 
     @property
     def seconds(self) -> tuple[float, float]:
@@ -214,8 +215,8 @@ class Forecast:
         width = max(map(len, parts))
         found = [f"  {name:<{width}}  {_gigabytes(num_bytes):>10}" for name, num_bytes in parts.items()]
         available = f"{_gigabytes(self.available)} that are available{' per process' * (size > 1)}"
-        counted = " (counted, not measured)" * all(peak is None for _, _, peak in self.points)
-        found.append(f"peak memory   {_gigabytes(self.peak)} of the {available}{counted}")
+        how = " (counted, not measured)" * all(peak is None for _, _, peak in self.points)
+        found.append(f"peak memory   {_gigabytes(self.peak)} of the {available}{how}")
         if self.points:
             seconds, each = self.seconds
             tokens = train.sequences_per_process * train.block_size * size
@@ -225,8 +226,8 @@ class Forecast:
             also = f"; {self.obstacle}" * bool(self.obstacle)
             found += [
                 f"step          {seconds:,.2f} s: {tokens / seconds:,.0f} tokens/s",
-                f"run           {_duration(run_seconds)} for {self.steps:,} steps and their evaluations",
-                f"measured      steps of {counts} sequence{'s' * (counts != '1')}{also}",
+                f"run           {_duration(run_seconds)} for {counted(self.steps, 'step')} and their evaluations",
+                f"measured      steps of {counts} {'sequence' if counts == '1' else 'sequences'}{also}",
             ]
         else:
             found.append(f"not measured: {self.obstacle}")
@@ -242,6 +243,8 @@ class Forecast:
         Of each kind the least change that fits alone, or else the one that needs least, if it is less than now.
         """
         estimate, now, limit = self.estimate, self.peak, self.limit
+        if self.ran_out_at is not None:
+            limit = min(limit, self.peak_with(estimate.of_step(self.ran_out_at)) - 1)
         never_fits = self.base + estimate.fixed > limit
         lines, is_enough = [], False
         for section, options in changes(estimate):
@@ -287,6 +290,10 @@ def check_room(settings: RunSettings, config: BDHConfig, runtime: Runtime, world
         raise NoRoomError(found)
 
 
+class _OutOfMemoryError(Exception):
+    """A step found no memory, on this process or on another."""
+
+
 def forecast(run: Run, *, say: Callable[[str], None] = lambda line: None) -> Forecast:
     """Measures, and thereby trains, a run of ``settings.dry_run``: it is of no use afterwards.
 
@@ -316,27 +323,25 @@ def forecast(run: Run, *, say: Callable[[str], None] = lambda line: None) -> For
     sequences = loader.next()
     step_model = torch.compile(run.parallel.step_model) if train.compile else run.parallel.step_model
     say("a first step, which compiles and fills the optimizer ...")
-    measured = _measured_step(run, step_model, sequences, count)
-    for count in counts if measured is not None else []:
-        if found.points:
-            before, its_seconds, _ = found.points[-1]
-            if its_seconds * count / before > _MEASURING_SECONDS or not has_room(count):
-                break
-        say(f"a step of {count} of {train.sequences_per_process} sequences ...")
-        if (measured := _measured_step(run, step_model, sequences, count)) is None:
-            break
-        found.points.append((count, *measured))
-    if measured is None:
-        found.too_much = found.peak_with(estimate.of_step(count))
-        found.obstacle = f"there was no memory for a step of {count}"
+    try:
+        _measured_step(run, step_model, sequences, count)
+        for count in counts:
+            if found.points:
+                before, its_seconds, _ = found.points[-1]
+                if its_seconds * count / before > _MEASURING_SECONDS or not has_room(count):
+                    break
+            say(f"a step of {count} of {train.sequences_per_process} sequences ...")
+            found.points.append((count, *_measured_step(run, step_model, sequences, count)))
+    except _OutOfMemoryError:
+        found.ran_out_at, found.obstacle = count, f"there was no memory for a step of {count}"
     return found
 
 
-def _measured_step(
-    run: Run, step_model: Callable[..., Any], sequences: Batch, count: int
-) -> tuple[float, int | None] | None:
-    """Seconds and peak of a training step of ``count`` sequences, on the process that took most; None where one of them
-    found no memory."""
+def _measured_step(run: Run, step_model: Callable[..., Any], sequences: Batch, count: int) -> tuple[float, int | None]:
+    """Seconds and peak of a training step of ``count`` sequences, on the process that took most.
+
+    Raises ``_OutOfMemoryError`` on all processes together.
+    """
     settings, device, world = run.settings, run.runtime.device, run.world
     size = min(count, settings.train.batch_size)
     run.settings = replace(settings, train=replace(settings.train, batch_size=size))
@@ -359,7 +364,7 @@ def _measured_step(
         run.settings = settings
     seconds = time.perf_counter() - start
     if any(world.any([failed])):
-        return None
+        raise _OutOfMemoryError
     measured = world.gather((seconds, peak_bytes(device)))
     peaks = [peak for _, peak in measured if peak is not None]
     return max(each for each, _ in measured), max(peaks, default=None)

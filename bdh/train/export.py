@@ -17,6 +17,7 @@ from bdh.train.adapters import Base, read_base, write_adapters
 from bdh.train.checkpoint import Checkpoint
 from bdh.train.config import LoraSettings
 from bdh.train.models import check_base, open_model, run_weights
+from bdh.words import counted
 
 
 def export_run(
@@ -278,7 +279,7 @@ def _measured_on(progress: dict[str, Any], block_size: int, is_chat: bool) -> st
     what = "sequences of conversations, of up to" if is_chat else "windows of"
     return (
         f"After step {last['step']:,}, on {last['windows']:,} fixed {what} {block_size:,} tokens that were not trained on; "
-        f"{last['tokens']:,} tokens of them were predicted:"
+        f"{counted(last['tokens'], 'token')} of them predicted:"
     )
 
 

@@ -25,6 +25,7 @@ from bdh.train.checkpoint import Checkpoint, Checkpointer
 from bdh.train.config import LoraSettings, ModelSettings, RunSettings, TrainSettings, stored_settings
 from bdh.train.places import find_checkpoint, find_model, is_run, not_found
 from bdh.train.runtime import choose_runtime
+from bdh.words import counted
 
 TOKENIZER_FOLDER = "tokenizer"
 _logger = standard_logging.getLogger(__name__)
@@ -358,7 +359,7 @@ class InitialModel:
             _logger.warning("%s does not know %s: they start from random weights", self._name, ", ".join(new))
         if vocabulary_size(tokenizer) != vocabulary_size(known):
             raise ValueError(
-                f"the run's tokenizer has {vocabulary_size(tokenizer)} entries, but {self._name} was trained with one of "
+                f"the run's tokenizer has {counted(vocabulary_size(tokenizer), 'entry', 'entries')}, but {self._name} was trained with one of "
                 f"{vocabulary_size(self._tokenizer)}: leave tokenizer.path out, and it takes that one"
             )
         if TextEncoder(tokenizer).hash != TextEncoder(known).hash:
@@ -382,7 +383,7 @@ class InitialModel:
         if (num_new := model.config.vocab_size - V) > 0:
             if lora.r and not lora.embeddings:
                 raise ValueError(
-                    f"{self._name} does not know the last {num_new} tokens of the vocabulary, and train.lora would leave "
+                    f"{self._name} does not know the last {counted(num_new, 'token')} of the vocabulary, and train.lora would leave "
                     "their weights random: set train.lora.embeddings=true, or start from a model that knows them"
                 )
             for name in ("embed.weight", "lm_head.weight"):  # a token a row

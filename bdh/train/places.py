@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from bdh.storage import naming_full_disk, recover_dir, recover_dirs
+from bdh.words import counted
 
 if TYPE_CHECKING:
     from bdh.distributed.world import World
@@ -105,6 +106,12 @@ def is_run(folder: Path) -> bool:
     return (folder / "checkpoints").is_dir()
 
 
+def run_of(model: Path) -> Path | None:
+    """The run that the folder of a model is, or lies in: as one of its checkpoints, or as its export."""
+    run = model.parent.parent if is_checkpoint(model) else model.parent if model.name == "model" else model
+    return run if is_run(run) else None
+
+
 def holds_run(folder: Path) -> bool:
     """Whether anything of a run is in a folder, also of one that has no checkpoint yet."""
     return any((folder / name).exists() for name in (CONFIG_FILE, "checkpoints", "metrics.jsonl", "model"))
@@ -112,11 +119,9 @@ def holds_run(folder: Path) -> bool:
 
 def taken_by_run(folder: Path) -> FileExistsError:
     """The error of a fresh start in a folder that holds a run."""
-    if CheckpointFolder(folder).newest() is None and not (folder / "model").exists():
-        return FileExistsError(
-            f"{folder} already holds a run, which was stopped before its first checkpoint and cannot be continued: "
-            "remove the folder, or give another --run_dir"
-        )
+    checkpoints = CheckpointFolder(folder)
+    if checkpoints.newest() is None and not (folder / "model").exists():
+        return FileExistsError(f"{folder} already holds a run; {checkpoints.why_not_continued}")
     return FileExistsError(
         f"{folder} already holds a run, which is never overwritten: continue it with --resume, or give another --run_dir"
     )
@@ -146,13 +151,18 @@ class CheckpointFolder:
         named, steps = self.named("latest"), self.steps()
         return named if not steps or (named is not None and self.path_of(named).is_dir()) else steps[-1]
 
+    @property
+    def why_not_continued(self) -> str:
+        """Of a run without a checkpoint."""
+        return (
+            f"there is no complete checkpoint in {self.folder}: a run that was stopped before its first one cannot be "
+            f"continued; remove {self.folder.parent}, or train with another --run_dir"
+        )
+
     def check_there(self, step: int | None) -> None:
         """Raises ``FileNotFoundError`` where there is no such checkpoint; None is the newest."""
         if step is None and self.newest() is None:
-            raise FileNotFoundError(
-                f"there is no complete checkpoint in {self.folder}: a run that was stopped before its first one cannot be "
-                f"continued; remove {self.folder.parent}, or train with another --run_dir"
-            )
+            raise FileNotFoundError(self.why_not_continued)
         if step is not None and not self.path_of(step).is_dir():
             there = ", ".join(map(str, self.steps())) or "none"
             raise FileNotFoundError(f"there is no checkpoint of step {step} in {self.folder}: there are {there}")
@@ -219,7 +229,7 @@ def checkpoint_fault(path: Path) -> str | None:
             if not (path / name).is_file():
                 return f"{name} is missing"
             if (size := (path / name).stat().st_size) != facts["bytes"]:
-                return f"{name} has {size} bytes instead of {facts['bytes']}"
+                return f"{name} has {counted(size, 'byte')} instead of {facts['bytes']:,}"
             if file_facts(path / name) != facts:
                 return f"the SHA-256 of {name} is not the recorded one"
     except FileNotFoundError as error:

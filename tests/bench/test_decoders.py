@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bdh import BDHConfig
+from bdh.bench import QUICK_SIZES, BenchOptions
 from bdh.bench.common import naive_weights, sparse_model
 from bdh.bench.decode import AllocatingDecoder, Gpt2Decoder, RecomputingDecoder, StateDecoder
 from bdh.ops import naive
@@ -15,8 +16,7 @@ TOLERANCE = 1e-4
 
 @pytest.fixture(scope="module")
 def sparse():
-    sizes = {"n_embd": 64, "n_head": 2, "n_layer": 3, "mlp_internal_dim_multiplier": 32}
-    return sparse_model(BDHConfig(**sizes))
+    return sparse_model(BDHConfig(**QUICK_SIZES))
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_recomputing_sees_the_last_tokens_only(sparse, expected):
 
 def test_gpt2_goes_on_with_its_cache():
     torch.manual_seed(0)
-    decoder = Gpt2Decoder(256, TOKENS[:30], n_layer=2, n_embd=32, n_head=2)
+    decoder = Gpt2Decoder(256, TOKENS[:30], (2, 32, 2))
     logits = [decoder.read(token) for token in TOKENS[30:]]
     assert decoder.cache.get_seq_length() == len(TOKENS)
     whole = decoder.model(torch.tensor([TOKENS])).logits[0, 30:]
@@ -55,5 +55,10 @@ def test_gpt2_goes_on_with_its_cache():
     assert torch.allclose(torch.stack(logits), whole, rtol=0, atol=1e-5)
 
 
-def test_gpt2_has_the_size_that_it_is_compared_at():
-    assert Gpt2Decoder(256, [1]).name == "GPT-2 of 25.9M in transformers, KV cache"
+def test_gpt2_has_about_the_size_of_the_model_that_is_made(sparse):
+    """A quick benchmark compared a model of 0.4M parameters with the GPT-2 of the large one."""
+    options = BenchOptions()
+    assert Gpt2Decoder(256, [1], options.gpt2).name == "GPT-2 of 25.9M in transformers, KV cache"
+    quick = Gpt2Decoder(256, [1], options.quick().gpt2)
+    sizes = [sum(weight.numel() for weight in model.parameters()) for model in (quick.model, sparse)]
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.1)

@@ -95,7 +95,7 @@ LINES = [
     ("train --tokenizer.chat_template nowhere", 2, "tokenizer.chat_template is 'nowhere'"),
     ("train --train.init_from nowhere", 2, NO_MODEL),
     ("train --run_dir {run}", 2, "{run} already holds a run, which is never overwritten"),
-    ("train --run_dir {early}", 2, "{early} already holds a run, which was stopped before its first checkpoint"),
+    ("train --run_dir {early}", 2, "{early} already holds a run; there is no complete checkpoint in"),
     ("train --run_dir {early} --resume", 2, "cannot be continued; remove {early}, or train with another --run_dir"),
     ("train --run_dir {bad}", 2, "run_dir is '{bad}': must be a folder, not a file"),
     ("train --run_dir {folder} --resume", 2, "there is no run to resume in {folder}"),

@@ -52,11 +52,11 @@ def test_a_part_that_is_not_measured_may_be_of_any_length(model_folder, tmp_path
         shown = capsys.readouterr()
         if status == 0:
             assert json.loads(shown.out)["tokens"] == len(text) - 1
-    assert "part all, has 1 tokens: at least 2 are needed to predict one" in shown.err
+    assert "part all, has 1 token: at least 2 are needed to predict one" in shown.err
     path.write_text("ten tokens")
     assert evaluated(capsys, model_folder, "--data.source", path, "--part", "train")["tokens"] == 8
     assert main(["eval", str(model_folder), "--data.source", str(path)]) == 2
-    assert "part validation, has 1 tokens: at least 2 are needed" in capsys.readouterr().err
+    assert "part validation, has 1 token: at least 2 are needed" in capsys.readouterr().err
 
 
 def test_strides_and_the_carried_state(model_folder, text_file, capsys):
@@ -94,7 +94,7 @@ def test_a_window_over_one_long_text(model_folder, text_file, capsys):
         losses[window] = figures["loss"]
         assert len(figures["loss_by_block"]) == 10
         (line,) = [line for line in shown.err.splitlines() if line.startswith("reading by ")]
-        assert (f"a window of {window} tokens" in line) == (window is not None)
+        assert (f"a window of {int(window or 0):,} tokens" in line) == (window is not None)
     assert losses["1000"] == pytest.approx(losses[None], abs=1e-5)  # the text has 180 tokens
     assert abs(losses["4"] - losses[None]) > 1e-4
     assert main([*common, "--window", "4"]) == 0

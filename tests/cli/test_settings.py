@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from bdh.cli.settings import given_settings, parse_settings, to_yaml, verbatim
-from bdh.validation import Faults, PositiveInt, Settings
+from bdh.validation import Faults, Settings
 
 
 @dataclass
@@ -207,23 +207,6 @@ def test_all_faults_are_reported_together(tmp_path):
         assert part in message
 
 
-def test_a_value_out_of_range_has_its_place_as_one_of_a_wrong_type_has(tmp_path):
-    @dataclass
-    class Table(Settings):
-        boards: PositiveInt = 1
-        width: float = 1.0
-
-    path = written(tmp_path, "a.yaml", "boards: 0\nwidth: .inf\n")
-    with pytest.raises(ValueError, match="settings are wrong") as caught:
-        parse_settings(Table, ["--config", path], prog="p", description="d")
-    assert [line.strip() for line in str(caught.value).splitlines()[1:]] == [
-        f"boards is 0: must be at least 1 ({path}, line 1)",
-        f"width is inf: must be a finite number ({path}, line 2)",
-    ]
-    with pytest.raises(ValueError, match=r"^boards is -1: must be at least 1$"):
-        parse_settings(Table, ["--config", path, "--boards=-1", "--width=1"], prog="p", description="d")
-
-
 def test_top_level_ranges_are_checked_too():
     with pytest.raises(ValueError, match=r"^guests is -1: must be at least 1$"):
         parse("cake", "--guests", "-1")
@@ -399,8 +382,7 @@ def test_numbers_are_finite(tmp_path, name, value):
     """An infinite learning rate was above 0, and trained."""
     value = {"weights": f"{{a: {value}}}", "trays": f"[1, {value}]"}.get(name, value)
     (flag,) = faults_of("cake", f"--oven.{name}={value}")
-    path = written(tmp_path, "a.yaml", f"oven:\n  {name}: {value}\n")
-    assert faults_of("cake", "--config", path) == [f"{flag} ({path}, line 2)"]
+    assert flag == faults_of("cake", "--config", written(tmp_path, "a.yaml", f"oven:\n  {name}: {value}\n"))[0]
     assert flag.startswith(f"oven.{name} is ")
     assert flag.endswith("must be a finite number" if name == "heat" else "must be of finite numbers only")
 

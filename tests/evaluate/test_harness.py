@@ -108,6 +108,15 @@ def test_a_task_is_found_by_its_file_or_its_name_in_a_folder(model, tasks, how):
 
 
 @pytest.mark.slow
+def test_git_says_nothing_outside_of_a_repository(model, tasks, tmp_path, monkeypatch, capfd):
+    """The harness asks it for a commit: `fatal: not a git repository` stood above the figures."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    lm = HarnessModel(model, byte_tokenizer(), max_length=None)
+    evaluate_tasks(lm, [str(tasks / "local_choice.yaml")])
+    assert "git" not in capfd.readouterr().err
+
+
 def test_a_task_that_is_not_there_is_named(model, tasks):
     with pytest.raises(ValueError, match="there is no task local_riddles"):
         evaluate_tasks(adapter(model), ["local_riddles"], include_path=str(tasks))

@@ -119,7 +119,7 @@ def test_a_stride_that_fits_nothing_is_refused(model, tokens, arguments, message
 
 
 def test_a_text_without_anything_to_predict_is_refused(model):
-    with pytest.raises(ValueError, match="1 tokens: at least 2"):
+    with pytest.raises(ValueError, match="1 token: at least 2"):
         evaluate_text(model, np.zeros(1, dtype=np.uint8), bytes_per_token=1.0, block_size=10)
 
 

@@ -119,7 +119,7 @@ def test_results_of_other_prompts_are_refused(tmp_path):
     output.write_text(results_of(jobs))
     with pytest.raises(ValueError, match="line 2, is not a result of the prompt that comes there, 'three'"):
         num_done(output, others)
-    with pytest.raises(ValueError, match="2 lines, 1 are the results of all prompts"):
+    with pytest.raises(ValueError, match="2 lines, but 1 would be the results of all prompts"):
         num_done(output, jobs[:1])
     output.write_text("precious\n")
     with pytest.raises(ValueError, match="line 1, is not a result"):

@@ -26,8 +26,8 @@ def test_sums_are_exact_beyond_the_weights_own_dtype():
     ("models", "shares", "message"),
     [
         ([], None, "no models to average"),
-        ([made(1), made(2)], [1], "more models than the 1 shares"),
-        ([made(1)], [1, 2], "1 models and 2 shares"),
+        ([made(1), made(2)], [1], "more models than the 1 share:"),
+        ([made(1)], [1, 2], "1 model has 2 shares"),
         ([made(1), made(2)], [1, -1], "none may be negative"),
         ([made(1), made(2)], [0, 0], "sum must be above 0"),
         ([made(1), {"a": torch.ones(2, 2), "b": torch.ones(2)}], None, "model 2 has not the shape .*: a"),

@@ -45,6 +45,22 @@ def test_differences_are_from_what_most_runs_have(tmp_path):
     assert [run.differences for run in summarize_runs(tmp_path)] == [{}, {"train.learning_rate": 0.002}, {}]
 
 
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_differences_are_not_wider_than_the_terminal(tmp_path, capsys, monkeypatch, is_terminal):
+    """A run with other settings than the rest got a line of several hundred characters, which the terminal broke in words."""
+    for name in ("a", "b"):
+        made(tmp_path / name)
+    others = {f"other_setting_number_{index}": index for index in range(9)}
+    settings = {"train": {"max_steps": 20, "learning_rate": 0.001}, "data": {"source": ["a", "b"], **others}}
+    (made(tmp_path / "c") / "config.yaml").write_text(json.dumps(settings))
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: is_terminal)
+    assert main(["runs", str(tmp_path)]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "other_setting" in line]
+    assert re.findall(r"data\.(\w+)=", " ".join(lines)) == list(others)
+    assert (len(lines) > 1, max(map(len, lines)) <= 80) == (is_terminal, is_terminal)
+
+
 def test_a_run_that_cannot_be_read_does_not_hide_the_others(tmp_path, capsys):
     made(tmp_path / "a")
     (made(tmp_path / "b") / "config.yaml").write_text("train: [1")

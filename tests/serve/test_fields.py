@@ -138,6 +138,26 @@ def test_what_would_change_the_answer_is_refused_by_its_name(plain_server, field
 
 
 @pytest.mark.parametrize(
+    ("fields", "param", "meant"),
+    [
+        ({"max_token": 5}, "max_token", "max_tokens"),
+        ({"temprature": 0.5}, "temprature", "temperature"),
+        (
+            {"stream": True, "stream_options": {"include_usages": True}},
+            "stream_options.include_usages",
+            "include_usage",
+        ),
+        ({"messages": [{**QUESTION, "contents": "a"}]}, "messages.0.contents", "content"),
+        ({"min_tokens": 4}, "min_tokens", None),
+    ],
+    ids=str,
+)
+def test_a_field_that_is_misspelt_is_answered_with_the_one_that_is_meant(plain_server, fields, param, meant):
+    message = assert_refused(ask(plain_server, **fields), 400, param, "unsupported_field")
+    assert message == f"{param} is not supported: leave it out" + (f"; did you mean {meant}?" if meant else "")
+
+
+@pytest.mark.parametrize(
     ("body", "param"),
     [
         ({"messages": []}, "messages"),

@@ -84,6 +84,20 @@ def test_checkpoints_of_a_run_are_averaged(train, tmp_path, capsys):
     assert main(["generate", str(out), "--prompt", "the", "--max_new_tokens", "3"]) == 0
 
 
+def test_models_that_began_apart_are_averaged_with_a_warning(train, tmp_path, capsys):
+    """What came out was worse than either of them, and nothing was said."""
+    runs = [tmp_path / "a", tmp_path / "b"]
+    for seed, run in enumerate(runs):
+        assert train(run, **{"train.seed": seed, "train.max_steps": 6}) == 0
+    capsys.readouterr()
+    assert main(["average", *map(str, runs), "--out", str(tmp_path / "out")]) == 0
+    warning = capsys.readouterr().err
+    assert warning.startswith(f"warning: the weights of {runs[1]} and {runs[0]} have a cosine similarity of ")
+    checkpoints = [str(runs[0] / "checkpoints" / f"step-{step:07d}") for step in (3, 6)]
+    assert main(["average", *checkpoints, "--out", str(tmp_path / "alike")]) == 0
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_an_average_is_not_taken_for_the_export_of_a_checkpoint(train, tmp_path):
     """Its config.json named the step of the first model, which records of adapters then repeated."""
     run, out = tmp_path / "run", tmp_path / "out"
@@ -97,7 +111,7 @@ def test_an_average_is_not_taken_for_the_export_of_a_checkpoint(train, tmp_path)
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--weights", "[1, 2]"], "weights is [1.0, 2.0]: must be one for each of 1 models"),
+        (["--weights", "[1, 2]"], "weights is [1.0, 2.0]: must be one for each of 1 model"),
         (["--weights", "[0]"], "weights is [0.0]: must be 0 or above, with a sum above 0"),
         (["OTHER"], "cannot be averaged: "),
         (["TOKENS"], "has another tokenizer"),

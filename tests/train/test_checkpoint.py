@@ -126,7 +126,9 @@ def test_a_cut_off_file_is_refused_and_the_newest_whole_one_named(tmp_path, name
     checkpointer = saved(tmp_path, 10, 20)
     path = tmp_path / "checkpoints" / "step-0000020" / name
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=rf"{name} has \d+ bytes instead of \d+.*newest complete one is step-0000010"):
+    with pytest.raises(
+        ValueError, match=rf"{name} has [\d,]+ bytes instead of [\d,]+.*newest complete one is step-0000010"
+    ):
         checkpointer.load()
 
 

@@ -116,7 +116,7 @@ def test_sums(opened):
     assert found.peak == 2 * 10**9
     assert not replace(found, available=2 * 10**9).fits  # a margin is kept
     assert not replace(found, points=[]).fits  # there was no room for a single step
-    assert not replace(found, too_much=found.peak).fits
+    assert not replace(found, ran_out_at=8).fits
     assert found.seconds == pytest.approx((1.1, 0.1))
     assert "run           112 s for 100 steps and their evaluations" in found.lines()  # 100 * 1.1 + 60 * 0.1 / 3
     assert f"step          1.10 s: {4 * 2 * 32 / 1.1:,.0f} tokens/s" in found.lines()

@@ -10,6 +10,7 @@ from bdh.ops import LayerPath
 from bdh.ops.attention import choose_form
 from bdh.ops.backends import BACKENDS, BackendError, BackendName, Work, choose_backend
 from bdh.ops.blocks.train import BlockSizes
+from bdh.words import counted
 
 Recompute = Literal["none", "pass", "auto"]
 RECOMPUTE: tuple[str, ...] = get_args(Recompute)
@@ -105,7 +106,7 @@ class LayerPlan:
         """For the banner of a run."""
         kept = {0: "recomputes all wide activations", num_layer_steps: "keeps wide activations"}.get(
             self.kept_layer_steps,
-            f"keeps the wide activations of {self.kept_layer_steps} of {num_layer_steps} layer steps",
+            f"keeps the wide activations of {self.kept_layer_steps} of {counted(num_layer_steps, 'layer step')}",
         )
         blocks = (
             "" if self.backend == "eager" else f" in blocks of {self.sizes.sequences} x {self.sizes.tokens:,} tokens"
