@@ -64,7 +64,7 @@ def test_bits_per_byte_of_several_parts_divide_by_all_their_bytes(model, rows):
 
 
 def test_the_loss_by_position_of_several_parts_is_that_of_the_tokens_that_count_there(model, rows):
-    """It was the mean over sequences, of whose tokens at a position not all may count."""
+    """There was none where no token of one part counts at a position, and else it was the mean over sequences."""
     counts = torch.rand(5, 8, generator=torch.Generator().manual_seed(6)) < 0.7
     a, b = (
         ValidationPart(name, Batch(rows[each], counts[each]), 1.0)
