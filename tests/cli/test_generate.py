@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bdh.cli.main import main
+from benchmarks.forked import Forked, ForkServer
 
 
 def generate(*argv) -> int:
@@ -200,39 +201,46 @@ def test_an_interrupted_output_is_gone_on_with_and_ends_as_if_it_had_not_been(mo
     assert output.read_bytes() == whole
 
 
-@pytest.mark.slow
-def test_a_kill_loses_nothing_that_was_finished(model_folder, tmp_path):
-    prompts, output = write_prompts(tmp_path / "prompts.jsonl", 300), tmp_path / "out.jsonl"
-    flags = ["--prompts_file", str(prompts), "--output", str(output), "--max_new_tokens", "200"]
-    argv = [sys.executable, "-m", "bdh", "generate", str(model_folder), *flags]
-    process = subprocess.Popen(argv, stderr=subprocess.DEVNULL)
+@pytest.fixture(scope="module")
+def fork_server():
+    with ForkServer("bdh.cli.generate", "bdh.cli.models", "bdh.model.network", "bdh.generate.engine") as server:
+        yield server
+
+
+def started(fork_server, argv: list[str], output: Path) -> Forked:
+    """A process of ``bdh ARGV`` that has begun to write."""
+    process = fork_server.start(argv)
     deadline = time.monotonic() + 120
     while not (output.exists() and output.stat().st_size) and time.monotonic() < deadline:
-        time.sleep(0.05)
+        time.sleep(0.02)
+    return process
+
+
+@pytest.mark.slow
+def test_a_kill_loses_nothing_that_was_finished(model_folder, tmp_path, fork_server):
+    prompts, output = write_prompts(tmp_path / "prompts.jsonl", 300), tmp_path / "out.jsonl"
+    flags = ["--prompts_file", str(prompts), "--output", str(output), "--max_new_tokens", "100"]
+    argv = ["generate", str(model_folder), *flags]
+    process = started(fork_server, argv, output)
     process.kill()
-    process.wait()
+    process.wait(60)
     before = output.read_bytes()
     finished = before[: before.rfind(b"\n") + 1]
     assert 0 < finished.count(b"\n") < 300
-    assert generate(*argv[4:], "--resume") == 0
+    assert generate(*argv[1:], "--resume") == 0
     after = output.read_bytes()
     assert after.startswith(finished)
     assert [json.loads(line)["id"] for line in after.splitlines()] == list(range(300))
 
 
 @pytest.mark.slow
-def test_an_interruption_says_how_to_go_on(model_folder, tmp_path):
+def test_an_interruption_says_how_to_go_on(model_folder, tmp_path, fork_server):
     prompts, output = write_prompts(tmp_path / "prompts.jsonl", 300), tmp_path / "out.jsonl"
     flags = ["--prompts_file", str(prompts), "--output", str(output), "--max_new_tokens", "200"]
-    argv = [sys.executable, "-m", "bdh", "generate", str(model_folder), *flags]
-    process = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not (output.exists() and output.stat().st_size) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    process = started(fork_server, ["generate", str(model_folder), *flags], output)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "the same command with --resume continues" in errors
+    assert process.wait(60) == 130
+    assert "the same command with --resume continues" in process.said()
     assert output.read_bytes().endswith(b"\n")
 
 
