@@ -45,7 +45,7 @@ def text_file(tmp_path) -> Path:
     return write_text(tmp_path / "text.txt")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def fork_server():
     with ForkServer() as server:
         yield server

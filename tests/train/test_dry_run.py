@@ -1,10 +1,7 @@
 """What a dry run says of memory and time, and what the settings of the layer refuse before the first step."""
 
 import gc
-import json
-import os
 import re
-import subprocess
 import sys
 from dataclasses import replace
 
@@ -198,40 +195,34 @@ def test_no_pass_is_run_for_which_the_plain_path_has_no_room(train, tmp_path, fr
     assert not any("tokens_per_block" in line or "rows_per_block" in line for line in advice)  # it has no blocks
 
 
-# Each in a process that has imported what it needs and done nothing yet; the first one has 1.5 GB of addresses.
-DRY_RUNS = """
-import json, os, resource, sys
-import bdh.train.dry_run, bdh.train.loop, bdh.train.setup
+# In a process that has imported what it needs and done nothing yet; one of them has 1.5 GB of addresses.
+DRY_RUN = """
+import resource, sys, torch
 from bdh.cli.main import main
-for number, arguments in enumerate(json.loads(sys.argv[1])):
-    if os.fork() == 0:
-        if number == 0:
-            resource.setrlimit(resource.RLIMIT_AS, (1_500_000 << 10, 1_500_000 << 10))
-        main(arguments)
-        print("END", flush=True)
-        os._exit(0)
-    os.wait()
+torch.set_num_threads(1)
+if sys.argv[1] == "limited":
+    resource.setrlimit(resource.RLIMIT_AS, (1_500_000 << 10, 1_500_000 << 10))
+main(sys.argv[2:])
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS limits nothing elsewhere")
-def test_what_is_advised_comes_true(text_file, tmp_path):
+def test_what_is_advised_comes_true(text_file, tmp_path, fork_server):
     """It was told half of what it took. In processes of their own, whose memory holds nothing else."""
-
     ways = {
         "limited": {},
         "--train.recompute pass": {"train.recompute": "pass"},
         "--train.layer_path auto": {"train.layer_path": "auto"},
         "whole": {},
     }
-    all_settings = [TINY | WIDE | {"data.source": text_file, "dry_run": "true"} | more for more in ways.values()]
-    commands = [["train", *(f"--{name}={value}" for name, value in settings.items())] for settings in all_settings]
-    env = os.environ | {"BDH_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", DRY_RUNS, json.dumps(commands)], capture_output=True, text=True, env=env, check=True
-    )
-    told = dict(zip(ways, done.stdout.split("END\n"), strict=False))
+    told = {}
+    for name, more in ways.items():
+        settings = TINY | WIDE | {"data.source": text_file, "dry_run": "true"} | more
+        arguments = ["train", *(f"--{key}={value}" for key, value in settings.items())]
+        done = fork_server.start(["-c", DRY_RUN, name, *arguments], {"BDH_CACHE": str(tmp_path / "cache")})
+        assert done.wait(250) == 0, done.said()
+        told[name] = done.wrote()
     limited = told["limited"]
     advice = {line.split(": ")[0].strip(): line for line in limited.splitlines() if line.startswith("  --")}
     for flags in ("--train.recompute pass", "--train.layer_path auto"):
