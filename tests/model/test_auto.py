@@ -3,7 +3,10 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -79,9 +82,19 @@ def test_importing_bdh_loads_no_heavy_library():
     assert done.stdout.strip() == "[]"
 
 
-def test_it_can_be_pushed_to_the_hub(model):
-    """Not tried, for want of a network: the method is transformers' own."""
-    assert callable(model.push_to_hub)
+def test_what_is_pushed_to_the_hub_is_what_is_saved(model, monkeypatch, tmp_path):
+    """The method is transformers' own; what it would send is kept here instead."""
+    sent = {}
+
+    def commit(self, repo_id, operations, **_):
+        sent.update({each.path_in_repo: Path(each.path_or_fileobj).read_bytes() for each in operations})
+
+    repository = SimpleNamespace(repo_id="somebody/hatchling")
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, name, **_: repository)
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", commit)
+    model.push_to_hub("somebody/hatchling")
+    model.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()}.items() <= sent.items()
 
 
 def test_unknown_names_are_attribute_errors():

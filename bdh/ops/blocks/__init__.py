@@ -1,1 +1,1 @@
-"""The wide part of a pass as one differentiable function that keeps nothing wide for the backward pass."""
+"""The wide part of a layer step as one differentiable function that keeps nothing wide for the backward pass."""
