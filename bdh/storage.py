@@ -28,11 +28,14 @@ _logger = logging.getLogger(__name__)
 def check_file(path: Path, what: str) -> None:
     """Raises FileNotFoundError where there is no such file; ``what`` it holds is for the message."""
     if not path.is_file():
-        raise FileNotFoundError(f"there is no {what} {path}")
+        raise FileNotFoundError(f"{path} is a folder, not a {what}" if path.is_dir() else f"there is no {what} {path}")
 
 
 def check_free(folder: Path, advice: str = "choose another folder") -> None:
-    """Raises FileExistsError where something other than an empty folder has this name."""
+    """Raises FileExistsError where something other than an empty folder has this name, or a folder above it is none."""
+    above = next(each for each in folder.absolute().parents if each.exists())
+    if not above.is_dir():
+        raise FileExistsError(f"{folder} cannot be written: {above} is a file")
     if is_taken(folder):
         raise FileExistsError(f"{folder} exists already and is not empty: {advice}")
 

@@ -27,9 +27,9 @@ bdh plot "$run" --output "$run/loss.png"
 cat <<END
 
 What next, after ". .venv/bin/activate":
-  bdh generate $run/model --prompt "import " --max_new_tokens 80    more text
-  bdh eval $run                                           loss, perplexity, bits per byte
-  tensorboard --logdir $run/tensorboard                   the curves of the run
-  bdh train --config configs/small.yaml --data.source FILE    a larger model on a text of yours
-  bdh train --help                                        every setting
+  bdh generate $run/model --prompt "import " --max_new_tokens 80  more text
+  bdh eval $run                                                   loss, perplexity, bits per byte
+  tensorboard --logdir $run/tensorboard                           the curves of the run
+  bdh train --config configs/small.yaml --data.source FILE             a larger model on a text of yours
+  bdh train --help                                                     every setting
 END

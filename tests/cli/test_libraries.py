@@ -95,6 +95,15 @@ def test_a_damaged_table_gets_one_line(tmp_path):
 
 
 @pytest.mark.slow
+def test_processes_of_a_benchmark_do_not_show_what_importing_torchao_logs():
+    command = [sys.executable, "-m", "bdh", "bench", "train", "--quick", "--baselines", "[]"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert "memory: bdh" in shown  # in a process of its own
+    assert "torchao" not in shown
+    assert "register_constant" not in shown
+
+
+@pytest.mark.slow
 def test_what_importing_torchao_logs_is_not_shown_but_with_debug(model_folder, tmp_path):
     """transformers imports it wherever it is installed: two warnings and two "Failed to load" on every command."""
     (tmp_path / "a.txt").write_text("A text. " * 20)
