@@ -8,7 +8,7 @@ from bdh.generate.engine import Engine
 from bdh.generate.params import EngineConfig, SamplingParams
 from bdh.generate.sequence import Continuation, Sampler, TextDecoder
 from bdh.model.state import SynapticState
-from bdh.ops.cpu import kernels
+from bdh.ops.cpu import recurrence
 
 
 def no_memory(*arguments, **keywords):
@@ -92,14 +92,14 @@ def test_a_state_that_may_have_moved_ends_with_an_error_and_is_not_used_again(by
     expected = engine.generate("abc", params)[0][0].token_ids
     numbers = [engine.add_request("abc", params) for _ in range(2)]
     engine.step()
-    layer_steps = kernels.layer_steps
+    run_by_threads = recurrence.run_by_threads
 
     def interrupted(*arguments):
         monkeypatch.undo()
-        layer_steps(*arguments)
+        run_by_threads(*arguments)
         raise MemoryError
 
-    monkeypatch.setattr(kernels, "layer_steps", interrupted)
+    monkeypatch.setattr(recurrence, "run_by_threads", interrupted)
     found = drained(engine)
     assert [(found[number, 0].finish_reason, found[number, 0].error) for number in numbers] == [
         ("error", "MemoryError")

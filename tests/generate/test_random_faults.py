@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import bdh.generate.advance
-import bdh.ops.cpu.kernels
-import bdh.ops.cpu.window
+import bdh.ops.cpu.recurrence
 import bdh.ops.eager
 from bdh.generate.advance import Advancer, StatePool, StepInput
 from bdh.generate.engine import Engine
@@ -38,7 +37,7 @@ KERNELS = [
     (Recurrence, "advance"),
     (Recurrence, "work_memory"),
     (torch, "empty"),
-    (bdh.ops.cpu.kernels, "products"),
+    (bdh.ops.cpu.recurrence, "run_by_threads"),
     (bdh.generate.advance, "recurrence_of"),
 ]
 TORCH = [
@@ -47,10 +46,10 @@ TORCH = [
     (bdh.generate.advance, "rotation_table"),
 ]
 PATHS = {
-    "kernels": ({}, [*KERNELS, (bdh.ops.cpu.kernels, "layer_steps")]),
-    "kernels, decay": ({}, [*KERNELS, (ScaledSums, "rescaled"), (bdh.ops.cpu.kernels, "layer_steps")]),
+    "kernels": ({}, KERNELS),
+    "kernels, decay": ({}, [*KERNELS, (ScaledSums, "rescaled")]),
     "torch": ({"path": "torch"}, [*TORCH, (bdh.ops.eager, "parallel_attention")]),
-    "window, kernels": ({"window": 20}, [*KERNELS, (bdh.ops.cpu.window, "window_steps")]),
+    "window, kernels": ({"window": 20}, KERNELS),
     "window, torch": (
         {"window": 20, "path": "torch"},
         [*TORCH[1:], *((bdh.ops.eager, name) for name in ("attend_window", "take_in"))],

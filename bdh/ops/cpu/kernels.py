@@ -17,9 +17,8 @@ Weights and states come by address, one row of D numbers for each neuron, in flo
 """
 
 import numpy as np
-from numba import prange
 
-from bdh.ops.cpu.pieces import jit, jit_inner, pieces
+from bdh.ops.cpu.pieces import jit, pieces
 from bdh.ops.cpu.runtime import STAGE_WORDS
 from bdh.ops.cpu.vector import (
     CACHE_LINE,
@@ -53,19 +52,19 @@ STAGES = 6
 """Counters of a layer step: it has 5 stages here, and 6 with a window. What comes before the first one has as many, for 2."""
 
 
-@jit_inner
+@jit
 def stretches_of(N):
     """Stretches in a head."""
     return (N + STRETCH_NEURONS - 1) // STRETCH_NEURONS
 
 
-@jit_inner
+@jit
 def projected_pieces(num_neurons):
     """Pieces of :func:`project`."""
     return (num_neurons + _PROJECTED - 1) // _PROJECTED
 
 
-@jit_inner
+@jit
 def bounds_of(stretch, N):
     """The head of a stretch, and its first neuron and the one after its last within the head."""
     per_head = stretches_of(N)
@@ -73,7 +72,7 @@ def bounds_of(stretch, N):
     return stretch // per_head, first, min(N, first + STRETCH_NEURONS)
 
 
-@jit_inner
+@jit
 def normalise(numbers, ones, eps):
     """LN of a row (D,), in place."""
     D = numbers.shape[0]
@@ -86,7 +85,7 @@ def normalise(numbers, ones, eps):
         numbers[d] *= scale
 
 
-@jit_inner
+@jit
 def rotations(stage, positions, turns_per_token, cos, sin):
     """cos and sin (N/2, R) of each pair's phase at the rows' positions, exact as in ``bdh.ops.attention``."""
     num_pairs = cos.shape[0]
@@ -99,7 +98,7 @@ def rotations(stage, positions, turns_per_token, cos, sin):
                 sin[i, r] = np.sin(angle)
 
 
-@jit_inner
+@jit
 def begin(stage, embed, tokens, v, eps):
     """v (R, D) = LN(embed[tokens]) before the first layer step."""
     ones = np.ones(v.shape[1], np.float32)
@@ -109,7 +108,7 @@ def begin(stage, embed, tokens, v, eps):
         normalise(v[r], ones, eps)
 
 
-@jit_inner
+@jit
 def project(stage, like, weights, v, out, relu):
     """``out`` (n, R): the products of n rows of weights, by address, with the rows of v (R, D), cut at 0 by ``relu``."""
     num_neurons, R = out.shape
@@ -144,7 +143,7 @@ def project(stage, like, weights, v, out, relu):
                     tile_1x1(like, relu, weights + n * row_bytes, row_bytes, value, D * 4, D, place, R * 4)
 
 
-@jit_inner
+@jit
 def attention_update(stage, like, states, starts, x, cos, sin, read_scales, write_scales, v, partial_sums, N):
     """The sums of each stretch, ``partial_sums`` (stretches, R, D), of q S; and S with the rows' keys and values added.
 
@@ -160,35 +159,20 @@ def attention_update(stage, like, states, starts, x, cos, sin, read_scales, writ
         for sequence in range(states.shape[0]):
             state = states[sequence] + h * N * row_bytes
             row, last = starts[sequence], starts[sequence + 1]
-            if last - row == 1:
-                # Gathered first: the rows that come next can be asked for while one is worked on.
-                count = 0
-                for i in range(first // 2, end // 2):
-                    firing[count] = i
-                    count += (x[h * N + 2 * i, row] > 0) | (x[h * N + 2 * i + 1, row] > 0)
-                read, write = read_scales[row, h], write_scales[row, h]
-                for index in range(count):
-                    i = firing[index]
-                    if index + AHEAD < count:
-                        following = state + 2 * firing[index + AHEAD] * row_bytes
-                        for line in range(0, 2 * row_bytes, CACHE_LINE):
-                            prefetch(following + line)
-                    x_0, x_1 = x[h * N + 2 * i, row], x[h * N + 2 * i + 1, row]
-                    q_0 = x_0 * cos[i, row] - x_1 * sin[i, row]
-                    q_1 = x_1 * cos[i, row] + x_0 * sin[i, row]
-                    attend_and_update(
-                        like,
-                        state + 2 * i * row_bytes,
-                        q_0 * read,
-                        q_1 * read,
-                        q_0 * write,
-                        q_1 * write,
-                        address(v) + row * D * 4,
-                        address(partial_sums) + (stretch * R + row) * D * 4,
-                        D,
-                    )
-                continue
+            # Gathered first: the neurons that come next can be asked for while a pair is worked on.
+            count = 0
             for i in range(first // 2, end // 2):
+                fires = False
+                for r in range(row, last):
+                    fires |= (x[h * N + 2 * i, r] > 0) | (x[h * N + 2 * i + 1, r] > 0)
+                firing[count] = i
+                count += fires
+            for index in range(count):
+                i = firing[index]
+                if index + AHEAD < count:
+                    following = state + 2 * firing[index + AHEAD] * row_bytes
+                    for line in range(0, 2 * row_bytes, CACHE_LINE):
+                        prefetch(following + line)
                 for r in range(row, last):
                     x_0, x_1 = x[h * N + 2 * i, r], x[h * N + 2 * i + 1, r]
                     if not (x_0 > 0 or x_1 > 0):
@@ -209,7 +193,7 @@ def attention_update(stage, like, states, starts, x, cos, sin, read_scales, writ
                     )
 
 
-@jit_inner
+@jit
 def reduce_norm(stage, partial_sums, a, eps):
     """LN of the sums over each head's stretches: ``partial_sums`` (H * stretches of a head, R, D) to a (R, H, D)."""
     R, H, D = a.shape
@@ -224,7 +208,7 @@ def reduce_norm(stage, partial_sums, a, eps):
         normalise(a[r, h], ones, eps)
 
 
-@jit_inner
+@jit
 def gated_mlp(stage, like, encoder_v, decoder, x, a, partial_sums, N):
     """The sums of each stretch, ``partial_sums`` (stretches, R, D), of Dec (x * y).
 
@@ -286,7 +270,7 @@ def gated_mlp(stage, like, encoder_v, decoder, x, a, partial_sums, N):
                     )
 
 
-@jit_inner
+@jit
 def residual_norm(stage, partial_sums, v, eps):
     """v (R, D) after the layer step, in place: LN(v + LN(the sum over all stretches))."""
     R, D = v.shape
@@ -303,18 +287,28 @@ def residual_norm(stage, partial_sums, v, eps):
         normalise(v[r], ones, eps)
 
 
-@jit_inner
+@jit
 def enter(progress, embed, tokens, positions, turns_per_token, v, cos, sin, eps):
     """What comes before the first layer step: two stages."""
     rotations(progress, positions, turns_per_token, cos, sin)
     begin(progress + STAGE_BYTES, embed, tokens, v, eps)
 
 
-@jit_inner
-def _layer_steps(text, weights, rest):
-    progress, embed, tokens, positions, turns_per_token, v, cos, sin, eps, first_step = text
-    like_weights, encoder, encoder_v, decoder = weights
-    like_states, states, starts, read_scales, write_scales, x, a, partial_sums = rest
+@jit
+def layer_steps(
+    thread, progress, embed, tokens, positions, turns_per_token, v, cos, sin, eps, first_step,
+    like_weights, encoder, encoder_v, decoder,
+    like_states, states, starts, read_scales, write_scales, x, a, partial_sums,
+):  # fmt: skip
+    """Layer steps of the model over v (R, D), in place.
+
+    Args:
+        progress: of ``STAGES`` for each layer step and once more.
+        embed: and what follows to eps, as of :func:`enter`, which is called where first_step is 0.
+        encoder, encoder_v, decoder: the addresses of E, of the heads of Ev and of Dec.
+        states: (layer steps, sequences) addresses of each one's sums, (H, N, D).
+        x: (H*N, R), a: (R, H, D), partial_sums: (H * stretches of a head, R, D): memory to work in.
+    """
     N, stage = x.shape[0] // a.shape[1], address(progress)
     if first_step == 0:
         enter(stage, embed, tokens, positions, turns_per_token, v, cos, sin, eps)
@@ -341,33 +335,6 @@ def _layer_steps(text, weights, rest):
 
 
 @jit
-def layer_steps(num_threads, text, weights, rest):
-    """Layer steps of the model over v (R, D), in place.
-
-    Args:
-        text: progress, of ``STAGES`` for each layer step and once more; embed to eps as of :func:`enter`, which is called
-            where first_step is 0.
-        weights: like and the addresses of E, of the heads of Ev and of Dec.
-        rest: states: (layer steps, sequences) addresses of each one's sums, (H, N, D);
-            x: (H*N, R), a: (R, H, D), partial_sums: (H * stretches of a head, R, D): memory to work in.
-    """
-    if num_threads == 1:
-        _layer_steps(text, weights, rest)
-    else:
-        for _ in prange(num_threads):
-            _layer_steps(text, weights, rest)
-
-
-@jit_inner
-def _products(progress, like, weights, v, out, relu):
+def products(thread, progress, like, weights, v, out, relu):
+    """:func:`project` alone."""
     project(address(progress), like, weights, v, out, relu)
-
-
-@jit
-def products(num_threads, arguments):
-    """:func:`project` alone: (progress, like, weights, v, out, relu)."""
-    if num_threads == 1:
-        _products(*arguments)
-    else:
-        for _ in prange(num_threads):
-            _products(*arguments)

@@ -9,6 +9,10 @@ piece must not depend on it.
 Waiting costs the core of whoever waits only for a moment. Then the thread sleeps, on Linux, until the last piece is done: the
 core is free for the thread that has it in hand, which another program may keep from its own.
 
+numba has no public name for what calls a compiled function by its address from another one, nor for what tells fast which types
+arguments have: :func:`run_by_threads` uses its ``call_conv``, ``overloads`` and ``compute_fingerprint`` (checked with 0.68; every test
+of the kernels fails where they change).
+
 The counters of a stage are int64, in the ``progress`` (stages, STAGE_WORDS) of a call (:meth:`bdh.ops.cpu.runtime.Team.new_progress`).
 """
 
@@ -17,10 +21,12 @@ import sys
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
+from numba import njit, prange, typeof, types
+from numba._dispatcher import compute_fingerprint
 from numba.core import cgutils
+from numba.extending import intrinsic
 
-from bdh.ops.cpu.runtime import SPINS_WORD
+from bdh.ops.cpu.runtime import SPINS_WORD, exclusive
 from bdh.ops.cpu.vector import ADDRESS, NUMBER, instruction
 
 _TAKEN, _DONE, _SLEEPERS = 0, 8, 9
@@ -30,9 +36,7 @@ _PAUSES = {"x86_64": ("llvm.x86.sse2.pause", ()), "aarch64": ("llvm.aarch64.hint
 _ARCHITECTURE = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 
-jit = njit(cache=True, nogil=True, parallel=True, error_model="numpy")
-"""For what Python calls; the threads are those of its ``prange``."""
-jit_inner = njit(cache=True, nogil=True, error_model="numpy")
+jit = njit(cache=True, nogil=True, error_model="numpy")
 
 
 def _pointer(builder: Any, address: Any) -> Any:
@@ -80,7 +84,7 @@ def _wake(builder, address):
     _call_futex(builder, address, _FUTEX_WAKE, _I64(2**31 - 1))
 
 
-@jit_inner
+@jit
 def take(stage, count):
     """A piece of a stage, at an address, of ``count`` pieces; -1 where none is left, and then all are done."""
     piece = _add(stage + 8 * _TAKEN, 1)
@@ -99,7 +103,7 @@ def take(stage, count):
         _sleep(done, so_far)
 
 
-@jit_inner
+@jit
 def next_piece(stage, count):
     """What :func:`take` gives, when the piece that it gave before is done."""
     done = stage + 8 * _DONE
@@ -115,3 +119,44 @@ def pieces(stage, count):
     while piece >= 0:
         yield piece
         piece = next_piece(stage, count)
+
+
+@intrinsic
+def _call(typingctx, address, number, arguments):
+    """Calls a compiled function by its address, with a number and a tuple, of the types that it was compiled for."""
+
+    def codegen(context, builder, signature, values):
+        kinds, convention = (types.int64, *signature.args[2].types), context.call_conv
+        function = builder.inttoptr(values[0], convention.get_function_type(types.none, kinds).as_pointer())
+        own = context.cast(builder, values[1], signature.args[1], types.int64)
+        each = [own, *cgutils.unpack_tuple(builder, values[2], len(kinds) - 1)]
+        status, _ = convention.call_function(builder, function, types.none, kinds, each)
+        with cgutils.if_unlikely(builder, status.is_error):
+            convention.return_status_propagate(builder, status)
+        return context.get_dummy_value()
+
+    return types.none(address, number, arguments), codegen
+
+
+@njit(cache=True, nogil=True, parallel=True, error_model="numpy")
+def _launch(num_threads, function, arguments):
+    for number in prange(num_threads):
+        _call(function, number, arguments)
+
+
+_addresses: dict[tuple[Any, bytes], int] = {}  # of compiled functions, by the types of their arguments
+
+
+def run_by_threads(num_threads: int, kernel: Any, *arguments: Any) -> None:
+    """Has each of so many threads call a function of :data:`jit` that returns nothing, with its own number, from 0, before these.
+
+    By its address: within the ``prange`` its code would be optimised and compiled three times more, which takes seconds.
+    """
+    key = kernel, compute_fingerprint(arguments)
+    if key not in _addresses:
+        kinds = (types.int64, *map(typeof, arguments))
+        kernel.compile(kinds)  # or loads it
+        found = kernel.overloads[kinds]
+        _addresses[key] = found.library.get_pointer_to_function(found.fndesc.llvm_func_name)
+    with exclusive():
+        _launch(num_threads, _addresses[key], arguments)

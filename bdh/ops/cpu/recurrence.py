@@ -13,7 +13,8 @@ from bdh.ops import WeightFormat
 from bdh.ops.attention import turns_per_token
 from bdh.ops.backends import WEIGHT_DTYPES
 from bdh.ops.cpu import kernels, window
-from bdh.ops.cpu.runtime import compiled, exclusive, team_for
+from bdh.ops.cpu.pieces import run_by_threads
+from bdh.ops.cpu.runtime import compiled, team_for
 from bdh.ops.eager import ring_shapes
 
 _LIKE = {torch.float32: kernels.FLOAT32, torch.bfloat16: kernels.BFLOAT16}
@@ -212,7 +213,7 @@ class Recurrence:
 
     def _run(
         self,
-        kernel: Callable[[int, tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]], None],
+        kernel: Any,
         rows: TokenRows,
         x: np.ndarray,
         arguments: Callable[[slice], tuple[Any, ...]],
@@ -237,8 +238,7 @@ class Recurrence:
         steps_per_call = L if on_layer_step is None else 1
         for first in range(0, L, steps_per_call):
             rest = arguments(slice(first, first + steps_per_call))
-            with exclusive():
-                kernel(team.threads, (progress[first * kernels.STAGES :], *text, first), weights, rest)
+            run_by_threads(team.threads, kernel, progress[first * kernels.STAGES :], *text, first, *weights, *rest)
             if on_layer_step is not None:
                 on_layer_step(x.T)
         return v
@@ -261,8 +261,8 @@ class Recurrence:
                 team = team_for(len(index))
                 progress = team.new_progress(1)
                 num_threads = min(team.threads, kernels.projected_pieces(weight.shape[0]))
-                with exclusive():
-                    kernels.products(num_threads, (progress, self._like, weight.data_ptr(), chosen, out, False))
+                place = weight.data_ptr()
+                run_by_threads(num_threads, kernels.products, progress, self._like, place, chosen, out, False)
                 logits.copy_(torch.from_numpy(out).t())
             return logits
 

@@ -222,7 +222,7 @@ def exclusive() -> AbstractContextManager[object]:
 def compiled(what: str, run: Callable[[], None], announce: Callable[[str], None] = to_stderr) -> None:
     """Runs something small that uses every kernel of ``what``, so that they are compiled, or loaded from the disk.
 
-    Says so where numba compiles, and not where it loads, however long that takes on a busy machine: compiling takes about
+    Says so where numba compiles, and not where it loads, however long that takes on a busy machine: compiling takes some
     ten seconds, once for each version and processor.
     """
     from numba.core import event

@@ -9,7 +9,8 @@ import torch
 from bdh.ops.backends import LayerWeights
 from bdh.ops.blocks.block import Block, Fired, Neurons, zeros_like
 from bdh.ops.cpu import train_kernels as kernels
-from bdh.ops.cpu.runtime import calm, compiled, crowding, exclusive, follow_torch_threads
+from bdh.ops.cpu.pieces import run_by_threads
+from bdh.ops.cpu.runtime import calm, compiled, crowding, follow_torch_threads
 from bdh.ops.cpu.vector import LANES
 
 DENSE_Y = 0.45
@@ -38,11 +39,11 @@ def compile_kernels() -> None:
         counts = np.empty(1, np.int64)
         keys = np.zeros(2, np.int64), np.zeros(LANES, np.int32), 0, np.float32(1)
         gated, grad_q = np.zeros_like(x), np.ones((1, 2, 1), np.float32)
-        kernels.rotate(x, x.copy(), *turns, 0, True, counts)
+        run_by_threads(1, kernels.rotate, x, x.copy(), *turns, 0, True, counts)
         grads = True, narrow, weight.copy(), weight.copy(), gated
-        kernels.gated_mlp(x, x, False, narrow, weight, weight, grads, partial_sums, *keys)
-        kernels.fire_backward(x, grad_q, gated, *turns, narrow, weight, weight.copy(), partial_sums)
-        kernels.turn_back(x, grad_q, gated, *turns)
+        run_by_threads(1, kernels.gated_mlp, x, x, False, narrow, weight, weight, *grads, partial_sums, *keys)
+        run_by_threads(1, kernels.fire_backward, x, grad_q, gated, *turns, narrow, weight, weight.copy(), partial_sums)
+        run_by_threads(1, kernels.turn_back, 1, x, grad_q, gated, *turns)
 
     compiled("training", run)
 
@@ -110,10 +111,9 @@ class KernelNeurons(Neurons):
         partial_sums = self._sums("sums", a)
         # Not ``.numpy()`` for weights: it fixes the size of their storage, which FSDP empties between forward passes.
         weights = np.from_dlpack(encoder_v), np.from_dlpack(self._weights.decoder[block.neurons])
-        with exclusive():
-            kernels.gated_mlp(
-                wide.numpy(), y.numpy(), has_y, rows.numpy(), *weights, grads, partial_sums.numpy(), *_keys(block, wide)
-            )
+        x_y_a = wide.numpy(), y.numpy(), has_y, rows.numpy()
+        keys = _keys(block, wide)
+        run_by_threads(self._parts, kernels.gated_mlp, *x_y_a, *weights, *grads, partial_sums.numpy(), *keys)
         _add(total, partial_sums)
 
     def fire_backward(
@@ -129,25 +129,24 @@ class KernelNeurons(Neurons):
         wide, grad_q = _whole(x), grad_q.permute(1, 0, 2).contiguous()
         values, weights = _rows(v), self._weights.encoder[block.neurons]
         grad_weights = self._gradients.encoder[block.neurons]
+        grads = wide.numpy(), grad_q.numpy(), gated.numpy()
         if self._firing > DENSE_GRADIENT * x.numel():
-            with exclusive():
-                kernels.turn_back(wide.numpy(), grad_q.numpy(), gated.numpy(), *_turns(block))
+            run_by_threads(self._parts, kernels.turn_back, self._parts, *grads, *_turns(block))
             grad_x = gated[:, : len(values)]
             grad_weights.addmm_(grad_x, values)
             grad_v += (grad_x.t() @ weights).view(grad_v.shape)
             return
         partial_sums = self._sums("sums", v)
-        with exclusive():
-            kernels.fire_backward(
-                wide.numpy(),
-                grad_q.numpy(),
-                gated.numpy(),
-                *_turns(block),
-                values.numpy(),
-                np.from_dlpack(weights),
-                grad_weights.numpy(),
-                partial_sums.numpy(),
-            )
+        of_weights = np.from_dlpack(weights), grad_weights.numpy()
+        run_by_threads(
+            self._parts,
+            kernels.fire_backward,
+            *grads,
+            *_turns(block),
+            values.numpy(),
+            *of_weights,
+            partial_sums.numpy(),
+        )
         _add(grad_v, partial_sums)
 
     def _rotate(
@@ -155,8 +154,7 @@ class KernelNeurons(Neurons):
     ) -> None:
         """q = rope(x) for some neurons, of which the first pair has this number in the head; counts those that fire."""
         counts = np.empty(self._parts, np.int64)
-        with exclusive():
-            kernels.rotate(x.numpy(), q.numpy(), *turns, first_pair, cut, counts)
+        run_by_threads(self._parts, kernels.rotate, x.numpy(), q.numpy(), *turns, first_pair, cut, counts)
         self._firing += int(counts.sum())
 
     def _memory(self, name: str, block: Block, like: torch.Tensor, *, fresh: bool = False) -> torch.Tensor:

@@ -15,7 +15,6 @@ Rings come by address: of each layer step and sequence the keys (H, N, C), the m
 """
 
 import numpy as np
-from numba import prange
 
 from bdh.ops.cpu.kernels import (
     AHEAD,
@@ -30,11 +29,11 @@ from bdh.ops.cpu.kernels import (
     project,
     residual_norm,
 )
-from bdh.ops.cpu.pieces import jit, jit_inner, pieces
+from bdh.ops.cpu.pieces import jit, pieces
 from bdh.ops.cpu.vector import CACHE_LINE, add_scaled, address, get_byte, prefetch, put_byte, put_float
 
 
-@jit_inner
+@jit
 def take_in(x, row, h, N, first, end, marks, table, pair_bytes, firing):
     """Gathers the pairs of a stretch that fire in a row, marks them, and clears what others left in its column.
 
@@ -59,7 +58,7 @@ def take_in(x, row, h, N, first, end, marks, table, pair_bytes, firing):
     return count
 
 
-@jit_inner
+@jit
 def score(stage, keys, fired, length, starts, positions, x, cos, sin, partial_sums, N):
     """The scores of each stretch, ``partial_sums`` (stretches, R, C), of the rows with the tokens in the ring; their keys enter.
 
@@ -96,7 +95,7 @@ def score(stage, keys, fired, length, starts, positions, x, cos, sin, partial_su
                     put_float(place + i * pair_bytes + row_bytes, q_1)
 
 
-@jit_inner
+@jit
 def gather(stage, partial_sums, fading, values, length, starts, positions, v, a, eps):
     """LN of the values in the window weighted by their scores: ``partial_sums`` (H * stretches of a head, R, C) to a (R, H, D).
 
@@ -128,7 +127,7 @@ def gather(stage, partial_sums, fading, values, length, starts, positions, v, a,
         normalise(a[r, h], ones, eps)
 
 
-@jit_inner
+@jit
 def store(stage, values, length, starts, positions, v):
     """Puts the values of the rows into their columns, as far as they stay there."""
     D = v.shape[1]
@@ -139,11 +138,21 @@ def store(stage, values, length, starts, positions, v):
                 put_float(place + d * 4, v[r, d])
 
 
-@jit_inner
-def _window_steps(text, weights, rest):
-    progress, embed, tokens, positions, turns_per_token, v, cos, sin, eps, first_step = text
-    like_weights, encoder, encoder_v, decoder = weights
-    rings, fading, starts, x, a, scores, partial_sums = rest
+@jit
+def window_steps(
+    thread, progress, embed, tokens, positions, turns_per_token, v, cos, sin, eps, first_step,
+    like_weights, encoder, encoder_v, decoder,
+    rings, fading, starts, x, a, scores, partial_sums,
+):  # fmt: skip
+    """Layer steps of the model over v (R, D), in place.
+
+    Args:
+        progress: and what follows to decoder, as those of :func:`bdh.ops.cpu.kernels.layer_steps`.
+        rings: (layer steps, 3, sequences) addresses of each one's keys, marks and values.
+        fading: (H, W - 1).
+        x: (H*N, R), a: (R, H, D), scores: (H * stretches of a head, R, C), partial_sums: (the same, R, D): memory to work
+            in; a holds 0 where W is 1.
+    """
     N, length, stage = x.shape[0] // a.shape[1], fading.shape[1], address(progress)
     if first_step == 0:
         enter(stage, embed, tokens, positions, turns_per_token, v, cos, sin, eps)
@@ -157,20 +166,3 @@ def _window_steps(text, weights, rest):
             store(stage + 3 * STAGE_BYTES, values, length, starts, positions, v)
         gated_mlp(stage + 4 * STAGE_BYTES, like_weights, encoder_v, decoder, x, a, partial_sums, N)
         residual_norm(stage + 5 * STAGE_BYTES, partial_sums, v, eps)
-
-
-@jit
-def window_steps(num_threads, text, weights, rest):
-    """Layer steps of the model over v (R, D), in place.
-
-    Args:
-        text, weights: as those of :func:`bdh.ops.cpu.kernels.layer_steps`.
-        rest: rings: (layer steps, 3, sequences) addresses of each one's keys, marks and values; fading: (H, W - 1);
-            x: (H*N, R), a: (R, H, D), scores: (H * stretches of a head, R, C), partial_sums: (the same, R, D): memory to work
-                in; a holds 0 where W is 1.
-    """
-    if num_threads == 1:
-        _window_steps(text, weights, rest)
-    else:
-        for _ in prange(num_threads):
-            _window_steps(text, weights, rest)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numba import njit
 
-from bdh.ops.cpu.pieces import pieces
+from bdh.ops.cpu.pieces import pieces, run_by_threads
 from bdh.ops.cpu.runtime import STAGE_WORDS, Team
 
 NUM_PIECES = 7
@@ -44,6 +44,19 @@ def test_a_thread_that_comes_when_all_is_done_finds_nothing_to_do():
     for _ in range(3):
         count_up(progress, done)
     assert (done == 1).all()
+
+
+@njit(nogil=True)
+def multiples(number, out, step):
+    out[number] = number * step
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int64", "uint8"])
+def test_each_thread_gets_its_number_and_functions_are_compiled_for_the_types_of_their_arguments(dtype):
+    """By the address of one that was compiled for other types it would write elsewhere."""
+    for out in (np.zeros(5, dtype), np.zeros((5, 2), dtype)[:, 0]):
+        run_by_threads(5, multiples, out, 3)
+        assert out.tolist() == [0, 3, 6, 9, 12]
 
 
 _PROGRAM = """
