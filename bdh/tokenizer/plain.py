@@ -206,7 +206,7 @@ class PlainTokenizer:
             facts = json.loads((folder / _CONFIG_FILE).read_text(encoding="utf-8"))
             if not isinstance(facts, dict) or _needs_transformers(folder, facts):
                 return None
-            backend = Tokenizer.from_file(str(folder / _TOKENIZER_FILE))
+            backend = Tokenizer.from_str((folder / _TOKENIZER_FILE).read_text(encoding="utf-8"))
             added = facts.get("added_tokens_decoder") or {}
             tokens = [_added_token(added[number]) for number in sorted(added, key=int)]
             special = {
@@ -221,6 +221,9 @@ class PlainTokenizer:
                     tokens.append(token)
                     known.add(str(token))
             backend.add_tokens(tokens)
+        except FileNotFoundError as error:
+            reason = f"there is no {Path(error.filename).name}"
+            raise ValueError(f"the tokenizer files of {folder} cannot be read: {reason}") from error
         except Exception as error:  # the tokenizers library raises nothing narrower for a damaged file
             raise ValueError(f"the tokenizer files of {folder} cannot be read: {first_line(error)}") from error
         return cls(

@@ -188,3 +188,6 @@ def test_a_damaged_file_is_named(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ValueError, match=f"the tokenizer files of {tmp_path} cannot be read"):
         PlainTokenizer.load(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"cannot be read: there is no tokenizer\.json$"):  # "os error 2", and no name
+        PlainTokenizer.load(tmp_path)
