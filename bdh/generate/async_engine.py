@@ -38,13 +38,16 @@ class AsyncRequest:
     residuals: Residuals | None = None
     """This one and those before are arguments of :meth:`Engine.add_request`."""
     deliver: Callable[[Item], None] | None = None
-    """Is called in the event loop with what the steps add, and the exception if the engine fails."""
+    """Is called in the event loop with what the steps add, and the exception if the engine fails. None keeps them for :meth:`outputs`."""
     id: int = -1
     """Its number in the engine; -1 until it has one."""
     has_started: bool = False
     """Whether it has a state, or has had one: until then it waits."""
     num_left: int = 0
     """Continuations that have not ended, from :meth:`AsyncEngine.submit` on."""
+
+    def __post_init__(self) -> None:
+        self._kept: asyncio.Queue[Item] = asyncio.Queue()
 
     def receive(self, item: Item) -> None:
         """Notes what has come, and delivers it."""
@@ -53,17 +56,7 @@ class AsyncRequest:
             self.num_left = 0
         elif isinstance(item, StepOutput) and item.completion is not None:
             self.num_left = max(0, self.num_left - 1)
-        if self.deliver is not None:
-            self.deliver(item)
-
-
-@dataclass(eq=False)
-class KeepingRequest(AsyncRequest):
-    """One whose outputs are kept until they are asked for."""
-
-    def __post_init__(self) -> None:
-        self._kept: asyncio.Queue[Item] = asyncio.Queue()
-        self.deliver = self._kept.put_nowait
+        (self.deliver or self._kept.put_nowait)(item)
 
     async def outputs(self) -> AsyncIterator[StepOutput]:
         """What the steps add, as it comes, until all continuations have ended.
@@ -163,9 +156,9 @@ class AsyncEngine:
     ) -> AsyncIterator[StepOutput]:
         """The outputs of a request as they come. Leaving the loop, or cancelling the task, aborts it within a step.
 
-        Arguments are those of :class:`AsyncRequest`, errors those of :meth:`submit` and :meth:`KeepingRequest.outputs`.
+        Arguments are those of :class:`AsyncRequest`, errors those of :meth:`submit` and :meth:`AsyncRequest.outputs`.
         """
-        request = KeepingRequest(prompt, params or SamplingParams(), **arguments)
+        request = AsyncRequest(prompt, params or SamplingParams(), **arguments)
         await self.submit(request)
         try:
             async for output in request.outputs():

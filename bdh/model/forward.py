@@ -131,21 +131,14 @@ def _plan(model: Any, B: int, T: int, form: str) -> LayerPlan:
     options = replace(options, rows_per_block=rows and min(rows, B), tokens_per_block=tokens and min(tokens, T))
     if obstacle is not None and not torch.is_grad_enabled():  # when hooks are attached for a measurement
         options = replace(options, path="auto")
-    return _plan_once(os.getpid(), torch.get_num_threads(), shape, options, form, config.chunk_size, obstacle)
+    how = {"form": form, "chunk_size": config.chunk_size, "obstacle": obstacle}
+    return _plan_once(os.getpid(), torch.get_num_threads(), shape, options, **how)
 
 
 @lru_cache(maxsize=64)
-def _plan_once(
-    process: int,
-    num_threads: int,
-    shape: LayerShape,
-    options: LayerOptions,
-    form: str,
-    chunk: int,
-    obstacle: str | None,
-) -> LayerPlan:
+def _plan_once(process: int, num_threads: int, *arguments: Any, **others: Any) -> LayerPlan:
     """A plan depends on nothing else: a forked process may have other backends, threads take memory."""
-    return plan_layer(shape, options, form=form, chunk_size=chunk, obstacle=obstacle)
+    return plan_layer(*arguments, **others)
 
 
 def layer_shape(config: Any, B: int, T: int, dtype: torch.dtype, device: torch.device) -> LayerShape:

@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from bdh.generate.advance import Advancer
-from bdh.generate.async_engine import AsyncEngine, KeepingRequest
+from bdh.generate.async_engine import AsyncEngine, AsyncRequest
 from bdh.generate.engine import Engine
 from bdh.generate.params import EngineConfig, SamplingParams
 from bdh.model.state import SynapticState
@@ -181,7 +181,7 @@ def test_a_stop_without_memory_for_the_snapshot_ends_its_own_request_only(async_
 
     async def run():
         other = asyncio.create_task(async_engine.generate("abc", SamplingParams(max_tokens=300, seed=1)))
-        request = KeepingRequest("abc", SamplingParams(max_tokens=10**6, ignore_eos=True))
+        request = AsyncRequest("abc", SamplingParams(max_tokens=10**6, ignore_eos=True))
         await async_engine.submit(request)
         monkeypatch.setattr(SynapticState, "clone", no_memory)
         outputs = request.outputs()
@@ -203,7 +203,7 @@ def test_an_order_that_fails_does_not_end_the_engine(async_engine, monkeypatch, 
         raise MemoryError("not a byte")
 
     async def run():
-        request = KeepingRequest("abc", SamplingParams(max_tokens=300, seed=1))
+        request = AsyncRequest("abc", SamplingParams(max_tokens=300, seed=1))
         await async_engine.submit(request)
         with monkeypatch.context() as patch:
             patch.setattr(async_engine.engine, "abort", no_memory)
