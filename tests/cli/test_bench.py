@@ -268,7 +268,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_runs(bench, tm
     (tmp_path / "file").touch()
     os.mkfifo(tmp_path / "pipe")
     for name, said in {
-        "": "must be the name of a file, or -",
+        "": "must not be empty",
         tmp_path: "must be a file, not a folder",
         tmp_path / "pipe": "must be a file, not a device",
         tmp_path / "missing" / "x": "must be a file in a folder that exists",

@@ -208,7 +208,7 @@ def test_another_template_is_another_entry_of_the_cache(numbers, chat_of):
 
 def test_too_few_conversations_and_streaming_are_refused(tmp_path, chat_of):
     path = written(tmp_path / "c.jsonl", [GOOD])
-    with pytest.raises(ValueError, match="has 1 conversations with an answer: at least one to train on and one to"):
+    with pytest.raises(ValueError, match="has 1 conversation with an answer: at least one to train on and one to"):
         chat_of(path)
     with pytest.raises(ValueError, match=r"data\.streaming is true, but conversations are tokenized before"):
         chat_of(path, streaming=True)
