@@ -140,8 +140,11 @@ def _call(typingctx, address, number, arguments):
 
 @njit(cache=True, nogil=True, parallel=True, error_model="numpy")
 def _launch(num_threads, function, arguments):
-    for number in prange(num_threads):
-        _call(function, number, arguments)
+    if num_threads == 1:  # without OpenMP, whose threads take longer to wake up than a small model to compute a token
+        _call(function, 0, arguments)
+    else:
+        for number in prange(num_threads):
+            _call(function, number, arguments)
 
 
 _addresses: dict[tuple[Any, bytes], int] = {}  # of compiled functions, by the types of their arguments
