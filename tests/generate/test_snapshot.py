@@ -169,9 +169,10 @@ def test_other_files_are_refused(model, tmp_path):
     (tmp_path / "text").write_text("To be or not to be, that is the question")
     with pytest.raises(ValueError, match="text is not a complete snapshot file"):
         Snapshot.load(tmp_path / "text", model)
-    for missing in (tmp_path / "missing", tmp_path):
-        with pytest.raises(FileNotFoundError, match="there is no snapshot file"):
-            Snapshot.load(missing, model)
+    with pytest.raises(FileNotFoundError, match="there is no snapshot file"):
+        Snapshot.load(tmp_path / "missing", model)
+    with pytest.raises(FileNotFoundError, match="is a folder, not a snapshot file"):
+        Snapshot.load(tmp_path, model)
 
 
 def test_a_later_format_is_refused(model, snapshot, tmp_path):
