@@ -18,8 +18,7 @@ Weights and states come by address, one row of D numbers for each neuron, in flo
 
 import numpy as np
 
-from bdh.ops.cpu.pieces import jit, pieces
-from bdh.ops.cpu.runtime import STAGE_WORDS
+from bdh.ops.cpu.pieces import STAGE_WORDS, jit, pieces
 from bdh.ops.cpu.vector import (
     CACHE_LINE,
     add_scaled,

@@ -10,7 +10,7 @@ Waiting costs the core of whoever waits only for a moment. Then the thread sleep
 core is free for the thread that has it in hand, which another program may keep from its own.
 
 numba has no public name for what calls a compiled function by its address from another one, nor for what tells fast which types
-arguments have: :func:`run_by_threads` uses its ``call_conv``, ``overloads`` and ``compute_fingerprint`` (checked with 0.68; every test
+arguments have: this file uses its ``call_conv``, ``overloads`` and ``compute_fingerprint`` (checked with 0.68; every test
 of the kernels fails where they change).
 
 The counters of a stage are int64, in the ``progress`` (stages, STAGE_WORDS) of a call (:meth:`bdh.ops.cpu.runtime.Team.new_progress`).
@@ -26,9 +26,11 @@ from numba._dispatcher import compute_fingerprint
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from bdh.ops.cpu.runtime import SPINS_WORD, exclusive
 from bdh.ops.cpu.vector import ADDRESS, NUMBER, instruction
 
+STAGE_WORDS = 16  # two lines of the cache
+SPINS_WORD = 1
+"""Where it stands how often a thread that waits looks, before it sleeps."""
 _TAKEN, _DONE, _SLEEPERS = 0, 8, 9
 _FUTEX_WAIT, _FUTEX_WAKE = 128, 129  # within a process
 _FUTEX = {"x86_64": 202, "aarch64": 98}  # the number of the system call
@@ -139,7 +141,8 @@ def _call(typingctx, address, number, arguments):
 
 
 @njit(cache=True, nogil=True, parallel=True, error_model="numpy")
-def _launch(num_threads, function, arguments):
+def launch(num_threads, function, arguments):
+    """Has each of so many threads call the function at an address with its own number, from 0, and the arguments."""
     if num_threads == 1:  # without OpenMP, whose threads take longer to wake up than a small model to compute a token
         _call(function, 0, arguments)
     else:
@@ -147,19 +150,14 @@ def _launch(num_threads, function, arguments):
             _call(function, number, arguments)
 
 
-_addresses: dict[tuple[Any, bytes], int] = {}  # of compiled functions, by the types of their arguments
+def address_of(kernel: Any, arguments: tuple[Any, ...]) -> int:
+    """Of a function of :data:`jit` that returns nothing, compiled or loaded for a thread's number and such arguments."""
+    kinds = (types.int64, *map(typeof, arguments))
+    kernel.compile(kinds)
+    found = kernel.overloads[kinds]
+    address: int = found.library.get_pointer_to_function(found.fndesc.llvm_func_name)
+    return address
 
 
-def run_by_threads(num_threads: int, kernel: Any, *arguments: Any) -> None:
-    """Has each of so many threads call a function of :data:`jit` that returns nothing, with its own number, from 0, before these.
-
-    By its address: within the ``prange`` its code would be optimised and compiled three times more, which takes seconds.
-    """
-    key = kernel, compute_fingerprint(arguments)
-    if key not in _addresses:
-        kinds = (types.int64, *map(typeof, arguments))
-        kernel.compile(kinds)  # or loads it
-        found = kernel.overloads[kinds]
-        _addresses[key] = found.library.get_pointer_to_function(found.fndesc.llvm_func_name)
-    with exclusive():
-        _launch(num_threads, _addresses[key], arguments)
+types_of = compute_fingerprint
+"""Bytes that tell which types arguments have."""

@@ -13,8 +13,7 @@ from bdh.ops import WeightFormat
 from bdh.ops.attention import turns_per_token
 from bdh.ops.backends import WEIGHT_DTYPES
 from bdh.ops.cpu import kernels, window
-from bdh.ops.cpu.pieces import run_by_threads
-from bdh.ops.cpu.runtime import compiled, team_for
+from bdh.ops.cpu.runtime import compiled, run_by_threads, team_for
 from bdh.ops.eager import ring_shapes
 
 _LIKE = {torch.float32: kernels.FLOAT32, torch.bfloat16: kernels.BFLOAT16}

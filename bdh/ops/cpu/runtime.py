@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -173,8 +173,6 @@ FEW_ROWS = 16
 """Up to so many rows a call leaves busy cores to others. In a longer one a thread that gets half of a core is worth having."""
 
 
-STAGE_WORDS = 16  # two lines of the cache
-SPINS_WORD = 1
 SPINS, SPINS_WHEN_CROWDED = 10_000, 300
 """How often a waiting thread looks before it sleeps. A look takes 20 to 50 nanoseconds."""
 
@@ -188,6 +186,8 @@ class Team(NamedTuple):
 
     def new_progress(self, num_stages: int) -> np.ndarray:
         """The counters of so many stages (:mod:`bdh.ops.cpu.pieces`); each can be gone through once."""
+        from bdh.ops.cpu.pieces import SPINS_WORD, STAGE_WORDS
+
         progress = np.zeros((num_stages, STAGE_WORDS), np.int64)
         progress[:, SPINS_WORD] = SPINS_WHEN_CROWDED if self.is_crowded else SPINS
         return progress
@@ -217,6 +217,23 @@ def exclusive() -> AbstractContextManager[object]:
     except ValueError:  # nothing has run yet, so it is not chosen
         is_safe = False
     return nullcontext() if is_safe else _one_at_a_time
+
+
+_addresses: dict[tuple[Any, bytes], int] = {}  # of compiled functions, by the types of their arguments
+
+
+def run_by_threads(num_threads: int, kernel: Any, *arguments: Any) -> None:
+    """Has each of so many threads call a kernel, a function of :data:`bdh.ops.cpu.pieces.jit`, with its own number before these.
+
+    By its address: within the ``prange`` its code would be optimised and compiled three times more, which takes seconds.
+    """
+    from bdh.ops.cpu import pieces
+
+    key = kernel, pieces.types_of(arguments)
+    if key not in _addresses:
+        _addresses[key] = pieces.address_of(kernel, arguments)
+    with exclusive():
+        pieces.launch(num_threads, _addresses[key], arguments)
 
 
 def compiled(what: str, run: Callable[[], None], announce: Callable[[str], None] = to_stderr) -> None:

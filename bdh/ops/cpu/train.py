@@ -9,8 +9,7 @@ import torch
 from bdh.ops.backends import LayerWeights
 from bdh.ops.blocks.block import Block, Fired, Neurons, zeros_like
 from bdh.ops.cpu import train_kernels as kernels
-from bdh.ops.cpu.pieces import run_by_threads
-from bdh.ops.cpu.runtime import calm, compiled, crowding, follow_torch_threads
+from bdh.ops.cpu.runtime import calm, compiled, crowding, follow_torch_threads, run_by_threads
 from bdh.ops.cpu.vector import LANES
 
 DENSE_Y = 0.45

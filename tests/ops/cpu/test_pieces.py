@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from numba import njit
 
-from bdh.ops.cpu.pieces import pieces, run_by_threads
-from bdh.ops.cpu.runtime import STAGE_WORDS, Team
+from bdh.ops.cpu.pieces import STAGE_WORDS, pieces
+from bdh.ops.cpu.runtime import Team, run_by_threads
 
 NUM_PIECES = 7
 
