@@ -61,7 +61,8 @@ class Connections:
         self.open.add(connection)
         if self._sweep is None:
             self._sweep = connection.loop.call_later(_SWEEP_SECONDS, self._sweep_all, connection.loop)
-        serving = [each for each in self.open if not each.has_ended]
+        # One that is closed stays open until the event loop's next turn, and many new ones may come within this one.
+        serving = [each for each in self.open if not (each.has_ended or each.transport.is_closing())]
         if len(serving) > self.limits.connections:
             waiting = [each for each in serving if each.is_waiting and each is not connection]
             min(waiting, key=lambda each: each.since, default=connection).give_way()

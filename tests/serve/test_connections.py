@@ -290,6 +290,16 @@ def test_many_slow_connections_give_way_to_others(start_server, bytes_pair, conn
     assert server.text("abc", max_tokens=2)
 
 
+def test_connections_that_come_at_once_take_the_place_of_one_each(start_server, bytes_pair, connect):
+    server = start_server(*bytes_pair, limits=LimitSettings(connections=10, head_timeout=60))
+    assert server.http.get("/health/live").status_code == 200
+    (idle,) = server.connections.open  # kept by the client, and the first to go
+    idle.loop.call_soon_threadsafe(time.sleep, 0.5)  # meanwhile all of these come, so that one turn of the loop accepts them
+    slow = [connect(server).send(b"GET / HTTP/1.1\r\nX-S") for _ in range(30)]
+    for client in slow[:20]:
+        client.assert_refused(503, "too_many_connections")
+
+
 def test_where_all_connections_are_at_work_a_new_one_is_refused(start_server, bytes_pair, connect):
     server = start_server(*bytes_pair, limits=LimitSettings(connections=2, head_timeout=60))
     body = b'{"prompt": "abc", "max_tokens": 16000, "temperature": 0, "stream": true}'
