@@ -140,6 +140,7 @@ def test_sizes_are_not_given_beside_a_model(bench, folder):
     assert "n_embd is 64: must be left out with model" in err
 
 
+@pytest.mark.slow
 def test_train_compares_and_then_times(bench):
     status, out, _ = bench(
         "train", "--quick", *SMALL, "--block_size", 16, "--block_size", 40, "--density", 0.2, "--baselines", "naive",

@@ -32,6 +32,7 @@ print("SLOW", *(name for name in %r if name in sys.modules))
 """
 
 
+@pytest.mark.slow
 def test_generate_chat_and_serve_never_import_transformers(model_folder):
     program = _PROGRAM % (_SLOW,)
     run = subprocess.run([sys.executable, "-c", program, str(model_folder)], capture_output=True, text=True)

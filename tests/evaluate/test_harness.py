@@ -117,6 +117,7 @@ def test_git_says_nothing_outside_of_a_repository(model, tasks, tmp_path, monkey
     assert "git" not in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_task_that_is_not_there_is_named(model, tasks):
     with pytest.raises(ValueError, match="there is no task local_riddles"):
         evaluate_tasks(adapter(model), ["local_riddles"], include_path=str(tasks))

@@ -99,6 +99,7 @@ def test_a_place_that_cannot_be_written(tmp_path, name, title, place):
     assert f"{title} is incomplete" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["", "0123456789012345678901234567890123456789"], ids=["no key", "a key"])
 def test_wandb_without_a_server_goes_into_files_within_the_timeout(tmp_path, monkeypatch, key):
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nothing listens there

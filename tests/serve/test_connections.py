@@ -315,6 +315,7 @@ def test_where_all_connections_are_at_work_a_new_one_is_refused(start_server, by
     assert server.http.get("/health/live").status_code == 200
 
 
+@pytest.mark.slow
 def test_a_client_that_does_not_take_its_answer_is_given_up(start_server, bytes_pair, connect):
     server = start_server(*bytes_pair, limits=LimitSettings(send_timeout=0.3))
     body = json.dumps({"prompt": "a" * 2000, "echo": True, "logprobs": 5, "max_tokens": 0}).encode()

@@ -164,6 +164,7 @@ def test_what_is_cut_off_is_told_so_and_goes_on_after_a_restart(start, tmp_path)
     assert server.end() == 0
 
 
+@pytest.mark.slow
 def test_a_log_that_has_lost_its_reader_ends_nothing(folder):
     command = [sys.executable, "-m", "bdh", "serve", str(folder), "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

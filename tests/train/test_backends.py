@@ -38,6 +38,7 @@ def test_the_event_files_hold_every_name_that_the_docs_promise(train, tmp_path):
     assert b"learning_rate: 0.01" in settings.tensor_proto.string_val[0]
 
 
+@pytest.mark.slow
 def test_all_backends_at_once_go_on_with_a_resumed_run(train, tmp_path, trackio_folder):
     run = tmp_path / "run"
     choice = {

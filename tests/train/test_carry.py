@@ -31,6 +31,7 @@ def opened(folder, source, **overrides):
     return open_run(parse_settings(RunSettings, argv, prog="p", description="d"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
