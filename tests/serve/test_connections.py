@@ -294,7 +294,8 @@ def test_connections_that_come_at_once_take_the_place_of_one_each(start_server, 
     server = start_server(*bytes_pair, limits=LimitSettings(connections=10, head_timeout=60))
     assert server.http.get("/health/live").status_code == 200
     (idle,) = server.connections.open  # kept by the client, and the first to go
-    idle.loop.call_soon_threadsafe(time.sleep, 0.5)  # meanwhile all of these come, so that one turn of the loop accepts them
+    # Meanwhile all of these come, so that one turn of the loop accepts them.
+    idle.loop.call_soon_threadsafe(time.sleep, 0.5)
     slow = [connect(server).send(b"GET / HTTP/1.1\r\nX-S") for _ in range(30)]
     for client in slow[:20]:
         client.assert_refused(503, "too_many_connections")
