@@ -1,8 +1,10 @@
 """A server on a port of this machine, in a thread of this process: what clients talk to."""
 
 import asyncio
+import sys
 import threading
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -109,7 +111,10 @@ class Running:
         self.http.close()
         self._server.should_exit = self._server.force_exit = True
         self._thread.join(20)
-        assert not self._thread.is_alive(), f"the server at {self.url} does not end"
+        if self._thread.is_alive():
+            at = "".join(traceback.format_stack(sys._current_frames()[self._thread.ident]))
+            tasks = "\n".join(map(repr, asyncio.all_tasks(self.loop)))
+            raise AssertionError(f"the server at {self.url} does not end; its thread is at\n{at}its tasks are\n{tasks}")
         if self.service.loaded is not None:
             self.service.loaded.engine.close()
 
