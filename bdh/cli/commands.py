@@ -74,7 +74,7 @@ def run_export(settings: ExportSettings) -> int:
             print(f"{settings.out}: the adapters of {settings.run} merged into {base.describe()}")
             return 0
         step = export_run(run, out, which=settings.checkpoint, ema=settings.ema, merge=settings.merge)
-    what = "adapters" if (out / "adapter_config.json").is_file() else "weights"
+    what = "adapters" if (out / ADAPTER_CONFIG).is_file() else "weights"
     print(f"{settings.out}: the {'averaged ' if settings.ema else ''}{what} of step {step}")
     return 0
 
