@@ -9,6 +9,8 @@ LAYER_PATHS: tuple[str, ...] = get_args(LayerPath)
 StepPath = Literal["auto", "kernels", "torch"]
 """Who advances states."""
 STEP_PATHS: tuple[str, ...] = get_args(StepPath)
+QuantizedFormat = Literal["int8", "int4"]
+"""Whole numbers with scales, laid out by :mod:`bdh.ops.formats`."""
 WeightFormat = Literal["float32", "bfloat16"]
 """How ``advance`` keeps its copies of the weights; "float32" stands for the model's own dtype where it makes none."""
 WEIGHT_FORMATS: tuple[WeightFormat, ...] = get_args(WeightFormat)

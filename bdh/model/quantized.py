@@ -1,0 +1,65 @@
+"""Modules whose weights are rounded to whole numbers with scales, in the place of those of a model."""
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+
+from bdh.ops import QuantizedFormat
+from bdh.ops.formats import Codes, pack, row_bytes, unpack
+
+
+class QuantizedLinear(nn.Module):
+    """A ``Linear`` without a bias, whose weight is in a format of :mod:`bdh.ops.formats`.
+
+    The CPU's kernels read ``packed`` as it is; torch's operations compute with :attr:`weight`.
+
+    Args:
+        by_input: whether a row of ``packed`` belongs to an input, as of the decoder, whose inputs are the neurons; else to an
+            output.
+    """
+
+    packed: torch.Tensor
+    """uint8 (rows, bytes of a row): a row for each output, or each input."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        weight_format: QuantizedFormat,
+        *,
+        by_input: bool = False,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight_format: QuantizedFormat = weight_format
+        self.by_input = by_input
+        num_rows, D = (in_features, out_features) if by_input else (out_features, in_features)
+        packed = torch.zeros(num_rows, row_bytes(weight_format, D), dtype=torch.uint8, device=device)
+        self.register_buffer("packed", packed)
+
+    @classmethod
+    def of(cls, rounded: Codes, weight_format: QuantizedFormat, *, by_input: bool = False) -> "QuantizedLinear":
+        """Of the codes of its rows."""
+        num_rows, D = rounded.codes.shape
+        sizes = (num_rows, D) if by_input else (D, num_rows)
+        module = cls(*sizes, weight_format, by_input=by_input, device="meta")
+        module.packed = pack(rounded, weight_format)
+        return module
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """The weights row by row, float32 (rows, D), computed anew."""
+        D = self.out_features if self.by_input else self.in_features
+        return unpack(self.packed, D, self.weight_format).dequantized()
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """float32 (out_features, in_features), computed anew."""
+        return self.rows.t() if self.by_input else self.rows
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return linear(input, self.weight.to(input.dtype))
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.weight_format}"
