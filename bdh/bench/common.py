@@ -27,8 +27,9 @@ from bdh.model.configuration import BDHConfig
 from bdh.model.modeling import BDHForCausalLM
 from bdh.ops import StateFormat, WeightFormat, naive
 from bdh.ops.attention import DecayMask, attend, rotation_table
-from bdh.ops.backends import STATE_DTYPES, WEIGHT_DTYPES
+from bdh.ops.backends import STATE_DTYPES
 from bdh.ops.eager import Layer, layer_norm, layer_step
+from bdh.ops.formats import layer_formats, row_bytes
 
 Progress = Callable[[str], None]
 _DENSITY_TOKENS = 256
@@ -250,14 +251,15 @@ def traffic(
 ) -> Traffic:
     """Of a model whose layer steps are as dense as was found."""
     num_rows = config.n_layer * config.n_head * config.neurons_per_head
-    weight_row, state_row = (config.n_embd * dtype.itemsize for dtype in (WEIGHT_DTYPES[weights], STATE_DTYPES[state]))
+    of_encoder, of_encoder_v, of_decoder, of_head = (row_bytes(each, config.n_embd) for each in layer_formats(weights))
+    state_row = config.n_embd * STATE_DTYPES[state].itemsize
     x, pairs, xy = (mean(getattr(each, name) for each in found) for name in ("x", "pairs", "xy"))
     return Traffic(
-        encoder=num_rows * weight_row,
+        encoder=num_rows * of_encoder,
         state=round(pairs * num_rows) * state_row * 2,
-        encoder_v=round(x * num_rows) * weight_row,
-        decoder=round(xy * num_rows) * weight_row,
-        lm_head=config.vocab_size * weight_row,
+        encoder_v=round(x * num_rows) * of_encoder_v,
+        decoder=round(xy * num_rows) * of_decoder,
+        lm_head=config.vocab_size * of_head,
     )
 
 

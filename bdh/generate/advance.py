@@ -13,7 +13,7 @@ import torch
 
 from bdh.model.network import ModelParts
 from bdh.model.state import Pattern, Shapes, SynapticState
-from bdh.model.weights import kernel_obstacle, recurrence_of
+from bdh.model.weights import kernel_obstacle, quantized_format, recurrence_of
 from bdh.ops import STATE_FORMATS, WEIGHT_FORMATS, StateFormat, WeightFormat, eager
 from bdh.ops.attention import rotation_table, sum_dtype
 from bdh.ops.backends import STATE_DTYPES, BackendName, Work, choose_backend
@@ -163,7 +163,8 @@ class Advancer:
 
     Args:
         path: one of :data:`bdh.ops.STEP_PATHS`; "auto" takes the kernels where they run.
-        weights: "float32", or "bfloat16": half the memory and traffic of the kernels' weights.
+        weights: the format of the kernels' copies of the weights (:data:`bdh.ops.WeightFormat`); "float32" for the model's
+            own, which may be quantized.
         state: "float32", or "bfloat16": half the memory and traffic of the states.
         window: attend to the last so many tokens only (:mod:`bdh.ops.eager`); None for all of the text.
 
@@ -172,6 +173,7 @@ class Advancer:
 
     Attributes:
         backend: "cpu" or "eager".
+        weights: the format of the weights that are read: that of the copies, or the model's own where it is quantized.
         last_progress: ``time.monotonic()`` when a step last came to an end of some of its work. For other threads, which
             tell by it a long step from one that hangs.
     """
@@ -195,12 +197,18 @@ class Advancer:
         faults.raise_if_any()
         chosen = choose_backend("advance", path, Work(model.device, model.dtype, kernel_obstacle(model)))
         allowed = f"float32 with torch's operations ({chosen.reason})"
-        faults.require(weights in chosen.backend.weights, "weights", weights, allowed)
+        own = quantized_format(model)
+        if own is not None:
+            allowed_weights = f"{own}, in which the model's weights are stored, or left out"
+            faults.require(weights in ("float32", own), "weights", weights, allowed_weights)
+        else:
+            faults.require(weights in chosen.backend.weights, "weights", weights, allowed)
         faults.require(state in chosen.backend.states, "state", state, allowed)
         faults.raise_if_any()
         model.eval()
         self.model, self.window, self.backend = model, window, chosen.backend.name
-        self._weights, self._state, self._reason = weights, state, chosen.reason
+        self._copies: WeightFormat = "float32" if own is not None else weights
+        self.weights, self._state, self._reason = own or weights, state, chosen.reason
         config = model.config
         self._shape = H, N, D = config.n_head, config.neurons_per_head, config.n_embd
         half_lives = config.half_lives
@@ -219,6 +227,8 @@ class Advancer:
         self._kind = "sums" if state == "float32" else f"sums {state}"
         if "scaled" in self._kernel_settings:
             self._kind += ", scaled"
+        if self._copies != "float32":  # what the model has read by other weights is another state
+            self._kind += f", weights {self._copies}"
         self._shapes: Shapes = {"sums": (dtype, (H, N, D))}
         if window is not None:
             self._kind, self._shapes = f"window:{window}", ring_shapes(window, H, N, D, model.dtype)
@@ -230,9 +240,10 @@ class Advancer:
         """Which code runs, and why: a line for people."""
         window = None if self.window is None else f"a window of {counted(self.window, 'token')}"
         if self.backend == "eager":
-            return f"torch on {self.model.device}, {window or 'dense recurrent steps'} ({self._reason})"
+            weights = "" if self.weights == "float32" else f"weights {self.weights}, "
+            return f"torch on {self.model.device}, {weights}{window or 'dense recurrent steps'} ({self._reason})"
         threads = f"sparse kernels on the cpu, {counted(torch.get_num_threads(), 'thread')}"
-        return f"{threads}, weights {self._weights}, {window or f'state {self._state}'} ({self._reason})"
+        return f"{threads}, weights {self.weights}, {window or f'state {self._state}'} ({self._reason})"
 
     @property
     def state_bytes(self) -> int:
@@ -355,7 +366,7 @@ class Advancer:
         from bdh.ops.cpu.recurrence import TokenRows
 
         starts, recorded = call.starts, call.recorded
-        recurrence = recurrence_of(self.model, self._weights, is_prompt=self._begins_prompt(call))
+        recurrence = recurrence_of(self.model, self._copies, is_prompt=self._begins_prompt(call))
         logits_of = recurrence.prepare_logits([place for places in call.wanted for place in places])
 
         def before_writing() -> None:

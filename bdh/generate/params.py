@@ -172,7 +172,8 @@ class EngineConfig(Settings):
     path: StepPath = "auto"
     """Code of the steps: kernels (sparse, on the CPU), torch, or auto, which takes the kernels where they run."""
     weights: WeightFormat = "float32"
-    """The kernels' weights: float32, or bfloat16 in half the memory."""
+    """The kernels' weights: float32 for the model's own; or rounded when they are loaded, to bfloat16 in half the memory, int8 in
+    a quarter, int4 in a seventh, mixed: the encoder int8, the rest int4."""
     state: StateFormat = "float32"
     """The kernels' states: float32, or bfloat16 in half the memory, which drifts with the length of the text."""
     window: PositiveInt | None = None

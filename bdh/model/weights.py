@@ -23,8 +23,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from xxhash import xxh3_128, xxh3_128_digest
 
 from bdh.model.network import ModelParts
-from bdh.ops import WeightFormat
+from bdh.model.quantized import QuantizedLinear
+from bdh.ops import WEIGHT_FORMATS, WeightFormat
 from bdh.ops.backends import CPU, LayerWeights
+from bdh.ops.formats import Rows, layer_formats
 
 if TYPE_CHECKING:  # numba, which is imported where the kernels run
     from bdh.ops.cpu.recurrence import Recurrence
@@ -65,16 +67,22 @@ def torch_func_is_active() -> bool:
 
 
 def weights_obstacle(modules: Sequence[nn.Module]) -> str | None:
-    """Why the modules cannot be computed by their weights alone; None where they are plain ``nn.Linear``."""
+    """Why the modules cannot be computed by their weights alone; None where they are plain ``nn.Linear``, or
+    :class:`bdh.model.quantized.QuantizedLinear`."""
     for module in modules:
-        if type(module) is not nn.Linear:  # one with a parametrization has a class of its own
+        is_quantized = type(module) is QuantizedLinear
+        if type(module) is not nn.Linear and not is_quantized:  # one with a parametrization has a class of its own
             return f"a layer is {type(module).__module__}.{type(module).__name__}, not a plain nn.Linear"
-        if module.bias is not None:
+        if not is_quantized and module.bias is not None:
             return "a layer has a bias"
         if has_hooks(module):
             return "a layer has hooks"
         if "forward" in module.__dict__:  # as accelerate does it
             return "the forward of a layer has been replaced"
+        if is_quantized:
+            if module.packed.is_meta:
+                return "a weight is on meta"
+            continue
         weight = module.weight
         if type(weight) is not nn.Parameter:
             return f"a weight is {type(weight).__name__}, not a plain nn.Parameter"
@@ -209,11 +217,11 @@ class _KernelCopies:
         from bdh.ops.cpu.recurrence import KernelWeights, Recurrence
 
         self._key = _key(model)
-        weights, config = _weights(model), model.config
+        weights, config = stored_weights(model), model.config
         # Before they are copied: what another process writes meanwhile is found, too late rather than never.
         checksums = [[checksum([piece]) for piece in _pieces(weight)] for weight in weights]
         copies = KernelWeights.of(
-            weights,
+            _matrices(model),
             rope_theta=config.rope_theta,
             eps=config.layer_norm_eps,
             num_layer_steps=config.n_layer,
@@ -243,7 +251,7 @@ class _KernelCopies:
             if memory is not None:
                 found = [xxh3_128_digest(memory[i]) for i in chosen]
             else:
-                pieces = _pieces(_weights(model)[number])
+                pieces = _pieces(stored_weights(model)[number])
                 found = [checksum([pieces[i]]) for i in chosen]
             if found != [sums[i] for i in chosen]:
                 return False
@@ -262,8 +270,8 @@ def kernel_obstacle(model: ModelParts) -> str | None:
         return f"the embedding is {type(model.embed).__name__}, the kernels take plain nn.Embedding"
     if has_hooks(model.embed):
         return "the embedding has hooks"
-    for weight in _weights(model):
-        if weight.dtype not in CPU.dtypes["advance"]:
+    for weight in stored_weights(model):
+        if weight.is_floating_point() and weight.dtype not in CPU.dtypes["advance"]:
             return f"the weights are {weight.dtype}, the kernels take float32 and bfloat16"
     return None
 
@@ -315,15 +323,35 @@ def forget_kernels(model: Any) -> None:
         _kernels.pop(model, None)
 
 
-def _weights(model: ModelParts) -> list[torch.Tensor]:
-    """In the order of ``KernelWeights.tensors``."""
-    return [each.weight for each in (model.embed, *layer_modules(model), model.lm_head)]
+def stored_weights(model: ModelParts) -> list[torch.Tensor]:
+    """The memory that they are in, in the order of ``KernelWeights.tensors``."""
+    modules = (model.embed, *layer_modules(model), model.lm_head)
+    return [each.packed if type(each) is QuantizedLinear else each.weight for each in modules]
+
+
+def quantized_format(model: ModelParts) -> str | None:
+    """In which of :data:`bdh.ops.WEIGHT_FORMATS` E, Ev and Dec are rounded, or the format of each where it is none of these;
+    None where they are plain numbers."""
+    found = [each.weight_format if type(each) is QuantizedLinear else "plain" for each in layer_modules(model)]
+    if set(found) == {"plain"}:
+        return None
+    for weights in WEIGHT_FORMATS:
+        encoder, encoder_v, decoder, _ = layer_formats(weights)
+        if found == [encoder, *[encoder_v] * len(model.encoder_v), decoder]:
+            return weights
+    return ", ".join(found)
+
+
+def _matrices(model: ModelParts) -> list[torch.Tensor | Rows]:
+    """The same as ``KernelWeights.of`` takes them."""
+    modules = (model.embed, *layer_modules(model), model.lm_head)
+    return [Rows(each.packed, each.weight_format) if type(each) is QuantizedLinear else each.weight for each in modules]
 
 
 def _key(model: ModelParts) -> tuple[Any, ...]:
     """Changes with the memory that weights are in, where autograd counts with what it holds, and with constants."""
     config = model.config
-    places = [(w.data_ptr(), w.dtype, w.shape, w.stride(), version_of(w)) for w in _weights(model)]
+    places = [(w.data_ptr(), w.dtype, w.shape, w.stride(), version_of(w)) for w in stored_weights(model)]
     return config.rope_theta, config.layer_norm_eps, config.n_layer, *places
 
 

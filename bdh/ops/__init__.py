@@ -11,8 +11,9 @@ StepPath = Literal["auto", "kernels", "torch"]
 STEP_PATHS: tuple[str, ...] = get_args(StepPath)
 QuantizedFormat = Literal["int8", "int4"]
 """Whole numbers with scales, laid out by :mod:`bdh.ops.formats`."""
-WeightFormat = Literal["float32", "bfloat16"]
-"""How ``advance`` keeps its copies of the weights; "float32" stands for the model's own dtype where it makes none."""
+WeightFormat = Literal["float32", "bfloat16", "int8", "int4", "mixed"]
+"""How ``advance`` keeps its copies of the weights; "float32" stands for the model's own format where it makes none. "mixed" is E
+in int8, Ev and Dec in int4."""
 WEIGHT_FORMATS: tuple[WeightFormat, ...] = get_args(WeightFormat)
 StateFormat = Literal["float32", "bfloat16"]
 """How it keeps the states."""

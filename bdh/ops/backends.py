@@ -27,7 +27,6 @@ from bdh.ops.cpu.runtime import unavailable_reason
 
 Operation = Literal["train", "advance"]
 BackendName = Literal["cpu", "blocks", "eager"]
-WEIGHT_DTYPES: dict[WeightFormat, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 STATE_DTYPES: dict[StateFormat, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 

@@ -9,11 +9,14 @@ A *row* is the D weights of a neuron. The CPU's kernels read rows in these forma
 A weight is its code times its scale. A code has at most 8 bits and a scale 8, so that in float32 the product is exact.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
-from bdh.ops import QuantizedFormat
+from bdh.ops import QuantizedFormat, WeightFormat
+
+MatrixFormat = Literal["float32", "bfloat16"] | QuantizedFormat
+"""That of one matrix."""
 
 GROUP = 32
 """Weights that share a scale in int4."""
@@ -41,13 +44,61 @@ class Codes(NamedTuple):
         return self.codes.float() * self.scales.float().repeat_interleave(group, dim=1)[:, :D]
 
 
-def row_bytes(format: QuantizedFormat, D: int) -> int:
+class LayerFormats(NamedTuple):
+    """Those of E, Ev and Dec, and of the head."""
+
+    encoder: MatrixFormat
+    encoder_v: MatrixFormat
+    decoder: MatrixFormat
+    lm_head: MatrixFormat
+
+
+def layer_formats(weights: WeightFormat) -> LayerFormats:
+    """What a format of a model's weights is for each of its matrices. Whole numbers leave the head as it is: of a token it
+    takes little, and its errors would be those of the logits."""
+    match weights:
+        case "int8":
+            return LayerFormats("int8", "int8", "int8", "float32")
+        case "int4":
+            return LayerFormats("int4", "int4", "int4", "float32")
+        case "mixed":
+            return LayerFormats("int8", "int4", "int4", "float32")
+    return LayerFormats(weights, weights, weights, weights)
+
+
+class Rows(NamedTuple):
+    """A matrix neuron by neuron, or token of the vocabulary by token, as it lies in memory."""
+
+    tensor: torch.Tensor
+    """(rows, D) numbers, or uint8 (rows, row_bytes)."""
+    format: MatrixFormat
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, format: MatrixFormat, name: str = "the matrix") -> "Rows":
+        """Of numbers (rows, D); what has the format already is not copied.
+
+        Raises:
+            ValueError: whole numbers are asked for, and a weight is infinite or not a number.
+        """
+        if format == "int8" or format == "int4":
+            return cls(pack(rounded(weight, format, name), format), format)
+        return cls(weight.to(torch.bfloat16 if format == "bfloat16" else torch.float32).contiguous(), format)
+
+
+def row_bytes(format: MatrixFormat, D: int) -> int:
     """Bytes of a row of D weights."""
-    return D + SCALE_BYTES if format == "int8" else -(-D // GROUP) * BLOCK_BYTES
+    match format:
+        case "int8":
+            return D + SCALE_BYTES
+        case "int4":
+            return -(-D // GROUP) * BLOCK_BYTES
+        case "bfloat16":
+            return 2 * D
+    return 4 * D
 
 
-def rounded(weight: torch.Tensor, format: QuantizedFormat) -> Codes:
-    """Each weight of (rows, D) to the nearest code of its format.
+def rounded(weight: torch.Tensor, format: QuantizedFormat, name: str = "the matrix") -> Codes:
+    """Each weight of (rows, D) to the nearest code of its format; ``name`` is for messages.
 
     Raises:
         ValueError: a weight is infinite or not a number.
@@ -56,7 +107,9 @@ def rounded(weight: torch.Tensor, format: QuantizedFormat) -> Codes:
     if not weight.isfinite().all():
         row, column = (~weight.isfinite()).nonzero()[0].tolist()
         value = weight[row, column].item()
-        raise ValueError(f"weight {column} of row {row} is {value}: only finite weights can be rounded to {format}")
+        raise ValueError(
+            f"weight {column} of row {row} of {name} is {value}: only finite weights can be rounded to {format}"
+        )
     return _codes(weight, scales_of(weight, format), format)
 
 

@@ -93,9 +93,12 @@ def test_pieces_give_the_logits_of_the_whole_on_both_paths(make_model, sizes, de
 
 
 @pytest.mark.parametrize("decay", [None, 3, [2, None, 0.01]])
-@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
-def test_any_pieces_beside_any_neighbours_have_the_same_bits_by_the_kernels(make_model, decay, state_dtype):
-    advancer = Advancer(make_model(decay=decay), path="kernels", state=state_dtype)
+@pytest.mark.parametrize(
+    ("weights", "state"),
+    [("float32", "float32"), ("float32", "bfloat16"), ("int8", "float32"), ("int4", "float32"), ("mixed", "bfloat16")],
+)
+def test_any_pieces_beside_any_neighbours_have_the_same_bits_by_the_kernels(make_model, decay, weights, state):
+    advancer = Advancer(make_model(decay=decay), path="kernels", weights=weights, state=state)
     texts = [random_tokens(180, 1), random_tokens(37, 2), random_tokens(90, 3)]
     for text, found in zip(texts, read_side_by_side(advancer, texts), strict=True):
         assert same_bits(found, read(advancer, [text]))

@@ -90,7 +90,7 @@ def test_weights_are_packed_once_and_given_back(make_model):
     model = make_model()
     first = recurrence_of(model)
     assert recurrence_of(model) is first
-    assert first.weights.encoder.data_ptr() == model.encoder.weight.data_ptr()  # not copied
+    assert first.weights.encoder.tensor.data_ptr() == model.encoder.weight.data_ptr()  # not copied
     model.load_state_dict(make_model(seed=1).state_dict())
     assert recurrence_of(model) is not first
     second = recurrence_of(model)

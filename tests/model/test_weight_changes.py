@@ -152,7 +152,7 @@ def test_a_new_text_has_the_weights_of_now(model, change):
 
 
 @pytest.mark.parametrize("change", WAYS)
-@pytest.mark.parametrize("storage", ["float32", "bfloat16"])
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "mixed"])
 def test_a_text_goes_on_with_the_weights_of_now(model, change, storage):
     """At the very token: the state has been read with other weights, what comes has not."""
     advancer = Advancer(model, weights=storage, path="kernels")
@@ -166,7 +166,7 @@ def test_a_text_goes_on_with_the_weights_of_now(model, change, storage):
     assert torch.equal(advancer.advance([StepInput(state, [4])])[0], expected)
 
 
-@pytest.mark.parametrize("storage", ["float32", "bfloat16"])
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "mixed"])
 def test_a_single_number_of_a_large_matrix_is_found_within_128_tokens(model, storage, monkeypatch):
     monkeypatch.setattr(weights_module, "PIECE_BYTES", 64)  # so that these count as large ones
     advancer = Advancer(model, weights=storage, path="kernels")

@@ -17,8 +17,10 @@ from bdh.ops.backends import Work, choose_backend
 from bdh.ops.cpu import kernels, vector
 from bdh.ops.cpu.recurrence import KernelWeights, Recurrence, TokenRows
 from bdh.ops.cpu.runtime import Team, compiled, follow_torch_threads
+from bdh.ops.formats import Rows, row_bytes, unpack
 
-LENGTHS = [1, 2, 15, 16, 17, 48, 63]
+LENGTHS = [1, 2, 15, 16, 17, 32, 48, 63]
+MATRIX_FORMATS = ["float32", "bfloat16", "int8", "int4"]
 FORMATS = [torch.float32, torch.bfloat16]
 
 
@@ -27,12 +29,12 @@ def numbers(*shape, seed=0, dtype=torch.float32):
 
 
 def like(dtype):
-    return kernels.FLOAT32 if dtype == torch.float32 else kernels.BFLOAT16
+    return kernels.LIKE[str(dtype).removeprefix("torch.")]
 
 
 @njit
 def all_tiles(like, relu, weights, values, length, out):
-    row_bytes = length * like.itemsize
+    row_bytes = vector.row_bytes(like, length)
     vector.tile_8x1(like, relu, weights, row_bytes, values, 4 * length, length, out[0].ctypes.data, 16)
     for n in range(8):
         vector.tile_1x1(like, relu, weights + n * row_bytes, 0, values, 0, length, out[1, n].ctypes.data, 0)
@@ -44,18 +46,52 @@ def all_tiles(like, relu, weights, values, length, out):
         out[4, n, 0] = vector.dot(like, weights + n * row_bytes, values, length)
 
 
-@pytest.mark.parametrize("dtype", FORMATS)
+@njit
+def rows_as_float32(like, rows, count, length, out):
+    return vector.float_rows(like, rows, count, vector.address(out), length)
+
+
+@njit
+def added(like, row, factor, length, out):
+    vector.add_scaled(like, vector.address(out), row, factor, length)
+
+
+def stored(format, *shape):
+    """Weights in a format, what tells it to the kernels, and what they stand for."""
+    rows = Rows.of(numbers(*shape), format)
+    meant = rows.tensor if rows.tensor.is_floating_point() else unpack(rows.tensor, shape[1], format).dequantized()
+    return rows.tensor, kernels.LIKE[format], meant.double()
+
+
+@pytest.mark.parametrize("format", MATRIX_FORMATS)
 @pytest.mark.parametrize("length", LENGTHS)
-def test_products_have_the_same_bits_in_every_tile(length, dtype):
-    weights, values = numbers(8, length, dtype=dtype), numbers(4, length, seed=1)
+def test_rows_of_each_format_are_read_as_what_they_stand_for(length, format):
+    """To the bit; in the whole vectors of a row and in what is left of it."""
+    tensor, mark, meant = stored(format, 5, length)
+    assert row_bytes(format, length) == tensor.stride(0) * tensor.itemsize
+    out = np.full((5, length), np.nan, np.float32)
+    place = rows_as_float32(mark, tensor.data_ptr(), 5, length, out)
+    found = tensor if format == "float32" else torch.from_numpy(out)
+    assert place == found.data_ptr()
+    assert torch.equal(found.double(), meant)
+    total = np.zeros(length, np.float32)
+    added(mark, tensor[3].data_ptr(), np.float32(2), length, total)
+    assert torch.equal(torch.from_numpy(total).double(), 2 * meant[3])
+
+
+@pytest.mark.parametrize("format", MATRIX_FORMATS)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_products_have_the_same_bits_in_every_tile(length, format):
+    tensor, mark, meant = stored(format, 8, length)
+    values = numbers(4, length, seed=1)
     out = np.full((5, 8, 4), np.nan, np.float32)
-    all_tiles(like(dtype), False, weights.data_ptr(), values.data_ptr(), length, out)
-    expected = weights.double() @ values.double().T
+    all_tiles(mark, False, tensor.data_ptr(), values.data_ptr(), length, out)
+    expected = meant @ values.double().T
     # At most 63 products of numbers of about 1, rounded to 2^-24 each.
     np.testing.assert_allclose(out[3], expected.numpy(), rtol=0, atol=2e-5)
     for part, columns in ((0, 1), (1, 1), (2, 4), (4, 1)):
         np.testing.assert_array_equal(out[part, :, :columns], out[3, :, :columns])
-    all_tiles(like(dtype), True, weights.data_ptr(), values.data_ptr(), length, out)
+    all_tiles(mark, True, tensor.data_ptr(), values.data_ptr(), length, out)
     assert (out[3] >= 0).all()
     np.testing.assert_allclose(out[3], expected.clamp_min(0).numpy(), rtol=0, atol=2e-5)
 
@@ -142,19 +178,13 @@ def test_layer_steps_are_those_of_naive(H, N, D):
     assert torch.equal(*results)
 
 
-def test_rows_of_another_dtype_than_float32_and_bfloat16_are_refused():
-    """int8 was read as float32."""
+def test_rows_of_another_format_are_refused():
+    """Integers were read as float32."""
     values = numbers(8)
-    with pytest.raises(TypingError, match="rows of int8: they must be float32, or bfloat16 kept as uint16"):
-        all_tiles(np.zeros(0, np.int8), False, values.data_ptr(), values.data_ptr(), 3, np.zeros((5, 8, 4), np.float32))
-
-
-def test_weights_are_not_copied_to_a_dtype_that_the_kernels_do_not_read(monkeypatch):
-    """The weights of a format of integers were rounded to zeros, without a word."""
-    monkeypatch.setitem(backends.WEIGHT_DTYPES, "int8", torch.int8)
-    weights = [numbers(19, 6), numbers(8, 6), numbers(8, 6), numbers(6, 8), numbers(19, 6)]
-    with pytest.raises(ValueError, match=r"weights cannot be copied as int8: the kernels do not read torch\.int8"):
-        KernelWeights.of(weights, rope_theta=65536.0, eps=1e-5, num_layer_steps=1, weight_format="int8")
+    with pytest.raises(TypingError, match="rows of int32: none of float32, "):
+        all_tiles(
+            np.zeros(0, np.int32), False, values.data_ptr(), values.data_ptr(), 3, np.zeros((5, 8, 4), np.float32)
+        )
 
 
 def test_rotations_are_exact_at_a_position_of_a_thousand_million():

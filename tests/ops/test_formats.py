@@ -49,7 +49,7 @@ def test_a_row_of_zeros_stays_zero(format):
 def test_weights_that_are_not_finite_are_refused_with_their_place(format, value):
     weight = torch.zeros(3, 40)
     weight[2, 5] = value
-    with pytest.raises(ValueError, match=f"weight 5 of row 2 is {value}"):
+    with pytest.raises(ValueError, match=f"weight 5 of row 2 of the matrix is {value}"):
         rounded(weight, format)
 
 

@@ -13,7 +13,7 @@ of its counters, and every thread calls it. Whatever is summed over neurons is f
 stretch and then over the stretches in their order, and sequences never meet in a sum; so the bits of a result depend
 neither on the threads, nor on the other rows, nor on how a text was cut into calls.
 
-Weights and states come by address, one row of D numbers for each neuron, in float32 or as the bits of bfloat16.
+Weights and states come by address, one row of D numbers for each neuron.
 """
 
 import numpy as np
@@ -27,7 +27,9 @@ from bdh.ops.cpu.vector import (
     dot,
     dots_1,
     dots_8,
+    float_rows,
     prefetch,
+    row_bytes,
     tile_1x1,
     tile_1x4,
     tile_4x4,
@@ -35,13 +37,18 @@ from bdh.ops.cpu.vector import (
 )
 
 FLOAT32 = np.zeros(0, np.float32)
-BFLOAT16 = np.zeros(0, np.uint16)
-"""What says in which of the two formats weights or states are."""
+LIKE: dict[str, np.ndarray] = {
+    "float32": FLOAT32,
+    "bfloat16": np.zeros(0, np.uint16),
+    "int8": np.zeros(0, np.int8),
+    "int4": np.zeros(0, np.uint8),
+}
+"""What tells the kernels, which get addresses, in which format weights or states are."""
 
 STRETCH_NEURONS = 512
 """Neurons of a head that are summed before their sum is added to that of others; even."""
 BLOCK_NEURONS = 8
-"""Neurons whose weights stay in the nearest cache while all rows are multiplied with them; a multiple of 8."""
+"""Neurons whose weights stay in the nearest cache while all rows are multiplied with them: those of ``tile_8x1``."""
 AHEAD = 3  # pairs whose rows are asked for before they are needed
 _LIST = 1024  # neurons that fire, gathered before they are worked off
 _PROJECTED = 256  # neurons of a piece; a multiple of BLOCK_NEURONS
@@ -108,38 +115,54 @@ def begin(stage, embed, tokens, v, eps):
 
 
 @jit
+def products_by_row(like, weights, stored_bytes, count, v, first_row, out, first, relu):
+    """Those of up to ``BLOCK_NEURONS`` rows of weights with the rows of v from one on, into ``out`` from neuron ``first`` on."""
+    R, D = v.shape
+    for r in range(first_row, R):
+        value = address(v) + r * D * 4
+        place = address(out) + (first * R + r) * 4
+        if count == BLOCK_NEURONS:
+            tile_8x1(like, relu, weights, stored_bytes, value, D * 4, D, place, R * 4)
+            continue
+        for n in range(count):
+            tile_1x1(like, relu, weights + n * stored_bytes, stored_bytes, value, D * 4, D, place + n * R * 4, R * 4)
+
+
+@jit
 def project(stage, like, weights, v, out, relu):
-    """``out`` (n, R): the products of n rows of weights, by address, with the rows of v (R, D), cut at 0 by ``relu``."""
+    """``out`` (n, R): the products of n rows of weights, by address, with the rows of v (R, D), cut at 0 by ``relu``.
+
+    Each of them is multiplied with the tokens one by one in the same order, whether they are few or many.
+    """
     num_neurons, R = out.shape
     D = v.shape[1]
-    row_bytes = D * like.itemsize
+    stored_bytes = row_bytes(like, D)
     # The next block is asked for a little at a time, with each group of rows its share.
+    block_bytes = BLOCK_NEURONS * stored_bytes
     groups = max(1, R // 4)
-    share = (4 * row_bytes + groups * CACHE_LINE - 1) // (groups * CACHE_LINE) * CACHE_LINE
+    share = (block_bytes + groups * CACHE_LINE - 1) // (groups * CACHE_LINE) * CACHE_LINE
+    scratch = np.empty((BLOCK_NEURONS, D), np.float32)
     for piece in pieces(stage, projected_pieces(num_neurons)):
         end = min(num_neurons, (piece + 1) * _PROJECTED)
         for first in range(piece * _PROJECTED, end, BLOCK_NEURONS):
-            last = min(end, first + BLOCK_NEURONS)
-            by_4, by_8 = last - (last - first) % 4, last - (last - first) % 8
+            count = min(BLOCK_NEURONS, end - first)
+            block = weights + first * stored_bytes
+            if R < 4:
+                products_by_row(like, block, stored_bytes, count, v, 0, out, first, relu)
+                continue
+            rows = float_rows(like, block, count, address(scratch), D)
+            by_4 = count - count % 4
             for r in range(0, R - R % 4, 4):
                 value = address(v) + r * D * 4
-                for n in range(first, by_4, 4):
-                    place = address(out) + (n * R + r) * 4
-                    following = weights + (n + BLOCK_NEURONS) * row_bytes
-                    for line in range(r // 4 * share, min(4 * row_bytes, (r // 4 + 1) * share), CACHE_LINE):
-                        prefetch(following + line)
-                    tile_4x4(like, relu, weights + n * row_bytes, row_bytes, value, D * 4, D, place, R * 4)
-                for n in range(by_4, last):
-                    place = address(out) + (n * R + r) * 4
-                    tile_1x4(like, relu, weights + n * row_bytes, row_bytes, value, D * 4, D, place, R * 4)
-            for r in range(R - R % 4, R):
-                value = address(v) + r * D * 4
-                for n in range(first, by_8, 8):
-                    place = address(out) + (n * R + r) * 4
-                    tile_8x1(like, relu, weights + n * row_bytes, row_bytes, value, D * 4, D, place, R * 4)
-                for n in range(by_8, last):
-                    place = address(out) + (n * R + r) * 4
-                    tile_1x1(like, relu, weights + n * row_bytes, row_bytes, value, D * 4, D, place, R * 4)
+                for line in range(r // 4 * share, min(block_bytes, (r // 4 + 1) * share), CACHE_LINE):
+                    prefetch(block + block_bytes + line)
+                for n in range(0, by_4, 4):
+                    place = address(out) + ((first + n) * R + r) * 4
+                    tile_4x4(FLOAT32, relu, rows + n * D * 4, D * 4, value, D * 4, D, place, R * 4)
+                for n in range(by_4, count):
+                    place = address(out) + ((first + n) * R + r) * 4
+                    tile_1x4(FLOAT32, relu, rows + n * D * 4, D * 4, value, D * 4, D, place, R * 4)
+            products_by_row(FLOAT32, rows, D * 4, count, v, R - R % 4, out, first, relu)
 
 
 @jit
@@ -150,13 +173,13 @@ def attention_update(stage, like, states, starts, x, cos, sin, read_scales, writ
     ``read_scales`` and ``write_scales`` (R, H) multiply queries and keys.
     """
     num_stretches, R, D = partial_sums.shape
-    row_bytes = D * like.itemsize
+    state_bytes = row_bytes(like, D)
     firing = np.empty(STRETCH_NEURONS // 2, np.int64)
     for stretch in pieces(stage, num_stretches):
         h, first, end = bounds_of(stretch, N)
         partial_sums[stretch] = 0
         for sequence in range(states.shape[0]):
-            state = states[sequence] + h * N * row_bytes
+            state = states[sequence] + h * N * state_bytes
             row, last = starts[sequence], starts[sequence + 1]
             # Gathered first: the neurons that come next can be asked for while a pair is worked on.
             count = 0
@@ -169,8 +192,8 @@ def attention_update(stage, like, states, starts, x, cos, sin, read_scales, writ
             for index in range(count):
                 i = firing[index]
                 if index + AHEAD < count:
-                    following = state + 2 * firing[index + AHEAD] * row_bytes
-                    for line in range(0, 2 * row_bytes, CACHE_LINE):
+                    following = state + 2 * firing[index + AHEAD] * state_bytes
+                    for line in range(0, 2 * state_bytes, CACHE_LINE):
                         prefetch(following + line)
                 for r in range(row, last):
                     x_0, x_1 = x[h * N + 2 * i, r], x[h * N + 2 * i + 1, r]
@@ -181,7 +204,7 @@ def attention_update(stage, like, states, starts, x, cos, sin, read_scales, writ
                     read, write = read_scales[r, h], write_scales[r, h]
                     attend_and_update(
                         like,
-                        state + 2 * i * row_bytes,
+                        state + 2 * i * state_bytes,
                         q_0 * read,
                         q_1 * read,
                         q_0 * write,
@@ -208,14 +231,14 @@ def reduce_norm(stage, partial_sums, a, eps):
 
 
 @jit
-def gated_mlp(stage, like, encoder_v, decoder, x, a, partial_sums, N):
+def gated_mlp(stage, like, encoder_v, like_decoder, decoder, x, a, partial_sums, N):
     """The sums of each stretch, ``partial_sums`` (stretches, R, D), of Dec (x * y).
 
     ``encoder_v`` (H,) are the addresses of Ev, neuron by neuron, one for each head, and ``decoder`` is that of Dec.
     """
     num_stretches, R, D = partial_sums.shape
     H = a.shape[1]
-    row_bytes = D * like.itemsize
+    stored_bytes, decoder_bytes = row_bytes(like, D), row_bytes(like_decoder, D)
     neurons, rows = np.empty(_LIST + R, np.int64), np.empty(_LIST + R, np.int64)
     weights, values = np.empty(_LIST + R, np.int64), np.empty(_LIST + R, np.int64)
     y = np.empty(_LIST + R, np.float32)
@@ -228,7 +251,7 @@ def gated_mlp(stage, like, encoder_v, decoder, x, a, partial_sums, N):
             while n < end and count < _LIST:
                 for r in range(R):
                     neurons[count], rows[count] = n, r
-                    weights[count] = encoder_v[h] + n * row_bytes
+                    weights[count] = encoder_v[h] + n * stored_bytes
                     values[count] = address(a) + (r * H + h) * D * 4
                     count += x[h * N + n, r] > 0
                 n += 1
@@ -236,7 +259,7 @@ def gated_mlp(stage, like, encoder_v, decoder, x, a, partial_sums, N):
             for index in range(0, whole, 8):
                 for ahead in range(index + 8, min(index + 16, count)):
                     if weights[ahead] != weights[ahead - 1]:
-                        for line in range(0, row_bytes, CACHE_LINE):
+                        for line in range(0, stored_bytes, CACHE_LINE):
                             prefetch(weights[ahead] + line)
                 dots_8(
                     like,
@@ -257,13 +280,13 @@ def gated_mlp(stage, like, encoder_v, decoder, x, a, partial_sums, N):
                 if y[index] > 0:
                     n_fired, r = h * N + neurons[index], rows[index]
                     if index + 8 < count and y[index + 8] > 0:
-                        following = decoder + (h * N + neurons[index + 8]) * row_bytes
-                        for line in range(0, row_bytes, CACHE_LINE):
+                        following = decoder + (h * N + neurons[index + 8]) * decoder_bytes
+                        for line in range(0, decoder_bytes, CACHE_LINE):
                             prefetch(following + line)
                     add_scaled(
-                        like,
+                        like_decoder,
                         address(partial_sums) + (stretch * R + r) * D * 4,
-                        decoder + n_fired * row_bytes,
+                        decoder + n_fired * decoder_bytes,
                         x[n_fired, r] * y[index],
                         D,
                     )
@@ -296,7 +319,7 @@ def enter(progress, embed, tokens, positions, turns_per_token, v, cos, sin, eps)
 @jit
 def layer_steps(
     thread, progress, embed, tokens, positions, turns_per_token, v, cos, sin, eps, first_step,
-    like_weights, encoder, encoder_v, decoder,
+    like_encoder, encoder, like_encoder_v, encoder_v, like_decoder, decoder,
     like_states, states, starts, read_scales, write_scales, x, a, partial_sums,
 ):  # fmt: skip
     """Layer steps of the model over v (R, D), in place.
@@ -313,7 +336,7 @@ def layer_steps(
         enter(stage, embed, tokens, positions, turns_per_token, v, cos, sin, eps)
     for index in range(len(states)):
         stage += STAGES * STAGE_BYTES
-        project(stage, like_weights, encoder, v, x, np.bool_(True))  # for a literal it would be compiled apart
+        project(stage, like_encoder, encoder, v, x, np.bool_(True))  # for a literal it would be compiled apart
         attention_update(
             stage + STAGE_BYTES,
             like_states,
@@ -329,7 +352,7 @@ def layer_steps(
             N,
         )
         reduce_norm(stage + 2 * STAGE_BYTES, partial_sums, a, eps)
-        gated_mlp(stage + 3 * STAGE_BYTES, like_weights, encoder_v, decoder, x, a, partial_sums, N)
+        gated_mlp(stage + 3 * STAGE_BYTES, like_encoder_v, encoder_v, like_decoder, decoder, x, a, partial_sums, N)
         residual_norm(stage + 4 * STAGE_BYTES, partial_sums, v, eps)
 
 

@@ -11,13 +11,12 @@ import torch
 
 from bdh.ops import WeightFormat
 from bdh.ops.attention import turns_per_token
-from bdh.ops.backends import WEIGHT_DTYPES
 from bdh.ops.cpu import kernels, window
 from bdh.ops.cpu.runtime import compiled, run_by_threads, team_for
 from bdh.ops.eager import ring_shapes
+from bdh.ops.formats import MatrixFormat, Rows, layer_formats
 
-_LIKE = {torch.float32: kernels.FLOAT32, torch.bfloat16: kernels.BFLOAT16}
-"""What tells the kernels, which get addresses, the dtype of weights or states."""
+_STATE_FORMATS: dict[torch.dtype, MatrixFormat] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 OnLayerStep = Callable[[np.ndarray], None]
 Tensors = Mapping[str, Sequence[torch.Tensor]]
 """Of one sequence, by name, a contiguous tensor on the CPU for each layer step: ``sums`` (H, N, D), or those of a
@@ -29,16 +28,16 @@ _MOST_BITS = 60  # lost at one token: float32 keeps 24, so what is left of what 
 
 @dataclass
 class KernelWeights:
-    """The weights of a model, neuron by neuron: a row of D numbers for each, contiguous.
+    """The weights of a model, neuron by neuron.
 
-    Those that have the dtype and layout already are not copied; of a float32 model that is all but the decoder.
+    Those that have the format and layout already are not copied; of a float32 model that is all but the decoder.
     """
 
     embed: torch.Tensor  # (V, D), float32
-    encoder: torch.Tensor  # (H*N, D)
-    encoder_v: list[torch.Tensor]  # H of (N, D)
-    decoder: torch.Tensor  # (H*N, D)
-    lm_head: torch.Tensor  # (V, D)
+    encoder: Rows  # H*N
+    encoder_v: list[Rows]  # H of N, in one format
+    decoder: Rows  # H*N
+    lm_head: Rows  # V
     rope_theta: float
     eps: float
     num_layer_steps: int
@@ -46,31 +45,47 @@ class KernelWeights:
     @classmethod
     def of(
         cls,
-        weights: Sequence[torch.Tensor],
+        weights: Sequence[torch.Tensor | Rows],
         *,
         rope_theta: float,
         eps: float,
         num_layer_steps: int,
         weight_format: WeightFormat = "float32",
     ) -> "KernelWeights":
-        """From ``weights`` in the order of :attr:`tensors` and the layout of ``nn.Linear``, in which Dec is (D, H*N)."""
-        dtype = WEIGHT_DTYPES[weight_format]
-        if dtype not in _LIKE:  # .to() would round to whole numbers, say
-            raise ValueError(f"weights cannot be copied as {weight_format}: the kernels do not read {dtype}")
-        embed, *layer, lm_head = (weight.detach() for weight in weights)
-        layer[-1] = layer[-1].t()
-        encoder, *encoder_v, decoder, lm_head = (weight.to(dtype).contiguous() for weight in (*layer, lm_head))
-        embed = embed.float().contiguous()
-        return cls(embed, encoder, encoder_v, decoder, lm_head, float(rope_theta), eps, num_layer_steps)
+        """From ``weights`` in the order of :attr:`tensors`: rows as they are to be read, or in the layout of ``nn.Linear``, in
+        which Dec is (D, H*N).
+
+        Raises:
+            ValueError: whole numbers are asked for, and a weight is infinite or not a number.
+        """
+        embed, encoder, *encoder_v, decoder, lm_head = weights
+        formats = layer_formats(weight_format)
+        if not isinstance(decoder, Rows):
+            decoder = decoder.t()
+        return cls(
+            embed.detach().float().contiguous(),  # type: ignore[union-attr]  # its rows are looked up, not multiplied
+            _rows(encoder, formats.encoder, "encoder"),
+            [_rows(each, formats.encoder_v, f"encoder_v.{head}") for head, each in enumerate(encoder_v)],
+            _rows(decoder, formats.decoder, "decoder"),
+            _rows(lm_head, formats.lm_head, "lm_head"),
+            float(rope_theta),
+            eps,
+            num_layer_steps,
+        )
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        return [self.embed, self.encoder, *self.encoder_v, self.decoder, self.lm_head]
+        matrices = (self.encoder, *self.encoder_v, self.decoder, self.lm_head)
+        return [self.embed, *(each.tensor for each in matrices)]
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """L, H, N, D."""
-        return self.num_layer_steps, len(self.encoder_v), self.encoder_v[0].shape[0], self.embed.shape[1]
+        return self.num_layer_steps, len(self.encoder_v), self.encoder_v[0].tensor.shape[0], self.embed.shape[1]
+
+
+def _rows(weight: torch.Tensor | Rows, format: MatrixFormat, name: str) -> Rows:
+    return weight if isinstance(weight, Rows) else Rows.of(weight.detach(), format, name)
 
 
 class TokenRows(NamedTuple):
@@ -132,9 +147,13 @@ class Recurrence:
     def __init__(self, weights: KernelWeights):
         self.weights = weights
         _, H, N, _ = weights.shape
-        self._like = _LIKE[weights.encoder.dtype]
+        self._matrices = (  # each with the mark of its format before it
+            *_place(weights.encoder),
+            kernels.LIKE[weights.encoder_v[0].format],
+            np.array([each.tensor.data_ptr() for each in weights.encoder_v], np.int64),
+            *_place(weights.decoder),
+        )
         self._turns = turns_per_token(N, weights.rope_theta).numpy()
-        self._encoder_v = np.array([weight.data_ptr() for weight in weights.encoder_v], np.int64)
         self._embed = np.from_dlpack(weights.embed)  # .numpy() would fix the storage's size, which FSDP changes
         self._num_partial_sums = H * kernels.stretches_of(N)
         self._memory = threading.local()  # of each thread its own, so that two may read at once
@@ -187,7 +206,7 @@ class Recurrence:
                 before_writing,
             )
         addresses = np.array(_addresses(states, "sums"), np.int64)
-        like_states = _LIKE[states[0]["sums"][0].dtype]
+        like_states = kernels.LIKE[_STATE_FORMATS[states[0]["sums"][0].dtype]]
         rescaled: list[tuple[torch.Tensor, float]] = []
         if scaled is None:
             read_scales = write_scales = np.ones((R, H), np.float32)
@@ -230,14 +249,15 @@ class Recurrence:
         team, v = team_for(R), self.work_memory("v", R, D)
         cos, sin = (self.work_memory(name, N // 2, R) for name in ("cos", "sin"))
         text = self._embed, rows.tokens, rows.positions, self._turns, v, cos, sin, self.weights.eps
-        weights = self._like, self.weights.encoder.data_ptr(), self._encoder_v, self.weights.decoder.data_ptr()
         progress = team.new_progress(kernels.STAGES * (1 + L))
         if before_writing is not None:
             before_writing()
         steps_per_call = L if on_layer_step is None else 1
         for first in range(0, L, steps_per_call):
             rest = arguments(slice(first, first + steps_per_call))
-            run_by_threads(team.threads, kernel, progress[first * kernels.STAGES :], *text, first, *weights, *rest)
+            run_by_threads(
+                team.threads, kernel, progress[first * kernels.STAGES :], *text, first, *self._matrices, *rest
+            )
             if on_layer_step is not None:
                 on_layer_step(x.T)
         return v
@@ -248,20 +268,20 @@ class Recurrence:
 
     def prepare_logits(self, rows: Sequence[int]) -> Callable[[np.ndarray], torch.Tensor]:
         """What computes the logits (len(rows), V) of these rows of a v (R, D), and takes no memory any more."""
-        weight = self.weights.lm_head
+        num_words = self.weights.lm_head.tensor.shape[0]
         index = np.array(rows, np.int64)
         chosen = np.empty((len(index), self.weights.shape[-1]), np.float32)
-        out = np.empty((weight.shape[0], len(index)), np.float32)
-        logits = torch.empty(len(index), weight.shape[0])
+        out = np.empty((num_words, len(index)), np.float32)
+        logits = torch.empty(len(index), num_words)
 
         def run(v: np.ndarray) -> torch.Tensor:
             if len(index):
                 np.take(v, index, axis=0, out=chosen, mode="clip")  # other modes take memory
                 team = team_for(len(index))
                 progress = team.new_progress(1)
-                num_threads = min(team.threads, kernels.projected_pieces(weight.shape[0]))
-                place = weight.data_ptr()
-                run_by_threads(num_threads, kernels.products, progress, self._like, place, chosen, out, False)
+                num_threads = min(team.threads, kernels.projected_pieces(num_words))
+                head = _place(self.weights.lm_head)
+                run_by_threads(num_threads, kernels.products, progress, *head, chosen, out, False)
                 logits.copy_(torch.from_numpy(out).t())
             return logits
 
@@ -285,6 +305,11 @@ class Recurrence:
         empty = {name: [torch.zeros(shape, dtype=dtype)] * L for name, (dtype, shape) in shapes.items()}
         one = TokenRows(np.zeros(1, np.int64), np.zeros(1, np.int64), np.array([0, 1]))
         self.logits(self.advance(one, [empty], fading=fading))
+
+
+def _place(rows: Rows) -> tuple[np.ndarray, int]:
+    """What the kernels take of them."""
+    return kernels.LIKE[rows.format], rows.tensor.data_ptr()
 
 
 def _addresses(states: Sequence[Tensors], name: str) -> list[list[int]]:

@@ -5,8 +5,9 @@ wherever it is computed: alone or beside other sequences, as one token or within
 in one order: ``LANES`` partial sums, folded by halves, then what is left of a row. LLVM maps the vectors to whatever
 registers the processor has.
 
-Memory is passed by address, since the rows that fire lie scattered. Weights and states are float32, or bfloat16 kept
-as uint16, which the dtype of an (empty) array ``like`` says; all arithmetic is float32.
+Memory is passed by address, since the rows that fire lie scattered. In which format weights or states are, the dtype of an
+(empty) array ``like`` says; all arithmetic is float32. A weight of int8 or int4 is multiplied with its scale when it is loaded
+(exactly: :mod:`bdh.ops.formats`), so that it makes no difference where that is done.
 """
 
 import inspect
@@ -19,10 +20,14 @@ from numba.core import cgutils
 from numba.core.errors import TypingError
 from numba.extending import intrinsic
 
+from bdh.ops.formats import BLOCK_BYTES, GROUP, SCALE_BYTES
+
 LANES = 16
+_LOG2_GROUP = GROUP.bit_length() - 1
 CACHE_LINE = 64
 ADDRESS = NUMBER = types.int64
-_IS_BFLOAT16 = {types.float32: False, types.uint16: True}
+_FORMATS = {types.float32: "float32", types.uint16: "bfloat16", types.int8: "int8", types.uint8: "int4"}
+"""By the dtypes of ``like``."""
 _F32, _I8, _I16, _I32, _I64 = ir.FloatType(), *(ir.IntType(bits) for bits in (8, 16, 32, 64))
 
 
@@ -32,17 +37,17 @@ def instruction(
     """Makes an intrinsic of a function that emits it, from the builder and an argument of each of these types.
 
     Args:
-        has_like: the intrinsic's first argument is an array ``like``, of which the function gets whether it is of bfloat16.
+        has_like: the intrinsic's first argument is an array ``like``, of which the function gets the format's name.
     """
 
     def decorate(emit: Callable[..., Any]) -> Any:
         def typed(typingctx: Any, *found: Any) -> tuple[Any, Callable[..., Any]]:
-            if has_like and found[0].dtype not in _IS_BFLOAT16:
-                raise TypingError(f"rows of {found[0].dtype}: they must be float32, or bfloat16 kept as uint16")
+            if has_like and found[0].dtype not in _FORMATS:
+                raise TypingError(f"rows of {found[0].dtype}: none of {', '.join(map(str, _FORMATS))}")
 
             def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
                 if has_like:
-                    arguments = [_IS_BFLOAT16[found[0].dtype], *arguments[1:]]
+                    arguments = [_FORMATS[found[0].dtype], *arguments[1:]]
                 value = emit(builder, *arguments)
                 return context.get_dummy_value() if value is None else value
 
@@ -88,6 +93,69 @@ def _store(builder: Any, value: Any, address: Any, index: Any, width: int, is_bf
     builder.store(value, builder.inttoptr(place, value.type.as_pointer())).align = size
 
 
+_Loader = Callable[..., Any]
+"""``(index, width, half=0)`` emits the load of ``width`` numbers of a row as float32. ``half`` is 1 for the second vector of a
+group of int4, right after the first."""
+
+
+def _loader(builder: Any, address: Any, length: Any, format: str) -> _Loader:
+    """Of a row of this length at an address; what all of its numbers share is loaded at once."""
+    if format == "int8":
+        return _int8_loader(builder, address, length)
+    if format == "int4":
+        return _int4_loader(builder, address)
+    return lambda index, width, half=0: _load(builder, address, index, width, format == "bfloat16")
+
+
+def _int8_loader(builder: Any, address: Any, length: Any) -> _Loader:
+    scale = _load_bfloat16(builder, builder.add(address, length))
+
+    def load(index: Any, width: int, half: int = 0) -> Any:
+        codes = builder.sext(_load_bytes(builder, builder.add(address, index), width), _vector(_I32, width))
+        return builder.fmul(builder.sitofp(codes, _vector(_F32, width)), _spread(builder, scale, width))
+
+    return load
+
+
+def _int4_loader(builder: Any, address: Any) -> _Loader:
+    in_first_half: list[
+        Any
+    ] = []  # the bytes of the group, and its scale and -8 times that, which the second half shares
+
+    def load(index: Any, width: int, half: int = 0) -> Any:
+        wide = _vector(_I32, width)
+        if half == 0:
+            block = builder.add(address, builder.mul(builder.lshr(index, _I64(_LOG2_GROUP)), _I64(BLOCK_BYTES)))
+            place = builder.add(block, builder.add(_I64(SCALE_BYTES), builder.and_(index, _I64(LANES - 1))))
+            scale = _load_bfloat16(builder, block)
+            least = builder.fmul(scale, ir.Constant(_F32, -8.0))
+            both = builder.zext(_load_bytes(builder, place, width), wide)
+            in_first_half[:] = both, _spread(builder, scale, width), _spread(builder, least, width)
+        both, scale, least = in_first_half
+        if width == 1:  # any one of the group's numbers
+            upper = builder.and_(builder.lshr(index, _I64(_LOG2_GROUP - 1)), _I64(1))
+            both = builder.lshr(both, _spread(builder, builder.trunc(builder.shl(upper, _I64(2)), _I32), 1))
+        elif half:
+            both = builder.lshr(both, _lanes(_I32, [4] * width))
+        codes = builder.and_(both, _lanes(_I32, [15] * width))
+        return _fma(builder, builder.sitofp(codes, _vector(_F32, width)), scale, least)
+
+    return load
+
+
+def _load_bytes(builder: Any, address: Any, count: int) -> Any:
+    value = builder.load(builder.inttoptr(address, _vector(_I8, count).as_pointer()))
+    value.align = 1
+    return value
+
+
+def _load_bfloat16(builder: Any, address: Any) -> Any:
+    """A number at any address."""
+    value = builder.load(builder.inttoptr(address, _I16.as_pointer()))
+    value.align = 1
+    return builder.bitcast(builder.shl(builder.zext(value, _I32), _I32(16)), _F32)
+
+
 def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
     function = cgutils.get_or_insert_function(
         builder.module, ir.FunctionType(a.type, [a.type] * 3), f"llvm.fma.v{a.type.count}f32"
@@ -116,10 +184,18 @@ def _folded(builder: Any, value: Any) -> Any:
     return builder.extract_element(value, _I32(0))
 
 
-def _by_vectors(builder: Any, length: Any, body: Callable[[Any, int], None]) -> None:
-    """Calls ``body(index, width)`` to emit the loop over whole vectors, and the one over what is left."""
+def _by_vectors(builder: Any, length: Any, body: Callable[..., None], format: str = "float32") -> None:
+    """Calls ``body(index, width)`` to emit the loop over whole vectors, and the one over what is left; for int4, before them,
+    ``body(index, width)`` and ``body(index, width, half=1)`` for that over whole groups, which are two vectors."""
+    done = _I64(0)
+    if format == "int4":
+        groups = builder.and_(length, _I64(-GROUP))
+        with cgutils.for_range_slice(builder, done, groups, _I64(GROUP), _I64) as (index, _):
+            body(index, LANES)
+            body(builder.add(index, _I64(LANES)), LANES, half=1)
+        done = groups
     whole = builder.and_(length, _I64(-LANES))
-    with cgutils.for_range_slice(builder, _I64(0), whole, _I64(LANES), _I64) as (index, _):
+    with cgutils.for_range_slice(builder, done, whole, _I64(LANES), _I64) as (index, _):
         body(index, LANES)
     with cgutils.for_range_slice(builder, whole, length, _I64(1), _I64) as (index, _):
         body(index, 1)
@@ -131,7 +207,7 @@ def _dot_products(
     values: list[Any],
     pairs: list[tuple[int, int]],
     length: Any,
-    is_bfloat16: bool,
+    format: str,
     also: Callable[[Any, int, list[Any]], None] | None = None,
 ) -> list[Any]:
     """The products of rows of weights and values at these addresses, as scalars; each row is loaded once.
@@ -143,15 +219,17 @@ def _dot_products(
         for _ in pairs:
             slots.append(cgutils.alloca_once_value(builder, _lanes(_F32, [0.0] * width)))
 
-    def body(index: Any, width: int) -> None:
-        wide_weights = [_load(builder, address, index, width, is_bfloat16) for address in weights]
+    loaders = [_loader(builder, address, length, format) for address in weights]
+
+    def body(index: Any, width: int, half: int = 0) -> None:
+        wide_weights = [load(index, width, half) for load in loaders]
         wide_values = [_load(builder, address, index, width) for address in values]
         for (i, j), slot in zip(pairs, sums[width], strict=True):
             builder.store(_fma(builder, wide_weights[i], wide_values[j], builder.load(slot)), slot)
         if also is not None:
             also(index, width, wide_values)
 
-    _by_vectors(builder, length, body)
+    _by_vectors(builder, length, body, format)
     return [
         builder.fadd(_folded(builder, builder.load(whole)), _folded(builder, builder.load(rest)))
         for whole, rest in zip(sums[LANES], sums[1], strict=True)
@@ -222,14 +300,48 @@ def dot(builder, like, weight, value, length):
 
 @instruction(ADDRESS, ADDRESS, types.float32, NUMBER, has_like=True)
 def add_scaled(builder, like, out, row, factor, length):
-    """``out += factor * row``; ``out`` is float32, ``row`` of the dtype of ``like``."""
+    """``out += factor * row``; ``out`` is float32, ``row`` of the format of ``like``."""
+    load = _loader(builder, row, length, like)
 
-    def body(index: Any, width: int) -> None:
-        loaded = _load(builder, row, index, width, like)
+    def body(index: Any, width: int, half: int = 0) -> None:
+        loaded = load(index, width, half)
         total = _fma(builder, _spread(builder, factor, width), loaded, _load(builder, out, index, width))
         _store(builder, total, out, index, width)
 
-    _by_vectors(builder, length, body)
+    _by_vectors(builder, length, body, like)
+
+
+def _row_bytes(builder: Any, format: str, length: Any) -> Any:
+    if format == "int8":
+        return builder.add(length, _I64(SCALE_BYTES))
+    if format == "int4":
+        groups = builder.lshr(builder.add(length, _I64(GROUP - 1)), _I64(_LOG2_GROUP))
+        return builder.mul(groups, _I64(BLOCK_BYTES))
+    return builder.mul(length, _I64(2 if format == "bfloat16" else 4))
+
+
+@instruction(NUMBER, has_like=True, result=types.int64)
+def row_bytes(builder, like, length):
+    """Of a row of so many numbers, as :func:`bdh.ops.formats.row_bytes`."""
+    return _row_bytes(builder, like, length)
+
+
+@instruction(ADDRESS, NUMBER, ADDRESS, NUMBER, has_like=True, result=types.int64)
+def float_rows(builder, like, rows, count, scratch, length):
+    """The address of ``count`` rows as float32, one after the other: where they are, or in ``scratch``."""
+    if like == "float32":
+        return rows
+    row_bytes = _row_bytes(builder, like, length)
+    out_bytes = builder.mul(length, _I64(4))
+    with cgutils.for_range(builder, count, intp=_I64) as loop:
+        load = _loader(builder, builder.add(rows, builder.mul(loop.index, row_bytes)), length, like)
+        out = builder.add(scratch, builder.mul(loop.index, out_bytes))
+
+        def body(index: Any, width: int, half: int = 0) -> None:
+            _store(builder, load(index, width, half), out, index, width)
+
+        _by_vectors(builder, length, body, like)
+    return scratch
 
 
 @instruction(ADDRESS, *[types.float32] * 4, ADDRESS, ADDRESS, NUMBER, has_like=True)
@@ -239,16 +351,17 @@ def attend_and_update(builder, like, rows, read_0, read_1, write_0, write_1, val
     ``out += read_0 * rows[0] + read_1 * rows[1]``, then ``rows[i] += write_i * value``. The rows lie one after the other
     and have the dtype of ``like``.
     """
-    factors, second = (read_0, read_1, write_0, write_1), builder.add(rows, builder.mul(length, _I64(2 if like else 4)))
+    is_bfloat16 = like == "bfloat16"
+    factors, second = (read_0, read_1, write_0, write_1), builder.add(rows, _row_bytes(builder, like, length))
 
     def body(index: Any, width: int) -> None:
         read_0, read_1, write_0, write_1 = (_spread(builder, factor, width) for factor in factors)
-        row_0, row_1 = (_load(builder, row, index, width, like) for row in (rows, second))
+        row_0, row_1 = (_load(builder, row, index, width, is_bfloat16) for row in (rows, second))
         wide_value = _load(builder, value, index, width)
         total = _fma(builder, read_0, row_0, _load(builder, out, index, width))
         _store(builder, _fma(builder, read_1, row_1, total), out, index, width)
-        _store(builder, _fma(builder, write_0, wide_value, row_0), rows, index, width, like)
-        _store(builder, _fma(builder, write_1, wide_value, row_1), second, index, width, like)
+        _store(builder, _fma(builder, write_0, wide_value, row_0), rows, index, width, is_bfloat16)
+        _store(builder, _fma(builder, write_1, wide_value, row_1), second, index, width, is_bfloat16)
 
     _by_vectors(builder, length, body)
 

@@ -141,7 +141,7 @@ def store(stage, values, length, starts, positions, v):
 @jit
 def window_steps(
     thread, progress, embed, tokens, positions, turns_per_token, v, cos, sin, eps, first_step,
-    like_weights, encoder, encoder_v, decoder,
+    like_encoder, encoder, like_encoder_v, encoder_v, like_decoder, decoder,
     rings, fading, starts, x, a, scores, partial_sums,
 ):  # fmt: skip
     """Layer steps of the model over v (R, D), in place.
@@ -158,11 +158,11 @@ def window_steps(
         enter(stage, embed, tokens, positions, turns_per_token, v, cos, sin, eps)
     for index in range(len(rings)):
         stage += STAGES * STAGE_BYTES
-        project(stage, like_weights, encoder, v, x, np.bool_(True))
+        project(stage, like_encoder, encoder, v, x, np.bool_(True))
         if length > 0:
             keys, marks, values = rings[index]
             score(stage + STAGE_BYTES, keys, marks, length, starts, positions, x, cos, sin, scores, N)
             gather(stage + 2 * STAGE_BYTES, scores, fading, values, length, starts, positions, v, a, eps)
             store(stage + 3 * STAGE_BYTES, values, length, starts, positions, v)
-        gated_mlp(stage + 4 * STAGE_BYTES, like_weights, encoder_v, decoder, x, a, partial_sums, N)
+        gated_mlp(stage + 4 * STAGE_BYTES, like_encoder_v, encoder_v, like_decoder, decoder, x, a, partial_sums, N)
         residual_norm(stage + 5 * STAGE_BYTES, partial_sums, v, eps)
