@@ -173,7 +173,8 @@ class Advancer:
 
     Attributes:
         backend: "cpu" or "eager".
-        weights: the format of the weights that are read: that of the copies, or the model's own where it is quantized.
+        weight_format: of the weights that are read: that of the copies, or the model's own where it is quantized.
+        state_format: of the states.
         last_progress: ``time.monotonic()`` when a step last came to an end of some of its work. For other threads, which
             tell by it a long step from one that hangs.
     """
@@ -208,7 +209,7 @@ class Advancer:
         model.eval()
         self.model, self.window, self.backend = model, window, chosen.backend.name
         self._copies: WeightFormat = "float32" if own is not None else weights
-        self.weights, self._state, self._reason = own or weights, state, chosen.reason
+        self.weight_format, self.state_format, self._reason = own or weights, state, chosen.reason
         config = model.config
         self._shape = H, N, D = config.n_head, config.neurons_per_head, config.n_embd
         half_lives = config.half_lives
@@ -240,10 +241,10 @@ class Advancer:
         """Which code runs, and why: a line for people."""
         window = None if self.window is None else f"a window of {counted(self.window, 'token')}"
         if self.backend == "eager":
-            weights = "" if self.weights == "float32" else f"weights {self.weights}, "
+            weights = "" if self.weight_format == "float32" else f"weights {self.weight_format}, "
             return f"torch on {self.model.device}, {weights}{window or 'dense recurrent steps'} ({self._reason})"
         threads = f"sparse kernels on the cpu, {counted(torch.get_num_threads(), 'thread')}"
-        return f"{threads}, weights {self.weights}, {window or f'state {self._state}'} ({self._reason})"
+        return f"{threads}, weights {self.weight_format}, {window or f'state {self.state_format}'} ({self._reason})"
 
     @property
     def state_bytes(self) -> int:

@@ -161,6 +161,8 @@ def _add_models(app: FastAPI, service: Service) -> None:
             "chat": loaded.chat.template is not None,
             "state_bytes": advancer.state_bytes,
             "path": advancer.description,
+            "weights": advancer.weight_format,
+            "state": advancer.state_format,
         }
         return ModelFacts(id=name, created=loaded.created, bdh=facts)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from starlette.requests import Request
@@ -61,10 +61,15 @@ class Metrics(Collector):
 
     Args:
         values: the present value of each gauge and total; called at every scrape.
+        formats: in which weights and states are, by name: labels of ``bdh:engine_info``, which is always 1.
     """
 
-    def __init__(self, model_name: str, values: Callable[[], dict[str, float]]):
+    def __init__(self, model_name: str, values: Callable[[], dict[str, float]], formats: dict[str, str]):
         self.registry = registry = CollectorRegistry()
+        info = Gauge(
+            "bdh:engine_info", "1, with the formats of weights and states.", ("model_name", *formats), registry=registry
+        )
+        info.labels(model_name, *formats.values()).set(1)
         self._model, self._values = model_name, values
         # With their label, so that they are there, with zeros, before anything is observed.
         self._histograms = {
@@ -168,7 +173,9 @@ class Service:
 
     def open(self, loaded: Loaded) -> None:
         """From here on requests are taken."""
-        self.metrics = Metrics(loaded.model_names[0], self._values)
+        advancer = loaded.engine.engine.advancer
+        formats = {"weights": advancer.weight_format, "state": advancer.state_format}
+        self.metrics = Metrics(loaded.model_names[0], self._values, formats)
         self.loaded = loaded
         if self.status == "loading":
             self.status = "ready"

@@ -92,7 +92,7 @@ def test_a_change_of_the_codes_is_read(make_model):
 def test_the_format_is_said_and_another_one_is_refused(make_model, weights):
     model = quantized(make_model(), weights)
     assert quantized_format(model) == weights
-    assert Advancer(model).weights == Advancer(model, weights=weights).weights == weights
+    assert Advancer(model).weight_format == Advancer(model, weights=weights).weight_format == weights
     assert f"weights {weights}" in Advancer(model).description
     assert f"weights {weights}" in Advancer(model, path="torch").description
     with pytest.raises(ValueError, match=f"weights is 'bfloat16': must be {weights}, in which the model's"):

@@ -320,6 +320,17 @@ def test_metrics_go_back_to_zero_and_count(start_server, bytes_pair):
     assert lines[f"bdh:time_to_first_token_seconds_count{{{named}}}"] == "2.0"
 
 
+@pytest.mark.parametrize(("weights", "state"), [("float32", "float32"), ("int8", "bfloat16")])
+def test_the_formats_of_weights_and_states_are_said(start_server, bytes_pair, weights, state):
+    server = start_server(*bytes_pair, metrics=True, engine=EngineConfig(weights=weights, state=state))
+    facts = server.http.get("/v1/models/tiny").json()["bdh"]
+    assert (facts["weights"], facts["state"]) == (weights, state)
+    assert (
+        f'bdh:engine_info{{model_name="tiny",state="{state}",weights="{weights}"}} 1.0'
+        in server.http.get("/metrics").text
+    )
+
+
 def test_histograms_are_there_before_the_first_request(start_server, bytes_pair):
     """Else the first requests of a process are in no rate that Prometheus computes from them."""
     found = start_server(*bytes_pair, metrics=True).http.get("/metrics").text
