@@ -13,7 +13,7 @@ import torch
 
 from bdh.model.network import ModelParts
 from bdh.model.state import Pattern, Shapes, SynapticState
-from bdh.model.weights import kernel_obstacle, quantized_format, recurrence_of
+from bdh.model.weights import kernel_obstacle, layer_functions, quantized_format, recurrence_of
 from bdh.ops import STATE_FORMATS, WEIGHT_FORMATS, StateFormat, WeightFormat, eager
 from bdh.ops.attention import rotation_table, sum_dtype
 from bdh.ops.backends import STATE_DTYPES, BackendName, Work, choose_backend
@@ -405,7 +405,7 @@ class Advancer:
         positions = torch.tensor(call.positions, device=device)
         v, writes = eager.advance(
             eager.layer_norm(model.embed(torch.tensor(call.tokens, device=device)), eps),
-            eager.Layer(model.encoder, model.encoder_v, model.decoder),
+            layer_functions(model, dtype),
             rotation_table(positions, config.neurons_per_head, config.rope_theta, dtype),
             [eager.Piece(each.state.tensors, each.state.position, count) for each, count in call.taken],
             num_layer_steps=config.n_layer,

@@ -13,6 +13,7 @@ from bdh.model.arguments import Inputs, checkpointing_of, token_positions
 from bdh.model.state import Columns, SynapticState
 from bdh.model.weights import (
     kernel_obstacle,
+    layer_functions,
     layer_modules,
     layer_weights,
     product_obstacle,
@@ -174,7 +175,7 @@ def _choose_step(
         dropout=config.dropout if model.training else 0.0,
         keep_state=keep_state,
     )
-    layer = eager.Layer(model.encoder, list(model.encoder_v), model.decoder)
+    layer = layer_functions(model, dtype)
     num_kept = config.n_layer if plan is None else plan.kept_layer_steps
 
     def step(index: int, v: torch.Tensor, sums: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -13,12 +13,13 @@ import threading
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.functional import linear
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from xxhash import xxh3_128, xxh3_128_digest
 
@@ -26,6 +27,7 @@ from bdh.model.network import ModelParts
 from bdh.model.quantized import QuantizedLinear
 from bdh.ops import WEIGHT_FORMATS, WeightFormat
 from bdh.ops.backends import CPU, LayerWeights
+from bdh.ops.eager import Layer, Linear
 from bdh.ops.formats import Rows, layer_formats
 
 if TYPE_CHECKING:  # numba, which is imported where the kernels run
@@ -53,6 +55,18 @@ def layer_weights(model: Any, dtype: torch.dtype) -> LayerWeights:
     """
     encoder, *encoder_v, decoder = (_product_weight(module).to(dtype) for module in layer_modules(model))
     return LayerWeights(encoder, tuple(encoder_v), decoder.t().contiguous())
+
+
+def layer_functions(model: Any, dtype: torch.dtype) -> Layer:
+    """E, the heads of Ev, and Dec as functions, for several layer steps: what is quantized is dequantized once for all of them."""
+    functions = [_function(module, dtype) for module in layer_modules(model)]
+    return Layer(functions[0], functions[1:-1], functions[-1])
+
+
+def _function(module: Any, dtype: torch.dtype) -> Linear:
+    if type(module) is not QuantizedLinear or weights_obstacle([module]) is not None:
+        return module
+    return partial(linear, weight=module.weight.to(dtype))
 
 
 def has_hooks(module: nn.Module) -> bool:
