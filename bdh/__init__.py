@@ -1,13 +1,14 @@
 """BDH: train, understand and serve Dragon Hatchling language models.
 
 Importing this package is cheap: its names load what they need when they are first used, and transformers' auto classes get
-to know BDH when they are themselves imported.
+to know BDH when they are themselves imported. From then on transformers imports torchao where it is needed only.
 """
 
 import importlib
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,7 @@ _REGISTERED_BY = {
     "transformers.models.auto.configuration_auto": "bdh.model.configuration",
     "transformers.models.auto.modeling_auto": "bdh.model.modeling",
 }
+_ASKS_FOR_TORCHAO = "transformers.quantizers.quantizer_torchao"
 
 
 def __getattr__(name: str) -> Any:
@@ -43,8 +45,8 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'bdh' has no attribute {name!r}")
 
 
-class _AutoClassesFinder:
-    """Lets Python find transformers' auto classes as ever, and registers ours once they are loaded."""
+class _TransformersFinder:
+    """Lets Python find modules of transformers as ever, and does what :func:`_around` says when they are loaded."""
 
     def __init__(self) -> None:
         self._being_found: set[str] = set()
@@ -52,7 +54,7 @@ class _AutoClassesFinder:
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in _REGISTERED_BY or fullname in self._being_found:
+        if fullname not in (*_REGISTERED_BY, _ASKS_FOR_TORCHAO) or fullname in self._being_found:
             return None
         self._being_found.add(fullname)
         try:
@@ -63,11 +65,23 @@ class _AutoClassesFinder:
 
             def exec_module(module: ModuleType) -> None:
                 del loader.exec_module  # the class's own again
-                loader.exec_module(module)
-                _register(fullname)
+                with _around(fullname):
+                    loader.exec_module(module)
 
             loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
+
+
+@contextmanager
+def _around(fullname: str) -> Iterator[None]:
+    if fullname == _ASKS_FOR_TORCHAO:
+        from bdh.torchao_later import torchao_put_off
+
+        with torchao_put_off():
+            yield
+    else:
+        yield
+        _register(fullname)
 
 
 def _register(auto_module: str) -> None:
@@ -79,4 +93,4 @@ def _register(auto_module: str) -> None:
 for _auto_module in _REGISTERED_BY:
     if _auto_module in sys.modules:
         _register(_auto_module)
-sys.meta_path.insert(0, _AutoClassesFinder())
+sys.meta_path.insert(0, _TransformersFinder())

@@ -274,7 +274,7 @@ def measure_memory(case: TrainCase, form: str, *, update: bool = False) -> Memor
     """
     # Of a server that has imported what is needed, where there are such: PyTorch takes seconds.
     context = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
-    context.set_forkserver_preload(["bdh.no_torchao_lines", __name__])
+    context.set_forkserver_preload([__name__])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(_measured, case, form, update).result()
 

@@ -1,7 +1,7 @@
 """What a command shows: its standard streams, which may lose their reader, what libraries log, and progress bars.
 
 transformers, datasets, huggingface_hub and others log what they raise too, and each try of a download. That is kept back
-while a command gets ready, so that an error is the one line that its reader sees. See also :mod:`bdh.no_torchao_lines`.
+while a command gets ready, so that an error is the one line that its reader sees. See also :mod:`bdh.unneeded_lines`.
 """
 
 import errno
@@ -13,6 +13,8 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TextIO
+
+from bdh.unneeded_lines import hide_unneeded_lines
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,7 +38,7 @@ def kept_back(*, show_on_error: bool) -> Iterator[None]:
     logging.captureWarnings(True)
     _kept = []
     if not show_on_error:
-        import bdh.no_torchao_lines  # noqa: F401
+        hide_unneeded_lines()
     try:
         yield
     except Exception:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.model.fingerprint import Identity, identity
 from bdh.storage import recover_dir
+from bdh.torchao_later import torchao_put_off
 from bdh.train.config import LoraSettings
 from bdh.train.places import ADAPTER_CONFIG, CheckpointFolder, check_peft
 
@@ -149,7 +150,8 @@ def add_adapters(model: BDHForCausalLM, settings: LoraSettings) -> Any:
     check_peft()
     from peft import LoraModel
 
-    tuner = LoraModel(model, _peft_config(model.config, settings), adapter_name=_NAME)
+    with torchao_put_off():
+        tuner = LoraModel(model, _peft_config(model.config, settings), adapter_name=_NAME)
     if settings.embeddings:
         for layer in (model.embed, model.lm_head):
             layer.requires_grad_(True)
@@ -195,7 +197,7 @@ def load_adapters(base: BDHForCausalLM, folder: Path) -> Any:
     except SafetensorError as error:
         raise ValueError(f"{path} is cut off or damaged: {error}") from error
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torchao_put_off():
             warnings.simplefilter("ignore", FutureWarning)  # peft asks the model by a name that transformers will drop
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error below
             tuner = PeftModel.from_pretrained(base, str(folder))
