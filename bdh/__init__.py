@@ -14,7 +14,14 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bdh.model import BDHConfig, BDHForCausalLM, BDHForSequenceClassification, BDHModel, SynapticState
+    from bdh.model import (
+        BDHConfig,
+        BDHForCausalLM,
+        BDHForSequenceClassification,
+        BDHModel,
+        BDHQuantizationConfig,
+        SynapticState,
+    )
 
     BDH = BDHForCausalLM
 
@@ -25,6 +32,7 @@ __all__ = [
     "BDHForCausalLM",
     "BDHForSequenceClassification",
     "BDHModel",
+    "BDHQuantizationConfig",
     "SynapticState",
     "__version__",
 ]

@@ -21,6 +21,7 @@ ALLOWED = {
     "monitor": set(),
     "generate": {"ops", "model", "tokenizer"},
     "evaluate": {"ops", "model", "tokenizer", "data", "generate"},
+    "quantize": {"ops", "model", "generate"},
     "distributed": {"ops", "model"},
     "train": {"ops", "model", "tokenizer", "data", "distributed", "monitor", "evaluate", "generate"},
     "serve": {"model", "tokenizer", "generate"},

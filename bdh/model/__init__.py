@@ -9,15 +9,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bdh.model.configuration import BDHConfig
     from bdh.model.modeling import BDHForCausalLM, BDHForSequenceClassification, BDHModel
+    from bdh.model.quantizer import BDHQuantizationConfig
     from bdh.model.state import SynapticState
 
-__all__ = ["BDHConfig", "BDHForCausalLM", "BDHForSequenceClassification", "BDHModel", "SynapticState"]
+__all__ = [
+    "BDHConfig",
+    "BDHForCausalLM",
+    "BDHForSequenceClassification",
+    "BDHModel",
+    "BDHQuantizationConfig",
+    "SynapticState",
+]
 
 _MODULE_OF = {
     "BDHConfig": "configuration",
     "BDHForCausalLM": "modeling",
     "BDHForSequenceClassification": "modeling",
     "BDHModel": "modeling",
+    "BDHQuantizationConfig": "quantizer",
     "SynapticState": "state",
 }
 

@@ -129,7 +129,7 @@ def to_reference(config: BDHConfig, model: Any) -> dict[str, torch.Tensor]:
     tensors = {
         "embed.weight": model.embed.weight,
         "encoder": model.encoder.weight.view(H, N, D).transpose(1, 2),
-        "encoder_v": torch.stack(list(model.encoder_v.parameters())).transpose(1, 2),
+        "encoder_v": torch.stack([head.weight for head in model.encoder_v]).transpose(1, 2),
         "decoder": model.decoder.weight.T,
         "lm_head": model.lm_head.weight.T,
         FREQUENCY_KEY: reference_frequencies(N, config.rope_theta),

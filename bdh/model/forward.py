@@ -88,7 +88,7 @@ def run_layer(
         state.positions = following.expand(B).clone()
         state.num_columns += T
     return Hidden(
-        v.to(model.embed.weight.dtype),
+        v.to(model.dtype),
         state if use_cache else None,
         tuple(hidden_states) if keep_hidden_states else None,
     )
@@ -119,7 +119,7 @@ def plan_for(model: Any, B: int, T: int, form: str, *, for_loss: bool = True) ->
 @torch.compiler.disable
 def _plan(model: Any, B: int, T: int, form: str) -> LayerPlan:
     config, options = model.config, model.layer_options
-    shape = layer_shape(config, B, T, _product_dtype(model), model.embed.weight.device)
+    shape = layer_shape(config, B, T, _product_dtype(model), model.device)
     shape = shape._replace(
         has_dropout=model.training and shape.has_dropout,
         for_training=torch.is_grad_enabled(),
@@ -152,7 +152,7 @@ def _choose_step(
     model: Any, inputs: Inputs, positions: torch.Tensor, form: str, keep_state: bool, for_loss: bool
 ) -> LayerStep:
     """``positions`` are int64 (1 or B, T)."""
-    config, dtype = model.config, model.embed.weight.dtype
+    config, dtype = model.config, model.dtype
     B, T, _ = inputs.v.shape
     decay_mask = _decay_mask(model, inputs.starts, inputs.mask)
     is_step = T == 1 and inputs.state is not None
@@ -236,7 +236,7 @@ def _decay_mask(model: Any, starts: torch.Tensor | None, mask: torch.Tensor | No
     half_lives = model.config.half_lives
     if half_lives is None:
         return None if starts is None else DecayMask(starts)
-    dtype, device = sum_dtype(model.dtype), model.embed.weight.device
+    dtype, device = sum_dtype(model.dtype), model.device
     if torch.compiler.is_compiling():  # a traced tensor must not be kept
         return DecayMask(starts, torch.tensor(half_lives, dtype=dtype, device=device), mask)
     return DecayMask(starts, _half_lives(tuple(half_lives), dtype, device), mask)
@@ -250,7 +250,7 @@ def _half_lives(half_lives: tuple[float, ...], dtype: torch.dtype, device: torch
 
 def _product_dtype(model: Any) -> torch.dtype:
     """In which the matrix products are computed."""
-    device, dtype = model.embed.weight.device.type, model.embed.weight.dtype
+    device, dtype = model.device.type, model.dtype
     is_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if is_autocast and dtype != torch.float64 else dtype
 

@@ -12,6 +12,9 @@ from transformers import (
     GenerationMixin,
     PreTrainedModel,
 )
+from transformers import (
+    initialization as init,
+)
 from transformers import modeling_outputs as outputs
 from transformers.utils import can_return_tuple
 
@@ -19,6 +22,9 @@ from bdh.model.arguments import StateForGeneration, read_inputs, shifted_labels
 from bdh.model.configuration import BDHConfig
 from bdh.model.conversion import from_reference, to_reference
 from bdh.model.forward import run_layer, step_by_kernels
+from bdh.model.quantization import num_quantized_weights, plain_tensor
+from bdh.model.quantized import QuantizedEmbedding, QuantizedLinear
+from bdh.model.quantizer import BDHQuantizer  # noqa: F401 (which registers itself)
 from bdh.model.state import SynapticState
 from bdh.model.weights import recheck_weights
 from bdh.ops.attention import sum_dtype
@@ -66,6 +72,13 @@ class BDHPreTrainedModel(PreTrainedModel):
         self.gradient_checkpointing = False
         self.layer_options = LayerOptions()
 
+    def _init_weights(self, module: Any) -> None:
+        """Fills what was not read from a file."""
+        if isinstance(module, QuantizedLinear | QuantizedEmbedding):
+            init.constant_(module.packed, 255)  # with scales that are no numbers, which check_packed finds
+        else:
+            super()._init_weights(module)
+
     def train(self, mode: bool = True) -> Any:
         recheck_weights(self)
         return super().train(mode)
@@ -98,6 +111,20 @@ class BDHPreTrainedModel(PreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.embed = value  # type: ignore[assignment]
+
+    @property
+    def device(self) -> torch.device:
+        return plain_tensor(self).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the plain weights; quantized ones are multiplied with in the dtype of what comes in."""
+        return plain_tensor(self).dtype
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """As in all of transformers; quantized weights count as the numbers that they are, none of which is trained."""
+        plain = super().num_parameters(only_trainable, exclude_embeddings)
+        return plain if only_trainable else plain + num_quantized_weights(self, embeddings=not exclude_embeddings)
 
     def new_state(self, batch_size: int = 1) -> SynapticState:
         """The state before the first token, for ``past_key_values``."""

@@ -15,6 +15,15 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from bdh.model.config_fields import ALIASES, ConfigFields, name_faults
+from bdh.model.quantization import (
+    Quantization,
+    check_packed,
+    check_quantization,
+    empty_quantized,
+    is_ours,
+    plain_tensor,
+)
+from bdh.ops import QuantizedFormat
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 # In the order in which transformers looks for them; the index of a model in several files names each weight's file.
@@ -22,7 +31,7 @@ _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 class QuantizedWeightsError(ValueError):
-    """A model's weights are not plain numbers, but in a format that a quantizer of transformers reads."""
+    """A model's weights are in a format of another library, which a quantizer of transformers reads."""
 
 
 @runtime_checkable
@@ -64,10 +73,17 @@ class ModelConfig(ConfigFields):
     """
 
     name_or_path: str = ""
+    quantization_config: dict[str, Any] | None = None
+    """See :class:`bdh.model.quantization.Quantization`."""
 
     def __post_init__(self) -> None:
         if faults := self.value_faults():
             raise ValueError("; ".join(faults))
+
+    def quantized_formats(self) -> dict[str, QuantizedFormat]:
+        """The quantized modules of the model by their names. Raises ``ValueError`` where that cannot be read."""
+        facts = self.quantization_config
+        return {} if facts is None else Quantization.from_facts(facts).formats(self.n_head)
 
     @classmethod
     def from_facts(cls, facts: dict[str, Any]) -> Self:
@@ -108,12 +124,14 @@ class Network(nn.Module):
     in evaluation mode.
 
     Args:
-        weights: by the names of the parameters, which become these tensors themselves; others are left aside.
+        weights: by the names of the parameters, and of what quantized modules hold, which become these tensors themselves; others
+            are left aside.
         name: of the model, for messages.
         generation_config: that of its folder; by default what the configuration says.
+        dtype: what an embedding in a quantized format gives.
 
     Raises:
-        ValueError: weights are missing, or of other shapes than the configuration says.
+        ValueError: weights are missing, or of other shapes than the configuration says; or quantized ones are damaged.
     """
 
     def __init__(
@@ -123,6 +141,7 @@ class Network(nn.Module):
         *,
         name: str = "the model",
         generation_config: GenerationSettings | None = None,
+        dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
         self.config = config
@@ -130,28 +149,39 @@ class Network(nn.Module):
         V, D, H, N = config.vocab_size, config.n_embd, config.n_head, config.neurons_per_head
         shapes = {"embed": (V, D), "encoder": (H * N, D), "decoder": (D, H * N), "lm_head": (V, D)}
         shapes |= {f"encoder_v.{head}": (N, D) for head in range(H)}
-        if lacking := sorted(f"{module}.weight" for module in shapes if f"{module}.weight" not in weights):
+        formats = config.quantized_formats()
+        keys = {module: f"{module}.{'packed' if module in formats else 'weight'}" for module in shapes}
+        if lacking := sorted(key for key in keys.values() if key not in weights):
             raise ValueError(f"the weights of {name} are not complete: it lacks {', '.join(lacking)}")
-        given = {module: weights[f"{module}.weight"] for module in shapes}
+        given = {module: weights[key] for module, key in keys.items()}
+        packed = {
+            module: empty_quantized(module, shapes[module], each, dtype=dtype, device=given[module].device)
+            for module, each in formats.items()
+        }
+        expected = shapes | {module: tuple(each.packed.shape) for module, each in packed.items()}
         if wrong := [
-            f"{module}.weight is {tuple(given[module].shape)}, not {shape}"
-            for module, shape in sorted(shapes.items())
+            f"{keys[module]} is {tuple(given[module].shape)}, not {shape}"
+            for module, shape in sorted(expected.items())
             if given[module].shape != shape
         ]:
             raise ValueError(f"the weights of {name} do not have the shapes of its {CONFIG_FILE}: {'; '.join(wrong)}")
-        self.embed = nn.Embedding.from_pretrained(given["embed"], freeze=False)
-        self.encoder = _linear(given["encoder"])
-        self.encoder_v = nn.ModuleList(_linear(given[f"encoder_v.{head}"]) for head in range(H))
-        self.decoder, self.lm_head = _linear(given["decoder"]), _linear(given["lm_head"])
+        for module, each in packed.items():
+            each.packed = given[module]
+        linear = {each: packed.get(each) or linear_of(given[each]) for each in shapes if each != "embed"}
+        self.embed = packed.get("embed") or nn.Embedding.from_pretrained(given["embed"], freeze=False)
+        self.encoder = linear["encoder"]
+        self.encoder_v = nn.ModuleList(linear[f"encoder_v.{head}"] for head in range(H))
+        self.decoder, self.lm_head = linear["decoder"], linear["lm_head"]
+        check_packed(self, name)
         self.eval()
 
     @property
     def device(self) -> torch.device:
-        return self.embed.weight.device
+        return plain_tensor(self).device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.embed.weight.dtype
+        return plain_tensor(self).dtype
 
     @classmethod
     def load(cls, folder: str | Path, device: torch.device | str = "cpu") -> Self:
@@ -161,19 +191,24 @@ class Network(nn.Module):
 
         Raises:
             FileNotFoundError: the folder holds no weights.
-            ValueError: it is no BDH model, or a quantized one; its configuration is wrong; or the weights are damaged,
-                not complete, or not those of the configuration.
+            ValueError: it is no BDH model, or one quantized by another library; its configuration is wrong; or the weights are
+                damaged, not complete, or not those of the configuration.
         """
         folder = Path(folder)
         config, dtype = read_config(folder)
         config.name_or_path = str(folder)
         weights = _read_weights(folder)
         stored = next((each.dtype for each in weights.values() if each.is_floating_point()), torch.float32)
-        weights = {key: each.to(device, dtype or stored, copy=True) for key, each in weights.items()}
-        return cls(config, weights, name=str(folder), generation_config=_read_generation(folder, config))
+        dtype = dtype or stored
+        weights = {
+            key: each.to(device, each.dtype if key.endswith(".packed") else dtype, copy=True)
+            for key, each in weights.items()
+        }
+        generation = _read_generation(folder, config)
+        return cls(config, weights, name=str(folder), generation_config=generation, dtype=dtype)
 
 
-def _linear(weight: torch.Tensor) -> nn.Linear:
+def linear_of(weight: torch.Tensor) -> nn.Linear:
     """Around a weight that is there: the constructor would fill one with random numbers, and on meta load TorchDynamo."""
     module = nn.Linear.__new__(nn.Linear)
     nn.Module.__init__(module)
@@ -210,7 +245,8 @@ def read_config(folder: Path) -> tuple[ModelConfig, torch.dtype | None]:
     """The configuration of a folder's model, and the dtype that it names for the weights.
 
     Raises:
-        ValueError: it is no BDH model, or a quantized one; or its configuration is wrong.
+        ValueError: it is no BDH model, or its configuration is wrong.
+        QuantizedWeightsError: the weights are in a format of another library.
     """
     wrong = f"the {CONFIG_FILE} of {folder} is wrong"
     try:
@@ -221,11 +257,13 @@ def read_config(folder: Path) -> tuple[ModelConfig, torch.dtype | None]:
         raise ValueError(f"{wrong}: it holds {type(facts).__name__}, not an object")
     if facts.get("model_type") != "bdh" or not {"n_embd", "hidden_size"} & facts.keys():
         raise ValueError(f"{folder} is no BDH model: its model_type is {facts.get('model_type')!r}")
-    if facts.get("quantization_config") is not None:
-        raise QuantizedWeightsError(f"{folder} has quantized weights, which only transformers reads")
+    quantization = facts.get("quantization_config")
+    if quantization is not None and not is_ours(quantization):
+        raise QuantizedWeightsError(f"{folder} has weights quantized by another library, which only transformers reads")
     dtype = facts.get("dtype", facts.get("torch_dtype"))
     if dtype is not None and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
         raise ValueError(f"{wrong}: module 'torch' has no attribute {str(dtype)!r}")
+    check_quantization(quantization, wrong)
     with one_line_type_faults(wrong):
         return ModelConfig.from_facts(facts), None if dtype is None else getattr(torch, dtype)
 

@@ -48,10 +48,14 @@ class QuantizedLinear(nn.Module):
         return module
 
     @property
+    def codes(self) -> Codes:
+        """The weights row by row, unpacked anew."""
+        return unpack(self.packed, self.out_features if self.by_input else self.in_features, self.weight_format)
+
+    @property
     def rows(self) -> torch.Tensor:
         """The weights row by row, float32 (rows, D), computed anew."""
-        D = self.out_features if self.by_input else self.in_features
-        return unpack(self.packed, D, self.weight_format).dequantized()
+        return self.codes.dequantized()
 
     @property
     def weight(self) -> torch.Tensor:
@@ -63,3 +67,50 @@ class QuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.weight_format}"
+
+
+class QuantizedEmbedding(nn.Module):
+    """An ``Embedding`` whose weight is in a format of :mod:`bdh.ops.formats`."""
+
+    packed: torch.Tensor
+    """uint8 (entries, bytes of a row)."""
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        weight_format: QuantizedFormat,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.weight_format: QuantizedFormat = weight_format
+        packed = torch.zeros(num_embeddings, row_bytes(weight_format, embedding_dim), dtype=torch.uint8, device=device)
+        self.register_buffer("packed", packed)
+        # Of no numbers: its dtype, which ``to`` changes, is that of the output.
+        self.register_buffer("_like", torch.empty(0, dtype=dtype, device=device), persistent=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the output."""
+        like: torch.Tensor = self._like  # type: ignore[assignment]
+        return like.dtype
+
+    @property
+    def codes(self) -> Codes:
+        """The weights row by row, unpacked anew."""
+        return unpack(self.packed, self.embedding_dim, self.weight_format)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """float32 (entries, D), computed anew."""
+        return self.codes.dequantized()
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        rows = unpack(self.packed[ids.flatten()], self.embedding_dim, self.weight_format).dequantized()
+        return rows.to(self.dtype).view(*ids.shape, self.embedding_dim)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self.weight_format}"

@@ -16,6 +16,7 @@ from transformers.utils import cached_file, logging
 from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.model.fingerprint import Identity, identity
 from bdh.model.network import one_line_type_faults
+from bdh.model.quantization import check_quantization
 from bdh.storage import recover_dir
 from bdh.tokenizer import TextEncoder, TokenizerConfig, is_byte_tokenizer, load_tokenizer
 from bdh.tokenizer.chat import CHAT_TOKENS, add_special_tokens
@@ -299,6 +300,7 @@ def _pretrained_config(name: str, commit: str | None) -> BDHConfig:
         raise ValueError(f"the config.json of {name} is wrong: {error}") from error
     if config.model_type != "bdh" or "n_embd" not in config.to_dict():
         raise ValueError(f"{name} is no BDH model: its model_type is {config.model_type!r}")
+    check_quantization(getattr(config, "quantization_config", None), f"the config.json of {name} is wrong")
     return config
 
 

@@ -1,0 +1,183 @@
+"""Which weights of a model are quantized: what ``config.json`` says, and the modules that follow from it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import chain
+from typing import Any, Literal, Self, get_args
+
+import torch
+from torch import nn
+
+from bdh.model.quantized import QuantizedEmbedding, QuantizedLinear
+from bdh.ops import STATE_FORMATS, QuantizedFormat, StateFormat
+from bdh.ops.formats import GROUP, Codes, pack, rounded
+
+QUANT_METHOD = "bdh"
+"""The name of our formats in ``quantization_config``."""
+QuantizedWeights = Literal["int8", "int4", "mixed"]
+RoundingMethod = Literal["rtn"]
+_MODULES = (QuantizedLinear, QuantizedEmbedding)
+
+
+@dataclass
+class Quantization:
+    """Which of a model's weights are in which format: ``quantization_config`` in ``config.json``.
+
+    Raises:
+        ValueError: a value that there is not.
+    """
+
+    weights: QuantizedWeights = "int8"
+    """int8, int4, or mixed: E in int8, Ev and Dec in int4."""
+    embeddings: bool = False
+    """Whether the embedding and the head are in int8 too."""
+    method: RoundingMethod = "rtn"
+    """How they were rounded: rtn, to the nearest."""
+    state: StateFormat | None = None
+    """The format of the states that is recommended for this model; None for none."""
+    group_size: int = GROUP
+    """Weights that share a scale in int4."""
+    quant_method: str = QUANT_METHOD
+
+    def __post_init__(self) -> None:
+        allowed: dict[str, tuple[Any, ...]] = {
+            "weights": get_args(QuantizedWeights),
+            "embeddings": (False, True),
+            "method": get_args(RoundingMethod),
+            "state": (None, *STATE_FORMATS),
+            "group_size": (GROUP,),
+            "quant_method": (QUANT_METHOD,),
+        }
+        faults = [
+            f"{name} is {value!r}: must be {' or '.join(map(str, values))}"
+            for name, values in allowed.items()
+            if (value := getattr(self, name)) not in values
+        ]
+        if faults:
+            raise ValueError(f"quantization_config: {'; '.join(faults)}")
+
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, Any]) -> Self:
+        """Of what ``config.json`` holds. Raises ``ValueError`` where a value does not fit, or a name is unknown."""
+        if unknown := sorted(set(facts) - {each.name for each in fields(cls)}):
+            raise ValueError(f"quantization_config has the unknown {', '.join(unknown)}")
+        return cls(**facts)
+
+    def formats(self, num_heads: int) -> dict[str, QuantizedFormat]:
+        """The quantized modules of a language model by their names."""
+        encoder: QuantizedFormat = "int8" if self.weights == "mixed" else self.weights
+        rest: QuantizedFormat = "int4" if self.weights == "mixed" else self.weights
+        formats = {"encoder": encoder, **{f"encoder_v.{head}": rest for head in range(num_heads)}, "decoder": rest}
+        return formats | ({"embed": "int8", "lm_head": "int8"} if self.embeddings else {})
+
+
+def is_ours(facts: Any) -> bool:
+    """Whether a ``quantization_config`` is of our formats, and not of another library's."""
+    return isinstance(facts, Mapping) and facts.get("quant_method") == QUANT_METHOD
+
+
+def check_quantization(facts: Any, wrong: str) -> None:
+    """Raises ``ValueError``, beginning with ``wrong``, where a ``quantization_config`` is ours and cannot be read."""
+    try:
+        if is_ours(facts):
+            Quantization.from_facts(facts)
+    except ValueError as error:
+        raise ValueError(f"{wrong}: {error}") from error
+
+
+def quantized_formats(model: nn.Module) -> dict[str, QuantizedFormat]:
+    """The modules of a model that are in our formats, by their names; empty where none is."""
+    return {name: module.weight_format for name, module in model.named_modules() if isinstance(module, _MODULES)}
+
+
+def check_not_quantized(model: nn.Module, name: str, reason: str) -> None:
+    """Raises ``ValueError`` where weights of a model are in our formats; ``reason`` ends the message."""
+    if formats := quantized_formats(model):
+        raise ValueError(f"{name} has weights in {' and '.join(sorted(set(formats.values())))}: {reason}")
+
+
+def num_quantized_weights(model: nn.Module, *, embeddings: bool = True) -> int:
+    """How many numbers the quantized weights of a model are, however many bytes each takes."""
+    sizes = []
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            sizes.append(module.in_features * module.out_features)
+        elif isinstance(module, QuantizedEmbedding) and embeddings:
+            sizes.append(module.num_embeddings * module.embedding_dim)
+    return sum(sizes)
+
+
+def plain_tensor(model: nn.Module) -> torch.Tensor:
+    """Of a model's tensors the first one of floating point numbers, which shows its device and dtype."""
+    return next(each for each in chain(model.parameters(), model.buffers()) if each.is_floating_point())
+
+
+def neuron_rows(name: str, weight: torch.Tensor) -> torch.Tensor:
+    """The weight of the module of this name in the rows that share scales: of the decoder, one for each input."""
+    return weight.t() if name == "decoder" else weight
+
+
+def quantized_module(
+    name: str, module: nn.Module, weight_format: QuantizedFormat, codes: Codes | None = None
+) -> nn.Module:
+    """What takes the place of a plain module, with its weights rounded to the nearest, or with codes that are given.
+
+    Raises:
+        ValueError: a weight is infinite or not a number; the message has the module's name.
+    """
+    weight: torch.Tensor = module.weight  # type: ignore[assignment]
+    try:
+        codes = codes or rounded(neuron_rows(name, weight), weight_format)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    quantized = empty_quantized(name, weight.shape, weight_format, dtype=weight.dtype, device=weight.device)
+    quantized.packed = pack(codes, weight_format).to(weight.device)
+    return quantized
+
+
+def empty_quantized(
+    name: str,
+    shape: Sequence[int],
+    weight_format: QuantizedFormat,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str | None,
+) -> QuantizedLinear | QuantizedEmbedding:
+    """What takes the place of the module of this name, for weights of ``shape`` that are yet to be read.
+
+    Args:
+        dtype: what the embedding gives.
+    """
+    num_outputs, num_inputs = shape
+    if name == "embed":
+        return QuantizedEmbedding(num_outputs, num_inputs, weight_format, dtype=dtype, device=device)
+    return QuantizedLinear(num_inputs, num_outputs, weight_format, by_input=name == "decoder", device=device)
+
+
+def check_packed(model: nn.Module, name: str) -> None:
+    """Raises ``ValueError`` where quantized weights that were read are not what rounding gives; ``name`` is the model's."""
+    for place, module in model.named_modules():
+        if not isinstance(module, _MODULES):
+            continue
+        fault = ""
+        if module.packed.dtype != torch.uint8:
+            fault = f"{place}.packed is {str(module.packed.dtype).removeprefix('torch.')}, not uint8"
+        elif not (finite := module.codes.scales.isfinite().all(1)).all():
+            fault = f"{place}.packed is missing, or its row {int((~finite).nonzero()[0])} has a scale that is no finite number"
+        if fault:
+            raise ValueError(f"the weights of {name} are damaged or not complete: {fault}")
+
+
+def dequantize(model: nn.Module, dtype: torch.dtype) -> None:
+    """Puts plain modules with the same weights in the place of the quantized ones."""
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, _MODULES):
+            continue
+        weight = module.weight.to(dtype).contiguous()
+        plain: nn.Module
+        if isinstance(module, QuantizedEmbedding):
+            plain = nn.Embedding.from_pretrained(weight, freeze=False)
+        else:
+            plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+            plain.weight = nn.Parameter(weight)
+        model.set_submodule(name, plain.train(module.training))

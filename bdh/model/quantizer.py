@@ -1,0 +1,93 @@
+"""Our formats of weights as a quantization method of transformers, named "bdh".
+
+``from_pretrained`` of transformers 5.23 calls the hooks of an ``HfQuantizer`` (``transformers/quantizers/base.py``), which it finds
+by ``quantization_config`` in ``config.json``, or as its argument.
+"""
+
+from typing import Any
+
+import torch
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from bdh.model.quantization import (
+    QUANT_METHOD,
+    Quantization,
+    check_packed,
+    dequantize,
+    empty_quantized,
+    quantized_module,
+)
+
+
+@register_quantization_config(QUANT_METHOD)
+class BDHQuantizationConfig(Quantization, QuantizationConfigMixin):  # type: ignore[misc]  # a plain name as quant_method
+    """``from_pretrained(MODEL, quantization_config=BDHQuantizationConfig("int8"))`` rounds the weights while it loads them.
+
+    The fields, and what is raised, are those of :class:`bdh.model.quantization.Quantization`. A model that is quantized already
+    keeps its own.
+    """
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        config = cls.from_facts(config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
+
+
+@register_quantizer(QUANT_METHOD)
+class BDHQuantizer(HfQuantizer):
+    """Loads, rounds and saves our formats."""
+
+    quantization_config: BDHQuantizationConfig
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        if not self.pre_quantized and self.quantization_config.method != "rtn":
+            raise ValueError(
+                f"method is {self.quantization_config.method!r}: while loading, weights are rounded by rtn; others need text, "
+                "which bdh.quantize.quantize takes"
+            )
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Nothing that is no floating point number becomes one, or the other way round: a foreign file is to be seen."""
+        return super().get_new_dtype(converter, param, dtype) if dtype is not None and dtype.is_floating_point else None
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        formats = self._formats_in(model)
+        if self.pre_quantized:
+            for name, weight_format in formats.items():
+                weight = model.get_submodule(name).weight
+                how = {"dtype": weight.dtype, "device": weight.device}
+                model.set_submodule(name, empty_quantized(name, weight.shape, weight_format, **how))
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self.pre_quantized:
+            check_packed(model, model.config.name_or_path)
+        else:
+            for name, weight_format in self._formats_in(model).items():
+                model.set_submodule(name, quantized_module(name, model.get_submodule(name), weight_format))
+        return model
+
+    def _formats_in(self, model: Any) -> dict[str, Any]:
+        """Of the modules that a model has: without a head it has none."""
+        if model.config.model_type != "bdh":
+            raise ValueError(f"quantization_config of bdh is for BDH models, not for {model.config.model_type}")
+        formats = self.quantization_config.formats(model.config.n_head)
+        return {name: each for name, each in formats.items() if hasattr(model, name.partition(".")[0])}
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        dequantize(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype)
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def set_quantized(model: Any, config: BDHQuantizationConfig) -> None:
+    """Tells transformers that modules of a model have been replaced as ``config`` says, as if it had loaded it so."""
+    model.is_quantized, model.quantization_method = True, QUANT_METHOD
+    model.hf_quantizer = BDHQuantizer(config, pre_quantized=True)
+    model.config.quantization_config = config

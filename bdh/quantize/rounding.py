@@ -1,0 +1,73 @@
+"""Rounds the weights of a model."""
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from bdh.model.quantization import QuantizedWeights, RoundingMethod, check_not_quantized, quantized_module
+from bdh.model.quantizer import BDHQuantizationConfig, set_quantized
+from bdh.model.weights import weights_obstacle
+from bdh.ops import StateFormat
+from bdh.ops.formats import Codes
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is done, how much of it is done, and how much there is."""
+
+
+def quantize(
+    model: Any,
+    weights: QuantizedWeights = "int8",
+    *,
+    method: RoundingMethod = "rtn",
+    embeddings: bool = False,
+    state: StateFormat | None = None,
+    progress: Progress = lambda stage, done, total: None,
+) -> Any:
+    """A copy of a model with quantized weights, which shares none with it; the model stays as it is.
+
+    ``save_pretrained`` writes it, and ``from_pretrained`` reads it.
+
+    Args:
+        model: one of our classes for transformers.
+        weights: int8; int4; or mixed: E in int8, Ev and Dec in int4.
+        method: rtn rounds each weight to the nearest.
+        embeddings: the embedding and the head in int8 too.
+        state: the format of states that is recommended for the model.
+
+    Raises:
+        ValueError: the model is quantized already, or a module is no plain ``nn.Linear``; a weight is infinite or not a number;
+            or an argument is none of these. Modules are named.
+    """
+    config = BDHQuantizationConfig(weights, embeddings=embeddings, method=method, state=state)
+    check_quantizable(model)
+    return with_codes(model, config, {}, progress)
+
+
+def check_quantizable(model: Any, name: str = "the model") -> None:
+    """Raises ``ValueError`` where a model has other layers than plain ones: quantized, with adapters, with hooks."""
+    check_not_quantized(model, name, "quantize the model that it was made of")
+    layers = {"encoder": model.encoder, "decoder": model.decoder}
+    layers |= {f"encoder_v.{head}": module for head, module in enumerate(model.encoder_v)}
+    for place, module in layers.items():
+        if (obstacle := weights_obstacle([module])) is not None:
+            raise ValueError(f"{place} of {name} cannot be quantized: {obstacle}")
+
+
+def with_codes(
+    model: Any,
+    config: BDHQuantizationConfig,
+    codes: Mapping[str, Codes],
+    progress: Progress = lambda stage, done, total: None,
+) -> Any:
+    """A copy of a model in which modules have the codes given by their names, and others those next to their weights."""
+    formats = {
+        name: each for name, each in config.formats(model.config.n_head).items() if hasattr(model, name.split(".")[0])
+    }
+    replaced = {}
+    for number, (name, weight_format) in enumerate(formats.items(), start=1):
+        module = model.get_submodule(name)
+        replaced[id(module)] = quantized_module(name, module, weight_format, codes.get(name))
+        progress("matrices", number, len(formats))
+    quantized = copy.deepcopy(model, replaced)  # which takes what stands there for what is already copied
+    set_quantized(quantized, config)
+    return quantized

@@ -1,0 +1,51 @@
+import copy
+
+import pytest
+import torch
+
+from bdh.evaluate.loss import evaluate_text
+from bdh.evaluate.probes import measure_activity
+from bdh.quantize import compare, matrix_errors, quantize
+
+
+def test_errors_are_those_of_the_weights(model):
+    quantized = quantize(model, "mixed")
+    found = {each.module: each for each in matrix_errors(model, quantized)}
+    assert list(found) == ["encoder", "encoder_v.0", "encoder_v.1", "decoder"]
+    for name, each in found.items():
+        before, after = (m.get_submodule(name).weight for m in (model, quantized))
+        assert each.relative_error == pytest.approx(((after - before).norm() / before.norm()).item())
+    assert found["encoder"].relative_error < 0.01 < found["decoder"].relative_error < 0.1
+    assert 1 / 40 <= found["encoder"].saturated < 0.05  # of each row the largest
+
+
+def test_a_model_beside_itself(model, tokens):
+    found = compare(model, copy.deepcopy(model), tokens)
+    assert found.before == found.after
+    assert (found.kl, found.same_prediction) == (0, 1)
+    assert found.still_fire == {"x": [1] * 3, "y": [1] * 3}
+
+
+def test_the_figures_are_those_that_others_compute(model, tokens):
+    quantized = quantize(model, "int4")
+    progress = []
+    found = compare(model, quantized, tokens, max_batch_size=2, progress=lambda *each: progress.append(each))
+    assert progress == [("tokens", 40, 60), ("tokens", 60, 60)]
+    assert found.tokens == 60
+    for measured, each in ((found.before, model), (found.after, quantized)):
+        text = [evaluate_text(each, row.numpy(), bytes_per_token=1, block_size=20).loss for row in tokens]
+        assert measured.loss == pytest.approx(sum(text) / 3, rel=1e-5)
+        density = measure_activity(each, tokens[:, :-1]).density
+        assert measured.density == {kind: pytest.approx(density[kind]) for kind in ("x", "y")}
+    p, q = (each(tokens[:, :-1]).logits.double().log_softmax(-1) for each in (model, quantized))
+    assert found.kl == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-4)
+    assert 0.5 < found.still_fire["x"][0] < 1
+
+
+def test_models_are_left_as_they_were(model, tokens):
+    quantized = quantize(model, "int8").train()
+    compare(model, quantized, tokens)
+    assert quantized.training
+    assert not model.training
+    assert not any(module._forward_hooks for each in (model, quantized) for module in each.modules())
+    assert torch.is_grad_enabled()
