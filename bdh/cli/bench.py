@@ -15,8 +15,10 @@ from bdh.cli.models import ReadsModel
 from bdh.cli.settings import given_settings, parse_settings
 from bdh.model.config_fields import shape_faults
 from bdh.ops import LayerPath
-from bdh.storage import write_text
+from bdh.storage import check_file, write_text
+from bdh.text_files import read_text
 from bdh.validation import Faults, Fraction, PathText, PositiveFloat, PositiveInt
+from bdh.words import counted
 
 if TYPE_CHECKING:
     from bdh.bench.common import Report
@@ -39,8 +41,8 @@ _THREADS_A_CORE = 4
 
 @dataclass(kw_only=True)
 class BenchSettings(ReadsModel):
-    benchmark: Literal["decode", "prefill", "engine", "train"]
-    """decode: a token at a time, compared with other forms. prefill: prompts by their length. engine: several requests. train: a training step, compared with other forms."""
+    benchmark: Literal["decode", "prefill", "engine", "quantize", "train"]
+    """decode: a token at a time, compared with other forms. prefill: prompts by their length. engine: several requests. quantize: formats of weights and states, and those of other libraries. train: a training step, compared with other forms."""
     model: PathText | None = None
     """Folder of an exported model or of a run, or a hub id. By default one is made whose neurons fire as sparsely as trained ones; for train, one of fresh weights."""
     n_embd: int | None = None
@@ -54,7 +56,9 @@ class BenchSettings(ReadsModel):
     vocab_size: int | None = None
     """V, at least 2. By default 256."""
     agreement_tokens: PositiveInt = 2000
-    """decode: tokens over which all forms must agree before any is timed; at most 100 with --quick."""
+    """decode, quantize: tokens over which all forms must agree before any is timed; at most 100 with --quick."""
+    text: PathText | None = None
+    """quantize: file of held-out text, on whose first agreement_tokens the perplexity of model in each format is measured."""
     busy: int = 0
     """decode: busy programs to start beside, at most 4 for each core. Then a token and a prompt are timed alone and beside them, with one thread and with all, in place of the other forms."""
     batch_size: PositiveInt | None = None
@@ -114,14 +118,25 @@ class BenchSettings(ReadsModel):
         else:
             self._refuse(_ONLY_TRAIN, faults, "left out: it is for bdh bench train")
         most = _THREADS_A_CORE * (os.cpu_count() or 1)
-        if self.benchmark in ("prefill", "engine"):
+        if self.benchmark in ("prefill", "engine", "quantize"):
             self._refuse(("busy",), faults, "left out: it is for bdh bench decode")
+        if self.benchmark != "quantize":
+            self._refuse(("text",), faults, "left out: it is for bdh bench quantize")
+        if self.text is not None:
+            faults.require(
+                self.model is not None, "text", self.text, "given with model: one that is made has learned none"
+            )
         faults.require(0 <= self.busy <= most, "busy", self.busy, f"from 0 to {most}, {_THREADS_A_CORE} for each core")
         is_right = self.threads is None or 1 <= self.threads <= most
         faults.require(is_right, "threads", self.threads, f"from 1 to {most}, {_THREADS_A_CORE} for each core")
         if self.json is not None and self.json != "-":
             wanted = _wanted_of_file(self.json)
             faults.require(wanted is None, "json", self.json, f"{wanted}, or - for the standard output")
+
+    def check_available(self) -> None:
+        super().check_available()
+        if self.text is not None:
+            check_file(Path(self.text).expanduser(), "text file")
 
     def _collect_train_faults(self, faults: Faults) -> None:
         self._refuse(("agreement_tokens", "busy"), faults, "left out: it is for bdh bench decode")
@@ -204,8 +219,8 @@ def _parse(argv: Sequence[str], base: dict[str, Any] | None) -> BenchSettings:
         BenchSettings,
         argv,
         prog="bdh bench",
-        description="Time a model on this machine. decode, prefill and engine run on its processor, with the sparse "
-        "kernels; train times a training step there, or on a GPU with --device. What is compared must agree first; if it "
+        description="Time a model on this machine. decode, prefill, engine and quantize run on its processor, with the "
+        "sparse kernels; train times a training step there, or on a GPU with --device. What is compared must agree first; if it "
         "does not, nothing is timed, and the status is 1. For train, --config FILE is a configuration of bdh train: its "
         "model section is what is timed, with its batch_size, block_size, device, dtype and what it says of the layer, and "
         "flags override them. So for train the output of --print_config is to be read, and cannot be given as --config.",
@@ -234,8 +249,21 @@ def measured(settings: BenchSettings, training: "RunSettings | None") -> "Report
         model = model.float()  # what it is compared with computes in float32
     if settings.benchmark == "engine":
         return bench_engine(model, tokenizer, settings.options(), _tell)
+    if settings.benchmark == "quantize":
+        from bdh.bench.quantize import bench_quantize
+
+        text = None if settings.text is None else _tokens_of(settings.text, tokenizer)
+        return bench_quantize(model, settings.options(), _tell, text=text)
     benchmark = bench_decode if settings.benchmark == "decode" else bench_prefill
     return benchmark(model, settings.options(), _tell)
+
+
+def _tokens_of(name: str, tokenizer: Any) -> list[int]:
+    text = read_text(Path(name).expanduser())
+    tokens: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    if len(tokens) < 2:
+        raise ValueError(f"text is {name!r}, of {counted(len(tokens), 'token')}: must have at least 2")
+    return tokens
 
 
 def _trained(settings: BenchSettings, training: "RunSettings | None") -> "Report":

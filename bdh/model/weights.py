@@ -24,7 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from xxhash import xxh3_128, xxh3_128_digest
 
 from bdh.model.network import ModelParts
-from bdh.model.quantized import QuantizedLinear
+from bdh.model.quantized import QuantizedEmbedding, QuantizedLinear
 from bdh.ops import WEIGHT_FORMATS, WeightFormat
 from bdh.ops.backends import CPU, LayerWeights
 from bdh.ops.eager import Layer, Linear
@@ -280,7 +280,7 @@ def kernel_obstacle(model: ModelParts) -> str | None:
     """What keeps the kernels from running this model, whatever the machine; None where nothing does."""
     if (obstacle := weights_obstacle([*layer_modules(model), model.lm_head])) is not None:
         return obstacle
-    if type(model.embed) is not nn.Embedding:
+    if type(model.embed) not in (nn.Embedding, QuantizedEmbedding):
         return f"the embedding is {type(model.embed).__name__}, the kernels take plain nn.Embedding"
     if has_hooks(model.embed):
         return "the embedding has hooks"
@@ -340,7 +340,7 @@ def forget_kernels(model: Any) -> None:
 def stored_weights(model: ModelParts) -> list[torch.Tensor]:
     """The memory that they are in, in the order of ``KernelWeights.tensors``."""
     modules = (model.embed, *layer_modules(model), model.lm_head)
-    return [each.packed if type(each) is QuantizedLinear else each.weight for each in modules]
+    return [each.packed if type(each) in (QuantizedLinear, QuantizedEmbedding) else each.weight for each in modules]
 
 
 def quantized_format(model: ModelParts) -> str | None:

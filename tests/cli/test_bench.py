@@ -51,6 +51,61 @@ def test_decode_compares_and_then_times_every_form(bench, tmp_path):
     assert found["model"]["n_embd"] == 32
 
 
+def test_quantize_compares_formats_with_dequantized_weights_and_times_them(bench, tmp_path):
+    status, out, _ = bench("quantize", "--quick", "--n_layer", 2, "--json", tmp_path / "quantize.json")
+    assert status == 0
+    found = json.loads((tmp_path / "quantize.json").read_text())
+    assert found["agreement"]["agrees"]
+    assert set(found["agreement"]["largest_difference"]) == {"int8", "int4", "mixed"}
+    forms = {form["name"]: form for form in found["forms"]}
+    assert all(
+        form["ms_per_token"] > 0 and form["prefill_tokens_per_s"] > 0 and name in out for name, form in forms.items()
+    )
+    reference = forms["float32"]
+    assert reference["kl"] == 0
+    assert reference["times_float32"] == 1
+    assert forms["int4"]["kl"] > forms["int8"]["kl"] > 0
+    assert forms["int4"]["disk_bytes"] < forms["int8"]["disk_bytes"] < forms["bfloat16"]["disk_bytes"]
+    assert forms["int4"]["memory_bytes"] < forms["int8"]["memory_bytes"] < reference["memory_bytes"]
+    assert not any("perplexity" in form for form in forms.values())  # of random tokens it says nothing
+    assert found["left_out"] == []
+    libraries = ["torchao int8, weight only", "torchao int8, dynamic", "bitsandbytes nf4"]
+    assert all(any(name.endswith(f"M, {library}") for name in forms) for library in ["float32", *libraries])
+    # Their rounding is as small as ours: the names of the modules are right.
+    assert all(0 < forms[library]["kl"] < 10 * forms["int4"]["kl"] for library in libraries)
+
+
+@pytest.mark.slow
+def test_quantize_gives_the_perplexity_of_a_text(bench, tmp_path):
+    model = sparse_model(BDHConfig(n_embd=32, n_head=2, n_layer=2, mlp_internal_dim_multiplier=16, vocab_size=257))
+    export_model(model, byte_tokenizer(), tmp_path / "model", card="")
+    (tmp_path / "text").write_text("The hatchling reads what it has not read before. " * 10)
+    status, out, _ = bench(
+        "quantize", "--quick", "--model", tmp_path / "model", "--text", tmp_path / "text", "--json", "-"
+    )
+    assert status == 0
+    forms = {form["name"]: form for form in json.loads(out)["forms"]}
+    assert forms["int8"]["perplexity"] == pytest.approx(forms["float32"]["perplexity"], rel=0.05)
+    (tmp_path / "text").write_text("x")
+    status, _, err = bench("quantize", "--quick", "--model", tmp_path / "model", "--text", tmp_path / "text")
+    assert status == 2
+    assert "of 1 token: must have at least 2" in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["decode", "--text", "x"], "text is 'x': must be left out: it is for bdh bench quantize"),
+        (["quantize", "--text", "x"], "text is 'x': must be given with model"),
+        (["quantize", "--busy", "1"], "busy is 1: must be left out"),
+    ],
+)
+def test_options_of_other_benchmarks_than_quantize_are_refused(bench, argv, message):
+    status, _, err = bench(*argv)
+    assert status == 2
+    assert message in err
+
+
 @pytest.mark.slow
 def test_decode_beside_busy_programs(bench):
     status, out, _ = bench("decode", "--quick", *SMALL, "--busy", 1, "--threads", 2, "--json", "-")

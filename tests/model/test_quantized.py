@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 from bdh.generate.advance import Advancer, StepInput
 from bdh.model.quantized import QuantizedLinear
 from bdh.model.weights import quantized_format, recurrence_of
 from bdh.ops.formats import layer_formats, rounded
+from bdh.quantize import quantize
 
 FORMATS = ["int8", "int4", "mixed"]
 SIZES = [{}, {"n_embd": 64, "n_head": 4, "mlp_internal_dim_multiplier": 8}, {"n_embd": 50, "n_head": 2}]
@@ -76,6 +78,16 @@ def test_weights_of_a_quantized_model_are_read_where_they_are(make_model):
     stored = recurrence_of(model).weights
     assert stored.encoder.tensor.data_ptr() == model.encoder.packed.data_ptr()
     assert stored.decoder.tensor.data_ptr() == model.decoder.packed.data_ptr()
+
+
+def test_an_embedding_and_a_head_in_int8_are_read(make_model):
+    model = quantize(make_model(), "int4", embeddings=True)
+    assert Advancer(model).backend == "cpu"
+    plain, tokens = copy.deepcopy(model), list(range(40))
+    plain.embed = nn.Embedding.from_pretrained(model.embed.weight)
+    plain.lm_head = nn.Linear(24, 61, bias=False)
+    plain.lm_head.weight = nn.Parameter(model.lm_head.weight)
+    assert torch.equal(*(logits_of(Advancer(each, path="kernels"), tokens) for each in (model, plain)))
 
 
 def test_a_change_of_the_codes_is_read(make_model):
