@@ -21,6 +21,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 # Beside what the package cannot do without. The extra dev of pyproject.toml installs them.
 OPTIONAL_PACKAGES = [
+    "bitsandbytes",
     "fastapi",
     "llguidance",
     "lm_eval",
