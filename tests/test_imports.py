@@ -25,7 +25,7 @@ ALLOWED = {
     "distributed": {"ops", "model"},
     "train": {"ops", "model", "tokenizer", "data", "distributed", "monitor", "evaluate", "generate"},
     "serve": {"model", "tokenizer", "generate"},
-    "bench": {"ops", "model", "tokenizer", "generate", "train"},
+    "bench": {"ops", "model", "tokenizer", "generate", "quantize", "train"},
 }
 ALLOWED["cli"] = set(ALLOWED)
 # The modules in bdh/ that stand above packages: the public names, `python -m bdh`, and methods that the engine carries out.
