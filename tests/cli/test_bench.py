@@ -186,7 +186,7 @@ def test_all_wrong_values_are_named_at_once(bench, tmp_path):
 def test_an_unknown_benchmark_is_refused(bench):
     status, _, err = bench("sleep")
     assert status == 2
-    assert "benchmark is 'sleep': must be one of decode, prefill, engine, train" in err
+    assert "benchmark is 'sleep': must be one of decode, prefill, engine, quantize, train" in err
 
 
 def test_sizes_are_not_given_beside_a_model(bench, folder):
