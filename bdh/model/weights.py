@@ -80,11 +80,20 @@ def torch_func_is_active() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def quantizing_library(module: nn.Module) -> str | None:
+    """Which other library's format the weight of a linear module is in; None for a plain one, or one of ours."""
+    types = (type(module), type(getattr(module, "weight", None)))
+    names = {each.__module__.partition(".")[0] for each in types}
+    return next((name for name in ("torchao", "bitsandbytes") if name in names), None)
+
+
 def weights_obstacle(modules: Sequence[nn.Module]) -> str | None:
     """Why the modules cannot be computed by their weights alone; None where they are plain ``nn.Linear``, or
     :class:`bdh.model.quantized.QuantizedLinear`."""
     for module in modules:
         is_quantized = type(module) is QuantizedLinear
+        if (library := quantizing_library(module)) is not None:
+            return f"a layer is quantized by {library}, which the kernels cannot read: int8 and int4 of bdh quantize are faster"
         if type(module) is not nn.Linear and not is_quantized:  # one with a parametrization has a class of its own
             return f"a layer is {type(module).__module__}.{type(module).__name__}, not a plain nn.Linear"
         if not is_quantized and module.bias is not None:
