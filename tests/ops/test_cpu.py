@@ -14,7 +14,7 @@ from numba.core.errors import TypingError
 
 from bdh.ops import backends, naive
 from bdh.ops.backends import Work, choose_backend
-from bdh.ops.cpu import kernels, vector
+from bdh.ops.cpu import kernels, state_rows, vector
 from bdh.ops.cpu.recurrence import KernelWeights, Recurrence, TokenRows
 from bdh.ops.cpu.runtime import Team, compiled, follow_torch_threads
 from bdh.ops.formats import Rows, row_bytes, unpack
@@ -121,23 +121,76 @@ def test_addresses_are_signed_integers():
 
 
 @njit
-def sweep(like, rows, factors, value, out, length):
-    vector.attend_and_update(like, rows, factors[0], factors[1], factors[2], factors[3], value, out, length)
+def sweep(like, rows, lists, count, values, out, length):
+    room, entries = lists.strides[0], vector.address(lists)
+    state_rows.attend_and_update(like, rows, entries, room, count, values, out, length)
+
+
+def listed(tokens, factors):
+    """A list of entries: tokens (count,), and their factors (count, 4)."""
+    lists = np.zeros((state_rows.LIST_ARRAYS, len(tokens) + vector.LANES), np.float32)
+    lists[0].view(np.int32)[: len(tokens)] = tokens
+    lists[1:, : len(tokens)] = np.array(factors, np.float32).T
+    return lists
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
-@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("length", [*LENGTHS, 64, 81, 130])
 def test_a_sweep_reads_before_it_writes(length, dtype):
     rows, value, out = numbers(2, length, dtype=dtype), numbers(length, seed=1), numbers(length, seed=2)
-    factors = np.array([0.5, -2, 3, 0.25], np.float32)
     expected_out = out.double() + 0.5 * rows[0].double() - 2 * rows[1].double()
     exact = rows.double() + torch.tensor([[3.0], [0.25]]) * value.double()
-    sweep(like(dtype), rows.data_ptr(), factors, value.data_ptr(), out.data_ptr(), length)
+    lists = listed([0], [(0.5, -2, 3, 0.25)])
+    sweep(like(dtype), rows.data_ptr(), lists, 1, value.data_ptr(), out.data_ptr(), length)
     torch.testing.assert_close(out.double(), expected_out, rtol=0, atol=1e-6)
     # One rounding to float32, and for bfloat16 a second one, to the nearest: where the first one does not fall on a
     # tie that the exact number is beside, it is that of the exact number.
     expected = exact.float().to(dtype)
     assert torch.equal(rows, expected)
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("length", [*LENGTHS, 64, 81, 130])
+def test_tokens_of_a_list_have_the_same_bits_as_one_by_one(length, dtype):
+    tokens, factors = [0, 2, 3, 6], numbers(4, 4, seed=3).numpy()
+    values = numbers(7, length, seed=1)
+    results = []
+    for lists, counts in (([listed(tokens, factors)], [4]), ([listed([t], f[None]) for t, f in zip(tokens, factors, strict=True)], [1] * 4)):  # fmt: skip
+        rows, out = numbers(2, length, dtype=dtype), numbers(7, length, seed=2)
+        for each, count in zip(lists, counts, strict=True):
+            sweep(like(dtype), rows.data_ptr(), each, count, values.data_ptr(), out.data_ptr(), length)
+        results.append((rows, out))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+@njit
+def list_pair(x, cos, sin, read, write, lists):
+    places = [vector.address(each) for each in (x[0], x[1], cos, sin, read, write)]
+    return state_rows.list_pair(
+        places[0],
+        places[1],
+        places[2],
+        places[3],
+        places[4],
+        places[5],
+        x.shape[1],
+        vector.address(lists),
+        lists.strides[0],
+    )
+
+
+@pytest.mark.parametrize("count", [1, 2, 15, 16, 17, 40])
+def test_a_list_has_the_tokens_at_which_a_pair_fires(count):
+    x = numbers(2, count).clamp_min(0).numpy()
+    cos, sin, read, write = numbers(4, count, seed=1).numpy()
+    lists = np.zeros((state_rows.LIST_ARRAYS, count + vector.LANES), np.float32)
+    tokens = np.flatnonzero((x > 0).any(0))
+    assert list_pair(x, cos, sin, read, write, lists) == len(tokens)
+    q = np.stack([x[0] * cos - x[1] * sin, x[1] * cos + x[0] * sin])
+    expected = np.concatenate([q * read, q * write])[:, tokens]
+    np.testing.assert_array_equal(lists[0].view(np.int32)[: len(tokens)], tokens)
+    np.testing.assert_array_equal(lists[1:, : len(tokens)], expected)
 
 
 @pytest.mark.parametrize(("H", "N", "D"), [(1, 2, 1), (3, 10, 7), (2, 1030, 20), (5, 64, 33)])

@@ -49,8 +49,8 @@ def _factors(builder: Any, address: Any) -> list[Any]:
 def dots(builder, row, indices, base, stride, length, out):
     """The products of a row with those of ``DOTS`` tokens, to ``out``."""
     rows = _rows(builder, indices, base, stride, DOTS)
-    for j, product in enumerate(_dot_products(builder, [row], rows, [(0, j) for j in range(DOTS)], length, "float32")):
-        _store_scalar(builder, product, out, j)
+    products = _dot_products(builder, [row], rows, [(0, j) for j in range(DOTS)], length, "float32")
+    _store(builder, products, out, _I64(0), DOTS)
 
 
 @instruction(*[ADDRESS] * 4, NUMBER, NUMBER)
@@ -79,8 +79,8 @@ def dots_and_gather(builder, row, gathered, factors, indices, base, stride, leng
         _store(builder, total, gathered, index, width)
 
     pairs = [(0, j) for j in range(GROUP)]
-    for j, product in enumerate(_dot_products(builder, [row], rows, pairs, length, "float32", also=gather)):
-        _store_scalar(builder, product, out, j)
+    products = _dot_products(builder, [row], rows, pairs, length, "float32", also=gather)
+    _store(builder, products, out, _I64(0), GROUP)
 
 
 @instruction(*[ADDRESS] * 6, NUMBER, NUMBER)

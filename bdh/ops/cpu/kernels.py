@@ -19,16 +19,18 @@ Weights and states come by address, one row of D numbers for each neuron.
 import numpy as np
 
 from bdh.ops.cpu.pieces import STAGE_WORDS, jit, pieces
+from bdh.ops.cpu.state_rows import LIST_ARRAYS, attend_and_update, list_pair
 from bdh.ops.cpu.vector import (
     CACHE_LINE,
+    LANES,
     add_scaled,
     address,
-    attend_and_update,
     dot,
     dots_1,
     dots_8,
     float_rows,
     prefetch,
+    prefetch_to_write,
     row_bytes,
     tile_1x1,
     tile_1x4,
@@ -154,6 +156,9 @@ def project(stage, like, weights, v, out, relu):
             by_4 = count - count % 4
             for r in range(0, R - R % 4, 4):
                 value = address(v) + r * D * 4
+                if r * 4 % CACHE_LINE == 0:
+                    for n in range(first + count, min(end, first + count + BLOCK_NEURONS)):
+                        prefetch_to_write(address(out) + (n * R + r) * 4)
                 for line in range(r // 4 * share, min(block_bytes, (r // 4 + 1) * share), CACHE_LINE):
                     prefetch(block + block_bytes + line)
                 for n in range(0, by_4, 4):
@@ -174,45 +179,57 @@ def attention_update(stage, like, states, starts, x, cos, sin, read_scales, writ
     """
     num_stretches, R, D = partial_sums.shape
     state_bytes = row_bytes(like, D)
-    firing = np.empty(STRETCH_NEURONS // 2, np.int64)
+    firing, offsets = np.empty(STRETCH_NEURONS // 2, np.int64), np.empty(STRETCH_NEURONS // 2 + 1, np.int64)
+    memory = np.empty((LIST_ARRAYS, _LIST + R + LANES), np.float32)
+    read, write = np.empty(R, np.float32), np.empty(R, np.float32)
     for stretch in pieces(stage, num_stretches):
         h, first, end = bounds_of(stretch, N)
         partial_sums[stretch] = 0
+        lists, room = address(memory), memory.strides[0]  # in the loop: after its last use numba frees an array
+        for r in range(R):
+            read[r], write[r] = read_scales[r, h], write_scales[r, h]
         for sequence in range(states.shape[0]):
             state = states[sequence] + h * N * state_bytes
             row, last = starts[sequence], starts[sequence + 1]
+            values, out = address(v) + row * D * 4, address(partial_sums) + (stretch * R + row) * D * 4
             # Gathered first: the neurons that come next can be asked for while a pair is worked on.
             count = 0
             for i in range(first // 2, end // 2):
-                fires = False
-                for r in range(row, last):
-                    fires |= (x[h * N + 2 * i, r] > 0) | (x[h * N + 2 * i + 1, r] > 0)
+                fires = last - row >= LANES  # nearly every pair does at one of them, and listing them is fast
+                if not fires:
+                    for r in range(row, last):
+                        fires |= (x[h * N + 2 * i, r] > 0) | (x[h * N + 2 * i + 1, r] > 0)
                 firing[count] = i
                 count += fires
-            for index in range(count):
-                i = firing[index]
-                if index + AHEAD < count:
-                    following = state + 2 * firing[index + AHEAD] * state_bytes
-                    for line in range(0, 2 * state_bytes, CACHE_LINE):
-                        prefetch(following + line)
-                for r in range(row, last):
-                    x_0, x_1 = x[h * N + 2 * i, r], x[h * N + 2 * i + 1, r]
-                    if not (x_0 > 0 or x_1 > 0):
-                        continue
-                    q_0 = x_0 * cos[i, r] - x_1 * sin[i, r]
-                    q_1 = x_1 * cos[i, r] + x_0 * sin[i, r]
-                    read, write = read_scales[r, h], write_scales[r, h]
-                    attend_and_update(
-                        like,
-                        state + 2 * i * state_bytes,
-                        q_0 * read,
-                        q_1 * read,
-                        q_0 * write,
-                        q_1 * write,
-                        address(v) + r * D * 4,
-                        address(partial_sums) + (stretch * R + r) * D * 4,
-                        D,
+            begin = 0
+            while begin < count:
+                listed, stop = 0, begin
+                while stop < count and listed < _LIST:
+                    i, offsets[stop] = firing[stop], listed
+                    x_0 = address(x) + ((h * N + 2 * i) * R + row) * 4
+                    turn = (i * R + row) * 4
+                    listed += list_pair(
+                        x_0,
+                        x_0 + R * 4,
+                        address(cos) + turn,
+                        address(sin) + turn,
+                        address(read) + row * 4,
+                        address(write) + row * 4,
+                        last - row,
+                        lists + listed * 4,
+                        room,
                     )
+                    stop += 1
+                offsets[stop] = listed
+                for index in range(begin, stop):
+                    if index + AHEAD < count:
+                        following = state + 2 * firing[index + AHEAD] * state_bytes
+                        for line in range(0, 2 * state_bytes, CACHE_LINE):
+                            prefetch(following + line)
+                    rows = state + 2 * firing[index] * state_bytes
+                    entries = offsets[index + 1] - offsets[index]
+                    attend_and_update(like, rows, lists + offsets[index] * 4, room, entries, values, out, D)
+                begin = stop
 
 
 @jit

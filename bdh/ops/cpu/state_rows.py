@@ -1,0 +1,122 @@
+"""The instructions of attention: which tokens a pair of neurons fires at, and what these do to the pair's two rows of a state.
+
+A pair's tokens are listed with the factors by which they read and write: for each entry the token's number, int32, and
+four float32, in five arrays of ``room`` bytes each, one after the other. Lists need room for a vector more than they hold.
+"""
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+from bdh.ops.cpu.entries import _compressed, _count, _numbers_from
+from bdh.ops.cpu.vector import (
+    ADDRESS,
+    LANES,
+    NUMBER,
+    _by_vectors,
+    _fma,
+    _lanes,
+    _load,
+    _load_scalar,
+    _spread,
+    _store,
+    _vector,
+    instruction,
+)
+
+_F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+LIST_ARRAYS = 5
+WIDE = 4 * LANES
+"""Numbers of a row that stay in registers while all tokens of a list pass over them."""
+
+
+@instruction(*[ADDRESS] * 6, NUMBER, ADDRESS, NUMBER, result=types.int64)
+def list_pair(builder, x_0, x_1, cos, sin, read, write, count, lists, room):
+    """Lists the tokens of ``count`` at which one of a pair of neurons fires; returns how many there are.
+
+    Queries and keys are ``x_0`` and ``x_1`` (count,) turned by the angles of ``cos`` and ``sin``, times ``read`` or ``write``.
+    """
+    found = cgutils.alloca_once_value(builder, _I64(0))
+
+    def body(index: Any, width: int) -> None:
+        a, b, wide_cos, wide_sin, by_read, by_write = (
+            _load(builder, each, index, width) for each in (x_0, x_1, cos, sin, read, write)
+        )
+        q_0 = builder.fsub(builder.fmul(a, wide_cos), builder.fmul(b, wide_sin))
+        q_1 = builder.fadd(builder.fmul(b, wide_cos), builder.fmul(a, wide_sin))
+        zero = ir.Constant(a.type, [0.0] * width)
+        keep = builder.or_(builder.fcmp_ordered(">", a, zero), builder.fcmp_ordered(">", b, zero))
+        numbers = _numbers_from(builder, index) if width > 1 else _spread(builder, builder.trunc(index, _I32), 1)
+        values = [numbers, *(builder.fmul(q, by) for by in (by_read, by_write) for q in (q_0, q_1))]
+        so_far = builder.load(found)
+        place = builder.add(lists, builder.mul(so_far, _I64(4)))
+        for number, value in enumerate(values):
+            each = builder.add(place, builder.mul(room, _I64(number)))
+            if width > 1:
+                _compressed(builder, value, keep, each)
+            else:
+                builder.store(value, builder.inttoptr(each, value.type.as_pointer())).align = 4
+        more = _count(builder, keep) if width > 1 else builder.zext(builder.extract_element(keep, _I32(0)), _I64)
+        builder.store(builder.add(so_far, more), found)
+
+    _by_vectors(builder, count, body)
+    return builder.load(found)
+
+
+def _rounded(builder: Any, value: Any) -> Any:
+    """A vector of the nearest numbers of bfloat16, ties to even."""
+    width = value.type.count
+    bits = builder.bitcast(value, _vector(_I32, width))
+    odd = builder.and_(builder.lshr(bits, _lanes(_I32, [16] * width)), _lanes(_I32, [1] * width))
+    bits = builder.add(bits, builder.add(odd, _lanes(_I32, [0x7FFF] * width)))
+    return builder.bitcast(builder.and_(bits, _lanes(_I32, [0xFFFF0000] * width)), value.type)
+
+
+@instruction(ADDRESS, ADDRESS, *[NUMBER] * 2, ADDRESS, ADDRESS, NUMBER, has_like=True)
+def attend_and_update(builder, like, rows, lists, room, count, values, out, length):
+    """One sweep over the state's two rows of a pair of neurons: the listed tokens, in order, read them and add their values.
+
+    ``out[token] += read_0 * rows[0] + read_1 * rows[1]``, then ``rows[i] += write_i * values[token]``. The rows lie one after
+    the other and have the dtype of ``like``; after each token they are rounded to it.
+    """
+    is_bfloat16 = like == "bfloat16"
+    second = builder.add(rows, builder.mul(length, _I64(2 if is_bfloat16 else 4)))
+    stride = builder.mul(length, _I64(4))
+
+    def block(first: Any, width: int) -> None:
+        """Of the numbers from ``first`` on, ``width`` of them."""
+        lanes = min(width, LANES)
+        places = [builder.add(first, _I64(start)) for start in range(0, width, lanes)]
+        held = [
+            [cgutils.alloca_once_value(builder, _load(builder, row, place, lanes, is_bfloat16)) for place in places]
+            for row in (rows, second)
+        ]
+        with cgutils.for_range_slice(builder, _I64(0), count, _I64(1), _I64) as (entry, _):
+            of_entry = builder.add(lists, builder.mul(entry, _I64(4)))
+            offset = builder.mul(builder.sext(_load_scalar(builder, of_entry, 0, _I32), _I64), stride)
+            read_0, read_1, write_0, write_1 = (
+                _spread(
+                    builder, _load_scalar(builder, builder.add(of_entry, builder.mul(room, _I64(i))), 0, _F32), lanes
+                )
+                for i in range(1, LIST_ARRAYS)
+            )
+            value_row, out_row = builder.add(values, offset), builder.add(out, offset)
+            for place, slot_0, slot_1 in zip(places, *held, strict=True):
+                row_0, row_1 = builder.load(slot_0), builder.load(slot_1)
+                value = _load(builder, value_row, place, lanes)
+                total = _fma(builder, read_0, row_0, _load(builder, out_row, place, lanes))
+                _store(builder, _fma(builder, read_1, row_1, total), out_row, place, lanes)
+                for factor, row, slot in ((write_0, row_0, slot_0), (write_1, row_1, slot_1)):
+                    updated = _fma(builder, factor, value, row)
+                    builder.store(_rounded(builder, updated) if is_bfloat16 else updated, slot)
+        for row, slots in zip((rows, second), held, strict=True):
+            for place, slot in zip(places, slots, strict=True):
+                _store(builder, builder.load(slot), row, place, lanes, is_bfloat16)
+
+    whole = builder.and_(length, _I64(-WIDE))
+    with cgutils.for_range_slice(builder, _I64(0), whole, _I64(WIDE), _I64) as (first, _):
+        block(first, WIDE)
+    rest = builder.sub(length, whole)
+    _by_vectors(builder, rest, lambda index, width: block(builder.add(whole, index), width))
