@@ -23,7 +23,7 @@ ALLOWED = {
     "evaluate": {"ops", "model", "tokenizer", "data", "generate"},
     "quantize": {"ops", "model", "generate"},
     "distributed": {"ops", "model"},
-    "train": {"ops", "model", "tokenizer", "data", "distributed", "monitor", "evaluate", "generate"},
+    "train": {"ops", "model", "tokenizer", "data", "distributed", "monitor", "evaluate", "generate", "quantize"},
     "serve": {"model", "tokenizer", "generate"},
     "bench": {"ops", "model", "tokenizer", "generate", "quantize", "train"},
 }

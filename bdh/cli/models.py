@@ -81,7 +81,8 @@ def load_for_generation(settings: ReadsModel) -> "tuple[ModelParts, PlainTokeniz
 
         which = find_checkpoint(place.path, place.checkpoint or "last")
         checkpoint, folder = Checkpointer(place.path).load(which), place.path / "tokenizer"
-        if not (checkpoint.training["settings"]["train"].get("lora") or {}).get("r"):
+        trained = checkpoint.training["settings"]["train"]
+        if not (trained.get("lora") or {}).get("r") and not trained.get("quantize"):
             config = ModelConfig.from_facts(checkpoint.training["model_config"])
             network = Network(config, checkpoint.tensors("weights"), name=settings.model).to(device)
     if network is None:

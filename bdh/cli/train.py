@@ -174,6 +174,8 @@ def print_banner(console: "Console", training: Any) -> None:
             f"those of {train.init_from}, unchanged; {num_trained:,} trained: adapters of rank {train.lora.r} in "
             f"{', '.join(train.lora.target_modules)}{', and embed and lm_head' if train.lora.embeddings else ''}"
         )
+    if train.quantize is not None:
+        lines["rounding"] = _describe_rounding(train)
     for name, text in lines.items():
         console.print(f"  {name:<10} {text}", markup=False, soft_wrap=True)
 
@@ -182,6 +184,12 @@ def _describe_start(step: int, max_steps: int) -> str:
     if step >= max_steps:
         return f": all {step:,} steps are done, nothing to train; a higher --train.max_steps continues"
     return f", continuing from step {step}" if step else ""
+
+
+def _describe_rounding(train: Any) -> str:
+    matrices = "E to int8, Ev and Dec to int4" if train.quantize == "mixed" else f"E, Ev and Dec to {train.quantize}"
+    start = f"from step {train.quantize_from_step + 1:,} on" if train.quantize_from_step else "in every step"
+    return f"{matrices} {start}, and in evaluations, samples and the export; gradients pass straight through"
 
 
 def _describe_attention(training: Any) -> str:

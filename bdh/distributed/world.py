@@ -149,6 +149,11 @@ class Parallel:
             return tensors
         return {name: DTensor.from_local(tensor, self.mesh, [Shard(0)]) for name, tensor in tensors.items()}
 
+    def gather_weights(self) -> None:
+        """Gathers the weights now that the next forward pass needs; every process then holds all of them."""
+        if isinstance(self.model, FSDPModule):
+            self.model.unshard()
+
     @contextmanager
     def whole_model(self) -> Iterator[None]:
         """Every process holds all weights inside, and can use the model as often as it likes, with no other taking part."""

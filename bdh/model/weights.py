@@ -23,6 +23,7 @@ from torch.nn.functional import linear
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from xxhash import xxh3_128, xxh3_128_digest
 
+from bdh.model.fake_quantized import FakeQuantizedLinear
 from bdh.model.network import ModelParts
 from bdh.model.quantized import QuantizedEmbedding, QuantizedLinear
 from bdh.ops import WEIGHT_FORMATS, WeightFormat
@@ -58,14 +59,18 @@ def layer_weights(model: Any, dtype: torch.dtype) -> LayerWeights:
 
 
 def layer_functions(model: Any, dtype: torch.dtype) -> Layer:
-    """E, the heads of Ev, and Dec as functions, for several layer steps: what is quantized is dequantized once for all of them."""
+    """E, the heads of Ev, and Dec as functions, for several layer steps: weights are rounded or dequantized once for all of them."""
     functions = [_function(module, dtype) for module in layer_modules(model)]
     return Layer(functions[0], functions[1:-1], functions[-1])
 
 
 def _function(module: Any, dtype: torch.dtype) -> Linear:
-    if type(module) is not QuantizedLinear or weights_obstacle([module]) is not None:
+    if type(module) not in (QuantizedLinear, FakeQuantizedLinear):
         return module
+    if weights_obstacle([module], may_round=True) is not None:
+        return module
+    if isinstance(module, FakeQuantizedLinear):
+        return partial(linear, weight=module.product_weight())
     return partial(linear, weight=module.weight.to(dtype))
 
 
@@ -87,14 +92,21 @@ def quantizing_library(module: nn.Module) -> str | None:
     return next((name for name in ("torchao", "bitsandbytes") if name in names), None)
 
 
-def weights_obstacle(modules: Sequence[nn.Module]) -> str | None:
+def weights_obstacle(modules: Sequence[nn.Module], *, may_round: bool = False) -> str | None:
     """Why the modules cannot be computed by their weights alone; None where they are plain ``nn.Linear``, or
-    :class:`bdh.model.quantized.QuantizedLinear`."""
+    :class:`bdh.model.quantized.QuantizedLinear`.
+
+    Args:
+        may_round: whether they may be computed by what :class:`FakeQuantizedLinear` makes of its weight too.
+    """
     for module in modules:
+        if type(module) is FakeQuantizedLinear and not may_round:
+            return "the weights of a layer are rounded while it is computed"
         is_quantized = type(module) is QuantizedLinear
         if (library := quantizing_library(module)) is not None:
             return f"a layer is quantized by {library}, which the kernels cannot read: int8 and int4 of bdh quantize are faster"
-        if type(module) is not nn.Linear and not is_quantized:  # one with a parametrization has a class of its own
+        # One with a parametrization has a class of its own.
+        if type(module) not in (nn.Linear, FakeQuantizedLinear) and not is_quantized:
             return f"a layer is {type(module).__module__}.{type(module).__name__}, not a plain nn.Linear"
         if not is_quantized and module.bias is not None:
             return "a layer has a bias"
@@ -121,12 +133,17 @@ ADAPTERS_HAVE_DROPOUT = "adapters have dropout"
 
 def product_obstacle(modules: Sequence[nn.Module]) -> str | None:
     """Why the modules are no products with the matrices of :func:`layer_weights`; None where they are."""
-    found = (_adapters_obstacle(each) if _has_adapters(each) else weights_obstacle([each]) for each in modules)
+    found = (
+        _adapters_obstacle(each) if _has_adapters(each) else weights_obstacle([each], may_round=True)
+        for each in modules
+    )
     return next((obstacle for obstacle in found if obstacle is not None), None)
 
 
 def _product_weight(module: Any) -> torch.Tensor:
-    """The matrix (out, in) that a module multiplies with: its weight, plus the product of each adapter's factors."""
+    """The matrix (out, in) that a module multiplies with: its weight, rounded or plus the product of each adapter's factors."""
+    if isinstance(module, FakeQuantizedLinear):
+        return module.product_weight()
     if not _has_adapters(module):
         return module.weight
     weight: torch.Tensor = module.base_layer.weight

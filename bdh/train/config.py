@@ -172,6 +172,10 @@ class TrainSettings(Settings):
     init_from: PathText | None = None
     """Model to start from, with a fresh optimizer: an export, a run, or a hub id. Its sizes and tokenizer are taken over."""
     lora: LoraSettings = field(default_factory=LoraSettings)
+    quantize: Literal["int8", "int4", "mixed"] | None = None
+    """Train for weights in this format: each step computes the layer with weights rounded to it, and so do evaluations and samples; the export is quantized. mixed: E in int8, Ev and Dec in int4."""
+    quantize_from_step: NonNegativeInt = 0
+    """Steps that compute with unrounded weights first, as at the beginning of a long run. Evaluations and samples do not."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is not finite: stop before the update, or leave the step out; 26 in a row stop anyway."""
     spike_threshold: PositiveFloat | None = None
@@ -212,6 +216,14 @@ class TrainSettings(Settings):
             base, optimizer = self.init_from, self.optimizer
             faults.require(base is not None, "init_from", base, "the model that the adapters of train.lora are for")
             faults.require(optimizer == "adamw", "optimizer", optimizer, "adamw with train.lora")
+        start, steps = self.quantize_from_step, self.max_steps
+        if self.quantize is None:
+            faults.require(start == 0, "quantize_from_step", start, "0 without train.quantize")
+        else:
+            faults.require(start < steps, "quantize_from_step", start, f"below max_steps, {steps}")
+            faults.require(self.lora.r == 0, "lora.r", self.lora.r, "0 with train.quantize, which rounds whole weights")
+            is_right = self.dtype != "float16"
+            faults.require(is_right, "dtype", self.dtype, "auto, float64, float32 or bfloat16 with train.quantize")
 
 
 @dataclass
@@ -255,6 +267,10 @@ class RunSettings(Settings):
         if self.resume and run_dir is None:
             faults.add("--resume needs --run_dir, the folder of the run to continue")
         faults.require(step is None or self.resume, "resume_step", step, "given together with --resume")
+        if self.train.quantize is not None:
+            gathered = self.distributed.param_dtype
+            allowed = "float32 with train.quantize, which would round the weights that are gathered a second time"
+            faults.require(gathered == "float32", "distributed.param_dtype", gathered, allowed)
         if self.train.ema_decay is None:
             export, metric = self.checkpoint.export, self.checkpoint.best_metric
             without = "without train.ema_decay, which keeps the moving average"
@@ -286,7 +302,7 @@ _FIXED = {
     "model": None,
     "tokenizer": None,
     "data": None,
-    "train": ("block_size", "carry_state", "optimizer", "seed", "init_from", "lora"),
+    "train": ("block_size", "carry_state", "optimizer", "seed", "init_from", "lora", "quantize"),
 }
 _FREE = {
     # The text itself is compared, wherever it lies now: see Run.restore.

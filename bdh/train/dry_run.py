@@ -104,6 +104,8 @@ class MemoryEstimate:
         if strategy == "fsdp":
             gathered = getattr(torch, self.settings.distributed.param_dtype).itemsize
             found["weights and gradients, gathered"] = (weights + number) * gathered
+        if train.quantize is not None:  # those of the layer, which each process holds whole
+            found["rounded weights"] = 3 * config.n_embd * config.n_head * config.neurons_per_head * itemsize
         copied = found["weights"] + found["optimizer"]
         if train.ema_decay is not None:
             found["moving average"] = own(number)

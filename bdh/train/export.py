@@ -47,7 +47,7 @@ def export_run(
     opened = open_model(str(run_dir), checkpoint=which, ema=ema)
     checkpoint = opened.checkpoint
     assert checkpoint is not None  # of a run
-    model, tokenizer = opened.merged(), load_tokenizer(opened.tokenizer_path)
+    model, tokenizer = opened.finished(), load_tokenizer(opened.tokenizer_path)
     lora, base = LoraSettings(**checkpoint.training["settings"]["train"].get("lora") or {}), _base_of(checkpoint)
     if lora.r and not (lora.merge if merge is None else merge):
         assert base is not None  # settings without it are refused
@@ -210,6 +210,7 @@ def model_card(
         f"validation tokens{' that were kept' * data['streaming']}": _count(data.get("val_tokens")),
         "started from": None if base is None else _base_text(base),
         "trained weights": trained and trained + " (and embed and lm_head as a whole)" * lora["embeddings"],
+        "trained for": train.get("quantize") and _trained_for(train),
         "weights": f"moving average with decay {train['ema_decay']:g}" if ema else None,
         "steps": f"{progress['step']:,} of {train['max_steps']:,}"
         + (f", {skipped:,} of which did not change the weights" if skipped else ""),
@@ -270,6 +271,11 @@ Written by bdh {bdh.__version__}, PyTorch {torch.__version__}, transformers {tra
 
 def _base_text(base: Base) -> str:
     return f"`{base.name}`{base.describe().removeprefix(base.name)}"
+
+
+def _trained_for(train: dict[str, Any]) -> str:
+    first = f" from step {train['quantize_from_step'] + 1:,} on" * bool(train["quantize_from_step"])
+    return f"{train['quantize']} weights: those of the layer were rounded in each step{first}"
 
 
 def _measured_on(progress: dict[str, Any], block_size: int, is_chat: bool) -> str:

@@ -281,33 +281,11 @@ def training_step(run: Run, step_model: Callable[..., Any], batch: Batch, num_ta
     Returns:
         Whether they stay as they were: bool (), on the device.
     """
-    settings, device, world = run.settings.train, run.runtime.device, run.world
+    settings, world = run.settings.train, run.world
     run.model.train()
     run.optimizers.zero_grad()
-
-    loss = torch.zeros((), device=device, dtype=run.model.dtype)
-    micro_batches = list(batch.split(settings.batch_size))
-    for index, micro_batch in enumerate(micro_batches):
-        micro_batch = micro_batch.to(device)
-        is_last = index == len(micro_batches) - 1
-        with nullcontext() if is_last else run.parallel.without_exchange():
-            with run.autocast:
-                output = step_model(
-                    input_ids=micro_batch.input_ids,
-                    shift_labels=micro_batch.targets,
-                    document_starts=micro_batch.starts,
-                    num_items_in_batch=max(1, num_targets),
-                    past_key_values=run.carried.before(index) if run.carried else None,
-                    use_cache=run.carried is not None,
-                )
-            if run.carried:
-                run.carried.keep(index, output.past_key_values)
-            # The processes' gradients are averaged, but the loss is a sum over them. One that is not finite makes the
-            # gradients so, on every process.
-            its_loss = output.loss.detach()
-            factor = (run.loss_scale.value * world.size).to(its_loss)
-            output.loss.backward(torch.where(its_loss.isfinite(), factor, math.nan))
-        loss += its_loss
+    with run.rounded_weights():
+        loss = _add_gradients(run, step_model, batch, num_targets)
     if run.guard.needs_loss_of_all:
         world.sum(loss)
 
@@ -331,6 +309,35 @@ def training_step(run: Run, step_model: Callable[..., Any], batch: Batch, num_ta
     if run.average is not None:
         run.average.update(run.model, run.progress.step + 1, unless=skip)
     return skip
+
+
+def _add_gradients(run: Run, step_model: Callable[..., Any], batch: Batch, num_targets: int) -> torch.Tensor:
+    """Forward and backward passes over the micro-batches of a step; this process's share of the loss, ()."""
+    device, world = run.runtime.device, run.world
+    loss = torch.zeros((), device=device, dtype=run.model.dtype)
+    micro_batches = list(batch.split(run.settings.train.batch_size))
+    for index, micro_batch in enumerate(micro_batches):
+        micro_batch = micro_batch.to(device)
+        is_last = index == len(micro_batches) - 1
+        with nullcontext() if is_last else run.parallel.without_exchange():
+            with run.autocast:
+                output = step_model(
+                    input_ids=micro_batch.input_ids,
+                    shift_labels=micro_batch.targets,
+                    document_starts=micro_batch.starts,
+                    num_items_in_batch=max(1, num_targets),
+                    past_key_values=run.carried.before(index) if run.carried else None,
+                    use_cache=run.carried is not None,
+                )
+            if run.carried:
+                run.carried.keep(index, output.past_key_values)
+            # The processes' gradients are averaged, but the loss is a sum over them. One that is not finite makes the
+            # gradients so, on every process.
+            its_loss = output.loss.detach()
+            factor = (run.loss_scale.value * world.size).to(its_loss)
+            output.loss.backward(torch.where(its_loss.isfinite(), factor, math.nan))
+        loss += its_loss
+    return loss
 
 
 def read_results(run: Run, monitor: Monitor) -> StepResult:
@@ -373,7 +380,7 @@ def evaluate(run: Run, monitor: Monitor, validation: list[ValidationPart]) -> bo
             sum_over_processes=world.sum if world.size > 1 else None,
         )
 
-    with run.parallel.whole_model():
+    with run.measured_model():
         metrics, by_source = measure()
         values = metrics.as_dict("val/") | metrics.loss_at("val/")
         for name, of_source in by_source.items():
@@ -382,18 +389,19 @@ def evaluate(run: Run, monitor: Monitor, validation: list[ValidationPart]) -> bo
             windows = run.corpus.validation_windows(min(run.settings.train.eval_windows, _ACTIVITY_WINDOWS))
             activity = measure_activity(run.model, windows[:, :-1], autocast=run.runtime.autocast)
             values |= activity.as_dict("val/")
-            for name, weight in run.model.named_parameters():
-                values[f"weights/norm/{name}"] = weight.detach().norm().item()
-                monitor.log_histogram(step, f"weights/{name}", weight)
             for kind, layer_steps in activity.samples.items():
                 for index, sampled in enumerate(layer_steps):
                     monitor.log_histogram(step, f"val/{kind}/{index}", sampled)
+    with run.parallel.whole_model():
+        for name, weight in run.model.named_parameters() if world.is_main else ():
+            values[f"weights/norm/{name}"] = weight.detach().norm().item()
+            monitor.log_histogram(step, f"weights/{name}", weight)
     progress.last_metrics = metrics.as_dict()
     num_windows = sum(len(part.batch.tokens) for part in validation)
     progress.last_evaluation = {"step": step, "windows": num_windows, "tokens": metrics.num_tokens}
     averaged = ""
     if run.average is not None:
-        with run.average.in_place_of_weights(run.model), run.parallel.whole_model():
+        with run.average.in_place_of_weights(run.model), run.measured_model():
             of_average, _ = measure()
         progress.last_ema_metrics = of_average.as_dict()
         values |= of_average.as_dict("val_ema/")
@@ -430,7 +438,7 @@ def sample(run: Run, monitor: Monitor) -> None:
     settings, step = run.settings.train, run.progress.step
     if run.parallel.strategy != "fsdp" and not run.world.is_main:
         return
-    with run.parallel.whole_model():
+    with run.measured_model():
         for number, prompt in enumerate(settings.sample_prompts if run.world.is_main else []):
             length, seed = settings.sample_max_new_tokens, settings.seed + number
             params = SamplingParams(max_tokens=length, temperature=0.8, top_k=50, seed=seed)

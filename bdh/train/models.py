@@ -17,6 +17,7 @@ from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.model.fingerprint import Identity, identity
 from bdh.model.network import one_line_type_faults
 from bdh.model.quantization import check_quantization
+from bdh.quantize.rounding import quantize
 from bdh.storage import recover_dir
 from bdh.tokenizer import TextEncoder, TokenizerConfig, is_byte_tokenizer, load_tokenizer
 from bdh.tokenizer.chat import CHAT_TOKENS, add_special_tokens
@@ -72,6 +73,12 @@ class OpenedModel:
         """The record of this model for what is trained beside it. Call it before :meth:`merged`."""
         return replace(self.place, identity=self.identity(), dtype=str(self.model.dtype).removeprefix("torch."))
 
+    def finished(self) -> BDHForCausalLM:
+        """What an export of it is: :meth:`merged`, and quantized where a run has trained for that."""
+        model = self.merged()
+        settings = {} if self.checkpoint is None else self.checkpoint.training["settings"]["train"]
+        return quantize(model, settings["quantize"]) if settings.get("quantize") else model
+
     def merged(self) -> BDHForCausalLM:
         """The model in evaluation mode, with the adapters in its weights."""
         return (self.model if self.tuner is None else merge(self.tuner)).eval()
@@ -97,7 +104,7 @@ def load_model(
     """
     target = choose_runtime(TrainSettings(device=device)).device
     opened = open_model(name, checkpoint=checkpoint, base=base)
-    return opened.merged().to(target), load_tokenizer(opened.tokenizer_path)  # type: ignore[arg-type]
+    return opened.finished().to(target), load_tokenizer(opened.tokenizer_path)  # type: ignore[arg-type]
 
 
 def open_model(
@@ -315,6 +322,10 @@ class InitialModel:
         """Raises as :func:`load_model`."""
         self._name = name
         opened = open_model(name)
+        if getattr(opened.model.config, "quantization_config", None) is not None:
+            raise ValueError(
+                f"train.init_from is {name!r}, whose weights are quantized: must be the model that it was made of, or a run"
+            )
         self.base = opened.pinned()
         self._model = opened.merged()
         self._tokenizer_path = opened.tokenizer_path

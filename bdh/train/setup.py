@@ -3,8 +3,8 @@
 import logging
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from bdh.train.config import RunSettings, check_unchanged, continued, settings_t
 from bdh.train.models import TOKENIZER_FOLDER, InitialModel, OtherBaseError, check_base, warn_of_removal
 from bdh.train.optim import LossScale, Optimizers, UpdateGuard
 from bdh.train.places import CONFIG_FILE, RunLock, check_peft, holds_run, taken_by_run
+from bdh.train.rounding import fake_rounding, rounded_in_place, rounded_once
 from bdh.train.runtime import (
     Runtime,
     choose_runtime,
@@ -131,6 +132,22 @@ class Run:
     def sequences_per_step(self) -> int:
         """Over all micro-batches and processes."""
         return self.settings.train.sequences_per_process * self.world.size
+
+    def rounded_weights(self) -> AbstractContextManager[None]:
+        """For the forward and backward passes of a step: with ``train.quantize`` it rounds the weights once for all of them."""
+        train = self.settings.train
+        if train.quantize is None:
+            return nullcontext()
+        rounds = self.progress.step >= train.quantize_from_step
+        if rounds:
+            self.parallel.gather_weights()
+        return rounded_once(self.model, rounds=rounds)
+
+    @contextmanager
+    def measured_model(self) -> Iterator[None]:
+        """For evaluations and samples: every process holds all weights of :attr:`model`, as an export would have them."""
+        with self.parallel.whole_model(), rounded_in_place(self.model):
+            yield
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a checkpoint holds of this moment, sharded as the processes share it."""
@@ -387,6 +404,8 @@ def _make_model(
         if base is not None and not train.lora.merge:
             base.check_same_layer(model)
         add_adapters(model, train.lora)
+    if train.quantize is not None:
+        fake_rounding(model, train.quantize)
     model.layer_options = layer_options(train)
     return model
 

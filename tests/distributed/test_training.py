@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from bdh.cli.main import main
 from bdh.locks import Lock
@@ -34,6 +36,15 @@ DOCUMENTS = {
     "train.max_steps": 10,
     "train.eval_every_steps": 10,
     "train.sample_every_steps": 0,
+}
+
+
+QUANTIZE = {
+    "train.quantize": "mixed",
+    "train.quantize_from_step": 3,
+    "train.max_steps": 10,
+    "train.eval_every_steps": 5,
+    "train.sample_every_steps": 5,
 }
 
 
@@ -82,6 +93,7 @@ def together(settings, folder, fork_server):
         of_strategy = {"distributed.strategy": strategy}
         for accumulation in (1, 3):
             commands[f"two-{strategy}-{accumulation}"] = of_two_processes(settings, strategy, accumulation)
+        commands[f"quantize-{strategy}"] = of_two_processes(settings | QUANTIZE, strategy, 3)
         commands[f"kernels-{strategy}"] = settings | KERNELS | of_strategy | {"train.batch_size": 6}
         commands[f"dry-{strategy}"] = {
             **TINY, "data.source": settings["data.source"], "train.layer_path": "plain", "dry_run": "true", **of_strategy,
@@ -166,6 +178,23 @@ def test_the_kernels_serve_several_processes(folder, alone_by_kernels, together,
     assert losses(folder / name) == pytest.approx(losses(alone_by_kernels), rel=1e-4)
     assert samples(folder / name) == samples(alone_by_kernels)
     assert len(samples(folder / name)) == 2
+
+
+@pytest.fixture(scope="module")
+def alone_for_quantization(settings, folder) -> Path:
+    return train_alone(folder / "alone-for-quantization", settings | QUANTIZE)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_processes_train_for_a_format_as_one(folder, alone_for_quantization, together, strategy):
+    name, alone = f"quantize-{strategy}", alone_for_quantization
+    assert together[name].statuses == [0, 0], together[name].err
+    for key in ("train/loss", "train/grad_norm", "val/loss"):
+        assert losses(folder / name, key) == pytest.approx(losses(alone, key), rel=1e-9)  # float64, as above
+    assert samples(folder / name) == samples(alone)
+    ours, theirs = (load_file(run / "model" / "model.safetensors") for run in (folder / name, alone))
+    assert ours["decoder.packed"].dtype == torch.uint8
+    assert all(torch.equal(theirs[name], weight) for name, weight in ours.items() if name.endswith(".packed"))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -73,3 +73,15 @@ def test_a_module_multiplies_with_what_its_codes_stand_for(format, by_input):
 
 def test_codes_of_a_row_of_one_group_have_one_scale():
     assert Codes(torch.ones(2, 20, dtype=torch.int8), torch.ones(2, 1, dtype=torch.bfloat16)).dequantized().sum() == 40
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_codes_do_not_depend_on_how_the_weights_lie_in_memory(format):
+    """Where two scales have close errors, that of a transposed matrix was another one: its errors were added in another order."""
+    weight = torch.randn(96, 3000)
+    rows = weight.t()
+    found, of_copy = rounded(rows, format), rounded(rows.contiguous(), format)
+    in_parts = [rounded(some, format).codes for some in rows.split(7)]
+    assert torch.equal(found.scales, of_copy.scales)
+    assert torch.equal(found.codes, of_copy.codes)
+    assert torch.equal(found.codes, torch.cat(in_parts))

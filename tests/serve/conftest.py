@@ -1,7 +1,6 @@
 """A server on a port of this machine, in a thread of this process: what clients talk to."""
 
 import asyncio
-import os
 import sys
 import threading
 import time
@@ -16,7 +15,6 @@ import uvicorn
 
 from bdh import BDHConfig, BDHForCausalLM
 from bdh.generate.params import EngineConfig
-from bdh.quantize import quantize
 from bdh.serve.config import AuthSettings, LimitSettings, ServeSettings
 from bdh.serve.middleware import ApiKeys
 from bdh.serve.server import load, uvicorn_config
@@ -27,15 +25,14 @@ SENTENCES = ["Die Straße ist naß, und der Vogel singt.", "Ένα πουλί σ
 
 
 def made_model(vocab_size: int, seed: int = 0) -> BDHForCausalLM:
-    """A small model whose texts are of all kinds of tokens; in the format that BDH_TEST_WEIGHTS names, such as int8, if it does."""
+    """A small model whose texts are of all kinds of tokens."""
     sizes = {"n_embd": 24, "n_head": 3, "n_layer": 3, "mlp_internal_dim_multiplier": 6}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = BDHForCausalLM(BDHConfig(vocab_size=vocab_size, dropout=0.0, initializer_range=0.3, **sizes)).eval()
     with torch.no_grad():
         model.lm_head.weight *= 0.5
-    weights = os.environ.get("BDH_TEST_WEIGHTS")
-    return model if weights is None else quantize(model, weights)
+    return model
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,6 @@ from tokenizers.processors import TemplateProcessing
 from bdh.cli.main import main
 from bdh.generate.engine import Engine
 from bdh.generate.params import EngineConfig, SamplingParams
-from bdh.model.weights import quantized_format
 from bdh.serve.answers import CompletionAnswer, CompletionLogprobs
 from bdh.serve.config import StateSettings
 from bdh.tokenizer import train_tokenizer
@@ -324,7 +323,6 @@ def test_metrics_go_back_to_zero_and_count(start_server, bytes_pair):
 @pytest.mark.parametrize(("weights", "state"), [("float32", "float32"), ("int8", "bfloat16")])
 def test_the_formats_of_weights_and_states_are_said(start_server, bytes_pair, weights, state):
     server = start_server(*bytes_pair, metrics=True, engine=EngineConfig(weights=weights, state=state))
-    weights = quantized_format(bytes_pair[0]) or weights
     facts = server.http.get("/v1/models/tiny").json()["bdh"]
     assert (facts["weights"], facts["state"]) == (weights, state)
     assert (
