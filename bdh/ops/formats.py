@@ -106,15 +106,18 @@ def rounded(weight: torch.Tensor, format: QuantizedFormat, name: str = "the matr
         ValueError: a weight is infinite or not a number.
     """
     weight = weight.detach().float()
-    if not weight.isfinite().all():
-        row, column = (~weight.isfinite()).nonzero()[0].tolist()
-        value = weight[row, column].item()
-        raise ValueError(
-            f"weight {column} of row {row} of {name} is {value}: only finite weights can be rounded to {format}"
-        )
+    check_finite(weight, name)
     # Some rows at a time, which stay in the cache: 8.4M weights to int4 take 0.1 s instead of 1.1.
     some = [_codes(rows, scales_of(rows, format), format) for rows in weight.split(_ROWS_AT_ONCE)]
     return Codes(torch.cat([each.codes for each in some]), torch.cat([each.scales for each in some]))
+
+
+def check_finite(weight: torch.Tensor, name: str) -> None:
+    """Raises ``ValueError`` for the first weight of (rows, D) that is infinite or not a number."""
+    if not weight.isfinite().all():
+        row, column = (~weight.isfinite()).nonzero()[0].tolist()
+        value = weight[row, column].item()
+        raise ValueError(f"weight {column} of row {row} of {name} is {value}: only finite weights can be rounded")
 
 
 def scales_of(weight: torch.Tensor, format: QuantizedFormat) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Rounds the weights of a model."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from bdh.model.quantization import QuantizedWeights, RoundingMethod, check_not_quantized, quantized_module
@@ -9,9 +9,7 @@ from bdh.model.quantizer import BDHQuantizationConfig, set_quantized
 from bdh.model.weights import weights_obstacle
 from bdh.ops import StateFormat
 from bdh.ops.formats import Codes
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is done, how much of it is done, and how much there is."""
+from bdh.quantize.gptq import Progress
 
 
 def quantize(

@@ -1,0 +1,450 @@
+"""Rounds the weights of a model such that the outputs of its layer change little on calibration text.
+
+It follows GPTQ (Frantar et al. 2022, arXiv 2210.17323): weights are rounded one input after the other, and those that follow make
+up for the error of those before. What is written here is its equal form as Babai's nearest plane algorithm (Chen et al. 2025,
+arXiv 2507.18553), which needs one Cholesky factor and no inverse: with H = sum of u u^T over the inputs u, and H = R^T R, the error
+|R (q - w)|^2 is least, for given q_{j+1} ... , where q_j = w_j - sum_{k > j} R_jk (q_k - w_k) / R_jj, rounded. Inputs with large
+H_jj come first ("act-order"); scales are those of plain rounding at first ("static groups"). Coordinate descent over the codes
+(as QuantEase, arXiv 2309.01885) and least squares over the scales, both in the metric of H, improve the result.
+
+The weights are shared by all L layer steps, so H is one sum over the tokens and the layer steps. The rest follows from the
+geometry of the layer:
+
+- Only where a neuron fires does its error count. So each neuron has an H of its own: for E, over the tokens where x_i > 0; for Ev,
+  over those where x_i > 0 and y_i > 0, as elsewhere z_i = x_i y_i is 0. A neuron takes its first NEURON_SAMPLES * D such tokens, and
+  the H of all tokens with a small weight, which is all that a neuron that never fires has.
+- Dec has a row for each input, so a group of weights that shares a scale lies within one input, and is given its scale when that input's
+  turn comes. H is between neurons, (H * N)^2, too large for memory. So blocks of DECODER_BLOCK neurons are rounded
+  one after the other, each in the metric of its own part of H. What the blocks before have done to the outputs is
+  known for each token, and is taken from the block's targets as far as the block can make up for it.
+  Tokens are weighted by 1 over the standard deviation of Dec's output, by which LN divides it.
+- The wide activations are never kept: the inputs of E and Ev are D wide, and x, y and z of a block of neurons are computed from them.
+- Every layer step gets its true input v, that of the model before rounding, so the errors of one layer step do not add to those of
+  the next. Dec is also given the outputs that it has without the rounding of E and Ev to aim at.
+
+The layer's free scalings are not used. Row i of Ev times c > 0 and row i of Dec times 1/c changes nothing, but the scales of both
+formats belong to one row, or a part of it, and move along with c. A rotation common to all D, which evens out weights in other models,
+would not commute with LN, which subtracts the mean and stands between any two products.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.functional import linear
+
+from bdh.model.network import exact_dtype
+from bdh.ops import QuantizedFormat, eager
+from bdh.ops.attention import DecayMask, rotation_table
+from bdh.ops.formats import GROUP, Codes, check_finite, rounded, scales_of
+from bdh.words import counted
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is done, how much of it is done, and how much there is."""
+
+MAX_SAMPLES = 2**16
+"""Inputs of a layer step that are kept, of all tokens and layer steps."""
+SAMPLE_BYTES = 2**30
+"""Of memory for these, at most."""
+NEURON_SAMPLES = 4
+"""Times D: the inputs that make up a neuron's own H, at most."""
+_SHARED = 0.3
+"""Weight of the H of all inputs in that of a neuron, beside NEURON_SAMPLES * D inputs of weight 1."""
+_DAMPING = 0.03
+"""Added to the diagonal of H, of its mean."""
+DECODER_BLOCK = 2048
+"""Neurons whose errors make up for one another in Dec."""
+_DECODER_DAMPING = 0.1
+_REFINEMENTS = 2
+_WIDE = 2**24
+"""Numbers in a wide tensor, at most: 64 MiB."""
+_HESSIANS = 2**25
+"""Numbers in the matrices H of the neurons that are rounded at once, at most: 128 MiB."""
+
+
+class _Layer(NamedTuple):
+    """The layer's weights in float32, a row for each neuron."""
+
+    encoder: torch.Tensor  # (H*N, D)
+    encoder_v: list[torch.Tensor]  # H of (N, D)
+    decoder: torch.Tensor  # (H*N, D)
+
+
+class _Samples(NamedTuple):
+    """What goes into the products of some layer steps of some tokens, in random order."""
+
+    v: torch.Tensor
+    """(S, D), the inputs of E."""
+    a: torch.Tensor
+    """(H, S, D), those of each head of Ev."""
+    importance: torch.Tensor
+    """(S,): 1 over the standard deviation of Dec's output; 0 where that is 0, as of a text's first token."""
+
+
+def gptq_codes(
+    model: Any,
+    sequences: Iterable[torch.Tensor],
+    formats: Mapping[str, QuantizedFormat],
+    progress: Progress = lambda stage, done, total: None,
+) -> dict[str, Codes]:
+    """The rounded weights of the layer's modules.
+
+    The same text gives the same codes. The model stays as it is.
+
+    Args:
+        model: its modules are plain, as those of :class:`bdh.model.network.ModelParts`.
+        sequences: calibration text, int64 (B, T), each sequence read from nothing.
+        formats: by the names of the modules: "encoder", "encoder_v.0" and so on, "decoder". Modules without one stay
+            as they are.
+
+    Raises:
+        ValueError: the text is too short, or a weight or an activation is infinite or not a number.
+    """
+    layer, D = _layer_of(model), model.config.n_embd
+    names = ["encoder", *(f"encoder_v.{head}" for head in range(len(layer.encoder_v))), "decoder"]
+    for name, weight in zip(names, [layer.encoder, *layer.encoder_v, layer.decoder], strict=True):
+        check_finite(weight, name)
+    batches = list(sequences)
+    num_tokens = sum(batch.numel() for batch in batches)
+    if num_tokens < D:
+        raise ValueError(
+            f"the calibration text has {counted(num_tokens, 'token')}: at least {D} are needed, the model's width"
+        )
+    with torch.no_grad():
+        samples = _gather(model, batches, layer, layer, progress)
+        codes: dict[str, Codes] = {}
+        if "encoder" in formats:
+            codes["encoder"] = _round_encoder(layer, samples, formats["encoder"], partial(progress, "encoder"))
+        for head, name in enumerate(names[1:-1]):
+            if name in formats:
+                codes[name] = _round_encoder_v(layer, samples, head, formats[name], partial(progress, name))
+        if "decoder" in formats:
+            after = _with(layer, codes)
+            samples_after = _gather(model, batches, layer, after, progress) if codes else samples
+            codes["decoder"] = _round_decoder(
+                layer, samples, after, samples_after, formats["decoder"], partial(progress, "decoder")
+            )
+    return codes
+
+
+def _layer_of(model: Any) -> _Layer:
+    encoder, *encoder_v, decoder = (
+        module.weight.detach().float() for module in (model.encoder, *model.encoder_v, model.decoder)
+    )
+    return _Layer(encoder, encoder_v, decoder.t().contiguous())
+
+
+def _with(layer: _Layer, codes: Mapping[str, Codes]) -> _Layer:
+    """The layer with weights that have been rounded."""
+    new = {name: each.dequantized() for name, each in codes.items()}
+    heads = [new.get(f"encoder_v.{head}", weight) for head, weight in enumerate(layer.encoder_v)]
+    return _Layer(new.get("encoder", layer.encoder), heads, layer.decoder)
+
+
+# Calibration text.
+
+
+def _gather(model: Any, batches: Sequence[torch.Tensor], before: _Layer, layer: _Layer, progress: Progress) -> _Samples:
+    """What ``layer`` computes with in layer steps whose v is that of ``before``; the same samples each time."""
+    D, H, L, device = model.config.n_embd, len(before.encoder_v), model.config.n_layer, before.encoder.device
+    num_tokens = sum(batch.numel() for batch in batches)
+    number = min(num_tokens * L, MAX_SAMPLES, max(D, SAMPLE_BYTES // (4 * D * (1 + H))))
+    # Drawn among all tokens and layer steps, and put in this order.
+    chosen = torch.randperm(num_tokens * L, generator=torch.Generator().manual_seed(0))[:number]
+    order = torch.full((num_tokens * L,), -1).index_copy_(0, chosen, torch.arange(number)).to(device)
+    v_samples = torch.empty(number, D, device=device)
+    a_samples = torch.empty(H, number, D, device=device)
+    importance = torch.empty(number, device=device)
+    done = 0
+    for inputs in _layer_steps(model, batches, before, layer):
+        count = inputs.v.shape[0]
+        slots = order[done : done + count]
+        kept = slots >= 0
+        v_samples[slots[kept]] = inputs.v[kept]
+        a_samples[:, slots[kept]] = inputs.a[:, kept]
+        importance[slots[kept]] = inputs.importance[kept]
+        done += count
+        progress("calibration", done // L, num_tokens)
+    if not (v_samples.isfinite().all() and a_samples.isfinite().all()):
+        raise ValueError("the model's activations on the calibration text are infinite or not a number")
+    return _Samples(v_samples, a_samples, importance)
+
+
+def _layer_steps(model: Any, batches: Sequence[torch.Tensor], before: _Layer, layer: _Layer) -> Iterator[_Samples]:
+    """Of all tokens, in pieces whose wide activations are small, and each layer step."""
+    config, num_neurons, device = model.config, len(before.encoder), before.encoder.device
+    most = max(1, _WIDE // num_neurons)  # tokens at once
+    for batch in batches:
+        T = batch.shape[1]
+        for tokens in batch.to(device).split(max(1, most // T)):
+            before_states: list[torch.Tensor | None] = [None] * config.n_layer
+            states = list(before_states)
+            for start in range(0, T, most):
+                v = eager.layer_norm(model.embed(tokens[:, start : start + most]).float(), config.layer_norm_eps)
+                spec = _spec(config, start, v.shape[1], device, keep_state=start + most < T)
+                for index in range(config.n_layer):
+                    kept: list[torch.Tensor] = []
+                    following, before_states[index] = eager.train(
+                        v, _listening(before, kept), spec, before_states[index]
+                    )
+                    output = kept.pop()  # of Dec
+                    if layer is not before:
+                        kept.clear()
+                        _, states[index] = eager.train(v, _listening(layer, kept), spec, states[index])
+                        kept.pop()
+                    deviation = output.flatten(0, -2).std(-1)
+                    importance = torch.where(deviation > 0, 1 / (deviation**2 + config.layer_norm_eps).sqrt(), 0)
+                    yield _Samples(v.flatten(0, -2), torch.stack([a.flatten(0, -2) for a in kept]), importance)
+                    v = following
+
+
+def _spec(config: Any, start: int, T: int, device: torch.device, keep_state: bool) -> eager.EagerSpec:
+    positions = torch.arange(start, start + T, device=device)[None]
+    half_lives = config.half_lives
+    return eager.EagerSpec(
+        table=rotation_table(positions, config.neurons_per_head, config.rope_theta, torch.float32)[:, None],
+        eps=config.layer_norm_eps,
+        dtype=torch.float32,
+        chunk_size=config.chunk_size,
+        decay_mask=None if half_lives is None else DecayMask(half_lives=torch.tensor(half_lives, device=device)),
+        keep_state=keep_state,
+    )
+
+
+def _listening(layer: _Layer, kept: list[torch.Tensor]) -> eager.Layer:
+    """The layer's functions, which keep the inputs of each head of Ev, then the output of Dec."""
+
+    def encoder_v(weight: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        kept.append(a)
+        return linear(a, weight)
+
+    def decoder(z: torch.Tensor) -> torch.Tensor:
+        kept.append(z @ layer.decoder)
+        return kept[-1]
+
+    heads = [partial(encoder_v, weight) for weight in layer.encoder_v]
+    return eager.Layer(partial(linear, weight=layer.encoder), heads, decoder)
+
+
+# E and Ev: the sum is over D inputs, and a row is rounded alone.
+
+
+def _round_encoder(
+    layer: _Layer, samples: _Samples, format: QuantizedFormat, progress: Callable[[int, int], None]
+) -> Codes:
+    def counts(rows: slice) -> torch.Tensor:
+        return linear(samples.v, layer.encoder[rows]) > 0
+
+    return _round_rows(layer.encoder, samples.v, counts, format, progress)
+
+
+def _round_encoder_v(
+    layer: _Layer, samples: _Samples, head: int, format: QuantizedFormat, progress: Callable[[int, int], None]
+) -> Codes:
+    weight, a = layer.encoder_v[head], samples.a[head]
+    encoder = layer.encoder[head * len(weight) : (head + 1) * len(weight)]
+
+    def counts(rows: slice) -> torch.Tensor:
+        return (linear(samples.v, encoder[rows]) > 0) & (linear(a, weight[rows]) > 0)
+
+    return _round_rows(weight, a, counts, format, progress)
+
+
+def _round_rows(
+    weight: torch.Tensor,
+    inputs: torch.Tensor,
+    counts: Callable[[slice], torch.Tensor],
+    format: QuantizedFormat,
+    progress: Callable[[int, int], None],
+) -> Codes:
+    """Rows (rows, D), each in the metric of its own H.
+
+    Args:
+        inputs: (S, D).
+        counts: from some rows to bool (S, rows): the inputs at which a row's error counts.
+    """
+    num_rows, D = weight.shape
+    shared = inputs.t() @ inputs / len(inputs)
+    at_once = max(1, min(_HESSIANS // D**2, _WIDE // len(inputs)))
+    found = []
+    for start in range(0, num_rows, at_once):
+        rows = slice(start, min(start + at_once, num_rows))
+        hessians = neuron_hessians(inputs, counts(rows), shared)
+        found.append(round_in_metric(weight[rows], hessians, format))
+        progress(rows.stop, num_rows)
+    return Codes(torch.cat([each.codes for each in found]), torch.cat([each.scales for each in found]))
+
+
+def neuron_hessians(inputs: torch.Tensor, counts: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
+    """H of each neuron, (rows, D, D).
+
+    Args:
+        inputs: (S, D).
+        counts: bool (S, rows), the inputs that count for each. The first NEURON_SAMPLES * D of them are taken.
+        shared: (D, D), the mean over all inputs.
+    """
+    num_rows, D = counts.shape[1], inputs.shape[1]
+    most = NEURON_SAMPLES * D
+    place = counts.cumsum(0, dtype=torch.int32)
+    of_input, of_row = (counts & (place <= most)).nonzero(as_tuple=True)
+    place = place[of_input, of_row] - 1  # among a row's inputs
+    taken = torch.full((num_rows, most), len(inputs), device=inputs.device)
+    taken[of_row, place] = of_input
+    with_zero = torch.cat([inputs, inputs.new_zeros(1, D)])  # the last stands for none
+    hessians = inputs.new_empty(num_rows, D, D)
+    at_once = max(1, _WIDE // (most * D))
+    for start in range(0, num_rows, at_once):
+        some = with_zero[taken[start : start + at_once]]  # (rows, most, D)
+        torch.bmm(some.transpose(1, 2), some, out=hessians[start : start + at_once])
+    return hessians.add_(shared, alpha=_SHARED * most)
+
+
+def round_in_metric(weight: torch.Tensor, hessians: torch.Tensor, format: QuantizedFormat) -> Codes:
+    """Rows w (rows, D) to codes q such that (q - w)^T H (q - w) is small; H (rows, D, D) of each, or (1, D, D) of all."""
+    D, diagonal = weight.shape[1], hessians.diagonal(dim1=1, dim2=2)
+    damping = _DAMPING * diagonal.mean(1, keepdim=True)
+    damping = torch.where(damping > 0, damping, 1.0)  # where there are no inputs at all, plain rounding
+    hessians = hessians + damping[:, :, None] * torch.eye(D, device=weight.device)
+    found = nearest_plane(weight, hessians, scales_of(weight, format), format)
+    for _ in range(_REFINEMENTS):
+        found = _descend(weight, hessians, _fit_scales(weight, hessians, found), format)
+    return found
+
+
+def nearest_plane(weight: torch.Tensor, hessians: torch.Tensor, scales: torch.Tensor, format: QuantizedFormat) -> Codes:
+    """The codes of rows with given scales, by Babai's algorithm; H as in :func:`round_in_metric`, positive definite."""
+    order = hessians.diagonal(dim1=1, dim2=2).mean(0).argsort(stable=True)  # from the last to the first
+    factor = torch.linalg.cholesky(hessians[:, order][:, :, order], upper=True)
+    wide = _per_weight(scales, weight.shape[1])[:, order]
+    w, errors, codes = weight[:, order], torch.zeros_like(weight), torch.zeros_like(weight)
+    for j in reversed(range(weight.shape[1])):
+        shift = (factor[:, j, j + 1 :] * errors[:, j + 1 :]).sum(1) / factor[:, j, j]
+        codes[:, j] = _rounded(w[:, j] - shift, wide[:, j], format)
+        errors[:, j] = codes[:, j] * wide[:, j] - w[:, j]
+    return Codes(torch.empty_like(codes).index_copy_(1, order, codes).to(torch.int8), scales)
+
+
+def _descend(weight: torch.Tensor, hessians: torch.Tensor, start: Codes, format: QuantizedFormat) -> Codes:
+    """Each code in turn to the best one for given others."""
+    wide, codes = _per_weight(start.scales, weight.shape[1]), start.codes.float()
+    errors = codes * wide - weight
+    for j in range(weight.shape[1]):
+        shift = (hessians[:, j] * errors).sum(1) / hessians[:, j, j]
+        new = _rounded(codes[:, j] * wide[:, j] - shift, wide[:, j], format)
+        errors[:, j] += (new - codes[:, j]) * wide[:, j]
+        codes[:, j] = new
+    return Codes(codes.to(torch.int8), start.scales)
+
+
+def _fit_scales(weight: torch.Tensor, hessians: torch.Tensor, start: Codes) -> Codes:
+    """Each scale in turn to the best one for given codes and other scales."""
+    D, scales, codes = weight.shape[1], start.scales.float(), start.codes.float()
+    errors = start.dequantized() - weight
+    length = D if scales.shape[1] == 1 else GROUP
+    for index, first in enumerate(range(0, D, length)):
+        of_group = slice(first, first + length)
+        group = codes[:, of_group]
+        slope = ((hessians[:, of_group] @ errors[:, :, None])[..., 0] * group).sum(1)
+        curvature = ((hessians[:, of_group, of_group] @ group[:, :, None])[..., 0] * group).sum(1)
+        step = torch.where(curvature > 0, slope / torch.where(curvature > 0, curvature, 1.0), 0.0)
+        new = (scales[:, index] - step).to(torch.bfloat16).float()
+        errors[:, of_group] += (new - scales[:, index])[:, None] * group
+        scales[:, index] = new
+    return Codes(start.codes, scales.to(torch.bfloat16))
+
+
+def _per_weight(scales: torch.Tensor, D: int) -> torch.Tensor:
+    """float32 (rows, D), from bfloat16 (rows, groups)."""
+    return Codes(torch.ones(len(scales), D, dtype=torch.int8, device=scales.device), scales).dequantized()
+
+
+def _rounded(values: torch.Tensor, scales: torch.Tensor, format: QuantizedFormat) -> torch.Tensor:
+    """The codes of one weight of each row, as float32."""
+    low, high = (-127, 127) if format == "int8" else (-8, 7)
+    return (values / torch.where(scales == 0, 1.0, scales)).round().clamp(low, high)
+
+
+# Dec: the sum is over the neurons, and its rows make up for one another.
+
+
+def _outputs(layer: _Layer, samples: _Samples, neurons: torch.Tensor, part: slice) -> torch.Tensor:
+    """z (samples, neurons) of some samples, as Dec is given it."""
+    N = len(layer.encoder_v[0])
+    z = torch.relu(linear(samples.v[part], layer.encoder[neurons]))
+    for head, weight in enumerate(layer.encoder_v):
+        (of_head,) = (neurons // N == head).nonzero(as_tuple=True)
+        z[:, of_head] *= torch.relu(linear(samples.a[head, part], weight[neurons[of_head] - head * N]))
+    return z
+
+
+def _round_decoder(
+    before: _Layer,
+    samples_before: _Samples,
+    layer: _Layer,
+    samples: _Samples,
+    format: QuantizedFormat,
+    progress: Callable[[int, int], None],
+) -> Codes:
+    """Dec, whose inputs are those of ``layer``, and whose outputs should be those of the layer before."""
+    decoder, S, device = layer.decoder, len(samples.v), layer.decoder.device
+    num_neurons, D = decoder.shape
+    parts = [slice(start, min(start + 4096, S)) for start in range(0, S, 4096)]
+    blocks = torch.arange(num_neurons, device=device).split(DECODER_BLOCK)
+    importance = samples_before.importance[:, None]
+    residual = torch.zeros(S, D, device=device)  # what the output is too much
+    energy = torch.zeros(num_neurons, device=device)
+    for part in parts:
+        for block in blocks:
+            z = _outputs(layer, samples, block, part) * importance[part]
+            energy[block] += z.square().sum(0)
+            if layer is not before:
+                z -= _outputs(before, samples_before, block, part) * importance[part]
+                residual[part] += z @ decoder[block]
+    found = rounded(decoder, format)
+    if not (mean := energy.mean()) > 0:
+        return found
+    for done, block in enumerate(energy.argsort(descending=True, stable=True).split(DECODER_BLOCK)):
+        hessian = torch.zeros(len(block), len(block), device=device)
+        slope = torch.zeros(len(block), D, device=device)
+        for part in parts:
+            z = _outputs(layer, samples, block, part) * importance[part]
+            hessian.addmm_(z.t(), z)
+            slope.addmm_(z.t(), residual[part])
+        codes = _round_block(decoder[block], hessian, slope, _DECODER_DAMPING * mean, format)
+        found.codes[block], found.scales[block] = codes
+        change = codes.dequantized() - decoder[block]
+        for part in parts:
+            residual[part] += _outputs(layer, samples, block, part) * importance[part] @ change
+        progress(min((done + 1) * DECODER_BLOCK, num_neurons), num_neurons)
+    return found
+
+
+def _round_block(
+    weight: torch.Tensor, hessian: torch.Tensor, slope: torch.Tensor, damping: torch.Tensor, format: QuantizedFormat
+) -> Codes:
+    """Rows of Dec, (n, D), by Babai's algorithm; each is rounded as a whole, with new scales.
+
+    Args:
+        hessian: (n, n), the sum of z z^T.
+        slope: (n, D), the sum of z times what is too much in the output already.
+    """
+    # From the last to the first: those that fire most come first.
+    exact = hessian.flip(0, 1).to(exact_dtype(weight.device))
+    exact.diagonal().add_(damping)
+    factor = torch.linalg.cholesky(exact, upper=True)
+    target = weight.flip(0) - torch.cholesky_solve(slope.flip(0).to(exact.dtype), factor, upper=True).to(weight.dtype)
+    factor = factor.to(weight.dtype)
+    errors, found = torch.zeros_like(target), []
+    for stop in range(len(weight), 0, -_ROWS_AT_ONCE):
+        start = max(0, stop - _ROWS_AT_ONCE)
+        shifts = factor[start:stop, stop:] @ errors[stop:]
+        for j in reversed(range(start, stop)):
+            shift = (shifts[j - start] + factor[j, j + 1 : stop] @ errors[j + 1 : stop]) / factor[j, j]
+            found.append(rounded((target[j] - shift)[None], format))
+            errors[j] = found[-1].dequantized()[0] - target[j]
+    return Codes(torch.cat([each.codes for each in found]), torch.cat([each.scales for each in found]))
+
+
+_ROWS_AT_ONCE = 128
+"""Rows of Dec whose errors reach the others in one matrix product."""
