@@ -14,7 +14,7 @@ from numba.core.errors import TypingError
 
 from bdh.ops import backends, naive
 from bdh.ops.backends import Work, choose_backend
-from bdh.ops.cpu import kernels, state_rows, vector
+from bdh.ops.cpu import entries, kernels, state_rows, vector
 from bdh.ops.cpu.recurrence import KernelWeights, Recurrence, TokenRows
 from bdh.ops.cpu.runtime import Team, compiled, follow_torch_threads
 from bdh.ops.formats import Rows, row_bytes, unpack
@@ -178,6 +178,28 @@ def list_pair(x, cos, sin, read, write, lists):
         vector.address(lists),
         lists.strides[0],
     )
+
+
+@njit
+def list_gated(x, y, lists):
+    room, place = lists.strides[0], vector.address(lists)
+    count = entries.list_above_0(vector.address(x), x.shape[0], place, place + room)
+    return count, entries.list_products(
+        vector.address(y), place + room, place, count, place + 2 * room, place + 3 * room
+    )
+
+
+@pytest.mark.parametrize("count", [1, 2, 15, 16, 17, 40])
+def test_lists_have_the_tokens_at_which_a_neuron_fires(count):
+    x, y = numbers(2, count).clamp_min(0).numpy()
+    y = numbers(count, seed=1).numpy()
+    lists = np.zeros((4, count + vector.LANES), np.float32)
+    tokens = np.flatnonzero(x > 0)
+    kept = tokens[y[: len(tokens)] > 0]  # y stands in the order of the list
+    assert list_gated(x, y, lists) == (len(tokens), len(kept))
+    np.testing.assert_array_equal(lists[0].view(np.int32)[: len(tokens)], tokens)
+    np.testing.assert_array_equal(lists[2].view(np.int32)[: len(kept)], kept)
+    np.testing.assert_array_equal(lists[3, : len(kept)], (x[tokens] * y[: len(tokens)])[y[: len(tokens)] > 0])
 
 
 @pytest.mark.parametrize("count", [1, 2, 15, 16, 17, 40])

@@ -7,6 +7,7 @@ A list is worked off ``GROUP`` entries at a time, so that the neuron's row is lo
 in the last group is filled up by :func:`pad`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -32,6 +33,8 @@ from bdh.ops.cpu.vector import (
 
 GROUP = 4
 DOTS = 8
+WIDE = 4 * LANES
+"""Numbers of a row that stay in registers while all tokens of a list pass over them."""
 _F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 
 
@@ -45,12 +48,19 @@ def _factors(builder: Any, address: Any) -> list[Any]:
     return [_load_scalar(builder, address, number, _F32) for number in range(GROUP)]
 
 
-@instruction(*[ADDRESS] * 3, NUMBER, NUMBER, ADDRESS)
-def dots(builder, row, indices, base, stride, length, out):
-    """The products of a row with those of ``DOTS`` tokens, to ``out``."""
-    rows = _rows(builder, indices, base, stride, DOTS)
-    products = _dot_products(builder, [row], rows, [(0, j) for j in range(DOTS)], length, "float32")
-    _store(builder, products, out, _I64(0), DOTS)
+def _make_dots(count: int) -> Any:
+    @instruction(*[ADDRESS] * 3, NUMBER, NUMBER, ADDRESS)
+    def dots(builder, row, indices, base, stride, length, out):
+        """The products of a row with those of ``count`` tokens, to ``out``."""
+        rows = _rows(builder, indices, base, stride, count)
+        products = _dot_products(builder, [row], rows, [(0, j) for j in range(count)], length, "float32")
+        _store(builder, products, out, _I64(0), count)
+
+    return dots
+
+
+dots = _make_dots(DOTS)
+dots_of_group = _make_dots(GROUP)
 
 
 @instruction(*[ADDRESS] * 4, NUMBER, NUMBER)
@@ -65,6 +75,26 @@ def spread_row(builder, row, factors, indices, base, stride, length):
             _store(builder, total, place, index, width)
 
     _by_vectors(builder, length, body)
+
+
+@instruction(*[ADDRESS] * 3, NUMBER, ADDRESS, NUMBER)
+def spread_list(builder, row, indices, factors, count, base, length):
+    """Adds a row, times a factor each, to those of ``count`` tokens, which lie one after the other."""
+    stride = builder.mul(length, _I64(4))
+
+    def block(first: Any, width: int) -> None:
+        lanes = min(width, LANES)
+        places = [builder.add(first, _I64(start)) for start in range(0, width, lanes)]
+        held = [_load(builder, row, place, lanes) for place in places]
+        with cgutils.for_range_slice(builder, _I64(0), count, _I64(1), _I64) as (entry, _):
+            offset = builder.mul(entry, _I64(4))
+            token = builder.sext(_load_scalar(builder, builder.add(indices, offset), 0, _I32), _I64)
+            factor = _spread(builder, _load_scalar(builder, builder.add(factors, offset), 0, _F32), lanes)
+            target = builder.add(base, builder.mul(token, stride))
+            for place, wide in zip(places, held, strict=True):
+                _store(builder, _fma(builder, factor, wide, _load(builder, target, place, lanes)), target, place, lanes)
+
+    by_blocks(builder, length, block)
 
 
 @instruction(*[ADDRESS] * 5, NUMBER, NUMBER, ADDRESS)
@@ -123,14 +153,65 @@ def _count(builder: Any, keep: Any) -> Any:
     return builder.zext(builder.call(function, [bits]), _I64)
 
 
+def by_blocks(builder: Any, length: Any, block: Callable[[Any, int], None]) -> None:
+    """Calls ``block(first, width)`` to emit the loops over blocks of ``WIDE`` numbers, over whole vectors, and over the rest."""
+    whole = builder.and_(length, _I64(-WIDE))
+    with cgutils.for_range_slice(builder, _I64(0), whole, _I64(WIDE), _I64) as (first, _):
+        block(first, WIDE)
+    _by_vectors(builder, builder.sub(length, whole), lambda index, width: block(builder.add(whole, index), width))
+
+
+def append(builder: Any, keep: Any, lists: list[tuple[Any, Any]], found: Any) -> None:
+    """Appends elements of vectors to lists at these addresses, of which the slot ``found`` says how long they are."""
+    so_far, width = builder.load(found), keep.type.count
+    offset = builder.mul(so_far, _I64(4))
+    for value, address in lists:
+        place = builder.add(address, offset)
+        if width > 1:
+            _compressed(builder, value, keep, place)
+        else:
+            builder.store(value, builder.inttoptr(place, value.type.as_pointer())).align = 4
+    more = _count(builder, keep) if width > 1 else builder.zext(builder.extract_element(keep, _I32(0)), _I64)
+    builder.store(builder.add(so_far, more), found)
+
+
+@instruction(ADDRESS, NUMBER, ADDRESS, ADDRESS, result=types.int64)
+def list_above_0(builder, flags, count, indices, values):
+    """Lists the tokens of ``count`` at which ``flags`` is above 0, and what it is; returns how many there are."""
+    found = cgutils.alloca_once_value(builder, _I64(0))
+
+    def body(index: Any, width: int) -> None:
+        value = _load(builder, flags, index, width)
+        keep = builder.fcmp_ordered(">", value, ir.Constant(value.type, [0.0] * width))
+        append(builder, keep, [(_numbers_from(builder, index, width), indices), (value, values)], found)
+
+    _by_vectors(builder, count, body)
+    return builder.load(found)
+
+
+@instruction(*[ADDRESS] * 3, NUMBER, ADDRESS, ADDRESS, result=types.int64)
+def list_products(builder, y, x, indices, count, kept, products):
+    """Of a list's tokens those at which ``y`` is above 0, and x * y; returns how many there are."""
+    found = cgutils.alloca_once_value(builder, _I64(0))
+
+    def body(index: Any, width: int) -> None:
+        own, others = (_load(builder, each, index, width) for each in (y, x))
+        keep = builder.fcmp_ordered(">", own, ir.Constant(own.type, [0.0] * width))
+        tokens = builder.bitcast(_load(builder, indices, index, width), ir.VectorType(_I32, width))
+        append(builder, keep, [(tokens, kept), (builder.fmul(others, own), products)], found)
+
+    _by_vectors(builder, count, body)
+    return builder.load(found)
+
+
 def _positive(builder: Any, value: Any) -> Any:
     """Where a vector is above 0, or not a number: NaN counts as firing."""
     return builder.fcmp_unordered(">", value, ir.Constant(value.type, [0.0] * LANES))
 
 
-def _numbers_from(builder: Any, index: Any) -> Any:
+def _numbers_from(builder: Any, index: Any, width: int = LANES) -> Any:
     """A vector of the numbers from ``index`` on."""
-    return builder.add(_spread(builder, builder.trunc(index, _I32), LANES), _lanes(_I32, list(range(LANES))))
+    return builder.add(_spread(builder, builder.trunc(index, _I32), width), _lanes(_I32, list(range(width))))
 
 
 def _list(builder: Any, flags: Any, count: Any, indices: Any, values: Any, others: list[tuple[Any, Any]]) -> Any:

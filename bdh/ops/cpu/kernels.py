@@ -18,6 +18,7 @@ Weights and states come by address, one row of D numbers for each neuron.
 
 import numpy as np
 
+from bdh.ops.cpu.entries import DOTS, GROUP, dots, dots_of_group, list_above_0, list_products, pad, spread_list
 from bdh.ops.cpu.pieces import STAGE_WORDS, jit, pieces
 from bdh.ops.cpu.state_rows import LIST_ARRAYS, attend_and_update, list_pair
 from bdh.ops.cpu.vector import (
@@ -55,6 +56,8 @@ AHEAD = 3  # pairs whose rows are asked for before they are needed
 _LIST = 1024  # neurons that fire, gathered before they are worked off
 _PROJECTED = 256  # neurons of a piece; a multiple of BLOCK_NEURONS
 _TURNED = 256  # pairs of a piece
+MANY_ROWS = 16
+"""From so many on a neuron mostly fires in several, so that its weights are loaded for several at once."""
 STAGE_BYTES = 8 * STAGE_WORDS
 STAGES = 6
 """Counters of a layer step: it has 5 stages here, and 6 with a window. What comes before the first one has as many, for 2."""
@@ -234,17 +237,52 @@ def attention_update(stage, like, states, starts, x, cos, sin, read_scales, writ
 
 @jit
 def reduce_norm(stage, partial_sums, a, eps):
-    """LN of the sums over each head's stretches: ``partial_sums`` (H * stretches of a head, R, D) to a (R, H, D)."""
-    R, H, D = a.shape
+    """LN of the sums over each head's stretches: ``partial_sums`` (H * stretches of a head, R, D) to a (H, R, D)."""
+    H, R, D = a.shape
     per_head = partial_sums.shape[0] // H
     ones = np.ones(D, np.float32)
     for item in pieces(stage, R * H):
         r, h = item // H, item % H
-        a[r, h] = 0
+        a[h, r] = 0
         for stretch in range(h * per_head, (h + 1) * per_head):
             for d in range(D):
-                a[r, h, d] += partial_sums[stretch, r, d]
-        normalise(a[r, h], ones, eps)
+                a[h, r, d] += partial_sums[stretch, r, d]
+        normalise(a[h, r], ones, eps)
+
+
+@jit
+def mlp_by_neuron(like, encoder_v, like_decoder, decoder, x, a, sums, lists, unpacked):
+    """Adds Dec (x * y) of some neurons to sums (R, D): the row of a neuron is loaded for several of its tokens at once.
+
+    Args:
+        encoder_v, decoder: the addresses of the neurons' first rows.
+        x: (n, R), a: (R, D).
+        lists: (5, R + LANES), unpacked: (2, D): memory to work in.
+    """
+    R, D = a.shape
+    stored_bytes, decoder_bytes = row_bytes(like, D), row_bytes(like_decoder, D)
+    firing, room = address(lists), lists.strides[0]
+    values, y, kept, factors = firing + room, firing + 2 * room, firing + 3 * room, firing + 4 * room
+    for n in range(x.shape[0]):
+        count = list_above_0(address(x) + n * R * 4, R, firing, values)
+        if count == 0:
+            continue
+        for line in range(0, stored_bytes, CACHE_LINE):
+            prefetch(encoder_v + (n + 1) * stored_bytes + line)
+        row = float_rows(like, encoder_v + n * stored_bytes, 1, address(unpacked), D)
+        pad(firing, factors, count)
+        index = 0
+        while index < count:
+            if count - index > GROUP:
+                dots(row, firing + index * 4, address(a), D * 4, D, y + index * 4)
+                index += DOTS
+            else:
+                dots_of_group(row, firing + index * 4, address(a), D * 4, D, y + index * 4)
+                index += GROUP
+        count = list_products(y, values, firing, count, kept, factors)
+        if count > 0:
+            row = float_rows(like_decoder, decoder + n * decoder_bytes, 1, address(unpacked) + D * 4, D)
+            spread_list(row, kept, factors, count, address(sums), D)
 
 
 @jit
@@ -254,14 +292,27 @@ def gated_mlp(stage, like, encoder_v, like_decoder, decoder, x, a, partial_sums,
     ``encoder_v`` (H,) are the addresses of Ev, neuron by neuron, one for each head, and ``decoder`` is that of Dec.
     """
     num_stretches, R, D = partial_sums.shape
-    H = a.shape[1]
     stored_bytes, decoder_bytes = row_bytes(like, D), row_bytes(like_decoder, D)
     neurons, rows = np.empty(_LIST + R, np.int64), np.empty(_LIST + R, np.int64)
     weights, values = np.empty(_LIST + R, np.int64), np.empty(_LIST + R, np.int64)
     y = np.empty(_LIST + R, np.float32)
+    lists, unpacked = np.empty((5, R + LANES), np.float32), np.empty((2, D), np.float32)
     for stretch in pieces(stage, num_stretches):
         h, first, end = bounds_of(stretch, N)
         partial_sums[stretch] = 0
+        if R >= MANY_ROWS:
+            mlp_by_neuron(
+                like,
+                encoder_v[h] + first * stored_bytes,
+                like_decoder,
+                decoder + (h * N + first) * decoder_bytes,
+                x[h * N + first : h * N + end],
+                a[h],
+                partial_sums[stretch],
+                lists,
+                unpacked,
+            )
+            continue
         n = first
         while n < end:
             count = 0
@@ -269,7 +320,7 @@ def gated_mlp(stage, like, encoder_v, like_decoder, decoder, x, a, partial_sums,
                 for r in range(R):
                     neurons[count], rows[count] = n, r
                     weights[count] = encoder_v[h] + n * stored_bytes
-                    values[count] = address(a) + (r * H + h) * D * 4
+                    values[count] = address(a) + (h * R + r) * D * 4
                     count += x[h * N + n, r] > 0
                 n += 1
             whole = count - count % 8
@@ -346,9 +397,9 @@ def layer_steps(
         embed: and what follows to eps, as of :func:`enter`, which is called where first_step is 0.
         encoder, encoder_v, decoder: the addresses of E, of the heads of Ev and of Dec.
         states: (layer steps, sequences) addresses of each one's sums, (H, N, D).
-        x: (H*N, R), a: (R, H, D), partial_sums: (H * stretches of a head, R, D): memory to work in.
+        x: (H*N, R), a: (H, R, D), partial_sums: (H * stretches of a head, R, D): memory to work in.
     """
-    N, stage = x.shape[0] // a.shape[1], address(progress)
+    N, stage = x.shape[0] // a.shape[0], address(progress)
     if first_step == 0:
         enter(stage, embed, tokens, positions, turns_per_token, v, cos, sin, eps)
     for index in range(len(states)):

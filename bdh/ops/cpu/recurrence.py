@@ -189,7 +189,7 @@ class Recurrence:
             compiled(f"reading and writing{kind}", lambda: self._warm_up(states[0], fading))
         _, H, N, D = self.weights.shape
         R = len(rows.tokens)
-        x, a = self.work_memory("x", H * N, R), self.work_memory("a", R, H, D)
+        x, a = self.work_memory("x", H * N, R), self.work_memory("a", H, R, D)
         partial_sums = self.work_memory("partial_sums", self._num_partial_sums, R, D)
         if fading is not None:
             rings = np.array([_addresses(states, name) for name in ("keys", "fired", "values")], np.int64)

@@ -10,7 +10,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from bdh.ops.cpu.entries import _compressed, _count, _numbers_from
+from bdh.ops.cpu.entries import _numbers_from, append, by_blocks
 from bdh.ops.cpu.vector import (
     ADDRESS,
     LANES,
@@ -28,8 +28,6 @@ from bdh.ops.cpu.vector import (
 
 _F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 LIST_ARRAYS = 5
-WIDE = 4 * LANES
-"""Numbers of a row that stay in registers while all tokens of a list pass over them."""
 
 
 @instruction(*[ADDRESS] * 6, NUMBER, ADDRESS, NUMBER, result=types.int64)
@@ -48,18 +46,12 @@ def list_pair(builder, x_0, x_1, cos, sin, read, write, count, lists, room):
         q_1 = builder.fadd(builder.fmul(b, wide_cos), builder.fmul(a, wide_sin))
         zero = ir.Constant(a.type, [0.0] * width)
         keep = builder.or_(builder.fcmp_ordered(">", a, zero), builder.fcmp_ordered(">", b, zero))
-        numbers = _numbers_from(builder, index) if width > 1 else _spread(builder, builder.trunc(index, _I32), 1)
-        values = [numbers, *(builder.fmul(q, by) for by in (by_read, by_write) for q in (q_0, q_1))]
-        so_far = builder.load(found)
-        place = builder.add(lists, builder.mul(so_far, _I64(4)))
-        for number, value in enumerate(values):
-            each = builder.add(place, builder.mul(room, _I64(number)))
-            if width > 1:
-                _compressed(builder, value, keep, each)
-            else:
-                builder.store(value, builder.inttoptr(each, value.type.as_pointer())).align = 4
-        more = _count(builder, keep) if width > 1 else builder.zext(builder.extract_element(keep, _I32(0)), _I64)
-        builder.store(builder.add(so_far, more), found)
+        values = [
+            _numbers_from(builder, index, width),
+            *(builder.fmul(q, by) for by in (by_read, by_write) for q in (q_0, q_1)),
+        ]
+        places = [builder.add(lists, builder.mul(room, _I64(number))) for number in range(LIST_ARRAYS)]
+        append(builder, keep, list(zip(values, places, strict=True)), found)
 
     _by_vectors(builder, count, body)
     return builder.load(found)
@@ -115,8 +107,4 @@ def attend_and_update(builder, like, rows, lists, room, count, values, out, leng
             for place, slot in zip(places, slots, strict=True):
                 _store(builder, builder.load(slot), row, place, lanes, is_bfloat16)
 
-    whole = builder.and_(length, _I64(-WIDE))
-    with cgutils.for_range_slice(builder, _I64(0), whole, _I64(WIDE), _I64) as (first, _):
-        block(first, WIDE)
-    rest = builder.sub(length, whole)
-    _by_vectors(builder, rest, lambda index, width: block(builder.add(whole, index), width))
+    by_blocks(builder, length, block)

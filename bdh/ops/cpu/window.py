@@ -97,11 +97,11 @@ def score(stage, keys, fired, length, starts, positions, x, cos, sin, partial_su
 
 @jit
 def gather(stage, partial_sums, fading, values, length, starts, positions, v, a, eps):
-    """LN of the values in the window weighted by their scores: ``partial_sums`` (H * stretches of a head, R, C) to a (R, H, D).
+    """LN of the values in the window weighted by their scores: ``partial_sums`` (H * stretches of a head, R, C) to a (H, R, D).
 
     ``fading`` (H, W - 1) weighs a token by how many stand between it and the row; ``values`` (sequences,) are addresses.
     """
-    R, H, D = a.shape
+    H, R, D = a.shape
     C, per_head = partial_sums.shape[2], partial_sums.shape[0] // H
     ones = np.ones(D, np.float32)
     sequence_of = np.empty(R, np.int64)
@@ -114,7 +114,7 @@ def gather(stage, partial_sums, fading, values, length, starts, positions, v, a,
         for stretch in range(h * per_head, (h + 1) * per_head):
             for c in range(C):
                 scores[c] += partial_sums[stretch, r, c]
-        a[r, h] = 0
+        a[h, r] = 0
         sequence = sequence_of[r]
         num_earlier = r - starts[sequence]  # rows of the sequence whose values are not in the ring yet
         for c in range(length):
@@ -123,8 +123,8 @@ def gather(stage, partial_sums, fading, values, length, starts, positions, v, a,
                 value = values[sequence] + c * D * 4
                 if between < num_earlier:
                     value = address(v) + (r - 1 - between) * D * 4
-                add_scaled(FLOAT32, address(a) + (r * H + h) * D * 4, value, scores[c] * fading[h, between], D)
-        normalise(a[r, h], ones, eps)
+                add_scaled(FLOAT32, address(a) + (h * R + r) * D * 4, value, scores[c] * fading[h, between], D)
+        normalise(a[h, r], ones, eps)
 
 
 @jit
@@ -150,10 +150,10 @@ def window_steps(
         progress: and what follows to decoder, as those of :func:`bdh.ops.cpu.kernels.layer_steps`.
         rings: (layer steps, 3, sequences) addresses of each one's keys, marks and values.
         fading: (H, W - 1).
-        x: (H*N, R), a: (R, H, D), scores: (H * stretches of a head, R, C), partial_sums: (the same, R, D): memory to work
+        x: (H*N, R), a: (H, R, D), scores: (H * stretches of a head, R, C), partial_sums: (the same, R, D): memory to work
             in; a holds 0 where W is 1.
     """
-    N, length, stage = x.shape[0] // a.shape[1], fading.shape[1], address(progress)
+    N, length, stage = x.shape[0] // a.shape[0], fading.shape[1], address(progress)
     if first_step == 0:
         enter(stage, embed, tokens, positions, turns_per_token, v, cos, sin, eps)
     for index in range(len(rings)):
