@@ -35,6 +35,7 @@ _TAKEN_OVER = ("dtype", "layer_path", "recompute", "memory_budget_gb", "rows_per
 _STEP = ("batch_size", "block_size", "dropout", "density", "device")
 _ONLY_TRAIN = (*_STEP, *_TAKEN_OVER, "baselines", "one_step", "rounds")
 _FLAGS = {"path": "layer_path", "memory_budget": "memory_budget_gb"}  # of options of the layer that have other names
+_FROM_UNROUNDED = "give the model that it was made of: what is timed starts from plain weights"
 # More than a few threads a core only wait for each other, and for millions of them OpenMP ends the process.
 _THREADS_A_CORE = 4
 
@@ -233,6 +234,7 @@ def measured(settings: BenchSettings, training: "RunSettings | None") -> "Report
     """The benchmark's report; raises ``ValueError`` for a device, path or size that is not to be had here."""
     from bdh.bench.decode import bench_decode, bench_prefill
     from bdh.bench.engine import bench_engine
+    from bdh.model.quantization import check_not_quantized
     from bdh.tokenizer import byte_tokenizer
 
     if settings.benchmark == "train":
@@ -246,6 +248,7 @@ def measured(settings: BenchSettings, training: "RunSettings | None") -> "Report
         model, tokenizer = sparse_model(config, settings.seed), byte_tokenizer()
     else:
         model, tokenizer = settings.load_with_transformers("cpu")
+        check_not_quantized(model, settings.model, _FROM_UNROUNDED)
         model = model.float()  # what it is compared with computes in float32
     if settings.benchmark == "engine":
         return bench_engine(model, tokenizer, settings.options(), _tell)
@@ -272,6 +275,7 @@ def _trained(settings: BenchSettings, training: "RunSettings | None") -> "Report
     from bdh.bench.steps import TrainCase
     from bdh.bench.train import bench_one_step, bench_train
     from bdh.model.configuration import BDHConfig
+    from bdh.model.quantization import check_not_quantized
     from bdh.ops.blocks.plan import LayerOptionError
     from bdh.train.config import TrainSettings
     from bdh.train.runtime import choose_runtime, layer_options
@@ -286,6 +290,7 @@ def _trained(settings: BenchSettings, training: "RunSettings | None") -> "Report
         weights = None
     else:
         model, _ = settings.load_with_transformers("cpu")
+        check_not_quantized(model, settings.model, _FROM_UNROUNDED)
         config, weights = model.config, model.float().state_dict()
         if settings.dropout is not None:
             config.dropout = settings.dropout

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from bdh.model.weights import checksum
+from bdh.model.weights import checksum, plain_parts
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,9 @@ def digest_of(weights: dict[str, torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in weights.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        content = tensor.detach().cpu().contiguous().flatten()
-        digest.update(content.view(torch.uint8).numpy().data)
+        for part in plain_parts(tensor):
+            content = part.detach().cpu().contiguous().flatten()
+            digest.update(content.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -22,7 +22,7 @@ from bdh.model.arguments import StateForGeneration, read_inputs, shifted_labels
 from bdh.model.configuration import BDHConfig
 from bdh.model.conversion import from_reference, to_reference
 from bdh.model.forward import run_layer, step_by_kernels
-from bdh.model.quantization import num_quantized_weights, plain_tensor
+from bdh.model.quantization import keep_as_saved, num_quantized_weights, plain_tensor
 from bdh.model.quantized import QuantizedEmbedding, QuantizedLinear
 from bdh.model.quantizer import BDHQuantizer  # noqa: F401 (which registers itself)
 from bdh.model.state import SynapticState
@@ -78,6 +78,13 @@ class BDHPreTrainedModel(PreTrainedModel):
             init.constant_(module.packed, 255)  # with scales that are no numbers, which check_packed finds
         else:
             super()._init_weights(module)
+
+    @classmethod
+    def from_pretrained(cls, *arguments: Any, **options: Any) -> Any:
+        """As that of all of transformers' models."""
+        loaded = super().from_pretrained(*arguments, **options)
+        keep_as_saved(loaded[0] if isinstance(loaded, tuple) else loaded)  # with output_loading_info a tuple
+        return loaded
 
     def train(self, mode: bool = True) -> Any:
         recheck_weights(self)

@@ -90,10 +90,30 @@ def quantized_formats(model: nn.Module) -> dict[str, QuantizedFormat]:
     return {name: module.weight_format for name, module in model.named_modules() if isinstance(module, _MODULES)}
 
 
+def quantizing_library(module: nn.Module) -> str | None:
+    """Which other library's format the weight of a linear module is in; None for a plain one, or one of ours."""
+    types = (type(module), type(getattr(module, "weight", None)))
+    names = {each.__module__.partition(".")[0] for each in types}
+    return next((name for name in ("torchao", "bitsandbytes") if name in names), None)
+
+
 def check_not_quantized(model: nn.Module, name: str, reason: str) -> None:
-    """Raises ``ValueError`` where weights of a model are in our formats; ``reason`` ends the message."""
+    """Raises ``ValueError`` where weights of a model are quantized; ``reason`` ends the message."""
     if formats := quantized_formats(model):
         raise ValueError(f"{name} has weights in {' and '.join(sorted(set(formats.values())))}: {reason}")
+    if (library := next(filter(None, map(quantizing_library, model.modules())), None)) is not None:
+        raise ValueError(f"{name} has weights that {library} has quantized: {reason}")
+
+
+def keep_as_saved(model: nn.Module) -> None:
+    """Keeps 4-bit weights of bitsandbytes in the order in which they are saved.
+
+    On processors with bfloat16 in AVX-512, bitsandbytes 0.50 packs them anew when they are first used, and unpacks them
+    wrongly, in memory too, when a state_dict is asked for: those of rows of several blocks, such as the decoder's.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # a plain attribute
 
 
 def num_quantized_weights(model: nn.Module, *, embeddings: bool = True) -> int:

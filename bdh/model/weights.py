@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from xxhash import xxh3_128, xxh3_128_digest
 
 from bdh.model.fake_quantized import FakeQuantizedLinear
 from bdh.model.network import ModelParts
+from bdh.model.quantization import quantizing_library
 from bdh.model.quantized import QuantizedEmbedding, QuantizedLinear
 from bdh.ops import WEIGHT_FORMATS, WeightFormat
 from bdh.ops.backends import CPU, LayerWeights
@@ -83,13 +85,6 @@ def has_hooks(module: nn.Module) -> bool:
 def torch_func_is_active() -> bool:
     """Whether a transform of ``torch.func`` is active, under which the backends with gradients of their own do not work."""
     return torch._C._are_functorch_transforms_active()
-
-
-def quantizing_library(module: nn.Module) -> str | None:
-    """Which other library's format the weight of a linear module is in; None for a plain one, or one of ours."""
-    types = (type(module), type(getattr(module, "weight", None)))
-    names = {each.__module__.partition(".")[0] for each in types}
-    return next((name for name in ("torchao", "bitsandbytes") if name in names), None)
 
 
 def weights_obstacle(modules: Sequence[nn.Module], *, may_round: bool = False) -> str | None:
@@ -209,13 +204,21 @@ def version_of(tensor: torch.Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
+def plain_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensor itself; or what a tensor of torchao, which has no memory of its own, is made of."""
+    if not type(tensor).__module__.startswith("torchao."):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]  # as torch.compile asks of every such class
+    return [part for name in names for part in plain_parts(getattr(tensor, name))]
+
+
 def checksum(tensors: Iterable[torch.Tensor]) -> bytes:
     """16 bytes that depend on every bit of the tensors, and on its place, but not on shapes or dtypes.
 
     Reads memory at about its speed (25 GB/s for one CPU thread). Equal for equal bytes on the same kind of device.
     """
     digest = xxh3_128()
-    for tensor in tensors:
+    for tensor in chain.from_iterable(map(plain_parts, tensors)):
         content = tensor.detach().contiguous().flatten().view(torch.uint8)
         if content.device.type == "cpu":
             digest.update(np.from_dlpack(content).data)  # .numpy() would fix the storage's size, which FSDP changes
@@ -370,9 +373,12 @@ def stored_weights(model: ModelParts) -> list[torch.Tensor]:
 
 
 def quantized_format(model: ModelParts) -> str | None:
-    """In which of :data:`bdh.ops.WEIGHT_FORMATS` E, Ev and Dec are rounded, or the format of each where it is none of these;
-    None where they are plain numbers."""
-    found = [each.weight_format if type(each) is QuantizedLinear else "plain" for each in layer_modules(model)]
+    """In which of :data:`bdh.ops.WEIGHT_FORMATS` E, Ev and Dec are rounded, or the format of each where it is none of these, or
+    the other library in whose format they are; None where they are plain numbers."""
+    modules = layer_modules(model)
+    if (library := next(filter(None, map(quantizing_library, modules)), None)) is not None:
+        return library
+    found = [each.weight_format if type(each) is QuantizedLinear else "plain" for each in modules]
     if set(found) == {"plain"}:
         return None
     for weights in WEIGHT_FORMATS:
