@@ -47,7 +47,7 @@ def check_quantizable(model: Any, name: str = "the model") -> None:
     layers = {"encoder": model.encoder, "decoder": model.decoder}
     layers |= {f"encoder_v.{head}": module for head, module in enumerate(model.encoder_v)}
     for place, module in layers.items():
-        if (obstacle := weights_obstacle([module])) is not None:
+        if (obstacle := weights_obstacle([module], may_round=True)) is not None:
             raise ValueError(f"{place} of {name} cannot be quantized: {obstacle}")
 
 

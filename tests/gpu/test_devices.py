@@ -16,7 +16,9 @@ from bdh.generate.engine import Engine
 from bdh.generate.params import EngineConfig, SamplingParams
 from bdh.generate.snapshot import Snapshot
 from bdh.model import forward
+from bdh.model.fake_quantized import FakeQuantizedLinear
 from bdh.ops.blocks.plan import LayerOptions
+from bdh.ops.formats import rounded
 from tests.train.conftest import losses, weights
 
 assert_close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-9)
@@ -211,3 +213,11 @@ def test_a_training_has_the_losses_of_one_on_the_cpu(train, tmp_path, device):
     assert train(tmp_path / "here", **same, **{"train.device": "cpu", "train.layer_path": "plain"}) == 0
     assert train(tmp_path / "there", **same, **{"train.device": device, "train.layer_path": "torch"}) == 0
     assert losses(tmp_path / "there") == pytest.approx(losses(tmp_path / "here"), rel=1e-4)
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_weights_are_rounded_to_the_same_codes_to_the_bit(device, format):
+    """Else the export of a model that was trained for a format on a GPU, which the CPU rounds, would be another."""
+    weight = torch.randn(3000, 96, generator=torch.Generator().manual_seed(0))
+    on_device = FakeQuantizedLinear(torch.nn.Parameter(weight.to(device)), format)
+    assert torch.equal(on_device.rounded().cpu(), rounded(weight, format).dequantized())

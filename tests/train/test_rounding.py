@@ -117,3 +117,15 @@ def test_generated_tokens_are_those_of_the_rounded_weights(model):
     with rounded_in_place(fake):
         assert torch.equal(fake.generate(TOKENS[:, :5], max_new_tokens=20, do_sample=False), expected)
     assert torch.equal(fake.generate(TOKENS[:, :5], max_new_tokens=20, do_sample=False), expected)
+
+
+def test_a_model_that_was_trained_so_is_quantized_to_what_it_computed(model):
+    fake = faked(model, "mixed")
+    optimizer = torch.optim.SGD(fake.parameters(), lr=0.1)
+    for _ in range(2):  # without the promise that weights do not change, they are rounded in each forward pass
+        optimizer.zero_grad()
+        fake(TOKENS, labels=TOKENS).loss.backward()
+        optimizer.step()
+    logits = fake(TOKENS).logits
+    assert not torch.equal(logits, faked(model, "mixed")(TOKENS).logits)
+    assert torch.equal(quantize(fake, "mixed")(TOKENS).logits, logits)
