@@ -346,7 +346,8 @@ def _measured_step(run: Run, step_model: Callable[..., Any], sequences: Batch, c
     """
     settings, device, world = run.settings, run.runtime.device, run.world
     size = min(count, settings.train.batch_size)
-    run.settings = replace(settings, train=replace(settings.train, batch_size=size))
+    # The most expensive steps of the run are those that round.
+    run.settings = replace(settings, train=replace(settings.train, batch_size=size, quantize_from_step=0))
     batch = Batch.stack([sequences] * math.ceil(count / len(sequences.tokens)))[:count]
     if run.carried is not None:
         run.carried = CarriedState(run.model, -(-count // size), size)

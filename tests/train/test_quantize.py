@@ -16,10 +16,11 @@ from bdh.model.quantization import quantized_formats
 from bdh.quantize import quantize
 from bdh.tokenizer import byte_tokenizer
 from bdh.train.checkpoint import Checkpointer
+from bdh.train.dry_run import forecast
 from bdh.train.models import load_model, open_model
 
 from .conftest import losses, samples, weights
-from .test_dry_run import opened  # noqa: F401 (a fixture)
+from .test_dry_run import estimate_of, opened  # noqa: F401 (a fixture)
 from .test_run import assert_same_run
 
 INT4 = {"train.quantize": "int4"}
@@ -155,12 +156,20 @@ def test_a_compiled_model_trains_as_others(train, tmp_path):
 
 
 def test_the_memory_of_the_rounded_weights_is_counted(opened, capsys):  # noqa: F811
-    from .test_dry_run import estimate_of
-
     run = opened(**INT4)
     parts = estimate_of(run).parts
     layer = sum(p.numel() for name, p in run.model.named_parameters() if "embed" not in name and "head" not in name)
     assert parts["rounded weights"] == 4 * layer
+    run.close()
+
+
+def test_a_dry_run_measures_steps_that_round(opened, monkeypatch):  # noqa: F811
+    """It measured the first steps, which do not where ``train.quantize_from_step`` says so."""
+    calls, compute = [], FakeQuantizedLinear.rounded
+    monkeypatch.setattr(FakeQuantizedLinear, "rounded", lambda module: calls.append(module) or compute(module))
+    run = opened(**INT4, **{"train.quantize_from_step": 6})
+    found = forecast(run)
+    assert len(calls) == 4 * (len(found.points) + 1)  # and the step before them
     run.close()
 
 
