@@ -216,25 +216,33 @@ def _by_torchao(config: str) -> Callable[[Any], Any]:
     return convert
 
 
-def _by_bitsandbytes(model: Any) -> Any:
-    from bitsandbytes.nn import Linear4bit, Params4bit
+def _by_bitsandbytes(bits: int) -> Callable[[Any], Any]:
+    def convert(model: Any) -> Any:
+        from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 
-    converted = copy.deepcopy(model)
-    for name, module in list(converted.named_modules()):
-        if type(module) is nn.Linear and name != "lm_head":
-            linear = Linear4bit(
-                module.in_features, module.out_features, bias=module.bias is not None, compute_dtype=torch.float32
-            )
-            linear.weight = Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
-            linear.bias = module.bias
-            converted.set_submodule(name, linear.to("cpu"))
-    return converted
+        converted = copy.deepcopy(model)
+        for name, module in list(converted.named_modules()):
+            if type(module) is nn.Linear and name != "lm_head":
+                sizes, has_bias = (module.in_features, module.out_features), module.bias is not None
+                linear: Any
+                if bits == 8:
+                    linear = Linear8bitLt(*sizes, bias=has_bias, has_fp16_weights=False)
+                    linear.weight = Int8Params(module.weight.data, requires_grad=False, has_fp16_weights=False)
+                else:
+                    linear = Linear4bit(*sizes, bias=has_bias, compute_dtype=torch.float32)
+                    linear.weight = Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
+                linear.bias = module.bias
+                converted.set_submodule(name, linear.to("cpu"))
+        return converted
+
+    return convert
 
 
 _LIBRARIES: dict[str, Callable[[Any], Any]] = {
     "torchao int8, weight only": _by_torchao("Int8WeightOnlyConfig"),
     "torchao int8, dynamic": _by_torchao("Int8DynamicActivationInt8WeightConfig"),
-    "bitsandbytes nf4": _by_bitsandbytes,
+    "bitsandbytes int8": _by_bitsandbytes(8),
+    "bitsandbytes nf4": _by_bitsandbytes(4),
 }
 
 

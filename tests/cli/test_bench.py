@@ -69,7 +69,7 @@ def test_quantize_compares_formats_with_dequantized_weights_and_times_them(bench
     assert forms["int4"]["memory_bytes"] < forms["int8"]["memory_bytes"] < reference["memory_bytes"]
     assert not any("perplexity" in form for form in forms.values())  # of random tokens it says nothing
     assert found["left_out"] == []
-    libraries = ["torchao int8, weight only", "torchao int8, dynamic", "bitsandbytes nf4"]
+    libraries = ["torchao int8, weight only", "torchao int8, dynamic", "bitsandbytes int8", "bitsandbytes nf4"]
     assert all(any(name.endswith(f"M, {library}") for name in forms) for library in ["float32", *libraries])
     # Their rounding is as small as ours: the names of the modules are right.
     assert all(0 < forms[library]["kl"] < 10 * forms["int4"]["kl"] for library in libraries)
