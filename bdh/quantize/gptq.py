@@ -20,7 +20,9 @@ geometry of the layer:
   Tokens are weighted by 1 over the standard deviation of Dec's output, by which LN divides it.
 - The wide activations are never kept: the inputs of E and Ev are D wide, and x, y and z of a block of neurons are computed from them.
 - Every layer step gets its true input v, that of the model before rounding, so the errors of one layer step do not add to those of
-  the next. Dec is also given the outputs that it has without the rounding of E and Ev to aim at.
+  the next, and one forward pass gives all that is needed. Dec's inputs are those that follow from v and a by the rounded E and Ev,
+  and it aims at the outputs without any rounding, as in GPTAQ (Li et al. 2025, arXiv 2504.02692), so that it makes up for some of
+  their error.
 
 The layer's free scalings are not used. Row i of Ev times c > 0 and row i of Dec times 1/c changes nothing, but the scales of both
 formats belong to one row, or a part of it, and move along with c. A rotation common to all D, which evens out weights in other models,
@@ -112,7 +114,7 @@ def gptq_codes(
             f"the calibration text has {counted(num_tokens, 'token')}: at least {D} are needed, the model's width"
         )
     with torch.no_grad():
-        samples = _gather(model, batches, layer, layer, progress)
+        samples = _gather(model, batches, layer, progress)
         codes: dict[str, Codes] = {}
         if "encoder" in formats:
             codes["encoder"] = _round_encoder(layer, samples, formats["encoder"], partial(progress, "encoder"))
@@ -121,10 +123,7 @@ def gptq_codes(
                 codes[name] = _round_encoder_v(layer, samples, head, formats[name], partial(progress, name))
         if "decoder" in formats:
             after = _with(layer, codes)
-            samples_after = _gather(model, batches, layer, after, progress) if codes else samples
-            codes["decoder"] = _round_decoder(
-                layer, samples, after, samples_after, formats["decoder"], partial(progress, "decoder")
-            )
+            codes["decoder"] = _round_decoder(layer, after, samples, formats["decoder"], partial(progress, "decoder"))
     return codes
 
 
@@ -145,19 +144,18 @@ def _with(layer: _Layer, codes: Mapping[str, Codes]) -> _Layer:
 # Calibration text.
 
 
-def _gather(model: Any, batches: Sequence[torch.Tensor], before: _Layer, layer: _Layer, progress: Progress) -> _Samples:
-    """What ``layer`` computes with in layer steps whose v is that of ``before``; the same samples each time."""
-    D, H, L, device = model.config.n_embd, len(before.encoder_v), model.config.n_layer, before.encoder.device
+def _gather(model: Any, batches: Sequence[torch.Tensor], layer: _Layer, progress: Progress) -> _Samples:
+    """Drawn among all tokens and layer steps."""
+    D, H, L, device = model.config.n_embd, len(layer.encoder_v), model.config.n_layer, layer.encoder.device
     num_tokens = sum(batch.numel() for batch in batches)
     number = min(num_tokens * L, MAX_SAMPLES, max(D, SAMPLE_BYTES // (4 * D * (1 + H))))
-    # Drawn among all tokens and layer steps, and put in this order.
     chosen = torch.randperm(num_tokens * L, generator=torch.Generator().manual_seed(0))[:number]
     order = torch.full((num_tokens * L,), -1).index_copy_(0, chosen, torch.arange(number)).to(device)
     v_samples = torch.empty(number, D, device=device)
     a_samples = torch.empty(H, number, D, device=device)
     importance = torch.empty(number, device=device)
     done = 0
-    for inputs in _layer_steps(model, batches, before, layer):
+    for inputs in _layer_steps(model, batches, layer):
         count = inputs.v.shape[0]
         slots = order[done : done + count]
         kept = slots >= 0
@@ -171,31 +169,24 @@ def _gather(model: Any, batches: Sequence[torch.Tensor], before: _Layer, layer: 
     return _Samples(v_samples, a_samples, importance)
 
 
-def _layer_steps(model: Any, batches: Sequence[torch.Tensor], before: _Layer, layer: _Layer) -> Iterator[_Samples]:
+def _layer_steps(model: Any, batches: Sequence[torch.Tensor], layer: _Layer) -> Iterator[_Samples]:
     """Of all tokens, in pieces whose wide activations are small, and each layer step."""
-    config, num_neurons, device = model.config, len(before.encoder), before.encoder.device
+    config, num_neurons, device = model.config, len(layer.encoder), layer.encoder.device
     most = max(1, _WIDE // num_neurons)  # tokens at once
     for batch in batches:
         T = batch.shape[1]
         for tokens in batch.to(device).split(max(1, most // T)):
-            before_states: list[torch.Tensor | None] = [None] * config.n_layer
-            states = list(before_states)
+            states: list[torch.Tensor | None] = [None] * config.n_layer
             for start in range(0, T, most):
                 v = eager.layer_norm(model.embed(tokens[:, start : start + most]).float(), config.layer_norm_eps)
                 spec = _spec(config, start, v.shape[1], device, keep_state=start + most < T)
                 for index in range(config.n_layer):
                     kept: list[torch.Tensor] = []
-                    following, before_states[index] = eager.train(
-                        v, _listening(before, kept), spec, before_states[index]
-                    )
-                    output = kept.pop()  # of Dec
-                    if layer is not before:
-                        kept.clear()
-                        _, states[index] = eager.train(v, _listening(layer, kept), spec, states[index])
-                        kept.pop()
+                    following, states[index] = eager.train(v, _listening(layer, kept), spec, states[index])
+                    *a, output = kept  # of Dec
                     deviation = output.flatten(0, -2).std(-1)
                     importance = torch.where(deviation > 0, 1 / (deviation**2 + config.layer_norm_eps).sqrt(), 0)
-                    yield _Samples(v.flatten(0, -2), torch.stack([a.flatten(0, -2) for a in kept]), importance)
+                    yield _Samples(v.flatten(0, -2), torch.stack([each.flatten(0, -2) for each in a]), importance)
                     v = following
 
 
@@ -380,18 +371,17 @@ def _outputs(layer: _Layer, samples: _Samples, neurons: torch.Tensor, part: slic
 
 def _round_decoder(
     before: _Layer,
-    samples_before: _Samples,
     layer: _Layer,
     samples: _Samples,
     format: QuantizedFormat,
     progress: Callable[[int, int], None],
 ) -> Codes:
-    """Dec, whose inputs are those of ``layer``, and whose outputs should be those of the layer before."""
+    """Dec, whose inputs are those of ``layer``, with E and Ev rounded, and whose outputs should be those of the layer before."""
     decoder, S, device = layer.decoder, len(samples.v), layer.decoder.device
     num_neurons, D = decoder.shape
     parts = [slice(start, min(start + 4096, S)) for start in range(0, S, 4096)]
     blocks = torch.arange(num_neurons, device=device).split(DECODER_BLOCK)
-    importance = samples_before.importance[:, None]
+    importance = samples.importance[:, None]
     residual = torch.zeros(S, D, device=device)  # what the output is too much
     energy = torch.zeros(num_neurons, device=device)
     for part in parts:
@@ -399,7 +389,7 @@ def _round_decoder(
             z = _outputs(layer, samples, block, part) * importance[part]
             energy[block] += z.square().sum(0)
             if layer is not before:
-                z -= _outputs(before, samples_before, block, part) * importance[part]
+                z -= _outputs(before, samples, block, part) * importance[part]
                 residual[part] += z @ decoder[block]
     found = rounded(decoder, format)
     if not (mean := energy.mean()) > 0:

@@ -151,9 +151,9 @@ def test_other_models(model, tokens, fields):
 
 def test_long_sequences_are_read_in_pieces(model, tokens, monkeypatch):
     layer = gptq._layer_of(model)
-    whole = gptq._gather(model, [tokens], layer, layer, lambda *done: None)
+    whole = gptq._gather(model, [tokens], layer, lambda *done: None)
     monkeypatch.setattr(gptq, "_WIDE", 160 * 8)  # 8 tokens at once
-    steps = list(gptq._layer_steps(model, [tokens], layer, layer))
+    steps = list(gptq._layer_steps(model, [tokens], layer))
     assert [len(each.v) for each in steps] == 3 * [*3 * [8], *3 * [8], *3 * [5]]
     # The same inputs in another order: the sums of their squares agree.
     v, a = torch.cat([each.v for each in steps]), torch.cat([each.a for each in steps], 1)
@@ -211,7 +211,7 @@ def test_progress_reaches_its_end(model, tokens):
     last = {}
 
     def progress(stage, done, total):
-        assert last.get(stage, (0, 0))[0] <= done <= total or stage == "calibration"
+        assert last.get(stage, (0, 0))[0] <= done <= total
         last[stage] = done, total
 
     gptq_codes(model, [tokens], every_format(model, "int4"), progress)
