@@ -21,7 +21,7 @@ class FakeQuantizedLinear(nn.Linear):
     straight-through estimator, arXiv 1308.3432), so that an optimizer moves numbers that are not rounded.
 
     Scales are those that the export finds for the weights of the moment, so there is nothing beside the weights to keep.
-    docs/training.md has the losses with scales that are kept for a while or learned, which were no better.
+    docs/training.md has the losses with scales that are kept for a while, about the same, or learned, higher.
 
     Args:
         weight: (out_features, in_features).
