@@ -21,7 +21,7 @@ ALLOWED = {
     "monitor": set(),
     "generate": {"ops", "model", "tokenizer"},
     "evaluate": {"ops", "model", "tokenizer", "data", "generate"},
-    "quantize": {"ops", "model", "generate"},
+    "quantize": {"ops", "model", "data", "generate"},
     "distributed": {"ops", "model"},
     "train": {"ops", "model", "tokenizer", "data", "distributed", "monitor", "evaluate", "generate", "quantize"},
     "serve": {"model", "tokenizer", "generate"},

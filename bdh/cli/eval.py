@@ -4,24 +4,19 @@ import importlib.util
 import json
 import math
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from bdh.cli.models import ModelSettings
 from bdh.cli.output import count_progress, error_console, stage_progress, table_lines
+from bdh.cli.run_data import data_of_run
 from bdh.cli.settings import command
 from bdh.data.config import DataConfig
-from bdh.data.files import item_names
 from bdh.evaluate import check_task_files
-from bdh.train.config import stored_settings
-from bdh.train.places import CONFIG_FILE, run_of
 from bdh.validation import Faults, NonNegativeInt, PathText, PositiveInt
 from bdh.words import counted
 
 _UNKNOWN_BLOCK_SIZE = 512
-_SPLITTING = ("val_fraction", "pack")  # what holds for another text than the run's too
 
 
 @dataclass(kw_only=True)
@@ -100,37 +95,7 @@ class EvalSettings(ModelSettings):
         faults.require(is_right, "stride", self.stride, limit)
 
 
-def _data_of_run(given: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The ``data`` settings of the run that the model is of: with others, text that it was trained on would count as held out."""
-    if given.get("model") is None or given.get("tasks"):
-        return None
-    run = run_of(Path(given["model"]))
-    if run is None or not (run / CONFIG_FILE).is_file():
-        return None
-    known = {each.name for each in fields(DataConfig)}
-    data = {name: value for name, value in stored_settings(run)["data"].items() if name in known}
-    source = given.get("data.source")
-    if source is not None or given.get("data.mix") is not None:
-        texts = data.get("mix") or [{"source": data.get("source")}]
-        entry = next((each for each in texts if _places(each["source"]) == _places(source)), None)
-        names = _SPLITTING if entry is None else data
-        data = {name: data[name] for name in names if name in data} | (entry or {}) | {"mix": None}
-        data.pop("weight", None)
-    for name, other in (("val_source", "val_split"), ("val_split", "val_source")):
-        if given.get(f"data.{name}") is not None:
-            data.pop(other, None)
-    default = DataConfig()
-    taken = {name: value for name, value in data.items() if f"data.{name}" not in given}
-    shown = ", ".join(f"{name} {value}" for name, value in taken.items() if value != getattr(default, name))
-    print(f"data settings of {run}: {shown or 'the defaults'}", file=sys.stderr)
-    return {"data": taken}
-
-
-def _places(source: str | list[str] | None) -> list[Path]:
-    return [Path(item).resolve() for item in item_names(source or [])]
-
-
-@command("model", base=_data_of_run)
+@command("model", base=data_of_run)
 def run_eval(settings: EvalSettings) -> int:
     """Measure loss, perplexity, bits per byte and accuracy on a whole text; or, with --tasks, on tasks of the LM
     Evaluation Harness; or, with --needle, how long a planted fact is remembered.

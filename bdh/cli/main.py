@@ -20,6 +20,7 @@ COMMANDS = {
     "tokenizer": "train a tokenizer",
     "export": "write a run's weights as a model folder",
     "average": "average the weights of models",
+    "quantize": "write a model with weights in 8 or 4 bits",
     "convert": "take or give checkpoints of the published reference code",
     "runs": "list the runs of a folder",
     "plot": "draw the loss curves of runs",

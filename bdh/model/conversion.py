@@ -20,6 +20,7 @@ from torch import nn
 from bdh.model.config_fields import ALIASES, ConfigFields
 from bdh.model.configuration import BDHConfig
 from bdh.model.network import one_line_type_faults
+from bdh.model.quantization import check_not_quantized
 from bdh.model.state import SynapticState
 from bdh.storage import atomic_file, check_file, sync
 from bdh.words import counted
@@ -368,10 +369,11 @@ def export_onnx(model: Any, path: str | Path) -> None:
 
     Raises:
         ImportError: onnx and onnxscript are not installed.
-        ValueError: the model is not in float32.
+        ValueError: the model is not in float32, or quantized.
     """
     if model.dtype != torch.float32:
         raise ValueError(f"the model is in {model.dtype}: must be in float32 to be written as ONNX")
+    check_not_quantized(model, "the model", "what model.dequantize() gives can be written as ONNX")
     batch, tokens = torch.export.Dim("batch"), torch.export.Dim("tokens")
     state = model.new_state(2)
     ids = torch.zeros(2, 3, dtype=torch.int64, device=model.device)

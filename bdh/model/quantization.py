@@ -3,19 +3,17 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import chain
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self, get_args
 
 import torch
 from torch import nn
 
 from bdh.model.quantized import QuantizedEmbedding, QuantizedLinear
-from bdh.ops import STATE_FORMATS, QuantizedFormat, StateFormat
-from bdh.ops.formats import GROUP, Codes, pack, rounded
+from bdh.ops import STATE_FORMATS, QuantizedFormat, QuantizedWeights, RoundingMethod, StateFormat
+from bdh.ops.formats import GROUP, Codes, layer_formats, pack, rounded
 
 QUANT_METHOD = "bdh"
 """The name of our formats in ``quantization_config``."""
-QuantizedWeights = Literal["int8", "int4", "mixed"]
-RoundingMethod = Literal["rtn"]
 _MODULES = (QuantizedLinear, QuantizedEmbedding)
 
 
@@ -65,10 +63,10 @@ class Quantization:
 
     def formats(self, num_heads: int) -> dict[str, QuantizedFormat]:
         """The quantized modules of a language model by their names."""
-        encoder: QuantizedFormat = "int8" if self.weights == "mixed" else self.weights
-        rest: QuantizedFormat = "int4" if self.weights == "mixed" else self.weights
-        formats = {"encoder": encoder, **{f"encoder_v.{head}": rest for head in range(num_heads)}, "decoder": rest}
-        return formats | ({"embed": "int8", "lm_head": "int8"} if self.embeddings else {})
+        encoder, encoder_v, decoder, _ = layer_formats(self.weights)
+        formats = {"encoder": encoder, **{f"encoder_v.{head}": encoder_v for head in range(num_heads)}}
+        formats |= {"decoder": decoder} | ({"embed": "int8", "lm_head": "int8"} if self.embeddings else {})
+        return formats  # type: ignore[return-value]  # of these words none is a plain format
 
 
 def is_ours(facts: Any) -> bool:

@@ -11,6 +11,10 @@ StepPath = Literal["auto", "kernels", "torch"]
 STEP_PATHS: tuple[str, ...] = get_args(StepPath)
 QuantizedFormat = Literal["int8", "int4"]
 """Whole numbers with scales, laid out by :mod:`bdh.ops.formats`."""
+QuantizedWeights = Literal["int8", "int4", "mixed"]
+"""Those of a model: mixed is E in int8, Ev and Dec in int4."""
+RoundingMethod = Literal["rtn", "gptq"]
+"""How weights are rounded to them: rtn, to the nearest; gptq, by the error of the layer's outputs."""
 WeightFormat = Literal["float32", "bfloat16", "int8", "int4", "mixed"]
 """How ``advance`` keeps its copies of the weights; "float32" stands for the model's own format where it makes none. "mixed" is E
 in int8, Ev and Dec in int4."""

@@ -1,19 +1,21 @@
 """What rounding has changed: in each matrix, and in what a model predicts and which of its neurons fire."""
 
 import math
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from bdh.data.batches import Batch
 from bdh.generate.texts import inference
 from bdh.model.quantization import neuron_rows, quantized_formats
 from bdh.ops import QuantizedFormat
 from bdh.quantize.rounding import Progress
 
-_MAX_NUMBERS = 2**27
-"""Activations of a batch that are kept of the model before, to be compared: a byte each, and their float32 besides."""
+_MAX_BYTES = 2**28
+"""Of what both models give for the sequences that are read together: where neurons fire, and log-probabilities."""
 
 
 @dataclass(frozen=True)
@@ -71,30 +73,34 @@ class Comparison:
 def compare(
     model: Any,
     quantized: Any,
-    sequences: torch.Tensor,
+    batches: Sequence[Batch],
     *,
     max_batch_size: int = 16,
     progress: Progress = lambda stage, done, total: None,
 ) -> Comparison:
-    """Reads tokens (n, T + 1) with both models, each sequence from nothing.
+    """Reads sequences with both models, each from nothing.
 
-    The modules are called as they are, and hooks listen to them: a GPU or the matrix products of the CPU compute.
+    The modules are called as they are, and hooks listen to them: torch's dense operations compute, and not the kernels.
     """
-    config, T = model.config, sequences.shape[1] - 1
-    wide = T * (2 * config.n_layer * config.n_head * config.neurons_per_head + 2 * config.vocab_size)
-    sums = _Sums(config.n_layer)
+    config = model.config
+    num_kept = 2 * config.n_layer * config.n_head * config.neurons_per_head + 8 * config.vocab_size  # bytes of a token
+    sums, total = _Sums(config.n_layer), sum(batch.num_targets for batch in batches)
     with inference(model), inference(quantized):
-        for batch in sequences.split(max(1, min(max_batch_size, _MAX_NUMBERS // wide))):
-            inputs, targets = batch[:, :-1], batch[:, 1:]
-            before, fired_before = _read(model, inputs)
-            after, fired_after = _read(quantized, inputs)
-            sums.add(before, after, targets.to(before.device), fired_before, fired_after)
-            progress("tokens", sums.tokens, sequences.shape[0] * T)
+        for batch in batches:
+            for part in batch.split(max(1, min(max_batch_size, _MAX_BYTES // (batch.input_ids.shape[1] * num_kept)))):
+                sums.add(_read(model, part), _read(quantized, part), part.targets.to(model.device))
+                progress("tokens", sums.tokens, total)
     return sums.comparison(config.n_head * config.neurons_per_head)
 
 
-def _read(model: Any, inputs: torch.Tensor) -> tuple[torch.Tensor, dict[str, list[torch.Tensor]]]:
-    """Log-probabilities (B, T, V) and where neurons fire, bool (B, T, H*N) for each layer step."""
+class _Read(NamedTuple):
+    """What a model gives for a batch."""
+
+    log_probabilities: torch.Tensor  # (B, T, V)
+    fired: dict[str, list[torch.Tensor]]  # x and y: bool (B, T, H*N) for each layer step
+
+
+def _read(model: Any, batch: Batch) -> _Read:
     fired: dict[str, list[torch.Tensor]] = {"x": [], "y": []}
     heads: list[torch.Tensor] = []  # of y in this layer step
 
@@ -104,48 +110,44 @@ def _read(model: Any, inputs: torch.Tensor) -> tuple[torch.Tensor, dict[str, lis
             fired["y"].append(torch.cat(heads, -1))
             heads.clear()
 
+    batch = batch.to(model.device)
     with ExitStack() as hooks:
         for handle in (
             model.encoder.register_forward_hook(lambda module, inputs, output: fired["x"].append(output > 0)),
             *(head.register_forward_hook(on_head) for head in model.encoder_v),
         ):
             hooks.callback(handle.remove)
-        logits = model(inputs.to(model.device), use_cache=False).logits
-    return logits.float().log_softmax(-1), fired
+        logits = model(batch.input_ids, document_starts=batch.starts, use_cache=False).logits
+    return _Read(logits.float().log_softmax(-1), fired)
 
 
 class _Sums:
-    """Of what was counted so far."""
+    """Of what was counted so far: over the tokens that count, and of the neurons over all."""
 
     def __init__(self, num_layer_steps: int):
-        self.tokens = self.same = 0
+        self.tokens = self.tokens_read = self.same = 0
         self.nats_before = self.nats_after = self.kl = 0.0
         zeros = torch.zeros(3, num_layer_steps, dtype=torch.int64)
         self.fired = {"x": zeros, "y": zeros.clone()}  # before, after, in both
 
-    def add(
-        self,
-        before: torch.Tensor,
-        after: torch.Tensor,
-        targets: torch.Tensor,
-        fired_before: dict[str, list[torch.Tensor]],
-        fired_after: dict[str, list[torch.Tensor]],
-    ) -> None:
-        self.tokens += targets.numel()
-        self.nats_before -= before.gather(-1, targets[..., None]).double().sum().item()
-        self.nats_after -= after.gather(-1, targets[..., None]).double().sum().item()
-        self.kl += (before.exp() * (before - after)).sum(-1).double().sum().item()
-        self.same += int((before.argmax(-1) == after.argmax(-1)).sum())
+    def add(self, before: _Read, after: _Read, targets: torch.Tensor) -> None:
+        """``targets`` are int64 (B, T), below 0 where they do not count."""
+        p, q = (read.log_probabilities[targets >= 0] for read in (before, after))  # (n, V)
+        counted = targets[targets >= 0][:, None]
+        self.tokens, self.tokens_read = self.tokens + len(counted), self.tokens_read + targets.numel()
+        self.nats_before -= p.gather(1, counted).double().sum().item()
+        self.nats_after -= q.gather(1, counted).double().sum().item()
+        self.kl += (p.exp() * (p - q)).sum(1).double().sum().item()
+        self.same += int((p.argmax(1) == q.argmax(1)).sum())
         for kind, counts in self.fired.items():
-            pairs = zip(fired_before[kind], fired_after[kind], strict=True)
-            of_steps = [[one.sum(), other.sum(), (one & other).sum()] for one, other in pairs]
-            counts += torch.tensor(of_steps).t()
+            pairs = zip(before.fired[kind], after.fired[kind], strict=True)
+            counts += torch.tensor([[one.sum(), other.sum(), (one & other).sum()] for one, other in pairs]).t()
 
     def comparison(self, num_neurons: int) -> Comparison:
         def measured(nats: float, which: int) -> Measured:
             loss = nats / self.tokens
             density = {
-                kind: (counts[which] / (self.tokens * num_neurons)).tolist() for kind, counts in self.fired.items()
+                kind: (counts[which] / (self.tokens_read * num_neurons)).tolist() for kind, counts in self.fired.items()
             }
             return Measured(loss, math.exp(loss) if loss < 700 else math.inf, density)
 

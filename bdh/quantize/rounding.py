@@ -1,15 +1,17 @@
 """Rounds the weights of a model."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from bdh.model.quantization import QuantizedWeights, RoundingMethod, check_not_quantized, quantized_module
+import torch
+
+from bdh.model.quantization import check_not_quantized, quantized_module
 from bdh.model.quantizer import BDHQuantizationConfig, set_quantized
 from bdh.model.weights import weights_obstacle
-from bdh.ops import StateFormat
+from bdh.ops import QuantizedWeights, RoundingMethod, StateFormat
 from bdh.ops.formats import Codes
-from bdh.quantize.gptq import Progress
+from bdh.quantize.gptq import Progress, gptq_codes
 
 
 def quantize(
@@ -19,6 +21,7 @@ def quantize(
     method: RoundingMethod = "rtn",
     embeddings: bool = False,
     state: StateFormat | None = None,
+    sequences: Iterable[torch.Tensor] | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> Any:
     """A copy of a model with quantized weights, which shares none with it; the model stays as it is.
@@ -28,24 +31,34 @@ def quantize(
     Args:
         model: one of our classes for transformers.
         weights: int8; int4; or mixed: E in int8, Ev and Dec in int4.
-        method: rtn rounds each weight to the nearest.
+        method: rtn rounds each weight to the nearest; gptq by the error of the layer's outputs on ``sequences``
+            (:mod:`bdh.quantize.gptq`).
         embeddings: the embedding and the head in int8 too.
         state: the format of states that is recommended for the model.
+        sequences: for gptq, text that is like what the model will read: batches of tokens, int64 (B, T), each sequence read
+            from nothing.
 
     Raises:
         ValueError: the model is quantized already, or a module is no plain ``nn.Linear``; a weight is infinite or not a number;
             or an argument is none of these. Modules are named.
     """
     config = BDHQuantizationConfig(weights, embeddings=embeddings, method=method, state=state)
-    check_quantizable(model)
-    return with_codes(model, config, {}, progress)
+    check_quantizable(model, embeddings=embeddings)
+    if method == "rtn":
+        return with_codes(model, config, {}, progress)
+    if sequences is None:
+        raise ValueError(f"method is {method!r}: needs sequences to calibrate on")
+    formats = config.formats(model.config.n_head)
+    of_layer = {name: each for name, each in formats.items() if name not in ("embed", "lm_head")}
+    return with_codes(model, config, gptq_codes(model, sequences, of_layer, progress), progress)
 
 
-def check_quantizable(model: Any, name: str = "the model") -> None:
-    """Raises ``ValueError`` where a model has other layers than plain ones: quantized, with adapters, with hooks."""
+def check_quantizable(model: Any, name: str = "the model", *, embeddings: bool = False) -> None:
+    """Raises ``ValueError`` where a model has other modules than plain ones: quantized, with adapters, with hooks."""
     check_not_quantized(model, name, "quantize the model that it was made of")
     layers = {"encoder": model.encoder, "decoder": model.decoder}
     layers |= {f"encoder_v.{head}": module for head, module in enumerate(model.encoder_v)}
+    layers |= {"lm_head": model.lm_head} if embeddings and hasattr(model, "lm_head") else {}
     for place, module in layers.items():
         if (obstacle := weights_obstacle([module], may_round=True)) is not None:
             raise ValueError(f"{place} of {name} cannot be quantized: {obstacle}")

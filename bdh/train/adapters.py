@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.model.fingerprint import Identity, identity
+from bdh.model.quantization import check_not_quantized
 from bdh.storage import recover_dir
 from bdh.torchao_later import torchao_put_off
 from bdh.train.config import LoraSettings
@@ -187,6 +188,8 @@ def load_adapters(base: BDHForCausalLM, folder: Path) -> Any:
         ValueError: they are damaged or not complete, or those of a model of another shape.
     """
     check_peft()
+    reason = "adapters cannot be merged into them, but into the weights of the model that it was made of"
+    check_not_quantized(base, f"the base of {folder}", reason)
     from peft import PeftModel, get_peft_model_state_dict
 
     path = folder / ADAPTER_WEIGHTS

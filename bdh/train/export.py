@@ -1,6 +1,7 @@
 """From a run to a folder that ``from_pretrained`` loads, with a card that says what the model is."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +67,7 @@ def export_run(
     if merge is False:
         raise ValueError(f"merge is False: {run_dir} has no adapters, it trained all weights")
     # For whoever trains it further: config.json keeps what the class does not know.
-    model.config.train_data = {
-        "source": checkpoint.training["data_facts"]["source"],
-        "fingerprint": checkpoint.training["data_fingerprint"],
-        "step": checkpoint.step,
-    }
+    model.config.train_data = train_data(checkpoint)
     if lora.r and base is not None:
         model.config.merged_adapters = {
             "base": base.summary(),
@@ -80,6 +77,13 @@ def export_run(
         }
     export_model(model, tokenizer, folder, model_card(model, checkpoint, ema=ema), replace=replace)
     return checkpoint.step
+
+
+def train_data(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the configuration of an export says of the text that the model was trained on."""
+    training = checkpoint.training
+    data = {"source": training["data_facts"]["source"], "fingerprint": training["data_fingerprint"]}
+    return data | {"step": checkpoint.step}
 
 
 def export_merged(adapters: Path, folder: Path, *, base: str | None = None) -> Base:
@@ -103,7 +107,7 @@ def export_merged(adapters: Path, folder: Path, *, base: str | None = None) -> B
     model.config.merged_adapters = {"base": record.summary(), "adapters": adapters.resolve().name}
     about = (
         "Adapters (LoRA) merged into the weights of their base (architecture: Dragon Hatchling, arXiv 2509.26507).\n\n"
-        + _table({"base": _base_text(record), "adapters": f"`{adapters}`"})
+        + table({"base": _base_text(record), "adapters": f"`{adapters}`"})
     )
     title = f"A BDH language model of {model.num_parameters():,} parameters"
     export_model(model, load_tokenizer(opened.tokenizer_path), folder, card(title, about))
@@ -130,7 +134,14 @@ def export_model(
     """
     if not replace:
         check_free(folder)
-    logging.disable_progress_bar()
+    tokenizer = ready_for_users(model, tokenizer, pad_and_eos=pad_and_eos)
+    write_model(folder, model, tokenizer, {"README.md": card})
+
+
+def ready_for_users(
+    model: BDHForCausalLM, tokenizer: PreTrainedTokenizerFast, *, pad_and_eos: bool = True
+) -> PreTrainedTokenizerFast:
+    """The tokenizer of an export; the model's configurations get its tokens, and settings for generation."""
     tokenizer = _for_batches(tokenizer) if pad_and_eos else tokenizer
     # Libraries ask for these in both configurations.
     tokens = {
@@ -141,10 +152,22 @@ def export_model(
     for name, value in tokens.items():
         setattr(model.config, name, value)
     model.generation_config = GenerationConfig(do_sample=True, temperature=0.8, top_k=50, max_new_tokens=200, **tokens)
+    return tokenizer
+
+
+def write_model(
+    folder: Path, model: BDHForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: Mapping[str, str]
+) -> None:
+    """Writes a model and its tokenizer as they are, and texts by their names, into a folder that appears when it is complete.
+
+    What was there is replaced. Raises ``DiskFullError`` where there is no space for it.
+    """
+    logging.disable_progress_bar()
     with atomic_dir(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        (temporary / "README.md").write_text(card, encoding="utf-8")
+        for name, text in texts.items():
+            (temporary / name).write_text(text, encoding="utf-8")
 
 
 def _for_batches(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
@@ -231,7 +254,7 @@ def model_card(
             "next-token accuracy": f"{metrics['accuracy']:.1%}",
         }
         on = _measured_on(progress, train["block_size"], is_chat)
-        validation = f"## Validation\n\n{on}\n\n{_table(measured)}\n\n"
+        validation = f"## Validation\n\n{on}\n\n{table(measured)}\n\n"
     prompt = json.dumps(train["sample_prompts"][0] if train["sample_prompts"] else "The ")
     code = ["import bdh", "from transformers import AutoModelForCausalLM, AutoTokenizer"]
     load = ["tokenizer = AutoTokenizer.from_pretrained(folder)", "model = AutoModelForCausalLM.from_pretrained(folder)"]
@@ -253,11 +276,11 @@ def model_card(
 Architecture: Dragon Hatchling (arXiv 2509.26507), a recurrent language model with sparse, non-negative activations and \
 linear attention.
 
-{_table(model_rows)}
+{table(model_rows)}
 
 ## Training
 
-{_table(rows)}
+{table(rows)}
 
 {validation}## Use
 
@@ -293,7 +316,7 @@ def _count(number: int | None) -> str | None:
     return None if number is None else f"{number:,}"
 
 
-def _table(rows: dict[str, Any]) -> str:
+def table(rows: dict[str, Any]) -> str:
     """Of names and values; those that are None are left out."""
     there = (f"| {name} | {value} |" for name, value in rows.items() if value is not None)
     return "\n".join(["| | |", "| --- | --- |", *there])

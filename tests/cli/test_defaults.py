@@ -33,6 +33,7 @@ REQUIRED: dict[str, tuple[list[str], dict[str, Any]]] = {
     "tokenizer": (["train", "--out", "o"], {"out": "o"}),
     "export": (["r", "o"], {"run": "r", "out": "o"}),
     "average": (["a", "--out", "o"], {"models": ["a"], "out": "o"}),
+    "quantize": (["m", "o"], {"model": "m", "out": "o"}),
     "convert": (["s", "o"], {"source": "s", "out": "o"}),
     "runs": ([], {}),
     "plot": ([], {}),

@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 
+from bdh.data.batches import Batch
 from bdh.evaluate.loss import evaluate_text
 from bdh.evaluate.probes import measure_activity
 from bdh.quantize import compare, matrix_errors, quantize
@@ -20,7 +21,7 @@ def test_errors_are_those_of_the_weights(model):
 
 
 def test_a_model_beside_itself(model, tokens):
-    found = compare(model, copy.deepcopy(model), tokens)
+    found = compare(model, copy.deepcopy(model), [Batch(tokens)])
     assert found.before == found.after
     assert (found.kl, found.same_prediction) == (0, 1)
     assert found.still_fire == {"x": [1] * 3, "y": [1] * 3}
@@ -29,7 +30,7 @@ def test_a_model_beside_itself(model, tokens):
 def test_the_figures_are_those_that_others_compute(model, tokens):
     quantized = quantize(model, "int4")
     progress = []
-    found = compare(model, quantized, tokens, max_batch_size=2, progress=lambda *each: progress.append(each))
+    found = compare(model, quantized, [Batch(tokens)], max_batch_size=2, progress=lambda *each: progress.append(each))
     assert progress == [("tokens", 40, 60), ("tokens", 60, 60)]
     assert found.tokens == 60
     for measured, each in ((found.before, model), (found.after, quantized)):
@@ -44,8 +45,21 @@ def test_the_figures_are_those_that_others_compute(model, tokens):
 
 def test_models_are_left_as_they_were(model, tokens):
     quantized = quantize(model, "int8").train()
-    compare(model, quantized, tokens)
+    compare(model, quantized, [Batch(tokens)])
     assert quantized.training
     assert not model.training
     assert not any(module._forward_hooks for each in (model, quantized) for module in each.modules())
     assert torch.is_grad_enabled()
+
+
+def test_what_does_not_count_and_documents_apart(model, tokens):
+    """Batches of other lengths, in which some tokens are no targets, and a document starts."""
+    quantized = quantize(model, "int4")
+    starts = torch.zeros_like(tokens, dtype=torch.bool)
+    starts[:, 9] = True
+    apart = compare(model, quantized, [Batch.of_documents(tokens, starts)])
+    alone = compare(model, quantized, [Batch(tokens[:, :9]), Batch(tokens[:, 9:])])
+    assert apart.tokens == alone.tokens == 3 * (8 + 11)
+    for one, other in ((apart.before, alone.before), (apart.after, alone.after)):
+        assert one.loss == pytest.approx(other.loss, rel=1e-5)
+    assert apart.kl == pytest.approx(alone.kl, rel=1e-4)
