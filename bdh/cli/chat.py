@@ -46,8 +46,8 @@ class ChatSettings(ModelSettings, DrawSettings):
     """Attend to the last so many tokens only, for models trained on short blocks; None for all."""
     weights: WeightFormat = "float32"
     """How the CPU's kernels hold the weights: bfloat16 halves memory and traffic."""
-    state: StateFormat = "float32"
-    """How they hold the state."""
+    state: StateFormat | None = None
+    """How they hold the state. None takes what the model recommends, else float32."""
 
     def check_available(self) -> None:
         super().check_available()

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from bdh.model.network import ModelParts
+from bdh.model.quantization import recommended_state
 from bdh.model.state import Pattern, Shapes, SynapticState
 from bdh.model.weights import kernel_obstacle, layer_functions, quantized_format, recurrence_of
 from bdh.ops import STATE_FORMATS, WEIGHT_FORMATS, StateFormat, WeightFormat, eager
@@ -165,7 +166,8 @@ class Advancer:
         path: one of :data:`bdh.ops.STEP_PATHS`; "auto" takes the kernels where they run.
         weights: the format of the kernels' copies of the weights (:data:`bdh.ops.WeightFormat`); "float32" for the model's
             own, which may be quantized.
-        state: "float32", or "bfloat16": half the memory and traffic of the states.
+        state: "float32", or "bfloat16": half the memory and traffic of the states. None takes what a quantized model recommends
+            where that runs, and else float32.
         window: attend to the last so many tokens only (:mod:`bdh.ops.eager`); None for all of the text.
 
     Raises:
@@ -185,16 +187,16 @@ class Advancer:
         *,
         path: str = "auto",
         weights: WeightFormat = "float32",
-        state: StateFormat = "float32",
+        state: StateFormat | None = None,
         window: int | None = None,
     ):
         faults = Faults()
         faults.require_one_of("weights", weights, WEIGHT_FORMATS)
-        faults.require_one_of("state", state, STATE_FORMATS)
+        faults.require_one_of("state", state, (None, *STATE_FORMATS))
         if window is not None:
             is_length = isinstance(window, int) and not isinstance(window, bool) and window >= 1
             faults.require(is_length, "window", window, "a whole number of tokens, at least 1, or None")
-            faults.require(state == "float32", "state", state, "float32 with a window")
+            faults.require(state in (None, "float32"), "state", state, "float32 with a window")
         faults.raise_if_any()
         chosen = choose_backend("advance", path, Work(model.device, model.dtype, kernel_obstacle(model)))
         allowed = f"float32 with torch's operations ({chosen.reason})"
@@ -204,6 +206,9 @@ class Advancer:
             faults.require(weights in ("float32", own), "weights", weights, allowed_weights)
         else:
             faults.require(weights in chosen.backend.weights, "weights", weights, allowed)
+        if state is None:
+            recommended = recommended_state(model.config)
+            state = recommended if window is None and recommended in chosen.backend.states else "float32"
         faults.require(state in chosen.backend.states, "state", state, allowed)
         faults.raise_if_any()
         model.eval()

@@ -83,6 +83,14 @@ def check_quantization(facts: Any, wrong: str) -> None:
         raise ValueError(f"{wrong}: {error}") from error
 
 
+def recommended_state(config: Any) -> StateFormat | None:
+    """The format of states that a model's configuration, transformers' or ours, recommends."""
+    facts = getattr(config, "quantization_config", None)
+    if isinstance(facts, Quantization):
+        return facts.state
+    return Quantization.from_facts(facts).state if facts is not None and is_ours(facts) else None
+
+
 def quantized_formats(model: nn.Module) -> dict[str, QuantizedFormat]:
     """The modules of a model that are in our formats, by their names; empty where none is."""
     return {name: module.weight_format for name, module in model.named_modules() if isinstance(module, _MODULES)}

@@ -3,7 +3,9 @@ import copy
 import pytest
 import torch
 
+from bdh.generate.advance import Advancer
 from bdh.model.fingerprint import fingerprint
+from bdh.model.network import Network
 from bdh.model.quantization import quantized_formats
 from bdh.model.quantized import QuantizedLinear
 from bdh.model.weights import weights_mark
@@ -134,3 +136,14 @@ def test_to_reference_gives_the_weights_that_it_computes_with(model):
     ours, plain = quantized.to_reference(), copy.deepcopy(quantized).dequantize().to_reference()
     assert ours.keys() == plain.keys()
     assert all(torch.equal(ours[name], plain[name]) for name in ours)
+
+
+def test_states_are_in_the_format_that_the_model_recommends_unless_another_is_given(model, tmp_path):
+    quantized = quantize(model, "int8", state="bfloat16")
+    quantized.save_pretrained(tmp_path)
+    for each in (quantized, Network.load(tmp_path)):
+        assert Advancer(each).state_format == "bfloat16"
+        assert Advancer(each, state="float32").state_format == "float32"
+        assert Advancer(each, window=8).state_format == "float32"
+        assert Advancer(each, path="torch").state_format == "float32"
+    assert Advancer(quantize(model, "int8")).state_format == "float32"
