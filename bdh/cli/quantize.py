@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 REPORT_FILE = "quantization.json"
 _UNKNOWN_BLOCK_SIZE = 512
-_CALIBRATION_TOKENS = 131_072
+_CALIBRATION_TOKENS = 32_768
 
 
 @dataclass
@@ -54,7 +54,7 @@ class QuantizeSettings(ModelSettings):
     method: RoundingMethod = "rtn"
     """rtn rounds each weight to the nearest; gptq so that the layer's outputs change least on a text, which it reads for that."""
     calibration_tokens: PositiveInt | None = None
-    """gptq: tokens of the data's training part to read. None for 131,072."""
+    """gptq: tokens of the data's training part to read. None for 32,768."""
     state: StateFormat | None = None
     """Format of the states that commands take with this model unless they are given one: it is kept in config.json. None for
     none."""
