@@ -45,7 +45,7 @@ class ChatSettings(ModelSettings, DrawSettings):
     window: PositiveInt | None = None
     """Attend to the last so many tokens only, for models trained on short blocks; None for all."""
     weights: WeightFormat = "float32"
-    """How the CPU's kernels hold the weights: bfloat16 halves memory and traffic."""
+    """How the CPU's kernels hold the weights, as engine.weights of bdh generate."""
     state: StateFormat | None = None
     """How they hold the state. None takes what the model recommends, else float32."""
 

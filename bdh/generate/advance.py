@@ -166,8 +166,8 @@ class Advancer:
         path: one of :data:`bdh.ops.STEP_PATHS`; "auto" takes the kernels where they run.
         weights: the format of the kernels' copies of the weights (:data:`bdh.ops.WeightFormat`); "float32" for the model's
             own, which may be quantized.
-        state: "float32", or "bfloat16": half the memory and traffic of the states. None takes what a quantized model recommends
-            where that runs, and else float32.
+        state: "float32"; or half the memory and traffic of the states: "int16", whose logits stay close to those of float32, or
+            "bfloat16", which drifts from them. None takes what a quantized model recommends where that runs, and else float32.
         window: attend to the last so many tokens only (:mod:`bdh.ops.eager`); None for all of the text.
 
     Raises:
@@ -236,6 +236,8 @@ class Advancer:
         if self._copies != "float32":  # what the model has read by other weights is another state
             self._kind += f", weights {self._copies}"
         self._shapes: Shapes = {"sums": (dtype, (H, N, D))}
+        if state == "int16":
+            self._shapes["scales"] = torch.float32, (H, N, 2)
         if window is not None:
             self._kind, self._shapes = f"window:{window}", ring_shapes(window, H, N, D, model.dtype)
         self._is_reading = False  # whether the last call of the kernels had more than a token of some sequence

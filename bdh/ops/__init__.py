@@ -19,6 +19,6 @@ WeightFormat = Literal["float32", "bfloat16", "int8", "int4", "mixed"]
 """How ``advance`` keeps its copies of the weights; "float32" stands for the model's own format where it makes none. "mixed" is E
 in int8, Ev and Dec in int4."""
 WEIGHT_FORMATS: tuple[WeightFormat, ...] = get_args(WeightFormat)
-StateFormat = Literal["float32", "bfloat16"]
-"""How it keeps the states."""
+StateFormat = Literal["float32", "bfloat16", "int16"]
+"""How it keeps the states; in int16 each row has a step of its own (:mod:`bdh.ops.cpu.state_codes`)."""
 STATE_FORMATS: tuple[StateFormat, ...] = get_args(StateFormat)

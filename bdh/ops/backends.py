@@ -27,7 +27,11 @@ from bdh.ops.cpu.runtime import unavailable_reason
 
 Operation = Literal["train", "advance"]
 BackendName = Literal["cpu", "blocks", "eager"]
-STATE_DTYPES: dict[StateFormat, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+STATE_DTYPES: dict[StateFormat, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "int16": torch.int16,
+}
 
 
 class LayerWeights(NamedTuple):

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from bdh.generate.advance import Advancer, LayerActivity, StepInput
+from bdh.model.state import SynapticState
 from bdh.ops.eager import layer_norm
 
 PATHS = ["kernels", "torch"]
@@ -95,13 +96,56 @@ def test_pieces_give_the_logits_of_the_whole_on_both_paths(make_model, sizes, de
 @pytest.mark.parametrize("decay", [None, 3, [2, None, 0.01]])
 @pytest.mark.parametrize(
     ("weights", "state"),
-    [("float32", "float32"), ("float32", "bfloat16"), ("int8", "float32"), ("int4", "float32"), ("mixed", "bfloat16")],
+    [
+        ("float32", "float32"),
+        ("float32", "bfloat16"),
+        ("int8", "float32"),
+        ("int4", "float32"),
+        ("mixed", "bfloat16"),
+        ("float32", "int16"),
+        ("int8", "int16"),
+    ],
 )
 def test_any_pieces_beside_any_neighbours_have_the_same_bits_by_the_kernels(make_model, decay, weights, state):
     advancer = Advancer(make_model(decay=decay), path="kernels", weights=weights, state=state)
     texts = [random_tokens(180, 1), random_tokens(37, 2), random_tokens(90, 3)]
     for text, found in zip(texts, read_side_by_side(advancer, texts), strict=True):
         assert same_bits(found, read(advancer, [text]))
+
+
+@pytest.mark.parametrize("decay", [None, [2, None, 0.01]])
+def test_states_in_int16_stay_close_to_float32(make_model, decay):
+    model, tokens = make_model(decay=decay), random_tokens(300)
+    logits, state = read(Advancer(model, path="kernels", state="int16"), [tokens])
+    expected, exact = read(Advancer(model, path="kernels"), [tokens])
+    torch.testing.assert_close(logits, expected, rtol=0, atol=0.01)
+    for codes, scales, sums in zip(state.tensors["sums"], state.tensors["scales"], exact.sums, strict=True):
+        largest = codes.abs().amax(-1) * scales[..., 0]
+        assert (largest <= scales[..., 1]).all()
+        assert ((scales[..., 0] == 0) == (sums == 0).all(-1)).all()
+
+
+def test_a_state_in_int16_that_was_saved_continues_with_the_same_bits(model, tmp_path):
+    advancer, tokens = Advancer(model, path="kernels", state="int16"), random_tokens(80)
+    state = advancer.new_state()
+    advancer.advance([StepInput(state, tokens[:50])])
+    state.save(tmp_path / "state.safetensors")
+    loaded = SynapticState.load(tmp_path / "state.safetensors")
+    assert loaded.pattern == advancer.pattern
+    expected = advancer.advance([StepInput(state, tokens[50:], "all")])[0]
+    assert torch.equal(advancer.advance([StepInput(loaded, tokens[50:], "all")])[0], expected)
+
+
+def test_a_state_in_int16_takes_half_of_the_memory_and_is_of_a_kind_of_its_own(model):
+    codes, numbers = Advancer(model, path="kernels", state="int16"), Advancer(model, path="kernels")
+    D = model.config.n_embd
+    assert codes.state_bytes / numbers.state_bytes == (2 * D + 8) / (4 * D)
+    with pytest.raises(ValueError, match="cannot become one"):
+        numbers.new_state().copy_(codes.new_state())
+    with pytest.raises(ValueError, match="state is 'int16': must be float32 with torch's operations"):
+        Advancer(model, path="torch", state="int16")
+    with pytest.raises(ValueError, match="state is 'int16': must be float32 with a window"):
+        Advancer(model, state="int16", window=9)
 
 
 def test_sequences_at_different_places_share_a_step_of_torch(make_model):

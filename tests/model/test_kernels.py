@@ -82,7 +82,7 @@ def test_what_the_kernels_do_not_run_is_said(make_model):
         Advancer(make_model().double(), path="kernels")
     with pytest.raises(ValueError, match="weights is 'bfloat16': must be float32 with torch's operations"):
         Advancer(make_model(), path="torch", weights="bfloat16")
-    with pytest.raises(ValueError, match="state is 'int8': must be one of float32, bfloat16"):
+    with pytest.raises(ValueError, match="state is 'int8': must be one of None, float32, bfloat16, int16"):
         Advancer(make_model(), state="int8")
 
 

@@ -17,9 +17,12 @@ Weights and states come by address, one row of D numbers for each neuron.
 """
 
 import numpy as np
+from numba import types
+from numba.extending import overload
 
 from bdh.ops.cpu.entries import DOTS, GROUP, dots, dots_of_group, list_above_0, list_products, pad, spread_list
 from bdh.ops.cpu.pieces import STAGE_WORDS, jit, pieces
+from bdh.ops.cpu.state_codes import SCALE_BYTES, attend_to_codes, largest_number
 from bdh.ops.cpu.state_rows import LIST_ARRAYS, attend_and_update, list_pair
 from bdh.ops.cpu.vector import (
     CACHE_LINE,
@@ -45,6 +48,7 @@ LIKE: dict[str, np.ndarray] = {
     "bfloat16": np.zeros(0, np.uint16),
     "int8": np.zeros(0, np.int8),
     "int4": np.zeros(0, np.uint8),
+    "int16": np.zeros(0, np.int16),
 }
 """What tells the kernels, which get addresses, in which format weights or states are."""
 
@@ -173,18 +177,40 @@ def project(stage, like, weights, v, out, relu):
             products_by_row(FLOAT32, rows, D * 4, count, v, R - R % 4, out, first, relu)
 
 
+def sweep_pair(like, rows, scales, noise, key, lists, room, count, values, maxima, out, D):
+    """What the listed tokens read from a pair's rows, and write to them, in the format of ``like``."""
+
+
+@overload(sweep_pair)
+def _sweep_pair(like, rows, scales, noise, key, lists, room, count, values, maxima, out, D):
+    def of_codes(like, rows, scales, noise, key, lists, room, count, values, maxima, out, D):
+        attend_to_codes(rows, scales, noise, key, lists, room, count, values, maxima, out, D)
+
+    def of_numbers(like, rows, scales, noise, key, lists, room, count, values, maxima, out, D):
+        attend_and_update(like, rows, lists, room, count, values, out, D)
+
+    return of_codes if like.dtype == types.int16 else of_numbers
+
+
 @jit
-def attention_update(stage, like, states, starts, x, cos, sin, read_scales, write_scales, v, partial_sums, N):
+def attention_update(
+    stage, like, states, scales, noise, layer_step, starts, x, cos, sin, read_scales, write_scales, v, partial_sums, N
+):
     """The sums of each stretch, ``partial_sums`` (stretches, R, D), of q S; and S with the rows' keys and values added.
 
     ``states`` (sequences,) are addresses of (H, N, D); the rows of sequence s are ``starts[s]`` to ``starts[s + 1]``.
-    ``read_scales`` and ``write_scales`` (R, H) multiply queries and keys.
+    ``read_scales`` and ``write_scales`` (R, H) multiply queries and keys. Of states in int16 ``scales`` are the addresses of
+    (H, N, 2), and ``noise`` (R, D) is what rounds them (:mod:`bdh.ops.cpu.state_codes`); of others 0, and (0, D).
     """
     num_stretches, R, D = partial_sums.shape
+    H = x.shape[0] // N
     state_bytes = row_bytes(like, D)
     firing, offsets = np.empty(STRETCH_NEURONS // 2, np.int64), np.empty(STRETCH_NEURONS // 2 + 1, np.int64)
     memory = np.empty((LIST_ARRAYS, _LIST + R + LANES), np.float32)
     read, write = np.empty(R, np.float32), np.empty(R, np.float32)
+    maxima = np.empty(len(noise), np.float32)
+    for r in range(len(noise)):
+        maxima[r] = largest_number(address(v) + r * D * 4, D)
     for stretch in pieces(stage, num_stretches):
         h, first, end = bounds_of(stretch, N)
         partial_sums[stretch] = 0
@@ -229,9 +255,21 @@ def attention_update(stage, like, states, starts, x, cos, sin, read_scales, writ
                         following = state + 2 * firing[index + AHEAD] * state_bytes
                         for line in range(0, 2 * state_bytes, CACHE_LINE):
                             prefetch(following + line)
-                    rows = state + 2 * firing[index] * state_bytes
-                    entries = offsets[index + 1] - offsets[index]
-                    attend_and_update(like, rows, lists + offsets[index] * 4, room, entries, values, out, D)
+                    n = h * N + 2 * firing[index]
+                    sweep_pair(
+                        like,
+                        states[sequence] + n * state_bytes,
+                        scales[sequence] + n * SCALE_BYTES,
+                        address(noise) + row * D * 4,
+                        layer_step * H * N + n,
+                        lists + offsets[index] * 4,
+                        room,
+                        offsets[index + 1] - offsets[index],
+                        values,
+                        address(maxima) + row * 4,
+                        out,
+                        D,
+                    )
                 begin = stop
 
 
@@ -388,7 +426,7 @@ def enter(progress, embed, tokens, positions, turns_per_token, v, cos, sin, eps)
 def layer_steps(
     thread, progress, embed, tokens, positions, turns_per_token, v, cos, sin, eps, first_step,
     like_encoder, encoder, like_encoder_v, encoder_v, like_decoder, decoder,
-    like_states, states, starts, read_scales, write_scales, x, a, partial_sums,
+    like_states, states, scales, noise, starts, read_scales, write_scales, x, a, partial_sums,
 ):  # fmt: skip
     """Layer steps of the model over v (R, D), in place.
 
@@ -396,7 +434,8 @@ def layer_steps(
         progress: of ``STAGES`` for each layer step and once more.
         embed: and what follows to eps, as of :func:`enter`, which is called where first_step is 0.
         encoder, encoder_v, decoder: the addresses of E, of the heads of Ev and of Dec.
-        states: (layer steps, sequences) addresses of each one's sums, (H, N, D).
+        states: (layer steps, sequences) addresses of each one's sums, (H, N, D), and ``scales`` those of their scales.
+        noise: int32 (R, D), as of :func:`attention_update`.
         x: (H*N, R), a: (H, R, D), partial_sums: (H * stretches of a head, R, D): memory to work in.
     """
     N, stage = x.shape[0] // a.shape[0], address(progress)
@@ -409,6 +448,9 @@ def layer_steps(
             stage + STAGE_BYTES,
             like_states,
             states[index],
+            scales[index],
+            noise,
+            first_step + index,
             starts,
             x,
             cos,

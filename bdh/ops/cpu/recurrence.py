@@ -9,18 +9,23 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from bdh.ops import WeightFormat
+from bdh.ops import StateFormat, WeightFormat
 from bdh.ops.attention import turns_per_token
 from bdh.ops.cpu import kernels, window
 from bdh.ops.cpu.runtime import compiled, run_by_threads, team_for
+from bdh.ops.cpu.state_codes import noise_of
 from bdh.ops.eager import ring_shapes
 from bdh.ops.formats import MatrixFormat, Rows, layer_formats
 
-_STATE_FORMATS: dict[torch.dtype, MatrixFormat] = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_STATE_FORMATS: dict[torch.dtype, StateFormat] = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.int16: "int16",
+}
 OnLayerStep = Callable[[np.ndarray], None]
 Tensors = Mapping[str, Sequence[torch.Tensor]]
-"""Of one sequence, by name, a contiguous tensor on the CPU for each layer step: ``sums`` (H, N, D), or those of a
-:class:`bdh.ops.eager.Ring`. Dimensions of size 1 may come before these."""
+"""Of one sequence, by name, a contiguous tensor on the CPU for each layer step: ``sums`` (H, N, D), in
+int16 with ``scales`` (H, N, 2), or those of a :class:`bdh.ops.eager.Ring`. Dimensions of size 1 may come before these."""
 
 _RESCALED_BITS = 32
 _MOST_BITS = 60  # lost at one token: float32 keeps 24, so what is left of what was there has vanished
@@ -175,7 +180,7 @@ class Recurrence:
         taken before a state is written.
 
         Args:
-            states: of each sequence sums, in float32 or bfloat16; or all of them rings, of which a window's fading tells.
+            states: of each sequence sums, all in one format; or all of them rings, of which a window's fading tells.
             scaled: of the sums, where heads forget. The rows of a sequence end where it says at the latest.
             fading: of the rings, (H, W - 1), by :func:`ring_fading`.
             on_layer_step: is called after each layer step with x (R, H*N), which is memory of this object.
@@ -185,7 +190,8 @@ class Recurrence:
         key = ("ring", fading.shape[1]) if fading is not None else states[0]["sums"][0].dtype
         if key not in self._is_compiled:
             self._is_compiled.add(key)
-            kind = " in a window" if fading is not None else " with bfloat16 states" if key == torch.bfloat16 else ""
+            format = None if fading is not None else _STATE_FORMATS[states[0]["sums"][0].dtype]
+            kind = {None: " in a window", "float32": ""}.get(format, f" with {format} states")
             compiled(f"reading and writing{kind}", lambda: self._warm_up(states[0], fading))
         _, H, N, D = self.weights.shape
         R = len(rows.tokens)
@@ -206,7 +212,10 @@ class Recurrence:
                 before_writing,
             )
         addresses = np.array(_addresses(states, "sums"), np.int64)
-        like_states = kernels.LIKE[_STATE_FORMATS[states[0]["sums"][0].dtype]]
+        format = _STATE_FORMATS[states[0]["sums"][0].dtype]
+        like_states, has_codes = kernels.LIKE[format], format == "int16"
+        scale_addresses = np.array(_addresses(states, "scales"), np.int64) if has_codes else np.zeros_like(addresses)
+        noise = noise_of(rows.positions if has_codes else rows.positions[:0], D)
         rescaled: list[tuple[torch.Tensor, float]] = []
         if scaled is None:
             read_scales = write_scales = np.ones((R, H), np.float32)
@@ -216,12 +225,23 @@ class Recurrence:
             read_scales = np.concatenate([each[:-1] for each in scales]).astype(np.float32)
             write_scales = (1 / np.concatenate([each[1:] for each in scales])).astype(np.float32)
             for state, end in zip(states, starts + counts, strict=True):
-                rescaled += scaled.rescaled(int(end), state["sums"])
+                rescaled += scaled.rescaled(int(end), state["scales" if has_codes else "sums"])
         v = self._run(
             kernels.layer_steps,
             rows,
             x,
-            lambda some: (like_states, addresses[some], rows.starts, read_scales, write_scales, x, a, partial_sums),
+            lambda some: (
+                like_states,
+                addresses[some],
+                scale_addresses[some],
+                noise,
+                rows.starts,
+                read_scales,
+                write_scales,
+                x,
+                a,
+                partial_sums,
+            ),
             on_layer_step,
             before_writing,
         )
@@ -304,7 +324,7 @@ class Recurrence:
         if fading is not None:
             shapes = ring_shapes(fading.shape[1] + 1, H, N, D)
         else:
-            shapes = {"sums": (state["sums"][0].dtype, (H, N, D))}
+            shapes = {name: (each[0].dtype, each[0].shape) for name, each in state.items()}
         empty = {name: [torch.zeros(shape, dtype=dtype)] * L for name, (dtype, shape) in shapes.items()}
         one = TokenRows(np.zeros(1, np.int64), np.zeros(1, np.int64), np.array([0, 1]))
         self.logits(self.advance(one, [empty], fading=fading))
