@@ -180,7 +180,7 @@ def _own_forms(model: BDHForCausalLM) -> Iterator[_Form]:
 def _other_forms(model: BDHForCausalLM, options: BenchOptions) -> tuple[list[_Form], list[str]]:
     """What other libraries make of the model and of a GPT-2; and what was left out, and why."""
     torch.manual_seed(options.seed)
-    positions = 2 * max(options.context, *options.prompt_lengths)
+    positions = 2 * max(options.context, options.prompt_lengths[0])
     gpt2 = GPT2LMHeadModel(gpt2_config(model.config.vocab_size, positions, *options.gpt2, dropout=0.0)).eval()
     gpt2_name = f"GPT-2 of {sum(weight.numel() for weight in gpt2.parameters()) / 1e6:.3g}M"
     forms: list[_Form] = [_Gpt2(f"{gpt2_name}, float32", gpt2)]

@@ -51,6 +51,7 @@ def test_decode_compares_and_then_times_every_form(bench, tmp_path):
     assert found["model"]["n_embd"] == 32
 
 
+@pytest.mark.slow
 def test_quantize_compares_formats_with_dequantized_weights_and_times_them(bench, tmp_path):
     status, out, _ = bench("quantize", "--quick", "--n_layer", 2, "--json", tmp_path / "quantize.json")
     assert status == 0
