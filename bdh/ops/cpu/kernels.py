@@ -200,7 +200,7 @@ def attention_update(
 
     ``states`` (sequences,) are addresses of (H, N, D); the rows of sequence s are ``starts[s]`` to ``starts[s + 1]``.
     ``read_scales`` and ``write_scales`` (R, H) multiply queries and keys. Of states in int16 ``scales`` are the addresses of
-    (H, N, 2), and ``noise`` (R, D) is what rounds them (:mod:`bdh.ops.cpu.state_codes`); of others 0, and (0, D).
+    (H, N, 2), and ``noise`` (R, D) is what rounds them (:mod:`bdh.ops.cpu.state_codes`); of others they are not read.
     """
     num_stretches, R, D = partial_sums.shape
     H = x.shape[0] // N

@@ -160,6 +160,8 @@ class Recurrence:
         )
         self._turns = turns_per_token(N, weights.rope_theta).numpy()
         self._embed = np.from_dlpack(weights.embed)  # .numpy() would fix the storage's size, which FSDP changes
+        self._no_noise = np.empty((0, weights.shape[-1]), np.int32)
+        self._head = _place(weights.lm_head)
         self._num_partial_sums = H * kernels.stretches_of(N)
         self._memory = threading.local()  # of each thread its own, so that two may read at once
         self._is_compiled: set[Any] = set()
@@ -214,8 +216,10 @@ class Recurrence:
         addresses = np.array(_addresses(states, "sums"), np.int64)
         format = _STATE_FORMATS[states[0]["sums"][0].dtype]
         like_states, has_codes = kernels.LIKE[format], format == "int16"
-        scale_addresses = np.array(_addresses(states, "scales"), np.int64) if has_codes else np.zeros_like(addresses)
-        noise = noise_of(rows.positions if has_codes else rows.positions[:0], D)
+        scale_addresses = (
+            np.array(_addresses(states, "scales"), np.int64) if has_codes else addresses
+        )  # which are not read
+        noise = noise_of(rows.positions, D) if has_codes else self._no_noise
         rescaled: list[tuple[torch.Tensor, float]] = []
         if scaled is None:
             read_scales = write_scales = np.ones((R, H), np.float32)
@@ -300,8 +304,7 @@ class Recurrence:
                 team = team_for(len(index))
                 progress = team.new_progress(1)
                 num_threads = min(team.threads, kernels.projected_pieces(num_words))
-                head = _place(self.weights.lm_head)
-                run_by_threads(num_threads, kernels.products, progress, *head, chosen, out, False)
+                run_by_threads(num_threads, kernels.products, progress, *self._head, chosen, out, False)
                 logits.copy_(torch.from_numpy(out).t())
             return logits
 
