@@ -21,6 +21,8 @@ MatrixFormat = Literal["float32", "bfloat16"] | QuantizedFormat
 GROUP = 32
 """Weights that share a scale in int4."""
 _HALF = GROUP // 2
+CODE_RANGES: dict[QuantizedFormat, tuple[int, int]] = {"int8": (-127, 127), "int4": (-8, 7)}
+"""The smallest and the largest code."""
 SCALE_BYTES = 2
 BLOCK_BYTES = SCALE_BYTES + _HALF
 """Of a group in int4."""
@@ -129,7 +131,7 @@ def scales_of(weight: torch.Tensor, format: QuantizedFormat) -> torch.Tensor:
     best, least = None, None
     for width in _INT4_RANGES:
         scales = (-largest / width).to(torch.bfloat16)
-        errors = _sums((_divided(groups, scales).clamp_(-8, 7).mul_(scales.float()) - groups).square_())
+        errors = _sums((_divided(groups, scales).clamp_(*CODE_RANGES[format]).mul_(scales.float()) - groups).square_())
         if best is None or least is None:
             best, least = scales, errors
         else:
@@ -147,8 +149,8 @@ def _sums(groups: torch.Tensor) -> torch.Tensor:
 
 def _codes(weight: torch.Tensor, scales: torch.Tensor, format: QuantizedFormat) -> Codes:
     if format == "int8":
-        return Codes(_divided(weight, scales).clamp_(-127, 127).to(torch.int8), scales)
-    codes = _divided(_in_groups(weight), scales[:, :, None]).clamp_(-8, 7).to(torch.int8)
+        return Codes(_divided(weight, scales).clamp_(*CODE_RANGES[format]).to(torch.int8), scales)
+    codes = _divided(_in_groups(weight), scales[:, :, None]).clamp_(*CODE_RANGES[format]).to(torch.int8)
     return Codes(codes.flatten(1)[:, : weight.shape[1]], scales)
 
 

@@ -39,7 +39,7 @@ from torch.nn.functional import linear
 from bdh.model.network import exact_dtype
 from bdh.ops import QuantizedFormat, eager
 from bdh.ops.attention import DecayMask, rotation_table
-from bdh.ops.formats import GROUP, Codes, check_finite, rounded, scales_of
+from bdh.ops.formats import CODE_RANGES, GROUP, Codes, check_finite, rounded, scales_of
 from bdh.words import counted
 
 Progress = Callable[[str, int, int], None]
@@ -352,8 +352,7 @@ def _per_weight(scales: torch.Tensor, D: int) -> torch.Tensor:
 
 def _rounded(values: torch.Tensor, scales: torch.Tensor, format: QuantizedFormat) -> torch.Tensor:
     """The codes of one weight of each row, as float32."""
-    low, high = (-127, 127) if format == "int8" else (-8, 7)
-    return (values / torch.where(scales == 0, 1.0, scales)).round().clamp(low, high)
+    return (values / torch.where(scales == 0, 1.0, scales)).round().clamp(*CODE_RANGES[format])
 
 
 # Dec: the sum is over the neurons, and its rows make up for one another.

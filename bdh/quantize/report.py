@@ -12,6 +12,7 @@ from bdh.data.batches import Batch
 from bdh.generate.texts import inference
 from bdh.model.quantization import neuron_rows, quantized_formats
 from bdh.ops import QuantizedFormat
+from bdh.ops.formats import CODE_RANGES
 from bdh.quantize.rounding import Progress
 
 _MAX_BYTES = 2**28
@@ -37,8 +38,8 @@ def matrix_errors(model: Any, quantized: Any) -> list[MatrixError]:
         before = neuron_rows(name, model.get_submodule(name).weight.detach()).float()
         codes = quantized.get_submodule(name).codes
         error = (codes.dequantized() - before).norm() / before.norm()
-        ends = (-127, 127) if weight_format == "int8" else (-8, 7)
-        is_end = (codes.codes == ends[0]) | (codes.codes == ends[1])
+        lowest, highest = CODE_RANGES[weight_format]
+        is_end = (codes.codes == lowest) | (codes.codes == highest)
         found.append(MatrixError(name, weight_format, error.item(), is_end.float().mean().item()))
     return found
 
