@@ -170,7 +170,7 @@ class SynapticState:
 
     @property
     def _numbers(self) -> range:
-        return range(self._first, self._first + len(self.positions))
+        return range(self._first, self._first + self.batch_size)
 
     def check_whole(self) -> None:
         """

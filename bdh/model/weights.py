@@ -396,9 +396,9 @@ def _matrices(model: ModelParts) -> list[torch.Tensor | Rows]:
 
 def _key(model: ModelParts) -> tuple[Any, ...]:
     """Changes with the memory that weights are in, where autograd counts with what it holds, and with constants."""
-    config = model.config
+    config = vars(model.config)  # whose attributes go through transformers' own lookup, a microsecond each
     places = [(w.data_ptr(), w.dtype, w.shape, w.stride(), version_of(w)) for w in stored_weights(model)]
-    return config.rope_theta, config.layer_norm_eps, config.n_layer, *places
+    return config["rope_theta"], config["layer_norm_eps"], config["n_layer"], *places
 
 
 def _pieces(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -9,9 +9,10 @@ piece must not depend on it.
 Waiting costs the core of whoever waits only for a moment. Then the thread sleeps, on Linux, until the last piece is done: the
 core is free for the thread that has it in hand, which another program may keep from its own.
 
-numba has no public name for what calls a compiled function by its address from another one, nor for what tells fast which types
-arguments have: this file uses its ``call_conv``, ``overloads`` and ``compute_fingerprint`` (checked with 0.68; every test
-of the kernels fails where they change).
+numba has no public name for what calls a compiled function by its address from another one, for what tells fast which types
+arguments have, nor for what sets the number of threads in a function that is cached: this file uses its ``call_conv``,
+``overloads``, ``compute_fingerprint`` and symbol ``set_num_threads`` (checked with 0.68; every test of the kernels fails where
+they change).
 
 The counters of a stage are int64, in the ``progress`` (stages, STAGE_WORDS) of a call (:meth:`bdh.ops.cpu.runtime.Team.new_progress`).
 """
@@ -140,13 +141,22 @@ def _call(typingctx, address, number, arguments):
     return types.none(address, number, arguments), codegen
 
 
+@instruction(NUMBER)
+def _set_num_threads(builder, count):
+    """``numba.set_num_threads``, which cannot be cached within a compiled function, and from Python takes microseconds."""
+    kind = ir.FunctionType(ir.VoidType(), [_I32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "set_num_threads")
+    builder.call(function, [builder.trunc(count, _I32)])
+
+
 @njit(cache=True, nogil=True, parallel=True, error_model="numpy")
-def launch(num_threads, function, arguments):
-    """Has each of so many threads call the function at an address with its own number, from 0, and the arguments."""
-    if num_threads == 1:  # without OpenMP, whose threads take longer to wake up than a small model to compute a token
+def launch(num_calls, num_threads, function, arguments):
+    """Calls the function at an address with each number below ``num_calls`` and the arguments, on so many threads."""
+    if num_calls == 1:  # without OpenMP, whose threads take longer to wake up than a small model to compute a token
         _call(function, 0, arguments)
     else:
-        for number in prange(num_threads):
+        _set_num_threads(num_threads)
+        for number in prange(num_calls):
             _call(function, number, arguments)
 
 

@@ -292,19 +292,21 @@ class Recurrence:
 
     def prepare_logits(self, rows: Sequence[int]) -> Callable[[np.ndarray], torch.Tensor]:
         """What computes the logits (len(rows), V) of these rows of a v (R, D), and takes no memory any more."""
-        num_words = self.weights.lm_head.tensor.shape[0]
+        num_words, count = self.weights.lm_head.tensor.shape[0], len(rows)
         index = np.array(rows, np.int64)
-        chosen = np.empty((len(index), self.weights.shape[-1]), np.float32)
-        out = np.empty((num_words, len(index)), np.float32)
-        logits = torch.empty(len(index), num_words)
+        chosen = np.empty((count, self.weights.shape[-1]), np.float32)
+        out = np.empty((num_words, count), np.float32)
+        logits = torch.from_numpy(out.reshape(1, -1)) if count == 1 else torch.empty(count, num_words)
 
         def run(v: np.ndarray) -> torch.Tensor:
-            if len(index):
-                np.take(v, index, axis=0, out=chosen, mode="clip")  # other modes take memory
-                team = team_for(len(index))
+            if count:
+                if count < len(v):
+                    v = np.take(v, index, axis=0, out=chosen, mode="clip")  # other modes take memory
+                team = team_for(count)
                 progress = team.new_progress(1)
                 num_threads = min(team.threads, kernels.projected_pieces(num_words))
-                run_by_threads(num_threads, kernels.products, progress, *self._head, chosen, out, False)
+                run_by_threads(num_threads, kernels.products, progress, *self._head, v, out, False)
+            if count > 1:
                 logits.copy_(torch.from_numpy(out).t())
             return logits
 

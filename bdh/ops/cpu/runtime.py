@@ -49,14 +49,16 @@ def unavailable_reason() -> str | None:
     return None
 
 
-def follow_torch_threads() -> int:
-    """Lets the kernels of this thread run on as many threads as torch's operations, and returns how many."""
+def most_threads() -> int:
+    """On how many threads kernels may run: as many as torch's operations, as far as numba has them."""
+    return min(torch.get_num_threads(), _numba_threads())
+
+
+@cache
+def _numba_threads() -> int:
     import numba
 
-    count = max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
-    if numba.get_num_threads() != count:
-        numba.set_num_threads(count)
-    return count
+    return numba.config.NUMBA_NUM_THREADS
 
 
 _LOOK_SECONDS = 0.2
@@ -186,23 +188,23 @@ class Team(NamedTuple):
 
     def new_progress(self, num_stages: int) -> np.ndarray:
         """The counters of so many stages (:mod:`bdh.ops.cpu.pieces`); each can be gone through once."""
-        from bdh.ops.cpu.pieces import SPINS_WORD, STAGE_WORDS
+        return _unused_counters(num_stages, SPINS_WHEN_CROWDED if self.is_crowded else SPINS).copy()
 
-        progress = np.zeros((num_stages, STAGE_WORDS), np.int64)
-        progress[:, SPINS_WORD] = SPINS_WHEN_CROWDED if self.is_crowded else SPINS
-        return progress
+
+@cache
+def _unused_counters(num_stages: int, spins: int) -> np.ndarray:
+    from bdh.ops.cpu.pieces import SPINS_WORD, STAGE_WORDS
+
+    progress = np.zeros((num_stages, STAGE_WORDS), np.int64)
+    progress[:, SPINS_WORD] = spins
+    return progress
 
 
 def team_for(num_rows: int) -> Team:
     """For so many rows, whose bits do not depend on the threads."""
-    import numba
-
-    most, leaves_cores = follow_torch_threads(), num_rows <= FEW_ROWS
+    most, leaves_cores = most_threads(), num_rows <= FEW_ROWS
     busy = crowding.busy_cores(most, leaves_cores=leaves_cores)
-    threads = most - busy if leaves_cores else most
-    if threads != most:
-        numba.set_num_threads(threads)
-    return Team(threads, busy > 0)
+    return Team(most - busy if leaves_cores else most, busy > 0)
 
 
 def exclusive() -> AbstractContextManager[object]:
@@ -233,7 +235,7 @@ def run_by_threads(num_threads: int, kernel: Any, *arguments: Any) -> None:
     if key not in _addresses:
         _addresses[key] = pieces.address_of(kernel, arguments)
     with exclusive():
-        pieces.launch(num_threads, _addresses[key], arguments)
+        pieces.launch(num_threads, min(num_threads, _numba_threads()), _addresses[key], arguments)
 
 
 def compiled(what: str, run: Callable[[], None], announce: Callable[[str], None] = to_stderr) -> None:

@@ -9,7 +9,7 @@ import torch
 from bdh.ops.backends import LayerWeights
 from bdh.ops.blocks.block import Block, Fired, Neurons, zeros_like
 from bdh.ops.cpu import train_kernels as kernels
-from bdh.ops.cpu.runtime import calm, compiled, crowding, follow_torch_threads, run_by_threads
+from bdh.ops.cpu.runtime import calm, compiled, crowding, most_threads, run_by_threads
 from bdh.ops.cpu.vector import LANES
 
 DENSE_Y = 0.45
@@ -58,7 +58,7 @@ class KernelNeurons(Neurons):
         )
         self._gradients = zeros_like(weights, torch.float32) if with_gradients else None
         compile_kernels()
-        self._parts = follow_torch_threads()
+        self._parts = most_threads()
         calm.set(crowding.busy_cores(self._parts, leaves_cores=False) > 0)
         self._keep_wide = keep_wide
         self._wide: dict[str, torch.Tensor] = _scratch.__dict__
