@@ -1,24 +1,32 @@
 """`import bdh` keeps transformers from importing torchao, which works as ever once it is needed."""
 
-import subprocess
 import sys
 from types import ModuleType
 
 import pytest
 
 from bdh.torchao_later import torchao_put_off
+from benchmarks.forked import ForkServer
 
 SUPPORT = "torchao.prototype.safetensors.safetensors_support"
 
 pytest.importorskip("torchao")
 
 
-def printed(program: str) -> str:
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert "torchao" not in run.stderr
-    assert "register_constant" not in run.stderr
-    return run.stdout
+@pytest.fixture(scope="module")
+def printed():
+    """Runs a program in a process that has nothing of transformers, peft or torchao yet, and returns what it prints."""
+    with ForkServer("torch._dynamo", "datasets") as server:
+
+        def run(program: str) -> str:
+            process = server.start(["-c", program])
+            status, said = process.wait(), process.said()
+            assert status == 0, said
+            assert "torchao" not in said
+            assert "register_constant" not in said
+            return process.wrote()
+
+        yield run
 
 
 @pytest.mark.slow
@@ -32,13 +40,13 @@ def printed(program: str) -> str:
         "import bdh.evaluate.harness",
     ],
 )
-def test_after_bdh_nothing_imports_it_and_nothing_is_said(imports):
+def test_after_bdh_nothing_imports_it_and_nothing_is_said(printed, imports):
     program = f"{imports}\nimport sys\nprint([name for name in sys.modules if name.startswith('torchao')])"
     assert printed(program).splitlines() == ["[]"]
 
 
 @pytest.mark.slow
-def test_transformers_saves_and_loads_with_it_once_it_is_needed(tmp_path):
+def test_transformers_saves_and_loads_with_it_once_it_is_needed(printed, tmp_path):
     """The quantizer of transformers has a name of torchao's that was put off."""
     program = f"""
 import logging, sys
@@ -87,7 +95,7 @@ assert sys.modules[SUPPORT] is support
     ],
     ids=["it is called", "another name is wanted"],
 )
-def test_it_is_imported_when_a_function_is_called_or_another_name_is_wanted(program):
+def test_it_is_imported_when_a_function_is_called_or_another_name_is_wanted(printed, program):
     """As another version of transformers may want one."""
     begin = f"""
 import logging, sys
