@@ -116,9 +116,7 @@ def run_average(settings: AverageSettings) -> int:
     from bdh.train.models import load_model
 
     out, first_name = Path(settings.out), settings.models[0]
-    unquantized = "average the models that such models were made of, and quantize the average"
     first, tokenizer = load_model(first_name, device="cpu")
-    check_not_quantized(first, first_name, unquantized)
     tokenizer_hash, ours = TextEncoder(tokenizer).hash, identity(first).configuration
     for fact in ("train_data", "merged_adapters"):  # of the first alone
         first.config.__dict__.pop(fact, None)
@@ -128,7 +126,8 @@ def run_average(settings: AverageSettings) -> int:
     def state_dicts() -> "Iterator[dict[str, torch.Tensor]]":
         for name in settings.models:
             model, its_tokenizer = load_model(name, device="cpu")
-            check_not_quantized(model, name, unquantized)
+            reason = "average the models that such models were made of, and quantize the average"
+            check_not_quantized(model, name, reason)
             if TextEncoder(its_tokenizer).hash != tokenizer_hash:
                 raise ValueError(f"{name} has another tokenizer than {first_name}: their tokens differ in meaning")
             theirs = identity(model).configuration

@@ -123,9 +123,11 @@ def to_reference(config: BDHConfig, model: Any) -> dict[str, torch.Tensor]:
     """The weights of ``model`` under the reference's names and shapes, its ``attn.freqs`` buffer included.
 
     Raises:
-        ValueError: the model's state decays, which that code cannot compute.
+        ValueError: the model's state decays, which that code cannot compute; or another library has quantized the weights.
     """
     _check_no_decay(config)
+    name, reason = config.name_or_path or "the model", "convert the model that it was made of"
+    check_not_quantized(model, name, reason, allow_ours=True)
     D, H, N = config.n_embd, config.n_head, config.neurons_per_head
     tensors = {
         "embed.weight": model.embed.weight,
@@ -235,8 +237,8 @@ def average_weights(models: Iterable[Weights], shares: Sequence[float] | None = 
         A state dict in the first one's dtypes; the sums are taken in float64.
 
     Raises:
-        ValueError: no models, another number of shares than of models, shares that are negative or sum to 0, or
-            models whose weights have not the same names and shapes.
+        ValueError: no models, another number of shares than of models, shares that are negative or sum to 0,
+            models whose weights have not the same names and shapes, or quantized weights.
     """
     if shares is not None and (not all(share >= 0 for share in shares) or not sum(shares) > 0):
         raise ValueError(f"the shares are {list(shares)}: none may be negative, and their sum must be above 0")
@@ -246,6 +248,11 @@ def average_weights(models: Iterable[Weights], shares: Sequence[float] | None = 
     for number, weights in enumerate(models, start=1):
         if shares is not None and number > len(shares):
             raise ValueError(f"there are more models than the {counted(len(shares), 'share')}: give one share a model")
+        if quantized := sorted(name for name, weight in weights.items() if not _is_plain(weight)):
+            raise ValueError(
+                f"model {number} has quantized weights, of which there is no mean: {', '.join(quantized)}. Average the models "
+                "that such models were made of"
+            )
         if number == 1:
             first = {name: weight.dtype for name, weight in weights.items()}
             total = {name: torch.zeros_like(weight, dtype=torch.float64) for name, weight in weights.items()}
@@ -264,6 +271,11 @@ def average_weights(models: Iterable[Weights], shares: Sequence[float] | None = 
         )
     divisor = float(number) if shares is None else sum(shares)
     return {name: (weight / divisor).to(first[name]) for name, weight in total.items()}
+
+
+def _is_plain(weight: torch.Tensor) -> bool:
+    """Whether it holds the weights as they are, and not codes, or in a class of its own as torchao's."""
+    return weight.is_floating_point() and type(weight.detach()) is torch.Tensor
 
 
 def cosine_similarity(first: Weights, second: Weights) -> float:

@@ -103,9 +103,13 @@ def quantizing_library(module: nn.Module) -> str | None:
     return next((name for name in ("torchao", "bitsandbytes") if name in names), None)
 
 
-def check_not_quantized(model: nn.Module, name: str, reason: str) -> None:
-    """Raises ``ValueError`` where weights of a model are quantized; ``reason`` ends the message."""
-    if formats := quantized_formats(model):
+def check_not_quantized(model: nn.Module, name: str, reason: str, *, allow_ours: bool = False) -> None:
+    """Raises ``ValueError`` where weights of a model are quantized; ``reason`` ends the message.
+
+    Args:
+        allow_ours: for what :attr:`QuantizedLinear.weight` is enough, which other libraries' modules do not have.
+    """
+    if not allow_ours and (formats := quantized_formats(model)):
         raise ValueError(f"{name} has weights in {' and '.join(sorted(set(formats.values())))}: {reason}")
     if (library := next(filter(None, map(quantizing_library, model.modules())), None)) is not None:
         raise ValueError(f"{name} has weights that {library} has quantized: {reason}")

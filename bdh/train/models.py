@@ -16,7 +16,7 @@ from transformers.utils import cached_file, logging
 from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.model.fingerprint import Identity, identity
 from bdh.model.network import one_line_type_faults
-from bdh.model.quantization import check_quantization
+from bdh.model.quantization import check_not_quantized, check_quantization
 from bdh.quantize.rounding import quantize
 from bdh.storage import recover_dir
 from bdh.tokenizer import TextEncoder, TokenizerConfig, is_byte_tokenizer, load_tokenizer
@@ -322,10 +322,8 @@ class InitialModel:
         """Raises as :func:`load_model`."""
         self._name = name
         opened = open_model(name)
-        if getattr(opened.model.config, "quantization_config", None) is not None:
-            raise ValueError(
-                f"train.init_from is {name!r}, whose weights are quantized: must be the model that it was made of, or a run"
-            )
+        reason = "train.init_from must be the model that it was made of, or a run"
+        check_not_quantized(opened.model, name, reason)
         self.base = opened.pinned()
         self._model = opened.merged()
         self._tokenizer_path = opened.tokenizer_path

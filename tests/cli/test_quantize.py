@@ -211,7 +211,7 @@ def test_commands_that_cannot_use_it_say_so(model_folder, quantized_folder, tmp_
     assert f"{name} has weights in int8: average the models that" in capsys.readouterr().err
     argv = ["train", "--train.init_from", name, "--run_dir", str(tmp_path / "run"), "--data.source", "pydoc"]
     assert main(argv) == 2
-    assert f"train.init_from is {name!r}, whose weights are quantized" in capsys.readouterr().err
+    assert f"{name} has weights in int8: train.init_from must be the model that" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "run").exists()
 

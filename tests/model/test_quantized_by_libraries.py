@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 from bdh import BDHConfig, BDHForCausalLM
 from bdh.cli.main import main
 from bdh.generate.advance import Advancer, StepInput
+from bdh.model.conversion import average_weights
 from bdh.model.fingerprint import fingerprint
 from bdh.quantize import quantize
 from bdh.tokenizer import byte_tokenizer
@@ -248,10 +249,25 @@ def test_snapshots_know_the_model(quantized, name, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["torchao int8 weight-only", "bitsandbytes int8"])
-def test_what_needs_plain_weights_refuses_it_by_name(quantized, name, capsys):
-    library, folder = name.split()[0], str(quantized[name][1])
-    assert main(["bench", "decode", "--quick", f"--model={folder}"]) == 2
-    assert f"error: {folder} has weights that {library} has quantized: give the model" in capsys.readouterr().err
+@pytest.mark.parametrize("name", ["torchao int8 weight-only", "bitsandbytes int8", "bitsandbytes nf4"])
+def test_what_needs_plain_weights_refuses_it_by_name(plain, quantized, name, tmp_path, capsys):
+    library, (model, folder) = name.split()[0], quantized[name]
+    out = str(tmp_path / "out")
+    for command in (
+        ["bench", "decode", "--quick", f"--model={folder}"],
+        ["quantize", str(folder), out],
+        ["average", str(plain[1]), str(folder), f"--out={out}"],
+        ["average", str(folder), str(folder), f"--out={out}"],
+        ["convert", str(folder), out, "--to-reference"],
+        ["train", f"--run_dir={out}", f"--train.init_from={folder}"],
+        ["train", f"--run_dir={out}", f"--train.init_from={folder}", "--train.lora.r=2"],
+    ):
+        assert main(command) == 2
+        assert f"error: {folder} has weights that {library} has quantized: " in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
     with pytest.raises(ValueError, match=f"the model has weights that {library} has quantized"):
-        quantize(quantized[name][0], "int8")
+        quantize(model, "int8")
+    with pytest.raises(ValueError, match=f"weights that {library} has quantized: convert the model"):
+        model.to_reference()
+    with pytest.raises(ValueError, match="model 2 has quantized weights, of which there is no mean: decoder"):
+        average_weights([plain[0].state_dict(), model.state_dict()])
