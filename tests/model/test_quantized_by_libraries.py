@@ -1,5 +1,6 @@
 """torchao and bitsandbytes quantize the model while it is loaded; it generates, is saved, and is loaded by a fresh process."""
 
+import io
 import json
 import logging
 import subprocess
@@ -167,6 +168,28 @@ def test_commands_take_its_folder_and_say_which_path_runs(quantized, name, tmp_p
     (tmp_path / "a.txt").write_text("A text. " * 20)
     assert main(["eval", folder, f"--data.source={tmp_path / 'a.txt'}", "--part=all"]) == 0
     assert "Failed to load" not in shown + capsys.readouterr().err
+    for command in (["generate", folder, "--prompt=abc", "--engine.weights=int8"], ["chat", folder, "--weights=int8"]):
+        assert main(command) == 2
+        assert f"the model's weights are stored in another format, {library}" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["torchao int8 weight-only", "bitsandbytes int8", "bitsandbytes nf4"])
+def test_a_chat_with_it_is_saved_and_continued_and_the_plain_model_refuses_it(
+    plain, quantized, name, tmp_path, capsys, monkeypatch
+):
+    def chat(folder, *lines):
+        monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        return main(["chat", str(folder), "--temperature=0", "--max_tokens=4"]), capsys.readouterr()
+
+    folder, file = quantized[name][1], tmp_path / "saved"
+    saved, once = chat(folder, "hi", f"/save {file}", "ho")
+    loaded, again = chat(folder, f"/load {file}", "ho")
+    assert saved == loaded == 0
+    assert again.out.splitlines()[-1] == once.out.splitlines()[-1]
+    status, shown = chat(plain[1], f"/load {file}")
+    assert status == 2
+    assert "snapshot of another model" in shown.err
 
 
 @pytest.mark.slow
@@ -244,7 +267,7 @@ def test_snapshots_know_the_model(quantized, name, tmp_path):
     assert len({fingerprint(model)} & others) <= (name.startswith("torchao int8"))
     advancer = Advancer(model)
     assert advancer.weight_format == name.split()[0]
-    with pytest.raises(ValueError, match="in which the model's weights are stored, or left out"):
+    with pytest.raises(ValueError, match=f"must be left out: .* stored in another format, {name.split()[0]}"):
         Advancer(model, weights="int8")
 
 
