@@ -21,11 +21,11 @@ ALLOWED = {
     "monitor": set(),
     "generate": {"ops", "model", "tokenizer"},
     "evaluate": {"ops", "model", "tokenizer", "data", "generate"},
-    "quantize": {"ops", "model", "data", "generate"},
+    "quantize": {"ops", "model", "data", "evaluate", "generate"},
     "distributed": {"ops", "model"},
     "train": {"ops", "model", "tokenizer", "data", "distributed", "monitor", "evaluate", "generate", "quantize"},
     "serve": {"model", "tokenizer", "generate"},
-    "bench": {"ops", "model", "tokenizer", "generate", "quantize", "train"},
+    "bench": {"ops", "model", "tokenizer", "evaluate", "generate", "quantize", "train"},
 }
 ALLOWED["cli"] = set(ALLOWED)
 # The modules in bdh/ that stand above packages: the public names, `python -m bdh`, and methods that the engine carries out.

@@ -5,7 +5,6 @@ float32: the divergence of the next token's distribution, and where there is a t
 """
 
 import copy
-import math
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from transformers import DynamicCache, GPT2LMHeadModel
 from bdh.bench import BenchOptions
 from bdh.bench.common import Progress, Report, Timing, gpt2_config, interleaved, milliseconds, random_tokens
 from bdh.bench.decode import TOLERANCE
+from bdh.evaluate.loss import perplexity
 from bdh.generate.advance import Advancer, StepInput
 from bdh.model.modeling import BDHForCausalLM
 from bdh.model.weights import layer_modules, recurrence_of
@@ -355,8 +355,8 @@ def _tabulate(
             found |= {"kl": quality[form.name].kl}
             cells.append(f"{quality[form.name].kl:.2e}")
             if has_text:
-                found |= {"perplexity": math.exp(quality[form.name].loss)}
-                cells.append(f"{math.exp(quality[form.name].loss):.4f}")
+                found |= {"perplexity": perplexity(quality[form.name].loss)}
+                cells.append(f"{perplexity(quality[form.name].loss):.4f}")
         figures.append(found)
         rows.append([form.name, *cells, *[""] * (7 + has_text - len(cells))])
     report.figures["forms"] = figures

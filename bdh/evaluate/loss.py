@@ -24,6 +24,14 @@ from bdh.words import counted
 _MAX_LOGITS = 2**26
 
 
+def perplexity(loss: float) -> float:
+    """e^loss, of nats per token; infinite where that is more than a float holds."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
 @dataclass(frozen=True)
 class Metrics:
     """What a model made of a text."""
@@ -41,8 +49,7 @@ class Metrics:
 
     @property
     def perplexity(self) -> float:
-        """e^loss; infinite where that is more than a float holds."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        return perplexity(self.loss)
 
     @property
     def nats_per_byte(self) -> float:

@@ -1,6 +1,5 @@
 """What rounding has changed: in each matrix, and in what a model predicts and which of its neurons fire."""
 
-import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bdh.data.batches import Batch
+from bdh.evaluate.loss import perplexity
 from bdh.generate.texts import inference
 from bdh.model.quantization import neuron_rows, quantized_formats
 from bdh.ops import QuantizedFormat
@@ -150,7 +150,7 @@ class _Sums:
             density = {
                 kind: (counts[which] / (self.tokens_read * num_neurons)).tolist() for kind, counts in self.fired.items()
             }
-            return Measured(loss, math.exp(loss) if loss < 700 else math.inf, density)
+            return Measured(loss, perplexity(loss), density)
 
         still = {kind: (counts[2] / counts[0].clamp_min(1)).tolist() for kind, counts in self.fired.items()}
         return Comparison(

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from bdh import BDHConfig, BDHForCausalLM
 from bdh.data.batches import Batch, starts_after
 from bdh.data.corpus import ValidationPart
-from bdh.evaluate.loss import evaluate_parts, evaluate_text
+from bdh.evaluate.loss import evaluate_parts, evaluate_text, perplexity
 from bdh.ops import naive
 
 TOLERANCE = 1e-6  # float32 logits, summed in float64
@@ -87,6 +87,12 @@ def test_bits_per_byte_count_the_bytes_of_a_token(model, tokens):
     assert metrics.bits_per_byte == pytest.approx(metrics.loss / math.log(2) / 2.5)
     assert metrics.perplexity == pytest.approx(math.exp(metrics.loss))
     assert metrics.nats_per_byte == pytest.approx(metrics.loss / 2.5)
+
+
+def test_the_perplexity_of_a_model_that_has_diverged_is_infinite_and_not_an_error():
+    assert perplexity(709.0) == math.exp(709)
+    assert perplexity(710.0) == math.inf
+    assert math.isnan(perplexity(math.nan))
 
 
 def test_evaluation_draws_no_random_numbers_and_keeps_the_mode(model, tokens):
