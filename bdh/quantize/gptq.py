@@ -63,6 +63,13 @@ _WIDE = 2**24
 """Numbers in a wide tensor, at most: 64 MiB."""
 _HESSIANS = 2**25
 """Numbers in the matrices H of the neurons that are rounded at once, at most: 128 MiB."""
+_ROWS_AT_ONCE = 256
+"""Neurons of E or Ev that are rounded at once, at most."""
+_INPUTS_AT_ONCE = 2048
+"""Among which those that count for some neurons are looked for."""
+
+Counts = Callable[[slice, torch.Tensor], torch.Tensor]
+"""From some inputs and some rows to bool (inputs, rows)."""
 
 
 class _Layer(NamedTuple):
@@ -224,8 +231,8 @@ def _listening(layer: _Layer, kept: list[torch.Tensor]) -> eager.Layer:
 def _round_encoder(
     layer: _Layer, samples: _Samples, format: QuantizedFormat, progress: Callable[[int, int], None]
 ) -> Codes:
-    def counts(rows: slice) -> torch.Tensor:
-        return linear(samples.v, layer.encoder[rows]) > 0
+    def counts(part: slice, rows: torch.Tensor) -> torch.Tensor:
+        return linear(samples.v[part], layer.encoder[rows]) > 0
 
     return _round_rows(layer.encoder, samples.v, counts, format, progress)
 
@@ -236,8 +243,8 @@ def _round_encoder_v(
     weight, a = layer.encoder_v[head], samples.a[head]
     encoder = layer.encoder[head * len(weight) : (head + 1) * len(weight)]
 
-    def counts(rows: slice) -> torch.Tensor:
-        return (linear(samples.v, encoder[rows]) > 0) & (linear(a, weight[rows]) > 0)
+    def counts(part: slice, rows: torch.Tensor) -> torch.Tensor:
+        return (linear(samples.v[part], encoder[rows]) > 0) & (linear(a[part], weight[rows]) > 0)
 
     return _round_rows(weight, a, counts, format, progress)
 
@@ -245,7 +252,7 @@ def _round_encoder_v(
 def _round_rows(
     weight: torch.Tensor,
     inputs: torch.Tensor,
-    counts: Callable[[slice], torch.Tensor],
+    counts: Counts,
     format: QuantizedFormat,
     progress: Callable[[int, int], None],
 ) -> Codes:
@@ -253,35 +260,48 @@ def _round_rows(
 
     Args:
         inputs: (S, D).
-        counts: from some rows to bool (S, rows): the inputs at which a row's error counts.
+        counts: at which inputs a row's error counts.
     """
     num_rows, D = weight.shape
     shared = inputs.t() @ inputs / len(inputs)
-    at_once = max(1, min(_HESSIANS // D**2, _WIDE // len(inputs)))
-    found = []
-    for start in range(0, num_rows, at_once):
-        rows = slice(start, min(start + at_once, num_rows))
-        hessians = neuron_hessians(inputs, counts(rows), shared)
-        found.append(round_in_metric(weight[rows], hessians, format))
-        progress(rows.stop, num_rows)
+    found, done = [], 0
+    at_once = max(1, min(_HESSIANS // D**2, _ROWS_AT_ONCE))
+    for rows in torch.arange(num_rows, device=weight.device).split(at_once):
+        taken = _first_inputs(len(inputs), rows, counts, NEURON_SAMPLES * D)
+        found.append(round_in_metric(weight[rows], neuron_hessians(inputs, taken, shared), format))
+        done += len(rows)
+        progress(done, num_rows)
     return Codes(torch.cat([each.codes for each in found]), torch.cat([each.scales for each in found]))
 
 
-def neuron_hessians(inputs: torch.Tensor, counts: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
+def _first_inputs(S: int, rows: torch.Tensor, counts: Counts, most: int) -> torch.Tensor:
+    """The first ``most`` of S inputs that count for each of some rows, int64 (rows, most), filled up with S."""
+    taken = torch.full((len(rows), most), S, device=rows.device)
+    found = torch.zeros_like(rows)  # of each row, so far
+    for start in range(0, S, _INPUTS_AT_ONCE):
+        open_rows = (found < most).nonzero()[:, 0]
+        if not len(open_rows):
+            break
+        hits = counts(slice(start, start + _INPUTS_AT_ONCE), rows[open_rows]).t().contiguous()  # (open rows, inputs)
+        of_row, of_input = hits.nonzero(as_tuple=True)
+        number = hits.sum(1)
+        place = torch.arange(len(of_row), device=rows.device) - (number.cumsum(0) - number)[of_row]  # in this piece
+        place += found[open_rows][of_row]
+        fits = place < most
+        taken[open_rows[of_row[fits]], place[fits]] = of_input[fits] + start
+        found[open_rows] += number
+    return taken
+
+
+def neuron_hessians(inputs: torch.Tensor, taken: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
     """H of each neuron, (rows, D, D).
 
     Args:
         inputs: (S, D).
-        counts: bool (S, rows), the inputs that count for each. The first NEURON_SAMPLES * D of them are taken.
+        taken: int64 (rows, NEURON_SAMPLES * D), the inputs that make up the H of each; S for none.
         shared: (D, D), the mean over all inputs.
     """
-    num_rows, D = counts.shape[1], inputs.shape[1]
-    most = NEURON_SAMPLES * D
-    place = counts.cumsum(0, dtype=torch.int32)
-    of_input, of_row = (counts & (place <= most)).nonzero(as_tuple=True)
-    place = place[of_input, of_row] - 1  # among a row's inputs
-    taken = torch.full((num_rows, most), len(inputs), device=inputs.device)
-    taken[of_row, place] = of_input
+    (num_rows, most), D = taken.shape, inputs.shape[1]
     with_zero = torch.cat([inputs, inputs.new_zeros(1, D)])  # the last stands for none
     hessians = inputs.new_empty(num_rows, D, D)
     at_once = max(1, _WIDE // (most * D))
@@ -359,13 +379,16 @@ def _rounded(values: torch.Tensor, scales: torch.Tensor, format: QuantizedFormat
 
 
 def _outputs(layer: _Layer, samples: _Samples, neurons: torch.Tensor, part: slice) -> torch.Tensor:
-    """z (samples, neurons) of some samples, as Dec is given it."""
+    """z (samples, neurons) of some samples, as Dec is given it, times their importance; ``neurons`` are in order."""
     N = len(layer.encoder_v[0])
-    z = torch.relu(linear(samples.v[part], layer.encoder[neurons]))
-    for head, weight in enumerate(layer.encoder_v):
-        (of_head,) = (neurons // N == head).nonzero(as_tuple=True)
-        z[:, of_head] *= torch.relu(linear(samples.a[head, part], weight[neurons[of_head] - head * N]))
-    return z
+    z = linear(samples.v[part], layer.encoder[neurons]).relu_()
+    start = 0
+    for head, number in enumerate((neurons // N).bincount().tolist()):
+        of_head = slice(start, start + number)
+        y = linear(samples.a[head, part], layer.encoder_v[head][neurons[of_head] - head * N])
+        z[:, of_head] *= y.relu_()
+        start += number
+    return z.mul_(samples.importance[part, None])
 
 
 def _round_decoder(
@@ -380,32 +403,35 @@ def _round_decoder(
     num_neurons, D = decoder.shape
     parts = [slice(start, min(start + 4096, S)) for start in range(0, S, 4096)]
     blocks = torch.arange(num_neurons, device=device).split(DECODER_BLOCK)
-    importance = samples.importance[:, None]
     residual = torch.zeros(S, D, device=device)  # what the output is too much
     energy = torch.zeros(num_neurons, device=device)
     for part in parts:
         for block in blocks:
-            z = _outputs(layer, samples, block, part) * importance[part]
+            z = _outputs(layer, samples, block, part)
             energy[block] += z.square().sum(0)
             if layer is not before:
-                z -= _outputs(before, samples, block, part) * importance[part]
+                z -= _outputs(before, samples, block, part)
                 residual[part] += z @ decoder[block]
     found = rounded(decoder, format)
     if not (mean := energy.mean()) > 0:
         return found
-    for done, block in enumerate(energy.argsort(descending=True, stable=True).split(DECODER_BLOCK)):
+    blocks = energy.argsort(descending=True, stable=True).split(DECODER_BLOCK)
+    for done, block in enumerate(blocks, start=1):
+        neurons, place = block.sort()  # block[place] is neurons
+        order = place.argsort()
         hessian = torch.zeros(len(block), len(block), device=device)
         slope = torch.zeros(len(block), D, device=device)
         for part in parts:
-            z = _outputs(layer, samples, block, part) * importance[part]
+            z = _outputs(layer, samples, neurons, part)
             hessian.addmm_(z.t(), z)
             slope.addmm_(z.t(), residual[part])
+        hessian, slope = hessian[order][:, order], slope[order]
         codes = _round_block(decoder[block], hessian, slope, _DECODER_DAMPING * mean, format)
         found.codes[block], found.scales[block] = codes
-        change = codes.dequantized() - decoder[block]
-        for part in parts:
-            residual[part] += _outputs(layer, samples, block, part) * importance[part] @ change
-        progress(min((done + 1) * DECODER_BLOCK, num_neurons), num_neurons)
+        change = (codes.dequantized() - decoder[block])[place]
+        for part in parts if done < len(blocks) else ():
+            residual[part] += _outputs(layer, samples, neurons, part) @ change
+        progress(min(done * DECODER_BLOCK, num_neurons), num_neurons)
     return found
 
 
@@ -425,8 +451,8 @@ def _round_block(
     target = weight.flip(0) - torch.cholesky_solve(slope.flip(0).to(exact.dtype), factor, upper=True).to(weight.dtype)
     factor = factor.to(weight.dtype)
     errors, found = torch.zeros_like(target), []
-    for stop in range(len(weight), 0, -_ROWS_AT_ONCE):
-        start = max(0, stop - _ROWS_AT_ONCE)
+    for stop in range(len(weight), 0, -_DECODER_ROWS_AT_ONCE):
+        start = max(0, stop - _DECODER_ROWS_AT_ONCE)
         shifts = factor[start:stop, stop:] @ errors[stop:]
         for j in reversed(range(start, stop)):
             shift = (shifts[j - start] + factor[j, j + 1 : stop] @ errors[j + 1 : stop]) / factor[j, j]
@@ -435,5 +461,5 @@ def _round_block(
     return Codes(torch.cat([each.codes for each in found]), torch.cat([each.scales for each in found]))
 
 
-_ROWS_AT_ONCE = 128
+_DECODER_ROWS_AT_ONCE = 128
 """Rows of Dec whose errors reach the others in one matrix product."""

@@ -58,11 +58,13 @@ def test_inputs_that_are_always_0_are_rounded_plainly(format):
     assert (without.dequantized() - weight).norm() <= (plain.dequantized() - weight).norm()
 
 
-def test_a_neuron_has_the_hessian_of_the_inputs_that_count():
+def test_a_neuron_has_the_hessian_of_the_inputs_that_count(monkeypatch):
     inputs, shared = torch.randn(200, 8), torch.eye(8)
     counts = torch.rand(200, 5) < torch.tensor([0.0, 0.01, 0.1, 0.5, 1.0])
-    found = gptq.neuron_hessians(inputs, counts, shared)
     most = gptq.NEURON_SAMPLES * 8
+    monkeypatch.setattr(gptq, "_INPUTS_AT_ONCE", 33)
+    taken = gptq._first_inputs(200, torch.arange(5), lambda part, rows: counts[part, rows], most)
+    found = gptq.neuron_hessians(inputs, taken, shared)
     for row, hessian in enumerate(found):
         first = inputs[counts[:, row]][:most]
         torch.testing.assert_close(hessian, first.t() @ first + gptq._SHARED * most * shared)
