@@ -40,10 +40,8 @@ from bdh.model.network import exact_dtype
 from bdh.ops import QuantizedFormat, eager
 from bdh.ops.attention import DecayMask, rotation_table
 from bdh.ops.formats import CODE_RANGES, GROUP, Codes, check_finite, rounded, scales_of
+from bdh.quantize.progress import Progress, Stages
 from bdh.words import counted
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is done, how much of it is done, and how much there is."""
 
 MAX_SAMPLES = 2**16
 """Inputs of a layer step that are kept, of all tokens and layer steps."""
@@ -120,18 +118,38 @@ def gptq_codes(
         raise ValueError(
             f"the calibration text has {counted(num_tokens, 'token')}: at least {D} are needed, the model's width"
         )
+    number = _num_samples(num_tokens * model.config.n_layer, D, len(layer.encoder_v))
+    seconds = _seconds(layer, num_tokens * model.config.n_layer, number)
+    stages = Stages(
+        progress, "gptq", {name: each for name, each in seconds.items() if name in ("calibration", *formats)}
+    )
     with torch.no_grad():
-        samples = _gather(model, batches, layer, progress)
+        samples = _gather(model, batches, layer, number, stages.of("calibration"))
         codes: dict[str, Codes] = {}
         if "encoder" in formats:
-            codes["encoder"] = _round_encoder(layer, samples, formats["encoder"], partial(progress, "encoder"))
+            codes["encoder"] = _round_encoder(layer, samples, formats["encoder"], stages.of("encoder"))
         for head, name in enumerate(names[1:-1]):
             if name in formats:
-                codes[name] = _round_encoder_v(layer, samples, head, formats[name], partial(progress, name))
+                codes[name] = _round_encoder_v(layer, samples, head, formats[name], stages.of(name))
         if "decoder" in formats:
             after = _with(layer, codes)
-            codes["decoder"] = _round_decoder(layer, after, samples, formats["decoder"], partial(progress, "decoder"))
+            codes["decoder"] = _round_decoder(layer, after, samples, formats["decoder"], stages.of("decoder"))
+    stages.end()
     return codes
+
+
+def _seconds(layer: _Layer, num_inputs: int, number: int) -> dict[str, float]:
+    """How long each stage should take, on one core of 2024; only the shares matter.
+
+    Args:
+        num_inputs: tokens times layer steps.
+        number: those of them that are kept.
+    """
+    (num_neurons, D), H = layer.encoder.shape, len(layer.encoder_v)
+    seconds = {"calibration": 2.0e-10 * num_inputs * num_neurons * D, "encoder": 7.3e-8 * num_neurons * D**2}
+    seconds |= {f"encoder_v.{head}": 9.0e-8 * num_neurons / H * D**2 for head in range(H)}
+    of_input = 1.4e-11 * min(DECODER_BLOCK, num_neurons) + 1.4e-10 * D + 2.9e-8
+    return seconds | {"decoder": number * num_neurons * of_input}
 
 
 def _layer_of(model: Any) -> _Layer:
@@ -151,11 +169,17 @@ def _with(layer: _Layer, codes: Mapping[str, Codes]) -> _Layer:
 # Calibration text.
 
 
-def _gather(model: Any, batches: Sequence[torch.Tensor], layer: _Layer, progress: Progress) -> _Samples:
+def _num_samples(num_inputs: int, D: int, H: int) -> int:
+    """How many of the inputs are kept."""
+    return min(num_inputs, MAX_SAMPLES, max(D, SAMPLE_BYTES // (4 * D * (1 + H))))
+
+
+def _gather(
+    model: Any, batches: Sequence[torch.Tensor], layer: _Layer, number: int, progress: Callable[[int, int], None]
+) -> _Samples:
     """Drawn among all tokens and layer steps."""
     D, H, L, device = model.config.n_embd, len(layer.encoder_v), model.config.n_layer, layer.encoder.device
     num_tokens = sum(batch.numel() for batch in batches)
-    number = min(num_tokens * L, MAX_SAMPLES, max(D, SAMPLE_BYTES // (4 * D * (1 + H))))
     chosen = torch.randperm(num_tokens * L, generator=torch.Generator().manual_seed(0))[:number]
     order = torch.full((num_tokens * L,), -1).index_copy_(0, chosen, torch.arange(number)).to(device)
     v_samples = torch.empty(number, D, device=device)
@@ -170,7 +194,7 @@ def _gather(model: Any, batches: Sequence[torch.Tensor], layer: _Layer, progress
         a_samples[:, slots[kept]] = inputs.a[:, kept]
         importance[slots[kept]] = inputs.importance[kept]
         done += count
-        progress("calibration", done // L, num_tokens)
+        progress(done, num_tokens * L)
     if not (v_samples.isfinite().all() and a_samples.isfinite().all()):
         raise ValueError("the model's activations on the calibration text are infinite or not a number")
     return _Samples(v_samples, a_samples, importance)
@@ -403,9 +427,11 @@ def _round_decoder(
     num_neurons, D = decoder.shape
     parts = [slice(start, min(start + 4096, S)) for start in range(0, S, 4096)]
     blocks = torch.arange(num_neurons, device=device).split(DECODER_BLOCK)
+    work = len(parts) * len(blocks)
     residual = torch.zeros(S, D, device=device)  # what the output is too much
     energy = torch.zeros(num_neurons, device=device)
-    for part in parts:
+    for number, part in enumerate(parts):
+        progress(2 * number * len(blocks), 5 * work)
         for block in blocks:
             z = _outputs(layer, samples, block, part)
             energy[block] += z.square().sum(0)
@@ -416,12 +442,13 @@ def _round_decoder(
     if not (mean := energy.mean()) > 0:
         return found
     blocks = energy.argsort(descending=True, stable=True).split(DECODER_BLOCK)
-    for done, block in enumerate(blocks, start=1):
+    for done, block in enumerate(blocks):
         neurons, place = block.sort()  # block[place] is neurons
         order = place.argsort()
         hessian = torch.zeros(len(block), len(block), device=device)
         slope = torch.zeros(len(block), D, device=device)
-        for part in parts:
+        for number, part in enumerate(parts):
+            progress(2 * work + 3 * (done * len(parts) + number), 5 * work)
             z = _outputs(layer, samples, neurons, part)
             hessian.addmm_(z.t(), z)
             slope.addmm_(z.t(), residual[part])
@@ -429,9 +456,8 @@ def _round_decoder(
         codes = _round_block(decoder[block], hessian, slope, _DECODER_DAMPING * mean, format)
         found.codes[block], found.scales[block] = codes
         change = (codes.dequantized() - decoder[block])[place]
-        for part in parts if done < len(blocks) else ():
+        for part in parts if done + 1 < len(blocks) else ():
             residual[part] += _outputs(layer, samples, neurons, part) @ change
-        progress(min(done * DECODER_BLOCK, num_neurons), num_neurons)
     return found
 
 

@@ -13,7 +13,7 @@ from bdh.generate.texts import inference
 from bdh.model.quantization import neuron_rows, quantized_formats
 from bdh.ops import QuantizedFormat
 from bdh.ops.formats import CODE_RANGES
-from bdh.quantize.rounding import Progress
+from bdh.quantize.progress import Progress
 
 _MAX_BYTES = 2**28
 """Of what both models give for the sequences that are read together: where neurons fire, and log-probabilities."""

@@ -11,7 +11,8 @@ from bdh.model.quantizer import BDHQuantizationConfig, set_quantized
 from bdh.model.weights import weights_obstacle
 from bdh.ops import QuantizedWeights, RoundingMethod, StateFormat
 from bdh.ops.formats import Codes
-from bdh.quantize.gptq import Progress, gptq_codes
+from bdh.quantize.gptq import gptq_codes
+from bdh.quantize.progress import Progress
 
 
 def quantize(
