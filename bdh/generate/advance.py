@@ -202,7 +202,9 @@ class Advancer:
         allowed = f"float32 with torch's operations ({chosen.reason})"
         own = quantized_format(model)
         if own is not None:
-            allowed_weights = f"left out: the model's weights are stored in another format, {own}"
+            allowed_weights = f"{own}, in which the model's weights are stored, or left out"
+            if own not in WEIGHT_FORMATS:  # no value of the setting
+                allowed_weights = f"left out: the model's weights are stored in another format, {own}"
             faults.require(weights in ("float32", own), "weights", weights, allowed_weights)
         else:
             faults.require(weights in chosen.backend.weights, "weights", weights, allowed)
