@@ -249,10 +249,10 @@ class Traffic:
 def traffic(
     config: BDHConfig, found: list[Density], weights: WeightFormat = "float32", state: StateFormat = "float32"
 ) -> Traffic:
-    """Of a model whose layer steps are as dense as was found."""
+    """Of a model whose layer steps are as dense as was found; in a format of states that is read and written at each token."""
     num_rows = config.n_layer * config.n_head * config.neurons_per_head
     of_encoder, of_encoder_v, of_decoder, of_head = (row_bytes(each, config.n_embd) for each in layer_formats(weights))
-    state_row = config.n_embd * STATE_DTYPES[state].itemsize + (8 if state == "int16" else 0)  # step and bound
+    state_row = config.n_embd * STATE_DTYPES[state].itemsize
     x, pairs, xy = (mean(getattr(each, name) for each in found) for name in ("x", "pairs", "xy"))
     return Traffic(
         encoder=num_rows * of_encoder,

@@ -166,8 +166,8 @@ class Advancer:
         path: one of :data:`bdh.ops.STEP_PATHS`; "auto" takes the kernels where they run.
         weights: the format of the kernels' copies of the weights (:data:`bdh.ops.WeightFormat`); "float32" for the model's
             own, which may be quantized.
-        state: "float32"; or half the memory and traffic of the states: "int16", whose logits stay close to those of float32, or
-            "bfloat16", which drifts from them. None takes what a quantized model recommends where that runs, and else float32.
+        state: "float32"; or half the memory and traffic of the states: "int16", whose logits stay close to those of float32 and
+            which takes 64 bytes more for each neuron, or "bfloat16", which drifts from them. None takes what a quantized model recommends where that runs, and else float32.
         window: attend to the last so many tokens only (:mod:`bdh.ops.eager`); None for all of the text.
 
     Raises:
@@ -232,14 +232,16 @@ class Advancer:
                 self._kernel_settings["scaled"] = ScaledSums(half_lives)
         elif half_lives is not None:
             self._half_lives = torch.tensor(half_lives, dtype=dtype, device=model.device)
-        self._kind = "sums" if state == "float32" else f"sums {state}"
+        self._kind = {"float32": "sums", "bfloat16": "sums bfloat16", "int16": "rows int16"}[state]
         if "scaled" in self._kernel_settings:
             self._kind += ", scaled"
         if self._copies != "float32":  # what the model has read by other weights is another state
             self._kind += f", weights {self._copies}"
         self._shapes: Shapes = {"sums": (dtype, (H, N, D))}
         if state == "int16":
-            self._shapes["scales"] = torch.float32, (H, N, 2)
+            from bdh.ops.cpu.recurrence import code_shapes
+
+            self._shapes = code_shapes(H, N, D)
         if window is not None:
             self._kind, self._shapes = f"window:{window}", ring_shapes(window, H, N, D, model.dtype)
         self._is_reading = False  # whether the last call of the kernels had more than a token of some sequence

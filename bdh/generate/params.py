@@ -175,8 +175,8 @@ class EngineConfig(Settings):
     """The kernels' weights: float32 for the model's own; or rounded when they are loaded, to bfloat16 in half the memory, int8 in
     a quarter, int4 in a seventh, mixed: the encoder int8, the rest int4."""
     state: StateFormat | None = None
-    """The kernels' states: float32; or in half the memory int16, which takes longer, or bfloat16, which drifts with the length of
-    the text. None takes what the model recommends (bdh quantize --state), else float32."""
+    """The kernels' states: float32; or in about half the memory int16, merged by windows of 16 tokens, or bfloat16, which drifts
+    with the length of the text. None takes what the model recommends (bdh quantize --state), else float32."""
     window: PositiveInt | None = None
     """Attend to the last so many tokens only, for models that were trained on short blocks. None for all of the text."""
     max_state_bytes: PositiveInt | None = None

@@ -57,9 +57,9 @@ class SynapticState:
         tensors: by name, one tensor (B, ...) for each of the L layer steps. A list is that of the sums.
 
     Attributes:
-        kind: what the tensors mean: "sums"; "sums bfloat16"; with ", scaled" those that fade by a factor which follows
-            from the position (:mod:`bdh.ops.cpu.recurrence`); "window:W". States of one kind and model can be copied
-            into each other.
+        kind: what the tensors mean: "sums"; "sums bfloat16"; "rows int16" (:mod:`bdh.ops.cpu.code_steps`); with ", scaled" those
+            that fade by a factor which follows from the position (:mod:`bdh.ops.cpu.recurrence`); "window:W". States of one kind
+            and model can be copied into each other.
         positions: int64 (B,): tokens read by each sequence, padding not counted. Exact. On the device of the tensors, or
             on the CPU.
         num_columns: columns read so far, padding included; what transformers calls the sequence length.

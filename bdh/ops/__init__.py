@@ -20,5 +20,5 @@ WeightFormat = Literal["float32", "bfloat16", "int8", "int4", "mixed"]
 in int8, Ev and Dec in int4."""
 WEIGHT_FORMATS: tuple[WeightFormat, ...] = get_args(WeightFormat)
 StateFormat = Literal["float32", "bfloat16", "int16"]
-"""How it keeps the states; in int16 each row has a step of its own (:mod:`bdh.ops.cpu.state_codes`)."""
+"""How it keeps the states; in int16 each row has a step of its own, and is written once in 16 tokens (:mod:`bdh.ops.cpu.state_codes`)."""
 STATE_FORMATS: tuple[StateFormat, ...] = get_args(StateFormat)

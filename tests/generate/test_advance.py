@@ -116,13 +116,9 @@ def test_any_pieces_beside_any_neighbours_have_the_same_bits_by_the_kernels(make
 @pytest.mark.parametrize("decay", [None, [2, None, 0.01]])
 def test_states_in_int16_stay_close_to_float32(make_model, decay):
     model, tokens = make_model(decay=decay), random_tokens(300)
-    logits, state = read(Advancer(model, path="kernels", state="int16"), [tokens])
-    expected, exact = read(Advancer(model, path="kernels"), [tokens])
+    logits, _ = read(Advancer(model, path="kernels", state="int16"), [tokens])
+    expected, _ = read(Advancer(model, path="kernels"), [tokens])
     torch.testing.assert_close(logits, expected, rtol=0, atol=0.01)
-    for codes, scales, sums in zip(state.tensors["sums"], state.tensors["scales"], exact.sums, strict=True):
-        largest = codes.abs().amax(-1) * scales[..., 0]
-        assert (largest <= scales[..., 1]).all()
-        assert ((scales[..., 0] == 0) == (sums == 0).all(-1)).all()
 
 
 def test_a_state_in_int16_that_was_saved_continues_with_the_same_bits(model, tmp_path):
@@ -136,10 +132,11 @@ def test_a_state_in_int16_that_was_saved_continues_with_the_same_bits(model, tmp
     assert torch.equal(advancer.advance([StepInput(loaded, tokens[50:], "all")])[0], expected)
 
 
-def test_a_state_in_int16_takes_half_of_the_memory_and_is_of_a_kind_of_its_own(model):
+def test_a_state_in_int16_takes_two_bytes_a_number_and_64_a_neuron_and_is_of_a_kind_of_its_own(model):
     codes, numbers = Advancer(model, path="kernels", state="int16"), Advancer(model, path="kernels")
-    D = model.config.n_embd
-    assert codes.state_bytes / numbers.state_bytes == (2 * D + 8) / (4 * D)
+    L, D, num_neurons = model.config.n_layer, model.config.n_embd, model.decoder.weight.shape[1]
+    assert codes.state_bytes == L * (num_neurons * (2 * D + 64) + 16 * 4 * D) == codes.new_state().nbytes - 8
+    assert codes.pattern[0] == "rows int16"
     with pytest.raises(ValueError, match="cannot become one"):
         numbers.new_state().copy_(codes.new_state())
     with pytest.raises(ValueError, match="state is 'int16': must be float32 with torch's operations"):
@@ -161,8 +158,9 @@ def test_texts_cut_at_multiples_of_the_chunk_size_have_the_bits_of_the_whole_by_
     assert same_bits(read(advancer, [text[:16], text[16:64], text[64:]]), whole)
 
 
-def test_threads_do_not_change_a_bit(model):
-    advancer, tokens = Advancer(model, path="kernels"), random_tokens(40)
+@pytest.mark.parametrize("state", ["float32", "int16"])
+def test_threads_do_not_change_a_bit(model, state):
+    advancer, tokens = Advancer(model, path="kernels", state=state), random_tokens(40)
     assert same_bits(*(with_threads(count, lambda: read(advancer, [tokens])) for count in (1, 2)))
 
 

@@ -2,7 +2,7 @@ import json
 import random
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ import torch
 from bdh.generate.advance import Advancer
 from bdh.generate.engine import Engine
 from bdh.generate.params import EngineConfig, SamplingParams
+from bdh.model.state import SynapticState
 
 
 def drained(engine, *, each_step=lambda: None):
@@ -390,6 +391,20 @@ def test_a_snapshot_of_another_kind_of_state_is_refused(make_engine):
     (completion,) = found.values()
     with pytest.raises(ValueError, match="make the engine with the same settings"):
         make_engine(state="bfloat16").add_request(None, snapshot=completion.snapshot)
+
+
+def test_a_snapshot_in_int16_whose_rows_were_written_at_each_token_is_refused_by_name(make_engine):
+    engine = make_engine(state="int16")
+    engine.add_request("abc", SamplingParams(max_tokens=2), keep_snapshot=True)
+    _, found = drained(engine)
+    (completion,) = found.values()
+    config = engine.model.config
+    shape = config.n_head, config.neurons_per_head
+    shapes = {"sums": (torch.int16, (*shape, config.n_embd)), "scales": (torch.float32, (*shape, 2))}
+    earlier = SynapticState.empty("sums int16", shapes, config.n_layer)
+    with pytest.raises(ValueError, match=r"state is \('sums int16'.*this engine's are \('rows int16'"):
+        engine.add_request(None, snapshot=replace(completion.snapshot, state=earlier))
+    engine.add_request(None, snapshot=completion.snapshot)
 
 
 def test_a_shared_beginning_is_read_once_and_changes_no_bit(make_engine):

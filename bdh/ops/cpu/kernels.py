@@ -17,12 +17,10 @@ Weights and states come by address, one row of D numbers for each neuron.
 """
 
 import numpy as np
-from numba import types
-from numba.extending import overload
 
 from bdh.ops.cpu.entries import DOTS, GROUP, dots, dots_of_group, list_above_0, list_products, pad, spread_list
 from bdh.ops.cpu.pieces import STAGE_WORDS, jit, pieces
-from bdh.ops.cpu.state_codes import SCALE_BYTES, attend_to_codes, largest_number
+from bdh.ops.cpu.state_codes import has_written
 from bdh.ops.cpu.state_rows import LIST_ARRAYS, attend_and_update, list_pair
 from bdh.ops.cpu.vector import (
     CACHE_LINE,
@@ -48,7 +46,6 @@ LIKE: dict[str, np.ndarray] = {
     "bfloat16": np.zeros(0, np.uint16),
     "int8": np.zeros(0, np.int8),
     "int4": np.zeros(0, np.uint8),
-    "int16": np.zeros(0, np.int16),
 }
 """What tells the kernels, which get addresses, in which format weights or states are."""
 
@@ -57,7 +54,7 @@ STRETCH_NEURONS = 512
 BLOCK_NEURONS = 8
 """Neurons whose weights stay in the nearest cache while all rows are multiplied with them: those of ``tile_8x1``."""
 AHEAD = 3  # pairs whose rows are asked for before they are needed
-_LIST = 1024  # neurons that fire, gathered before they are worked off
+LISTED = 1024  # neurons that fire, gathered before they are worked off
 _PROJECTED = 256  # neurons of a piece; a multiple of BLOCK_NEURONS
 _TURNED = 256  # pairs of a piece
 MANY_ROWS = 16
@@ -177,40 +174,65 @@ def project(stage, like, weights, v, out, relu):
             products_by_row(FLOAT32, rows, D * 4, count, v, R - R % 4, out, first, relu)
 
 
-def sweep_pair(like, rows, scales, noise, key, lists, room, count, values, maxima, out, D):
-    """What the listed tokens read from a pair's rows, and write to them, in the format of ``like``."""
+@jit
+def firing_pairs(x, h, N, first, end, row, last, states, row_bytes, firing):
+    """Gathers the pairs of a stretch that fire in some rows, for ``firing``; returns how many there are.
 
-
-@overload(sweep_pair)
-def _sweep_pair(like, rows, scales, noise, key, lists, room, count, values, maxima, out, D):
-    def of_codes(like, rows, scales, noise, key, lists, room, count, values, maxima, out, D):
-        attend_to_codes(rows, scales, noise, key, lists, room, count, values, maxima, out, D)
-
-    def of_numbers(like, rows, scales, noise, key, lists, room, count, values, maxima, out, D):
-        attend_and_update(like, rows, lists, room, count, values, out, D)
-
-    return of_codes if like.dtype == types.int16 else of_numbers
+    Where ``states`` is an address, of rows of :mod:`bdh.ops.cpu.state_codes`, also those that have written in the window.
+    """
+    count = 0
+    for i in range(first // 2, end // 2):
+        fires = last - row >= LANES  # nearly every pair does at one of them, and listing them is fast
+        if not fires:
+            for r in range(row, last):
+                fires |= (x[h * N + 2 * i, r] > 0) | (x[h * N + 2 * i + 1, r] > 0)
+        if not fires and states != 0:
+            fires = has_written(states + 2 * i * row_bytes, row_bytes)
+        firing[count] = i
+        count += fires
+    return count
 
 
 @jit
-def attention_update(
-    stage, like, states, scales, noise, layer_step, starts, x, cos, sin, read_scales, write_scales, v, partial_sums, N
-):
+def list_pairs(firing, begin, count, x, h, N, cos, sin, read, write, row, last, lists, room, offsets):
+    """Lists the tokens of pairs from ``begin`` on, as many as go into the lists; returns the pair after the last.
+
+    Those of pair ``index`` are the entries from ``offsets[index]`` to ``offsets[index + 1]``.
+    """
+    R = x.shape[1]
+    listed, stop = 0, begin
+    while stop < count and listed < LISTED:
+        i, offsets[stop] = firing[stop], listed
+        x_0 = address(x) + ((h * N + 2 * i) * R + row) * 4
+        turn = (i * R + row) * 4
+        listed += list_pair(
+            x_0,
+            x_0 + R * 4,
+            address(cos) + turn,
+            address(sin) + turn,
+            address(read) + row * 4,
+            address(write) + row * 4,
+            last - row,
+            lists + listed * 4,
+            room,
+        )
+        stop += 1
+    offsets[stop] = listed
+    return stop
+
+
+@jit
+def attention_update(stage, like, states, starts, x, cos, sin, read_scales, write_scales, v, partial_sums, N):
     """The sums of each stretch, ``partial_sums`` (stretches, R, D), of q S; and S with the rows' keys and values added.
 
     ``states`` (sequences,) are addresses of (H, N, D); the rows of sequence s are ``starts[s]`` to ``starts[s + 1]``.
-    ``read_scales`` and ``write_scales`` (R, H) multiply queries and keys. Of states in int16 ``scales`` are the addresses of
-    (H, N, 2), and ``noise`` (R, D) is what rounds them (:mod:`bdh.ops.cpu.state_codes`); of others they are not read.
+    ``read_scales`` and ``write_scales`` (R, H) multiply queries and keys.
     """
     num_stretches, R, D = partial_sums.shape
-    H = x.shape[0] // N
     state_bytes = row_bytes(like, D)
     firing, offsets = np.empty(STRETCH_NEURONS // 2, np.int64), np.empty(STRETCH_NEURONS // 2 + 1, np.int64)
-    memory = np.empty((LIST_ARRAYS, _LIST + R + LANES), np.float32)
+    memory = np.empty((LIST_ARRAYS, LISTED + R + LANES), np.float32)
     read, write = np.empty(R, np.float32), np.empty(R, np.float32)
-    maxima = np.empty(len(noise), np.float32)
-    for r in range(len(noise)):
-        maxima[r] = largest_number(address(v) + r * D * 4, D)
     for stretch in pieces(stage, num_stretches):
         h, first, end = bounds_of(stretch, N)
         partial_sums[stretch] = 0
@@ -222,55 +244,35 @@ def attention_update(
             row, last = starts[sequence], starts[sequence + 1]
             values, out = address(v) + row * D * 4, address(partial_sums) + (stretch * R + row) * D * 4
             # Gathered first: the neurons that come next can be asked for while a pair is worked on.
-            count = 0
-            for i in range(first // 2, end // 2):
-                fires = last - row >= LANES  # nearly every pair does at one of them, and listing them is fast
-                if not fires:
-                    for r in range(row, last):
-                        fires |= (x[h * N + 2 * i, r] > 0) | (x[h * N + 2 * i + 1, r] > 0)
-                firing[count] = i
-                count += fires
+            count = firing_pairs(x, h, N, first, end, row, last, 0, 0, firing)
             begin = 0
             while begin < count:
-                listed, stop = 0, begin
-                while stop < count and listed < _LIST:
-                    i, offsets[stop] = firing[stop], listed
-                    x_0 = address(x) + ((h * N + 2 * i) * R + row) * 4
-                    turn = (i * R + row) * 4
-                    listed += list_pair(
-                        x_0,
-                        x_0 + R * 4,
-                        address(cos) + turn,
-                        address(sin) + turn,
-                        address(read) + row * 4,
-                        address(write) + row * 4,
-                        last - row,
-                        lists + listed * 4,
-                        room,
-                    )
-                    stop += 1
-                offsets[stop] = listed
+                stop = list_pairs(firing, begin, count, x, h, N, cos, sin, read, write, row, last, lists, room, offsets)
                 for index in range(begin, stop):
                     if index + AHEAD < count:
                         following = state + 2 * firing[index + AHEAD] * state_bytes
                         for line in range(0, 2 * state_bytes, CACHE_LINE):
                             prefetch(following + line)
-                    n = h * N + 2 * firing[index]
-                    sweep_pair(
+                    attend_and_update(
                         like,
-                        states[sequence] + n * state_bytes,
-                        scales[sequence] + n * SCALE_BYTES,
-                        address(noise) + row * D * 4,
-                        layer_step * H * N + n,
+                        state + 2 * firing[index] * state_bytes,
                         lists + offsets[index] * 4,
                         room,
                         offsets[index + 1] - offsets[index],
                         values,
-                        address(maxima) + row * 4,
                         out,
                         D,
                     )
                 begin = stop
+
+
+@jit
+def sum_stretches(partial_sums, first, count, r, out):
+    """The sum of a row over stretches, ``partial_sums`` (stretches, R, numbers), to ``out`` (numbers,)."""
+    out[:] = 0
+    for stretch in range(first, first + count):
+        for d in range(len(out)):
+            out[d] += partial_sums[stretch, r, d]
 
 
 @jit
@@ -281,10 +283,7 @@ def reduce_norm(stage, partial_sums, a, eps):
     ones = np.ones(D, np.float32)
     for item in pieces(stage, R * H):
         r, h = item // H, item % H
-        a[h, r] = 0
-        for stretch in range(h * per_head, (h + 1) * per_head):
-            for d in range(D):
-                a[h, r, d] += partial_sums[stretch, r, d]
+        sum_stretches(partial_sums, h * per_head, per_head, r, a[h, r])
         normalise(a[h, r], ones, eps)
 
 
@@ -331,9 +330,9 @@ def gated_mlp(stage, like, encoder_v, like_decoder, decoder, x, a, partial_sums,
     """
     num_stretches, R, D = partial_sums.shape
     stored_bytes, decoder_bytes = row_bytes(like, D), row_bytes(like_decoder, D)
-    neurons, rows = np.empty(_LIST + R, np.int64), np.empty(_LIST + R, np.int64)
-    weights, values = np.empty(_LIST + R, np.int64), np.empty(_LIST + R, np.int64)
-    y = np.empty(_LIST + R, np.float32)
+    neurons, rows = np.empty(LISTED + R, np.int64), np.empty(LISTED + R, np.int64)
+    weights, values = np.empty(LISTED + R, np.int64), np.empty(LISTED + R, np.int64)
+    y = np.empty(LISTED + R, np.float32)
     lists, unpacked = np.empty((5, R + LANES), np.float32), np.empty((2, D), np.float32)
     for stretch in pieces(stage, num_stretches):
         h, first, end = bounds_of(stretch, N)
@@ -354,7 +353,7 @@ def gated_mlp(stage, like, encoder_v, like_decoder, decoder, x, a, partial_sums,
         n = first
         while n < end:
             count = 0
-            while n < end and count < _LIST:
+            while n < end and count < LISTED:
                 for r in range(R):
                     neurons[count], rows[count] = n, r
                     weights[count] = encoder_v[h] + n * stored_bytes
@@ -405,10 +404,7 @@ def residual_norm(stage, partial_sums, v, eps):
     ones = np.ones(D, np.float32)
     total = np.empty(D, np.float32)
     for r in pieces(stage, R):
-        total[:] = 0
-        for stretch in range(partial_sums.shape[0]):
-            for d in range(D):
-                total[d] += partial_sums[stretch, r, d]
+        sum_stretches(partial_sums, 0, partial_sums.shape[0], r, total)
         normalise(total, ones, eps)
         for d in range(D):
             v[r, d] += total[d]
@@ -426,7 +422,7 @@ def enter(progress, embed, tokens, positions, turns_per_token, v, cos, sin, eps)
 def layer_steps(
     thread, progress, embed, tokens, positions, turns_per_token, v, cos, sin, eps, first_step,
     like_encoder, encoder, like_encoder_v, encoder_v, like_decoder, decoder,
-    like_states, states, scales, noise, starts, read_scales, write_scales, x, a, partial_sums,
+    like_states, states, starts, read_scales, write_scales, x, a, partial_sums,
 ):  # fmt: skip
     """Layer steps of the model over v (R, D), in place.
 
@@ -434,8 +430,7 @@ def layer_steps(
         progress: of ``STAGES`` for each layer step and once more.
         embed: and what follows to eps, as of :func:`enter`, which is called where first_step is 0.
         encoder, encoder_v, decoder: the addresses of E, of the heads of Ev and of Dec.
-        states: (layer steps, sequences) addresses of each one's sums, (H, N, D), and ``scales`` those of their scales.
-        noise: int32 (R, D), as of :func:`attention_update`.
+        states: (layer steps, sequences) addresses of each one's sums, (H, N, D).
         x: (H*N, R), a: (H, R, D), partial_sums: (H * stretches of a head, R, D): memory to work in.
     """
     N, stage = x.shape[0] // a.shape[0], address(progress)
@@ -448,9 +443,6 @@ def layer_steps(
             stage + STAGE_BYTES,
             like_states,
             states[index],
-            scales[index],
-            noise,
-            first_step + index,
             starts,
             x,
             cos,

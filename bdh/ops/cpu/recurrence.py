@@ -11,21 +11,20 @@ import torch
 
 from bdh.ops import StateFormat, WeightFormat
 from bdh.ops.attention import turns_per_token
-from bdh.ops.cpu import kernels, window
+from bdh.ops.cpu import code_steps, kernels, window
 from bdh.ops.cpu.runtime import compiled, run_by_threads, team_for
-from bdh.ops.cpu.state_codes import noise_of
+from bdh.ops.cpu.state_codes import CODE_BYTES, HEAD_BYTES, WINDOW, rounding_table, row_numbers
 from bdh.ops.eager import ring_shapes
 from bdh.ops.formats import MatrixFormat, Rows, layer_formats
 
 _STATE_FORMATS: dict[torch.dtype, StateFormat] = {
     torch.float32: "float32",
     torch.bfloat16: "bfloat16",
-    torch.int16: "int16",
 }
 OnLayerStep = Callable[[np.ndarray], None]
 Tensors = Mapping[str, Sequence[torch.Tensor]]
-"""Of one sequence, by name, a contiguous tensor on the CPU for each layer step: ``sums`` (H, N, D), in
-int16 with ``scales`` (H, N, 2), or those of a :class:`bdh.ops.eager.Ring`. Dimensions of size 1 may come before these."""
+"""Of one sequence, by name, a contiguous tensor on the CPU for each layer step: ``sums`` (H, N, D); or those of
+:func:`code_shapes`; or those of a :class:`bdh.ops.eager.Ring`. Dimensions of size 1 may come before these."""
 
 _RESCALED_BITS = 32
 _MOST_BITS = 60  # lost at one token: float32 keeps 24, so what is left of what was there has vanished
@@ -136,6 +135,14 @@ class ScaledSums:
         return [(each[..., head, :, :], factor) for head, factor in factors.items() for each in sums]
 
 
+def code_shapes(num_heads: int, neurons_per_head: int, width: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """What a layer step of a state in int16 holds, by name (:mod:`bdh.ops.cpu.code_steps`)."""
+    return {
+        "rows": (torch.int16, (num_heads, neurons_per_head, row_numbers(width))),
+        "values": (torch.float32, (WINDOW, width)),
+    }
+
+
 def ring_fading(window_tokens: int, num_heads: int, half_lives: Sequence[float] | None = None) -> np.ndarray:
     """What weighs a token of a window by how many stand between it and the reader: float32 (H, W - 1)."""
     lives = np.full(num_heads, np.inf) if half_lives is None else np.asarray(half_lives)
@@ -160,7 +167,7 @@ class Recurrence:
         )
         self._turns = turns_per_token(N, weights.rope_theta).numpy()
         self._embed = np.from_dlpack(weights.embed)  # .numpy() would fix the storage's size, which FSDP changes
-        self._no_noise = np.empty((0, weights.shape[-1]), np.int32)
+        self._rounding_table = rounding_table(weights.shape[-1])
         self._head = _place(weights.lm_head)
         self._num_partial_sums = H * kernels.stretches_of(N)
         self._memory = threading.local()  # of each thread its own, so that two may read at once
@@ -189,19 +196,18 @@ class Recurrence:
                 The bits of the result do not depend on it.
             before_writing: is called just before the first state is written.
         """
-        key = ("ring", fading.shape[1]) if fading is not None else states[0]["sums"][0].dtype
+        format = "ring" if fading is not None else _format_of(states[0])
+        key = format if fading is None else (format, fading.shape[1])
         if key not in self._is_compiled:
             self._is_compiled.add(key)
-            format = None if fading is not None else _STATE_FORMATS[states[0]["sums"][0].dtype]
-            kind = {None: " in a window", "float32": ""}.get(format, f" with {format} states")
+            kind = {"ring": " in a window", "float32": ""}.get(format, f" with {format} states")
             compiled(f"reading and writing{kind}", lambda: self._warm_up(states[0], fading))
         _, H, N, D = self.weights.shape
         R = len(rows.tokens)
         x, a = self.work_memory("x", H * N, R), self.work_memory("a", H, R, D)
         partial_sums = self.work_memory("partial_sums", self._num_partial_sums, R, D)
         if fading is not None:
-            rings = np.array([_addresses(states, name) for name in ("keys", "fired", "values")], np.int64)
-            rings = np.ascontiguousarray(rings.transpose(1, 0, 2))  # (L, 3, sequences)
+            rings = _tables(states, ("keys", "fired", "values"))
             scores = self.work_memory("scores", self._num_partial_sums, R, states[0]["keys"][0].shape[-1])
             if fading.shape[1] == 0:
                 a[:] = 0
@@ -213,13 +219,6 @@ class Recurrence:
                 on_layer_step,
                 before_writing,
             )
-        addresses = np.array(_addresses(states, "sums"), np.int64)
-        format = _STATE_FORMATS[states[0]["sums"][0].dtype]
-        like_states, has_codes = kernels.LIKE[format], format == "int16"
-        scale_addresses = (
-            np.array(_addresses(states, "scales"), np.int64) if has_codes else addresses
-        )  # which are not read
-        noise = noise_of(rows.positions, D) if has_codes else self._no_noise
         rescaled: list[tuple[torch.Tensor, float]] = []
         if scaled is None:
             read_scales = write_scales = np.ones((R, H), np.float32)
@@ -229,26 +228,29 @@ class Recurrence:
             read_scales = np.concatenate([each[:-1] for each in scales]).astype(np.float32)
             write_scales = (1 / np.concatenate([each[1:] for each in scales])).astype(np.float32)
             for state, end in zip(states, starts + counts, strict=True):
-                rescaled += scaled.rescaled(int(end), state["scales" if has_codes else "sums"])
-        v = self._run(
-            kernels.layer_steps,
-            rows,
-            x,
-            lambda some: (
-                like_states,
-                addresses[some],
-                scale_addresses[some],
-                noise,
-                rows.starts,
-                read_scales,
-                write_scales,
+                rescaled += scaled.rescaled(int(end), _heads(state) if format == "int16" else state["sums"])
+        shared = rows.starts, read_scales, write_scales, x, a
+        if format == "int16":
+            tables = _tables(states, ("rows", "values"))
+            table, scores = self._rounding_table, self.work_memory("scores", self._num_partial_sums, R, WINDOW)
+            v = self._run(
+                code_steps.code_steps,
+                rows,
                 x,
-                a,
-                partial_sums,
-            ),
-            on_layer_step,
-            before_writing,
-        )
+                lambda some: (tables[some], table, *shared, scores, partial_sums),
+                on_layer_step,
+                before_writing,
+            )
+        else:
+            like, addresses = kernels.LIKE[format], np.array(_addresses(states, "sums"), np.int64)
+            v = self._run(
+                kernels.layer_steps,
+                rows,
+                x,
+                lambda some: (like, addresses[some], *shared, partial_sums),
+                on_layer_step,
+                before_writing,
+            )
         for of_head, factor in rescaled:
             of_head.mul_(factor)
         return v
@@ -338,6 +340,20 @@ class Recurrence:
 def _place(rows: Rows) -> tuple[np.ndarray, int]:
     """What the kernels take of them."""
     return kernels.LIKE[rows.format], rows.tensor.data_ptr()
+
+
+def _format_of(state: Tensors) -> str:
+    return "int16" if "rows" in state else _STATE_FORMATS[state["sums"][0].dtype]
+
+
+def _heads(state: Tensors) -> list[torch.Tensor]:
+    """The steps and keys of rows in int16, which fade with the sums that they stand for."""
+    return [rows[..., : HEAD_BYTES // CODE_BYTES].view(torch.float32) for rows in state["rows"]]
+
+
+def _tables(states: Sequence[Tensors], names: Sequence[str]) -> np.ndarray:
+    """The addresses (L, names, sequences) of tensors of a layer step."""
+    return np.ascontiguousarray(np.array([_addresses(states, name) for name in names], np.int64).transpose(1, 0, 2))
 
 
 def _addresses(states: Sequence[Tensors], name: str) -> list[list[int]]:

@@ -1,16 +1,15 @@
 """States of half the size: a neuron's row is whole numbers of 16 bits, its codes, times a step of its own.
 
-After each token a row is rounded to whole steps at random, up or down so that the mean is right: what many tokens add in
-amounts far below a step is not lost. The random number follows from the token's position and the dimension (a table of
-32 bits for each, made once a call) and from the layer step and the row (one number, which is added to the table's): so the
-bits of a state do not depend on how a text was cut, nor on what was read beside it.
+Rows are written once in a window of ``WINDOW`` tokens. Until it ends, what a neuron writes at its tokens, the keys, is kept
+beside the codes, and a token reads the earlier ones of its window from there: (q . k) v. At the end the row is the sum
+of both, its step the least with which its largest magnitude fits, and each number is rounded to a whole step at random, up or
+down so that the mean is right: what many windows add in amounts far below a step is not lost.
 
-``scales`` has two float32 for each row: its step, 0 while it is empty, and a bound of its largest magnitude. The bound grows with
-each token by what that may add. Where it would leave the range, before that token, the largest magnitude is looked up, and the
-step doubled until it fills half of the range at most.
+The random number is a table's for the dimension, crossed with one for the row, the layer step and the position where the
+window ends. Windows end at absolute positions, so the bits of a state do not depend on how a text was cut, nor on what was read
+beside it.
 """
 
-import math
 from typing import Any
 
 import numpy as np
@@ -19,37 +18,46 @@ from numba import types
 from numba.core import cgutils
 
 from bdh.ops.blocks.block import MULTIPLIERS, SHIFTS
-from bdh.ops.cpu.entries import by_blocks
+from bdh.ops.cpu.entries import _numbers_from, append, by_blocks
 from bdh.ops.cpu.pieces import jit
 from bdh.ops.cpu.vector import (
     ADDRESS,
     LANES,
     NUMBER,
-    _by_vectors,
     _fma,
     _lanes,
     _load,
     _load_scalar,
     _spread,
     _store,
+    _store_scalar,
     _vector,
     instruction,
-    put_float,
 )
 
-CODE_BYTES, SCALE_BYTES = 2, 8
+WINDOW = LANES
+"""Tokens."""
+WRITTEN_ARRAYS = 3
+HEAD_BYTES = 4 * WINDOW
+_LAST = WINDOW - 1
+CODE_BYTES = 2
 _F32, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
-_LIMIT, _HALF = np.float32(32_700), np.float32(16_384)  # codes; what the limit leaves is for the bound's own rounding
-_LEAST = np.float32(1e-30)  # of a step that is chosen, so that there is its inverse
-_VANISHED = np.float32(2.0**-32)  # of steps: in the larger one all codes of the smaller one are 0
+_LIMIT = np.float32(32_766)  # codes, before they are rounded, which may add one
+_LEAST = np.float32(1e-30)  # of a step, so that there is its inverse
+_FRACTION = np.float32(2.0**16)  # of a step: with codes of 16 bits a fraction of as many fits into an int32
 
 
-def noise_of(positions: np.ndarray, D: int) -> np.ndarray:
-    """What rounds the rows at these positions: int32 (R, D)."""
-    bits = (positions[:, None] * D + np.arange(D)).astype(np.uint32)
+def row_numbers(D: int) -> int:
+    """Of a stored row, in int16: its head, and its codes; so many that heads begin at multiples of 4 bytes."""
+    return HEAD_BYTES // CODE_BYTES + D + D % 2
+
+
+def rounding_table(D: int) -> np.ndarray:
+    """Of each dimension 16 bits that look like chance: int32 (D,)."""
+    bits = np.arange(D, dtype=np.uint32)
     for multiplier, shift in zip(MULTIPLIERS, SHIFTS[:2], strict=True):
         bits = (bits ^ (bits >> np.uint32(shift))) * np.uint32(multiplier)
-    return (bits ^ (bits >> np.uint32(SHIFTS[2]))).view(np.int32)
+    return (bits >> np.uint32(16)).astype(np.int32)
 
 
 def _call(builder: Any, name: str, *arguments: Any, result: Any = None) -> Any:
@@ -58,24 +66,15 @@ def _call(builder: Any, name: str, *arguments: Any, result: Any = None) -> Any:
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
 
 
-def _load_codes(builder: Any, address: Any, index: Any, width: int) -> Any:
+def _code_pointer(builder: Any, address: Any, index: Any, width: int) -> Any:
     place = builder.add(address, builder.mul(index, _I64(CODE_BYTES)))
-    codes = builder.load(builder.inttoptr(place, _vector(_I16, width).as_pointer()))
+    return builder.inttoptr(place, _vector(_I16, width).as_pointer())
+
+
+def _load_codes(builder: Any, address: Any, index: Any, width: int) -> Any:
+    codes = builder.load(_code_pointer(builder, address, index, width))
     codes.align = CODE_BYTES
     return builder.sitofp(builder.sext(codes, _vector(_I32, width)), _vector(_F32, width))
-
-
-def _store_codes(builder: Any, value: Any, address: Any, index: Any, width: int) -> None:
-    place = builder.add(address, builder.mul(index, _I64(CODE_BYTES)))
-    wide = _vector(_I32, width)
-    whole = _call(builder, f"llvm.fptosi.sat.v{width}i32.v{width}f32", value, result=wide)  # of NaN it makes 0
-    codes = builder.trunc(whole, _vector(_I16, width))
-    builder.store(codes, builder.inttoptr(place, codes.type.as_pointer())).align = CODE_BYTES
-
-
-def _whole(builder: Any, value: Any) -> Any:
-    """The nearest whole numbers."""
-    return _call(builder, f"llvm.rint.v{value.type.count}f32", value)
 
 
 @instruction(ADDRESS, NUMBER, result=types.float32)
@@ -97,176 +96,235 @@ def mixed(builder, number):
     return builder.zext(builder.xor(bits, builder.lshr(bits, _I32(SHIFTS[2]))), _I64)
 
 
-def _make_largest(load: Any) -> Any:
-    @instruction(ADDRESS, NUMBER, result=types.float32)
-    def largest(builder, address, length):
-        """The largest magnitude of a row; NaN where it has one."""
-        slots = {width: cgutils.alloca_once_value(builder, _lanes(_F32, [0.0] * width)) for width in (LANES, 1)}
-
-        def body(index: Any, width: int) -> None:
-            value = _call(builder, f"llvm.fabs.v{width}f32", load(builder, address, index, width))
-            most = _call(builder, f"llvm.maximum.v{width}f32", value, builder.load(slots[width]))
-            builder.store(most, slots[width])
-
-        _by_vectors(builder, length, body)
-        of_rest = builder.extract_element(builder.load(slots[1]), _I32(0))
-        most = _call(builder, f"llvm.vector.reduce.fmaximum.v{LANES}f32", builder.load(slots[LANES]), result=_F32)
-        return _call(builder, "llvm.maximum.f32", most, of_rest)
-
-    return largest
+def _heads(builder: Any, rows: Any, row_bytes: Any) -> list[Any]:
+    """Of a pair."""
+    return [_load(builder, each, _I64(0), WINDOW) for each in (rows, builder.add(rows, row_bytes))]
 
 
-largest_number, largest_code = _make_largest(_load), _make_largest(_load_codes)
+def _are_written(builder: Any, heads: list[Any], count: int) -> Any:
+    """At which of the window's first ``count`` tokens a pair has written, were it what is no number."""
+    zero = _lanes(_F32, [0.0] * WINDOW)
+    is_written = builder.or_(*(builder.fcmp_unordered("!=", each, zero) for each in heads))
+    return builder.and_(is_written, _lanes(ir.IntType(1), [token < count for token in range(WINDOW)]))
 
 
-@instruction(ADDRESS, types.float32, NUMBER)
-def multiply_codes(builder, row, factor, length):
-    """Codes times a factor, rounded to the nearest."""
-
-    def body(index: Any, width: int) -> None:
-        value = builder.fmul(_load_codes(builder, row, index, width), _spread(builder, factor, width))
-        _store_codes(builder, _whole(builder, value), row, index, width)
-
-    _by_vectors(builder, length, body)
+@instruction(ADDRESS, NUMBER, result=types.boolean)
+def has_written(builder, rows, row_bytes):
+    """Whether a pair has written in the running window."""
+    is_written = _are_written(builder, _heads(builder, rows, row_bytes), _LAST)
+    return _call(builder, f"llvm.vector.reduce.or.v{WINDOW}i1", is_written, result=ir.IntType(1))
 
 
-@instruction(*[ADDRESS] * 2, *[types.float32] * 4, NUMBER, NUMBER, ADDRESS, NUMBER, NUMBER, *[ADDRESS] * 2, NUMBER)
-def attend_and_update_codes(
-    builder, rows, noise, read_0, read_1, write_0, write_1, key_0, key_1, lists, room, count, values, out, length
-):
-    """:func:`bdh.ops.cpu.state_rows.attend_and_update` for a pair's rows of codes.
+@instruction(ADDRESS, NUMBER, ADDRESS, NUMBER, result=types.int64)
+def list_written(builder, rows, row_bytes, lists, room):
+    """Lists at which tokens of a window that has ended a pair has written, and its two keys; returns how many there are."""
+    found = cgutils.alloca_once_value(builder, _I64(0))
+    heads = _heads(builder, rows, row_bytes)
+    places = [builder.add(lists, builder.mul(room, _I64(number))) for number in range(WRITTEN_ARRAYS)]
+    values = [_numbers_from(builder, _I64(0)), *heads]
+    append(builder, _are_written(builder, heads, WINDOW), list(zip(values, places, strict=True)), found)
+    return builder.load(found)
 
-    The factors of the list are multiplied with these: to read, the rows' steps, and to write, one by them. ``noise`` is the
-    table (tokens, length) of int32, to which the rows' keys are added.
+
+@instruction(ADDRESS, types.float32)
+def begin_window(builder, row, step):
+    """Sets a row's head for a new window."""
+    head = builder.insert_element(_lanes(_F32, [0.0] * WINDOW), step, _I32(_LAST))
+    _store(builder, head, row, _I64(0), WINDOW)
+
+
+def _entry(builder: Any, lists: Any, room: Any, entry: Any, count: int) -> tuple[Any, list[Any]]:
+    """The token of an entry, and the first ``count`` numbers."""
+    place = builder.add(lists, builder.mul(entry, _I64(4)))
+    token = builder.sext(_load_scalar(builder, place, 0, _I32), _I64)
+    numbers = [_load_scalar(builder, builder.add(place, builder.mul(room, _I64(i + 1))), 0, _F32) for i in range(count)]
+    return token, numbers
+
+
+@instruction(ADDRESS, NUMBER, NUMBER, types.boolean, ADDRESS, NUMBER, NUMBER, ADDRESS)
+def score(builder, rows, row_bytes, begin, ends, lists, room, count, scores):
+    """Adds to the scores of the listed tokens, (T, WINDOW), the products of a pair's queries with its keys so far; theirs enter.
+
+    Of the last token of the window nobody reads the score. ``begin`` is the first one; where it ``ends`` with these tokens, the
+    last one's key is stored in the place of the step.
     """
-    second = builder.add(rows, builder.mul(length, _I64(CODE_BYTES)))
-    stride = builder.mul(length, _I64(4))
-    keys = [builder.trunc(key, _I32) for key in (key_0, key_1)]
+    heads, numbers = _heads(builder, rows, row_bytes), _numbers_from(builder, _I64(0))
+    nothing = ir.Constant(_F32, 0.0)
+    kept = [builder.select(ends, nothing, builder.extract_element(head, _I32(_LAST))) for head in heads]
+    heads = [builder.insert_element(head, each, _I32(_LAST)) for head, each in zip(heads, kept, strict=True)]
+    slots = [cgutils.alloca_once_value(builder, head) for head in heads]
+    with cgutils.for_range_slice(builder, _I64(0), count, _I64(1), _I64) as (entry, _):
+        token, factors = _entry(builder, lists, room, entry, 4)
+        place = builder.add(scores, builder.mul(token, _I64(HEAD_BYTES)))
+        total = _load(builder, place, _I64(0), WINDOW)
+        own = _spread(builder, builder.trunc(builder.sub(token, begin), _I32), WINDOW)
+        is_own = builder.icmp_signed("==", numbers, own)
+        for slot, query, key in zip(slots, factors[:2], factors[2:], strict=True):
+            head = builder.load(slot)
+            total = _fma(builder, _spread(builder, query, WINDOW), head, total)
+            builder.store(builder.select(is_own, _spread(builder, key, WINDOW), head), slot)
+        _store(builder, total, place, _I64(0), WINDOW)
+    for row, slot in zip((rows, builder.add(rows, row_bytes)), slots, strict=True):
+        _store(builder, builder.load(slot), row, _I64(0), WINDOW)
+
+
+def _code_rows(builder: Any, rows: Any, row_bytes: Any) -> list[Any]:
+    """The addresses of a pair's codes."""
+    first = builder.add(rows, _I64(HEAD_BYTES))
+    return [first, builder.add(first, row_bytes)]
+
+
+def _places(builder: Any, first: Any, width: int) -> tuple[int, list[Any]]:
+    """Of a block's vectors: how wide they are, and where they begin."""
+    lanes = min(width, LANES)
+    return lanes, [builder.add(first, _I64(start)) for start in range(0, width, lanes)]
+
+
+@instruction(ADDRESS, NUMBER, *[types.float32] * 2, ADDRESS, NUMBER, NUMBER, ADDRESS, NUMBER)
+def read_codes(builder, rows, row_bytes, step_0, step_1, lists, room, count, out, length):
+    """Adds to the rows of ``out`` of the listed tokens what their queries read from a pair's codes."""
+    steps = step_0, step_1
 
     def block(first: Any, width: int) -> None:
-        lanes = min(width, LANES)
-        places = [builder.add(first, _I64(start)) for start in range(0, width, lanes)]
+        lanes, places = _places(builder, first, width)
         held = [
-            [cgutils.alloca_once_value(builder, _load_codes(builder, row, place, lanes)) for place in places]
-            for row in (rows, second)
+            [_load_codes(builder, row, place, lanes) for place in places]
+            for row in _code_rows(builder, rows, row_bytes)
         ]
-        wide_keys = [_spread(builder, key, lanes) for key in keys]
         with cgutils.for_range_slice(builder, _I64(0), count, _I64(1), _I64) as (entry, _):
-            of_entry = builder.add(lists, builder.mul(entry, _I64(4)))
-            offset = builder.mul(builder.sext(_load_scalar(builder, of_entry, 0, _I32), _I64), stride)
-            numbers = [
-                _load_scalar(builder, builder.add(of_entry, builder.mul(room, _I64(i))), 0, _F32) for i in range(1, 5)
-            ]
+            token, queries = _entry(builder, lists, room, entry, 2)
             factors = [
-                _spread(builder, builder.fmul(number, by), lanes)
-                for number, by in zip(numbers, (read_0, read_1, write_0, write_1), strict=True)
+                _spread(builder, builder.fmul(query, step), lanes) for query, step in zip(queries, steps, strict=True)
             ]
-            value_row, out_row, noise_row = (builder.add(each, offset) for each in (values, out, noise))
-            for place, *slots in zip(places, *held, strict=True):
-                codes = [builder.load(slot) for slot in slots]
+            out_row = builder.add(out, builder.mul(token, builder.mul(length, _I64(4))))
+            for place, *codes in zip(places, *held, strict=True):
+                total = _load(builder, out_row, place, lanes)
+                for factor, code in zip(factors, codes, strict=True):
+                    total = _fma(builder, factor, code, total)
+                _store(builder, total, out_row, place, lanes)
+
+    by_blocks(builder, length, block)
+
+
+@instruction(ADDRESS, NUMBER, *[types.float32] * 2, ADDRESS, NUMBER, NUMBER, *[ADDRESS] * 3, NUMBER)
+def sum_up(builder, rows, row_bytes, step_0, step_1, lists, room, count, values, sums, largest, length):
+    """A pair's rows of codes with what it has written added: float32 to ``sums`` (2, length), their magnitudes to ``largest`` (2,).
+
+    Args:
+        lists: as of :func:`list_written`.
+        values: the addresses of the window's, int64 (WINDOW,).
+    """
+    sum_rows = [sums, builder.add(sums, builder.mul(length, _I64(4)))]
+    # Of bits without the sign the largest is that of the largest number, and that of NaN above all.
+    slots = {
+        width: [cgutils.alloca_once_value(builder, _lanes(_I32, [0] * width)) for _ in range(2)] for width in (LANES, 1)
+    }
+
+    def block(first: Any, width: int) -> None:
+        lanes, places = _places(builder, first, width)
+        held = []
+        for row, step in zip(_code_rows(builder, rows, row_bytes), (step_0, step_1), strict=True):
+            wide_step = _spread(builder, step, lanes)
+            codes = [_load_codes(builder, row, place, lanes) for place in places]
+            held.append([cgutils.alloca_once_value(builder, builder.fmul(code, wide_step)) for code in codes])
+        with cgutils.for_range_slice(builder, _I64(0), count, _I64(1), _I64) as (entry, _):
+            token, keys = _entry(builder, lists, room, entry, 2)
+            value_row = _load_scalar(builder, builder.add(values, builder.mul(token, _I64(8))), 0, _I64)
+            factors = [_spread(builder, key, lanes) for key in keys]
+            for place, *of_rows in zip(places, *held, strict=True):
                 value = _load(builder, value_row, place, lanes)
-                bits = builder.bitcast(_load(builder, noise_row, place, lanes), _vector(_I32, lanes))
-                total = _fma(builder, factors[0], codes[0], _load(builder, out_row, place, lanes))
-                _store(builder, _fma(builder, factors[1], codes[1], total), out_row, place, lanes)
-                for code, slot, factor, key in zip(codes, slots, factors[2:], wide_keys, strict=True):
-                    # Within half a step of 0, evenly.
-                    noisy = builder.fmul(
-                        builder.sitofp(builder.add(bits, key), value.type), _lanes(_F32, [2.0**-32] * lanes)
-                    )
-                    builder.store(builder.fadd(code, _whole(builder, _fma(builder, factor, value, noisy))), slot)
-        for row, slots in zip((rows, second), held, strict=True):
-            for place, slot in zip(places, slots, strict=True):
-                _store_codes(builder, builder.load(slot), row, place, lanes)
+                for factor, slot in zip(factors, of_rows, strict=True):
+                    builder.store(_fma(builder, factor, value, builder.load(slot)), slot)
+        for sum_row, of_row, most in zip(sum_rows, held, slots[lanes], strict=True):
+            for place, slot in zip(places, of_row, strict=True):
+                value = builder.load(slot)
+                _store(builder, value, sum_row, place, lanes)
+                bits = builder.bitcast(value, _vector(_I32, lanes))
+                bits = builder.and_(bits, _lanes(_I32, [0x7FFFFFFF] * lanes))
+                builder.store(_call(builder, f"llvm.smax.v{lanes}i32", bits, builder.load(most)), most)
+
+    by_blocks(builder, length, block)
+    for number, (of_vectors, of_rest) in enumerate(zip(slots[LANES], slots[1], strict=True)):
+        most = _call(builder, f"llvm.vector.reduce.smax.v{LANES}i32", builder.load(of_vectors), result=_I32)
+        most = _call(builder, "llvm.smax.i32", most, builder.extract_element(builder.load(of_rest), _I32(0)))
+        _store_scalar(builder, builder.bitcast(most, _F32), largest, number)
+
+
+@instruction(ADDRESS, types.float32, ADDRESS, NUMBER, ADDRESS, NUMBER)
+def round_row(builder, sums, inverse, table, key, row, length):
+    """Numbers, times the inverse of a row's step and ``_FRACTION``, to codes."""
+    own = builder.and_(builder.trunc(key, _I32), _I32(0xFFFF))
+
+    def block(first: Any, width: int) -> None:
+        lanes, places = _places(builder, first, width)
+        factor, wide_key = _spread(builder, inverse, lanes), _spread(builder, own, lanes)
+        kind, bits_of_fraction = _vector(_I32, lanes), _lanes(_I32, [16] * lanes)
+        for place in places:
+            value = builder.fptosi(builder.fmul(_load(builder, sums, place, lanes), factor), kind)
+            noise = builder.xor(builder.bitcast(_load(builder, table, place, lanes), kind), wide_key)
+            code = builder.trunc(builder.ashr(builder.add(value, noise), bits_of_fraction), _vector(_I16, lanes))
+            builder.store(code, _code_pointer(builder, row, place, lanes)).align = CODE_BYTES
 
     by_blocks(builder, length, block)
 
 
 @jit
-def power_of_two_from(number):
-    """The least one that is not below a number above 0."""
-    fraction, exponent = math.frexp(number)
-    return np.float32(math.ldexp(1.0, exponent - (fraction == 0.5)))
-
-
-@jit
-def inverse(step):
-    """Of a step; 0 of one that is no longer used: a row that fits with it is empty, or has faded to nothing."""
-    return np.float32(0) if step < _LEAST else np.float32(1) / step
-
-
-@jit
-def make_room(row, scales, added, D):
-    """Doubles a row's step until it fills half of the range at most with what a token may add."""
-    step = get_float(scales, 0)
-    most = largest_code(row, D) * step
-    wanted = (most + added) / _HALF
-    if not np.isfinite(wanted):  # a state that is not of numbers: what reads it is not either
-        new = np.float32(np.nan)
-    elif step < _LEAST or step < wanted * _VANISHED:
-        new = power_of_two_from(max(wanted, _LEAST))
-    else:
-        new = step * power_of_two_from(max(wanted / step, np.float32(1)))
-    if new != step:
-        multiply_codes(row, step / new, D)
-        most = largest_code(row, D) * new
-    put_float(scales, new)
-    put_float(scales + 4, most)
-
-
-@jit
-def attend_to_codes(rows, scales, noise, key, lists, room, count, values, maxima, out, D):
-    """What the tokens of a list do to a pair's rows.
+def merge(rows, row_bytes, step_0, step_1, lists, room, count, values, sums, table, key, D):
+    """Adds what a pair has written in a window to its rows, and begins the next; returns their steps.
 
     Args:
-        scales: the address of the pair's.
+        lists: and what follows to values, as of :func:`sum_up`.
+        sums: room for 2 * D + 2 numbers.
         key: of the first row.
-        maxima: the address of the largest magnitude of each token's values.
     """
-    first = 0
-    while first < count:
-        last, is_short = first, False
-        step_0, step_1 = get_float(scales, 0), get_float(scales, 2)
-        bound_0, bound_1 = get_float(scales, 1), get_float(scales, 3)
-        while last < count and not is_short:
-            most = get_float(maxima, get_int32(lists, last))
-            added_0 = abs(get_float(lists + 3 * room, last)) * most
-            added_1 = abs(get_float(lists + 4 * room, last)) * most
-            new_0, new_1 = bound_0 + added_0 + step_0, bound_1 + added_1 + step_1
-            fits_0, fits_1 = new_0 <= _LIMIT * step_0, new_1 <= _LIMIT * step_1
-            is_short = not (fits_0 and fits_1)
-            if not is_short:
-                bound_0, bound_1 = new_0, new_1
-                last += 1
-        read_0, read_1, entries = step_0, step_1, lists + first * 4
-        if last == first:  # the token reads the rows as they are before there is room for what it adds
-            nothing = np.float32(0)
-            attend_and_update_codes(
-                rows, noise, read_0, read_1, nothing, nothing, 0, 0, entries, room, 1, values, out, D
-            )
-            read_0 = read_1 = nothing
-            if not fits_0:
-                make_room(rows, scales, added_0, D)
-            if not fits_1:
-                make_room(rows + D * CODE_BYTES, scales + SCALE_BYTES, added_1, D)
-            step_0, step_1 = get_float(scales, 0), get_float(scales, 2)
-            bound_0, bound_1 = get_float(scales, 1) + added_0 + step_0, get_float(scales, 3) + added_1 + step_1
-            last = first + 1
-        attend_and_update_codes(
-            rows,
-            noise,
-            read_0,
-            read_1,
-            inverse(step_0),
-            inverse(step_1),
-            mixed(key),
-            mixed(key + 1),
-            entries,
-            room,
-            last - first,
-            values,
-            out,
-            D,
-        )
-        put_float(scales + 4, bound_0)
-        put_float(scales + 12, bound_1)
-        first = last
+    largest = sums + 8 * D
+    sum_up(rows, row_bytes, step_0, step_1, lists, room, count, values, sums, largest, D)
+    for number in range(2):
+        row = rows + number * row_bytes
+        step = get_float(largest, number) / _LIMIT
+        if np.isfinite(step):
+            step = max(step, _LEAST)
+            round_row(sums + number * D * 4, _FRACTION / step, table, mixed(key + number), row + HEAD_BYTES, D)
+        else:  # a state that is not of numbers: what reads it is not either
+            step = np.float32(np.nan)
+        begin_window(row, step)
+    return get_float(rows, _LAST), get_float(rows + row_bytes, _LAST)
+
+
+@jit
+def sweep_windows(
+    rows, row_bytes, position, first_end, num_tokens, lists, room, count, values, scores, out, memory, table, key, D
+):
+    """What the listed tokens of ``num_tokens`` read from a pair and write to it.
+
+    Args:
+        position: of token 0.
+        first_end: the token after the last of the first window.
+        values: the address of the addresses of the windows' values, int64 (windows, WINDOW).
+        scores, out: of token 0.
+        memory: for the sums, and for the lists of what has been written.
+        key: of the layer step and the first row.
+    """
+    written, written_room = memory + (2 * D + 2) * 4, 2 * HEAD_BYTES
+    step_0, step_1 = get_float(rows, _LAST), get_float(rows + row_bytes, _LAST)
+    first, end = 0, first_end
+    while first < count or end <= num_tokens:
+        last, ends = first, end <= num_tokens
+        while last < count and get_int32(lists, last) < end:
+            last += 1
+        entries, listed = lists + first * 4, last - first
+        if listed > 0 or ends:
+            score(rows, row_bytes, end - WINDOW, ends, entries, room, listed, scores)
+        if listed > 0:
+            read_codes(rows, row_bytes, step_0, step_1, entries, room, listed, out, D)
+        if ends:
+            num_written = list_written(rows, row_bytes, written, written_room)
+            if num_written > 0:
+                own = mixed(position + end) + key
+                step_0, step_1 = merge(
+                    rows, row_bytes, step_0, step_1, written, written_room, num_written, values, memory, table, own, D
+                )
+            else:
+                begin_window(rows, step_0)
+                begin_window(rows + row_bytes, step_1)
+        first, end, values = last, end + WINDOW, values + 8 * WINDOW

@@ -31,7 +31,6 @@ _FORMATS = {
     types.uint16: "bfloat16",
     types.int8: "int8",
     types.uint8: "int4",
-    types.int16: "int16",
 }
 """By the dtypes of ``like``."""
 _F32, _I8, _I16, _I32, _I64 = ir.FloatType(), *(ir.IntType(bits) for bits in (8, 16, 32, 64))
@@ -110,8 +109,6 @@ def _loader(builder: Any, address: Any, length: Any, format: str) -> _Loader:
         return _int8_loader(builder, address, length)
     if format == "int4":
         return _int4_loader(builder, address)
-    if format == "int16":
-        raise TypingError("rows of int16 are of states: bdh.ops.cpu.state_codes")
     return lambda index, width, half=0: _load(builder, address, index, width, format == "bfloat16")
 
 
@@ -332,7 +329,7 @@ def _row_bytes(builder: Any, format: str, length: Any) -> Any:
     if format == "int4":
         groups = builder.lshr(builder.add(length, _I64(GROUP - 1)), _I64(_LOG2_GROUP))
         return builder.mul(groups, _I64(BLOCK_BYTES))
-    return builder.mul(length, _I64(2 if format in ("bfloat16", "int16") else 4))
+    return builder.mul(length, _I64(2 if format == "bfloat16" else 4))
 
 
 @instruction(NUMBER, has_like=True, result=types.int64)

@@ -28,6 +28,7 @@ from bdh.ops.cpu.kernels import (
     normalise,
     project,
     residual_norm,
+    sum_stretches,
 )
 from bdh.ops.cpu.pieces import jit, pieces
 from bdh.ops.cpu.vector import CACHE_LINE, add_scaled, address, get_byte, prefetch, put_byte, put_float
@@ -96,7 +97,34 @@ def score(stage, keys, fired, length, starts, positions, x, cos, sin, partial_su
 
 
 @jit
-def gather(stage, partial_sums, fading, values, length, starts, positions, v, a, eps):
+def sequences_of(starts, R):
+    """Of each row its sequence."""
+    found = np.empty(R, np.int64)
+    for sequence in range(len(starts) - 1):
+        found[starts[sequence] : starts[sequence + 1]] = sequence
+    return found
+
+
+@jit
+def add_values(scores, first, count, fading, values, num_earlier, position, v, r, out):
+    """Adds to ``out`` (D,) values of a window, each times its score and what weighs it by its distance.
+
+    Of ``count`` scores the first is of column ``first`` of the ring, whose address is ``values``. Those of ``num_earlier`` rows
+    before row r are not in it yet.
+    """
+    D, length = v.shape[1], fading.shape[0]
+    for c in range(count):
+        if scores[c] != 0:
+            column = (first + c) % length
+            between = (position - 1 - column) % length
+            value = values + column * D * 4
+            if between < num_earlier:
+                value = address(v) + (r - 1 - between) * D * 4
+            add_scaled(FLOAT32, address(out), value, scores[c] * fading[between], D)
+
+
+@jit
+def gather(stage, partial_sums, fading, values, starts, positions, v, a, eps):
     """LN of the values in the window weighted by their scores: ``partial_sums`` (H * stretches of a head, R, C) to a (H, R, D).
 
     ``fading`` (H, W - 1) weighs a token by how many stand between it and the row; ``values`` (sequences,) are addresses.
@@ -104,26 +132,16 @@ def gather(stage, partial_sums, fading, values, length, starts, positions, v, a,
     H, R, D = a.shape
     C, per_head = partial_sums.shape[2], partial_sums.shape[0] // H
     ones = np.ones(D, np.float32)
-    sequence_of = np.empty(R, np.int64)
-    for sequence in range(values.shape[0]):
-        sequence_of[starts[sequence] : starts[sequence + 1]] = sequence
+    sequence_of = sequences_of(starts, R)
     scores = np.empty(C, np.float32)
     for item in pieces(stage, R * H):
         r, h = item // H, item % H
-        scores[:] = 0
-        for stretch in range(h * per_head, (h + 1) * per_head):
-            for c in range(C):
-                scores[c] += partial_sums[stretch, r, c]
+        sum_stretches(partial_sums, h * per_head, per_head, r, scores)
         a[h, r] = 0
         sequence = sequence_of[r]
-        num_earlier = r - starts[sequence]  # rows of the sequence whose values are not in the ring yet
-        for c in range(length):
-            if scores[c] != 0:
-                between = (positions[r] - 1 - c) % length
-                value = values[sequence] + c * D * 4
-                if between < num_earlier:
-                    value = address(v) + (r - 1 - between) * D * 4
-                add_scaled(FLOAT32, address(a) + (h * R + r) * D * 4, value, scores[c] * fading[h, between], D)
+        add_values(
+            scores, 0, fading.shape[1], fading[h], values[sequence], r - starts[sequence], positions[r], v, r, a[h, r]
+        )
         normalise(a[h, r], ones, eps)
 
 
@@ -162,7 +180,7 @@ def window_steps(
         if length > 0:
             keys, marks, values = rings[index]
             score(stage + STAGE_BYTES, keys, marks, length, starts, positions, x, cos, sin, scores, N)
-            gather(stage + 2 * STAGE_BYTES, scores, fading, values, length, starts, positions, v, a, eps)
+            gather(stage + 2 * STAGE_BYTES, scores, fading, values, starts, positions, v, a, eps)
             store(stage + 3 * STAGE_BYTES, values, length, starts, positions, v)
         gated_mlp(stage + 4 * STAGE_BYTES, like_encoder_v, encoder_v, like_decoder, decoder, x, a, partial_sums, N)
         residual_norm(stage + 5 * STAGE_BYTES, partial_sums, v, eps)
