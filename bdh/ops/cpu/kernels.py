@@ -61,7 +61,7 @@ MANY_ROWS = 16
 """From so many on a neuron mostly fires in several, so that its weights are loaded for several at once."""
 STAGE_BYTES = 8 * STAGE_WORDS
 STAGES = 6
-"""Counters of a layer step: it has 5 stages here, and 6 with a window. What comes before the first one has as many, for 2."""
+"""Counters of a layer step: it has 5 stages here, and 6 with a window or states in int16. What comes before the first one has as many, for 2."""
 
 
 @jit

@@ -1,7 +1,7 @@
 """States of half the size: a neuron's row is whole numbers of 16 bits, its codes, times a step of its own.
 
-Rows are written once in a window of ``WINDOW`` tokens. Until it ends, what a neuron writes at its tokens, the keys, is kept
-beside the codes, and a token reads the earlier ones of its window from there: (q . k) v. At the end the row is the sum
+Rows are written once in a window of ``WINDOW`` tokens. Until it ends, what a neuron writes at its tokens, the keys, is kept in
+the row's head, before the codes (the last one is never kept: the step stands in its place), and a token reads the earlier ones of its window from there: (q . k) v. At the end the row is the sum
 of both, its step the least with which its largest magnitude fits, and each number is rounded to a whole step at random, up or
 down so that the mean is right: what many windows add in amounts far below a step is not lost.
 
@@ -37,7 +37,7 @@ from bdh.ops.cpu.vector import (
 
 WINDOW = LANES
 """Tokens."""
-WRITTEN_ARRAYS = 3
+WRITTEN_ARRAYS = 3  # of a list of what a pair has written: the token, and two keys
 HEAD_BYTES = 4 * WINDOW
 _LAST = WINDOW - 1
 CODE_BYTES = 2
