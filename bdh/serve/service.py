@@ -26,17 +26,17 @@ from bdh.words import counted
 
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 300)
 _BETWEEN = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1, 2)
-_HISTOGRAMS = {
+HISTOGRAMS = {
     "time_to_first_token": ("From a request's arrival to its first token.", _SECONDS),
     "inter_token_latency": ("Between two tokens of a text, as they are handed on.", _BETWEEN),
     "e2e_request_latency": ("From a request's arrival to its last token.", _SECONDS),
     "request_queue_time": ("From a request's arrival until its prompt has a state.", _SECONDS),
 }
-_COUNTERS = {
+COUNTERS = {
     "requests": ("Answers, by route and status.", ("route", "status")),
     "request_success": ("Texts that have ended, by the reason.", ("finished_reason",)),
 }
-_GAUGES = {
+GAUGES = {
     "num_requests_running": "Sequences that have a state.",
     "num_requests_waiting": "Prompts that wait for one.",
     "state_bytes_in_use": "Bytes of the states of running sequences.",
@@ -45,7 +45,7 @@ _GAUGES = {
     "saved_states": "States that clients have saved.",
     "saved_state_bytes": "Bytes of them in memory.",
 }
-_TOTALS = {
+TOTALS = {
     "prompt_tokens": "Tokens of prompts that were read.",
     "generation_tokens": "Tokens generated.",
     "prefix_cache_hits": "Prompts of which a stored beginning was found.",
@@ -76,11 +76,11 @@ class Metrics(Collector):
             name: Histogram(f"bdh:{name}_seconds", about, ("model_name",), buckets=buckets, registry=registry).labels(
                 model_name
             )
-            for name, (about, buckets) in _HISTOGRAMS.items()
+            for name, (about, buckets) in HISTOGRAMS.items()
         }
         self._counters = {
             name: Counter(f"bdh:{name}", about, ["model_name", *labels], registry=registry)
-            for name, (about, labels) in _COUNTERS.items()
+            for name, (about, labels) in COUNTERS.items()
         }
         registry.register(self)
 
@@ -93,7 +93,7 @@ class Metrics(Collector):
     def collect(self) -> Iterator[Metric]:
         """The gauges and totals now."""
         values = self._values()
-        for names, family in ((_GAUGES, GaugeMetricFamily), (_TOTALS, CounterMetricFamily)):
+        for names, family in ((GAUGES, GaugeMetricFamily), (TOTALS, CounterMetricFamily)):
             for name, about in names.items():
                 metric = family(f"bdh:{name}", about, labels=["model_name"])
                 metric.add_metric([self._model], values[name])
