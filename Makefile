@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 .PHONY: demo test quick check format clean gpu
 
 demo: $(INSTALLED)  ## train, export, generate and plot
-	PATH="$(CURDIR)/$(BIN):$$PATH" sh scripts/demo.sh
+	$(BIN)/bdh demo
 
 test: $(INSTALLED)  ## the whole test suite
 	$(PYTEST) $(PYTEST_ARGS)

@@ -12,7 +12,7 @@ from annotated_types import Ge, Le, Lt
 
 from bdh.bench import QUICK_SIZES, BenchOptions
 from bdh.cli.models import ReadsModel
-from bdh.cli.settings import given_settings, parse_settings
+from bdh.cli.settings import given_settings, parse_settings, takes
 from bdh.model.config_fields import shape_faults
 from bdh.ops import LayerPath
 from bdh.storage import check_file, write_text
@@ -186,6 +186,15 @@ class BenchSettings(ReadsModel):
         return options.quick() if self.quick else options
 
 
+@takes(
+    BenchSettings,
+    "benchmark",
+    description="Time a model on this machine. decode, prefill, engine and quantize run on its processor, with the "
+    "sparse kernels; train times a training step there, or on a GPU with --device. What is compared must agree first; if it "
+    "does not, nothing is timed, and the status is 1. For train, --config FILE is a configuration of bdh train: its "
+    "model section is what is timed, with its batch_size, block_size, device, dtype and what it says of the layer, and "
+    "flags override them. So for train the output of --print_config is to be read, and cannot be given as --config.",
+)
 def run_bench(argv: list[str]) -> int:
     files, argv = _training_files(argv)
     training = _training_settings(files, argv)
@@ -193,10 +202,10 @@ def run_bench(argv: list[str]) -> int:
     if training is not None:
         given, base = given_settings(BenchSettings, argv), _base(training, files)
         # Without what is only printed: faults are reported before a tokenizer is loaded.
-        _parse([argument for argument in argv if argument != "--print_config"], base)
+        run_bench.parse([argument for argument in argv if argument != "--print_config"], base=base)
         if "vocab_size" not in given:
             base["vocab_size"] = training.model.vocab_size or _entries(training)
-    settings = _parse(argv, base)
+    settings = run_bench.parse(argv, base=base)
     import torch
 
     before = torch.get_num_threads()
@@ -213,21 +222,6 @@ def run_bench(argv: list[str]) -> int:
         if settings.json is not None:
             write_text(_resolved(settings.json), report.json())
     return 1 if report.failed else 0
-
-
-def _parse(argv: Sequence[str], base: dict[str, Any] | None) -> BenchSettings:
-    return parse_settings(
-        BenchSettings,
-        argv,
-        prog="bdh bench",
-        description="Time a model on this machine. decode, prefill, engine and quantize run on its processor, with the "
-        "sparse kernels; train times a training step there, or on a GPU with --device. What is compared must agree first; if it "
-        "does not, nothing is timed, and the status is 1. For train, --config FILE is a configuration of bdh train: its "
-        "model section is what is timed, with its batch_size, block_size, device, dtype and what it says of the layer, and "
-        "flags override them. So for train the output of --print_config is to be read, and cannot be given as --config.",
-        positionals=("benchmark",),
-        base=base,
-    )
 
 
 def measured(settings: BenchSettings, training: "RunSettings | None") -> "Report":

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from bdh.cli.settings import command, parse_settings
+from bdh.cli.settings import command, takes
 from bdh.data.config import DataConfig
 from bdh.storage import check_file, check_free, is_taken, recover_dir
 from bdh.tokenizer.config import TokenizerConfig
@@ -254,8 +254,12 @@ class TokenizerTrainSettings(Settings):
         check_free(Path(self.out), "choose another --out")
 
 
+@takes(
+    TokenizerTrainSettings,
+    prog="bdh tokenizer train",
+    description="Train a tokenizer on any data source, and measure it on the held-out part.",
+)
 def run_tokenizer(argv: list[str]) -> int:
-    """Trains a tokenizer."""
     if not argv or argv[0] != "train":
         wrong = f"{argv[0]!r} is unknown" if argv and argv[0] not in ("-h", "--help") else ""
         usage = "bdh tokenizer train --data.source SOURCE --kind bpe --vocab_size 8192 --out DIR"
@@ -263,12 +267,7 @@ def run_tokenizer(argv: list[str]) -> int:
             raise ValueError(f"{wrong or 'no command is given'}: use {usage}")
         print(f"usage: {usage}\n\n`bdh tokenizer train --help` lists the settings.")
         return 0
-    settings = parse_settings(
-        TokenizerTrainSettings,
-        argv[1:],
-        prog="bdh tokenizer train",
-        description="Train a tokenizer on any data source, and measure it on the held-out part.",
-    )
+    settings = run_tokenizer.parse(argv[1:])
     from bdh.cli.output import stage_progress
     from bdh.data import training_texts, validation_texts
     from bdh.storage import atomic_dir

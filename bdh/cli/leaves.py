@@ -6,7 +6,7 @@ import functools
 import inspect
 import re
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from typing import Any
 
@@ -83,9 +83,19 @@ def in_a_line(value: Any, **options: Any) -> str:
     return dump_yaml(value, default_flow_style=True, width=10**6, **options).removesuffix("...\n").strip()
 
 
-def print_help(
-    settings_class: type, leaves: Mapping[str, Leaf], prog: str, description: str, positionals: Sequence[str]
-) -> None:
+def help_parser(
+    settings_class: type,
+    leaves: Mapping[str, Leaf],
+    prog: str,
+    description: str,
+    positionals: Sequence[str],
+    on_action: Callable[[str, argparse.Action], None] = lambda name, action: None,
+) -> argparse.ArgumentParser:
+    """A parser that knows a command's settings with their help, for texts about them: it reads no command line.
+
+    Args:
+        on_action: is called with the name of each setting, and of ``config``, and what argparse made of it.
+    """
     places = {
         name: f"{name.upper().removesuffix('S')} ..." if leaves[name].item_types else name.upper()
         for name in positionals
@@ -94,7 +104,8 @@ def print_help(
     parser = argparse.ArgumentParser(prog=prog, usage=usage, description=description, add_help=False)
     groups: dict[str, Any] = {"": parser.add_argument_group("settings")}
     general = parser.add_argument_group("general")
-    general.add_argument("--config", metavar="FILE", help="YAML file with settings; several are read in order")
+    files = "YAML file with settings, or the name of one that comes with bdh, such as tiny; several are read in order"
+    on_action("config", general.add_argument("--config", metavar="FILE", help=files))
     for flag, text in (
         ("--print_config", "print the resulting configuration and exit"),
         ("--debug", "show the traceback of an error"),
@@ -114,5 +125,6 @@ def print_help(
             about.append(f"default: {in_a_line(leaf.default)}")
         text = (f"{leaf.help} ({'; '.join(about)})" if about else leaf.help).replace("%", "%%")
         metavar = "[true|false]" if is_switch else places.get(leaf.name, end.upper())
-        groups[section].add_argument(leaf.name if has_place else f"--{leaf.name}", metavar=metavar, help=text)
-    parser.print_help()
+        flag = leaf.name if has_place else f"--{leaf.name}"
+        on_action(leaf.name, groups[section].add_argument(flag, metavar=metavar, help=text))
+    return parser

@@ -4,11 +4,14 @@ import importlib
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import bdh
 from bdh.cli.output import kept_back, print_error
 from bdh.words import nearest
+
+if TYPE_CHECKING:
+    from bdh.cli.settings import Command
 
 COMMANDS = {
     "train": "train a model, or resume a run",
@@ -24,6 +27,9 @@ COMMANDS = {
     "convert": "take or give checkpoints of the published reference code",
     "runs": "list the runs of a folder",
     "plot": "draw the loss curves of runs",
+    "demo": "train a small model, and let it write, in some minutes",
+    "doctor": "show what is installed, what is missing, and how fast this machine is",
+    "completion": "print what makes a shell complete commands and settings",
 }
 
 
@@ -72,12 +78,10 @@ def _run(arguments: list[str]) -> int:
     return find_command(command)(rest) or 0
 
 
-def find_command(name: str) -> Callable[[list[str]], int]:
-    """The function that runs a command. Its module is imported here: `bdh --help` should not wait for PyTorch."""
-    function: Callable[[list[str]], int] = getattr(
-        importlib.import_module(f"bdh.cli.{_MODULES.get(name, name)}"), f"run_{name}"
-    )
-    return function
+def find_command(name: str) -> "Command":
+    """A command. Its module is imported here: `bdh --help` should not wait for PyTorch."""
+    found: Command = getattr(importlib.import_module(f"bdh.cli.{_MODULES.get(name, name)}"), f"run_{name}")
+    return found
 
 
 def _usage() -> str:

@@ -13,8 +13,8 @@ class ServeCommandSettings(ModelSettings, ServeSettings):
     """With what finds the model: ``bdh.serve`` does not know what a name stands for."""
 
 
-@lasting_streams()
 @command("model")
+@lasting_streams()
 def run_serve(settings: ServeCommandSettings) -> int:
     """Serve a model over HTTP, with OpenAI's API."""
     from bdh.serve.server import serve

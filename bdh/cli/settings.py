@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 import yaml
 
-from bdh.cli.leaves import Leaf, default_of, in_a_line, leaves_of, members, print_help
+from bdh.cli.leaves import Leaf, default_of, help_parser, in_a_line, leaves_of, members
+from bdh.cli.shipped import config_file
 from bdh.text_files import WRONG, YamlDocument, lines_in_words, parse_yaml, read_yaml
 from bdh.validation import (
     Faults,
@@ -64,7 +65,7 @@ def parse_settings(
     leaves, faults = Leaves(settings_class), Faults()
     command_line = CommandLine(leaves, positionals, argv)
     if command_line.wants_help:
-        print_help(settings_class, leaves, prog, description, positionals)
+        help_parser(settings_class, leaves, prog, description, positionals).print_help()
         raise SystemExit(0)
     given = leaves.given_in(YamlDocument(base or {}), "the run's stored configuration", faults)
     settings, _ = _checked(leaves, given | command_line.given(faults), faults)
@@ -77,37 +78,75 @@ def parse_settings(
     return settings
 
 
+class Command:
+    """A command: called with the words after its name, it returns the exit status.
+
+    Args:
+        run: what runs it; ``run_NAME``.
+        settings_class: the settings that it takes, of which those named by ``positionals`` are given by their place.
+        description, prog: for the help; by default the docstring of ``run``, and ``bdh NAME``.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[Sequence[str]], int],
+        settings_class: type[Settings],
+        positionals: Sequence[str] = (),
+        description: str | None = None,
+        prog: str | None = None,
+    ):
+        functools.update_wrapper(self, run)
+        self._run, self.settings_class, self.positionals = run, settings_class, positionals
+        self.prog = f"bdh {run.__name__.removeprefix('run_')}" if prog is None else prog
+        self.description = " ".join((run.__doc__ or "").split()) if description is None else description
+
+    def __call__(self, argv: Sequence[str]) -> int:
+        return self._run(argv)
+
+    def parse(self, argv: Sequence[str], **options: Any) -> Any:
+        """:func:`parse_settings` with this command's settings, name and description."""
+        return parse_settings(
+            self.settings_class,
+            argv,
+            prog=self.prog,
+            description=self.description,
+            positionals=self.positionals,
+            **options,
+        )
+
+
 def command(
     *positionals: str, base: Callable[[Mapping[str, Any]], Mapping[str, Any] | None] | None = None
-) -> Callable[[Callable[[Any], int]], Callable[[Sequence[str]], int]]:
+) -> Callable[[Callable[[Any], int]], Command]:
     """Makes the command ``bdh NAME`` of a function ``run_NAME(settings)``, whose docstring is its description in the help.
 
     Args:
         base: gives the settings that stand in place of the defaults, nested, for what the command line gives.
     """
 
-    def made(run: Callable[[Any], int]) -> Callable[[Sequence[str]], int]:
-        name, description = run.__name__.removeprefix("run_"), " ".join((run.__doc__ or "").split())
+    def made(run: Callable[[Any], int]) -> Command:
+        settings_class = run.__annotations__["settings"]
 
         @functools.wraps(run)
         def run_argv(argv: Sequence[str]) -> int:
-            settings_class, stored = run.__annotations__["settings"], None
+            stored = None
             if base is not None and not {"-h", "--help"} & set(argv):
                 stored = base(given_settings(settings_class, argv, positionals))
-            return run(
-                parse_settings(
-                    settings_class,
-                    argv,
-                    prog=f"bdh {name}",
-                    description=description,
-                    positionals=positionals,
-                    base=stored,
-                )
-            )
+            return run(made_command.parse(argv, base=stored))
 
-        return run_argv
+        made_command = Command(run_argv, settings_class, positionals)
+        return made_command
 
     return made
+
+
+def takes(settings_class: type[Settings], *positionals: str, **texts: str) -> Callable[[Any], Command]:
+    """Makes the command of a function of an argv, which reads its settings by :meth:`Command.parse`.
+
+    Args:
+        texts: ``description`` and ``prog``, as of :class:`Command`.
+    """
+    return lambda run: Command(run, settings_class, positionals, **texts)
 
 
 def given_settings(settings_class: type, argv: Sequence[str], positionals: Sequence[str] = ()) -> dict[str, Any]:
@@ -239,7 +278,7 @@ class CommandLine:
         """The values of the files in their order, and over them those of the flags."""
         found: dict[str, Given] = {}
         for path in self._files:
-            found |= self._leaves.given_in(_read_config(Path(expanded_path(path)), faults), path, faults)
+            found |= self._leaves.given_in(_read_config(config_file(path), faults), path, faults)
         faults.found += self._faults.found
         return found | {name: Given(value) for name, value in self._values.items()}
 
@@ -292,8 +331,6 @@ def _removed(settings_class: Any, prefix: str = "") -> Iterator[tuple[str, str]]
 
 
 def _read_config(path: Path, faults: Faults) -> YamlDocument:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no configuration file {path}")
     document = read_yaml(path, faults)
     if document.tree is None:
         raise ValueError(f"{path} is empty: a configuration file holds at least one setting")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bdh.cli.output import error_console, lasting_streams, show_kept, stage_progress
-from bdh.cli.settings import given_settings, parse_settings
+from bdh.cli.settings import given_settings, takes
 from bdh.distributed.config import rank, reported_to_torchrun, world_size
 from bdh.locks import InUseError
 from bdh.train.config import RunSettings, check_unchanged, resume_command, settings_to_store, stored_settings
@@ -17,19 +17,17 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+@takes(
+    RunSettings,
+    description="Train a model. A YAML file, or several in order, overrides the defaults; flags override the files.",
+)
 @lasting_streams()
 def run_train(argv: list[str]) -> int:
     is_main = rank() == 0
     try:
         stored = settings_to_resume(argv)
-        settings = parse_settings(
-            RunSettings,
-            argv,
-            prog="bdh train",
-            description="Train a model. A YAML file, or several in order, overrides the defaults; flags override the files.",
-            base=stored,
-            check_available=world_size() == 1,  # of several processes, not all see the same
-        )
+        # Of several processes, not all see the same.
+        settings = run_train.parse(argv, base=stored, check_available=world_size() == 1)
         if stored is not None:
             check_unchanged(settings, stored)
     except (ValueError, OSError):

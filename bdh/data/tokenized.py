@@ -52,6 +52,11 @@ class TokenMeta:
     """What was left out when the source was read, by kind; not what was when it was looked up, which each start does."""
 
 
+def cache_root(cache_dir: str | None) -> Path:
+    """The folder of the token cache: that of the setting, or of $BDH_CACHE, or in the home folder."""
+    return Path(cache_dir or os.environ.get("BDH_CACHE") or "~/.cache/bdh").expanduser()
+
+
 class TokenCache:
     """One entry of the cache."""
 
@@ -60,8 +65,9 @@ class TokenCache:
         Args:
             key: plain data that is another wherever the tokens may be others.
         """
-        root = Path(cache_dir or os.environ.get("BDH_CACHE") or "~/.cache/bdh").expanduser()
-        self.folder = root / "tokens" / hashlib.sha256(f"{_FORMAT}{json.dumps(key)}".encode()).hexdigest()[:32]
+        self.folder = (
+            cache_root(cache_dir) / "tokens" / hashlib.sha256(f"{_FORMAT}{json.dumps(key)}".encode()).hexdigest()[:32]
+        )
 
     def load(self) -> TokenMeta | None:
         """What the entry holds, or None if there is none. One that is not whole is reported, and is none."""

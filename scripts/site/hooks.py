@@ -119,4 +119,4 @@ def _relative(target: str, place: str) -> str:
 def _as_page(path: str, content: str) -> str:
     language = _LANGUAGES.get(Path(path).suffix, "text")
     fence = "`" * 5
-    return f"---\nsearch:\n  exclude: true\n---\n\n# {path}\n\n{fence}{language} linenums=\"1\"\n{content}\n{fence}\n"
+    return f'---\nsearch:\n  exclude: true\n---\n\n# {path}\n\n{fence}{language} linenums="1"\n{content}\n{fence}\n'

@@ -2,7 +2,6 @@
 
 import contextlib
 import html
-import inspect
 import io
 import os
 import re
@@ -78,9 +77,7 @@ def settings() -> str:
 
 def _sections(owner: type) -> Iterator[tuple[str, list[Leaf]]]:
     """The leaves of a settings class by the name of their section; those without one last."""
-    grouped: dict[str, list[Leaf]] = {
-        name: [] for name, kind in field_types(owner).items() if is_dataclass(kind)
-    }
+    grouped: dict[str, list[Leaf]] = {name: [] for name, kind in field_types(owner).items() if is_dataclass(kind)}
     for leaf in leaves_of(owner):
         grouped.setdefault(leaf.name.rpartition(".")[0], []).append(leaf)
     yield from ((name, leaves) for name, leaves in grouped.items() if leaves)

@@ -37,6 +37,9 @@ REQUIRED: dict[str, tuple[list[str], dict[str, Any]]] = {
     "convert": (["s", "o"], {"source": "s", "out": "o"}),
     "runs": ([], {}),
     "plot": ([], {}),
+    "demo": ([], {}),
+    "doctor": ([], {}),
+    "completion": (["bash"], {"shell": "bash"}),
 }
 
 
@@ -95,7 +98,7 @@ def test_a_command_without_flags_runs_with_what_its_class_says(command, monkeypa
 
 def test_the_help_says_what_is_in_effect(command, monkeypatch, capsys):
     given = set(REQUIRED[command.name][1])
-    places = {"runs": ["folder"], "plot": ["runs"]}.get(command.name, [])
+    places = {"runs": ["folder"], "plot": ["runs"], "demo": ["run_dir"]}.get(command.name, [])
     settings = command.settings(monkeypatch)
     shown = " " + command.help(capsys).partition(" settings: ")[2]
     for name, value in leaves(settings).items():

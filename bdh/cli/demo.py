@@ -1,0 +1,73 @@
+"""bdh demo: a small model, from text to answers, in some minutes and without a network."""
+
+import importlib.util
+import shlex
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from bdh.cli.main import find_command
+from bdh.cli.settings import command
+from bdh.train.places import CONFIG_FILE, LOCK_FILE, CheckpointFolder
+from bdh.validation import PathText, Settings
+
+_PROMPTS = ("The ", "A class is ", "If the file ")
+
+
+@dataclass
+class DemoSettings(Settings):
+    run_dir: PathText = "runs/demo"
+    """Folder of the run. One that was interrupted is continued; one that is complete is used."""
+
+
+@command("run_dir")
+def run_demo(settings: DemoSettings) -> int:
+    """Train a small model of Python's language reference, which Python carries, in about three minutes on two CPU cores;
+    continue prompts with it; and draw its loss curve.
+    """
+    run = Path(settings.run_dir)
+    model = run / "model"
+    if (status := _train(run)) != 0:
+        return status
+    for prompt in _PROMPTS:
+        arguments = [str(model), "--prompt", prompt, "--max_new_tokens", "80", "--temperature", "0.7", "--seed", "1"]
+        print(f"\n--- bdh generate {shlex.join(arguments[:3])}", flush=True)
+        if (status := find_command("generate")(arguments)) != 0:
+            return status
+    print(flush=True)
+    if importlib.util.find_spec("matplotlib") is None:
+        print('No picture of the loss: plots need matplotlib, pip install "bdh[report]"')
+    else:
+        find_command("plot")([str(run), "--output", str(run / "loss.png")])
+    print(_what_next(str(run)))
+    return 0
+
+
+def _train(run: Path) -> int:
+    """Has the model trained, or finds it there; returns the exit status."""
+    train, begin = find_command("train"), ["--config", "tiny", "--run_dir", str(run)]
+    if (run / "model" / "config.json").is_file():
+        print(f"{run} holds a trained model already: using it. Remove the folder to train again.", flush=True)
+        return 0
+    if not (run / CONFIG_FILE).is_file():
+        return train(begin)
+    # A lock is that of a run that goes on, which training refuses, or of one that was killed.
+    if (run / LOCK_FILE).exists() or CheckpointFolder(run).newest() is not None:
+        print(f"{run} was interrupted: continuing it.", flush=True)
+        return train(["--run_dir", str(run), "--resume"])
+    print(f"{run} was interrupted before its first checkpoint: training anew.", flush=True)
+    shutil.rmtree(run)
+    return train(begin)
+
+
+def _what_next(run: str) -> str:
+    commands = (
+        (f"bdh generate {run}/model --prompt 'import ' --max_new_tokens 80", "more text"),
+        (f"bdh serve {run}/model", "OpenAI's API and a page, at http://127.0.0.1:8000"),
+        (f"bdh eval {run}", "loss, perplexity, bits per byte"),
+        (f"tensorboard --logdir {run}/tensorboard", "the curves of the run"),
+        ("bdh train --config small --data.source FILE", "a larger model on a text of yours"),
+        ("bdh train --help", "every setting"),
+    )
+    width = max(len(each) for each, _ in commands)
+    return "\n".join(["", "What next:", *(f"  {each:<{width}}  {about}" for each, about in commands)])
