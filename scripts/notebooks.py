@@ -1,0 +1,124 @@
+"""Makes the notebooks of notebooks/*.ipynb from their sources, the .py files beside them, by running them.
+
+    python scripts/notebooks.py                 all nine, as they are committed: about 20 minutes on two CPU cores
+    python scripts/notebooks.py 01 05           some of them
+    BDH_NOTEBOOK_FAST=1 python scripts/notebooks.py --out FOLDER    with small settings, elsewhere: to see that they run
+
+A source is Python in jupytext's percent format. The notebook holds its hash: a test fails where it was made of another source.
+"""
+
+import argparse
+import hashlib
+import os
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import jupytext
+import nbformat
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parent.parent
+SOURCES = ROOT / "notebooks"
+CELL_SECONDS = 900
+MOST_IMAGE_BYTES, MOST_BYTES = 100_000, 1_000_000
+_TINY = ("--train.max_steps", "60", "--train.eval_every_steps", "30", "--train.sample_every_steps", "0")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="numbers or names; all by default")
+    parser.add_argument("--out", type=Path, default=SOURCES, help="folder to write to, and to run in")
+    options = parser.parse_args(argv)
+    options.out.mkdir(parents=True, exist_ok=True)
+    chosen = [path for path in sources() if not options.names or path.stem.startswith(tuple(options.names))]
+    if not chosen:
+        parser.error(
+            f"no notebook is called {', '.join(options.names)}: there are {', '.join(p.stem for p in sources())}"
+        )
+    prepare(options.out)
+    for source in chosen:
+        start = time.perf_counter()
+        notebook = run(source, options.out)
+        path = options.out / f"{source.stem}.ipynb"
+        nbformat.write(notebook, path)
+        check_size(path, notebook)
+        print(f"{path}: {time.perf_counter() - start:.0f} s, {path.stat().st_size / 1000:.0f} kB", flush=True)
+    return 0
+
+
+def sources() -> list[Path]:
+    return sorted(SOURCES.glob("[0-9][0-9]_*.py"))
+
+
+def prepare(folder: Path) -> None:
+    """With small settings, a model is trained in seconds where the notebooks look for that of ``bdh demo``."""
+    if os.environ.get("BDH_NOTEBOOK_FAST") == "1" and not (folder / "runs/demo/model").exists():
+        command = [sys.executable, "-m", "bdh", "train", "--config", "tiny", "--run_dir", "runs/demo", *_TINY]
+        subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+
+
+def run(source: Path, folder: Path) -> nbformat.NotebookNode:
+    """The notebook of a source with what its cells printed and drew, run in a folder."""
+    notebook = jupytext.read(source)
+    notebook.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+        "bdh": {"source_sha256": source_hash(source)},
+    }
+    if badge := colab_badge(source):
+        notebook.cells[0].source = f"{badge}\n\n{notebook.cells[0].source}"
+    NotebookClient(notebook, timeout=CELL_SECONDS, resources={"metadata": {"path": str(folder)}}).execute()
+    for cell in notebook.cells:
+        cell.metadata = {}
+        cell.pop("id", None)
+        if cell.cell_type == "code":
+            cell.execution_count = None
+            cell.outputs = merged(cell.outputs)
+    notebook.nbformat_minor = 4  # without ids, which would differ each time
+    return notebook
+
+
+def merged(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """What a cell printed piece by piece, as one."""
+    found: list[nbformat.NotebookNode] = []
+    for output in outputs:
+        output.pop("execution_count", None) if output.output_type != "execute_result" else output.update(
+            execution_count=None
+        )
+        if output.output_type == "stream" and found and found[-1].get("name") == output.name:
+            found[-1].text += output.text
+        else:
+            found.append(output)
+    return found
+
+
+def source_hash(source: Path) -> str:
+    return hashlib.sha256(source.read_bytes()).hexdigest()
+
+
+def colab_badge(source: Path) -> str:
+    """A link that opens the notebook in Colab; nothing while pyproject.toml names no repository."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    repository = project.get("urls", {}).get("Repository", "")
+    if "github.com/" not in repository:
+        return ""
+    where = repository.partition("github.com/")[2].strip("/")
+    url = f"https://colab.research.google.com/github/{where}/blob/main/notebooks/{source.stem}.ipynb"
+    return f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({url})"
+
+
+def check_size(path: Path, notebook: nbformat.NotebookNode) -> None:
+    """Raises ``ValueError`` for a notebook that is too large for a repository."""
+    for number, cell in enumerate(notebook.cells):
+        for output in cell.get("outputs", ()):
+            if len(output.get("data", {}).get("image/png", "")) * 3 / 4 > MOST_IMAGE_BYTES:
+                raise ValueError(f"{path.name}: the image of cell {number} has more than {MOST_IMAGE_BYTES:,} bytes")
+    if path.stat().st_size > MOST_BYTES:
+        raise ValueError(f"{path.name} has {path.stat().st_size:,} bytes: must have {MOST_BYTES:,} at most")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
