@@ -82,9 +82,11 @@ def run(source: Path, folder: Path) -> nbformat.NotebookNode:
 
 
 def merged(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
-    """What a cell printed piece by piece, as one."""
+    """What a cell printed piece by piece, as one; without widgets, which need a running kernel."""
     found: list[nbformat.NotebookNode] = []
     for output in outputs:
+        if "application/vnd.jupyter.widget-view+json" in output.get("data", {}):
+            continue
         output.pop("execution_count", None) if output.output_type != "execute_result" else output.update(
             execution_count=None
         )
