@@ -119,6 +119,12 @@ def http_api() -> str:
                 lines += [f"Takes [{name}](#{name.lower()}).", ""]
             lines += [f"Statuses: {', '.join(f'`{status}`' for status in operation['responses'])}.", ""]
     lines += ["## GET /metrics", "", "[Metrics](metrics.md) in the text format of Prometheus.", ""]
+    lines += [
+        "## GET /openapi.json",
+        "",
+        "The description of the routes above, with the limits of the running server.",
+        "",
+    ]
     lines += ["## GET /", "", "A page to try the model in a browser.", ""]
     lines += ["## Objects", ""]
     for name, schema in schemas.items():
