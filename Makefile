@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test quick check format clean gpu
+.PHONY: demo test quick check format docs docs-serve clean gpu
 
 demo: $(INSTALLED)  ## train, export, generate and plot
 	$(BIN)/bdh demo
@@ -30,6 +30,12 @@ gpu:  ## what a GPU computes, and how fast, in OUT (gpu.json): about 6 minutes; 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(INSTALLED)  ## the documentation as a site, in site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-serve: $(INSTALLED)  ## the same at http://127.0.0.1:8001, built again at each change
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve --dev-addr 127.0.0.1:8001
 
 clean:  ## removes the environment and caches; leaves runs/ alone
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache
