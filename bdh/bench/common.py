@@ -116,21 +116,23 @@ def _lean(model: BDHForCausalLM, direction: torch.Tensor, *, x: float, y: float,
 def densities(model: BDHForCausalLM, tokens: torch.Tensor) -> list[Density]:
     """What fires in each layer step while the model reads ``tokens`` (T,), but for the first few, whose attention sees little."""
     config, first = model.config, min(_SKIPPED_TOKENS, len(tokens) - 1)
-    layer = Layer(model.encoder, list(model.encoder_v), model.decoder)
+    fires: dict[str, torch.Tensor] = {}
+
+    def note(name: str, wide: torch.Tensor) -> torch.Tensor:
+        fires[name] = wide[:, first:] > 0
+        return wide
+
+    points = {name: partial(note, name) for name in ("x", "z")}
+    layer = Layer(model.encoder, list(model.encoder_v), model.decoder, points)
     table = rotation_table(torch.arange(len(tokens)), config.neurons_per_head, config.rope_theta, torch.float32)
     lives = half_lives(model)
     attention = partial(attend, form="parallel", decay_mask=None if lives is None else DecayMask(half_lives=lives))
     v = layer_norm(model.embed(tokens[None]), config.layer_norm_eps)  # (1, T, D)
     found = []
     for _ in range(config.n_layer):
-        fires: dict[str, torch.Tensor] = {}
-
-        def trace(name: str, wide: torch.Tensor, fires: dict[str, torch.Tensor] = fires) -> None:
-            fires[name] = wide[:, first:] > 0
-
-        v, _ = layer_step(v, layer, attention, table, eps=config.layer_norm_eps, dtype=torch.float32, trace=trace)
+        v, _ = layer_step(v, layer, attention, table, eps=config.layer_norm_eps, dtype=torch.float32)
         pairs = fires["x"].unflatten(-1, (-1, 2)).any(-1)
-        found.append(Density(*(share.float().mean().item() for share in (fires["x"], pairs, fires["xy"]))))
+        found.append(Density(*(share.float().mean().item() for share in (fires["x"], pairs, fires["z"]))))
     return found
 
 

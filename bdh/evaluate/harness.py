@@ -17,8 +17,9 @@ from transformers import PreTrainedTokenizerFast
 from bdh.evaluate import check_task_files, is_task_path
 from bdh.generate.engine import Engine
 from bdh.generate.params import EngineConfig, SamplingParams
-from bdh.generate.texts import generate_text, inference, params_of
+from bdh.generate.texts import generate_text, params_of
 from bdh.model import BDHForCausalLM
+from bdh.model.network import inference
 from bdh.tokenizer.plain import document_end_id
 
 _MAX_LOGITS = 2**26  # of one forward pass: 256 MiB in float32

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from bdh.data.batches import Batch, starts_after
 from bdh.data.corpus import ValidationPart
 from bdh.generate.advance import Advancer, StepInput
-from bdh.generate.texts import inference
 from bdh.model import BDHForCausalLM
+from bdh.model.network import inference
 from bdh.model.state import SynapticState
 from bdh.words import counted
 

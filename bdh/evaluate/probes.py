@@ -2,17 +2,16 @@
 
 import random
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from bdh.generate.texts import inference
 from bdh.model import BDHForCausalLM
-from bdh.model.network import exact_dtype
+from bdh.model.hook_points import watching
+from bdh.model.network import exact_dtype, inference
 
 _SAMPLE = 4096  # values kept of each kind and layer step, for histograms
 # Neurons times tokens that are read at once, where several sequences have them: 128 MiB for each wide tensor in float32.
@@ -50,27 +49,14 @@ def measure_activity(
 ) -> Activity:
     """Reads tokens (n, T), each sequence from nothing, and counts.
 
-    It costs a forward pass of the linear modules as they are, to which hooks listen, and a count of each wide tensor. It
+    It costs a forward pass of the eager backend, with hooks on the model's ``hook_points``, and a count of each wide tensor. It
     draws no random numbers and leaves the model as it was.
     """
     num_wide = tokens.shape[1] * model.config.n_head * model.config.neurons_per_head
     batches = tokens.split(max(1, min(max_batch_size, MAX_WIDE // num_wide)))
     counts = {kind: _Counts(model, max(1, _SAMPLE // len(batches))) for kind in ("x", "y", "xy")}
-    heads: list[torch.Tensor] = []  # of y in this layer step
-
-    def on_head(module: Any, inputs: Any, output: torch.Tensor) -> None:
-        heads.append(output)
-        if len(heads) == model.config.n_head:
-            counts["y"].add(torch.cat(heads, -1))
-            heads.clear()
-
-    with ExitStack() as hooks, inference(model), autocast():
-        for handle in (
-            model.encoder.register_forward_hook(lambda module, inputs, output: counts["x"].add(output)),
-            *(head.register_forward_hook(on_head) for head in model.encoder_v),
-            model.decoder.register_forward_pre_hook(lambda module, inputs: counts["xy"].add(inputs[0])),
-        ):
-            hooks.callback(handle.remove)
+    functions = {"x": counts["x"].add, "y": counts["y"].add, "z": counts["xy"].add}
+    with inference(model), autocast(), watching(model, functions):
         for batch in batches:
             model(batch.to(model.device), use_cache=False, logits_to_keep=1)
     num_neurons = len(counts["x"].ever)
@@ -100,13 +86,13 @@ class _Counts:
         self.samples: list[list[torch.Tensor]] = [[] for _ in range(L)]
 
     def add(self, wide: torch.Tensor) -> None:
-        """The next layer step, (..., H*N); what is below 0 counts as 0, as ReLU leaves it."""
+        """The next layer step, (..., H*N)."""
         index = self._num_calls % len(self.samples)
         self._num_calls += 1
         fires = wide > 0
         self.ever |= fires.flatten(0, -2).any(0)
         self.fired[index] += fires.sum()
-        self.norm[index] += torch.linalg.vector_norm(wide.clamp_min(0), dim=-1, dtype=self._dtype).sum()
+        self.norm[index] += torch.linalg.vector_norm(wide, dim=-1, dtype=self._dtype).sum()
         above = wide[fires]
         step = max(1, above.numel() // self._num_samples)
         self.samples[index].append(above[::step][: self._num_samples].float().cpu())

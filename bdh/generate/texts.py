@@ -4,7 +4,6 @@ They are calls of the engine, but for beam search, which is transformers' ``gene
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from bdh.generate.engine import Engine
 from bdh.generate.params import ALIASES, SamplingParams, by_own_names, collect_text_faults
 from bdh.generate.sequence import CONTEXT_TOKENS, Prompt, TextDecoder, encode_prompt
-from bdh.model.network import ModelParts
+from bdh.model.network import ModelParts, inference
 from bdh.tokenizer.plain import PlainTokenizer, check_vocabulary, end_token_ids
 from bdh.validation import Faults, collect_faults
 from bdh.words import nearest
@@ -124,18 +123,6 @@ def params_of(params: SamplingParams | None, settings: dict[str, Any], *, num_be
 def _with_seed(params: SamplingParams) -> SamplingParams:
     """Without a seed, PyTorch's generator gives one, so that ``torch.manual_seed`` makes texts repeatable."""
     return params if params.seed is not None else replace(params, seed=int(torch.randint(2**62, ())))
-
-
-@contextmanager
-def inference(model: ModelParts) -> Iterator[None]:
-    """Evaluation mode without gradients; the mode before comes back at the end."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
 
 
 def _search_beams(

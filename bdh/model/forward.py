@@ -12,6 +12,7 @@ import torch
 from bdh.model.arguments import Inputs, checkpointing_of, token_positions
 from bdh.model.state import Columns, SynapticState
 from bdh.model.weights import (
+    hook_points_obstacle,
     kernel_obstacle,
     layer_functions,
     layer_modules,
@@ -263,7 +264,7 @@ def _obstacle(model: Any) -> str | None:
         return "torch.jit is tracing"
     if torch_func_is_active():
         return "a transform of torch.func is active"
-    return product_obstacle(layer_modules(model))
+    return hook_points_obstacle(model) or product_obstacle(layer_modules(model))
 
 
 def step_by_kernels(model: Any, input_ids: torch.Tensor, inputs: Inputs, form: str | None) -> torch.Tensor | None:

@@ -22,6 +22,7 @@ from bdh.model.arguments import StateForGeneration, read_inputs, shifted_labels
 from bdh.model.configuration import BDHConfig
 from bdh.model.conversion import from_reference, to_reference
 from bdh.model.forward import run_layer, step_by_kernels
+from bdh.model.hook_points import HookPoints
 from bdh.model.quantization import keep_as_saved, num_quantized_weights, plain_tensor
 from bdh.model.quantized import QuantizedEmbedding, QuantizedLinear
 from bdh.model.quantizer import BDHQuantizer  # noqa: F401 (which registers itself)
@@ -69,6 +70,7 @@ class BDHPreTrainedModel(PreTrainedModel):
         self.encoder = nn.Linear(D, H * N, bias=False)
         self.encoder_v = nn.ModuleList(nn.Linear(D, N, bias=False) for _ in range(H))
         self.decoder = nn.Linear(H * N, D, bias=False)
+        self.hook_points = HookPoints()
         self.gradient_checkpointing = False
         self.layer_options = LayerOptions()
 
@@ -101,7 +103,7 @@ class BDHPreTrainedModel(PreTrainedModel):
         nn.Module.__init__(backbone)  # with no hooks, which would run twice
         of_module = {*vars(backbone), "forward"} - {"training"}  # libraries replace the forward of the model
         vars(backbone).update((name, value) for name, value in vars(self).items() if name not in of_module)
-        for name in ("embed", "encoder", "encoder_v", "decoder"):
+        for name in ("embed", "encoder", "encoder_v", "decoder", "hook_points"):
             setattr(backbone, name, getattr(self, name))
         return backbone
 

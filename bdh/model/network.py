@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from bdh.model.config_fields import ALIASES, ConfigFields, name_faults
+from bdh.model.hook_points import HookPoints
 from bdh.model.quantization import (
     Quantization,
     check_packed,
@@ -47,6 +48,7 @@ class ModelParts(Protocol):
     encoder_v: Any  # one module for each head
     decoder: Any
     lm_head: Any
+    hook_points: Any  # HookPoints
     config: Any  # see ConfigFields; Any, since that of transformers has its fields from a decorator
     generation_config: Any  # of which eos_token_id is read
     training: bool
@@ -172,6 +174,7 @@ class Network(nn.Module):
         self.encoder = linear["encoder"]
         self.encoder_v = nn.ModuleList(linear[f"encoder_v.{head}"] for head in range(H))
         self.decoder, self.lm_head = linear["decoder"], linear["lm_head"]
+        self.hook_points = HookPoints()
         check_packed(self, name)
         self.eval()
 
@@ -216,6 +219,18 @@ def linear_of(weight: torch.Tensor) -> nn.Linear:
     module.weight = nn.Parameter(weight)
     module.register_parameter("bias", None)
     return module
+
+
+@contextmanager
+def inference(model: ModelParts) -> Iterator[None]:
+    """Evaluation mode without gradients; the mode before comes back at the end."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
 
 
 def choose_device(name: str) -> torch.device:

@@ -63,7 +63,7 @@ def layer_weights(model: Any, dtype: torch.dtype) -> LayerWeights:
 def layer_functions(model: Any, dtype: torch.dtype) -> Layer:
     """E, the heads of Ev, and Dec as functions, for several layer steps: weights are rounded or dequantized once for all of them."""
     functions = [_function(module, dtype) for module in layer_modules(model)]
-    return Layer(functions[0], functions[1:-1], functions[-1])
+    return Layer(functions[0], functions[1:-1], functions[-1], hooked_points(model))
 
 
 def _function(module: Any, dtype: torch.dtype) -> Linear:
@@ -78,8 +78,21 @@ def _function(module: Any, dtype: torch.dtype) -> Linear:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether a module calls anything beside its ``forward``. PyTorch registers hooks, but does not list them."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, kind) for kind in kinds)
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def hooked_points(model: Any) -> dict[str, nn.Module]:
+    """The ``hook_points`` of a model to which hooks are attached, or whose forward is replaced, as nnsight does it; by their names."""
+    points = model.hook_points.named_children()
+    return {name: point for name, point in points if has_hooks(point) or "forward" in point.__dict__}
+
+
+def hook_points_obstacle(model: Any) -> str | None:
+    """Why a layer step has to be computed value by value; None where nothing is attached to its values."""
+    hooked = hooked_points(model)
+    return f"hooks are attached to hook_points.{next(iter(hooked))}" if hooked else None
 
 
 def torch_func_is_active() -> bool:
@@ -307,7 +320,8 @@ _lock = threading.RLock()  # on the dictionary: models may run, and optimizers s
 
 def kernel_obstacle(model: ModelParts) -> str | None:
     """What keeps the kernels from running this model, whatever the machine; None where nothing does."""
-    if (obstacle := weights_obstacle([*layer_modules(model), model.lm_head])) is not None:
+    obstacle = hook_points_obstacle(model) or weights_obstacle([*layer_modules(model), model.lm_head])
+    if obstacle is not None:
         return obstacle
     if type(model.embed) not in (nn.Embedding, QuantizedEmbedding):
         return f"the embedding is {type(model.embed).__name__}, the kernels take plain nn.Embedding"

@@ -27,7 +27,9 @@ from torch.utils.checkpoint import checkpoint
 from bdh.ops.attention import DecayMask, attend, parallel_attention, rotate, sum_dtype
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
-Trace = Callable[[str, torch.Tensor], None]
+Points = Mapping[str, Callable[[torch.Tensor], torch.Tensor]]
+HOOK_POINTS = ("x", "q", "a", "y", "z", "v")
+"""The values of a layer step that can be seen and replaced, in the order in which :func:`layer_step` computes them."""
 T = TypeVar("T")
 
 
@@ -42,6 +44,12 @@ class Layer(NamedTuple):
     encoder: Linear  # D -> H * N
     encoder_v: Sequence[Linear]  # H of D -> N
     decoder: Linear  # H * N -> D
+    points: Points = {}  # noqa: RUF012 (nothing writes to it)
+    """What some of :data:`HOOK_POINTS` pass through: a function of the value gives what is computed with instead."""
+
+
+def _through(points: Points, name: str, value: torch.Tensor) -> torch.Tensor:
+    return points[name](value) if name in points else value
 
 
 def layer_step(
@@ -54,7 +62,6 @@ def layer_step(
     dtype: torch.dtype,
     mask: torch.Tensor | None = None,
     dropout: float = 0.0,
-    trace: Trace | None = None,
 ) -> tuple[torch.Tensor, T]:
     """One application of the layer.
 
@@ -65,28 +72,27 @@ def layer_step(
         table: of :func:`bdh.ops.attention.rotation_table`, broadcast against the queries' pairs.
         dtype: of the layer's products; autocast, where it is on, overrides it.
         mask: bool, v's shape without D; False for padding, at which no neuron fires.
-        dropout: share of x * y that is dropped.
-        trace: is called with "x", "y" and "xy" and each of these, (..., H * N).
+        dropout: share of z = x * y that is dropped.
 
     Returns:
         v after the layer step, and what ``attention`` gave beside a.
     """
-    num_heads, values = len(layer.encoder_v), v.to(dtype)
+    num_heads, values, points = len(layer.encoder_v), v.to(dtype), layer.points
     x = F.relu(layer.encoder(values))  # (..., H*N): which neurons fire
     if mask is not None:
         x = x * mask.to(x.dtype)[..., None]
+    x = _through(points, "x", x)
     q = rotate(x.unflatten(-1, (num_heads, -1)).transpose(-2, -3), table).contiguous()  # (..., H, T, N)
+    q = _through(points, "q", q)
     a, kept = attention(q, values)
-    a = layer_norm(a, eps).to(dtype)  # (..., H, T, D)
+    a = layer_norm(_through(points, "a", a), eps).to(dtype)  # (..., H, T, D)
     # The heads' outputs are let go at once: what is as wide as the neurons is kept no longer than needed.
     y = F.relu(torch.cat([head(a.select(-3, h)) for h, head in enumerate(layer.encoder_v)], dim=-1))  # (..., H*N)
-    z = x * y
-    if trace is not None:
-        for name, wide in (("x", x), ("y", y), ("xy", z)):
-            trace(name, wide)
+    y = _through(points, "y", y)
+    z = _through(points, "z", x * y)
     if dropout != 0:
         z = F.dropout(z, dropout)
-    return layer_norm(v + layer_norm(layer.decoder(z), eps), eps), kept
+    return _through(points, "v", layer_norm(v + layer_norm(layer.decoder(z), eps), eps)), kept
 
 
 @dataclass(frozen=True)
@@ -160,6 +166,13 @@ def advance(
     """
     counts = [piece.num_tokens for piece in pieces]
     writes: list[list[Callable[[], object]]] = [[] for _ in pieces]
+
+    def report(x: torch.Tensor) -> torch.Tensor:
+        x = _through(layer.points, "x", x)
+        on_layer_step(x)
+        return x
+
+    reporting = layer._replace(points={**layer.points, "x": report})
     for index in range(num_layer_steps):
 
         def attention(q: torch.Tensor, values: torch.Tensor, index: int = index) -> tuple[torch.Tensor, None]:
@@ -173,11 +186,7 @@ def advance(
                 of_piece.append(write)
             return torch.cat(found, dim=1), None
 
-        def trace(name: str, wide: torch.Tensor) -> None:
-            if name == "x":
-                on_layer_step(wide)
-
-        v, _ = layer_step(v, layer, attention, table, eps=eps, dtype=dtype, trace=trace)
+        v, _ = layer_step(v, reporting, attention, table, eps=eps, dtype=dtype)
 
     def write_all(of_piece: list[Callable[[], object]]) -> None:
         for write in of_piece:

@@ -1,15 +1,16 @@
 """What rounding has changed: in each matrix, and in what a model predicts and which of its neurons fire."""
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from bdh.data.batches import Batch
 from bdh.evaluate.loss import perplexity
-from bdh.generate.texts import inference
+from bdh.model.hook_points import watching
+from bdh.model.network import inference
 from bdh.model.quantization import neuron_rows, quantized_formats
 from bdh.ops import QuantizedFormat
 from bdh.ops.formats import CODE_RANGES
@@ -81,7 +82,7 @@ def compare(
 ) -> Comparison:
     """Reads sequences with both models, each from nothing.
 
-    The modules are called as they are, and hooks listen to them: torch's dense operations compute, and not the kernels.
+    Hooks listen to which neurons fire: torch's dense operations compute, and not the kernels.
     """
     config = model.config
     num_kept = 2 * config.n_layer * config.n_head * config.neurons_per_head + 8 * config.vocab_size  # bytes of a token
@@ -103,21 +104,12 @@ class _Read(NamedTuple):
 
 def _read(model: Any, batch: Batch) -> _Read:
     fired: dict[str, list[torch.Tensor]] = {"x": [], "y": []}
-    heads: list[torch.Tensor] = []  # of y in this layer step
 
-    def on_head(module: Any, inputs: Any, output: torch.Tensor) -> None:
-        heads.append(output > 0)
-        if len(heads) == model.config.n_head:
-            fired["y"].append(torch.cat(heads, -1))
-            heads.clear()
+    def note(name: str, wide: torch.Tensor) -> None:
+        fired[name].append(wide > 0)
 
     batch = batch.to(model.device)
-    with ExitStack() as hooks:
-        for handle in (
-            model.encoder.register_forward_hook(lambda module, inputs, output: fired["x"].append(output > 0)),
-            *(head.register_forward_hook(on_head) for head in model.encoder_v),
-        ):
-            hooks.callback(handle.remove)
+    with watching(model, {name: partial(note, name) for name in fired}):
         logits = model(batch.input_ids, document_starts=batch.starts, use_cache=False).logits
     return _Read(logits.float().log_softmax(-1), fired)
 

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModel
 
 from bdh import BDHForCausalLM, BDHModel
+from bdh.ops.eager import HOOK_POINTS
 
 
 def test_it_gives_what_the_head_gets(model, tokens):
@@ -65,9 +66,10 @@ def test_names_are_flat_in_both(model):
     assert (names[0], names[-1]) == ("embed.weight", "lm_head.weight")
     assert [name for name, _ in model.base_model.named_parameters()] == names[:-1]
     assert list(model.state_dict()) == names
-    assert set(dict(model.named_modules())) == {"", "embed", "encoder", "encoder_v", "decoder", "lm_head"} | {
-        f"encoder_v.{head}" for head in range(model.config.n_head)
-    }
+    heads = {f"encoder_v.{head}" for head in range(model.config.n_head)}
+    points = {"hook_points", *(f"hook_points.{name}" for name in HOOK_POINTS)}
+    modules = {"", "embed", "encoder", "encoder_v", "decoder", "lm_head"}
+    assert set(dict(model.named_modules())) == modules | heads | points
 
 
 def test_base_model_is_the_model_as_it_is_now(make_model, tokens):
