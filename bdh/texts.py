@@ -1,7 +1,11 @@
-"""``generate_text`` and its relatives as methods of a model. What they call stands above it: :mod:`bdh.generate.texts`."""
+"""``generate_text``, ``trace`` and their relatives as methods of a model. What they call stands above it: :mod:`bdh.generate.texts`
+and :mod:`bdh.inspect`."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bdh.inspect.tracing import Text, Trace
 
 Prompt = str | Sequence[int]
 
@@ -37,3 +41,23 @@ class TextMethods:
 
         model: Any = self
         return stream_text(model, tokenizer, prompt, params, **settings)
+
+
+class TraceMethod:
+    """``trace`` of a model."""
+
+    def trace(
+        self,
+        text: "Text",
+        names: Sequence[str] = ("x", "y"),
+        *,
+        tokenizer: Any = None,
+        positions: Sequence[int] | None = None,
+        heads: Sequence[int] | None = None,
+        layer_steps: Sequence[int] | None = None,
+    ) -> "Trace":
+        """What the layer steps compute while the model reads a text; arguments and errors are those of :func:`bdh.inspect.trace`."""
+        from bdh.inspect.tracing import trace
+
+        choice: dict[str, Any] = {"positions": positions, "heads": heads, "layer_steps": layer_steps}
+        return trace(self, text, names, tokenizer=tokenizer, **choice)

@@ -22,13 +22,14 @@ ALLOWED = {
     "evaluate": {"ops", "model", "tokenizer", "data", "generate"},
     "quantize": {"ops", "model", "data", "evaluate", "generate"},
     "distributed": {"ops", "model"},
+    "inspect": {"ops", "model", "tokenizer"},
     "train": {"ops", "model", "tokenizer", "data", "distributed", "monitor", "evaluate", "generate", "quantize"},
     "serve": {"model", "tokenizer", "generate"},
     "bench": {"ops", "model", "tokenizer", "evaluate", "generate", "quantize", "train"},
 }
 ALLOWED["cli"] = set(ALLOWED)
 # The modules in bdh/ that stand above packages: the public names, `python -m bdh`, and methods that the engine carries out.
-ABOVE_PACKAGES = {"bdh": {"model"}, "bdh.__main__": {"cli"}, "bdh.texts": {"generate"}}
+ABOVE_PACKAGES = {"bdh": {"model"}, "bdh.__main__": {"cli"}, "bdh.texts": {"generate", "inspect"}}
 
 
 class Import(NamedTuple):

@@ -31,7 +31,7 @@ from bdh.model.weights import recheck_weights
 from bdh.ops.attention import sum_dtype
 from bdh.ops.blocks.plan import LayerOptions
 from bdh.ops.eager import chunked_cross_entropy, cross_entropy
-from bdh.texts import TextMethods
+from bdh.texts import TextMethods, TraceMethod
 
 # Above this many logits (128 MiB in float32) the loss is computed in chunks of tokens.
 MAX_LOGITS_IN_ONE_PIECE = 2**25
@@ -52,7 +52,7 @@ class BDHOutput(outputs.CausalLMOutputWithPast):
     past_key_values: SynapticState | None = None  # type: ignore[assignment]
 
 
-class BDHPreTrainedModel(PreTrainedModel):
+class BDHPreTrainedModel(TraceMethod, PreTrainedModel):
     """The modules of the layer, with the same names in all classes: so a class reads the weights that another has written."""
 
     config: BDHConfig

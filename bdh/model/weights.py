@@ -60,6 +60,18 @@ def layer_weights(model: Any, dtype: torch.dtype) -> LayerWeights:
     return LayerWeights(encoder, tuple(encoder_v), decoder.t().contiguous())
 
 
+def checked_layer_weights(model: Any, dtype: torch.dtype) -> LayerWeights:
+    """:func:`layer_weights`, for who asks what the weights say.
+
+    Raises:
+        ValueError: the layer is more than these matrices.
+    """
+    if (obstacle := product_obstacle(layer_modules(model))) is not None:
+        raise ValueError(f"the weights alone do not say what the layer computes: {obstacle}")
+    with torch.no_grad():
+        return layer_weights(model, dtype)
+
+
 def layer_functions(model: Any, dtype: torch.dtype) -> Layer:
     """E, the heads of Ev, and Dec as functions, for several layer steps: weights are rounded or dequantized once for all of them."""
     functions = [_function(module, dtype) for module in layer_modules(model)]
