@@ -103,7 +103,8 @@ def load_tokenizer(config: TokenizerConfig | str | Path) -> "PreTrainedTokenizer
     name = str(path.parent) if path.is_file() else settings.path
     setting = f"tokenizer.path is {name!r}"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=is_local)
+        # Without False transformers asks at a terminal whether to run the code of a folder that has some.
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=is_local, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises nothing narrower for a damaged file
         if is_local:
             raise ValueError(f"{setting}: its tokenizer files cannot be read: {first_line(error)}") from error

@@ -55,6 +55,17 @@ def test_damaged_tokenizer_is_named(tmp_path, text):
         load_tokenizer(tmp_path)
 
 
+def test_code_in_a_folder_is_not_run_and_not_asked_about(tmp_path, monkeypatch):
+    """At a terminal transformers asked whether to run it."""
+    byte_tokenizer().save_pretrained(tmp_path)
+    facts = {"tokenizer_class": "Other", "auto_map": {"AutoTokenizer": [None, "code.Other"]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(facts))
+    (tmp_path / "code.py").write_text("raise SystemError('this was run')\nclass Other: pass\n")
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    with pytest.raises(ValueError, match=r"files cannot be read: ValueError: The repository .* contains custom code"):
+        load_tokenizer(tmp_path)
+
+
 @pytest.mark.parametrize("has_config", [True, False])
 def test_bare_file_opens_with_its_special_tokens(tmp_path, has_config):
     train_tokenizer([TRAINING_TEXT], "bpe", 300).save_pretrained(tmp_path)
