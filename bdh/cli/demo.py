@@ -61,11 +61,12 @@ def _train(run: Path) -> int:
 
 
 def _what_next(run: str) -> str:
+    logs = f"{run}/tensorboard"  # is not there where the package is missing
     commands = (
         (f"bdh generate {run}/model --prompt 'import ' --max_new_tokens 80", "more text"),
         (f"bdh serve {run}/model", "OpenAI's API and a page, at http://127.0.0.1:8000"),
         (f"bdh eval {run}", "loss, perplexity, bits per byte"),
-        (f"tensorboard --logdir {run}/tensorboard", "the curves of the run"),
+        *([(f"tensorboard --logdir {logs}", "the curves of the run")] if Path(logs).is_dir() else ()),
         ("bdh train --config small --data.source FILE", "a larger model on a text of yours"),
         ("bdh train --help", "every setting"),
     )

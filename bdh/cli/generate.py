@@ -180,14 +180,15 @@ def _beams(model: Any, tokenizer: Any, jobs: list[Job], asked: list, settings: G
 
 def _print_stream(prompt: str, engine: Any, asked: str | list[int], params: SamplingParams) -> int:
     engine.add_request(asked, params)
-    sys.stdout.write(prompt)
+    begin = prompt  # printed with the first text: until then a line may say that kernels are compiled
     while engine.has_work:
         for output in engine.step():
-            sys.stdout.write(output.text)
+            sys.stdout.write(begin + output.text)
             sys.stdout.flush()
+            begin = ""
             if output.completion is not None and output.completion.error is not None:
                 raise ValueError(output.completion.error)
-    sys.stdout.write("\n")
+    sys.stdout.write(f"{begin}\n")
     return 0
 
 

@@ -28,8 +28,12 @@ def test_an_interrupted_demo_is_continued_and_a_complete_one_is_used(tmp_path, c
         assert f"--- bdh generate {run}/model --prompt {prompt}" in shown
     assert (run / "loss.png").stat().st_size > 0
     assert "What next" in shown
+    assert f"tensorboard --logdir {run}/tensorboard" in shown
+    shutil.rmtree(run / "tensorboard")  # as where the package is missing
     assert main(["demo", str(run)]) == 0
-    assert "holds a trained model already: using it" in capfd.readouterr().out
+    shown = capfd.readouterr().out
+    assert "holds a trained model already: using it" in shown
+    assert "tensorboard" not in shown
 
 
 def test_a_fault_of_the_training_ends_the_demo(tmp_path, capfd):

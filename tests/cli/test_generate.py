@@ -29,6 +29,23 @@ def test_the_printed_text_is_the_models(model_folder, capsys):
     assert capsys.readouterr().out == f"The {expected}\n"
 
 
+def test_a_line_about_compiling_does_not_cut_the_printed_text(model_folder, capsys, monkeypatch):
+    """With the kernels of another format than the last one's, it came between prompt and text."""
+    from bdh.generate.engine import Engine
+
+    step = Engine.step
+
+    def announcing(engine):
+        print("compiling the kernels")
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", announcing)
+    assert generate(model_folder, "--prompt", "The ", "--temperature", 0, "--max_new_tokens", 1) == 0
+    first, second = capsys.readouterr().out.split("\n", 1)
+    assert first == "compiling the kernels"
+    assert second.startswith("The ")
+
+
 def test_a_model_folder_that_a_killed_process_was_replacing_is_opened(model_folder, tmp_path, capsys):
     """On disks that cannot exchange two folders, a kill between the two renames left no folder of that name."""
     folder = tmp_path / "model"
