@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test quick check format docs docs-serve clean gpu
+.PHONY: demo test quick check format docs docs-serve notebooks clean gpu
 
 demo: $(INSTALLED)  ## train, export, generate and plot
 	$(BIN)/bdh demo
@@ -36,6 +36,9 @@ docs: $(INSTALLED)  ## the documentation as a site, in site/; a warning is an er
 
 docs-serve: $(INSTALLED)  ## the same at http://127.0.0.1:8001, built again at each change
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve --dev-addr 127.0.0.1:8001
+
+notebooks: $(INSTALLED)  ## runs notebooks/*.py and writes the .ipynb files: about 20 minutes on two CPU cores; NAMES="01 05"
+	$(BIN)/python scripts/notebooks.py $(NAMES)
 
 clean:  ## removes the environment and caches; leaves runs/ alone
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache
