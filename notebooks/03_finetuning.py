@@ -52,9 +52,11 @@ def run_bdh(*arguments, lines=12):
 # on 30 kB of the part of `stdlib`, the source code of Python's library, that training holds out.
 
 # %%
+import itertools
+
 from bdh.data import DataConfig, validation_texts
 
-held_out = "".join(text for _, text in zip(range(40), validation_texts(DataConfig(source="stdlib"))))[:30_000]
+held_out = "".join(itertools.islice(validation_texts(DataConfig(source="stdlib")), 40))[:30_000]
 Path("code.txt").write_text(held_out, encoding="utf-8")
 CODE = ["--data.source", "code.txt", "--part", "all"]
 run_bdh("eval", "runs/demo/model", *CODE)
