@@ -37,12 +37,13 @@ import bdh  # before transformers, which then knows the model
 import matplotlib.pyplot as plt
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from bdh import inspect
 from bdh.data import DataConfig, training_texts, validation_texts
 
 disable_progress_bar()
+set_verbosity_error()
 FAST = os.environ.get("BDH_NOTEBOOK_FAST") == "1"  # small settings, for a test of this notebook
 model = AutoModelForCausalLM.from_pretrained("runs/demo/model")
 tokenizer = AutoTokenizer.from_pretrained("runs/demo/model")
@@ -179,16 +180,16 @@ plt.show()
 import networkx
 
 graph = networkx.Graph(rows[0][2].edges.tolist())
-core = graph.subgraph(sorted(graph, key=graph.degree, reverse=True)[:120])
+core = graph.subgraph(sorted(graph, key=graph.degree, reverse=True)[:60])
 places = networkx.spring_layout(core, seed=1, iterations=30)
 communities = networkx.community.louvain_communities(core, seed=1)
 colors = {node: number for number, nodes in enumerate(communities) for node in nodes}
-fig, axis = plt.subplots(figsize=(6, 5))
-networkx.draw_networkx_edges(core, places, ax=axis, alpha=0.15)
+fig, axis = plt.subplots(figsize=(5, 4), dpi=70)
+networkx.draw_networkx_edges(core, places, ax=axis, alpha=0.1)
 networkx.draw_networkx_nodes(
     core, places, ax=axis, node_size=25, node_color=[colors[node] for node in core], cmap="tab10"
 )
-axis.set(title="The 120 neurons of the first head with most connections")
+axis.set(title="The 60 neurons of the first head with most connections")
 axis.axis("off")
 fig.tight_layout()
 plt.show()
@@ -207,7 +208,16 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 torch.manual_seed(0)
 gpt2 = GPT2LMHeadModel(
-    GPT2Config(vocab_size=256, n_positions=128, n_layer=2, n_embd=96, n_head=4, attn_implementation="eager")
+    GPT2Config(
+        vocab_size=256,
+        n_positions=128,
+        n_layer=2,
+        n_embd=96,
+        n_head=4,
+        bos_token_id=0,
+        eos_token_id=0,
+        attn_implementation="eager",
+    )
 )
 read = torch.frombuffer(bytearray("".join(training_texts(DataConfig(source="pydoc"))).encode()), dtype=torch.uint8)
 optimizer = torch.optim.AdamW(gpt2.parameters(), lr=2e-3)

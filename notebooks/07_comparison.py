@@ -32,9 +32,11 @@ import bdh  # before transformers, which then knows the model
 import matplotlib.pyplot as plt
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.utils.logging import set_verbosity_error
 
 from bdh.data import DataConfig, training_texts, validation_texts
 
+set_verbosity_error()
 FAST = os.environ.get("BDH_NOTEBOOK_FAST") == "1"  # small settings, for a test of this notebook
 STEPS, EVERY = (20, 10) if FAST else (600, 50)
 BATCH, BLOCK = 12, 128
@@ -54,7 +56,16 @@ def make(kind, seed):
         config = bdh.BDHConfig(n_layer=3, n_embd=64, n_head=4, mlp_internal_dim_multiplier=32, dropout=0.0)
         return bdh.BDH(config).to(device)
     config = GPT2Config(
-        vocab_size=256, n_positions=4096, n_layer=3, n_embd=104, n_head=4, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+        vocab_size=256,
+        n_positions=4096,
+        n_layer=3,
+        n_embd=104,
+        n_head=4,
+        resid_pdrop=0,
+        embd_pdrop=0,
+        attn_pdrop=0,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     return GPT2LMHeadModel(config).to(device)
 
