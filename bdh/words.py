@@ -1,4 +1,4 @@
-"""Words that messages have in common: how many of something there are, and which name is meant."""
+"""Words that messages have in common: how many of something there are, which name is meant, what an error is about."""
 
 from collections.abc import Iterable
 
@@ -13,3 +13,9 @@ def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
     import difflib
 
     return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)), None)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was refused: by Python, by PyTorch on a GPU (``torch.OutOfMemoryError``), or on a CPU, where it has no class."""
+    is_named = "OutOfMemory" in type(error).__name__
+    return isinstance(error, MemoryError) or is_named or "allocate memory" in str(error)

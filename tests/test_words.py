@@ -24,3 +24,15 @@ def test_the_nearest_name_is_near_enough():
     assert nearest("max_token", ["max_tokens", "n"]) == "max_tokens"
     assert nearest("max_token", ["seed"]) is None
     assert nearest("max_token", ["max_tokens"], cutoff=0.99) is None
+
+
+def test_memory_that_was_refused_is_known_by_every_form_of_the_error():
+    import torch
+
+    from bdh.words import is_out_of_memory
+
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60)
+    for error in (caught.value, MemoryError(), torch.OutOfMemoryError("CUDA out of memory")):
+        assert is_out_of_memory(error)
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))

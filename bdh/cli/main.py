@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import bdh
 from bdh.cli.output import kept_back, print_error
-from bdh.words import nearest
+from bdh.words import is_out_of_memory, nearest
 
 if TYPE_CHECKING:
     from bdh.cli.settings import Command
@@ -54,7 +54,10 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         is_expected = isinstance(error, (ValueError, OSError, ImportError))
         message = re.sub(r"^\[Errno \d+\] ", "", str(error)) or type(error).__name__
-        if not is_expected:
+        if is_out_of_memory(error):
+            first = message.splitlines()[0]
+            message = f"out of memory: {first} (bdh train ... --dry_run tells what fits, and what to change)"
+        elif not is_expected:
             message = f"unexpected {type(error).__name__}: {error} (the same with --debug shows where)"
         if debug:
             traceback.print_exc()

@@ -28,7 +28,7 @@ from bdh.train.config import RunSettings, TrainSettings
 from bdh.train.loop import training_step
 from bdh.train.runtime import Runtime, plan_training
 from bdh.train.setup import Run
-from bdh.words import counted
+from bdh.words import counted, is_out_of_memory
 
 MARGIN = 0.95
 """Of the available memory: more than that is not counted on."""
@@ -359,8 +359,7 @@ def _measured_step(run: Run, step_model: Callable[..., Any], sequences: Batch, c
         training_step(run, step_model, batch, num_targets)
         run.guard.read(run.progress.step)  # waits for the device
     except (RuntimeError, MemoryError) as error:
-        # PyTorch has no class for a CPU's lack of memory, as under ulimit.
-        failed = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
+        failed = is_out_of_memory(error)
         if not failed:
             raise
     finally:

@@ -73,3 +73,16 @@ def test_errors_become_a_line_and_a_status(monkeypatch, capsys, error, status, s
 def test_debug_shows_the_traceback(capsys):
     assert main(["plot", "no-such-run", "--debug"]) == 2
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_memory_that_is_refused_is_an_error_that_helps(monkeypatch, capsys):
+    import torch
+
+    import bdh.cli.main as main_module
+
+    monkeypatch.setattr(main_module, "find_command", lambda name: lambda arguments: torch.empty(1 << 60))
+    assert main(["train"]) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: out of memory: ")
+    assert "--dry_run" in shown
+    assert "unexpected" not in shown
