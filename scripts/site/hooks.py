@@ -4,6 +4,7 @@ Pages of the reference are made from the code (``reference.py``). Files outside 
 become pages of the site with their text, so that no link leads out of what was built.
 """
 
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -18,7 +19,8 @@ _NAMED = re.compile(r"(?<![\[`\w])`([\w.-]+/[\w./-]+|[A-Z]+\.md|Makefile|pyproje
 _FENCE = re.compile(r"^( *)(```+|~~~+).*?^\1\2 *$", re.MULTILINE | re.DOTALL)
 _LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".sh": "sh", ".toml": "toml", ".json": "json"}
 _FOLDER = "source"
-_LONGEST_PAGE = 200_000  # characters of a file that becomes a page
+_WITH_LINKS = (".md", ".ipynb")
+_LONGEST_PAGE = 1_000_000  # bytes of a file that becomes a page
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -31,10 +33,12 @@ def on_files(files: Files, config: Any) -> Files:
         for path in sorted(_files_of(page, text) - found):
             found.add(path)
             content = (ROOT / path).read_text(encoding="utf-8")
-            if path.endswith(".md"):
-                waiting.append((path, content))
-            else:
+            if path.endswith(".ipynb"):
+                content = _notebook_as_page(content)
+            elif not path.endswith(".md"):
                 content = _as_page(path, content)
+            if path.endswith(_WITH_LINKS):
+                waiting.append((path, content))
             files.append(File.generated(config, _place(path), content=content))
     return files
 
@@ -54,7 +58,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     def linked(text: str) -> str:
         return _NAMED.sub(with_link, _LINK.sub(with_target, text))
 
-    if place.startswith(f"{_FOLDER}/") and not own.endswith(".md"):
+    if not own.endswith(_WITH_LINKS):
         return markdown
     parts, end = [], 0
     for fence in _FENCE.finditer(markdown):
@@ -114,6 +118,21 @@ def _own_path(place: str) -> str:
 
 def _relative(target: str, place: str) -> str:
     return posixpath.relpath(target, posixpath.dirname(place) or ".")
+
+
+def _notebook_as_page(content: str) -> str:
+    """The cells of a notebook, what the code printed, and its pictures."""
+    parts = []
+    for cell in json.loads(content)["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", ()):
+            data = output.get("data", {})
+            if "image/png" in data:
+                parts.append(f"![](data:image/png;base64,{data['image/png'].strip()})")
+            elif text := "".join(output.get("text", data.get("text/plain", ""))).rstrip():
+                parts.append(f"`````text\n{text}\n`````")
+    return "\n\n".join(parts) + "\n"
 
 
 def _as_page(path: str, content: str) -> str:
