@@ -143,7 +143,9 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# Where the line leaves the grey band the order of the bytes matters. One synapse on one text is an example, and no proof of anything.
+# Where the line leaves the grey band the order of the bytes matters; where it stays within, which bytes there are explains it all, as
+# large as the strength may look. The waves are the rotation of the pair that the neuron belongs to. One synapse on one text is an
+# example, and no proof of anything.
 #
 # ## The graph between neurons
 #
@@ -250,6 +252,7 @@ plt.show()
 
 # %% [markdown]
 # Above, green adds an earlier byte's value and purple takes it away; the diagonal is empty, since a byte does not see itself. Below there is
-# green alone. Equal letters attend to each other in BDH, since queries and keys are the same neurons.
+# green alone. BDH's heads read mostly what is near here: a token's query and key are the same neurons, and rotation turns them apart
+# with distance.
 #
 # Next: [beside a transformer](07_comparison.ipynb).
