@@ -129,7 +129,7 @@ def _notebook_as_page(content: str) -> str:
         for output in cell.get("outputs", ()):
             data = output.get("data", {})
             if "image/png" in data:
-                parts.append(f"![](data:image/png;base64,{data['image/png'].strip()})")
+                parts.append(f"<img alt='' src='data:image/png;base64,{''.join(data['image/png']).strip()}'>")
             elif text := "".join(output.get("text", data.get("text/plain", ""))).rstrip():
                 parts.append(f"`````text\n{text}\n`````")
     return "\n\n".join(parts) + "\n"
