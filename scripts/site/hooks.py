@@ -48,6 +48,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     own = _own_path(place)
 
     def with_target(match: re.Match) -> str:
+        if not own.startswith("docs/") and (page := _page_of(own, match[1])) is not None:
+            return f"{_relative(page, place)}{match[2] or ''}"
         path = _file_of(own, match[1])
         return match[0] if path is None else f"{_relative(_place(path), place)}{match[2] or ''}"
 
@@ -73,6 +75,12 @@ def _files_of(page: str, text: str) -> set[str]:
     linked = (_file_of(page, match[1]) for match in _LINK.finditer(text))
     named = (_existing(match[1]) for match in _NAMED.finditer(text))
     return {path for path in (*linked, *named) if path is not None}
+
+
+def _page_of(file: str, target: str) -> str | None:
+    """The page of docs/ that a link in a file outside of it leads to; None where it leads elsewhere."""
+    path = posixpath.normpath(posixpath.join(posixpath.dirname(file), target))
+    return path.removeprefix("docs/") if path.startswith("docs/") and "://" not in target else None
 
 
 def _file_of(page: str, target: str) -> str | None:
