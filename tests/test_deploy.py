@@ -502,6 +502,7 @@ def test_nginx_refuses_what_is_too_large_and_what_is_private(proxy):
     assert json.loads(response.read())["error"]["code"] == "request_too_large"
     assert proxy.ask("/v1/completions", "POST", body=b"x" * (4 * 2**20)).status == 200
     assert proxy.ask("/metrics").status == 404
+    assert proxy.ask("/metrics/").status == 404  # which the server answers too
     assert proxy.ask("/nginx-health").status == 200
     assert [path for replica in proxy.replicas for _, path, _ in replica.seen] == ["/v1/completions"]
 
