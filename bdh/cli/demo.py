@@ -2,7 +2,6 @@
 
 import importlib.util
 import shlex
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,15 +48,11 @@ def _train(run: Path) -> int:
     if (run / "model" / "config.json").is_file():
         print(f"{run} holds a trained model already: using it. Remove the folder to train again.", flush=True)
         return 0
-    if not (run / CONFIG_FILE).is_file():
-        return train(begin)
     # A lock is that of a run that goes on, which training refuses, or of one that was killed.
-    if (run / LOCK_FILE).exists() or CheckpointFolder(run).newest() is not None:
+    if (run / CONFIG_FILE).is_file() and ((run / LOCK_FILE).exists() or CheckpointFolder(run).newest() is not None):
         print(f"{run} was interrupted: continuing it.", flush=True)
         return train(["--run_dir", str(run), "--resume"])
-    print(f"{run} was interrupted before its first checkpoint: training anew.", flush=True)
-    shutil.rmtree(run)
-    return train(begin)
+    return train(begin)  # which refuses a folder that holds anything of a run, and says what to do
 
 
 def _what_next(run: str) -> str:

@@ -41,3 +41,12 @@ def test_a_fault_of_the_training_ends_the_demo(tmp_path, capfd):
     (tmp_path / "lock").write_text("")
     assert main(["demo", str(tmp_path)]) != 0
     assert "What next" not in capfd.readouterr().out
+
+
+def test_a_folder_with_files_of_its_owner_is_left_alone(tmp_path, capfd):
+    """A folder with a config.yaml and no checkpoint was taken for an interrupted demo, and removed."""
+    (tmp_path / "config.yaml").write_text("model: 3\n")
+    (tmp_path / "thesis.txt").write_text("years of work")
+    assert main(["demo", str(tmp_path)]) == 2
+    assert "already holds a run" in capfd.readouterr().err
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
