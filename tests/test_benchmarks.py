@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import compare, gpu
+from benchmarks import compare, comparison, gpu
 from benchmarks.forked import TRAINING, Forked, ForkServer
 
 ROOT = Path(__file__).parents[1]
@@ -196,6 +196,51 @@ def test_a_grammar_costs_what_is_told(benchmark, tmp_path):
     assert "all of those follow the schema; free text stays as it is" in done.wrote()
     assert len(re.findall(r"ms, once; then +\d+ us a token", done.wrote())) == 3
     assert len(re.findall(r"at once +[\d.]+ tokens/s without, +[\d.]+ with", done.wrote())) == 2
+
+
+@pytest.mark.slow
+def test_both_models_are_trained_on_the_same_text(benchmark, tmp_path):
+    (tmp_path / "step_seconds.json").write_text('{"BDH": 6, "GPT-2": 3}')
+    done = benchmark("comparison.py", "--corpora", "pydoc", "--seeds", "0", "--minutes", "0.1", "--out", str(tmp_path))
+    assert done.returncode == 0, done.said()
+    results = comparison.load(tmp_path)
+    assert {each.model: each.steps for each in results} == {"BDH": 1, "GPT-2": 2}
+    # Of 256 values a fresh model's loss is near ln 256 = 5.5, and a step or two bring down the first.
+    assert all(5.0 < each.points[0].train_loss < 6.0 and each.points[-1].loss < 5.5 for each in results)
+    sizes = [each.parameters for each in results]
+    assert max(sizes) / min(sizes) < 1.05
+    again = benchmark("comparison.py", "--corpora", "pydoc", "--seeds", "0", "--minutes", "0.1", "--out", str(tmp_path))
+    assert (again.returncode, "held out" in again.wrote()) == (0, False)
+
+
+def comparison_result(model: str, seed: int, losses: list[float]) -> comparison.Result:
+    points = [comparison.Point(i + 1, loss, loss) for i, loss in enumerate(losses)]
+    return comparison.Result(
+        "pydoc", model, seed, learning_rate=1e-3, steps=len(losses), step_seconds=1, seconds_used=1, parameters=1,
+        processor="", torch="", points=points,
+    )  # fmt: skip
+
+
+def test_losses_are_compared_after_as_many_bytes_and_as_much_time(tmp_path):
+    results = [
+        comparison_result("BDH", 0, [5.0, 4.0, 3.0, 2.5, 2.25]),
+        comparison_result("BDH", 1, [5.0, 4.0, 3.0, 2.7, 2.35]),
+        comparison_result("GPT-2", 0, [5.5, 5.0, 4.5, 4.0, 3.5, 3.0, 2.5, 2.0, 1.0, 1.5]),
+    ]
+    bdh, gpt2 = comparison.report(results).splitlines()[2:]
+    bytes_read = 4 * 256 * 8 / 1e6  # before BDH's learning rate falls, after 4 of 5 steps
+    assert (
+        bdh
+        == f"| pydoc | BDH | 2 | 0.0 | 2.600 (2.500 to 2.700) at {bytes_read:.1f} | 2.300 (2.250 to 2.350) | 2.300 (2.250 to 2.350) |"
+    )
+    assert gpt2 == f"| pydoc | GPT-2 | 1 | 0.0 | 4.000 at {bytes_read:.1f} | 1.500 | 1.000 |"
+    comparison.draw(results, tmp_path / "losses.svg")
+    assert (tmp_path / "losses.svg").stat().st_size > 10_000
+
+
+def test_the_learning_rate_rises_stays_and_falls():
+    rates = [comparison.rate_at(share) for share in (0.0, 0.01, 0.02, 0.5, 0.8, 0.9, 1.0)]
+    assert rates == pytest.approx([0.02, 0.5, 1, 1, 1, 0.55, 0.1])
 
 
 def test_a_figure_beyond_the_tolerance_is_named():
