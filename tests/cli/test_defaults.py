@@ -212,7 +212,7 @@ def test_the_deployment_has_the_defaults_but_for_what_it_says():
             r"`monitor.backends` selects where to show and record the run, in any combination; `(\w+)`, the default",
             "auto",
         ),
-        ("evaluation.md", r"`--part` says on what of it: `(\w+)` \(the default", "validation"),
+        ("evaluation.md", r"`--part` selects the part of the text: `(\w+)` \(the default", "validation"),
         (
             "model.md",
             r"`attention_form` in the configuration, or as an argument of `forward`, chooses; `(\w+)`, the def",
