@@ -43,37 +43,43 @@ _THREADS_A_CORE = 4
 @dataclass(kw_only=True)
 class BenchSettings(ReadsModel):
     benchmark: Literal["decode", "prefill", "engine", "quantize", "train"]
-    """decode: a token at a time, compared with other forms. prefill: prompts by their length. engine: several requests. quantize: formats of weights and states, and those of other libraries. train: a training step, compared with other forms."""
+    """decode: a token at a time, compared with other implementations. prefill: reading prompts of several lengths.
+    engine: several requests at once. quantize: formats of weights and states, including those of other libraries.
+    train: a training step, compared with other implementations."""
     model: PathText | None = None
-    """Folder of an exported model or of a run, or a hub id. By default one is made whose neurons fire as sparsely as trained ones; for train, one of fresh weights."""
+    """Folder of an exported model or a run, or a hub id. By default a synthetic model whose neurons fire as sparsely as
+    those of a trained one; for train, a model with initial weights."""
     n_embd: int | None = None
-    """D of the model that is made. By default 256; for train 128; with --quick 64."""
+    """D of the synthetic model. By default 256; for train 128; with --quick 64."""
     n_head: int | None = None
-    """H. By default 4; with --quick 2."""
+    """H of the synthetic model. By default 4; with --quick 2."""
     n_layer: int | None = None
-    """L. By default 6; for train 4; with --quick 3."""
+    """L of the synthetic model. By default 6; for train 4; with --quick 3."""
     mlp_internal_dim_multiplier: int | None = None
-    """Neurons of all heads, in multiples of D. By default 128; for train and with --quick 32."""
+    """Number of neurons of all heads, in multiples of D. By default 128; for train and with --quick 32."""
     vocab_size: int | None = None
-    """V, at least 2. By default 256."""
+    """V of the synthetic model, at least 2. By default 256."""
     agreement_tokens: PositiveInt = 2000
-    """decode, quantize: tokens over which all forms must agree before any is timed; at most 100 with --quick."""
+    """decode, quantize: number of tokens on which all implementations must agree before any is timed; at most 100 with
+    --quick."""
     text: PathText | None = None
-    """quantize: file of held-out text, on whose first agreement_tokens the perplexity of model in each format is measured."""
+    """quantize: file of held-out text. The perplexity of model in each format is measured on its first agreement_tokens
+    tokens."""
     busy: int = 0
-    """decode: busy programs to start beside, at most 4 for each core. Then a token and a prompt are timed alone and beside them, with one thread and with all, in place of the other forms."""
+    """decode: number of busy programs to start, at most 4 for each core. A token and a prompt are then timed with and
+    without them, with one thread and with all, instead of the other implementations."""
     batch_size: PositiveInt | None = None
-    """train: sequences of a step. By default 16; with --quick 2."""
+    """train: sequences in a step. By default 16; with --quick 2."""
     block_size: int | list[int] | None = None
-    """train: tokens of a sequence; several are timed one after the other. By default 128; with --quick 32."""
+    """train: tokens in a sequence; several values are timed one after the other. By default 128; with --quick 32."""
     dropout: Fraction | None = None
     """train: share of the neurons' outputs that is dropped. By default 0.1."""
     density: Annotated[float, Ge(0.01), Le(0.6)] | None = None
-    """train: share of x that is to fire, such as 0.2, of the model that is made. By default its weights are untrained."""
+    """train: share of x that fires in the synthetic model, such as 0.2. By default its weights are initial ones."""
     device: Literal["auto", "cpu", "cuda"] = "cpu"
-    """train: auto takes a GPU, where there is one."""
+    """train: device. auto: a GPU, if there is one."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
-    """train: of the matrix products; the weights are float32. auto: as train.dtype of bdh train."""
+    """train: dtype of the matrix products; the weights are float32. auto: as train.dtype of bdh train."""
     layer_path: LayerPath = "auto"
     """train: as train.layer_path of bdh train."""
     recompute: Literal["none", "pass", "auto"] = "auto"
@@ -81,25 +87,26 @@ class BenchSettings(ReadsModel):
     memory_budget_gb: PositiveFloat | None = None
     """train: as train.memory_budget_gb of bdh train."""
     rows_per_block: int | None = None
-    """train: sequences in a block of the layer, at most batch_size; null for what suits the device and the budget."""
+    """train: sequences in a block of the layer, at most batch_size. null: chosen for the device and the memory budget."""
     tokens_per_block: int | None = None
-    """train: tokens of each sequence in a block of the layer, at most block_size; null for what costs least."""
+    """train: tokens of each sequence in a block of the layer, at most block_size. null: the cheapest number."""
     baselines: Baseline | list[Baseline] | None = None
-    """train: what it is timed beside: ops/naive.py with autograd, that under torch.compile, a GPT-2 of as many parameters. By default all three; [] for none."""
+    """train: what to compare with: naive (ops/naive.py with autograd), compiled (the same under torch.compile), gpt2 (a
+    GPT-2 of the same size). By default all three; [] for none."""
     one_step: bool = False
-    """train: only the memory and the time of one optimizer step, in a process of its own."""
+    """train: measure only the memory and the time of one optimizer step, in a separate process."""
     rounds: PositiveInt | None = None
-    """train: rounds, in which the forms take turns. By default 5; with --quick 2."""
+    """train: number of rounds, in which the implementations take turns. By default 5; with --quick 2."""
     threads: int | None = None
-    """Of the kernels and of torch, at most 4 for each core of the machine. By default what torch takes."""
+    """Threads of the kernels and of torch, at most 4 for each core of the machine. By default as many as torch uses."""
     seed: Annotated[int, Ge(0), Lt(2**63)] = 0
-    """Of the weights that are made, and of the text."""
+    """Seed of the synthetic weights and of the text."""
     quick: bool = False
-    """Everything small, in seconds: to see that it runs. Its figures say little."""
+    """Use small sizes, to check within seconds that it runs. The figures mean little."""
     json: PathText | None = None
-    """File for the figures as one JSON object, which replaces it; - prints that instead of the tables."""
+    """File for the figures as one JSON object; an existing file is replaced. - prints the object instead of the tables."""
     checkpoint: str | None = None
-    """For a run: last (the default), best, or a step."""
+    """For a run: which checkpoint: last (the default), best, or a step."""
 
     def collect_faults(self, faults: Faults) -> None:
         super().collect_faults(faults)
@@ -189,11 +196,11 @@ class BenchSettings(ReadsModel):
 @takes(
     BenchSettings,
     "benchmark",
-    description="Time a model on this machine. decode, prefill, engine and quantize run on its processor, with the "
-    "sparse kernels; train times a training step there, or on a GPU with --device. What is compared must agree first; if it "
-    "does not, nothing is timed, and the status is 1. For train, --config FILE is a configuration of bdh train: its "
-    "model section is what is timed, with its batch_size, block_size, device, dtype and what it says of the layer, and "
-    "flags override them. So for train the output of --print_config is to be read, and cannot be given as --config.",
+    description="Time a model on this machine. decode, prefill, engine and quantize run on the CPU, with the sparse "
+    "kernels; train times a training step on the CPU, or on a GPU with --device. Implementations must agree before they are "
+    "timed; if they do not, nothing is timed, and the exit status is 1. For train, --config FILE is a configuration of bdh "
+    "train: its model section, batch_size, block_size, device, dtype and settings of the layer are used, and flags override "
+    "them. For train, the output of --print_config is only to be read, and cannot be given as --config.",
 )
 def run_bench(argv: list[str]) -> int:
     files, argv = _training_files(argv)

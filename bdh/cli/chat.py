@@ -31,23 +31,23 @@ _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) i
 @dataclass(kw_only=True)
 class ChatSettings(ModelSettings, DrawSettings):
     max_tokens: PositiveInt = 500
-    """Tokens of a reply at most."""
+    """Largest number of tokens in a reply."""
     system: str | None = verbatim(None)
-    """System message: how the model is to answer. Without a chat template, text in front of everything."""
+    """System message, which tells the model how to answer. Without a chat template, it is text in front of everything."""
     load: PathText | None = None
-    """Conversation to continue, from a file that /save wrote."""
+    """Continue a conversation from a file that /save wrote."""
     plain: bool = False
-    """Continue what is typed as text, though the tokenizer has a chat template."""
+    """Continue the typed text, even if the tokenizer has a chat template."""
     max_undo_bytes: NonNegativeInt = 1 << 30
-    """Memory for the states that /undo goes back to: one for each turn, the oldest are dropped."""
+    """Memory for the states that /undo restores, one for each turn; the oldest are dropped."""
     path: StepPath = "auto"
-    """Code of the steps: kernels (sparse, on the CPU), torch, or auto, which takes the kernels where they run."""
+    """Implementation of the steps: kernels (sparse, on the CPU), torch, or auto: the kernels if they can run."""
     window: PositiveInt | None = None
-    """Attend to the last so many tokens only, for models trained on short blocks; None for all."""
+    """Attend only to this many last tokens, for models that were trained on short blocks. None: to all."""
     weights: WeightFormat = "float32"
-    """How the CPU's kernels hold the weights, as engine.weights of bdh generate."""
+    """Format of the kernels' weights, as engine.weights of bdh generate."""
     state: StateFormat | None = None
-    """How they hold the state. None takes what the model recommends, else float32."""
+    """Format of the kernels' state. None: what the model recommends, else float32."""
 
     def check_available(self) -> None:
         super().check_available()
@@ -66,7 +66,7 @@ class ChatSettings(ModelSettings, DrawSettings):
 
 @command("model")
 def run_chat(settings: ChatSettings) -> int:
-    """Talk with a model, or, where its tokenizer has no chat template, write a text together."""
+    """Chat with a model in the terminal. If its tokenizer has no chat template, write a text together."""
     from bdh.generate.chat import Conversation
     from bdh.generate.engine import Engine
 

@@ -27,17 +27,18 @@ of two seeds -0.02 to 0.06, and the loss of the average of two such was higher t
 @dataclass
 class ExportSettings(Settings):
     run: PathText
-    """Folder of the run; or of adapters, which are merged into the model that they were trained beside."""
+    """Folder of the run, or of adapters, which are merged into the model that they were trained on."""
     out: PathText
     """Folder to write: config.json, model.safetensors, tokenizer files, generation_config.json, README.md."""
     checkpoint: str = "last"
-    """Which weights: last, best (of the validation loss), or a step."""
+    """Which weights to export: last, best (of checkpoint.best_metric), or a step."""
     ema: bool = False
-    """The moving average of the weights, of a run with train.ema_decay."""
+    """For a run with train.ema_decay: export the moving average of the weights."""
     merge: bool | None = None
-    """Of a run with train.lora: true merges the adapters into the weights, false writes them alone; by default its setting."""
+    """For a run with train.lora: true merges the adapters into the weights, false writes the adapters alone. By default
+    as train.lora.merge says."""
     base: PathText | None = None
-    """For adapters: where the model that they were trained beside is now, by default where it was."""
+    """For adapters: the model that they were trained on, if it has moved since."""
 
     @property
     def is_of_adapters(self) -> bool:
@@ -62,8 +63,8 @@ class ExportSettings(Settings):
 
 @command("run", "out")
 def run_export(settings: ExportSettings) -> int:
-    """Write the weights of a run, or adapters merged into their base, as a folder that from_pretrained loads, with
-    its model card.
+    """Export the weights of a run, or adapters merged into their base model, to a folder that from_pretrained loads,
+    with a model card.
     """
     from bdh.train.export import export_merged, export_run
 
@@ -86,7 +87,7 @@ class AverageSettings(Settings):
     out: PathText
     """Folder to write."""
     weights: list[float] | None = None
-    """A share for each model, such as [1, 1, 2]; equal ones by default."""
+    """Share of each model, such as [1, 1, 2]. By default all shares are equal."""
 
     def collect_faults(self, faults: Faults) -> None:
         number = len(self.models)
@@ -106,7 +107,7 @@ class AverageSettings(Settings):
 
 @command("models")
 def run_average(settings: AverageSettings) -> int:
-    """Average the weights of models of one shape, such as the last checkpoints of a run."""
+    """Average the weights of models with the same configuration, such as the last checkpoints of a run."""
     from bdh.cli.output import error_console
     from bdh.model.conversion import average_weights, cosine_similarity
     from bdh.model.fingerprint import identity
@@ -161,17 +162,17 @@ def run_average(settings: AverageSettings) -> int:
 @dataclass
 class ConvertSettings(Settings):
     source: PathText
-    """Checkpoint of the reference code (.pt); with --to-reference: a model folder, a run, or a hub id."""
+    """Checkpoint of the reference code (.pt); with --to-reference, a model folder, a run, or a hub id."""
     out: PathText
-    """Folder to write; with --to-reference: the .pt file to write."""
+    """Folder to write; with --to-reference, the .pt file to write."""
     to_reference: bool = False
     """Convert back: write a model as a checkpoint of the reference code."""
     tokenizer: PathText = "byte"
     """Tokenizer to store with the model: byte, a tokenizer.json file, a folder, or a hub id."""
     pad_and_eos: bool = True
-    """byte only: <pad> and <eos>, for padded batches, in the place of the bytes 255 and 254, which no UTF-8 text has."""
+    """byte only: use the bytes 255 and 254, which never appear in UTF-8, as <pad> and <eos>, for padded batches."""
     n_layer: int | None = None
-    """Passes, for checkpoints that carry no configuration (the weights do not show them)."""
+    """Number of layer steps, for checkpoints without a configuration: the weights do not show it."""
 
     def check_available(self) -> None:
         if is_taken(out := Path(self.out)):
@@ -240,9 +241,9 @@ def _to_reference(settings: ConvertSettings, out: Path) -> int:
 class TokenizerTrainSettings(Settings):
     data: DataConfig = field(default_factory=DataConfig)
     kind: Literal["bpe", "wordpiece", "unigram"] = "bpe"
-    """bpe and unigram give every text back exactly; wordpiece loses white space and rare characters."""
+    """bpe and unigram restore every text exactly; wordpiece loses white space and rare characters."""
     vocab_size: int = 8192
-    """Entries of the vocabulary, special tokens included."""
+    """Size of the vocabulary, including special tokens."""
     out: PathText
     """Folder to write."""
 
@@ -257,7 +258,7 @@ class TokenizerTrainSettings(Settings):
 @takes(
     TokenizerTrainSettings,
     prog="bdh tokenizer train",
-    description="Train a tokenizer on any data source, and measure it on the held-out part.",
+    description="Train a tokenizer on any data source, and measure its compression on held-out text.",
 )
 def run_tokenizer(argv: list[str]) -> int:
     if not argv or argv[0] != "train":
@@ -288,14 +289,14 @@ def run_tokenizer(argv: list[str]) -> int:
 @dataclass
 class RunsSettings(Settings):
     folder: PathText = "runs"
-    """Folder that holds runs, at any depth; or a run."""
+    """Folder that contains runs, at any depth, or a run."""
     json: bool = False
-    """Print one JSON object a run instead of a table."""
+    """Print one JSON object for each run instead of a table."""
 
 
 @command("folder")
 def run_runs(settings: RunsSettings) -> int:
-    """List runs: how far each is, its losses and speed, and the settings that differ among them."""
+    """List runs with their progress, losses and speed, and the settings in which they differ."""
     from bdh.cli.output import indented, table_lines
     from bdh.monitor.history import summarize_runs
 
@@ -343,11 +344,12 @@ def _ago(seconds: float | None) -> str:
 @dataclass
 class PlotSettings(Settings):
     runs: list[PathText] = field(default_factory=list)
-    """Folders of the runs, drawn over each other."""
+    """Folders of the runs, drawn in one figure."""
     keys: list[str] = field(default_factory=lambda: ["train/loss", "val/loss"])
-    """What to draw: names of metrics.jsonl, with commas or as a list. What is not a loss has a panel of its own."""
+    """Metrics to draw, by their names in metrics.jsonl, with commas or as a list. Each metric that is not a loss has
+    its own panel."""
     output: PathText | None = None
-    """PNG file to write; by default loss.png, or metrics.png with keys, in the folder of the first run."""
+    """PNG file to write. By default loss.png, or metrics.png for other metrics, in the folder of the first run."""
 
 
 @command("runs")

@@ -16,13 +16,14 @@ from bdh.validation import Settings, holds_paths
 @dataclass(kw_only=True)
 class CompletionSettings(Settings):
     shell: Literal["bash", "zsh", "fish", "tcsh", "powershell"]
-    """Which shell the script is for."""
+    """The shell to write the script for."""
 
 
 @command("shell")
 def run_completion(settings: CompletionSettings) -> int:
-    """Print a script that lets a shell complete commands, settings and files. For bash: bdh completion bash >
-    ~/.local/share/bash-completion/completions/bdh; for zsh: into a file _bdh in a folder of $fpath.
+    """Print a script with which a shell completes commands, settings and files. For bash, write it to
+    ~/.local/share/bash-completion/completions/bdh; for zsh, to a file _bdh in a folder of $fpath; for fish, to
+    ~/.config/fish/completions/bdh.fish.
     """
     print(shtab.complete(all_commands(), settings.shell))
     return 0

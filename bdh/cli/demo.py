@@ -16,13 +16,13 @@ _PROMPTS = ("The ", "A class is ", "If the file ")
 @dataclass
 class DemoSettings(Settings):
     run_dir: PathText = "runs/demo"
-    """Folder of the run. One that was interrupted is continued; one that is complete is used."""
+    """Folder of the run. An interrupted run is continued; the model of a complete one is used."""
 
 
 @command("run_dir")
 def run_demo(settings: DemoSettings) -> int:
-    """Train a small model of Python's language reference, which Python carries, in about three minutes on two CPU cores;
-    continue prompts with it; and draw its loss curve.
+    """Train a small model on the language reference that comes with Python (about three minutes on two CPU cores),
+    generate text with it, and plot its loss.
     """
     run = Path(settings.run_dir)
     model = run / "model"

@@ -33,12 +33,14 @@ _PROMPT_TOKENS, _NEW_TOKENS = 256, 64
 @dataclass
 class DoctorSettings(Settings):
     speed: bool = True
-    """Time a small model: the kernels are compiled where they are not, which takes some seconds."""
+    """Time a small model. This compiles the kernels if necessary, which takes some seconds."""
 
 
 @command()
 def run_doctor(settings: DoctorSettings) -> int:
-    """Show versions, the device, whether the kernels run, what is missing for what, and how fast this machine is."""
+    """Show versions, devices, whether the kernels run, which optional packages are missing, and how fast this machine
+    is.
+    """
     failed = False
     for name, describe in LINES.items():
         if name == "speed" and not settings.speed:

@@ -23,37 +23,37 @@ _UNKNOWN_BLOCK_SIZE = 512
 class EvalSettings(ModelSettings):
     data: DataConfig = field(default_factory=DataConfig)
     part: Literal["validation", "train", "all"] = "validation"
-    """Part of the data: what training would validate on, what it would train on, or both."""
+    """Part of the data to measure: validation (what training would hold out), train, or all."""
     block_size: PositiveInt | None = None
-    """Tokens that a window reads. None takes the length that the model was trained at, or 512 if it is unknown."""
+    """Tokens in a window. None: the length that the model was trained on, or 512 if it is unknown."""
     stride: int | None = None
-    """Tokens between the starts of two windows; less than block_size gives more context, at more work."""
+    """Tokens between the starts of two windows. Less than block_size gives predictions more context, and takes longer."""
     carry_state: bool = False
-    """Read the text once, with the state handed from window to window. With tasks: read all of each context."""
+    """Read the text once, and pass the state from window to window. With tasks: read all of each context."""
     streams: PositiveInt = 1
-    """With carry_state: stretches of equal length that the text is cut into, each read from nothing, side by side."""
+    """With carry_state: cut the text into this many equal stretches, each read from an empty state, in parallel."""
     blocks: PositiveInt | None = None
-    """With carry_state: read the text in stretches of so many blocks, each from nothing, and show the loss of each block."""
+    """With carry_state: read stretches of this many blocks, each from an empty state, and print the loss of each block."""
     window: PositiveInt | None = None
-    """With carry_state: attend to the last so many tokens only, the newest included. None for all of the text."""
+    """With carry_state: attend only to this many last tokens, including the newest. None: to all of the text."""
     batch_size: PositiveInt = 16
     """Windows, stretches or texts in one forward pass."""
     tasks: list[PathText] = field(default_factory=list)
-    """Run these tasks of the LM Evaluation Harness: names, YAML files or folders of them, with commas or as a list."""
+    """Tasks of the LM Evaluation Harness to run: names, YAML files or folders of them, with commas or as a list."""
     include_path: PathText | None = None
-    """Tasks: folder with further ones."""
+    """Tasks: folder with further tasks."""
     num_fewshot: NonNegativeInt | None = None
-    """Tasks: solved examples before each question. None for what the task says."""
+    """Tasks: number of solved examples before each question. None: what the task says."""
     limit: PositiveInt | None = None
-    """Tasks: documents of each. None for all."""
+    """Tasks: number of documents of each. None: all."""
     needle: bool = False
-    """Plant a fact in the text, and ask for it at growing distances."""
+    """Insert a fact into the text, and ask for it at growing distances."""
     needle_distances: list[int] = field(default_factory=lambda: [64, 128, 256, 512, 1024, 2048, 4096, 8192])
     """Needle: tokens between the fact and the question."""
     needle_trials: PositiveInt = 16
-    """Needle: facts that are planted."""
+    """Needle: number of facts to insert."""
     seed: int = 0
-    """Needle: of the facts and the places."""
+    """Needle: seed of the facts and the places."""
     json: bool = False
     """Print one JSON object instead of lines."""
 
@@ -97,8 +97,8 @@ class EvalSettings(ModelSettings):
 
 @command("model", base=data_of_run)
 def run_eval(settings: EvalSettings) -> int:
-    """Measure loss, perplexity, bits per byte and accuracy on a whole text; or, with --tasks, on tasks of the LM
-    Evaluation Harness; or, with --needle, how long a planted fact is remembered.
+    """Measure loss, perplexity, bits per byte and accuracy on a text. With --tasks, run tasks of the LM Evaluation
+    Harness. With --needle, measure how long the model remembers an inserted fact.
     """
     from bdh.tokenizer.plain import vocabulary_size
 

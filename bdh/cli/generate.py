@@ -27,28 +27,28 @@ class GenerateSettings(ModelSettings, TextSettings):
     prompt: str | None = verbatim(None)
     """Text to continue."""
     prompts_file: PathText | None = None
-    """Prompts instead of --prompt: a text file with one a line, or a .jsonl file of objects with a prompt (or messages) and
-    settings of its own, such as max_tokens or seed; further keys are passed on to the results."""
+    """File of prompts, instead of --prompt: a text file with a prompt in each line, or a .jsonl file of objects with a
+    prompt (or messages) and their own settings, such as max_tokens or seed; other keys are copied to the results."""
     chat: bool = False
-    """Each prompt is a message of the user, which the model answers: put it into the tokenizer's chat template."""
+    """Treat each prompt as a message of the user that the model answers, with the tokenizer's chat template."""
     output: PathText | None = None
-    """File to write results to, one JSON object a line, in the order of the prompts; by default they are printed."""
+    """File for the results, one JSON object in each line, in the order of the prompts. By default they are printed."""
     resume: bool = False
-    """Continue an output that was interrupted: what it holds is checked, and stays."""
+    """Continue an interrupted output: its contents are checked and kept."""
     max_new_tokens: int = SamplingParams.max_tokens
-    """Tokens generated at most."""
+    """Largest number of generated tokens."""
     num_beams: int = 1
-    """Beams of a beam search; 1 for none."""
+    """Number of beams of a beam search; 1: no beam search."""
     num_return_sequences: int = 1
-    """Continuations of each prompt."""
+    """Number of continuations of each prompt."""
     logprobs: LogprobCount | None = None
-    """With output: log-probabilities of each token and of the so many likeliest; 0 for those of the tokens alone."""
+    """With output: write the log-probability of each token and of this many likeliest ones; 0: of the tokens alone."""
     prompt_logprobs: LogprobCount | None = None
-    """With output: the same of the prompt's tokens."""
+    """With output: the same for the tokens of the prompt."""
     echo: bool = False
     """With output: put the prompt in front of the text."""
     json_schema: PathText | None = None
-    """File of a JSON schema that the text must follow; a text that max_new_tokens cuts off is a beginning of such JSON."""
+    """File with a JSON schema that the text must follow. If max_new_tokens cuts the text off, the JSON is incomplete."""
     regex: str | None = verbatim(None)
     """Regular expression that the text must match, from its first character to its last."""
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -91,7 +91,7 @@ class GenerateSettings(ModelSettings, TextSettings):
 
 @command("model")
 def run_generate(settings: GenerateSettings) -> int:
-    """Continue a prompt, printing the text as it comes, or all prompts of a file."""
+    """Continue a prompt and print the text while it is generated, or continue all prompts in a file."""
     params = settings.params()
     if settings.json_schema is not None:
         params = replace(params, grammar={"json_schema": _read_schema(Path(settings.json_schema))}).validated()

@@ -104,10 +104,10 @@ def help_parser(
     parser = argparse.ArgumentParser(prog=prog, usage=usage, description=description, add_help=False)
     groups: dict[str, Any] = {"": parser.add_argument_group("settings")}
     general = parser.add_argument_group("general")
-    files = "YAML file with settings, or the name of one that comes with bdh, such as tiny; several are read in order"
+    files = "YAML file with settings, or the name of one that comes with bdh, such as tiny; of several, later ones override earlier ones"
     on_action("config", general.add_argument("--config", metavar="FILE", help=files))
     for flag, text in (
-        ("--print_config", "print the resulting configuration and exit"),
+        ("--print_config", "print the resulting settings as YAML and exit"),
         ("--debug", "show the traceback of an error"),
         ("--help", "print this text and exit"),
     ):

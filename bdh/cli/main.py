@@ -16,20 +16,20 @@ if TYPE_CHECKING:
 COMMANDS = {
     "train": "train a model, or resume a run",
     "generate": "continue prompts",
-    "chat": "talk with a model, or write a text together",
-    "eval": "measure a model on a text, on tasks, or on what it recalls",
+    "chat": "chat with a model in the terminal",
+    "eval": "measure a model on a text, on tasks, or its memory",
     "serve": "serve a model over HTTP, with OpenAI's API",
     "bench": "time a model on this machine",
     "tokenizer": "train a tokenizer",
-    "export": "write a run's weights as a model folder",
+    "export": "export a run's weights as a model folder",
     "average": "average the weights of models",
-    "quantize": "write a model with weights in 8 or 4 bits",
-    "convert": "take or give checkpoints of the published reference code",
-    "runs": "list the runs of a folder",
-    "plot": "draw the loss curves of runs",
-    "demo": "train a small model, and let it write, in some minutes",
-    "doctor": "show what is installed, what is missing, and how fast this machine is",
-    "completion": "print what makes a shell complete commands and settings",
+    "quantize": "quantize a model's weights to 8 or 4 bits",
+    "convert": "convert checkpoints of the published reference code",
+    "runs": "list the runs in a folder",
+    "plot": "plot the loss curves of runs",
+    "demo": "train a small model and generate text with it, in a few minutes",
+    "doctor": "show installed and missing packages, and the speed of this machine",
+    "completion": "print a completion script for a shell",
 }
 
 
@@ -91,15 +91,15 @@ def _usage() -> str:
     lines = [
         "usage: bdh COMMAND [ARGUMENTS]",
         "",
-        "Train, understand and serve Dragon Hatchling language models.",
+        "Train, analyse and serve Dragon Hatchling language models.",
         "",
         "commands:",
         *(f"  {name:<12}{summary}" for name, summary in COMMANDS.items()),
         "",
         "options:",
-        "  --help      this text; after a command: its settings",
-        "  --version   the version",
-        "  --debug     show the traceback of an error, and what libraries logged",
+        "  --help      show this text; after a command, its settings",
+        "  --version   show the version",
+        "  --debug     show the traceback of an error, and the logs of libraries",
     ]
     return "\n".join(lines)
 

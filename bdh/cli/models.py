@@ -46,11 +46,11 @@ class ModelSettings(ReadsModel):
     """What commands that use one model have in common."""
 
     model: PathText
-    """Folder of an exported model or of a run, or a hub id."""
+    """Folder of an exported model or a run, or a hub id."""
     checkpoint: str | None = None
-    """For a run: last (the default), best, or a step."""
+    """For a run: which checkpoint: last (the default), best, or a step."""
     base: PathText | None = None
-    """For adapters: where the model that they were trained beside is now, by default where it was."""
+    """For adapters: the model that they were trained on, if it has moved since."""
     device: DeviceName = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
 

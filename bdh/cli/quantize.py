@@ -32,7 +32,7 @@ _CALIBRATION_TOKENS = 32_768
 @dataclass
 class HeldOutText(DataConfig):
     source: PathText | list[PathText] | None = None  # type: ignore[assignment]  # its default there is a built-in text
-    """As of bdh train. None: the text of the run that the model is of; where it is of none, nothing is measured."""
+    """Text, as for bdh train. None: the text of the model's run; if the model is not from a run, nothing is measured."""
 
     @property
     def is_given(self) -> bool:
@@ -48,21 +48,22 @@ class QuantizeSettings(ModelSettings):
     out: PathText
     """Folder to write."""
     weights: QuantizedWeights = "int8"
-    """int8, a quarter of the size; int4, a seventh; mixed: the encoder in int8, the rest of the layer in int4."""
+    """int8: a quarter of the size; int4: a seventh; mixed: the encoder in int8, the rest of the layer in int4."""
     embeddings: bool = False
-    """Embedding and head in int8 too: for large vocabularies."""
+    """Also store the embedding and the head in int8, for large vocabularies."""
     method: RoundingMethod = "rtn"
-    """rtn rounds each weight to the nearest; gptq so that the layer's outputs change least on a text, which it reads for that."""
+    """rtn: round each weight to the nearest value. gptq: read a text, and round so that the layer's outputs on it
+    change least."""
     calibration_tokens: PositiveInt | None = None
-    """gptq: tokens of the data's training part to read. None for 32,768."""
+    """gptq: tokens of the training part to read. None: 32,768."""
     state: StateFormat | None = None
-    """Format of the states that commands take with this model unless they are given one: it is kept in config.json. None for
-    none."""
+    """State format to recommend, which config.json stores: commands use it with this model unless they are given
+    another. None: no recommendation."""
     data: HeldOutText = field(default_factory=HeldOutText)
     block_size: PositiveInt | None = None
-    """Tokens in a sequence of the text. None takes the length that the model was trained at, or 512 if it is unknown."""
+    """Tokens in a sequence of the text. None: the length that the model was trained on, or 512 if it is unknown."""
     held_out_tokens: NonNegativeInt = 32_768
-    """Tokens of the data's held-out part to measure both models on; 0 measures nothing."""
+    """Tokens of the held-out part to measure both models on; 0: measure nothing."""
     batch_size: PositiveInt = 16
     """Sequences in one forward pass."""
     json: bool = False
@@ -83,8 +84,8 @@ class QuantizeSettings(ModelSettings):
 
 @command("model", "out", base=data_of_run)
 def run_quantize(settings: QuantizeSettings) -> int:
-    """Write a model with weights in 8 or 4 bits, and report what that has changed: sizes, the error of each matrix, and on
-    held-out text perplexity, the distribution of the next token, and which neurons fire.
+    """Quantize the weights of a model to 8 or 4 bits, and report what this changes: the size, the error of each matrix,
+    and, on held-out text, perplexity, the distribution of the next token, and which neurons fire.
     """
     from bdh.quantize.rounding import check_quantizable, quantize
     from bdh.tokenizer import load_tokenizer

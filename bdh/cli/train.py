@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @takes(
     RunSettings,
-    description="Train a model. A YAML file, or several in order, overrides the defaults; flags override the files.",
+    description="Train a model and export it. YAML files override the defaults, in their order; flags override the files.",
 )
 @lasting_streams()
 def run_train(argv: list[str]) -> int:

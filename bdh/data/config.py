@@ -22,48 +22,55 @@ _ONLY_IN_ENTRIES = ("source", "name", "split", "revision", "val_split", "val_sou
 @dataclass
 class DataConfig(Settings):
     source: PathText | list[PathText] = "pydoc"
-    """Built-in (pydoc, stdlib, shakespeare), hub id, file, glob or folder; several with commas or as a list."""
+    """Text to read: a built-in one (pydoc, stdlib, shakespeare), a hub id, file, glob or folder; several with commas or
+    as a list."""
     mix: list[dict[str, Any]] | None = None
-    """Several sources instead of one: [{source: a.txt, weight: 3}, ...]; entries may set text_column and the like."""
+    """Several sources by weight, instead of source: [{source: a.txt, weight: 3}, ...]. Entries may set text_column and
+    other settings of their source."""
     name: str | None = None
-    """Hub: configuration of the data set."""
+    """Hub: configuration of the dataset."""
     split: str = "train"
     """Hub: split to train on."""
     revision: str | None = None
-    """Hub: branch, tag or commit of the data set."""
+    """Hub: branch, tag or commit of the dataset."""
     format: Literal["auto", "text", "chat"] = "auto"
-    """chat: conversations, of which the assistant's part is learned. auto: chat where .jsonl files begin with messages."""
+    """text, or chat: conversations, in which only the assistant's tokens count. auto: chat if all files are .jsonl and
+    the first line has messages."""
     text_column: str | None = None
-    """Column that holds the text, in tables. None takes the only column of strings, if there is only one; chat: messages."""
+    """Tables: column that holds the text. None: the only column of strings, or an error if there are several; for chat,
+    messages."""
     csv_delimiter: (
         Annotated[str, Allowed(re.compile(r'tab|[^"\r\n]').fullmatch, "one character, no quote or line end; or tab")]
         | None
     ) = None
-    """.csv files: the character between fields, or tab. None finds it out among , ; | and tab; a .tsv file has tabs."""
+    """.csv files: the character between fields, or tab. None: detect it among , ; | and tab; .tsv files use tabs."""
     csv_quoting: bool | None = None
-    """.csv files: whether double quotes enclose fields. None finds it out; false: they are characters like any other."""
+    """.csv files: whether double quotes enclose fields. None: detect it; false: quotes are ordinary characters."""
     csv_header: bool | None = None
-    """.csv files: whether the first line names the columns. None stops if it may not; false calls them 1, 2, ..."""
+    """.csv files: whether the first line is a header. None: yes, but stop if it may be a row; false: call the columns
+    1, 2, ..."""
     csv_bad_rows: Literal["error", "skip"] = "error"
-    """.csv files: error stops at a row with more or less fields than the header, skip leaves it out and counts it."""
+    """.csv files: what to do with rows that have more or fewer fields than the header: stop with an error, or skip and
+    count them."""
     encoding_errors: Literal["strict", "replace"] = "strict"
-    """Bytes that are not UTF-8: strict stops and says where, replace puts U+FFFD in their place."""
+    """Bytes that are not UTF-8: strict stops with their position, replace replaces them with U+FFFD."""
     val_split: str | None = None
     """Hub: split to validate on, instead of val_fraction."""
     val_source: PathText | list[PathText] | None = None
     """Files to validate on, instead of val_fraction."""
     val_fraction: Annotated[float, Gt(0), Lt(1)] = 0.1
-    """Share of the documents that is held out, from the end; of the text's bytes where there is one document."""
+    """Share of the documents to hold out for validation, from the end; of the bytes if there is only one document."""
     pack: Literal["stream", "documents"] = "stream"
-    """stream: a block is read through, whatever it holds. documents: none sees across the end of one, which takes <eos>."""
+    """stream: a block may contain several documents and attends to all of them. documents: tokens attend to their own
+    document only; needs <eos>."""
     streaming: bool = False
-    """Read, shuffle and tokenize while training: nothing is written to disk, and memory stays flat."""
+    """Read, shuffle and tokenize while training: nothing is written to disk, and memory does not grow with the text."""
     shuffle_buffer_documents: PositiveInt = 1000
-    """Streaming: documents that are shuffled among each other; the buffer also ends at 64 MiB of text."""
+    """Streaming: documents in the shuffle buffer, which holds at most 64 MiB of text."""
     val_tokens: PositiveInt = 262_144
-    """Streaming: tokens to collect for validation; the document that reaches them is taken whole."""
+    """Streaming: tokens to collect for validation; the last document is taken as a whole."""
     cache_dir: PathText | None = None
-    """Folder of the token cache. None takes $BDH_CACHE, or else ~/.cache/bdh."""
+    """Folder of the token cache. None: $BDH_CACHE, or else ~/.cache/bdh."""
 
     def collect_faults(self, faults: Faults) -> None:
         if self.mix is not None:

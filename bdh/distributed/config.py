@@ -16,13 +16,14 @@ PATIENCE_SECONDS = 3.0
 @dataclass
 class DistributedConfig(Settings):
     strategy: Literal["auto", "none", "ddp", "fsdp"] = "auto"
-    """How processes share the model: each holds all of it (ddp), or a shard (fsdp). auto: ddp, or none if alone."""
+    """How processes share the model: each holds all of it (ddp), or a shard (fsdp). auto: ddp, or none with a single
+    process."""
     param_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """fsdp: dtype in which the weights are gathered and multiplied. The shards that are kept stay in the model's."""
+    """fsdp: dtype in which the weights are gathered and multiplied. The shards keep the dtype of the model."""
     reduce_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """fsdp: dtype in which gradients are summed over the processes."""
     timeout_minutes: PositiveFloat = 30.0
-    """A process that waits for another for so long ends with an error."""
+    """A process that waits this long for another one ends with an error."""
 
     def collect_faults(self, faults: Faults) -> None:
         allowed = f"float32 with strategy {self.strategy}, only fsdp casts"

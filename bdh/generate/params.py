@@ -23,19 +23,21 @@ class DrawSettings(Settings):
     """How the next token is drawn. The names and meanings are those of OpenAI's API and of transformers."""
 
     temperature: _Temperature = 1.0
-    """Divides the logits: below 1 sharper, above 1 flatter, 0 takes the likeliest token (greedy)."""
+    """The logits are divided by this: below 1 makes the distribution sharper, above 1 flatter; 0 always takes the
+    likeliest token (greedy)."""
     top_k: NonNegativeInt = 0
-    """Sample from the k likeliest tokens only; 0 for all."""
+    """Sample only from the k likeliest tokens; 0: from all."""
     top_p: Annotated[float, Allowed(lambda p: 0 < p <= 1, "above 0, up to 1")] = 1.0
-    """Sample from the likeliest tokens that together have this probability."""
+    """Sample only from the likeliest tokens that together have this probability."""
     min_p: Fraction = 0.0
-    """Drop tokens less likely than this share of the likeliest one's probability."""
+    """Drop tokens whose probability is below this share of the likeliest token's."""
     repetition_penalty: Annotated[float, Allowed(lambda p: p >= _LEAST, f"above 0, at least {_LEAST:g}")] = 1.0
-    """Divides the logits of tokens already in the text, the prompt included (multiplies negative ones); 1 for none."""
+    """The logits of tokens that are already in the text, including the prompt, are divided by this (negative ones
+    multiplied); 1: no penalty."""
     seed: _Seed | None = None
-    """Seed of the sampling: the same seed gives the same text, whatever else runs. None for a different one each time."""
+    """Seed of the sampling: the same seed gives the same text, whatever else runs. None: a different seed each time."""
     stop: Annotated[list[str], Allowed(all, "strings of at least one character")] = field(default_factory=list)
-    """Strings that end the text; they are not part of it."""
+    """Strings that end the text; the text does not include them."""
 
 
 @dataclass
@@ -43,24 +45,24 @@ class TextSettings(DrawSettings):
     """How the next token is drawn, and what is wanted of the text."""
 
     min_tokens: int = 0
-    """Tokens generated before the text may end: until then neither end tokens nor stop strings count."""
+    """Least number of generated tokens: before that, neither end tokens nor stop strings end the text."""
     presence_penalty: float = 0.0
-    """Is taken from the logits of tokens that have been generated."""
+    """Subtracted from the logits of tokens that have been generated."""
     frequency_penalty: float = 0.0
-    """Is taken from the logits of a token once for each time that it has been generated."""
+    """Subtracted from the logits of a token once for each time that it has been generated."""
     logit_bias: dict[int, float] = field(default_factory=dict)
-    """Is added to the logits of these tokens; -100 all but forbids one, 100 all but forces it."""
+    """Added to the logits of tokens, by token id; -100 practically forbids a token, 100 practically forces it."""
     stop_token_ids: list[int] = field(default_factory=list)
-    """Tokens that end the text, beside the model's own; they are not part of it."""
+    """Ids of tokens that end the text, in addition to the model's own; the text does not include them."""
     ignore_eos: bool = False
-    """Continue after the model's own end of a text."""
+    """Do not stop at the model's end-of-text token."""
     logprobs: LogprobCount | None = None
-    """Log-probabilities of each generated token and of the so many likeliest, as the model gives them, before
-    temperature and penalties; 0 for that of the token alone, None for none."""
+    """Return the log-probability of each generated token and of this many likeliest ones, before temperature and
+    penalties; 0: of the token alone. None: return none."""
     prompt_logprobs: LogprobCount | None = None
-    """The same of each token of the prompt but the first, which nothing predicts."""
+    """The same for each token of the prompt except the first, which is not predicted."""
     echo: bool = False
-    """Put the prompt before the text."""
+    """Put the prompt in front of the text."""
 
 
 @dataclass
@@ -68,9 +70,10 @@ class SamplingParams(TextSettings):
     """Settings of a request."""
 
     max_tokens: NonNegativeInt = 200
-    """Tokens generated at most; 0 only reads the prompt."""
+    """Largest number of generated tokens; 0 only reads the prompt."""
     n: PositiveInt = 1
-    """Continuations of the prompt, which is read once. The first has the seed itself, the others derived ones."""
+    """Number of continuations of the prompt, which is read once. The first uses the seed itself, the others derived
+    seeds."""
     grammar: dict[str, Any] | None = None
     """The form that the text must have: ``{"json_schema": SCHEMA}`` or ``{"regex": PATTERN}``, held exactly. It may end
     only where it has it, and ends where nothing may follow, before ``min_tokens`` too; cut off by ``max_tokens`` or a stop
@@ -170,24 +173,25 @@ def params_from(settings: dict[str, Any]) -> SamplingParams:
 @dataclass
 class EngineConfig(Settings):
     path: StepPath = "auto"
-    """Code of the steps: kernels (sparse, on the CPU), torch, or auto, which takes the kernels where they run."""
+    """Implementation of the steps: kernels (sparse, on the CPU), torch, or auto: the kernels if they can run."""
     weights: WeightFormat = "float32"
-    """The kernels' weights: float32 for the model's own; or rounded when they are loaded, to bfloat16 in half the memory, int8 in
-    a quarter, int4 in a seventh, mixed: the encoder int8, the rest int4."""
+    """Format of the kernels' weights. float32: as they are in the model. Others round them when they are loaded:
+    bfloat16 takes half of the memory, int8 a quarter, int4 a seventh; mixed: the encoder in int8, the rest in int4."""
     state: StateFormat | None = None
-    """The kernels' states: float32; or in about half the memory int16, merged by windows of 16 tokens, or bfloat16, which drifts
-    with the length of the text. None takes what the model recommends (bdh quantize --state), else float32."""
+    """Format of the kernels' states. float32; or, in about half of the memory, int16, merged by windows of 16 tokens,
+    or bfloat16, whose error grows with the length of the text. None: what the model recommends (bdh quantize
+    --state), else float32."""
     window: PositiveInt | None = None
-    """Attend to the last so many tokens only, for models that were trained on short blocks. None for all of the text."""
+    """Attend only to this many last tokens, for models that were trained on short blocks. None: to all of the text."""
     max_state_bytes: PositiveInt | None = None
-    """Bytes of the states of all running sequences. None takes half of the memory that is free at the start."""
+    """Memory in bytes for the states of all running sequences. None: half of the memory that is free at the start."""
     max_running: PositiveInt = 64
-    """Sequences that run at once, at most."""
+    """Largest number of sequences that run at once."""
     tokens_per_step: PositiveInt = 64
-    """Tokens in a step: one for each sequence that is being continued, the rest for prompts. More reads prompts a little
-    faster, and makes the others wait longer for their next token."""
+    """Tokens in a step: one for each sequence that is being generated, the rest for prompts. A larger number reads
+    prompts a little faster, but other sequences wait longer for their next token."""
     prefix_cache_bytes: NonNegativeInt = 0
-    """Bytes of states that are kept for prompts with the same beginning; 0 for no such cache."""
+    """Memory in bytes for cached states of beginnings that prompts share; 0: no cache."""
 
 
 @dataclass

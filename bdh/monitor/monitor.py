@@ -33,20 +33,20 @@ _PACKAGES = ("tensorboard", "wandb", "trackio")
 @dataclass
 class MonitorConfig(Settings):
     log_every_steps: PositiveInt = 10
-    """Steps between two that are logged."""
+    """Number of steps between log entries."""
     backends: list[str] = field(default_factory=lambda: [AUTO])
     """Where to show and record the run: console, jsonl (metrics.jsonl), tensorboard, wandb, trackio, as a list or with
-    commas. auto stands for console, jsonl, and tensorboard where it is installed: `auto,wandb` adds to them."""
+    commas. auto means console, jsonl, and tensorboard if it is installed; `auto,wandb` adds to these."""
     progress_bar: bool = True
-    """Console: a live bar with loss, speed and time left; without a terminal, lines."""
+    """Console: show a live bar with loss, speed and time left; without a terminal, print lines."""
     project: Annotated[str, Allowed(str.strip, "a name")] = "bdh"
     """W&B, Trackio: project of the run."""
     run_name: str | None = None
-    """W&B, Trackio: name of the run. None takes the name of its folder."""
+    """W&B, Trackio: name of the run. None: the name of its folder."""
     wandb_mode: Literal["online", "offline"] = "online"
-    """W&B: offline writes files that `wandb sync` sends later; so does online where the server cannot be reached."""
+    """W&B: offline writes files that `wandb sync` sends later; online does the same if the server cannot be reached."""
     wandb_timeout_seconds: PositiveSeconds = 30.0
-    """W&B: how long to wait for the server at the start, and for the last figures to arrive at the end."""
+    """W&B: how long to wait for the server at the start, and for the last metrics to arrive at the end."""
 
     def collect_faults(self, faults: Faults) -> None:
         for name in split_names(self.backends):

@@ -34,45 +34,45 @@ _ENDPOINTS = [f"OTEL_EXPORTER_OTLP_{name}ENDPOINT" for name in ("", "TRACES_", "
 @dataclass
 class LimitSettings(Settings):
     queue_requests: PositiveInt = 64
-    """Prompts that may wait for a state; more are refused with 429."""
+    """Number of prompts that may wait for a state; more are refused with 429."""
     queue_tokens: PositiveInt = 1_000_000
-    """Tokens that the waiting prompts may have together."""
+    """Number of tokens that the waiting prompts may have together; more are refused with 429."""
     prompt_tokens: PositiveInt = 100_000
-    """Tokens of a prompt at most."""
+    """Largest number of tokens in a prompt."""
     max_tokens: PositiveInt = 16_384
-    """Tokens that a request may ask for."""
+    """Largest number of tokens that a request may ask for."""
     chat_tokens: PositiveInt = 1_024
-    """Tokens of a chat's reply where the request does not say; of a completion they are 16, as in OpenAI's API."""
+    """Tokens in a reply of a chat if the request does not say; for completions it is 16, as in OpenAI's API."""
     prompts: PositiveInt = 64
-    """Prompts of one request."""
+    """Largest number of prompts in a request."""
     texts: PositiveInt = 16
-    """Texts of each prompt: n, and best_of."""
+    """Largest number of texts for each prompt: of n, and of best_of."""
     embeddings: PositiveInt = 2048
-    """Texts of one request for embeddings."""
+    """Largest number of texts in a request for embeddings."""
     body_bytes: Annotated[int, Ge(1024)] = 4 << 20
-    """Size of a request; a larger one is refused before it is read."""
+    """Largest size of a request's body; a larger one is refused before it is read."""
     body_timeout: PositiveSeconds = 30.0
-    """Seconds in which the whole of a request must have come."""
+    """Seconds in which a request must arrive completely."""
     queue_timeout: PositiveSeconds = 60.0
     """Seconds that a prompt may wait for a state."""
     request_timeout: PositiveSeconds = 600.0
     """Seconds from a request's arrival to its last token."""
     connections: PositiveInt = 512
-    """Connections that are open at once. A new one takes the place of the one whose client has sent no whole request
-    for longest; it is refused with 503 where all are at work."""
+    """Largest number of open connections. A further one replaces the connection that has gone longest without a
+    complete request; if all are at work, it is refused with 503."""
     head_bytes: Annotated[int, Ge(1024)] = 64 << 10
-    """Size of a request's first line and headers; larger ones are refused with 414 or 431."""
+    """Largest size of a request's first line and headers; larger ones are refused with 414 or 431."""
     head_fields: PositiveInt = 100
-    """Headers of a request; more are refused with 431."""
+    """Largest number of headers in a request; more are refused with 431."""
     head_timeout: PositiveSeconds = 10.0
-    """Seconds in which the headers must have come."""
+    """Seconds in which the headers must arrive."""
     keep_alive_timeout: PositiveSeconds = 30.0
     """Seconds that a connection stays open between two requests."""
     send_timeout: PositiveSeconds = 60.0
-    """Seconds in which a client must have taken some of its answer."""
+    """Seconds in which a client must receive some of its answer."""
     stall_timeout: PositiveSeconds | None = 60.0
-    """Seconds without any progress of the engine, within a step or between two, after which it is taken to hang and the
-    server ends with status 1; null for never."""
+    """Seconds without any progress of the engine, within a step or between two, after which the server considers it
+    stalled and ends with status 1. null: never."""
 
     def collect_faults(self, faults: Faults) -> None:
         for name, most in (("chat_tokens", "max_tokens"), ("prompts", "queue_requests")):
@@ -93,13 +93,13 @@ class Caller:
 @dataclass
 class AuthSettings(Settings):
     keys_file: PathText | None = None
-    """File with an API key in each line, or a name and a key; # begins a comment. Read again on SIGHUP."""
+    """File with an API key in each line, or a name and a key; # begins a comment. SIGHUP reloads it."""
     keys_variable: str = "BDH_API_KEYS"
-    """Environment variable with further keys, separated by commas. Without any key everybody may ask."""
+    """Environment variable with further keys, separated by commas. If there are no keys at all, everyone has access."""
     requests_per_minute: PositiveInt | None = None
-    """Of each key, or, without keys, of each address; None for no limit."""
+    """Limit of requests for each key, or for each address if there are no keys. None: no limit."""
     tokens_per_minute: PositiveInt | None = None
-    """Read and generated, of each key; None for no limit."""
+    """Limit of tokens, read and generated, for each key. None: no limit."""
 
     def callers(self) -> dict[bytes, Caller]:
         """The callers by the SHA-256 digests of their keys, read from the file and the environment.
@@ -140,29 +140,30 @@ class AuthSettings(Settings):
 @dataclass
 class StateSettings(Settings):
     max_bytes: NonNegativeInt = 2 << 30
-    """Memory for saved states; the least recently used go, or stay on the disk only."""
+    """Memory for saved states. Beyond it, the least recently used are dropped, or stay only on the disk."""
     folder: PathText | None = None
-    """Folder that keeps them over a restart. None for memory only."""
+    """Folder for saved states, which then survive a restart. None: memory only."""
     folder_bytes: NonNegativeInt = 20 << 30
-    """Room in that folder; the least recently used go."""
+    """Largest size of that folder. Beyond it, the least recently used states are deleted."""
     ttl: PositiveSeconds = 24 * 3600.0
-    """Seconds after which a state that nobody has used is forgotten."""
+    """Seconds after which an unused state is deleted."""
     response_bytes: NonNegativeInt = 64 << 20
-    """Memory for the texts of stored responses, the least recently used of which go; 0 stores none."""
+    """Memory for the texts of stored responses. Beyond it, the least recently used are dropped; 0: store none."""
 
 
 @dataclass(kw_only=True)
 class ServeSettings(Settings):
     model: PathText
-    """Folder of an exported model or of a run, or a hub id."""
+    """Folder of an exported model or a run, or a hub id."""
     host: str = "127.0.0.1"
     """Address to listen on: 0.0.0.0 opens the server to the network."""
     port: Annotated[int, Ge(0), Le(65535)] = 8000
-    """0 takes a free one."""
+    """Port to listen on; 0: any free one."""
     served_model_name: list[Annotated[str, Allowed(bool, "names, not empty")]] = field(default_factory=list)
-    """Names that requests give; the first one stands in the answers. By default the last part of model."""
+    """Model names that requests may use; answers contain the first one. By default the last part of model."""
     chat_template: PathText | None = None
-    """For a tokenizer without chat template: plain (User: and Assistant: before each message), or a file. None refuses chats."""
+    """For a tokenizer without a chat template: plain (User: and Assistant: before each message), or a file. None:
+    refuse chats."""
     chat_stop: list[Annotated[str, Allowed(bool, "strings of at least one character")]] = field(default_factory=list)
     """Strings that end every reply of a chat."""
     engine: EngineConfig = field(default_factory=lambda: EngineConfig(prefix_cache_bytes=1 << 30))
@@ -170,21 +171,21 @@ class ServeSettings(Settings):
     auth: AuthSettings = field(default_factory=AuthSettings)
     states: StateSettings = field(default_factory=StateSettings)
     drain_timeout: Annotated[float, Ge(0), Unit("seconds")] = 30.0
-    """Seconds that running requests have after SIGTERM."""
+    """Seconds that running requests have to finish after SIGTERM."""
     resume_on_restart: bool = False
-    """Keep the requests that were cut off by that in states.folder, and finish them with the next start."""
+    """Keep requests that were cut off at the shutdown in states.folder, and finish them after the next start."""
     metrics: bool = False
     """Serve /metrics for Prometheus, without a key."""
     page: bool = True
     """Serve the page at /."""
     cors_origins: list[str] = field(default_factory=list)
-    """Origins whose pages may ask: https://example.org, or * for all. By default none but the server's own."""
+    """Origins whose pages may send requests: https://example.org, or * for all. By default only the server's own."""
     log_format: Literal["json", "text"] = "json"
-    """json (an object a line) or text, to the standard error."""
+    """Format of the log on the standard error: json (an object in each line) or text."""
     log_prompts: bool = False
-    """Write prompts and generated texts into the log."""
+    """Log prompts and generated texts."""
     telemetry: bool = False
-    """Traces and metrics by FastAPI's OpenTelemetry, sent to OTEL_EXPORTER_OTLP_ENDPOINT."""
+    """Send OpenTelemetry traces and metrics of FastAPI to OTEL_EXPORTER_OTLP_ENDPOINT."""
 
     def collect_faults(self, faults: Faults) -> None:
         faults.require(

@@ -23,12 +23,14 @@ DEFAULT_CHAT_TEMPLATE = "default"
 @dataclass
 class TokenizerConfig(Settings):
     path: Annotated[PathText, Allowed(str.strip, "byte, a folder or a hub id")] = BYTE
-    """byte (a token is a byte), a folder that `bdh tokenizer train` or an export wrote, a tokenizer.json, or a hub id."""
+    """byte (each byte is a token), a folder written by `bdh tokenizer train` or an export, a tokenizer.json, or a hub
+    id."""
     special_tokens: bool = False
-    """byte only: add <pad> <bos> <eos> <unk> after the 256 bytes. With them, <eos> ends every document."""
+    """byte only: add <pad> <bos> <eos> <unk> after the 256 bytes. Then <eos> ends every document."""
 
     chat_template: Annotated[PathText, Allowed(str.strip, "default, the name of a file")] | None = None
-    """A .jinja file, or default. None keeps the tokenizer's own; chat data without one get the default, with its tokens."""
+    """A .jinja file, or default. None: the tokenizer's own; if it has none, training on conversations adds the default
+    with its tokens."""
 
     def collect_faults(self, faults: Faults) -> None:
         faults.require(

@@ -49,25 +49,27 @@ MetricName = Annotated[
 @dataclass
 class ModelSettings(Settings):
     n_layer: PositiveInt = 6
-    """L, how often the one shared layer is applied."""
+    """L, the number of times that the shared layer is applied."""
     n_embd: PositiveInt = 256
-    """D, width of the residual stream."""
+    """D, the width of the residual stream."""
     n_head: PositiveInt = 4
-    """H, heads. They must divide n_embd * mlp_internal_dim_multiplier evenly, into an even number for each."""
+    """H, the number of heads. Each gets n_embd * mlp_internal_dim_multiplier / n_head neurons, which must be an even
+    number."""
     mlp_internal_dim_multiplier: PositiveInt = 128
-    """Neurons of all heads together, in multiples of n_embd."""
+    """Number of neurons of all heads together, in multiples of n_embd."""
     dropout: Fraction = 0.1
-    """Share of the neurons' outputs that training drops, 0 to below 1."""
+    """Share of the neurons' outputs that is dropped in training, from 0 to below 1."""
     rope_theta: Annotated[float, Gt(1)] = 65536.0
     """Base of the rotary frequencies."""
     attention_form: Literal["auto", "parallel", "chunked", "recurrent"] = "auto"
-    """How attention is computed; the results are equal. auto takes the cheapest for the length."""
+    """How attention is computed; the results are equal. auto: the cheapest form for the length."""
     chunk_size: PositiveInt = 128
     """Tokens in a chunk of the chunked form."""
     decay: list[float | None] | float | None = None
-    """Half-life of the state in tokens: of the first head, twice as long in each further one; or a list, one a head, null for never. null for no decay."""
+    """Half-life of the state in tokens. A number is for the first head, and doubles with each further head; a list has
+    one value for each head (null: no decay). null: no decay at all."""
     vocab_size: int | None = None
-    """Entries of the vocabulary. It follows from the tokenizer; given, it must agree with it."""
+    """Size of the vocabulary. The tokenizer determines it; if it is given, it must agree."""
 
     def collect_faults(self, faults: Faults) -> None:
         if wanted := decay_fault(self.decay, self.n_head):
@@ -93,17 +95,18 @@ LoraLayers = Annotated[
 @dataclass
 class LoraSettings(Settings):
     r: NonNegativeInt = 0
-    """Rank of the adapters that are trained instead of the weights of init_from; 0 trains all weights."""
+    """Rank of the adapters to train instead of the weights of init_from; 0 trains all weights."""
     alpha: PositiveFloat = 16.0
-    """The adapters' product is scaled by alpha / r."""
+    """The output of the adapters is scaled by alpha / r."""
     dropout: Fraction = 0.0
-    """Share of an adapter's inputs that training drops, 0 to below 1."""
+    """Share of an adapter's inputs that is dropped in training, from 0 to below 1."""
     target_modules: LoraLayers = field(default_factory=lambda: list(LORA_LAYERS))
-    """Layers that get adapters, of encoder, encoder_v and decoder."""
+    """Layers that get adapters: some of encoder, encoder_v and decoder."""
     embeddings: bool = False
-    """Train embed and lm_head too, as a whole: needed for tokens that init_from does not know, as those of chat."""
+    """Also train embed and lm_head completely: needed for tokens that init_from does not know, such as those of a chat
+    template."""
     merge: bool = True
-    """Export: the weights with the adapters merged into them; false: a folder of adapters, for peft."""
+    """Export the weights with the adapters merged into them; false: export a folder of adapters, for peft."""
 
     def collect_faults(self, faults: Faults) -> None:
         faults.require(
@@ -118,83 +121,93 @@ class LoraSettings(Settings):
 @dataclass
 class TrainSettings(Settings):
     max_steps: PositiveInt = 3000
-    """Optimizer steps of the whole run; the learning-rate schedule spans them."""
+    """Number of optimizer steps of the whole run, which the learning-rate schedule spans."""
     stop_at_step: PositiveInt | None = None
-    """Save and stop early at this step, the schedule unchanged. The run can be resumed."""
+    """Save and stop early at this step, without changing the schedule. The run can be resumed."""
     block_size: PositiveInt = 512
-    """Tokens of a training sequence."""
+    """Tokens in a training sequence."""
     batch_size: PositiveInt = 32
-    """Sequences of a micro-batch, in one forward pass of a process. A step takes batch_size x gradient_accumulation_steps x processes."""
+    """Sequences in a micro-batch, which is one forward pass of a process. A step has batch_size x
+    gradient_accumulation_steps x processes sequences."""
     carry_state: bool = False
-    """Each sequence continues where it ended in the step before, with the state that it had there, up to an <eos>."""
+    """Each sequence continues where it ended in the previous step, with the state that it had there; the state restarts
+    after an <eos>."""
     gradient_accumulation_steps: PositiveInt = 1
-    """Micro-batches whose gradients are added up for one step."""
+    """Number of micro-batches whose gradients are added up for one step."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon: for the neurons' matrices, with AdamW for embedding and head (its products are bfloat16: slow on a CPU)."""
+    """adamw, or muon: Muon for the neurons' matrices and AdamW for embedding and head (Muon multiplies in bfloat16,
+    which is slow on a CPU)."""
     learning_rate: PositiveFloat = 1e-3
-    """Highest learning rate of the schedule. Muon's updates are scaled to fit AdamW's."""
+    """Peak learning rate of the schedule. Muon's updates are scaled to match those of AdamW."""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    """Course of the learning rate after the warm-up; wsd: constant, then linear decay over decay_steps."""
+    """Shape of the learning rate after the warm-up; wsd: constant, then a linear decay over decay_steps."""
     warmup_steps: NonNegativeInt = 100
     """Steps over which the learning rate rises from 0."""
     decay_steps: PositiveInt | None = None
-    """wsd: steps of the final decay; None for a fifth of max_steps."""
+    """wsd: number of steps of the final decay. None: a fifth of max_steps."""
     min_learning_rate_ratio: Annotated[float, Ge(0), Le(1)] = 0.1
     """Learning rate at the end of the schedule, as a share of learning_rate."""
     weight_decay: NonNegativeFloat = 0.1
-    """Decay of the matrices' weights for each step, times the learning rate."""
+    """Weight decay of the matrices. Each step decays them by this value times the learning rate."""
     decay_embeddings: bool = False
-    """Decay the embedding and the head too."""
+    """Apply weight decay to the embedding and the head too."""
     beta1: Fraction = 0.9
-    """AdamW's decay of the mean gradient."""
+    """AdamW's decay rate for the mean of the gradient."""
     beta2: Fraction = 0.95
-    """AdamW's decay of the mean squared gradient."""
+    """AdamW's decay rate for the mean of the squared gradient."""
     grad_clip: NonNegativeFloat = 1.0
-    """Largest norm of the gradient; 0 does not clip."""
+    """Largest norm of the gradient; larger gradients are clipped. 0: no clipping."""
     dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
-    """Arithmetic of the forward pass; weights stay float32, or are float64. auto: bfloat16 on hardware that has it, else float32."""
+    """Precision of the forward pass; weights stay float32, or are float64. auto: bfloat16 if the hardware supports it,
+    else float32."""
     device: DeviceName = "auto"
-    """auto, cpu, cuda, cuda:N or mps. auto takes the first accelerator."""
+    """auto, cpu, cuda, cuda:N or mps. auto: the first accelerator."""
     compile: bool = False
-    """Compile the model with torch.compile: minutes at the start, faster steps."""
+    """Compile the model with torch.compile: takes minutes at the start, then steps are faster."""
     recompute: Literal["none", "pass", "auto"] = "auto"
-    """Wide activations in the backward pass: pass computes them again, none keeps them, auto keeps those of as many layer steps as fit into the memory budget."""
+    """Wide activations for the backward pass. pass: recompute them; none: keep them; auto: keep those of as many layer
+    steps as fit into the memory budget."""
     memory_budget_gb: PositiveFloat | None = None
-    """Memory for all wide activations, in GB of 10^9 bytes. null: a block, and 256 MiB of what may be kept."""
+    """Memory for all wide activations, in GB of 10^9 bytes. null: enough for one block, and 256 MiB for those that are
+    kept."""
     layer_path: LayerPath = "auto"
-    """Who computes the layer. kernels: in blocks, by the CPU's sparse kernels; torch: in blocks, by PyTorch; plain: all tokens at once, by autograd. auto takes the first that is there."""
+    """Implementation of the layer. kernels: in blocks, by the CPU's sparse kernels; torch: in blocks, by PyTorch;
+    plain: all tokens at once, by autograd. auto: the first of these that is available."""
     rows_per_block: PositiveInt | None = None
-    """Sequences in a block of the layer, at most batch_size. null for what suits the device and the budget."""
+    """Sequences in a block of the layer, at most batch_size. null: chosen for the device and the memory budget."""
     tokens_per_block: PositiveInt | None = None
-    """Tokens of each sequence in a block, at most block_size. null for what costs least."""
+    """Tokens of each sequence in a block, at most block_size. null: the cheapest number."""
     ema_decay: Annotated[float, Gt(0), Lt(1)] | None = None
-    """Keep an exponential moving average of the weights with this decay, such as 0.999, and evaluate it too. null for none."""
+    """Decay, such as 0.999, of an exponential moving average of the weights, which is evaluated too. null: no average."""
     init_from: PathText | None = None
-    """Model to start from, with a fresh optimizer: an export, a run, or a hub id. Its sizes and tokenizer are taken over."""
+    """Model to start from, with a new optimizer: an export, a run, or a hub id. Its sizes and tokenizer are used."""
     lora: LoraSettings = field(default_factory=LoraSettings)
     quantize: Literal["int8", "int4", "mixed"] | None = None
-    """Train for weights in this format: each step computes the layer with weights rounded to it, and so do evaluations and samples; the export is quantized. mixed: E in int8, Ev and Dec in int4."""
+    """Train for weights in this format: steps, evaluations and samples compute the layer with weights rounded to it,
+    and the export is quantized. mixed: E in int8, Ev and Dec in int4."""
     quantize_from_step: NonNegativeInt = 0
-    """Steps that compute with unrounded weights first, as at the beginning of a long run. Evaluations and samples do not."""
+    """Number of steps at the beginning that compute with unrounded weights. Evaluations and samples always round."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """A loss or gradient that is not finite: stop before the update, or leave the step out; 26 in a row stop anyway."""
+    """What to do if a loss or gradient is not finite: stop before the update, or skip the step; 26 skipped steps in a
+    row stop the run."""
     spike_threshold: PositiveFloat | None = None
-    """Treat a gradient's norm that exceeds its running mean by so many standard deviations, such as 6, as on_nonfinite says."""
+    """Apply on_nonfinite also to gradients whose norm exceeds its running mean by this many standard deviations, such
+    as 6."""
     # The seeds of the samples are counted on from it, and PyTorch's end at 2**64 - 1.
     seed: Annotated[int, Ge(0), Lt(2**63)] = 1337
-    """Seed of the weights, the data order, the dropout and the samples."""
+    """Seed of the initial weights, the data order, the dropout and the samples."""
     eval_every_steps: PositiveInt = 250
-    """Steps between evaluations on the validation windows; there is one at max_steps too."""
+    """Number of steps between evaluations on the validation windows; there is also one at max_steps."""
     eval_windows: PositiveInt = 64
-    """Windows of block_size tokens in the fixed validation set."""
+    """Number of windows of block_size tokens in the fixed validation set."""
     patience: PositiveInt | None = None
-    """Stop after so many evaluations in a row without a better validation loss; None never does."""
+    """Stop after this many evaluations in a row without a better validation loss. None: never."""
     sample_every_steps: NonNegativeInt = 500
-    """Steps between text samples; 0 for none."""
+    """Number of steps between text samples; 0: no samples."""
     sample_prompts: list[Annotated[str, Allowed(bool, "non-empty texts")]] = field(default_factory=lambda: ["The "])
     """Prompts of the text samples."""
     sample_max_new_tokens: PositiveInt = 100
-    """Tokens of a text sample."""
+    """Number of tokens in a text sample."""
 
     REMOVED: ClassVar[dict[str, str]] = {"gradient_checkpointing": "train.recompute: pass does what it did"}
     """Settings of earlier versions, and what to say of them."""
@@ -229,19 +242,20 @@ class TrainSettings(Settings):
 @dataclass
 class CheckpointSettings(Settings):
     every_steps: PositiveInt = 500
-    """Steps between checkpoints; there is always one at the end."""
+    """Number of steps between checkpoints; there is always one at the end."""
     keep_last: PositiveInt = 2
-    """Newest checkpoints that are kept; the best one is kept besides."""
+    """Number of newest checkpoints to keep; the best one is always kept."""
     keep_every_steps: PositiveInt | None = None
-    """Keep the checkpoints of the multiples of so many steps for good. null for none."""
+    """Also keep every checkpoint whose step is a multiple of this number. null: none."""
     best_metric: MetricName = "val/loss"
-    """Which metric of an evaluation makes a checkpoint the best one, such as val/accuracy or val_ema/loss."""
+    """Metric of the evaluations that determines the best checkpoint, such as val/accuracy or val_ema/loss."""
     best_mode: Literal["auto", "min", "max"] = "auto"
-    """Whether a lower or a higher best_metric is better; auto: higher for an accuracy, else lower."""
+    """Whether a lower or a higher best_metric is better. auto: higher for an accuracy, else lower."""
     in_background: bool = False
-    """Write checkpoints while the training continues; takes memory for a copy of weights and optimizer state."""
+    """Write checkpoints while the training continues; needs memory for a copy of the weights and the optimizer state."""
     export: Literal["last", "best", "ema", "none"] = "last"
-    """Which weights are exported to <run_dir>/model at the end: the last, those of the best loss, or the moving average."""
+    """Weights to export to <run_dir>/model at the end: the last, those of the best checkpoint, the moving average, or
+    none."""
 
 
 @dataclass
@@ -254,13 +268,13 @@ class RunSettings(Settings):
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     run_dir: PathText | None = None
-    """Folder of the run; by default runs/ and the time of the start. It must not hold a run yet."""
+    """Folder of the run. By default a new folder in runs/, named after the start time. It must not contain a run yet."""
     resume: bool = False
     """Continue the run in run_dir from its newest checkpoint."""
     resume_step: int | None = None
     """With resume: continue from the checkpoint of this step instead of the newest."""
     dry_run: bool = False
-    """Write no run: measure a step or two on this device, and report the memory and the time that the run would take."""
+    """Do not train: measure a step or two on this device, and report the memory and the time that the run would take."""
 
     def collect_faults(self, faults: Faults) -> None:
         run_dir, step = self.run_dir, self.resume_step

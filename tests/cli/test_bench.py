@@ -407,7 +407,7 @@ def test_the_help_names_what_is_allowed(bench, capsys):
     assert "one of naive, compiled, gpt2, or a list" in said
     assert "By default 256; for train 128; with --quick 64" in said
     assert "on a GPU with --device" in said
-    assert "--print_config is to be read, and cannot be given as --config" in said
+    assert "--print_config is only to be read, and cannot be given as --config" in said
 
 
 def test_what_is_for_another_benchmark_is_refused(bench):
