@@ -1,7 +1,7 @@
 """BDH: train, understand and serve Dragon Hatchling language models.
 
-Importing this package is cheap: its names load what they need when they are first used, and transformers' auto classes get
-to know BDH when they are themselves imported. From then on transformers imports torchao where it is needed only.
+Importing this package is cheap: each public name imports its module when it is first used. BDH registers itself with
+transformers' auto classes when transformers is imported, and makes transformers import torchao only when it is needed.
 """
 
 import importlib
@@ -38,8 +38,8 @@ __all__ = [
 ]
 
 _IN_MODEL = {"BDH": "BDHForCausalLM", **{name: name for name in __all__[1:-1]}}
-# Modules of transformers, and the one of ours that registers itself there when it is imported. Two, since transformers loads
-# the first while its model classes, which ours need, are not there yet.
+# Which of our modules to import after a module of transformers; each registers its classes there. There are two because
+# transformers imports configuration_auto before its model classes exist, and our model classes need those.
 _REGISTERED_BY = {
     "transformers.models.auto.configuration_auto": "bdh.model.configuration",
     "transformers.models.auto.modeling_auto": "bdh.model.modeling",
@@ -54,7 +54,10 @@ def __getattr__(name: str) -> Any:
 
 
 class _TransformersFinder:
-    """Lets Python find modules of transformers as ever, and does what :func:`_around` says when they are loaded."""
+    """An import hook that runs :func:`_around` while certain modules of transformers are loaded.
+
+    It finds nothing itself: the other finders locate the module, and only the loader's ``exec_module`` is wrapped.
+    """
 
     def __init__(self) -> None:
         self._being_found: set[str] = set()
@@ -72,7 +75,7 @@ class _TransformersFinder:
         if spec is not None and (loader := spec.loader) is not None:
 
             def exec_module(module: ModuleType) -> None:
-                del loader.exec_module  # the class's own again
+                del loader.exec_module  # restores the method of the class
                 with _around(fullname):
                     loader.exec_module(module)
 
@@ -94,7 +97,7 @@ def _around(fullname: str) -> Iterator[None]:
 
 def _register(auto_module: str) -> None:
     ours = _REGISTERED_BY[auto_module]
-    if ours not in sys.modules:  # else it is what is importing transformers, and registers itself
+    if ours not in sys.modules:  # otherwise it is the module importing transformers, and registers itself
         importlib.import_module(ours)
 
 

@@ -1,6 +1,6 @@
-"""Configuration, model, state and conversion.
+"""The model classes, their configuration, their state, and conversion from and to other formats.
 
-The names load their modules when they are first used: settings that only mention a model stay cheap.
+Each name imports its module when it is first used, so that importing this package is cheap.
 """
 
 import importlib

@@ -1,7 +1,7 @@
-"""What `forward` and transformers' `generate` are given, checked and brought into one form.
+"""Checks the arguments of ``forward`` and of transformers' ``generate``, and converts them to one form.
 
-Libraries pass more than the model needs. What agrees with the defaults is accepted, what says where documents begin in a
-packed batch is understood, and everything else is refused by name.
+Libraries pass more arguments than the model needs. Values that agree with the defaults are accepted, descriptions of
+packed documents are converted, and any other argument raises an error with its name.
 """
 
 import inspect
@@ -22,7 +22,7 @@ from bdh.ops.eager import IGNORE_INDEX, layer_norm
 from bdh.words import counted, nearest
 
 _PACKING = ("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-# Arguments with only one possible value, and why.
+# Arguments with only one possible value, and the reason.
 _ONE_VALUE = {
     "output_attentions": (False, "linear attention computes no weights"),
     "output_router_logits": (False, "there are no experts to route to"),
@@ -32,10 +32,10 @@ _ONE_VALUE = {
 
 @dataclass
 class Inputs(Columns):
-    """Of one forward: the residual stream before the first layer step, and what is said of it."""
+    """The checked inputs of a forward pass: embedded tokens, their mask and document starts, and the earlier state."""
 
     state: SynapticState | None
-    """That of the text before; None where there is none."""
+    """The state to continue from; None to start a text."""
 
 
 def read_inputs(
@@ -46,16 +46,19 @@ def read_inputs(
     state: SynapticState | None,
     others: dict[str, Any],
 ) -> Inputs:
-    """
-    Values are compared outside of ``torch.compile`` and ``torch.export``, which take them as they are.
+    """Checks the arguments of ``forward`` and returns them in one form.
+
+    Under ``torch.compile`` and ``torch.export`` the values of tensors are not checked.
 
     Args:
-        model: of which ``config``, ``embed`` and ``dtype`` are read.
-        others: the further arguments of ``forward``, ``document_starts`` among them, as
-            :meth:`bdh.BDHForCausalLM.forward` lists them.
+        model: the model, whose ``config``, ``embed`` and ``dtype`` are read.
+        input_ids, inputs_embeds, attention_mask: as for :meth:`bdh.BDHForCausalLM.forward`.
+        state: ``past_key_values``.
+        others: ``document_starts`` and the further keyword arguments of :meth:`bdh.BDHForCausalLM.forward`.
 
     Raises:
-        TypeError, ValueError: as ``forward`` does.
+        TypeError: as ``forward``.
+        ValueError: as ``forward``.
     """
     config = model.config
     others = {name: value for name, value in others.items() if value is not None}
@@ -82,9 +85,10 @@ def read_inputs(
 
 
 def check_state_type(state: object) -> None:
-    """
+    """Raises an exception unless ``past_key_values`` is a :class:`SynapticState`.
+
     Raises:
-        TypeError: it is a cache of another kind of model.
+        TypeError: it is a cache for another kind of model.
     """
     if not isinstance(state, SynapticState):
         raise TypeError(
@@ -101,28 +105,30 @@ def token_positions(
     starts: torch.Tensor | None = None,
     device: torch.device | str = "cpu",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where each token stands in its document: padding takes up no position, a document starts at 0.
+    """Returns the position of each token in its document, from 0. Padding does not count as a position.
 
     Args:
-        before: int64 (B,): tokens of the document that the sequence continues. None for a fresh text in each row.
+        num_tokens: T.
+        before: int64 (B,): how many tokens of the current document each sequence has read. None for new texts.
         mask: bool (B, T): False for padding.
-        starts: bool (B, T): a document starts there, or, if that is padding, with the next token.
+        starts: bool (B, T): True where a document starts; if that is padding, it starts with the next token.
+        device: the device of the result, if no tensor is given.
 
     Returns:
-        The position of each token, int64 (B, T), or (1, T) where all rows are alike; and the position of the token
-        that comes next, (B,) or (1,).
+        The positions, int64 (B, T), or (1, T) if they are the same for all sequences, and the positions of the next
+        tokens, (B,) or (1,).
     """
     if mask is None:
         seen = torch.arange(num_tokens, device=device)[None]
         total = torch.full((1,), num_tokens, device=device)
     else:
-        seen = mask.long().cumsum(1) - mask.long()  # (B, T): tokens before each one
+        seen = mask.long().cumsum(1) - mask.long()  # (B, T): the number of tokens before each one
         total = mask.sum(1)
     if before is None:
         before = torch.zeros(1, dtype=torch.int64, device=device)
     if starts is None:
         return seen + before[:, None], total + before
-    # The tokens before the newest start, which counts as position 0. They never grow fewer, so the largest is it.
+    # The number of tokens before the latest start, whose position is 0. It never decreases: a running maximum finds it.
     at_start = torch.where(starts, seen, -before[:, None]).cummax(1).values  # (B, T)
     return seen - at_start, total - at_start[:, -1]
 
@@ -133,7 +139,7 @@ def shifted_labels(
     logits_to_keep: int | torch.Tensor,
     shape: torch.Size,
 ) -> torch.Tensor | None:
-    """What is to be predicted at each position, (B, T); None without labels."""
+    """Returns the token to predict at each position, (B, T), or None without labels."""
     for name, given in (("labels", labels), ("shift_labels", shift_labels)):
         if given is None:
             continue
@@ -158,7 +164,7 @@ def _check_names(model: Any, others: dict[str, Any]) -> None:
 
 
 def _check_columns(others: dict[str, Any], T: int, num_earlier: int) -> None:
-    """Numbers of columns and types of tokens, where they are given, must be those that there are."""
+    """Raises ``ValueError`` if ``cache_position`` or ``token_type_ids`` differ from the defaults."""
     if torch.compiler.is_compiling():
         return
     cache_position = others.get("cache_position")
@@ -182,7 +188,7 @@ def _packed(
     shape: tuple[int, int],
     device: torch.device,
 ) -> torch.Tensor | None:
-    """Where documents start by all descriptions of them, which must agree: bool (B, T), or None where none starts."""
+    """Returns where documents start, bool (B, T), or None if none starts. All descriptions given must agree."""
     (B, T), is_compiling = shape, torch.compiler.is_compiling()
     found = {} if starts is None else {"document_starts": starts}
     for name, read in (("cu_seq_lens_q", _starts_of_lengths), ("seq_idx", _starts_of_numbers)):
@@ -195,7 +201,7 @@ def _packed(
         raise ValueError(f"{rest[0]} is given without cu_seq_lens_q: give both, or neither")
     first = next(iter(found), "")
     starts = found.get(first)
-    for name, other in found.items():  # a text starts with the first column anyhow
+    for name, other in found.items():  # the first column starts a text in any case
         if starts is not None and not is_compiling and not torch.equal(other[:, 1:], starts[:, 1:]):
             raise ValueError(f"{name} and {first} say that documents start at different tokens: give one of them")
     position_ids = others.get("position_ids")
@@ -224,7 +230,7 @@ def _packed(
 
 
 def _starts_of_lengths(others: dict[str, Any], B: int, T: int) -> torch.Tensor:
-    """Bool (1, T)."""
+    """Returns where documents start by ``cu_seq_lens_q``, bool (1, T)."""
     bounds = torch.as_tensor(others["cu_seq_lens_q"])
     if B != 1:
         raise ValueError(f"cu_seq_lens_q is given for {B} rows: must be of one row, in which all documents are")
@@ -246,7 +252,7 @@ def _starts_of_lengths(others: dict[str, Any], B: int, T: int) -> torch.Tensor:
 
 
 def _starts_of_numbers(others: dict[str, Any], B: int, T: int) -> torch.Tensor:
-    """Bool (1 or B, T)."""
+    """Returns where documents start by ``seq_idx``, bool (1 or B, T)."""
     numbers = others["seq_idx"]
     if not _has_shape(numbers, (B, T), (1, T)):
         raise ValueError(f"seq_idx has shape {tuple(numbers.shape)}: must be {(B, T)}, that of the tokens")
@@ -256,7 +262,7 @@ def _starts_of_numbers(others: dict[str, Any], B: int, T: int) -> torch.Tensor:
 
 
 def _has_shape(tensor: torch.Tensor, *shapes: tuple[int, ...]) -> bool:
-    """Whether it is one of these. Size by size, since tuples of the symbols that a graph has for sizes are not compared."""
+    """Whether a tensor has one of the shapes. Compares size by size: tuples of symbolic sizes cannot be compared."""
     return any(
         tensor.ndim == len(shape) and all(size == wanted for size, wanted in zip(tensor.shape, shape, strict=True))
         for shape in shapes
@@ -264,13 +270,13 @@ def _has_shape(tensor: torch.Tensor, *shapes: tuple[int, ...]) -> bool:
 
 
 def _shown(tensor: torch.Tensor) -> str:
-    """Its first numbers, for an error."""
+    """Returns the first numbers of a tensor, for an error message."""
     numbers = tensor.flatten()[:9].tolist()
     return ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
 
 
 def _shape(config: BDHConfig, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> tuple[int, int]:
-    """B and T."""
+    """Returns B and T."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("forward takes either input_ids or inputs_embeds: give exactly one of them")
     name, given = "input_ids", input_ids
@@ -285,7 +291,7 @@ def _shape(config: BDHConfig, input_ids: torch.Tensor | None, inputs_embeds: tor
 
 
 def _known_ids(config: BDHConfig, input_ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Ids within the vocabulary: those of padding, which is never seen, may be any."""
+    """Returns valid ids: checks those of tokens and replaces those of padding, which can have any value."""
     if mask is not None:
         input_ids = input_ids.masked_fill(~mask, 0)
     if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -299,14 +305,14 @@ def _known_ids(config: BDHConfig, input_ids: torch.Tensor, mask: torch.Tensor | 
 
 
 def _new_columns(attention_mask: torch.Tensor | None, B: int, T: int, num_earlier: int) -> torch.Tensor | None:
-    """The part of a mask that belongs to the T new columns, as bool (B, T); None where nothing is masked."""
+    """Returns the mask of the T new columns, bool (B, T), or None if nothing is masked."""
     if attention_mask is None:
         return None
     if not _has_shape(attention_mask, (B, T), (B, num_earlier + T)):
         earlier = f" or, with the columns fed before, {(B, num_earlier + T)}" if num_earlier else ""
         raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}: must be {(B, T)}{earlier}")
     mask = attention_mask[:, -T:].bool()
-    # A mask costs one more sweep over the neurons, and a rotation for each row.
+    # A mask costs another sweep over the neurons, and a separate rotation for each sequence.
     if not torch.compiler.is_compiling() and bool(mask.all()):
         return None
     return mask
@@ -318,7 +324,7 @@ def _check_state(config: BDHConfig, state: SynapticState, B: int, dtype: torch.d
     if state.kind != "sums":
         raise ValueError(f"the state is of kind {state.kind!r}: forward reads and writes sums alone, in float32")
     expected = (B, config.n_head, config.neurons_per_head, config.n_embd)
-    shapes = [tuple(s.shape) for s in state.sums]  # no set: torch.export's sizes are symbols, which have no hash
+    shapes = [tuple(s.shape) for s in state.sums]  # not a set: under torch.export sizes are symbols, without a hash
     if shapes != [expected] * config.n_layer:
         raise ValueError(
             f"the state has sums of shapes {sorted(set(shapes))} for {counted(len(state.sums), 'layer step')}: this model and batch "
@@ -332,42 +338,44 @@ def _check_state(config: BDHConfig, state: SynapticState, B: int, dtype: torch.d
         )
 
 
-# What transformers' `generate` asks of a model, and of which it has no public name. Checked with transformers 5.23;
-# ``tests/model/test_private_names.py`` fails where it changes.
+# Private interfaces of transformers that its `generate` calls. Checked with transformers 5.23;
+# ``tests/model/test_private_names.py`` fails if they change.
 
 
 def checkpointing_of(model: Any) -> Callable[..., Any]:
-    """How a model recomputes activations: as the caller of transformers' ``gradient_checkpointing_enable`` said."""
+    """Returns the checkpointing function: that of transformers' ``gradient_checkpointing_enable``, or a default."""
     return getattr(model, "_gradient_checkpointing_func", partial(checkpoint, use_reentrant=False))
 
 
 class StateForGeneration:
-    """Gives transformers' ``generate`` a state where it would make a cache of keys and values.
+    """A mixin that makes transformers' ``generate`` use a :class:`SynapticState` instead of a cache of keys and values.
 
-    A mixin, which stands before ``GenerationMixin``.
+    It must precede ``GenerationMixin`` among the base classes.
     """
 
     new_state: Any
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        """Tells `generate` to make no cache of keys and values: ``forward`` makes the state."""
+        """Returns False, so that `generate` creates no cache of keys and values: ``forward`` creates the state."""
         return False
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int, *sizes: Any
     ) -> Any:
-        """Makes a state where `generate` wants one beforehand: to take tokens back, and for a prompt read in chunks.
+        """Creates a state if `generate` needs one before the first ``forward``.
+
+        That is so for assisted generation, which removes tokens, and for a prompt that is read in chunks.
 
         Raises:
-            TypeError: the cache that is given is that of another kind of model.
-            ValueError: a text is to be continued from a state, with tokens proposed by an assistant.
+            TypeError: ``past_key_values`` is a cache for another kind of model.
+            ValueError: assisted generation is requested with a state that has read tokens already.
         """
         given = model_kwargs.get("past_key_values")
         is_assisted = generation_mode.value == "assisted_generation"
         if given is not None:
             check_state_type(given)
-            if is_assisted and given.num_columns:  # transformers reads the whole text on any cache then, silently
+            if is_assisted and given.num_columns:  # otherwise transformers would silently read the whole text again
                 raise ValueError(
                     f"past_key_values has read {counted(given.num_columns, 'column')}: must be left out with assistant_model and "
                     "prompt_lookup_num_tokens, with which transformers reads the whole text anew"
@@ -386,7 +394,7 @@ class StateForGeneration:
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
     ) -> tuple[Any, dict[str, Any]]:
-        """Repeats each sequence for its beams or continuations: those of the state too, into a copy of it."""
+        """Repeats each sequence for its beams or continuations, and gives the state a copy for each of them too."""
         state = model_kwargs.get("past_key_values")
         given = input_ids if input_ids is not None else model_kwargs.get("inputs_embeds")
         if expand_size > 1 and state is not None and given is not None and state.batch_size == given.shape[0]:
@@ -402,19 +410,19 @@ class StateForGeneration:
         input_ids: torch.Tensor,
         next_sequence_length: int | None = None,
         past_key_values: SynapticState | None = None,
-        attention_mask: torch.Tensor | None = None,  # named, as `generate` looks at the names
+        attention_mask: torch.Tensor | None = None,  # must be named: `generate` inspects the signature
         inputs_embeds: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The arguments of ``forward`` in a step of `generate`; it continues from a state as transformers does from a cache.
+        """Returns the arguments of ``forward`` for a step of `generate`.
 
-        ``input_ids`` is the whole text of which the state has read the first columns, or only the new tokens, if the
-        ``attention_mask`` has a column for each one read before, too.
+        As with a cache in transformers, ``input_ids`` is either the whole text, of which the state has read the first
+        columns, or only the new tokens, if ``attention_mask`` also covers the columns that were read before.
 
         Raises:
-            ValueError: ``input_ids`` has no column that the state has not read and the mask does not say that all
-                are new, or a state is given without ``use_cache``.
+            ValueError: the state has read all of ``input_ids`` already, and the mask does not say that they are new
+                tokens; or a state is given with ``use_cache=False``.
         """
         if past_key_values is not None:
             check_state_type(past_key_values)
@@ -428,7 +436,7 @@ class StateForGeneration:
                 )
             if not kwargs.get("use_cache", True):
                 raise ValueError("use_cache is False: must be True to continue from past_key_values")
-        for name in ("tokenizer", "assistant_tokenizer"):  # of `generate` itself, which hands them on
+        for name in ("tokenizer", "assistant_tokenizer"):  # `generate` passes on its own arguments
             kwargs.pop(name, None)
         kwargs |= {"past_key_values": past_key_values, "attention_mask": attention_mask}
         kwargs |= {"inputs_embeds": inputs_embeds, "token_type_ids": token_type_ids}

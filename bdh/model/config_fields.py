@@ -1,4 +1,7 @@
-"""The fields of a model's configuration, and which values are possible. In plain Python: settings are checked by it too."""
+"""The fields of a model configuration and the checks of their values.
+
+Plain Python without transformers, so that the settings of a training run can be checked with it as well.
+"""
 
 import math
 from collections.abc import Collection, Mapping
@@ -9,12 +12,15 @@ from bdh.ops import ATTENTION_FORMS
 from bdh.words import counted, nearest
 
 ALIASES = {"hidden_size": "n_embd", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer"}
-"""The names that transformers has for sizes, and ours."""
+"""The names of sizes in transformers, each with the field that it stands for."""
 
 
 @dataclass(kw_only=True, repr=False)
 class ConfigFields:
-    """What :class:`bdh.BDHConfig`, which documents them, and :class:`bdh.model.network.ModelConfig` have in common."""
+    """The fields that :class:`bdh.BDHConfig` and :class:`bdh.model.network.ModelConfig` share.
+
+    :class:`bdh.BDHConfig` documents them.
+    """
 
     vocab_size: int = 256
     n_embd: int = 256
@@ -37,16 +43,16 @@ class ConfigFields:
 
     @property
     def neurons_per_head(self) -> int:
-        """N."""
+        """N, the number of neurons in each head."""
         return self.n_embd * self.mlp_internal_dim_multiplier // self.n_head
 
     @property
     def half_lives(self) -> list[float] | None:
-        """The tokens in which the state of each head halves, inf for one that never forgets; None without decay.
+        """The half-life of each head's state, in tokens: inf for a head that never forgets; None without decay.
 
-        One number is the half-life of the first head, and each further head has twice that of the one before, so that
-        the heads see from near to far: geometric, as ALiBi's slopes (arXiv 2108.12409, section 3) and RetNet's decays
-        (arXiv 2307.08621, eq. 8) are.
+        When ``decay`` is a single number, the half-lives double from head to head, so that the heads cover short to
+        long ranges. ALiBi's slopes (arXiv 2108.12409, section 3) and RetNet's decays (arXiv 2307.08621, eq. 8) form
+        geometric series in the same way.
         """
         if self.decay is None:
             return None
@@ -56,11 +62,11 @@ class ConfigFields:
 
     @property
     def state_bytes_per_sequence(self) -> int:
-        """Bytes of one sequence's float32 state, at any length of text."""
+        """The size of one sequence's float32 state, in bytes. It does not depend on the length of the text."""
         return self.n_layer * self.n_head * self.neurons_per_head * self.n_embd * 4
 
     def value_faults(self) -> list[str]:
-        """What is wrong with the values, one sentence a fault."""
+        """Returns what is wrong with the values, one sentence for each fault."""
         faults = shape_faults(self.n_embd, self.n_head, self.n_layer, self.mlp_internal_dim_multiplier, self.vocab_size)
         if fault := decay_fault(self.decay, self.n_head):
             faults.append(f"decay is {self.decay}: must be {fault}")
@@ -81,11 +87,13 @@ class ConfigFields:
 
 
 def name_faults(given: Mapping[str, Any], others: Mapping[str, Any], known: Collection[str]) -> list[str]:
-    """What is wrong with names given beside the fields: an alias with another value, or what looks like a field misspelt.
+    """Returns what is wrong with names that are not fields, one sentence for each fault.
+
+    A fault is an alias whose value differs from that of its field, or a name that looks like a misspelt field.
 
     Args:
-        given: the fields that are given.
-        others: the names beside them.
+        given: the fields that were given, with their values.
+        others: the names that were given and are not fields, with their values.
         known: the names of all fields.
     """
     faults = []
@@ -100,7 +108,7 @@ def name_faults(given: Mapping[str, Any], others: Mapping[str, Any], known: Coll
 
 
 def shape_faults(n_embd: int, n_head: int, n_layer: int, multiplier: int, vocab_size: int) -> list[str]:
-    """What is wrong with the sizes of a model, one sentence a fault; empty where they fit together."""
+    """Returns what is wrong with the sizes of a model, one sentence for each fault; empty if they fit together."""
     sizes = {
         "n_embd": n_embd,
         "n_head": n_head,
@@ -124,7 +132,7 @@ def shape_faults(n_embd: int, n_head: int, n_layer: int, multiplier: int, vocab_
 
 
 def decay_fault(decay: list[float | int | None] | float | int | None, n_head: int) -> str | None:
-    """What ``decay`` must be, where it is not; None where it is right."""
+    """Returns what ``decay`` must be if it is invalid, and None if it is valid."""
     if isinstance(decay, list) and len(decay) != n_head:
         return f"one half-life for each of the n_head = {counted(n_head, 'head')}, or a single number"
     given = decay if isinstance(decay, list) else [decay]

@@ -1,4 +1,4 @@
-"""The shape of a model, as transformers stores it in ``config.json``."""
+"""The model configuration that transformers reads from and writes to ``config.json``."""
 
 from os import PathLike
 from pathlib import Path
@@ -9,7 +9,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from bdh.model.config_fields import ALIASES, ConfigFields, name_faults
 
-# Without `import bdh`, transformers looks into a model's folder for the code that it needs, and finds this.
+# Without `import bdh`, transformers looks for the model's code in the model folder. There it finds this file.
 STUB = "bdh_auto.py"
 _STUB_TEXT = '''\
 """This model is run by the package bdh: pip install bdh. After `import bdh` nothing here is needed, nor trust_remote_code."""
@@ -26,33 +26,35 @@ _AUTO_MAP = {
 
 @strict
 class BDHConfig(ConfigFields, PreTrainedConfig):
-    """Configuration of a BDH model.
+    """The configuration of a BDH model.
 
-    The names are those of the published reference code; the usual transformers names (``hidden_size``,
-    ``num_attention_heads``, ``num_hidden_layers``) are aliases.
+    The fields have the names of the published reference code. The usual transformers names (``hidden_size``,
+    ``num_attention_heads``, ``num_hidden_layers``) are aliases for three of them.
 
     Args:
-        vocab_size: V, entries of the vocabulary.
+        vocab_size: V, the number of vocabulary entries.
         n_embd: D, the width of the residual stream.
-        n_head: H, heads.
-        n_layer: L, how often the one shared layer is applied.
-        mlp_internal_dim_multiplier: neurons of all heads together, in multiples of D.
-        dropout: share of the neurons' outputs x * y that training drops.
-        rope_theta: base of the rotary frequencies.
+        n_head: H, the number of heads.
+        n_layer: L, the number of times that the one shared layer is applied.
+        mlp_internal_dim_multiplier: the number of neurons in all heads together, as a multiple of D.
+        dropout: the fraction of the neurons' outputs x * y that is dropped during training.
+        rope_theta: the base of the rotary frequencies.
         layer_norm_eps: added to the variance in every layer norm.
-        initializer_range: standard deviation of fresh weights.
-        tie_word_embeddings: only False: the two are separate weights.
-        attention_form: "parallel", "chunked", "recurrent", or "auto", which takes the cheapest.
-        chunk_size: tokens in a chunk of the chunked form.
-        decay: half-life of the state, in tokens: what a head keeps of a token halves with every so many that follow.
-            One number is that of the first head, and doubles from head to head; a list has one for each head, None
-            for a head that never forgets. None for no head that does, as in the paper.
-        train_block_size: tokens in the blocks that the model was trained on, where that is known. It limits nothing.
+        initializer_range: the standard deviation of newly initialized weights.
+        tie_word_embeddings: must be False: the embedding and the head are separate weights.
+        attention_form: "parallel", "chunked", "recurrent", or "auto", which chooses the cheapest.
+        chunk_size: the number of tokens in a chunk of the chunked form.
+        decay: the half-life of the state, in tokens: a token's contribution to the state halves each time that many
+            further tokens are read. A single number is the half-life of the first head, and each further head has
+            twice that of the one before. A list gives each head its own, or None for a head that never forgets. With
+            None, the default, no head forgets, as in the paper.
+        train_block_size: the number of tokens in the blocks that the model was trained on, if known. Longer texts are
+            still allowed.
 
     Raises:
-        ValueError: sizes that do not divide, a value out of range, a name given beside its alias with another
-            value, or a misspelt name; the message has the numbers. Names that are like none of these are kept
-            as attributes, as in all of transformers.
+        ValueError: sizes do not divide evenly, a value is out of range, a field and its alias have different values,
+            or a name looks like a misspelt field. The message states the values. Names that resemble no field are
+            kept as attributes, as in every transformers configuration.
     """
 
     model_type = "bdh"
@@ -73,14 +75,14 @@ class BDHConfig(ConfigFields, PreTrainedConfig):
         self.auto_map = dict(_AUTO_MAP)
 
     def save_pretrained(self, save_directory: str | PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Writes ``config.json``, and beside it the stub by which transformers says that it needs this package."""
+        """Writes ``config.json``, and a stub module that tells users without this package to install it."""
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         (Path(save_directory) / STUB).write_text(_STUB_TEXT, encoding="utf-8")
         super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
-        """Nothing: transformers, which calls it where the stub was used, would put copies of our modules beside models."""
+        """Does nothing. transformers calls it for models loaded by the stub, and would save copies of our modules."""
 
 
 AutoConfig.register("bdh", BDHConfig, exist_ok=True)

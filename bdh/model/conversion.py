@@ -1,8 +1,8 @@
-"""A model's weights from and to other forms: checkpoints of the published reference code, averages, and ONNX.
+"""Conversion of weights: from and to checkpoints of the published reference code, averages of models, and ONNX export.
 
-The reference code keeps raw parameters: ``encoder`` and ``encoder_v`` (H, D, N), ``decoder`` (H*N, D), ``lm_head`` (D, V),
-``embed.weight`` (V, D), and a float32 buffer ``attn.freqs`` (1, 1, 1, N) of rotary frequencies in turns per token. Here they
-are weights of ``nn.Linear``, stored output-major. Converting moves numbers and changes none of them.
+The reference code stores raw parameters: ``encoder`` and ``encoder_v`` (H, D, N), ``decoder`` (H*N, D), ``lm_head``
+(D, V), ``embed.weight`` (V, D), and a float32 buffer ``attn.freqs`` (1, 1, 1, N) of rotary frequencies in turns per
+token. This package stores them as weights of ``nn.Linear``, output-major. Conversion does not change any value.
 """
 
 import functools
@@ -32,16 +32,17 @@ _CONFIG_FIELDS = ("n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier", 
 
 
 def load_reference(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
-    """Reads a published ``.pt`` file: a bare state dict, or a dict with ``model`` or ``model_state_dict``.
+    """Loads a checkpoint of the published reference code from a ``.pt`` file.
 
-    Only tensors and plain containers are unpickled.
+    The file holds a state dict, or a dict with one under ``model`` or ``model_state_dict``. Only tensors and plain
+    containers are unpickled, so that loading a file runs no code from it.
 
     Returns:
-        The state dict, and the file's ``config`` where it holds one.
+        The state dict, and the file's ``config``, or None if it has none.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no checkpoint, or needs code to be unpickled.
+        ValueError: the file is not a checkpoint, or cannot be unpickled without running code.
     """
     check_file(Path(path), "checkpoint file")
     try:
@@ -68,7 +69,7 @@ def _why_not_loaded(path: str | Path, error: Exception) -> str:
             f"{path} asks for the Python object {unsafe[1]}, which is not loaded since it could run code: save its "
             f"state dict again, with the configuration as a plain dict"
         )
-    # PyTorch's own words are about its unpickler; they stay the cause.
+    # PyTorch's message is about its unpickler. It remains visible as the cause of the exception.
     return (
         f"{path} is not a complete PyTorch checkpoint: must be a .pt file that torch.save wrote, with a state dict in it, "
         "neither cut off nor damaged"
@@ -78,17 +79,21 @@ def _why_not_loaded(path: str | Path, error: Exception) -> str:
 def from_reference(
     state_dict: dict[str, torch.Tensor], config: BDHConfig | dict[str, Any] | None = None
 ) -> tuple[BDHConfig, dict[str, torch.Tensor], torch.dtype]:
-    """The configuration, the weights by the names of :class:`bdh.BDHForCausalLM`, and the dtype that holds them all.
+    """Converts a state dict of the published reference code for :class:`bdh.BDHForCausalLM`.
 
     Args:
-        state_dict: keys may carry the prefixes that ``torch.compile`` and ``DistributedDataParallel`` add.
-        config: a :class:`BDHConfig`, or a dict with its field names; others, such as settings of the training, are not read,
-            but for its ``block_size``. The sizes that the tensors show may be left out; the number of layer steps,
-            ``n_layer``, shows nowhere and may not.
+        state_dict: the keys can have the prefixes that ``torch.compile`` and ``DistributedDataParallel`` add.
+        config: a :class:`BDHConfig`, or a dict with its field names. ``n_layer`` is required, because the weights do
+            not show the number of layer steps; sizes that follow from the tensors can be omitted. In a dict,
+            ``block_size`` is read as ``train_block_size``, and other names, such as training settings, are ignored.
+
+    Returns:
+        The configuration, the weights by the names of :class:`bdh.BDHForCausalLM`, and the narrowest dtype that holds
+        all of them exactly.
 
     Raises:
-        ValueError: tensors are missing, or unknown, or do not have the shapes of the configuration; or it has a value
-            of a wrong type or out of range.
+        ValueError: tensors are missing, unknown or of other shapes than the configuration says, or the configuration
+            has a value of a wrong type or out of range.
     """
     tensors = {_WRAPPERS.sub("", str(key)): value for key, value in state_dict.items()}
     missing = [key for key in WEIGHT_KEYS if key not in tensors]
@@ -114,16 +119,17 @@ def from_reference(
         "decoder.weight": tensors["decoder"].T,
         "lm_head.weight": tensors["lm_head"].T,
     }
-    # Weights of several dtypes take the narrowest that holds them all, so that no number changes.
+    # The narrowest dtype that holds all weights, so that no value changes.
     dtype = functools.reduce(torch.promote_types, (tensors[key].dtype for key in WEIGHT_KEYS))
     return config, converted, dtype
 
 
 def to_reference(config: BDHConfig, model: Any) -> dict[str, torch.Tensor]:
-    """The weights of ``model`` under the reference's names and shapes, its ``attn.freqs`` buffer included.
+    """Returns the weights of ``model`` with the names and shapes of the reference code, including ``attn.freqs``.
 
     Raises:
-        ValueError: the model's state decays, which that code cannot compute; or another library has quantized the weights.
+        ValueError: the model's state decays, which the reference code cannot compute, or another library quantized the
+            weights.
     """
     _check_no_decay(config)
     name, reason = config.name_or_path or "the model", "convert the model that it was made of"
@@ -141,10 +147,10 @@ def to_reference(config: BDHConfig, model: Any) -> dict[str, torch.Tensor]:
 
 
 def reference_config(config: BDHConfig) -> dict[str, Any]:
-    """The fields of ``config`` that the reference code knows, as a plain dict; ``rope_theta`` if it is another.
+    """Returns the fields of ``config`` that the reference code has, as a dict; ``rope_theta`` only if not the default.
 
     Raises:
-        ValueError: the model's state decays, which that code cannot compute.
+        ValueError: the model's state decays, which the reference code cannot compute.
     """
     _check_no_decay(config)
     fields = {field: getattr(config, field) for field in _CONFIG_FIELDS}
@@ -154,9 +160,9 @@ def reference_config(config: BDHConfig) -> dict[str, Any]:
 
 
 def reference_frequencies(num_neurons: int, theta: float) -> torch.Tensor:
-    """The reference's buffer: float32 (1, 1, 1, N), both neurons of a pair with the same frequency.
+    """Returns the reference code's buffer ``attn.freqs``: float32 (1, 1, 1, N), equal for both neurons of a pair.
 
-    Computed in float32, step by step as that code does, so that files come out equal to the last bit.
+    It is computed in float32 with the same operations as there, so that converted files are bit-identical.
     """
     pair = torch.floor(torch.arange(0, num_neurons, 1, dtype=torch.float32) / 2) * 2
     frequencies = 1.0 / (theta ** (pair / num_neurons)) / (2 * math.pi)
@@ -172,7 +178,7 @@ def _check_no_decay(config: BDHConfig) -> None:
 
 
 def _complete_fields(tensors: dict[str, torch.Tensor], given: dict[str, Any]) -> dict[str, Any]:
-    """The configuration's fields: what is given, and what the tensors show."""
+    """Returns the fields of the configuration: those given, and the sizes that follow from the tensors."""
     known = {*ConfigFields.__annotations__, *ALIASES}
     fields = {ALIASES.get(name, name): value for name, value in given.items() if name in known}
     if "n_layer" not in fields:
@@ -208,8 +214,8 @@ def _check_frequencies(stored: torch.Tensor, config: BDHConfig) -> None:
         raise ValueError(
             f"{FREQUENCY_KEY} has {counted(stored.numel(), 'entry', 'entries')}: the configuration needs {expected.numel()}"
         )
-    # float32 rounding differs between platforms by a few units in the last place, another theta by far more; and
-    # files in half precision have the buffer rounded too, in float16 down to its smallest numbers.
+    # float32 rounding differs between platforms by a few units in the last place; another theta differs by far more.
+    # In files in half precision the buffer is rounded too, in float16 down to subnormal numbers.
     info = torch.finfo(stored.dtype if stored.is_floating_point() else torch.float32)
     wanted = expected.flatten().double()
     difference = (stored.flatten().double() - wanted).abs() - info.smallest_normal * info.eps
@@ -227,18 +233,18 @@ Weights = Mapping[str, torch.Tensor]
 
 
 def average_weights(models: Iterable[Weights], shares: Sequence[float] | None = None) -> dict[str, torch.Tensor]:
-    """The weighted mean of each weight over several models of one shape, which are read one after the other.
+    """Returns the weighted mean of the weights of several models of the same shape.
 
     Args:
-        models: state dicts.
-        shares: a number for each; they are divided by their sum. None for equal ones.
+        models: the state dicts; an iterator is consumed one model at a time.
+        shares: the weight of each model in the mean, normalized to sum to 1. None for equal shares.
 
     Returns:
-        A state dict in the first one's dtypes; the sums are taken in float64.
+        A state dict with the dtypes of the first model. The sums are computed in float64.
 
     Raises:
-        ValueError: no models, another number of shares than of models, shares that are negative or sum to 0,
-            models whose weights have not the same names and shapes, or quantized weights.
+        ValueError: there are no models, the number of shares differs from that of models, a share is negative or all
+            are 0, the names or shapes of weights differ between models, or weights are quantized.
     """
     if shares is not None and (not all(share >= 0 for share in shares) or not sum(shares) > 0):
         raise ValueError(f"the shares are {list(shares)}: none may be negative, and their sum must be above 0")
@@ -274,12 +280,12 @@ def average_weights(models: Iterable[Weights], shares: Sequence[float] | None = 
 
 
 def _is_plain(weight: torch.Tensor) -> bool:
-    """Whether it holds the weights as they are, and not codes, or in a class of its own as torchao's."""
+    """Whether a tensor holds the weights themselves, and not codes as ours or a tensor subclass as torchao's."""
     return weight.is_floating_point() and type(weight.detach()) is torch.Tensor
 
 
 def cosine_similarity(first: Weights, second: Weights) -> float:
-    """Of all weights of two models of one shape, each taken as one long vector; summed in float64."""
+    """Returns the cosine similarity of two models of the same shape, each as one vector of all weights, in float64."""
 
     def product(a: Weights, b: Weights) -> float:
         return sum((weight.double() * b[name].double()).sum().item() for name, weight in a.items())
@@ -290,9 +296,9 @@ def cosine_similarity(first: Weights, second: Weights) -> float:
 class MovingAverage:
     """An exponential moving average of a model's weights (Polyak averaging).
 
-    After step t (counted from 1) it is ``d * average + (1 - d) * weights`` with d the smaller of ``decay`` and
-    (1 + t) / (10 + t): the early steps, whose weights are far from the later ones, are soon forgotten. Frozen
-    weights have no average of their own.
+    After step t (counted from 1) the average becomes ``d * average + (1 - d) * weights``, where d is the smaller of
+    ``decay`` and (1 + t) / (10 + t), so that the weights of the first steps lose their influence soon. Frozen weights
+    are not averaged.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -301,10 +307,12 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int, *, unless: torch.Tensor | None = None) -> None:
-        """Takes in the weights after a step.
+        """Updates the average with the weights after a step.
 
         Args:
-            unless: bool (): where it is set, the average stays as it is. On a GPU it is not waited for.
+            model: the model.
+            step: the number of the step, from 1.
+            unless: bool (): if True, the average stays unchanged. Reading it does not synchronize with a GPU.
         """
         share: float | torch.Tensor = 1 - min(self._decay, (1 + step) / (10 + step))
         if unless is not None and unless.device.type == "cpu":
@@ -318,7 +326,7 @@ class MovingAverage:
 
     @contextmanager
     def in_place_of_weights(self, model: nn.Module) -> Iterator[None]:
-        """Within it, the model has the average as its weights."""
+        """A context in which the model has the averaged weights."""
         self.swap(model)
         try:
             yield
@@ -327,14 +335,14 @@ class MovingAverage:
 
     @torch.no_grad()
     def swap(self, model: nn.Module) -> None:
-        """Exchanges the model's weights and the average; a second time undoes it exactly."""
+        """Exchanges the model's weights and the average. A second call restores both exactly."""
         for name, weight in _trained(model):
             kept = weight.clone()
             weight.copy_(self.weights[name])
             self.weights[name].copy_(kept)
 
     def load(self, weights: Weights) -> None:
-        """Takes over an average that was stored."""
+        """Restores a saved average."""
         for name, weight in self.weights.items():
             weight.copy_(weights[name])
 
@@ -347,7 +355,7 @@ def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 class _Reading(nn.Module):
-    """The model with its state as two tensors."""
+    """Wraps the model for export, with its state as two tensors."""
 
     def __init__(self, model: Any):
         super().__init__()
@@ -362,26 +370,33 @@ class _Reading(nn.Module):
 
 
 def export_onnx(model: Any, path: str | Path) -> None:
-    """Writes a :class:`bdh.BDHForCausalLM` that continues from a state, for every number of sequences B and of tokens T.
+    """Exports a :class:`bdh.BDHForCausalLM` to ONNX, with its state as input and output.
+
+    The number of sequences B and of tokens T are dynamic.
 
     ==============  =========================  ============================================================
-    input           type and shape
+    input           type and shape             meaning
     ==============  =========================  ============================================================
-    input_ids       int64 (B, T)               the next tokens: a prompt, or one for each sequence
+    input_ids       int64 (B, T)               the next tokens: a prompt, or one token for each sequence
     attention_mask  int64 (B, T)               0 marks padding
-    positions       int64 (B,)                 tokens read before; zeros start a text
+    positions       int64 (B,)                 the number of tokens read before; 0 starts a text
     sums            float32 (L, B, H, N, D)    the state; zeros start a text
     ==============  =========================  ============================================================
 
-    The outputs are logits (B, T, V), new_positions and new_sums: the inputs for what follows. All T x T scores are computed
-    at once, so a long text is read in pieces of some hundred tokens. The model is in float32, and in evaluation mode.
+    The outputs are logits (B, T, V), new_positions and new_sums. Pass the last two as inputs of the next call. A call
+    computes all T x T scores at once, so read a long text in chunks of a few hundred tokens. The exported model
+    computes in float32, in evaluation mode.
 
-    PyTorch writes weights of more than 1.5 GiB to a file of their own: ``model.onnx.data`` beside ``model.onnx``. They are
-    moved together, and keep their names.
+    PyTorch writes weights of more than 1.5 GiB to a separate file, ``model.onnx.data`` beside ``model.onnx``. Keep the
+    two files together, under these names.
+
+    Args:
+        model: the model, in float32.
+        path: the ``.onnx`` file to write.
 
     Raises:
-        ImportError: onnx and onnxscript are not installed.
-        ValueError: the model is not in float32, or quantized.
+        ImportError: onnx or onnxscript is not installed.
+        ValueError: the model is quantized or not in float32.
     """
     if model.dtype != torch.float32:
         raise ValueError(f"the model is in {model.dtype}: must be in float32 to be written as ONNX")
@@ -404,7 +419,7 @@ def export_onnx(model: Any, path: str | Path) -> None:
         model.train(was_training)
     assert program is not None
     path = Path(path)
-    # In a folder of their own the files have their last names, by which the one refers to the other.
+    # The model refers to the data file by name, so both are written under their final names in a temporary folder.
     with atomic_file(path) as temporary, TemporaryDirectory(dir=path.parent, prefix=".") as folder:
         written, data = Path(folder, path.name), Path(folder, f"{path.name}.data")
         program.save(str(written))

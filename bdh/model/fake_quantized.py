@@ -1,4 +1,4 @@
-"""A module whose weight is rounded in its products, and trained."""
+"""A linear module for quantization-aware training: it computes with the rounded weight and trains the exact one."""
 
 from typing import Any
 
@@ -9,40 +9,43 @@ from torch.nn.functional import linear
 from bdh.ops import QuantizedFormat
 from bdh.ops.formats import rounded_with, scales_of
 
-# Weights rounded together: as many as a CPU's cache holds with what is computed of them, and as keep a GPU busy.
+# How many weights to round at once: on the CPU so many that the intermediate values stay in the cache, elsewhere
+# enough to keep a GPU busy.
 _AT_ONCE = {"cpu": 2**18}
 _AT_ONCE_ELSEWHERE = 2**24
 
 
 class FakeQuantizedLinear(nn.Linear):
-    """A ``Linear`` without a bias that computes with the weight that a :class:`QuantizedLinear` of it would have.
+    """A ``Linear`` without bias that multiplies with the weight as a :class:`QuantizedLinear` would round it.
 
-    It is what a format is trained with: the gradient of the rounded weight is taken for that of the weight itself (the
-    straight-through estimator, arXiv 1308.3432), so that an optimizer moves numbers that are not rounded.
+    It is used for quantization-aware training. The gradient of the rounded weight is applied to the weight itself (the
+    straight-through estimator, arXiv 1308.3432), so that the optimizer updates an unrounded weight.
 
-    Scales are those that the export finds for the weights of the moment, so there is nothing beside the weights to keep.
-    docs/training.md has the losses with scales that are kept for a while, about the same, or learned, higher.
+    The scales are computed from the current weights, as an export would, so there is nothing to store beside the
+    weights. docs/training.md compares the losses: they are about the same with scales that are kept for some steps, and
+    higher with learned scales.
 
     Args:
         weight: (out_features, in_features).
-        by_input: as of :class:`QuantizedLinear`.
+        weight_format: the format to round to.
+        by_input: as for :class:`QuantizedLinear`.
     """
 
     def __init__(self, weight: nn.Parameter, weight_format: QuantizedFormat, *, by_input: bool = False):
-        nn.Module.__init__(self)  # that of Linear would make a weight
+        nn.Module.__init__(self)  # nn.Linear's would allocate a weight
         self.out_features, self.in_features = weight.shape
         self.weight = weight
         self.register_parameter("bias", None)
         self.weight_format: QuantizedFormat = weight_format
         self.by_input = by_input
         self.kept: torch.Tensor | None = None
-        """The rounded weight, for as long as somebody promises that the weight does not change."""
+        """A cached rounded weight, set by the caller while the weight does not change; None to round in each call."""
         self.is_rounded = True
-        """Whether it computes with the rounded weight; else it is any ``Linear``."""
+        """Whether to compute with the rounded weight. If False, the module is an ordinary ``Linear``."""
 
     @torch.no_grad()
     def rounded(self) -> torch.Tensor:
-        """The weight as its format stores it, in the weight's dtype, computed anew. What is not finite is not noticed."""
+        """Returns the current weight rounded to the format, in its own dtype. Does not check for non-finite values."""
         rows = self.weight.t() if self.by_input else self.weight
         found = torch.empty(rows.shape, dtype=self.weight.dtype, device=self.weight.device)
         count = max(1, _AT_ONCE.get(found.device.type, _AT_ONCE_ELSEWHERE) // rows.shape[1])
@@ -52,7 +55,7 @@ class FakeQuantizedLinear(nn.Linear):
         return found.t() if self.by_input else found
 
     def product_weight(self) -> torch.Tensor:
-        """The matrix (out_features, in_features) that inputs are multiplied with; gradients flow to the weight."""
+        """Returns the matrix (out_features, in_features) to multiply with. Gradients flow to the weight."""
         if not self.is_rounded:
             return self.weight
         found: torch.Tensor = _StraightThrough.apply(self.weight, self.rounded() if self.kept is None else self.kept)
@@ -66,7 +69,7 @@ class FakeQuantizedLinear(nn.Linear):
 
 
 class _StraightThrough(torch.autograd.Function):
-    """The second matrix, whose gradient goes to the first."""
+    """Returns the second matrix in the forward pass, and passes its gradient to the first in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, weight: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Which model this is, so that what one model remembers is not given to another."""
+"""Fingerprints of models, so that a snapshot is never continued with another model than its own."""
 
 import hashlib
 import json
@@ -14,21 +14,21 @@ from bdh.model.weights import checksum, plain_parts
 
 @dataclass(frozen=True)
 class Identity:
-    """What makes a model the one that it is."""
+    """What identifies a model: the part of its configuration that defines its function, and its weights."""
 
     configuration: dict[str, Any]
-    """Those fields of its configuration that define its function, in JSON's types."""
+    """The fields of the configuration that define the model's function, as JSON types."""
     weights: str
-    """SHA-256 of the weights: names, types, shapes and bytes. In hex."""
+    """The SHA-256, in hex, of the weights: their names, dtypes, shapes and bytes."""
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of both, in hex."""
+        """The SHA-256 of both, in hex."""
         content = json.dumps([self.configuration, self.weights], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
     def difference(self, other: "Identity") -> str:
-        """How ``other`` differs, for a person; empty where it does not."""
+        """Returns a readable description of how ``other`` differs, empty if it does not."""
         theirs = other.configuration
         fields = [
             f"{name} is {theirs.get(name)} there and {value} here"
@@ -40,22 +40,22 @@ class Identity:
         return "" if self.weights == other.weights else "the same configuration with other weights"
 
 
-# For each model that lives what its weights were, and their digest.
+# For each live model, the state of its weights when they were last hashed, and their digest.
 _known: "weakref.WeakKeyDictionary[Any, tuple[Any, str]]" = weakref.WeakKeyDictionary()
 
 
 def fingerprint(model: Any) -> str:
-    """SHA-256, in hex, of what defines a model's function: sizes, constants and weights.
+    """Returns the SHA-256, in hex, of everything that defines a model's function: sizes, constants and weights.
 
-    It does not depend on where the model was loaded from, nor on its device. See :func:`identity`.
+    It depends neither on the path that the model was loaded from nor on its device. See :func:`identity`.
     """
     return identity(model).fingerprint
 
 
 def identity(model: Any) -> Identity:
-    """Of a model as it is now.
+    """Returns the identity of a model with its current weights.
 
-    The weights' SHA-256 is computed once for each model, and again when a checksum tells that they have changed.
+    The SHA-256 of the weights is cached for each model, and computed again if a checksum shows that they have changed.
     """
     weights = dict(sorted(model.state_dict(keep_vars=True).items()))
     now = (*((name, t.dtype, tuple(t.shape), t.device.type) for name, t in weights.items()), checksum(weights.values()))
@@ -66,7 +66,7 @@ def identity(model: Any) -> Identity:
     configuration = {
         name: getattr(config, name) for name in ("vocab_size", "n_embd", "n_head", "n_layer", "neurons_per_head")
     }
-    # In one form each: 65536 and 65536.0 are the same base, a decay can be written in several ways; JSON has no inf.
+    # Normalized: 65536 and 65536.0 are the same base, a decay can be written in several ways, and JSON has no inf.
     configuration |= {name: float(getattr(config, name)) for name in ("rope_theta", "layer_norm_eps")}
     lives = config.half_lives
     configuration["half_lives"] = None if lives is None else [str(float(life)) for life in lives]
@@ -74,7 +74,7 @@ def identity(model: Any) -> Identity:
 
 
 def digest_of(weights: dict[str, torch.Tensor]) -> str:
-    """SHA-256 of weights: names, types, shapes and bytes. In hex."""
+    """Returns the SHA-256, in hex, of weights: their names, dtypes, shapes and bytes."""
     digest = hashlib.sha256()
     for name, tensor in weights.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -85,5 +85,5 @@ def digest_of(weights: dict[str, torch.Tensor]) -> str:
 
 
 def model_name(model: Any) -> str:
-    """What people call the model: its hub id or folder's name; empty for one that was never stored."""
+    """Returns the last component of the model's hub id or folder; empty for a model that was never saved."""
     return Path(model.config.name_or_path or "").name

@@ -1,4 +1,4 @@
-"""A forward pass: which backend computes the layer steps, and the loop over them. Knows nothing of transformers."""
+"""The forward pass, independent of transformers: chooses the backend for the layer steps, and loops over them."""
 
 import os
 from collections.abc import Callable
@@ -30,18 +30,18 @@ from bdh.ops.blocks.block import make_dropout
 from bdh.ops.blocks.plan import LayerOptions, LayerPlan, LayerShape, plan_layer
 
 _ALL_EAGER = LayerOptions(path="plain")
-# From the number of the layer step, v (B, T, D) and the sums (B, H, N, D) before it to those after it.
+# Maps the index of the layer step, v (B, T, D) and the sums (B, H, N, D) before the step to v and the sums after it.
 LayerStep = Callable[[int, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor | None]]
 
 
 class Hidden(NamedTuple):
-    """What :func:`run_layer` gives."""
+    """The result of :func:`run_layer`."""
 
     v: torch.Tensor
     """(B, T, D) after the last layer step, in the dtype of the model."""
     state: SynapticState | None
     every_v: tuple[torch.Tensor, ...] | None
-    """v before the first and after each layer step, where they are kept."""
+    """v before the first and after each layer step, if requested."""
 
 
 def run_layer(
@@ -53,14 +53,16 @@ def run_layer(
     keep_hidden_states: bool | None = None,
     for_loss: bool = False,
 ) -> Hidden:
-    """All layer steps over the tokens of a batch.
+    """Runs all layer steps over the tokens of a batch.
 
     Args:
-        model: its modules are those of :class:`bdh.model.network.ModelParts`; and it has ``layer_options`` and
+        model: has the modules of :class:`bdh.model.network.ModelParts`, ``layer_options`` and
             ``gradient_checkpointing``.
-        use_cache: return the state; one that is given is advanced in place.
-        form: of the attention; None for that of the configuration. So with ``keep_hidden_states``.
-        for_loss: whether a loss is computed from it.
+        inputs: from :func:`bdh.model.arguments.read_inputs`.
+        use_cache: whether to return the state. A given state is advanced in place.
+        form: the attention form; None for that of the configuration.
+        keep_hidden_states: whether to return v of every layer step; None for ``config.output_hidden_states``.
+        for_loss: whether a loss will be computed from the result.
     """
     config, v, given = model.config, inputs.v, inputs.state
     B, T, _ = v.shape
@@ -72,7 +74,7 @@ def run_layer(
             shape = (B, config.n_head, config.neurons_per_head, config.n_embd)
             state = SynapticState.zeros(shape, 0, device=v.device)
         if not torch.compiler.is_compiling():
-            recheck_weights(model)  # a prompt: the tokens after it are read by the kernels
+            recheck_weights(model)  # after this prompt, the kernels may read the following tokens with their copies
     before = given.positions if given is not None else None
     positions, following = token_positions(T, before=before, mask=inputs.mask, starts=inputs.starts, device=v.device)
     step = _choose_step(model, inputs, positions, form or config.attention_form, use_cache, for_loss)
@@ -97,19 +99,19 @@ def run_layer(
 
 @torch.no_grad()
 def read_columns(model: Any, state: SynapticState, columns: Columns) -> None:
-    """Reads columns into a state."""
+    """Advances a state by columns, without gradients."""
     run_layer(model, Inputs(columns.v, columns.mask, columns.starts, state), use_cache=True, keep_hidden_states=False)
 
 
 def plan_for(model: Any, B: int, T: int, form: str, *, for_loss: bool = True) -> LayerPlan | None:
-    """How ``model`` computes its layer steps over (B, T) tokens, under the autocast of this moment.
+    """Returns the plan by which ``model`` computes its layer steps over (B, T) tokens, under the current autocast.
 
-    None for the eager backend with nothing to decide. It reads prompts, which are neither trained nor evaluated.
+    Returns None if the eager backend is used without a choice: for prompts, and if ``model.layer_options`` demand it.
 
     Raises:
-        LayerOptionError: ``model.layer_options`` ask for what is not there.
+        LayerOptionError: ``model.layer_options`` require something that is not available.
     """
-    # Here, where torch.compile still follows: the eager backend is compiled as one graph.
+    # Decided here, outside of `_plan`, which torch.compile cannot trace: so the eager backend compiles to one graph.
     if not (for_loss or torch.is_grad_enabled()):
         return None
     if model.layer_options == _ALL_EAGER and not model.gradient_checkpointing:
@@ -128,10 +130,10 @@ def _plan(model: Any, B: int, T: int, form: str) -> LayerPlan:
     if model.gradient_checkpointing and model.training and options.recompute == "auto":
         options = replace(options, recompute="pass")
     obstacle = _obstacle(model)
-    # What is evaluated may be fewer and shorter sequences than those of a training step, and so may be the last of an epoch.
+    # An evaluation batch, or the last batch of an epoch, can have fewer or shorter sequences than the options expect.
     rows, tokens = options.rows_per_block, options.tokens_per_block
     options = replace(options, rows_per_block=rows and min(rows, B), tokens_per_block=tokens and min(tokens, T))
-    if obstacle is not None and not torch.is_grad_enabled():  # when hooks are attached for a measurement
+    if obstacle is not None and not torch.is_grad_enabled():  # a measurement with hooks, say, may use any backend
         options = replace(options, path="auto")
     how = {"form": form, "chunk_size": config.chunk_size, "obstacle": obstacle}
     return _plan_once(os.getpid(), torch.get_num_threads(), shape, options, **how)
@@ -139,12 +141,15 @@ def _plan(model: Any, B: int, T: int, form: str) -> LayerPlan:
 
 @lru_cache(maxsize=64)
 def _plan_once(process: int, num_threads: int, *arguments: Any, **others: Any) -> LayerPlan:
-    """A plan depends on nothing else: a forked process may have other backends, threads take memory."""
+    """Caches plans by everything that they depend on.
+
+    The process is among it since a forked one may have other backends, and the threads since each needs memory.
+    """
     return plan_layer(*arguments, **others)
 
 
 def layer_shape(config: Any, B: int, T: int, dtype: torch.dtype, device: torch.device) -> LayerShape:
-    """What a training step over (B, T) tokens has to compute, with matrix products in ``dtype``."""
+    """Returns the sizes of a training step over (B, T) tokens, with matrix products in ``dtype``."""
     D, H, N, L = config.n_embd, config.n_head, config.neurons_per_head, config.n_layer
     return LayerShape(B, T, D, H, N, L, dtype, device, has_dropout=config.dropout > 0)
 
@@ -152,14 +157,14 @@ def layer_shape(config: Any, B: int, T: int, dtype: torch.dtype, device: torch.d
 def _choose_step(
     model: Any, inputs: Inputs, positions: torch.Tensor, form: str, keep_state: bool, for_loss: bool
 ) -> LayerStep:
-    """``positions`` are int64 (1 or B, T)."""
+    """Returns the function that computes a layer step by the chosen backend; ``positions`` are int64 (1 or B, T)."""
     config, dtype = model.config, model.dtype
     B, T, _ = inputs.v.shape
     decay_mask = _decay_mask(model, inputs.starts, inputs.mask)
     is_step = T == 1 and inputs.state is not None
-    # Blocks break the graph that torch.compile makes. It saves memory in training; what is not trained stays whole.
+    # The block backend breaks the graph of torch.compile. It is worth that in training, where it saves memory.
     is_one_graph = torch.compiler.is_exporting() or (torch.compiler.is_compiling() and not (for_loss or model.training))
-    # What keeps no state is no prompt, but is evaluated by its logits.
+    # A forward pass that keeps no state is not a prompt but an evaluation, of its logits.
     plan = None
     if not (is_step or is_one_graph):
         plan = plan_for(model, B, T, form, for_loss=for_loss or not keep_state)
@@ -220,7 +225,7 @@ def _block_step(
     return partial(_outside_of_graphs, step)
 
 
-@torch.compiler.disable  # once: to wrap each forward pass's own function takes longer than a layer step of a tiny model
+@torch.compiler.disable  # applied once: wrapping a new function in each forward pass is slower than a tiny layer step
 def _outside_of_graphs(
     step: LayerStep, index: int, v: torch.Tensor, sums: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -228,12 +233,12 @@ def _outside_of_graphs(
 
 
 def draw_seeds(num_layer_steps: int, device: torch.device) -> torch.Tensor:
-    """Those of the layer steps' dropout, int64 (L,), from the device's generator."""
+    """Draws a dropout seed for each layer step, int64 (L,), from the device's generator."""
     return torch.randint(2**62, (num_layer_steps,), device=device)
 
 
 def _decay_mask(model: Any, starts: torch.Tensor | None, mask: torch.Tensor | None) -> DecayMask | None:
-    """What weighs the past of a token; None where all of it counts alike."""
+    """Returns the weights of earlier tokens by decay and document; None if all earlier tokens count alike."""
     half_lives = model.config.half_lives
     if half_lives is None:
         return None if starts is None else DecayMask(starts)
@@ -243,21 +248,21 @@ def _decay_mask(model: Any, starts: torch.Tensor | None, mask: torch.Tensor | No
     return DecayMask(starts, _half_lives(tuple(half_lives), dtype, device), mask)
 
 
-@lru_cache(maxsize=16)  # to copy them to a GPU in each forward pass would be to wait for it
-@torch.inference_mode(False)  # which a later forward pass may be outside of
+@lru_cache(maxsize=16)  # copying them to a GPU in each forward pass would synchronize with it
+@torch.inference_mode(False)  # a cached inference tensor could not be used in training
 def _half_lives(half_lives: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return torch.tensor(half_lives, dtype=dtype, device=device)
 
 
 def _product_dtype(model: Any) -> torch.dtype:
-    """In which the matrix products are computed."""
+    """Returns the dtype of the matrix products: that of autocast if it is enabled, except for float64 models."""
     device, dtype = model.device.type, model.dtype
     is_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if is_autocast and dtype != torch.float64 else dtype
 
 
 def _obstacle(model: Any) -> str | None:
-    """What keeps the layer from being computed by matrices alone: the modules are then called, as they are."""
+    """Returns why the layer's modules must be called, instead of multiplying with their weights; None if not."""
     if model.training and not 0 <= model.config.dropout < 1:
         return f"dropout is {model.config.dropout}"
     if torch.jit.is_tracing():
@@ -268,7 +273,11 @@ def _obstacle(model: Any) -> str | None:
 
 
 def step_by_kernels(model: Any, input_ids: torch.Tensor, inputs: Inputs, form: str | None) -> torch.Tensor | None:
-    """Logits (B, 1, V) of one token for each sequence of a state, by the sparse kernels; None where they do not serve."""
+    """Reads one token for each sequence with the sparse CPU kernels, advancing the state.
+
+    Returns:
+        The logits (B, 1, V), or None, with the state unchanged, if the kernels cannot compute this step.
+    """
     config, state = model.config, inputs.state
     if state is None or not inputs.is_single or (form or config.attention_form) != "auto":
         return None
@@ -296,7 +305,7 @@ def step_by_kernels(model: Any, input_ids: torch.Tensor, inputs: Inputs, form: s
         [{"sums": of_sequence} for of_sequence in zip(*(sums.unbind(0) for sums in state.sums), strict=True)],
         before_writing=before_writing,
     )
-    # Written to without PyTorch's knowledge: a backward pass that has kept them must see that they have changed.
+    # The kernels write without PyTorch's knowledge: a backward pass that saved the sums must notice the change.
     torch.autograd.graph.increment_version(state.sums)
     state.positions, state.num_columns, state.is_torn = following, state.num_columns + 1, False
     return recurrence.logits(v)[:, None]

@@ -1,4 +1,4 @@
-"""Places in a layer step at which PyTorch's forward hooks see values, and may replace them."""
+"""The points of a layer step where PyTorch's forward hooks can read or replace intermediate values."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -11,23 +11,24 @@ from bdh.ops.eager import HOOK_POINTS
 
 
 class HookPoints(nn.Module):
-    """A module for each of :data:`bdh.ops.eager.HOOK_POINTS`, which returns what it is given unless a hook replaces it.
+    """Identity modules to which forward hooks can be attached, one for each of :data:`bdh.ops.eager.HOOK_POINTS`.
 
-    Where hooks are attached, the eager backend computes the layer and calls the module L times in a forward pass, once for each
-    layer step. A module without hooks is not called, and costs nothing. None has parameters.
+    A hook receives the value that is computed at its point, and can replace it by returning another one. When hooks are
+    attached, the eager backend computes the layer and calls the module once for each of the L layer steps of a forward
+    pass. A module without hooks is not called and costs nothing. The modules have no parameters.
 
     ========  ==================  ==========================================================
     module    shape               value
     ========  ==================  ==========================================================
-    x         (B, T, H * N)       which neurons fire on the residual stream
-    q         (B, H, T, N)        x, rotated: queries and keys
-    a         (B, H, T, D)        what attention reads, before its layer norm
-    y         (B, T, H * N)       which neurons fire on what attention reads
+    x         (B, T, H * N)       the neurons' activations on the residual stream
+    q         (B, H, T, N)        x with rotary positions: the queries and the keys
+    a         (B, H, T, D)        the output of attention, before its layer norm
+    y         (B, T, H * N)       the neurons' activations on the normalized attention output
     z         (B, T, H * N)       x * y, before dropout
     v         (B, T, D)           the residual stream after the layer step
     ========  ==================  ==========================================================
 
-    In the engine, which reads tokens of any sequences together, (B, T) are (R,): the tokens of all of them.
+    The engine reads tokens of several sequences together: there, (B, T) is (R,), the tokens of all sequences.
     """
 
     def __init__(self) -> None:
@@ -38,7 +39,12 @@ class HookPoints(nn.Module):
 
 @contextmanager
 def watching(model: Any, functions: Mapping[str, Callable[[torch.Tensor], object]]) -> Iterator[None]:
-    """Within it, functions are called with what a model computes at the hook points of their names."""
+    """A context in which functions are called with the values of a model's hook points.
+
+    Args:
+        model: a model with ``hook_points``.
+        functions: by the name of the hook point; what a function returns is ignored.
+    """
     with ExitStack() as hooks:
         for name, function in functions.items():
 

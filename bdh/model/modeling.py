@@ -1,4 +1,7 @@
-"""BDH in transformers' classes: arguments, loss, the state as a cache. :mod:`bdh.model.forward` computes, and knows none of these."""
+"""The model classes for transformers: their modules, arguments and losses, and the state as ``past_key_values``.
+
+The layer itself is computed by :mod:`bdh.model.forward`, which does not depend on transformers.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +42,7 @@ MAX_LOGITS_IN_ONE_PIECE = 2**25
 
 @dataclass
 class BDHModelOutput(outputs.BaseModelOutputWithPast):
-    """What ``forward`` of :class:`BDHModel` returns."""
+    """The output of :meth:`BDHModel.forward`."""
 
     last_hidden_state: torch.Tensor = None  # type: ignore[assignment]  # an output of transformers wants a default
     past_key_values: SynapticState | None = None  # type: ignore[assignment]
@@ -47,13 +50,16 @@ class BDHModelOutput(outputs.BaseModelOutputWithPast):
 
 @dataclass
 class BDHOutput(outputs.CausalLMOutputWithPast):
-    """What ``forward`` returns. ``logits`` is None where the loss was computed in chunks."""
+    """The output of :meth:`BDHForCausalLM.forward`. ``logits`` is None if the loss was computed in chunks."""
 
     past_key_values: SynapticState | None = None  # type: ignore[assignment]
 
 
 class BDHPreTrainedModel(TraceMethod, PreTrainedModel):
-    """The modules of the layer, with the same names in all classes: so a class reads the weights that another has written."""
+    """The base of all model classes: the modules of the layer.
+
+    Their names are the same in all classes, so that each class can load weights that another one saved.
+    """
 
     config: BDHConfig
     config_class = BDHConfig
@@ -75,17 +81,17 @@ class BDHPreTrainedModel(TraceMethod, PreTrainedModel):
         self.layer_options = LayerOptions()
 
     def _init_weights(self, module: Any) -> None:
-        """Fills what was not read from a file."""
+        """Initializes weights that were not read from a file."""
         if isinstance(module, QuantizedLinear | QuantizedEmbedding):
-            init.constant_(module.packed, 255)  # with scales that are no numbers, which check_packed finds
+            init.constant_(module.packed, 255)  # makes the scales NaN, which check_packed reports
         else:
             super()._init_weights(module)
 
     @classmethod
     def from_pretrained(cls, *arguments: Any, **options: Any) -> Any:
-        """As that of all of transformers' models."""
+        """Loads a model as :meth:`transformers.PreTrainedModel.from_pretrained` does, with the same arguments."""
         loaded = super().from_pretrained(*arguments, **options)
-        keep_as_saved(loaded[0] if isinstance(loaded, tuple) else loaded)  # with output_loading_info a tuple
+        keep_as_saved(loaded[0] if isinstance(loaded, tuple) else loaded)  # a tuple with output_loading_info=True
         return loaded
 
     def train(self, mode: bool = True) -> Any:
@@ -94,10 +100,10 @@ class BDHPreTrainedModel(TraceMethod, PreTrainedModel):
 
     @property
     def base_model(self) -> "BDHModel":
-        """The model without its head, as it is now: a :class:`BDHModel` of the same modules and settings.
+        """The model without its head: a :class:`BDHModel` with the same modules and current settings.
 
-        It is made anew at each access. Weights and modules are shared; settings such as ``train()`` and
-        ``gradient_checkpointing_enable()``, and hooks, belong on the model itself.
+        Each access creates a new object. It shares weights and modules with this model. Call methods that change
+        settings, such as ``train()`` and ``gradient_checkpointing_enable()``, and register hooks, on this model itself.
         """
         backbone = BDHModel.__new__(BDHModel)
         nn.Module.__init__(backbone)  # with no hooks, which would run twice
@@ -108,11 +114,11 @@ class BDHPreTrainedModel(TraceMethod, PreTrainedModel):
         return backbone
 
     def get_decoder(self) -> "BDHModel":
-        """:attr:`base_model`, and not the layer of this name."""
+        """Returns :attr:`base_model`, not the module named ``decoder``."""
         return self.base_model
 
     def get_encoder(self, modality: str | None = None) -> nn.Module:
-        """The model itself, as of all that have no encoder in transformers' sense."""
+        """Returns the model itself, as every transformers model without an encoder does."""
         return self
 
     def get_input_embeddings(self) -> nn.Module:
@@ -127,25 +133,28 @@ class BDHPreTrainedModel(TraceMethod, PreTrainedModel):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the plain weights; quantized ones are multiplied with in the dtype of what comes in."""
+        """The dtype of the unquantized weights. Quantized weights are multiplied in the dtype of their input."""
         return plain_tensor(self).dtype
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """As in all of transformers; quantized weights count as the numbers that they are, none of which is trained."""
+        """Returns the number of parameters, as in all of transformers.
+
+        A quantized weight counts as one parameter, whatever its number of bytes, and never as a trainable one.
+        """
         plain = super().num_parameters(only_trainable, exclude_embeddings)
         return plain if only_trainable else plain + num_quantized_weights(self, embeddings=not exclude_embeddings)
 
     def new_state(self, batch_size: int = 1) -> SynapticState:
-        """The state before the first token, for ``past_key_values``."""
+        """Returns an empty state for ``past_key_values``: the state before the first token."""
         config = self.config
         shape = (batch_size, config.n_head, config.neurons_per_head, config.n_embd)
         return SynapticState.zeros(shape, config.n_layer, dtype=sum_dtype(self.dtype), device=self.device)
 
 
 class BDHModel(BDHPreTrainedModel):
-    """A Dragon Hatchling without a head, which gives the residual stream after the last layer step.
+    """The Dragon Hatchling model without a head: it returns the residual stream after the last layer step.
 
-    ``AutoModel.from_pretrained`` makes one of the export of a language model, whose head it leaves aside.
+    ``AutoModel.from_pretrained`` loads it from an exported language model and ignores the head.
     """
 
     def __init__(self, config: BDHConfig):
@@ -169,9 +178,12 @@ class BDHModel(BDHPreTrainedModel):
         output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> BDHModelOutput:
-        """The residual stream after the last layer step, ``last_hidden_state`` (B, T, D), in the dtype of the model.
+        """Computes the residual stream after the last layer step.
 
-        The arguments, and what is raised, are those of :meth:`bdh.BDHForCausalLM.forward`, without those of its head.
+        The arguments and exceptions are those of :meth:`bdh.BDHForCausalLM.forward`, without those for its head.
+
+        Returns:
+            A :class:`BDHModelOutput`, with ``last_hidden_state`` (B, T, D) in the model's dtype.
         """
         inputs = read_inputs(self, input_ids, inputs_embeds, attention_mask, past_key_values, kwargs)
         if use_cache is None:
@@ -185,22 +197,22 @@ class BDHModel(BDHPreTrainedModel):
 class BDHForCausalLM(TextMethods, BDHPreTrainedModel, StateForGeneration, GenerationMixin):  # type: ignore[misc]
     """A Dragon Hatchling language model (arXiv 2509.26507).
 
-    The weights, with the names of the published reference code and those of the paper:
+    The weights, with their names in the published reference code and in the paper:
 
-    ============  ========  ==========================  =================================================
-    module        paper     shape                       what it does
-    ============  ========  ==========================  =================================================
+    ============  ========  ==========================  ======================================================
+    module        paper     shape                       purpose
+    ============  ========  ==========================  ======================================================
     encoder       D_x       Linear D -> H * N           which neurons fire on the residual stream: x
-    encoder_v     D_y       H Linears D -> N            which neurons fire on what attention recalls: y
-    decoder       E         Linear H * N -> D           back to the residual stream, where both fire
-    embed                   Embedding V -> D
-    lm_head                 Linear D -> V
-    ============  ========  ==========================  =================================================
+    encoder_v     D_y       H Linears D -> N            which neurons fire on the output of attention: y
+    decoder       E         Linear H * N -> D           maps x * y, nonzero where both fire, back to the residual
+    embed                   Embedding V -> D            token embeddings
+    lm_head                 Linear D -> V               logits
+    ============  ========  ==========================  ======================================================
 
-    Elsewhere in the code E, Ev and Dec are the encoder, encoder_v and decoder: not the paper's E.
+    Elsewhere in the code, E, Ev and Dec stand for encoder, encoder_v and decoder. That E is not the paper's E.
 
-    ``embed`` and ``lm_head`` are not tied, no layer has a bias and no layer norm has parameters. The same
-    layer is applied ``config.n_layer`` times. The attention is linear, its state a :class:`SynapticState`.
+    ``embed`` and ``lm_head`` are not tied, no layer has a bias, and the layer norms have no parameters. The same
+    layer is applied ``config.n_layer`` times. Attention is linear, and its state is a :class:`SynapticState`.
     """
 
     accepts_loss_kwargs = True  # num_items_in_batch, for transformers' Trainer
@@ -227,39 +239,46 @@ class BDHForCausalLM(TextMethods, BDHPreTrainedModel, StateForGeneration, Genera
         output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> BDHOutput:
-        """Logits of the next token at every position, and the loss where labels are given.
+        """Computes the logits of the next token at every position, and the loss if labels are given.
 
         Args:
             input_ids: int64 (B, T).
-            attention_mask: (B, T), or (B, columns read before + T): 0 marks padding, which no token sees and which takes up
-                no position. What it says of columns read before is ignored.
-            past_key_values: the state to continue from, advanced in place unless ``use_cache`` is False. None starts a text.
-            inputs_embeds: (B, T, D) instead of ``input_ids``; the first layer norm is applied to them too.
-            labels: (B, T), aligned with ``input_ids`` as in all of transformers: the label of a position is its own token,
-                predicted from the ones before. -100 is not counted.
-            document_starts: bool (B, T): True marks the first token of a document. It and what follows see nothing
-                before it, of this call or of ``past_key_values``, and positions count from it.
-            num_items_in_batch: divides the summed loss instead of the number of counted labels.
-            use_cache: return the state. By default where one was given, or else outside of training without labels.
-            logits_to_keep: compute the logits of the last so many positions only (0: of all), or of the positions in an
-                index tensor. Not together with labels, which need all of them.
-            attention_form: overrides the configuration's.
-            output_hidden_states: return v before the first and after each layer step, (B, T, D) each.
-            **kwargs: ``shift_labels`` (B, T), labels already shifted, which replace ``labels`` (transformers' Trainer wants every
-                named argument with "label" in its name). Other descriptions of packed documents: ``seq_idx`` (B, T), which
-                changes where one starts; ``cu_seq_lens_q`` (documents + 1,) of one sequence, with ``cu_seq_lens_k``,
-                ``max_length_q`` and ``max_length_k``; ``position_ids`` (B, T), which count from 0 in each document. And what
-                agrees with the defaults: ``cache_position``, ``token_type_ids`` of zeros, ``output_attentions=False``, None.
-                Comparing them on a GPU makes the host wait for it: leave out what is not needed.
+            attention_mask: (B, T), or (B, columns already read + T). 0 marks padding: no token attends to it, and it
+                does not count as a position. Entries for columns already read are ignored.
+            past_key_values: the state to continue from. It is advanced in place unless ``use_cache`` is False. None
+                starts a new text.
+            inputs_embeds: (B, T, D), to give instead of ``input_ids``. The first layer norm is applied to them as well.
+            labels: (B, T), aligned with ``input_ids`` as in all of transformers: the label of a position is the token
+                at that position, predicted from the ones before. -100 is ignored.
+            document_starts: bool (B, T): True marks the first token of a document. This token and those after it see
+                nothing before it, neither in this call nor in ``past_key_values``, and positions restart at 0.
+            num_items_in_batch: the divisor of the summed loss; by default the number of labels that are not ignored.
+            use_cache: whether to return the state. By default it is returned if one was given, and otherwise in
+                evaluation mode without labels, if ``config.use_cache`` is set.
+            logits_to_keep: compute only the logits of this many last positions (0: all), or of the positions in an
+                index tensor. Cannot be combined with labels, which need all logits.
+            attention_form: overrides ``config.attention_form``.
+            output_hidden_states: whether to return v before the first and after each layer step, (B, T, D) each.
+            **kwargs: further arguments, in three groups:
+
+                - ``shift_labels`` (B, T): labels that are already shifted, instead of ``labels``. It is not a named
+                  argument because transformers' Trainer requires every named argument with "label" in its name.
+                - Other descriptions of packed documents: ``seq_idx`` (B, T), whose value changes where a document
+                  starts; ``cu_seq_lens_q`` (documents + 1,) for a single sequence, with ``cu_seq_lens_k``,
+                  ``max_length_q`` and ``max_length_k``; ``position_ids`` (B, T), which restart at 0 in each document.
+                - Values that agree with the defaults: ``cache_position``, ``token_type_ids`` of zeros,
+                  ``output_attentions=False``, None. Checking tensors on a GPU synchronizes with the device, so leave
+                  out what you do not need.
 
         Returns:
-            :class:`BDHOutput`. With labels and more than ``MAX_LOGITS_IN_ONE_PIECE`` logits, the loss is computed in chunks
-            of tokens and ``logits`` is None.
+            A :class:`BDHOutput`. With labels and more than ``MAX_LOGITS_IN_ONE_PIECE`` logits, the loss is computed in
+            chunks of tokens and ``logits`` is None.
 
         Raises:
-            TypeError: an argument that is none of these, or a cache of keys and values.
-            ValueError: arguments that contradict each other or ask for what the model has not, wrong shapes, token ids outside
-                of the vocabulary (on the CPU), or a state of another model or batch size; the state is left as it was.
+            TypeError: an argument is unknown, or ``past_key_values`` is a cache of keys and values.
+            ValueError: arguments contradict each other, have wrong shapes or ask for something the model does not have;
+                token ids are outside the vocabulary (checked on the CPU); or the state belongs to another model or
+                batch size. The state is left unchanged.
         """
         shift_labels = kwargs.pop("shift_labels", None)
         kwargs["document_starts"] = document_starts
@@ -305,24 +324,31 @@ class BDHForCausalLM(TextMethods, BDHPreTrainedModel, StateForGeneration, Genera
     def from_reference(
         cls, state_dict: dict[str, torch.Tensor], config: BDHConfig | dict[str, Any] | None = None
     ) -> "BDHForCausalLM":
-        """A model with the weights of the published reference code; see :func:`bdh.model.conversion.from_reference`."""
+        """Returns a model with weights of the published reference code, in evaluation mode.
+
+        See :func:`bdh.model.conversion.from_reference` for the arguments and exceptions.
+        """
         config, weights, dtype = from_reference(state_dict, config)
         model = cls(config).to(dtype=dtype)  # type: ignore[call-arg]  # transformers wraps `to`
         model.load_state_dict(weights)
         return model.eval()
 
     def to_reference(self) -> dict[str, torch.Tensor]:
-        """The weights in the layout of the published reference code; see :func:`bdh.model.conversion.to_reference`."""
+        """Returns the weights in the layout of the published reference code.
+
+        See :func:`bdh.model.conversion.to_reference` for the exceptions.
+        """
         return to_reference(self.config, self)
 
 
 class BDHForSequenceClassification(BDHPreTrainedModel):
-    """A Dragon Hatchling that tells texts apart: ``score`` is a ``Linear`` from D to ``config.num_labels``.
+    """A Dragon Hatchling with a classification or regression head, the linear module ``score`` (D -> num_labels).
 
-    ``AutoModelForSequenceClassification.from_pretrained`` makes one of the export of a language model, with a new head.
+    ``AutoModelForSequenceClassification.from_pretrained`` loads it from an exported language model, with a newly
+    initialized head.
     """
 
-    accepts_loss_kwargs = False  # the loss is the mean of a batch, whatever transformers' Trainer accumulates
+    accepts_loss_kwargs = False  # the loss is a mean over the batch; transformers' Trainer must divide accumulated ones
 
     def __init__(self, config: BDHConfig):
         super().__init__(config)
@@ -342,15 +368,17 @@ class BDHForSequenceClassification(BDHPreTrainedModel):
         output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> outputs.SequenceClassifierOutputWithPast:
-        """Logits (B, num_labels) of each text, at its last token, and the loss where labels are given.
+        """Computes the logits (B, num_labels) of each text at its last token, and the loss if labels are given.
 
-        The last token is that of ``attention_mask``; without one, the last that is not ``config.pad_token_id``.
+        The last token is the last one that ``attention_mask`` does not mask or, without a mask, the last that is not
+        ``config.pad_token_id``.
+
+        The other arguments and the exceptions are those of :meth:`bdh.BDHForCausalLM.forward`.
 
         Args:
-            labels: of classes int64 (B,); of regression (``num_labels`` 1) float (B,); of several classes at once float
-                (B, num_labels). ``config.problem_type`` says which, or follows from them, as in all of transformers.
-
-        The other arguments, and what is raised, are those of :meth:`bdh.BDHForCausalLM.forward`.
+            labels: int64 (B,) for classes, float (B,) for regression (``num_labels`` is 1), or float (B, num_labels)
+                for several classes at once. As in all of transformers, ``config.problem_type`` selects the kind; if it
+                is not set, ``num_labels`` and the dtype of the labels do.
         """
         inputs = read_inputs(self, input_ids, inputs_embeds, attention_mask, past_key_values, kwargs)
         use_cache = past_key_values is not None if use_cache is None else use_cache
@@ -375,7 +403,7 @@ class BDHForSequenceClassification(BDHPreTrainedModel):
         )
 
 
-# Importing an auto class imports this module (bdh.autoregister).
+# Importing an auto class of transformers imports this module (see bdh/__init__.py).
 AutoModel.register(BDHConfig, BDHModel, exist_ok=True)
 AutoModelForCausalLM.register(BDHConfig, BDHForCausalLM, exist_ok=True)
 AutoModelForSequenceClassification.register(BDHConfig, BDHForSequenceClassification, exist_ok=True)

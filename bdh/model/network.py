@@ -1,4 +1,4 @@
-"""A model as plain PyTorch modules and a plain configuration: what generation works on, without transformers."""
+"""A model for generation as plain PyTorch modules with a plain configuration, loaded without transformers."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,20 +27,20 @@ from bdh.model.quantization import (
 from bdh.ops import QuantizedFormat
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
-# In the order in which transformers looks for them; the index of a model in several files names each weight's file.
+# In the order in which transformers looks for them. A sharded model has an index, which names each weight's file.
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 class QuantizedWeightsError(ValueError):
-    """A model's weights are in a format of another library, which a quantizer of transformers reads."""
+    """The weights are quantized by another library, so that only transformers can load them."""
 
 
 @runtime_checkable
 class ModelParts(Protocol):
-    """A language model, as far as generation has to know it: :class:`Network`, and :class:`bdh.BDHForCausalLM`.
+    """The parts of a language model that generation uses: those of :class:`Network` and :class:`bdh.BDHForCausalLM`.
 
-    Both are ``nn.Module``. The linear modules may be anything callable that has their shape: quantized, with adapters,
-    with hooks.
+    Both are ``nn.Module``. The linear modules can be any callables of the same shape: quantized, with adapters, or with
+    hooks.
     """
 
     embed: Any
@@ -49,8 +49,8 @@ class ModelParts(Protocol):
     decoder: Any
     lm_head: Any
     hook_points: Any  # HookPoints
-    config: Any  # see ConfigFields; Any, since that of transformers has its fields from a decorator
-    generation_config: Any  # of which eos_token_id is read
+    config: Any  # see ConfigFields; Any because a decorator gives transformers' configuration its fields
+    generation_config: Any  # only eos_token_id is read
     training: bool
 
     @property
@@ -67,11 +67,11 @@ class ModelParts(Protocol):
 @strict
 @dataclass(kw_only=True)
 class ModelConfig(ConfigFields):
-    """A configuration without transformers.
+    """A model configuration that does not need transformers. :class:`bdh.BDHConfig` documents the fields.
 
     Raises:
-        ValueError: sizes that do not divide, or a value out of range.
-        StrictDataclassError: a value of another type.
+        ValueError: sizes do not divide evenly, or a value is out of range.
+        StrictDataclassError: a value has the wrong type.
     """
 
     name_or_path: str = ""
@@ -83,16 +83,17 @@ class ModelConfig(ConfigFields):
             raise ValueError("; ".join(faults))
 
     def quantized_formats(self) -> dict[str, QuantizedFormat]:
-        """The quantized modules of the model by their names. Raises ``ValueError`` where that cannot be read."""
+        """Returns the format of each quantized module by name. Raises ``ValueError`` for an invalid quantization."""
         facts = self.quantization_config
         return {} if facts is None else Quantization.from_facts(facts).formats(self.n_head)
 
     @classmethod
     def from_facts(cls, facts: dict[str, Any]) -> Self:
-        """From what ``config.json`` holds; names that mean nothing to this class are left aside.
+        """Returns the configuration for the content of a ``config.json``. Unknown names are ignored.
 
         Raises:
-            ValueError: as the constructor; or a name beside its alias with another value, or a misspelt name.
+            ValueError: as the constructor, and if a field and its alias have different values, or a name looks like a
+                misspelt field.
         """
         known = {each.name for each in fields(cls)}
         given = {name: value for name, value in facts.items() if name in known}
@@ -105,7 +106,7 @@ class ModelConfig(ConfigFields):
 
 @contextmanager
 def one_line_type_faults(where: str) -> Iterator[None]:
-    """Within it, a field of a wrong type is a ``ValueError`` of one line; ``where`` says whose configuration it is."""
+    """A context in which a field of the wrong type raises a one-line ``ValueError`` that begins with ``where``."""
     try:
         yield
     except StrictDataclassError as error:
@@ -115,25 +116,26 @@ def one_line_type_faults(where: str) -> Iterator[None]:
 
 @dataclass
 class GenerationSettings:
-    """What is read of ``generation_config.json``."""
+    """The settings that are read from ``generation_config.json``."""
 
     eos_token_id: int | list[int] | None = None
     """The tokens that end a text."""
 
 
 class Network(nn.Module):
-    """The modules of :class:`bdh.BDHForCausalLM` under the same names, without its ``forward``, for generation,
-    in evaluation mode.
+    """A language model for the engine, which loads faster than :class:`bdh.BDHForCausalLM` and has no ``forward``.
+
+    Its modules have the same names and weights as those of :class:`bdh.BDHForCausalLM`. It is in evaluation mode.
 
     Args:
-        weights: by the names of the parameters, and of what quantized modules hold, which become these tensors themselves; others
-            are left aside.
-        name: of the model, for messages.
-        generation_config: that of its folder; by default what the configuration says.
-        dtype: what an embedding in a quantized format gives.
+        config: the configuration.
+        weights: the parameters and buffers by name. The tensors are used without a copy; unknown names are ignored.
+        name: the model's name, for error messages.
+        generation_config: the generation settings; by default those that follow from ``config``.
+        dtype: the dtype of the output of a quantized embedding.
 
     Raises:
-        ValueError: weights are missing, or of other shapes than the configuration says; or quantized ones are damaged.
+        ValueError: weights are missing, damaged, or have other shapes than the configuration says.
     """
 
     def __init__(
@@ -188,14 +190,15 @@ class Network(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path, device: torch.device | str = "cpu") -> Self:
-        """Reads what ``save_pretrained`` wrote: ``config.json``, and the weights in one file or several.
+        """Loads a model from a folder that ``save_pretrained`` wrote.
 
-        The weights have the ``dtype`` of the configuration; where it names none, that in which they are stored.
+        The folder has a ``config.json``, and the weights in one or more files. They are converted to the ``dtype`` of
+        the configuration; if it names none, they keep their stored dtype.
 
         Raises:
-            FileNotFoundError: the folder holds no weights.
-            ValueError: it is no BDH model, or one quantized by another library; its configuration is wrong; or the weights are
-                damaged, not complete, or not those of the configuration.
+            FileNotFoundError: the folder contains no weights.
+            ValueError: the folder contains no BDH model, or one that another library quantized; its configuration is
+                invalid; or the weights are damaged, incomplete, or do not match the configuration.
         """
         folder = Path(folder)
         config, dtype = read_config(folder)
@@ -212,7 +215,10 @@ class Network(nn.Module):
 
 
 def linear_of(weight: torch.Tensor) -> nn.Linear:
-    """Around a weight that is there: the constructor would fill one with random numbers, and on meta load TorchDynamo."""
+    """Returns a ``Linear`` without bias around an existing weight.
+
+    The constructor alone would initialize a weight at random or, on the meta device, import TorchDynamo.
+    """
     module = nn.Linear.__new__(nn.Linear)
     nn.Module.__init__(module)
     module.out_features, module.in_features = weight.shape
@@ -223,7 +229,7 @@ def linear_of(weight: torch.Tensor) -> nn.Linear:
 
 @contextmanager
 def inference(model: ModelParts) -> Iterator[None]:
-    """Evaluation mode without gradients; the mode before comes back at the end."""
+    """A context with evaluation mode and without gradients. The model's earlier mode is restored afterwards."""
     was_training = model.training
     model.eval()
     try:
@@ -234,10 +240,10 @@ def inference(model: ModelParts) -> Iterator[None]:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of a name: auto, cpu, cuda, cuda:N or mps.
+    """Returns the device for a name: auto, cpu, cuda, cuda:N or mps.
 
     Raises:
-        ValueError: it is not there.
+        ValueError: the device is not available.
     """
     available = ["cpu"]
     if torch.backends.mps.is_available():
@@ -252,16 +258,16 @@ def choose_device(name: str) -> torch.device:
 
 
 def exact_dtype(device: torch.device) -> torch.dtype:
-    """Float64, or the widest that a device has: MPS has no float64, and raises where one is asked for."""
+    """Returns float64 or, on MPS, which has no float64, the widest dtype of the device."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def read_config(folder: Path) -> tuple[ModelConfig, torch.dtype | None]:
-    """The configuration of a folder's model, and the dtype that it names for the weights.
+    """Reads the configuration of the model in a folder, and the dtype that it names for the weights, if any.
 
     Raises:
-        ValueError: it is no BDH model, or its configuration is wrong.
-        QuantizedWeightsError: the weights are in a format of another library.
+        ValueError: the folder contains no BDH model, or its configuration is invalid.
+        QuantizedWeightsError: another library quantized the weights.
     """
     wrong = f"the {CONFIG_FILE} of {folder} is wrong"
     try:
@@ -307,7 +313,7 @@ def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _read_files(folder: Path, names: Sequence[str]) -> dict[str, torch.Tensor]:
-    """The tensors of files in a folder; those of safetensors lie in the mapped file."""
+    """Reads the tensors of several files in a folder. Tensors of safetensors files are backed by the mapped file."""
     weights: dict[str, torch.Tensor] = {}
     for name in names:
         if not (path := folder / name).is_file():
@@ -320,7 +326,7 @@ def _read_files(folder: Path, names: Sequence[str]) -> dict[str, torch.Tensor]:
                 weights |= torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except SafetensorError as error:
             raise ValueError(f"the weights of {folder} are cut off or damaged: {error}") from error
-        except (UnpicklingError, RuntimeError, EOFError) as error:  # whose text is a page of advice
+        except (UnpicklingError, RuntimeError, EOFError) as error:  # their messages are a page of advice
             raise ValueError(
                 f"the weights of {folder} are damaged, or hold more than tensors: PyTorch refuses them"
             ) from error

@@ -1,4 +1,4 @@
-"""Which weights of a model are quantized: what ``config.json`` says, and the modules that follow from it."""
+"""Quantized models: the ``quantization_config`` of ``config.json``, and replacing modules by quantized ones."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -13,28 +13,28 @@ from bdh.ops import STATE_FORMATS, QuantizedFormat, QuantizedWeights, RoundingMe
 from bdh.ops.formats import GROUP, Codes, layer_formats, pack, rounded
 
 QUANT_METHOD = "bdh"
-"""The name of our formats in ``quantization_config``."""
+"""The ``quant_method`` of BDH's formats in ``quantization_config``."""
 _MODULES = (QuantizedLinear, QuantizedEmbedding)
 
 
 @dataclass
 class Quantization:
-    """Which of a model's weights are in which format: ``quantization_config`` in ``config.json``.
+    """The formats of a model's weights: ``quantization_config`` in ``config.json``.
 
     Raises:
-        ValueError: a value that there is not.
+        ValueError: a value is not allowed.
     """
 
     weights: QuantizedWeights = "int8"
     """int8, int4, or mixed: E in int8, Ev and Dec in int4."""
     embeddings: bool = False
-    """Whether the embedding and the head are in int8 too."""
+    """Whether the embedding and the head are in int8 as well."""
     method: RoundingMethod = "rtn"
-    """How they were rounded: rtn, to the nearest."""
+    """How the weights were rounded; rtn is to the nearest."""
     state: StateFormat | None = None
-    """The format of the states that is recommended for this model; None for none."""
+    """The format of generation states that is recommended for this model; None for no recommendation."""
     group_size: int = GROUP
-    """Weights that share a scale in int4."""
+    """The number of weights that share a scale in int4."""
     quant_method: str = QUANT_METHOD
 
     def __post_init__(self) -> None:
@@ -56,13 +56,13 @@ class Quantization:
 
     @classmethod
     def from_facts(cls, facts: Mapping[str, Any]) -> Self:
-        """Of what ``config.json`` holds. Raises ``ValueError`` where a value does not fit, or a name is unknown."""
+        """Returns the object for a ``quantization_config``. Raises ``ValueError`` for a wrong value or unknown name."""
         if unknown := sorted(set(facts) - {each.name for each in fields(cls)}):
             raise ValueError(f"quantization_config has the unknown {', '.join(unknown)}")
         return cls(**facts)
 
     def formats(self, num_heads: int) -> dict[str, QuantizedFormat]:
-        """The quantized modules of a language model by their names."""
+        """Returns the format of each quantized module of a language model, by the module's name."""
         encoder, encoder_v, decoder, _ = layer_formats(self.weights)
         formats = {"encoder": encoder, **{f"encoder_v.{head}": encoder_v for head in range(num_heads)}}
         formats |= {"decoder": decoder} | ({"embed": "int8", "lm_head": "int8"} if self.embeddings else {})
@@ -70,12 +70,12 @@ class Quantization:
 
 
 def is_ours(facts: Any) -> bool:
-    """Whether a ``quantization_config`` is of our formats, and not of another library's."""
+    """Whether a ``quantization_config`` describes BDH's formats, and not another library's."""
     return isinstance(facts, Mapping) and facts.get("quant_method") == QUANT_METHOD
 
 
 def check_quantization(facts: Any, wrong: str) -> None:
-    """Raises ``ValueError``, beginning with ``wrong``, where a ``quantization_config`` is ours and cannot be read."""
+    """Raises ``ValueError``, beginning with ``wrong``, if a ``quantization_config`` of BDH is invalid."""
     try:
         if is_ours(facts):
             Quantization.from_facts(facts)
@@ -84,7 +84,7 @@ def check_quantization(facts: Any, wrong: str) -> None:
 
 
 def recommended_state(config: Any) -> StateFormat | None:
-    """The format of states that a model's configuration, transformers' or ours, recommends."""
+    """Returns the state format that a model's configuration, transformers' or ours, recommends, or None."""
     facts = getattr(config, "quantization_config", None)
     if isinstance(facts, Quantization):
         return facts.state
@@ -92,22 +92,26 @@ def recommended_state(config: Any) -> StateFormat | None:
 
 
 def quantized_formats(model: nn.Module) -> dict[str, QuantizedFormat]:
-    """The modules of a model that are in our formats, by their names; empty where none is."""
+    """Returns the format of each module of a model that is quantized in BDH's formats, by the module's name."""
     return {name: module.weight_format for name, module in model.named_modules() if isinstance(module, _MODULES)}
 
 
 def quantizing_library(module: nn.Module) -> str | None:
-    """Which other library's format the weight of a linear module is in; None for a plain one, or one of ours."""
+    """Returns the other library that quantized a linear module; None for a plain module or one in BDH's formats."""
     types = (type(module), type(getattr(module, "weight", None)))
     names = {each.__module__.partition(".")[0] for each in types}
     return next((name for name in ("torchao", "bitsandbytes") if name in names), None)
 
 
 def check_not_quantized(model: nn.Module, name: str, reason: str, *, allow_ours: bool = False) -> None:
-    """Raises ``ValueError`` where weights of a model are quantized; ``reason`` ends the message.
+    """Raises ``ValueError`` if weights of a model are quantized.
 
     Args:
-        allow_ours: for what :attr:`QuantizedLinear.weight` is enough, which other libraries' modules do not have.
+        model: the model.
+        name: the model's name, for the message.
+        reason: the end of the message.
+        allow_ours: accept BDH's formats. Use it if :attr:`QuantizedLinear.weight` suffices; the modules of other
+            libraries have no such attribute.
     """
     if not allow_ours and (formats := quantized_formats(model)):
         raise ValueError(f"{name} has weights in {' and '.join(sorted(set(formats.values())))}: {reason}")
@@ -116,10 +120,10 @@ def check_not_quantized(model: nn.Module, name: str, reason: str, *, allow_ours:
 
 
 def keep_as_saved(model: nn.Module) -> None:
-    """Keeps 4-bit weights of bitsandbytes in the order in which they are saved.
+    """Prevents bitsandbytes from repacking its 4-bit weights, which would corrupt them when they are saved.
 
-    On processors with bfloat16 in AVX-512, bitsandbytes 0.50 packs them anew when they are first used, and unpacks them
-    wrongly, in memory too, when a state_dict is asked for: those of rows of several blocks, such as the decoder's.
+    On processors with AVX-512 bfloat16, bitsandbytes 0.50 repacks the weights when they are first used. A call of
+    ``state_dict`` unpacks them again, in memory too, but wrongly if a row has several blocks, as in the decoder.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -127,7 +131,7 @@ def keep_as_saved(model: nn.Module) -> None:
 
 
 def num_quantized_weights(model: nn.Module, *, embeddings: bool = True) -> int:
-    """How many numbers the quantized weights of a model are, however many bytes each takes."""
+    """Returns the number of quantized weights of a model, whatever the number of bytes that each takes."""
     sizes = []
     for module in model.modules():
         if isinstance(module, QuantizedLinear):
@@ -138,22 +142,28 @@ def num_quantized_weights(model: nn.Module, *, embeddings: bool = True) -> int:
 
 
 def plain_tensor(model: nn.Module) -> torch.Tensor:
-    """Of a model's tensors the first one of floating point numbers, which shows its device and dtype."""
+    """Returns a model's first floating-point tensor, from which to take its device and dtype."""
     return next(each for each in chain(model.parameters(), model.buffers()) if each.is_floating_point())
 
 
 def neuron_rows(name: str, weight: torch.Tensor) -> torch.Tensor:
-    """The weight of the module of this name in the rows that share scales: of the decoder, one for each input."""
+    """Returns a module's weight with one row for each scale: transposed for the decoder, whose inputs are neurons."""
     return weight.t() if name == "decoder" else weight
 
 
 def quantized_module(
     name: str, module: nn.Module, weight_format: QuantizedFormat, codes: Codes | None = None
 ) -> nn.Module:
-    """What takes the place of a plain module, with its weights rounded to the nearest, or with codes that are given.
+    """Returns the quantized replacement of a plain module.
+
+    Args:
+        name: the module's name in the model.
+        module: the plain module.
+        weight_format: the format.
+        codes: the rounded weights; by default the weights are rounded to the nearest.
 
     Raises:
-        ValueError: a weight is infinite or not a number; the message has the module's name.
+        ValueError: a weight is infinite or NaN; the message contains the module's name.
     """
     weight: torch.Tensor = module.weight  # type: ignore[assignment]
     try:
@@ -173,10 +183,14 @@ def empty_quantized(
     dtype: torch.dtype,
     device: torch.device | str | None,
 ) -> QuantizedLinear | QuantizedEmbedding:
-    """What takes the place of the module of this name, for weights of ``shape`` that are yet to be read.
+    """Returns the quantized replacement of the module of this name, whose weights are still to be loaded.
 
     Args:
-        dtype: what the embedding gives.
+        name: the module's name in the model.
+        shape: that of the plain weight.
+        weight_format: the format.
+        dtype: the dtype of the embedding's output.
+        device: the device of the packed weights.
     """
     num_outputs, num_inputs = shape
     if name == "embed":
@@ -185,7 +199,7 @@ def empty_quantized(
 
 
 def check_packed(model: nn.Module, name: str) -> None:
-    """Raises ``ValueError`` where quantized weights that were read are not what rounding gives; ``name`` is the model's."""
+    """Raises ``ValueError`` if loaded quantized weights are missing or damaged; ``name`` is the model's name."""
     for place, module in model.named_modules():
         if not isinstance(module, _MODULES):
             continue
@@ -199,7 +213,7 @@ def check_packed(model: nn.Module, name: str) -> None:
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype) -> None:
-    """Puts plain modules with the same weights in the place of the quantized ones."""
+    """Replaces the quantized modules of a model by plain ones with the same weights, in ``dtype``."""
     for name, module in list(model.named_modules()):
         if not isinstance(module, _MODULES):
             continue

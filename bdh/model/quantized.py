@@ -1,4 +1,4 @@
-"""Modules whose weights are rounded to whole numbers with scales, in the place of those of a model."""
+"""Modules with quantized weights, which replace the ``Linear`` and ``Embedding`` modules of a model."""
 
 import torch
 from torch import nn
@@ -9,17 +9,21 @@ from bdh.ops.formats import Codes, pack, row_bytes, unpack
 
 
 class QuantizedLinear(nn.Module):
-    """A ``Linear`` without a bias, whose weight is in a format of :mod:`bdh.ops.formats`.
+    """A ``Linear`` without bias whose weight is stored in a format of :mod:`bdh.ops.formats`.
 
-    The CPU's kernels read ``packed`` as it is; torch's operations compute with :attr:`weight`.
+    The CPU kernels read ``packed`` directly. PyTorch operations dequantize it to :attr:`weight` in each call.
 
     Args:
-        by_input: whether a row of ``packed`` belongs to an input, as of the decoder, whose inputs are the neurons; else to an
-            output.
+        in_features: as for ``nn.Linear``.
+        out_features: as for ``nn.Linear``.
+        weight_format: "int8" or "int4".
+        by_input: whether each row of ``packed`` belongs to an input feature, as in the decoder, whose inputs are the
+            neurons. Otherwise it belongs to an output feature.
+        device: of the weight, which is to be loaded into ``packed``.
     """
 
     packed: torch.Tensor
-    """uint8 (rows, bytes of a row): a row for each output, or each input."""
+    """uint8 (rows, bytes of a row): one row for each output feature, or for each input feature with ``by_input``."""
 
     def __init__(
         self,
@@ -40,7 +44,7 @@ class QuantizedLinear(nn.Module):
 
     @classmethod
     def of(cls, rounded: Codes, weight_format: QuantizedFormat, *, by_input: bool = False) -> "QuantizedLinear":
-        """Of the codes of its rows."""
+        """Returns a module with these codes: a row for each output feature, or each input feature with ``by_input``."""
         num_rows, D = rounded.codes.shape
         sizes = (num_rows, D) if by_input else (D, num_rows)
         module = cls(*sizes, weight_format, by_input=by_input, device="meta")
@@ -49,17 +53,17 @@ class QuantizedLinear(nn.Module):
 
     @property
     def codes(self) -> Codes:
-        """The weights row by row, unpacked anew."""
+        """The codes and scales of the rows, unpacked at each access."""
         return unpack(self.packed, self.out_features if self.by_input else self.in_features, self.weight_format)
 
     @property
     def rows(self) -> torch.Tensor:
-        """The weights row by row, float32 (rows, D), computed anew."""
+        """The dequantized rows, float32 (rows, D), computed at each access."""
         return self.codes.dequantized()
 
     @property
     def weight(self) -> torch.Tensor:
-        """float32 (out_features, in_features), computed anew."""
+        """The dequantized weight, float32 (out_features, in_features), computed at each access."""
         return self.rows.t() if self.by_input else self.rows
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -70,7 +74,7 @@ class QuantizedLinear(nn.Module):
 
 
 class QuantizedEmbedding(nn.Module):
-    """An ``Embedding`` whose weight is in a format of :mod:`bdh.ops.formats`."""
+    """An ``Embedding`` whose weight is stored in a format of :mod:`bdh.ops.formats`."""
 
     packed: torch.Tensor
     """uint8 (entries, bytes of a row)."""
@@ -89,23 +93,23 @@ class QuantizedEmbedding(nn.Module):
         self.weight_format: QuantizedFormat = weight_format
         packed = torch.zeros(num_embeddings, row_bytes(weight_format, embedding_dim), dtype=torch.uint8, device=device)
         self.register_buffer("packed", packed)
-        # Of no numbers: its dtype, which ``to`` changes, is that of the output.
+        # An empty tensor whose dtype, which `to` changes as usual, is the dtype of the output.
         self.register_buffer("_like", torch.empty(0, dtype=dtype, device=device), persistent=False)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the output."""
+        """The dtype of the output."""
         like: torch.Tensor = self._like  # type: ignore[assignment]
         return like.dtype
 
     @property
     def codes(self) -> Codes:
-        """The weights row by row, unpacked anew."""
+        """The codes and scales of the rows, unpacked at each access."""
         return unpack(self.packed, self.embedding_dim, self.weight_format)
 
     @property
     def weight(self) -> torch.Tensor:
-        """float32 (entries, D), computed anew."""
+        """The dequantized weight, float32 (entries, D), computed at each access."""
         return self.codes.dequantized()
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""Our formats of weights as a quantization method of transformers, named "bdh".
+"""BDH's weight formats as the quantization method "bdh" of transformers.
 
-``from_pretrained`` of transformers 5.23 calls the hooks of an ``HfQuantizer`` (``transformers/quantizers/base.py``), which it finds
-by ``quantization_config`` in ``config.json``, or as its argument.
+``from_pretrained`` finds the quantizer by ``quantization_config``, in ``config.json`` or among its arguments, and calls
+the hooks that ``HfQuantizer`` declares (``transformers/quantizers/base.py``, checked with transformers 5.23).
 """
 
 from typing import Any
@@ -22,10 +22,24 @@ from bdh.model.quantization import (
 
 @register_quantization_config(QUANT_METHOD)
 class BDHQuantizationConfig(Quantization, QuantizationConfigMixin):  # type: ignore[misc]  # a plain name as quant_method
-    """``from_pretrained(MODEL, quantization_config=BDHQuantizationConfig("int8"))`` rounds the weights while it loads them.
+    """Selects BDH's quantization in ``from_pretrained``, which then rounds the weights as it loads them.
 
-    The fields, and what is raised, are those of :class:`bdh.model.quantization.Quantization`. A model that is quantized already
-    keeps its own.
+    Example:
+        ``from_pretrained(MODEL, quantization_config=BDHQuantizationConfig("int8"))``
+
+    A model that is already quantized keeps its own configuration.
+
+    Args:
+        weights: "int8", "int4", or "mixed": the encoder in int8, encoder_v and decoder in int4.
+        embeddings: whether to quantize the embedding and the head to int8 as well.
+        method: how weights are rounded. While loading only "rtn", to the nearest, is possible;
+            :func:`bdh.quantize.quantize` takes the others, which need text.
+        state: the format of generation states that is recommended for this model; None for no recommendation.
+        group_size: the number of weights that share a scale in int4.
+        quant_method: must be "bdh".
+
+    Raises:
+        ValueError: a value is not allowed.
     """
 
     @classmethod
@@ -36,7 +50,7 @@ class BDHQuantizationConfig(Quantization, QuantizationConfigMixin):  # type: ign
 
 @register_quantizer(QUANT_METHOD)
 class BDHQuantizer(HfQuantizer):
-    """Loads, rounds and saves our formats."""
+    """Loads, rounds and saves weights in BDH's formats for transformers."""
 
     quantization_config: BDHQuantizationConfig
 
@@ -48,7 +62,7 @@ class BDHQuantizer(HfQuantizer):
             )
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """Nothing that is no floating point number becomes one, or the other way round: a foreign file is to be seen."""
+        """Returns no new dtype for integer tensors, so that a file that does not hold packed codes is noticed."""
         return super().get_new_dtype(converter, param, dtype) if dtype is not None and dtype.is_floating_point else None
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
@@ -68,7 +82,7 @@ class BDHQuantizer(HfQuantizer):
         return model
 
     def _formats_in(self, model: Any) -> dict[str, Any]:
-        """Of the modules that a model has: without a head it has none."""
+        """Returns the formats of the modules that the model has: a model without a head has no ``lm_head``."""
         if model.config.model_type != "bdh":
             raise ValueError(f"quantization_config of bdh is for BDH models, not for {model.config.model_type}")
         formats = self.quantization_config.formats(model.config.n_head)
@@ -87,7 +101,7 @@ class BDHQuantizer(HfQuantizer):
 
 
 def set_quantized(model: Any, config: BDHQuantizationConfig) -> None:
-    """Tells transformers that modules of a model have been replaced as ``config`` says, as if it had loaded it so."""
+    """Marks a model whose modules have been replaced as quantized for transformers, as if it had been loaded so."""
     model.is_quantized, model.quantization_method = True, QUANT_METHOD
     model.hf_quantizer = BDHQuantizer(config, pre_quantized=True)
     model.config.quantization_config = config

@@ -1,4 +1,7 @@
-"""What a model remembers of the texts that it has read: fixed in size, however long they are."""
+"""The recurrent state of a model: what it remembers of the text it has read, in a fixed size.
+
+:class:`SynapticState` serves as ``past_key_values``, as a slot of the engine, as a snapshot and as a stored prefix.
+"""
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,21 +18,21 @@ from bdh.storage import atomic_file
 
 FILE_FORMAT = "bdh-synaptic-state-1"
 Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
-"""Dtype and shape of tensors by their names."""
+"""The dtype and shape of each tensor, by name."""
 Pattern = tuple[str, Shapes]
 
 
 @dataclass
 class Columns:
-    """What a state reads at once."""
+    """The tokens that one call reads into a state: a column holds one token, or padding, of each sequence."""
 
     v: torch.Tensor  # the embedded tokens, (B, T, D)
-    mask: torch.Tensor | None  # bool (B, T), False for padding; None where nothing is masked
-    starts: torch.Tensor | None  # bool (B, T), True for the first token of a document; None where none starts
+    mask: torch.Tensor | None  # bool (B, T), False for padding; None if nothing is masked
+    starts: torch.Tensor | None  # bool (B, T), True for the first token of a document; None if no document starts
 
     @property
     def is_single(self) -> bool:
-        """Whether it is one token for each sequence, neither padding nor a document's first."""
+        """Whether there is one token for each sequence, and none is padding or the first of a document."""
         return self.v.shape[1] == 1 and self.mask is None and self.starts is None
 
     def first(self, count: int) -> "Columns":
@@ -43,30 +46,31 @@ class _Read:
     columns: Columns
     advance: Callable[["SynapticState", Columns], object]
     is_run: bool
-    """Whether it is one token after the other, to which a further one may be added."""
+    """Whether the tokens were read one at a time, so that the next single token can be appended."""
 
 
 class SynapticState:
-    """The sums S that the attention reads, for a batch of sequences, and where each sequence stands.
+    """The state of a batch of sequences: the sums S that attention reads, and the position of each sequence.
 
-    It is what ``past_key_values`` carries: pass it to ``forward`` to continue from it. ``forward`` advances it in
-    place; ``clone`` it first to keep the earlier one. Slots of the engine, snapshots and stored prefixes are states of
-    one sequence. With a window it holds the last tokens instead of sums (:mod:`bdh.ops.eager`).
+    Pass it to ``forward`` as ``past_key_values`` to continue from it. ``forward`` advances it in place, so ``clone`` it
+    first to keep the earlier state. The engine's slots, snapshots and stored prefixes are states of one sequence each.
+    With a window, the state holds the last tokens instead of sums (:mod:`bdh.ops.eager`).
 
     Args:
-        tensors: by name, one tensor (B, ...) for each of the L layer steps. A list is that of the sums.
+        tensors: for each name, a list of L tensors (B, ...), one for each layer step. A plain list stands for the sums.
 
     Attributes:
-        kind: what the tensors mean: "sums"; "sums bfloat16"; "rows int16" (:mod:`bdh.ops.cpu.code_steps`); with ", scaled" those
-            that fade by a factor which follows from the position (:mod:`bdh.ops.cpu.recurrence`); "window:W". States of one kind
-            and model can be copied into each other.
-        positions: int64 (B,): tokens read by each sequence, padding not counted. Exact. On the device of the tensors, or
-            on the CPU.
-        num_columns: columns read so far, padding included; what transformers calls the sequence length.
+        kind: what the tensors hold: "sums", "sums bfloat16", "rows int16" (:mod:`bdh.ops.cpu.code_steps`) or
+            "window:W". ", scaled" is appended if the sums of a decaying state are stored without a factor that depends
+            on the position (:mod:`bdh.ops.cpu.recurrence`). States of the same kind and model can be copied into each
+            other.
+        positions: int64 (B,): the number of tokens that each sequence has read, without padding. Either on the device
+            of the tensors or on the CPU.
+        num_columns: the number of columns read so far, including padding. transformers calls it the sequence length.
     """
 
     is_compileable = False  # asked by transformers' `generate`
-    is_croppable = False  # asked there on Apple's GPUs: not without a record of what was read
+    is_croppable = False  # asked by `generate` on Apple's GPUs: a state needs a record of what was read to be cropped
 
     def __init__(
         self,
@@ -80,7 +84,8 @@ class SynapticState:
         self.num_columns = num_columns
         self.kind = kind
         self._record: list[_Read] | None = None
-        # The sequences that are half-written, by their numbers in the state of which all that share it are views.
+        # Indices of half-written sequences in the original state. Its views (see `sequence`) share this set, and
+        # `_first` is the index of a view's first sequence.
         self._torn: set[int] = set()
         self._first = 0
 
@@ -93,7 +98,7 @@ class SynapticState:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> "SynapticState":
-        """The sums before the first token; ``shape`` is (B, H, N, D)."""
+        """Returns an empty state of kind "sums", before the first token; ``shape`` is (B, H, N, D)."""
         B, *rest = shape
         return cls.empty("sums", {"sums": (dtype, tuple(rest))}, num_layer_steps, batch_size=B, device=device)
 
@@ -108,11 +113,15 @@ class SynapticState:
         device: torch.device | str = "cpu",
         positions_device: torch.device | str | None = None,
     ) -> "SynapticState":
-        """The state before the first token.
+        """Returns an empty state of any kind, before the first token.
 
         Args:
-            shapes: dtype and shape of each tensor of a layer step, without B.
-            positions_device: that of the positions, by default ``device``.
+            kind: see :attr:`kind`.
+            shapes: the dtype and shape, without B, of each tensor of a layer step.
+            num_layer_steps: L.
+            batch_size: B.
+            device: the device of the tensors.
+            positions_device: the device of ``positions``, by default ``device``.
         """
         tensors = {
             name: [torch.zeros(batch_size, *shape, dtype=dtype, device=device) for _ in range(num_layer_steps)]
@@ -123,7 +132,7 @@ class SynapticState:
 
     @property
     def sums(self) -> list[torch.Tensor]:
-        """One tensor (B, H, N, D) for each layer step, float32 (float64 for a float64 model); not of a window."""
+        """A tensor (B, H, N, D) for each layer step: float32, or float64 for a float64 model. A window has no sums."""
         return self.tensors["sums"]
 
     @sums.setter
@@ -136,7 +145,7 @@ class SynapticState:
 
     @property
     def position(self) -> int:
-        """That of the only sequence; a ``ValueError`` where there are several."""
+        """The position of the only sequence. Raises ``ValueError`` if there are several."""
         if self.batch_size != 1:
             raise ValueError(f"the state has {self.batch_size} sequences: only one alone has a position")
         return self.positions.item()  # type: ignore[return-value]
@@ -147,21 +156,26 @@ class SynapticState:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that the tensors and positions take."""
+        """The size of the tensors and positions in memory, in bytes."""
         return sum(tensor.nbytes for tensor in self._memory())
 
     @property
     def pattern(self) -> Pattern:
-        """Its kind, and dtype and shape (L, ...) of what it holds of a sequence: equal for states that can be copied."""
+        """The kind, and the dtype and shape (L, ...) of each tensor of one sequence.
+
+        States with equal patterns and batch sizes can be copied into each other.
+        """
         held = {name: tensors for name, tensors in self.tensors.items() if tensors}
         return self.kind, {name: (t[0].dtype, (len(t), *t[0].shape[1:])) for name, t in held.items()}
 
-    # Whole, or torn: half-written when an exception came, so that nobody knows what it holds.
+    # A state is torn if an exception interrupted a write, so that its content is unknown. Otherwise it is whole.
 
     @property
     def is_torn(self) -> bool:
-        """Whether a sequence's memory is being written, or was when an exception came. Such a state is never read, only
-        cleared or overwritten."""
+        """Whether a sequence is being written to, or a write was interrupted by an exception.
+
+        A torn state cannot be read, only cleared or overwritten.
+        """
         return bool(self._torn) and not self._torn.isdisjoint(self._numbers)
 
     @is_torn.setter
@@ -173,9 +187,10 @@ class SynapticState:
         return range(self._first, self._first + self.batch_size)
 
     def check_whole(self) -> None:
-        """
+        """Raises an exception if the state is torn.
+
         Raises:
-            RuntimeError: an exception has left it half-written.
+            RuntimeError: an exception has left the state half-written.
         """
         if self.is_torn:
             raise RuntimeError("an exception has left the state half-written: it can only be cleared or overwritten")
@@ -185,38 +200,43 @@ class SynapticState:
     def _mapped(
         self, change: Callable[[torch.Tensor], torch.Tensor], positions: torch.Tensor | None = None
     ) -> "SynapticState":
-        """A state of changed tensors, and of positions changed alike where none are given."""
+        """Returns a state whose tensors are ``change`` of this one's, and so its positions unless they are given."""
         tensors = {name: [change(t) for t in tensors] for name, tensors in self.tensors.items()}
         return SynapticState(
             tensors, change(self.positions) if positions is None else positions, self.num_columns, self.kind
         )
 
     def clone(self) -> "SynapticState":
-        """A copy that shares no memory with this one.
+        """Returns a copy that shares no memory with this state.
 
         Raises:
-            RuntimeError: an exception has left it half-written.
+            RuntimeError: an exception has left the state half-written.
         """
         self.check_whole()
         return self._mapped(torch.clone)
 
     def detach(self) -> "SynapticState":
-        """The same state, cut off from the autograd graph."""
+        """Returns the state detached from the autograd graph. It shares memory with this one."""
         return self._mapped(torch.Tensor.detach, self.positions)
 
     def to(self, device: torch.device | str) -> "SynapticState":
-        """The state on another device."""
+        """Returns the state on another device."""
         return self._mapped(lambda tensor: tensor.to(device))
 
     def sequence(self, index: int) -> "SynapticState":
-        """A view of one sequence: it shares memory with this state, and whether that is torn."""
+        """Returns a view of one sequence. It shares memory with this state, and its mark of being torn."""
         index = range(self.batch_size)[index]
         view = self._mapped(lambda tensor: tensor[index : index + 1])
         view._torn, view._first = self._torn, self._first + index
         return view
 
     def filter(self, sequences: Sequence[int] | torch.Tensor) -> "SynapticState":
-        """A state of the given sequences, in that order; a sequence may be taken more than once."""
+        """Returns a copy of the sequences with the given indices, in that order. An index may occur more than once.
+
+        Raises:
+            ValueError: ``sequences`` is a boolean mask.
+            RuntimeError: an exception has left the state half-written.
+        """
         index = torch.as_tensor(sequences)
         if index.dtype == torch.bool:
             raise ValueError("filter takes the numbers of the sequences, not a mask: give mask.nonzero()[:, 0]")
@@ -226,10 +246,11 @@ class SynapticState:
 
     @classmethod
     def concat(cls, states: Sequence["SynapticState"]) -> "SynapticState":
-        """One state with the sequences of all of them. They may stand at different positions.
+        """Returns one state with the sequences of all given states, which may be at different positions.
 
         Raises:
-            ValueError: there is none, or they come from models of different shapes.
+            ValueError: no state is given, or the states are of different kinds or from models of different shapes.
+            RuntimeError: an exception has left one of them half-written.
         """
         if not states:
             raise ValueError("concat got no states: it needs at least one")
@@ -248,10 +269,10 @@ class SynapticState:
         return cls(tensors, positions, max(state.num_columns for state in states), first.kind)
 
     def copy_(self, other: "SynapticState") -> None:
-        """Makes this the state of ``other``, in the memory that it has.
+        """Copies ``other`` into the memory of this state.
 
         Raises:
-            ValueError: ``other`` is of another kind, shape or number of sequences.
+            ValueError: ``other`` has another kind, shape or number of sequences.
             RuntimeError: an exception has left ``other`` half-written.
         """
         other.check_whole()
@@ -267,7 +288,7 @@ class SynapticState:
         self.is_torn = False
 
     def clear(self) -> None:
-        """Forgets everything: the state before the first token, in the memory that it has."""
+        """Resets the state in place to that before the first token."""
         self.is_torn = True
         for tensor in self._memory():
             tensor.zero_()
@@ -280,11 +301,11 @@ class SynapticState:
     # Files.
 
     def save(self, path: str | Path) -> None:
-        """Writes the state to a safetensors file, which is replaced as a whole.
+        """Writes the state to a safetensors file, atomically.
 
         Raises:
-            DiskFullError: it does not fit on the disk; a file that was there before stays.
-            RuntimeError: an exception has left it half-written.
+            DiskFullError: the file does not fit on the disk; an existing file stays as it was.
+            RuntimeError: an exception has left the state half-written.
         """
         self.check_whole()
         tensors = {f"{name}.{i}": t.contiguous() for name, many in self.tensors.items() for i, t in enumerate(many)}
@@ -298,11 +319,11 @@ class SynapticState:
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "SynapticState":
-        """Reads a file that ``save`` wrote.
+        """Reads a file that :meth:`save` wrote.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is cut off, or holds something else.
+            ValueError: the file is truncated or is not a saved state.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"there is no state file {path}")
@@ -318,19 +339,25 @@ class SynapticState:
         except SafetensorError as error:
             raise ValueError(f"{path} is not a complete state file: {error}") from error
 
-    # What transformers' `generate` asks of a cache.
+    # The methods that transformers' `generate` calls on a cache.
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.num_columns
 
     def activate_past_recording(self) -> None:
-        """From now on the state remembers what it reads, so that :meth:`crop` can take columns back: with a copy of the sums
-        for each text read at once, and for each run of single tokens."""
+        """Starts to record what the state reads, so that :meth:`crop` can remove columns.
+
+        The record copies the state for each chunk of tokens read in one call, and for each run of single tokens.
+        """
         self._record = []
 
     def remember(self, columns: Columns, advance: Callable[["SynapticState", Columns], object]) -> None:
-        """For a model about to read the columns: they are recorded, where :meth:`activate_past_recording` asked for it.
-        ``advance`` reads columns into a state."""
+        """Records the columns that a model is about to read, if :meth:`activate_past_recording` was called.
+
+        Args:
+            columns: the tokens to be read.
+            advance: a function that reads columns into a state, which :meth:`crop` uses to read them again.
+        """
         if self._record is None:
             return
         if columns.is_single and self._record and self._record[-1].is_run:
@@ -341,12 +368,16 @@ class SynapticState:
             self._record.append(_Read(self.clone(), kept, advance, columns.is_single))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Takes the newest columns back: -3 three of them. Those that were read at once with them are read again.
+        """Removes the newest columns: ``crop(-3)`` removes three.
 
-        If that fails, the state is left as it was.
+        If only a part of a chunk that was read in one call is removed, the rest of the chunk is read again. If that
+        fails, the state is left unchanged.
+
+        Args:
+            tokens_to_remove: the negative number of columns, as transformers gives it.
 
         Raises:
-            ValueError: it is above 0, or goes back before the last crop or :meth:`activate_past_recording`.
+            ValueError: the number is above 0, or reaches back before the last crop or :meth:`activate_past_recording`.
         """
         record, recorded = self._record or [], sum(read.columns.v.shape[1] for read in self._record or [])
         if not -recorded <= tokens_to_remove <= 0:
@@ -365,14 +396,15 @@ class SynapticState:
         self.tensors, self.positions, self.num_columns = state.tensors, state.positions, state.num_columns
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Keeps the sequences of the beams that continue; called between the steps of a beam search."""
+        """Selects the sequences of the beams that continue. Beam search calls it between its steps."""
         chosen = self.filter(beam_idx)
         self.tensors, self.positions = chosen.tensors, chosen.positions
-        self._record = None if self._record is None else []  # of sequences that have changed places
+        self._record = None if self._record is None else []  # it was of the sequences in their old order
 
 
-# torch.export, and so ONNX, takes a state as input and output, as it does lists and dicts. The public way for that,
-# ``torch.export.register_dataclass``, is for dataclasses, which FSDP copies where a state is to be advanced in place.
+# Registered as a pytree, so that torch.export, and with it the ONNX export, accepts a state as input and output. The
+# public ``torch.export.register_dataclass`` would require a dataclass, and FSDP copies dataclass arguments, so that a
+# state would no longer be advanced in place.
 
 
 def _leaves(state: SynapticState) -> dict[str, Any]:

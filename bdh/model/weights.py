@@ -1,11 +1,11 @@
-"""A model's weights: as the matrices that E, Ev and Dec multiply with, and as the sparse kernels want them.
+"""A model's weights as plain matrices for the backends, the sparse kernels over them, and detection of changed weights.
 
-Kernels read copies of some weights, so whether these have changed has to be known. ``Tensor._version`` does not tell all of it:
-fused optimizers, ``tensor.data``, NumPy, and other processes that share the memory write without moving it. Checksums of
-the content do.
+The kernels copy some weights, so changes to the originals must be detected. ``Tensor._version`` is not enough: fused
+optimizers, ``tensor.data``, NumPy, and other processes that share the memory write without incrementing it. Checksums
+of the content find such changes.
 
-Three things that PyTorch has no public name for are asked for here: hooks, versions, and ``torch.func``'s transforms. Checked with torch
-2.9 to 2.13; ``tests/model/test_private_names.py`` fails where they change.
+This module uses private names of PyTorch for three things: hooks, versions, and the transforms of ``torch.func``. They
+were checked with torch 2.9 to 2.13; ``tests/model/test_private_names.py`` fails if they change.
 """
 
 import ctypes
@@ -36,35 +36,37 @@ from bdh.ops.formats import Rows, layer_formats
 if TYPE_CHECKING:  # numba, which is imported where the kernels run
     from bdh.ops.cpu.recurrence import Recurrence
 
-WORDS_AT_ONCE = 1 << 22  # on an accelerator; 32 MiB of their products
+WORDS_AT_ONCE = 1 << 22  # on an accelerator; their products take 32 MiB
 _MAX_PIECES = 128
 PIECE_BYTES = 1 << 18
-"""Copied weights are compared with the model's one piece a token, so that it costs under 1 % of the token: as few pieces
-as leave each at most so large, but no more than ``_MAX_PIECES``."""
+"""The size of the pieces in which copied weights are compared with the model's, one piece for each token read.
+
+A comparison takes under 1 % of a token's time. Weights of more than ``_MAX_PIECES`` such pieces have larger pieces.
+"""
 
 
 # Modules as matrices.
 
 
 def layer_modules(model: Any) -> list[nn.Module]:
-    """E, the heads of Ev, and Dec."""
+    """Returns the modules E, each head of Ev, and Dec."""
     return [model.encoder, *model.encoder_v, model.decoder]
 
 
 def layer_weights(model: Any, dtype: torch.dtype) -> LayerWeights:
-    """The matrices of the layer, with adapters folded in; gradients flow to what they are made of.
+    """Returns the matrices of the layer, with adapters merged into them. Gradients flow to the original parameters.
 
-    Only where :func:`product_obstacle` has found none.
+    Only valid if :func:`product_obstacle` returns None.
     """
     encoder, *encoder_v, decoder = (_product_weight(module).to(dtype) for module in layer_modules(model))
     return LayerWeights(encoder, tuple(encoder_v), decoder.t().contiguous())
 
 
 def checked_layer_weights(model: Any, dtype: torch.dtype) -> LayerWeights:
-    """:func:`layer_weights`, for who asks what the weights say.
+    """Returns :func:`layer_weights` without gradients, for analyses that read the weights.
 
     Raises:
-        ValueError: the layer is more than these matrices.
+        ValueError: the layer computes more than products with these matrices.
     """
     if (obstacle := product_obstacle(layer_modules(model))) is not None:
         raise ValueError(f"the weights alone do not say what the layer computes: {obstacle}")
@@ -73,7 +75,7 @@ def checked_layer_weights(model: Any, dtype: torch.dtype) -> LayerWeights:
 
 
 def layer_functions(model: Any, dtype: torch.dtype) -> Layer:
-    """E, the heads of Ev, and Dec as functions, for several layer steps: weights are rounded or dequantized once for all of them."""
+    """Returns E, the heads of Ev, and Dec as functions. Weights are rounded or dequantized once for all layer steps."""
     functions = [_function(module, dtype) for module in layer_modules(model)]
     return Layer(functions[0], functions[1:-1], functions[-1], hooked_points(model))
 
@@ -89,35 +91,37 @@ def _function(module: Any, dtype: torch.dtype) -> Linear:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a module calls anything beside its ``forward``. PyTorch registers hooks, but does not list them."""
+    """Whether a module has hooks. PyTorch has no public function that lists them."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 
 def hooked_points(model: Any) -> dict[str, nn.Module]:
-    """The ``hook_points`` of a model to which hooks are attached, or whose forward is replaced, as nnsight does it; by their names."""
+    """Returns the hook points in use, by name: those with hooks, or with a replaced ``forward`` as nnsight does it."""
     points = model.hook_points.named_children()
     return {name: point for name, point in points if has_hooks(point) or "forward" in point.__dict__}
 
 
 def hook_points_obstacle(model: Any) -> str | None:
-    """Why a layer step has to be computed value by value; None where nothing is attached to its values."""
+    """Returns why a layer step must compute each intermediate value as a tensor; None if no hook point is in use."""
     hooked = hooked_points(model)
     return f"hooks are attached to hook_points.{next(iter(hooked))}" if hooked else None
 
 
 def torch_func_is_active() -> bool:
-    """Whether a transform of ``torch.func`` is active, under which the backends with gradients of their own do not work."""
+    """Whether a transform of ``torch.func`` is active. Backends with their own autograd functions do not support it."""
     return torch._C._are_functorch_transforms_active()
 
 
 def weights_obstacle(modules: Sequence[nn.Module], *, may_round: bool = False) -> str | None:
-    """Why the modules cannot be computed by their weights alone; None where they are plain ``nn.Linear``, or
-    :class:`bdh.model.quantized.QuantizedLinear`.
+    """Returns why the modules cannot be replaced by products with their weights; None if they can.
+
+    They can if all are plain ``nn.Linear`` or :class:`bdh.model.quantized.QuantizedLinear`.
 
     Args:
-        may_round: whether they may be computed by what :class:`FakeQuantizedLinear` makes of its weight too.
+        modules: the linear modules.
+        may_round: whether to accept :class:`FakeQuantizedLinear` too, whose weight is rounded before it is used.
     """
     for module in modules:
         if type(module) is FakeQuantizedLinear and not may_round:
@@ -125,14 +129,14 @@ def weights_obstacle(modules: Sequence[nn.Module], *, may_round: bool = False) -
         is_quantized = type(module) is QuantizedLinear
         if (library := quantizing_library(module)) is not None:
             return f"a layer is quantized by {library}, which the kernels cannot read: int8 and int4 of bdh quantize are faster"
-        # One with a parametrization has a class of its own.
+        # A module with a parametrization has a class of its own, so it is found here too.
         if type(module) not in (nn.Linear, FakeQuantizedLinear) and not is_quantized:
             return f"a layer is {type(module).__module__}.{type(module).__name__}, not a plain nn.Linear"
         if not is_quantized and module.bias is not None:
             return "a layer has a bias"
         if has_hooks(module):
             return "a layer has hooks"
-        if "forward" in module.__dict__:  # as accelerate does it
+        if "forward" in module.__dict__:  # as accelerate replaces it
             return "the forward of a layer has been replaced"
         if is_quantized:
             if module.packed.is_meta:
@@ -152,7 +156,7 @@ ADAPTERS_HAVE_DROPOUT = "adapters have dropout"
 
 
 def product_obstacle(modules: Sequence[nn.Module]) -> str | None:
-    """Why the modules are no products with the matrices of :func:`layer_weights`; None where they are."""
+    """Returns why the modules cannot be replaced by products with :func:`layer_weights`; None if they can."""
     found = (
         _adapters_obstacle(each) if _has_adapters(each) else weights_obstacle([each], may_round=True)
         for each in modules
@@ -161,20 +165,20 @@ def product_obstacle(modules: Sequence[nn.Module]) -> str | None:
 
 
 def _product_weight(module: Any) -> torch.Tensor:
-    """The matrix (out, in) that a module multiplies with: its weight, rounded or plus the product of each adapter's factors."""
+    """Returns the matrix (out, in) that a module multiplies with: its weight, rounded, or with its adapters merged."""
     if isinstance(module, FakeQuantizedLinear):
         return module.product_weight()
     if not _has_adapters(module):
         return module.weight
     weight: torch.Tensor = module.base_layer.weight
     for name in _active(module):
-        # As the merged weights of an export are; peft's own order of the products keeps one of (tokens, r) instead.
+        # Like the merged weights of an export. peft would multiply with the two factors in turn instead.
         weight = weight + module.get_delta_weight(name).to(weight.dtype)
     return weight
 
 
 def _has_adapters(module: Any) -> bool:
-    """Whether it is a linear layer with LoRA of ``peft``, which need not be installed."""
+    """Whether a module is a linear layer with LoRA adapters of ``peft``. Works without ``peft`` installed."""
     return type(module).__name__ == "Linear" and type(module).__module__ == "peft.tuners.lora.layer"
 
 
@@ -194,7 +198,7 @@ def _adapters_obstacle(module: Any) -> str | None:
 
 
 def _active(module: Any) -> list[str]:
-    """The adapters that add to the weight now."""
+    """Returns the names of the adapters that are currently added to the weight."""
     if module.merged or module.disable_adapters:
         return []
     return [name for name in module.active_adapters if name in module.lora_A]
@@ -205,16 +209,16 @@ def _active(module: Any) -> list[str]:
 
 @dataclass(frozen=True)
 class WeightsMark:
-    """Tells whether a model still has the weights that it had, much faster than its fingerprint."""
+    """A mark of a model's current weights, to detect changes. Much faster to compute than the fingerprint."""
 
     content: tuple[Any, ...]
-    """Equal for equal weights, with the same adapters in effect."""
+    """Equal if the weights and the active adapters are equal."""
     versions: tuple[int, ...]
-    """Autograd's counters: other ones where weights were changed and changed back."""
+    """Autograd's version counters, which differ even if weights were changed and changed back."""
 
 
 def weights_mark(model: Any) -> WeightsMark:
-    """Of a model as it is now; reads all of its weights."""
+    """Returns the mark of a model's current weights. Reads all of them."""
     weights = list(model.state_dict(keep_vars=True).values())
     adapters = tuple(
         (name, tuple(_active(module)), tuple(module.merged_adapters), tuple(sorted(module.scaling.items())))
@@ -225,12 +229,12 @@ def weights_mark(model: Any) -> WeightsMark:
 
 
 def version_of(tensor: torch.Tensor) -> int:
-    """Autograd's count of the changes to a tensor; -1 for one made in inference mode, which has none."""
+    """Returns autograd's version counter of a tensor, or -1 for an inference tensor, which has none."""
     return -1 if tensor.is_inference() else tensor._version
 
 
 def plain_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """The tensor itself; or what a tensor of torchao, which has no memory of its own, is made of."""
+    """Returns the plain tensors that hold a tensor's data: itself, or the components of a torchao tensor."""
     if not type(tensor).__module__.startswith("torchao."):
         return [tensor]
     names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]  # as torch.compile asks of every such class
@@ -238,9 +242,10 @@ def plain_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 
 def checksum(tensors: Iterable[torch.Tensor]) -> bytes:
-    """16 bytes that depend on every bit of the tensors, and on its place, but not on shapes or dtypes.
+    """Returns a 16-byte checksum of the content of tensors, in order. Shapes and dtypes do not enter.
 
-    Reads memory at about its speed (25 GB/s for one CPU thread). Equal for equal bytes on the same kind of device.
+    Equal bytes give equal checksums on the same kind of device. One CPU thread reads about 25 GB/s, near the speed of
+    memory.
     """
     digest = xxh3_128()
     for tensor in chain.from_iterable(map(plain_parts, tensors)):
@@ -255,9 +260,9 @@ def checksum(tensors: Iterable[torch.Tensor]) -> bytes:
 
 
 def word_sums(content: torch.Tensor) -> torch.Tensor:
-    """64 bits for each ``WORDS_AT_ONCE`` words of bytes (n,), computed where these are.
+    """Returns a 64-bit sum for each ``WORDS_AT_ONCE`` 32-bit words of bytes (n,), computed on their device.
 
-    A sum of the words times odd random numbers, modulo 2^64: a single word that changes always changes it.
+    It is the sum of the words times odd random numbers, modulo 2^64, so that changing a single word always changes it.
     """
     padding = -content.numel() % 4
     words = (nn.functional.pad(content, (0, padding)) if padding else content).view(torch.int32)
@@ -276,9 +281,9 @@ def _factors(count: int, device: torch.device) -> torch.Tensor:
 
 
 class _KernelCopies:
-    """The kernels over a model's weights, and what tells whether these have changed since they were copied.
+    """The kernels over a model's weights, with the checksums that detect changes to weights that were copied.
 
-    Most weights are read in the model's own memory. Of those that are copied, checksums find what moves no version counter.
+    Most weights are read in the model's own memory and need no check.
     """
 
     def __init__(self, model: ModelParts, weight_format: WeightFormat):
@@ -286,7 +291,7 @@ class _KernelCopies:
 
         self._key = _key(model)
         weights, config = stored_weights(model), model.config
-        # Before they are copied: what another process writes meanwhile is found, too late rather than never.
+        # Computed before the weights are copied: if another process writes meanwhile, the next check finds it.
         checksums = [[checksum([piece]) for piece in _pieces(weight)] for weight in weights]
         copies = KernelWeights.of(
             _matrices(model),
@@ -296,8 +301,8 @@ class _KernelCopies:
             weight_format=weight_format,
         )
         self.recurrence: Recurrence = Recurrence(copies)
-        # Of each weight that is copied: which it is, its pieces where they can be read without its tensor (which is not to be
-        # kept alive for it), checksums.
+        # For each copied weight: its index, its pieces as memory views that do not keep the tensor alive (None if it is
+        # not contiguous), and the checksums of the pieces.
         self._copied: list[tuple[int, list[memoryview] | None, list[bytes]]] = []
         pairs = zip(weights, self.recurrence.weights.tensors, checksums, strict=True)
         for number, (weight, stored, sums) in enumerate(pairs):
@@ -306,12 +311,12 @@ class _KernelCopies:
                 self._copied.append((number, memory, sums))
         self._num_checks = 0
         self.is_doubtful = False
-        """Whether something has happened that may have changed weights."""
+        """Whether something happened that may have changed weights, so that the next check must compare all pieces."""
 
     def holds(self, model: ModelParts, *, all_pieces: bool) -> bool:
-        """Whether these are the kernels of the model as it is, as far as the pieces tell that are compared."""
+        """Whether the copies match the model's current weights in the pieces that are compared."""
         is_doubtful, self.is_doubtful = self.is_doubtful, False
-        if self._key != _key(model):  # else the weights are where they were, and so are their pieces
+        if self._key != _key(model):  # if equal, the weights have not moved, so the memory views are still valid
             return False
         self._num_checks += 1
         for number, memory, sums in self._copied:
@@ -327,11 +332,11 @@ class _KernelCopies:
 
 
 _kernels: "weakref.WeakKeyDictionary[Any, dict[WeightFormat, _KernelCopies]]" = weakref.WeakKeyDictionary()
-_lock = threading.RLock()  # on the dictionary: models may run, and optimizers step, in several threads
+_lock = threading.RLock()  # for the dictionary: several threads may run models and step optimizers
 
 
 def kernel_obstacle(model: ModelParts) -> str | None:
-    """What keeps the kernels from running this model, whatever the machine; None where nothing does."""
+    """Returns why the kernels cannot run this model on any machine; None if they can."""
     obstacle = hook_points_obstacle(model) or weights_obstacle([*layer_modules(model), model.lm_head])
     if obstacle is not None:
         return obstacle
@@ -348,21 +353,24 @@ def kernel_obstacle(model: ModelParts) -> str | None:
 def recurrence_of(
     model: ModelParts, weight_format: WeightFormat = "float32", *, is_prompt: bool = False
 ) -> "Recurrence":
-    """The kernels over this model's weights, copied where they have not this format. Kept until the weights change.
+    """Returns the kernels over this model's weights. Weights in other formats are copied; the result is cached.
 
-    A change that autograd's version counter does not see (by a fused optimizer, ``.data``, NumPy, or another process)
-    is found
+    The cache is dropped when the weights change. A change that autograd's version counter misses (by a fused optimizer,
+    ``.data``, NumPy, or another process) is detected
 
-    - at the start of every prompt: all copied weights are read, at the speed of memory;
-    - between two tokens of a text, at once where an optimizer has stepped, ``train()`` was called or the change is spread
-      over the matrix, as a neuron's ablation in the decoder is; else, in a matrix of over 256 KiB, within 128 tokens.
+    - at the start of every prompt, when all copied weights are read, at the speed of memory;
+    - between two tokens of a text: immediately if an optimizer has stepped, ``train()`` was called, or the change is
+      spread over the matrix, as a neuron's ablation in the decoder is; otherwise within 128 tokens, for matrices of
+      over 256 KiB.
 
     Args:
-        is_prompt: whether what is read now is the first of a prompt.
+        model: the model.
+        weight_format: the format of the kernels' weights; "float32" for the model's own.
+        is_prompt: whether the tokens to be read are the first of a prompt.
 
     Raises:
-        ValueError: a layer is no longer its weight alone: it has got hooks, adapters or another module. Looked for at
-            the start of a prompt, and where weights have changed.
+        ValueError: a layer is no longer a plain product, because hooks, adapters or another module were added. Checked
+            at the start of a prompt, and when weights have changed.
     """
     with _lock:
         of_model = _kernels.setdefault(model, {})
@@ -380,27 +388,30 @@ def recurrence_of(
 
 
 def recheck_weights(model: Any) -> None:
-    """For whoever may have changed weights: all are compared before the kernels read the next token."""
+    """Makes the kernels compare all copied weights before the next token. Call it when weights may have changed."""
     with _lock:
         for kept in _kernels.get(model, {}).values():
             kept.is_doubtful = True
 
 
 def forget_kernels(model: Any) -> None:
-    """For whoever takes the memory away that weights are in, as sharding does."""
+    """Drops the cached kernels of a model. Call it when the memory of weights is released, as sharding does."""
     with _lock:
         _kernels.pop(model, None)
 
 
 def stored_weights(model: ModelParts) -> list[torch.Tensor]:
-    """The memory that they are in, in the order of ``KernelWeights.tensors``."""
+    """Returns the tensors that store the weights, in the order of ``KernelWeights.tensors``."""
     modules = (model.embed, *layer_modules(model), model.lm_head)
     return [each.packed if type(each) in (QuantizedLinear, QuantizedEmbedding) else each.weight for each in modules]
 
 
 def quantized_format(model: ModelParts) -> str | None:
-    """In which of :data:`bdh.ops.WEIGHT_FORMATS` E, Ev and Dec are rounded, or the format of each where it is none of these, or
-    the other library in whose format they are; None where they are plain numbers."""
+    """Returns the format in which E, Ev and Dec are quantized; None if they are not.
+
+    It is one of :data:`bdh.ops.WEIGHT_FORMATS`, the formats of the single matrices if they match none of these, or the
+    name of the other library that quantized them.
+    """
     modules = layer_modules(model)
     if (library := next(filter(None, map(quantizing_library, modules)), None)) is not None:
         return library
@@ -415,32 +426,32 @@ def quantized_format(model: ModelParts) -> str | None:
 
 
 def _matrices(model: ModelParts) -> list[torch.Tensor | Rows]:
-    """The same as ``KernelWeights.of`` takes them."""
+    """Returns the weights as arguments of ``KernelWeights.of``."""
     modules = (model.embed, *layer_modules(model), model.lm_head)
     return [Rows(each.packed, each.weight_format) if type(each) is QuantizedLinear else each.weight for each in modules]
 
 
 def _key(model: ModelParts) -> tuple[Any, ...]:
-    """Changes with the memory that weights are in, where autograd counts with what it holds, and with constants."""
-    config = vars(model.config)  # whose attributes go through transformers' own lookup, a microsecond each
+    """Returns a key that changes with the weights' memory addresses, autograd's version counters, and the constants."""
+    config = vars(model.config)  # avoids the attribute lookup of transformers, which takes a microsecond each
     places = [(w.data_ptr(), w.dtype, w.shape, w.stride(), version_of(w)) for w in stored_weights(model)]
     return config["rope_theta"], config["layer_norm_eps"], config["n_layer"], *places
 
 
 def _pieces(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Views of some of its rows each."""
+    """Splits a weight into views of consecutive rows."""
     count = min(-(-weight.nbytes // PIECE_BYTES), _MAX_PIECES, len(weight))
     return weight.detach().tensor_split(max(1, count))
 
 
 def _memory(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU, to be read only while it still has this memory."""
+    """Returns the bytes of a contiguous CPU tensor, without keeping it alive. Valid only while it has this memory."""
     return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr()))
 
 
 @cache
 def _watch_optimizers() -> None:
-    """All of this process, from the first time on that kernels are made."""
+    """Registers a hook for all optimizers of this process, when kernels are first created."""
     register_optimizer_step_post_hook(_recheck_all)
 
 
