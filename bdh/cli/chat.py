@@ -95,19 +95,19 @@ class Session:
         self.is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
         self._failed = False
         self._commands: dict[str, tuple[str, str, Callable[[str], None]]] = {
-            "/help": ("", "this list", self._help),
-            "/temp": ("X", "temperature: 0 takes the likeliest token", self._setter("temperature", float)),
-            "/top_k": ("K", "sample from the K likeliest tokens, 0 for all", self._setter("top_k", int)),
-            "/top_p": ("P", "sample from the likeliest tokens of this probability", self._setter("top_p", float)),
-            "/max_tokens": ("N", "tokens of a reply at most", self._setter("max_tokens", int)),
-            "/seed": ("S", "draw from this seed from here on, none for no fixed one", self._seed),
-            "/system": ("TEXT", 'the system message, "" for none; what was said is read again after it', self._system),
-            "/reset": ("", "forget what was said", self._reset),
-            "/save": ("FILE", "write the conversation to a file", self._save),
-            "/load": ("FILE", "continue the conversation of a file", self.load),
+            "/help": ("", "show this list", self._help),
+            "/temp": ("X", "temperature; 0 always takes the likeliest token", self._setter("temperature", float)),
+            "/top_k": ("K", "sample only from the K likeliest tokens; 0: from all", self._setter("top_k", int)),
+            "/top_p": ("P", "sample from the likeliest tokens of total probability P", self._setter("top_p", float)),
+            "/max_tokens": ("N", "largest number of tokens in a reply", self._setter("max_tokens", int)),
+            "/seed": ("S", "seed of the next replies; none: no fixed seed", self._seed),
+            "/system": ("TEXT", 'set the system message, "" for none; messages are read again after it', self._system),
+            "/reset": ("", "forget the conversation", self._reset),
+            "/save": ("FILE", "save the conversation to a file", self._save),
+            "/load": ("FILE", "continue a saved conversation", self.load),
             "/undo": ("", "take back the last turn", self._undo),
-            "/stats": ("", "tokens, speed, the state", self._stats),
-            "/quit": ("", "end, as Ctrl-D does", lambda value: None),
+            "/stats": ("", "show tokens, speed and the state", self._stats),
+            "/quit": ("", "end, like Ctrl-D", lambda value: None),
         }
 
     def introduce(self, name: str) -> None:
