@@ -1,5 +1,7 @@
-"""``generate_text``, ``trace`` and their relatives as methods of a model. What they call stands above it: :mod:`bdh.generate.texts`
-and :mod:`bdh.inspect`."""
+"""Mixins that give a model the methods ``generate_text``, ``stream_text`` and ``trace``.
+
+They import :mod:`bdh.generate.texts` and :mod:`bdh.inspect` when called, since these packages build on the model.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,31 +13,31 @@ Prompt = str | Sequence[int]
 
 
 class TextMethods:
-    """Arguments and errors are those of :func:`bdh.generate.texts.generate_texts`.
+    """Methods that generate text; :func:`bdh.generate.texts.generate_texts` documents their arguments and exceptions.
 
-    A prompt is a text, in which nothing is a special token, or the ids of tokens. How to sample is ``params``
-    (:class:`bdh.generate.params.SamplingParams`), or its fields as keywords, also by transformers' names ``max_new_tokens``
-    and ``num_return_sequences``, and ``num_beams``.
+    A prompt is a string, in which nothing is parsed as a special token, or a sequence of token ids. Pass sampling
+    settings as ``params`` (:class:`bdh.generate.params.SamplingParams`) or as keywords with the names of its fields;
+    ``max_new_tokens``, ``num_return_sequences`` and ``num_beams`` of transformers are accepted too.
     """
 
     def generate_text(self, tokenizer: Any, prompt: Prompt, params: Any = None, **settings: Any) -> str:
-        """The continuation of ``prompt``, without the prompt."""
+        """Returns the continuation of ``prompt``, without the prompt."""
         return self.generate_texts(tokenizer, [prompt], params, **settings)[0][0]
 
     def generate_texts(
         self, tokenizer: Any, prompts: Sequence[Prompt], params: Any = None, **settings: Any
     ) -> list[list[str]]:
-        """For each prompt its continuations, ``n`` of them."""
+        """Returns ``n`` continuations for each prompt, without the prompts."""
         from bdh.generate.texts import generate_texts
 
         model: Any = self
         return generate_texts(model, tokenizer, prompts, params, **settings)
 
     def stream_text(self, tokenizer: Any, prompt: Prompt, params: Any = None, **settings: Any) -> Iterator[str]:
-        """The continuation piece by piece, in whole characters, each generated when it is asked for.
+        """Yields the continuation in pieces of whole characters. Each piece is generated when it is requested.
 
         Raises:
-            ValueError: also with beams or several sequences, which cannot stream.
+            ValueError: as :meth:`generate_texts`, and for several beams or sequences, which cannot be streamed.
         """
         from bdh.generate.texts import stream_text
 
@@ -44,7 +46,7 @@ class TextMethods:
 
 
 class TraceMethod:
-    """``trace`` of a model."""
+    """The method ``trace`` of a model."""
 
     def trace(
         self,
@@ -56,7 +58,7 @@ class TraceMethod:
         heads: Sequence[int] | None = None,
         layer_steps: Sequence[int] | None = None,
     ) -> "Trace":
-        """What the layer steps compute while the model reads a text; arguments and errors are those of :func:`bdh.inspect.trace`."""
+        """Reads a text and records what the layer steps compute, as :func:`bdh.inspect.trace` does."""
         from bdh.inspect.tracing import trace
 
         choice: dict[str, Any] = {"positions": positions, "heads": heads, "layer_steps": layer_steps}

@@ -1,1 +1,1 @@
-"""Generation at constant cost: sequences that read and write, one state each."""
+"""Text generation: the engine, its sampling and caches, snapshots, and chat. Each token takes constant time."""

@@ -1,4 +1,4 @@
-"""Advances the states of sequences, several at once: by one token where a text is continued, by many where a prompt is read."""
+"""Advances the states of several sequences at once, by single tokens of continuations and by chunks of prompts."""
 
 import logging
 import math
@@ -25,28 +25,28 @@ from bdh.words import counted
 _logger = logging.getLogger(__name__)
 WantedLogits = Literal["none", "last", "all"]
 MOST_NEURONS = 64
-"""The strongest neurons that may be asked for, of each layer step."""
+"""The most neurons that can be requested for each layer step."""
 MAX_TOKENS: dict[BackendName, int] = {"cpu": 128, "eager": 512}
-"""Tokens in one call of a backend: what it works in grows with it, and the gain has ended before."""
+"""The most tokens in one call of a backend. More would take more working memory and run no faster."""
 LONG_CALL = 1 << 30
-"""Tokens by neurons by width from which each layer step is a call of the kernels, so that progress is seen every few tens of
-milliseconds."""
+"""From this product of tokens, neurons and width on, each layer step is a separate kernel call, so that progress
+is reported every few tens of milliseconds."""
 
 
 @dataclass
 class LayerActivity:
-    """Which neurons fired while a token was read, in one layer step."""
+    """The neurons that fired in one layer step while a token was read."""
 
     fired: float
-    """The share of all neurons that fired."""
+    """The fraction of all neurons that fired."""
     neurons: list[int]
-    """The strongest of those that did, from 0 to H*N - 1, head by head; the strongest first."""
+    """The indices of those with the largest activations, in descending order, from 0 to H*N - 1 head by head."""
     values: list[float]
-    """Their activations x."""
+    """The activations x of these neurons."""
 
     @classmethod
     def of(cls, x: np.ndarray, num_strongest: int) -> "LayerActivity":
-        """Of a token's activations x (H*N,)."""
+        """Returns the activity for a token's activations x (H*N,)."""
         num_fired = int(np.count_nonzero(x > 0))
         num_others = len(x) - min(num_strongest, num_fired)
         strongest = np.argpartition(x, min(num_others, len(x) - 1))[num_others:]
@@ -55,17 +55,19 @@ class LayerActivity:
 
 
 class Residuals:
-    """Sums up v after the last layer step over the tokens of one sequence, while they are read: in float64, one token after the
-    other, for the same bits however the tokens are cut."""
+    """Accumulates v after the last layer step over the tokens of one sequence while they are read.
+
+    The sum is in float64 and token by token, so that it has the same bits however the tokens are split into calls.
+    """
 
     def __init__(self) -> None:
         self.num_tokens = 0
         self.last: np.ndarray | None = None
-        """v of the last token, float32 (D,)."""
+        """v of the last token, float32 (D,); None before the first token."""
         self._sum: np.ndarray | None = None
 
     def add(self, v: torch.Tensor | np.ndarray) -> None:
-        """The next tokens, (T, D)."""
+        """Adds v of the next tokens, (T, D)."""
         values = v.detach().float().cpu().numpy() if isinstance(v, torch.Tensor) else v
         before = np.zeros_like(values[:1], np.float64) if self._sum is None else self._sum[None]
         self._sum = np.cumsum(np.concatenate([before, values]), axis=0, dtype=np.float64)[-1]
@@ -74,10 +76,10 @@ class Residuals:
 
     @property
     def mean(self) -> np.ndarray:
-        """Float32, (D,).
+        """Returns the mean over all tokens, float32 (D,).
 
         Raises:
-            ValueError: nothing has been read.
+            ValueError: no token has been read.
         """
         if self._sum is None:
             raise ValueError("no token has been read: there is no mean residual of none")
@@ -86,39 +88,42 @@ class Residuals:
 
 @dataclass
 class StepInput:
-    """Tokens that one sequence reads in a step. After an exception the same one may be given again, unless its state is
-    torn: it continues with the tokens that have not been read."""
+    """The tokens that one sequence reads in a step, what to return for them, and the results.
+
+    After an exception the same object can be passed again, unless its state is torn: it continues with the unread
+        tokens.
+    """
 
     state: SynapticState
-    """Of one sequence; advanced in place."""
+    """The state of one sequence, which is advanced in place."""
     tokens: Sequence[int]
-    """At least one."""
+    """At least one token id."""
     logits: WantedLogits = "last"
-    """Of which tokens the logits of the next one are wanted."""
+    """The tokens for which next-token logits are returned."""
     record_activations: int | None = None
-    """How many of the strongest neurons of each layer step are wanted of the last token; None for no activity."""
+    """The number of strongest neurons in each layer step to report for the last token; None to record nothing."""
     residuals: Residuals | None = None
-    """Takes v after the last layer step of all its tokens."""
+    """Collects v after the last layer step for all tokens."""
     activity: list[LayerActivity] | None = None
-    """A result: of each layer step, where it was asked for."""
+    """Result: the activity in each layer step, if requested."""
     num_read: int = 0
-    """A result: how many of the tokens the state has read."""
+    """Result: the number of tokens that the state has read."""
     error: Exception | None = None
-    """A result: what went wrong with this sequence alone, in a step that others have come through."""
+    """Result: the exception of this sequence, if it failed alone in a step of several sequences."""
     found: list[torch.Tensor] = field(default_factory=list)
-    """Logits (T, V) of the pieces that have been read."""
+    """The logits (T, V) of the chunks that have been read."""
 
     @property
     def is_done(self) -> bool:
         return self.num_read == len(self.tokens)
 
     def record(self, x: np.ndarray) -> None:
-        """Notes a layer step, x (H*N,) of the last token."""
+        """Records the activations x (H*N,) of the last token in a layer step."""
         assert self.record_activations is not None
         self.activity = [*(self.activity or ()), LayerActivity.of(x, self.record_activations)]
 
     def commit(self, count: int, logits: torch.Tensor | None, v: torch.Tensor | np.ndarray) -> None:
-        """Its state, whose memory is whole again, has read so many more tokens; ``v`` is (count, D) after the last layer step."""
+        """Marks ``count`` more tokens as read and the state as whole; ``v`` is (count, D) after the last layer step."""
         if self.residuals is not None:
             self.residuals.add(v)
         self.state.positions.add_(count)
@@ -129,22 +134,22 @@ class StepInput:
         self.state.is_torn = False
 
     def result(self) -> torch.Tensor | None:
-        """The logits that are wanted: (V,) of the last token, (T, V) of all of them, or None."""
+        """Returns the requested logits: (V,) for the last token, (T, V) for all tokens, or None."""
         if self.logits == "none":
             return None
         return torch.cat(self.found) if self.logits == "all" else self.found[-1][-1]
 
 
 class _Call:
-    """What goes into a call of a backend: the next tokens of some sequences, those of one after those of another."""
+    """The input of one call of a backend: the next tokens of some sequences, concatenated."""
 
     def __init__(self, taken: Sequence[tuple[StepInput, int]]):
-        self.taken = taken  # with the number of their tokens
+        self.taken = taken  # the inputs, each with its number of tokens in this call
         self.tokens: list[int] = []
         self.positions: list[int] = []
-        self.starts = [0]  # where the tokens of each input begin, and the end of the last
-        self.wanted: list[range] = []  # the tokens of each input after which it wants logits
-        self.recorded: list[tuple[StepInput, int]] = []  # who wants the activity of the last token, and its place
+        self.starts = [0]  # the index of each input's first token, and the end of the last input
+        self.wanted: list[range] = []  # for each input, the tokens whose logits it requests
+        self.recorded: list[tuple[StepInput, int]] = []  # the inputs that record activity, with the token's index
         for each, count in taken:
             first, position, end = each.num_read, each.state.position, self.starts[-1] + count
             self.tokens += each.tokens[first : first + count]
@@ -157,28 +162,31 @@ class _Call:
 
 
 class Advancer:
-    """Advances the states of sequences of one model, by the fastest backend for it and its device.
+    """Advances states of one model with the fastest backend for the model and its device.
 
-    With the kernels of :mod:`bdh.ops.cpu` logits and states have the same bits however tokens are given; with torch's
-    operations they agree up to rounding, and have the bits of the whole where texts are cut at multiples of ``chunk_size``.
+    With the kernels of :mod:`bdh.ops.cpu`, logits and states have the same bits however the tokens are split into
+    calls. With PyTorch operations they agree up to rounding, and have the same bits if texts are split at multiples of
+    ``chunk_size``.
 
     Args:
-        path: one of :data:`bdh.ops.STEP_PATHS`; "auto" takes the kernels where they run.
-        weights: the format of the kernels' copies of the weights (:data:`bdh.ops.WeightFormat`); "float32" for the model's
-            own, which may be quantized.
-        state: "float32"; or half the memory and traffic of the states: "int16", whose logits stay close to those of float32 and
-            which takes 64 bytes more for each neuron, or "bfloat16", which drifts from them. None takes what a quantized model recommends where that runs, and else float32.
-        window: attend to the last so many tokens only (:mod:`bdh.ops.eager`); None for all of the text.
+        model: a :class:`bdh.BDHForCausalLM` or :class:`bdh.model.network.Network`.
+        path: one of :data:`bdh.ops.STEP_PATHS`; "auto" uses the kernels if they are available.
+        weights: the format of the kernels' weights (:data:`bdh.ops.WeightFormat`). Other formats than "float32" are
+            copies, rounded when the model is loaded; "float32" uses the model's own weights, which may be quantized.
+        state: the format of the states. "int16" and "bfloat16" halve their memory and traffic: "int16" stays close to
+            the logits of "float32" and takes 64 bytes more for each neuron, "bfloat16" drifts from them. None uses
+            the format that a quantized model recommends if it is available, and otherwise "float32".
+        window: attend only to this many last tokens (:mod:`bdh.ops.eager`); None for the whole text.
 
     Raises:
-        ValueError: a value that is none of these, or the kernels, or what only they do, where they do not run.
+        ValueError: a value is invalid, or needs the kernels where they are not available.
 
     Attributes:
         backend: "cpu" or "eager".
-        weight_format: of the weights that are read: that of the copies, or the model's own where it is quantized.
-        state_format: of the states.
-        last_progress: ``time.monotonic()`` when a step last came to an end of some of its work. For other threads, which
-            tell by it a long step from one that hangs.
+        weight_format: the format of the weights that are read: that of the copies, or the model's own if quantized.
+        state_format: the format of the states.
+        last_progress: the ``time.monotonic()`` at which part of a step last completed. Other threads can tell by it
+            whether a step takes long or hangs.
     """
 
     def __init__(
@@ -203,7 +211,7 @@ class Advancer:
         own = quantized_format(model)
         if own is not None:
             allowed_weights = f"{own}, in which the model's weights are stored, or left out"
-            if own not in WEIGHT_FORMATS:  # no value of the setting
+            if own not in WEIGHT_FORMATS:  # the setting has no value for it
                 allowed_weights = f"left out: the model's weights are stored in another format, {own}"
             faults.require(weights in ("float32", own), "weights", weights, allowed_weights)
         else:
@@ -235,7 +243,7 @@ class Advancer:
         self._kind = {"float32": "sums", "bfloat16": "sums bfloat16", "int16": "rows int16"}[state]
         if "scaled" in self._kernel_settings:
             self._kind += ", scaled"
-        if self._copies != "float32":  # what the model has read by other weights is another state
+        if self._copies != "float32":  # a state that was read with other weights is another kind of state
             self._kind += f", weights {self._copies}"
         self._shapes: Shapes = {"sums": (dtype, (H, N, D))}
         if state == "int16":
@@ -244,12 +252,12 @@ class Advancer:
             self._shapes = code_shapes(H, N, D)
         if window is not None:
             self._kind, self._shapes = f"window:{window}", ring_shapes(window, H, N, D, model.dtype)
-        self._is_reading = False  # whether the last call of the kernels had more than a token of some sequence
+        self._is_reading = False  # whether the last call of the kernels had several tokens of one sequence
         self.last_progress = time.monotonic()
 
     @property
     def description(self) -> str:
-        """Which code runs, and why: a line for people."""
+        """A readable line about the backend in use and why it was chosen."""
         window = None if self.window is None else f"a window of {counted(self.window, 'token')}"
         if self.backend == "eager":
             weights = "" if self.weight_format == "float32" else f"weights {self.weight_format}, "
@@ -259,41 +267,41 @@ class Advancer:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of one sequence's state."""
+        """The size of one sequence's state, in bytes."""
         L = self.model.config.n_layer
         return L * sum(math.prod(shape) * dtype.itemsize for dtype, shape in self._shapes.values())
 
     @property
     def pattern(self) -> Pattern:
-        """That of its states."""
+        """The pattern of the states; see :attr:`SynapticState.pattern`."""
         L = self.model.config.n_layer
         return self._kind, {name: (dtype, (L, *shape)) for name, (dtype, shape) in self._shapes.items()}
 
-    @torch.inference_mode(False)  # a state is kept for later steps, which may come outside of it
+    @torch.inference_mode(False)  # states outlive the call, and inference tensors could not be used outside of the mode
     def new_state(self, batch_size: int = 1) -> SynapticState:
-        """The state of sequences before their first token; positions are on the CPU, where they are asked for."""
+        """Returns the state before the first token. Its positions are on the CPU, where the engine reads them."""
         L, device = self.model.config.n_layer, self.model.device
         return SynapticState.empty(
             self._kind, self._shapes, L, batch_size=batch_size, device=device, positions_device="cpu"
         )
 
     def mark_progress(self) -> None:
-        """Some work of a step has ended: a layer step, a piece of a prompt, a sequence."""
+        """Updates :attr:`last_progress`: a layer step, a chunk of a prompt or a sequence has completed."""
         self.last_progress = time.monotonic()
 
     def advance(self, inputs: Sequence[StepInput]) -> list[torch.Tensor | None]:
-        """Reads the tokens of all inputs, and returns the logits that each wants.
+        """Reads the tokens of all inputs, and returns the requested logits.
 
-        The sequences do not see each other, and no state may be given twice in one step.
+        The sequences are independent of each other. The same state must not be given twice in one call.
 
-        After an exception each state is as it was, or has read :attr:`StepInput.num_read` tokens, or is marked as torn.
+        After an exception each state is unchanged, has read :attr:`StepInput.num_read` tokens, or is marked as torn.
 
         Returns:
-            For each input float32 logits on the CPU: (V,) of its last token, (T, V) of all of them, or None.
+            For each input, float32 logits on the CPU: (V,) for the last token, (T, V) for all tokens, or None.
 
         Raises:
-            ValueError: no tokens, or ids outside of the vocabulary; all states are left as they were.
-            RuntimeError: a state is torn; the others are left as they were.
+            ValueError: an input has no tokens, or ids are outside the vocabulary. All states are unchanged.
+            RuntimeError: a state is torn. The other states are unchanged.
         """
         V = self.model.config.vocab_size
         for each in inputs:
@@ -315,27 +323,27 @@ class Advancer:
         return [each.result() for each in inputs]
 
     def read_all(self, inputs: Sequence[StepInput]) -> None:
-        """Reads all tokens that have not been read, of inputs that :meth:`advance` has checked.
+        """Reads the unread tokens of inputs that :meth:`advance` has checked.
 
-        What can fail comes before the first byte of a state is written. From then until it is committed the state is
-        marked as torn, so that after an exception it is known what has moved and what has not.
+        Everything that can fail is done before the first byte of a state is written. From then until it is committed,
+        the state is marked as torn, so that an exception never leaves a state of unknown content unmarked.
         """
         run = {"cpu": self._by_cpu, "eager": self._by_eager}[self.backend]
         while unread := [each for each in inputs if not each.is_done and each.error is None]:
             run(self._next_call(unread))
 
     def advance_isolating_faults(self, inputs: Sequence[StepInput], *, is_first: bool = True) -> None:
-        """As :meth:`advance`, but what cannot be read has an error then; all else is read, whatever goes wrong beside it.
+        """Reads the tokens of all inputs as :meth:`advance` does, but sets :attr:`StepInput.error` on inputs that fail.
 
-        After an exception those whose states are untouched are tried again: together where it has ended others, else in
-        halves, until those that cannot be read are alone.
+        After an exception the inputs whose states are untouched are tried again: together if the exception ended
+        others, and otherwise in halves, until the failing inputs are isolated.
         """
         if not inputs:
             return
         try:
             self.advance(inputs)
         except Exception as error:
-            if is_first:  # what follows from it is not worth as much of the log
+            if is_first:  # the retries would only fill the log with the same error
                 _logger.exception("a step of %d sequences has failed", len(inputs))
             for each in inputs:
                 if each.state.is_torn and each.error is None:
@@ -349,7 +357,7 @@ class Advancer:
             self.advance_isolating_faults(unread[cut:], is_first=False)
 
     def _next_call(self, unread: Sequence[StepInput]) -> _Call:
-        """Of up to ``MAX_TOKENS`` tokens."""
+        """Returns the next call, of up to ``MAX_TOKENS`` tokens."""
         taken, available = [], MAX_TOKENS[self.backend]
         scaled, chunk_size = self._kernel_settings.get("scaled"), self.model.config.chunk_size
         for each in unread:
@@ -365,16 +373,16 @@ class Advancer:
         return _Call(taken)
 
     def _record(self, recorded: Sequence[tuple[StepInput, int]], x_of: Callable[[int], np.ndarray]) -> None:
-        """Notes a layer step of inputs that want it of the token at the place given with them."""
+        """Records the activity in a layer step for each input, of the token at the index given with it."""
         self.mark_progress()
         for each, place in recorded:
             try:
                 each.record(x_of(place))
-            except Exception as error:  # the others are read
+            except Exception as error:  # the other inputs are still read
                 each.error = error
 
     def _by_cpu(self, call: _Call) -> None:
-        """All memory that a call needs is taken before a state is written."""
+        """Computes a call with the CPU kernels. All memory that it needs is allocated before a state is written."""
         from bdh.ops.cpu.recurrence import TokenRows
 
         starts, recorded = call.starts, call.recorded
@@ -405,12 +413,12 @@ class Advancer:
             first += len(places)
 
     def _begins_prompt(self, call: _Call) -> bool:
-        """Whether a sequence reads the first of a prompt, as far as the states and the call before tell."""
+        """Whether a sequence starts to read a prompt, judging by the states and the previous call."""
         was_reading, self._is_reading = self._is_reading, any(count > 1 for _, count in call.taken)
         return (self._is_reading and not was_reading) or any(each.state.position == 0 for each, _ in call.taken)
 
     def _by_eager(self, call: _Call) -> None:
-        """Single tokens and pieces of prompts share their products with the weights."""
+        """Computes a call with PyTorch. Single tokens and chunks of prompts share the products with the weights."""
         model, config = self.model, self.model.config
         dtype, eps, device = model.dtype, config.layer_norm_eps, model.device
         positions = torch.tensor(call.positions, device=device)
@@ -437,7 +445,7 @@ class Advancer:
 
 
 class StatePool:
-    """States of running sequences, made when they are first needed, and used again; ``capacity`` of them fit."""
+    """A pool of states, which reuses those of ended sequences. ``capacity`` states fit into ``max_bytes``."""
 
     def __init__(self, advancer: Advancer, max_bytes: int):
         self._advancer, self.max_bytes = advancer, max_bytes
@@ -445,7 +453,7 @@ class StatePool:
         self._free: list[SynapticState] = []
 
     def take(self, *, copy_of: SynapticState | None = None) -> SynapticState:
-        """A state, empty or a copy. The engine asks for no more than there is capacity for."""
+        """Returns an empty state, or a copy of another. The engine never takes more than the capacity."""
         state = self._free.pop() if self._free else self._advancer.new_state()
         if copy_of is not None:
             state.copy_(copy_of)
@@ -454,6 +462,6 @@ class StatePool:
         return state
 
     def give_back(self, state: SynapticState) -> None:
-        """A state that is needed no more; one whose content is unknown is dropped."""
+        """Takes back a state that is no longer needed. A torn one is dropped."""
         if not state.is_torn:
             self._free.append(state)

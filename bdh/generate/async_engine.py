@@ -1,4 +1,4 @@
-"""The engine for asyncio: it steps in a thread of its own, and any number of tasks wait for their outputs."""
+"""The engine for asyncio: it runs in its own thread, and any number of tasks can await its outputs."""
 
 import asyncio
 import logging
@@ -19,16 +19,16 @@ _logger = logging.getLogger(__name__)
 
 
 class Started:
-    """A request has a state."""
+    """Reports that a request has started running."""
 
 
 Item = StepOutput | BaseException | Started
-"""What a request gets: an output, a failure, or that it has a state."""
+"""What a request receives: an output, the engine's failure, or the report that it has started."""
 
 
 @dataclass(eq=False)
 class AsyncRequest:
-    """One prompt for the engine, and how far it has come."""
+    """A request for an :class:`AsyncEngine`, and its progress."""
 
     prompt: Prompt | None
     params: SamplingParams = field(default_factory=SamplingParams)
@@ -36,21 +36,22 @@ class AsyncRequest:
     keep_snapshot: bool = False
     record_activations: int | None = None
     residuals: Residuals | None = None
-    """This one and those before are arguments of :meth:`Engine.add_request`."""
+    """This field and those before it are the arguments of :meth:`Engine.add_request`."""
     deliver: Callable[[Item], None] | None = None
-    """Is called in the event loop with what the steps add, and the exception if the engine fails. None keeps them for :meth:`outputs`."""
+    """Called in the event loop with each output, or with the exception if the engine fails. None queues them for
+    :meth:`outputs`."""
     id: int = -1
-    """Its number in the engine; -1 until it has one."""
+    """The request's id in the engine; -1 before it is submitted."""
     has_started: bool = False
-    """Whether it has a state, or has had one: until then it waits."""
+    """Whether the request has started running."""
     num_left: int = 0
-    """Continuations that have not ended, from :meth:`AsyncEngine.submit` on."""
+    """The number of unfinished continuations; set by :meth:`AsyncEngine.submit`."""
 
     def __post_init__(self) -> None:
         self._kept: asyncio.Queue[Item] = asyncio.Queue()
 
     def receive(self, item: Item) -> None:
-        """Notes what has come, and delivers it."""
+        """Updates the progress with an item, and delivers it."""
         self.has_started = True
         if isinstance(item, BaseException):
             self.num_left = 0
@@ -59,10 +60,10 @@ class AsyncRequest:
         (self.deliver or self._kept.put_nowait)(item)
 
     async def outputs(self) -> AsyncIterator[StepOutput]:
-        """What the steps add, as it comes, until all continuations have ended.
+        """Yields the outputs as they are generated, until all continuations have ended.
 
         Raises:
-            RuntimeError: the engine is closed, or has failed.
+            RuntimeError: the engine is closed or has failed.
         """
         while self.num_left or not self._kept.empty():
             item = await self._kept.get()
@@ -73,37 +74,40 @@ class AsyncRequest:
 
 
 class AsyncEngine:
-    """Takes requests from any task or thread; the engine belongs to this object's thread from now on.
+    """Runs an :class:`Engine` in a thread, and accepts requests from any task or thread.
 
-    An exception in the engine itself, not in a request, ends the thread, and is raised for everyone who waits or asks later.
+    Do not use the engine directly any more. An exception in the engine itself, rather than in a request, ends the
+    thread; it is raised in all tasks that await outputs, and by later calls.
     """
 
     def __init__(self, engine: Engine):
         self.engine = engine
         self._changed = threading.Condition()
-        self._orders: list[Callable[[], None]] = []  # what the thread is to do between two steps
+        self._orders: list[Callable[[], None]] = []  # calls that the thread makes between two steps
         self._receivers: dict[int, tuple[asyncio.AbstractEventLoop, AsyncRequest]] = {}
         self._is_closed = False
         self.failure: BaseException | None = None
-        """Why the thread has ended; None while it runs."""
+        """The exception that ended the thread; None while it runs."""
         self._beat, self._is_idle = time.monotonic(), True
         self.stats = engine.stats()
-        """As they were after the last step."""
+        """The engine's statistics after the last step."""
         self._thread = threading.Thread(target=self._run, name="bdh-engine", daemon=True)
         self._thread.start()
 
     @property
     def seconds_without_progress(self) -> float:
-        """Since a step, or some work of a step, came to its end; 0 where there is nothing to do. Large where a step hangs, and
-        not where it has much to read."""
+        """The time since a step, or a part of its work, last completed; 0 if there is nothing to do.
+
+        It grows large if a step hangs, but not while a long prompt is read.
+        """
         return 0.0 if self._is_idle else time.monotonic() - max(self._beat, self.engine.advancer.last_progress)
 
     async def submit(self, request: AsyncRequest) -> None:
-        """Hands a request to the engine. Who does not take all of its outputs is to call :meth:`abort`.
+        """Submits a request. If you do not read all of its outputs, call :meth:`abort`.
 
         Raises:
             ValueError: as :meth:`Engine.add_request`.
-            RuntimeError: the engine is closed, or has failed.
+            RuntimeError: the engine is closed or has failed.
         """
         loop = asyncio.get_running_loop()
         taken_up: Future[None] = Future()
@@ -135,9 +139,9 @@ class AsyncEngine:
             raise
 
     def abort(self, request: AsyncRequest) -> None:
-        """Ends a request within a step; no further outputs come. Does nothing where it has ended."""
+        """Ends a request within a step, without further outputs. Does nothing if it has ended."""
 
-        def abort() -> None:  # carried out after the order that adds it
+        def abort() -> None:  # runs after the call that adds the request
             if self._receivers.pop(request.id, None) is not None:
                 self.engine.abort(request.id)
 
@@ -147,16 +151,17 @@ class AsyncEngine:
                 self._order(abort, is_wanted_always=True)
 
     def stop(self, request: AsyncRequest) -> None:
-        """Ends a request within a step; the outputs that come last have snapshots of what had begun."""
+        """Ends a request within a step. The last outputs have snapshots of the continuations that had started."""
         if request.num_left and self.failure is None:
             self._order(lambda: self.engine.abort(request.id, keep_snapshot=True), is_wanted_always=True)
 
     async def stream(
         self, prompt: Prompt | None, params: SamplingParams | None = None, **arguments: Any
     ) -> AsyncIterator[StepOutput]:
-        """The outputs of a request as they come. Leaving the loop, or cancelling the task, aborts it within a step.
+        """Submits a request and yields its outputs. Leaving the loop, or cancelling the task, aborts it within a step.
 
-        Arguments are those of :class:`AsyncRequest`, errors those of :meth:`submit` and :meth:`AsyncRequest.outputs`.
+        The arguments are those of :class:`AsyncRequest`, the exceptions those of :meth:`submit` and
+        :meth:`AsyncRequest.outputs`.
         """
         request = AsyncRequest(prompt, params or SamplingParams(), **arguments)
         await self.submit(request)
@@ -169,7 +174,7 @@ class AsyncEngine:
     async def generate(
         self, prompt: Prompt | None, params: SamplingParams | None = None, **arguments: Any
     ) -> list[Completion]:
-        """The continuations of a prompt. Arguments and errors are those of :meth:`stream`."""
+        """Returns the continuations of a prompt. Arguments and exceptions are those of :meth:`stream`."""
         found: dict[int, Completion] = {}
         async for output in self.stream(prompt, params, **arguments):
             if output.completion is not None:
@@ -177,10 +182,13 @@ class AsyncEngine:
         return [found[index] for index in sorted(found)]
 
     def close(self, seconds: float | None = None) -> bool:
-        """Ends the thread after its present step; requests that still run end with an error.
+        """Ends the thread after its current step. Requests that are still running fail.
+
+        Args:
+            seconds: the time to wait for the thread; None to wait without limit.
 
         Returns:
-            Whether it has ended within so many seconds; None waits for as long as it takes.
+            Whether the thread has ended in this time.
         """
         with self._changed:
             self._is_closed = True
@@ -219,12 +227,12 @@ class AsyncEngine:
             failure = error
         with self._changed:
             self.failure = failure
-        self._carry_out(self._orders)  # those that have just come get the failure too
+        self._carry_out(self._orders)  # calls that arrived last get the failure too
         self._deliver([(request_id, failure) for request_id in self._receivers])
         self._receivers.clear()
 
     def _carry_out(self, orders: Sequence[Callable[[], None]]) -> None:
-        """One that fails does so alone: what it asked for may not have happened, and all else continues."""
+        """Makes queued calls. One that fails is logged and does not affect the others."""
         for order in orders:
             try:
                 order()
@@ -232,7 +240,7 @@ class AsyncEngine:
                 _logger.exception("the engine could not carry out an order")
 
     def _deliver(self, items: Sequence[tuple[int, Item]]) -> None:
-        """Hands items to the requests of these ids: each event loop is woken once."""
+        """Delivers items to the requests with these ids, waking each event loop once."""
         for_loop: dict[asyncio.AbstractEventLoop, list[tuple[AsyncRequest, Item]]] = {}
         for request_id, item in items:
             if found := self._receivers.get(request_id):
@@ -240,7 +248,7 @@ class AsyncEngine:
         for loop, several in for_loop.items():
             try:
                 loop.call_soon_threadsafe(_receive_all, several)
-            except RuntimeError:  # the loop has been closed: nobody waits any more
+            except RuntimeError:  # the event loop is closed: no task awaits the outputs any more
                 if not loop.is_closed():
                     raise
 

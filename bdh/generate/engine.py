@@ -1,7 +1,7 @@
-"""Many sequences at once, each at constant cost: requests join and leave at every step.
+"""The engine: continuous batching of requests, which can join and leave at every step.
 
-A sequence's tokens depend on its own prompt, settings and seed, and not on what runs beside it: with the sparse kernels
-to the bit, with torch's operations up to rounding.
+A sequence's tokens depend only on its own prompt, settings and seed, not on other sequences in the batch: bit for bit
+with the sparse kernels, and up to rounding with PyTorch operations.
 """
 
 import itertools
@@ -35,23 +35,26 @@ from bdh.tokenizer.plain import PlainTokenizer, check_vocabulary, end_token_ids
 from bdh.words import counted
 
 _logger = logging.getLogger(__name__)
-# What prompts get of a step however many sequences are being continued, so that none waits for ever.
+# The least share of a step's tokens, one of this many, that is kept for prompts, so that no prompt waits forever.
 _LEAST_PROMPT_SHARE = 8
 _INTERRUPTED = "the step that worked on it was interrupted"
 
 
 class Engine:
-    """Continues prompts, as many at a time as the memory for their states allows.
+    """Generates text for many requests at once, as many as fit into the memory for their states.
 
-    Not for several threads at once; :class:`bdh.generate.async_engine.AsyncEngine` is.
+    Add requests with :meth:`add_request` and call :meth:`step` until :meth:`has_work` is False, or call
+    :meth:`generate`. The engine is not thread-safe; :class:`bdh.generate.async_engine.AsyncEngine` is.
 
     Args:
-        tokenizer: the model's, a ``PreTrainedTokenizerFast`` or a :class:`PlainTokenizer`.
-        config: what it may use; see :class:`EngineConfig`.
-        advancer: instead of the one that the configuration describes.
+        model: a :class:`bdh.BDHForCausalLM` or :class:`bdh.model.network.Network`.
+        tokenizer: the model's tokenizer, a ``PreTrainedTokenizerFast`` or a :class:`PlainTokenizer`.
+        config: the limits and formats; see :class:`EngineConfig`.
+        advancer: used instead of the one that ``config`` describes.
 
     Raises:
-        ValueError: the tokenizer is another model's, a setting is wrong, or not one state fits.
+        ValueError: the tokenizer does not fit the model, a setting is invalid, or memory does not suffice for one
+            state.
     """
 
     def __init__(
@@ -66,7 +69,7 @@ class Engine:
         self.config = (config or EngineConfig()).validated()
         self.model, self.tokenizer = model, PlainTokenizer.of(tokenizer)
         self.grammars = Grammars(self.tokenizer, model.config.vocab_size)
-        """For any thread: what is compiled there ahead of a request holds up no step."""
+        """Compiles grammars. Any thread can use it, so that compiling ahead of a request does not delay a step."""
         settings = {name: getattr(self.config, name) for name in ("path", "weights", "state", "window")}
         self.advancer = advancer or Advancer(model, **settings)
         max_bytes = self.config.max_state_bytes
@@ -85,23 +88,23 @@ class Engine:
         self._waiting: deque[Request] = deque()
         self._running: dict[int, Request] = {}
         self._outputs: list[StepOutput] = []  # of requests that were aborted between two steps
-        # What a step is working on: where it does not come to its end, nobody can vouch for these.
+        # The requests that a step is working on. If it is interrupted, their states are unreliable.
         self._in_hand: deque[Request] = deque()
         self._started: list[int] = []
         self._counters = EngineStats()
 
     @property
     def has_work(self) -> bool:
-        """Whether a step would do anything."""
+        """Whether there is anything for :meth:`step` to do."""
         return bool(self._waiting or self._running or self._outputs or (self.prefixes and self.prefixes.marked))
 
     def knows(self, request_id: int) -> bool:
-        """Whether a request waits, runs, or has outputs that the next step gives."""
+        """Whether a request is waiting, running, or has outputs that the next step will return."""
         others = (request.id for request in self._waiting), (output.request_id for output in self._outputs)
         return request_id in itertools.chain(self._running, *others)
 
     def stats(self) -> EngineStats:
-        """Sequences, bytes and counters as they are now."""
+        """Returns the current statistics."""
         return replace(
             self._counters,
             running=sum(1 for request in self._running.values() for s in request.sequences if s.state is not None),
@@ -113,24 +116,24 @@ class Engine:
 
     @property
     def max_state_bytes(self) -> int:
-        """Of all running sequences."""
+        """The limit on the bytes of the states of all running sequences."""
         return self._pool.max_bytes
 
     @property
     def max_sequences(self) -> int:
-        """That can run at once."""
+        """The number of sequences that can run at once."""
         return min(self._pool.capacity, self.config.max_running)
 
     @property
     def _num_reserved(self) -> int:
-        """States that are in use, or promised to a running request."""
+        """The number of states that are in use, or reserved by a running request."""
         return sum(request.num_reserved for request in self._running.values())
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """The tokens of a prompt; an empty text is the token that texts begin with, where the tokenizer has one.
+        """Returns the token ids of a prompt. An empty string becomes the token that texts start with, if there is one.
 
         Raises:
-            ValueError: there is nothing to start from, or ids outside of the vocabulary.
+            ValueError: the prompt is empty and the tokenizer has no such token, or ids are outside the vocabulary.
         """
         tokens = encode_prompt(self.tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
         if not tokens:
@@ -141,10 +144,11 @@ class Engine:
         return tokens
 
     def check(self, params: SamplingParams) -> SamplingParams:
-        """The settings of a request, or a ``ValueError`` with all that is wrong with them for this engine.
+        """Returns the settings of a request if they are valid for this engine.
 
         Raises:
-            ImportError: they have a grammar, and ``llguidance`` is not installed.
+            ValueError: settings are invalid; the message lists all faults.
+            ImportError: there is a grammar, and ``llguidance`` is not installed.
         """
         params.validated(self.model.config.vocab_size)
         if params.grammar is not None:
@@ -168,23 +172,24 @@ class Engine:
         residuals: Residuals | None = None,
         generator: torch.Generator | None = None,
     ) -> int:
-        """Takes up a request; :meth:`step` works on it.
+        """Adds a request, on which :meth:`step` then works.
 
         Args:
-            prompt: a text, in which nothing is a special token, or the ids of tokens.
-            params: how to sample.
-            snapshot: a sequence to continue; it stays as it is. ``prompt`` is what follows there, or None for nothing.
-            keep_snapshot: completions have a snapshot, from which they can be continued.
-            record_activations: outputs say which neurons fired, and name so many of the strongest. The tokens are the same.
-            residuals: takes those of all tokens that are read.
-            generator: draw the first continuation from this one, instead of one that begins with the seed.
+            prompt: a string, in which nothing is parsed as a special token, or a sequence of token ids.
+            params: the sampling settings.
+            snapshot: a sequence to continue; it is not modified. ``prompt`` is then the text that follows, or None.
+            keep_snapshot: whether completions have a snapshot, from which they can be continued.
+            record_activations: if given, outputs report which neurons fired, with this many of the strongest. It does
+                not change the generated tokens.
+            residuals: collects the residual stream of all tokens that are read.
+            generator: the random generator of the first continuation, instead of a new one with the seed.
 
         Returns:
-            The number that outputs and :meth:`abort` name it by.
+            The request's id, which outputs contain and :meth:`abort` takes.
 
         Raises:
-            ValueError: a setting out of range, tokens that are not in the vocabulary, nothing to start from, or a
-                snapshot of another kind of state. Nothing has changed then.
+            ValueError: a setting is out of range, token ids are outside the vocabulary, the prompt is empty, or the
+                snapshot has another kind of state. The engine is unchanged then.
         """
         params = self.check(params or SamplingParams())
         if snapshot is None:
@@ -218,7 +223,7 @@ class Engine:
         return request.id
 
     def abort(self, request_id: int, *, keep_snapshot: bool = False) -> None:
-        """Ends a request, if it has not ended; what it has written comes with the next step, and a snapshot of it if asked for."""
+        """Ends an active request. The next step returns its last outputs, with a snapshot if requested."""
         for request in [*self._waiting, *self._running.values()]:
             if request.id == request_id:
                 request.keep_snapshot |= keep_snapshot
@@ -227,23 +232,26 @@ class Engine:
                 return
 
     def take_started(self) -> list[int]:
-        """The requests that have got a state since this was asked before."""
+        """Returns the ids of the requests that have started running since the last call."""
         started, self._started = self._started, []
         return started
 
-    @torch.inference_mode(False)  # states are kept for later steps, which may come outside of it
+    @torch.inference_mode(False)  # states outlive the step, and inference tensors could not be used outside of the mode
     def step(self) -> list[StepOutput]:
-        """One step of all that runs: a token for each sequence that is being continued, a piece of prompts.
+        """Runs one step: generates a token for each sequence that is being continued, and reads a chunk of prompts.
 
-        An exception within one request, or one that leaves its state half-written in a call for several, ends that request
-        with the reason "error". What leaves the step, such as KeyboardInterrupt, ends with the next step all requests that
-        were being worked on.
+        An exception within one request, or one that leaves its state half-written, ends only that request, with the
+        finish reason "error". After an exception that leaves this method, such as KeyboardInterrupt, the next step ends
+        all requests that were being worked on.
+
+        Returns:
+            What the step has added to each continuation.
         """
         while self._in_hand:
             self._end(self._in_hand[0], "error", _INTERRUPTED)
             self._in_hand.popleft()
         for request_id in [each.id for each in self._running.values() if not each.num_reserved]:
-            del self._running[request_id]  # whose end was interrupted
+            del self._running[request_id]  # a request whose end was interrupted
         if self.prefixes is not None:
             self.prefixes.store_marked()
         self._admit()
@@ -260,10 +268,14 @@ class Engine:
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[list[Completion]]:
-        """The continuations of each prompt, in their order; ``params`` are for all of them, or one for each.
+        """Generates the continuations of prompts, and returns them in the order of the prompts.
+
+        Args:
+            prompts: one prompt, or several.
+            params: the sampling settings of all prompts, or one for each.
 
         Raises:
-            ValueError: as :meth:`add_request`, before anything is generated; or the engine has other work.
+            ValueError: as :meth:`add_request`, before anything is generated; or the engine has other requests.
         """
         encoded = [self.encode(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]  # type: ignore[arg-type]
         if isinstance(params, SamplingParams) or params is None:
@@ -277,16 +289,17 @@ class Engine:
         return list(self.map(zip(encoded, params, strict=True)))
 
     def map(self, requests: Iterable[tuple[Prompt, SamplingParams]]) -> Iterator[list[Completion]]:
-        """The continuations of each request, in their order, as they are ready; further requests are taken as earlier ones end.
+        """Yields the continuations of each request, in order. New requests are taken from the iterable as others end.
 
         Raises:
-            ValueError: a request is wrong: those before it are ended; or the engine has other work.
+            ValueError: a request is invalid, in which case those before it are aborted; or the engine has other
+                requests.
         """
         if self._waiting or self._running or self._outputs:
             raise ValueError("the engine has other requests: end them before a whole batch is generated")
         source, ids = iter(requests), deque[int]()
         found: dict[int, list[Completion | None]] = {}
-        # So many that none has to wait for one that is still to be read, and not so many that results pile up.
+        # Enough that the engine never waits for the next request, and few enough that results do not pile up.
         most = 2 * self.max_sequences
         try:
             while True:
@@ -322,7 +335,7 @@ class Engine:
             self.advancer.mark_progress()
 
     def _begin(self, request: Request) -> None:
-        """Gives a request's first sequence its state, as far on as one is known."""
+        """Starts a request: gives its first sequence a state, from a snapshot or a stored prefix if possible."""
         sequence, snapshot = request.sequences[0], request.snapshot
         wants_all_tokens = sequence.prompt_logprobs is not None or request.residuals is not None
         recheck_weights(self.model)
@@ -331,7 +344,7 @@ class Engine:
             sequence.logits = snapshot.logits
             sequence.pending = sequence.pending[snapshot.state.position :]
         elif snapshot is not None or self.prefixes is None or wants_all_tokens:
-            sequence.state = self._pool.take()  # what other weights have read is read again
+            sequence.state = self._pool.take()  # if weights have changed since the snapshot, its text is read again
         else:
             known, state, logits = self.prefixes.find(sequence.tokens)
             if known == len(sequence.tokens) and logits is None:
@@ -342,7 +355,7 @@ class Engine:
             request.places, request.weights = self.prefixes.places(sequence.tokens, known), self.prefixes.weights
 
     def _choose_inputs(self) -> list[tuple[Continuation, int]]:
-        """Which sequences read how many of their tokens in this step; 0 where logits are there already."""
+        """Chooses which sequences read how many tokens in this step; 0 for one that already has its logits."""
         active = [each for request in self._running.values() for each in request.sequences]
         active = [each for each in active if each.completion is None and each.state is not None]
         reading = [each for each in active if each.pending and not each.num_generated]
@@ -362,7 +375,7 @@ class Engine:
         return chosen
 
     def _run_model(self, chosen: list[tuple[Continuation, int]]) -> list[StepInput | None]:
-        """Has the sequences read so many tokens each, and ends those that cannot; None where nothing was to be read."""
+        """Lets each sequence read its tokens, and ends those that fail. Returns None for those with nothing to read."""
         inputs: list[StepInput | None] = []
         for sequence, count in chosen:
             if not count:
@@ -382,7 +395,7 @@ class Engine:
         return inputs
 
     def _draw_next(self, sequence: Continuation, count: int, step_input: StepInput | None) -> None:
-        """What follows from tokens that have been read: a stored state, further continuations, the next token."""
+        """Stores the state, forks further continuations and samples the next token, once the tokens have been read."""
         request, state = sequence.request, sequence.state
         try:
             if sequence.num_generated == 0:
@@ -403,12 +416,12 @@ class Engine:
             self._fail(request, error)
 
     def _fork(self, sequence: Continuation) -> list[Continuation]:
-        """The further continuations of a prompt, once it has been read: each with a copy of the state."""
+        """Returns the further continuations of a prompt that has been read, each with a copy of the state."""
         request = sequence.request
         if len(request.sequences) == request.params.n:
             return []
         if self.prefixes is not None:
-            self.prefixes.store_marked()  # before a state that another request has just left is taken
+            self.prefixes.store_marked()  # before taking a state, which may be a marked one that was just given back
         for index in range(1, request.params.n):
             other = Continuation(request, index, self.model, self.tokenizer)
             other.state = self._pool.take(copy_of=sequence.state)
@@ -419,17 +432,17 @@ class Engine:
         return request.sequences[1:]
 
     def _emit(self, request: Request, sequence: Continuation | None, output: StepOutput) -> None:
-        """Hands out an output, and with the last one of a continuation what it has held."""
+        """Emits an output. With the last one of a continuation, releases its state."""
         if output.completion is None:
             self._outputs.append(output)
             return
         request.ended.add(output.index)
         try:
             self._outputs.append(output)
-        except BaseException:  # or nobody would hear of the end
+        except BaseException:  # the end must be reported in any case
             request.ended.discard(output.index)
             raise
-        # From here on it has ended, whatever happens.
+        # From here on the continuation has ended, whatever happens.
         if not request.num_reserved:
             self._running.pop(request.id, None)
         reason = output.completion.finish_reason
@@ -437,17 +450,17 @@ class Engine:
         state = None if sequence is None else sequence.state
         if sequence is not None:
             sequence.state = None
-        if state is not None and reason != "error":  # else it may be half advanced
+        if state is not None and reason != "error":  # after an error the state may be partly advanced
             self._pool.give_back(state)
 
     def _fail(self, request: Request, error: Exception, *, has_traceback: bool = True) -> None:
-        """Ends a request after an exception."""
+        """Ends a request with the finish reason "error", after an exception."""
         traceback = error if has_traceback else None
         _logger.error("request %d ends with an error: %s", request.id, error_text(error), exc_info=traceback)
         self._end(request, "error", error_text(error))
 
     def _end(self, request: Request, reason: FinishReason, error: str | None = None) -> None:
-        """Ends all continuations of a request that have not ended, those that have not begun included."""
+        """Ends all unfinished continuations of a request, including those that have not started."""
         if request in self._waiting:
             self._waiting.remove(request)
         for index in range(request.params.n):
@@ -457,7 +470,7 @@ class Engine:
             try:
                 sequence = sequence or Continuation(request, index, self.model, self.tokenizer)
                 output = sequence.end(reason, error)
-            except Exception as failure:  # no memory, say: without what the text still holds back
+            except Exception as failure:  # out of memory, say: then the text that the decoder held back is lost
                 _logger.exception("continuation %d of request %d ends with an error", index, request.id)
                 completion = Completion(
                     "", [], "error", error=error or error_text(failure), num_prompt_tokens=len(request.tokens)

@@ -1,4 +1,4 @@
-"""Settings: how one request is continued, and what an engine may use; and what an engine counts."""
+"""The settings of a request and of an engine, and the statistics of an engine."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -10,7 +10,7 @@ from bdh.generate.grammar import collect_grammar_faults
 from bdh.ops import StateFormat, StepPath, WeightFormat
 from bdh.validation import Allowed, Faults, Fraction, NonNegativeInt, PositiveInt, Settings, checked, collect_faults
 
-_LEAST = 1e-6  # logits divided by less would overflow
+_LEAST = 1e-6  # dividing logits by less would overflow
 _Temperature = Annotated[
     float, Allowed(lambda t: t == 0 or t >= _LEAST, f"0 (greedy) or above; if above, at least {_LEAST:g}")
 ]
@@ -20,7 +20,7 @@ LogprobCount = Annotated[int, Ge(0), Le(100)]
 
 @dataclass
 class DrawSettings(Settings):
-    """How the next token is drawn. The names and meanings are those of OpenAI's API and of transformers."""
+    """How the next token is sampled. Names and meanings are those of OpenAI's API and of transformers."""
 
     temperature: _Temperature = 1.0
     """The logits are divided by this: below 1 makes the distribution sharper, above 1 flatter; 0 always takes the
@@ -42,7 +42,7 @@ class DrawSettings(Settings):
 
 @dataclass
 class TextSettings(DrawSettings):
-    """How the next token is drawn, and what is wanted of the text."""
+    """How the next token is sampled, when the text ends, and what is returned with it."""
 
     min_tokens: int = 0
     """Least number of generated tokens: before that, neither end tokens nor stop strings end the text."""
@@ -67,7 +67,7 @@ class TextSettings(DrawSettings):
 
 @dataclass
 class SamplingParams(TextSettings):
-    """Settings of a request."""
+    """The settings of a generation request."""
 
     max_tokens: NonNegativeInt = 200
     """Largest number of generated tokens; 0 only reads the prompt."""
@@ -86,7 +86,11 @@ class SamplingParams(TextSettings):
         faults.found += [] if self.grammar is None else collect_grammar_faults(self.grammar)
 
     def validated(self, vocab_size: int | None = None) -> Self:
-        """This object, or a ``ValueError`` that lists all faults, those for a vocabulary of this size among them."""
+        """Returns this object, or raises a ``ValueError`` that lists all faults.
+
+        Args:
+            vocab_size: if given, token ids are checked against a vocabulary of this size.
+        """
         faults = Faults()
         collect_faults(self, faults)
         for name, ids in (("logit_bias", list(self.logit_bias)), ("stop_token_ids", self.stop_token_ids)):
@@ -96,16 +100,16 @@ class SamplingParams(TextSettings):
         return self
 
     def seed_of(self, index: int) -> int | None:
-        """The seed of a continuation: the first one's is the seed itself."""
+        """Returns the seed of a continuation. The first one has ``seed`` itself, the others have derived seeds."""
         if self.seed is None or index == 0:
             return self.seed
-        return (self.seed + index * 0x9E3779B97F4A7C15) % 2**63  # the golden ratio's digits: far apart for small seeds
+        return (self.seed + index * 0x9E3779B97F4A7C15) % 2**63  # steps of the golden ratio: far apart for small seeds
 
 
 def collect_text_faults(
     settings: TextSettings, faults: Faults, *, max_new_tokens: int, num_return_sequences: int, num_beams: int
 ) -> None:
-    """What is wrong for whole texts, by the names that the command line and transformers have for these fields."""
+    """Collects faults of settings for complete texts, by the names that the command line and transformers use."""
     faults.require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "at least 1 token")
     faults.require(num_beams >= 1, "num_beams", num_beams, "at least 1")
     draws_alike = settings.temperature <= 0 and num_beams <= 1 and num_return_sequences != 1
@@ -131,14 +135,14 @@ _IN_JSON = {
 
 
 ALIASES = {"max_new_tokens": "max_tokens", "num_return_sequences": "n"}
-"""The names that transformers and the command line have for fields of :class:`SamplingParams`."""
+"""The names of transformers and the command line, and the fields of :class:`SamplingParams` that they stand for."""
 
 
 def by_own_names(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that may have transformers' names, by the names of our fields.
+    """Returns settings with the names of transformers replaced by those of our fields.
 
     Raises:
-        ValueError: one is given by both of its names.
+        ValueError: a setting is given under both of its names.
     """
     for name, own_name in ALIASES.items():
         if name in settings and own_name in settings:
@@ -147,10 +151,10 @@ def by_own_names(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def params_from(settings: dict[str, Any]) -> SamplingParams:
-    """From a JSON object.
+    """Returns the parameters for a JSON object.
 
     Raises:
-        ValueError: a name that is no setting, or a value of another type.
+        ValueError: a name is unknown, or a value has the wrong type.
     """
     faults = Faults()
     known = SamplingParams.__dataclass_fields__
@@ -159,7 +163,7 @@ def params_from(settings: dict[str, Any]) -> SamplingParams:
     values = {name: value for name, value in settings.items() if name in known}
     if isinstance(stop := values.get("stop"), str):
         values["stop"] = [stop]
-    if isinstance(bias := values.get("logit_bias"), dict):  # whose keys are strings in JSON
+    if isinstance(bias := values.get("logit_bias"), dict):  # JSON has only strings as keys
         values["logit_bias"] = {int(key) if str(key).isdecimal() else key: value for key, value in bias.items()}
         faults.require(len(values["logit_bias"]) == len(bias), "logit_bias", bias, _IN_JSON["logit_bias"])
     params = SamplingParams(**values)
@@ -196,22 +200,22 @@ class EngineConfig(Settings):
 
 @dataclass
 class EngineStats:
-    """Gauges of what is there now, and counters since the engine was made."""
+    """Statistics of an engine: its current load, and counters since it was created."""
 
     running: int = 0
     """Sequences that have a state."""
     waiting: int = 0
-    """Requests that have none yet."""
+    """Requests that wait for a state."""
     state_bytes: int = 0
-    """Of states in use or promised."""
+    """Bytes of the states that are in use or reserved."""
     prefix_cache_bytes: int = 0
     prompt_tokens: int = 0
-    """Read. Those that a stored prefix spared are not among them."""
+    """Prompt tokens read, without those that a stored prefix saved."""
     generated_tokens: int = 0
     finished: dict[str, int] = field(default_factory=dict)
-    """Continuations, by the reason of their end."""
+    """Finished continuations by their finish reason."""
     prefix_cache_hits: int = 0
     prefix_cache_tokens: int = 0
-    """Tokens that need not be read."""
+    """Prompt tokens that were not read because a stored prefix had them."""
     prefix_cache_failures: int = 0
-    """Beginnings of prompts that could not be stored, for want of memory say."""
+    """Prefixes that could not be stored, for example because memory ran out."""

@@ -1,4 +1,4 @@
-"""A sequence as a thing: everything that its continuation depends on, in memory and in a file."""
+"""Snapshots of sequences: everything that a continuation depends on, in memory and in a file."""
 
 import hashlib
 import json
@@ -20,36 +20,38 @@ from bdh.storage import atomic_file, check_file
 
 _FORMAT_NAME = "bdh-snapshot-"
 FILE_FORMAT = f"{_FORMAT_NAME}1"
-_NO_CHECKSUM = "0" * 64  # in the place of the checksum while that is computed
+_NO_CHECKSUM = "0" * 64  # stands for the checksum while that is computed
 
 
 @dataclass
 class Snapshot:
-    """A sequence at one point of its generation. From there it continues as if it had never stopped."""
+    """A sequence at one point of its generation, from which it continues exactly as if it had not been interrupted."""
 
     state: SynapticState
-    """What the model remembers, and the position."""
+    """The model's state, with the position."""
     tokens: list[int]
-    """All tokens of the sequence so far, the prompt's first; penalties are counted from them."""
+    """All tokens of the sequence so far, beginning with the prompt. Penalties depend on them."""
     logits: torch.Tensor | None
-    """Float32, (V,): of the token after the last one that the state has read; None before the first."""
+    """Float32 (V,): the logits for the token after the last one that the state has read; None before the first."""
     generator_state: torch.Tensor | None = None
-    """Of the sequence's ``torch.Generator``; None where nothing is drawn."""
+    """The state of the sequence's ``torch.Generator``; None if it has none."""
     num_prompt_tokens: int = 0
-    """How many of the tokens were given, and not generated."""
+    """The number of tokens that were given rather than generated."""
     pending: list[int] = field(default_factory=list)
-    """The last of ``tokens``, where the state has not read them yet."""
+    """The last of ``tokens`` that the state has not read yet."""
     decoder: dict[str, Any] = field(default_factory=dict)
-    """The text decoder: what it holds back. In JSON's types."""
+    """The state of the text decoder, such as text that it holds back, as JSON types."""
     notes: dict[str, Any] = field(default_factory=dict)
-    """What else its owner wants to find in the file: the messages of a conversation, say. In JSON's types."""
+    """Data of the caller to store in the file, such as the messages of a conversation, as JSON types."""
 
     weights: tuple[Any, ...] | None = None
-    """What the model's weights were that have read it (:attr:`WeightsMark.content`). Not in the file, which has the
-    model's fingerprint; None where nobody has noted it."""
+    """The mark of the weights that read the sequence (:attr:`WeightsMark.content`), or None if it was not recorded.
+
+    Files store the model's fingerprint instead.
+    """
 
     def check_for(self, pattern: Pattern, *, prompt_logprobs: bool) -> None:
-        """Raises a ``ValueError`` where a sequence cannot continue from it, among states of this pattern."""
+        """Raises ``ValueError`` if an engine with states of this pattern cannot continue from the snapshot."""
         if prompt_logprobs:
             raise ValueError(
                 "prompt_logprobs was given with a snapshot, whose tokens are not read again: must be left out"
@@ -64,11 +66,11 @@ class Snapshot:
 
     @property
     def nbytes(self) -> int:
-        """Of the tensors: nearly all of it."""
+        """The size of the tensors in bytes, which is nearly all of the snapshot."""
         return sum(each.nbytes for each in (self.state, self.logits, self.generator_state) if each is not None)
 
     def clone(self) -> "Snapshot":
-        """A copy that shares no memory with this one: a fork of the sequence."""
+        """Returns a copy that shares no memory with this snapshot."""
         return replace(
             self,
             state=self.state.clone(),
@@ -81,11 +83,15 @@ class Snapshot:
         )
 
     def save(self, path: str | Path, model: ModelParts) -> None:
-        """Writes a safetensors file, which is replaced as a whole, for the model whose sequence this is.
+        """Writes the snapshot to a safetensors file, atomically.
+
+        Args:
+            path: the file.
+            model: the model of the sequence, whose fingerprint is stored.
 
         Raises:
-            DiskFullError: the disk is full; a file that was there before stays.
-            FileNotFoundError: there is no such folder.
+            DiskFullError: the disk is full; an existing file stays as it was.
+            FileNotFoundError: the folder does not exist.
         """
         path = Path(path)
         if not path.parent.is_dir():
@@ -95,7 +101,7 @@ class Snapshot:
         tensors["tokens"] = torch.tensor(self.tokens, dtype=torch.int64)
         for name, tensor in (("logits", self.logits), ("generator_state", self.generator_state)):
             if tensor is not None:
-                tensors[name] = tensor.clone()  # which may be a part of another one: safetensors writes none of these
+                tensors[name] = tensor.clone()  # safetensors refuses views of other tensors
         facts = {
             "kind": self.state.kind,
             "position": self.state.position,
@@ -116,11 +122,11 @@ class Snapshot:
 
     @classmethod
     def load(cls, path: str | Path, model: ModelParts) -> "Snapshot":
-        """Reads a file that ``save`` wrote, onto the model's device.
+        """Reads a file that :meth:`save` wrote, onto the model's device.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is cut off, altered, or holds something else; or it is of another model.
+            ValueError: the file is truncated, modified or not a snapshot, or the snapshot belongs to another model.
         """
         path = Path(path)
         check_file(path, "snapshot file")
@@ -135,7 +141,7 @@ class Snapshot:
                 _check(path, metadata.get("checksum", ""))
                 facts = json.loads(metadata["facts"])
                 _refuse_others(path, model, facts["model"])
-                # Copied: what safetensors gives is the mapped file, which may change.
+                # Copied because safetensors returns views of the mapped file, which may change.
                 tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
         except SafetensorError as error:
             raise ValueError(f"{path} is not a complete snapshot file: {error}") from error
@@ -156,7 +162,7 @@ class Snapshot:
 
 
 def is_snapshot(path: Path) -> bool:
-    """Whether a file is a snapshot, of whatever model, so far as its header tells."""
+    """Whether a file is a snapshot of any model, judging by its header."""
     try:
         with safe_open(path, framework="pt") as file:
             return str((file.metadata() or {}).get("format", "")).startswith(_FORMAT_NAME)
@@ -175,7 +181,7 @@ def _refuse_others(path: Path, model: ModelParts, stored: dict[str, Any]) -> Non
 
 
 def _check(path: Path, stored: str) -> None:
-    """Raises a ``ValueError`` unless the file holds what was written."""
+    """Raises ``ValueError`` unless the file matches its checksum."""
     with path.open("rb") as file:
         place = _place_of_checksum(file, stored)
         if len(stored) != len(_NO_CHECKSUM) or place < 0 or _checksum(file, place) != stored:
@@ -185,7 +191,7 @@ def _check(path: Path, stored: str) -> None:
 
 
 def _place_of_checksum(file: BufferedIOBase, checksum: str) -> int:
-    """Where in the file's header it stands; -1 for nowhere."""
+    """Returns the offset of the checksum in the file, or -1 if the header does not contain it."""
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")  # of the header, which is JSON
     at = file.read(length).find(b'"checksum":"' + checksum.encode() + b'"')
@@ -193,7 +199,7 @@ def _place_of_checksum(file: BufferedIOBase, checksum: str) -> int:
 
 
 def _checksum(file: BufferedIOBase, place: int) -> str:
-    """SHA-256, in hex, of the whole file but for the checksum itself, which stands at ``place``."""
+    """Returns the SHA-256, in hex, of the file without the checksum itself, which is at offset ``place``."""
     file.seek(0)
     digest = hashlib.sha256(file.read(place))
     file.seek(place + len(_NO_CHECKSUM))
