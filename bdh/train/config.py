@@ -3,7 +3,6 @@
 A docstring under a field is its help text.
 """
 
-import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -19,6 +18,7 @@ from bdh.monitor import MonitorConfig
 from bdh.ops import LayerPath
 from bdh.text_files import read_yaml
 from bdh.tokenizer.config import TokenizerConfig
+from bdh.train.logged import BEST_METRICS
 from bdh.train.places import CONFIG_FILE, LOCK_FILE, CheckpointFolder, check_peft, find_model, holds_run, taken_by_run
 from bdh.validation import (
     Allowed,
@@ -34,14 +34,11 @@ from bdh.validation import (
 )
 from bdh.words import counted
 
-_METRIC = re.compile(
-    r"(val|val_ema)/(loss|perplexity|bits_per_byte|accuracy)"
-    r"|val/(loss_at/\d+|dead_neurons|(density|norm)/(x|y|xy)/\d+)"
-)
 MetricName = Annotated[
     str,
     Allowed(
-        _METRIC.fullmatch, "a metric of the evaluations, such as val/loss, val_ema/loss, val/accuracy or val/loss_at/64"
+        lambda name: any(each.stands_for(name) for each in BEST_METRICS),
+        "a metric of the evaluations, such as val/loss, val_ema/loss, val/accuracy or val/loss_at/64",
     ),
 ]
 

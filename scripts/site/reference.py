@@ -195,12 +195,34 @@ def _about(schema: dict[str, Any]) -> str:
 
 
 def metrics() -> str:
-    """What the server counts and times."""
+    """What a training logs, and what the server counts and times."""
+    from bdh.train.logged import EVALUATIONS, HISTOGRAMS, STEPS, TEXTS
+
     lines = [
         "# Metrics",
         "",
-        "What `GET /metrics` of `bdh serve` gives, in the text format of Prometheus. All have the label `model_name`.",
-        "What a training records is described in [Monitoring](../monitoring.md).",
+        "Every value that a training run logs, and every metric that the server offers to Prometheus.",
+        "",
+        "## Training",
+        "",
+        "Names in `metrics.jsonl`, TensorBoard, W&B and Trackio; [Monitoring](../monitoring.md) says how to see them. In the names",
+        "`WEIGHT` stands for the name of a weight, such as `encoder.weight`, `LAYER` for a layer step, counted from 0, `KIND` for the",
+        "activations `x`, `y` or their product `xy`, `SOURCE` for a source of `data.mix`, `NUMBER` for a prompt of",
+        "`train.sample_prompts`, and `METRIC` for `loss`, `perplexity`, `bits_per_byte` or `accuracy`.",
+        "",
+    ]
+    for title, when, entries in (
+        ("Training steps", "Every `monitor.log_every_steps`.", STEPS),
+        ("Evaluations", "Every `train.eval_every_steps`, and at the end.", EVALUATIONS),
+        ("Histograms", "With the evaluations, not in `metrics.jsonl`.", HISTOGRAMS),
+        ("Texts", "Every `train.sample_every_steps`.", TEXTS),
+    ):
+        rows = ((f"`{each.name}`", each.unit, each.about) for each in entries)
+        lines += [f"### {title}", "", when, "", *_table(("name", "unit", "what it is"), rows), ""]
+    lines += [
+        "## Server",
+        "",
+        "What `GET /metrics` of `bdh serve --metrics true` gives, in the text format of Prometheus. All have the label `model_name`.",
         "",
         *_table(
             ("metric", "kind", "labels", "what it is"),
