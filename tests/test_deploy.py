@@ -10,11 +10,14 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import yaml
+
+from bdh.serve.config import LimitSettings
 
 FOLDER = Path(__file__).parent.parent / "deploy"
 HISTOGRAMS = {
@@ -81,6 +84,10 @@ def dockerfile():
 
 def instruction(dockerfile, name):
     return [line.split(maxsplit=1)[1] for line in dockerfile if line.startswith(name + " ")]
+
+
+def request_timeout(settings):
+    return settings.get("limits", {}).get("request_timeout", LimitSettings().request_timeout)
 
 
 def seconds(text):
@@ -165,6 +172,7 @@ def test_everyone_speaks_to_the_port_of_the_server(settings, compose, kubernetes
 
 def test_whoever_stops_the_server_waits_longer_than_it_drains(settings, compose, pod, unit):
     drain = settings["drain_timeout"]
+    assert drain >= request_timeout(settings)  # else a stop cuts off what may still run
     for name in ("bdh-1", "bdh-2"):
         assert seconds(compose["services"][name]["stop_grace_period"]) > drain
     (pause,) = (int(word) for word in pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][1:])
@@ -172,6 +180,12 @@ def test_whoever_stops_the_server_waits_longer_than_it_drains(settings, compose,
     assert seconds(unit["TimeoutStopSec"]) > drain
     shutdown = seconds(re.search(r"worker_shutdown_timeout (\w+);", read("nginx.conf"))[1])
     assert drain <= shutdown < seconds(compose["services"]["nginx"]["stop_grace_period"])
+
+
+def test_nginx_waits_for_an_answer_in_one_piece(settings):
+    for text in (read("nginx.conf"), one_server_block()):
+        assert re.search(r"proxy_read_timeout 1h;", text)
+    assert request_timeout(settings) < 3600
 
 
 # Compose
@@ -382,11 +396,29 @@ def find_nginx():
     return path
 
 
+def one_server_block():
+    """The configuration for one server that the page on deployment gives."""
+    page = (FOLDER.parent / "docs/deployment.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```nginx\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    return block
+
+
 def write_configuration(folder, port, replicas):
     """The shipped configuration, with names and paths that there are here."""
-    text = read("nginx.conf")
     changes = [("listen 8080;", f"listen 127.0.0.1:{port};"), ("/tmp/", f"{folder}/"), ("/dev/stdout", f"{folder}/log")]
     changes += [(f"server bdh-{i}:8000 ", f"server 127.0.0.1:{at} ") for i, at in enumerate(replicas, 1)]
+    return write_changed(read("nginx.conf"), changes, folder)
+
+
+def write_one_server_configuration(folder, port, server):
+    """That of the page, without TLS, in the shipped one in place of its upstream and its server."""
+    frame = re.sub(r"\n    upstream bdh .*", f"\n{one_server_block()}}}\n", read("nginx.conf"), flags=re.DOTALL)
+    changes = [("listen 443 ssl;", f"listen 127.0.0.1:{port};"), ("    ssl_certificate", "    # ssl_certificate")]
+    changes += [("127.0.0.1:8000", f"127.0.0.1:{server}"), ("/tmp/", f"{folder}/"), ("/dev/stdout", f"{folder}/log")]
+    return write_changed(frame, changes, folder)
+
+
+def write_changed(text, changes, folder):
     for old, new in changes:
         assert old in text
         text = text.replace(old, new)
@@ -406,12 +438,31 @@ def test_nginx_accepts_its_configuration(tmp_path):
 
 @pytest.fixture
 def proxy(tmp_path):
+    with running_proxy(tmp_path, ["one", "two"], write_configuration) as proxy:
+        yield proxy
+
+
+@pytest.fixture(params=["shipped", "of the page"])
+def any_proxy(tmp_path, request):
+    """Each of the two configurations."""
+    if request.param == "shipped":
+        running = running_proxy(tmp_path, ["one", "two"], write_configuration)
+    else:
+        running = running_proxy(
+            tmp_path, ["one"], lambda folder, port, ports: write_one_server_configuration(folder, port, *ports)
+        )
+    with running as proxy:
+        yield proxy
+
+
+@contextmanager
+def running_proxy(folder, names, write):
     nginx = find_nginx()
-    replicas = (Replica("one"), Replica("two"))
+    replicas = [Replica(name) for name in names]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    arguments = write_configuration(tmp_path, port, [replica.port for replica in replicas])
+    arguments = write(folder, port, [replica.port for replica in replicas])
     process = subprocess.Popen([nginx, *arguments, "-g", "daemon off;"], stderr=subprocess.PIPE, text=True)
     try:
         for _ in range(500):
@@ -496,15 +547,36 @@ def test_a_replica_that_is_away_is_stood_in_for_but_not_for_its_states(proxy):
     assert not other.seen
 
 
-def test_nginx_refuses_what_is_too_large_and_what_is_private(proxy):
-    response = proxy.ask("/v1/completions", "POST", body=b"x" * (4 * 2**20 + 1))
-    assert response.status == 413
-    assert json.loads(response.read())["error"]["code"] == "request_too_large"
-    assert proxy.ask("/v1/completions", "POST", body=b"x" * (4 * 2**20)).status == 200
-    assert proxy.ask("/metrics").status == 404
-    assert proxy.ask("/metrics/").status == 404  # which the server answers too
+def assert_error(response, status, code):
+    """An error as OpenAI's clients read it."""
+    assert response.status == status
+    assert response.headers["Content-Type"] == "application/json"
+    error = json.loads(response.read())["error"]
+    assert error["code"] == code
+    assert set(error) == {"message", "type", "param", "code"}
+
+
+def test_nginx_refuses_what_is_too_large_and_what_is_private(any_proxy):
+    response = any_proxy.ask("/v1/completions", "POST", body=b"x" * (4 * 2**20 + 1))
+    assert_error(response, 413, "request_too_large")
+    assert any_proxy.ask("/v1/completions", "POST", body=b"x" * (4 * 2**20)).status == 200
+    for path in ("/metrics", "/metrics/"):  # the server answers both
+        assert_error(any_proxy.ask(path), 404, "not_found")
+    assert [path for replica in any_proxy.replicas for _, path, _ in replica.seen] == ["/v1/completions"]
+
+
+def test_a_server_that_is_away_is_an_error_that_clients_can_read(any_proxy):
+    for replica in any_proxy.replicas:
+        replica.breaks = True
+    assert_error(any_proxy.ask("/v1/completions", "POST", body="{}"), 502, "upstream_unavailable")
+    for replica in any_proxy.replicas:
+        replica.stop()
+    assert_error(any_proxy.ask("/v1/completions", "POST", body="{}"), 502, "upstream_unavailable")
+
+
+def test_nginx_has_a_health_of_its_own(proxy):
     assert proxy.ask("/nginx-health").status == 200
-    assert [path for replica in proxy.replicas for _, path, _ in replica.seen] == ["/v1/completions"]
+    assert not any(replica.seen for replica in proxy.replicas)
 
 
 def test_the_log_holds_no_keys(proxy, tmp_path):
