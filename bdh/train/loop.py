@@ -103,7 +103,7 @@ def fit(run: Run, monitor: Monitor) -> str:
             if step == first + 2 and not run.guard.is_on_device and hours > LONG_RUN_HOURS:
                 monitor.message(
                     f"a step takes {clock.step_seconds:.3g} s here, the {last_step - step:,} that are left about "
-                    f"{hours / 24:.1f} days: configs/tiny.yaml is a small model"
+                    f"{hours / 24:.1f} days: --config tiny is a small model"
                 )
             if not reports:
                 continue

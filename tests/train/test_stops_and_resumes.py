@@ -191,7 +191,7 @@ def test_a_run_of_days_says_so_after_its_second_step(train, tmp_path, monkeypatc
     assert train(tmp_path / "run", **few) == 0
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("a step takes")]
     assert len(said) == 1
-    assert "s here, the 2 that are left about 0.0 days: configs/tiny.yaml is a small model" in said[0]
+    assert "s here, the 2 that are left about 0.0 days: --config tiny is a small model" in said[0]
 
 
 def test_a_hangup_that_nohup_ignores_stays_ignored():
