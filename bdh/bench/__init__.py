@@ -15,8 +15,6 @@ class BenchOptions:
     """Of each of the fast forms in each round; slower ones read fewer."""
     context: int = 512
     """Tokens that are recomputed for each token, and that GPT-2 has in its cache."""
-    gpt2: tuple[int, int, int] = (8, 512, 8)
-    """Layers, width and heads of the GPT-2, which has about as many parameters as the model that is made."""
     copy_bytes: int = 1 << 30
     prompt_lengths: tuple[int, ...] = (1024, 2048, 4096, 8192)
     """Of the prefill; the naive form reads ``naive_prompt``."""
@@ -40,7 +38,6 @@ class BenchOptions:
             rounds=2,
             tokens_in_round=4,
             context=32,
-            gpt2=(4, 80, 5),
             copy_bytes=1 << 26,
             prompt_lengths=(64, 128, 256, 512),
             naive_prompt=256,

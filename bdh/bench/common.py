@@ -199,6 +199,20 @@ def gpt2_config(vocab_size: int, num_positions: int, layers: int, width: int, he
     )
 
 
+def gpt2_shape(model: BDHForCausalLM) -> tuple[int, int, int]:
+    """Layers, width and heads of a GPT-2 of about as many parameters, not counting positions: a layer for every 64 of width."""
+    num_parameters = sum(weight.numel() for weight in model.parameters())
+
+    def of_width(width: int) -> tuple[int, int, int]:
+        return max(1, round(width / 64)), width, width // (64 if width % 64 == 0 else 16)
+
+    def difference(shape: tuple[int, int, int]) -> int:
+        layers, width, _ = shape
+        return abs(12 * layers * width**2 + model.config.vocab_size * width - num_parameters)
+
+    return min(map(of_width, range(16, 8193, 16)), key=difference)
+
+
 def random_tokens(vocab_size: int, count: int, seed: int) -> torch.Tensor:
     """(count,): text for a model that has read none."""
     return torch.randint(vocab_size, (count,), generator=torch.Generator().manual_seed(seed))

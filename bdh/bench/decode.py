@@ -23,6 +23,7 @@ from bdh.bench.common import (
     Progress,
     Report,
     gpt2_config,
+    gpt2_shape,
     interleaved,
     measure_bandwidth,
     milliseconds,
@@ -271,7 +272,7 @@ class _DecodeBench:
         num_reads = (options.rounds + 1) * fast
         torch.manual_seed(options.seed)
         gpt2_text = (text * 2)[: max(1, options.context - num_reads // 2)]
-        decoders.append((Gpt2Decoder(self.model.config.vocab_size, gpt2_text, options.gpt2), fast))
+        decoders.append((Gpt2Decoder(self.model.config.vocab_size, gpt2_text, gpt2_shape(self.model)), fast))
         self.progress("timing: kernels, dense recurrent steps, ops/naive.py, GPT-2")
         timings = interleaved(
             {decoder.name: _reader(decoder, text) for decoder, _ in decoders},

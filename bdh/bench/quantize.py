@@ -19,7 +19,7 @@ from torch import nn
 from transformers import DynamicCache, GPT2LMHeadModel
 
 from bdh.bench import BenchOptions
-from bdh.bench.common import Progress, Report, Timing, gpt2_config, interleaved, milliseconds, random_tokens
+from bdh.bench.common import Progress, Report, Timing, gpt2_config, gpt2_shape, interleaved, milliseconds, random_tokens
 from bdh.bench.decode import TOLERANCE
 from bdh.evaluate.loss import perplexity
 from bdh.generate.advance import Advancer, StepInput
@@ -181,7 +181,7 @@ def _other_forms(model: BDHForCausalLM, options: BenchOptions) -> tuple[list[_Fo
     """What other libraries make of the model and of a GPT-2; and what was left out, and why."""
     torch.manual_seed(options.seed)
     positions = 2 * max(options.context, options.prompt_lengths[0])
-    gpt2 = GPT2LMHeadModel(gpt2_config(model.config.vocab_size, positions, *options.gpt2, dropout=0.0)).eval()
+    gpt2 = GPT2LMHeadModel(gpt2_config(model.config.vocab_size, positions, *gpt2_shape(model), dropout=0.0)).eval()
     gpt2_name = f"GPT-2 of {sum(weight.numel() for weight in gpt2.parameters()) / 1e6:.3g}M"
     forms: list[_Form] = [_Gpt2(f"{gpt2_name}, float32", gpt2)]
     left_out = []
