@@ -10,7 +10,7 @@
 #
 # In five minutes you will have a small Dragon Hatchling language model, text that it wrote, and a feeling for
 # what temperature and top-k change. No GPU and no network are needed: it is trained on the language reference
-# that Python carries.
+# that comes with Python.
 
 # %%
 # Where bdh is missing (Colab, say), it is installed: from the checkout around this notebook, or a wheel beside it.
@@ -26,7 +26,7 @@ if importlib.util.find_spec("bdh") is None:
 # %% [markdown]
 # ## A model
 #
-# `bdh demo` trains one with 0.2 million parameters, unless `runs/demo` has it already: about three minutes on two CPU cores.
+# `bdh demo` trains one with 0.2 million parameters, unless `runs/demo` has it already: in three to five minutes on a CPU.
 
 # %%
 from pathlib import Path
@@ -73,7 +73,9 @@ for piece in model.stream_text(tokenizer, "A class is ", max_new_tokens=120, tem
 # ## Temperature and top-k
 #
 # The model gives every next byte a probability. *Temperature* below 1 sharpens these, above 1 flattens them; 0 always takes
-# the likeliest. *top-k* leaves the k likeliest. The same seed gives the same text.
+# the likeliest. *top-k* keeps only the k likeliest. The same seed gives the same text.
+#
+# Read the five below from the top: from dull and repetitive to inventive, and at 1.5 to nonsense.
 
 # %%
 for temperature, top_k in ((0, None), (0.5, None), (1.0, None), (1.0, 5), (1.5, None)):
@@ -104,17 +106,17 @@ plt.show()
 #
 # ## The state has one size
 #
-# A transformer keeps something for each token that it has read. This model keeps a state of fixed size, whatever the length:
+# A transformer keeps keys and values of every token that it has read. This model keeps a state of fixed size, whatever the length:
 
 # %%
-for length in (10, 100, 1000):
+for length in (8, 100, 1000):
     text = "The " * (length // 4)
     with torch.no_grad():
         state = model(**tokenizer(text, return_tensors="pt").to(device)).past_key_values
     print(f"{length:5} bytes of text: a state of {state.nbytes:,} bytes")
 
 # %% [markdown]
-# ## Where to go on
+# ## Where to go next
 #
 # Train one on your own text in [02](02_training.ipynb), make it talk in [03](03_finetuning.ipynb), see which neurons fire in
 # [06](06_interpretability.ipynb), serve it in [09](09_deployment.ipynb).

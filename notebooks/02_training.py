@@ -8,8 +8,8 @@
 # %% [markdown]
 # # 2. Training from scratch
 #
-# At the end you will have trained a language model on a text of your choice, seen its loss fall and its samples turn
-# from noise into words, and stored it so that `from_pretrained` loads it. About four minutes on two CPU cores.
+# At the end you will have trained a language model on a text of your choice, seen its loss fall and its samples take
+# the look of that text, and stored it so that `from_pretrained` loads it. About six minutes on one CPU core.
 
 # %%
 # Where bdh is missing (Colab, say), it is installed: from the checkout around this notebook, or a wheel beside it.
@@ -43,8 +43,9 @@ def run_bdh(*arguments):
 # %% [markdown]
 # ## Data
 #
-# Any text file serves: replace `SOURCE` by its path. `stdlib` is the source code of Python's library, which is here
-# already. A tenth is held out, and never trained on. First, what a run would take here, without starting one:
+# Any text file will do: replace `SOURCE` by its path. `stdlib` is the source code of Python's library, which is here
+# already. A tenth is held out, and never trained on. First, what a run would take here, without starting one (time and memory
+# are at the end):
 
 # %%
 SOURCE = "stdlib"
@@ -84,7 +85,7 @@ run_bdh("train", *flags, "--run_dir", "runs/notebook-02")
 # %% [markdown]
 # ## The curve
 #
-# The run's folder has everything that was logged in `metrics.jsonl`.
+# Everything that was logged is in `metrics.jsonl`, in the run's folder.
 
 # %%
 import matplotlib.pyplot as plt
@@ -110,8 +111,8 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# The loss falls steeply while the model learns which bytes there are, then slowly. Untrained, half of the neurons fire; training
-# makes them sparse.
+# Left: the loss falls steeply while the model learns which bytes are frequent, then slowly. Right: before training half of the
+# neurons fire (notebook [6](06_interpretability.ipynb) measures it). By the first evaluation it is about a quarter, and there it stays.
 #
 # ## What it wrote on the way
 

@@ -9,7 +9,7 @@
 # # 3. Training a model further
 #
 # At the end the demo's model, which knows Python's documentation, will have learned Python code, with all of its weights and
-# with small adapters (LoRA); and it will answer questions that it is asked as a chat. About four minutes on two CPU cores.
+# with small adapters (LoRA); and it will answer questions that it is asked as a chat. About four minutes on one CPU core.
 
 # %%
 # Where bdh is missing (Colab, say), it is installed: from the checkout around this notebook, or a wheel beside it.
@@ -48,8 +48,8 @@ def run_bdh(*arguments, lines=12):
 # %% [markdown]
 # ## Before
 #
-# The model has read documentation. Code surprises it: perplexity says between how many bytes it hesitates, on average. It is measured
-# on 30 kB of the part of `stdlib`, the source code of Python's library, that training holds out.
+# The model has read documentation, and code surprises it. Perplexity says how much: 10 means that it is as unsure of the next byte as if
+# ten were equally likely. It is measured on 30 kB of the part of `stdlib`, the source code of Python's library, that training holds out.
 
 # %%
 import itertools
@@ -67,7 +67,7 @@ run_bdh(
 # %% [markdown]
 # ## All weights
 #
-# `train.init_from` starts from a finished model; the rest is training as ever. The learning rate is lower than in the beginning.
+# `train.init_from` starts from a finished model; the rest is training as before. The learning rate is lower than it was for the demo.
 
 # %%
 STEPS = 30 if FAST else 400
@@ -79,8 +79,8 @@ run_bdh("train", "--config", "finetune", *SHARED, "--run_dir", "runs/notebook-03
 # %% [markdown]
 # ## Adapters
 #
-# With `train.lora.r` the weights stay as they are, to the bit, and small matrices beside them learn: `39,168` numbers instead of
-# `245,760`. They can be stored alone, beside one base model for many purposes.
+# With `train.lora.r` the weights stay as they are, to the bit, and small matrices beside them learn: 39,168 numbers instead of
+# 245,760. They can be stored alone, so that one base model serves many purposes.
 
 # %%
 shutil.rmtree("runs/notebook-03-lora", ignore_errors=True)
@@ -102,7 +102,7 @@ print(
 # %% [markdown]
 # ## After
 #
-# The same text as before, by all three.
+# The same text as before, read by all three.
 
 # %%
 figures = {}
@@ -126,11 +126,11 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# Both should be far below the first. Adapters with so few numbers usually end a little above the training of all weights.
+# Both perplexities should be far below the first. Adapters, with so few numbers, usually end a little above training of all weights.
 #
 # ## A chat
 #
-# Conversations are lines of JSON. Ours ask for the first of three words. Only the assistant's part is learned.
+# Conversations are lines of JSON. In ours the user asks for the first of three words. Only the assistant's answers are learned.
 
 # %%
 import random

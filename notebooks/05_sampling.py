@@ -44,7 +44,7 @@ tokenizer = AutoTokenizer.from_pretrained("runs/demo/model")
 # %% [markdown]
 # ## The distribution before anything is done to it
 #
-# The model reads a prompt and gives every byte a probability of being next.
+# The model reads a prompt and gives every byte a probability of being next. The 15 likeliest are drawn, always in this order.
 
 # %%
 PROMPT = "The function returns a "
@@ -70,7 +70,7 @@ def draw(axis, p, title):
     top = logits.softmax(-1).topk(15).indices
     axis.bar(range(15), p[top], color="teal")
     axis.set_xticks(range(15), [repr(tokenizer.decode([i]))[1:-1] for i in top.tolist()])
-    axis.set(title=title, ylabel="probability", ylim=(0, 1))
+    axis.set(title=title, xlabel="next byte", ylabel="probability", ylim=(0, max(0.5, p.max())))
 
 
 fig, axis = plt.subplots(figsize=(7, 2.6))
@@ -98,13 +98,13 @@ plt.show()
 
 # %% [markdown]
 # - *temperature* changes all bars and removes none; below 1 the high ones grow.
-# - *top-k* leaves a fixed number, whether the model is sure or not.
-# - *top-p* leaves few where the model is sure and many where it is not.
-# - *min-p* leaves what is not much less likely than the best: so a high temperature can be used without nonsense.
+# - *top-k* keeps a fixed number, whether the model is sure or not.
+# - *top-p* keeps few where the model is sure and many where it is not.
+# - *min-p* keeps what is not much less likely than the best, so that a high temperature need not give nonsense.
 #
-# ## That this is what the library does
+# ## Does the library do the same?
 #
-# 2,000 draws with the library's own sampler, beside the computed distribution:
+# The shares of 2,000 draws by the library's own sampler, compared with the computed distribution:
 
 # %%
 SETTING = {"temperature": 1.2, "top_k": 6, "top_p": 0.9}
@@ -114,14 +114,14 @@ for (text,) in draws:
     for token in tokenizer.encode(text):
         counts[token] += 1
 expected = probabilities(logits, **SETTING)
-print("the largest difference:", round(float((counts / counts.sum() - expected).abs().max()), 3))
+print("the largest difference of a probability:", round(float((counts / counts.sum() - expected).abs().max()), 3))
 
 # %% [markdown]
 # With 2,000 draws a difference of up to about 0.03 is chance.
 #
 # ## Sliders
 #
-# In Jupyter these move the bars. Where widgets do not run, as on GitHub, the pictures above say the same.
+# In Jupyter, sliders below this cell move the bars. Where widgets do not run, as on GitHub, the pictures above say the same.
 
 # %%
 try:
@@ -155,9 +155,9 @@ for settings in ({"temperature": 0}, {"temperature": 0.6}, {"temperature": 1.2},
 # %% [markdown]
 # ## Penalties
 #
-# At temperature 0 a small model repeats itself. A *repetition penalty* lowers what the text has already, a *frequency
-# penalty* lowers it more the more often it is there. Tokens are bytes here, so strong penalties forbid letters: they are made
-# for larger vocabularies.
+# At temperature 0 a small model repeats itself. Penalties make tokens that the text has already less likely: a *repetition penalty*
+# divides or multiplies their logits, a *presence penalty* subtracts the same from each, a *frequency penalty* more the more often it was
+# there. Tokens are bytes here, so strong penalties forbid letters: they are made for larger vocabularies.
 
 # %%
 for settings in ({}, {"repetition_penalty": 1.1}, {"frequency_penalty": 0.1}, {"presence_penalty": 1.0}):
@@ -167,7 +167,7 @@ for settings in ({}, {"repetition_penalty": 1.1}, {"frequency_penalty": 0.1}, {"
 # %% [markdown]
 # ## Several at once
 #
-# `n` continuations of one prompt read it once. Each has its own seed, and none depends on what runs beside it.
+# `n` continuations of one prompt, which is read once. Each has its own seed, and none depends on what runs beside it.
 
 # %%
 for text in model.generate_texts(tokenizer, ["A list "], n=4, max_new_tokens=60, temperature=0.8, seed=11)[0]:

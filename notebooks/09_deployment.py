@@ -9,7 +9,7 @@
 # # 9. Deployment
 #
 # At the end a server with OpenAI's API will have run in this notebook, with a key, clients, streaming, answers in a
-# given form, a saved state and metrics; and you will know how it goes behind a proxy or into a container.
+# given form, a saved state and metrics; and you will know how to put it behind a proxy or into a container.
 
 # %%
 # Where bdh is missing (Colab, say), it is installed: from the checkout around this notebook, or a wheel beside it.
@@ -58,7 +58,7 @@ for _ in range(600):
 # %% [markdown]
 # ## Ask it
 #
-# Any client for OpenAI's API serves; this is OpenAI's own (`pip install openai`).
+# Any client for OpenAI's API will do; this is OpenAI's own (`pip install openai`).
 
 # %%
 from openai import OpenAI
@@ -116,7 +116,8 @@ print(post("/v1/completions", dated, KEY)[1]["choices"][0]["text"])
 # ## A state that outlasts the request
 #
 # The model's memory of a text has a fixed size, so it can be kept: read a long text once, ask many times. The answer names
-# the state, and the next request continues from it.
+# the state, and the next request continues from it. (What is written then is poor: this model was trained on sequences of 96 bytes, and
+# the text has 1,020. That it was not read again is what to see: only the new bytes are counted.)
 
 # %%
 text = "The with statement wraps the execution of a block. " * 20
@@ -167,9 +168,9 @@ print(
 )
 
 # %% [markdown]
-# ## Its end
+# ## Stopping it
 #
-# On SIGTERM it refuses new requests, finishes those that run, and ends.
+# On SIGTERM it refuses new requests, finishes those that are running, and exits.
 
 # %%
 server.terminate()

@@ -1,7 +1,8 @@
 """Makes the notebooks of notebooks/*.ipynb from their sources, the .py files beside them, by running them.
 
-    python scripts/notebooks.py                 all nine, as they are committed: about 20 minutes on two CPU cores
+    python scripts/notebooks.py                 all nine, as they are committed: about half an hour with one thread
     python scripts/notebooks.py 01 05           some of them
+    python scripts/notebooks.py --text 01 05    of which only the text between the code was edited: what it printed is kept
     BDH_NOTEBOOK_FAST=1 python scripts/notebooks.py --out FOLDER    with small settings, elsewhere: to see that they run
 
 A source is Python in jupytext's percent format. The notebook holds its hash: a test fails where it was made of another source.
@@ -30,6 +31,7 @@ _TINY = ("--train.max_steps", "60", "--train.eval_every_steps", "30", "--train.s
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="numbers or names; all by default")
+    parser.add_argument("--text", action="store_true", help="only the text was edited: keep what the code printed")
     parser.add_argument("--out", type=Path, default=SOURCES, help="folder to write to, and to run in")
     options = parser.parse_args(argv)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -38,11 +40,12 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(
             f"no notebook is called {', '.join(options.names)}: there are {', '.join(p.stem for p in sources())}"
         )
-    prepare(options.out)
+    if not options.text:
+        prepare(options.out)
     for source in chosen:
         start = time.perf_counter()
-        notebook = run(source, options.out)
         path = options.out / f"{source.stem}.ipynb"
+        notebook = with_new_text(source, path) if options.text else run(source, options.out)
         nbformat.write(notebook, path)
         check_size(path, notebook)
         print(f"{path}: {time.perf_counter() - start:.0f} s, {path.stat().st_size / 1000:.0f} kB", flush=True)
@@ -62,23 +65,53 @@ def prepare(folder: Path) -> None:
 
 def run(source: Path, folder: Path) -> nbformat.NotebookNode:
     """The notebook of a source with what its cells printed and drew, run in a folder."""
+    notebook = without_outputs(source)
+    NotebookClient(notebook, timeout=CELL_SECONDS, resources={"metadata": {"path": str(folder)}}).execute()
+    for cell in code_cells(notebook):
+        cell.metadata = {}
+        cell.execution_count = None
+        cell.outputs = merged(cell.outputs)
+    return notebook
+
+
+def with_new_text(source: Path, made: Path) -> nbformat.NotebookNode:
+    """The notebook of a source whose text was edited since it was made, with the outputs that it had.
+
+    Raises:
+        ValueError: its code was edited too. That of the first code cell, which installs bdh where it is missing, may differ.
+    """
+    notebook, before = without_outputs(source), nbformat.read(made, as_version=4)
+    code, code_before = code_cells(notebook), code_cells(before)
+    if [cell.source for cell in code[1:]] != [cell.source for cell in code_before[1:]]:
+        raise ValueError(f"{source.name}: its code is not that of {made.name}: run it, without --text")
+    for cell, cell_before in zip(code, code_before, strict=True):
+        cell.outputs = cell_before.outputs
+    notebook.metadata = {**before.metadata, "bdh": notebook.metadata["bdh"]}
+    return notebook
+
+
+def without_outputs(source: Path) -> nbformat.NotebookNode:
     notebook = jupytext.read(source)
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
         "bdh": {"source_sha256": source_hash(source)},
     }
-    if badge := colab_badge(source):
-        notebook.cells[0].source = f"{badge}\n\n{notebook.cells[0].source}"
-    NotebookClient(notebook, timeout=CELL_SECONDS, resources={"metadata": {"path": str(folder)}}).execute()
+    notebook.nbformat_minor = 4  # without ids, which would differ each time
     for cell in notebook.cells:
         cell.metadata = {}
         cell.pop("id", None)
-        if cell.cell_type == "code":
-            cell.execution_count = None
-            cell.outputs = merged(cell.outputs)
-    notebook.nbformat_minor = 4  # without ids, which would differ each time
+    if where := repository():
+        notebook.cells[0].source = f"{colab_badge(source, where)}\n\n{notebook.cells[0].source}"
+        install = code_cells(notebook)[0]
+        package = f"bdh[serve,finetune] @ git+https://github.com/{where}"
+        checkout = f'else ".." if pathlib.Path("../pyproject.toml").exists() else "{package}"'
+        install.source = install.source.replace('else ".."', checkout)
     return notebook
+
+
+def code_cells(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
 def merged(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
@@ -101,13 +134,14 @@ def source_hash(source: Path) -> str:
     return hashlib.sha256(source.read_bytes()).hexdigest()
 
 
-def colab_badge(source: Path) -> str:
-    """A link that opens the notebook in Colab; nothing while pyproject.toml names no repository."""
+def repository() -> str:
+    """OWNER/NAME on GitHub; empty while pyproject.toml names no repository."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    repository = project.get("urls", {}).get("Repository", "")
-    if "github.com/" not in repository:
-        return ""
-    where = repository.partition("github.com/")[2].strip("/")
+    return project.get("urls", {}).get("Repository", "").partition("github.com/")[2].strip("/").removesuffix(".git")
+
+
+def colab_badge(source: Path, where: str) -> str:
+    """A link that opens the notebook in Colab."""
     url = f"https://colab.research.google.com/github/{where}/blob/main/notebooks/{source.stem}.ipynb"
     return f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({url})"
 

@@ -1,6 +1,8 @@
 """The notebooks run, and those that are committed were made of their sources."""
 
+import ast
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -26,6 +28,63 @@ def test_a_committed_notebook_is_not_older_than_its_source(source):
     assert outputs
     assert not any(output["output_type"] == "error" for output in outputs)
     notebooks.check_size(source.with_suffix(".ipynb"), notebooks.nbformat.from_dict(made))
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_a_cell_that_shows_something_did_and_without_warnings(source):
+    """A cell once printed a list that was empty: the sentence above it spoke of nothing."""
+    made = notebooks.nbformat.read(source.with_suffix(".ipynb"), as_version=4)
+    for cell in notebooks.code_cells(made):
+        run = [part for part in ast.parse(cell.source).body if not isinstance(part, (ast.FunctionDef, ast.Try))]
+        calls = {ast.unparse(node.func) for part in run for node in ast.walk(part) if isinstance(node, ast.Call)}
+        assert cell.outputs or not calls & {"print", "plt.show", "run_bdh"}, cell.source
+        assert all(output.get("name") != "stderr" for output in cell.outputs), cell.source
+
+
+@pytest.fixture
+def copied(tmp_path, monkeypatch):
+    """A notebook and its source, of a project with a repository on GitHub."""
+    for path in (SOURCES[0], SOURCES[0].with_suffix(".ipynb")):
+        shutil.copy(path, tmp_path)
+    (tmp_path / "pyproject.toml").write_text('[project]\nurls = {Repository = "https://github.com/some/where"}\n')
+    monkeypatch.setattr(notebooks, "ROOT", tmp_path)
+    return tmp_path / SOURCES[0].name
+
+
+def test_with_a_repository_a_notebook_opens_and_installs_in_colab(copied):
+    made = notebooks.with_new_text(copied, copied.with_suffix(".ipynb"))
+    url = "https://colab.research.google.com/github/some/where/blob/main/notebooks/01_quickstart.ipynb"
+    assert made.cells[0].source.startswith(
+        "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
+    )
+    assert f"({url})\n\n# 1. Quickstart\n" in made.cells[0].source
+    install = notebooks.code_cells(made)[0].source
+    assert '"bdh[serve,finetune] @ git+https://github.com/some/where"' in install
+    ast.parse(install)
+
+
+def test_without_a_repository_there_is_no_badge(copied):
+    (notebooks.ROOT / "pyproject.toml").write_text("[project]\n")
+    made = notebooks.without_outputs(copied)
+    assert made.cells[0].source.startswith("# 1. Quickstart\n")
+    assert "git+" not in notebooks.code_cells(made)[0].source
+
+
+def test_new_text_keeps_what_the_code_printed(copied):
+    before = notebooks.nbformat.read(copied.with_suffix(".ipynb"), as_version=4)
+    copied.write_text(copied.read_text().replace("# ## Let it write", "# ## It writes"))
+    after = notebooks.with_new_text(copied, copied.with_suffix(".ipynb"))
+    assert [cell.outputs for cell in notebooks.code_cells(after)] == [
+        cell.outputs for cell in notebooks.code_cells(before)
+    ]
+    assert "## It writes" in [cell.source for cell in after.cells]
+    assert after.metadata["bdh"]["source_sha256"] == notebooks.source_hash(copied)
+
+
+def test_new_code_is_not_given_old_outputs(copied):
+    copied.write_text(copied.read_text().replace("temperature=0.7", "temperature=0.8"))
+    with pytest.raises(ValueError, match="run it, without --text"):
+        notebooks.with_new_text(copied, copied.with_suffix(".ipynb"))
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
