@@ -147,7 +147,7 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# With BPE a step reads four times as much text, in whole words; but its model needs 2.5 times the parameters, of which nearly two
+# With BPE a step reads four times as much text, mostly in whole words; but its model needs 2.5 times the parameters, of which nearly two
 # thirds are embedding and head. It is ahead at first, and by less and less. Which one wins depends on the time and the size: measure it
 # for yours.
 #

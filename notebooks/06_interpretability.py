@@ -148,7 +148,7 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# Where the line leaves the grey band, the order of the bytes matters. Here it stays within: the synapse grows along the text, but which
+# Where the line leaves the grey band, the order of the bytes matters. In the stored run it stays within: the synapse grows, but which
 # bytes there are explains that, whatever their order. The waves are the rotation of the pair that the neuron belongs to. The strength has
 # no unit: only its course means something. One synapse on one text is an example, and no proof of anything.
 #
