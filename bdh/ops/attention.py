@@ -1,28 +1,29 @@
-"""Linear attention in its three equal forms, and the rotation of its queries and keys.
+"""Linear attention in its three equivalent forms, and the rotation of its queries and keys.
 
 With strictly causal masking, no softmax and no scale, attention is a sum of outer products:
 
     a_t = sum_{s < t} (q_t . k_s) v_s = q_t @ S_t        S_{t+1} = S_t + k_t v_t^T        k = q
 
-so it can be computed from all scores at once (parallel), with the state S carried from chunk to chunk
-(chunked), or token by token (recurrent). The forms differ in rounding only.
+It can therefore be computed from all scores at once (parallel), with the state S carried from chunk to chunk (chunked),
+or token by token (recurrent). The forms differ only in rounding.
 
-In every function ``q`` is (B, H, T, N), already rotated; ``v`` is (B, T, D), shared by the heads; ``state``
-is S, (B, H, N, D) in float32 (float64 where q is), or None for zeros; ``decay_mask`` says where documents start and
-how fast the state decays, and is None where a token sees all of the past alike. They return ``a`` (B, H, T, D)
-in the dtype of S, which the layer norm after it wants, and the new state, or None unless ``keep_state``.
+In every function ``q`` is (B, H, T, N), already rotated; ``v`` is (B, T, D), shared by the heads; ``state`` is S,
+(B, H, N, D) in float32 (float64 if q is), or None for zeros; ``decay_mask`` tells where documents start and how fast
+the state decays, or is None if all earlier tokens count alike. The functions return ``a`` (B, H, T, D) in the dtype of
+S, which the following layer norm needs, and the new state, or None unless ``keep_state``.
 
-Documents and decay are weights on that recurrence (:class:`DecayMask`). Before token t the state is cleared where t starts
-a document, and after it
+Documents and decay are weights on the recurrence (:class:`DecayMask`). If token t starts a document, the state is
+cleared before it. The update is
 
     S_{t+1} = g S_t + k_t v_t^T        g = 2^(-1 / half-life), one for each head
 
-so token s < t of the same document reaches token t with the weight g^(t - 1 - s): the nearest with 1. It is the decay of
-RetNet (arXiv 2307.08621, eq. 5). Weights are powers of differences of positions, never quotients of powers, so that none overflows.
+so token s < t of the same document contributes to token t with weight g^(t - 1 - s), which is 1 for the nearest token.
+This is the decay of RetNet (arXiv 2307.08621, eq. 5). The weights are computed as powers of differences of positions,
+never as quotients of powers, so that they cannot overflow.
 
-A pair of neurons is turned by ``position * frequency`` turns, of which only the fraction counts. In float32 that product has
-lost a 64th of a turn at position 10^6; in float64 it is good to 4e-8 of a turn at position 10^9. So the fraction is taken in
-float64 and only then rounded.
+A pair of neurons is rotated by ``position * frequency`` turns, of which only the fraction matters. In float32 this
+product is off by a 64th of a turn at position 10^6; in float64 it is accurate to 4e-8 of a turn at position 10^9. The
+fraction is therefore computed in float64 and rounded afterwards.
 """
 
 import math
@@ -34,17 +35,17 @@ from bdh.ops import ATTENTION_FORMS
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which sums over a whole text are kept, for tensors of ``dtype``."""
+    """Returns the dtype of sums over a whole text, such as the state, for tensors of ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class DecayMask(NamedTuple):
-    """The three facts that weigh the past of T tokens. None leaves a fact out.
+    """What determines the weights of earlier tokens: document starts, decay and padding. Each can be None.
 
     Attributes:
-        starts: bool (B, T): the first tokens of documents.
-        half_lives: (H,): tokens after which what a head keeps has halved; inf never forgets.
-        mask: bool (B, T): False for padding, which is no token to count in the distance.
+        starts: bool (B, T): True for the first token of a document.
+        half_lives: (H,), in tokens: the half-life of each head's state; inf for a head that never forgets.
+        mask: bool (B, T): False for padding, which does not count in distances.
     """
 
     starts: torch.Tensor | None = None
@@ -52,14 +53,14 @@ class DecayMask(NamedTuple):
     mask: torch.Tensor | None = None
 
     def part(self, sequences: slice, heads: slice, tokens: slice) -> "DecayMask":
-        """That of some heads, sequences and tokens, to which a state is given."""
+        """Returns the part for some sequences, heads and tokens."""
         starts, mask = (None if each is None else each[sequences, tokens] for each in (self.starts, self.mask))
         return DecayMask(starts, None if self.half_lives is None else self.half_lives[heads], mask)
 
     def weights(self, num_tokens: int, device: torch.device) -> "DecayWeights":
-        """The weights among ``num_tokens`` tokens."""
+        """Returns the weights of ``num_tokens`` tokens for each other and for the state."""
         T = num_tokens
-        clock = torch.arange(T, device=device)[None]  # tokens before each one
+        clock = torch.arange(T, device=device)[None]  # the number of tokens before each one
         total = torch.full((1,), T, device=device)
         if self.mask is not None and self.half_lives is not None:
             clock = self.mask.long().cumsum(1) - self.mask.long()
@@ -70,7 +71,7 @@ class DecayMask(NamedTuple):
         to_end = self._decayed(total - clock - 1)
         from_state, through = self._decayed(clock), self._decayed(total)
         if self.starts is not None:
-            document = self.starts.long().cumsum(1)[:, None]  # (B, 1, T): 0 continues from the state
+            document = self.starts.long().cumsum(1)[:, None]  # (B, 1, T): number 0 continues from the state
             between = between * (document[..., :, None] == document[..., None, :])
             to_end = to_end * (document == document[..., -1:])
             from_state = from_state * (document == 0)
@@ -78,38 +79,39 @@ class DecayMask(NamedTuple):
         return DecayWeights(between, from_state[..., None], to_end[..., None], through[..., None])
 
     def _decayed(self, distance: torch.Tensor) -> torch.Tensor:
-        """The weights at distances (..., H or 1, T) or (..., H or 1, T, T)."""
+        """Returns the weights for distances (..., H or 1, T) or (..., H or 1, T, T)."""
         if self.half_lives is None:
             return torch.ones_like(distance, dtype=torch.float32)
         half_lives = self.half_lives.view(-1, *[1] * (distance.ndim - 2))
-        # Distances below 0 are those of later tokens and of padding, which count for nothing.
+        # Negative distances belong to later tokens and padding, whose weights are not used.
         return torch.exp2(-distance.clamp_min(0) / half_lives)
 
 
 class DecayWeights(NamedTuple):
-    """What tokens count for each other, and for the states before and after them; 1 where nothing is lost.
+    """The weights of tokens for each other, and between tokens and the states before and after them; 1 without loss.
 
-    B and H may be 1, where rows or heads are alike.
+    B and H are 1 if the weights are the same for all sequences or heads.
     """
 
     between: torch.Tensor  # (B, H, T, T): of each earlier token for each token
-    from_state: torch.Tensor  # (B, H, T, 1): of the state before for each token
-    to_end: torch.Tensor  # (B, H, T, 1): of each token in the state after
-    through: torch.Tensor  # (B, H, 1, 1): of the state before in the state after
+    from_state: torch.Tensor  # (B, H, T, 1): of the earlier state for each token
+    to_end: torch.Tensor  # (B, H, T, 1): of each token in the new state
+    through: torch.Tensor  # (B, H, 1, 1): of the earlier state in the new state
 
 
 def weighted(values: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """``values`` times ``weights``, and 0 for a weight of 0, whatever the value: not even infinity passes."""
+    """Returns ``values`` times ``weights``, but 0 for a weight of 0 even if the value is infinite or NaN."""
     return torch.where(weights == 0, 0.0, values * weights.to(values.dtype))
 
 
 def choose_form(requested: str, num_tokens: int, width: int, *, has_state: bool, chunk_size: int = 128) -> str:
-    """The form that ``attend`` takes: ``requested``, or for "auto" the one with the least work.
+    """Returns the attention form to use: ``requested``, or for "auto" the one with the least work.
 
-    One token on top of a state is a recurrent step. Beyond that, T tokens cost each head T^2 (N + D)
-    multiplications in the parallel form, and T C (N + D) + 2 T N D in chunks of C. With N far above D, parallel
-    wins up to T = C + 2 D. Measured on 2 CPU cores, the two are within a tenth at that length, and at twice the length
-    chunked is about twice as fast, unless states are too large for the processor's cache (D = 256, N = 8,192).
+    A single token that continues a state is a recurrent step. Otherwise, T tokens take T^2 (N + D) multiplications per
+    head in the parallel form, and T C (N + D) + 2 T N D in chunks of C tokens. If N is much larger than D, parallel
+    takes fewer up to T = C + 2 D. Measured on 2 CPU cores, the two are within a tenth of each other at that length; at
+    twice the length, chunked is about twice as fast, unless the state is too large for the processor's cache (D = 256,
+    N = 8,192).
 
     Raises:
         ValueError: ``requested`` is not a form.
@@ -120,7 +122,7 @@ def choose_form(requested: str, num_tokens: int, width: int, *, has_state: bool,
         return requested
     if num_tokens == 1 and has_state:
         return "recurrent"
-    if torch.compiler.is_exporting():  # one program for texts of every length, where chunks would be counted
+    if torch.compiler.is_exporting():  # one program for all lengths: the number of chunks would be fixed in it
         return "parallel"
     return "parallel" if num_tokens <= chunk_size + 2 * width else "chunked"
 
@@ -135,17 +137,23 @@ def attend(
     decay_mask: DecayMask | None = None,
     keep_state: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention of rotated queries ``q`` (B, H, T, N) over values ``v`` (B, T, D) and an earlier ``state``.
+    """Computes attention of rotated queries over values and an earlier state.
 
     Args:
-        state: (B, H, N, D) of the tokens before, or None where there are none. The recurrent form writes to
-            it, where ``keep_state`` is given and no gradients are needed.
+        q: (B, H, T, N), the queries, which are also the keys.
+        v: (B, T, D), the values.
+        state: (B, H, N, D), the state of the tokens before, or None. With ``keep_state`` and without gradients, the
+            recurrent form updates it in place.
         form: one of :data:`bdh.ops.ATTENTION_FORMS`.
-        chunk_size: tokens in a chunk of the chunked form.
-        keep_state: return the state after the last token too.
+        chunk_size: the number of tokens in a chunk of the chunked form.
+        decay_mask: document starts, decay and padding; None if all earlier tokens count alike.
+        keep_state: whether to return the state after the last token.
 
     Returns:
         ``a`` (B, H, T, D) in float32 (float64 for float64), and the new state or None.
+
+    Raises:
+        ValueError: ``form`` is unknown.
     """
     form = choose_form(form, q.shape[2], v.shape[-1], has_state=state is not None, chunk_size=chunk_size)
     if form == "chunked":
@@ -162,7 +170,7 @@ def parallel_attention(
     decay_mask: DecayMask | None = None,
     keep_state: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """All T x T scores at once: the fastest form for short texts."""
+    """Computes attention from all T x T scores at once: the fastest form for short texts."""
     weights = None if decay_mask is None else decay_mask.weights(q.shape[2], q.device)
     a = _attention_within(q, v, weights)
     if state is None and not keep_state:
@@ -190,7 +198,7 @@ def chunked_attention(
     decay_mask: DecayMask | None = None,
     keep_state: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scores inside chunks of ``chunk_size`` tokens, the state between them: linear in T."""
+    """Computes attention with scores within chunks of ``chunk_size`` tokens and the state between them: linear in T."""
     found = []
     chunks = list(zip(q.split(chunk_size, dim=2), v.split(chunk_size, dim=1), strict=True))
     for index, (q_chunk, v_chunk) in enumerate(chunks):
@@ -210,11 +218,11 @@ def recurrent_attention(
     decay_mask: DecayMask | None = None,
     keep_state: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Token by token. With ``keep_state`` and without gradients, a given ``state`` is updated in place."""
+    """Computes attention token by token. With ``keep_state`` and without gradients, ``state`` is updated in place."""
     B, H, T, N = q.shape
     D, dtype = v.shape[-1], sum_dtype(q.dtype)
     has_gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (q, v, state) if t is not None)
-    # What is exported leaves its inputs as they are.
+    # An exported program must not modify its inputs.
     in_place = (state is None or keep_state) and not has_gradients and not torch.compiler.is_exporting()
     if state is None:
         state = q.new_zeros(B, H, N, D, dtype=dtype)
@@ -242,7 +250,7 @@ def recurrent_attention(
 def _by_token(
     decay_mask: DecayMask, B: int, H: int, T: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """For each matrix of the flat state and each token, (B * H, T, 1, 1): whether it is cleared, and the share kept."""
+    """Returns for each head's state and each token whether it is cleared, and the factor of decay, (B * H, T, 1, 1)."""
     starts = kept = None
     if decay_mask.starts is not None:
         starts = decay_mask.starts[:, None].expand(B, H, T).reshape(B * H, T, 1, 1)
@@ -255,7 +263,7 @@ def _by_token(
 
 
 def _attention_within(q: torch.Tensor, v: torch.Tensor, weights: DecayWeights | None) -> torch.Tensor:
-    """Attention of the tokens of one block among themselves: (B, H, T, D)."""
+    """Computes the attention of the tokens of one block among themselves, (B, H, T, D)."""
     B, H, T, _ = q.shape
     half_is_used = q.dtype == torch.float16 or (
         torch.is_autocast_enabled(q.device.type)
@@ -270,9 +278,9 @@ def _attention_within(q: torch.Tensor, v: torch.Tensor, weights: DecayWeights | 
     scores = queries @ keys.transpose(-1, -2)  # (B, H, T, T)
     scores = scores.tril(-1) if weights is None else scores * weights.between.to(scores.dtype)
     values = v.to(scores.dtype)
-    if torch.compiler.is_exporting():  # where T may be a symbol, with which H * T cannot be reasoned about
+    if torch.compiler.is_exporting():  # T can be a symbol there, and the reshape below to H * T is not supported
         a = scores @ values[:, None]
-    else:  # one (H*T, T) @ (T, D) product for each sequence: v need not be repeated for the heads
+    else:  # one (H*T, T) @ (T, D) product for each sequence, without repeating v for the heads
         a = (scores.view(B, H * T, T) @ values).view(B, H, T, -1)
     a = a.to(sum_dtype(a.dtype))
     return a if scale is None else a * scale
@@ -281,18 +289,23 @@ def _attention_within(q: torch.Tensor, v: torch.Tensor, weights: DecayWeights | 
 def scaled_for_float16(
     q: torch.Tensor, *, neurons: int, tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries and keys whose scores, and sums of scores, stay in float16's range, and the factors left out of each.
+    """Scales queries and keys so that scores and their sums stay within the range of float16.
 
-    By Cauchy-Schwarz every score q_t . k_s is at most |q_t| max_s |k_s|. With those divided out, and a further sqrt(T), no sum
-    of T scores times a layer-normed value, which is at most sqrt(D), exceeds sqrt(T D): below 65,504 up to T = 10^7 at
-    D = 256. The factor is put back in float32; since it cancels exactly, it is a constant for the gradients.
+    By Cauchy-Schwarz every score q_t . k_s is at most |q_t| max_s |k_s|. After dividing by these norms and by a further
+    sqrt(T), no sum of T scores times a layer-normed value, which is at most sqrt(D), exceeds sqrt(T D). That is below
+    65,504 up to T = 10^7 at D = 256. The caller multiplies the factors back in float32. Since they cancel exactly, they
+    are constants for the gradients.
 
     Args:
-        neurons: which dimension of q they are; 1 in the factors.
-        tokens: the same; 1 in the factor of the keys.
+        q: the queries.
+        neurons: the dimension of q that holds the neurons; its size is 1 in the factors.
+        tokens: the dimension of q that holds the tokens; its size is 1 in the factor of the keys.
+
+    Returns:
+        The scaled queries and keys, and the factors that were divided out of each.
     """
     norms = torch.linalg.vector_norm(q.detach(), dim=neurons, keepdim=True, dtype=torch.float32)
-    norms = norms.clamp_min(1e-6)  # a token for which no neuron fires
+    norms = norms.clamp_min(1e-6)  # the norm is 0 for a token at which no neuron fires
     largest = norms.amax(dim=tokens, keepdim=True)
     query_scale = norms * q.shape[tokens] ** 0.5
     wide = q.float()
@@ -300,8 +313,8 @@ def scaled_for_float16(
 
 
 def turns_per_token(num_neurons: int, theta: float, device: torch.device | str = "cpu") -> torch.Tensor:
-    """The frequency of each pair of a head's N neurons, in turns per token: float64, (N/2,)."""
-    if torch.compiler.is_exporting():  # ONNX rounds the numbers in a program to float32, but not its tensors
+    """Returns the frequency of each pair of a head's N neurons in turns per token, float64 (N/2,)."""
+    if torch.compiler.is_exporting():  # ONNX rounds scalar constants to float32, but not tensors
         turns = [theta ** (-2 * i / num_neurons) / (2 * math.pi) for i in range(num_neurons // 2)]
         return torch.tensor(turns, dtype=torch.float64, device=device)
     pair = torch.arange(num_neurons // 2, dtype=torch.float64, device=device)
@@ -311,19 +324,21 @@ def turns_per_token(num_neurons: int, theta: float, device: torch.device | str =
 def rotation_table(
     positions: torch.Tensor, num_neurons: int, theta: float, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """The rotation of every pair at every position, as unit complex numbers.
+    """Returns the rotation of every pair of neurons at every position, as unit complex numbers.
 
     Args:
-        positions: int64, (...,): absolute positions.
-        num_neurons: N, the neurons of one head.
-        dtype: float64 gives complex128, everything else complex64: half-precision phases would be off by 0.01 turns.
+        positions: int64 (...,), the absolute positions.
+        num_neurons: N, the number of neurons in a head.
+        theta: the base of the frequencies.
+        dtype: float64 gives complex128, and any other dtype complex64, since half-precision phases would be off by
+            0.01 turns.
 
     Returns:
-        (..., N/2) complex; while torch.compile or torch.export traces, (..., N/2, 2), cosine and sine: their backends,
-        ONNX among them, know no complex numbers.
+        (..., N/2) complex. Under torch.compile and torch.export it is (..., N/2, 2), cosine and sine, because their
+        backends, such as ONNX, do not support complex numbers.
     """
     device = positions.device
-    # MPS has no float64: the table is small, so it is made on the CPU there.
+    # MPS has no float64. The table is small, so it is computed on the CPU.
     exact_device = torch.device("cpu") if device.type == "mps" else device
     frequencies = turns_per_token(num_neurons, theta, exact_device)
     turns = torch.remainder(positions.to(exact_device)[..., None].double() * frequencies, 1.0)
@@ -334,10 +349,13 @@ def rotation_table(
 
 
 def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Turns the pairs (2i, 2i + 1) of ``x`` (..., N): (a, b) goes to (a cos - b sin, b cos + a sin), in x's dtype.
+    """Rotates the pairs (2i, 2i + 1) of ``x`` (..., N): (a, b) becomes (a cos - b sin, b cos + a sin), in x's dtype.
 
-    That is a complex product, which one sweep over memory computes where the written-out form takes six, unless it is
-    compiled. ``table`` is that of :func:`rotation_table`, broadcast against x's pairs.
+    It is computed as a complex product, in one sweep over memory. Unless compiled, separate products would take six.
+
+    Args:
+        x: (..., N).
+        table: from :func:`rotation_table`, broadcastable to the pairs of x.
     """
     pairs = x.to(sum_dtype(x.dtype)).unflatten(-1, (-1, 2))
     if table.is_complex():
@@ -347,29 +365,30 @@ def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 
 
 class Rotation(NamedTuple):
-    """Cosine and sine of each pair's phase at each position that occurs, and where the tokens stand among these.
+    """Cosine and sine of each pair of neurons at each position that occurs, with the column of each token.
 
-    Documents and padding give each sequence positions of its own, but few that no other has: a table of all tokens would
-    be as wide as the neurons.
+    With documents and padding the positions differ between sequences, but most occur in several. A table for every
+    token would be as large as the activations of the neurons.
     """
 
     cos: torch.Tensor  # (N/2, positions)
     sin: torch.Tensor
-    places: torch.Tensor | None  # int64 (B, T): the column of each token; None where token t's is t in all sequences
+    places: torch.Tensor | None  # int64 (B, T): the column of each token; None if token t has column t in all sequences
 
     def of_block(self, sequences: slice, tokens: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine for some sequences and tokens, (N/2, 1 or G, C)."""
+        """Returns the cosine and sine for some sequences and tokens, (N/2, 1 or G, C)."""
         if self.places is None:
-            # Not views: code compiled for one offset in memory is compiled again for another.
+            # Copied, because torch.compile would compile again for views with other memory offsets.
             return self.cos[:, None, tokens].contiguous(), self.sin[:, None, tokens].contiguous()
         places = self.places[sequences, tokens]
         return self.cos[:, places], self.sin[:, places]
 
     def runs(self, sequences: slice, tokens: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """The stretches of a block's G * C tokens that stand side by side in the table, none of two sequences.
+        """Returns the runs of a block's G * C tokens with consecutive columns in the table, each within one sequence.
 
         Returns:
-            int64 (runs + 1,): the first token of each, and the number of tokens after them; int64 (runs,): its column.
+            The first token of each run, followed by the number of tokens, int64 (runs + 1,); and the column of each
+            run's first token, int64 (runs,).
         """
         G, C = sequences.stop - sequences.start, tokens.stop - tokens.start
         if self.places is None:
@@ -385,16 +404,20 @@ class Rotation(NamedTuple):
 def make_rotation(
     positions: torch.Tensor, num_neurons: int, theta: float, dtype: torch.dtype, *, bound: int | None = None
 ) -> Rotation:
-    """The table at absolute ``positions``, int64 (1 or B, T), in float64 for that ``dtype`` and else in float32.
+    """Returns the table for the given positions, in float64 if ``dtype`` is float64, and otherwise in float32.
 
     Args:
-        bound: all positions are below it, where that is known: a GPU then need not be waited for.
+        positions: int64 (1 or B, T), the absolute positions.
+        num_neurons: N, the number of neurons in a head.
+        theta: the base of the frequencies.
+        dtype: the dtype of the model.
+        bound: an upper bound (exclusive) of the positions, if known. It avoids synchronizing with a GPU.
     """
     places = None
     if len(positions) > 1:
         if bound is None or positions.device.type == "cpu":
             positions, places = torch.unique(positions, return_inverse=True)
-        else:  # how many differ is not known here before the device has got so far
+        else:  # the number of distinct positions is only known after synchronizing with the device
             positions, places = torch.arange(bound, device=positions.device), positions
     table = rotation_table(positions.flatten(), num_neurons, theta, dtype).t()
     return Rotation(table.real.contiguous(), table.imag.contiguous(), places)

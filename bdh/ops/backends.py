@@ -1,16 +1,17 @@
-"""The backends that compute the layer: what each one needs, and which one is chosen, with the reason that banners print.
+"""The registry of backends that compute the layer: what each requires, and how one is chosen, with the reason.
 
-A backend offers one operation or both:
+A backend offers one or both of two operations:
 
-    train      (B, T, D) tokens of a batch; differentiable
-    advance    tokens of many sequences, whose states are written in place; no gradients
+    train      reads (B, T, D) tokens of a batch; differentiable
+    advance    reads tokens of many sequences and writes their states in place; no gradients
 
-An ``advance`` takes all memory that it needs before it writes the first byte of a state, so that an error before that leaves
-the states as they were; the caller marks states as torn just before they are written. It gives v (R, D) after the last layer
-step, and ``on_layer_step`` each layer step's x (R, H*N). The method of :class:`bdh.generate.advance.Advancer` that calls it
-commits each input that has no error, with logits in float32 on the CPU.
+An ``advance`` allocates all memory that it needs before it writes the first byte of a state, so that an earlier error
+leaves the states unchanged. The caller marks states as torn just before they are written. An ``advance`` returns v (R,
+D) after the last layer step, and calls ``on_layer_step`` with x (R, H*N) of each layer step. The method of
+:class:`bdh.generate.advance.Advancer` that calls it commits each input without an error, with float32 logits on the
+CPU.
 
-Settings and banners have words of their own for the backends, one set for each operation (``words``).
+Settings and banners have their own names for the backends, one set for each operation (``words``).
 """
 
 import math
@@ -35,49 +36,49 @@ STATE_DTYPES: dict[StateFormat, torch.dtype] = {
 
 
 class LayerWeights(NamedTuple):
-    """E, Ev and Dec as matrices, one row for each neuron, in the dtype that is computed in."""
+    """E, Ev and Dec as matrices with one row for each neuron, in the dtype of the computation."""
 
     encoder: torch.Tensor  # (H * N, D)
     encoder_v: tuple[torch.Tensor, ...]  # H of (N, D)
-    decoder: torch.Tensor  # (H * N, D): transposed
+    decoder: torch.Tensor  # (H * N, D): the transpose of the module's weight
 
 
 class Work(NamedTuple):
-    """What a backend is asked to compute."""
+    """A description of what a backend is to compute."""
 
     device: torch.device
     dtype: torch.dtype = torch.float32
-    """Of the matrix products in training, of the weights when states are advanced."""
+    """The dtype of the matrix products in ``train``, and of the weights in ``advance``."""
     obstacle: str | None = None
-    """Why E, Ev and Dec cannot be used as plain matrices (hooks, quantized weights, a transform of torch.func); None where
-    they can. Only a backend that calls them as modules serves then."""
+    """Why E, Ev and Dec cannot be used as plain matrices (hooks, quantized weights, a transform of torch.func); None if
+    they can. With an obstacle, only a backend that calls them as modules can be used."""
     attention_form: str = "auto"
     at_once: int | None = None
-    """Numbers (B, T, N) of a training step that the eager backend may compute at once, if that is faster; None where there is
-    no memory for it, or blocks are asked for."""
+    """The elements (B, T, N) of a training step if the eager backend may compute it at once; None if memory does
+    not suffice, or if blocks are required."""
 
 
 @dataclass(frozen=True)
 class Backend:
-    """What one backend can do, and what it needs."""
+    """The capabilities and requirements of one backend."""
 
     name: BackendName
     words: Mapping[Operation, str]
-    """The operations that it offers, with the word for it in that operation's settings."""
+    """The operations that it offers, each with the backend's name in the settings of that operation."""
     calls_modules: bool = False
-    """Whether it calls E, Ev and Dec, whatever modules they are, rather than multiplying with their weights."""
+    """Whether it calls E, Ev and Dec as modules of any kind, rather than multiplying with their weights."""
     device: str | None = None
     """The only type of device that it runs on; None for any."""
     dtypes: Mapping[Operation, frozenset[torch.dtype]] = field(default_factory=dict)
-    """Those that it computes, where not all."""
+    """The dtypes that an operation supports; one that is not listed supports all."""
     needs_numba: bool = False
     weights: frozenset[WeightFormat] = frozenset({"float32"})
-    """Formats in which ``advance`` can keep copies of the weights."""
+    """The weight formats that ``advance`` supports."""
     states: frozenset[StateFormat] = frozenset({"float32"})
-    """Formats of the states that ``advance`` writes. A window is always kept in float32."""
+    """The state formats that ``advance`` supports. A window is always in float32."""
 
     def obstacle(self, operation: Operation, work: Work) -> str | None:
-        """Why it cannot do this work here; None where it can."""
+        """Returns why the backend cannot do this work on this machine; None if it can."""
         if self.calls_modules:
             return None
         if work.obstacle is not None:
@@ -112,10 +113,12 @@ CPU = Backend(
     states=frozenset(STATE_FORMATS),
 )
 BACKENDS = (CPU, BLOCKS, EAGER)
-"""Those that can be chosen, the preferred ones first; ``bdh/ops/naive.py`` is for tests and benchmarks alone. On a CPU the
-kernels beat torch's dense operations for any number of sequences and at any density: each sequence has a state of its own,
-which they sweep over once where torch does three times, and they multiply E with all tokens of a step in tiles. Measured at the least favourable density, 50 % (untrained weights), in ms a token, kernels /
-dense, on 2 CPU cores:
+"""The backends that can be chosen, in order of preference. ``bdh/ops/naive.py`` is only for tests and benchmarks.
+
+On a CPU the kernels are faster than PyTorch's dense operations for any number of sequences and at any density: they
+sweep once over the state of each sequence, where PyTorch does so three times, and they multiply E with all tokens of a
+step in tiles. Measured at the least favourable density, 50 % (untrained weights), in ms per token, kernels / dense, on
+2 CPU cores:
 
 ==========================  ===========  ===========  ===========  ===========
 model                       1 sequence   8            32           128
@@ -128,21 +131,21 @@ D 16,  H 2, N 64,   L 2     0.11 / 0.34  0.03 / 0.09  0.01 / 0.06  0.01 / 0.05
 """
 
 
-# On a GPU the eager backend is faster up to so many numbers (B, T, N): the blocks then wait for their kernels to be started, one
-# head after the other. D 128, N 1,024, L 4 with 2,048 tokens, 2^21 numbers, on an H200: 13 ms, and 52 in blocks; with 2^27,
-# D 256, N 8,192, L 6, the blocks are far ahead.
+# On a GPU the eager backend is faster up to this many elements (B, T, N), since the blocks start their kernels head by
+# head, and launching them then takes longer than running them. On an H200, D 128, N 1,024, L 4 with 2,048 tokens (2^21
+# elements) takes 13 ms, and 52 ms in blocks; with 2^27 elements (D 256, N 8,192, L 6) the blocks are far ahead.
 _SMALL_ON_GPU = 2**24
 
 
 class Choice(NamedTuple):
-    """The backend that computes, and why it and no other."""
+    """The chosen backend, and the reason."""
 
     backend: Backend
     reason: str
 
 
 class BackendError(ValueError):
-    """A backend was asked for that does not exist, or that cannot do the work here."""
+    """The requested backend does not exist, or cannot do the work on this machine."""
 
     def __init__(self, fault: str):
         super().__init__(f"path {fault}")
@@ -150,13 +153,16 @@ class BackendError(ValueError):
 
 
 def choose_backend(operation: Operation, requested: str, work: Work) -> Choice:
-    """The backend for some work.
+    """Chooses the backend for some work.
 
     Args:
-        requested: one of :data:`LAYER_PATHS` or :data:`STEP_PATHS`; "auto" takes the first of :data:`BACKENDS` that can.
+        operation: "train" or "advance".
+        requested: one of :data:`LAYER_PATHS` or :data:`STEP_PATHS`; "auto" chooses the first of :data:`BACKENDS` that
+            can do the work.
+        work: what is to be computed.
 
     Raises:
-        BackendError: ``requested`` is none of them, or cannot do this work; it says why.
+        BackendError: ``requested`` is unknown, or cannot do this work; the message states why.
     """
     offered = [backend for backend in BACKENDS if operation in backend.words]
     allowed = LAYER_PATHS if operation == "train" else STEP_PATHS
@@ -169,7 +175,7 @@ def choose_backend(operation: Operation, requested: str, work: Work) -> Choice:
         return Choice(able, _reason(operation, work, able, offered[0]))
     backend = next(each for each in offered if each.words[operation] == requested)
     if (obstacle := backend.obstacle(operation, work)) is not None:
-        # A slower one than the requested always can: eager runs everywhere.
+        # The alternatives are never empty: the last backend, eager, runs everywhere.
         *others, last = [each.words[operation] for each in offered[offered.index(backend) + 1 :]]
         raise BackendError(
             f"is {requested!r}, which cannot run here: {obstacle}; must be {', '.join(['auto', *others])} or {last}"
@@ -178,7 +184,7 @@ def choose_backend(operation: Operation, requested: str, work: Work) -> Choice:
 
 
 def _reason(operation: Operation, work: Work, chosen: Backend, preferred: Backend) -> str:
-    """Why ``auto`` took this one: what it computes here, or what stood in the way of the preferred one."""
+    """Returns why "auto" chose this backend: what it is good for, or why the preferred one was not possible."""
     if chosen is preferred:
         dtypes = chosen.dtypes.get(operation, frozenset({work.dtype}))
         return f"{_names(dtypes, ' or ')} on the {work.device.type}"
@@ -191,5 +197,5 @@ def _reason(operation: Operation, work: Work, chosen: Backend, preferred: Backen
 
 
 def compiles_parts(device: torch.device) -> bool:
-    """Whether the blocks' element-wise parts are compiled there: on a GPU, where PyTorch came with Triton."""
+    """Whether the element-wise parts of blocks are compiled on a device: on a GPU, if PyTorch has Triton."""
     return device.type == "cuda" and find_spec("triton") is not None

@@ -1,18 +1,21 @@
-"""The layer in torch's plain operations: for any device, with autograd, hooks, ``torch.func``, tracing and export.
+"""The eager backend: the layer in plain PyTorch operations.
 
-:func:`layer_step` has the equations. It calls E, Ev and Dec instead of multiplying with their weights, so these may be
-modules with hooks, adapters or quantized weights; and it leaves the attention to its caller, who knows what came before.
+It supports any device, autograd, hooks, ``torch.func``, tracing and export. :func:`layer_step` implements the
+equations. It calls E, Ev and Dec as functions instead of multiplying with their weights, so that these can be modules
+with hooks, adapters or quantized weights. Attention is a function that the caller passes, because only the caller knows
+the state.
 
-With a window of W, token t sees the W - 1 tokens before it (:func:`attend_window`):
+With a window of W, token t attends to the W - 1 tokens before it (:func:`attend_window`):
 
     a_t = sum_{t - W < s < t} (q_t . k_s) v_s
 
-so what is predicted after t follows, in one layer step, from the last W tokens, t included: what a block of W tokens from
-nothing gives its last token. Positions are absolute, but a score depends on t - s only. In later layer steps the values are
-those of tokens that saw their own windows, so L of them see back L (W - 1) tokens. A :class:`Ring` keeps them: token s stands
-in column s mod (W - 1), where the token that leaves the window stood. The keys are kept neuron by neuron, a line of columns for
-each, as the state of the recurrence is with its D columns: the scores of a token are its query times that matrix, and only the
-lines of neurons that fire count.
+In one layer step, the prediction after t therefore depends on the last W tokens, t included, as in a block of W tokens.
+Positions are absolute, but a score depends only on t - s. In later layer steps the values are those of tokens that
+attended to their own windows, so L layer steps reach back L (W - 1) tokens.
+
+A :class:`Ring` stores the tokens of the window. Token s is in column s mod (W - 1), where it replaces the token that
+leaves the window. The keys are stored neuron by neuron, like the state of the recurrence: the scores of a token are the
+product of its query and this matrix, in which only the rows of neurons that fire contribute.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,23 +32,23 @@ from bdh.ops.attention import DecayMask, attend, parallel_attention, rotate, sum
 Linear = Callable[[torch.Tensor], torch.Tensor]
 Points = Mapping[str, Callable[[torch.Tensor], torch.Tensor]]
 HOOK_POINTS = ("x", "q", "a", "y", "z", "v")
-"""The values of a layer step that can be seen and replaced, in the order in which :func:`layer_step` computes them."""
+"""The values of a layer step that hooks can read and replace, in the order in which they are computed."""
 T = TypeVar("T")
 
 
 def layer_norm(v: torch.Tensor, eps: float) -> torch.Tensor:
-    """Normalises the last dimension of ``v``. Half precision is computed in, and returned as, float32."""
+    """Normalizes the last dimension of ``v``. Half precision is computed and returned in float32."""
     return F.layer_norm(v.to(sum_dtype(v.dtype)), v.shape[-1:], eps=eps)
 
 
 class Layer(NamedTuple):
-    """E, Ev and Dec, as functions of the last dimension."""
+    """E, Ev and Dec as functions on the last dimension, with the hook points in use."""
 
     encoder: Linear  # D -> H * N
     encoder_v: Sequence[Linear]  # H of D -> N
     decoder: Linear  # H * N -> D
     points: Points = {}  # noqa: RUF012 (nothing writes to it)
-    """What some of :data:`HOOK_POINTS` pass through: a function of the value gives what is computed with instead."""
+    """Functions by the name of their hook point: each receives the value, and returns the value to compute with."""
 
 
 def _through(points: Points, name: str, value: torch.Tensor) -> torch.Tensor:
@@ -63,19 +66,21 @@ def layer_step(
     mask: torch.Tensor | None = None,
     dropout: float = 0.0,
 ) -> tuple[torch.Tensor, T]:
-    """One application of the layer.
+    """Applies the layer once.
 
     Args:
-        v: (B, T, D) of a batch, or (R, D): tokens of any sequences.
-        attention: from the rotated queries, (B, H, T, N) or (H, R, N), and the values, v in ``dtype``, to
-            a (B, H, T, D) or (H, R, D), and anything else that the caller wants back, such as the new state.
-        table: of :func:`bdh.ops.attention.rotation_table`, broadcast against the queries' pairs.
-        dtype: of the layer's products; autocast, where it is on, overrides it.
-        mask: bool, v's shape without D; False for padding, at which no neuron fires.
-        dropout: share of z = x * y that is dropped.
+        v: the residual stream, (B, T, D) for a batch, or (R, D) for tokens of any sequences.
+        layer: E, Ev and Dec.
+        attention: maps the rotated queries, (B, H, T, N) or (H, R, N), and the values, v in ``dtype``, to the attention
+            output a, (B, H, T, D) or (H, R, D), and any second result, such as the new state.
+        table: from :func:`bdh.ops.attention.rotation_table`, broadcastable to the pairs of the queries.
+        eps: added to the variance in the layer norms.
+        dtype: the dtype of the matrix products; autocast overrides it if enabled.
+        mask: bool, the shape of v without D. Where False (padding), no neuron fires.
+        dropout: the fraction of z = x * y that is dropped.
 
     Returns:
-        v after the layer step, and what ``attention`` gave beside a.
+        v after the layer step, and the second result of ``attention``.
     """
     num_heads, values, points = len(layer.encoder_v), v.to(dtype), layer.points
     x = F.relu(layer.encoder(values))  # (..., H*N): which neurons fire
@@ -86,7 +91,7 @@ def layer_step(
     q = _through(points, "q", q)
     a, kept = attention(q, values)
     a = layer_norm(_through(points, "a", a), eps).to(dtype)  # (..., H, T, D)
-    # The heads' outputs are let go at once: what is as wide as the neurons is kept no longer than needed.
+    # Not kept in a variable, so that the outputs of the heads, which are as wide as the neurons, are freed at once.
     y = F.relu(torch.cat([head(a.select(-3, h)) for h, head in enumerate(layer.encoder_v)], dim=-1))  # (..., H*N)
     y = _through(points, "y", y)
     z = _through(points, "z", x * y)
@@ -97,14 +102,14 @@ def layer_step(
 
 @dataclass(frozen=True)
 class EagerSpec:
-    """What the layer steps of one forward pass have in common."""
+    """The settings that all layer steps of a forward pass share."""
 
     table: torch.Tensor
-    """(1 or B, 1, T, N/2), complex: one row where all sequences stand at the same positions."""
+    """The rotations, complex (1 or B, 1, T, N/2); the first size is 1 if all sequences have the same positions."""
     eps: float
     dtype: torch.dtype
     form: str = "auto"
-    """Of the attention, one of :data:`bdh.ops.ATTENTION_FORMS`."""
+    """The attention form, one of :data:`bdh.ops.ATTENTION_FORMS`."""
     chunk_size: int = 128
     decay_mask: DecayMask | None = None
     mask: torch.Tensor | None = None
@@ -115,7 +120,11 @@ class EagerSpec:
 def train(
     v: torch.Tensor, layer: Layer, spec: EagerSpec, state: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """One layer step over all tokens at once: v (B, T, D) after it, and the new state (B, H, N, D) where it is kept."""
+    """Computes a layer step over all tokens at once, with autograd.
+
+    Returns:
+        v (B, T, D) after the layer step, and the new state (B, H, N, D), or None unless ``spec.keep_state``.
+    """
     attention = partial(
         attend,
         state=state,
@@ -130,13 +139,13 @@ def train(
 
 
 class Piece(NamedTuple):
-    """The next tokens of one sequence."""
+    """The next tokens of one sequence in a call of :func:`advance`."""
 
     state: Mapping[str, Sequence[torch.Tensor]]
-    """By name a tensor for each layer step: ``sums`` (1, H, N, D), or those of a :class:`Ring` with a dimension of 1 before
-    the others."""
+    """By name, a tensor for each layer step: ``sums`` (1, H, N, D), or the tensors of a :class:`Ring` with a leading
+    dimension of 1."""
     position: int
-    """Of the first token."""
+    """The position of the first token."""
     num_tokens: int
 
 
@@ -152,17 +161,22 @@ def advance(
     half_lives: torch.Tensor | None = None,
     on_layer_step: Callable[[torch.Tensor], None] = lambda x: None,
 ) -> tuple[torch.Tensor, list[Callable[[], object]]]:
-    """Takes tokens of many sequences through all layer steps, beside one another in the products with the weights.
+    """Computes all layer steps for tokens of many sequences, which share the products with the weights.
 
     Args:
-        v: (R, D), embedded: those of each piece in order, one piece after the other.
-        table: (R, N/2), complex: the rotations at the tokens' positions.
-        half_lives: (H,) tokens in which what a head keeps halves.
-        on_layer_step: is called in each layer step with x (R, H*N).
+        v: (R, D), the embedded tokens of all pieces, concatenated.
+        layer: E, Ev and Dec.
+        table: complex (R, N/2), the rotations at the tokens' positions.
+        pieces: the states of the sequences, and their positions.
+        num_layer_steps: L.
+        eps: added to the variance in the layer norms.
+        dtype: the dtype of the matrix products.
+        half_lives: (H,), in tokens: the half-life of each head's state; None for no decay.
+        on_layer_step: called in each layer step with x (R, H*N).
 
     Returns:
-        v after the last layer step, and for each piece what writes its state: all that can fail for want of memory has
-        been done before.
+        v (R, D) after the last layer step, and for each piece a function that writes its state. Memory that can run out
+        has been allocated before.
     """
     counts = [piece.num_tokens for piece in pieces]
     writes: list[list[Callable[[], object]]] = [[] for _ in pieces]
@@ -202,12 +216,17 @@ def _attend_state(
     position: int,
     half_lives: torch.Tensor | None,
 ) -> tuple[torch.Tensor, Callable[[], object]]:
-    """a (H, T, D) of the next tokens of a sequence, q (H, T, N) and v (T, D), and what writes its state."""
+    """Computes a (H, T, D) for the next tokens of a sequence, and returns it with a function that writes the state.
+
+    Args:
+        q: (H, T, N).
+        v: (T, D).
+    """
     if "sums" not in state:
         ring = Ring(**{name: tensor[0] for name, tensor in state.items()})
         length, first = ring.values.shape[0], position
         a = attend_window(q, v, ring, position, half_lives=half_lives)
-        if len(v) > length:  # the rest of a long piece is not to be kept in memory for the ring
+        if len(v) > length:  # do not keep all of a long piece in memory for the ring
             q, v, first = q[:, len(v) - length :].clone(), v[len(v) - length :].clone(), position + len(v) - length
         return a, partial(take_in, q, v, ring, first)
     sums = state["sums"]
@@ -227,25 +246,25 @@ def _attend_state(
 
 
 COLUMNS_AT_ONCE = 16
-"""The columns of a ring are filled up with empty ones to a multiple of this: what processors read in one piece."""
+"""The number of columns of a ring is padded to a multiple of this: as many as processors read at once."""
 
 
 class Ring(NamedTuple):
-    """The last tokens of a sequence, as one layer step sees them. All is 0 where there is no token."""
+    """The last tokens of a sequence in one layer step. Columns without a token are 0."""
 
     keys: torch.Tensor
-    """(H, N, C), C the columns; float32 (float64 for a float64 model)."""
+    """(H, N, C) with C columns, float32 (float64 for a float64 model)."""
     fired: torch.Tensor
-    """uint8 (H, W - 1, ceil(N / 16)): which pairs of neurons fire in each column, 8 pairs to a byte, the lowest bit
-    first. Where a bit is 0, so are the keys: the kernels need not look."""
+    """uint8 (H, W - 1, ceil(N / 16)): which pairs of neurons fire in each column, 8 pairs to a byte, lowest bit first.
+    The kernels skip pairs whose bit is 0, since their keys are 0."""
     values: torch.Tensor
-    """(W - 1, D), of the dtype of the keys."""
+    """(W - 1, D), in the dtype of the keys."""
 
 
 def ring_shapes(
     window: int, H: int, N: int, D: int, dtype: torch.dtype = torch.float32
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """Dtype and shape of each tensor of a ring, for a model of ``dtype``."""
+    """Returns the dtype and shape of each tensor of a ring, for a model of ``dtype``."""
     length = window - 1
     columns = -(-length // COLUMNS_AT_ONCE) * COLUMNS_AT_ONCE
     return {
@@ -258,16 +277,17 @@ def ring_shapes(
 def attend_window(
     q: torch.Tensor, v: torch.Tensor, ring: Ring, position: int, *, half_lives: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Attention of the next tokens of a sequence to each other and to the ring, which stays as it is; all scores at once.
+    """Computes windowed attention of the next tokens to each other and to the ring, which is not modified.
 
     Args:
         q: (H, T, N), rotated by the absolute positions.
         v: (T, D).
-        position: of the first of the tokens.
-        half_lives: (H,) tokens in which what a head keeps of another halves.
+        ring: the tokens before them.
+        position: the position of the first token.
+        half_lives: (H,), in tokens: the weight of an earlier token halves with this distance; None for no decay.
 
     Returns:
-        ``a`` (H, T, D) in the dtype of the ring.
+        ``a`` (H, T, D), in the dtype of the ring.
     """
     length, T = ring.values.shape[0], q.shape[1]
     q, v = q.to(ring.keys.dtype), v.to(ring.keys.dtype)
@@ -275,7 +295,7 @@ def attend_window(
         return q.new_zeros(*q.shape[:2], v.shape[1])
     tokens = torch.arange(position, position + T, device=q.device)
     columns = torch.arange(length, device=q.device)
-    # In each column stands the newest token before this position whose number has that remainder.
+    # The position of the token in each column: the latest one before `position` with that remainder.
     standing = position - 1 - (position - 1 - columns) % length  # (W - 1,)
     scores = torch.cat([(q @ ring.keys)[..., :length], q @ q.transpose(1, 2)], dim=2)  # (H, T, W - 1 + T)
     distance = tokens[:, None] - torch.cat([standing, tokens])
@@ -286,7 +306,7 @@ def attend_window(
 
 
 def take_in(q: torch.Tensor, v: torch.Tensor, ring: Ring, position: int) -> None:
-    """Puts the next tokens of a sequence, q (H, T, N) and v (T, D), into the ring, as far as they stay there."""
+    """Writes the next tokens of a sequence, q (H, T, N) and v (T, D), into the ring, or the last ones that fit."""
     length, T = ring.values.shape[0], q.shape[1]
     if length == 0:
         return
@@ -313,13 +333,16 @@ def chunked_cross_entropy(
     tokens_per_chunk: int,
     num_items: torch.Tensor | int | None = None,
 ) -> torch.Tensor:
-    """:func:`cross_entropy` over chunks of tokens, whose logits are recomputed for the backward pass: no more exist at a time.
+    """Computes :func:`cross_entropy` in chunks of tokens, to save memory.
+
+    The logits of a chunk are freed after the forward pass, and recomputed in the backward pass.
 
     Args:
         hidden: (tokens, D), the inputs of the head.
         head: maps (tokens, D) to logits (tokens, V).
-        targets: (tokens,) int64; :data:`IGNORE_INDEX` is not counted.
-        num_items: divides the sum instead of the number of counted targets.
+        targets: int64 (tokens,); :data:`IGNORE_INDEX` is ignored.
+        tokens_per_chunk: the number of tokens whose logits exist at once.
+        num_items: the divisor of the sum; by default the number of targets that are not ignored.
     """
     total = hidden.new_zeros((), dtype=sum_dtype(hidden.dtype))
     for hidden_chunk, target_chunk in zip(hidden.split(tokens_per_chunk), targets.split(tokens_per_chunk), strict=True):
@@ -336,7 +359,13 @@ def chunked_cross_entropy(
 def cross_entropy(
     logits: torch.Tensor, targets: torch.Tensor, *, num_items: torch.Tensor | int | None = None
 ) -> torch.Tensor:
-    """Mean cross-entropy in nats of ``logits`` (tokens, V) against ``targets`` (tokens,)."""
+    """Returns the mean cross-entropy, in nats, of ``logits`` (tokens, V) against ``targets`` (tokens,).
+
+    Args:
+        logits: (tokens, V).
+        targets: int64 (tokens,); :data:`IGNORE_INDEX` is ignored.
+        num_items: the divisor of the sum; by default the number of targets that are not ignored.
+    """
     return _summed_loss(logits, targets) / _divisor(targets, num_items)
 
 

@@ -1,12 +1,12 @@
-"""How weights are stored in fewer bits: what a neuron's row looks like in memory, and how numbers are rounded into it.
+"""The formats of quantized weights: the layout in memory, and rounding to the nearest.
 
-A *row* is the D weights of a neuron. The CPU's kernels read rows in these formats as they are:
+A *row* holds the D weights of a neuron. The CPU kernels read rows in these formats directly:
 
     int8   D codes of -127 to 127, int8; then the row's scale, bfloat16
-    int4   for each GROUP of weights, the last of which is filled up: its scale, bfloat16; then 16 bytes, of which byte i
+    int4   for each GROUP of weights, the last of which is padded: its scale, bfloat16; then 16 bytes, of which byte i
            holds the code of weight i, plus 8, in its lower half, and that of weight 16 + i in its upper half
 
-A weight is its code times its scale. A code has at most 8 bits and a scale 8, so that in float32 the product is exact.
+A weight is its code times its scale. Both have at most 8 significant bits, so that the product is exact in float32.
 """
 
 from typing import Literal, NamedTuple
@@ -16,32 +16,32 @@ import torch
 from bdh.ops import QuantizedFormat, WeightFormat
 
 MatrixFormat = Literal["float32", "bfloat16"] | QuantizedFormat
-"""That of one matrix."""
+"""The format of one matrix."""
 
 GROUP = 32
-"""Weights that share a scale in int4."""
+"""The number of weights that share a scale in int4."""
 _HALF = GROUP // 2
 CODE_RANGES: dict[QuantizedFormat, tuple[int, int]] = {"int8": (-127, 127), "int4": (-8, 7)}
-"""The smallest and the largest code."""
+"""The smallest and largest code of each format."""
 SCALE_BYTES = 2
 BLOCK_BYTES = SCALE_BYTES + _HALF
-"""Of a group in int4."""
-# Each group of int4 takes the best of these: the weight of the largest magnitude, whatever its sign, becomes about -8.
-# By the error of a trained model's weights: (8,) 7.5e-3, (7, 8) 7.3e-3, these 6.9e-3.
+"""The size of a group in int4, in bytes."""
 _ROWS_AT_ONCE = 1024
+# Each group of int4 uses the best of these as the magnitude to which its largest weight is scaled; its code is about
+# -8, whatever the weight's sign. Errors of a trained model's weights: (8,) 7.5e-3, (7, 8) 7.3e-3, these 6.9e-3.
 _INT4_RANGES = (7.0, 7.5, 8.0, 8.5, 9.0)
 
 
 class Codes(NamedTuple):
-    """Rounded weights."""
+    """Rounded weights: integer codes and their scales."""
 
     codes: torch.Tensor
     """int8 (rows, D)."""
     scales: torch.Tensor
-    """bfloat16 (rows, groups): one of a row in int8, one for each GROUP of its weights in int4."""
+    """bfloat16 (rows, groups): one for each row in int8, one for each GROUP of weights in int4."""
 
     def dequantized(self) -> torch.Tensor:
-        """float32 (rows, D)."""
+        """Returns the weights, float32 (rows, D)."""
         scales = self.scales.float()
         if scales.shape[1] == 1:
             return self.codes.float().mul_(scales)
@@ -49,7 +49,7 @@ class Codes(NamedTuple):
 
 
 class LayerFormats(NamedTuple):
-    """Those of E, Ev and Dec, and of the head."""
+    """The formats of E, Ev, Dec and the head."""
 
     encoder: MatrixFormat
     encoder_v: MatrixFormat
@@ -58,8 +58,11 @@ class LayerFormats(NamedTuple):
 
 
 def layer_formats(weights: WeightFormat) -> LayerFormats:
-    """What a format of a model's weights is for each of its matrices. Whole numbers leave the head as it is: of a token it
-    takes little, and its errors would be those of the logits."""
+    """Returns the format of each matrix for a format of a model's weights.
+
+    Quantized formats leave the head unchanged: it takes a small part of a token's time, and its errors would directly
+    be errors of the logits.
+    """
     match weights:
         case "int8":
             return LayerFormats("int8", "int8", "int8", "float32")
@@ -71,18 +74,18 @@ def layer_formats(weights: WeightFormat) -> LayerFormats:
 
 
 class Rows(NamedTuple):
-    """A matrix neuron by neuron, or token of the vocabulary by token, as it lies in memory."""
+    """A matrix as the kernels read it from memory, with a row for each neuron or vocabulary entry."""
 
     tensor: torch.Tensor
-    """(rows, D) numbers, or uint8 (rows, row_bytes)."""
+    """Float (rows, D), or packed uint8 (rows, row_bytes)."""
     format: MatrixFormat
 
     @classmethod
     def of(cls, weight: torch.Tensor, format: MatrixFormat, name: str = "the matrix") -> "Rows":
-        """Of numbers (rows, D); what has the format already is not copied.
+        """Converts a matrix (rows, D) to a format. It is not copied if it has the format already.
 
         Raises:
-            ValueError: whole numbers are asked for, and a weight is infinite or not a number.
+            ValueError: the format is quantized, and a weight is infinite or NaN.
         """
         if format == "int8" or format == "int4":
             return cls(pack(rounded(weight, format, name), format), format)
@@ -90,7 +93,7 @@ class Rows(NamedTuple):
 
 
 def row_bytes(format: MatrixFormat, D: int) -> int:
-    """Bytes of a row of D weights."""
+    """Returns the size in bytes of a row of D weights."""
     match format:
         case "int8":
             return D + SCALE_BYTES
@@ -102,20 +105,25 @@ def row_bytes(format: MatrixFormat, D: int) -> int:
 
 
 def rounded(weight: torch.Tensor, format: QuantizedFormat, name: str = "the matrix") -> Codes:
-    """Each weight of (rows, D) to the nearest code of its format; ``name`` is for messages.
+    """Rounds each weight of a matrix (rows, D) to the nearest code.
+
+    Args:
+        weight: (rows, D).
+        format: the format.
+        name: the matrix's name, for error messages.
 
     Raises:
-        ValueError: a weight is infinite or not a number.
+        ValueError: a weight is infinite or NaN.
     """
     weight = weight.detach().float()
     check_finite(weight, name)
-    # Some rows at a time, which stay in the cache: 8.4M weights to int4 take 0.1 s instead of 1.1.
+    # A few rows at a time, which stay in the cache: rounding 8.4M weights to int4 takes 0.1 s instead of 1.1 s.
     some = [_codes(rows, scales_of(rows, format), format) for rows in weight.split(_ROWS_AT_ONCE)]
     return Codes(torch.cat([each.codes for each in some]), torch.cat([each.scales for each in some]))
 
 
 def check_finite(weight: torch.Tensor, name: str) -> None:
-    """Raises ``ValueError`` for the first weight of (rows, D) that is infinite or not a number."""
+    """Raises ``ValueError`` with the first weight of a matrix (rows, D) that is infinite or NaN, if there is one."""
     if not weight.isfinite().all():
         row, column = (~weight.isfinite()).nonzero()[0].tolist()
         value = weight[row, column].item()
@@ -123,7 +131,7 @@ def check_finite(weight: torch.Tensor, name: str) -> None:
 
 
 def scales_of(weight: torch.Tensor, format: QuantizedFormat) -> torch.Tensor:
-    """bfloat16 (rows, groups), for float32 weights (rows, D)."""
+    """Returns the scales for float32 weights (rows, D), bfloat16 (rows, groups)."""
     if format == "int8":
         return (weight.abs().amax(1, keepdim=True) / 127).to(torch.bfloat16)
     groups = _in_groups(weight)  # (rows, groups, GROUP)
@@ -141,7 +149,10 @@ def scales_of(weight: torch.Tensor, format: QuantizedFormat) -> torch.Tensor:
 
 
 def _sums(groups: torch.Tensor) -> torch.Tensor:
-    """Of each group (rows, groups, GROUP), in the same order on every device: where two errors are close, the scale depends on it."""
+    """Sums each group of (rows, groups, GROUP) in the same order on every device.
+
+    If two candidate scales have nearly equal errors, rounding of these sums decides between them.
+    """
     while (half := groups.shape[2] // 2) > 0:
         groups = groups[:, :, :half] + groups[:, :, half:]
     return groups
@@ -155,23 +166,23 @@ def _codes(weight: torch.Tensor, scales: torch.Tensor, format: QuantizedFormat) 
 
 
 def rounded_with(weight: torch.Tensor, scales: torch.Tensor, format: QuantizedFormat) -> Codes:
-    """Finite weights (rows, D) with given scales (rows, groups) in bfloat16."""
+    """Rounds finite weights (rows, D) with given scales, bfloat16 (rows, groups)."""
     return _codes(weight.detach().float(), scales, format)
 
 
 def _in_groups(weight: torch.Tensor) -> torch.Tensor:
-    """(rows, groups, GROUP), filled up with 0."""
+    """Splits rows into groups, (rows, groups, GROUP), the last of which is padded with 0."""
     return torch.nn.functional.pad(weight, (0, -weight.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
 
 
 def _divided(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """To the nearest whole multiple of its scale; 0 for a scale of 0, that of a row or group of zeros."""
+    """Divides weights by their scales and rounds; 0 for a scale of 0, which a row or group of zeros has."""
     wide = scales.float()
     return (weight / torch.where(wide == 0, 1.0, wide)).round_()
 
 
 def pack(rounded: Codes, format: QuantizedFormat) -> torch.Tensor:
-    """uint8 (rows, row_bytes)."""
+    """Packs codes and scales into uint8 (rows, row_bytes)."""
     codes, scales = rounded
     scale_bytes = scales.contiguous().view(torch.uint8)
     if format == "int8":
@@ -182,10 +193,10 @@ def pack(rounded: Codes, format: QuantizedFormat) -> torch.Tensor:
 
 
 def unpack(packed: torch.Tensor, D: int, format: QuantizedFormat) -> Codes:
-    """Of uint8 (rows, row_bytes).
+    """Unpacks the codes and scales of uint8 (rows, row_bytes).
 
     Raises:
-        ValueError: the rows have another length.
+        ValueError: the rows do not have the length for D weights.
     """
     if packed.shape[1] != row_bytes(format, D):
         expected = row_bytes(format, D)

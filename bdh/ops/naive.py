@@ -1,8 +1,7 @@
-"""The model in its slow and obvious form: the ground truth that every fast form is tested against.
+"""The reference implementation of the model, against which every fast form is tested.
 
-Plain functions on plain tensors, written as the equations are (arXiv 2509.26507; the symbols are those of
-the table in ``docs/model.md``). Nothing here is tuned, nothing is fused, and nothing else in the package
-computes with it: tests and benchmarks do.
+Plain functions on plain tensors that follow the equations (arXiv 2509.26507; ``docs/model.md`` has a table of the
+symbols). Nothing here is optimized, and only tests and benchmarks use it.
 """
 
 import math
@@ -18,7 +17,7 @@ ROPE_THETA = 2.0**16
 
 
 class Weights(NamedTuple):
-    """The five tensors of a model, in the layout of the published reference code."""
+    """The five weights of a model, in the layout of the published reference code."""
 
     embed: torch.Tensor  # (V, D)
     encoder: torch.Tensor  # (H, D, N)
@@ -28,16 +27,21 @@ class Weights(NamedTuple):
 
 
 def layer_norm(v: torch.Tensor, eps: float = LAYER_NORM_EPS) -> torch.Tensor:
-    """Normalises the last dimension to mean 0 and variance 1; there are no parameters."""
+    """Normalizes the last dimension to mean 0 and variance 1, without parameters."""
     mean = v.mean(-1, keepdim=True)
     variance = ((v - mean) ** 2).mean(-1, keepdim=True)
     return (v - mean) / torch.sqrt(variance + eps)
 
 
 def rope(x: torch.Tensor, positions: torch.Tensor, theta: float = ROPE_THETA) -> torch.Tensor:
-    """Rotates the pairs of neurons (2i, 2i + 1) of ``x`` (..., T, N) by their token's position (T,).
+    """Applies rotary positions: rotates the pairs of neurons (2i, 2i + 1) of ``x`` (..., T, N).
 
-    Pair i turns by theta^(-2i/N) / (2 pi) of a full turn for each token.
+    Each token rotates pair i by theta^(-2i/N) / (2 pi) of a full turn.
+
+    Args:
+        x: (..., T, N).
+        positions: (T,), the position of each token.
+        theta: the base of the frequencies.
     """
     N = x.shape[-1]
     pair = torch.arange(N // 2, dtype=torch.float64, device=x.device)
@@ -55,14 +59,19 @@ def rope(x: torch.Tensor, positions: torch.Tensor, theta: float = ROPE_THETA) ->
 def attention(
     q: torch.Tensor, v: torch.Tensor, *, window: int | None = None, half_lives: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Sums, for each token, the values of all earlier ones, weighted by the score of their keys.
+    """Linear attention: for each token, the sum of the values of all earlier tokens, weighted by their scores.
 
-    The keys are the queries ``q`` (B, H, T, N); ``v`` (B, T, D) is shared by the heads. A token does not see
-    itself; there is no softmax and no scale. Returns (B, H, T, D).
+    The queries are also the keys. A token does not attend to itself, and there is no softmax and no scale.
 
     Args:
-        window: a token sees the ``window - 1`` before it: with itself, so many are what follows it depends on.
-        half_lives: (H,) tokens in which what a head keeps of another halves.
+        q: (B, H, T, N), with rotary positions.
+        v: (B, T, D), the values, which the heads share.
+        window: if given, a token attends only to the ``window - 1`` tokens before it, so that the prediction after it
+            depends on ``window`` tokens.
+        half_lives: (H,), in tokens: the weight of an earlier token halves with this distance. None for no decay.
+
+    Returns:
+        (B, H, T, D).
     """
     scores = (q @ q.transpose(-1, -2)).tril(-1)  # (B, H, T, T)
     if window is not None:
@@ -83,16 +92,18 @@ def attention_by_state(
     half_lives: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`attention` as a walk over the tokens, with documents and decay: what those mean.
+    """Computes :func:`attention` token by token with a state. Defines the meaning of documents, decay and padding.
 
     Args:
-        state: (B, H, N, D), that of the text before.
-        starts: bool (B, T): before such a token the row's state becomes zero.
-        half_lives: (H,) tokens in which a head's state halves.
-        mask: bool (B, T): at a token that is False nothing happens to the state.
+        q: (B, H, T, N), with rotary positions.
+        v: (B, T, D).
+        state: (B, H, N, D), the state of the preceding text; None for zeros.
+        starts: bool (B, T): where True, the sequence's state is set to zero before the token.
+        half_lives: (H,), in tokens: the half-life of each head's state.
+        mask: bool (B, T): where False, the token does not change the state.
 
     Returns:
-        (B, H, T, D), and the state after the last token.
+        The attention output (B, H, T, D), and the state after the last token.
     """
     B, H, T, N = q.shape
     state = q.new_zeros(B, H, N, v.shape[-1]) if state is None else state
@@ -118,12 +129,17 @@ def layer_step(
     half_lives: torch.Tensor | None = None,
     window: int | None = None,
 ) -> torch.Tensor:
-    """One application of the layer to ``v`` (B, T, D).
+    """Applies the layer once to ``v`` (B, T, D), and returns v after the layer step.
 
     Args:
-        half_lives: (H,) tokens in which a head's state halves; None for heads that never forget.
-        window: tokens that are attended from, as in :func:`attention`; None for all.
-        dropout_mask: (B, H, T, N), already divided by the keep probability; None keeps everything.
+        v: (B, T, D), the residual stream.
+        weights: the weights of the model.
+        positions: (T,), the position of each token.
+        theta: the base of the rotary frequencies.
+        eps: added to the variance in the layer norms.
+        dropout_mask: (B, H, T, N), 0 or 1 divided by the keep probability; None for no dropout.
+        half_lives: (H,), in tokens: the half-life of each head's state; None for no decay.
+        window: as in :func:`attention`; None for the whole text.
     """
     x = torch.relu(v[:, None] @ weights.encoder)  # (B, H, T, N)
     q = rope(x, positions, theta)
@@ -153,13 +169,19 @@ def forward(
     first_position: int = 0,
     dropout_masks: Sequence[torch.Tensor | None] = (),
 ) -> torch.Tensor:
-    """Logits (B, T, V) of ``tokens`` (B, T), without dropout unless masks are given.
+    """Returns the logits (B, T, V) of ``tokens`` (B, T).
 
     Args:
-        dropout_masks: of each layer step, as in :func:`layer_step`; not with ``starts``.
-        starts: bool (B, T): documents start there. Each is computed alone.
-        window: tokens that are attended from, in every layer step, as in :func:`attention`; None for all.
-        first_position: of each text's first token.
+        tokens: (B, T), token ids.
+        weights: the weights of the model.
+        num_layer_steps: L.
+        theta: the base of the rotary frequencies.
+        eps: added to the variance in the layer norms.
+        half_lives: (H,), in tokens: the half-life of each head's state; None for no decay.
+        starts: bool (B, T): True where a document starts. Each document is computed separately.
+        window: as in :func:`attention`, in every layer step; None for the whole text.
+        first_position: the position of each text's first token.
+        dropout_masks: the mask of each layer step, as in :func:`layer_step`. Cannot be combined with ``starts``.
     """
     if starts is not None:
         alone = partial(
