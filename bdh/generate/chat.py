@@ -1,4 +1,4 @@
-"""A conversation that lives in a state: what has been said is never read twice."""
+"""Conversations that continue from a state, so that no earlier turn is read again."""
 
 import hashlib
 import time
@@ -23,12 +23,12 @@ from bdh.tokenizer.plain import end_token_ids
 Message = dict[str, str]
 
 REPLY_TOKENS = 500
-"""Of a reply at most, unless the settings say otherwise."""
+"""The default limit on the tokens of a reply."""
 
 
 @dataclass
 class ChatStats:
-    """Of this process: what was read and written, and how long it took."""
+    """The numbers of tokens read and generated in this process, and the times that this took."""
 
     tokens_read: int = 0
     tokens_written: int = 0
@@ -38,11 +38,11 @@ class ChatStats:
 
 @dataclass(frozen=True)
 class _Point:
-    """A conversation between two turns. The snapshot is not advanced, so that undo may come back to it."""
+    """A conversation between two turns. Its snapshot is never advanced, so that undo can return to it."""
 
-    snapshot: Snapshot | None = None  # None where nothing has been read yet
+    snapshot: Snapshot | None = None  # None before anything has been read
     messages: tuple[Message, ...] = ()
-    lengths: tuple[int, ...] = ()  # its tokens in spans: so many given, so many written by the model, given, and so on
+    lengths: tuple[int, ...] = ()  # the lengths of its spans of tokens, alternately given and generated
     system: str | None = None  # the system message that has been read
 
     @property
@@ -54,22 +54,23 @@ class _Point:
 
 
 class Conversation:
-    """Turns of a user and a model.
+    """A conversation between a user and a model.
 
-    Where the tokenizer has a chat template, a turn is a message, and the state reads what the template adds for it.
-    Elsewhere what the user says is appended to the text, and the model continues. What the model has written stays in its
-    memory as it wrote it, a stop string included; only the token that ends an answer is left to the template.
+    If the tokenizer has a chat template, each turn is a message, and only the text that the template adds for it is
+    read. Otherwise the user's text is appended to the conversation, and the model continues it. The state keeps the
+    model's tokens as they were generated, including a stop string. Only the token that ends an answer comes from the
+    template.
 
     Args:
-        engine: of the model, for nothing else meanwhile.
-        params: how replies are sampled. All of them are drawn from one generator, which ``seed`` starts.
-        system: the system message; without a template, text before everything.
-        plain: continue text though there is a chat template.
-        max_undo_bytes: of the states kept for :meth:`undo`, a whole one for each turn.
-        notify: called with a line where something is otherwise than expected.
+        engine: the engine of the model. Do not use it for anything else meanwhile.
+        params: the sampling settings of replies. All replies are drawn from one generator, which starts from ``seed``.
+        system: the system message; without a template, text before the conversation.
+        plain: whether to ignore the chat template and continue text.
+        max_undo_bytes: the limit on the states that are kept for :meth:`undo`, one for each turn.
+        notify: called with a line of text about unexpected events.
 
     Raises:
-        ValueError: the chat template cannot be used, or it refuses the system message.
+        ValueError: the chat template is unusable, or rejects the system message.
     """
 
     def __init__(
@@ -93,51 +94,52 @@ class Conversation:
             self._end_token_ids.add(self._encoder.turn_end_id)
         self._interrupted = self._told_of_rewriting = False
         self._now = _Point()
-        self._earlier: deque[tuple[_Point, torch.Tensor]] = deque()  # for undo, with the generator's states
+        self._earlier: deque[tuple[_Point, torch.Tensor]] = deque()  # for undo, with the state of the generator
         self.set_system(system)
         self.reset()
 
     @property
     def is_plain(self) -> bool:
-        """Whether the text is continued without a chat template."""
+        """Whether the conversation is continued as text, without a chat template."""
         return self._encoder is None
 
     @property
     def messages(self) -> list[Message]:
-        """What has been said, without the system message. Without a template, the pieces of the text."""
+        """The messages so far, without the system message; without a template, the pieces of the text."""
         return [dict(message) for message in self._now.messages]
 
     @property
     def position(self) -> int:
-        """Tokens that the state has read."""
+        """The number of tokens that the state has read."""
         return self._now.snapshot.state.position if self._now.snapshot else 0
 
     @property
     def num_undoable(self) -> int:
-        """Turns that :meth:`undo` can take back."""
+        """The number of turns that :meth:`undo` can take back."""
         return len(self._earlier)
 
     def say(self, text: str) -> Iterator[str]:
-        """One turn: the reply piece by piece, in whole characters.
+        """Sends a message, and yields the reply in pieces of whole characters.
 
-        The turn begins when the first piece is asked for. Closing the iterator, or :meth:`interrupt`, ends the
-        reply: what has been written stays. If nothing has, or with an error, the turn has never been.
+        The turn starts when the first piece is requested. Closing the iterator, or calling :meth:`interrupt`, ends the
+        reply and keeps the generated part. If nothing was generated, or after an exception, the turn is undone.
 
         Raises:
-            ValueError: there is nothing to start from, or the template refuses the message.
+            ValueError: the text is empty and the tokenizer has no token to start from, or the template rejects the
+                message.
         """
         self._interrupted = False
         return self._turn(text, *self._spans_with(text))
 
     def interrupt(self) -> None:
-        """Ends the reply after the token that is being worked on. May be called by a signal's handler."""
+        """Ends the reply after the current token. Signal handlers can call it."""
         self._interrupted = True
 
     def undo(self) -> list[Message]:
         """Takes back the last turn, and returns its messages. With a seed, the same message gets the same reply again.
 
         Raises:
-            ValueError: there is none, or the state before it is not kept.
+            ValueError: there is no turn, or the state before it is no longer kept.
         """
         if not self._now.messages:
             raise ValueError("there is no turn to undo")
@@ -153,35 +155,43 @@ class Conversation:
         return [dict(message) for message in undone[len(self._now.messages) :]]
 
     def reset(self) -> None:
-        """Forgets all that was said; the system message stays."""
+        """Clears the conversation. The system message stays."""
         self._now = _Point()
         self._earlier.clear()
         self.set_seed(self.params.seed)
 
     def set_params(self, **changes: Any) -> None:
-        """Other settings for the replies that follow, or a ``ValueError``; for the seed there is :meth:`set_seed`."""
+        """Changes the sampling settings of later replies. Use :meth:`set_seed` for the seed.
+
+        Raises:
+            ValueError: a setting is invalid.
+        """
         params = replace(self.params, **changes).validated()
         if params.max_tokens < 1:
             raise ValueError(f"max_tokens is {params.max_tokens}: must be at least 1 token")
         self.params = params
 
     def set_seed(self, seed: int | None) -> None:
-        """What follows is drawn from this seed, unless it is a ``ValueError``; None for a different one each time."""
+        """Restarts the generator from a seed; None for a random one.
+
+        Raises:
+            ValueError: the seed is out of range.
+        """
         self.set_params(seed=seed)
         self._generator = generator_of(seed)
 
     def set_system(self, system: str | None) -> None:
-        """Another system message, or none; what was said before is read again after it, with the next turn.
+        """Changes or removes the system message. The next turn reads the whole conversation again after it.
 
         Raises:
-            ValueError: the chat template refuses it; nothing has changed.
+            ValueError: the chat template rejects the message; the conversation is unchanged.
         """
         if self._encoder is not None and system is not None:
             self._encoder.prompt([{"role": "system", "content": system}, {"role": "user", "content": "a"}])
         self.system: str | None = system
 
     def save(self, path: str | Path) -> None:
-        """Writes the conversation, but not how replies are sampled, to a file as :meth:`Snapshot.save` does."""
+        """Saves the conversation, without the sampling settings, to a file as :meth:`Snapshot.save` does."""
         now = self._now
         notes = {
             "tokenizer": self._tokenizer_hash(),
@@ -197,11 +207,14 @@ class Conversation:
         snapshot.save(path, self.engine.model)
 
     def load(self, path: str | Path) -> None:
-        """Continues from a file that :meth:`save` wrote, exactly. The turns in it cannot be undone.
+        """Loads a conversation that :meth:`save` wrote, and continues it exactly. Its turns cannot be undone.
+
+        After an exception the current conversation is unchanged.
 
         Raises:
-            FileNotFoundError, ValueError: as :meth:`Snapshot.load`; also where the file holds no conversation, or
-                one with another tokenizer or template. The present conversation stays.
+            FileNotFoundError: there is no such file.
+            ValueError: as :meth:`Snapshot.load`, and if the file contains no conversation, or one with another
+                tokenizer or template.
         """
         snapshot = Snapshot.load(path, self.engine.model)
         notes = snapshot.notes.get("conversation")
@@ -232,9 +245,9 @@ class Conversation:
         generator_state, system = self._generator.get_state(), self.system
         is_anew |= self._is_stale()
         read = [token for span in spans for token in span]
-        # The engine continues from a copy: whatever happens, the earlier state is there.
+        # The engine continues from a copy, so that the earlier state remains whatever happens.
         snapshot = None if is_anew else self._now.snapshot
-        # What ends a reply is decided here: strings by a decoder which, for a template, begins with the reply.
+        # The end of a reply is detected here: stop strings by a decoder that, with a template, starts at the reply.
         params = replace(self.params, stop=[], stop_token_ids=sorted(self._end_token_ids))
         decoder = TextDecoder(self._tokenizer, self.params.stop, context=read if self.is_plain else ())
         reply: list[int] = []
@@ -248,7 +261,7 @@ class Conversation:
                 generator=self._generator,
             )
             completion = None
-            with suppress(GeneratorExit):  # the reader wants no more: we stand between two tokens
+            with suppress(GeneratorExit):  # the caller closed the iterator, between two tokens
                 for output in self._outputs(request):
                     completion = output.completion
                     reply += output.token_ids
@@ -259,7 +272,7 @@ class Conversation:
                 if rest := decoder.flush():
                     yield rest
             completion = completion or self._stopped(request)
-            if not reply and completion.finish_reason == "abort":  # before the model has chosen a token
+            if not reply and completion.finish_reason == "abort":  # before a token was generated
                 return
             if completion.snapshot is None:
                 raise RuntimeError(f"the state after the reply could not be kept: {completion.snapshot_error}")
@@ -278,7 +291,7 @@ class Conversation:
             raise
 
     def _outputs(self, request: int) -> Iterator[StepOutput]:
-        """What the engine's steps give until the reply has ended; a ``RuntimeError`` where that is with an error."""
+        """Yields the engine's outputs until the reply has ended. Raises ``RuntimeError`` if it ends with an error."""
         has_begun = False
         while True:
             if self._interrupted:
@@ -301,14 +314,14 @@ class Conversation:
                     return
 
     def _stopped(self, request: int) -> Completion:
-        """The end of a reply that is to be written no further."""
+        """Aborts the reply, and returns its completion."""
         self.engine.abort(request, keep_snapshot=True)
         (completion,) = (output.completion for output in self.engine.step() if output.request_id == request)
         assert completion is not None
         return completion
 
     def _spans_with(self, text: str) -> tuple[list[list[int]], bool]:
-        """What has to be read before the reply, in spans, and whether all of it, not only the last span, is to be read anew."""
+        """Returns the spans of tokens before the reply, and whether all must be read again, not only the last one."""
         read = self._now.spans
         is_same_system = self._now.system == self.system
         if self._encoder is None:
@@ -320,7 +333,8 @@ class Conversation:
         messages = [] if self.system is None else [{"role": "system", "content": self.system}]
         messages += [*self._now.messages, {"role": "user", "content": text}]
         wanted = self._template_spans(self._encoder, messages)
-        # What the model wrote has to be the same text only: it may have put it into other tokens than the tokenizer.
+        # Generated spans need only have the same text: the model may have split it into other tokens than the
+        # tokenizer.
         for index in range(1, min(len(read), len(wanted)), 2):
             if text_of(self._tokenizer, read[index]) == text_of(self._tokenizer, wanted[index]):
                 wanted[index] = read[index]
@@ -332,7 +346,7 @@ class Conversation:
         return wanted, True
 
     def _template_spans(self, encoder: ChatEncoder, messages: Sequence[Message]) -> list[list[int]]:
-        """A conversation's tokens as the template has them. What ends an answer begins the next given span."""
+        """Returns a conversation's spans of tokens by the template. The end of an answer belongs to the next span."""
         ids, is_answer = encoder.encode([messages], add_generation_prompt=True)[0]
         spans: list[list[int]] = [[]]
         was_answer = False
@@ -345,14 +359,14 @@ class Conversation:
         return spans
 
     def _read_again(self, snapshot: Snapshot) -> Snapshot:
-        """The snapshot as this engine reads it with the weights of now."""
+        """Reads the tokens of a snapshot again with the current weights, and returns the new snapshot."""
         state, logits = self.engine.advancer.new_state(), None
         if num_read := len(snapshot.tokens) - len(snapshot.pending):
             (logits,) = self.engine.advancer.advance([StepInput(state, snapshot.tokens[:num_read])])
         return replace(snapshot, state=state, logits=logits, weights=weights_mark(self.engine.model).content)
 
     def _is_stale(self) -> bool:
-        """Whether what has been read was read with other weights than the model's of now; says so."""
+        """Whether the conversation was read with other weights than the current ones. Notifies the user if so."""
         weights = weights_mark(self.engine.model).content
         is_stale = self._now.snapshot is not None and self._now.snapshot.weights != weights
         if is_stale:

@@ -1,4 +1,4 @@
-"""Prompts that begin alike are read once: which states are kept, and a tree from token prefixes to them."""
+"""The prefix cache: a tree of token prefixes with states, so that common prefixes of prompts are read only once."""
 
 import logging
 from array import array
@@ -16,21 +16,21 @@ from bdh.model.weights import WeightsMark
 _logger = logging.getLogger(__name__)
 _LONG_PROMPT_TOKENS = 256
 _FROM_THE_END = (32, 256)
-_WORTH_A_STATE_TOKENS = 64  # with fewer after another state, reading them again costs less than a further copy
+_WORTH_A_STATE_TOKENS = 64  # reading fewer tokens after another state again costs less than storing one more state
 _TOKEN_BYTES = array("i").itemsize
-# What a node's Python objects take, roughly: without it, a great many short prompts would count for nearly nothing.
+# The approximate size of a node's Python objects. Without it, many short prompts would count as nearly nothing.
 NODE_BYTES = 512
 _MOST_PROMPT_BYTES = 64 << 20
 
 
 @dataclass(eq=False)
 class _Node:
-    edge: "array[int]"  # the tokens between the parent and here; none at the root only
+    edge: "array[int]"  # the tokens between the parent and this node; empty only for the root
     parent: "_Node | None" = None
     children: dict[int, "_Node"] = field(default_factory=dict)  # by the first token of their edges
-    state: SynapticState | None = None  # after the tokens from the root to here, where it is stored
+    state: SynapticState | None = None  # the state after the tokens from the root to this node, if stored
     logits: torch.Tensor | None = None
-    is_prompt: bool = False  # whether a prompt ended here that is remembered
+    is_prompt: bool = False  # whether a remembered prompt ends at this node
 
     @property
     def tensor_bytes(self) -> int:
@@ -42,21 +42,22 @@ class _Node:
 
 
 class PrefixCache:
-    """States by the tokens that led to them, within a bound of bytes; the least recently used are dropped first.
+    """A cache of states by the tokens that led to them, limited in bytes, which drops the least recently used first.
 
-    The tokens of prompts are remembered without a state too, so that a prefix that two prompts share is noticed with the
-    second one. Not for several threads: an engine uses it from the thread that steps.
+    It also remembers the tokens of prompts without a state, so that a prefix that two prompts share is found at the
+    second one. It is not thread-safe: an engine uses it from the thread that calls ``step``.
 
     Args:
-        max_bytes: of states, logits, tokens, and 512 for each node of the tree.
-        max_prompt_bytes: prompts without a state are forgotten, the oldest first, while tokens and nodes take more
-            than this. By default a 64th of ``max_bytes``, and at most 64 MiB.
+        max_bytes: the limit on states, logits, tokens, and 512 bytes for each node of the tree.
+        max_prompt_bytes: the limit on tokens and nodes. Above it, prompts without a state are forgotten, the oldest
+            first. By default a 64th of ``max_bytes``, and at most 64 MiB.
 
     Attributes:
-        hits, misses: lookups that found a prefix, and that found none.
-        tokens_saved: tokens that need not be read, over all hits.
-        evictions: states dropped for others.
-        rejections: states not stored, being larger than all of the cache.
+        hits: the number of lookups that found a prefix.
+        misses: the number of lookups that found none.
+        tokens_saved: the number of tokens that were not read because of hits.
+        evictions: the number of states that were dropped to make place for others.
+        rejections: the number of states that were not stored because they exceed ``max_bytes`` alone.
     """
 
     def __init__(self, max_bytes: int, *, max_prompt_bytes: int | None = None):
@@ -73,29 +74,29 @@ class PrefixCache:
         self.clear()
 
     def clear(self) -> None:
-        """Forgets all states and prompts; the counters stay."""
+        """Removes all states and prompts. The counters stay."""
         self._root = _Node(array("i"))
-        # Both from the least to the most recently used.
+        # Both are ordered from the least to the most recently used.
         self._stored: OrderedDict[_Node, None] = OrderedDict()
         self._prompts: OrderedDict[_Node, None] = OrderedDict()
         self._tensor_bytes = self._path_bytes = 0
 
     @property
     def nbytes(self) -> int:
-        """Bytes in use; never more than ``max_bytes``."""
+        """The number of bytes in use; never more than ``max_bytes``."""
         return self._tensor_bytes + self._path_bytes
 
     @property
     def num_entries(self) -> int:
-        """Stored states."""
+        """The number of stored states."""
         return len(self._stored)
 
     def find(self, tokens: Sequence[int]) -> tuple[int, SynapticState | None, torch.Tensor | None]:
-        """The longest stored prefix of ``tokens``, which may be all of them.
+        """Finds the longest stored prefix of ``tokens``, which can be all of them.
 
         Returns:
-            How many tokens it has; the state after them; and the logits of the next one, where they were stored; 0 and
-            None without one. The state is the cache's own: copy it before anything else is stored.
+            The length of the prefix, the state after it, and the logits of the next token if stored; (0, None, None) if
+            there is no prefix. The state belongs to the cache: copy it before anything else is stored.
         """
         best, best_depth, depth = None, 0, 0
         for node, is_whole, length in self._descend(array("i", tokens)):
@@ -111,14 +112,15 @@ class PrefixCache:
         return best_depth, best.state, best.logits
 
     def put(self, tokens: Sequence[int], state: SynapticState, logits: torch.Tensor | None = None) -> bool:
-        """Stores a copy of the state after ``tokens``, in place of one that is there.
+        """Stores a copy of the state after ``tokens``, replacing an earlier one.
 
         Returns:
-            Whether it was stored: not where it alone takes more than ``max_bytes``.
+            Whether it was stored. It is not if it exceeds ``max_bytes`` alone.
 
         Raises:
-            ValueError: the state has not read as many tokens as these are, or there are none.
-            MemoryError, RuntimeError: it could not be copied. One that was there before is dropped too; all else stays.
+            ValueError: the state has read another number of tokens, or there are no tokens.
+            MemoryError: the state could not be copied. An earlier state for these tokens is dropped; all others stay.
+            RuntimeError: as MemoryError.
         """
         if not len(tokens) or state.position != len(tokens):
             raise ValueError(
@@ -133,16 +135,16 @@ class PrefixCache:
         node = self._insert(array("i", tokens))
         former = self._drop_state(node)
         self._stored[node] = None
-        # Counted before it is copied: there should never be more in memory than is allowed.
+        # Counted before the copy, so that memory never exceeds the limit.
         self._tensor_bytes += state.nbytes + logits_bytes
         try:
             spare = self.evict() or former
             if spare is not None and spare.pattern == state.pattern:
-                spare.copy_(state)  # memory that is in use already is several times as fast as new one
+                spare.copy_(state)  # reusing memory is several times as fast as allocating it
             else:
                 spare = state.clone()
             node.state, node.logits = spare, None if logits is None else logits.clone()
-        except BaseException:  # no memory
+        except BaseException:  # out of memory
             self._tensor_bytes -= state.nbytes + logits_bytes
             del self._stored[node]
             self._prune(node)
@@ -150,9 +152,10 @@ class PrefixCache:
         return True
 
     def branch_point(self, tokens: Sequence[int]) -> int:
-        """How many leading tokens earlier prompts, or stored prefixes, have in common with these: a state there serves both.
+        """Returns the number of leading tokens that these share with earlier prompts or stored prefixes.
 
-        The tokens are remembered as one more prompt, up to ``max_prompt_bytes``.
+        A state stored there serves both prompts. The tokens are remembered as a further prompt, within
+        ``max_prompt_bytes``.
         """
         given = array("i", tokens)
         shared = sum(length for *_, length in self._descend(given))
@@ -166,7 +169,10 @@ class PrefixCache:
         return shared
 
     def _descend(self, tokens: "array[int]") -> Iterator[tuple[_Node, bool, int]]:
-        """The nodes that the tokens lead to, without the root: whether over the whole edge, and over how many tokens of it."""
+        """Yields the nodes on the path of the tokens, without the root.
+
+        Each comes with whether its whole edge matches, and the number of tokens of the edge that match.
+        """
         node, depth = self._root, 0
         while depth < len(tokens) and (child := node.children.get(tokens[depth])):
             length = _common_length(child.edge, tokens[depth : depth + len(child.edge)])
@@ -177,7 +183,7 @@ class PrefixCache:
             node, depth = child, depth + length
 
     def _insert(self, tokens: "array[int]") -> _Node:
-        """The node of these tokens, which is made where there is none."""
+        """Returns the node of these tokens, creating it if necessary."""
         node, depth = self._root, 0
         for child, is_whole, length in self._descend(tokens):
             node, depth = child if is_whole else self._split(child, length), depth + length
@@ -189,18 +195,18 @@ class PrefixCache:
         return node
 
     def _split(self, node: _Node, length: int) -> _Node:
-        """A new node in the middle of a node's edge."""
+        """Splits a node's edge after ``length`` tokens, and returns the new node there."""
         parent = node.parent
         assert parent is not None
         middle = _Node(node.edge[:length], parent, {node.edge[length]: node})
-        rest = node.edge[length:]  # all memory is taken before anything changes
+        rest = node.edge[length:]  # allocates before anything is changed
         parent.children[node.edge[0]] = middle
         node.edge, node.parent = rest, middle
         self._path_bytes += NODE_BYTES
         return middle
 
     def evict(self) -> SynapticState | None:
-        """Forgets what is oldest until the bounds hold, but for the newest state. Returns a state that was dropped."""
+        """Drops the oldest entries until the limits hold, but never the newest state. Returns a dropped state."""
         dropped = None
         while self._path_bytes > self.max_prompt_bytes and self._prompts:
             self._forget_prompt()
@@ -227,7 +233,7 @@ class PrefixCache:
         return state
 
     def _prune(self, node: _Node) -> None:
-        """Removes a node that nothing needs any more, and what only led to it."""
+        """Removes a node that is no longer needed, with the nodes that only led to it."""
         while node.parent is not None and node not in self._stored and not node.is_prompt:
             parent = node.parent
             if len(node.children) > 1:
@@ -245,33 +251,34 @@ class PrefixCache:
 
 
 def _common_length(a: "array[int]", b: "array[int]") -> int:
-    """How many leading tokens are the same; the first one is."""
+    """Returns the number of equal leading tokens. The first tokens must be equal."""
     length = min(len(a), len(b))
     differ = np.frombuffer(a, np.intc, length) != np.frombuffer(b, np.intc, length)
     return int(differ.argmax()) if differ.any() else length
 
 
 class PrefixStore:
-    """Finds the states of known beginnings, and decides after which tokens of a prompt a state is worth keeping.
+    """Uses a :class:`PrefixCache` for an engine, and decides after which tokens of a prompt to store a state.
 
-    That is where an earlier prompt differs from it; at its end; and, of a long prompt of which most is new, shortly before
-    its end instead, since the next one is likely to differ in its last tokens only. No two are close to each other, or to
-    the beginning.
+    These places are the point where an earlier prompt diverges, and the end of the prompt. In a long prompt that is
+    mostly new, a point shortly before the end is used instead of the end, since the next prompt will probably differ in
+    its last tokens. Places near each other, or near the beginning, are avoided.
 
     Args:
-        mark_of_weights: of the model as it is. States that other weights have read are forgotten.
+        cache: the cache.
+        mark_of_weights: returns the mark of the model's current weights. States read with other weights are dropped.
     """
 
     def __init__(self, max_bytes: int, mark_of_weights: Callable[[], WeightsMark]):
         self.cache = PrefixCache(max_bytes)
         self.mark_of_weights = mark_of_weights
-        self.weights: WeightsMark | None = None  # that have read all of the cache's states
-        # What is to be stored before any state is advanced again: no token waits for the copying.
+        self.weights: WeightsMark | None = None  # the weights that read all states in the cache
+        # States to store before they are advanced again. They are copied later, so that outputs need not wait for it.
         self.marked: list[tuple[list[int], SynapticState, torch.Tensor | None, WeightsMark | None]] = []
-        self.failures = 0  # how often a state could not be stored or looked up
+        self.failures = 0  # the number of states that could not be stored or looked up
 
     def stats(self) -> dict[str, int]:
-        """Its gauge and counters, by their names in ``EngineStats``."""
+        """Returns the statistics by their names in ``EngineStats``."""
         return {
             "prefix_cache_bytes": self.cache.nbytes,
             "prefix_cache_hits": self.cache.hits,
@@ -280,9 +287,9 @@ class PrefixStore:
         }
 
     def find(self, tokens: Sequence[int]) -> tuple[int, SynapticState | None, torch.Tensor | None]:
-        """The longest known beginning: its length, its state, which is not to be advanced, and the logits after it."""
+        """Finds the longest stored prefix: its length, its state, which must not be advanced, and its logits."""
         try:
-            if len(tokens) >= _WORTH_A_STATE_TOKENS:  # none is stored for fewer
+            if len(tokens) >= _WORTH_A_STATE_TOKENS:  # no state is stored for fewer tokens
                 self._forget_other_weights()
             return self.cache.find(tokens)
         except Exception as error:
@@ -290,7 +297,7 @@ class PrefixStore:
             return 0, None, None
 
     def places(self, tokens: Sequence[int], num_known: int) -> set[int]:
-        """The numbers of tokens after which the state of this new prompt is to be stored."""
+        """Returns the numbers of tokens after which to store the state of this new prompt."""
         distances = _FROM_THE_END if len(tokens) - num_known >= _LONG_PROMPT_TOKENS else (0,)
         places: list[int] = []
         for place in (self.cache.branch_point(tokens), *(len(tokens) - distance for distance in distances)):
@@ -305,11 +312,11 @@ class PrefixStore:
     def mark(
         self, tokens: list[int], state: SynapticState, logits: torch.Tensor | None, weights: WeightsMark | None
     ) -> None:
-        """Notes a state to be stored, which is not to be advanced until then, and the weights that began to read its tokens."""
+        """Marks a state to be stored, which must not be advanced until then, with the weights that read its tokens."""
         self.marked.append((tokens, state, logits, weights))
 
     def store_marked(self) -> None:
-        """Copies the states that were marked, but for those whose weights have changed meanwhile."""
+        """Stores the marked states, except for those whose weights have changed meanwhile."""
         marked, self.marked = self.marked, []
         for number, (tokens, state, logits, weights) in enumerate(marked):
             try:
@@ -321,7 +328,7 @@ class PrefixStore:
                 self._note(error, "the beginning of a prompt, %d tokens, could not be stored: %s", len(tokens))
 
     def _note(self, error: Exception, message: str, num_tokens: int) -> None:
-        """Of a failure that costs time later, but no text."""
+        """Logs and counts a failure, which costs time later but does not affect any text."""
         self.failures += 1
         _logger.warning(message, num_tokens, error_text(error), exc_info=True)
 

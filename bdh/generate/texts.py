@@ -1,6 +1,6 @@
-"""Texts of a model by function calls: what :class:`bdh.BDHForCausalLM` has as methods of these names.
+"""Functions that generate text; :class:`bdh.BDHForCausalLM` has methods of the same names.
 
-They are calls of the engine, but for beam search, which is transformers' ``generate``.
+They call the engine, except for beam search, which uses transformers' ``generate``.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,16 +27,21 @@ def generate_texts(
     num_beams: int = 1,
     **settings: Any,
 ) -> list[list[str]]:
-    """For each prompt its continuations, without the prompt.
+    """Generates continuations for each prompt, and returns them without the prompt.
 
     Args:
-        prompts: texts, in which nothing is a special token, or ids of tokens.
-        params: how to sample; or give its fields as keywords, also by transformers' names ``max_new_tokens`` and
-            ``num_return_sequences``. A seed is that of each prompt; without one, PyTorch's generator gives it.
-        num_beams: of a beam search, which takes :class:`bdh.BDHForCausalLM`; 1 for none.
+        model: a :class:`bdh.BDHForCausalLM` or :class:`bdh.model.network.Network`.
+        tokenizer: the model's tokenizer.
+        prompts: strings, in which nothing is parsed as a special token, or sequences of token ids.
+        params: the sampling settings. A seed applies to each prompt; without one, PyTorch's generator draws it.
+        num_beams: the number of beams of a beam search, which requires :class:`bdh.BDHForCausalLM`; 1 for no beam
+            search.
+        **settings: the fields of :class:`bdh.generate.params.SamplingParams` instead of ``params``; ``max_new_tokens``
+            and ``num_return_sequences`` of transformers are accepted too.
 
     Raises:
-        ValueError: a setting out of range, no prompts, or an empty one where the tokenizer has no ``<bos>``.
+        ValueError: a setting is out of range, there are no prompts, or a prompt is empty and the tokenizer has no
+            ``<bos>``.
         RuntimeError: a text could not be generated.
     """
     params = params_of(params, settings, num_beams=num_beams)
@@ -56,7 +61,10 @@ def generate_texts(
 def generate_text(
     model: ModelParts, tokenizer: Any, prompt: Prompt, params: SamplingParams | None = None, **settings: Any
 ) -> str:
-    """The continuation of one prompt; arguments and errors are those of :func:`generate_texts`."""
+    """Generates the continuation of one prompt, and returns it without the prompt.
+
+    The arguments and exceptions are those of :func:`generate_texts`.
+    """
     return generate_texts(model, tokenizer, [prompt], params, **settings)[0][0]
 
 
@@ -69,10 +77,11 @@ def stream_text(
     num_beams: int = 1,
     **settings: Any,
 ) -> Iterator[str]:
-    """The continuation piece by piece, in whole characters; each is generated when it is asked for.
+    """Yields the continuation in pieces of whole characters. Each piece is generated when it is requested.
 
     Raises:
-        ValueError, RuntimeError: as :func:`generate_texts`; also with beams or several sequences, which cannot stream.
+        ValueError: as :func:`generate_texts`, and for several beams or sequences, which cannot be streamed.
+        RuntimeError: as :func:`generate_texts`.
     """
     params = params_of(params, settings, num_beams=num_beams)
     if num_beams > 1 or params.n > 1:
@@ -97,11 +106,11 @@ def _pieces(engine: Engine) -> Iterator[str]:
 
 
 def params_of(params: SamplingParams | None, settings: dict[str, Any], *, num_beams: int) -> SamplingParams:
-    """The settings of a call, checked.
+    """Returns the checked settings of a call.
 
     Raises:
-        ValueError: something is wrong with them.
-        TypeError: one has no such name.
+        ValueError: a setting is invalid.
+        TypeError: a setting is unknown.
     """
     if params is not None and settings:
         raise ValueError(f"give either params or keywords, not both: got {', '.join(settings)} too")
@@ -121,7 +130,7 @@ def params_of(params: SamplingParams | None, settings: dict[str, Any], *, num_be
 
 
 def _with_seed(params: SamplingParams) -> SamplingParams:
-    """Without a seed, PyTorch's generator gives one, so that ``torch.manual_seed`` makes texts repeatable."""
+    """Draws a missing seed from PyTorch's generator, so that ``torch.manual_seed`` makes texts reproducible."""
     return params if params.seed is not None else replace(params, seed=int(torch.randint(2**62, ())))
 
 
@@ -141,23 +150,23 @@ def _search_beams(
     tail_tokens = max((len(s.encode()) for s in params.stop), default=0) + CONTEXT_TOKENS
 
     def decoded(sequence: torch.Tensor, start: int) -> tuple[TextDecoder, str]:
-        """The text of a sequence's tokens from ``start`` to its end, after which padding stands, and its decoder."""
+        """Returns the text of a sequence's tokens from ``start`` on, without padding after its end, and the decoder."""
         context, generated = sequence[max(0, start - CONTEXT_TOKENS) : start].tolist(), sequence[start:].tolist()
         end = next((place for place, token in enumerate(generated) if token in eos_token_ids), len(generated))
         decoder = TextDecoder(tokenizer, params.stop, context)
         return decoder, decoder.push(generated[:end])
 
     def is_stopped(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        """Beams change places, so each is decoded anew, but only what a stop string at its end can stand in."""
+        """Decodes the end of each beam, as far as a stop string can reach. Uncached, since beams change places."""
         start = max(T, input_ids.shape[1] - tail_tokens)
         return torch.tensor([decoded(beam, start)[0].stopped for beam in input_ids], device=input_ids.device)
 
-    # Neutral values are given too: left out, those of the model's generation_config would count.
+    # Neutral values are passed too; otherwise those of the model's generation_config would apply.
     arguments: dict[str, Any] = {"do_sample": params.temperature > 0, "repetition_penalty": params.repetition_penalty}
     if params.temperature > 0:
         arguments |= {"temperature": params.temperature, "top_k": params.top_k, "top_p": params.top_p}
         arguments["min_p"] = params.min_p or None
-    # transformers draws from PyTorch's own generator, which then continues as if nothing had been drawn.
+    # transformers samples from PyTorch's global generator, which is restored afterwards.
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else [], enabled=params.seed is not None):
         if params.seed is not None:
             torch.manual_seed(params.seed)

@@ -1,7 +1,7 @@
-"""Looking inside a model: what it computes while it reads a text, and measurements of that and of the weights.
+"""Interpretability: traces of what a model computes while it reads a text, and measurements of activations and weights.
 
-A measurement is a function, whose result is a frozen dataclass that holds its baseline: what the same figure is for an untrained
-model, a random graph, or a text in random order.
+Each measurement is a function that returns a frozen dataclass. The result includes its baseline: the same figure for an
+untrained model, a random graph, or the text in random order.
 """
 
 from bdh.inspect.firing import Concentration, Density, FiringShares, MassShares, concentration, density

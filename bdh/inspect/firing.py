@@ -1,7 +1,7 @@
-"""How many neurons fire, and how few of them carry what the layer computes with.
+"""Measures the sparsity of activations: how many neurons fire, and how much of the activation mass a few of them carry.
 
-The paper (arXiv 2509.26507) reports that the activations of trained models are sparse and non-negative. A model with random weights
-has zeros too, so each figure stands beside that of an untrained twin.
+The paper (arXiv 2509.26507) reports that the activations of trained models are sparse and non-negative. Activations of
+a model with random weights contain zeros too, so each figure is reported with that of an untrained twin.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,31 +19,32 @@ FIRING = ("x", "y", "z")
 
 @dataclass(frozen=True, eq=False)
 class FiringShares:
-    """Shares of the neurons that fire, by name: x, y and z = x * y. Float64, on the CPU."""
+    """The fractions of neurons that fire, by name: x, y and z = x * y. Float64, on the CPU."""
 
     by_head: Mapping[str, torch.Tensor]
-    """(L, H): in each layer step and head, of all neurons over all tokens."""
+    """(L, H): for each layer step and head, averaged over neurons and tokens."""
     by_position: Mapping[str, torch.Tensor]
-    """(L, T): in each layer step on each token, of the neurons of all heads."""
+    """(L, T): for each layer step and token, averaged over the neurons of all heads."""
 
 
 @dataclass(frozen=True, eq=False)
 class Density:
-    """See :func:`density`."""
+    """The result of :func:`density`."""
 
     model: FiringShares
     untrained: FiringShares
-    """The same of a model with fresh weights, on the same tokens."""
+    """The same for an untrained model, on the same tokens."""
 
 
 def density(model: Any, ids: Sequence[int] | torch.Tensor, *, seed: int = 0) -> Density:
-    """Which share of the neurons fires, beside that of an untrained model.
+    """Measures the fraction of neurons that fire while a model reads a text, and the same for an untrained model.
 
-    The first token of a text reads nothing, so that no y fires on it.
+    No y fires at the first token of a text, since there is no earlier token to attend to.
 
     Args:
-        ids: of the tokens of a text, (T,).
-        seed: of the fresh weights.
+        model: as for :func:`bdh.inspect.trace`.
+        ids: the token ids of a text, (T,).
+        seed: the seed of the untrained model's weights.
 
     Raises:
         ValueError: as :func:`bdh.inspect.trace`.
@@ -68,47 +69,49 @@ def _firing_shares(model: Any, ids: torch.Tensor) -> FiringShares:
 
 @dataclass(frozen=True, eq=False)
 class MassShares:
-    """Shares of the activation mass, by name: x, y and z = x * y. Float64 (L,), on the CPU; NaN where nothing fires."""
+    """Fractions of activation mass, by name: x, y and z = x * y. Float64 (L,), on the CPU; NaN if no neuron fires."""
 
     cross_fitted: Mapping[str, torch.Tensor]
-    """Of the neurons that are strongest on one half of the text, on the other half; the mean of both ways."""
+    """With the neurons chosen on one half of the text and measured on the other; the mean of both directions."""
     uncorrected: Mapping[str, torch.Tensor]
-    """Of the neurons that are strongest on the text, on the same text."""
+    """With the neurons chosen and measured on the whole text, which overestimates the fraction."""
 
 
 @dataclass(frozen=True, eq=False)
 class Concentration:
-    """See :func:`concentration`."""
+    """The result of :func:`concentration`."""
 
     k: int
     num_neurons: int
-    """Of all heads together."""
+    """The number of neurons of all heads together."""
     model: MassShares
     untrained: MassShares
     """The same of a model with fresh weights, on the same tokens."""
 
     @property
     def even_share(self) -> float:
-        """What k neurons would carry if all carried the same."""
+        """The fraction that k neurons would carry if all neurons carried the same."""
         return self.k / self.num_neurons
 
 
 def concentration(
     model: Any, ids: Sequence[int] | torch.Tensor, *, k: int | None = None, seed: int = 0
 ) -> Concentration:
-    """Which share of the activation mass the k strongest neurons carry, in each layer step, beside that of an untrained model.
+    """Measures the fraction of activation mass that the k strongest neurons carry, for each layer step.
 
-    The mass of a neuron is the sum of its activations. To choose the strongest neurons by the tokens on which their mass is
-    measured makes the share too large: of noise, too, some neurons are the strongest. So they are chosen on one half
-    of the text and measured on the other. The halves are the first and the second, since tokens side by side are alike.
+    The mass of a neuron is the sum of its activations. Choosing the strongest neurons on the same tokens on which their
+    mass is measured overestimates the fraction, since some neurons are the strongest by chance. They are therefore
+    chosen on one half of the text and measured on the other. The halves are the first and the second half of the text,
+    since neighbouring tokens are similar.
 
     Args:
-        ids: of the tokens of a text, (T,), at least 2.
-        k: a tenth of the neurons of all heads unless it is given.
-        seed: of the fresh weights.
+        model: as for :func:`bdh.inspect.trace`.
+        ids: the token ids of a text, (T,), at least 2.
+        k: the number of neurons, of all heads; by default a tenth of them.
+        seed: the seed of the weights of the untrained model that serves as the baseline.
 
     Raises:
-        ValueError: k is out of range, a text of one token; or as :func:`bdh.inspect.trace`.
+        ValueError: k is out of range, the text has only one token; or as :func:`bdh.inspect.trace`.
     """
     tokens = token_ids(ids)
     num_neurons = model.config.n_head * model.config.neurons_per_head

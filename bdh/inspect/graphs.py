@@ -1,10 +1,11 @@
-"""The graph between the neurons of a head that the weights make, and whether it falls into communities.
+"""Measures the modularity of the graph that the weights define between the neurons of a head.
 
-The paper (arXiv 2509.26507) looks at the product of decoder and encoder as a graph between neurons, and finds it modular.
-Modularity is that of Newman (Newman and Girvan, Physical Review E 69, 026113, 2004): the share of the edges that lie within
-communities, less what is expected of random edges between nodes of the same degrees. The best division of a random graph
-has a modularity far above 0, too, so the figure says nothing by itself; it is compared with graphs of the same degrees whose edges
-are swapped at random (Maslov and Sneppen, Science 296, 910, 2002), divided in the same way.
+The paper (arXiv 2509.26507) treats the product of decoder and encoder as a graph between neurons, and finds it modular.
+Modularity is that of Newman (Newman and Girvan, Physical Review E 69, 026113, 2004): the fraction of edges within
+communities, minus the fraction expected for random edges between nodes of the same degrees. The best partition of a
+random graph also has a modularity far above 0, so that the figure is meaningless by itself. It is therefore compared
+with that of graphs whose edges are randomly swapped, with the same degrees (Maslov and Sneppen, Science 296, 910,
+2002), and which are partitioned in the same way.
 """
 
 import math
@@ -20,25 +21,25 @@ from bdh.ops.attention import sum_dtype
 from bdh.ops.backends import LayerWeights
 from bdh.words import counted
 
-_MAX_SCORES = 2**24  # computed at once
+_MAX_SCORES = 2**24  # the most pairs of neurons whose scores are computed at once
 _SWAPS_PER_EDGE = 10
 
 
 @dataclass(frozen=True, eq=False)
 class NeuronGraph:
-    """See :func:`neuron_graph`."""
+    """The result of :func:`neuron_graph`."""
 
     head: int
     num_neurons: int
     edges: torch.Tensor
-    """Int64 (E, 2): neurons of the head, the strongest edge first."""
+    """Int64 (E, 2): the two neurons of each edge, the strongest edge first."""
     weights: torch.Tensor
-    """(E,): of the edges."""
+    """(E,): the weights of the edges."""
     communities: tuple[tuple[int, ...], ...]
-    """The neurons of each, the largest first; one without edges is alone."""
+    """The neurons of each community, the largest first. A neuron without edges is a community of its own."""
     modularity: float
     random_modularities: tuple[float, ...]
-    """Of random graphs in which each neuron has as many edges."""
+    """The modularities of random graphs with the same degrees."""
 
     @property
     def random_mean(self) -> float:
@@ -46,31 +47,34 @@ class NeuronGraph:
 
     @property
     def random_spread(self) -> float:
-        """The standard deviation among the random graphs."""
+        """The standard deviation of the modularities of the random graphs."""
         return statistics.stdev(self.random_modularities)
 
     @property
     def z_score(self) -> float:
-        """How many of these standard deviations the modularity lies above the mean of the random graphs; NaN where they do not differ."""
+        """The modularity's distance from the mean of the random graphs, in standard deviations; NaN if these are 0."""
         return (self.modularity - self.random_mean) / self.random_spread if self.random_spread else math.nan
 
 
 def neuron_graph(
     model: Any, head: int, *, mean_degree: float = 8.0, num_random: int = 10, seed: int = 0
 ) -> NeuronGraph:
-    """The strongest connections that the weights make between the neurons of a head, and how modular they are.
+    """Builds the graph of the strongest connections between the neurons of a head, and measures its modularity.
 
-    Neuron j, where it fires, adds row j of Dec to the residual stream; in the next layer step neuron i is driven by the product of
-    that with row i of E, from which the mean is taken, as the layer norm takes it. An edge stands between two neurons where the
-    stronger of its two directions is among the strongest of all; only what excites is counted.
+    When neuron j fires, it adds row j of Dec to the residual stream. In the next layer step, neuron i is driven by the
+    product of this row and row i of E, whose mean is subtracted as the layer norm would. Two neurons share an edge if
+    the stronger of their two directions is among the strongest overall; only excitatory (positive) connections count.
 
     Args:
-        mean_degree: edges of a neuron in the mean: as many of the strongest are kept.
-        num_random: random graphs to compare with.
-        seed: of these, and of the search for communities (Louvain's).
+        model: a model whose layer consists of plain weights (no hooks or other modules).
+        head: the head.
+        mean_degree: the mean number of edges of a neuron, which determines how many of the strongest edges are kept.
+        num_random: the number of random graphs to compare with.
+        seed: the seed of the random graphs and of the search for communities (Louvain's method).
 
     Raises:
-        ValueError: a number is out of range, or the layer is more than its weights; or there are too few edges to swap.
+        ValueError: a number is out of range, the layer computes more than products with its weights, or there are too
+            few edges to swap.
     """
     import networkx as nx
 
@@ -97,7 +101,7 @@ def neuron_graph(
 
 
 def _swapped(graph: Any, seed: int) -> Any:
-    """A random graph of the same degrees."""
+    """Returns a random graph with the same degrees."""
     import networkx as nx
 
     swapped, swaps = graph.copy(), _SWAPS_PER_EDGE * graph.number_of_edges()
@@ -111,7 +115,7 @@ def _swapped(graph: Any, seed: int) -> Any:
 
 
 def _divided(graph: Any, seed: int) -> tuple[tuple[tuple[int, ...], ...], float]:
-    """Communities, and their modularity."""
+    """Returns the communities of a graph, and their modularity."""
     from networkx.algorithms import community
 
     found = community.louvain_communities(graph, seed=seed)
@@ -120,7 +124,10 @@ def _divided(graph: Any, seed: int) -> tuple[tuple[tuple[int, ...], ...], float]
 
 
 def _strongest_edges(weights: LayerWeights, neurons: slice, num_edges: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights (E,) and pairs of neurons (E, 2) on the CPU, the strongest first. No more than a block of all pairs exists at a time."""
+    """Returns the weights (E,) and pairs of neurons (E, 2) of the strongest edges, on the CPU, the strongest first.
+
+    The pairs are computed in blocks, to save memory.
+    """
     given, driven = weights.decoder[neurons], weights.encoder[neurons]  # (N, D) each
     N = len(given)
     driven = driven - driven.mean(-1, keepdim=True)

@@ -1,8 +1,8 @@
-"""How strongly the state connects two neurons while a text is read.
+"""Measures the strength of a synapse: how strongly the state connects two neurons while a text is read.
 
-The paper (arXiv 2509.26507) describes the state as synapses, which strengthen between neurons that fire together, and reports
-single ones that do so where a text is about one concept. S holds them by the D directions of the residual stream: multiplied with the
-weights of a neuron it gives the strength of the synapses to that neuron.
+The paper (arXiv 2509.26507) describes the state as synapses that strengthen between neurons that fire together, and
+reports single synapses that do so while a text is about one concept. The state S stores them by the D directions of the
+residual stream. Its product with the weights of a neuron is the strength of the synapses to this neuron.
 """
 
 from collections.abc import Sequence
@@ -18,25 +18,25 @@ from bdh.ops.attention import rotate, rotation_table
 
 @dataclass(frozen=True, eq=False)
 class SynapseTrace:
-    """See :func:`synapse_trace`. Float64, on the CPU."""
+    """The result of :func:`synapse_trace`. Float64, on the CPU."""
 
     head: int
     layer_step: int
     source: int
     target: int
     strength: torch.Tensor
-    """(T,): before each token is taken in."""
+    """(T,): the strength before each token is read."""
     shuffled: torch.Tensor
-    """(orders, T): the same where the tokens stand in random order."""
+    """(orders, T): the same with the tokens in random order."""
 
     @property
     def shuffled_mean(self) -> torch.Tensor:
-        """(T,): over the random orders."""
+        """(T,): the mean over the random orders."""
         return self.shuffled.mean(0)
 
     @property
     def shuffled_spread(self) -> torch.Tensor:
-        """(T,): the standard deviation among the random orders."""
+        """(T,): the standard deviation over the random orders."""
         return self.shuffled.std(0)
 
 
@@ -51,22 +51,30 @@ def synapse_trace(
     num_shuffles: int = 8,
     seed: int = 0,
 ) -> SynapseTrace:
-    """How strongly neuron ``source``, if it fired with 1 at token t, would drive neuron ``target`` through the state:
+    """Measures how strongly one neuron would drive another through the state, at each token of a text.
+
+    The strength at token t is what neuron ``source``, if it fired with activation 1, would add to neuron ``target``:
 
         (R_t e_source)^T S_t Ev_target
 
-    with R_t the rotation at t, S_t the state that t reads, and Ev_target the weights (D,) of the target. That is before the layer
-    norm of what attention reads, which scales all that a token reads alike. What is due to which tokens the text has, and not
-    to their order, is there in the same text in random order, too.
+    where R_t is the rotation at t, S_t the state that t reads, and Ev_target the weights (D,) of the target. It is
+    computed before the layer norm of the attention output, which scales everything that a token reads by the same
+    factor. Effects of which tokens the text contains, rather than of their order, also appear in the text in random
+    order, which is the baseline.
 
     Args:
-        ids: of the tokens of a text, (T,).
-        source: a neuron of the head, and ``target`` another or the same.
-        num_shuffles: random orders to compare with.
-        seed: of these.
+        model: as for :func:`bdh.inspect.trace`.
+        ids: the token ids of a text, (T,).
+        head: the head.
+        layer_step: the layer step.
+        source: a neuron of the head.
+        target: a neuron of the head, which can be the same.
+        num_shuffles: the number of random orders.
+        seed: the seed of the random orders.
 
     Raises:
-        ValueError: a number is out of range, or the layer is more than its weights; or as :func:`bdh.inspect.trace`.
+        ValueError: a number is out of range, the layer computes more than products with its weights; or as
+            :func:`bdh.inspect.trace`.
     """
     config, tokens = model.config, token_ids(ids)
     (head,) = chosen("head", head, config.n_head, "head")
@@ -88,10 +96,13 @@ def synapse_trace(
 def _strengths(
     model: Any, ids: torch.Tensor, head: int, layer_step: int, source: int, driven: torch.Tensor
 ) -> torch.Tensor:
-    """(T,). Of the state only the two rows of the source's pair count, and of these the product with the target's weights (D,)."""
+    """Returns the strengths, (T,).
+
+    Of the state, only the products of two rows, those of the source's pair, with the target's weights (D,) are needed.
+    """
     config, T, pair = model.config, len(ids), source // 2
     queries, keys = torch.empty(2, T, 2, dtype=torch.float64)
-    values = torch.empty(T, dtype=torch.float64)  # products with the target's weights
+    values = torch.empty(T, dtype=torch.float64)  # products of v with the target's weights
     unit = torch.eye(2, dtype=torch.float64)[source % 2]
 
     def on_keys(step: int, tokens: slice, q: torch.Tensor) -> None:
@@ -102,12 +113,12 @@ def _strengths(
             queries[tokens] = rotate(unit.expand(len(positions), 2), table[:, pair : pair + 1])
 
     def on_values(step: int, tokens: slice, v: torch.Tensor) -> None:
-        if step == layer_step:  # that before it
+        if step == layer_step:  # v before this layer step
             values[tokens] = v.double().cpu() @ driven
 
     observe(model, ids, {"q": on_keys, "v": on_values})
     kept = 1.0 if config.half_lives is None else 2 ** (-1 / config.half_lives[head])
-    first = second = 0.0  # the two rows' products with the target's weights
+    first = second = 0.0  # the products of the state's two rows with the target's weights
     strengths = []
     for query, key, value in zip(queries.tolist(), keys.tolist(), values.tolist(), strict=True):
         strengths.append(query[0] * first + query[1] * second)

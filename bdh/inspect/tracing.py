@@ -1,6 +1,7 @@
-"""What a model computes inside while it reads a text, by layer step, head and token.
+"""Traces of the values that a model computes while it reads a text, by layer step, head and token.
 
-:func:`trace` keeps values; :func:`observe`, of which it and the measurements of this package are made, hands them over one by one.
+:func:`trace` stores values. :func:`observe`, on which it and the measurements of this package build, passes each value
+to a function.
 """
 
 import math
@@ -22,37 +23,40 @@ from bdh.tokenizer.plain import PlainTokenizer
 from bdh.words import counted
 
 MAX_BYTES = 2**26
-"""Of a tensor as wide as the neurons, and of all scores of the attention: a longer text is read in pieces."""
+"""The most bytes of a tensor as wide as the neurons, or of the attention scores. Longer texts are read in chunks."""
 Text = str | Sequence[int] | torch.Tensor
 Observer = Callable[[int, slice, torch.Tensor], object]
-"""Takes the number of a layer step, the tokens of a piece, and their values: (H, T, N); of a (H, T, D); of v (T, D)."""
+"""Called with the index of a layer step, the tokens of a chunk, and their values.
+
+The values are (H, T, N), but (H, T, D) for a and (T, D) for v.
+"""
 
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """What :func:`trace` kept, on the model's device; None for what was not asked for.
+    """The values that :func:`trace` recorded, on the model's device; None for values that were not requested.
 
-    L, H and P count the layer steps, heads and tokens that were asked for, in that order.
+    L, H and P are the numbers of requested layer steps, heads and tokens.
     """
 
     layer_steps: tuple[int, ...]
     heads: tuple[int, ...]
     positions: tuple[int, ...]
-    """Of the tokens in the text, from 0."""
+    """The positions of the tokens in the text, from 0."""
     tokens: tuple[int, ...]
-    """Their ids."""
+    """The ids of the tokens."""
     x: torch.Tensor | None = None
-    """(L, H, P, N): which neurons fire on the residual stream, and how strongly."""
+    """(L, H, P, N): the neurons' activations on the residual stream."""
     q: torch.Tensor | None = None
-    """(L, H, P, N): x, rotated by the position: queries and keys."""
+    """(L, H, P, N): x with rotary positions: the queries and the keys."""
     a: torch.Tensor | None = None
-    """(L, H, P, D): what attention reads, before its layer norm."""
+    """(L, H, P, D): the output of attention, before its layer norm."""
     y: torch.Tensor | None = None
-    """(L, H, P, N): which neurons fire on what attention reads."""
+    """(L, H, P, N): the neurons' activations on the normalized attention output."""
     z: torch.Tensor | None = None
     """(L, H, P, N): x * y."""
     v: torch.Tensor | None = None
-    """(L + 1, P, D): the residual stream before the model's first layer step, and after each that was asked for."""
+    """(L + 1, P, D): the residual stream before the model's first layer step, and after each requested layer step."""
 
 
 def trace(
@@ -65,25 +69,24 @@ def trace(
     heads: Sequence[int] | None = None,
     layer_steps: Sequence[int] | None = None,
 ) -> Trace:
-    """Reads a text from nothing, in evaluation mode, and keeps what the layer steps compute.
+    """Reads a text with an empty state, in evaluation mode, and records values that the layer steps compute.
 
-    A long text is read in pieces, with the state carried on: memory grows with what is kept, not with the text. Meanwhile hooks
-    are on the model, so that no other thread may use it.
+    A long text is read in chunks, so that memory grows with the recorded values, not with the text. Meanwhile the model
+    has hooks attached, so no other thread may use it.
 
     Args:
         model: a :class:`bdh.BDHForCausalLM`, :class:`bdh.BDHModel` or :class:`bdh.BDHForSequenceClassification`.
-        text: a text, in which nothing is a special token; or the ids of its tokens, (T,) or (1, T).
-        names: what to keep, of x, q, a, y, z and v.
-        tokenizer: for a text.
-        positions: of the tokens to keep; None for all. What comes after the last of them is not read.
-        heads: those to keep; None for all.
-        layer_steps: those to keep; None for all.
-
-    Numbers below 0 count from the end.
+        text: a string, in which nothing is parsed as a special token, or its token ids, (T,) or (1, T).
+        names: the values to record, of x, q, a, y, z and v.
+        tokenizer: the tokenizer, required for a string.
+        positions: the positions of the tokens to record; None for all. Tokens after the last position are not read.
+            Negative positions, heads and layer steps count from the end.
+        heads: the heads to record; None for all.
+        layer_steps: the layer steps to record; None for all.
 
     Raises:
-        ValueError: a name, position, head or layer step that is not there; a text without its tokenizer or without tokens;
-            or ids outside of the vocabulary.
+        ValueError: a name, position, head or layer step does not exist; the text is a string without a tokenizer, or
+            empty; or ids are outside the vocabulary.
     """
     names = (names,) if isinstance(names, str) else tuple(names)
     unknown = [name for name in names if name not in HOOK_POINTS]
@@ -116,10 +119,15 @@ def trace(
 
 
 def observe(model: Any, ids: torch.Tensor, observers: Mapping[str, Observer]) -> None:
-    """Reads tokens (T,) from nothing, in evaluation mode and in pieces, and calls an observer with each value of its name.
+    """Reads tokens (T,) with an empty state, in evaluation mode and in chunks, and passes each value to its observer.
 
-    Of v the layer step is 0 for the residual stream before the first one, and then 1 to L. Values are not to be written to, and
-    may be views.
+    For v, layer step 0 is the residual stream before the first layer step, and 1 to L are those after each. Observers
+    must not modify the values, which can be views.
+
+    Args:
+        model: as for :func:`trace`.
+        ids: the token ids.
+        observers: functions by the name of the value.
     """
     config = model.config
     H, widest = config.n_head, max(config.neurons_per_head, config.n_embd)
@@ -146,10 +154,10 @@ def observe(model: Any, ids: torch.Tensor, observers: Mapping[str, Observer]) ->
 
 
 def token_ids(text: Text, tokenizer: Any = None) -> torch.Tensor:
-    """The ids of a text's tokens, int64 (T,) on the CPU.
+    """Returns the token ids of a text, int64 (T,) on the CPU.
 
     Raises:
-        ValueError: a text comes without its tokenizer; or what is given are no tokens of one text.
+        ValueError: the text is a string without a tokenizer, or the ids are not those of a single text.
     """
     if isinstance(text, str):
         if tokenizer is None:
@@ -166,10 +174,10 @@ def token_ids(text: Text, tokenizer: Any = None) -> torch.Tensor:
 
 
 def chosen(name: str, given: int | Sequence[int] | None, count: int, noun: str) -> tuple[int, ...]:
-    """Numbers from 0 to ``count`` - 1: those that are given, of which negative ones count from the end, or all of them.
+    """Returns indices from 0 to ``count`` - 1: the given ones, of which negative ones count from the end, or all.
 
     Raises:
-        ValueError: one is out of range, or there is none.
+        ValueError: an index is out of range, or none is given.
     """
     if given is None:
         return tuple(range(count))

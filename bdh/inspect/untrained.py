@@ -1,4 +1,4 @@
-"""The model that training started from, or one like it: what a figure is before anything was learned."""
+"""Untrained models as baselines of measurements."""
 
 from typing import Any
 
@@ -6,7 +6,14 @@ import torch
 
 
 def untrained_twin(model: Any, seed: int = 0) -> Any:
-    """A model of the same class and configuration with fresh weights, in evaluation mode, in the same dtype on the same device."""
+    """Returns an untrained model of the same class and configuration, on the same device and in the same dtype.
+
+    It is in evaluation mode, and serves as the baseline of a measurement.
+
+    Args:
+        model: the trained model.
+        seed: the seed of the weights.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         twin = type(model)(model.config)

@@ -1,4 +1,4 @@
-"""Weights in 8 and 4 bits: rounds those of a model, and measures what that has changed."""
+"""Quantization: rounds the weights of a model to 8 or 4 bits, and measures the effect."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -1,24 +1,24 @@
-"""How far some work is."""
+"""Progress reports of long computations."""
 
 from collections.abc import Callable, Mapping
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is done, how much of it is done, and how much there is."""
+"""Called with the name of the work, the amount done, and the total amount."""
 
 
 class Stages:
-    """Reports the stages of some work as one, in percent of their time, so that what remains is known from the first on.
+    """Combines the progress of several stages into one, in percent of the expected total time.
 
     Args:
-        work: its name.
-        seconds: how long each stage should take, in their order; only the shares matter.
+        work: the name of the work.
+        seconds: the expected time of each stage, in order; only the ratios matter.
     """
 
     def __init__(self, progress: Progress, work: str, seconds: Mapping[str, float]):
         self._progress, self._work, self._seconds = progress, f"{work}, percent", seconds
 
     def of(self, name: str) -> Callable[[int, int], None]:
-        """A function of how much of the stage of this name is done, and how much there is."""
+        """Returns a progress function for the stage of this name, to call with the amount done and the total amount."""
         seconds, names = self._seconds, list(self._seconds)
         before, whole = sum(seconds[other] for other in names[: names.index(name)]), sum(seconds.values())
 

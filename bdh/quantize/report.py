@@ -1,4 +1,4 @@
-"""What rounding has changed: in each matrix, and in what a model predicts and which of its neurons fire."""
+"""Measures the effect of quantization on each matrix, on the predictions, and on which neurons fire."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,23 +17,23 @@ from bdh.ops.formats import CODE_RANGES
 from bdh.quantize.progress import Progress
 
 _MAX_BYTES = 2**28
-"""Of what both models give for the sequences that are read together: where neurons fire, and log-probabilities."""
+"""The most bytes of the firing patterns and log-probabilities of both models, for sequences that are read together."""
 
 
 @dataclass(frozen=True)
 class MatrixError:
-    """What rounding has changed in the weights of a module."""
+    """The quantization error of a module's weights."""
 
     module: str
     format: QuantizedFormat
     relative_error: float
-    """The root mean square of the changes, over that of the weights."""
+    """The root mean square of the errors, divided by that of the weights."""
     saturated: float
-    """Share of the codes that are the largest or the smallest that there is."""
+    """The fraction of codes that are the largest or smallest possible."""
 
 
 def matrix_errors(model: Any, quantized: Any) -> list[MatrixError]:
-    """Of each quantized module, beside that of the model that it was made of."""
+    """Returns the error of each quantized module, compared with the model from which it was made."""
     found = []
     for name, weight_format in quantized_formats(quantized).items():
         before = neuron_rows(name, model.get_submodule(name).weight.detach()).float()
@@ -47,29 +47,29 @@ def matrix_errors(model: Any, quantized: Any) -> list[MatrixError]:
 
 @dataclass(frozen=True)
 class Measured:
-    """A model on held-out text."""
+    """Measurements of a model on held-out text."""
 
     loss: float
     """Nats per token."""
     perplexity: float
     density: dict[str, list[float]]
-    """Share of the neurons that fire on a token, ``x`` and ``y``, in each layer step."""
+    """The fraction of neurons that fire on a token, for ``x`` and ``y``, in each layer step."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two models on the same text."""
+    """The comparison of a model before and after quantization on the same text."""
 
     tokens: int
-    """That were predicted."""
+    """The number of predicted tokens."""
     before: Measured
     after: Measured
     kl: float
-    """Divergence of the distribution of the next token after from that before, nats per token, in the mean."""
+    """The mean KL divergence of the next-token distribution after quantization from that before, in nats per token."""
     same_prediction: float
-    """Share of the tokens at which both predict the same one."""
+    """The fraction of tokens at which both models predict the same token."""
     still_fire: dict[str, list[float]]
-    """Of the neurons that fire before, the share that fire after, ``x`` and ``y``, in each layer step."""
+    """The fraction of neurons firing before quantization that still fire, for ``x`` and ``y``, in each layer step."""
 
 
 def compare(
@@ -80,9 +80,9 @@ def compare(
     max_batch_size: int = 16,
     progress: Progress = lambda stage, done, total: None,
 ) -> Comparison:
-    """Reads sequences with both models, each from nothing.
+    """Reads sequences with both models, each with an empty state, and compares them.
 
-    Hooks listen to which neurons fire: torch's dense operations compute, and not the kernels.
+    Firing is recorded by hooks, so both models compute with PyTorch's dense operations and not with the kernels.
     """
     config = model.config
     num_kept = 2 * config.n_layer * config.n_head * config.neurons_per_head + 8 * config.vocab_size  # bytes of a token
@@ -96,7 +96,7 @@ def compare(
 
 
 class _Read(NamedTuple):
-    """What a model gives for a batch."""
+    """The outputs of a model for a batch."""
 
     log_probabilities: torch.Tensor  # (B, T, V)
     fired: dict[str, list[torch.Tensor]]  # x and y: bool (B, T, H*N) for each layer step
@@ -115,7 +115,7 @@ def _read(model: Any, batch: Batch) -> _Read:
 
 
 class _Sums:
-    """Of what was counted so far: over the tokens that count, and of the neurons over all."""
+    """The running sums: of losses over the tokens that count, and of neurons over all tokens."""
 
     def __init__(self, num_layer_steps: int):
         self.tokens = self.tokens_read = self.same = 0
@@ -124,7 +124,7 @@ class _Sums:
         self.fired = {"x": zeros, "y": zeros.clone()}  # before, after, in both
 
     def add(self, before: _Read, after: _Read, targets: torch.Tensor) -> None:
-        """``targets`` are int64 (B, T), below 0 where they do not count."""
+        """Adds a batch; ``targets`` are int64 (B, T), below 0 for tokens that do not count."""
         p, q = (read.log_probabilities[targets >= 0] for read in (before, after))  # (n, V)
         counted = targets[targets >= 0][:, None]
         self.tokens, self.tokens_read = self.tokens + len(counted), self.tokens_read + targets.numel()

@@ -1,4 +1,4 @@
-"""Rounds the weights of a model."""
+"""Quantizes the weights of a model."""
 
 import copy
 from collections.abc import Iterable, Mapping
@@ -25,23 +25,24 @@ def quantize(
     sequences: Iterable[torch.Tensor] | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> Any:
-    """A copy of a model with quantized weights, which shares none with it; the model stays as it is.
+    """Returns a copy of a model with quantized weights. The copy shares no memory with the model.
 
-    ``save_pretrained`` writes it, and ``from_pretrained`` reads it.
+    ``save_pretrained`` and ``from_pretrained`` save and load the quantized model.
 
     Args:
-        model: one of our classes for transformers.
-        weights: int8; int4; or mixed: E in int8, Ev and Dec in int4.
-        method: rtn rounds each weight to the nearest; gptq by the error of the layer's outputs on ``sequences``
-            (:mod:`bdh.quantize.gptq`).
-        embeddings: the embedding and the head in int8 too.
-        state: the format of states that is recommended for the model.
-        sequences: for gptq, text that is like what the model will read: batches of tokens, int64 (B, T), each sequence read
-            from nothing.
+        model: a :class:`bdh.BDHForCausalLM` or another model class of this package for transformers.
+        weights: "int8", "int4", or "mixed": the encoder in int8, encoder_v and decoder in int4.
+        method: "rtn" rounds each weight to the nearest; "gptq" minimizes the error of the layer's outputs on
+            ``sequences`` (:mod:`bdh.quantize.gptq`).
+        embeddings: whether to quantize the embedding and the head to int8 as well.
+        state: the format of generation states to recommend for the model; None for no recommendation.
+        sequences: for gptq, calibration text that resembles what the model will read: batches of token ids, int64 (B,
+            T). Each sequence is read with an empty state.
+        progress: called with the stage, the work done and the total work.
 
     Raises:
-        ValueError: the model is quantized already, or a module is no plain ``nn.Linear``; a weight is infinite or not a number;
-            or an argument is none of these. Modules are named.
+        ValueError: the model is already quantized, a module is not a plain ``nn.Linear``, a weight is infinite or NaN,
+            or an argument is invalid. Messages contain the name of the module.
     """
     config = BDHQuantizationConfig(weights, embeddings=embeddings, method=method, state=state)
     check_quantizable(model, embeddings=embeddings)
@@ -55,7 +56,7 @@ def quantize(
 
 
 def check_quantizable(model: Any, name: str = "the model", *, embeddings: bool = False) -> None:
-    """Raises ``ValueError`` where a model has other modules than plain ones: quantized, with adapters, with hooks."""
+    """Raises ``ValueError`` if modules of a model are not plain: quantized, with adapters, or with hooks."""
     check_not_quantized(model, name, "quantize the model that it was made of")
     layers = {"encoder": model.encoder, "decoder": model.decoder}
     layers |= {f"encoder_v.{head}": module for head, module in enumerate(model.encoder_v)}
@@ -71,7 +72,7 @@ def with_codes(
     codes: Mapping[str, Codes],
     progress: Progress = lambda stage, done, total: None,
 ) -> Any:
-    """A copy of a model in which modules have the codes given by their names, and others those next to their weights."""
+    """Returns a quantized copy of a model with the given codes. Modules without codes are rounded to the nearest."""
     formats = {
         name: each for name, each in config.formats(model.config.n_head).items() if hasattr(model, name.split(".")[0])
     }
@@ -80,6 +81,6 @@ def with_codes(
         module = model.get_submodule(name)
         replaced[id(module)] = quantized_module(name, module, weight_format, codes.get(name))
         progress("matrices", number, len(formats))
-    quantized = copy.deepcopy(model, replaced)  # which takes what stands there for what is already copied
+    quantized = copy.deepcopy(model, replaced)  # deepcopy uses the entries of its memo instead of copying the modules
     set_quantized(quantized, config)
     return quantized
