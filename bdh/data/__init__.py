@@ -1,6 +1,6 @@
-"""Data: sources of text, token streams on disk, streaming, the loader.
+"""Training data: sources of text, tokenized corpora on disk, streaming, and loaders.
 
-Importing this package is cheap: its names load what they need when they are first used.
+Importing this package is cheap: each name imports its module when it is first used.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""The sequences of each training step: what a batch is, how it is drawn from a text, and a thread that prepares the next one."""
+"""Batches of training sequences, the loaders that draw them from a text, and a thread that prepares the next batch."""
 
 import threading
 from abc import ABC, abstractmethod
@@ -15,18 +15,18 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from bdh.words import counted
 
-_NOT_COUNTED = -100  # PyTorch's and transformers' label of what the loss leaves out
+_NOT_COUNTED = -100  # the label that PyTorch and transformers ignore in the loss
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences of tokens, and which of them count.
+    """A batch of token sequences, with the targets that the loss counts and the starts of documents.
 
     Attributes:
-        tokens: int64 (B, T + 1): each token but the last is an input, each but the first a target.
-        is_target: bool (B, T): whether the loss counts ``tokens[:, 1:]``; None where it counts all of them.
-        starts: bool (B, T): whether a document starts at ``tokens[:, :-1]``: it sees nothing of what is before,
-            and stands at position 0. None where sequences are read through, whatever they hold.
+        tokens: int64 (B, T + 1): all but the last are inputs, all but the first are targets.
+        is_target: bool (B, T): whether the loss counts ``tokens[:, 1:]``; None if it counts all.
+        starts: bool (B, T): whether a document starts at ``tokens[:, :-1]``. Its tokens see nothing before it, and its
+            first position is 0. None if tokens attend across documents.
     """
 
     tokens: torch.Tensor
@@ -35,7 +35,7 @@ class Batch:
 
     @classmethod
     def stack(cls, batches: Sequence["Batch"]) -> "Batch":
-        """The sequences of several batches, in order. Where one marks nothing, all tokens count, and none is a start."""
+        """Concatenates batches. In batches without marks, all tokens count and no document starts."""
 
         def joined(parts: Sequence[torch.Tensor | None], default: bool) -> torch.Tensor | None:
             if all(part is None for part in parts):
@@ -51,33 +51,33 @@ class Batch:
 
     @classmethod
     def of_documents(cls, tokens: torch.Tensor, starts: torch.Tensor) -> "Batch":
-        """A batch whose sequences see nothing beyond their documents' starts.
+        """Returns a batch in which tokens attend only to their own document.
 
         Args:
             tokens: int64 (B, T + 1).
-            starts: bool (B, T + 1): a document starts at that token. It is not predicted: nothing before it is its
-                context. So the loss is that of the documents alone.
+            starts: bool (B, T + 1): True for the first token of a document. It does not count as a target, since it has
+                no context, so that the loss is that of the separate documents.
         """
         return cls(tokens, is_target=~starts[:, 1:], starts=starts[:, :-1]) if starts.any() else cls(tokens)
 
     @property
     def input_ids(self) -> torch.Tensor:
-        """(B, T)."""
+        """The inputs, (B, T)."""
         return self.tokens[:, :-1]
 
     @property
     def targets(self) -> torch.Tensor:
-        """(B, T): the token after each, or -100 where it does not count."""
+        """The targets, (B, T): the next token of each input, or -100 if it does not count."""
         following = self.tokens[:, 1:]
         return following if self.is_target is None else following.masked_fill(~self.is_target, _NOT_COUNTED)
 
     @property
     def num_targets(self) -> int:
-        """How many tokens the loss counts."""
+        """The number of tokens that the loss counts."""
         return self.tokens[:, 1:].numel() if self.is_target is None else int(np.count_nonzero(self.is_target.numpy()))
 
     def split(self, num_sequences: int) -> Iterator["Batch"]:
-        """Batches of ``num_sequences``, in order."""
+        """Yields batches of ``num_sequences`` sequences, in order."""
         for start in range(0, len(self.tokens), num_sequences):
             yield self[start : start + num_sequences]
 
@@ -85,7 +85,7 @@ class Batch:
         return self._each(lambda tensor: tensor[sequences])
 
     def pinned(self) -> "Batch":
-        """In page-locked memory, from which a GPU copies while it computes."""
+        """Returns the batch in pinned memory, from which a GPU can copy while it computes."""
         return self._each(lambda tensor: tensor.pin_memory())
 
     def to(self, device: torch.device) -> "Batch":
@@ -97,9 +97,9 @@ class Batch:
 
 
 def starts_after(tokens: torch.Tensor, document_end: int) -> torch.Tensor:
-    """Whether a document starts at each token (B, length): after each ``document_end``.
+    """Returns whether a document starts at each token (B, length): after each ``document_end``.
 
-    The first token of a sequence continues whatever was before it, which the sequence does not show.
+    The first token of a sequence never counts as a start, since the token before it is unknown.
     """
     starts = torch.zeros_like(tokens, dtype=torch.bool)
     starts[:, 1:] = tokens[:, :-1] == document_end
@@ -107,59 +107,59 @@ def starts_after(tokens: torch.Tensor, document_end: int) -> torch.Tensor:
 
 
 class Loader(ABC):
-    """An endless supply of training sequences, whose position can be stored."""
+    """An endless iterator over training batches, whose position can be saved."""
 
     _prepared: Batch | None = None
 
     def prepare(self) -> Batch:
-        """The sequences of the next step that this process gets, which :meth:`next` then takes.
+        """Returns this process's sequences of the next step, without advancing. :meth:`next` then returns the same.
 
-        The state before a call and after it are of the same place in the text.
+        The state before and after the call describes the same position in the text.
 
         Raises:
-            ValueError: the text cannot be read. The loader, and its state, continue from there once it can.
-            OSError: the same of a file.
+            ValueError: the text cannot be read. The loader and its state continue from this position once it can.
+            OSError: a file cannot be read, likewise.
         """
         if self._prepared is None:
             self._prepared = self._read()
         return self._prepared
 
     def next(self) -> Batch:
-        """Takes the sequences of the next step. Raises as :meth:`prepare`."""
+        """Returns the sequences of the next step, and advances. Raises as :meth:`prepare`."""
         batch, self._prepared = self.prepare(), None
         self._move_on()
         return batch
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ValueError: the state is of another kind of loader, or was made with other settings."""
+        """Restores a position. Raises ``ValueError`` if it is of another kind of loader or of other settings."""
         self._load(state)
         self._prepared = None
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """The position: numbers, strings, lists and tensors. Of several processes, see :func:`join_states`."""
+        """Returns the position: numbers, strings, lists and tensors. For several processes, see :func:`join_states`."""
 
     @abstractmethod
     def _read(self) -> Batch:
-        """The sequences of the next step, after which the position is the same."""
+        """Reads the sequences of the next step without changing the position."""
 
     @abstractmethod
     def _move_on(self) -> None:
-        """To the position after the sequences that were read."""
+        """Advances to the position after the sequences that were read."""
 
     @abstractmethod
     def _load(self, state: dict[str, Any]) -> None: ...
 
 
 def join_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The states of the loaders of all processes, by rank, as one, which loaders of any number of processes load."""
+    """Combines the loader states of all processes, by rank, into one that any number of processes can load."""
     if "num_lanes" not in states[0]:
-        return states[0]  # every process has the same; the shares of a mix are the weights of its sources
+        return states[0]  # the same in every process; the shares of a mix are the weights of its sources
     return {**states[0], "shares": [share for state in states for share in state["shares"]]}
 
 
 def check_state(state: dict[str, Any], kind: str, **fixed: Any) -> None:
-    """Raises ValueError: the state is of another kind of loader, or was made with other settings."""
+    """Raises ``ValueError`` if the state is of another kind of loader, or was saved with other settings."""
     if state.get("kind") != kind:
         raise ValueError(
             f"the loader's state is of kind {state.get('kind')!r}, not {kind!r}: data.streaming or "
@@ -171,7 +171,7 @@ def check_state(state: dict[str, Any], kind: str, **fixed: Any) -> None:
 
 
 def check_sequences(batch_size: int, rank: int, world_size: int) -> slice:
-    """The sequences of the global batch that a process gets. Raises ValueError: the processes cannot share them evenly."""
+    """Returns a process's part of the global batch. Raises ``ValueError`` if it cannot be divided evenly."""
     if batch_size < 1 or batch_size % world_size:
         raise ValueError(
             f"the global batch has {counted(batch_size, 'sequence')}: it must be a multiple of the {world_size} processes that share it"
@@ -181,18 +181,20 @@ def check_sequences(batch_size: int, rank: int, world_size: int) -> slice:
 
 
 def step_generator(seed: int, *counter: int) -> np.random.Generator:
-    """Random numbers that depend on these numbers alone."""
+    """Returns a random generator that depends only on these numbers."""
     return np.random.Generator(np.random.Philox(key=seed, counter=list(counter)))
 
 
 class StepLoader(Loader):
-    """A loader whose sequences depend on the seed, the step and their place in the global batch alone."""
+    """A loader whose sequences depend only on the seed, the step and their index in the global batch."""
 
     def __init__(self, kind: str, seed: int, batch_of_step: Callable[[int], Batch]):
-        """
+        """Creates a loader.
+
         Args:
-            kind: of the state.
-            batch_of_step: the sequences of a step that this process gets.
+            kind: the name of the kind of loader, for its state.
+            seed: the seed, which the state contains.
+            batch_of_step: returns this process's sequences of a step.
         """
         self._kind, self._seed, self._batch_of_step, self._step = kind, seed, batch_of_step, 0
 
@@ -211,11 +213,15 @@ class StepLoader(Loader):
 
 
 def window_loader(text: np.ndarray, block_size: int, batch_size: int, own: slice, seed: int, end: int | None) -> Loader:
-    """Windows of a text at random starts: where that of sequence i begins is the i-th draw of the step.
+    """Returns a loader of windows at random positions of a text: the i-th draw of a step is the start of sequence i.
 
     Args:
-        own: the sequences of the global batch that this process gets.
-        end: the token that ends a document, after which nothing is seen of what was before it.
+        text: the tokens.
+        block_size: T.
+        batch_size: the number of sequences of the global batch.
+        own: the sequences of the global batch that belong to this process.
+        seed: the seed of the draws.
+        end: the token that ends a document, if tokens must not attend across documents.
     """
     windows = sliding_window_view(text, block_size + 1)
 
@@ -230,14 +236,14 @@ def window_loader(text: np.ndarray, block_size: int, batch_size: int, own: slice
 def continued_loader(
     text: np.ndarray, block_size: int, batch_size: int, own: slice, seed: int, end: int | None
 ) -> Loader:
-    """Sequences that read on from step to step, so that a state can be carried. Arguments of :func:`window_loader`.
+    """Returns a loader of sequences that continue from step to step, so that the state can be carried.
 
-    The text is a circle, which they enter at equal distances from a point that the seed chooses. When each has come
-    to where the next one entered, every token was predicted once. A document starts after each ``end``, and at the
-    beginning of the text.
+    The arguments are those of :func:`window_loader`. The text is treated as a circle. The sequences start at equal
+    distances, from a point that depends on the seed. When each has reached the start of the next one, every token has
+    been predicted once. A document starts after each ``end``, and at the beginning of the text.
 
     Raises:
-        ValueError: they would read the same text at the same time.
+        ValueError: the text is too short, so that sequences would overlap.
     """
     distance = len(text) // batch_size
     if distance <= block_size:
@@ -253,20 +259,20 @@ def continued_loader(
         tokens, starts = torch.from_numpy(text[index].astype(np.int64)), torch.from_numpy(index == 0)
         if end is not None:
             starts |= starts_after(tokens, end)
-        return Batch.of_documents(tokens[:, 1:], starts[:, 1:])  # the first was there to see whether a document ended
+        return Batch.of_documents(tokens[:, 1:], starts[:, 1:])  # the first only shows whether a document ended
 
     return StepLoader("continued windows", seed, next_blocks)
 
 
 class DataStopped(ValueError):
-    """The sequences of the next step cannot be read, on this process or on another; the step has not begun."""
+    """The sequences of the next step cannot be read in this or another process; the step has not started."""
 
 
 class Batches:
-    """The sequences of this process, step by step.
+    """Provides this process's batches step by step, and prepares the next one in a background thread.
 
-    Within :meth:`prepared_ahead` a thread reads, tokenizes, packs and pins those of the next step while this one runs. The
-    position that is stored is always that of the sequences that were handed out.
+    Within :meth:`prepared_ahead` a thread reads, tokenizes, packs and pins the batch of the next step while the current
+    step runs. The saved position is always that after the batches that were returned.
     """
 
     def __init__(
@@ -278,12 +284,15 @@ class Batches:
         are_alike: bool,
         pin_memory: bool,
     ):
-        """
+        """Wraps a loader.
+
         Args:
-            gather: of the processes that train together, :meth:`bdh.distributed.world.World.gather`.
-            are_alike: whether all processes have as many targets in each step, and none finds text that it cannot read
-                where the others read on: then they need not agree.
-            pin_memory: so that a GPU copies the sequences while it computes.
+            loader: the loader.
+            gather: :meth:`bdh.distributed.world.World.gather` of the processes that train together.
+            num_processes: the number of processes.
+            are_alike: whether all processes have the same number of targets in each step, and can only fail to read
+                text together. The processes then need not communicate.
+            pin_memory: whether to use pinned memory, so that a GPU can copy while it computes.
         """
         self._loader, self._gather, self._pin_memory = loader, gather, pin_memory
         self._num_processes, self._are_alike = num_processes, are_alike
@@ -292,17 +301,17 @@ class Batches:
 
     @contextmanager
     def prepared_ahead(self) -> Iterator[None]:
-        """Within it, the next sequences are prepared in the background."""
+        """A context in which the next batch is prepared in the background."""
         requests: SimpleQueue[Future[tuple[Batch, int]] | None] = SimpleQueue()
 
         def work() -> None:
             while (future := requests.get()) is not None:
                 try:
                     future.set_result(self._prepare())
-                except BaseException as error:  # for the training's own thread
+                except BaseException as error:  # raised in the main thread
                     future.set_exception(error)
 
-        # A daemon: should the training end by an error while another process is waited for, this one ends all the same.
+        # A daemon thread, so that the process can end after an error even while the thread waits for another process.
         threading.Thread(target=work, daemon=True, name="batches").start()
         self._requests = requests
         self._prepare_next()
@@ -316,11 +325,11 @@ class Batches:
             requests.put(None)
 
     def next(self) -> tuple[Batch, int]:
-        """The sequences of the next step, and how many targets the loss counts in those of all processes.
+        """Returns the batch of the next step, and the number of targets in the batches of all processes.
 
         Raises:
-            DataStopped: some process cannot read its own; all raise it, and :meth:`state_dict` is from where they can be
-                read once the text is mended.
+            DataStopped: a process cannot read its batch. All processes raise it, and :meth:`state_dict` is the position
+                from which to continue when the text has been fixed.
         """
         prepared, self._prepared = self._prepared, None
         batch, num_targets = self._prepare() if prepared is None else prepared.result()
@@ -329,13 +338,17 @@ class Batches:
         return batch, num_targets
 
     def state_dict(self) -> dict[str, Any]:
-        """The position after what was handed out, of all processes, which call this together."""
+        """Returns the position after the batches that were returned. All processes must call it together."""
         if self._prepared is not None:
             self._prepared.exception()  # waits for the thread, which may be moving the loader
         return join_states(self._gather(self._loader.state_dict()))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ``ValueError`` where the state is that of another kind of loader. Not while batches are prepared ahead."""
+        """Restores a position. Not allowed within :meth:`prepared_ahead`.
+
+        Raises:
+            ValueError: the state is of another kind of loader.
+        """
         self._loader.load_state_dict(state)
 
     def _prepare_next(self) -> None:
@@ -344,7 +357,7 @@ class Batches:
             self._requests.put(self._prepared)
 
     def _prepare(self) -> tuple[Batch, int]:
-        """What :meth:`next` gives. Raises ``DataStopped`` on all processes, if some process cannot read its sequences."""
+        """Prepares the result of :meth:`next`. Raises ``DataStopped`` in all processes if one cannot read its batch."""
         batch = reason = cause = None
         try:
             batch = self._loader.prepare()
@@ -354,7 +367,7 @@ class Batches:
                 reason = f"{error.filename}: {error.strerror}"
         num_targets = 0 if batch is None else batch.num_targets
         found = [(reason, num_targets)] * self._num_processes
-        if not self._are_alike:  # between these threads: the steps do not wait for it
+        if not self._are_alike:  # communicates between the background threads, so that steps do not wait for it
             found = self._gather((reason, num_targets), beside_training=True)
         if there := [each for each, _ in found if each is not None]:
             raise DataStopped(there[0]) from cause

@@ -1,4 +1,4 @@
-"""Settings of the section ``data``."""
+"""The settings of the section ``data``."""
 
 import math
 import re
@@ -13,9 +13,9 @@ from bdh.validation import Allowed, Faults, PathText, PositiveInt, Settings, col
 
 BUILTIN = ("pydoc", "stdlib", "shakespeare")
 
-# What holds for all sources of a mix: entries cannot set it.
+# Settings that apply to all sources of a mix, so that entries cannot have them.
 _NOT_IN_ENTRIES = ("mix", "pack", "shuffle_buffer_documents", "val_tokens", "cache_dir")
-# What says which texts are read: with a mix it has its place in the entries.
+# Settings that select texts. With a mix, they belong in its entries.
 _ONLY_IN_ENTRIES = ("source", "name", "split", "revision", "val_split", "val_source")
 
 
@@ -117,15 +117,15 @@ class MixSource:
     """One source of a mix."""
 
     label: str
-    """A short name, another for each source of the mix."""
+    """A short name, unique within the mix."""
     share: float
-    """Of the sequences, above 0; those of all sources sum to 1."""
+    """The fraction of sequences from this source, above 0. The fractions of all sources sum to 1."""
     config: EntryConfig
-    """The section as it holds for this source alone."""
+    """The settings of this source alone."""
 
 
 def mix_sources(config: DataConfig) -> list[MixSource]:
-    """The sources of a mix without faults. Those of weight 0 are left out."""
+    """Returns the sources of a valid mix, without those of weight 0."""
     entries = [entry for entry in config.mix or [] if entry.get("weight", 1) > 0]
     total = sum(entry.get("weight", 1) for entry in entries)
     labels = [_label(entry["source"]) for entry in entries]
@@ -141,7 +141,7 @@ def mix_sources(config: DataConfig) -> list[MixSource]:
 
 
 def collect_mix_faults(config: DataConfig, faults: Faults) -> None:
-    """Records what is wrong with ``config.mix``, which is not None, and with each of its entries."""
+    """Collects the faults of ``config.mix``, which must not be None, and of its entries."""
     mix = config.mix
     if not mix:
         faults.require(False, "mix", mix, "a list of at least one source, as [{source: a.txt, weight: 2}]")
@@ -175,6 +175,6 @@ def _alone(config: DataConfig, entry: dict[str, Any]) -> DataConfig:
 
 
 def _label(source: str | list[str]) -> str:
-    """The last part of a path; of several, all of theirs."""
+    """Returns the last component of a path, or of each of several paths."""
     items = source.split(",") if isinstance(source, str) else source
     return ",".join(Path(item.strip()).name or item.strip() for item in items)

@@ -1,4 +1,4 @@
-"""What training and evaluation get from the data: a tokenized text in two parts."""
+"""The interface of a corpus: a tokenized text with a training and a validation part."""
 
 import logging
 from abc import ABC, abstractmethod
@@ -17,18 +17,18 @@ from bdh.data.sources import Source
 from bdh.words import counted
 
 ProgressCallback = Callable[[str, int, int | None], None]
-"""Called with the step's name, the bytes of text done so far, and how many there are, or None if that is unknown."""
+"""Called with the name of the stage, the bytes of text processed, and the total, or None if it is unknown."""
 
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ValidationPart:
-    """Sequences to validate on, each of which is read from nothing.
+    """Sequences for validation, each of which is read with an empty state.
 
     Attributes:
-        name: of the source, where there are several; else "".
-        bytes_per_token: UTF-8 text of a token that counts, in the mean.
+        name: the name of the source, or "" if there is only one.
+        bytes_per_token: the mean number of UTF-8 bytes of a token that counts.
     """
 
     name: str
@@ -37,10 +37,10 @@ class ValidationPart:
 
 
 class Corpus(ABC):
-    """A tokenized text in two parts, one to train on and one to validate on.
+    """A tokenized text with a training and a validation part.
 
-    ``facts`` is plain data about it; ``fingerprint`` is another where the data are others, and the same where the
-    same data lie in another place; ``val_bytes_per_token`` turns a loss per token into one per byte of text.
+    ``facts`` describes it as plain data. ``fingerprint`` changes with the data, but not with their location.
+    ``val_bytes_per_token`` converts a loss per token to one per byte of text.
     """
 
     facts: dict[str, Any]
@@ -48,48 +48,52 @@ class Corpus(ABC):
     val_bytes_per_token: float
     block_size: int
     is_chat: bool = False
-    """Whether there are conversations in it."""
+    """Whether it contains conversations."""
     no_tokens_because: str = ""
-    """Why it has no single text of tokens, where it has none."""
+    """Why it has no single array of tokens; empty if it has one."""
 
     def fingerprint_before(self, loader_state: dict[str, Any]) -> str:
-        """As ``fingerprint``, of what a loader had read alone: the same where the text after it has been changed."""
+        """Returns the fingerprint of the text that a loader had read. It does not depend on the text after it."""
         return self.fingerprint
 
     @abstractmethod
     def train_loader(
         self, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, *, carry_state: bool = False
     ) -> Loader:
-        """Sequences to train on.
+        """Returns a loader of training sequences.
 
         Args:
-            batch_size: sequences of the global batch, of which each process gets ``batch_size / world_size`` in a row:
-                together they get what one process alone would.
-            carry_state: each sequence continues in the next step where it ended, and the batches say where a document
-                starts.
+            batch_size: the number of sequences in the global batch. Each process gets ``batch_size / world_size``
+                consecutive ones; together they get the sequences that a single process would.
+            seed: the seed of the draws.
+            rank: the rank of this process.
+            world_size: the number of processes.
+            carry_state: whether each sequence continues in the next step where it ended. Batches then mark the starts
+                of documents.
 
         Raises:
-            ValueError: the processes cannot share the sequences evenly, or there is too little text for so many.
+            ValueError: the sequences cannot be divided evenly among the processes, or the text is too short for so
+                many.
         """
 
     def train_tokens(self) -> np.ndarray:
-        """The training part, a read-only map of a file.
+        """Returns the tokens of the training part, as a read-only memory map of a file.
 
         Raises:
-            ValueError: there is no such thing, as of a stream, a mix or conversations.
+            ValueError: the corpus has no single array of tokens: a stream, a mix or conversations.
         """
         raise ValueError(self.no_tokens_because)
 
     def validation_tokens(self) -> np.ndarray:
-        """The validation part; of a stream what was collected of it. Raises as :meth:`train_tokens`."""
+        """Returns the tokens of the validation part; of a stream, those collected. Raises as :meth:`train_tokens`."""
         raise ValueError(self.no_tokens_because)
 
     def validation_windows(self, num_windows: int) -> torch.Tensor:
-        """The same windows each time, evenly spaced over the validation part.
+        """Returns windows that are evenly spaced over the validation part, the same in each call.
 
         Returns:
-            (n, block_size + 1) token ids, int64. n is ``num_windows``, or less where so many would overlap by
-            more than the one token that is the last target of a window and the first input of the next.
+            Token ids, int64 (n, block_size + 1). n is ``num_windows``, or less if so many would overlap by more than
+            one token, the last target of a window and the first input of the next.
         """
         windows = sliding_window_view(self.validation_tokens(), self.block_size + 1)
         last_start = len(windows) - 1
@@ -97,10 +101,11 @@ class Corpus(ABC):
         return torch.from_numpy(windows[starts].astype(np.int64))
 
     def validation_parts(self, num_windows: int, document_end: int | None = None) -> list[ValidationPart]:
-        """The sequences that training is measured on, the same each time; see :meth:`validation_windows`.
+        """Returns the sequences on which training is evaluated, the same in each call.
 
         Args:
-            document_end: a token after which nothing is seen of what was before it.
+            num_windows: as for :meth:`validation_windows`.
+            document_end: the token that ends a document, if tokens must not attend across documents.
         """
         tokens = self.validation_windows(num_windows)
         starts = None if document_end is None else starts_after(tokens, document_end)
@@ -109,7 +114,7 @@ class Corpus(ABC):
 
 
 def check_long_enough(config: DataConfig, train_tokens: int, val_tokens: int, block_size: int) -> None:
-    """Raises ValueError: a part is shorter than one sequence, and ``block_size`` is not 0."""
+    """Raises ``ValueError`` if a part is shorter than one sequence, unless ``block_size`` is 0."""
     parts = (
         ("training", train_tokens, "a lower train.block_size"),
         ("validation", val_tokens, "a higher data.val_fraction, data.val_source, or a lower train.block_size"),
@@ -123,7 +128,7 @@ def check_long_enough(config: DataConfig, train_tokens: int, val_tokens: int, bl
 
 
 def left_out(while_reading: dict[str, int], *sources: Source | None) -> Skipped:
-    """What was left out when sources were looked up, and when they were read."""
+    """Returns what was skipped when sources were looked up and when they were read."""
     skipped = Skipped(while_reading)
     for source in filter(None, sources):
         skipped.update(source.skipped)

@@ -1,4 +1,4 @@
-"""From settings to a corpus that is ready to train on, of one source or a mix of several, or to the texts that it is made of."""
+"""Prepares a corpus from the settings, of one source or a mix of several, and gives access to its texts."""
 
 import hashlib
 from collections import Counter
@@ -21,23 +21,26 @@ from bdh.data.streaming import StreamingCorpus
 from bdh.data.tokenized import TextCorpus
 from bdh.tokenizer.plain import TextEncoder
 
-# The draws of the sources and those of the windows within one come from Philox with different keys.
+# The key of Philox for drawing sources. Windows within a source are drawn with other keys.
 _KEY = 1 << 64
 
 
 def prepare_corpus(
     config: DataConfig, tokenizer: PreTrainedTokenizerFast, block_size: int, *, progress: ProgressCallback | None = None
 ) -> Corpus:
-    """Reads, tokenizes, splits and caches a text; or, with ``streaming``, gets ready to do so while training.
+    """Reads, tokenizes, splits and caches a text or, with ``streaming``, prepares to do so during training.
 
     Args:
-        block_size: tokens that a sequence predicts; 0 where none will be taken: then either part may be of any length.
+        config: the settings.
+        tokenizer: the tokenizer.
+        block_size: the number of tokens that each sequence predicts. With 0, for a corpus from which no sequences are
+            drawn, the training and validation texts can have any length.
         progress: see :data:`bdh.data.corpus.ProgressCallback`.
 
     Raises:
-        FileNotFoundError: a file is missing, or the hub does not give the data set.
-        ValueError: settings out of range, or that do not go together, text that cannot be read, or too little of it. Nothing has
-            been written then.
+        FileNotFoundError: a file does not exist, or the data set cannot be loaded from the hub.
+        ValueError: settings are out of range or incompatible, or the text is unreadable or too short. Nothing has been
+            written then.
         OSError: the cache cannot be written.
     """
     config.validated()
@@ -59,20 +62,20 @@ def prepare_corpus(
 
 
 def training_texts(config: DataConfig) -> Iterator[str]:
-    """The documents that are trained on, long ones in chunks of at most 256 KiB. Raises as :func:`prepare_corpus`.
+    """Yields the training documents, long ones in chunks of at most 256 KiB. Raises as :func:`prepare_corpus`.
 
-    They are split exactly as a corpus is, so that a tokenizer never learns from what a model is validated on.
+    The split is that of the corpus, so that a tokenizer is never trained on the validation set.
     """
     return (chunk.utf8.decode() for chunk in _chunks(config, held_out=False))
 
 
 def validation_texts(config: DataConfig) -> Iterator[str]:
-    """The documents that are held out, as :func:`training_texts`."""
+    """Yields the documents of the validation set, as :func:`training_texts` does."""
     return (chunk.utf8.decode() for chunk in _chunks(config, held_out=True))
 
 
 def _chunks(config: DataConfig, held_out: bool) -> Iterator[Chunk]:
-    if config.mix is not None:  # each source once and as a whole, whatever its weight
+    if config.mix is not None:  # each source once and completely, whatever its weight
         sources = mix_sources(config)
         check_overlap(sources)
         for mixed in sources:
@@ -83,7 +86,7 @@ def _chunks(config: DataConfig, held_out: bool) -> Iterator[Chunk]:
             yield from split_document(text.encode())
         return
     validation = validation_source(config)
-    if validation is not None and held_out:  # the training's source need not be there
+    if validation is not None and held_out:  # the training source need not exist
         yield from validation.open()
         return
     training = training_source(config)
@@ -97,7 +100,7 @@ def _chunks(config: DataConfig, held_out: bool) -> Iterator[Chunk]:
 
 
 class MixCorpus(Corpus):
-    """The corpora of ``data.mix``. A sequence is of one source alone, and validation windows are shared by weight."""
+    """The corpora of ``data.mix``. Each sequence comes from one source; validation windows are divided by weight."""
 
     no_tokens_because = "a mix has no single text: measure its sources one by one, with data.source"
 
@@ -141,8 +144,8 @@ class MixCorpus(Corpus):
                 "train.carry_state is true, but with data.mix a sequence of the batch is of another source in each step: set false"
             )
         own = check_sequences(batch_size, rank, world_size)
-        # Each source gives one sequence at a time, as many as the draws ask of it. Their seeds differ, so that two
-        # sources of one length do not go through it in step.
+        # Each loader gives one sequence at a time. Their seeds differ, so that sources of the same length are not read
+        # in the same order.
         loaders = [corpus.train_loader(1, seed + number) for number, corpus in enumerate(self._corpora)]
         return MixLoader(loaders, self._shares, batch_size, own, seed)
 
@@ -151,7 +154,7 @@ class MixCorpus(Corpus):
         return torch.cat([corpus.validation_windows(n) for corpus, n in zip(self._corpora, numbers, strict=True)])
 
     def validation_parts(self, num_windows: int, document_end: int | None = None) -> list[ValidationPart]:
-        """Those of each source, which are shared by weight: the loss over all of them is that of the mix."""
+        """Returns the parts of each source, divided by weight, so that the loss over all is that of the mix."""
         numbers = apportion(num_windows, self._shares)
         return [
             replace(part, name=source.label)
@@ -161,21 +164,25 @@ class MixCorpus(Corpus):
 
 
 class MixLoader(Loader):
-    """Sequences of several loaders. Which one gives sequence i of step s depends on (seed, s, i) alone.
+    """Draws sequences from several loaders. The source of sequence i in step s depends only on (seed, s, i).
 
-    Each process draws all sequences of the step and keeps its own, so that every source is at the same place in all of
-    them.
+    Each process draws all sequences of the step and keeps its own, so that the position in every source is the same in
+    all processes.
     """
 
     def __init__(self, loaders: Sequence[Loader], shares: Sequence[float], batch_size: int, own: slice, seed: int):
-        """
+        """Combines loaders.
+
         Args:
-            loaders: each gives one sequence at a time.
-            own: the sequences of the global batch that this process gets.
+            loaders: a loader for each source, which gives one sequence at a time.
+            shares: the fraction of each source.
+            batch_size: the number of sequences of the global batch.
+            own: the sequences of the global batch that belong to this process.
+            seed: the seed of the draws.
         """
         self._loaders, self._shares, self._batch_size, self._own, self._seed = loaders, shares, batch_size, own, seed
         self._step = 0
-        self._begun: list[Batch] = []  # the first sequences of the next step, where an error ended it
+        self._begun: list[Batch] = []  # the first sequences of the next step, if an error interrupted it
 
     def _read(self) -> Batch:
         for number in self.sources_of(self._step)[len(self._begun) :]:
@@ -187,9 +194,9 @@ class MixLoader(Loader):
         self._step += 1
 
     def sources_of(self, step: int) -> list[int]:
-        """The number of the source of each sequence of the global batch."""
+        """Returns the index of the source of each sequence of the global batch."""
         generator = step_generator(_KEY + self._seed, 0, 0, 0, step)
-        bounds = np.cumsum(self._shares)[:-1]  # the last share is what is left: sums of floats may end below 1
+        bounds = np.cumsum(self._shares)[:-1]  # the last source gets the rest: the rounded sum may be below 1
         return np.searchsorted(bounds, generator.random(self._batch_size), side="right").tolist()
 
     def state_dict(self) -> dict[str, Any]:
@@ -203,7 +210,7 @@ class MixLoader(Loader):
         }
 
     def _load(self, state: dict[str, Any]) -> None:
-        # In checkpoints of several processes, earlier versions repeated the shares for each of them.
+        # Earlier versions repeated the shares for each process in checkpoints of several processes.
         shares = state.get("shares", [])[: len(self._shares)]
         check_state({**state, "shares": shares}, "mix", seed=self._seed, shares=self._shares)
         for loader, inner in zip(self._loaders, state["sources"], strict=True):
@@ -213,7 +220,7 @@ class MixLoader(Loader):
 
 
 def apportion(number: int, shares: Sequence[float]) -> list[int]:
-    """Whole numbers that sum to ``number`` in proportion to the shares (largest remainders), but none below 1."""
+    """Divides ``number`` into integers in proportion to the shares (largest remainders), each at least 1."""
     exact = [number * share for share in shares]
     found = [int(each) for each in exact]
     by_remainder = sorted(range(len(shares)), key=lambda i: found[i] - exact[i])
@@ -223,18 +230,21 @@ def apportion(number: int, shares: Sequence[float]) -> list[int]:
 
 
 def _sum(values: Iterable[Any]) -> int | None:
-    """None where one of them is unknown."""
+    """Returns the sum, or None if a value is None."""
     known = list(values)
     return None if None in known else sum(known)
 
 
 def check_overlap(sources: Sequence[MixSource]) -> None:
-    """Files of ``val_source`` are held out of every source; a share of a text is held out of the one source alone.
+    """Checks that no source of a mix is trained on text that another one holds out.
+
+    Files of ``val_source`` are held out of every source, but a fraction of a text only of its own source.
 
     Raises:
-        ValueError: two sources read the same text, and one of them holds out a share of it; or one is trained on the
-            split of a data set that another one is validated on.
-        FileNotFoundError, OSError: as of :func:`bdh.data.sources.training_source`.
+        ValueError: two sources read the same text, of which one holds out a fraction; or one is trained on a split of a
+            data set that another one validates on.
+        FileNotFoundError: as :func:`bdh.data.sources.training_source`.
+        OSError: as :func:`bdh.data.sources.training_source`.
     """
     if len(sources) < 2:
         return
@@ -242,7 +252,7 @@ def check_overlap(sources: Sequence[MixSource]) -> None:
     for source, training, held_out in texts:
         for other, read, _ in texts:
             if replace(source.config, others=[]) == replace(other.config, others=[]):
-                continue  # it holds out the same
+                continue  # both hold out the same text
             common = _common(held_out or training, read)
             if common is None:
                 continue
@@ -258,10 +268,10 @@ def check_overlap(sources: Sequence[MixSource]) -> None:
 
 
 def _common(one: Source, other: Source) -> str | None:
-    """A text that both read, or None."""
+    """Returns the name of a text that both sources read, or None."""
     for name in sorted(one.names & other.names, key=str):
         return name[0] if len(name) == 1 else f"split {name[-1]!r} of {name[1]}"
     if one.is_hub and other.is_hub:
-        return None  # other splits, perhaps of the same files
+        return None  # different splits, even if from the same files
     known = {file_key(path) for path in one.files}
     return next((str(path) for path in other.files if file_key(path) in known), None)

@@ -1,8 +1,7 @@
 """Tokenizers: byte-level, training of BPE / WordPiece / Unigram, loading, fast exact encoding.
 
-All of them are ``transformers.PreTrainedTokenizerFast``: a folder that one is saved to opens with
-``AutoTokenizer`` and none of our code. Importing this package is cheap: its names load what they need when
-they are first used.
+All of them are ``transformers.PreTrainedTokenizerFast``, so ``AutoTokenizer`` loads a saved one without this package.
+Importing this package is cheap: each name imports its module when it is first used.
 """
 
 from importlib import import_module

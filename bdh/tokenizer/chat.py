@@ -1,11 +1,11 @@
-"""Conversations as tokens: the chat template that a tokenizer carries, and which tokens are the assistant's.
+"""Chat templates: encodes conversations, and marks the tokens that the assistant writes.
 
-A template is Jinja, as in all of transformers, and says with ``{% generation %}`` what the assistant writes: its text
-and the token that ends its turn. The default one gives
+A template is in Jinja, as in all of transformers. It marks the text of the assistant and the token that ends its turn
+with ``{% generation %}``. The default template gives
 
     <|system|>Be brief.<|end|><|user|>Hello!<|end|><|assistant|>Hi.<|end|>
 
-where the four names are special tokens, and what counts is ``Hi.<|end|>``.
+where the four names are special tokens. The loss of training counts ``Hi.<|end|>``.
 """
 
 import hashlib
@@ -47,27 +47,30 @@ DEFAULT_TEMPLATE = """\
 """
 
 Messages = Sequence[dict[str, str]]
-"""Each with a role and a content."""
+"""The messages of a conversation, each with a role and content."""
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-# Around what a message spells like a special token: characters that Unicode keeps for such inner uses.
+# Noncharacters of Unicode, which are reserved for such internal use. They enclose spellings of special tokens in
+# messages.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
 _PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-# Other names for what a message of the assistant thinks before it answers; the first is what templates read.
+# The names of the field with an assistant's reasoning before its answer. Templates read the first one.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 def with_chat_template(
     tokenizer: "PreTrainedTokenizerFast", setting: str | None, *, needs_one: bool
 ) -> "PreTrainedTokenizerFast":
-    """The tokenizer with the template that ``tokenizer.chat_template`` asks for, and the chat tokens it spells.
+    """Returns the tokenizer with the template of ``tokenizer.chat_template``, and the special tokens that it uses.
 
     Args:
-        setting: "default", the name of a file, or None: the tokenizer's own, or the default if ``needs_one``.
+        tokenizer: the tokenizer.
+        setting: "default", a file name, or None for the tokenizer's own template.
+        needs_one: whether to use the default template if the tokenizer has none.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the template cannot be trained with.
+        ValueError: the template is not suitable for training.
     """
     if setting is None and (tokenizer.chat_template or not needs_one):
         template = tokenizer.chat_template
@@ -86,10 +89,10 @@ def with_chat_template(
 
 
 def add_special_tokens(tokenizer: "PreTrainedTokenizerFast", tokens: Sequence[str]) -> None:
-    """Puts those of the special tokens that the vocabulary lacks after its end, in this order.
+    """Appends missing special tokens to the vocabulary, in this order.
 
     Raises:
-        ValueError: the ids of the vocabulary have gaps, where the library would give new tokens ids that others have.
+        ValueError: the ids of the vocabulary have gaps, for which the library would assign ids that are in use.
     """
     lacking = [token for token in tokens if token not in tokenizer.get_vocab()]
     if lacking and vocabulary_size(tokenizer) > len(tokenizer):
@@ -102,15 +105,17 @@ def add_special_tokens(tokenizer: "PreTrainedTokenizerFast", tokens: Sequence[st
 
 
 class ChatEncoder:
-    """A tokenizer and its chat template made ready for encoding many conversations."""
+    """Encodes many conversations with a tokenizer and its chat template."""
 
     def __init__(self, tokenizer: AnyTokenizer, *, tells_answers: bool = True):
-        """
+        """Prepares the template.
+
         Args:
-            tells_answers: False takes any template, which may not say what the assistant writes: enough for prompts.
+            tokenizer: the tokenizer.
+            tells_answers: whether the template must mark what the assistant writes. Prompts do not need it.
 
         Raises:
-            ValueError: there is no template, or it does not mark what the assistant writes, special token at the end.
+            ValueError: there is no template, or it does not mark the assistant's text with a special token at the end.
         """
         template = tokenizer.chat_template
         if not isinstance(template, str):
@@ -134,7 +139,7 @@ class ChatEncoder:
         self._text_backend = copy_of_backend(tokenizer, special_is_text=True)
         state = f"{self._backend.to_str()}{template}{sorted(self._variables.items())}"
         self.hash: str = hashlib.sha256(state.encode()).hexdigest()
-        """Equal for tokenizers that encode conversations alike."""
+        """A hash that is equal for tokenizers with the same encoding of conversations."""
         ids, is_answer = self.encode([_PROBE])[0]
         last = int(ids[is_answer][-1]) if is_answer.any() else -1
         is_special = last in tokens and tokens[last].special
@@ -147,28 +152,32 @@ class ChatEncoder:
 
     @property
     def turn_end_id(self) -> int:
-        """The token after each of the assistant's messages."""
+        """The id of the token after each of the assistant's messages."""
         assert self._turn_end_id is not None
         return self._turn_end_id
 
     @property
     def tells_answers(self) -> bool:
-        """Whether it is known what the assistant writes, and by which token that ends."""
+        """Whether the template marks the assistant's text and the token that ends it."""
         return self._turn_end_id is not None
 
     def encode(
         self, conversations: Sequence[Messages], *, add_generation_prompt: bool = False
     ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """The token ids of each conversation, int64, and whether each token is written by the assistant, bool.
+        """Encodes conversations.
 
-        The text is encoded up to where the assistant begins to write, and from there on, as it will be when the
-        model answers. What a message spells like a special token is text.
+        The assistant's text is encoded separately from the text before it, as it is when the model generates it.
+        Spellings of special tokens in messages are encoded as text.
 
         Args:
-            add_generation_prompt: continue up to where the assistant is to write next.
+            conversations: the messages of each conversation.
+            add_generation_prompt: whether to add the start of the assistant's next message.
+
+        Returns:
+            For each conversation its token ids, int64, and whether the assistant writes each token, bool.
 
         Raises:
-            ValueError: the template refuses a conversation.
+            ValueError: the template rejects a conversation.
         """
         pieces = [
             (number, piece, is_answer, index % 2 == 1)
@@ -189,12 +198,16 @@ class ChatEncoder:
         ]
 
     def prompt(self, messages: Messages) -> list[int]:
-        """The ids of a conversation up to where the assistant is to write. Raises ValueError: the template refuses it."""
+        """Returns the token ids of a conversation with the start of the assistant's next message.
+
+        Raises:
+            ValueError: the template rejects the conversation.
+        """
         ids, _ = self.encode([messages], add_generation_prompt=True)[0]
         return ids.tolist()
 
     def _segments(self, messages: Messages, add_generation_prompt: bool) -> list[tuple[str, bool]]:
-        """The rendered conversation in pieces, and whether each is an answer."""
+        """Returns the pieces of the rendered conversation, and whether each is written by the assistant."""
         marked = [
             {**message, "content": self._special.sub(f"{_OPEN}\\g<0>{_CLOSE}", message["content"])}
             for message in messages
@@ -213,7 +226,7 @@ class ChatEncoder:
 
 
 def question(tokenizer: AnyTokenizer, text: str) -> list[int]:
-    """The ids of a conversation of one message of the user, up to where the assistant is to write.
+    """Returns the token ids of a conversation with a single message of the user, ready for the assistant's answer.
 
     Raises:
         ValueError: the tokenizer has no usable chat template.
@@ -222,7 +235,7 @@ def question(tokenizer: AnyTokenizer, text: str) -> list[int]:
 
 
 def stop_token_ids(tokenizer: AnyTokenizer) -> int | list[int] | None:
-    """The tokens after which nothing is to be generated: the end of a text, and of an answer, where a template tells."""
+    """Returns the ids of the tokens that end generation: the end of a text, and of an answer if it is marked."""
     template = tokenizer.chat_template
     marks_answers = isinstance(template, str) and _GENERATION.search(template)
     found = (tokenizer.eos_token_id, ChatEncoder(tokenizer).turn_end_id if marks_answers else None)
@@ -233,16 +246,19 @@ def stop_token_ids(tokenizer: AnyTokenizer) -> int | list[int] | None:
 def render_chat(
     template: str, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False, **variables: Any
 ) -> tuple[str, list[tuple[int, int]]]:
-    """A conversation as the text that a chat template makes of it, as transformers renders it.
+    """Renders a conversation with a chat template, as transformers does.
 
     Args:
-        variables: what else the template may read: the special tokens by their roles.
+        template: the Jinja template.
+        messages: the messages.
+        add_generation_prompt: whether to add the start of the assistant's next message.
+        **variables: further variables for the template: the special tokens by their roles.
 
     Returns:
-        The text, and from where to where in it stands what is within ``{% generation %}``.
+        The text, and the start and end of each part of it within ``{% generation %}``.
 
     Raises:
-        jinja2.TemplateError: the template refuses the conversation, or is wrong itself.
+        jinja2.TemplateError: the template rejects the conversation, or is invalid.
     """
     given = []
     for message in messages:
@@ -267,7 +283,7 @@ _rendering: ContextVar[tuple[list[str], list[tuple[int, int]]]] = ContextVar("wh
 
 
 class _GenerationExtension(Extension):
-    """The tag ``{% generation %}``: notes where in the text stands what is within it."""
+    """The Jinja tag ``{% generation %}``, which records the start and end of its content in the text."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2 declares it as a class variable)
 
@@ -286,10 +302,10 @@ class _GenerationExtension(Extension):
 
 
 class _Namespace(Namespace):
-    """Jinja's, without names that lead into Python's internals: templates of the hub are not to be trusted."""
+    """Jinja's namespace without names that lead to Python internals, since templates from the hub are not trusted."""
 
     def __init__(*args: Any, **values: Any):
-        self, *given = args  # so that a template may have a variable named self
+        self, *given = args  # so that a template can have a variable named self
         Namespace.__init__(self, {_checked_name(name): value for name, value in dict(*given, **values).items()})
 
     def __setitem__(self, name: str, value: Any) -> None:
@@ -303,7 +319,7 @@ def _checked_name(name: Any) -> Any:
 
 
 class _Dict:
-    """What templates call ``dict``, without the attributes of the type."""
+    """The ``dict`` of templates, without the attributes of the type."""
 
     def __call__(self, *args: Any, **values: Any) -> dict[Any, Any]:
         return dict(*args, **values)
@@ -328,7 +344,7 @@ def _compiled(template: str) -> Template:
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, **form: Any) -> str:
-    """Unlike Jinja's own, it does not escape what means something in HTML."""
+    """Converts a value to JSON. Unlike Jinja's filter, it does not escape HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, **form)
 
 

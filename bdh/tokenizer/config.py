@@ -1,6 +1,6 @@
-"""Settings of the section ``tokenizer``, and the tokenizer that they name.
+"""The settings of the section ``tokenizer``, and loading the tokenizer that they name.
 
-Settings are read without importing transformers, which only :func:`load_tokenizer` needs.
+Only :func:`load_tokenizer` imports transformers, so that settings can be read without it.
 """
 
 import json
@@ -48,10 +48,10 @@ class TokenizerConfig(Settings):
 
 
 def check_tokenizer_there(name: str) -> None:
-    """Whether a name may be that of a tokenizer: of a file, of a folder that holds one, or of one on the hub.
+    """Raises an exception unless a name can be a tokenizer: a file, a folder that contains one, or a hub id.
 
     Raises:
-        FileNotFoundError: it is none of these.
+        FileNotFoundError: the name is none of these.
     """
     folder = Path(name)
     recover_dir(folder)
@@ -60,18 +60,18 @@ def check_tokenizer_there(name: str) -> None:
             f"tokenizer.path is {name!r}: this folder holds no {TOKENIZER_FILE}, so it is neither a tokenizer nor an "
             "exported model"
         )
-    # A hub id is NAME or ORGANISATION/NAME: anything else can only have been meant as a path.
+    # A hub id is NAME or ORGANISATION/NAME. Anything else must be a path.
     is_path = name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1 or name.endswith("/")
     if is_path and not folder.exists():
         raise FileNotFoundError(f"tokenizer.path is {name!r}: there is no such folder")
 
 
 def read_template(path: Path) -> str:
-    """The text of ``tokenizer.chat_template``.
+    """Reads the file of ``tokenizer.chat_template``.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no UTF-8.
+        ValueError: the file is not UTF-8.
     """
     if not path.is_file():
         raise FileNotFoundError(
@@ -82,14 +82,14 @@ def read_template(path: Path) -> str:
 
 
 def load_tokenizer(config: TokenizerConfig | str | Path) -> "PreTrainedTokenizerFast":
-    """The tokenizer that a setting names.
+    """Loads the tokenizer that a setting names.
 
     Args:
-        config: the settings, or just their ``path``: ``byte``, a folder, a ``tokenizer.json``, or a hub id.
+        config: the settings, or only their ``path``: ``byte``, a folder, a ``tokenizer.json``, or a hub id.
 
     Raises:
-        FileNotFoundError: the folder is missing or holds no tokenizer; the hub has none or cannot be reached.
-        ValueError: what is there cannot be read as a fast tokenizer, or its ids are not those of its file.
+        FileNotFoundError: the folder does not exist or contains no tokenizer, or the hub has none or is unreachable.
+        ValueError: the files cannot be read as a fast tokenizer, or its ids differ from those in its file.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -105,7 +105,7 @@ def load_tokenizer(config: TokenizerConfig | str | Path) -> "PreTrainedTokenizer
     name = str(path.parent) if path.is_file() else settings.path
     setting = f"tokenizer.path is {name!r}"
     try:
-        # Without False transformers asks at a terminal whether to run the code of a folder that has some.
+        # By default, transformers would ask in a terminal whether to run code from the folder.
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=is_local, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises nothing narrower for a damaged file
         if is_local:
@@ -133,7 +133,7 @@ def load_tokenizer(config: TokenizerConfig | str | Path) -> "PreTrainedTokenizer
 
 
 def _bare_tokenizer(path: Path) -> "PreTrainedTokenizerFast":
-    """That of a ``tokenizer.json`` without its other files. Its special tokens are found by their usual names."""
+    """Loads a ``tokenizer.json`` without its other files. Special tokens are recognized by their usual names."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -151,10 +151,10 @@ def _bare_tokenizer(path: Path) -> "PreTrainedTokenizerFast":
 
 
 def _check_ids(vocabulary: dict[str, int], file: Path | None, name: str) -> None:
-    """Compares a tokenizer that was read with its tokenizer.json: the library numbers added tokens itself.
+    """Compares the ids of a loaded tokenizer with its tokenizer.json, since the library renumbers added tokens.
 
     Raises:
-        ValueError: two tokens share an id, or a token has another id than in the file.
+        ValueError: two tokens share an id, or a token's id differs from that in the file.
     """
     added = json.loads(file.read_text(encoding="utf-8")).get("added_tokens") or [] if file else []
     for token in added:

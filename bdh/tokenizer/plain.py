@@ -1,7 +1,7 @@
-"""Texts to token ids and back by the ``tokenizers`` library alone, as transformers takes a second to import.
+"""Tokenizers without transformers, whose import takes a second: they use only the ``tokenizers`` library.
 
-The byte-level tokenizer (a token is a byte of the UTF-8 text, and its id the byte's value), a tokenizer for generation, and
-the encoding of whole corpora.
+Contains the byte tokenizer (each token is a byte of the UTF-8 text, and its id the byte's value), a tokenizer for
+generation, and the encoding of whole corpora.
 """
 
 import hashlib
@@ -25,22 +25,25 @@ T = TypeVar("T")
 
 NUM_BYTES = 256
 SPECIAL_TOKENS = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
-# UTF-8 has the bytes 0xC0, 0xC1 and 0xF5 to 0xFF in no text (RFC 3629, section 1): their ids are free.
+# The bytes 0xC0, 0xC1 and 0xF5 to 0xFF never occur in UTF-8 (RFC 3629, section 1), so their ids are free.
 _TOKENS_OF_UNUSED_BYTES = {"pad_token": ("<pad>", 0xFF), "eos_token": ("<eos>", 0xFE)}
 
 _BATCH_BYTES = 1 << 22
 _TOKENIZER_FILE = "tokenizer.json"
 _CONFIG_FILE = "tokenizer_config.json"
-# Classes of transformers that add nothing to tokenizer.json; the others may build their tokenizer anew.
+# Tokenizer classes of transformers that use tokenizer.json as it is. Other classes may build their own tokenizer.
 _PLAIN_CLASSES = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _vocabulary_sizes: "WeakKeyDictionary[Any, tuple[int, int]]" = WeakKeyDictionary()
 
 
 def byte_tokenizer(special_tokens: bool = False) -> "PreTrainedTokenizerFast":
-    """The tokenizer of 256 entries whose ids are the bytes' values.
+    """Returns the byte tokenizer: 256 entries, whose ids are the values of the bytes.
 
-    Every text comes back exactly. With ``special_tokens``, ``<pad> <bos> <eos> <unk>`` follow as 256 to 259.
+    Decoding restores every text exactly.
+
+    Args:
+        special_tokens: whether to add ``<pad> <bos> <eos> <unk>`` with the ids 256 to 259.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -53,10 +56,10 @@ def byte_tokenizer(special_tokens: bool = False) -> "PreTrainedTokenizerFast":
 
 
 def with_padding(tokenizer: "PreTrainedTokenizerFast") -> "PreTrainedTokenizerFast":
-    """The tokenizer with ``<pad>`` and ``<eos>``, which padded batches, the harness and trainers ask for.
+    """Returns the tokenizer with ``<pad>`` and ``<eos>``, which padded batches, lm-eval and trainers require.
 
-    In a byte tokenizer without special tokens they take the place of two bytes that no UTF-8 text has, so that the
-    vocabulary stays as large as the model's. Every other tokenizer is returned as it is.
+    In a byte tokenizer without special tokens they replace two bytes that never occur in UTF-8, so that the vocabulary
+    keeps the size of the model's. Any other tokenizer is returned unchanged.
     """
     has_special = (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) != (None, None, None)
     if has_special or not is_byte_tokenizer(tokenizer):
@@ -75,9 +78,9 @@ def with_padding(tokenizer: "PreTrainedTokenizerFast") -> "PreTrainedTokenizerFa
 
 
 def is_byte_tokenizer(tokenizer: Any) -> bool:
-    """Whether every text becomes its own UTF-8 bytes, as with :func:`byte_tokenizer`, also once saved and loaded.
+    """Whether a tokenizer maps every text to its UTF-8 bytes, as :func:`byte_tokenizer` does, also after reloading.
 
-    Any special tokens may follow the bytes, and those of :func:`with_padding` may stand among them.
+    It can have any special tokens after the bytes, and those of :func:`with_padding`.
     """
     if len(tokenizer) < NUM_BYTES:
         return False
@@ -99,14 +102,14 @@ def is_byte_tokenizer(tokenizer: Any) -> bool:
 
 
 def token_bytes(tokenizer: Any) -> list[bytes]:
-    """What each token adds to a text, by its id: exactly these bytes, wherever it stands; none for special tokens.
+    """Returns the bytes that each token adds to a text, by token id; none for special tokens.
 
     Args:
         tokenizer: a ``PreTrainedTokenizerFast`` or a :class:`PlainTokenizer`.
 
     Raises:
-        ValueError: the tokenizer is not byte-level: what a token adds depends on those beside it, as with WordPiece, or
-            the spelling is not known.
+        ValueError: the tokenizer is not byte-level: the bytes of a token depend on its neighbours, as with WordPiece,
+            or its spelling of bytes is unknown.
     """
     decoder = tokenizer.backend_tokenizer.decoder
     if not isinstance(decoder, decoders.ByteLevel):
@@ -125,9 +128,9 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
 
 
 def byte_of_character() -> dict[str, int]:
-    """The printable character that stands for each byte in byte-level vocabularies (GPT-2's table), to the byte.
+    """Returns the byte for each printable character of byte-level vocabularies (GPT-2's table).
 
-    Printable bytes of Latin-1 stand for themselves, the other 68 for the characters from U+0100 on.
+    Printable bytes of Latin-1 are represented by themselves, and the other 68 by the characters from U+0100 on.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(NUM_BYTES, 2 * NUM_BYTES))
@@ -135,7 +138,7 @@ def byte_of_character() -> dict[str, int]:
 
 
 def _renamed(backend: Tokenizer, names: Mapping[int, str]) -> Tokenizer:
-    """A copy without the added tokens among the bytes, in which these bytes have other names."""
+    """Returns a copy without the added tokens among the bytes, in which these bytes have other names."""
     parts = json.loads(backend.to_str())
     parts["model"]["vocab"] = {names.get(byte, text): byte for text, byte in parts["model"]["vocab"].items()}
     parts["added_tokens"] = [token for token in parts["added_tokens"] if token["id"] >= NUM_BYTES]
@@ -143,10 +146,11 @@ def _renamed(backend: Tokenizer, names: Mapping[int, str]) -> Tokenizer:
 
 
 def copy_of_backend(tokenizer: AnyTokenizer, *, special_is_text: bool = False) -> Tokenizer:
-    """A copy without padding and truncation, which ``tokenizer(...)`` of transformers leaves behind.
+    """Returns a copy of the backend without padding and truncation, which calls of transformers tokenizers leave set.
 
     Args:
-        special_is_text: whether what a text spells like a special token is text.
+        tokenizer: the tokenizer.
+        special_is_text: whether to encode the spelling of a special token in a text as ordinary text.
     """
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_padding()
@@ -156,15 +160,15 @@ def copy_of_backend(tokenizer: AnyTokenizer, *, special_is_text: bool = False) -
 
 
 class PlainTokenizer:
-    """Texts to token ids and back, exactly as transformers' ``PreTrainedTokenizerFast`` of the same files does it.
+    """A tokenizer that works exactly as transformers' ``PreTrainedTokenizerFast``, without importing transformers.
 
-    What both have carries the same name, so that functions which read only that take either of them.
+    Members that both classes have carry the same names, so that functions can accept either class.
 
     Args:
-        backend: of the library ``tokenizers``.
-        special_tokens: by their role, such as ``eos_token``.
-        chat_template: Jinja; several by their names are kept, but not used.
-        clean_up_tokenization_spaces: as the files say it, for who asks; :meth:`decode` never does.
+        backend: the tokenizer of the ``tokenizers`` library.
+        special_tokens: the special tokens by their roles, such as ``eos_token``.
+        chat_template: the Jinja template. Several templates by name are kept but not used.
+        clean_up_tokenization_spaces: the value in the files. It is only stored: :meth:`decode` never cleans up spaces.
     """
 
     def __init__(
@@ -182,7 +186,7 @@ class PlainTokenizer:
 
     @classmethod
     def of(cls, tokenizer: Any) -> "PlainTokenizer":
-        """The tokenizer itself, or what a ``PreTrainedTokenizerFast`` is made of, whose backend is shared."""
+        """Returns the tokenizer itself, or a plain one that shares the backend of a ``PreTrainedTokenizerFast``."""
         if isinstance(tokenizer, PlainTokenizer):
             return tokenizer
         return cls(
@@ -194,10 +198,10 @@ class PlainTokenizer:
 
     @classmethod
     def load(cls, folder: str | Path) -> Self | None:
-        """That of a folder; None where its files say something that only a class of transformers knows to follow.
+        """Loads the tokenizer of a folder. Returns None if its files require a class of transformers.
 
         Raises:
-            ValueError: its files cannot be read.
+            ValueError: the files cannot be read.
         """
         folder = Path(folder)
         if not (folder / _CONFIG_FILE).is_file():
@@ -234,10 +238,11 @@ class PlainTokenizer:
         )
 
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
-        """The ids of a text, in which nothing is a special token.
+        """Returns the token ids of a text, in which nothing is parsed as a special token.
 
         Args:
-            add_special_tokens: put around it what the tokenizer puts around texts.
+            text: the text.
+            add_special_tokens: whether to add the special tokens that the tokenizer puts around texts.
         """
         return self._text_backend.encode(text, add_special_tokens=add_special_tokens).ids
 
@@ -297,7 +302,7 @@ def _added_token(token: str | dict[str, Any]) -> AddedToken:
 
 
 def _read_templates(folder: Path, in_config: Any) -> Any:
-    """The chat template; by their names where there are several. Files count before what the configuration holds."""
+    """Reads the chat template, or several by name. Files take precedence over the configuration."""
     files = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
     if (path := folder / "chat_template.jinja").is_file():
         files = {"default": path, **files}
@@ -312,49 +317,53 @@ def first_line(error: Exception) -> str:
 
 
 class TextEncoder:
-    """A tokenizer made ready for encoding whole corpora: in batches, on all cores, and text is text.
+    """Encodes whole corpora with a tokenizer, in batches and on all cores.
 
-    A document that spells out ``<eos>`` gives the tokens of those five characters, never the special token.
+    Special tokens are never parsed: a document that contains ``<eos>`` becomes the tokens of these five characters.
     """
 
     def __init__(self, tokenizer: AnyTokenizer):
         backend = copy_of_backend(tokenizer)
         self.is_byte_level = is_byte_tokenizer(tokenizer)
-        if self.is_byte_level:  # with_padding changes nothing for a text
+        if self.is_byte_level:  # with_padding does not change the encoding of texts
             backend = _renamed(backend, {byte: character for character, byte in byte_of_character().items()})
         self.eos_token_id: int | None = document_end_id(tokenizer)
         self.hash: str = hashlib.sha256(f"{backend.to_str()}{self.eos_token_id}".encode()).hexdigest()
-        """Equal for tokenizers that encode alike."""
+        """A hash that is equal for tokenizers with the same encoding."""
         backend.encode_special_tokens = True
         self._backend = backend
         self.dtype = np.min_scalar_type(vocabulary_size(tokenizer) - 1)
-        """Smallest unsigned integer type that holds every token id."""
+        """The smallest unsigned integer type that holds every token id."""
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of each text, without special tokens, as ``dtype``."""
+        """Returns the token ids of each text, without special tokens, in ``dtype``."""
         if self.is_byte_level:
             return self.encode_utf8([text.encode() for text in texts])
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
 
     def encode_utf8(self, texts: Sequence[bytes]) -> list[np.ndarray]:
-        """As :meth:`encode`, of texts in UTF-8: for the byte-level tokenizer they are the tokens already."""
+        """Does the same as :meth:`encode` for texts in UTF-8, which for a byte tokenizer are the token ids already."""
         if self.is_byte_level:
             return [np.frombuffer(text, dtype=np.uint8).astype(self.dtype, copy=False) for text in texts]
         return self.encode([text.decode() for text in texts])
 
 
 def encode_texts(tokenizer: AnyTokenizer, texts: Sequence[str]) -> list[np.ndarray]:
-    """Token ids of each text. For many calls with one tokenizer, keep a :class:`TextEncoder`.
+    """Returns the token ids of each text. For many calls with one tokenizer, use a :class:`TextEncoder`.
 
     Returns:
-        One array a text, of the smallest unsigned integer type that holds every id of the vocabulary.
+        An array for each text, in the smallest unsigned integer type that holds every id of the vocabulary.
     """
     return TextEncoder(tokenizer).encode(texts)
 
 
 def compression_ratio(tokenizer: AnyTokenizer, texts: Iterable[str]) -> float:
-    """Bytes of UTF-8 text per token, over all texts. Raises ValueError: the texts give no token at all."""
+    """Returns the number of UTF-8 bytes per token over all texts.
+
+    Raises:
+        ValueError: the texts have no tokens.
+    """
     encoder = TextEncoder(tokenizer)
     num_bytes = num_tokens = 0
     for batch in batches_of_bytes((text.encode() for text in texts), len):
@@ -366,7 +375,7 @@ def compression_ratio(tokenizer: AnyTokenizer, texts: Iterable[str]) -> float:
 
 
 def batches_of_bytes(items: Iterable[T], num_bytes: Callable[[T], int]) -> Iterator[list[T]]:
-    """Items, in order, in lists of 4 MiB or a little more; keeps one list at a time."""
+    """Yields the items, in order, in lists of about 4 MiB. Only one list is in memory at a time."""
     batch: list[T] = []
     size = 0
     for item in items:
@@ -380,22 +389,22 @@ def batches_of_bytes(items: Iterable[T], num_bytes: Callable[[T], int]) -> Itera
 
 
 def vocabulary_size(tokenizer: AnyTokenizer) -> int:
-    """The largest token id of a ``PreTrainedTokenizerFast``, plus one: the rows of the embedding that it needs.
+    """Returns the largest token id plus one: the number of embedding entries that a tokenizer needs.
 
-    ``len(tokenizer)`` counts the tokens, which are fewer where the ids have gaps.
+    ``len(tokenizer)`` is the number of tokens, which is smaller if the ids have gaps.
     """
     num_tokens, size = _vocabulary_sizes.get(tokenizer, (-1, 0))
-    if num_tokens != len(tokenizer):  # else no token was added since
+    if num_tokens != len(tokenizer):  # tokens were added since
         num_tokens, size = len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1
         _vocabulary_sizes[tokenizer] = (num_tokens, size)
     return size
 
 
 def document_end_id(tokenizer: AnyTokenizer) -> int | None:
-    """The id of the token that ends the documents which a model is trained on; None where there is none.
+    """Returns the id of the token that ends documents in training texts, or None.
 
-    It is the tokenizer's ``<eos>``, unless this stands in the place of an unused byte (:func:`with_padding`): no text
-    had it when the model was trained.
+    It is the tokenizer's ``<eos>``, unless that replaces an unused byte (:func:`with_padding`), which never occurred in
+    the training texts.
     """
     end = tokenizer.eos_token_id
     is_byte = end == 0xFE and tokenizer.convert_ids_to_tokens(0xFD) == chr(0xFD)
@@ -403,19 +412,20 @@ def document_end_id(tokenizer: AnyTokenizer) -> int | None:
 
 
 def end_token_ids(model: Any, tokenizer: AnyTokenizer) -> list[int]:
-    """The tokens that end a text, by the tokenizer and by the model's ``generation_config``."""
+    """Returns the ids of the tokens that end a text, from the tokenizer and the model's ``generation_config``."""
     of_model = model.generation_config.eos_token_id
     ends = {*(of_model if isinstance(of_model, list) else [of_model]), tokenizer.eos_token_id}
     return sorted(ends - {None})
 
 
 def check_vocabulary(tokenizer: AnyTokenizer, vocab_size: int) -> None:
-    """
+    """Raises an exception unless a tokenizer fits a model with a vocabulary of this size.
+
     Raises:
-        ValueError: the tokenizer is not that of a model with a vocabulary of this size.
+        ValueError: it does not fit.
     """
     if vocabulary_size(tokenizer) == vocab_size + 1 and tokenizer.pad_token_id == vocab_size:
-        return  # padding that was added to the tokenizer alone: no model sees it
+        return  # a padding token that was only added to the tokenizer: the model never receives it
     if vocabulary_size(tokenizer) != vocab_size:
         raise ValueError(
             f"the tokenizer has {counted(vocabulary_size(tokenizer), 'entry', 'entries')} and the model {vocab_size}: they do not belong together"

@@ -1,8 +1,8 @@
-"""Training of tokenizers, on a stream of texts that is never held in memory.
+"""Training of tokenizers on a stream of texts, which is never held in memory.
 
-All kinds share the special tokens ``<pad> <bos> <eos> <unk>`` with ids 0 to 3. ``bpe`` and ``unigram`` work on bytes and give
-back every text exactly; their splitter separates letters, digits, signs and white space, so that no piece of text can spell
-a special token. What ``wordpiece`` cannot give back is in docs/tokenizers.md.
+All kinds have the special tokens ``<pad> <bos> <eos> <unk>`` with ids 0 to 3. ``bpe`` and ``unigram`` work on bytes and
+restore every text exactly. They split text into letters, digits, punctuation and white space, so that no token can
+spell a special token. docs/tokenizers.md describes what ``wordpiece`` does not restore.
 """
 
 import json
@@ -21,11 +21,11 @@ Kind = Literal["bpe", "wordpiece", "unigram"]
 
 _SPECIALS = list(SPECIAL_TOKENS.values())
 _UNKNOWN = SPECIAL_TOKENS["unk_token"]
-# The trainer throws pieces away in large steps, and may end below the size it was asked for though the corpus has
-# more: so it is asked for more, and the least likely pieces are left out. Texts shrink as well either way.
+# The trainer prunes pieces in large steps, and can end below the requested size although the corpus has more. More are
+# therefore requested, and the least likely ones dropped. The compression of texts is as good.
 _UNIGRAM_SURPLUS = 1.25
-# A word takes the square of its length in time, and ``unigram`` one stack frame a character: past some 100,000 the process
-# dies. No vocabulary has entries of a thousandth of that.
+# The time for a word grows with the square of its length, and ``unigram`` uses a stack frame for each character: above
+# about 100,000 the process crashes. No vocabulary has entries of a thousandth of that length.
 _MAX_WORD = 1000
 _LONG_RUN = re.compile(rf"(?<!\S)\S{{{_MAX_WORD + 1},}}|(?<!\s)\s{{{_MAX_WORD + 1},}}")
 _logger = logging.getLogger(__name__)
@@ -39,22 +39,23 @@ def train_tokenizer(
     min_frequency: int = 2,
     progress: Callable[[str, int, int | None], None] | None = None,
 ) -> PreTrainedTokenizerFast:
-    """Learns a vocabulary from texts.
+    """Trains a tokenizer on texts.
 
     Args:
-        texts: documents or parts of them, read once. What is held are the different words, not the texts. A word of
-            more than 1,000 characters is learned in pieces of so many, which is logged as a warning.
-        kind: ``bpe`` or ``unigram``, which are exact, or ``wordpiece``, which is not.
-        vocab_size: entries of the vocabulary, the 4 special tokens and, where there are any, the 256 bytes included.
-        min_frequency: ``bpe`` and ``wordpiece``: a pair must occur so often to become an entry.
+        texts: documents or parts of them, which are read once. Memory holds the distinct words, not the texts. Words of
+            more than 1,000 characters are split into pieces of this length, with a logged warning.
+        kind: ``bpe`` or ``unigram``, which restore texts exactly, or ``wordpiece``, which does not.
+        vocab_size: the number of vocabulary entries, including the 4 special tokens and, for kinds that work on bytes,
+            the 256 bytes.
+        min_frequency: for ``bpe`` and ``wordpiece``, how often a pair must occur to become an entry.
         progress: called with ("reading", bytes of text read so far, None), then with ("training", 0, None).
 
     Returns:
-        The tokenizer. ``len`` of it is ``vocab_size``, or less, which is logged as a warning, if the corpus has
-        too few different words for that many.
+        The tokenizer. Its length is ``vocab_size``, or less, with a logged warning, if the texts have too few distinct
+        words.
 
     Raises:
-        ValueError: the kind is unknown, the vocabulary is too small for its smallest entries, or there is no text.
+        ValueError: the kind is unknown, the vocabulary is too small for its basic entries, or there is no text.
     """
     if kind not in get_args(Kind):
         raise ValueError(f"kind is {kind!r}: must be one of {', '.join(get_args(Kind))}")
@@ -133,9 +134,9 @@ def _untrained(kind: Kind, vocab_size: int, min_frequency: int) -> tuple[Tokeniz
 
 
 def _of_size(backend: Tokenizer, vocab_size: int) -> Tokenizer:
-    """The Unigram tokenizer with its special tokens, its bytes, and the most likely of its other pieces."""
+    """Returns the Unigram tokenizer reduced to its special tokens, its bytes, and its most likely other pieces."""
     parts = json.loads(backend.to_str())
-    vocabulary = parts["model"]["vocab"]  # pairs of piece and score: special tokens first, then by falling score
+    vocabulary = parts["model"]["vocab"]  # pairs of piece and score: special tokens first, then by descending score
     alphabet = set(pre_tokenizers.ByteLevel.alphabet())
     specials, pieces = vocabulary[: len(_SPECIALS)], vocabulary[len(_SPECIALS) :]
     others = [piece for piece, _ in pieces if piece not in alphabet]
