@@ -1,13 +1,13 @@
-"""Checkpoints that are either complete or not there.
+"""Checkpoints of a run, which are written atomically and verified.
 
     <run_dir>/checkpoints/step-0001000/*.distcp, .metadata  tensors: weights, optimizer, moving average ...
                                        training.pt          position in the data, random states, settings ...
                                        manifest.json        the marker: size and SHA-256 of the other files
     <run_dir>/checkpoints/latest, best                      the name of a checkpoint, as text
 
-A checkpoint is written under a temporary name, synced to the disk, and then renamed: a crash at any moment leaves the ones
-before untouched. Several processes write their shards of the tensors by ``torch.distributed.checkpoint``, into a folder that
-all of them see; rank 0 does the rest. As many or as few processes as one likes read them.
+A checkpoint is written under a temporary name, synced to the disk, and then renamed, so that a crash at any moment
+leaves earlier checkpoints intact. Several processes write their shards of the tensors with
+``torch.distributed.checkpoint`` into a shared folder; rank 0 does the rest. Any number of processes can read them.
 """
 
 import json
@@ -36,8 +36,8 @@ TRAINING = "training.pt"
 Tensors = Mapping[str, torch.Tensor]
 _logger = logging.getLogger(__name__)
 
-_ALONE = "torch.distributed is disabled"  # a warning, where one process stores or reads tensors, as it should
-# What the file of metadata names: shapes, dtypes, and where in which file a tensor lies.
+_ALONE = "torch.distributed is disabled"  # a harmless warning when a single process saves or loads tensors
+# The classes in the metadata file: shapes, dtypes, and the file and offset of each tensor.
 _METADATA_CLASSES = {
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta", "TensorProperties",
@@ -52,19 +52,19 @@ _METADATA_CLASSES = {
 
 
 class CheckpointError(OSError):
-    """A checkpoint could not be written; the ones before are untouched."""
+    """A checkpoint could not be written; earlier checkpoints are intact."""
 
 
 @dataclass
 class Checkpoint:
-    """A complete checkpoint, of which all but the tensors is read."""
+    """A complete checkpoint. Everything except the tensors has been read."""
 
     path: Path
     step: int
     training: dict[str, Any]
 
     def tensors(self, group: str) -> dict[str, torch.Tensor]:
-        """Those whose names begin with ``group`` and a dot, such as "weights", whole, under the rest of their names."""
+        """Returns the complete tensors of a group such as "weights", whose names begin with it, without this prefix."""
         group = f"{group}."
         shapes = {name: facts for name, facts in self.shapes().items() if name.startswith(group)}
         tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
@@ -72,7 +72,7 @@ class Checkpoint:
         return {name.removeprefix(group): tensor for name, tensor in tensors.items()}
 
     def shapes(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
-        """Shape and dtype of every tensor."""
+        """Returns the shape and dtype of every tensor."""
         entries = _Reader(self.path).read_metadata().state_dict_metadata
         return {
             name: (entry.size, entry.properties.dtype)
@@ -81,9 +81,10 @@ class Checkpoint:
         }
 
     def read_into(self, tensors: Tensors, world: World | None = None) -> None:
-        """Fills tensors, which may be sharded, with what is stored under their names, all processes of ``world`` together.
+        """Loads the stored values into tensors, which can be sharded. All processes of ``world`` must call it together.
 
-        Raises ``ValueError`` if a tensor is not there, or has another shape.
+        Raises:
+            ValueError: a tensor is missing or has another shape.
         """
         stored = self.shapes()
         if faults := [
@@ -104,7 +105,7 @@ class Checkpoint:
 
 
 class _Reader(FileSystemReader):
-    """Reads the metadata, which are a pickle, without running code that somebody has put there."""
+    """Reads the metadata, which are a pickle, without running code that they may contain."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with (Path(self.path) / ".metadata").open("rb") as file:
@@ -128,7 +129,7 @@ def _no_warning_when_alone() -> Iterator[None]:
 
 
 class Checkpointer(CheckpointFolder):
-    """Writes, keeps and finds the checkpoints of one run. With several processes, all call each method together."""
+    """Writes, finds and removes the checkpoints of a run. With several processes, all call each method together."""
 
     def __init__(
         self,
@@ -140,12 +141,15 @@ class Checkpointer(CheckpointFolder):
         world: World | None = None,
         may_write: Callable[[], None] = lambda: None,
     ):
-        """
+        """Opens the checkpoints of a run.
+
         Args:
-            keep_last: newest checkpoints that are kept, besides ``latest`` and ``best``.
-            keep_every_steps: keep those of the multiples of so many steps for good.
-            in_background: write while the training continues.
-            may_write: called on rank 0 before a checkpoint takes its place; raises ``OSError`` where it must not.
+            run_dir: the folder of the run.
+            keep_last: the number of newest checkpoints to keep, besides ``latest`` and ``best``.
+            keep_every_steps: if given, checkpoints of multiples of this many steps are never removed.
+            in_background: whether to write while training continues.
+            world: the processes that train together.
+            may_write: called on rank 0 before a checkpoint is renamed into place; raises ``OSError`` to prevent it.
         """
         super().__init__(run_dir)
         self._keep_last, self._keep_every_steps = keep_last, keep_every_steps
@@ -155,7 +159,7 @@ class Checkpointer(CheckpointFolder):
         self._staged: Future[None] | None = None
         self._stager: DefaultStager | None = None
         if in_background:
-            warnings.filterwarnings("ignore", message=_ALONE)  # in another thread, it cannot be caught for a while only
+            warnings.filterwarnings("ignore", message=_ALONE)  # for good: warning filters are not per thread
             pins = self._world.device_type == "cuda"
             self._stager = DefaultStager(
                 StagingOptions(
@@ -164,17 +168,20 @@ class Checkpointer(CheckpointFolder):
             )
 
     def save(self, step: int, tensors: Tensors, training: dict[str, Any], *, is_best: bool = False) -> Path:
-        """Writes the checkpoint of ``step``, points ``latest`` to it, and removes what is not kept any more.
+        """Writes the checkpoint of ``step``, points ``latest`` to it, and removes checkpoints that are no longer kept.
 
-        In the background, this waits for the checkpoint before and returns when copying has begun: then call
-        :meth:`wait_until_copied` before the tensors change.
+        In the background, this waits for the previous checkpoint, and returns when copying has started. Call
+        :meth:`wait_until_copied` before changing the tensors.
 
         Args:
-            training: anything that ``torch.load(weights_only=True)`` reads back; that of rank 0 is stored.
-            is_best: point ``best`` to it too.
+            step: the step.
+            tensors: the tensors by name.
+            training: other data that ``torch.load(weights_only=True)`` can read; that of rank 0 is stored.
+            is_best: whether to point ``best`` to it too.
 
         Raises:
-            CheckpointError: the disk is full or refuses; in the background, it did so for the checkpoint before.
+            CheckpointError: writing failed, for example because the disk is full. In the background, writing the
+                previous checkpoint failed.
         """
         try:
             self.wait()
@@ -183,19 +190,19 @@ class Checkpointer(CheckpointFolder):
         return self.path_of(step)
 
     def wait_until_copied(self) -> None:
-        """Afterwards the tensors that are being saved may change."""
+        """Waits until the tensors that are being saved have been copied, and can be changed."""
         if self._staged is not None:
             self._staged.result()
             self._staged = None
 
     def wait(self) -> None:
-        """Waits for the checkpoint that is being written in the background. Raises ``CheckpointError`` if that failed."""
+        """Waits for the checkpoint that is being written in the background. Raises ``CheckpointError`` if it failed."""
         if self._pending is not None:
             (step, future), self._pending = self._pending, None
             self._all_do(step, future.result)
 
     def close(self) -> None:
-        """Waits, and ends the background's threads. Raises as :meth:`wait`."""
+        """Waits, and ends the background threads. Raises as :meth:`wait`."""
         try:
             self.wait()
         finally:
@@ -236,12 +243,15 @@ class Checkpointer(CheckpointFolder):
     def _open_folder(self, stack: ExitStack, final: Path) -> None:
         if self._world.is_main:
             self.recover()
-            for left in self.folder.glob(".step-*"):  # by a process that was killed
+            for left in self.folder.glob(".step-*"):  # left by a process that was killed
                 remove(left)
             stack.enter_context(atomic_dir(final))
 
     def _writing(self, folder: Path, tensors: Tensors) -> Callable[[], Any]:
-        """What writes the tensors of all processes; in the background that begins now, and it waits for the end."""
+        """Returns a function that writes the tensors of all processes.
+
+        In the background, writing starts now, and the function waits for its end.
+        """
         where: dict[str, Any] = {
             "storage_writer": FileSystemWriter(folder, sync_files=True),
             "process_group": self._world.storage,
@@ -260,11 +270,11 @@ class Checkpointer(CheckpointFolder):
         return response.upload_completion.result
 
     def _all_do(self, step: int, action: Callable[[], None]) -> None:
-        """Runs ``action``, and raises the same error on all processes, if any of them could not write."""
+        """Runs ``action``, and raises the same error in all processes if one of them could not write."""
         reason = None
         try:
             action()
-        # PyTorch reports some of what the disk refuses in errors of its own.
+        # PyTorch reports some disk errors with its own exceptions.
         except (OSError, RuntimeError) as error:
             reason = str(error)
         if reasons := sorted({each for each in self._world.gather(reason) if each is not None}):
@@ -273,14 +283,14 @@ class Checkpointer(CheckpointFolder):
             raise CheckpointError(f"the checkpoint of step {step} is not saved: {'; '.join(reasons)}; {before}")
 
     def load(self, step: int | None = None) -> Checkpoint:
-        """Finds a checkpoint, by default the newest, and checks every byte of it.
+        """Loads a checkpoint, by default the latest, and verifies every byte of it.
 
-        Where ``latest`` names none that is there, as when it was emptied, the newest complete one is taken, with a warning.
-        If a training that is running there removes the newest meanwhile, the one that is then the newest is taken.
+        If ``latest`` is empty or names a checkpoint that does not exist, the newest complete one is used, with a
+        warning. If a running training removes that one meanwhile, the one that is then the newest is used.
 
         Raises:
-            FileNotFoundError: there is none, or none of that step.
-            ValueError: it is cut off or altered; the message names the newest one that is whole.
+            FileNotFoundError: there is no checkpoint, or none of that step.
+            ValueError: the checkpoint is truncated or modified. The message names the newest intact one.
         """
         if self._world.is_main:
             self.recover()
@@ -289,7 +299,7 @@ class Checkpointer(CheckpointFolder):
         try:
             return self._load(newest if step is None else step)
         except (OSError, ValueError):
-            # Several processes might not see the same.
+            # Not with several processes, which might choose different checkpoints.
             if newest is None or self._world.size > 1 or self.path_of(newest).is_dir():
                 raise
             now = self._newest()
@@ -299,7 +309,7 @@ class Checkpointer(CheckpointFolder):
 
     def _load(self, wanted: int | None) -> Checkpoint:
         self.check_there(wanted)
-        assert wanted is not None  # there would be none
+        assert wanted is not None  # otherwise there is no checkpoint, which has raised an exception
         path = self.path_of(wanted)
         if fault := self._world.gather(checkpoint_fault(path) if self._world.is_main else None)[0]:
             others = (s for s in reversed(self.steps()) if s != wanted)
@@ -325,14 +335,15 @@ class Checkpointer(CheckpointFolder):
         return step
 
     def forget_after(self, step: int, best_step: int | None = None) -> None:
-        """Removes the checkpoints of later steps: the run takes another course from ``step`` on.
+        """Removes the checkpoints after ``step``, from which the run continues differently.
 
         Args:
-            best_step: the best one up to ``step``, which ``best`` then names, if its checkpoint is still there and
-                ``best`` names a later one or none.
+            step: the step from which the run continues.
+            best_step: the best step up to ``step``. ``best`` is pointed to it if it names a later checkpoint or none,
+                and if the checkpoint still exists.
         """
         if self._world.is_main:
-            # The pointers first: killed in between, they name checkpoints that are there.
+            # The pointers first, so that they name existing checkpoints if the process is killed in between.
             best = self.named("best")
             if self.has("best") and (best is None or best > step):
                 (self.folder / "best").unlink()
@@ -353,6 +364,6 @@ class Checkpointer(CheckpointFolder):
                 self._remove(step)
 
     def _remove(self, step: int) -> None:
-        """Renames it first: what is left of it, if the process is killed meanwhile, is no checkpoint."""
+        """Removes a checkpoint. It is renamed first, so that an interrupted removal leaves no incomplete checkpoint."""
         folder = self.path_of(step)
         remove(folder.rename(removed_name(folder)))

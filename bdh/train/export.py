@@ -1,4 +1,4 @@
-"""From a run to a folder that ``from_pretrained`` loads, with a card that says what the model is."""
+"""Exports runs to folders that ``from_pretrained`` loads, with a model card."""
 
 import json
 from collections.abc import Mapping
@@ -33,25 +33,28 @@ def export_run(
     """Exports a checkpoint of a run into ``folder``, and returns its step.
 
     Args:
-        which: "last", "best" (of the validation loss), or a step.
-        ema: the moving average instead of the weights.
-        merge: of a run with ``train.lora``, whether adapters are merged into the weights, or written alone; None as the
-            run's settings say.
+        run_dir: the folder of the run.
+        folder: the folder to write.
+        which: "last", "best" (by validation loss), or a step.
+        ema: whether to export the moving average of the weights.
+        merge: for a run with ``train.lora``, whether to merge the adapters into the weights, or to write only the
+            adapters. None follows the run's settings.
+        replace: whether to replace an existing folder.
 
     Raises:
         FileNotFoundError: the run has no such checkpoint.
-        FileExistsError: ``folder`` is there and not empty, and ``replace`` is not set.
-        OtherBaseError: adapters are to be written alone, and there are models with other weights in the place of their base.
-        ValueError: ``run_dir`` holds no run, the checkpoint is damaged, ``which`` is neither of the above, or ``merge`` is
-            False and more than adapters was trained.
+        FileExistsError: ``folder`` exists and is not empty, and ``replace`` is not set.
+        OtherBaseError: only adapters are to be written, and the model at the place of their base has other weights.
+        ValueError: ``run_dir`` contains no run, the checkpoint is damaged, ``which`` is invalid, or ``merge`` is False
+            and not only adapters were trained.
     """
     opened = open_model(str(run_dir), checkpoint=which, ema=ema)
     checkpoint = opened.checkpoint
-    assert checkpoint is not None  # of a run
+    assert checkpoint is not None  # a run has one
     model, tokenizer = opened.finished(), load_tokenizer(opened.tokenizer_path)
     lora, base = LoraSettings(**checkpoint.training["settings"]["train"].get("lora") or {}), _base_of(checkpoint)
     if lora.r and not (lora.merge if merge is None else merge):
-        assert base is not None  # settings without it are refused
+        assert base is not None  # settings without a base model are rejected
         base = check_base(base, run_dir, merge=False).seen_from(folder)
         if lora.embeddings:
             raise ValueError("merge is False: the run trained embed and lm_head too, which are no adapters")
@@ -66,7 +69,7 @@ def export_run(
         return checkpoint.step
     if merge is False:
         raise ValueError(f"merge is False: {run_dir} has no adapters, it trained all weights")
-    # For whoever trains it further: config.json keeps what the class does not know.
+    # For fine-tuning this model: config.json also keeps fields that the class does not declare.
     model.config.train_data = train_data(checkpoint)
     if lora.r and base is not None:
         model.config.merged_adapters = {
@@ -80,23 +83,25 @@ def export_run(
 
 
 def train_data(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What the configuration of an export says of the text that the model was trained on."""
+    """Returns the description of the training data for the configuration of an export."""
     training = checkpoint.training
     data = {"source": training["data_facts"]["source"], "fingerprint": training["data_fingerprint"]}
     return data | {"step": checkpoint.step}
 
 
 def export_merged(adapters: Path, folder: Path, *, base: str | None = None) -> Base:
-    """Exports the model that a folder of adapters and its base make, and returns the base.
+    """Merges a folder of adapters into its base model, exports the result, and returns the base.
 
     Args:
-        base: where it is now, named as for :func:`bdh.train.models.load_model`.
+        adapters: the folder of adapters.
+        folder: the folder to write.
+        base: the current location of the base model, as for :func:`bdh.train.models.load_model`.
 
     Raises:
-        FileNotFoundError: the base is not found.
-        FileExistsError: ``folder`` is there and not empty.
-        OtherBaseError: where the base should be, there are models with other weights.
-        ValueError: ``adapters`` is no folder of adapters, or damaged.
+        FileNotFoundError: the base model is not found.
+        FileExistsError: ``folder`` exists and is not empty.
+        OtherBaseError: the model at the place of the base has other weights.
+        ValueError: ``adapters`` is not a folder of adapters, or is damaged.
     """
     check_free(folder)
     record = read_base(adapters)
@@ -123,14 +128,20 @@ def export_model(
     replace: bool = False,
     pad_and_eos: bool = True,
 ) -> None:
-    """Writes model, tokenizer, generation settings and card into ``folder``, which appears when it is complete.
+    """Writes model, tokenizer, generation settings and model card to a folder, atomically.
 
     Args:
-        pad_and_eos: give a byte tokenizer without special tokens those of :func:`bdh.tokenizer.with_padding`.
+        model: the model.
+        tokenizer: its tokenizer.
+        folder: the folder to write.
+        card: the text of the model card.
+        replace: whether to replace an existing folder.
+        pad_and_eos: whether to give a byte tokenizer without special tokens those of
+            :func:`bdh.tokenizer.with_padding`.
 
     Raises:
-        FileExistsError: the folder is there and not empty, and ``replace`` is not set.
-        DiskFullError: there is no space for it.
+        FileExistsError: the folder exists and is not empty, and ``replace`` is not set.
+        DiskFullError: there is not enough space.
     """
     if not replace:
         check_free(folder)
@@ -141,9 +152,9 @@ def export_model(
 def ready_for_users(
     model: BDHForCausalLM, tokenizer: PreTrainedTokenizerFast, *, pad_and_eos: bool = True
 ) -> PreTrainedTokenizerFast:
-    """The tokenizer of an export; the model's configurations get its tokens, and settings for generation."""
+    """Returns the tokenizer of an export, and sets its tokens and generation settings in the model's configurations."""
     tokenizer = _for_batches(tokenizer) if pad_and_eos else tokenizer
-    # Libraries ask for these in both configurations.
+    # Libraries look for these in both configurations.
     tokens = {
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
@@ -158,9 +169,10 @@ def ready_for_users(
 def write_model(
     folder: Path, model: BDHForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: Mapping[str, str]
 ) -> None:
-    """Writes a model and its tokenizer as they are, and texts by their names, into a folder that appears when it is complete.
+    """Writes a model, its tokenizer and texts by file name to a folder, atomically. An existing folder is replaced.
 
-    What was there is replaced. Raises ``DiskFullError`` where there is no space for it.
+    Raises:
+        DiskFullError: there is not enough space.
     """
     logging.disable_progress_bar()
     with atomic_dir(folder) as temporary:
@@ -172,13 +184,13 @@ def write_model(
 
 def _for_batches(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
     tokenizer = with_padding(tokenizer)
-    # A text continues at its right end. What is saved is what a tokenizer was made with.
+    # Generation continues a text at its right end, so padding is on the left. Saving uses init_kwargs.
     tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "left"
     return tokenizer
 
 
 def _base_of(checkpoint: Checkpoint) -> Base | None:
-    """The model that the run started from; without its fingerprint where the run's version did not record it."""
+    """Returns the record of the model from which the run started, without a fingerprint if an old version wrote it."""
     if facts := checkpoint.training.get("base"):
         return Base.from_facts(facts)
     name = checkpoint.training["settings"]["train"]["init_from"]
@@ -189,7 +201,7 @@ def _base_of(checkpoint: Checkpoint) -> Base | None:
 
 
 def card(title: str, text: str, library: str = "library_name: transformers") -> str:
-    """A README as the hub reads it."""
+    """Returns a README with the metadata header of the hub."""
     return f"""\
 ---
 {library}
@@ -206,7 +218,7 @@ tags: [bdh, dragon-hatchling]
 def model_card(
     model: BDHForCausalLM, checkpoint: Checkpoint, *, ema: bool = False, adapters_of: Base | None = None
 ) -> str:
-    """The README of an exported model, or of adapters of that model: only what the run knows."""
+    """Returns the README of an exported model, or of adapters for a base model, from the records of the run."""
     config, training, base = model.config, checkpoint.training, _base_of(checkpoint)
     data, settings, progress = training["data_facts"], training["settings"], training["progress"]
     train, lora = settings["train"], settings["train"].get("lora") or {}
@@ -303,7 +315,7 @@ def _trained_for(train: dict[str, Any]) -> str:
 
 def _measured_on(progress: dict[str, Any], block_size: int, is_chat: bool) -> str:
     last = progress.get("last_evaluation")
-    if not last:  # a checkpoint that does not say it
+    if not last:  # the checkpoint does not record it
         return f"At the last evaluation up to step {progress['step']:,}, on text that was not trained on:"
     what = "sequences of conversations, of up to" if is_chat else "windows of"
     return (
@@ -317,6 +329,6 @@ def _count(number: int | None) -> str | None:
 
 
 def table(rows: dict[str, Any]) -> str:
-    """Of names and values; those that are None are left out."""
+    """Returns a Markdown table of names and values, without those that are None."""
     there = (f"| {name} | {value} |" for name, value in rows.items() if value is not None)
     return "\n".join(["| | |", "| --- | --- |", *there])

@@ -1,4 +1,4 @@
-"""The story of a training run: step, evaluate, sample, save, stop."""
+"""The training loop: step, evaluate, sample, save, stop."""
 
 import json
 import math
@@ -30,40 +30,40 @@ from bdh.train.optim import StepResult
 from bdh.train.runtime import matmul_peak, training_flops_per_token
 from bdh.train.setup import Run
 
-# SIGUSR1 is what Slurm is asked to send before a job's time is over (`#SBATCH --signal=USR1@120`); 75 is EX_TEMPFAIL of
-# sysexits.h: what was left undone should be tried again.
+# Slurm can send SIGUSR1 before a job's time is over (`#SBATCH --signal=USR1@120`). 75 is EX_TEMPFAIL of sysexits.h: the
+# job should be retried.
 EXIT_STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129, "SIGUSR1": 75}
-# These come more than once for one reason: SIGUSR1 from Slurm and, passed on, from `torchrun`; SIGHUP, when a terminal is
-# closed, from the kernel and from the shell.
+# These can arrive twice for one event: SIGUSR1 from Slurm and, passed on, from `torchrun`; SIGHUP from the kernel and
+# from the shell when a terminal is closed.
 _MAY_REPEAT = ("SIGUSR1", "SIGHUP")
-# Several processes agree on a signal after the multiples of so many steps, so that all end after the same one.
+# Several processes agree on a signal only after multiples of this many steps, so that all end after the same step.
 _AGREED_EVERY_STEPS = 10
-# float16's scale halves after each overflow: this many in a row are no longer its search for one.
+# float16's loss scale is halved after each overflow. This many in a row are more than the search for a scale.
 _MAX_SKIPPED_STEPS = 25
-# Whose neurons are counted at each evaluation, in a fraction of its time.
+# The number of windows in which firing neurons are counted at each evaluation, in a fraction of its time.
 _ACTIVITY_WINDOWS = 16
-# With more left after the second step (the first compiles), a run on a CPU says how long it takes.
+# A run on a CPU with more time than this left after the second step (the first one compiles) prints an estimate.
 LONG_RUN_HOURS = 12.0
 
 
 class TrainingStopped(ValueError):
-    """The loss or a gradient is not to be trusted; the weights are as they were before that step."""
+    """The loss or a gradient is not finite or a spike; the weights are those before that step."""
 
 
 def fit(run: Run, monitor: Monitor) -> str:
-    """Trains until the end, an early stop or a signal, and saves.
+    """Trains until the last step, an early stop or a signal, and saves a checkpoint.
 
-    On a GPU only those steps are waited for after which something is logged, shown or saved; but with ``train.carry_state``,
-    in blocks, each is, to make a table of the positions at which the states stand.
+    The loop synchronizes with a GPU only after steps that are logged, shown or saved. With ``train.carry_state`` and
+    the block backend it synchronizes in each step, to build the table of the positions of the states.
 
     Returns:
-        Why it ended: "finished", "stop_at_step", "patience", or the name of a signal.
+        Why training ended: "finished", "stop_at_step", "patience", or the name of a signal.
 
     Raises:
-        DataStopped: the text cannot be read any further; what was trained until then is saved.
-        TrainingStopped: the loss or a gradient is not finite, and such steps are not to be skipped, or too many were.
+        DataStopped: the text cannot be read any further. The training so far is saved.
+        TrainingStopped: the loss or a gradient is not finite, and such steps must not be skipped or too many were.
         CheckpointError: the last checkpoint could not be written.
-        InUseError: another process has taken the folder, as this one was stopped for too long; nothing is written then.
+        InUseError: another process has taken the folder while this one was suspended. Nothing more is written then.
     """
     settings, progress, world = run.settings.train, run.progress, run.world
     step_model = torch.compile(run.parallel.step_model) if settings.compile else run.parallel.step_model
@@ -91,7 +91,7 @@ def fit(run: Run, monitor: Monitor) -> str:
             due = due_after(step, last_step, run.settings)
             stopped_by = agreed_signal(received, world, step)
             reports = any(due) or stopped_by is not None
-            # On a CPU there is nothing to wait for: what is wrong is reported at once, and a bar moves.
+            # A CPU needs no synchronization, so that faults are reported and the progress bar is updated at once.
             shows = not run.guard.is_on_device and (bool(skip) or (world.size == 1 and clock.bar_is_due()))
             if not (reports or shows):
                 continue
@@ -130,7 +130,7 @@ def fit(run: Run, monitor: Monitor) -> str:
                     is_best = evaluate(run, monitor, validation)
                 if due.samples:
                     sample(run, monitor)
-                if stopped_by is None and (due.evaluation or due.samples):  # one may have come meanwhile
+                if stopped_by is None and (due.evaluation or due.samples):  # a signal may have arrived meanwhile
                     stopped_by = agreed_signal(received, world, step)
                 patience = settings.patience if due.evaluation else None
                 out_of_patience = patience is not None and progress.evaluations_without_gain >= patience
@@ -146,11 +146,14 @@ def fit(run: Run, monitor: Monitor) -> str:
 
 @contextmanager
 def deferred_signals(*, says: bool = False) -> Iterator[list[str]]:
-    """Collects the names of signals, so that a step ends before the run does. A second one acts at once, as it does without.
-    With ``says`` a line on stderr answers each, as a step may take minutes.
+    """A context that collects the names of received signals, so that the current step is completed before the run ends.
 
-    Not so SIGUSR1 and SIGHUP, which may come twice. SIGHUP stays ignored where it is, as under ``nohup``. Outside of the
-    main thread, where Python gives none, it collects nothing.
+    A second signal has its usual effect at once, except for SIGUSR1 and SIGHUP, which can arrive twice. An ignored
+    SIGHUP stays ignored, as under ``nohup``. Outside of the main thread, where Python delivers no signals, it collects
+    nothing.
+
+    Args:
+        says: whether to acknowledge each signal with a line on stderr, since a step can take minutes.
     """
     received: list[str] = []
     before: dict[int, Any] = {}
@@ -159,7 +162,7 @@ def deferred_signals(*, says: bool = False) -> Iterator[list[str]]:
         name = signal.Signals(number).name
         if says and name not in received:
             again = "" if name in _MAY_REPEAT else "; the same again ends at once, without saving"
-            with suppress(OSError):  # nobody reads it; print could not be called while another is at work
+            with suppress(OSError):  # stderr may be closed; print is not reentrant, so a handler must not call it
                 os.write(2, f"\n{name}: finishing the step, then saving{again}\n".encode())
         received.append(name)
         if name not in _MAY_REPEAT:
@@ -180,7 +183,7 @@ def deferred_signals(*, says: bool = False) -> Iterator[list[str]]:
 
 
 class Due(NamedTuple):
-    """What follows a step."""
+    """The actions that are due after a step."""
 
     log: bool
     evaluation: bool
@@ -189,7 +192,7 @@ class Due(NamedTuple):
 
 
 def due_after(step: int, last_step: int, settings: RunSettings) -> Due:
-    """What follows this step; a run that ends before max_steps ends with ``last_step``."""
+    """Returns the actions that are due after a step. ``last_step`` is the last one if the run ends before max_steps."""
     train, is_last = settings.train, step == settings.train.max_steps
     return Due(
         log=step % settings.monitor.log_every_steps == 0 or step == last_step,
@@ -200,7 +203,7 @@ def due_after(step: int, last_step: int, settings: RunSettings) -> Due:
 
 
 def agreed_signal(received: list[str], world: World, step: int) -> str | None:
-    """A signal that came to any of the processes, the same on all of them; None between the steps after which they agree."""
+    """Returns a signal that any process received, the same in all; None between the steps at which they agree."""
     if world.size > 1:
         if step % _AGREED_EVERY_STEPS:
             return None
@@ -210,33 +213,33 @@ def agreed_signal(received: list[str], world: World, step: int) -> str | None:
 
 
 class StepClock:
-    """Times the training steps, without the pauses between them for evaluation, samples and checkpoints.
+    """Measures the time of training steps, without evaluation, samples and checkpoints between them.
 
-    On a GPU steps are launched ahead of their computation, so only the time between two readings is that of steps.
+    On a GPU steps are launched asynchronously, so times are only known between two readings, which synchronize.
     """
 
     _BAR_SECONDS = 0.25
 
     def __init__(self) -> None:
         self.tokens_per_second = 0.0
-        """Over about the last twenty steps."""
+        """The throughput over about the last twenty steps."""
         self.step_seconds = 0.0
-        """Of the steps between the last two readings, each."""
+        """The mean time of the steps between the last two readings."""
         self._start = self._moved = time.perf_counter()
         self._tokens = self._steps = self._read_steps = self._mean_steps = 0
         self._seconds = self._data_seconds = 0.0
 
     def count(self, num_tokens: int) -> None:
-        """A step was launched."""
+        """Counts a launched step."""
         self._tokens += num_tokens
         self._steps += 1
 
     def read(self) -> None:
-        """All steps that were launched are done."""
+        """Takes a reading. All launched steps must have completed."""
         now = time.perf_counter()
         seconds, steps = max(now - self._start, 1e-9), self._steps
         self.step_seconds = seconds / max(1, steps)
-        # The first steps compile and warm up.
+        # The first steps are slower, since they compile and warm up.
         kept = 0.95**steps if self._read_steps >= 5 else 0.0
         self.tokens_per_second = kept * self.tokens_per_second + (1 - kept) * self._tokens / seconds
         self._read_steps += steps
@@ -246,11 +249,11 @@ class StepClock:
         self._start = self._moved = now
 
     def bar_is_due(self) -> bool:
-        """Whether a bar has not moved for a while."""
+        """Whether the progress bar has not been updated for a while."""
         return time.perf_counter() - self._moved > self._BAR_SECONDS
 
     def take_means(self) -> dict[str, float]:
-        """Seconds of a step, and of waiting for its data, in the mean over the steps since the last call."""
+        """Returns the mean seconds per step, and of waiting for its data, over the steps since the last call."""
         steps = max(1, self._mean_steps)
         means = {"step_seconds": self._seconds / steps, "data_seconds": self._data_seconds / steps}
         self._mean_steps, self._seconds, self._data_seconds = 0, 0.0, 0.0
@@ -270,16 +273,20 @@ class StepClock:
 
 
 def training_step(run: Run, step_model: Callable[..., Any], batch: Batch, num_targets: int) -> torch.Tensor:
-    """Forward and backward passes over the step's sequences, and the update: nothing in it waits for a GPU.
+    """Computes the forward and backward passes of a step, and updates the weights, without synchronizing with a GPU.
 
-    With several processes, each takes its share of the sequences; the gradients are those of all. The results are kept
-    until :func:`read_results`. A step whose loss or gradient is not finite, or a spike, does not change the weights.
+    With several processes, each computes its part of the sequences, and the gradients are those of all. The results
+    are kept until :func:`read_results`. A step whose loss or gradient is not finite, or whose gradient is a spike, does
+    not change the weights.
 
     Args:
-        num_targets: of the sequences of all processes.
+        run: the run.
+        step_model: the model to call, which may be compiled or wrapped.
+        batch: this process's sequences.
+        num_targets: the number of targets of all processes.
 
     Returns:
-        Whether they stay as they were: bool (), on the device.
+        Whether the update was skipped: bool (), on the device.
     """
     settings, world = run.settings.train, run.world
     run.model.train()
@@ -300,11 +307,11 @@ def training_step(run: Run, step_model: Callable[..., Any], batch: Batch, num_ta
     torch.nn.utils.clip_grads_with_norm_(weights.values(), settings.grad_clip or math.inf, norm)
     skip = run.guard.judge(loss, norm, norms, tuple(weights))
     if run.settings.checkpoint.in_background:
-        run.checkpointer.wait_until_copied()  # it may still be reading the weights
+        run.checkpointer.wait_until_copied()  # a checkpoint in the background may still be copying the weights
     run.optimizers.step(skip, on_device=run.guard.is_on_device)
     run.loss_scale.update(norm)
     if run.carried:
-        # A loss that is not finite has made the norm NaN, on every process. In float16 an overflow does so too.
+        # A non-finite loss makes the norm NaN in every process. In float16 an overflow does so as well.
         run.carried.forget(~loss.isfinite() if run.loss_scale.is_enabled else norm.isnan())
     if run.average is not None:
         run.average.update(run.model, run.progress.step + 1, unless=skip)
@@ -312,7 +319,7 @@ def training_step(run: Run, step_model: Callable[..., Any], batch: Batch, num_ta
 
 
 def _add_gradients(run: Run, step_model: Callable[..., Any], batch: Batch, num_targets: int) -> torch.Tensor:
-    """Forward and backward passes over the micro-batches of a step; this process's share of the loss, ()."""
+    """Computes the forward and backward passes of a step's micro-batches. Returns this process's part of the loss."""
     device, world = run.runtime.device, run.world
     loss = torch.zeros((), device=device, dtype=run.model.dtype)
     micro_batches = list(batch.split(run.settings.train.batch_size))
@@ -331,8 +338,8 @@ def _add_gradients(run: Run, step_model: Callable[..., Any], batch: Batch, num_t
                 )
             if run.carried:
                 run.carried.keep(index, output.past_key_values)
-            # The processes' gradients are averaged, but the loss is a sum over them. One that is not finite makes the
-            # gradients so, on every process.
+            # Gradients are averaged over processes, but the loss is a sum over them. A non-finite loss makes the
+            # gradients of every process non-finite.
             its_loss = output.loss.detach()
             factor = (run.loss_scale.value * world.size).to(its_loss)
             output.loss.backward(torch.where(its_loss.isfinite(), factor, math.nan))
@@ -341,11 +348,12 @@ def _add_gradients(run: Run, step_model: Callable[..., Any], batch: Batch, num_t
 
 
 def read_results(run: Run, monitor: Monitor) -> StepResult:
-    """The result of the last step. Waits for the device, and warns of the steps since the last call that were skipped.
+    """Returns the result of the last step. Synchronizes with the device, and warns of steps that were skipped.
 
     Raises:
-        TrainingStopped: a loss or a gradient is not finite, or a spike, and ``train.on_nonfinite`` is "stop": the weights are
-            those before that step, as no step after it has changed them. Or too many steps in a row were skipped.
+        TrainingStopped: a loss or gradient is not finite or is a spike, and ``train.on_nonfinite`` is "stop". The
+            weights are those before that step, since no later step has changed them. Also if too many steps in a row
+            were skipped.
     """
     progress = run.progress
     results = run.guard.read(progress.step)
@@ -368,7 +376,7 @@ def read_results(run: Run, monitor: Monitor) -> StepResult:
 
 
 def evaluate(run: Run, monitor: Monitor, validation: list[ValidationPart]) -> bool:
-    """Measures the validation sequences, which the processes share. Whether the model is the best so far."""
+    """Evaluates the model on the validation sequences, over all processes. Returns whether it is the best so far."""
     progress, step, world = run.progress, run.progress.step, run.world
 
     def measure() -> tuple[Metrics, dict[str, Metrics]]:
@@ -406,7 +414,7 @@ def evaluate(run: Run, monitor: Monitor, validation: list[ValidationPart]) -> bo
         progress.last_ema_metrics = of_average.as_dict()
         values |= of_average.as_dict("val_ema/")
         averaged = f"; moving average: loss {of_average.loss:.4f}"
-    values = world.gather(values)[0]  # rank 0 has counted the neurons
+    values = world.gather(values)[0]  # only rank 0 has counted the neurons
     monitor.log(step, values)
     is_best = _take_best(run, values)
     of_sources = "".join(f"; {name}: loss {each.loss:.4f}" for name, each in by_source.items())
@@ -420,7 +428,7 @@ def evaluate(run: Run, monitor: Monitor, validation: list[ValidationPart]) -> bo
 
 
 def _take_best(run: Run, values: dict[str, float]) -> bool:
-    """Whether ``checkpoint.best_metric`` is better than at all evaluations before, which is remembered."""
+    """Returns whether ``checkpoint.best_metric`` is better than in all earlier evaluations, and records it if so."""
     progress, name, mode = run.progress, run.settings.checkpoint.best_metric, run.settings.checkpoint.best_mode
     if name not in values:
         raise ValueError(f"checkpoint.best_metric is {name!r}, which was not measured: there are {', '.join(values)}")
@@ -434,7 +442,7 @@ def _take_best(run: Run, values: dict[str, float]) -> bool:
 
 
 def sample(run: Run, monitor: Monitor) -> None:
-    """Continues the fixed prompts, from the run's seed, and writes the texts to ``samples.jsonl``."""
+    """Generates continuations of the fixed prompts with the run's seed, and appends them to ``samples.jsonl``."""
     settings, step = run.settings.train, run.progress.step
     if run.parallel.strategy != "fsdp" and not run.world.is_main:
         return
@@ -442,7 +450,7 @@ def sample(run: Run, monitor: Monitor) -> None:
         for number, prompt in enumerate(settings.sample_prompts if run.world.is_main else []):
             length, seed = settings.sample_max_new_tokens, settings.seed + number
             params = SamplingParams(max_tokens=length, temperature=0.8, top_k=50, seed=seed)
-            # A model that learns to answer is asked.
+            # A chat model gets the prompt as a user message.
             asked = question(run.tokenizer, prompt) if run.corpus.is_chat else prompt
             text = generate_text(run.model, run.tokenizer, asked, params)
             monitor.log_text(step, f"samples/{number}", prompt + text)
@@ -456,9 +464,9 @@ def sample(run: Run, monitor: Monitor) -> None:
 
 
 def save(run: Run, monitor: Monitor, *, is_best: bool, is_last: bool, is_before_fault: bool = False) -> None:
-    """Writes a checkpoint; arguments as of :meth:`Run.save`. Where the disk refuses, the training continues, unless it ends."""
+    """Writes a checkpoint; arguments as for :meth:`Run.save`. If it fails, training continues, unless it has ended."""
     try:
-        run.checkpointer.wait()  # for the one before, if it is written in the background
+        run.checkpointer.wait()  # for the previous one, if it is written in the background
     except CheckpointError as error:
         monitor.warn(f"{error}. The training continues")
     try:
@@ -474,7 +482,7 @@ def save(run: Run, monitor: Monitor, *, is_best: bool, is_last: bool, is_before_
 
 
 def _saved_before(stopped: DataStopped, run: Run, monitor: Monitor) -> Exception:
-    """Saves at the place from which the text cannot be read, and returns what to raise."""
+    """Saves a checkpoint at the position from which the text cannot be read, and returns the exception to raise."""
     error = DataStopped(f"step {run.progress.step + 1}: {stopped}")
     if run.guard.has_unread:
         read_results(run, monitor)

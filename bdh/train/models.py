@@ -1,4 +1,4 @@
-"""Finds the model that a name stands for: an exported folder, a run, adapters, or a hub id; and starts a run from one."""
+"""Loads a model by name, from an export, a run, adapters or the hub, and initializes runs from it."""
 
 import copy
 import logging as standard_logging
@@ -35,31 +35,31 @@ _ADVICE = (
     "Nothing was merged. Bring that model back, or say where it is with --base (of bdh generate, chat, eval and serve, and "
     "of bdh export, which merges the adapters for all other commands)"
 )
-# What the weights fix. The rest, such as dropout, is the new run's to choose.
+# The fields that the weights determine. The new run chooses the others, such as dropout.
 _TAKEN_OVER = ("n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier", "rope_theta")
 
 
 class OtherBaseError(ValueError):
-    """The model that adapters belong to was not found, but others in its place."""
+    """The base model of adapters was not found, but a model with other weights is in its place."""
 
 
 @dataclass
 class OpenedModel:
-    """A model as it is stored: adapters are in its layers, but not yet in its weights."""
+    """A loaded model as it is stored: adapters are attached to its layers, but not merged into its weights."""
 
     place: Base
-    """Where it is, without its fingerprint."""
+    """Where the model is stored, without its fingerprint."""
     model: BDHForCausalLM
     tokenizer_path: str
     tuner: Any = None
-    """Of the adapters; None without."""
+    """The tuner of the adapters; None without adapters."""
     checkpoint: Checkpoint | None = None
-    """Of a run."""
+    """The checkpoint, if the model is that of a run."""
 
     def identity(self, dtype: torch.dtype | None = None) -> Identity:
-        """What the model is, its weights in ``dtype``, or None for their own.
+        """Returns the identity of the model with its weights in ``dtype``, or in their own dtype.
 
-        Adapters count apart from the weights below them: their sum is rounded on each machine in its way.
+        Adapters and base weights are hashed separately, since the rounding of their sum depends on the machine.
         """
         model: Any = self.model
         if dtype not in (None, model.dtype):
@@ -70,37 +70,41 @@ class OpenedModel:
         return Identity(found.configuration | {"adapters_scale": scale(self.tuner)}, found.weights)
 
     def pinned(self) -> Base:
-        """The record of this model for what is trained beside it. Call it before :meth:`merged`."""
+        """Returns the record of this model for adapters that are trained on it. Call it before :meth:`merged`."""
         return replace(self.place, identity=self.identity(), dtype=str(self.model.dtype).removeprefix("torch."))
 
     def finished(self) -> BDHForCausalLM:
-        """What an export of it is: :meth:`merged`, and quantized where a run has trained for that."""
+        """Returns the model as an export contains it: :meth:`merged`, and quantized if the run was trained for that."""
         model = self.merged()
         settings = {} if self.checkpoint is None else self.checkpoint.training["settings"]["train"]
         return quantize(model, settings["quantize"]) if settings.get("quantize") else model
 
     def merged(self) -> BDHForCausalLM:
-        """The model in evaluation mode, with the adapters in its weights."""
+        """Returns the model in evaluation mode, with the adapters merged into its weights."""
         return (self.model if self.tuner is None else merge(self.tuner)).eval()
 
 
 def load_model(
     name: str, *, checkpoint: str | None = None, base: str | None = None, device: str = "auto"
 ) -> tuple[BDHForCausalLM, PreTrainedTokenizerFast]:
-    """The model, in evaluation mode, and its tokenizer.
+    """Loads a model, in evaluation mode, and its tokenizer.
 
     Args:
-        name: a folder with ``config.json``, or of adapters, which are merged into their base; a run's folder, of which
-            the checkpoint is taken; the folder of one of its checkpoints; or a hub id.
-        checkpoint: for a run: last (the default), best, or a step.
-        base: for adapters: where their base is now, named as ``name`` is.
+        name: one of:
+
+            - a folder with ``config.json``, such as an export
+            - a folder of adapters, which are merged into their base model
+            - the folder of a run, or of one of its checkpoints
+            - a hub id
+        checkpoint: for a run, "last" (the default), "best", or a step.
+        base: for adapters, the current location of their base model, in the form of ``name``.
         device: as ``train.device``.
 
     Raises:
-        FileNotFoundError: a folder that holds neither; or the base of adapters is not found.
-        OtherBaseError: where the base of adapters should be, there are models with other weights.
-        ValueError: it is no BDH model, its configuration is wrong, or its weights are not those of the configuration,
-            not complete or damaged; or the device is not there.
+        FileNotFoundError: the folder contains no model, or the base model of adapters is not found.
+        OtherBaseError: the model at the place of the base model has other weights.
+        ValueError: it is not a BDH model; its configuration is invalid; its weights are damaged, incomplete, or do not
+            match the configuration; or the device is not available.
     """
     target = choose_runtime(TrainSettings(device=device)).device
     opened = open_model(name, checkpoint=checkpoint, base=base)
@@ -110,11 +114,13 @@ def load_model(
 def open_model(
     name: str, *, checkpoint: str | None = None, ema: bool = False, base: str | None = None, commit: str | None = None
 ) -> OpenedModel:
-    """The model on the CPU; see :func:`load_model`.
+    """Loads a model on the CPU, without merging adapters.
+
+    The other arguments, and the exceptions, are those of :func:`load_model`.
 
     Args:
-        ema: of a run, the moving average of the weights instead of the weights.
-        commit: for a hub id, the hash of the commit; None for the newest.
+        ema: for a run, whether to load the moving average of the weights.
+        commit: for a hub id, the hash of the commit; None for the latest.
     """
     there = find_model(name, checkpoint=checkpoint, base=base)
     path, folder = there.path, str(there.path.resolve())
@@ -127,7 +133,7 @@ def open_model(
         return OpenedModel(Base(str(path), folder, step=found.step), model, str(path / TOKENIZER_FOLDER), tuner, found)
     if there.kind == "adapters" and (adapters_of := read_base(path)) is not None:
         model = open_base(adapters_of, path, given=base).merged()
-        model.config.__dict__.pop("train_data", None)  # of the base
+        model.config.__dict__.pop("train_data", None)  # describes the data of the base model
         return OpenedModel(Base(name, folder), model, name, load_adapters(model, path))
     if there.kind == "hub":
         if not constants.HF_HUB_OFFLINE:
@@ -140,24 +146,25 @@ def open_model(
 
 
 def run_weights(checkpoint: Checkpoint, *, ema: bool) -> dict[str, torch.Tensor]:
-    """The weights of a checkpoint, or their moving average. Raises ``ValueError`` where it has none."""
+    """Returns the weights of a checkpoint, or their moving average. Raises ``ValueError`` if there is no average."""
     average = checkpoint.tensors("ema") if ema else {}
     if ema and not average:
         raise ValueError(f"{checkpoint.path} has no moving average of the weights: its run had no train.ema_decay")
-    return checkpoint.tensors("weights") | average  # frozen weights have none
+    return checkpoint.tensors("weights") | average  # frozen weights have no average
 
 
 def open_base(base: Base, stored_in: Path, *, given: str | None = None, advice: str = _ADVICE) -> OpenedModel:
-    """Finds the model of a record again: where the record says, seen from its folder or by its absolute path.
+    """Loads the base model of a record, from its path relative to the record or its absolute path.
 
     Args:
-        stored_in: the folder that holds the record.
-        given: where to look instead, as the name of :func:`load_model`.
-        advice: the end of the error.
+        base: the record.
+        stored_in: the folder that contains the record.
+        given: a name to use instead, as for :func:`load_model`.
+        advice: the end of the error message.
 
     Raises:
         FileNotFoundError: there is no such model.
-        OtherBaseError: there is one, but with other weights.
+        OtherBaseError: the model that was found has other weights.
     """
     if base.identity is None:
         _logger.warning(
@@ -179,7 +186,7 @@ def open_base(base: Base, stored_in: Path, *, given: str | None = None, advice: 
             opened = _open_place(base, place, is_hub_id=base.folder is None or given is not None)
         except (FileNotFoundError, ValueError) as error:
             faults.append(str(error))
-            is_other |= isinstance(error, OtherBaseError) and place not in others  # of a base that is adapters itself
+            is_other |= isinstance(error, OtherBaseError) and place not in others  # if the base consists of adapters
             continue
         if base.identity is None:
             return opened
@@ -197,7 +204,7 @@ def open_base(base: Base, stored_in: Path, *, given: str | None = None, advice: 
 
 
 def _twins(base: Base, folder: Path) -> list[Path]:
-    """Where the weights may be if ``folder`` has others by now: a run has them twice, in a checkpoint and its export."""
+    """Returns other places of the weights, if ``folder`` has changed: a run has a checkpoint and an export of them."""
     export, run = folder / "model", folder.parent
     recover_dir(folder)
     if not folder.is_dir():
@@ -218,12 +225,20 @@ def _open_place(base: Base, place: str, *, is_hub_id: bool) -> OpenedModel:
 
 
 def check_base(base: Base, stored_in: Path, *, merge: bool) -> Base:
-    """Compares the base of a run with adapters, whose checkpoints hold its weights, with what is there now.
+    """Checks that the base model of a run with adapters is unchanged. The run's checkpoints contain its weights.
 
-    Returns the record with the place where the base was found, or as it was. Where there is another model in its place, it
-    warns with ``merge``, when the run exports whole weights, and else raises ``OtherBaseError``.
+    Args:
+        base: the record of the base model.
+        stored_in: the folder that contains the record.
+        merge: whether the run exports merged weights, so that another model in place of the base only causes a warning.
+
+    Returns:
+        The record with the place where the base was found, or unchanged.
+
+    Raises:
+        OtherBaseError: another model is in place of the base, and ``merge`` is False.
     """
-    if base.commit is not None or base.identity is None:  # what a commit holds does not change
+    if base.commit is not None or base.identity is None:  # a commit never changes
         return base
     try:
         there = open_base(base, stored_in, advice="The run's checkpoints hold its weights too").place
@@ -239,7 +254,7 @@ def check_base(base: Base, stored_in: Path, *, merge: bool) -> Base:
 
 
 def warn_of_removal(base: Base) -> None:
-    """Warns where the run that a checkpoint belongs to will remove it when it trains on."""
+    """Warns if the run of a checkpoint will remove it when training continues."""
     if base.step is None or base.folder is None:
         return
     try:
@@ -259,14 +274,14 @@ def warn_of_removal(base: Base) -> None:
 
 
 def _pretrained(name: str, *, is_local: bool, commit: str | None = None) -> tuple[BDHForCausalLM, str | None]:
-    """The model, and from the hub the hash of its commit."""
+    """Loads a model by transformers, and returns it with the hash of its commit if it is from the hub."""
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # what its tables of warnings say is an error here
+    logging.set_verbosity_error()  # the code below raises errors for what transformers only warns about
     try:
-        if not is_local:  # the cache of the hub has a folder for each commit
+        if not is_local:  # the hub's cache has a folder for each commit
             file = cached_file(name, "config.json", revision=commit)
-            assert file is not None  # what is missing raises
+            assert file is not None  # a missing file raises an exception
             commit = Path(file).parent.name
         loaded: Any = BDHForCausalLM.from_pretrained(
             name,
@@ -285,7 +300,7 @@ def _pretrained(name: str, *, is_local: bool, commit: str | None = None) -> tupl
         return model, commit
     except SafetensorError as error:
         raise ValueError(f"the weights of {name} are cut off or damaged: {error}") from error
-    except UnpicklingError as error:  # whose text is a page of advice
+    except UnpicklingError as error:  # its message is a page of advice
         raise ValueError(
             f"the weights of {name} are damaged, or hold more than tensors: PyTorch refuses them"
         ) from error
@@ -303,7 +318,7 @@ def _pretrained_config(name: str, commit: str | None) -> BDHConfig:
     try:
         with one_line_type_faults(f"the config.json of {name} is wrong"):
             config = BDHConfig.from_pretrained(name, revision=commit or "main")
-    except (TypeError, AttributeError) as error:  # no object of JSON, or a dtype that PyTorch does not have
+    except (TypeError, AttributeError) as error:  # not a JSON object, or a dtype that PyTorch does not have
         raise ValueError(f"the config.json of {name} is wrong: {error}") from error
     if config.model_type != "bdh" or "n_embd" not in config.to_dict():
         raise ValueError(f"{name} is no BDH model: its model_type is {config.model_type!r}")
@@ -312,14 +327,14 @@ def _pretrained_config(name: str, commit: str | None) -> BDHConfig:
 
 
 class InitialModel:
-    """The model that ``train.init_from`` names: a run starts with its sizes, its tokenizer and its weights.
+    """The model of ``train.init_from``, from which a run takes its sizes, tokenizer and weights.
 
     Attributes:
-        base: which model exactly it is.
+        base: the record of the model, with its fingerprint.
     """
 
     def __init__(self, name: str):
-        """Raises as :func:`load_model`."""
+        """Loads the model. Raises as :func:`load_model`."""
         self._name = name
         opened = open_model(name)
         reason = "train.init_from must be the model that it was made of, or a run"
@@ -328,15 +343,16 @@ class InitialModel:
         self._model = opened.merged()
         self._tokenizer_path = opened.tokenizer_path
         self._tokenizer = load_tokenizer(opened.tokenizer_path)
-        self._data: dict[str, Any] = getattr(self._model.config, "train_data", None) or {}  # where it says so
+        self._data: dict[str, Any] = getattr(self._model.config, "train_data", None) or {}  # empty if not recorded
         if opened.checkpoint is not None:
             training = opened.checkpoint.training
             self._data = {"source": training["data_facts"]["source"], "fingerprint": training["data_fingerprint"]}
 
     def completed(self, settings: RunSettings) -> RunSettings:
-        """The settings with the sizes, and unless another was chosen the tokenizer, of this model.
+        """Returns the settings with the sizes of this model, and with its tokenizer unless another one was chosen.
 
-        Raises ``ValueError`` if a size was chosen that is not this model's.
+        Raises:
+            ValueError: a size in the settings differs from that of this model.
         """
         defaults = {field.name: field.default for field in fields(ModelSettings)}
         sizes = {name: getattr(self._model.config, name) for name in _TAKEN_OVER}
@@ -348,7 +364,7 @@ class InitialModel:
             raise ValueError(
                 f"train.init_from fixes the sizes of the model: {'; '.join(wrong)}. Leave them out, and they follow"
             )
-        # A decay may be added, but one that the weights were trained with is not lost by leaving it out.
+        # A decay can be added. Without one in the settings, the model keeps its own.
         decay = self._model.config.decay if settings.model.decay is None else settings.model.decay
         tokenizer = settings.tokenizer
         if tokenizer == TokenizerConfig(chat_template=tokenizer.chat_template):
@@ -359,9 +375,10 @@ class InitialModel:
         return replace(settings, model=replace(settings.model, **sizes, decay=decay), tokenizer=tokenizer)
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        """Warns where the run's tokenizer gives other tokens than the model was trained on.
+        """Warns if the run's tokenizer differs from the one that the model was trained with.
 
-        Raises ``ValueError`` if it has another number of entries.
+        Raises:
+            ValueError: the vocabularies have different sizes.
         """
         known = copy.deepcopy(self._tokenizer)
         if len(tokenizer) > len(known) and tokenizer.chat_template:
@@ -379,15 +396,17 @@ class InitialModel:
             )
 
     def check_data(self, fingerprint: str) -> None:
-        """Warns where the run's data are others than those the model was trained on, if that is known."""
+        """Warns if the run's data differ from the model's training data, if these are known."""
         if self._data.get("fingerprint", fingerprint) != fingerprint:
             _logger.warning("%s was trained on other data, %s", self._name, self._data["source"])
 
     def copy_into(self, model: BDHForCausalLM, lora: LoraSettings) -> None:
-        """Gives a model of the same sizes the weights, in the model's own dtype.
+        """Copies the weights into a model of the same sizes, in the dtype of that model.
 
-        Of a larger vocabulary, the entries at its end keep the weights that they have; raises ``ValueError`` if nothing would
-        train those.
+        If its vocabulary is larger, the additional entries keep their weights.
+
+        Raises:
+            ValueError: there are additional entries, but they would not be trained.
         """
         model.config.layer_norm_eps = self._model.config.layer_norm_eps
         weights, V = self._model.state_dict(), self._model.config.vocab_size
@@ -397,6 +416,6 @@ class InitialModel:
                     f"{self._name} does not know the last {counted(num_new, 'token')} of the vocabulary, and train.lora would leave "
                     "their weights random: set train.lora.embeddings=true, or start from a model that knows them"
                 )
-            for name in ("embed.weight", "lm_head.weight"):  # a token a row
+            for name in ("embed.weight", "lm_head.weight"):  # their rows are vocabulary entries
                 weights[name] = torch.cat([weights[name], model.state_dict()[name][V:].cpu()])
         model.load_state_dict(weights)

@@ -1,4 +1,4 @@
-"""A training run: what it consists of, what goes into its checkpoints, and how it is made or restored."""
+"""Sets up a training run: its parts, the content of its checkpoints, and creating or restoring it."""
 
 import logging
 import shutil
@@ -44,37 +44,37 @@ from bdh.train.runtime import (
 )
 
 _logger = logging.getLogger(__name__)
-_SEEDS_APART = 1_000_003  # between the processes, whose dropout must differ
+_SEEDS_APART = 1_000_003  # the difference between the seeds of processes, whose dropout must differ
 
 
 @dataclass
 class Progress:
-    """How far a run is."""
+    """The progress of a run."""
 
     step: int = 0
-    """Optimizer steps done."""
+    """The number of optimizer steps done."""
     tokens_seen: int = 0
     skipped_steps: int = 0
-    """Steps that did not change the weights: float16's overflows, and those of ``train.on_nonfinite`` "skip"."""
+    """Steps that did not change the weights, because of a float16 overflow or ``train.on_nonfinite`` "skip"."""
     best_value: float | None = None
-    """Best value of ``checkpoint.best_metric``."""
+    """The best value of ``checkpoint.best_metric``."""
     best_step: int | None = None
     evaluations_without_gain: int = 0
     last_metrics: dict[str, float] = field(default_factory=dict)
-    """Of the last evaluation."""
+    """The metrics of the last evaluation."""
     last_ema_metrics: dict[str, float] = field(default_factory=dict)
-    """The same of the moving average of the weights."""
+    """The same for the moving average of the weights."""
     last_evaluation: dict[str, int] = field(default_factory=dict)
-    """Of the last evaluation: after which ``step`` it was, its ``windows``, and the ``tokens`` that were predicted."""
+    """The ``step`` of the last evaluation, and its numbers of ``windows`` and predicted ``tokens``."""
     skipped_in_a_row: int = 0
-    """Of these, the last ones, up to now."""
+    """The number of consecutive skipped steps up to now."""
     norm_statistics: dict[str, Any] = field(default_factory=dict)
     """See :class:`bdh.train.optim.NormStatistics`."""
 
 
 @dataclass
 class Run:
-    """Everything that the training loop works with, before the first step or as a checkpoint has restored it."""
+    """Everything that the training loop uses, newly created or restored from a checkpoint."""
 
     settings: RunSettings
     folder: Path
@@ -85,22 +85,22 @@ class Run:
     world: World
     runtime: Runtime
     plan: LayerPlan
-    """How the layer is computed in a training step."""
+    """The plan for computing the layer in a training step."""
     checkpointer: Checkpointer
     lock: RunLock
-    """On the folder, from before anything is written; not taken in a dry run."""
+    """The lock of the run's folder, held before anything is written; not acquired in a dry run."""
     base: Base | None = None
-    """The model of ``train.init_from``, as it was when the run was started."""
+    """The record of the model of ``train.init_from``, as of the start of the run."""
     progress: Progress = field(default_factory=Progress)
 
     def __post_init__(self) -> None:
         train, world, device = self.settings.train, self.world, self.runtime.device
         is_float16 = self.runtime.dtype == torch.float16
-        self.autocast = self.runtime.autocast()  # of the forward passes of all steps
+        self.autocast = self.runtime.autocast()  # for the forward passes of all steps
         self.optimizers = Optimizers(self.model, train)
         self.guard = UpdateGuard(train, device, world, is_float16=is_float16)
         self.loss_scale = LossScale(device, is_float16=is_float16)
-        # Of this process's share of the sequences, as are the states that are carried.
+        # For this process's sequences only, as are the carried states.
         loader = self.corpus.train_loader(
             self.sequences_per_step, train.seed, world.rank, world.size, carry_state=train.carry_state
         )
@@ -118,7 +118,7 @@ class Run:
 
     @property
     def document_end(self) -> int | None:
-        """The token after which training, and so its evaluation, sees nothing of what was before; None without."""
+        """The token that ends documents, if tokens do not attend across documents in this run; otherwise None."""
         is_apart = self.settings.train.carry_state or self.settings.data.pack == "documents"
         return document_end_id(self.tokenizer) if is_apart else None
 
@@ -130,11 +130,11 @@ class Run:
 
     @property
     def sequences_per_step(self) -> int:
-        """Over all micro-batches and processes."""
+        """The number of sequences of all micro-batches and processes."""
         return self.settings.train.sequences_per_process * self.world.size
 
     def rounded_weights(self) -> AbstractContextManager[None]:
-        """For the forward and backward passes of a step: with ``train.quantize`` it rounds the weights once for all of them."""
+        """A context for the passes of a step. With ``train.quantize``, weights are rounded once for all of them."""
         train = self.settings.train
         if train.quantize is None:
             return nullcontext()
@@ -145,12 +145,12 @@ class Run:
 
     @contextmanager
     def measured_model(self) -> Iterator[None]:
-        """For evaluations and samples: every process holds all weights of :attr:`model`, as an export would have them."""
+        """A context for evaluation and samples, in which each process has all weights, as an export would have them."""
         with self.parallel.whole_model(), rounded_in_place(self.model):
             yield
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint holds of this moment, sharded as the processes share it."""
+        """Returns the tensors of a checkpoint at this moment, sharded over the processes."""
         groups = {"weights": self.model.state_dict(), "optimizer": self.optimizers.tensors()}
         if self.average is not None:
             groups["ema"] = self.average.weights
@@ -161,7 +161,10 @@ class Run:
     def save(self, *, is_best: bool = False, is_before_fault: bool = False) -> Path:
         """Writes a checkpoint of this moment; see :meth:`Checkpointer.save`.
 
-        With ``is_before_fault`` the text cannot be read any further: a run that continues from here may find the rest changed.
+        Args:
+            is_best: whether the model is the best so far.
+            is_before_fault: whether the text cannot be read any further. A run that resumes from this checkpoint then
+                accepts that the text after it has changed.
         """
         position = self.batches.state_dict()
         self.progress.norm_statistics = self.guard.state_dict() or self.progress.norm_statistics
@@ -189,9 +192,10 @@ class Run:
             return None
 
     def close(self, *, release: bool = True) -> None:
-        """Waits for what is still being written, leaves the other processes, and releases the folder.
+        """Waits for pending writes, leaves the process group, and releases the lock of the folder.
 
-        Who still writes into it gives ``release`` False, and calls ``lock.release()`` later.
+        Args:
+            release: if False, the lock is kept for further writes. Call ``lock.release()`` afterwards.
         """
         self.checkpointer.close()
         self.world.leave()
@@ -199,11 +203,12 @@ class Run:
             self.lock.release()
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Puts everything back to where it was when the checkpoint was written.
+        """Restores the state of the run when the checkpoint was written.
 
-        The number of processes, and how they share the model, may be another. Then dropout draws other numbers.
+        The number of processes and the sharding can differ; dropout then draws other numbers.
 
-        Raises ``ValueError`` if the data are not the ones that the run was trained on.
+        Raises:
+            ValueError: the data differ from those that the run was trained on.
         """
         training = checkpoint.training
         source, old_source = self.corpus.facts["source"], training["data_facts"]["source"]
@@ -237,7 +242,7 @@ class Run:
         self.progress = Progress(**training["progress"])
         self.guard.load_state_dict(self.progress.norm_statistics)
         if self.average is not None and not has_average:
-            # A run that had no average until now begins one with the weights of this step.
+            # A run without an average so far starts one with the weights of this step.
             self.average.load(dict(self.model.named_parameters()))
 
 
@@ -245,27 +250,28 @@ CheckRoom = Callable[[RunSettings, BDHConfig, Runtime, World], None]
 
 
 def open_run(settings: RunSettings, *, progress: Any = None, check_room: CheckRoom | None = None) -> Run:
-    """Makes or, with ``settings.resume``, restores a run. All faults come up here, before the first step.
+    """Creates a run or, with ``settings.resume``, restores it. All faults are reported here, before the first step.
 
-    The run's folder is locked first, until :meth:`Run.close`. A fresh run's files are written last, when nothing can
-    fail any more but the disk; with ``settings.dry_run`` none is made or changed. Started by ``torchrun``, all processes
-    call this together.
+    The run's folder is locked first, until :meth:`Run.close`. The files of a new run are written last, when only the
+    disk can still fail. With ``settings.dry_run``, no file is written or changed. Under ``torchrun``, all processes
+    must call this together.
 
     Args:
-        progress: passed to :func:`bdh.data.prepare_corpus`, for its bars.
-        check_room: called before the model is made; what it raises comes out.
+        settings: the settings of the run.
+        progress: passed to :func:`bdh.data.prepare_corpus` for its progress bars.
+        check_room: called before the model is created. Its exceptions are passed on.
 
     Raises:
-        ValueError: a setting is out of range; settings, tokenizer and data do not go together, or not with the run
-            that is resumed; or a package that a setting asks for is missing.
-        FileExistsError: the folder holds a run already.
+        ValueError: a setting is out of range; settings, tokenizer and data are incompatible with each other or with the
+            resumed run; or a package that a setting requires is missing.
+        FileExistsError: the folder already contains a run.
         InUseError: another process is training in the folder.
-        FileNotFoundError: there is nothing to resume, or nothing at ``train.init_from``.
-        OtherBaseError: a resumed run is to export adapters alone, and the model that they belong to has changed.
+        FileNotFoundError: there is nothing to resume, or no model at ``train.init_from``.
+        OtherBaseError: the resumed run is to export only adapters, and their base model has changed.
         DiskFullError: there is no space for the run's folder.
     """
     settings.validated()
-    chosen_backends(settings.monitor)  # raises where one is not there
+    chosen_backends(settings.monitor)  # raises an exception if one is not available
     runtime, distributed = choose_runtime(settings.train), settings.distributed
     even_alone = distributed.strategy == "fsdp" and runtime.device.type == "cuda"
     world = World.join(runtime.device.type, distributed.timeout_minutes, even_alone=even_alone)
@@ -300,7 +306,7 @@ def open_run(settings: RunSettings, *, progress: Any = None, check_room: CheckRo
             initial = InitialModel(settings.train.init_from)
             settings = initial.completed(settings)
         base = _base(settings, folder, initial, checkpoint, world)
-        if checkpoint is not None:  # a run keeps the tokenizer that it was started with
+        if checkpoint is not None:  # a run keeps the tokenizer with which it was started
             tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER)
         else:
             template, is_chat = settings.tokenizer.chat_template, holds_chat(settings.data)
@@ -308,7 +314,7 @@ def open_run(settings: RunSettings, *, progress: Any = None, check_room: CheckRo
         if initial is not None:
             initial.check_tokenizer(tokenizer)
         config = _model_config(settings, tokenizer)
-        with world.rank0_first():  # which fills the cache
+        with world.rank0_first():  # rank 0 fills the cache
             corpus = prepare_corpus(settings.data, tokenizer, settings.train.block_size, progress=progress)
         if initial is not None:
             initial.check_data(corpus.fingerprint)
@@ -345,9 +351,9 @@ def open_run(settings: RunSettings, *, progress: Any = None, check_room: CheckRo
 def _base(
     settings: RunSettings, folder: Path, initial: InitialModel | None, checkpoint: Checkpoint | None, world: World
 ) -> Base | None:
-    """The model that the run started from; that of adapters is compared with what is there when the run is resumed.
+    """Returns the record of the model from which the run started, or None. When resuming, checks the base of adapters.
 
-    Raises ``OtherBaseError`` on all processes if it has other weights now, and the adapters alone are to be exported.
+    Raises ``OtherBaseError`` in all processes if its weights have changed and only the adapters are to be exported.
     """
     lora = settings.train.lora
     if initial is not None:
@@ -369,9 +375,9 @@ def _base(
 
 
 def _model_config(settings: RunSettings, tokenizer: PreTrainedTokenizerFast) -> BDHConfig:
-    """The model's configuration; its vocabulary and special tokens are the tokenizer's.
+    """Returns the model's configuration, with the vocabulary size and special tokens of the tokenizer.
 
-    Raises ``ValueError`` where ``model.vocab_size`` is given and is another.
+    Raises ``ValueError`` if ``model.vocab_size`` is given and differs.
     """
     fields, V = asdict(settings.model), vocabulary_size(tokenizer)
     if fields.pop("vocab_size") not in (None, V):
@@ -392,7 +398,7 @@ def _model_config(settings: RunSettings, tokenizer: PreTrainedTokenizerFast) -> 
 def _make_model(
     settings: RunSettings, config: BDHConfig, runtime: Runtime, initial: InitialModel | None, base: Base | None
 ) -> BDHForCausalLM:
-    """A model of random weights or those of ``initial``, with adapters if there are to be."""
+    """Returns a model with random weights or those of ``initial``, with adapters if the settings require them."""
     train = settings.train
     torch.manual_seed(train.seed)
     model = BDHForCausalLM(config).to(runtime.device)  # type: ignore[arg-type]
@@ -411,7 +417,7 @@ def _make_model(
 
 
 def _write_folder(run: Run, *, is_new: bool) -> None:
-    """Writes the files of a start; of a run that continues, forgets what came after the step that it continues from."""
+    """Writes the files of a new run. For a resumed run, removes what came after the step from which it continues."""
     folder, progress = run.folder, run.progress
     if run.world.is_main:
         try:
