@@ -1,9 +1,9 @@
-"""The form that a text must have, a JSON schema or a regular expression, held token by token by ``llguidance``.
+"""Constrained generation: texts that match a JSON schema or a regular expression, enforced by ``llguidance``.
 
-From the bytes of each token follows which may come next; all others are taken from the logits before one is drawn. So a text
-that comes to its end has the form, and one that ``max_tokens`` or a stop string cuts off is a beginning of such a text.
+The bytes of each token determine which tokens can follow; all others are masked before sampling. A text that ends by
+itself therefore matches the grammar, and one that ``max_tokens`` or a stop string cuts off is a prefix of a match.
 
-Settings check a grammar's outer form, so importing this needs neither PyTorch nor ``llguidance``.
+The settings check the outer form of a grammar, so importing this module requires neither PyTorch nor ``llguidance``.
 """
 
 import importlib.util
@@ -19,30 +19,31 @@ if TYPE_CHECKING:
 
 KINDS = ("json_schema", "regex")
 MOST_CHARACTERS = 100_000  # of a schema, as JSON, or of a regular expression
-MOST_LEVELS = 100  # of lists and objects inside each other in a schema
-# Patterns and formats of a schema that joins schemas: the time to see whether such a text exists doubles with each.
+MOST_LEVELS = 100  # of nested lists and objects in a schema
+# The most patterns and formats in a schema that combines schemas. Each doubles the time to check whether a match
+# exists.
 MOST_JOINED = 12
-# What is said of a schema, and wants nothing of a text.
+# Annotations of a schema, which do not constrain the text.
 _ABOUT = {"$comment", "$defs", "$id", "$schema", "default", "definitions", "deprecated", "description", "examples"}
 _ABOUT |= {"readOnly", "title", "writeOnly"}
 GRAMMAR_FAULT = "the grammar cannot be held further: "
-"""Errors begin with it where a grammar was found to be too complex on the way: no fault of the engine."""
+"""The beginning of errors about a grammar that proves too complex during generation, no fault of the engine."""
 _MOST_COMPILED = 64
-# Between the parts of JSON. Without a bound a model could write spaces for ever.
+# White space between the parts of JSON. It is bounded, since a model could otherwise write spaces forever.
 _WHITESPACE = r"[ \t\r\n]{1,20}"
-# Where only one text can follow, the library would allow but one way of writing it in tokens.
+# Without this option, the library allows only one tokenization where only one text can follow.
 _ALL_TOKENS = '%llguidance {"no_forcing": true}'
 _MOST_LEXER_STATES = 20_000  # of 1 to 2 kB, for each running text; the library's own bound is 250,000
 
 
 def check_grammar_library() -> None:
-    """Raises an ``ImportError`` unless ``llguidance`` is installed."""
+    """Raises ``ImportError`` unless ``llguidance`` is installed."""
     if importlib.util.find_spec("llguidance") is None:
         raise ImportError('a grammar needs llguidance, which is not installed: pip install "bdh[serve]"')
 
 
 def collect_grammar_faults(grammar: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the form of ``SamplingParams.grammar``; the library that reads its content is not needed."""
+    """Returns the faults in the form of ``SamplingParams.grammar``, without the library that parses its content."""
     if sum(kind in grammar for kind in KINDS) != 1:
         return [f"grammar has {', '.join(map(str, grammar)) or 'nothing'}: must have one of {' and '.join(KINDS)}"]
     faults = []
@@ -59,7 +60,11 @@ def collect_grammar_faults(grammar: Mapping[str, Any]) -> list[str]:
 
 
 def grammar_source(grammar: Mapping[str, Any]) -> tuple[str, str]:
-    """The kind, and a text that is equal for equal grammars; a ``ValueError`` for another type, or one that is too large."""
+    """Returns the kind of a grammar, and a text that is equal for equal grammars.
+
+    Raises:
+        ValueError: a value has the wrong type or is too large.
+    """
     if "regex" in grammar:
         kind, text = "regex", grammar["regex"]
         if not isinstance(text, str):
@@ -104,7 +109,7 @@ def _check_size(schema: dict[str, Any]) -> None:
 
 
 def _joins(schema: dict[str, Any]) -> bool:
-    """Whether a text must follow several schemas at once."""
+    """Whether a schema combines several schemas that a text must match at once."""
     names, several = [name for name in schema if name not in _ABOUT], schema.get("allOf")
     return (isinstance(several, list) and len(several) > 1) or (
         len(names) > 1 and any(name in names for name in ("allOf", "$ref", "anyOf", "oneOf"))
@@ -112,7 +117,7 @@ def _joins(schema: dict[str, Any]) -> bool:
 
 
 class Grammars:
-    """The grammars of requests, made ready for the tokens of one tokenizer. For several threads."""
+    """Compiles the grammars of requests for the tokens of one tokenizer, and caches them. Thread-safe."""
 
     def __init__(self, tokenizer: Any, vocab_size: int):
         self._tokenizer, self._vocab_size = tokenizer, vocab_size
@@ -121,11 +126,11 @@ class Grammars:
         self._compiled = lru_cache(_MOST_COMPILED)(lambda kind, text: _compile(kind, text, self._trie))
 
     def compile(self, grammar: Mapping[str, Any]) -> "LLMatcher":
-        """The beginning of a text of this grammar, which is not to be advanced. Made once for the same grammar.
+        """Returns the matcher of a grammar at the beginning of a text. It is cached and must not be advanced.
 
         Raises:
             ImportError: ``llguidance`` is not installed.
-            ValueError: what in the grammar is wrong, or cannot be held; or the tokens have no exact bytes.
+            ValueError: the grammar is invalid or cannot be enforced, or the tokens have no exact bytes.
         """
         source = grammar_source(grammar)
         with self._lock:
@@ -135,17 +140,21 @@ class Grammars:
 
 
 class Matcher:
-    """Where one text stands in its grammar, from ``beginning``, of :meth:`Grammars.compile`, which stays as it is."""
+    """Follows one text through its grammar, starting with a copy of ``beginning`` from :meth:`Grammars.compile`."""
 
     def __init__(self, beginning: "LLMatcher", vocab_size: int):
         self._matcher, self._vocab_size = beginning.deep_copy(), vocab_size
         self._num_read = 0
 
     def read(self, tokens: Sequence[int], *, start: int = 0) -> None:
-        """Follows the text, which begins at ``start`` of a sequence's tokens; what has been read is not read again.
+        """Reads the tokens of the text that have not been read yet.
+
+        Args:
+            tokens: all tokens of the sequence.
+            start: the index at which the text begins.
 
         Raises:
-            ValueError: they do not begin a text of the grammar, or it is too complex.
+            ValueError: the text is not a prefix of a match, or the grammar is too complex.
         """
         for token in tokens[start + self._num_read :]:
             if not self._matcher.consume_token(token):
@@ -154,14 +163,17 @@ class Matcher:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the text has its form, and nothing may follow."""
+        """Whether the text matches, and nothing can follow."""
         return self._matcher.is_stopped()
 
     def allowed(self, end_token_ids: Iterable[int] = ()) -> "torch.Tensor":
-        """Which tokens may come next, bool (V,): none where the text is complete; of ``end_token_ids`` all where it may end here.
+        """Returns the tokens that can come next, bool (V,); none if the text is complete.
+
+        Args:
+            end_token_ids: the tokens that end a text, which are allowed where it can end.
 
         Raises:
-            ValueError: the grammar is too complex, or leaves nothing.
+            ValueError: the grammar is too complex, or no token is possible.
         """
         import numpy as np
         import torch
@@ -188,7 +200,7 @@ def _compile(kind: str, text: str, trie: Any) -> "LLMatcher":
         source = f"start: %json {json.dumps(schema)}"
     limits = LLParserLimits(max_lexer_states=_MOST_LEXER_STATES, verbose_errors=False)
     matcher = LLMatcher(trie, f"{_ALL_TOKENS}\n{source}", log_level=0, limits=limits)
-    bits = b"" if matcher.is_error() else matcher.compute_bitmask()  # which finds what the first step would
+    bits = b"" if matcher.is_error() else matcher.compute_bitmask()  # finds the errors that the first step would
     if matcher.is_error():
         reason = _reason(matcher)
         reason = "no text has this form" if "NoExtension" in reason else reason
@@ -199,7 +211,7 @@ def _compile(kind: str, text: str, trie: Any) -> "LLMatcher":
 
 
 def _reason(matcher: "LLMatcher") -> str:
-    """Its error in one line, without where in a rewritten form of the grammar it was found."""
+    """Returns a matcher's error in one line, without its location in a rewritten form of the grammar."""
     lines = (line.strip() for line in matcher.get_error().partition("   1 | ")[0].splitlines())
     reason = " ".join(line for line in lines if line.strip("^") and line != "<non-verbose/>")
     for before in ("(in regex): ", "failed to compile JSON schema: "):
@@ -208,7 +220,7 @@ def _reason(matcher: "LLMatcher") -> str:
 
 
 def _trie(tokenizer: Any, vocab_size: int) -> "LLTokenizer":
-    """The bytes of all tokens as the library wants them; an entry more, V, stands for the end of the text."""
+    """Returns the bytes of all tokens in the library's form. An additional entry, V, stands for the end of the text."""
     check_grammar_library()
     from llguidance import LLTokenizer, TokenizerWrapper
 
@@ -222,7 +234,7 @@ def _trie(tokenizer: Any, vocab_size: int) -> "LLTokenizer":
 
 
 class _Vocabulary:
-    """What the library asks of a tokenizer."""
+    """The interface of a tokenizer that the library requires."""
 
     def __init__(self, tokens: list[bytes], end: int):
         self.tokens = tokens

@@ -1,4 +1,4 @@
-"""Files of prompts, and files of results, which a later run can continue."""
+"""Files of prompts, and files of results, which an interrupted run can continue."""
 
 import json
 from bisect import bisect_right
@@ -27,32 +27,35 @@ class Job:
     """A prompt of a file."""
 
     prompt: str | list[dict[str, str]]
-    """A text, or the messages of a conversation."""
+    """A string, or the messages of a conversation."""
     params: SamplingParams
     passed_on: dict[str, Any] = field(default_factory=dict)
-    """What else its line holds: it goes into the results."""
+    """The other fields of its line, which are copied to the results."""
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What its lines of results begin with."""
+        """The fields with which its lines of results begin."""
         name = "prompt" if isinstance(self.prompt, str) else "messages"
         return {**self.passed_on, name: self.prompt}
 
 
 def read_jobs(path: Path, params: SamplingParams) -> list[Job]:
-    """The prompts of a file: of a ``.jsonl`` file an object a line, else each line that is not empty.
+    """Reads the prompts of a file: one JSON object in each line of a ``.jsonl`` file, otherwise one prompt in each line.
 
-    An object has a ``prompt``, or the ``messages`` of a conversation, and may have any setting of
-    :class:`SamplingParams` in place of that of ``params``. What else it has is passed on to the results, but for names that
-    are all but those of a setting.
+    Empty lines are skipped. An object has a ``prompt``, or the ``messages`` of a conversation, and can override any
+    setting of ``params``. Other fields are copied to the results, unless their name looks like a misspelt setting.
+
+    Args:
+        path: the file.
+        params: the sampling settings of all prompts.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not UTF-8, holds no prompts, or lines that are wrong; all those are named.
+        ValueError: the file is not UTF-8, contains no prompts, or has invalid lines, which the message lists.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file of prompts {path}")
-    # Not splitlines, for which a line ends at more than what ends a line of a file.
+    # Not splitlines, which also splits at characters that do not end a line of a file.
     lines = read_text(path).split("\n")
     if path.suffix.lower() not in (".jsonl", ".ndjson"):
         jobs = [Job(line, params) for line in lines if line]
@@ -114,7 +117,7 @@ def _refuse_constant(name: str) -> Any:
 
 
 def result_lines(job: Job, completions: list[Any]) -> Iterator[str]:
-    """The results of a prompt: a line of JSON for each of its completions."""
+    """Yields the results of a prompt: a line of JSON for each of its completions."""
     for index, completion in enumerate(completions):
         facts: dict[str, Any] = {**job.facts, "text": completion.text}
         if job.params.n > 1:
@@ -130,12 +133,12 @@ def result_lines(job: Job, completions: list[Any]) -> Iterator[str]:
 
 
 def num_done(path: Path, jobs: list[Job]) -> tuple[int, int]:
-    """How many of the jobs have all of their lines in a file of results, and at which byte those end.
+    """Returns how many jobs are complete in a file of results, and the offset at which their lines end.
 
-    What follows, torn by a kill or belonging to a job that is not complete, is to be cut off.
+    Anything after the offset is a truncated line, or belongs to an incomplete job, and should be removed.
 
     Raises:
-        ValueError: the file is not one of results of these jobs, in this order.
+        ValueError: the file does not contain results of these jobs in this order.
     """
     with path.open("rb") as file:
         lines = [line for line in file if line.endswith(b"\n")]

@@ -1,4 +1,4 @@
-"""A sequence while it runs: its next token, its text in whole characters, and how it ends."""
+"""A running sequence: sampling its next token, decoding its text, and detecting its end."""
 
 import logging
 from collections.abc import Iterable, Sequence
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 FinishReason = Literal["stop", "length", "abort", "error"]
 Prompt = str | Sequence[int]
-"""A text, in which nothing is a special token, or the ids of tokens."""
+"""A string, in which nothing is parsed as a special token, or a sequence of token ids."""
 
-_REPLACEMENT = "\ufffd"  # what decoders put for bytes that are no character (yet)
-_MAX_UNFINISHED = 3  # bytes at the end of a text: a character has at most 4
+_REPLACEMENT = "\ufffd"  # the character of decoders for bytes that are not (yet) a character
+_MAX_UNFINISHED = 3  # the most bytes of an incomplete character, which has at most 4 when complete
 CONTEXT_TOKENS = 8
-"""Before a text: whether a word-piece begins with a space depends on whether anything stands before it."""
+"""The number of tokens before a text to decode with it: whether a word piece starts with a space depends on them."""
 _WINDOW_TOKENS = 64
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """The ids of a prompt. Text that looks like a special token is text; an empty prompt is ``<bos>``.
+    """Returns the token ids of a prompt, without parsing special tokens. An empty prompt becomes ``<bos>``.
 
     Raises:
         ValueError: the prompt is empty and the tokenizer has neither ``<bos>`` nor ``<eos>`` to start from.
@@ -48,43 +48,52 @@ def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
 
 
 def text_of(tokenizer: Any, tokens: Sequence[int], context: Sequence[int] = ()) -> str:
-    """The whole text of tokens, as :class:`TextDecoder` gives it in pieces."""
+    """Returns the complete text of tokens, as :class:`TextDecoder` returns it in pieces."""
     decoder = TextDecoder(tokenizer, context=context)
     return decoder.push(tokens) + decoder.flush()
 
 
 class TextDecoder:
-    """Turns token ids into text as they come, holding back unfinished characters and what may become a stop string.
+    """Decodes a stream of token ids, holding back incomplete characters and possible beginnings of stop strings.
 
-    ``stopped`` turns true with a stop string, ``stopped_by``, and nothing comes out after it. ``context`` are tokens before
-    the text; the tokenizer is a ``PreTrainedTokenizerFast`` or a :class:`PlainTokenizer`.
+    When a stop string is complete, ``stopped`` becomes True, ``stopped_by`` is the string, and no further text follows.
+
+    Args:
+        tokenizer: a ``PreTrainedTokenizerFast`` or a :class:`PlainTokenizer`.
+        stop: the stop strings.
+        context: the tokens before the text.
     """
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = (), context: Sequence[int] = ()):
         self._backend, self._stop = tokenizer.backend_tokenizer, list(stop)
-        # The last tokens: decoding all of them anew for each would be quadratic.
+        # Only the last tokens: decoding all tokens again for each new one would take quadratic time.
         self._window: list[int] = list(context[-CONTEXT_TOKENS:])
-        # Characters of the window's text that are in `_pending` or out, or are not of this text.
+        # The characters of the window's text that were returned, are in `_pending`, or belong to the context.
         self._num_decoded = len(self._decode())
-        self._pending = ""  # decoded, but perhaps the beginning of a stop string
+        self._pending = ""  # decoded text that may be the beginning of a stop string
         self.stopped = False
         self.stopped_by: str | None = None
 
     def state(self) -> dict[str, Any]:
-        """What it holds, in JSON's types."""
+        """Returns the decoder's state as JSON types."""
         held = {"window": list(self._window), "num_decoded": self._num_decoded, "pending": self._pending}
         return {**held, "stopped": self.stopped}
 
     @classmethod
     def from_state(cls, tokenizer: Any, stop: Sequence[str], state: dict[str, Any]) -> "TextDecoder":
-        """Continues where :meth:`state` was taken. Text held back is released where no stop string begins with it."""
+        """Restores a decoder. Text that was held back is released if no stop string begins with it."""
         decoder = cls(tokenizer, stop)
         decoder._window, decoder._num_decoded = list(state["window"]), state["num_decoded"]
         decoder._pending, decoder.stopped = state["pending"], state["stopped"]
         return decoder
 
     def push(self, token_ids: Sequence[int], *, stops: bool = True) -> str:
-        """The text that is certain after these further tokens; often none. Without ``stops``, no stop string ends it."""
+        """Adds tokens, and returns the text that is certain now, which is often empty.
+
+        Args:
+            token_ids: the further tokens.
+            stops: whether stop strings can end the text.
+        """
         if self.stopped:
             return ""
         self._window.extend(token_ids)
@@ -99,7 +108,7 @@ class TextDecoder:
         return self._release(new, self._stop if stops else [])
 
     def flush(self) -> str:
-        """The rest, at the end of the text."""
+        """Returns the text that was held back, at the end of the text."""
         if self.stopped:
             return ""
         rest = self._release(self._decode()[self._num_decoded :], self._stop)
@@ -107,13 +116,13 @@ class TextDecoder:
         return rest
 
     def _decode(self) -> str:
-        # Without cleaning up spaces, which looks at the characters on both sides: it would change text that is out.
+        # Without cleaning up spaces, which depends on later characters and could change text that was returned already.
         return self._backend.decode(self._window, skip_special_tokens=True)
 
     def _release(self, new: str, stop: Sequence[str]) -> str:
         text = self._pending + new
         if found := [(at + len(s), at, s) for s in stop if (at := text.find(s)) >= 0]:
-            # The one that was complete first: so it is for text that comes character by character too.
+            # The stop string that was completed first, as it would be if the text came character by character.
             _, cut, self.stopped_by = min(found)
             self._pending, self.stopped = "", True
         else:
@@ -126,23 +135,23 @@ class TextDecoder:
 
 @dataclass
 class TokenLogprobs:
-    """Natural logarithms of the probabilities that the model gives, before temperature and penalties."""
+    """The log-probabilities (natural) of a token and of the likeliest tokens, before temperature and penalties."""
 
     token: int
     logprob: float
     top: list[tuple[int, float]]
-    """The likeliest tokens, as many as asked for."""
+    """The likeliest tokens with their log-probabilities, as many as requested."""
 
     @classmethod
     def of(cls, logits: torch.Tensor, token: int, num_top: int) -> "TokenLogprobs":
-        """Of a token under logits (V,)."""
+        """Returns the log-probabilities for a token under logits (V,)."""
         logprobs = logits.float().log_softmax(-1)
         values, ids = logprobs.topk(min(num_top, len(logprobs)))
         return cls(token, float(logprobs[token]), list(zip(ids.tolist(), values.tolist(), strict=True)))
 
 
 def generator_of(seed: int | None) -> torch.Generator:
-    """A generator that begins with a seed; with None, differently each time."""
+    """Returns a random generator with a seed, or with a random one for None."""
     generator = torch.Generator()
     if seed is None:
         generator.seed()
@@ -152,13 +161,13 @@ def generator_of(seed: int | None) -> torch.Generator:
 
 
 class Sampler:
-    """Draws the tokens of one sequence. What it draws depends on its seed and text alone.
+    """Samples the tokens of one sequence. They depend only on the seed and the text.
 
     Args:
-        prompt: the tokens before what is generated; they count for the repetition penalty only.
-        generated: tokens that have been generated already, where a sequence continues.
-        end_token_ids: tokens that may not come before ``min_tokens``.
-        generator: instead of one that begins with the seed.
+        prompt: the tokens before the generated ones, which only count for the repetition penalty.
+        generated: the tokens that have been generated already, if a sequence continues.
+        end_token_ids: the tokens that are forbidden before ``min_tokens``.
+        generator: the random generator, instead of a new one with the seed.
     """
 
     def __init__(
@@ -179,7 +188,7 @@ class Sampler:
         if params.logit_bias:
             self._bias = torch.zeros(vocab_size)
             self._bias[list(params.logit_bias)] = torch.tensor(list(params.logit_bias.values()))
-        self._seen: torch.Tensor | None = None  # bool (V,): which tokens are in the text, for the repetition penalty
+        self._seen: torch.Tensor | None = None  # bool (V,): the tokens in the text, for the repetition penalty
         if params.repetition_penalty != 1:
             self._seen = torch.zeros(vocab_size, dtype=torch.bool)
             self._seen[list(prompt)] = True
@@ -187,16 +196,17 @@ class Sampler:
         self._counts = torch.zeros(vocab_size) if has_counts else None
         for token in generated:
             self._count(token)
-        self._num_generated = 0  # by this request
+        self._num_generated = 0  # the tokens generated by this request
 
     def sample(self, logits: torch.Tensor, allowed: torch.Tensor | None = None) -> int:
-        """The next token, from float32 logits (V,), which stay as they are.
+        """Samples the next token from float32 logits (V,), which are not modified.
 
         Args:
-            allowed: bool (V,), the tokens that may be drawn; None for all.
+            logits: the logits.
+            allowed: bool (V,), the tokens that are allowed; None for all.
 
         Raises:
-            ValueError: the logits hold NaN, or leave no token that could be drawn.
+            ValueError: the logits contain NaN, or no token is possible.
         """
         if bool(logits.isnan().any()):
             raise ValueError("the model's logits hold NaN: no token can be drawn from them")
@@ -215,7 +225,7 @@ class Sampler:
         return token
 
     def _adjusted(self, logits: torch.Tensor) -> torch.Tensor:
-        """With penalties and biases, in the order that OpenAI's API and transformers have them."""
+        """Applies penalties and biases, in the order of OpenAI's API and transformers."""
         params, scores = self._params, logits
         if self._seen is not None:
             factor = params.repetition_penalty
@@ -236,8 +246,10 @@ class Sampler:
 
 
 def warped(scores: torch.Tensor, settings: DrawSettings) -> torch.Tensor:
-    """Scores (V,) after temperature, ``top_k``, ``top_p`` and ``min_p``, in this order and as transformers applies them:
-    tokens that are not to be drawn have minus infinity."""
+    """Applies temperature, ``top_k``, ``top_p`` and ``min_p`` to scores (V,), in this order, as transformers does.
+
+    Excluded tokens have a score of minus infinity.
+    """
     if settings.temperature != 1:
         scores = scores / settings.temperature
     if settings.top_k:
@@ -261,91 +273,91 @@ class Completion:
     """A finished continuation."""
 
     text: str
-    """Without the prompt, unless it is to be echoed."""
+    """The text without the prompt, unless ``echo`` is set."""
     token_ids: list[int]
-    """What was generated, the token that ended it not included."""
+    """The generated tokens, without the one that ended the text."""
     finish_reason: FinishReason
     stop_reason: str | int | None = None
-    """The stop string, or the token, that ended it."""
+    """The stop string or token that ended the text."""
     error: str | None = None
-    """What went wrong, where the reason is error."""
+    """The error message, if the finish reason is "error"."""
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
-    """Tokens of the prompt that were not read, since a stored prefix had them."""
+    """The number of prompt tokens that were not read because a stored prefix had them."""
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
-    """One for each token of the prompt; None for the first."""
+    """For each token of the prompt its log-probabilities; None for the first token."""
     snapshot: Snapshot | None = None
-    """From which the sequence can continue, where that was asked for."""
+    """A snapshot from which the sequence can continue, if requested."""
     snapshot_error: str | None = None
-    """Why there is none though it was asked for: there was no memory for it, say."""
+    """Why there is no snapshot although one was requested, for example because memory ran out."""
 
 
 @dataclass
 class StepOutput:
-    """What a step has added to one continuation."""
+    """The output of a step for one continuation."""
 
     request_id: int
     index: int
-    """Which of the request's continuations, from 0."""
+    """The index of the continuation within the request, from 0."""
     text: str = ""
-    """In whole characters. What may become a stop string is held back."""
+    """The new text, in whole characters. Possible beginnings of stop strings are held back."""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] | None = None
     activity: list[LayerActivity] | None = None
-    """Of each layer step, while the token before this one was read, where that was asked for and is known."""
+    """The activity in each layer step while the previous token was read, if requested and known."""
     prompt_logprobs: list[TokenLogprobs | None] | None = None
-    """With the first output, where they were asked for."""
+    """The log-probabilities of the prompt, with the first output, if requested."""
     completion: Completion | None = None
-    """With the last output of a continuation."""
+    """The finished continuation, with its last output."""
 
 
 @dataclass(eq=False)
 class Request:
-    """What is asked of the engine, and the continuations that have begun: one reads the prompt, the others join later."""
+    """A request to the engine, with its started continuations: the first reads the prompt, the others fork from it."""
 
     id: int
     params: SamplingParams
-    tokens: list[int]  # the prompt's, and those generated before where it continues from a snapshot
+    tokens: list[int]  # the tokens of the prompt; of a snapshot, also those generated before
     num_prompt_tokens: int
     end_token_ids: frozenset[int]  # tokens that end the text
-    grammar: "LLMatcher | None" = None  # the beginning of a text of its grammar
+    grammar: "LLMatcher | None" = None  # the matcher of its grammar, at the beginning of a text
     snapshot: Snapshot | None = None
     keep_snapshot: bool = False
     record_activations: int | None = None
     residuals: Residuals | None = None
-    generator: torch.Generator | None = None  # of the first continuation, instead of one that begins with the seed
+    generator: torch.Generator | None = None  # for the first continuation, instead of a new one with the seed
     sequences: list["Continuation"] = field(default_factory=list)
-    places: set[int] = field(default_factory=set)  # the state is stored after so many tokens of the prompt
-    weights: WeightsMark | None = None  # that began to read the prompt, where there are such places
-    ended: set[int] = field(default_factory=set)  # continuations whose last output is among the engine's
+    places: set[int] = field(default_factory=set)  # the numbers of prompt tokens after which to store the state
+    weights: WeightsMark | None = None  # the weights that started to read the prompt, if there are such places
+    ended: set[int] = field(default_factory=set)  # continuations whose last output has been emitted
 
     @property
     def num_reserved(self) -> int:
-        """Continuations that have not ended: each has a state, or will get one."""
+        """The number of unfinished continuations, each of which has a state or will get one."""
         return self.params.n - len(self.ended)
 
 
 class Continuation:
-    """A continuation of a request while it runs; a ``ValueError`` where a snapshot's text begins none of the grammar."""
+    """A running continuation of a request. Raises ``ValueError`` if a snapshot's text does not match the grammar."""
 
     def __init__(self, request: Request, index: int, model: ModelParts, tokenizer: PlainTokenizer):
         params, tokens, snapshot, V = request.params, request.tokens, request.snapshot, model.config.vocab_size
         self.request, self.index, self.params = request, index, params
         self._model, self._tokenizer = model, tokenizer
-        self.tokens, self.pending = list(tokens), list(tokens)  # all; and those that the state has not read
-        self.num_before = len(tokens)  # tokens that this request has not generated
+        self.tokens, self.pending = list(tokens), list(tokens)  # all tokens, and those that the state has not read
+        self.num_before = len(tokens)  # the number of tokens before those that this request generates
         self.state: SynapticState | None = None
-        self.logits: torch.Tensor | None = None  # after the last token that the state has read
+        self.logits: torch.Tensor | None = None  # the logits after the last token that the state has read
         self.num_cached_tokens = 0
-        self.activity: list[LayerActivity] | None = None  # of the last token that was read
+        self.activity: list[LayerActivity] | None = None  # the activity at the last token that was read
         self.text = ""
         self.logprobs: list[TokenLogprobs] | None = None if params.logprobs is None else []
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None if params.prompt_logprobs is None else [None]
         self.completion: Completion | None = None
         self._has_output = False
         if snapshot is not None and len(tokens) > len(snapshot.tokens):
-            snapshot = None  # what was held back there, and its generator, are those of another text
+            snapshot = None  # its held-back text and generator belong to another continuation
         generator = request.generator if index == 0 else None
         if snapshot is not None and snapshot.generator_state is not None and index == 0 and generator is None:
             generator = torch.Generator()
@@ -375,7 +387,7 @@ class Continuation:
         return len(self.tokens) - self.num_before
 
     def note_read(self, count: int, logits: torch.Tensor | None) -> None:
-        """The state has read so many of the pending tokens: logits (V,) after the last, or (count, V) after each one."""
+        """Records that the state has read pending tokens, with logits (V,) after the last or (count, V) after each."""
         if logits is not None and logits.ndim == 2:
             if self.prompt_logprobs is not None and self.num_generated == 0:
                 following = self.tokens[len(self.tokens) - len(self.pending) + 1 :][:count]
@@ -386,7 +398,7 @@ class Continuation:
         del self.pending[:count]
 
     def draw(self) -> StepOutput:
-        """Samples a token after the last one, or raises a ``ValueError`` where the logits leave none."""
+        """Samples the next token. Raises ``ValueError`` if no token is possible."""
         assert self.logits is not None
         allowed = None if self._matcher is None else self._matcher.allowed(self.request.end_token_ids)
         if allowed is not None and not allowed.any():
@@ -417,7 +429,7 @@ class Continuation:
             self._matcher.read(self.tokens, start=self._grammar_start)
 
     def end(self, reason: FinishReason, error: str | None = None) -> StepOutput:
-        """Ends it before its time, or before its first token."""
+        """Ends the continuation early, possibly before its first token."""
         return self._finish(reason, self._new_output(), error=error)
 
     def _new_output(self) -> StepOutput:
@@ -436,7 +448,7 @@ class Continuation:
         error: str | None = None,
     ) -> StepOutput:
         snapshot = snapshot_error = None
-        if reason != "error":  # which may be the decoder's own
+        if reason != "error":  # the error may come from the decoder itself
             decoder = self._decoder.state()
             output.text += self._decoder.flush()
             if self.request.keep_snapshot and self.state is not None:
@@ -475,5 +487,5 @@ class Continuation:
 
 
 def error_text(error: BaseException) -> str:
-    """An exception in the words of a completion."""
+    """Returns the text of an exception for a completion."""
     return str(error) or type(error).__name__

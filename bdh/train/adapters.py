@@ -1,7 +1,7 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) beside weights that stay as they are, with ``peft``; and the model below them.
+"""Low-rank adapters (LoRA, arXiv 2106.09685) with ``peft``, and the record of their base model.
 
-The adapters sit in the linear layers of the model itself: what trains, evaluates, samples and saves it sees a model
-with a few weights more, of which these alone want gradients.
+The adapters are attached to the linear modules of the model itself. For training, evaluation, sampling and saving it is
+a model with some additional weights, which are the only ones with gradients.
 """
 
 import json
@@ -26,38 +26,38 @@ from bdh.train.places import ADAPTER_CONFIG, CheckpointFolder, check_peft
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 BASE_FILE = "base_model.json"
-_NAME = "default"  # of the adapters, within the model
-_PEFT_PREFIX = "base_model.model."  # of the weights of a model that peft wraps
+_NAME = "default"  # the name of the adapters within the model
+_PEFT_PREFIX = "base_model.model."  # the prefix of weight names in a model that peft wraps
 _IDENTITY = ("configuration", "weights", "fingerprint")
 
 
 @dataclass(frozen=True)
 class Base:
-    """The model below adapters, pinned to one checkpoint, export or commit, with the fingerprint of its weights."""
+    """The record of the base model of adapters: its place and version, and the fingerprint of its weights."""
 
     name: str
-    """As ``train.init_from`` names it."""
+    """The name, as in ``train.init_from``."""
     folder: str | None = None
-    """Absolute path of the export, the run or the folder of adapters; None for a model of the hub."""
+    """The absolute path of the export, the run or the folder of adapters; None for a model from the hub."""
     relative_folder: str | None = None
-    """The same, seen from the folder that this record is stored in; None where there is no such path."""
+    """The path relative to the folder that contains this record; None if there is no such path."""
     step: int | None = None
-    """Of a run: the step of the checkpoint."""
+    """The step of the checkpoint, for a run."""
     export_step: int | None = None
-    """Of an export: the step of the checkpoint that it was made of, where it says so."""
+    """The step of the exported checkpoint, for an export, if it is recorded."""
     commit: str | None = None
-    """Of a model of the hub: the hash of the commit."""
+    """The hash of the commit, for a model from the hub."""
     dtype: str = "float32"
-    """Of the weights, as they were when the fingerprint was taken."""
+    """The dtype of the weights when the fingerprint was computed."""
     identity: Identity | None = None
-    """None where the version that wrote the adapters did not record it."""
+    """The identity of the model; None if the version that wrote the adapters did not record it."""
 
     @property
     def fingerprint(self) -> str | None:
         return None if self.identity is None else self.identity.fingerprint
 
     def describe(self) -> str:
-        """In a line, for a person."""
+        """Returns a readable description in one line."""
         facts = {
             "checkpoint of step": self.step,
             "export of step": self.export_step,
@@ -68,19 +68,19 @@ class Base:
         return f"{self.name} ({which})" if which else self.name
 
     def summary(self) -> dict[str, Any]:
-        """For the configuration of a model that adapters were merged into."""
+        """Returns a summary for the configuration of a model with merged adapters."""
         step = self.export_step if self.step is None else self.step
         return {"name": self.name, "step": step, "commit": self.commit, "fingerprint": self.fingerprint}
 
     def facts(self) -> dict[str, Any]:
-        """All of it, in JSON's types."""
+        """Returns the record as JSON types."""
         known = (None, None) if self.identity is None else (self.identity.configuration, self.identity.weights)
         place = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "identity"}
         return place | dict(zip(_IDENTITY, (*known, self.fingerprint), strict=True))
 
     @classmethod
     def from_facts(cls, facts: dict[str, Any]) -> "Base":
-        """Raises ``ValueError`` where something is missing, or the fingerprint is not that of the rest."""
+        """Returns the record for JSON data. Raises ``ValueError`` if a field is missing or the fingerprint is wrong."""
         place = [field.name for field in fields(cls) if field.name != "identity"]
         if lacking := [name for name in (*place, *_IDENTITY) if name not in facts]:
             raise ValueError(f"it lacks {', '.join(lacking)}")
@@ -91,7 +91,7 @@ class Base:
         return cls(**{name: facts[name] for name in place}, identity=identity)
 
     def check_same_layer(self, model: BDHForCausalLM) -> None:
-        """Raises ``ValueError`` if the model of a run that is to export adapters alone differs in more than weights."""
+        """Raises ``ValueError`` if a model, of which only adapters are exported, differs from the base in more."""
         base = {} if self.identity is None else self.identity.configuration
         changed = [
             f"{name} is {value}, in {self.name} {base[name]}"
@@ -105,12 +105,12 @@ class Base:
             )
 
     def folders(self, stored_in: Path) -> list[Path]:
-        """Where a local model should be, by the record that lies in the folder ``stored_in``."""
+        """Returns the folders in which a local model should be, for a record in the folder ``stored_in``."""
         relative = self.relative_folder and os.path.normpath(stored_in.resolve() / self.relative_folder)
         return [Path(path) for path in dict.fromkeys((relative, self.folder)) if path is not None]
 
     def seen_from(self, folder: Path) -> "Base":
-        """The record as it is to be stored in ``folder``."""
+        """Returns the record for storage in ``folder``, with the relative path from there."""
         if self.folder is None:
             return self
         try:
@@ -121,9 +121,10 @@ class Base:
 
 
 def read_base(folder: Path) -> Base | None:
-    """The model that a folder of adapters belongs to; None if it is no such folder.
+    """Reads the record of the base model from a folder of adapters. Returns None for any other folder.
 
-    Raises ``ValueError`` where the folder does not say, or its record is damaged.
+    Raises:
+        ValueError: the record is missing or damaged.
     """
     recover_dir(folder)
     path, record = folder / ADAPTER_CONFIG, folder / BASE_FILE
@@ -144,9 +145,13 @@ def read_base(folder: Path) -> Base | None:
 
 
 def add_adapters(model: BDHForCausalLM, settings: LoraSettings) -> Any:
-    """Puts fresh adapters, which change nothing yet, into the layers, and freezes every other weight.
+    """Attaches new adapters, which do not change the outputs yet, to the layers, and freezes all other weights.
 
-    Returns what :func:`merge` takes; raises ``ImportError`` without ``peft``.
+    Returns:
+        The tuner, which :func:`merge` takes.
+
+    Raises:
+        ImportError: ``peft`` is not installed.
     """
     check_peft()
     from peft import LoraModel
@@ -162,9 +167,9 @@ def add_adapters(model: BDHForCausalLM, settings: LoraSettings) -> Any:
 def write_adapters(
     folder: Path, config: BDHConfig, weights: Mapping[str, torch.Tensor], settings: LoraSettings, base: Base
 ) -> None:
-    """Writes the adapters among a run's weights as ``peft.PeftModel.from_pretrained(base_model, folder)`` reads them.
+    """Writes the adapters of a run's weights in the format of ``peft.PeftModel.from_pretrained(base_model, folder)``.
 
-    The model that they were trained beside is recorded in a file of its own, which ``peft`` does not read.
+    The base model is recorded in a separate file, which ``peft`` does not read.
     """
     check_peft()
     ours = {
@@ -180,12 +185,15 @@ def write_adapters(
 
 
 def load_adapters(base: BDHForCausalLM, folder: Path) -> Any:
-    """Puts the adapters of a folder into the layers of a model, and returns what :func:`merge` takes.
+    """Attaches the adapters of a folder to the layers of a model.
+
+    Returns:
+        The tuner, which :func:`merge` takes.
 
     Raises:
-        ImportError: ``peft`` is missing.
-        FileNotFoundError: the folder lacks their weights.
-        ValueError: they are damaged or not complete, or those of a model of another shape.
+        ImportError: ``peft`` is not installed.
+        FileNotFoundError: the folder has no weights of adapters.
+        ValueError: the weights are damaged, incomplete, or for a model of another shape.
     """
     check_peft()
     reason = "adapters cannot be merged into them, but into the weights of the model that it was made of"
@@ -193,7 +201,7 @@ def load_adapters(base: BDHForCausalLM, folder: Path) -> Any:
     from peft import PeftModel, get_peft_model_state_dict
 
     path = folder / ADAPTER_WEIGHTS
-    if not path.is_file():  # which peft would ask the hub for
+    if not path.is_file():  # peft would look for it on the hub
         raise FileNotFoundError(f"the adapters of {folder} are not complete: {ADAPTER_WEIGHTS} is missing")
     try:
         stored = load_file(path)
@@ -201,8 +209,8 @@ def load_adapters(base: BDHForCausalLM, folder: Path) -> Any:
         raise ValueError(f"{path} is cut off or damaged: {error}") from error
     try:
         with warnings.catch_warnings(), torchao_put_off():
-            warnings.simplefilter("ignore", FutureWarning)  # peft asks the model by a name that transformers will drop
-            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error below
+            warnings.simplefilter("ignore", FutureWarning)  # peft uses a name that transformers will remove
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # reported as an error below
             tuner = PeftModel.from_pretrained(base, str(folder))
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
         reason = " ".join(str(error).split())
@@ -220,12 +228,12 @@ def load_adapters(base: BDHForCausalLM, folder: Path) -> Any:
 
 
 def merge(tuner: Any) -> BDHForCausalLM:
-    """The model, plain again, with its adapters added to its weights. Raises ``ValueError`` where a sum is not finite."""
-    return tuner.merge_and_unload(safe_merge=True)  # into new memory, which shows that the weights are others
+    """Merges adapters into the weights, and returns the plain model. Raises ``ValueError`` if a sum is not finite."""
+    return tuner.merge_and_unload(safe_merge=True)  # allocates new memory, by which the change of weights is detected
 
 
 def scale(tuner: Any) -> float:
-    """The factor of the adapters' product."""
+    """Returns the scaling factor of the adapters' product."""
     config = tuner.peft_config[_NAME]
     return config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
 
@@ -235,9 +243,9 @@ def _peft_config(config: BDHConfig, settings: LoraSettings, base: Base | None = 
 
     place = None if base is None else base.folder or base.name
     if base is not None and base.folder is not None and base.step is not None:
-        # Absolute: peft and transformers take a path that is not there, such as runs/first, for a name of the hub.
+        # Absolute, since peft and transformers would take a missing relative path, such as runs/first, for a hub id.
         place = str(CheckpointFolder(Path(base.folder)).path_of(base.step))
-    # peft looks for linear layers, of which encoder_v is a list: one a head.
+    # peft needs the names of linear modules; encoder_v is a list of them, one for each head.
     heads = [f"encoder_v.{head}" for head in range(config.n_head)]
     targets = [name for name in settings.target_modules if name != "encoder_v"]
     return LoraConfig(
@@ -245,7 +253,7 @@ def _peft_config(config: BDHConfig, settings: LoraSettings, base: Base | None = 
         base_model_name_or_path=place,
         revision=None if base is None else base.commit,
         r=settings.r,
-        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # any number: it is only divided by r
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # can be any number, since it is only divided by r
         lora_dropout=settings.dropout,
         target_modules=targets + (heads if "encoder_v" in settings.target_modules else []),
     )

@@ -1,4 +1,4 @@
-"""The states of the sequences, carried from one step to the next."""
+"""States that are carried from one training step to the next (``train.carry_state``)."""
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -9,7 +9,8 @@ from bdh.model import BDHForCausalLM, SynapticState
 class CarriedState:
     """The states of this process's sequences between two steps, one for each micro-batch.
 
-    A step continues from them; gradients end at its first token (truncated backpropagation through time, a block long).
+    The next step continues from them. Gradients stop at its first token (truncated backpropagation through time over
+    one block).
     """
 
     def __init__(self, model: BDHForCausalLM, num_micro_batches: int, batch_size: int):
@@ -18,16 +19,16 @@ class CarriedState:
         self._states = [model.new_state(batch_size) for _ in range(num_micro_batches)]
 
     def before(self, index: int) -> SynapticState:
-        """What micro-batch ``index`` of a step continues from. ``forward`` leaves it alone until :meth:`keep`."""
+        """Returns the state from which micro-batch ``index`` continues. It is not modified before :meth:`keep`."""
         state = self._states[index]
         return SynapticState(list(state.sums), state.positions, state.num_columns)
 
     def keep(self, index: int, state: SynapticState) -> None:
-        """Takes over the state after micro-batch ``index``, without its graph."""
+        """Stores the state after micro-batch ``index``, detached from the autograd graph."""
         self._states[index] = state.detach()
 
     def forget(self, when: torch.Tensor) -> None:
-        """Starts all sequences afresh if ``when``, bool (): the state after a loss that is not finite would spoil all steps."""
+        """Resets all sequences if ``when``, bool (), is True. The state after a non-finite loss would spoil the rest."""
         if when.device.type == "cpu":
             if when:
                 self._states = [self._model.new_state(self._batch_size) for _ in self._states]
@@ -37,12 +38,12 @@ class CarriedState:
                 tensor.masked_fill_(when, 0)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Copies of all sequences in one: "sums.0" ..., (B, H, N, D) of each layer step, and "positions" (B,)."""
+        """Returns copies of the states of all sequences: "sums.0" ..., (B, H, N, D) each, and "positions" (B,)."""
         state = SynapticState.concat(self._states)
         return {f"sums.{index}": sums for index, sums in enumerate(state.sums)} | {"positions": state.positions}
 
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Takes over what :meth:`tensors` gave, or the share of it that belongs to this process."""
+        """Restores the tensors of :meth:`tensors`, or the part of them that belongs to this process."""
         local = {name: t.to_local() if isinstance(t, DTensor) else t for name, t in tensors.items()}
         sums = [local[f"sums.{index}"] for index in range(len(local) - 1)]
         whole = SynapticState(sums, local["positions"], 0)

@@ -1,7 +1,7 @@
-"""What turns gradients into an update: schedules, optimizers, float16's loss scale, and the guard against bad steps.
+"""The update of the weights: schedules, optimizers, float16's loss scale, and the guard against faulty steps.
 
-Nothing here waits for a GPU but :meth:`UpdateGuard.read` and, for checkpoints, the ``state_dict`` of the loss scale and of
-the norms: whether a step may change the weights is decided on the device.
+Whether a step may change the weights is decided on the device. Only :meth:`UpdateGuard.read` synchronizes with a GPU
+and, for checkpoints, the ``state_dict`` of the loss scale and of the norms.
 """
 
 import math
@@ -18,9 +18,9 @@ from bdh.train.config import TrainSettings
 
 
 def learning_rate_factor(step: int, settings: TrainSettings) -> float:
-    """The learning rate of step ``step`` (counted from 0), as a share of ``settings.learning_rate``.
+    """Returns the learning rate of a step (counted from 0) as a fraction of ``settings.learning_rate``.
 
-    It depends on the step alone, so a resumed run needs to restore nothing.
+    It depends only on the step, so that a resumed run has nothing to restore.
     """
     warmup, total, floor = settings.warmup_steps, settings.max_steps, settings.min_learning_rate_ratio
     if step < warmup:
@@ -40,10 +40,10 @@ def learning_rate_factor(step: int, settings: TrainSettings) -> float:
 
 
 class Optimizers:
-    """The optimizers of a model's weights that are not frozen, stepped together.
+    """The optimizers of a model's trainable weights, which are stepped together.
 
-    AdamW for everything, or Muon for the neurons' matrices (``encoder``, ``encoder_v``, ``decoder``) with AdamW for the
-    embedding and the head.
+    Either AdamW for all weights, or Muon for the neurons' matrices (``encoder``, ``encoder_v``, ``decoder``) and AdamW
+    for the embedding and the head.
     """
 
     def __init__(self, model: nn.Module, settings: TrainSettings):
@@ -56,7 +56,7 @@ class Optimizers:
         groups = [{"params": [trained[name] for name in embeddings], "weight_decay": embeddings_decay}]
         self.all: list[torch.optim.Optimizer] = []
         if settings.optimizer == "muon":
-            # match_rms_adamw scales the updates to AdamW's size, so that one learning rate fits both.
+            # match_rms_adamw scales updates to the size of AdamW's, so that the same learning rate fits both.
             self.all.append(torch.optim.Muon(matrices, lr=lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
         else:
             groups.append({"params": matrices, "weight_decay": decay})
@@ -72,14 +72,16 @@ class Optimizers:
         return lr
 
     def zero_grad(self) -> None:
-        """Drops all gradients."""
+        """Sets all gradients to None."""
         for optimizer in self.all:
             optimizer.zero_grad(set_to_none=True)
 
     def step(self, skip: torch.Tensor, *, on_device: bool) -> None:
-        """Updates the weights, unless ``skip``, bool () on their device, is set: then they and the optimizer state stay.
+        """Updates the weights, unless ``skip`` is True. Then neither weights nor optimizer states change.
 
-        With ``on_device`` that is decided there, without waiting for it.
+        Args:
+            skip: bool (), on the device of the weights.
+            on_device: whether to decide on the device, without synchronizing.
         """
         if not on_device:
             if not skip:
@@ -88,16 +90,16 @@ class Optimizers:
             return
         for optimizer in self.all:
             if optimizer.defaults.get("fused"):
-                # As torch.amp.GradScaler does: the fused kernels change nothing where this is 1. Checked with PyTorch 2.13.
+                # As torch.amp.GradScaler does: fused kernels change nothing if this is 1. Checked with PyTorch 2.13.
                 optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
                 optimizer.step()
             else:
                 _step_or_undo(optimizer, skip)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What the optimizers keep of each weight, as "encoder.weight.exp_avg", sharded as the weights are.
+        """Returns the optimizers' state tensors by names such as "encoder.weight.exp_avg", sharded like the weights.
 
-        Settings are not included. Empty before the first update.
+        Hyperparameters are not included. The result is empty before the first update.
         """
         if not any(optimizer.state for optimizer in self.all):
             return {}
@@ -107,12 +109,15 @@ class Optimizers:
         return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
     def make_state(self) -> None:
-        """Gives optimizers that have made no update yet what :meth:`tensors` has after one, to be read into."""
+        """Creates the state tensors of optimizers that have made no update yet, so that a checkpoint can be loaded."""
         get_optimizer_state_dict(self._model, self.all)
 
 
 def _step_or_undo(optimizer: torch.optim.Optimizer, skip: torch.Tensor) -> None:
-    """For optimizers that cannot skip a step on the device. The copy lives while the activations do not."""
+    """Steps an optimizer that cannot skip on the device, and restores a copy if the step is to be skipped.
+
+    The copy only exists while there are no activations, so peak memory does not grow.
+    """
 
     def tensors() -> list[torch.Tensor]:
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
@@ -128,10 +133,11 @@ def _step_or_undo(optimizer: torch.optim.Optimizer, skip: torch.Tensor) -> None:
 
 
 class LossScale:
-    """Keeps small gradients in float16's range; 1 for the other dtypes.
+    """The loss scale that keeps small gradients within the range of float16; 1 for other dtypes.
 
-    The rule is that of ``torch.amp.GradScaler``: halved after an overflow, doubled after 2,000 steps without one. It decides
-    by the norm of all gradients, which is the same on every process, and never waits for the device.
+    The rule is that of ``torch.amp.GradScaler``: the scale is halved after an overflow, and doubled after 2,000 steps
+    without one. Overflows are detected by the norm of all gradients, which is the same in every process, without
+    synchronizing with the device.
     """
 
     _GROWTH_STEPS = 2000
@@ -142,7 +148,7 @@ class LossScale:
         self._good_steps = torch.zeros((), dtype=torch.int32, device=device)
 
     def update(self, norm: torch.Tensor) -> None:
-        """Takes in the gradient's norm of a step."""
+        """Updates the scale with the gradient norm of a step."""
         if not self.is_enabled:
             return
         good_steps = torch.where(norm.isfinite(), self._good_steps + 1, 0)
@@ -151,22 +157,23 @@ class LossScale:
         self._good_steps = torch.where(grows, 0, good_steps)
 
     def state_dict(self) -> dict[str, Any]:
-        """Under the names that ``GradScaler`` gives them."""
+        """Returns the state under the names of ``GradScaler``."""
         if not self.is_enabled:
             return {}
         return {"scale": self.value.item(), "_growth_tracker": int(self._good_steps.item())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over a stored scale; an empty state, of a run that was not in float16 until now, changes nothing."""
+        """Restores a saved scale. The empty state of a run that was not in float16 changes nothing."""
         if state and self.is_enabled:
             self.value.fill_(state["scale"])
             self._good_steps.fill_(state["_growth_tracker"])
 
 
 class NormStatistics:
-    """Running mean and variance of the gradient's norm, as in ZClip (arXiv 2504.02507, with its decay and warm-up).
+    """The running mean and variance of the gradient norm, as in ZClip (arXiv 2504.02507, with its decay and warm-up).
 
-    A spike enters as the norm at the threshold, so that a lasting change of level is learned, and a single one hardly matters.
+    A spike is counted as the norm at the threshold, so that a lasting change is followed while a single spike hardly
+    matters.
     """
 
     _DECAY = 0.97
@@ -181,16 +188,16 @@ class NormStatistics:
         return self._values[0]
 
     def z_score(self, norm: torch.Tensor) -> torch.Tensor:
-        """Standard deviations by which ``norm`` exceeds the mean; 0 in the first 25 steps, which only count."""
+        """Returns by how many standard deviations ``norm`` exceeds the mean; 0 in the first 25 steps, the warm-up."""
         mean, variance, count = self._values
         z = (norm.to(mean.dtype) - mean) / torch.maximum(variance.sqrt(), 1e-12 + 1e-6 * mean)
         return torch.where(count < self._WARMUP_STEPS, 0.0, z)
 
     def take_in(self, norm: torch.Tensor) -> None:
-        """Counts a step's norm, unless it is not finite."""
+        """Updates the statistics with a step's norm, if it is finite."""
         mean, variance, count = self._values
         norm = norm.to(mean.dtype)
-        # Of the first steps Welford's mean and variance.
+        # During warm-up: Welford's mean and variance.
         early_mean = mean + (norm - mean) / (count + 1)
         early_variance = variance + ((norm - mean) * (norm - early_mean) - variance) / (count + 1)
         early = torch.stack([early_mean, early_variance, count + 1])
@@ -216,23 +223,23 @@ class StepResult:
 
     step: int
     loss: float
-    """Nats per token, the mean over all tokens that count."""
+    """The mean over all tokens that count, in nats per token."""
     grad_norm: float
-    """Of all gradients together, before clipping."""
+    """The norm of all gradients together, before clipping."""
     grad_norms: dict[str, float]
-    """Of each weight's gradient, before clipping."""
+    """The norm of each weight's gradient, before clipping."""
     updated: bool
     """Whether the weights changed: float16 skips a step whose scaled gradients overflow, and lowers the scale."""
     fault: str | None
-    """What was not finite, or a spike."""
+    """What was not finite or a spike; None if the step was sound."""
 
 
 class UpdateGuard:
-    """Decides on the device which steps may change the weights, and keeps their outcome until it is read.
+    """Decides on the device which steps may change the weights, and keeps their results until they are read.
 
-    A step whose loss or gradient is not finite, or whose gradient is a spike (``train.spike_threshold``), changes nothing.
-    With ``train.on_nonfinite`` "stop" no step after it does either: so, however late the fault is read, the weights are those
-    before it. The loss needs no check of its own: one that is not finite makes the gradients so, on every process.
+    A step whose loss or gradient is not finite, or whose gradient is a spike (``train.spike_threshold``), changes
+    nothing. With ``train.on_nonfinite`` "stop", no later step does either, so that the weights are those before the
+    fault however late it is read. The loss needs no separate check: a non-finite one makes all gradients non-finite.
     """
 
     def __init__(self, settings: TrainSettings, device: torch.device, world: World, *, is_float16: bool):
@@ -246,19 +253,20 @@ class UpdateGuard:
         self._pending: list[tuple[torch.Tensor, ...]] = []
         self._names: tuple[str, ...] = ()
         self.is_on_device = device.type != "cpu"
-        """Whether steps are decided without waiting for them; on a CPU there is nothing to wait for."""
-        # Under float16 an overflow is no fault, but a loss that is not finite is: then all must know the loss in each step.
+        """Whether steps are decided without synchronizing; a CPU needs no synchronization."""
+        # In float16 an overflow is not a fault but a non-finite loss is, so every process needs the loss of each step.
         self.needs_loss_of_all = world.size > 1 and is_float16
 
     def judge(
         self, loss: torch.Tensor, norm: torch.Tensor, norms: torch.Tensor, names: tuple[str, ...]
     ) -> torch.Tensor:
-        """Whether the update is to be skipped: bool (), the same on every process.
+        """Returns whether to skip the update: bool (), the same in every process.
 
         Args:
-            loss: (), this process's share of the sum over all; with ``needs_loss_of_all`` the whole of it.
-            norm: (), of the gradient over all processes.
-            norms: (n,), the same of each weight, in the order of ``names``.
+            loss: (), this process's part of the loss or, with ``needs_loss_of_all``, the sum over all processes.
+            norm: (), the norm of the gradient over all processes.
+            norms: (n,), the norm of each weight's gradient, in the order of ``names``.
+            names: the names of the weights.
         """
         skip = ~norm.isfinite()
         fault = ~loss.isfinite() if self._is_float16 else skip
@@ -276,7 +284,7 @@ class UpdateGuard:
         return skip
 
     def read(self, step: int) -> list[StepResult]:
-        """The outcomes of the steps since the last call, up to ``step``: waits for the device, all processes together."""
+        """Returns the results of the steps since the last call, up to ``step``. Synchronizes device and processes."""
         if not self._pending:
             return []
         dtype = exact_dtype(self._stopped.device)
@@ -295,7 +303,7 @@ class UpdateGuard:
         fault = None
         if not math.isfinite(loss):
             fault = f"the loss is {loss}"
-        elif not math.isfinite(norm):  # float16's scale is found by such overflows
+        elif not math.isfinite(norm):  # an overflow of float16, by which the scale is found
             fault = None if self._is_float16 else f"the gradient's norm is {norm}"
         elif self._threshold is not None and z > self._threshold:
             fault = f"the gradient's norm is {norm:.4g}, {z:.1f} standard deviations above its mean of {mean:.4g}"
@@ -306,7 +314,7 @@ class UpdateGuard:
         return bool(self._pending)
 
     def state_dict(self) -> dict[str, Any]:
-        """The statistics of the norms; empty without a threshold."""
+        """Returns the statistics of the norms; empty without a threshold."""
         return {} if self._statistics is None else self._statistics.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Training for a format with fewer bits: a model whose layer is computed with rounded weights, and what is done with these."""
+"""Quantization-aware training: models that compute with rounded weights."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from bdh.model.weights import forget_kernels
 
 
 def fake_rounding(model: Any, weights: QuantizedWeights) -> None:
-    """Makes a model compute its layer with weights rounded to a format, in place: the weights themselves stay as they are."""
+    """Makes a model, in place, compute its layer with weights rounded to a format. The weights do not change."""
     for name, weight_format in Quantization(weights).formats(model.config.n_head).items():
         weight = model.get_submodule(name).weight
         model.set_submodule(name, FakeQuantizedLinear(weight, weight_format, by_input=name == "decoder"))
@@ -19,10 +19,11 @@ def fake_rounding(model: Any, weights: QuantizedWeights) -> None:
 
 @contextmanager
 def rounded_once(model: Any, *, rounds: bool = True) -> Iterator[None]:
-    """Within it, in which the weights must not change, they are not rounded again in each forward pass.
+    """A context in which weights are rounded once, rather than in each forward pass. They must not change within it.
 
     Args:
-        rounds: whether the layer is computed with rounded weights at all.
+        model: the model.
+        rounds: whether the layer computes with rounded weights at all.
     """
     modules = [module for module in model.modules() if isinstance(module, FakeQuantizedLinear)]
     try:
@@ -36,7 +37,7 @@ def rounded_once(model: Any, *, rounds: bool = True) -> Iterator[None]:
 
 @contextmanager
 def rounded_in_place(model: Any) -> Iterator[None]:
-    """Within it, the model has the rounded weights as plain ones, which are not for training; all others as they are."""
+    """A context in which the model has the rounded weights as plain weights, which must not be trained."""
     parents = (model, model.encoder_v)
     found = [(parent, *child) for parent in parents for child in parent.named_children()]
     rounded = [(parent, name, module) for parent, name, module in found if isinstance(module, FakeQuantizedLinear)]
@@ -48,4 +49,4 @@ def rounded_in_place(model: Any) -> Iterator[None]:
         for parent, name, module in rounded:
             setattr(parent, name, module)
         if rounded:
-            forget_kernels(model)  # of weights that are gone
+            forget_kernels(model)  # these weights no longer exist

@@ -1,4 +1,4 @@
-"""Where and in which arithmetic a run computes, how its layer is computed, and how fast that could be."""
+"""The device and dtype of a run, the plan for its layer, and its theoretical speed."""
 
 import os
 import time
@@ -25,21 +25,24 @@ class Runtime:
 
     device: torch.device
     dtype: torch.dtype
-    """Of the matrix products; the weights are float32, or float64."""
+    """The dtype of the matrix products; the weights are float32, or float64."""
     reason: str
-    """Why this device and dtype, in a few words, for the banner."""
+    """Why this device and dtype were chosen, in a few words for the banner."""
 
     def autocast(self) -> AbstractContextManager:
-        """Within it, matrix products are computed in ``dtype``."""
+        """Returns a context in which matrix products are computed in ``dtype``."""
         if self.dtype in (torch.float32, torch.float64):
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
 
 def choose_runtime(settings: TrainSettings) -> Runtime:
-    """The device and dtype that the settings ask for, or the best ones there are. Raises ``ValueError`` without the device.
+    """Returns the device and dtype of the settings, or the best available ones.
 
-    Of several processes on a machine, each takes the GPU of its number.
+    With several processes on a machine, each uses the GPU with its local rank.
+
+    Raises:
+        ValueError: the device is not available.
     """
     device = choose_device(settings.device)
     if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
@@ -53,30 +56,30 @@ def choose_runtime(settings: TrainSettings) -> Runtime:
         return Runtime(device, getattr(torch, settings.dtype), f"{settings.dtype} as set")
     if device.type != "cuda":
         return Runtime(device, torch.float32, f"float32, the fast one on {device.type}")
-    # Without this argument the question is answered with yes on a T4, which emulates bfloat16 slowly.
+    # Without this argument, the answer is True for a T4, which emulates bfloat16 slowly.
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return Runtime(device, torch.bfloat16, "bfloat16, which this GPU has in hardware")
     return Runtime(device, torch.float32, "float32: this GPU has no bfloat16; float16 is faster, if you set it")
 
 
 def random_states(device: torch.device) -> dict[str, torch.Tensor]:
-    """The states of the generators that training draws from."""
+    """Returns the states of the random generators that training uses."""
     cuda = {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
     return {"cpu": torch.get_rng_state()} | cuda
 
 
 def restore_random_states(states: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Puts the generators back to ``random_states`` of a run on the same kind of device."""
+    """Restores the random generators to :func:`random_states` of a run on the same kind of device."""
     torch.set_rng_state(states["cpu"])
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)
 
 
-_SETTINGS = {"path": "layer_path", "memory_budget": "memory_budget_gb"}  # where they are not called as the options are
+_SETTINGS = {"path": "layer_path", "memory_budget": "memory_budget_gb"}  # settings with other names than the options
 
 
 def layer_options(settings: TrainSettings) -> LayerOptions:
-    """What the settings say of the layer, in bytes instead of GB."""
+    """Returns the layer options of the settings, in bytes instead of GB."""
     budget = settings.memory_budget_gb
     return LayerOptions(
         path=settings.layer_path,
@@ -90,9 +93,10 @@ def layer_options(settings: TrainSettings) -> LayerOptions:
 def plan_training(
     train: TrainSettings, config: BDHConfig, runtime: Runtime, distributed: DistributedConfig
 ) -> LayerPlan:
-    """How a training step's forward pass will compute the layer, told from the settings: the model need not be there.
+    """Returns the plan for the layer in a training step from the settings alone, without a model.
 
-    Raises ``ValueError``, which names the setting, if they ask for what is not there.
+    Raises:
+        ValueError: the settings require something that is not available. The message names the setting.
     """
     # FSDP casts the weights only when it gathers them.
     gathered = getattr(torch, distributed.param_dtype)
@@ -108,12 +112,12 @@ def plan_training(
 
 
 def training_flops_per_token(config: BDHConfig, block_size: int) -> float:
-    """Floating-point operations that a training step needs for a token, at the least.
+    """Returns the minimum number of floating-point operations that a training step needs for a token.
 
-    A multiplication and an addition count as two. Counted are the matrix products of the three linear layers of each layer
-    step, of the head, and of the attention in its cheaper form: the lower half of the T x T scores, or the reads and updates
-    of the state. The backward pass takes twice the forward pass. Element-wise work, recomputation, and what sparsity would
-    save are left out.
+    A multiplication and an addition count as two. The count includes the matrix products of the three linear modules in
+    each layer step, of the head, and of attention in its cheaper form: the lower half of the T x T scores, or the reads
+    and updates of the state. The backward pass counts twice the forward pass. Element-wise operations, recomputation
+    and savings by sparsity are ignored.
     """
     D, V, T = config.n_embd, config.vocab_size, block_size
     neurons = config.n_head * config.neurons_per_head
@@ -123,11 +127,11 @@ def training_flops_per_token(config: BDHConfig, block_size: int) -> float:
 
 
 def matmul_peak(runtime: Runtime) -> float:
-    """Operations per second of a large square matrix product on this device in this dtype, measured in about 0.1 s."""
+    """Measures, in about 0.1 s, the operations per second of a large square matrix product on the device in the dtype."""
     device, size, best = runtime.device, 256, 0.0
     while True:
         factor = torch.ones(size, size, device=device, dtype=runtime.dtype)
-        # The fastest of several: the first may load libraries, and any may be interrupted.
+        # The fastest of several runs: the first may load libraries, and any may be interrupted.
         times: list[float] = []
         while len(times) < 3 or sum(times) < MEASURING_SECONDS / 4:
             started = time.perf_counter()
