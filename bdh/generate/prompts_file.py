@@ -40,9 +40,12 @@ class Job:
 
 
 def read_jobs(path: Path, params: SamplingParams) -> list[Job]:
-    """Reads the prompts of a file: one JSON object in each line of a ``.jsonl`` file, otherwise one prompt in each line.
+    """Reads the prompts of a file.
 
-    Empty lines are skipped. An object has a ``prompt``, or the ``messages`` of a conversation, and can override any
+    Each line of a ``.jsonl`` file is a JSON object, and each line of any other file is a prompt. Empty lines are
+    skipped.
+
+    An object has a ``prompt``, or the ``messages`` of a conversation, and can override any
     setting of ``params``. Other fields are copied to the results, unless their name looks like a misspelt setting.
 
     Args:

@@ -28,7 +28,7 @@ class CarriedState:
         self._states[index] = state.detach()
 
     def forget(self, when: torch.Tensor) -> None:
-        """Resets all sequences if ``when``, bool (), is True. The state after a non-finite loss would spoil the rest."""
+        """Resets all sequences if ``when``, bool (), is True: a non-finite loss spoils the states."""
         if when.device.type == "cpu":
             if when:
                 self._states = [self._model.new_state(self._batch_size) for _ in self._states]

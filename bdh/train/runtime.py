@@ -127,7 +127,7 @@ def training_flops_per_token(config: BDHConfig, block_size: int) -> float:
 
 
 def matmul_peak(runtime: Runtime) -> float:
-    """Measures, in about 0.1 s, the operations per second of a large square matrix product on the device in the dtype."""
+    """Measures, in about 0.1 s, the operations per second of a large square matrix product on the run's device."""
     device, size, best = runtime.device, 256, 0.0
     while True:
         factor = torch.ones(size, size, device=device, dtype=runtime.dtype)

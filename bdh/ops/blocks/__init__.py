@@ -1,1 +1,1 @@
-"""The wide part of a layer step as one differentiable function that keeps nothing wide for the backward pass."""
+"""The block backend: a layer step as a differentiable function that saves no neuron-wide activations for backward."""

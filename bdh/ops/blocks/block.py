@@ -1,24 +1,24 @@
-"""One block of tokens and one head: its neurons and its attention, forwards and backwards, in torch's dense operations.
+"""Computes one block of tokens in one head: its neurons and attention, forward and backward, in dense operations.
 
-A block is C tokens of each of G sequences and one head. What is wide stands neuron by neuron, (N, G, C), so that the matrix
-products are flat ones and a neuron's weights are read once for all tokens. :class:`Neurons` serves any device and
-dtype; on a GPU its element-wise operations are compiled into one kernel each. :class:`bdh.ops.cpu.train.KernelNeurons`
-touches only what fires.
+A block consists of C tokens of each of G sequences, and one head. Wide tensors are stored neuron by neuron, (N, G, C),
+so that matrix products need no batching and a neuron's weights are read once for all tokens. :class:`Neurons` supports
+any device and dtype; on a GPU each of its element-wise parts is compiled into one kernel.
+:class:`bdh.ops.cpu.train.KernelNeurons` only computes neurons that fire.
 
-With the weights W of a :class:`bdh.ops.attention.DecayMask`, strictly lower and 1 where nothing is forgotten,
+With the weights W of a :class:`bdh.ops.attention.DecayMask`, strictly lower triangular and 1 without decay,
 
     scores = (q_t . q_s) W_ts        a = scores v + q S        S' = S + q v^T
 
-and for the gradients da of a and dS' of S', with ds = (da v^T) W, which is what the scores' gradient leaves of itself,
+and for the gradients da of a and dS' of S', with the gradient ds = (da v^T) W of the unweighted scores,
 
     dq = (ds + ds^T) q + da S^T + v dS'^T        dv = scores^T da + q dS'        dS = dS' + q da^T
 
 Only the lower blocks of the scores are computed.
 
-Dropout's mask is computed wherever it is needed and never stored: whether neuron n of token t is kept is a function of a
-seed, n and t alone, a counter-based generator in the sense of Salmon et al. (SC 2011). So it depends neither on how the work
-is cut into blocks nor on who computes them. Keys of neurons and of tokens, 32 bits each, are made beforehand; one of each is
-added and mixed by two multiplications and three shifts, with the constants of C. Wellons's hash-prospector ("lowbias32").
+The dropout mask is computed wherever it is needed and never stored. Whether neuron n of token t is kept depends only on
+a seed, n and t, as in the counter-based generators of Salmon et al. (SC 2011), and thus neither on the division into
+blocks nor on the backend. Neurons and tokens have keys of 32 bits each, which are computed beforehand. The sum of two
+keys is mixed by two multiplications and three shifts, with the constants of C. Wellons's hash-prospector ("lowbias32").
 """
 
 import inspect
@@ -35,34 +35,38 @@ from bdh.ops.backends import LayerWeights, compiles_parts
 _MASK = 0xFFFFFFFF
 MULTIPLIERS = (0x7FEB352D, 0x846CA68B)
 SHIFTS = (16, 15, 16)
-_APART = 0x9E3779B9  # 2^32 divided by the golden ratio: neighbouring numbers get keys far apart
+_APART = 0x9E3779B9  # 2^32 divided by the golden ratio: gives neighbouring numbers keys that are far apart
 _WORD = 1 << 32
 
 
 class Dropout(NamedTuple):
-    """The mask of one layer step."""
+    """The dropout mask of one layer step, as keys from which it is computed."""
 
     rate: float
-    """Share of the neurons' outputs that are dropped."""
+    """The fraction of neuron outputs that are dropped."""
     neuron_keys: torch.Tensor  # int64 (H * N,), each from 0 to 2^32 - 1
     token_keys: torch.Tensor  # int64 (B, T), likewise
 
     @property
     def threshold(self) -> int:
-        """Mixed keys below it are dropped."""
+        """Outputs whose mixed key is below it are dropped."""
         return min(_WORD - 1, round(self.rate * _WORD))
 
     @property
     def scale(self) -> float:
-        """What the kept ones are multiplied by, so that their mean stays."""
+        """The factor of kept outputs, which preserves the mean."""
         return 1 / (1 - self.rate)
 
 
 def make_dropout(rate: float, seed: torch.Tensor, num_neurons: int, num_sequences: int, num_tokens: int) -> Dropout:
-    """The mask of ``num_neurons`` neurons of all heads for ``num_sequences`` sequences of ``num_tokens``.
+    """Creates the mask for the neurons of all heads, and for sequences of ``num_tokens`` tokens.
 
     Args:
-        seed: int64, one number, on the device that computes; it is not read back from there.
+        rate: the fraction of outputs to drop.
+        seed: int64, a single number on the device of the computation. It is not copied to the host.
+        num_neurons: H * N.
+        num_sequences: B.
+        num_tokens: T.
     """
     low, high = seed & _MASK, (seed >> 32) & _MASK
     neurons = torch.arange(num_neurons, device=seed.device)
@@ -73,35 +77,35 @@ def make_dropout(rate: float, seed: torch.Tensor, num_neurons: int, num_sequence
 
 
 def is_kept(dropout: Dropout, neuron_keys: torch.Tensor, token_keys: torch.Tensor) -> torch.Tensor:
-    """Which outputs of these neurons (n,) are kept for these tokens (...): bool (n, ...)."""
+    """Returns which outputs of some neurons (n,) are kept for some tokens (...): bool (n, ...)."""
     keys = neuron_keys.view(-1, *[1] * token_keys.ndim) + token_keys
     return _mix(keys & _MASK) >= dropout.threshold
 
 
 def _mix(keys: torch.Tensor) -> torch.Tensor:
-    """Numbers of 32 bits, in int64, to others that look random. Products are cut to 32 bits before the next step."""
+    """Hashes 32-bit numbers, stored as int64. Products are truncated to 32 bits before the next step."""
     for multiplier, shift in zip(MULTIPLIERS, SHIFTS[:2], strict=True):
         keys = ((keys ^ (keys >> shift)) * multiplier) & _MASK
     return keys ^ (keys >> SHIFTS[2])
 
 
-# Rows of the scores that are computed at once, up to the last of them: a smaller one wastes less of the upper half, a
-# larger one is the better matrix product. A step of the 25M model on an H200: 116 ms by 128, 106 by 512.
+# The number of rows of scores to compute at once, up to the diagonal. Fewer waste less of the upper half; more make a
+# more efficient matrix product. A step of the 25M model on an H200 takes 116 ms with 128 and 106 ms with 512.
 _SCORE_ROWS, _SCORE_ROWS_OF_GPU = 128, 512
 
 
 class Scores(NamedTuple):
-    """What the backward pass of a block wants again."""
+    """The tensors that the backward pass of a block needs."""
 
     weighted: torch.Tensor  # (G, C, C), times ``factor``
     queries: torch.Tensor  # (N, G, C)
     keys: torch.Tensor  # (N, G, C)
-    query_scale: torch.Tensor | None  # (G, C, 1): what float16's queries were divided by; None elsewhere
+    query_scale: torch.Tensor | None  # (G, C, 1): the divisor of the queries in float16; None otherwise
     key_scale: torch.Tensor | None  # (G, 1, 1)
 
     @property
     def factor(self) -> torch.Tensor | None:
-        """(G, C, 1): left out of the scores."""
+        """The factor that was divided out of the scores, (G, C, 1); None for 1."""
         if self.query_scale is None or self.key_scale is None:
             return None
         return self.query_scale * self.key_scale
@@ -114,9 +118,17 @@ def read_block(
     weights: DecayWeights | None,
     kept: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Scores]:
-    """``a`` (G, C, D), in the dtype of sums, from q (N, G, C), v (G, C, D) and the state (G, N, D) before the block.
+    """Computes the attention output of a block.
 
-    ``kept`` are the weighted scores of an earlier call; not for float16, whose scores have factors.
+    Args:
+        q: (N, G, C), rotated.
+        v: (G, C, D).
+        state: (G, N, D), the state before the block; None for zeros.
+        weights: the weights of decay and documents; None if all earlier tokens count alike.
+        kept: the weighted scores of an earlier call. Not for float16, whose scores have factors.
+
+    Returns:
+        ``a`` (G, C, D), in the dtype of sums, and the tensors for the backward pass.
     """
     scores = _scores(q, weights) if kept is None else Scores(kept, q, q, None, None)
     a = torch.bmm(scores.weighted, v).to(sum_dtype(q.dtype))
@@ -131,7 +143,7 @@ def read_block(
 def learn_block(
     q: torch.Tensor, v: torch.Tensor, state: torch.Tensor | None, weights: DecayWeights | None
 ) -> torch.Tensor:
-    """The state (G, N, D) after the block."""
+    """Computes the state (G, N, D) after the block."""
     learned = _product(_keys_to_end(q, weights).permute(1, 0, 2), v, q.dtype)
     if state is None:
         return learned
@@ -148,15 +160,21 @@ def read_block_backward(
     scores: Scores,
     weights: DecayWeights | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The gradients of :func:`read_block` and :func:`learn_block` together; that of v is added to ``grad_v``.
-
-    Returns:
-        That of q (N, G, C), possibly a view of another order, and of the state before the block, where there was one.
+    """Computes the gradients of :func:`read_block` and :func:`learn_block` together.
 
     Args:
         grad_a: (G, C, D), in the dtype of sums.
-        grad_v: (G, C, D), in the dtype of sums.
-        grad_state: (G, N, D), of the state after the block; None where nothing reads it.
+        grad_v: (G, C, D), in the dtype of sums, to which the gradient of v is added.
+        grad_state: (G, N, D), the gradient of the state after the block; None if it is not used.
+        q: as for :func:`read_block`.
+        v: as for :func:`read_block`.
+        state: as for :func:`read_block`.
+        scores: the second result of :func:`read_block`.
+        weights: as for :func:`read_block`.
+
+    Returns:
+        The gradient of q (N, G, C), possibly not contiguous, and that of the state before the block, or None without
+        one.
     """
     dtype = q.dtype
     grad = grad_a if scores.factor is None else grad_a * scores.factor
@@ -209,9 +227,10 @@ def _keys_to_end(q: torch.Tensor, weights: DecayWeights | None) -> torch.Tensor:
 
 
 def _product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A product with, or for, a state, in the dtype of sums.
+    """Multiplies matrices whose factors or result are states, and returns the product in the dtype of sums.
 
-    bfloat16 multiplies as such; float16 does not hold the sums of a text, so the product is a wide one.
+    The product is computed in bfloat16 if that is the dtype. float16 cannot represent the sums of a text, so the
+    product is computed in float32 instead.
     """
     wide = sum_dtype(dtype)
     factors = dtype if dtype == torch.bfloat16 else wide
@@ -220,32 +239,32 @@ def _product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> tor
 
 @dataclass(frozen=True)
 class Block:
-    """One head, some sequences, some tokens."""
+    """The coordinates of a block: one head, some sequences, some tokens."""
 
     head: int
     neurons: slice
-    """Of the head, among those of all heads."""
+    """The neurons of the head among those of all heads."""
     sequences: slice
     tokens: slice
     rotation: Rotation
-    """Of all sequences and tokens."""
+    """The rotation of all sequences and tokens."""
     dropout: Dropout | None
-    """Keys of this block's neurons and tokens, (N,) and (G, C)."""
+    """The dropout mask with the keys of this block's neurons and tokens, (N,) and (G, C)."""
 
     def turns(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine of this block, (N/2, 1 or G, C)."""
+        """Returns the cosine and sine for this block, (N/2, 1 or G, C)."""
         return self.rotation.of_block(self.sequences, self.tokens)
 
 
 class Fired(NamedTuple):
-    """What the neurons of a block give: x = relu(E v), and q = rope(x)."""
+    """The activations of a block: x = relu(E v), and q = rope(x)."""
 
     x: torch.Tensor  # (N, G, C)
     q: torch.Tensor  # (N, G, C)
 
 
 class Neurons:
-    """Computes blocks with the weights of one layer step, and gathers their gradients: by torch's dense operations."""
+    """Computes blocks with the weights of a layer step in dense operations, and accumulates the weights' gradients."""
 
     def __init__(self, weights: LayerWeights, *, with_gradients: bool):
         self._weights = weights
@@ -254,16 +273,16 @@ class Neurons:
         self._gradients = zeros_like(weights, wide) if with_gradients else None
 
     def fire(self, block: Block, v: torch.Tensor) -> Fired:
-        """x and its rotation q from v (G, C, D)."""
+        """Computes x and its rotation q from v (G, C, D)."""
         before = self._weights.encoder[block.neurons] @ v.flatten(0, 1).t()  # (N, G * C)
         return Fired(*self._run(_rotated, before.unflatten(1, v.shape[:2]), *block.turns()))
 
     def rotated(self, block: Block, x: torch.Tensor) -> Fired:
-        """The same from x, where it was kept."""
+        """Computes the same from a saved x."""
         return Fired(x, self._run(_turned, x, *block.turns()))
 
     def gated_mlp(self, block: Block, x: torch.Tensor, a: torch.Tensor, out: torch.Tensor) -> None:
-        """Adds the decoder's product with dropout(x * relu(Ev a)) to ``out`` (G, C, D), in the dtype of sums."""
+        """Adds the product of the decoder and dropout(x * relu(Ev a)) to ``out`` (G, C, D), in the dtype of sums."""
         z = self._run(_gated, x, self._ev_a(block, a), block.dropout)
         product = z.flatten(1).t() @ self._weights.decoder[block.neurons]
         out += product.view(out.shape)
@@ -271,7 +290,7 @@ class Neurons:
     def gated_mlp_backward(
         self, block: Block, x: torch.Tensor, a: torch.Tensor, grad_out: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The gradients of a (G, C, D), in the dtype of sums, and of x as far as it gates y."""
+        """Returns the gradient of a (G, C, D), in the dtype of sums, and that of x as the gate of y."""
         assert self._gradients is not None
         decoder = self._weights.decoder[block.neurons]
         grads = grad_out.flatten(0, 1)  # (G * C, D)
@@ -291,19 +310,19 @@ class Neurons:
         gated: torch.Tensor,
         grad_v: torch.Tensor,
     ) -> None:
-        """Adds to ``grad_v`` (G, C, D) what comes through x: by its rotation and, ``gated``, as the gate of y."""
+        """Adds the gradient through x to ``grad_v`` (G, C, D): by its rotation, and ``gated``, as the gate of y."""
         assert self._gradients is not None
         grad_x = self._run(_rotated_backward, x, grad_q, gated, *block.turns()).flatten(1)
         self._gradients.encoder[block.neurons] += grad_x @ v.flatten(0, 1)
         grad_v += (grad_x.t() @ self._weights.encoder[block.neurons]).view(v.shape)
 
     def gradients(self) -> LayerWeights:
-        """Those of the weights, of all blocks so far, in the dtype of sums."""
+        """Returns the gradients of the weights over all blocks so far, in the dtype of sums."""
         assert self._gradients is not None
         return self._gradients
 
     def _ev_a(self, block: Block, a: torch.Tensor) -> torch.Tensor:
-        """Ev a, (N, G, C): y before its ReLU."""
+        """Computes Ev a, (N, G, C): y before its ReLU."""
         return (self._weights.encoder_v[block.head] @ a.flatten(0, 1).t()).unflatten(1, a.shape[:2])
 
     def _run(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -318,14 +337,14 @@ def zeros_like(weights: LayerWeights, dtype: torch.dtype) -> LayerWeights:
     return LayerWeights(zeros(weights.encoder), encoder_v, zeros(weights.decoder))
 
 
-# So many sizes of a block are compiled for themselves. All others share a kernel, which divides by sizes that it does not know:
-# with it the rotation takes eleven times as long on an H200.
+# This many block sizes get their own compiled kernel. All others share one that divides by sizes unknown at compile
+# time, with which the rotation takes eleven times as long on an H200.
 MOST_SIZES_COMPILED = 8
 sizes_compiled: set[torch.Size] = set()
 
 
 def compiled(function: Callable[..., Any], size: torch.Size) -> Callable[..., Any]:
-    """An element-wise part for blocks (N, G, C) of this size."""
+    """Returns an element-wise function compiled for blocks (N, G, C) of this size."""
     if len(sizes_compiled) < MOST_SIZES_COMPILED:
         sizes_compiled.add(size)
     return _compiled(function, size not in sizes_compiled)
@@ -333,8 +352,8 @@ def compiled(function: Callable[..., Any], size: torch.Size) -> Callable[..., An
 
 @cache
 def _compiled(function: Callable[..., Any], is_dynamic: bool) -> Callable[..., Any]:
-    # A few other things are compiled for themselves: documents, dropout or none, dtypes. The usual limit of 8 would end in
-    # what is not compiled at all.
+    # Documents, dropout and dtypes also lead to separate compilations. Beyond the default limit of 8, nothing would be
+    # compiled at all.
     more: dict[str, Any] = {}
     if "recompile_limit" in inspect.signature(torch.compile).parameters:  # PyTorch 2.13 has it, 2.9 does not
         more["recompile_limit"] = 64
@@ -342,13 +361,13 @@ def _compiled(function: Callable[..., Any], is_dynamic: bool) -> Callable[..., A
 
 
 def _rotated(before: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x, and q = rope(x), from x before its ReLU (N, G, C); cos and sin are (N/2, 1 or G, C)."""
+    """Computes x and q = rope(x) from x before its ReLU (N, G, C); cos and sin are (N/2, 1 or G, C)."""
     x = before.relu()
     return x, _turned(x, cos, sin)
 
 
 def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """rope(x)."""
+    """Computes rope(x)."""
     a, b = _pairs(x)
     return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=1).flatten(0, 1).to(x.dtype)
 
@@ -356,7 +375,7 @@ def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 def _rotated_backward(
     x: torch.Tensor, grad_q: torch.Tensor, gated: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> torch.Tensor:
-    """The gradient before the ReLU: turned back, with what came by the gate, where x fires."""
+    """Computes the gradient before the ReLU: that of q, rotated back, plus that of the gate, where x fires."""
     a, b = _pairs(grad_q)
     turned = torch.stack([a * cos + b * sin, b * cos - a * sin], dim=1).flatten(0, 1)
     return torch.where(x > 0, turned + gated, 0.0).to(x.dtype)
@@ -368,7 +387,7 @@ def _pairs(wide: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _gated(x: torch.Tensor, ev_a: torch.Tensor, dropout: Dropout | None) -> torch.Tensor:
-    """z = dropout(x * y)."""
+    """Computes z = dropout(x * y)."""
     z = x * ev_a.relu()
     if dropout is None:
         return z
@@ -378,7 +397,7 @@ def _gated(x: torch.Tensor, ev_a: torch.Tensor, dropout: Dropout | None) -> torc
 def _gated_backward(
     x: torch.Tensor, ev_a: torch.Tensor, grad_z: torch.Tensor, dropout: Dropout | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """z, and the gradients of y before its ReLU and of x as y's gate."""
+    """Computes z, and the gradients of y before its ReLU and of x as the gate of y."""
     y = y_kept = ev_a.relu()
     if dropout is not None:
         scale = is_kept(dropout, dropout.neuron_keys, dropout.token_keys).to(x.dtype) * dropout.scale

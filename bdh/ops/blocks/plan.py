@@ -1,4 +1,4 @@
-"""Decides, before a forward pass, which backend computes the layer, in which blocks, and what is kept for the backward pass."""
+"""Plans a forward pass: the backend of the layer, the size of its blocks, and what is kept for the backward pass."""
 
 import math
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ _SHARE_OF_EAGER_ON_GPU = 1 / 8
 
 @dataclass(frozen=True)
 class LayerOptions:
-    """What a user may say about how the layer is computed. Results do not depend on it, but for rounding."""
+    """The user's options for computing the layer. They change results only by rounding."""
 
     path: LayerPath = "auto"
     """kernels: those of :mod:`bdh.ops.cpu`, for float32 on a CPU. torch: the same blocks by torch's operations. plain: all
@@ -59,7 +59,7 @@ class LayerOptions:
 
 
 class LayerOptionError(ValueError):
-    """``LayerOptions`` ask for what is not there."""
+    """``LayerOptions`` require something that is not available."""
 
     def __init__(self, option: str, fault: str):
         super().__init__(f"{option} {fault}")
@@ -67,7 +67,7 @@ class LayerOptionError(ValueError):
 
 
 class LayerShape(NamedTuple):
-    """What is to be computed."""
+    """The sizes and dtype of the computation."""
 
     B: int
     T: int
@@ -83,27 +83,27 @@ class LayerShape(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """How a layer step will be computed, and how much memory its wide activations (B, H, T, N) take."""
+    """How a layer step is computed, and the memory of its wide activations (B, H, T, N)."""
 
     backend: BackendName
     reason: str
     sizes: BlockSizes
     kept_layer_steps: int
-    """The first so many layer steps keep x (eager: all that autograd wants); the others recompute it."""
+    """This many first layer steps keep x (eager: all that autograd saves); the others recompute it."""
     block_bytes: int
-    """Wide activations that exist while a block is computed."""
+    """The bytes of wide activations that exist while a block is computed."""
     kept_bytes: int
-    """Wide activations that are kept for the backward pass."""
+    """The bytes of wide activations that are kept for the backward pass, including kept scores."""
     keeps_scores: bool = False
-    """Whether all layer steps keep the scores (B, H, T, T), which for short texts are narrower than x; they are among what is kept."""
+    """Whether all layer steps keep the scores (B, H, T, T), which for short texts are narrower than x."""
 
     @property
     def path(self) -> str:
-        """The backend in the words of settings and banners."""
+        """The backend's name in settings and banners."""
         return next(each.words["train"] for each in BACKENDS if each.name == self.backend)
 
     def describe(self, num_layer_steps: int) -> str:
-        """For the banner of a run."""
+        """Returns a description for the banner of a run."""
         kept = {0: "recomputes all wide activations", num_layer_steps: "keeps wide activations"}.get(
             self.kept_layer_steps,
             f"keeps the wide activations of {self.kept_layer_steps} of {counted(num_layer_steps, 'layer step')}",
@@ -122,17 +122,20 @@ def plan_layer(
     chunk_size: int = 128,
     obstacle: str | None = None,
 ) -> LayerPlan:
-    """
+    """Returns the plan for a layer step.
+
     Args:
-        form: of the attention, one of :data:`bdh.ops.ATTENTION_FORMS`.
-        chunk_size: tokens in a block of the chunked form.
-        obstacle: what about the model keeps the blocks from computing it; None for nothing.
+        shape: the sizes of the computation.
+        options: the user's options.
+        form: the attention form, one of :data:`bdh.ops.ATTENTION_FORMS`.
+        chunk_size: the number of tokens in a block of the chunked form.
+        obstacle: why the model cannot be computed in blocks; None if it can.
 
     Raises:
-        LayerOptionError: a path that is not there, blocks larger than what they are to divide, or a budget too small even
-            for the smallest block; it says what the least is.
+        LayerOptionError: the path is not available, blocks are larger than the batch, or the budget is too small even
+            for the smallest block; the message states the minimum.
     """
-    choose_form(form, shape.T, shape.D, has_state=False)  # raises for one that is not there
+    choose_form(form, shape.T, shape.D, has_state=False)  # raises an exception for an unknown form
     asks_for_blocks = options.rows_per_block or options.tokens_per_block or options.recompute == "pass"
     most = _budget(shape, options, _SHARE_OF_EAGER_ON_GPU)
     may_be_whole = not asks_for_blocks and most is not None and (shape.L + 1) * _kept_by_eager(shape) <= most
@@ -160,14 +163,14 @@ def plan_layer(
         sequences = max(least_sequences, sequences // 2)
     if budget is not None and block > budget:
         chunked = _block_bytes(shape, backend.name, 1, min(tokens, chunk_size))
-        # Shorter blocks have more states between them.
+        # Shorter blocks need more states between them.
         may = f", or {_amount(chunked)} with the chunked form of attention" if chunked < block else ""
         wanted = f"must be at least {_amount(block)} for blocks of {sequences} x {tokens:,} tokens{may}"
         raise LayerOptionError("memory_budget", f"is {_amount(budget)}: {wanted}")
     each = shape.B * shape.T * shape.H * shape.N * shape.dtype.itemsize
     left = None if budget is None else budget - block
-    # With one block a text, and no more tokens than v is wide, they take no more memory than v does for each head. They save
-    # N / 2 operations for each byte, x saves D / 2.
+    # With a single block for each text, and at most D tokens, scores take no more memory per head than v. Each byte of
+    # them saves N / 2 operations, while a byte of x saves D / 2.
     is_narrow = tokens == shape.T and tokens <= shape.D and shape.dtype != torch.float16
     scores = shape.L * shape.B * shape.H * shape.T**2 * shape.dtype.itemsize
     asked_for = each * shape.L if options.recompute == "none" else 0
@@ -199,14 +202,14 @@ def _block_bytes(shape: LayerShape, backend: BackendName, sequences: int, tokens
     wide = shape.N * sequences * tokens
     total = wide * shape.dtype.itemsize * _WIDE_IN_BLOCK[backend] + 3 * sequences * tokens**2 * shape.dtype.itemsize
     num_blocks = -(-shape.T // tokens)
-    if num_blocks > 1:  # every sqrt(n)-th state, those of a stretch between them, and the gradient with its terms
+    if num_blocks > 1:  # every sqrt(n)-th state, those of a segment between them, and the gradient with its terms
         num_states = 2 * (math.isqrt(num_blocks - 1) + 1) + 3
         total += num_states * sequences * shape.N * shape.D * max(4, shape.dtype.itemsize)
-    if backend == "cpu":  # the sums of each thread
+    if backend == "cpu":  # each thread has its own sums
         total += 2 * torch.get_num_threads() * sequences * tokens * shape.D * 4
     if backend == "blocks":
         total += wide * _WIDE_OF_TABLE
-        if shape.has_dropout and shape.device.type != "cuda":  # there it is fused
+        if shape.has_dropout and shape.device.type != "cuda":  # on CUDA the mask is fused
             total += wide * _WIDE_OF_MASK
     return total
 
@@ -226,14 +229,14 @@ def _kept_layer_steps(shape: LayerShape, options: LayerOptions, each: int, left:
 
 
 def _budget(shape: LayerShape, options: LayerOptions, share: float) -> int | None:
-    """The memory budget; without one, of a GPU a share of its memory."""
+    """Returns the memory budget; by default a fraction of a GPU's memory, and None on other devices."""
     if options.memory_budget is None and shape.device.type == "cuda":
         return int(torch.cuda.get_device_properties(shape.device).total_memory * share)
     return options.memory_budget
 
 
 def _kept_by_eager(shape: LayerShape) -> int:
-    """Bytes that autograd keeps of a layer step."""
+    """Returns the bytes that autograd saves for a layer step."""
     return shape.B * shape.T * shape.H * shape.N * shape.dtype.itemsize * _WIDE_KEPT_BY_EAGER
 
 
@@ -253,6 +256,6 @@ def _plan_eager(shape: LayerShape, options: LayerOptions, reason: str) -> LayerP
 
 
 def _amount(num_bytes: int) -> str:
-    """In bytes, and in GB of 10^9, rounded up so that it is enough when it is given as a budget."""
+    """Formats an amount in bytes and in GB of 10^9, rounded up so that it suffices as a budget."""
     gigabytes = -(-num_bytes // 10**4) / 10**5
     return f"{num_bytes:,} bytes ({gigabytes:.5f} GB)"

@@ -1,7 +1,7 @@
-"""A layer step in blocks: from v to v, forwards and backwards, with nothing wide kept for the backward pass.
+"""A layer step in blocks, with little memory: neuron-wide activations are not saved for the backward pass.
 
-Autograd keeps v, which is (B, T, D), and the weights. Everything that is as wide as the neurons exists for one block at a
-time, one head and some sequences, and is computed again in the backward pass, unless there is memory to keep it.
+Autograd only saves v, (B, T, D), and the weights. Tensors as wide as the neurons exist for one block at a time, of one
+head and some sequences, and are recomputed in the backward pass, unless memory suffices to keep them.
 """
 
 import math
@@ -19,45 +19,48 @@ from bdh.ops.eager import layer_norm
 
 @dataclass(frozen=True)
 class BlockSizes:
-    """How a layer step is cut into blocks. Bits of the result may depend on it, the result does not."""
+    """The division of a layer step into blocks. It changes results only by rounding."""
 
     sequences: int
-    """Sequences in a block."""
+    """The number of sequences in a block."""
     tokens: int
-    """Tokens of each sequence in a block; where a sequence has more, the state is carried between its blocks."""
+    """The number of tokens of each sequence in a block. The state is carried between the blocks of longer sequences."""
 
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """What a layer step needs beside its tensors."""
+    """The settings of a layer step."""
 
     eps: float
-    """Of the layer norms."""
+    """Added to the variance in the layer norms."""
     rotation: Rotation
     sizes: BlockSizes
     backend: BackendName
-    """"blocks" or "cpu": what computes the neurons."""
+    """"blocks" or "cpu": the code that computes the neurons."""
     mask: torch.Tensor | None = None
     """Bool (B, T), False for padding."""
     decay_mask: DecayMask | None = None
     dropout: Dropout | None = None
     keep_state: bool = False
     keep_wide: bool = False
-    """Keep x for the backward pass instead of computing it again."""
+    """Whether to keep x for the backward pass instead of recomputing it."""
     keep_scores: bool = False
-    """Keep the scores, which for short texts are no wider than v. Not in float16."""
+    """Whether to keep the scores, which for short texts are not wider than v. Not possible in float16."""
 
 
 def train(
     v: torch.Tensor, weights: LayerWeights, spec: BlockSpec, state: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """One layer step: v (B, T, D) after it, and the new state (B, H, N, D) where it is kept.
+    """Computes a layer step in blocks.
 
-    The products are computed in the dtype of the weights, the state and the sums in that of sums; v keeps its own. Gradients
-    of the first order flow to v, the weights and the state.
+    Products are computed in the dtype of the weights, and the state and sums in the dtype of sums; v keeps its own
+    dtype. First-order gradients flow to v, the weights and the state.
+
+    Returns:
+        v (B, T, D) after the layer step, and the new state (B, H, N, D), or None unless ``spec.keep_state``.
     """
     values = v.to(weights.encoder.dtype)
-    if spec.mask is not None:  # a token of zeros fires nothing
+    if spec.mask is not None:  # no neuron fires at a token of zeros
         values = values * spec.mask.to(values.dtype)[..., None]
     with torch.autocast(v.device.type, enabled=False):
         out, state = wide_step(values.contiguous(), weights, spec, state)
@@ -67,18 +70,20 @@ def train(
 def wide_step(
     v: torch.Tensor, weights: LayerWeights, spec: BlockSpec, state: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """sum_h dropout(x_h * y_h) Dec_h, with x, y and the attention between them as ``docs/model.md`` defines them.
+    """Computes sum_h dropout(x_h * y_h) Dec_h, with x, y and attention as defined in ``docs/model.md``.
 
     Args:
-        v: (B, T, D), in the dtype of the weights. Tokens of zeros fire nothing: so padding is left out.
-        state: (B, H, N, D) in the dtype of sums, or None for that of an empty text.
+        v: (B, T, D), in the dtype of the weights. Set padding to zeros, at which no neuron fires.
+        weights: the weights of the layer.
+        spec: the settings.
+        state: (B, H, N, D) in the dtype of sums, or None for an empty text.
 
     Returns:
-        (B, T, D) in the dtype of sums, and the new state with ``spec.keep_state``, else None.
+        (B, T, D) in the dtype of sums, and the new state, or None unless ``spec.keep_state``.
 
     Raises:
-        ValueError: no tokens, or kept scores in float16.
-        RuntimeError: from the backward pass, where gradients of gradients are wanted.
+        ValueError: there are no tokens, or scores are to be kept in float16.
+        RuntimeError: from the backward pass, if second-order gradients are requested.
     """
     if 0 in v.shape:
         raise ValueError(f"v has shape {tuple(v.shape)}: must have at least 1 token")
@@ -89,7 +94,7 @@ def wide_step(
 
 
 class _Kept(NamedTuple):
-    """Of one block, for the backward pass; None for what is computed again."""
+    """The saved tensors of one block; None for those that the backward pass recomputes."""
 
     x: torch.Tensor | None  # (N, G, C)
     scores: torch.Tensor | None  # (G, C, C)
@@ -100,7 +105,7 @@ _NOTHING_KEPT = _Kept(None, None)
 
 @dataclass
 class _Walk:
-    """The blocks of a layer step, in the order in which a head's state is carried through a text."""
+    """Iterates over the blocks of a layer step, in the order in which a head's state is carried through a text."""
 
     v: torch.Tensor
     num_heads: int
@@ -112,7 +117,7 @@ class _Walk:
         self.tokens = _ranges(self.v.shape[1], self.spec.sizes.tokens)
 
     def groups(self) -> Iterator[tuple[slice, int]]:
-        """Sequences and head of each state that is carried."""
+        """Yields the sequences and head of each carried state."""
         for sequences in _ranges(self.v.shape[0], self.spec.sizes.sequences):
             for head in range(self.num_heads):
                 yield sequences, head
@@ -125,7 +130,7 @@ class _Walk:
         return Block(head, neurons, sequences, tokens, self.spec.rotation, dropout)
 
     def decay_weights(self, sequences: slice, head: int, index: int) -> DecayWeights | None:
-        """The weights of one head for these sequences: (G or 1, 1, ...) each. Those of all would be a batch of T x T."""
+        """Returns the weights (G or 1, 1, ...) of a head for some sequences. Those of all would be a batch of T x T."""
         if self.spec.decay_mask is None:
             return None
         tokens = self.tokens[index]
@@ -177,7 +182,7 @@ class _WideStep(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: torch.Tensor | None, grad_state: torch.Tensor | None) -> tuple[Any, ...]:
-        # Not once_differentiable: it lets a second derivative go around this function, and be wrong.
+        # Not once_differentiable, which would silently give wrong second derivatives.
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "the layer in blocks has no second derivatives (create_graph=True): they need "
@@ -196,7 +201,7 @@ def _backward(ctx: Any, grad_out: torch.Tensor | None, grad_state: torch.Tensor 
     grad_v = torch.zeros(v.shape, dtype=sum_dtype(v.dtype), device=v.device)
     grad_out = torch.zeros_like(grad_v) if grad_out is None else grad_out.contiguous()
     grad_first = None if state is None else torch.zeros_like(state)
-    # Handed over, so that each is given back as soon as it was used; a second backward pass computes it again.
+    # Taken out of ctx, so that each block is freed as soon as it was used. A second backward pass recomputes them.
     kept, ctx.kept = ctx.kept, {}
     for sequences, head in walk.groups():
         first = None if state is None else state[sequences, head]
@@ -249,9 +254,9 @@ def _states_backwards(
     first: torch.Tensor | None,
     kept: "dict[tuple[int, int, int], _Kept]",
 ) -> Iterator[tuple[int, torch.Tensor | None]]:
-    """The blocks of a text from its last to its first, each with the state before it.
+    """Yields the blocks of a text from last to first, each with the state before it.
 
-    Of n states, every sqrt(n)-th is kept in a first walk; those between them are computed again, a stretch at a time.
+    A first pass keeps every sqrt(n)-th of n states. The states between them are recomputed, one segment at a time.
     """
     count = len(walk.tokens)
     stretch = math.isqrt(count - 1) + 1 if count > 1 else 1
@@ -277,7 +282,7 @@ def _states_backwards(
 
 
 def _normalised(a: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """LN of the last dimension, and the inverse of its deviation (..., 1)."""
+    """Returns the layer norm over the last dimension, and the inverse standard deviation (..., 1)."""
     normal, _, inverse_deviation = torch.native_layer_norm(a, a.shape[-1:], None, None, eps)
     return normal, inverse_deviation
 
