@@ -1,4 +1,4 @@
-"""Writing that is complete or not there: under a temporary name, synced to the disk, and then renamed."""
+"""Atomic writes of files and folders: under a temporary name, synced to the disk, and then renamed."""
 
 import ctypes
 import errno
@@ -16,23 +16,23 @@ if TYPE_CHECKING:
     from bdh.locks import Lock
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-# The words that libraries written in Rust and C++ put into exceptions of their own.
+# The wording of a full disk in the exceptions of libraries written in Rust and C++.
 _SAYS_FULL = re.compile(rf"{os.strerror(errno.ENOSPC)}|\bos error ({'|'.join(map(str, sorted(_FULL)))})\b")
-_LEAST_FREE = 1 << 16  # bytes; with less, PyTorch's writer has failed since the disk is full, which it does not say
-# What a system or a disk answers that cannot exchange two names: seccomp filters say EPERM, overlayfs EXDEV.
+_LEAST_FREE = 1 << 16  # bytes; with less, an unexplained failure of PyTorch's writer is taken for a full disk
+# The errors of systems and file systems that cannot exchange two names: EPERM of seccomp filters, EXDEV of overlayfs.
 _NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.EXDEV}
 _NOT_ALLOWED = {errno.EROFS, errno.EACCES, errno.EPERM}
 _logger = logging.getLogger(__name__)
 
 
 def check_file(path: Path, what: str) -> None:
-    """Raises FileNotFoundError where there is no such file; ``what`` it holds is for the message."""
+    """Raises ``FileNotFoundError`` if a file does not exist; ``what`` describes it in the message."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is a folder, not a {what}" if path.is_dir() else f"there is no {what} {path}")
 
 
 def check_free(folder: Path, advice: str = "choose another folder") -> None:
-    """Raises FileExistsError where something other than an empty folder has this name, or a folder above it is none."""
+    """Raises ``FileExistsError`` if the path exists and is not an empty folder, or if a parent is not a folder."""
     above = next(each for each in folder.absolute().parents if each.exists())
     if not above.is_dir():
         raise FileExistsError(f"{folder} cannot be written: {above} is a file")
@@ -41,31 +41,31 @@ def check_free(folder: Path, advice: str = "choose another folder") -> None:
 
 
 def check_folder_of(file: Path, setting: str) -> None:
-    """Raises FileNotFoundError where the folder that a file is to be written into is not there."""
+    """Raises ``FileNotFoundError`` if the folder into which a file is to be written does not exist."""
     if not file.parent.is_dir():
         raise FileNotFoundError(f"{setting} is {str(file)!r}: must be a file in a folder that exists")
 
 
 class DiskFullError(OSError):
-    """The disk is full: nothing of what should have been written is left."""
+    """The disk is full. Nothing that was partly written is left."""
 
 
 @contextmanager
 def atomic_dir(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the place and name of ``folder`` when the block ends.
+    """A context that yields a temporary folder, which replaces ``folder`` when the block ends.
 
-    If the block raises, or the process dies, ``folder`` is what it was before. Where the system cannot exchange two
-    folders in one step, a process that dies in between leaves the one before under another name: code that opens such
-    folders calls :func:`recover_dir` first.
+    If the block raises an exception, or the process dies, ``folder`` is unchanged. If the system cannot exchange two
+    folders in one step, a process that dies in between leaves the old folder under another name. Code that opens such
+    folders should therefore call :func:`recover_dir` first.
 
     Raises:
-        InUseError: another process is writing it.
-        DiskFullError: the block or the syncing raised since the disk is full.
+        InUseError: another process is writing the folder.
+        DiskFullError: the block or the sync failed because the disk is full.
     """
     with _writing(folder) as (temporary, lock):
         temporary.mkdir()
         yield temporary
-        allowed = temporary.stat().st_mode & 0o666  # what the umask leaves
+        allowed = temporary.stat().st_mode & 0o666  # the permissions that the umask allows
         for path in (*temporary.rglob("*"), temporary):
             if path.is_file():
                 _allow(path, allowed)
@@ -75,14 +75,14 @@ def atomic_dir(folder: Path) -> Iterator[Path]:
 
 
 def recover_dir(folder: Path) -> None:
-    """Puts a folder back that a process was replacing when it died; says so. To be called before opening it.
+    """Restores a folder that a process was replacing when it died, and logs it. Call it before opening the folder.
 
-    Where nothing may be written, as on a read-only disk, it says that instead, and the folder stays missing.
+    If nothing can be written, as on a read-only disk, this is logged instead, and the folder stays missing.
     """
     if os.path.lexists(folder) or not (old := _old_name(folder)).is_dir():
         return
     try:
-        with _lock(folder, wait=True):  # of a process that is replacing it right now
+        with _lock(folder, wait=True):  # waits for a process that is replacing it at the moment
             if not _put_back(folder):
                 return
             sync(folder.parent)
@@ -96,28 +96,29 @@ def recover_dir(folder: Path) -> None:
 
 
 def recover_dirs(parent: Path) -> None:
-    """The same for all folders in another."""
+    """Calls :func:`recover_dir` for all folders within another."""
     for old in parent.glob(".*.old"):
         recover_dir(parent / old.name.removeprefix(".").removesuffix(".old"))
 
 
 def is_taken(folder: Path) -> bool:
-    """Whether something other than an empty folder has this name; one that a process has left replaced is back first."""
+    """Whether a path exists and is not an empty folder. Calls :func:`recover_dir` first."""
     recover_dir(folder)
     return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
 
 
 def temporary_name(path: Path) -> Path:
-    """Where a file or folder is written before it takes its place."""
+    """Returns the name under which a file or folder is written before it is renamed."""
     return path.with_name(f".{path.name}.tmp")
 
 
 @contextmanager
 def atomic_file(path: Path, *, private: bool = False) -> Iterator[Path]:
-    """A file's name to write to, which takes the place and name of ``path`` when the block ends; see above.
+    """A context that yields a temporary path, whose file replaces ``path`` when the block ends; see :func:`atomic_dir`.
 
     Args:
-        private: nobody else may read it, whatever the umask says: texts of conversations.
+        path: the file.
+        private: whether to deny other users access regardless of the umask, as for the texts of conversations.
     """
     with _writing(path) as (temporary, lock):
         temporary.touch(0o600 if private else 0o666)
@@ -131,20 +132,20 @@ def atomic_file(path: Path, *, private: bool = False) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str, *, private: bool = False) -> None:
-    """Replaces a file by a text, as a whole. Arguments and errors as of :func:`atomic_file`."""
+    """Writes a text file atomically. Arguments and exceptions are those of :func:`atomic_file`."""
     with atomic_file(path, private=private) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def _allow(path: Path, mode: int) -> None:
-    """Gives a file the rights that a file has which is simply opened: safetensors writes with 0600."""
+    """Gives a file the permissions that ``open`` would give it, since safetensors writes files with 0600."""
     if path.stat().st_mode & 0o666 != mode:
         path.chmod(mode)
 
 
 def sync(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
-    if os.name == "nt" and path.is_dir():  # cannot be opened there; the system does so by itself
+    """Flushes a file, or the entries of a folder, to the disk."""
+    if os.name == "nt" and path.is_dir():  # folders cannot be opened on Windows, which syncs them itself
         return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() or os.name != "nt" else os.O_RDWR)
     try:
@@ -155,16 +156,16 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def _writing(target: Path) -> Iterator[tuple[Path, "Lock"]]:
-    """The temporary name of a target, of which nothing is left after an error, and the lock, which is held."""
+    """A context that yields a target's temporary name, which is removed after an error, and its lock, which is held."""
     temporary = temporary_name(target)
     with naming_full_disk(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with _lock(target) as lock:
-            for left in (temporary, removed_name(target)):  # by a process that was killed
+            for left in (temporary, removed_name(target)):  # left by a process that was killed
                 remove(left)
             try:
                 _put_back(target)
-                with naming_full_disk(target):  # which what is removed now frees again
+                with naming_full_disk(target):  # checked before the removal below frees space
                     yield temporary, lock
             finally:
                 _put_back(target)  # after an error between the two renames
@@ -173,10 +174,10 @@ def _writing(target: Path) -> Iterator[tuple[Path, "Lock"]]:
 
 @contextmanager
 def naming_full_disk(target: Path) -> Iterator[None]:
-    """Raises :class:`DiskFullError` where the block raises since there is no space left to write ``target``."""
+    """A context that raises :class:`DiskFullError` if the block fails because there is no space to write ``target``."""
     try:
         yield
-    except DiskFullError:  # of the same
+    except DiskFullError:  # already converted
         raise
     except Exception as error:
         if _is_full(error, target.parent):
@@ -206,7 +207,7 @@ def _replace_dir(folder: Path, temporary: Path) -> None:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Exchanges the names of two folders in one step; False where system or disk cannot."""
+    """Exchanges the names of two folders atomically. Returns False if the system or file system cannot."""
     if os.name == "nt":
         return False
     libc = ctypes.CDLL(None, use_errno=True)
@@ -228,7 +229,7 @@ def _old_name(folder: Path) -> Path:
 
 
 def removed_name(path: Path) -> Path:
-    """What a folder is called while it is deleted: killed meanwhile, what is left of it is never put back."""
+    """Returns the name of a folder while it is deleted, so that an interrupted deletion is never restored."""
     return path.with_name(f".{path.name}.removed")
 
 
@@ -240,7 +241,7 @@ def _remove_old(folder: Path) -> None:
 
 
 def _put_back(folder: Path) -> bool:
-    """Ends a replacement that was broken off between its two renames; whether there was one."""
+    """Undoes a replacement that was interrupted between its two renames. Returns whether there was one."""
     old = _old_name(folder)
     is_broken_off = not os.path.lexists(folder) and old.is_dir()
     if is_broken_off:
@@ -249,7 +250,7 @@ def _put_back(folder: Path) -> bool:
 
 
 def remove(path: Path) -> None:
-    """Removes a file, a link, or a folder with all in it, if it is there."""
+    """Removes a file, a link, or a folder with its content, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

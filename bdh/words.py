@@ -1,21 +1,25 @@
-"""Words that messages have in common: how many of something there are, which name is meant, what an error is about."""
+"""Helpers for messages: counts with their nouns, suggestions for misspelt names, and kinds of errors."""
 
 from collections.abc import Iterable
 
 
 def counted(number: int, noun: str, many: str | None = None) -> str:
-    """A number and what it counts: "1 token", "2,000 tokens"; ``many`` is the plural where it is not the noun with an s."""
+    """Returns a number with its noun: "1 token", "2,000 tokens". ``many`` is the plural; by default it ends in s."""
     return f"{number:,} {noun if number == 1 else many or noun + 's'}"
 
 
 def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The one of the names that is written most like ``name``; None where none is as like as ``cutoff``, from 0 to 1."""
+    """Returns the most similar of some names, or None if none has at least the similarity ``cutoff``, from 0 to 1."""
     import difflib
 
     return next(iter(difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)), None)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory was refused: by Python, by PyTorch on a GPU (``torch.OutOfMemoryError``), or on a CPU, where it has no class."""
+    """Whether an exception means that memory ran out.
+
+    It can come from Python, from PyTorch on a GPU (``torch.OutOfMemoryError``), or from PyTorch on a CPU, which has no
+    class for it.
+    """
     is_named = "OutOfMemory" in type(error).__name__
     return isinstance(error, MemoryError) or is_named or "allocate memory" in str(error)

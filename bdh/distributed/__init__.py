@@ -1,1 +1,1 @@
-"""Several processes that train one model: who they are, how they share the model, and how its tensors are stored."""
+"""Distributed training: the process group, and the parallel strategies for a model."""

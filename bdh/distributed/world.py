@@ -1,4 +1,4 @@
-"""The processes that train together, and how they share the model, which does not know of it."""
+"""The processes that train together, and how a model is distributed over them."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,33 +19,34 @@ from bdh.model.weights import forget_kernels
 
 
 class World:
-    """One process among those that ``torchrun`` (or Slurm, through it) has started. Alone, its methods do nothing.
+    """This process in the group that ``torchrun`` started. With a single process, the methods do nothing.
 
     Attributes:
-        rank: number of this process, 0 to ``size - 1``. Rank 0 prints and writes.
-        local_rank: its number on its machine, which is that of its GPU.
-        size: number of processes.
-        device_type: "cpu" or "cuda": what the tensors of :meth:`sum` live on.
-        control: the group for small things, such as signals, which go over the CPU beside the training.
-        storage: the group for checkpoints, which are written in the background and talk in between.
+        rank: the number of this process, 0 to ``size - 1``. Rank 0 prints and writes.
+        local_rank: its number on its machine, which is the number of its GPU.
+        size: the number of processes.
+        device_type: "cpu" or "cuda": the device of the tensors of :meth:`sum`.
+        control: the group for small messages, such as signals, which are exchanged over the CPU beside the training.
+        storage: the group for checkpoints, which are written in the background.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0, device_type: str = "cpu"):
         self.rank, self.size, self.local_rank, self.device_type = rank, size, local_rank, device_type
         self.control: dist.ProcessGroup | None = None
         self.storage: dist.ProcessGroup | None = None
-        self._loading: dist.ProcessGroup | None = None  # of the threads that prepare batches
+        self._loading: dist.ProcessGroup | None = None  # for the threads that prepare batches
 
     @classmethod
     def join(cls, device_type: str, timeout_minutes: float = 30.0, *, even_alone: bool = False) -> "World":
-        """Meets the other processes, where the environment variables of ``torchrun`` name any.
+        """Joins the process group, if the environment variables of ``torchrun`` describe one.
 
         Args:
-            device_type: of the tensors that the processes exchange: NCCL carries them on "cuda", else gloo.
-            even_alone: open a group of one, which FSDP needs.
+            device_type: the device of exchanged tensors, which selects NCCL for "cuda" and otherwise gloo.
+            timeout_minutes: how long a process waits for another one.
+            even_alone: whether to create a group of a single process, which FSDP needs.
 
         Raises:
-            ValueError: several processes on a device that they cannot share.
+            ValueError: there are several processes on a device that they cannot share.
         """
         world = cls(rank(), world_size(), local_rank(), device_type)
         if world.size == 1 and not even_alone:
@@ -67,7 +68,7 @@ class World:
         return world
 
     def leave(self) -> None:
-        """Says goodbye, so that no other process waits or complains."""
+        """Leaves the process group, so that no other process waits or reports an error."""
         if self.control is not None:
             dist.destroy_process_group()
             self.control = self.storage = self._loading = None
@@ -77,19 +78,22 @@ class World:
         return self.rank == 0
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum over all processes, the same to the bit on each; ``values`` is written over."""
+        """Returns the sum over all processes, bit-identical on each. ``values`` is overwritten."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
     def any(self, flags: list[bool]) -> list[bool]:
-        """For each flag, whether it is set on any process."""
+        """Returns for each flag whether it is set in any process."""
         return list(map(any, zip(*self.gather(flags), strict=True)))
 
     def gather(self, value: Any, *, beside_training: bool = False) -> list[Any]:
-        """Every process's ``value``, by rank: small plain data.
+        """Returns the ``value`` of every process, by rank. Values must be small plain data.
 
-        ``beside_training`` is for the thread that prepares batches, while the training's own may call other methods.
+        Args:
+            value: the value of this process.
+            beside_training: whether the thread that prepares batches is calling, while the main thread can call other
+                methods.
         """
         if self.size == 1:
             return [value]
@@ -98,15 +102,15 @@ class World:
         return values
 
     def wait_for_all(self) -> None:
-        """Returns when all processes have come here."""
+        """Waits until all processes have called it."""
         if self.size > 1:
             dist.barrier(group=self.control)
 
     @contextmanager
     def rank0_first(self) -> Iterator[None]:
-        """Lets rank 0 do something, such as filling a cache, then the first of each other machine, then the rest.
+        """A context that rank 0 runs first, then the first process of each other machine, and then the others.
 
-        So it is done once where the machines share a disk, and once on each where they do not.
+        Work such as filling a cache is thus done once if the machines share a disk, and otherwise once on each.
         """
         turn = 0 if self.rank == 0 else 1 if self.local_rank == 0 else 2
         for _ in range(turn):
@@ -118,19 +122,19 @@ class World:
 
 @dataclass
 class Parallel:
-    """A model as the processes share it."""
+    """A model that is distributed over the processes."""
 
     model: nn.Module
     strategy: str
-    """none, ddp or fsdp."""
+    """"none", "ddp" or "fsdp"."""
     step_model: Callable[..., Any]
-    """What a training step calls. Its gradients are the mean over the processes."""
+    """The model that a training step calls. Its gradients are the mean over the processes."""
     mesh: DeviceMesh | None = None
-    """Of the processes; None for "none"."""
+    """The device mesh of the processes; None for "none"."""
 
     @contextmanager
     def without_exchange(self) -> Iterator[None]:
-        """For all micro-batches of a step but the last: the gradients of the processes are exchanged only after that one."""
+        """A context for all micro-batches of a step but the last, without exchanging gradients between processes."""
         if isinstance(self.model, FSDPModule):
             self.model.set_requires_gradient_sync(False)
             try:
@@ -144,19 +148,19 @@ class Parallel:
             yield
 
     def sharded(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Tensors of this process's sequences as shards of those of all processes, for a checkpoint."""
+        """Returns the tensors of this process's sequences as shards of those of all processes, for a checkpoint."""
         if self.mesh is None:
             return tensors
         return {name: DTensor.from_local(tensor, self.mesh, [Shard(0)]) for name, tensor in tensors.items()}
 
     def gather_weights(self) -> None:
-        """Gathers the weights now that the next forward pass needs; every process then holds all of them."""
+        """Gathers the weights ahead of the next forward pass, so that every process has all of them."""
         if isinstance(self.model, FSDPModule):
             self.model.unshard()
 
     @contextmanager
     def whole_model(self) -> Iterator[None]:
-        """Every process holds all weights inside, and can use the model as often as it likes, with no other taking part."""
+        """A context in which every process has all weights, and can use the model independently of the others."""
         if not isinstance(self.model, FSDPModule):
             yield
             return
@@ -164,14 +168,15 @@ class Parallel:
         try:
             yield
         finally:
-            forget_kernels(self.model)  # the next time, other weights are in the same memory
+            forget_kernels(self.model)  # the memory of these weights will be reused for others
             self.model.reshard()
 
 
 def choose_strategy(config: DistributedConfig, world: World) -> str:
-    """The strategy that is set, or for "auto" DDP, where there is more than one process.
+    """Returns the strategy of the settings; "auto" is DDP if there are several processes, and otherwise none.
 
-    Raises ``ValueError`` if it does not go with the number of processes.
+    Raises:
+        ValueError: the strategy does not fit the number of processes.
     """
     strategy, more = config.strategy, "torchrun --nproc_per_node 2 -m bdh train ..."
     if strategy == "auto":
@@ -195,27 +200,30 @@ def choose_strategy(config: DistributedConfig, world: World) -> str:
 
 
 def parallelize(model: nn.Module, strategy: str, config: DistributedConfig, world: World) -> Parallel:
-    """Spreads the model over the processes, in place.
+    """Distributes a model over the processes, in place.
 
-    DDP: every process holds everything. Gradients are averaged as soon as they are complete: that of ``lm_head`` while the
-    backward pass runs; those of E, Ev and Dec, to which all L layer steps add, only at its end.
+    With DDP, every process has all weights. Gradients are averaged as soon as they are complete: that of ``lm_head``
+    during the backward pass, and those of E, Ev and Dec, to which all L layer steps contribute, at its end.
 
-    FSDP2: every weight, its gradient and its optimizer state are cut along their first dimension, one shard for each
-    process. The unit that is gathered is **the whole model**: all L layer steps use one set of weights, so a unit for
-    each, as other transformers have it, would gather the same weights and sum their gradient L times. As one unit they
-    are gathered once, when the forward pass starts, and stay until the backward pass ends. That takes the memory of one
-    copy of the weights during a step, which beside the (B, H, T, N) activations of a BDH is small.
+    With FSDP2, every weight, its gradient and its optimizer state are sharded along their first dimension. The unit
+    that
+    is gathered is **the whole model**: since all L layer steps use the same weights, a unit for each layer step, as in
+    other transformers, would gather them and reduce their gradients L times. As a single unit they are gathered once,
+    at the start of the forward pass, and stay until the backward pass ends. A step thus needs memory for one copy of
+    the weights, which is small beside the (B, H, T, N) activations of a BDH.
 
     Args:
-        model: on the process's device, with the same weights on every process.
-        strategy: of :func:`choose_strategy`.
+        model: the model, on the process's device, with the same weights in every process.
+        strategy: the result of :func:`choose_strategy`.
+        config: the settings.
+        world: the processes.
     """
     if strategy == "none":
         return Parallel(model, strategy, model)
     mesh = init_device_mesh(world.device_type, (world.size,))
     if strategy == "ddp":
         return Parallel(model, strategy, DistributedDataParallel(model, device_mesh=mesh), mesh)
-    # None casts nothing: the weights may be float64.
+    # None means no cast: the weights can be float64.
     param_dtype, reduce_dtype = (
         None if name == "float32" else getattr(torch, name) for name in (config.param_dtype, config.reduce_dtype)
     )
