@@ -63,19 +63,19 @@ class NoEffect:
         return {"anyOf": allowed, "description": f"Has no effect: {self.why}."}
 
 
-_CACHE = "beginnings that prompts share are kept without it"
-_REPLY = "it comes back from a reply"
-_ALWAYS = "what always happens"
-_FORM = "an empty schema asks for JSON, as response_format does"
-_LENGTH = "no reply is shorter or longer by it"
-_AT_ONCE = "the model writes its reply at once"
+_CACHE = "shared beginnings of prompts are cached anyway"
+_REPLY = "clients copy it from a reply"
+_ALWAYS = "this is always the case"
+_FORM = "an empty schema would ask for JSON"
+_LENGTH = "it does not change the length of a reply"
+_AT_ONCE = "the model replies without reasoning first"
 _OF_TEXTS: dict[str, NoEffect] = {
     "tool_choice": NoEffect("there are no tools", values=("none", "auto")),
     "parallel_tool_calls": NoEffect("there are no tools", type="boolean"),
-    "service_tier": NoEffect("there is one", values=("auto", "default")),
-    "prompt_cache_key": NoEffect("beginnings that prompts share are found without it", type="string"),
+    "service_tier": NoEffect("there is only one", values=("auto", "default")),
+    "prompt_cache_key": NoEffect("shared beginnings of prompts are found anyway", type="string"),
     "prompt_cache_retention": NoEffect(_CACHE, type="string"),
-    "safety_identifier": NoEffect("a name of the user", type="string"),
+    "safety_identifier": NoEffect("it only identifies the user", type="string"),
 }
 _OBFUSCATION = {"include_obfuscation": NoEffect("streams are not padded", type="boolean")}
 _CACHE_CONTROL = {"cache_control": NoEffect(_CACHE, type="object")}
@@ -88,38 +88,38 @@ WITHOUT_EFFECT: dict[str, dict[str, NoEffect]] = {
         **_OF_TEXTS,
         **_TEMPLATE,
         "function_call": NoEffect("there are no tools", values=("none", "auto")),
-        "web_search_options": NoEffect("an empty object asks for a search", may_be_empty=False),
+        "web_search_options": NoEffect("an empty object would ask for a search", may_be_empty=False),
         "json_schema": NoEffect(_FORM, may_be_empty=False),
         "guided_json": NoEffect(_FORM, may_be_empty=False),
         "structured_outputs": NoEffect(_FORM, may_be_empty=False),
-        "modalities": NoEffect("replies are text", values=(["text"],)),
+        "modalities": NoEffect("replies are text only", values=(["text"],)),
         "reasoning_effort": NoEffect(_AT_ONCE, values=("none",)),
         "verbosity": NoEffect(_LENGTH, values=("medium",)),
-        "store": NoEffect("replies are not kept", values=(False,)),
-        "metadata": NoEffect("tags of replies that are kept", type="object"),
+        "store": NoEffect("replies are not stored", values=(False,)),
+        "metadata": NoEffect("it only tags stored replies", type="object"),
         "cache_prompt": NoEffect(_CACHE, type="boolean"),
-        "min_tokens": NoEffect("no least length", values=(0,)),
-        "length_penalty": NoEffect("no beams", values=(1,)),
-        "use_beam_search": NoEffect("no beams", values=(False,)),
-        "early_stopping": NoEffect("no beams", values=(False,)),
-        "typical_p": NoEffect("switched off", values=(1,)),
-        "mirostat": NoEffect("switched off", values=(0,)),
+        "min_tokens": NoEffect("there is no minimum length", values=(0,)),
+        "length_penalty": NoEffect("there is no beam search", values=(1,)),
+        "use_beam_search": NoEffect("there is no beam search", values=(False,)),
+        "early_stopping": NoEffect("there is no beam search", values=(False,)),
+        "typical_p": NoEffect("this value switches it off", values=(1,)),
+        "mirostat": NoEffect("this value switches it off", values=(0,)),
         "skip_special_tokens": NoEffect(_ALWAYS, values=(True,)),
         "spaces_between_special_tokens": NoEffect(_ALWAYS, values=(True,)),
         "include_stop_str_in_output": NoEffect(_ALWAYS, values=(False,)),
         "return_token_ids": NoEffect(_ALWAYS, values=(False,)),
     },
     "stream_options": _OBFUSCATION,
-    "message": {"name": NoEffect("the model is not shown it", type="string"), **_CACHE_CONTROL},
+    "message": {"name": NoEffect("the model does not see it", type="string"), **_CACHE_CONTROL},
     "content part": _CACHE_CONTROL,
     "response": {
         **_OF_TEXTS,
-        "truncation": NoEffect("nothing is cut off", values=("disabled",)),
-        "background": NoEffect("answers are waited for", values=(False,)),
+        "truncation": NoEffect("no input is cut off", values=("disabled",)),
+        "background": NoEffect("responses do not run in the background", values=(False,)),
     },
     "response stream_options": {
         **_OBFUSCATION,
-        "include_usage": NoEffect("the last event always has it", type="boolean"),
+        "include_usage": NoEffect("the last event always has the usage", type="boolean"),
     },
     "response text": {"verbosity": NoEffect(_LENGTH, values=("medium",))},
     "response reasoning": {"effort": NoEffect(_AT_ONCE, values=("none",))},
@@ -135,8 +135,8 @@ WITHOUT_EFFECT: dict[str, dict[str, NoEffect]] = {
     "tokenize": {
         **_TEMPLATE,
         "parse_special": NoEffect(_ALWAYS, values=(False,)),
-        "with_pieces": NoEffect("ids are given", values=(False,)),
-        "return_token_strs": NoEffect("ids are given", values=(False,)),
+        "with_pieces": NoEffect("the answer has ids", values=(False,)),
+        "return_token_strs": NoEffect("the answer has ids", values=(False,)),
     },
 }
 
