@@ -1,4 +1,4 @@
-"""Loss, perplexity, bits per byte and accuracy of a model on tokens."""
+"""Evaluates a model on tokens: loss, perplexity, bits per byte and accuracy."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -20,12 +20,12 @@ from bdh.model.network import inference
 from bdh.model.state import SynapticState
 from bdh.words import counted
 
-# Logits of one forward pass, at most: 256 MiB in float32.
+# The most logits in one forward pass: 256 MiB in float32.
 _MAX_LOGITS = 2**26
 
 
 def perplexity(loss: float) -> float:
-    """e^loss, of nats per token; infinite where that is more than a float holds."""
+    """Returns e^loss for a loss in nats per token; infinite if it exceeds the range of a float."""
     try:
         return math.exp(loss)
     except OverflowError:
@@ -34,18 +34,18 @@ def perplexity(loss: float) -> float:
 
 @dataclass(frozen=True)
 class Metrics:
-    """What a model made of a text."""
+    """The metrics of a model on a text."""
 
     loss: float
-    """Mean cross-entropy, nats per token."""
+    """The mean cross-entropy in nats per token."""
     bits_per_byte: float
-    """Mean cross-entropy, bits per byte of the UTF-8 text: comparable between tokenizers."""
+    """The mean cross-entropy in bits per byte of UTF-8 text, which is comparable between tokenizers."""
     accuracy: float
-    """Share of the tokens that were the likeliest prediction."""
+    """The fraction of tokens that were the likeliest prediction."""
     num_tokens: int
-    """Tokens that were predicted."""
+    """The number of predicted tokens."""
     loss_by_position: tuple[float, ...] = ()
-    """Nats per token at each position of texts read from nothing, where these were windows of one length, or stretches."""
+    """The nats per token at each position of windows of equal length, or of stretches, read with an empty state."""
 
     @property
     def perplexity(self) -> float:
@@ -59,16 +59,16 @@ class Metrics:
         return {f"{prefix}{name}": getattr(self, name) for name in ("loss", "perplexity", "bits_per_byte", "accuracy")}
 
     def loss_at(self, prefix: str = "") -> dict[str, float]:
-        """The loss by position, in octaves: ``loss_at/8`` is the mean of the positions 8 to 15, counted from 1.
+        """Returns the loss by position in octaves: ``loss_at/8`` is the mean over positions 8 to 15, counted from 1.
 
-        The model has seen 8 to 15 tokens then. Empty without a loss by position.
+        At these positions the model has seen 8 to 15 tokens. The result is empty without a loss by position.
         """
         starts = [2**i for i in range(len(self.loss_by_position).bit_length())]
         octaves = {start: self.loss_by_position[start - 1 : 2 * start - 1] for start in starts}
         return {f"{prefix}loss_at/{start}": sum(part) / len(part) for start, part in octaves.items()}
 
     def loss_by_block(self, block_size: int) -> tuple[float, ...]:
-        """The mean of each ``block_size`` positions; empty without a loss by position."""
+        """Returns the mean loss of each ``block_size`` positions; empty without a loss by position."""
         losses = self.loss_by_position
         blocks = (losses[start : start + block_size] for start in range(0, len(losses), block_size))
         return tuple(sum(block) / len(block) for block in blocks)
@@ -79,14 +79,14 @@ class _Count:
     nats: float = 0.0
     correct: int = 0
     tokens: int = 0
-    at: torch.Tensor | None = None  # nats and tokens by position, float64 (2, T), where that is wanted
+    at: torch.Tensor | None = None  # nats and tokens by position, float64 (2, T), if requested
 
     @classmethod
     def by_position(cls, length: int) -> "_Count":
         return cls(at=torch.zeros(2, length, dtype=torch.float64))
 
     def add(self, logits: torch.Tensor, targets: torch.Tensor, *, position: int = 0) -> None:
-        """Counts predictions, (B, T, V) of (B, T); ``position`` is that of the first ones, for the loss by position."""
+        """Adds predictions for targets (B, T), with logits (B, T, V); ``position`` is that of the first ones."""
         logits = logits if logits.dtype == torch.float64 else logits.float()
         targets = targets.to(logits.device)
         nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
@@ -98,7 +98,7 @@ class _Count:
             self.at[:, position : position + targets.shape[1]] += each.sum(1)
 
     def summed(self, total: Callable[[torch.Tensor], torch.Tensor], device: torch.device) -> "_Count":
-        """The counts of all processes, of windows of one length."""
+        """Returns the sum of the counts of all processes, for windows of equal length."""
         assert self.at is not None
         numbers = torch.tensor([self.nats, self.correct, self.tokens], dtype=torch.float64)
         sums = total(torch.cat([numbers, self.at.flatten()]).to(device)).cpu()
@@ -106,14 +106,14 @@ class _Count:
         return _Count(nats, int(correct), int(tokens), sums[3:].view_as(self.at))
 
     def __add__(self, other: "_Count") -> "_Count":
-        """Both together; by position where both have the same positions."""
+        """Returns the sum of two counts; by position only if both have the same positions."""
         at = None
         if self.at is not None and other.at is not None and self.at.shape == other.at.shape:
             at = self.at + other.at
         return _Count(self.nats + other.nats, self.correct + other.correct, self.tokens + other.tokens, at)
 
     def metrics(self, num_bytes: float) -> Metrics:
-        """``num_bytes`` are those of the text of all tokens that count."""
+        """Returns the metrics; ``num_bytes`` is the size of the text of all tokens that count."""
         by_position: tuple[float, ...] = ()
         if self.at is not None and bool((self.at[1] > 0).all()):
             by_position = tuple((self.at[0] / self.at[1]).tolist())
@@ -130,16 +130,20 @@ def evaluate_parts(
     sequences: slice = slice(None),
     sum_over_processes: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> tuple[Metrics, dict[str, Metrics]]:
-    """Predicts what counts in the sequences of each part, each read from nothing.
+    """Evaluates a model on the sequences of each part, each read with an empty state.
 
-    It draws no random numbers, and leaves the model in the mode, training or not, that it was in.
+    It draws no random numbers, and restores the training or evaluation mode of the model.
 
     Args:
-        sequences: those of each part that this process measures, which may be none.
-        sum_over_processes: where several processes have each a share of the sequences: sums a float64 tensor over them.
+        model: the model.
+        parts: the sequences, with the tokens that count.
+        autocast: returns the context of the forward passes.
+        max_batch_size: the largest number of sequences in a forward pass.
+        sequences: the sequences of each part that this process evaluates, possibly none.
+        sum_over_processes: sums a float64 tensor over the processes, if several of them evaluate a part each.
 
     Returns:
-        The metrics over all tokens that count, and where there are several parts, those of each by its name.
+        The metrics over all tokens that count, and those of each part by name if there are several.
     """
     counts: list[_Count] = []
     with inference(model), autocast():
@@ -172,25 +176,30 @@ def evaluate_text(
     progress: Callable[[int], None] = lambda num_tokens: None,
     announce: Callable[[str], None] = lambda path: None,
 ) -> Metrics:
-    """Predicts every token but the first of a whole text, once.
+    """Evaluates a model on a whole text, in which each token but the first is predicted once.
 
     Args:
+        model: the model.
         tokens: (n,), any integer type.
-        block_size: tokens that a window reads.
-        stride: tokens between the starts of two windows; each predicts what no earlier one did. Less than
-            ``block_size`` gives every prediction more context, at more work. None for ``block_size``.
-        carry_state: go through the text once with the state handed from window to window, so that every
-            token is predicted from all of the text before it.
-        stretch_tokens: with ``carry_state``, cut the text into stretches of so many tokens, each read from nothing,
-            several at a time: the loss by position then reaches as far. None reads all of it as one.
-        window: with ``carry_state``, attend to the last so many tokens only, as :mod:`bdh.ops.eager` does.
-        document_end: a token across which nothing is seen; the token after it is not predicted.
+        bytes_per_token: the mean number of UTF-8 bytes of a token.
+        block_size: the number of tokens in a window.
+        stride: the number of tokens between the starts of two windows, of which each predicts the tokens that no
+            earlier one did. A stride below ``block_size`` gives predictions more context but takes more work. None for
+            ``block_size``.
+        carry_state: whether to read the text once and carry the state between windows, so that each token is predicted
+            from the whole text before it.
+        stretch_tokens: with ``carry_state``, the length of stretches into which the text is split. Each is read with an
+            empty state, several at a time, and the loss by position covers this length. None reads the text as one.
+        window: with ``carry_state``, attend only to this many last tokens, as in :mod:`bdh.ops.eager`.
+        document_end: the token that ends a document, if tokens must not attend across documents. The token after it is
+            not predicted.
+        autocast: returns the context of the forward passes.
         progress: called with the number of tokens predicted so far.
-        announce: with ``carry_state``, called with the code that reads, a line for people.
+        announce: with ``carry_state``, called with a readable line about the code in use.
 
     Raises:
-        ValueError: fewer than two tokens, a stride that is not within 1 to ``block_size``, or stretches or a window
-            without a state to carry through them.
+        ValueError: there are fewer than two tokens, the stride is not within 1 to ``block_size``, or stretches or a
+            window are given without ``carry_state``.
     """
     stride = block_size if stride is None else stride
     if len(tokens) < 2:
@@ -218,25 +227,25 @@ def evaluate_text(
 
 
 class _ForwardReader:
-    """Reads texts on through ``model.forward``: on every device, in every precision and under autocast."""
+    """Reads texts with ``model.forward``, which supports every device, every dtype and autocast."""
 
     def __init__(self, model: BDHForCausalLM):
         self.path = f"forward on {model.device}"
         self._model, self._state = model, model.new_state()
 
     def begin(self, num_texts: int) -> None:
-        """What is read next are so many other texts."""
+        """Starts to read this many new texts."""
         self._state = self._model.new_state(num_texts)
 
     def read(self, tokens: torch.Tensor, starts: torch.Tensor | None) -> torch.Tensor:
-        """Logits (B, T, V) of the next tokens (B, T); ``starts`` is bool (B, T), where documents start, or None."""
+        """Returns the logits (B, T, V) of the next tokens (B, T); ``starts``, bool (B, T) or None, marks documents."""
         device = self._model.device
         starts = None if starts is None else starts.to(device)
         return self._model(tokens.to(device), document_starts=starts, past_key_values=self._state).logits
 
 
 class _AdvancingReader:
-    """The same through an Advancer. A text whose document ends begins anew from an empty state."""
+    """Reads texts with an Advancer. A text starts with an empty state again when its document ends."""
 
     def __init__(self, advancer: Advancer):
         self.path, self._advancer = advancer.description, advancer
@@ -251,7 +260,7 @@ class _AdvancingReader:
     def read(self, tokens: torch.Tensor, starts: torch.Tensor | None) -> torch.Tensor:
         found: list[torch.Tensor] = []
         is_start = torch.zeros_like(tokens, dtype=torch.bool) if starts is None else starts
-        cuts = {0, *is_start.any(0).nonzero()[:, 0].tolist(), tokens.shape[1]}  # where a document of any text starts
+        cuts = {0, *is_start.any(0).nonzero()[:, 0].tolist(), tokens.shape[1]}  # the starts of documents in any text
         for first, end in pairwise(sorted(cuts)):
             for state, is_new in zip(self._states, is_start[:, first].tolist(), strict=True):
                 if is_new:
@@ -263,13 +272,13 @@ class _AdvancingReader:
 
 
 def _reader_of(model: BDHForCausalLM, window: int | None) -> _ForwardReader | _AdvancingReader:
-    """The fastest reader for a model; only an Advancer attends within a window."""
+    """Returns the fastest reader for a model. Only an Advancer supports a window."""
     uses_kernels = model.dtype == torch.float32 and not torch.is_autocast_enabled(model.device.type)
     if window is None and not uses_kernels:
         return _ForwardReader(model)
     advancer = Advancer(model, window=window, path="auto" if uses_kernels else "torch")
     if window is None and advancer.backend == "eager":
-        return _ForwardReader(model)  # it reads texts side by side too
+        return _ForwardReader(model)  # it also reads several texts in a batch
     return _AdvancingReader(advancer)
 
 
@@ -282,7 +291,7 @@ def _read_on(
     document_end: int | None,
     progress: Callable[[int], None],
 ) -> _Count:
-    """Counts the predictions of stretches, ``batch_size`` of them side by side, block by block with the state."""
+    """Counts the predictions of stretches, in batches of ``batch_size``, block by block with the state carried."""
     last = len(tokens) - 1
     stretch = min(stretch_tokens or last, last)
     count = _Count.by_position(stretch) if stretch_tokens else _Count()
@@ -295,7 +304,7 @@ def _read_on(
         reader.begin(len(group))
         for position in range(0, length, block_size):
             end = min(position + block_size, length)
-            known = min(position, 1)  # the token before a block may end a document
+            known = min(position, 1)  # includes the token before a block, which may end a document
             batch = _batch(
                 _stack(tokens, [(start + position - known, start + end) for start in group]), document_end, known
             )
@@ -305,7 +314,7 @@ def _read_on(
 
 
 def _batch(tokens: torch.Tensor, document_end: int | None, known: int = 0) -> Batch:
-    """A batch without the first ``known`` tokens of each sequence, which only show whether they end a document."""
+    """Returns a batch without the first ``known`` tokens of each sequence, which only show the end of a document."""
     if document_end is None:
         return Batch(tokens[:, known:])
     return Batch.of_documents(tokens[:, known:], starts_after(tokens, document_end)[:, known:])
@@ -314,7 +323,7 @@ def _batch(tokens: torch.Tensor, document_end: int | None, known: int = 0) -> Ba
 def _window_batches(
     tokens: np.ndarray, block_size: int, stride: int, batch_size: int
 ) -> Iterator[tuple[torch.Tensor, int]]:
-    """Batches of windows (b, T + 1), and how many of each window's targets earlier windows have predicted."""
+    """Yields batches of windows (b, T + 1), with the number of each window's targets that were predicted before."""
     last = len(tokens) - 1
     windows = [(start, min(start + block_size, last)) for start in range(0, max(1, last - block_size + stride), stride)]
     for (_, num_known), group in groupby(windows, lambda w: (w[1] - w[0], block_size - stride if w[0] else 0)):
@@ -328,7 +337,7 @@ def _stack(tokens: np.ndarray, windows: list[tuple[int, int]]) -> torch.Tensor:
 
 
 def _score(model: BDHForCausalLM, batch: Batch, count: _Count, *, num_known: int = 0) -> None:
-    """Counts the predictions of sequences that are read from nothing, but for the first ``num_known`` of each."""
+    """Counts the predictions of sequences read with an empty state, except the first ``num_known`` of each."""
     batch = batch.to(model.device)
     output = model(batch.input_ids, document_starts=batch.starts, use_cache=False)
     count.add(output.logits[:, num_known:], batch.targets[:, num_known:])

@@ -1,4 +1,4 @@
-"""What a loss does not show: how many neurons of a model fire, and for how long it knows a fact that it has read."""
+"""Probes beyond the loss: how many neurons fire, and for how long a model remembers a fact that it has read."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -13,26 +13,26 @@ from bdh.model import BDHForCausalLM
 from bdh.model.hook_points import watching
 from bdh.model.network import exact_dtype, inference
 
-_SAMPLE = 4096  # values kept of each kind and layer step, for histograms
-# Neurons times tokens that are read at once, where several sequences have them: 128 MiB for each wide tensor in float32.
+_SAMPLE = 4096  # the number of values to keep for each name and layer step, for histograms
+# The most neurons times tokens that are read at once in several sequences: 128 MiB for each wide tensor in float32.
 MAX_WIDE = 2**25
 
 
 @dataclass(frozen=True)
 class Activity:
-    """What the neurons did on the tokens that were measured. Each list has one entry a layer step."""
+    """Statistics of the neurons' activations over some tokens. Each list has an entry for each layer step."""
 
     density: dict[str, list[float]]
-    """Share of the neurons that fire on a token: those of ``x``, of ``y``, and of both (``xy``)."""
+    """The fraction of neurons that fire on a token: for ``x``, ``y`` and both (``xy``)."""
     norm: dict[str, list[float]]
-    """Mean over the tokens of the L2 norm over all neurons: of ``x``, ``y`` and their product ``xy``."""
+    """The mean over tokens of the L2 norm over all neurons: for ``x``, ``y`` and their product ``xy``."""
     dead_neurons: float
-    """Share of the neurons whose x fired on none of the tokens, in no layer step: they did nothing."""
+    """The fraction of neurons whose x fired on no token in any layer step."""
     samples: dict[str, list[torch.Tensor]]
-    """Some values above 0 of ``x``, ``y`` and ``xy``, evenly spaced among all of them."""
+    """A sample of the values above 0 of ``x``, ``y`` and ``xy``, evenly spaced among all of them."""
 
     def as_dict(self, prefix: str = "") -> dict[str, float]:
-        """``density/x/0`` is that of x in the first layer step; so for the others."""
+        """Returns the statistics by names such as ``density/x/0``, the density of x in the first layer step."""
         found = {f"{prefix}dead_neurons": self.dead_neurons}
         for name, table in (("density", self.density), ("norm", self.norm)):
             for kind, values in table.items():
@@ -47,10 +47,10 @@ def measure_activity(
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     max_batch_size: int = 16,
 ) -> Activity:
-    """Reads tokens (n, T), each sequence from nothing, and counts.
+    """Reads tokens (n, T), each sequence with an empty state, and computes statistics of the activations.
 
-    It costs a forward pass of the eager backend, with hooks on the model's ``hook_points``, and a count of each wide tensor. It
-    draws no random numbers and leaves the model as it was.
+    It takes a forward pass of the eager backend with hooks on the model's ``hook_points``, and a count of each wide
+    tensor. It draws no random numbers and leaves the model unchanged.
     """
     num_wide = tokens.shape[1] * model.config.n_head * model.config.neurons_per_head
     batches = tokens.split(max(1, min(max_batch_size, MAX_WIDE // num_wide)))

@@ -52,7 +52,9 @@ def read_inputs(
 
     Args:
         model: the model, whose ``config``, ``embed`` and ``dtype`` are read.
-        input_ids, inputs_embeds, attention_mask: as for :meth:`bdh.BDHForCausalLM.forward`.
+        input_ids: as for :meth:`bdh.BDHForCausalLM.forward`.
+        inputs_embeds: likewise.
+        attention_mask: likewise.
         state: ``past_key_values``.
         others: ``document_starts`` and the further keyword arguments of :meth:`bdh.BDHForCausalLM.forward`.
 
