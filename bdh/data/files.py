@@ -1,6 +1,6 @@
-"""The local files that the names in the settings stand for.
+"""Finds the local files for the names in the settings.
 
-A folder or a pattern gives each file once, and none that a run, an export or the token cache wrote.
+A folder or pattern yields each file once, and no files that a run, an export or the token cache wrote.
 """
 
 import fnmatch
@@ -46,22 +46,24 @@ _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.
 
 
 def file_type(path: Path) -> str | None:
-    """The suffix that says what a file holds, without that of its compression; None if it is no known one."""
+    """Returns the suffix for the type of a file, ignoring that of its compression; None if the type is unknown."""
     suffix = os.path.splitext(path.name.lower().removesuffix(compression(path)))[1]
     return suffix if suffix in (*_LINES, *([] if compression(path) else [PARQUET])) else None
 
 
 def find_files(item: str, skipped: Skipped, setting: str = "data.source") -> list[Path] | None:
-    """The files that a file's or folder's name or a glob stands for, in the same order on every system.
+    """Returns the files for the name of a file or folder, or a glob pattern, in the same order on every system.
 
-    In folders and globs, files of other types are counted as skipped, hidden files and folders are left out; see
-    :func:`files_below` for what else is.
+    In folders and patterns, files of other types are counted as skipped, and hidden files and folders are ignored; see
+    :func:`files_below` for what else is skipped. Exceptions are those of :func:`check_item`.
 
     Args:
-        setting: that names it, for the errors, which are those of :func:`check_item`.
+        item: the name or pattern.
+        skipped: counts skipped files.
+        setting: the setting with this name, for error messages.
 
     Returns:
-        None if it can only be a hub id: there is nothing of that name, and nothing says that there should be.
+        The files, or None if the name can only be a hub id, since nothing of that name exists locally.
     """
     check_item(item, setting)
     path = Path(item).expanduser()
@@ -84,11 +86,11 @@ def find_files(item: str, skipped: Skipped, setting: str = "data.source") -> lis
 
 
 def check_item(item: str, setting: str = "data.source") -> None:
-    """Whether a name of a source can be one of local files, as far as it tells without a look into folders.
+    """Checks the name of a source, as far as possible without reading folders.
 
     Raises:
-        FileNotFoundError: there is nothing of that name, which is not that of a data set of the hub.
-        ValueError: the file is of an unknown type, or no regular file.
+        FileNotFoundError: nothing of that name exists, and it cannot be a data set on the hub.
+        ValueError: the file has an unknown type, or is not a regular file.
     """
     path = Path(item).expanduser()
     if path.is_file():
@@ -103,7 +105,7 @@ def check_item(item: str, setting: str = "data.source") -> None:
             )
     elif path.is_symlink():
         raise FileNotFoundError(f"{setting} {item!r} is a broken link: there is no {os.readlink(path)}")
-    # A hub id is NAME or ORGANISATION/NAME; a known suffix tells a file.
+    # A hub id is NAME or ORGANISATION/NAME. A known suffix means a file.
     elif not glob.has_magic(item) and (
         file_type(path) is not None
         or item.startswith((".", "/", "~"))
@@ -115,7 +117,7 @@ def check_item(item: str, setting: str = "data.source") -> None:
 
 
 def item_names(source: str | Sequence[str]) -> list[str]:
-    """The names in a setting. One that exists as it is may hold commas."""
+    """Returns the names in a setting, which commas separate unless a path with commas exists."""
     if not isinstance(source, str):
         return [item.strip() for item in source]
     if Path(source).expanduser().exists():
@@ -124,18 +126,18 @@ def item_names(source: str | Sequence[str]) -> list[str]:
 
 
 def files_below(folder: Path, skipped: Skipped) -> list[Path]:
-    """The files below a folder, without hidden ones, in the same order on every system.
+    """Returns the files below a folder, without hidden ones, in the same order on every system.
 
-    A symbolic link is followed, and what several links lead to is given once. Left out and counted are links that lead
-    nowhere, what is no regular file, and the folders of runs, exported models, tokenizers and the token cache.
+    Symbolic links are followed, and a file with several links is returned once. Broken links, anything that is not a
+    regular file, and the folders of runs, exported models, tokenizers and the token cache are skipped and counted.
     """
     return _files_below(folder, (_RECURSIVE,), skipped)
 
 
 def files_matching(pattern: str, skipped: Skipped) -> list[Path]:
-    """The files that match a pattern of :mod:`glob`, otherwise as :func:`files_below`.
+    """Returns the files that match a pattern of :mod:`glob`, otherwise as :func:`files_below`.
 
-    Folders of runs and so on are entered where the pattern names the file, as ``runs/*/samples.jsonl`` does.
+    Folders of runs and the like are only entered if the pattern names the file, such as ``runs/*/samples.jsonl``.
     """
     path = Path(os.path.expanduser(pattern))
     literal = next(number for number, part in enumerate(path.parts) if glob.has_magic(part))
@@ -151,10 +153,12 @@ def _files_below(root: Path, parts: Sequence[str], skipped: Skipped) -> list[Pat
 
 
 def regular_files(paths: Iterable[Path], known: set[FileKey], skipped: Skipped) -> list[Path]:
-    """Those of the files that can be read and are not known yet; the others are counted, but for folders.
+    """Returns the regular files that are not known yet. Others, except for folders, are counted as skipped.
 
     Args:
-        known: keys of the files that are left out; those of the returned ones are added.
+        paths: the paths.
+        known: the keys of files to ignore, to which those of the returned files are added.
+        skipped: counts skipped files.
     """
     files = []
     for path in paths:
@@ -179,13 +183,13 @@ def regular_files(paths: Iterable[Path], known: set[FileKey], skipped: Skipped) 
 
 
 def file_key(path: Path) -> FileKey:
-    """Equal for two paths that lead to one file or folder."""
+    """Returns a key that is equal for paths to the same file or folder."""
     facts = path.stat()
     return facts.st_dev, facts.st_ino
 
 
 def _matching(folder: Path, parts: Iterable[str]) -> Iterator[Path]:
-    """As ``glob.glob`` below ``folder``; but ``**`` enters each folder once, and none is passed over in silence."""
+    """Matches like ``glob.glob`` below a folder, but ``**`` enters each folder once, and errors are not ignored."""
     if not parts:
         yield folder
         return
@@ -203,7 +207,7 @@ def _matching(folder: Path, parts: Iterable[str]) -> Iterator[Path]:
 
 
 def _folders(folder: Path, known: set[FileKey]) -> Iterator[Path]:
-    """A folder and those below it, hidden ones left out, each once."""
+    """Yields a folder and those below it, without hidden ones, each once."""
     if not folder.is_dir() or file_key(folder) in known:
         return
     known.add(file_key(folder))
@@ -214,7 +218,7 @@ def _folders(folder: Path, known: set[FileKey]) -> Iterator[Path]:
 
 
 def _not_written_by_us(files: list[Path], root: Path, skipped: Skipped) -> list[Path]:
-    """The files but those of runs and so on below ``root``; and of a run whose folder ``root`` is itself."""
+    """Returns the files that do not belong to runs and the like below ``root``, or to ``root`` if that is a run."""
     kind_of = cache(_kind)
 
     def owner(path: Path) -> str | None:
@@ -235,7 +239,7 @@ def _not_written_by_us(files: list[Path], root: Path, skipped: Skipped) -> list[
 
 
 def _kind(folder: Path) -> str | None:
-    """Which of the folders that this program writes this one is, if any."""
+    """Returns the kind of a folder that this program wrote, or None."""
 
     def has(*names: str) -> bool:
         return any((folder / name).exists() for name in names)
@@ -250,10 +254,10 @@ def _kind(folder: Path) -> str | None:
 
 
 def is_hub_layout(folder: Path) -> bool:
-    """Whether a folder says itself which of its files are which split.
+    """Whether a folder assigns its files to splits itself.
 
-    Either its README.md has ``configs`` or ``dataset_info`` in its YAML header, or its ``data`` folder holds
-    files named like ``train-00000-of-00001.parquet``, or ``datasets`` saved it to disk.
+    That is so if its README.md has ``configs`` or ``dataset_info`` in its YAML header, if its ``data`` folder has files
+    with names such as ``train-00000-of-00001.parquet``, or if ``datasets`` saved it to disk.
     """
     data, card = folder / "data", folder / "README.md"
     if is_saved_to_disk(folder) or (data.is_dir() and any(_SHARD.search(path.name) for path in data.iterdir())):
@@ -266,12 +270,12 @@ def is_hub_layout(folder: Path) -> bool:
     try:
         fields = yaml.safe_load(header.group(1))
     except yaml.YAMLError:
-        return False  # a page with a line that looks like a header: text like any other
+        return False  # not a YAML header: an ordinary page that begins with such a line
     return isinstance(fields, dict) and ("configs" in fields or "dataset_info" in fields)
 
 
 def is_saved_to_disk(folder: Path) -> bool:
-    """Whether ``save_to_disk`` of ``datasets`` wrote a folder."""
+    """Whether a folder was written by ``save_to_disk`` of ``datasets``."""
     return (folder / "dataset_dict.json").is_file() or (
         (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
     )

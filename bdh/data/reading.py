@@ -1,8 +1,9 @@
-"""How text is read: the bytes and lines of files, chunks of documents, and readers that know where they are.
+"""Reading text: the bytes and lines of files, chunks of documents, and resumable readers.
 
-Text flows in chunks of at most ``CHUNK_BYTES`` bytes of UTF-8, so that no document has to fit in memory. Most documents are one
-chunk; longer ones are cut at line ends, where there are any. A reader's ``state()`` is plain data; a new reader made with
-it continues after the last chunk that was given, also where the one before ended with an error.
+Text is read in chunks of at most ``CHUNK_BYTES`` bytes of UTF-8, so that no document has to fit in memory. Most
+documents are a single chunk; longer ones are split, at line ends if possible. The ``state()`` of a reader is plain
+data. A new reader with this state continues after the last chunk that was returned, even if the previous reader ended
+with an error.
 """
 
 import gzip
@@ -17,7 +18,7 @@ from bdh.text_files import MARK_BYTES, mark_length
 
 CHUNK_BYTES = 1 << 18
 PEEKED_ROWS = 100
-# Kinds of things that are left out, and counted.
+# The kinds of skipped items, which are counted.
 NO_TEXT = "rows without text"
 EMPTY_FILES = "empty files"
 COMPRESSED = (".gz", ".zst")
@@ -31,7 +32,7 @@ State = dict[str, Any]
 
 
 class Chunk(NamedTuple):
-    """Text of one document, or of a piece of a long one."""
+    """The text of a document, or of a part of a long one."""
 
     utf8: bytes
     """Text, never empty."""
@@ -40,31 +41,32 @@ class Chunk(NamedTuple):
 
 
 class Skipped(Counter[str]):
-    """What a source had to leave out, by kind. Counted, so that it can be reported."""
+    """Counts what a source skipped, by kind, so that it can be reported."""
 
     def __str__(self) -> str:
-        """The end of a sentence; nothing where nothing was left out."""
+        """Returns the end of a sentence about it; empty if nothing was skipped."""
         counted = ", ".join(f"{what} ({number:,})" for what, number in self.items())
         return f": left out {counted}" if counted else ""
 
 
 class Reader(Protocol):
     def __iter__(self) -> Iterator[Chunk]:
-        """
+        """Yields the chunks.
+
         Raises:
-            ValueError: what is to be read is no text, or no table of texts.
-            OSError: it cannot be read.
+            ValueError: the source is not text, or not a table with texts.
+            OSError: the source cannot be read.
         """
 
     def state(self) -> State:
-        """Where the reader is, of plain data only."""
+        """Returns the position of the reader as plain data."""
 
 
 OpenShard = Callable[[Skipped, State | None], Reader]
 
 
 class DocumentReader:
-    """Chunks of documents that a function gives one by one."""
+    """Reads the chunks of documents that a function yields one by one."""
 
     def __init__(self, documents: Callable[[State], Iterable[tuple[bytes | None, State]]], state: State | None = None):
         """
@@ -94,7 +96,7 @@ class DocumentReader:
 
 
 def listed(num_documents: int, get: Callable[[int], bytes | None], state: State | None = None) -> DocumentReader:
-    """A reader of documents that can be fetched by their number; ``get`` gives None for one that it had to skip."""
+    """Returns a reader of documents by index; ``get`` returns None for a document that was skipped."""
     return DocumentReader(
         lambda after: ((get(i), {"document": i + 1}) for i in range(after.get("document", 0), num_documents)),
         state or {"document": 0},
@@ -102,7 +104,7 @@ def listed(num_documents: int, get: Callable[[int], bytes | None], state: State 
 
 
 class ChainReader:
-    """Several shards, one after the other."""
+    """Reads several shards, one after the other."""
 
     def __init__(self, shards: Sequence[OpenShard], skipped: Skipped, state: State | None = None):
         """Raises ValueError: the state was stored before the shards were read one by one."""
@@ -125,7 +127,7 @@ class ChainReader:
 
 
 class TextFileReader:
-    """A plain or compressed text file: one document, read in chunks."""
+    """Reads a plain or compressed text file, which is one document, in chunks."""
 
     def __init__(self, path: Path, encoding_errors: str, skipped: Skipped, state: State | None = None):
         self._path, self._encoding_errors, self._skipped = path, encoding_errors, skipped
@@ -156,10 +158,10 @@ class TextFileReader:
 
 
 def cut_position(utf8: bytes, limit: int = CHUNK_BYTES) -> int:
-    """Where to cut text that is longer than ``limit``: the number of bytes of its first chunk, 1 to ``limit``.
+    """Returns where to split text that is longer than ``limit``: the size of its first chunk in bytes, 1 to ``limit``.
 
-    Best is a line end between two characters that are not white space: there, tokenizers that split at white
-    space give the same tokens with the cut as without. Then any line end, then any space, then any character.
+    The best place is a line end between two characters that are not white space, where tokenizers that split at white
+    space give the same tokens as without the split. Otherwise it is any line end, any space, or any character.
     """
     end = limit
     for _ in range(_MAX_LINE_ENDS):
@@ -176,7 +178,7 @@ def cut_position(utf8: bytes, limit: int = CHUNK_BYTES) -> int:
 
 
 def split_document(utf8: bytes) -> Iterator[Chunk]:
-    """The chunks of a document that is in memory as a whole."""
+    """Yields the chunks of a document that is completely in memory."""
     start = 0
     while len(utf8) - start > CHUNK_BYTES:
         end = start + cut_position(utf8[start : start + CHUNK_BYTES + 1])
@@ -186,7 +188,7 @@ def split_document(utf8: bytes) -> Iterator[Chunk]:
 
 
 def to_plain(chunks: Iterable[Chunk]) -> list[Any]:
-    """A few chunks as plain data, for the state of a reader."""
+    """Converts a few chunks to plain data, for the state of a reader."""
     return [[chunk.utf8.decode(), chunk.ends_document] for chunk in chunks]
 
 
@@ -196,12 +198,12 @@ def from_plain(plain: list[Any]) -> list[Chunk]:
 
 @dataclass(frozen=True)
 class Split:
-    """Which chunks of a source are held out."""
+    """The rule by which chunks of a source are held out for validation."""
 
     unit: Literal["parts", "documents", "bytes"]
-    """What is counted from the front of the source on; parts are chunks."""
+    """The unit that is counted from the start of the source; parts are chunks."""
     number: int
-    """Of chunks, every so many-th is held out; of documents or bytes, those after the first so many."""
+    """With chunks, every ``number``-th is held out; with documents or bytes, those after the first ``number``."""
 
     def __repr__(self) -> str:  # it is hashed into fingerprints, in which earlier versions gave it this name
         return f"StreamSplit(unit={self.unit!r}, number={self.number!r})"
@@ -231,7 +233,7 @@ class Split:
 
 
 def split_of(open_source: Callable[[], Iterable[Chunk]], val_fraction: float, *, streaming: bool) -> Split:
-    """The last share of the documents is held out; of the bytes, where there is one document only. Reads the source once.
+    """Returns the split that holds out the last documents, or the last bytes of a single one. Reads the source once.
 
     Args:
         streaming: the end is far, so every ``round(1 / val_fraction)``-th chunk is held out. (A fraction above one half
@@ -251,7 +253,7 @@ def split_of(open_source: Callable[[], Iterable[Chunk]], val_fraction: float, *,
 
 
 def num_kept(number: int, val_fraction: float) -> int:
-    """How many of so many documents or bytes are trained on, from the front; at least one each way, if possible."""
+    """Returns how many of the documents or bytes are for training, from the start; at least one each, if possible."""
     kept = int(number * (1 - val_fraction))
     return min(max(kept, 1), number - 1) if number > 1 else number
 
@@ -264,11 +266,11 @@ def _character_start(utf8: bytes, position: int) -> int:
 
 
 class ColumnError(ValueError):
-    """The column of the text is missing, or cannot be guessed."""
+    """The column with the text is missing, or cannot be guessed."""
 
 
 class TextColumn(NamedTuple):
-    """The column of a table that holds the text."""
+    """The column of a table that contains the text."""
 
     name: str
     strings: frozenset[str] | None = None
@@ -276,15 +278,15 @@ class TextColumn(NamedTuple):
 
 
 def choose_column(types: Mapping[str, set[type]], wanted: str | None, where: str) -> str:
-    """The name of the column that holds the text of a table.
+    """Returns the name of the column with the text of a table.
 
     Args:
-        types: of each column, those of the values that are known.
+        types: the known types of values in each column.
         wanted: ``data.text_column``.
-        where: the name of the table, for errors.
+        where: the name of the table, for error messages.
 
     Raises:
-        ColumnError: the wanted column is not there; or none is wanted, and not exactly one holds strings.
+        ColumnError: the wanted column does not exist; or none is given, and not exactly one column has strings.
     """
     names = ", ".join(types)
     if wanted is not None:
@@ -363,11 +365,13 @@ class Line(NamedTuple):
 
 
 def text_lines(path: Path, encoding_errors: str, offset: int = 0, number: int = 1) -> Iterator[Line]:
-    """The lines of a file that are not blank, without a byte order mark.
+    """Yields the lines of a file that are not blank, without a byte order mark.
 
     Args:
-        offset: bytes of the (uncompressed) file to leave out, which end with a line.
-        number: of the line that is there.
+        path: the file.
+        encoding_errors: ``data.encoding_errors``.
+        offset: the number of bytes of the (uncompressed) file to skip, up to the end of a line.
+        number: the number of the line at the offset.
 
     Raises:
         ValueError: a line is not UTF-8, or the compressed file is damaged.
@@ -414,11 +418,11 @@ def text_start(path: Path) -> int:
 
 
 def file_chunks(path: Path, offset: int = 0) -> Iterator[bytes]:
-    """The bytes of a file from ``offset`` on, uncompressed if its name ends in .gz or .zst.
+    """Yields the bytes of a file from ``offset`` on, uncompressed if its name ends in .gz or .zst.
 
     Raises:
-        ValueError: the compressed file is damaged or cut off.
-        OSError: the file cannot be read; the error has its name.
+        ValueError: the compressed file is damaged or truncated.
+        OSError: the file cannot be read; the error contains its name.
     """
     try:
         if not compression(path):
@@ -446,7 +450,7 @@ def _gzip_chunks(path: Path) -> Iterator[bytes]:
 
 
 def _zstd_chunks(path: Path) -> Iterator[bytes]:
-    """By hand, as the library's own reader takes a file that is cut off for one that is complete."""
+    """Decompresses without the library's own reader, which takes a truncated file for a complete one."""
     import zstandard
 
     frame = None
