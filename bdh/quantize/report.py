@@ -53,7 +53,7 @@ class Measured:
     """Nats per token."""
     perplexity: float
     density: dict[str, list[float]]
-    """The fraction of neurons that fire on a token, for ``x`` and ``y``, in each layer step."""
+    """Share of the neurons that fire, ``x`` and ``y``, in each layer step, on the tokens after which one is predicted."""
 
 
 @dataclass(frozen=True)
@@ -115,33 +115,33 @@ def _read(model: Any, batch: Batch) -> _Read:
 
 
 class _Sums:
-    """The running sums: of losses over the tokens that count, and of neurons over all tokens."""
+    """Of what was counted so far, over the tokens after which one is predicted that counts: no padding is among them."""
 
     def __init__(self, num_layer_steps: int):
-        self.tokens = self.tokens_read = self.same = 0
+        self.tokens = self.same = 0
         self.nats_before = self.nats_after = self.kl = 0.0
         zeros = torch.zeros(3, num_layer_steps, dtype=torch.int64)
         self.fired = {"x": zeros, "y": zeros.clone()}  # before, after, in both
 
     def add(self, before: _Read, after: _Read, targets: torch.Tensor) -> None:
-        """Adds a batch; ``targets`` are int64 (B, T), below 0 for tokens that do not count."""
-        p, q = (read.log_probabilities[targets >= 0] for read in (before, after))  # (n, V)
-        counted = targets[targets >= 0][:, None]
-        self.tokens, self.tokens_read = self.tokens + len(counted), self.tokens_read + targets.numel()
+        """``targets`` are int64 (B, T), below 0 where they do not count."""
+        counts_here = targets >= 0
+        p, q = (read.log_probabilities[counts_here] for read in (before, after))  # (n, V)
+        counted = targets[counts_here][:, None]
+        self.tokens += len(counted)
         self.nats_before -= p.gather(1, counted).double().sum().item()
         self.nats_after -= q.gather(1, counted).double().sum().item()
         self.kl += (p.exp() * (p - q)).sum(1).double().sum().item()
         self.same += int((p.argmax(1) == q.argmax(1)).sum())
         for kind, counts in self.fired.items():
-            pairs = zip(before.fired[kind], after.fired[kind], strict=True)
+            pairs = zip(*((wide[counts_here] for wide in read.fired[kind]) for read in (before, after)), strict=True)
             counts += torch.tensor([[one.sum(), other.sum(), (one & other).sum()] for one, other in pairs]).t()
 
     def comparison(self, num_neurons: int) -> Comparison:
         def measured(nats: float, which: int) -> Measured:
             loss = nats / self.tokens
-            density = {
-                kind: (counts[which] / (self.tokens_read * num_neurons)).tolist() for kind, counts in self.fired.items()
-            }
+            most = self.tokens * num_neurons
+            density = {kind: (counts[which] / most).tolist() for kind, counts in self.fired.items()}
             return Measured(loss, perplexity(loss), density)
 
         still = {kind: (counts[2] / counts[0].clamp_min(1)).tolist() for kind, counts in self.fired.items()}

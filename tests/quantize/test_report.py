@@ -63,3 +63,20 @@ def test_what_does_not_count_and_documents_apart(model, tokens):
     for one, other in ((apart.before, alone.before), (apart.after, alone.after)):
         assert one.loss == pytest.approx(other.loss, rel=1e-5)
     assert apart.kl == pytest.approx(alone.kl, rel=1e-4)
+
+
+def test_only_tokens_that_count_are_measured(model, tokens):
+    """A shorter conversation is filled up with padding, whose id is another in a run than in its export."""
+    is_target = torch.ones(3, 20, dtype=torch.bool)
+    is_target[1, 12:] = is_target[2, 5:] = False
+    quantized = quantize(model, "int4")
+    found = []
+    for pad_id in (0, 17):
+        padded = tokens.clone()
+        padded[1, 13:] = padded[2, 6:] = pad_id
+        found.append(compare(model, quantized, [Batch(padded, is_target)]))
+    assert found[0] == found[1]
+    alone = compare(model, quantized, [Batch(tokens[:1]), Batch(tokens[1:2, :13]), Batch(tokens[2:, :6])])
+    for one, other in ((found[0].before, alone.before), (found[0].after, alone.after)):
+        assert one.density == {kind: pytest.approx(shares) for kind, shares in other.density.items()}
+    assert found[0].still_fire == {kind: pytest.approx(shares) for kind, shares in alone.still_fire.items()}
