@@ -1,9 +1,11 @@
 """bdh quantize: writes a model with weights in 8 or 4 bits, and reports what that has changed."""
 
 import json
+import logging
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 REPORT_FILE = "quantization.json"
 _UNKNOWN_BLOCK_SIZE = 512
 _CALIBRATION_TOKENS = 32_768
+_logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -149,16 +152,37 @@ class _Text:
         return [part.batch for part in self.corpus.validation_parts(number, end)]
 
     def calibration(self) -> "list[torch.Tensor] | None":
-        """Batches (B, T) of the part that is trained on, drawn at random; None where the method reads none."""
+        """Batches (B, T) of the part that is trained on, drawn at random; None where the method reads none.
+
+        Documents that the training reads apart, as conversations, are apart here too, and no padding is read.
+        """
         if self.corpus is None or self._settings.method == "rtn":
             return None
         import torch
 
-        tokens = self._settings.calibration_tokens or _CALIBRATION_TOKENS
-        number = -(-tokens // self.block_size)
-        loader = self.corpus.train_loader(min(number, self._settings.batch_size), seed=0)
-        batches = [loader.next().input_ids for _ in range(-(-number // self._settings.batch_size))]
-        return list(torch.cat(batches)[:number].split(self._settings.batch_size))
+        batch_size, wanted = self._settings.batch_size, self._num_calibration_tokens()
+        loader = self.corpus.train_loader(min(-(-wanted // self.block_size), batch_size), seed=0)
+        texts: list[torch.Tensor] = []
+        num_tokens = 0
+        while num_tokens < wanted and (drawn := loader.next().documents()):
+            for text in drawn:
+                if num_tokens < wanted:
+                    texts.append(text)
+                    num_tokens += len(text)
+        alike = (torch.stack(list(group)) for _, group in groupby(texts, len))
+        return [batch for each in alike for batch in each.split(batch_size)]
+
+    def _num_calibration_tokens(self) -> int:
+        """As many as the settings say, or as there are."""
+        assert self.corpus is not None
+        asked, there = self._settings.calibration_tokens, self.corpus.facts["train_tokens"]
+        if there is None:  # of a stream
+            return asked or _CALIBRATION_TOKENS
+        if asked is not None and asked > there:
+            _logger.warning(
+                "calibration_tokens is %s: the training part has %s, and no more are read", f"{asked:,}", f"{there:,}"
+            )
+        return min(asked or _CALIBRATION_TOKENS, there)
 
 
 def _facts(
@@ -230,6 +254,13 @@ def _sentences(facts: dict[str, Any]) -> list[str]:
     ]
 
 
+def _how(facts: dict[str, Any]) -> str:
+    """The method, and what it has read."""
+    if (tokens := facts["calibration_tokens"]) is None:
+        return str(facts["method"])
+    return f"{facts['method']}, on {counted(tokens, 'token')} of {facts['calibration_source']}"
+
+
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
@@ -251,7 +282,7 @@ def _lines(settings: QuantizeSettings, facts: dict[str, Any]) -> list[str]:
         *table_lines([("", "before", "after"), *_rows(facts)], num_names=1),
         "",
         *_sentences(facts),
-        f"{settings.out}: {settings.model} in {settings.weights}; {REPORT_FILE} has these figures",
+        f"{settings.out}: {settings.model} in {settings.weights} ({_how(facts)}); {REPORT_FILE} has these figures",
     ]
 
 
@@ -265,12 +296,9 @@ def _card(settings: QuantizeSettings, facts: dict[str, Any], model: Any, opened:
         "mixed": "The encoder has each neuron's row in 8 bits with a scale of its own; Ev and Dec have 32 weights each in 4 bits.",
     }[settings.weights]
     embeddings = " Embedding and head are in 8 bits too." * settings.embeddings
-    how, tokens = str(settings.method), facts["calibration_tokens"]
-    if tokens is not None:
-        how = f"{how}, on {counted(tokens, 'token')} of {facts['calibration_source']}"
     state = f" States in {settings.state} are recommended." if settings.state else ""
     text = f"""\
-The weights of `{settings.model}`, rounded ({how}) by `bdh quantize`. {about}{embeddings}{state}
+The weights of `{settings.model}`, rounded ({_how(facts)}) by `bdh quantize`. {about}{embeddings}{state}
 
 ## Quantization
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from queue import SimpleQueue
 from typing import Any
 
@@ -40,8 +41,7 @@ class Batch:
         def joined(parts: Sequence[torch.Tensor | None], default: bool) -> torch.Tensor | None:
             if all(part is None for part in parts):
                 return None
-            filled = [torch.full_like(batch.input_ids, default, dtype=torch.bool) for batch in batches]
-            return torch.cat([full if part is None else part for full, part in zip(filled, parts, strict=True)])
+            return torch.cat([batch._filled(part, default) for batch, part in zip(batches, parts, strict=True)])
 
         return cls(
             torch.cat([batch.tokens for batch in batches]),
@@ -81,6 +81,16 @@ class Batch:
         for start in range(0, len(self.tokens), num_sequences):
             yield self[start : start + num_sequences]
 
+    def documents(self) -> list[torch.Tensor]:
+        """The inputs of each document, int64 (T,), up to the last after which a token counts: padding is in none of them."""
+        found = []
+        for tokens, target, start in zip(self.input_ids, self.targets, self._filled(self.starts, False), strict=True):
+            cuts = [0, *start[1:].nonzero()[:, 0].add(1).tolist(), len(tokens)]
+            for begin, end in pairwise(cuts):
+                if len(counting := (target[begin:end] >= 0).nonzero()):
+                    found.append(tokens[begin : begin + int(counting[-1]) + 1])
+        return found
+
     def __getitem__(self, sequences: slice) -> "Batch":
         return self._each(lambda tensor: tensor[sequences])
 
@@ -90,6 +100,10 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _filled(self, marks: torch.Tensor | None, default: bool) -> torch.Tensor:
+        """Marks of the inputs, bool (B, T); where there are none, ``default``."""
+        return torch.full_like(self.input_ids, default, dtype=torch.bool) if marks is None else marks
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         is_target, starts = (None if each is None else change(each) for each in (self.is_target, self.starts))

@@ -121,6 +121,21 @@ def test_gptq_reads_the_training_part(model_folder, text, tmp_path, capsys):
     assert not torch.equal(ours["encoder.packed"], theirs["encoder.packed"])
 
 
+@pytest.mark.parametrize(
+    ("asked", "warning"), [("9999999", "calibration_tokens is 9,999,999: the training part has "), (None, "")]
+)
+def test_no_more_is_read_than_the_text_has(model_folder, text, tmp_path, capsys, caplog, asked, warning):
+    text.write_text(text.read_text()[:900])
+    argv = ["quantize", str(model_folder), str(tmp_path / "out"), "--weights", "int4", "--method", "gptq"]
+    argv += ["--data.source", str(text), "--block_size", "40"]
+    assert main([*argv, *(["--calibration_tokens", asked] if asked else [])]) == 0
+    shown = capsys.readouterr().out
+    number = json.loads((tmp_path / "out" / "quantization.json").read_text())["calibration_tokens"]
+    assert 760 <= number <= 850
+    assert warning in caplog.text
+    assert f"in int4 (gptq, on {number} tokens of {text})" in shown
+
+
 def test_a_state_is_recommended_in_the_configuration(model_folder, tmp_path, capsys):
     assert main(["quantize", str(model_folder), str(tmp_path / "out"), "--state", "bfloat16"]) == 0
     config = json.loads((tmp_path / "out" / "config.json").read_text())

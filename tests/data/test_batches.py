@@ -119,3 +119,14 @@ def test_a_fault_of_another_process_takes_nothing(loaders):
         batches.next()
     del others[0]
     assert equal(batches.next()[0], twin.next())
+
+
+def test_documents_are_without_padding():
+    tokens = torch.arange(1, 22).view(3, 7)
+    batch = Batch(tokens)
+    assert [each.tolist() for each in batch.documents()] == [row[:-1] for row in tokens.tolist()]
+    is_target = torch.tensor([[0, 1, 1, 0, 0, 1], [0, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]], dtype=torch.bool)
+    starts = torch.zeros(3, 6, dtype=torch.bool)
+    starts[:, 0] = starts[0, 4] = True
+    batch = Batch(tokens, is_target, starts)
+    assert [each.tolist() for each in batch.documents()] == [[1, 2, 3], [5, 6], [8, 9]]

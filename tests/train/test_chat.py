@@ -151,6 +151,20 @@ def test_eval_measures_the_answers_of_conversations(train_chat, tmp_path, chat_f
     assert "part is 'train': conversations are measured on their validation part" in capsys.readouterr().err
 
 
+def test_a_run_and_its_export_are_quantized_and_measured_alike(train_chat, tmp_path):
+    """Padding has another id in an export: it counted in the shares of neurons that fire, and gptq calibrated on it."""
+    run = tmp_path / "run"
+    assert train_chat(run) == 0
+    found = []
+    for model in (run, run / "model"):
+        argv = ["quantize", str(model), str(tmp_path / f"{model.name} int4"), "--weights", "int4", "--method", "gptq"]
+        assert main([*argv, "--calibration_tokens", "400"]) == 0
+        found.append(json.loads((tmp_path / f"{model.name} int4" / "quantization.json").read_text()))
+    for name in ("text", "matrices", "calibration_tokens"):
+        assert found[0][name] == found[1][name]
+    assert 400 <= found[0]["calibration_tokens"] < 440
+
+
 def test_settings_that_do_not_go_with_chat_are_refused_and_nothing_written(train_chat, tmp_path, capsys):
     assert train_chat(tmp_path / "run", **{"tokenizer.chat_template": "gone.jinja"}) == 2
     assert "tokenizer.chat_template is 'gone.jinja'" in capsys.readouterr().err
