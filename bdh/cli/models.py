@@ -1,12 +1,11 @@
 """What commands have in common that read a model."""
 
-import logging
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bdh.train.places import find_checkpoint, find_model, not_found
+from bdh.hub import model_folder
+from bdh.train.places import find_checkpoint, find_model
 from bdh.validation import DeviceName, PathText, Settings
 
 if TYPE_CHECKING:
@@ -15,9 +14,6 @@ if TYPE_CHECKING:
     from bdh.model.modeling import BDHForCausalLM
     from bdh.model.network import ModelParts
     from bdh.tokenizer.plain import PlainTokenizer
-
-_logger = logging.getLogger(__name__)
-_HUB_FILES = ["*.json", "*.jinja", "model*.safetensors"]
 
 
 class ReadsModel(Settings):
@@ -70,7 +66,7 @@ def load_for_generation(settings: ReadsModel) -> "tuple[ModelParts, PlainTokeniz
     assert settings.model is not None  # of a command that needs one
     device = choose_device(settings.device)
     place = find_model(settings.model, checkpoint=settings.checkpoint, base=settings.base)
-    folder = _from_hub(settings.model) if place.kind == "hub" else place.path
+    folder = model_folder(settings.model) if place.kind == "hub" else place.path
     network: Network | None = None
     if place.kind in ("export", "hub"):
         with suppress(QuantizedWeightsError):
@@ -94,23 +90,3 @@ def load_for_generation(settings: ReadsModel) -> "tuple[ModelParts, PlainTokeniz
 
         tokenizer = PlainTokenizer.of(load_tokenizer(folder))
     return network, tokenizer
-
-
-def _from_hub(name: str) -> Path:
-    """The folder of the hub's cache that holds the newest commit of a model, downloaded where it is not there yet."""
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    if not constants.HF_HUB_OFFLINE:
-        _logger.warning("there is no folder %s: looking for it on the Hugging Face hub", name)
-    try:
-        folder = Path(snapshot_download(name, allow_patterns=_HUB_FILES))
-        if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(name, allow_patterns=[*_HUB_FILES, "pytorch_model*.bin"]))
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError("it has no config.json")
-    except OSError as error:  # of the network, and of the hub
-        is_not_cached = constants.HF_HUB_OFFLINE and isinstance(error, LocalEntryNotFoundError)
-        reason = "it is not in the hub's cache, and HF_HUB_OFFLINE is set" if is_not_cached else str(error)
-        raise not_found(name, reason) from error
-    return folder

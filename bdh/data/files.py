@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 
 from bdh.data.reading import COMPRESSED, Skipped, compression
+from bdh.hub import is_path, why_not_asked
 from bdh.words import counted
 
 TEXT_TYPES = (".txt", ".md", ".py")
@@ -105,15 +106,12 @@ def check_item(item: str, setting: str = "data.source") -> None:
             )
     elif path.is_symlink():
         raise FileNotFoundError(f"{setting} {item!r} is a broken link: there is no {os.readlink(path)}")
-    # A hub id is NAME or ORGANISATION/NAME. A known suffix means a file.
-    elif not glob.has_magic(item) and (
-        file_type(path) is not None
-        or item.startswith((".", "/", "~"))
-        or item.endswith("/")
-        or "\\" in item
-        or item.count("/") > 1
-    ):
-        raise FileNotFoundError(f"{setting} {item!r}: there is no such file or folder")
+    elif not glob.has_magic(item):
+        nothing = f"{setting} {item!r}: there is no such file or folder"
+        if file_type(path) is not None or is_path(item):  # a known suffix tells a file
+            raise FileNotFoundError(nothing)
+        if (reason := why_not_asked(item, "dataset")) is not None:
+            raise FileNotFoundError(f"{nothing}, and {reason}")
 
 
 def item_names(source: str | Sequence[str]) -> list[str]:

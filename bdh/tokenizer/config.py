@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from bdh.hub import is_path, why_not_asked, why_not_reached
 from bdh.storage import recover_dir
 from bdh.text_files import read_text
 from bdh.validation import Allowed, Faults, PathText, Settings
@@ -60,10 +61,14 @@ def check_tokenizer_there(name: str) -> None:
             f"tokenizer.path is {name!r}: this folder holds no {TOKENIZER_FILE}, so it is neither a tokenizer nor an "
             "exported model"
         )
-    # A hub id is NAME or ORGANISATION/NAME. Anything else must be a path.
-    is_path = name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1 or name.endswith("/")
-    if is_path and not folder.exists():
+    if folder.exists():
+        return
+    if is_path(name):
         raise FileNotFoundError(f"tokenizer.path is {name!r}: there is no such folder")
+    if (reason := why_not_asked(name)) is not None:
+        raise FileNotFoundError(f"tokenizer.path is {name!r}: there is no such folder, and {reason}")
+    if (reason := why_not_reached(name)) is not None:
+        raise _not_found(name, reason)
 
 
 def read_template(path: Path) -> str:
@@ -112,11 +117,7 @@ def load_tokenizer(config: TokenizerConfig | str | Path) -> "PreTrainedTokenizer
             raise ValueError(f"{setting}: its tokenizer files cannot be read: {first_line(error)}") from error
         if not isinstance(error, OSError | ValueError):
             raise
-        raise FileNotFoundError(
-            f"{setting}: there is no such folder here, and the hub gave no tokenizer of that name "
-            f"({first_line(error)}). Without a network these work: byte, a folder that holds {TOKENIZER_FILE}, and "
-            "what the hub's cache holds already, with HF_HUB_OFFLINE=1"
-        ) from error
+        raise _not_found(name, first_line(error)) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(
             f"{setting}: it is a {type(tokenizer).__name__}, not a fast tokenizer; convert it to one that saves "
@@ -130,6 +131,14 @@ def load_tokenizer(config: TokenizerConfig | str | Path) -> "PreTrainedTokenizer
         file = try_to_load_from_cache(name, TOKENIZER_FILE)
         _check_ids(tokenizer.get_vocab(), Path(file) if isinstance(file, str) else None, name)
     return tokenizer
+
+
+def _not_found(name: str, reason: str) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"tokenizer.path is {name!r}: there is no such folder here, and the hub gave no tokenizer of that name ({reason}). "
+        f"Without a network these work: byte, a folder that holds {TOKENIZER_FILE}, and what the hub's cache holds already, "
+        "with HF_HUB_OFFLINE=1"
+    )
 
 
 def _bare_tokenizer(path: Path) -> "PreTrainedTokenizerFast":

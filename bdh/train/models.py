@@ -8,11 +8,11 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from huggingface_hub import constants
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
-from transformers.utils import cached_file, logging
+from transformers.utils import logging
 
+from bdh.hub import model_folder
 from bdh.model import BDHConfig, BDHForCausalLM
 from bdh.model.fingerprint import Identity, identity
 from bdh.model.network import one_line_type_faults
@@ -25,7 +25,7 @@ from bdh.tokenizer.plain import NUM_BYTES, vocabulary_size
 from bdh.train.adapters import Base, add_adapters, load_adapters, merge, read_base, scale
 from bdh.train.checkpoint import Checkpoint, Checkpointer
 from bdh.train.config import LoraSettings, ModelSettings, RunSettings, TrainSettings, stored_settings
-from bdh.train.places import find_checkpoint, find_model, is_run, not_found
+from bdh.train.places import find_checkpoint, find_model, is_run
 from bdh.train.runtime import choose_runtime
 from bdh.words import counted
 
@@ -136,11 +136,11 @@ def open_model(
         model.config.__dict__.pop("train_data", None)  # describes the data of the base model
         return OpenedModel(Base(name, folder), model, name, load_adapters(model, path))
     if there.kind == "hub":
-        if not constants.HF_HUB_OFFLINE:
-            _logger.warning("there is no folder %s: looking for it on the Hugging Face hub", name)
-        model, commit = _pretrained(name, is_local=False, commit=commit)
-        return OpenedModel(Base(name, commit=commit), model, name)
-    model, _ = _pretrained(name, is_local=True)
+        cached = model_folder(name, commit)
+        model = _pretrained(cached, name)
+        model.name_or_path = model.config.name_or_path = name
+        return OpenedModel(Base(name, commit=cached.name), model, name)
+    model = _pretrained(path, name)
     step = (getattr(model.config, "train_data", None) or {}).get("step")
     return OpenedModel(Base(name, folder, export_step=step), model, name)
 
@@ -273,20 +273,15 @@ def warn_of_removal(base: Base) -> None:
         )
 
 
-def _pretrained(name: str, *, is_local: bool, commit: str | None = None) -> tuple[BDHForCausalLM, str | None]:
-    """Loads a model by transformers, and returns it with the hash of its commit if it is from the hub."""
+def _pretrained(folder: Path, name: str) -> BDHForCausalLM:
+    """The model of a folder; ``name`` is what messages call it."""
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # the code below raises errors for what transformers only warns about
     try:
-        if not is_local:  # the hub's cache has a folder for each commit
-            file = cached_file(name, "config.json", revision=commit)
-            assert file is not None  # a missing file raises an exception
-            commit = Path(file).parent.name
         loaded: Any = BDHForCausalLM.from_pretrained(
-            name,
-            config=_pretrained_config(name, commit),
-            revision=commit or "main",
+            folder,
+            config=_pretrained_config(folder, name),
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
@@ -297,7 +292,7 @@ def _pretrained(name: str, *, is_local: bool, commit: str | None = None) -> tupl
             f"{key} is {tuple(has)}, not {tuple(needs)}" for key, has, needs in report["mismatched_keys"]
         ):
             raise ValueError(f"the weights of {name} do not have the shapes of its config.json: {'; '.join(wrong)}")
-        return model, commit
+        return model
     except SafetensorError as error:
         raise ValueError(f"the weights of {name} are cut off or damaged: {error}") from error
     except UnpicklingError as error:  # its message is a page of advice
@@ -306,19 +301,15 @@ def _pretrained(name: str, *, is_local: bool, commit: str | None = None) -> tupl
         ) from error
     except RuntimeError as error:  # sizes that no machine has memory for
         raise ValueError(f"{name} cannot be loaded: {error}") from error
-    except OSError as error:
-        if is_local:
-            raise
-        raise not_found(name, str(error)) from error
     finally:
         logging.set_verbosity(verbosity)
 
 
-def _pretrained_config(name: str, commit: str | None) -> BDHConfig:
+def _pretrained_config(folder: Path, name: str) -> BDHConfig:
     try:
         with one_line_type_faults(f"the config.json of {name} is wrong"):
-            config = BDHConfig.from_pretrained(name, revision=commit or "main")
-    except (TypeError, AttributeError) as error:  # not a JSON object, or a dtype that PyTorch does not have
+            config = BDHConfig.from_pretrained(folder)
+    except (TypeError, AttributeError) as error:  # no object of JSON, or a dtype that PyTorch does not have
         raise ValueError(f"the config.json of {name} is wrong: {error}") from error
     if config.model_type != "bdh" or "n_embd" not in config.to_dict():
         raise ValueError(f"{name} is no BDH model: its model_type is {config.model_type!r}")

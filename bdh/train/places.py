@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from bdh.hub import is_path, model_not_found, why_not_asked, why_not_reached
 from bdh.storage import naming_full_disk, recover_dir, recover_dirs
 from bdh.words import counted
 
@@ -31,15 +32,6 @@ class ModelPlace:
     kind: Literal["run", "adapters", "export", "hub"]
     checkpoint: str | None = None
     """Of a run: last, best, or a step."""
-
-
-def not_found(name: str, reason: str) -> FileNotFoundError:
-    """The error for a name that stands for no folder, where the hub has answered ``reason``, of which the first line counts."""
-    reason = reason.splitlines()[0].rstrip(".")
-    return FileNotFoundError(
-        f"{name!r} is neither a folder here nor a model that the hub gives: {reason}. Without a network, give the folder "
-        "of an export or of a run"
-    )
 
 
 def find_model(name: str, *, checkpoint: str | None = None, base: str | None = None) -> ModelPlace:
@@ -76,8 +68,12 @@ def find_model(name: str, *, checkpoint: str | None = None, base: str | None = N
         if not (path / "config.json").is_file():
             raise FileNotFoundError(f"{name} holds no model: it has neither config.json nor checkpoints")
         return ModelPlace(path, "export")
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", name):
+    if is_path(name) or "/" not in name:
         raise FileNotFoundError(f"there is no folder {name} (and a model of the hub is named ORGANISATION/NAME)")
+    if (reason := why_not_asked(name)) is not None:
+        raise FileNotFoundError(f"there is no folder {name}, and {reason}")
+    if (reason := why_not_reached(name)) is not None:
+        raise model_not_found(name, reason)
     return ModelPlace(path, "hub")
 
 
