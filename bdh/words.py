@@ -1,4 +1,4 @@
-"""Helpers for messages: counts with their nouns, suggestions for misspelt names, and kinds of errors."""
+"""Words that messages have in common: how many of something there are, and how large it is, which name is meant, what an error is about."""
 
 from collections.abc import Iterable
 
@@ -6,6 +6,11 @@ from collections.abc import Iterable
 def counted(number: int, noun: str, many: str | None = None) -> str:
     """Returns a number with its noun: "1 token", "2,000 tokens". ``many`` is the plural; by default it ends in s."""
     return f"{number:,} {noun if number == 1 else many or noun + 's'}"
+
+
+def gigabytes(num_bytes: float) -> str:
+    """Memory in GB of 10^9 bytes, the unit of the settings: "0.031 GB"."""
+    return f"{num_bytes / 1e9:,.3f} GB"
 
 
 def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:

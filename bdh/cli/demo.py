@@ -1,12 +1,12 @@
 """bdh demo: a small model, from text to answers, in some minutes and without a network."""
 
-import importlib.util
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 from bdh.cli.main import find_command
 from bdh.cli.settings import command
+from bdh.monitor.history import check_matplotlib
 from bdh.train.places import CONFIG_FILE, LOCK_FILE, CheckpointFolder
 from bdh.validation import PathText, Settings
 
@@ -34,8 +34,10 @@ def run_demo(settings: DemoSettings) -> int:
         if (status := find_command("generate")(arguments)) != 0:
             return status
     print(flush=True)
-    if importlib.util.find_spec("matplotlib") is None:
-        print('No picture of the loss: plots need matplotlib, pip install "bdh[report]"')
+    try:
+        check_matplotlib()
+    except ImportError as error:
+        print(f"No picture of the loss: {error}")
     else:
         find_command("plot")([str(run), "--output", str(run / "loss.png")])
     print(_what_next(str(run)))

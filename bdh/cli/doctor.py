@@ -14,6 +14,7 @@ from typing import Any
 
 import bdh
 from bdh.cli.settings import command
+from bdh.extras import install_command
 from bdh.validation import Settings
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "safetensors", "huggingface_hub", "numba", "numpy")
@@ -159,7 +160,7 @@ def _extras() -> Iterator[tuple[str, str]]:
     for extra, (purpose, modules) in EXTRAS.items():
         missing = [name for name in modules if importlib.util.find_spec(name) is None]
         if missing:
-            yield extra, f'for {purpose}: {", ".join(missing)} missing: pip install "bdh[{extra}]"'
+            yield extra, f"for {purpose}: {', '.join(missing)} missing: {install_command(extra)}"
         else:
             yield extra, f"for {purpose}: {', '.join(f'{name} {_version(name)}' for name in modules)}"
 

@@ -13,6 +13,7 @@ from bdh.cli.run_data import data_of_run
 from bdh.cli.settings import command
 from bdh.data.config import DataConfig
 from bdh.evaluate import check_task_files
+from bdh.extras import install_command
 from bdh.validation import Faults, NonNegativeInt, PathText, PositiveInt
 from bdh.words import counted
 
@@ -81,7 +82,7 @@ class EvalSettings(ModelSettings):
         if self.tasks:
             if importlib.util.find_spec("lm_eval") is None:
                 raise ImportError(
-                    'tasks need the LM Evaluation Harness, which is not installed: pip install "bdh[eval]"'
+                    f"tasks need the LM Evaluation Harness, which is not installed: {install_command('eval')}"
                 )
             check_task_files(self.task_names(), self.include_path)
 

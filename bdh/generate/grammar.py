@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from bdh.extras import install_command
+
 if TYPE_CHECKING:
     import torch
     from llguidance import LLMatcher, LLTokenizer
@@ -39,7 +41,7 @@ _MOST_LEXER_STATES = 20_000  # of 1 to 2 kB, for each running text; the library'
 def check_grammar_library() -> None:
     """Raises ``ImportError`` unless ``llguidance`` is installed."""
     if importlib.util.find_spec("llguidance") is None:
-        raise ImportError('a grammar needs llguidance, which is not installed: pip install "bdh[serve]"')
+        raise ImportError(f"a grammar needs llguidance, which is not installed: {install_command('serve')}")
 
 
 def collect_grammar_faults(grammar: Mapping[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ from bdh.model.config_fields import ALIASES, ConfigFields, name_faults
 # Without `import bdh`, transformers looks for the model's code in the model folder. There it finds this file.
 STUB = "bdh_auto.py"
 _STUB_TEXT = '''\
-"""This model is run by the package bdh: pip install bdh. After `import bdh` nothing here is needed, nor trust_remote_code."""
+"""This model is run by the package bdh, which has to be installed. After `import bdh` nothing here is needed, nor trust_remote_code."""
 
 from bdh import BDHConfig, BDHForCausalLM, BDHForSequenceClassification, BDHModel
 '''

@@ -9,6 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from bdh.extras import install_command
 from bdh.storage import atomic_file, write_text
 from bdh.text_files import read_yaml
 from bdh.validation import Faults
@@ -48,6 +49,12 @@ def cut_back(path: Path, step: int) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
 
 
+def check_matplotlib() -> None:
+    """Raises ``ImportError``, which says how to get the package, where it is missing."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError(f"plots need matplotlib: {install_command('report')}")
+
+
 def plot_metrics(run_dirs: list[Path], output: Path, keys: Sequence[str] = LOSS_KEYS) -> None:
     """Draws metrics of runs over their steps into a PNG file: all runs over each other, a colour each.
 
@@ -61,8 +68,7 @@ def plot_metrics(run_dirs: list[Path], output: Path, keys: Sequence[str] = LOSS_
         ValueError: a run has logged none of the metrics, or no run has logged one of them.
         ImportError: matplotlib is missing; the message says how to install it.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError('plots need matplotlib: pip install "bdh[report]"')
+    check_matplotlib()
     rows = {run_dir: _rows_of_run(run_dir, keys) for run_dir in run_dirs}
     losses = [key for key in keys if key in LOSS_KEYS]
     others = [[key] for key in keys if key not in LOSS_KEYS]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 
+from bdh.extras import install_command
 from bdh.monitor.history import cut_back
 from bdh.validation import Allowed, Faults, PositiveInt, PositiveSeconds, Settings, collect_faults
 
@@ -64,7 +65,7 @@ def chosen_backends(config: MonitorConfig) -> list[str]:
     given = split_names(config.backends)
     for name in filter(is_missing, given):
         about = f"monitor.backends names {name}, but the package {name} is missing"
-        faults.add(f'{about}: pip install "bdh[monitor]", or leave it out')
+        faults.add(f"{about}: {install_command('monitor')}, or leave it out")
     faults.raise_if_any()
     by_default = {"console", "jsonl", "tensorboard"} if AUTO in given else set()
     return [name for name in BACKENDS if name in given or (name in by_default and not is_missing(name))]
@@ -161,7 +162,7 @@ class Monitor:
             except Exception as error:
                 self._lose(kind.title, "cannot be opened", error)
         if AUTO in split_names(config.backends) and is_missing("tensorboard"):
-            self.message('No TensorBoard files: the package is missing (pip install "bdh[monitor]" brings it).')
+            self.message(f"No TensorBoard files: the package is missing ({install_command('monitor')} brings it).")
 
     def __enter__(self) -> "Monitor":
         self._each("start")

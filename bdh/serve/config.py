@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Le
 
+from bdh.extras import install_command
 from bdh.generate.params import EngineConfig
 from bdh.text_files import read_text
 from bdh.validation import (
@@ -198,7 +199,7 @@ class ServeSettings(Settings):
     def check_available(self) -> None:
         super().check_available()
         if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
-            raise ImportError(f"bdh serve needs more packages ({', '.join(missing)}): pip install 'bdh[serve]'")
+            raise ImportError(f"bdh serve needs more packages ({', '.join(missing)}): {install_command('serve')}")
         check_telemetry(self.telemetry)
         if self.chat_template not in (None, PLAIN):
             read_template(Path(str(self.chat_template)))

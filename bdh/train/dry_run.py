@@ -28,7 +28,7 @@ from bdh.train.config import RunSettings, TrainSettings
 from bdh.train.loop import training_step
 from bdh.train.runtime import Runtime, plan_training
 from bdh.train.setup import Run
-from bdh.words import counted, is_out_of_memory
+from bdh.words import counted, gigabytes, is_out_of_memory
 
 MARGIN = 0.95
 """Of the available memory: more than that is not counted on."""
@@ -177,7 +177,7 @@ class Forecast:
         difference, in the proportion that measured peaks have to their counts where they show one."""
         known = [(self.estimate.of_step(number).total, peak) for number, _, peak in self.points if peak is not None]
         if not known:
-            return self.base + estimate.total + (0 if estimate.runtime.device.type == "cuda" else _LOADED_BYTES)
+            return self.program + estimate.total
         nearest, peak = min(known, key=lambda point: abs(estimate.total - point[0]))
         (first, first_peak), (last, last_peak) = known[0], known[-1]
         ratio = (last_peak - first_peak) / (last - first) if last - first >= _TRUSTED_BYTES else 1.0
@@ -187,6 +187,11 @@ class Forecast:
         # What another path keeps is so much less that a small fault in the count of what it replaces would be all of it.
         is_same_path = estimate.plan.backend == self.estimate.plan.backend
         return found if is_same_path else max(found, float(self.base + estimate.total))
+
+    @property
+    def program(self) -> int:
+        """Bytes that are not counted by settings: what the process has already, and what its first step loads."""
+        return self.base + (0 if self.estimate.runtime.device.type == "cuda" else _LOADED_BYTES)
 
     @property
     def peak(self) -> float:
@@ -213,12 +218,15 @@ class Forecast:
 
     def lines(self) -> list[str]:
         """For people."""
-        parts, train, size = self.estimate.parts, self.estimate.settings.train, self.estimate.world.size
+        train, size = self.estimate.settings.train, self.estimate.world.size
+        parts = self.estimate.parts | {"the program itself": self.program}
+        parts["sum of these counts"] = sum(parts.values())
         width = max(map(len, parts))
-        found = [f"  {name:<{width}}  {_gigabytes(num_bytes):>10}" for name, num_bytes in parts.items()]
-        available = f"{_gigabytes(self.available)} that are available{' per process' * (size > 1)}"
-        how = " (counted, not measured)" * all(peak is None for _, _, peak in self.points)
-        found.append(f"peak memory   {_gigabytes(self.peak)} of the {available}{how}")
+        found = [f"  {name:<{width}}  {gigabytes(num_bytes):>10}" for name, num_bytes in parts.items()]
+        available = f"{gigabytes(self.available)} that are available{' per process' * (size > 1)}"
+        is_measured = any(peak is not None for _, _, peak in self.points)
+        how = "measured: not all that is counted is there at once" if is_measured else "that sum, not measured"
+        found.append(f"peak memory   {gigabytes(self.peak)} of the {available} ({how})")
         if self.points:
             seconds, each = self.seconds
             tokens = train.sequences_per_process * train.block_size * size
@@ -269,7 +277,7 @@ class Forecast:
                 flags = " ".join(f"--{section}.{name} {value}" for name, value in other.items())
                 if section == "distributed":
                     flags += ", which shares weights, gradients and optimizer among the processes"
-                lines.append(f"{flags}: {_gigabytes(peak)}" + ", which alone does not fit either" * (peak > limit))
+                lines.append(f"{flags}: {gigabytes(peak)}" + ", which alone does not fit either" * (peak > limit))
         if lines and not is_enough:
             lines.append("none of these is enough alone: combine them, or train where there is more memory")
         return lines
@@ -400,10 +408,6 @@ def _micro_batches(train: TrainSettings, size: int, number: int) -> dict[str, An
 
 def _halved(number: int, least: int = 1) -> list[int]:
     return [size for halvings in range(1, number.bit_length()) if (size := number >> halvings) >= least]
-
-
-def _gigabytes(num_bytes: float) -> str:
-    return f"{num_bytes / 1e9:,.3f} GB"
 
 
 def _duration(seconds: float) -> str:

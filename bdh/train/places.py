@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from bdh.extras import install_command
 from bdh.hub import is_path, model_not_found, why_not_asked, why_not_reached
 from bdh.storage import naming_full_disk, recover_dir, recover_dirs
 from bdh.words import counted
@@ -126,7 +127,7 @@ def taken_by_run(folder: Path) -> FileExistsError:
 def check_peft() -> None:
     """Raises ``ImportError``, which says how to get the package, where it is missing."""
     if importlib.util.find_spec("peft") is None:
-        raise ImportError('LoRA needs the package peft: pip install "bdh[finetune]"')
+        raise ImportError(f"LoRA needs the package peft: {install_command('finetune')}")
 
 
 class CheckpointFolder:

@@ -1,6 +1,7 @@
 import bdh
 from bdh.cli import doctor
 from bdh.cli.main import main
+from bdh.extras import install_command
 
 
 def test_doctor_says_what_there_is(capsys):
@@ -27,7 +28,7 @@ def test_what_is_broken_is_named_and_the_rest_is_still_shown(capsys, monkeypatch
 def test_a_missing_package_is_named_with_what_brings_it(capsys, monkeypatch):
     monkeypatch.setitem(doctor.EXTRAS, "serve", ("bdh serve", ("fastapi", "no_such_package")))
     assert main(["doctor", "--speed", "false"]) == 0
-    assert 'no_such_package missing: pip install "bdh[serve]"' in capsys.readouterr().out
+    assert f"no_such_package missing: {install_command('serve')}" in capsys.readouterr().out
 
 
 def test_speed_is_that_of_the_kernels():

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from bdh.cli.generate import GenerateSettings
+from bdh.extras import install_command
 from bdh.serve.config import PACKAGES
 
 LARGE = ["torch", "transformers", "datasets", "numba", "torchao", "numpy", "fastapi", "matplotlib"]
@@ -157,5 +158,5 @@ def test_a_server_asks_for_packages_of_its_extra_alone():
 def test_the_package_that_a_form_needs_is_asked_for_before_the_model_is_loaded(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     settings = GenerateSettings(model="some/model", prompt="x", regex="a")
-    with pytest.raises(ImportError, match=r'pip install "bdh\[serve\]"'):
+    with pytest.raises(ImportError, match=re.escape(install_command("serve"))):
         settings.check_available()

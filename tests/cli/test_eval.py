@@ -11,6 +11,7 @@ from bdh.cli.main import main
 from bdh.cli.settings import to_yaml
 from bdh.data.config import DataConfig
 from bdh.evaluate.loss import evaluate_text
+from bdh.extras import install_command
 from bdh.tokenizer import byte_tokenizer
 from bdh.train.config import RunSettings
 from bdh.train.models import load_model
@@ -220,7 +221,7 @@ def test_contexts_that_are_cut_are_announced(model_folder, task_file, capsys):
 def test_a_missing_harness_is_refused_with_the_line_that_installs_it(model_folder, monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["eval", str(model_folder), "--tasks", "hellaswag"]) == 2
-    assert 'pip install "bdh[eval]"' in capsys.readouterr().err
+    assert install_command("eval") in capsys.readouterr().err
 
 
 def test_a_task_that_is_not_there_gets_status_2(model_folder, task_file, capsys):

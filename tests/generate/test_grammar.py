@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bdh import BDHConfig, BDHForCausalLM
+from bdh.extras import install_command
 from bdh.generate.engine import Engine
 from bdh.generate.grammar import GRAMMAR_FAULT, Grammars, Matcher
 from bdh.generate.params import EngineConfig, SamplingParams, params_from
@@ -355,7 +356,7 @@ def test_equal_grammars_are_compiled_once_and_the_least_used_are_forgotten(bytes
 
 def test_without_the_library_it_is_said_what_to_install(bytes_pair, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r'pip install "bdh\[serve\]"'):
+    with pytest.raises(ImportError, match=re.escape(install_command("serve"))):
         engine_of(bytes_pair).check(SamplingParams(grammar={"regex": "a"}))
 
 

@@ -1,6 +1,7 @@
 import io
 import json
 import math
+import re
 import subprocess
 import sys
 import textwrap
@@ -11,6 +12,7 @@ import torch
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from bdh.extras import install_command
 from bdh.monitor import Monitor, MonitorConfig, chosen_backends, cut_back, read_metrics
 
 
@@ -157,7 +159,7 @@ def test_a_missing_tensorboard_is_announced_with_auto(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
 def test_a_backend_whose_package_is_missing_is_refused_with_the_line_that_installs_it(tmp_path, monkeypatch, name):
     monkeypatch.setattr("bdh.monitor.monitor.importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=rf"names {name}, but .* missing: pip install \"bdh\[monitor\]\""):
+    with pytest.raises(ValueError, match=f"names {name}, but .* missing: {re.escape(install_command('monitor'))}"):
         opened(tmp_path, backends=["auto", name])
     assert list(tmp_path.iterdir()) == []
 

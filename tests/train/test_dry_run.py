@@ -118,6 +118,10 @@ def test_sums(opened):
     assert "run           112 s for 100 steps and their evaluations" in found.lines()  # 100 * 1.1 + 60 * 0.1 / 3
     assert f"step          1.10 s: {4 * 2 * 32 / 1.1:,.0f} tokens/s" in found.lines()
     assert "available per process" not in "\n".join(found.lines())
+    parts = dict(re.findall(r"^  (.+?)  +([\d.]+) GB$", "\n".join(replace(found, points=[]).lines()), re.M))
+    total = float(parts.pop("sum of these counts"))
+    assert total == pytest.approx(sum(map(float, parts.values())), abs=0.006)  # of figures that are rounded
+    assert f"peak memory   {total:.3f} GB of the " in "\n".join(replace(found, points=[]).lines())
     found.estimate = replace(found.estimate, world=World(size=2))
     assert "available per process" in "\n".join(found.lines())
 
@@ -244,7 +248,7 @@ def test_a_model_without_room_is_counted_and_never_made(train, tmp_path, free, c
     assert re.search(r"^  weights +103\.\d+ GB$", out, re.M)
     assert re.search(r"^  optimizer +206\.\d+ GB$", out, re.M)
     # Of this process, which has a gigabyte or two by now, as well.
-    assert re.search(r"^peak memory   41\d\.\d+ GB of the 1\d\.\d+ GB .*\(counted, not measured\)$", out, re.M)
+    assert re.search(r"^peak memory   41\d\.\d+ GB of the 1\d\.\d+ GB .*\(that sum, not measured\)$", out, re.M)
     assert "not measured: the weights and what belongs to them do not fit" in out
     assert [line.split()[0] for line in out.splitlines() if line.startswith("  --")] == [
         "--model.mlp_internal_dim_multiplier",
@@ -260,7 +264,11 @@ def test_a_batch_without_room_is_told_from_fewer_sequences(train, tmp_path, free
     assert train(tmp_path / "run", "--dry_run", "true", **{"train.batch_size": 10**6, "train.max_steps": 2}) == 1
     out = capsys.readouterr().out
     assert max(steps) < 10**5
-    assert re.search(r"^peak memory   \d\d\.\d+ GB of the \d\.\d+ GB that are available$", out, re.M)
+    assert re.search(
+        r"^peak memory   \d\d\.\d+ GB of the \d\.\d+ GB that are available \(measured: not all that is counted is there at once\)$",
+        out,
+        re.M,
+    )
     assert "tokens/s" in out
     first = out.split("the mildest first:\n")[1].splitlines()[0]
     flags = re.fullmatch(r"  --train.batch_size (\d+) --train.gradient_accumulation_steps (\d+): \d\.\d+ GB", first)
@@ -273,7 +281,7 @@ def test_where_nothing_has_room_the_count_is_the_peak(train, tmp_path, free, ste
     out = capsys.readouterr().out
     assert steps == []
     assert re.search(
-        r"^peak memory   \d\.\d+ GB of the \d\.\d+ GB that are available \(counted, not measured\)$", out, re.M
+        r"^peak memory   \d\.\d+ GB of the \d\.\d+ GB that are available \(that sum, not measured\)$", out, re.M
     )
     assert "not measured: a step of a single sequence does not fit" in out
     advice = out.split("the mildest first:\n")[1].splitlines()

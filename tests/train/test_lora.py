@@ -9,6 +9,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from bdh.cli.main import main
+from bdh.extras import install_command
 from bdh.train.checkpoint import Checkpointer
 from bdh.train.models import load_model
 from bdh.train.setup import open_run
@@ -206,7 +207,7 @@ def test_a_missing_package_is_named_before_anything_is_written(adapt, tmp_path, 
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else find(name))
     assert adapt(tmp_path / "run") == 2
-    assert 'LoRA needs the package peft: pip install "bdh[finetune]"' in capsys.readouterr().err
+    assert f"LoRA needs the package peft: {install_command('finetune')}" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from bdh.cli.main import main
+from bdh.extras import install_command
 from bdh.monitor import Monitor, MonitorConfig
 from bdh.train.checkpoint import Checkpointer
 from bdh.train.config import RunSettings
@@ -288,7 +289,7 @@ def test_a_missing_tensorboard_is_told_before_anything_is_written(train, tmp_pat
         importlib.util, "find_spec", lambda name, *more: None if name == "tensorboard" else find(name, *more)
     )
     assert train(tmp_path / "run", **{"monitor.backends": "tensorboard"}) == 2
-    assert 'pip install "bdh[monitor]"' in capsys.readouterr().err
+    assert install_command("monitor") in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

@@ -10,7 +10,7 @@ from bdh.ops import LayerPath
 from bdh.ops.attention import choose_form
 from bdh.ops.backends import BACKENDS, BackendError, BackendName, Work, choose_backend
 from bdh.ops.blocks.train import BlockSizes
-from bdh.words import counted
+from bdh.words import counted, gigabytes
 
 Recompute = Literal["none", "pass", "auto"]
 RECOMPUTE: tuple[str, ...] = get_args(Recompute)
@@ -111,7 +111,7 @@ class LayerPlan:
         blocks = (
             "" if self.backend == "eager" else f" in blocks of {self.sizes.sequences} x {self.sizes.tokens:,} tokens"
         )
-        return f"{self.path}{blocks} ({self.reason}); {kept}: {(self.block_bytes + self.kept_bytes) / 2**20:,.0f} MiB"
+        return f"{self.path}{blocks} ({self.reason}); {kept}: {gigabytes(self.block_bytes + self.kept_bytes)}"
 
 
 def plan_layer(
@@ -256,6 +256,5 @@ def _plan_eager(shape: LayerShape, options: LayerOptions, reason: str) -> LayerP
 
 
 def _amount(num_bytes: int) -> str:
-    """Formats an amount in bytes and in GB of 10^9, rounded up so that it suffices as a budget."""
-    gigabytes = -(-num_bytes // 10**4) / 10**5
-    return f"{num_bytes:,} bytes ({gigabytes:.5f} GB)"
+    """In bytes, and in GB of 10^9, rounded up so that it is enough when it is given as a budget."""
+    return f"{num_bytes:,} bytes ({-(-num_bytes // 10**4) / 10**5:.5f} GB)"
