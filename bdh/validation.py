@@ -15,7 +15,8 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
@@ -96,6 +97,17 @@ class Faults:
         if len(self.found) == 1:
             raise ValueError(self.found[0])
         raise ValueError(f"{len(self.found)} settings are wrong:\n" + "\n".join(f"  {f}" for f in self.found))
+
+
+@contextmanager
+def of_setting(name: str, value: object) -> Iterator[None]:
+    """Within it, what is wrong with the place that a setting names is an error that names the setting too."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{name} is {value!r}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{name} is {value!r}: {error}") from error
 
 
 class Settings:

@@ -311,7 +311,8 @@ def run_runs(settings: RunsSettings) -> int:
     print(header)
     for line, summary in zip(lines, summaries, strict=True):
         print(line)
-        if about := summary.fault or ", ".join(f"{name}={value}" for name, value in summary.differences.items()):
+        settings = (f"{name}={'-' if value is None else value}" for name, value in summary.differences.items())
+        if about := summary.fault or ", ".join(settings):
             print(indented(about))
     return 0
 

@@ -315,7 +315,9 @@ class CommandLine:
         elif leaf.item_types:
             self._values[leaf.name] = [*(before if isinstance(before, list) else [before]), value]
         else:
-            self._faults.add(f"{leaf.name} is given twice, as {before!r} and {value!r}: give it once")
+            of_several = f"{leaf.name}s_file"
+            instead = f", or several in a file with --{of_several}" if of_several in self._leaves else ""
+            self._faults.add(f"{leaf.name} is given twice, as {before!r} and {value!r}: give it once{instead}")
 
 
 def _initials(name: str) -> str:

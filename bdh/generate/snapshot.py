@@ -173,7 +173,7 @@ def is_snapshot(path: Path) -> bool:
 def _refuse_others(path: Path, model: ModelParts, stored: dict[str, Any]) -> None:
     here, there = identity(model), Identity(stored["configuration"], stored["weights"])
     if difference := here.difference(there):
-        of_which = f" {stored['name']}" if stored["name"] else ""
+        of_which = f", {stored['name']!r}" if stored["name"] else ""
         raise ValueError(
             f"{path} is a snapshot of another model{of_which} (fingerprint {there.fingerprint[:12]}, this model's is "
             f"{here.fingerprint[:12]}): {difference}"

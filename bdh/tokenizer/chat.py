@@ -120,8 +120,9 @@ class ChatEncoder:
         template = tokenizer.chat_template
         if not isinstance(template, str):
             raise ValueError(
-                "the tokenizer has no chat template, so the model has learned no conversations: as text, without a chat, it "
-                "continues any prompt; tokenizer.chat_template=default gives a fresh run one (docs/finetuning.md)"
+                "the tokenizer has no chat template, so the model has learned no conversations: give it text instead, without "
+                "--chat, or train it on conversations first, with which it gets one (bdh train --train.init_from MODEL "
+                "--data.source FILE.jsonl)"
             )
         if tells_answers and _GENERATION.search(template) is None:
             raise ValueError(

@@ -31,6 +31,7 @@ from bdh.validation import (
     PositiveFloat,
     PositiveInt,
     Settings,
+    of_setting,
 )
 from bdh.words import counted
 
@@ -293,7 +294,8 @@ class RunSettings(Settings):
         for section in (self.monitor, self.train.lora):
             section.check_available()
         if not self.resume and self.train.init_from is not None:
-            find_model(self.train.init_from)
+            with of_setting("train.init_from", self.train.init_from):
+                find_model(self.train.init_from)
         folder = None if self.run_dir is None else Path(self.run_dir)
         if folder is not None and folder.exists() and not folder.is_dir():
             raise NotADirectoryError(f"run_dir is {str(folder)!r}: must be a folder, not a file")

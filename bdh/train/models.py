@@ -27,6 +27,7 @@ from bdh.train.checkpoint import Checkpoint, Checkpointer
 from bdh.train.config import LoraSettings, ModelSettings, RunSettings, TrainSettings, stored_settings
 from bdh.train.places import find_checkpoint, find_model, is_run
 from bdh.train.runtime import choose_runtime
+from bdh.validation import of_setting
 from bdh.words import counted
 
 TOKENIZER_FOLDER = "tokenizer"
@@ -327,7 +328,8 @@ class InitialModel:
     def __init__(self, name: str):
         """Loads the model. Raises as :func:`load_model`."""
         self._name = name
-        opened = open_model(name)
+        with of_setting("train.init_from", name):
+            opened = open_model(name)
         reason = "train.init_from must be the model that it was made of, or a run"
         check_not_quantized(opened.model, name, reason)
         self.base = opened.pinned()

@@ -155,7 +155,10 @@ def test_every_stop_string_counts_and_is_text(model_folder, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--prompt", "a", "--prompt", "b"], "prompt is given twice, as 'a' and 'b': give it once"),
+        (
+            ["--prompt", "a", "--prompt", "b"],
+            "prompt is given twice, as 'a' and 'b': give it once, or several in a file with --prompts_file",
+        ),
         ([], "give either --prompt or --prompts_file"),
         (["--prompt", "a", "--prompts_file", "b"], "give either --prompt or --prompts_file"),
         (["--prompt", ""], "the prompt is empty"),

@@ -90,6 +90,14 @@ def test_the_table_has_the_figures_and_the_differences_below(tmp_path, capsys):
     assert below == "    train.learning_rate=0.5"
 
 
+def test_a_setting_that_is_not_set_is_a_dash(tmp_path, capsys):
+    """It was Python's None."""
+    made(tmp_path / "a")
+    made(tmp_path / "b", rate=None)
+    assert main(["runs", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "    train.learning_rate=-"
+
+
 def test_json_has_one_object_a_run(tmp_path, capsys):
     made(tmp_path / "a")
     assert main(["runs", str(tmp_path / "a"), "--json"]) == 0

@@ -87,10 +87,11 @@ def test_a_wrong_file_of_keys_is_refused_without_telling_them(tmp_path, text, to
 
 def test_names_stand_for_keys_in_the_log(tmp_path, monkeypatch):
     (tmp_path / "keys").write_text("ann of sales   a-long-secret # since May\n")
-    monkeypatch.setenv("OTHER", "another-secret,")
+    monkeypatch.setenv("OTHER", "another-secret, eve of support third-secret,")
     keys = ApiKeys(AuthSettings(keys_file=str(tmp_path / "keys"), keys_variable="OTHER"))
     assert keys.caller("Bearer a-long-secret", "1.2.3.4").name == "ann of sales"
     assert keys.caller("bearer another-secret", "1.2.3.4").name.startswith("key-")
+    assert keys.caller("Bearer third-secret", "1.2.3.4").name == "eve of support"
     for header in (None, "", "Bearer", "Bearer ", "Basic a-long-secret", "Bearer A-long-secret", "Bearer \udcff"):
         with pytest.raises(ApiError) as found:
             keys.caller(header, "1.2.3.4")

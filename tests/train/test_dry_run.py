@@ -424,3 +424,9 @@ def test_a_run_of_before_goes_on_with_what_its_setting_is_called_now(train, tmp_
     assert stored_settings(folder)["train"]["recompute"] == "pass"
     assert main(["train", "--run_dir", str(folder), "--resume"]) == 0
     assert len(losses(folder)) == 12
+
+
+def test_text_that_is_out_of_reach_is_not_needed(opened):
+    """The test suite runs with HF_HUB_OFFLINE=1."""
+    with pytest.raises(FileNotFoundError, match=r"the hub did not give.*any will do: with --data\.source pydoc"):
+        opened(**{"data.source": "org/none"})

@@ -133,7 +133,10 @@ def test_other_data_are_told(train, fine_tune, tmp_path, text_file, caplog, sour
 
 def test_a_model_that_is_not_there_is_refused_and_nothing_written(fine_tune, tmp_path, capsys):
     assert fine_tune(tmp_path / "next", tmp_path / "none") == 2
-    assert f"there is no folder {tmp_path / 'none'}" in capsys.readouterr().err
+    assert (
+        f"train.init_from is {str(tmp_path / 'none')!r}: there is no folder {tmp_path / 'none'}"
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "next").exists()
 
 
