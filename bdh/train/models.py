@@ -138,10 +138,10 @@ def open_model(
         return OpenedModel(Base(name, folder), model, name, load_adapters(model, path))
     if there.kind == "hub":
         cached = model_folder(name, commit)
-        model = _pretrained(cached, name)
+        model = _pretrained(str(cached), name)
         model.name_or_path = model.config.name_or_path = name
         return OpenedModel(Base(name, commit=cached.name), model, name)
-    model = _pretrained(path, name)
+    model = _pretrained(name, name)
     step = (getattr(model.config, "train_data", None) or {}).get("step")
     return OpenedModel(Base(name, folder, export_step=step), model, name)
 
@@ -274,7 +274,7 @@ def warn_of_removal(base: Base) -> None:
         )
 
 
-def _pretrained(folder: Path, name: str) -> BDHForCausalLM:
+def _pretrained(folder: str, name: str) -> BDHForCausalLM:
     """The model of a folder; ``name`` is what messages call it."""
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
@@ -306,7 +306,7 @@ def _pretrained(folder: Path, name: str) -> BDHForCausalLM:
         logging.set_verbosity(verbosity)
 
 
-def _pretrained_config(folder: Path, name: str) -> BDHConfig:
+def _pretrained_config(folder: str, name: str) -> BDHConfig:
     try:
         with one_line_type_faults(f"the config.json of {name} is wrong"):
             config = BDHConfig.from_pretrained(folder)
