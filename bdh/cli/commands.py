@@ -311,8 +311,8 @@ def run_runs(settings: RunsSettings) -> int:
     print(header)
     for line, summary in zip(lines, summaries, strict=True):
         print(line)
-        settings = (f"{name}={'-' if value is None else value}" for name, value in summary.differences.items())
-        if about := summary.fault or ", ".join(settings):
+        others = (f"{name}={'-' if value is None else value}" for name, value in summary.differences.items())
+        if about := summary.fault or ", ".join(others):
             print(indented(about))
     return 0
 
