@@ -158,6 +158,7 @@ def test_a_server_asks_for_packages_of_its_extra_alone():
 
 def test_the_package_that_a_form_needs_is_asked_for_before_the_model_is_loaded(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     settings = GenerateSettings(model="some/model", prompt="x", regex="a")
     with pytest.raises(ImportError, match=re.escape(install_command("serve"))):
         settings.check_available()
