@@ -58,7 +58,7 @@ class QuantizeSettings(ModelSettings):
     """rtn: round each weight to the nearest value. gptq: read a text, and round so that the layer's outputs on it
     change least."""
     calibration_tokens: PositiveInt | None = None
-    """gptq: tokens of the training part to read. None: 32,768."""
+    """gptq: tokens of the training part to read, at most all that it has. None: 32,768."""
     state: StateFormat | None = None
     """State format to recommend, which config.json stores: commands use it with this model unless they are given
     another. None: no recommendation."""

@@ -96,7 +96,8 @@ class AuthSettings(Settings):
     keys_file: PathText | None = None
     """File with an API key in each line, or a name and a key; # begins a comment. SIGHUP reloads it."""
     keys_variable: str = "BDH_API_KEYS"
-    """Environment variable with further keys, separated by commas. If there are no keys at all, everyone has access."""
+    """Environment variable with further keys, or names and keys, separated by commas: "alice KEY, bob KEY". If there are
+    no keys at all, everyone has access."""
     requests_per_minute: PositiveInt | None = None
     """Limit of requests for each key, or for each address if there are no keys. None: no limit."""
     tokens_per_minute: PositiveInt | None = None

@@ -272,7 +272,8 @@ class RunSettings(Settings):
     resume_step: int | None = None
     """With resume: continue from the checkpoint of this step instead of the newest."""
     dry_run: bool = False
-    """Do not train: measure a step or two on this device, and report the memory and the time that the run would take."""
+    """Do not train: measure a step or two on this device, and report the memory and the time that the run would take.
+    The exit status is 1 if it does not fit."""
 
     def collect_faults(self, faults: Faults) -> None:
         run_dir, step = self.run_dir, self.resume_step
