@@ -122,11 +122,10 @@ def test_long_context_gets_worse_beyond_the_block_unless_the_state_is_carried(be
     """The carried model with decay stays at the loss of its first block through eight; the plain one does not."""
     # A quarter of the neurons: a step takes a third of the time, and more of them show the same.
     flags = ["--source", "pydoc", "--steps", "300", "--model.mlp_internal_dim_multiplier=8"]
-    flags += ["--block_size", "32", "--val_tokens", "20000", "--png", str(tmp_path / "loss.png")]
+    flags += ["--block_size", "32", "--val_tokens", "20000", "--image", str(tmp_path / "loss.png")]
     done = benchmark("long_context.py", *flags, "--variants", "plain", "carried, decay")
     assert done.returncode == 0, done.said()
-    found = re.findall(r"^(plain|carried, decay) +((?:\d\.\d+ +){8})", done.wrote(), re.MULTILINE)
-    losses = {name: [float(loss) for loss in numbers.split()] for name, numbers in found}
+    losses = _losses_by_block(done)
     plain, carried = losses["plain"], losses["carried, decay"]
     # A block's mean is over 78 * 32 tokens whose losses spread by about 2 nats: good to 0.04. Twice and a half that;
     # measured was 0.07 below the first block.
@@ -134,6 +133,31 @@ def test_long_context_gets_worse_beyond_the_block_unless_the_state_is_carried(be
     # Measured was 0.42 above it.
     assert sum(plain[2:]) / 6 > plain[0] + 0.2
     assert (tmp_path / "loss.png").stat().st_size > 10_000
+
+
+def test_long_context_keeps_the_losses_of_each_seed(benchmark, tmp_path):
+    flags = ["--source", "pydoc", "--block_size", "8", "--blocks", "2", "--val_tokens", "500", "--variants", "plain"]
+    flags += ["--model.mlp_internal_dim_multiplier=2", "--results", str(tmp_path / "losses.json")]
+    first = benchmark("long_context.py", *flags, "--steps", "2", "--seeds", "0")
+    assert first.returncode == 0, first.said()
+    both = benchmark("long_context.py", *flags, "--steps", "2", "--seeds", "0", "1", "--image", str(tmp_path / "x.svg"))
+    assert re.findall(r"^seed \d", both.wrote(), re.MULTILINE) == ["seed 1"]  # the other is not trained again
+    found = _losses_by_block(both)
+    (zero,) = _losses_by_block(first).values()
+    assert zero in (found["lowest"], found["highest"])
+    assert found["lowest"] != found["highest"]
+    rows = zip(found["lowest"], found["plain"], found["highest"], strict=True)
+    assert all(low <= mean <= high for low, mean, high in rows)
+    assert "<svg" in (tmp_path / "x.svg").read_text()
+    other = benchmark("long_context.py", *flags, "--steps", "3")
+    assert other.returncode == 1
+    assert "'steps': 2" in other.said()
+
+
+def _losses_by_block(done):
+    """The rows of the table, by their names."""
+    rows = re.findall(r"^ *(plain|carried, decay|lowest|highest)((?: +\d+\.\d+)+)$", done.wrote(), re.MULTILINE)
+    return {name: [float(loss) for loss in numbers.split()] for name, numbers in rows}
 
 
 @pytest.mark.slow

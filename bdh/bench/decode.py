@@ -6,41 +6,39 @@ Tokens are given to all decoders, rather than each one's own continued, so that 
 import subprocess
 import sys
 import time
-from abc import ABC, abstractmethod
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import cycle, pairwise
 from statistics import mean
-from typing import Any
 
 import torch
-from transformers import DynamicCache, GPT2LMHeadModel
 
 from bdh.bench import BenchOptions
 from bdh.bench.common import (
     Bandwidth,
     Progress,
     Report,
-    gpt2_config,
-    gpt2_shape,
     interleaved,
     measure_bandwidth,
     milliseconds,
     naive_logits,
-    naive_weights,
     random_tokens,
     traffic,
 )
-from bdh.generate.advance import Advancer, StepInput
+from bdh.bench.decoders import (
+    AllocatingDecoder,
+    Decoder,
+    Gpt2Decoder,
+    RecomputingDecoder,
+    StateDecoder,
+    allowed_difference,
+    made_gpt2,
+    reader,
+)
 from bdh.memory import used_bytes
 from bdh.model.modeling import BDHForCausalLM
 from bdh.ops import StateFormat, WeightFormat
-from bdh.ops.attention import rotation_table
-from bdh.ops.eager import Layer, layer_norm, layer_step
 
-TOLERANCE = 1e-4
-"""Of the largest difference of two logits; where their standard deviation is above 1, as many times that."""
 BATCHES = (1, 2, 4, 8)
 POSITIONS = (1_000, 1_000_000)
 _REFERENCE = "kernels float32"
@@ -52,112 +50,6 @@ _FORMATS: dict[str, tuple[WeightFormat, StateFormat]] = {
 }
 _SETTLING_SECONDS = 0.5
 """For busy programs to start, and for the kernels to find out that they have."""
-
-
-class Decoder(ABC):
-    """A sequence that is continued token by token."""
-
-    name: str
-
-    @abstractmethod
-    def read(self, token: int) -> torch.Tensor:
-        """The logits (V,) after one more token."""
-
-
-class StateDecoder(Decoder):
-    """One sequence or several, whose states a backend advances.
-
-    Args:
-        settings: how, as :class:`bdh.generate.advance.Advancer` takes them.
-    """
-
-    def __init__(self, model: BDHForCausalLM, name: str = "", *, num_sequences: int = 1, **settings: Any):
-        self.name, self.advancer = name, Advancer(model, **settings)
-        self.states = [self.advancer.new_state() for _ in range(num_sequences)]
-
-    def read(self, token: int) -> torch.Tensor:
-        return self.read_each([token])[0]
-
-    def read_each(self, tokens: Sequence[int]) -> torch.Tensor:
-        """The logits (B, V) of the first B sequences, after one more token of each."""
-        inputs = [StepInput(state, [token]) for state, token in zip(self.states, tokens, strict=False)]
-        return torch.stack([logits for logits in self.advancer.advance(inputs) if logits is not None])
-
-    def read_prompt(self, tokens: Sequence[int]) -> torch.Tensor:
-        """The logits (V,) after the last of the tokens, of a text that begins with them."""
-        state = self.states[0]
-        state.clear()
-        (logits,) = self.advancer.advance([StepInput(state, tokens)])
-        assert logits is not None
-        return logits
-
-
-class AllocatingDecoder(Decoder):
-    """The dense recurrent step as it is commonly written: each token makes a new state, S + k v^T."""
-
-    name = "dense recurrent, a new state for each token"
-
-    def __init__(self, model: BDHForCausalLM):
-        config = model.config
-        self.model, self.position = model, 0
-        shape = (config.n_head, config.neurons_per_head, config.n_embd)
-        self.states = [torch.zeros(shape) for _ in range(config.n_layer)]
-        lives = config.half_lives
-        self._kept = None if lives is None else torch.exp2(-1 / torch.tensor(lives))[:, None, None]
-
-    @torch.no_grad()
-    def read(self, token: int) -> torch.Tensor:
-        model, config = self.model, self.model.config
-        table = rotation_table(torch.tensor([self.position]), config.neurons_per_head, config.rope_theta)
-        v = layer_norm(model.embed(torch.tensor([token])), config.layer_norm_eps)  # (1, D)
-        layer = Layer(model.encoder, list(model.encoder_v), model.decoder)
-        for index, state in enumerate(self.states):
-
-            def attention(q: torch.Tensor, v: torch.Tensor, state: torch.Tensor = state) -> tuple[torch.Tensor, ...]:
-                kept = state if self._kept is None else state * self._kept
-                return q @ state, kept + q.transpose(1, 2) * v
-
-            step = layer_step(v, layer, attention, table, eps=config.layer_norm_eps, dtype=torch.float32)  # type: ignore[arg-type, var-annotated]
-            v, self.states[index] = step
-        self.position += 1
-        return model.lm_head(v)[0]
-
-
-class RecomputingDecoder(Decoder):
-    """``ops/naive.py`` over the last ``context`` tokens, again for each token."""
-
-    def __init__(self, model: BDHForCausalLM, context: int, text: Sequence[int] = ()):
-        self.name = f"ops/naive.py, the last {context} tokens recomputed"
-        self.model, self.weights = model, naive_weights(model)
-        self.text = deque(text, maxlen=context)
-
-    def read(self, token: int) -> torch.Tensor:
-        self.text.append(token)
-        return naive_logits(self.model, torch.tensor([list(self.text)]), self.weights)[0, -1]
-
-
-class Gpt2Decoder(Decoder):
-    """A GPT-2 in transformers with its KV cache; ``shape`` is its layers, width and heads.
-
-    Its forward pass is called directly, which spares the overhead of ``generate``. The cache is the one that
-    transformers takes by default, and its attention PyTorch's own.
-    """
-
-    def __init__(self, vocab_size: int, text: Sequence[int], shape: tuple[int, int, int]):
-        config = gpt2_config(vocab_size, 2 * max(512, len(text)), *shape, dropout=0.0)
-        self.model = GPT2LMHeadModel(config).eval()
-        millions = sum(weight.numel() for weight in self.model.parameters()) / 1e6
-        self.name = f"GPT-2 of {millions:.3g}M in transformers, KV cache"
-        self.cache = DynamicCache(config=config)
-        self._read(list(text))
-
-    def read(self, token: int) -> torch.Tensor:
-        return self._read([token])
-
-    @torch.inference_mode()
-    def _read(self, tokens: list[int]) -> torch.Tensor:
-        output = self.model(torch.tensor([tokens]), past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        return output.logits[0, -1]
 
 
 def bench_decode(model: BDHForCausalLM, options: BenchOptions, progress: Progress = lambda stage: None) -> Report:
@@ -219,7 +111,7 @@ class _DecodeBench:
             return (found[a] - found[b]).abs().max().item()
 
         largest, spread = found["naive"].abs().max().item(), found["naive"].std().item()
-        allowed = TOLERANCE * max(1.0, spread)
+        allowed = allowed_difference(found["naive"])
         forms = {
             "kernels and dense recurrent": difference(_REFERENCE, "dense"),
             "kernels and ops/naive.py": difference(_REFERENCE, "naive"),
@@ -269,13 +161,12 @@ class _DecodeBench:
             (RecomputingDecoder(self.model, options.context, text), 1),
         ]
         # From a little below the context to a little above it: the mean is at the context.
-        num_reads = (options.rounds + 1) * fast
-        torch.manual_seed(options.seed)
-        gpt2_text = (text * 2)[: max(1, options.context - num_reads // 2)]
-        decoders.append((Gpt2Decoder(self.model.config.vocab_size, gpt2_text, gpt2_shape(self.model)), fast))
+        gpt2_text = text[: max(1, options.context - options.reads // 2)]
+        gpt2 = made_gpt2(self.model.config.vocab_size, 2 * max(512, options.context), options.gpt2, options.seed)
+        decoders.append((Gpt2Decoder(gpt2, gpt2_text), fast))
         self.progress("timing: kernels, dense recurrent steps, ops/naive.py, GPT-2")
         timings = interleaved(
-            {decoder.name: _reader(decoder, text) for decoder, _ in decoders},
+            {decoder.name: reader(decoder, text) for decoder, _ in decoders},
             rounds=options.rounds,
             repeats={decoder.name: count for decoder, count in decoders},
         )
@@ -308,7 +199,7 @@ class _DecodeBench:
         for position in POSITIONS:
             decoder = StateDecoder(self.model, path="kernels")
             decoder.states[0].position = position
-            readers[f"{position:,}"] = _reader(decoder, text)
+            readers[f"{position:,}"] = reader(decoder, text)
         repeats = dict.fromkeys(readers, self.options.tokens_in_round)
         timings = interleaved(readers, rounds=self.options.rounds, warm_up=2, repeats=repeats)
         first, last = timings.values()
@@ -362,7 +253,7 @@ class _DecodeBench:
         text = self.text(options.context, 3).tolist()
         decoder, other = (StateDecoder(self.model, path="kernels") for _ in range(2))
         candidates: dict[str, Callable[[], object]] = {
-            "a token": _reader(decoder, text),
+            "a token": reader(decoder, text),
             f"a prompt of {len(text)} tokens": lambda: other.read_prompt(text),
         }
         most = torch.get_num_threads()
@@ -393,12 +284,6 @@ class _DecodeBench:
         )
 
 
-def _reader(decoder: Decoder, tokens: list[int]) -> Callable[[], int]:
-    """Each call reads a further token of an endless text, and says which is likeliest to follow, as a greedy loop does."""
-    text: Iterator[int] = cycle(tokens)
-    return lambda: int(decoder.read(next(text)).argmax())
-
-
 def bench_prefill(model: BDHForCausalLM, options: BenchOptions, progress: Progress = lambda stage: None) -> Report:
     """Seconds of prompts of several lengths from an empty state to the logits after their last token."""
     report = Report("prefill")
@@ -423,7 +308,7 @@ def bench_prefill(model: BDHForCausalLM, options: BenchOptions, progress: Progre
     progress("timing: the kernels over the same tokens")
     (own,) = timed(count)
     difference = (decoder.read_prompt(text[:count]) - expected).abs().max().item()
-    allowed = TOLERANCE * max(1.0, expected.std().item())
+    allowed = allowed_difference(expected)
     report.failed = not difference <= allowed  # what is not a number does not agree
     report.figures["naive"] = {
         "tokens": count,

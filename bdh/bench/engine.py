@@ -16,7 +16,7 @@ from bdh.bench.common import (
     random_tokens,
     traffic,
 )
-from bdh.bench.decode import StateDecoder
+from bdh.bench.decoders import StateDecoder
 from bdh.generate.advance import Advancer
 from bdh.generate.engine import Engine
 from bdh.generate.params import EngineConfig, SamplingParams

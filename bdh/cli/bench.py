@@ -4,7 +4,8 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -22,6 +23,7 @@ from bdh.words import counted
 
 if TYPE_CHECKING:
     from bdh.bench.common import Report
+    from bdh.model import BDHForCausalLM
     from bdh.train.config import RunSettings
 
 Baseline = Literal["naive", "compiled", "gpt2"]
@@ -42,10 +44,11 @@ _THREADS_A_CORE = 4
 
 @dataclass(kw_only=True)
 class BenchSettings(ReadsModel):
-    benchmark: Literal["decode", "prefill", "engine", "quantize", "train"]
-    """decode: a token at a time, compared with other implementations. prefill: reading prompts of several lengths.
-    engine: several requests at once. quantize: formats of weights and states, including those of other libraries.
-    train: a training step, compared with other implementations."""
+    benchmark: Literal["decode", "context", "prefill", "engine", "quantize", "train"]
+    """decode: a token at a time, compared with other implementations. context: a token after texts of several lengths,
+    and the memory that holds them, compared with a GPT-2. prefill: reading prompts of several lengths. engine: several
+    requests at once. quantize: formats of weights and states, including those of other libraries. train: a training
+    step, compared with other implementations."""
     model: PathText | None = None
     """Folder of an exported model or a run, or a hub id. By default a synthetic model whose neurons fire as sparsely as
     those of a trained one; for train, a model with initial weights."""
@@ -60,11 +63,16 @@ class BenchSettings(ReadsModel):
     vocab_size: int | None = None
     """V of the synthetic model, at least 2. By default 256."""
     agreement_tokens: PositiveInt = 2000
-    """decode, quantize: number of tokens on which all implementations must agree before any is timed; at most 100 with
+    """decode, context, quantize: number of tokens on which all implementations must agree before any is timed; at most 100 with
     --quick."""
     text: PathText | None = None
     """quantize: file of held-out text. The perplexity of model in each format is measured on its first agreement_tokens
     tokens."""
+    contexts: int | list[int] | None = None
+    """context: number of tokens read before those that are timed; several values in ascending order, at least 96 apart.
+    By default 128, 512, 2048, 8192 and 16384; with --quick 32, 64, 128 and 256."""
+    image: PathText | None = None
+    """context: file for a picture of times and memory, as .svg or .png."""
     busy: int = 0
     """decode: number of busy programs to start, at most 4 for each core. A token and a prompt are then timed with and
     without them, with one thread and with all, instead of the other implementations."""
@@ -126,8 +134,12 @@ class BenchSettings(ReadsModel):
         else:
             self._refuse(_ONLY_TRAIN, faults, "left out: it is for bdh bench train")
         most = _THREADS_A_CORE * (os.cpu_count() or 1)
-        if self.benchmark in ("prefill", "engine", "quantize"):
+        if self.benchmark in ("context", "prefill", "engine", "quantize"):
             self._refuse(("busy",), faults, "left out: it is for bdh bench decode")
+        if self.benchmark == "context":
+            self._collect_context_faults(faults)
+        else:
+            self._refuse(("contexts", "image"), faults, "left out: it is for bdh bench context")
         if self.benchmark != "quantize":
             self._refuse(("text",), faults, "left out: it is for bdh bench quantize")
         if self.text is not None:
@@ -143,8 +155,23 @@ class BenchSettings(ReadsModel):
 
     def check_available(self) -> None:
         super().check_available()
+        if self.image is not None:
+            from bdh.monitor.history import check_matplotlib
+
+            check_matplotlib()
         if self.text is not None:
             check_file(Path(self.text).expanduser(), "text file")
+
+    def _collect_context_faults(self, faults: Faults) -> None:
+        options = self.options()
+        steps = [after - before for before, after in pairwise((0, *options.contexts))]
+        is_right = bool(steps) and min(steps) >= options.reads
+        apart = f"ascending, the first at least {options.reads}, and each so much more than the one before"
+        faults.require(is_right, "contexts", self.contexts, apart)
+        if self.image is not None:
+            wanted = _wanted_of_file(self.image)
+            faults.require(wanted is None, "image", self.image, wanted or "")
+            faults.require(Path(self.image).suffix in (".svg", ".png"), "image", self.image, "named *.svg or *.png")
 
     def _collect_train_faults(self, faults: Faults) -> None:
         self._refuse(("agreement_tokens", "busy"), faults, "left out: it is for bdh bench decode")
@@ -190,13 +217,16 @@ class BenchSettings(ReadsModel):
 
     def options(self) -> BenchOptions:
         options = BenchOptions(seed=self.seed, agreement_tokens=self.agreement_tokens, busy=self.busy)
-        return options.quick() if self.quick else options
+        options = options.quick() if self.quick else options
+        if self.contexts is None:
+            return options
+        return replace(options, contexts=tuple(self.contexts) if isinstance(self.contexts, list) else (self.contexts,))
 
 
 @takes(
     BenchSettings,
     "benchmark",
-    description="Time a model on this machine. decode, prefill, engine and quantize run on the CPU, with the sparse "
+    description="Time a model on this machine. decode, context, prefill, engine and quantize run on the CPU, with the sparse "
     "kernels; train times a training step on the CPU, or on a GPU with --device. Implementations must agree before they are "
     "timed; if they do not, nothing is timed, and the exit status is 1. For train, --config FILE is a configuration of bdh "
     "train: its model section, batch_size, block_size, device, dtype and settings of the layer are used, and flags override "
@@ -258,8 +288,19 @@ def measured(settings: BenchSettings, training: "RunSettings | None") -> "Report
 
         text = None if settings.text is None else _tokens_of(settings.text, tokenizer)
         return bench_quantize(model, settings.options(), _tell, text=text)
+    if settings.benchmark == "context":
+        return _by_context(model, settings)
     benchmark = bench_decode if settings.benchmark == "decode" else bench_prefill
     return benchmark(model, settings.options(), _tell)
+
+
+def _by_context(model: "BDHForCausalLM", settings: BenchSettings) -> "Report":
+    from bdh.bench.context import bench_context, draw
+
+    report = bench_context(model, settings.options(), _tell)
+    if settings.image is not None and not report.failed:
+        draw(report.figures["contexts"], _resolved(settings.image))
+    return report
 
 
 def _tokens_of(name: str, tokenizer: Any) -> list[int]:

@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
-from bdh import BDH, BDHConfig
-from bdh.bench import QUICK_SIZES
-from bdh.bench.common import gpt2_config, gpt2_shape, naive_weights, sparse_model
-from bdh.bench.decode import AllocatingDecoder, Gpt2Decoder, RecomputingDecoder, StateDecoder
+from bdh import BDHConfig
+from bdh.bench import QUICK_SIZES, BenchOptions
+from bdh.bench.common import naive_weights, sparse_model
+from bdh.bench.decoders import AllocatingDecoder, Gpt2Decoder, RecomputingDecoder, StateDecoder, made_gpt2
 from bdh.ops import naive
 
 TOKENS = torch.randint(256, (40,), generator=torch.Generator().manual_seed(9)).tolist()
@@ -46,24 +46,32 @@ def test_recomputing_sees_the_last_tokens_only(sparse, expected):
     assert torch.equal(short.read(TOKENS[-1]), alone)
 
 
-def test_gpt2_goes_on_with_its_cache():
-    torch.manual_seed(0)
-    decoder = Gpt2Decoder(256, TOKENS[:30], (2, 32, 2))
+@pytest.mark.parametrize("is_static", [False, True], ids=["dynamic", "static"])
+def test_gpt2_goes_on_with_its_cache(monkeypatch, is_static):
+    monkeypatch.setattr("bdh.bench.decoders.GPT2_CHUNK", 16)  # its prompt is two of them
+    decoder = Gpt2Decoder(made_gpt2(256, 64, (2, 32, 2), seed=0), TOKENS[:30])
+    if is_static:
+        decoder = decoder.with_static_cache(10)
     logits = [decoder.read(token) for token in TOKENS[30:]]
-    assert decoder.cache.get_seq_length() == len(TOKENS)
+    assert decoder.num_tokens == len(TOKENS)
+    assert decoder.memory_bytes == 2 * 2 * 32 * 4 * len(TOKENS)  # keys and values of two layers
     whole = decoder.model(torch.tensor([TOKENS])).logits[0, 30:]
     # Fresh weights of width 32: float32 rounding only.
     assert torch.allclose(torch.stack(logits), whole, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("width", "multiplier", "shape"), [(256, 128, (8, 512, 8)), (128, 128, (5, 320, 5)), (48, 32, (2, 96, 6))]
-)
-def test_gpt2_has_about_the_size_of_the_model(width, multiplier, shape):
-    """Models of other sizes than the default were compared with the GPT-2 of 26M parameters."""
-    with torch.device("meta"):
-        model = BDH(BDHConfig(n_embd=width, mlp_internal_dim_multiplier=multiplier, vocab_size=256))
-        assert gpt2_shape(model) == shape
-        gpt2 = GPT2LMHeadModel(gpt2_config(256, 64, *shape, dropout=0.0))
-    sizes = [sum(weight.numel() for weight in each.parameters()) for each in (gpt2, model)]
-    assert sizes[0] == pytest.approx(sizes[1], rel=0.05)
+def test_a_static_cache_leaves_the_other_as_it_was():
+    decoder = Gpt2Decoder(made_gpt2(256, 64, (2, 32, 2), seed=0), TOKENS[:30])
+    static = decoder.with_static_cache(10)
+    assert torch.allclose(static.read(TOKENS[30]), decoder.read(TOKENS[30]), rtol=0, atol=1e-5)
+    assert (static.num_tokens, decoder.num_tokens) == (31, 31)
+
+
+def test_gpt2_has_about_the_size_of_the_model_that_is_made(sparse):
+    """A quick benchmark compared a model of 0.4M parameters with the GPT-2 of the large one."""
+    options = BenchOptions()
+    model = made_gpt2(256, 1024, options.gpt2, seed=0)
+    assert Gpt2Decoder(model).name == "GPT-2 of 25.9M in transformers, KV cache"
+    quick = made_gpt2(256, 1024, options.quick().gpt2, seed=0)
+    sizes = [sum(weight.numel() for weight in model.parameters()) for model in (quick, sparse)]
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.1)

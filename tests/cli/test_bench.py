@@ -99,6 +99,7 @@ def test_quantize_gives_the_perplexity_of_a_text(bench, tmp_path):
         (["decode", "--text", "x"], "text is 'x': must be left out: it is for bdh bench quantize"),
         (["quantize", "--text", "x"], "text is 'x': must be given with model"),
         (["quantize", "--busy", "1"], "busy is 1: must be left out"),
+        (["decode", "--contexts", "500"], "contexts is 500: must be left out: it is for bdh bench context"),
     ],
 )
 def test_options_of_other_benchmarks_than_quantize_are_refused(bench, argv, message):
@@ -121,6 +122,59 @@ def test_decode_beside_busy_programs(bench):
     for each in timings:
         assert each["speed_kept"] == pytest.approx(each["ms_alone"] / each["ms_beside"])
     assert "forms" not in found
+
+
+def test_context_compares_and_then_times_after_each_length(bench, tmp_path):
+    status, out, _ = bench(
+        "context",
+        "--quick",
+        *SMALL,
+        "--contexts",
+        20,
+        "--contexts",
+        70,
+        "--json",
+        "-",
+        "--image",
+        tmp_path / "speed.svg",
+    )
+    assert status == 0
+    found = json.loads(out)
+    assert found["agreement"]["agrees"]
+    assert len(found["agreement"]["largest_difference"]) == 3
+    assert max(found["agreement"]["largest_difference"].values()) > 0  # not a tensor with itself
+    first, second = found["contexts"]
+    assert (first["context"], second["context"]) == (20, 70)
+    for each in (first, second):
+        assert all(each[name]["ms_per_token"] > 0 for name in ("BDH", "GPT-2", "GPT-2, static cache"))
+        assert all(each[name]["prompt_tokens_per_s"] > 0 for name in ("BDH", "GPT-2"))
+        # Keys and values of four layers of width 80; and a state that does not grow, with a little beside its numbers.
+        assert each["GPT-2"]["memory_bytes"] == 4 * 2 * 80 * 4 * each["context"]
+        assert 0 <= each["BDH"]["memory_bytes"] - 2 * 512 * 32 * 4 < 1000
+    assert first["BDH"]["memory_bytes"] == second["BDH"]["memory_bytes"]
+    assert "time of one token, ms</text>" in (tmp_path / "speed.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("argv", "messages"),
+    [
+        (["--contexts", "[100, 150]"], ["contexts is [100, 150]: must be ascending, the first at least 96"]),
+        (["--contexts", "50"], ["contexts is 50: must be ascending"]),
+        (["--image", "x.pdf", "--busy", "1"], ["image is 'x.pdf': must be named *.svg or *.png", "busy is 1: must be"]),
+        (["--image", "nowhere/x.svg"], ["image is 'nowhere/x.svg': must be a file in a folder that exists"]),
+    ],
+)
+def test_wrong_values_of_context(bench, argv, messages):
+    status, _, err = bench("context", *argv)
+    assert status == 2
+    assert all(message in err for message in messages)
+
+
+def test_a_picture_needs_matplotlib(bench, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    status, _, err = bench("context", "--image", "x.svg")
+    assert status == 2
+    assert 'plots need matplotlib: pip install "bdh[report]"' in err
 
 
 def test_prefill_times_every_length(bench):
@@ -164,7 +218,7 @@ def test_a_model_with_decay_from_a_folder(bench, folder, benchmark):
     assert "D 32, H 2, N 256, L 2, V 256" in out
 
 
-@pytest.mark.parametrize("benchmark", ["decode", "prefill"])
+@pytest.mark.parametrize("benchmark", ["decode", "context", "prefill"])
 def test_nothing_is_timed_where_the_forms_do_not_agree(bench, folder, benchmark):
     """A head of weights that are not numbers: nothing that it gives is equal to anything."""
     path = folder(lambda model: model.lm_head.weight[3].fill_(float("nan")))
@@ -187,7 +241,7 @@ def test_all_wrong_values_are_named_at_once(bench, tmp_path):
 def test_an_unknown_benchmark_is_refused(bench):
     status, _, err = bench("sleep")
     assert status == 2
-    assert "benchmark is 'sleep': must be one of decode, prefill, engine, quantize, train" in err
+    assert "benchmark is 'sleep': must be one of decode, context, prefill, engine, quantize, train" in err
 
 
 def test_sizes_are_not_given_beside_a_model(bench, folder):
