@@ -168,6 +168,8 @@ def draw(contexts: Sequence[dict[str, Any]], path: Path) -> None:
                 style = "--" if name == _STATIC else "-"
                 axes.plot(lengths, values, style, marker="o", markersize=4, color=colour, label=name)
         axes.set(xlabel="tokens read before", ylabel=words, ylim=(0, None))
+        axes.locator_params(axis="x", nbins=5)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.grid(alpha=0.3)
         axes.legend()
     with matplotlib.rc_context({"svg.fonttype": "none"}), atomic_file(path) as temporary:
