@@ -150,8 +150,8 @@ class Gpt2Decoder(Decoder):
     def with_static_cache(self, num_more: int, name: str = "") -> "Gpt2Decoder":
         """The same text in a cache that was allocated for so many more tokens, which spares copying it for each of them."""
         cache = StaticCache(self.model.config, max_cache_len=self.num_tokens + num_more)
-        for index, layer in enumerate(self.cache.layers):
-            cache.update(layer.keys, layer.values, index)
+        for index, (keys, values) in enumerate(self._keys_and_values()):
+            cache.update(keys, values, index)
         return Gpt2Decoder(self.model, cache=cache, name=name)
 
     @property
@@ -161,7 +161,11 @@ class Gpt2Decoder(Decoder):
     @property
     def memory_bytes(self) -> int:
         """Of its cache."""
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
+        return sum(keys.nbytes + values.nbytes for keys, values in self._keys_and_values())
+
+    def _keys_and_values(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        layers: Sequence[Any] = self.cache.layers
+        return [(layer.keys, layer.values) for layer in layers]
 
     @torch.inference_mode()
     def _read(self, tokens: list[int]) -> torch.Tensor:
