@@ -17,8 +17,6 @@ class BenchOptions:
     """Tokens that are recomputed for each token, and that GPT-2 has in its cache."""
     contexts: tuple[int, ...] = (128, 512, 2048, 8192, 16384)
     """After which single tokens are timed; ascending, and at least ``reads`` apart."""
-    gpt2: tuple[int, int, int] = (8, 512, 8)
-    """Layers, width and heads of the GPT-2, which has about as many parameters as the model that is made."""
     copy_bytes: int = 1 << 30
     prompt_lengths: tuple[int, ...] = (1024, 2048, 4096, 8192)
     """Of the prefill; the naive form reads ``naive_prompt``."""
@@ -48,7 +46,6 @@ class BenchOptions:
             tokens_in_round=4,
             context=32,
             contexts=(32, 64, 128, 256),
-            gpt2=(4, 80, 5),
             copy_bytes=1 << 26,
             prompt_lengths=(64, 128, 256, 512),
             naive_prompt=256,

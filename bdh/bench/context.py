@@ -13,7 +13,7 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from bdh.bench import BenchOptions
-from bdh.bench.common import Progress, Report, interleaved, naive_logits, random_tokens
+from bdh.bench.common import Progress, Report, gpt2_shape, interleaved, naive_logits, random_tokens
 from bdh.bench.decoders import Decoder, Gpt2Decoder, StateDecoder, allowed_difference, made_gpt2, num_millions, reader
 from bdh.model.modeling import BDHForCausalLM
 from bdh.storage import atomic_file
@@ -30,8 +30,8 @@ def bench_context(model: BDHForCausalLM, options: BenchOptions, progress: Progre
     report.introduce(model, options.seed)
     bdh = StateDecoder(model, _BDH, path="kernels")
     num_positions = max(options.contexts[-1] + options.reads, options.agreement_tokens)
-    gpt2 = made_gpt2(model.config.vocab_size, num_positions, options.gpt2, options.seed)
-    layers, width, heads = options.gpt2
+    layers, width, heads = shape = gpt2_shape(model)
+    gpt2 = made_gpt2(model.config.vocab_size, num_positions, shape, options.seed)
     of_positions = num_millions(gpt2.transformer.wpe)
     report.say(f"path      {bdh.advancer.description}")
     report.say(

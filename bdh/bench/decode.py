@@ -18,6 +18,7 @@ from bdh.bench.common import (
     Bandwidth,
     Progress,
     Report,
+    gpt2_shape,
     interleaved,
     measure_bandwidth,
     milliseconds,
@@ -162,7 +163,9 @@ class _DecodeBench:
         ]
         # From a little below the context to a little above it: the mean is at the context.
         gpt2_text = text[: max(1, options.context - options.reads // 2)]
-        gpt2 = made_gpt2(self.model.config.vocab_size, 2 * max(512, options.context), options.gpt2, options.seed)
+        gpt2 = made_gpt2(
+            self.model.config.vocab_size, 2 * max(512, options.context), gpt2_shape(self.model), options.seed
+        )
         decoders.append((Gpt2Decoder(gpt2, gpt2_text), fast))
         self.progress("timing: kernels, dense recurrent steps, ops/naive.py, GPT-2")
         timings = interleaved(

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from bdh.bench import BenchOptions
-from bdh.bench.common import Progress, Report, Timing, interleaved, milliseconds, random_tokens
+from bdh.bench.common import Progress, Report, Timing, gpt2_shape, interleaved, milliseconds, random_tokens
 from bdh.bench.decoders import TOLERANCE, made_gpt2, num_millions
 from bdh.evaluate.loss import perplexity
 from bdh.generate.advance import Advancer, StepInput
@@ -180,7 +180,7 @@ def _own_forms(model: BDHForCausalLM) -> Iterator[_Form]:
 def _other_forms(model: BDHForCausalLM, options: BenchOptions) -> tuple[list[_Form], list[str]]:
     """What other libraries make of the model and of a GPT-2; and what was left out, and why."""
     positions = 2 * max(options.context, options.prompt_lengths[0])
-    gpt2 = made_gpt2(model.config.vocab_size, positions, options.gpt2, options.seed)
+    gpt2 = made_gpt2(model.config.vocab_size, positions, gpt2_shape(model), options.seed)
     gpt2_name = f"GPT-2 of {num_millions(gpt2):.3g}M"
     forms: list[_Form] = [_Gpt2(f"{gpt2_name}, float32", gpt2)]
     left_out = []

@@ -50,9 +50,9 @@ def cut_back(path: Path, step: int) -> None:
 
 
 def check_matplotlib() -> None:
-    """Raises ``ImportError`` where matplotlib is missing; the message says how to install it."""
+    """Raises ``ImportError``, which says how to get the package, where it is missing."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError('plots need matplotlib: pip install "bdh[report]"')
+        raise ImportError(f"plots need matplotlib: {install_command('report')}")
 
 
 def plot_metrics(run_dirs: list[Path], output: Path, keys: Sequence[str] = LOSS_KEYS) -> None:
