@@ -40,7 +40,7 @@ WINDOWS = 128
 """Blocks of held-out text that each evaluation reads."""
 WARM_UP, COOL_DOWN, LAST_RATE = 0.02, 0.2, 0.1
 """Shares of the steps; of the learning rate."""
-TIMED_STEPS = 40
+TIMED_STEPS = 80
 POINTS = 60
 """Evaluations of a training."""
 RESULTS = Path(__file__).parent / "results" / "comparison"
@@ -229,16 +229,17 @@ def loss_after(result: Result, step: int) -> float:
     )
 
 
-def listed(values: list[float]) -> str:
+def listed(values: list[float], digits: int = 3) -> str:
     """Mean and, of several seeds, the range."""
-    return f"{mean(values):.3f}" + (f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else "")
+    shown, least, most = (f"{value:.{digits}f}" for value in (mean(values), min(values), max(values)))
+    return f"{shown} ({least} to {most})" if len(values) > 1 else shown
 
 
 def report(results: list[Result]) -> str:
     """Table of the losses, as Markdown."""
     lines = [
-        "| text | model | seeds | million bytes read | after as many bytes | after as much time | lowest |",
-        "| --- | --- | ---: | ---: | --- | --- | --- |",
+        "| text | model | seeds | million bytes read | minutes used | after as many bytes | after as much time | lowest |",
+        "| --- | --- | ---: | ---: | --- | --- | --- | --- |",
     ]
     for corpus in CORPORA:
         of_corpus = [each for each in results if each.corpus == corpus]
@@ -251,8 +252,9 @@ def report(results: list[Result]) -> str:
             equal = listed([loss_after(each, equal_step) for each in group])
             last = listed([each.points[-1].loss for each in group])
             lowest = listed([min(point.loss for point in each.points) for each in group])
+            used = listed([each.seconds_used / 60 for each in group], 1)
             lines.append(
-                f"| {corpus} | {model} | {len(group)} | {read:.1f} | {equal} at {equal_step * MILLION_BYTES:.1f} "
+                f"| {corpus} | {model} | {len(group)} | {read:.1f} | {used} | {equal} at {equal_step * MILLION_BYTES:.1f} "
                 f"| {last} | {lowest} |"
             )
     return "\n".join(lines)

@@ -254,9 +254,9 @@ def test_losses_are_compared_after_as_many_bytes_and_as_much_time(tmp_path):
     bytes_read = 4 * 256 * 8 / 1e6  # before BDH's learning rate falls, after 4 of 5 steps
     assert (
         bdh
-        == f"| pydoc | BDH | 2 | 0.0 | 2.600 (2.500 to 2.700) at {bytes_read:.1f} | 2.300 (2.250 to 2.350) | 2.300 (2.250 to 2.350) |"
+        == f"| pydoc | BDH | 2 | 0.0 | 0.0 (0.0 to 0.0) | 2.600 (2.500 to 2.700) at {bytes_read:.1f} | 2.300 (2.250 to 2.350) | 2.300 (2.250 to 2.350) |"
     )
-    assert gpt2 == f"| pydoc | GPT-2 | 1 | 0.0 | 4.000 at {bytes_read:.1f} | 1.500 | 1.000 |"
+    assert gpt2 == f"| pydoc | GPT-2 | 1 | 0.0 | 0.0 | 4.000 at {bytes_read:.1f} | 1.500 | 1.000 |"
     comparison.draw(results, tmp_path / "losses.svg")
     assert (tmp_path / "losses.svg").stat().st_size > 10_000
 
