@@ -144,12 +144,13 @@ def test_context_compares_and_then_times_after_each_length(bench, tmp_path):
     assert len(found["agreement"]["largest_difference"]) == 3
     assert max(found["agreement"]["largest_difference"].values()) > 0  # not a tensor with itself
     first, second = found["contexts"]
+    numbers_per_token = 2 * found["gpt2"]["layers"] * found["gpt2"]["width"]
     assert (first["context"], second["context"]) == (20, 70)
     for each in (first, second):
         assert all(each[name]["ms_per_token"] > 0 for name in ("BDH", "GPT-2", "GPT-2, static cache"))
         assert all(each[name]["prompt_tokens_per_s"] > 0 for name in ("BDH", "GPT-2"))
-        # Keys and values of four layers of width 80; and a state that does not grow, with a little beside its numbers.
-        assert each["GPT-2"]["memory_bytes"] == 4 * 2 * 80 * 4 * each["context"]
+        # Keys and values of each layer; and a state that does not grow, with a little beside its numbers.
+        assert each["GPT-2"]["memory_bytes"] == numbers_per_token * 4 * each["context"]
         assert 0 <= each["BDH"]["memory_bytes"] - 2 * 512 * 32 * 4 < 1000
     assert first["BDH"]["memory_bytes"] == second["BDH"]["memory_bytes"]
     assert "time of one token, ms</text>" in (tmp_path / "speed.svg").read_text()
