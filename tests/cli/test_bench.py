@@ -175,7 +175,8 @@ def test_a_picture_needs_matplotlib(bench, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     status, _, err = bench("context", "--image", "x.svg")
     assert status == 2
-    assert "plots need matplotlib: pip install " in err and "[report]" in err
+    assert "plots need matplotlib: pip install " in err
+    assert "[report]" in err
 
 
 def test_prefill_times_every_length(bench):
