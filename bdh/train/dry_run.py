@@ -225,7 +225,7 @@ class Forecast:
         found = [f"  {name:<{width}}  {gigabytes(num_bytes):>10}" for name, num_bytes in parts.items()]
         available = f"{gigabytes(self.available)} that are available{' per process' * (size > 1)}"
         is_measured = any(peak is not None for _, _, peak in self.points)
-        how = "measured: not all that is counted is there at once" if is_measured else "that sum, not measured"
+        how = "measured" if is_measured else "that sum, not measured"
         found.append(f"peak memory   {gigabytes(self.peak)} of the {available} ({how})")
         if self.points:
             seconds, each = self.seconds

@@ -265,7 +265,7 @@ def test_a_batch_without_room_is_told_from_fewer_sequences(train, tmp_path, free
     out = capsys.readouterr().out
     assert max(steps) < 10**5
     assert re.search(
-        r"^peak memory   \d\d\.\d+ GB of the \d\.\d+ GB that are available \(measured: not all that is counted is there at once\)$",
+        r"^peak memory   \d\d\.\d+ GB of the \d\.\d+ GB that are available \(measured\)$",
         out,
         re.M,
     )
