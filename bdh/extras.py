@@ -2,9 +2,12 @@
 
 import json
 import shlex
-from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
+
+if TYPE_CHECKING:
+    from importlib.metadata import Distribution
 
 _CHECKOUT = Path(__file__).parents[1]
 
@@ -14,6 +17,8 @@ def install_command(extra: str) -> str:
 
     "bdh[serve]" is asked of an index, and bdh is on none.
     """
+    from importlib.metadata import PackageNotFoundError, distribution  # 10 ms that --help does not need
+
     try:
         source = _source(distribution("bdh"), extra)
     except PackageNotFoundError:  # imported from a checkout that is not installed
@@ -21,7 +26,7 @@ def install_command(extra: str) -> str:
     return f"pip install {shlex.quote(source)}"
 
 
-def _source(installed: Distribution, extra: str) -> str:
+def _source(installed: "Distribution", extra: str) -> str:
     """What pip is to install, as it recorded where it had the package from (PEP 610); of an index it records nothing."""
     record = json.loads(installed.read_text("direct_url.json") or "{}")
     url = record.get("url", "")

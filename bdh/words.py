@@ -9,8 +9,8 @@ def counted(number: int, noun: str, many: str | None = None) -> str:
 
 
 def gigabytes(num_bytes: float) -> str:
-    """Memory in GB of 10^9 bytes, the unit of the settings: "0.031 GB"."""
-    return f"{num_bytes / 1e9:,.3f} GB"
+    """Memory in GB of 10^9 bytes, the unit of the settings: "0.031 GB"; of less than a megabyte "0.000031 GB"."""
+    return f"{num_bytes / 1e9:,.{3 if num_bytes == 0 or num_bytes >= 1e6 else 6}f} GB"
 
 
 def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:

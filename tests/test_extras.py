@@ -42,7 +42,7 @@ def test_the_command_installs_what_this_installation_is_of(case, tmp_path, monke
             assert name == "direct_url.json"
             return record and json.dumps(record).replace("{folder}", str(tmp_path))
 
-    monkeypatch.setattr(extras, "distribution", lambda name: Installed())
+    monkeypatch.setattr("importlib.metadata.distribution", lambda name: Installed())
     expected = expected.replace("{folder}", str(tmp_path))
     assert shlex.split(extras.install_command("serve")) == ["pip", "install", expected]
 
@@ -52,7 +52,7 @@ def test_without_an_installation_it_is_the_checkout(is_checkout, tmp_path, monke
     def missing(name):
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(extras, "distribution", missing)
+    monkeypatch.setattr("importlib.metadata.distribution", missing)
     monkeypatch.setattr(extras, "_CHECKOUT", tmp_path)
     if is_checkout:
         (tmp_path / "pyproject.toml").touch()

@@ -25,7 +25,7 @@ _BEAM_PROMPTS = 16  # searched together
 @dataclass(kw_only=True)
 class GenerateSettings(ModelSettings, TextSettings):
     prompt: str | None = verbatim(None)
-    """Text to continue; several are given in a file, with --prompts_file."""
+    """Text to continue. For several, use --prompts_file."""
     prompts_file: PathText | None = None
     """File of prompts, instead of --prompt: a text file with a prompt in each line, or a .jsonl file of objects with a
     prompt (or messages) and their own settings, such as max_tokens or seed; other keys are copied to the results."""

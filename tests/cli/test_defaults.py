@@ -182,12 +182,12 @@ def test_the_deployment_has_the_defaults_but_for_what_it_says():
     [
         (
             "engine.md",
-            r"states of beginnings that prompts share; by default (\d+), none",
+            r"memory for the states of shared prefixes; (\d+) \(no cache\) by default",
             EngineConfig().prefix_cache_bytes,
         ),
         (
             "engine.md",
-            r"none, and (\d+) GiB for `bdh serve`",
+            r"\(no cache\) by default, and (\d+) GiB for `bdh serve`",
             ServeSettings(model="m").engine.prefix_cache_bytes >> 30,
         ),
         (
@@ -201,7 +201,7 @@ def test_the_deployment_has_the_defaults_but_for_what_it_says():
             ServeSettings(model="m").engine.prefix_cache_bytes >> 30,
         ),
         ("../deploy/README.md", r"`states.max_bytes` \((\d+) GiB\)", ServeSettings(model="m").states.max_bytes >> 30),
-        ("engine.md", r"\| `tokens_per_step` \| (\d+):", EngineConfig().tokens_per_step),
+        ("engine.md", r"\| `tokens_per_step` \| (\d+) by default", EngineConfig().tokens_per_step),
         (
             "data.md",
             r"the last `data.val_fraction` of the documents, ([\d.]+) by default",
@@ -209,13 +209,13 @@ def test_the_deployment_has_the_defaults_but_for_what_it_says():
         ),
         (
             "monitoring.md",
-            r"`monitor.backends` selects where to show and record the run, in any combination; `(\w+)`, the default",
+            r"`monitor.backends` selects where a run is shown and recorded, in any combination. `(\w+)`, the default",
             "auto",
         ),
         ("evaluation.md", r"`--part` selects the part of the text: `(\w+)` \(the default", "validation"),
         (
             "model.md",
-            r"`attention_form` in the configuration, or as an argument of `forward`, chooses; `(\w+)`, the def",
+            r"Set `attention_form` in the configuration, or pass it to `forward`, to choose a form. The default, `(\w+)`",
             "auto",
         ),
     ],
