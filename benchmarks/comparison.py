@@ -16,8 +16,6 @@ import argparse
 import itertools
 import json
 import math
-import os
-import platform
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -25,10 +23,12 @@ from pathlib import Path
 from statistics import mean, median
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2LMHeadModel
 
 import bdh
+from bdh.bench.common import gpt2_config, machine
 from bdh.data import DataConfig, training_texts, validation_texts
+from bdh.storage import write_text
 
 CORPORA = {"stdlib": 0.0, "pydoc": 0.1}
 """With the dropout of both models: the small corpus is read many times."""
@@ -85,20 +85,7 @@ def made(model: str, dropout: float, seed: int) -> torch.nn.Module:
         return bdh.BDH(
             bdh.BDHConfig(n_layer=3, n_embd=64, n_head=4, mlp_internal_dim_multiplier=32, dropout=dropout)
         ).train()
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=256,
-            n_positions=BLOCK,
-            n_layer=3,
-            n_embd=104,
-            n_head=4,
-            resid_pdrop=dropout,
-            embd_pdrop=dropout,
-            attn_pdrop=dropout,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-    ).train()
+    return GPT2LMHeadModel(gpt2_config(256, BLOCK, layers=3, width=104, heads=4, dropout=dropout)).train()
 
 
 def rate_at(share: float) -> float:
@@ -167,7 +154,7 @@ def measure(folder: Path) -> dict[str, float]:
             training.step(turn / TIMED_STEPS)
             seconds[model].append(time.process_time() - began)
     found = {model: median(each[5:]) for model, each in seconds.items()}
-    write(path, found)
+    write_text(path, json.dumps(found) + "\n")
     return found
 
 
@@ -192,22 +179,18 @@ def train(corpus: str, model: str, seed: int, rate: float, steps: int, step_seco
             print(f"{model}, {corpus}, seed {seed}, step {step:>6,} of {steps:,}: held out {found:.4f}", flush=True)
     parameters = sum(each.numel() for each in training.model.parameters())
     return Result(
-        corpus, model, seed, rate, steps, step_seconds, used, parameters, processor(), torch.__version__, points
+        corpus,
+        model,
+        seed,
+        rate,
+        steps,
+        step_seconds,
+        used,
+        parameters,
+        str(machine()["cpu"]),
+        torch.__version__,
+        points,
     )
-
-
-def write(path: Path, value: object) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(json.dumps(value) + "\n")
-    unfinished.replace(path)
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def load(folder: Path) -> list[Result]:
@@ -330,7 +313,8 @@ def main() -> None:
                 rate = arguments.learning_rate or RATES[model]
                 steps = max(1, round(60 * arguments.minutes / step_seconds[model]))
                 every = max(1, steps // POINTS)
-                write(path, asdict(train(corpus, model, seed, rate, steps, step_seconds[model], every)))
+                result = train(corpus, model, seed, rate, steps, step_seconds[model], every)
+                write_text(path, json.dumps(asdict(result)) + "\n")
 
 
 if __name__ == "__main__":
