@@ -16,6 +16,7 @@ import sys
 import time
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import jupytext
 import nbformat
@@ -63,10 +64,21 @@ def prepare(folder: Path) -> None:
         subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
 
 
+class Runner(NotebookClient):
+    """Runs a notebook without playing the browser for its widgets: what they show is kept as if the cell had printed it.
+
+    NotebookClient answers an Output widget on the channel on which it waits for the cell to end. The answer can take the news of
+    a message that has come from that channel, which is then never read: https://github.com/jupyter/nbclient/issues/312.
+    """
+
+    def on_comm_open_jupyter_widget(self, msg: dict[str, Any]) -> None:
+        pass
+
+
 def run(source: Path, folder: Path) -> nbformat.NotebookNode:
     """The notebook of a source with what its cells printed and drew, run in a folder."""
     notebook = without_outputs(source)
-    NotebookClient(notebook, timeout=CELL_SECONDS, resources={"metadata": {"path": str(folder)}}).execute()
+    Runner(notebook, timeout=CELL_SECONDS, resources={"metadata": {"path": str(folder)}}).execute()
     for cell in code_cells(notebook):
         cell.metadata = {}
         cell.execution_count = None

@@ -1,6 +1,7 @@
 """The promises of conftest.py."""
 
 import os
+import re
 import subprocess
 import sys
 from importlib import metadata
@@ -93,3 +94,14 @@ def test_where_no_test_may_be_skipped_a_missing_package_fails_all(outcome):
         {"test_passes.py": SKIPS["test_passes.py"]}, "--no-skips", missing="there_is_no_such_package"
     )
     assert status == 1, shown
+
+
+def test_no_test_changes_the_clock_of_the_process():
+    """A server that earlier tests had left running computed by such a clock how long to sleep: it never ended."""
+    tests = Path(__file__).parent
+    changed = re.compile(r"""setattr\(\s*(time,|["'][\w.]*\btime\.\w+["'])""")
+    assert changed.search('monkeypatch.setattr(time, "monotonic", moment)')
+    assert changed.search('monkeypatch.setattr("bdh.train.runtime.time.perf_counter", moment)')
+    here = Path(__file__)
+    found = [path for path in tests.rglob("*.py") if path != here and changed.search(path.read_text(encoding="utf-8"))]
+    assert not found, "give the module a time of its own: tests/clock.py"

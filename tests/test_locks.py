@@ -17,6 +17,7 @@ import pytest
 
 from bdh import locks
 from bdh.locks import InUseError, Lock
+from tests.clock import time_with
 
 # Holds a lock until a line comes, as a process of this machine or, by another name of it, of another.
 HOLD = """
@@ -95,7 +96,8 @@ def test_the_lock_of_a_killed_process_can_be_taken_at_once(path, hold, monkeypat
     """Also on disks that cannot exchange two names, where filelock leaves it."""
     if not can_exchange:
         monkeypatch.setattr(filelock._soft, "exchange_names", lambda *_: False)
-    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("it waited"))
+    for module in (locks, filelock._lease, filelock._soft):
+        monkeypatch.setattr(module, "time", time_with(sleep=lambda _: pytest.fail("it waited")))
     kill(hold())
     assert_can_be_taken(path)
 
@@ -229,7 +231,7 @@ def test_a_lock_that_cannot_be_read_for_too_long_is_lost(path, monkeypatch):
         look_refused(broken, path)
         lock.check()
         moment = time.monotonic()
-        broken.setattr(time, "monotonic", lambda: moment + locks.LEASE_SECONDS + 1)
+        broken.setattr(locks, "time", time_with(monotonic=lambda: moment + locks.LEASE_SECONDS + 1))
         with pytest.raises(InUseError, match=r"cannot read any more \(.*Stale file handle.*; it writes nothing more"):
             lock.check()
 
@@ -237,14 +239,14 @@ def test_a_lock_that_cannot_be_read_for_too_long_is_lost(path, monkeypatch):
 def test_a_lock_that_another_process_has_aside_for_a_moment_is_not_lost(path, monkeypatch):
     with Lock(path, "the thing") as lock:
         aside = path.rename(path.with_name("aside"))
-        monkeypatch.setattr(time, "sleep", lambda _: aside.rename(path))
+        monkeypatch.setattr(locks, "time", time_with(sleep=lambda _: aside.rename(path)))
         lock.check()
 
 
 def test_a_lock_that_is_checked_in_each_step_is_looked_at_every_few_seconds(path, monkeypatch):
     moment = 1000.0
     with Lock(path, "the thing") as lock, monkeypatch.context() as patched:
-        patched.setattr(time, "monotonic", lambda: moment)
+        patched.setattr(locks, "time", time_with(monotonic=lambda: moment))
         lock.check(seldom=True)
         path.unlink()
         lock.check(seldom=True)

@@ -94,6 +94,26 @@ def test_links_lead_to_notebooks(source):
     assert all((ROOT / "notebooks" / name).with_suffix(".py").is_file() for name in linked)
 
 
+INTERACT = """# %%
+from ipywidgets import interact
+
+@interact(a=(0, 3))
+def play(a=1):
+    print("seen", a)
+
+# %%
+print("answered", play.widget.out.outputs)
+"""
+
+
+def test_what_a_widget_shows_is_kept_and_not_answered(tmp_path):
+    """nbclient answers an Output widget, and sometimes waits forever then: https://github.com/jupyter/nbclient/issues/312."""
+    (tmp_path / "interact.py").write_text(INTERACT)
+    shown, state = notebooks.run(tmp_path / "interact.py", tmp_path).cells
+    assert [output.get("text") for output in shown.outputs] == ["seen 1\n"]
+    assert [output.text for output in state.outputs] == ["answered ()\n"]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("notebooks")

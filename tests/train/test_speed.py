@@ -12,6 +12,7 @@ from bdh.ops.blocks.plan import LayerOptions
 from bdh.train.config import TrainSettings
 from bdh.train.loop import StepClock
 from bdh.train.runtime import choose_runtime, matmul_peak, training_flops_per_token
+from tests.clock import time_with
 
 from .conftest import losses
 
@@ -65,7 +66,7 @@ def test_the_peak_is_of_the_order_of_a_product_timed_here(monkeypatch):
 
 def test_the_peak_counts_a_multiplication_and_an_addition_as_two(monkeypatch):
     """By a clock that shows a second more each time: the first product, of 256 x 256, is long enough."""
-    monkeypatch.setattr("bdh.train.runtime.time.perf_counter", itertools.count().__next__)
+    monkeypatch.setattr("bdh.train.runtime.time", time_with(perf_counter=itertools.count().__next__))
     peak = matmul_peak(choose_runtime(TrainSettings(device="cpu")))
     assert peak == 2 * 256**3
 
