@@ -1,4 +1,4 @@
-"""From what the engine generates to what OpenAI's API says: whole answers, and the chunks of streams."""
+"""Converts the engine's output to the answers and stream events of OpenAI's API."""
 
 import codecs
 import time
@@ -16,7 +16,7 @@ from bdh.serve.service import PromptRequest
 from bdh.serve.text import TokenNames
 
 Entries = list[tuple[int, TokenLogprobs | None]]
-"""Tokens, each with its log-probabilities; None for the first of a prompt, which nothing predicts."""
+"""Tokens with their log-probabilities. These are None for the first token of a prompt, which nothing predicts."""
 
 
 class Usage(BaseModel):
@@ -75,7 +75,7 @@ class ResponseUsage(BaseModel):
 
 
 class ResponseAnswer(BaseModel):
-    """A response as it is given and kept. What is always the same here is there for clients that look for it."""
+    """A response, as returned and stored. Fields with a constant value are there for clients that expect them."""
 
     id: str
     object: Literal["response"] = "response"
@@ -108,20 +108,20 @@ class ResponseAnswer(BaseModel):
 
 @dataclass
 class Text:
-    """One text of an answer, so far."""
+    """One text of an answer, as far as it is generated."""
 
     parts: list[str] = field(default_factory=list)
     entries: Entries = field(default_factory=list)
     num_generated: int = 0
     offset: int = 0
-    """Characters of the tokens so far."""
+    """The number of characters in the tokens so far."""
     decoder: Any = field(default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace"))
     completion: Completion | None = None
     extras: Json = field(default_factory=dict)
 
     @property
     def likelihood(self) -> float:
-        """The mean log-probability of its tokens."""
+        """The mean log-probability of the generated tokens."""
         assert self.completion is not None
         found = [each.logprob for each in self.completion.logprobs or []]
         return sum(found) / len(found) if found else 0.0
@@ -131,12 +131,12 @@ class Text:
 
 
 class Writer:
-    """Puts the texts of one request into an answer, or into the chunks of a stream.
+    """Builds an answer, or the events of a stream, from the texts of one request.
 
     Args:
-        num_top: how many of the likeliest tokens are listed with log-probabilities; None for no log-probabilities.
-        num_given: texts returned for each prompt.
-        options: what a stream reports of its usage.
+        num_top: the number of likeliest tokens to list with log-probabilities; None for no log-probabilities.
+        num_given: the number of texts to return for each prompt.
+        options: whether and when a stream reports its usage.
     """
 
     prefix = object = chunk_object = ""
@@ -162,7 +162,7 @@ class Writer:
         return [text for texts in self.texts for text in texts]
 
     def take(self, place: int, output: StepOutput) -> Json | None:
-        """Adds an output. Returns the choice of its chunk, or None if there is nothing to send."""
+        """Adds an output. Returns the choice for its chunk, or None if there is nothing to send."""
         text = self.texts[place][output.index]
         entries: Entries = []
         if self._num_top is not None:
@@ -187,21 +187,21 @@ class Writer:
         return choice
 
     def opening(self) -> list[bytes]:
-        """The events that a stream begins with, before anything has been generated."""
+        """Returns the first events of a stream, before anything is generated."""
         return []
 
     def pieces(self, place: int, output: StepOutput) -> list[bytes]:
-        """Adds an output. Returns its events."""
+        """Adds an output, and returns its events."""
         choice = self.take(place, output)
         return [] if choice is None else [self._chunk(choice)]
 
     def closing(self) -> list[bytes]:
-        """The events that a stream ends with, once everything has come."""
+        """Returns the last events of a stream, after all outputs."""
         usage = [self._chunk(usage=self.usage())] if self._options.include_usage else []
         return [*usage, b"data: [DONE]\n\n"]
 
     def failure(self, error: ApiError) -> bytes:
-        """The event that ends a stream early."""
+        """Returns the event that ends a stream with an error."""
         return sent_event(error.body())
 
     def answer(self) -> Json:
@@ -219,7 +219,7 @@ class Writer:
         return {**self._head(self.object), "choices": choices, "usage": self.usage()}
 
     def usage(self) -> Json:
-        """What has been read and generated so far."""
+        """Returns the usage so far."""
         firsts = [texts[0].completion for texts in self.texts]
         prompt = sum(len(each.prompt) for each in self._prompts)
         generated = sum(
@@ -239,7 +239,7 @@ class Writer:
         return {"id": self.id, "object": kind, "created": self._created, "model": self.model}
 
     def _shown(self, text: Text, piece: str) -> str:
-        """What is shown of the next piece of a text."""
+        """Returns the next piece of a text as the client gets it."""
         return piece
 
     def _logprobs(self, text: Text, entries: Entries) -> Json:
@@ -268,7 +268,7 @@ class CompletionWriter(Writer):
         }
 
     def _top(self, entry: TokenLogprobs | None) -> dict[str, float] | None:
-        """By name, the likeliest first; the token itself is always among them."""
+        """Returns log-probabilities by token name, the likeliest first. The token itself is always included."""
         if entry is None:
             return None
         found: dict[str, float] = {}
@@ -278,9 +278,10 @@ class CompletionWriter(Writer):
 
 
 class ChatWriter(Writer):
-    """
+    """Builds the answer of a chat.
+
     Args:
-        reply: makes a message of what the model has written, by taking from its beginning.
+        reply: turns the generated text into a message, by removing white space at its beginning.
     """
 
     prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
@@ -311,7 +312,7 @@ class ChatWriter(Writer):
                 "top_logprobs": [self._of_token(*each) for each in entry.top],
             }
             for _, entry in entries
-            if entry is not None  # only tokens of a prompt have none, and chats do not ask for these
+            if entry is not None  # only prompt tokens have none, and chats do not request these
         ]
         return {"content": content, "refusal": None}
 
@@ -320,17 +321,17 @@ class ChatWriter(Writer):
 
 
 class ResponseWriter(ChatWriter):
-    """The one text of a response, as an answer or as the events of its stream.
+    """Builds a response, or the events of its stream, from its only text.
 
     Args:
-        answer: the response as it is known before its text.
+        answer: the response before any text is generated.
     """
 
     def __init__(self, prompt: PromptRequest, names: TokenNames, answer: ResponseAnswer, reply: Callable[[str], str]):
         super().__init__([prompt], names, answer.model, prompt.params.logprobs, reply=reply)
         self.id, self.response = answer.id, answer
         ((self._text,),) = self.texts
-        self._number = 0  # of the next event
+        self._number = 0  # sequence number of the next event
         self._place = {"item_id": item_id(answer.id), "output_index": 0, "content_index": 0}
 
     def opening(self) -> list[bytes]:
@@ -359,7 +360,7 @@ class ResponseWriter(ChatWriter):
         ]
 
     def failure(self, error: ApiError) -> bytes:
-        code = "rate_limit_exceeded" if error.status == 429 else "server_error"  # all that there is for it
+        code = "rate_limit_exceeded" if error.status == 429 else "server_error"  # the API has no other codes for this
         self.response.status = "failed"
         self.response.error = {"code": code, "message": error.message, **error.facts}
         return self._event("failed", response=self.facts())
@@ -373,7 +374,7 @@ class ResponseWriter(ChatWriter):
         response.completed_at = response.completed_at or int(time.time())
         logprobs = [] if self._num_top is None else self._logprobs(self._text, self._text.entries)["content"]
         response.output = [self._item(response.status, _part(str(self._text), logprobs))]
-        # All that the state has read counts as input; what it had read before this request, as cached.
+        # All tokens that the state has read count as input, and those from before this request as cached.
         snapshot = self._prompts[0].snapshot
         known = completion.num_cached_tokens if snapshot is None else snapshot.state.position
         num_input, num_output = completion.num_prompt_tokens, len(completion.token_ids)
@@ -403,7 +404,7 @@ class ResponseWriter(ChatWriter):
 
 
 def item_id(response_id: str) -> str:
-    """The id of a response's message."""
+    """Returns the id of a response's message."""
     return response_id.replace("resp_", "msg_")
 
 

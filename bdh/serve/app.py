@@ -1,7 +1,7 @@
-"""The application: its routes, the shape of its errors, and its description, /openapi.json.
+"""The application: its routes, the format of its errors, and its OpenAPI description.
 
-The description says as much as JSON Schema can of what this server, with its model and its limits, takes and gives, so that
-what a client makes from it is not refused.
+The description includes the limits of this server and, once it is loaded, of its model, as far as JSON Schema can express
+them, so that requests generated from it are not refused.
 """
 
 import asyncio
@@ -41,9 +41,9 @@ from bdh.serve.states import SavedState
 from bdh.serve.text import tokenizer_info
 from bdh.tokenizer.plain import document_end_id
 
-_CLIENT_GONE = 499  # what nginx calls it; for log and metrics only
+_CLIENT_GONE = 499  # nginx's status for this; for the log and metrics only
 _HEALTH = ("/health", "/health/live", "/health/ready")
-_NAME_CHARACTERS = 64  # of a name in an error
+_NAME_CHARACTERS = 64  # the longest name in an error
 _OF_TEXTS = ("CompletionRequest", "ChatRequest", "ResponseRequest")
 
 
@@ -70,7 +70,7 @@ class DetokenizeAnswer(BaseModel):
 
 
 class TokenizerInfo(BaseModel):
-    """What a tokenizer's tokenizer_config.json has. Special tokens that it has not are null."""
+    """The contents of the tokenizer's tokenizer_config.json. Special tokens that it does not have are null."""
 
     model_config = ConfigDict(extra="allow")
     tokenizer_class: str
@@ -111,15 +111,15 @@ class Health(BaseModel):
 
 
 def make_app(service: Service, keys: ApiKeys) -> ASGIApp:
-    """The application. Its service may still be loading."""
+    """Returns the application. The service may still be loading the model."""
     settings = service.settings
     exported = settings.telemetry
     app = FastAPI(
         title="BDH",
-        summary="OpenAI's API over a Dragon Hatchling language model.",
+        summary="OpenAI's API for a Dragon Hatchling language model.",
         version=bdh.__version__,
         redirect_slashes=False,
-        docs_url=None,  # they load scripts from elsewhere
+        docs_url=None,  # these pages load scripts from other servers
         redoc_url=None,
         telemetry={"tracing": exported, "metrics": exported, "logs": False, "auto_configure": exported},
         responses=errors_of(400, 405, 408, 413, 500),
@@ -168,14 +168,17 @@ def _add_models(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models", responses=errors_of(401, 503), tags=["models"])
     async def models() -> ModelList:
+        """Lists the names of the model, with its sizes and formats."""
         return ModelList(data=[facts(name) for name in service.ready().model_names])
 
     @app.get("/v1/models/{model:path}", responses=errors_of(401, 404, 503), tags=["models"])
     async def model(model: str) -> ModelFacts:
+        """Returns one name of the model, with its sizes and formats."""
         return facts(service.check_model(model))
 
     @app.post("/tokenize", responses=errors_of(401, 404, 503), tags=["tokens"])
     async def tokenize(body: TokenizeRequest) -> TokenizeAnswer:
+        """Returns the token ids of a text or a conversation."""
         service.check_model(body.model)
         loaded = service.ready()
         if body.messages is not None:
@@ -188,11 +191,13 @@ def _add_models(app: FastAPI, service: Service) -> None:
 
     @app.get("/tokenizer_info", responses=errors_of(401, 503), tags=["tokens"])
     async def info() -> TokenizerInfo:
+        """Returns the tokenizer's settings and chat template."""
         loaded, limits = service.ready(), service.settings.limits
         return TokenizerInfo(**tokenizer_info(loaded.tokenizer, loaded.chat.template, limits.prompt_tokens))
 
     @app.post("/detokenize", responses=errors_of(401, 404, 503), tags=["tokens"])
     async def detokenize(body: DetokenizeRequest) -> DetokenizeAnswer:
+        """Returns the text of token ids."""
         service.check_model(body.model)
         loaded = service.ready()
         if wrong := [token for token in body.tokens if token >= loaded.vocab_size][:3]:
@@ -204,11 +209,13 @@ def _add_models(app: FastAPI, service: Service) -> None:
 def _add_states(app: FastAPI, service: Service) -> None:
     @app.get("/v1/states", responses=errors_of(401, 503), tags=["states"])
     async def states(request: Request) -> StateList:
+        """Lists the caller's saved states, the newest first."""
         found = await asyncio.to_thread(service.ready().states.of_owner, request.state.caller.id)
         return StateList(data=[_state_facts(saved) for saved in found])
 
     @app.get("/v1/states/{state_id}", responses=errors_of(401, 404, 503), tags=["states"])
     async def state(state_id: str, request: Request) -> StateFacts:
+        """Returns the facts about a saved state."""
         try:
             return _state_facts(service.ready().states.get(state_id, request.state.caller.id))
         except KeyError:
@@ -216,6 +223,7 @@ def _add_states(app: FastAPI, service: Service) -> None:
 
     @app.delete("/v1/states/{state_id}", responses=errors_of(401, 404, 503), tags=["states"])
     async def delete_state(state_id: str, request: Request) -> Deleted:
+        """Deletes a saved state."""
         try:
             await asyncio.to_thread(service.ready().states.delete, state_id, request.state.caller.id)
         except KeyError:
@@ -238,13 +246,13 @@ def _state_facts(saved: SavedState) -> StateFacts:
 def _add_health(app: FastAPI, service: Service) -> None:
     @app.get("/health/live", tags=["health"])
     async def live() -> Health:
-        """The process answers."""
+        """Whether the process responds."""
         return Health(status="live")
 
     @app.get("/health", responses=errors_of(503), tags=["health"])
     @app.get("/health/ready", responses=errors_of(503), tags=["health"])
     async def ready() -> Health:
-        """Requests are taken: the model is loaded, its engine runs, and the server is not ending."""
+        """Whether the server accepts requests: the model is loaded, the engine runs, and no shutdown has begun."""
         service.ready()
         return Health(status="ready")
 
@@ -262,7 +270,7 @@ def _add_page(app: FastAPI) -> None:
 
 
 def _hash_of(page: str, element: str) -> str:
-    """What a Content-Security-Policy calls the one script, or style, of a page."""
+    """Returns the hash of a page's only script or style as a source of a Content-Security-Policy."""
     (inner,) = re.findall(rf"<{element}>(.*?)</{element}>", page, re.DOTALL)
     return f"'sha256-{base64.b64encode(hashlib.sha256(inner.encode()).digest()).decode()}'"
 
@@ -271,7 +279,7 @@ def _add_metrics(app: FastAPI, service: Service) -> None:
     @app.get("/metrics", include_in_schema=False)
     async def metrics() -> Response:
         if service.metrics is None:
-            service.ready()  # raises: nothing is loaded
+            service.ready()  # raises: no model is loaded
         assert service.metrics is not None
         return Response(
             generate_latest(service.metrics.registry), media_type="text/plain; version=0.0.4; charset=utf-8"
@@ -311,30 +319,30 @@ def _add_errors(app: FastAPI) -> None:
 
 
 def _methods(app: FastAPI, request: Request) -> set[str]:
-    """Those of all routes at a path: each method has a route of its own, but for HEAD, which is answered as GET."""
+    """Returns the methods allowed at a path. Each has its own route, except HEAD, which is answered like GET."""
     matching = [route for route in app.routes if route.matches(request.scope)[0] is not Match.NONE]
     found = {method for route in matching for method in getattr(route, "methods", None) or ()}
     return found | {"HEAD"} if "GET" in found else found
 
 
 def _invalid(faults: Sequence[Any], given: Any) -> ApiError:
-    """The fault that says most: what is no field of ours; then what is out of range; then what is deepest."""
+    """Returns the most helpful error: an unknown field, else a wrong value before a wrong type, the deepest first."""
     found: list[tuple[str, str]] = []
-    # Of a union each member complains: that it has another type says least.
+    # Each member of a union reports an error. The least helpful one is that the type is different.
     for fault in sorted(faults, key=lambda fault: (fault["type"].endswith("_type"), -len(fault["loc"]))):
         source, *place = fault["loc"]
         if is_unknown := fault["type"] == "unknown_field":
             place.append(fault["ctx"]["name"])
         if source == "body":
             param = named(place, given, is_missing=fault["type"] == "missing")
-        else:  # of the path or the query
+        else:  # in the path or the query
             param = ".".join(map(str, place))
         if fault["type"] == "json_invalid":
             return bad_request(f"the request's body is not JSON: {fault['ctx']['error']}", None, "invalid_json")
         if is_unknown:
             near = fault["ctx"]["near"]
             message = f"{param} is not supported: leave it out{f'; did you mean {near}?' if near else ''}"
-        elif fault["type"] == "value_error":  # of an object, and begins with the name of its field
+        elif fault["type"] == "value_error":  # from an object; begins with the name of a field
             message = str(fault["ctx"]["error"])
             inner = message.partition(":")[0]
             message = f"{param}.{message}" if param and inner else message
@@ -350,12 +358,12 @@ def _invalid(faults: Sequence[Any], given: Any) -> ApiError:
 
 
 def named(place: Sequence[str | int], given: Any, *, is_missing: bool = False) -> str:
-    """A place in a request as its client wrote it: ``messages.0.content``.
+    """Returns a location in a request as the client wrote it: ``messages.0.content``.
 
     Args:
-        place: the keys and indices that lead there, and, between them, what only the schema has: which of several types.
+        place: the keys and indices that lead there. It may also have names of types, which only the schema has.
         given: the request.
-        is_missing: whether the last key is of a field that is not there.
+        is_missing: whether the last key is that of a missing field.
     """
     parts = []
     for number, key in enumerate(place, 1):
@@ -368,7 +376,7 @@ def named(place: Sequence[str | int], given: Any, *, is_missing: bool = False) -
 
 
 def _add_description(app: FastAPI, service: Service, *, needs_key: bool) -> None:
-    """Lets the application's description say what depends on the settings, and, once it is there, on the model."""
+    """Adds to the OpenAPI description what depends on the settings and, once it is loaded, on the model."""
     make = app.openapi
 
     def openapi() -> Json:
@@ -389,10 +397,10 @@ def _add_description(app: FastAPI, service: Service, *, needs_key: bool) -> None
 
 
 def _describe_errors(described: Json, *, needs_key: bool) -> None:
-    header = {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}}
+    header = {"description": "Seconds to wait before the next try.", "schema": {"type": "integer", "minimum": 1}}
     for operation in [operation for path in described["paths"].values() for operation in path.values()]:
         responses = operation["responses"]
-        responses.pop("422", None)  # it is 400 here
+        responses.pop("422", None)  # this server answers 400 instead
         for status in {"429", "503"} & responses.keys():
             responses[status]["headers"] = {"Retry-After": header}
         if needs_key and "401" in responses:
@@ -419,7 +427,7 @@ def _limit_texts(texts: Json, most: int) -> None:
 
 
 def _describe_model(schemas: Json, loaded: Loaded) -> None:
-    """The vocabulary: which token ids there are, and whether an empty text can be continued."""
+    """Adds what depends on the model: the token ids, the width of embeddings, and whether a text may be empty."""
     last = loaded.vocab_size - 1
     for schema in _objects(schemas):
         if (schema.get("type"), schema.get("minimum"), schema.get("maximum")) == ("integer", 0, MOST_WHOLE):
@@ -441,7 +449,7 @@ def _describe_model(schemas: Json, loaded: Loaded) -> None:
 
 
 def _objects(schema: Any) -> Iterator[Json]:
-    """All objects within one."""
+    """Yields a JSON object and all objects in it."""
     if isinstance(schema, dict):
         yield schema
     for each in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
@@ -449,7 +457,7 @@ def _objects(schema: Any) -> Iterator[Json]:
 
 
 def up_to(last: int) -> str:
-    """A pattern of the whole numbers from 0 to this one."""
+    """Returns a regular expression that matches the integers from 0 to ``last``."""
     digits = str(last)
     found = ["0"] + [f"[1-9][0-9]{{{length - 1}}}" if length > 1 else "[1-9]" for length in range(1, len(digits))]
     for place, digit in enumerate(digits):

@@ -1,4 +1,4 @@
-"""/v1/completions, /v1/chat/completions and /v1/embeddings: from a request to its answer, whole or in pieces."""
+"""The routes /v1/completions, /v1/chat/completions and /v1/embeddings."""
 
 import asyncio
 import base64
@@ -47,34 +47,32 @@ from bdh.serve.service import CutOff, Generation, Loaded, PromptRequest, Service
 from bdh.storage import DiskFullError
 from bdh.words import counted
 
-COMPLETION_TOKENS = 16  # where the request does not say, as in OpenAI's API
+COMPLETION_TOKENS = 16  # the default, as in OpenAI's API
 STREAMS: dict[int | str, Json] = {200: {"content": {"text/event-stream": {}}}}
-_AT_ONCE = (
-    8  # texts of a request for embeddings that are read at the same time: others' prompts wait for so many at most
-)
+_AT_ONCE = 8  # texts of an embeddings request that are read at once, so that other prompts do not wait for all of them
 _QUEUE_SECONDS = 0.1
 
 
 class EmbeddingOptions(RequestModel):
     pooling: Literal["mean", "last"] | None = optional(
-        "Of the residuals of all tokens (mean, the default), or that of the last."
+        "The mean over the residuals of all tokens (the default), or the residual of the last token."
     )
-    normalize: bool | None = optional("To length 1, as OpenAI's are; true if not given.")
+    normalize: bool | None = optional("Scale vectors to length 1, like OpenAI's. Defaults to true.")
 
 
 class EmbeddingRequest(RequestModel):
-    input: Prompt = Field(description="Text, texts, token ids, or lists of them.")
-    model: str | None = optional("A name that the server has; None for its first.")
+    input: Prompt = Field(description="A text, a list of texts, a list of token ids, or several such lists.")
+    model: str | None = optional("One of the server's model names. null or empty means the first.")
     encoding_format: Literal["float", "base64"] | None = None
-    dimensions: Positive | None = optional("The model's residual width, or left out.")
-    user: str | None = optional("For the log.")
+    dimensions: Positive | None = optional("Only the width of the model's residual stream is allowed.")
+    user: str | None = optional("Recorded in the log.")
     bdh: EmbeddingOptions | None = None
 
 
 class Embedding(BaseModel):
     object: Literal["embedding"] = "embedding"
     index: int
-    embedding: list[float] | str = Field(description="As text: the float32 numbers, little-endian, in base64.")
+    embedding: list[float] | str = Field(description="Numbers, or with base64 a text of little-endian float32 values.")
 
 
 class EmbeddingUsage(BaseModel):
@@ -90,20 +88,23 @@ class EmbeddingAnswer(BaseModel):
 
 
 def add_completions(app: FastAPI, service: Service) -> None:
-    """Adds the routes of texts, chats and embeddings."""
+    """Adds the routes of completions, chats and embeddings."""
     of_texts: Json = {"responses": {**errors_of(401, 404, 429, 503, 507), **STREAMS}, "tags": ["texts"]}
     of_embeddings: Json = {"responses": errors_of(401, 404, 429, 503), "tags": ["embeddings"]}
 
     @app.post("/v1/completions", response_model=CompletionAnswer, **of_texts)
     async def complete(body: CompletionRequest, request: Request) -> Response:
+        """Continues prompts."""
         return await (await _completion(service, body, request)).respond()
 
     @app.post("/v1/chat/completions", response_model=ChatAnswer, **of_texts)
     async def chat(body: ChatRequest, request: Request) -> Response:
+        """Replies to a conversation."""
         return await (await _chat(service, body, request)).respond()
 
     @app.post("/v1/embeddings", response_model=EmbeddingAnswer, **of_embeddings)
     async def embed(body: EmbeddingRequest, request: Request) -> Response:
+        """Returns a vector for each text."""
         return JSONResponse((await _embed(service, body, request)).model_dump())
 
 
@@ -118,7 +119,7 @@ async def _completion(service: Service, body: CompletionRequest, request: Reques
         prompt_logprobs=body.logprobs if body.echo else None,
     )
     if params.n > (body.n or 1) and params.logprobs is None:
-        params.logprobs = 0  # to choose by
+        params.logprobs = 0  # needed to choose the likeliest
     service.check_texts(params.n, "n" if params.n == body.n else "best_of")
     snapshot = await _saved_snapshot(loaded, extras, request)
     texts = texts_of(body.prompt)
@@ -182,12 +183,12 @@ async def _saved_snapshot(loaded: Loaded, extras: Extras, request: Request) -> S
 
 
 class TextGeneration(Generation):
-    """The texts of one request, and how they become its answer."""
+    """Generates the texts of one request, and answers it."""
 
     format_param = "response_format"
-    """What the request calls the form that its texts must have."""
+    """The request's field for the format of its texts."""
     names_states = True
-    """Whether the states after its texts, where they are kept, have ids in the answer."""
+    """Whether the answer contains the ids of the states that are saved after its texts."""
 
     def __init__(
         self, service: Service, prompts: Sequence[PromptRequest], request: Request, writer: Writer, body: Sampling
@@ -198,9 +199,13 @@ class TextGeneration(Generation):
             log("prompts", prompts=[self.loaded.names.text(prompt.prompt) for prompt in prompts])
 
     async def respond(self) -> Response:
-        """Raises ``ApiError`` as :meth:`Generation.submit`; 400, the form of the texts cannot be held."""
+        """Returns the answer, or starts its stream.
+
+        Raises:
+            ApiError: as :meth:`Generation.submit`; 400 if the format of the texts cannot be enforced.
+        """
         if (grammar := self.prompts[0].params.grammar) is not None:
-            try:  # up to a second, in a thread, so that no other request waits
+            try:  # takes up to a second: in a thread, so that no other request waits
                 await asyncio.to_thread(self.loaded.engine.engine.grammars.compile, grammar)
             except (ValueError, ImportError) as error:
                 raise bad_request(f"{self.format_param}: {error}", self.format_param) from error
@@ -241,7 +246,7 @@ class TextGeneration(Generation):
             yield writer.failure(internal_error())
 
     async def _handle(self, place: int, output: StepOutput) -> list[bytes]:
-        """Adds an output, saving its state where asked to. Returns its events."""
+        """Adds an output, saves its state if requested, and returns its events."""
         completion = output.completion
         if completion is not None:
             if completion.finish_reason == "error":
@@ -259,7 +264,7 @@ class TextGeneration(Generation):
         return pieces
 
     async def finished(self, completion: Completion) -> None:
-        """A text has come to its own end."""
+        """Called when a text has ended normally."""
 
     def _failure(self, reason: str) -> ApiError:
         if reason.startswith(GRAMMAR_FAULT):
@@ -298,7 +303,7 @@ class TextGeneration(Generation):
         text = completion.text.removesuffix(held)
         try:
             state_id = await self._put(replace(snapshot, notes=prompt.notes), unfinished=asdict(params), text=text)
-        except Exception as error:  # the others of the request are kept nevertheless
+        except Exception as error:  # the other texts of the request are still kept
             log("a text that was cut off cannot be kept", level=logging.ERROR, error=error)
             return
         self.writer.texts[place][index].extras["state_id"] = state_id
@@ -323,7 +328,7 @@ class TextGeneration(Generation):
 
 
 def notes_with_reply(notes: Json, reply: str, completion: Completion) -> Json:
-    """The notes of a prompt for the snapshot after its text."""
+    """Returns a prompt's notes for the snapshot after its text."""
     if notes["kind"] != "chat":
         return notes
     stopped_by = completion.stop_reason if isinstance(completion.stop_reason, str) else None
@@ -332,7 +337,7 @@ def notes_with_reply(notes: Json, reply: str, completion: Completion) -> Json:
 
 
 async def finish_unfinished(loaded: Loaded) -> None:
-    """Finishes the texts that an earlier process could not; they stay as saved states, with their text."""
+    """Finishes the texts that an earlier process cut off. They remain as saved states with their text."""
     for saved in loaded.states.unfinished():
         try:
             snapshot = await asyncio.to_thread(loaded.states.snapshot, saved.id, saved.owner)
@@ -379,7 +384,7 @@ async def _embed(service: Service, body: EmbeddingRequest, request: Request) -> 
         param = "input" if text is body.input else f"input.{number}"
         tokens = await loaded.prompt_tokens(text, param)
         prompts.append(PromptRequest(tokens, SamplingParams(max_tokens=0), residuals=Residuals(), param=param))
-    service.check_lengths(prompts)  # before the first of them is read
+    service.check_lengths(prompts)  # before the first one is read
     await unless_gone(request.receive, lambda: _read_embeddings(service, prompts, request))
     data = []
     for index, prompt in enumerate(prompts):
@@ -393,10 +398,11 @@ async def _embed(service: Service, body: EmbeddingRequest, request: Request) -> 
 
 
 async def _read_embeddings(service: Service, prompts: Sequence[PromptRequest], request: Request) -> None:
-    """Has the engine read all texts, a few at a time, as it reads prompts.
+    """Reads all texts with the engine, a few at a time, like prompts.
 
     Raises:
-        ApiError: as :meth:`Generation.submit`; 500, or 503.
+        ApiError: as :meth:`Generation.submit`; 500 if the engine cannot read a text; 503 if it takes too long, or if the
+            server shuts down.
     """
     size, num_tokens = min(_AT_ONCE, service.settings.limits.prompts), 0
     try:
@@ -419,7 +425,7 @@ async def _read_embeddings(service: Service, prompts: Sequence[PromptRequest], r
 async def _admitted(
     service: Service, prompts: Sequence[PromptRequest], request: Request, *, is_first: bool
 ) -> Generation:
-    """Those after the first wait where the queue is full: what has been read is not to be asked for again."""
+    """Submits a group of texts. If the queue is full, later groups wait, because the first ones have been read."""
     arrived, seconds = request.state.arrived, service.settings.limits.request_timeout
     while (now := time.monotonic()) - arrived <= seconds:
         generation = Generation(service, prompts, request, arrived if is_first else now)
@@ -435,7 +441,7 @@ async def _admitted(
 
 
 def _vector(residuals: Residuals | None, options: EmbeddingOptions) -> np.ndarray:
-    """Float32, (D,)."""
+    """Returns the vector of a text, float32 (D,)."""
     assert residuals is not None
     vector = residuals.mean if options.pooling != "last" else residuals.last
     assert vector is not None

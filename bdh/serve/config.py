@@ -1,4 +1,4 @@
-"""The settings of a server, and what can be checked before PyTorch and FastAPI are imported."""
+"""The settings of a server, and the checks that need neither PyTorch nor FastAPI."""
 
 import errno
 import hashlib
@@ -43,24 +43,24 @@ class LimitSettings(Settings):
     max_tokens: PositiveInt = 16_384
     """Largest number of tokens that a request may ask for."""
     chat_tokens: PositiveInt = 1_024
-    """Tokens in a reply of a chat if the request does not say; for completions it is 16, as in OpenAI's API."""
+    """Default max_tokens of chats and responses. For completions it is 16, as in OpenAI's API."""
     prompts: PositiveInt = 64
     """Largest number of prompts in a request."""
     texts: PositiveInt = 16
-    """Largest number of texts for each prompt: of n, and of best_of."""
+    """Largest number of texts for each prompt (n or best_of)."""
     embeddings: PositiveInt = 2048
     """Largest number of texts in a request for embeddings."""
     body_bytes: Annotated[int, Ge(1024)] = 4 << 20
     """Largest size of a request's body; a larger one is refused before it is read."""
     body_timeout: PositiveSeconds = 30.0
-    """Seconds in which a request must arrive completely."""
+    """Seconds in which a request's body must arrive."""
     queue_timeout: PositiveSeconds = 60.0
     """Seconds that a prompt may wait for a state."""
     request_timeout: PositiveSeconds = 600.0
     """Seconds from a request's arrival to its last token."""
     connections: PositiveInt = 512
     """Largest number of open connections. A further one replaces the connection that has gone longest without a
-    complete request; if all are at work, it is refused with 503."""
+    complete request; if all are busy, it is refused with 503."""
     head_bytes: Annotated[int, Ge(1024)] = 64 << 10
     """Largest size of a request's first line and headers; larger ones are refused with 414 or 431."""
     head_fields: PositiveInt = 100
@@ -83,12 +83,12 @@ class LimitSettings(Settings):
 
 @dataclass(frozen=True)
 class Caller:
-    """The owner of a key, or, without keys, an address."""
+    """The owner of a key, or an address if there are no keys."""
 
     id: str
-    """A hash of the key, or the address. States belong to it."""
+    """A hash of the key, or the address. Saved states belong to it."""
     name: str
-    """For the log."""
+    """The name in the log."""
 
 
 @dataclass
@@ -104,11 +104,11 @@ class AuthSettings(Settings):
     """Limit of tokens, read and generated, for each key. None: no limit."""
 
     def callers(self) -> dict[bytes, Caller]:
-        """The callers by the SHA-256 digests of their keys, read from the file and the environment.
+        """Returns the callers by the SHA-256 digests of their keys, from the file and the environment variable.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: a key is too short, given twice, or the file has none.
+            FileNotFoundError: the file does not exist.
+            ValueError: a key is too short or given twice, or the file has no key.
         """
         given = os.environ.get(self.keys_variable, "")
         lines = [(f"the variable {self.keys_variable}", key.strip()) for key in given.split(",")]
@@ -142,7 +142,7 @@ class AuthSettings(Settings):
 @dataclass
 class StateSettings(Settings):
     max_bytes: NonNegativeInt = 2 << 30
-    """Memory for saved states. Beyond it, the least recently used are dropped, or stay only on the disk."""
+    """Memory for saved states. Beyond it, the least recently used are dropped, or kept only on the disk."""
     folder: PathText | None = None
     """Folder for saved states, which then survive a restart. None: memory only."""
     folder_bytes: NonNegativeInt = 20 << 30
@@ -208,17 +208,17 @@ class ServeSettings(Settings):
 
 
 def check_telemetry(is_wanted: bool) -> None:
-    """Raises a ``ValueError`` where it is to be sent, and the environment does not say where to."""
+    """Raises ``ValueError`` if telemetry is wanted and no environment variable says where to send it."""
     if is_wanted and not any(os.environ.get(name) for name in _ENDPOINTS):
         raise ValueError(f"telemetry is asked for, but not where it goes: set {_ENDPOINTS[0]}")
 
 
 def read_template(path: Path) -> str:
-    """The text of the file ``chat_template``.
+    """Returns the text of the file ``chat_template``.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no UTF-8.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not UTF-8.
     """
     if not path.is_file():
         raise FileNotFoundError(f"chat_template is {str(path)!r}: there is no such file; {PLAIN!r} is the plain form")
@@ -226,15 +226,15 @@ def read_template(path: Path) -> str:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that waits for connections.
+    """Returns a listening socket.
 
     Raises:
-        OSError: the address is taken, not of this machine, or not allowed.
+        OSError: the address is in use, does not belong to this machine, or is not allowed.
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
         listening = socket.create_server((host, port), family=family, backlog=1024)
-        # Its connections inherit it. Without it an answer waits for the client to acknowledge its head: 40 ms.
+        # Connections inherit this. Without it, an answer waits 40 ms for the client to acknowledge its headers.
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return listening
     except OSError as error:

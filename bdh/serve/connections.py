@@ -1,8 +1,8 @@
-"""The connections of a server: bounded in number, in what they may send before a request is whole, and in time.
+"""The connections of a server, with limits on their number, on time, and on what is sent before a request is complete.
 
-uvicorn waits for ever for the rest of a head, and has no option against that. This is the only file that builds on the
-inside of uvicorn: the class of its h11 protocol with its ``conn``, ``cycle``, ``flow`` and ``send_400_response``, and its
-server's ``capture_signals`` (checked with 0.54; ``tests/serve/test_connections.py`` fails where they change).
+uvicorn waits without limit for the rest of the headers and has no option to change this. This is the only file that uses
+uvicorn's internals: its h11 protocol class with ``conn``, ``cycle``, ``flow`` and ``send_400_response``, and its server's
+``capture_signals`` (checked with 0.54; ``tests/serve/test_connections.py`` fails if they change).
 """
 
 import asyncio
@@ -21,16 +21,16 @@ from bdh.serve.config import LimitSettings
 from bdh.serve.middleware import ApiError, log
 from bdh.words import counted
 
-_EMPTY_LINE = "no request line received"  # h11's words for one before a request: some send it after a body
+_EMPTY_LINE = "no request line received"  # h11's message for an empty line, which some clients send after a body
 _SWEEP_SECONDS = 0.25
 _PIECE_BYTES = 16 << 10  # passed to the parser in one call
-# A connection that is closed while bytes arrive loses the answer on its way: for so long they are read and dropped.
+# If a connection closes while bytes arrive, its last answer is lost. So they are read and dropped for this long.
 _LINGER_SECONDS = 2.0
 _MOST_LINGERING = 64
 
 
 class Server(uvicorn.Server):
-    """Without uvicorn's handling of signals: they are ours."""
+    """A uvicorn server without its signal handling: :mod:`bdh.serve.server` handles signals."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -40,11 +40,12 @@ class Server(uvicorn.Server):
 class Connections:
     """All connections of a server.
 
-    Beyond ``limits.connections`` of them a new one takes the place of the one that has been without a whole request for
-    longest. Only where all are at work it is refused.
+    A connection beyond ``limits.connections`` replaces the one that has gone longest without a complete request. It is
+    refused only if all are busy.
 
     Args:
-        answered: called with the route (none here) and the status of every answer.
+        limits: the limits of the server.
+        answered: called with the route, here always "none", and the status when a connection is refused.
     """
 
     def __init__(self, limits: LimitSettings, answered: Callable[[str, int], None]):
@@ -53,15 +54,15 @@ class Connections:
         self._sweep: asyncio.TimerHandle | None = None
 
     def new(self, **arguments: Any) -> "Connection":
-        """What uvicorn calls for each connection."""
+        """Creates a connection. uvicorn calls it for each."""
         return Connection(self, **arguments)
 
     def add(self, connection: "Connection") -> None:
-        """Takes a new connection, for which another one may have to go."""
+        """Adds a new connection, which may replace another one."""
         self.open.add(connection)
         if self._sweep is None:
             self._sweep = connection.loop.call_later(_SWEEP_SECONDS, self._sweep_all, connection.loop)
-        # One that is closed stays open until the event loop's next turn, and many new ones may come within this one.
+        # A closed connection stays in `open` until the next turn of the event loop. Many may arrive within one turn.
         serving = [each for each in self.open if not (each.has_ended or each.transport.is_closing())]
         if len(serving) > self.limits.connections:
             waiting = [each for each in serving if each.is_waiting and each is not connection]
@@ -69,24 +70,26 @@ class Connections:
 
     @property
     def may_linger(self) -> bool:
-        """Whether one more may stay open for a while, only so that its client reads why it was ended."""
+        """Whether one more connection may stay open for a moment, so that its client reads why it was ended."""
         return len(self.open) <= self.limits.connections + _MOST_LINGERING
 
     def _sweep_all(self, loop: asyncio.AbstractEventLoop) -> None:
         for connection in list(self.open):
             try:
                 connection.check_time()
-            except Exception as error:  # the others are still to be checked, now and later
+            except Exception as error:  # the other connections must still be checked
                 log("exception", level=logging.ERROR, error=error)
                 connection.transport.abort()
         self._sweep = loop.call_later(_SWEEP_SECONDS, self._sweep_all, loop) if self.open else None
 
 
 class Connection(H11Protocol):
-    """
+    """A connection with limits on the size of its headers and on time.
+
     Attributes:
-        since: the event loop's time at which it came, its present head began or its last request was whole.
-        has_ended: whether it stays only until its client has got what was written.
+        since: the event loop's time of its opening, of the first byte of the current headers, or of the end of the last
+            headers, whichever is latest.
+        has_ended: whether it is only kept open until the client has received what was written.
     """
 
     def __init__(self, connections: Connections, **arguments: Any):
@@ -95,9 +98,9 @@ class Connection(H11Protocol):
         self.since = self.loop.time()
         self.has_ended = self._is_deaf = False
         self._head_bytes = self._ahead_bytes = 0
-        self._until: float | None = self.since + self._limits.head_timeout  # of a head
+        self._until: float | None = self.since + self._limits.head_timeout  # for the headers
         self._abort_at: float | None = None
-        self._blocked_since: float | None = None  # its client takes nothing
+        self._blocked_since: float | None = None  # the client receives nothing
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
         super().connection_made(transport)
@@ -109,7 +112,7 @@ class Connection(H11Protocol):
 
     @property
     def is_waiting(self) -> bool:
-        """Whether there is no whole request that has no whole answer: it waits for its client, not for us."""
+        """Whether the connection waits for its client: no complete request is without a complete answer."""
         return self.cycle is None or self.cycle.response_complete or self.cycle.more_body
 
     def data_received(self, data: bytes) -> None:
@@ -123,7 +126,7 @@ class Connection(H11Protocol):
                     self._refuse(self._too_large())
                     return
             elif state is h11.SEND_BODY and self.cycle.response_complete:
-                self._end()  # answered before its body has come, which is not needed any more
+                self._end()  # answered before its body arrived, which is no longer needed
                 return
             elif state is not h11.SEND_BODY:
                 self._ahead_bytes += min(size, len(data) - at)
@@ -146,7 +149,7 @@ class Connection(H11Protocol):
         self._blocked_since = None
 
     def check_time(self) -> None:
-        """Ends it where it has waited for its client long enough."""
+        """Ends the connection if it has waited too long for its client."""
         now = self.loop.time()
         if self._abort_at is not None:
             if now >= self._abort_at:
@@ -164,15 +167,15 @@ class Connection(H11Protocol):
                 self.transport.close()
 
     def give_way(self) -> None:
-        """Ends it in favour of a new connection, or, where that is itself, of all others."""
+        """Ends the connection because there are too many. It may be the new one itself."""
         if self.cycle is not None and self.cycle.response_complete and not self._head_bytes:
-            self.transport.close()  # as at the end of any idle connection
+            self.transport.close()  # without an answer, like any idle connection
             return
         message = f"the server has {counted(self._limits.connections, 'connection')}, which is as many as it may"
         self._refuse(ApiError(503, message, code="too_many_connections", retry_after=1))
 
     def send_400_response(self, msg: str) -> None:
-        """Answers what the parser cannot read, whose exception is being handled."""
+        """Answers bytes that the parser cannot read. Called while its exception is handled."""
         error = sys.exception()
         status = getattr(error, "error_status_hint", 400)
         if str(error) == _EMPTY_LINE:
@@ -190,7 +193,7 @@ class Connection(H11Protocol):
         return ApiError(status, f"the request's {what} must be at most {self._limits.head_bytes:,} bytes", code=code)
 
     def _refuse(self, error: ApiError) -> None:
-        """Ends it with an error, which is sent to the client unless an answer has begun."""
+        """Ends the connection with an error, which is sent unless an answer has begun."""
         log("refused", status=error.status, code=error.code, address=self.client and self.client[0])
         self._connections.answered("none", error.status)
         if self.cycle is not None and not self.cycle.response_complete:
@@ -206,14 +209,14 @@ class Connection(H11Protocol):
         self._end()
 
     def _end(self) -> None:
-        """Reads no more, and leaves the client a moment to take what was written."""
+        """Stops reading, and gives the client a moment to receive what was written."""
         self.has_ended = True
         if not self._connections.may_linger or not self.transport.can_write_eof():
             self.transport.close()
             return
         try:
             self.transport.write_eof()
-        except OSError:  # the client has gone in this moment
+        except OSError:  # the client has just disconnected
             self.transport.abort()
             return
         self.flow.resume_reading()

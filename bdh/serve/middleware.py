@@ -1,7 +1,6 @@
-"""What surrounds every route: the request's id, key, body, errors and log line, and streams that end when their reader leaves.
+"""What all routes share: request ids, keys, rate limits, bodies, errors, the log, and streams to clients.
 
-A plain ASGI application around another one: nothing stands between a route and its client, so that a route sees immediately
-when the client has disconnected.
+The middleware is a plain ASGI application around another one, so a route sees immediately when its client disconnects.
 """
 
 import asyncio
@@ -28,19 +27,20 @@ from bdh.serve.config import AuthSettings, Caller, LimitSettings
 from bdh.words import counted
 
 LOGGER = logging.getLogger("bdh.serve")
-RETRY_SECONDS = 5.0  # where nothing better is known
-_MOST_CALLERS = 10_000  # addresses whose counts are kept
+RETRY_SECONDS = 5.0  # if no better value is known
+_MOST_CALLERS = 10_000  # whose counts are kept
 _ERRORS = {
-    400: "Something in the request is wrong; `param` names it.",
-    401: "An API key is needed.",
-    404: "There is no such model, state or page.",
-    405: "Not this method.",
-    408: "The request has not come in time.",
-    413: "The request is too large.",
-    429: "Too many requests; Retry-After says when to ask again.",
-    500: "A fault of the server.",
-    503: "The model is loading, the server is ending, or it took too long; Retry-After says when to ask again.",
-    507: "The state does not fit.",
+    400: "The request is invalid. `param` names the field.",
+    401: "The API key is missing or unknown.",
+    404: "The model, state, response or route does not exist.",
+    405: "The route does not allow this method.",
+    408: "The request did not arrive in time.",
+    413: "The body is too large.",
+    429: "A rate limit is reached, or the queue is full. Retry-After says when to retry.",
+    500: "An error in the server.",
+    503: "The model is loading, the server is shutting down, its engine has failed, or the request took too long. "
+    "Retry-After says when to retry.",
+    507: "The state does not fit in memory or on the disk.",
 }
 _CODES = {
     400: "invalid_value",
@@ -53,14 +53,14 @@ _CODES = {
 }
 _TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "service_unavailable_error"}
 _REQUEST_ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
-_DRAINED_BYTES = 32 << 20  # of a body that is too large are read and dropped, so that the client reads the answer
+_DRAINED_BYTES = 32 << 20  # of a too large body are read and dropped, so that the client reads the answer
 _SECURITY = [(b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store")]
 
 Result = TypeVar("Result")
 
 
 class ClientGone(Exception):
-    """The client has disconnected: there is no one to answer."""
+    """The client has disconnected, so there is no one to answer."""
 
 
 class ErrorFacts(BaseModel):
@@ -76,25 +76,25 @@ class ErrorBody(BaseModel):
 
 
 def errors_of(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """What a route's errors look like, for the API's description."""
+    """Returns the error responses of a route for the OpenAPI description."""
     return {status: {"model": ErrorBody, "description": _ERRORS[status]} for status in statuses}
 
 
 @dataclass(eq=False)
 class ApiError(Exception):
-    """An error that the client gets, in the shape of OpenAI's API."""
+    """An error that is sent to the client, in the format of OpenAI's API."""
 
     status: int
-    """Of HTTP."""
+    """The HTTP status."""
     message: str
     param: str | None = None
-    """The field that was wrong."""
+    """The field that is wrong."""
     code: str = ""
-    """A word for programs; by default the usual one of this status."""
+    """A machine-readable code; by default the usual one of the status."""
     retry_after: float | None = None
-    """Seconds after which it may work."""
+    """Seconds after which a retry may succeed."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """Further fields of the error."""
+    """Additional fields of the error."""
 
     def __post_init__(self) -> None:
         super().__init__(self.message)
@@ -109,7 +109,7 @@ class ApiError(Exception):
         if self.retry_after is not None:
             found["Retry-After"] = str(max(1, math.ceil(self.retry_after)))
         if self.status in (408, 413):
-            found["Connection"] = "close"  # the rest of the body is of no use
+            found["Connection"] = "close"  # the rest of the body is not read
         if self.status == 401:
             found["WWW-Authenticate"] = "Bearer"
         return found
@@ -123,19 +123,20 @@ def bad_request(message: str, param: str | None = None, code: str = "") -> ApiEr
 
 
 def unavailable(message: str, code: str) -> ApiError:
-    """A 503, after which asking again may help."""
+    """Returns a 503 that tells the client to retry."""
     return ApiError(503, message, code=code, retry_after=RETRY_SECONDS)
 
 
 def internal_error() -> ApiError:
-    """A 500 that does not say what happened; the log does."""
+    """Returns a 500 that does not say what happened. The log does."""
     return ApiError(500, "something went wrong in the server; its log has the request's id")
 
 
 def log_to_stderr(log_format: str) -> None:
-    """Sends this package's and uvicorn's records to the standard error, as json or text.
+    """Logs this package's and uvicorn's records to the standard error, as json or text.
 
-    It is the process's own: logging survives its faults, and reports them to ``sys.stderr``, which `bdh` may have replaced.
+    The stream is ``sys.__stderr__``. If writing fails, ``logging`` continues, and reports the error to ``sys.stderr``, which
+    ``bdh`` may have replaced.
     """
     handler = logging.StreamHandler(sys.__stderr__)
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
@@ -144,7 +145,7 @@ def log_to_stderr(log_format: str) -> None:
         logger.handlers[:] = [handler]
         logger.propagate = False
         logger.setLevel(logging.INFO)
-    logging.getLogger("uvicorn.access").disabled = True  # the middleware writes the line of a request
+    logging.getLogger("uvicorn.access").disabled = True  # the middleware logs requests
 
 
 def log(event: str, *, level: int = logging.INFO, error: BaseException | None = None, **facts: Any) -> None:
@@ -152,7 +153,7 @@ def log(event: str, *, level: int = logging.INFO, error: BaseException | None = 
 
 
 class JsonFormatter(logging.Formatter):
-    """One object per line."""
+    """Formats each record as a JSON object on one line."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
@@ -167,11 +168,11 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """For people."""
+    """Formats records for people."""
 
     def format(self, record: logging.LogRecord) -> str:
         when = datetime.fromtimestamp(record.created).strftime("%H:%M:%S")
-        # What a client has sent may not look like a line of the log.
+        # Text from a client must not look like a line of the log.
         texts = {name: str(value) for name, value in getattr(record, "facts", {}).items()}
         facts = " ".join(f"{name}={text if text.isprintable() else ascii(text)}" for name, text in texts.items())
         line = f"{when} {record.levelname.lower():<8}{record.getMessage()}" + (f"  {facts}" if facts else "")
@@ -179,9 +180,9 @@ class TextFormatter(logging.Formatter):
 
 
 class ApiKeys:
-    """The API keys, of which only SHA-256 digests are kept. Without any, every address is a caller of its own.
+    """The API keys, stored as SHA-256 digests only. Without keys, every address is a caller of its own.
 
-    Errors are those of :meth:`AuthSettings.callers`.
+    The exceptions are those of :meth:`AuthSettings.callers`.
     """
 
     def __init__(self, settings: AuthSettings):
@@ -189,7 +190,7 @@ class ApiKeys:
         self.load()
 
     def load(self) -> None:
-        """Reads file and environment again; after an error the keys are what they were before."""
+        """Reads the file and the environment variable again. After an error, the previous keys stay valid."""
         self._callers = self._settings.callers()
 
     @property
@@ -197,10 +198,10 @@ class ApiKeys:
         return bool(self._callers)
 
     def caller(self, authorization: str | None, address: str) -> Caller:
-        """The caller that an Authorization header names.
+        """Returns the caller with the key in an Authorization header.
 
         Raises:
-            ApiError: 401, a key is needed, or it is not one of ours.
+            ApiError: 401 if the key is missing or unknown.
         """
         if not self._callers:
             return Caller(f"address {address}", address)
@@ -208,7 +209,7 @@ class ApiKeys:
         if scheme.lower() != "bearer" or not key.strip():
             raise ApiError(401, "an API key is needed: Authorization: Bearer KEY", code="missing_api_key")
         digest = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
-        # All of them are compared, so that the time says nothing.
+        # All keys are compared, so that the time reveals nothing.
         found = [caller for known, caller in self._callers.items() if hmac.compare_digest(known, digest)]
         if not found:
             raise ApiError(401, "the API key is not known here", code="invalid_api_key")
@@ -216,10 +217,10 @@ class ApiKeys:
 
 
 class RateLimits:
-    """Requests and tokens a minute for each caller: what has been used comes back evenly over a minute.
+    """Limits the requests and tokens per minute of each caller. What a caller has used is restored evenly over a minute.
 
-    Tokens are known only when they have been generated. So a caller may begin while anything is left, and pays what it
-    turned out to be.
+    The number of tokens is known only after they are generated. So a caller may start a request while any are left, and is
+    charged afterwards.
     """
 
     def __init__(self, settings: AuthSettings, now: Callable[[], float] = time.monotonic):
@@ -227,13 +228,13 @@ class RateLimits:
         self._limits = {what: limit for what, limit in limits.items() if limit is not None}
         self._now = now
         self.used: dict[tuple[str, str], tuple[float, float]] = {}
-        """By (requests or tokens, caller's id): how much, and when that was counted."""
+        """The amount used and the time of its last update, by ("requests" or "tokens", the caller's id)."""
 
     def begin(self, caller: Caller) -> None:
         """Counts a request.
 
         Raises:
-            ApiError: 429, something is used up; nothing was counted.
+            ApiError: 429 if a limit is reached. The request is not counted.
         """
         for what, limit in self._limits.items():
             over = self._level(what, caller) - limit + (1 if what == "requests" else 0)
@@ -258,8 +259,11 @@ class RateLimits:
 
 
 class RequestMiddleware:
-    """
+    """Checks the key of each request, reads its body, logs it, and answers its errors.
+
     Args:
+        keys: the API keys.
+        limits: the limits of a request.
         open_paths: paths that need no key.
         answered: called with the route and the status of every answer.
     """
@@ -281,8 +285,8 @@ class RequestMiddleware:
             return await self._app(scope, receive, send)
         start, method = time.monotonic(), scope["method"]
         if method == "HEAD":
-            scope = {**scope, "method": "GET"}  # uvicorn leaves the body out, by its own scope
-        scope["path"] = scope["path"].rstrip("/") or "/"  # a slash at the end makes no other route
+            scope = {**scope, "method": "GET"}  # uvicorn omits the body, by its own scope
+        scope["path"] = scope["path"].rstrip("/") or "/"  # a trailing slash makes no difference
         connection = HTTPConnection(scope)
         given = connection.headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
@@ -298,7 +302,7 @@ class RequestMiddleware:
                 names = {name.lower() for name, _ in headers}
                 headers += [pair for pair in _SECURITY if pair[0] not in names]
                 if not is_read and "expect" in connection.headers:
-                    headers.append((b"connection", b"close"))  # it is unknown whether the client still sends its body
+                    headers.append((b"connection", b"close"))  # the client may or may not still send its body
                 message["headers"] = [*headers, (b"x-request-id", request_id.encode())]
             await send(message)
 
@@ -312,7 +316,7 @@ class RequestMiddleware:
             is_read = True
 
             async def receive_body() -> Message:
-                """The whole body, and then what the client does: in effect, that it leaves."""
+                """Returns the whole body, and then the client's messages: in effect, that it disconnects."""
                 return given_once.pop() if given_once else await receive()
 
             await self._app(scope, receive_body, send_with_headers)
@@ -339,7 +343,7 @@ class RequestMiddleware:
             )
 
     def _check_head(self, scope: Scope) -> None:
-        """Raises an ``ApiError`` 400 or 431 for another protocol, or for more headers than allowed."""
+        """Raises an ``ApiError`` 400 for another protocol, or 431 for too many headers."""
         version, most = scope["http_version"], self._limits.head_fields
         if not version.startswith("1."):
             raise ApiError(400, f"HTTP/{version} is not spoken here: must be HTTP/1.1", code="invalid_http")
@@ -347,7 +351,7 @@ class RequestMiddleware:
             raise ApiError(431, f"the request has more than {counted(most, 'header')}", code="headers_too_large")
 
     async def _body(self, connection: HTTPConnection, receive: Receive) -> bytes:
-        """All of the request's body. Raises an ``ApiError`` 413 or 408, it is too large or late, or :class:`ClientGone`."""
+        """Returns the request's body. Raises an ``ApiError`` 413 (too large) or 408 (late), or :class:`ClientGone`."""
         limits, declared = self._limits, connection.headers.get("content-length", "0")
         is_too_large = declared.isdigit() and int(declared) > limits.body_bytes
         parts: list[bytes] = []
@@ -373,16 +377,17 @@ class RequestMiddleware:
 
 
 def sent_event(data: dict[str, Any], name: str | None = None) -> bytes:
-    """A server-sent event."""
+    """Returns a server-sent event."""
     head = b"" if name is None else f"event: {name}\n".encode()
     return head + b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
 class EventStream(Response):
-    """A stream of events, which is closed when the client has gone, whether it was just being written or not.
+    """A stream of events that is closed as soon as the client disconnects, even while nothing is sent.
 
     Args:
-        end: is called at the end, however that comes, and also where the stream has not begun.
+        events: the events.
+        end: called at the end of the stream, however it ends, even if nothing was sent.
     """
 
     media_type = "text/event-stream"
@@ -409,10 +414,10 @@ class EventStream(Response):
 
 
 async def unless_gone(receive: Receive, work: Callable[[], Awaitable[Result]]) -> Result:
-    """The result of some work, which is cancelled if the client leaves before.
+    """Returns the result of ``work``, which is cancelled if the client disconnects first.
 
     Raises:
-        ClientGone: it has left.
+        ClientGone: the client has disconnected.
     """
 
     async def left() -> None:

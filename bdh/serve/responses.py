@@ -1,4 +1,4 @@
-"""/v1/responses: conversations that the server keeps, each as its text and, where it fits, as its state."""
+"""The routes of /v1/responses: conversations that the server stores, as their text and, if it fits, their state."""
 
 import asyncio
 import contextlib
@@ -49,7 +49,7 @@ OUTPUT_LOGPROBS = "message.output_text.logprobs"
 
 
 class TextFormat(JsonSchema):
-    """The same of ``text.format`` in a request to /v1/responses, where the schema stands beside the type."""
+    """The format of a response's text. Unlike in response_format, the schema is a field beside the type."""
 
     conditions: ClassVar[Json] = {
         "oneOf": [
@@ -58,8 +58,8 @@ class TextFormat(JsonSchema):
             form({"const": "regex"}, schema=NULL, pattern=NOT_NULL),
         ]
     }
-    type: FormatType | None = optional("None for text.")
-    pattern: str | None = optional("With the type regex, of the whole text.")
+    type: FormatType | None = optional("null means text.")
+    pattern: str | None = optional("Required with the type regex, and allowed only then. Must match the whole text.")
 
     def faults(self) -> Iterator[str]:
         if self.schema_ is not None and self.type != "json_schema":
@@ -75,7 +75,7 @@ class InputText(RequestModel):
 
 
 class OutputText(RequestModel):
-    """As an earlier answer had it."""
+    """A text from an earlier answer."""
 
     without_effect = WITHOUT_EFFECT["response part"]
     type: Literal["output_text"]
@@ -87,7 +87,7 @@ def _type_of(item: Any) -> str:
     return kind if isinstance(kind, str) else "message" if kind is None else ""
 
 
-# The tags are in capitals, so that no error takes them for the name of a field.
+# The tags are capitalized, so that errors do not confuse them with names of fields.
 _PARTS = {"input_text": "InputText", "output_text": "OutputText"}
 _ITEMS = {"message": "Message", "reasoning": "EmptyReasoning", "item_reference": "ItemReference"}
 Part = Annotated[
@@ -102,7 +102,7 @@ class Message(MessageModel):
     content: str | list[Part]
 
     def item(self, item_id: str) -> Json:
-        """As ``input_items`` lists it."""
+        """Returns the message as ``input_items`` lists it."""
         content: Json = {"type": "input_text", "text": self.text}
         if self.role == "assistant":
             content = {"type": "output_text", "text": self.text, "annotations": [], "logprobs": []}
@@ -110,7 +110,7 @@ class Message(MessageModel):
 
 
 class EmptyReasoning(RequestModel):
-    """A reasoning item in which nothing stands: what some clients put before each answer."""
+    """An empty reasoning item, which some clients send before each answer."""
 
     without_effect = WITHOUT_EFFECT["response item"]
     type: Literal["reasoning"]
@@ -118,7 +118,7 @@ class EmptyReasoning(RequestModel):
 
 class ItemReference(RequestModel):
     type: Literal["item_reference"]
-    id: str = Field(description="Of a message that a stored response has got or given.")
+    id: str = Field(description="Id of a message in the input or output of a stored response.")
 
 
 Item = Annotated[
@@ -159,12 +159,12 @@ class ResponseRequest(Sampling):
             )
         ]
     }
-    input: str | Items = Field(description="A user's text, or items; with previous_response_id only the new ones.")
-    instructions: str | None = optional("What the system says before all else, in this turn.")
+    input: str | Items = Field(description="A user's text, or items. With previous_response_id, only the new ones.")
+    instructions: str | None = optional("System message before everything else, for this response only.")
     max_output_tokens: Positive | None = None
     previous_response_id: str | None = optional("Continue a stored response.")
-    store: bool | None = optional("Keep the response and its state; true if not given.")
-    # All but the first are of items that there are never here: asking for more of them changes nothing.
+    store: bool | None = optional("Store the response and its state. Defaults to true.")
+    # All but the first are about items that this server never returns, so they add nothing.
     include: (
         list[
             Literal[
@@ -188,14 +188,14 @@ class ResponseRequest(Sampling):
 
     @property
     def items(self) -> list[tuple[int, Message | ItemReference]]:
-        """What is not empty of the input, with its place there."""
+        """The items of the input that are not empty, with their index in the input."""
         if isinstance(self.input, str):
             return [(0, Message(role="user", content=self.input))]
         return [(place, item) for place, item in enumerate(self.input) if not isinstance(item, EmptyReasoning)]
 
     @property
     def num_logprobs(self) -> int | None:
-        """How many of the likeliest tokens get log-probabilities beside the token's own; None for no log-probabilities."""
+        """The number of likeliest tokens to list with log-probabilities; None for no log-probabilities."""
         return (self.top_logprobs or 0) if OUTPUT_LOGPROBS in (self.include or []) else None
 
     @property
@@ -209,7 +209,7 @@ class ResponseRequest(Sampling):
     @model_validator(mode="before")
     @classmethod
     def _check_items(cls, given: Any) -> Any:
-        """Names what is of another kind, where pydantic would list all kinds that there are."""
+        """Reports an unknown type by its value. Pydantic would list all known types instead."""
         items = given.get("input") if isinstance(given, dict) else None
         for number, item in enumerate(items if isinstance(items, list) else []):
             _check_type(f"input.{number}", item, _ITEMS)
@@ -250,10 +250,10 @@ class ResponseDeleted(BaseModel):
 
 
 class ResponseGeneration(TextGeneration):
-    """That of a response, which is stored at its end.
+    """Generates a response, which is stored when it has ended.
 
     Args:
-        items: of the input, as ``input_items`` lists them.
+        items: the items of the input, as ``input_items`` lists them.
         messages: the conversation that is answered, without the instructions.
     """
 
@@ -293,18 +293,21 @@ def add_responses(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/responses", response_model=ResponseAnswer, **new)
     async def create(body: ResponseRequest, request: Request) -> Response:
+        """Replies to a conversation, and stores the response by default."""
         return await (await _response(service, body, request)).respond()
 
     @app.get("/v1/responses/{response_id}", **stored)
     async def response(response_id: str, request: Request, stream: Literal["false"] = "false") -> ResponseAnswer:
+        """Returns a stored response."""
         return ResponseAnswer(**_stored(service, response_id, request).record["answer"])
 
     @app.delete("/v1/responses/{response_id}", **stored)
     async def delete_response(response_id: str, request: Request) -> ResponseDeleted:
+        """Deletes a stored response and its state."""
         _stored(service, response_id, request)
         try:
             await asyncio.to_thread(service.ready().states.delete, response_id, request.state.caller.id)
-        except KeyError:  # by another request, meanwhile
+        except KeyError:  # deleted meanwhile by another request
             raise _not_found(response_id) from None
         return ResponseDeleted(id=response_id)
 
@@ -316,6 +319,7 @@ def add_responses(app: FastAPI, service: Service) -> None:
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
         order: Literal["asc", "desc"] = "desc",
     ) -> InputItems:
+        """Lists the messages in the input of a stored response."""
         items = _stored(service, response_id, request).record["items"]
         items = items if order == "asc" else items[::-1]
         if after is not None:
@@ -365,11 +369,13 @@ async def _response(service: Service, body: ResponseRequest, request: Request) -
 async def _prompt(
     loaded: Loaded, previous: SavedState | None, messages: list[PlainMessage], instructions: str | None
 ) -> PromptRequest:
-    """What is to be read: with the state of the previous response, where that has been kept and has read the same
-    instructions, only what is new; else the conversation from its beginning.
+    """Returns the prompt of a response.
+
+    If the state of the previous response is stored and has read the same instructions, the prompt continues it with the
+    new messages only. Otherwise the prompt is the whole conversation.
 
     Raises:
-        ApiError: 400, there is no chat template, or it refuses the conversation.
+        ApiError: 400 if there is no chat template, or if it refuses the conversation.
     """
     before = [] if instructions is None else [{"role": "system", "content": instructions}]
     snapshot = None
@@ -391,7 +397,7 @@ async def _prompt(
 
 
 async def _state_of(loaded: Loaded, saved: SavedState) -> Snapshot | None:
-    """None where it has been given up, or is of another model or tokenizer, or of other settings of the engine."""
+    """Returns None if the state was dropped, or belongs to another model, tokenizer or engine setting."""
     try:
         found = await asyncio.to_thread(loaded.states.snapshot, saved.id, saved.owner)
     except KeyError:
@@ -403,10 +409,10 @@ async def _state_of(loaded: Loaded, saved: SavedState) -> Snapshot | None:
 
 
 def _stored(service: Service, response_id: str, request: Request, *, is_previous: bool = False) -> SavedState:
-    """A response that has been stored for this caller.
+    """Returns a response that is stored for this caller.
 
     Raises:
-        ApiError: 404, there is none.
+        ApiError: 404 if there is none.
     """
     try:
         saved = service.ready().states.get(response_id, request.state.caller.id)
@@ -426,7 +432,7 @@ def _stored(service: Service, response_id: str, request: Request, *, is_previous
 
 
 def _referred(service: Service, item: ItemReference, place: int, request: Request) -> Message:
-    """The message that an item refers to."""
+    """Returns the message that an item refers to."""
     if match := _ITEM_ID.fullmatch(item.id):
         with contextlib.suppress(ApiError):
             record = _stored(service, f"resp_{match[1]}", request).record

@@ -1,8 +1,8 @@
-"""What requests look like: what is no field here is refused by its name, unless its value asks for nothing.
+"""Request models. A field that the server does not have is refused by name, unless its value asks for nothing.
 
-Clients send along what they know of OpenAI's API, and what an answer had comes back in the next question. So a field that
-the server does not have is accepted with a value that asks for nothing: null, empty, or one of those in the table
-``WITHOUT_EFFECT``, which holds for all routes; docs/serving.md shows it.
+Clients send many fields of OpenAI's API, and send back what an answer contained. A field that the server does not have is
+therefore accepted if its value asks for nothing: null, empty, an object of such values, or listed in ``WITHOUT_EFFECT``.
+That table covers all routes; docs/serving.md shows it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,20 +33,20 @@ def _is_empty(value: Any) -> bool:
 
 
 def _asks_nothing(value: Any) -> bool:
-    """Whether a field has no effect by this value, as ``_NOTHING`` says it in JSON Schema."""
+    """Returns whether a value asks for nothing. ``_NOTHING`` is the same rule in JSON Schema."""
     return _is_empty(value) or (isinstance(value, dict) and all(map(_is_empty, value.values())))
 
 
 @dataclass(frozen=True)
 class NoEffect:
-    """The values by which a field that the server does not have changes nothing, besides null and empty ones."""
+    """The values, besides null and empty ones, that are accepted for a field that the server does not have."""
 
     why: str
     values: tuple[Any, ...] = ()
     type: str | None = None
-    """Any value of this type of JSON."""
+    """A JSON type, all of whose values are accepted."""
     may_be_empty: bool = True
-    """False for a field that asks for something when it is an empty object: only null is accepted."""
+    """False if an empty value, such as ``{}``, would ask for something. Then only null is accepted."""
 
     def accepts(self, value: Any) -> bool:
         if _asks_nothing(value):
@@ -142,16 +142,16 @@ WITHOUT_EFFECT: dict[str, dict[str, NoEffect]] = {
 
 
 def optional(description: str, **limits: Any) -> Any:
-    """A field that may be left out, or null."""
+    """Returns a field that may be omitted or null."""
     return Field(default=None, description=description, **limits)
 
 
 AS_WHOLE = BeforeValidator(lambda value: int(value) if isinstance(value, float) and value.is_integer() else value)
-"""2.0 is a whole number, as in JSON Schema."""
+"""Accepts 2.0 as an integer, as JSON Schema does."""
 MOST_WHOLE = 2**31 - 1
 _PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
 _AS_GIVEN = ("temperature", "top_p", "min_p", "n", "seed", "ignore_eos", *_PENALTIES)
-_MOST_SEED = 9_223_372_036_854_776_000  # 2**63, as descriptions of APIs have it, whose numbers are float64
+_MOST_SEED = 9_223_372_036_854_776_000  # 2**63 as OpenAPI descriptions print it: their numbers are float64
 Whole = Annotated[int, Field(ge=0, le=MOST_WHOLE), AS_WHOLE]
 Positive = Annotated[int, Field(ge=1, le=MOST_WHOLE), AS_WHOLE]
 TopLogprobs = Annotated[int, Field(ge=0, le=20), AS_WHOLE]
@@ -165,7 +165,7 @@ Prompt = (
 
 
 def _describe(schema: Json, model: "type[RequestModel]") -> None:
-    """Says in the model's JSON schema what it accepts besides its fields, and which fields go together."""
+    """Adds what a model accepts besides its fields, and which fields go together, to its JSON schema."""
     without_effect = {name: field.schema for name, field in model.without_effect.items()}
     schema["properties"] = {**without_effect, **schema["properties"]}
     schema["additionalProperties"] = _NOTHING
@@ -173,15 +173,15 @@ def _describe(schema: Json, model: "type[RequestModel]") -> None:
 
 
 class RequestModel(BaseModel):
-    """An object of a request. Nothing in it is converted or left out silently: what is no field of it is refused, unless
-    it asks for nothing.
+    """The base class of all objects in requests. Nothing is converted or ignored silently: an unknown field is refused,
+    unless its value asks for nothing.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, json_schema_extra=_describe)
     without_effect: ClassVar[Mapping[str, NoEffect]] = {}
-    """Fields that it does not have, with the values by which they are accepted."""
+    """Fields that the object does not have, with the values that are accepted for them."""
     conditions: ClassVar[Json] = {}
-    """JSON Schema of what its validators check."""
+    """What the validators check, in JSON Schema."""
 
     @model_validator(mode="before")
     @classmethod
@@ -204,7 +204,7 @@ class RequestModel(BaseModel):
         return kept
 
     def faults(self) -> Iterator[str]:
-        """What is wrong between fields, each with the name of one: ``n: must be 1``."""
+        """Yields the errors that involve several fields. Each begins with the name of one: ``n: must be 1``."""
         yield from ()
 
     @model_validator(mode="after")
@@ -215,7 +215,7 @@ class RequestModel(BaseModel):
 
 
 def _is_text(value: str) -> bool:
-    """False for what JSON can spell, and is no text: half of a surrogate pair."""
+    """Returns False for half of a surrogate pair, which JSON can spell but which is not text."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -228,7 +228,7 @@ def given(name: str, **schema: Any) -> Json:
 
 
 def _only(name: str, type: str, *absent: str) -> Json:
-    """This field, and none of those."""
+    """Returns the schema of an object that has this field and none of the absent ones."""
     nothing = {"enum": [None, False]}
     return {"required": [name], "properties": {name: {"type": type}, **dict.fromkeys(absent, nothing)}}
 
@@ -238,15 +238,15 @@ def when(condition: Json, then: Json) -> Json:
 
 
 def texts_of(prompt: Any) -> list[str | list[int]]:
-    """The texts of a :data:`Prompt`."""
+    """Returns the texts or lists of token ids in a :data:`Prompt`."""
     return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else list(prompt)
 
 
 class JsonSchema(RequestModel):
     name: str | None = None
     description: str | None = None
-    schema_: Json | None = Field(default=None, alias="schema", description="None for any object.")
-    strict: bool | None = optional("The schema is held exactly, whatever this says.")
+    schema_: Json | None = Field(default=None, alias="schema", description="null allows any object.")
+    strict: bool | None = optional("The schema is always enforced exactly, whatever the value.")
 
 
 FormatType = Literal["text", "json_object", "json_schema", "regex"]
@@ -255,13 +255,13 @@ NOT_NULL: Json = {"not": NULL}
 
 
 def form(kinds: Json, **fields: Json) -> Json:
-    """A form of a text: the schema of its type, and those of the fields beside it."""
+    """Returns the schema of one text format: its ``type``, and the fields beside it."""
     needed = (["type"] if "const" in kinds else []) + [name for name, schema in fields.items() if schema == NOT_NULL]
     return {**({"required": needed} if needed else {}), "properties": {"type": kinds, **fields}}
 
 
 def grammar_of(kind: str | None, schema: Json | None, pattern: str | None) -> Json | None:
-    """``SamplingParams.grammar`` for a form of this type."""
+    """Returns ``SamplingParams.grammar`` for a text format of this type; None for free text."""
     if kind in (None, "text"):
         return None
     return {"regex": pattern} if kind == "regex" else {"json_schema": {"type": "object"} if schema is None else schema}
@@ -276,9 +276,9 @@ class ResponseFormat(RequestModel):
             form({"const": "regex"}, json_schema=NULL, pattern=NOT_NULL),
         ]
     }
-    type: FormatType | None = optional("None for text.")
-    json_schema: JsonSchema | None = optional("With the type json_schema.")
-    pattern: str | None = optional("With the type regex, of the whole text.")
+    type: FormatType | None = optional("null means text.")
+    json_schema: JsonSchema | None = optional("Required with the type json_schema, and allowed only then.")
+    pattern: str | None = optional("Required with the type regex, and allowed only then. Must match the whole text.")
 
     def faults(self) -> Iterator[str]:
         for name, kind in (("json_schema", "json_schema"), ("pattern", "regex")):
@@ -289,31 +289,31 @@ class ResponseFormat(RequestModel):
 class StreamOptions(RequestModel):
     without_effect = WITHOUT_EFFECT["stream_options"]
     include_usage: bool | None = None
-    continuous_usage_stats: bool | None = optional("Usage so far in each chunk.")
+    continuous_usage_stats: bool | None = optional("Add the usage so far to each chunk.")
 
     @property
     def are_needed(self) -> bool:
-        """Whether they ask for anything."""
+        """Whether any option is set."""
         return bool(self.include_usage or self.continuous_usage_stats)
 
 
 class Extras(RequestModel):
-    """What only a model with a state of fixed size can do."""
+    """The extensions of this server: saved states and the activity of neurons."""
 
-    save_state: bool | None = optional("Keep the state after the text; the answer has its id.")
-    from_state: str | None = optional("Continue from a saved state, without reading it again.")
+    save_state: bool | None = optional("Save the state after the text. The answer contains its id.")
+    from_state: str | None = optional("Id of a saved state to continue from. Its text is not read again.")
     activations: Annotated[int, Field(ge=0, le=MOST_NEURONS), AS_WHOLE] | None = optional(
-        "With each streamed token the share of neurons that fired in each layer step, and so many of the strongest."
+        "Add to each streamed token the share of neurons that fired in each layer step, and this many of the strongest."
     )
 
 
 class Sampling(RequestModel):
-    """What all requests for texts have."""
+    """The fields of all requests that generate text."""
 
-    model: str | None = optional("A name that the server has; null, or empty, for its first.")
-    temperature: float | None = optional("0 takes the likeliest token; else at least 1e-6.", ge=0, le=100)
-    top_p: float | None = optional("0 takes the likeliest token.", ge=0, le=1)
-    top_k: Annotated[int, Field(ge=-1, le=MOST_WHOLE), AS_WHOLE] | None = optional("0 or -1 for all tokens.")
+    model: str | None = optional("One of the server's model names. null or empty means the first.")
+    temperature: float | None = optional("0 always takes the likeliest token. Otherwise at least 1e-6.", ge=0, le=100)
+    top_p: float | None = optional("0 always takes the likeliest token.", ge=0, le=1)
+    top_k: Annotated[int, Field(ge=-1, le=MOST_WHOLE), AS_WHOLE] | None = optional("0 or -1 allows all tokens.")
     min_p: float | None = Field(default=None, ge=0, lt=1)
     stop: str | Annotated[list[Text], Field(max_length=16)] | None = None
     stop_token_ids: list[Whole] | None = Field(default=None, max_length=64)
@@ -326,16 +326,16 @@ class Sampling(RequestModel):
     ) = None
     ignore_eos: bool | None = None
     stream: bool | None = None
-    user: str | None = optional("For the log.")
+    user: str | None = optional("Recorded in the log.")
 
     def params(
         self, max_tokens: int, *, stops: Sequence[str] = (), stop_token_ids: Sequence[int] = ()
     ) -> SamplingParams:
-        """How the engine samples, but for what only one kind of request has."""
+        """Returns the sampling parameters that all these requests have in common."""
         given: Json = {name: value for name in _AS_GIVEN if (value := getattr(self, name, None)) is not None}
         if given.get("seed", 0) < -(2**63):
-            given["seed"] %= 2**64  # the few beyond what PyTorch takes
-        if self.top_p == 0:  # no tokens but the likeliest
+            given["seed"] %= 2**64  # the few that PyTorch does not accept
+        if self.top_p == 0:  # only the likeliest token
             given |= {"temperature": 0.0, "top_p": 1.0}
         return SamplingParams(
             **given,
@@ -362,11 +362,11 @@ _ONLY_STREAMED = [
 
 
 class _Texts(Sampling):
-    """What completions and chats have."""
+    """The fields that completions and chats have in common."""
 
     without_effect = WITHOUT_EFFECT["request"]
     n: Positive | None = None
-    response_format: ResponseFormat | None = optional("The form that the text must have.")
+    response_format: ResponseFormat | None = optional("The format that the text must have.")
     stream_options: StreamOptions | None = None
     bdh: Extras | None = None
 
@@ -396,9 +396,9 @@ class CompletionRequest(_Texts):
             when(given("best_of", type="integer"), {"properties": {"n": {"anyOf": [NULL, {"const": 1}]}}}),
         ]
     }
-    prompt: Prompt = Field(description="Text, texts, token ids, or lists of them.")
-    max_tokens: Whole | None = optional("16 if not given.")
-    best_of: Positive | None = optional("Texts generated, of which the likeliest is given.")
+    prompt: Prompt = Field(description="A text, a list of texts, a list of token ids, or several such lists.")
+    max_tokens: Whole | None = optional("Defaults to 16.")
+    best_of: Positive | None = optional("Number of texts to generate. The likeliest is returned.")
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=5), AS_WHOLE] | None = None
 
@@ -411,7 +411,7 @@ class CompletionRequest(_Texts):
 
 
 class MessageModel(RequestModel):
-    """A message of a conversation, whose content is a text, or parts that have one."""
+    """A message of a conversation. Its content is a text, or a list of parts that have texts."""
 
     role: Literal["system", "developer", "user", "assistant"]
 
@@ -421,7 +421,7 @@ class MessageModel(RequestModel):
         return content if isinstance(content, str) else "".join(part.text for part in content)
 
     def plain(self) -> dict[str, str]:
-        """As chat templates take it."""
+        """Returns the message as chat templates expect it."""
         return {"role": "system" if self.role == "developer" else self.role, "content": self.text}
 
 
@@ -441,7 +441,7 @@ class ChatMessage(MessageModel):
             )
         ]
     }
-    content: str | list[TextPart] | None = optional("An assistant's may be left out: no text.")
+    content: str | list[TextPart] | None = optional("Only an assistant may omit it: the text is then empty.")
 
     def faults(self) -> Iterator[str]:
         if self.role != "assistant" and self.content in (None, []):
@@ -456,8 +456,8 @@ class ChatRequest(_Texts):
             when(given("max_completion_tokens", type="integer"), {"properties": {"max_tokens": NULL}}),
         ]
     }
-    messages: list[ChatMessage] = Field(min_length=1, description="With bdh.from_state only the new ones.")
-    max_tokens: Positive | None = optional("The same as max_completion_tokens.")
+    messages: list[ChatMessage] = Field(min_length=1, description="With bdh.from_state, only the new messages.")
+    max_tokens: Positive | None = optional("Alias of max_completion_tokens. Set only one of them.")
     max_completion_tokens: Positive | None = None
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = None
@@ -480,11 +480,11 @@ class TokenizeRequest(RequestModel):
         ]
     }
     model: str | None = None
-    prompt: str | None = optional("A text, in which nothing is a special token.")
-    content: str | None = optional("The same as prompt.")
-    messages: list[ChatMessage] | None = optional("Or a conversation.", min_length=1)
+    prompt: str | None = optional("A text. Special tokens in it are read as plain text.")
+    content: str | None = optional("Alias of prompt.")
+    messages: list[ChatMessage] | None = optional("A conversation, instead of a text.", min_length=1)
     add_special_tokens: bool | None = optional(
-        "Put around a text what the tokenizer does. A conversation has what its template says."
+        "Add the special tokens that the tokenizer puts around a text. Not with messages: the chat template has its own."
     )
 
     def faults(self) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""A server from its start to its end: the socket, the loading, signals, and the exit status."""
+"""Runs a server: the socket, loading the model, signals, and the exit status."""
 
 import asyncio
 import contextlib
@@ -29,14 +29,14 @@ from bdh.tokenizer import PlainTokenizer, TextEncoder
 
 LoadModel = Callable[[], tuple[ModelParts, Any]]
 _CHECK_SECONDS = 0.5
-_OTHER_FILES = 128  # besides connections: the model's, the log, states, and connections about to end
+_OTHER_FILES = 128  # besides connections: the model, the log, states, and connections that are ending
 
 
 def load(settings: ServeSettings, load_model: LoadModel) -> Loaded:
-    """Everything that requests need, but for what is compiled with the first of them.
+    """Loads everything that requests need, except what is compiled with the first request.
 
     Raises:
-        FileNotFoundError, ValueError: as loading the model, and for settings that do not fit it.
+        FileNotFoundError, ValueError: the model cannot be loaded, or a setting does not fit it.
     """
     model, loaded = load_model()
     tokenizer = PlainTokenizer.of(loaded)
@@ -49,14 +49,16 @@ def load(settings: ServeSettings, load_model: LoadModel) -> Loaded:
 
 
 def serve(settings: ServeSettings, load_model: LoadModel, *, last_step_seconds: float = 5.0) -> int:
-    """Serves until SIGTERM or SIGINT. Returns the exit status: 0, or 1 where the model could not be loaded or has failed.
+    """Serves until SIGTERM or SIGINT. Returns the exit status: 0, or 1 if loading the model or the engine failed.
 
     Args:
-        last_step_seconds: how long the engine may take at the end for a step whose result is not needed.
+        settings: the settings.
+        load_model: returns the model and its tokenizer.
+        last_step_seconds: the time that the engine has at the end for its current step, whose result is not needed.
 
     Raises:
-        ValueError, OSError: settings out of range, telemetry without a destination, keys that cannot be read, an address
-            that cannot be listened on.
+        ValueError, OSError: a setting is out of range, telemetry has no destination, the keys cannot be read, or the
+            server cannot listen on the address.
     """
     settings.validated()
     check_telemetry(settings.telemetry)
@@ -67,23 +69,23 @@ def serve(settings: ServeSettings, load_model: LoadModel, *, last_step_seconds: 
 
 
 def uvicorn_config(service: Service, keys: ApiKeys) -> uvicorn.Config:
-    """How uvicorn serves the application."""
+    """Returns the settings of uvicorn for the application."""
     settings = service.settings
     return uvicorn.Config(
         make_app(service, keys),
-        http=Connections(settings.limits, service.answered).new,  # type: ignore[arg-type]  # called as a class would be
+        http=Connections(settings.limits, service.answered).new,  # type: ignore[arg-type]  # called like a class
         ws="none",
         log_config=None,
         access_log=False,
-        lifespan="on" if settings.telemetry else "off",  # what starts and ends the exporters
+        lifespan="on" if settings.telemetry else "off",  # which starts and ends the exporters
         server_header=False,
-        timeout_keep_alive=settings.limits.keep_alive_timeout,  # type: ignore[arg-type]  # a float does as well
+        timeout_keep_alive=settings.limits.keep_alive_timeout,  # type: ignore[arg-type]  # a float works too
         h11_max_incomplete_event_size=settings.limits.head_bytes,
     )
 
 
 def _allow_open_files(connections: int) -> None:
-    """Raises the process's own limit of open files to what so many connections need, as far as it may."""
+    """Raises the process's limit of open files to what this many connections need, as far as the system allows."""
     needed = connections + _OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:
@@ -113,7 +115,7 @@ async def _run(
         if is_signalled:
             server.force_exit = True
             forced.set()
-        service.refuse()  # before the line below is logged: whoever reads it may send a request immediately
+        service.refuse()  # before the line below is logged, whose reader may send a request immediately
         if not is_signalled:
             log("ending", drain_timeout=settings.drain_timeout)
         is_signalled = True
@@ -130,7 +132,7 @@ async def _run(
     await asyncio.wait({asyncio.create_task(ending.wait()), serving}, return_when=asyncio.FIRST_COMPLETED)
     if serving.done():
         service.failure = service.failure or serving.exception() or RuntimeError("the server could not start")
-    # An engine that has failed brings nothing to its end.
+    # A failed engine finishes nothing.
     draining = asyncio.create_task(service.drain(settings.drain_timeout if service.failure is None else 0))
     forcing = asyncio.create_task(forced.wait())
     await asyncio.wait({draining, forcing}, return_when=asyncio.FIRST_COMPLETED)
@@ -141,7 +143,7 @@ async def _run(
         await asyncio.wait_for(serving, 10)
     for task in (loading, checking, draining, forcing):
         task.cancel()
-    loaded = service.loaded if service.failure is None else None  # else its thread hangs
+    loaded = service.loaded if service.failure is None else None  # otherwise its thread may hang
     if loaded is not None and not await asyncio.to_thread(loaded.engine.close, last_step_seconds):
         log("the engine does not end its step, and is left", level=logging.WARNING)
     if service.failure is not None:
@@ -154,8 +156,8 @@ async def _run(
 async def _load(service: Service, settings: ServeSettings, load_model: LoadModel) -> None:
     try:
         loaded = await asyncio.to_thread(load, settings, load_model)
-        # In the engine's own thread: OpenMP gives each thread that calls the kernels a team of its own, and with more
-        # of them than cores lets all wait passively, which costs a tenth of the speed.
+        # In the engine's own thread: OpenMP creates a team for each thread that calls the kernels. With more threads than
+        # cores, all of them wait passively, which costs a tenth of the speed.
         await loaded.engine.generate([0], SamplingParams(max_tokens=2, ignore_eos=True))
     except Exception as error:
         known = isinstance(error, ValueError | OSError)
@@ -178,12 +180,12 @@ async def _load(service: Service, settings: ServeSettings, load_model: LoadModel
 
 
 async def _check_engine(service: Service, ending: asyncio.Event) -> None:
-    """Ends the server where its engine has."""
+    """Ends the server if its engine has failed."""
     while not ending.is_set():
         service.check_engine()
         if service.status == "failed":
             log("the engine has failed", level=logging.ERROR, reason=str(service.failure))
-            await asyncio.sleep(_CHECK_SECONDS)  # so that those who wait get an error
+            await asyncio.sleep(_CHECK_SECONDS)  # so that waiting clients get an error
             ending.set()
         await asyncio.sleep(_CHECK_SECONDS)
 

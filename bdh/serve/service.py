@@ -1,4 +1,4 @@
-"""Between the routes and the engine: which requests are admitted, how long they may take, how they end, and what is counted."""
+"""Between the routes and the engine: the admission of requests, their time limits, the shutdown, and the metrics."""
 
 import asyncio
 import math
@@ -57,11 +57,11 @@ Result = TypeVar("Result")
 
 
 class Metrics(Collector):
-    """All of a server's metrics, under the names that dashboards of such servers know.
+    """All metrics of a server, under the names that common dashboards expect.
 
     Args:
-        values: the present value of each gauge and total; called at every scrape.
-        formats: in which weights and states are, by name: labels of ``bdh:engine_info``, which is always 1.
+        values: returns the current value of each gauge and total. It is called at every scrape.
+        formats: the formats of weights and states by name, as labels of ``bdh:engine_info``, whose value is always 1.
     """
 
     def __init__(self, model_name: str, values: Callable[[], dict[str, float]], formats: dict[str, str]):
@@ -71,7 +71,7 @@ class Metrics(Collector):
         )
         info.labels(model_name, *formats.values()).set(1)
         self._model, self._values = model_name, values
-        # With their label, so that they are there, with zeros, before anything is observed.
+        # Created with their label, so that they are exported with zeros before anything is observed.
         self._histograms = {
             name: Histogram(f"bdh:{name}_seconds", about, ("model_name",), buckets=buckets, registry=registry).labels(
                 model_name
@@ -91,7 +91,7 @@ class Metrics(Collector):
         self._counters[name].labels(self._model, *labels).inc()
 
     def collect(self) -> Iterator[Metric]:
-        """The gauges and totals now."""
+        """Yields the current gauges and totals."""
         values = self._values()
         for names, family in ((GAUGES, GaugeMetricFamily), (TOTALS, CounterMetricFamily)):
             for name, about in names.items():
@@ -102,7 +102,7 @@ class Metrics(Collector):
 
 @dataclass
 class Loaded:
-    """What is there once the model is."""
+    """What is available once the model is loaded."""
 
     model: Any
     tokenizer: PlainTokenizer
@@ -113,7 +113,7 @@ class Loaded:
     model_names: list[str]
     created: int = field(default_factory=lambda: int(time.time()))
     text_thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "bdh-text"))
-    """The only thread that uses ``tokenizer``: the engine has another one."""
+    """The thread that encodes and decodes the texts of requests, so that the event loop does not wait."""
 
     @property
     def vocab_size(self) -> int:
@@ -127,14 +127,14 @@ class Loaded:
         return await asyncio.get_running_loop().run_in_executor(self.text_thread, function, *arguments)
 
     async def prompt_tokens(self, prompt: str | Sequence[int], param: str, *, continues: bool = False) -> list[int]:
-        """The tokens of a text, or ids that are checked.
+        """Returns the tokens of a text, or the given token ids after a check.
 
         Args:
-            param: what the request calls it.
-            continues: it follows in a state, where it may be empty, and begins with nothing of its own.
+            param: the name of the prompt in the request.
+            continues: whether it continues a state. It may then be empty, and no start token is added.
 
         Raises:
-            ApiError: 400, there is nothing to start from, or ids outside of the vocabulary.
+            ApiError: 400 if there is no token to start from, or an id is outside the vocabulary.
         """
         try:
             if not isinstance(prompt, str):
@@ -154,12 +154,13 @@ class Loaded:
 
 
 class Service:
-    """
+    """The status of the server, and the admission of requests.
+
     Args:
-        silence_seconds: after which a stream that has nothing to say sends a comment.
+        silence_seconds: the time without output after which a stream sends a comment.
 
     Attributes:
-        status: loading, ready, draining, or failed.
+        status: loading, ready, draining or failed.
     """
 
     def __init__(self, settings: ServeSettings, *, silence_seconds: float = 10.0):
@@ -172,7 +173,7 @@ class Service:
         self.running: set[Generation] = set()
 
     def open(self, loaded: Loaded) -> None:
-        """From here on requests are taken."""
+        """Starts to accept requests."""
         advancer = loaded.engine.engine.advancer
         formats = {"weights": advancer.weight_format, "state": advancer.state_format}
         self.metrics = Metrics(loaded.model_names[0], self._values, formats)
@@ -181,10 +182,10 @@ class Service:
             self.status = "ready"
 
     def ready(self) -> Loaded:
-        """What requests work with.
+        """Returns what requests need.
 
         Raises:
-            ApiError: 503, the model is loading, the server ends, or its engine has failed.
+            ApiError: 503 if the model is loading, the server is shutting down, or its engine has failed.
         """
         self.check_engine()
         if self.status == "ready" and self.loaded is not None:
@@ -195,7 +196,7 @@ class Service:
         raise unavailable(reason, self.status)
 
     def check_engine(self) -> None:
-        """Takes note where the engine's thread has ended, or hangs."""
+        """Sets the status to failed if the engine's thread has ended or hangs."""
         if self.loaded is None or self.status == "failed":
             return
         failure = self.loaded.engine.failure
@@ -206,10 +207,10 @@ class Service:
             self.status, self.failure = "failed", failure
 
     def check_model(self, name: str | None) -> str:
-        """The name that the answer has.
+        """Returns the model name for the answer.
 
         Raises:
-            ApiError: 404, there is no such model; or 503.
+            ApiError: 404 if there is no such model; 503 as :meth:`ready`.
         """
         names = self.ready().model_names
         if name and name not in names:
@@ -218,10 +219,10 @@ class Service:
         return name or names[0]
 
     def begin(self, body: Any, request: Request) -> str:
-        """Counts a request for texts or embeddings; the name of its model.
+        """Counts a request for text or embeddings, and returns the name of its model.
 
         Raises:
-            ApiError: 404, there is no such model; 429, its caller has asked for too much; or 503.
+            ApiError: 404 if there is no such model; 429 if the caller has reached a rate limit; 503 as :meth:`ready`.
         """
         model = self.check_model(body.model)
         self.rates.begin(request.state.caller)
@@ -231,20 +232,20 @@ class Service:
         return model
 
     def check_texts(self, count: int, param: str) -> None:
-        """Raises an ``ApiError`` 400 for more texts of a prompt than this server generates."""
+        """Raises an ``ApiError`` 400 if a prompt asks for more texts than this server generates."""
         most = min(self.settings.limits.texts, self.ready().max_sequences)
         if count > most:
             raise bad_request(f"{param} is {count}: must be at most {most}", param)
 
     def max_tokens(self, given: int | None, default: int, param: str = "max_tokens") -> int:
-        """How many tokens a request gets. Raises an ``ApiError`` 400 where it asks for more than may be."""
+        """Returns the token limit of a request. Raises an ``ApiError`` 400 if it asks for more than the server allows."""
         most = self.settings.limits.max_tokens
         if given is not None and given > most:
             raise bad_request(f"{param} is {given:,}: must be at most {most:,}", param)
         return min(default, most) if given is None else given
 
     def check_lengths(self, prompts: "Sequence[PromptRequest]") -> None:
-        """Raises an ``ApiError`` 400 for a prompt with more tokens than this server reads."""
+        """Raises an ``ApiError`` 400 if a prompt has more tokens than this server reads."""
         most = self.settings.limits.prompt_tokens
         for prompt in prompts:
             if (size := len(prompt.prompt)) > most:
@@ -253,13 +254,15 @@ class Service:
 
     @property
     def waiting(self) -> "list[PromptRequest]":
-        """The prompts that have no state yet."""
+        """The prompts that do not have a state yet."""
         return [prompt for generation in self.running for prompt in generation.waiting]
 
     def admit(self, prompts: "Sequence[PromptRequest]") -> None:
-        """
+        """Checks whether prompts may join the queue.
+
         Raises:
-            ApiError: 400, the request is larger than this server takes; 429, its queue is full; or 503.
+            ApiError: 400 if the request is larger than this server allows; 429 if the queue is full; 503 as
+                :meth:`ready`.
         """
         loaded, limits = self.ready(), self.settings.limits
         if len(prompts) > limits.prompts:
@@ -267,7 +270,7 @@ class Service:
                 f"the request has {counted(len(prompts), 'prompt')}: must be at most {limits.prompts}", "prompt"
             )
         self.check_lengths(prompts)
-        # What can begin with the next step does not wait.
+        # Prompts that can start with the next step do not wait.
         most = min(loaded.max_sequences, loaded.engine.engine.config.max_running)
         num_free = max(0, most - sum(generation.num_states for generation in self.running))
         num_waiting = len(self.waiting)
@@ -281,20 +284,20 @@ class Service:
         raise ApiError(429, f"the queue is full: {reason}", code="queue_full", retry_after=RETRY_SECONDS)
 
     def answered(self, route: str, status: int) -> None:
-        """Counts an answer."""
+        """Counts an answer in the metrics."""
         if self.metrics is not None:
             self.metrics.count("requests", route, str(status))
 
     def refuse(self) -> None:
-        """From here on no more requests are taken."""
+        """Stops accepting requests."""
         if self.status in ("ready", "loading"):
             self.status = "draining"
 
     async def drain(self, seconds: float) -> int:
-        """Takes no more requests, and waits for those that run; after that time they are cut off.
+        """Stops accepting requests, and waits for the running ones. Those that run longer are cut off.
 
         Returns:
-            How many were.
+            The number of requests that were cut off.
         """
         self.refuse()
         await self._wait_until_idle(seconds)
@@ -310,7 +313,7 @@ class Service:
             await asyncio.sleep(0.02)
 
     def _values(self) -> dict[str, float]:
-        """For the metrics: the engine's, and those that have another name or are not of the engine."""
+        """Returns the metrics: the engine's statistics, and those with another name or from elsewhere."""
         assert self.loaded is not None
         stats, states = self.loaded.engine.stats, self.loaded.states
         return {
@@ -326,7 +329,7 @@ class Service:
 
 
 class CutOff(Exception):
-    """The server ends before the request does."""
+    """The server shuts down before the request is finished."""
 
 
 @dataclass(eq=False)
@@ -334,15 +337,15 @@ class PromptRequest(AsyncRequest):
     """One prompt of an HTTP request, as tokens."""
 
     prompt: list[int]
-    """After those of the snapshot, where there is one."""
+    """The tokens; with a snapshot, those that follow its tokens."""
     param: str = "prompt"
-    """What the HTTP request calls it."""
+    """The name of the prompt in the HTTP request."""
     notes: dict[str, Any] = field(default_factory=dict)
-    """For the snapshots of its texts."""
+    """The notes for the snapshots of its texts."""
 
 
 class Generation:
-    """The texts of one HTTP request, while the engine generates them."""
+    """The texts of one HTTP request while the engine generates them."""
 
     def __init__(
         self, service: Service, prompts: Sequence[PromptRequest], request: Request, arrived: float | None = None
@@ -362,19 +365,19 @@ class Generation:
 
     @property
     def waiting(self) -> list[PromptRequest]:
-        """The prompts that have no state yet."""
+        """The prompts that do not have a state yet."""
         return [prompt for prompt in self.prompts if not prompt.has_started]
 
     @property
     def num_states(self) -> int:
-        """Texts that have a state, or will get that of their prompt."""
+        """The number of texts that have a state or will fork that of their prompt."""
         return sum(prompt.num_left for prompt in self.prompts if prompt.has_started)
 
     async def submit(self) -> None:
-        """Hands the prompts to the engine. Who does not take all outputs is to call :meth:`close`.
+        """Submits the prompts to the engine. If you do not read all outputs, call :meth:`close`.
 
         Raises:
-            ApiError: as :meth:`Service.admit`; 400, the engine refuses one.
+            ApiError: as :meth:`Service.admit`; 400 if the engine refuses a prompt.
         """
         self.service.admit(self.prompts)
         self.service.running.add(self)
@@ -390,7 +393,7 @@ class Generation:
         try:
             await self.loaded.engine.submit(prompt)
         except ValueError as error:
-            setting = re.match(r"(\w+) is ", str(error))  # else it is the prompt
+            setting = re.match(r"(\w+) is ", str(error))  # otherwise the error is about the prompt
             raise bad_request(str(error), setting[1] if setting else prompt.param) from error
         except RuntimeError as error:
             self.service.check_engine()
@@ -403,11 +406,13 @@ class Generation:
             self.service.metrics.observe("request_queue_time", time.monotonic() - self._arrived)
 
     async def outputs(self, silence_seconds: float = math.inf) -> AsyncIterator[tuple[int, StepOutput] | None]:
-        """What the steps add, with the place of its prompt, until all texts have ended; None after each such silence.
+        """Yields the outputs, each with the index of its prompt, until all texts have ended.
+
+        Yields None after each ``silence_seconds`` without an output.
 
         Raises:
-            ApiError: 503, it takes too long, or the engine has failed.
-            CutOff: the server ends.
+            ApiError: 503 if the request takes too long or the engine has failed.
+            CutOff: the server is shutting down.
         """
         while any(self._left):
             item = await self._next(time.monotonic() + silence_seconds)
@@ -423,7 +428,7 @@ class Generation:
             raise CutOff
 
     async def _next(self, silent_until: float) -> tuple[int, StepOutput] | BaseException | None:
-        """What comes next; None where nothing has come by that time."""
+        """Returns the next item, or None if none arrives before that time."""
         while True:
             ends = [self._end, silent_until, *([self._queue_end] if self.waiting else [])]
             try:
@@ -443,7 +448,7 @@ class Generation:
         return unavailable(f"the request {what} for {seconds:.0f} seconds, which is as long as it may", code)
 
     def _note(self, place: int, output: StepOutput) -> None:
-        """Counts an output."""
+        """Counts an output in the metrics."""
         now, metrics = time.monotonic(), self.service.metrics
         assert metrics is not None
         if output.token_ids:
@@ -459,7 +464,7 @@ class Generation:
                 metrics.observe("e2e_request_latency", now - self._arrived)
 
     def cut_off(self, *, keep: bool) -> None:
-        """The server ends. With ``keep`` the texts' snapshots come before the end."""
+        """Ends the request because of a shutdown. With ``keep``, the snapshots of its texts are delivered first."""
         if keep and not self._is_cut_off:
             self._is_cut_off = True
             for prompt in self.prompts:
@@ -468,7 +473,7 @@ class Generation:
             self._items.put_nowait(CutOff())
 
     def close(self) -> None:
-        """Ends what still runs, within a step."""
+        """Ends all texts that still run, within a step."""
         for prompt in self.prompts:
             self.loaded.engine.abort(prompt)
         self.service.running.discard(self)

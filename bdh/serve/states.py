@@ -1,4 +1,4 @@
-"""States that clients have saved: in memory, and, if there is a folder, on the disk too, where a restart finds them."""
+"""Saved states of clients: in memory, and with a folder also on the disk, where they survive a restart."""
 
 import contextlib
 import json
@@ -25,45 +25,45 @@ _ID = re.compile(r"state-[\w-]{24}|resp_[0-9a-f]{32}")
 
 @dataclass
 class SavedState:
-    """What is known of a state without its tensors."""
+    """The description of a saved state, without its tensors."""
 
     id: str
     owner: str
-    """The id of the caller that it belongs to."""
+    """The id of the caller that owns it."""
     created: float
-    """Seconds since 1970."""
+    """In seconds since 1970."""
     num_tokens: int
     nbytes: int
     model: str
     used: float = 0.0
     unfinished: dict[str, Any] | None = None
-    """Of a request that was cut off: what it takes to finish it."""
+    """For a request that was cut off: the sampling parameters with which it is finished."""
     text: str | None = None
-    """What such a request has generated."""
+    """The text that such a request has generated."""
     tokenizer: str = ""
-    """Hash of the tokenizer and its chat template; empty for states of versions that did not record it."""
+    """The hash of the tokenizer and its chat template; empty for states from versions that did not record it."""
     response: dict[str, Any] | None = None
-    """Of a stored response: what it was, and the conversation that its state has read, in JSON's types."""
+    """For a stored response: the response, and the conversation that its state has read, as JSON."""
     response_bytes: int = 0
-    """Of that."""
+    """The size of ``response``."""
 
     @property
     def record(self) -> dict[str, Any]:
-        """That of a stored response."""
+        """The ``response`` of a stored response."""
         assert self.response is not None
         return self.response
 
 
 class StateStore:
-    """For several threads. What reads or writes files may take long: call it from a thread of its own.
+    """Stores states and responses. Thread-safe. Methods that read or write files may be slow: call them in a thread.
 
     Args:
-        model: its states; those of others in the folder are left alone.
-        now: the time, in seconds since 1970.
-        tokenizer: hash of the tokenizer and its chat template; states of others are refused.
+        model: the model whose states are stored. States of other models in the folder are refused.
+        now: returns the time in seconds since 1970.
+        tokenizer: the hash of the tokenizer and its chat template. States with another hash are refused.
 
     Raises:
-        OSError: the folder cannot be made or read.
+        OSError: the folder cannot be created or read.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class StateStore:
         self._folder = None if settings.folder is None else Path(settings.folder)
         self._capacity = settings.max_bytes if self._folder is None else settings.folder_bytes
         self._lock = threading.RLock()
-        self._known: OrderedDict[str, SavedState] = OrderedDict()  # the least recently used first
+        self._known: OrderedDict[str, SavedState] = OrderedDict()  # least recently used first
         self._loaded: dict[str, Snapshot] = {}
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -90,15 +90,15 @@ class StateStore:
             return sum(snapshot.nbytes for snapshot in self._loaded.values())
 
     def put(self, snapshot: Snapshot, *, state_id: str | None = None, **facts: Any) -> SavedState:
-        """Keeps a snapshot, which is not copied.
+        """Stores a snapshot without copying it.
 
         Args:
-            state_id: replaces the state of this id.
-            facts: the ``owner`` and the ``model`` of its :class:`SavedState`, and ``unfinished`` and ``text``.
+            state_id: the id of a state to replace; None for a new id.
+            facts: ``owner`` and ``model`` of the :class:`SavedState`, and optionally ``unfinished`` and ``text``.
 
         Raises:
-            ValueError: it is larger than all that may be kept.
-            DiskFullError: it does not fit on the disk.
+            ValueError: the snapshot is larger than the limit for all states.
+            DiskFullError: the disk is full.
         """
         size = snapshot.nbytes
         if size > self._capacity:
@@ -108,7 +108,7 @@ class StateStore:
         saved = self._describe(state_id or f"state-{secrets.token_urlsafe(18)}", snapshot, **facts)
         if self._folder is not None:
             self._make_room_on_disk(size)
-            # The description comes last: without it a file of a state does not count.
+            # The description is written last: without it, the state's file is ignored.
             snapshot.save(self._path(saved.id, "safetensors"), self._model)
             self._write_description(saved)
         self._keep(saved, snapshot)
@@ -117,10 +117,10 @@ class StateStore:
     def put_response(
         self, response_id: str, response: dict[str, Any], snapshot: Snapshot | None, *, owner: str, model: str
     ) -> bool:
-        """Keeps what a response was, and its state where that fits beside those that clients have saved by name.
+        """Stores a response, and its state if that fits beside the states that clients have saved.
 
         Returns:
-            Whether it is kept: not where it is larger than all that may be.
+            Whether the response is stored: not if its text is larger than the limit for all responses.
         """
         size = len(json.dumps(response))
         if size > self._settings.response_bytes:
@@ -161,9 +161,10 @@ class StateStore:
             self._make_room_for_texts()
 
     def get(self, state_id: str, owner: str) -> SavedState:
-        """
+        """Returns a saved state, and records that it is used.
+
         Raises:
-            KeyError: there is none of this id that belongs to this owner.
+            KeyError: this owner has no state with this id.
         """
         with self._lock:
             self.expire()
@@ -172,17 +173,17 @@ class StateStore:
                 raise KeyError(state_id)
             saved.used = self._now()
             self._known.move_to_end(state_id)
-            if self._folder is not None:  # where the next process reads when it was used
-                with contextlib.suppress(FileNotFoundError):  # somebody has emptied the folder
+            if self._folder is not None:  # the next process reads from it when the state was used
+                with contextlib.suppress(FileNotFoundError):  # someone has emptied the folder
                     os.utime(self._path(state_id, "json"), (saved.used, saved.used))
             return saved
 
     def snapshot(self, state_id: str, owner: str) -> Snapshot:
-        """The state itself, which is not to be advanced; from the disk where it is not in memory.
+        """Returns the snapshot of a state, from the disk if it is not in memory. It must not be advanced.
 
         Raises:
-            KeyError: as :meth:`get`.
-            ValueError: its file is damaged, or it is of another model or tokenizer.
+            KeyError: as :meth:`get`, or only the text of a response is left.
+            ValueError: the file is damaged, or the state belongs to another model or tokenizer.
         """
         if self.get(state_id, owner).tokenizer not in ("", self._tokenizer):
             raise ValueError(
@@ -193,7 +194,7 @@ class StateStore:
         if found is not None:
             return found
         if self._folder is None:
-            raise KeyError(state_id)  # of a response whose text alone is left
+            raise KeyError(state_id)  # a response of which only the text is left
         try:
             found = Snapshot.load(self._path(state_id, "safetensors"), self._model)
         except FileNotFoundError:
@@ -205,35 +206,35 @@ class StateStore:
         return found
 
     def of_owner(self, owner: str) -> list[SavedState]:
-        """Those of one owner, the newest first, without the responses of which only the text is left."""
+        """Returns the states of one owner, newest first, without responses of which only the text is left."""
         with self._lock:
             self.expire()
             found = [saved for saved in self._known.values() if saved.owner == owner and saved.nbytes]
             return sorted(found, key=lambda saved: -saved.created)
 
     def unfinished(self) -> list[SavedState]:
-        """Those of requests that were cut off when the server ended."""
+        """Returns the states of requests that were cut off by a shutdown."""
         with self._lock:
             return [saved for saved in self._known.values() if saved.unfinished is not None]
 
     def delete(self, state_id: str, owner: str) -> None:
-        """Raises ``KeyError`` as :meth:`get`."""
+        """Deletes a state or a response. Raises ``KeyError`` as :meth:`get`."""
         with self._lock:
             self._remove(self.get(state_id, owner))
 
     def expire(self) -> None:
-        """Removes what has not been used for too long."""
+        """Removes what has not been used within ``ttl`` seconds."""
         with self._lock:
             limit = self._now() - self._settings.ttl
             for saved in [saved for saved in self._known.values() if saved.used < limit]:
                 self._remove(saved)
 
     def _in_order_of_removal(self) -> list[SavedState]:
-        """The states of responses, which no client has asked to keep, before the rest; the least recently used first."""
+        """Returns responses first, since no client asked to save them, then saved states; least recently used first."""
         return sorted(self._known.values(), key=lambda saved: saved.response is None)
 
     def _make_room(self) -> None:
-        """Drops states from memory, and, without a folder, altogether."""
+        """Drops states from memory until they fit. Without a folder, they are lost."""
         for saved in self._in_order_of_removal():
             if self.bytes_in_memory <= self._settings.max_bytes:
                 return
@@ -245,7 +246,7 @@ class StateStore:
                 self._remove(saved)
 
     def _make_room_on_disk(self, size: int, *, for_response: bool = False) -> bool:
-        """Whether a state of this size fits then; for a response no state goes that a client has saved by name."""
+        """Deletes states, for a response only those of responses, until ``size`` bytes fit. Returns whether they do."""
         most = self._settings.folder_bytes - size
         with self._lock:
             num_bytes = sum(saved.nbytes for saved in self._known.values())
@@ -266,7 +267,7 @@ class StateStore:
             self._remove(saved)
 
     def _remove_state(self, saved: SavedState) -> None:
-        """Of a response, whose text stays."""
+        """Removes the state of a response, whose text stays."""
         self._loaded.pop(saved.id, None)
         saved.nbytes = 0
         if self._folder is not None:
@@ -279,7 +280,7 @@ class StateStore:
         self._remove_state(saved)
 
     def _find(self, folder: Path) -> None:
-        """Takes up the states that an earlier process has left."""
+        """Finds the states of earlier processes."""
         found = []
         for path in folder.glob("*.json"):
             if not path.name.startswith(_PREFIXES):
@@ -299,7 +300,7 @@ class StateStore:
         self._known.update((saved.id, saved) for saved in sorted(found, key=lambda each: each.used))
         for path in folder.glob("*.safetensors"):
             if path.name.startswith(_PREFIXES) and not path.with_suffix(".json").exists():
-                path.unlink()  # of a process that died in between
+                path.unlink()  # from a process that died before it wrote the description
 
     def _path(self, state_id: str, ending: str) -> Path:
         assert self._folder is not None

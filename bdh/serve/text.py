@@ -1,4 +1,4 @@
-"""Between text and tokens: conversations by a chat template, and the names of tokens in log-probabilities."""
+"""Chat templates, and the names of tokens in log-probabilities."""
 
 import copy
 from collections.abc import Sequence
@@ -22,16 +22,16 @@ _PLAIN_TEMPLATE = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{ 'START' }}{% endif %}
 """
-_SPACES = " \u0120\u2581"  # as vocabularies spell a space
+_SPACES = " \u0120\u2581"  # the spellings of a space in vocabularies
 
 Message = dict[str, str]
 
 
 def tokenizer_info(tokenizer: PlainTokenizer, template: str | None, max_length: int) -> dict[str, Any]:
-    """A tokenizer's facts by the names of its tokenizer_config.json; special tokens that it has not are None."""
+    """Returns a tokenizer's settings by their names in tokenizer_config.json. Missing special tokens are None."""
     attributes = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
     return {
-        "tokenizer_class": "TokenizersBackend",  # of transformers, which reads the same files
+        "tokenizer_class": "TokenizersBackend",  # the class of transformers that reads the same files
         "vocab_size": vocabulary_size(tokenizer),
         "model_max_length": max_length,
         **dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token")),
@@ -46,15 +46,16 @@ def tokenizer_info(tokenizer: PlainTokenizer, template: str | None, max_length: 
 
 
 class ChatPrompts:
-    """Conversations in the form that the model was trained on.
+    """Encodes conversations with a chat template.
 
     Args:
-        template: "plain", or a file, for a tokenizer that has none.
+        tokenizer: the model's tokenizer.
+        template: "plain" or the path of a file, for a tokenizer without a template; else None.
         stops: strings that end every reply.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the tokenizer has a template of its own, or the template cannot be used.
+        FileNotFoundError: the file does not exist.
+        ValueError: the tokenizer already has a template, or the template cannot be used.
     """
 
     def __init__(self, tokenizer: PlainTokenizer, template: str | None, stops: Sequence[str]):
@@ -65,7 +66,7 @@ class ChatPrompts:
                 raise ValueError(f"chat_template is {template!r}: must be left out, the tokenizer has one of its own")
             tokenizer = copy.deepcopy(tokenizer)
             if self._is_plain:
-                # The model begins with a word. Where words have their space in the same token, it writes the space too.
+                # The reply begins with a word. If the space before a word is in the same token, the model writes it too.
                 has_spaces = any(len(token) > 1 and token[0] in _SPACES for token in tokenizer.get_vocab())
                 tokenizer.chat_template = _PLAIN_TEMPLATE.replace(
                     "START", "Assistant:" if has_spaces else "Assistant: "
@@ -75,10 +76,10 @@ class ChatPrompts:
                 tokenizer.chat_template = read_template(Path(template))
         self._tokenizer = tokenizer
         self.template = str(tokenizer.chat_template) if tokenizer.chat_template else None
-        """Jinja; None where there is none, and no chat is possible."""
+        """The Jinja template; None if there is none, so that chats are not possible."""
         self._encoder = ChatEncoder(tokenizer, tells_answers=False) if self.template else None
         self.end_ids = [self._encoder.turn_end_id] if self._encoder and self._encoder.tells_answers else []
-        """Tokens that end a reply, beside the model's own."""
+        """Tokens that end a reply, besides the model's own."""
 
     @property
     def can_continue(self) -> bool:
@@ -86,26 +87,27 @@ class ChatPrompts:
         return self._is_plain or bool(self.end_ids)
 
     def reply(self, text: str) -> str:
-        """What the model has written as a message: in the plain form, without the space after the role."""
+        """Returns the generated text as a message. With the plain template, leading white space is removed."""
         return text.lstrip() if self._is_plain else text
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
-        """A conversation's tokens, up to where the model is to write.
+        """Returns the tokens of a conversation, up to where the reply begins.
 
         Raises:
-            ApiError: 400, there is no template, or it refuses the conversation.
+            ApiError: 400 if there is no template, or if it refuses the conversation.
         """
         return self._encode(messages)[0]
 
     def further(self, before: Sequence[Message], messages: Sequence[Message], stopped_by: str | None) -> list[int]:
-        """What follows in the state of a conversation whose last message the model has just written.
+        """Returns the tokens that continue the state after the model's last message.
 
         Args:
-            before: all of the conversation that the state has read or written.
-            stopped_by: the stop string that ended the last message, and which the state has read.
+            before: the whole conversation that the state has read or generated.
+            messages: the new messages.
+            stopped_by: the stop string that ended the last message, which the state has read.
 
         Raises:
-            ApiError: 400, as :meth:`encode`, or the template does not say how an answer ends.
+            ApiError: 400 as :meth:`encode`, or if the template does not show where an answer ends.
         """
         if self._is_plain:
             text, _ = render_chat(str(self.template), messages, add_generation_prompt=True)
@@ -115,7 +117,7 @@ class ChatPrompts:
             num_answers = sum(message["role"] == "assistant" for message in before)
             ends = [i for i in range(len(ids)) if is_answer[i] and not is_answer[i + 1 : i + 2].any()]
             if len(ends) >= num_answers > 0:
-                return ids[ends[num_answers - 1] :]  # from the token on that ends the answer
+                return ids[ends[num_answers - 1] :]  # from the token that ends the answer
         raise bad_request(
             "the chat template does not tell where an answer ends: send the whole conversation, without bdh.from_state",
             "bdh.from_state",
@@ -137,7 +139,7 @@ class ChatPrompts:
 
 
 class TokenNames:
-    """The names of tokens in log-probabilities: their text, or, where they are no whole characters, their bytes."""
+    """The names of tokens in log-probabilities: their text, or their bytes if these are not whole characters."""
 
     def __init__(self, tokenizer: PlainTokenizer):
         self._tokenizer = tokenizer
@@ -146,7 +148,7 @@ class TokenNames:
         self.bytes_of = lru_cache(maxsize=65536)(self._bytes_of)
 
     def name(self, token: int) -> str:
-        """Distinct for distinct bytes: ``bytes:\\xf0`` for a byte that is no character."""
+        """Returns a token's name, such as ``bytes:\\xf0``. Tokens with different bytes have different names."""
         found = self.bytes_of(token)
         try:
             return found.decode("utf-8")
@@ -160,6 +162,6 @@ class TokenNames:
         if token in self._added:
             return self._added[token].encode("utf-8")
         if self._byte_of is not None:
-            characters = self._tokenizer.convert_ids_to_tokens(token) or ""  # an id that no token has
+            characters = self._tokenizer.convert_ids_to_tokens(token) or ""  # for an id without a token
             return bytes(self._byte_of[character] for character in characters)
         return self.text([token]).encode("utf-8")
