@@ -45,7 +45,7 @@ def run_train(argv: list[str]) -> int:
     try:
         with reported_to_torchrun(), stage_progress("bytes", console) as progress:
             try:
-                training = open_run(settings, progress=progress, check_room=check_room if settings.dry_run else None)
+                training = open_run(settings, progress=progress, check_room=check_room)
             except NoRoomError as error:  # the answer of a dry run, and no fault
                 no_room = error
     except InUseError:

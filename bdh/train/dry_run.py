@@ -4,6 +4,7 @@ Real training steps of a growing number of sequences are measured, as far as mem
 the whole step are on the line through them. What other settings would take is counted from the settings alone.
 """
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +30,8 @@ from bdh.train.loop import training_step
 from bdh.train.runtime import Runtime, plan_training
 from bdh.train.setup import Run
 from bdh.words import counted, gigabytes, is_out_of_memory
+
+_logger = logging.getLogger(__name__)
 
 MARGIN = 0.95
 """Of the available memory: more than that is not counted on."""
@@ -86,9 +89,6 @@ class MemoryEstimate:
         trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
         number = sum(trained.values())
         embeddings = sum(each for name, each in trained.items() if name.startswith(("embed.", "lm_head.")))
-        block = plan.block_bytes
-        if plan.backend == "eager":  # what is computed again has its gradients beside it; what is kept is all there is
-            block = 2 * block if plan.kept_layer_steps < config.n_layer else 0
         tokens = train.batch_size * train.block_size
         # Of each layer step its input, two norms' inputs and the sum that it adds to; and the logits with gradient and softmax.
         logits = 3 * min(tokens * config.vocab_size, MAX_LOGITS_IN_ONE_PIECE)
@@ -97,7 +97,7 @@ class MemoryEstimate:
             "weights": own(weights),
             "gradients": own(number) * (2 if strategy == "ddp" else 1),  # DDP copies them to exchange them
             "optimizer": own(2 * number if train.optimizer == "adamw" else number + embeddings),
-            "wide activations of a block": block,
+            "wide activations of a block": plan.working_bytes(config.n_layer),
             "wide activations that are kept": plan.kept_bytes,
             "narrow activations": narrow + 8 * tokens * train.gradient_accumulation_steps,
         }
@@ -291,10 +291,21 @@ class NoRoomError(Exception):
 
 
 def check_room(settings: RunSettings, config: BDHConfig, runtime: Runtime, world: World) -> None:
-    """Raises ``NoRoomError``, on all processes together, where the model cannot even be made and given an optimizer."""
+    """Compares, before the model is made, what a run needs with the memory that is available. All processes call it together.
+
+    A run that seems to need more is warned about: it is a count, and systems differ in what they do without memory.
+
+    Raises:
+        NoRoomError: on all processes, in a dry run: the model cannot even be made and given an optimizer.
+    """
     estimate = MemoryEstimate(settings, config, runtime, world)
     found = _before_steps(estimate)
-    if found.base + estimate.fixed > found.available:
+    if not settings.dry_run and found.peak > found.available:
+        need = f"this run probably needs {gigabytes(found.peak)}"
+        each = " in each process" * (world.size > 1)
+        advice = "the same command with --dry_run measures it, and tells what would help"
+        _logger.warning("%s%s, and %s are available: %s", need, each, gigabytes(found.available), advice)
+    if settings.dry_run and found.base + estimate.fixed > found.available:
         world.leave()
         found.obstacle = "the weights and what belongs to them do not fit"
         raise NoRoomError(found)

@@ -18,6 +18,7 @@ from bdh.train import dry_run
 from bdh.train.config import RunSettings, stored_settings
 from bdh.train.dry_run import Forecast, MemoryEstimate, forecast
 from bdh.train.setup import open_run
+from bdh.words import gigabytes
 
 from .conftest import TINY, losses
 
@@ -255,6 +256,25 @@ def test_a_model_without_room_is_counted_and_never_made(train, tmp_path, free, c
         "--model.n_embd",
     ]
     assert "does not fit either" not in out
+
+
+@pytest.mark.parametrize("overrides", [{}, {"layer_path": "plain"}, {"layer_path": "plain", "recompute": "pass"}])
+def test_the_banner_tells_what_the_table_counts(opened, overrides):
+    """Of the plain path it told a sixth more."""
+    run = opened(**{f"train.{name}": value for name, value in overrides.items()})
+    wide = sum(size for name, size in estimate_of(run).parts.items() if name.startswith("wide activations"))
+    assert run.plan.describe(run.model.config.n_layer).endswith(f": {gigabytes(wide)}")
+
+
+@pytest.mark.parametrize(("available", "warned"), [(0, True), (10**12, False)])
+def test_a_run_that_seems_to_have_too_little_memory_says_so_and_is_tried(
+    train, tmp_path, free, caplog, available, warned
+):
+    """It was killed by the system, with nothing said before."""
+    free(available)
+    assert train(tmp_path / "run", **{"train.max_steps": 2}) == 0
+    need = r"this run probably needs \d+\.\d+ GB, and \d+\.\d+ GB are available: the same command with --dry_run"
+    assert bool(re.search(need, caplog.text)) == warned
 
 
 @pytest.mark.slow

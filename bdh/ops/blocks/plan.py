@@ -102,6 +102,13 @@ class LayerPlan:
         """The backend's name in settings and banners."""
         return next(each.words["train"] for each in BACKENDS if each.name == self.backend)
 
+    def working_bytes(self, num_layer_steps: int) -> int:
+        """Returns the bytes of wide activations that are needed beside the kept ones, in training."""
+        if self.backend != "eager":
+            return self.block_bytes
+        # What is computed again has its gradients beside it; where all is kept, there is nothing else.
+        return 2 * self.block_bytes if self.kept_layer_steps < num_layer_steps else 0
+
     def describe(self, num_layer_steps: int) -> str:
         """Returns a description for the banner of a run."""
         kept = {0: "recomputes all wide activations", num_layer_steps: "keeps wide activations"}.get(
@@ -111,7 +118,8 @@ class LayerPlan:
         blocks = (
             "" if self.backend == "eager" else f" in blocks of {self.sizes.sequences} x {self.sizes.tokens:,} tokens"
         )
-        return f"{self.path}{blocks} ({self.reason}); {kept}: {gigabytes(self.block_bytes + self.kept_bytes)}"
+        wide = self.working_bytes(num_layer_steps) + self.kept_bytes
+        return f"{self.path}{blocks} ({self.reason}); {kept}: {gigabytes(wide)}"
 
 
 def plan_layer(
