@@ -1,4 +1,4 @@
-"""How the packages of an extra are installed beside this installation, for messages that miss one."""
+"""The command that installs an extra, for error messages about missing packages."""
 
 import json
 import shlex
@@ -13,9 +13,9 @@ _CHECKOUT = Path(__file__).parents[1]
 
 
 def install_command(extra: str) -> str:
-    """The command that installs an extra, from the checkout, the wheel or the repository that this installation is of.
+    """Returns the command that installs an extra, from the checkout, wheel or repository of this installation.
 
-    "bdh[serve]" is asked of an index, and bdh is on none.
+    For "bdh[serve]" alone, pip would search an index, and bdh is in none.
     """
     from importlib.metadata import PackageNotFoundError, distribution  # 10 ms that --help does not need
 
@@ -27,7 +27,10 @@ def install_command(extra: str) -> str:
 
 
 def _source(installed: "Distribution", extra: str) -> str:
-    """What pip is to install, as it recorded where it had the package from (PEP 610); of an index it records nothing."""
+    """Returns what pip is to install, from its record of the package's origin (PEP 610).
+
+    For a package from an index, pip keeps no record.
+    """
     record = json.loads(installed.read_text("direct_url.json") or "{}")
     url = record.get("url", "")
     if "vcs_info" in record:

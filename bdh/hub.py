@@ -1,4 +1,4 @@
-"""Names of the Hugging Face hub: which it is asked for at all, and the folder of a model that it has."""
+"""Models on the Hugging Face hub: rules for their names, and their download."""
 
 import logging
 import re
@@ -14,14 +14,15 @@ _logger = logging.getLogger(__name__)
 
 
 def is_path(name: str) -> bool:
-    """Whether a name can only be that of a path: the hub's are NAME or ORGANISATION/NAME."""
+    """Whether a name can only be a path. Hub ids have the form NAME or ORGANISATION/NAME."""
     return _ID.fullmatch(name) is None
 
 
 def why_not_asked(name: str, kind: Literal["model", "dataset"] = "model") -> str | None:
-    """Why the hub is not asked for a name of which there is nothing here, the end of a message; None where it is asked.
+    """Returns why the hub is not asked for a name that does not exist locally, or None if it is asked.
 
-    It takes half a minute of retries without a network, and a wrong name of a run was taken for one of the hub.
+    The reason is the end of an error message. Without this check, a misspelt name of a run would be taken for a hub id,
+    and without a network the retries take half a minute.
     """
     first, slash, _ = name.partition("/")
     if not slash or _is_cached(name, kind):
@@ -39,7 +40,7 @@ def why_not_asked(name: str, kind: Literal["model", "dataset"] = "model") -> str
 
 
 def why_not_reached(name: str) -> str | None:
-    """Why the hub can give no model or tokenizer of a name; None where it may."""
+    """Returns why the hub cannot provide the model or tokenizer of this name, or None if it may."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE and not _is_cached(name, "model"):
@@ -54,7 +55,12 @@ def _is_cached(name: str, kind: str) -> bool:
 
 
 def model_not_found(name: str, reason: str) -> FileNotFoundError:
-    """The error for a name that stands for no folder, where the hub has answered ``reason``, of which the first line counts."""
+    """Returns the error for a name that is neither a folder nor a model on the hub.
+
+    Args:
+        name: the name.
+        reason: the hub's answer. The message contains its first line.
+    """
     reason = reason.splitlines()[0].rstrip(".")
     return FileNotFoundError(
         f"{name!r} is neither a folder here nor a model that the hub gives: {reason}. Without a network, give the folder "
@@ -63,12 +69,16 @@ def model_not_found(name: str, reason: str) -> FileNotFoundError:
 
 
 def model_folder(name: str, commit: str | None = None) -> Path:
-    """The folder of the hub's cache that holds a commit of a model, by default the newest; downloaded where it is not there yet.
+    """Returns the folder of a model in the hub's cache. Downloads the model if it is not there yet.
 
-    The folder has the hash of the commit for its name.
+    The folder is named after the hash of the commit.
+
+    Args:
+        name: the hub id.
+        commit: the hash of the commit; None for the newest.
 
     Raises:
-        FileNotFoundError: the hub does not give it, or what it gives is no model.
+        FileNotFoundError: the hub does not provide it, or what it provides is not a model.
     """
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError

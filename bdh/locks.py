@@ -1,8 +1,9 @@
-"""Locks: at most one process writes something, be it on one machine or, over a network disk, on several.
+"""Locks that let at most one process write something, on one machine or on several that share a network disk.
 
-A lock is a file beside or inside what it protects. It names its holder (host, process, its start), which touches it every few
-seconds. A process that finds it held takes it over if the holder has ended, which is certain on the same machine, and on
-another one is concluded from a lock that nobody has touched for a while, by the clock of the process that waits.
+A lock is a file beside or inside what it protects. It names its holder: the host, the process and the time when that
+process started. The holder touches the file every few seconds. A process that finds the lock held takes it over if the
+holder has ended. On the same machine this is certain. The holder on another machine is assumed to have ended if nobody
+has touched the lock for a while, measured by the clock of the waiting process.
 """
 
 import functools
@@ -20,7 +21,7 @@ from typing import NamedTuple, Self
 from filelock import LeaseSettingsMismatch, SoftFileLease, Timeout
 
 LEASE_SECONDS = 120.0
-"""So long untouched, a lock of another machine counts as abandoned."""
+"""A lock of another machine counts as abandoned if nobody has touched it for this long."""
 _BEATS = 12  # touches in that time
 _CHECK_SECONDS = 5.0  # between two checks of a lock that is held, where one is asked for in each step
 _ASIDE_SECONDS = 1.0  # longer than another process has the lock aside to see whether its holder has ended
@@ -29,11 +30,13 @@ _logger = logging.getLogger(__name__)
 
 
 class InUseError(OSError):
-    """Another process writes there; nothing was changed."""
+    """Another process holds the lock, or this process has lost it."""
 
 
 class Lock:
-    """A lock on something, not taken yet. Not reentrant: its own process is as much another holder as any.
+    """A lock, to be acquired by a ``with`` statement.
+
+    It is not reentrant: a second lock of the same process is treated like one of another process.
 
     Example::
 
@@ -42,11 +45,14 @@ class Lock:
     """
 
     def __init__(self, path: Path, target: str, *, wait: bool = False, advice: str = "try again when it has ended"):
-        """
+        """Creates a lock without acquiring it.
+
         Args:
             path: the lock's file, in a folder that exists.
-            target, advice: what it protects, and what to do while another process holds it, for the errors.
-            wait: for as long as another process holds it. Without, only to see whether a holder on another machine lives.
+            target: what the lock protects, for error messages.
+            wait: whether to wait as long as another process holds the lock. If False, the lock waits only until it is
+                clear whether a holder on another machine is alive.
+            advice: what to do while another process holds the lock, for error messages.
         """
         self._path, self._target, self._wait, self._advice = path, target, wait, advice
         self._lease = SoftFileLease(
@@ -63,11 +69,11 @@ class Lock:
         self.release()
 
     def acquire(self) -> None:
-        """Takes the lock.
+        """Acquires the lock.
 
         Raises:
-            InUseError: another process holds it, and this one is not to wait.
-            IsADirectoryError: a folder has its name.
+            InUseError: another process holds it, and ``wait`` is False. Nothing was changed.
+            IsADirectoryError: the path of the lock is a folder.
             OSError: the lock's file cannot be written.
         """
         if self._path.is_dir():
@@ -93,16 +99,20 @@ class Lock:
             time.sleep(min(1.0, LEASE_SECONDS / _BEATS))
 
     def release(self) -> None:
-        """Gives the lock back; nothing, if it is not held."""
+        """Releases the lock, if it is held."""
         self._lease.release()
 
     def check(self, *, seldom: bool = False) -> None:
-        """Makes sure that the lock, once taken, is still this process's; ``seldom`` does so only every few seconds.
+        """Checks that this process still holds the lock.
 
-        A disk that does not answer is no loss, for as long as no other machine can have taken the lock meanwhile.
+        If the disk does not answer, the lock counts as held for as long as no other machine can have acquired it.
+
+        Args:
+            seldom: whether to check only every few seconds, for a call in each step.
 
         Raises:
-            InUseError: it was removed, or taken by another process, as this one was stopped, or unreadable, for too long.
+            InUseError: the lock was removed, another process acquired it while this one was suspended for too long, or
+                it has been unreadable for too long.
         """
         now, token = time.monotonic(), self._lease.token
         if seldom and now - self._checked_at < _CHECK_SECONDS:
@@ -130,7 +140,7 @@ class Lock:
         )
 
     def _tolerate(self, error: OSError) -> None:
-        """Continues though the lock cannot be read, for a while."""
+        """Lets the process continue for a while although the lock cannot be read. Raises ``InUseError`` after that."""
         now = time.monotonic()
         if self._unreadable_since is None:
             self._unreadable_since = now
@@ -159,7 +169,7 @@ class Lock:
         return True
 
     def _read(self) -> tuple[dict[str, str], "_Beat | None"]:
-        """What the lock says of its holder, and its beat; nothing and None without a lock."""
+        """Returns what the lock says of its holder, and its beat; empty and None if there is no lock."""
         try:
             with self._path.open("rb") as file:  # opened, as network disks answer from memory otherwise
                 text, status = file.read(_MAX_BYTES).decode("utf-8", errors="replace"), os.fstat(file.fileno())
@@ -169,7 +179,10 @@ class Lock:
         return dict(line.split("=", 1) for line in lines if "=" in line), _Beat.of(status)
 
     def _patience(self, holder: dict[str, str], beat: "_Beat | None") -> float:
-        """For how many seconds nobody may touch the lock until its holder counts as ended: 0 if it has, inf if not."""
+        """Returns for how many seconds a lock must be untouched for its holder to count as ended.
+
+        The result is 0 if the holder has ended, and infinity if it is alive.
+        """
         pid = holder.get("pid", "")
         if not pid:  # the process that was writing it was killed, or is about to touch it
             return 2 * LEASE_SECONDS / _BEATS
@@ -193,9 +206,9 @@ class Lock:
         return 0 if state in (b"Z", b"X") else math.inf  # killed, though its parent has not asked for its status yet
 
     def _remove(self, judged: "_Beat | None") -> None:
-        """Takes away the lock of a holder that has ended, if it is still the one that was judged.
+        """Removes the lock of a holder that has ended, unless the lock has changed since it was judged.
 
-        filelock does so itself by exchanging two names, but not on disks that cannot, such as NFS.
+        filelock does this itself by exchanging two names, which is not possible on some disks, such as NFS.
         """
         aside = self._path.with_name(f"{self._path.name}.{secrets.token_hex(8)}")
         try:
@@ -216,7 +229,7 @@ class Lock:
 
 
 class _Beat(NamedTuple):
-    """What is another after each touch and for each holder."""
+    """A value that changes with each touch of a lock and with each holder."""
 
     file: str
     touched: int
@@ -227,9 +240,9 @@ class _Beat(NamedTuple):
 
 
 def _is_of_namesake(holder: dict[str, str]) -> bool:
-    """Whether another machine of this one's name, or this one before it was started again, holds a lock.
+    """Whether a lock is of another machine with the same name, or of this machine before it was restarted.
 
-    Their boot ids differ, if both are known.
+    In both cases the boot ids differ, if both are known.
     """
     name, boot = _machine()
     start = holder.get("start", "")
@@ -239,13 +252,16 @@ def _is_of_namesake(holder: dict[str, str]) -> bool:
 
 @functools.cache
 def _machine() -> tuple[str, int]:
-    """This machine as filelock writes it: its name, with the namespace of a container, whose process ids are its own,
-    and its boot id, or 0."""
+    """Returns the name and the boot id of this machine as filelock records them.
+
+    Process ids in a container are its own, so the name includes the container's namespace. The boot id is 0 if it is
+    unknown.
+    """
     with tempfile.TemporaryDirectory() as folder, SoftFileLease(Path(folder) / "lock") as lease:
         assert lease.owner is not None
         return lease.owner.hostname, _boot(lease.owner.start or 0)
 
 
 def _boot(start: int) -> int:
-    """Where the system has a boot id, filelock puts it above the lower 64 bits of the start of a process."""
+    """Returns the boot id, which filelock puts above the lower 64 bits of a process's start if the system has one."""
     return start >> 64

@@ -1,8 +1,8 @@
-"""Files that people write: UTF-8 text, and YAML of which nothing is lost or misread without a word.
+"""Reads files that people write: UTF-8 text, and YAML in which nothing is silently lost or misread.
 
-A byte order mark (BOM) is never text. PyYAML drops the first of two equal keys, takes a name with nothing after its colon for
-null, and follows YAML 1.1, in which 010 is 8 and 1:30 is 90: here those are faults, with the lines where they are. Anchors,
-aliases and merge keys work, as long as no value contains itself and what they repeat stays small.
+A byte order mark (BOM) is not part of the text. PyYAML drops the first of two equal keys, reads a key without a value
+as null, and follows YAML 1.1, in which 010 is 8 and 1:30 is 90. Here these are faults, which are reported with their
+lines. Anchors, aliases and merge keys work, as long as no value contains itself and aliases do not add too many values.
 """
 
 import codecs
@@ -31,14 +31,14 @@ _WIDE = {  # of each encoding the bytes in a unit, the place of the highest one 
     "UTF-16BE": (2, 0, None),
 }
 MARK_BYTES = 64
-"""So many bytes at the beginning of a file tell its encoding."""
+"""The number of bytes at the beginning of a file that determine its encoding."""
 
 MAX_LEVELS = 50
-"""Of lists and mappings within each other."""
+"""The maximum depth of nested lists and mappings."""
 MAX_BY_ALIASES = 10_000
-"""Values that the aliases of a document may add to it."""
+"""The maximum number of values that aliases may add to a document."""
 WRONG = object()
-"""Stands in a tree for a value that is among the faults."""
+"""Replaces a value that has a fault."""
 
 _TAG = "tag:yaml.org,2002:"
 _WRONG_TAG = "tag:bdh,2026:wrong"
@@ -48,10 +48,15 @@ _UNDERSCORES = re.compile(r"_(?![0-9a-fA-F])|(?<![0-9a-fA-F])_")  # other than b
 
 
 def mark_length(beginning: bytes, path: Path) -> int:
-    """The bytes of UTF-8's byte order mark in the first ``MARK_BYTES`` bytes of a file, or more: 3, or 0 without one.
+    """Returns the length of UTF-8's byte order mark at the beginning of a file: 3 bytes, or 0 if there is none.
+
+    Args:
+        beginning: the first ``MARK_BYTES`` bytes of the file, or more.
+        path: the file, for error messages.
 
     Raises:
-        ValueError: the file has the mark of another encoding, or seems to be in one without a mark.
+        ValueError: the file has the byte order mark of another encoding, or seems to be in another encoding without a
+            mark.
     """
     mark = next(filter(beginning.startswith, _OTHER_MARKS), None)
     encoding = _OTHER_MARKS[mark] if mark else _wide_encoding(beginning[:MARK_BYTES])
@@ -67,7 +72,10 @@ def mark_length(beginning: bytes, path: Path) -> int:
 
 
 def _wide_encoding(beginning: bytes) -> str | None:
-    """UTF-16 or UTF-32 without a mark, in which the high bytes of most scripts are those of control characters."""
+    """Returns UTF-16 or UTF-32 if bytes without a mark seem to be in that encoding, otherwise None.
+
+    The high bytes of most scripts are then bytes that would be control characters in UTF-8.
+    """
     if len(beginning) < 4:
         return None
     for encoding, (size, high, next_to_it) in _WIDE.items():
@@ -81,11 +89,11 @@ def _wide_encoding(beginning: bytes) -> str | None:
 
 
 def read_text(path: Path) -> str:
-    r"""The text of a file without a byte order mark, with lines that end in ``\n``.
+    r"""Returns the text of a file without a byte order mark. All line ends become ``\n``.
 
     Raises:
-        ValueError: it is not UTF-8.
-        OSError: it cannot be read.
+        ValueError: the file is not UTF-8.
+        OSError: the file cannot be read.
     """
     data = path.read_bytes()
     start = mark_length(data, path)
@@ -99,18 +107,19 @@ def read_text(path: Path) -> str:
 
 @dataclass
 class YamlDocument:
-    """What a YAML file holds, and where and how it is written there."""
+    """The content of a YAML file, with the lines and the spelling of its values."""
 
     tree: Any
-    """Plain data, with ``WRONG`` in the place of what is among the faults."""
+    """The content as plain data, with ``WRONG`` in place of values that have a fault."""
     lines: dict[str, list[int]] = field(default_factory=dict)
-    """The lines, from 1, where each value's name is written: ``data.mix[0].weight``. Several, if also with a dot in it."""
+    """The lines in which the name of each value, such as ``data.mix[0].weight``, is written, counted from 1. A name can
+    be in several lines, for example if it is also written as a key with dots."""
     written: dict[str, str] = field(default_factory=dict)
-    """How values that are not text are written: ``no``, where the tree has False."""
+    """The spelling of values that are not text, such as ``no`` where the tree has False."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Dates stay text: no setting is one."""
+    """Reads dates as text, since no setting is a date."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML declares it as a class variable)
         first: [(tag, pattern) for tag, pattern in resolvers if tag != f"{_TAG}timestamp"]
@@ -119,7 +128,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Puts in quotes what would be a fault without them."""
+    """Quotes text that would be a fault without quotes."""
 
     def text(self, value: str) -> yaml.ScalarNode:
         is_plain = value != "None" and not _LEADING_ZERO.fullmatch(value)
@@ -131,11 +140,11 @@ _Loader.add_constructor(_WRONG_TAG, lambda loader, node: WRONG)
 
 
 def read_yaml(path: Path, faults: Faults) -> YamlDocument:
-    """A file of YAML. What stands in it twice, has no value, or would be misread is added to ``faults``.
+    """Reads a YAML file. Duplicate keys, missing values and values that would be misread are added to ``faults``.
 
     Raises:
-        ValueError: it is not UTF-8, or not YAML.
-        OSError: it cannot be read.
+        ValueError: the file is not UTF-8, or not YAML.
+        OSError: the file cannot be read.
     """
     text = read_text(path)
     try:
@@ -150,11 +159,17 @@ def read_yaml(path: Path, faults: Faults) -> YamlDocument:
 
 
 def parse_yaml(text: str, faults: Faults, *, origin: str | None = None, name: str = "") -> YamlDocument:
-    """The same of a text, which is from the file ``origin`` (faults then name it, and the line), or the value of ``name``.
+    """Parses YAML text, as :func:`read_yaml` does with a file.
+
+    Args:
+        text: the text.
+        faults: the object to which faults are added.
+        origin: the file that contains the text, if any. Faults then name the file and the line.
+        name: the name of the value that the text gives, if it is not a whole file.
 
     Raises:
-        yaml.YAMLError: it is not YAML.
-        RecursionError: it is nested too deeply.
+        yaml.YAMLError: the text is not YAML.
+        RecursionError: the text is nested too deeply.
     """
     loader = _Loader(text)
     try:
@@ -169,19 +184,19 @@ def parse_yaml(text: str, faults: Faults, *, origin: str | None = None, name: st
 
 
 def dump_yaml(tree: Any, **options: Any) -> str:
-    """Plain data as YAML that is read back as it was. ``options`` are those of ``yaml.dump``."""
+    """Returns YAML that reads back as the same plain data. ``options`` are those of ``yaml.dump``."""
     written: str = yaml.dump(tree, Dumper=_Dumper, **options)
     return written
 
 
 def lines_in_words(lines: Iterable[int]) -> str:
-    """Such as "lines 1, 3 and 4", for messages."""
+    """Returns line numbers in words, such as "lines 1, 3 and 4", for messages."""
     *others, last = map(str, dict.fromkeys(lines))
     return f"lines {', '.join(others)} and {last}" if others else f"line {last}"
 
 
 class _Check:
-    """Walks the nodes of a document, and puts marks in the place of those that are faults."""
+    """Walks the nodes of a document, and replaces those that have a fault by marks."""
 
     def __init__(self, faults: Faults, origin: str | None):
         self.lines: dict[str, list[int]] = {}
@@ -193,7 +208,7 @@ class _Check:
         self._num_by_aliases = 0
 
     def node(self, node: yaml.Node, name: str, line: int) -> yaml.Node:
-        """What is to stand in the place of a node: itself, or a mark."""
+        """Returns the node to use in place of ``node``: itself, or a mark."""
         self.lines.setdefault(name, []).append(line)
         if node in self._open:
             outer, outer_line = self._open[node]
@@ -247,7 +262,7 @@ class _Check:
         node.value = [(key, value) for key, value in checked if not _is_no_merge(key, value)]
 
     def _entry(self, same: list[tuple[yaml.Node, yaml.Node]], name: str) -> yaml.Node:
-        """What is to stand for the value of a name under ``name``, given once or more often."""
+        """Returns the node to use as the value of a key, which may be given several times, in the mapping ``name``."""
         key, value = same[-1]
         written = f"{name}.{key.value}" if name else str(key.value)
         lines = [each.start_mark.line + 1 for each, _ in same]
@@ -272,7 +287,7 @@ class _Check:
         return _mark(node)
 
     def _fault(self, node: yaml.Node, *, is_key: bool = False) -> str | None:
-        """What is to be said of a scalar, where something is."""
+        """Returns what is wrong with a scalar, or None."""
         if not isinstance(node, yaml.ScalarNode) or node.style is not None:
             return None  # in quotes, or a block of text
         text = node.value
@@ -304,7 +319,7 @@ def _mark(node: yaml.Node) -> yaml.Node:
 
 
 def _is_no_merge(key: yaml.Node, value: yaml.Node) -> bool:
-    """Whether nothing is left to be merged, as it is among the faults."""
+    """Whether a merge key has nothing left to merge, because its value has a fault."""
     if key.tag != f"{_TAG}merge":
         return False
     if isinstance(value, yaml.SequenceNode):
@@ -313,7 +328,7 @@ def _is_no_merge(key: yaml.Node, value: yaml.Node) -> bool:
 
 
 def _identity(key: yaml.Node) -> Hashable:
-    """Equal for keys of which a mapping would keep one."""
+    """Returns a value that is equal for keys of which a mapping would keep only one."""
     if isinstance(key, yaml.ScalarNode) and key.tag not in (f"{_TAG}merge", f"{_TAG}value"):
         try:
             constructed: Hashable = SafeConstructor().construct_object(key)

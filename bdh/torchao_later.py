@@ -1,12 +1,14 @@
-"""Puts off the import of torchao until a model needs it.
+"""Delays the import of torchao until a model needs it.
 
-Two libraries import it wherever it is installed, for one name each, and need none of it until a weight is a tensor of torchao's:
+Two libraries import torchao wherever it is installed, each for a single name that they do not need until a weight is a
+tensor of torchao:
 
-- transformers 5.23 with its model classes, for the function that saves such weights (``quantizers/quantizer_torchao.py``);
-- peft 0.21 with each adapter, for the class of such weights (``tuners/lora/torchao.py``).
+- transformers 5.23 imports it with its model classes, for the function that saves such weights
+  (``quantizers/quantizer_torchao.py``).
+- peft 0.21 imports it with each adapter, for the class of such weights (``tuners/lora/torchao.py``).
 
-While they ask, a module with that name stands in ``sys.modules`` in place of torchao's. Its other names are torchao's own: where
-another version wants more of it, torchao is imported as ever.
+Meanwhile, a module of the same name in ``sys.modules`` takes the place of torchao's. It looks up all other names in
+torchao itself, so a version of these libraries that needs more of torchao imports it as usual.
 """
 
 import importlib
@@ -18,7 +20,7 @@ from typing import Any
 
 
 class _WeightOfTorchao:
-    """Its base class of tensors, while there is none: nothing is an instance."""
+    """Replaces torchao's base class of tensors while torchao is not imported. Nothing is an instance of it."""
 
 
 def _save_weights(*arguments: Any, **others: Any) -> Any:
@@ -42,7 +44,10 @@ _ASKED_FOR: dict[str, dict[str, Any]] = {
 
 @contextmanager
 def torchao_put_off() -> Iterator[None]:
-    """Within, transformers' model classes are imported, and adapters are made, without torchao, unless it is imported already."""
+    """A context in which transformers' model classes are imported, and adapters are created, without importing torchao.
+
+    If torchao has already been imported, the context changes nothing.
+    """
     placeholders: list[_Placeholder] = []
     if "torchao" not in sys.modules:
         for name, contents in _ASKED_FOR.items():

@@ -1,14 +1,14 @@
-"""Leaves out lines that other quantization libraries log about nothing that is used here."""
+"""Hides log lines of quantization libraries about features that are not used here."""
 
 import logging
 
 
 def hide_unneeded_lines() -> None:
-    """In this process, of what is logged from now on.
+    """Hides such lines in this process from now on.
 
-    When it is imported, torchao 0.18 logs on a machine without the GPUs that they are for that it cannot load its kernels, and
-    that it registers enumerations, which PyTorch 2.13 calls old. bitsandbytes 0.50 logs that it has no kernels of the hub, and
-    at its first 8-bit product that this is computed with inputs in float16.
+    On import, torchao 0.18 logs on a machine without suitable GPUs that it cannot load its kernels. It also logs that
+    it registers enumerations, which PyTorch 2.13 calls deprecated. bitsandbytes 0.50 logs that it has no kernels from
+    the hub, and in its first 8-bit product that the inputs are converted to float16.
     """
     for name in ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
         logging.getLogger(name).addFilter(_is_shown)  # which is added once

@@ -1,8 +1,9 @@
-"""Settings: dataclasses whose fields pydantic checks, and all faults of which are reported at once.
+"""Settings: dataclasses whose fields are checked by pydantic, and whose faults are all reported at once.
 
-A field's type says what it takes, ranges included: ``Annotated[int, Ge(1)]``, or one of the names below. What depends on
-several fields is said in :meth:`Settings.collect_faults`. The classes are plain dataclasses, which check nothing when they
-are made: so all that is wrong with nested settings is found together, by ``validated()``, and pydantic is imported only then.
+The type of a field determines its allowed values, including their range: ``Annotated[int, Ge(1)]``, or one of the names
+below. :meth:`Settings.collect_faults` checks conditions that depend on several fields. The classes are plain
+dataclasses, which check nothing when they are created. ``validated()`` checks nested settings together, so that all
+faults are found at once, and imports pydantic only then.
 """
 
 import ast
@@ -30,20 +31,20 @@ PositiveFloat = Annotated[float, Gt(0)]
 NonNegativeFloat = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Ge(0), Lt(1)]
 PathText = Annotated[str, "path"]
-"""The type of a setting that is, or may be, a path: ``~`` and ``$VARIABLE`` in it are replaced."""
+"""The type of a setting that is or may be a path, in which ``~`` and ``$VARIABLE`` are replaced."""
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
 class Allowed(Predicate):
-    """Limits a type to the values for which a function is true: ``Annotated[str, Allowed(str.strip, "a name")]``."""
+    """Restricts a type to the values for which a function is true: ``Annotated[str, Allowed(str.strip, "a name")]``."""
 
     words: str = ""
-    """What is right."""
+    """What the allowed values are, for messages."""
 
 
 class Unit(NamedTuple):
-    """Names the unit of a type's range in messages."""
+    """The unit of a type's range, for messages."""
 
     name: str
 
@@ -52,13 +53,13 @@ PositiveSeconds = Annotated[float, Gt(0), Unit("seconds")]
 DeviceName = Annotated[
     str, Allowed(re.compile(r"auto|cpu|cuda(:\d+)?|mps").fullmatch, "auto, cpu, cuda, cuda:N or mps")
 ]
-"""A device's name; whether the machine has it, PyTorch alone knows."""
+"""The name of a device. Only PyTorch knows whether the machine has it."""
 
 
 class Faults:
-    """Faults found so far. Each one names its field, its value and what is allowed.
+    """Collects faults. Each of them names its field, its value and what is allowed.
 
-    ``with_prefix`` gives a view on the same list whose fields are named under a section:
+    ``with_prefix`` returns a view of the same list, in which the names of fields begin with a section:
 
         faults = Faults()
         faults.with_prefix("train").require(lr > 0, "learning_rate", lr, "a number above 0")
@@ -74,7 +75,14 @@ class Faults:
         return Faults(f"{self._prefix}{section}.", self.found, self._out_of_range)
 
     def require(self, is_right: bool, field: str, value: Any, allowed: str) -> None:
-        """Records a fault unless ``is_right``, or the field's own type has one: ``allowed`` says what would be right."""
+        """Records a fault unless ``is_right`` is True. A field that has a fault by its type gets no second one.
+
+        Args:
+            is_right: whether the value is allowed.
+            field: the name of the field.
+            value: its value.
+            allowed: what would be allowed.
+        """
         if not is_right and self._prefix + field not in self._out_of_range:
             self.found.append(f"{self._prefix}{field} is {value!r}: must be {allowed}")
 
@@ -83,7 +91,7 @@ class Faults:
         self.require(value in options, field, value, "one of " + ", ".join(map(str, options)))
 
     def require_type(self, field: str, value: Any, allowed: str) -> None:
-        """Records that a value is not of its field's type; none of the field follows then."""
+        """Records that a value does not match the type of its field. Later faults of this field are not recorded."""
         self.require(False, field, value, allowed)
         self._out_of_range.add(self._prefix + field)
 
@@ -91,7 +99,7 @@ class Faults:
         self.found.append(message)
 
     def raise_if_any(self) -> None:
-        """Raises one ``ValueError`` that lists all faults, one a line."""
+        """Raises one ``ValueError`` that lists all faults, one per line, if there are any."""
         if not self.found:
             return
         if len(self.found) == 1:
@@ -101,7 +109,7 @@ class Faults:
 
 @contextmanager
 def of_setting(name: str, value: object) -> Iterator[None]:
-    """Within it, what is wrong with the place that a setting names is an error that names the setting too."""
+    """A context that adds the name and value of a setting to ``FileNotFoundError`` and ``ValueError``."""
     try:
         yield
     except FileNotFoundError as error:
@@ -111,7 +119,7 @@ def of_setting(name: str, value: object) -> Iterator[None]:
 
 
 class Settings:
-    """Base of the dataclasses of settings."""
+    """The base class of settings dataclasses."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {
         "strict": True,
@@ -121,22 +129,23 @@ class Settings:
     }
 
     def collect_faults(self, faults: Faults) -> None:
-        """Records what is wrong between fields; their types, and the sections inside, are checked apart from that."""
+        """Records faults that depend on several fields. Types of fields and nested sections are checked separately."""
 
     def check_available(self) -> None:
-        """Checks that what the settings name is there: files, folders, packages, a port; also those of all sections inside.
+        """Checks that the files, folders, packages and ports that the settings and their sections name are available.
 
-        It needs no large package, so that faults are reported at once. What uses them later checks again, by the same functions.
+        The check imports no large package, so that faults are reported at once. The code that uses them checks again
+        later, with the same functions.
 
         Raises:
-            OSError, ValueError, ImportError: as the functions that would use what is missing.
+            OSError, ValueError, ImportError: as raised by the functions that would use what is missing.
         """
         for field in dataclasses.fields(self):  # type: ignore[arg-type]  # subclasses are dataclasses
             if isinstance(section := getattr(self, field.name), Settings):
                 section.check_available()
 
     def validated(self) -> Self:
-        """This object, or a ``ValueError`` that lists all faults, those of its sections among them."""
+        """Returns this object. Raises a ``ValueError`` that lists all faults, including those of its sections."""
         faults = Faults()
         collect_faults(self, faults)
         faults.raise_if_any()
@@ -144,17 +153,17 @@ class Settings:
 
 
 class FieldFault(NamedTuple):
-    """A value that is not of its field's type, or out of the range that the type has."""
+    """A value that does not match the type of its field, or is outside the range of this type."""
 
     path: tuple[str, ...]
     value: Any
     allowed: str
     is_of_type: bool
-    """Whether it is only out of range."""
+    """Whether the value matches the type and is only out of range."""
 
 
 def collect_faults(settings: Any, faults: Faults) -> None:
-    """Records every fault of a dataclass of settings and of its sections."""
+    """Records all faults of a settings dataclass and of its sections."""
     _, wrong = checked(settings)
     for fault in wrong:
         *sections, field = fault.path
@@ -163,7 +172,7 @@ def collect_faults(settings: Any, faults: Faults) -> None:
 
 
 def collect_relations(settings: Any, faults: Faults, unusable: Iterable[tuple[str, ...]] = ()) -> None:
-    """Records what the sections' own ``collect_faults`` find, but for those that hold an unusable value."""
+    """Records the faults that ``collect_faults`` of each section finds, except for sections with an unusable value."""
     unusable = list(unusable)
     if not unusable and hasattr(settings, "collect_faults"):
         settings.collect_faults(faults)
@@ -174,7 +183,12 @@ def collect_relations(settings: Any, faults: Faults, unusable: Iterable[tuple[st
 
 
 def checked(settings: SettingsType) -> tuple[SettingsType, list[FieldFault]]:
-    """The settings with whole numbers as floats where their types say so; or as they are, and what is wrong with fields."""
+    """Checks the types and ranges of all fields.
+
+    Returns:
+        The settings, with integers converted to float where the type is float, and no faults; or the unchanged
+        settings, and the faults of their fields.
+    """
     from pydantic import ValidationError
 
     settings_class: Any = type(settings)
@@ -213,14 +227,14 @@ def _validator(settings_class: type) -> Any:
 
 @functools.cache
 def field_types(settings_class: type) -> dict[str, Any]:
-    """The types of a class's fields, with what they are annotated with."""
+    """Returns the types of a class's fields, including their ``Annotated`` metadata."""
     hints = typing.get_type_hints(settings_class, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(settings_class)}
 
 
 @functools.cache
 def field_helps(settings_class: type) -> dict[str, str]:
-    """The docstrings under the fields, those of the classes above included."""
+    """Returns the docstrings under the fields of a class, including inherited ones."""
     found = {}
     for base in reversed(settings_class.__mro__[:-1]):
         for field, below in itertools.pairwise(_class_bodies(base.__module__).get(base.__name__, [])):
@@ -232,13 +246,16 @@ def field_helps(settings_class: type) -> dict[str, str]:
 
 @functools.cache
 def _class_bodies(module: str) -> dict[str, list[ast.stmt]]:
-    """The statements of each class of a module, which is parsed once for all of them."""
+    """Returns the statements of each class in a module, which is parsed only once."""
     tree = ast.parse(inspect.getsource(sys.modules[module]))
     return {each.name: each.body for each in ast.walk(tree) if isinstance(each, ast.ClassDef)}
 
 
 def _field(settings_class: type, location: tuple[int | str, ...]) -> tuple[tuple[str, ...], Any]:
-    """The names of sections and field, without what follows inside of the value; and the field's type."""
+    """Returns the path of the field at a location, and the field's type.
+
+    The path contains the names of the sections and the field, but no positions within the field's value.
+    """
     of: Any = settings_class
     path: list[str] = []
     for name in map(str, location):
@@ -250,18 +267,18 @@ def _field(settings_class: type, location: tuple[int | str, ...]) -> tuple[tuple
 
 
 def alternatives(annotation: Any) -> tuple[Any, ...]:
-    """The members of a union; else the type alone."""
+    """Returns the members of a union, or the type itself if it is not a union."""
     is_union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     return typing.get_args(annotation) if is_union else (annotation,)
 
 
 def plain_type(annotation: Any) -> Any:
-    """A type without what it is annotated with."""
+    """Returns a type without its ``Annotated`` metadata."""
     return typing.get_args(annotation)[0] if typing.get_origin(annotation) is Annotated else annotation
 
 
 def type_in_words(annotation: Any) -> str:
-    """What a type allows, ranges apart."""
+    """Describes the values that a type allows, except for their range."""
     annotation = plain_type(annotation)
     origin, arguments = typing.get_origin(annotation), tuple(map(plain_type, typing.get_args(annotation)))
     if origin is Literal:
@@ -280,7 +297,7 @@ def type_in_words(annotation: Any) -> str:
 
 
 def range_in_words(annotation: Any) -> str:
-    """What a type's range allows: "at least 1, or null"."""
+    """Describes the range of a type, for example "at least 1, or null"."""
     if len(members := alternatives(annotation)) > 1:
         return ", or ".join(map(range_in_words, members))
     if typing.get_origin(annotation) is list:
@@ -302,16 +319,16 @@ def range_in_words(annotation: Any) -> str:
 
 
 def holds_paths(annotation: Any) -> bool:
-    """Whether a type is ``PathText``, or made of it."""
+    """Whether a type is ``PathText`` or contains it."""
     if typing.get_origin(annotation) is Annotated:
         return "path" in annotation.__metadata__
     return any(map(holds_paths, typing.get_args(annotation)))
 
 
 def expanded_path(text: str) -> str:
-    """A path with ``~`` and ``$VARIABLE`` or ``${VARIABLE}`` replaced; also each of several with commas between them.
+    """Replaces ``~`` and ``$VARIABLE`` or ``${VARIABLE}`` in a path, or in each of several paths separated by commas.
 
-    What exists under the very name that is given stays as it is, and a ``$`` that no name of a variable follows.
+    A path that exists as it is written is not changed, and neither is a ``$`` without the name of a variable after it.
 
     Raises:
         ValueError: a variable is not set.

@@ -1,4 +1,4 @@
-"""Words that messages have in common: how many of something there are, and how large it is, which name is meant, what an error is about."""
+"""Wording that messages share: counts, sizes and similar names; and whether an error means that memory ran out."""
 
 from collections.abc import Iterable
 
@@ -9,7 +9,7 @@ def counted(number: int, noun: str, many: str | None = None) -> str:
 
 
 def gigabytes(num_bytes: float) -> str:
-    """Memory in GB of 10^9 bytes, the unit of the settings: "0.031 GB"; of less than a megabyte "0.000031 GB"."""
+    """Returns a memory size in GB of 10^9 bytes, as in the settings: "0.031 GB", or "0.000031 GB" below a megabyte."""
     return f"{num_bytes / 1e9:,.{3 if num_bytes == 0 or num_bytes >= 1e6 else 6}f} GB"
 
 

@@ -1,4 +1,4 @@
-"""Conversations from .jsonl files, of which the assistant's tokens count: a check of every line, a corpus, and packed sequences."""
+"""Conversations from .jsonl files, in which only the assistant's tokens count: reading, a corpus, and packing."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -36,19 +36,19 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Conversation:
-    """One line of a file."""
+    """A conversation, which is one line of a file."""
 
     messages: list[dict[str, str]]
-    """Each with a role and a content."""
+    """The messages, each with a role and a content."""
     where: str
-    """File and line, for errors."""
+    """File and line, for error messages."""
 
 
 class ChatCorpus(TokenizedCorpus):
-    """Conversations, tokenized once; see :mod:`bdh.data.tokenized`.
+    """Conversations that are tokenized once; see :mod:`bdh.data.tokenized`.
 
-    The loss counts what the assistant writes, the end of its turn included. Training sequences hold several conversations,
-    each of which starts from nothing; a validation sequence holds one.
+    The loss counts the assistant's tokens, including the end of its turn. A training sequence contains several
+    conversations, each of which is read with an empty state. A validation sequence contains one.
     """
 
     is_chat = True
@@ -57,10 +57,11 @@ class ChatCorpus(TokenizedCorpus):
     def __init__(
         self, config: DataConfig, tokenizer: PreTrainedTokenizerFast, block_size: int, progress: ProgressCallback
     ):
-        """
+        """Tokenizes the conversations, or loads their tokens from the cache.
+
         Raises:
-            ValueError: a line is no conversation, the tokenizer has no usable chat template, or nothing is left for
-                one of the two parts.
+            ValueError: a line is not a conversation, the tokenizer has no usable chat template, nothing is left to
+                train on or to validate on, or ``data.streaming`` is set.
         """
         if config.streaming:
             raise ValueError(
@@ -115,7 +116,7 @@ class ChatCorpus(TokenizedCorpus):
             return step_generator(seed, 0, 0, 0, epoch).permutation(len(self._packed))
 
         def sequences(step: int) -> Batch:
-            """Each sequence once an epoch, every epoch in another order."""
+            """Returns the sequences of a step. Each epoch contains every sequence once, in another order."""
             epochs, places = np.divmod(step * batch_size + np.arange(batch_size)[own], len(self._packed))
             chosen = [self._packed[order(epoch)[place]] for epoch, place in zip(epochs.tolist(), places, strict=True)]
             return self._batch(self._train, [self._train_pieces[pieces] for pieces in chosen], self.block_size + 1)
@@ -123,15 +124,22 @@ class ChatCorpus(TokenizedCorpus):
         return StepLoader("chat", seed, sequences)
 
     def validation_windows(self, num_windows: int) -> torch.Tensor:
-        """As of a text, (n, block_size + 1): the conversations one after the other, again from the first if need be."""
+        """Returns windows of the validation conversations one after the other, int64 (n, block_size + 1).
+
+        Conversations that are too short for one window are repeated.
+        """
         length = self.block_size + 1
         number = min(num_windows, max(1, len(self._validation) // length))
         return torch.from_numpy(np.resize(self._validation & ID_BITS, (number, length)).astype(np.int64))
 
     def validation_parts(self, num_windows: int, document_end: int | None = None) -> list[ValidationPart]:
-        """So many conversations of the validation part, or all, evenly spaced, each in a sequence of its own.
+        """Returns evenly spaced validation conversations, or all, each in its own sequence.
 
-        Of one that is longer than a sequence, each piece counts as one.
+        Each piece of a conversation that is longer than a sequence counts as a conversation.
+
+        Args:
+            num_windows: the maximum number of conversations.
+            document_end: not used.
         """
         number = min(num_windows, len(self._val_pieces))
         chosen = self._val_pieces[np.linspace(0, len(self._val_pieces) - 1, number).astype(np.int64)]
@@ -139,9 +147,12 @@ class ChatCorpus(TokenizedCorpus):
         return [ValidationPart("", batch, self.val_bytes_per_token)]
 
     def _batch(self, stream: np.ndarray, sequences: Sequence[np.ndarray] | np.ndarray, length: int) -> Batch:
-        """
+        """Returns a batch of sequences that consist of pieces.
+
         Args:
-            sequences: of each, where the pieces in it begin and end in the stream, (pieces, 2).
+            stream: tokens with marks.
+            sequences: for each sequence, the start and end of its pieces in the stream, (pieces, 2).
+            length: the number of tokens in a sequence, including padding.
         """
         tokens = np.full((len(sequences), length), self._pad_id, dtype=np.int64)
         is_answer, starts = np.zeros((2, *tokens.shape), dtype=bool)
@@ -208,10 +219,10 @@ def _encoded(batch: list[Conversation], encoder: ChatEncoder) -> list[tuple[np.n
 
 
 def holds_chat(config: DataConfig) -> bool:
-    """Whether the section, or a source of its mix, gives conversations: as set, or as the first line of the files tells.
+    """Whether the settings, or those of a source in the mix, name conversations.
 
-    With ``data.format`` "auto" they are conversations where every file is a .jsonl and the first line of the first one
-    has a list of messages; a ``data.text_column`` says that they are text.
+    With ``data.format`` "auto", they do if every file is a .jsonl file and the first line of the first one has a list
+    of messages. If ``data.text_column`` is set, the files contain text.
     """
     if config.mix is not None:
         return any(holds_chat(source.config) for source in mix_sources(config))
@@ -232,13 +243,15 @@ def holds_chat(config: DataConfig) -> bool:
 
 
 def read_conversations(files: Sequence[Path], column: str | None, encoding_errors: str) -> Iterator[Conversation]:
-    """The conversations of files, in order. Empty lines are nothing.
+    """Yields the conversations of files, in order. Blank lines are ignored.
 
     Args:
-        column: the name of the list of messages; None for "messages".
+        files: the files.
+        column: the field that contains the list of messages; None for "messages".
+        encoding_errors: the setting ``data.encoding_errors``.
 
     Raises:
-        ValueError: a line is no conversation; the message has the file and the number of the line.
+        ValueError: a line is not a conversation. The message contains the file and the number of the line.
     """
     for path in files:
         for line in text_lines(path, encoding_errors):
@@ -248,7 +261,7 @@ def read_conversations(files: Sequence[Path], column: str | None, encoding_error
 
 
 def chat_texts(config: DataConfig, held_out: bool) -> Iterator[str]:
-    """The messages of one of the two parts, each a text; split as :class:`ChatCorpus` splits them."""
+    """Yields the texts of messages, either those to train on or those held out by :class:`ChatCorpus`."""
 
     def read(source: Source) -> Iterator[Conversation]:
         return filter(has_answer, read_conversations(source.files, config.text_column, config.encoding_errors))
@@ -264,7 +277,7 @@ def chat_texts(config: DataConfig, held_out: bool) -> Iterator[str]:
 
 
 def has_answer(conversation: Conversation) -> bool:
-    """Whether the assistant says something: else there is nothing to learn."""
+    """Whether a conversation has a message of the assistant. Otherwise there is nothing to learn from it."""
     return any(message["role"] == "assistant" for message in conversation.messages)
 
 
@@ -290,7 +303,10 @@ def _messages(row: Any, column: str, where: str, encoding_errors: str) -> list[d
 
 
 def _chat_sources(config: DataConfig) -> tuple[Source, Source | None]:
-    """The .jsonl files to train on, and those to validate on; None where these are a share of the others."""
+    """Returns the sources to train on and to validate on, restricted to their .jsonl files.
+
+    The second one is None if validation conversations are split off the first.
+    """
     training, validation = training_source(config), validation_source(config)
     for source in filter(None, (training, validation)):
         files = [path for path in source.files if file_type(path) == _CHAT_TYPE]
@@ -306,20 +322,21 @@ def _chat_sources(config: DataConfig) -> tuple[Source, Source | None]:
 
 
 def with_marks(ids: np.ndarray, is_answer: np.ndarray) -> np.ndarray:
-    """One conversation as uint32: its ids, which tokens are the assistant's, and that it starts with the first."""
+    """Returns a conversation as uint32: token ids, with marks for the assistant's tokens and for the first token."""
     marked = ids.astype(np.uint32) | np.where(is_answer, IS_ANSWER, np.uint32(0))
     marked[:1] |= STARTS
     return marked
 
 
 def pieces_of(stream: np.ndarray, block_size: int) -> tuple[np.ndarray, int]:
-    """What fits into sequences of ``block_size + 1`` tokens, of conversations one after the other.
+    """Cuts conversations, which follow each other, into pieces that fit into sequences of ``block_size + 1`` tokens.
 
-    A longer conversation continues in another piece, from nothing: the last token of a piece, a target there, is the
-    first input of the next, so every token is predicted once. Pieces in which nothing counts are left out.
+    A longer conversation continues in another piece, which is read with an empty state. The last token of a piece is
+    only a target there, and is the first input of the next piece, so that every token is predicted once. Pieces without
+    tokens that count are dropped.
 
     Returns:
-        Begin and end of each piece, int64 (pieces, 2), and the number of conversations that were cut.
+        The start and end of each piece, int64 (pieces, 2), and the number of conversations that were cut.
     """
     begins = np.flatnonzero(stream & STARTS)
     ends = np.append(begins[1:], len(stream))
@@ -334,13 +351,14 @@ def pieces_of(stream: np.ndarray, block_size: int) -> tuple[np.ndarray, int]:
 
 
 def packed(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Pieces into as few sequences as the best fit gives: the longest first, each into the fullest one that it fits.
+    """Packs pieces into few sequences by best fit: the longest first, each into the fullest sequence in which it fits.
 
     Args:
-        lengths: of the pieces, tokens; at most ``capacity``.
+        lengths: the number of tokens of each piece, at most ``capacity``.
+        capacity: the number of tokens that fit in a sequence.
 
     Returns:
-        For each sequence the numbers of its pieces.
+        The indices of the pieces in each sequence.
     """
     sequences: list[list[int]] = []
     by_space: dict[int, list[list[int]]] = {}  # sequences by the tokens that they have left

@@ -106,10 +106,10 @@ class DataConfig(Settings):
 
 @dataclass
 class EntryConfig(DataConfig):
-    """The section as it holds for one entry of ``data.mix``."""
+    """The settings of one entry of ``data.mix``."""
 
     others: list[DataConfig] = field(default_factory=list)
-    """The sections of the other entries: what they validate on is not trained on in this one either."""
+    """The settings of the other entries. This entry is not trained on what they validate on."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""Tables in .csv and .tsv files: how their fields are written, which column holds the text, and a reader of their rows.
+"""Tables in .csv and .tsv files: detects their format and the column that holds the text, and reads their rows.
 
-The ``csv`` module reads them, strictly. Every row must have as many fields as the header: neither is a column ever taken for an
-index, nor a field cut off. Where the header lacks it, rows may end with one more delimiter, if all do.
+The ``csv`` module parses them strictly. Every row must have as many fields as the header, so that no column is taken
+for an index, and no field is cut off. Rows may end with a delimiter that the header lacks, if all of them do.
 """
 
 import csv
@@ -42,7 +42,7 @@ _SEPARATOR = re.compile(r'"?sep=(.)"?[\r\n]*', re.IGNORECASE)
 
 
 def csv_settings(config: DataConfig) -> dict[str, Any]:
-    """What the section says about .csv files; None is found out."""
+    """Returns the settings for .csv files. None stands for what is detected."""
     settings = {name: getattr(config, f"csv_{name}") for name in ("delimiter", "quoting", "header", "bad_rows")}
     return settings | ({"delimiter": "\t"} if config.csv_delimiter == "tab" else {})
 
@@ -55,34 +55,35 @@ class Format:
     has_quoting: bool = True
     """Whether quotes enclose fields."""
     has_spaces: bool = False
-    """Whether there may be spaces before an opening quote, which are not part of the field."""
+    """Whether there can be spaces before an opening quote, which do not belong to the field."""
     has_escapes: bool = False
-    """Whether quotes in a field are written ``\\"``. Other backslashes are characters like any other."""
+    """Whether quotes within a field are written ``\\"``. Other backslashes are ordinary characters."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How one file is written, and where its text is."""
+    """The format of a file, and the location of its text."""
 
     format: Format
     names: list[str]
-    """Of the columns; "1", "2", ... where there is no header."""
+    """The names of the columns; "1", "2", ... if there is no header."""
     column: int
-    """The one that holds the text."""
+    """The index of the column that holds the text."""
     width: int
-    """The number of fields of a row."""
+    """The number of fields in a row."""
     has_header: bool
     has_trailing_delimiter: bool
-    """Whether each row ends with one more delimiter than the header."""
+    """Whether each row ends with a delimiter that the header lacks."""
     number_columns: tuple[int, ...]
-    """Those that hold numbers."""
+    """The indices of the columns that hold numbers."""
     first_text: str
 
     def may_be_rows(self, lines: list[str]) -> bool:
-        """Whether each of the lines of a row may be a row of its own, if the quote that joins them encloses nothing.
+        """Whether the lines of a row could be rows themselves, if the quote that joins them does not enclose a field.
 
-        Between tabs, those with as many fields as a row may be. Other delimiters are common in texts: the fields must also
-        begin without a space, and be numbers in the columns that hold numbers.
+        Each line must have as many fields as a row. This suffices if tabs separate the fields. Other delimiters are
+        common in texts, so fields must also be numbers in the columns that hold numbers, and must not begin with a
+        space unless the format has such spaces.
         """
         delimiter = self.format.delimiter
         split = [line.rstrip("\r\n").split(delimiter) for line in lines if line.strip()]
@@ -105,7 +106,7 @@ class Layout:
 def csv_reader(
     path: Path, layout: Layout, config: DataConfig, skipped: Skipped, state: State | None = None
 ) -> DocumentReader:
-    """The rows of a .csv or .tsv file, one document each. Iterating raises as :func:`csv_texts`."""
+    """Returns a reader of the rows of a .csv or .tsv file, one document each. Iterating raises as :func:`csv_texts`."""
 
     def documents(after: State) -> Iterator[tuple[bytes | None, State]]:
         lines = Lines(path, config, (after["offset"], after["line"]) if after else None)
@@ -118,11 +119,11 @@ def csv_reader(
 
 
 def csv_texts(lines: "Lines", layout: Layout, config: DataConfig) -> Iterator[str | None]:
-    """The text of each row, also where it is empty; None for a row with another number of fields that is skipped.
+    """Yields the text of each row, even if it is empty. Yields None for a row that is skipped for its number of fields.
 
     Raises:
-        ValueError: a row has another number of fields than the header, or quotes that are not closed or not doubled;
-            or the file is not UTF-8, damaged or cut off.
+        ValueError: a row has another number of fields than the header, or quotes that are not closed or not doubled; it
+            is ambiguous what quotes or backslashes mean; or the file is not UTF-8, damaged or truncated.
     """
     format = layout.format
     checks_quotes = format.has_quoting and config.csv_quoting is None
@@ -169,12 +170,12 @@ def _misfit(layout: Layout, fields: list[str]) -> str:
 
 
 def find_layout(path: Path, config: DataConfig) -> Layout | None:
-    """How a file is written, from its first lines; None if it has no rows.
+    """Detects the format of a file from its first lines, and the column that holds the text. Returns None without rows.
 
     Raises:
-        ColumnError: the column of the text is not there or cannot be guessed, the first line may be a row as well as a
-            header, or what separates the fields cannot be told.
-        ValueError: as of :func:`csv_texts`, in the first rows.
+        ColumnError: the column with the text does not exist or cannot be guessed, the first line could be either a row
+            or a header, or the delimiter is ambiguous.
+        ValueError: as :func:`csv_texts`, for the first rows.
     """
     wanted, delimiter = config.text_column, config.csv_delimiter
     sample, format = _find_format(path, config)
@@ -229,7 +230,7 @@ def find_layout(path: Path, config: DataConfig) -> Layout | None:
 
 
 def _find_format(path: Path, config: DataConfig) -> tuple[list[str], Format]:
-    """The first lines of the file, and the format in which the most of them are in rows as long as the header."""
+    """Returns the first lines of a file, and the format in which most of them are in rows as long as the header."""
     size, has_header, stated = _SAMPLE_CHARACTERS, config.csv_header is not False, csv_settings(config)["delimiter"]
     while True:
         lines, sample, num_characters = Lines(path, config), [], 0
@@ -273,7 +274,7 @@ def _find_format(path: Path, config: DataConfig) -> tuple[list[str], Format]:
 
 
 def _tried(sample: list[str], delimiter: str, is_whole: bool, config: DataConfig) -> "list[_Candidate]":
-    """The formats that a file with this delimiter may have, the likelier one first."""
+    """Returns the formats that a file with this delimiter could have, the most likely first."""
 
     def tried(**ways: bool) -> _Candidate:
         return _Candidate(sample, Format(delimiter, **ways), is_whole, config.csv_header is not False)
@@ -300,11 +301,11 @@ class _Candidate:
     """A format that is tried on the first lines of a file.
 
     Attributes:
-        rows: up to the first one that is malformed.
-        is_malformed: whether a row is.
+        rows: the rows before the first malformed one.
+        is_malformed: whether a row is malformed.
         is_unfinished: whether the last row may continue after the sample.
         width: the number of columns.
-        share: of the lines, those in rows that are as long as the others; up to the first row that is malformed.
+        share: the fraction of lines that are in rows as long as the others, before the first malformed row.
     """
 
     def __init__(self, sample: list[str], format: Format, is_whole: bool, has_header: bool):
@@ -338,7 +339,7 @@ class _Candidate:
 
 
 def _is_longer(width: int, data: list[list[str]]) -> bool:
-    """Whether most rows have one more field, which is empty, than the header."""
+    """Whether most rows have one more field than the header, and this field is empty."""
     num_longer = sum(len(fields) == width + 1 and not fields[-1] for fields in data)
     return num_longer > sum(len(fields) == width for fields in data)
 
@@ -348,7 +349,7 @@ def _usual_width(data: list[list[str]]) -> int:
 
 
 def _type(values: list[str]) -> type:
-    """What a column holds: nothing, numbers (or true and false), or text."""
+    """Returns the type of a column: NoneType if it is empty, float for numbers and true or false, otherwise str."""
     filled = [value for value in values if value.strip()]
     if all(_is_number(value) or value.lower() in ("true", "false") for value in filled):
         return float if filled else type(None)
@@ -364,9 +365,10 @@ def _is_number(value: str) -> bool:
 
 
 def _may_be_row(names: list[str], name: str, values: list[str]) -> bool:
-    """Whether what looks like a header may be the first row of a file without one.
+    """Whether the supposed header could be the first row of a file without a header.
 
-    ``name`` is that of the column of the text. Of the other names the first may be empty, as an index's is, and the last.
+    ``name`` is the column that holds the text. In a header, only the first name, as of an index, and the last can be
+    empty.
     """
     others = names[not names[0] : len(names) - (not names[-1])]
     filled = [value for value in values if value]
@@ -381,12 +383,12 @@ def _may_be_row(names: list[str], name: str, values: list[str]) -> bool:
 
 
 def _is_unknown_column(names: list[str]) -> bool:
-    """Whether there is but one column, with a name that any line of a text may be."""
+    """Whether there is only one column, whose name could be any line of a text."""
     return len(names) - (not names[-1]) == 1 and names[0].lower() not in _USUAL_NAMES
 
 
 class MalformedRowError(csv.Error):
-    """A quote that is not closed, or not doubled, in the lines of a row that have been read."""
+    """A row has a quote that is not closed or not doubled, in the lines that were read of it."""
 
     def __init__(self, error: csv.Error, lines: list[str]):
         super().__init__(str(error))
@@ -394,21 +396,22 @@ class MalformedRowError(csv.Error):
 
 
 class Lines:
-    """The lines of a file, decoded, each with its end; and how far they have been read.
+    """The decoded lines of a file, each with its line end, and the position of reading.
 
-    A first line ``sep=;``, with which Excel is told the delimiter, and the last byte 0x1A of a DOS file are left out.
+    A first line ``sep=;``, which tells Excel the delimiter, is left out, and so is a last byte 0x1A, as in DOS files.
     """
 
     def __init__(self, path: Path, config: DataConfig, position: tuple[int, int] | None = None):
-        """
+        """Creates an iterator over lines.
+
         Args:
-            position: offset in bytes and number of lines from which to continue.
+            position: the offset in bytes and the number of lines from which to continue.
         """
         self.path, self._encoding_errors = path, config.encoding_errors
         self.offset, self.number = position or (text_start(path), 0)
         self.has_ended = False
         self.separator: str | None = None
-        """What the line ``sep=`` says."""
+        """The delimiter that the line ``sep=`` names."""
 
     def __iter__(self) -> Iterator[str]:
         for encoded in encoded_lines(self.path, self.offset):
@@ -426,7 +429,7 @@ class Lines:
 
 
 def parsed(lines: Iterable[str], format: Format) -> Iterator[tuple[list[str], list[str]]]:
-    """The lines of each row, and its fields: none if the line is blank.
+    """Yields the lines of each row, and its fields. A blank line has no fields.
 
     Raises:
         MalformedRowError: a quote is not closed, or not doubled.
@@ -458,7 +461,11 @@ def parsed(lines: Iterable[str], format: Format) -> Iterator[tuple[list[str], li
 
 
 def rows(lines: Lines, format: Format) -> Iterator[tuple[int, list[str], list[str]]]:
-    """The rows that are not blank, from where the lines are: the number of the first line, the lines and the fields."""
+    """Yields the number of the first line, the lines and the fields of each row that is not blank.
+
+    Raises:
+        ValueError: a quote is not closed, or not doubled.
+    """
     try:
         for row_lines, fields in parsed(lines, format):
             if fields:
@@ -478,7 +485,7 @@ def rows(lines: Lines, format: Format) -> Iterator[tuple[int, list[str], list[st
 
 
 def _with_spaces(row: str, fields: list[str], delimiter: str) -> list[str]:
-    """The fields with the spaces that were skipped, except before quotes."""
+    """Returns the fields with the spaces that were skipped, except for spaces before quotes."""
     position = 0
     for index in range(len(fields)):
         quoted = _QUOTED.match(row, position)

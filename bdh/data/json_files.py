@@ -1,6 +1,7 @@
-"""Rows of JSON files: an object in each line, or objects over any lines, in an array or not.
+"""Rows of JSON files: one object per line, or objects that can span lines, within an array or not.
 
-Each row is read alone, so only the wanted field of it matters: what the others hold, and in which rows, is all the same.
+Each row is read independently. Only the field that holds the text matters: other fields can hold anything, and can be
+missing in some rows.
 """
 
 import json
@@ -37,19 +38,22 @@ class Row(NamedTuple):
 
     value: dict[str, Any]
     where: str
-    """File and line, for errors."""
+    """File and line, for error messages."""
     after: State
-    """Where :func:`json_rows` continues with the next one."""
+    """The position from which :func:`json_rows` continues with the next row."""
 
 
 def json_reader(
     path: Path, column: TextColumn, config: DataConfig, skipped: Skipped, state: State | None = None
 ) -> DocumentReader:
-    """The rows of a JSON file, one document each.
+    """Returns a reader of the rows of a JSON file, each of which is a document.
+
+    Raises:
+        ValueError: the state is from an earlier version of bdh.
 
     Iterating raises:
-        ColumnError: the column was guessed, and another one holds a string, as none of the first rows has it.
-        ValueError: a row is no JSON object, or its column is given twice or holds something else than text.
+        ColumnError: the column was guessed, and another field contains a string that had none in the first rows.
+        ValueError: a row is not a JSON object, or has the column twice, or with something other than text.
     """
     if state and "rows" in state:
         raise ValueError(f"{path}: the position in it was stored by an earlier version of bdh, and cannot be used")
@@ -70,13 +74,14 @@ def json_reader(
 
 
 def json_column(path: Path, config: DataConfig) -> TextColumn | None:
-    """The field that holds the text, or None if there is not a single row.
+    """Returns the field that holds the text, or None if there are no rows.
 
-    The first rows tell, and as many more as it takes to find the wanted one, or any that holds strings.
+    It reads the first rows, and then further ones until it finds the wanted field or, without one, a field with
+    strings.
 
     Raises:
-        ColumnError: the wanted field is in no row; or none is wanted, and not exactly one holds strings.
-        ValueError: a row that was looked at is no JSON object.
+        ColumnError: the wanted field is in no row; or none is given, and not exactly one field has strings.
+        ValueError: a row that was read is not a JSON object.
     """
     types: dict[str, set[type]] = {}
     number, wanted = 0, config.text_column
@@ -96,17 +101,20 @@ def json_column(path: Path, config: DataConfig) -> TextColumn | None:
 def json_rows(
     path: Path, encoding_errors: str, after: State | None = None, *, once: str | None = None
 ) -> Iterator[Row]:
-    """The objects of a file, or those after a row.
+    """Yields the objects of a file, or those after a row.
 
-    Where each line is an object, one line is read after the other. A file of another form (its first line is no object
-    of its own) is held in memory as a whole.
+    If each line is an object, the lines are read one by one. Any other file, whose first line is not a complete object,
+    is held in memory as a whole.
 
     Args:
+        path: the file.
+        encoding_errors: the setting ``data.encoding_errors``.
+        after: :attr:`Row.after` of the row after which to start.
         once: a field that no object may have twice.
 
     Raises:
-        ValueError: the text is not UTF-8, not JSON, or something else than objects, or an object has a field twice; the
-            message has the line.
+        ValueError: the text is not UTF-8 or not JSON, a value is not an object, or an object has a field twice. The
+            message contains the line.
     """
     after = after or {}
     spellings = set() if once is None else {json.dumps(once), json.dumps(once, ensure_ascii=False)}
@@ -134,7 +142,7 @@ def json_rows(
 
 
 def parse_line(text: str, where: str) -> Any:
-    """The JSON value of a line. Raises ValueError: it is none; the message says where in the line."""
+    """Returns the JSON value of a line. Raises ``ValueError`` with the position of the error if it is not JSON."""
     text = text.strip(" \t\n\r")
     try:
         value, end = _decode(text, 0)
@@ -148,7 +156,7 @@ def parse_line(text: str, where: str) -> Any:
 
 
 def _is_array(path: Path, encoding_errors: str) -> bool:
-    """Whether values stand in an array or over several lines."""
+    """Whether the values are in an array, or span several lines."""
     first = next((line.text.strip() for line in text_lines(path, encoding_errors)), "")
     if first.startswith("[") or first == "{":
         return True
@@ -161,7 +169,7 @@ def _is_array(path: Path, encoding_errors: str) -> bool:
 
 
 def _values(path: Path, encoding_errors: str) -> Iterator[tuple[Any, str, int]]:
-    """The elements of an array, or values one after the other; each with how it is written and the number of its line."""
+    """Yields the elements of an array, or consecutive values, each with its source text and the number of its line."""
     start = text_start(path)
     text = decoded(b"".join(file_chunks(path, start)), encoding_errors, path, start, 1)
     at = counted = _end_of_space(text, 0)

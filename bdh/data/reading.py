@@ -69,10 +69,12 @@ class DocumentReader:
     """Reads the chunks of documents that a function yields one by one."""
 
     def __init__(self, documents: Callable[[State], Iterable[tuple[bytes | None, State]]], state: State | None = None):
-        """
+        """Creates a reader.
+
         Args:
-            documents: gives those after a state (at first an empty one), each with the state after it; None in the place
-                of one that has no text.
+            documents: yields the documents after a state, which is empty at first. Each comes with the state after it,
+                and is None if it has no text.
+            state: the position of another reader, from which to continue.
         """
         self._documents = documents
         self._after = dict(state or {})
@@ -107,7 +109,7 @@ class ChainReader:
     """Reads several shards, one after the other."""
 
     def __init__(self, shards: Sequence[OpenShard], skipped: Skipped, state: State | None = None):
-        """Raises ValueError: the state was stored before the shards were read one by one."""
+        """Creates a reader. Raises ``ValueError`` if the state is of a version that did not read shards one by one."""
         if state and "shard" not in state:
             raise ValueError("the position in the text was stored by an earlier version of bdh, and cannot be used")
         self._shards, self._skipped = shards, skipped
@@ -209,9 +211,11 @@ class Split:
         return f"StreamSplit(unit={self.unit!r}, number={self.number!r})"
 
     def marked(self, chunks: Iterable[Chunk], position: int = 0) -> Iterator[tuple[Chunk, bool, int]]:
-        """
+        """Determines for each chunk whether it is held out.
+
         Args:
-            position: of the first chunk, in units.
+            chunks: the chunks.
+            position: the position of the first chunk, in units.
 
         Yields:
             Each chunk, or both sides of one that is cut; whether it is held out; and the position after it.
@@ -236,9 +240,12 @@ def split_of(open_source: Callable[[], Iterable[Chunk]], val_fraction: float, *,
     """Returns the split that holds out the last documents, or the last bytes of a single one. Reads the source once.
 
     Args:
-        streaming: the end is far, so every ``round(1 / val_fraction)``-th chunk is held out. (A fraction above one half
-            holds out every second one: it cannot hold out more than it leaves.) A source of not more chunks than that,
-            of which none or only the rest of a document would be held out, is split as without.
+        open_source: returns the chunks of the source.
+        val_fraction: the fraction to hold out.
+        streaming: whether to hold out every ``round(1 / val_fraction)``-th chunk instead, since the end of a stream is
+            far. (A fraction above one half holds out every second chunk: no more than half can be held out.) A source
+            with no more chunks than that, of which nothing or only the rest of a document would be held out, is split
+            as without streaming.
     """
     every = max(2, round(1 / val_fraction))
     num_documents = num_bytes = 0
@@ -259,7 +266,7 @@ def num_kept(number: int, val_fraction: float) -> int:
 
 
 def _character_start(utf8: bytes, position: int) -> int:
-    """The start of the character that the byte at ``position`` belongs to; the end, where there is none."""
+    """Returns where the character begins to which the byte at ``position`` belongs; at the end of the text, the end."""
     while 0 < position < len(utf8) and utf8[position] & 0xC0 == 0x80:
         position -= 1
     return position
@@ -274,7 +281,8 @@ class TextColumn(NamedTuple):
 
     name: str
     strings: frozenset[str] | None = None
-    """Of JSON, where it was guessed, the fields that held a string in the first rows: no other one may come to hold one."""
+    """For a guessed column of a JSON file, the fields that contained a string in the first rows. No other field may
+    contain one later."""
 
 
 def choose_column(types: Mapping[str, set[type]], wanted: str | None, where: str) -> str:
@@ -308,10 +316,10 @@ def choose_column(types: Mapping[str, set[type]], wanted: str | None, where: str
 
 
 def row_text(text: Any, column: str, where: str, encoding_errors: str, skipped: Skipped) -> bytes | None:
-    """The text of a table's row in UTF-8; None, counted, where there is none: an empty one, null, or no such field.
+    """Returns the text of a table's row in UTF-8. If it is empty, null or missing, counts this and returns None.
 
     Raises:
-        ValueError: it is something else than text.
+        ValueError: the value is not text.
     """
     if text is None or text == "":
         skipped[NO_TEXT] += 1
@@ -322,9 +330,11 @@ def row_text(text: Any, column: str, where: str, encoding_errors: str, skipped: 
 
 
 def to_utf8(text: str, encoding_errors: str, where: str) -> bytes:
-    """
+    """Encodes text in UTF-8.
+
     Raises:
-        ValueError: the text holds half of a surrogate pair, which is no character, and ``encoding_errors`` is strict.
+        ValueError: the text contains half of a surrogate pair, which is not a character, and ``encoding_errors`` is
+            strict.
     """
     try:
         return text.encode()
@@ -338,10 +348,10 @@ def to_utf8(text: str, encoding_errors: str, where: str) -> bytes:
 
 
 def decoded(utf8: bytes, encoding_errors: str, path: Path, offset: int, line: int | None = None) -> str:
-    """The text of the bytes that stand at ``offset`` of a file.
+    """Decodes the bytes at ``offset`` of a file.
 
     Raises:
-        ValueError: they are not UTF-8, and ``encoding_errors`` is strict.
+        ValueError: the bytes are not UTF-8, and ``encoding_errors`` is strict.
     """
     try:
         return utf8.decode("utf-8", encoding_errors)
@@ -358,10 +368,10 @@ class Line(NamedTuple):
     """A line of a file that is not blank."""
 
     number: int
-    """From 1 on."""
+    """The number of the line, from 1."""
     text: str
     end: int
-    """Bytes of the (uncompressed) file up to the next line."""
+    """The offset of the next line in the (uncompressed) file, in bytes."""
 
 
 def text_lines(path: Path, encoding_errors: str, offset: int = 0, number: int = 1) -> Iterator[Line]:
@@ -385,7 +395,7 @@ def text_lines(path: Path, encoding_errors: str, offset: int = 0, number: int = 
 
 
 def encoded_lines(path: Path, offset: int) -> Iterator[bytes]:
-    r"""The lines of a file from ``offset`` on, each with its end, which may be ``\n``, ``\r`` or both."""
+    r"""Yields the lines of a file from ``offset`` on, each with its line end, which can be ``\n``, ``\r`` or both."""
     pending: list[bytes] = []
     for chunk in file_chunks(path, offset):
         pending.append(chunk)
@@ -398,16 +408,17 @@ def encoded_lines(path: Path, offset: int) -> Iterator[bytes]:
 
 
 def compression(path: Path) -> str:
-    """The last suffix of a file's name in small letters, if it is one of a compression; else nothing."""
+    """Returns the suffix of a file's name in lower case if it is that of a compressed file, otherwise ""."""
     suffix = path.suffix.lower()
     return suffix if suffix in COMPRESSED else ""
 
 
 def text_start(path: Path) -> int:
-    """Where the text of a file begins in its uncompressed bytes: after the byte order mark, if there is one.
+    """Returns the offset of the text in the uncompressed bytes of a file, after the byte order mark if there is one.
 
     Raises:
-        ValueError: the mark is that of another encoding than UTF-8, or the compressed file is damaged or cut off.
+        ValueError: the byte order mark is that of another encoding than UTF-8, or the compressed file is damaged or
+            truncated.
     """
     beginning = b""
     for chunk in file_chunks(path):

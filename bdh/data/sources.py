@@ -1,4 +1,4 @@
-"""From ``data.source`` to something that can be read, as often as it takes."""
+"""Finds the sources that the settings name. A source can be read repeatedly."""
 
 import glob
 import hashlib
@@ -59,10 +59,10 @@ _logger = logging.getLogger(__name__)
 
 
 class _TableType(NamedTuple):
-    """How the files of a type are read, a document a row."""
+    """How to read files of a type whose rows are documents."""
 
     find_column: Callable[[Path, DataConfig], Any]
-    """Which column holds the text, in words of its own; None if there are no rows."""
+    """Returns the column that holds the text, in a form that ``open`` takes; None if there are no rows."""
     open: Callable[[Path, Any, DataConfig, Skipped, State | None], Reader]
 
 
@@ -75,21 +75,21 @@ _TABLES: dict[str | None, _TableType] = {
 
 @dataclass
 class Source:
-    """A text that can be read: shards in order, and what makes it the text it is."""
+    """A text that can be read: its shards in order, and the data that identify it."""
 
     shards: list[OpenShard]
     identity: list[Any]
-    """Plain data; another where the text may be another. For the cache."""
+    """Plain data that differ whenever the text may differ, for the key of the cache."""
     shard_files: list[list[Path]]
     """The local files of each shard."""
     num_bytes: int | None
-    """Bytes of text, where they are known beforehand. For progress bars."""
+    """The size of the text in bytes, if it is known in advance, for progress bars."""
     skipped: Skipped
-    """What was left out when the source was looked up."""
+    """What was skipped when the source was looked up."""
     names: set[tuple[str | None, ...]] = field(default_factory=set)
-    """Of the texts that are not read file by file: built-in ones, and splits that ``datasets`` reads."""
+    """The names of texts that are not read file by file: built-in texts, and splits that ``datasets`` reads."""
     guessed_column: tuple[str, str] | None = None
-    """Of what ``datasets`` reads: its name, and the column that was taken for the text without being asked for."""
+    """For a table that ``datasets`` reads, its name and the column that was guessed to hold the text."""
 
     @property
     def files(self) -> list[Path]:
@@ -98,19 +98,20 @@ class Source:
 
     @property
     def is_hub(self) -> bool:
-        """Whether ``datasets`` reads it as a whole: its files may hold other splits too."""
+        """Whether ``datasets`` reads the source as a whole. Its files may then contain other splits too."""
         return any(name[0] == "hub" for name in self.names)
 
     def open(self, skipped: Skipped | None = None, state: State | None = None) -> ChainReader:
-        """A reader from the beginning, or from where another one was."""
+        """Returns a reader from the beginning, or from the position of another reader."""
         return ChainReader(self.shards, Skipped() if skipped is None else skipped, state)
 
     def fingerprint(self, until: State | None = None) -> str:
-        """A hash that knows files by their names, sizes, beginnings and ends: the same on another machine.
+        """Returns a hash that identifies files by name, size, beginning and end, and is the same on other machines.
 
         Args:
-            until: the state of a reader, after which the text may be another. Of the file that it is in, only what is before
-                counts: as the bytes of the file where the reader counts them, else as the text that it gives.
+            until: the state of a reader. Text after this position does not change the hash. Of the file that contains
+                the position, the hash covers the bytes before it if the reader counts bytes, and otherwise the text
+                that the reader returned.
         """
         known = [entry for entry in self.identity if entry[0] != "files"]
         digest = hashlib.sha256(repr(known).encode())
@@ -123,7 +124,7 @@ class Source:
         return digest.hexdigest()
 
     def _before(self, number: int, inner: State) -> bytes:
-        """A hash of a shard's text before the place where a reader of it was."""
+        """Returns a hash of the text of a shard before the position of a reader."""
         wanted = _place(inner)
         if wanted == _NOWHERE:
             return b""
@@ -149,13 +150,17 @@ class Source:
 
 
 def _place(state: State) -> tuple[int, int]:
-    """What grows as a reader reads: rows, documents or bytes that it has read, and chunks given of the next one."""
+    """Returns a position that increases while a reader reads.
+
+    It consists of the number of rows, documents or bytes read, and the number of chunks that were returned of the next
+    one.
+    """
     read = next((state[name] for name in ("row", "num_rows", "document", "offset") if name in state), 0)
     return read, state.get("parts", -len(state.get("pending", [])))
 
 
 def _ends(path: Path, size: int) -> bytes:
-    """A file's name, and of so many bytes of it the number, the first and the last."""
+    """Returns the name of a file, the size, and the first and last bytes of its first ``size`` bytes."""
     with path.open("rb") as file:
         first = file.read(min(size, _FINGERPRINT_BYTES))
         file.seek(max(0, size - _FINGERPRINT_BYTES))
@@ -163,7 +168,7 @@ def _ends(path: Path, size: int) -> bytes:
 
 
 def _bytes_before(path: Path, offset: int) -> bytes:
-    """The same of a file that may be compressed, up to an offset in its text."""
+    """Returns bytes that identify the text of a file, which may be compressed, up to an offset."""
     if not compression(path):
         return _ends(path, offset)
     digest, left = hashlib.sha256(path.name.encode()), offset
@@ -176,17 +181,17 @@ def _bytes_before(path: Path, offset: int) -> bytes:
 
 
 def training_source(config: DataConfig) -> Source:
-    """What ``data.source`` names, without the files of ``data.val_source``.
+    """Returns the source named by ``data.source``, without the files of ``data.val_source``.
 
     Raises:
-        FileNotFoundError: a file is missing, or the hub does not give the data set.
-        ValueError: a setting does not go with the source, or nothing is left to train on.
+        FileNotFoundError: a file does not exist, or the hub does not provide the data set.
+        ValueError: a setting is not allowed for the source, or nothing is left to train on.
     """
     return _resolve(config, item_names(config.source), config.split, _held_out(config))
 
 
 def _held_out(config: DataConfig) -> set[FileKey]:
-    """The files that are validated on; with those of the other entries, if it is the section of an entry of a mix."""
+    """Returns the keys of the files to validate on. For an entry of a mix, they include those of the other entries."""
     keys: set[FileKey] = set()
     for section in [config, *(config.others if isinstance(config, EntryConfig) else [])]:
         items = item_names(section.source)
@@ -199,7 +204,7 @@ def _held_out(config: DataConfig) -> set[FileKey]:
 
 
 def validation_source(config: DataConfig) -> Source | None:
-    """What is validated on, or None if it is a share of the training source."""
+    """Returns the source to validate on, or None if validation text is split off the training source."""
     if config.val_split is not None:
         items = item_names(config.source)
         if len(items) != 1 or items[0] in BUILTIN or not _is_hub(items[0], config):
@@ -280,7 +285,7 @@ def _not_held_out(files: list[Path], held_out: set[FileKey], skipped: Skipped) -
 
 
 def _identity(files: Sequence[Path]) -> list[Any]:
-    """Path, size and time of each file: another list where a file has been changed."""
+    """Returns path, size and modification time of each file, which differ if a file has changed."""
     found = [(path.resolve(), path.stat()) for path in files]
     return [[path.as_posix(), stat.st_size, stat.st_mtime_ns] for path, stat in found]
 
@@ -299,7 +304,10 @@ def _of_files(config: DataConfig, files: list[Path], skipped: Skipped) -> Source
 
 
 def _opener(path: Path, config: DataConfig) -> OpenShard:
-    """Opens a file by its type; raises ValueError for a table without the column, or of which no single one can be guessed."""
+    """Returns a function that opens a file, depending on its type.
+
+    The function raises ``ValueError`` if a table does not have the column, or if no single column can be guessed.
+    """
 
     def open_file(skipped: Skipped, state: State | None) -> Reader:
         if file_type(path) in TEXT_TYPES:
@@ -315,7 +323,7 @@ def _opener(path: Path, config: DataConfig) -> OpenShard:
 
 
 def _column(path: Path, config: DataConfig) -> Any:
-    """Which column of a table holds the text, in the words of its type's reader; None if there are no rows."""
+    """Returns the column of a table that holds the text, as its type's reader takes it; None if there are no rows."""
     return _TABLES[file_type(path)].find_column(path, config) if path.stat().st_size else None
 
 
@@ -352,7 +360,7 @@ def _of_builtin(name: str) -> Source:
 
 
 def stdlib_files() -> list[Path]:
-    """The standard library's .py files, without site-packages and tests, in the order of their names."""
+    """Returns the .py files of the standard library, except for site-packages and tests, sorted by path."""
     root = Path(sysconfig.get_path("stdlib"))
     found = []
     for folder, subfolders, names in os.walk(root):
@@ -410,11 +418,11 @@ def _of_hub(config: DataConfig, path: str, split: str, held_out: set[FileKey]) -
 
 
 def show_columns(config: DataConfig, *sources: Source | None) -> None:
-    """Says which column holds the text: of each .csv file, and of other tables where the name was guessed.
+    """Logs the column that holds the text of each .csv file, and of other tables if it was guessed.
 
     Raises:
-        ColumnError: the guess gives other names in other files of a source, or cannot be made.
-        ValueError: as of :func:`_show_csv_columns`, and of a file that is damaged.
+        ColumnError: different names were guessed for the files of a source, or no column can be guessed.
+        ValueError: as :func:`_show_csv_columns`, or because a file is damaged.
     """
     known = [source for source in sources if source is not None]
     files = [path for source in known if not source.is_hub for path in source.files]
@@ -438,9 +446,10 @@ def show_columns(config: DataConfig, *sources: Source | None) -> None:
 
 
 def _show_csv_columns(files: Sequence[Path], config: DataConfig) -> None:
-    """Of each file the column, the number of rows and how the first text begins; the first files' rows are counted.
+    """Logs the column, the number of rows and the beginning of the first text of each file.
 
-    Raises as :func:`find_layout` and, in the counted rows, :func:`csv_texts`.
+    Rows are counted up to a limit. If there are many files, only the columns of the further ones are logged. Raises as
+    :func:`find_layout` and, for the counted rows, as :func:`csv_texts`.
     """
     num_shown, num_bytes, further = 0, 0, Counter[str]()
     for path in files:
@@ -467,7 +476,7 @@ def _show_csv_columns(files: Sequence[Path], config: DataConfig) -> None:
 
 
 def _guessed_columns(config: DataConfig, source: Source) -> dict[str, str | Path]:
-    """The names of columns, each with the first table in which it is so."""
+    """Returns the guessed names of columns, each with the first table for which it was guessed."""
     if source.guessed_column is not None:
         where, name = source.guessed_column
         return {name: where}
@@ -479,7 +488,10 @@ def _guessed_columns(config: DataConfig, source: Source) -> dict[str, str | Path
 
 
 def _first_text(source: Source, where: str | Path) -> str:
-    """How the first document of a table begins; nothing where it cannot be read, which its reading will say."""
+    """Returns the beginning of a table's first document, or "" if it cannot be read.
+
+    Whoever reads the table later reports the error.
+    """
     number = next((number for number, paths in enumerate(source.shard_files) if where in paths), 0)
     with suppress(ValueError):
         for chunk in source.open(state={"shard": number, "inner": None}):

@@ -1,7 +1,8 @@
-"""Training straight from a source: read, shuffled, tokenized and packed as it goes, nothing on disk.
+"""Streaming: reads, shuffles, tokenizes and packs a source during training, and stores nothing on disk.
 
-Memory holds the shuffle buffers (``shuffle_buffer_documents`` chunks of text, 64 MiB at most, shared by all processes), what has
-been dealt to sequences that have not come to it, the collected validation tokens, and what ``datasets`` reads at a time.
+Memory holds the shuffle buffers (``shuffle_buffer_documents`` chunks of text, at most 64 MiB, divided among all
+processes), the chunks that are waiting for a place in them, the collected validation tokens, and what ``datasets``
+reads at a time.
 """
 
 import hashlib
@@ -31,12 +32,12 @@ _logger = logging.getLogger(__name__)
 
 
 class StreamingCorpus(Corpus):
-    """A corpus that is read while training.
+    """A corpus that is read during training.
 
-    Without a validation source of its own, every ``round(1 / val_fraction)``-th chunk of it is held out: a chunk is
-    a document, or 256 KiB of a longer one. (A source of not more parts is split as it is without streaming, see
-    :func:`bdh.data.reading.split_of`.) Of the held-out text, the first ``val_tokens`` tokens are kept to
-    validate on; the search for them ends after 256 MiB of text.
+    Without a separate validation source, every ``round(1 / val_fraction)``-th chunk is held out. A chunk is a document,
+    or 256 KiB of a longer one. (A source with no more than that many chunks is split as it is without streaming, see
+    :func:`bdh.data.reading.split_of`.) The first ``val_tokens`` tokens of the held-out text are used for validation.
+    The search for them ends after 256 MiB of text.
     """
 
     no_tokens_because = "a streaming corpus is never tokenized as a whole: set data.streaming=false"
@@ -102,24 +103,24 @@ class StreamingCorpus(Corpus):
 
 @dataclass
 class _Lane:
-    """Chunks that are dealt to it, shuffled among themselves, one after the other."""
+    """A sequence of chunks that are dealt to the lane, shuffled among themselves, and read one after the other."""
 
     number: int
     num_sequences: int = 1
-    """Of each step."""
+    """The number of sequences that are read from it in each step."""
     epoch: int = 0
-    """The pass through the source that its shuffle buffer is of."""
+    """The number of the pass through the source from which its shuffle buffer is filled."""
     num_drawn: int = 0
     first_undealt: int = 0
-    """The number of the first chunk that has not been dealt to it, if it is its own."""
+    """The chunks of this lane whose numbers are below this one have already been dealt to it."""
     waiting: deque[tuple[int, Chunk]] = field(default_factory=deque)
-    """Dealt, each with its pass, and not in the buffer yet."""
+    """Chunks that were dealt to the lane but are not in the buffer yet, each with the number of its pass."""
     buffer: list[Chunk] = field(default_factory=list)
     drawn: list[Chunk] = field(default_factory=list)
-    """Not tokenized yet."""
+    """Chunks that were drawn from the buffer but are not tokenized yet."""
     tokens: list[np.ndarray] = field(default_factory=list)
     starts: list[np.ndarray] = field(default_factory=list)
-    """Of the tokens, the first ones of chunks."""
+    """For each token, whether it is the first one of a chunk."""
     num_tokens: int = 0
 
     def add(self, tokens: np.ndarray, starts: np.ndarray) -> None:
@@ -128,11 +129,14 @@ class _Lane:
         self.num_tokens += len(tokens)
 
     def num_lacking(self, block_size: int) -> int:
-        """How many tokens are still to be read for the next step."""
+        """Returns the number of tokens that must still be read for the next step."""
         return max(0, self.num_sequences * block_size + 1 - self.num_tokens)
 
     def following(self, block_size: int) -> tuple[np.ndarray, np.ndarray]:
-        """The next tokens, and the starts among them; the last one, a target, is the first of the next step."""
+        """Returns the tokens of the next step, and for each of them whether it is the first one of a chunk.
+
+        The last token is only a target in this step, and is the first token of the step after it.
+        """
         if len(self.tokens) > 1:
             self.tokens, self.starts = [np.concatenate(self.tokens)], [np.concatenate(self.starts)]
         end = self.num_sequences * block_size + 1
@@ -171,12 +175,12 @@ class _Lane:
 
 
 class StreamLoader(Loader):
-    """Sequences that read on through shuffled chunks of a source (documents, or 256 KiB of longer ones).
+    """Reads sequences continuously from the shuffled chunks of a source (documents, or 256 KiB of longer ones).
 
-    The sequences of the global batch are shared by *lanes*, each of which is read through from step to step. The chunks
-    are dealt to the lanes in rounds, one each, in an order that depends on the seed and the round, and a lane shuffles its
-    share in a buffer. So what a lane reads depends on the seed, the text and the number of lanes alone: a process keeps
-    and tokenizes the chunks of its own lanes, and all processes together get what one alone would.
+    The sequences of the global batch are divided among *lanes*, each of which continues from step to step. In each
+    round, every lane gets one chunk, in an order that depends on the seed and the round. A lane shuffles its chunks in
+    a buffer. What a lane reads therefore depends only on the seed, the text and the number of lanes. Each process keeps
+    and tokenizes the chunks of its own lanes, and all processes together get the sequences that a single process would.
     """
 
     def __init__(
@@ -191,11 +195,18 @@ class StreamLoader(Loader):
         seed: int,
         carry_state: bool,
     ):
-        """
+        """Creates a loader that starts at the beginning of a source.
+
         Args:
-            split: which chunks to hold out, or None.
-            own: the sequences of the global batch that this process gets.
-            carry_state: each sequence has a lane of its own, and continues in the next step where it ended.
+            source: the source.
+            split: the rule for the chunks to hold out, or None.
+            encoder: encodes the text.
+            config: the settings.
+            block_size: the number of tokens that each sequence predicts.
+            batch_size: the number of sequences of the global batch.
+            own: the sequences of the global batch that belong to this process.
+            seed: the seed of the shuffling.
+            carry_state: whether each sequence has its own lane, and continues in the next step where it ended.
         """
         self._source, self._split, self._encoder = source, split, encoder
         self._block_size, self._seed = block_size, seed
@@ -217,7 +228,7 @@ class StreamLoader(Loader):
         first = bounds[min(self._lanes)]
         self._own = slice(own.start - first, own.stop - first)  # of the sequences of these lanes
         self.num_taken = 0
-        """Chunks that were dealt to this process."""
+        """The number of chunks that were dealt to this process."""
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
         self._num_dealt = self._num_read = 0
         self._is_empty = True
@@ -227,7 +238,7 @@ class StreamLoader(Loader):
 
     @property
     def epoch(self) -> int:
-        """How many times all lanes of this process have been through the source."""
+        """The number of passes through the source that all lanes of this process have completed."""
         return min(lane.epoch for lane in self._lanes.values())
 
     def _read(self) -> Batch:
@@ -253,7 +264,7 @@ class StreamLoader(Loader):
             lane.move_on(self._block_size)
 
     def _draw(self, lane: _Lane) -> Chunk:
-        """A chunk of the lane's buffer at random, which is filled from one pass through the source at a time."""
+        """Draws a random chunk from a lane's buffer, which is filled from one pass through the source at a time."""
         if not lane.buffer:
             while not lane.waiting:
                 self._read_on()
@@ -272,7 +283,7 @@ class StreamLoader(Loader):
         return lane.buffer.pop()
 
     def _read_on(self) -> None:
-        """Deals the next chunk of the source, or begins it again after its last one."""
+        """Deals the next chunk of the source, or starts the source again after its last chunk."""
         try:
             chunk = next(self._chunks, None)
         except (ValueError, OSError):
@@ -306,7 +317,7 @@ class StreamLoader(Loader):
         self._chunks = iter(self._reader)
 
     def state_dict(self) -> dict[str, Any]:
-        """This process's share of the position; see :func:`bdh.data.batches.join_states`."""
+        """Returns this process's part of the position; see :func:`bdh.data.batches.join_states`."""
         share = {
             "lanes": [lane.state_dict() for lane in self._lanes.values()],
             "reader": self._reader.state(),
@@ -319,9 +330,10 @@ class StreamLoader(Loader):
         return {"kind": self._kind, "seed": self._seed, "num_lanes": self._num_lanes, "shares": [share]}
 
     def _load(self, state: dict[str, Any]) -> None:
-        """
+        """Restores a position.
+
         Args:
-            state: of all processes, whose number may have been another.
+            state: the state of all processes, of which there may have been another number.
         """
         if "shares" not in state and state.get("kind") == self._kind:
             if not self._carries_state:  # whose sequences were lanes already
@@ -348,9 +360,9 @@ class StreamLoader(Loader):
 
 
 def _with_lanes(state: dict[str, Any], num_lanes: int) -> dict[str, Any]:
-    """A state of a version before 0.2, in which the sequences had no lanes: what was read is dealt to lanes.
+    """Converts a state from a version before 0.2, which had no lanes, by dealing its text to lanes.
 
-    Nothing of the text is lost or repeated, but from here on the sequences are not those that that version would give.
+    No text is lost or repeated, but the sequences after that differ from those of the earlier version.
     """
     lanes = [_Lane(number, epoch=state["epoch"]) for number in range(num_lanes)]
     lengths = state.get("lengths", [len(state["tokens"])])
@@ -379,14 +391,17 @@ def _chunks_of(text: torch.Tensor, lengths: list[int], are_ends: list[bool]) -> 
 
 
 def _with_end(tokens: np.ndarray, chunk: Chunk, encoder: TextEncoder) -> tuple[np.ndarray, np.ndarray]:
-    """A chunk's tokens, with ``<eos>`` after a document; and which is the first, that nothing before it leads to."""
+    """Returns the tokens of a chunk, with ``<eos>`` after a document, and a mask that is True for the first token.
+
+    The first token is marked because it has no context.
+    """
     if chunk.ends_document and encoder.eos_token_id is not None:
         tokens = np.append(tokens, np.array(encoder.eos_token_id, dtype=encoder.dtype))
     return tokens, np.arange(len(tokens)) == 0
 
 
 def _random_number(*numbers: int) -> int:
-    """64 bits that depend on the numbers alone: SplitMix64's mixing, once for each."""
+    """Returns 64 bits that depend only on the numbers, by applying the mixing of SplitMix64 for each of them."""
     bits = 0
     for number in numbers:
         bits = (bits + number + 0x9E3779B97F4A7C15) & _MASK
@@ -397,21 +412,22 @@ def _random_number(*numbers: int) -> int:
 
 
 class _Collected:
-    """Validation tokens from the beginning of a source, and whether there is enough to train on for a single sequence."""
+    """Collects validation tokens from the beginning of a source, and counts training tokens up to one sequence."""
 
     def __init__(self, config: DataConfig, encoder: TextEncoder, block_size: int, progress: ProgressCallback):
         self._max_tokens = max(config.val_tokens, block_size + 1)
         self._block_size, self._encoder, self._progress = block_size, encoder, progress
         self.pieces = [np.empty(0, dtype=encoder.dtype)]
         self.num_tokens = {False: 0, True: 0}
-        """Those to train on, and the held out ones."""
+        """The number of training tokens (False) and of held-out tokens (True)."""
         self.num_val_bytes = self.num_read_bytes = 0
 
     def read(self, chunks: Iterable[tuple[Chunk, bool]], until_enough: Sequence[bool] = (False, True)) -> None:
-        """
+        """Reads chunks until there are enough tokens.
+
         Args:
-            chunks: each with whether it is held out.
-            until_enough: of which of the two.
+            chunks: the chunks, each with whether it is held out.
+            until_enough: which tokens must be enough: training tokens (False), held-out tokens (True), or both.
         """
         for chunk, is_held_out in chunks:
             self.num_read_bytes += len(chunk.utf8)

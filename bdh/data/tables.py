@@ -1,4 +1,4 @@
-"""Rows of parquet files, and of what the ``datasets`` library reads: data sets of the hub or in its layout."""
+"""Rows of parquet files, and of data sets that the ``datasets`` library reads, from the hub or in its layout."""
 
 import logging
 import warnings
@@ -38,7 +38,7 @@ _logger = logging.getLogger(__name__)
 
 @contextmanager
 def _explained(fault: str) -> Iterator[None]:
-    """Makes errors of pyarrow, pandas, fsspec and datasets, each of which raises its own, into a ValueError."""
+    """A context that converts the various errors of pyarrow, pandas, fsspec and datasets to ``ValueError``."""
     try:
         yield
     except ColumnError:
@@ -49,7 +49,7 @@ def _explained(fault: str) -> Iterator[None]:
 
 
 class TableReader:
-    """The rows of a ``datasets`` table, one document each."""
+    """Reads the rows of a ``datasets`` table, each of which is a document."""
 
     def __init__(
         self,
@@ -61,11 +61,16 @@ class TableReader:
         skipped: Skipped,
         state: State | None = None,
     ):
-        """
+        """Creates a reader.
+
         Args:
             rows: a ``datasets.IterableDataset``.
-            where: the name of the table, for errors.
-            fault: how the message begins where a row cannot be read.
+            column: the column that holds the text.
+            where: the name of the table, for error messages.
+            fault: the beginning of the error message if a row cannot be read.
+            encoding_errors: the setting ``data.encoding_errors``.
+            skipped: counts rows without text.
+            state: the position of another reader, from which to continue.
         """
         self._rows, self._column, self._where, self._fault = rows, column, where, fault
         self._encoding_errors, self._skipped = encoding_errors, skipped
@@ -109,7 +114,10 @@ class TableReader:
 def parquet_reader(
     path: Path, column: TextColumn, config: DataConfig, skipped: Skipped, state: State | None = None
 ) -> DocumentReader:
-    """The rows of a .parquet file, one document each. Iterating raises ValueError: the file is damaged."""
+    """Returns a reader of the rows of a .parquet file, each of which is a document.
+
+    Iterating raises ``ValueError`` if the file is damaged.
+    """
 
     def documents(after: State) -> Iterator[tuple[bytes | None, State]]:
         first = after.get("num_rows", 0)
@@ -121,7 +129,7 @@ def parquet_reader(
 
 
 def _parquet_values(path: Path, column: str, first: int) -> Iterator[Any]:
-    """Those of a column, from row ``first`` on."""
+    """Yields the values of a column, starting at row ``first``."""
     from pyarrow import parquet
 
     # Not by datasets, which takes thirty times as long for short rows.
@@ -137,10 +145,10 @@ def _parquet_values(path: Path, column: str, first: int) -> Iterator[Any]:
 
 
 def parquet_column(path: Path, config: DataConfig) -> TextColumn | None:
-    """The column that holds the text, or None if there are no rows; see :func:`bdh.data.reading.choose_column`.
+    """Returns the column that holds the text, or None if there are no rows; see :func:`bdh.data.reading.choose_column`.
 
     Raises:
-        ColumnError: the wanted column is not there; or none is wanted, and not exactly one holds strings.
+        ColumnError: the wanted column does not exist; or none is given, and not exactly one column has strings.
         ValueError: the file is damaged.
     """
     from pyarrow import parquet
@@ -152,14 +160,14 @@ def parquet_column(path: Path, config: DataConfig) -> TextColumn | None:
 
 
 def _types(schema: Any) -> dict[str, set[type]]:
-    """Of the columns of a ``pyarrow.Schema``."""
+    """Returns the types of the columns of a ``pyarrow.Schema``."""
     return {field.name: {_PYTHON.get(str(field.type), object)} for field in schema}
 
 
 def _text_column(rows: Any, wanted: str | None, where: str) -> str | None:
-    """The column that holds the text of a ``datasets.Dataset`` or ``IterableDataset``, or None if there is no row.
+    """Returns the column that holds the text of a ``datasets.Dataset`` or ``IterableDataset``; None if it has no rows.
 
-    Where the table does not tell the types of its columns, the first rows do.
+    If the table does not know the types of its columns, the first rows determine them.
     """
     if rows.features is not None:
         return choose_column(_types(rows.features.arrow_schema), wanted, where)
@@ -171,14 +179,17 @@ def _text_column(rows: Any, wanted: str | None, where: str) -> str | None:
 
 
 class HubSet:
-    """One split of a data set."""
+    """A split of a data set."""
 
     def __init__(self, path: str, split: str, config: DataConfig):
-        """Finds the split; with ``streaming`` nothing but its description is fetched.
+        """Finds the split.
+
+        With ``streaming``, this fetches only the description of the data set, and its first rows if that does not list
+        the columns.
 
         Raises:
-            FileNotFoundError: there is no such data set, or the hub cannot be reached.
-            ValueError: it has no such configuration or split, or no column that holds the text.
+            FileNotFoundError: the data set does not exist, or the hub cannot be reached.
+            ValueError: the data set has no such configuration or split, or no column that holds the text.
         """
         import datasets
 
@@ -215,12 +226,12 @@ class HubSet:
         # By no public name, and None would have one data set's tokens taken for another's. Checked with datasets 5.2;
         # tests/data/test_hub.py fails where it changes.
         self.identity: str | None = rows._fingerprint if isinstance(rows, datasets.Dataset) else None
-        """Another one where the data are others; None when streaming, where datasets does not know it."""
+        """A value that differs if the data differ; None when streaming, since datasets does not know it then."""
         # A streamed data set carries the position of its one reader: each reader loads its own.
         self._rows = load if self.identity is None else lambda: rows
 
     def open(self, skipped: Skipped, state: State | None) -> TableReader:
-        """A reader of its rows."""
+        """Returns a reader of the rows."""
         import datasets
 
         rows = self._rows()
@@ -232,10 +243,11 @@ class HubSet:
 
 
 def local_tables(path: str, *, name: str | None, split: str) -> list[Path] | None:
-    """The .json, .jsonl, .csv, .tsv or .parquet files of a split of a local folder, which are read as any others.
+    """Returns the .json, .jsonl, .csv, .tsv or .parquet files of a split in a local folder.
 
-    So only the column of the text matters, where ``datasets`` wants the same columns in all rows. None for other files,
-    for .csv files whose form the data card describes, and for what :func:`_load_split` refuses.
+    They are read like any other files, so that only the column with the text matters, while ``datasets`` requires the
+    same columns in all rows. The result is None for other files, for .csv files whose format the data card describes,
+    and for what :func:`_load_split` refuses.
     """
     import datasets
 
@@ -261,7 +273,7 @@ def local_tables(path: str, *, name: str | None, split: str) -> list[Path] | Non
 
 
 def _announce(path: str) -> None:
-    """Says that the hub is asked, which without a network takes a while to fail."""
+    """Logs that the hub is asked, since this takes a while to fail without a network."""
     from huggingface_hub import constants
 
     if not Path(path).is_dir() and not constants.HF_HUB_OFFLINE:
@@ -271,7 +283,7 @@ def _announce(path: str) -> None:
 def _load_split(
     path: str, *, name: str | None, split: str, revision: str | None, streaming: bool, **options: Any
 ) -> Any:
-    """``datasets.load_dataset``, with errors for the reader; folders of ``save_to_disk`` open too."""
+    """Calls ``datasets.load_dataset``, and makes its errors readable. Folders of ``save_to_disk`` are loaded too."""
     import datasets
 
     folder = Path(path)
@@ -306,7 +318,7 @@ def _load_split(
 
 
 def shakespeare() -> bytes:
-    """The 1.1 MB of "tiny shakespeare". Its three splits were cut from one text, and are joined to it again.
+    """Returns the 1.1 MB of "tiny shakespeare". Its three splits were cut from one text, and are joined again.
 
     Raises:
         FileNotFoundError: the hub cannot be reached, and the data set is not in its cache.

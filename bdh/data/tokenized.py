@@ -1,9 +1,9 @@
-"""A text that is tokenized once, as one flat stream of integers on disk, and read from the map of a file.
+"""A corpus that is tokenized once. Its tokens are stored as one array, which is read through a memory map.
 
-    <cache_dir>/tokens/<key>/tokens.bin   training tokens, and after them the validation tokens
-    <cache_dir>/tokens/<key>/meta.json    what they are
+    <cache_dir>/tokens/<key>/tokens.bin   training tokens, followed by validation tokens
+    <cache_dir>/tokens/<key>/meta.json    the description of the tokens
 
-An entry appears complete, by the renaming of its folder, or not at all.
+The folder of an entry is renamed into place when it is complete.
 """
 
 import errno
@@ -35,42 +35,45 @@ _logger = logging.getLogger(__name__)
 
 @dataclass
 class TokenMeta:
-    """What a stream of tokens holds."""
+    """The description of stored tokens."""
 
     dtype: str
     num_tokens: int
     num_train_tokens: int
-    """The split: validation tokens follow these."""
+    """The number of training tokens, which the validation tokens follow."""
     num_bytes: int
-    """UTF-8 text of all tokens; the ends of documents add tokens, but no bytes."""
+    """The size of the text in bytes of UTF-8. Ends of documents add tokens, but no bytes."""
     num_train_bytes: int
     num_documents: int
     num_val_documents: int
     content_hash: str
-    """Of the tokens and the split."""
+    """The hash of the tokens and of the split."""
     skipped: dict[str, int]
-    """What was left out when the source was read, by kind; not what was when it was looked up, which each start does."""
+    """What was skipped when the source was read, by kind. It excludes what was skipped when the source was looked up,
+    which happens at each start."""
 
 
 def cache_root(cache_dir: str | None) -> Path:
-    """The folder of the token cache: that of the setting, or of $BDH_CACHE, or in the home folder."""
+    """Returns the folder of the token cache: ``cache_dir``, or else $BDH_CACHE, or else ``~/.cache/bdh``."""
     return Path(cache_dir or os.environ.get("BDH_CACHE") or "~/.cache/bdh").expanduser()
 
 
 class TokenCache:
-    """One entry of the cache."""
+    """An entry of the token cache."""
 
     def __init__(self, cache_dir: str | None, key: Any):
-        """
+        """Creates an entry, without reading or writing files.
+
         Args:
-            key: plain data that is another wherever the tokens may be others.
+            cache_dir: the setting ``data.cache_dir``.
+            key: plain data that differ whenever the tokens may differ.
         """
         self.folder = (
             cache_root(cache_dir) / "tokens" / hashlib.sha256(f"{_FORMAT}{json.dumps(key)}".encode()).hexdigest()[:32]
         )
 
     def load(self) -> TokenMeta | None:
-        """What the entry holds, or None if there is none. One that is not whole is reported, and is none."""
+        """Returns the description of the tokens, or None if there is no complete entry. Damaged entries are logged."""
         recover_dir(self.folder)
         try:
             meta = TokenMeta(**json.loads((self.folder / "meta.json").read_text(encoding="utf-8")))
@@ -86,17 +89,17 @@ class TokenCache:
         return meta
 
     def tokens(self, meta: TokenMeta) -> np.ndarray:
-        """All tokens, as a read-only map of the file."""
+        """Returns all tokens, as a read-only memory map of the file."""
         return np.memmap(self.folder / "tokens.bin", dtype=meta.dtype, mode="r", shape=(meta.num_tokens,))
 
     def build(self, write: Callable[["TokenWriter"], TokenMeta]) -> TokenMeta:
-        """Makes the entry, unless another process has just done so.
+        """Builds the entry, unless another process has just built it.
 
         Args:
-            write: writes the tokens. An error that it raises leaves nothing behind.
+            write: writes the tokens. If it raises an exception, nothing is left on disk.
 
         Raises:
-            DiskFullError: it does not fit on the disk.
+            DiskFullError: there is not enough space.
             OSError: the folder cannot be written.
         """
         parent = self.folder.parent
@@ -128,16 +131,18 @@ class TokenWriter:
     """Appends tokens to the file of an entry, and counts them."""
 
     def __init__(self, file: IO[bytes], ends: Path):
-        """
+        """Creates a writer.
+
         Args:
-            ends: a temporary file, for where documents end.
+            file: the open file for the tokens.
+            ends: the path of a temporary file for the ends of documents.
         """
         self._file, self._ends = file, ends
         self._hash = hashlib.blake2b(digest_size=16)
         self.num_tokens = self.num_bytes = self.num_documents = 0
 
     def write(self, tokens: np.ndarray, num_bytes: int, num_documents: int) -> None:
-        """Tokens that stand for so many bytes of text, in which so many documents end."""
+        """Writes the tokens of ``num_bytes`` bytes of text, in which ``num_documents`` documents end."""
         data = tokens.tobytes()
         self._file.write(data)
         self._hash.update(data)
@@ -146,14 +151,16 @@ class TokenWriter:
         self.num_documents += num_documents
 
     def append(self, chunks: Iterable[Chunk], encoder: TextEncoder, progress: Callable[[int], None]) -> np.ndarray:
-        """Tokenizes chunks, batch by batch, on all cores, with ``<eos>`` after each document where the tokenizer has one.
+        """Tokenizes chunks in batches, on all cores. Adds ``<eos>`` after each document if the tokenizer has it.
 
         Args:
-            progress: called with the bytes of text written so far by this writer.
+            chunks: the chunks.
+            encoder: encodes the text.
+            progress: called with the number of bytes of text that this writer has written so far.
 
         Returns:
-            For each document that ended, the tokens and the bytes up to its end, counted from the writer's
-            beginning: (documents, 2), a map of a file.
+            The numbers of tokens and bytes up to the end of each document that ended, counted from the start of the
+            writer: (documents, 2), a memory map of a file.
         """
         end = [] if encoder.eos_token_id is None else [np.array([encoder.eos_token_id], dtype=encoder.dtype)]
         with self._ends.open("wb") as ends:
@@ -176,7 +183,7 @@ class TokenWriter:
     def finish(
         self, dtype: np.dtype, train_tokens: int, train_bytes: int, val_documents: int, skipped: dict[str, int]
     ) -> TokenMeta:
-        """What is stored beside the tokens, all of which have been written."""
+        """Returns the description of the tokens, all of which must have been written."""
         self._ends.unlink(missing_ok=True)
         self._hash.update(f"{dtype} {train_tokens}".encode())
         return TokenMeta(
@@ -193,7 +200,7 @@ class TokenWriter:
 
 
 class TokenizedCorpus(Corpus):
-    """A corpus whose tokens lie in the cache."""
+    """A corpus whose tokens are stored in the cache."""
 
     def __init__(
         self,
@@ -202,10 +209,14 @@ class TokenizedCorpus(Corpus):
         key: list[Any],
         write: Callable[[TokenWriter], TokenMeta],
     ):
-        """
+        """Loads the tokens from the cache, or writes them to it.
+
         Args:
-            sources: what is trained on and what is validated on; None where that is a share of the first.
-            key: what the tokens depend on besides the sources.
+            config: the settings.
+            sources: the training source and the validation source. The latter is None if validation text is split off
+                the training source.
+            key: what the tokens depend on besides the sources and the settings for reading them.
+            write: writes the tokens, as for :meth:`TokenCache.build`.
         """
         training, validation = sources
         identity = [training.identity, validation.identity if validation else config.val_fraction]
@@ -234,13 +245,13 @@ class TokenizedCorpus(Corpus):
 
     @cached_property
     def _streams(self) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens to train on, and those to validate on."""
+        """The training tokens and the validation tokens."""
         tokens = self._cache.tokens(self._meta)
         return tokens[: self._meta.num_train_tokens], tokens[self._meta.num_train_tokens :]
 
 
 class TextCorpus(TokenizedCorpus):
-    """A text that is tokenized as a whole before the training."""
+    """A text that is tokenized as a whole before training."""
 
     def __init__(self, config: DataConfig, encoder: TextEncoder, block_size: int, progress: ProgressCallback):
         self.block_size = block_size
@@ -312,7 +323,7 @@ def _tokenize(
 
 
 def _count_if_single(chunks: Iterable[Chunk]) -> int | None:
-    """The bytes of a text if it is one document, else None. Reads up to the second document at most."""
+    """Returns the size of a text in bytes, or None if it has several documents. Reads no further than the second."""
     num_bytes, has_ended = 0, False
     for chunk in chunks:
         if has_ended:

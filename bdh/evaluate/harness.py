@@ -1,4 +1,4 @@
-"""Tasks of the LM Evaluation Harness (lm_eval) on a BDH model. Imported only where lm_eval is installed."""
+"""Evaluates a BDH model on tasks of the LM Evaluation Harness. Can only be imported if lm_eval is installed."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -29,7 +29,7 @@ _GENERATION = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "
 
 @dataclass(frozen=True)
 class TaskScore:
-    """One figure of one task."""
+    """The value of one metric on one task."""
 
     task: str
     metric: str
@@ -39,11 +39,17 @@ class TaskScore:
 
 
 class HarnessModel(TemplateLM):
-    """What the harness asks of a model. Where the tokenizer has neither ``<bos>`` nor ``<eos>``, texts begin after a newline.
+    """The interface of a BDH model for the harness.
+
+    If the tokenizer has neither ``<bos>`` nor ``<eos>``, texts start after a newline.
 
     Args:
-        max_length: tokens that a prediction sees at most: a longer context loses its beginning, and ``num_cut``
-            counts how often. None reads all of it: the model's state is of one size at any length.
+        model: the model.
+        tokenizer: its tokenizer.
+        max_length: the maximum number of tokens on which a prediction is based. The beginning of a longer context is
+            cut off, and ``num_cut`` counts such contexts. None reads whole contexts, since the size of the model's
+            state does not depend on the length.
+        batch_size: the maximum number of sequences that are computed together.
     """
 
     def __init__(
@@ -65,11 +71,11 @@ class HarnessModel(TemplateLM):
         return self._start[0]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Ids of a text; what looks like a special token in it is text."""
+        """Returns the token ids of a text. What looks like a special token in it is encoded as plain text."""
         return list(self.tokenizer(string, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """For each (context, continuation) the log-probability, and whether greedy decoding would give it."""
+        """Returns, for each (context, continuation), the log-probability and whether greedy decoding generates it."""
         # How the harness itself divides what it encodes together, for which it has no public name: checked with 0.4.13.
         pairs = [
             self._encode_pair(*each.args) if each.args[0] else ([], self.tok_encode(each.args[1])) for each in requests
@@ -80,12 +86,12 @@ class HarnessModel(TemplateLM):
         return self._scored([(context, continuation) for _, context, continuation in requests])
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """The log-probability of each whole text. A long one is read in windows of ``max_length`` one after the other."""
+        """Returns the log-probability of each whole text. Reads long ones in consecutive windows of ``max_length``."""
         pairs = [(self._start, self.tok_encode(request.args[0])) for request in requests]
         return [score for score, _ in self._scored(pairs, counts_cuts=False)]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Continues each context until one of its stop strings."""
+        """Returns the continuation of each context up to one of its stop strings."""
         asked = [(self._last_part(each.args[0]), *_sampling(each.args[1])) for each in requests]
         by_engine = self._engine.map((context, params) for context, params, num_beams in asked if num_beams == 1)
         texts = []
@@ -113,7 +119,10 @@ class HarnessModel(TemplateLM):
     def _scored(
         self, pairs: Sequence[tuple[list[int], list[int]]], *, counts_cuts: bool = True
     ) -> list[tuple[float, bool]]:
-        """Sum of log-probabilities of the second of each pair after the first, and whether each was the likeliest."""
+        """Returns the log-probability of the second part of each pair, and whether all its tokens were the likeliest.
+
+        The log-probability is the sum over the tokens of the second part, given the first.
+        """
         windows: list[tuple[int, list[int], int]] = []  # (pair, tokens, how many at their end are predicted)
         for number, (context, continuation) in enumerate(pairs):
             tokens = context + continuation
@@ -159,17 +168,18 @@ def evaluate_tasks(
     num_fewshot: int | None = None,
     limit: int | None = None,
 ) -> list[TaskScore]:
-    """Runs tasks, and gives their figures in the order of their names.
+    """Runs tasks, and returns their scores in the order of their names.
 
     Args:
-        tasks: names of tasks, groups or tags; YAML files; or folders, of which every task is taken.
+        lm: the model.
+        tasks: names of tasks, groups or tags; YAML files; or folders, of which every task is run.
         include_path: a folder with further tasks.
-        num_fewshot: solved examples before each question. None for what the task says.
-        limit: documents of each task; None for all.
+        num_fewshot: the number of solved examples before each question; None for the number that the task sets.
+        limit: the number of documents of each task; None for all.
 
     Raises:
-        ValueError: there is no such task.
-        FileNotFoundError: a folder or file is not there.
+        ValueError: a task does not exist.
+        FileNotFoundError: a folder or file does not exist.
     """
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     names, manager = _found_tasks(tasks, include_path)
@@ -218,10 +228,10 @@ def _found_tasks(tasks: Sequence[str], include_path: str | None) -> tuple[list[s
 
 
 def _sampling(arguments: dict[str, Any]) -> tuple[SamplingParams, int]:
-    """What a task's ``generation_kwargs`` mean: how to sample, and the beams of a beam search, 1 for none.
+    """Converts the ``generation_kwargs`` of a task to sampling parameters and a number of beams, which is 1 for none.
 
     Raises:
-        ValueError: there is one that has no meaning here.
+        ValueError: an argument is not supported.
     """
     given = dict(arguments)
     until = given.pop("until", None) or []

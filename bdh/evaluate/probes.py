@@ -69,10 +69,11 @@ def measure_activity(
 
 
 class _Counts:
-    """Of x, y or x * y, layer step by layer step.
+    """Accumulates statistics of x, y or x * y for each layer step.
 
     Args:
-        num_samples: values to keep of one layer step of one forward pass.
+        model: the model.
+        num_samples: the number of values to keep of each layer step in a forward pass.
     """
 
     def __init__(self, model: BDHForCausalLM, num_samples: int):
@@ -86,7 +87,7 @@ class _Counts:
         self.samples: list[list[torch.Tensor]] = [[] for _ in range(L)]
 
     def add(self, wide: torch.Tensor) -> None:
-        """The next layer step, (..., H*N)."""
+        """Adds the activations (..., H*N) of the next layer step."""
         index = self._num_calls % len(self.samples)
         self._num_calls += 1
         fires = wide > 0
@@ -110,24 +111,27 @@ Score = tuple[list[float], bool]
 
 @dataclass(frozen=True)
 class Recall:
-    """What is known of the planted values at one distance."""
+    """How well a model recalls the planted values at one distance."""
 
     distance: int
-    """Tokens between the fact and the question."""
+    """The number of tokens between the fact and the question."""
     trials: int
     accuracy: float
-    """Share of the trials in which greedy decoding gives the whole value."""
+    """The fraction of trials in which greedy decoding generates the whole value."""
     control_accuracy: float
-    """The same without the fact: what guessing gives."""
+    """The same without the fact, which is what guessing achieves."""
     log_probability: float
-    """Mean over the value's tokens, nats."""
+    """The mean log-probability of the value's tokens, in nats."""
     control_log_probability: float
-    """The same without the fact. Where the two are equal, the fact is forgotten."""
+    """The same without the fact. If both are equal, the fact is forgotten."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """``fact`` ends with the same tokens as ``query + value``, and a full stop."""
+    """A planted fact, and the question for its value.
+
+    ``fact`` has the same tokens as ``query + value``, followed by a full stop and a line end.
+    """
 
     fact: list[int]
     query: list[int]
@@ -145,17 +149,23 @@ def measure_recall(
     seed: int = 0,
     progress: Callable[[int], None] = lambda num_tokens: None,
 ) -> list[Recall]:
-    """Plants a fact, reads on, and asks for it at each distance; and the same with filler in place of the fact.
+    """Plants a fact in a text, reads on, and asks for it at each distance. Repeats this without the fact as a control.
 
-    A trial reads its text once, up to the largest distance: the cost is linear in it.
+    In the control, filler takes the place of the fact. Each trial reads its text once, up to the largest distance, so
+    the cost is linear in that distance.
 
     Args:
-        filler: (n,) tokens of a text to plant the facts in; a short one is repeated.
-        texts_at_once: texts that are read together, of which each trial has two.
-        progress: called with the number of tokens read so far, of all texts.
+        reader: the model.
+        tokenizer: its tokenizer.
+        filler: (n,), the tokens of a text in which facts are planted; a short one is repeated.
+        distances: the numbers of tokens between fact and question.
+        trials: the number of facts.
+        texts_at_once: the number of texts that are read together. Each trial has two.
+        seed: the seed of the facts and of their places in the filler.
+        progress: called with the number of tokens of all texts that have been read so far.
 
     Raises:
-        ValueError: distances or trials below 1, or an empty filler.
+        ValueError: there are no distances, one of them or ``trials`` is below 1, or the filler is empty.
     """
     if not distances or min(distances) < 1 or trials < 1:
         raise ValueError(f"distances are {list(distances)} and trials {trials}: there must be some, all at least 1")
@@ -192,27 +202,27 @@ def measure_recall(
 
 
 def tokens_to_read(distances: Sequence[int], trials: int) -> int:
-    """What ``progress`` counts up to."""
+    """Returns the number of tokens at which ``progress`` ends."""
     return 2 * trials * (_LEAD_TOKENS + max(distances))
 
 
 class ModelReader:
-    """A model that reads several texts, and can be asked at any time without remembering that it was."""
+    """Reads several texts with a model, which can be asked questions at any time without changing the state."""
 
     def __init__(self, model: BDHForCausalLM):
         self._model, self._state = model, model.new_state()
 
     def texts_that_fit(self, most: int) -> int:
-        """How many texts can be read together: an even number, as states of large models are large."""
+        """Returns how many texts to read together: an even number, at least 2, limited by the size of their states."""
         fitting = _STATE_BYTES // self._model.config.state_bytes_per_sequence
         return max(2, min(most, fitting) // 2 * 2)
 
     def start(self, num_texts: int) -> None:
-        """What is read next are so many other texts."""
+        """Starts to read this many new texts."""
         self._state = self._model.new_state(num_texts)
 
     def read(self, tokens: torch.Tensor) -> None:
-        """Further tokens (num_texts, T) of each text, in chunks, from which the state is handed on."""
+        """Reads further tokens (num_texts, T) of each text, in chunks between which the state is carried."""
         config = self._model.config
         chunk = _WIDE_VALUES // (len(tokens) * config.n_head * config.neurons_per_head)
         with inference(self._model):
@@ -220,7 +230,7 @@ class ModelReader:
                 self._model(part.to(self._model.device), past_key_values=self._state, logits_to_keep=1)
 
     def score(self, questions: Sequence[Question]) -> list[Score]:
-        """Of each text's value."""
+        """Returns the score of the value in each text's question."""
         found: list[Score] = [([], False)] * len(questions)
         groups: dict[tuple[int, int], list[int]] = {}  # texts whose questions have one shape
         for index, question in enumerate(questions):
@@ -252,5 +262,5 @@ def _question(tokenizer: PreTrainedTokenizerFast, randomness: random.Random) -> 
 
 
 def _summary(scores: list[Score]) -> tuple[float, float]:
-    """The share of values that were known, and the mean log-probability of their tokens."""
+    """Returns the fraction of values that were recalled, and the mean log-probability of their tokens."""
     return sum(hit for _, hit in scores) / len(scores), sum(sum(nats) / len(nats) for nats, _ in scores) / len(scores)

@@ -345,7 +345,7 @@ def _check_state(config: BDHConfig, state: SynapticState, B: int, dtype: torch.d
 
 
 def checkpointing_of(model: Any) -> Callable[..., Any]:
-    """Returns the checkpointing function: that of transformers' ``gradient_checkpointing_enable``, or a default."""
+    """Returns the checkpointing function: that of transformers' ``activation_checkpointing_enable``, or a default."""
     return getattr(model, "_gradient_checkpointing_func", partial(checkpoint, use_reentrant=False))
 
 

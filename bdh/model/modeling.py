@@ -103,7 +103,8 @@ class BDHPreTrainedModel(TraceMethod, PreTrainedModel):
         """The model without its head: a :class:`BDHModel` with the same modules and current settings.
 
         Each access creates a new object. It shares weights and modules with this model. Call methods that change
-        settings, such as ``train()`` and ``gradient_checkpointing_enable()``, and register hooks, on this model itself.
+        settings, such as ``train()`` and ``activation_checkpointing_enable()``, and register hooks, on this model
+        itself.
         """
         backbone = BDHModel.__new__(BDHModel)
         nn.Module.__init__(backbone)  # with no hooks, which would run twice

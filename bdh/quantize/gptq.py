@@ -1,32 +1,37 @@
-"""Rounds the weights of a model such that the outputs of its layer change little on calibration text.
+"""Rounds the weights of a model so that the outputs of its layer change little on calibration text.
 
-It follows GPTQ (Frantar et al. 2022, arXiv 2210.17323): weights are rounded one input after the other, and those that follow make
-up for the error of those before. What is written here is its equal form as Babai's nearest plane algorithm (Chen et al. 2025,
-arXiv 2507.18553), which needs one Cholesky factor and no inverse: with H = sum of u u^T over the inputs u, and H = R^T R, the error
-|R (q - w)|^2 is least, for given q_{j+1} ... , where q_j = w_j - sum_{k > j} R_jk (q_k - w_k) / R_jj, rounded. Inputs with large
-H_jj come first ("act-order"); scales are those of plain rounding at first ("static groups"). Coordinate descent over the codes
-(as QuantEase, arXiv 2309.01885) and least squares over the scales, both in the metric of H, improve the result.
+The method is GPTQ (Frantar et al. 2022, arXiv 2210.17323): weights are rounded one input after the other, and the
+following weights compensate for the errors of those before. It is implemented in the equivalent form of Babai's nearest
+plane algorithm (Chen et al. 2025, arXiv 2507.18553), which needs one Cholesky factor and no inverse. With
+H = sum of u u^T over the inputs u, and H = R^T R, the error |R (q - w)|^2 for given q_{j+1}, ... is smallest if q_j is
+w_j - sum_{k > j} R_jk (q_k - w_k) / R_jj, rounded. Inputs with large H_jj come first ("act-order"). The scales are
+initially those of plain rounding ("static groups"). Then coordinate descent over the codes (as in QuantEase, arXiv
+2309.01885) and least squares over the scales, both in the metric of H, improve the result.
 
-The weights are shared by all L layer steps, so H is one sum over the tokens and the layer steps. The rest follows from the
-geometry of the layer:
+All L layer steps share the weights, so H is one sum over the tokens and the layer steps. The geometry of the layer
+determines the rest:
 
-- Only where a neuron fires does its error count. So each neuron has an H of its own: for E, over the tokens where x_i > 0; for Ev,
-  over those where x_i > 0 and y_i > 0, as elsewhere z_i = x_i y_i is 0. A neuron takes its first NEURON_SAMPLES * D such tokens, and
-  the H of all tokens with a small weight, which is all that a neuron that never fires has.
-- Dec has a row for each input, so a group of weights that shares a scale lies within one input, and is given its scale when that input's
-  turn comes. H is between neurons, (H * N)^2, too large for memory. So blocks of DECODER_BLOCK neurons are rounded
-  one after the other, each in the metric of its own part of H. What the blocks before have done to the outputs is
-  known for each token, and is taken from the block's targets as far as the block can make up for it.
-  Tokens are weighted by 1 over the standard deviation of Dec's output, by which LN divides it.
-- The wide activations are never kept: the inputs of E and Ev are D wide, and x, y and z of a block of neurons are computed from them.
-- Every layer step gets its true input v, that of the model before rounding, so the errors of one layer step do not add to those of
-  the next, and one forward pass gives all that is needed. Dec's inputs are those that follow from v and a by the rounded E and Ev,
-  and it aims at the outputs without any rounding, as in GPTAQ (Li et al. 2025, arXiv 2504.02692), so that it makes up for some of
-  their error.
+- The error of a neuron matters only where it fires. Each neuron therefore has its own H: for E, over the tokens where
+  x_i > 0; for Ev, over those where x_i > 0 and y_i > 0, since z_i = x_i y_i is 0 elsewhere. The neuron's H takes its
+  first NEURON_SAMPLES * D such tokens and, with a small weight, the H of all tokens. For a neuron that never fires,
+  only the latter is left.
+- Dec has a row for each input. A group of weights that shares a scale therefore lies within one input, and its scale is
+  determined when that input is rounded. H has an entry for each pair of neurons, (H * N)^2 with H heads of N neurons,
+  which is too large for memory. Blocks of DECODER_BLOCK neurons are therefore rounded one after the other, each in the
+  metric of its own part of H. The effect of earlier blocks on the outputs is known for each token. It is subtracted
+  from the targets of a block as far as the block can compensate for it. Tokens are weighted by 1 over the standard
+  deviation of Dec's output, by which LN divides it.
+- The wide activations are never stored. The inputs of E and Ev have width D, and x, y and z of a block of neurons are
+  computed from them.
+- Each layer step gets its true input v, that of the model before rounding. The errors of a layer step therefore do not
+  add to those of the next, and one forward pass suffices. The inputs of Dec are computed from v and a with the rounded
+  E and Ev, and its targets are the outputs without any rounding, as in GPTAQ (Li et al. 2025, arXiv 2504.02692), so
+  that it compensates for some of the errors of E and Ev.
 
-The layer's free scalings are not used. Row i of Ev times c > 0 and row i of Dec times 1/c changes nothing, but the scales of both
-formats belong to one row, or a part of it, and move along with c. A rotation common to all D, which evens out weights in other models,
-would not commute with LN, which subtracts the mean and stands between any two products.
+The free scalings of the layer are not used. Multiplying row i of Ev by c > 0 and row i of Dec by 1/c changes nothing,
+but in both formats a scale belongs to one row or a part of it, and changes along with c. A rotation common to all D,
+which evens out the weights of other models, would not commute with LN, which subtracts the mean and lies between any
+two products.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -44,34 +49,34 @@ from bdh.quantize.progress import Progress, Stages
 from bdh.words import counted
 
 MAX_SAMPLES = 2**16
-"""Inputs of a layer step that are kept, of all tokens and layer steps."""
+"""The maximum number of inputs of layer steps to keep, over all tokens and layer steps."""
 SAMPLE_BYTES = 2**30
-"""Of memory for these, at most."""
+"""The maximum memory for these inputs."""
 NEURON_SAMPLES = 4
-"""Times D: the inputs that make up a neuron's own H, at most."""
+"""The maximum number of inputs in a neuron's own H, in multiples of D."""
 _SHARED = 0.3
-"""Weight of the H of all inputs in that of a neuron, beside NEURON_SAMPLES * D inputs of weight 1."""
+"""The weight of the H of all inputs in that of a neuron, relative to NEURON_SAMPLES * D inputs of weight 1."""
 _DAMPING = 0.03
-"""Added to the diagonal of H, of its mean."""
+"""The fraction of its mean that is added to the diagonal of H."""
 DECODER_BLOCK = 2048
-"""Neurons whose errors make up for one another in Dec."""
+"""The number of neurons that compensate for each other's errors in Dec."""
 _DECODER_DAMPING = 0.1
 _REFINEMENTS = 2
 _WIDE = 2**24
-"""Numbers in a wide tensor, at most: 64 MiB."""
+"""The maximum number of values in a wide tensor: 64 MiB."""
 _HESSIANS = 2**25
-"""Numbers in the matrices H of the neurons that are rounded at once, at most: 128 MiB."""
+"""The maximum number of values in the matrices H of neurons that are rounded together: 128 MiB."""
 _ROWS_AT_ONCE = 256
-"""Neurons of E or Ev that are rounded at once, at most."""
+"""The maximum number of neurons of E or Ev that are rounded together."""
 _INPUTS_AT_ONCE = 2048
-"""Among which those that count for some neurons are looked for."""
+"""The number of inputs that are searched at a time for those that count for some neurons."""
 
 Counts = Callable[[slice, torch.Tensor], torch.Tensor]
-"""From some inputs and some rows to bool (inputs, rows)."""
+"""A function of some inputs and some rows that returns bool (inputs, rows): whether an input counts for a row."""
 
 
 class _Layer(NamedTuple):
-    """The layer's weights in float32, a row for each neuron."""
+    """The weights of the layer in float32, with a row for each neuron."""
 
     encoder: torch.Tensor  # (H*N, D)
     encoder_v: list[torch.Tensor]  # H of (N, D)
@@ -79,14 +84,14 @@ class _Layer(NamedTuple):
 
 
 class _Samples(NamedTuple):
-    """What goes into the products of some layer steps of some tokens, in random order."""
+    """The inputs of the matrix products, for some tokens and layer steps, in random order."""
 
     v: torch.Tensor
     """(S, D), the inputs of E."""
     a: torch.Tensor
-    """(H, S, D), those of each head of Ev."""
+    """(H, S, D), the inputs of each head of Ev."""
     importance: torch.Tensor
-    """(S,): 1 over the standard deviation of Dec's output; 0 where that is 0, as of a text's first token."""
+    """(S,): 1 over the standard deviation of Dec's output; 0 where that is 0, as for the first token of a text."""
 
 
 def gptq_codes(
@@ -95,18 +100,17 @@ def gptq_codes(
     formats: Mapping[str, QuantizedFormat],
     progress: Progress = lambda stage, done, total: None,
 ) -> dict[str, Codes]:
-    """The rounded weights of the layer's modules.
-
-    The same text gives the same codes. The model stays as it is.
+    """Returns the rounded weights of the layer's modules. The same text gives the same codes. The model is not changed.
 
     Args:
-        model: its modules are plain, as those of :class:`bdh.model.network.ModelParts`.
-        sequences: calibration text, int64 (B, T), each sequence read from nothing.
-        formats: by the names of the modules: "encoder", "encoder_v.0" and so on, "decoder". Modules without one stay
-            as they are.
+        model: a model with plain modules, such as :class:`bdh.model.network.ModelParts`.
+        sequences: calibration text, int64 (B, T). Each sequence is read with an empty state.
+        formats: formats by the names of modules: "encoder", "encoder_v.0" and so on, "decoder". Modules without a
+            format are not rounded.
+        progress: called with the stage, the work done and the total work.
 
     Raises:
-        ValueError: the text is too short, or a weight or an activation is infinite or not a number.
+        ValueError: the text is too short, or a weight or an activation is infinite or NaN.
     """
     layer, D = _layer_of(model), model.config.n_embd
     names = ["encoder", *(f"encoder_v.{head}" for head in range(len(layer.encoder_v))), "decoder"]
@@ -139,11 +143,11 @@ def gptq_codes(
 
 
 def _seconds(layer: _Layer, num_inputs: int, number: int) -> dict[str, float]:
-    """How long each stage should take, on one core of 2024; only the shares matter.
+    """Returns the expected time of each stage on a core of 2024. Only the ratios matter.
 
     Args:
-        num_inputs: tokens times layer steps.
-        number: those of them that are kept.
+        num_inputs: the number of tokens, times layer steps.
+        number: the number of these inputs that are kept.
     """
     (num_neurons, D), H = layer.encoder.shape, len(layer.encoder_v)
     seconds = {"calibration": 2.0e-10 * num_inputs * num_neurons * D, "encoder": 7.3e-8 * num_neurons * D**2}
@@ -160,7 +164,7 @@ def _layer_of(model: Any) -> _Layer:
 
 
 def _with(layer: _Layer, codes: Mapping[str, Codes]) -> _Layer:
-    """The layer with weights that have been rounded."""
+    """Returns the layer with those weights replaced that have been rounded."""
     new = {name: each.dequantized() for name, each in codes.items()}
     heads = [new.get(f"encoder_v.{head}", weight) for head, weight in enumerate(layer.encoder_v)]
     return _Layer(new.get("encoder", layer.encoder), heads, layer.decoder)
@@ -170,14 +174,14 @@ def _with(layer: _Layer, codes: Mapping[str, Codes]) -> _Layer:
 
 
 def _num_samples(num_inputs: int, D: int, H: int) -> int:
-    """How many of the inputs are kept."""
+    """Returns the number of inputs to keep."""
     return min(num_inputs, MAX_SAMPLES, max(D, SAMPLE_BYTES // (4 * D * (1 + H))))
 
 
 def _gather(
     model: Any, batches: Sequence[torch.Tensor], layer: _Layer, number: int, progress: Callable[[int, int], None]
 ) -> _Samples:
-    """Drawn among all tokens and layer steps."""
+    """Returns the inputs of randomly drawn tokens and layer steps."""
     D, H, L, device = model.config.n_embd, len(layer.encoder_v), model.config.n_layer, layer.encoder.device
     num_tokens = sum(batch.numel() for batch in batches)
     chosen = torch.randperm(num_tokens * L, generator=torch.Generator().manual_seed(0))[:number]
@@ -201,7 +205,7 @@ def _gather(
 
 
 def _layer_steps(model: Any, batches: Sequence[torch.Tensor], layer: _Layer) -> Iterator[_Samples]:
-    """Of all tokens, in pieces whose wide activations are small, and each layer step."""
+    """Yields the inputs of all tokens and each layer step, in pieces whose wide activations are small."""
     config, num_neurons, device = model.config, len(layer.encoder), layer.encoder.device
     most = max(1, _WIDE // num_neurons)  # tokens at once
     for batch in batches:
@@ -235,7 +239,7 @@ def _spec(config: Any, start: int, T: int, device: torch.device, keep_state: boo
 
 
 def _listening(layer: _Layer, kept: list[torch.Tensor]) -> eager.Layer:
-    """The layer's functions, which keep the inputs of each head of Ev, then the output of Dec."""
+    """Returns the layer's functions, which append the inputs of each head of Ev and the output of Dec to ``kept``."""
 
     def encoder_v(weight: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
         kept.append(a)
@@ -280,11 +284,11 @@ def _round_rows(
     format: QuantizedFormat,
     progress: Callable[[int, int], None],
 ) -> Codes:
-    """Rows (rows, D), each in the metric of its own H.
+    """Rounds rows (rows, D), each in the metric of its own H.
 
     Args:
         inputs: (S, D).
-        counts: at which inputs a row's error counts.
+        counts: for which inputs the error of a row counts.
     """
     num_rows, D = weight.shape
     shared = inputs.t() @ inputs / len(inputs)
@@ -299,7 +303,7 @@ def _round_rows(
 
 
 def _first_inputs(S: int, rows: torch.Tensor, counts: Counts, most: int) -> torch.Tensor:
-    """The first ``most`` of S inputs that count for each of some rows, int64 (rows, most), filled up with S."""
+    """Returns the first ``most`` of S inputs that count for each row, int64 (rows, most), padded with S."""
     taken = torch.full((len(rows), most), S, device=rows.device)
     found = torch.zeros_like(rows)  # of each row, so far
     for start in range(0, S, _INPUTS_AT_ONCE):
@@ -318,11 +322,11 @@ def _first_inputs(S: int, rows: torch.Tensor, counts: Counts, most: int) -> torc
 
 
 def neuron_hessians(inputs: torch.Tensor, taken: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
-    """H of each neuron, (rows, D, D).
+    """Returns the H of each neuron, (rows, D, D).
 
     Args:
         inputs: (S, D).
-        taken: int64 (rows, NEURON_SAMPLES * D), the inputs that make up the H of each; S for none.
+        taken: int64 (rows, NEURON_SAMPLES * D), the inputs that form the H of each neuron; S for none.
         shared: (D, D), the mean over all inputs.
     """
     (num_rows, most), D = taken.shape, inputs.shape[1]
@@ -336,7 +340,10 @@ def neuron_hessians(inputs: torch.Tensor, taken: torch.Tensor, shared: torch.Ten
 
 
 def round_in_metric(weight: torch.Tensor, hessians: torch.Tensor, format: QuantizedFormat) -> Codes:
-    """Rows w (rows, D) to codes q such that (q - w)^T H (q - w) is small; H (rows, D, D) of each, or (1, D, D) of all."""
+    """Rounds rows w (rows, D) to codes q such that (q - w)^T H (q - w) is small.
+
+    H is (rows, D, D) with one for each row, or (1, D, D) for all rows.
+    """
     D, diagonal = weight.shape[1], hessians.diagonal(dim1=1, dim2=2)
     damping = _DAMPING * diagonal.mean(1, keepdim=True)
     damping = torch.where(damping > 0, damping, 1.0)  # where there are no inputs at all, plain rounding
@@ -348,7 +355,7 @@ def round_in_metric(weight: torch.Tensor, hessians: torch.Tensor, format: Quanti
 
 
 def nearest_plane(weight: torch.Tensor, hessians: torch.Tensor, scales: torch.Tensor, format: QuantizedFormat) -> Codes:
-    """The codes of rows with given scales, by Babai's algorithm; H as in :func:`round_in_metric`, positive definite."""
+    """Returns the codes of rows for given scales, by Babai's algorithm. H must be positive definite."""
     order = hessians.diagonal(dim1=1, dim2=2).mean(0).argsort(stable=True)  # from the last to the first
     factor = torch.linalg.cholesky(hessians[:, order][:, :, order], upper=True)
     wide = _per_weight(scales, weight.shape[1])[:, order]
@@ -361,7 +368,7 @@ def nearest_plane(weight: torch.Tensor, hessians: torch.Tensor, scales: torch.Te
 
 
 def _descend(weight: torch.Tensor, hessians: torch.Tensor, start: Codes, format: QuantizedFormat) -> Codes:
-    """Each code in turn to the best one for given others."""
+    """Sets each code in turn to the best one, given the others."""
     wide, codes = _per_weight(start.scales, weight.shape[1]), start.codes.float()
     errors = codes * wide - weight
     for j in range(weight.shape[1]):
@@ -373,7 +380,7 @@ def _descend(weight: torch.Tensor, hessians: torch.Tensor, start: Codes, format:
 
 
 def _fit_scales(weight: torch.Tensor, hessians: torch.Tensor, start: Codes) -> Codes:
-    """Each scale in turn to the best one for given codes and other scales."""
+    """Sets each scale in turn to the best one, given the codes and the other scales."""
     D, scales, codes = weight.shape[1], start.scales.float(), start.codes.float()
     errors = start.dequantized() - weight
     length = D if scales.shape[1] == 1 else GROUP
@@ -390,12 +397,12 @@ def _fit_scales(weight: torch.Tensor, hessians: torch.Tensor, start: Codes) -> C
 
 
 def _per_weight(scales: torch.Tensor, D: int) -> torch.Tensor:
-    """float32 (rows, D), from bfloat16 (rows, groups)."""
+    """Returns the scale of each weight, float32 (rows, D), from bfloat16 (rows, groups)."""
     return Codes(torch.ones(len(scales), D, dtype=torch.int8, device=scales.device), scales).dequantized()
 
 
 def _rounded(values: torch.Tensor, scales: torch.Tensor, format: QuantizedFormat) -> torch.Tensor:
-    """The codes of one weight of each row, as float32."""
+    """Returns the codes of one weight of each row, as float32."""
     return (values / torch.where(scales == 0, 1.0, scales)).round().clamp(*CODE_RANGES[format])
 
 
@@ -403,7 +410,7 @@ def _rounded(values: torch.Tensor, scales: torch.Tensor, format: QuantizedFormat
 
 
 def _outputs(layer: _Layer, samples: _Samples, neurons: torch.Tensor, part: slice) -> torch.Tensor:
-    """z (samples, neurons) of some samples, as Dec is given it, times their importance; ``neurons`` are in order."""
+    """Returns z (samples, neurons), as Dec gets it, times the samples' importance; ``neurons`` must be in order."""
     N = len(layer.encoder_v[0])
     z = linear(samples.v[part], layer.encoder[neurons]).relu_()
     start = 0
@@ -422,7 +429,7 @@ def _round_decoder(
     format: QuantizedFormat,
     progress: Callable[[int, int], None],
 ) -> Codes:
-    """Dec, whose inputs are those of ``layer``, with E and Ev rounded, and whose outputs should be those of the layer before."""
+    """Rounds Dec. Its inputs are those of ``layer``, with E and Ev rounded; its targets are outputs of ``before``."""
     decoder, S, device = layer.decoder, len(samples.v), layer.decoder.device
     num_neurons, D = decoder.shape
     parts = [slice(start, min(start + 4096, S)) for start in range(0, S, 4096)]
@@ -464,11 +471,11 @@ def _round_decoder(
 def _round_block(
     weight: torch.Tensor, hessian: torch.Tensor, slope: torch.Tensor, damping: torch.Tensor, format: QuantizedFormat
 ) -> Codes:
-    """Rows of Dec, (n, D), by Babai's algorithm; each is rounded as a whole, with new scales.
+    """Rounds rows of Dec, (n, D), by Babai's algorithm. Each row is rounded as a whole, with new scales.
 
     Args:
         hessian: (n, n), the sum of z z^T.
-        slope: (n, D), the sum of z times what is too much in the output already.
+        slope: (n, D), the sum of z times the error that the output already has.
     """
     # From the last to the first: those that fire most come first.
     exact = hessian.flip(0, 1).to(exact_dtype(weight.device))
@@ -488,4 +495,4 @@ def _round_block(
 
 
 _DECODER_ROWS_AT_ONCE = 128
-"""Rows of Dec whose errors reach the others in one matrix product."""
+"""The number of rows of Dec whose errors are propagated to the others in one matrix product."""

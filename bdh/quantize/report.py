@@ -53,7 +53,8 @@ class Measured:
     """Nats per token."""
     perplexity: float
     density: dict[str, list[float]]
-    """Share of the neurons that fire, ``x`` and ``y``, in each layer step, on the tokens after which one is predicted."""
+    """The fraction of neurons that fire, for ``x`` and ``y``, in each layer step, over the tokens whose prediction
+    counts."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def _read(model: Any, batch: Batch) -> _Read:
 
 
 class _Sums:
-    """Of what was counted so far, over the tokens after which one is predicted that counts: no padding is among them."""
+    """Sums over the tokens that have a target that counts, which excludes padding."""
 
     def __init__(self, num_layer_steps: int):
         self.tokens = self.same = 0

@@ -1,4 +1,4 @@
-"""The settings of a training run, one dataclass a section, and what is stored of them in its folder.
+"""The settings of a training run, a dataclass for each section, and how they are stored in the run's folder.
 
 A docstring under a field is its help text.
 """
@@ -212,7 +212,7 @@ class TrainSettings(Settings):
 
     @property
     def sequences_per_process(self) -> int:
-        """Of a step, over all its micro-batches."""
+        """The number of sequences of a process in a step, over all its micro-batches."""
         return self.batch_size * self.gradient_accumulation_steps
 
     def collect_faults(self, faults: Faults) -> None:
@@ -333,21 +333,21 @@ _NOT_STORED = ("run_dir", "resume", "resume_step", "dry_run")
 
 
 def resume_command(folder: Path) -> str:
-    """What to type to continue the run of a folder, quoted for the shell."""
+    """Returns the command that continues the run of a folder, quoted for the shell."""
     return shlex.join(("bdh", "train", "--run_dir", str(folder), "--resume"))
 
 
 def settings_to_store(settings: RunSettings) -> dict[str, Any]:
-    """The settings as plain data, without those that say where this start of the run reads and writes."""
+    """Returns the settings as plain data, without those that concern only this start of the run, such as ``resume``."""
     return {name: value for name, value in asdict(settings).items() if name not in _NOT_STORED}
 
 
 def stored_settings(folder: Path) -> dict[str, Any]:
-    """What a run's ``config.yaml`` holds, in the settings of this version.
+    """Returns the settings in a run's ``config.yaml``, with those of earlier versions converted.
 
     Raises:
-        FileNotFoundError: the folder holds no run.
-        ValueError: the file is cut off, holds something else, or holds settings twice or without a value.
+        FileNotFoundError: the folder contains no run.
+        ValueError: the file is truncated, contains something else, or has settings twice or without a value.
     """
     path = folder / CONFIG_FILE
     if not path.is_file():
@@ -371,7 +371,7 @@ def stored_settings(folder: Path) -> dict[str, Any]:
 
 
 def check_unchanged(settings: RunSettings, stored: dict[str, Any]) -> None:
-    """Raises ``ValueError`` naming every field of the model or the data that is not as it was stored."""
+    """Raises ``ValueError`` that names every setting of the model and the data that may not change but has changed."""
     now = settings_to_store(settings)
     changed = [
         f"{name}: {before!r} in the run, {value!r} now"
@@ -389,9 +389,9 @@ def check_unchanged(settings: RunSettings, stored: dict[str, Any]) -> None:
 
 
 def _fields(prefix: str, now: dict[str, Any], stored: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Of each field, those of nested sections among them: its dotted name, its value, and what was stored.
+    """Yields the dotted name, the current value and the stored value of each field, including those of nested sections.
 
-    What the run's version did not have counts as stored with the value that it has now.
+    Fields that the version of the run did not have count as stored with their current value.
     """
     for name, value in now.items():
         if isinstance(value, dict):
@@ -401,7 +401,7 @@ def _fields(prefix: str, now: dict[str, Any], stored: dict[str, Any]) -> Iterato
 
 
 def _without_places(value: Any) -> Any:
-    """The setting ``data.mix`` without where its texts lie; any other as it is."""
+    """Returns the value of ``data.mix`` without the locations of its texts, and any other value unchanged."""
     if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
         return value
     return [{name: each for name, each in entry.items() if f"data.{name}" not in _FREE} for entry in value]
@@ -410,16 +410,18 @@ def _without_places(value: Any) -> Any:
 def continued(
     settings: RunSettings, stored: dict[str, Any], step: int, sequences_per_step: int, num_processes: int
 ) -> RunSettings:
-    """The settings of a run that continues, such that a step has as many sequences as before, whoever shares them.
+    """Returns the settings with which a run continues: a step keeps its number of sequences on any number of processes.
 
     Args:
-        stored: the run's settings until now.
-        step: that it has reached.
-        sequences_per_step: until now.
+        settings: the settings of this start.
+        stored: the settings of the run until now.
+        step: the step that the run has reached.
+        sequences_per_step: the number of sequences in a step until now.
+        num_processes: the number of processes.
 
     Raises:
-        ValueError: it is to end before that step; the processes cannot share so many sequences, or batch size and
-            accumulation were set to give others.
+        ValueError: the run would end before ``step``; the processes cannot share the sequences evenly; or
+            ``batch_size`` and ``gradient_accumulation_steps`` were changed and give another number of sequences.
     """
     train = settings.train
     for name in ("max_steps", "stop_at_step"):

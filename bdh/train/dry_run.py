@@ -1,7 +1,8 @@
-"""``bdh train --dry_run``: what a run will take of this machine, and what to change where that is too much.
+"""``bdh train --dry_run``: estimates the memory and time of a run, and suggests changes if it does not fit.
 
-Real training steps of a growing number of sequences are measured, as far as memory and a few seconds allow; time and memory of
-the whole step are on the line through them. What other settings would take is counted from the settings alone.
+It measures real training steps with a growing number of sequences, as far as memory and a few seconds allow, and
+extrapolates memory and time linearly to the whole step. The memory that other settings would need is calculated from
+the settings alone.
 """
 
 import logging
@@ -34,7 +35,7 @@ from bdh.words import counted, gigabytes, is_out_of_memory
 _logger = logging.getLogger(__name__)
 
 MARGIN = 0.95
-"""Of the available memory: more than that is not counted on."""
+"""The fraction of the available memory that a run may use."""
 _MEASURING_SECONDS = 20.0  # a step that is expected to take longer is not measured
 _LOADED_BYTES = 2 * 10**8  # what the first step on a CPU loads: compiled kernels and libraries
 _TRUSTED_BYTES = 2**26  # of growth: below that, an allocator's steps are larger than what is measured
@@ -44,7 +45,7 @@ _LEAST_SIZE = 16  # of a training sequence, and of the model's width, that is pr
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """What one process of a run needs, counted from its settings: no weight has to be there for it."""
+    """The memory that one process of a run needs, calculated from the settings without creating any weights."""
 
     settings: RunSettings
     config: BDHConfig
@@ -52,7 +53,7 @@ class MemoryEstimate:
     world: World
 
     def changed(self, section: str = "train", **fields: Any) -> "MemoryEstimate":
-        """With other settings of a section. Raises ``ValueError`` where those of the model do not go together."""
+        """Returns the estimate for other settings in a section. Raises ``ValueError`` if model settings conflict."""
         settings = replace(self.settings, **{section: replace(getattr(self.settings, section), **fields)})
         config = self.config
         if section == "model":
@@ -60,25 +61,28 @@ class MemoryEstimate:
         return replace(self, settings=settings, config=config)
 
     def of_step(self, number: int) -> "MemoryEstimate":
-        """Of a measured step of so many sequences: in micro-batches, and blocks, of at most as many, and with no checkpoint."""
+        """Returns the estimate for a measured step of ``number`` sequences, without the copy for a checkpoint.
+
+        Its micro-batches and blocks have at most ``number`` sequences.
+        """
         size = min(number, self.settings.train.batch_size)
         step = self.changed(**_micro_batches(self.settings.train, size, number))
         return step.changed("checkpoint", in_background=False)
 
     @cached_property
     def plan(self) -> LayerPlan:
-        """Raises ``ValueError`` where the settings ask for what is not there."""
+        """The plan for the layer. Raises ``ValueError`` if the settings require something that is not available."""
         return plan_training(self.settings.train, self.config, self.runtime, self.settings.distributed)
 
     @cached_property
     def parts(self) -> dict[str, int]:
-        """Bytes, by what they are for. Raises as :attr:`plan`."""
+        """The number of bytes for each purpose. Raises as :attr:`plan`."""
         train, config, plan = self.settings.train, self.config, self.plan
         strategy = choose_strategy(self.settings.distributed, self.world)
         itemsize = 8 if self.runtime.dtype == torch.float64 else 4
 
         def own(number: int) -> int:
-            """Of this process's share of so many numbers that belong to the weights."""
+            """Returns the bytes of this process's part of ``number`` values that belong to the weights."""
             return -(-number // self.world.size) * itemsize if strategy == "fsdp" else number * itemsize
 
         with torch.device("meta"):
@@ -126,12 +130,15 @@ class MemoryEstimate:
 
     @property
     def fixed(self) -> int:
-        """What has to be there before anything is computed."""
+        """The number of bytes that are needed before anything is computed."""
         return sum(size for name, size in self.parts.items() if "activations" not in name and "copy" not in name)
 
 
 def changes(now: MemoryEstimate) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Other settings that may need less: kind by kind the section, and what to set there, ever less."""
+    """Yields other settings that may need less memory.
+
+    For each kind of change, these are the section and the values to set, each of which needs less than the one before.
+    """
     settings, train, config, plan = now.settings, now.settings.train, now.config, now.plan
     sizes = [size for size in range(train.batch_size // 2, 0, -1) if train.batch_size % size == 0]
     yield "train", [_micro_batches(train, size, train.sequences_per_process) for size in sizes]
@@ -154,27 +161,32 @@ def changes(now: MemoryEstimate) -> Iterator[tuple[str, list[dict[str, Any]]]]:
 
 @dataclass
 class Forecast:
-    """What a run will take of one process, and what to change where it is too much."""
+    """The expected memory and time of a run, for one process, and suggestions if it does not fit."""
 
     estimate: MemoryEstimate
     base: int
-    """Bytes that the process has beside what is counted: the program itself."""
+    """The bytes that the process uses in addition to the estimate, for the program itself."""
     available: int
-    """To each process, including what it has already."""
+    """The bytes that are available to each process, including those that it already uses."""
     steps: int = 0
-    """To do, and sequences of this process that are evaluated meanwhile."""
+    """The number of steps to do. ``evaluated_sequences`` is the number of sequences that this process evaluates
+    meanwhile."""
     evaluated_sequences: int = 0
     points: list[tuple[int, float, int | None]] = field(default_factory=list)
-    """Measured steps: sequences, seconds, and bytes at the peak, where the system records it; of several processes, of the
-    one that took most."""
+    """The measured steps: the number of sequences, the seconds, and the peak memory in bytes if the system records it.
+    With several processes, seconds and bytes are the maximum over all of them."""
     obstacle: str = ""
-    """Why nothing, or no more, was measured, where that was for lack of memory."""
+    """Why nothing, or no more, was measured, if the reason was a lack of memory."""
     ran_out_at: int | None = None
-    """Sequences of a step that found no memory, whatever the system says of it."""
+    """The number of sequences in a step that ran out of memory, whatever the system reported as available."""
 
     def peak_with(self, estimate: MemoryEstimate) -> float:
-        """Bytes at the peak with these settings: of the measured step that is most like it, and what is counted for the
-        difference, in the proportion that measured peaks have to their counts where they show one."""
+        """Returns the expected peak memory in bytes with the settings of an estimate.
+
+        It is the peak of the measured step whose estimate is most similar, plus the difference between the two
+        estimates. If the measurements show how peaks grow with their estimates, the difference is scaled by this ratio,
+        but never so that the result becomes more optimistic. Without measurements, the result is the estimate.
+        """
         known = [(self.estimate.of_step(number).total, peak) for number, _, peak in self.points if peak is not None]
         if not known:
             return self.program + estimate.total
@@ -190,7 +202,7 @@ class Forecast:
 
     @property
     def program(self) -> int:
-        """Bytes that are not counted by settings: what the process has already, and what its first step loads."""
+        """The bytes that no setting determines: what the process already uses, and what its first step loads."""
         return self.base + (0 if self.estimate.runtime.device.type == "cuda" else _LOADED_BYTES)
 
     @property
@@ -199,7 +211,7 @@ class Forecast:
 
     @property
     def limit(self) -> float:
-        """Bytes that the peak may have."""
+        """The maximum number of bytes that the peak may have."""
         return MARGIN * self.available
 
     @property
@@ -208,16 +220,17 @@ class Forecast:
 
     @property
     def seconds(self) -> tuple[float, float]:
-        """Of a step, and of each of its sequences: on the line through the last two measured steps.
+        """The time of a step and of each of its sequences, extrapolated linearly from the last two measured steps.
 
-        What noise makes shrink is taken to stay, and of a single measured step all to grow.
+        If the time decreases with the number of sequences, due to noise, it is assumed to be constant. With a single
+        measured step, it is assumed to be proportional to the number of sequences.
         """
         (x, before, _), (y, last, _) = [(0, 0.0, None), *self.points][-2:]
         each = max(0.0, (last - before) / (y - x))
         return last + each * (self.estimate.settings.train.sequences_per_process - y), each
 
     def lines(self) -> list[str]:
-        """For people."""
+        """Returns the lines of a readable report."""
         train, size = self.estimate.settings.train, self.estimate.world.size
         parts = self.estimate.parts | {"the program itself": self.program}
         parts["sum of these counts"] = sum(parts.values())
@@ -248,9 +261,11 @@ class Forecast:
         return found
 
     def advice(self) -> list[str]:
-        """What to change, the mildest first: settings that change no result, then those that train another model.
+        """Returns suggested changes, starting with the mildest.
 
-        Of each kind the least change that fits alone, or else the one that needs least, if it is less than now.
+        Settings that do not affect the result come first, and then those that train another model. For each kind of
+        change, it is the smallest one that fits on its own, or else the one that needs the least memory, if that is
+        less than now.
         """
         estimate, now, limit = self.estimate, self.peak, self.limit
         if self.ran_out_at is not None:
@@ -284,19 +299,20 @@ class Forecast:
 
 
 class NoRoomError(Exception):
-    """The weights, and what belongs to each of them, need more memory than there is."""
+    """The weights, and the data that belong to each of them, need more memory than there is."""
 
     def __init__(self, forecast: Forecast):
         self.forecast = forecast
 
 
 def check_room(settings: RunSettings, config: BDHConfig, runtime: Runtime, world: World) -> None:
-    """Compares, before the model is made, what a run needs with the memory that is available. All processes call it together.
+    """Compares the memory that a run needs with what is available, before the model is created.
 
-    A run that seems to need more is warned about: it is a count, and systems differ in what they do without memory.
+    All processes must call it together. A run that probably needs more memory only causes a warning, since the need is
+    estimated, and systems react differently to a lack of memory.
 
     Raises:
-        NoRoomError: on all processes, in a dry run: the model cannot even be made and given an optimizer.
+        NoRoomError: in a dry run, in all processes: there is no memory for the model and its optimizer.
     """
     estimate = MemoryEstimate(settings, config, runtime, world)
     found = _before_steps(estimate)
@@ -312,13 +328,17 @@ def check_room(settings: RunSettings, config: BDHConfig, runtime: Runtime, world
 
 
 class _OutOfMemoryError(Exception):
-    """A step found no memory, on this process or on another."""
+    """A step ran out of memory, in this process or in another one."""
 
 
 def forecast(run: Run, *, say: Callable[[str], None] = lambda line: None) -> Forecast:
-    """Measures, and thereby trains, a run of ``settings.dry_run``: it is of no use afterwards.
+    """Measures a run of ``settings.dry_run``. This trains the model, so the run cannot be used afterwards.
 
-    All processes of the run call it together, and get the same.
+    All processes of the run must call this together, and get the same result.
+
+    Args:
+        run: the run.
+        say: called with a line of text before each measured step.
     """
     world, train, plan = run.world, run.settings.train, run.plan
     estimate = MemoryEstimate(run.settings, run.model.config, run.runtime, world)
@@ -359,9 +379,9 @@ def forecast(run: Run, *, say: Callable[[str], None] = lambda line: None) -> For
 
 
 def _measured_step(run: Run, step_model: Callable[..., Any], sequences: Batch, count: int) -> tuple[float, int | None]:
-    """Seconds and peak of a training step of ``count`` sequences, on the process that took most.
+    """Returns the time in seconds and the peak memory of a training step, each the maximum over all processes.
 
-    Raises ``_OutOfMemoryError`` on all processes together.
+    Raises ``_OutOfMemoryError`` in all processes.
     """
     settings, device, world = run.settings, run.runtime.device, run.world
     size = min(count, settings.train.batch_size)
@@ -392,7 +412,7 @@ def _measured_step(run: Run, step_model: Callable[..., Any], sequences: Batch, c
 
 
 def _work_left(run: Run) -> tuple[int, int]:
-    """Steps to do, and sequences evaluated meanwhile by the process that has most of them."""
+    """Returns the number of steps to do, and the maximum number of sequences that a process evaluates meanwhile."""
     train, most = run.settings.train, run.settings.train.max_steps
     steps = range(run.progress.step + 1, min(most, train.stop_at_step or most) + 1)
     evaluations = sum(step % train.eval_every_steps == 0 or step == most for step in steps)
@@ -402,7 +422,12 @@ def _work_left(run: Run) -> tuple[int, int]:
 
 
 def _before_steps(estimate: MemoryEstimate, *there: str) -> Forecast:
-    """With the memory of this moment, when the named parts are there: the same on all processes."""
+    """Returns a forecast with the memory that is available now, the same in all processes.
+
+    Args:
+        estimate: the estimate.
+        there: the names of the parts that already exist.
+    """
     give_back_free_memory()
     device, world = estimate.runtime.device, estimate.world
     used = used_bytes(device)
@@ -412,7 +437,7 @@ def _before_steps(estimate: MemoryEstimate, *there: str) -> Forecast:
 
 
 def _micro_batches(train: TrainSettings, size: int, number: int) -> dict[str, Any]:
-    """Settings with which a step takes ``number`` sequences, so many at a time."""
+    """Returns settings for a step of ``number`` sequences in micro-batches of ``size`` sequences."""
     rows = train.rows_per_block and min(train.rows_per_block, size)
     return {"batch_size": size, "gradient_accumulation_steps": number // size, "rows_per_block": rows}
 

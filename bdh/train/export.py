@@ -35,7 +35,7 @@ def export_run(
     Args:
         run_dir: the folder of the run.
         folder: the folder to write.
-        which: "last", "best" (by validation loss), or a step.
+        which: "last", "best" (by ``checkpoint.best_metric``), or a step.
         ema: whether to export the moving average of the weights.
         merge: for a run with ``train.lora``, whether to merge the adapters into the weights, or to write only the
             adapters. None follows the run's settings.

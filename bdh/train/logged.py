@@ -1,4 +1,4 @@
-"""The names under which a training logs what it measures: the list of the reference. Tests compare it with what runs log."""
+"""The names under which training logs its measurements, as listed in the reference. Tests compare them with runs."""
 
 import re
 from typing import NamedTuple
@@ -12,11 +12,11 @@ PLACEHOLDERS = {
     "SOURCE": ".+",
     "WEIGHT": r"[\w.]+",
 }
-"""What the words in capitals stand for."""
+"""The patterns that the words in capitals stand for."""
 
 
 class Logged(NamedTuple):
-    """A value that is logged, or a family of them, with words in capitals for what differs."""
+    """A logged value, or a family of values whose names differ in the words in capitals."""
 
     name: str
     unit: str
@@ -48,7 +48,7 @@ STEPS = (
         "Most memory used so far: by tensors on a GPU, otherwise by the whole process.",
     ),
 )
-"""At every ``monitor.log_every_steps``."""
+"""Logged every ``monitor.log_every_steps`` steps."""
 
 EVALUATIONS = (
     Logged("val/loss", "nats per token", "Mean cross-entropy on the validation windows."),
@@ -67,15 +67,15 @@ EVALUATIONS = (
     Logged("val/dead_neurons", "share", "Share of the neurons whose x was 0 on every token, in every layer step."),
     Logged("weights/norm/WEIGHT", "", "L2 norm of one weight."),
 )
-"""At every ``train.eval_every_steps``."""
+"""Logged every ``train.eval_every_steps`` steps."""
 BEST_METRICS = tuple(each for each in EVALUATIONS if each.name.startswith("val") and "SOURCE" not in each.name)
-"""Those that ``checkpoint.best_metric`` may name."""
+"""The values that ``checkpoint.best_metric`` can name."""
 
 HISTOGRAMS = (
     Logged("weights/WEIGHT", "", "The values of one weight."),
     Logged("val/KIND/LAYER", "", "The activations above 0 in one layer step."),
 )
-"""Distributions, at every ``train.eval_every_steps``, for TensorBoard, W&B and Trackio."""
+"""Distributions for TensorBoard, W&B and Trackio, logged every ``train.eval_every_steps`` steps."""
 
 TEXTS = (Logged("samples/NUMBER", "", "A prompt and the text that continues it; also in `samples.jsonl`."),)
-"""At every ``train.sample_every_steps``."""
+"""Logged every ``train.sample_every_steps`` steps."""

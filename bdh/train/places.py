@@ -1,6 +1,6 @@
-"""What lies at the place that a name stands for: an export, a run with its checkpoints, adapters, or nothing; and its lock.
+"""Finds out what is stored under a name: an export, a run with its checkpoints, adapters, or nothing. Locks runs.
 
-Reads names and small files alone, without PyTorch, so that a wrong name is reported at once.
+Only names and small files are read, without PyTorch, so that a wrong name is reported at once.
 """
 
 import hashlib
@@ -27,27 +27,28 @@ CONFIG_FILE, LOCK_FILE, MANIFEST = "config.yaml", "lock", "manifest.json"
 
 @dataclass(frozen=True)
 class ModelPlace:
-    """Where a model is."""
+    """The place of a model."""
 
     path: Path
     kind: Literal["run", "adapters", "export", "hub"]
     checkpoint: str | None = None
-    """Of a run: last, best, or a step."""
+    """For a run, "last", "best", or a step."""
 
 
 def find_model(name: str, *, checkpoint: str | None = None, base: str | None = None) -> ModelPlace:
-    """The place of a model, as far as names and small files tell.
+    """Returns the place of a model, as far as names and small files tell.
 
     Args:
-        name: a folder with ``config.json``, or of adapters; a run's folder; the folder of one of its checkpoints; or a
-            hub id.
-        checkpoint: for a run: last (the default), best, or a step.
-        base: for adapters: where their base is now.
+        name: a folder with ``config.json`` or with adapters, the folder of a run or of one of its checkpoints, or a hub
+            id.
+        checkpoint: for a run, "last" (the default), "best", or a step.
+        base: for adapters, the current location of their base model.
 
     Raises:
-        FileNotFoundError: there is nothing, or no model, or no such checkpoint.
-        ValueError: ``checkpoint`` or ``base`` is given for what has none.
-        ImportError: adapters need a package that is missing.
+        FileNotFoundError: there is nothing under this name, it is not a model, or the run has no such checkpoint.
+        ValueError: ``checkpoint`` is invalid or given for something that is not a run, or ``base`` is given for
+            something that is not a folder of adapters.
+        ImportError: adapters require a package that is not installed.
     """
     path = Path(name)
     if checkpoint is None and is_checkpoint(path):
@@ -79,11 +80,15 @@ def find_model(name: str, *, checkpoint: str | None = None, base: str | None = N
 
 
 def find_checkpoint(run_dir: Path, which: str) -> int | None:
-    """The step of a run's checkpoint that "last", "best" (of the validation loss) or a step names; None for the newest.
+    """Returns the step of a checkpoint of a run; None for the newest.
+
+    Args:
+        run_dir: the folder of the run.
+        which: "last", "best" (by ``checkpoint.best_metric``), or a step.
 
     Raises:
-        FileNotFoundError: the folder holds no run, or the run has no such checkpoint.
-        ValueError: ``which`` is neither of the above.
+        FileNotFoundError: the folder contains no run, or the run has no such checkpoint.
+        ValueError: ``which`` is invalid, or the file that names the best checkpoint is damaged.
     """
     if not is_run(run_dir):
         is_there = Path(run_dir).exists()
@@ -104,18 +109,21 @@ def is_run(folder: Path) -> bool:
 
 
 def run_of(model: Path) -> Path | None:
-    """The run that the folder of a model is, or lies in: as one of its checkpoints, or as its export."""
+    """Returns the run to which the folder of a model belongs, or None.
+
+    The folder can be that of the run, of one of its checkpoints, or of its export.
+    """
     run = model.parent.parent if is_checkpoint(model) else model.parent if model.name == "model" else model
     return run if is_run(run) else None
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether anything of a run is in a folder, also of one that has no checkpoint yet."""
+    """Whether a folder contains files of a run, even if it has no checkpoint yet."""
     return any((folder / name).exists() for name in (CONFIG_FILE, "checkpoints", "metrics.jsonl", "model"))
 
 
 def taken_by_run(folder: Path) -> FileExistsError:
-    """The error of a fresh start in a folder that holds a run."""
+    """Returns the error for a new run in a folder that already contains one."""
     checkpoints = CheckpointFolder(folder)
     if checkpoints.newest() is None and not (folder / "model").exists():
         return FileExistsError(f"{folder} already holds a run; {checkpoints.why_not_continued}")
@@ -125,39 +133,42 @@ def taken_by_run(folder: Path) -> FileExistsError:
 
 
 def check_peft() -> None:
-    """Raises ``ImportError``, which says how to get the package, where it is missing."""
+    """Raises ``ImportError`` with the command that installs ``peft`` if it is missing."""
     if importlib.util.find_spec("peft") is None:
         raise ImportError(f"LoRA needs the package peft: {install_command('finetune')}")
 
 
 class CheckpointFolder:
-    """The checkpoints of a run by their names: ``checkpoints/step-0001000``, and the files that name the newest and best."""
+    """The names of a run's checkpoints, ``checkpoints/step-0001000``, and the files that name the newest and best."""
 
     def __init__(self, run_dir: Path):
         self.folder = run_dir / "checkpoints"
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints that have their marker, ascending."""
+        """Returns the steps of the complete checkpoints, which have a manifest, in ascending order."""
         return sorted(step_of_folder(path.parent) for path in self.folder.glob(f"step-*/{MANIFEST}"))
 
     def path_of(self, step: int) -> Path:
         return self.folder / checkpoint_name(step)
 
     def newest(self) -> int | None:
-        """The step that ``latest`` names, or, where that is not there, of the newest that has its marker."""
+        """Returns the step that ``latest`` names or, if that checkpoint does not exist, the newest complete one.
+
+        It returns None if there is neither.
+        """
         named, steps = self.named("latest"), self.steps()
         return named if not steps or (named is not None and self.path_of(named).is_dir()) else steps[-1]
 
     @property
     def why_not_continued(self) -> str:
-        """Of a run without a checkpoint."""
+        """Why a run without a complete checkpoint cannot be continued."""
         return (
             f"there is no complete checkpoint in {self.folder}: a run that was stopped before its first one cannot be "
             f"continued; remove {self.folder.parent}, or train with another --run_dir"
         )
 
     def check_there(self, step: int | None) -> None:
-        """Raises ``FileNotFoundError`` where there is no such checkpoint; None is the newest."""
+        """Raises ``FileNotFoundError`` if there is no checkpoint of a step; None stands for the newest."""
         if step is None and self.newest() is None:
             raise FileNotFoundError(self.why_not_continued)
         if step is not None and not self.path_of(step).is_dir():
@@ -165,7 +176,12 @@ class CheckpointFolder:
             raise FileNotFoundError(f"there is no checkpoint of step {step} in {self.folder}: there are {there}")
 
     def step_of(self, which: str) -> int:
-        """The step that ``latest`` or ``best`` names. Raises ``FileNotFoundError`` without the file, ``ValueError`` if none."""
+        """Returns the step that the file ``latest`` or ``best`` names.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file does not contain the name of a checkpoint.
+        """
         if (step := self.named(which)) is not None:
             return step
         if not self.has(which):
@@ -177,7 +193,7 @@ class CheckpointFolder:
         )
 
     def named(self, which: str) -> int | None:
-        """The step in the file ``latest`` or ``best``; None if there is no such file, or it is empty or damaged."""
+        """Returns the step that the file ``latest`` or ``best`` names; None if it is missing, empty or damaged."""
         if not self.has(which):
             return None
         text = (self.folder / which).read_text(encoding="utf-8", errors="replace").strip()
@@ -187,12 +203,12 @@ class CheckpointFolder:
         return (self.folder / which).is_file()
 
     def excerpt(self, which: str) -> str:
-        """What the file ``latest`` or ``best`` begins with, for a person."""
+        """Returns the beginning of the file ``latest`` or ``best``, for error messages."""
         text = (self.folder / which).read_text(encoding="utf-8", errors="replace")
         return repr(text[:40]) if text else "it is empty"
 
     def recover(self) -> None:
-        """Puts back checkpoints that a process was replacing when it died."""
+        """Restores checkpoints that a process was replacing when it died."""
         recover_dirs(self.folder)
 
 
@@ -201,23 +217,23 @@ def checkpoint_name(step: int) -> str:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether the folder is that of one checkpoint, complete or not."""
+    """Whether a folder is that of a checkpoint, complete or not."""
     return folder.parent.name == "checkpoints" and re.fullmatch(r"step-\d+", folder.name) is not None
 
 
 def step_of_folder(folder: Path) -> int:
-    """The step in the name of a checkpoint's folder."""
+    """Returns the step in the name of a checkpoint's folder."""
     return int(folder.name.removeprefix("step-"))
 
 
 def file_facts(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file, as a checkpoint's manifest records them."""
+    """Returns the size and SHA-256 of a file, as recorded in the manifest of a checkpoint."""
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def checkpoint_fault(path: Path) -> str | None:
-    """What is wrong with the files of a checkpoint, every byte of which is read; None where nothing is."""
+    """Reads every byte of a checkpoint. Returns what is wrong with its files, or None."""
     if not (path / MANIFEST).is_file():
         return f"its {MANIFEST} is missing"
     try:
@@ -237,7 +253,10 @@ def checkpoint_fault(path: Path) -> str | None:
 
 
 class RunLock:
-    """Keeps other starts out of a run's folder. Rank 0 takes it; all processes call :meth:`acquire` together."""
+    """Keeps other processes from training in a run's folder.
+
+    Rank 0 holds the lock. All processes must call :meth:`acquire` together.
+    """
 
     def __init__(self, folder: Path, world: "World"):
         from bdh.locks import Lock  # which takes a while to import
@@ -248,11 +267,13 @@ class RunLock:
         self._lock = Lock(folder / LOCK_FILE, str(folder), advice=advice)
 
     def acquire(self) -> None:
-        """Takes the lock. The folder is made, if it is not there.
+        """Acquires the lock, and creates the folder if it does not exist.
+
+        If rank 0 fails with one of the other errors below, the other processes raise ``InUseError`` with its message.
 
         Raises:
-            InUseError: another process has it, on all processes alike.
-            DiskFullError: there is no space for it; a folder that was made is removed.
+            InUseError: another process holds the lock. All processes raise it.
+            DiskFullError: there is no space for the lock. Folders that were created for it are removed.
             OSError: the folder cannot be written.
         """
         from bdh.locks import InUseError
@@ -268,12 +289,12 @@ class RunLock:
             raise error or InUseError(reason)
 
     def check(self, *, seldom: bool = False) -> None:
-        """Raises on rank 0, where another process has taken the lock meanwhile; see :meth:`bdh.locks.Lock.check`."""
+        """Checks on rank 0 that the lock is still held; see :meth:`bdh.locks.Lock.check`."""
         if self._world.is_main:
             self._lock.check(seldom=seldom)
 
     def release(self) -> None:
-        """Gives the lock back; a folder that it made, and that has stayed empty, is removed."""
+        """Releases the lock, and removes the folders that it created if they are still empty."""
         if self._world.is_main:
             self._lock.release()
             self._remove_made()
@@ -306,9 +327,9 @@ class RunLock:
 
 @contextmanager
 def lock_run_around(path: Path) -> Iterator[None]:
-    """Locks the run in whose folder ``path`` lies, if it lies in one, for a command that writes there.
+    """A context that locks the run in whose folder ``path`` is, if there is one, for a command that writes there.
 
-    Raises ``InUseError`` where the run is being trained.
+    Raises ``InUseError`` if the run is being trained.
     """
     from bdh.locks import Lock
 

@@ -350,7 +350,7 @@ def open_run(settings: RunSettings, *, progress: Any = None, check_room: CheckRo
 
 @contextmanager
 def _any_text_will_do(is_dry_run: bool) -> Iterator[None]:
-    """Within it, text that is not here or not in reach is an error that says how to do without it, in a dry run."""
+    """A context in which, in a dry run, an error about missing text says how to do without this text."""
     try:
         yield
     except FileNotFoundError as error:
