@@ -275,7 +275,7 @@ def warn_of_removal(base: Base) -> None:
 
 
 def _pretrained(folder: str, name: str) -> BDHForCausalLM:
-    """The model of a folder; ``name`` is what messages call it."""
+    """Returns the model in a folder. Messages call it ``name``."""
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # the code below raises errors for what transformers only warns about

@@ -1,1 +1,1 @@
-"""Kernels for the processor that touch only the neurons that fire."""
+"""Kernels for the CPU that touch only the neurons that fire."""

@@ -1,4 +1,4 @@
-"""The CPU's ``advance``: rows of tokens of many sequences through the kernels, and the states written in place."""
+"""The CPU's ``advance``: reads the tokens of many sequences with the kernels, and updates the states in place."""
 
 import math
 import threading
@@ -23,8 +23,9 @@ _STATE_FORMATS: dict[torch.dtype, StateFormat] = {
 }
 OnLayerStep = Callable[[np.ndarray], None]
 Tensors = Mapping[str, Sequence[torch.Tensor]]
-"""Of one sequence, by name, a contiguous tensor on the CPU for each layer step: ``sums`` (H, N, D); or those of
-:func:`code_shapes`; or those of a :class:`bdh.ops.eager.Ring`. Dimensions of size 1 may come before these."""
+"""The state of a sequence: by name, a contiguous tensor on the CPU for each layer step. The names are ``sums``, (H, N,
+D), or those of :func:`code_shapes`, or those of a :class:`bdh.ops.eager.Ring`. Dimensions of size 1 may precede the
+shapes."""
 
 _RESCALED_BITS = 32
 _MOST_BITS = 60  # lost at one token: float32 keeps 24, so what is left of what was there has vanished
@@ -32,9 +33,9 @@ _MOST_BITS = 60  # lost at one token: float32 keeps 24, so what is left of what 
 
 @dataclass
 class KernelWeights:
-    """The weights of a model, neuron by neuron.
+    """The weights of a model, with a row for each neuron.
 
-    Those that have the format and layout already are not copied; of a float32 model that is all but the decoder.
+    Weights that already have the format and layout are not copied. In a float32 model, these are all but the decoder.
     """
 
     embed: torch.Tensor  # (V, D), float32
@@ -56,11 +57,18 @@ class KernelWeights:
         num_layer_steps: int,
         weight_format: WeightFormat = "float32",
     ) -> "KernelWeights":
-        """From ``weights`` in the order of :attr:`tensors`: rows as they are to be read, or in the layout of ``nn.Linear``, in
-        which Dec is (D, H*N).
+        """Converts the weights of a model.
+
+        Args:
+            weights: the weights in the order of :attr:`tensors`: either rows, which are used as they are, or matrices
+                in the layout of ``nn.Linear``, in which Dec is (D, H*N).
+            rope_theta: the base of the rotary frequencies.
+            eps: the epsilon of the layer norms.
+            num_layer_steps: L.
+            weight_format: the format of the rows.
 
         Raises:
-            ValueError: whole numbers are asked for, and a weight is infinite or not a number.
+            ValueError: the format is quantized, and a weight is infinite or NaN.
         """
         embed, encoder, *encoder_v, decoder, lm_head = weights
         formats = layer_formats(weight_format)
@@ -84,7 +92,7 @@ class KernelWeights:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """L, H, N, D."""
+        """L, H, N and D."""
         return self.num_layer_steps, len(self.encoder_v), self.encoder_v[0].tensor.shape[0], self.embed.shape[1]
 
 
@@ -93,25 +101,25 @@ def _rows(weight: torch.Tensor | Rows, format: MatrixFormat, name: str) -> Rows:
 
 
 class TokenRows(NamedTuple):
-    """The tokens that a call reads, those of each sequence in order, one sequence after the other."""
+    """The tokens that a call reads: those of each sequence in order, one sequence after the other."""
 
     tokens: np.ndarray
-    """int64 (R,)."""
+    """int64 (R,), token ids."""
     positions: np.ndarray
-    """int64 (R,), absolute."""
+    """int64 (R,), absolute positions."""
     starts: np.ndarray
     """int64 (sequences + 1,): the rows of sequence s are ``starts[s]`` to ``starts[s + 1]``."""
 
 
 class ScaledSums:
-    """How the sums of heads that forget are stored.
+    """How the sums of heads with decay are stored.
 
-    Such a head would have to fade all of its rows at each token. Instead a factor of all its rows fades, which follows
-    from the position alone; what is added is divided by it. At absolute multiples of the tokens in which it loses 32
-    binary digits the rows are multiplied by it, and it starts again from 1.
+    All rows of such a head would have to fade at each token. Instead, a single factor for these rows fades. It depends
+    only on the position, and what is added to the rows is divided by it. At absolute multiples of the number of tokens
+    in which it loses 32 binary digits, the rows are multiplied by it, and it starts again from 1.
 
     Args:
-        half_lives: (H,) tokens in which what a head keeps halves; inf for one that never forgets.
+        half_lives: (H,), the half-life of each head in tokens; inf for a head without decay.
     """
 
     def __init__(self, half_lives: Sequence[float]):
@@ -120,23 +128,23 @@ class ScaledSums:
         self._period = np.clip(np.floor(self.half_lives * _RESCALED_BITS), 1, 2.0**62).astype(np.int64)
 
     def tokens_left(self, position: int) -> int:
-        """How many tokens may be read at once from a position: to where the next head's rows are multiplied."""
+        """Returns how many tokens may be read at once from a position, until the rows of a head are multiplied."""
         return int((self._period - position % self._period).min())
 
     def scales(self, position: int, count: int) -> np.ndarray:
-        """The factors of the rows (count + 1, H) before each of the next tokens, and after the last."""
+        """Returns the factors of the heads (count + 1, H), before each of the next tokens and after the last."""
         first = position % self._period  # (H,): tokens since the rows took theirs up
         return np.exp2(-(first + np.arange(count + 1)[:, None]) / self.half_lives)
 
     def rescaled(self, position: int, sums: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, float]]:
-        """The rows of heads that take up their factor at a position, and that factor."""
+        """Returns the rows of the heads that are multiplied by their factor at a position, with that factor."""
         heads = np.flatnonzero(position % self._period == 0)
         factors = {head: float(2.0 ** -(self._period[head] / self.half_lives[head])) for head in heads}
         return [(each[..., head, :, :], factor) for head, factor in factors.items() for each in sums]
 
 
 def code_shapes(num_heads: int, neurons_per_head: int, width: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """What a layer step of a state in int16 holds, by name (:mod:`bdh.ops.cpu.code_steps`)."""
+    """Returns the tensors in a layer step of an int16 state, by name (:mod:`bdh.ops.cpu.code_steps`)."""
     return {
         "rows": (torch.int16, (num_heads, neurons_per_head, row_numbers(width))),
         "values": (torch.float32, (WINDOW, width)),
@@ -144,16 +152,16 @@ def code_shapes(num_heads: int, neurons_per_head: int, width: int) -> dict[str, 
 
 
 def ring_fading(window_tokens: int, num_heads: int, half_lives: Sequence[float] | None = None) -> np.ndarray:
-    """What weighs a token of a window by how many stand between it and the reader: float32 (H, W - 1)."""
+    """Returns the weight of a window's token by the number of tokens between it and the reader, float32 (H, W - 1)."""
     lives = np.full(num_heads, np.inf) if half_lives is None else np.asarray(half_lives)
     return np.exp2(-np.arange(window_tokens - 1) / lives[:, None]).astype(np.float32)
 
 
 class Recurrence:
-    """Reads tokens into states, at the price of the neurons that fire.
+    """Reads tokens into states, at a cost that depends on the number of neurons that fire.
 
-    Every row of tokens is computed in the same order of operations, whichever others are beside it; so its logits and
-    the state after it have the same bits however texts are cut into pieces, batched, or spread over threads.
+    Each token is computed in the same order of operations, whatever other tokens a call contains. Its logits and the
+    state after it therefore have the same bits, however texts are cut into pieces, batched, or spread over threads.
     """
 
     def __init__(self, weights: KernelWeights):
@@ -183,18 +191,20 @@ class Recurrence:
         on_layer_step: OnLayerStep | None = None,
         before_writing: Callable[[], None] | None = None,
     ) -> np.ndarray:
-        """v after the last layer step, (R, D) float32; the states are advanced.
+        """Reads tokens, advances the states, and returns v after the last layer step, float32 (R, D).
 
-        The result is memory of this object: it is good until the next call of this thread. All memory that is needed is
-        taken before a state is written.
+        The result is work memory of this object, which is valid until the next call of this thread. All memory that is
+        needed is allocated before a state is written.
 
         Args:
-            states: of each sequence sums, all in one format; or all of them rings, of which a window's fading tells.
-            scaled: of the sums, where heads forget. The rows of a sequence end where it says at the latest.
-            fading: of the rings, (H, W - 1), by :func:`ring_fading`.
-            on_layer_step: is called after each layer step with x (R, H*N), which is memory of this object.
-                The bits of the result do not depend on it.
-            before_writing: is called just before the first state is written.
+            rows: the tokens.
+            states: the state of each sequence. All are sums in one format, or all are rings, if ``fading`` is given.
+            scaled: how the sums are stored, if heads have decay. The rows of a sequence must end where ``tokens_left``
+                of it says, or earlier.
+            fading: for rings, the result of :func:`ring_fading`, (H, W - 1).
+            on_layer_step: called after each layer step with x (R, H*N), which is work memory of this object. The bits
+                of the result do not depend on it.
+            before_writing: called just before the first state is written.
         """
         format = "ring" if fading is not None else _format_of(states[0])
         key = format if fading is None else (format, fading.shape[1])
@@ -264,11 +274,11 @@ class Recurrence:
         on_layer_step: OnLayerStep | None,
         before_writing: Callable[[], None] | None,
     ) -> np.ndarray:
-        """v after the last layer step.
+        """Runs a kernel, and returns v after the last layer step.
 
         Args:
-            x: (H*N, R), memory of the kernel.
-            arguments: what it takes after the weights, for some of the layer steps.
+            x: (H*N, R), work memory of the kernel.
+            arguments: returns the arguments of the kernel after the weights, for some of the layer steps.
         """
         L, _, N, D = self.weights.shape
         R = len(rows.tokens)
@@ -289,11 +299,11 @@ class Recurrence:
         return v
 
     def logits(self, v: np.ndarray) -> torch.Tensor:
-        """float32 (R, V) of rows of v (R, D)."""
+        """Returns the logits, float32 (R, V), of rows of v (R, D)."""
         return self.prepare_logits(range(len(v)))(v)
 
     def prepare_logits(self, rows: Sequence[int]) -> Callable[[np.ndarray], torch.Tensor]:
-        """What computes the logits (len(rows), V) of these rows of a v (R, D), and takes no memory any more."""
+        """Returns a function that computes the logits (len(rows), V) of these rows of v (R, D), in allocated memory."""
         num_words, count = self.weights.lm_head.tensor.shape[0], len(rows)
         index = np.array(rows, np.int64)
         chosen = np.empty((count, self.weights.shape[-1]), np.float32)
@@ -315,9 +325,9 @@ class Recurrence:
         return run
 
     def work_memory(self, name: str, *shape: int) -> np.ndarray:
-        """Memory of this shape, with anything in it, kept from call to call.
+        """Returns uninitialized memory of this shape, which is kept from call to call.
 
-        torch's begins at a line of the cache; numpy's does not, which costs a tenth of a prompt's time.
+        Memory of torch begins at a cache line. That of numpy does not, which costs a tenth of a prompt's time.
         """
         size = math.prod(shape)
         memory = vars(self._memory)
@@ -326,7 +336,7 @@ class Recurrence:
         return memory[name][:size].reshape(shape)
 
     def _warm_up(self, state: Tensors, fading: np.ndarray | None) -> None:
-        """A token into an empty state of this kind."""
+        """Reads a token into an empty state of this kind."""
         L, H, N, D = self.weights.shape
         if fading is not None:
             shapes = ring_shapes(fading.shape[1] + 1, H, N, D)
@@ -338,7 +348,7 @@ class Recurrence:
 
 
 def _place(rows: Rows) -> tuple[np.ndarray, int]:
-    """What the kernels take of them."""
+    """Returns what the kernels take of a matrix: the mark of its format, and its address."""
     return kernels.LIKE[rows.format], rows.tensor.data_ptr()
 
 
@@ -347,16 +357,16 @@ def _format_of(state: Tensors) -> str:
 
 
 def _heads(state: Tensors) -> list[torch.Tensor]:
-    """The steps and keys of rows in int16, which fade with the sums that they stand for."""
+    """Returns the steps and keys in rows of int16, which fade with the sums that they represent."""
     return [rows[..., : HEAD_BYTES // CODE_BYTES].view(torch.float32) for rows in state["rows"]]
 
 
 def _tables(states: Sequence[Tensors], names: Sequence[str]) -> np.ndarray:
-    """The addresses (L, names, sequences) of tensors of a layer step."""
+    """Returns the addresses (L, names, sequences) of the tensors of each layer step."""
     return np.ascontiguousarray(np.array([_addresses(states, name) for name in names], np.int64).transpose(1, 0, 2))
 
 
 def _addresses(states: Sequence[Tensors], name: str) -> list[list[int]]:
-    """Of each layer step those of all sequences."""
+    """Returns the addresses of a tensor in each layer step and sequence."""
     many = [state[name] for state in states]
     return [[tensors[step].data_ptr() for tensors in many] for step in range(len(many[0]))]

@@ -1,8 +1,8 @@
-"""Whether the kernels run on this machine, with how many threads, and their compilation.
+"""Whether the kernels run on this machine, on how many threads, and their compilation.
 
-Other programs may keep the kernels' threads from the cores. Linux counts for each thread how long it was ready to run and
-had no core. What all threads of the process have waited so, by the second, is about half of a thread for each core that
-another program keeps busy, since the two take turns there. :data:`crowding` follows that.
+Other programs can keep the cores from the kernels' threads. Linux counts for each thread how long it was ready to run
+and had no core. For all threads of the process together, this wait per second is about half of a thread for each core
+that another program keeps busy, since the two take turns there. :data:`crowding` follows it.
 """
 
 import os
@@ -39,7 +39,7 @@ def to_stderr(message: str) -> None:
 
 @cache
 def unavailable_reason() -> str | None:
-    """Why the kernels cannot run here; None where they can."""
+    """Returns why the kernels cannot run here, or None if they can."""
     if _is_forked:
         return "this process was forked from one that has used them, which OpenMP does not bear"
     try:
@@ -50,7 +50,7 @@ def unavailable_reason() -> str | None:
 
 
 def most_threads() -> int:
-    """On how many threads kernels may run: as many as torch's operations, as far as numba has them."""
+    """Returns the number of threads for kernels: as many as for torch's operations, as far as numba has them."""
     return min(torch.get_num_threads(), _numba_threads())
 
 
@@ -63,13 +63,16 @@ def _numba_threads() -> int:
 
 _LOOK_SECONDS = 0.2
 _CROWDED = 0.3
-"""Threads that wait, in the mean, from which on the cores are taken to be short."""
+"""The mean number of waiting threads above which cores count as scarce."""
 _HOLD_SECONDS = 0.5, 2.0
-"""For how long there are fewer threads before all are tried again: the first time, and at most."""
+"""How long fewer threads are used before all are tried again: the first time, and at most."""
 
 
 def waited_seconds() -> float | None:
-    """For how long the threads of this process, all together, were ready to run and had no core; None if nobody counts it."""
+    """Returns the total time for which threads of this process were ready to run and had no core.
+
+    It is None if the system does not count this time.
+    """
     total = 0
     try:
         for name in os.listdir("/proc/self/task"):
@@ -86,7 +89,7 @@ def waited_seconds() -> float | None:
 
 
 class Crowding:
-    """Follows how many cores others keep busy, as calls of the kernels come. ``clock`` gives seconds."""
+    """Follows how many cores other programs keep busy, whenever kernels are called. ``clock`` returns seconds."""
 
     def __init__(
         self,
@@ -101,10 +104,11 @@ class Crowding:
         self._hold, self._until, self._freed = _HOLD_SECONDS[0], 0.0, -1e9
 
     def busy_cores(self, num_threads: int, *, leaves_cores: bool) -> int:
-        """How many cores others keep busy, below ``num_threads``, which is what the caller would have without them.
+        """Returns how many cores other programs keep busy, which is less than ``num_threads``.
 
         Args:
-            leaves_cores: the caller then takes so many threads fewer.
+            num_threads: the number of threads that the caller would use without other programs.
+            leaves_cores: whether the caller then uses this many threads fewer.
         """
         with self._lock:
             self._look(num_threads)
@@ -137,14 +141,14 @@ class Crowding:
 
 
 crowding = Crowding()
-"""Of this process."""
+"""The one of this process."""
 
 
 class _Calm:
-    """Lets the OpenMP of torch and numba wait for a moment only, instead of milliseconds, while it is on.
+    """While it is on, idle OpenMP threads of torch and numba spin only for a moment, instead of milliseconds.
 
-    libgomp does so by itself while its threads are more than the cores (GOMP_SPINCOUNT in its manual): so there is a
-    thread with a team of its own, which sleeps.
+    libgomp does so itself while it has more threads than cores (GOMP_SPINCOUNT in its manual). An additional thread
+    with a team of its own, which sleeps, brings this about.
     """
 
     def __init__(self) -> None:
@@ -172,22 +176,23 @@ calm = _Calm()
 
 
 FEW_ROWS = 16
-"""Up to so many rows a call leaves busy cores to others. In a longer one a thread that gets half of a core is worth having."""
+"""Calls with up to this many rows leave busy cores to other programs. In longer calls, a thread that gets half of a
+core is worth having."""
 
 
 SPINS, SPINS_WHEN_CROWDED = 10_000, 300
-"""How often a waiting thread looks before it sleeps. A look takes 20 to 50 nanoseconds."""
+"""How often a waiting thread checks for work before it sleeps. A check takes 20 to 50 nanoseconds."""
 
 
 class Team(NamedTuple):
-    """Who does a call of the kernels."""
+    """The threads that do a call of the kernels."""
 
     threads: int
     is_crowded: bool = False
-    """Whether other programs keep cores busy, so that it is better to sleep soon."""
+    """Whether other programs keep cores busy, so that waiting threads should soon sleep."""
 
     def new_progress(self, num_stages: int) -> np.ndarray:
-        """The counters of so many stages (:mod:`bdh.ops.cpu.pieces`); each can be gone through once."""
+        """Returns the counters of this many stages (:mod:`bdh.ops.cpu.pieces`). Each stage can be run once."""
         return _unused_counters(num_stages, SPINS_WHEN_CROWDED if self.is_crowded else SPINS).copy()
 
 
@@ -201,16 +206,16 @@ def _unused_counters(num_stages: int, spins: int) -> np.ndarray:
 
 
 def team_for(num_rows: int) -> Team:
-    """For so many rows, whose bits do not depend on the threads."""
+    """Returns the team for a call with this many rows. The bits of the result do not depend on the threads."""
     most, leaves_cores = most_threads(), num_rows <= FEW_ROWS
     busy = crowding.busy_cores(most, leaves_cores=leaves_cores)
     return Team(most - busy if leaves_cores else most, busy > 0)
 
 
 def exclusive() -> AbstractContextManager[object]:
-    """Held while kernels run: by one thread at a time, where numba's threading layer bears no more.
+    """A context for running kernels, by one thread at a time if numba's threading layer supports no more.
 
-    That is its own one, workqueue, which ends the process otherwise. It serves where there is no OpenMP.
+    This is true of numba's own layer, workqueue, which would end the process. It is used if there is no OpenMP.
     """
     import numba
 
@@ -225,9 +230,10 @@ _addresses: dict[tuple[Any, bytes], int] = {}  # of compiled functions, by the t
 
 
 def run_by_threads(num_threads: int, kernel: Any, *arguments: Any) -> None:
-    """Has each of so many threads call a kernel, a function of :data:`bdh.ops.cpu.pieces.jit`, with its own number before these.
+    """Calls a kernel on this many threads, each with its own number before the arguments.
 
-    By its address: within the ``prange`` its code would be optimised and compiled three times more, which takes seconds.
+    The kernel is a function of :data:`bdh.ops.cpu.pieces.jit`. It is called by its address: within the ``prange``, its
+    code would be optimized and compiled three more times, which takes seconds.
     """
     from bdh.ops.cpu import pieces
 
@@ -239,10 +245,10 @@ def run_by_threads(num_threads: int, kernel: Any, *arguments: Any) -> None:
 
 
 def compiled(what: str, run: Callable[[], None], announce: Callable[[str], None] = to_stderr) -> None:
-    """Runs something small that uses every kernel of ``what``, so that they are compiled, or loaded from the disk.
+    """Runs something small that uses every kernel of ``what``, so that they are compiled or loaded from the disk.
 
-    Says so where numba compiles, and not where it loads, however long that takes on a busy machine: compiling takes some
-    ten seconds, once for each version and processor.
+    It announces that numba compiles, but not that it loads, however long that takes on a busy machine. Compiling takes
+    some ten seconds, once for each version and processor.
     """
     from numba.core import event
 

@@ -1,4 +1,4 @@
-"""The neurons of a block by the kernels of :mod:`bdh.ops.cpu.train_kernels`."""
+"""Computes the neurons of a block with the kernels of :mod:`bdh.ops.cpu.train_kernels`."""
 
 import threading
 from functools import cache
@@ -13,22 +13,22 @@ from bdh.ops.cpu.runtime import calm, compiled, crowding, most_threads, run_by_t
 from bdh.ops.cpu.vector import LANES
 
 DENSE_Y = 0.45
-"""Share of x from which on y is computed by a dense product, wherever x fires or not."""
+"""The fraction of x that fires above which y is computed by a dense product, for all neurons and tokens."""
 DENSE_GRADIENT = 0.4
-"""Share of x from which on the gradients that come through it are computed by dense products."""
+"""The fraction of x that fires above which the gradients through x are computed by dense products."""
 _FIRE_BYTES = 1024 * 1024  # of x
 # Rows of so many numbers, or a multiple, fall on the same few sets of a cache: the products of the attention take a third
 # longer. So such rows are made longer by a vector.
 _ALIASED = 256
 _scratch = threading.local()
-"""A block's arrays by name, kept from call to call: fresh pages cost more than much of what is computed in them. A thread
-computes one layer step at a time."""
+"""The arrays of a block by name, which are kept from call to call: allocating fresh pages takes longer than much of the
+computation. A thread computes one layer step at a time."""
 _NOTHING = torch.zeros(1, 1, dtype=torch.float32, device="cpu")
 
 
 @cache
 def compile_kernels() -> None:
-    """Runs all kernels once, so that they are compiled, or loaded from the disk, with a word where that takes long."""
+    """Runs all kernels once, so that they are compiled or loaded from the disk. Compilation is announced."""
 
     def run() -> None:
         x, narrow, table, weight, partial_sums = (
@@ -48,7 +48,7 @@ def compile_kernels() -> None:
 
 
 class KernelNeurons(Neurons):
-    """float32 on a CPU. y and all gradients are computed only for the neurons and tokens where x fires."""
+    """Neurons in float32 on a CPU. y and all gradients are only computed where x fires, unless it fires often."""
 
     def __init__(self, weights: LayerWeights, *, with_gradients: bool, keep_wide: bool = False):
         self._weights = LayerWeights(
@@ -151,13 +151,21 @@ class KernelNeurons(Neurons):
     def _rotate(
         self, turns: tuple[object, ...], x: torch.Tensor, q: torch.Tensor, first_pair: int, *, cut: bool
     ) -> None:
-        """q = rope(x) for some neurons, of which the first pair has this number in the head; counts those that fire."""
+        """Computes q = rope(x) for some neurons, and counts those that fire.
+
+        Args:
+            turns: the result of :func:`_turns`.
+            x: the activations of the neurons.
+            q: where to write the result.
+            first_pair: the index of the first pair of these neurons in the head.
+            cut: whether to set negative x to 0.
+        """
         counts = np.empty(self._parts, np.int64)
         run_by_threads(self._parts, kernels.rotate, x.numpy(), q.numpy(), *turns, first_pair, cut, counts)
         self._firing += int(counts.sum())
 
     def _memory(self, name: str, block: Block, like: torch.Tensor, *, fresh: bool = False) -> torch.Tensor:
-        """(N, M or more): memory that is used again and again, columns beyond the tokens of ``like`` (G, C, D) being 0."""
+        """Returns memory (N, M or more) that is reused. Columns beyond the tokens of ``like`` (G, C, D) are 0."""
         N, columns = block.neurons.stop - block.neurons.start, like.shape[0] * like.shape[1]
         M = _whole_lanes(columns)
         if M % _ALIASED == 0:
@@ -183,7 +191,7 @@ def _fired(x: torch.Tensor, q: torch.Tensor, G: int, C: int) -> Fired:
 
 
 def _keys(block: Block, x: torch.Tensor) -> tuple[object, ...]:
-    """Of dropout: those of neurons and tokens, the threshold, and the scale."""
+    """Returns what dropout needs: the keys of neurons and of tokens, the threshold, and the scale."""
     N, M = x.shape
     dropout = block.dropout
     if dropout is None:
@@ -198,17 +206,17 @@ def _whole_lanes(columns: int) -> int:
 
 
 def _whole(x: torch.Tensor) -> torch.Tensor:
-    """(N, G, C) with what lies between its rows: (N, M)."""
+    """Returns (N, G, C) together with what lies between its rows: (N, M)."""
     return x.as_strided((x.shape[0], x.stride(0)), (x.stride(0), 1))
 
 
 def _rows(values: torch.Tensor) -> torch.Tensor:
-    """(G, C, D) as (G * C, D), for the kernels one after the other in memory."""
+    """Returns (G, C, D) as (G * C, D), contiguous in memory for the kernels."""
     return values.reshape(-1, values.shape[-1]).contiguous()
 
 
 def _turns(block: Block) -> tuple[object, ...]:
-    """Tables, and where the block's tokens stand in them."""
+    """Returns the rotation tables, and the places of the block's tokens in them."""
     rotation = block.rotation
     starts, places = rotation.runs(block.sequences, block.tokens)
     return rotation.cos.numpy(), rotation.sin.numpy(), starts.numpy(), places.numpy()
