@@ -1,9 +1,9 @@
-"""What the benchmarks share: models whose neurons fire as sparsely as those of trained ones, the memory traffic of a token,
-timing by turns (whatever else the machine does affects all candidates alike), and the report.
+"""What the benchmarks share: models whose neurons fire as sparsely as in trained ones, the memory traffic of a token,
+timing by turns (so that other load on the machine affects all candidates alike), and the report.
 
-Which neurons fire decides what the sparse kernels cost, and with fresh weights half of them do. In a made model a direction u
-of the residual stream is common to all tokens, the rows of E and Ev lean against it, which is a threshold, and the columns of
-Dec lean towards it, so that it lasts through the layer steps. How far they lean is found by measuring.
+The cost of the sparse kernels depends on which neurons fire. With fresh weights, half of them do. So in the models made
+here, all tokens share a direction u of the residual stream. The rows of E and Ev lean against u, which acts as a threshold.
+The columns of Dec lean towards u, so that it lasts through the layer steps. How far they lean is found by measuring.
 """
 
 import json
@@ -34,25 +34,25 @@ from bdh.ops.formats import layer_formats, row_bytes
 Progress = Callable[[str], None]
 _DENSITY_TOKENS = 256
 X_DENSITY = 0.13
-"""Share of x that fire; in trained models of 25M to 100M parameters 11 to 14 %."""
+"""Share of the neurons that fire in x. In trained models of 25M to 100M parameters it is 11 to 14 %."""
 XY_DENSITY = 0.04
-"""Share of x * y that are not zero; in trained models 3 to 5 %."""
+"""Share of x * y that is not zero. In trained models it is 3 to 5 %."""
 _CALIBRATION_TOKENS = 96
 _ROUNDS = 12
-_CLOSE_ENOUGH = 0.01  # of a density, relatively
-# Of the embedding: with it the first layer step is about as dense as the others.
+_CLOSE_ENOUGH = 0.01  # relative error of a density
+# How far the embedding leans. With this value, the first layer step is about as dense as the others.
 _EMBED_LEAN = 1.5
-_SKIPPED_TOKENS = 8  # the first ones recall little, or nothing
+_SKIPPED_TOKENS = 8  # the attention of the first tokens sees little or nothing
 
 
 @dataclass(frozen=True)
 class Density:
-    """Of one layer step."""
+    """The density of one layer step."""
 
     x: float
     """Share of the neurons that fire in x."""
     pairs: float
-    """Share of the pairs (2i, 2i + 1) in which one of them does: those whose rows of the state are touched."""
+    """Share of the pairs (2i, 2i + 1) with a neuron that fires. Only their rows of the state are touched."""
     xy: float
     """Share of the neurons that fire in x and in y."""
 
@@ -60,7 +60,7 @@ class Density:
 def sparse_model(
     config: BDHConfig, seed: int = 0, *, x_density: float = X_DENSITY, xy_density: float = XY_DENSITY
 ) -> BDHForCausalLM:
-    """A float32 model on the CPU whose layer steps fire, in the mean, as densely as that.
+    """Returns a float32 model on the CPU whose layer steps have these densities on average.
 
     The same seed and configuration give the same weights on one machine.
     """
@@ -82,7 +82,7 @@ def sparse_model(
 def _calibrate(
     model: BDHForCausalLM, direction: torch.Tensor, tokens: torch.Tensor, x_density: float, xy_density: float
 ) -> None:
-    """Leans the weights until the densities are those wanted, and those of the last layer step like those of the first."""
+    """Leans the weights until the mean densities are as wanted, and the last layer step is as dense as the first."""
     normal = NormalDist()
     num_neurons = model.decoder.weight.shape[1]
     _lean(model, direction, x=-1.6, y=-0.6, out=0.5 / math.sqrt(xy_density * num_neurons))
@@ -93,7 +93,7 @@ def _calibrate(
         errors = (x / x_density - 1, xy / xy_density - 1, slope - 1 if len(found) > 1 else 0)
         if max(map(abs, errors)) < _CLOSE_ENOUGH:
             break
-        # A share p of normally distributed numbers lies above -inv_cdf(p): the way from one share to another.
+        # A share p of normally distributed numbers lies above -inv_cdf(p), which gives the step from one share to another.
         by_x = normal.inv_cdf(x_density) - normal.inv_cdf(_inside(x))
         by_y = normal.inv_cdf(_inside(xy_density / x_density)) - normal.inv_cdf(_inside(xy / max(x, 1e-6)))
         by_out = 0.3 * math.log(max(slope, 0.1)) / math.sqrt(xy_density * num_neurons)
@@ -114,7 +114,7 @@ def _lean(model: BDHForCausalLM, direction: torch.Tensor, *, x: float, y: float,
 
 @torch.no_grad()
 def densities(model: BDHForCausalLM, tokens: torch.Tensor) -> list[Density]:
-    """What fires in each layer step while the model reads ``tokens`` (T,), but for the first few, whose attention sees little."""
+    """Returns the density of each layer step over ``tokens`` (T,), without the first few, whose attention sees little."""
     config, first = model.config, min(_SKIPPED_TOKENS, len(tokens) - 1)
     fires: dict[str, torch.Tensor] = {}
 
@@ -137,7 +137,7 @@ def densities(model: BDHForCausalLM, tokens: torch.Tensor) -> list[Density]:
 
 
 def naive_weights(model: BDHForCausalLM) -> naive.Weights:
-    """A model's weights as :mod:`bdh.ops.naive` takes them: views of the same memory, but for Ev. Gradients reach the model."""
+    """Returns the weights for :mod:`bdh.ops.naive`: views of the model's, except Ev. Gradients reach the model."""
     H, N = model.config.n_head, model.config.neurons_per_head
     return naive.Weights(
         embed=model.embed.weight,
@@ -149,7 +149,7 @@ def naive_weights(model: BDHForCausalLM) -> naive.Weights:
 
 
 def half_lives(model: BDHForCausalLM) -> torch.Tensor | None:
-    """As :mod:`bdh.ops.naive` takes them, (H,), in float32 or the model's own float64."""
+    """Returns the half-lives (H,) for :mod:`bdh.ops.naive`, in float32, or in float64 for a float64 model."""
     lives, weight = model.config.half_lives, model.embed.weight
     dtype = torch.promote_types(weight.dtype, torch.float32)
     return None if lives is None else torch.tensor(lives, dtype=dtype, device=weight.device)
@@ -158,11 +158,13 @@ def half_lives(model: BDHForCausalLM) -> torch.Tensor | None:
 def naive_forward(
     model: BDHForCausalLM, tokens: torch.Tensor, weights: naive.Weights | None = None, **options: Any
 ) -> torch.Tensor:
-    """Logits (B, T, V) of :func:`bdh.ops.naive.forward`, with a graph, for ``tokens`` (B, T) and the model's configuration.
+    """Returns the logits (B, T, V) of :func:`bdh.ops.naive.forward` for ``tokens`` (B, T), with their graph.
 
     Args:
-        weights: spares making them again, or are others.
-        options: further arguments of :func:`bdh.ops.naive.forward`.
+        model: the model, whose configuration is used.
+        tokens: the token ids.
+        weights: the weights to use; None converts those of the model.
+        options: other arguments of :func:`bdh.ops.naive.forward`.
     """
     config = model.config
     return naive.forward(
@@ -178,12 +180,12 @@ def naive_forward(
 
 @torch.no_grad()
 def naive_logits(model: BDHForCausalLM, tokens: torch.Tensor, weights: naive.Weights | None = None) -> torch.Tensor:
-    """The same without a graph."""
+    """Returns the same logits without a graph."""
     return naive_forward(model, tokens, weights)
 
 
 def gpt2_config(vocab_size: int, num_positions: int, layers: int, width: int, heads: int, dropout: float) -> GPT2Config:
-    """A GPT-2 of this size, with PyTorch's own attention."""
+    """Returns the configuration of a GPT-2 of this size, with PyTorch's attention."""
     return GPT2Config(
         vocab_size=vocab_size,
         n_positions=num_positions,
@@ -200,7 +202,10 @@ def gpt2_config(vocab_size: int, num_positions: int, layers: int, width: int, he
 
 
 def gpt2_shape(model: BDHForCausalLM) -> tuple[int, int, int]:
-    """Layers, width and heads of a GPT-2 of about as many parameters, not counting positions: a layer for every 64 of width."""
+    """Returns layers, width and heads of a GPT-2 with about as many parameters, not counting positions.
+
+    It has a layer for every 64 of width.
+    """
     num_parameters = sum(weight.numel() for weight in model.parameters())
 
     def of_width(width: int) -> tuple[int, int, int]:
@@ -214,21 +219,21 @@ def gpt2_shape(model: BDHForCausalLM) -> tuple[int, int, int]:
 
 
 def random_tokens(vocab_size: int, count: int, seed: int) -> torch.Tensor:
-    """(count,): text for a model that has read none."""
+    """Returns random token ids (count,), the text for an untrained model."""
     return torch.randint(vocab_size, (count,), generator=torch.Generator().manual_seed(seed))
 
 
 @dataclass(frozen=True)
 class Bandwidth:
-    """Bytes a second, of as many threads as torch has."""
+    """Bytes per second, with as many threads as torch has."""
 
     copy: float
-    """Copying: what is read and what is written, counted together."""
+    """For copying, with the bytes read and the bytes written added."""
     read: float
 
 
 def measure_bandwidth(num_bytes: int = 1 << 30, rounds: int = 7) -> Bandwidth:
-    """The medians of several rounds, by turns, over a buffer of so many bytes (and a second one)."""
+    """Returns the medians of several rounds by turns, over a buffer of ``num_bytes`` (and a second one)."""
     source = torch.ones(num_bytes // 4)
     target = torch.empty_like(source)
     timings = interleaved({"copy": lambda: target.copy_(source), "read": source.sum}, rounds=rounds)
@@ -237,12 +242,12 @@ def measure_bandwidth(num_bytes: int = 1 << 30, rounds: int = 7) -> Bandwidth:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that must move for one token of one sequence, read and written ones counted alike."""
+    """Bytes that must be moved for one token of one sequence. Bytes read and bytes written count alike."""
 
     encoder: int
-    """E, whole, in each layer step: which neurons fire is not known before."""
+    """All of E in each layer step, since it is not known beforehand which neurons fire."""
     state: int
-    """The rows of pairs that fire: two a pair, read and written."""
+    """The rows of the pairs that fire: two for each pair, read and written."""
     encoder_v: int
     """Rows of Ev where x fires."""
     decoder: int
@@ -254,9 +259,9 @@ class Traffic:
         return sum(astuple(self))
 
     def limit_seconds(self, bandwidth: Bandwidth, batch: int = 1) -> float:
-        """The least time of a step of ``batch`` sequences: E and the head once, the rest for each of them.
+        """Returns the least time of a step of ``batch`` sequences: E and the head count once, the rest for each sequence.
 
-        Rows of weights that several sequences use are counted for each, so the limit of a batch is not quite one.
+        Rows of weights that several sequences use are counted for each of them, so for a batch it is not a strict limit.
         """
         each = self.state + self.encoder_v + self.decoder
         return (self.encoder + self.lm_head + batch * each) / bandwidth.copy
@@ -265,7 +270,7 @@ class Traffic:
 def traffic(
     config: BDHConfig, found: list[Density], weights: WeightFormat = "float32", state: StateFormat = "float32"
 ) -> Traffic:
-    """Of a model whose layer steps are as dense as was found; in a format of states that is read and written at each token."""
+    """Returns the traffic at these densities. ``state`` must be a format that is read and written at each token."""
     num_rows = config.n_layer * config.n_head * config.neurons_per_head
     of_encoder, of_encoder_v, of_decoder, of_head = (row_bytes(each, config.n_embd) for each in layer_formats(weights))
     state_row = config.n_embd * STATE_DTYPES[state].itemsize
@@ -281,7 +286,7 @@ def traffic(
 
 @dataclass
 class Timing:
-    """Seconds of what was run several times."""
+    """The seconds of several runs."""
 
     seconds: list[float] = field(default_factory=list)
 
@@ -297,7 +302,7 @@ class Timing:
         return [milliseconds(self.median), milliseconds(self.least)]
 
     def figures(self, per: str, work: float = 1) -> dict[str, float]:
-        """Of a ``per`` (token, step) that does so much ``work``, in tokens."""
+        """Returns the figures of a ``per`` ("token" or "step") of ``work`` tokens."""
         return {f"ms_per_{per}": 1000 * self.median, "least_ms": 1000 * self.least, "tokens_per_s": work / self.median}
 
 
@@ -308,11 +313,13 @@ def interleaved(
     warm_up: int = 1,
     repeats: Mapping[str, int] | None = None,
 ) -> dict[str, Timing]:
-    """Times the candidates in rounds: in each one, every candidate in turn.
+    """Times the candidates by turns: each round runs every candidate.
 
     Args:
-        rounds: timed rounds, after ``warm_up`` others.
-        repeats: how often a candidate runs in a round, where that is not once; each run is timed.
+        candidates: the functions to time, by name.
+        rounds: the number of timed rounds, after ``warm_up`` others.
+        warm_up: the number of rounds before these, which are not timed.
+        repeats: how often a candidate runs in a round, if not once. Each run is timed.
     """
     found = {name: Timing() for name in candidates}
     for number in range(warm_up + rounds):
@@ -327,13 +334,13 @@ def interleaved(
 
 
 def percentile(numbers: list[float], share: float) -> float:
-    """The smallest of the numbers that at least this share of them does not exceed."""
+    """Returns the smallest of the numbers such that at least ``share`` of them are no larger."""
     ordered = sorted(numbers)
     return ordered[min(len(ordered) - 1, max(0, -int(-share * len(ordered) // 1) - 1))]
 
 
 def machine() -> dict[str, str | int]:
-    """What the figures depend on, beside the code."""
+    """Returns what the figures depend on besides the code."""
     names = [platform.processor() or platform.machine()]
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -353,7 +360,7 @@ def machine() -> dict[str, str | int]:
 
 
 def machine_line() -> str:
-    """The processor and the versions of what computes, for a report."""
+    """Returns the processor and the versions of Python and the packages, for a report."""
     return (
         "{cpu}, {cores} cores, {torch_threads} threads; Python {python}, torch {torch}, numba {numba}, "
         "transformers {transformers}".format_map(machine())
@@ -362,19 +369,19 @@ def machine_line() -> str:
 
 @dataclass
 class Report:
-    """Gathered while a benchmark runs."""
+    """The report of a benchmark, filled while it runs."""
 
     benchmark: str
     figures: dict[str, Any] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
     failed: bool = False
-    """Whether what was to be compared does not agree; nothing was timed then."""
+    """Whether the compared results do not agree. Nothing is timed after that."""
 
     def say(self, line: str = "") -> None:
         self.lines.append(line)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """The first column to the left, the others to the right."""
+        """Adds a table. The first column is aligned to the left, the others to the right."""
         cells = [columns, *rows]
         first, *others = [max(map(len, column)) for column in zip(*cells, strict=True)]
         self.lines += ["", title]
@@ -390,7 +397,7 @@ class Report:
         return json.dumps(_finite(found), indent=2, allow_nan=False) + "\n"
 
     def introduce(self, model: BDHForCausalLM, seed: int) -> list[Density]:
-        """Says what is measured and where, and how densely its layer steps fire, which it returns."""
+        """Reports the machine, the model, and the densities of its layer steps, which it returns."""
         config = model.config
         parameters = sum(weight.numel() for weight in model.parameters())
         found = densities(model, random_tokens(config.vocab_size, _DENSITY_TOKENS, seed + 1))
@@ -416,7 +423,7 @@ class Report:
 
 
 def _finite(found: Any) -> Any:
-    """JSON has no infinity, and nothing for what is not a number: null stands for them."""
+    """Replaces infinity and NaN, which JSON does not have, by None."""
     if isinstance(found, dict):
         return {name: _finite(value) for name, value in found.items()}
     if isinstance(found, list | tuple):

@@ -1,7 +1,7 @@
-"""What a token costs after texts of several lengths, and the memory that holds them: a state of one size beside the KV cache of
-a GPT-2.
+"""Benchmarks of the time of a token and the memory of the text at several context lengths: a state of fixed size beside
+the KV cache of a GPT-2.
 
-Both read one text, from each length on to the next, so that the longest is read once.
+Both models read one text, from each length on to the next, so that the longest is read only once.
 """
 
 import time
@@ -20,12 +20,15 @@ from bdh.storage import atomic_file
 
 _BDH, _GPT2, _STATIC = "BDH", "GPT-2", "GPT-2, static cache"
 _SINGLE_TOKENS = 16
-"""The last ones of the text on which the forms must agree: those are read one by one, and the others at once."""
+"""Number of tokens at the end of the compared text that are read one by one. Those before are read at once."""
 
 
 def bench_context(model: BDHForCausalLM, options: BenchOptions, progress: Progress = lambda stage: None) -> Report:
-    """Times and bytes by context. Nothing is timed unless the kernels give what ``ops/naive.py`` gives, and the GPT-2 with each
-    of its caches what it gives without."""
+    """Returns times and bytes by context.
+
+    Nothing is timed unless the kernels agree with ``ops/naive.py``, and the GPT-2 with each of its caches agrees with the
+    GPT-2 without a cache.
+    """
     report = Report("context")
     report.introduce(model, options.seed)
     bdh = StateDecoder(model, _BDH, path="kernels")
@@ -49,7 +52,7 @@ def bench_context(model: BDHForCausalLM, options: BenchOptions, progress: Progre
 
 
 def _compare(report: Report, model: BDHForCausalLM, gpt2_model: GPT2LMHeadModel, tokens: torch.Tensor) -> None:
-    """The logits after each of the last tokens, with what was kept of those before and without."""
+    """Compares the logits after each of the last tokens, with and without a state or cache of those before."""
     num_single = min(_SINGLE_TOKENS, len(tokens) - 1)
     text = tokens.tolist()
     begin, rest = text[: len(text) - num_single], text[len(text) - num_single :]
@@ -70,7 +73,7 @@ def _compare(report: Report, model: BDHForCausalLM, gpt2_model: GPT2LMHeadModel,
     }
     found = {name: (a - b).abs().max().item() for name, (a, b) in pairs.items()}
     allowed = {name: allowed_difference(b) for name, (_, b) in pairs.items()}
-    # Not `>`: what is not a number does not agree.
+    # Not `>`: NaN must not count as agreement.
     report.failed = not all(found[name] <= allowed[name] for name in found)
     report.figures["agreement"] = {
         "tokens": len(tokens),
@@ -146,10 +149,11 @@ def _tabulate(report: Report, options: BenchOptions) -> None:
 
 
 def draw(contexts: Sequence[dict[str, Any]], path: Path) -> None:
-    """The times of a token and the memory by context, as .svg or .png.
+    """Plots the time of a token and the memory by context, as .svg or .png.
 
     Args:
         contexts: ``report.figures["contexts"]`` of :func:`bench_context`.
+        path: the file to write.
     """
     import matplotlib
     from matplotlib.figure import Figure

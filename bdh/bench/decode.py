@@ -1,6 +1,6 @@
-"""Reading: one token at a time beside other forms, several sequences, prompts by their length. All forms must agree first.
+"""Benchmarks of reading: single tokens beside other forms, several sequences, and prompts. All forms must agree first.
 
-Tokens are given to all decoders, rather than each one's own continued, so that all do the work of the same text.
+All decoders read the same tokens, rather than their own continuations, so that they do the work of the same text.
 """
 
 import subprocess
@@ -50,11 +50,11 @@ _FORMATS: dict[str, tuple[WeightFormat, StateFormat]] = {
     _BY_BOTH: ("bfloat16", "bfloat16"),
 }
 _SETTLING_SECONDS = 0.5
-"""For busy programs to start, and for the kernels to find out that they have."""
+"""The time for busy programs to start, and for the kernels to notice them."""
 
 
 def bench_decode(model: BDHForCausalLM, options: BenchOptions, progress: Progress = lambda stage: None) -> Report:
-    """Figures of single tokens. Nothing is timed unless kernels, dense steps and ``ops/naive.py`` agree."""
+    """Returns figures of single tokens. Nothing is timed unless kernels, dense steps and ``ops/naive.py`` agree."""
     bench = _DecodeBench(model, options, progress)
     report = bench.report
     bench.compare()
@@ -91,7 +91,7 @@ class _DecodeBench:
         return StateDecoder(self.model, name, path="kernels", weights=weights, state=state)
 
     def compare(self) -> None:
-        """The logits of all forms over the same tokens, read one by one."""
+        """Compares the logits of all forms over the same tokens, read one by one."""
         report, count = self.report, self.options.agreement_tokens
         tokens = self.text(count, 2)
         found: dict[str, torch.Tensor] = {}  # (T, V) of each form
@@ -122,7 +122,7 @@ class _DecodeBench:
             "bfloat16 weights": difference(_REFERENCE, _BY_WEIGHTS),
             "bfloat16 state (both with bfloat16 weights)": difference(_BY_WEIGHTS, _BY_BOTH),
         }
-        # Not `>`: what is not a number does not agree.
+        # Not `>`: NaN must not count as agreement.
         report.failed = not all(value <= allowed for value in forms.values())
         report.figures["agreement"] = {
             "tokens": count,
@@ -195,7 +195,7 @@ class _DecodeBench:
         )
 
     def time_positions(self) -> None:
-        """The same tokens after an empty state, at positions far apart."""
+        """Times the same tokens after an empty state, at positions far apart."""
         self.progress(f"timing: positions {POSITIONS[0]:,} and {POSITIONS[1]:,}")
         text = self.text(self.options.context, 4).tolist()
         readers = {}
@@ -249,8 +249,11 @@ class _DecodeBench:
         )
 
     def time_busy(self) -> None:
-        """A token and a prompt, for about so many seconds a round, with one thread and with all, alone and beside busy
-        programs, by turns. Means, since what is lost to others is lost in lumps."""
+        """Times a token and a prompt with one thread and with all, alone and beside busy programs, by turns.
+
+        Each is timed for about ``busy_seconds`` in a round. The figures are means, since the time that is lost to other
+        programs is lost in a few large pieces.
+        """
         options, num_busy, seconds = self.options, self.options.busy, self.options.busy_seconds
         self.progress(f"timing: alone, and beside busy programs ({num_busy})")
         text = self.text(options.context, 3).tolist()
@@ -288,7 +291,7 @@ class _DecodeBench:
 
 
 def bench_prefill(model: BDHForCausalLM, options: BenchOptions, progress: Progress = lambda stage: None) -> Report:
-    """Seconds of prompts of several lengths from an empty state to the logits after their last token."""
+    """Returns the seconds of prompts of several lengths, from an empty state to the logits after the last token."""
     report = Report("prefill")
     report.introduce(model, options.seed)
     decoder = StateDecoder(model, path="kernels")
@@ -298,7 +301,7 @@ def bench_prefill(model: BDHForCausalLM, options: BenchOptions, progress: Progre
     text = tokens.tolist()
 
     def timed(*lengths: int) -> list[float]:
-        """The medians of the kernels over so many tokens."""
+        """Returns the median seconds of the kernels for prompts of these lengths."""
         prompts = {str(length): lambda length=length: decoder.read_prompt(text[:length]) for length in lengths}
         timings = interleaved(prompts, rounds=options.prompt_rounds, warm_up=0)
         return [timing.median for timing in timings.values()]
@@ -307,12 +310,12 @@ def bench_prefill(model: BDHForCausalLM, options: BenchOptions, progress: Progre
     start = time.perf_counter()
     expected = naive_logits(model, tokens[None, :count])[0, -1]
     naive_seconds = time.perf_counter() - start
-    decoder.read_prompt(text[:64])  # what is compiled on first use
+    decoder.read_prompt(text[:64])  # for what is compiled on first use
     progress("timing: the kernels over the same tokens")
     (own,) = timed(count)
     difference = (decoder.read_prompt(text[:count]) - expected).abs().max().item()
     allowed = allowed_difference(expected)
-    report.failed = not difference <= allowed  # what is not a number does not agree
+    report.failed = not difference <= allowed  # NaN must not count as agreement
     report.figures["naive"] = {
         "tokens": count,
         "seconds": naive_seconds,
@@ -350,7 +353,7 @@ def bench_prefill(model: BDHForCausalLM, options: BenchOptions, progress: Progre
 
 @contextmanager
 def busy_programs(count: int) -> Iterator[None]:
-    """So many other processes, each of which keeps a core busy."""
+    """Runs ``count`` other processes, each of which keeps a core busy."""
     programs = [subprocess.Popen([sys.executable, "-I", "-S", "-c", "while True: pass"]) for _ in range(count)]
     try:
         yield
@@ -362,7 +365,7 @@ def busy_programs(count: int) -> Iterator[None]:
 
 
 def _run(candidate: Callable[[], object], seconds: float) -> list[float]:
-    """The seconds of each call."""
+    """Calls a candidate again and again for this many seconds. Returns the seconds of each call."""
     found: list[float] = []
     first = time.perf_counter()
     while not found or time.perf_counter() - first < seconds:

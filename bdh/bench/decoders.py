@@ -1,4 +1,4 @@
-"""Sequences that are continued token by token: by the toolkit's states, and by what these are timed beside."""
+"""Decoders that continue sequences token by token: the toolkit's, and those that it is compared with."""
 
 from abc import ABC, abstractmethod
 from collections import deque
@@ -16,31 +16,31 @@ from bdh.ops.attention import rotation_table
 from bdh.ops.eager import Layer, layer_norm, layer_step
 
 TOLERANCE = 1e-4
-"""Of the largest difference of two logits; where their standard deviation is above 1, as many times that."""
+"""The allowed difference of two logits. If their standard deviation is above 1, it is multiplied by that."""
 GPT2_CHUNK = 2048
-"""Tokens of a text that a GPT-2 reads in one forward pass. More were hardly faster, and their mask grows with the cache."""
+"""Number of tokens that a GPT-2 reads in a forward pass. More are hardly faster, and their mask grows with the cache."""
 
 
 def allowed_difference(logits: torch.Tensor) -> float:
-    """Of logits from these, by :data:`TOLERANCE`."""
+    """Returns the allowed difference from these logits, by :data:`TOLERANCE`."""
     return TOLERANCE * max(1.0, logits.std().item())
 
 
 class Decoder(ABC):
-    """A sequence that is continued token by token."""
+    """Continues a sequence token by token."""
 
     name: str
 
     @abstractmethod
     def read(self, token: int) -> torch.Tensor:
-        """The logits (V,) after one more token."""
+        """Reads one more token, and returns the logits (V,) after it."""
 
 
 class StateDecoder(Decoder):
-    """One sequence or several, whose states a backend advances.
+    """Continues one or several sequences, whose states a backend advances.
 
     Args:
-        settings: how, as :class:`bdh.generate.advance.Advancer` takes them.
+        settings: the arguments of :class:`bdh.generate.advance.Advancer`.
     """
 
     def __init__(self, model: BDHForCausalLM, name: str = "", *, num_sequences: int = 1, **settings: Any):
@@ -51,34 +51,34 @@ class StateDecoder(Decoder):
         return self.read_each([token])[0]
 
     def read_each(self, tokens: Sequence[int]) -> torch.Tensor:
-        """The logits (B, V) of the first B sequences, after one more token of each."""
+        """Reads one more token in each of the first B sequences, and returns their logits (B, V)."""
         inputs = [StepInput(state, [token]) for state, token in zip(self.states, tokens, strict=False)]
         return torch.stack([logits for logits in self.advancer.advance(inputs) if logits is not None])
 
     def read_prompt(self, tokens: Sequence[int]) -> torch.Tensor:
-        """The logits (V,) after the last of the tokens, of a text that begins with them."""
+        """Begins a text with these tokens, and returns the logits (V,) after the last one."""
         self.states[0].clear()
         return self.read_on(tokens)
 
     def read_on(self, tokens: Sequence[int]) -> torch.Tensor:
-        """The logits (V,) after the last of further tokens."""
+        """Reads more tokens, and returns the logits (V,) after the last one."""
         (logits,) = self.advancer.advance([StepInput(self.states[0], tokens)])
         assert logits is not None
         return logits
 
     @property
     def num_tokens(self) -> int:
-        """That the first sequence has read."""
+        """The number of tokens that the first sequence has read."""
         return self.states[0].position
 
     @property
     def memory_bytes(self) -> int:
-        """Of its state."""
+        """The size of the first sequence's state."""
         return self.states[0].nbytes
 
 
 class AllocatingDecoder(Decoder):
-    """The dense recurrent step as it is commonly written: each token makes a new state, S + k v^T."""
+    """The dense recurrent step as it is commonly written: each token allocates a new state, S + k v^T."""
 
     name = "dense recurrent, a new state for each token"
 
@@ -109,7 +109,7 @@ class AllocatingDecoder(Decoder):
 
 
 class RecomputingDecoder(Decoder):
-    """``ops/naive.py`` over the last ``context`` tokens, again for each token."""
+    """Computes ``ops/naive.py`` over the last ``context`` tokens again for each token."""
 
     def __init__(self, model: BDHForCausalLM, context: int, text: Sequence[int] = ()):
         self.name = f"ops/naive.py, the last {context} tokens recomputed"
@@ -122,13 +122,14 @@ class RecomputingDecoder(Decoder):
 
 
 class Gpt2Decoder(Decoder):
-    """A GPT-2 in transformers with its KV cache.
+    """A GPT-2 of transformers with a KV cache.
 
-    Its forward pass is called directly, which spares the overhead of ``generate``. Its attention is PyTorch's own.
+    Its forward pass is called directly, without the overhead of ``generate``. It uses PyTorch's attention.
 
     Args:
-        model: from :func:`made_gpt2`.
-        cache: holds what was read; by default an empty one of the kind that transformers takes by default.
+        model: a model from :func:`made_gpt2`.
+        text: the tokens to read first.
+        cache: the KV cache; by default an empty one of the type that transformers uses by default.
     """
 
     def __init__(self, model: GPT2LMHeadModel, text: Sequence[int] = (), cache: Cache | None = None, name: str = ""):
@@ -141,14 +142,14 @@ class Gpt2Decoder(Decoder):
         return self._read([token])
 
     def read_on(self, tokens: Sequence[int]) -> torch.Tensor:
-        """The logits (V,) after the last of further tokens."""
+        """Reads more tokens, and returns the logits (V,) after the last one."""
         for start in range(0, len(tokens), GPT2_CHUNK):
             logits = self._read(list(tokens[start : start + GPT2_CHUNK]))
         return logits
 
     @torch.inference_mode()
     def with_static_cache(self, num_more: int, name: str = "") -> "Gpt2Decoder":
-        """The same text in a cache that was allocated for so many more tokens, which spares copying it for each of them."""
+        """Returns the same text in a cache that is allocated for ``num_more`` more tokens, so that they do not copy it."""
         cache = StaticCache(self.model.config, max_cache_len=self.num_tokens + num_more)
         for index, (keys, values) in enumerate(self._keys_and_values()):
             cache.update(keys, values, index)
@@ -160,7 +161,7 @@ class Gpt2Decoder(Decoder):
 
     @property
     def memory_bytes(self) -> int:
-        """Of its cache."""
+        """The size of the cache."""
         return sum(keys.nbytes + values.nbytes for keys, values in self._keys_and_values())
 
     def _keys_and_values(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -174,17 +175,17 @@ class Gpt2Decoder(Decoder):
 
 
 def made_gpt2(vocab_size: int, num_positions: int, shape: tuple[int, int, int], seed: int) -> GPT2LMHeadModel:
-    """A GPT-2 of fresh weights; ``shape`` is its layers, width and heads."""
+    """Returns a GPT-2 with fresh weights. ``shape`` is its layers, width and heads."""
     torch.manual_seed(seed)
     return GPT2LMHeadModel(gpt2_config(vocab_size, num_positions, *shape, dropout=0.0)).eval()
 
 
 def num_millions(model: torch.nn.Module) -> float:
-    """Its parameters."""
+    """Returns the number of parameters in millions."""
     return sum(weight.numel() for weight in model.parameters()) / 1e6
 
 
 def reader(decoder: Decoder, tokens: list[int]) -> Callable[[], int]:
-    """Each call reads a further token of an endless text, and says which is likeliest to follow, as a greedy loop does."""
+    """Returns a function that reads one more token of an endless text, and returns the likeliest next one."""
     text: Iterator[int] = cycle(tokens)
     return lambda: int(decoder.read(next(text)).argmax())

@@ -1,4 +1,4 @@
-"""The engine: what it adds to a step, how requests run beside each other, and how soon they begin."""
+"""Benchmarks of the engine: its overhead in a step, concurrent requests, and the time to the first token."""
 
 import time
 from collections.abc import Callable
@@ -30,10 +30,10 @@ _CACHED_STATES = 16
 def bench_engine(
     model: BDHForCausalLM, tokenizer: Any, options: BenchOptions, progress: Progress = lambda stage: None
 ) -> Report:
-    """Figures of the engine over the kernels in float32. Nothing is timed unless requests do not disturb each other.
+    """Returns figures of the engine with the kernels in float32. Nothing is timed if requests affect each other.
 
     Raises:
-        ValueError: the tokenizer is not the model's.
+        ValueError: the tokenizer does not fit the model.
     """
     bench = _EngineBench(model, tokenizer, options, progress)
     bench.compare()
@@ -53,12 +53,12 @@ class _EngineBench:
         self.model, self.tokenizer, self.options, self.progress = model, tokenizer, options, progress
         self.report = Report("engine")
         self.density = self.report.introduce(model, options.seed)
-        self.advancer = Advancer(model, path="kernels")  # of all engines
+        self.advancer = Advancer(model, path="kernels")  # shared by all engines
         self.report.say(f"path      {self.advancer.description}")
 
     def engine(self, num_states: int, num_cached: int = 0) -> Engine:
         each = self.advancer.state_bytes
-        # Of each cached state also its logits and tokens, which are small beside it.
+        # Each cached state also has logits and tokens, which are small in comparison.
         config = EngineConfig(max_state_bytes=num_states * each, prefix_cache_bytes=num_cached * (each + (1 << 20)))
         return Engine(self.model, self.tokenizer, config=config, advancer=self.advancer)
 
@@ -66,7 +66,7 @@ class _EngineBench:
         return random_tokens(self.model.config.vocab_size, count, self.options.seed + seed).tolist()
 
     def compare(self) -> None:
-        """The tokens of requests that run together, and of each alone."""
+        """Compares the tokens of requests that run together with those of each request alone."""
         num_tokens = self.options.engine_tokens
         self.progress(f"agreement: {CONCURRENT} requests together and alone, {num_tokens} tokens each")
         engine = self.engine(CONCURRENT)
@@ -82,7 +82,7 @@ class _EngineBench:
             self.report.say("the requests disturb each other: nothing was timed")
 
     def time_requests(self) -> None:
-        """Steps of running requests, one and several, by turns with those of the backend alone."""
+        """Times steps with one and with several running requests, by turns with steps of the backend alone."""
         self.progress("measuring the bandwidth")
         bandwidth = measure_bandwidth(self.options.copy_bytes)
         self.progress(f"timing: {CONCURRENT} requests and one, beside the backend alone")
@@ -126,7 +126,7 @@ class _EngineBench:
         )
 
     def time_gaps(self) -> None:
-        """The times between the tokens of one request while the long prompt of another is read."""
+        """Measures the times between the tokens of a request while the long prompt of another is read."""
         num_tokens = self.options.long_prompt
         self.progress(f"timing: a running request beside a prompt of {num_tokens:,} tokens")
         engine = self.engine(2)
@@ -161,11 +161,11 @@ class _EngineBench:
         )
 
     def time_shared_prefix(self) -> None:
-        """Time to the first token of requests whose prompts begin alike, and end differently."""
+        """Measures the time to the first token of requests whose prompts begin alike and end differently."""
         shared = self.options.shared_prefix
         self.progress(f"timing: requests that share {shared:,} tokens")
         seconds = []
-        for number in range(3):  # of several pairs, each with an empty cache
+        for number in range(3):  # several pairs, each with an empty cache
             engine = self.engine(1, num_cached=_CACHED_STATES)
             prefix = self.prompt(shared, 30 + number)
             pair = []

@@ -1,7 +1,7 @@
-"""Formats of weights and states beside each other, and beside what other libraries make of the same model and of a GPT-2.
+"""Benchmarks of formats of weights and states, beside what other libraries make of the same model and of a GPT-2.
 
-Our own formats are only timed where the kernels have the logits of the dequantized weights. What is rounded is compared with
-float32: the divergence of the next token's distribution, and where there is a text the perplexity.
+The toolkit's formats are timed only if the kernels give the logits of the dequantized weights. Rounded formats are compared
+with float32: by the divergence of the next token's distribution and, if there is a text, by the perplexity.
 """
 
 import copy
@@ -44,13 +44,13 @@ class _Form(ABC):
 
     name: str
     disk_bytes: int
-    """Of its weights in a safetensors file."""
+    """The size of the weights in a safetensors file."""
     memory_bytes: int
-    """Of its weights, when it reads."""
+    """The size of the weights in memory, while the model reads."""
 
     @abstractmethod
     def read(self, tokens: Sequence[int], *, all_logits: bool = False, begin: bool = False) -> torch.Tensor:
-        """The logits after the last of further tokens, (V,), or after each of them; ``begin`` starts a new text."""
+        """Reads tokens, and returns the logits after the last one (V,) or after each. ``begin`` starts a new text."""
 
 
 class _Bdh(_Form):
@@ -85,12 +85,12 @@ class _Gpt2(_Form):
 
 @dataclass
 class _Quality:
-    """Of next tokens, beside float32."""
+    """The quality of next-token predictions."""
 
     kl: float
-    """Mean divergence from float32's distribution, in nats."""
+    """The mean KL divergence from the distribution of float32, in nats."""
     loss: float
-    """Nats a token."""
+    """Nats per token."""
 
 
 def bench_quantize(
@@ -100,10 +100,10 @@ def bench_quantize(
     *,
     text: Sequence[int] | None = None,
 ) -> Report:
-    """Figures of formats. Nothing is timed unless the kernels agree with dequantized weights.
+    """Returns figures of formats. Nothing is timed unless the kernels agree with dequantized weights.
 
     Args:
-        text: held-out tokens, on which the formats are compared; random ones where there are none, without a perplexity.
+        text: held-out tokens on which the formats are compared; None for random ones, without a perplexity.
     """
     report = Report("quantize")
     report.introduce(model, options.seed)
@@ -133,7 +133,7 @@ def bench_quantize(
 
 
 def _compare_with_dequantized(report: Report, model: BDHForCausalLM, tokens: list[int]) -> None:
-    """The kernels over a quantized model beside the kernels over float32 weights that its codes stand for."""
+    """Compares the kernels on a quantized model with the kernels on the float32 weights that its codes represent."""
     found = {}
     for weights in ("int8", "int4", "mixed"):
         quantized = quantize(model, weights)
@@ -145,7 +145,7 @@ def _compare_with_dequantized(report: Report, model: BDHForCausalLM, tokens: lis
             _Bdh("", each, 0, path="kernels").read(tokens, all_logits=True, begin=True) for each in (quantized, plain)
         ]
         found[weights] = (logits[0] - logits[1]).abs().max().item(), max(1.0, logits[1].std().item())
-    # Not `>`: what is not a number does not agree.
+    # Not `>`: NaN must not count as agreement.
     report.failed = not all(value <= TOLERANCE * spread for value, spread in found.values())
     report.figures["agreement"] = {
         "tokens": len(tokens),
@@ -178,7 +178,7 @@ def _own_forms(model: BDHForCausalLM) -> Iterator[_Form]:
 
 
 def _other_forms(model: BDHForCausalLM, options: BenchOptions) -> tuple[list[_Form], list[str]]:
-    """What other libraries make of the model and of a GPT-2; and what was left out, and why."""
+    """Returns what other libraries make of the model and of a GPT-2, and what was left out and why."""
     positions = 2 * max(options.context, options.prompt_lengths[0])
     gpt2 = made_gpt2(model.config.vocab_size, positions, gpt2_shape(model), options.seed)
     gpt2_name = f"GPT-2 of {num_millions(gpt2):.3g}M"
@@ -197,7 +197,7 @@ def _other_forms(model: BDHForCausalLM, options: BenchOptions) -> tuple[list[_Fo
             ImportError,
             RuntimeError,
             NotImplementedError,
-        ) as error:  # not there, or not for this shape or processor
+        ) as error:  # missing, or not for this shape or processor
             left_out.append(f"left out: {name}: {error}")
             continue
         forms += pair
@@ -246,7 +246,7 @@ _LIBRARIES: dict[str, Callable[[Any], Any]] = {
 
 
 def _without_conv1d(gpt2: Any) -> Any:
-    """GPT-2 with ``nn.Linear`` in the place of transformers' ``Conv1D``, which the libraries do not look at."""
+    """Returns the GPT-2 with ``nn.Linear`` instead of transformers' ``Conv1D``, which the libraries do not convert."""
     converted = copy.deepcopy(gpt2)
     for name, module in list(converted.named_modules()):
         if type(module).__name__ == "Conv1D":
@@ -259,7 +259,7 @@ def _without_conv1d(gpt2: Any) -> Any:
 
 
 def _stored_bytes(model: Any) -> int:
-    """Of the weights in a file, as safetensors writes them; of tensors of a kind of their own, by what they consist of."""
+    """Returns the size of the weights in a safetensors file. Tensor subclasses are stored as the tensors inside them."""
     tensors = {}
     for name, tensor in model.state_dict().items():
         for part, plain in _plain_parts(name, tensor):
@@ -280,7 +280,7 @@ def _plain_parts(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.T
 
 
 def _qualities(forms: Sequence[_Bdh], tokens: Sequence[int]) -> dict[str, _Quality]:
-    """Beside the first of them."""
+    """Returns the quality of each form, compared with the first."""
     targets = torch.tensor(tokens[1:])
     found, expected = {}, None
     for form in forms:

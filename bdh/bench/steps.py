@@ -1,4 +1,4 @@
-"""One training step, forward and backward pass, in several forms: what ``bdh bench train`` compares, and where its time goes."""
+"""The forms of a training step (forward and backward pass) that ``bdh bench train`` compares, and the time of its parts."""
 
 import time
 from abc import ABC, abstractmethod
@@ -27,9 +27,9 @@ from bdh.ops.blocks.plan import LayerOptions, LayerPlan
 from bdh.train.config import TrainSettings
 from bdh.train.optim import Optimizers
 
-# What autograd keeps of a layer step of the plain equations: tensors as wide as the neurons, and of T x T scores; counted.
+# How many tensors autograd keeps of a layer step of the plain equations: as wide as the neurons, and of T x T scores.
 _WIDE_KEPT, _SCORES_KEPT = 12, 3
-_HEAD_WIDTH = 64  # of GPT-2
+_HEAD_WIDTH = 64  # in GPT-2
 
 _METHODS = {
     "fire": "x = relu(E v), and its rotation",
@@ -48,29 +48,29 @@ REST = "the rest: embedding, norms, head, loss"
 
 @dataclass(frozen=True)
 class TrainCase:
-    """What is trained, and on how much."""
+    """The model of a training step, its batch, and how it is computed."""
 
     config: BDHConfig
     batch_size: int
     block_size: int
     device: str = "cpu"
     dtype: str = "float32"
-    """Of the matrix products; the weights are float32."""
+    """The precision of the matrix products. The weights are float32."""
     density: float | None = None
-    """Share of x that is to fire; None leaves the weights untrained."""
+    """Share of the neurons that fire in x; None uses ``weights``, or fresh ones."""
     seed: int = 0
     threads: int | None = None
-    """Of torch and the kernels; None for what torch takes."""
+    """Number of threads of torch and the kernels; None for torch's default."""
     options: LayerOptions = field(default_factory=LayerOptions)
     weights: dict[str, torch.Tensor] | None = None
-    """Of a model that is there already."""
+    """The weights of an existing model, used only without ``density``."""
 
     @property
     def num_tokens(self) -> int:
         return self.batch_size * self.block_size
 
     def naive_bytes(self) -> int:
-        """What the plain equations keep for the backward pass, about."""
+        """Returns about how many bytes the plain equations keep for the backward pass."""
         config, T = self.config, self.block_size
         each = _WIDE_KEPT * config.neurons_per_head * T + _SCORES_KEPT * T * T
         return 4 * config.n_layer * config.n_head * self.batch_size * each
@@ -80,7 +80,7 @@ class TrainCase:
 
 
 def make_model(case: TrainCase) -> BDHForCausalLM:
-    """In training mode, on the device; the same for the same case."""
+    """Returns the model in training mode, on the device. The same case gives the same model."""
     torch.manual_seed(case.seed)
     if case.density is None:
         model = BDHForCausalLM(case.config)
@@ -93,18 +93,18 @@ def make_model(case: TrainCase) -> BDHForCausalLM:
 
 
 def plan_step(case: TrainCase) -> LayerPlan | None:
-    """How the case's step computes the layer; None for all at once, by autograd, as it was asked for.
+    """Returns how the case's step computes the layer; None if ``case.options`` request the whole layer by autograd.
 
     Raises:
-        LayerOptionError: ``case.options`` ask for what is not there.
+        LayerOptionError: ``case.options`` require something that is not available.
     """
-    model = make_model(replace(case, density=None, weights=None))  # what is in the weights decides nothing
+    model = make_model(replace(case, density=None, weights=None))  # the plan does not depend on the weights
     with case.autocast(), torch.enable_grad():
         return plan_for(model, case.batch_size, case.block_size, case.config.attention_form)
 
 
 class Step(ABC):
-    """The forward and backward pass of one form."""
+    """A training step (forward and backward pass) in one form."""
 
     name: str
     model: torch.nn.Module
@@ -121,13 +121,13 @@ class Step(ABC):
 
     @abstractmethod
     def loss(self) -> torch.Tensor:
-        """Of the batch, with its graph."""
+        """Returns the loss of the batch, with its graph."""
 
     def clear(self) -> None:
         self.model.zero_grad()
 
     def __call__(self) -> float:
-        """Leaves the gradients in the weights, and returns the loss."""
+        """Computes the gradients of the weights, and returns the loss."""
         self.clear()
         with self.case.autocast():
             loss = self.loss()
@@ -136,7 +136,7 @@ class Step(ABC):
 
 
 class BlocksStep(Step):
-    """As ``bdh train`` computes it."""
+    """The step as ``bdh train`` computes it."""
 
     name = "bdh"
     model: BDHForCausalLM
@@ -148,7 +148,7 @@ class BlocksStep(Step):
 
 
 class NaiveStep(Step):
-    """``ops/naive.py`` with autograd. Its dropout draws a mask in each layer step, if none are given."""
+    """``ops/naive.py`` with autograd. If no dropout masks are given, it draws one for each layer step."""
 
     name = "ops/naive.py"
     model: BDHForCausalLM
@@ -167,7 +167,7 @@ class NaiveStep(Step):
 
 
 class CompiledStep(NaiveStep):
-    """The same under ``torch.compile``."""
+    """The same with ``torch.compile``."""
 
     name = "ops/naive.py, compiled"
 
@@ -180,7 +180,7 @@ class CompiledStep(NaiveStep):
 
 
 class Gpt2Step(Step):
-    """GPT-2 of transformers, of about as many parameters, with the same dropout and vocabulary."""
+    """A GPT-2 of transformers with about as many parameters, and the same dropout and vocabulary."""
 
     def make_model(self, case: TrainCase) -> torch.nn.Module:
         wanted = sum(weight.numel() for weight in make_model(replace(case, density=None, weights=None)).parameters())
@@ -203,7 +203,7 @@ def naive_loss(
     targets: torch.Tensor,
     masks: list[torch.Tensor] | None,
 ) -> torch.Tensor:
-    """The loss by the plain equations. ``masks`` are those of the layer steps' dropout, (B, H, T, N); None draws them."""
+    """Returns the loss by the plain equations. ``masks`` are the dropout masks, (B, H, T, N); None draws them."""
     config, (B, T) = model.config, tokens.shape
     if masks is None and config.dropout > 0:
         shape = (B, config.n_head, T, config.neurons_per_head)
@@ -212,7 +212,7 @@ def naive_loss(
         model,
         tokens,
         weights,
-        window=T if config.decay is not None else None,  # all of them; without one, decay is a walk over the tokens
+        window=T if config.decay is not None else None,  # all tokens; without it, decay is a loop over the tokens
         dropout_masks=masks or (),
     )
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
@@ -221,12 +221,12 @@ def naive_loss(
 def dropout_masks(
     model: BDHForCausalLM, batch_size: int, num_tokens: int, plain_dtype: torch.dtype | None = None
 ) -> list[torch.Tensor]:
-    """The masks (B, H, T, N) that the model's next forward pass in training draws, divided by the keep probability.
+    """Returns the masks (B, H, T, N) that the model's next forward pass draws, divided by the keep probability.
 
-    The generator has drawn them then: seed it again before that pass.
+    This advances the random number generator: seed it again before that pass.
 
     Args:
-        plain_dtype: that of the products, where the layer step is computed on the plain path, which draws others; else None.
+        plain_dtype: the dtype of the products on the plain path, which draws other masks; None for other paths.
     """
     config, device = model.config, model.embed.weight.device
     H, N = config.n_head, config.neurons_per_head
@@ -243,7 +243,7 @@ def dropout_masks(
 
 
 def gpt2_of_size(case: TrainCase, num_parameters: int) -> GPT2Config:
-    """The one that comes nearest to so many parameters, with heads of width 64 where that goes, at least 2 layers."""
+    """Returns the GPT-2 closest to this number of parameters, with at least 2 layers, and heads of width 64 if possible."""
     V, T = case.config.vocab_size, case.block_size
 
     def count(layers: int, width: int) -> int:
@@ -256,23 +256,23 @@ def gpt2_of_size(case: TrainCase, num_parameters: int) -> GPT2Config:
 
 
 class Memory(NamedTuple):
-    """Of a process, or of a GPU, in bytes."""
+    """The memory of a process or a GPU in bytes, and the time of a step."""
 
     before: int
-    """With the model and the batch, before the first step."""
+    """Before the first step, with the model and the batch."""
     peak: int
-    """The most during the steps."""
+    """The peak during the steps."""
     seconds: float
-    """Of the last step."""
+    """The seconds of the last step."""
 
 
 def measure_memory(case: TrainCase, form: str, *, update: bool = False) -> Memory:
     """Runs steps of a form, one of :data:`STEPS`, in a fresh process.
 
     Args:
-        update: a single step, as that of a training run, with the update of the weights by AdamW; else two without.
+        update: whether to run a single step with an update of the weights by AdamW, instead of two steps without.
     """
-    # Of a server that has imported what is needed, where there are such: PyTorch takes seconds.
+    # With a fork server, if there is one, that has already imported PyTorch, which takes seconds.
     context = get_context("forkserver" if "forkserver" in get_all_start_methods() else "spawn")
     context.set_forkserver_preload([__name__])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
@@ -303,7 +303,7 @@ Clock = Callable[[], float]
 
 
 def device_clock(device: str) -> Clock:
-    """Seconds, once the device has done all that it was given."""
+    """Returns a clock that first waits until the device has finished its work."""
 
     def now() -> float:
         if device == "cuda":
@@ -314,7 +314,7 @@ def device_clock(device: str) -> Clock:
 
 
 def median_step(step: Callable[[], object], clock: Clock, rounds: int) -> tuple[float, dict[str, float]]:
-    """The seconds of the step of median length among so many, and of its parts and the rest, which add up to them."""
+    """Returns the seconds of the median step, and of its parts and the rest, which add up to it."""
     found = []
     for _ in range(rounds):
         with timed_parts(clock) as parts:
@@ -327,7 +327,7 @@ def median_step(step: Callable[[], object], clock: Clock, rounds: int) -> tuple[
 
 @contextmanager
 def timed_parts(clock: Clock) -> Iterator[dict[str, float]]:
-    """Seconds of each part, from now on until the end of the block: what computes it is wrapped meanwhile."""
+    """Yields the seconds of each part. The functions that compute the parts are wrapped until the end of the block."""
     seconds: dict[str, float] = defaultdict(float)
 
     def timed(call: Callable[..., Any], part: str) -> Callable[..., Any]:

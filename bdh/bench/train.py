@@ -1,4 +1,4 @@
-"""A training step: whether its gradients are those of the plain equations, and then what it costs beside others."""
+"""Benchmarks of a training step. Its gradients must agree with the plain equations before it is timed."""
 
 import math
 import shutil
@@ -29,11 +29,12 @@ from bdh.ops import naive
 from bdh.train.runtime import Runtime, matmul_peak, training_flops_per_token
 
 TOLERANCES = {"float32": 5e-3, "bfloat16": 0.1, "float16": 0.02}
-"""Of the norm of the difference of two gradients of a weight, as a share of the norm. Float32 sums in another order differ
-by about 1e-6; but where x or y lies that near to 0, whether it fires is open, and one such neuron and token among the 10^7
-of a batch takes the gradients 1e-4 apart, among the 10^6 of a small one up to 2e-3: as far as the plain equations in float32
-are. A half-precision product rounds each of its factors, by up to 4e-3 in bfloat16 and 5e-4 in float16, and a gradient passes
-through some tens of them."""
+"""The allowed norm of the difference of two gradients of a weight, relative to the norm of the gradient.
+
+Float32 sums in another order differ by about 1e-6. But if x or y is that close to 0, the neuron may or may not fire. One
+such neuron and token among the 10^7 of a batch changes the gradients by 1e-4. Among the 10^6 of a small batch it changes
+them by up to 2e-3, which is also the error of the plain equations in float32. A half-precision product rounds each of its
+factors, by up to 4e-3 in bfloat16 and 5e-4 in float16, and a gradient passes through some tens of products."""
 _SHARE_OF_MEMORY = 0.6
 
 
@@ -44,10 +45,12 @@ def bench_train(
     rounds: int = 5,
     progress: Progress = lambda stage: None,
 ) -> Report:
-    """Figures of each case, beside ``baselines``. One whose gradients do not agree is not timed, nor are those after it.
+    """Returns figures of each case, beside ``baselines``.
+
+    If the gradients of a case do not agree, neither this case nor those after it are timed.
 
     Raises:
-        LayerOptionError: the options of a case ask for what is not there; nothing has been computed.
+        LayerOptionError: the options of a case require something that is not available. Nothing has been computed.
     """
     report = Report("train")
     benches = [CaseBench(report, case, progress) for case in cases]
@@ -66,10 +69,10 @@ def bench_train(
 
 
 def bench_one_step(case: TrainCase, progress: Progress = lambda stage: None) -> Report:
-    """The memory and time of a single optimizer step in a process of its own.
+    """Returns the memory and time of a single optimizer step in a process of its own.
 
     Raises:
-        LayerOptionError: the case's options ask for what is not there; nothing has been computed.
+        LayerOptionError: the options of the case require something that is not available. Nothing has been computed.
     """
     report = Report("train")
     bench = CaseBench(report, case, progress)
@@ -96,7 +99,7 @@ def _introduce(report: Report, case: TrainCase) -> None:
 
 
 class CaseBench:
-    """One case: how its layer is computed is planned when this is made, and said in ``figures``."""
+    """Benchmarks one case. The constructor plans how its layer is computed, and describes it in ``figures``."""
 
     def __init__(self, report: Report, case: TrainCase, progress: Progress):
         self.report, self.case, self.progress = report, case, progress
@@ -125,12 +128,12 @@ class CaseBench:
         return f"{self.case.num_tokens:,} tokens: {self.case.batch_size} sequences of {self.case.block_size:,}"
 
     def compare(self) -> None:
-        """Loss and gradients beside those of ``ops/naive.py`` with the same dropout, on as many sequences as fit."""
+        """Compares loss and gradients with ``ops/naive.py`` and the same dropout, on as many sequences as fit in memory."""
         case, report = self.case, self.report
         available = int(available_bytes(torch.device(case.device)) * _SHARE_OF_MEMORY)
         each = 3 * replace(case, batch_size=1).naive_bytes()  # in float64, and the masks
         small = replace(case, batch_size=max(1, min(case.batch_size, available // each)))
-        if each > available:  # not even one sequence: a shorter one has the same blocks but for their number
+        if each > available:  # not even one sequence: a shorter one has the same blocks, only fewer
             small = replace(small, block_size=max(1, int(case.block_size * (available / each) ** 0.5)))
         self.progress(f"agreement: gradients over {small.batch_size} x {small.block_size} tokens")
         torch.manual_seed(case.seed)
@@ -148,7 +151,7 @@ class CaseBench:
             differences[name] = relative((grad.double() - wanted).norm().item(), wanted.norm().item())
             of_naive[name] = relative((also - wanted).norm().item(), wanted.norm().item())
         allowed = TOLERANCES[case.dtype]
-        # Not `>`: what is not a number does not agree.
+        # Not `>`: NaN must not count as agreement.
         report.failed = not all(value <= allowed for value in differences.values())
         self.figures["agreement"] = {
             "batch_size": small.batch_size,
@@ -195,7 +198,7 @@ class CaseBench:
         for form, reason in left_out.items():
             report.say(f"  {STEPS[form].name} is left out: it {reason}")
         self.figures["left_out"] = left_out
-        # The operations that the step needs at the least, beside what matrix products reach.
+        # The least number of operations that the step needs, compared with the speed of matrix products.
         peak = matmul_peak(Runtime(torch.device(case.device), getattr(torch, case.dtype), ""))
         useful = training_flops_per_token(case.config, case.block_size) * case.num_tokens / timings["bdh"].median
         self.figures["flops"] = {"useful_per_s": useful, "matmul_peak_per_s": peak, "share": useful / peak}
@@ -216,10 +219,10 @@ class CaseBench:
         )
 
     def _left_out(self, baselines: Sequence[str]) -> dict[str, str]:
-        """Baselines that cannot run here, and why."""
+        """Returns the baselines that cannot run here, and why."""
         case, left_out = self.case, dict[str, str]()
-        if case.device == "cuda":  # it says so itself, where it has no more memory, and nothing else comes to harm
-            torch.cuda.empty_cache()  # of what was compared: the other processes need it
+        if case.device == "cuda":  # it reports by itself when memory runs out, and nothing else suffers
+            torch.cuda.empty_cache()  # memory of the comparison, which the other processes need
         elif case.naive_bytes() > available_bytes(torch.device(case.device)) * _SHARE_OF_MEMORY:
             reason = f"would keep about {_mebibytes(case.naive_bytes())} for the backward pass"
             left_out = {"naive": reason, "compiled": reason}
@@ -256,14 +259,14 @@ class CaseBench:
 
 
 def relative(difference: float, size: float) -> float:
-    """Of two that are both 0, none is apart: a text of one token gives most weights no gradient."""
+    """Returns the relative difference; 0 if both are 0, since a text of one token gives most weights no gradient."""
     if size == 0:
         return 0.0 if difference == 0 else math.inf
     return difference / size
 
 
 def _naive(case: TrainCase, dtype: torch.dtype, backend: str) -> NaiveStep:
-    """The plain equations in this precision, with the dropout that this backend draws from the case's seed."""
+    """Returns a step of the plain equations in this precision, with the dropout that this backend draws."""
     step = NaiveStep(replace(case, dtype="float32"))
     step.weights = naive.Weights(*(weight.detach().to(dtype).requires_grad_() for weight in step.weights))
     if case.config.dropout:
@@ -275,7 +278,7 @@ def _naive(case: TrainCase, dtype: torch.dtype, backend: str) -> NaiveStep:
 
 
 def _gradients(model: BDHForCausalLM) -> dict[str, torch.Tensor]:
-    """In the layout of ``naive.Weights``."""
+    """Returns the gradients in the layout of ``naive.Weights``."""
     shape = (model.config.n_head, model.config.neurons_per_head)
     grads: dict[str, Any] = {name: weight.grad for name, weight in model.named_parameters()}
     return {

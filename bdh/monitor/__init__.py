@@ -1,4 +1,4 @@
-"""Shows and records how a training goes. Knows nothing of models or data."""
+"""Shows and records the progress of a training run. It does not depend on models or data."""
 
 from bdh.monitor.history import cut_back, read_metrics
 from bdh.monitor.monitor import Backend, Monitor, MonitorConfig, chosen_backends

@@ -1,4 +1,4 @@
-"""What runs have recorded, read back: the rows of ``metrics.jsonl``, pictures of them, and a summary of each run in a folder."""
+"""Reads what runs have recorded: the rows of ``metrics.jsonl``, plots of them, and a summary of each run in a folder."""
 
 import importlib.util
 import json
@@ -19,14 +19,16 @@ _ACTIVE_SECONDS = 120
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a ``metrics.jsonl`` or ``samples.jsonl``. What is not finite is None. A torn last line is left out.
+    """Returns the rows of a ``metrics.jsonl`` or ``samples.jsonl``. Values that were not finite are None.
+
+    An incomplete last line is ignored.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         ValueError: a line before the last is not JSON.
     """
     rows = []
-    # Not splitlines, which also splits at characters that texts may hold as they are.
+    # Not splitlines(), which also splits at characters that texts may contain unescaped.
     lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     for number, line in enumerate(lines, start=1):
         try:
@@ -38,10 +40,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def cut_back(path: Path, step: int) -> None:
-    """Drops the rows of later steps, and a last line that is torn, from a file of JSON lines, if there is one.
+    """Removes the rows after ``step``, and an incomplete last line, from a file of JSON lines, if it exists.
 
     Raises:
-        ValueError: a line before the last is not JSON; the file is left as it is.
+        ValueError: a line before the last is not JSON. The file is not changed.
     """
     if not path.exists():
         return
@@ -50,22 +52,22 @@ def cut_back(path: Path, step: int) -> None:
 
 
 def check_matplotlib() -> None:
-    """Raises ``ImportError``, which says how to get the package, where it is missing."""
+    """Raises ``ImportError`` if matplotlib is missing. The message says how to install it."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError(f"plots need matplotlib: {install_command('report')}")
 
 
 def plot_metrics(run_dirs: list[Path], output: Path, keys: Sequence[str] = LOSS_KEYS) -> None:
-    """Draws metrics of runs over their steps into a PNG file: all runs over each other, a colour each.
+    """Plots metrics of runs over their steps into a PNG file, with one colour for each run.
 
-    Losses share one panel; every other metric has its own.
+    Losses share one panel. Every other metric has its own.
 
     Args:
-        keys: names in ``metrics.jsonl``. A run that has not logged one of several is drawn without it.
+        keys: names in ``metrics.jsonl``. A run that has logged only some of them is plotted without the others.
 
     Raises:
         FileNotFoundError: a folder has no ``metrics.jsonl``.
-        ValueError: a run has logged none of the metrics, or no run has logged one of them.
+        ValueError: a run has logged none of the metrics, or no run has logged one of those that are not losses.
         ImportError: matplotlib is missing; the message says how to install it.
     """
     check_matplotlib()
@@ -77,7 +79,7 @@ def plot_metrics(run_dirs: list[Path], output: Path, keys: Sequence[str] = LOSS_
             raise ValueError(f"no run has logged {key}: logged are {_logged(chain(*rows.values()))}")
     panels = [losses, *others] if losses else others
     names = [run_dir.name for run_dir in run_dirs]
-    from matplotlib.figure import Figure  # slow to import: after all that can be wrong
+    from matplotlib.figure import Figure  # slow to import, so after all checks
 
     figure = Figure(figsize=(8, 1 + 4 * len(panels)), layout="constrained")
     for axes, panel in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
@@ -118,31 +120,31 @@ def _logged(rows: Iterable[dict[str, Any]]) -> str:
 
 @dataclass
 class RunSummary:
-    """A run in a line, as its folder shows it."""
+    """A summary of a run, read from its folder."""
 
     folder: Path
     state: str
-    """finished, or "finished, not saved" without a checkpoint of its end or a model; active (it has logged within two minutes);
-    or stopped."""
+    """finished; "finished, not saved", if it has neither a checkpoint of its last step nor a model; active, if it has logged
+    within two minutes; stopped; or unreadable."""
     step: int
-    """Of the last logged row."""
+    """The largest logged step."""
     max_steps: int | None
     train_loss: float | None
-    """Last one, nats per token."""
+    """The last training loss, in nats per token."""
     best_val_loss: float | None
     tokens_per_second: float | None
     seconds_since_logged: float | None
     differences: dict[str, Any] = field(default_factory=dict)
-    """Settings whose value is another than in most of the runs; the first run's counts where none is the most."""
+    """Settings whose value differs from the most common one. In a tie, the value of the earlier run counts."""
     fault: str | None = None
-    """Why the run could not be read, if so."""
+    """Why the run cannot be read; None if it can."""
 
 
 def summarize_runs(folder: Path) -> list[RunSummary]:
-    """The runs in ``folder``, at any depth, in the order of their names; or ``folder`` itself, if it is one.
+    """Summarizes the runs in ``folder`` at any depth, in the order of their names. ``folder`` may be a run itself.
 
     Raises:
-        FileNotFoundError: there is no such folder, or it holds no run.
+        FileNotFoundError: the folder does not exist or contains no run.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
@@ -188,7 +190,7 @@ def _summary(run: Path, settings: dict[str, Any]) -> RunSummary:
 
 
 def _most_common(values: list[Any]) -> Any:
-    return max(values, key=values.count)  # lists among them cannot be hashed; the first of equals
+    return max(values, key=values.count)  # counted without hashing, since values may be lists; the first in a tie
 
 
 def _last(rows: list[dict[str, Any]], name: str) -> float | None:

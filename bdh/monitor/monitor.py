@@ -1,4 +1,4 @@
-"""One place to report what happens in a run, and the backends that show or record it."""
+"""The monitor, to which a run reports its progress, and the backends that show or record it."""
 
 import contextlib
 import html
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 BACKENDS = ("console", "jsonl", "tensorboard", "wandb", "trackio")
-_HISTOGRAM_VALUES = 1 << 16  # counting all of millions takes seconds
-# Imported by those that are not part of the core's dependencies.
+_HISTOGRAM_VALUES = 1 << 16  # at most: counting millions takes seconds
+# The packages of backends that are not dependencies of the core.
 _PACKAGES = ("tensorboard", "wandb", "trackio")
 
 
@@ -55,10 +55,10 @@ class MonitorConfig(Settings):
 
 
 def chosen_backends(config: MonitorConfig) -> list[str]:
-    """The names that ``backends`` stands for, each once, in the order of ``BACKENDS``.
+    """Returns the names of the selected backends, each once, in the order of ``BACKENDS``.
 
     Raises:
-        ValueError: an unknown name, or one that was asked for by name and whose package is missing.
+        ValueError: a name is unknown, or the package of a backend that is selected by name is missing.
     """
     faults = Faults("monitor.")
     collect_faults(config, faults)
@@ -76,13 +76,13 @@ def is_missing(backend: str) -> bool:
 
 
 def split_names(backends: list[str]) -> list[str]:
-    """The names in a list whose items may hold several with commas between them."""
+    """Returns the names in a list whose items may contain several, separated by commas."""
     return [name.strip() for item in backends for name in item.split(",") if name.strip()]
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a backend is given when it is opened. What an earlier start had logged after ``start_step`` is logged again."""
+    """What a backend is opened with. Steps after ``start_step`` that an earlier start logged are logged again."""
 
     run_dir: Path
     config: MonitorConfig
@@ -94,45 +94,45 @@ class RunFacts:
 
 
 class Backend:
-    """One place where a run is shown or recorded. What it cannot show, it leaves out: these do nothing.
+    """The base class of backends, which show or record a run. Its methods do nothing: override those that apply.
 
-    Steps come in order; several calls may be for one step. A method may raise anything: the backend is then
-    not called again, except for ``close``.
+    Steps are logged in order, and a step may have several calls. A method may raise any exception. The backend is then not
+    called again, except for ``close``.
     """
 
     title: str
-    """What people call it."""
+    """The name in messages."""
 
     def start(self) -> None:
-        """Called when the training is about to start."""
+        """Called when training is about to start."""
 
     def message(self, text: str) -> None:
-        """A line for people to read."""
+        """Shows a line of text."""
 
     def progress(self, step: int, *, loss: float, tokens_per_second: float) -> None:
-        """Called after steps whose results are read: those that are logged, and on a CPU others too."""
+        """Called after steps whose results are read: those that are logged and, on a CPU, others too."""
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Numbers by name; some may be infinite or NaN."""
+        """Records numbers by name. Some may be infinite or NaN."""
 
     def log_text(self, step: int, name: str, text: str) -> None:
-        """A text of several lines."""
+        """Records a text, which may have several lines."""
 
     def log_histogram(self, step: int, name: str, values: Any) -> None:
-        """The distribution of a tensor's values: float32, one dimension, on the CPU, not empty."""
+        """Records the distribution of values: a float32 tensor of one dimension, on the CPU, not empty."""
 
     def close(self) -> None:
-        """Writes what is left."""
+        """Writes the remaining data."""
 
 
 class Monitor:
-    """Hands metrics, texts and messages to the backends, by the same methods as theirs. A context manager.
+    """Passes metrics, texts and messages to the backends, which have the same methods. A context manager.
 
-    A backend that raises, because the disk is full or its server cannot be reached, does not end the training: it is
-    announced, left out from then on, and named again at the end.
+    If a backend raises, because the disk is full or its server cannot be reached, training continues without it. A warning
+    says so at once, and again at the end.
 
     Args:
-        settings: the run's configuration, nested plain data, for the backends that show it.
+        settings: the run's configuration as nested plain data, for the backends that show it.
 
     Raises:
         ValueError: a backend is unknown, or its package is missing.
@@ -172,11 +172,11 @@ class Monitor:
         self.close()
 
     def add(self, backend: Backend) -> None:
-        """A further backend, beside those of the settings."""
+        """Adds a backend to those of the settings."""
         self._backends.append(backend)
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Records the metrics of a step. What is not a finite number is null in ``metrics.jsonl``."""
+        """Records the metrics of a step. Values that are not finite are null in ``metrics.jsonl``."""
         self._step = step
         self._each("log", step, values)
 
@@ -184,11 +184,11 @@ class Monitor:
         self._each("log_text", step, name, text)
 
     def log_histogram(self, step: int, name: str, values: Any) -> None:
-        """Records the distribution of a tensor's values; of a large one, of evenly spaced ones."""
+        """Records the distribution of a tensor's values, or of evenly spaced ones if it is large."""
         shows_them = any(type(each).log_histogram is not Backend.log_histogram for each in self._backends)
         if shows_them and values.numel() > 0:
             some = values.detach().flatten()[:: 1 + values.numel() // _HISTOGRAM_VALUES].float().cpu()
-            # A copy: a backend may keep it while the training changes the values, or FSDP frees them.
+            # A copy: a backend may keep it while training changes the values or FSDP frees them.
             self._each("log_histogram", step, name, some.clone())
 
     def progress(self, step: int, *, loss: float, tokens_per_second: float) -> None:
@@ -198,7 +198,7 @@ class Monitor:
         self._each("message", text)
 
     def warn(self, text: str) -> None:
-        """Prints a line that should be seen, whatever the backends."""
+        """Prints a warning, whatever the backends are."""
         self._console.print(f"warning: {text}", style="yellow", markup=False, highlight=False)
 
     def close(self) -> None:
@@ -215,7 +215,7 @@ class Monitor:
                 self._backends.remove(backend)
                 self._lose(backend.title, "cannot be written", error)
                 if method != "close":
-                    with contextlib.suppress(Exception):  # the error that came first has been announced
+                    with contextlib.suppress(Exception):  # the first error has been reported
                         backend.close()
 
     def _lose(self, title: str, what: str, error: Exception) -> None:
@@ -229,12 +229,12 @@ def _first_line(error: Exception) -> str:
 
 
 def _indented(text: str) -> str:
-    """For Markdown, which would join the lines of the text."""
+    """Returns the text as a code block of Markdown, which would otherwise join its lines."""
     return "    " + text.replace("\n", "\n    ")
 
 
 class ConsoleBackend(Backend):
-    """The terminal: a live bar, or lines where there is none."""
+    """Shows a live bar in the terminal, or prints lines if there is no terminal."""
 
     title = "the console"
 
@@ -276,10 +276,10 @@ class ConsoleBackend(Backend):
 
 
 class MetricsFile(Backend):
-    """Appends one JSON object for each logged step to ``metrics.jsonl``.
+    """Appends a JSON object to ``metrics.jsonl`` for each logged step.
 
-    A file that exists already, of the run that is resumed, is cut back to ``start_step`` first: later steps will
-    be taken again, and a last line that a kill has torn is dropped.
+    If a run is resumed, its file is cut back to ``start_step`` first, because later steps are repeated. An incomplete last
+    line from a killed process is dropped.
     """
 
     title = "metrics.jsonl"
@@ -299,15 +299,15 @@ class MetricsFile(Backend):
 
 
 class TensorBoardBackend(Backend):
-    """TensorBoard's event files."""
+    """Writes TensorBoard's event files."""
 
     title = "TensorBoard"
 
     def __init__(self, facts: RunFacts):
-        # Imported here: it takes a second, and works only where tensorboard is installed.
+        # Imported here, because it takes a second and needs tensorboard.
         from torch.utils.tensorboard import SummaryWriter
 
-        # purge_step hides what a run that is resumed from start_step had logged after it.
+        # purge_step hides what the run had logged after start_step, before it was resumed.
         purge_step = facts.start_step + 1 if facts.start_step else None
         self._writer = SummaryWriter(str(facts.run_dir / "tensorboard"), purge_step=purge_step)
         if facts.settings:
@@ -329,16 +329,16 @@ class TensorBoardBackend(Backend):
 
 
 class StepwiseBackend(Backend, ABC):
-    """What W&B and Trackio have in common: a run with an id, whose steps can be added but not taken back.
+    """The base class of W&B and Trackio: a run has an id, and its steps can be added but not removed.
 
-    Sends each step once, as a whole, in order, over all starts of a run. A file in the run's folder keeps the id, so that
-    a later start continues the same run, and the last step that was sent. Steps up to that one, which a start from an
-    earlier checkpoint takes again, are not sent a second time. A step is sent when the next one comes, or at the end.
+    Each step is sent once, as a whole and in order, over all starts of a run. A file in the run's folder stores the id, so
+    that a later start continues the same run, and the last step that was sent. If a start from an earlier checkpoint repeats
+    steps up to that one, they are not sent again. A step is sent when the next one is logged, or at the end.
     """
 
     memory_file: str
     _package: Any
-    """wandb, or trackio, which has its interface."""
+    """wandb, or trackio, which has the same interface."""
     _run: Any
 
     def __init__(self, facts: RunFacts):
@@ -410,7 +410,7 @@ class StepwiseBackend(Backend, ABC):
 
 
 class WandbBackend(StepwiseBackend):
-    """Weights & Biases, with its server or into files for later."""
+    """Weights & Biases: sends the run to its server, or writes files to send later."""
 
     title, memory_file = "W&B", "wandb.json"
 
@@ -428,7 +428,7 @@ class WandbBackend(StepwiseBackend):
             "resume": "allow",
             "dir": str(facts.run_dir),
             "config": dict(facts.settings),
-            # The terminal is ours.
+            # The console backend uses the terminal.
             "settings": wandb.Settings(**timeouts, finish_timeout_raises=True, console="off", silent=True),
         }
         self._only_in_files = False
@@ -439,7 +439,7 @@ class WandbBackend(StepwiseBackend):
                 raise
             facts.warn(f"W&B cannot be used online ({_first_line(error)}): the run goes into files, to be sent later")
             self._only_in_files = True
-            wandb.teardown()  # its service keeps the id in use
+            wandb.teardown()  # or its service keeps the id in use
             self._run = wandb.init(mode="offline", **arguments)
 
     def _text(self, text: str) -> Any:
@@ -453,7 +453,7 @@ class WandbBackend(StepwiseBackend):
 
 
 class TrackioBackend(StepwiseBackend):
-    """Trackio: a local database with a dashboard (`trackio show`), or a Space or server where its variables name one."""
+    """Trackio: a local database with a dashboard (`trackio show`), or a Space or server that its variables name."""
 
     title, memory_file = "Trackio", "trackio.json"
 
@@ -462,9 +462,9 @@ class TrackioBackend(StepwiseBackend):
 
         self._package = trackio
         super().__init__(facts)
-        # Trackio finds a run that is resumed by its name, so the name must be of this run alone.
+        # Trackio finds a resumed run by its name, so the name must be unique.
         name = f"{facts.config.run_name or facts.run_dir.resolve().name}-{self.run_id}"
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints what `bdh train` says already
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what `bdh train` already prints
             self._run = trackio.init(
                 project=facts.config.project,
                 name=name,
@@ -486,7 +486,7 @@ class TrackioBackend(StepwiseBackend):
     def _finish(self) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
             self._package.finish()
-        # It writes in a thread, and only prints what went wrong there.
+        # It writes in a thread, and only prints the errors there.
         if self._sent_to is not None and self._run.url is None:
             run = self._run
             kept = self._package.SQLiteStorage.get_max_step_for_run(run.project, run.name, run_id=run.id)
