@@ -141,6 +141,7 @@ def print_banner(console: "Console", training: Any) -> None:
     num_parameters = sum(p.numel() for p in model.parameters())
     num_sequences = training.sequences_per_step // training.world.size
     num_tokens = len(training.tokenizer)
+    dry = "; a dry run writes nothing there" * settings.dry_run
     gaps = f" ({num_tokens:,} tokens, whose ids have gaps)" if num_tokens < config.vocab_size else ""
     lines = {
         "model": f"{num_parameters:,} parameters: {counted(config.n_layer, 'layer step')}, width {config.n_embd}, {counted(config.n_head, 'head')} "
@@ -160,7 +161,7 @@ def print_banner(console: "Console", training: Any) -> None:
         "layer": training.plan.describe(config.n_layer),
         "attention": _describe_attention(training),
         "optimizer": f"{train.optimizer}, {train.schedule} schedule, {counted(train.max_steps, 'step')}",
-        "run": str(training.folder) + _describe_start(training.progress.step, train.max_steps),
+        "run": str(training.folder) + _describe_start(training.progress.step, train.max_steps) + dry,
     }
     if training.world.size == 1:
         del lines["processes"]

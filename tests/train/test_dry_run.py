@@ -135,6 +135,7 @@ def test_a_dry_run_tells_memory_and_time_and_writes_nothing(train, tmp_path, cap
     for name in ("weights", "optimizer", "peak memory", "tokens/s", "for 12 steps", "measured"):
         assert name in shown.out
     assert "kernels" in shown.err  # the banner's layer
+    assert f"{folder}; a dry run writes nothing there" in shown.err
 
 
 @pytest.mark.parametrize(
