@@ -3,7 +3,7 @@
 Two libraries import torchao wherever it is installed, each for a single name that they do not need until a weight is a
 tensor of torchao:
 
-- transformers 5.23 imports it with its model classes, for the function that saves such weights
+- transformers 5.24 imports it with its model classes, for the function that saves such weights
   (``quantizers/quantizer_torchao.py``).
 - peft 0.21 imports it with each adapter, for the class of such weights (``tuners/lora/torchao.py``).
 

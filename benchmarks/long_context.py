@@ -89,7 +89,7 @@ def check_reading_on(model: BDHForCausalLM, tokens: torch.Tensor, block_size: in
     with torch.no_grad():
         whole = model(tokens, use_cache=False, attention_form="parallel").logits
         state = model.new_state(len(tokens))
-        parts = [model(part, past_key_values=state).logits for part in tokens.split(block_size, 1)]
+        parts = [model(part, cache=state).logits for part in tokens.split(block_size, 1)]
     # Float32 sums in another order, of states that grow with the text.
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-2, atol=1e-2)
 

@@ -135,7 +135,7 @@ def _naive(run: Run) -> Callable[..., Any]:
 
     def step_model(input_ids: torch.Tensor, shift_labels: torch.Tensor, num_items_in_batch: int, **others: Any) -> Any:
         assert others["document_starts"] is None
-        assert others["past_key_values"] is None
+        assert others["cache"] is None
         logits = naive_forward(run.model, input_ids)
         loss = cross_entropy(logits.flatten(0, 1), shift_labels.flatten(), num_items=num_items_in_batch)
         return SimpleNamespace(loss=loss)

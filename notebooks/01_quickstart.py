@@ -112,7 +112,7 @@ plt.show()
 for length in (8, 100, 1000):
     text = "The " * (length // 4)
     with torch.no_grad():
-        state = model(**tokenizer(text, return_tensors="pt").to(device)).past_key_values
+        state = model(**tokenizer(text, return_tensors="pt").to(device)).cache
     print(f"{length:5} bytes of text: a state of {state.nbytes:,} bytes")
 
 # %% [markdown]

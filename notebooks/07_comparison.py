@@ -175,12 +175,12 @@ plt.show()
 def seconds_per_token(model, length, count=8 if FAST else 32):
     text = train[:length].long()[None].to(device)
     output = model(text, use_cache=True)
-    token, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
+    token, cache = output.logits[:, -1:].argmax(-1), output.cache
     found = []
     for _ in range(count):
         begin = time.perf_counter()
-        output = model(token, past_key_values=cache, use_cache=True)
-        token, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
+        output = model(token, cache=cache, use_cache=True)
+        token, cache = output.logits[:, -1:].argmax(-1), output.cache
         if device == "cuda":
             torch.cuda.synchronize()
         found.append(time.perf_counter() - begin)

@@ -170,7 +170,7 @@ class Gpt2Decoder(Decoder):
 
     @torch.inference_mode()
     def _read(self, tokens: list[int]) -> torch.Tensor:
-        output = self.model(torch.tensor([tokens]), past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        output = self.model(torch.tensor([tokens]), cache=self.cache, use_cache=True, logits_to_keep=1)
         return output.logits[0, -1]
 
 

@@ -78,7 +78,7 @@ class _Gpt2(_Form):
         if begin:
             self._cache = DynamicCache(config=self.model.config)
         output = self.model(
-            torch.tensor([tokens]), past_key_values=self._cache, use_cache=True, logits_to_keep=0 if all_logits else 1
+            torch.tensor([tokens]), cache=self._cache, use_cache=True, logits_to_keep=0 if all_logits else 1
         )
         return output.logits[0] if all_logits else output.logits[0, -1]
 

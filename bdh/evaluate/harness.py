@@ -151,7 +151,7 @@ class HarnessModel(TemplateLM):
         scores, hits = [], []
         with inference(self._model):
             for inputs, targets in zip(padded[:, :-1].split(_CHUNK, 1), padded[:, 1:].split(_CHUNK, 1), strict=True):
-                logits = self._model(inputs, past_key_values=state, use_cache=state is not None).logits.float()
+                logits = self._model(inputs, cache=state, use_cache=state is not None).logits.float()
                 scores.append(logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0].double().cpu())
                 hits.append((logits.argmax(-1) == targets).cpu())
         of_tokens, is_likeliest = torch.cat(scores, 1), torch.cat(hits, 1)  # (B, T - 1)

@@ -241,7 +241,7 @@ class _ForwardReader:
         """Returns the logits (B, T, V) of the next tokens (B, T); ``starts``, bool (B, T) or None, marks documents."""
         device = self._model.device
         starts = None if starts is None else starts.to(device)
-        return self._model(tokens.to(device), document_starts=starts, past_key_values=self._state).logits
+        return self._model(tokens.to(device), document_starts=starts, cache=self._state).logits
 
 
 class _AdvancingReader:

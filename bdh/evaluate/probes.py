@@ -227,7 +227,7 @@ class ModelReader:
         chunk = _WIDE_VALUES // (len(tokens) * config.n_head * config.neurons_per_head)
         with inference(self._model):
             for part in tokens.split(max(1, min(_CHUNK, chunk)), dim=1):
-                self._model(part.to(self._model.device), past_key_values=self._state, logits_to_keep=1)
+                self._model(part.to(self._model.device), cache=self._state, logits_to_keep=1)
 
     def score(self, questions: Sequence[Question]) -> list[Score]:
         """Returns the score of the value in each text's question."""
@@ -240,7 +240,7 @@ class ModelReader:
             tokens = tokens.to(self._model.device)
             with inference(self._model):
                 logits = self._model(
-                    tokens[:, :-1], past_key_values=self._state.filter(group), logits_to_keep=num_values
+                    tokens[:, :-1], cache=self._state.filter(group), logits_to_keep=num_values
                 ).logits.float()
             values = tokens[:, -num_values:]
             nats = logits.log_softmax(-1).gather(-1, values[..., None])[..., 0].tolist()

@@ -55,7 +55,7 @@ def read_inputs(
         input_ids: as for :meth:`bdh.BDHForCausalLM.forward`.
         inputs_embeds: likewise.
         attention_mask: likewise.
-        state: ``past_key_values``.
+        state: ``cache``.
         others: ``document_starts`` and the further keyword arguments of :meth:`bdh.BDHForCausalLM.forward`.
 
     Raises:
@@ -87,14 +87,14 @@ def read_inputs(
 
 
 def check_state_type(state: object) -> None:
-    """Raises an exception unless ``past_key_values`` is a :class:`SynapticState`.
+    """Raises an exception unless ``cache`` is a :class:`SynapticState`.
 
     Raises:
         TypeError: it is a cache for another kind of model.
     """
     if not isinstance(state, SynapticState):
         raise TypeError(
-            f"past_key_values is a {type(state).__name__}: must be a SynapticState, which forward returns and "
+            f"cache is a {type(state).__name__}: must be a SynapticState, which forward returns and "
             "model.new_state() makes, or None. BDH keeps sums of fixed size, no keys and values"
         )
 
@@ -175,7 +175,7 @@ def _check_columns(others: dict[str, Any], T: int, num_earlier: int) -> None:
         if tuple(cache_position.shape) != (T,) or not torch.equal(cache_position, expected):
             raise ValueError(
                 f"cache_position is {_shown(cache_position)}: must be the columns {num_earlier} to "
-                f"{num_earlier + T - 1}, those of the tokens after what past_key_values has read; or leave it out"
+                f"{num_earlier + T - 1}, those of the tokens after what cache has read; or leave it out"
             )
     types = others.get("token_type_ids")
     if types is not None and bool(types.any()):
@@ -197,7 +197,7 @@ def _packed(
         if name not in others:
             continue
         if state is not None and state.num_columns:
-            raise ValueError(f"{name} is given with past_key_values: say with document_starts what continues from it")
+            raise ValueError(f"{name} is given with cache: say with document_starts what continues from it")
         found[name] = read(others, B, T).to(device).expand(B, T)
     if "cu_seq_lens_q" not in others and (rest := [n for n in _PACKING[3:] if n in others]):
         raise ValueError(f"{rest[0]} is given without cu_seq_lens_q: give both, or neither")
@@ -225,7 +225,7 @@ def _packed(
             return possible
     raise ValueError(
         f"position_ids is {_shown(position_ids)}: must count the tokens of each document from 0, padding aside"
-        + (", and continue after those that past_key_values has read" if state is not None else "")
+        + (", and continue after those that cache has read" if state is not None else "")
         + (f", where documents start as {first} says" if found else "")
         + "; or leave it out, which means the same"
     )
@@ -340,7 +340,7 @@ def _check_state(config: BDHConfig, state: SynapticState, B: int, dtype: torch.d
         )
 
 
-# Private interfaces of transformers that its `generate` calls. Checked with transformers 5.23;
+# Private interfaces of transformers that its `generate` calls. Checked with transformers 5.24;
 # ``tests/model/test_private_names.py`` fails if they change.
 
 
@@ -370,16 +370,16 @@ class StateForGeneration:
         That is so for assisted generation, which removes tokens, and for a prompt that is read in chunks.
 
         Raises:
-            TypeError: ``past_key_values`` is a cache for another kind of model.
+            TypeError: ``cache`` is that of another kind of model.
             ValueError: assisted generation is requested with a state that has read tokens already.
         """
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get("cache")
         is_assisted = generation_mode.value == "assisted_generation"
         if given is not None:
             check_state_type(given)
             if is_assisted and given.num_columns:  # otherwise transformers would silently read the whole text again
                 raise ValueError(
-                    f"past_key_values has read {counted(given.num_columns, 'column')}: must be left out with assistant_model and "
+                    f"cache has read {counted(given.num_columns, 'column')}: must be left out with assistant_model and "
                     "prompt_lookup_num_tokens, with which transformers reads the whole text anew"
                 )
         parent: Any = super()
@@ -389,7 +389,7 @@ class StateForGeneration:
             return
         if takes_back or generation_config.prefill_chunk_size is not None:
             sequences = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
-            state = model_kwargs["past_key_values"] = self.new_state(sequences)
+            state = model_kwargs["cache"] = self.new_state(sequences)
             if takes_back:
                 state.activate_past_recording()
 
@@ -397,11 +397,11 @@ class StateForGeneration:
         self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **model_kwargs: Any
     ) -> tuple[Any, dict[str, Any]]:
         """Repeats each sequence for its beams or continuations, and gives the state a copy for each of them too."""
-        state = model_kwargs.get("past_key_values")
+        state = model_kwargs.get("cache")
         given = input_ids if input_ids is not None else model_kwargs.get("inputs_embeds")
         if expand_size > 1 and state is not None and given is not None and state.batch_size == given.shape[0]:
             sequences = torch.arange(state.batch_size).repeat_interleave(expand_size)
-            model_kwargs["past_key_values"] = state.filter(sequences)
+            model_kwargs["cache"] = state.filter(sequences)
         parent: Any = super()
         return parent._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
@@ -411,7 +411,7 @@ class StateForGeneration:
         self,
         input_ids: torch.Tensor,
         next_sequence_length: int | None = None,
-        past_key_values: SynapticState | None = None,
+        cache: SynapticState | None = None,
         attention_mask: torch.Tensor | None = None,  # must be named: `generate` inspects the signature
         inputs_embeds: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
@@ -426,21 +426,21 @@ class StateForGeneration:
             ValueError: the state has read all of ``input_ids`` already, and the mask does not say that they are new
                 tokens; or a state is given with ``use_cache=False``.
         """
-        if past_key_values is not None:
-            check_state_type(past_key_values)
-        if past_key_values is not None and past_key_values.num_columns:
-            num_read = past_key_values.num_columns
+        if cache is not None:
+            check_state_type(cache)
+        if cache is not None and cache.num_columns:
+            num_read = cache.num_columns
             if next_sequence_length is not None and next_sequence_length < 1:
                 raise ValueError(
-                    f"the text has {counted(num_read + next_sequence_length, 'token')}, but past_key_values has read {num_read} "
+                    f"the text has {counted(num_read + next_sequence_length, 'token')}, but cache has read {num_read} "
                     "already: give the whole text, those included; or the new tokens alone, and an attention_mask of "
                     f"({input_ids.shape[0]}, {num_read} + the number of new tokens)"
                 )
             if not kwargs.get("use_cache", True):
-                raise ValueError("use_cache is False: must be True to continue from past_key_values")
+                raise ValueError("use_cache is False: must be True to continue from cache")
         for name in ("tokenizer", "assistant_tokenizer"):  # `generate` passes on its own arguments
             kwargs.pop(name, None)
-        kwargs |= {"past_key_values": past_key_values, "attention_mask": attention_mask}
+        kwargs |= {"cache": cache, "attention_mask": attention_mask}
         kwargs |= {"inputs_embeds": inputs_embeds, "token_type_ids": token_type_ids}
         parent: Any = super()
         return parent.prepare_inputs_for_generation(input_ids, next_sequence_length=next_sequence_length, **kwargs)

@@ -58,7 +58,7 @@ class BDHConfig(ConfigFields, PreTrainedConfig):
     """
 
     model_type = "bdh"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers adds lists to it)
+    keys_to_ignore_at_inference = ["cache"]  # noqa: RUF012 (transformers adds lists to it)
     attribute_map = dict(ALIASES)  # noqa: RUF012 (transformers declares it as a class variable)
 
     def __post_init__(self, **kwargs):

@@ -365,7 +365,7 @@ class _Reading(nn.Module):
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, positions: torch.Tensor, sums: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         state = SynapticState(list(sums.unbind(0)), positions, 0)
-        output = self.model(input_ids, attention_mask=attention_mask, past_key_values=state)
+        output = self.model(input_ids, attention_mask=attention_mask, cache=state)
         return output.logits, state.positions, torch.stack(state.sums)
 
 

@@ -1,4 +1,4 @@
-"""The model classes for transformers: their modules, arguments and losses, and the state as ``past_key_values``.
+"""The model classes for transformers: their modules, arguments and losses, and the state as ``cache``.
 
 The layer itself is computed by :mod:`bdh.model.forward`, which does not depend on transformers.
 """
@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers import modeling_outputs as outputs
 from transformers.utils import can_return_tuple
+from transformers.utils.deprecation import deprecate_kwarg
 
 from bdh.model.arguments import StateForGeneration, read_inputs, shifted_labels
 from bdh.model.configuration import BDHConfig
@@ -36,6 +37,8 @@ from bdh.ops.blocks.plan import LayerOptions
 from bdh.ops.eager import chunked_cross_entropy, cross_entropy
 from bdh.texts import TextMethods, TraceMethod
 
+_takes_old_cache_name = deprecate_kwarg("past_key_values", "6.0.0", new_name="cache")  # as models of transformers do
+
 # Above this many logits (128 MiB in float32) the loss is computed in chunks of tokens.
 MAX_LOGITS_IN_ONE_PIECE = 2**25
 
@@ -45,14 +48,14 @@ class BDHModelOutput(outputs.BaseModelOutputWithPast):
     """The output of :meth:`BDHModel.forward`."""
 
     last_hidden_state: torch.Tensor = None  # type: ignore[assignment]  # an output of transformers wants a default
-    past_key_values: SynapticState | None = None  # type: ignore[assignment]
+    cache: SynapticState | None = None  # type: ignore[assignment]
 
 
 @dataclass
 class BDHOutput(outputs.CausalLMOutputWithPast):
     """The output of :meth:`BDHForCausalLM.forward`. ``logits`` is None if the loss was computed in chunks."""
 
-    past_key_values: SynapticState | None = None  # type: ignore[assignment]
+    cache: SynapticState | None = None  # type: ignore[assignment]
 
 
 class BDHPreTrainedModel(TraceMethod, PreTrainedModel):
@@ -146,7 +149,7 @@ class BDHPreTrainedModel(TraceMethod, PreTrainedModel):
         return plain if only_trainable else plain + num_quantized_weights(self, embeddings=not exclude_embeddings)
 
     def new_state(self, batch_size: int = 1) -> SynapticState:
-        """Returns an empty state for ``past_key_values``: the state before the first token."""
+        """Returns an empty state for ``cache``: the state before the first token."""
         config = self.config
         shape = (batch_size, config.n_head, config.neurons_per_head, config.n_embd)
         return SynapticState.zeros(shape, config.n_layer, dtype=sum_dtype(self.dtype), device=self.device)
@@ -167,12 +170,13 @@ class BDHModel(BDHPreTrainedModel):
         """The model itself."""
         return self
 
+    @_takes_old_cache_name
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: SynapticState | None = None,
+        cache: SynapticState | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         attention_form: str | None = None,
@@ -186,13 +190,13 @@ class BDHModel(BDHPreTrainedModel):
         Returns:
             A :class:`BDHModelOutput`, with ``last_hidden_state`` (B, T, D) in the model's dtype.
         """
-        inputs = read_inputs(self, input_ids, inputs_embeds, attention_mask, past_key_values, kwargs)
+        inputs = read_inputs(self, input_ids, inputs_embeds, attention_mask, cache, kwargs)
         if use_cache is None:
-            use_cache = past_key_values is not None or (self.config.use_cache and not self.training)
+            use_cache = cache is not None or (self.config.use_cache and not self.training)
         hidden = run_layer(
             self, inputs, use_cache=use_cache, form=attention_form, keep_hidden_states=output_hidden_states
         )
-        return BDHModelOutput(last_hidden_state=hidden.v, past_key_values=hidden.state, hidden_states=hidden.every_v)
+        return BDHModelOutput(last_hidden_state=hidden.v, cache=hidden.state, hidden_states=hidden.every_v)
 
 
 class BDHForCausalLM(TextMethods, BDHPreTrainedModel, StateForGeneration, GenerationMixin):  # type: ignore[misc]
@@ -224,12 +228,13 @@ class BDHForCausalLM(TextMethods, BDHPreTrainedModel, StateForGeneration, Genera
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.post_init()
 
+    @_takes_old_cache_name
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: SynapticState | None = None,
+        cache: SynapticState | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         document_starts: torch.Tensor | None = None,
@@ -246,13 +251,13 @@ class BDHForCausalLM(TextMethods, BDHPreTrainedModel, StateForGeneration, Genera
             input_ids: int64 (B, T).
             attention_mask: (B, T), or (B, columns already read + T). 0 marks padding: no token attends to it, and it
                 does not count as a position. Entries for columns already read are ignored.
-            past_key_values: the state to continue from. It is advanced in place unless ``use_cache`` is False. None
+            cache: the state to continue from. It is advanced in place unless ``use_cache`` is False. None
                 starts a new text.
             inputs_embeds: (B, T, D), to give instead of ``input_ids``. The first layer norm is applied to them as well.
             labels: (B, T), aligned with ``input_ids`` as in all of transformers: the label of a position is the token
                 at that position, predicted from the ones before. -100 is ignored.
             document_starts: bool (B, T): True marks the first token of a document. This token and those after it see
-                nothing before it, neither in this call nor in ``past_key_values``, and positions restart at 0.
+                nothing before it, neither in this call nor in ``cache``, and positions restart at 0.
             num_items_in_batch: the divisor of the summed loss; by default the number of labels that are not ignored.
             use_cache: whether to return the state. By default it is returned if one was given, and otherwise in
                 evaluation mode without labels, if ``config.use_cache`` is set.
@@ -276,23 +281,23 @@ class BDHForCausalLM(TextMethods, BDHPreTrainedModel, StateForGeneration, Genera
             chunks of tokens and ``logits`` is None.
 
         Raises:
-            TypeError: an argument is unknown, or ``past_key_values`` is a cache of keys and values.
+            TypeError: an argument is unknown, or ``cache`` is a cache of keys and values.
             ValueError: arguments contradict each other, have wrong shapes or ask for something the model does not have;
                 token ids are outside the vocabulary (checked on the CPU); or the state belongs to another model or
                 batch size. The state is left unchanged.
         """
         shift_labels = kwargs.pop("shift_labels", None)
         kwargs["document_starts"] = document_starts
-        inputs = read_inputs(self, input_ids, inputs_embeds, attention_mask, past_key_values, kwargs)
+        inputs = read_inputs(self, input_ids, inputs_embeds, attention_mask, cache, kwargs)
         targets = shifted_labels(labels, shift_labels, logits_to_keep, inputs.v.shape[:2])  # (B, T) or None
         if use_cache is None:
-            use_cache = past_key_values is not None or (self.config.use_cache and not self.training and targets is None)
+            use_cache = cache is not None or (self.config.use_cache and not self.training and targets is None)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if targets is None and use_cache and not output_hidden_states and input_ids is not None:
             logits = step_by_kernels(self, input_ids, inputs, attention_form)
             if logits is not None:
-                return BDHOutput(logits=logits, past_key_values=past_key_values)
+                return BDHOutput(logits=logits, cache=cache)
         hidden = run_layer(
             self,
             inputs,
@@ -306,7 +311,7 @@ class BDHForCausalLM(TextMethods, BDHPreTrainedModel, StateForGeneration, Genera
             loss, logits = None, self.lm_head(hidden.v[:, kept])
         else:
             loss, logits = self._loss_and_logits(hidden.v, targets, num_items_in_batch)
-        return BDHOutput(loss=loss, logits=logits, past_key_values=hidden.state, hidden_states=hidden.every_v)
+        return BDHOutput(loss=loss, logits=logits, cache=hidden.state, hidden_states=hidden.every_v)
 
     def _loss_and_logits(
         self, v: torch.Tensor, targets: torch.Tensor, num_items: torch.Tensor | int | None
@@ -357,12 +362,13 @@ class BDHForSequenceClassification(BDHPreTrainedModel):
         self.score = nn.Linear(config.n_embd, config.num_labels or 2, bias=False)  # 2: transformers' default
         self.post_init()
 
+    @_takes_old_cache_name
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: SynapticState | None = None,
+        cache: SynapticState | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -381,8 +387,8 @@ class BDHForSequenceClassification(BDHPreTrainedModel):
                 for several classes at once. As in all of transformers, ``config.problem_type`` selects the kind; if it
                 is not set, ``num_labels`` and the dtype of the labels do.
         """
-        inputs = read_inputs(self, input_ids, inputs_embeds, attention_mask, past_key_values, kwargs)
-        use_cache = past_key_values is not None if use_cache is None else use_cache
+        inputs = read_inputs(self, input_ids, inputs_embeds, attention_mask, cache, kwargs)
+        use_cache = cache is not None if use_cache is None else use_cache
         hidden = run_layer(
             self, inputs, use_cache=use_cache, keep_hidden_states=output_hidden_states, for_loss=labels is not None
         )
@@ -399,7 +405,7 @@ class BDHForSequenceClassification(BDHPreTrainedModel):
         return outputs.SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=hidden.state,  # type: ignore[arg-type]  # a state here
+            cache=hidden.state,  # type: ignore[arg-type]  # a state here
             hidden_states=hidden.every_v,
         )
 

@@ -1,7 +1,7 @@
 """BDH's weight formats as the quantization method "bdh" of transformers.
 
 ``from_pretrained`` finds the quantizer by ``quantization_config``, in ``config.json`` or among its arguments, and calls
-the hooks that ``HfQuantizer`` declares (``transformers/quantizers/base.py``, checked with transformers 5.23).
+the hooks that ``HfQuantizer`` declares (``transformers/quantizers/base.py``, checked with transformers 5.24).
 """
 
 from typing import Any

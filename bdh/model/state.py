@@ -1,6 +1,6 @@
 """The recurrent state of a model: what it remembers of the text it has read, in a fixed size.
 
-:class:`SynapticState` serves as ``past_key_values``, as a slot of the engine, as a snapshot and as a stored prefix.
+:class:`SynapticState` serves as ``cache``, as a slot of the engine, as a snapshot and as a stored prefix.
 """
 
 import json
@@ -52,7 +52,7 @@ class _Read:
 class SynapticState:
     """The state of a batch of sequences: the sums S that attention reads, and the position of each sequence.
 
-    Pass it to ``forward`` as ``past_key_values`` to continue from it. ``forward`` advances it in place, so ``clone`` it
+    Pass it to ``forward`` as ``cache`` to continue from it. ``forward`` advances it in place, so ``clone`` it
     first to keep the earlier state. The engine's slots, snapshots and stored prefixes are states of one sequence each.
     With a window, the state holds the last tokens instead of sums (:mod:`bdh.ops.eager`).
 
@@ -69,8 +69,10 @@ class SynapticState:
         num_columns: the number of columns read so far, including padding. transformers calls it the sequence length.
     """
 
-    is_compileable = False  # asked by transformers' `generate`
-    is_croppable = False  # asked by `generate` on Apple's GPUs: a state needs a record of what was read to be cropped
+    # Asked by transformers' `generate`.
+    is_compileable = False
+    is_linear = (False,)  # True would be said of states that do not know how many columns they have read
+    layers = ()
 
     def __init__(
         self,
@@ -343,6 +345,11 @@ class SynapticState:
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.num_columns
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether :meth:`crop` can remove columns, for which there must be a record of what was read."""
+        return self._record is not None
 
     def activate_past_recording(self) -> None:
         """Starts to record what the state reads, so that :meth:`crop` can remove columns.

@@ -199,7 +199,7 @@ class TrainSettings(Settings):
     eval_windows: PositiveInt = 64
     """Number of windows of block_size tokens in the fixed validation set."""
     patience: PositiveInt | None = None
-    """Stop after this many evaluations in a row without a better validation loss. None: never."""
+    """Stop after this many evaluations in a row that do not improve `checkpoint.best_metric`. None: never."""
     sample_every_steps: NonNegativeInt = 500
     """Number of steps between text samples; 0: no samples."""
     sample_prompts: list[Annotated[str, Allowed(bool, "non-empty texts")]] = field(default_factory=lambda: ["The "])

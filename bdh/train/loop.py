@@ -333,11 +333,11 @@ def _add_gradients(run: Run, step_model: Callable[..., Any], batch: Batch, num_t
                     shift_labels=micro_batch.targets,
                     document_starts=micro_batch.starts,
                     num_items_in_batch=max(1, num_targets),
-                    past_key_values=run.carried.before(index) if run.carried else None,
+                    cache=run.carried.before(index) if run.carried else None,
                     use_cache=run.carried is not None,
                 )
             if run.carried:
-                run.carried.keep(index, output.past_key_values)
+                run.carried.keep(index, output.cache)
             # Gradients are averaged over processes, but the loss is a sum over them. A non-finite loss makes the
             # gradients of every process non-finite.
             its_loss = output.loss.detach()

@@ -147,7 +147,7 @@ def _fields(properties: dict[str, Any], required: Sequence[str]) -> list[str]:
     lines = [*_table(("field", "type", "required", "what it is"), rows), ""]
     if ignored:
         reasons = (f"`{name}` ({_about(each).removeprefix(_NO_EFFECT).strip(' :.')})" for name, each in ignored.items())
-        lines += [f"Taken, where they ask for nothing else than what happens anyway: {', '.join(reasons)}.", ""]
+        lines += [f"Accepted only with values that have no effect: {', '.join(reasons)}.", ""]
     return lines
 
 

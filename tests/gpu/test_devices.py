@@ -40,7 +40,7 @@ def step(model, tokens, **arguments):
     output.loss.backward()
     assert output.logits.device.type == device.type
     found = {"loss": output.loss, "logits": output.logits}
-    found |= {f"sums {index}": sums for index, sums in enumerate(output.past_key_values.sums)}
+    found |= {f"sums {index}": sums for index, sums in enumerate(output.cache.sums)}
     found |= {name: parameter.grad for name, parameter in model.named_parameters()}
     return {name: tensor.detach().cpu() for name, tensor in found.items()}
 
@@ -126,7 +126,7 @@ def test_half_precision_weights_read_and_continue(make_model, tokens, device, dt
     with torch.no_grad():
         expected = model(tokens).logits[:, -1]
         read = half(tokens[:, :-2].to(device), use_cache=True)
-        rest = {"past_key_values": read.past_key_values, "attention_form": "recurrent"}
+        rest = {"cache": read.cache, "attention_form": "recurrent"}
         found = half(tokens[:, -2:].to(device), **rest).logits[:, -1]
     assert found.dtype == dtype
     difference = (found.float().cpu() - expected).norm() / expected.norm()
@@ -146,9 +146,9 @@ def test_a_cache_moves_between_devices(make_model, tokens, device):
     there = moved(model, device)
     with torch.no_grad():
         expected = model(tokens).logits[:, 9:]
-        state = model(tokens[:, :9], use_cache=True).past_key_values.to(device)
-        middle = there(tokens[:, 9:15].to(device), past_key_values=state)
-        last = model(tokens[:, 15:], past_key_values=middle.past_key_values.to("cpu"))
+        state = model(tokens[:, :9], use_cache=True).cache.to(device)
+        middle = there(tokens[:, 9:15].to(device), cache=state)
+        last = model(tokens[:, 15:], cache=middle.cache.to("cpu"))
     assert_close(torch.cat([middle.logits.cpu(), last.logits], 1), expected)
 
 

@@ -58,7 +58,7 @@ def test_positions_of_a_padded_batch_are_accepted(model64, tokens):
         expected = model64(tokens, attention_mask=mask, use_cache=True)
         got = model64(tokens, attention_mask=mask, position_ids=positions, use_cache=True)
         assert torch.equal(got.logits, expected.logits)
-        assert torch.equal(got.past_key_values.positions, expected.past_key_values.positions)
+        assert torch.equal(got.cache.positions, expected.cache.positions)
 
 
 def test_positions_after_a_state_are_accepted(model64, tokens):
@@ -73,10 +73,10 @@ def test_positions_after_a_state_are_accepted(model64, tokens):
             attention_mask=mask[:, :end],
             position_ids=positions[:, start:end],
             cache_position=torch.arange(start, end),
-            past_key_values=state,
+            cache=state,
             use_cache=True,
         )
-        state = output.past_key_values
+        state = output.cache
         pieces.append(output.logits)
     torch.testing.assert_close(torch.cat(pieces, 1), expected, rtol=1e-9, atol=1e-9)
 
@@ -117,11 +117,11 @@ def test_gradients_of_a_packed_batch_are_those_of_its_documents(make_model, docu
 
 def test_a_document_that_starts_on_a_state_forgets_it(model64, tokens):
     """Position 0 after a state means a new document."""
-    state = model64(tokens[:, :8], use_cache=True).past_key_values
+    state = model64(tokens[:, :8], use_cache=True).cache
     positions = torch.arange(13)[None]
-    got = model64(tokens[:, 8:], past_key_values=state, position_ids=positions)
+    got = model64(tokens[:, 8:], cache=state, position_ids=positions)
     torch.testing.assert_close(got.logits, model64(tokens[:, 8:]).logits, rtol=1e-9, atol=1e-9)
-    assert got.past_key_values.positions.tolist() == [13, 13]
+    assert got.cache.positions.tolist() == [13, 13]
 
 
 REFUSED = {
@@ -136,8 +136,8 @@ REFUSED = {
     "rows": ({"cu_seq_lens_q": torch.tensor([0, 21])}, ValueError, "cu_seq_lens_q is given for 2 rows"),
     "lone": ({"max_length_q": 3}, ValueError, "max_length_q is given without cu_seq_lens_q"),
     "numbers": ({"seq_idx": torch.zeros(1, 3)}, ValueError, r"seq_idx has shape \(1, 3\): must be \(2, 21\)"),
-    "legacy": ({"past_key_values": ((1, 2),)}, TypeError, "past_key_values is a tuple: must be a SynapticState"),
-    "dynamic": ({"past_key_values": DynamicCache()}, TypeError, "past_key_values is a DynamicCache: .*no keys and val"),
+    "legacy": ({"cache": ((1, 2),)}, TypeError, "cache is a tuple: must be a SynapticState"),
+    "dynamic": ({"cache": DynamicCache()}, TypeError, "cache is a DynamicCache: .*no keys and val"),
 }
 
 
@@ -176,11 +176,11 @@ def test_packing_that_contradicts_itself_is_refused(model, tokens, arguments, me
 
 
 def test_packing_on_a_state_is_refused_and_the_state_stays(model, tokens):
-    state = model(tokens[:1, :4]).past_key_values
+    state = model(tokens[:1, :4]).cache
     before = state.clone()
     for arguments in ({"seq_idx": torch.zeros(1, 17)}, {"position_ids": torch.arange(17)[None] + 3}):
-        with pytest.raises(ValueError, match=f"{next(iter(arguments))} is .*past_key_values"):
-            model(tokens[:1, 4:], past_key_values=state, **arguments)
+        with pytest.raises(ValueError, match=f"{next(iter(arguments))} is .*cache"):
+            model(tokens[:1, 4:], cache=state, **arguments)
     assert state.num_columns == 4
     assert all(torch.equal(a, b) for a, b in zip(state.sums, before.sums, strict=True))
 
@@ -188,8 +188,8 @@ def test_packing_on_a_state_is_refused_and_the_state_stays(model, tokens):
 @pytest.mark.parametrize("cache", [DynamicCache, StaticCache])
 def test_generate_refuses_the_cache_of_another_kind_of_model(model, tokens, cache):
     given = cache() if cache is DynamicCache else cache(config=model.config, max_cache_len=40)
-    with pytest.raises(TypeError, match=f"past_key_values is a {cache.__name__}: must be a SynapticState"):
-        model.generate(tokens[:1], past_key_values=given, max_new_tokens=2, pad_token_id=0)
+    with pytest.raises(TypeError, match=f"cache is a {cache.__name__}: must be a SynapticState"):
+        model.generate(tokens[:1], cache=given, max_new_tokens=2, pad_token_id=0)
 
 
 @pytest.mark.slow

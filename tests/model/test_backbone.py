@@ -18,14 +18,14 @@ def test_it_gives_what_the_head_gets(model, tokens):
         assert torch.equal(model.lm_head(bare.last_hidden_state), whole.logits)
     assert all(torch.equal(a, b) for a, b in zip(bare.hidden_states, whole.hidden_states, strict=True))
     assert torch.equal(bare.hidden_states[-1], bare.last_hidden_state)
-    assert all(torch.equal(a, b) for a, b in zip(bare.past_key_values.sums, whole.past_key_values.sums, strict=True))
-    assert bare.past_key_values.num_columns == tokens.shape[1]
+    assert all(torch.equal(a, b) for a, b in zip(bare.cache.sums, whole.cache.sums, strict=True))
+    assert bare.cache.num_columns == tokens.shape[1]
 
 
 def test_it_continues_from_a_state(model, tokens):
     whole = model.base_model(tokens).last_hidden_state
-    state = model.base_model(tokens[:, :9]).past_key_values
-    rest = model.base_model(tokens[:, 9:], past_key_values=state).last_hidden_state
+    state = model.base_model(tokens[:, :9]).cache
+    rest = model.base_model(tokens[:, 9:], cache=state).last_hidden_state
     torch.testing.assert_close(rest, whole[:, 9:], atol=1e-5, rtol=1e-5)
 
 

@@ -18,9 +18,9 @@ def losses_and_gradients(model, path, tokens, **inputs):
     model.layer_options = LayerOptions(path=path)
     model.zero_grad()
     state = inputs.pop("state", None)
-    output = model(tokens, labels=tokens, past_key_values=state.detach() if state is not None else None, **inputs)
+    output = model(tokens, labels=tokens, cache=state.detach() if state is not None else None, **inputs)
     output.loss.backward()
-    sums = output.past_key_values.sums if output.past_key_values is not None else []
+    sums = output.cache.sums if output.cache is not None else []
     return [output.loss.detach(), output.logits.detach(), *sums, *(p.grad.clone() for p in model.parameters())]
 
 
@@ -39,7 +39,7 @@ def test_blocks_are_the_plain_layer_steps(make_model, tokens, path, decay, given
         inputs["document_starts"] = starts
     if "state" in given:
         with torch.no_grad():
-            inputs |= {"state": model(tokens, use_cache=True).past_key_values, "use_cache": True}
+            inputs |= {"state": model(tokens, use_cache=True).cache, "use_cache": True}
     expected = losses_and_gradients(model, "plain", tokens, **inputs)
     found = losses_and_gradients(model, path, tokens, **inputs)
     # float32 sums in another order, through three passes.
@@ -54,8 +54,8 @@ def test_gradients_flow_through_a_state(make_model, tokens, path):
     def gradients(chosen):
         model.layer_options = LayerOptions(path=chosen)
         model.zero_grad()
-        state = model(tokens[:, :7], use_cache=True).past_key_values
-        model(tokens[:, 7:], labels=tokens[:, 7:], past_key_values=state, use_cache=True).loss.backward()
+        state = model(tokens[:, :7], use_cache=True).cache
+        model(tokens[:, 7:], labels=tokens[:, 7:], cache=state, use_cache=True).loss.backward()
         return [p.grad.clone() for p in model.parameters()]
 
     torch.testing.assert_close(gradients(path), gradients("plain"), rtol=1e-3, atol=2e-6)

@@ -29,7 +29,7 @@ def test_it_reads_the_last_token_on_either_side_of_the_padding(classifier):
     for ids in (right, left):
         masked = classifier(ids, attention_mask=(ids != 255).long())
         torch.testing.assert_close(masked.logits, alone, atol=1e-5, rtol=1e-4)
-    assert masked.past_key_values is None
+    assert masked.cache is None
 
 
 @pytest.mark.parametrize(

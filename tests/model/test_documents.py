@@ -62,15 +62,15 @@ def test_a_state_is_read_up_to_the_first_start_and_holds_the_last_document_behin
     tokens, earlier = row_of(12), row_of(7, seed=4)
     first, *rest = documents(tokens, positions)
     with torch.no_grad():
-        before = model64(earlier, use_cache=True).past_key_values
+        before = model64(earlier, use_cache=True).cache
         state = model64.new_state() if positions[0] == 0 else before.clone()
-        outputs = [model64(first, past_key_values=state)]
+        outputs = [model64(first, cache=state)]
         outputs += [model64(document, use_cache=True) for document in rest]
-        packed = model64(tokens, document_starts=starts_at(positions, 12), past_key_values=before, attention_form=form)
+        packed = model64(tokens, document_starts=starts_at(positions, 12), cache=before, attention_form=form)
     assert_close(packed.logits, torch.cat([output.logits for output in outputs], 1))
-    expected = outputs[-1].past_key_values
-    assert packed.past_key_values.positions.tolist() == expected.positions.tolist()
-    assert_close(packed.past_key_values.sums, expected.sums)
+    expected = outputs[-1].cache
+    assert packed.cache.positions.tolist() == expected.positions.tolist()
+    assert_close(packed.cache.sums, expected.sums)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -90,9 +90,9 @@ def test_rows_with_other_documents_and_padding_are_the_rows_alone(model64, form)
         for row, parts in enumerate(rows):
             outputs = [model64(part, use_cache=True) for part in parts]
             assert_close(batch.logits[row : row + 1, mask[row]], torch.cat([o.logits for o in outputs], 1))
-            state = batch.past_key_values.filter([row])
-            assert state.positions.tolist() == outputs[-1].past_key_values.positions.tolist()
-            assert_close(state.sums, outputs[-1].past_key_values.sums)
+            state = batch.cache.filter([row])
+            assert state.positions.tolist() == outputs[-1].cache.positions.tolist()
+            assert_close(state.sums, outputs[-1].cache.sums)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -102,12 +102,12 @@ def test_a_row_that_is_fed_in_parts_is_the_whole(model64, form):
     with torch.no_grad():
         whole = model64(tokens, document_starts=starts, use_cache=True)
         for part, at in zip(tokens.split((5, 1, 4, 9, 2), 1), starts.split((5, 1, 4, 9, 2), 1), strict=True):
-            output = model64(part, document_starts=at, past_key_values=state, use_cache=True, attention_form=form)
-            state = output.past_key_values
+            output = model64(part, document_starts=at, cache=state, use_cache=True, attention_form=form)
+            state = output.cache
             parts.append(output.logits)
     assert_close(torch.cat(parts, 1), whole.logits)
-    assert_close(state.sums, whole.past_key_values.sums)
-    assert state.positions.tolist() == whole.past_key_values.positions.tolist() == [3]
+    assert_close(state.sums, whole.cache.sums)
+    assert state.positions.tolist() == whole.cache.positions.tolist() == [3]
 
 
 @pytest.mark.parametrize("decay", DECAYS, ids=str)
@@ -152,13 +152,13 @@ def test_generation_goes_on_from_the_decayed_state(make_model):
 def test_gradient_checkpointing_gives_equal_gradients_from_a_state(make_model, form, use_reentrant):
     model = make_model(decay=5.0, attention_form=form).double().train()
     tokens, starts = row_of(21), starts_at([4, 13], 21)
-    state = model(row_of(9, seed=4), use_cache=True).past_key_values.detach()
+    state = model(row_of(9, seed=4), use_cache=True).cache.detach()
 
     def of_a_step():
         model.zero_grad()
-        output = model(tokens, labels=tokens, document_starts=starts, past_key_values=state.clone(), use_cache=True)
+        output = model(tokens, labels=tokens, document_starts=starts, cache=state.clone(), use_cache=True)
         output.loss.backward()
-        return [output.loss, *output.past_key_values.sums], [p.grad.clone() for p in model.parameters()]
+        return [output.loss, *output.cache.sums], [p.grad.clone() for p in model.parameters()]
 
     outputs, expected = of_a_step()
     model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
@@ -171,15 +171,15 @@ def test_gradient_checkpointing_gives_equal_gradients_from_a_state(make_model, f
 def test_a_compiled_step_with_documents_decay_and_a_state_is_the_plain_one(make_model):
     model = make_model(decay=5.0, n_layer=2).train()
     tokens, starts = row_of(21), starts_at([4, 13], 21)
-    state = model(row_of(9, seed=4), use_cache=True).past_key_values.detach()
+    state = model(row_of(9, seed=4), use_cache=True).cache.detach()
 
     def of_a_step(step_model):
         model.zero_grad()
         output = step_model(
-            tokens, labels=tokens, document_starts=starts, past_key_values=copy.deepcopy(state), use_cache=True
+            tokens, labels=tokens, document_starts=starts, cache=copy.deepcopy(state), use_cache=True
         )
         output.loss.backward()
-        return [output.loss, *output.past_key_values.sums], [p.grad.clone() for p in model.parameters()]
+        return [output.loss, *output.cache.sums], [p.grad.clone() for p in model.parameters()]
 
     outputs, expected = of_a_step(model)
     compiled_outputs, gradients_ = of_a_step(torch.compile(model))
@@ -193,7 +193,7 @@ def test_positions_restart_so_that_the_state_can_go_on(model64):
     state = SynapticState.zeros((1, 3, 48, 24), 3, dtype=torch.float64)
     state.positions += 10**9
     with torch.no_grad():
-        model64(tokens, document_starts=starts_at([7], 10), past_key_values=state)
+        model64(tokens, document_starts=starts_at([7], 10), cache=state)
     assert state.positions.tolist() == [3]
     assert state.num_columns == 10
 

@@ -43,9 +43,9 @@ def test_a_plain_call_is_exported_with_its_state(small):
     program = torch.export.export(small, (ids(2, 12),))
     found, expected = program.module()(ids(2, 12)), small(ids(2, 12))
     torch.testing.assert_close(found.logits, expected.logits, **CLOSE)
-    assert isinstance(found.past_key_values, SynapticState)
-    torch.testing.assert_close(found.past_key_values.sums, expected.past_key_values.sums, **CLOSE)
-    assert torch.equal(found.past_key_values.positions, expected.past_key_values.positions)
+    assert isinstance(found.cache, SynapticState)
+    torch.testing.assert_close(found.cache.sums, expected.cache.sums, **CLOSE)
+    assert torch.equal(found.cache.positions, expected.cache.positions)
 
 
 @pytest.mark.slow
@@ -57,12 +57,12 @@ def test_an_exported_program_takes_any_batch_and_length_and_is_saved(small, tmp_
     for B, T in ((1, 1), (3, 5), (2, 90)):  # forward takes the last in chunks
         found, expected = loaded(input_ids=ids(B, T)), small(ids(B, T))
         torch.testing.assert_close(found.logits, expected.logits, **CLOSE)
-        torch.testing.assert_close(found.past_key_values.sums, expected.past_key_values.sums, **CLOSE)
-        assert found.past_key_values.num_columns == T
+        torch.testing.assert_close(found.cache.sums, expected.cache.sums, **CLOSE)
+        assert found.cache.num_columns == T
 
 
 def test_an_exported_step_goes_on_from_a_state_and_leaves_it(small):
-    given = small(ids(2, 6)).past_key_values
+    given = small(ids(2, 6)).cache
     before = given.clone()
     batch = Dim("batch")
     of_state = [[{0: batch}] * 2, {0: batch}, Dim.DYNAMIC]
@@ -70,18 +70,18 @@ def test_an_exported_step_goes_on_from_a_state_and_leaves_it(small):
         program = torch.export.export(
             small,
             (),
-            {"input_ids": ids(2, 1), "past_key_values": given},
-            dynamic_shapes={"input_ids": {0: batch}, "past_key_values": of_state},
+            {"input_ids": ids(2, 1), "cache": given},
+            dynamic_shapes={"input_ids": {0: batch}, "cache": of_state},
         )
     step = program.module()
-    found = step(input_ids=ids(2, 1), past_key_values=given)
+    found = step(input_ids=ids(2, 1), cache=given)
     torch.testing.assert_close(given.sums, before.sums, atol=0, rtol=0)
-    expected = small(ids(2, 1), past_key_values=before)
+    expected = small(ids(2, 1), cache=before)
     torch.testing.assert_close(found.logits, expected.logits, **CLOSE)
-    torch.testing.assert_close(found.past_key_values.sums, before.sums, **CLOSE)
+    torch.testing.assert_close(found.cache.sums, before.sums, **CLOSE)
     torch.testing.assert_close(
-        step(input_ids=ids(2, 1), past_key_values=found.past_key_values).logits,
-        small(ids(2, 1), past_key_values=before).logits,
+        step(input_ids=ids(2, 1), cache=found.cache).logits,
+        small(ids(2, 1), cache=before).logits,
         **CLOSE,
     )
 
@@ -120,7 +120,7 @@ def test_onnx_reads_a_text_in_pieces_as_forward_reads_it_whole(small, session):
             mask = np.ones((B, end - start), dtype=np.int64)
             logits, positions, sums = session.run(None, {**inputs, "attention_mask": mask})
             torch.testing.assert_close(torch.tensor(logits), expected.logits[:, start:end], **CLOSE)
-        torch.testing.assert_close(torch.tensor(sums), torch.stack(expected.past_key_values.sums), **CLOSE)
+        torch.testing.assert_close(torch.tensor(sums), torch.stack(expected.cache.sums), **CLOSE)
         assert positions.tolist() == [T] * B
 
 
@@ -136,12 +136,12 @@ def test_onnx_leaves_padding_out(small, session):
 @torch.no_grad()
 def test_onnx_is_exact_far_into_a_text(small, session):
     """In float32 a position of 10^8 has lost its phase, and so it has with frequencies in float32."""
-    state = small(ids(2, 9)).past_key_values
+    state = small(ids(2, 9)).cache
     state.positions += 10**8
     inputs = {"input_ids": ids(2, 3).numpy(), "attention_mask": np.ones((2, 3), dtype=np.int64)}
     inputs |= {"positions": state.positions.numpy(), "sums": torch.stack(state.sums).numpy()}
     logits, *_ = session.run(None, inputs)
-    torch.testing.assert_close(torch.tensor(logits), small(ids(2, 3), past_key_values=state).logits, **CLOSE)
+    torch.testing.assert_close(torch.tensor(logits), small(ids(2, 3), cache=state).logits, **CLOSE)
 
 
 @torch.no_grad()
@@ -167,11 +167,11 @@ def test_it_compiles_to_one_graph_with_and_without_a_state(smallest, dynamic):
     compiled = torch.compile(small, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for T in (12, 7) if dynamic else (12,):
         torch.testing.assert_close(compiled(ids(2, T), use_cache=False).logits, small(ids(2, T)).logits, **CLOSE)
-    state = compiled(ids(2, 6), use_cache=True).past_key_values
-    expected = small(ids(2, 6)).past_key_values
+    state = compiled(ids(2, 6), use_cache=True).cache
+    expected = small(ids(2, 6)).cache
     for _ in range(2):
-        found = compiled(ids(2, 1), past_key_values=state).logits
-        torch.testing.assert_close(found, small(ids(2, 1), past_key_values=expected).logits, **CLOSE)
+        found = compiled(ids(2, 1), cache=state).logits
+        torch.testing.assert_close(found, small(ids(2, 1), cache=expected).logits, **CLOSE)
     assert torch.equal(state.positions, expected.positions)
 
 

@@ -20,8 +20,8 @@ def continued(model, tokens, sizes, **arguments):
     """Logits of a text that is fed in parts."""
     state, logits = None, []
     for part in tokens.split(sizes, dim=1):
-        output = model(part, past_key_values=state, use_cache=True, **arguments)
-        state = output.past_key_values
+        output = model(part, cache=state, use_cache=True, **arguments)
+        state = output.cache
         logits.append(output.logits)
     return torch.cat(logits, 1), state
 
@@ -34,7 +34,7 @@ def test_any_split_is_the_whole(model64, tokens, form, sizes):
         logits, state = continued(model64, tokens, sizes, attention_form=form)
     # Float64: only the order of sums differs.
     torch.testing.assert_close(logits, whole.logits, rtol=1e-9, atol=1e-9)
-    for a, b in zip(state.sums, whole.past_key_values.sums, strict=True):
+    for a, b in zip(state.sums, whole.cache.sums, strict=True):
         assert a.dtype == torch.float64
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
     assert state.positions.tolist() == [21, 21]
@@ -51,10 +51,10 @@ def test_gradients_flow_through_the_state(model64, tokens):
 def test_positions_are_exact_far_into_a_text(model64, tokens):
     """Attention sees differences of positions only, so a text far away must look like one at the beginning."""
     with torch.no_grad():
-        near = model64(tokens, past_key_values=model64.new_state(2)).logits
+        near = model64(tokens, cache=model64.new_state(2)).logits
         state = model64.new_state(2)
         state.positions += 10**9
-        far = model64(tokens, past_key_values=state).logits
+        far = model64(tokens, cache=state).logits
     # Float64 phases are good to 4e-8 of a turn there; logits are of the order of 10.
     torch.testing.assert_close(far, near, rtol=0, atol=1e-4)
 
@@ -66,7 +66,7 @@ def test_padding_on_either_side_changes_nothing(model64, tokens):
         alone = model64(tokens).logits
         left = model64(torch.cat([filler, tokens], 1), attention_mask=torch.cat([zeros, ones], 1))
         right = model64(torch.cat([tokens, filler], 1), attention_mask=torch.cat([ones, zeros], 1), use_cache=True)
-        after = model64(tokens[:, :1], past_key_values=right.past_key_values).logits
+        after = model64(tokens[:, :1], cache=right.cache).logits
         expected_after = model64(torch.cat([tokens, tokens[:, :1]], 1)).logits[:, -1:]
     torch.testing.assert_close(left.logits[:, 4:], alone, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(right.logits[:, :21], alone, rtol=1e-9, atol=1e-9)
@@ -82,9 +82,9 @@ def test_rows_with_different_padding_are_the_rows_alone(model64, tokens, form):
         for row, length in enumerate(lengths):
             alone = model64(tokens[row : row + 1, -length:], use_cache=True)
             torch.testing.assert_close(batch.logits[row : row + 1, -length:], alone.logits, rtol=1e-9, atol=1e-9)
-            part = batch.past_key_values.filter([row])
+            part = batch.cache.filter([row])
             assert part.positions.tolist() == [length]
-            torch.testing.assert_close(part.sums, alone.past_key_values.sums, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(part.sums, alone.cache.sums, rtol=1e-9, atol=1e-9)
 
 
 def test_a_mask_may_count_the_columns_fed_before(model64, tokens):
@@ -92,40 +92,40 @@ def test_a_mask_may_count_the_columns_fed_before(model64, tokens):
     mask[1, :3] = 0
     with torch.no_grad():
         whole = model64(tokens, attention_mask=mask).logits
-        state = model64(tokens[:, :10], attention_mask=mask[:, :10], use_cache=True).past_key_values
-        rest = model64(tokens[:, 10:], attention_mask=mask, past_key_values=state).logits
+        state = model64(tokens[:, :10], attention_mask=mask[:, :10], use_cache=True).cache
+        rest = model64(tokens[:, 10:], attention_mask=mask, cache=state).logits
     torch.testing.assert_close(rest, whole[:, 10:], rtol=1e-9, atol=1e-9)
 
 
 def test_states_of_texts_of_different_lengths_go_on_together(model64, tokens):
     with torch.no_grad():
-        short = model64(tokens[:1, :4], use_cache=True).past_key_values
-        long = model64(tokens[1:, :15], use_cache=True).past_key_values
-        together = model64(tokens[:, 15:16], past_key_values=SynapticState.concat([short.clone(), long.clone()]))
+        short = model64(tokens[:1, :4], use_cache=True).cache
+        long = model64(tokens[1:, :15], use_cache=True).cache
+        together = model64(tokens[:, 15:16], cache=SynapticState.concat([short.clone(), long.clone()]))
         for row, state in enumerate((short, long)):
-            alone = model64(tokens[row : row + 1, 15:16], past_key_values=state).logits
+            alone = model64(tokens[row : row + 1, 15:16], cache=state).logits
             torch.testing.assert_close(together.logits[row : row + 1], alone, rtol=1e-9, atol=1e-9)
 
 
 def test_the_state_is_returned_when_asked_for_and_by_default_when_of_use(model, tokens):
-    state = model(tokens).past_key_values
+    state = model(tokens).cache
     assert state is not None
-    assert model(tokens, use_cache=False).past_key_values is None
-    assert model(tokens, labels=tokens).past_key_values is None  # an evaluation does not go on
-    assert model(tokens, labels=tokens, use_cache=True).past_key_values is not None
-    assert model(tokens, past_key_values=state).past_key_values is state
+    assert model(tokens, use_cache=False).cache is None
+    assert model(tokens, labels=tokens).cache is None  # an evaluation does not go on
+    assert model(tokens, labels=tokens, use_cache=True).cache is not None
+    assert model(tokens, cache=state).cache is state
     model.train()
-    assert model(tokens).past_key_values is None
+    assert model(tokens).cache is None
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_without_use_cache_a_given_state_is_read_and_left_alone(model, tokens, form):
     with torch.no_grad():
-        state = model(tokens[:, :10], use_cache=True).past_key_values
+        state = model(tokens[:, :10], use_cache=True).cache
         before = state.clone()
-        output = model(tokens[:, 10:], past_key_values=state, use_cache=False, attention_form=form)
+        output = model(tokens[:, 10:], cache=state, use_cache=False, attention_form=form)
         expected = model(tokens).logits[:, 10:]
-    assert output.past_key_values is None
+    assert output.cache is None
     assert state.positions.tolist() == [10, 10]
     assert all(torch.equal(a, b) for a, b in zip(state.sums, before.sums, strict=True))
     torch.testing.assert_close(output.logits, expected, rtol=1e-4, atol=1e-4)  # float32, other order
@@ -252,10 +252,10 @@ class TestRefused:
             model(tokens, attention_mask=torch.ones(shape))
 
     def test_a_mask_that_counts_other_columns_than_were_fed(self, model, tokens):
-        state = model(tokens[:, :10], use_cache=True).past_key_values
+        state = model(tokens[:, :10], use_cache=True).cache
         message = r"\(2, 20\): must be \(2, 11\) or, with the columns fed before, \(2, 21\)"
         with pytest.raises(ValueError, match=message):
-            model(tokens[:, 10:], attention_mask=torch.ones(2, 20), past_key_values=state)
+            model(tokens[:, 10:], attention_mask=torch.ones(2, 20), cache=state)
         assert state.num_columns == 10
 
     @pytest.mark.parametrize("name", ["labels", "shift_labels"])
@@ -270,13 +270,13 @@ class TestRefused:
 
     def test_a_state_of_another_batch_model_or_dtype(self, model, make_model, tokens):
         with pytest.raises(ValueError, match=r"\(3, 3, 48, 24\).* need \(2, 3, 48, 24\) for 3"):
-            model(tokens, past_key_values=model.new_state(3))
+            model(tokens, cache=model.new_state(3))
         with pytest.raises(ValueError, match=r"for 2 layer steps: this model and batch need .* for 3"):
-            model(tokens, past_key_values=make_model(n_layer=2).new_state(2))
+            model(tokens, cache=make_model(n_layer=2).new_state(2))
         with pytest.raises(
             ValueError, match=r"in torch\.float64: a model in torch\.float32 keeps them in torch\.float32"
         ):
-            model(tokens, past_key_values=make_model().double().new_state(2))
+            model(tokens, cache=make_model().double().new_state(2))
 
     def test_an_unknown_form(self, model, tokens):
         with pytest.raises(ValueError, match="attention form 'flash' is unknown"):

@@ -43,8 +43,8 @@ def test_a_left_padded_batch_is_its_rows_alone(model, tokens):
 def test_it_goes_on_from_a_given_state(model, tokens):
     ids = tokens[:1, :10]
     whole = generate(model, ids, do_sample=False)
-    state = model(ids[:, :7], use_cache=True).past_key_values
-    assert torch.equal(generate(model, ids, past_key_values=state, do_sample=False), whole)
+    state = model(ids[:, :7], use_cache=True).cache
+    assert torch.equal(generate(model, ids, cache=state, do_sample=False), whole)
 
 
 @pytest.fixture
@@ -66,17 +66,17 @@ CHOICES = [
 def test_the_whole_text_on_a_state_is_the_text_read_anew(model, unpadded, num_read, choice):
     """Beams and several sequences refused the state, which has a row for each text, not for each of them."""
     whole = generate(model, unpadded, **choice)
-    state = model(unpadded[:, :num_read], use_cache=True).past_key_values
-    assert torch.equal(generate(model, unpadded, past_key_values=state, **choice), whole)
+    state = model(unpadded[:, :num_read], use_cache=True).cache
+    assert torch.equal(generate(model, unpadded, cache=state, **choice), whole)
 
 
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
 @pytest.mark.parametrize("num_read", [2, 5, 10, 18])
 def test_new_tokens_alone_with_a_mask_of_all_columns_go_on_from_a_state(model, unpadded, num_read, choice):
     whole = generate(model, unpadded, **choice)
-    state = model(unpadded[:, :num_read], use_cache=True).past_key_values
+    state = model(unpadded[:, :num_read], use_cache=True).cache
     out = generate(
-        model, unpadded[:, num_read:], past_key_values=state, attention_mask=torch.ones_like(unpadded), **choice
+        model, unpadded[:, num_read:], cache=state, attention_mask=torch.ones_like(unpadded), **choice
     )
     assert torch.equal(out, whole[:, num_read:])
 
@@ -84,11 +84,11 @@ def test_new_tokens_alone_with_a_mask_of_all_columns_go_on_from_a_state(model, u
 @pytest.mark.parametrize("num_new", [2, 6, 7])
 def test_new_tokens_alone_without_such_a_mask_are_refused_not_dropped(model, unpadded, num_new):
     """Taken for the whole text, of which the state had read the beginning, some of them went missing."""
-    state = model(unpadded[:1, :7], use_cache=True).past_key_values
+    state = model(unpadded[:1, :7], use_cache=True).cache
     before = state.clone()
-    message = rf"the text has {num_new} tokens, but past_key_values has read 7 already: .*\(1, 7 \+ the number"
+    message = rf"the text has {num_new} tokens, but cache has read 7 already: .*\(1, 7 \+ the number"
     with pytest.raises(ValueError, match=message):
-        generate(model, unpadded[:1, 7 : 7 + num_new], past_key_values=state, do_sample=False)
+        generate(model, unpadded[:1, 7 : 7 + num_new], cache=state, do_sample=False)
     assert state.num_columns == 7
     assert all(torch.equal(a, b) for a, b in zip(state.sums, before.sums, strict=True))
 
@@ -97,28 +97,28 @@ def test_a_padded_batch_goes_on_from_its_state(model, unpadded):
     mask = torch.ones_like(unpadded)
     mask[0, :3] = 0
     whole = generate(model, unpadded, attention_mask=mask, do_sample=False)
-    state = model(unpadded[:, :9], attention_mask=mask[:, :9], use_cache=True).past_key_values
-    again = generate(model, unpadded[:, 9:], attention_mask=mask, past_key_values=state.clone(), do_sample=False)
+    state = model(unpadded[:, :9], attention_mask=mask[:, :9], use_cache=True).cache
+    again = generate(model, unpadded[:, 9:], attention_mask=mask, cache=state.clone(), do_sample=False)
     assert torch.equal(again, whole[:, 9:])
-    assert torch.equal(generate(model, unpadded, attention_mask=mask, past_key_values=state, do_sample=False), whole)
+    assert torch.equal(generate(model, unpadded, attention_mask=mask, cache=state, do_sample=False), whole)
 
 
 def test_several_sequences_leave_the_given_state_as_it_was(model, tokens):
-    state = model(tokens[:1, :7], use_cache=True).past_key_values
-    generate(model, tokens[:1], past_key_values=state, do_sample=True, num_return_sequences=2)
+    state = model(tokens[:1, :7], use_cache=True).cache
+    generate(model, tokens[:1], cache=state, do_sample=True, num_return_sequences=2)
     assert (state.batch_size, state.num_columns) == (1, 7)
 
 
 def test_a_state_without_use_cache_is_refused(model, tokens):
     """Each step would have read the whole text again, on top of the state."""
-    state = model(tokens[:1, :7], use_cache=True).past_key_values
+    state = model(tokens[:1, :7], use_cache=True).cache
     with pytest.raises(ValueError, match="use_cache is False: must be True"):
-        generate(model, tokens[:1], past_key_values=state, use_cache=False, do_sample=False)
+        generate(model, tokens[:1], cache=state, use_cache=False, do_sample=False)
 
 
 def test_the_state_that_comes_back_goes_on(model, tokens):
     first = generate(model, tokens[:1, :5], do_sample=False, return_dict_in_generate=True)
-    again = generate(model, first.sequences, past_key_values=first.past_key_values, do_sample=False)
+    again = generate(model, first.sequences, cache=first.cache, do_sample=False)
     torch.manual_seed(0)
     straight = model.generate(tokens[:1, :5], max_new_tokens=24, do_sample=False, pad_token_id=0)
     assert torch.equal(again, straight)
@@ -174,9 +174,9 @@ def test_assisted_generation_gives_the_text_of_the_model_alone(make_model, other
 
 def test_assisted_generation_on_a_state_is_refused(model, tokens):
     """transformers reads the whole text again, on top of what the state has read."""
-    state = model(tokens[:1, :5], use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="past_key_values has read 5 columns: must be left out"):
-        generate(model, tokens[:1], do_sample=False, past_key_values=state, prompt_lookup_num_tokens=3)
+    state = model(tokens[:1, :5], use_cache=True).cache
+    with pytest.raises(ValueError, match="cache has read 5 columns: must be left out"):
+        generate(model, tokens[:1], do_sample=False, cache=state, prompt_lookup_num_tokens=3)
 
 
 @pytest.mark.parametrize("mask", [False, True])
@@ -196,9 +196,9 @@ def test_assistance_while_sampling_and_the_state_that_comes_back(model, make_mod
         assistant_model=make_model(seed=1),
         return_dict_in_generate=True,
     )
-    read = model(out.sequences[:, : out.past_key_values.num_columns], use_cache=True).past_key_values
-    assert torch.equal(read.positions, out.past_key_values.positions)
-    for a, b in zip(read.sums, out.past_key_values.sums, strict=True):
+    read = model(out.sequences[:, : out.cache.num_columns], use_cache=True).cache
+    assert torch.equal(read.positions, out.cache.positions)
+    for a, b in zip(read.sums, out.cache.sums, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 

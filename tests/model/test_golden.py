@@ -49,8 +49,8 @@ def test_token_by_token_gives_the_references_logits(golden, model):
     state, logits = None, []
     with torch.no_grad():
         for t in range(golden.input_ids.shape[1]):
-            output = model(golden.input_ids[:, t : t + 1], past_key_values=state, use_cache=True)
-            state = output.past_key_values
+            output = model(golden.input_ids[:, t : t + 1], cache=state, use_cache=True)
+            state = output.cache
             logits.append(output.logits)
     torch.testing.assert_close(torch.cat(logits, 1), golden.logits, rtol=0, atol=1e-4)
 

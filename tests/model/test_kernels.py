@@ -9,11 +9,11 @@ from bdh.model.weights import forget_kernels, kernel_obstacle, recurrence_of
 
 def step(model, state, tokens, **arguments):
     with torch.no_grad():
-        return model(tokens, past_key_values=state, **arguments)
+        return model(tokens, cache=state, **arguments)
 
 
 def test_single_tokens_take_the_kernels_and_agree_with_the_dense_form(model, tokens):
-    states = [step(model, None, tokens[:, :9], use_cache=True).past_key_values for _ in range(2)]
+    states = [step(model, None, tokens[:, :9], use_cache=True).cache for _ in range(2)]
     for t in range(9, 21):
         sparse = step(model, states[0], tokens[:, t : t + 1])
         dense = step(model, states[1], tokens[:, t : t + 1], attention_form="recurrent")
@@ -34,7 +34,7 @@ def test_the_model_and_the_advancer_give_the_same_bits(model, tokens):
 
 def test_rows_of_a_reordered_state_are_read_in_their_order(model, tokens):
     """A beam search takes rows out of a state, whose memory may then lie anyhow."""
-    state = step(model, None, tokens, use_cache=True).past_key_values
+    state = step(model, None, tokens, use_cache=True).cache
     turned = state.filter([1, 0])
     turned.sums = [sums.transpose(0, 1).contiguous().transpose(0, 1) for sums in turned.sums]
     last = tokens[:, :1]
@@ -44,7 +44,7 @@ def test_rows_of_a_reordered_state_are_read_in_their_order(model, tokens):
 
 def test_gradients_and_training_stay_with_torch(model, tokens):
     state = model.new_state(2)
-    assert model(tokens[:, :1], past_key_values=state).logits.requires_grad
+    assert model(tokens[:, :1], cache=state).logits.requires_grad
     seen = []
     handle = model.encoder.register_forward_hook(lambda *_: seen.append(1))
     step(model, model.new_state(2), tokens[:, :1])
@@ -53,8 +53,8 @@ def test_gradients_and_training_stay_with_torch(model, tokens):
 
 
 def test_a_backward_pass_notices_that_its_state_has_been_advanced(model, tokens):
-    state = step(model, None, tokens, use_cache=True).past_key_values
-    loss = model(tokens, labels=tokens, past_key_values=state.clone()).loss
+    state = step(model, None, tokens, use_cache=True).cache
+    loss = model(tokens, labels=tokens, cache=state.clone()).loss
     loss.backward()  # on a copy it goes through
     kept = state.clone()
     loss = sum((sums.requires_grad_(False) * torch.ones(1, requires_grad=True)).sum() for sums in kept.sums)

@@ -52,11 +52,11 @@ def test_a_clone_shares_no_memory(state):
 
 def test_a_model_that_goes_on_from_a_clone_leaves_the_original(model, tokens):
     with torch.no_grad():
-        original = model(tokens[:, :10], use_cache=True).past_key_values
+        original = model(tokens[:, :10], use_cache=True).cache
         kept = original.clone()
-        model(tokens[:, 10:11], past_key_values=original.clone())
+        model(tokens[:, 10:11], cache=original.clone())
         assert_equal(original, kept)
-        model(tokens[:, 10:11], past_key_values=original)
+        model(tokens[:, 10:11], cache=original)
     assert original.positions.tolist() == [11, 11]
     assert not torch.equal(original.sums[0], kept.sums[0])
 
@@ -106,11 +106,11 @@ def test_forward_takes_no_torn_state_and_no_other_kind(model, tokens):
     state = model.new_state(2)
     state.is_torn = True
     with pytest.raises(RuntimeError, match="half-written"):
-        model(tokens, past_key_values=state)
+        model(tokens, cache=state)
     state.clear()
     state.kind = "sums bfloat16"
     with pytest.raises(ValueError, match="of kind 'sums bfloat16': forward reads and writes sums alone"):
-        model(tokens, past_key_values=state)
+        model(tokens, cache=state)
 
 
 def test_nbytes_counts_sums_and_positions(state):
@@ -118,13 +118,13 @@ def test_nbytes_counts_sums_and_positions(state):
 
 
 def test_the_size_is_that_which_the_configuration_tells(model, tokens):
-    short = model(tokens[:, :2], use_cache=True).past_key_values
-    long = model(tokens, use_cache=True).past_key_values
+    short = model(tokens[:, :2], use_cache=True).cache
+    long = model(tokens, use_cache=True).cache
     assert short.nbytes == long.nbytes == 2 * (model.config.state_bytes_per_sequence + 8)
 
 
 def test_detach_cuts_the_graph_and_keeps_the_numbers(model, tokens):
-    attached = model(tokens, use_cache=True).past_key_values
+    attached = model(tokens, use_cache=True).cache
     assert attached.sums[0].requires_grad
     detached = attached.detach()
     assert not any(s.requires_grad for s in detached.sums)
@@ -153,8 +153,8 @@ def test_the_state_of_a_window_is_saved_too(model, tmp_path):
 def test_a_text_goes_on_from_a_saved_state_as_if_never_stopped(model, tokens, tmp_path):
     with torch.no_grad():
         whole = model(tokens).logits
-        model(tokens[:, :13], use_cache=True).past_key_values.save(tmp_path / "s")
-        rest = model(tokens[:, 13:], past_key_values=SynapticState.load(tmp_path / "s")).logits
+        model(tokens[:, :13], use_cache=True).cache.save(tmp_path / "s")
+        rest = model(tokens[:, 13:], cache=SynapticState.load(tmp_path / "s")).logits
     # The state regroups float32 sums.
     torch.testing.assert_close(rest, whole[:, 13:], rtol=1e-4, atol=1e-4)
 
@@ -192,9 +192,9 @@ def test_a_recording_state_takes_columns_back(make_model, tokens, sizes, num_rem
         end = 0
         for size in sizes:
             end += size
-            model(tokens[:, end - size : end], attention_mask=mask[:, :end], past_key_values=state)
+            model(tokens[:, end - size : end], attention_mask=mask[:, :end], cache=state)
         state.crop(-num_removed)
-        kept = model(tokens[:, : end - num_removed], attention_mask=mask[:, : end - num_removed]).past_key_values
+        kept = model(tokens[:, : end - num_removed], attention_mask=mask[:, : end - num_removed]).cache
     assert state.num_columns == kept.num_columns
     assert torch.equal(state.positions, kept.positions)
     for a, b in zip(state.sums, kept.sums, strict=True):
@@ -202,13 +202,13 @@ def test_a_recording_state_takes_columns_back(make_model, tokens, sizes, num_rem
 
 
 def test_taking_back_what_is_not_recorded_is_refused(model, tokens):
-    state = model(tokens, use_cache=True).past_key_values
+    state = model(tokens, use_cache=True).cache
     state.crop(0)
     for removed in (-1, 1):
         with pytest.raises(ValueError, match=f"crop got {removed}: must be between -0"):
             state.crop(removed)
     state.activate_past_recording()
-    model(tokens[:, :5], past_key_values=state)
+    model(tokens[:, :5], cache=state)
     with pytest.raises(ValueError, match="crop got -6: must be between -5"):
         state.crop(-6)
     assert state.num_columns == 26
@@ -228,3 +228,12 @@ def test_columns_that_cannot_be_read_again_stay(state):
     with pytest.raises(MemoryError):
         state.crop(-2)
     assert_equal(state, before)
+
+
+def test_the_name_that_transformers_had_for_it_before_is_taken_too(model, tokens):
+    state = model(tokens[:, :9], use_cache=True).cache
+    with pytest.warns(FutureWarning, match="Use `cache` instead"):
+        old = model(tokens[:, 9:], past_key_values=state.clone()).logits
+    assert torch.equal(old, model(tokens[:, 9:], cache=state).logits)
+    output = model(tokens, use_cache=True)
+    assert output.past_key_values is output.cache is output["past_key_values"] is not None

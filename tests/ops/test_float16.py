@@ -97,10 +97,10 @@ def test_a_model_in_half_precision_weights_stays_close_to_float32(model, tokens,
         expected = model.eval()(tokens).logits
         half = copy.deepcopy(model).to(dtype)
         output = half(tokens, use_cache=True)
-        step = half(tokens[:, :1], past_key_values=output.past_key_values)
+        step = half(tokens[:, :1], cache=output.cache)
     assert output.logits.dtype == dtype
     assert output.logits.isfinite().all()
     assert step.logits.isfinite().all()
-    assert {s.dtype for s in output.past_key_values.sums} == {torch.float32}
+    assert {s.dtype for s in output.cache.sums} == {torch.float32}
     # The weights themselves are rounded, to 11 and to 8 bits, and two passes add to it.
     assert (output.logits.float() - expected).norm() < tolerance * expected.norm()

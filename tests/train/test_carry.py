@@ -90,8 +90,8 @@ def test_a_step_reads_on_where_the_one_before_ended(documents, tmp_path, parts):
         expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
         assert result.loss == pytest.approx(expected.item(), rel=1e-5)  # float32, other order
     stored = run.carried.tensors()
-    torch.testing.assert_close(stored["positions"], output.past_key_values.positions)
-    for index, sums in enumerate(output.past_key_values.sums):
+    torch.testing.assert_close(stored["positions"], output.cache.positions)
+    for index, sums in enumerate(output.cache.sums):
         torch.testing.assert_close(stored[f"sums.{index}"], sums, rtol=1e-4, atol=1e-4)
     assert not any(tensor.requires_grad for tensor in stored.values())
 
