@@ -175,9 +175,7 @@ def test_a_compiled_step_with_documents_decay_and_a_state_is_the_plain_one(make_
 
     def of_a_step(step_model):
         model.zero_grad()
-        output = step_model(
-            tokens, labels=tokens, document_starts=starts, cache=copy.deepcopy(state), use_cache=True
-        )
+        output = step_model(tokens, labels=tokens, document_starts=starts, cache=copy.deepcopy(state), use_cache=True)
         output.loss.backward()
         return [output.loss, *output.cache.sums], [p.grad.clone() for p in model.parameters()]
 

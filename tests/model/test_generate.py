@@ -75,9 +75,7 @@ def test_the_whole_text_on_a_state_is_the_text_read_anew(model, unpadded, num_re
 def test_new_tokens_alone_with_a_mask_of_all_columns_go_on_from_a_state(model, unpadded, num_read, choice):
     whole = generate(model, unpadded, **choice)
     state = model(unpadded[:, :num_read], use_cache=True).cache
-    out = generate(
-        model, unpadded[:, num_read:], cache=state, attention_mask=torch.ones_like(unpadded), **choice
-    )
+    out = generate(model, unpadded[:, num_read:], cache=state, attention_mask=torch.ones_like(unpadded), **choice)
     assert torch.equal(out, whole[:, num_read:])
 
 
