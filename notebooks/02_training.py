@@ -132,7 +132,8 @@ run_bdh(
 )
 
 # %%
-print(Path("runs/notebook-02/model/README.md").read_text()[:1200])
+card = Path("runs/notebook-02/model/README.md").read_text()
+print(card.partition("## Use")[0])
 
 # %% [markdown]
 # ## The same with a loop of your own

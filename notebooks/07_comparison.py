@@ -223,4 +223,4 @@ for length in LENGTHS:
 # ## What this does not say
 #
 # These are minutes on a CPU, at 0.4 million parameters, with sequences of 128 bytes. None of it carries over to other sizes by
-# itself. Longer runs, with seeds and spread, are in the documentation's results. Next: [quantization](08_quantization.ipynb).
+# itself. Longer runs, with seeds and spread, are in the [results](../docs/results.md) of the documentation. Next: [quantization](08_quantization.ipynb).

@@ -135,7 +135,7 @@ print(type(model.encoder).__name__, f"{sum(b.numel() * b.element_size() for b in
 # Decoding moves the weights and the state through the processor once for each token: fewer bytes, less time. That shows in models
 # that do not fit into the cache. `bdh bench quantize` makes one of 25M parameters, checks that all agree, and times them by turns;
 # here a smaller one, to be quick. Below 1 in the column `times float32` is faster. GPT-2, torchao and bitsandbytes are there for
-# comparison, the last two where they are installed. (The GPT-2 of the stored run has four times the parameters.)
+# comparison, the last two where they are installed.
 
 # %%
 SIZES = ["--quick"] if FAST else ["--n_embd", 128, "--n_layer", 4, "--agreement_tokens", 200]

@@ -199,7 +199,7 @@ class BDHModel(BDHPreTrainedModel):
         return BDHModelOutput(last_hidden_state=hidden.v, cache=hidden.state, hidden_states=hidden.every_v)
 
 
-class BDHForCausalLM(TextMethods, BDHPreTrainedModel, StateForGeneration, GenerationMixin):  # type: ignore[misc]
+class BDHForCausalLM(TextMethods, BDHPreTrainedModel, StateForGeneration, GenerationMixin):
     """A Dragon Hatchling language model (arXiv 2509.26507).
 
     The weights, with their names in the published reference code and in the paper:

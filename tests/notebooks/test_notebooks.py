@@ -88,10 +88,11 @@ def test_new_code_is_not_given_old_outputs(copied):
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
-def test_links_lead_to_notebooks(source):
+def test_links_lead_to_notebooks_and_pages(source):
     linked = {part.split(")")[0] for part in source.read_text(encoding="utf-8").split("](")[1:]}
     assert linked
-    assert all((ROOT / "notebooks" / name).with_suffix(".py").is_file() for name in linked)
+    files = [ROOT / "notebooks" / name for name in linked]
+    assert all((path.with_suffix(".py") if path.suffix == ".ipynb" else path).is_file() for path in files)
 
 
 INTERACT = """# %%
