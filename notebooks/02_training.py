@@ -28,7 +28,7 @@ import os
 from pathlib import Path
 
 FAST = os.environ.get("BDH_NOTEBOOK_FAST") == "1"  # small settings, for a test of this notebook
-STEPS = 60 if FAST else 1500
+STEPS = 60 if FAST else 1000
 
 
 def run_bdh(*arguments):

@@ -72,7 +72,7 @@ plt.show()
 
 # %% [markdown]
 # The darker, the stronger. The upper neurons fire on nearly everything; a row with a few dark cells is a neuron that waits for something,
-# as that of rank 30 does for a space. To see what, take neurons that fire rarely but strongly, and list the places of the
+# as that of rank 31 does for a space. To see what, take neurons that fire rarely but strongly, and list the places of the
 # held-out text where each fires most strongly:
 
 # %%
@@ -85,9 +85,9 @@ for neuron in rare[:8]:
     print(f"neuron {neuron:>3} fires on {share[neuron]:.1%} of the bytes, most strongly at the end of {shown}")
 
 # %% [markdown]
-# In the run that is stored here neuron 92 waits for an m, mostly one that begins a word, and neuron 337 mostly for brackets. Most others
-# fire at several letters that seem to have nothing in common: six places are few, and a neuron of so small a model need not stand for one
-# thing.
+# In the run that is stored here, three of the six places of neuron 316 are an I that begins a sentence, and three of those of neuron 206 an
+# opening bracket. Most others fire at several letters that seem to have nothing in common: six places are few, and a neuron of so small a
+# model need not stand for one thing.
 #
 # ## How sparse
 #
@@ -148,8 +148,8 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# Where the line leaves the grey band, the order of the bytes matters. In the stored run it stays within: the synapse grows, but which
-# bytes there are explains that, whatever their order. The waves are the rotation of the pair that the neuron belongs to. The strength has
+# Where the line leaves the grey band, the order of the bytes matters. In the stored run it does so a little in the first
+# hundred bytes, and not after them: the synapse grows, but which bytes there are explains that, whatever their order. The waves are the rotation of the pair that the neuron belongs to. The strength has
 # no unit: only its course means something. One synapse on one text is an example, and no proof of anything.
 #
 # ## The graph between neurons

@@ -1,6 +1,6 @@
 """Makes the notebooks of notebooks/*.ipynb from their sources, the .py files beside them, by running them.
 
-    python scripts/notebooks.py                 all nine, as they are committed: about half an hour with one thread
+    python scripts/notebooks.py                 all nine, as they are committed: about 25 minutes on two cores
     python scripts/notebooks.py 01 05           some of them
     python scripts/notebooks.py --text 01 05    of which only the text between the code was edited: what it printed is kept
     BDH_NOTEBOOK_FAST=1 python scripts/notebooks.py --out FOLDER    with small settings, elsewhere: to see that they run
@@ -58,10 +58,15 @@ def sources() -> list[Path]:
 
 
 def prepare(folder: Path) -> None:
-    """With small settings, a model is trained in seconds where the notebooks look for that of ``bdh demo``."""
-    if os.environ.get("BDH_NOTEBOOK_FAST") == "1" and not (folder / "runs/demo/model").exists():
-        command = [sys.executable, "-m", "bdh", "train", "--config", "tiny", "--run_dir", "runs/demo", *_TINY]
-        subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    """Trains the model of ``bdh demo``, which most notebooks use; with small settings another one, in seconds.
+
+    A notebook that finds no model trains it itself, but its progress bars are nothing to store.
+    """
+    if (folder / "runs/demo/model").exists():
+        return
+    small = ["train", "--config", "tiny", "--run_dir", "runs/demo", *_TINY]
+    command = small if os.environ.get("BDH_NOTEBOOK_FAST") == "1" else ["demo"]
+    subprocess.run([sys.executable, "-m", "bdh", *command], cwd=folder, check=True, stdout=subprocess.DEVNULL)
 
 
 class Runner(NotebookClient):
