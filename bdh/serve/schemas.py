@@ -63,7 +63,7 @@ class NoEffect:
         return {"anyOf": allowed, "description": f"Has no effect: {self.why}."}
 
 
-_CACHE = "shared beginnings of prompts are cached anyway"
+_CACHE = "shared prompt prefixes are cached anyway"
 _REPLY = "clients copy it from a reply"
 _ALWAYS = "this is always the case"
 _FORM = "an empty schema would ask for JSON"
@@ -73,7 +73,7 @@ _OF_TEXTS: dict[str, NoEffect] = {
     "tool_choice": NoEffect("there are no tools", values=("none", "auto")),
     "parallel_tool_calls": NoEffect("there are no tools", type="boolean"),
     "service_tier": NoEffect("there is only one", values=("auto", "default")),
-    "prompt_cache_key": NoEffect("shared beginnings of prompts are found anyway", type="string"),
+    "prompt_cache_key": NoEffect("shared prompt prefixes are found anyway", type="string"),
     "prompt_cache_retention": NoEffect(_CACHE, type="string"),
     "safety_identifier": NoEffect("it only identifies the user", type="string"),
 }

@@ -26,31 +26,32 @@ from bdh.words import counted
 
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 300)
 _BETWEEN = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1, 2)
+ENGINE_INFO = "Always 1; its labels are the formats of weights and states."
 HISTOGRAMS = {
-    "time_to_first_token": ("From a request's arrival to its first token.", _SECONDS),
-    "inter_token_latency": ("Between two tokens of a text, as they are handed on.", _BETWEEN),
-    "e2e_request_latency": ("From a request's arrival to its last token.", _SECONDS),
-    "request_queue_time": ("From a request's arrival until its prompt has a state.", _SECONDS),
+    "time_to_first_token": ("Time from the arrival of a request to its first token.", _SECONDS),
+    "inter_token_latency": ("Time between two tokens of a text, as they are sent.", _BETWEEN),
+    "e2e_request_latency": ("Time from the arrival of a request to its last token.", _SECONDS),
+    "request_queue_time": ("Time from the arrival of a request until its prompt gets a state.", _SECONDS),
 }
 COUNTERS = {
-    "requests": ("Answers, by route and status.", ("route", "status")),
-    "request_success": ("Texts that have ended, by the reason.", ("finished_reason",)),
+    "requests": ("Responses, by route and status.", ("route", "status")),
+    "request_success": ("Finished texts, by finish reason.", ("finished_reason",)),
 }
 GAUGES = {
-    "num_requests_running": "Sequences that have a state.",
-    "num_requests_waiting": "Prompts that wait for one.",
+    "num_requests_running": "Sequences that are running, each with a state.",
+    "num_requests_waiting": "Prompts that are waiting for a state.",
     "state_bytes_in_use": "Bytes of the states of running sequences.",
-    "state_bytes_limit": "Bytes that they may take.",
-    "prefix_cache_bytes": "Bytes of states kept for prompts that begin alike.",
+    "state_bytes_limit": "Largest number of bytes for the states of running sequences.",
+    "prefix_cache_bytes": "Bytes of the prefix cache: stored states of prompt beginnings.",
     "saved_states": "States that clients have saved.",
-    "saved_state_bytes": "Bytes of them in memory.",
+    "saved_state_bytes": "Bytes of memory for saved states.",
 }
 TOTALS = {
-    "prompt_tokens": "Tokens of prompts that were read.",
+    "prompt_tokens": "Prompt tokens read.",
     "generation_tokens": "Tokens generated.",
-    "prefix_cache_hits": "Prompts of which a stored beginning was found.",
-    "prefix_cache_tokens": "Tokens that need not be read for that.",
-    "prefix_cache_failures": "Beginnings of prompts that could not be stored.",
+    "prefix_cache_hits": "Prompts whose beginning was found in the prefix cache.",
+    "prefix_cache_tokens": "Prompt tokens that did not have to be read, because the prefix cache had them.",
+    "prefix_cache_failures": "Prompt beginnings that could not be stored in the prefix cache.",
 }
 
 Result = TypeVar("Result")
@@ -67,7 +68,7 @@ class Metrics(Collector):
     def __init__(self, model_name: str, values: Callable[[], dict[str, float]], formats: dict[str, str]):
         self.registry = registry = CollectorRegistry()
         info = Gauge(
-            "bdh:engine_info", "1, with the formats of weights and states.", ("model_name", *formats), registry=registry
+            "bdh:engine_info", ENGINE_INFO, ("model_name", *formats), registry=registry
         )
         info.labels(model_name, *formats.values()).set(1)
         self._model, self._values = model_name, values

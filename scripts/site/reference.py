@@ -240,7 +240,7 @@ def served_metrics() -> Iterator[tuple[str, str, Sequence[str], str]]:
     """Name as Prometheus stores it, kind, labels but for the model's name, and meaning."""
     from bdh.serve import service
 
-    yield "bdh:engine_info", "gauge", ("weights", "state"), "1, with the formats of weights and states."
+    yield "bdh:engine_info", "gauge", ("weights", "state"), service.ENGINE_INFO
     for name, (about, _) in service.HISTOGRAMS.items():
         yield f"bdh:{name}_seconds", "histogram", (), about
     for name, (about, labels) in service.COUNTERS.items():
