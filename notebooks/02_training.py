@@ -61,9 +61,9 @@ SETTINGS = {
     "train.max_steps": STEPS,
     "train.learning_rate": 3e-3,
     "train.warmup_steps": 20,
-    "train.eval_every_steps": STEPS // 6,
+    "train.eval_every_steps": STEPS // 5,
     "train.eval_windows": 64,
-    "train.sample_every_steps": STEPS // 3,
+    "train.sample_every_steps": STEPS // 2,
     "train.sample_max_new_tokens": 100,
     "monitor.log_every_steps": 10,
 }

@@ -70,7 +70,7 @@ def prepare(folder: Path) -> None:
 
 
 class Runner(NotebookClient):
-    """Runs a notebook without playing the browser for its widgets: what they show is kept as if the cell had printed it.
+    """Runs a notebook without playing the browser for its widgets: what they show last is the output of their cell.
 
     NotebookClient answers an Output widget on the channel on which it waits for the cell to end. The answer can take the news of
     a message that has come from that channel, which is then never read: https://github.com/jupyter/nbclient/issues/312.

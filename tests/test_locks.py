@@ -11,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 
+import filelock._api
 import filelock._lease
 import filelock._soft
 import pytest
@@ -96,7 +97,7 @@ def test_the_lock_of_a_killed_process_can_be_taken_at_once(path, hold, monkeypat
     """Also on disks that cannot exchange two names, where filelock leaves it."""
     if not can_exchange:
         monkeypatch.setattr(filelock._soft, "exchange_names", lambda *_: False)
-    for module in (locks, filelock._lease, filelock._soft):
+    for module in (locks, filelock._api, filelock._lease, filelock._soft):
         monkeypatch.setattr(module, "time", time_with(sleep=lambda _: pytest.fail("it waited")))
     kill(hold())
     assert_can_be_taken(path)

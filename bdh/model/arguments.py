@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+from transformers.utils.deprecation import deprecate_kwarg
 
 from bdh.model.configuration import BDHConfig
 from bdh.model.state import Columns, SynapticState
@@ -36,6 +37,10 @@ class Inputs(Columns):
 
     state: SynapticState | None
     """The state to continue from; None to start a text."""
+
+
+takes_old_cache_name = deprecate_kwarg("past_key_values", "6.0.0", new_name="cache")
+"""Of a method: it takes the name that transformers had for it before 5.24 too, with a warning, as its own models do."""
 
 
 def read_inputs(
@@ -175,7 +180,7 @@ def _check_columns(others: dict[str, Any], T: int, num_earlier: int) -> None:
         if tuple(cache_position.shape) != (T,) or not torch.equal(cache_position, expected):
             raise ValueError(
                 f"cache_position is {_shown(cache_position)}: must be the columns {num_earlier} to "
-                f"{num_earlier + T - 1}, those of the tokens after what cache has read; or leave it out"
+                f"{num_earlier + T - 1}, those of the tokens after what the given cache has read; or leave it out"
             )
     types = others.get("token_type_ids")
     if types is not None and bool(types.any()):
@@ -197,7 +202,7 @@ def _packed(
         if name not in others:
             continue
         if state is not None and state.num_columns:
-            raise ValueError(f"{name} is given with cache: say with document_starts what continues from it")
+            raise ValueError(f"{name} is given with a cache: say with document_starts what continues from it")
         found[name] = read(others, B, T).to(device).expand(B, T)
     if "cu_seq_lens_q" not in others and (rest := [n for n in _PACKING[3:] if n in others]):
         raise ValueError(f"{rest[0]} is given without cu_seq_lens_q: give both, or neither")
@@ -225,7 +230,7 @@ def _packed(
             return possible
     raise ValueError(
         f"position_ids is {_shown(position_ids)}: must count the tokens of each document from 0, padding aside"
-        + (", and continue after those that cache has read" if state is not None else "")
+        + (", and continue after those that the given cache has read" if state is not None else "")
         + (f", where documents start as {first} says" if found else "")
         + "; or leave it out, which means the same"
     )
@@ -379,7 +384,7 @@ class StateForGeneration:
             check_state_type(given)
             if is_assisted and given.num_columns:  # otherwise transformers would silently read the whole text again
                 raise ValueError(
-                    f"cache has read {counted(given.num_columns, 'column')}: must be left out with assistant_model and "
+                    f"the given cache has read {counted(given.num_columns, 'column')}: must be left out with assistant_model and "
                     "prompt_lookup_num_tokens, with which transformers reads the whole text anew"
                 )
         parent: Any = super()
@@ -407,6 +412,7 @@ class StateForGeneration:
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
 
+    @takes_old_cache_name
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.Tensor,
@@ -432,12 +438,12 @@ class StateForGeneration:
             num_read = cache.num_columns
             if next_sequence_length is not None and next_sequence_length < 1:
                 raise ValueError(
-                    f"the text has {counted(num_read + next_sequence_length, 'token')}, but cache has read {num_read} "
+                    f"the text has {counted(num_read + next_sequence_length, 'token')}, but the given cache has read {num_read} "
                     "already: give the whole text, those included; or the new tokens alone, and an attention_mask of "
                     f"({input_ids.shape[0]}, {num_read} + the number of new tokens)"
                 )
             if not kwargs.get("use_cache", True):
-                raise ValueError("use_cache is False: must be True to continue from cache")
+                raise ValueError("use_cache is False: must be True to continue from a cache")
         for name in ("tokenizer", "assistant_tokenizer"):  # `generate` passes on its own arguments
             kwargs.pop(name, None)
         kwargs |= {"cache": cache, "attention_mask": attention_mask}

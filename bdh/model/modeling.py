@@ -20,9 +20,8 @@ from transformers import (
 )
 from transformers import modeling_outputs as outputs
 from transformers.utils import can_return_tuple
-from transformers.utils.deprecation import deprecate_kwarg
 
-from bdh.model.arguments import StateForGeneration, read_inputs, shifted_labels
+from bdh.model.arguments import StateForGeneration, read_inputs, shifted_labels, takes_old_cache_name
 from bdh.model.configuration import BDHConfig
 from bdh.model.conversion import from_reference, to_reference
 from bdh.model.forward import run_layer, step_by_kernels
@@ -36,8 +35,6 @@ from bdh.ops.attention import sum_dtype
 from bdh.ops.blocks.plan import LayerOptions
 from bdh.ops.eager import chunked_cross_entropy, cross_entropy
 from bdh.texts import TextMethods, TraceMethod
-
-_takes_old_cache_name = deprecate_kwarg("past_key_values", "6.0.0", new_name="cache")  # as models of transformers do
 
 # Above this many logits (128 MiB in float32) the loss is computed in chunks of tokens.
 MAX_LOGITS_IN_ONE_PIECE = 2**25
@@ -170,7 +167,7 @@ class BDHModel(BDHPreTrainedModel):
         """The model itself."""
         return self
 
-    @_takes_old_cache_name
+    @takes_old_cache_name
     @can_return_tuple
     def forward(
         self,
@@ -228,7 +225,7 @@ class BDHForCausalLM(TextMethods, BDHPreTrainedModel, StateForGeneration, Genera
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.post_init()
 
-    @_takes_old_cache_name
+    @takes_old_cache_name
     @can_return_tuple
     def forward(
         self,
@@ -362,7 +359,7 @@ class BDHForSequenceClassification(BDHPreTrainedModel):
         self.score = nn.Linear(config.n_embd, config.num_labels or 2, bias=False)  # 2: transformers' default
         self.post_init()
 
-    @_takes_old_cache_name
+    @takes_old_cache_name
     @can_return_tuple
     def forward(
         self,

@@ -71,7 +71,9 @@ class SynapticState:
 
     # Asked by transformers' `generate`.
     is_compileable = False
-    is_linear = (False,)  # True would be said of states that do not know how many columns they have read
+    is_linear = (
+        False,
+    )  # `generate` leaves out the columns that were read only for caches of which some layer is not linear
     layers = ()
 
     def __init__(

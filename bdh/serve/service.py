@@ -67,9 +67,7 @@ class Metrics(Collector):
 
     def __init__(self, model_name: str, values: Callable[[], dict[str, float]], formats: dict[str, str]):
         self.registry = registry = CollectorRegistry()
-        info = Gauge(
-            "bdh:engine_info", ENGINE_INFO, ("model_name", *formats), registry=registry
-        )
+        info = Gauge("bdh:engine_info", ENGINE_INFO, ("model_name", *formats), registry=registry)
         info.labels(model_name, *formats.values()).set(1)
         self._model, self._values = model_name, values
         # Created with their label, so that they are exported with zeros before anything is observed.

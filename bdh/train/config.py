@@ -304,7 +304,7 @@ class RunSettings(Settings):
         if folder is not None and not (folder / LOCK_FILE).exists():
             if self.resume:
                 CheckpointFolder(folder).check_there(self.resume_step)
-            elif holds_run(folder):
+            elif holds_run(folder) and not self.dry_run:
                 raise taken_by_run(folder)
         if not self.resume:  # a run keeps the tokenizer that it was started with
             self.tokenizer.check_available()

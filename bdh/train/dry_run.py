@@ -39,6 +39,7 @@ MARGIN = 0.95
 _MEASURING_SECONDS = 20.0  # a step that is expected to take longer is not measured
 _LOADED_BYTES = 2 * 10**8  # what the first step on a CPU loads: compiled kernels and libraries
 _TRUSTED_BYTES = 2**26  # of growth: below that, an allocator's steps are larger than what is measured
+_DOUBT_OF_EAGER = 1.6  # on the plain path, counts were up to this many times what runs took
 _LEAST_SAVING = 0.01  # a share: what saves less is not worth a line
 _LEAST_SIZE = 16  # of a training sequence, and of the model's width, that is proposed
 
@@ -305,21 +306,29 @@ class NoRoomError(Exception):
         self.forecast = forecast
 
 
-def check_room(settings: RunSettings, config: BDHConfig, runtime: Runtime, world: World) -> None:
+def check_room(settings: RunSettings, config: BDHConfig, runtime: Runtime, world: World, passing: int = 0) -> None:
     """Compares the memory that a run needs with what is available, before the model is created.
 
     All processes must call it together. A run that probably needs more memory only causes a warning, since the need is
     estimated, and systems react differently to a lack of memory.
 
+    Args:
+        settings: the settings of the run.
+        config: the configuration of the model.
+        runtime: where and how the run computes.
+        world: its processes.
+        passing: bytes in use now that will be free before the first step.
+
     Raises:
         NoRoomError: in a dry run, in all processes: there is no memory for the model and its optimizer.
     """
     estimate = MemoryEstimate(settings, config, runtime, world)
-    found = _before_steps(estimate)
-    if not settings.dry_run and found.peak > found.available:
+    found = _before_steps(estimate, passing=passing)
+    doubt = _DOUBT_OF_EAGER if estimate.plan.backend == "eager" else 1.0
+    if not settings.dry_run and found.peak > doubt * found.available:
         need = f"this run probably needs {gigabytes(found.peak)}"
         each = " in each process" * (world.size > 1)
-        advice = "the same command with --dry_run measures it, and tells what would help"
+        advice = "to measure it, and see what would help, run the same command with --dry_run"
         _logger.warning("%s%s, and %s are available: %s", need, each, gigabytes(found.available), advice)
     if settings.dry_run and found.base + estimate.fixed > found.available:
         world.leave()
@@ -421,17 +430,18 @@ def _work_left(run: Run) -> tuple[int, int]:
     return len(steps), evaluations * sequences * (1 if run.average is None else 2)
 
 
-def _before_steps(estimate: MemoryEstimate, *there: str) -> Forecast:
+def _before_steps(estimate: MemoryEstimate, *there: str, passing: int = 0) -> Forecast:
     """Returns a forecast with the memory that is available now, the same in all processes.
 
     Args:
         estimate: the estimate.
         there: the names of the parts that already exist.
+        passing: bytes in use now that will be free before the first step.
     """
     give_back_free_memory()
     device, world = estimate.runtime.device, estimate.world
     used = used_bytes(device)
-    base = max(0, used - sum(estimate.parts.get(name, 0) for name in there))
+    base = max(0, used - passing - sum(estimate.parts.get(name, 0) for name in there))
     found = world.gather((base, used + available_bytes(device, local_world_size())))
     return Forecast(estimate, max(base for base, _ in found), min(available for _, available in found))
 

@@ -341,6 +341,11 @@ class InitialModel:
             training = opened.checkpoint.training
             self._data = {"source": training["data_facts"]["source"], "fingerprint": training["data_fingerprint"]}
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes of its weights."""
+        return sum(weight.nbytes for weight in self._model.parameters())
+
     def completed(self, settings: RunSettings) -> RunSettings:
         """Returns the settings with the sizes of this model, and with its tokenizer unless another one was chosen.
 

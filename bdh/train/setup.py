@@ -246,7 +246,7 @@ class Run:
             self.average.load(dict(self.model.named_parameters()))
 
 
-CheckRoom = Callable[[RunSettings, BDHConfig, Runtime, World], None]
+CheckRoom = Callable[[RunSettings, BDHConfig, Runtime, World, int], None]
 
 
 def open_run(settings: RunSettings, *, progress: Any = None, check_room: CheckRoom | None = None) -> Run:
@@ -259,7 +259,8 @@ def open_run(settings: RunSettings, *, progress: Any = None, check_room: CheckRo
     Args:
         settings: the settings of the run.
         progress: passed to :func:`bdh.data.prepare_corpus` for its progress bars.
-        check_room: called before the model is created. Its exceptions are passed on.
+        check_room: called before the model is created, with the settings, what was chosen by them, and the bytes on the
+            device that the model of ``train.init_from`` takes until its weights are copied. Its exceptions are passed on.
 
     Raises:
         ValueError: a setting is out of range; settings, tokenizer and data are incompatible with each other or with the
@@ -297,7 +298,7 @@ def open_run(settings: RunSettings, *, progress: Any = None, check_room: CheckRo
             check_unchanged(settings, stored)
             checkpoint = checkpointer.load(settings.resume_step)
             settings = continued(settings, stored, checkpoint.step, checkpoint.training["rows_per_step"], world.size)
-        elif any(world.gather(holds_run(folder))):
+        elif any(world.gather(holds_run(folder) and not settings.dry_run)):
             raise taken_by_run(folder)
         if settings.train.lora.r:
             check_peft()
@@ -319,7 +320,8 @@ def open_run(settings: RunSettings, *, progress: Any = None, check_room: CheckRo
         if initial is not None:
             initial.check_data(corpus.fingerprint)
         if check_room is not None:
-            check_room(settings, config, runtime, world)
+            passing = initial.nbytes if initial is not None and runtime.device.type == "cpu" else 0
+            check_room(settings, config, runtime, world, passing)
 
         model = _make_model(settings, config, runtime, initial, base)
         train = settings.train

@@ -84,7 +84,7 @@ def test_new_tokens_alone_without_such_a_mask_are_refused_not_dropped(model, unp
     """Taken for the whole text, of which the state had read the beginning, some of them went missing."""
     state = model(unpadded[:1, :7], use_cache=True).cache
     before = state.clone()
-    message = rf"the text has {num_new} tokens, but cache has read 7 already: .*\(1, 7 \+ the number"
+    message = rf"the text has {num_new} tokens, but the given cache has read 7 already: .*\(1, 7 \+ the number"
     with pytest.raises(ValueError, match=message):
         generate(model, unpadded[:1, 7 : 7 + num_new], cache=state, do_sample=False)
     assert state.num_columns == 7
@@ -173,7 +173,7 @@ def test_assisted_generation_gives_the_text_of_the_model_alone(make_model, other
 def test_assisted_generation_on_a_state_is_refused(model, tokens):
     """transformers reads the whole text again, on top of what the state has read."""
     state = model(tokens[:1, :5], use_cache=True).cache
-    with pytest.raises(ValueError, match="cache has read 5 columns: must be left out"):
+    with pytest.raises(ValueError, match="the given cache has read 5 columns: must be left out"):
         generate(model, tokens[:1], do_sample=False, cache=state, prompt_lookup_num_tokens=3)
 
 

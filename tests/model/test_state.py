@@ -235,5 +235,8 @@ def test_the_name_that_transformers_had_for_it_before_is_taken_too(model, tokens
     with pytest.warns(FutureWarning, match="Use `cache` instead"):
         old = model(tokens[:, 9:], past_key_values=state.clone()).logits
     assert torch.equal(old, model(tokens[:, 9:], cache=state).logits)
+    with pytest.warns(FutureWarning, match="Use `cache` instead"):
+        prepared = model.prepare_inputs_for_generation(tokens, next_sequence_length=1, past_key_values=state)
+    assert prepared["cache"] is state
     output = model(tokens, use_cache=True)
     assert output.past_key_values is output.cache is output["past_key_values"] is not None

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from bdh import BDHForCausalLM
 from bdh.cli.main import main
 from bdh.cli.settings import parse_settings
 from bdh.cli.train import settings_to_resume
@@ -204,6 +205,7 @@ def test_no_pass_is_run_for_which_the_plain_path_has_no_room(train, tmp_path, fr
 # In a process that has imported what it needs and done nothing yet; one of them has 1.5 GB of addresses.
 DRY_RUN = """
 import resource, sys, torch
+from bdh import BDHForCausalLM
 from bdh.cli.main import main
 torch.set_num_threads(1)
 if sys.argv[1] == "limited":
@@ -274,8 +276,30 @@ def test_a_run_that_seems_to_have_too_little_memory_says_so_and_is_tried(
     """It was killed by the system, with nothing said before."""
     free(available)
     assert train(tmp_path / "run", **{"train.max_steps": 2}) == 0
-    need = r"this run probably needs \d+\.\d+ GB, and \d+\.\d+ GB are available: the same command with --dry_run"
+    need = r"this run probably needs \d+\.\d+ GB, and \d+\.\d+ GB are available: to measure it, and"
     assert bool(re.search(need, caplog.text)) == warned
+
+
+def test_a_folder_with_a_run_does_not_hinder_a_dry_run(train, tmp_path, capsys):
+    """It writes nothing there. A run that was killed for lack of memory could not be looked at by the advised command."""
+    assert train(tmp_path / "run", **{"train.max_steps": 2}) == 0
+    before = sorted(tmp_path.rglob("*"))
+    assert train(tmp_path / "run", "--dry_run", "true") == 0
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_model_that_is_trained_further_is_not_counted_twice(train, tmp_path, monkeypatch):
+    assert train(tmp_path / "base", **{"train.max_steps": 2}) == 0
+    before_steps, passing = dry_run._before_steps, []
+
+    def noted(*given, **more):
+        passing.append(more.get("passing", 0))
+        return before_steps(*given, **more)
+
+    monkeypatch.setattr(dry_run, "_before_steps", noted)
+    model = tmp_path / "base" / "model"
+    assert train(tmp_path / "run", **{"train.max_steps": 2, "train.init_from": model}) == 0
+    assert passing == [sum(p.nbytes for p in BDHForCausalLM.from_pretrained(model).parameters())]
 
 
 @pytest.mark.slow
