@@ -69,11 +69,9 @@ class SynapticState:
         num_columns: the number of columns read so far, including padding. transformers calls it the sequence length.
     """
 
-    # Asked by transformers' `generate`.
+    # Asked by transformers' `generate`, which leaves out the columns that were read only if some layer is not linear.
     is_compileable = False
-    is_linear = (
-        False,
-    )  # `generate` leaves out the columns that were read only for caches of which some layer is not linear
+    is_linear = (False,)
     layers = ()
 
     def __init__(
