@@ -269,7 +269,7 @@ def test_the_server_says_how_many_tokens_it_gives_where_a_request_does_not_say()
 
     (help_text,) = [leaf.help for leaf in leaves_of(ServeSettings) if leaf.name == "limits.chat_tokens"]
     assert f"For completions it is {COMPLETION_TOKENS}, as" in help_text
-    assert CompletionRequest.model_fields["max_tokens"].description == f"{COMPLETION_TOKENS} if not given."
+    assert CompletionRequest.model_fields["max_tokens"].description == f"Defaults to {COMPLETION_TOKENS}."
 
 
 def test_what_a_benchmark_takes_by_default_is_in_its_help():
