@@ -142,10 +142,10 @@ def changes(now: MemoryEstimate) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """
     settings, train, config, plan = now.settings, now.settings.train, now.config, now.plan
     sizes = [size for size in range(train.batch_size // 2, 0, -1) if train.batch_size % size == 0]
-    yield "train", [_micro_batches(train, size, train.sequences_per_process) for size in sizes]
-    yield "checkpoint", [{"in_background": False}]
     if train.layer_path == "plain":
         yield "train", [{"layer_path": "auto"}]
+    yield "train", [_micro_batches(train, size, train.sequences_per_process) for size in sizes]
+    yield "checkpoint", [{"in_background": False}]
     yield "train", [{"recompute": "pass"}]
     if plan.backend != "eager":
         yield "train", [{"rows_per_block": size} for size in _halved(plan.sizes.sequences)]
@@ -238,8 +238,10 @@ class Forecast:
         width = max(map(len, parts))
         found = [f"  {name:<{width}}  {gigabytes(num_bytes):>10}" for name, num_bytes in parts.items()]
         available = f"{gigabytes(self.available)} that are available{' per process' * (size > 1)}"
-        is_measured = any(peak is not None for _, _, peak in self.points)
-        how = "measured" if is_measured else "that sum, not measured"
+        measured = max((count for count, _, peak in self.points if peak is not None), default=0)
+        whole = min(train.sequences_per_process, 2 * train.batch_size)  # further micro-batches need no more
+        how = f"extrapolated from {measured} of {counted(whole, 'sequence')}" if measured < whole else "measured"
+        how = how if measured else "that sum, not measured"
         found.append(f"peak memory   {gigabytes(self.peak)} of the {available} ({how})")
         if self.points:
             seconds, each = self.seconds

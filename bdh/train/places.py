@@ -67,6 +67,8 @@ def find_model(name: str, *, checkpoint: str | None = None, base: str | None = N
         check_peft()
         return ModelPlace(path, "adapters")
     if path.exists():
+        if (path / CONFIG_FILE).is_file():
+            raise FileNotFoundError(f"{name} is a run that has no checkpoint yet, and so no model")
         if not (path / "config.json").is_file():
             raise FileNotFoundError(f"{name} holds no model: it has neither config.json nor checkpoints")
         return ModelPlace(path, "export")
