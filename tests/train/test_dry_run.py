@@ -330,8 +330,10 @@ def test_where_nothing_has_room_the_count_is_the_peak(train, tmp_path, free, ste
     )
     assert "not measured: a step of a single sequence does not fit" in out
     advice = out.split("the mildest first:\n")[1].splitlines()
-    first, but_no_memory = advice[0].split(", which ")
-    assert first.startswith("  --train.batch_size 1 --train.gradient_accumulation_steps 32: ")
+    other_path, smaller = (line.split(", which ") for line in advice[:2])
+    assert other_path[0].startswith("  --train.layer_path auto: ")
+    change, but_no_memory = smaller
+    assert change.startswith("  --train.batch_size 1 --train.gradient_accumulation_steps 32: ")
     assert but_no_memory == "alone does not fit either"
 
 
