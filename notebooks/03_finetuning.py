@@ -9,7 +9,7 @@
 # # 3. Training a model further
 #
 # At the end the demo's model, which knows Python's documentation, will have learned Python code, with all of its weights and
-# with small adapters (LoRA); and it will answer questions that it is asked as a chat. About four minutes on one CPU core.
+# with small adapters (LoRA); and it will answer questions that it is asked as a chat. About four minutes on two CPU cores.
 
 # %%
 # Where bdh is missing (Colab, say), it is installed: from the checkout around this notebook, or a wheel beside it.
@@ -56,10 +56,18 @@ import itertools
 
 from bdh.data import DataConfig, validation_texts
 
-held_out = "".join(itertools.islice(validation_texts(DataConfig(source="stdlib")), 40))[:30_000]
+held_out = "".join(itertools.islice(validation_texts(DataConfig(source="stdlib")), 40))[: 5_000 if FAST else 30_000]
 Path("code.txt").write_text(held_out, encoding="utf-8")
-CODE = ["--data.source", "code.txt", "--part", "all"]
-run_bdh("eval", "runs/demo/model", *CODE)
+figures = {}
+
+
+def evaluate(name, model):
+    command = [sys.executable, "-m", "bdh", "eval", model, "--data.source", "code.txt", "--part", "all", "--json"]
+    figures[name] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)["perplexity"]
+    print(f"{name:<12} perplexity {figures[name]:.2f} on held-out code")
+
+
+evaluate("before", "runs/demo/model")
 run_bdh(
     "generate", "runs/demo/model", "--prompt", "def read(", "--max_new_tokens", 80, "--temperature", 0.5, "--seed", 1
 )
@@ -70,9 +78,9 @@ run_bdh(
 # `train.init_from` starts from a finished model; the rest is training as before. The learning rate is lower than it was for the demo.
 
 # %%
-STEPS = 30 if FAST else 400
+STEPS = 10 if FAST else 400
 SHARED = ["--train.max_steps", STEPS, "--train.eval_every_steps", STEPS // 2, "--train.sample_every_steps", 0]
-SHARED += ["--train.eval_windows", 64, "--train.warmup_steps", 10]
+SHARED += ["--train.eval_windows", 16 if FAST else 64, "--train.warmup_steps", 10]
 shutil.rmtree("runs/notebook-03-full", ignore_errors=True)
 run_bdh("train", "--config", "finetune", *SHARED, "--run_dir", "runs/notebook-03-full", lines=4)
 
@@ -102,19 +110,11 @@ print(
 # %% [markdown]
 # ## After
 #
-# The same text as before, read by all three.
+# The same text as before.
 
 # %%
-figures = {}
-for name, model in (
-    ("before", "runs/demo/model"),
-    ("all weights", "runs/notebook-03-full/model"),
-    ("adapters", "runs/notebook-03-adapters"),
-):
-    command = [sys.executable, "-m", "bdh", "eval", model, *CODE, "--json"]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    figures[name] = json.loads(shown)["perplexity"]
-    print(f"{name:<12} perplexity {figures[name]:.2f} on held-out code")
+evaluate("all weights", "runs/notebook-03-full/model")
+evaluate("adapters", "runs/notebook-03-adapters")
 
 # %%
 import matplotlib.pyplot as plt
@@ -161,7 +161,7 @@ with open("chat.jsonl", "w", encoding="utf-8") as file:
         answer = {"role": "assistant", "content": f"It is {words[0]}."}
         file.write(json.dumps({"messages": [ask, answer]}) + "\n")
 shutil.rmtree("runs/notebook-03-chat", ignore_errors=True)
-chat_steps = ["--train.max_steps", 30 if FAST else 300, "--train.sample_every_steps", 0, "--train.eval_every_steps", 30]
+chat_steps = ["--train.max_steps", 20 if FAST else 300, "--train.sample_every_steps", 0, "--train.eval_every_steps", 30]
 run_bdh(
     "train",
     "--config",
@@ -175,17 +175,11 @@ run_bdh(
 )
 
 # %%
-for words in ("tiger, green, apple", "ocean, bread, seven", "music, tiger, stone"):
-    run_bdh(
-        "generate",
-        "runs/notebook-03-chat/model",
-        "--chat",
-        "--temperature",
-        0,
-        "--prompt",
-        f"First of {words}?",
-        lines=1,
-    )
+questions = [f"First of {words}?" for words in ("tiger, green, apple", "ocean, bread, seven", "music, tiger, stone")]
+Path("questions.txt").write_text("\n".join(questions))
+run_bdh(
+    "generate", "runs/notebook-03-chat/model", "--chat", "--temperature", 0, "--prompts_file", "questions.txt", lines=5
+)
 
 # %% [markdown]
 # The same with transformers alone: the chat template is part of the tokenizer.

@@ -10,7 +10,7 @@
 #
 # At the end you will have seen which neurons of a small model fire on which letters, how sparse they are beside a model that
 # was not trained, one synapse getting stronger along a text, the graph between neurons beside random graphs, and what
-# attention looks like without a softmax. Each figure comes with what it would be by chance. About a minute on one CPU core.
+# attention looks like without a softmax. Each figure comes with what it would be by chance. About a minute on two CPU cores.
 
 # %%
 # Where bdh is missing (Colab, say), it is installed: from the checkout around this notebook, or a wheel beside it.

@@ -10,7 +10,7 @@
 #
 # At the end a Dragon Hatchling and a GPT-2 of as many parameters will have been trained on the same batches, and you will
 # have seen which learns more in a step, which in a minute, what each needs of memory, and how fast each writes after short
-# and long texts. At this size and time no side wins everything. About eight minutes on one CPU core.
+# and long texts. At this size and time no side wins everything. About five minutes on two CPU cores.
 
 # %%
 # Where bdh is missing (Colab, say), it is installed: from the checkout around this notebook, or a wheel beside it.

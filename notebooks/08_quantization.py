@@ -9,7 +9,7 @@
 # # 8. Weights in 8 and 4 bits
 #
 # At the end you will have a model in a third and in a quarter of its bytes (of a larger one it would be a quarter and a seventh), know
-# what that does to its predictions and to the speed on this machine, and have loaded it like any other. About two minutes on one CPU core.
+# what that does to its predictions and to the speed on this machine, and have loaded it like any other. About two minutes on two CPU cores.
 
 # %%
 # Where bdh is missing (Colab, say), it is installed: from the checkout around this notebook, or a wheel beside it.

@@ -1,6 +1,6 @@
 """Makes the notebooks of notebooks/*.ipynb from their sources, the .py files beside them, by running them.
 
-    python scripts/notebooks.py                 all nine, as they are committed: about 25 minutes on two cores
+    python scripts/notebooks.py                 all nine, as they are committed: about 21 minutes on two cores
     python scripts/notebooks.py 01 05           some of them
     python scripts/notebooks.py --text 01 05    of which only the text between the code was edited: what it printed is kept
     BDH_NOTEBOOK_FAST=1 python scripts/notebooks.py --out FOLDER    with small settings, elsewhere: to see that they run
