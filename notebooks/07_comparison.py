@@ -160,7 +160,7 @@ plt.show()
 
 # %% [markdown]
 # Left: what a step teaches. BDH learns more from each. Right: the same by the clock, where the cost of a step counts. A step of BDH takes
-# about twice as long here, so that for half a minute neither is ahead; then BDH is. GPT-2 ends earlier because its 600 steps are done: what
+# about twice as long here, so that for some twenty seconds neither is ahead; then BDH is. GPT-2 ends earlier because its 600 steps are done: what
 # twice as many would have made of it is not shown. Lines of one colour are seeds: a difference that is smaller than their distance
 # means nothing.
 #
