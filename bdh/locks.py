@@ -90,6 +90,9 @@ class Lock:
             if is_touched:
                 seen, changed = beat, time.monotonic()
             if patience == 0 or time.monotonic() - changed > patience:
+                if _is_copy(holder, beat):
+                    about = "%s is a copy, as of a folder that was copied while process %s used it: it is removed"
+                    _logger.warning(about, self._path, holder["pid"])
                 self._remove(seen)
                 continue
             if not is_announced:
@@ -101,6 +104,18 @@ class Lock:
     def release(self) -> None:
         """Releases the lock, if it is held."""
         self._lease.release()
+
+    def is_held(self) -> bool:
+        """Whether any process seems to hold the lock, without waiting and without changing anything.
+
+        This is certain if that process is, or was, on this machine. One on another machine seems to hold the lock if it
+        has touched it recently, by the clock of this machine.
+        """
+        holder, beat = self._read()
+        if beat is None:
+            return False
+        untouched = max(0.0, time.time() - beat.touched / 1e9)
+        return untouched < self._patience(holder, beat)
 
     def check(self, *, seldom: bool = False) -> None:
         """Checks that this process still holds the lock.
@@ -190,9 +205,7 @@ class Lock:
             return LEASE_SECONDS
         if _is_of_namesake(holder):
             return 2 * LEASE_SECONDS / _BEATS
-        if beat is not None and holder.get("file", beat.file) != beat.file:
-            about = "%s is a copy, as of a folder that was copied while process %s used it: it is removed"
-            _logger.warning(about, self._path, pid)
+        if _is_copy(holder, beat):
             return 0
         if os.name == "nt":  # filelock has looked; os.kill would end the process
             return math.inf
@@ -237,6 +250,11 @@ class _Beat(NamedTuple):
     @classmethod
     def of(cls, status: os.stat_result) -> Self:
         return cls(f"{status.st_dev}:{status.st_ino}", status.st_mtime_ns)
+
+
+def _is_copy(holder: dict[str, str], beat: _Beat | None) -> bool:
+    """Whether the file of a lock is not the one that its holder made."""
+    return beat is not None and holder.get("file", beat.file) != beat.file
 
 
 def _is_of_namesake(holder: dict[str, str]) -> bool:

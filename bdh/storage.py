@@ -180,10 +180,10 @@ def naming_full_disk(target: Path) -> Iterator[None]:
     except DiskFullError:  # already converted
         raise
     except Exception as error:
-        if _is_full(error, target.parent):
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise DiskFullError(f"the disk is full, {target} could not be written ({reason})") from error
-        raise
+        reason = _why_full(error, target.parent)
+        if reason is None:
+            raise
+        raise DiskFullError(f"the disk is full, {target} could not be written{reason and f' ({reason})'}") from error
 
 
 def _lock(target: Path, *, wait: bool = False) -> "Lock":
@@ -257,11 +257,11 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _is_full(error: Exception, folder: Path) -> bool:
+def _why_full(error: Exception, folder: Path) -> str | None:
+    """Returns what an error says of a full disk, empty where it only must be that; None if it is another error."""
     if isinstance(error, OSError) and error.errno is not None:
-        return error.errno in _FULL
+        return os.strerror(error.errno) if error.errno in _FULL else None
     if _SAYS_FULL.search(str(error)):
-        return True
-    return (
-        isinstance(error, (OSError, RuntimeError)) and folder.is_dir() and shutil.disk_usage(folder).free < _LEAST_FREE
-    )
+        return str(error).splitlines()[0]
+    may_be = isinstance(error, (OSError, RuntimeError)) and folder.is_dir()
+    return "" if may_be and shutil.disk_usage(folder).free < _LEAST_FREE else None

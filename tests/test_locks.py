@@ -87,6 +87,26 @@ def test_whoever_holds_it_is_named(path, hold):
     assert_can_be_taken(path)
 
 
+def test_who_only_asks_whether_it_is_held_does_not_wait_or_change_it(path, hold):
+    assert not Lock(path, "the thing").is_held()
+    holder = hold()
+    before = path.read_bytes()
+    assert Lock(path, "the thing").is_held()
+    assert path.read_bytes() == before
+    os.utime(path, (time.time() + 3600,) * 2)  # a clock that is wrong
+    assert Lock(path, "the thing").is_held()
+    kill(holder)
+    assert not Lock(path, "the thing").is_held()
+    assert path.read_bytes() == before
+
+
+def test_one_of_another_machine_seems_held_until_nobody_has_touched_it_for_a_while(path, hold):
+    hold(host="elsewhere")
+    assert Lock(path, "the thing").is_held()
+    os.utime(path, (time.time() - locks.LEASE_SECONDS - 1,) * 2)
+    assert not Lock(path, "the thing").is_held()
+
+
 def test_its_own_process_is_another_holder_too(path):
     with Lock(path, "the thing"), pytest.raises(InUseError, match=f"process {os.getpid()} on"):
         Lock(path, "the thing").acquire()

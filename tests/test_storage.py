@@ -88,9 +88,7 @@ def test_a_disk_that_is_full_until_the_rest_is_removed_is_called_full(tmp_path, 
 
     monkeypatch.setattr(shutil, "disk_usage", disk_usage)
     error = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
-    with pytest.raises(
-        DiskFullError, match=r"^the disk is full, [^(]*folder could not be written \(.enforce fail[^(]*\)$"
-    ):
+    with pytest.raises(DiskFullError, match=r"^the disk is full, [^(]*folder could not be written$"):
         fail_in_folder(tmp_path / "folder", error)
 
 

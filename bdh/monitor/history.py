@@ -15,7 +15,6 @@ from bdh.text_files import read_yaml
 from bdh.validation import Faults
 
 LOSS_KEYS = ("train/loss", "val/loss")
-_ACTIVE_SECONDS = 120
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -124,8 +123,8 @@ class RunSummary:
 
     folder: Path
     state: str
-    """finished; "finished, not saved", if it has neither a checkpoint of its last step nor a model; active, if it has logged
-    within two minutes; stopped; or unreadable."""
+    """active, if a process holds the run's lock; finished; "finished, not saved", if it has neither a checkpoint of its last
+    step nor a model; stopped; or unreadable."""
     step: int
     """The largest logged step."""
     max_steps: int | None
@@ -169,17 +168,18 @@ def summarize_runs(folder: Path) -> list[RunSummary]:
 
 
 def _summary(run: Path, settings: dict[str, Any]) -> RunSummary:
+    from bdh.locks import Lock  # which takes a while to import
+
+    is_active = Lock(run / "lock", str(run)).is_held()  # before the rows: a run that ends now is not called stopped
     rows = read_metrics(run / "metrics.jsonl")
     step, max_steps = max((row["step"] for row in rows), default=0), settings.get("train.max_steps")
     age = time.time() - rows[-1]["time"] if rows else None
-    is_active = age is not None and age < _ACTIVE_SECONDS
     is_finished = max_steps is not None and step >= max_steps
     is_saved = any(run.joinpath(name).is_dir() for name in (f"checkpoints/step-{step:07d}", "model"))
-    is_saving = is_active and (run / "lock").is_file()
-    finished = "finished" if is_saved else "active" if is_saving else "finished, not saved"
+    ended = "stopped" if not is_finished else "finished" if is_saved else "finished, not saved"
     return RunSummary(
         folder=run,
-        state=finished if is_finished else "active" if is_active else "stopped",
+        state="active" if is_active else ended,
         step=step,
         max_steps=max_steps,
         train_loss=_last(rows, "train/loss"),

@@ -1,10 +1,13 @@
 import json
 import re
+import subprocess
+import sys
 import time
 
 import pytest
 
 from bdh.cli.main import main
+from bdh.locks import Lock
 from bdh.monitor.history import summarize_runs
 
 
@@ -25,7 +28,7 @@ def made(folder, *, rate=0.001, steps=(10, 20), max_steps=20, age=9_000.0):
 def test_state_and_figures_of_each_run(tmp_path):
     made(tmp_path / "a")
     made(tmp_path / "deep" / "b", steps=(10,))
-    made(tmp_path / "c", steps=(10,), age=5)
+    (made(tmp_path / "c", steps=(10,), age=5) / "lock").write_text("")  # not even its owner is written yet
     made(tmp_path / "d", steps=())
     (made(tmp_path / "full", age=5) / "checkpoints" / "step-0000020").rmdir()
     (tmp_path / "no_run").mkdir()
@@ -37,6 +40,24 @@ def test_state_and_figures_of_each_run(tmp_path):
     assert (a.step, a.max_steps, a.train_loss, a.best_val_loss, a.tokens_per_second) == (20, 20, 1.0, 1.5, 50.0)
     assert a.seconds_since_logged == pytest.approx(9_000, abs=100)
     assert (empty.step, empty.train_loss, empty.best_val_loss, empty.seconds_since_logged) == (0, None, None, None)
+
+
+def test_a_run_is_active_as_long_as_a_process_holds_it_and_not_after_it_was_killed(tmp_path):
+    """A run whose steps took more than two minutes was called stopped, and a killed one active for two minutes."""
+    slow = made(tmp_path / "slow", steps=(10,), age=9_000)
+    killed = made(tmp_path / "killed", steps=(10,), age=0)
+    code = "import sys; from pathlib import Path; from bdh.locks import Lock\n"
+    code += "with Lock(Path(sys.argv[1]), 'it'): print(flush=True); sys.stdin.readline()"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(killed / "lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    with holder, Lock(slow / "lock", "it"):
+        holder.stdout.readline()
+        assert [run.state for run in summarize_runs(tmp_path)] == ["active", "active"]
+        holder.kill()
+        holder.wait()
+        assert [run.state for run in summarize_runs(tmp_path)] == ["stopped", "active"]
+    assert [run.state for run in summarize_runs(tmp_path)] == ["stopped", "stopped"]
 
 
 def test_differences_are_from_what_most_runs_have(tmp_path):
