@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 BACKENDS = ("console", "jsonl", "tensorboard", "wandb", "trackio")
+_SILENT_SECONDS = 60.0  # without a terminal, a line is printed at least this often if steps end
 _HISTOGRAM_VALUES = 1 << 16  # at most: counting millions takes seconds
 # The packages of backends that are not dependencies of the core.
 _PACKAGES = ("tensorboard", "wandb", "trackio")
@@ -239,7 +240,8 @@ class ConsoleBackend(Backend):
     title = "the console"
 
     def __init__(self, facts: RunFacts):
-        self._facts, self._start_time = facts, time.monotonic()
+        self._facts = facts
+        self._start_time = self._said_at = time.monotonic()
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
         self._bar: Progress | None = None
@@ -261,8 +263,12 @@ class ConsoleBackend(Backend):
         if self._bar is not None:
             speed = f"{tokens_per_second:,.0f}"
             self._bar.update(self._task, completed=step, loss=f"{loss:.4f}", tokens_per_second=speed)
-        elif config.progress_bar and (step % (10 * config.log_every_steps) == 0 or step == total):
-            each = (time.monotonic() - self._start_time) / max(1, step - self._facts.start_step)
+            return
+        now = time.monotonic()
+        is_due = step % (10 * config.log_every_steps) == 0 or step == total or now - self._said_at >= _SILENT_SECONDS
+        if config.progress_bar and is_due:
+            self._said_at = now
+            each = (now - self._start_time) / max(1, step - self._facts.start_step)
             minutes, seconds = divmod(int((total - step) * each), 60)
             left = f"{minutes // 60:02d}:{minutes % 60:02d}:{seconds:02d}"
             self.message(f"step {step}/{total}: loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s, {left} left")

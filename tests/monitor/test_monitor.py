@@ -14,6 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from bdh.extras import install_command
 from bdh.monitor import Monitor, MonitorConfig, chosen_backends, cut_back, read_metrics
+from bdh.monitor import monitor as monitor_module
+from tests.clock import time_with
 
 
 def quiet() -> Console:
@@ -101,6 +103,20 @@ def test_without_a_terminal_lines_are_printed(tmp_path):
             monitor.progress(step, loss=1.5, tokens_per_second=2000.0)
     assert console.file.getvalue().count("step ") == 5  # every tenth logged step, as the setting's help says
     assert "step 100/100: loss 1.5000, 2,000 tokens/s" in console.file.getvalue()
+
+
+def test_without_a_terminal_slow_steps_are_shown_too(tmp_path, monkeypatch):
+    """A large model on a CPU said nothing for a hundred steps, which were hours."""
+    now = 0.0
+    monkeypatch.setattr(monitor_module, "time", time_with(monotonic=lambda: now))
+    console = quiet()
+    with opened(tmp_path, console=console, backends=["console"], log_every_steps=2) as monitor:
+        for step in range(1, 8):
+            now += 90 if step < 3 else 25
+            monitor.progress(step, loss=1.5, tokens_per_second=2000.0)
+    shown = console.file.getvalue()
+    assert [step for step in range(1, 8) if f"step {step}/100: loss 1.5000" in shown] == [1, 2, 5]
+    assert "step 1/100: loss 1.5000, 2,000 tokens/s, 02:28:30 left" in shown
 
 
 def test_the_bar_shows_loss_speed_and_time_left(tmp_path):
