@@ -240,8 +240,12 @@ class Forecast:
         available = f"{gigabytes(self.available)} that are available{' per process' * (size > 1)}"
         measured = max((count for count, _, peak in self.points if peak is not None), default=0)
         whole = min(train.sequences_per_process, 2 * train.batch_size)  # further micro-batches need no more
-        how = f"extrapolated from {measured} of {counted(whole, 'sequence')}" if measured < whole else "measured"
-        how = how if measured else "that sum, not measured"
+        if measured == 0:
+            how = "that sum, not measured"
+        elif measured < whole:
+            how = f"extrapolated from {measured} of {counted(whole, 'sequence')}"
+        else:
+            how = "measured"
         found.append(f"peak memory   {gigabytes(self.peak)} of the {available} ({how})")
         if self.points:
             seconds, each = self.seconds
@@ -308,7 +312,7 @@ class NoRoomError(Exception):
         self.forecast = forecast
 
 
-def check_room(settings: RunSettings, config: BDHConfig, runtime: Runtime, world: World, passing: int = 0) -> None:
+def check_room(settings: RunSettings, config: BDHConfig, runtime: Runtime, world: World, passing: int) -> None:
     """Compares the memory that a run needs with what is available, before the model is created.
 
     All processes must call it together. A run that probably needs more memory only causes a warning, since the need is
