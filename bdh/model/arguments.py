@@ -354,6 +354,17 @@ def checkpointing_of(model: Any) -> Callable[..., Any]:
     return getattr(model, "_gradient_checkpointing_func", partial(checkpoint, use_reentrant=False))
 
 
+def _check_unread(state: SynapticState, num_unread: int) -> None:
+    """Raises ``ValueError`` if of a text that contains what a state has read no token is left."""
+    if num_unread < 1:
+        num_read = state.num_columns
+        raise ValueError(
+            f"the text has {counted(num_read + num_unread, 'token')}, but the given cache has read {num_read} already: give "
+            "the whole text, those included; or the new tokens alone, and an attention_mask of "
+            f"({state.batch_size}, {num_read} + the number of new tokens)"
+        )
+
+
 class StateForGeneration:
     """A mixin that makes transformers' ``generate`` use a :class:`SynapticState` instead of a cache of keys and values.
 
@@ -412,6 +423,21 @@ class StateForGeneration:
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
 
+    def _prefill(
+        self, input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any], **options: Any
+    ) -> Any:
+        """Reads the prompt. Raises ``ValueError`` if it is to be read in chunks and the state has read all of it.
+
+        transformers would read all of it again then.
+        """
+        cache, mask = model_kwargs.get("cache"), model_kwargs.get("attention_mask")
+        if generation_config.prefill_chunk_size is not None and cache is not None and cache.num_columns:
+            num_columns = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
+            if num_columns == input_ids.shape[1]:  # the text contains what was read
+                _check_unread(cache, input_ids.shape[1] - cache.num_columns)
+        parent: Any = super()
+        return parent._prefill(input_ids, generation_config, model_kwargs, **options)
+
     @takes_old_cache_name
     def prepare_inputs_for_generation(
         self,
@@ -435,13 +461,8 @@ class StateForGeneration:
         if cache is not None:
             check_state_type(cache)
         if cache is not None and cache.num_columns:
-            num_read = cache.num_columns
-            if next_sequence_length is not None and next_sequence_length < 1:
-                raise ValueError(
-                    f"the text has {counted(num_read + next_sequence_length, 'token')}, but the given cache has read {num_read} "
-                    "already: give the whole text, those included; or the new tokens alone, and an attention_mask of "
-                    f"({input_ids.shape[0]}, {num_read} + the number of new tokens)"
-                )
+            if next_sequence_length is not None:
+                _check_unread(cache, next_sequence_length)
             if not kwargs.get("use_cache", True):
                 raise ValueError("use_cache is False: must be True to continue from a cache")
         for name in ("tokenizer", "assistant_tokenizer"):  # `generate` passes on its own arguments

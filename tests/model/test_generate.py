@@ -79,14 +79,15 @@ def test_new_tokens_alone_with_a_mask_of_all_columns_go_on_from_a_state(model, u
     assert torch.equal(out, whole[:, num_read:])
 
 
+@pytest.mark.parametrize("pieces", [{}, {"prefill_chunk_size": 2}], ids=str)
 @pytest.mark.parametrize("num_new", [2, 6, 7])
-def test_new_tokens_alone_without_such_a_mask_are_refused_not_dropped(model, unpadded, num_new):
+def test_new_tokens_alone_without_such_a_mask_are_refused_not_dropped(model, unpadded, num_new, pieces):
     """Taken for the whole text, of which the state had read the beginning, some of them went missing."""
     state = model(unpadded[:1, :7], use_cache=True).cache
     before = state.clone()
     message = rf"the text has {num_new} tokens, but the given cache has read 7 already: .*\(1, 7 \+ the number"
     with pytest.raises(ValueError, match=message):
-        generate(model, unpadded[:1, 7 : 7 + num_new], cache=state, do_sample=False)
+        generate(model, unpadded[:1, 7 : 7 + num_new], cache=state, do_sample=False, **pieces)
     assert state.num_columns == 7
     assert all(torch.equal(a, b) for a, b in zip(state.sums, before.sums, strict=True))
 
@@ -205,6 +206,10 @@ def test_a_prompt_may_be_read_in_pieces(model, unpadded, arguments):
     arguments = {"do_sample": False, **arguments}
     whole = generate(model, unpadded, **arguments)
     assert torch.equal(generate(model, unpadded, prefill_chunk_size=8, **arguments), whole)
+    state = model(unpadded[:, :3], use_cache=True).cache
+    assert torch.equal(generate(model, unpadded, prefill_chunk_size=8, cache=state.clone(), **arguments), whole)
+    new = {"cache": state, "attention_mask": torch.ones_like(unpadded)}
+    assert torch.equal(generate(model, unpadded[:, 3:], prefill_chunk_size=8, **new, **arguments), whole[:, 3:])
 
 
 def test_stop_strings_end_a_text(byte_model, tokenizer):
