@@ -1,12 +1,15 @@
-"""The layer steps over states in int16: those of :mod:`bdh.ops.cpu.kernels`, with other stages where the states are read and written.
+"""The layer steps with int16 states.
 
-    sweep     q S of the codes, scores of a row with its window; keys enter, windows that end are merged    pairs that fire
-    attend    LN(q S + the window's values, weighted by their scores)                                       every row
-    store     the rows' values go into their columns
+They are those of :mod:`bdh.ops.cpu.kernels`, except that these stages read and write the states:
 
-What :mod:`bdh.ops.cpu.window` says of the order of its sums holds here too. A state is, of each layer step, the rows of
-:mod:`bdh.ops.cpu.state_codes`, and the values (W, D) of the last tokens, which stand at their positions modulo W. Each head of a
-layer step has windows that end at positions of its own, so that no token has to merge all of them.
+    sweep     q S from the codes, and the scores within the window;     for pairs of neurons that fire or have
+              stores the keys, and merges the windows that end          written in the window
+    attend    LN(q S + the window's values, weighted by their scores)   for every row and head
+    store     stores the rows' values in the state                      for every sequence
+
+The order of sums is fixed as in :mod:`bdh.ops.cpu.window`. For each layer step, a state has the rows that
+:mod:`bdh.ops.cpu.state_codes` describes, and the values (W, D) of the last W = ``WINDOW`` tokens, each at its position
+modulo W. Where the windows end depends on the layer step and the head, so that no token has to merge all of them.
 """
 
 import numpy as np
@@ -38,15 +41,20 @@ _row_numbers = jit(row_numbers)
 
 @jit
 def place_in_window(position, layer_step, H, h):
-    """Of a token in a head's window."""
+    """Returns the place of a token in a head's window."""
     return (position + layer_step * H + h) % WINDOW
 
 
 @jit
 def locate_values(values, v, row, position, first_end, num_windows, out):
-    """The addresses of the values of windows that end, to ``out`` (windows, W): in the state, or in row ``row`` of v or a later one.
+    """Writes the addresses of the values of the windows that end to ``out`` (windows, W).
 
-    ``position`` is that of the row, ``first_end`` the token after the first window's last, from the row on.
+    The values of earlier tokens are in the state, at the address ``values``. Those of the call's tokens are in v.
+
+    Args:
+        row: the sequence's first row in v, which is its token 0.
+        position: the absolute position of token 0.
+        first_end: the number of the token after the end of the first window.
     """
     value_bytes = v.shape[1] * 4
     for window in range(num_windows):
@@ -61,10 +69,17 @@ def sweep(
     stage, states, values, table, layer_step, starts, positions, x, cos, sin, read_scales, write_scales, v,
     partial_scores, partial_sums, N,
 ):  # fmt: skip
-    """The sums of each stretch, ``partial_sums`` (stretches, R, D), of q S, and the scores, ``partial_scores`` (the same, R, W).
+    """Computes the sums over each stretch of q S and of the scores within the window, and updates the states' rows.
 
-    The keys of the rows enter; what has been written in a window is merged where it ends. ``values`` (sequences,) are addresses;
-    what is not named here is as of :func:`bdh.ops.cpu.kernels.attention_update`.
+    It stores the rows' keys in the states. At the end of a window, it merges what was written in it into the codes.
+
+    Args:
+        states, values: (sequences,), the addresses of each sequence's rows and values.
+        table: int32 (D,), the result of :func:`bdh.ops.cpu.state_codes.rounding_table`.
+        partial_scores: (stretches, R, W), the result for the scores.
+        partial_sums: (stretches, R, D), the result for q S.
+
+    The other arguments are those of :func:`bdh.ops.cpu.kernels.attention_update`.
     """
     num_stretches, R, D = partial_sums.shape
     H, row_bytes = x.shape[0] // N, _row_numbers(D) * CODE_BYTES
@@ -77,7 +92,7 @@ def sweep(
         h, first, end = bounds_of(stretch, N)
         partial_sums[stretch] = 0
         partial_scores[stretch] = 0
-        lists, room = address(listed), listed.strides[0]  # in the loop: after its last use numba frees an array
+        lists, room = address(listed), listed.strides[0]  # in the loop, because numba frees an array after its last use
         for r in range(R):
             read[r], write[r] = read_scales[r, h], write_scales[r, h]
         for sequence in range(len(states)):
@@ -120,7 +135,13 @@ def sweep(
 
 @jit
 def attend(stage, partial_scores, partial_sums, values, layer_step, starts, positions, v, a, eps):
-    """LN of what the rows have read: ``partial_scores`` (H * stretches of a head, R, W), ``partial_sums`` (the same, R, D) to a (H, R, D)."""
+    """Computes a (H, R, D), the LN of what each row reads from the codes and from its window.
+
+    Args:
+        partial_scores: (H * stretches per head, R, W), of :func:`sweep`.
+        partial_sums: (H * stretches per head, R, D), of :func:`sweep`.
+        values: (sequences,), the addresses of each sequence's values.
+    """
     H, R, D = a.shape
     per_head = partial_sums.shape[0] // H
     ones, fading = np.ones(D, np.float32), np.ones(WINDOW, np.float32)
@@ -143,13 +164,17 @@ def code_steps(
     like_encoder, encoder, like_encoder_v, encoder_v, like_decoder, decoder,
     states, table, starts, read_scales, write_scales, x, a, scores, partial_sums,
 ):  # fmt: skip
-    """Layer steps of the model over v (R, D), in place.
+    """Runs layer steps of the model on v (R, D), in place.
 
     Args:
-        progress: and what follows to decoder, as those of :func:`bdh.ops.cpu.kernels.layer_steps`.
-        states: (layer steps, 2, sequences) addresses of each one's rows and values.
-        table: int32 (D,), of :func:`bdh.ops.cpu.state_codes.rounding_table`.
-        x: (H*N, R), a: (H, R, D), scores: (H * stretches of a head, R, W), partial_sums: (the same, R, D): memory to work in.
+        states: (layer steps, 2, sequences), the addresses of the rows and of the values.
+        table: int32 (D,), the result of :func:`bdh.ops.cpu.state_codes.rounding_table`.
+        x: (H*N, R), work memory.
+        a: (H, R, D), work memory.
+        scores: (H * stretches per head, R, W), work memory.
+        partial_sums: (H * stretches per head, R, D), work memory.
+
+    The other arguments are those of :func:`bdh.ops.cpu.kernels.layer_steps`.
     """
     N, stage = x.shape[0] // a.shape[0], address(progress)
     if first_step == 0:

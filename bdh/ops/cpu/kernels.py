@@ -1,19 +1,21 @@
-"""The layer steps of the model over rows of tokens, neuron by neuron, skipping those that do not fire.
+"""The layer steps of the model. Only neurons that fire are computed.
 
-A *row* is a token of some sequence; the rows of a sequence follow each other in order. The stages of a layer step are
+A *row* is a token of some sequence. The rows of a sequence are consecutive and in order. The stages of a layer step are
 
-    project            x = relu(E v)                              every neuron, every row
-    attention_update   a = q S, then S += k v^T                   pairs of neurons that fire
+    project            x = relu(E v)                              for every neuron and row
+    attention_update   a = q S, then S += k v^T                   for pairs of neurons that fire
     reduce_norm        LN(a)
-    gated_mlp          y = relu(Ev LN(a)), and Dec (x * y)        y where x fires, Dec where y fires too
+    gated_mlp          y = relu(Ev LN(a)), and Dec (x * y)        y where x fires, Dec where y also fires
     residual_norm      v = LN(v + LN(sum))
 
-Each is a stage (:mod:`bdh.ops.cpu.pieces`) whose pieces are stretches of neurons, or rows: its first argument is the address
-of its counters, and every thread calls it. Whatever is summed over neurons is first summed within each
-stretch and then over the stretches in their order, and sequences never meet in a sum; so the bits of a result depend
-neither on the threads, nor on the other rows, nor on how a text was cut into calls.
+Each stage is divided into pieces (:mod:`bdh.ops.cpu.pieces`), which are stretches of neurons, or rows. Every thread
+calls the function of a stage, whose first argument is the address of the stage's counters.
 
-Weights and states come by address, one row of D numbers for each neuron.
+A sum over neurons is computed within each stretch first, and then over the stretches in order. No sum includes more
+than one sequence. The bits of a result therefore do not depend on the threads, on the other rows, or on how a text was
+divided into calls.
+
+Weights and states are passed by address. They have a row of D numbers for each neuron.
 """
 
 import numpy as np
@@ -47,38 +49,41 @@ LIKE: dict[str, np.ndarray] = {
     "int8": np.zeros(0, np.int8),
     "int4": np.zeros(0, np.uint8),
 }
-"""What tells the kernels, which get addresses, in which format weights or states are."""
+"""For each format of weights or states, the empty array whose dtype tells the kernels the format behind an address."""
 
 STRETCH_NEURONS = 512
-"""Neurons of a head that are summed before their sum is added to that of others; even."""
+"""The number of neurons in a stretch, which are summed separately before the stretches of a head are added up; even."""
 BLOCK_NEURONS = 8
-"""Neurons whose weights stay in the nearest cache while all rows are multiplied with them: those of ``tile_8x1``."""
-AHEAD = 3  # pairs whose rows are asked for before they are needed
-LISTED = 1024  # neurons that fire, gathered before they are worked off
-_PROJECTED = 256  # neurons of a piece; a multiple of BLOCK_NEURONS
-_TURNED = 256  # pairs of a piece
+"""The number of neurons in a block, whose weights stay in the L1 cache while they are multiplied with all rows. It is
+the number of weight rows of ``tile_8x1``."""
+AHEAD = 3  # how many pairs ahead the state's rows are prefetched
+LISTED = 1024  # the number of entries at which a list of firing neurons counts as full
+_PROJECTED = 256  # neurons in a piece; a multiple of BLOCK_NEURONS
+_TURNED = 256  # pairs in a piece
 MANY_ROWS = 16
-"""From so many on a neuron mostly fires in several, so that its weights are loaded for several at once."""
+"""With at least this many rows, a neuron usually fires in several of them, so its weights are loaded once for several
+rows."""
 STAGE_BYTES = 8 * STAGE_WORDS
 STAGES = 6
-"""Counters of a layer step: it has 5 stages here, and 6 with a window or states in int16. What comes before the first one has as many, for 2."""
+"""The number of stages for which each layer step has counters. It uses 5 here, and 6 with a window or int16 states. The
+two stages before the first layer step have the same number of counters."""
 
 
 @jit
 def stretches_of(N):
-    """Stretches in a head."""
+    """Returns the number of stretches in a head."""
     return (N + STRETCH_NEURONS - 1) // STRETCH_NEURONS
 
 
 @jit
 def projected_pieces(num_neurons):
-    """Pieces of :func:`project`."""
+    """Returns the number of pieces of :func:`project`."""
     return (num_neurons + _PROJECTED - 1) // _PROJECTED
 
 
 @jit
 def bounds_of(stretch, N):
-    """The head of a stretch, and its first neuron and the one after its last within the head."""
+    """Returns the head of a stretch, its first neuron within the head, and the neuron after its last."""
     per_head = stretches_of(N)
     first = stretch % per_head * STRETCH_NEURONS
     return stretch // per_head, first, min(N, first + STRETCH_NEURONS)
@@ -86,7 +91,7 @@ def bounds_of(stretch, N):
 
 @jit
 def normalise(numbers, ones, eps):
-    """LN of a row (D,), in place."""
+    """Applies layer norm to a row (D,), in place."""
     D = numbers.shape[0]
     mean = dot(FLOAT32, address(numbers), address(ones), D) / np.float32(D)
     for d in range(D):
@@ -99,7 +104,10 @@ def normalise(numbers, ones, eps):
 
 @jit
 def rotations(stage, positions, turns_per_token, cos, sin):
-    """cos and sin (N/2, R) of each pair's phase at the rows' positions, exact as in ``bdh.ops.attention``."""
+    """Computes the cosine and sine (N/2, R) of each pair's angle at the rows' positions.
+
+    The angle is computed in float64, for the reason given in :mod:`bdh.ops.attention`.
+    """
     num_pairs = cos.shape[0]
     for piece in pieces(stage, (num_pairs + _TURNED - 1) // _TURNED):
         for i in range(piece * _TURNED, min(num_pairs, (piece + 1) * _TURNED)):
@@ -112,17 +120,21 @@ def rotations(stage, positions, turns_per_token, cos, sin):
 
 @jit
 def begin(stage, embed, tokens, v, eps):
-    """v (R, D) = LN(embed[tokens]) before the first layer step."""
+    """Computes v (R, D) = LN(embed[tokens]), the input of the first layer step."""
     ones = np.ones(v.shape[1], np.float32)
     for r in pieces(stage, v.shape[0]):
-        for d in range(v.shape[1]):  # the assignment of a row would take two seconds to compile
+        for d in range(v.shape[1]):  # assigning the whole row would take two seconds to compile
             v[r, d] = embed[tokens[r], d]
         normalise(v[r], ones, eps)
 
 
 @jit
 def products_by_row(like, weights, stored_bytes, count, v, first_row, out, first, relu):
-    """Those of up to ``BLOCK_NEURONS`` rows of weights with the rows of v from one on, into ``out`` from neuron ``first`` on."""
+    """Multiplies a block of weight rows with the rows of v, starting at ``first_row``.
+
+    The block has ``count`` rows, at most ``BLOCK_NEURONS``. The products are written to ``out``, starting at neuron
+    ``first``.
+    """
     R, D = v.shape
     for r in range(first_row, R):
         value = address(v) + r * D * 4
@@ -136,14 +148,14 @@ def products_by_row(like, weights, stored_bytes, count, v, first_row, out, first
 
 @jit
 def project(stage, like, weights, v, out, relu):
-    """``out`` (n, R): the products of n rows of weights, by address, with the rows of v (R, D), cut at 0 by ``relu``.
+    """Multiplies n rows of weights, at an address, with the rows of v (R, D). ``out`` (n, R) receives the products.
 
-    Each of them is multiplied with the tokens one by one in the same order, whether they are few or many.
+    ``relu`` sets negative products to 0. Every product is summed in the same order, whatever the number of rows.
     """
     num_neurons, R = out.shape
     D = v.shape[1]
     stored_bytes = row_bytes(like, D)
-    # The next block is asked for a little at a time, with each group of rows its share.
+    # The next block of weights is prefetched in equal shares, one with each group of 4 rows.
     block_bytes = BLOCK_NEURONS * stored_bytes
     groups = max(1, R // 4)
     share = (block_bytes + groups * CACHE_LINE - 1) // (groups * CACHE_LINE) * CACHE_LINE
@@ -176,13 +188,14 @@ def project(stage, like, weights, v, out, relu):
 
 @jit
 def firing_pairs(x, h, N, first, end, row, last, states, row_bytes, firing):
-    """Gathers the pairs of a stretch that fire in some rows, for ``firing``; returns how many there are.
+    """Writes the pairs of a stretch that fire in the rows from ``row`` to ``last`` to ``firing``; returns their number.
 
-    Where ``states`` is an address, of rows of :mod:`bdh.ops.cpu.state_codes`, also those that have written in the window.
+    If ``states`` is not 0, it is the address of rows as in :mod:`bdh.ops.cpu.state_codes`. Pairs that have written in
+    the current window are then included. With ``LANES`` rows or more, all pairs are included.
     """
     count = 0
     for i in range(first // 2, end // 2):
-        fires = last - row >= LANES  # nearly every pair does at one of them, and listing them is fast
+        fires = last - row >= LANES  # nearly every pair fires in one of these rows, and listing them is fast
         if not fires:
             for r in range(row, last):
                 fires |= (x[h * N + 2 * i, r] > 0) | (x[h * N + 2 * i + 1, r] > 0)
@@ -195,9 +208,10 @@ def firing_pairs(x, h, N, first, end, row, last, states, row_bytes, firing):
 
 @jit
 def list_pairs(firing, begin, count, x, h, N, cos, sin, read, write, row, last, lists, room, offsets):
-    """Lists the tokens of pairs from ``begin`` on, as many as go into the lists; returns the pair after the last.
+    """Lists the tokens at which pairs fire, starting with pair ``begin``, until the lists are full.
 
-    Those of pair ``index`` are the entries from ``offsets[index]`` to ``offsets[index + 1]``.
+    The tokens of pair ``index`` are the entries from ``offsets[index]`` to ``offsets[index + 1]``. Returns the index
+    after the last listed pair.
     """
     R = x.shape[1]
     listed, stop = 0, begin
@@ -223,10 +237,12 @@ def list_pairs(firing, begin, count, x, h, N, cos, sin, read, write, row, last, 
 
 @jit
 def attention_update(stage, like, states, starts, x, cos, sin, read_scales, write_scales, v, partial_sums, N):
-    """The sums of each stretch, ``partial_sums`` (stretches, R, D), of q S; and S with the rows' keys and values added.
+    """Computes the sum of q S over each stretch, ``partial_sums`` (stretches, R, D), and adds the rows' k v^T to S.
 
-    ``states`` (sequences,) are addresses of (H, N, D); the rows of sequence s are ``starts[s]`` to ``starts[s + 1]``.
-    ``read_scales`` and ``write_scales`` (R, H) multiply queries and keys.
+    Args:
+        states: the address of each sequence's S, (H, N, D).
+        starts: (sequences + 1,): the rows of sequence s are ``starts[s]`` to ``starts[s + 1]``.
+        read_scales, write_scales: (R, H), the factors of queries and keys.
     """
     num_stretches, R, D = partial_sums.shape
     state_bytes = row_bytes(like, D)
@@ -236,14 +252,14 @@ def attention_update(stage, like, states, starts, x, cos, sin, read_scales, writ
     for stretch in pieces(stage, num_stretches):
         h, first, end = bounds_of(stretch, N)
         partial_sums[stretch] = 0
-        lists, room = address(memory), memory.strides[0]  # in the loop: after its last use numba frees an array
+        lists, room = address(memory), memory.strides[0]  # in the loop, because numba frees an array after its last use
         for r in range(R):
             read[r], write[r] = read_scales[r, h], write_scales[r, h]
         for sequence in range(states.shape[0]):
             state = states[sequence] + h * N * state_bytes
             row, last = starts[sequence], starts[sequence + 1]
             values, out = address(v) + row * D * 4, address(partial_sums) + (stretch * R + row) * D * 4
-            # Gathered first: the neurons that come next can be asked for while a pair is worked on.
+            # The pairs are gathered first, so that the next ones can be prefetched while one is computed.
             count = firing_pairs(x, h, N, first, end, row, last, 0, 0, firing)
             begin = 0
             while begin < count:
@@ -268,7 +284,7 @@ def attention_update(stage, like, states, starts, x, cos, sin, read_scales, writ
 
 @jit
 def sum_stretches(partial_sums, first, count, r, out):
-    """The sum of a row over stretches, ``partial_sums`` (stretches, R, numbers), to ``out`` (numbers,)."""
+    """Sums row r of ``partial_sums`` (stretches, R, n) over ``count`` stretches, and writes the sum to ``out`` (n,)."""
     out[:] = 0
     for stretch in range(first, first + count):
         for d in range(len(out)):
@@ -277,7 +293,10 @@ def sum_stretches(partial_sums, first, count, r, out):
 
 @jit
 def reduce_norm(stage, partial_sums, a, eps):
-    """LN of the sums over each head's stretches: ``partial_sums`` (H * stretches of a head, R, D) to a (H, R, D)."""
+    """Sums ``partial_sums`` (H * stretches per head, R, D) over each head's stretches, and writes its LN to ``a``.
+
+    ``a`` is (H, R, D).
+    """
     H, R, D = a.shape
     per_head = partial_sums.shape[0] // H
     ones = np.ones(D, np.float32)
@@ -289,12 +308,14 @@ def reduce_norm(stage, partial_sums, a, eps):
 
 @jit
 def mlp_by_neuron(like, encoder_v, like_decoder, decoder, x, a, sums, lists, unpacked):
-    """Adds Dec (x * y) of some neurons to sums (R, D): the row of a neuron is loaded for several of its tokens at once.
+    """Adds Dec (x * y) of some neurons to sums (R, D). The weights of a neuron are loaded once for several tokens.
 
     Args:
-        encoder_v, decoder: the addresses of the neurons' first rows.
-        x: (n, R), a: (R, D).
-        lists: (5, R + LANES), unpacked: (2, D): memory to work in.
+        encoder_v, decoder: the addresses of the weights of the first neuron.
+        x: (n, R), the activations of the neurons.
+        a: (R, D).
+        lists: (5, R + LANES), work memory.
+        unpacked: (2, D), work memory.
     """
     R, D = a.shape
     stored_bytes, decoder_bytes = row_bytes(like, D), row_bytes(like_decoder, D)
@@ -324,9 +345,10 @@ def mlp_by_neuron(like, encoder_v, like_decoder, decoder, x, a, sums, lists, unp
 
 @jit
 def gated_mlp(stage, like, encoder_v, like_decoder, decoder, x, a, partial_sums, N):
-    """The sums of each stretch, ``partial_sums`` (stretches, R, D), of Dec (x * y).
+    """Computes the sum of Dec (x * y) over each stretch, ``partial_sums`` (stretches, R, D).
 
-    ``encoder_v`` (H,) are the addresses of Ev, neuron by neuron, one for each head, and ``decoder`` is that of Dec.
+    ``encoder_v`` (H,) contains the address of each head's Ev, and ``decoder`` is the address of Dec. Both have a row
+    for each neuron.
     """
     num_stretches, R, D = partial_sums.shape
     stored_bytes, decoder_bytes = row_bytes(like, D), row_bytes(like_decoder, D)
@@ -399,7 +421,7 @@ def gated_mlp(stage, like, encoder_v, like_decoder, decoder, x, a, partial_sums,
 
 @jit
 def residual_norm(stage, partial_sums, v, eps):
-    """v (R, D) after the layer step, in place: LN(v + LN(the sum over all stretches))."""
+    """Computes v (R, D) after the layer step, in place: LN(v + LN(the sum over all stretches))."""
     R, D = v.shape
     ones = np.ones(D, np.float32)
     total = np.empty(D, np.float32)
@@ -413,7 +435,7 @@ def residual_norm(stage, partial_sums, v, eps):
 
 @jit
 def enter(progress, embed, tokens, positions, turns_per_token, v, cos, sin, eps):
-    """What comes before the first layer step: two stages."""
+    """Runs the two stages before the first layer step: :func:`rotations` and :func:`begin`."""
     rotations(progress, positions, turns_per_token, cos, sin)
     begin(progress + STAGE_BYTES, embed, tokens, v, eps)
 
@@ -424,21 +446,25 @@ def layer_steps(
     like_encoder, encoder, like_encoder_v, encoder_v, like_decoder, decoder,
     like_states, states, starts, read_scales, write_scales, x, a, partial_sums,
 ):  # fmt: skip
-    """Layer steps of the model over v (R, D), in place.
+    """Runs layer steps of the model on v (R, D), in place.
 
     Args:
-        progress: of ``STAGES`` for each layer step and once more.
-        embed: and what follows to eps, as of :func:`enter`, which is called where first_step is 0.
-        encoder, encoder_v, decoder: the addresses of E, of the heads of Ev and of Dec.
-        states: (layer steps, sequences) addresses of each one's sums, (H, N, D).
-        x: (H*N, R), a: (H, R, D), partial_sums: (H * stretches of a head, R, D): memory to work in.
+        progress: the counters of ``STAGES`` stages for each layer step, and of ``STAGES`` stages before them.
+        embed, tokens, positions, turns_per_token, cos, sin, eps: the arguments of :func:`enter`, which is called if
+            ``first_step`` is 0.
+        encoder, encoder_v, decoder: the address of E, the addresses of the heads' Ev, and the address of Dec.
+        states: (layer steps, sequences), the addresses of the sums, (H, N, D).
+        starts, read_scales, write_scales: as for :func:`attention_update`.
+        x: (H*N, R), work memory. It then contains the x of the last layer step.
+        a: (H, R, D), work memory.
+        partial_sums: (H * stretches per head, R, D), work memory.
     """
     N, stage = x.shape[0] // a.shape[0], address(progress)
     if first_step == 0:
         enter(stage, embed, tokens, positions, turns_per_token, v, cos, sin, eps)
     for index in range(len(states)):
         stage += STAGES * STAGE_BYTES
-        project(stage, like_encoder, encoder, v, x, np.bool_(True))  # for a literal it would be compiled apart
+        project(stage, like_encoder, encoder, v, x, np.bool_(True))  # a literal would be compiled separately
         attention_update(
             stage + STAGE_BYTES,
             like_states,
@@ -460,5 +486,5 @@ def layer_steps(
 
 @jit
 def products(thread, progress, like, weights, v, out, relu):
-    """:func:`project` alone."""
+    """Runs only :func:`project`."""
     project(address(progress), like, weights, v, out, relu)

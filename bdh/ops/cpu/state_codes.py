@@ -1,13 +1,16 @@
-"""States of half the size: a neuron's row is whole numbers of 16 bits, its codes, times a step of its own.
+"""States of half the size: a neuron's row is stored as 16-bit integer codes, times a step of its own.
 
-Rows are written once in a window of ``WINDOW`` tokens. Until it ends, what a neuron writes at its tokens, the keys, is kept in
-the row's head, before the codes (the last one is never kept: the step stands in its place), and a token reads the earlier ones of its window from there: (q . k) v. At the end the row is the sum
-of both, its step the least with which its largest magnitude fits, and each number is rounded to a whole step at random, up or
-down so that the mean is right: what many windows add in amounts far below a step is not lost.
+A row is rewritten once per window of ``WINDOW`` tokens. Until the window ends, the keys that the neuron writes are kept
+in the row's head, which precedes the codes. The tokens of the window read them from there, as (q . k) v. The last key
+of a window is only stored while the window is merged. Its place otherwise contains the step.
 
-The random number is a table's for the dimension, crossed with one for the row, the layer step and the position where the
-window ends. Windows end at absolute positions, so the bits of a state do not depend on how a text was cut, nor on what was read
-beside it.
+When a window ends, it is merged: the row becomes the sum of the codes and of what was written in the window. The new
+step is the smallest with which the row's largest magnitude fits. Each number is rounded to a whole step stochastically,
+up or down so that the mean is right. The sum of many contributions far below a step is thus not lost.
+
+The random number is the XOR of an entry of a table, by dimension, and of a number that depends on the row, the layer
+step and the position where the window ends. Windows end at absolute positions. The bits of a state therefore do not
+depend on how a text was divided, or on what was read in the same batch.
 """
 
 from typing import Any
@@ -36,24 +39,24 @@ from bdh.ops.cpu.vector import (
 )
 
 WINDOW = LANES
-"""Tokens."""
-WRITTEN_ARRAYS = 3  # of a list of what a pair has written: the token, and two keys
+"""The number of tokens in a window."""
+WRITTEN_ARRAYS = 3  # in a list of what a pair has written: the token, and two keys
 HEAD_BYTES = 4 * WINDOW
 _LAST = WINDOW - 1
 CODE_BYTES = 2
 _F32, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
-_LIMIT = np.float32(32_766)  # codes, before they are rounded, which may add one
-_LEAST = np.float32(1e-30)  # of a step, so that there is its inverse
-_FRACTION = np.float32(2.0**16)  # of a step: with codes of 16 bits a fraction of as many fits into an int32
+_LIMIT = np.float32(32_766)  # the largest code before rounding, which may add 1
+_LEAST = np.float32(1e-30)  # the smallest step, so that its inverse is finite
+_FRACTION = np.float32(2.0**16)  # units in a step before rounding: a code and its fraction, 16 bits each, fit an int32
 
 
 def row_numbers(D: int) -> int:
-    """Of a stored row, in int16: its head, and its codes; so many that heads begin at multiples of 4 bytes."""
+    """Returns the size of a stored row in int16 numbers: its head, its codes, and padding to a multiple of 4 bytes."""
     return HEAD_BYTES // CODE_BYTES + D + D % 2
 
 
 def rounding_table(D: int) -> np.ndarray:
-    """Of each dimension 16 bits that look like chance: int32 (D,)."""
+    """Returns 16 pseudorandom bits for each dimension, int32 (D,)."""
     bits = np.arange(D, dtype=np.uint32)
     for multiplier, shift in zip(MULTIPLIERS, SHIFTS[:2], strict=True):
         bits = (bits ^ (bits >> np.uint32(shift))) * np.uint32(multiplier)
@@ -89,7 +92,7 @@ def get_int32(builder, address, index):
 
 @instruction(NUMBER, result=types.int64)
 def mixed(builder, number):
-    """32 bits that look like chance."""
+    """Returns the hash of a number, 32 pseudorandom bits."""
     bits = builder.trunc(number, _I32)
     for multiplier, shift in zip(MULTIPLIERS, SHIFTS[:2], strict=True):
         bits = builder.mul(builder.xor(bits, builder.lshr(bits, _I32(shift))), _I32(multiplier))
@@ -97,12 +100,12 @@ def mixed(builder, number):
 
 
 def _heads(builder: Any, rows: Any, row_bytes: Any) -> list[Any]:
-    """Of a pair."""
+    """Loads the heads of a pair's two rows."""
     return [_load(builder, each, _I64(0), WINDOW) for each in (rows, builder.add(rows, row_bytes))]
 
 
 def _are_written(builder: Any, heads: list[Any], count: int) -> Any:
-    """At which of the window's first ``count`` tokens a pair has written, were it what is no number."""
+    """Returns a mask of the window's first ``count`` tokens at which a pair has written. NaN counts as written."""
     zero = _lanes(_F32, [0.0] * WINDOW)
     is_written = builder.or_(*(builder.fcmp_unordered("!=", each, zero) for each in heads))
     return builder.and_(is_written, _lanes(ir.IntType(1), [token < count for token in range(WINDOW)]))
@@ -110,14 +113,14 @@ def _are_written(builder: Any, heads: list[Any], count: int) -> Any:
 
 @instruction(ADDRESS, NUMBER, result=types.boolean)
 def has_written(builder, rows, row_bytes):
-    """Whether a pair has written in the running window."""
+    """Returns whether a pair has written in the current window."""
     is_written = _are_written(builder, _heads(builder, rows, row_bytes), _LAST)
     return _call(builder, f"llvm.vector.reduce.or.v{WINDOW}i1", is_written, result=ir.IntType(1))
 
 
 @instruction(ADDRESS, NUMBER, ADDRESS, NUMBER, result=types.int64)
 def list_written(builder, rows, row_bytes, lists, room):
-    """Lists at which tokens of a window that has ended a pair has written, and its two keys; returns how many there are."""
+    """Lists the tokens of a completed window at which a pair has written, with its two keys. Returns their number."""
     found = cgutils.alloca_once_value(builder, _I64(0))
     heads = _heads(builder, rows, row_bytes)
     places = [builder.add(lists, builder.mul(room, _I64(number))) for number in range(WRITTEN_ARRAYS)]
@@ -128,13 +131,13 @@ def list_written(builder, rows, row_bytes, lists, room):
 
 @instruction(ADDRESS, types.float32)
 def begin_window(builder, row, step):
-    """Sets a row's head for a new window."""
+    """Initializes a row's head for a new window: no keys, and the step."""
     head = builder.insert_element(_lanes(_F32, [0.0] * WINDOW), step, _I32(_LAST))
     _store(builder, head, row, _I64(0), WINDOW)
 
 
 def _entry(builder: Any, lists: Any, room: Any, entry: Any, count: int) -> tuple[Any, list[Any]]:
-    """The token of an entry, and the first ``count`` numbers."""
+    """Returns the token of a list entry, and its first ``count`` numbers."""
     place = builder.add(lists, builder.mul(entry, _I64(4)))
     token = builder.sext(_load_scalar(builder, place, 0, _I32), _I64)
     numbers = [_load_scalar(builder, builder.add(place, builder.mul(room, _I64(i + 1))), 0, _F32) for i in range(count)]
@@ -143,10 +146,16 @@ def _entry(builder: Any, lists: Any, room: Any, entry: Any, count: int) -> tuple
 
 @instruction(ADDRESS, NUMBER, NUMBER, types.boolean, ADDRESS, NUMBER, NUMBER, ADDRESS)
 def score(builder, rows, row_bytes, begin, ends, lists, room, count, scores):
-    """Adds to the scores of the listed tokens, (T, WINDOW), the products of a pair's queries with its keys so far; theirs enter.
+    """Adds the products of a pair's queries and earlier keys to the scores (T, WINDOW), and stores the new keys.
 
-    Of the last token of the window nobody reads the score. ``begin`` is the first one; where it ``ends`` with these tokens, the
-    last one's key is stored in the place of the step.
+    The score for the last token of the window is never used.
+
+    Args:
+        rows, row_bytes: the address of the pair's first row, and the size of a row.
+        begin: the first token of the window.
+        ends: whether the window ends with these tokens. The last token's key then replaces the step.
+        lists, room, count: the listed tokens of the window, as of :mod:`bdh.ops.cpu.state_rows`.
+        scores: the address of the scores of token 0.
     """
     heads, numbers = _heads(builder, rows, row_bytes), _numbers_from(builder, _I64(0))
     nothing = ir.Constant(_F32, 0.0)
@@ -169,20 +178,20 @@ def score(builder, rows, row_bytes, begin, ends, lists, room, count, scores):
 
 
 def _code_rows(builder: Any, rows: Any, row_bytes: Any) -> list[Any]:
-    """The addresses of a pair's codes."""
+    """Returns the addresses of the codes of a pair's two rows."""
     first = builder.add(rows, _I64(HEAD_BYTES))
     return [first, builder.add(first, row_bytes)]
 
 
 def _places(builder: Any, first: Any, width: int) -> tuple[int, list[Any]]:
-    """Of a block's vectors: how wide they are, and where they begin."""
+    """Returns the width of a block's vectors, and the index at which each begins."""
     lanes = min(width, LANES)
     return lanes, [builder.add(first, _I64(start)) for start in range(0, width, lanes)]
 
 
 @instruction(ADDRESS, NUMBER, *[types.float32] * 2, ADDRESS, NUMBER, NUMBER, ADDRESS, NUMBER)
 def read_codes(builder, rows, row_bytes, step_0, step_1, lists, room, count, out, length):
-    """Adds to the rows of ``out`` of the listed tokens what their queries read from a pair's codes."""
+    """Adds what the queries of the listed tokens read from a pair's codes to the tokens' rows of ``out``."""
     steps = step_0, step_1
 
     def block(first: Any, width: int) -> None:
@@ -208,14 +217,17 @@ def read_codes(builder, rows, row_bytes, step_0, step_1, lists, room, count, out
 
 @instruction(ADDRESS, NUMBER, *[types.float32] * 2, ADDRESS, NUMBER, NUMBER, *[ADDRESS] * 3, NUMBER)
 def sum_up(builder, rows, row_bytes, step_0, step_1, lists, room, count, values, sums, largest, length):
-    """A pair's rows of codes with what it has written added: float32 to ``sums`` (2, length), their magnitudes to ``largest`` (2,).
+    """Adds what a pair has written in a window to its rows.
 
     Args:
-        lists: as of :func:`list_written`.
-        values: the addresses of the window's, int64 (WINDOW,).
+        step_0, step_1: the steps of the rows.
+        lists, room, count: what has been written, as listed by :func:`list_written`.
+        values: the address of the addresses of the window's values, int64 (WINDOW,).
+        sums: where to write the sums, float32 (2, length).
+        largest: where to write the largest magnitude of each row, float32 (2,).
     """
     sum_rows = [sums, builder.add(sums, builder.mul(length, _I64(4)))]
-    # Of bits without the sign the largest is that of the largest number, and that of NaN above all.
+    # Magnitudes are compared as the bits without the sign. Those of NaN are larger than those of any number.
     slots = {
         width: [cgutils.alloca_once_value(builder, _lanes(_I32, [0] * width)) for _ in range(2)] for width in (LANES, 1)
     }
@@ -252,7 +264,14 @@ def sum_up(builder, rows, row_bytes, step_0, step_1, lists, room, count, values,
 
 @instruction(ADDRESS, types.float32, ADDRESS, NUMBER, ADDRESS, NUMBER)
 def round_row(builder, sums, inverse, table, key, row, length):
-    """Numbers, times the inverse of a row's step and ``_FRACTION``, to codes."""
+    """Rounds the numbers ``sums`` of a row to codes.
+
+    Args:
+        inverse: the inverse of the row's step, times ``_FRACTION``.
+        table: the address of the table of :func:`rounding_table`.
+        key: the row's random number.
+        row: where to write the codes.
+    """
     own = builder.and_(builder.trunc(key, _I32), _I32(0xFFFF))
 
     def block(first: Any, width: int) -> None:
@@ -270,12 +289,12 @@ def round_row(builder, sums, inverse, table, key, row, length):
 
 @jit
 def merge(rows, row_bytes, step_0, step_1, lists, room, count, values, sums, table, key, D):
-    """Adds what a pair has written in a window to its rows, and begins the next; returns their steps.
+    """Adds what a pair has written in a window to its rows, and begins the next window. Returns the rows' new steps.
 
     Args:
-        lists: and what follows to values, as of :func:`sum_up`.
-        sums: room for 2 * D + 2 numbers.
-        key: of the first row.
+        lists, room, count, values: as for :func:`sum_up`.
+        sums: work memory for 2 * D + 2 numbers.
+        key: the key of the first row, for rounding.
     """
     largest = sums + 8 * D
     sum_up(rows, row_bytes, step_0, step_1, lists, room, count, values, sums, largest, D)
@@ -285,7 +304,7 @@ def merge(rows, row_bytes, step_0, step_1, lists, room, count, values, sums, tab
         if np.isfinite(step):
             step = max(step, _LEAST)
             round_row(sums + number * D * 4, _FRACTION / step, table, mixed(key + number), row + HEAD_BYTES, D)
-        else:  # a state that is not of numbers: what reads it is not either
+        else:  # the row contains infinity or NaN, so everything read from it has to be NaN
             step = np.float32(np.nan)
         begin_window(row, step)
     return get_float(rows, _LAST), get_float(rows + row_bytes, _LAST)
@@ -295,15 +314,16 @@ def merge(rows, row_bytes, step_0, step_1, lists, room, count, values, sums, tab
 def sweep_windows(
     rows, row_bytes, position, first_end, num_tokens, lists, room, count, values, scores, out, memory, table, key, D
 ):
-    """What the listed tokens of ``num_tokens`` read from a pair and write to it.
+    """Lets the listed tokens of ``num_tokens`` read from a pair and write to it, and merges the windows that end.
 
     Args:
-        position: of token 0.
-        first_end: the token after the last of the first window.
+        position: the position of token 0.
+        first_end: the token after the end of the first window.
         values: the address of the addresses of the windows' values, int64 (windows, WINDOW).
-        scores, out: of token 0.
-        memory: for the sums, and for the lists of what has been written.
-        key: of the layer step and the first row.
+        scores, out: the addresses of the results of token 0.
+        memory: work memory for the sums, and for the lists of what has been written.
+        table: the address of the table of :func:`rounding_table`.
+        key: a number for the layer step, head and first row, for rounding.
     """
     written, written_room = memory + (2 * D + 2) * 4, 2 * HEAD_BYTES
     step_0, step_1 = get_float(rows, _LAST), get_float(rows + row_bytes, _LAST)

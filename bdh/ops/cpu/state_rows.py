@@ -1,7 +1,8 @@
-"""The instructions of attention: which tokens a pair of neurons fires at, and what these do to the pair's two rows of a state.
+"""Instructions for attention: list the tokens at which a pair of neurons fires, and let them read and write a state.
 
-A pair's tokens are listed with the factors by which they read and write: for each entry the token's number, int32, and
-four float32, in five arrays of ``room`` bytes each, one after the other. Lists need room for a vector more than they hold.
+The state has two rows for a pair. The pair's tokens are listed with the factors by which they read and write these
+rows. An entry has the token's number, int32, and four float32 factors. They are in five consecutive arrays of ``room``
+bytes each. An array must have space for one vector more than its entries.
 """
 
 from typing import Any
@@ -32,9 +33,10 @@ LIST_ARRAYS = 5
 
 @instruction(*[ADDRESS] * 6, NUMBER, ADDRESS, NUMBER, result=types.int64)
 def list_pair(builder, x_0, x_1, cos, sin, read, write, count, lists, room):
-    """Lists the tokens of ``count`` at which one of a pair of neurons fires; returns how many there are.
+    """Lists those of ``count`` tokens at which a neuron of a pair fires, and returns their number.
 
-    Queries and keys are ``x_0`` and ``x_1`` (count,) turned by the angles of ``cos`` and ``sin``, times ``read`` or ``write``.
+    The factors are ``x_0`` and ``x_1`` (count,), rotated by the angles of ``cos`` and ``sin``, and multiplied by
+    ``read`` for queries and by ``write`` for keys.
     """
     found = cgutils.alloca_once_value(builder, _I64(0))
 
@@ -58,7 +60,7 @@ def list_pair(builder, x_0, x_1, cos, sin, read, write, count, lists, room):
 
 
 def _rounded(builder: Any, value: Any) -> Any:
-    """A vector of the nearest numbers of bfloat16, ties to even."""
+    """Rounds a float32 vector to the nearest bfloat16 numbers, ties to even."""
     width = value.type.count
     bits = builder.bitcast(value, _vector(_I32, width))
     odd = builder.and_(builder.lshr(bits, _lanes(_I32, [16] * width)), _lanes(_I32, [1] * width))
@@ -68,17 +70,17 @@ def _rounded(builder: Any, value: Any) -> Any:
 
 @instruction(ADDRESS, ADDRESS, *[NUMBER] * 2, ADDRESS, ADDRESS, NUMBER, has_like=True)
 def attend_and_update(builder, like, rows, lists, room, count, values, out, length):
-    """One sweep over the state's two rows of a pair of neurons: the listed tokens, in order, read them and add their values.
+    """Lets the listed tokens, in order, read the state's two rows of a pair of neurons and add their values to them.
 
-    ``out[token] += read_0 * rows[0] + read_1 * rows[1]``, then ``rows[i] += write_i * values[token]``. The rows lie one after
-    the other and have the dtype of ``like``; after each token they are rounded to it.
+    For each token, ``out[token] += read_0 * rows[0] + read_1 * rows[1]``, and then ``rows[i] += write_i *
+    values[token]``. The rows are contiguous and have the dtype of ``like``. They are rounded to it after each token.
     """
     is_bfloat16 = like == "bfloat16"
     second = builder.add(rows, builder.mul(length, _I64(2 if is_bfloat16 else 4)))
     stride = builder.mul(length, _I64(4))
 
     def block(first: Any, width: int) -> None:
-        """Of the numbers from ``first`` on, ``width`` of them."""
+        """Emits the code for ``width`` numbers of each row, starting at ``first``."""
         lanes = min(width, LANES)
         places = [builder.add(first, _I64(start)) for start in range(0, width, lanes)]
         held = [

@@ -1,17 +1,19 @@
-"""The layer steps with attention to the last tokens only: :mod:`bdh.ops.eager` at the price of the neurons that fire.
+"""The layer steps with attention to a window of the last tokens. Only neurons that fire are computed.
 
-In place of ``attention_update`` and ``reduce_norm`` of :mod:`bdh.ops.cpu.kernels` stand
+:mod:`bdh.ops.eager` computes the same in dense operations. These stages replace ``attention_update`` and
+``reduce_norm`` of :mod:`bdh.ops.cpu.kernels`:
 
-    score     q K, then the row's key goes into its column        pairs of neurons that fire, or fired there before
-    gather    LN(the values, weighted by their scores)            every column of the ring
-    store     the rows' values go into their columns
+    score     q K, and then stores the row's key in its column    for pairs of neurons that fire; clears those that
+                                                                  have fired at the column's previous token
+    gather    LN(the values, weighted by their scores)            for every row and head
+    store     stores the rows' values in their columns            for every sequence
 
-Sums run over the neurons of a stretch, over stretches and over the ring's columns, always in this order, and which column
-a token stands in follows from its position: so here too the bits of a result depend neither on the threads, nor on the
-other rows, nor on how a text was cut into calls.
+Sums are computed over the neurons of a stretch, then over stretches, and then over the ring's columns, always in the
+same order. The column of a token is determined by its position. As in the other kernels, the bits of a result therefore
+do not depend on the threads, on the other rows, or on how a text was divided into calls.
 
-Rings come by address: of each layer step and sequence the keys (H, N, C), the marks (H, W - 1, ceil(N / 16)) and the values
-(W - 1, D), as :class:`bdh.ops.eager.Ring` has them.
+Rings are passed by address. For each layer step and sequence, these are the keys (H, N, C), the marks (H, W - 1,
+ceil(N / 16)), which are ``fired`` of a :class:`bdh.ops.eager.Ring`, and the values (W - 1, D).
 """
 
 import numpy as np
@@ -21,7 +23,7 @@ from bdh.ops.cpu.kernels import (
     FLOAT32,
     STAGE_BYTES,
     STAGES,
-    STRETCH_NEURONS,  # whole bytes of marks: no two threads write to one
+    STRETCH_NEURONS,  # a stretch has whole bytes of marks, so that no two threads write to the same byte
     bounds_of,
     enter,
     gated_mlp,
@@ -36,10 +38,17 @@ from bdh.ops.cpu.vector import CACHE_LINE, add_scaled, address, get_byte, prefet
 
 @jit
 def take_in(x, row, h, N, first, end, marks, table, pair_bytes, firing):
-    """Gathers the pairs of a stretch that fire in a row, marks them, and clears what others left in its column.
+    """Writes the pairs of a stretch that fire in a row to ``firing``, marks them, and clears old keys in its column.
 
-    ``marks`` is the address of the column's bits, ``table`` that of its place in the rows of the head's first pair.
-    Returns how many pairs fire.
+    The old keys are those of pairs that do not fire now, but did when the column was last written.
+
+    Args:
+        marks: the address of the column's bits.
+        table: the address of the column's element in the keys of the head's first neuron.
+        pair_bytes: the size of the keys of a pair.
+
+    Returns:
+        The number of pairs that fire.
     """
     count = 0
     for octet in range(first // 16, (end + 15) // 16):
@@ -61,9 +70,13 @@ def take_in(x, row, h, N, first, end, marks, table, pair_bytes, firing):
 
 @jit
 def score(stage, keys, fired, length, starts, positions, x, cos, sin, partial_sums, N):
-    """The scores of each stretch, ``partial_sums`` (stretches, R, C), of the rows with the tokens in the ring; their keys enter.
+    """Computes the scores of the rows with the tokens in the ring, and stores the rows' keys.
 
-    ``keys`` and ``fired`` (sequences,) are addresses; the rows of sequence s are ``starts[s]`` to ``starts[s + 1]``.
+    Args:
+        keys, fired: (sequences,), the addresses of each sequence's keys and marks.
+        length: W - 1.
+        starts: (sequences + 1,): the rows of sequence s are ``starts[s]`` to ``starts[s + 1]``.
+        partial_sums: (stretches, R, C), set to the scores, summed over each stretch.
     """
     num_stretches, R, C = partial_sums.shape
     row_bytes = C * 4
@@ -91,14 +104,14 @@ def score(stage, keys, fired, length, starts, positions, x, cos, sin, partial_su
                     q_1 = x_1 * cos[i, row] + x_0 * sin[i, row]
                     add_scaled(FLOAT32, out, table + i * pair_bytes, q_0, C)
                     add_scaled(FLOAT32, out, table + i * pair_bytes + row_bytes, q_1, C)
-                    # Only now: until here the column held the farthest token that the row sees.
+                    # Not before: until now, the column contained the earliest token that the row attends to.
                     put_float(place + i * pair_bytes, q_0)
                     put_float(place + i * pair_bytes + row_bytes, q_1)
 
 
 @jit
 def sequences_of(starts, R):
-    """Of each row its sequence."""
+    """Returns the sequence of each of the R rows."""
     found = np.empty(R, np.int64)
     for sequence in range(len(starts) - 1):
         found[starts[sequence] : starts[sequence + 1]] = sequence
@@ -107,10 +120,14 @@ def sequences_of(starts, R):
 
 @jit
 def add_values(scores, first, count, fading, values, num_earlier, position, v, r, out):
-    """Adds to ``out`` (D,) values of a window, each times its score and what weighs it by its distance.
+    """Adds the values of a window to ``out`` (D,), each times its score and the weight of its distance.
 
-    Of ``count`` scores the first is of column ``first`` of the ring, whose address is ``values``. Those of ``num_earlier`` rows
-    before row r are not in it yet.
+    Args:
+        scores: ``count`` scores, for the columns of the ring that start at ``first``.
+        fading: (length,), the weights by the number of tokens between a token and the row.
+        values: the address of the ring's values.
+        num_earlier: the number of rows of the same sequence before row r. Their values are still in v, not in the ring.
+        position: the position of row r.
     """
     D, length = v.shape[1], fading.shape[0]
     for c in range(count):
@@ -125,9 +142,12 @@ def add_values(scores, first, count, fading, values, num_earlier, position, v, r
 
 @jit
 def gather(stage, partial_sums, fading, values, starts, positions, v, a, eps):
-    """LN of the values in the window weighted by their scores: ``partial_sums`` (H * stretches of a head, R, C) to a (H, R, D).
+    """Computes a (H, R, D), the LN of the window's values, weighted by their scores.
 
-    ``fading`` (H, W - 1) weighs a token by how many stand between it and the row; ``values`` (sequences,) are addresses.
+    Args:
+        partial_sums: (H * stretches per head, R, C), the result of :func:`score`.
+        fading: (H, W - 1), the weights of tokens by the number of tokens between them and the row.
+        values: (sequences,), the addresses of each sequence's values.
     """
     H, R, D = a.shape
     C, per_head = partial_sums.shape[2], partial_sums.shape[0] // H
@@ -147,7 +167,7 @@ def gather(stage, partial_sums, fading, values, starts, positions, v, a, eps):
 
 @jit
 def store(stage, values, length, starts, positions, v):
-    """Puts the values of the rows into their columns, as far as they stay there."""
+    """Stores the values of the rows in their columns, except those that later rows would overwrite."""
     D = v.shape[1]
     for sequence in pieces(stage, values.shape[0]):
         for r in range(max(starts[sequence], starts[sequence + 1] - length), starts[sequence + 1]):
@@ -162,14 +182,17 @@ def window_steps(
     like_encoder, encoder, like_encoder_v, encoder_v, like_decoder, decoder,
     rings, fading, starts, x, a, scores, partial_sums,
 ):  # fmt: skip
-    """Layer steps of the model over v (R, D), in place.
+    """Runs layer steps of the model on v (R, D), in place.
 
     Args:
-        progress: and what follows to decoder, as those of :func:`bdh.ops.cpu.kernels.layer_steps`.
-        rings: (layer steps, 3, sequences) addresses of each one's keys, marks and values.
-        fading: (H, W - 1).
-        x: (H*N, R), a: (H, R, D), scores: (H * stretches of a head, R, C), partial_sums: (the same, R, D): memory to work
-            in; a holds 0 where W is 1.
+        rings: (layer steps, 3, sequences), the addresses of the keys, marks and values.
+        fading: (H, W - 1), as for :func:`gather`.
+        x: (H*N, R), work memory.
+        a: (H, R, D), work memory. It must contain 0 if W is 1.
+        scores: (H * stretches per head, R, C), work memory.
+        partial_sums: (H * stretches per head, R, D), work memory.
+
+    The other arguments are those of :func:`bdh.ops.cpu.kernels.layer_steps`.
     """
     N, length, stage = x.shape[0] // a.shape[0], fading.shape[1], address(progress)
     if first_step == 0:
