@@ -1,10 +1,10 @@
-"""Vector instructions over lists of tokens at which a neuron fires.
+"""Vector instructions over lists of the tokens at which a neuron fires.
 
-A neuron has a row of D weights, and so has its gradient; the tokens at which it fires have rows of D numbers each, at
-``base + index * stride`` bytes for the int32 indices of a list. All is float32 and passed by address.
+A neuron has a row of D weights, and its gradient has one too. Each token has a row of D numbers, at ``base + index *
+stride`` bytes, where ``index`` is an int32 entry of a list. All numbers are float32 and passed by address.
 
-A list is worked off ``GROUP`` entries at a time, so that the neuron's row is loaded once for all of them. What is missing
-in the last group is filled up by :func:`pad`.
+A list is processed in groups of ``GROUP`` entries, so that the neuron's row is loaded once for a group. :func:`pad`
+completes the last group.
 """
 
 from collections.abc import Callable
@@ -34,12 +34,12 @@ from bdh.ops.cpu.vector import (
 GROUP = 4
 DOTS = 8
 WIDE = 4 * LANES
-"""Numbers of a row that stay in registers while all tokens of a list pass over them."""
+"""How many numbers of a row stay in registers while all tokens of a list are processed."""
 _F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 
 
 def _rows(builder: Any, indices: Any, base: Any, stride: Any, count: int = GROUP) -> list[Any]:
-    """The addresses of the rows of the first ``count`` indices at an address."""
+    """Returns the addresses of the rows of the first ``count`` indices in a list."""
     found = [builder.sext(_load_scalar(builder, indices, number, _I32), _I64) for number in range(count)]
     return [builder.add(base, builder.mul(index, stride)) for index in found]
 
@@ -51,7 +51,7 @@ def _factors(builder: Any, address: Any) -> list[Any]:
 def _make_dots(count: int) -> Any:
     @instruction(*[ADDRESS] * 3, NUMBER, NUMBER, ADDRESS)
     def dots(builder, row, indices, base, stride, length, out):
-        """The products of a row with those of ``count`` tokens, to ``out``."""
+        """Computes the dot products of a row with the rows of ``count`` tokens, and writes them to ``out``."""
         rows = _rows(builder, indices, base, stride, count)
         products = _dot_products(builder, [row], rows, [(0, j) for j in range(count)], length, "float32")
         _store(builder, products, out, _I64(0), count)
@@ -65,7 +65,7 @@ dots_of_group = _make_dots(GROUP)
 
 @instruction(*[ADDRESS] * 4, NUMBER, NUMBER)
 def spread_row(builder, row, factors, indices, base, stride, length):
-    """Adds a row, times a factor each, to those of ``GROUP`` tokens."""
+    """Adds a row, times a factor for each token, to the rows of ``GROUP`` tokens."""
     rows, numbers = _rows(builder, indices, base, stride), _factors(builder, factors)
 
     def body(index: Any, width: int) -> None:
@@ -79,7 +79,7 @@ def spread_row(builder, row, factors, indices, base, stride, length):
 
 @instruction(*[ADDRESS] * 3, NUMBER, ADDRESS, NUMBER)
 def spread_list(builder, row, indices, factors, count, base, length):
-    """Adds a row, times a factor each, to those of ``count`` tokens, which lie one after the other."""
+    """Adds a row, times a factor for each token, to the rows of ``count`` tokens. All tokens' rows are contiguous."""
     stride = builder.mul(length, _I64(4))
 
     def block(first: Any, width: int) -> None:
@@ -99,7 +99,10 @@ def spread_list(builder, row, indices, factors, count, base, length):
 
 @instruction(*[ADDRESS] * 5, NUMBER, NUMBER, ADDRESS)
 def dots_and_gather(builder, row, gathered, factors, indices, base, stride, length, out):
-    """The products of a row with those of ``GROUP`` tokens; and these, times a factor each, are added to ``gathered``."""
+    """Computes the dot products of a row with the rows of ``GROUP`` tokens, and adds the tokens' rows to ``gathered``.
+
+    The products are written to ``out``. Each token's row is multiplied by its factor before it is added.
+    """
     rows, numbers = _rows(builder, indices, base, stride), _factors(builder, factors)
 
     def gather(index: Any, width: int, values: list[Any]) -> None:
@@ -115,8 +118,9 @@ def dots_and_gather(builder, row, gathered, factors, indices, base, stride, leng
 
 @instruction(*[ADDRESS] * 6, NUMBER, NUMBER)
 def gather_and_spread(builder, row, gathered, factors, indices, source, target, stride, length):
-    """Rows of ``GROUP`` tokens of ``source``, times a factor each, are added to ``gathered``; the row, times the same
-    factors, to those of ``target``.
+    """Adds the rows of ``GROUP`` tokens in ``source``, times a factor for each, to ``gathered``.
+
+    It also adds ``row``, times the same factors, to the rows of these tokens in ``target``.
     """
     sources, targets = _rows(builder, indices, source, stride), _rows(builder, indices, target, stride)
     numbers = _factors(builder, factors)
@@ -134,7 +138,7 @@ def gather_and_spread(builder, row, gathered, factors, indices, source, target, 
 
 
 def _compressed(builder: Any, value: Any, keep: Any, address: Any) -> None:
-    """Stores the elements of a vector of 32 bits that are to be kept, one after the other; a whole vector is written."""
+    """Stores the selected elements of a vector of 32-bit numbers contiguously. It always writes a whole vector."""
     kind = value.type
     name = "f32" if kind.element == _F32 else "i32"
     function = cgutils.get_or_insert_function(
@@ -154,7 +158,10 @@ def _count(builder: Any, keep: Any) -> Any:
 
 
 def by_blocks(builder: Any, length: Any, block: Callable[[Any, int], None]) -> None:
-    """Calls ``block(first, width)`` to emit the loops over blocks of ``WIDE`` numbers, over whole vectors, and over the rest."""
+    """Emits loops over blocks of ``WIDE`` numbers, then whole vectors, then single numbers.
+
+    ``block(first, width)`` emits the body of each loop.
+    """
     whole = builder.and_(length, _I64(-WIDE))
     with cgutils.for_range_slice(builder, _I64(0), whole, _I64(WIDE), _I64) as (first, _):
         block(first, WIDE)
@@ -162,7 +169,7 @@ def by_blocks(builder: Any, length: Any, block: Callable[[Any, int], None]) -> N
 
 
 def append(builder: Any, keep: Any, lists: list[tuple[Any, Any]], found: Any) -> None:
-    """Appends elements of vectors to lists at these addresses, of which the slot ``found`` says how long they are."""
+    """Appends the selected elements of vectors to lists at addresses. The slot ``found`` contains the lists' length."""
     so_far, width = builder.load(found), keep.type.count
     offset = builder.mul(so_far, _I64(4))
     for value, address in lists:
@@ -177,7 +184,7 @@ def append(builder: Any, keep: Any, lists: list[tuple[Any, Any]], found: Any) ->
 
 @instruction(ADDRESS, NUMBER, ADDRESS, ADDRESS, result=types.int64)
 def list_above_0(builder, flags, count, indices, values):
-    """Lists the tokens of ``count`` at which ``flags`` is above 0, and what it is; returns how many there are."""
+    """Lists those of ``count`` tokens at which ``flags`` is above 0, with its values. Returns their number."""
     found = cgutils.alloca_once_value(builder, _I64(0))
 
     def body(index: Any, width: int) -> None:
@@ -191,7 +198,7 @@ def list_above_0(builder, flags, count, indices, values):
 
 @instruction(*[ADDRESS] * 3, NUMBER, ADDRESS, ADDRESS, result=types.int64)
 def list_products(builder, y, x, indices, count, kept, products):
-    """Of a list's tokens those at which ``y`` is above 0, and x * y; returns how many there are."""
+    """Lists those of a list's tokens at which ``y`` is above 0, with x * y. Returns their number."""
     found = cgutils.alloca_once_value(builder, _I64(0))
 
     def body(index: Any, width: int) -> None:
@@ -205,17 +212,17 @@ def list_products(builder, y, x, indices, count, kept, products):
 
 
 def _positive(builder: Any, value: Any) -> Any:
-    """Where a vector is above 0, or not a number: NaN counts as firing."""
+    """Returns a mask of the elements of a vector that are above 0 or NaN. NaN counts as firing."""
     return builder.fcmp_unordered(">", value, ir.Constant(value.type, [0.0] * LANES))
 
 
 def _numbers_from(builder: Any, index: Any, width: int = LANES) -> Any:
-    """A vector of the numbers from ``index`` on."""
+    """Returns a vector of consecutive integers that starts at ``index``."""
     return builder.add(_spread(builder, builder.trunc(index, _I32), width), _lanes(_I32, list(range(width))))
 
 
 def _list(builder: Any, flags: Any, count: Any, indices: Any, values: Any, others: list[tuple[Any, Any]]) -> Any:
-    """Emits the listing; returns the number of tokens in the lists."""
+    """Emits the code of :func:`list_firing_1` for any number of sources, and returns the number of listed tokens."""
     found = cgutils.alloca_once_value(builder, _I64(0))
     with cgutils.for_range_slice(builder, _I64(0), count, _I64(LANES), _I64) as (index, _):
         value = _load(builder, flags, index, LANES)
@@ -231,23 +238,23 @@ def _list(builder: Any, flags: Any, count: Any, indices: Any, values: Any, other
 
 @instruction(ADDRESS, NUMBER, *[ADDRESS] * 4, result=types.int64)
 def list_firing_1(builder, flags, count, indices, values, source, target):
-    """Lists the tokens of ``count``, a multiple of the lanes, at which ``flags`` is above 0 or not a number.
+    """Lists those of ``count`` tokens, a multiple of ``LANES``, at which ``flags`` is above 0 or NaN.
 
-    Their indices go to ``indices``, their flags to ``values``, and what ``source`` has for them, 32 bits each, to
-    ``target``. Returns how many there are. Lists need room for a vector more than they hold.
+    The tokens' indices are written to ``indices``, their flags to ``values``, and their elements of ``source``, 32 bits
+    each, to ``target``. Returns the number of tokens. Lists must have space for one vector more than their entries.
     """
     return _list(builder, flags, count, indices, values, [(source, target)])
 
 
 @instruction(ADDRESS, NUMBER, *[ADDRESS] * 6, result=types.int64)
 def list_firing_2(builder, flags, count, indices, values, source_1, target_1, source_2, target_2):
-    """:func:`list_firing_1` with two sources."""
+    """Does the same as :func:`list_firing_1`, with two sources."""
     return _list(builder, flags, count, indices, values, [(source_1, target_1), (source_2, target_2)])
 
 
 @instruction(ADDRESS, ADDRESS, NUMBER)
 def pad(builder, indices, factors, count):
-    """Completes the last group of a list with entries that add nothing: the first token, times 0."""
+    """Completes the last group of a list with entries that add nothing: the first token, with a factor of 0."""
     first = _load_scalar(builder, indices, 0, _I32)
     for address, value in ((indices, first), (factors, ir.Constant(_F32, 0.0))):
         _store(builder, _spread(builder, value, LANES), address, count, LANES)
@@ -255,7 +262,7 @@ def pad(builder, indices, factors, count):
 
 @instruction(ADDRESS, ADDRESS, NUMBER, ADDRESS)
 def scatter(builder, values, indices, count, row):
-    """Writes the values of a list to the tokens' places in a row."""
+    """Writes the values of a list to the elements of a row that belong to its tokens."""
     with cgutils.for_range_slice(builder, _I64(0), count, _I64(1), _I64) as (index, _):
         offset = builder.mul(index, _I64(4))
         token = builder.sext(_load_scalar(builder, builder.add(indices, offset), 0, _I32), _I64)
@@ -265,10 +272,10 @@ def scatter(builder, values, indices, count, row):
 
 @instruction(ADDRESS, ADDRESS, *[NUMBER] * 3)
 def gate(builder, y, keys, key, threshold, count):
-    """Sets ``y`` to 0 where it is not above 0, where dropout leaves out the token, and in the vector after ``count``.
+    """Sets ``y`` to 0 where it is 0 or negative, where dropout drops it, and from ``count`` to the end of the vector.
 
-    ``keys`` are those of the tokens, ``key`` the neuron's, as in :mod:`bdh.ops.blocks.block`; with a ``threshold`` of 0
-    nothing is left out.
+    ``keys`` are the keys of the tokens, and ``key`` that of the neuron, as in :mod:`bdh.ops.blocks.block`. With a
+    ``threshold`` of 0, nothing is dropped.
     """
     zero = _lanes(_F32, [0.0] * LANES)
     own, least, end = (_spread(builder, builder.trunc(number, _I32), LANES) for number in (key, threshold, count))

@@ -1,20 +1,21 @@
-"""Stages of work in pieces that threads take as they come.
+"""Divides stages of work into pieces, which threads take dynamically.
 
-The threads of a team run the same function, stage after stage. In each stage every thread takes the next piece that nobody
-has taken, until there is none left, and then waits until all are done. So a thread that comes late, because another
-program holds its core, holds up the others by the piece that it has in hand, and not by its share; one that does not come
-at all is not missed, since nobody waits for threads, but for pieces. Who does which piece is left to chance: the result of a
-piece must not depend on it.
+All threads of a team run the same function, stage by stage. In each stage, a thread takes the next piece that no thread
+has taken, until none is left, and then waits until all pieces are done. If another program holds the core of a thread,
+the others wait only for the piece that this thread is working on, not for a fixed share of the work. If a thread never
+starts, nothing is delayed, because threads wait for pieces and not for each other. Which thread does a piece is not
+deterministic, so the result of a piece must not depend on it.
 
-Waiting costs the core of whoever waits only for a moment. Then the thread sleeps, on Linux, until the last piece is done: the
-core is free for the thread that has it in hand, which another program may keep from its own.
+A waiting thread spins only for a moment. On Linux, it then sleeps until the last piece is done. This frees its core for
+the thread that is working on that piece, whose own core another program may hold.
 
-numba has no public name for what calls a compiled function by its address from another one, for what tells fast which types
-arguments have, nor for what sets the number of threads in a function that is cached: this file uses its ``call_conv``,
-``overloads``, ``compute_fingerprint`` and symbol ``set_num_threads`` (checked with 0.68; every test of the kernels fails where
-they change).
+numba has no public API for calling a compiled function by its address from another one, for quickly finding the types
+of arguments, or for setting the number of threads in a cached function. This file therefore uses numba's ``call_conv``,
+``overloads``, ``compute_fingerprint`` and the symbol ``set_num_threads``. They were checked with numba 0.68, and every
+test of the kernels fails if they change.
 
-The counters of a stage are int64, in the ``progress`` (stages, STAGE_WORDS) of a call (:meth:`bdh.ops.cpu.runtime.Team.new_progress`).
+The counters of a stage are int64. They are a row of the ``progress`` (stages, STAGE_WORDS) of a call
+(:meth:`bdh.ops.cpu.runtime.Team.new_progress`).
 """
 
 import platform
@@ -29,9 +30,9 @@ from numba.extending import intrinsic
 
 from bdh.ops.cpu.vector import ADDRESS, NUMBER, instruction
 
-STAGE_WORDS = 16  # two lines of the cache
+STAGE_WORDS = 16  # two cache lines
 SPINS_WORD = 1
-"""Where it stands how often a thread that waits looks, before it sleeps."""
+"""The index of the word that says how often a waiting thread checks the counter before it sleeps."""
 _TAKEN, _DONE, _SLEEPERS = 0, 8, 9
 _FUTEX_WAIT, _FUTEX_WAKE = 128, 129  # within a process
 _FUTEX = {"x86_64": 202, "aarch64": 98}  # the number of the system call
@@ -48,19 +49,19 @@ def _pointer(builder: Any, address: Any) -> Any:
 
 @instruction(ADDRESS, NUMBER, result=types.int64)
 def _add(builder, address, number):
-    """Adds to a counter, for all threads at once, and returns what it was before."""
+    """Atomically adds to a counter, and returns its previous value."""
     return builder.atomic_rmw("add", _pointer(builder, address), number, "seq_cst")
 
 
 @instruction(ADDRESS, result=types.int64)
 def _get(builder, address):
-    """What a counter is."""
+    """Returns the value of a counter."""
     return builder.load_atomic(_pointer(builder, address), "seq_cst", 8)
 
 
 @instruction()
 def _pause(builder):
-    """Tells the processor that this is a loop that waits."""
+    """Tells the processor that this is a spin loop."""
     name, numbers = _PAUSES.get(_ARCHITECTURE, (None, ()))
     if name is not None:
         kind = ir.FunctionType(ir.VoidType(), [_I32] * len(numbers))
@@ -68,7 +69,10 @@ def _pause(builder):
 
 
 def _call_futex(builder: Any, address: Any, operation: int, number: Any) -> None:
-    """Where there is none, nothing. A counter is a futex by its lower half, which comes first."""
+    """Emits a futex call, or nothing if the system has no futexes.
+
+    A futex has 32 bits: the lower half of the counter, which comes first in memory.
+    """
     if sys.platform == "linux" and sys.byteorder == "little" and _ARCHITECTURE in _FUTEX:
         kind = ir.FunctionType(_I64, [_I64], var_arg=True)
         function = cgutils.get_or_insert_function(builder.module, kind, "syscall")
@@ -77,19 +81,22 @@ def _call_futex(builder: Any, address: Any, operation: int, number: Any) -> None
 
 @instruction(ADDRESS, NUMBER)
 def _sleep(builder, address, number):
-    """Sleeps until somebody calls :func:`_wake`; not if the counter is another number already."""
+    """Sleeps until another thread calls :func:`_wake`. Returns at once if the counter is no longer ``number``."""
     _call_futex(builder, address, _FUTEX_WAIT, number)
 
 
 @instruction(ADDRESS)
 def _wake(builder, address):
-    """Wakes all who sleep at a counter."""
+    """Wakes all threads that sleep on a counter."""
     _call_futex(builder, address, _FUTEX_WAKE, _I64(2**31 - 1))
 
 
 @jit
 def take(stage, count):
-    """A piece of a stage, at an address, of ``count`` pieces; -1 where none is left, and then all are done."""
+    """Takes a piece of the stage of ``count`` pieces whose counters are at the address ``stage``.
+
+    If none is left, it waits until all are done, and returns -1.
+    """
     piece = _add(stage + 8 * _TAKEN, 1)
     if piece < count:
         return piece
@@ -108,16 +115,16 @@ def take(stage, count):
 
 @jit
 def next_piece(stage, count):
-    """What :func:`take` gives, when the piece that it gave before is done."""
+    """Marks the thread's current piece as done, and takes the next one as :func:`take` does."""
     done = stage + 8 * _DONE
     if _add(done, 1) == count - 1 and _get(stage + 8 * _SLEEPERS) > 0:
         _wake(done)
     return take(stage, count)
 
 
-@njit(nogil=True, error_model="numpy")  # of a generator that numba has loaded from the disk it does not know the code
+@njit(nogil=True, error_model="numpy")  # not cached: numba lacks the code of a generator loaded from disk
 def pieces(stage, count):
-    """The pieces of a stage, at an address, that this thread does; after the last of them all of the stage are done."""
+    """Yields the pieces of a stage that this thread has to do. When it ends, all pieces of the stage are done."""
     piece = take(stage, count)
     while piece >= 0:
         yield piece
@@ -126,7 +133,10 @@ def pieces(stage, count):
 
 @intrinsic
 def _call(typingctx, address, number, arguments):
-    """Calls a compiled function by its address, with a number and a tuple, of the types that it was compiled for."""
+    """Calls a compiled function by its address, with a number and the elements of a tuple.
+
+    Their types must be those that the function was compiled for.
+    """
 
     def codegen(context, builder, signature, values):
         kinds, convention = (types.int64, *signature.args[2].types), context.call_conv
@@ -143,7 +153,10 @@ def _call(typingctx, address, number, arguments):
 
 @instruction(NUMBER)
 def _set_num_threads(builder, count):
-    """``numba.set_num_threads``, which cannot be cached within a compiled function, and from Python takes microseconds."""
+    """Does what ``numba.set_num_threads`` does.
+
+    A compiled function that calls the original cannot be cached, and calling it from Python takes microseconds.
+    """
     kind = ir.FunctionType(ir.VoidType(), [_I32])
     function = cgutils.get_or_insert_function(builder.module, kind, "set_num_threads")
     builder.call(function, [builder.trunc(count, _I32)])
@@ -151,8 +164,8 @@ def _set_num_threads(builder, count):
 
 @njit(cache=True, nogil=True, parallel=True, error_model="numpy")
 def launch(num_calls, num_threads, function, arguments):
-    """Calls the function at an address with each number below ``num_calls`` and the arguments, on so many threads."""
-    if num_calls == 1:  # without OpenMP, whose threads take longer to wake up than a small model to compute a token
+    """Calls the function at an address with each number below ``num_calls`` and the arguments, on ``num_threads``."""
+    if num_calls == 1:  # without OpenMP: waking its threads takes longer than a token of a small model
         _call(function, 0, arguments)
     else:
         _set_num_threads(num_threads)
@@ -161,7 +174,10 @@ def launch(num_calls, num_threads, function, arguments):
 
 
 def address_of(kernel: Any, arguments: tuple[Any, ...]) -> int:
-    """Of a function of :data:`jit` that returns nothing, compiled or loaded for a thread's number and such arguments."""
+    """Compiles or loads a function for a thread number and arguments of these types, and returns its address.
+
+    The function must be decorated with :data:`jit` and return nothing.
+    """
     kinds = (types.int64, *map(typeof, arguments))
     kernel.compile(kinds)
     found = kernel.overloads[kinds]
@@ -170,4 +186,4 @@ def address_of(kernel: Any, arguments: tuple[Any, ...]) -> int:
 
 
 types_of = compute_fingerprint
-"""Bytes that tell which types arguments have."""
+"""Returns bytes that identify the types of arguments."""

@@ -1,11 +1,11 @@
-"""The neurons of a block of tokens, neuron by neuron, at the price of those that fire.
+"""Kernels for the neurons of a block of tokens, in training. Their cost depends on the number of neurons that fire.
 
-Wide arrays are (N, M or more): a row for each neuron, a column for each of the M tokens of a block, which is a multiple of
-the vector lanes; columns that are no tokens hold 0. A neuron's tokens are taken ``TILE_BYTES`` of their rows at a time, so
-that these stay in the nearest cache while all neurons pass over them.
+Wide arrays are (N, M or more), with a row for each neuron and a column for each token of the block. M is a multiple of
+the vector lanes, and columns without a token contain 0. Tokens are processed in tiles, whose rows have ``TILE_BYTES``
+at most, so that they stay in the nearest cache while the neurons are processed.
 
-The neurons are shared out among threads, of which each does its ``part``, so nothing is written twice but sums over neurons: of
-those each thread has its own, (P, M, D).
+The neurons are divided among P threads, each of which computes its ``part``. Threads therefore never write to the same
+memory, except for sums over neurons. Each thread has its own partial sums, in an array (P, M, D).
 """
 
 import numpy as np
@@ -29,13 +29,13 @@ from bdh.ops.cpu.vector import LANES, address
 TILE_BYTES = 64 * 1024
 
 BLOCK_BYTES = 64 * 1024
-"""Of the rows of neurons, in each of the arrays that have some, that stay in the second cache while all tiles pass over
-them."""
+"""The most bytes that the rows of a group of neurons have in one array. The rows of a group stay in the L2 cache while
+all tiles are processed."""
 
 
 @jit
 def _whole(count, group):
-    """``count`` rounded up to whole groups."""
+    """Rounds ``count`` up to whole groups."""
     return (count + group - 1) // group * group
 
 
@@ -46,10 +46,15 @@ def _tile(M, D):
 
 @jit
 def rotate(part, x, q, cos, sin, starts, places, first_pair, cut, counts):
-    """q = rope(x) for x (N, M), of which ``cut`` cuts off what is negative before; ``counts`` (P,): how many fire.
+    """Computes q = rope(x) for x (N, M), and counts how many elements of x fire.
 
-    ``cos`` and ``sin`` are (pairs, positions), of which these pairs stand from ``first_pair`` on; the tokens from
-    ``starts[r]`` to ``starts[r + 1]`` have the positions from ``places[r]`` on.
+    Args:
+        cos, sin: (pairs, positions), the rotation tables.
+        starts, places: the runs of tokens with consecutive columns in the tables. The tokens from ``starts[r]`` to
+            ``starts[r + 1]`` have the columns that start at ``places[r]``.
+        first_pair: the row of the tables for the first pair of x.
+        cut: whether to set negative x to 0 before, in place.
+        counts: (P,), set to the number of elements that fire in each part.
     """
     N, P = x.shape[0], counts.shape[0]
     zero = np.float32(0)
@@ -73,15 +78,16 @@ def rotate(part, x, q, cos, sin, starts, places, first_pair, cut, counts):
     counts[part] = fires
 
 
-# The lists of a tile, rows of one array: where x fires, its tokens, x, y and keys; where the product stays, its tokens, x, y.
+# The lists of a tile, which are rows of one array. For x that fires: the tokens, x, y and keys. For products that are
+# kept: the tokens, x, y and factors.
 _FIRING, _X, _Y, _KEYS, _STAYING, _X_STAYING, _Y_STAYING, _FACTORS = range(8)
 
 
 @jit
 def _gated(x_row, y_row, has_y, a, stride, weight_row, D, width, keys, key, threshold, lists, room):
-    """Lists the tokens of a tile at which x and y fire and dropout keeps the product; returns how many there are.
+    """Lists the tokens of a tile at which x and y fire and dropout keeps the product. Returns their number.
 
-    All by address; ``lists`` are ``room`` bytes apart.
+    All arrays are given by address. The ``lists`` are ``room`` bytes apart.
     """
     firing, xs, ys, kept_keys = lists + _FIRING * room, lists + _X * room, lists + _Y * room, lists + _KEYS * room
     if has_y:
@@ -94,7 +100,7 @@ def _gated(x_row, y_row, has_y, a, stride, weight_row, D, width, keys, key, thre
     if count == 0:
         return 0
     gate(ys, kept_keys, key, threshold, count)
-    # Where in the first list they stand is of no further use: it goes over the keys.
+    # Their indices in the first list are not needed any more. They overwrite the keys.
     return list_firing_2(
         ys,
         _whole(count, LANES),
@@ -113,17 +119,22 @@ def gated_mlp(
     is_backward, grad_out, grad_encoder_v, grad_decoder, gated,
     partial_sums, neuron_keys, token_keys, threshold, scale,
 ):  # fmt: skip
-    """``partial_sums`` (P, M, D) = sums of dropout(x * relu(Ev a)) Dec over the neurons of each part; or gradients of it.
+    """Computes the sum of dropout(x * relu(Ev a)) Dec over the neurons of each part, or the gradients.
 
     Args:
-        y: (N, M), Ev a, with ``has_y``; else it is computed where x fires.
-        a: (M or less, D).
-        encoder_v: (N, D), decoder: (N, D).
-        is_backward: whether gradients are computed; ``partial_sums`` are then sums of that of a.
-        grad_out: (M or less, D), that of the sum.
-        grad_encoder_v, grad_decoder: (N, D), which are added to.
-        gated: (N, M), set to that of x as the gate of y.
-        neuron_keys: int64 (N,), token_keys: int32 (M,), threshold: of dropout; 0 for none.
+        x: (N, M or more).
+        y: (N, M or more), Ev a, if ``has_y``. Otherwise it is computed where x fires.
+        a: (at most M, D).
+        encoder_v, decoder: (N, D).
+        is_backward: whether to compute gradients instead of the sum.
+        grad_out: (at most M, D), the gradient of the sum over all neurons.
+        grad_encoder_v, grad_decoder: (N, D). The gradients are added to them.
+        gated: (N, M or more), set to the gradient of x as a factor of the product.
+        partial_sums: (P, M, D), set to the sums of each part, or with ``is_backward`` to sums of the gradient of a.
+        neuron_keys: int64 (N,), the keys of dropout for neurons.
+        token_keys: int32 (M or more,), the keys of dropout for tokens.
+        threshold: the threshold of dropout; 0 for no dropout.
+        scale: the factor of what dropout keeps.
     """
     N, row_length = x.shape
     M = partial_sums.shape[1]
@@ -203,12 +214,17 @@ def gated_mlp(
 
 @jit
 def fire_backward(part, x, grad_q, gated, cos, sin, starts, places, v, encoder, grad_encoder, partial_sums):
-    """the gradients that lead to x: that of E (N, D) is added to, ``partial_sums`` (P, M, D) is set to the sums of that of v.
+    """Computes the gradients of E and v from those of q and x.
 
     Args:
-        grad_q: (G, N, C), gated: (N, M), as :func:`gated_mlp` gives it.
-        cos, sin, starts, places: as of :func:`rotate`; each stretch lies within a sequence.
-        v: (M or less, D).
+        x: (N, M or more).
+        grad_q: (G, N, C), the gradient of q.
+        gated: (N, M or more), the result of :func:`gated_mlp`.
+        cos, sin, starts, places: as for :func:`rotate`. Each run of tokens is within one sequence.
+        v: (at most M, D).
+        encoder: (N, D).
+        grad_encoder: (N, D). The gradient of E is added to it.
+        partial_sums: (P, M, D), set to the sums of the gradient of v over the neurons of each part.
     """
     N, row_length = x.shape
     M = partial_sums.shape[1]
@@ -219,13 +235,13 @@ def fire_backward(part, x, grad_q, gated, cos, sin, starts, places, v, encoder, 
     some = max(1, BLOCK_BYTES // (8 * D))
     partial_sums[part] = 0
     memory = np.empty((10, tile + LANES), np.float32)
-    lists, grads = address(memory), memory[8:]  # a view, with which the lists stay in memory
+    lists, grads = address(memory), memory[8:]  # this view keeps the memory of the lists alive
     end_pair = (part + 1) * (N // 2) // P
     for start in range(part * (N // 2) // P, end_pair, some):
-        run = 0  # in which the tile begins; np.searchsorted would take a second to compile
+        run = 0  # the run of tokens in which the tile begins; np.searchsorted would take a second to compile
         for first in range(0, M, tile):
             width = min(tile, M - first)
-            last = min(first + width, G * C)  # what follows is no token
+            last = min(first + width, G * C)  # no tokens follow
             offset = first * stride
             while starts[run + 1] <= first:
                 run += 1
@@ -271,7 +287,7 @@ def fire_backward(part, x, grad_q, gated, cos, sin, starts, places, v, encoder, 
 
 @jit
 def turn_back(part, num_parts, x, grad_q, gated, cos, sin, starts, places):
-    """The gradient of x before its ReLU, in place of ``gated``: what :func:`fire_backward` computes on its way."""
+    """Replaces ``gated`` by the gradient of x before its ReLU, which :func:`fire_backward` computes internally."""
     N, C = x.shape[0], grad_q.shape[2]
     zero = np.float32(0)
     for i in range(part * (N // 2) // num_parts, (part + 1) * (N // 2) // num_parts):

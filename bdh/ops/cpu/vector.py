@@ -1,13 +1,13 @@
 """The innermost loops of the kernels, as vector instructions.
 
-They are spelled out, and not left to the compiler's vectoriser, because every result has to have the same bits
-wherever it is computed: alone or beside other sequences, as one token or within a prompt. So each dot product is summed
-in one order: ``LANES`` partial sums, folded by halves, then what is left of a row. LLVM maps the vectors to whatever
-registers the processor has.
+They are written explicitly and not left to the compiler's vectorizer, because a result must always have the same bits:
+whether a sequence is computed alone or in a batch, and whether a token is computed alone or as part of a prompt. Every
+dot product is therefore summed in the same order: ``LANES`` partial sums are folded by halves, and the sum of the rest
+of the row is added. LLVM maps the vectors to the registers that the processor has.
 
-Memory is passed by address, since the rows that fire lie scattered. In which format weights or states are, the dtype of an
-(empty) array ``like`` says; all arithmetic is float32. A weight of int8 or int4 is multiplied with its scale when it is loaded
-(exactly: :mod:`bdh.ops.formats`), so that it makes no difference where that is done.
+Memory is passed by address, because the rows that fire are scattered. The dtype of an empty array ``like`` gives the
+format of weights or states. All arithmetic is in float32. A weight in int8 or int4 is multiplied by its scale when it
+is loaded. The product is exact (:mod:`bdh.ops.formats`), so it does not matter where it is computed.
 """
 
 import inspect
@@ -32,17 +32,22 @@ _FORMATS = {
     types.int8: "int8",
     types.uint8: "int4",
 }
-"""By the dtypes of ``like``."""
+"""The format for each dtype of ``like``."""
 _F32, _I8, _I16, _I32, _I64 = ir.FloatType(), *(ir.IntType(bits) for bits in (8, 16, 32, 64))
 
 
 def instruction(
     *parameters: Any, result: Any = types.void, has_like: bool = False
 ) -> Callable[[Callable[..., Any]], Any]:
-    """Makes an intrinsic of a function that emits it, from the builder and an argument of each of these types.
+    """Turns a function that emits code into an intrinsic.
+
+    The function receives the builder and the arguments.
 
     Args:
-        has_like: the intrinsic's first argument is an array ``like``, of which the function gets the format's name.
+        parameters: the types of the arguments.
+        result: the type of the result.
+        has_like: whether the first argument of the intrinsic, before these, is an array ``like``. The function receives
+            the name of its format.
     """
 
     def decorate(emit: Callable[..., Any]) -> Any:
@@ -76,7 +81,7 @@ def _lanes(element: ir.Type, numbers: list[Any]) -> ir.Constant:
 
 
 def _load(builder: Any, address: Any, index: Any, width: int, is_bfloat16: bool = False) -> Any:
-    """``width`` numbers as float32, ``index`` numbers after an address."""
+    """Loads ``width`` numbers as float32 that begin ``index`` numbers after an address."""
     size, element = (2, _I16) if is_bfloat16 else (4, _F32)
     place = builder.add(address, builder.mul(index, _I64(size)))
     value = builder.load(builder.inttoptr(place, _vector(element, width).as_pointer()))
@@ -99,12 +104,12 @@ def _store(builder: Any, value: Any, address: Any, index: Any, width: int, is_bf
 
 
 _Loader = Callable[..., Any]
-"""``(index, width, half=0)`` emits the load of ``width`` numbers of a row as float32. ``half`` is 1 for the second vector of a
-group of int4, right after the first."""
+"""``(index, width, half=0)`` emits the load of ``width`` numbers of a row as float32. ``half`` is 1 for the second
+vector of an int4 group, which must be loaded right after the first."""
 
 
 def _loader(builder: Any, address: Any, length: Any, format: str) -> _Loader:
-    """Of a row of this length at an address; what all of its numbers share is loaded at once."""
+    """Returns the loader of a row of this length at an address. What all numbers of the row share is loaded now."""
     if format == "int8":
         return _int8_loader(builder, address, length)
     if format == "int4":
@@ -123,9 +128,7 @@ def _int8_loader(builder: Any, address: Any, length: Any) -> _Loader:
 
 
 def _int4_loader(builder: Any, address: Any) -> _Loader:
-    in_first_half: list[
-        Any
-    ] = []  # the bytes of the group, and its scale and -8 times that, which the second half shares
+    in_first_half: list[Any] = []  # of the group, for its second half: the bytes, the scale, and -8 times the scale
 
     def load(index: Any, width: int, half: int = 0) -> Any:
         wide = _vector(_I32, width)
@@ -137,7 +140,7 @@ def _int4_loader(builder: Any, address: Any) -> _Loader:
             both = builder.zext(_load_bytes(builder, place, width), wide)
             in_first_half[:] = both, _spread(builder, scale, width), _spread(builder, least, width)
         both, scale, least = in_first_half
-        if width == 1:  # any one of the group's numbers
+        if width == 1:  # a single number anywhere in the group
             upper = builder.and_(builder.lshr(index, _I64(_LOG2_GROUP - 1)), _I64(1))
             both = builder.lshr(both, _spread(builder, builder.trunc(builder.shl(upper, _I64(2)), _I32), 1))
         elif half:
@@ -155,7 +158,7 @@ def _load_bytes(builder: Any, address: Any, count: int) -> Any:
 
 
 def _load_bfloat16(builder: Any, address: Any) -> Any:
-    """A number at any address."""
+    """Loads a number from an address of any alignment, as float32."""
     value = builder.load(builder.inttoptr(address, _I16.as_pointer()))
     value.align = 1
     return builder.bitcast(builder.shl(builder.zext(value, _I32), _I32(16)), _F32)
@@ -169,19 +172,20 @@ def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
 
 
 def _spread(builder: Any, number: Any, width: int) -> Any:
-    """A vector of one number."""
+    """Returns a vector with the same number in all elements."""
     kind = _vector(number.type, width)
     single = builder.insert_element(ir.Constant(kind, ir.Undefined), number, _I32(0))
     return builder.shuffle_vector(single, ir.Constant(kind, ir.Undefined), _lanes(_I32, [0] * width))
 
 
 def _folded(builder: Any, values: list[Any]) -> Any:
-    """A vector of the sums of the elements of each of 2^k vectors, 2^k no more than their elements.
+    """Returns a vector of the sums of the elements of each of 2^k vectors. There may be at most as many as elements.
 
-    Of each the halves are added until one element is left. Several are folded at once: the halves of two vectors are laid
-    side by side before they are added, which costs a third of folding them alone, with the same additions.
+    The halves of each vector are added until one element is left. Several vectors are folded together: the halves of
+    two vectors are placed side by side before they are added. This takes a third of the time of folding each alone, and
+    does the same additions.
     """
-    width = values[0].type.count  # elements that are left of each sum
+    width = values[0].type.count  # how many elements are left of each sum
     while width > 1:
         width //= 2
         lanes = [2 * width * sum_ + i for sum_ in range(values[0].type.count // (2 * width)) for i in range(width)]
@@ -198,8 +202,11 @@ def _folded(builder: Any, values: list[Any]) -> Any:
 
 
 def _by_vectors(builder: Any, length: Any, body: Callable[..., None], format: str = "float32") -> None:
-    """Calls ``body(index, width)`` to emit the loop over whole vectors, and the one over what is left; for int4, before them,
-    ``body(index, width)`` and ``body(index, width, half=1)`` for that over whole groups, which are two vectors."""
+    """Emits loops over whole vectors, and then over single numbers. ``body(index, width)`` emits the body of each.
+
+    For int4, a loop over whole groups precedes them. A group is two vectors: ``body(index, width)`` emits the code for
+    the first, and ``body(index, width, half=1)`` that for the second.
+    """
     done = _I64(0)
     if format == "int4":
         groups = builder.and_(length, _I64(-GROUP))
@@ -223,13 +230,17 @@ def _dot_products(
     format: str,
     also: Callable[[Any, int, list[Any]], None] | None = None,
 ) -> Any:
-    """A vector of the products of rows of weights and values at these addresses; each row is loaded once.
+    """Returns a vector of the dot products of pairs of rows. Each row is loaded once.
 
-    ``also(index, width, values)`` emits what else is to be done with the loaded values. There must be 2^k pairs, ``LANES`` at
-    most.
+    Args:
+        weights, values: the addresses of the rows.
+        pairs: the indices of the weights and of the values of each product; 2^k pairs, at most ``LANES``.
+        length: the length of a row.
+        format: the format of the weights.
+        also: ``(index, width, values)``, emits further code that uses the loaded values.
     """
     sums = [cgutils.alloca_once_value(builder, _lanes(_F32, [0.0] * LANES)) for _ in pairs]
-    rest = cgutils.alloca_once_value(builder, _lanes(_F32, [0.0] * len(pairs)))  # sums of what whole vectors leave
+    rest = cgutils.alloca_once_value(builder, _lanes(_F32, [0.0] * len(pairs)))  # for the rest of the rows
     first = builder.bitcast(rest, _vector(_F32, 1).as_pointer())
     slots = {LANES: sums, 1: [builder.gep(first, [_I32(number)]) for number in range(len(pairs))]}
 
@@ -248,7 +259,7 @@ def _dot_products(
 
 
 def _load_scalar(builder: Any, address: Any, number: int, kind: ir.Type) -> Any:
-    """A number of an array."""
+    """Loads an element of an array."""
     place = builder.add(address, _I64(number * (8 if kind == _I64 else 4)))
     return builder.load(builder.inttoptr(place, kind.as_pointer()))
 
@@ -259,20 +270,20 @@ def _store_scalar(builder: Any, value: Any, address: Any, number: int = 0) -> No
 
 
 def _make_tile(num_weights: int, num_values: int) -> Any:
-    """Products of ``num_weights`` rows of weights with ``num_values`` rows of values."""
+    """Makes an instruction for the dot products of ``num_weights`` weight rows with ``num_values`` rows of values."""
 
     @instruction(types.boolean, *[NUMBER] * 7, has_like=True)
     def tile(builder, like, relu, weight, weight_stride, value, value_stride, length, out, out_stride):
-        """Addresses and strides in bytes; the product of weights i and values j goes to ``out + i * stride + 4 j``.
+        """Writes the product of weights i and values j to ``out + i * out_stride + 4 * j``. Strides are in bytes.
 
-        With ``relu``, negative ones go there as 0.
+        With ``relu``, negative products become 0.
         """
         weights = [builder.add(weight, builder.mul(weight_stride, _I64(i))) for i in range(num_weights)]
         values = [builder.add(value, builder.mul(value_stride, _I64(j))) for j in range(num_values)]
         pairs = [(i, j) for i in range(num_weights) for j in range(num_values)]
         products = _dot_products(builder, weights, values, pairs, length, like)
         zero = ir.Constant(products.type, [0.0] * len(pairs))
-        # Written so that NaN stays NaN, as ReLU keeps it.
+        # This comparison keeps NaN, as ReLU does.
         is_cut = builder.and_(_spread(builder, relu, len(pairs)), builder.fcmp_ordered("<", products, zero))
         products = builder.select(is_cut, zero, products)
         for i in range(num_weights):
@@ -292,7 +303,7 @@ tile_1x4 = _make_tile(1, 4)
 def _make_dots(count: int) -> Any:
     @instruction(*[NUMBER] * 4, has_like=True)
     def dots(builder, like, weights, values, length, out):
-        """``count`` products of rows whose addresses stand in int64 arrays at ``weights`` and ``values``."""
+        """Computes ``count`` dot products of rows. Int64 arrays at ``weights`` and ``values`` have their addresses."""
         weights, values = ([_load_scalar(builder, each, i, _I64) for i in range(count)] for each in (weights, values))
         products = _dot_products(builder, weights, values, [(i, i) for i in range(count)], length, like)
         _store(builder, products, out, _I64(0), count)
@@ -306,13 +317,13 @@ dots_1 = _make_dots(1)
 
 @instruction(*[NUMBER] * 3, has_like=True, result=types.float32)
 def dot(builder, like, weight, value, length):
-    """The product of a row of weights with one of values."""
+    """Returns the dot product of a row of weights and a row of values."""
     return builder.extract_element(_dot_products(builder, [weight], [value], [(0, 0)], length, like), _I32(0))
 
 
 @instruction(ADDRESS, ADDRESS, types.float32, NUMBER, has_like=True)
 def add_scaled(builder, like, out, row, factor, length):
-    """``out += factor * row``; ``out`` is float32, ``row`` of the format of ``like``."""
+    """Computes ``out += factor * row``. ``out`` is float32, and ``row`` has the format of ``like``."""
     load = _loader(builder, row, length, like)
 
     def body(index: Any, width: int, half: int = 0) -> None:
@@ -334,13 +345,13 @@ def _row_bytes(builder: Any, format: str, length: Any) -> Any:
 
 @instruction(NUMBER, has_like=True, result=types.int64)
 def row_bytes(builder, like, length):
-    """Of a row of so many numbers, as :func:`bdh.ops.formats.row_bytes`."""
+    """Returns the size in bytes of a row of this length, as :func:`bdh.ops.formats.row_bytes`."""
     return _row_bytes(builder, like, length)
 
 
 @instruction(ADDRESS, NUMBER, ADDRESS, NUMBER, has_like=True, result=types.int64)
 def float_rows(builder, like, rows, count, scratch, length):
-    """The address of ``count`` rows as float32, one after the other: where they are, or in ``scratch``."""
+    """Returns the address of ``count`` contiguous rows as float32. Other formats are converted to ``scratch`` first."""
     if like == "float32":
         return rows
     row_bytes = _row_bytes(builder, like, length)
@@ -365,21 +376,21 @@ def _prefetch(builder: Any, address: Any, is_written: bool) -> None:
 
 @instruction(ADDRESS)
 def prefetch(builder, address):
-    """Asks for the cache line at an address, which need not be read."""
+    """Prefetches the cache line at an address. The address need not be readable."""
     _prefetch(builder, address, False)
 
 
 @instruction(ADDRESS)
 def prefetch_to_write(builder, address):
-    """Asks for the cache line at an address, to write there: no other core keeps it then."""
+    """Prefetches the cache line at an address for writing, so that no other core keeps a copy."""
     _prefetch(builder, address, True)
 
 
 @intrinsic
 def address(typingctx: Any, array: Any) -> tuple[Any, Callable[..., Any]]:
-    """Of an array's first number; the array must outlive it.
+    """Returns the address of an array's first element. It is valid as long as the array exists.
 
-    ``array.ctypes.data`` is unsigned, which numba adds to a signed integer as floats.
+    ``array.ctypes.data`` cannot be used: it is unsigned, and numba adds unsigned and signed integers as floats.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -389,7 +400,7 @@ def address(typingctx: Any, array: Any) -> tuple[Any, Callable[..., Any]]:
     return types.int64(array), codegen
 
 
-# Single numbers, by address.
+# Loads and stores of single numbers, by address.
 
 
 @instruction(ADDRESS, types.float32)
