@@ -28,7 +28,7 @@ D), or those of :func:`code_shapes`, or those of a :class:`bdh.ops.eager.Ring`. 
 shapes."""
 
 _RESCALED_BITS = 32
-_MOST_BITS = 60  # lost at one token: float32 keeps 24, so what is left of what was there has vanished
+_MOST_BITS = 60  # most bits lost per token: float32 has 24, so more makes no difference
 
 
 @dataclass
@@ -40,7 +40,7 @@ class KernelWeights:
 
     embed: torch.Tensor  # (V, D), float32
     encoder: Rows  # H*N
-    encoder_v: list[Rows]  # H of N, in one format
+    encoder_v: list[Rows]  # for each head, N rows; all in one format
     decoder: Rows  # H*N
     lm_head: Rows  # V
     rope_theta: float
@@ -124,7 +124,7 @@ class ScaledSums:
 
     def __init__(self, half_lives: Sequence[float]):
         self.half_lives = np.maximum(half_lives, 1 / _MOST_BITS)
-        # (H,): tokens after which rows take up their factor. The bound is for heads that never forget: no text is as long.
+        # (H,): the tokens between two rescalings. The upper bound, for heads without decay, exceeds any text's length.
         self._period = np.clip(np.floor(self.half_lives * _RESCALED_BITS), 1, 2.0**62).astype(np.int64)
 
     def tokens_left(self, position: int) -> int:
@@ -133,7 +133,7 @@ class ScaledSums:
 
     def scales(self, position: int, count: int) -> np.ndarray:
         """Returns the factors of the heads (count + 1, H), before each of the next tokens and after the last."""
-        first = position % self._period  # (H,): tokens since the rows took theirs up
+        first = position % self._period  # (H,): tokens since the rows were last multiplied
         return np.exp2(-(first + np.arange(count + 1)[:, None]) / self.half_lives)
 
     def rescaled(self, position: int, sums: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, float]]:
@@ -167,7 +167,7 @@ class Recurrence:
     def __init__(self, weights: KernelWeights):
         self.weights = weights
         _, H, N, _ = weights.shape
-        self._matrices = (  # each with the mark of its format before it
+        self._matrices = (  # each preceded by the mark of its format
             *_place(weights.encoder),
             kernels.LIKE[weights.encoder_v[0].format],
             np.array([each.tensor.data_ptr() for each in weights.encoder_v], np.int64),
@@ -178,7 +178,7 @@ class Recurrence:
         self._rounding_table = rounding_table(weights.shape[-1])
         self._head = _place(weights.lm_head)
         self._num_partial_sums = H * kernels.stretches_of(N)
-        self._memory = threading.local()  # of each thread its own, so that two may read at once
+        self._memory = threading.local()  # one per thread, so that several threads can read at the same time
         self._is_compiled: set[Any] = set()
 
     def advance(
@@ -313,7 +313,7 @@ class Recurrence:
         def run(v: np.ndarray) -> torch.Tensor:
             if count:
                 if count < len(v):
-                    v = np.take(v, index, axis=0, out=chosen, mode="clip")  # other modes take memory
+                    v = np.take(v, index, axis=0, out=chosen, mode="clip")  # other modes allocate memory
                 team = team_for(count)
                 progress = team.new_progress(1)
                 num_threads = min(team.threads, kernels.projected_pieces(num_words))

@@ -65,7 +65,7 @@ _LOOK_SECONDS = 0.2
 _CROWDED = 0.3
 """The mean number of waiting threads above which cores count as scarce."""
 _HOLD_SECONDS = 0.5, 2.0
-"""How long fewer threads are used before all are tried again: the first time, and at most."""
+"""How long fewer threads are used before one more is tried again: the first time, and at most."""
 
 
 def waited_seconds() -> float | None:
@@ -76,8 +76,8 @@ def waited_seconds() -> float | None:
     total = 0
     try:
         for name in os.listdir("/proc/self/task"):
-            with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
-                # Without a Python file around it: half of the time, where threads are many.
+            with suppress(FileNotFoundError, ProcessLookupError):  # the thread has just ended
+                # A Python file object would double the time with many threads.
                 file = os.open(f"/proc/self/task/{name}/schedstat", os.O_RDONLY)
                 try:
                     total += int(os.read(file, 100).split()[1])
@@ -98,8 +98,8 @@ class Crowding:
     ):
         self._clock, self._waited = clock, waited
         self._lock = threading.Lock()
-        self._last: tuple[float, float] | None = None  # when it was looked at, and what had been waited by then
-        self._used = 0  # the most threads that a call has had since
+        self._last: tuple[float, float] | None = None  # the time of the last check, and the wait until then
+        self._used = 0  # the most threads of a call since then
         self._busy_cores = 0
         self._hold, self._until, self._freed = _HOLD_SECONDS[0], 0.0, -1e9
 
@@ -128,7 +128,7 @@ class Crowding:
             return
         share = (waited - before[1]) / (now - before[0])
         if share > _CROWDED:
-            # All were tried again not long ago: the next time, later.
+            # Another thread was tried again not long ago, so the next try is later.
             is_again = now - self._freed < 3 * _LOOK_SECONDS
             self._hold = min(2 * self._hold, _HOLD_SECONDS[1]) if is_again else max(self._hold, _HOLD_SECONDS[0])
             self._busy_cores = min(max(num_threads - used, 0) + max(1, round(2 * share)), num_threads - 1)
@@ -221,7 +221,7 @@ def exclusive() -> AbstractContextManager[object]:
 
     try:
         is_safe = numba.threading_layer() != "workqueue"
-    except ValueError:  # nothing has run yet, so it is not chosen
+    except ValueError:  # no parallel code has run yet, so the layer is not chosen
         is_safe = False
     return nullcontext() if is_safe else _one_at_a_time
 

@@ -16,9 +16,9 @@ DENSE_Y = 0.45
 """The fraction of x that fires above which y is computed by a dense product, for all neurons and tokens."""
 DENSE_GRADIENT = 0.4
 """The fraction of x that fires above which the gradients through x are computed by dense products."""
-_FIRE_BYTES = 1024 * 1024  # of x
-# Rows of so many numbers, or a multiple, fall on the same few sets of a cache: the products of the attention take a third
-# longer. So such rows are made longer by a vector.
+_FIRE_BYTES = 1024 * 1024  # of x, in a group of neurons
+# Rows whose length is a multiple of this map to the same few sets of a cache, and the matrix products of attention take
+# a third longer. Such rows are therefore made longer by a vector.
 _ALIASED = 256
 _scratch = threading.local()
 """The arrays of a block by name, which are kept from call to call: allocating fresh pages takes longer than much of the
@@ -69,7 +69,7 @@ class KernelNeurons(Neurons):
         x, q = self._memory("x", block, v, fresh=self._keep_wide), self._memory("q", block, v)
         values, weights = v.reshape(-1, D).t(), self._weights.encoder[block.neurons]
         turns = _turns(block)
-        # Some neurons at a time, whose products are still in the cache when they are rotated; pairs stay together.
+        # In groups of whole pairs, so that their products are still in the cache when they are rotated.
         some = max(2, _FIRE_BYTES // (4 * x.shape[1]) // 2 * 2)
         self._firing = 0
         for first in range(0, len(x), some):
