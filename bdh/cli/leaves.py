@@ -1,4 +1,4 @@
-"""The settings of a class one by one, and the help that lists them."""
+"""The individual settings of a class, and the help that lists them."""
 
 import argparse
 import dataclasses
@@ -19,27 +19,27 @@ class Leaf:
     """One setting."""
 
     name: str
-    """With its section: data.source."""
+    """The name with its section, such as data.source."""
     type: Any
     default: Any
     owner: type
-    """The section's class."""
+    """The class of the section."""
     verbatim: bool
-    """Whether even the flag's value `null` is text."""
+    """Whether the flag takes even `null` as text."""
 
     @property
     def help(self) -> str:
-        """The docstring under the field, with the word for None that settings take."""
+        """The docstring under the field, with null instead of None, as it is written in settings."""
         return re.sub(r"\bNone\b", "null", field_helps(self.owner).get(self.name.rpartition(".")[2], ""))
 
     @functools.cached_property
     def types(self) -> tuple[Any, ...]:
-        """What a value may be; several where the type is a union."""
+        """The types that a value can have: several if the type is a union."""
         return members([self.type])
 
     @property
     def item_types(self) -> list[Any]:
-        """Of the lists that a value may be."""
+        """The types of the items, for each type of list that a value can have."""
         return [typing.get_args(each)[0] for each in self.types if typing.get_origin(each) is list]
 
     @property
@@ -48,7 +48,7 @@ class Leaf:
 
     @property
     def takes_text(self) -> bool:
-        """Whether a value may be any text, or a list of texts."""
+        """Whether a value can be any text, or a list of texts."""
         return str in self.types or self.takes_texts
 
     @property
@@ -57,7 +57,7 @@ class Leaf:
 
 
 def leaves_of(settings_class: Any, prefix: str = "", section: Any = None) -> Iterator[Leaf]:
-    """The settings of a class. Those of a section have the defaults of ``section``, the object that its field makes."""
+    """Yields the settings of a class. If ``section`` is an instance of it, its values are the defaults."""
     for field in dataclasses.fields(settings_class):
         default, annotation = default_of(field, section), field_types(settings_class)[field.name]
         name = prefix + field.name
@@ -68,14 +68,14 @@ def leaves_of(settings_class: Any, prefix: str = "", section: Any = None) -> Ite
 
 
 def default_of(field: dataclasses.Field, section: Any) -> Any:
-    """A field's value in ``section``, or else its own default; MISSING without one."""
+    """Returns a field's value in ``section`` or, if that is None, its own default; MISSING if it has none."""
     if section is not None:
         return getattr(section, field.name)
     return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def members(annotations: Sequence[Any]) -> tuple[Any, ...]:
-    """The plain types that values of any of these types may have."""
+    """Returns the members of unions in these types, without ``Annotated`` metadata."""
     return tuple(plain_type(each) for annotation in annotations for each in alternatives(plain_type(annotation)))
 
 
@@ -91,10 +91,15 @@ def help_parser(
     positionals: Sequence[str],
     on_action: Callable[[str, argparse.Action], None] = lambda name, action: None,
 ) -> argparse.ArgumentParser:
-    """A parser that knows a command's settings with their help, for texts about them: it reads no command line.
+    """Returns a parser with a command's settings and their help. It only prints them, and parses no command line.
 
     Args:
-        on_action: is called with the name of each setting, and of ``config``, and what argparse made of it.
+        settings_class: the class of the settings.
+        leaves: its settings by name.
+        prog: the name of the command.
+        description: the description of the command.
+        positionals: the settings that are positional arguments.
+        on_action: called with the name of each setting, and with ``config``, and the action that argparse returned.
     """
     places = {
         name: f"{name.upper().removesuffix('S')} ..." if leaves[name].item_types else name.upper()
@@ -112,14 +117,14 @@ def help_parser(
         ("--help", "print this text and exit"),
     ):
         general.add_argument(flag, action="store_true", help=text)
-    # What the command has alone comes before what it shares with others.
+    # The command's own settings come before those that it shares with other commands.
     order = {name: place for place, name in enumerate([*positionals, *inspect.get_annotations(settings_class)])}
     for leaf in sorted(leaves.values(), key=lambda leaf: order.get(leaf.name, len(order))):
         section, _, end = leaf.name.rpartition(".")
         if section not in groups:
             groups[section] = parser.add_argument_group(f"section {section}")
         has_place = leaf.name in positionals
-        is_switch = leaf.types == (bool,)  # whose name alone is true
+        is_switch = leaf.types == (bool,)  # whose flag needs no value
         about = [] if has_place or is_switch else [type_in_words(leaf.type)]
         if leaf.default is not MISSING and not (has_place and not leaf.default):
             about.append(f"default: {in_a_line(leaf.default)}")

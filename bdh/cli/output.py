@@ -1,7 +1,8 @@
-"""What a command shows: its standard streams, which may lose their reader, what libraries log, and progress bars.
+"""The output of commands: standard streams whose reader may disappear, log lines of libraries, and progress bars.
 
-transformers, datasets, huggingface_hub and others log what they raise too, and each try of a download. That is kept back
-while a command gets ready, so that an error is the one line that its reader sees. See also :mod:`bdh.unneeded_lines`.
+transformers, datasets, huggingface_hub and others also log the errors that they raise, and each attempt of a download.
+These lines are held back while a command starts, so that an error is the only line that the user sees. See also
+:mod:`bdh.unneeded_lines`.
 """
 
 import errno
@@ -20,17 +21,18 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import TaskID
 
-# The reader of a pipe, or the terminal, is gone for good; other faults, such as a full disk, may pass.
+# The reader of a pipe, or the terminal, is gone for good. Other errors, such as a full disk, may be temporary.
 _GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ESHUTDOWN)
 StageProgress = Callable[[str, int, int | None], None]
-_kept: list[tuple[logging.Logger, logging.LogRecord]] | None = None  # where nothing is kept back
+_kept: list[tuple[logging.Logger, logging.LogRecord]] | None = None  # None while nothing is held back
 
 
 @contextmanager
 def kept_back(*, show_on_error: bool) -> Iterator[None]:
-    """Keeps back the lines of libraries that are imported within, until :func:`show_kept` or the end.
+    """A context that holds back log lines of libraries imported within it, until :func:`show_kept` or its end.
 
-    At the end they are shown, but where an exception is raised only with ``show_on_error``. Our own are never kept.
+    At the end they are shown. After an exception, they are only shown with ``show_on_error``. Lines of this package are
+    never held back.
     """
     global _kept
     logger_class = logging.getLoggerClass()
@@ -51,19 +53,19 @@ def kept_back(*, show_on_error: bool) -> Iterator[None]:
 
 
 def show_kept() -> None:
-    """Shows what was kept back; from now on, lines are shown as they come."""
+    """Shows the lines that were held back. Later lines are shown at once."""
     global _kept
     kept, _kept = _kept or [], None
     logging.captureWarnings(False)
     for logger, record in kept:
-        if logger.name == "py.warnings":  # which has no handler but for this time
+        if logger.name == "py.warnings":  # has no handler of its own
             print(record.getMessage(), end="", file=sys.stderr)
         else:
             logger.handle(record)
 
 
 class _KeepingLogger(logging.Logger):
-    """A logger whose lines can be kept back, unless it is one of ours, on which nothing is put."""
+    """A logger whose lines can be held back. Loggers of this package are not changed."""
 
     def __init__(self, name: str, level: int = logging.NOTSET):
         super().__init__(name, level)
@@ -78,7 +80,7 @@ class _KeepingLogger(logging.Logger):
 
 @contextmanager
 def lasting_streams() -> Iterator[None]:
-    """Within, what cannot be written to stdout or stderr is lost, and ends nothing; the other one says so, once."""
+    """A context in which failed writes to stdout or stderr are ignored. The other stream reports the first failure."""
     before = sys.stdout, sys.stderr
     lasting = [stream and _LastingStream(stream, other) for stream, other in (before, before[::-1])]
     sys.stdout, sys.stderr = lasting
@@ -91,7 +93,7 @@ def lasting_streams() -> Iterator[None]:
 
 
 class _LastingStream:
-    """A stream whose faults are its own."""
+    """A stream whose write errors are not raised."""
 
     def __init__(self, stream: TextIO, other: TextIO | None):
         self._stream, self._other = stream, other
@@ -111,7 +113,7 @@ class _LastingStream:
         self._tried(self._stream.flush)
 
     def end(self) -> None:
-        """Writes what is left; what cannot be written is lost here rather than a fault at Python's end."""
+        """Flushes the stream. What cannot be written is discarded, so that Python does not fail when it exits."""
         if not self._tried(self._stream.flush):
             self._discard()
             self._tried(self._stream.flush)
@@ -129,7 +131,10 @@ class _LastingStream:
         return True
 
     def _discard(self) -> None:
-        """Leads what follows, and what lies in the buffers, to nowhere: Python's own writing and that of libraries."""
+        """Redirects the file descriptor to the null device, for the content of buffers and all later writes.
+
+        This includes writes of Python itself and of libraries.
+        """
         nowhere = os.open(os.devnull, os.O_WRONLY)
         try:
             os.dup2(nowhere, self._stream.fileno())
@@ -140,26 +145,29 @@ class _LastingStream:
         name = self._stream.name.strip("<>")
         about = f"warning: {name} cannot be written to ({error.strerror}): what is written there is lost"
         if self._other is not None:
-            with suppress(OSError):  # both have lost their reader: nobody is left
+            with suppress(OSError):  # neither stream has a reader any more
                 print(about, file=self._other, flush=True)
 
 
 def print_error(message: str) -> None:
-    """To standard error, the first line in red on a terminal."""
+    """Prints an error to the standard error; in a terminal, the first line is red."""
     first, *others = message.splitlines() or [""]
     red, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() else ("", "")
     print(f"{red}error: {first}{plain}", *others, sep="\n", file=sys.stderr, flush=True)
 
 
 def table_lines(rows: Sequence[Sequence[str]], *, num_names: int) -> list[str]:
-    """In columns, of which the first ones hold names and the others numbers."""
+    """Returns the lines of a table. The first ``num_names`` columns are left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     aligned = [str.ljust] * num_names + [str.rjust] * (len(widths) - num_names)
     return ["  ".join(map(lambda align, *cell: align(*cell), aligned, row, widths)).rstrip() for row in rows]
 
 
 def indented(text: str) -> str:
-    """A line below an entry of a list: on a terminal as several, that none is wider than it; else whole, for other programs."""
+    """Indents a line that belongs to an entry of a list.
+
+    In a terminal it is wrapped to the terminal's width. Otherwise it stays on one line, for other programs.
+    """
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else len(text) + 4
     wrapper = textwrap.TextWrapper(width, "    ", "      ", break_long_words=False, break_on_hyphens=False)
     return wrapper.fill(text)
@@ -173,9 +181,9 @@ def error_console(**options: Any) -> "Console":
 
 @contextmanager
 def stage_progress(unit: str, console: "Console | None" = None) -> Iterator[StageProgress]:
-    """A line for each stage of some work; yields a function of the stage, how far it is, and of how much.
+    """A context that shows a line for each stage of some work.
 
-    The total is None where nobody knows it.
+    It yields a function to call with the stage, the amount done, and the total amount, or None if it is unknown.
     """
     from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 
@@ -195,7 +203,7 @@ def stage_progress(unit: str, console: "Console | None" = None) -> Iterator[Stag
 
 @contextmanager
 def count_progress(description: str, unit: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """A bar over ``total`` things; yields a function that takes the number done so far."""
+    """A context that shows a bar for ``total`` items. It yields a function to call with the number done so far."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     console = error_console()
@@ -207,7 +215,10 @@ def count_progress(description: str, unit: str, total: int, done: int = 0) -> It
 
 @contextmanager
 def stage_bars() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar for each stage of some work; yields a function of the stage, how far it is, and of how much."""
+    """A context that shows a bar for each stage of some work.
+
+    It yields a function to call with the stage, the amount done, and the total amount.
+    """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     console = error_console()

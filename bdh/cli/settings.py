@@ -1,8 +1,9 @@
-"""From YAML files and flags to a dataclass of settings, with every fault reported at once.
+"""Reads YAML files and flags into a dataclass of settings, and reports all faults at once.
 
-A settings class is a dataclass whose fields are values, or dataclasses: sections, whose fields are named with a dot. The
-docstring under a field is its help text. Pydantic checks the values, by :mod:`bdh.validation`. Text on the command line is
-kept from being read as YAML: a prompt of `# x` would be nothing, and one of `1e3` a number.
+A settings class is a dataclass. Its fields are values or sections, which are dataclasses too. The names of a section's
+fields begin with that of the section and a dot. The docstring under a field is its help text. :mod:`bdh.validation`
+checks the values with pydantic. The value of a flag is not parsed as YAML if the setting takes text: a prompt `# x`
+would be empty, and a prompt `12` a number.
 """
 
 import contextlib
@@ -33,7 +34,7 @@ from bdh.words import nearest
 
 
 def verbatim(default: Any) -> Any:
-    """A field of text, or None, whose flag takes every value as text: elsewhere `null` stands for None."""
+    """Returns a field of text or None whose flag takes even `null` as text. For other fields, `null` means None."""
     return dataclasses.field(default=default, metadata={"verbatim": True})
 
 
@@ -47,15 +48,20 @@ def parse_settings(
     base: Mapping[str, Any] | None = None,
     check_available: bool = True,
 ) -> SettingsType:
-    """The settings that a command line asks for.
+    """Returns the settings that a command line gives.
 
-    Defaults are overridden by ``base``, that by the files given with ``--config`` in their order, those by the
-    flags, wherever they stand. ``--help`` and ``--print_config`` print and exit.
+    ``base`` overrides the defaults, the files of ``--config`` override ``base`` in their order, and flags override the
+    files, wherever they are on the command line. ``--help`` and ``--print_config`` print and exit.
 
     Args:
-        positionals: fields that are given by their place; the last one may be a list, and takes the rest.
-        base: nested settings, as a YAML file would hold them.
-        check_available: whether to check too that what the settings name is there: :meth:`Settings.check_available`.
+        settings_class: the class of the settings.
+        argv: the arguments after the command's name.
+        prog: the name of the command, for the help.
+        description: the description of the command, for the help.
+        positionals: the fields that are positional arguments. The last one may be a list, which takes all that remain.
+        base: nested settings, as a YAML file would contain them.
+        check_available: whether to call :meth:`Settings.check_available`, which checks that files, packages and the
+            like that the settings name are available.
 
     Raises:
         OSError, ImportError: a configuration file, or what a setting names, is missing.
@@ -79,12 +85,14 @@ def parse_settings(
 
 
 class Command:
-    """A command: called with the words after its name, it returns the exit status.
+    """A command. Call it with the arguments after its name; it returns the exit status.
 
     Args:
-        run: what runs it; ``run_NAME``.
-        settings_class: the settings that it takes, of which those named by ``positionals`` are given by their place.
-        description, prog: for the help; by default the docstring of ``run``, and ``bdh NAME``.
+        run: the function ``run_NAME`` that runs it.
+        settings_class: the class of its settings.
+        positionals: the settings that are positional arguments.
+        description: the description in the help; by default the docstring of ``run``.
+        prog: the name in the help; by default ``bdh NAME``.
     """
 
     def __init__(
@@ -104,7 +112,7 @@ class Command:
         return self._run(argv)
 
     def parse(self, argv: Sequence[str], **options: Any) -> Any:
-        """:func:`parse_settings` with this command's settings, name and description."""
+        """Calls :func:`parse_settings` with this command's settings, name and description."""
         return parse_settings(
             self.settings_class,
             argv,
@@ -118,10 +126,13 @@ class Command:
 def command(
     *positionals: str, base: Callable[[Mapping[str, Any]], Mapping[str, Any] | None] | None = None
 ) -> Callable[[Callable[[Any], int]], Command]:
-    """Makes the command ``bdh NAME`` of a function ``run_NAME(settings)``, whose docstring is its description in the help.
+    """A decorator that turns a function ``run_NAME(settings)`` into the command ``bdh NAME``.
+
+    The docstring of the function is the description in the help.
 
     Args:
-        base: gives the settings that stand in place of the defaults, nested, for what the command line gives.
+        positionals: the settings that are positional arguments.
+        base: returns nested settings that override the defaults, or None, for the settings of the command line.
     """
 
     def made(run: Callable[[Any], int]) -> Command:
@@ -141,16 +152,20 @@ def command(
 
 
 def takes(settings_class: type[Settings], *positionals: str, **texts: str) -> Callable[[Any], Command]:
-    """Makes the command of a function of an argv, which reads its settings by :meth:`Command.parse`.
+    """A decorator that turns a function of the arguments, which calls :meth:`Command.parse` itself, into a command.
 
     Args:
-        texts: ``description`` and ``prog``, as of :class:`Command`.
+        settings_class: the class of the settings.
+        positionals: the settings that are positional arguments.
+        texts: ``description`` and ``prog``, as for :class:`Command`.
     """
     return lambda run: Command(run, settings_class, positionals, **texts)
 
 
 def given_settings(settings_class: type, argv: Sequence[str], positionals: Sequence[str] = ()) -> dict[str, Any]:
-    """What the files and flags of a command line give, by dotted name; what is wrong is left to ``parse_settings``.
+    """Returns the values that files and flags of a command line give, by dotted name.
+
+    Invalid ones are left out: ``parse_settings`` reports them.
 
     Raises:
         FileNotFoundError: a configuration file is missing.
@@ -163,7 +178,7 @@ def given_settings(settings_class: type, argv: Sequence[str], positionals: Seque
 
 
 def to_yaml(settings: Any, *, with_help: bool = False) -> str:
-    """The settings as YAML that ``--config`` reads back; ``with_help`` puts each setting's help above it."""
+    """Returns the settings as YAML that ``--config`` can read. ``with_help`` adds each setting's help above it."""
     lines: list[str] = []
     section: list[str] = []
     for leaf in leaves_of(type(settings)):
@@ -181,19 +196,19 @@ def to_yaml(settings: Any, *, with_help: bool = False) -> str:
 
 @dataclass(frozen=True)
 class Given:
-    """A value of a setting, not converted yet."""
+    """A value that was given for a setting, before conversion."""
 
     value: Any
     place: str = ""
-    """File and line, in brackets."""
+    """The file and line, in parentheses."""
     shown: str = ""
-    """How a file has it, where that is not as Python would show it."""
+    """The spelling in the file, if Python would show the value differently."""
     quotable: str = ""
-    """What in it would be text in quotes, as a file has it."""
+    """The spelling of what would be text if it were quoted."""
 
 
 class Leaves(dict[str, Leaf]):
-    """All settings of a class by their names."""
+    """All settings of a class by their dotted names."""
 
     def __init__(self, settings_class: Any):
         super().__init__((leaf.name, leaf) for leaf in leaves_of(settings_class))
@@ -201,7 +216,7 @@ class Leaves(dict[str, Leaf]):
         self.sections = {name.rpartition(".")[0] for name in self} - {""}
 
     def given_in(self, document: YamlDocument, origin: str, faults: Faults) -> dict[str, Given]:
-        """The settings of a document by their dotted names, without those that are among the faults already."""
+        """Returns the settings in a document by their dotted names, without those that have a fault already."""
         found: dict[str, Given] = {}
 
         def walk(branch: Mapping[Any, Any], prefix: str) -> None:
@@ -227,7 +242,7 @@ class Leaves(dict[str, Leaf]):
         return found
 
     def suggestion(self, name: str) -> str:
-        """What may be meant by a name that no setting has."""
+        """Returns the end of the error for an unknown name: the name that was probably meant, if one is similar."""
         if hint := dict(_removed(self.settings_class)).get(name):
             return f": {hint}"
         end, ends = name.rpartition(".")[2], {leaf.rpartition(".")[2]: leaf for leaf in self}
@@ -240,7 +255,7 @@ class Leaves(dict[str, Leaf]):
 
 
 class CommandLine:
-    """What an argv says: values of settings, configuration files, and the two questions it may ask."""
+    """The content of a command line: values, configuration files, and whether help or the settings are requested."""
 
     def __init__(self, leaves: Leaves, positionals: Sequence[str], argv: Sequence[str]):
         self.wants_help = self.wants_config = False
@@ -275,7 +290,7 @@ class CommandLine:
             self._faults.add(f"{argument!r} is not expected here: {meant or 'settings start with two dashes'}")
 
     def given(self, faults: Faults) -> dict[str, Given]:
-        """The values of the files in their order, and over them those of the flags."""
+        """Returns the given values. Later files override earlier ones, and flags override all files."""
         found: dict[str, Given] = {}
         for path in self._files:
             found |= self._leaves.given_in(_read_config(config_file(path), faults), path, faults)
@@ -305,7 +320,7 @@ class CommandLine:
             self._give(leaf, value)
 
     def _give(self, leaf: Leaf, value: str) -> None:
-        """A list grows with each value; anything else is given once."""
+        """Records a value. A setting that takes a list can be given several times, any other only once."""
         before = self._values.get(leaf.name, MISSING)
         is_nullable_text = leaf.takes_text and type(None) in leaf.types and not leaf.verbatim
         if is_nullable_text and value == "None":
@@ -325,7 +340,7 @@ def _initials(name: str) -> str:
 
 
 def _removed(settings_class: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Settings of earlier versions, by their dotted names, each with what is said of it: the sections' ``REMOVED``."""
+    """Yields the settings of earlier versions by their dotted names, with the hints in ``REMOVED`` of each section."""
     yield from ((f"{prefix}{name}", hint) for name, hint in getattr(settings_class, "REMOVED", {}).items())
     for name, annotation in field_types(settings_class).items():
         if dataclasses.is_dataclass(annotation):
@@ -342,9 +357,9 @@ def _read_config(path: Path, faults: Faults) -> YamlDocument:
 
 
 def _as_written(name: str, value: Any, document: YamlDocument) -> tuple[str, str]:
-    """How a value is written, and what in it would be text in quotes; nothing where it is as Python would show it."""
+    """Returns the spelling of a value, and that of the part of it which would be text if quoted; else empty strings."""
     if len(document.lines.get(name, ())) > 1:
-        return "", ""  # which of them it is is not known
+        return "", ""  # it is not known which of them is meant
     shown = document.written.get(name, "") if value is not None else ""
     items = [document.written.get(f"{name}[{index}]") for index in range(len(value) if isinstance(value, list) else 0)]
     return shown, shown or next(filter(None, items), "")
@@ -361,7 +376,10 @@ def _shown(value: Any) -> str:
 
 
 def _checked(leaves: Leaves, given: Mapping[str, Given], faults: Faults) -> tuple[Any, set[str]]:
-    """The settings with the values that are of their types, whose names come second; what else is given is a fault."""
+    """Returns the settings with the given values that match their types, and the names of these.
+
+    Values that do not match are recorded as faults.
+    """
     values: dict[str, Any] = {}
     for name, each in given.items():
         try:
@@ -391,15 +409,17 @@ def _checked(leaves: Leaves, given: Mapping[str, Given], faults: Faults) -> tupl
 
 
 def _read(leaf: Leaf, value: Any, faults: Faults) -> Any:
-    """A value as it is meant for a setting: text that stands for a number, a list or a mapping is one. WRONG and faults,
-    where YAML would misread it."""
+    """Converts a value for a setting: text can be the YAML of a number, a list or a mapping.
+
+    Returns WRONG, and records faults, if YAML would misread it.
+    """
     if leaf.takes_text and isinstance(value, str):
         return [value] if leaf.is_list else value
     if leaf.takes_texts and isinstance(value, list) and all(isinstance(each, str) for each in value):
         return value
     if isinstance(value, str):
         before, text, tree = len(faults.found), value, None
-        with contextlib.suppress(yaml.YAMLError, RecursionError):  # what is no YAML is no number either
+        with contextlib.suppress(yaml.YAMLError, RecursionError):  # invalid YAML is not a number either
             tree = parse_yaml(text, faults, name=leaf.name).tree
         if len(faults.found) > before:
             return WRONG
@@ -411,7 +431,7 @@ def _read(leaf: Leaf, value: Any, faults: Faults) -> Any:
 
 
 def _with_numbers(value: Any, kinds: Sequence[Any]) -> Any:
-    """A value with the texts in it that stand for numbers, where its type has numbers, as these: YAML 1.1 leaves 1e3."""
+    """Converts texts within a value to numbers where the type has numbers, since YAML 1.1 reads 1e3 as text."""
     if isinstance(value, list):
         inner = [typing.get_args(kind)[0] for kind in kinds if typing.get_origin(kind) is list]
         return [_with_numbers(each, members(inner)) for each in value]
@@ -419,9 +439,9 @@ def _with_numbers(value: Any, kinds: Sequence[Any]) -> Any:
         of, to = next((typing.get_args(kind) for kind in kinds if typing.get_origin(kind) is dict), (Any, Any))
         keys = [_with_numbers(key, (of,)) for key in value]
         if len(set(keys)) < len(keys):
-            return value  # with keys of other types
+            return value  # converted keys would collide
         return {key: _with_numbers(each, members([to])) for key, each in zip(keys, value.values(), strict=True)}
-    if isinstance(value, str) and "n" not in value.lower():  # inf and nan
+    if isinstance(value, str) and "n" not in value.lower():  # neither inf nor nan
         for kind in (int, float) if str not in kinds else ():
             if kind in kinds:
                 with contextlib.suppress(ValueError):
@@ -430,7 +450,10 @@ def _with_numbers(value: Any, kinds: Sequence[Any]) -> Any:
 
 
 def _built(settings_class: Any, values: Mapping[str, Any], prefix: str = "", section: Any = None) -> Any:
-    """An instance from the values by dotted name; the rest is as in ``section``, or has its defaults, or is None."""
+    """Returns an instance with these values, by dotted name.
+
+    All others are those of ``section`` if it is given, and otherwise the defaults, or None without a default.
+    """
     arguments = {}
     for field in dataclasses.fields(settings_class):
         name, default = prefix + field.name, default_of(field, section)
@@ -443,13 +466,13 @@ def _built(settings_class: Any, values: Mapping[str, Any], prefix: str = "", sec
 
 
 def _with_expanded_paths(value: Any, annotation: Any, section: Mapping[str, Any]) -> Any:
-    """A value with its paths expanded, those in a list or in a mapping too, whose keys are settings of the section."""
+    """Expands paths in a value, including those in lists, and in mappings whose keys are settings of the section."""
     if isinstance(value, list):
         return [_with_expanded_paths(each, annotation, section) for each in value]
     if isinstance(value, dict):
         return {key: _with_expanded_paths(each, section.get(key), section) for key, each in value.items()}
     if not (isinstance(value, str) and holds_paths(annotation)):
         return value
-    if not value:  # as a variable of the shell that is not set
+    if not value:  # such as an unset variable of the shell
         raise ValueError("must not be empty")
     return expanded_path(value)
