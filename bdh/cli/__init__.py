@@ -1,1 +1,1 @@
-"""The command line: one module a command, imported when the command runs."""
+"""The command line: one module for each command, which is imported when the command runs."""

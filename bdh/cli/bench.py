@@ -1,4 +1,4 @@
-"""bdh bench: how fast a model continues texts, reads prompts, serves several requests, and is trained on this machine."""
+"""bdh bench: times how a model continues texts, reads prompts, serves several requests and is trained, on this machine."""
 
 import os
 import shlex
@@ -29,16 +29,16 @@ if TYPE_CHECKING:
 Baseline = Literal["naive", "compiled", "gpt2"]
 _BASELINES: tuple[Baseline, ...] = ("naive", "compiled", "gpt2")
 _SIZES = {"n_embd": 256, "n_head": 4, "n_layer": 6, "mlp_internal_dim_multiplier": 128, "vocab_size": 256}
-# The `small` configuration, that of a training step.
+# The sizes of the configuration `small`, for a training step.
 _TRAIN_SIZES = {"n_embd": 128, "n_head": 4, "n_layer": 4, "mlp_internal_dim_multiplier": 32, "vocab_size": 256}
 _TRAIN_STEP = {"batch_size": 16, "block_size": 128, "dropout": 0.1, "rounds": 5}
 _QUICK_STEP = {"batch_size": 2, "block_size": 32, "dropout": 0.1, "rounds": 2}
 _TAKEN_OVER = ("dtype", "layer_path", "recompute", "memory_budget_gb", "rows_per_block", "tokens_per_block")
 _STEP = ("batch_size", "block_size", "dropout", "density", "device")
 _ONLY_TRAIN = (*_STEP, *_TAKEN_OVER, "baselines", "one_step", "rounds")
-_FLAGS = {"path": "layer_path", "memory_budget": "memory_budget_gb"}  # of options of the layer that have other names
+_FLAGS = {"path": "layer_path", "memory_budget": "memory_budget_gb"}  # layer options whose flags have other names
 _FROM_UNROUNDED = "give the model that it was made of: what is timed starts from plain weights"
-# More than a few threads a core only wait for each other, and for millions of them OpenMP ends the process.
+# With more than a few threads per core, threads only wait for each other, and with millions OpenMP ends the process.
 _THREADS_A_CORE = 4
 
 
@@ -190,13 +190,13 @@ class BenchSettings(ReadsModel):
             faults.require(is_right, name, value, f"from 1 to {whole}, {most}, or null")
 
     def _refuse(self, names: Sequence[str], faults: Faults, allowed: str) -> None:
-        """Those of these settings that do not have their default."""
+        """Records a fault for each of these settings that does not have its default value."""
         for name in names:
             value = getattr(self, name)
             faults.require(value == getattr(type(self), name), name, value, allowed)
 
     def step(self, name: str) -> Any:
-        """How a training step is, and how often it is timed: batch_size, block_size, dropout or rounds."""
+        """Returns a setting of the training step, or its default: batch_size, block_size, dropout or rounds."""
         value = getattr(self, name)
         return (_QUICK_STEP if self.quick else _TRAIN_STEP)[name] if value is None else value
 
@@ -210,7 +210,7 @@ class BenchSettings(ReadsModel):
         return self.baselines if isinstance(self.baselines, list) else [self.baselines]
 
     def sizes(self) -> dict[str, int]:
-        """Of the model that is made."""
+        """Returns the sizes of the synthetic model, by the names of configuration fields."""
         defaults = QUICK_SIZES if self.quick else _TRAIN_SIZES if self.benchmark == "train" else _SIZES
         given = {name: value for name in defaults if (value := getattr(self, name)) is not None}
         return defaults | given
@@ -238,7 +238,7 @@ def run_bench(argv: list[str]) -> int:
     base = None
     if training is not None:
         given, base = given_settings(BenchSettings, argv), _base(training, files)
-        # Without what is only printed: faults are reported before a tokenizer is loaded.
+        # Reports faults before a tokenizer is loaded. Without --print_config, which would print and exit here.
         run_bench.parse([argument for argument in argv if argument != "--print_config"], base=base)
         if "vocab_size" not in given:
             base["vocab_size"] = training.model.vocab_size or _entries(training)
@@ -262,7 +262,11 @@ def run_bench(argv: list[str]) -> int:
 
 
 def measured(settings: BenchSettings, training: "RunSettings | None") -> "Report":
-    """The benchmark's report; raises ``ValueError`` for a device, path or size that is not to be had here."""
+    """Runs the benchmark and returns its report.
+
+    Raises:
+        ValueError: a device, path or size is not available on this machine.
+    """
     from bdh.bench.decode import bench_decode, bench_prefill
     from bdh.bench.engine import bench_engine
     from bdh.model.quantization import check_not_quantized
@@ -275,12 +279,12 @@ def measured(settings: BenchSettings, training: "RunSettings | None") -> "Report
         from bdh.model.configuration import BDHConfig
 
         _tell("making a model whose neurons fire sparsely")
-        config = BDHConfig(**settings.sizes())  # type: ignore[arg-type]  # sizes are its only keys
+        config = BDHConfig(**settings.sizes())  # type: ignore[arg-type]  # the keys are only sizes
         model, tokenizer = sparse_model(config, settings.seed), byte_tokenizer()
     else:
         model, tokenizer = settings.load_with_transformers("cpu")
         check_not_quantized(model, settings.model, _FROM_UNROUNDED)
-        model = model.float()  # what it is compared with computes in float32
+        model = model.float()  # the implementations that it is compared with compute in float32
     if settings.benchmark == "engine":
         return bench_engine(model, tokenizer, settings.options(), _tell)
     if settings.benchmark == "quantize":
@@ -362,7 +366,10 @@ def _trained(settings: BenchSettings, training: "RunSettings | None") -> "Report
 
 
 def _training_files(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The files that ``--config`` gives for a training step, which are configurations of ``bdh train``, and the rest."""
+    """Splits the arguments of ``bdh bench train`` into the files of ``--config`` and the rest.
+
+    The files are configurations of ``bdh train``. For other benchmarks, no files are split off.
+    """
     words, files, rest = list(argv), list[str](), list[str]()
     if not words or (words[0] != "train" and not (words[0].startswith("--") and "train" in words)):
         return [], words
@@ -378,7 +385,7 @@ def _training_files(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _training_settings(files: Sequence[str], argv: Sequence[str]) -> "RunSettings | None":
-    """What configurations of ``bdh train`` say; None where there are none, or only help is wanted."""
+    """Returns the settings of ``bdh train`` in these files; None if there are no files, or only help is requested."""
     if not files or {"-h", "--help"} & set(argv):
         return None
     if given_settings(BenchSettings, argv).get("model") is not None:
@@ -406,19 +413,19 @@ def _training_settings(files: Sequence[str], argv: Sequence[str]) -> "RunSetting
 
 
 def _base(training: "RunSettings", files: Sequence[str]) -> dict[str, Any]:
-    """What a configuration of ``bdh train`` says, as settings of ``bdh bench train``, but for the vocabulary."""
+    """Converts settings of ``bdh train`` to those of ``bdh bench train``, except for the vocabulary size."""
     model, train = training.model, training.train
     found = {name: getattr(model, name) for name in ("n_embd", "n_head", "n_layer", "mlp_internal_dim_multiplier")}
     found |= {"dropout": model.dropout, "batch_size": train.batch_size, "block_size": train.block_size}
     found |= {name: getattr(train, name) for name in _TAKEN_OVER}
-    # auto, which is the default there, would move to a GPU what is said to run on the processor.
+    # Not the default of bdh train, auto: it would use a GPU, while bdh bench runs on the CPU by default.
     if "train.device" in given_settings(type(training), [f"--config={file}" for file in files]):
         found["device"] = train.device
     return found
 
 
 def _entries(training: "RunSettings") -> int:
-    """Of the vocabulary that a run of this configuration has."""
+    """Returns the vocabulary size of a run with these settings."""
     training.tokenizer.check_available()
     from bdh.data.chat import holds_chat
     from bdh.tokenizer import load_tokenizer, with_chat_template
@@ -430,9 +437,9 @@ def _entries(training: "RunSettings") -> int:
 
 
 def _wanted_of_file(name: str) -> str | None:
-    """What a file to be written must be, where it is not; None where it can be written."""
+    """Returns what the name of a file to write must be, if the file cannot be written; None if it can."""
     path = _resolved(name)
-    # It is written beside its place, and then renamed.
+    # The file is written to the same folder under another name, and then renamed.
     is_writable = os.access(path.parent, os.W_OK | os.X_OK) and (not path.exists() or os.access(path, os.W_OK))
     wanted = {
         "the name of a file": bool(name),
@@ -445,7 +452,7 @@ def _wanted_of_file(name: str) -> str | None:
 
 
 def _resolved(name: str) -> Path:
-    """With links followed, so that what they lead to is replaced, and not they."""
+    """Resolves links, so that their target is replaced and not the link."""
     return Path(name).expanduser().resolve()
 
 

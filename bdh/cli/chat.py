@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _PROMPT = "> "
 _PIECE_TOKENS = 256
 _HISTORY_LINES = 1000
-# Codes that would move the cursor or change colours: a model of bytes writes them too.
+# Control characters, which could move the cursor or change colours. A byte-level model can generate them.
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
@@ -59,7 +59,10 @@ class ChatSettings(ModelSettings, DrawSettings):
         return SamplingParams(max_tokens=self.max_tokens, **drawing)
 
     def engine(self) -> EngineConfig:
-        """Of one sequence, whose prompts are read in pieces: an interrupted one ends after the piece."""
+        """Returns the settings of an engine for one sequence.
+
+        Prompts are read in pieces, so that an interruption takes effect after the current piece.
+        """
         how = {name: getattr(self, name) for name in ("path", "window", "weights", "state")}
         return EngineConfig(**how, max_running=1, tokens_per_step=_PIECE_TOKENS)
 
@@ -88,7 +91,10 @@ def run_chat(settings: ChatSettings) -> int:
 
 
 class Session:
-    """Lines from standard input; replies to standard output, and everything else to standard error."""
+    """Reads lines from the standard input, and writes replies to the standard output.
+
+    Everything else is written to the standard error.
+    """
 
     def __init__(self, conversation: "Conversation"):
         self.conversation = conversation
@@ -120,9 +126,9 @@ class Session:
             _tell("/help lists the commands; Ctrl-C stops a reply, Ctrl-D ends")
 
     def run(self) -> int:
-        """Until the end of the input. Returns 2 if something of piped input went wrong, else 0."""
+        """Runs until the input ends. Returns the exit status: 2 if a line of piped input failed, otherwise 0."""
         for stream, settings in ((sys.stdin, {"errors": "surrogateescape"}), (sys.stdout, {"errors": "replace"})):
-            if hasattr(stream, "reconfigure"):  # not if somebody has put something else there
+            if hasattr(stream, "reconfigure"):  # a replaced stream may not have it
                 stream.reconfigure(**settings)
         with _history() if self.is_terminal else nullcontext():
             for line in self._typed() if self.is_terminal else sys.stdin:
@@ -130,7 +136,7 @@ class Session:
                     break
                 try:
                     self._take(line.rstrip("\r\n"))
-                except BrokenPipeError:  # nobody reads the replies any more
+                except BrokenPipeError:  # the reader of the replies is gone
                     raise
                 except (ValueError, OSError) as error:
                     self._failed = True
@@ -142,7 +148,7 @@ class Session:
         return 2 if self._failed and not self.is_terminal else 0
 
     def _typed(self) -> Iterator[str]:
-        """Lines from the terminal. One Ctrl-C at the prompt is a slip, two are meant."""
+        """Yields lines from the terminal. A single Ctrl-C at the prompt may be a slip; a second one ends the input."""
         slips = 0
         while True:
             try:
@@ -181,7 +187,7 @@ class Session:
 
         def stop(*_: object) -> None:
             nonlocal ended_by_ctrl_c
-            if ended_by_ctrl_c:  # once more: at once, and as if nothing had been said
+            if ended_by_ctrl_c:  # the second one ends the reply at once, and undoes the turn
                 raise KeyboardInterrupt
             ended_by_ctrl_c = True
             self.conversation.interrupt()
@@ -309,7 +315,10 @@ def _tell(line: str) -> None:
 
 @contextmanager
 def _history() -> Iterator[None]:
-    """Lines that were typed come back with the arrow keys, also the next time; where there is readline."""
+    """A context in which the arrow keys recall typed lines, including those of earlier sessions.
+
+    It has no effect without readline.
+    """
     try:
         import readline
     except ImportError:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from bdh.monitor.history import RunSummary
 
 _LEAST_SIMILARITY = 0.5
-"""Cosine similarity of weights, under which an average is warned of: checkpoints of one training measured 0.96 and more, models
-of two seeds -0.02 to 0.06, and the loss of the average of two such was higher than that of either."""
+"""The cosine similarity of weights below which averaging causes a warning. Checkpoints of one training have 0.96 or
+more. Models of two seeds have -0.02 to 0.06, and the loss of their average was higher than that of either."""
 
 
 @dataclass
@@ -119,7 +119,7 @@ def run_average(settings: AverageSettings) -> int:
     out, first_name = Path(settings.out), settings.models[0]
     first, tokenizer = load_model(first_name, device="cpu")
     tokenizer_hash, ours = TextEncoder(tokenizer).hash, identity(first).configuration
-    for fact in ("train_data", "merged_adapters"):  # of the first alone
+    for fact in ("train_data", "merged_adapters"):  # they are only true of the first model
         first.config.__dict__.pop(fact, None)
 
     started = first.state_dict()

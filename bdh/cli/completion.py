@@ -1,4 +1,4 @@
-"""bdh completion: a script for a shell, made from the commands' settings."""
+"""bdh completion: prints a completion script for a shell, generated from the commands' settings."""
 
 import argparse
 import typing
@@ -30,7 +30,7 @@ def run_completion(settings: CompletionSettings) -> int:
 
 
 def all_commands() -> argparse.ArgumentParser:
-    """A parser that knows every command and its settings."""
+    """Returns a parser with every command and its settings."""
     parser = argparse.ArgumentParser("bdh")
     commands = parser.add_subparsers()
     for name, summary in COMMANDS.items():
@@ -48,7 +48,7 @@ def _parser(of: Command) -> argparse.ArgumentParser:
 
     def complete(name: str, action: argparse.Action) -> None:
         if name == "config" or holds_paths(leaves[name].type):
-            action.complete = shtab.FILE  # type: ignore[attr-defined]  # what shtab reads
+            action.complete = shtab.FILE  # type: ignore[attr-defined]  # an attribute that shtab reads
         else:
             action.choices = _choices(leaves[name])
 
@@ -56,7 +56,7 @@ def _parser(of: Command) -> argparse.ArgumentParser:
 
 
 def _choices(leaf: Leaf) -> list[str] | None:
-    """The values that a setting may have, where these are few."""
+    """Returns the values that a setting allows if they can be listed, otherwise None."""
     if leaf.types == (bool,):
         return ["true", "false"]
     words = [word for kind in leaf.types if typing.get_origin(kind) is Literal for word in typing.get_args(kind)]

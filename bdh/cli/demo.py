@@ -1,4 +1,4 @@
-"""bdh demo: a small model, from text to answers, in some minutes and without a network."""
+"""bdh demo: trains a small model and generates text with it, in a few minutes and without a network."""
 
 import shlex
 from dataclasses import dataclass
@@ -45,20 +45,20 @@ def run_demo(settings: DemoSettings) -> int:
 
 
 def _train(run: Path) -> int:
-    """Has the model trained, or finds it there; returns the exit status."""
+    """Trains the model, unless the folder already contains it. Returns the exit status."""
     train, begin = find_command("train"), ["--config", "tiny", "--run_dir", str(run)]
     if (run / "model" / "config.json").is_file():
         print(f"{run} holds a trained model already: using it. Remove the folder to train again.", flush=True)
         return 0
-    # A lock is that of a run that goes on, which training refuses, or of one that was killed.
+    # A lock belongs to a running training, in which case `bdh train` raises an error, or to one that was killed.
     if (run / CONFIG_FILE).is_file() and ((run / LOCK_FILE).exists() or CheckpointFolder(run).newest() is not None):
         print(f"{run} was interrupted: continuing it.", flush=True)
         return train(["--run_dir", str(run), "--resume"])
-    return train(begin)  # which refuses a folder that holds anything of a run, and says what to do
+    return train(begin)  # if the folder contains files of a run, this says what to do
 
 
 def _what_next(run: str) -> str:
-    logs = f"{run}/tensorboard"  # is not there where the package is missing
+    logs = f"{run}/tensorboard"  # does not exist if the package is missing
     commands = (
         (f"bdh generate {run}/model --prompt 'import ' --max_new_tokens 80", "more text"),
         (f"bdh serve {run}/model", "OpenAI's API and a page, at http://127.0.0.1:8000"),

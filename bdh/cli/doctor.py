@@ -1,4 +1,4 @@
-"""bdh doctor: one screen about this installation, to be read, or pasted into a report of a fault."""
+"""bdh doctor: describes this installation on one screen, for users and for bug reports."""
 
 import importlib.util
 import os
@@ -26,7 +26,7 @@ EXTRAS = {
     "report": ("bdh plot", ("matplotlib",)),
     "quantize": ("models of torchao and bitsandbytes", ("torchao", "bitsandbytes")),
 }
-"""What each optional set of packages is for, and the modules that show whether it is there."""
+"""The purpose of each optional set of packages, and the modules that show whether it is installed."""
 _GB, _GIB = 1e9, 2**30
 _PROMPT_TOKENS, _NEW_TOKENS = 256, 64
 
@@ -48,7 +48,7 @@ def run_doctor(settings: DoctorSettings) -> int:
             continue
         try:
             text = describe()
-        except Exception as error:  # one thing that is broken is what this command is to find
+        except Exception as error:  # this command exists to find what is broken
             failed, text = True, f"FAILS: {type(error).__name__}: {str(error) or 'no reason is given'}".splitlines()[0]
         print(f"{name:<9}{text}", flush=True)
     for name, text in _extras():
@@ -122,7 +122,10 @@ def _disk() -> str:
 
 
 def _speed() -> str:
-    """Of a model that is made with the sizes of the configuration small, whose neurons fire like trained ones."""
+    """Returns the speed of a synthetic model of the size of the configuration `small`.
+
+    Its neurons fire as sparsely as those of trained models.
+    """
     import torch
 
     from bdh.bench.common import sparse_model
@@ -136,7 +139,7 @@ def _speed() -> str:
     engine = Engine(model, tokenizer, config=EngineConfig(prefix_cache_bytes=0))
     params = SamplingParams(max_tokens=_NEW_TOKENS, temperature=0)
     prompt = torch.arange(_PROMPT_TOKENS).remainder(256).tolist()
-    engine.generate([prompt], params)  # compiles
+    engine.generate([prompt], params)  # compiles the kernels
     read = _seconds(lambda: engine.generate([prompt], SamplingParams(max_tokens=1, temperature=0)))
     both = _seconds(lambda: engine.generate([prompt], params))
     write = max(both - read, 1e-9)
@@ -147,7 +150,7 @@ def _speed() -> str:
 
 
 def _seconds(run: Callable[[], Any]) -> float:
-    """The least of three: what else the machine does only adds."""
+    """Returns the shortest time of three runs, since other load on the machine can only increase it."""
     found = []
     for _ in range(3):
         start = time.perf_counter()

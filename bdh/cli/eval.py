@@ -1,4 +1,4 @@
-"""bdh eval: measures a model on a text, on tasks of the LM Evaluation Harness, or on what it recalls."""
+"""bdh eval: measures a model on a text, on tasks of the LM Evaluation Harness, or by the facts that it recalls."""
 
 import importlib.util
 import json
@@ -87,7 +87,7 @@ class EvalSettings(ModelSettings):
             check_task_files(self.task_names(), self.include_path)
 
     def task_names(self) -> list[str]:
-        """Each of the tasks, also where several were given with commas."""
+        """Returns the names of the tasks, including those separated by commas."""
         return [name.strip() for item in self.tasks for name in item.split(",") if name.strip()]
 
     def collect_stride_faults(self, block_size: int | None, faults: Faults) -> None:
@@ -149,7 +149,10 @@ def _run_text(settings: EvalSettings, model: Any, tokenizer: Any) -> None:
 
 
 def _measure_answers(settings: EvalSettings, model: Any, tokenizer: Any, block_size: int) -> None:
-    """Of conversations: each read from nothing, in chunks of ``block_size``, and what the assistant writes is measured."""
+    """Measures the loss of the assistant's tokens in conversations.
+
+    Each conversation is read with an empty state. Longer ones are cut into pieces that fit into ``block_size`` tokens.
+    """
     from bdh.data import prepare_corpus
     from bdh.evaluate.loss import evaluate_parts
 
@@ -245,7 +248,7 @@ def _run_needle(settings: EvalSettings, model: Any, tokenizer: Any) -> None:
 
 
 def _text(settings: EvalSettings, tokenizer: Any) -> tuple[Any, int, str]:
-    """The tokens of the part that is asked for, the bytes of their text, and the source's name."""
+    """Returns the tokens of the requested part, the size of their text in bytes, and the source's name."""
     import numpy as np
 
     from bdh.data import prepare_corpus
@@ -265,7 +268,7 @@ def _text(settings: EvalSettings, tokenizer: Any) -> tuple[Any, int, str]:
 
 
 def _describe(settings: EvalSettings) -> str:
-    """How the windows hang together."""
+    """Returns how windows are read: separately, overlapping, or with a carried state."""
     if settings.window is not None:
         return f"{_describe(replace(settings, window=None))}, attending to the last {settings.window:,}"
     if settings.blocks is not None:

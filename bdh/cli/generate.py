@@ -19,7 +19,7 @@ from bdh.text_files import read_text
 from bdh.validation import Faults, PathText
 from bdh.words import counted
 
-_BEAM_PROMPTS = 16  # searched together
+_BEAM_PROMPTS = 16  # prompts in one beam search
 
 
 @dataclass(kw_only=True)
@@ -134,7 +134,7 @@ def _read_schema(path: Path) -> Any:
 
 
 def _prepare_output(settings: GenerateSettings, jobs: list[Job]) -> int:
-    """How many jobs the output holds already; what is torn is cut off."""
+    """Returns how many jobs are complete in the output file. An incomplete result at its end is removed."""
     if settings.output is None or not Path(settings.output).exists():
         return 0
     path = Path(settings.output)
@@ -149,7 +149,7 @@ def _prepare_output(settings: GenerateSettings, jobs: list[Job]) -> int:
 
 
 def _asked(tokenizer, job: Job, chat: bool) -> str | list[int]:
-    """What the model reads: the prompt, or the ids of the conversation that begins with it."""
+    """Returns what the model reads: the prompt, or the token ids of a conversation."""
     from bdh.tokenizer.chat import ChatEncoder, question
 
     if isinstance(job.prompt, list):
@@ -160,7 +160,7 @@ def _asked(tokenizer, job: Job, chat: bool) -> str | list[int]:
 def _by_engine(engine: Any, jobs: list[Job], asked: list) -> Iterator[list[Any]]:
     encoded = [
         engine.encode(each) for each in asked
-    ]  # before anything is generated, so that a fault is reported at once
+    ]  # all before anything is generated, so that faults are reported at once
     for job in jobs:
         engine.check(job.params)
     yield from engine.map(zip(encoded, (job.params for job in jobs), strict=True))
@@ -180,7 +180,7 @@ def _beams(model: Any, tokenizer: Any, jobs: list[Job], asked: list, settings: G
 
 def _print_stream(prompt: str, engine: Any, asked: str | list[int], params: SamplingParams) -> int:
     engine.add_request(asked, params)
-    begin = prompt  # printed with the first text: until then a line may say that kernels are compiled
+    begin = prompt  # printed with the first text, since a message about compiling kernels may come before it
     while engine.has_work:
         for output in engine.step():
             sys.stdout.write(begin + output.text)

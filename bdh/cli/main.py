@@ -37,7 +37,10 @@ _MODULES = dict.fromkeys(("tokenizer", "export", "average", "convert", "runs", "
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command line, and returns its exit status: 0, 2 for bad input, 1 for a fault of the program."""
+    """Runs a command line, and returns its exit status.
+
+    It is 2 for invalid input, 1 for a fault of the program, 130 after Ctrl-C, and otherwise that of the command.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
@@ -45,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         with kept_back(show_on_error=debug):
             return _run(arguments)
     except BrokenPipeError:
-        # The reader, `head` say, has gone. Python would complain once more when it flushes at exit.
+        # The reader, such as `head`, is gone. Python would report another error when it flushes at exit.
         sys.stdout = None
         return 0
     except KeyboardInterrupt:
@@ -82,7 +85,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def find_command(name: str) -> "Command":
-    """A command. Its module is imported here: `bdh --help` should not wait for PyTorch."""
+    """Returns a command. Its module is imported here, so that `bdh --help` does not wait for PyTorch."""
     found: Command = getattr(importlib.import_module(f"bdh.cli.{_MODULES.get(name, name)}"), f"run_{name}")
     return found
 

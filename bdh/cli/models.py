@@ -1,4 +1,4 @@
-"""What commands have in common that read a model."""
+"""The settings of commands that read a model, and loading it."""
 
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class ReadsModel(Settings):
-    """Settings whose field ``model`` names a model, or none where it is None."""
+    """Settings with a field ``model``, the name of a model or None."""
 
     model: str | None
     checkpoint: str | None = None
@@ -30,16 +30,19 @@ class ReadsModel(Settings):
             find_model(self.model, checkpoint=self.checkpoint, base=self.base)
 
     def load_with_transformers(self, device: str | None = None) -> "tuple[BDHForCausalLM, PreTrainedTokenizerFast]":
-        """The model as transformers' class, and its tokenizer; errors are those of :func:`bdh.train.models.load_model`."""
+        """Returns the model as a class for transformers, and its tokenizer.
+
+        Exceptions are those of :func:`bdh.train.models.load_model`.
+        """
         from bdh.train.models import load_model
 
-        assert self.model is not None  # of a command that needs one
+        assert self.model is not None  # only called if there is one
         return load_model(self.model, checkpoint=self.checkpoint, base=self.base, device=device or self.device)
 
 
 @dataclass(kw_only=True)
 class ModelSettings(ReadsModel):
-    """What commands that use one model have in common."""
+    """The settings of commands that require a model."""
 
     model: PathText
     """Folder of an exported model or a run, or a hub id."""
@@ -52,10 +55,10 @@ class ModelSettings(ReadsModel):
 
 
 def load_for_generation(settings: ReadsModel) -> "tuple[ModelParts, PlainTokenizer]":
-    """The model that settings name, in evaluation mode, and its tokenizer.
+    """Returns the model that settings name, in evaluation mode, and its tokenizer.
 
-    transformers, which takes seconds to import, is used only for what it alone can read: adapters, quantized weights, and
-    tokenizers of its own classes.
+    transformers takes seconds to import, so it is used only if it is required: for adapters, models that another
+    library quantized, runs that train for quantized weights, and tokenizers of its own classes.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`bdh.train.models.load_model`.
@@ -63,7 +66,7 @@ def load_for_generation(settings: ReadsModel) -> "tuple[ModelParts, PlainTokeniz
     from bdh.model.network import ModelConfig, Network, QuantizedWeightsError, choose_device
     from bdh.tokenizer.plain import PlainTokenizer
 
-    assert settings.model is not None  # of a command that needs one
+    assert settings.model is not None  # only called if there is one
     device = choose_device(settings.device)
     place = find_model(settings.model, checkpoint=settings.checkpoint, base=settings.base)
     folder = model_folder(settings.model) if place.kind == "hub" else place.path

@@ -1,4 +1,4 @@
-"""bdh quantize: writes a model with weights in 8 or 4 bits, and reports what that has changed."""
+"""bdh quantize: writes a model with weights in 8 or 4 bits, and reports the effect."""
 
 import json
 import logging
@@ -34,7 +34,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass
 class HeldOutText(DataConfig):
-    source: PathText | list[PathText] | None = None  # type: ignore[assignment]  # its default there is a built-in text
+    source: PathText | list[PathText] | None = None  # type: ignore[assignment]  # not a built-in text
     """Text, as for bdh train. None: the text of the model's run; if the model is not from a run, nothing is measured."""
 
     @property
@@ -129,7 +129,7 @@ def run_quantize(settings: QuantizeSettings) -> int:
 
 
 class _Text:
-    """The text of the settings, as sequences of the model's length."""
+    """The text of the settings, in sequences of the length that the model was trained on."""
 
     def __init__(self, settings: QuantizeSettings, model: Any, tokenizer: Any):
         from bdh.data import prepare_corpus
@@ -142,7 +142,7 @@ class _Text:
                 self.corpus = prepare_corpus(settings.data, tokenizer, self.block_size, progress=progress)
 
     def held_out(self) -> "list[Batch]":
-        """Of the part that is not trained on, evenly spaced; none where there is no text."""
+        """Returns evenly spaced sequences of the validation part; none without text."""
         from bdh.tokenizer.plain import document_end_id
 
         if self.corpus is None or not self._settings.held_out_tokens:
@@ -152,9 +152,10 @@ class _Text:
         return [part.batch for part in self.corpus.validation_parts(number, end)]
 
     def calibration(self) -> "list[torch.Tensor] | None":
-        """Batches (B, T) of the part that is trained on, drawn at random; None where the method reads none.
+        """Returns random batches (B, T) of the training part; None if the method needs no text.
 
-        Documents that the training reads apart, as conversations, are apart here too, and no padding is read.
+        Documents that training reads separately, such as conversations, are separate sequences here too, without
+        padding.
         """
         if self.corpus is None or self._settings.method == "rtn":
             return None
@@ -173,10 +174,10 @@ class _Text:
         return [batch for each in alike for batch in each.split(batch_size)]
 
     def _num_calibration_tokens(self) -> int:
-        """As many as the settings say, or as there are."""
+        """Returns the number of tokens to read: that of the settings, but at most those of the training part."""
         assert self.corpus is not None
         asked, there = self._settings.calibration_tokens, self.corpus.facts["train_tokens"]
-        if there is None:  # of a stream
+        if there is None:  # unknown for a stream
             return asked or _CALIBRATION_TOKENS
         if asked is not None and asked > there:
             _logger.warning(
@@ -194,7 +195,7 @@ def _facts(
     sequences: "Sequence[torch.Tensor] | None",
     progress: Any,
 ) -> dict[str, Any]:
-    """The report, in JSON's types."""
+    """Returns the report as JSON types."""
     from bdh.model.fingerprint import fingerprint
     from bdh.quantize.report import compare, matrix_errors
 
@@ -216,12 +217,12 @@ def _facts(
 
 
 def _num_bytes(model: Any) -> int:
-    """Of the weights, as a file of safetensors has them, which has little else."""
+    """Returns the size of the weights, which is nearly that of the safetensors file."""
     return sum(weight.nbytes for weight in model.state_dict().values())
 
 
 def _rows(facts: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """What is measured, before and after."""
+    """Returns the name of each figure, with its value before and after."""
     size, text = facts["bytes"], facts["text"]
     rows = [("size on disk", f"{size['before'] / 1e6:,.2f} MB", f"{size['after'] / 1e6:,.2f} MB")]
     if text is None:
@@ -255,7 +256,7 @@ def _sentences(facts: dict[str, Any]) -> list[str]:
 
 
 def _how(facts: dict[str, Any]) -> str:
-    """The method, and what it has read."""
+    """Returns the method, and the text that it has read."""
     if (tokens := facts["calibration_tokens"]) is None:
         return str(facts["method"])
     return f"{facts['method']}, on {counted(tokens, 'token')} of {facts['calibration_source']}"
@@ -287,7 +288,7 @@ def _lines(settings: QuantizeSettings, facts: dict[str, Any]) -> list[str]:
 
 
 def _card(settings: QuantizeSettings, facts: dict[str, Any], model: Any, opened: "OpenedModel") -> str:
-    """The README: what was done, and what the card of the model says that it was done to."""
+    """Returns the README: a description of the quantization, and the content of the original model's card."""
     from bdh.train.export import card
 
     about = {
@@ -327,7 +328,7 @@ print(model.generate_text(tokenizer, "The ", max_new_tokens=80, temperature=0.8,
 
 
 def _body_of(opened: "OpenedModel", model: Any) -> str:
-    """What the model's own card says, without its title and its program."""
+    """Returns the original model's card without its title and its example program."""
     from bdh.train.export import model_card
 
     if opened.checkpoint is not None:

@@ -1,4 +1,4 @@
-"""The data settings of the run that a model is of, for commands that measure it."""
+"""The data settings of the run that a model comes from, for commands that measure it."""
 
 import sys
 from collections.abc import Mapping
@@ -11,11 +11,17 @@ from bdh.data.files import item_names
 from bdh.train.config import stored_settings
 from bdh.train.places import CONFIG_FILE, run_of
 
-_SPLITTING = ("val_fraction", "pack")  # what holds for another text than the run's too
+_SPLITTING = ("val_fraction", "pack")  # the settings that also apply to other texts than the run's
 
 
 def data_of_run(given: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The ``data`` settings of the run that the model is of: with others, text that it was trained on would count as held out."""
+    """Returns the ``data`` settings of the run that the model comes from, as defaults; None if there is no such run.
+
+    With other settings, text that the model was trained on could count as held out.
+
+    Args:
+        given: the settings of the command line by dotted name, which override those of the run.
+    """
     if given.get("model") is None or given.get("tasks"):
         return None
     run = run_of(Path(given["model"]))

@@ -1,4 +1,4 @@
-"""`bdh serve`: a server of one model."""
+"""bdh serve: serves a model over HTTP."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from bdh.serve.config import ServeSettings
 
 @dataclass(kw_only=True)
 class ServeCommandSettings(ModelSettings, ServeSettings):
-    """With what finds the model: ``bdh.serve`` does not know what a name stands for."""
+    """The settings of the server, with those that locate the model, which :mod:`bdh.serve` does not do itself."""
 
 
 @command("model")
@@ -19,5 +19,5 @@ def run_serve(settings: ServeCommandSettings) -> int:
     """Serve a model over HTTP, with OpenAI's API."""
     from bdh.serve.server import serve
 
-    show_kept()  # a server reports what happens as it happens
+    show_kept()  # the log lines of a server are shown at once
     return serve(settings, lambda: load_for_generation(settings))

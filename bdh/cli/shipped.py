@@ -1,4 +1,4 @@
-"""The configurations that come with the package, each under the name of its file."""
+"""The configurations that come with the package, by the names of their files."""
 
 from pathlib import Path
 
@@ -8,7 +8,10 @@ from bdh.words import nearest
 
 
 def shipped_configs() -> dict[str, Path]:
-    """Their files by name: in an installed package in a folder of its own, in a checkout beside it."""
+    """Returns the configuration files by name.
+
+    An installed package contains their folder. In a checkout, it is beside the package.
+    """
     package = Path(bdh.__file__).parent
     folders = (package / "configs", package.parent / "configs")
     folder = next((each for each in folders if each.is_dir()), folders[0])
@@ -16,7 +19,7 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def config_file(given: str) -> Path:
-    """The file that ``--config`` means: a path, or the name of one that comes with the package.
+    """Returns the file for a value of ``--config``: a path, or the name of a configuration of the package.
 
     Raises:
         FileNotFoundError: it is neither.

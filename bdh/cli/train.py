@@ -1,4 +1,4 @@
-"""bdh train: trains a model, and exports it."""
+"""bdh train: trains a model and exports it."""
 
 import logging
 import shlex
@@ -26,15 +26,15 @@ def run_train(argv: list[str]) -> int:
     is_main = rank() == 0
     try:
         stored = settings_to_resume(argv)
-        # Of several processes, not all see the same.
+        # With several processes, checks here could fail in some of them only.
         settings = run_train.parse(argv, base=stored, check_available=world_size() == 1)
         if stored is not None:
             check_unchanged(settings, stored)
     except (ValueError, OSError):
         if is_main:
             raise
-        return 2  # rank 0 says the same
-    # Imported here, so that `--help` and faults in the settings do not wait for PyTorch.
+        return 2  # rank 0 reports the error
+    # Imported here, so that `--help` and errors in the settings do not wait for PyTorch.
     from bdh.train.dry_run import NoRoomError, check_room
     from bdh.train.setup import open_run
 
@@ -46,12 +46,12 @@ def run_train(argv: list[str]) -> int:
         with reported_to_torchrun(), stage_progress("bytes", console) as progress:
             try:
                 training = open_run(settings, progress=progress, check_room=check_room)
-            except NoRoomError as error:  # the answer of a dry run, and no fault
+            except NoRoomError as error:  # the result of a dry run rather than an error
                 no_room = error
     except InUseError:
         if is_main:
             raise
-        return 2  # rank 0 says the same
+        return 2  # rank 0 reports the error
     if no_room is not None:
         if is_main:
             print("\n".join(no_room.forecast.lines()))
@@ -66,7 +66,7 @@ def run_train(argv: list[str]) -> int:
 
 
 def _train(console: "Console", training: Any) -> int:
-    """Trains, and exports; returns the exit status."""
+    """Trains and exports a model. Returns the exit status."""
     from bdh.data.batches import DataStopped
     from bdh.monitor import Monitor
     from bdh.train.loop import EXIT_STATUS, fit
@@ -87,7 +87,7 @@ def _train(console: "Console", training: Any) -> int:
     except DataStopped:
         if training.world.is_main:
             raise
-        return 2  # rank 0 says the same
+        return 2  # rank 0 reports the error
     if not training.world.is_main:
         return EXIT_STATUS.get(why, 0)
 
@@ -108,7 +108,7 @@ def _train(console: "Console", training: Any) -> int:
 
 
 def _dry_run(console: "Console", training: Any) -> int:
-    """Prints what the run would take; status 1 where it does not fit."""
+    """Prints the memory and time that the run would take. Returns the exit status, 1 if it does not fit."""
     from bdh.train.dry_run import forecast
 
     with reported_to_torchrun():
@@ -135,7 +135,7 @@ def _export(console: "Console", training: Any) -> None:
 
 
 def print_banner(console: "Console", training: Any) -> None:
-    """One block that says what will be computed, how, and where it is written."""
+    """Prints what will be computed, how, and where the results are written."""
     settings, model, runtime = training.settings, training.model, training.runtime
     train, config, facts = settings.train, model.config, training.corpus.facts
     num_parameters = sum(p.numel() for p in model.parameters())
@@ -217,9 +217,9 @@ def _describe_data(facts: dict[str, Any]) -> str:
 
 
 def settings_to_resume(argv: list[str]) -> dict[str, Any] | None:
-    """The stored settings of the run that is to be resumed, below everything given now.
+    """Returns the stored settings of the run to resume, which the settings given now override; None for a new run.
 
-    An early stop is not among them: it was meant for the start that it was given to.
+    ``stop_at_step`` is not kept, since it applies only to the start for which it was given.
     """
     if {"-h", "--help"} & set(argv):
         return None
