@@ -15,29 +15,33 @@ from bdh.words import counted, gigabytes
 Recompute = Literal["none", "pass", "auto"]
 RECOMPUTE: tuple[str, ...] = get_args(Recompute)
 
-# Tensors as wide as the neurons, in the dtype that is computed in, that exist at once: of one block in its backward pass,
-# for each backend; what the eager one keeps of each layer step, measured; and what a block with another form of dropout adds.
+# How many neuron-wide tensors, in the dtype of the computation, exist at once in the backward pass of a block, for each
+# backend; and how many the eager backend keeps for each layer step, as measured.
 _WIDE_IN_BLOCK: dict[BackendName, int] = {"blocks": 9, "cpu": 4}
 _WIDE_KEPT_BY_EAGER = 9
-_WIDE_OF_MASK = 16  # bytes for each neuron and token: its keys are int64
-_WIDE_OF_TABLE = 4  # the same of the rotation, in float32, where documents give sequences positions of their own
-# A text of up to so many times D tokens is a block, a longer one is cut into blocks of 2 D, or of this many. Measured on 2
-# CPU cores, thousands of tokens a second in a training step with L = 1, whole / cut to 2 D (to 256 for D = 64):
-# D 64: T 256 17.7 / -, T 512 14.6 / 15.9. D 128: T 512 8.0 / 7.8, T 1,024 5.6 / 7.0, T 8,192 - / 6.3 (128: 5.8, 1,024: 4.6).
-# D 256, N 8,192: T 512 0.81 / 0.71 (cut to 256), T 2,048 0.44 / 0.56.
+_WIDE_OF_MASK = 16  # bytes of an unfused dropout mask for each neuron and token, with keys in int64
+_WIDE_OF_TABLE = 4  # bytes of the rotation, in float32, if documents give each sequence its own positions
+# A text of up to _WHOLE_WIDTHS * D tokens is a single block. A longer one is cut into blocks of 2 D tokens, and of at
+# least _LEAST_CHUNK. Measured on 2 CPU cores, in thousands of tokens per second in a training step with L = 1, as a single
+# block / in blocks of 2 D (of 256 for D = 64):
+# D 64: T 256 17.7 / -, T 512 14.6 / 15.9.
+# D 128: T 512 8.0 / 7.8, T 1,024 5.6 / 7.0, T 8,192 - / 6.3 (in blocks of 128: 5.8, of 1,024: 4.6).
+# D 256, N 8,192: T 512 0.81 / 0.71 (in blocks of 256), T 2,048 0.44 / 0.56.
 _WHOLE_WIDTHS = 4
 _LEAST_CHUNK = 256
-# Columns from which on a matrix product is no faster for more of them. Few neurons take more, so that what a block costs
-# beside them does not count: a step of D 48, N 384 takes 67 ms by 512 tokens and 50 by 1,536, one of D 128, N 1,024
-# 430 by 512, 420 by 1,024 and 460 by 2,048. One of D 256, N 8,192 on an H200: 106 by 8,192 and 99 by 16,384; mps is an estimate.
+# The number of columns above which a matrix product becomes no faster. With few neurons, a block has more columns, so
+# that its fixed costs matter less: a step with D 48, N 384 takes 67 ms with 512 tokens in a block and 50 ms with 1,536;
+# one with D 128, N 1,024 takes 430 ms with 512, 420 with 1,024 and 460 with 2,048. On an H200, one with D 256, N 8,192
+# takes 106 ms with 8,192 and 99 ms with 16,384. The number for mps is an estimate.
 _COLUMNS_OF_BLOCK = {"cpu": 512, "cuda": 16_384, "mps": 4_096}
 _NUMBERS_OF_BLOCK = 2**20
-# Without a budget, auto keeps x of so many layer steps as fit into these bytes: a small model is trained an eighth faster,
-# and a large one, which computes x again for a tenth of its products, still takes little more than a block.
+# Without a budget, auto keeps x of as many layer steps as fit into this many bytes. Training of a small model is an
+# eighth faster with it. A large model, for which recomputing x is a tenth of the products, still takes little more
+# memory than that of a block.
 _KEPT_WITHOUT_BUDGET = 2**28
-# Then blocks of a GPU, and what is kept with recompute "none", stay below this share of its memory.
+# Without a budget on a GPU, blocks and what is kept with recompute "none" stay below this fraction of its memory.
 _SHARE_OF_GPU = 0.5
-# What the eager backend keeps of a small step, which it may compute instead of blocks, below that one.
+# The same for what the eager backend keeps of a small step, which it may then compute instead of blocks.
 _SHARE_OF_EAGER_ON_GPU = 1 / 8
 
 
@@ -46,16 +50,20 @@ class LayerOptions:
     """The user's options for computing the layer. They change results only by rounding."""
 
     path: LayerPath = "auto"
-    """kernels: those of :mod:`bdh.ops.cpu`, for float32 on a CPU. torch: the same blocks by torch's operations. plain: all
-    at once, by autograd."""
+    """kernels: the sparse kernels of :mod:`bdh.ops.cpu`, for float32 on a CPU. torch: the same blocks by PyTorch
+    operations. plain: all tokens at once, by autograd. auto: the first of these that is available, but plain for small
+    steps on a GPU."""
     recompute: Recompute = "auto"
-    """none keeps x of all layer steps for the backward pass, pass recomputes it, auto keeps that of as many as there is memory for."""
+    """Which layer steps keep x for the backward pass. none: all of them, so that nothing is recomputed. pass: none of
+    them. auto: as many as fit into the memory budget."""
     memory_budget: int | None = None
-    """Bytes for all activations that are as wide as the neurons. None for a block and a little: auto then keeps 256 MiB at most."""
+    """The limit on the bytes of all neuron-wide activations. None: for blocks half of a GPU's memory, and otherwise no
+    limit. With None, blocks with recompute "auto" keep at most 256 MiB of x, and the path "plain" keeps everything."""
     rows_per_block: int | None = None
-    """Sequences in a block; None for what suits the device and the budget."""
+    """The number of sequences in a block; None for a number that suits the device and the budget."""
     tokens_per_block: int | None = None
-    """Tokens of each sequence in a block; None for what costs least. The last block of a sequence may be shorter."""
+    """The number of tokens of each sequence in a block; None for the cheapest number. The last block of a sequence can
+    be shorter."""
 
 
 class LayerOptionError(ValueError):
@@ -106,7 +114,7 @@ class LayerPlan:
         """Returns the bytes of wide activations that are needed beside the kept ones, in training."""
         if self.backend != "eager":
             return self.block_bytes
-        # What is computed again has its gradients beside it; where all is kept, there is nothing else.
+        # A layer step that is recomputed also needs memory for its gradients. If all are kept, nothing else is needed.
         return 2 * self.block_bytes if self.kept_layer_steps < num_layer_steps else 0
 
     def describe(self, num_layer_steps: int) -> str:
@@ -264,5 +272,5 @@ def _plan_eager(shape: LayerShape, options: LayerOptions, reason: str) -> LayerP
 
 
 def _amount(num_bytes: int) -> str:
-    """In bytes, and in GB of 10^9, rounded up so that it is enough when it is given as a budget."""
+    """Returns a size in bytes and in GB of 10^9, rounded up so that it suffices if it is set as the budget."""
     return f"{num_bytes:,} bytes ({-(-num_bytes // 10**4) / 10**5:.5f} GB)"
