@@ -25,7 +25,7 @@ from bdh.words import counted
 
 _CHAT_TYPE = ".jsonl"
 _DEFAULT_COLUMN = "messages"
-# Bits beside the id of a token, in the stream of conversations on disk.
+# The bits of a token beside its id, in the stream of conversations on disk.
 IS_ANSWER = np.uint32(1 << 31)
 STARTS = np.uint32(1 << 30)
 ID_BITS = np.uint32((1 << 30) - 1)
@@ -68,7 +68,7 @@ class ChatCorpus(TokenizedCorpus):
                 "data.streaming is true, but conversations are tokenized before the training: set data.streaming=false"
             )
         self.block_size = block_size
-        self._pad_id = tokenizer.pad_token_id or 0  # neither seen nor counted
+        self._pad_id = tokenizer.pad_token_id or 0  # padding is neither attended to nor counted
         encoder = ChatEncoder(tokenizer)
         sources = _chat_sources(config)
         super().__init__(
@@ -162,7 +162,7 @@ class ChatCorpus(TokenizedCorpus):
                 begin, end = end, end + stop - start
                 marked = stream[start:stop]
                 tokens[number, begin:end] = marked & ID_BITS
-                is_answer[number, begin + 1 : end] = marked[1:] & IS_ANSWER  # of the first, nothing is before it
+                is_answer[number, begin + 1 : end] = marked[1:] & IS_ANSWER  # the first is not predicted
                 starts[number, begin] = True
         return Batch(*map(torch.from_numpy, (tokens, is_answer[:, 1:], starts[:, :-1])))
 
@@ -238,7 +238,7 @@ def holds_chat(config: DataConfig) -> bool:
         first = next((line.text for line in text_lines(files[0], "replace")), "")
         row = parse_line(first, str(files[0]))
     except (FileNotFoundError, ValueError):
-        return False  # whoever reads the source says what is wrong with it
+        return False  # the error is reported when the source is read
     return isinstance(row, dict) and isinstance(row.get(_DEFAULT_COLUMN), list)
 
 
@@ -346,7 +346,7 @@ def pieces_of(stream: np.ndarray, block_size: int) -> tuple[np.ndarray, int]:
     starts = begins[which] + index * block_size
     stops = np.minimum(starts + block_size + 1, ends[which])
     num_answers = np.concatenate([[0], np.cumsum((stream & IS_ANSWER) != 0)])
-    counts = num_answers[stops] > num_answers[np.minimum(starts + 1, stops)]  # the first token is no target
+    counts = num_answers[stops] > num_answers[np.minimum(starts + 1, stops)]  # the first token is not a target
     return np.stack([starts, stops], axis=1)[counts], int((each > 1).sum())
 
 

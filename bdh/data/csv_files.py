@@ -36,7 +36,7 @@ _MAX_FIELD_CHARACTERS = 1 << 28
 _BAD_ROWS = "rows with another number of fields than the header"
 _NAME = re.compile(r"[A-Za-z_][\w./:-]{,63}", re.ASCII)
 _USUAL_NAMES = ("text", "texts", "content", "body", "document", "sentence", "word")
-_BACKSLASHES = re.compile(r'(?<!\\)\\+(?!["\\])')  # those that escape no quote
+_BACKSLASHES = re.compile(r'(?<!\\)\\+(?!["\\])')  # those that do not escape a quote
 _QUOTED = re.compile(r' *"(?:[^"]|"")*"')
 _SEPARATOR = re.compile(r'"?sep=(.)"?[\r\n]*', re.IGNORECASE)
 
@@ -196,7 +196,7 @@ def find_layout(path: Path, config: DataConfig) -> Layout | None:
                 )
     width += is_longer
     fitting = [fields for fields in data if len(fields) == width] or data
-    columns = {  # of two with one name, the last
+    columns = {  # of several columns with the same name, only the last
         name: [fields[index] for fields in fitting if index < len(fields)] for index, name in enumerate(names)
     }
     are_names = all(map(_NAME.fullmatch, names))
@@ -242,7 +242,7 @@ def _find_format(path: Path, config: DataConfig) -> tuple[list[str], Format]:
         delimiters = tuple(filter(None, (stated or lines.separator,))) or _DELIMITERS
         if delimiters == _DELIMITERS and path.name.lower().removesuffix(compression(path)).endswith(".tsv"):
             delimiters = ("\t",)
-        # One that is nowhere separates nothing.
+        # A delimiter that does not occur separates nothing.
         delimiters = delimiters[:1] + tuple(each for each in delimiters[1:] if any(each in line for line in sample))
         tried = {each: _tried(sample, each, lines.has_ended, config) for each in delimiters}
         lacks_rows = any(
@@ -251,7 +251,7 @@ def _find_format(path: Path, config: DataConfig) -> tuple[list[str], Format]:
         if lines.has_ended or not lacks_rows or size >= _MAX_SAMPLE_CHARACTERS:
             break
         size *= 4
-    # The first of those that do best: quotes enclose fields, if that does as well.
+    # Among the best formats, the first one: quotes enclose fields unless another format is better.
     candidates = [max(found, key=lambda each: each.share) for found in tried.values()]
     several = [each for each in candidates if each.width > 1 and each.share > 0]
     if has_header:
@@ -291,7 +291,7 @@ def _tried(sample: list[str], delimiter: str, is_whole: bool, config: DataConfig
             escaped = tried(has_escapes=True)
             if not escaped.is_malformed and escaped.share > found[0].share:
                 found = [escaped]
-    # Between tabs, quotes are often characters like any other.
+    # In files with tabs, quotes are often ordinary characters.
     if config.csv_quoting is False or (config.csv_quoting is None and delimiter == "\t"):
         found.append(tried(has_quoting=False))
     return found

@@ -108,7 +108,7 @@ def check_item(item: str, setting: str = "data.source") -> None:
         raise FileNotFoundError(f"{setting} {item!r} is a broken link: there is no {os.readlink(path)}")
     elif not glob.has_magic(item):
         nothing = f"{setting} {item!r}: there is no such file or folder"
-        if file_type(path) is not None or is_path(item):  # a known suffix tells a file
+        if file_type(path) is not None or is_path(item):  # a known suffix means a file
             raise FileNotFoundError(nothing)
         if (reason := why_not_asked(item, "dataset")) is not None:
             raise FileNotFoundError(f"{nothing}, and {reason}")

@@ -122,7 +122,7 @@ def json_rows(
     def checked(value: Any, written: str, where: str) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise ValueError(f'{where} is {value!r:.80}: must be an object, such as {{"text": "..."}}')
-        if sum(map(written.count, spellings)) > 1:  # seldom: in an object inside of it, or as a text
+        if sum(map(written.count, spellings)) > 1:  # rare: the name may also occur in a nested object or a text
             names = [name for name, _ in _PAIRS.raw_decode(written, _end_of_space(written, 0))[0]]
             if names.count(once) > 1:
                 raise ValueError(f"{where}: column {once!r} is given twice: give it once")
@@ -137,7 +137,7 @@ def json_rows(
     for number, (value, written, line_number) in enumerate(_values(path, encoding_errors), start=1):
         if number > after.get("row", 0):
             where = f"{path}, row {number}, line {line_number}"
-            row = {"text": value} if isinstance(value, str) else value  # an array may hold nothing but texts
+            row = {"text": value} if isinstance(value, str) else value  # an array can also consist of texts
             yield Row(checked(row, written, where), where, {"row": number})
 
 
@@ -204,7 +204,7 @@ def _decode(text: str, at: int) -> tuple[Any, int]:
         return _DECODER.raw_decode(text, at)
     except json.JSONDecodeError:
         raise
-    except ValueError:  # a number of more digits than Python makes an int of
+    except ValueError:  # an integer with more digits than Python converts
         return _INTEGERS_AS_FLOATS.raw_decode(text, at)
 
 

@@ -75,7 +75,7 @@ def validation_texts(config: DataConfig) -> Iterator[str]:
 
 
 def _chunks(config: DataConfig, held_out: bool) -> Iterator[Chunk]:
-    if config.mix is not None:  # each source once and completely, whatever its weight
+    if config.mix is not None:  # each source is read once as a whole, regardless of its weight
         sources = mix_sources(config)
         check_overlap(sources)
         for mixed in sources:
@@ -210,7 +210,7 @@ class MixLoader(Loader):
         }
 
     def _load(self, state: dict[str, Any]) -> None:
-        # Earlier versions repeated the shares for each process in checkpoints of several processes.
+        # With several processes, earlier versions stored the shares once for each process.
         shares = state.get("shares", [])[: len(self._shares)]
         check_state({**state, "shares": shares}, "mix", seed=self._seed, shares=self._shares)
         for loader, inner in zip(self._loaders, state["sources"], strict=True):

@@ -25,8 +25,8 @@ COMPRESSED = (".gz", ".zst")
 
 _COMPRESSED_CHUNK_BYTES = 1 << 14
 _SPACES = b" \t\n\v\f\r"
-_MAX_LINE_ENDS = 64  # tried for the best cut: a file of empty lines has none
-_MAX_SHORT_BYTES = 1 << 28  # of text that is counted before a stream is taken for a long one
+_MAX_LINE_ENDS = 64  # that are tried for the best cut; in a file of empty lines no cut is good
+_MAX_SHORT_BYTES = 1 << 28  # a stream with more text counts as long, and is not read further
 
 State = dict[str, Any]
 
@@ -79,7 +79,7 @@ class DocumentReader:
         self._documents = documents
         self._after = dict(state or {})
         self._num_given: int = self._after.pop("parts", 0)  # chunks of the next document
-        self._pending = from_plain(self._after.pop("pending", []))  # of CSV files, as version 0.1.0 stored it
+        self._pending = from_plain(self._after.pop("pending", []))  # stored by version 0.1.0 for CSV files
 
     def state(self) -> State:
         pending = {"pending": to_plain(self._pending)} if self._pending else {}
@@ -207,7 +207,7 @@ class Split:
     number: int
     """With chunks, every ``number``-th is held out; with documents or bytes, those after the first ``number``."""
 
-    def __repr__(self) -> str:  # it is hashed into fingerprints, in which earlier versions gave it this name
+    def __repr__(self) -> str:  # fingerprints include it, with the name of earlier versions
         return f"StreamSplit(unit={self.unit!r}, number={self.number!r})"
 
     def marked(self, chunks: Iterable[Chunk], position: int = 0) -> Iterator[tuple[Chunk, bool, int]]:
@@ -302,8 +302,8 @@ def choose_column(types: Mapping[str, set[type]], wanted: str | None, where: str
             raise ColumnError(f"data.text_column is {wanted!r}, but {where} has no such column: it has {names}")
         return wanted
     nothing = type(None)
-    # Best one of strings alone; else one that holds a string, whose other rows are faults; else one of nothing, all of
-    # whose rows are without text.
+    # Preferably a column of strings only. Otherwise one with some strings, whose other rows are faults, or else an
+    # empty one: its rows have no text.
     strings = (
         [name for name, found in types.items() if str in found and found <= {str, nothing}]
         or [name for name, found in types.items() if str in found]

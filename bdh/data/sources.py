@@ -131,12 +131,12 @@ class Source:
         digest = hashlib.sha256()
         if "offset" in inner:
             digest.update(_bytes_before(self.shard_files[number][0], inner["offset"]))
-            # What the first rows are decides how the others are read, which may also have changed by what is after them.
+            # The first rows determine how all are read. Some of them may be after the position, and may have changed.
             if not inner.get("parts") and ("line" not in inner or inner["offset"] > _FIRST_BYTES):
                 return digest.digest()
         reader: Reader | None = None
         reached = _NOWHERE
-        with suppress(ValueError):  # text that cannot be read: it ends there, at the fault or before
+        with suppress(ValueError):  # text that cannot be read ends there
             reader = self.shards[number](Skipped(), None)
             for chunk in reader:
                 reached = _place(reader.state())

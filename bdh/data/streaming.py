@@ -27,7 +27,7 @@ from bdh.tokenizer.plain import TextEncoder
 _BUFFER_BYTES = 1 << 26
 _MAX_LANES = 64
 _MASK = (1 << 64) - 1
-_MAX_READ_BYTES = 1 << 28  # of text in search of validation tokens
+_MAX_READ_BYTES = 1 << 28  # the limit on the text that is searched for validation tokens
 _logger = logging.getLogger(__name__)
 
 
@@ -82,7 +82,7 @@ class StreamingCorpus(Corpus):
         }
 
     def fingerprint_before(self, loader_state: dict[str, Any]) -> str:
-        shares = loader_state.get("shares", [loader_state])  # before version 0.2 there was one
+        shares = loader_state.get("shares", [loader_state])  # versions before 0.2 stored a single one
         return self._fingerprint(min(shares, key=lambda share: share.get("num_dealt", 0))["reader"])
 
     def _fingerprint(self, until: State | None) -> str:
@@ -223,10 +223,10 @@ class StreamLoader(Loader):
             if begin < own.stop and end > own.start
         }
         begins = np.concatenate([np.full(lane.num_sequences, i) for i, lane in enumerate(self._lanes.values())])
-        # Where each sequence of these lanes begins, their tokens one after the other: each lane has one token more.
+        # The start of each sequence in the concatenated tokens of these lanes, each of which has one token more.
         self._index = np.arange(len(begins)) * block_size + begins
         first = bounds[min(self._lanes)]
-        self._own = slice(own.start - first, own.stop - first)  # of the sequences of these lanes
+        self._own = slice(own.start - first, own.stop - first)  # within the sequences of these lanes
         self.num_taken = 0
         """The number of chunks that were dealt to this process."""
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
@@ -244,7 +244,7 @@ class StreamLoader(Loader):
     def _read(self) -> Batch:
         while lacking := [lane for lane in self._lanes.values() if lane.num_lacking(self._block_size)]:
             for lane in lacking:
-                # A token is a byte at least, so this is never much too much: a small source is not read far ahead.
+                # A token has at least one byte, so this never reads much too far ahead in a small source.
                 while sum(len(chunk.utf8) for chunk in lane.drawn) < lane.num_lacking(self._block_size):
                     lane.drawn.append(self._draw(lane))
             encoded = iter(self._encoder.encode_utf8([chunk.utf8 for lane in lacking for chunk in lane.drawn]))
@@ -287,7 +287,7 @@ class StreamLoader(Loader):
         try:
             chunk = next(self._chunks, None)
         except (ValueError, OSError):
-            self._open(self._reader.state())  # as an iterator that has raised is at its end
+            self._open(self._reader.state())  # because an iterator ends when it raises
             raise
         if chunk is None:
             if self._is_empty:
@@ -336,7 +336,7 @@ class StreamLoader(Loader):
             state: the state of all processes, of which there may have been another number.
         """
         if "shares" not in state and state.get("kind") == self._kind:
-            if not self._carries_state:  # whose sequences were lanes already
+            if not self._carries_state:  # with carry_state, each sequence already was a lane
                 _logger.warning(
                     "the position in the stream was stored by an earlier version: nothing of the text is lost or repeated, "
                     "but from here on it is shuffled in another order than that version's"
@@ -351,7 +351,7 @@ class StreamLoader(Loader):
                         stored, self._lanes[number].num_sequences, share["num_dealt"], self._encoder.dtype
                     )
                     shares.append(share)
-        # Read on from the first place that any of the lanes has been dealt up to; the others pass over what they have.
+        # Reading continues from the earliest position of any lane. The other lanes skip the chunks that they have.
         share = min(shares, key=lambda each: each["num_dealt"])
         self._num_dealt = share["num_dealt"]
         self._begin_pass(share["epoch"])

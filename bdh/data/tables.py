@@ -28,11 +28,11 @@ from bdh.data.reading import (
 )
 from bdh.words import nearest
 
-ROWS_AT_ONCE = 256  # of a parquet file; more are no faster
+ROWS_AT_ONCE = 256  # rows of a parquet file; more would not be faster
 _SHAKESPEARE_ID = "karpathy/tiny_shakespeare"
-# The hub's own conversion: the repository itself is a loading script, which datasets no longer runs.
+# The conversion by the hub, since the repository is a loading script, which datasets no longer runs.
 _SHAKESPEARE_REVISION = "refs/convert/parquet"
-_PYTHON: dict[str, type] = {"string": str, "large_string": str, "null": type(None)}  # of Arrow's types that matter
+_PYTHON: dict[str, type] = {"string": str, "large_string": str, "null": type(None)}  # the relevant types of Arrow
 _logger = logging.getLogger(__name__)
 
 
@@ -77,7 +77,7 @@ class TableReader:
         self._num_rows: int = state["num_rows"] if state else 0
         self._is_lost = False  # whether the table's own state is past a row that could not be read
         self._pending = deque(from_plain(state["pending"]) if state else ())
-        self._num_passed = 0  # rows to read over
+        self._num_passed = 0  # the number of rows to skip
         if state and state["rows"] is not None:
             self._rows.load_state_dict(state["rows"])
         elif state:
@@ -107,7 +107,7 @@ class TableReader:
                 self._pending.extend(split_document(utf8))
 
     def _remaining(self) -> Iterator[Any]:
-        with _explained(self._fault):  # once: for each row it would take a fifth of the time
+        with _explained(self._fault):  # entered once: entering it for each row would take a fifth of the time
             yield from islice(self._rows, self._num_passed, None)
 
 
@@ -132,7 +132,7 @@ def _parquet_values(path: Path, column: str, first: int) -> Iterator[Any]:
     """Yields the values of a column, starting at row ``first``."""
     from pyarrow import parquet
 
-    # Not by datasets, which takes thirty times as long for short rows.
+    # Not with datasets, which takes thirty times as long for short rows.
     with _explained(f"{path} cannot be read as {file_type(path)}"), parquet.ParquetFile(path) as file:
         for group in range(file.num_row_groups):
             num_rows = file.metadata.row_group(group).num_rows
@@ -154,7 +154,7 @@ def parquet_column(path: Path, config: DataConfig) -> TextColumn | None:
     from pyarrow import parquet
 
     with _explained(f"{path} cannot be read as {file_type(path)}"), parquet.ParquetFile(path) as file:
-        if file.metadata.num_rows == 0:  # such a shard may have another type of column, or none at all
+        if file.metadata.num_rows == 0:  # columns of an empty shard can have another type, or be missing
             return None
         return TextColumn(choose_column(_types(file.schema_arrow), config.text_column, str(path)))
 
@@ -204,8 +204,8 @@ class HubSet:
         if is_csv:
             import pandas
 
-            # pandas takes the first column for an index where rows have more fields than the header; without, it cuts such
-            # rows off, and only warns.
+            # If rows have more fields than the header, pandas would take the first column for an index or, with
+            # index_col=False, cut off such rows with no more than a warning.
             warnings.filterwarnings("error", "Length of header or names", pandas.errors.ParserWarning)
             load = partial(load, index_col=False)
             rows = load()
@@ -218,16 +218,16 @@ class HubSet:
                 f"{self.where}: the fields seem to be separated by another character than a comma, as a column is called "
                 f"{found!r}: take the files, with data.csv_delimiter, as data.source"
             )
-        if is_csv:  # pandas would take 007 for a number, and NA, null and None for nothing
+        if is_csv:  # pandas would read 007 as a number, and NA, null and None as missing
             names = rows.column_names or list(next(iter(rows)))
             load = partial(load, converters=dict.fromkeys(names, str), keep_default_na=False, na_values=[""])
             rows = load()
         self.column = found
-        # By no public name, and None would have one data set's tokens taken for another's. Checked with datasets 5.2;
-        # tests/data/test_hub.py fails where it changes.
+        # There is no public name for it, and with None the tokens of two data sets could be confused. Checked with
+        # datasets 5.2; tests/data/test_hub.py fails if it changes.
         self.identity: str | None = rows._fingerprint if isinstance(rows, datasets.Dataset) else None
         """A value that differs if the data differ; None when streaming, since datasets does not know it then."""
-        # A streamed data set carries the position of its one reader: each reader loads its own.
+        # A streamed data set contains the position of its only reader, so each reader loads its own.
         self._rows = load if self.identity is None else lambda: rows
 
     def open(self, skipped: Skipped, state: State | None) -> TableReader:
@@ -236,7 +236,7 @@ class HubSet:
 
         rows = self._rows()
         if rows.features is not None:
-            rows = rows.select_columns([self.column])  # else every column of every row would be decoded
+            rows = rows.select_columns([self.column])  # otherwise all columns would be decoded
         if isinstance(rows, datasets.Dataset):
             rows = rows.to_iterable_dataset()
         return TableReader(rows, self.column, self.where, self._fault, self._encoding_errors, skipped, state)
@@ -257,14 +257,14 @@ def local_tables(path: str, *, name: str | None, split: str) -> list[Path] | Non
     try:
         builder = datasets.load_dataset_builder(path, name)
     except (ValueError, RuntimeError, OSError):
-        return None  # _load_split raises it again, and says what is wrong
+        return None  # _load_split reports the error
     config = builder.config
     if builder.name not in ("json", "csv", "parquet") or getattr(config, "field", None) is not None:
         return None
     files = [Path(file) for file in (config.data_files or {}).get(split, [])]
     if not all(file.is_file() and file_type(file) is not None for file in files):
         return None
-    if builder.name == "csv":  # sep may follow from the names
+    if builder.name == "csv":  # the separator can depend on the file names
         is_usual = config.sep == "," or (config.sep == "\t" and all(file_type(file) == ".tsv" for file in files))
         defaults = type(config)(sep=config.sep)
         if not is_usual or any(getattr(config, each) != getattr(defaults, each) for each in config.pd_read_csv_kwargs):
@@ -290,7 +290,7 @@ def _load_split(
     if folder.is_dir() and is_saved_to_disk(folder):
         try:
             loaded = datasets.load_from_disk(path)
-        except (KeyError, TypeError, ValueError) as error:  # of files that it reads unchecked
+        except (KeyError, TypeError, ValueError) as error:  # from files that it does not check
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise ValueError(f"{path} is damaged, or not what save_to_disk of datasets wrote ({reason})") from error
         if not isinstance(loaded, datasets.DatasetDict):
@@ -298,7 +298,7 @@ def _load_split(
         if split not in loaded:
             raise ValueError(f"{path} has no split {split!r}: it has {', '.join(loaded)}")
         return loaded[split]
-    # A local folder is read where it is; copying it into the cache of datasets would gain nothing.
+    # A local folder is streamed: copying it into the cache of datasets would have no benefit.
     streaming = streaming or folder.is_dir()
     try:
         return datasets.load_dataset(path, name, split=split, revision=revision, streaming=streaming, **options)

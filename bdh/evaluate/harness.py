@@ -22,8 +22,8 @@ from bdh.model import BDHForCausalLM
 from bdh.model.network import inference
 from bdh.tokenizer.plain import document_end_id
 
-_MAX_LOGITS = 2**26  # of one forward pass: 256 MiB in float32
-_CHUNK = 1024  # tokens of one forward pass, where the whole of a long text is read
+_MAX_LOGITS = 2**26  # in a forward pass: 256 MiB in float32
+_CHUNK = 1024  # tokens in a forward pass, for texts that are read as a whole
 _GENERATION = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty", "num_beams"}
 
 
@@ -76,7 +76,7 @@ class HarnessModel(TemplateLM):
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Returns, for each (context, continuation), the log-probability and whether greedy decoding generates it."""
-        # How the harness itself divides what it encodes together, for which it has no public name: checked with 0.4.13.
+        # The harness encodes both together and divides the tokens. It has no public name for this; checked with 0.4.13.
         pairs = [
             self._encode_pair(*each.args) if each.args[0] else ([], self.tok_encode(each.args[1])) for each in requests
         ]
@@ -144,7 +144,7 @@ class HarnessModel(TemplateLM):
 
     def _score_batch(self, windows: list[tuple[int, list[int], int]]) -> Iterator[tuple[int, float, bool]]:
         longest = max(len(tokens) for _, tokens, _ in windows)
-        # Padding stands after a text, where no prediction sees it.
+        # Padding is after the text, so no prediction depends on it.
         padded = torch.tensor([tokens + [0] * (longest - len(tokens)) for _, tokens, _ in windows])
         padded = padded.to(self._model.device)
         state = self._model.new_state(len(windows)) if longest - 1 > _CHUNK else None
@@ -184,7 +184,7 @@ def evaluate_tasks(
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     names, manager = _found_tasks(tasks, include_path)
     counts = {"num_fewshot": num_fewshot, "limit": limit, "bootstrap_iters": 1000}
-    # It notes where it was run too: git complains where there is no repository, and listing the packages takes seconds.
+    # It also records its environment: git prints an error without a repository, and listing packages takes seconds.
     unused: Any = {"get_git_commit_hash": lambda: None, "add_env_info": lambda results: None}
     with patch.multiple("lm_eval.evaluator", create=True, **unused):
         results: Any = simple_evaluate(model=lm, tasks=names, task_manager=manager, log_samples=False, **counts)
@@ -217,7 +217,7 @@ def _found_tasks(tasks: Sequence[str], include_path: str | None) -> tuple[list[s
             raise ValueError(f"{task} holds no task: a task is a YAML file with `task: NAME` in it")
         names += held
     manager = TaskManager(include_path=paths, include_defaults=False)
-    if not set(names) <= set(manager.all_tasks):  # the harness's own are thousands of files to read
+    if not set(names) <= set(manager.all_tasks):  # reading the harness's own tasks means thousands of files
         manager = TaskManager(include_path=paths)
     if unknown := sorted(set(names) - set(manager.all_tasks)):
         raise ValueError(

@@ -260,7 +260,7 @@ class _AdvancingReader:
     def read(self, tokens: torch.Tensor, starts: torch.Tensor | None) -> torch.Tensor:
         found: list[torch.Tensor] = []
         is_start = torch.zeros_like(tokens, dtype=torch.bool) if starts is None else starts
-        cuts = {0, *is_start.any(0).nonzero()[:, 0].tolist(), tokens.shape[1]}  # the starts of documents in any text
+        cuts = {0, *is_start.any(0).nonzero()[:, 0].tolist(), tokens.shape[1]}  # where any document starts
         for first, end in pairwise(sorted(cuts)):
             for state, is_new in zip(self._states, is_start[:, first].tolist(), strict=True):
                 if is_new:

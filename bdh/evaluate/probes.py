@@ -101,10 +101,10 @@ class _Counts:
 
 DISTANCES = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _NAMES = ("Anna", "Boris", "Clara", "David", "Elena", "Felix", "Greta", "Henry", "Irene", "Jonas", "Karen", "Lukas")
-_LEAD_TOKENS = 128  # filler and fact together, so that the fact is not the first that is read
-_STATE_BYTES = 2**30  # of the states of all sequences that are read together
-_WIDE_VALUES = 2**27  # of one wide activation: 512 MiB in float32
-_CHUNK = 1024  # tokens of one forward pass
+_LEAD_TOKENS = 128  # of filler and fact, so that filler precedes the fact
+_STATE_BYTES = 2**30  # the limit on the states of sequences that are read together
+_WIDE_VALUES = 2**27  # in a neuron-wide activation: 512 MiB in float32
+_CHUNK = 1024  # tokens in a forward pass
 Score = tuple[list[float], bool]
 """The log-probabilities of a value's tokens, and whether each was the likeliest."""
 
@@ -232,7 +232,7 @@ class ModelReader:
     def score(self, questions: Sequence[Question]) -> list[Score]:
         """Returns the score of the value in each text's question."""
         found: list[Score] = [([], False)] * len(questions)
-        groups: dict[tuple[int, int], list[int]] = {}  # texts whose questions have one shape
+        groups: dict[tuple[int, int], list[int]] = {}  # texts whose questions have equal shapes
         for index, question in enumerate(questions):
             groups.setdefault((len(question.query), len(question.value)), []).append(index)
         for (_, num_values), group in groups.items():
@@ -257,7 +257,7 @@ def _question(tokenizer: PreTrainedTokenizerFast, randomness: random.Random) -> 
     name = randomness.choice(_NAMES)
     digits = "".join(randomness.sample("0123456789", 4))
     query, value = encoded(f"\nThe secret number of {name} is"), encoded(f" {digits}")
-    # Encoded apart, so that the value has the same tokens where it is planted and where it is asked for.
+    # Encoded separately, so that the value has the same tokens in the fact and in the answer.
     return Question(fact=[*query, *value, *encoded(".\n")], query=query, value=value)
 
 

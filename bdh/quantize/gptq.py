@@ -253,7 +253,7 @@ def _listening(layer: _Layer, kept: list[torch.Tensor]) -> eager.Layer:
     return eager.Layer(partial(linear, weight=layer.encoder), heads, decoder)
 
 
-# E and Ev: the sum is over D inputs, and a row is rounded alone.
+# E and Ev: the sum is over D inputs, and each row is rounded independently.
 
 
 def _round_encoder(
@@ -305,7 +305,7 @@ def _round_rows(
 def _first_inputs(S: int, rows: torch.Tensor, counts: Counts, most: int) -> torch.Tensor:
     """Returns the first ``most`` of S inputs that count for each row, int64 (rows, most), padded with S."""
     taken = torch.full((len(rows), most), S, device=rows.device)
-    found = torch.zeros_like(rows)  # of each row, so far
+    found = torch.zeros_like(rows)  # for each row, until now
     for start in range(0, S, _INPUTS_AT_ONCE):
         open_rows = (found < most).nonzero()[:, 0]
         if not len(open_rows):
@@ -330,7 +330,7 @@ def neuron_hessians(inputs: torch.Tensor, taken: torch.Tensor, shared: torch.Ten
         shared: (D, D), the mean over all inputs.
     """
     (num_rows, most), D = taken.shape, inputs.shape[1]
-    with_zero = torch.cat([inputs, inputs.new_zeros(1, D)])  # the last stands for none
+    with_zero = torch.cat([inputs, inputs.new_zeros(1, D)])  # the last row means no input
     hessians = inputs.new_empty(num_rows, D, D)
     at_once = max(1, _WIDE // (most * D))
     for start in range(0, num_rows, at_once):
@@ -346,7 +346,7 @@ def round_in_metric(weight: torch.Tensor, hessians: torch.Tensor, format: Quanti
     """
     D, diagonal = weight.shape[1], hessians.diagonal(dim1=1, dim2=2)
     damping = _DAMPING * diagonal.mean(1, keepdim=True)
-    damping = torch.where(damping > 0, damping, 1.0)  # where there are no inputs at all, plain rounding
+    damping = torch.where(damping > 0, damping, 1.0)  # without any inputs, the result is plain rounding
     hessians = hessians + damping[:, :, None] * torch.eye(D, device=weight.device)
     found = nearest_plane(weight, hessians, scales_of(weight, format), format)
     for _ in range(_REFINEMENTS):
@@ -406,7 +406,7 @@ def _rounded(values: torch.Tensor, scales: torch.Tensor, format: QuantizedFormat
     return (values / torch.where(scales == 0, 1.0, scales)).round().clamp(*CODE_RANGES[format])
 
 
-# Dec: the sum is over the neurons, and its rows make up for one another.
+# Dec: the sum is over the neurons, and rows compensate for each other's errors.
 
 
 def _outputs(layer: _Layer, samples: _Samples, neurons: torch.Tensor, part: slice) -> torch.Tensor:
@@ -435,7 +435,7 @@ def _round_decoder(
     parts = [slice(start, min(start + 4096, S)) for start in range(0, S, 4096)]
     blocks = torch.arange(num_neurons, device=device).split(DECODER_BLOCK)
     work = len(parts) * len(blocks)
-    residual = torch.zeros(S, D, device=device)  # what the output is too much
+    residual = torch.zeros(S, D, device=device)  # the error of the output
     energy = torch.zeros(num_neurons, device=device)
     for number, part in enumerate(parts):
         progress(2 * number * len(blocks), 5 * work)
@@ -450,7 +450,7 @@ def _round_decoder(
         return found
     blocks = energy.argsort(descending=True, stable=True).split(DECODER_BLOCK)
     for done, block in enumerate(blocks):
-        neurons, place = block.sort()  # block[place] is neurons
+        neurons, place = block.sort()  # neurons == block[place]
         order = place.argsort()
         hessian = torch.zeros(len(block), len(block), device=device)
         slope = torch.zeros(len(block), D, device=device)
@@ -477,7 +477,7 @@ def _round_block(
         hessian: (n, n), the sum of z z^T.
         slope: (n, D), the sum of z times the error that the output already has.
     """
-    # From the last to the first: those that fire most come first.
+    # Flipped, since the last row is rounded first: it should be that of the neuron with the largest z, which is first.
     exact = hessian.flip(0, 1).to(exact_dtype(weight.device))
     exact.diagonal().add_(damping)
     factor = torch.linalg.cholesky(exact, upper=True)
