@@ -17,7 +17,7 @@ def install_command(extra: str) -> str:
 
     For "bdh[serve]" alone, pip would search an index, and bdh is in none.
     """
-    from importlib.metadata import PackageNotFoundError, distribution  # 10 ms that --help does not need
+    from importlib.metadata import PackageNotFoundError, distribution  # takes 10 ms, which --help need not wait for
 
     try:
         source = _source(distribution("bdh"), extra)
@@ -38,6 +38,6 @@ def _source(installed: "Distribution", extra: str) -> str:
     if not url.startswith("file:"):
         return f"bdh[{extra}] @ {url}" if url else f"bdh[{extra}]"
     path = Path(unquote(urlsplit(url).path))
-    if not path.exists():  # it is somewhere else now, and known by its name
+    if not path.exists():  # it was moved, so only its name is known
         path = Path(path.name if path.suffix == ".whl" else ".")
     return f"{path}[{extra}]"

@@ -8,7 +8,7 @@ from typing import Literal
 from bdh.words import nearest
 
 _ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
-_RUNS = "runs"  # where bdh train keeps them unless told otherwise
+_RUNS = "runs"  # the default folder of bdh train
 _MODEL_FILES = ["*.json", "*.jinja", "model*.safetensors"]
 _logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def model_folder(name: str, commit: str | None = None) -> Path:
             )
         if not (folder / "config.json").is_file():
             raise FileNotFoundError("it has no config.json")
-    except OSError as error:  # of the network, and of the hub
+    except OSError as error:  # errors of the network and of the hub
         is_not_cached = constants.HF_HUB_OFFLINE and isinstance(error, LocalEntryNotFoundError)
         reason = "this commit is not in the hub's cache, and HF_HUB_OFFLINE is set" if is_not_cached else str(error)
         raise model_not_found(name, reason) from error

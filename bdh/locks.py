@@ -22,10 +22,10 @@ from filelock import LeaseSettingsMismatch, SoftFileLease, Timeout
 
 LEASE_SECONDS = 120.0
 """A lock of another machine counts as abandoned if nobody has touched it for this long."""
-_BEATS = 12  # touches in that time
-_CHECK_SECONDS = 5.0  # between two checks of a lock that is held, where one is asked for in each step
-_ASIDE_SECONDS = 1.0  # longer than another process has the lock aside to see whether its holder has ended
-_MAX_BYTES = 1 << 14  # of a lock; those that are written here have a few hundred
+_BEATS = 12  # touches within LEASE_SECONDS
+_CHECK_SECONDS = 5.0  # between two checks of a held lock, if a check is requested in each step
+_ASIDE_SECONDS = 1.0  # more than a process takes to rename a lock and check it, see _remove
+_MAX_BYTES = 1 << 14  # the most that is read of a lock; those written here have a few hundred
 _logger = logging.getLogger(__name__)
 
 
@@ -145,7 +145,7 @@ class Lock:
         if token is not None and holder.get("token") == token:
             if self._lease.compromise is None:
                 return
-            self.release()  # the disk has not answered for a while, which has ended the touching
+            self.release()  # touching has ended, because the disk did not answer for a while
             if self._take():
                 return
         now_held = f"{self._holder()} holds it" if holder else "nobody holds it"
@@ -168,11 +168,11 @@ class Lock:
             ) from error
 
     def _take(self) -> bool:
-        if _is_of_namesake(self._read()[0]):  # filelock would look for its process here
+        if _is_of_namesake(self._read()[0]):  # filelock would look for the process on this machine
             return False
         try:
             self._lease.acquire(timeout=0)
-            with self._path.open("a", encoding="utf-8") as file:  # filelock skips lines that it does not know
+            with self._path.open("a", encoding="utf-8") as file:  # filelock ignores unknown lines
                 since = time.strftime("%Y-%m-%d %H:%M:%S%z")
                 file.write(f"since={since}\nfile={_Beat.of(os.fstat(file.fileno())).file}\n")
         except (Timeout, LeaseSettingsMismatch):
@@ -184,13 +184,13 @@ class Lock:
         return True
 
     def _read(self) -> tuple[dict[str, str], "_Beat | None"]:
-        """Returns what the lock says of its holder, and its beat; empty and None if there is no lock."""
+        """Returns the lock's description of its holder, and its beat; empty and None if there is no lock."""
         try:
-            with self._path.open("rb") as file:  # opened, as network disks answer from memory otherwise
+            with self._path.open("rb") as file:  # opened, because network disks may otherwise return cached facts
                 text, status = file.read(_MAX_BYTES).decode("utf-8", errors="replace"), os.fstat(file.fileno())
         except FileNotFoundError:
             return {}, None
-        lines = text.split("\n")[:-1]  # without one that is being written
+        lines = text.split("\n")[:-1]  # without an incomplete line
         return dict(line.split("=", 1) for line in lines if "=" in line), _Beat.of(status)
 
     def _patience(self, holder: dict[str, str], beat: "_Beat | None") -> float:
@@ -207,7 +207,7 @@ class Lock:
             return 2 * LEASE_SECONDS / _BEATS
         if _is_copy(holder, beat):
             return 0
-        if os.name == "nt":  # filelock has looked; os.kill would end the process
+        if os.name == "nt":  # filelock has checked it; os.kill would end the process
             return math.inf
         try:
             os.kill(int(pid), 0)
@@ -216,7 +216,7 @@ class Lock:
             return 0
         except OSError:  # a process of another user, or a system without /proc
             return math.inf
-        return 0 if state in (b"Z", b"X") else math.inf  # killed, though its parent has not asked for its status yet
+        return 0 if state in (b"Z", b"X") else math.inf  # a zombie has ended
 
     def _remove(self, judged: "_Beat | None") -> None:
         """Removes the lock of a holder that has ended, unless the lock has changed since it was judged.

@@ -24,7 +24,7 @@ _OTHER_MARKS = {  # the longer ones first: UTF-32's begins like UTF-16's
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
-_WIDE = {  # of each encoding the bytes in a unit, the place of the highest one there, and of those next to it
+_WIDE = {  # the bytes in a unit, the index of the highest byte, and that of the second-highest one
     "UTF-32LE": (4, 3, 2),
     "UTF-32BE": (4, 0, 1),
     "UTF-16LE": (2, 1, None),
@@ -202,8 +202,8 @@ class _Check:
         self.lines: dict[str, list[int]] = {}
         self.written: dict[str, str] = {}
         self._faults, self._origin = faults, origin
-        self._open: dict[yaml.Node, tuple[str, int]] = {}  # name and line of those that the walk is inside of
-        self._extents: dict[yaml.Node, tuple[int, int]] = {}  # of those that it is through: levels and values
+        self._open: dict[yaml.Node, tuple[str, int]] = {}  # the name and line of the nodes that contain the current one
+        self._extents: dict[yaml.Node, tuple[int, int]] = {}  # the levels and values of the completed nodes
         self._seen_keys: set[yaml.Node] = set()
         self._num_by_aliases = 0
 
@@ -223,7 +223,7 @@ class _Check:
             self._num_by_aliases += num_values
             if self._num_by_aliases <= MAX_BY_ALIASES:
                 return node
-            if had_too_many:  # which is said once
+            if had_too_many:  # reported only once
                 return _mark(node)
             return self._wrong(
                 node, f"{name} repeats too much: aliases may add {MAX_BY_ALIASES} values to a file", line
@@ -271,7 +271,7 @@ class _Check:
             self._add(f"{written} is given {times}: give it once", *lines)
         for (_, earlier), line in zip(same[:-1], lines, strict=False):
             if isinstance(earlier, yaml.MappingNode) and isinstance(value, yaml.MappingNode):
-                if earlier is not value:  # what is wrong in either is to be found
+                if earlier is not value:  # both can contain faults
                     value.value = [*earlier.value, *value.value]
             else:
                 self.node(earlier, written, line)

@@ -40,7 +40,8 @@ class Inputs(Columns):
 
 
 takes_old_cache_name = deprecate_kwarg("past_key_values", "6.0.0", new_name="cache")
-"""Of a method: it takes the name that transformers had for it before 5.24 too, with a warning, as its own models do."""
+"""A decorator of methods that also accept ``cache`` under the name ``past_key_values``, which transformers used before
+5.24. As in transformers' own models, this causes a warning."""
 
 
 def read_inputs(
@@ -319,7 +320,7 @@ def _new_columns(attention_mask: torch.Tensor | None, B: int, T: int, num_earlie
         earlier = f" or, with the columns fed before, {(B, num_earlier + T)}" if num_earlier else ""
         raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}: must be {(B, T)}{earlier}")
     mask = attention_mask[:, -T:].bool()
-    # A mask costs another sweep over the neurons, and a separate rotation for each sequence.
+    # A mask costs another pass over the neurons, and a separate rotation for each sequence.
     if not torch.compiler.is_compiling() and bool(mask.all()):
         return None
     return mask

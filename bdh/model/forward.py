@@ -70,7 +70,7 @@ def run_layer(
     if use_cache:
         if given is not None:
             given.remember(inputs, partial(read_columns, model))
-        else:  # the layer steps add their sums
+        else:  # the layer steps append their sums
             shape = (B, config.n_head, config.neurons_per_head, config.n_embd)
             state = SynapticState.zeros(shape, 0, device=v.device)
         if not torch.compiler.is_compiling():
@@ -133,7 +133,7 @@ def _plan(model: Any, B: int, T: int, form: str) -> LayerPlan:
     # An evaluation batch, or the last batch of an epoch, can have fewer or shorter sequences than the options expect.
     rows, tokens = options.rows_per_block, options.tokens_per_block
     options = replace(options, rows_per_block=rows and min(rows, B), tokens_per_block=tokens and min(tokens, T))
-    if obstacle is not None and not torch.is_grad_enabled():  # a measurement with hooks, say, may use any backend
+    if obstacle is not None and not torch.is_grad_enabled():  # such as a measurement with hooks
         options = replace(options, path="auto")
     how = {"form": form, "chunk_size": config.chunk_size, "obstacle": obstacle}
     return _plan_once(os.getpid(), torch.get_num_threads(), shape, options, **how)
@@ -143,7 +143,8 @@ def _plan(model: Any, B: int, T: int, form: str) -> LayerPlan:
 def _plan_once(process: int, num_threads: int, *arguments: Any, **others: Any) -> LayerPlan:
     """Caches plans by everything that they depend on.
 
-    The process is among it since a forked one may have other backends, and the threads since each needs memory.
+    These include the process, because other backends can be available in a forked one, and the number of threads, each
+    of which needs memory.
     """
     return plan_layer(*arguments, **others)
 
@@ -162,9 +163,9 @@ def _choose_step(
     B, T, _ = inputs.v.shape
     decay_mask = _decay_mask(model, inputs.starts, inputs.mask)
     is_step = T == 1 and inputs.state is not None
-    # The block backend breaks the graph of torch.compile. It is worth that in training, where it saves memory.
+    # The block backend breaks the graph of torch.compile. In training, the saved memory is worth it.
     is_one_graph = torch.compiler.is_exporting() or (torch.compiler.is_compiling() and not (for_loss or model.training))
-    # A forward pass that keeps no state is not a prompt but an evaluation, of its logits.
+    # A forward pass that keeps no state is not a prompt but an evaluation of logits.
     plan = None
     if not (is_step or is_one_graph):
         plan = plan_for(model, B, T, form, for_loss=for_loss or not keep_state)

@@ -44,7 +44,7 @@ MAX_LOGITS_IN_ONE_PIECE = 2**25
 class BDHModelOutput(outputs.BaseModelOutputWithPast):
     """The output of :meth:`BDHModel.forward`."""
 
-    last_hidden_state: torch.Tensor = None  # type: ignore[assignment]  # an output of transformers wants a default
+    last_hidden_state: torch.Tensor = None  # type: ignore[assignment]  # transformers requires defaults in outputs
     cache: SynapticState | None = None  # type: ignore[assignment]
 
 
@@ -91,7 +91,7 @@ class BDHPreTrainedModel(TraceMethod, PreTrainedModel):
     def from_pretrained(cls, *arguments: Any, **options: Any) -> Any:
         """Loads a model as :meth:`transformers.PreTrainedModel.from_pretrained` does, with the same arguments."""
         loaded = super().from_pretrained(*arguments, **options)
-        keep_as_saved(loaded[0] if isinstance(loaded, tuple) else loaded)  # a tuple with output_loading_info=True
+        keep_as_saved(loaded[0] if isinstance(loaded, tuple) else loaded)  # it is a tuple with output_loading_info=True
         return loaded
 
     def train(self, mode: bool = True) -> Any:
@@ -107,7 +107,7 @@ class BDHPreTrainedModel(TraceMethod, PreTrainedModel):
         itself.
         """
         backbone = BDHModel.__new__(BDHModel)
-        nn.Module.__init__(backbone)  # with no hooks, which would run twice
+        nn.Module.__init__(backbone)  # without hooks, which would run twice
         of_module = {*vars(backbone), "forward"} - {"training"}  # libraries replace the forward of the model
         vars(backbone).update((name, value) for name, value in vars(self).items() if name not in of_module)
         for name in ("embed", "encoder", "encoder_v", "decoder", "hook_points"):
@@ -351,7 +351,7 @@ class BDHForSequenceClassification(BDHPreTrainedModel):
     initialized head.
     """
 
-    accepts_loss_kwargs = False  # the loss is a mean over the batch; transformers' Trainer must divide accumulated ones
+    accepts_loss_kwargs = False  # the loss is a batch mean, so Trainer must divide accumulated losses
 
     def __init__(self, config: BDHConfig):
         super().__init__(config)
@@ -402,7 +402,7 @@ class BDHForSequenceClassification(BDHPreTrainedModel):
         return outputs.SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,
-            cache=hidden.state,  # type: ignore[arg-type]  # a state here
+            cache=hidden.state,  # type: ignore[arg-type]  # here it is a state
             hidden_states=hidden.every_v,
         )
 

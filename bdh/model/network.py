@@ -99,7 +99,7 @@ class ModelConfig(ConfigFields):
         given = {name: value for name, value in facts.items() if name in known}
         others = {name: value for name, value in facts.items() if name not in known}
         unlike_token_ids = {name: value for name, value in others.items() if not name.endswith("token_id")}
-        if faults := name_faults(given, unlike_token_ids, known):  # transformers has many token ids
+        if faults := name_faults(given, unlike_token_ids, known):  # transformers has many fields for token ids
             raise ValueError("; ".join(faults))
         return cls(**{ALIASES[name]: value for name, value in others.items() if name in ALIASES} | given)
 

@@ -66,7 +66,7 @@ class Quantization:
         encoder, encoder_v, decoder, _ = layer_formats(self.weights)
         formats = {"encoder": encoder, **{f"encoder_v.{head}": encoder_v for head in range(num_heads)}}
         formats |= {"decoder": decoder} | ({"embed": "int8", "lm_head": "int8"} if self.embeddings else {})
-        return formats  # type: ignore[return-value]  # of these words none is a plain format
+        return formats  # type: ignore[return-value]  # none of these is a plain format
 
 
 def is_ours(facts: Any) -> bool:

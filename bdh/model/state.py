@@ -69,7 +69,7 @@ class SynapticState:
         num_columns: the number of columns read so far, including padding. transformers calls it the sequence length.
     """
 
-    # Asked by transformers' `generate`, which leaves out the columns that were read only if some layer is not linear.
+    # Read by transformers' `generate`, which omits the columns that were read only if some layer is not linear.
     is_compileable = False
     is_linear = (False,)
     layers = ()
@@ -406,7 +406,7 @@ class SynapticState:
         """Selects the sequences of the beams that continue. Beam search calls it between its steps."""
         chosen = self.filter(beam_idx)
         self.tensors, self.positions = chosen.tensors, chosen.positions
-        self._record = None if self._record is None else []  # it was of the sequences in their old order
+        self._record = None if self._record is None else []  # it describes the sequences in their old order
 
 
 # Registered as a pytree, so that torch.export, and with it the ONNX export, accepts a state as input and output. The

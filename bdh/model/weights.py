@@ -33,7 +33,7 @@ from bdh.ops.backends import CPU, LayerWeights
 from bdh.ops.eager import Layer, Linear
 from bdh.ops.formats import Rows, layer_formats
 
-if TYPE_CHECKING:  # numba, which is imported where the kernels run
+if TYPE_CHECKING:  # it imports numba, which only the kernels need
     from bdh.ops.cpu.recurrence import Recurrence
 
 WORDS_AT_ONCE = 1 << 22  # on an accelerator; their products take 32 MiB
@@ -136,7 +136,7 @@ def weights_obstacle(modules: Sequence[nn.Module], *, may_round: bool = False) -
             return "a layer has a bias"
         if has_hooks(module):
             return "a layer has hooks"
-        if "forward" in module.__dict__:  # as accelerate replaces it
+        if "forward" in module.__dict__:  # accelerate does this
             return "the forward of a layer has been replaced"
         if is_quantized:
             if module.packed.is_meta:
@@ -332,7 +332,7 @@ class _KernelCopies:
 
 
 _kernels: "weakref.WeakKeyDictionary[Any, dict[WeightFormat, _KernelCopies]]" = weakref.WeakKeyDictionary()
-_lock = threading.RLock()  # for the dictionary: several threads may run models and step optimizers
+_lock = threading.RLock()  # for the dictionary, since several threads can run models and step optimizers
 
 
 def kernel_obstacle(model: ModelParts) -> str | None:
