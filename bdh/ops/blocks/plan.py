@@ -21,9 +21,9 @@ _WIDE_IN_BLOCK: dict[BackendName, int] = {"blocks": 9, "cpu": 4}
 _WIDE_KEPT_BY_EAGER = 9
 _WIDE_OF_MASK = 16  # bytes of an unfused dropout mask for each neuron and token, with keys in int64
 _WIDE_OF_TABLE = 4  # bytes of the rotation, in float32, if documents give each sequence its own positions
-# A text of up to _WHOLE_WIDTHS * D tokens is a single block. A longer one is cut into blocks of 2 D tokens, and of at
-# least _LEAST_CHUNK. Measured on 2 CPU cores, in thousands of tokens per second in a training step with L = 1, as a single
-# block / in blocks of 2 D (of 256 for D = 64):
+# A text of up to _WHOLE_WIDTHS * D tokens is a single block. A longer one is cut into blocks of 2 D tokens, or of
+# _LEAST_CHUNK if that is more. Measured on 2 CPU cores, in thousands of tokens per second in a training step with
+# L = 1, as a single block / in blocks of 2 D (of 256 for D = 64):
 # D 64: T 256 17.7 / -, T 512 14.6 / 15.9.
 # D 128: T 512 8.0 / 7.8, T 1,024 5.6 / 7.0, T 8,192 - / 6.3 (in blocks of 128: 5.8, of 1,024: 4.6).
 # D 256, N 8,192: T 512 0.81 / 0.71 (in blocks of 256), T 2,048 0.44 / 0.56.
