@@ -29,8 +29,8 @@ MOST_NEURONS = 64
 MAX_TOKENS: dict[BackendName, int] = {"cpu": 128, "eager": 512}
 """The most tokens in one call of a backend. More would take more working memory and run no faster."""
 LONG_CALL = 1 << 30
-"""From this product of tokens, neurons and width on, each layer step is a separate kernel call, so that progress
-is reported every few tens of milliseconds."""
+"""If the product of tokens, neurons and width is at least this, each layer step is a separate kernel call, so that
+progress is reported every few tens of milliseconds."""
 
 
 @dataclass
@@ -90,8 +90,8 @@ class Residuals:
 class StepInput:
     """The tokens that one sequence reads in a step, what to return for them, and the results.
 
-    After an exception the same object can be passed again, unless its state is torn: it continues with the unread
-        tokens.
+    After an exception, the same object can be passed again, unless its state is torn. It then continues with the unread
+    tokens.
     """
 
     state: SynapticState
@@ -211,7 +211,7 @@ class Advancer:
         own = quantized_format(model)
         if own is not None:
             allowed_weights = f"{own}, in which the model's weights are stored, or left out"
-            if own not in WEIGHT_FORMATS:  # the setting has no value for it
+            if own not in WEIGHT_FORMATS:  # the setting cannot name this format
                 allowed_weights = f"left out: the model's weights are stored in another format, {own}"
             faults.require(weights in ("float32", own), "weights", weights, allowed_weights)
         else:
@@ -229,7 +229,7 @@ class Advancer:
         self._shape = H, N, D = config.n_head, config.neurons_per_head, config.n_embd
         half_lives = config.half_lives
         self._kernel_settings: dict[str, Any] = {}
-        self._half_lives: torch.Tensor | None = None  # (H,), for the eager backend
+        self._half_lives: torch.Tensor | None = None  # (H,), only used by the eager backend
         dtype = sum_dtype(model.dtype) if state == "float32" else STATE_DTYPES[state]
         if self.backend == "cpu":
             from bdh.ops.cpu.recurrence import ScaledSums, ring_fading
@@ -243,7 +243,7 @@ class Advancer:
         self._kind = {"float32": "sums", "bfloat16": "sums bfloat16", "int16": "rows int16"}[state]
         if "scaled" in self._kernel_settings:
             self._kind += ", scaled"
-        if self._copies != "float32":  # a state that was read with other weights is another kind of state
+        if self._copies != "float32":  # states that were read with different weights are of different kinds
             self._kind += f", weights {self._copies}"
         self._shapes: Shapes = {"sums": (dtype, (H, N, D))}
         if state == "int16":
@@ -277,7 +277,7 @@ class Advancer:
         L = self.model.config.n_layer
         return self._kind, {name: (dtype, (L, *shape)) for name, (dtype, shape) in self._shapes.items()}
 
-    @torch.inference_mode(False)  # states outlive the call, and inference tensors could not be used outside of the mode
+    @torch.inference_mode(False)  # inference tensors could not be used outside of inference mode
     def new_state(self, batch_size: int = 1) -> SynapticState:
         """Returns the state before the first token. Its positions are on the CPU, where the engine reads them."""
         L, device = self.model.config.n_layer, self.model.device

@@ -224,7 +224,7 @@ class Conversation:
             raise ValueError(
                 f"{path} is a conversation with another tokenizer or chat template, or with one where here is none"
             )
-        assert snapshot.generator_state is not None  # `save` puts it there
+        assert snapshot.generator_state is not None  # `save` stores it
         state = self.engine.advancer.new_state()
         try:
             state.copy_(snapshot.state)

@@ -35,7 +35,7 @@ from bdh.tokenizer.plain import PlainTokenizer, check_vocabulary, end_token_ids
 from bdh.words import counted
 
 _logger = logging.getLogger(__name__)
-# The least share of a step's tokens, one of this many, that is kept for prompts, so that no prompt waits forever.
+# At least one in this many tokens of a step is reserved for prompts, so that no prompt waits forever.
 _LEAST_PROMPT_SHARE = 8
 _INTERRUPTED = "the step that worked on it was interrupted"
 
@@ -87,7 +87,7 @@ class Engine:
         self._numbers = itertools.count()
         self._waiting: deque[Request] = deque()
         self._running: dict[int, Request] = {}
-        self._outputs: list[StepOutput] = []  # of requests that were aborted between two steps
+        self._outputs: list[StepOutput] = []  # the outputs of requests that were aborted between two steps
         # The requests that a step is working on. If it is interrupted, their states are unreliable.
         self._in_hand: deque[Request] = deque()
         self._started: list[int] = []
@@ -236,7 +236,7 @@ class Engine:
         started, self._started = self._started, []
         return started
 
-    @torch.inference_mode(False)  # states outlive the step, and inference tensors could not be used outside of the mode
+    @torch.inference_mode(False)  # inference tensors could not be used outside of inference mode
     def step(self) -> list[StepOutput]:
         """Runs one step: generates a token for each sequence that is being continued, and reads a chunk of prompts.
 
@@ -421,7 +421,7 @@ class Engine:
         if len(request.sequences) == request.params.n:
             return []
         if self.prefixes is not None:
-            self.prefixes.store_marked()  # before taking a state, which may be a marked one that was just given back
+            self.prefixes.store_marked()  # first, since the pool may reuse a marked state that was just given back
         for index in range(1, request.params.n):
             other = Continuation(request, index, self.model, self.tokenizer)
             other.state = self._pool.take(copy_of=sequence.state)
@@ -439,10 +439,10 @@ class Engine:
         request.ended.add(output.index)
         try:
             self._outputs.append(output)
-        except BaseException:  # the end must be reported in any case
+        except BaseException:  # so that the end is still reported
             request.ended.discard(output.index)
             raise
-        # From here on the continuation has ended, whatever happens.
+        # From now on, the continuation has ended, whatever happens.
         if not request.num_reserved:
             self._running.pop(request.id, None)
         reason = output.completion.finish_reason
@@ -470,7 +470,7 @@ class Engine:
             try:
                 sequence = sequence or Continuation(request, index, self.model, self.tokenizer)
                 output = sequence.end(reason, error)
-            except Exception as failure:  # out of memory, say: then the text that the decoder held back is lost
+            except Exception as failure:  # such as out of memory; text that the decoder held back is lost
                 _logger.exception("continuation %d of request %d ends with an error", index, request.id)
                 completion = Completion(
                     "", [], "error", error=error or error_text(failure), num_prompt_tokens=len(request.tokens)

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 KINDS = ("json_schema", "regex")
-MOST_CHARACTERS = 100_000  # of a schema, as JSON, or of a regular expression
-MOST_LEVELS = 100  # of nested lists and objects in a schema
+MOST_CHARACTERS = 100_000  # in a schema, as JSON, or in a regular expression
+MOST_LEVELS = 100  # of lists and objects in a schema
 # The most patterns and formats in a schema that combines schemas. Each doubles the time to check whether a match
 # exists.
 MOST_JOINED = 12
@@ -33,9 +33,9 @@ GRAMMAR_FAULT = "the grammar cannot be held further: "
 _MOST_COMPILED = 64
 # White space between the parts of JSON. It is bounded, since a model could otherwise write spaces forever.
 _WHITESPACE = r"[ \t\r\n]{1,20}"
-# Without this option, the library allows only one tokenization where only one text can follow.
+# Without this option, if only one text can follow, the library allows only one of its tokenizations.
 _ALL_TOKENS = '%llguidance {"no_forcing": true}'
-_MOST_LEXER_STATES = 20_000  # of 1 to 2 kB, for each running text; the library's own bound is 250,000
+_MOST_LEXER_STATES = 20_000  # of 1 to 2 kB each, for a running text; the library's default is 250,000
 
 
 def check_grammar_library() -> None:

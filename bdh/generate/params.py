@@ -10,11 +10,11 @@ from bdh.generate.grammar import collect_grammar_faults
 from bdh.ops import StateFormat, StepPath, WeightFormat
 from bdh.validation import Allowed, Faults, Fraction, NonNegativeInt, PositiveInt, Settings, checked, collect_faults
 
-_LEAST = 1e-6  # dividing logits by less would overflow
+_LEAST = 1e-6  # dividing logits by a smaller number could overflow
 _Temperature = Annotated[
     float, Allowed(lambda t: t == 0 or t >= _LEAST, f"0 (greedy) or above; if above, at least {_LEAST:g}")
 ]
-_Seed = Annotated[int, Allowed(range(-(2**63), 2**64).__contains__, "from -2**63 to 2**64 - 1")]  # what PyTorch takes
+_Seed = Annotated[int, Allowed(range(-(2**63), 2**64).__contains__, "from -2**63 to 2**64 - 1")]  # as PyTorch
 LogprobCount = Annotated[int, Ge(0), Le(100)]
 
 
@@ -75,10 +75,10 @@ class SamplingParams(TextSettings):
     """Number of continuations of the prompt, which is read once. The first uses the seed itself, the others derived
     seeds."""
     grammar: dict[str, Any] | None = None
-    """The form that the text must have: ``{"json_schema": SCHEMA}`` or ``{"regex": PATTERN}``, held exactly. It may end
-    only where it has it, and ends where nothing may follow, before ``min_tokens`` too; cut off by ``max_tokens`` or a stop
-    string it is a beginning of such a text. To continue in the midst of a text from a snapshot, ``"written"`` is the number
-    of the snapshot's last tokens that are its beginning."""
+    """A grammar that the text must match: ``{"json_schema": SCHEMA}`` or ``{"regex": PATTERN}``. The text can only end
+    where it matches, and ends where nothing can follow, even before ``min_tokens``. If ``max_tokens`` or a stop string
+    cuts it off, it is a prefix of a match. To continue from a snapshot in the middle of such a text, set ``"written"``
+    to the number of the snapshot's last tokens that belong to the text."""
 
     def collect_faults(self, faults: Faults) -> None:
         is_right = 0 <= self.min_tokens <= max(0, self.max_tokens)
@@ -163,7 +163,7 @@ def params_from(settings: dict[str, Any]) -> SamplingParams:
     values = {name: value for name, value in settings.items() if name in known}
     if isinstance(stop := values.get("stop"), str):
         values["stop"] = [stop]
-    if isinstance(bias := values.get("logit_bias"), dict):  # JSON has only strings as keys
+    if isinstance(bias := values.get("logit_bias"), dict):  # keys in JSON are always strings
         values["logit_bias"] = {int(key) if str(key).isdecimal() else key: value for key, value in bias.items()}
         faults.require(len(values["logit_bias"]) == len(bias), "logit_bias", bias, _IN_JSON["logit_bias"])
     params = SamplingParams(**values)

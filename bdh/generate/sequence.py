@@ -24,7 +24,7 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 Prompt = str | Sequence[int]
 """A string, in which nothing is parsed as a special token, or a sequence of token ids."""
 
-_REPLACEMENT = "\ufffd"  # the character of decoders for bytes that are not (yet) a character
+_REPLACEMENT = "\ufffd"  # decoders return it for bytes that are not, or not yet, a character
 _MAX_UNFINISHED = 3  # the most bytes of an incomplete character, which has at most 4 when complete
 CONTEXT_TOKENS = 8
 """The number of tokens before a text to decode with it: whether a word piece starts with a space depends on them."""
@@ -318,7 +318,7 @@ class Request:
 
     id: int
     params: SamplingParams
-    tokens: list[int]  # the tokens of the prompt; of a snapshot, also those generated before
+    tokens: list[int]  # the prompt, after the tokens of a snapshot if there is one
     num_prompt_tokens: int
     end_token_ids: frozenset[int]  # tokens that end the text
     grammar: "LLMatcher | None" = None  # the matcher of its grammar, at the beginning of a text
@@ -326,7 +326,7 @@ class Request:
     keep_snapshot: bool = False
     record_activations: int | None = None
     residuals: Residuals | None = None
-    generator: torch.Generator | None = None  # for the first continuation, instead of a new one with the seed
+    generator: torch.Generator | None = None  # the first continuation uses it instead of a new one with the seed
     sequences: list["Continuation"] = field(default_factory=list)
     places: set[int] = field(default_factory=set)  # the numbers of prompt tokens after which to store the state
     weights: WeightsMark | None = None  # the weights that started to read the prompt, if there are such places
@@ -357,7 +357,7 @@ class Continuation:
         self.completion: Completion | None = None
         self._has_output = False
         if snapshot is not None and len(tokens) > len(snapshot.tokens):
-            snapshot = None  # its held-back text and generator belong to another continuation
+            snapshot = None  # further text follows, so its held-back text and generator do not apply
         generator = request.generator if index == 0 else None
         if snapshot is not None and snapshot.generator_state is not None and index == 0 and generator is None:
             generator = torch.Generator()

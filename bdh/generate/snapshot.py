@@ -20,7 +20,7 @@ from bdh.storage import atomic_file, check_file
 
 _FORMAT_NAME = "bdh-snapshot-"
 FILE_FORMAT = f"{_FORMAT_NAME}1"
-_NO_CHECKSUM = "0" * 64  # stands for the checksum while that is computed
+_NO_CHECKSUM = "0" * 64  # the placeholder while the checksum is computed
 
 
 @dataclass
@@ -193,7 +193,7 @@ def _check(path: Path, stored: str) -> None:
 def _place_of_checksum(file: BufferedIOBase, checksum: str) -> int:
     """Returns the offset of the checksum in the file, or -1 if the header does not contain it."""
     file.seek(0)
-    length = int.from_bytes(file.read(8), "little")  # of the header, which is JSON
+    length = int.from_bytes(file.read(8), "little")  # the length of the header, which is JSON
     at = file.read(length).find(b'"checksum":"' + checksum.encode() + b'"')
     return at if at < 0 else 8 + at + len(b'"checksum":"')
 

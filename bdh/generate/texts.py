@@ -142,7 +142,7 @@ def _search_beams(
 
     encoded = [encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
     T = max(map(len, encoded))
-    pad = tokenizer.pad_token_id or 0  # never seen: the mask hides it
+    pad = tokenizer.pad_token_id or 0  # has no effect, because it is masked
     ids = torch.tensor([[pad] * (T - len(tokens)) + tokens for tokens in encoded], device=model.device)  # (B, T)
     mask = torch.tensor([[0] * (T - len(tokens)) + [1] * len(tokens) for tokens in encoded], device=model.device)
     eos_token_ids = end_token_ids(model, tokenizer)
@@ -161,7 +161,7 @@ def _search_beams(
         start = max(T, input_ids.shape[1] - tail_tokens)
         return torch.tensor([decoded(beam, start)[0].stopped for beam in input_ids], device=input_ids.device)
 
-    # Neutral values are passed too; otherwise those of the model's generation_config would apply.
+    # Neutral values are passed explicitly, since those of the model's generation_config would apply otherwise.
     arguments: dict[str, Any] = {"do_sample": params.temperature > 0, "repetition_penalty": params.repetition_penalty}
     if params.temperature > 0:
         arguments |= {"temperature": params.temperature, "top_k": params.top_k, "top_p": params.top_p}
