@@ -54,10 +54,10 @@ def local_world_size() -> int:
 
 @contextmanager
 def reported_to_torchrun() -> Iterator[None]:
-    """Reports an error inside to ``torchrun``, which names it as the cause and ends the other processes.
+    """A context that reports an error to ``torchrun``, which names it as the cause and ends the other processes.
 
-    Where all processes have the same error, as with a wrong setting, only that of rank 0 should be read: the others
-    wait a moment, to be ended by ``torchrun`` before they print theirs.
+    If all processes have the same error, such as a wrong setting, only rank 0 should print it. The others therefore
+    wait a moment, in which ``torchrun`` ends them.
     """
     try:
         yield

@@ -191,7 +191,7 @@ class TrainSettings(Settings):
     spike_threshold: PositiveFloat | None = None
     """Apply on_nonfinite also to gradients whose norm exceeds its running mean by this many standard deviations, such
     as 6."""
-    # The seeds of the samples are counted on from it, and PyTorch's end at 2**64 - 1.
+    # The seeds of the samples are counted from it, and PyTorch's largest seed is 2**64 - 1.
     seed: Annotated[int, Ge(0), Lt(2**63)] = 1337
     """Seed of the initial weights, the data order, the dropout and the samples."""
     eval_every_steps: PositiveInt = 250
@@ -208,7 +208,7 @@ class TrainSettings(Settings):
     """Number of tokens in a text sample."""
 
     REMOVED: ClassVar[dict[str, str]] = {"gradient_checkpointing": "train.recompute: pass does what it did"}
-    """Settings of earlier versions, and what to say of them."""
+    """Settings of earlier versions, each with a hint for the error message."""
 
     @property
     def sequences_per_process(self) -> int:
@@ -300,18 +300,18 @@ class RunSettings(Settings):
         folder = None if self.run_dir is None else Path(self.run_dir)
         if folder is not None and folder.exists() and not folder.is_dir():
             raise NotADirectoryError(f"run_dir is {str(folder)!r}: must be a folder, not a file")
-        # A lock that somebody holds is reported first, by whoever takes it.
+        # If there is a lock, this is checked later, so that a lock that is held is reported first.
         if folder is not None and not (folder / LOCK_FILE).exists():
             if self.resume:
                 CheckpointFolder(folder).check_there(self.resume_step)
             elif holds_run(folder) and not self.dry_run:
                 raise taken_by_run(folder)
-        if not self.resume:  # a run keeps the tokenizer that it was started with
+        if not self.resume:  # a resumed run uses its stored tokenizer
             self.tokenizer.check_available()
         self.data.check_available()
 
 
-# A run cannot continue exactly, or at all, if one of these is another: name of the section, and its fields.
+# A run cannot continue exactly, or at all, if one of these changes: the sections, and their fields or None for all.
 _FIXED = {
     "model": None,
     "tokenizer": None,
@@ -319,7 +319,7 @@ _FIXED = {
     "train": ("block_size", "carry_state", "optimizer", "seed", "init_from", "lora", "quantize"),
 }
 _FREE = {
-    # The text itself is compared, wherever it lies now: see Run.restore.
+    # Run.restore compares the texts themselves, whatever their location.
     "data.source",
     "data.val_source",
     "model.attention_form",
@@ -361,7 +361,7 @@ def stored_settings(folder: Path) -> dict[str, Any]:
     if lacking := [name for name in _FIXED if not isinstance(sections.get(name), dict)]:
         raise ValueError(f"{path} is cut off or damaged: it has no settings for {', '.join(lacking)}")
     faults.raise_if_any()
-    # What earlier versions stored.
+    # Settings that earlier versions stored.
     if stored["train"].pop("gradient_checkpointing", False):
         stored["train"]["recompute"] = "pass"
     monitor = stored.get("monitor") or {}

@@ -38,10 +38,10 @@ MARGIN = 0.95
 """The fraction of the available memory that a run may use."""
 _MEASURING_SECONDS = 20.0  # a step that is expected to take longer is not measured
 _LOADED_BYTES = 2 * 10**8  # what the first step on a CPU loads: compiled kernels and libraries
-_TRUSTED_BYTES = 2**26  # of growth: below that, an allocator's steps are larger than what is measured
-_DOUBT_OF_EAGER = 1.6  # on the plain path, counts were up to this many times what runs took
-_LEAST_SAVING = 0.01  # a share: what saves less is not worth a line
-_LEAST_SIZE = 16  # of a training sequence, and of the model's width, that is proposed
+_TRUSTED_BYTES = 2**26  # less growth than this is not trusted: allocation sizes are as large
+_DOUBT_OF_EAGER = 1.6  # on the plain path, estimates were up to this many times too high
+_LEAST_SAVING = 0.01  # changes that save a smaller fraction are not suggested
+_LEAST_SIZE = 16  # the smallest suggested block size and width
 
 
 @dataclass(frozen=True)
@@ -95,12 +95,13 @@ class MemoryEstimate:
         number = sum(trained.values())
         embeddings = sum(each for name, each in trained.items() if name.startswith(("embed.", "lm_head.")))
         tokens = train.batch_size * train.block_size
-        # Of each layer step its input, two norms' inputs and the sum that it adds to; and the logits with gradient and softmax.
+        # For each layer step: its input, the inputs of two norms, and the sum to which it is added. Then the logits,
+        # with gradient and softmax.
         logits = 3 * min(tokens * config.vocab_size, MAX_LOGITS_IN_ONE_PIECE)
         narrow = 4 * (4 * (config.n_layer + 1) * tokens * config.n_embd + logits)
         found = {
             "weights": own(weights),
-            "gradients": own(number) * (2 if strategy == "ddp" else 1),  # DDP copies them to exchange them
+            "gradients": own(number) * (2 if strategy == "ddp" else 1),  # DDP exchanges copies
             "optimizer": own(2 * number if train.optimizer == "adamw" else number + embeddings),
             "wide activations of a block": plan.working_bytes(config.n_layer),
             "wide activations that are kept": plan.kept_bytes,
@@ -109,19 +110,19 @@ class MemoryEstimate:
         if strategy == "fsdp":
             gathered = getattr(torch, self.settings.distributed.param_dtype).itemsize
             found["weights and gradients, gathered"] = (weights + number) * gathered
-        if train.quantize is not None:  # those of the layer, which each process holds whole
+        if train.quantize is not None:  # the layer's weights, which each process has completely
             found["rounded weights"] = 3 * config.n_embd * config.n_head * config.neurons_per_head * itemsize
         copied = found["weights"] + found["optimizer"]
         if train.ema_decay is not None:
             found["moving average"] = own(number)
             copied += own(number)
-        if train.carry_state:  # what a micro-batch begins with is kept beside what it leaves
+        if train.carry_state:  # the state before a micro-batch is kept beside that after it
             numbers = config.n_layer * config.n_head * config.neurons_per_head * config.n_embd
             state = numbers * sum_dtype(self.runtime.dtype).itemsize
             found["carried state"] = state * (train.sequences_per_process + train.batch_size)
             copied += state * train.sequences_per_process
         is_copied = self.settings.checkpoint.in_background
-        if is_copied and self.runtime.device.type != "cuda":  # a GPU's goes to the memory of the machine
+        if is_copied and self.runtime.device.type != "cuda":  # for a GPU, the copy is in the memory of the machine
             found["copy for the checkpoint"] = copied
         return found
 
@@ -194,10 +195,10 @@ class Forecast:
         nearest, peak = min(known, key=lambda point: abs(estimate.total - point[0]))
         (first, first_peak), (last, last_peak) = known[0], known[-1]
         ratio = (last_peak - first_peak) / (last - first) if last - first >= _TRUSTED_BYTES else 1.0
-        # Where the counts prove wrong, in the direction that promises less.
+        # If the ratio shows that estimates are wrong, only the more pessimistic correction is applied.
         difference = estimate.total - nearest
         found = peak + difference * (max(1.0, ratio) if difference > 0 else min(1.0, max(0.0, ratio)))
-        # What another path keeps is so much less that a small fault in the count of what it replaces would be all of it.
+        # Another path can need so much less memory that a small error in the estimate of this one would exceed it.
         is_same_path = estimate.plan.backend == self.estimate.plan.backend
         return found if is_same_path else max(found, float(self.base + estimate.total))
 
@@ -239,7 +240,7 @@ class Forecast:
         found = [f"  {name:<{width}}  {gigabytes(num_bytes):>10}" for name, num_bytes in parts.items()]
         available = f"{gigabytes(self.available)} that are available{' per process' * (size > 1)}"
         measured = max((count for count, _, peak in self.points if peak is not None), default=0)
-        whole = min(train.sequences_per_process, 2 * train.batch_size)  # further micro-batches need no more
+        whole = min(train.sequences_per_process, 2 * train.batch_size)  # further micro-batches need no more memory
         if measured == 0:
             how = "that sum, not measured"
         elif measured < whole:
@@ -285,7 +286,7 @@ class Forecast:
                 try:
                     changed = estimate.changed(section, **fields)
                     peak = self.peak_with(changed)
-                except ValueError:  # it does not go with the other settings, such as a memory budget or the heads
+                except ValueError:  # it conflicts with other settings, such as a memory budget or the heads
                     continue
                 helps = changed.fixed < estimate.fixed or not never_fits
                 if helps and (peak < (1 - _LEAST_SAVING) * now or peak <= min(limit, now - 1)):

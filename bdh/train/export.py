@@ -50,7 +50,7 @@ def export_run(
     """
     opened = open_model(str(run_dir), checkpoint=which, ema=ema)
     checkpoint = opened.checkpoint
-    assert checkpoint is not None  # a run has one
+    assert checkpoint is not None  # runs always have one
     model, tokenizer = opened.finished(), load_tokenizer(opened.tokenizer_path)
     lora, base = LoraSettings(**checkpoint.training["settings"]["train"].get("lora") or {}), _base_of(checkpoint)
     if lora.r and not (lora.merge if merge is None else merge):

@@ -38,7 +38,7 @@ EXIT_STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129, "SIGUSR1": 75}
 _MAY_REPEAT = ("SIGUSR1", "SIGHUP")
 # Several processes agree on a signal only after multiples of this many steps, so that all end after the same step.
 _AGREED_EVERY_STEPS = 10
-# float16's loss scale is halved after each overflow. This many in a row are more than the search for a scale.
+# float16's loss scale is halved after each overflow. More skipped steps in a row than this are no search for a scale.
 _MAX_SKIPPED_STEPS = 25
 # The number of windows in which firing neurons are counted at each evaluation, in a fraction of its time.
 _ACTIVITY_WINDOWS = 16
@@ -466,7 +466,7 @@ def sample(run: Run, monitor: Monitor) -> None:
 def save(run: Run, monitor: Monitor, *, is_best: bool, is_last: bool, is_before_fault: bool = False) -> None:
     """Writes a checkpoint; arguments as for :meth:`Run.save`. If it fails, training continues, unless it has ended."""
     try:
-        run.checkpointer.wait()  # for the previous one, if it is written in the background
+        run.checkpointer.wait()  # for the previous checkpoint, if it is written in the background
     except CheckpointError as error:
         monitor.warn(f"{error}. The training continues")
     try:

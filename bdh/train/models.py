@@ -300,7 +300,7 @@ def _pretrained(folder: str, name: str) -> BDHForCausalLM:
         raise ValueError(
             f"the weights of {name} are damaged, or hold more than tensors: PyTorch refuses them"
         ) from error
-    except RuntimeError as error:  # sizes that no machine has memory for
+    except RuntimeError as error:  # such as sizes that no machine has memory for
         raise ValueError(f"{name} cannot be loaded: {error}") from error
     finally:
         logging.set_verbosity(verbosity)
@@ -310,7 +310,7 @@ def _pretrained_config(folder: str, name: str) -> BDHConfig:
     try:
         with one_line_type_faults(f"the config.json of {name} is wrong"):
             config = BDHConfig.from_pretrained(folder)
-    except (TypeError, AttributeError) as error:  # no object of JSON, or a dtype that PyTorch does not have
+    except (TypeError, AttributeError) as error:  # not a JSON object, or an unknown dtype
         raise ValueError(f"the config.json of {name} is wrong: {error}") from error
     if config.model_type != "bdh" or "n_embd" not in config.to_dict():
         raise ValueError(f"{name} is no BDH model: its model_type is {config.model_type!r}")

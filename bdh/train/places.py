@@ -21,7 +21,7 @@ from bdh.words import counted
 if TYPE_CHECKING:
     from bdh.distributed.world import World
 
-ADAPTER_CONFIG = "adapter_config.json"  # which ``peft`` puts beside adapters: a folder with it is one of adapters
+ADAPTER_CONFIG = "adapter_config.json"  # ``peft`` writes it with adapters; a folder with this file contains adapters
 CONFIG_FILE, LOCK_FILE, MANIFEST = "config.yaml", "lock", "manifest.json"
 
 
@@ -261,7 +261,7 @@ class RunLock:
     """
 
     def __init__(self, folder: Path, world: "World"):
-        from bdh.locks import Lock  # which takes a while to import
+        from bdh.locks import Lock  # takes a while to import
 
         self._folder, self._world = folder, world
         self._made: list[Path] = []
@@ -322,7 +322,7 @@ class RunLock:
 
     def _remove_made(self) -> None:
         for folder in self._made:
-            with suppress(OSError):  # there is something in it
+            with suppress(OSError):  # it is not empty
                 folder.rmdir()
         self._made = []
 

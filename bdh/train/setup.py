@@ -224,7 +224,7 @@ class Run:
                 )
             _logger.warning("the text of %s has changed after the place where it could not be read", source)
         stored = checkpoint.shapes()
-        if any(name.startswith("optimizer.") for name in stored):  # not before the first update
+        if any(name.startswith("optimizer.") for name in stored):  # there are none before the first update
             self.optimizers.make_state()
         has_average = any(name.startswith("ema.") for name in stored)
         wanted = {name: tensor for name, tensor in self.tensors().items() if has_average or not name.startswith("ema.")}
@@ -315,7 +315,7 @@ def open_run(settings: RunSettings, *, progress: Any = None, check_room: CheckRo
         if initial is not None:
             initial.check_tokenizer(tokenizer)
         config = _model_config(settings, tokenizer)
-        with world.rank0_first(), _any_text_will_do(settings.dry_run):  # the first fills the cache
+        with world.rank0_first(), _any_text_will_do(settings.dry_run):  # the first process fills the cache
             corpus = prepare_corpus(settings.data, tokenizer, settings.train.block_size, progress=progress)
         if initial is not None:
             initial.check_data(corpus.fingerprint)
