@@ -42,7 +42,7 @@ _ROUNDS = 12
 _CLOSE_ENOUGH = 0.01  # relative error of a density
 # How far the embedding leans. With this value, the first layer step is about as dense as the others.
 _EMBED_LEAN = 1.5
-_SKIPPED_TOKENS = 8  # the attention of the first tokens sees little or nothing
+_SKIPPED_TOKENS = 8  # the first tokens have little or nothing to attend to
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def sparse_model(
     D, V = config.n_embd, config.vocab_size
     model = BDHForCausalLM(config).eval().requires_grad_(False)
     direction = torch.randn(D, generator=generator)
-    direction -= direction.mean()  # or the layer norm would remove some of it
+    direction -= direction.mean()  # the layer norm would remove the mean
     direction /= direction.norm()
     model.embed.weight.normal_(generator=generator).add_(direction * (_EMBED_LEAN * math.sqrt(D)))
     model.lm_head.weight.normal_(0, 1 / math.sqrt(D), generator=generator)  # logits of order 1

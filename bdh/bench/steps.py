@@ -27,7 +27,7 @@ from bdh.ops.blocks.plan import LayerOptions, LayerPlan
 from bdh.train.config import TrainSettings
 from bdh.train.optim import Optimizers
 
-# How many tensors autograd keeps of a layer step of the plain equations: as wide as the neurons, and of T x T scores.
+# How many tensors autograd keeps for a layer step of the plain equations: neuron-wide ones, and T x T scores.
 _WIDE_KEPT, _SCORES_KEPT = 12, 3
 _HEAD_WIDTH = 64  # in GPT-2
 

@@ -133,7 +133,7 @@ class CaseBench:
         available = int(available_bytes(torch.device(case.device)) * _SHARE_OF_MEMORY)
         each = 3 * replace(case, batch_size=1).naive_bytes()  # in float64, and the masks
         small = replace(case, batch_size=max(1, min(case.batch_size, available // each)))
-        if each > available:  # not even one sequence: a shorter one has the same blocks, only fewer
+        if each > available:  # even one sequence is too large; a shorter one has fewer blocks of the same size
             small = replace(small, block_size=max(1, int(case.block_size * (available / each) ** 0.5)))
         self.progress(f"agreement: gradients over {small.batch_size} x {small.block_size} tokens")
         torch.manual_seed(case.seed)
@@ -221,8 +221,8 @@ class CaseBench:
     def _left_out(self, baselines: Sequence[str]) -> dict[str, str]:
         """Returns the baselines that cannot run here, and why."""
         case, left_out = self.case, dict[str, str]()
-        if case.device == "cuda":  # it reports by itself when memory runs out, and nothing else suffers
-            torch.cuda.empty_cache()  # memory of the comparison, which the other processes need
+        if case.device == "cuda":  # a GPU reports a lack of memory, without effect on other programs
+            torch.cuda.empty_cache()  # other processes need the memory of the comparison
         elif case.naive_bytes() > available_bytes(torch.device(case.device)) * _SHARE_OF_MEMORY:
             reason = f"would keep about {_mebibytes(case.naive_bytes())} for the backward pass"
             left_out = {"naive": reason, "compiled": reason}

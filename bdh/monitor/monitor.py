@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 AUTO = "auto"
 BACKENDS = ("console", "jsonl", "tensorboard", "wandb", "trackio")
 _SILENT_SECONDS = 60.0  # without a terminal, a line is printed at least this often if steps end
-_HISTOGRAM_VALUES = 1 << 16  # at most: counting millions takes seconds
+_HISTOGRAM_VALUES = 1 << 16  # the maximum, because counting millions takes seconds
 # The packages of backends that are not dependencies of the core.
 _PACKAGES = ("tensorboard", "wandb", "trackio")
 
@@ -445,7 +445,7 @@ class WandbBackend(StepwiseBackend):
                 raise
             facts.warn(f"W&B cannot be used online ({_first_line(error)}): the run goes into files, to be sent later")
             self._only_in_files = True
-            wandb.teardown()  # or its service keeps the id in use
+            wandb.teardown()  # otherwise its service keeps the id in use
             self._run = wandb.init(mode="offline", **arguments)
 
     def _text(self, text: str) -> Any:

@@ -115,7 +115,7 @@ async def _run(
         if is_signalled:
             server.force_exit = True
             forced.set()
-        service.refuse()  # before the line below is logged, whose reader may send a request immediately
+        service.refuse()  # before the line below is logged, since its reader may send a request at once
         if not is_signalled:
             log("ending", drain_timeout=settings.drain_timeout)
         is_signalled = True
@@ -132,7 +132,7 @@ async def _run(
     await asyncio.wait({asyncio.create_task(ending.wait()), serving}, return_when=asyncio.FIRST_COMPLETED)
     if serving.done():
         service.failure = service.failure or serving.exception() or RuntimeError("the server could not start")
-    # A failed engine finishes nothing.
+    # A failed engine cannot finish requests.
     draining = asyncio.create_task(service.drain(settings.drain_timeout if service.failure is None else 0))
     forcing = asyncio.create_task(forced.wait())
     await asyncio.wait({draining, forcing}, return_when=asyncio.FIRST_COMPLETED)
