@@ -41,7 +41,7 @@ class Lock:
     Example::
 
         with Lock(folder / "lock", str(folder)):
-            ...  # nobody else writes
+            ...  # no other process writes
     """
 
     def __init__(self, path: Path, target: str, *, wait: bool = False, advice: str = "try again when it has ended"):

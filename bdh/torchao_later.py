@@ -30,7 +30,7 @@ def _save_weights(*arguments: Any, **others: Any) -> Any:
 
 class _Placeholder(ModuleType):
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # which Python asks every module for
+        if name.startswith("__"):  # Python looks these up in every module
             raise AttributeError(name)
         _remove(self)
         return getattr(importlib.import_module(self.__name__), name)

@@ -11,7 +11,7 @@ def hide_unneeded_lines() -> None:
     the hub, and in its first 8-bit product that the inputs are converted to float16.
     """
     for name in ("torchao", "torch.utils._pytree", "bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
-        logging.getLogger(name).addFilter(_is_shown)  # which is added once
+        logging.getLogger(name).addFilter(_is_shown)  # the same filter is added only once
 
 
 def _is_shown(record: logging.LogRecord) -> bool:

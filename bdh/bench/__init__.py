@@ -1,4 +1,4 @@
-"""Benchmarks of a model on this machine, beside other ways to compute the same. This module has their options."""
+"""Benchmarks of a model on this machine, compared with other implementations. This module has their options."""
 
 from dataclasses import dataclass, replace
 
@@ -29,7 +29,7 @@ class BenchOptions:
     shared_prefix: int = 2000
     """Number of tokens that two prompts share at their beginning."""
     busy: int = 0
-    """Number of busy programs beside which single tokens and a prompt are timed. If not 0, nothing else is timed."""
+    """Number of busy programs that run while single tokens and a prompt are timed. If not 0, nothing else is timed."""
     busy_seconds: float = 2
     """Seconds for which a single token, or the prompt, is timed in a round."""
 

@@ -93,7 +93,7 @@ def _calibrate(
         errors = (x / x_density - 1, xy / xy_density - 1, slope - 1 if len(found) > 1 else 0)
         if max(map(abs, errors)) < _CLOSE_ENOUGH:
             break
-        # A share p of normally distributed numbers lies above -inv_cdf(p), which gives the step from one share to another.
+        # The fraction p of normally distributed numbers is above -inv_cdf(p). This gives the step from one to another.
         by_x = normal.inv_cdf(x_density) - normal.inv_cdf(_inside(x))
         by_y = normal.inv_cdf(_inside(xy_density / x_density)) - normal.inv_cdf(_inside(xy / max(x, 1e-6)))
         by_out = 0.3 * math.log(max(slope, 0.1)) / math.sqrt(xy_density * num_neurons)

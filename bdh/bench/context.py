@@ -1,7 +1,7 @@
-"""Benchmarks of the time of a token and the memory of the text at several context lengths: a state of fixed size beside
-the KV cache of a GPT-2.
+"""Benchmarks of the time of a token and the memory of the text at several context lengths.
 
-Both models read one text, from each length on to the next, so that the longest is read only once.
+A state of fixed size is compared with the KV cache of a GPT-2. Both models read one text, from each length to the next,
+so that the longest is read only once.
 """
 
 import time

@@ -1,4 +1,4 @@
-"""Benchmarks of reading: single tokens beside other forms, several sequences, and prompts. All forms must agree first.
+"""Benchmarks of reading: single tokens in several forms, several sequences, and prompts. All forms must agree first.
 
 All decoders read the same tokens, rather than their own continuations, so that they do the work of the same text.
 """
@@ -99,7 +99,7 @@ class _DecodeBench:
         for decoder in [*map(self.kernels, _FORMATS), StateDecoder(self.model, "dense", path="torch")]:
             self.progress(f"agreement: {decoder.name}, {count:,} tokens")
             logits = found[decoder.name] = torch.zeros(count, self.model.config.vocab_size)
-            logits += 0  # so that its memory is mapped
+            logits += 0  # so that its memory is allocated now
             used = memory[decoder.name] = []  # after the first token, and after the last
             for index, token in enumerate(tokens.tolist()):
                 logits[index] = decoder.read(token)
@@ -249,7 +249,7 @@ class _DecodeBench:
         )
 
     def time_busy(self) -> None:
-        """Times a token and a prompt with one thread and with all, alone and beside busy programs, by turns.
+        """Times a token and a prompt with one thread and with all, with and without busy programs, by turns.
 
         Each is timed for about ``busy_seconds`` in a round. The figures are means, since the time that is lost to other
         programs is lost in a few large pieces.

@@ -1,4 +1,4 @@
-"""Benchmarks of formats of weights and states, beside what other libraries make of the same model and of a GPT-2.
+"""Benchmarks of formats of weights and states, compared with those of other libraries, also for a GPT-2.
 
 The toolkit's formats are timed only if the kernels give the logits of the dequantized weights. Rounded formats are compared
 with float32: by the divergence of the next token's distribution and, if there is a text, by the perplexity.

@@ -45,7 +45,7 @@ def bench_train(
     rounds: int = 5,
     progress: Progress = lambda stage: None,
 ) -> Report:
-    """Returns figures of each case, beside ``baselines``.
+    """Returns figures of each case and of ``baselines``.
 
     If the gradients of a case do not agree, neither this case nor those after it are timed.
 
@@ -69,7 +69,7 @@ def bench_train(
 
 
 def bench_one_step(case: TrainCase, progress: Progress = lambda stage: None) -> Report:
-    """Returns the memory and time of a single optimizer step in a process of its own.
+    """Returns the memory and time of a single optimizer step, measured in a separate process.
 
     Raises:
         LayerOptionError: the options of the case require something that is not available. Nothing has been computed.

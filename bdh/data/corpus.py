@@ -92,7 +92,7 @@ class Corpus(ABC):
         """Returns windows that are evenly spaced over the validation part, the same in each call.
 
         Returns:
-            Token ids, int64 (n, block_size + 1). n is ``num_windows``, or less if so many would overlap by more than
+            Token ids, int64 (n, block_size + 1). n is ``num_windows``, or less if that many would overlap by more than
             one token, the last target of a window and the first input of the next.
         """
         windows = sliding_window_view(self.validation_tokens(), self.block_size + 1)

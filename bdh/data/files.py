@@ -20,7 +20,7 @@ from bdh.words import counted
 TEXT_TYPES = (".txt", ".md", ".py")
 JSON_TYPES = (".jsonl", ".json")
 CSV_TYPES = (".csv", ".tsv")
-PARQUET = ".parquet"  # which has a compression of its own
+PARQUET = ".parquet"  # has its own compression
 _LINES = (*TEXT_TYPES, *JSON_TYPES, *CSV_TYPES)
 _KNOWN_TYPES = f"{', '.join(_LINES)}, each also as {' or '.join(COMPRESSED)}, and {PARQUET}"
 OTHER_TYPES = "files of other types"

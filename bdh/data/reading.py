@@ -25,7 +25,7 @@ COMPRESSED = (".gz", ".zst")
 
 _COMPRESSED_CHUNK_BYTES = 1 << 14
 _SPACES = b" \t\n\v\f\r"
-_MAX_LINE_ENDS = 64  # that are tried for the best cut; in a file of empty lines no cut is good
+_MAX_LINE_ENDS = 64  # line ends that are tried for the best cut; a file of empty lines has none
 _MAX_SHORT_BYTES = 1 << 28  # a stream with more text counts as long, and is not read further
 
 State = dict[str, Any]

@@ -237,7 +237,7 @@ def plain_parts(tensor: torch.Tensor) -> list[torch.Tensor]:
     """Returns the plain tensors that hold a tensor's data: itself, or the components of a torchao tensor."""
     if not type(tensor).__module__.startswith("torchao."):
         return [tensor]
-    names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]  # as torch.compile asks of every such class
+    names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]  # torch.compile requires it of such classes
     return [part for name in names for part in plain_parts(getattr(tensor, name))]
 
 

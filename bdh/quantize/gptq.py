@@ -218,7 +218,7 @@ def _layer_steps(model: Any, batches: Sequence[torch.Tensor], layer: _Layer) -> 
                 for index in range(config.n_layer):
                     kept: list[torch.Tensor] = []
                     following, states[index] = eager.train(v, _listening(layer, kept), spec, states[index])
-                    *a, output = kept  # of Dec
+                    *a, output = kept  # the output of Dec
                     deviation = output.flatten(0, -2).std(-1)
                     importance = torch.where(deviation > 0, 1 / (deviation**2 + config.layer_norm_eps).sqrt(), 0)
                     yield _Samples(v.flatten(0, -2), torch.stack([each.flatten(0, -2) for each in a]), importance)

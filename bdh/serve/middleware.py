@@ -28,7 +28,7 @@ from bdh.words import counted
 
 LOGGER = logging.getLogger("bdh.serve")
 RETRY_SECONDS = 5.0  # if no better value is known
-_MOST_CALLERS = 10_000  # whose counts are kept
+_MOST_CALLERS = 10_000  # the most callers whose counts are kept
 _ERRORS = {
     400: "The request is invalid. `param` names the field.",
     401: "The API key is missing or unknown.",
@@ -53,7 +53,7 @@ _CODES = {
 }
 _TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "service_unavailable_error"}
 _REQUEST_ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
-_DRAINED_BYTES = 32 << 20  # of a too large body are read and dropped, so that the client reads the answer
+_DRAINED_BYTES = 32 << 20  # of a body that is too large are read, so that the client reads the answer
 _SECURITY = [(b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store")]
 
 Result = TypeVar("Result")

@@ -77,7 +77,7 @@ def uvicorn_config(service: Service, keys: ApiKeys) -> uvicorn.Config:
         ws="none",
         log_config=None,
         access_log=False,
-        lifespan="on" if settings.telemetry else "off",  # which starts and ends the exporters
+        lifespan="on" if settings.telemetry else "off",  # it starts and ends the exporters
         server_header=False,
         timeout_keep_alive=settings.limits.keep_alive_timeout,  # type: ignore[arg-type]  # a float works too
         h11_max_incomplete_event_size=settings.limits.head_bytes,

@@ -31,7 +31,7 @@ class SavedState:
     owner: str
     """The id of the caller that owns it."""
     created: float
-    """In seconds since 1970."""
+    """The time at which it was saved, in seconds since 1970."""
     num_tokens: int
     nbytes: int
     model: str

@@ -150,7 +150,7 @@ def _bare_tokenizer(path: Path) -> "PreTrainedTokenizerFast":
 
     try:
         backend = Tokenizer.from_file(str(path))
-    except Exception as error:  # as above
+    except Exception as error:  # the library raises nothing narrower
         raise ValueError(
             f"tokenizer.path is {str(path)!r}: it is no {TOKENIZER_FILE} of the tokenizers library: {first_line(error)}"
         ) from error

@@ -226,7 +226,7 @@ def exclusive() -> AbstractContextManager[object]:
     return nullcontext() if is_safe else _one_at_a_time
 
 
-_addresses: dict[tuple[Any, bytes], int] = {}  # of compiled functions, by the types of their arguments
+_addresses: dict[tuple[Any, bytes], int] = {}  # addresses of compiled functions, by their types of arguments
 
 
 def run_by_threads(num_threads: int, kernel: Any, *arguments: Any) -> None:
