@@ -1,4 +1,4 @@
-"""The layer steps of the model. Only neurons that fire are computed.
+"""The layer steps of the model, which skip neurons that do not fire.
 
 A *row* is a token of some sequence. The rows of a sequence are consecutive and in order. The stages of a layer step are
 

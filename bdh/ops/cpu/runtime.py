@@ -141,7 +141,7 @@ class Crowding:
 
 
 crowding = Crowding()
-"""The one of this process."""
+"""The instance of this process."""
 
 
 class _Calm:
@@ -168,7 +168,7 @@ class _Calm:
 
     @staticmethod
     def _stay(end: threading.Event) -> None:
-        torch.zeros(1 << 20, device="cpu").add_(1)  # by all threads of a new team
+        torch.zeros(1 << 20, device="cpu").add_(1)  # uses all threads of a new team
         end.wait()
 
 

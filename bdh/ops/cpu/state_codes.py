@@ -148,7 +148,7 @@ def _entry(builder: Any, lists: Any, room: Any, entry: Any, count: int) -> tuple
 def score(builder, rows, row_bytes, begin, ends, lists, room, count, scores):
     """Adds the products of a pair's queries and earlier keys to the scores (T, WINDOW), and stores the new keys.
 
-    The score for the last token of the window is never used.
+    A token's score with the last token of the window is never used.
 
     Args:
         rows, row_bytes: the address of the pair's first row, and the size of a row.

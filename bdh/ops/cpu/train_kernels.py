@@ -1,11 +1,11 @@
 """Kernels for the neurons of a block of tokens, in training. Their cost depends on the number of neurons that fire.
 
 Wide arrays are (N, M or more), with a row for each neuron and a column for each token of the block. M is a multiple of
-the vector lanes, and columns without a token contain 0. Tokens are processed in tiles, whose rows have ``TILE_BYTES``
-at most, so that they stay in the nearest cache while the neurons are processed.
+the vector lanes, and columns without a token contain 0. Tokens are processed in tiles, whose rows have about
+``TILE_BYTES``, so that they stay in the nearest cache while the neurons are processed.
 
-The neurons are divided among P threads, each of which computes its ``part``. Threads therefore never write to the same
-memory, except for sums over neurons. Each thread has its own partial sums, in an array (P, M, D).
+The neurons are divided among P threads, each of which computes its ``part``. Threads never write to the same memory.
+For sums over neurons, each thread has its own partial sums, in an array (P, M, D).
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""The layer steps with attention to a window of the last tokens. Only neurons that fire are computed.
+"""The layer steps with attention to a window of the last tokens, which skip neurons that do not fire.
 
 :mod:`bdh.ops.eager` computes the same in dense operations. These stages replace ``attention_update`` and
 ``reduce_norm`` of :mod:`bdh.ops.cpu.kernels`:
