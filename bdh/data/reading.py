@@ -244,8 +244,8 @@ def split_of(open_source: Callable[[], Iterable[Chunk]], val_fraction: float, *,
         val_fraction: the fraction to hold out.
         streaming: whether to hold out every ``round(1 / val_fraction)``-th chunk instead, since the end of a stream is
             far. (A fraction above one half holds out every second chunk: no more than half can be held out.) A source
-            with no more chunks than that, of which nothing or only the rest of a document would be held out, is split
-            as without streaming.
+            with no more chunks than that is split as without streaming, since otherwise nothing, or only the rest of a
+            document, would be held out.
     """
     every = max(2, round(1 / val_fraction))
     num_documents = num_bytes = 0

@@ -333,7 +333,7 @@ class StreamLoader(Loader):
         """Restores a position.
 
         Args:
-            state: the state of all processes, of which there may have been another number.
+            state: the state of all processes. Their number can have been different.
         """
         if "shares" not in state and state.get("kind") == self._kind:
             if not self._carries_state:  # with carry_state, each sequence already was a lane

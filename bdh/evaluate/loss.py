@@ -183,8 +183,8 @@ def evaluate_text(
         tokens: (n,), any integer type.
         bytes_per_token: the mean number of UTF-8 bytes of a token.
         block_size: the number of tokens in a window.
-        stride: the number of tokens between the starts of two windows, of which each predicts the tokens that no
-            earlier one did. A stride below ``block_size`` gives predictions more context but takes more work. None for
+        stride: the number of tokens between the starts of two windows. Each window predicts the tokens that no earlier
+            one did. A stride below ``block_size`` gives predictions more context but takes more work. None for
             ``block_size``.
         carry_state: whether to read the text once and carry the state between windows, so that each token is predicted
             from the whole text before it.

@@ -194,7 +194,7 @@ class StateStore:
         if found is not None:
             return found
         if self._folder is None:
-            raise KeyError(state_id)  # a response of which only the text is left
+            raise KeyError(state_id)  # only the text of the response is left
         try:
             found = Snapshot.load(self._path(state_id, "safetensors"), self._model)
         except FileNotFoundError:

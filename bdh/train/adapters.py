@@ -91,7 +91,7 @@ class Base:
         return cls(**{name: facts[name] for name in place}, identity=identity)
 
     def check_same_layer(self, model: BDHForCausalLM) -> None:
-        """Raises ``ValueError`` if a model, of which only adapters are exported, differs from the base in more."""
+        """Raises ``ValueError`` if a model, exported as adapters, differs from its base in more than these."""
         base = {} if self.identity is None else self.identity.configuration
         changed = [
             f"{name} is {value}, in {self.name} {base[name]}"

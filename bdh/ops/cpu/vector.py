@@ -303,7 +303,7 @@ tile_1x4 = _make_tile(1, 4)
 def _make_dots(count: int) -> Any:
     @instruction(*[NUMBER] * 4, has_like=True)
     def dots(builder, like, weights, values, length, out):
-        """Computes ``count`` dot products of rows. Their addresses are in arrays, int64, at ``weights`` and ``values``."""
+        """Computes ``count`` dot products of rows. ``weights`` and ``values`` point to arrays of int64 addresses."""
         weights, values = ([_load_scalar(builder, each, i, _I64) for i in range(count)] for each in (weights, values))
         products = _dot_products(builder, weights, values, [(i, i) for i in range(count)], length, like)
         _store(builder, products, out, _I64(0), count)
