@@ -425,7 +425,7 @@ class StateForGeneration:
         )
 
     def _prefill(
-        self, input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any], **options: Any
+        self, input_ids: Any, generation_config: Any, model_kwargs: dict[str, Any], is_first_iteration: bool = True
     ) -> Any:
         """Reads the prompt. Raises ``ValueError`` if it is to be read in chunks and the state has read all of it.
 
@@ -437,7 +437,7 @@ class StateForGeneration:
             if num_columns == input_ids.shape[1]:  # the text contains what was read
                 _check_unread(cache, input_ids.shape[1] - cache.num_columns)
         parent: Any = super()
-        return parent._prefill(input_ids, generation_config, model_kwargs, **options)
+        return parent._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
 
     @takes_old_cache_name
     def prepare_inputs_for_generation(

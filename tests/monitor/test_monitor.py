@@ -161,12 +161,12 @@ def test_only_the_backends_that_are_named_write(tmp_path):
 def test_auto_adds_to_what_is_named_and_takes_tensorboard_where_it_is(monkeypatch):
     assert chosen_backends(MonitorConfig()) == ["console", "jsonl", "tensorboard"]
     assert chosen_backends(MonitorConfig(backends=["wandb, auto"])) == ["console", "jsonl", "tensorboard", "wandb"]
-    monkeypatch.setattr("bdh.monitor.monitor.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("bdh.monitor.config.importlib.util.find_spec", lambda name: None)
     assert chosen_backends(MonitorConfig()) == ["console", "jsonl"]
 
 
 def test_a_missing_tensorboard_is_announced_with_auto(tmp_path, monkeypatch):
-    monkeypatch.setattr("bdh.monitor.monitor.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("bdh.monitor.config.importlib.util.find_spec", lambda name: None)
     console = quiet()
     opened(tmp_path, console=console).close()
     assert "No TensorBoard files" in console.file.getvalue()
@@ -174,7 +174,7 @@ def test_a_missing_tensorboard_is_announced_with_auto(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
 def test_a_backend_whose_package_is_missing_is_refused_with_the_line_that_installs_it(tmp_path, monkeypatch, name):
-    monkeypatch.setattr("bdh.monitor.monitor.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("bdh.monitor.config.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=f"names {name}, but .* missing: {re.escape(install_command('monitor'))}"):
         opened(tmp_path, backends=["auto", name])
     assert list(tmp_path.iterdir()) == []

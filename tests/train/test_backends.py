@@ -67,7 +67,7 @@ def test_all_backends_at_once_go_on_with_a_resumed_run(train, tmp_path, trackio_
 def test_a_backend_that_is_not_there_is_refused_before_the_folder_is_made(
     train, tmp_path, monkeypatch, capsys, backends, message
 ):
-    monkeypatch.setattr("bdh.monitor.monitor.is_missing", lambda name: name == "wandb")
+    monkeypatch.setattr("bdh.monitor.config.is_missing", lambda name: name == "wandb")
     assert train(tmp_path / "run", **{"monitor.backends": backends}) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
