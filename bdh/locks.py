@@ -90,7 +90,7 @@ class Lock:
             if is_touched:
                 seen, changed = beat, time.monotonic()
             if patience == 0 or time.monotonic() - changed > patience:
-                if _is_copy(holder, beat):
+                if patience == 0 and _is_copy(holder, beat):
                     about = "%s is a copy, as of a folder that was copied while process %s used it: it is removed"
                     _logger.warning(about, self._path, holder["pid"])
                 self._remove(seen)
@@ -106,16 +106,21 @@ class Lock:
         self._lease.release()
 
     def is_held(self) -> bool:
-        """Whether any process seems to hold the lock, without waiting and without changing anything.
+        """Whether a process seems to hold the lock, without waiting and without changing the lock.
 
-        This is certain if that process is, or was, on this machine. One on another machine seems to hold the lock if it
-        has touched it recently, by the clock of this machine.
+        That is so if the lock was touched within the last ``LEASE_SECONDS``, by the clock of this machine, and its holder
+        is not known to have ended. A killed process of this machine is known to have ended at once.
+
+        Raises:
+            OSError: the lock cannot be read.
         """
         holder, beat = self._read()
         if beat is None:
             return False
-        untouched = max(0.0, time.time() - beat.touched / 1e9)
-        return untouched < self._patience(holder, beat)
+        patience = LEASE_SECONDS
+        with suppress(OSError):  # without space for a temporary file, nothing is known of the holder
+            patience = min(patience, self._patience(holder, beat))
+        return max(0.0, time.time() - beat.touched / 1e9) < patience
 
     def check(self, *, seldom: bool = False) -> None:
         """Checks that this process still holds the lock.

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # The wording of a full disk in the exceptions of libraries written in Rust and C++.
-_SAYS_FULL = re.compile(rf"{os.strerror(errno.ENOSPC)}|\bos error ({'|'.join(map(str, sorted(_FULL)))})\b")
+_SAYS_FULL = re.compile(rf".*({os.strerror(errno.ENOSPC)}|\bos error ({'|'.join(map(str, sorted(_FULL)))})\b).*")
+_OF_WRITER = re.compile("inline_container|PytorchStreamWriter")  # an error of PyTorch's writer, which explains nothing
 _LEAST_FREE = 1 << 16  # bytes; with less, an unexplained failure of PyTorch's writer is taken for a full disk
 # The errors of systems and file systems that cannot exchange two names: EPERM of seccomp filters, EXDEV of overlayfs.
 _NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.EXDEV}
@@ -258,10 +259,15 @@ def remove(path: Path) -> None:
 
 
 def _why_full(error: Exception, folder: Path) -> str | None:
-    """Returns what an error says of a full disk, empty where it only must be that; None if it is another error."""
+    """Returns the error's own words for a full disk, or None if it is another error.
+
+    The words are those of any error if there is no space left, and empty if they explain nothing.
+    """
     if isinstance(error, OSError) and error.errno is not None:
         return os.strerror(error.errno) if error.errno in _FULL else None
-    if _SAYS_FULL.search(str(error)):
-        return str(error).splitlines()[0]
+    if said := _SAYS_FULL.search(str(error)):
+        return said[0].strip()
     may_be = isinstance(error, (OSError, RuntimeError)) and folder.is_dir()
-    return "" if may_be and shutil.disk_usage(folder).free < _LEAST_FREE else None
+    if not may_be or shutil.disk_usage(folder).free >= _LEAST_FREE:
+        return None
+    return "" if _OF_WRITER.search(str(error)) else (str(error).splitlines() or [type(error).__name__])[0]

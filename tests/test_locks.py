@@ -107,6 +107,20 @@ def test_one_of_another_machine_seems_held_until_nobody_has_touched_it_for_a_whi
     assert not Lock(path, "the thing").is_held()
 
 
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_one_whose_process_number_is_in_use_again_seems_held_only_while_it_is_fresh(path, hold):
+    kill(hold())
+    path.write_text(re.sub(r"pid=\d+", f"pid={os.getppid()}", path.read_text()))
+    os.utime(path, (time.time() - locks.LEASE_SECONDS - 1,) * 2)
+    assert not Lock(path, "the thing").is_held()
+
+
+def test_without_space_for_a_temporary_file_one_can_still_be_asked_about(path, monkeypatch):
+    with Lock(path, "the thing"):
+        monkeypatch.setattr(locks, "_machine", Path("/nowhere/at/all").read_text)
+        assert Lock(path, "the thing").is_held()
+
+
 def test_its_own_process_is_another_holder_too(path):
     with Lock(path, "the thing"), pytest.raises(InUseError, match=f"process {os.getpid()} on"):
         Lock(path, "the thing").acquire()
@@ -292,6 +306,22 @@ def test_the_lock_in_a_copied_folder_is_no_lock(path, tmp_path, caplog):
             Lock(moved, "the thing").acquire()
         moved.rename(path)
     assert f"{copy} is a copy, as of a folder that was copied while process {os.getpid()} used it" in caplog.text
+
+
+def test_a_lock_of_another_boot_is_not_called_a_copy(path, hold, monkeypatch, caplog):
+    """The number of its file can differ, for the disk was mounted anew."""
+    monkeypatch.setattr(locks, "LEASE_SECONDS", 1.0)
+    kill(hold(lease_seconds=1.0))
+    of_another_boot(path)
+    path.write_text(re.sub(r"file=.*", "file=77:5", path.read_text()))
+    assert_can_be_taken(path)
+    assert "is a copy" not in caplog.text
+
+
+def test_a_damaged_lock_without_a_process_is_taken(path, monkeypatch):
+    monkeypatch.setattr(locks, "LEASE_SECONDS", 1.0)
+    path.write_text("file=77:5\n")
+    assert_can_be_taken(path)
 
 
 def of_another_boot(path):

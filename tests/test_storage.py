@@ -80,6 +80,18 @@ def test_a_full_disk_is_called_one_with_the_target(tmp_path, error):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_another_fault_on_a_full_disk_is_still_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    with pytest.raises(DiskFullError, match=r"could not be written \(CUDA error: an illegal access\)$"):
+        fail_in_folder(tmp_path / "folder", RuntimeError("CUDA error: an illegal access\nmore"))
+
+
+def test_the_line_that_says_why_is_the_one_that_is_told(tmp_path):
+    error = RuntimeError("something failed\nbecause: No space left on device\nmore")
+    with pytest.raises(DiskFullError, match=r"could not be written \(because: No space left on device\)$"):
+        fail_in_folder(tmp_path / "folder", error)
+
+
 def test_a_disk_that_is_full_until_the_rest_is_removed_is_called_full(tmp_path, monkeypatch):
     """PyTorch's writer does not say why it failed, and free space was looked at when its file was gone."""
 

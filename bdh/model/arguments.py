@@ -4,7 +4,9 @@ Libraries pass more arguments than the model needs. Values that agree with the d
 packed documents are converted, and any other argument raises an error with its name.
 """
 
+import copy
 import inspect
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +23,8 @@ from bdh.model.state import Columns, SynapticState
 from bdh.ops.attention import sum_dtype
 from bdh.ops.eager import IGNORE_INDEX, layer_norm
 from bdh.words import counted, nearest
+
+_logger = logging.getLogger(__name__)
 
 _PACKING = ("position_ids", "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 # Arguments with only one possible value, and the reason.
@@ -356,13 +360,13 @@ def checkpointing_of(model: Any) -> Callable[..., Any]:
 
 
 def _check_unread(state: SynapticState, num_unread: int) -> None:
-    """Raises ``ValueError`` if of a text that contains what a state has read no token is left."""
+    """Raises ``ValueError`` if the state has read every token of a text that begins with what it read."""
     if num_unread < 1:
         num_read = state.num_columns
         raise ValueError(
             f"the text has {counted(num_read + num_unread, 'token')}, but the given cache has read {num_read} already: give "
             "the whole text, those included; or the new tokens alone, and an attention_mask of "
-            f"({state.batch_size}, {num_read} + the number of new tokens)"
+            f"(sequences, {num_read} + the number of new tokens)"
         )
 
 
@@ -427,12 +431,22 @@ class StateForGeneration:
     def _prefill(
         self, input_ids: Any, generation_config: Any, model_kwargs: dict[str, Any], is_first_iteration: bool = True
     ) -> Any:
-        """Reads the prompt. Raises ``ValueError`` if it is to be read in chunks and the state has read all of it.
+        """Reads the prompt.
 
-        transformers would read all of it again then.
+        Two cases that transformers does not support are handled here: embeddings are not read in chunks, but at once.
+
+        Raises:
+            ValueError: the prompt is to be read in chunks, and the state has read all of it already. transformers would
+                read it again.
         """
         cache, mask = model_kwargs.get("cache"), model_kwargs.get("attention_mask")
-        if generation_config.prefill_chunk_size is not None and cache is not None and cache.num_columns:
+        if generation_config.prefill_chunk_size is None:
+            pass
+        elif model_kwargs.get("inputs_embeds") is not None and is_first_iteration:
+            _logger.warning("inputs_embeds are read at once: prefill_chunk_size applies to input_ids only")
+            generation_config = copy.copy(generation_config)
+            generation_config.prefill_chunk_size = None
+        elif cache is not None and cache.num_columns:
             num_columns = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
             if num_columns == input_ids.shape[1]:  # the text contains what was read
                 _check_unread(cache, input_ids.shape[1] - cache.num_columns)

@@ -156,7 +156,7 @@ def summarize_runs(folder: Path) -> list[RunSummary]:
         try:
             settings[run] = _settings(run / "config.yaml")
             summaries[run] = _summary(run, settings[run])
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             settings.pop(run, None)
             summaries[run] = RunSummary(run, "unreadable", 0, None, None, None, None, None, fault=str(error))
     readable = [stored for stored in settings.values() if stored]

@@ -23,7 +23,7 @@ from bdh.monitor.history import cut_back
 if TYPE_CHECKING:
     from rich.console import Console
 
-_SILENT_SECONDS = 60.0  # without a terminal, a line is printed at least this often if steps end
+_SILENT_SECONDS = 60.0  # without a terminal, a step that is reported is printed if the last line is this old
 _HISTOGRAM_VALUES = 1 << 16  # the maximum, because counting millions takes seconds
 
 

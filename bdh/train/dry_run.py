@@ -39,7 +39,7 @@ MARGIN = 0.95
 _MEASURING_SECONDS = 20.0  # a step that is expected to take longer is not measured
 _LOADED_BYTES = 2 * 10**8  # what the first step on a CPU loads: compiled kernels and libraries
 _TRUSTED_BYTES = 2**26  # less growth than this is not trusted: allocation sizes are as large
-_DOUBT_OF_EAGER = 1.6  # on the plain path, estimates were up to this many times too high
+_DOUBT_OF_EAGER = 1.6  # on the plain path, estimates were up to this many times what runs took
 _LEAST_SAVING = 0.01  # changes that save a smaller fraction are not suggested
 _LEAST_SIZE = 16  # the smallest suggested block size and width
 

@@ -85,7 +85,7 @@ def test_new_tokens_alone_without_such_a_mask_are_refused_not_dropped(model, unp
     """Taken for the whole text, of which the state had read the beginning, some of them went missing."""
     state = model(unpadded[:1, :7], use_cache=True).cache
     before = state.clone()
-    message = rf"the text has {num_new} tokens, but the given cache has read 7 already: .*\(1, 7 \+ the number"
+    message = rf"the text has {num_new} tokens, but the given cache has read 7 already: .*\(sequences, 7 \+ the number"
     with pytest.raises(ValueError, match=message):
         generate(model, unpadded[:1, 7 : 7 + num_new], cache=state, do_sample=False, **pieces)
     assert state.num_columns == 7
@@ -210,6 +210,20 @@ def test_a_prompt_may_be_read_in_pieces(model, unpadded, arguments):
     assert torch.equal(generate(model, unpadded, prefill_chunk_size=8, cache=state.clone(), **arguments), whole)
     new = {"cache": state, "attention_mask": torch.ones_like(unpadded)}
     assert torch.equal(generate(model, unpadded[:, 3:], prefill_chunk_size=8, **new, **arguments), whole[:, 3:])
+
+
+@pytest.mark.parametrize("num_read", [0, 3, 12])
+@pytest.mark.parametrize("num_masked", [0, 2])
+def test_embeddings_are_not_read_in_pieces_but_at_once(model, unpadded, num_read, num_masked, caplog):
+    """Beside a state all of them were read again, and with padding their mask was refused."""
+    mask = torch.ones_like(unpadded)
+    mask[0, :num_masked] = 0
+    embedded = {"inputs_embeds": model.get_input_embeddings()(unpadded), "attention_mask": mask, "do_sample": False}
+    state = model(unpadded[:, :num_read], attention_mask=mask[:, :num_read], use_cache=True).cache if num_read else None
+    whole = generate(model, None, **embedded)
+    pieces = generate(model, None, prefill_chunk_size=4, cache=state, **embedded)
+    assert torch.equal(pieces, whole)
+    assert "inputs_embeds are read at once" in caplog.text
 
 
 def test_stop_strings_end_a_text(byte_model, tokenizer):

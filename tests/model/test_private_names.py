@@ -88,7 +88,7 @@ def test_generate_asks_for_its_cache_by_the_methods_that_are_overridden():
     assert list(inspect.signature(GenerationMixin._prepare_cache_for_generation).parameters)[1:5] == arguments
     arguments = ["expand_size", "is_encoder_decoder", "input_ids", "model_kwargs"]
     assert list(inspect.signature(GenerationMixin._expand_inputs_for_generation).parameters)[1:5] == arguments
-    arguments = ["input_ids", "generation_config", "model_kwargs"]
-    assert list(inspect.signature(GenerationMixin._prefill).parameters)[1:4] == arguments
+    arguments = ["input_ids", "generation_config", "model_kwargs", "is_first_iteration"]
+    assert list(inspect.signature(GenerationMixin._prefill).parameters)[1:] == arguments
     assert GenerationMode.ASSISTED_GENERATION.value == "assisted_generation"
     assert {"_no_split_modules", "_keys_to_ignore_on_load_unexpected"} <= set(dir(PreTrainedModel))

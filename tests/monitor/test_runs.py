@@ -60,6 +60,15 @@ def test_a_run_is_active_as_long_as_a_process_holds_it_and_not_after_it_was_kill
     assert [run.state for run in summarize_runs(tmp_path)] == ["stopped", "stopped"]
 
 
+def test_a_run_that_cannot_be_read_hides_no_other(tmp_path):
+    made(tmp_path / "a")
+    (made(tmp_path / "b") / "lock").mkdir()
+    assert [(run.state, "lock" in (run.fault or "")) for run in summarize_runs(tmp_path)] == [
+        ("finished", False),
+        ("unreadable", True),
+    ]
+
+
 def test_differences_are_from_what_most_runs_have(tmp_path):
     for name, rate in (("a", 0.001), ("b", 0.002), ("c", 0.001)):
         made(tmp_path / name, rate=rate)
