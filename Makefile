@@ -37,7 +37,7 @@ docs: $(INSTALLED)  ## the documentation as a site, in site/; a warning is an er
 docs-serve: $(INSTALLED)  ## the same at http://127.0.0.1:8001, built again at each change
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve --dev-addr 127.0.0.1:8001
 
-notebooks: $(INSTALLED)  ## runs notebooks/*.py and writes the .ipynb files: about 21 minutes; NAMES="01 05"
+notebooks: $(INSTALLED)  ## runs notebooks/*.py and writes the .ipynb files: 20 to 25 minutes; NAMES="01 05"
 	$(BIN)/python scripts/notebooks.py $(NAMES)
 
 clean:  ## removes the environment and caches; leaves runs/ alone

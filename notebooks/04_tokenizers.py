@@ -112,7 +112,7 @@ plt.show()
 # %% [markdown]
 # ## Bytes against BPE
 #
-# Two models with the same layer, trained on the same text for about the same time. Losses per token cannot be compared, since a BPE
+# Two models with the same layer, trained on the same text for similar times. Losses per token cannot be compared, since a BPE
 # token is several bytes: *bits per byte* can.
 
 # %%

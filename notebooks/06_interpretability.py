@@ -26,7 +26,7 @@ if importlib.util.find_spec("bdh") is None:
 # %%
 from pathlib import Path
 
-if not Path("runs/demo/model").exists():  # about three minutes on two CPU cores
+if not Path("runs/demo/model").exists():  # three to five minutes on two CPU cores
     subprocess.run([sys.executable, "-m", "bdh", "demo"], check=True, stdout=subprocess.DEVNULL)
 
 # %%
@@ -149,8 +149,9 @@ plt.show()
 
 # %% [markdown]
 # Where the line leaves the grey band, the order of the bytes matters. In the stored run it does so a little in the first
-# hundred bytes, and not after them: the synapse grows, but which bytes there are explains that, whatever their order. The waves are the rotation of the pair that the neuron belongs to. The strength has
-# no unit: only its course means something. One synapse on one text is an example, and no proof of anything.
+# hundred bytes, and not after them: the synapse grows, but which bytes there are explains that, whatever their order. The
+# waves are the rotation of the pair that the neuron belongs to. The strength has no unit: only its course means something.
+# One synapse on one text is an example, and no proof of anything.
 #
 # ## The graph between neurons
 #
@@ -185,7 +186,7 @@ plt.show()
 
 # %% [markdown]
 # A bar by itself means little: every graph has communities if one searches for them. What counts is how far it is above its black mark.
-# Untrained weights are at theirs, trained ones far above. The densest part of one of these graphs, coloured by community:
+# Untrained weights are within two spreads of theirs, trained ones far above. The densest part of one of these graphs, coloured by community:
 
 # %%
 import networkx

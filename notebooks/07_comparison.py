@@ -159,10 +159,10 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# Left: what a step teaches. BDH learns more from each. Right: the same by the clock, where the cost of a step counts. A step of BDH takes
-# about twice as long here, so that for some twenty seconds neither is ahead; then BDH is. GPT-2 ends earlier because its 600 steps are done: what
-# twice as many would have made of it is not shown. Lines of one colour are seeds: a difference that is smaller than their distance
-# means nothing.
+# Left: what a step teaches. BDH learns more from each. Right: the same by the clock, where the cost of a step counts. A step
+# of BDH takes somewhat more than twice as long here, so that for some twenty seconds neither is ahead; then BDH is. GPT-2 ends
+# earlier because its 600 steps are done: what twice as many would have made of it is not shown. Lines of one colour are seeds:
+# a difference that is smaller than their distance means nothing.
 #
 # ## How fast they write
 #
@@ -207,7 +207,7 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# For GPT-2 a byte takes longer the more it has read; for BDH it takes the same at any length.
+# For GPT-2 a byte takes longer the more it has read; for BDH it takes the same at any length, but for the machine's noise.
 #
 # ## Memory of a text
 

@@ -25,7 +25,7 @@ if importlib.util.find_spec("bdh") is None:
 # %%
 from pathlib import Path
 
-if not Path("runs/demo/model").exists():  # about three minutes on two CPU cores
+if not Path("runs/demo/model").exists():  # three to five minutes on two CPU cores
     subprocess.run([sys.executable, "-m", "bdh", "demo"], check=True, stdout=subprocess.DEVNULL)
 
 # %%
@@ -133,9 +133,10 @@ print(type(model.encoder).__name__, f"{sum(b.numel() * b.element_size() for b in
 # ## Speed
 #
 # Decoding moves the weights and the state through the processor once for each token: fewer bytes, less time. That shows in models
-# that do not fit into the cache. `bdh bench quantize` makes one of 25M parameters, checks that all agree, and times them by turns;
-# here a smaller one, to be quick. Below 1 in the column `times float32` is faster. GPT-2, torchao and bitsandbytes are there for
-# comparison, the last two where they are installed.
+# that do not fit into the cache. Unpacking four bits costs time too, at this size more than it saves over eight. `bdh bench
+# quantize` makes a model of 25M parameters, checks that all formats agree, and times them by turns; here a smaller one, to be
+# quick. Below 1 in the column `times float32` is faster. GPT-2, torchao and bitsandbytes are there for comparison, the last
+# two where they are installed.
 
 # %%
 SIZES = ["--quick"] if FAST else ["--n_embd", 128, "--n_layer", 4, "--agreement_tokens", 200]

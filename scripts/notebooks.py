@@ -1,14 +1,15 @@
 """Makes the notebooks of notebooks/*.ipynb from their sources, the .py files beside them, by running them.
 
-    python scripts/notebooks.py                 all nine, as they are committed: about 21 minutes on two cores
+    python scripts/notebooks.py                 all nine, as they are committed: 20 to 25 minutes on two cores
     python scripts/notebooks.py 01 05           some of them
-    python scripts/notebooks.py --text 01 05    of which only the text between the code was edited: what it printed is kept
+    python scripts/notebooks.py --text 01 05    of which only text and comments were edited: what it printed is kept
     BDH_NOTEBOOK_FAST=1 python scripts/notebooks.py --out FOLDER    with small settings, elsewhere: to see that they run
 
 A source is Python in jupytext's percent format. The notebook holds its hash: a test fails where it was made of another source.
 """
 
 import argparse
+import ast
 import hashlib
 import os
 import subprocess
@@ -99,12 +100,17 @@ def with_new_text(source: Path, made: Path) -> nbformat.NotebookNode:
     """
     notebook, before = without_outputs(source), nbformat.read(made, as_version=4)
     code, code_before = code_cells(notebook), code_cells(before)
-    if [cell.source for cell in code[1:]] != [cell.source for cell in code_before[1:]]:
+    if list(map(_parsed, code[1:])) != list(map(_parsed, code_before[1:])):
         raise ValueError(f"{source.name}: its code is not that of {made.name}: run it, without --text")
     for cell, cell_before in zip(code, code_before, strict=True):
         cell.outputs = cell_before.outputs
     notebook.metadata = {**before.metadata, "bdh": notebook.metadata["bdh"]}
     return notebook
+
+
+def _parsed(cell: nbformat.NotebookNode) -> str:
+    """The code of a cell, without its comments."""
+    return ast.dump(ast.parse(cell.source))
 
 
 def without_outputs(source: Path) -> nbformat.NotebookNode:

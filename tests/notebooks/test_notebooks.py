@@ -72,11 +72,13 @@ def test_without_a_repository_there_is_no_badge(copied):
 
 def test_new_text_keeps_what_the_code_printed(copied):
     before = notebooks.nbformat.read(copied.with_suffix(".ipynb"), as_version=4)
-    copied.write_text(copied.read_text().replace("# ## Let it write", "# ## It writes"))
+    text = copied.read_text().replace("# ## Let it write", "# ## It writes")
+    copied.write_text(text.replace("# %%\nfrom pathlib", "# %%\n# A comment.\nfrom pathlib"))
     after = notebooks.with_new_text(copied, copied.with_suffix(".ipynb"))
     assert [cell.outputs for cell in notebooks.code_cells(after)] == [
         cell.outputs for cell in notebooks.code_cells(before)
     ]
+    assert any(cell.source.startswith("# A comment.\nfrom pathlib") for cell in after.cells)
     assert "## It writes" in [cell.source for cell in after.cells]
     assert after.metadata["bdh"]["source_sha256"] == notebooks.source_hash(copied)
 
