@@ -30,13 +30,13 @@ def why_not_asked(name: str, kind: Literal["model", "dataset"] = "model") -> str
     folder = Path(first)
     if folder.is_dir():
         near = nearest(name, (f"{first}/{each.name}" for each in folder.iterdir()))
-        reason = f"{first} is a folder here" + (f"; did you mean {near}?" if near else "")
+        reason = f"{first} is a local folder" + (f"; did you mean {near}?" if near else "")
     elif first == _RUNS:
-        reason = f"bdh train keeps its runs in {first}, which is not here"
+        reason = f"bdh train keeps its runs in {first}, which does not exist here"
     else:
         return None
     of_kind = "" if kind == "model" else f" --repo-type {kind}"
-    return f"the hub was not asked for it, as {reason} (what hf download{of_kind} {name} has fetched is found)"
+    return f"the hub was not asked for it, as {reason} (a copy that hf download{of_kind} {name} has fetched is found)"
 
 
 def why_not_reached(name: str) -> str | None:
@@ -63,8 +63,8 @@ def model_not_found(name: str, reason: str) -> FileNotFoundError:
     """
     reason = reason.splitlines()[0].rstrip(".")
     return FileNotFoundError(
-        f"{name!r} is neither a folder here nor a model that the hub gives: {reason}. Without a network, give the folder "
-        "of an export or of a run"
+        f"{name!r} is neither a local folder nor a model found on the hub: {reason}. Without a network, give the "
+        "folder of an export or of a run"
     )
 
 

@@ -295,13 +295,13 @@ class _Check:
             without = "has no value: give it one, or null where that is allowed, or leave it out"
             return "is empty: give it one" if is_key else without
         if text == "None" and not is_key:
-            return "is None, which YAML takes for a text: write null for no value, or 'None' if it is one"
+            return "is None, which YAML reads as text: write null for no value, or 'None' if it is one"
         if _LEADING_ZERO.fullmatch(text):
-            return f"is {text}, which YAML may take for octal: leave out the leading zeros, or put it in quotes"
+            return f"is {text}, which YAML may read as octal: leave out the leading zeros, or put it in quotes"
         if node.tag not in (f"{_TAG}int", f"{_TAG}float"):
             return None
         if _BASE_60.fullmatch(text):
-            return f"is {text}, which YAML takes for a number to base 60: write a plain one, or put it in quotes"
+            return f"is {text}, which YAML reads as a number in base 60: write a plain number, or put it in quotes"
         if _UNDERSCORES.search(text):
             return f"is {text}: in a number _ stands between two digits; put it in quotes if it is text"
         try:

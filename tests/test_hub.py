@@ -25,7 +25,7 @@ CHECKS = {"model": find_model, "tokenizer": check_tokenizer_there, "data": check
 @pytest.mark.parametrize("kind", CHECKS)
 def test_a_name_that_begins_with_a_folder_that_is_here_is_not_asked_of_the_hub(kind):
     """It took half a minute of retries, and the error spoke of the hub."""
-    reason = r"and the hub was not asked for it, as runs is a folder here; did you mean runs/demo-2\?"
+    reason = r"and the hub was not asked for it, as runs is a local folder; did you mean runs/demo-2\?"
     with pytest.raises(FileNotFoundError, match=f"there is no (such )?(file or )?folder.*, {reason}"):
         CHECKS[kind]("runs/demo")
 
@@ -33,7 +33,7 @@ def test_a_name_that_begins_with_a_folder_that_is_here_is_not_asked_of_the_hub(k
 @pytest.mark.parametrize("kind", CHECKS)
 def test_a_name_of_a_run_is_not_asked_of_the_hub_in_another_folder(kind, online, monkeypatch):
     monkeypatch.chdir(online)
-    with pytest.raises(FileNotFoundError, match="as bdh train keeps its runs in runs, which is not here"):
+    with pytest.raises(FileNotFoundError, match="as bdh train keeps its runs in runs, which does not exist here"):
         CHECKS[kind]("runs/demo")
 
 

@@ -79,7 +79,7 @@ def test_what_is_written_as_empty_is_a_value(text):
         ("1:30", "base 60"),
         ("1:30:00", "base 60"),
         ("-1:30.5", "base 60"),
-        ("None", "takes for a text: write null"),
+        ("None", "reads as text: write null"),
         ("1__0", "between two digits"),
         ("1_", "between two digits"),
         ("0x_", "between two digits"),

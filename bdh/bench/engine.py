@@ -79,7 +79,7 @@ class _EngineBench:
         self.report.figures["agreement"] = {"requests": CONCURRENT, "equal": num_equal, "tokens": num_tokens}
         self.report.say(f"agree     {num_equal} of {CONCURRENT} requests have the same tokens together as alone")
         if self.report.failed:
-            self.report.say("the requests disturb each other: nothing was timed")
+            self.report.say("requests together do not generate the same tokens as alone: nothing was timed")
 
     def time_requests(self) -> None:
         """Times steps with one and with several running requests, by turns with steps of the backend alone."""
@@ -179,7 +179,7 @@ class _EngineBench:
             seconds.append(pair)
             hits = engine.stats().prefix_cache_hits
             if hits != 1:
-                raise RuntimeError(f"of the second request the prefix was found {hits} times: must be once")
+                raise RuntimeError(f"the prefix of the second request was found {hits} times: must be once")
         first, second = (median(pair[place] for pair in seconds) for place in (0, 1))
         self.report.figures["shared_prefix"] = {
             "prefix_tokens": shared,

@@ -37,7 +37,7 @@ _TAKEN_OVER = ("dtype", "layer_path", "recompute", "memory_budget_gb", "rows_per
 _STEP = ("batch_size", "block_size", "dropout", "density", "device")
 _ONLY_TRAIN = (*_STEP, *_TAKEN_OVER, "baselines", "one_step", "rounds")
 _FLAGS = {"path": "layer_path", "memory_budget": "memory_budget_gb"}  # layer options whose flags have other names
-_FROM_UNROUNDED = "give the model that it was made of: what is timed starts from plain weights"
+_FROM_UNROUNDED = "give the unquantized model, since the timings start from plain weights"
 # With more than a few threads per core, threads only wait for each other, and with millions OpenMP ends the process.
 _THREADS_A_CORE = 4
 
@@ -125,9 +125,11 @@ class BenchSettings(ReadsModel):
             for fault in shape_faults(*self.sizes().values()):
                 faults.add(fault)
             vocab_size = self.sizes()["vocab_size"]
-            faults.require(vocab_size != 1, "vocab_size", vocab_size, "at least 2: of one token nothing is predicted")
+            faults.require(
+                vocab_size != 1, "vocab_size", vocab_size, "at least 2: with one token there is nothing to predict"
+            )
             is_right = self.benchmark != "engine" or vocab_size == 256
-            faults.require(is_right, "vocab_size", self.vocab_size, "256 for engine: the made model reads bytes")
+            faults.require(is_right, "vocab_size", self.vocab_size, "256 for engine: the model made for it reads bytes")
         faults.require(self.model is not None or not self.checkpoint, "checkpoint", self.checkpoint, "given with model")
         if self.benchmark == "train":
             self._collect_train_faults(faults)
@@ -144,7 +146,10 @@ class BenchSettings(ReadsModel):
             self._refuse(("text",), faults, "left out: it is for bdh bench quantize")
         if self.text is not None:
             faults.require(
-                self.model is not None, "text", self.text, "given with model: one that is made has learned none"
+                self.model is not None,
+                "text",
+                self.text,
+                "given with model: a model made for the benchmark has learned no text",
             )
         faults.require(0 <= self.busy <= most, "busy", self.busy, f"from 0 to {most}, {_THREADS_A_CORE} for each core")
         is_right = self.threads is None or 1 <= self.threads <= most

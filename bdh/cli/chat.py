@@ -170,9 +170,7 @@ class Session:
         try:
             line.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(
-                f"the line is not UTF-8 from character {error.start + 1} on: nothing of it was read"
-            ) from error
+            raise ValueError(f"the line is not UTF-8 from character {error.start + 1} on: it was ignored") from error
         if line.startswith("//"):
             self._say(line[1:])
         elif line.startswith("/"):
@@ -265,7 +263,9 @@ class Session:
 
         path = Path(value).expanduser()
         if path.exists() and not is_snapshot(path):
-            raise FileExistsError(f"{path} exists and is no conversation: it was left as it is, choose another name")
+            raise FileExistsError(
+                f"{path} exists and is not a saved conversation: it was left unchanged, choose another name"
+            )
         self.conversation.save(path)
         _tell(f"{path}: {counted(len(self.conversation.messages), 'message')}, {path.stat().st_size:,} bytes")
 

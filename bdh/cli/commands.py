@@ -127,22 +127,23 @@ def run_average(settings: AverageSettings) -> int:
     def state_dicts() -> "Iterator[dict[str, torch.Tensor]]":
         for name in settings.models:
             model, its_tokenizer = load_model(name, device="cpu")
-            reason = "average the models that such models were made of, and quantize the average"
+            reason = "average the unquantized models, and quantize the average"
             check_not_quantized(model, name, reason)
             if TextEncoder(its_tokenizer).hash != tokenizer_hash:
-                raise ValueError(f"{name} has another tokenizer than {first_name}: their tokens differ in meaning")
+                raise ValueError(f"{name} and {first_name} have different tokenizers: models to average must share one")
             theirs = identity(model).configuration
             differing = [f"{key} is {theirs[key]}, not {value}" for key, value in ours.items() if theirs[key] != value]
             if differing:
                 raise ValueError(
-                    f"{name} has another configuration than {first_name}, so they cannot be averaged: "
+                    f"{name} and {first_name} have different configurations, so they cannot be averaged: "
                     f"{', '.join(differing)}"
                 )
             weights = model.state_dict()
             if (similarity := cosine_similarity(started, weights)) < _LEAST_SIMILARITY:
                 error_console().print(
                     f"warning: the weights of {name} and {first_name} have a cosine similarity of {similarity:.2f} (1: one "
-                    "direction, 0: nothing in common): models of trainings that began apart do not average to a good one",
+                    "direction, 0: unrelated): averaging models that were trained independently does not give a good "
+                    "model",
                     style="yellow",
                     markup=False,
                 )

@@ -202,8 +202,8 @@ def _run_tasks(settings: EvalSettings, model: Any, tokenizer: Any) -> None:
     )
     if lm.num_cut:
         error_console().print(
-            f"warning: {counted(lm.num_cut, 'text was', 'texts were')} longer than {max_length:,} tokens, of which a prediction sees the last: "
-            "--block_size sets how many, --carry_state lets it see all",
+            f"warning: {counted(lm.num_cut, 'text was', 'texts were')} longer than {max_length:,} tokens: "
+            f"each prediction uses only the last {max_length:,}; --block_size sets how many, --carry_state uses all",
             style="yellow",
             markup=False,
         )

@@ -181,7 +181,9 @@ class _Text:
             return asked or _CALIBRATION_TOKENS
         if asked is not None and asked > there:
             _logger.warning(
-                "calibration_tokens is %s: the training part has %s, and no more are read", f"{asked:,}", f"{there:,}"
+                "calibration_tokens is %s, but the training part has only %s tokens: all of them are used",
+                f"{asked:,}",
+                f"{there:,}",
             )
         return min(asked or _CALIBRATION_TOKENS, there)
 

@@ -176,8 +176,8 @@ def check_state(state: dict[str, Any], kind: str, **fixed: Any) -> None:
     """Raises ``ValueError`` if the state is of another kind of loader, or was saved with other settings."""
     if state.get("kind") != kind:
         raise ValueError(
-            f"the loader's state is of kind {state.get('kind')!r}, not {kind!r}: data.streaming or "
-            "train.carry_state was another"
+            f"the loader's state is of kind {state.get('kind')!r}, not {kind!r}: it was saved with another "
+            "data.streaming or train.carry_state"
         )
     for name, value in fixed.items():
         if state[name] != value:
@@ -262,9 +262,9 @@ def continued_loader(
     distance = len(text) // batch_size
     if distance <= block_size:
         raise ValueError(
-            f"train.carry_state lets {counted(batch_size, 'sequence')} read on through {counted(len(text), 'training token')}, each "
-            f"{counted(distance, 'token')} after the next: must be more than a block, {block_size}; a lower "
-            "train.batch_size or train.block_size, or more text would do"
+            f"with train.carry_state, {counted(batch_size, 'sequence')} start {counted(distance, 'token')} apart in "
+            f"{counted(len(text), 'training token')}: must be more than train.block_size, {block_size}, apart; lower "
+            "train.batch_size or train.block_size, or use more text"
         )
     entries = (int(step_generator(seed, 0, 0, 0, 0).integers(len(text))) + np.arange(batch_size) * distance)[own]
 

@@ -82,14 +82,12 @@ class ChatCorpus(TokenizedCorpus):
         self._val_pieces, _ = pieces_of(self._validation, block_size)
         if not len(self._train_pieces) or not len(self._val_pieces):
             part = "validate on" if len(self._train_pieces) else "train on"
-            raise ValueError(
-                f"data.source {config.source!r} leaves nothing to {part}: the chat template marks no answer"
-            )
+            raise ValueError(f"data.source {config.source!r} has no answers to {part}: the chat template marks none")
         self._packed = packed(np.diff(self._train_pieces)[:, 0].tolist(), block_size + 1)
         if num_cut:
             _logger.warning(
-                "%s of %s conversations are longer than train.block_size, %s tokens: they continue in another sequence, from "
-                "nothing",
+                "%s of %s conversations are longer than train.block_size, %s tokens: they continue in another "
+                "sequence, without the earlier text",
                 f"{num_cut:,}",
                 f"{self.facts['documents'] - self.facts['val_documents']:,}",
                 f"{block_size:,}",
@@ -108,7 +106,9 @@ class ChatCorpus(TokenizedCorpus):
         self, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, *, carry_state: bool = False
     ) -> StepLoader:
         if carry_state:
-            raise ValueError("train.carry_state is true, but conversations are read from nothing: set it to false")
+            raise ValueError(
+                "train.carry_state is true, but each conversation starts with an empty state: set it to false"
+            )
         own = check_sequences(batch_size, rank, world_size)
 
         @lru_cache(maxsize=2)

@@ -90,7 +90,7 @@ class DataConfig(Settings):
             self.val_split is None or self.val_split != self.split,
             "val_split",
             self.val_split,
-            "another split than the one that is trained on",
+            "another split than data.split, which is trained on",
         )
 
     def check_available(self) -> None:
@@ -165,9 +165,7 @@ def collect_mix_faults(config: DataConfig, faults: Faults) -> None:
         isinstance(weight, int | float) and not isinstance(weight, bool) and math.isfinite(weight) and weight >= 0
         for weight in weights
     )
-    faults.require(
-        are_numbers and sum(weights) > 0, "mix", weights, "weights that are finite, not negative, and sum to above 0"
-    )
+    faults.require(are_numbers and sum(weights) > 0, "mix", weights, "finite, non-negative weights with a sum above 0")
 
 
 def _alone(config: DataConfig, entry: dict[str, Any]) -> DataConfig:

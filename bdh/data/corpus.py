@@ -123,7 +123,7 @@ def check_long_enough(config: DataConfig, train_tokens: int, val_tokens: int, bl
         if block_size > 0 and num_tokens < block_size + 1:
             raise ValueError(
                 f"data.source {config.source!r}: the {part} part has {counted(num_tokens, 'token')}, but one sequence of "
-                f"block_size {block_size} needs {block_size + 1}: more text or {remedy} would do"
+                f"block_size {block_size} needs {block_size + 1}: use more text, or {remedy}"
             )
 
 

@@ -134,14 +134,14 @@ def csv_texts(lines: "Lines", layout: Layout, config: DataConfig) -> Iterator[st
         where = f"{lines.path}, line {line}"
         if checks_quotes and len(row_lines) > 1 and layout.may_be_rows(row_lines):
             raise ValueError(
-                f"{where}: it cannot be told whether the {len(row_lines)} lines from {row_lines[0]!r:.60} on are "
-                "one row, of which quotes enclose a field, or as many rows. Set data.csv_quoting=true if quotes enclose "
-                "fields; or data.csv_quoting=false if they are characters like any other"
+                f"{where}: it is unclear whether the {len(row_lines)} lines from {row_lines[0]!r:.60} on are "
+                "one row with a field in quotes, or separate rows. Set data.csv_quoting=true if quotes enclose "
+                "fields; or data.csv_quoting=false if they are ordinary characters"
             )
         if format.has_escapes and any(each.rstrip("\r\n").endswith("\\") for each in row_lines[:-1]):
             raise ValueError(
-                f"{where}: a line in quotes ends with a backslash, and it cannot be told whether that is "
-                "part of the text, as the quotes in this file have backslashes before them: write it with quotes doubled"
+                f"{where}: a line in quotes ends with a backslash, and it is unclear whether that is "
+                "part of the text, since this file escapes quotes with backslashes: double the quotes in fields instead"
             )
         fits = len(fields) == layout.width and not (layout.has_trailing_delimiter and fields[-1])
         if not fits and config.csv_bad_rows != "skip":
@@ -191,8 +191,9 @@ def find_layout(path: Path, config: DataConfig) -> Layout | None:
         for _, (line, *_), fields in found[has_header:]:
             if len(fields) == 2 and not line.startswith('"'):
                 raise ColumnError(
-                    f"{path}: it cannot be told whether the {format.delimiter!r} at the end of {line.strip()!r:.60} is part of "
-                    f"the text: set data.csv_delimiter=tab if it is, or data.csv_delimiter={format.delimiter!r} if it separates fields"
+                    f"{path}: it is unclear whether the {format.delimiter!r} at the end of {line.strip()!r:.60} is "
+                    "part of the text: set data.csv_delimiter=tab if it is, or data.csv_delimiter="
+                    f"{format.delimiter!r} if it separates fields"
                 )
     width += is_longer
     fitting = [fields for fields in data if len(fields) == width] or data
@@ -217,10 +218,10 @@ def find_layout(path: Path, config: DataConfig) -> Layout | None:
             f"1, 2, ...{separated}"
         ) from None
     if names.count(name) > 1:
-        raise ColumnError(f"{path}: {names.count(name)} columns have the name {name!r}: it must be one only")
+        raise ColumnError(f"{path}: {names.count(name)} columns are named {name!r}: must be only one")
     if wanted is None and config.csv_header is None and _may_be_row(names, name, columns[name]):
         raise ColumnError(
-            f"{path}: it cannot be told whether its first line, {first_line!r:.60}, is a header or a row. Set "
+            f"{path}: it is unclear whether its first line, {first_line!r:.60}, is a header or a row. Set "
             f"data.text_column, to {name!r} if that is the name of a column; or data.csv_header=false, which calls the "
             f"columns 1, 2, ...{separated}"
         )
@@ -267,8 +268,8 @@ def _find_format(path: Path, config: DataConfig) -> tuple[list[str], Format]:
         if rival.share == best[0].share > 0 and not rival.format.has_quoting and rival.rows != best[0].rows:
             line = next(each for each in sample if '"' in each)
             raise ColumnError(
-                f"{path}: it cannot be told whether quotes enclose fields, as in {line.strip()!r:.60}. Set "
-                "data.csv_quoting=true if they do; or data.csv_quoting=false if they are characters like any other"
+                f"{path}: it is unclear whether quotes enclose fields, as in {line.strip()!r:.60}. Set "
+                "data.csv_quoting=true if they do; or data.csv_quoting=false if they are ordinary characters"
             )
     return sample, best[0].format
 
@@ -480,8 +481,8 @@ def rows(lines: Lines, format: Format) -> Iterator[tuple[int, list[str], list[st
                 "must be doubled"
             )
         if any('\\"' in each for each in error.lines):
-            what += '. The row has quotes that are written \\", which is read only if all of the first rows fit so'
-        raise ValueError(f"{what}. Where quotes are characters like any other, set data.csv_quoting=false") from error
+            what += '. The row has quotes written as \\", a form that is used only if all of the first rows fit it'
+        raise ValueError(f"{what}. If quotes are ordinary characters, set data.csv_quoting=false") from error
 
 
 def _with_spaces(row: str, fields: list[str], delimiter: str) -> list[str]:

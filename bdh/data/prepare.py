@@ -141,7 +141,8 @@ class MixCorpus(Corpus):
     ) -> "MixLoader":
         if carry_state:
             raise ValueError(
-                "train.carry_state is true, but with data.mix a sequence of the batch is of another source in each step: set false"
+                "train.carry_state is true, but data.mix draws the source of each sequence anew in "
+                "every step: set it to false"
             )
         own = check_sequences(batch_size, rank, world_size)
         # Each loader gives one sequence at a time. Their seeds differ, so that sources of the same length are not read

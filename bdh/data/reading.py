@@ -477,4 +477,4 @@ def _zstd_chunks(path: Path) -> Iterator[bytes]:
                 if frame.eof:
                     chunk, frame = frame.unused_data, None
     if frame is not None:
-        raise ValueError(f"{path} is cut off: its last zstandard frame has no end")
+        raise ValueError(f"{path} is cut off: its last zstandard frame is incomplete")

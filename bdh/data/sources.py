@@ -246,7 +246,8 @@ def _resolve(config: DataConfig, items: list[str], split: str, held_out: set[Fil
         value = getattr(config, setting)
         if value != default:
             raise ValueError(
-                f"data.{setting} is {value!r}, but data.source {config.source!r} is no data set of the hub: leave it out"
+                f"data.{setting} is {value!r}, but data.source {config.source!r} is not a data set on the hub: "
+                "leave it out"
             )
     skipped = Skipped()
     known: set[FileKey] = set()
@@ -259,7 +260,7 @@ def _resolve(config: DataConfig, items: list[str], split: str, held_out: set[Fil
                 parts.append(_of_builtin(item))
             continue
         if _is_hub(item, config):
-            raise ValueError(f"data.source names several texts, and {item!r} is a data set: it can only stand alone")
+            raise ValueError(f"data.source names several texts, and {item!r} is a data set: must be the only source")
         found = find_files(item, skipped) or []
         kept = regular_files(_not_held_out(found, held_out, skipped), known, skipped)
         if kept:

@@ -215,8 +215,8 @@ class HubSet:
             raise ValueError(f"{self.where} has no rows")
         if is_csv and any(delimiter in found for delimiter in ";\t|"):
             raise ValueError(
-                f"{self.where}: the fields seem to be separated by another character than a comma, as a column is called "
-                f"{found!r}: take the files, with data.csv_delimiter, as data.source"
+                f"{self.where}: the fields seem to be separated by a character other than a comma, as a column is "
+                f"called {found!r}: give the files themselves as data.source, with data.csv_delimiter"
             )
         if is_csv:  # pandas would read 007 as a number, and NA, null and None as missing
             names = rows.column_names or list(next(iter(rows)))
@@ -308,9 +308,9 @@ def _load_split(
         near = nearest(path, BUILTIN, 0.75)
         hint = f"Did you mean {near}? " if near else ""
         raise FileNotFoundError(
-            f"data.source {path!r} is no file, folder or built-in text, and the hub did not give a data set of that name "
-            f"({(str(error).splitlines() or [''])[0]}). {hint}Without a network these work: pydoc and stdlib, local files and "
-            "folders, and data sets that are in the hub's cache, with HF_HUB_OFFLINE=1"
+            f"data.source {path!r} is not a file, folder or built-in text, and no data set of that name was loaded "
+            f"from the hub ({(str(error).splitlines() or [''])[0]}). {hint}Without a network these work: pydoc and "
+            "stdlib, local files and folders, and data sets that are in the hub's cache, with HF_HUB_OFFLINE=1"
         ) from error
     except (ValueError, RuntimeError) as error:
         settings = f"data.name {name!r}, data.split {split!r}, data.revision {revision!r}"

@@ -184,14 +184,14 @@ def choose_strategy(config: DistributedConfig, world: World) -> str:
     fault = None
     if strategy == "none" and world.size > 1:
         fault = (
-            f", but {world.size} processes were started, which would train as many models: set ddp or fsdp, or start one "
-            "process"
+            f", but {world.size} processes were started, each of which would train its own model: set ddp or fsdp, or "
+            "start one process"
         )
     elif strategy == "ddp" and world.size == 1:
         fault = f" with one process: set none, or start more with {more}"
     elif strategy == "fsdp" and world.size == 1 and world.device_type == "cpu":
         fault = (
-            " with one process and no accelerator, where there is nothing to share: set none, or start more processes "
+            " with one process and no accelerator, where there is nothing to shard: set none, or start more processes "
             f"with {more}"
         )
     if fault is not None:

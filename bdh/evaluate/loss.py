@@ -209,9 +209,9 @@ def evaluate_text(
     if carry_state and stride != block_size:
         raise ValueError(f"stride is {stride}: with carry_state it must be block_size, {block_size}")
     if stretch_tokens is not None and (not carry_state or stretch_tokens < 1):
-        raise ValueError(f"stretch_tokens is {stretch_tokens}: must be at least 1, and is for carry_state only")
+        raise ValueError(f"stretch_tokens is {stretch_tokens}: must be at least 1, and given with carry_state")
     if window is not None and not carry_state:
-        raise ValueError(f"window is {window}: it is for carry_state only, where a text is read on")
+        raise ValueError(f"window is {window}: must be given with carry_state")
     batch_size = _batch_size(model, block_size, max_batch_size)
     with inference(model), autocast():
         if carry_state:

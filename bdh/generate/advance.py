@@ -82,7 +82,7 @@ class Residuals:
             ValueError: no token has been read.
         """
         if self._sum is None:
-            raise ValueError("no token has been read: there is no mean residual of none")
+            raise ValueError("no token has been read yet: the mean residual is undefined")
         return (self._sum / self.num_tokens).astype(np.float32)
 
 

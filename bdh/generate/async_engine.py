@@ -237,7 +237,7 @@ class AsyncEngine:
             try:
                 order()
             except Exception:
-                _logger.exception("the engine could not carry out an order")
+                _logger.exception("the engine could not process a call")
 
     def _deliver(self, items: Sequence[tuple[int, Item]]) -> None:
         """Delivers items to the requests with these ids, waking each event loop once."""

@@ -145,8 +145,8 @@ class Conversation:
             raise ValueError("there is no turn to undo")
         if not self._earlier:
             raise ValueError(
-                f"the state before that turn is not kept: undo keeps {self.max_undo_bytes:,} bytes of states, of "
-                f"{self.engine.advancer.state_bytes:,} each, and none from before a conversation was loaded"
+                f"the state before that turn is not available: undo keeps at most {self.max_undo_bytes:,} bytes of "
+                f"states ({self.engine.advancer.state_bytes:,} each), and none from before a conversation was loaded"
             )
         undone = self._now.messages
         self._now, generator_state = self._earlier.pop()
@@ -219,10 +219,11 @@ class Conversation:
         snapshot = Snapshot.load(path, self.engine.model)
         notes = snapshot.notes.get("conversation")
         if notes is None:
-            raise ValueError(f"{path} is the snapshot of a sequence, but not of a conversation")
+            raise ValueError(f"{path} is a snapshot of a plain sequence, not of a conversation")
         if notes["tokenizer"] != self._tokenizer_hash():
             raise ValueError(
-                f"{path} is a conversation with another tokenizer or chat template, or with one where here is none"
+                f"{path} was saved with another tokenizer or chat template, or with a template where this "
+                "conversation has none"
             )
         assert snapshot.generator_state is not None  # `save` stores it
         state = self.engine.advancer.new_state()
@@ -342,7 +343,7 @@ class Conversation:
             return wanted, not read
         if is_same_system and not self._told_of_rewriting:
             self._told_of_rewriting = True
-            self._notify("the chat template changes what was said before: the conversation is read anew each time")
+            self._notify("the chat template changes what was said before: all of it is read again for every reply")
         return wanted, True
 
     def _template_spans(self, encoder: ChatEncoder, messages: Sequence[Message]) -> list[list[int]]:
@@ -370,7 +371,7 @@ class Conversation:
         weights = weights_mark(self.engine.model).content
         is_stale = self._now.snapshot is not None and self._now.snapshot.weights != weights
         if is_stale:
-            self._notify("the model's weights have changed since: the conversation is read anew")
+            self._notify("the model's weights have changed since: the conversation is read again")
         return is_stale
 
     def _tokenizer_hash(self) -> str:

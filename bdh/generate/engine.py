@@ -296,7 +296,7 @@ class Engine:
                 requests.
         """
         if self._waiting or self._running or self._outputs:
-            raise ValueError("the engine has other requests: end them before a whole batch is generated")
+            raise ValueError("the engine is running other requests: finish them before generating a whole batch")
         source, ids = iter(requests), deque[int]()
         found: dict[int, list[Completion | None]] = {}
         # Enough that the engine never waits for the next request, and few enough that results do not pile up.

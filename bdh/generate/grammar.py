@@ -28,7 +28,7 @@ MOST_JOINED = 12
 # Annotations of a schema, which do not constrain the text.
 _ABOUT = {"$comment", "$defs", "$id", "$schema", "default", "definitions", "deprecated", "description", "examples"}
 _ABOUT |= {"readOnly", "title", "writeOnly"}
-GRAMMAR_FAULT = "the grammar cannot be held further: "
+GRAMMAR_FAULT = "the grammar cannot be enforced any further: "
 """The beginning of errors about a grammar that proves too complex during generation, no fault of the engine."""
 _MOST_COMPILED = 64
 # White space between the parts of JSON. It is bounded, since a model could otherwise write spaces forever.
@@ -50,7 +50,7 @@ def collect_grammar_faults(grammar: Mapping[str, Any]) -> list[str]:
         return [f"grammar has {', '.join(map(str, grammar)) or 'nothing'}: must have one of {' and '.join(KINDS)}"]
     faults = []
     if others := [str(name) for name in grammar if name not in (*KINDS, "written")]:
-        faults.append(f"grammar.{others[0]} is no part of a grammar: leave it out")
+        faults.append(f"grammar.{others[0]} is not a field of a grammar: leave it out")
     written = grammar.get("written", 0)
     if not isinstance(written, int) or isinstance(written, bool) or written < 0:
         faults.append(f"grammar.written is {written!r}: must be a number of tokens, at least 0")
@@ -83,13 +83,13 @@ def grammar_source(grammar: Mapping[str, Any]) -> tuple[str, str]:
         try:
             text = json.dumps(schema, allow_nan=False, ensure_ascii=False)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"grammar.json_schema is no JSON: {error}") from error
+            raise ValueError(f"grammar.json_schema is not JSON: {error}") from error
     if len(text) > MOST_CHARACTERS:
         raise ValueError(f"grammar.{kind} has {len(text):,} characters: must have at most {MOST_CHARACTERS:,}")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"grammar.{kind} has half of a surrogate pair, which is no text") from error
+        raise ValueError(f"grammar.{kind} has half of a surrogate pair, which is not text") from error
     return kind, text
 
 
@@ -105,8 +105,8 @@ def _check_size(schema: dict[str, Any]) -> None:
     count = sum(isinstance(each.get(name), str) for each in objects for name in ("pattern", "format"))
     if count > MOST_JOINED and any(map(_joins, objects)):
         raise ValueError(
-            f"grammar.json_schema has {count} patterns and formats, and joins schemas, by allOf or by what stands beside "
-            f"$ref, anyOf or oneOf: must then have at most {MOST_JOINED}"
+            f"grammar.json_schema has {count} patterns and formats, and combines schemas, with allOf or with keywords "
+            f"beside $ref, anyOf or oneOf: must then have at most {MOST_JOINED}"
         )
 
 
@@ -205,10 +205,10 @@ def _compile(kind: str, text: str, trie: Any) -> "LLMatcher":
     bits = b"" if matcher.is_error() else matcher.compute_bitmask()  # finds the errors that the first step would
     if matcher.is_error():
         reason = _reason(matcher)
-        reason = "no text has this form" if "NoExtension" in reason else reason
-        raise ValueError(f"grammar.{kind} cannot be held: {reason}")
+        reason = "no text can match it" if "NoExtension" in reason else reason
+        raise ValueError(f"grammar.{kind} cannot be enforced: {reason}")
     if not any(bits):
-        raise ValueError(f"grammar.{kind} cannot be held: no token of this vocabulary begins such a text")
+        raise ValueError(f"grammar.{kind} cannot be enforced: no token of this vocabulary can start a matching text")
     return matcher
 
 
@@ -231,7 +231,7 @@ def _trie(tokenizer: Any, vocab_size: int) -> "LLTokenizer":
 
         tokens = token_bytes(tokenizer)
     except ValueError as error:
-        raise ValueError(f"a grammar cannot be held with this tokenizer: {error}") from error
+        raise ValueError(f"a grammar cannot be enforced with this tokenizer: {error}") from error
     return LLTokenizer(TokenizerWrapper(_Vocabulary([*tokens, b"<end>"], vocab_size)))
 
 

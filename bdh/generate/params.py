@@ -146,7 +146,7 @@ def by_own_names(settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     for name, own_name in ALIASES.items():
         if name in settings and own_name in settings:
-            raise ValueError(f"{name} is {own_name}, which is given too: give it once")
+            raise ValueError(f"{name} is another name for {own_name}, which is also given: give only one of them")
     return {ALIASES.get(name, name): value for name, value in settings.items()}
 
 
@@ -159,7 +159,7 @@ def params_from(settings: dict[str, Any]) -> SamplingParams:
     faults = Faults()
     known = SamplingParams.__dataclass_fields__
     for name in [name for name in settings if name not in known]:
-        faults.add(f"{name} is no setting of the sampling: must be one of {', '.join(known)}")
+        faults.add(f"{name} is not a sampling parameter: must be one of {', '.join(known)}")
     values = {name: value for name, value in settings.items() if name in known}
     if isinstance(stop := values.get("stop"), str):
         values["stop"] = [stop]

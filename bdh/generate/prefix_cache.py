@@ -124,8 +124,8 @@ class PrefixCache:
         """
         if not len(tokens) or state.position != len(tokens):
             raise ValueError(
-                f"a state that has read {state.position} tokens cannot be that of {len(tokens)}: "
-                "must be as many, and at least 1"
+                f"the state has read {state.position} tokens, but {len(tokens)} are given: "
+                "must be the same number, and at least 1"
             )
         logits_bytes = 0 if logits is None else logits.nbytes
         alone = len(tokens) * _TOKEN_BYTES + NODE_BYTES + state.nbytes + logits_bytes

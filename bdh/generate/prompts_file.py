@@ -16,7 +16,7 @@ from bdh.words import counted, nearest
 RESULT_KEYS = ("text", "index", "finish_reason", "num_tokens", "logprobs", "prompt_logprobs", "error")
 _MOST_FAULTS = 10
 _FLAGS = {
-    "num_beams": "it holds for all prompts, as --num_beams",
+    "num_beams": "it applies to all prompts, so give --num_beams",
     "json_schema": 'write it as {"grammar": {"json_schema": SCHEMA}}',
     "regex": 'write it as {"grammar": {"regex": PATTERN}}',
 }
@@ -99,10 +99,10 @@ def _job(line: str, params: SamplingParams) -> Job:
     settings = {name: facts.pop(name) for name in list(facts) if name in known}
     for name in facts:
         near = nearest(name.lower(), [*known, *ALIASES], 0.88)
-        if hint := _FLAGS.get(name) or (near and f"did you mean {near}? Data of your own go under other names"):
-            raise ValueError(f"{name} is no setting of a prompt: {hint}")
+        if hint := _FLAGS.get(name) or (near and f"did you mean {near}? Give your own data another name"):
+            raise ValueError(f"{name} is not a setting of a prompt: {hint}")
     if taken := [name for name in facts if name in RESULT_KEYS]:
-        raise ValueError(f"{', '.join(taken)} is what results are written under: give it another name")
+        raise ValueError(f"{', '.join(taken)} is reserved for results: give it another name")
     own = params_from(settings)
     return Job(prompt, replace(params, **{name: getattr(own, name) for name in settings}).validated(), facts)
 
@@ -116,7 +116,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no number in JSON: give a finite one, or null")
+    raise ValueError(f"{name} is not a JSON number: give a finite one, or null")
 
 
 def result_lines(job: Job, completions: list[Any]) -> Iterator[str]:
@@ -153,12 +153,13 @@ def num_done(path: Path, jobs: list[Job]) -> tuple[int, int]:
             found = None
         if not isinstance(found, dict) or any(found.get(name) != value for name, value in job.facts.items()):
             raise ValueError(
-                f"{path}, line {number}, is not a result of the prompt that comes there, {job.prompt!r}: give the prompts "
-                "that the file was written from, or another --output"
+                f"{path}, line {number}, is not a result of the prompt expected there, {job.prompt!r}: give the "
+                "prompts that the file was written from, or another --output"
             )
     if len(lines) > len(expected):
         raise ValueError(
-            f"{path} has {counted(len(lines), 'line')}, but {len(expected)} would be the results of all prompts: it is another run's"
+            f"{path} has {counted(len(lines), 'line')}, more than the {counted(len(expected), 'result')} of all "
+            "prompts: give the prompts that the file was written from, or another --output"
         )
     ends = [0, *accumulate(job.params.n for job in jobs)]
     done = bisect_right(ends, len(lines)) - 1

@@ -117,7 +117,7 @@ def params_of(params: SamplingParams | None, settings: dict[str, Any], *, num_be
     known = [*SamplingParams.__dataclass_fields__, *ALIASES]
     for name in settings.keys() - {*known}:
         near = nearest(name, known)
-        raise TypeError(f"{name} is no setting of a text{f': did you mean {near}?' if near else ''}")
+        raise TypeError(f"{name} is not a generation parameter{f': did you mean {near}?' if near else ''}")
     if params is None:
         params = SamplingParams(**by_own_names(settings))
     faults = Faults()

@@ -81,7 +81,7 @@ def neuron_graph(
     (head,) = chosen("head", head, model.config.n_head, "head")
     of_layer = checked_layer_weights(model, sum_dtype(model.dtype))
     if num_random < 2:
-        raise ValueError(f"num_random is {num_random}: must be at least 2, whose spread can be told")
+        raise ValueError(f"num_random is {num_random}: must be at least 2, to estimate their spread")
     N = model.config.neurons_per_head
     num_edges = round(N * mean_degree / 2)
     if not 1 <= num_edges <= N * (N - 1) // 2:
@@ -90,7 +90,8 @@ def neuron_graph(
     if weights[-1] <= 0:
         num_positive = int((weights > 0).sum())
         raise ValueError(
-            f"mean_degree is {mean_degree}: must be at most {2 * num_positive / N:.3g}, others do not excite"
+            f"mean_degree is {mean_degree}: must be at most {2 * num_positive / N:.3g}, since no other weights "
+            "are above 0"
         )
     graph: Any = nx.Graph()
     graph.add_nodes_from(range(N))
@@ -110,7 +111,7 @@ def _swapped(graph: Any, seed: int) -> Any:
     except nx.NetworkXException as error:
         edges = counted(graph.number_of_edges(), "edge")
         raise ValueError(
-            f"there is no random graph of these degrees, of {edges}: {error} Give another mean_degree"
+            f"no random graph with the same degrees ({edges}) was found: {error} Give another mean_degree"
         ) from error
 
 

@@ -82,7 +82,7 @@ def synapse_trace(
     (source,) = chosen("source", source, config.neurons_per_head, "neuron")
     (target,) = chosen("target", target, config.neurons_per_head, "neuron")
     if num_shuffles < 2:
-        raise ValueError(f"num_shuffles is {num_shuffles}: must be at least 2, whose spread can be told")
+        raise ValueError(f"num_shuffles is {num_shuffles}: must be at least 2, to estimate their spread")
     driven = checked_layer_weights(model, model.dtype).encoder_v[head][target].double().cpu()  # (D,)
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(len(tokens), generator=generator) for _ in range(num_shuffles)]

@@ -132,7 +132,7 @@ def to_reference(config: BDHConfig, model: Any) -> dict[str, torch.Tensor]:
             weights.
     """
     _check_no_decay(config)
-    name, reason = config.name_or_path or "the model", "convert the model that it was made of"
+    name, reason = config.name_or_path or "the model", "convert the unquantized model"
     check_not_quantized(model, name, reason, allow_ours=True)
     D, H, N = config.n_embd, config.n_head, config.neurons_per_head
     tensors = {
@@ -183,14 +183,14 @@ def _complete_fields(tensors: dict[str, torch.Tensor], given: dict[str, Any]) ->
     fields = {ALIASES.get(name, name): value for name, value in given.items() if name in known}
     if "n_layer" not in fields:
         raise ValueError(
-            "the checkpoint has no configuration, and the number of layer steps, n_layer, does not show in the "
-            "weights: give it (the reference's default is 6)"
+            "the checkpoint has no configuration, and the number of layer steps, n_layer, cannot be read from "
+            "the weights: give it (the reference's default is 6)"
         )
     if tensors["encoder"].ndim != 3:
         raise ValueError(f"encoder has shape {tuple(tensors['encoder'].shape)}: must be (heads, width, neurons)")
     H, D, N = tensors["encoder"].shape
     if H * N % D:
-        raise ValueError(f"encoder is {(H, D, N)}: its {H} * {N} = {H * N} neurons are no multiple of its width {D}")
+        raise ValueError(f"encoder is {(H, D, N)}: its {H} * {N} = {H * N} neurons are not a multiple of its width {D}")
     if isinstance(given.get("block_size"), int):
         fields.setdefault("train_block_size", given["block_size"])
     fields.setdefault("n_head", H)
@@ -223,7 +223,8 @@ def _check_frequencies(stored: torch.Tensor, config: BDHConfig) -> None:
     if error > max(1e-5, info.eps):
         raise ValueError(
             f"{FREQUENCY_KEY} differs from the frequencies of rope_theta = {config.rope_theta:g} by up to "
-            f"{error:.1e} of their value: the model was trained with other ones, and would not work with these"
+            f"{error:.1e} of their value: the model was trained with different frequencies, and would not work with "
+            "these"
         )
 
 
@@ -256,8 +257,8 @@ def average_weights(models: Iterable[Weights], shares: Sequence[float] | None = 
             raise ValueError(f"there are more models than the {counted(len(shares), 'share')}: give one share a model")
         if quantized := sorted(name for name, weight in weights.items() if not _is_plain(weight)):
             raise ValueError(
-                f"model {number} has quantized weights, of which there is no mean: {', '.join(quantized)}. Average the models "
-                "that such models were made of"
+                f"model {number} has quantized weights, which cannot be averaged: {', '.join(quantized)}. Average the "
+                "unquantized models"
             )
         if number == 1:
             first = {name: weight.dtype for name, weight in weights.items()}
@@ -265,7 +266,8 @@ def average_weights(models: Iterable[Weights], shares: Sequence[float] | None = 
         ours, theirs = ({(name, weight.shape) for name, weight in each.items()} for each in (total, weights))
         if differing := sorted({name for name, _ in ours ^ theirs}):
             raise ValueError(
-                f"model {number} has not the shape of the first one, so they cannot be averaged: {', '.join(differing)}"
+                f"the weights of model {number} differ in name or shape from those of model 1, so they cannot be "
+                f"averaged: {', '.join(differing)}"
             )
         for name, weight in weights.items():
             total[name] += (1.0 if shares is None else shares[number - 1]) * weight.double()

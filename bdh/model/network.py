@@ -277,7 +277,7 @@ def read_config(folder: Path) -> tuple[ModelConfig, torch.dtype | None]:
     if not isinstance(facts, dict):
         raise ValueError(f"{wrong}: it holds {type(facts).__name__}, not an object")
     if facts.get("model_type") != "bdh" or not {"n_embd", "hidden_size"} & facts.keys():
-        raise ValueError(f"{folder} is no BDH model: its model_type is {facts.get('model_type')!r}")
+        raise ValueError(f"{folder} is not a BDH model: its model_type is {facts.get('model_type')!r}")
     quantization = facts.get("quantization_config")
     if quantization is not None and not is_ours(quantization):
         raise QuantizedWeightsError(f"{folder} has weights quantized by another library, which only transformers reads")
@@ -296,7 +296,7 @@ def _read_generation(folder: Path, config: ModelConfig) -> GenerationSettings:
     try:
         return GenerationSettings(dict(json.loads(path.read_text(encoding="utf-8"))).get("eos_token_id"))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is no object of JSON: {error}") from error
+        raise ValueError(f"{path} is not a JSON object: {error}") from error
 
 
 def _read_weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -207,7 +207,9 @@ def check_packed(model: nn.Module, name: str) -> None:
         if module.packed.dtype != torch.uint8:
             fault = f"{place}.packed is {str(module.packed.dtype).removeprefix('torch.')}, not uint8"
         elif not (finite := module.codes.scales.isfinite().all(1)).all():
-            fault = f"{place}.packed is missing, or its row {int((~finite).nonzero()[0])} has a scale that is no finite number"
+            fault = (
+                f"{place}.packed is missing, or its row {int((~finite).nonzero()[0])} has a scale that is not finite"
+            )
         if fault:
             raise ValueError(f"the weights of {name} are damaged or not complete: {fault}")
 

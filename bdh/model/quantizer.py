@@ -57,8 +57,8 @@ class BDHQuantizer(HfQuantizer):
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if not self.pre_quantized and self.quantization_config.method != "rtn":
             raise ValueError(
-                f"method is {self.quantization_config.method!r}: while loading, weights are rounded by rtn; others need text, "
-                "which bdh.quantize.quantize takes"
+                f"method is {self.quantization_config.method!r}: must be 'rtn' to quantize while loading; for methods "
+                "that need calibration text, use bdh.quantize.quantize"
             )
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:

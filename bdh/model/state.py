@@ -149,7 +149,7 @@ class SynapticState:
     def position(self) -> int:
         """The position of the only sequence. Raises ``ValueError`` if there are several."""
         if self.batch_size != 1:
-            raise ValueError(f"the state has {self.batch_size} sequences: only one alone has a position")
+            raise ValueError(f"the state has {self.batch_size} sequences: only a single one has a position")
         return self.positions.item()  # type: ignore[return-value]
 
     @position.setter
@@ -280,7 +280,7 @@ class SynapticState:
         other.check_whole()
         if (self.pattern, self.batch_size) != (other.pattern, other.batch_size):
             raise ValueError(
-                f"a state {other.pattern} of {other.batch_size} sequences cannot become one {self.pattern} of "
+                f"a state {other.pattern} of {other.batch_size} sequences cannot be copied into one {self.pattern} of "
                 f"{self.batch_size}"
             )
         self.is_torn = True

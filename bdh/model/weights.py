@@ -69,7 +69,7 @@ def checked_layer_weights(model: Any, dtype: torch.dtype) -> LayerWeights:
         ValueError: the layer computes more than products with these matrices.
     """
     if (obstacle := product_obstacle(layer_modules(model))) is not None:
-        raise ValueError(f"the weights alone do not say what the layer computes: {obstacle}")
+        raise ValueError(f"the weights alone do not determine what the layer computes: {obstacle}")
     with torch.no_grad():
         return layer_weights(model, dtype)
 

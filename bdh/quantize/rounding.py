@@ -57,7 +57,7 @@ def quantize(
 
 def check_quantizable(model: Any, name: str = "the model", *, embeddings: bool = False) -> None:
     """Raises ``ValueError`` if modules of a model are not plain: quantized, with adapters, or with hooks."""
-    check_not_quantized(model, name, "quantize the model that it was made of")
+    check_not_quantized(model, name, "quantize the unquantized model")
     layers = {"encoder": model.encoder, "decoder": model.decoder}
     layers |= {f"encoder_v.{head}": module for head, module in enumerate(model.encoder_v)}
     layers |= {"lm_head": model.lm_head} if embeddings and hasattr(model, "lm_head") else {}

@@ -202,7 +202,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
         loaded = service.ready()
         if wrong := [token for token in body.tokens if token >= loaded.vocab_size][:3]:
             last = loaded.vocab_size - 1
-            raise bad_request(f"the token ids {wrong} are not there: must be within 0 and {last}", "tokens")
+            raise bad_request(f"the request has the token ids {wrong}: must be within 0 and {last}", "tokens")
         return DetokenizeAnswer(prompt=await loaded.in_text_thread(loaded.tokenizer.decode, body.tokens))
 
 

@@ -125,7 +125,9 @@ async def _completion(service: Service, body: CompletionRequest, request: Reques
     texts = texts_of(body.prompt)
     if snapshot is not None and (len(texts) > 1 or body.echo):
         name = "prompt" if len(texts) > 1 else "echo"
-        raise bad_request(f"{name}: with bdh.from_state only one prompt, and no echo", name)
+        raise bad_request(
+            f"{name}: must be {'one prompt' if name == 'prompt' else 'left out'} with bdh.from_state", name
+        )
     prompts = []
     for number, text in enumerate(texts):
         param = "prompt" if text is body.prompt else f"prompt.{number}"
@@ -152,7 +154,7 @@ async def _chat(service: Service, body: ChatRequest, request: Request) -> "TextG
         tokens = await loaded.in_text_thread(loaded.chat.encode, messages)
     else:
         if snapshot.notes.get("kind") != "chat":
-            message = "that state is not of a conversation: continue it with /v1/completions"
+            message = "bdh.from_state is the state of a text, not of a conversation: continue it with /v1/completions"
             raise bad_request(message, "bdh.from_state")
         before = snapshot.notes["messages"]
         tokens = await loaded.in_text_thread(loaded.chat.further, before, messages, snapshot.notes.get("stopped_by"))
@@ -312,7 +314,8 @@ class TextGeneration(Generation):
         kept = [text.extras["state_id"] for text in self.writer.all_texts if "state_id" in text.extras]
         return ApiError(
             503,
-            "the server has ended before the text did" + ("; it finishes it when it is back" if kept else ""),
+            "the server was shut down before the text was finished"
+            + ("; it finishes the text after a restart" if kept else ""),
             code="draining",
             retry_after=5,
             facts={"state_ids": kept} if kept else {},
@@ -367,7 +370,7 @@ def _no_room(reason: object) -> ApiError:
 
 
 def no_state(state_id: str, param: str | None = None) -> ApiError:
-    return ApiError(404, f"there is no state {state_id!r} of yours here", param=param, code="state_not_found")
+    return ApiError(404, f"you have no state {state_id!r} on this server", param=param, code="state_not_found")
 
 
 async def _embed(service: Service, body: EmbeddingRequest, request: Request) -> EmbeddingAnswer:
@@ -416,7 +419,7 @@ async def _read_embeddings(service: Service, prompts: Sequence[PromptRequest], r
                         log("a text could not be read", level=logging.ERROR, reason=completion.error)
                         raise internal_error()
     except CutOff:
-        raise unavailable("the server has ended before the texts were read", "draining") from None
+        raise unavailable("the server was shut down before the texts were read", "draining") from None
     finally:
         service.rates.charge(request.state.caller, num_tokens)
         request.state.facts["prompt_tokens"] = num_tokens
@@ -436,7 +439,7 @@ async def _admitted(
             if is_first or error.code != "queue_full":
                 raise
         await asyncio.sleep(_QUEUE_SECONDS)
-    message = f"the request has run for {now - arrived:.0f} seconds, which is as long as it may: send fewer texts"
+    message = f"the request has run for {now - arrived:.0f} seconds, which is the time limit: send fewer texts"
     raise unavailable(message, "request_timeout")
 
 

@@ -118,7 +118,7 @@ class AuthSettings(Settings):
                 raise FileNotFoundError(f"auth.keys_file is {str(path)!r}: there is no such file")
             of_file = [line.split("#")[0].strip() for line in read_text(path).splitlines()]
             if not any(of_file):
-                raise ValueError(f"{path} has no key: it needs one in a line, or everybody could ask")
+                raise ValueError(f"{path} has no key: must have at least one, or anyone could use the server")
             lines += [(f"line {number} of {path}", line) for number, line in enumerate(of_file, 1)]
         found: dict[bytes, Caller] = {}
         for place, line in lines:
@@ -131,7 +131,7 @@ class AuthSettings(Settings):
                 )
             digest = hashlib.sha256(key.encode()).digest()
             if digest in found:
-                raise ValueError(f"the key in {place} is given twice: must be there once")
+                raise ValueError(f"the key in {place} is given twice: give it once")
             found[digest] = Caller(digest.hex()[:32], name.strip() or f"key-{digest.hex()[:8]}")
         return found
 
@@ -210,7 +210,7 @@ class ServeSettings(Settings):
 def check_telemetry(is_wanted: bool) -> None:
     """Raises ``ValueError`` if telemetry is wanted and no environment variable says where to send it."""
     if is_wanted and not any(os.environ.get(name) for name in _ENDPOINTS):
-        raise ValueError(f"telemetry is asked for, but not where it goes: set {_ENDPOINTS[0]}")
+        raise ValueError(f"telemetry is true, but its endpoint is not set: set {_ENDPOINTS[0]}")
 
 
 def read_template(path: Path) -> str:

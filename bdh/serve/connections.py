@@ -162,7 +162,7 @@ class Connection(H11Protocol):
             self._end()
         elif self._until is not None and now >= self._until:
             if self._head_bytes:
-                self._refuse(ApiError(408, f"the headers have not come within {self._limits.head_timeout:g} seconds"))
+                self._refuse(ApiError(408, f"the headers did not arrive within {self._limits.head_timeout:g} seconds"))
             else:
                 self.transport.close()
 
@@ -171,7 +171,9 @@ class Connection(H11Protocol):
         if self.cycle is not None and self.cycle.response_complete and not self._head_bytes:
             self.transport.close()  # without an answer, like any idle connection
             return
-        message = f"the server has {counted(self._limits.connections, 'connection')}, which is as many as it may"
+        message = (
+            f"the server has {counted(self._limits.connections, 'connection')}, which is the limit: try again later"
+        )
         self._refuse(ApiError(503, message, code="too_many_connections", retry_after=1))
 
     def send_400_response(self, msg: str) -> None:

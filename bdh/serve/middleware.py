@@ -212,7 +212,7 @@ class ApiKeys:
         # All keys are compared, so that the time reveals nothing.
         found = [caller for known, caller in self._callers.items() if hmac.compare_digest(known, digest)]
         if not found:
-            raise ApiError(401, "the API key is not known here", code="invalid_api_key")
+            raise ApiError(401, "the API key is unknown", code="invalid_api_key")
         return found[0]
 
 
@@ -239,7 +239,7 @@ class RateLimits:
         for what, limit in self._limits.items():
             over = self._level(what, caller) - limit + (1 if what == "requests" else 0)
             if over > 0 or (what == "tokens" and over == 0):
-                message = f"the limit of {limit:,} {what} a minute is reached: wait, and ask again"
+                message = f"the limit of {limit:,} {what} a minute is reached: wait, then try again"
                 raise ApiError(429, message, code="rate_limit_exceeded", retry_after=max(over, 1) * 60 / limit)
         self._add("requests", caller, 1)
 
@@ -346,7 +346,7 @@ class RequestMiddleware:
         """Raises an ``ApiError`` 400 for another protocol, or 431 for too many headers."""
         version, most = scope["http_version"], self._limits.head_fields
         if not version.startswith("1."):
-            raise ApiError(400, f"HTTP/{version} is not spoken here: must be HTTP/1.1", code="invalid_http")
+            raise ApiError(400, f"HTTP/{version} is not supported: must be HTTP/1.1", code="invalid_http")
         if len(scope["headers"]) > most:
             raise ApiError(431, f"the request has more than {counted(most, 'header')}", code="headers_too_large")
 
@@ -370,7 +370,7 @@ class RequestMiddleware:
                         break
         except TimeoutError:
             if not is_too_large:
-                raise ApiError(408, f"the request has not come within {limits.body_timeout:g} seconds") from None
+                raise ApiError(408, f"the request did not arrive within {limits.body_timeout:g} seconds") from None
         if is_too_large:
             raise ApiError(413, f"the request has more than {counted(limits.body_bytes, 'byte')}: send less")
         return b"".join(parts)

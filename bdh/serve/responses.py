@@ -424,8 +424,8 @@ def _stored(service: Service, response_id: str, request: Request, *, is_previous
         raise _not_found(response_id)
     raise ApiError(
         404,
-        f"there is no response {response_id!r} of yours here: it has not been stored, or nobody has used it for "
-        "too long; send the conversation as input instead",
+        f"you have no response {response_id!r} on this server: it was not stored, or it was removed after a "
+        "long time without use; send the conversation as input instead",
         param="previous_response_id",
         code="previous_response_not_found",
     )
@@ -439,9 +439,9 @@ def _referred(service: Service, item: ItemReference, place: int, request: Reques
             for known in (*record["items"], *record["answer"]["output"]):
                 if known["id"] == item.id:
                     return Message(role=known["role"], content="".join(part["text"] for part in known["content"]))
-    message = f"there is no item {item.id!r} of yours here: send the message itself"
+    message = f"you have no item {item.id!r} on this server: send the message itself"
     raise ApiError(404, message, param=f"input.{place}.id", code="item_not_found")
 
 
 def _not_found(response_id: str) -> ApiError:
-    return ApiError(404, f"there is no response {response_id!r} of yours here", code="response_not_found")
+    return ApiError(404, f"you have no response {response_id!r} on this server", code="response_not_found")

@@ -193,7 +193,7 @@ class RequestModel(BaseModel):
             for text in (value, *value) if isinstance(value, list) else (value, name):
                 if isinstance(text, str) and not _is_text(text):
                     where = name if _is_text(name) else ""
-                    raise ValueError(f"{where}: has half of a surrogate pair, which is no text")
+                    raise ValueError(f"{where}: has half of a surrogate pair, which is not text")
             if name not in fields:
                 effect = cls.without_effect.get(name)
                 if _asks_nothing(value) if effect is None else effect.accepts(value):

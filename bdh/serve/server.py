@@ -94,7 +94,7 @@ def _allow_open_files(connections: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
     if allowed < needed:
         needs = f"limits.connections is {connections}, for which the process needs {needed} open files"
-        log(f"{needs}: it may have {hard}", level=logging.WARNING)
+        log(f"{needs}: it may open only {hard}", level=logging.WARNING)
 
 
 async def _run(
@@ -106,7 +106,7 @@ async def _run(
     host, port = listening.getsockname()[:2]
     log("listening", url=f"http://{host}:{port}", keys=keys.are_needed)
     if not keys.are_needed and host not in ("127.0.0.1", "::1"):
-        log("open to the network without API keys: everybody who reaches it may ask", level=logging.WARNING)
+        log("open to the network without API keys: anyone who can reach the server may use it", level=logging.WARNING)
 
     ending, forced, is_signalled = asyncio.Event(), asyncio.Event(), False
 
@@ -145,7 +145,7 @@ async def _run(
         task.cancel()
     loaded = service.loaded if service.failure is None else None  # otherwise its thread may hang
     if loaded is not None and not await asyncio.to_thread(loaded.engine.close, last_step_seconds):
-        log("the engine does not end its step, and is left", level=logging.WARNING)
+        log("the engine did not finish its step in time, and was abandoned", level=logging.WARNING)
     if service.failure is not None:
         log("ended by a failure", level=logging.ERROR, reason=str(service.failure))
         return 1
@@ -193,6 +193,6 @@ async def _check_engine(service: Service, ending: asyncio.Event) -> None:
 def _reload(keys: ApiKeys) -> None:
     try:
         keys.load()
-        log("keys read again")
+        log("API keys reloaded")
     except (ValueError, OSError) as error:
-        log(f"the keys stay as they were: {error}", level=logging.ERROR)
+        log(f"the API keys were not reloaded: {error}", level=logging.ERROR)

@@ -191,7 +191,7 @@ class Service:
             return self.loaded
         if self.status == "failed":
             raise unavailable("the engine has failed", "engine_failed")
-        reason = "the server is ending" if self.status == "draining" else "the model is being loaded"
+        reason = "the server is shutting down" if self.status == "draining" else "the model is being loaded"
         raise unavailable(reason, self.status)
 
     def check_engine(self) -> None:
@@ -275,9 +275,13 @@ class Service:
         num_waiting = len(self.waiting)
         num_tokens = sum(len(prompt.prompt) for prompt in self.waiting)
         if num_waiting + len(prompts) > limits.queue_requests + num_free:
-            reason = f"{counted(num_waiting, 'prompt waits', 'prompts wait')} already, and {limits.queue_requests} may"
+            reason = (
+                f"{counted(num_waiting, 'prompt is', 'prompts are')} waiting, and at most {limits.queue_requests} may"
+            )
         elif num_waiting and num_tokens + sum(len(prompt.prompt) for prompt in prompts) > limits.queue_tokens:
-            reason = f"the prompts that wait have {counted(num_tokens, 'token')}, and {limits.queue_tokens:,} may wait"
+            reason = (
+                f"the waiting prompts have {counted(num_tokens, 'token')}, and at most {limits.queue_tokens:,} may wait"
+            )
         else:
             return
         raise ApiError(429, f"the queue is full: {reason}", code="queue_full", retry_after=RETRY_SECONDS)
@@ -396,7 +400,7 @@ class Generation:
             raise bad_request(str(error), setting[1] if setting else prompt.param) from error
         except RuntimeError as error:
             self.service.check_engine()
-            raise unavailable("the engine has ended", "engine_failed") from error
+            raise unavailable("the engine has stopped", "engine_failed") from error
 
     def _enqueue(self, place: int, item: Item) -> None:
         if not isinstance(item, Started):
@@ -444,7 +448,7 @@ class Generation:
 
     def _late(self, what: str, code: str) -> ApiError:
         seconds = time.monotonic() - self._arrived
-        return unavailable(f"the request {what} for {seconds:.0f} seconds, which is as long as it may", code)
+        return unavailable(f"the request {what} for {seconds:.0f} seconds, which is the time limit", code)
 
     def _note(self, place: int, output: StepOutput) -> None:
         """Counts an output in the metrics."""

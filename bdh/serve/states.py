@@ -103,7 +103,7 @@ class StateStore:
         size = snapshot.nbytes
         if size > self._capacity:
             raise ValueError(
-                f"the state has {size:,} bytes, and the states that are kept may have {self._capacity:,} together"
+                f"the state has {size:,} bytes: all saved states together must have at most {self._capacity:,}"
             )
         saved = self._describe(state_id or f"state-{secrets.token_urlsafe(18)}", snapshot, **facts)
         if self._folder is not None:
@@ -187,7 +187,7 @@ class StateStore:
         """
         if self.get(state_id, owner).tokenizer not in ("", self._tokenizer):
             raise ValueError(
-                f"{state_id} was saved with another tokenizer or chat template: its tokens mean other text"
+                f"{state_id} was saved with another tokenizer or chat template: its token ids stand for other text"
             )
         with self._lock:
             found = self._loaded.get(state_id)

@@ -119,14 +119,14 @@ class ChatPrompts:
             if len(ends) >= num_answers > 0:
                 return ids[ends[num_answers - 1] :]  # from the token that ends the answer
         raise bad_request(
-            "the chat template does not tell where an answer ends: send the whole conversation, without bdh.from_state",
+            "the chat template does not mark where an answer ends: send the whole conversation, without bdh.from_state",
             "bdh.from_state",
         )
 
     def _encode(self, messages: Sequence[Message]) -> tuple[list[int], np.ndarray]:
         if self._encoder is None:
             raise bad_request(
-                "this model's tokenizer has no chat template: ask /v1/completions, or start the server with "
+                "this model's tokenizer has no chat template: use /v1/completions, or start the server with "
                 "--chat_template plain",
                 "messages",
                 "no_chat_template",

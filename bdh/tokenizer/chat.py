@@ -120,14 +120,14 @@ class ChatEncoder:
         template = tokenizer.chat_template
         if not isinstance(template, str):
             raise ValueError(
-                "the tokenizer has no chat template, so the model has learned no conversations: give it text instead, without "
-                "--chat, or train it on conversations first, with which it gets one (bdh train --train.init_from MODEL "
-                "--data.source FILE.jsonl)"
+                "the tokenizer has no chat template, so the model was not trained on conversations: give it text "
+                "instead, without --chat, or train it on conversations first, which adds a template (bdh train "
+                "--train.init_from MODEL --data.source FILE.jsonl)"
             )
         if tells_answers and _GENERATION.search(template) is None:
             raise ValueError(
-                "the chat template does not say what the assistant writes: put {% generation %} and {% endgeneration %} "
-                "around it, its end token included, and give the file with tokenizer.chat_template"
+                "the chat template does not mark what the assistant writes: put {% generation %} and "
+                "{% endgeneration %} around it, its end token included, and give the file with tokenizer.chat_template"
             )
         self._template = template
         self._variables = tokenizer.special_tokens_map

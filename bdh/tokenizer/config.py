@@ -152,7 +152,8 @@ def _bare_tokenizer(path: Path) -> "PreTrainedTokenizerFast":
         backend = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(
-            f"tokenizer.path is {str(path)!r}: it is no {TOKENIZER_FILE} of the tokenizers library: {first_line(error)}"
+            f"tokenizer.path is {str(path)!r}: it is not a {TOKENIZER_FILE} of the tokenizers library: "
+            f"{first_line(error)}"
         ) from error
     _check_ids(backend.get_vocab(), path, str(path))
     special = {role: token for role, token in SPECIAL_TOKENS.items() if backend.token_to_id(token) is not None}

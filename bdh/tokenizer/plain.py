@@ -114,8 +114,8 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
     decoder = tokenizer.backend_tokenizer.decoder
     if not isinstance(decoder, decoders.ByteLevel):
         raise ValueError(
-            f"its tokens have no bytes of their own (its decoder is {type(decoder).__name__}, not ByteLevel): train one "
-            "of the kinds bpe or unigram, or use byte"
+            f"it is not byte-level (its decoder is {type(decoder).__name__}, not ByteLevel): train one of the kinds "
+            "bpe or unigram, or use byte"
         )
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     vocabulary, byte_of = tokenizer.get_vocab(), byte_of_character()
@@ -428,5 +428,6 @@ def check_vocabulary(tokenizer: AnyTokenizer, vocab_size: int) -> None:
         return  # a padding token that was only added to the tokenizer: the model never receives it
     if vocabulary_size(tokenizer) != vocab_size:
         raise ValueError(
-            f"the tokenizer has {counted(vocabulary_size(tokenizer), 'entry', 'entries')} and the model {vocab_size}: they do not belong together"
+            f"the tokenizer has {counted(vocabulary_size(tokenizer), 'entry', 'entries')} and the model {vocab_size}: "
+            "must be the same number"
         )

@@ -62,7 +62,9 @@ def train_tokenizer(
     smallest = len(_SPECIALS) + (1 if kind == "wordpiece" else NUM_BYTES)
     if vocab_size <= smallest:
         entries = f"{len(_SPECIALS)} special tokens" + ("" if kind == "wordpiece" else f" and {NUM_BYTES} bytes")
-        raise ValueError(f"vocab_size is {vocab_size}: a {kind} tokenizer has {entries}, so at least {smallest + 1}")
+        raise ValueError(
+            f"vocab_size is {vocab_size}: must be at least {smallest + 1}, as a {kind} tokenizer has {entries}"
+        )
 
     backend, trainer = _untrained(kind, vocab_size, min_frequency)
     num_bytes = num_long_runs = 0
@@ -86,7 +88,8 @@ def train_tokenizer(
     backend.pre_tokenizer = splitter
     if num_long_runs:
         _logger.warning(
-            "%s runs of more than %s characters without a space, or of nothing but spaces, were learned in pieces of so many",
+            "%s runs of more than %s characters without a space, or of spaces only, were split into "
+            "pieces of that length for training",
             f"{num_long_runs:,}",
             f"{_MAX_WORD:,}",
         )
@@ -103,7 +106,7 @@ def train_tokenizer(
         )
     if len(tokenizer) < vocab_size:
         _logger.warning(
-            "the vocabulary has %d entries, not the %d asked for: the corpus of %d bytes supports no more",
+            "the vocabulary has %d entries, not the %d requested: the corpus of %d bytes is too small for more",
             len(tokenizer),
             vocab_size,
             num_bytes,

@@ -196,7 +196,7 @@ def load_adapters(base: BDHForCausalLM, folder: Path) -> Any:
         ValueError: the weights are damaged, incomplete, or for a model of another shape.
     """
     check_peft()
-    reason = "adapters cannot be merged into them, but into the weights of the model that it was made of"
+    reason = "adapters can only be merged into the weights of the unquantized model"
     check_not_quantized(base, f"the base of {folder}", reason)
     from peft import PeftModel, get_peft_model_state_dict
 

@@ -92,7 +92,7 @@ class Checkpoint:
             for name, tensor in tensors.items()
             if name not in stored or stored[name][0] != tensor.shape
         ]:
-            raise ValueError(f"{self.path} does not hold what is asked for: {'; '.join(faults)}")
+            raise ValueError(f"{self.path} does not have the expected tensors: {'; '.join(faults)}")
         if tensors:
             world = world or World()
             with _no_warning_when_alone():
@@ -117,7 +117,7 @@ class _Reader(FileSystemReader):
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name not in _METADATA_CLASSES.get(module, ()):
-            raise ValueError(f"the metadata of a checkpoint name {module}.{name}, which has no place there")
+            raise ValueError(f"the metadata of a checkpoint refer to {module}.{name}, which is not allowed")
         return super().find_class(module, name)
 
 
@@ -327,7 +327,7 @@ class Checkpointer(CheckpointFolder):
         step = self.newest()
         if self._world.is_main and self.has("latest") and step != self.named("latest"):
             _logger.warning(
-                "%s names no checkpoint that is there (%s): the newest complete one is taken, that of step %s",
+                "%s does not name an existing checkpoint (%s): using the newest complete one, that of step %s",
                 self.folder / "latest",
                 self.excerpt("latest"),
                 step,

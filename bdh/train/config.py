@@ -108,7 +108,7 @@ class LoraSettings(Settings):
 
     def collect_faults(self, faults: Faults) -> None:
         faults.require(
-            self.merge or not self.embeddings, "merge", self.merge, "true with embeddings, which are no adapters"
+            self.merge or not self.embeddings, "merge", self.merge, "true with embeddings, which are not adapters"
         )
 
     def check_available(self) -> None:
@@ -436,8 +436,8 @@ def continued(
     if any(getattr(train, name) != stored["train"][name] for name in ("batch_size", "gradient_accumulation_steps")):
         raise ValueError(
             f"train.batch_size {train.batch_size} x train.gradient_accumulation_steps {train.gradient_accumulation_steps} "
-            f"x {counted(num_processes, 'process', 'processes')} are {counted(now, 'sequence')} a step: the run has had {sequences_per_step}, and must "
-            "continue with as many"
+            f"x {counted(num_processes, 'process', 'processes')} are {counted(now, 'sequence')} a step: must be "
+            f"{sequences_per_step}, as in the run so far"
         )
     if sequences_per_step % num_processes:
         *others, most = (str(n) for n in range(1, sequences_per_step + 1) if sequences_per_step % n == 0)

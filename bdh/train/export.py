@@ -57,7 +57,9 @@ def export_run(
         assert base is not None  # settings without a base model are rejected
         base = check_base(base, run_dir, merge=False).seen_from(folder)
         if lora.embeddings:
-            raise ValueError("merge is False: the run trained embed and lm_head too, which are no adapters")
+            raise ValueError(
+                "merge is False: must be True, since the run trained embed and lm_head too, which are not adapters"
+            )
         base.check_same_layer(model)
         if not replace:
             check_free(folder)
@@ -68,7 +70,7 @@ def export_run(
             (temporary / "README.md").write_text(card, encoding="utf-8")
         return checkpoint.step
     if merge is False:
-        raise ValueError(f"merge is False: {run_dir} has no adapters, it trained all weights")
+        raise ValueError(f"merge is False: must be left out, since {run_dir} trained all weights and has no adapters")
     # For fine-tuning this model: config.json also keeps fields that the class does not declare.
     model.config.train_data = train_data(checkpoint)
     if lora.r and base is not None:
@@ -106,7 +108,7 @@ def export_merged(adapters: Path, folder: Path, *, base: str | None = None) -> B
     check_free(folder)
     record = read_base(adapters)
     if record is None:
-        raise ValueError(f"{adapters} is no folder of adapters")
+        raise ValueError(f"{adapters} is not a folder of adapters")
     opened = open_model(str(adapters), base=base)
     model = opened.merged()
     model.config.merged_adapters = {"base": record.summary(), "adapters": adapters.resolve().name}

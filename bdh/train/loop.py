@@ -102,8 +102,8 @@ def fit(run: Run, monitor: Monitor) -> str:
             hours = clock.step_seconds * (last_step - step) / 3600
             if step == first + 2 and not run.guard.is_on_device and hours > LONG_RUN_HOURS:
                 monitor.message(
-                    f"a step takes {clock.step_seconds:.3g} s here, the {last_step - step:,} that are left about "
-                    f"{hours / 24:.1f} days: --config tiny is a small model"
+                    f"a step takes {clock.step_seconds:.3g} s here, and the remaining {last_step - step:,} will take "
+                    f"about {hours / 24:.1f} days: --config tiny is a small model"
                 )
             if not reports:
                 continue
@@ -161,7 +161,7 @@ def deferred_signals(*, says: bool = False) -> Iterator[list[str]]:
     def remember(number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         if says and name not in received:
-            again = "" if name in _MAY_REPEAT else "; the same again ends at once, without saving"
+            again = "" if name in _MAY_REPEAT else f"; a second {name} ends the run at once, without saving"
             with suppress(OSError):  # stderr may be closed; print is not reentrant, so a handler must not call it
                 os.write(2, f"\n{name}: finishing the step, then saving{again}\n".encode())
         received.append(name)
@@ -367,8 +367,8 @@ def read_results(run: Run, monitor: Monitor) -> StepResult:
         progress.skipped_in_a_row = 0 if result.updated else progress.skipped_in_a_row + 1
         if progress.skipped_in_a_row > _MAX_SKIPPED_STEPS:
             raise TrainingStopped(
-                f"step {result.step}: {progress.skipped_in_a_row} steps in a row had a loss or gradient not to be trusted; "
-                "the weights are those before them"
+                f"step {result.step}: {progress.skipped_in_a_row} steps in a row were skipped because of their loss or "
+                "gradient; the weights are those before them"
             )
         if result.fault is not None:
             monitor.warn(f"step {result.step}: {result.fault}: it did not change the weights")
@@ -491,7 +491,7 @@ def _saved_before(stopped: DataStopped, run: Run, monitor: Monitor) -> Exception
     except CheckpointError as failed:
         return CheckpointError(f"{error}; {failed}")
     error.add_note(
-        f"everything up to step {run.progress.step} is saved: when the text is mended, "
+        f"everything up to step {run.progress.step} is saved: once the text is corrected, "
         f"`{resume_command(run.folder)}` continues from there"
     )
     return error

@@ -33,8 +33,8 @@ from bdh.words import counted
 TOKENIZER_FOLDER = "tokenizer"
 _logger = standard_logging.getLogger(__name__)
 _ADVICE = (
-    "Nothing was merged. Bring that model back, or say where it is with --base (of bdh generate, chat, eval and serve, and "
-    "of bdh export, which merges the adapters for all other commands)"
+    "Nothing was merged. Restore that model, or say where it is with --base (of bdh generate, chat, eval and serve, "
+    "and of bdh export, which merges the adapters for all other commands)"
 )
 # The fields that the weights determine. The new run chooses the others, such as dropout.
 _TAKEN_OVER = ("n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier", "rope_theta")
@@ -169,8 +169,8 @@ def open_base(base: Base, stored_in: Path, *, given: str | None = None, advice: 
     """
     if base.identity is None:
         _logger.warning(
-            "whether %s has the weights that the adapters of %s were trained beside cannot be verified: the version that "
-            "wrote them did not record their fingerprint",
+            "cannot verify that %s has the weights that the adapters of %s were trained on: the version of bdh that "
+            "wrote them did not record a fingerprint",
             given or base.name,
             stored_in,
         )
@@ -194,12 +194,14 @@ def open_base(base: Base, stored_in: Path, *, given: str | None = None, advice: 
         here = opened.identity(getattr(torch, base.dtype))
         if not (difference := here.difference(base.identity)):
             if place in others:
-                _logger.warning("%s is not there: %s has the same weights, and is taken", base.describe(), place)
+                _logger.warning(
+                    "%s was not found: %s has the same weights, and is used instead", base.describe(), place
+                )
             return opened
         is_other |= place not in others
         faults.append(f"{opened.place.describe()}: {difference} (fingerprint {here.fingerprint[:12]})")
     raise (OtherBaseError if is_other else FileNotFoundError)(
-        f"{stored_in} needs the model that its adapters were trained beside, {base.describe()}, which is not found: "
+        f"{stored_in} needs the base model of its adapters, {base.describe()}, which was not found: "
         f"{'; '.join(dict.fromkeys(faults))}. {advice}"
     )
 
@@ -246,8 +248,8 @@ def check_base(base: Base, stored_in: Path, *, merge: bool) -> Base:
     except (FileNotFoundError, OtherBaseError) as error:
         if isinstance(error, OtherBaseError) and not merge:
             raise OtherBaseError(
-                f"{error}. Adapters alone would name another model as their base: write whole weights, with "
-                "--train.lora.merge true to continue the run or --merge true of bdh export, or bring that model back"
+                f"{error}. Adapters alone would refer to a different base model: write whole weights, with "
+                "--train.lora.merge true to continue the run or --merge true of bdh export, or restore that model"
             ) from error
         _logger.warning("%s", error)
         return base
@@ -262,12 +264,12 @@ def warn_of_removal(base: Base) -> None:
         settings = stored_settings(Path(base.folder))["checkpoint"]
         keep_last, keep_every_steps = settings["keep_last"], settings["keep_every_steps"]
     except (FileNotFoundError, ValueError, KeyError) as error:
-        _logger.warning("whether %s keeps its checkpoint of step %s is not known: %s", base.name, base.step, error)
+        _logger.warning("cannot tell whether %s keeps its checkpoint of step %s: %s", base.name, base.step, error)
         return
     if keep_every_steps is None or base.step % keep_every_steps:
         _logger.warning(
-            "%s keeps the last %s of its checkpoints: if it trains on, that of step %s is removed, which the adapters need. "
-            "Start from an export of it that stays (bdh export), or set its checkpoint.keep_every_steps",
+            "%s keeps only the last %s of its checkpoints: if its training continues, it removes that of step %s, "
+            "which the adapters need. Start from an export of it (bdh export), or set its checkpoint.keep_every_steps",
             base.name,
             keep_last,
             base.step,
@@ -313,7 +315,7 @@ def _pretrained_config(folder: str, name: str) -> BDHConfig:
     except (TypeError, AttributeError) as error:  # not a JSON object, or an unknown dtype
         raise ValueError(f"the config.json of {name} is wrong: {error}") from error
     if config.model_type != "bdh" or "n_embd" not in config.to_dict():
-        raise ValueError(f"{name} is no BDH model: its model_type is {config.model_type!r}")
+        raise ValueError(f"{name} is not a BDH model: its model_type is {config.model_type!r}")
     check_quantization(getattr(config, "quantization_config", None), f"the config.json of {name} is wrong")
     return config
 
@@ -330,7 +332,7 @@ class InitialModel:
         self._name = name
         with of_setting("train.init_from", name):
             opened = open_model(name)
-        reason = "train.init_from must be the model that it was made of, or a run"
+        reason = "train.init_from must be the unquantized model, or a run"
         check_not_quantized(opened.model, name, reason)
         self.base = opened.pinned()
         self._model = opened.merged()
@@ -360,7 +362,8 @@ class InitialModel:
             if (value := getattr(settings.model, name)) not in (defaults[name], size)
         ]:
             raise ValueError(
-                f"train.init_from fixes the sizes of the model: {'; '.join(wrong)}. Leave them out, and they follow"
+                f"train.init_from fixes the sizes of the model: {'; '.join(wrong)}. Leave them out: they are "
+                "taken from that model"
             )
         # A decay can be added. Without one in the settings, the model keeps its own.
         decay = self._model.config.decay if settings.model.decay is None else settings.model.decay
@@ -382,15 +385,17 @@ class InitialModel:
         if len(tokenizer) > len(known) and tokenizer.chat_template:
             new = [token for token in CHAT_TOKENS if token in set(tokenizer.get_vocab()) - set(known.get_vocab())]
             add_special_tokens(known, new)
-            _logger.warning("%s does not know %s: they start from random weights", self._name, ", ".join(new))
+            _logger.warning(
+                "%s was trained without the tokens %s: they start from random weights", self._name, ", ".join(new)
+            )
         if vocabulary_size(tokenizer) != vocabulary_size(known):
             raise ValueError(
                 f"the run's tokenizer has {counted(vocabulary_size(tokenizer), 'entry', 'entries')}, but {self._name} was trained with one of "
-                f"{vocabulary_size(self._tokenizer)}: leave tokenizer.path out, and it takes that one"
+                f"{vocabulary_size(self._tokenizer)}: leave tokenizer.path out to use that one"
             )
         if TextEncoder(tokenizer).hash != TextEncoder(known).hash:
             _logger.warning(
-                "the tokenizer is not the one that %s was trained with: its tokens mean other text", self._name
+                "the tokenizer is not the one that %s was trained with: its token ids stand for other text", self._name
             )
 
     def check_data(self, fingerprint: str) -> None:
@@ -411,8 +416,9 @@ class InitialModel:
         if (num_new := model.config.vocab_size - V) > 0:
             if lora.r and not lora.embeddings:
                 raise ValueError(
-                    f"{self._name} does not know the last {counted(num_new, 'token')} of the vocabulary, and train.lora would leave "
-                    "their weights random: set train.lora.embeddings=true, or start from a model that knows them"
+                    f"{self._name} was trained without the last {counted(num_new, 'token')} of the vocabulary, and "
+                    "with train.lora their weights would stay random: set train.lora.embeddings=true, or start from a "
+                    "model that has these tokens"
                 )
             for name in ("embed.weight", "lm_head.weight"):  # their rows are vocabulary entries
                 weights[name] = torch.cat([weights[name], model.state_dict()[name][V:].cpu()])

@@ -56,7 +56,7 @@ def find_model(name: str, *, checkpoint: str | None = None, base: str | None = N
     recover_dir(path)
     has_adapters = (path / ADAPTER_CONFIG).is_file()
     if base is not None and not has_adapters:
-        raise ValueError(f"base is {base!r}, but {name} is no folder of adapters: leave it out")
+        raise ValueError(f"base is {base!r}, but {name} is not a folder of adapters: leave it out")
     if is_run(path):
         checkpoint = checkpoint or "last"
         find_checkpoint(path, checkpoint)

@@ -188,7 +188,7 @@ class Run:
         try:
             return self.corpus.fingerprint_before(position)
         except OSError as error:
-            _logger.warning("%s: the run can only continue with the very text that it had", error)
+            _logger.warning("%s: the run can be continued only with unchanged text", error)
             return None
 
     def close(self, *, release: bool = True) -> None:
@@ -398,8 +398,8 @@ def _model_config(settings: RunSettings, tokenizer: PreTrainedTokenizerFast) -> 
     fields, V = asdict(settings.model), vocabulary_size(tokenizer)
     if fields.pop("vocab_size") not in (None, V):
         raise ValueError(
-            f"model.vocab_size is {settings.model.vocab_size}: the tokenizer {settings.tokenizer.path!r} has {V} entries; "
-            "leave model.vocab_size out, and it follows from the tokenizer"
+            f"model.vocab_size is {settings.model.vocab_size}: must be {V}, the number of entries of the tokenizer "
+            f"{settings.tokenizer.path!r}, or left out"
         )
     return BDHConfig(
         vocab_size=V,

@@ -143,7 +143,7 @@ def test_wrong_commands_get_one_line_and_nothing_is_lost(chat, chat_folder, line
 
 def test_a_line_that_is_no_utf8_is_refused_and_the_next_one_read(chat, chat_folder):
     status, out, err = chat(b"Hi\nab\xffc\n1")
-    assert "error: the line is not UTF-8 from character 3 on: nothing of it was read" in err
+    assert "error: the line is not UTF-8 from character 3 on: it was ignored" in err
     assert out == "".join(f"{reply}\n" for reply in replies(chat_folder, ["Hi", "1"]))
     assert status == 2
 
@@ -196,7 +196,7 @@ def test_files_that_are_no_conversation_are_neither_overwritten_nor_loaded(chat,
     path.write_text("precious")
     _, out, err = chat(["Hi", f"/save {path}", f"/load {path}", "1"])
     assert path.read_text() == "precious"
-    assert f"error: {path} exists and is no conversation: it was left as it is" in err
+    assert f"error: {path} exists and is not a saved conversation: it was left unchanged" in err
     assert f"error: {path} is not a complete snapshot file" in err
     assert out == "".join(f"{reply}\n" for reply in replies(chat_folder, ["Hi", "1"]))
     talk = tmp_path / "talk"

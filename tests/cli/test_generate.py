@@ -172,7 +172,7 @@ def test_every_stop_string_counts_and_is_text(model_folder, capsys):
         (["--prompt", "a", "--regex", "a", "--json_schema", "b"], "regex is 'a': must be left out with json_schema"),
         (
             ["--prompt", "a", "--regex", "(a"],
-            "grammar.regex cannot be held: regex parse error: (a error: unclosed group",
+            "grammar.regex cannot be enforced: regex parse error: (a error: unclosed group",
         ),
         (
             ["--prompt", "a", "--regex", "a", "--num_beams", "2"],
@@ -324,7 +324,7 @@ def test_what_is_no_model_is_named(tmp_path, capsys):
     assert generate(tmp_path / "nowhere", "--prompt", "a") == 2
     assert "there is no folder" in capsys.readouterr().err
     assert generate("an-org/a-model", "--prompt", "a") == 2
-    assert "nor a model that the hub gives" in capsys.readouterr().err
+    assert "is neither a local folder nor a model found on the hub" in capsys.readouterr().err
 
 
 def test_weights_that_are_cut_off_are_named(model_folder, tmp_path, capsys):
@@ -379,7 +379,7 @@ def test_another_architecture_is_refused(model_folder, tmp_path, capsys):
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", "n_embd": 8}))
     assert generate(folder, "--prompt", "a") == 2
-    assert "is no BDH model" in capsys.readouterr().err
+    assert "is not a BDH model" in capsys.readouterr().err
 
 
 def test_weights_that_pytorch_refuses_are_named_in_one_line(model_folder, tmp_path, capsys):

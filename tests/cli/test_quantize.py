@@ -122,7 +122,7 @@ def test_gptq_reads_the_training_part(model_folder, text, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("asked", "warning"), [("9999999", "calibration_tokens is 9,999,999: the training part has "), (None, "")]
+    ("asked", "warning"), [("9999999", "calibration_tokens is 9,999,999, but the training part has only "), (None, "")]
 )
 def test_no_more_is_read_than_the_text_has(model_folder, text, tmp_path, capsys, caplog, asked, warning):
     text.write_text(text.read_text()[:900])
@@ -146,7 +146,7 @@ def test_a_state_is_recommended_in_the_configuration(model_folder, tmp_path, cap
 BAD = {
     "no model": "there is no folder",
     "out is taken": "exists already and is not empty",
-    "quantized": r"has weights in int8: quantize the model that it was made of",
+    "quantized": r"has weights in int8: quantize the unquantized model",
     "infinite": r"encoder_v\.1: weight 0 of row 1 .*is inf",
     "short text": "the validation part has 10 tokens, but one sequence of block_size 40 needs 41",
     "no text": "data.source",
@@ -158,7 +158,7 @@ BAD = {
     "gptq on short text": "the training part has 30 tokens, but one sequence of block_size 40 needs 41",
     "no gptq": "calibration_tokens is 99: must be left out with method rtn",
     "cut off": "cut off or damaged",
-    "foreign": "no BDH model",
+    "foreign": "is not a BDH model",
 }
 
 
@@ -223,10 +223,10 @@ def quantized_folder(model_folder, tmp_path_factory) -> Path:
 def test_commands_that_cannot_use_it_say_so(model_folder, quantized_folder, tmp_path, capsys):
     name = str(quantized_folder)
     assert main(["average", str(model_folder), name, "--out", str(tmp_path / "out")]) == 2
-    assert f"{name} has weights in int8: average the models that" in capsys.readouterr().err
+    assert f"{name} has weights in int8: average the unquantized models" in capsys.readouterr().err
     argv = ["train", "--train.init_from", name, "--run_dir", str(tmp_path / "run"), "--data.source", "pydoc"]
     assert main(argv) == 2
-    assert f"{name} has weights in int8: train.init_from must be the model that" in capsys.readouterr().err
+    assert f"{name} has weights in int8: train.init_from must be the unquantized model" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "run").exists()
 
@@ -250,7 +250,10 @@ def test_adapters_are_not_merged_into_it(model_folder, quantized_folder, tmp_pat
     tuned.save_pretrained(tmp_path / "adapters")
     argv = ["generate", str(tmp_path / "adapters"), "--base", str(quantized_folder), "--prompt", "a"]
     assert main(argv) == 2
-    assert "has weights in int8: adapters cannot be merged into them" in capsys.readouterr().err
+    assert (
+        "has weights in int8: adapters can only be merged into the weights of the unquantized model"
+        in capsys.readouterr().err
+    )
     with pytest.raises(ValueError, match="Target module QuantizedLinear"):
         get_peft_model(BDHForCausalLM.from_pretrained(quantized_folder), LoraConfig(target_modules=["encoder"]))
 

@@ -264,12 +264,12 @@ def test_all_that_is_wrong_in_a_file_is_reported_together(tmp_path):
         f"oven is given twice: give it once ({path}, lines 2 and 6)",
         f"oven.heat has no value: give it one, or null where that is allowed, or leave it out ({path}, line 3)",
         f"oven.mode is given twice: give it once ({path}, lines 4 and 7)",
-        f"oven.minutes is 010, which YAML may take for octal: leave out the leading zeros, or put it in quotes "
+        f"oven.minutes is 010, which YAML may read as octal: leave out the leading zeros, or put it in quotes "
         f"({path}, line 5)",
-        f"oven.note is None, which YAML takes for a text: write null for no value, or 'None' if it is one ({path}, line 9)",
+        f"oven.note is None, which YAML reads as text: write null for no value, or 'None' if it is one ({path}, line 9)",
         f"guests has no value: give it one, or null where that is allowed, or leave it out ({path}, line 11)",
         f"oven.heet is not a setting: did you mean oven.heat? ({path}, line 8)",
-        "oven.trays[1] is 010, which YAML may take for octal: leave out the leading zeros, or put it in quotes",
+        "oven.trays[1] is 010, which YAML may read as octal: leave out the leading zeros, or put it in quotes",
         f"oven.mode is 'steam': must be one of air, grill ({path}, line 7)",
         f"light is null: must be true or false ({path}, line 10)",
     ]

@@ -254,7 +254,7 @@ def test_an_index_that_pandas_wrote_has_no_name(tmp_path):
 
 def test_two_columns_with_the_wanted_name_are_refused(tmp_path, corpus_of):
     path = write_text(tmp_path / "t.csv", "text,text\na b,c d\n")
-    assert "2 columns have the name 'text'" in error_of(path, corpus_of, text_column="text")
+    assert "2 columns are named 'text': must be only one" in error_of(path, corpus_of, text_column="text")
 
 
 @pytest.mark.parametrize(("text", "told"), [
@@ -297,7 +297,7 @@ def test_a_lone_quote_between_tabs_does_not_join_rows(tmp_path, corpus_of, num_b
     rows = "".join(f"{i}\t{text}\n" for i, text in enumerate(plain))
     path = write_text(tmp_path / name, "id\ttext\n" + rows + LONE_QUOTES.format(*ids))
     message = error_of(path, corpus_of, text_column="text", csv_bad_rows="skip")
-    assert "it cannot be told whether" in message
+    assert "it is unclear whether" in message
     assert "data.csv_quoting=true if" in message
     assert "data.csv_quoting=false if" in message
     assert texts_of(path, text_column="text", csv_quoting=False) == [*plain, *LONE_TEXTS]
@@ -315,7 +315,7 @@ def test_a_lone_quote_in_a_single_column_between_tabs_does_not_join_rows(tmp_pat
 def test_a_lone_quote_between_other_delimiters_does_not_join_rows(tmp_path, corpus_of, delimiter):
     lines = ["id,text", "1,fine", '2,"To be or not to be:', '3,that is the question"', "4,said he"]
     path = write_text(tmp_path / "t.csv", "\n".join(lines).replace(",", delimiter))
-    assert f"{path}, line 3: it cannot be told whether the 2 lines from" in error_of(path, corpus_of)
+    assert f"{path}, line 3: it is unclear whether the 2 lines from" in error_of(path, corpus_of)
     assert texts_of(path, csv_quoting=False)[1] == '"To be or not to be:'
     assert texts_of(path, csv_quoting=True)[1] == f"To be or not to be:\n3{delimiter}that is the question"
 
@@ -370,7 +370,7 @@ def test_backslashes_before_quotes_are_kept_where_quotes_are_doubled(tmp_path, c
     path = write_text(tmp_path / "u.csv", 'id,text\n1,"one"two\n2,"so \\"he\\" said"\n')
     assert "line 2: text follows the closing quote" in error_of(path, corpus_of)
     path = write_text(tmp_path / "v.csv", "id,text\n" + "1,fine words\n" * 20_000 + '2,"so \\"he\\" said"\n')
-    assert 'The row has quotes that are written \\"' in error_of(path, corpus_of)
+    assert 'The row has quotes written as \\"' in error_of(path, corpus_of)
 
 
 def test_the_first_line_for_excel_says_the_delimiter(tmp_path):

@@ -257,7 +257,7 @@ def test_damaged_file_is_named(tmp_path, corpus_of, name, data):
 def test_settings_of_the_hub_are_refused_for_files(tmp_path, corpus_of):
     path = write_text(tmp_path / "a.txt", "text")
     for field, value in (("name", "x"), ("split", "test"), ("revision", "main")):
-        with pytest.raises(ValueError, match=rf"data\.{field} is '{value}'.*no data set of the hub"):
+        with pytest.raises(ValueError, match=rf"data\.{field} is '{value}'.*is not a data set on the hub"):
             corpus_of(path, **{field: value})
     with pytest.raises(ValueError, match=r"data\.val_split is 'test'.*val_source"):
         corpus_of(path, val_split="test")

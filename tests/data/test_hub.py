@@ -154,7 +154,7 @@ def test_missing_column_of_a_data_set_names_its_columns(with_card, corpus_of):
 @pytest.mark.parametrize("source", ["some-organisation/some-set", "some-set", "shakespeare"])
 def test_hub_out_of_reach_says_so_and_what_works_offline(source, streaming, corpus_of):
     """The test suite runs with HF_HUB_OFFLINE=1."""
-    with pytest.raises(FileNotFoundError, match=r"the hub did not give.*pydoc and stdlib, local files.*HF_HUB_OFFLINE"):
+    with pytest.raises(FileNotFoundError, match=r"loaded from the hub.*pydoc and stdlib, local files.*HF_HUB_OFFLINE"):
         corpus_of(source, streaming=streaming)
 
 
@@ -173,7 +173,7 @@ def test_the_hub_is_named_before_it_is_asked_and_what_may_be_meant_after(monkeyp
 
 def test_hub_set_stands_alone(tmp_path, corpus_of):
     write_text(tmp_path / "a.txt", "text")
-    with pytest.raises(ValueError, match="'organisation/set' is a data set: it can only stand alone"):
+    with pytest.raises(ValueError, match="'organisation/set' is a data set: must be the only source"):
         corpus_of([str(tmp_path / "a.txt"), "organisation/set"])
 
 
@@ -203,7 +203,7 @@ def test_another_delimiter_than_a_comma_is_not_text(tmp_path, corpus_of, delimit
     lines = [f"id{delimiter}text", *(f"{i}{delimiter}words and more" for i in range(9))]
     write_text(tmp_path / "data" / "t.csv", "\n".join(lines))
     write_text(tmp_path / "README.md", OF_PANDAS)
-    with pytest.raises(ValueError, match="seem to be separated by another character than a comma"):
+    with pytest.raises(ValueError, match="seem to be separated by a character other than a comma"):
         corpus_of(tmp_path)
     write_text(tmp_path / "README.md", OF_PANDAS.split(", quotechar")[0] + "}\n---\n")
     assert documents_of(corpus_of(tmp_path)) == ["words and more"] * 9

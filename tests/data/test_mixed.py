@@ -179,11 +179,11 @@ def test_a_mix_with_all_that_it_may_set_has_no_fault():
     ([{"source": "a"}, {"source": 3}], "data.mix[1].source is 3: must be text, or a list of texts"),
     ([{"source": "a", "text_column": 3}], "data.mix[0].text_column is 3: must be text, or null"),
     ([{"source": "a", "val_fraction": 2.0}], "data.mix[0].val_fraction is 2.0: must be above 0 and below 1"),
-    ([{"source": "a", "weight": -1}], "data.mix is [-1]: must be weights that are finite, not negative, and sum to"),
-    ([{"source": "a", "weight": 0}, {"source": "b", "weight": 0}], "data.mix is [0, 0]: must be weights"),
-    ([{"source": "a", "weight": float("nan")}, {"source": "b"}], "data.mix is [nan, 1]: must be weights"),
-    ([{"source": "a", "weight": float("inf")}], "data.mix is [inf]: must be weights"),
-    ([{"source": "a", "weight": "much"}], "data.mix is ['much']: must be weights"),
+    ([{"source": "a", "weight": -1}], "data.mix is [-1]: must be finite, non-negative weights with a sum above 0"),
+    ([{"source": "a", "weight": 0}, {"source": "b", "weight": 0}], "data.mix is [0, 0]: must be finite, non-negative"),
+    ([{"source": "a", "weight": float("nan")}, {"source": "b"}], "data.mix is [nan, 1]: must be finite, non-negative"),
+    ([{"source": "a", "weight": float("inf")}], "data.mix is [inf]: must be finite, non-negative"),
+    ([{"source": "a", "weight": "much"}], "data.mix is ['much']: must be finite, non-negative"),
 ])  # fmt: skip
 def test_a_fault_of_a_mix_names_the_entry_or_the_weights(mix, fault):
     assert [found for found in faults_of(mix=mix) if found.startswith(fault)]

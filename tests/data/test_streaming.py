@@ -213,7 +213,7 @@ def test_state_of_another_seed_or_kind_is_refused(folder, corpus_of):
     state = corpus.train_loader(4, seed=1).state_dict()
     with pytest.raises(ValueError, match="seed 1, but now it is 2"):
         corpus.train_loader(4, seed=2).load_state_dict(state)
-    with pytest.raises(ValueError, match=r"'stream', not 'windows': data\.streaming or train\.carry_state was another"):
+    with pytest.raises(ValueError, match=r"'stream', not 'windows': it was saved with another data\.streaming"):
         corpus_of(folder, block_size=4, text_column="text").train_loader(4, seed=1).load_state_dict(state)
 
 

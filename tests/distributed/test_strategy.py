@@ -19,7 +19,7 @@ def test_auto_is_ddp_for_several_and_nothing_for_one():
 @pytest.mark.parametrize(
     ("strategy", "size", "message"),
     [
-        ("none", 2, "2 processes were started, which would train as many models: set ddp or fsdp"),
+        ("none", 2, "2 processes were started, each of which would train its own model: set ddp or fsdp"),
         ("ddp", 1, r"'ddp' with one process: set none, or start more with torchrun"),
         ("fsdp", 1, "'fsdp' with one process and no accelerator.*set none, or start more processes with torchrun"),
     ],

@@ -256,7 +256,7 @@ def test_kernels_and_forward_measure_the_same(model, tokens, how):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({"window": 12}, "window is 12: it is for carry_state only"),
+        ({"window": 12}, "window is 12: must be given with carry_state"),
         ({"window": 0, "carry_state": True}, "window is 0: must be a whole number of tokens, at least 1"),
     ],
 )
@@ -266,5 +266,5 @@ def test_a_window_that_fits_nothing_is_refused(model, tokens, how, message):
 
 
 def test_stretches_without_a_state_are_refused(model, tokens):
-    with pytest.raises(ValueError, match="stretch_tokens is 20: must be at least 1, and is for carry_state only"):
+    with pytest.raises(ValueError, match="stretch_tokens is 20: must be at least 1, and given with carry_state"):
         evaluate_text(model, tokens, bytes_per_token=1.0, block_size=10, stretch_tokens=20)

@@ -137,7 +137,7 @@ def test_a_state_in_int16_takes_two_bytes_a_number_and_64_a_neuron_and_is_of_a_k
     L, D, num_neurons = model.config.n_layer, model.config.n_embd, model.decoder.weight.shape[1]
     assert codes.state_bytes == L * (num_neurons * (2 * D + 64) + 16 * 4 * D) == codes.new_state().nbytes - 8
     assert codes.pattern[0] == "rows int16"
-    with pytest.raises(ValueError, match="cannot become one"):
+    with pytest.raises(ValueError, match="cannot be copied into one"):
         numbers.new_state().copy_(codes.new_state())
     with pytest.raises(ValueError, match="state is 'int16': must be float32 with torch's operations"):
         Advancer(model, path="torch", state="int16")

@@ -214,4 +214,4 @@ def test_an_order_that_fails_does_not_end_the_engine(async_engine, monkeypatch, 
 
     asyncio.run(run())
     assert async_engine.failure is None
-    assert "could not carry out an order" in caplog.text
+    assert "the engine could not process a call" in caplog.text

@@ -194,7 +194,7 @@ def test_undo_keeps_states_within_its_bytes(talk, advancer):
     conversation.undo()
     assert [m["content"] for m in conversation.messages if m["role"] == "user"] == ["a", "b", "c"]
     with pytest.raises(
-        ValueError, match=rf"not kept: undo keeps {room:,} bytes of states, of {advancer.state_bytes:,}"
+        ValueError, match=rf"not available: undo keeps at most {room:,} bytes of states \({advancer.state_bytes:,} each"
     ):
         conversation.undo()
     assert len(conversation.messages) == 6
@@ -304,7 +304,7 @@ def test_a_template_that_rewrites_the_past_is_read_anew_and_that_is_said_once(ma
         # The answer in the tokens that the model wrote, where those are the text.
         assert bytes(written).decode(errors="replace") == before[-1]["content"]
         assert [*given, *before[-1]["content"].encode(), *last] == wanted
-    assert notices == ["the chat template changes what was said before: the conversation is read anew each time"]
+    assert notices == ["the chat template changes what was said before: all of it is read again for every reply"]
     assert conversation.num_undoable == 4
 
 
@@ -414,7 +414,7 @@ def test_a_file_of_another_model_or_tokenizer_leaves_the_conversation_alone(talk
     with pytest.raises(ValueError, match="with another tokenizer or chat template"):
         conversation.load(path)
     Snapshot(conversation.engine.advancer.new_state(), [], None).save(path, conversation.engine.model)
-    with pytest.raises(ValueError, match="a sequence, but not of a conversation"):
+    with pytest.raises(ValueError, match="is a snapshot of a plain sequence, not of a conversation"):
         conversation.load(path)
     assert_same_place(conversation, same)
     assert conversation.num_undoable == 1

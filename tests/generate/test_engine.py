@@ -508,7 +508,7 @@ def test_results_come_in_order_with_few_requests_in_memory(make_engine):
     # Left before its end, it ends what still runs.
     results = engine.map(iter([("a", SamplingParams(max_tokens=100))] * 9))
     engine.add_request("b")
-    with pytest.raises(ValueError, match="the engine has other requests"):
+    with pytest.raises(ValueError, match="the engine is running other requests"):
         next(results)
 
 

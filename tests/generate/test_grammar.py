@@ -262,20 +262,20 @@ def test_a_text_that_was_cut_off_goes_on_from_its_snapshot_within_its_form(bytes
     [
         ({}, "grammar has nothing: must have one of json_schema and regex"),
         ({"regex": "a", "json_schema": {}}, "must have one of"),
-        ({"regex": "a", "lark": "x"}, "grammar.lark is no part of a grammar"),
+        ({"regex": "a", "lark": "x"}, "grammar.lark is not a field of a grammar"),
         ({"regex": 3}, "grammar.regex is 3: must be a regular expression"),
         ({"regex": "a", "written": -1}, "grammar.written is -1"),
         ({"json_schema": "{}"}, "must be a JSON schema, an object"),
         ({"json_schema": {"x-guidance": {"lenient": True}, "not": {}}}, "x-guidance"),
-        ({"json_schema": {"minimum": float("nan")}}, "grammar.json_schema is no JSON: "),
+        ({"json_schema": {"minimum": float("nan")}}, "grammar.json_schema is not JSON: "),
         ({"json_schema": {"const": "x" * 100_000}}, "must have at most 100,000"),
         ({"regex": "\ud800"}, "half of a surrogate pair"),
-        ({"regex": "(a"}, "grammar.regex cannot be held: .*unclosed group"),
+        ({"regex": "(a"}, "grammar.regex cannot be enforced: .*unclosed group"),
         ({"regex": "(?=a)b"}, "look-around"),
-        ({"json_schema": {"type": "objekt"}}, "grammar.json_schema cannot be held: Invalid type: objekt"),
+        ({"json_schema": {"type": "objekt"}}, "grammar.json_schema cannot be enforced: Invalid type: objekt"),
         ({"json_schema": {"not": {}}}, 'Unimplemented keys: \\["not"\\]'),
         ({"json_schema": {"type": "integer", "minimum": 5, "maximum": 3}}, "minimum \\(5\\) is greater"),
-        ({"json_schema": {"$ref": "#"}}, "no text has this form"),
+        ({"json_schema": {"$ref": "#"}}, "no text can match it"),
         ({"json_schema": {"$ref": "http://127.0.0.1:1/x"}}, "does not fetch"),
         ({"json_schema": {"type": "integer", "multipleOf": 999_999_937}}, "fuel exhausted"),
     ],
@@ -300,7 +300,7 @@ def test_patterns_that_a_text_would_have_to_follow_all_at_once_are_bounded(engin
     chain |= {f"d{len(patterns)}": {"type": "string"}}
     beside = {"anyOf": patterns[1:], "pattern": "z"}
     for schema in ({"allOf": patterns}, {"$defs": chain, "$ref": "#/$defs/d0"}, beside):
-        with pytest.raises(ValueError, match="has 23 patterns and formats, and joins schemas"):
+        with pytest.raises(ValueError, match="has 23 patterns and formats, and combines schemas"):
             engine.check(SamplingParams(grammar={"json_schema": schema}))
     several = {f"v{place}": {"type": "string", **each} for place, each in enumerate(patterns)}
     each_alone = {"type": "object", "properties": several, "title": "Letters"}
@@ -331,7 +331,7 @@ def test_a_grammar_that_grows_too_complex_ends_its_own_text(engine):
 
 def test_tokens_without_bytes_of_their_own_are_refused():
     tokenizer = train_tokenizer(TEXTS * 20, "wordpiece", 120)
-    with pytest.raises(ValueError, match=r"cannot be held with this tokenizer: .* is WordPiece, not ByteLevel"):
+    with pytest.raises(ValueError, match=r"cannot be enforced with this tokenizer: .* is WordPiece, not ByteLevel"):
         Engine(made(tokenizer), tokenizer).check(SamplingParams(grammar={"regex": "a"}))
 
 

@@ -50,11 +50,17 @@ def test_objects_may_have_settings_of_their_own_and_more(tmp_path):
     ("line", "message"),
     [
         ("{", "line 2: it is not JSON"),
-        ('{"prompt": "a", "temprature": 0}', "line 2: temprature is no setting of a prompt: did you mean temperature?"),
-        ('{"prompt": "a", "maxNewTokens": 1}', "did you mean max_new_tokens? Data of your own go under other names"),
-        ('{"prompt": "a", "num_beams": 2}', "num_beams is no setting of a prompt: it holds for all prompts"),
+        (
+            '{"prompt": "a", "temprature": 0}',
+            "line 2: temprature is not a setting of a prompt: did you mean temperature?",
+        ),
+        ('{"prompt": "a", "maxNewTokens": 1}', "did you mean max_new_tokens? Give your own data another name"),
+        ('{"prompt": "a", "num_beams": 2}', "num_beams is not a setting of a prompt: it applies to all prompts"),
         ('{"prompt": "a", "regex": "b"}', 'write it as {"grammar": {"regex": PATTERN}}'),
-        ('{"prompt": "a", "n": 1, "num_return_sequences": 2}', "num_return_sequences is n, which is given too"),
+        (
+            '{"prompt": "a", "n": 1, "num_return_sequences": 2}',
+            "num_return_sequences is another name for n, which is also given",
+        ),
         ("[1]", "line 2: it is list, not an object"),
         ("{}", "line 2: it must have either a prompt or messages"),
         ('{"prompt": 3}', "line 2: prompt is 3: must be a string"),
@@ -63,9 +69,9 @@ def test_objects_may_have_settings_of_their_own_and_more(tmp_path):
         ('{"prompt": "a", "temperature": "hot"}', "temperature is 'hot': must be a number"),
         ('{"prompt": "a", "max_tokens": true}', "max_tokens is True: must be a whole number"),
         ('{"prompt": "a", "stop": [1]}', "must be a string or a list of strings"),
-        ('{"prompt": "a", "text": "b"}', "text is what results are written under"),
-        ('{"prompt": "a", "temperature": NaN}', "line 2: NaN is no number in JSON"),
-        ('{"prompt": "a", "score": [-Infinity]}', "line 2: -Infinity is no number in JSON"),
+        ('{"prompt": "a", "text": "b"}', "text is reserved for results"),
+        ('{"prompt": "a", "temperature": NaN}', "line 2: NaN is not a JSON number"),
+        ('{"prompt": "a", "score": [-Infinity]}', "line 2: -Infinity is not a JSON number"),
         ('{"prompt": "a", "temperature": 1e999}', "line 2: temperature is inf: must be a finite number"),
         ('{"prompt": "a", "logit_bias": {"3": 1e999}}', "logit_bias is {3: inf}: must be of finite numbers only"),
         ('{"prompt": "a", "seed": 1, "seed": 2}', "line 2: seed is given twice: give it once"),
@@ -117,9 +123,9 @@ def test_results_of_other_prompts_are_refused(tmp_path):
     output = tmp_path / "out.jsonl"
     jobs, others = (read_jobs(tmp_path / name, PARAMS) for name in ("a.txt", "b.txt"))
     output.write_text(results_of(jobs))
-    with pytest.raises(ValueError, match="line 2, is not a result of the prompt that comes there, 'three'"):
+    with pytest.raises(ValueError, match="line 2, is not a result of the prompt expected there, 'three'"):
         num_done(output, others)
-    with pytest.raises(ValueError, match="2 lines, but 1 would be the results of all prompts"):
+    with pytest.raises(ValueError, match="2 lines, more than the 1 result of all prompts"):
         num_done(output, jobs[:1])
     output.write_text("precious\n")
     with pytest.raises(ValueError, match="line 1, is not a result"):
@@ -127,6 +133,6 @@ def test_results_of_other_prompts_are_refused(tmp_path):
 
 
 def test_unknown_settings_are_refused_by_name():
-    with pytest.raises(ValueError, match="temprature is no setting of the sampling"):
+    with pytest.raises(ValueError, match="temprature is not a sampling parameter"):
         params_from({"temprature": 1})
     assert params_from({"stop": "a", "seed": None, "top_p": 1}) == SamplingParams(stop=["a"])

@@ -180,7 +180,10 @@ def test_a_text_ends_at_eos(make_model):
         ({"stop": [""]}, "stop is"),
         ({"temperature": 0, "num_return_sequences": 2}, "always gives the same text"),
         ({"num_beams": 2, "num_return_sequences": 3}, "at most num_beams, 2"),
-        ({"max_tokens": 3, "max_new_tokens": 5}, "max_new_tokens is max_tokens, which is given too: give it once"),
+        (
+            {"max_tokens": 3, "max_new_tokens": 5},
+            "max_new_tokens is another name for max_tokens, which is also given: give only one of them",
+        ),
     ],
 )
 def test_settings_out_of_range_are_refused(byte_model, tokenizer, settings, message):
@@ -189,7 +192,7 @@ def test_settings_out_of_range_are_refused(byte_model, tokenizer, settings, mess
 
 
 def test_a_misspelt_setting_is_answered_with_the_one_that_is_meant(byte_model, tokenizer):
-    with pytest.raises(TypeError, match=r"^temprature is no setting of a text: did you mean temperature\?$"):
+    with pytest.raises(TypeError, match=r"^temprature is not a generation parameter: did you mean temperature\?$"):
         byte_model.generate_text(tokenizer, "a", temprature=0.5)
 
 

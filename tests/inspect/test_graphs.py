@@ -74,8 +74,11 @@ def test_communities_that_the_weights_make_are_found(model):
         ({"head": 3}, r"head is 3: must be within -3 to 2"),
         ({"mean_degree": 0.01}, r"mean_degree is 0.01: must be within 0.0455 and 43"),
         ({"mean_degree": 44}, r"must be within 0.0455 and 43, for 44 neurons"),
-        ({"mean_degree": 43}, r"must be at most \d+.*, others do not excite"),
-        ({"mean_degree": 0.0455}, r"no random graph of these degrees, of 1 edge: .* Give another mean_degree"),
+        ({"mean_degree": 43}, r"must be at most \d+.*, since no other weights are above 0"),
+        (
+            {"mean_degree": 0.0455},
+            r"no random graph with the same degrees \(1 edge\) was found: .* Give another mean_degree",
+        ),
         ({"num_random": 1}, r"num_random is 1: must be at least 2"),
     ],
 )
@@ -86,5 +89,5 @@ def test_what_is_wrong_is_said(model, choice, message):
 
 def test_a_layer_that_is_more_than_its_weights_is_refused(model):
     model.encoder.register_forward_hook(lambda *_: None)
-    with pytest.raises(ValueError, match="do not say what the layer computes: a layer has hooks"):
+    with pytest.raises(ValueError, match="do not determine what the layer computes: a layer has hooks"):
         neuron_graph(model, 0)

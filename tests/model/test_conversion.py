@@ -49,7 +49,7 @@ def test_a_bare_state_dict_needs_only_the_number_of_passes(tiny, tmp_path):
     torch.save(tiny.weights, tmp_path / "bare.pt")
     weights, config = load_reference(tmp_path / "bare.pt")
     assert config is None
-    with pytest.raises(ValueError, match=r"n_layer, does not show in the weights"):
+    with pytest.raises(ValueError, match=r"n_layer, cannot be read from the weights"):
         BDHForCausalLM.from_reference(weights)
     model = BDHForCausalLM.from_reference(weights, {"n_layer": 2})
     torch.testing.assert_close(model(tiny.input_ids).logits, tiny.logits, atol=1e-5, rtol=0)

@@ -290,7 +290,7 @@ def test_what_needs_plain_weights_refuses_it_by_name(plain, quantized, name, tmp
     assert not any(tmp_path.iterdir())
     with pytest.raises(ValueError, match=f"the model has weights that {library} has quantized"):
         quantize(model, "int8")
-    with pytest.raises(ValueError, match=f"weights that {library} has quantized: convert the model"):
+    with pytest.raises(ValueError, match=f"weights that {library} has quantized: convert the unquantized model"):
         model.to_reference()
-    with pytest.raises(ValueError, match="model 2 has quantized weights, of which there is no mean: decoder"):
+    with pytest.raises(ValueError, match="model 2 has quantized weights, which cannot be averaged: decoder"):
         average_weights([plain[0].state_dict(), model.state_dict()])

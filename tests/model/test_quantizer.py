@@ -136,7 +136,7 @@ FAULTS = {
     "cut off": "cut off or damaged",
     "missing": r"decoder\.packed",
     "other shape": r"encoder\.packed is \(143, 26\), not \(144, 26\)",
-    "scales": r"encoder_v\.1\.packed is missing, or its row 4 has a scale that is no finite number",
+    "scales": r"encoder_v\.1\.packed is missing, or its row 4 has a scale that is not finite",
     "floats": r"encoder\.packed is float32, not uint8",
     "plain weights": r"encoder\.packed",
     "other format": r"encoder\.packed",

@@ -71,7 +71,7 @@ def test_a_view_shares_memory_with_its_batch(state):
     view.clear()
     assert not state.sums[0][1].any()
     assert state.sums[0][0].any()
-    with pytest.raises(ValueError, match="the state has 3 sequences: only one alone has a position"):
+    with pytest.raises(ValueError, match="the state has 3 sequences: only a single one has a position"):
         _ = state.position
     with pytest.raises(IndexError):
         state.sequence(3)
@@ -97,7 +97,7 @@ def test_a_torn_sequence_is_torn_in_its_batch_and_its_neighbours_are_whole(state
 def test_a_state_is_copied_into_its_like_alone(state):
     kept = state.clone()
     for other in (state.filter([0]), SynapticState(state.sums, state.positions, 12, "sums, scaled")):
-        with pytest.raises(ValueError, match="cannot become one"):
+        with pytest.raises(ValueError, match="cannot be copied into one"):
             other.copy_(state)
     assert_equal(state, kept)
 

@@ -94,7 +94,7 @@ def test_weights_that_are_not_finite_are_named(model, module, value):
 
 
 def test_what_is_quantized_is_refused(model):
-    with pytest.raises(ValueError, match="the model has weights in int4 and int8: quantize the model that it was made"):
+    with pytest.raises(ValueError, match="the model has weights in int4 and int8: quantize the unquantized model"):
         quantize(quantize(model, "mixed"), "int4")
 
 

@@ -158,7 +158,7 @@ def test_a_tokenizer_without_bytes_is_told(start_server):
     server = start_server(made_model(len(tokenizer)), tokenizer)
     answer = server.complete(response_format={"type": "json_object"})
     assert answer.status_code == 400
-    assert "cannot be held with this tokenizer" in answer.json()["error"]["message"]
+    assert "cannot be enforced with this tokenizer" in answer.json()["error"]["message"]
 
 
 def test_tools_are_refused_by_name(client):

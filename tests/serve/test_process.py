@@ -219,7 +219,7 @@ def test_sighup_reads_the_keys_again_and_the_log_has_neither_keys_nor_prompts(st
         assert server.http.get(**ask, headers={"Authorization": f"Bearer secret-of-{key}"}).status_code == status
     (tmp_path / "keys").write_text("secret-of-bob")
     server.process.send_signal(signal.SIGHUP)
-    server.wait_for("keys read again")
+    server.wait_for("API keys reloaded")
     for key, status in (("ann", 401), ("all", 200), ("bob", 200)):
         assert server.http.get(**ask, headers={"Authorization": f"Bearer secret-of-{key}"}).status_code == status
     body = {"prompt": "a very private prompt", "max_tokens": 2}
@@ -340,7 +340,7 @@ def test_an_engine_that_hangs_while_the_server_ends_does_not_keep_it(start_fault
         server.process.terminate()
         assert server.process.wait(20) == 0
         asked.exception()
-    server.wait_for("the engine does not end its step, and is left")
+    server.wait_for("the engine did not finish its step in time, and was abandoned")
 
 
 @pytest.mark.slow

@@ -151,7 +151,7 @@ def test_a_response_is_kept_and_can_be_deleted(client):
     assert newest.id == listed[1].id
     client.responses.delete(response.id)
     for use in (client.responses.retrieve, client.responses.delete, client.responses.input_items.list):
-        with pytest.raises(openai.NotFoundError, match="there is no response 'resp_"):
+        with pytest.raises(openai.NotFoundError, match="you have no response 'resp_"):
             use(response.id)
     with pytest.raises(openai.NotFoundError) as found:
         client.responses.create(input="a", previous_response_id=response.id, **GREEDY)
@@ -167,7 +167,7 @@ def test_two_requests_delete_the_same_response(client, chat_server, monkeypatch)
         delete(*arguments)
 
     monkeypatch.setattr(states, "delete", twice)
-    with pytest.raises(openai.NotFoundError, match="there is no response 'resp_"):
+    with pytest.raises(openai.NotFoundError, match="you have no response 'resp_"):
         client.responses.delete(response.id)
 
 
@@ -426,7 +426,7 @@ def test_a_stream_that_fails_says_so_in_its_last_event(start_server, chat_pair):
     last = json.loads(answer.text.strip().rpartition("\n")[2].removeprefix("data: "))
     assert last["type"] == "response.failed"
     assert last["response"]["status"] == "failed"
-    assert "as long as it may" in last["response"]["error"]["message"]
+    assert "which is the time limit" in last["response"]["error"]["message"]
     server.idle()
 
 
@@ -448,4 +448,4 @@ def test_an_answer_cut_off_by_the_end_of_the_server_is_told(start_server, chat_p
         assert server.call(server.service.drain(0)) == 1
         last = json.loads([line for line in lines if line][-1].removeprefix("data: "))
     assert last["type"] == "response.failed"
-    assert "has ended before the text did" in last["response"]["error"]["message"]
+    assert "was shut down before the text was finished" in last["response"]["error"]["message"]

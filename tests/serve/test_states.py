@@ -167,6 +167,6 @@ def test_files_of_states_and_responses_are_for_nobody_else(make_store, snapshot,
 
 def test_one_larger_than_all_that_may_be_kept_is_refused(make_store, snapshot):
     for store in (make_store(max_bytes=10), make_store(True, folder_bytes=10)):
-        with pytest.raises(ValueError, match="may have 10 together"):
+        with pytest.raises(ValueError, match="all saved states together must have at most 10"):
             store.put(snapshot(), owner="ann", model="m")
         assert store.num_states == 0

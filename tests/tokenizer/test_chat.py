@@ -99,7 +99,7 @@ def test_a_template_of_ones_own_takes_the_tokens_that_it_spells(tmp_path):
 
 
 @pytest.mark.parametrize(("template", "fault"), [
-    ("{{ messages[0].content }}<|end|>", "does not say what the assistant writes: put {% generation %}"),
+    ("{{ messages[0].content }}<|end|>", "does not mark what the assistant writes: put {% generation %}"),
     ("{% generation %}{{ messages[-1].content }}{% endgeneration %}<|end|>", "with a special token, within"),
     ("{% generation %}{{ messages[-1].content", "the chat template refuses the conversation"),
 ])  # fmt: skip

@@ -79,7 +79,7 @@ def test_bare_file_opens_with_its_special_tokens(tmp_path, has_config):
 def test_file_that_is_no_tokenizer_is_named(tmp_path):
     path = tmp_path / "notes.txt"
     path.write_text("notes")
-    with pytest.raises(ValueError, match=r"notes\.txt': it is no tokenizer\.json"):
+    with pytest.raises(ValueError, match=r"notes\.txt': it is not a tokenizer\.json"):
         load_tokenizer(path)
 
 

@@ -114,8 +114,8 @@ def test_an_average_is_not_taken_for_the_export_of_a_checkpoint(train, tmp_path)
         (["--weights", "[1, 2]"], "weights is [1.0, 2.0]: must be one for each of 1 model"),
         (["--weights", "[0]"], "weights is [0.0]: must be 0 or above, with a sum above 0"),
         (["OTHER"], "cannot be averaged: "),
-        (["TOKENS"], "has another tokenizer"),
-        (["PASSES"], "has another configuration than"),
+        (["TOKENS"], "have different tokenizers"),
+        (["PASSES"], "have different configurations, so they cannot be averaged"),
         (["nowhere/at/all"], "there is no folder nowhere/at/all"),
     ],
 )

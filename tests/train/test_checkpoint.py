@@ -73,7 +73,7 @@ class _Bomb:
 def test_metadata_that_would_run_code_are_refused_and_run_none(tmp_path, capsys):
     path = saved(tmp_path, 10).path_of(10)
     (path / ".metadata").write_bytes(pickle.dumps(_Bomb()))
-    with pytest.raises(ValueError, match=r"builtins\.print, which has no place there"):
+    with pytest.raises(ValueError, match=r"builtins\.print, which is not allowed"):
         Checkpoint(path, 10, {}).tensors("weights")
     assert capsys.readouterr().out == ""
 
@@ -233,8 +233,8 @@ def test_a_latest_that_names_no_checkpoint_gives_the_newest_complete_one_and_say
     checkpointer = saved(tmp_path, 10, 20)
     (tmp_path / "checkpoints" / "latest").write_bytes(content)
     assert checkpointer.load().step == 20
-    assert "latest names no checkpoint that is there" in caplog.text
-    assert "the newest complete one is taken, that of step 20" in caplog.text
+    assert "latest does not name an existing checkpoint" in caplog.text
+    assert "using the newest complete one, that of step 20" in caplog.text
     checkpointer.forget_after(20)
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step-0000020\n"
 

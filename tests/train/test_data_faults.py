@@ -39,8 +39,8 @@ def test_a_fault_is_saved_for_and_the_mended_file_gone_on_with(train, tmp_path, 
     assert len(told) == 1
     assert told[0].startswith(f"error: step {step + 1}: {path}, line 21: column 'text' holds {bad['text']!r}")
     assert told[0].endswith(
-        f"everything up to step {step} is saved: when the text is mended, `bdh train --run_dir {run} --resume` continues "
-        "from there"
+        f"everything up to step {step} is saved: once the text is corrected, `bdh train --run_dir {run} --resume` "
+        "continues from there"
     )
 
     assert main(["train", "--run_dir", str(run), "--resume"]) == 2  # nothing has been mended

@@ -475,5 +475,8 @@ def test_a_run_of_before_goes_on_with_what_its_setting_is_called_now(train, tmp_
 
 def test_text_that_is_out_of_reach_is_not_needed(opened):
     """The test suite runs with HF_HUB_OFFLINE=1."""
-    with pytest.raises(FileNotFoundError, match=r"the hub did not give.*any will do: with --data\.source pydoc"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"no data set of that name was loaded from the hub.*any will do: with --data\.source pydoc",
+    ):
         opened(**{"data.source": "org/none"})

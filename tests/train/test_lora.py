@@ -167,7 +167,7 @@ def test_tokens_that_the_base_does_not_know_need_the_embeddings(adapt, base, cha
     assert after["lm_head.weight"].shape == (260, 16)
     assert not torch.equal(after["lm_head.weight"][:256], before["lm_head.weight"])
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--merge", "false"]) == 2
-    assert "the run trained embed and lm_head too" in capsys.readouterr().err
+    assert "must be True, since the run trained embed and lm_head too" in capsys.readouterr().err
 
 
 def test_settings_that_do_not_go_together_are_faults(train, base, tmp_path, capsys):

@@ -133,7 +133,7 @@ def test_a_model_is_trained_further_for_a_format(train, tmp_path, capsys):
         assert (
             train(tmp_path / "fourth", **rounding, **(more | {"train.init_from": tmp_path / "second" / "model"})) == 2
         )
-        assert "train.init_from must be the model that it was made of" in capsys.readouterr().err
+        assert "train.init_from must be the unquantized model" in capsys.readouterr().err
     assert not (tmp_path / "fourth" / "config.yaml").exists()
 
 

@@ -172,7 +172,7 @@ def test_a_run_is_never_overwritten(train, tmp_path, capsys):
         ({"model.n_layer": 3}, "model.n_layer: 2 in the run, 3 now"),
         ({"data.val_fraction": 0.2}, "data.val_fraction: 0.1 in the run, 0.2 now"),
         ({"train.seed": 3, "model.n_head": 4}, "model.n_head: 2 in the run, 4 now; train.seed"),
-        ({"train.batch_size": 8}, "are 8 sequences a step: the run has had 4"),
+        ({"train.batch_size": 8}, "are 8 sequences a step: must be 4, as in the run so far"),
         ({"tokenizer.special_tokens": "true"}, "tokenizer.special_tokens"),
     ],
 )
@@ -305,7 +305,9 @@ def test_a_text_shorter_than_a_block_names_both_numbers_and_writes_nothing(train
 
 def test_a_vocabulary_that_is_not_the_tokenizers_is_refused(train, tmp_path, capsys):
     assert train(tmp_path / "run", **{"model.vocab_size": 300}) == 2
-    assert "model.vocab_size is 300: the tokenizer 'byte' has 256 entries" in capsys.readouterr().err
+    assert (
+        "model.vocab_size is 300: must be 256, the number of entries of the tokenizer 'byte'" in capsys.readouterr().err
+    )
 
 
 def test_patience_stops_a_run_that_gets_no_better(train, tmp_path):
@@ -415,7 +417,9 @@ def test_a_run_of_steps_that_are_not_finite_stops(text_file, tmp_path, monkeypat
         run.model.lm_head.weight[3, 0] = float("nan")
     with (
         Monitor(run.folder, MonitorConfig(backends=["console", "jsonl"]), total_steps=40) as monitor,
-        pytest.raises(TrainingStopped, match="step 26: 26 steps in a row had a loss or gradient not to be trusted"),
+        pytest.raises(
+            TrainingStopped, match="step 26: 26 steps in a row were skipped because of their loss or gradient"
+        ),
     ):
         fit(run, monitor)
 

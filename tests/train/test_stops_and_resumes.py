@@ -176,7 +176,7 @@ def test_a_signal_is_answered_at_once_as_a_step_may_take_minutes(capfd):
         signal.signal(signal.SIGTERM, before)
     assert [line.strip() for line in said] == [
         "SIGUSR1: finishing the step, then saving",
-        "SIGTERM: finishing the step, then saving; the same again ends at once, without saving",
+        "SIGTERM: finishing the step, then saving; a second SIGTERM ends the run at once, without saving",
     ]
 
 
@@ -191,7 +191,7 @@ def test_a_run_of_days_says_so_after_its_second_step(train, tmp_path, monkeypatc
     assert train(tmp_path / "run", **few) == 0
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("a step takes")]
     assert len(said) == 1
-    assert "s here, the 2 that are left about 0.0 days: --config tiny is a small model" in said[0]
+    assert "s here, and the remaining 2 will take about 0.0 days: --config tiny is a small model" in said[0]
 
 
 def test_a_hangup_that_nohup_ignores_stays_ignored():

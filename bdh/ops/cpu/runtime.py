@@ -41,7 +41,7 @@ def to_stderr(message: str) -> None:
 def unavailable_reason() -> str | None:
     """Returns why the kernels cannot run here, or None if they can."""
     if _is_forked:
-        return "this process was forked from one that has used them, which OpenMP does not bear"
+        return "this process was forked from one that has used them, which OpenMP does not support"
     try:
         import numba  # noqa: F401
     except (ImportError, OSError) as error:  # no such package, or none for this processor
