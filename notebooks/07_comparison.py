@@ -160,9 +160,9 @@ plt.show()
 
 # %% [markdown]
 # Left: what a step teaches. BDH learns more from each. Right: the same by the clock, where the cost of a step counts. A step
-# of BDH takes somewhat more than twice as long here, so that for some twenty seconds neither is ahead; then BDH is. GPT-2 ends
-# earlier because its 600 steps are done: what twice as many would have made of it is not shown. Lines of one colour are seeds:
-# a difference that is smaller than their distance means nothing.
+# of BDH takes somewhat more than twice as long here, so that at first neither is ahead; then BDH is. GPT-2 ends earlier because
+# its 600 steps are done: what twice as many would have made of it is not shown. Lines of one colour are seeds: a difference
+# that is smaller than their distance means nothing.
 #
 # ## How fast they write
 #
