@@ -151,10 +151,8 @@ def pytest_configure(config):
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
     if starts_workers:
         return  # it runs no tests
-    num_threads = 2
-    if hasattr(config, "workerinput"):  # of xdist, one of several: a thread each is faster, in what they start too
-        os.environ["OMP_NUM_THREADS"] = "1"
-        num_threads = 1
+    num_threads = 1 if hasattr(config, "workerinput") else 2  # of xdist, one of several: a thread each is faster
+    os.environ["OMP_NUM_THREADS"] = str(num_threads)  # of what tests start too, whose results they compare to the bit
 
     import torch
 

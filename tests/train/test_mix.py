@@ -55,5 +55,5 @@ def test_a_resume_with_another_mix_is_refused_by_name(train_mix, mix, tmp_path, 
 
 def test_bad_weights_stop_before_anything_is_written(train_mix, mix, tmp_path, capsys):
     assert train_mix(tmp_path / "run", **{"data.mix": mix.replace("weight: 3", "weight: -3")}) == 2
-    assert "data.mix is [-3, 1]: must be weights" in capsys.readouterr().err
+    assert "data.mix is [-3, 1]: must be finite, non-negative weights" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
