@@ -26,7 +26,7 @@ if importlib.util.find_spec("bdh") is None:
 # %% [markdown]
 # ## A model
 #
-# `bdh demo` trains one with 0.2 million parameters, unless `runs/demo` has it already: in three to five minutes on a CPU.
+# `bdh demo` trains one with 0.2 million parameters, unless `runs/demo` has it already: in three to six minutes on a CPU.
 
 # %%
 from pathlib import Path

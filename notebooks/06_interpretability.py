@@ -26,7 +26,7 @@ if importlib.util.find_spec("bdh") is None:
 # %%
 from pathlib import Path
 
-if not Path("runs/demo/model").exists():  # three to five minutes on two CPU cores
+if not Path("runs/demo/model").exists():  # three to six minutes on two CPU cores
     subprocess.run([sys.executable, "-m", "bdh", "demo"], check=True, stdout=subprocess.DEVNULL)
 
 # %%

@@ -21,7 +21,7 @@ class DemoSettings(Settings):
 
 @command("run_dir")
 def run_demo(settings: DemoSettings) -> int:
-    """Train a small model on the language reference that comes with Python (three to five minutes on two CPU cores),
+    """Train a small model on the language reference that comes with Python (three to six minutes on two CPU cores),
     generate text with it, and plot its loss.
     """
     run = Path(settings.run_dir)
