@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bdh.words import first_line
+
 if TYPE_CHECKING:
     from bdh.locks import Lock
 
@@ -270,4 +272,4 @@ def _why_full(error: Exception, folder: Path) -> str | None:
     may_be = isinstance(error, (OSError, RuntimeError)) and folder.is_dir()
     if not may_be or shutil.disk_usage(folder).free >= _LEAST_FREE:
         return None
-    return "" if _OF_WRITER.search(str(error)) else (str(error).splitlines() or [type(error).__name__])[0]
+    return "" if _OF_WRITER.search(str(error)) else first_line(error)

@@ -1,6 +1,11 @@
-"""Wording that messages share: counts, sizes and similar names; and whether an error means that memory ran out."""
+"""Wording that messages share: counts, sizes, similar names and the reason of an error; and whether memory ran out."""
 
 from collections.abc import Iterable
+
+
+def first_line(error: Exception) -> str:
+    """Returns the first line of an error's message, or the name of its type if it has none."""
+    return (str(error).splitlines() or [""])[0] or type(error).__name__
 
 
 def counted(number: int, noun: str, many: str | None = None) -> str:

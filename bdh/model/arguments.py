@@ -433,20 +433,19 @@ class StateForGeneration:
     ) -> Any:
         """Reads the prompt.
 
-        Two cases that transformers does not support are handled here: embeddings are not read in chunks, but at once.
+        Embeddings are read at once, also where ``prefill_chunk_size`` is set: transformers cannot read them in chunks.
 
         Raises:
             ValueError: the prompt is to be read in chunks, and the state has read all of it already. transformers would
                 read it again.
         """
         cache, mask = model_kwargs.get("cache"), model_kwargs.get("attention_mask")
-        if generation_config.prefill_chunk_size is None:
-            pass
-        elif model_kwargs.get("inputs_embeds") is not None and is_first_iteration:
+        in_chunks = generation_config.prefill_chunk_size is not None
+        if in_chunks and model_kwargs.get("inputs_embeds") is not None and is_first_iteration:
             _logger.warning("inputs_embeds are read at once: prefill_chunk_size applies to input_ids only")
             generation_config = copy.copy(generation_config)
             generation_config.prefill_chunk_size = None
-        elif cache is not None and cache.num_columns:
+        elif in_chunks and cache is not None and cache.num_columns:
             num_columns = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
             if num_columns == input_ids.shape[1]:  # the text contains what was read
                 _check_unread(cache, input_ids.shape[1] - cache.num_columns)

@@ -19,6 +19,7 @@ import yaml
 from bdh.extras import install_command
 from bdh.monitor.config import AUTO, BACKENDS, MonitorConfig, chosen_backends, is_missing, split_names
 from bdh.monitor.history import cut_back
+from bdh.words import first_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -166,13 +167,9 @@ class Monitor:
                         backend.close()
 
     def _lose(self, title: str, what: str, error: Exception) -> None:
-        reason = _first_line(error)
+        reason = first_line(error)
         self._lost.append(f"{title} is incomplete: it lacks what came at step {self._step} or later ({reason})")
         self.warn(f"{title} {what} ({reason}); the training continues without it")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0] or type(error).__name__
 
 
 def _indented(text: str) -> str:
@@ -389,7 +386,7 @@ class WandbBackend(StepwiseBackend):
         except wandb.errors.Error as error:
             if config.wandb_mode == "offline":
                 raise
-            facts.warn(f"W&B cannot be used online ({_first_line(error)}): the run goes into files, to be sent later")
+            facts.warn(f"W&B cannot be used online ({first_line(error)}): the run goes into files, to be sent later")
             self._only_in_files = True
             wandb.teardown()  # otherwise its service keeps the id in use
             self._run = wandb.init(mode="offline", **arguments)
